@@ -1,0 +1,1 @@
+"""Records, images, formats and corpora, and the way from records to batches."""

@@ -1,0 +1,66 @@
+"""A sequence: tokens and images in order, the labels to predict and the anchors where embeddings are read.
+
+    tokens   <image> <image> <image>  A  red  apple  .  <eos>
+    labels      -       -       -     A  red  apple  .  <eos>      -> language modelling
+    anchors  [------- mean -------]                                -> an embedding of the image
+             [---------------------------------- last -----]      -> an embedding of everything so far
+
+A *prepared image* is what the model's processor makes of an `ImageRef`: tensors, the number of tokens they take, and a key
+that names the content. This module knows nothing of any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100
+"""The label of a token that carries no loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """What the processor made of one image."""
+
+    inputs: Mapping[str, torch.Tensor]
+    """The vision tower's inputs for this image alone, first dimension = its tiles or patches."""
+    num_tokens: int
+    """Tokens that the image takes in the sequence."""
+    key: str
+    """Hash of the content and of the processor: equal keys give equal features."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """Where an embedding is read: the mean of the hidden states in [start, end). A last-token anchor has length one."""
+
+    start: int
+    end: int
+    role: str
+    """What the embedding stands for: image, text, query, positive, negative, ..."""
+    record: str
+    """Id of the record it belongs to: pairs are made of anchors of one record."""
+    key: str
+    """Names the content: two anchors with one key are never each other's negatives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One row of the forward pass, before padding."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    """labels[t] = ids[t] where token t is to be predicted from what stands before it, else IGNORE."""
+    anchors: tuple[Anchor, ...] = ()
+    images: tuple[tuple[int, PreparedImage], ...] = ()
+    """(first token, image), in order; the image fills its num_tokens from there."""
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.labels)
+        assert all(0 <= a.start < a.end <= len(self.ids) for a in self.anchors), "an anchor outside its sequence"
+        assert not self.labels or self.labels[0] == IGNORE, "nothing stands before the first token"
+
+    def __len__(self) -> int:
+        return len(self.ids)
