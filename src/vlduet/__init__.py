@@ -1,0 +1,51 @@
+"""VLDuet: one vision-language model that generates and embeds, and so retrieves for its own generation."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlduet.data.records import ImageRef, Message, Record
+    from vlduet.errors import VLDuetError
+    from vlduet.model.duet import DuetModel
+    from vlduet.rag import Answer, ask
+    from vlduet.retrieval.index import Index
+    from vlduet.retrieval.search import search
+    from vlduet.train.loop import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "vlduet.rag",
+    "DuetModel": "vlduet.model.duet",
+    "ImageRef": "vlduet.data.records",
+    "Index": "vlduet.retrieval.index",
+    "Message": "vlduet.data.records",
+    "Record": "vlduet.data.records",
+    "VLDuetError": "vlduet.errors",
+    "ask": "vlduet.rag",
+    "search": "vlduet.retrieval.search",
+    "train": "vlduet.train.loop",
+}
+
+__all__ = [
+    "Answer",
+    "DuetModel",
+    "ImageRef",
+    "Index",
+    "Message",
+    "Record",
+    "VLDuetError",
+    "__version__",
+    "ask",
+    "search",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import vlduet` and `vlduet --help` do not load torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'vlduet' has no attribute '{name}'")

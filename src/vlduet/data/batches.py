@@ -1,0 +1,115 @@
+"""Sequences -> one batch: padded (one sequence a row) or packed (several a row, which cannot see each other)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B rows of T tokens. A row holds one sequence or several; `segments` tells them apart."""
+
+    ids: Tensor
+    """int64[B, T]"""
+    labels: Tensor
+    """int64[B, T], IGNORE where nothing is to be predicted."""
+    segments: Tensor
+    """int64[B, T]: 0 on padding, else 1, 2, ... for the first, second, ... sequence of the row."""
+    positions: Tensor
+    """int64[B, T]: position ids, from 0 in every sequence."""
+    image_mask: Tensor
+    """bool[B, T]: tokens that image features fill, in row-major order."""
+    images: tuple[PreparedImage, ...]
+    """In the order of `image_mask`."""
+    anchors: tuple[Anchor, ...]
+    """In the order of the sequences."""
+    anchor_spans: Tensor
+    """int64[A, 3]: row, start, end of every anchor in this batch."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.segments > 0).sum())
+
+    def attention_mask(self) -> Tensor | None:
+        """What the trunk needs: None, int64[B, T] for right padding, or bool[B, 1, T, T] block-causal for the rest."""
+        if bool((self.segments == 1).all()):
+            return None
+        if int(self.segments.max()) <= 1:
+            return (self.segments > 0).long()
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        length = self.segments.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
+        # A padding row would see nothing and softmax to NaN: every token sees at least itself.
+        itself = torch.eye(length, dtype=torch.bool, device=same.device)
+        return ((same & (self.segments > 0)[:, :, None] & causal) | itself)[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`; the images move when the vision tower reads them."""
+        moved = [
+            t.to(device)
+            for t in (self.ids, self.labels, self.segments, self.positions, self.image_mask, self.anchor_spans)
+        ]
+        return Batch(*moved[:5], self.images, self.anchors, moved[5])
+
+
+def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack_to: int | None = None) -> Batch:
+    """Make a batch.
+
+    Args:
+        sequences: at least one; their order is kept for anchors and images.
+        pad_id: the token id of padding; its value never matters.
+        side: right or left, where padding goes.
+        pack_to: fill rows up to this many tokens with several sequences each, first fit in order.
+    """
+    rows = pack(sequences, pack_to) if pack_to else [[s] for s in sequences]
+    width = max(sum(len(s) for s in row) for row in rows)
+    shape = (len(rows), width)
+    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+    segments, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    image_mask = torch.zeros(shape, dtype=torch.bool)
+    images: list[PreparedImage] = []
+    anchors: list[Anchor] = []
+    spans: list[tuple[int, int, int]] = []
+    for r, row in enumerate(rows):
+        at = width - sum(len(s) for s in row) if side == "left" else 0
+        for number, sequence in enumerate(row, 1):
+            here = slice(at, at + len(sequence))
+            ids[r, here] = torch.tensor(sequence.ids)
+            labels[r, here] = torch.tensor(sequence.labels)
+            segments[r, here] = number
+            positions[r, here] = torch.arange(len(sequence))
+            for start, image in sequence.images:
+                image_mask[r, at + start : at + start + image.num_tokens] = True
+                images.append(image)
+            anchors += sequence.anchors
+            spans += [(r, at + a.start, at + a.end) for a in sequence.anchors]
+            at += len(sequence)
+    spans_tensor = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
+    return Batch(ids, labels, segments, positions, image_mask, tuple(images), tuple(anchors), spans_tensor)
+
+
+def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:
+    """First fit, in order: rows of at most `size` tokens; a longer sequence gets a row of its own."""
+    rows: list[list[Sequence]] = []
+    room: list[int] = []
+    for sequence in sequences:
+        for r, left in enumerate(room):
+            if len(sequence) <= left:
+                rows[r].append(sequence)
+                room[r] -= len(sequence)
+                break
+        else:
+            rows.append([sequence])
+            room.append(size - len(sequence))
+    return rows

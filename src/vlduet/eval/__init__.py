@@ -1,0 +1,1 @@
+"""Measuring: metrics, protocols that get functions, a baseline, and the report."""

@@ -1,0 +1,287 @@
+"""Protocols: how a measurement is taken. They get functions, never models, so anything can be measured.
+
+    retrieval              embed images and captions -> every caption against every image, both directions
+    caption_cross_entropy  nats a token of each caption after its own image, and after another one's
+    captions               what is generated, beside the references
+
+Every result keeps its values item by item, so that intervals and galleries can be made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlduet.data.records import ImageRef, Record
+from vlduet.errors import DataError
+from vlduet.eval.metrics import (
+    Bools,
+    Interval,
+    Ints,
+    bootstrap_interval,
+    chance_hit_at_k,
+    exact_match,
+    first_hit_ranks,
+    hit_rates,
+    token_f1,
+)
+
+Vectors = NDArray[np.float32]
+
+EmbedImage = Callable[[list[ImageRef]], Vectors]
+EmbedText = Callable[[list[str]], Vectors]
+NLL = Callable[[list[tuple[ImageRef, str]]], Sequence[tuple[float, int]]]
+Generate = Callable[[list[ImageRef]], Sequence[str]]
+
+BLOCK = 1024
+"""Queries whose similarities are computed at a time."""
+
+
+def caption_key(caption: str) -> str:
+    """What makes two captions the same caption: the words, whatever the case and the spacing."""
+    return " ".join(caption.casefold().split())
+
+
+# ------------------------------------------------------------------ retrieval
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """One direction of retrieval over a similarity matrix float32[Q, G]."""
+
+    similarity: Vectors
+    relevant: Bools
+    ranks: Ints
+    """int[Q], rank of the first hit, 1 is best; see `metrics.first_hit_ranks`."""
+
+    @property
+    def num_queries(self) -> int:
+        """Q"""
+        return self.similarity.shape[0]
+
+    @property
+    def num_gallery(self) -> int:
+        """G"""
+        return self.similarity.shape[1]
+
+    def hits(self) -> dict[str, float]:
+        """``{"hit@1": fraction, "hit@5": ..., "hit@10": ...}``"""
+        return hit_rates(self.ranks)
+
+    def hit_values(self, k: int) -> NDArray[np.float64]:
+        """float[Q], 1 where the query has a hit among the first k."""
+        return (self.ranks <= k).astype(np.float64)
+
+    def interval(self, k: int, seed: int = 0) -> Interval:
+        """hit@k with its bootstrap interval over queries."""
+        return bootstrap_interval(self.hit_values(k), seed)
+
+    def chance(self) -> dict[str, float]:
+        """What a random order scores."""
+        return chance_hit_at_k(self.relevant)
+
+    def top(self, query: int, k: int) -> list[int]:
+        """The first k gallery items of a query, best first; NaN last, ties in gallery order."""
+        scores = np.nan_to_num(self.similarity[query], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        return [int(i) for i in np.argsort(-scores, kind="stable")[:k]]
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalResult:
+    """Every distinct caption against every image."""
+
+    captions: tuple[str, ...]
+    """Distinct by `caption_key`, in the form that comes first."""
+    ids: tuple[str, ...]
+    """Record of each image."""
+    text_to_image: Direction
+    """Queries are the captions, the gallery is the images."""
+    image_to_text: Direction
+    """Queries are the images, the gallery is the captions."""
+
+
+def retrieval(
+    embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]
+) -> RetrievalResult:
+    """Retrieve among held-out records in both directions.
+
+    Args:
+        embed_image: images -> float[N, D].
+        embed_text: captions -> float[N, D].
+        records: pairs with an image and at least one short caption. A caption that several records carry is
+            one query with several positives, and one gallery item.
+
+    Raises:
+        DataError: a record that is no such pair, or no record.
+    """
+    pairs = [_pair(record) for record in records]
+    if not pairs:
+        raise DataError("no records to evaluate on", fix="Give a file with captioned images")
+    captions: dict[str, str] = {}
+    for _, short in pairs:
+        for caption in short:
+            captions.setdefault(caption_key(caption), caption)
+    column = {key: i for i, key in enumerate(captions)}
+    relevant = np.zeros((len(captions), len(pairs)), dtype=bool)  # [C, N]
+    for image, (_, short) in enumerate(pairs):
+        relevant[[column[caption_key(caption)] for caption in short], image] = True
+    similarity = cosine(embed_text(list(captions.values())), embed_image([image for image, _ in pairs]))
+    assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
+    directions = [_direction(s, r) for s, r in ((similarity, relevant), (similarity.T, relevant.T))]
+    return RetrievalResult(tuple(captions.values()), tuple(record.id for record in records), *directions)
+
+
+def cosine(queries: Vectors, documents: Vectors) -> Vectors:
+    """Cosine similarities float32[Q, G]; a row of zeros or with NaN gives NaN, which no metric rewards.
+
+    Multiplied in float64 and rounded: equal vectors get equal scores whatever blocks the matrix product is
+    cut into.
+    """
+    documents_64 = _unit(documents)
+    blocks = [
+        (_unit(queries[begin : begin + BLOCK]) @ documents_64.T).astype(np.float32)
+        for begin in range(0, len(queries), BLOCK)
+    ]
+    return np.concatenate(blocks)
+
+
+def _unit(vectors: Vectors) -> NDArray[np.float64]:
+    rows = np.asarray(vectors, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
+
+
+def _direction(similarity: Vectors, relevant: Bools) -> Direction:
+    return Direction(similarity, relevant, first_hit_ranks(similarity, relevant))
+
+
+def _pair(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
+    if record.image is None or not record.short:
+        fix = "Evaluate on pairs with an image and a short caption"
+        raise DataError(f"record '{record.id}' has no image or no short caption", place=record.place, fix=fix)
+    return record.image, record.short
+
+
+# ------------------------------------------------------------------ captions
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionCrossEntropy:
+    """Negative log likelihood of each record's first caption."""
+
+    ids: tuple[str, ...]
+    right: NDArray[np.float64]
+    """nats[N], after the record's own image."""
+    wrong: NDArray[np.float64]
+    """nats[N], the same caption after the image of another record with other captions."""
+    tokens: NDArray[np.float64]
+    """[N], predicted tokens of the caption."""
+
+    def after_right(self, seed: int = 0) -> Interval:
+        """Nats a token with the right image."""
+        return bootstrap_interval(self.right / self.tokens, seed, weights=self.tokens)
+
+    def after_wrong(self, seed: int = 0) -> Interval:
+        """Nats a token with a wrong image."""
+        return bootstrap_interval(self.wrong / self.tokens, seed, weights=self.tokens)
+
+    def gap(self, seed: int = 0) -> Interval:
+        """Nats a token by which the right image helps: wrong - right, 0 for a model that does not look."""
+        return bootstrap_interval((self.wrong - self.right) / self.tokens, seed, weights=self.tokens)
+
+
+def caption_cross_entropy(nll: NLL, records: Sequence[Record], *, seed: int = 0) -> CaptionCrossEntropy:
+    """Cross entropy of captions after the right and after a wrong image.
+
+    Args:
+        nll: (image, caption) pairs -> (sum of nats, number of tokens) each.
+        records: pairs with an image and a short caption; the first caption is scored.
+        seed: chooses the wrong images.
+
+    Raises:
+        DataError: as `retrieval`, and where all records share one caption.
+    """
+    pairs = [_pair(record) for record in records]
+    other = wrong_images([short for _, short in pairs], seed)
+    right = nll([(image, short[0]) for image, short in pairs])
+    wrong = nll([(pairs[j][0], short[0]) for (_, short), j in zip(pairs, other, strict=True)])
+    assert [n for _, n in right] == [n for _, n in wrong], "a caption's tokens do not depend on its image"
+    return CaptionCrossEntropy(
+        tuple(record.id for record in records),
+        right=np.array([nats for nats, _ in right], dtype=np.float64),
+        wrong=np.array([nats for nats, _ in wrong], dtype=np.float64),
+        tokens=np.array([n for _, n in right], dtype=np.float64),
+    )
+
+
+def wrong_images(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
+    """For each item the index of another one that shares no caption with it; deterministic.
+
+    Items in a shuffled order, equal first captions side by side, are turned by half a round: every image is
+    then used once (a derangement) unless more than half of the items share a caption or items have several
+    captions in common; there the next item that fits is taken.
+
+    Raises:
+        DataError: an item that shares a caption with all others.
+    """
+    keys = [{caption_key(c) for c in group} for group in captions]
+    random = np.random.default_rng(seed)
+    names = sorted({caption_key(group[0]) for group in captions})
+    place = {names[i]: at for at, i in enumerate(random.permutation(len(names)))}
+    order = sorted(range(len(captions)), key=lambda i: (place[caption_key(captions[i][0])], i))
+    found = [0] * len(order)
+    for at, item in enumerate(order):
+        turned = (order[(at + len(order) // 2 + step) % len(order)] for step in range(len(order)))
+        other = next((j for j in turned if not keys[j] & keys[item]), None)
+        if other is None:
+            raise DataError(
+                "all records share a caption, so no image is wrong", fix="Evaluate on more records"
+            )
+        found[item] = other
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """One generated caption and how it compares with the references."""
+
+    id: str
+    generated: str
+    references: tuple[str, ...]
+    exact_match: float
+    token_f1: float
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionResult:
+    """Generated captions, in the order of the records."""
+
+    items: tuple[Caption, ...]
+
+    def token_f1(self, seed: int = 0) -> Interval:
+        """Mean word F1."""
+        return bootstrap_interval([item.token_f1 for item in self.items], seed)
+
+    def exact_match(self, seed: int = 0) -> Interval:
+        """Fraction equal to a reference but for case, punctuation and articles."""
+        return bootstrap_interval([item.exact_match for item in self.items], seed)
+
+    @property
+    def num_distinct(self) -> int:
+        """Distinct captions: one caption for everything is 1, however low its cross entropy."""
+        return len({caption_key(item.generated) for item in self.items})
+
+
+def captions(generate: Generate, records: Sequence[Record]) -> CaptionResult:
+    """Caption the image of every record. Raises DataError as `retrieval`."""
+    pairs = [_pair(record) for record in records]
+    texts = generate([image for image, _ in pairs])
+    assert len(texts) == len(pairs), (len(texts), len(pairs))
+    items = [
+        Caption(record.id, text, short, exact_match(text, short), token_f1(text, short))
+        for record, (_, short), text in zip(records, pairs, texts, strict=True)
+    ]
+    return CaptionResult(tuple(items))

@@ -1,0 +1,1 @@
+"""One forward, two readings: a Hugging Face vision-language model that generates and embeds."""

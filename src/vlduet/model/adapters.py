@@ -1,0 +1,74 @@
+"""The door to PEFT: LoRA on the language model, saved in PEFT's own layout so that any PEFT user can load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from vlduet.errors import ConfigError, ModelError
+from vlduet.model.backbones import Backbone
+
+TARGETS = {
+    "qv": "q_proj|v_proj",
+    "all": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj",
+}
+"""Which linear layers of the language model get LoRA: `qv` is Sugar's choice, `all` VladVA's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adaptation of the trunk; the vision tower is never touched."""
+
+    rank: int = 16
+    alpha: int = 16
+    targets: str = "all"
+    """qv or all."""
+    dropout: float = 0.0
+
+
+def add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
+    """Inject LoRA layers in place and return the PEFT view of the model.
+
+    The base's weights stay frozen; B starts at zero, so the model's function is unchanged.
+
+    Raises:
+        ConfigError: unknown targets, or the checkpoint has none of them.
+    """
+    if lora.targets not in TARGETS:
+        raise ConfigError(f"'{lora.targets}'", place="train.lora.targets", fix=f"Use one of {', '.join(TARGETS)}")
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf".*language_model\..*\.({TARGETS[lora.targets]})",
+        base_model_name_or_path=backbone.folder.name,
+    )
+    try:
+        return get_peft_model(backbone.model, config)  # type: ignore[return-value]
+    except ValueError as error:
+        raise ConfigError(str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers") from None
+
+
+def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """Attach a saved adapter. Raises ModelError where it is not there or not of this base."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError("no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout")
+    try:
+        return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base") from None
+
+
+def save_lora(peft: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors."""
+    peft.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
+
+
+def merge(peft: PeftModel) -> nn.Module:
+    """Fold the adapter into the weights, in place; the result is a plain checkpoint."""
+    merged: nn.Module = peft.merge_and_unload()
+    return merged

@@ -1,0 +1,257 @@
+"""The door to transformers: a checkpoint folder -> `Backbone`, the five things that VLDuet needs of any VLM.
+
+A backbone says how many tokens an image takes, what the vision tower makes of it (`vision`, usually frozen), how that enters
+the language model (`projector`), and which modules are the trunk and the LM head. A new family is one function in
+`BACKBONES`, keyed by the `model_type` of its config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vlduet.data import images
+from vlduet.data.records import ImageRef
+from vlduet.data.sequences import PreparedImage
+from vlduet.errors import ModelError, closest
+
+IMAGE_BACKEND = "pil"
+"""The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between families of checkpoints; everything else is shared."""
+
+    count: Callable[[PreTrainedModel, Inputs], int]
+    """Tokens that one prepared image takes."""
+    vision: Callable[[PreTrainedModel, Inputs], Tensor]
+    """Inputs of several images -> float[tokens, Dv], what the projector reads."""
+
+
+class Backbone(nn.Module):
+    """A loaded checkpoint, seen through the same five parts whatever its family.
+
+    Attributes:
+        model: the transformers model, with its LM head.
+        tokenizer, image_processor: of the same folder.
+        folder: where it was read from.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any, folder: Path):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.folder = folder
+        self.family = family_of(model.config.model_type, folder)
+        self.image_token_id = int(model.config.image_token_id)
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The language model without its head: float[B, T, D] -> final hidden states, after the final norm."""
+        return self.model.model.language_model  # type: ignore[no-any-return, union-attr]
+
+    @property
+    def projector(self) -> nn.Module:
+        """float[tokens, Dv] -> float[tokens, D]."""
+        return self.model.model.multi_modal_projector  # type: ignore[no-any-return, union-attr]
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """Hidden states -> logits."""
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Token ids -> float[D]."""
+        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def width(self) -> int:
+        """D, the width of the trunk."""
+        return int(self.embedding.weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint's own files: weights as safetensors, config, tokenizer, image processor."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        for name in ("processor_config.json", "chat_template.jinja"):
+            if (self.folder / name).is_file() and not (folder / name).is_file():
+                shutil.copy(self.folder / name, folder / name)
+
+    def prepare(self, ref: ImageRef) -> PreparedImage:
+        """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
+        made = self.image_processor(images=images.load(ref), return_tensors="pt")
+        inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        key = hashlib.sha256(f"{images.content_key(ref)}:{self.vision_fingerprint}".encode()).hexdigest()
+        return PreparedImage(inputs=inputs, num_tokens=self.family.count(self.model, inputs), key=key)
+
+    def vision(self, prepared: list[PreparedImage]) -> Tensor:
+        """The vision tower on several images at once -> float[total tokens, Dv]. No gradient: the tower is frozen."""
+        names = prepared[0].inputs.keys()
+        inputs = {name: torch.cat([p.inputs[name] for p in prepared]).to(self.device) for name in names}
+        with torch.no_grad():
+            return self.family.vision(self.model, inputs)
+
+    @property
+    def vision_fingerprint(self) -> str:
+        """Names what decides the vision features: processor settings, image backend, and the tower's own config."""
+        if not hasattr(self, "_vision_fingerprint"):
+            tower = self.model.config.vision_config.to_json_string()
+            what = f"{IMAGE_BACKEND}:{self.image_processor.to_json_string()}:{tower}"
+            first = next(iter(self.model.model.vision_tower.parameters())).detach().flatten()[:64].cpu().double()
+            self._vision_fingerprint = hashlib.sha256(f"{what}:{first.tolist()}".encode()).hexdigest()[:16]
+        return self._vision_fingerprint
+
+
+def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+    """Open a local checkpoint folder: safetensors only, no code of the checkpoint is ever run.
+
+    Raises:
+        ModelError: not a folder, an unknown family, remote code, pickled weights, or tensors that are missing.
+    """
+    config = read_config(folder)
+    family_of(config.get("model_type", ""), folder)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError("no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read")
+    with _quiet():
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
+        )
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
+    model.requires_grad_(False)
+    return Backbone(model.to(device).eval(), tokenizer, processor, folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, refused where it wants to run its own code. Raises ModelError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError("no config.json here", place=folder, fix="Name a folder that holds a Hugging Face checkpoint")
+    config: dict[str, Any] = json.loads(path.read_text())
+    if "auto_map" in config:
+        raise ModelError("config.json has auto_map: it wants to run its own code", place=path, fix="Use a converted checkpoint")
+    return config
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Names a checkpoint by its config and the header and first bytes of its weights, without reading gigabytes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for weights in sorted(folder.glob("model*.safetensors")):
+        with weights.open("rb") as file:
+            digest.update(f"{weights.name}:{weights.stat().st_size}".encode())
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, weights.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def load_text_encoder(folder: Path) -> Callable[[list[str]], Tensor]:
+    """A local sentence encoder (mean pooling, as all-MiniLM-L6-v2) -> function of texts giving float[N, D] unit vectors."""
+    read_config(folder)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True).eval()
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        hidden = model(**batch).last_hidden_state  # [N, T, D]
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+    return encode
+
+
+def family_of(model_type: str, folder: Path) -> Family:
+    """The family of a `model_type`. Raises ModelError that lists the known ones."""
+    if model_type not in BACKBONES:
+        raise ModelError(
+            f"no backbone for model_type '{model_type}'", place=folder / "config.json", fix=closest(model_type, BACKBONES)
+        )
+    return BACKBONES[model_type]()
+
+
+def llava() -> Family:
+    """LLaVA 1.5: one CLIP layer, without the class token when the strategy is `default`."""
+
+    def vision(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+        config = model.config
+        layers = config.vision_feature_layer
+        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
+        chosen = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        if config.vision_feature_select_strategy == "default":
+            chosen = [states[:, 1:] for states in chosen]
+        return torch.cat(chosen, dim=-1).flatten(0, 1)  # [images * tokens, Dv]
+
+    def count(model: PreTrainedModel, inputs: Inputs) -> int:
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch = model.config.vision_config.patch_size
+        return (height // patch) * (width // patch) + (model.config.vision_feature_select_strategy != "default")
+
+    return Family(count=count, vision=vision)
+
+
+def fast_vlm() -> Family:
+    """FastVLM, and so the default model: a convolutional tower, every position of its last map is a token."""
+
+    def vision(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, Dv, h, w]
+        return out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
+
+    def count(model: PreTrainedModel, inputs: Inputs) -> int:
+        return int(model.config.image_seq_length)
+
+    return Family(count=count, vision=vision)
+
+
+BACKBONES: dict[str, Callable[[], Family]] = {"llava": llava, "fast_vlm": fast_vlm}
+"""model_type -> function that makes its `Family`."""
+
+
+class _quiet:
+    """Loading prints pages of advice; only errors are for our users."""
+
+    def __enter__(self) -> None:
+        self.level = logging.getLogger("transformers").level
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("transformers").setLevel(self.level)

@@ -1,0 +1,431 @@
+"""The model that both generates and embeds: one forward of the trunk, read at labels and at anchors.
+
+    ids, images -> token embeddings + projected vision features -> trunk -> hidden states
+                                                                      ├── at labels  -> negative log likelihoods
+                                                                      └── at anchors -> pool -> head -> embeddings
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Many
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import TextIteratorStreamer
+
+from vlduet.data import images as pictures
+from vlduet.data.batches import Batch, collate
+from vlduet.data.records import ImageRef, Message, Part, Parts
+from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
+from vlduet.errors import ModelError
+from vlduet.model import checkpoint
+from vlduet.model.adapters import Lora, add_lora, load_lora, merge, save_lora
+from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
+from vlduet.model.features import FeatureCache
+from vlduet.model.prompts import Prompts, Renderer
+from vlduet.model.readout import EmbeddingHead, Readout, pool, supervised
+from vlduet.objectives.language import token_nll
+
+Item = Part | Parts
+"""What can be embedded: a text, an image, or several of both in order."""
+
+VISION_BATCH = 32
+INITIAL_TEMPERATURE = 0.07
+
+
+class DuetModel(nn.Module):
+    """A backbone, an embedding head, a temperature, and the prompts that decide what is embedded.
+
+    Args:
+        backbone: a loaded checkpoint.
+        prompts: how content is presented for an embedding.
+        head: `mlp`, `linear` or `none`; dim: width of the embeddings (ignored by `none`).
+    """
+
+    def __init__(self, backbone: Backbone, *, prompts: Prompts, head: str = "none", dim: int = 384):
+        super().__init__()
+        self.backbone = backbone
+        self.head = EmbeddingHead(head, backbone.width, dim).to(backbone.device)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device))
+        self.prompts = prompts
+        self.peft: Any = None
+        self.features = FeatureCache(None)
+        self.renderer = Renderer(
+            backbone.tokenizer, self.prepare, image_token_id=backbone.image_token_id, prompts=prompts
+        )
+        self._keys: dict[tuple[str, int, int], str] = {}
+
+    # ------------------------------------------------------------------ the forward and its two readings
+
+    def forward(self, batch: Batch) -> Readout:
+        """One forward of the trunk over a padded or packed batch, read twice."""
+        hidden = self.hidden_states(batch)  # [B, T, D]
+        embeddings = self.head(pool(hidden, batch.anchor_spans))  # [A, E]
+        rows, at = supervised(batch.labels)
+        nll = token_nll(hidden[rows, at - 1], self.lm_weight, batch.labels[rows, at], bias=self.backbone.lm_head.bias)
+        return Readout(embeddings, batch.anchors, nll, rows * 1_000_000 + batch.segments[rows, at])
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states float[B, T, D], after the final norm: what a server of the same checkpoint computes."""
+        out = self.backbone.trunk(
+            inputs_embeds=self.input_embeddings(batch),
+            attention_mask=batch.attention_mask(),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        found: Tensor = out.last_hidden_state
+        return found
+
+    def input_embeddings(self, batch: Batch) -> Tensor:
+        """Token embeddings with the projected image features in their places, float[B, T, D]."""
+        embeddings = self.backbone.embedding(batch.ids)
+        if not batch.images:
+            return embeddings  # type: ignore[no-any-return]
+        projected = self.backbone.projector(self.vision_features(list(batch.images)).to(embeddings))
+        return embeddings.masked_scatter(batch.image_mask[..., None], projected)  # type: ignore[no-any-return]
+
+    @property
+    def lm_weight(self) -> Tensor:
+        """float[V, D]"""
+        return self.backbone.lm_head.weight
+
+    def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
+        """What the projector reads, float[tokens, Dv]; each distinct image goes through the tower once."""
+        found = {image.key: self.features.get(image.key) for image in prepared}
+        missing = list({image.key: image for image in prepared if found[image.key] is None}.values())
+        for begin in range(0, len(missing), VISION_BATCH):
+            chunk = missing[begin : begin + VISION_BATCH]
+            parts = self.backbone.vision(chunk).split([image.num_tokens for image in chunk])
+            for image, features in zip(chunk, parts, strict=True):
+                self.features.put(image.key, features)
+                found[image.key] = features
+        tensors = [found[image.key] for image in prepared]
+        assert all(t is not None for t in tensors)
+        return torch.cat([t.to(self.backbone.device) for t in tensors if t is not None])
+
+    def prepare(self, ref: ImageRef) -> PreparedImage:
+        """An image for the renderer. One whose features are cached is neither decoded nor preprocessed again."""
+        known = self._known_key(ref)
+        cached = self.features.get(known) if known else None
+        if known and cached is not None:
+            return PreparedImage(inputs={}, num_tokens=len(cached), key=known)
+        prepared = self.backbone.prepare(ref)
+        if ref.path is not None:
+            status = ref.path.stat()
+            self._keys[str(ref.path), status.st_mtime_ns, status.st_size] = prepared.key
+        return prepared
+
+    def _known_key(self, ref: ImageRef) -> str | None:
+        if ref.path is None or not ref.path.is_file():
+            return None
+        status = ref.path.stat()
+        return self._keys.get((str(ref.path), status.st_mtime_ns, status.st_size))
+
+    # ------------------------------------------------------------------ embedding
+
+    @torch.no_grad()
+    def encode(
+        self,
+        items: Many[Item],
+        *,
+        query: bool = False,
+        batch_tokens: int = 4096,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Embed texts, images and mixtures.
+
+        Args:
+            items: each a text, an ImageRef, or a tuple of both.
+            query: True for the asking side, where the prompts distinguish it.
+            batch_tokens: padded tokens of one forward; items are batched by length.
+            progress: called with the number of items done since the last call.
+
+        Returns:
+            float32[N, E], unit length, in the order of `items`.
+
+        Raises:
+            DataError, ImageError: an item that cannot be embedded; nothing is skipped silently.
+        """
+        vectors = np.empty((len(items), self.dim), dtype=np.float32)
+        with evaluating(self):
+            for begin in range(0, len(items), 512):  # bounds the decoded images that live at one time
+                rows = [as_parts(item) for item in items[begin : begin + 512]]
+                sequences = [self.renderer.embed(parts, query=query) for parts in rows]
+                for chosen in by_length(sequences, batch_tokens):
+                    readout = self(self.collate([sequences[i] for i in chosen]))
+                    vectors[[begin + i for i in chosen]] = readout.embeddings.float().cpu().numpy()
+                    if progress:
+                        progress(len(chosen))
+        return vectors
+
+    def encode_query(self, items: Many[Item], **options: Any) -> np.ndarray:
+        """`encode` for the asking side."""
+        return self.encode(items, query=True, **options)
+
+    def encode_document(self, items: Many[Item], **options: Any) -> np.ndarray:
+        """`encode` for what is searched."""
+        return self.encode(items, query=False, **options)
+
+    @staticmethod
+    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Cosine of unit vectors, float32[Q, N]."""
+        found: np.ndarray = queries @ documents.T
+        return found
+
+    def collate(self, sequences: list[Sequence], *, side: str = "right", pack_to: int | None = None) -> Batch:
+        """A batch on the model's device."""
+        pad = self.backbone.tokenizer.pad_token_id
+        return collate(sequences, pad_id=pad if pad is not None else 0, side=side, pack_to=pack_to).to(self.backbone.device)
+
+    @property
+    def dim(self) -> int:
+        """E, the width of the embeddings."""
+        return self.head.dim
+
+    @property
+    def image_backend(self) -> str:
+        """The library that decodes and resizes images."""
+        return IMAGE_BACKEND
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(
+        self, messages: Many[Message], *, max_new_tokens: int = 128, stream: bool = False, temperature: float = 0.0
+    ) -> str | Iterator[str]:
+        """Answer a conversation.
+
+        Args:
+            messages: turns, the last one the user's.
+            stream: True returns an iterator of text pieces.
+            temperature: 0 is greedy.
+        """
+        sequence = self.renderer.chat(tuple(messages), answer=True)
+        if stream:
+            return self._stream([sequence], max_new_tokens, temperature)
+        return self._generate([sequence], max_new_tokens, temperature)[0]
+
+    def caption(self, images: Many[ImageRef], *, max_new_tokens: int = 32, batch: int = 32) -> list[str]:
+        """Greedy captions: what follows the image's embedding prompt."""
+        found: list[str] = []
+        for begin in range(0, len(images), batch):
+            sequences = [self.renderer.embed((image,)) for image in images[begin : begin + batch]]
+            found += self._generate(sequences, max_new_tokens, 0.0)
+        return found
+
+    @torch.no_grad()
+    def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
+        """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""
+        found: list[tuple[float, int]] = []
+        with evaluating(self):
+            for begin in range(0, len(pairs), batch):
+                sequences = [self.caption_sequence(image, text) for image, text in pairs[begin : begin + batch]]
+                nll = self(self.collate(sequences)).nll.double().cpu()
+                counts = [sum(label != IGNORE for label in s.labels) for s in sequences]
+                found += [(float(part.sum()), len(part)) for part in nll.split(counts)]
+        return found
+
+    def caption_sequence(self, image: ImageRef, caption: str, *, record: str = "", key: str = "") -> Sequence:
+        """Image prompt, read as the embedding of the image; then the caption and its end, supervised: one image pass for
+        both losses (VladVA)."""
+        builder = self.renderer.builder()
+        spans = self.renderer.prompt(builder, (image,))
+        builder.anchor(self.renderer.reading(builder, (image,), spans), role="image", record=record, key=key)
+        builder.text(caption, supervised=True)
+        builder.add(self.renderer.eos_ids[:1], supervised=True)
+        return builder.build(self.renderer.max_tokens)
+
+    def _arguments(self, sequences: list[Sequence], max_new_tokens: int, temperature: float) -> dict[str, Any]:
+        batch = self.collate(sequences, side="left")
+        return {
+            "inputs_embeds": self.input_embeddings(batch),
+            "attention_mask": (batch.segments > 0).long(),
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+            "temperature": temperature if temperature > 0 else None,
+            "top_p": None,
+            "top_k": None,
+            "pad_token_id": self.backbone.tokenizer.pad_token_id,
+            "eos_token_id": self.renderer.eos_ids,
+        }
+
+    @torch.no_grad()
+    def _generate(self, sequences: list[Sequence], max_new_tokens: int, temperature: float) -> list[str]:
+        with evaluating(self):
+            ids = self.backbone.model.generate(**self._arguments(sequences, max_new_tokens, temperature))  # type: ignore[operator]
+        texts = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _stream(self, sequences: list[Sequence], max_new_tokens: int, temperature: float) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.backbone.tokenizer, skip_prompt=False, skip_special_tokens=True)  # type: ignore[arg-type]
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with torch.no_grad(), evaluating(self):
+                    arguments = self._arguments(sequences, max_new_tokens, temperature)
+                    self.backbone.model.generate(**arguments, streamer=streamer)  # type: ignore[operator]
+            except BaseException as error:  # handed to the reader, who would wait for ever otherwise
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failed:
+            raise failed[0]
+
+    # ------------------------------------------------------------------ what is trained, and keeping it
+
+    def make_trainable(self, *, lora: Lora | None, projector: bool, head: bool = True) -> None:
+        """Freeze everything, then open what is asked for; adds LoRA layers where there are none yet."""
+        self.requires_grad_(False)
+        if lora is not None and self.peft is None:
+            self.peft = add_lora(self.backbone, lora)
+        if lora is not None:
+            for name, parameter in self.backbone.model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+        self.backbone.projector.requires_grad_(projector)
+        self.head.requires_grad_(head)
+        self.logit_scale.requires_grad_(head)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Everything beside the base and the adapter: projector, head, temperature."""
+        named = {f"projector.{n}": p for n, p in self.backbone.projector.named_parameters()}
+        named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
+        return named | {"logit_scale": self.logit_scale}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The LoRA matrices, by their name in the model."""
+        return {n: p for n, p in self.backbone.model.named_parameters() if "lora_" in n}
+
+    def describe(self) -> dict[str, Any]:
+        """What decides an embedding beside the tensors, as it stands in the manifest."""
+        return {"prompts": self.prompts.to_dict(), "head": {"kind": self.head.kind, "dim": self.head.dim}}
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that decides an embedding: base, trained tensors, prompts, head and image backend."""
+        base = fingerprint_of(self.backbone.folder)
+        return checkpoint.fingerprint(self.describe(), base, {**self.own_tensors(), **self.adapter_tensors()})
+
+    def golden_vectors(self) -> Tensor:
+        """Embeddings float32[3, E] of a fixed text, image and mixture."""
+        ramp = np.linspace(0, 255, 64).astype(np.uint8)
+        pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1)
+        picture = ImageRef(data=pictures.encode_png(pictures.from_pixels(pixels)))
+        return torch.from_numpy(self.encode(["A red apple.", picture, (picture, "What is this?")]))
+
+    def save_pretrained(self, folder: Path | str, **provenance: Any) -> None:
+        """Write a model folder, whole or not at all: trained tensors and adapter beside a reference to the base.
+
+        Args:
+            provenance: what made this model (config, data, commit); kept in the manifest.
+        """
+        with checkpoint.whole_folder(Path(folder)) as inside:
+            self._write(inside, base=self.backbone.folder, provenance=provenance)
+
+    def save_merged(self, folder: Path | str, **provenance: Any) -> None:
+        """Write a self-contained folder with the adapter folded into the weights: plain transformers opens it too.
+
+        The model itself is merged by this; it has no adapter afterwards.
+        """
+        if self.peft is not None:
+            merge(self.peft)
+            self.peft = None
+        with checkpoint.whole_folder(Path(folder)) as inside:
+            self.backbone.save(inside)
+            self._write(inside, base=None, provenance=provenance)
+
+    def _write(self, folder: Path, *, base: Path | None, provenance: dict[str, Any]) -> None:
+        checkpoint.write(
+            folder,
+            base=base,
+            described={**self.describe(), "provenance": provenance},
+            own=self.own_tensors(),
+            adapter=self.adapter_tensors(),
+            golden=self.golden_vectors(),
+            save_adapter=None if self.peft is None else partial(save_lora, self.peft),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        device: str | torch.device | None = None,
+        check_golden: bool = True,
+        prompts: Prompts | None = None,
+    ) -> Self:
+        """Open a model folder, or wrap a plain Hugging Face checkpoint (no head, VladVA's prompts).
+
+        Args:
+            device: default is the GPU where there is one.
+            check_golden: embed the golden inputs and compare with those saved.
+            prompts: for a plain checkpoint; a saved model has its own.
+
+        Raises:
+            ModelError: see `checkpoint.read` and `backbones.load_backbone`; or golden vectors that differ.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kept = checkpoint.read(checkpoint.recovered(Path(folder)))
+        backbone = load_backbone(kept.base, device=device)
+        if not kept.manifest:
+            return cls(backbone, prompts=prompts or Prompts()).eval()
+        head = kept.manifest["head"]
+        model = cls(backbone, prompts=Prompts(**kept.manifest["prompts"]), head=head["kind"], dim=head["dim"])
+        with torch.no_grad():
+            for name, tensor in model.own_tensors().items():
+                if name not in kept.tensors or kept.tensors[name].shape != tensor.shape:
+                    raise ModelError(f"tensor '{name}' is missing or of another shape", place=Path(folder))
+                tensor.copy_(kept.tensors[name])
+        if kept.adapter is not None:
+            model.peft = load_lora(backbone, kept.adapter)
+        checkpoint.verify(kept.manifest, {**model.own_tensors(), **model.adapter_tensors()}, place=Path(folder))
+        if check_golden and kept.golden is not None:
+            checkpoint.check_golden(kept.golden, model.golden_vectors(), dtype=backbone.model.dtype, place=Path(folder))
+        return model.eval()
+
+
+class evaluating:
+    """`model.eval()` inside, the former modes after."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.was = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.was)
+
+
+def as_parts(item: Item) -> Parts:
+    """A text or an image alone -> a tuple of one."""
+    return (item,) if isinstance(item, str | ImageRef) else tuple(item)
+
+
+def by_length(sequences: Many[Sequence], budget: int) -> Iterable[list[int]]:
+    """Indices in groups of like length whose padded size stays within `budget` tokens (at least one a group)."""
+    group: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if group and (len(group) + 1) * len(sequences[i]) > budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def content_key(parts: Parts) -> str:
+    """Names content: equal texts (but for case and spacing) and equal images have equal keys."""
+    return "|".join(
+        " ".join(p.lower().split()) if isinstance(p, str) else pictures.content_key(p) for p in parts
+    )

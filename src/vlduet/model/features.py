@@ -1,0 +1,48 @@
+"""Vision features of a frozen tower on disk: computed once an image and processor, whoever asks.
+
+One `.npy` file an image, named by the hash of its content and of everything that decides the features, so a stale feature
+cannot be read and several processes can share one folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class FeatureCache:
+    """float32[tokens, Dv] by key. `folder=None` keeps them in memory."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._memory: dict[str, Tensor] = {}
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key}.npy"
+
+    def get(self, key: str) -> Tensor | None:
+        """The features, or None. A file that a killed process left broken counts as missing."""
+        if self.folder is None:
+            return self._memory.get(key)
+        try:
+            return torch.from_numpy(np.load(self._path(key)))
+        except (FileNotFoundError, ValueError, EOFError):
+            return None
+
+    def put(self, key: str, features: Tensor) -> None:
+        """Keep them; atomic on disk."""
+        kept = features.detach().cpu().float().contiguous()
+        if self.folder is None:
+            self._memory[key] = kept
+            return
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, kept.numpy())
+        temporary.replace(path)

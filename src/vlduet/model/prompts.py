@@ -1,0 +1,270 @@
+"""Rendering, in one place: texts, images and chats -> `Sequence`, the same way for training, indexing and serving.
+
+Everything is built from pieces, each tokenised by itself, so a label or an anchor is where its piece is: nothing is ever
+re-tokenised to find offsets. *Control* pieces (prompts, chat templates) may contain special tokens; *user* pieces never do,
+so a caption that spells `<|im_end|>` or `<image>` stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vlduet.data.records import ImageRef, Message, Parts
+from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence
+from vlduet.errors import ConfigError, DataError
+
+SLOT = re.compile(r"\{(image|text|parts)\}")
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """How content is presented when an embedding is wanted; saved with the model, because it decides every vector."""
+
+    image: str = "{image}\nSummarize the provided image in one word:"
+    """Around an image alone."""
+    text: str = "{text}\nSummarize the provided text in one word:"
+    """Around a text alone."""
+    parts: str = "{parts}\nSummarize the provided content in one word:"
+    """Around anything mixed."""
+    query: str = ""
+    """Written before a query's text: some models embed questions otherwise than documents."""
+    chat: bool = True
+    """Put the prompt in a user turn of the checkpoint's chat template, so that the summary token is where an answer begins."""
+    image_pool: str = "last"
+    """What an image alone is read from: `last` token of the prompt (VladVA's summary token) or `mean` of its tokens (Sugar)."""
+
+    def __post_init__(self) -> None:
+        for name in ("image", "text", "parts"):
+            if SLOT.findall(getattr(self, name)) != [name]:
+                raise ConfigError(f"{getattr(self, name)!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once")
+        if self.image_pool not in ("last", "mean"):
+            raise ConfigError(f"'{self.image_pool}'", place="prompts.image_pool", fix="Use last or mean")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in configs and manifests."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Builder:
+    """A sequence under construction. `text` returns spans, which may shrink only when `build` cuts to a limit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: list[tuple[int, PreparedImage]] = field(default_factory=list)
+    anchors: list[Anchor] = field(default_factory=list)
+    texts: list[Span] = field(default_factory=list)
+    """User pieces that carry no anchor inside: what may be cut when the sequence is too long."""
+
+    def add(self, ids: list[int], *, supervised: bool = False) -> Span:
+        """Tokens as they are."""
+        start = len(self.ids)
+        self.ids += ids
+        self.labels += ids if supervised and start > 0 else [IGNORE] * len(ids)
+        if supervised and start == 0 and ids:
+            self.labels[0:] = [IGNORE, *ids[1:]]
+        return start, len(self.ids)
+
+    def control(self, text: str, *, supervised: bool = False) -> Span:
+        """A prompt piece; special tokens in it are special."""
+        return self.add(self.tokenizer.encode(text, add_special_tokens=False), supervised=supervised)
+
+    def text(self, text: str, *, supervised: bool = False) -> Span:
+        """A user's text: special tokens in it are spelled out."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        span = self.add(ids, supervised=supervised)
+        self.texts.append(span)
+        return span
+
+    def image(self, image: PreparedImage) -> Span:
+        """An image's place."""
+        start = len(self.ids)
+        self.images.append((start, image))
+        return self.add([self.image_token_id] * image.num_tokens)
+
+    def anchor(self, span: Span, *, role: str, record: str, key: str) -> None:
+        """Read an embedding at `span` (its mean; pass the span of one token for a last-token reading)."""
+        self.anchors.append(Anchor(span[0], span[1], role, record, key))
+
+    def build(self, limit: int) -> Sequence:
+        """Finish; cut user texts, never images, from their ends where the sequence is longer than `limit` tokens.
+
+        Raises:
+            DataError: the images and the prompt alone are longer than the limit.
+        """
+        while (over := len(self.ids) - limit) > 0:
+            start, end = max(self.texts, key=lambda span: span[1] - span[0], default=(0, 0))
+            if end - start <= 1:
+                what = f"{len(self.images)} images and the prompt take {len(self.ids)} tokens, the limit is {limit}"
+                raise DataError(what, fix="Raise data.max_tokens or give the record fewer images")
+            self._cut(max(start + 1, end - over), end)
+        return Sequence(tuple(self.ids), tuple(self.labels), tuple(self.anchors), tuple(self.images))
+
+    def _cut(self, start: int, end: int) -> None:
+        """Remove tokens [start, end), moving everything that points behind them."""
+        del self.ids[start:end], self.labels[start:end]
+        removed = end - start
+
+        def moved(at: int) -> int:
+            return at if at <= start else max(start, at - removed)
+
+        self.texts = [(moved(a), moved(b)) for a, b in self.texts]
+        self.images = [(moved(at), image) for at, image in self.images]
+        kept = []
+        for a in self.anchors:
+            begin, stop = moved(a.start), moved(a.end)
+            begin = min(begin, stop - 1)  # a last-token anchor inside the cut moves to the last token that is left
+            kept.append(Anchor(begin, stop, a.role, a.record, a.key))
+        self.anchors = kept
+
+
+class Renderer:
+    """Builds sequences for one checkpoint.
+
+    Args:
+        tokenizer: the checkpoint's.
+        prepare: ImageRef -> PreparedImage, the checkpoint's image processor.
+        image_token_id: what fills an image's place.
+        prompts: how content is presented for an embedding.
+        max_tokens: longest sequence; user texts are cut to fit, images never.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prepare: Callable[[ImageRef], PreparedImage],
+        *,
+        image_token_id: int,
+        prompts: Prompts,
+        max_tokens: int = 2048,
+    ):
+        self.tokenizer, self.prepare = tokenizer, prepare
+        self.image_token_id, self.prompts, self.max_tokens = image_token_id, prompts, max_tokens
+        start = tokenizer.encode("", add_special_tokens=True)
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and start[:1] == [bos] else []
+        self.image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
+        self.eos_ids = [i for i in [tokenizer.eos_token_id] if i is not None]
+
+    def builder(self) -> Builder:
+        """An empty sequence that starts as the checkpoint's sequences do."""
+        builder = Builder(self.tokenizer, self.image_token_id)
+        builder.add(list(self.bos))
+        return builder
+
+    def prompt(self, builder: Builder, parts: Parts, *, query: bool = False) -> list[Span]:
+        """Write the embedding prompt of `parts`; returns the span of every part."""
+        kinds = {isinstance(p, ImageRef) for p in parts}
+        name = ("image" if kinds == {True} and len(parts) == 1 else "text") if len(kinds) == 1 else "parts"
+        name = "parts" if name == "image" and len(parts) > 1 else name
+        template: str = getattr(self.prompts, name)
+        before, after = SLOT.split(template)[::2]
+        if self.prompts.chat:
+            turn = self._template([Message("user", ("\ue000",))], generation_prompt=True)
+            opening, closing = turn.split("\ue000")
+            before, after = opening + before, after + closing
+        if self.bos and self.tokenizer.bos_token and before.startswith(str(self.tokenizer.bos_token)):
+            before = before[len(str(self.tokenizer.bos_token)) :]
+        builder.control(before)
+        spans = []
+        for i, part in enumerate(parts):
+            if isinstance(part, ImageRef):
+                spans.append(builder.image(self.prepare(part)))
+            else:
+                lead = " " if i and not isinstance(parts[i - 1], ImageRef) else ""
+                spans.append(builder.text(lead + (self.prompts.query if query else "") + part))
+        builder.control(after)
+        return spans
+
+    def embed(self, parts: Parts, *, query: bool = False, role: str = "", record: str = "", key: str = "") -> Sequence:
+        """The sequence whose one anchor is the embedding of `parts`. Raises DataError for nothing to embed."""
+        if not parts or any(isinstance(p, str) and not p.strip() for p in parts):
+            raise DataError("nothing to embed", fix="Give a non-empty text or an image")
+        builder = self.builder()
+        spans = self.prompt(builder, parts, query=query)
+        builder.anchor(self.reading(builder, parts, spans), role=role, record=record, key=key)
+        return builder.build(self.max_tokens)
+
+    def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
+        """Where the prompt that was just written is read: the image's tokens or the last token of all."""
+        if self.prompts.image_pool == "mean" and len(parts) == 1 and isinstance(parts[0], ImageRef):
+            return spans[0]
+        return len(builder.ids) - 1, len(builder.ids)
+
+    def chat(self, messages: tuple[Message, ...], *, answer: bool) -> Sequence:
+        """A conversation in the checkpoint's own chat template.
+
+        Args:
+            messages: turns.
+            answer: True leaves the sequence open for the model to answer; False supervises every assistant turn, its
+                end-of-turn token included.
+
+        Raises:
+            DataError: images and template alone exceed the limit.
+        """
+        # Every user string becomes a numbered mark in the template's output, so control and user text stay apart.
+        contents: list[tuple[str, bool]] = []
+        marked = []
+        for message in messages:
+            parts = []
+            for part in message.parts:
+                if isinstance(part, str):
+                    parts.append(f"\ue000{len(contents)}\ue001")
+                    contents.append((part, message.role == "assistant" and not answer))
+                else:
+                    parts.append(part)  # type: ignore[arg-type]
+            marked.append(Message(message.role, tuple(parts)))
+        refs = [p for m in messages for p in m.parts if isinstance(p, ImageRef)]
+        rendered = self._template(marked, generation_prompt=answer)
+        builder = self.builder()
+        if self.bos and self.tokenizer.bos_token:
+            rendered = rendered.removeprefix(str(self.tokenizer.bos_token))
+        closing = False  # True right after a supervised text: its end-of-turn token is supervised too
+        for piece in re.split(rf"(\ue000\d+\ue001|{re.escape(self.image_token)})", rendered):
+            if piece == self.image_token:
+                builder.image(self.prepare(refs[len(builder.images)]))
+            elif piece.startswith("\ue000"):
+                text, supervised = contents[int(piece[1:-1])]
+                closing = bool(builder.text(text, supervised=supervised)) and supervised
+            elif piece or closing:
+                self._control(builder, piece, closing=closing)
+                closing = False
+        return builder.build(self.max_tokens)
+
+    def _control(self, builder: Builder, piece: str, *, closing: bool) -> None:
+        """A template piece; behind an answer its end-of-turn token is supervised, and added where the template has none."""
+        ids = self.tokenizer.encode(piece, add_special_tokens=False)
+        if closing:
+            stop = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
+            builder.add(self.eos_ids[:1] if stop is None else ids[: stop + 1], supervised=True)
+            ids = ids if stop is None else ids[stop + 1 :]
+        builder.add(ids)
+
+    def _template(self, messages: list[Message], *, generation_prompt: bool) -> str:
+        def content(message: Message, as_list: bool) -> Any:
+            if as_list:
+                return [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
+            return "".join(p if isinstance(p, str) else self.image_token + "\n" for p in message.parts)
+
+        if not self.tokenizer.chat_template:
+            raise ConfigError("the checkpoint has no chat template", place="prompts.chat", fix="Set prompts.chat to false")
+        for as_list in (True, False):  # templates of text-only origin take strings only
+            rows = [{"role": m.role, "content": content(m, as_list)} for m in messages]
+            text = str(
+                self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)  # type: ignore[arg-type]
+            )
+            wanted = [p for m in messages for p in m.parts if isinstance(p, str)]
+            count = sum(not isinstance(p, str) for m in messages for p in m.parts)
+            if all(text.count(p) == 1 for p in wanted) and text.count(self.image_token) == count and "'type'" not in text:
+                return text
+        raise ConfigError(
+            "the checkpoint's chat template drops or repeats content", place="chat_template", fix="Mend chat_template.jinja"
+        )

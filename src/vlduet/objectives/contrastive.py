@@ -1,0 +1,74 @@
+"""Symmetric InfoNCE with several positives, hard negatives and masks by content (VladVA eq. for L_c; CLIP, SupCon).
+
+    s_ij = <a_i, b_j> / tau        L = (1/n) sum_i [ -log softmax_row(s)_i+ - log softmax_col(s)_i+ ]
+
+Where several columns are positives of a row (a repeated caption is a positive, not a false negative), the row's loss is the
+mean of its positives' -log p, each against *itself and the negatives*: another positive never stands in the denominator, so
+duplicates neither attract twice nor repel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def directed_infonce(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
+    """Mean over a row's positives of -log p(positive), one number a row.
+
+    Args:
+        scores: float[n, m], cosine / temperature.
+        positive: bool[n, m].
+        ignore: bool[n, m], pairs that are neither positive nor negative (same content, unknown relevance).
+
+    Returns:
+        float[n]; rows without a positive give 0.
+    """
+    negative = ~positive if ignore is None else ~(positive | ignore)
+    rest = scores.masked_fill(~negative, float("-inf")).logsumexp(1, keepdim=True)  # [n, 1]
+    each = torch.logaddexp(scores, rest) - scores  # -log( e^s / (e^s + sum of negatives) )
+    count = positive.sum(1).clamp(min=1)
+    return each.masked_fill(~positive, 0.0).sum(1) / count
+
+
+def symmetric_infonce(
+    left: Tensor,
+    right: Tensor,
+    *,
+    logit_scale: Tensor,
+    positive: Tensor,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    world_size: int = 1,
+) -> Tensor:
+    """L_c of the global batch; each rank computes its own rows and columns of it.
+
+    Args:
+        left: float[N, D] unit vectors of all ranks (images), gathered with gradient.
+        right: float[M, D] unit vectors of all ranks (texts, then hard negatives), gathered with gradient.
+        logit_scale: scalar, log(1 / temperature), already limited by the caller.
+        positive: bool[N, M]. A row or column without a positive takes part as a negative only.
+        rows: the rows of `left` that are this rank's; columns: the columns of `right` that are.
+
+    Returns:
+        This rank's share: sum over its rows and columns / global number of rows with a positive, times world_size.
+    """
+    scores = (left @ right.T) * logit_scale.exp()
+    pairs = max(int(positive.any(1).sum()), 1)
+    captions = max(int(positive.any(0).sum()), 1)
+    forward = directed_infonce(scores[rows], positive[rows]).sum() / pairs
+    backward = directed_infonce(scores.T[columns], positive.T[columns]).sum() / captions
+    return (forward + backward) * world_size
+
+
+def limited(logit_scale: Tensor, floor: float) -> Tensor:
+    """log(1/tau) with tau >= floor, so that the softmax cannot sharpen without end."""
+    return logit_scale.clamp(max=float(-torch.log(torch.tensor(floor))))
+
+
+def same_content(left: list[str], right: list[str]) -> Tensor:
+    """bool[len(left), len(right)]: equal keys. Integers by dictionary first: 4,096 x 4,096 string comparisons are slow."""
+    number: dict[str, int] = {}
+    a = torch.tensor([number.setdefault(k, len(number)) for k in left], dtype=torch.long)
+    b = torch.tensor([number.setdefault(k, len(number)) for k in right], dtype=torch.long)
+    return a[:, None] == b[None, :]

@@ -1,0 +1,1 @@
+"""Documents, their vectors, the stores that keep them, and search."""

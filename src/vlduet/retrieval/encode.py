@@ -1,0 +1,119 @@
+"""From documents to vectors: in chunks, with broken items named and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from vlduet.data.records import Part, Parts
+from vlduet.errors import DataError, RetrievalError
+from vlduet.retrieval.documents import Document
+from vlduet.retrieval.store import atomic_write
+
+T = TypeVar("T")
+
+OnFailure = Callable[[Document, DataError], object]
+"""Told of every document that could not be embedded, and why."""
+
+CHUNK = 128
+"""Documents that are embedded, and committed to an index, at a time."""
+
+
+class Embedder(Protocol):
+    """What retrieval needs of a model; `DuetModel` is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that decides an embedding."""
+
+    @property
+    def image_backend(self) -> str:
+        """The library that decodes and resizes images."""
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the vectors."""
+
+    def encode_query(self, items: Sequence[Part | Parts]) -> np.ndarray:
+        """float32[N, D] unit vectors of what is asked."""
+
+    def encode_document(self, items: Sequence[Part | Parts]) -> np.ndarray:
+        """float32[N, D] unit vectors of what is searched."""
+
+
+def encode_documents(
+    model: Embedder, documents: Iterable[Document], *, on_error: OnFailure, chunk: int = CHUNK
+) -> Iterator[tuple[list[Document], np.ndarray]]:
+    """Embed documents, lazily.
+
+    Args:
+        model: embeds.
+        documents: what is embedded, read as it is needed.
+        on_error: told of every document that the model cannot embed (a broken image); the rest goes on.
+        chunk: documents that are embedded at a time.
+
+    Yields:
+        (documents, float32[N, D] of unit length), in order; N may be smaller than `chunk`, never 0.
+
+    Raises:
+        RetrievalError: vectors that are not finite.
+    """
+    for group in batched(documents, chunk):
+        kept, vectors = _encode(model, group, on_error)
+        if kept:
+            yield kept, vectors
+
+
+def _encode(model: Embedder, group: list[Document], on_error: OnFailure) -> tuple[list[Document], np.ndarray]:
+    """A group that fails is halved until the broken document stands alone."""
+    try:
+        return group, checked(model.encode_document([document.parts for document in group]), group)
+    except DataError as error:
+        if len(group) == 1:
+            on_error(group[0], error)
+            return [], np.empty((0, model.dim), dtype=np.float32)
+    middle = len(group) // 2
+    halves = [_encode(model, half, on_error) for half in (group[:middle], group[middle:])]
+    return [d for kept, _ in halves for d in kept], np.concatenate([vectors for _, vectors in halves])
+
+
+def checked(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
+    """The vectors, if they are finite: a NaN in an index would win or lose every search."""
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        fix = "The model's weights or its precision are broken: try another checkpoint"
+        raise RetrievalError(
+            f"the model gave a vector that is not finite for '{documents[bad[0]].id}'", fix=fix
+        )
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3), "embeddings have unit length"
+    return vectors.astype(np.float32, copy=False)
+
+
+def write_vectors(path: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
+    """Write ``ids`` (unicode[N]) and ``vectors`` (float32[N, D], unit length) as ``.npz``, whole or not at all.
+
+    Raises:
+        RetrievalError: the file cannot be written.
+    """
+    arrays: dict[str, Any] = {
+        "ids": np.array(ids, dtype=np.str_),
+        "vectors": vectors.astype(np.float32, copy=False),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        raise RetrievalError(
+            f"cannot be written ({error.strerror})", place=path, fix="Choose another --out"
+        ) from error
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size`, as the items come."""
+    source = iter(items)
+    while group := list(islice(source, size)):
+        yield group

@@ -1,0 +1,165 @@
+"""Filters on metadata, with one meaning in every store.
+
+A value is a text, a number or a flag, and is compared only with values of its own kind. A document without the key, or with a
+value of another kind, satisfies no condition but ``!=``, which is the exact opposite of ``=``. Lists, objects and null in
+metadata are kept and shown, but never match.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlduet.errors import RetrievalError, closest
+from vlduet.retrieval.documents import clean
+
+Scalar = str | float | bool
+
+KINDS: dict[str, type] = {"text": str, "number": float, "flag": bool}
+COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+OPERATORS = ("=", "!=", *COMPARE, "in")
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """``key operator value``; the value of ``in`` is a tuple.
+
+    Raises:
+        RetrievalError: an unknown operator, or a value that cannot be compared.
+    """
+
+    key: str
+    operator: str
+    value: Any
+
+    def __post_init__(self) -> None:
+        where = f"where: {self.key!r} {self.operator}"
+        if self.operator not in OPERATORS:
+            raise RetrievalError(
+                f"unknown operator '{self.operator}'", place=where, fix=f"Use {' '.join(OPERATORS)}"
+            )
+        many = self.operator == "in"
+        if many and (isinstance(self.value, str) or not isinstance(self.value, Iterable)):
+            raise RetrievalError(f"{self.value!r} is not a list", place=where, fix="Give several values")
+        given = list(self.value) if many else [self.value]
+        values = [scalar(value) for value in given]
+        for raw, value in zip(given, values, strict=True):
+            if value is None or (self.operator in COMPARE and isinstance(value, bool)):
+                fix = (
+                    "Compare with a text or a number"
+                    if self.operator in COMPARE
+                    else "Use a text, a number or a flag"
+                )
+                raise RetrievalError(f"{raw!r} cannot be compared", place=where, fix=fix)
+        object.__setattr__(self, "value", tuple(values) if many else values[0])
+
+    @property
+    def values(self) -> tuple[Scalar, ...]:
+        """The value, or those of ``in``."""
+        found: tuple[Scalar, ...] = self.value if self.operator == "in" else (self.value,)
+        return found
+
+    def matches(self, filters: Mapping[str, Scalar]) -> bool:
+        """Whether a document with these filter values satisfies the condition."""
+        own = filters.get(self.key)
+        if self.operator in COMPARE:
+            return (
+                own is not None
+                and kind(own) == kind(self.value)
+                and bool(COMPARE[self.operator](own, self.value))
+            )
+        found = any(own is not None and kind(own) == kind(value) and own == value for value in self.values)
+        return found is not (self.operator == "!=")
+
+
+Where = Mapping[str, Any] | Iterable[Condition] | None
+"""``{"category": "animals"}`` (equal), ``{"category": ["animals", "plants"]}`` (one of), or Conditions; all must hold."""
+
+
+def conditions(where: Where) -> tuple[Condition, ...]:
+    """Any form of filter -> conditions that must all hold. Raises RetrievalError as Condition does."""
+    if where is None:
+        return ()
+    if isinstance(where, Mapping):
+        many = list | tuple | set | frozenset
+        return tuple(
+            Condition(key, "in" if isinstance(value, many) else "=", value) for key, value in where.items()
+        )
+    return tuple(where)
+
+
+def scalar(value: Any) -> Scalar | None:
+    """A metadata value as it is compared, or None for what cannot be: lists, objects, null, NaN, endless numbers."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, int | float):
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if math.isfinite(number) else None
+    return None
+
+
+def kind(value: Scalar) -> str:
+    """text, number or flag."""
+    return next(name for name, form in KINDS.items() if type(value) is form)
+
+
+_CONDITION = re.compile(
+    r"\s*(?P<key>.+?)\s*(?P<operator>!=|<=|>=|=|<|>|(?<=\s)in(?=\s))\s*(?P<value>.*?)\s*", re.DOTALL
+)
+
+
+def parse(text: str, fields: Mapping[str, Iterable[str]]) -> Condition:
+    """A condition as typed: ``category=animals``, ``year>=1990``, ``category in animals,plants``.
+
+    Args:
+        text: the condition; a value is read as the kind that the index holds for its key.
+        fields: the kinds that the index holds for each key.
+
+    Raises:
+        RetrievalError: not a condition, an unknown key, a value of no fitting kind.
+    """
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise RetrievalError(
+            f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS)
+        )
+    key, sign, value = match["key"], match["operator"], match["value"]
+    check_keys([key], fields)
+    kinds = set(fields.get(key, KINDS))
+    if sign == "in":
+        return Condition(key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")])
+    return Condition(key, sign, _typed(value, kinds, text))
+
+
+def check_keys(keys: Iterable[str], fields: Mapping[str, Iterable[str]]) -> None:
+    """Raises RetrievalError for a key that no document of a filled index has: a misspelt filter must not look like no hits."""
+    for key in keys:
+        if fields and key not in fields:
+            raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=closest(key, fields))
+
+
+def _typed(value: str, kinds: set[str], text: str) -> Scalar:
+    if "number" in kinds:
+        try:
+            number = scalar(float(value))
+        except ValueError:
+            number = None
+        if number is not None:
+            return number
+    if "flag" in kinds and value in ("true", "false"):
+        return value == "true"
+    if "text" in kinds:
+        return value
+    held = " and ".join(f"{name}s" for name in sorted(kinds))
+    raise RetrievalError(
+        f"'{value}': this key holds {held}", place=f"--where '{text}'", fix=f"Compare with one of the {held}"
+    )

@@ -1,0 +1,227 @@
+"""Where rows and their vectors are kept: the narrow interface, and the exact flat store.
+
+Every store gives the same answers: exact cosines, best first, ties by id. `FlatStore` is the plain twin that the tests hold
+`LanceStore` against, and good for up to some 100 000 rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+
+from vlduet.errors import RetrievalError
+from vlduet.retrieval.filters import Condition, Scalar
+
+SLACK = 1e-5
+"""More than float32 arithmetic can change a cosine: candidates this close to the k-th are scored again in float64."""
+
+
+class Stamp(NamedTuple):
+    """What a stored row was made of; an equal stamp means that nothing has to be done."""
+
+    key: str
+    """Hash of what was embedded."""
+    digest: str
+    """Hash of everything else: text, metadata, image path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One document as it is stored."""
+
+    id: str
+    stamp: Stamp
+    text: str
+    image: str | None
+    """Absolute path."""
+    image_relative: str | None
+    """The same path seen from the index folder, for folders that are moved together."""
+    metadata: Mapping[str, Any]
+    filters: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
+    """The metadata that can be filtered by. Not given back by searches."""
+
+
+class Match(NamedTuple):
+    """A row and its cosine to the query, rounded to six decimals."""
+
+    row: Row
+    score: float
+
+
+class Store(Protocol):
+    """Rows and unit vectors by id. One process writes at a time (`Index` holds the lock); others may read."""
+
+    def stamps(self) -> dict[str, Stamp]:
+        """What is there, by id."""
+
+    def vectors(self, ids: Sequence[str]) -> np.ndarray:
+        """float32[N, D] of stored ids, in their order."""
+
+    def upsert(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
+        """Write rows with distinct ids and float32[N, D] vectors, replacing rows of the same id; durable on return."""
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove rows; unknown ids are ignored; durable on return."""
+
+    def search(self, queries: np.ndarray, *, k: int, where: Sequence[Condition] = ()) -> list[list[Match]]:
+        """For each of float32[Q, D] unit queries the k best of the rows that satisfy `where`, or all if fewer."""
+
+    def count(self) -> int:
+        """Rows."""
+
+    def close(self) -> None:
+        """Tidy up what many small writes left, and let go of files."""
+
+
+def best(ids: Sequence[str], vectors: np.ndarray, query: np.ndarray, k: int) -> list[tuple[int, float]]:
+    """(position, cosine) of the k best of candidates float32[N, D], ties by id.
+
+    Scored in float64 and rounded, so equal content ties exactly whatever the order of rows or the machine.
+    """
+    scores = np.round(vectors.astype(np.float64) @ query.astype(np.float64), 6) + 0.0
+    order = sorted(range(len(ids)), key=lambda i: (-scores[i], ids[i]))[:k]
+    return [(i, float(scores[i])) for i in order]
+
+
+class FlatStore:
+    """Everything in memory; on disk one ``.npz`` a write, joined into one on close.
+
+    Args:
+        folder: made where it is missing and `write` is set.
+        dim: D, the width of the vectors.
+        write: whether this process holds the index's lock.
+
+    Raises:
+        RetrievalError: a segment that cannot be read.
+    """
+
+    def __init__(self, folder: Path, *, dim: int, write: bool):
+        self.folder, self.dim, self.write = folder, dim, write
+        self._held: dict[str, tuple[Row, np.ndarray]] = {}
+        self._table: tuple[list[Row], np.ndarray] | None = None
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+        for segment in self._segments():
+            self._load(segment)
+
+    def _segments(self) -> list[Path]:
+        return sorted(self.folder.glob("segment-*.npz"))
+
+    def _load(self, segment: Path) -> None:
+        try:
+            with np.load(segment) as arrays:
+                vectors, told = arrays["vectors"], json.loads(arrays["told"].tobytes())
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            fix = "Delete the index and build it again"
+            raise RetrievalError(f"cannot be read ({error})", place=segment, fix=fix) from None
+        if told["whole"]:
+            self._held.clear()
+        for identity in told["deleted"]:
+            self._held.pop(identity, None)
+        for raw, vector in zip(told["rows"], vectors, strict=True):
+            row = Row(**raw | {"stamp": Stamp(*raw["stamp"])})
+            self._held[row.id] = row, vector
+
+    def _save(
+        self, rows: Sequence[Row], vectors: np.ndarray, *, deleted: Sequence[str] = (), whole: bool = False
+    ) -> None:
+        last = self._segments()[-1:]
+        number = int(last[0].stem.removeprefix("segment-")) + 1 if last else 0
+        told = json.dumps(
+            {"rows": [asdict(row) for row in rows], "deleted": list(deleted), "whole": whole}
+        ).encode()
+        arrays = {"vectors": vectors.astype(np.float32), "told": np.frombuffer(told, dtype=np.uint8)}
+        atomic_write(self.folder / f"segment-{number:08d}.npz", lambda file: np.savez(file, **arrays))
+        self._table = None
+
+    def stamps(self) -> dict[str, Stamp]:
+        """What is there, by id."""
+        return {identity: row.stamp for identity, (row, _) in self._held.items()}
+
+    def vectors(self, ids: Sequence[str]) -> np.ndarray:
+        """float32[N, D] of stored ids."""
+        return np.stack([self._held[identity][1] for identity in ids]) if ids else self._empty()
+
+    def _empty(self) -> np.ndarray:
+        return np.empty((0, self.dim), dtype=np.float32)
+
+    def upsert(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
+        """Write rows and their vectors."""
+        assert vectors.shape == (len(rows), self.dim) and self.write
+        self._save(rows, vectors)
+        self._held |= {
+            row.id: (row, vector) for row, vector in zip(rows, vectors.astype(np.float32), strict=True)
+        }
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove rows."""
+        assert self.write
+        self._save([], self._empty(), deleted=ids)
+        for identity in ids:
+            self._held.pop(identity, None)
+
+    def search(self, queries: np.ndarray, *, k: int, where: Sequence[Condition] = ()) -> list[list[Match]]:
+        """The k best rows for each query."""
+        if self._table is None:
+            held = list(self._held.values())
+            self._table = [row for row, _ in held], np.stack([v for _, v in held]) if held else self._empty()
+        rows, vectors = self._table
+        if where:
+            kept = [i for i, row in enumerate(rows) if all(c.matches(row.filters) for c in where)]
+            rows, vectors = [rows[i] for i in kept], vectors[kept]
+        found = []
+        for query in queries.astype(np.float32):
+            scores = vectors @ query  # [N]
+            floor = np.partition(scores, -k)[-k] - SLACK if len(rows) > k else -np.inf
+            near = np.flatnonzero(scores >= floor)
+            ranked = best([rows[i].id for i in near], vectors[near], query, k)
+            found.append([Match(rows[near[i]], score) for i, score in ranked])
+        return found
+
+    def count(self) -> int:
+        """Rows."""
+        return len(self._held)
+
+    def close(self) -> None:
+        """Join the segments."""
+        before = self._segments()
+        if not self.write or len(before) < 2:
+            return
+        held = list(self._held.values())
+        self._save([row for row, _ in held], self.vectors([row.id for row, _ in held]), whole=True)
+        for segment in before:
+            segment.unlink()
+
+
+def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file that either is there whole or not at all, power loss included."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync([path.parent])
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Ask the system to bring files and folders to the disk."""
+    for path in paths:
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except PermissionError:  # Windows opens no folders
+            continue
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
