@@ -46,10 +46,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def total(value: float, device: torch.device | None = None) -> float:
+def total(value: float) -> float:
     """Sum of a number over all ranks."""
     if world_size() == 1:
         return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     box = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(box)
     return float(box.item())
@@ -76,7 +77,8 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     if world_size() == 1:
         return rows, 0
     counts = gather_objects(len(rows))
-    return _GatherRows.apply(rows, counts), sum(counts[: rank()])  # type: ignore[no-untyped-call]
+    gathered: Tensor = _GatherRows.apply(rows, counts)  # type: ignore[no-untyped-call]
+    return gathered, sum(counts[: rank()])
 
 
 class _GatherRows(torch.autograd.Function):
@@ -93,7 +95,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         begin = sum(ctx.counts[: rank()])

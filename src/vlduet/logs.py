@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 def progress(items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
     """Yield `items` under a progress bar on standard error; plain lines now and then when that is not a terminal."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(total=total, label=label) as bar:
         for item in items:
@@ -71,7 +71,9 @@ class Progress:
         of = f"{self.done}/{self.total}" if self.total else str(self.done)
         return f"{self.label}: {of} after {time.monotonic() - self._started:.0f} s {self.note}".rstrip()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         if kind is None and time.monotonic() - self._started > 2.0:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -160,7 +161,7 @@ def _fetch_into(target: Path, package: Package, tell: Callable[[str], None]) -> 
         verify(archive, package)
         try:
             _unpack(archive, tree)
-        except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
             raise PackageError(f"{package}: {archive.name} cannot be unpacked: {error}") from error
         tree.rename(target)
     finally:
@@ -206,9 +207,7 @@ def _pip(package: Package, to: Path) -> None:
 
 def _npm(package: Package, to: Path) -> None:
     if shutil.which("npm") is None:
-        raise PackageError(
-            f"{package} needs npm, which is not installed", fix="Install Node.js, then try again"
-        )
+        raise PackageError(f"{package} needs npm, which is not installed", fix="Install Node.js, then try again")
     if failure := _run(["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"], cwd=to):
         raise PackageError(f"npm could not download {package}: {failure}", fix=IN_REACH)
 

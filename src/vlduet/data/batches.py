@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -56,11 +56,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; the images move when the vision tower reads them."""
-        moved = [
-            t.to(device)
-            for t in (self.ids, self.labels, self.segments, self.positions, self.image_mask, self.anchor_spans)
-        ]
-        return Batch(*moved[:5], self.images, self.anchors, moved[5])
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack_to: int | None = None) -> Batch:

@@ -220,6 +220,13 @@ def encode_png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
+def encode_jpeg(image: Image.Image) -> bytes:
+    """JPEG bytes, at a quality where photos show no loss."""
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=90, optimize=True)
+    return out.getvalue()
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, with the folders it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -264,3 +271,18 @@ def perceptual_hash(image: Image.Image) -> int:
 def colours(image: Image.Image) -> bytes:
     """192 bytes, the image as 8 x 8 RGB: tells a red hat from the same hat in blue, which `perceptual_hash` does not."""
     return resized(image, 8, 8).tobytes()
+
+
+def texture(ref: ImageRef) -> tuple[float, int]:
+    """How a cut-out was made: (share of equal horizontal neighbours, number of colours), both of its opaque pixels.
+
+    Raises:
+        ImageError: as `load` does.
+    """
+    load(ref)  # all the checks
+    pixels = np.asarray(Image.open(io.BytesIO(read_bytes(ref))).convert("RGBA")).astype(np.int32)  # [H, W, 4]
+    opaque = pixels[..., 3] > 250
+    pairs = opaque[:, 1:] & opaque[:, :-1]
+    equal = (pixels[:, 1:, :3] == pixels[:, :-1, :3]).all(-1) & pairs
+    colour = (pixels[..., :3] >> 2)[opaque] @ np.array([1 << 12, 1 << 6, 1])  # 18 bits: nearly equal ones are one
+    return float(equal.sum() / max(1, pairs.sum())), len(np.unique(colour))

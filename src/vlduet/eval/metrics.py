@@ -40,9 +40,7 @@ def first_hit_ranks(similarity: Floats, relevant: Bools) -> Ints:
         everything.
     """
     positives, negatives = _sides(similarity, relevant)
-    return np.asarray(
-        1 + (negatives >= positives.max(1, keepdims=True)).sum(1, where=~relevant), dtype=np.int64
-    )
+    return np.asarray(1 + (negatives >= positives.max(1, keepdims=True)).sum(1, where=~relevant), dtype=np.int64)
 
 
 def hit_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = KS) -> dict[str, float]:

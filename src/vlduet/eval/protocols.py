@@ -60,12 +60,12 @@ class Direction:
     @property
     def num_queries(self) -> int:
         """Q"""
-        return self.similarity.shape[0]
+        return len(self.relevant)
 
     @property
     def num_gallery(self) -> int:
         """G"""
-        return self.similarity.shape[1]
+        return len(self.relevant[0])
 
     def hits(self) -> dict[str, float]:
         """``{"hit@1": fraction, "hit@5": ..., "hit@10": ...}``"""
@@ -103,9 +103,7 @@ class RetrievalResult:
     """Queries are the images, the gallery is the captions."""
 
 
-def retrieval(
-    embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]
-) -> RetrievalResult:
+def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]) -> RetrievalResult:
     """Retrieve among held-out records in both directions.
 
     Args:
@@ -237,9 +235,7 @@ def wrong_images(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
         turned = (order[(at + len(order) // 2 + step) % len(order)] for step in range(len(order)))
         other = next((j for j in turned if not keys[j] & keys[item]), None)
         if other is None:
-            raise DataError(
-                "all records share a caption, so no image is wrong", fix="Evaluate on more records"
-            )
+            raise DataError("all records share a caption, so no image is wrong", fix="Evaluate on more records")
         found[item] = other
     return found
 

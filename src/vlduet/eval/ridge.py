@@ -1,11 +1,10 @@
-"""The baseline that keeps a joint model honest: ridge regression from frozen image features to frozen text
-vectors.
+"""The baseline that keeps a joint model honest: ridge regression from image features to text vectors.
 
 It trains in seconds and nothing in it speaks. A joint model that does not beat it has not earned its keep.
 
-    image features [F] - mean -> unit length -> W -> [D] ──┐
-                                                           cosine
-    text vectors [D]   - mean ────────────────────────────┘
+    image features [F] -> unit length - mean -> W [F, D] ──┐
+                                                           ├── cosine
+    text vectors [D]   -> unit length - mean ──────────────┘
 
 Both means are those of the training pairs; the strength of the penalty is chosen on validation records,
 never on the held-out ones.
@@ -110,4 +109,4 @@ def _unit(rows: NDArray[np.floating]) -> Floats:
     """Rows of unit length, float64; a row of zeros stays zero."""
     rows = np.asarray(rows, dtype=np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1.0)  # type: ignore[no-any-return]
+    return rows / np.where(lengths > 0, lengths, 1.0)

@@ -44,12 +44,13 @@ def add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=rf".*language_model\..*\.({TARGETS[lora.targets]})",
-        base_model_name_or_path=backbone.folder.name,
     )
     try:
-        return get_peft_model(backbone.model, config)  # type: ignore[return-value]
+        return get_peft_model(backbone.model, config)
     except ValueError as error:
-        raise ConfigError(str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers") from None
+        raise ConfigError(
+            str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers"
+        ) from None
 
 
 def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -57,13 +58,16 @@ def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> P
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError("no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout")
     try:
-        return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base") from None
 
 
 def save_lora(peft: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
+    for config in peft.peft_config.values():
+        # PEFT would write this machine's absolute path.
+        config.base_model_name_or_path = Path(config.base_model_name_or_path or "").name
     peft.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
 

@@ -36,6 +36,7 @@ IMAGE_BACKEND = "pil"
 """The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
 
 Inputs = Mapping[str, Tensor]
+Tokenizer = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Backbone(nn.Module):
         folder: where it was read from.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any, folder: Path):
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, image_processor: Any, *, folder: Path):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -69,12 +70,12 @@ class Backbone(nn.Module):
     @property
     def trunk(self) -> nn.Module:
         """The language model without its head: float[B, T, D] -> final hidden states, after the final norm."""
-        return self.model.model.language_model  # type: ignore[no-any-return, union-attr]
+        return self.model.model.language_model  # type: ignore[no-any-return]
 
     @property
     def projector(self) -> nn.Module:
         """float[tokens, Dv] -> float[tokens, D]."""
-        return self.model.model.multi_modal_projector  # type: ignore[no-any-return, union-attr]
+        return self.model.model.multi_modal_projector  # type: ignore[no-any-return]
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -139,7 +140,9 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
     config = read_config(folder)
     family_of(config.get("model_type", ""), folder)
     if not list(folder.glob("*.safetensors")):
-        raise ModelError("no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read")
+        raise ModelError(
+            "no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read"
+        )
     with _quiet():
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -157,7 +160,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
     model.requires_grad_(False)
-    return Backbone(model.to(device).eval(), tokenizer, processor, folder)
+    return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -167,7 +170,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError("no config.json here", place=folder, fix="Name a folder that holds a Hugging Face checkpoint")
     config: dict[str, Any] = json.loads(path.read_text())
     if "auto_map" in config:
-        raise ModelError("config.json has auto_map: it wants to run its own code", place=path, fix="Use a converted checkpoint")
+        raise ModelError(
+            "config.json has auto_map: it wants to run its own code", place=path, fix="Use a converted checkpoint"
+        )
     return config
 
 
@@ -188,7 +193,9 @@ def load_text_encoder(folder: Path) -> Callable[[list[str]], Tensor]:
     read_config(folder)
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True).eval()
+        model = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).eval()
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
@@ -204,7 +211,9 @@ def family_of(model_type: str, folder: Path) -> Family:
     """The family of a `model_type`. Raises ModelError that lists the known ones."""
     if model_type not in BACKBONES:
         raise ModelError(
-            f"no backbone for model_type '{model_type}'", place=folder / "config.json", fix=closest(model_type, BACKBONES)
+            f"no backbone for model_type '{model_type}'",
+            place=folder / "config.json",
+            fix=closest(model_type, BACKBONES),
         )
     return BACKBONES[model_type]()
 
@@ -224,7 +233,7 @@ def llava() -> Family:
     def count(model: PreTrainedModel, inputs: Inputs) -> int:
         height, width = inputs["pixel_values"].shape[-2:]
         patch = model.config.vision_config.patch_size
-        return (height // patch) * (width // patch) + (model.config.vision_feature_select_strategy != "default")
+        return int((height // patch) * (width // patch) + (model.config.vision_feature_select_strategy != "default"))
 
     return Family(count=count, vision=vision)
 
@@ -234,7 +243,8 @@ def fast_vlm() -> Family:
 
     def vision(model: PreTrainedModel, inputs: Inputs) -> Tensor:
         out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, Dv, h, w]
-        return out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
+        tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
+        return tokens
 
     def count(model: PreTrainedModel, inputs: Inputs) -> int:
         return int(model.config.image_seq_length)

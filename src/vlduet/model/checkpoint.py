@@ -127,7 +127,9 @@ def inventory(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def verify(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place: Path) -> None:

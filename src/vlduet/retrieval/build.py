@@ -82,9 +82,7 @@ def build(
     """
     path, source = Path(to), Path(source)
     if not source.exists():
-        raise DataError(
-            "no such file or folder", place=source, fix="Name a file of records or a folder of images"
-        )
+        raise DataError("no such file or folder", place=source, fix="Name a file of records or a folder of images")
     with _writing(path):
         manifest = replace(_prepare(path, model, side=side, store=store), source=str(source.resolve()))
         if model_path is not None:
@@ -142,7 +140,7 @@ class _Build:
     def image_path(self, image: ImageRef | None) -> Path | None:
         """The file of an image; one that came as bytes gets a place in the index, named by its content."""
         if image is None or image.data is None:
-            return image and image.path
+            return None if image is None else image.path
         return self.index.path / "images" / hashlib.sha256(image.data).hexdigest()
 
     def know(self, key: str, value: Scalar) -> bool:
@@ -159,10 +157,11 @@ class _Build:
         known = {d.key: self.homes[d.key] for d, _ in group if d.key in self.homes}
         vectors = dict(zip(known, self.store.vectors(list(known.values())), strict=True))
         failed: dict[str, DataError] = {}
-        new = {d.key: d for d, _ in reversed(group) if d.key not in known}
-        encoded = encode_documents(
-            self.model, new.values(), on_error=lambda d, error: failed.update({d.key: error})
-        )
+        new: dict[str, Document] = {}
+        for document, _ in group:
+            if document.key not in known:
+                new.setdefault(document.key, document)
+        encoded = encode_documents(self.model, new.values(), on_error=lambda d, error: failed.update({d.key: error}))
         for done, found in encoded:
             vectors |= {d.key: vector for d, vector in zip(done, found, strict=True)}
             self.embedded += len(done)
@@ -230,9 +229,7 @@ def _writing(path: Path) -> Iterator[None]:
         with FileLock(path / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RetrievalError(
-            "another process is writing this index", place=path, fix="Wait for it to end"
-        ) from None
+        raise RetrievalError("another process is writing this index", place=path, fix="Wait for it to end") from None
 
 
 def _prepare(path: Path, model: Embedder, *, side: Side | None, store: StoreKind | None) -> Manifest:

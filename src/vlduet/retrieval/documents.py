@@ -1,14 +1,13 @@
-"""Documents: what an index holds. One record gives one or several of them, depending on the side that is embedded.
+"""Documents: what an index holds. One record gives one or several, depending on the side that is embedded.
 
-    side      pair                     interleaved           chat                     retrieval
-    image     its image                every image           every image asked about  every image of a candidate
-    text      every short caption,     every sentence        the first question       every text of a candidate
-              else the long one
-    record    image + first caption    all slices in order   first question, images   every candidate
-                                                             and text in order
+    side    pair                  interleaved  chat                            retrieval
+    image   its image             each image   each image of the question      each image of each candidate
+    text    each short caption,   each slice   the question's text             each text of each candidate
+            else the long one     of text
+    record  image, first caption  all slices   the question, images and text   each candidate
 
-The `text` of a document is what `ask` quotes: captions, sentences, question and answer. Of a retrieval record the candidates
-(positives, then negatives) are documents, never the query.
+The `text` of a document is what `ask` quotes: captions, slices of text, question and answer. The question of
+a chat is its first user turn. The candidates of a retrieval record are its positives, then its negatives.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from vlduet.data.formats import read_records
 from vlduet.data.images import content_key
-from vlduet.data.records import ImageRef, Message, Part, Parts, Place, Record
+from vlduet.data.records import ImageRef, Parts, Place, Record
 from vlduet.errors import DataError, RetrievalError, closest
 
 Side = Literal["image", "text", "record"]
@@ -93,76 +92,62 @@ def of_record(record: Record, side: Side) -> list[Document]:
     Raises:
         DataError: the record holds nothing of this side.
     """
-    embedded = _embedded(record, side)
-    if not embedded:
-        what = "image" if side == "image" else "text"
-        raise DataError(
-            f"a record without {what}", place=record.place, fix="Index another --side, or leave it out"
-        )
-    quoted, shown = clean(_quoted(record)), next(iter(record.images()), None)
-    identity = clean(record.id)
     found = []
-    for i, parts in enumerate(embedded):
-        parts = tuple(clean(p) if isinstance(p, str) else p for p in parts)
-        own = [p for p in parts if isinstance(p, str)]
-        alone = side == "text" or record.kind == "retrieval"
-        found.append(
-            Document(
-                id=identity if len(embedded) == 1 else f"{identity}#{i}",
-                parts=parts,
-                text="\n".join(own) if alone and record.kind != "chat" else quoted,
-                image=next(
-                    (p for p in parts if isinstance(p, ImageRef)), None if alone and not own else shown
-                ),
-                metadata=record.metadata,
-                place=record.place,
-            )
-        )
-    return found
+    for scope in _scopes(record):
+        shown = _images(scope.whole)
+        for parts in scope.embedded(side):
+            parts = tuple(clean(p) if isinstance(p, str) else p for p in parts)
+            text = parts[0] if side == "text" and record.kind != "chat" else clean(scope.quoted)
+            image = next(iter(_images(parts) or shown), None)
+            assert isinstance(text, str)
+            found.append(Document(clean(record.id), parts, text, image, record.metadata, place=record.place))
+    if not found:
+        what = "image" if side == "image" else "text"
+        raise DataError(f"a record without {what}", place=record.place, fix="Index another --side, or leave it out")
+    return found if len(found) == 1 else [replace(d, id=f"{d.id}#{i}") for i, d in enumerate(found)]
 
 
-def _embedded(record: Record, side: Side) -> list[Parts]:
-    """What each document of the record embeds."""
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """What belongs together: a record, or one candidate of a retrieval record."""
+
+    whole: Parts
+    texts: tuple[str, ...]
+    quoted: str
+
+    def embedded(self, side: Side) -> list[Parts]:
+        """What each document embeds."""
+        if side == "record":
+            return [self.whole] if self.whole else []
+        return [(part,) for part in (self.texts if side == "text" else _images(self.whole))]
+
+
+def _scopes(record: Record) -> list[_Scope]:
     if record.kind == "pair":
-        captions = record.short or ((record.long,) if record.long else ())
         assert record.image is not None
-        whole: list[Parts] = [(record.image, *captions[:1])]
-        texts: tuple[str, ...] = captions
-    elif record.kind == "interleaved":
-        whole, texts = [record.parts], _texts(record.parts)
-    elif record.kind == "chat":
-        question = _first(record.messages, "user")
-        whole, texts = [question] if question else [], tuple(filter(None, [" ".join(_texts(question))]))
-    else:
-        whole = [*record.positive, *record.negative]
-        texts = tuple(text for parts in whole for text in _texts(parts))
-    if side == "record":
-        return whole
-    if side == "text":
-        return [(text,) for text in texts]
-    return [(part,) for parts in whole for part in parts if isinstance(part, ImageRef)]
+        long = () if record.long is None else (record.long,)
+        captions = record.short or long
+        return [_Scope((record.image, *captions[:1]), captions, "\n".join(record.short + long))]
+    if record.kind == "chat":
+        asked, answered = (
+            next((m.parts for m in record.messages if m.role == role), ()) for role in ("user", "assistant")
+        )
+        question, answer = " ".join(_texts(asked)), " ".join(_texts(answered))
+        return [_Scope(asked, (question,) if question else (), f"Question: {question}\nAnswer: {answer}")]
+    wholes = [record.parts] if record.kind == "interleaved" else [*record.positive, *record.negative]
+    return [_Scope(whole, _texts(whole), " ".join(_texts(whole))) for whole in wholes]
 
 
-def _quoted(record: Record) -> str:
-    """The text of the whole record."""
-    if record.kind == "pair":
-        return "\n".join([*record.short, *([record.long] if record.long else [])])
-    if record.kind == "interleaved":
-        return " ".join(_texts(record.parts))
-    question, answer = (" ".join(_texts(_first(record.messages, role))) for role in ("user", "assistant"))
-    return f"Question: {question}\nAnswer: {answer}" if record.messages else ""
+def _images(parts: Parts) -> tuple[ImageRef, ...]:
+    return tuple(p for p in parts if isinstance(p, ImageRef))
 
 
-def _texts(parts: tuple[Part, ...]) -> tuple[str, ...]:
+def _texts(parts: Parts) -> tuple[str, ...]:
     return tuple(p for p in parts if isinstance(p, str))
 
 
-def _first(messages: tuple[Message, ...], role: str) -> Parts:
-    return next((m.parts for m in messages if m.role == role), ())
-
-
 def clean(text: str) -> str:
-    """Text without lone surrogates: JSON can spell them, but neither a tokenizer nor a database takes them."""
+    """Text without lone surrogates: JSON can spell them, but no tokenizer and no database takes them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 OnFailure = Callable[[Document, DataError], object]
 """Told of every document that could not be embedded, and why."""
 
-CHUNK = 128
+CHUNK = 256
 """Documents that are embedded, and committed to an index, at a time."""
 
 
@@ -86,15 +86,13 @@ def checked(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
         fix = "The model's weights or its precision are broken: try another checkpoint"
-        raise RetrievalError(
-            f"the model gave a vector that is not finite for '{documents[bad[0]].id}'", fix=fix
-        )
+        raise RetrievalError(f"the model gave a vector that is not finite for '{documents[bad[0]].id}'", fix=fix)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3), "embeddings have unit length"
     return vectors.astype(np.float32, copy=False)
 
 
-def write_vectors(path: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
-    """Write ``ids`` (unicode[N]) and ``vectors`` (float32[N, D], unit length) as ``.npz``, whole or not at all.
+def write_vectors(path: Path, *, ids: Sequence[str], vectors: np.ndarray) -> None:
+    """Write ``ids`` (str[N]) and ``vectors`` (float32[N, D], unit length) as ``.npz``, whole or not at all.
 
     Raises:
         RetrievalError: the file cannot be written.
@@ -107,9 +105,7 @@ def write_vectors(path: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
-        raise RetrievalError(
-            f"cannot be written ({error.strerror})", place=path, fix="Choose another --out"
-        ) from error
+        raise RetrievalError(f"cannot be written ({error.strerror})", place=path, fix="Choose another --out") from error
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -1,8 +1,8 @@
 """Filters on metadata, with one meaning in every store.
 
-A value is a text, a number or a flag, and is compared only with values of its own kind. A document without the key, or with a
-value of another kind, satisfies no condition but ``!=``, which is the exact opposite of ``=``. Lists, objects and null in
-metadata are kept and shown, but never match.
+A value is a text, a number or a flag, and is compared only with values of its own kind. A document without
+the key, or with a value of another kind, satisfies no condition but ``!=``, which is the exact opposite of
+``=``. Lists, objects and null in metadata are kept and shown, but never match.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class Condition:
     def __post_init__(self) -> None:
         where = f"where: {self.key!r} {self.operator}"
         if self.operator not in OPERATORS:
-            raise RetrievalError(
-                f"unknown operator '{self.operator}'", place=where, fix=f"Use {' '.join(OPERATORS)}"
-            )
+            raise RetrievalError(f"unknown operator '{self.operator}'", place=where, fix=f"Use {' '.join(OPERATORS)}")
         many = self.operator == "in"
         if many and (isinstance(self.value, str) or not isinstance(self.value, Iterable)):
             raise RetrievalError(f"{self.value!r} is not a list", place=where, fix="Give several values")
@@ -50,9 +48,7 @@ class Condition:
         for raw, value in zip(given, values, strict=True):
             if value is None or (self.operator in COMPARE and isinstance(value, bool)):
                 fix = (
-                    "Compare with a text or a number"
-                    if self.operator in COMPARE
-                    else "Use a text, a number or a flag"
+                    "Compare with a text or a number" if self.operator in COMPARE else "Use a text, a number or a flag"
                 )
                 raise RetrievalError(f"{raw!r} cannot be compared", place=where, fix=fix)
         object.__setattr__(self, "value", tuple(values) if many else values[0])
@@ -67,33 +63,42 @@ class Condition:
         """Whether a document with these filter values satisfies the condition."""
         own = filters.get(self.key)
         if self.operator in COMPARE:
-            return (
-                own is not None
-                and kind(own) == kind(self.value)
-                and bool(COMPARE[self.operator](own, self.value))
-            )
+            return own is not None and kind(own) == kind(self.value) and bool(COMPARE[self.operator](own, self.value))
         found = any(own is not None and kind(own) == kind(value) and own == value for value in self.values)
         return found is not (self.operator == "!=")
 
 
-Where = Mapping[str, Any] | Iterable[Condition] | None
-"""``{"category": "animals"}`` (equal), ``{"category": ["animals", "plants"]}`` (one of), or Conditions; all must hold."""
+Where = Mapping[str, Any] | Iterable[Condition | str] | None
+"""``{"category": "animals"}`` (equal), ``{"category": ["animals", "plants"]}`` (one of), or a list of
+Conditions and of texts as on the command line: ``["category=animals", "year>=1990"]``. All must hold."""
+
+Fields = Mapping[str, Iterable[str]]
+"""The metadata keys that an index can be filtered by, and the kinds of their values."""
 
 
-def conditions(where: Where) -> tuple[Condition, ...]:
-    """Any form of filter -> conditions that must all hold. Raises RetrievalError as Condition does."""
-    if where is None:
-        return ()
+def conditions(where: Where, fields: Fields) -> tuple[Condition, ...]:
+    """Any form of filter -> conditions that must all hold.
+
+    Raises:
+        RetrievalError: a condition that cannot be read, or a key that no document has: a misspelt filter must
+            not look like no hits.
+    """
     if isinstance(where, Mapping):
-        many = list | tuple | set | frozenset
-        return tuple(
-            Condition(key, "in" if isinstance(value, many) else "=", value) for key, value in where.items()
-        )
-    return tuple(where)
+        found = [Condition(key, "in" if _is_many(value) else "=", value) for key, value in where.items()]
+    else:
+        given = [where] if isinstance(where, str) else where or ()
+        found = [parse(one, fields) if isinstance(one, str) else one for one in given]
+    for condition in found:
+        _check_key(condition.key, fields)
+    return tuple(found)
+
+
+def _is_many(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | frozenset)
 
 
 def scalar(value: Any) -> Scalar | None:
-    """A metadata value as it is compared, or None for what cannot be: lists, objects, null, NaN, endless numbers."""
+    """A metadata value as it is compared; None for what cannot be: lists, objects, null, infinities, NaN."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -103,7 +108,7 @@ def scalar(value: Any) -> Scalar | None:
             number = float(value)
         except OverflowError:
             return None
-        return number if math.isfinite(number) else None
+        return number + 0.0 if math.isfinite(number) else None  # -0.0 and 0.0 are one value
     return None
 
 
@@ -117,7 +122,7 @@ _CONDITION = re.compile(
 )
 
 
-def parse(text: str, fields: Mapping[str, Iterable[str]]) -> Condition:
+def parse(text: str, fields: Fields) -> Condition:
     """A condition as typed: ``category=animals``, ``year>=1990``, ``category in animals,plants``.
 
     Args:
@@ -129,22 +134,18 @@ def parse(text: str, fields: Mapping[str, Iterable[str]]) -> Condition:
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
-        raise RetrievalError(
-            f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS)
-        )
+        raise RetrievalError(f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS))
     key, sign, value = match["key"], match["operator"], match["value"]
-    check_keys([key], fields)
+    _check_key(key, fields)
     kinds = set(fields.get(key, KINDS))
     if sign == "in":
         return Condition(key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")])
     return Condition(key, sign, _typed(value, kinds, text))
 
 
-def check_keys(keys: Iterable[str], fields: Mapping[str, Iterable[str]]) -> None:
-    """Raises RetrievalError for a key that no document of a filled index has: a misspelt filter must not look like no hits."""
-    for key in keys:
-        if fields and key not in fields:
-            raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=closest(key, fields))
+def _check_key(key: str, fields: Fields) -> None:
+    if fields and key not in fields:
+        raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=closest(key, fields))
 
 
 def _typed(value: str, kinds: set[str], text: str) -> Scalar:

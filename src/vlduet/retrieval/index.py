@@ -1,4 +1,4 @@
-"""An index: a folder with a manifest, a store of rows and vectors, and the images that have no file of their own.
+"""An index: a folder with a manifest, a store of rows and vectors, and images that have no file of their own.
 
     INDEX/manifest.json      which model, prompts and image backend made it, from which source, and its size
           store/             LanceDB, or the flat store
@@ -72,11 +72,11 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The manifest of the index at `path`. Raises RetrievalError where there is none, or none that can be read."""
+        """The manifest of the index at `path`. Raises RetrievalError where there is none that can be read."""
         try:
             raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
-                newer = f"written in format {raw['format']} by vlduet {raw.get('vlduet')}, this version reads {FORMAT}"
+                newer = f"in format {raw['format']} of vlduet {raw.get('vlduet')}, this version reads {FORMAT}"
                 raise RetrievalError(newer, place=path, fix="Update vlduet, or build the index again")
             return cls(**raw)
         except (FileNotFoundError, NotADirectoryError):
@@ -99,9 +99,7 @@ class Manifest:
         if theirs != self.fingerprint:
             built = self.fingerprint + (f" ({self.model})" if self.model else "")
             what = f"built by model {built}, this is model {theirs}: their vectors cannot be compared"
-            fix = (
-                "Use that model (--model DIR), or build a new index with this one (vlduet index ... --to DIR)"
-            )
+            fix = "Use that model (--model DIR), or build a new index with this one (vlduet index ... --to DIR)"
             raise RetrievalError(what, place=path, fix=fix)
 
 
@@ -116,6 +114,7 @@ class Index:
 
     def __init__(self, path: Path, manifest: Manifest, *, write: bool = False):
         self.path, self.manifest = path, manifest
+        self._checked: Embedder | None = None
         self.store = _open_store(manifest.store, path / "store", dim=manifest.dim, write=write)
 
     @classmethod
@@ -133,7 +132,9 @@ class Index:
         manifest = Manifest.read(path)
         if model is not None:
             manifest.check(model, path)
-        return cls(path, manifest)
+        index = cls(path, manifest)
+        index._checked = model
+        return index
 
     @property
     def model_path(self) -> Path:
@@ -160,7 +161,9 @@ class Index:
 
     def check(self, model: Embedder) -> None:
         """Raises RetrievalError unless `model` gives the vectors that this index holds."""
-        self.manifest.check(model, self.path)
+        if self._checked is not model:  # once: a fingerprint hashes every trained weight
+            self.manifest.check(model, self.path)
+            self._checked = model
 
     def count(self) -> int:
         """Documents in the index."""

@@ -1,7 +1,7 @@
-"""The store in a local LanceDB folder: rows stay on disk, searches read vectors only. The one door to lancedb.
+"""The store in a local LanceDB folder, where rows stay on disk. The one door to lancedb.
 
-Exact: no vector index is ever built. Metadata is kept twice, as JSON to give back and as typed columns to filter by. LanceDB's
-threads do not survive a fork: start processes that search with spawn.
+Exact: no vector index is ever built. Metadata is kept twice, as JSON to give back and as typed columns to
+filter by. LanceDB's threads do not survive a fork: start processes that search with spawn.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from vlduet.retrieval.store import SLACK, Match, Row, Stamp, best, sync
 TABLE = "rows"
 GIVEN_BACK = ["id", "key", "digest", "text", "image", "image_relative", "metadata", "vector"]
 MAGIC = b"LANC"
-KEEP_VERSIONS = timedelta(hours=1)
-"""Readers that opened an older version may go on reading it for this long."""
+KEEP_VERSIONS = timedelta(minutes=10)
+"""Older versions stay this long, for searches that are reading them; every new search reads the newest."""
+COMPACT_EVERY = 64
+"""Commits; each leaves a small file that all later ones have to look at."""
 
 TYPES = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_()}
 
@@ -46,20 +48,24 @@ class LanceStore:
     def __init__(self, folder: Path, *, dim: int, write: bool):
         self.folder, self.dim, self.write = folder, dim, write
         self._synced: set[Path] = set()
+        self._commits = 0
         if write:
             self._drop_torn_versions()
-        database = lancedb.connect(folder)
         try:
-            if write:
-                self._table: Any = database.create_table(TABLE, schema=self._schema(), exist_ok=True)
-                self._sync()
-            else:
-                self._table = database.open_table(TABLE)
+            self._table: Any = self._open(lancedb.connect(folder, read_consistency_interval=timedelta(0)))
         except (ValueError, RuntimeError, OSError) as error:
             fix = "Run `vlduet index` on it again: what is there is kept"
-            raise RetrievalError(
-                f"the store cannot be opened ({_first_line(error)})", place=folder, fix=fix
-            ) from error
+            raise RetrievalError(f"the store cannot be opened ({_first_line(error)})", place=folder, fix=fix) from error
+        if write:
+            self._sync()
+
+    def _open(self, database: Any) -> Any:
+        try:
+            return database.open_table(TABLE)
+        except ValueError:
+            if not self.write:
+                raise
+            return database.create_table(TABLE, schema=self._schema())
 
     def _schema(self) -> pa.Schema:
         texts = [pa.field(name, pa.string()) for name in GIVEN_BACK[:-1]]
@@ -89,20 +95,16 @@ class LanceStore:
         assert vectors.shape == (len(rows), self.dim) and self.write
         if not rows:
             return
-        wanted = {
-            column(name, kind(value)): kind(value) for row in rows for name, value in row.filters.items()
-        }
+        wanted = {column(name, kind(value)): kind(value) for row in rows for name, value in row.filters.items()}
         missing = sorted(wanted.keys() - set(self._table.schema.names))
         if missing:
             self._table.add_columns(pa.schema([pa.field(name, TYPES[wanted[name]]) for name in missing]))
-        # Without use_index(False) a scalar index on the key makes merge_insert update nothing, silently (lancedb #3515).
-        merge = (
-            self._table.merge_insert("id")
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .use_index(False)
-        )
+        # Without use_index(False) a scalar index on the key makes it update nothing (lancedb #3515).
+        merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().use_index(False)
         merge.execute(self._arrow(rows, vectors))
+        self._commits += 1
+        if self._commits % COMPACT_EVERY == 0:
+            self._compact()
         self._sync()
 
     def _arrow(self, rows: Sequence[Row], vectors: np.ndarray) -> pa.Table:
@@ -124,9 +126,7 @@ class LanceStore:
                 values = pa.array(vectors.astype(np.float32).reshape(-1))
                 arrays.append(pa.FixedSizeListArray.from_arrays(values, self.dim))
             else:
-                arrays.append(
-                    pa.array(given.get(part.name) or [f.get(part.name) for f in filters], type=part.type)
-                )
+                arrays.append(pa.array(given.get(part.name) or [f.get(part.name) for f in filters], type=part.type))
         return pa.table(arrays, names=schema.names)
 
     def delete(self, ids: Sequence[str]) -> None:
@@ -145,11 +145,7 @@ class LanceStore:
     def _search_one(self, query: np.ndarray, k: int, predicate: str) -> list[Match]:
         limit = k + 16
         while True:
-            asked = (
-                self._table.search(query, vector_column_name="vector")
-                .distance_type("dot")
-                .bypass_vector_index()
-            )
+            asked = self._table.search(query, vector_column_name="vector").distance_type("dot").bypass_vector_index()
             if predicate:
                 asked = asked.where(predicate, prefilter=True)
             table = asked.select([*GIVEN_BACK, "_distance"]).limit(limit).to_arrow()
@@ -158,8 +154,7 @@ class LanceStore:
             if len(far) < limit or far[-1] > far[k - 1] + SLACK:
                 break
             limit *= 4
-        ids = table["id"].to_pylist()
-        ranked = best(ids, self._matrix(table), query, k)
+        ranked = best(query, k, ids=table["id"].to_pylist(), vectors=self._matrix(table))
         rows = table.select(GIVEN_BACK[:-1]).take([i for i, _ in ranked]).to_pylist() if ranked else []
         return [Match(_row(row), score) for row, (_, score) in zip(rows, ranked, strict=True)]
 
@@ -170,15 +165,17 @@ class LanceStore:
     def close(self) -> None:
         """Join the small files that many commits left."""
         if self.write:
-            self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
+            self._compact()
             self._sync()
+
+    def _compact(self) -> None:
+        self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
 
     def _sync(self) -> None:
         """LanceDB writes without fsync: bring every file it made since the last call to the disk."""
-        now = {path for path in self.folder.rglob("*") if path.suffix != ".json"}
+        now = {path for path in self.folder.rglob("*") if path.suffix != ".json"}  # a mere hint, written over
         new = now - self._synced
-        files = [path for path in new if path.is_file()]
-        sync([*files, *{path.parent for path in files}])
+        sync(new | {path.parent for path in new})
         self._synced = now
 
     def _drop_torn_versions(self) -> None:
@@ -194,9 +191,7 @@ class LanceStore:
 
 def _row(raw: dict[str, Any]) -> Row:
     stamp = Stamp(raw["key"], raw["digest"])
-    return Row(
-        raw["id"], stamp, raw["text"], raw["image"], raw["image_relative"], json.loads(raw["metadata"])
-    )
+    return Row(raw["id"], stamp, raw["text"], raw["image"], raw["image_relative"], json.loads(raw["metadata"]))
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import RetrievalError
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.filters import Where, check_keys, conditions
+from vlduet.retrieval.filters import Where, conditions
 from vlduet.retrieval.index import Index
 
 
@@ -27,9 +27,7 @@ class Hit:
     """From 1."""
 
 
-def search(
-    index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, where: Where = None
-) -> list[Hit]:
+def search(index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, where: Where = None) -> list[Hit]:
     """The k documents nearest to a query, best first; ties by id; all of them where there are fewer.
 
     Args:
@@ -49,10 +47,8 @@ def search(
     if k < 1:
         raise RetrievalError(f"{k} hits", place="k", fix="Ask for 1 or more")
     index.check(model)
-    wanted = conditions(where)
-    check_keys([condition.key for condition in wanted], index.manifest.fields)
+    wanted = conditions(where, index.manifest.fields)
     (found,) = index.store.search(model.encode_query([parts]), k=k, where=wanted)
     return [
-        Hit(row.id, score, row.text, index.image(row), row.metadata, rank)
-        for rank, (row, score) in enumerate(found, 1)
+        Hit(row.id, score, row.text, index.image(row), row.metadata, rank) for rank, (row, score) in enumerate(found, 1)
     ]

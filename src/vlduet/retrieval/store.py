@@ -1,7 +1,7 @@
 """Where rows and their vectors are kept: the narrow interface, and the exact flat store.
 
-Every store gives the same answers: exact cosines, best first, ties by id. `FlatStore` is the plain twin that the tests hold
-`LanceStore` against, and good for up to some 100 000 rows.
+Every store gives the same answers: exact cosines, best first, ties by id. `FlatStore` is the plain twin that
+the tests hold `LanceStore` against, and good for up to some 100 000 rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlduet.errors import RetrievalError
 from vlduet.retrieval.filters import Condition, Scalar
 
 SLACK = 1e-5
-"""More than float32 arithmetic can change a cosine: candidates this close to the k-th are scored again in float64."""
+"""More than float32 arithmetic can move a cosine: candidates this close to the k-th are scored in float64."""
 
 
 class Stamp(NamedTuple):
@@ -56,7 +56,8 @@ class Match(NamedTuple):
 
 
 class Store(Protocol):
-    """Rows and unit vectors by id. One process writes at a time (`Index` holds the lock); others may read."""
+    """Rows and unit vectors by id. One process writes at a time (`build` holds the lock); others may read meanwhile, and see
+    either what was there when they opened or something newer."""
 
     def stamps(self) -> dict[str, Stamp]:
         """What is there, by id."""
@@ -65,13 +66,13 @@ class Store(Protocol):
         """float32[N, D] of stored ids, in their order."""
 
     def upsert(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
-        """Write rows with distinct ids and float32[N, D] vectors, replacing rows of the same id; durable on return."""
+        """Write rows of distinct ids and float32[N, D], replacing rows of the same id; durable on return."""
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove rows; unknown ids are ignored; durable on return."""
 
     def search(self, queries: np.ndarray, *, k: int, where: Sequence[Condition] = ()) -> list[list[Match]]:
-        """For each of float32[Q, D] unit queries the k best of the rows that satisfy `where`, or all if fewer."""
+        """The k best rows that satisfy `where`, or all if fewer, for each of float32[Q, D] unit queries."""
 
     def count(self) -> int:
         """Rows."""
@@ -80,7 +81,7 @@ class Store(Protocol):
         """Tidy up what many small writes left, and let go of files."""
 
 
-def best(ids: Sequence[str], vectors: np.ndarray, query: np.ndarray, k: int) -> list[tuple[int, float]]:
+def best(query: np.ndarray, k: int, *, ids: Sequence[str], vectors: np.ndarray) -> list[tuple[int, float]]:
     """(position, cosine) of the k best of candidates float32[N, D], ties by id.
 
     Scored in float64 and rounded, so equal content ties exactly whatever the order of rows or the machine.
@@ -134,10 +135,11 @@ class FlatStore:
     ) -> None:
         last = self._segments()[-1:]
         number = int(last[0].stem.removeprefix("segment-")) + 1 if last else 0
-        told = json.dumps(
-            {"rows": [asdict(row) for row in rows], "deleted": list(deleted), "whole": whole}
-        ).encode()
-        arrays = {"vectors": vectors.astype(np.float32), "told": np.frombuffer(told, dtype=np.uint8)}
+        told = json.dumps({"rows": [asdict(row) for row in rows], "deleted": list(deleted), "whole": whole}).encode()
+        arrays: dict[str, Any] = {
+            "vectors": vectors.astype(np.float32),
+            "told": np.frombuffer(told, dtype=np.uint8),
+        }
         atomic_write(self.folder / f"segment-{number:08d}.npz", lambda file: np.savez(file, **arrays))
         self._table = None
 
@@ -156,9 +158,7 @@ class FlatStore:
         """Write rows and their vectors."""
         assert vectors.shape == (len(rows), self.dim) and self.write
         self._save(rows, vectors)
-        self._held |= {
-            row.id: (row, vector) for row, vector in zip(rows, vectors.astype(np.float32), strict=True)
-        }
+        self._held |= {row.id: (row, vector) for row, vector in zip(rows, vectors.astype(np.float32), strict=True)}
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove rows."""
@@ -181,7 +181,7 @@ class FlatStore:
             scores = vectors @ query  # [N]
             floor = np.partition(scores, -k)[-k] - SLACK if len(rows) > k else -np.inf
             near = np.flatnonzero(scores >= floor)
-            ranked = best([rows[i].id for i in near], vectors[near], query, k)
+            ranked = best(query, k, ids=[rows[i].id for i in near], vectors=vectors[near])
             found.append([Match(rows[near[i]], score) for i, score in ranked])
         return found
 

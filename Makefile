@@ -1,0 +1,71 @@
+# One word a chore; each does its own set-up in .venv. `make help` lists them.
+#
+#   PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer)
+#   TORCH='torch==2.13.0'  what pip installs as torch, with any pip options (docs/install.md)
+#   WORKERS=2              processes that `make test` uses
+
+PYTHON ?= python3
+TORCH ?= -r requirements/torch.txt
+WORKERS ?= 2
+UV_VERSION := 0.13.9
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench lock clean
+
+help: ## list the chores
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## make .venv with the locked dependencies (every other chore does it by itself)
+
+# The lock goes first: it holds all that torch needs besides its GPU libraries, so that torch's own step
+# adds only torch and, with a GPU build, the exact GPU libraries which that build names.
+$(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "VLDuet needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -1). Try: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV); this takes a few minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --require-hashes --no-deps -r requirements/lock.txt
+	@$(PIP) install $(TORCH)
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(PIP) check
+	@touch $@
+
+demo: $(READY) ## train and evaluate the default model on real data; writes runs/demo/report.html
+	@$(BIN)/vlduet demo --to runs/demo
+
+# One thread a worker: more threads than cores would fight over them.
+test: $(READY) ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## side-by-side timings against other libraries
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# Keeps the pins that still fit; UPGRADE=1 moves all of them to the newest. GPU libraries belong to torch's build.
+lock: ## rewrite requirements/lock.txt from pyproject.toml
+	@test -x .lock-venv/bin/uv || $(PYTHON) -m venv .lock-venv
+	@.lock-venv/bin/python -m pip --disable-pip-version-check --quiet install uv==$(UV_VERSION)
+	@cp requirements/lock.txt .lock-venv/lock.txt 2>/dev/null || true
+	@.lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	  --extra train --extra formats --extra bench --extra dev $(if $(UPGRADE),--upgrade) \
+	  pyproject.toml requirements/torch.txt -o .lock-venv/lock.txt
+	@{ echo "# Written by 'make lock'. torch and its GPU libraries are left out: see docs/install.md."; \
+	   awk '/^[a-zA-Z]/ {keep = !/^(torch==|triton==|cuda-|nvidia-)/} keep' .lock-venv/lock.txt; } > requirements/lock.txt
+
+clean: ## remove .venv and caches; runs/ and the package cache stay
+	rm -rf $(VENV) .lock-venv build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

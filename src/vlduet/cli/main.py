@@ -1,0 +1,63 @@
+"""`vlduet`: every verb, and the one place where errors become a line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from vlduet import __version__
+from vlduet.cli import data, demo, model, retrieval, train
+from vlduet.errors import VLDuetError
+
+app = typer.Typer(
+    name="vlduet",
+    help="One vision-language model that generates and embeds, and so retrieves for its own generation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
+train.register(app)
+retrieval.register(app)
+demo.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vlduet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 the user can mend it, 2 wrong usage, 130 interrupted."""
+    # Nothing here reaches for a hub unless the user asked for it.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except VLDuetError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from None
+    except (KeyboardInterrupt, BrokenPipeError):
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""`vlduet train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command()(train)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML config, see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as train.lr=1e-4.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the run's last saved state.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a model on one or several losses; with torchrun, on any number of processes."""
+    import json
+
+    from vlduet import config as settings_of
+    from vlduet.logs import read_metrics, say
+
+    settings = settings_of.load(config, overrides or [])
+    if dry_run:
+        from vlduet.train.plan import plan
+
+        facts = plan(settings)
+        typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:28} {value}" for key, value in facts.items()))
+        return
+    from vlduet import distributed
+    from vlduet.train.loop import train as run
+    from vlduet.validation import validator
+
+    evaluate = validator(settings.data.validation, seed=settings.seed) if settings.data.validation else None
+    folder = run(settings, evaluate=evaluate, resume=resume)
+    if not distributed.is_main():
+        return
+    last = read_metrics(settings.out / "metrics.jsonl")[-1]
+    if as_json:
+        typer.echo(json.dumps({"model": str(folder), **last}))
+    else:
+        say(f"trained: {folder} (metrics in {settings.out / 'metrics.jsonl'})")

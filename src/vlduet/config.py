@@ -1,0 +1,176 @@
+"""The config tree of a run: YAML plus `a.b=c` overrides, checked as a whole; an unknown key names the closest one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlduet.errors import ConfigError, closest
+
+
+class Section(BaseModel):
+    """A part of the tree."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which checkpoint, and how it embeds."""
+
+    path: Path
+    """A Hugging Face checkpoint or a model folder of VLDuet."""
+    head: Literal["none", "linear", "mlp"] | None = None
+    """Between pooled hidden state and embedding; default: the model folder's own, `none` for a plain checkpoint."""
+    dim: int = Field(default=384, gt=0)
+    """Width of the embeddings, unless head is none."""
+    prompts: dict[str, Any] = {}
+    """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own."""
+
+
+class SourceSection(Section):
+    """One set of training records."""
+
+    path: Path
+    """Anything that `vlduet data check` accepts."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of every batch is weight / sum of weights."""
+
+
+class DataSection(Section):
+    """What is trained and validated on."""
+
+    train: list[SourceSection] = Field(min_length=1)
+    validation: Path | None = None
+    """Pair records that are never trained on."""
+    max_tokens: int = Field(default=2048, gt=0)
+    """Longest sequence; texts are cut to fit, images never."""
+    cache: Path | None = None
+    """Folder for the frozen tower's vision features; default: `features` inside the run."""
+
+
+class LoraSection(Section):
+    """Low-rank adaptation of the language model."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=16, gt=0)
+    targets: Literal["qv", "all"] = "all"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainSection(Section):
+    """What moves, how fast, and how long."""
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(default=32, gt=1)
+    """Records of one step, over all processes."""
+    lora: LoraSection | None = LoraSection()
+    projector: bool = False
+    """Train the projector between vision tower and language model too."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Of LoRA; cosine to zero after the warm-up."""
+    lr_new: float | None = Field(default=None, gt=0)
+    """Of projector, head and temperature; default: lr."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    pack: int | None = Field(default=None, gt=0)
+    """Fill rows up to this many tokens with several sequences; default: one a row."""
+    log_every: int = Field(default=10, gt=0)
+    eval_every: int = Field(default=200, gt=0)
+    save_every: int = Field(default=200, gt=0)
+
+
+class RunConfig(Section):
+    """Everything that decides a training run."""
+
+    out: Path
+    """Folder of the run: config, metrics, checkpoints and the trained model."""
+    seed: int = 0
+    recipe: dict[str, Any]
+    """`name`, and the options of that recipe (docs/train.md)."""
+    objectives: dict[str, float]
+    """Weight of every loss by name; a recipe's loss that is left out is not computed."""
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a config file; relative paths in it stand as they are, relative to where the command runs.
+
+    Raises:
+        ConfigError: naming file and key, with the closest known key for an unknown one.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", place=path, fix="Name a YAML config, see configs/") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(
+            f"broken YAML ({getattr(error, 'problem', error)})", place=place, fix="Mend the line"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("not a mapping of keys", place=path, fix="See configs/ for examples")
+    for override in overrides:
+        _override(tree, override)
+    return check(tree, place=str(path))
+
+
+def check(tree: dict[str, Any], *, place: str) -> RunConfig:
+    """A tree of plain values -> RunConfig. Raises ConfigError for the first thing that is wrong."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(x) for x in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(first["loc"][:-1])
+            raise ConfigError(f"unknown key '{key}'", place=place, fix=closest(str(first["loc"][-1]), known)) from None
+        what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {first['msg'].lower()}"
+        raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write the resolved config, every default spelled out."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{text}'", place="override", fix="Write key.subkey=value")
+    *path, last = key.split(".")
+    node: Any = tree
+    for name in path:
+        node = node[int(name)] if isinstance(node, list) and name.isdigit() else node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value")
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-4 as a string
+            parsed = float(parsed)
+    if isinstance(node, list):
+        node[int(last)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    """The known keys of the section at `location`."""
+    section: Any = RunConfig
+    for name in location:
+        if isinstance(name, int):
+            continue
+        annotation = section.model_fields[name].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return list(section.model_fields)

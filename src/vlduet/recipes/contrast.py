@@ -1,0 +1,50 @@
+"""The contrastive loss of a readout: which anchors are pairs, over all processes. Shared by the recipes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlduet import distributed
+from vlduet.data.sequences import Anchor
+from vlduet.model.readout import Readout
+from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
+
+LEFT = ("image", "query", "mixed")
+RIGHT = ("text", "positive", "negative")
+
+
+def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float) -> Tensor:
+    """Symmetric InfoNCE between what asks (images, queries) and what answers (texts, documents) in the global batch.
+
+    Pairs are anchors of one record. Equal content counts as one thing on both sides: a caption that another image also
+    has is a positive of both, and two copies of an image share their captions.
+
+    Args:
+        logit_scale: log(1 / temperature), learnable; floor: the lowest temperature.
+    """
+    left, left_anchors = readout.of(*LEFT)
+    right, right_anchors = readout.of(*RIGHT)
+    all_left, row = distributed.gather_rows(left)
+    all_right, column = distributed.gather_rows(right)
+    facts = distributed.gather_objects((left_anchors, right_anchors))
+    positive = positives([a for part, _ in facts for a in part], [a for _, part in facts for a in part])
+    return symmetric_infonce(
+        all_left,
+        all_right,
+        logit_scale=limited(logit_scale, floor),
+        positive=positive.to(left.device),
+        rows=slice(row, row + len(left)),
+        columns=slice(column, column + len(right)),
+        world_size=distributed.world_size(),
+    )
+
+
+def positives(left: list[Anchor], right: list[Anchor]) -> Tensor:
+    """bool[N, M]: pairs of one record (hard negatives excepted), closed over equal content on either side."""
+    paired = same_content([a.record for a in left], [a.record for a in right])
+    hard = torch.tensor([a.role == "negative" for a in right], dtype=torch.bool)
+    paired = (paired & ~hard[None, :]).float()
+    same_left = same_content([a.key for a in left], [a.key for a in left]).float()
+    same_right = same_content([a.key for a in right], [a.key for a in right]).float()
+    return (same_left @ paired @ same_right) > 0

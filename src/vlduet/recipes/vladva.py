@@ -1,0 +1,90 @@
+"""VladVA: contrastive loss on short captions, next-token loss on long ones, from one image pass (arXiv 2412.04378).
+
+    image sequence   [image prompt with the image] ^summary | long caption </s>        labels on the caption
+    text sequence    [text prompt with the short caption] ^summary
+
+    L = L_c(short) + L_CE(long)
+
+L_c is the symmetric InfoNCE between the readings at ^summary of both sequences, both directions summed, with a learnable
+temperature. L_CE is the mean over supervised tokens of the global batch. An image with both captions goes through the model
+once. Records with one kind of caption take part in one loss; chats take part in L_CE, retrieval records in L_c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlduet import distributed
+from vlduet.data.records import Record
+from vlduet.data.sequences import Sequence
+from vlduet.data.stream import Sample
+from vlduet.model.prompts import Renderer, content_key
+from vlduet.model.readout import Readout
+from vlduet.objectives.language import language_loss
+from vlduet.recipes.contrast import contrastive
+
+OBJECTIVES = ("contrastive", "language")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a config may set beside `recipe.name`."""
+
+    language_on: str = "long"
+    """Captions that carry the next-token loss: `long` (the paper), or `any`: the short one where there is no long one."""
+    temperature_floor: float = 0.01
+    """Lowest temperature of the contrastive loss."""
+    mixed: bool = False
+    """Also read image and caption together at the caption's end, and pair that with the caption: for mixed queries."""
+
+
+def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+    """One record -> its sequences (the figure above). Raises DataError for a record that this method cannot use."""
+    record = sample.record
+    if record.kind == "chat":
+        return [renderer.chat(record.messages, answer=False)]
+    if record.kind == "retrieval":
+        return _retrieval(record, renderer)
+    if record.kind == "interleaved":
+        return _interleaved(record, renderer)
+    assert record.image is not None
+    short = sample.random().choice(record.short) if record.short else None
+    long = record.long or (short if options.language_on == "any" else None)
+    if long is None:
+        sequences = [renderer.embed((record.image,), role="image", record=record.id, key=content_key((record.image,)))]
+    else:
+        sequences = [renderer.caption(record.image, long, record=record.id, mixed=options.mixed)]
+    if short is not None:
+        sequences.append(renderer.embed((short,), role="text", record=record.id, key=content_key((short,))))
+    return sequences
+
+
+def _retrieval(record: Record, renderer: Renderer) -> list[Sequence]:
+    rows = [("query", record.query)]
+    rows += [("positive", parts) for parts in record.positive] + [("negative", parts) for parts in record.negative]
+    return [
+        renderer.embed(parts, query=role == "query", role=role, record=record.id, key=content_key(parts))
+        for role, parts in rows
+    ]
+
+
+def _interleaved(record: Record, renderer: Renderer) -> list[Sequence]:
+    """A document has no pair to contrast; its text is learned as it stands."""
+    builder = renderer.builder()
+    for part in record.parts:
+        if isinstance(part, str):
+            builder.text(part + " ", supervised=True)
+        else:
+            builder.image(renderer.prepare(part))
+    return [builder.build(renderer.max_tokens)]
+
+
+def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+    """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
+    count = distributed.total(len(readout.nll))
+    return {
+        "contrastive": contrastive(readout, logit_scale, floor=options.temperature_floor),
+        "language": language_loss(readout.nll, global_count=count, world_size=distributed.world_size()),
+    }

@@ -1,0 +1,143 @@
+"""The training loop, top to bottom.
+
+1. set up        config -> model, recipe, data, optimiser; or the state of a run that was stopped
+2. every step    once in a while: validate, save; then lay out, one forward, two readings, losses, backward, move, log
+3. finish        validate, save the model
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlduet import __version__, config, distributed
+from vlduet.config import RunConfig
+from vlduet.data.records import to_json
+from vlduet.data.stream import Sample
+from vlduet.errors import TrainingError
+from vlduet.logs import MetricsLog, Progress, say
+from vlduet.model.duet import DuetModel
+from vlduet.train import setup, state
+from vlduet.train.setup import Run
+from vlduet.train.step import finite, joint_step, move
+
+Evaluate = Callable[[DuetModel], dict[str, float]]
+
+
+def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool = False) -> Path:
+    """Train, and write everything about it into `settings.out`.
+
+    Args:
+        settings: see `vlduet.config.RunConfig`.
+        evaluate: measures the model on validation records now and then; its numbers go to the metrics.
+        resume: go on from the last state; losses continue bit for bit as if the run had never stopped.
+
+    Returns:
+        The folder of the trained model, `out/model`.
+
+    Raises:
+        ConfigError, DataError, ModelError: before training starts.
+        TrainingError: a loss or gradient that is not a number (the batch is saved), or a state that does not fit.
+    """
+    # ---------------------------------------------------------------- set up
+    distributed.start()
+    torch.manual_seed(settings.seed)
+    out = settings.out
+    if distributed.is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume and (out / state.FOLDER).exists():
+            raise TrainingError("this folder holds a run already", place=out, fix="Use --resume, or another out=")
+    run = setup.prepare(settings)
+    first = state.load(run) if resume else 0
+    log = MetricsLog(out, resume_at=first) if distributed.is_main() else None
+    if distributed.is_main():
+        config.save(settings, out / "config.yaml")
+        if not resume:
+            state.save(run, 0)
+    began = time.monotonic()
+    steps, every = settings.train.steps, settings.train
+    laid_out = setup.batches(run, first)
+    distributed.barrier()
+
+    with Progress(total=steps - first, label="train") as bar:
+        for step in range(first, steps):
+            # -------------------------------------------------------- once in a while
+            if evaluate and step % every.eval_every == 0:
+                _validate(run, evaluate, log, step, began)
+            if step > first and step % every.save_every == 0 and distributed.is_main():
+                state.save(run, step)
+
+            # -------------------------------------------------------- the step
+            run.model.train()
+            samples, batch = next(laid_out)
+            measured = joint_step(run, batch)
+            if not finite(measured):
+                _stop(run, samples, step, measured)
+            move(run, step)
+
+            # -------------------------------------------------------- log
+            bar.advance(note=f"loss {measured['loss']:.3f}")
+            if log and (step % every.log_every == 0 or step == steps - 1):
+                tokens = batch.num_tokens if batch else 0
+                log.write(step, {**measured, "tokens": tokens, "seconds": time.monotonic() - began})
+
+    # ---------------------------------------------------------------- finish
+    if evaluate:
+        _validate(run, evaluate, log, steps, began)
+    distributed.barrier()
+    if distributed.is_main():
+        state.save(run, steps)
+        run.model.save_pretrained(out / "model", provenance=provenance(settings))
+        if run.quarantine.count:
+            say(str(run.quarantine))
+    if log:
+        log.close()
+    distributed.barrier()
+    return out / "model"
+
+
+def _validate(run: Run, evaluate: Evaluate, log: MetricsLog | None, step: int, began: float) -> None:
+    """Measure on rank 0; dropout and other random states are left as they were, so that measuring changes nothing."""
+    if not log:
+        return
+    kept = torch.get_rng_state()
+    values = evaluate(run.model)
+    torch.set_rng_state(kept)
+    log.write(
+        step, {f"validation/{name}": value for name, value in values.items()} | {"seconds": time.monotonic() - began}
+    )
+
+
+def _stop(run: Run, samples: list[Sample], step: int, measured: dict[str, float]) -> None:
+    """Keep what is needed to find the cause, then stop; the model in memory has not moved."""
+    folder = run.config.out / f"not-finite-{step}-rank{distributed.rank()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    lines = [json.dumps(to_json(sample.record, root=folder)) for sample in samples]
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "measured.json").write_text(json.dumps(measured, indent=1))
+    if distributed.is_main():
+        state.save(run, step)
+    bad = ", ".join(name for name, value in measured.items() if not finite({name: value}))
+    raise TrainingError(
+        f"step {step}: {bad} is not a number",
+        place=folder,
+        fix="Its records are saved there; lower train.lr or mend them, then --resume",
+    )
+
+
+def provenance(settings: RunConfig) -> dict[str, Any]:
+    """What made a model: config and versions."""
+    return {
+        "config": settings.model_dump(mode="json"),
+        "vlduet": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,172 @@
+"""From a config to the things a run is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlduet import distributed
+from vlduet.config import RunConfig
+from vlduet.data.batches import Batch
+from vlduet.data.formats import read_records
+from vlduet.data.quarantine import Quarantine
+from vlduet.data.sequences import Sequence
+from vlduet.data.stream import Mixture, Sample
+from vlduet.errors import ConfigError, DataError, closest
+from vlduet.model.adapters import Lora
+from vlduet.model.duet import DuetModel
+from vlduet.model.features import FeatureCache
+from vlduet.model.prompts import Renderer
+from vlduet.model.readout import EmbeddingHead, Readout
+from vlduet.recipes import vladva
+
+RECIPES: dict[str, ModuleType] = {"vladva": vladva}
+"""A new method is a module in recipes/ and a name here."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe module with its options bound."""
+
+    name: str
+    layout: Callable[[Sample, Renderer], list[Sequence]]
+    objective: Callable[[Readout, Tensor], dict[str, Tensor]]
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    config: RunConfig
+    model: DuetModel
+    recipe: Recipe
+    mixture: Mixture
+    optimizer: torch.optim.Optimizer
+    quarantine: Quarantine
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+
+    def trainable(self) -> list[Tensor]:
+        """The parameters that move, in a fixed order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def bind(config: RunConfig) -> Recipe:
+    """The recipe that a config names, its options checked.
+
+    Raises:
+        ConfigError: an unknown recipe, option or objective.
+    """
+    options = dict(config.recipe)
+    name = str(options.pop("name", ""))
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe '{name}'", place="recipe.name", fix=closest(name, RECIPES))
+    module = RECIPES[name]
+    known = [f.name for f in fields(module.Options)]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"unknown option '{key}' of {name}", place=f"recipe.{key}", fix=closest(key, known))
+    for key in config.objectives:
+        if key not in module.OBJECTIVES:
+            raise ConfigError(
+                f"unknown loss '{key}' of {name}", place="objectives", fix=closest(key, module.OBJECTIVES)
+            )
+    bound = module.Options(**options)
+    return Recipe(
+        name,
+        lambda sample, renderer: module.layout(sample, renderer, bound),
+        lambda readout, scale: module.objective(readout, scale, bound),
+    )
+
+
+def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
+    """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
+    section = config.model
+    model = DuetModel.from_pretrained(section.path)
+    known = [f.name for f in fields(type(model.prompts))]
+    for key in section.prompts:
+        if key not in known:
+            raise ConfigError(f"unknown prompt '{key}'", place=f"model.prompts.{key}", fix=closest(key, known))
+    model.set_prompts(dataclasses.replace(model.prompts, **section.prompts))
+    if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
+        torch.manual_seed(config.seed)
+        model.head = EmbeddingHead(section.head, model.backbone.width, section.dim).to(model.backbone.device)
+    model.renderer.max_tokens = config.data.max_tokens
+    model.features = FeatureCache(cache)
+    torch.manual_seed(config.seed)
+    train = config.train
+    lora = None if train.lora is None else Lora(**train.lora.model_dump())
+    model.make_trainable(lora=lora, projector=train.projector)
+    return model
+
+
+def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
+    """The training records of all sources. Broken records are quarantined."""
+
+    def dropped(error: DataError) -> None:
+        quarantine.add(error.place, error)
+
+    sources = [list(read_records(source.path, on_error=dropped)) for source in config.data.train]
+    return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
+
+
+def make_optimizer(model: DuetModel, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW in two groups: LoRA, and what is new. The temperature has no weight decay."""
+    train = config.train
+    lr_new = train.lr_new or train.lr
+    own = {name: p for name, p in model.own_tensors().items() if p.requires_grad}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.adapter_tensors().values() if p.requires_grad], "lr": train.lr},
+        {"params": [p for name, p in own.items() if name != "logit_scale"], "lr": lr_new},
+        {"params": [p for name, p in own.items() if name == "logit_scale"], "lr": lr_new, "weight_decay": 0.0},
+    ]
+    groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=train.weight_decay)
+
+
+def prepare(config: RunConfig, *, keep: bool = True) -> Run:
+    """Config -> Run; `keep=False` writes nothing to disk.
+
+    Raises:
+        ConfigError, DataError, ModelError: whatever is wrong, before anything is trained.
+    """
+    recipe = bind(config)
+    suffix = f"-{distributed.rank()}" if distributed.world_size() > 1 else ""
+    quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if keep else None)
+    mixture = load_mixture(config, quarantine)
+    model = load_model(config, cache=(config.data.cache or config.out / "features") if keep else None)
+    return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine)
+
+
+def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], Batch | None]]:
+    """This rank's samples and batch of every step from `start`, laid out one step ahead in a thread.
+
+    A record that cannot be laid out is quarantined and missing from its batch; None where nothing of a batch is left.
+    """
+
+    def lay_out(step: int) -> tuple[list[Sample], list[Sequence]]:
+        sequences: list[Sequence] = []
+        samples = run.mixture.step(
+            step, run.config.train.batch_size, rank=distributed.rank(), world_size=distributed.world_size()
+        )
+        for sample in samples:
+            try:
+                sequences += run.recipe.layout(sample, run.model.renderer)
+            except DataError as error:
+                run.quarantine.add(sample.record, error)
+        return samples, sequences
+
+    steps = run.config.train.steps
+    ahead = run.pool.submit(lay_out, start) if start < steps else None
+    for step in range(start, steps):
+        assert ahead is not None
+        samples, sequences = ahead.result()
+        ahead = run.pool.submit(lay_out, step + 1) if step + 1 < steps else None
+        yield samples, run.model.collate(sequences, pack_to=run.config.train.pack) if sequences else None

@@ -1,0 +1,77 @@
+"""What a run must keep to go on as if nothing had happened: trained tensors, optimiser, random state, step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlduet.config import RunConfig
+from vlduet.errors import TrainingError
+from vlduet.model.checkpoint import recovered, whole_folder
+from vlduet.train.setup import Run
+
+FOLDER = "state"
+MAY_CHANGE = ("log_every", "eval_every", "save_every")
+"""Settings that a resumed run may have otherwise: they decide nothing that is learned."""
+
+
+def save(run: Run, step: int) -> None:
+    """Write the state before `step`, whole or not at all; the previous one stays until the new one is complete."""
+    with whole_folder(run.config.out / FOLDER) as folder:
+        tensors = {**run.model.own_tensors(), **run.model.adapter_tensors()}
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "trained.safetensors")
+        kept = {"optimizer": run.optimizer.state_dict(), "random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            kept["random_cuda"] = torch.cuda.get_rng_state()
+        torch.save(kept, folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps({"step": step, "decisive": decisive(run.config)}))
+
+
+def load(run: Run) -> int:
+    """Put the saved state into `run`; returns the step to go on with.
+
+    Raises:
+        TrainingError: there is no state, or it belongs to a run with another config.
+    """
+    folder = recovered(run.config.out / FOLDER)
+    if not (folder / "state.json").is_file():
+        raise TrainingError("nothing to resume", place=folder, fix="Start without --resume")
+    facts = json.loads((folder / "state.json").read_text())
+    now = decisive(run.config)
+    for key in sorted(now.keys() | facts["decisive"].keys()):
+        if now.get(key) != facts["decisive"].get(key):
+            was = facts["decisive"].get(key)
+            raise TrainingError(
+                f"{key} was {was!r}, is {now.get(key)!r}",
+                place=folder,
+                fix="Resume with the same config, or start anew",
+            )
+    saved = load_file(folder / "trained.safetensors")
+    with torch.no_grad():
+        for name, tensor in {**run.model.own_tensors(), **run.model.adapter_tensors()}.items():
+            tensor.copy_(saved[name])
+    kept: Mapping[str, Any] = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    run.optimizer.load_state_dict(kept["optimizer"])
+    torch.set_rng_state(kept["random"])
+    if torch.cuda.is_available() and "random_cuda" in kept:
+        torch.cuda.set_rng_state(kept["random_cuda"])
+    return int(facts["step"])
+
+
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what is learned, flat: `train.lr` -> 1e-4."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        elif prefix.rpartition(".")[2] not in MAY_CHANGE:
+            flat[prefix] = value
+
+    walk("", config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}}))
+    return flat

@@ -1,0 +1,68 @@
+"""One step: forward, losses, backward, gradients averaged over ranks, clip, move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from vlduet import distributed
+from vlduet.data.batches import Batch
+from vlduet.model.readout import empty_readout
+from vlduet.train.setup import Run
+
+
+def joint_step(run: Run, batch: Batch | None) -> dict[str, float]:
+    """Compute L = sum of weight * loss and its gradients, from one forward.
+
+    Returns:
+        Every loss, their weighted sum `loss`, the global gradient norm before clipping, and the temperature. Not finite
+        values are returned, not hidden: the loop stops on them before anything moves.
+    """
+    # A rank with nothing to do still takes part in the collectives, or the others would wait for ever.
+    readout = run.model(batch) if batch is not None else empty_readout(run.model.dim, run.model.logit_scale.device)
+    losses = run.recipe.objective(readout, run.model.logit_scale)
+    weights = run.config.objectives
+    total = sum(
+        (weights[name] * losses[name] for name in weights), torch.zeros((), device=run.model.logit_scale.device)
+    )
+    if total.requires_grad:
+        total.backward()
+    parameters = run.trainable()
+    distributed.average_gradients(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.train.clip)
+    found = {name: _mean(float(loss.detach())) for name, loss in losses.items() if name in weights}
+    return {
+        "loss": _mean(float(total.detach())),
+        **found,
+        "grad_norm": float(norm),
+        "temperature": float(torch.exp(-run.model.logit_scale.detach())),
+    }
+
+
+def _mean(value: float) -> float:
+    """The losses are W-fold shares: their mean over ranks is the loss of the global batch."""
+    return distributed.total(value) / distributed.world_size()
+
+
+def finite(values: Mapping[str, float]) -> bool:
+    """Whether everything that a step measured is a number."""
+    return all(math.isfinite(value) for value in values.values())
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over that share of the steps, then a cosine to zero."""
+    begin = max(1, round(warmup * steps)) if warmup else 0
+    if step < begin:
+        return (step + 1) / begin
+    return 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, steps - begin)))
+
+
+def move(run: Run, step: int) -> None:
+    """One optimiser step at this step's learning rate; gradients are cleared."""
+    train = run.config.train
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * learning_rate_factor(step, train.steps, train.warmup)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,60 @@
+"""Both sides of the bargain, measured on records that are never trained on: what training asks for now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vlduet.data.formats import read_records
+from vlduet.data.images import content_key
+from vlduet.data.records import Record
+from vlduet.errors import DataError
+from vlduet.eval import protocols
+from vlduet.logs import say
+from vlduet.model.duet import DuetModel
+
+LIMIT = 256
+"""Records that are measured; the first ones of the file, so that numbers of one run compare."""
+
+
+def validator(path: Path, *, seed: int, limit: int = LIMIT) -> Callable[[DuetModel], dict[str, float]]:
+    """A function that measures a model on the pairs of `path`.
+
+    It returns hit@1/5/10 of both directions and the cross entropy of captions, in nats a token, with the right and with a
+    wrong image. Broken records are named once and left out.
+
+    Raises:
+        DataError: no usable pair in the file.
+    """
+    records: list[Record] = []
+    for record in read_records(path, on_error=lambda error: say(f"validation: dropped {error}")):
+        if len(records) < limit and usable(record):
+            records.append(record)
+    if not records:
+        raise DataError(
+            "no pair with an image and a short caption", place=path, fix="Name pair records in data.validation"
+        )
+    return lambda model: measure(model, records, seed=seed)
+
+
+def usable(record: Record) -> bool:
+    """A pair with a short caption whose image can be read; what is not is said once."""
+    if record.image is None or not record.short:
+        return False
+    try:
+        content_key(record.image)
+    except DataError as error:
+        say(f"validation: dropped {error}")
+        return False
+    return True
+
+
+def measure(model: DuetModel, records: Sequence[Record], *, seed: int) -> dict[str, float]:
+    """The numbers of one measurement, by name."""
+    found = protocols.retrieval(model.encode_document, model.encode_query, records=records)
+    values = {f"text_to_image/{name}": value for name, value in found.text_to_image.hits().items()}
+    values |= {f"image_to_text/{name}": value for name, value in found.image_to_text.hits().items()}
+    entropy = protocols.caption_cross_entropy(model.caption_nll, records, seed=seed)
+    values["caption_cross_entropy"] = entropy.after_right().value
+    values["caption_cross_entropy_wrong_image"] = entropy.after_wrong().value
+    return values

@@ -1,0 +1,31 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a bug
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", params=["fast_vlm", "llava"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family of checkpoints that has a tiny twin."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def model(family: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A tiny DuetModel of every family; tests must not change it."""
+    import tiny
+
+    return tiny.duet(tmp_path_factory.mktemp(family) / "base", family=family)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Small files that are committed."""
+    return Path(__file__).parent / "assets"

@@ -1,0 +1,42 @@
+"""Two real processes compute the loss and the gradients of one: for InfoNCE, for the language loss, and for both."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.mark.parametrize("case", ["infonce", "language", "joint"])
+def test_two_processes_equal_one(case: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen([sys.executable, HERE / "worker.py", str(r), "2", port, tmp_path, case], env=environment)
+        for r in range(2)
+    ]
+    sys.path.insert(0, str(HERE))
+    import worker
+
+    one = worker.share(worker.model_in_float64(tmp_path / "one"), case, 0, 1)
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    found = [torch.load(tmp_path / f"found{r}.pt", weights_only=True) for r in range(2)]
+    assert one["loss"] != 0 and any(g.abs().max() > 1e-6 for n, g in one.items() if "lora_A" in n)
+    for name, value in one.items():
+        for rank in found:
+            assert_close(rank[name], value, atol=1e-10, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")

@@ -1,0 +1,86 @@
+"""One rank of a gloo group: the loss and gradients of its share of a batch, written to a file.
+
+python worker.py RANK WORLD_SIZE PORT FOLDER CASE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+import tiny
+from vlduet import distributed
+from vlduet.data.records import Record
+from vlduet.data.stream import Sample
+from vlduet.recipes import vladva
+
+WEIGHTS = {
+    "infonce": {"contrastive": 1.0, "language": 0.0},
+    "language": {"contrastive": 0.0, "language": 1.0},
+    "joint": {"contrastive": 1.0, "language": 0.7},
+}
+
+
+def records() -> list[Record]:
+    """Eight records: unequal answer lengths, hard negatives, a caption that repeats, captions of one kind only."""
+    captions = ["a flower", "a cat", "a flower", "two dogs", None, "the sea"]
+    longs = ["x", "a long text " * 4, None, "some words", "only long, and much longer than the others " * 2, None]
+    pairs = [
+        Record(f"p{i}", image=tiny.picture(i), short=(caption,) if caption else (), long=long)
+        for i, (caption, long) in enumerate(zip(captions, longs, strict=True))
+    ]
+    retrieval = [
+        Record("r0", query=("where is the cat?",), positive=(("a cat",),), negative=(("no cat",), ("a dog",))),
+        Record("r1", query=(tiny.picture(7), "what?"), positive=(("a bird",), ("a wing",)), negative=()),
+    ]
+    return [*pairs[:3], retrieval[0], *pairs[3:], retrieval[1]]
+
+
+def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
+    everything = records()
+    cut = [0, len(everything)] if world_size == 1 else [0, 3, len(everything)]
+    rows = everything[cut[rank] : cut[rank + 1]]
+    options = vladva.Options(mixed=True)
+    sequences = [
+        s for i, record in enumerate(rows) for s in vladva.layout(Sample(record, i, 0), model.renderer, options)
+    ]
+    losses = vladva.objective(model(model.collate(sequences)), model.logit_scale, options)
+    loss = sum(WEIGHTS[case][name] * value for name, value in losses.items())
+    loss.backward()
+    moved = [p for p in model.parameters() if p.requires_grad]
+    distributed.average_gradients(moved)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    grads = {name: p.grad for name, p in zip(names, moved, strict=True) if p.grad is not None}
+    return {"loss": torch.tensor(distributed.total(float(loss.detach())) / distributed.world_size()), **grads}
+
+
+def model_in_float64(folder: Path):
+    """A tiny model in double precision with something to train everywhere."""
+    from vlduet.model.adapters import Lora
+
+    model = tiny.duet(folder / "base").double()
+    torch.manual_seed(3)
+    model.make_trainable(lora=Lora(rank=2, alpha=4), projector=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.double()
+
+
+if __name__ == "__main__":
+    rank, world_size, port, folder, case = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        sys.argv[3],
+        Path(sys.argv[4]),
+        sys.argv[5],
+    )
+    torch.set_num_threads(1)
+    model = model_in_float64(folder / f"rank{rank}")  # before the group: transformers saves on rank 0 only
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    torch.save(share(model, case, rank, world_size), folder / f"found{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,153 @@
+"""Protocols with toy functions: what is a query, what is a positive, which image is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlduet.data.records import ImageRef, Record
+from vlduet.errors import DataError
+from vlduet.eval import protocols
+
+CAPTIONS = ["A flower.", "a  FLOWER.", "A red apple.", "A boat.", "A cat."]
+
+
+def record(number: int, *captions: str) -> Record:
+    return Record(id=f"r{number}", image=ImageRef(path=Path(f"{number}.png")), short=captions)
+
+
+RECORDS = [record(i, caption) for i, caption in enumerate(CAPTIONS)]
+MEANING = {
+    protocols.caption_key(c): i for i, c in enumerate(dict.fromkeys(map(protocols.caption_key, CAPTIONS)))
+}
+
+
+def embed_text(texts: list[str]) -> np.ndarray:
+    return np.eye(4, dtype=np.float32)[[MEANING[protocols.caption_key(t)] for t in texts]]
+
+
+def embed_image(images: list[ImageRef]) -> np.ndarray:
+    return embed_text([CAPTIONS[int(image.path.stem)] for image in images if image.path])
+
+
+def constant(items: list[object]) -> np.ndarray:
+    return np.full((len(items), 3), 0.3, dtype=np.float32)
+
+
+def test_repeated_captions_are_one_query_and_all_their_images_are_positives() -> None:
+    found = protocols.retrieval(embed_image, embed_text, records=RECORDS)
+    assert found.captions == ("A flower.", "A red apple.", "A boat.", "A cat.")
+    assert found.text_to_image.relevant[0].tolist() == [True, True, False, False, False]
+    assert (found.text_to_image.num_queries, found.text_to_image.num_gallery) == (4, 5)
+    assert (found.image_to_text.num_queries, found.image_to_text.num_gallery) == (5, 4)
+    assert found.text_to_image.ranks.tolist() == [1, 1, 1, 1]
+    assert found.image_to_text.hits() == {"hit@1": 1.0, "hit@5": 1.0, "hit@10": 1.0}
+    assert found.text_to_image.top(0, 2) == [0, 1]
+    assert found.image_to_text.chance()["hit@1"] == pytest.approx(1 / 4)
+    assert found.text_to_image.chance()["hit@1"] == pytest.approx((2 / 5 + 3 * 1 / 5) / 4)
+
+
+def test_a_record_with_several_captions_gives_several_queries() -> None:
+    records = [record(0, "A flower.", "A rose."), record(1, "A boat.")]
+    found = protocols.retrieval(constant, constant, records=records)
+    assert found.captions == ("A flower.", "A rose.", "A boat.")
+    assert found.image_to_text.relevant.tolist() == [[True, True, False], [False, False, True]]
+
+
+def test_a_constant_encoder_scores_zero_whatever_the_blocks_of_the_matrix_product() -> None:
+    random = np.random.default_rng(0)
+    vector = random.normal(size=(1, 384)).astype(np.float32)
+    records = [record(i, f"caption {i}") for i in range(150)]
+    found = protocols.retrieval(
+        lambda items: np.repeat(vector, len(items), 0),
+        lambda items: np.repeat(vector, len(items), 0),
+        records=records,
+    )
+    assert found.text_to_image.hits()["hit@10"] == found.image_to_text.hits()["hit@10"] == 0.0
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_an_encoder_that_gives_zeros_or_nan_scores_zero(value: float) -> None:
+    def broken(items: list[ImageRef]) -> np.ndarray:
+        return np.full((len(items), 3), value, dtype=np.float32)
+
+    found = protocols.retrieval(broken, constant, records=RECORDS * 4)
+    assert found.text_to_image.hits() == {"hit@1": 0.0, "hit@5": 0.0, "hit@10": 0.0}
+
+
+def test_cosine_ignores_length_and_equals_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(7, 5)), random.normal(size=(4, 5))
+    whole = protocols.cosine(a, b)
+    monkeypatch.setattr(protocols, "BLOCK", 3)
+    np.testing.assert_array_equal(protocols.cosine(a, 9 * b), whole)
+    assert whole.dtype == np.float32
+
+
+@pytest.mark.parametrize("bad", [Record(id="x", short=("A cat.",)), record(1)])
+def test_a_record_that_is_no_pair_is_named(bad: Record) -> None:
+    with pytest.raises(DataError, match=rf"record '{bad.id}'"):
+        protocols.retrieval(constant, constant, records=[bad])
+
+
+def test_no_records() -> None:
+    with pytest.raises(DataError, match="no records"):
+        protocols.retrieval(constant, constant, records=[])
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_wrong_images_are_wrong_and_a_derangement_where_one_exists(names: list[int], seed: int) -> None:
+    captions = [[f"caption {n}"] for n in names]
+    if len(set(names)) == 1:
+        with pytest.raises(DataError, match="share a caption"):
+            protocols.wrong_images(captions, seed)
+        return
+    found = protocols.wrong_images(captions, seed)
+    assert all(captions[i] != captions[j] for i, j in enumerate(found))
+    assert found == protocols.wrong_images(captions, seed)
+    if max(names.count(n) for n in names) <= len(names) // 2:
+        assert sorted(found) == list(range(len(names)))
+
+
+def test_a_second_caption_also_makes_an_image_right() -> None:
+    captions = [["a flower", "a rose"], ["a rose"], ["a boat"]]
+    for seed in range(6):
+        assert protocols.wrong_images(captions, seed)[:2] == [2, 2]
+
+
+def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None:
+    def looks(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
+        same = [
+            protocols.caption_key(CAPTIONS[int(i.path.stem)]) == protocols.caption_key(t)
+            for i, t in pairs
+            if i.path
+        ]
+        return [((1.0 if s else 3.0) * len(t), len(t)) for s, (_, t) in zip(same, pairs, strict=True)]
+
+    def blind(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
+        return [(2.0 * len(t), len(t)) for _, t in pairs]
+
+    seen = protocols.caption_cross_entropy(looks, RECORDS)
+    assert (seen.after_right().mean, seen.after_wrong().mean, seen.gap().mean) == pytest.approx(
+        (1.0, 3.0, 2.0)
+    )
+    assert protocols.caption_cross_entropy(blind, RECORDS).gap().mean == pytest.approx(0.0)
+
+
+def test_cross_entropy_is_a_mean_over_tokens() -> None:
+    found = protocols.caption_cross_entropy(
+        lambda pairs: [(10.0, 10) if "apple" in t else (4.0, 2) for _, t in pairs], RECORDS
+    )
+    assert found.after_right().mean == pytest.approx((10 + 4 * 4) / (10 + 4 * 2))
+
+
+def test_captions_beside_their_references() -> None:
+    found = protocols.captions(lambda images: ["a flower"] * len(images), RECORDS)
+    assert [item.exact_match for item in found.items] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert found.exact_match().mean == pytest.approx(0.4)
+    assert found.num_distinct == 1

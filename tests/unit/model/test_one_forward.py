@@ -1,0 +1,112 @@
+"""One forward, two readings: padding, packing, batching and caching never change what is read."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from vlduet.data.batches import Batch, collate
+from vlduet.data.sequences import IGNORE
+from vlduet.model.readout import pool
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12)
+ITEM = st.one_of(TEXTS, st.integers(0, 5).map(tiny.picture), st.tuples(st.integers(0, 5).map(tiny.picture), TEXTS))
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def sequences(model, items):
+    parts = [item if isinstance(item, tuple) else (item,) for item in items]
+    return [model.renderer.embed(p, role="x", record=str(i), key=str(i)) for i, p in enumerate(parts)] + [
+        model.renderer.caption(tiny.picture(9), "long " * (i + 1), record=f"c{i}") for i in range(2)
+    ]
+
+
+def read(model, batch: Batch):
+    with torch.no_grad():
+        readout = model(batch)
+    order = sorted(range(len(readout.anchors)), key=lambda i: readout.anchors[i].record)
+    return readout.embeddings[order], readout.nll.sort().values
+
+
+@QUICK
+@given(items=st.lists(ITEM, min_size=1, max_size=5), pack_to=st.integers(8, 60))
+def test_alone_padded_either_side_and_packed_agree(model, items, pack_to):
+    rows = sequences(model, items)
+    right, nll = read(model, model.collate(rows))
+    left, left_nll = read(model, model.collate(rows, side="left"))
+    packed, packed_nll = read(model, model.collate(rows, pack_to=pack_to))
+    alone = [read(model, model.collate([row])) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].anchors[0].record)
+    close = {"atol": 2e-6, "rtol": 1e-5}
+    assert_close(left, right, **close)
+    assert_close(packed, right, **close)
+    assert_close(torch.cat([alone[i][0] for i in order]), right, **close)
+    for other in (left_nll, packed_nll, torch.cat([n for _, n in alone]).sort().values):
+        assert_close(other, nll, atol=2e-5, rtol=1e-5)
+
+
+@QUICK
+@given(pad=st.integers(0, 200), side=st.sampled_from(["left", "right"]))
+def test_what_stands_on_padding_never_matters(model, pad, side):
+    rows = sequences(model, ["a", "a longer text", (tiny.picture(1), "x")])
+    one = read(model, collate(rows, pad_id=0, side=side))
+    other = read(model, collate(rows, pad_id=pad, side=side))
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_nll_is_that_of_full_logits(model):
+    rows = sequences(model, ["hello"])
+    batch = model.collate(rows)
+    with torch.no_grad():
+        found = model(batch).nll
+        logits = model.hidden_states(batch).double() @ model.lm_weight.double().T
+    slow = [
+        -torch.log_softmax(logits[b, t - 1], -1)[batch.labels[b, t]]
+        for b in range(batch.ids.shape[0])
+        for t in range(1, batch.ids.shape[1])
+        if batch.labels[b, t] != IGNORE
+    ]
+    assert_close(found.double(), torch.stack(slow), atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_are_those_of_plain_transformers(model):
+    """What we embed is what a server of the same checkpoint would embed: the base model's last_hidden_state."""
+    rows = [model.renderer.caption(tiny.picture(2), "a red apple")]
+    batch = model.collate(rows)
+    pixels = torch.cat([image.inputs["pixel_values"] for image in batch.images])
+    with torch.no_grad():
+        theirs = model.backbone.model.model(input_ids=batch.ids, pixel_values=pixels).last_hidden_state
+        assert_close(model.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_image_is_seen(model):
+    one, other = (model.encode([tiny.picture(i)]) for i in (1, 2))
+    assert abs(one - other).max() > 1e-5
+
+
+def test_pool_is_the_mean_of_each_span():
+    hidden = torch.randn(3, 7, 4, dtype=torch.float64)
+    spans = torch.tensor([[0, 0, 1], [2, 3, 7], [1, 6, 7], [0, 1, 4]])
+    slow = torch.stack([hidden[row, start:end].mean(0) for row, start, end in spans.tolist()])
+    assert_close(pool(hidden, spans), slow)
+    assert pool(hidden, spans[:0]).shape == (0, 4)
+
+
+def test_each_distinct_image_goes_through_the_tower_once(model, monkeypatch):
+    seen = []
+    vision = model.backbone.vision
+    monkeypatch.setattr(model.backbone, "vision", lambda chunk: seen.extend(chunk) or vision(chunk))
+    model.encode([tiny.picture(71), tiny.picture(72), tiny.picture(71)])
+    model.encode([tiny.picture(71)])
+    assert len(seen) == 2
+
+
+def test_encode_keeps_the_order_whatever_the_lengths(model):
+    items = ["a", "a much longer text than the others", tiny.picture(3), "bb", (tiny.picture(4), "cc")]
+    together = model.encode(items, batch_tokens=16)
+    alone = torch.cat([torch.from_numpy(model.encode([item])) for item in items])
+    assert_close(torch.from_numpy(together), alone, atol=2e-6, rtol=1e-5)
+    assert_close(torch.from_numpy(together).norm(dim=1), torch.ones(5))

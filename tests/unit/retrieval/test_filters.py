@@ -1,0 +1,100 @@
+"""What a filter means, before any store is asked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from vlduet.errors import RetrievalError
+from vlduet.retrieval.filters import Condition, conditions, parse, scalar
+
+FIELDS = {"category": ["text"], "year": ["number"], "new": ["flag"], "code": ["text", "number"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("category=animals", ("category", "=", "animals")),
+        (" category = big animals ", ("category", "=", "big animals")),
+        ("category!=animals", ("category", "!=", "animals")),
+        ("category=", ("category", "=", "")),
+        ("category=a=b", ("category", "=", "a=b")),
+        ("year<=1990", ("year", "<=", 1990.0)),
+        ("year>1e3", ("year", ">", 1000.0)),
+        ("year in 1990, 1991", ("year", "in", (1990.0, 1991.0))),
+        ("category in animals,plants", ("category", "in", ("animals", "plants"))),
+        ("new=true", ("new", "=", True)),
+        ("code=7", ("code", "=", 7.0)),
+        ("code=x7", ("code", "=", "x7")),
+    ],
+)
+def test_parse(text: str, wanted: tuple[str, str, Any]) -> None:
+    assert parse(text, FIELDS) == Condition(*wanted)
+    assert type(parse(text, FIELDS).value) is type(wanted[2])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("animals", "Write key=value"),
+        ("=animals", "Write key=value"),
+        ("categroy=animals", "Did you mean 'category'"),
+        ("year=old", "holds numbers"),
+        ("year=nan", "holds numbers"),
+        ("new<true", "Compare with"),
+    ],
+)
+def test_parse_names_the_mistake(text: str, told: str) -> None:
+    with pytest.raises(RetrievalError, match=told):
+        parse(text, FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("condition", "matched"),
+    [
+        (Condition("x", "=", 1), [1, 1.0]),
+        (Condition("x", "=", True), [True]),
+        (Condition("x", "=", "1"), ["1"]),
+        (Condition("x", "!=", 1), [None, "", "1", "2", True, False, 2, "é"]),
+        (Condition("x", "<", 2), [1, 1.0]),
+        (Condition("x", ">=", "2"), ["2", "é"]),
+        (Condition("x", "in", [1, "2", True]), ["2", True, 1, 1.0]),
+        (Condition("x", "in", []), []),
+    ],
+)
+def test_values_are_compared_with_their_own_kind(condition: Condition, matched: list[Any]) -> None:
+    given = [None, "", "1", "2", True, False, 1, 1.0, 2, "é"]
+    found = [v for v in given if condition.matches({} if (s := scalar(v)) is None else {"x": s})]
+    assert [(type(v), v) for v in found] == [(type(v), v) for v in matched]
+
+
+@pytest.mark.parametrize("value", [None, [], {}, math.nan, math.inf, 10**400])
+def test_what_cannot_be_compared(value: Any) -> None:
+    assert scalar(value) is None
+    with pytest.raises(RetrievalError, match="cannot be compared"):
+        Condition("x", "=", value)
+
+
+def test_conditions_in_every_form() -> None:
+    wanted = (Condition("category", "=", "a"), Condition("year", "in", [1, 2]))
+    assert conditions({"category": "a", "year": [1, 2]}, FIELDS) == wanted
+    assert conditions(wanted, FIELDS) == wanted
+    assert conditions(["category=a", "year in 1,2"], FIELDS) == wanted
+    assert conditions("category=a", FIELDS) == wanted[:1]
+    assert conditions(None, FIELDS) == ()
+
+
+@pytest.mark.parametrize("where", [{"categroy": "a"}, [Condition("categroy", "=", "a")], ["categroy=a"]])
+def test_misspelt_key_is_an_error_not_an_empty_answer(where: Any) -> None:
+    with pytest.raises(RetrievalError, match="Did you mean 'category'"):
+        conditions(where, FIELDS)
+    conditions(where, {})  # an index that holds nothing yet has no keys to know
+
+
+def test_unknown_operator() -> None:
+    with pytest.raises(RetrievalError, match="Use ="):
+        Condition("x", "like", "a")
+    with pytest.raises(RetrievalError, match="not a list"):
+        Condition("x", "in", "abc")

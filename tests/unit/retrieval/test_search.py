@@ -1,0 +1,105 @@
+"""Queries of every form, and the questions that have no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlduet.data.records import ImageRef
+from vlduet.errors import ImageError, RetrievalError
+from vlduet.retrieval.build import build
+from vlduet.retrieval.filters import Condition
+from vlduet.retrieval.index import Index
+from vlduet.retrieval.search import search
+
+
+@pytest.fixture
+def index(pairs: Path, tmp_path: Path, model: Any, store: Any) -> Iterator[Index]:
+    build(model, pairs, to=tmp_path / "index", store=store)
+    with Index.open(tmp_path / "index", model) as opened:
+        yield opened
+
+
+def ids(hits: Any) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+def test_text_image_and_both(index: Index, model: Any, tools: Any, tmp_path: Path) -> None:
+    blue = ImageRef(path=tools.paint(tmp_path / "blue.png", (0, 0, 255)))
+    assert ids(search(index, model, "green", k=1)) == ["green"]
+    assert ids(search(index, model, blue, k=1)) == ["blue"]
+    assert ids(search(index, model, ImageRef(data=blue.path.read_bytes()), k=1)) == ["blue"]  # type: ignore[union-attr]
+    assert set(ids(search(index, model, (blue, "red"), k=2))) == {"blue", "red"}
+    assert ids(search(index, model, ("red", "green"), k=1)) == ["yellow"]
+
+
+def test_ranks_and_scores(index: Index, model: Any) -> None:
+    hits = search(index, model, "red", k=3)
+    assert [hit.rank for hit in hits] == [1, 2, 3]
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert ids(search(index, model, "red", k=100))[:3] == ids(hits)
+    assert len(search(index, model, "red", k=100)) == 4
+
+
+@pytest.mark.parametrize(
+    ("where", "wanted"),
+    [
+        ({"hue": "red"}, {"red"}),
+        ({"hue": ["red", "blue", "pink"]}, {"red", "blue"}),
+        (["hue!=red"], {"green", "blue", "yellow"}),
+        (["year<2002"], {"red", "green"}),
+        (["year>=2001", "year<=2002"], {"green", "blue"}),
+        (["hue in red, green"], {"red", "green"}),
+        ([Condition("year", ">", 2002), "warm=true"], {"yellow"}),
+        ({"warm": False}, {"green", "blue"}),
+        ({"warm": "false"}, set()),
+        ({"year": True}, set()),
+    ],
+)
+def test_filters(index: Index, model: Any, where: Any, wanted: set[str]) -> None:
+    assert set(ids(search(index, model, "red", where=where))) == wanted
+
+
+@pytest.mark.parametrize("query", ["", "  ", (), ("", "red")])
+def test_empty_queries(index: Index, model: Any, query: Any) -> None:
+    with pytest.raises(RetrievalError, match="empty query"):
+        search(index, model, query)
+
+
+def test_what_cannot_be_asked(index: Index, model: Any, tmp_path: Path) -> None:
+    with pytest.raises(RetrievalError, match="1 or more"):
+        search(index, model, "red", k=0)
+    with pytest.raises(ImageError, match="missing"):
+        search(index, model, ImageRef(path=tmp_path / "missing.png"))
+    with pytest.raises(RetrievalError, match="Did you mean 'year'"):
+        search(index, model, "red", where=["yaer=2000"])
+
+
+def test_an_empty_index(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+    source = tools.write_records(tmp_path / "none.jsonl", [])
+    report = build(model, source, to=tmp_path / "empty", store=store)
+    assert report.count == 0
+    with Index.open(tmp_path / "empty", model) as index:
+        assert search(index, model, "red", where={"hue": "red"}) == []
+
+
+def test_the_model_is_checked_once(index: Index, model: Any) -> None:
+    class Counting(type(model)):  # type: ignore[misc]
+        asked = 0
+
+        @property
+        def fingerprint(self) -> str:
+            Counting.asked += 1
+            return "fake"
+
+        @fingerprint.setter
+        def fingerprint(self, value: str) -> None:
+            pass
+
+    counting = Counting()
+    for _ in range(3):
+        search(index, counting, "red")
+    assert Counting.asked == 1, "it hashes weights"
