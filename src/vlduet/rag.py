@@ -89,7 +89,7 @@ def ask(
     Raises:
         RetrievalError, DataError: as `search` does.
     """
-    prompt = prepare(index, model, question=question, image=image, k=k, exclude=exclude, where=where)
+    prompt = prepare(index, model, question, image=image, k=k, exclude=exclude, where=where)
     text = "".join(model.generate(prompt.messages, max_new_tokens=max_new_tokens))  # a text, or its pieces
     return Answer(text, prompt.sources, prompt)
 
@@ -102,8 +102,8 @@ def ask_stream(model: Generator, prompt: Prompt, *, max_new_tokens: int = 128) -
 def prepare(
     index: Index,
     model: Embedder,
-    *,
     question: str,
+    *,
     image: ImageRef | None = None,
     k: int = 3,
     exclude: Collection[str] = (),

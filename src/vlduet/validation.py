@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlduet.data.formats import read_records
@@ -20,8 +21,8 @@ LIMIT = 256
 def validator(path: Path, *, seed: int, limit: int = LIMIT) -> Callable[[DuetModel], dict[str, float]]:
     """A function that measures a model on the pairs of `path`.
 
-    It returns hit@1/5/10 of both directions and the cross entropy of captions, in nats a token, with the right and with a
-    wrong image. Broken records are named once and left out.
+    It returns hit@1/5/10 of both directions on short captions, and the cross entropy of captions (long where there are
+    any) in nats a token, with the right and with a wrong image. Broken records are named and left out.
 
     Raises:
         DataError: no usable pair in the file.
@@ -54,7 +55,8 @@ def measure(model: DuetModel, records: Sequence[Record], *, seed: int) -> dict[s
     found = protocols.retrieval(model.encode_document, model.encode_query, records=records)
     values = {f"text_to_image/{name}": value for name, value in found.text_to_image.hits().items()}
     values |= {f"image_to_text/{name}": value for name, value in found.image_to_text.hits().items()}
-    entropy = protocols.caption_cross_entropy(model.caption_nll, records, seed=seed)
-    values["caption_cross_entropy"] = entropy.after_right().value
-    values["caption_cross_entropy_wrong_image"] = entropy.after_wrong().value
+    told = [replace(record, short=(record.long or record.short[0],)) for record in records]
+    entropy = protocols.caption_cross_entropy(model.caption_nll, told, seed=seed)
+    values["caption_cross_entropy"] = entropy.after_right().mean
+    values["caption_cross_entropy_wrong_image"] = entropy.after_wrong().mean
     return values

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import worker
 from torch.testing import assert_close
 
 HERE = Path(__file__).parent
@@ -30,9 +31,6 @@ def test_two_processes_equal_one(case: str, tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, HERE / "worker.py", str(r), "2", port, tmp_path, case], env=environment)
         for r in range(2)
     ]
-    sys.path.insert(0, str(HERE))
-    import worker
-
     one = worker.share(worker.model_in_float64(tmp_path / "one"), case, 0, 1)
     assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"found{r}.pt", weights_only=True) for r in range(2)]

@@ -109,7 +109,7 @@ def ask(
 
     with _open(folder) as opened:
         loaded = _load(model or opened.model_path)
-        prompt = prepare(opened, loaded, question=question, image=_image(image), k=k, where=where)
+        prompt = prepare(opened, loaded, question, image=_image(image), k=k, where=where)
     pieces = ask_stream(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         sources = [_hit(hit) for hit in prompt.sources]

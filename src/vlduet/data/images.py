@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 import base64
 import hashlib
 import io
@@ -152,7 +153,9 @@ def _too_large(what: str, name: str, limits: Limits) -> ImageError:
 
 
 def _broken(kind: str, error: BaseException, name: str) -> ImageError:
-    return ImageError(f"truncated or broken {kind} ({error})", place=name, fix="Copy or download it again")
+    # Pillow names its buffer by its address: the same image must give the same message every time.
+    cause = re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", str(error))
+    return ImageError(f"truncated or broken {kind} ({cause})", place=name, fix="Copy or download it again")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

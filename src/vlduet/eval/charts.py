@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 40, 14, 12, 34
-CELL, PICTURE, MARGIN = 22, 22, 172
+CELL, PICTURE, MARGIN = 22, 22, 184
 CAPTION_CHARS = 28
 MAX_POINTS = 300
 
@@ -47,7 +47,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, percent: b
     x_ticks = ticks(min(p[0] for p in every), max(p[0] for p in every), 4)
     y_low = 0.0 if percent else min(p[1] for p in every)
     y_ticks = ticks(y_low, max(p[1] for p in every), 4)
-    x0, x1 = min(p[0] for p in every), max(x_ticks[-1], *(p[0] for p in every))
+    x0, x1 = min(p[0] for p in every), max(p[0] for p in every)
     y0, y1 = y_ticks[0], y_ticks[-1]
 
     def at(point: Point) -> Point:
@@ -88,7 +88,7 @@ def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], *, at: object, per
         )
     for x in x_ticks:
         across = at((x, y_ticks[0]))[0]
-        if across >= LEFT - 1:
+        if LEFT - 1 <= across <= WIDTH - RIGHT + 1:
             parts.append(
                 f'<text class="tick" x="{across:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{x:g}</text>'
             )
@@ -98,14 +98,13 @@ def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], *, at: object, per
 def _line(series: Series, points: Sequence[Point], *, colour: str, last: str, taken: list[float]) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     x, y = points[-1]
-    area = f"{path}L{x:.1f} {HEIGHT - BOTTOM}L{points[0][0]:.1f} {HEIGHT - BOTTOM}Z"
     # The value stands above its end, below where another one is already there.
     above = not any(abs(y - other) < 16 for other in taken)
     taken.append(y)
     height = max(y - 8, 11) if above else min(y + 16, HEIGHT - BOTTOM - 4)
     return (
         f'<g style="color:var({colour})"><title>{escape(series.name)}</title>'
-        f'<path class="area" d="{area}"/><path class="curve" d="{path}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+        f'<path class="curve" d="{path}"/><circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
         f'<text class="last" x="{x:.1f}" y="{height:.1f}" text-anchor="end">{last}</text></g>'
     )
 

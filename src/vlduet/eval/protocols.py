@@ -115,7 +115,7 @@ def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequen
     Raises:
         DataError: a record that is no such pair, or no record.
     """
-    pairs = [_pair(record) for record in records]
+    pairs = [pair_of(record) for record in records]
     if not pairs:
         raise DataError("no records to evaluate on", fix="Give a file with captioned images")
     captions: dict[str, str] = {}
@@ -156,7 +156,8 @@ def _direction(similarity: Vectors, relevant: Bools) -> Direction:
     return Direction(similarity, relevant, first_hit_ranks(similarity, relevant))
 
 
-def _pair(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
+def pair_of(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
+    """(image, short captions) of a record that has both; raises DataError for another one."""
     if record.image is None or not record.short:
         fix = "Evaluate on pairs with an image and a short caption"
         raise DataError(f"record '{record.id}' has no image or no short caption", place=record.place, fix=fix)
@@ -202,7 +203,7 @@ def caption_cross_entropy(nll: NLL, records: Sequence[Record], *, seed: int = 0)
     Raises:
         DataError: as `retrieval`, and where all records share one caption.
     """
-    pairs = [_pair(record) for record in records]
+    pairs = [pair_of(record) for record in records]
     other = wrong_images([short for _, short in pairs], seed)
     right = nll([(image, short[0]) for image, short in pairs])
     wrong = nll([(pairs[j][0], short[0]) for (_, short), j in zip(pairs, other, strict=True)])
@@ -273,7 +274,7 @@ class CaptionResult:
 
 def captions(generate: Generate, records: Sequence[Record]) -> CaptionResult:
     """Caption the image of every record. Raises DataError as `retrieval`."""
-    pairs = [_pair(record) for record in records]
+    pairs = [pair_of(record) for record in records]
     texts = generate([image for image, _ in pairs])
     assert len(texts) == len(pairs), (len(texts), len(pairs))
     items = [

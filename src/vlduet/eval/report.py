@@ -268,8 +268,8 @@ def duration(seconds: float) -> str:
     """75 -> 1 min 15 s"""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
-        return f"{rest} s" if seconds >= 1 else "< 1 s"
-    return f"{minutes} min {rest:02d} s"
+        return f"{rest} s" if rest else "< 1 s"
+    return f"{minutes} min {rest} s" if rest else f"{minutes} min"
 
 
 def line_chart(curve: Curve) -> Markup:

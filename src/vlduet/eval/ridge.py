@@ -12,15 +12,16 @@ never on the held-out ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlduet.data.records import ImageRef, Record
 from vlduet.eval.metrics import Bools, hit_at_k
-from vlduet.eval.protocols import cosine
+from vlduet.eval.protocols import RetrievalResult, caption_key, cosine, pair_of, retrieval
 
 Floats = NDArray[np.float64]
 
@@ -103,6 +104,40 @@ class RidgeBaseline:
         similarity, relevant = cosine(texts, images), validation.relevant
         both = [hit_at_k(similarity, relevant), hit_at_k(similarity.T, relevant.T)]
         return sum(d["hit@10"] for d in both) / 2, sum(d["hit@1"] for d in both) / 2
+
+
+def ridge_baseline(
+    features: Callable[[list[ImageRef]], NDArray[np.floating]],
+    vectors: Callable[[list[str]], NDArray[np.floating]],
+    *,
+    train: Sequence[Record],
+    validation: Sequence[Record],
+    held_out: Sequence[Record],
+) -> RetrievalResult:
+    """Fit the baseline and run the retrieval protocol on it.
+
+    Args:
+        features: images -> float[N, F] of a frozen vision tower.
+        vectors: captions -> float[N, D] of a frozen text encoder.
+        train, validation, held_out: pairs with an image and a short caption, of which the first is used for fitting.
+
+    Raises:
+        DataError: a record that is no such pair.
+    """
+    pairs, checks = [pair_of(record) for record in train], [pair_of(record) for record in validation]
+    keys = [caption_key(captions[0]) for _, captions in checks]
+    distinct = {key: captions[0] for key, (_, captions) in zip(keys, checks, strict=True)}
+    relevant = np.array([[key == own for own in keys] for key in distinct])
+    fitted = RidgeBaseline.fit(
+        features([image for image, _ in pairs]),
+        vectors([captions[0] for _, captions in pairs]),
+        validation=Validation(features([image for image, _ in checks]), vectors(list(distinct.values())), relevant),
+    )
+    return retrieval(
+        lambda refs: fitted.embed_image(features(refs)),
+        lambda captions: fitted.embed_text(vectors(captions)),
+        records=held_out,
+    )
 
 
 def _unit(rows: NDArray[np.floating]) -> Floats:

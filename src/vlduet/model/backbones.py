@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as advice
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef
@@ -97,9 +98,16 @@ class Backbone(nn.Module):
         """Where the weights are."""
         return self.embedding.weight.device
 
+    def train(self, mode: bool = True) -> Self:
+        """As any module's, but the frozen tower stays in eval: its batch norms must not learn from what passes."""
+        super().train(mode)
+        self.model.model.vision_tower.eval()
+        return self
+
     def save(self, folder: Path) -> None:
         """Write the checkpoint's own files: weights as safetensors, config, tokenizer, image processor."""
-        self.model.save_pretrained(folder)
+        with _quiet():
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         for name in ("processor_config.json", "chat_template.jinja"):
@@ -135,27 +143,32 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
     """Open a local checkpoint folder: safetensors only, no code of the checkpoint is ever run.
 
     Raises:
-        ModelError: not a folder, an unknown family, remote code, pickled weights, or tensors that are missing.
+        ModelError: not a folder, an unknown family, remote code, pickled or broken files, or tensors that are missing.
     """
     config = read_config(folder)
     family_of(config.get("model_type", ""), folder)
-    if not list(folder.glob("*.safetensors")):
+    if not list(folder.glob("model*.safetensors")):
         raise ModelError(
             "no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read"
         )
-    with _quiet():
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(
-            folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
-        )
+    try:
+        with _quiet():
+            model, report = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(
+                folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"broken checkpoint ({str(error).splitlines()[0]})", place=folder, fix="Copy the whole folder again"
+        ) from error
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
@@ -168,7 +181,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError("no config.json here", place=folder, fix="Name a folder that holds a Hugging Face checkpoint")
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"broken JSON ({error})", place=path, fix="Copy the whole folder again") from None
     if "auto_map" in config:
         raise ModelError(
             "config.json has auto_map: it wants to run its own code", place=path, fix="Use a converted checkpoint"
@@ -257,11 +273,14 @@ BACKBONES: dict[str, Callable[[], Family]] = {"llava": llava, "fast_vlm": fast_v
 
 
 class _quiet:
-    """Loading prints pages of advice; only errors are for our users."""
+    """Loading prints pages of advice and bars; only errors are for our users."""
 
     def __enter__(self) -> None:
-        self.level = logging.getLogger("transformers").level
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        self.level, self.bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
+        advice.set_verbosity_error()
+        advice.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("transformers").setLevel(self.level)
+        advice.set_verbosity(self.level)
+        if self.bars:
+            advice.enable_progress_bar()

@@ -60,7 +60,7 @@ def read(folder: Path) -> Checkpoint:
         if not (folder / "config.json").is_file():
             raise ModelError(f"neither {MANIFEST} nor config.json here", place=folder, fix="Name a model folder")
         return Checkpoint(folder, {}, {}, None, None)
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest = _manifest(path)
     if manifest["format"] != FORMAT:
         raise ModelError(f"format {manifest['format']}, this version reads {FORMAT}", place=path, fix="Update vlduet")
     if manifest["image_backend"] != IMAGE_BACKEND:
@@ -82,6 +82,27 @@ def read(folder: Path) -> Checkpoint:
     except (FileNotFoundError, SafetensorError, KeyError) as error:
         raise ModelError(f"broken model folder ({error})", place=folder, fix="Copy the whole folder again") from None
     return Checkpoint(base, manifest, tensors, folder / "adapter" if manifest["adapter"] else None, golden)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """vlduet.json, with every key that `read` and its callers want. Raises ModelError."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        absent = {
+            "format",
+            "base",
+            "base_fingerprint",
+            "image_backend",
+            "adapter",
+            "trained",
+            "prompts",
+            "head",
+        } - manifest.keys()
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"broken manifest ({error})", place=path, fix="Copy the whole folder again") from None
+    if absent and manifest.get("format") in (None, FORMAT):
+        raise ModelError(f"'{sorted(absent)[0]}' is missing", place=path, fix="Copy the whole folder again")
+    return manifest
 
 
 def write(

@@ -294,7 +294,12 @@ class DuetModel(nn.Module):
 
         Args:
             provenance: what made this model (config, data, commit); kept in the manifest.
+
+        Raises:
+            ModelError: the folder is the base's own.
         """
+        if Path(folder).resolve() == self.backbone.folder.resolve():
+            raise ModelError("this folder is the model's base", place=folder, fix="Save elsewhere, or save it merged")
         with checkpoint.whole_folder(Path(folder)) as inside:
             self._write(inside, base=self.backbone.folder, provenance=provenance or {})
 
@@ -309,6 +314,7 @@ class DuetModel(nn.Module):
         with checkpoint.whole_folder(Path(folder)) as inside:
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
+        self.backbone.folder = Path(folder)  # what is in memory is what lies there now
 
     def _write(self, folder: Path, *, base: Path | None, provenance: Mapping[str, Any]) -> None:
         checkpoint.write(

@@ -43,8 +43,12 @@ TOKENS = GRID * GRID
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
 """A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
 PAD_TOKEN = "<|endoftext|>"
-PROMPTS = Prompts(image="{image}", text="{text}<|im_end|>", parts="{parts}<|im_end|>", chat=False, image_pool="mean")
-"""Nano reads an image from the mean of its tokens and a text from its end: ten prompt tokens would double the work."""
+START = "<|im_start|>"
+PROMPTS = Prompts(
+    image=f"{START}{{image}}", text=f"{START}{{text}}", parts=f"{START}{{parts}}", chat=False, image_pool="mean"
+)
+"""Nano reads an image from the mean of its tokens and a text from its last one: ten prompt tokens would double the work.
+The start token comes first because SmolLM2 parks attention on the first position: an image token there would be lost."""
 HEAD, DIM = "linear", 384
 BASE_LORA = Lora(rank=16, alpha=16, targets="all")
 """The shape of the shipped adapter; it is merged when the model is built."""

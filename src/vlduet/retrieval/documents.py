@@ -25,8 +25,8 @@ from vlduet.errors import DataError, RetrievalError, closest
 
 Side = Literal["image", "text", "record"]
 
-OnError = Callable[[Record | Place | None, DataError], object]
-"""Told of everything that is left out, and why; `Quarantine.add` is one."""
+OnError = Callable[[Record | None, DataError], object]
+"""Told of every record or document that is left out (None: it could not even be read), and why; `Quarantine.add` is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def documents(source: Path, *, side: Side, on_error: OnError) -> Iterator[Docume
     if side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=closest(side, get_args(Side)))
     taken: set[str] = set()
-    for record in read_records(source, on_error=on_error):
+    for record in read_records(source, on_error=lambda error: on_error(None, error)):
         try:
             found = of_record(record, side)
         except DataError as error:

@@ -47,7 +47,7 @@ def test_answer_with_its_sources(index: Index, model: Any) -> None:
 
 def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (255, 0, 0)))
-    prompt = prepare(index, model, question="What colour is it?", image=image, k=2)
+    prompt = prepare(index, model, "What colour is it?", image=image, k=2)
     (message,) = prompt.messages
     assert message.parts[-2:] == (image, "What colour is it?")
     text = str(prompt)
@@ -57,7 +57,7 @@ def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> Non
 
 def test_image_and_question_are_the_query(index: Index, model: Any, tmp_path: Path, tools: Any) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (0, 0, 255)))
-    assert prepare(index, model, question="hmm", image=image, k=1).sources[0].id == "blue"
+    assert prepare(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
 
 
 def test_an_excluded_item_never_retrieves_itself(index: Index, model: Any) -> None:
@@ -78,14 +78,14 @@ def test_without_sources_the_question_stands_alone(index: Index, model: Any) -> 
 
 
 def test_stream(index: Index, model: Any) -> None:
-    prompt = prepare(index, model, question="red")
+    prompt = prepare(index, model, "red")
     pieces = list(ask_stream(model, prompt))
     assert len(pieces) > 1 and "".join(pieces) == ask(index, model, "red").text
 
 
 def test_images_of_the_references_are_shown_on_request(index: Index, model: Any, tmp_path: Path) -> None:
     def shown(with_images: bool) -> list[Any]:
-        prompt = prepare(index, model, question="red", k=2, with_images=with_images)
+        prompt = prepare(index, model, "red", k=2, with_images=with_images)
         return [part for part in prompt.messages[0].parts if isinstance(part, ImageRef)]
 
     assert shown(False) == []

@@ -1,0 +1,98 @@
+"""The demo's page, composed of what was measured, what was shown and what the run tells of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vlduet.eval import galleries
+from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, RetrievalResult
+from vlduet.eval.report import Asked, Cost, DemoReport, Gallery, Heat, Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one model does on the held-out records."""
+
+    retrieval: RetrievalResult
+    entropy: CaptionCrossEntropy
+    captions: CaptionResult
+    plain: float
+    """Nats a token of plain answers, without an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Everything that is compared."""
+
+    before: Measurement
+    after: Measurement
+    ridge: RetrievalResult
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Examples of use."""
+
+    album: galleries.Album
+    galleries: tuple[Gallery, ...]
+    heat: Heat
+    asked: tuple[Asked, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the run tells of itself."""
+
+    command: str
+    seed: int
+    facts: Mapping[str, str]
+    seconds: Mapping[str, float]
+    """By phase; `train` is among them, and `download` does not count as work."""
+    data: tuple[Mapping[str, str], ...]
+    metrics: Sequence[Mapping[str, float]]
+    """The rows of ``metrics.jsonl``."""
+    next_commands: tuple[str, ...]
+
+
+def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
+    """Everything on the page."""
+    before, after, seed = measured.before, measured.after, told.seed
+    entropy = galleries.cross_entropy(before.entropy, after.entropy, seed=seed)
+    result, ridge = after.retrieval, measured.ridge
+    return DemoReport(
+        model=galleries.row("VLDuet", "generates and embeds", result=result, seed=seed),
+        ridge=galleries.row("Ridge baseline", "frozen vision to MiniLM, mute", result=ridge, seed=seed),
+        untrained=galleries.row("Before training", "the same model at the start", result=before.retrieval, seed=seed),
+        chance=galleries.chance_row(result),
+        num_images=len(result.ids),
+        num_captions=len(result.captions),
+        gaps=galleries.gaps(result, ridge, seed=seed),
+        cross_entropy=entropy,
+        costs=(
+            Cost("Held-out captions", "after their image, nats a token", entropy.before.mean, entropy.after.mean),
+            Cost("Plain answers", "no image, nothing like it in training, nats a token", before.plain, after.plain),
+        ),
+        cost_note="Lower is better. A rise in the second row is what was forgotten while the model learned to look.",
+        curves=galleries.curves(told.metrics),
+        captioned=galleries.captioned(before.captions, after.captions, album=shown.album),
+        galleries=shown.galleries,
+        heat=shown.heat,
+        asked=shown.asked,
+        provenance=Provenance(
+            told.command, told.facts, told.seconds, told.data, notes=_notes(before, after, seed=seed)
+        ),
+        next_commands=told.next_commands,
+        training_seconds=told.seconds["train"],
+        minutes=sum(value for name, value in told.seconds.items() if name != "download") / 60,
+    )
+
+
+def _notes(before: Measurement, after: Measurement, *, seed: int) -> tuple[str, ...]:
+    f1 = [m.captions.token_f1(seed).mean for m in (before, after)]
+    return (
+        "Left out of training: records whose caption names the same thing as a held-out or a validation caption.",
+        f"Generated captions: {after.captions.num_distinct} distinct ones for {len(after.captions.items)} images; "
+        f"word F1 with the reference {f1[1]:.2f}, before training {f1[0]:.2f}.",
+        "Examples are evenly spaced over the held-out records, and the questions are a fixed list.",
+    )

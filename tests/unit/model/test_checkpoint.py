@@ -1,0 +1,351 @@
+"""A model folder: what is saved comes back bit for bit, anyone can read it, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText
+
+from vlduet.errors import ModelError
+from vlduet.model import checkpoint
+from vlduet.model.adapters import Lora
+from vlduet.model.backbones import load_backbone
+from vlduet.model.duet import DuetModel
+
+ITEMS = ["a", "a red apple on a table", tiny.picture(1), (tiny.picture(2), "what is this?")]
+
+
+@pytest.fixture
+def trained(family: str, tmp_path: Path) -> DuetModel:
+    """A model of which every trainable tensor has moved away from its start."""
+    model = tiny.duet(tmp_path / "base", family=family)
+    model.make_trainable(lora=Lora(rank=2, alpha=4), projector=True)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def saved(trained: DuetModel, tmp_path: Path) -> Path:
+    trained.save_pretrained(tmp_path / "model", provenance={"made_by": "a test"})
+    return tmp_path / "model"
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Change keys of a JSON file; None removes one."""
+    tree = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
+def test_save_and_load_are_bit_identical(trained: DuetModel, saved: Path) -> None:
+    loaded = DuetModel.from_pretrained(saved)
+    for ours, theirs in [
+        (trained.own_tensors(), loaded.own_tensors()),
+        (trained.adapter_tensors(), loaded.adapter_tensors()),
+    ]:
+        assert ours.keys() == theirs.keys() and ours
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, theirs[name]), name
+    assert np.array_equal(trained.encode(ITEMS), loaded.encode(ITEMS))
+    assert loaded.fingerprint == trained.fingerprint and loaded.prompts == trained.prompts
+    nll = [m.caption_nll([(tiny.picture(1), "a caption")]) for m in (trained, loaded)]
+    assert nll[0] == nll[1]
+    assert not loaded.training
+
+
+def test_saving_twice_writes_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    DuetModel.from_pretrained(saved).save_pretrained(again, provenance={"made_by": "a test"})
+    assert files(again) == files(saved)
+
+
+def test_the_manifest_lists_every_trained_tensor(trained: DuetModel, saved: Path) -> None:
+    manifest = json.loads((saved / "vlduet.json").read_text())
+    moved = [p for p in trained.parameters() if p.requires_grad]
+    assert len(manifest["trained"]) == len({id(p) for p in moved})
+    assert {"logit_scale", "projector.linear_1.weight"} <= manifest["trained"].keys()
+    assert any("lora_B" in name for name in manifest["trained"]) and any(
+        n.startswith("head") for n in manifest["trained"]
+    )
+    assert sum(int(np.prod(f["shape"])) for f in manifest["trained"].values()) == sum(p.numel() for p in moved)
+    assert manifest["provenance"] == {"made_by": "a test"} and manifest["base"] == "../base"
+
+
+def test_a_folder_can_move_with_its_base(trained: DuetModel, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("base", "model"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    loaded = DuetModel.from_pretrained(tmp_path / "elsewhere" / "model")
+    assert np.array_equal(trained.encode(ITEMS), loaded.encode(ITEMS))
+
+
+# ---------------------------------------------------------------------- what others read
+
+
+def test_merged_equals_unmerged(trained: DuetModel, tmp_path: Path) -> None:
+    before = trained.encode(ITEMS)
+    trained.save_merged(tmp_path / "merged")
+    merged = DuetModel.from_pretrained(tmp_path / "merged")
+    assert merged.peft is None and not merged.adapter_tensors()
+    assert_close(merged.encode(ITEMS), before, atol=1e-5, rtol=0)
+    (tmp_path / "base").rename(tmp_path / "gone")  # self-contained: the base is no longer needed
+    assert_close(DuetModel.from_pretrained(tmp_path / "merged").encode(ITEMS), before, atol=1e-5, rtol=0)
+
+
+def test_the_model_that_was_merged_is_the_merged_one(trained: DuetModel, tmp_path: Path) -> None:
+    trained.save_merged(tmp_path / "merged")
+    assert trained.fingerprint == DuetModel.from_pretrained(tmp_path / "merged").fingerprint
+    trained.save_pretrained(tmp_path / "beside")  # refers to the merged weights, not to the former base
+    assert np.array_equal(DuetModel.from_pretrained(tmp_path / "beside").encode(ITEMS), trained.encode(ITEMS))
+
+
+def test_plain_peft_gives_the_same_hidden_states(trained: DuetModel, saved: Path, tmp_path: Path) -> None:
+    batch = trained.collate([trained.renderer.embed(("a red apple",))])
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    plain = PeftModel.from_pretrained(base, str(saved / "adapter")).eval()
+    with torch.no_grad():
+        theirs = plain.base_model.model.model(input_ids=batch.ids).last_hidden_state
+        assert_close(trained.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
+        trained.peft.disable_adapter_layers()
+        assert (trained.hidden_states(batch) - theirs).abs().max() > 1e-3, "the adapter must matter"
+    assert str(tmp_path) not in (saved / "adapter" / "adapter_config.json").read_text()
+
+
+def test_plain_transformers_opens_a_merged_folder(trained: DuetModel, tmp_path: Path) -> None:
+    sequence = trained.renderer.caption(tiny.picture(1), "a red apple")
+    trained.save_merged(tmp_path / "merged")
+    batch = trained.collate([sequence])
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    pixels = torch.cat([image.inputs["pixel_values"] for image in batch.images])
+    with torch.no_grad():
+        theirs = plain.model(input_ids=batch.ids, pixel_values=pixels).last_hidden_state
+        assert_close(trained.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_a_changed_base_is_refused(saved: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors[next(iter(tensors))] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="another one now"):
+        DuetModel.from_pretrained(saved)
+
+
+def test_a_base_that_is_gone_is_named(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(ModelError, match="is gone"):
+        DuetModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("what", ["head.layers.0.weight", "logit_scale"])
+def test_a_changed_tensor_is_refused(saved: Path, what: str) -> None:
+    tensors = load_file(saved / "duet.safetensors")
+    save_file(tensors | {what: tensors[what] + 1e-6}, saved / "duet.safetensors")
+    with pytest.raises(ModelError, match=f"'{what}' is not what was saved"):
+        DuetModel.from_pretrained(saved)
+
+
+def test_a_changed_adapter_is_refused(saved: Path) -> None:
+    path = saved / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    save_file(tensors | {first: tensors[first] * 1.001}, path)
+    with pytest.raises(ModelError, match="lora_.*is not what was saved"):
+        DuetModel.from_pretrained(saved)
+
+
+def test_a_missing_tensor_is_named(saved: Path) -> None:
+    tensors = load_file(saved / "duet.safetensors")
+    tensors.pop("projector.linear_1.weight")
+    save_file(tensors, saved / "duet.safetensors")
+    with pytest.raises(ModelError, match=r"'projector.linear_1.weight' is missing"):
+        DuetModel.from_pretrained(saved)
+
+
+def test_a_missing_adapter_is_named(saved: Path) -> None:
+    (saved / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        DuetModel.from_pretrained(saved)
+
+
+def test_embeddings_that_differ_from_those_at_saving_are_refused(saved: Path) -> None:
+    golden = load_file(saved / "golden.safetensors")["vectors"]
+    save_file({"vectors": golden.roll(1, dims=1).contiguous()}, saved / "golden.safetensors")
+    with pytest.raises(ModelError, match="embeddings differ"):
+        DuetModel.from_pretrained(saved)
+    DuetModel.from_pretrained(saved, check_golden=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"format": 99}, "format 99"), ({"image_backend": "torchvision"}, "torchvision"), ({"head": None}, "head")],
+)
+def test_another_manifest_is_refused(saved: Path, changes: dict[str, object], message: str) -> None:
+    rewrite(saved / "vlduet.json", **changes)
+    with pytest.raises(ModelError, match=message):
+        DuetModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["vlduet.json", "duet.safetensors", "golden.safetensors"])
+def test_half_a_file_is_refused(saved: Path, name: str) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError):
+        DuetModel.from_pretrained(saved)
+
+
+def test_an_adapter_of_another_base_is_refused(trained: DuetModel, saved: Path, tmp_path: Path) -> None:
+    config = saved / "adapter" / "adapter_config.json"
+    rewrite(config, target_modules=".*no_such_layer")
+    with pytest.raises(ModelError, match="adapter"):
+        DuetModel.from_pretrained(saved)
+
+
+def test_nothing_here(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"neither vlduet\.json nor config\.json"):
+        DuetModel.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_that_brings_code_is_refused(tmp_path: Path) -> None:
+    tiny.fast_vlm(tmp_path / "base")
+    rewrite(tmp_path / "base" / "config.json", auto_map={"AutoModel": "modeling_x.X"})
+    (tmp_path / "base" / "modeling_x.py").write_text("raise SystemExit('the checkpoint ran its code')")
+    with pytest.raises(ModelError, match="auto_map"):
+        DuetModel.from_pretrained(tmp_path / "base")
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    tiny.fast_vlm(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    torch.save(load_file(weights), tmp_path / "base" / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
+        DuetModel.from_pretrained(tmp_path / "base")
+    save_file({"x": torch.zeros(1)}, tmp_path / "base" / "duet.safetensors")  # some other safetensors changes nothing
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
+        DuetModel.from_pretrained(tmp_path / "base")
+
+
+def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    tiny.fast_vlm(tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    rewrite(config, model_type="qwen9_vl")
+    with pytest.raises(ModelError, match=r"model_type 'qwen9_vl'.*Known: fast_vlm, llava"):
+        DuetModel.from_pretrained(tmp_path / "base")
+    rewrite(config, model_type="lava")
+    with pytest.raises(ModelError, match="Did you mean 'llava'"):
+        DuetModel.from_pretrained(tmp_path / "base")
+
+
+def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
+    tiny.fast_vlm(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    lost = next(name for name in tensors if "q_proj" in name)
+    tensors.pop(lost)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 tensors are missing.*q_proj"):
+        DuetModel.from_pretrained(tmp_path / "base")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path, name: str) -> None:
+    tiny.fast_vlm(tmp_path / "base")
+    path = tmp_path / "base" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelError, match="base"):
+        load_backbone(tmp_path / "base")
+
+
+# ---------------------------------------------------------------------- written whole or not at all
+
+
+def test_saving_over_the_base_is_refused(trained: DuetModel, tmp_path: Path) -> None:
+    """The folder would hold a reference to itself, and the weights would be gone."""
+    before = files(tmp_path / "base")
+    with pytest.raises(ModelError, match="base"):
+        trained.save_pretrained(tmp_path / "base")
+    assert files(tmp_path / "base") == before
+
+
+def test_a_merged_folder_can_be_written_over_its_base(trained: DuetModel, tmp_path: Path) -> None:
+    before = trained.encode(ITEMS)
+    trained.save_merged(tmp_path / "base")
+    assert_close(DuetModel.from_pretrained(tmp_path / "base").encode(ITEMS), before, atol=1e-5, rtol=0)
+
+
+def test_whole_folder_replaces_everything(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    for text in ("one", "two"):
+        with checkpoint.whole_folder(folder) as inside:
+            (inside / f"{text}.txt").write_text(text)
+    assert files(folder) == {"two.txt": b"two"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_whole_folder_survives_an_exception(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    with pytest.raises(OSError, match="disk full"), checkpoint.whole_folder(folder) as inside:
+        (inside / "new.txt").write_text("half")
+        raise OSError("disk full")
+    assert files(folder) == {"old.txt": b"old"} and list(tmp_path.iterdir()) == [folder]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from vlduet.model import checkpoint
+real, calls = Path.rename, []
+def rename(self, target):
+    calls.append(target)
+    if len(calls) == int(sys.argv[2]):
+        os._exit(9)
+    return real(self, target)
+Path.rename = rename
+with checkpoint.whole_folder(Path(sys.argv[1])) as inside:
+    (inside / "new.txt").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("rename", [1, 2], ids=["before the swap", "between the two renames"])
+def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], timeout=120)
+    assert ended.returncode == 9
+    assert folder.exists() == (rename == 1)
+    assert files(checkpoint.recovered(folder)) == {"old.txt": b"old"}
+    with checkpoint.whole_folder(folder) as inside:
+        (inside / "newer.txt").write_text("newer")
+    assert files(folder) == {"newer.txt": b"newer"} and list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_model_is_found_after_a_kill_between_the_two_renames(trained: DuetModel, saved: Path) -> None:
+    saved.rename(saved.with_name(".model.old"))
+    assert np.array_equal(DuetModel.from_pretrained(saved).encode(ITEMS), trained.encode(ITEMS))

@@ -1,0 +1,118 @@
+"""InfoNCE against a float64 loop, with repeated captions, hard negatives and several positives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from vlduet.data.sequences import Anchor
+from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
+from vlduet.recipes.contrast import positives
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, 6, dtype=torch.float64, generator=generator), dim=1)
+
+
+def slow(left, right, scale, positive):
+    """Both directions, one pair at a time: -log of e^s over itself and the negatives."""
+    scores = (left @ right.T * math.exp(scale)).tolist()
+    n, m = positive.shape
+
+    def one(row, wanted):
+        losses = []
+        for j, yes in enumerate(wanted):
+            if yes:
+                rest = sum(math.exp(row[k]) for k in range(len(row)) if not wanted[k])
+                losses.append(-math.log(math.exp(row[j]) / (math.exp(row[j]) + rest)))
+        return sum(losses) / len(losses) if losses else None
+
+    rows = [x for i in range(n) if (x := one(scores[i], positive[i].tolist())) is not None]
+    columns = [
+        x for j in range(m) if (x := one([scores[i][j] for i in range(n)], positive[:, j].tolist())) is not None
+    ]
+    return (sum(rows) / len(rows) if rows else 0.0) + (sum(columns) / len(columns) if columns else 0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 99), st.floats(0, 4))
+def test_is_the_slow_loop(n, m, seed, scale):
+    left, right = unit(n, seed), unit(m, seed + 1)
+    positive = torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) < 0.3
+    found = symmetric_infonce(left, right, logit_scale=torch.tensor(scale, dtype=torch.float64), positive=positive)
+    assert float(found) == pytest.approx(slow(left, right, scale, positive), abs=1e-10)
+
+
+def test_one_positive_a_row_is_cross_entropy():
+    left, right = unit(5, 0), unit(5, 1)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    scores = left @ right.T * scale.exp()
+    target = torch.arange(5)
+    found = symmetric_infonce(left, right, logit_scale=scale, positive=torch.eye(5, dtype=torch.bool))
+    assert_close(found, F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
+
+
+def test_gradients():
+    left, right = unit(4, 0).requires_grad_(), unit(6, 1).requires_grad_()
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    positive = torch.zeros(4, 6, dtype=torch.bool)
+    positive[0, :3] = positive[2, 5] = positive[3, 5] = True  # row 1 has none
+    torch.autograd.gradcheck(
+        lambda a, b, s: symmetric_infonce(a, b, logit_scale=s, positive=positive), (left, right, scale)
+    )
+
+
+def test_a_pair_without_negatives_gives_zero_and_finite_gradients():
+    left = unit(2, 0).requires_grad_()
+    loss = symmetric_infonce(
+        left, unit(2, 1), logit_scale=torch.tensor(3.0), positive=torch.ones(2, 2, dtype=torch.bool)
+    )
+    loss.backward()
+    assert float(loss.detach()) == 0 and left.grad is not None and bool((left.grad == 0).all())
+
+
+def test_shares_of_ranks_sum_to_the_whole():
+    left, right = unit(5, 0), unit(7, 1)
+    positive = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    whole = symmetric_infonce(left, right, logit_scale=scale, positive=positive)
+    shares = [
+        symmetric_infonce(
+            left, right, logit_scale=scale, positive=positive, rows=rows, columns=columns, world_size=2
+        )
+        for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7)))
+    ]
+    assert_close((shares[0] + shares[1]) / 2, whole)
+
+
+def anchor(role: str, record: str, key: str) -> Anchor:
+    return Anchor(0, 1, role, record, key)
+
+
+def test_repeated_captions_and_copies_of_an_image_are_positives():
+    left = [anchor("image", "a", "img1"), anchor("image", "b", "img2"), anchor("image", "c", "img1")]
+    right = [anchor("text", "a", "a flower"), anchor("text", "b", "a flower"), anchor("text", "c", "a rose")]
+    # b shares its caption with a; c is the image of a, so a's captions are c's and c's are a's.
+    assert positives(left, right).tolist() == [[True, True, True], [True, True, False], [True, True, True]]
+
+
+def test_a_hard_negative_is_negative_even_for_its_own_record():
+    left = [anchor("query", "a", "q")]
+    right = [anchor("positive", "a", "yes"), anchor("negative", "a", "no")]
+    assert positives(left, right).tolist() == [[True, False]]
+
+
+def test_same_content_is_string_equality():
+    assert same_content(["a", "b"], ["b", "a", "b"]).tolist() == [[False, True, False], [True, False, True]]
+
+
+def test_the_temperature_has_a_floor():
+    assert float(torch.exp(-limited(torch.tensor(100.0), 0.01))) == pytest.approx(0.01)
+    assert float(limited(torch.tensor(1.0), 0.01)) == 1.0

@@ -1,0 +1,121 @@
+"""The loop on a tiny model: it learns, drops bad records by name, stops on NaN, and plans without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from vlduet import config
+from vlduet.data.formats import read_records
+from vlduet.errors import ConfigError, TrainingError
+from vlduet.logs import read_metrics
+from vlduet.model.duet import DuetModel
+from vlduet.train import setup
+from vlduet.train.loop import train
+from vlduet.train.plan import plan
+from vlduet.train.step import joint_step, learning_rate_factor, move
+from vlduet.validation import validator
+
+
+def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
+    settings = config.load(runs.write(tmp_path, steps=60, eval_every=30))
+    assert settings.data.validation
+    folder = train(settings, evaluate=validator(settings.data.validation, seed=0))
+    rows = read_metrics(settings.out / "metrics.jsonl")
+    first, *_, last = [row["loss"] for row in rows if "loss" in row]
+    assert last < first - 1
+    measured = [row for row in rows if "validation/caption_cross_entropy" in row]
+    assert [row["step"] for row in measured] == [0, 30, 60]
+    assert measured[-1]["validation/text_to_image/hit@5"] > 0
+    assert measured[-1]["validation/caption_cross_entropy"] < measured[0]["validation/caption_cross_entropy"]
+    model = DuetModel.from_pretrained(folder)
+    assert model.peft is not None and model.prompts.image == "<s>{image}"
+    assert (settings.out / "config.yaml").is_file() and list((settings.out / "tensorboard").iterdir())
+
+
+def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path) -> None:
+    settings = config.load(runs.write(tmp_path, steps=3))
+    run = setup.prepare(settings, keep=False)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}
+    run.model.train()
+    laid_out = setup.batches(run, 0)
+    for step in range(3):
+        joint_step(run, next(laid_out)[1])
+        if step == 1:  # B starts at zero, so A's gradient is zero in the first step only
+            for name, p in run.model.adapter_tensors().items():
+                assert p.grad is not None and bool(p.grad.abs().max() > 0), name
+        move(run, step)
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+    for name, buffer in run.model.named_buffers():  # batch norm statistics of the frozen tower
+        assert torch.equal(buffer, buffers[name]), name
+
+
+def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
+    path = runs.write(tmp_path, steps=6)
+    (tmp_path / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"id": "bad", "image": "0.png", "shrt": "x"}\n')
+    settings = config.load(path)
+    train(settings)
+    dropped = [json.loads(line) for line in (settings.out / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in dropped] == [None, "3"]
+    assert ":13" in dropped[0]["place"] and "shrt" in dropped[0]["message"] and "3.png" in dropped[1]["message"]
+
+
+def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.load(runs.write(tmp_path))
+    real = setup.bind
+
+    def poisoned(config: object) -> setup.Recipe:
+        recipe = real(config)  # type: ignore[arg-type]
+        calls = iter(range(100))
+
+        def objective(readout, scale):  # type: ignore[no-untyped-def]
+            losses = recipe.objective(readout, scale)
+            return {k: v * float("nan") if next(calls) >= 8 else v for k, v in losses.items()}
+
+        return setup.Recipe(recipe.name, recipe.layout, objective)
+
+    monkeypatch.setattr(setup, "bind", poisoned)
+    with pytest.raises(TrainingError, match="step 4: .*not a number"):
+        train(settings)
+    saved = settings.out / "not-finite-4-rank0" / "records.jsonl"
+    assert len(list(read_records(saved))) == 4
+    monkeypatch.setattr(setup, "bind", real)
+    train(settings, resume=True)  # the model had not moved on the bad step
+    steps = [row["step"] for row in read_metrics(settings.out / "metrics.jsonl")]
+    assert steps == list(range(12))
+
+
+def test_the_plan_trains_nothing(tmp_path: Path) -> None:
+    settings = config.load(runs.write(tmp_path))
+    facts = plan(settings)
+    assert facts["records: pair"] == 12 and facts["trainable parameters"] > 0 and facts["tokens a batch"] > 0
+    assert not settings.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.name=vladav", "Did you mean 'vladva'"),
+        ("recipe.language_onn=any", "Did you mean 'language_on'"),
+        ("objectives.contrastve=1", "Did you mean 'contrastive'"),
+        ("model.prompts.imagee=x", "Did you mean 'image'"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_closest(tmp_path: Path, override: str, message: str) -> None:
+    settings = config.load(runs.write(tmp_path), [override])
+    with pytest.raises(ConfigError, match=message):
+        setup.prepare(settings, keep=False)
+
+
+def test_learning_rate() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 and factors[-1] < 0.001
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
