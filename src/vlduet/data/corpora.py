@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vlduet import logs
-from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, stamps, wesnoth
+from vlduet.data.sources import build, emoji, stamps
 from vlduet.data.sources.build import Corpus, Picture, Summary
 from vlduet.errors import DataError, PackageError, closest
 from vlduet.packages import Package
@@ -24,10 +24,6 @@ from vlduet.packages import fetch as fetch_package
 CORPORA: dict[str, Corpus] = {
     "stamps": stamps.CORPUS,
     "emoji": emoji.CORPUS,
-    "wesnoth": wesnoth.CORPUS,
-    "campaigns": campaigns.CORPUS,
-    "endless-sky": endless_sky.CORPUS,
-    "gimp-help": gimp_help.CORPUS,
 }
 
 
@@ -77,9 +73,7 @@ def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None)
     return Summary(summary.name, folder, summary.counts, summary.num_images, summary.licence, reused=False)
 
 
-def _packages(
-    corpus: Corpus, progress: Callable[[str], None] | None
-) -> tuple[list[Package], dict[str, Path]]:
+def _packages(corpus: Corpus, progress: Callable[[str], None] | None) -> tuple[list[Package], dict[str, Path]]:
     folders = {package.name: fetch_package(package, progress=progress) for package in corpus.packages}
     for package in corpus.optional:
         try:

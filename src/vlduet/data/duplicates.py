@@ -48,9 +48,7 @@ def alike(one: Fingerprint, other: Fingerprint) -> bool:
     return bits + 2.0 * float(np.abs(a - b).mean()) <= MAX_DISTANCE
 
 
-def near_duplicates(
-    rows: Sequence[Fingerprint], columns: Sequence[Fingerprint] | None = None
-) -> list[tuple[int, int]]:
+def near_duplicates(rows: Sequence[Fingerprint], columns: Sequence[Fingerprint] | None = None) -> list[tuple[int, int]]:
     """Pairs (i, j) that look alike: rows[i] with columns[j], or with rows[j], i < j, when `columns` is left out.
 
     Time grows with len(rows) * len(columns): about 1 s for 20,000 x 10,000. Memory does not.

@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import re
 import base64
 import hashlib
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -27,6 +27,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError
+
+Decoded = Image.Image
+"""A decoded image, which others pass on without importing PIL."""
 
 Pixels = NDArray[np.uint8]
 """uint8[H, W, 3]"""
@@ -92,8 +95,9 @@ def read_bytes(ref: ImageRef) -> bytes:
     except FileNotFoundError:
         fix = "Mend the path; relative paths start from the folder of the records' file"
         raise ImageError("no such image", place=ref.name, fix=fix) from None
-    except OSError as error:
-        raise ImageError(f"cannot read the image ({error.strerror})", place=ref.name) from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        what = getattr(error, "strerror", None) or error
+        raise ImageError(f"cannot read the image ({what})", place=ref.name, fix="Check the path") from None
 
 
 def load(ref: ImageRef, *, limits: Limits = DEFAULT) -> Image.Image:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -136,14 +137,18 @@ def parse(raw: Any, *, place: Place, root: Path) -> Record:
     kinds = [kind for kind, keys in KEYS.items() if keys & raw.keys()]
     if len(kinds) != 1:
         what = f"keys of {' and '.join(kinds)} in one record" if kinds else f"no known key among {sorted(raw)}"
-        raise DataError(what, place=place, fix="A record is a pair, interleaved, chat or retrieval: see docs/data-format.md")
+        raise DataError(
+            what, place=place, fix="A record is a pair, interleaved, chat or retrieval: see docs/data-format.md"
+        )
     unknown = sorted(raw.keys() - KEYS[kinds[0]] - COMMON)
     if unknown:
         known = KEYS[kinds[0]] | COMMON
         raise DataError(f"unknown key '{unknown[0]}'", place=place.at(unknown[0]), fix=closest(unknown[0], known))
     identity = raw.get("id")
     if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
-        raise DataError(f"id is {_kind_of(identity)}", place=place.at("id"), fix="Give every record a string id of its own")
+        raise DataError(
+            f"id is {_kind_of(identity)}", place=place.at("id"), fix="Give every record a string id of its own"
+        )
     metadata = raw.get("metadata", {})
     if not isinstance(metadata, dict):
         raise DataError(f"metadata is {_kind_of(metadata)}", place=place.at("metadata"), fix="Write an object")
@@ -154,10 +159,14 @@ def parse(raw: Any, *, place: Place, root: Path) -> Record:
 def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     if "image" not in raw:
         raise DataError("a pair without image", place=place.at("image"), fix='Add "image": a path or a data: URL')
-    short = raw.get("short") or ()
-    short = (short,) if isinstance(short, str) else short
+    short = raw.get("short") or []
+    if not isinstance(short, str | list):
+        fix = "Write a string or a list of strings"
+        raise DataError(f"short is {_kind_of(short)}", place=place.at("short"), fix=fix)
+    if isinstance(short, str):
+        short = [_text(short, place.at("short"))]
     for i, caption in enumerate(short):
-        _text(caption, place.at(f"short[{i}]" if isinstance(raw["short"], list) else "short"))
+        _text(caption, place.at(f"short[{i}]"))
     long = raw.get("long")
     if long is not None:
         _text(long, place.at("long"))
@@ -203,13 +212,17 @@ def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
 
 def _parts(raw: Any, place: Place, root: Path) -> Parts:
     if not isinstance(raw, list) or not raw:
-        raise DataError(f"expected a list of parts, got {_kind_of(raw)}", place=place, fix='Write [{"text": ...}, {"image": ...}]')
+        raise DataError(
+            f"expected a list of parts, got {_kind_of(raw)}", place=place, fix='Write [{"text": ...}, {"image": ...}]'
+        )
     parts: list[Part] = []
     for i, part in enumerate(raw):
         here = place.at(f"[{i}]")
         part = _openai(part)
         if not isinstance(part, dict) or len(part.keys() & {"text", "image"}) != 1:
-            raise DataError("a part needs exactly one of text and image", place=here, fix='Write {"text": ...} or {"image": ...}')
+            raise DataError(
+                "a part needs exactly one of text and image", place=here, fix='Write {"text": ...} or {"image": ...}'
+            )
         extra = sorted(part.keys() - {"text", "image", "type"})
         if extra:
             raise DataError(f"unknown key '{extra[0]}' in a part", place=here.at(extra[0]), fix="Keep text or image")
@@ -229,7 +242,13 @@ def _openai(part: Any) -> Any:
 
 def _text(value: Any, place: Place) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"expected text, got {_kind_of(value)}", place=place, fix="Write a non-empty string or leave the key out")
+        raise DataError(
+            f"expected text, got {_kind_of(value)}", place=place, fix="Write a non-empty string or leave the key out"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError("half a surrogate pair in the text", place=place, fix="Write it again as UTF-8") from None
     return value
 
 
@@ -247,7 +266,7 @@ def _image(value: Any, place: Place, root: Path) -> ImageRef:
         if not comma:
             raise DataError("a data: URL without a comma", place=place, fix="Write data:image/png;base64,...")
         return ImageRef(data=_base64(body, place) if head.endswith(";base64") else unquote_to_bytes(body))
-    if re.match(r"[a-z][a-z0-9+.-]+://", value):
+    if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
         raise DataError(f"'{value}' is a URL", place=place, fix="Download it first: records never touch the network")
     return ImageRef(path=root / value)
 
@@ -263,7 +282,13 @@ def _kind_of(value: Any) -> str:
     return "nothing" if value in (None, "", [], {}) else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[^\s\da-z])|\n\s*\n|(?<=[。！？])")  # noqa: RUF001
+_SENTENCE_END = re.compile(
+    # Western: a mark, closing quotes, white space, and then no lower-case letter and no digit, even in a bracket.
+    r"""(?<=[.!?…])["'”’)\]]*\s+(?=["'“‘(\[]*[^\s\da-zß-öø-ÿ"'“‘(\[])"""
+    r"|\n\s*\n"
+    # Chinese and Japanese write no spaces; a closing quote or bracket belongs to the sentence before it.
+    r"|(?<=[。！？])(?![」』”’）)。！？])|(?<=[。！？][」』”’）)])"
+)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -273,7 +298,7 @@ def split_sentences(text: str) -> list[str]:
     white space and something other than a lower-case letter or a digit follow; and at blank lines. Never inside a word.
     """
     cuts = [0, *(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]
-    pieces = (text[a:b].strip() for a, b in zip(cuts, cuts[1:], strict=False))
+    pieces = (text[a:b].strip() for a, b in itertools.pairwise(cuts))
     return [piece for piece in pieces if piece]
 
 
@@ -283,18 +308,20 @@ def read_jsonl(path: Path) -> Iterator[Record]:
     Raises:
         DataError: at the first broken line, with its number. (`formats.read_records` collects instead of stopping.)
     """
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield parse_line(line, place=Place(str(path), number), root=path.parent)
 
 
-def parse_line(line: str, *, place: Place, root: Path) -> Record:
+def parse_line(line: str | bytes, *, place: Place, root: Path) -> Record:
     """One line of JSON -> Record. Raises DataError as `parse` does, and for broken JSON."""
     try:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line") from None
+        raise DataError(
+            f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line"
+        ) from None
     return parse(raw, place=place, root=root)
 
 

@@ -45,7 +45,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, percent: b
     if not every:
         return Markup(f'<p class="note">{escape(title)}: nothing was measured.</p>')
     x_ticks = ticks(min(p[0] for p in every), max(p[0] for p in every), 4)
-    y_low = 0.0 if percent else min(p[1] for p in every)
+    y_low = min(0.0 if percent else math.inf, *(p[1] for p in every))
     y_ticks = ticks(y_low, max(p[1] for p in every), 4)
     x0, x1 = min(p[0] for p in every), max(p[0] for p in every)
     y0, y1 = y_ticks[0], y_ticks[-1]
@@ -128,7 +128,9 @@ def smoothed(points: Sequence[Point], width: int) -> tuple[Point, ...]:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that cover [low, high]."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    size = size if size > 1e-6 else 1.0
+    span = high - low if high - low > 1e-6 * size else size  # flat: a range of its own size
     raw = span / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)

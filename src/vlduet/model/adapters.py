@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,10 +40,7 @@ def add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
     if lora.targets not in TARGETS:
         raise ConfigError(f"'{lora.targets}'", place="train.lora.targets", fix=f"Use one of {', '.join(TARGETS)}")
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=rf".*language_model\..*\.({TARGETS[lora.targets]})",
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_pattern(lora.targets)
     )
     try:
         return get_peft_model(backbone.model, config)
@@ -51,6 +48,25 @@ def add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
         raise ConfigError(
             str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers"
         ) from None
+
+
+def _pattern(targets: str) -> str:
+    return rf".*language_model\..*\.({TARGETS[targets]})"
+
+
+def check_lora(peft: PeftModel, lora: Lora) -> None:
+    """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
+    has = peft.peft_config["default"]
+    targets = next((name for name in TARGETS if _pattern(name) == has.target_modules), "others")
+    there = Lora(rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout)
+    for field in fields(Lora):
+        wanted, found = getattr(lora, field.name), getattr(there, field.name)
+        if wanted != found:
+            raise ConfigError(
+                f"{wanted!r}, but the model brings an adapter with {found!r}",
+                place=f"train.lora.{field.name}",
+                fix=f"Set it to {found}, or merge the model first",
+            )
 
 
 def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> PeftModel:

@@ -24,7 +24,7 @@ from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
 from vlduet.model import checkpoint, generation
-from vlduet.model.adapters import Lora, add_lora, load_lora, merge, save_lora
+from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
 from vlduet.model.features import FeatureCache
 from vlduet.model.generation import evaluating
@@ -36,6 +36,8 @@ Item = Part | Parts
 """What can be embedded: a text, an image, or several of both in order."""
 
 VISION_BATCH = 32
+FEATURES = "features"
+"""Name of an image's cached vision features among its inputs."""
 INITIAL_TEMPERATURE = 0.07
 
 
@@ -54,7 +56,7 @@ class DuetModel(nn.Module):
         self.head = EmbeddingHead(head, backbone.width, dim).to(backbone.device)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device))
         self.prompts = prompts
-        self.peft: Any = None
+        self._peft: list[Any] = []  # a list hides it from torch, which would see every layer of the backbone twice
         self.features = FeatureCache(None)
         self.renderer = Renderer(
             backbone.tokenizer, self.prepare, image_token_id=backbone.image_token_id, prompts=prompts
@@ -101,7 +103,7 @@ class DuetModel(nn.Module):
 
     def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
         """What the projector reads, float[tokens, Dv]; each distinct image goes through the tower once."""
-        found = {image.key: self.features.get(image.key) for image in prepared}
+        found = {p.key: p.inputs[FEATURES] if FEATURES in p.inputs else self.features.get(p.key) for p in prepared}
         missing = list({image.key: image for image in prepared if found[image.key] is None}.values())
         for begin in range(0, len(missing), VISION_BATCH):
             chunk = missing[begin : begin + VISION_BATCH]
@@ -118,7 +120,8 @@ class DuetModel(nn.Module):
         known = self._known_key(ref)
         cached = self.features.get(known) if known else None
         if known and cached is not None:
-            return PreparedImage(inputs={}, num_tokens=len(cached), key=known)
+            # They travel along: when the batch is read, the cache may have let go of them.
+            return PreparedImage(inputs={FEATURES: cached}, num_tokens=len(cached), key=known)
         prepared = self.backbone.prepare(ref)
         if ref.path is not None:
             status = ref.path.stat()
@@ -251,14 +254,21 @@ class DuetModel(nn.Module):
     def make_trainable(self, *, lora: Lora | None, projector: bool, head: bool = True) -> None:
         """Freeze everything, then open what is asked for; adds LoRA layers where there are none yet."""
         self.requires_grad_(False)
-        if lora is not None and self.peft is None:
-            self.peft = add_lora(self.backbone, lora)
+        if lora is not None and self.peft is not None:
+            check_lora(self.peft, lora)
+        elif lora is not None:
+            self._peft = [add_lora(self.backbone, lora)]
         if lora is not None:
             for name, parameter in self.backbone.model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
         self.backbone.projector.requires_grad_(projector)
         self.head.requires_grad_(head)
         self.logit_scale.requires_grad_(head)
+
+    @property
+    def peft(self) -> Any:
+        """PEFT's view of the model with its adapter; None without one."""
+        return self._peft[0] if self._peft else None
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Everything beside the base and the adapter: projector, head, temperature."""
@@ -310,7 +320,7 @@ class DuetModel(nn.Module):
         """
         if self.peft is not None:
             merge(self.peft)
-            self.peft = None
+            self._peft = []
         with checkpoint.whole_folder(Path(folder)) as inside:
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
@@ -359,7 +369,7 @@ class DuetModel(nn.Module):
                     raise ModelError(f"tensor '{name}' is missing or of another shape", place=Path(folder))
                 tensor.copy_(kept.tensors[name])
         if kept.adapter is not None:
-            model.peft = load_lora(backbone, kept.adapter)
+            model._peft = [load_lora(backbone, kept.adapter)]
         checkpoint.verify(kept.manifest, {**model.own_tensors(), **model.adapter_tensors()}, place=Path(folder))
         if check_golden and kept.golden is not None:
             checkpoint.check_golden(kept.golden, model.golden_vectors(), dtype=backbone.model.dtype, place=Path(folder))

@@ -13,13 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MEMORY = 256 << 20
+"""Bytes that are kept without a folder: enough to see an image twice, not enough to hurt who indexes a million."""
+
 
 class FeatureCache:
-    """float32[tokens, Dv] by key. `folder=None` keeps them in memory."""
+    """float32[tokens, Dv] by key.
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    Args:
+        folder: where they are kept; None keeps the newest `memory` bytes of them in memory.
+    """
+
+    def __init__(self, folder: Path | None, *, memory: int = MEMORY):
+        self.folder, self.memory = folder, memory
         self._memory: dict[str, Tensor] = {}
+        self._bytes = 0
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -38,7 +46,10 @@ class FeatureCache:
         """Keep them; atomic on disk."""
         kept = features.detach().cpu().float().contiguous()
         if self.folder is None:
+            self._bytes += kept.nbytes - (self._memory[key].nbytes if key in self._memory else 0)
             self._memory[key] = kept
+            while self._bytes > self.memory:
+                self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
             return
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)

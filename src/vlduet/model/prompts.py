@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
+
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Message, Parts
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence
@@ -114,6 +116,8 @@ class Builder:
         """Remove tokens [start, end), moving everything that points behind them."""
         del self.ids[start:end], self.labels[start:end]
         removed = end - start
+        if start < len(self.labels):
+            self.labels[start] = IGNORE  # what comes now is not what followed the text: nobody shall learn to stop here
 
         def moved(at: int) -> int:
             return at if at <= start else max(start, at - removed)
@@ -227,17 +231,20 @@ class Renderer:
                 end-of-turn token included.
 
         Raises:
-            DataError: images and template alone exceed the limit.
+            DataError: images and template alone exceed the limit, or the template refuses the chat.
+            ConfigError: there is no chat template, or it loses content.
         """
         # Every user string becomes a numbered mark in the template's output, so control and user text stay apart.
-        contents: list[tuple[str, bool]] = []
+        contents: list[tuple[str, bool, bool]] = []  # text, supervised, ends its turn
         marked = []
         for message in messages:
             parts = []
-            for part in message.parts:
+            said = message.role == "assistant" and not answer
+            last = max((i for i, part in enumerate(message.parts) if isinstance(part, str)), default=-1)
+            for i, part in enumerate(message.parts):
                 if isinstance(part, str):
                     parts.append(f"\ue000{len(contents)}\ue001")
-                    contents.append((part, message.role == "assistant" and not answer))
+                    contents.append((part, said, said and i == last))
                 else:
                     parts.append(part)  # type: ignore[arg-type]
             marked.append(Message(message.role, tuple(parts)))
@@ -246,13 +253,13 @@ class Renderer:
         builder = self.builder()
         if self.bos and self.tokenizer.bos_token:
             rendered = rendered.removeprefix(str(self.tokenizer.bos_token))
-        closing = False  # True right after a supervised text: its end-of-turn token is supervised too
+        closing = False  # True right after an answer: its end-of-turn token is supervised too
         for piece in re.split(rf"(\ue000\d+\ue001|{re.escape(self.image_token)})", rendered):
             if piece == self.image_token:
                 builder.image(self.prepare(refs[len(builder.images)]))
             elif piece.startswith("\ue000"):
-                text, supervised = contents[int(piece[1:-1])]
-                closing = bool(builder.text(text, supervised=supervised)) and supervised
+                text, supervised, closing = contents[int(piece[1:-1])]
+                builder.text(text, supervised=supervised)
             elif piece or closing:
                 self._control(builder, piece, closing=closing)
                 closing = False
@@ -277,11 +284,16 @@ class Renderer:
             raise ConfigError(
                 "the checkpoint has no chat template", place="prompts.chat", fix="Set prompts.chat to false"
             )
+        refused: Exception | None = None
         for as_list in (True, False):  # templates of text-only origin take strings only
             rows = [{"role": m.role, "content": content(m, as_list)} for m in messages]
-            text = str(
-                self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
-            )
+            try:
+                text = str(
+                    self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
+                )
+            except (TemplateError, TypeError) as error:
+                refused = error
+                continue
             wanted = [p for m in messages for p in m.parts if isinstance(p, str)]
             count = sum(not isinstance(p, str) for m in messages for p in m.parts)
             if (
@@ -290,6 +302,8 @@ class Renderer:
                 and "'type'" not in text
             ):
                 return text
+        if refused is not None:  # such as roles that do not alternate: the record's fault
+            raise DataError(f"the checkpoint's chat template refuses this chat ({refused})", fix="Mend its turns")
         raise ConfigError(
             "the checkpoint's chat template drops or repeats content",
             place="chat_template",

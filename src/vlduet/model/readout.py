@@ -30,7 +30,8 @@ class Readout:
 
 def empty_readout(dim: int, device: torch.device) -> Readout:
     """What a rank without a single usable record contributes: nothing, with the right shapes."""
-    return Readout(torch.zeros(0, dim, device=device), (), torch.zeros(0, device=device))
+    # It wants a gradient, because the backward of the gather is a collective in which every rank must take part.
+    return Readout(torch.zeros(0, dim, device=device, requires_grad=True), (), torch.zeros(0, device=device))
 
 
 def pool(hidden: Tensor, spans: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def pool(hidden: Tensor, spans: Tensor) -> Tensor:
         float[A, D]
     """
     if len(spans) == 0:
-        return hidden.new_zeros(0, hidden.shape[-1])
+        return hidden[:0, 0]  # part of the graph: see `empty_readout`
     longest = int((spans[:, 2] - spans[:, 1]).max())
     at = spans[:, 1, None] + torch.arange(longest, device=spans.device)  # [A, L]
     inside = at < spans[:, 2, None]
@@ -66,7 +67,7 @@ class EmbeddingHead(nn.Module):
         self.kind, self.dim = kind, width if kind == "none" else dim
         layers: dict[str, nn.Module] = {
             "none": nn.Identity(),
-            "linear": nn.Linear(width, dim, bias=False),
+            "linear": nn.Linear(width, dim),
             "mlp": nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
         }
         self.layers = layers[kind]

@@ -13,6 +13,7 @@ once. Records with one kind of caption take part in one loss; chats take part in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -32,7 +33,7 @@ OBJECTIVES = ("contrastive", "language")
 class Options:
     """What a config may set beside `recipe.name`."""
 
-    language_on: str = "long"
+    language_on: Literal["long", "any"] = "long"
     """Captions that carry the next-token loss: `long` (the paper), or `any`: the short one where there is no long one."""
     temperature_floor: float = 0.01
     """Lowest temperature of the contrastive loss."""

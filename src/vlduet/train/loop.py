@@ -129,7 +129,7 @@ def _stop(run: Run, samples: list[Sample], step: int, measured: dict[str, float]
     raise TrainingError(
         f"step {step}: {bad} is not a number",
         place=folder,
-        fix="Its records are saved there; lower train.lr or mend them, then --resume",
+        fix="Its records are saved there: mend them and --resume, or start anew with a lower train.lr",
     )
 
 

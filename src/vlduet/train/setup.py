@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlduet import distributed
-from vlduet.config import RunConfig
+from vlduet.config import RunConfig, options
 from vlduet.data.batches import Batch
 from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
@@ -24,7 +23,7 @@ from vlduet.errors import ConfigError, DataError, closest
 from vlduet.model.adapters import Lora
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
-from vlduet.model.prompts import Renderer
+from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import EmbeddingHead, Readout
 from vlduet.recipes import vladva
 
@@ -64,21 +63,17 @@ def bind(config: RunConfig) -> Recipe:
     Raises:
         ConfigError: an unknown recipe, option or objective.
     """
-    options = dict(config.recipe)
-    name = str(options.pop("name", ""))
+    values = dict(config.recipe)
+    name = str(values.pop("name", ""))
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe '{name}'", place="recipe.name", fix=closest(name, RECIPES))
     module = RECIPES[name]
-    known = [f.name for f in fields(module.Options)]
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"unknown option '{key}' of {name}", place=f"recipe.{key}", fix=closest(key, known))
     for key in config.objectives:
         if key not in module.OBJECTIVES:
             raise ConfigError(
                 f"unknown loss '{key}' of {name}", place="objectives", fix=closest(key, module.OBJECTIVES)
             )
-    bound = module.Options(**options)
+    bound = options(module.Options, values, place="recipe")
     return Recipe(
         name,
         lambda sample, renderer: module.layout(sample, renderer, bound),
@@ -90,11 +85,7 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
     section = config.model
     model = DuetModel.from_pretrained(section.path)
-    known = [f.name for f in fields(type(model.prompts))]
-    for key in section.prompts:
-        if key not in known:
-            raise ConfigError(f"unknown prompt '{key}'", place=f"model.prompts.{key}", fix=closest(key, known))
-    model.set_prompts(dataclasses.replace(model.prompts, **section.prompts))
+    model.set_prompts(options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
     if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
         torch.manual_seed(config.seed)
         model.head = EmbeddingHead(section.head, model.backbone.width, section.dim).to(model.backbone.device)

@@ -21,9 +21,7 @@ def record(number: int, *captions: str) -> Record:
 
 
 RECORDS = [record(i, caption) for i, caption in enumerate(CAPTIONS)]
-MEANING = {
-    protocols.caption_key(c): i for i, c in enumerate(dict.fromkeys(map(protocols.caption_key, CAPTIONS)))
-}
+MEANING = {protocols.caption_key(c): i for i, c in enumerate(dict.fromkeys(map(protocols.caption_key, CAPTIONS)))}
 
 
 def embed_text(texts: list[str]) -> np.ndarray:
@@ -123,9 +121,7 @@ def test_a_second_caption_also_makes_an_image_right() -> None:
 def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None:
     def looks(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
         same = [
-            protocols.caption_key(CAPTIONS[int(i.path.stem)]) == protocols.caption_key(t)
-            for i, t in pairs
-            if i.path
+            protocols.caption_key(CAPTIONS[int(i.path.stem)]) == protocols.caption_key(t) for i, t in pairs if i.path
         ]
         return [((1.0 if s else 3.0) * len(t), len(t)) for s, (_, t) in zip(same, pairs, strict=True)]
 
@@ -133,9 +129,7 @@ def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None
         return [(2.0 * len(t), len(t)) for _, t in pairs]
 
     seen = protocols.caption_cross_entropy(looks, RECORDS)
-    assert (seen.after_right().mean, seen.after_wrong().mean, seen.gap().mean) == pytest.approx(
-        (1.0, 3.0, 2.0)
-    )
+    assert (seen.after_right().mean, seen.after_wrong().mean, seen.gap().mean) == pytest.approx((1.0, 3.0, 2.0))
     assert protocols.caption_cross_entropy(blind, RECORDS).gap().mean == pytest.approx(0.0)
 
 

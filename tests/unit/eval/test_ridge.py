@@ -8,9 +8,7 @@ import pytest
 from vlduet.eval.ridge import RidgeBaseline, Validation
 
 
-def world(
-    num: int, *, noise: float, seed: int, width: int = 40, dim: int = 12
-) -> tuple[np.ndarray, np.ndarray]:
+def world(num: int, *, noise: float, seed: int, width: int = 40, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Features that are a fixed linear view of the text vectors, plus noise and a common offset."""
     view = np.random.default_rng(0).normal(size=(dim, width))
     random = np.random.default_rng(seed)

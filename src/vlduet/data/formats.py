@@ -1,0 +1,299 @@
+"""Records out of whatever people already have, lazily, each error with its file, line and field.
+
+    source --container--> rows --schema--> records
+
+The container is told by the source's name (or what a folder holds), the schema by the keys of the first rows; `format`
+overrides the schema. A broken row goes to `on_error` and the rest goes on; a source that cannot be read at all raises at
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlduet.data import arrow, images
+from vlduet.data.readers import containers, conversations, pairs
+from vlduet.data.readers.rows import Row
+from vlduet.data.records import COMMON, KEYS, ImageRef, Parts, Record, parse, to_json
+from vlduet.errors import DataError, closest
+
+OnError = Callable[[DataError], object]
+SNIFFED = 50
+"""Rows that are looked at, at most, to tell the schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A schema: how to know a row of it, and how to read one."""
+
+    about: str
+    read: Callable[[Row], Record]
+    knows: Callable[[dict[str, Any]], bool]
+
+
+def _ours(row: Row) -> Record:
+    return parse(row.value, place=row.place, root=row.root)
+
+
+def _knows_ours(value: dict[str, Any]) -> bool:
+    if "id" not in value:
+        return False
+    for keys in KEYS.values():
+        known = keys | COMMON
+        # A misspelt key of ours is an error to report, not a column of somebody else's table.
+        if keys & value.keys() and all(difflib.get_close_matches(key, known, cutoff=0.8) for key in value):
+            return True
+    return False
+
+
+def _knows_swift(value: dict[str, Any]) -> bool:
+    turns = value.get("messages")
+    tagged = isinstance(turns, list) and any(
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and conversations.TAG in turn["content"]
+        for turn in turns
+    )
+    return tagged or (isinstance(value.get("query"), str) and "response" in value)
+
+
+def _knows_messages(value: dict[str, Any]) -> bool:
+    return "messages" in value or {"prompt", "completion"} <= value.keys()
+
+
+FORMATS: dict[str, Format] = {
+    "mmeb": Format(
+        "MMEB: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path",
+        pairs.mmeb,
+        lambda value: bool(value.keys() & {"qry", "qry_text"} and value.keys() & set(pairs.MMEB_KEYS[2:])),
+    ),
+    "llava": Format(
+        "LLaVA: conversations of from and value, image", conversations.llava, lambda value: "conversations" in value
+    ),
+    "ms-swift": Format(
+        "ms-swift: messages with <image>, or query and response; images", conversations.swift, _knows_swift
+    ),
+    "records": Format("ours: id and one of image, parts, messages, query", _ours, _knows_ours),
+    "messages": Format(
+        "OpenAI and TRL: messages, or prompt and completion; images", conversations.messages, _knows_messages
+    ),
+    "captions": Format(
+        f"captioned images: a column {', '.join(pairs.IMAGE_COLUMNS[:3])}, ... and any of "
+        f"{', '.join(pairs.SHORT_COLUMNS + pairs.LONG_COLUMNS)}",
+        pairs.captions,
+        lambda value: bool(pairs.image_columns(value)),
+    ),
+}
+"""Asked in this order: the first that knows the keys of a row reads the source."""
+
+Container = Callable[[Path, Path], Iterator[Row]]
+
+CONTAINERS: dict[str, Container] = {
+    ".jsonl": containers.json_lines,
+    ".ndjson": containers.json_lines,
+    ".json": containers.json_list,
+    ".csv": containers.table,
+    ".tsv": containers.table,
+    ".parquet": arrow.parquet,
+    ".arrow": arrow.arrow,
+    ".feather": arrow.arrow,
+    ".tar": containers.shard,
+    ".tar.gz": containers.shard,
+    ".tgz": containers.shard,
+}
+"""By the end of the file's name."""
+
+IN_FOLDERS = (".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz")
+"""Files that make a folder more than a folder of images."""
+
+
+def read_records(
+    source: Path, *, format: str | None = None, root: Path | None = None, on_error: OnError | None = None
+) -> Iterator[Record]:
+    """The records of a file or a folder, lazily.
+
+    Args:
+        source: a file of any name in `CONTAINERS`; a folder of images, of shards, or saved by Hugging Face `datasets`.
+        format: a key of `FORMATS`; None tells it by the keys.
+        root: where relative image paths start; None takes the file's folder.
+        on_error: gets each broken row's error and reading goes on; None raises at the first.
+
+    Raises:
+        DataError: at once for a source or format that is unknown or unreadable; then, without `on_error`, for a row.
+    """
+    if format is not None and format not in FORMATS:
+        known, near = f"Known: {', '.join(FORMATS)}", closest(format, FORMATS)
+        fix = known if near.startswith("Known") else f"{near} {known}"
+        raise DataError(f"no format '{format}'", place=source, fix=fix)
+    rows = _rows(source, root)
+    try:
+        name, rows = (format, rows) if format else _sniff(source, rows)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", place=source, fix="Check its permissions") from None
+    return _records(rows, FORMATS[name], on_error)
+
+
+def _records(rows: Iterable[Row], schema: Format, on_error: OnError | None) -> Iterator[Record]:
+    for row in rows:
+        try:
+            if row.error is not None:
+                raise row.error
+            if not isinstance(row.value, dict):
+                what = f"a row is an object, this is {type(row.value).__name__}"
+                raise DataError(what, place=row.place, fix="Write {...}")
+            record = schema.read(row)
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        yield record
+
+
+def sniff(source: Path) -> str:
+    """The format's name. Raises DataError where it is not recognised."""
+    return _sniff(source, _rows(source, None))[0]
+
+
+def _sniff(source: Path, rows: Iterator[Row]) -> tuple[str, Iterator[Row]]:
+    """The format by the first row that one knows, and all the rows again."""
+    seen: list[Row] = []
+    for row in itertools.islice(rows, SNIFFED):
+        seen.append(row)
+        if isinstance(row.value, dict):
+            for name, schema in FORMATS.items():
+                if schema.knows(row.value):
+                    return name, itertools.chain(seen, rows)
+    objects = [row for row in seen if isinstance(row.value, dict)]
+    if not objects:
+        return "records", itertools.chain(seen, rows)  # nothing, or nothing that could be read: the rows' errors say it
+    keys = ", ".join(sorted(map(str, objects[0].value))[:12]) or "none"
+    accepted = "; ".join(f"{name} ({schema.about})" for name, schema in FORMATS.items())
+    raise DataError(f"not recognised by its keys: {keys}", place=objects[0].place, fix=f"Accepted: {accepted}")
+
+
+# --- containers ------------------------------------------------------------------------------------
+
+
+def _rows(source: Path, root: Path | None) -> Iterator[Row]:
+    if not source.exists():
+        raise DataError("no such file or folder", place=source, fix="Check the path")
+    if source.is_dir():
+        return _folder_rows(source, root)
+    container = _container(source)
+    if container is None:
+        what = f"a file of records does not end in '{source.suffix}'" if source.suffix else "a file without an ending"
+        raise DataError(what, place=source, fix=f"Accepted: {', '.join(CONTAINERS)}, or a folder of images")
+    return container(source, source.parent if root is None else root)
+
+
+def _container(source: Path) -> Container | None:
+    name = source.name.lower()
+    return next((container for ending, container in CONTAINERS.items() if name.endswith(ending)), None)
+
+
+def _folder_rows(folder: Path, root: Path | None) -> Iterator[Row]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(p.parent.name for p in folder.glob("*/dataset_info.json"))
+        fix = f"Name one: {_some(folder / split for split in splits)}"
+        raise DataError("several splits in one folder", place=folder, fix=fix)
+    files = _saved_dataset(folder)
+    if not files:
+        here = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        files = [p for p in here if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")][:1]
+        files = files or [p for p in here if p.name.lower().endswith(IN_FOLDERS)]
+    if not files:
+        return _some_images(folder)
+    endings = {p.suffix for p in files}
+    # Shards are numbered parts of one thing; `train.jsonl` and `test.jsonl`, or train-0.tar and test-0.tar, are not.
+    stems = {re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$", "", p.name.partition(".")[0]) for p in files}
+    if len(files) > 1 and (len(stems) > 1 or len(endings) > 1):
+        raise DataError("several files of records in one folder", place=folder, fix=f"Name one: {_some(files)}")
+    read = [container for p in files if (container := _container(p))]
+    start = folder if root is None else root
+    return itertools.chain.from_iterable(c(p, start) for c, p in zip(read, files, strict=True))
+
+
+def _some(paths: Iterable[Path]) -> str:
+    names = [str(path) for path in paths]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """The files of a folder that `Dataset.save_to_disk` wrote, in their order."""
+    state = folder / "state.json"
+    if not (state.is_file() and (folder / "dataset_info.json").is_file()):
+        return []
+    try:
+        saved = json.loads(state.read_text(encoding="utf-8"))
+        names = [str(item["filename"]) for item in saved["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"broken ({error})", place=state, fix="Save the dataset again with save_to_disk") from None
+    if saved.get("_indices_data_files") or any(Path(name).name != name for name in names):
+        raise DataError("an indexed view of other files", place=state, fix="Call flatten_indices() before save_to_disk")
+    return [folder / name for name in names]
+
+
+def _some_images(folder: Path) -> Iterator[Row]:
+    rows = containers.image_folder(folder, folder)
+    first = next(rows, None)
+    if first is None:
+        fix = f"Accepted: images ({', '.join(sorted(images.SUFFIXES))}), or files {', '.join(CONTAINERS)}"
+        raise DataError("neither images nor records in this folder", place=folder, fix=fix)
+    return itertools.chain([first], rows)
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
+    """Write records as our ``.jsonl``, yielding each as it is written; the file appears when all are.
+
+    Images inside the source (archives, tables, data: URLs) are written to ``<target's stem>-images/``, named by content.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            for record in records:
+                raw = to_json(_with_files(record, target), root=target.parent)
+                out.write(json.dumps(raw, ensure_ascii=False) + "\n")
+                yield record
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _with_files(record: Record, target: Path) -> Record:
+    """The record with every embedded image written to a file."""
+
+    def filed(ref: ImageRef) -> ImageRef:
+        if ref.data is None:
+            return ref
+        kind = images.sniff(ref.data[:512])
+        ending = f".{kind.lower()}" if f".{kind.lower()}" in images.SUFFIXES else ".bin"
+        path = target.parent / f"{target.stem}-images" / f"{hashlib.sha256(ref.data).hexdigest()[:24]}{ending}"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(ref.data)
+        return ImageRef(path=path)
+
+    def parts(items: Parts) -> Parts:
+        return tuple(filed(item) if isinstance(item, ImageRef) else item for item in items)
+
+    return dataclasses.replace(
+        record,
+        image=filed(record.image) if record.image else None,
+        parts=parts(record.parts),
+        messages=tuple(dataclasses.replace(turn, parts=parts(turn.parts)) for turn in record.messages),
+        query=parts(record.query),
+        positive=tuple(map(parts, record.positive)),
+        negative=tuple(map(parts, record.negative)),
+    )

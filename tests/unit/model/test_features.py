@@ -1,0 +1,73 @@
+"""Vision features are computed once, never stale, and memory stays bounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tiny
+from vlduet.data.records import ImageRef
+from vlduet.model.features import FeatureCache
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[ImageRef]:
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+    return [ImageRef(path=tmp_path / f"{i}.png") for i in range(6)]
+
+
+def test_memory_is_bounded_and_keeps_the_newest() -> None:
+    cache = FeatureCache(None, memory=100)
+    for i in range(5):
+        cache.put(str(i), torch.full((4, 2), float(i)))  # 32 bytes
+    assert [cache.get(str(i)) is not None for i in range(5)] == [False, False, True, True, True]
+    cache.put("4", torch.zeros(4, 2))
+    assert cache.get("2") is not None and bool((cache.get("4") == 0).all())
+    cache.put("large", torch.zeros(4, 100))
+    assert cache.get("large") is None
+
+
+@pytest.mark.parametrize("memory", [0, 400, 1 << 20])
+def test_embeddings_do_not_depend_on_what_the_cache_holds(
+    tmp_path: Path, pictures: list[ImageRef], memory: int
+) -> None:
+    model = tiny.duet(tmp_path / "base")
+    wanted = model.encode(pictures)
+    model.features = FeatureCache(None, memory=memory)
+    for _ in range(3):
+        assert_close(model.encode(pictures[:3]), wanted[:3], atol=1e-6, rtol=0)
+        # Cached ones and new ones in one batch: the new ones push the cached ones out before they are read.
+        assert_close(model.encode(pictures), wanted, atol=1e-6, rtol=0)
+
+
+def test_on_disk_an_image_is_decoded_once(
+    tmp_path: Path, pictures: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.duet(tmp_path / "base")
+    model.features = FeatureCache(tmp_path / "features")
+    first = model.encode(pictures)
+    monkeypatch.setattr(model.backbone, "prepare", lambda ref: pytest.fail(f"{ref.name} was decoded again"))
+    monkeypatch.setattr(model.backbone, "vision", lambda chunk: pytest.fail("the tower ran again"))
+    assert np.array_equal(model.encode(pictures), first)
+
+
+def test_another_content_under_the_same_name_is_another_image(tmp_path: Path, pictures: list[ImageRef]) -> None:
+    model = tiny.duet(tmp_path / "base")
+    before = model.encode(pictures[:1])
+    assert pictures[0].path is not None
+    pictures[0].path.write_bytes(tiny.picture(99, side=25).data or b"")
+    assert abs(model.encode(pictures[:1]) - before).max() > 1e-6
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200])
+def test_a_broken_file_counts_as_missing(tmp_path: Path, keep: int) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.put("abcd", torch.ones(4, 8))
+    (file,) = tmp_path.rglob("*.npy")
+    file.write_bytes(file.read_bytes()[:keep])
+    assert cache.get("abcd") is None
