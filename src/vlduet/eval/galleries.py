@@ -209,8 +209,8 @@ def heat(result: RetrievalResult, album: Album, *, wanted: int = 24) -> Heat:
     )
 
 
-def captioned(before: CaptionResult, after: CaptionResult, *, album: Album, wanted: int = 18) -> tuple[Captioned, ...]:
-    """Generated captions beside the references."""
-    pairs = list(zip(before.items, after.items, strict=True))
-    chosen = [pairs[i] for i in evenly(len(pairs), wanted)]
-    return tuple(Captioned(album.picture(b.id), a.references[0], b.generated, a.generated) for b, a in chosen)
+def captioned(before: CaptionResult, after: CaptionResult, *, album: Album) -> tuple[Captioned, ...]:
+    """Captions of the items that were captioned both before and after training."""
+    now = {item.id: item for item in after.items}
+    pairs = [(item, now[item.id]) for item in before.items if item.id in now]
+    return tuple(Captioned(album.picture(a.id), a.references[0], b.generated, a.generated) for b, a in pairs)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
@@ -44,8 +46,8 @@ Tokenizer: TypeAlias = PreTrainedTokenizerBase
 class Family:
     """What differs between families of checkpoints; everything else is shared."""
 
-    count: Callable[[PreTrainedModel, Inputs], int]
-    """Tokens that one prepared image takes."""
+    count: Callable[[Any, Inputs], int]
+    """config, prepared image -> tokens that it takes."""
     vision: Callable[[PreTrainedModel, Inputs], Tensor]
     """Inputs of several images -> float[tokens, Dv], what the projector reads."""
 
@@ -116,10 +118,9 @@ class Backbone(nn.Module):
 
     def prepare(self, ref: ImageRef) -> PreparedImage:
         """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
-        made = self.image_processor(images=images.load(ref), return_tensors="pt")
-        inputs = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        inputs = process(self.image_processor, ref)
         key = hashlib.sha256(f"{images.content_key(ref)}:{self.vision_fingerprint}".encode()).hexdigest()
-        return PreparedImage(inputs=inputs, num_tokens=self.family.count(self.model, inputs), key=key)
+        return PreparedImage(inputs=inputs, num_tokens=self.family.count(self.model.config, inputs), key=key)
 
     def vision(self, prepared: list[PreparedImage]) -> Tensor:
         """The vision tower on several images at once -> float[total tokens, Dv]. No gradient: the tower is frozen."""
@@ -151,29 +152,68 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         raise ModelError(
             "no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read"
         )
-    try:
-        with _quiet():
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            processor = AutoImageProcessor.from_pretrained(
-                folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"broken checkpoint ({str(error).splitlines()[0]})", place=folder, fix="Copy the whole folder again"
-        ) from error
+    with _opening(folder):
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    tokenizer, processor = _load_processors(folder)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
     model.requires_grad_(False)
     return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
+
+
+def load_processing(folder: Path) -> tuple[Tokenizer, Callable[[ImageRef], PreparedImage], int]:
+    """A checkpoint without its weights: tokenizer, image preparation, and the id of the image token.
+
+    What it prepares is good for laying out sequences, and keyed by content alone.
+
+    Raises:
+        ModelError: as `load_backbone` does.
+    """
+    family = family_of(read_config(folder).get("model_type", ""), folder)
+    tokenizer, processor = _load_processors(folder)
+    with _opening(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def prepare(ref: ImageRef) -> PreparedImage:
+        inputs = process(processor, ref)
+        return PreparedImage(inputs=inputs, num_tokens=family.count(config, inputs), key=images.content_key(ref))
+
+    return tokenizer, prepare, int(config.image_token_id)
+
+
+def _load_processors(folder: Path) -> tuple[Tokenizer, Any]:
+    with _opening(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(
+            folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
+        )
+    return tokenizer, processor
+
+
+def process(processor: Any, ref: ImageRef) -> dict[str, Tensor]:
+    """Decode an image and run the checkpoint's own preprocessing. Raises ImageError."""
+    made = processor(images=images.load(ref), return_tensors="pt")
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+@contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """Quiet inside; what transformers says of broken files becomes one line."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"broken checkpoint ({str(error).splitlines()[0]})", place=folder, fix="Copy the whole folder again"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -246,10 +286,10 @@ def llava() -> Family:
             chosen = [states[:, 1:] for states in chosen]
         return torch.cat(chosen, dim=-1).flatten(0, 1)  # [images * tokens, Dv]
 
-    def count(model: PreTrainedModel, inputs: Inputs) -> int:
+    def count(config: Any, inputs: Inputs) -> int:
         height, width = inputs["pixel_values"].shape[-2:]
-        patch = model.config.vision_config.patch_size
-        return int((height // patch) * (width // patch) + (model.config.vision_feature_select_strategy != "default"))
+        patch = config.vision_config.patch_size
+        return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
 
     return Family(count=count, vision=vision)
 
@@ -262,8 +302,8 @@ def fast_vlm() -> Family:
         tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
         return tokens
 
-    def count(model: PreTrainedModel, inputs: Inputs) -> int:
-        return int(model.config.image_seq_length)
+    def count(config: Any, inputs: Inputs) -> int:
+        return int(config.image_seq_length)
 
     return Family(count=count, vision=vision)
 

@@ -25,7 +25,7 @@ def llava(row: Row) -> Record:
     for i, turn in enumerate(turns):
         here = row.place.at(f"conversations[{i}]")
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise DataError(f"from is {speaker!r}", place=here.at("from"), fix=f"Use one of {', '.join(SPEAKERS)}")
         here = here.at("value")
         parts = interleave(text_of(turn.get("value"), here), TAG, images, place=here)
@@ -63,7 +63,8 @@ def swift(row: Row) -> Record:
     placed = []
     if row.value.get("system"):
         placed.append(({"role": "system", "content": row.value["system"]}, row.place.at("system")))
-    for i, pair in enumerate(row.value.get("history") or []):
+    history = row.value.get("history")
+    for i, pair in enumerate(_list(history, row.place.at("history")) if history else []):
         here = row.place.at(f"history[{i}]")
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError("not a pair of question and answer", place=here, fix='Write ["question", "answer"]')

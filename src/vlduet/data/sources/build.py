@@ -4,6 +4,7 @@ A builder turns unpacked packages into `Sample`s. `write` makes of them
 
     train.jsonl  val.jsonl  test.jsonl    records, images by path relative to the file
     images/...                            PNG or JPEG, at most MAX_SIDE pixels a side; SVG drawings rendered on white
+    COPYRIGHT-*.txt                       what the packages say of their artists and licences
     README.md                             what it is, licence, attribution, source, counts, how it was split
     manifest.json                         packages with their hashes, and the SHA-256 of every file
 
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef
@@ -76,6 +77,19 @@ class Sample:
 Folders = Mapping[str, Path]
 """Package name -> its unpacked folder."""
 
+T = TypeVar("T")
+
+
+class Watch(Protocol):
+    """Wraps a long loop, for a progress bar: gives back the items it is given."""
+
+    def __call__(self, items: Sequence[T], label: str) -> Iterable[T]: ...
+
+
+def unwatched(items: Sequence[T], label: str) -> Iterable[T]:
+    """No progress bar."""
+    return items
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -89,7 +103,7 @@ class Corpus:
     packages: tuple[Package, ...]
     split_by: str
     """How leakage between the splits is kept out, in one sentence."""
-    build: Callable[[Folders], Iterable[Sample]] = field(repr=False)
+    build: Callable[[Folders, Watch], Iterable[Sample]] = field(repr=False)
     version: int = 1
     """Raised whenever the builder makes other bytes of the same packages."""
     optional: tuple[Package, ...] = ()
@@ -176,7 +190,8 @@ def write(
     packages: Sequence[Package],
     folder: Path,
     *,
-    watch: Callable[[list[Picture]], Iterable[Picture]] = iter,
+    notices: Mapping[str, bytes] | None = None,
+    watch: Watch = unwatched,
 ) -> Summary:
     """Write the whole folder.
 
@@ -184,7 +199,8 @@ def write(
         samples: in the order of their records.
         packages: those that were really used.
         folder: new or empty.
-        watch: wraps the loop over pictures, for a progress bar.
+        notices: more files, by name: the packages' own copyright files.
+        watch: wraps the loop over pictures.
     """
     hashes: dict[str, str] = {}
 
@@ -196,12 +212,14 @@ def write(
 
     pictures = {picture.name: picture for sample in samples for picture in sample.pictures()}
     assert len({name.lower() for name in pictures}) == len(pictures), "names differ in more than case"
-    for picture in watch(list(pictures.values())):
+    for picture in watch(list(pictures.values()), f"writing {corpus.name}"):
         put(picture.name, picture.encoded())
     counts = Counter(sample.split for sample in samples)
     for split in SPLITS:
         lines = [_line(sample.record) for sample in samples if sample.split == split]
         put(f"{split}.jsonl", "".join(lines).encode())
+    for name, data in (notices or {}).items():
+        put(name, data)
     put("README.md", _readme(corpus, packages, counts, len(pictures)).encode())
     manifest = {
         **identity(corpus, packages),

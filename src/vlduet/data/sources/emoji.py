@@ -14,7 +14,7 @@ from typing import Any
 
 from vlduet.data.duplicates import Groups, fingerprint, near_duplicates
 from vlduet.data.records import ImageRef
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, render_svg, split_of
+from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, render_svg, split_of
 from vlduet.packages import PACKAGES, Package
 
 TEST, VAL = 0.10, 0.05
@@ -57,10 +57,10 @@ class Drawing:
     """Encoded PNG."""
 
 
-def build(folders: Folders) -> Iterator[Sample]:
+def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
     """Every emoji of every vendor as a pair, in Unicode's order."""
     emojis = [e for e in read_names(folders[LABELS.name] / "emoji_data/data/emoji-test.txt") if not _skin(e)]
-    drawings = list(_render(emojis, folders))
+    drawings = list(_render(emojis, folders, watch))
     groups = Groups(len(drawings))
     groups.unite_equal(_base(drawing.emoji.hexcode) for drawing in drawings)
     groups.unite_equal(_idea(drawing.emoji.name) for drawing in drawings)
@@ -72,12 +72,12 @@ def build(folders: Folders) -> Iterator[Sample]:
         yield Sample(_record(drawing, concept), split_of(f"emoji:{group}", test=TEST, val=VAL))
 
 
-def _render(emojis: list[Emoji], folders: Folders) -> Iterator[Drawing]:
+def _render(emojis: list[Emoji], folders: Folders, watch: Watch) -> Iterator[Drawing]:
     files = {
         vendor: {hexcode(path.stem): path for path in (folders[package] / inside).glob("*.svg")}
         for vendor, (package, inside) in VENDORS.items()
     }
-    for emoji in emojis:
+    for emoji in watch(emojis, "rendering emoji"):
         for vendor in VENDORS:
             if emoji.hexcode in files[vendor]:
                 yield Drawing(emoji, vendor, render_svg(files[vendor][emoji.hexcode], height=HEIGHT))

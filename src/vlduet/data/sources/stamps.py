@@ -15,7 +15,18 @@ from typing import Any
 from vlduet.data import images
 from vlduet.data.duplicates import Fingerprint, Groups, fingerprint, near_duplicates
 from vlduet.data.records import ImageRef
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, plain, portable, slug, split_of
+from vlduet.data.sources.build import (
+    Corpus,
+    Folders,
+    Picture,
+    Sample,
+    Watch,
+    plain,
+    portable,
+    slug,
+    split_of,
+    unwatched,
+)
 from vlduet.packages import PACKAGES
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -45,9 +56,9 @@ class Stamp:
         return self.name.rpartition("/")[0]
 
 
-def build(folders: Folders) -> Iterator[Sample]:
+def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
     """All stamps as pairs, in the order of their paths."""
-    stamps = list(_distinct(read_stamps(folders[PACKAGE] / "usr/share/tuxpaint/stamps")))
+    stamps = list(_distinct(read_stamps(folders[PACKAGE] / "usr/share/tuxpaint/stamps", watch)))
     groups = Groups(len(stamps))
     groups.unite_equal(plain(stamp.caption) for stamp in stamps)
     for one, other in near_duplicates([stamp.print for stamp in stamps]):
@@ -67,9 +78,9 @@ def _record(stamp: Stamp) -> dict[str, Any]:
     return {"id": stamp.name, "image": picture, "short": stamp.caption, "metadata": metadata}
 
 
-def read_stamps(root: Path) -> Iterator[Stamp]:
+def read_stamps(root: Path, watch: Watch = unwatched) -> Iterator[Stamp]:
     """Every stamp with an English caption and an image, letters left out."""
-    for text in sorted(root.rglob("*.txt"), key=lambda path: path.as_posix()):
+    for text in watch(sorted(root.rglob("*.txt"), key=lambda path: path.as_posix()), "reading stamps"):
         name = text.relative_to(root).with_suffix("").as_posix()
         # The first line is English; the others are translations, one LANG.utf8=... each.
         caption = text.read_text(encoding="utf-8").partition("\n")[0].strip()

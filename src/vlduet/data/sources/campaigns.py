@@ -1,0 +1,218 @@
+"""campaigns: the illustrated stories of Wesnoth's campaigns, one interleaved record a scenario.
+
+Story screens with their backgrounds come first, then the dialogue, each speaker's portrait before his first line. A whole
+campaign stands in one split. Portraits that several campaigns or the `wesnoth` corpus share are shown in one split only:
+elsewhere the text stays and the picture is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlduet.data.duplicates import Fingerprint, Groups, fingerprint, near_duplicates
+from vlduet.data.images import SUFFIXES
+from vlduet.data.records import ImageRef
+from vlduet.data.sources import wml
+from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, slug, split_of
+from vlduet.data.sources.wesnoth import ATTRIBUTION, DATA, LICENCE, PACKAGE, image_path, read_units, splits_of
+from vlduet.errors import ImageError
+from vlduet.packages import PACKAGES
+
+CAMPAIGNS = tuple(p for name, p in PACKAGES.items() if name.startswith("wesnoth-1.16-") and name != PACKAGE)
+TEST, VAL = 0.15, 0.12
+MIN_TEXTS = 3
+
+_NOBODY = frozenset({"", "narrator", "unit", "second_unit"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One text, and what is seen with it."""
+
+    text: str
+    image: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """One scenario."""
+
+    campaign: str
+    name: str
+    title: str
+    scenes: tuple[Scene, ...]
+
+
+def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
+    """All scenarios with pictures, campaign by campaign."""
+    core = folders[PACKAGE] / DATA / "core"
+    profiles = {unit.id: unit.source for unit in read_units(core)}
+    stories = [
+        story
+        for name in watch(sorted(folders), "reading campaigns")
+        for campaign in sorted((folders[name] / DATA / "campaigns").glob("*/_main.cfg"))
+        if campaign.parent.name != "tutorial"  # how to play, and no story
+        for story in read_campaign(campaign.parent, core, profiles)
+    ]
+    owners = _owners(stories, core)
+    for story in stories:
+        split = _split(story.campaign)
+        parts: list[dict[str, Any]] = [{"text": story.title}] if story.title else []
+        num_images, last = 0, None
+        for scene in story.scenes:
+            if scene.image is not None and scene.image != last and owners.get(scene.image) == split:
+                parts.append({"image": _picture(scene.image)})
+                num_images, last = num_images + 1, scene.image
+            parts.append({"text": scene.text})
+        if num_images and len(story.scenes) >= MIN_TEXTS:
+            metadata = {"campaign": story.campaign, "images": num_images}
+            yield Sample({"id": f"{story.campaign}/{story.name}", "parts": parts, "metadata": metadata}, split)
+
+
+def _split(campaign: str) -> str:
+    return split_of(f"campaigns:{campaign}", test=TEST, val=VAL)
+
+
+def _picture(source: Path) -> Picture:
+    inside = source.as_posix().rpartition("/images/")
+    campaign = Path(inside[0]).name
+    kind = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
+    return Picture(
+        f"images/{slug(campaign)}/{slug(Path(inside[2]).with_suffix('').as_posix().replace('/', '__'))}{kind}", source
+    )
+
+
+def read_campaign(folder: Path, core: Path, profiles: dict[str, Path]) -> Iterator[Story]:
+    """The stories of one campaign, by the names of its scenario files."""
+    files = sorted(folder.glob("scenarios/**/*.cfg"))
+    blocks = {path: wml.read(path) for path in files}
+    roots = (folder / "images", core / "images")
+    faces = _faces(folder, [*blocks.values()], roots, profiles)
+    for path, block in blocks.items():
+        titles = [b.text("name") for b in block.walk("scenario", "cutscene")]
+        scenes = tuple(_scenes(block, roots, faces))
+        yield Story(folder.name, path.stem, titles[0] if titles else "", scenes)
+
+
+def _faces(
+    folder: Path, blocks: list[wml.Block], roots: tuple[Path, ...], profiles: dict[str, Path]
+) -> dict[str, tuple[str, Path | None]]:
+    """Character's id -> (name, portrait), from every side and unit of the campaign."""
+    portraits = {p.stem.lower(): p for p in sorted((folder / "images").glob("portraits/**/*")) if p.suffix in SUFFIXES}
+    kinds = dict(profiles)
+    for path in sorted(folder.glob("units/**/*.cfg")):
+        for unit in wml.read(path).walk("unit_type"):
+            if (own := _find(unit.values.get("profile", ""), roots)) is not None:
+                kinds.setdefault(unit.text("id"), own)
+    found: dict[str, tuple[str, Path | None]] = {}
+    for block in blocks:
+        for unit in _units(block):
+            identity = unit.text("id")
+            if not identity:
+                continue
+            face = _find(unit.values.get("profile", ""), roots) or portraits.get(identity.lower().replace(" ", "-"))
+            face = face or portraits.get(identity.lower()) or kinds.get(unit.text("type"))
+            name, known = found.get(identity, ("", None))
+            found[identity] = (name or unit.text("name"), known or face)
+    for stem, path in portraits.items():
+        found.setdefault(stem.capitalize(), (stem.capitalize(), path))
+    return found
+
+
+def _units(block: wml.Block) -> Iterator[wml.Block]:
+    """All blocks that may introduce a character, nested ones too."""
+    for inner in block.blocks:
+        if inner.name in ("side", "unit", "leader", "hero"):
+            yield inner
+        yield from _units(inner)
+
+
+def _scenes(block: wml.Block, roots: tuple[Path, ...], faces: dict[str, tuple[str, Path | None]]) -> Iterator[Scene]:
+    told, spoken = set(), set()
+    for found in block.walk("story", "message"):
+        if found.name == "story":
+            for part in found.walk("part"):
+                text = part.text("story")
+                if text and text not in told and "$" not in text:
+                    told.add(text)
+                    yield Scene(text, _background(part, roots))
+            continue
+        text = found.text("message")
+        if not text or text in told or "$" in text:  # a variable is known to the game alone
+            continue
+        told.add(text)
+        speaker = found.text("speaker") or found.text("id")
+        name, face = faces.get(speaker, ("", None))
+        face = _find(found.values.get("image", ""), roots) or face
+        # A portrait belongs before the first line of its speaker, not before each.
+        seen = face in spoken
+        spoken.add(face)
+        name = found.text("caption") or name or ("" if speaker in _NOBODY or "$" in speaker else speaker)
+        yield Scene(f"{name}: {text}" if name else text, None if seen else face)
+
+
+def _background(part: wml.Block, roots: tuple[Path, ...]) -> Path | None:
+    candidates = [part.values.get("background", "")]
+    candidates += [inner.values.get("image", "") for inner in part.walk("background_layer")]
+    candidates += [inner.values.get("file", "") for inner in part.walk("image")]
+    found = (_find(value, roots) for value in candidates)
+    return next((path for path in found if path is not None), None)
+
+
+def _find(value: str, roots: tuple[Path, ...]) -> Path | None:
+    path = image_path(value)
+    if not path or Path(path).suffix.lower() not in SUFFIXES or ".." in path:
+        return None
+    return next((root / path for root in roots if (root / path).is_file()), None)
+
+
+def _owners(stories: list[Story], core: Path) -> dict[Path, str]:
+    """Image -> the one split that shows it: that of `wesnoth` where it is one of its portraits, else its campaign's.
+
+    Of images that look alike and would stand in several splits, the ones of the split that is listed first stay.
+    """
+    units = list(read_units(core))
+    fixed = splits_of(units)
+    wanted: dict[Path, set[str]] = {unit.source: {fixed[unit.id]} for unit in units}
+    known = set(wanted)
+    for story in stories:
+        for scene in story.scenes:
+            if scene.image is not None and scene.image not in known:
+                wanted.setdefault(scene.image, set()).add(_split(story.campaign))
+    looks: dict[Path, Fingerprint] = {}
+    for path in sorted(wanted):
+        try:
+            looks[path] = fingerprint(ImageRef(path=path))
+        except ImageError:
+            continue  # not a picture that anyone could show
+    paths = list(looks)
+    groups = Groups(len(paths))
+    groups.unite_equal(hashlib.sha256(path.read_bytes()).digest() for path in paths)
+    for one, other in near_duplicates(list(looks.values())):
+        groups.unite(one, other)
+    owners = {}
+    for members in groups.members():
+        named = {split for i in members if paths[i] in known for split in wanted[paths[i]]}
+        named = named or {split for i in members for split in wanted[paths[i]]}
+        owner = next(split for split in ("test", "val", "train") if split in named)
+        owners |= {paths[i]: owner for i in members}
+    return owners
+
+
+CORPUS = Corpus(
+    name="campaigns",
+    title="Illustrated stories of The Battle for Wesnoth: story screens and dialogue with backgrounds and portraits.",
+    licence=LICENCE,
+    attribution=ATTRIBUTION,
+    packages=(PACKAGES[PACKAGE],),
+    optional=CAMPAIGNS,
+    split_by=(
+        "A campaign stands in one split. Pictures that several campaigns share, or that the corpus `wesnoth` holds too, "
+        "are shown in one split only (the one where `wesnoth` has them); elsewhere the text stays without the picture."
+    ),
+    build=build,
+)

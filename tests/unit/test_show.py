@@ -1,0 +1,107 @@
+"""What `vlduet data show` says of a record is what training does with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tiny
+from vlduet.data.records import ImageRef, Message, Record
+from vlduet.errors import DataError, ModelError
+from vlduet.model.duet import DuetModel
+from vlduet.show import Row, render
+
+PAIR = Record("1", image=tiny.picture(1), short=("red",), long="A red one.")
+
+
+@pytest.fixture(scope="module")
+def saved(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("show")
+    tiny.duet(folder / "base", family=family, prompts=replace(tiny.BARE, image="<|user|>{image}")).save_pretrained(
+        folder / "model", provenance={"config": {"recipe": {"name": "vladva", "mixed": True, "language_on": "any"}}}
+    )
+    return folder / "model"
+
+
+def text(rows: list[Row], sequence: int, *, supervised: bool | None = None) -> str:
+    chosen = [r for r in rows if r.sequence == sequence and supervised in (None, r.supervised)]
+    return "".join(r.text for r in chosen)
+
+
+def anchors(rows: list[Row]) -> dict[tuple[int, str], str]:
+    return {(r.sequence, role): r.text for r in rows for role in r.anchors}
+
+
+def test_a_pair_is_two_sequences(saved: Path) -> None:
+    rows = render(PAIR, saved)
+    assert {r.sequence for r in rows} == {0, 1}
+    assert text(rows, 0).removeprefix("<s>") == "<|user|>[image, 4 tokens]A red one.</s>"
+    assert text(rows, 0, supervised=True) == "A red one.</s>" and text(rows, 1, supervised=True) == ""
+    assert text(rows, 1).removeprefix("<s>") == "red</s>"
+    assert anchors(rows) == {(0, "image"): "[image, 4 tokens]", (0, "mixed"): "</s>", (1, "text"): "</s>"}
+
+
+def test_an_image_is_one_row_with_its_name(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(tiny.picture(1).data or b"")
+    rows = render(replace(PAIR, image=ImageRef(path=tmp_path / "a.png")), saved)
+    (image,) = [r for r in rows if r.image]
+    assert image.image == str(tmp_path / "a.png")
+    after = rows[rows.index(image) + 1]
+    assert after.position == image.position + 4 and after.text == "A"
+
+
+def test_it_is_what_training_lays_out(saved: Path) -> None:
+    from vlduet.data.sequences import IGNORE
+    from vlduet.data.stream import Sample
+    from vlduet.recipes import vladva
+
+    model = DuetModel.from_pretrained(saved)
+    sequences = vladva.layout(Sample(PAIR, 0, 0), model.renderer, vladva.Options(mixed=True, language_on="any"))
+    rows = render(PAIR, saved)
+    for number, sequence in enumerate(sequences):
+        mine = [r for r in rows if r.sequence == number]
+        wanted = [t for t, label in enumerate(sequence.labels) if label != IGNORE]
+        assert [r.position for r in mine if r.supervised] == wanted
+        assert mine[-1].position == len(sequence) - 1
+        assert {role for r in mine for role in r.anchors} == {a.role for a in sequence.anchors}
+
+
+def test_a_reading_over_several_tokens_shows_both_ends(saved: Path) -> None:
+    from vlduet.data.sequences import Anchor, Sequence
+    from vlduet.model.backbones import load_processing
+    from vlduet.show import _rows
+
+    tokenizer, _, _ = load_processing(saved.parent / "base")
+    ids = tuple(tokenizer.encode("abcd", add_special_tokens=False))
+    rows = _rows(0, Sequence(ids, (-100,) * 4, (Anchor(1, 3, "slice", "", ""),)), tokenizer, {})
+    assert [r.anchors for r in rows] == [(), ("slice from here",), ("slice to here",), ()]
+
+
+def test_other_kinds(saved: Path) -> None:
+    chat = Record("c", messages=(Message("user", (tiny.picture(1), "q?")), Message("assistant", ("a!",))))
+    assert text(render(chat, saved), 0, supervised=True) == "a!</s>"
+    found = render(Record("r", query=("q",), positive=(("p",),), negative=(("n",), ("m",))), saved)
+    assert [role for r in found for role in r.anchors] == ["query", "positive", "negative", "negative"]
+
+
+def test_a_plain_checkpoint_is_shown_with_the_papers_prompts(saved: Path) -> None:
+    rows = render(Record("1", image=tiny.picture(1), short=("red",)), saved.parent / "base")
+    assert "Summarize the provided image in one word:" in text(rows, 0)
+    assert not any(r.supervised for r in rows)
+    assert anchors(rows) == {(0, "image"): "<|assistant|>", (1, "text"): "<|assistant|>"}
+
+
+def test_no_weights_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlduet.model import backbones
+
+    monkeypatch.setattr(backbones, "AutoModelForImageTextToText", None)
+    assert render(PAIR, saved)
+
+
+def test_errors(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.png"):
+        render(replace(PAIR, image=ImageRef(path=tmp_path / "none.png")), saved)
+    with pytest.raises(ModelError, match=r"neither vlduet\.json nor config\.json"):
+        render(PAIR, tmp_path)
