@@ -54,14 +54,18 @@ def ours(model: DuetModel, items: list[Item]) -> np.ndarray:
 @torch.no_grad()
 def ours_packed(model: DuetModel, items: list[Item], pack_to: int) -> np.ndarray:
     model.features = FeatureCache(None)
-    sequences = [model.renderer.embed(as_parts(item)) for item in items]
-    vectors, group = [], []
+    sequences = [model.renderer.embed(as_parts(item), record=str(i)) for i, item in enumerate(items)]
+    vectors = np.empty((len(items), model.dim), dtype=np.float32)
+    group = []
     for sequence in sequences:  # in the order given; a forward takes about as many tokens as `encode`'s
         group.append(sequence)
         if sum(map(len, group)) > 4096 or sequence is sequences[-1]:
-            vectors.append(model(model.collate(group, pack_to=pack_to)).embeddings.numpy())
+            readout = model.eval()(model.collate(group, pack_to=pack_to))
+            vectors[[int(anchor.record) for anchor in readout.anchors]] = (
+                readout.embeddings.numpy()
+            )  # rows mix the order
             group = []
-    return np.concatenate(vectors)
+    return vectors
 
 
 # ------------------------------------------------------------------ plain transformers
@@ -124,6 +128,7 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("processor_class", None)  # it stands alone now, without images
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # or every text would become a chat turn
     modules = [Transformer(str(folder)), Pooling(model.backbone.width, "lasttoken")]
     if model.head.kind == "linear":
         linear = model.head.layers

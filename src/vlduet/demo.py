@@ -309,10 +309,12 @@ def measure_ridge(model: DuetModel, data: Data) -> protocols.RetrievalResult:
         return np.concatenate([encoder(captions[i : i + 64]).numpy() for i in range(0, len(captions), 64)])
 
     def images(refs: list[ImageRef]) -> np.ndarray:
-        features = [
-            model.vision_features([model.prepare(ref)]).mean(0) for ref in logs.progress(refs, label="features")
-        ]
-        return np.stack([f.float().cpu().numpy() for f in features])  # [N, F]
+        found = []
+        for begin in logs.progress(range(0, len(refs), 32), label="image features, batches"):
+            prepared = [model.prepare(ref) for ref in refs[begin : begin + 32]]
+            features = model.vision_features(prepared).split([image.num_tokens for image in prepared])
+            found += [one.mean(0).float().cpu().numpy() for one in features]
+        return np.stack(found)  # [N, F]
 
     return ridge_baseline(
         images,

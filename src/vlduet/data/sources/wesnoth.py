@@ -14,7 +14,7 @@ from typing import Any
 from vlduet.data.duplicates import Groups, fingerprint, near_duplicates
 from vlduet.data.records import ImageRef
 from vlduet.data.sources import wml
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, slug, split_of
+from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, plain, slug, split_of
 from vlduet.packages import PACKAGES
 
 PACKAGE = "wesnoth-1.16-data"
@@ -90,6 +90,7 @@ def splits_of(units: list[Unit]) -> dict[str, str]:
     """Unit id -> split; `campaigns` asks too, because it shows the same portraits."""
     groups = Groups(len(units))
     groups.unite_equal(unit.portrait for unit in units)
+    groups.unite_equal(plain(unit.description) for unit in units)
     number = {unit.id: i for i, unit in enumerate(units)}
     for i, unit in enumerate(units):
         for other in unit.advances_to:

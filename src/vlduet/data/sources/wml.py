@@ -52,7 +52,7 @@ _TOKEN = re.compile(
 def parse(text: str) -> Block:
     """The blocks of one file, under a root block without a name. Unbalanced tags close what they can."""
     root = Block("")
-    stack, key, value = [root], "", ""
+    stack, key, value, joined = [root], "", "", False
 
     def end() -> None:
         nonlocal key, value
@@ -76,11 +76,13 @@ def parse(text: str) -> Block:
         elif match["text"] is not None:
             value += match["text"].replace('""', '"')
         elif word == "\n":
-            # A text goes on after a + at the end of the line.
-            if not value.rstrip().endswith("+"):
+            if not joined:
                 end()
-        elif key and not word.startswith(("#", "{")):
-            value += "" if word in ("_", "+") else word if not value or value.endswith(" ") else f" {word}"
+        elif key and not word.startswith(("#", "{")) and word not in ("_", "+"):
+            value += word if not value or value.endswith(" ") else f" {word}"
+        # A text goes on in the next line after a +, whatever comment stands behind it.
+        if word != "\n" and not word.startswith("#"):
+            joined = word == "+"
     end()
     return root
 

@@ -1,0 +1,76 @@
+"""The default model, built from its packages: an ordinary checkpoint that sees, writes and embeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from vlduet.data import images
+from vlduet.data.records import Message
+from vlduet.model import nano
+from vlduet.model.duet import DuetModel
+
+pytestmark = pytest.mark.network
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("nano") / "nano"
+    nano.build(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> DuetModel:
+    return DuetModel.from_pretrained(folder)
+
+
+def test_plain_transformers_opens_it(folder: Path, model: DuetModel) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    theirs = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    picture = images.load(tiny.picture(1, side=64))
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = processor.apply_chat_template(turn, add_generation_prompt=True)
+    batch = processor(images=picture, text=text, return_tensors="pt")
+    ours = model.renderer.chat((Message("user", (tiny.picture(1, side=64), "What is this?")),), answer=True)
+    assert batch["input_ids"][0].tolist() == list(ours.ids)
+    assert int((batch["input_ids"] == nano.IMAGE_TOKEN_ID).sum()) == nano.TOKENS
+    with torch.no_grad():
+        hidden = theirs.model(**batch).last_hidden_state
+        assert_close(hidden, model.hidden_states(model.collate([ours])), atol=2e-3, rtol=1e-3)
+
+
+def test_the_tower_is_lite0_averaged(model: DuetModel) -> None:
+    """The two added stages are nothing but average pooling of EfficientNet-Lite0's own last map."""
+    tower = model.backbone.model.model.vision_tower
+    pixels = torch.randn(2, 3, nano.PIXELS, nano.PIXELS)
+    with torch.no_grad():
+        state = tower.embeddings(pixels)
+        for block in tower.encoder.blocks[:16]:
+            state = block(state)
+        last = tower.encoder.blocks[16].expansion(state)  # Lite0's top: [2, 1280, 7, 7]
+        pooled = F.avg_pool2d(F.avg_pool2d(last, 3, 2), 2, 1)
+        assert_close(tower(pixels).last_hidden_state, pooled, atol=1e-4, rtol=1e-4)
+    assert last.shape[-1] == 7 and pooled.shape[-2:] == (nano.GRID, nano.GRID)
+
+
+def test_it_still_answers_without_an_image(model: DuetModel) -> None:
+    assert "Paris" in model.generate([Message("user", ("What is the capital of France?",))], max_new_tokens=16)
+
+
+def test_it_embeds_by_meaning_before_any_training_of_yours(model: DuetModel) -> None:
+    near = model.encode(["A dog.", "A puppy.", "A bus."])
+    assert near[0] @ near[1] > near[0] @ near[2]
+    assert np.allclose(np.linalg.norm(near, axis=1), 1, atol=1e-5)
+
+
+def test_the_image_backend_is_pinned(model: DuetModel) -> None:
+    assert model.image_backend == "pil" and "Pil" in type(model.backbone.image_processor).__name__
