@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--peak", help="measure this contender's memory and print it as JSON")
     options = parser.parse_args()
     folder = _bench.model_folder(options.model)
-    count, repeats = (8, 2) if options.quick else (16, 4)
+    count, repeats = (8, 2) if options.quick else (16, 3)
     records = batch_of(_bench.pairs(options.data), count, options.seed)
     if options.peak:
         print(json.dumps(peak(options.peak, folder, records)))

@@ -45,7 +45,7 @@ from vlduet.validation import measure, usable
 SCALE = 500.0
 """Of image tokens: SmolLM2's residual stream grows from 3 to 500 within a few layers; a smaller token is lost in it."""
 PACK = 64
-WEIGHTS = {"language": 0.3, "contrastive": 0.5, "image": 5.0, "text": 10.0}
+WEIGHTS = {"language": 0.3, "contrastive": 0.5, "image": 5.0, "text": 20.0}
 """A cosine has small gradients beside nine nats of cross entropy, and Adam follows whatever is larger."""
 KINDS = ("stamps", "emoji", "classes")
 
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--lr-projector", type=float, default=3e-4)
     parser.add_argument("--lr-head", type=float, default=3e-4)
-    parser.add_argument("--lr-lora", type=float, default=4e-4)
+    parser.add_argument("--lr-lora", type=float, default=9e-4)
     parser.add_argument("--warm-up", type=int, default=1000)
     parser.add_argument("--weights", type=json.loads, default=WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
@@ -393,9 +393,8 @@ def main() -> None:
         "classes": Source(class_captions, class_images, both),
     }
     plain = Source(texts, [], target(texts))
-    say(
-        f"{', '.join(f'{len(s.captions)} {k}' for k, s in sources.items())}, {len(texts)} texts; held out: {len(held_out)} names"
-    )
+    counted = ", ".join(f"{len(source.captions)} {name}" for name, source in sources.items())
+    say(f"{counted}, {len(texts)} texts; held out: {len(held_out)} names")
 
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
     fold_statistics(model, like)

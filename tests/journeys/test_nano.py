@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import tiny
 from vlduet.data import images
 from vlduet.data.records import Message
 from vlduet.model import nano

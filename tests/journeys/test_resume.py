@@ -50,9 +50,9 @@ def test_resume_refuses_another_config(tmp_path: Path) -> None:
     config = runs.write(tmp_path, steps=2)
     subprocess.run(command(config), check=True, timeout=200)
     found = subprocess.run(
-        command(config, "train.lr=0.5", "--resume"), capture_output=True, text=True, timeout=200
+        command(config, "train.lr=0.5", "--resume"), capture_output=True, text=True, timeout=200, check=False
     )
     assert found.returncode == 1
     assert "train.lr was 0.01, is 0.5" in found.stderr and "Traceback" not in found.stderr
-    again = subprocess.run(command(config), capture_output=True, text=True, timeout=200)
+    again = subprocess.run(command(config), capture_output=True, text=True, timeout=200, check=False)
     assert again.returncode == 1 and "--resume" in again.stderr

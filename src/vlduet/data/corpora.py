@@ -70,7 +70,7 @@ def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None)
 
     try:
         notices = {f"COPYRIGHT-{name}.txt": data for name, data in _notices(folders)}
-        summary = build.write(corpus, samples, packages, staging, notices=notices, watch=watch)
+        summary = build.write(corpus, samples, packages=packages, folder=staging, notices=notices, watch=watch)
         if folder.exists():
             shutil.rmtree(folder)
         staging.rename(folder)

@@ -1,8 +1,8 @@
 """The order of training, as a pure function of (seed, position): nothing to save, so a resume is exact.
 
-Position p = step * batch_size + i names the p-th record that training ever sees. Its source is given by a schedule that keeps
-the weights exactly in every block of positions; its record by a fresh permutation of the source in every epoch. Ranks take
-equal, contiguous shares of a step's positions, so W processes see together what one would.
+Position p = step * batch_size + i names the p-th record that training ever sees. Its source is given by a schedule that
+keeps the weights exactly in every block of positions; its record by a fresh permutation of the source in every epoch. Ranks
+take equal, contiguous shares of a step's positions, so W processes see together what one would.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ def slow(left, right, scale, positive):
         return sum(losses) / len(losses) if losses else None
 
     rows = [x for i in range(n) if (x := one(scores[i], positive[i].tolist())) is not None]
-    columns = [
-        x for j in range(m) if (x := one([scores[i][j] for i in range(n)], positive[:, j].tolist())) is not None
-    ]
+    columns = [x for j in range(m) if (x := one([scores[i][j] for i in range(n)], positive[:, j].tolist())) is not None]
     return (sum(rows) / len(rows) if rows else 0.0) + (sum(columns) / len(columns) if columns else 0.0)
 
 
@@ -84,9 +82,7 @@ def test_shares_of_ranks_sum_to_the_whole():
     scale = torch.tensor(2.0, dtype=torch.float64)
     whole = symmetric_infonce(left, right, logit_scale=scale, positive=positive)
     shares = [
-        symmetric_infonce(
-            left, right, logit_scale=scale, positive=positive, rows=rows, columns=columns, world_size=2
-        )
+        symmetric_infonce(left, right, logit_scale=scale, positive=positive, rows=rows, columns=columns, world_size=2)
         for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7)))
     ]
     assert_close((shares[0] + shares[1]) / 2, whole)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tiny
 import yaml
+
+import tiny
 
 
 def write(folder: Path, *, count: int = 12, steps: int = 12, **train: object) -> Path:

@@ -83,7 +83,7 @@ def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.Monk
         return setup.Recipe(recipe.name, recipe.layout, objective)
 
     monkeypatch.setattr(setup, "bind", poisoned)
-    with pytest.raises(TrainingError, match="step 4: .*not a number"):
+    with pytest.raises(TrainingError, match=r"step 4: .*not a number"):
         train(settings)
     saved = settings.out / "not-finite-4-rank0" / "records.jsonl"
     assert len(list(read_records(saved))) == 4

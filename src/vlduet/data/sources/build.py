@@ -187,9 +187,9 @@ def portable(source: Path, *, height: int = SVG_HEIGHT) -> bytes:
 def write(
     corpus: Corpus,
     samples: Sequence[Sample],
+    *,
     packages: Sequence[Package],
     folder: Path,
-    *,
     notices: Mapping[str, bytes] | None = None,
     watch: Watch = unwatched,
 ) -> Summary:

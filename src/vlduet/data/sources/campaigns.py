@@ -194,7 +194,7 @@ def _owners(stories: list[Story], core: Path) -> dict[Path, str]:
     groups.unite_equal(hashlib.sha256(path.read_bytes()).digest() for path in paths)
     for one, other in near_duplicates(list(looks.values())):
         groups.unite(one, other)
-    owners = {}
+    owners: dict[Path, str] = {}
     for members in groups.members():
         named = {split for i in members if paths[i] in known for split in wanted[paths[i]]}
         named = named or {split for i in members for split in wanted[paths[i]]}

@@ -153,7 +153,7 @@ def _splits(pages: list[Page], keys: dict[Path, str], kept: set[Path]) -> list[s
     names = sorted(paths)
     for one, other in near_duplicates([fingerprint(ImageRef(path=paths[name])) for name in names]):
         groups.unite(holders[names[one]], holders[names[other]])
-    split = {}
+    split: dict[int, str] = {}
     for members in groups.members():
         name = min(pages[i].name for i in members)
         split |= dict.fromkeys(members, split_of(f"gimp-help:{name}", test=TEST, val=VAL))

@@ -97,9 +97,9 @@ def splits_of(units: list[Unit]) -> dict[str, str]:
             if other in number:
                 groups.unite(i, number[other])
     looks = [fingerprint(ImageRef(path=unit.source)) for unit in units]
-    for one, other in near_duplicates(looks):
-        groups.unite(one, other)
-    found = {}
+    for one, near in near_duplicates(looks):
+        groups.unite(one, near)
+    found: dict[str, str] = {}
     for members in groups.members():
         name = min(units[i].id for i in members)
         split = split_of(f"wesnoth:{name}", test=TEST, val=VAL)
