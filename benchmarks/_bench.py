@@ -6,6 +6,7 @@ import argparse
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlduet.data.records import Record, read_jsonl
 WORK = Path("runs/bench")
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+warnings.simplefilter("ignore")  # the peers' deprecations are not what one reads here
 
 
 def arguments(about: str) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -152,8 +153,8 @@ class Peer:
 def contender(name: str, folder: Path, records: list[Record]) -> Step:
     if name == "transformers + peft":
         return Peer(folder, records).step
-    pack = int(name.split("packed ")[1].split(maxsplit=1)[0]) if "packed" in name else None
-    return ours(folder, records, pack=pack, cold="cold" in name)
+    packed = re.search(r"packed (\d+)", name)
+    return ours(folder, records, pack=int(packed[1]) if packed else None, cold="cold" in name)
 
 
 def peak(name: str, folder: Path, records: list[Record]) -> tuple[float, float]:
