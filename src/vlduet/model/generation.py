@@ -43,10 +43,14 @@ class Start:
     def arguments(self, backbone: Backbone) -> dict[str, Any]:
         """For transformers."""
         sampling = self.temperature > 0
+        special = [i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special]
         return {
             "inputs_embeds": self.embeddings,
             "attention_mask": self.mask,
             "max_new_tokens": self.max_new_tokens,
+            # An answer has at least one token, and no control token but its end: no turn of its own, no image.
+            "min_new_tokens": 1,
+            "suppress_tokens": [i for i in special if i not in self.eos_ids] or None,
             "do_sample": sampling,
             "temperature": self.temperature if sampling else None,
             "top_p": None,
