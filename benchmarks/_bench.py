@@ -15,6 +15,7 @@ import torch
 from transformers.utils import logging
 
 from vlduet.data.records import Record, read_jsonl
+from vlduet.logs import say
 
 WORK = Path("runs/bench")
 logging.set_verbosity_error()
@@ -48,7 +49,7 @@ def pairs(given: Path | None) -> list[Record]:
     if given is None:
         from vlduet.data import corpora
 
-        given = corpora.fetch("stamps", WORK / "data", progress=print).folder / "train.jsonl"
+        given = corpora.fetch("stamps", WORK / "data", progress=say).folder / "train.jsonl"
     return [record for record in read_jsonl(given) if record.image is not None and record.short]
 
 
@@ -65,6 +66,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) ->
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
+            say(f"  {repeat + 1}/{repeats} {name}: {seconds[name][-1]:.2f} s")
     return seconds
 
 

@@ -178,7 +178,7 @@ def main() -> None:
         )
     plain = Plain(folder, model)
     rng = random.Random(options.seed)
-    count, pictures, repeats = (24, 24, 2) if options.quick else (128, 96, 3)
+    count, pictures, repeats = (24, 24, 2) if options.quick else (96, 96, 3)
     repeats = options.repeats or repeats
     refs = [record.image for record in rng.sample(records, pictures) if record.image is not None]
     with tempfile.TemporaryDirectory() as scratch:

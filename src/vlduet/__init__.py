@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from vlduet.rag import Answer, ask
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import search
-    from vlduet.train.loop import train
 
 __version__ = "0.1.0"
 
@@ -26,7 +25,6 @@ _HOMES = {
     "VLDuetError": "vlduet.errors",
     "ask": "vlduet.rag",
     "search": "vlduet.retrieval.search",
-    "train": "vlduet.train.loop",
 }
 
 __all__ = [
@@ -40,7 +38,6 @@ __all__ = [
     "__version__",
     "ask",
     "search",
-    "train",
 ]
 
 

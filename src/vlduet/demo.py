@@ -269,7 +269,7 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
             "batch_size": 32,
             "lora": {"rank": 16, "alpha": 16},
             "projector": True,
-            "lr": 4e-4,
+            "lr": 2e-4,
             "lr_new": 3e-4,
             "pack": 64,
             "log_every": 1,
