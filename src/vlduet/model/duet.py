@@ -23,6 +23,7 @@ from vlduet.data.batches import Batch, by_length, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
+from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, generation
 from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
@@ -316,7 +317,7 @@ class DuetModel(nn.Module):
         """
         if Path(folder).resolve() == self.backbone.folder.resolve():
             raise ModelError("this folder is the model's base", place=folder, fix="Save elsewhere, or save it merged")
-        with checkpoint.whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder)) as inside:
             self._write(inside, base=self.backbone.folder, provenance=provenance or {})
 
     def save_merged(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
@@ -327,7 +328,7 @@ class DuetModel(nn.Module):
         if self.peft is not None:
             merge(self.peft)
             self._peft = []
-        with checkpoint.whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder)) as inside:
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
         self.backbone.folder = Path(folder)  # what is in memory is what lies there now
@@ -366,7 +367,7 @@ class DuetModel(nn.Module):
             ModelError: see `checkpoint.read` and `backbones.load_backbone`; or golden vectors that differ.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kept = checkpoint.read(checkpoint.recovered(Path(folder)))
+        kept = checkpoint.read(recovered(Path(folder)))
         backbone = load_backbone(kept.base, device=device, dtype=dtype)
         if not kept.manifest:
             return cls(backbone, prompts=prompts or Prompts()).eval()
