@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "show": LEAVES | {"data", "model", "recipes", "train"},
     # Hard negatives are nearest neighbours, embedded and kept as an index's are, and told apart as the losses do.
     "mining": LEAVES | {"data", "model", "retrieval"},
+    # Captions that a model writes: a records' file in, a records' file out.
+    "captioning": LEAVES | {"data", "model"},
     "serve": LEAVES | {"data", "model", "retrieval", "rag"},
 }
 EVERYTHING_BELOW = set(MAY_IMPORT)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import data, demo, mine, model, retrieval, train
+from vlduet.cli import caption, data, demo, mine, model, retrieval, train
 from vlduet.errors import VLDuetError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ train.register(app)
 retrieval.register(app)
 demo.register(app)
 mine.register(app)
+caption.register(app)
 
 
 def _version(wanted: bool) -> None:
