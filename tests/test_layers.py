@@ -39,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "mining": LEAVES | {"data", "model", "retrieval"},
     # Captions that a model writes: a records' file in, a records' file out.
     "captioning": LEAVES | {"data", "model"},
+    # A model looked into, on a page like the report's.
+    "analysis": LEAVES | {"data", "model", "eval"},
     "serve": LEAVES | {"data", "model", "retrieval", "rag"},
 }
 EVERYTHING_BELOW = set(MAY_IMPORT)
