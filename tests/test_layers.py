@@ -35,6 +35,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "validation": LEAVES | {"data", "model", "objectives", "retrieval", "eval"},
     # A record as the model sees it, for the cli.
     "show": LEAVES | {"data", "model", "recipes", "train"},
+    # Hard negatives are nearest neighbours, embedded and kept as an index's are, and told apart as the losses do.
+    "mining": LEAVES | {"data", "model", "retrieval"},
+    # Captions that a model writes: a records' file in, a records' file out.
+    "captioning": LEAVES | {"data", "model"},
+    # A model looked into, on a page like the report's.
+    "analysis": LEAVES | {"data", "model", "eval"},
     "serve": LEAVES | {"data", "model", "retrieval", "rag"},
 }
 EVERYTHING_BELOW = set(MAY_IMPORT)

@@ -210,6 +210,28 @@ def heatmap(
     return _svg(*size, "".join(parts), label=label, name="heatmap")
 
 
+def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Markup:
+    """A picture under a grid of shades of `--b`, the strongest for the largest weight.
+
+    Args:
+        url: the picture, as a data URL; the grid covers all of it.
+        weights: float[h, w], 0 or more.
+        title: for screen readers.
+    """
+    rows, columns = len(weights), len(weights[0])
+    # Square cells: the picture has the proportions of its grid.
+    width, height = CELL * columns, CELL * rows
+    top = max((v for row in weights for v in row if math.isfinite(v)), default=0.0) or 1.0
+    parts = [f'<image href="{escape(url)}" width="{width}" height="{height}" preserveAspectRatio="none"/>']
+    for r, row in enumerate(weights):
+        for c, value in enumerate(row):
+            shade = min(max(value / top, 0.0), 1.0) if math.isfinite(value) else 0.0
+            parts.append(
+                f'<rect x="{c * CELL}" y="{r * CELL}" width="{CELL}" height="{CELL}" fill-opacity="{0.85 * shade:.2f}"/>'
+            )
+    return _svg(width, height, "".join(parts), label=title, name="overlay")
+
+
 def _svg(width: int, height: int, body: str, *, label: str, name: str) -> Markup:
     return Markup(
         f'<svg class="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'

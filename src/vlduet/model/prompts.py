@@ -216,6 +216,10 @@ class Renderer:
             builder.anchor(end, role="mixed", record=record, key=content_key((image, caption)))
         return builder.build(self.max_tokens)
 
+    def ask_for_caption(self, image: ImageRef, prompt: str) -> Sequence:
+        """What a caption is written after: image and instruction in a user's turn, or without one the image prompt."""
+        return self.chat((Message("user", (image, prompt)),), answer=True) if prompt else self.embed((image,))
+
     def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
         """Where the prompt that was just written is read: the image's tokens or the last token of all."""
         if self.prompts.image_pool == "mean" and len(parts) == 1 and isinstance(parts[0], ImageRef):
