@@ -11,16 +11,29 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+import judges
 import tiny
 from vlduet import distributed
-from vlduet.data.records import Record
+from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
-from vlduet.recipes import vladva
+from vlduet.recipes import sugar, vladva
 
-WEIGHTS = {
-    "infonce": {"contrastive": 1.0, "language": 0.0},
-    "language": {"contrastive": 0.0, "language": 1.0},
-    "joint": {"contrastive": 1.0, "language": 0.7},
+VLADVA = vladva, vladva.Options(mixed=True)
+OURS = {
+    "target": "awm",
+    "same_sequence": "nested",
+    "calibrate": True,
+    "loss": "kl",
+    "triple": False,
+    "pair_order": "either",
+}
+CASES = {
+    "infonce": (*VLADVA, {"contrastive": 1.0, "language": 0.0}),
+    "language": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
+    "joint": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "structure": (sugar, sugar.Options(k=3), {"structure": 1.0, "language": 0.0}),
+    "sugar": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
+    "sugar, ours": (sugar, sugar.Options(**OURS), {"structure": 1.0, "language": 0.7}),
 }
 
 
@@ -39,17 +52,31 @@ def records() -> list[Record]:
     return [*pairs[:3], retrieval[0], *pairs[3:], retrieval[1]]
 
 
+def stories() -> list[Record]:
+    """Nine records: unequal lengths, slices that repeat across ranks, one record on both, and no image on the first."""
+
+    def story(number: int, *tail: str) -> Record:
+        return Record(f"s{number}", parts=(tiny.picture(number), f"Story {number}.", *tail))
+
+    texts = Record("texts", parts=("Story 1.", "No picture here.", "None at all."))
+    chat = Record("chat", messages=(Message("user", ("hi",)), Message("assistant", ("ho",))))
+    pair = Record("pair", image=tiny.picture(1), short=("Story 1.", "another"))
+    one, two = story(1, "It rains.", "It stops."), story(2)
+    three = story(3, "It rains.", "It stops.", "It rains.", "The end.")
+    return [texts, chat, Record("more", parts=("It rains.", "Story 2.")), one, one, pair, two, texts, three]
+
+
 def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
-    everything = records()
+    recipe, options, weights = CASES[case]
+    everything = records() if recipe is vladva else stories()
     cut = [0, len(everything)] if world_size == 1 else [0, 3, len(everything)]
-    rows = everything[cut[rank] : cut[rank + 1]]
-    options = vladva.Options(mixed=True)
-    sequences = [
-        s for i, record in enumerate(rows) for s in vladva.layout(Sample(record, i, 0), model.renderer, options)
-    ]
-    losses = vladva.objective(model(model.collate(sequences)), model.logit_scale, options)
-    loss = sum(WEIGHTS[case][name] * value for name, value in losses.items())
+    rows = range(cut[rank], cut[rank + 1])
+    sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
+    if recipe is sugar:
+        sequences = judges.judges().see(sequences)
+    losses = recipe.objective(model(model.collate(sequences)), model.logit_scale, options)
+    loss = sum(weights[name] * value for name, value in losses.items())
     loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]
     distributed.average_gradients(moved)
