@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import data, demo, model, retrieval, train
+from vlduet.cli import align, data, demo, model, retrieval, train
 from vlduet.errors import VLDuetError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(model.app, name="model")
 train.register(app)
 retrieval.register(app)
 demo.register(app)
+align.register(app)
 
 
 def _version(wanted: bool) -> None:
