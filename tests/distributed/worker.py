@@ -16,6 +16,7 @@ import tiny
 from vlduet import distributed
 from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
+from vlduet.model.readout import empty_readout
 from vlduet.recipes import sugar, vladva
 
 VLADVA = vladva, vladva.Options(mixed=True)
@@ -31,10 +32,15 @@ CASES = {
     "infonce": (*VLADVA, {"contrastive": 1.0, "language": 0.0}),
     "language": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
     "joint": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "structure": (sugar, sugar.Options(k=3), {"structure": 1.0, "language": 0.0}),
     "sugar": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
+    "sugar, empty rank": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
     "sugar, ours": (sugar, sugar.Options(**OURS), {"structure": 1.0, "language": 0.7}),
 }
+CUTS = {"empty rank": 0, "chat-only rank": 1, "sugar, empty rank": 0}
+"""Where the batch is cut in two, if not after three records."""
 
 
 def records() -> list[Record]:
@@ -69,13 +75,17 @@ def stories() -> list[Record]:
 def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
     recipe, options, weights = CASES[case]
-    everything = records() if recipe is vladva else stories()
-    cut = [0, len(everything)] if world_size == 1 else [0, 3, len(everything)]
+    chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
+    everything = stories() if recipe is sugar else [chat, *records()] if case == "chat-only rank" else records()
+    cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
     rows = range(cut[rank], cut[rank + 1])
     sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
     if recipe is sugar:
         sequences = judges.judges().see(sequences)
-    losses = recipe.objective(model(model.collate(sequences)), model.logit_scale, options)
+    readout = (
+        model(model.collate(sequences)) if sequences else empty_readout(model.dim, like=model.logit_scale.detach())
+    )
+    losses = recipe.objective(readout, model.logit_scale, options)
     loss = sum(weights[name] * value for name, value in losses.items())
     loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]

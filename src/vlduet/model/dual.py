@@ -32,6 +32,7 @@ from vlduet.data.batches import Batch, collate
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import DataError, ModelError
+from vlduet.files import whole_folder
 from vlduet.model import checkpoint
 from vlduet.model.encoders import Encoder, Encoders, kind_of, open_encoder, slice_of
 from vlduet.model.features import FeatureCache
@@ -123,7 +124,7 @@ class DualEncoder(nn.Module):
             "trained": checkpoint.inventory(tensors),
             "provenance": dict(provenance or {}),
         }
-        with checkpoint.whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder)) as inside:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, inside / WEIGHTS)
             (inside / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 

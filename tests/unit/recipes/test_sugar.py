@@ -257,7 +257,7 @@ def test_calibration_uses_the_batch(model: DuetModel) -> None:
 
 
 def test_nothing_usable_is_zero_and_part_of_the_graph() -> None:
-    losses = objective(empty_readout(4, torch.device("cpu")), torch.zeros(()), Options())
+    losses = objective(empty_readout(4, like=torch.zeros(())), torch.zeros(()), Options())
     assert float(losses["structure"].detach()) == 0 and losses["structure"].requires_grad
 
 
