@@ -13,6 +13,7 @@ decides it; weights are opened when the first vector is missing.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -93,6 +94,7 @@ class Encoders:
     def __init__(self, encoders: Mapping[str, Encoder], *, cache: FeatureCache):
         self.encoders, self.cache = encoders, cache
         self._width: dict[str, int] = {}
+        self._lock = threading.Lock()  # batches are laid out in a thread, and tokenizers do not share
         for role, encoder in encoders.items():
             if lost := sorted(set(ROLES[role]) - set(encoder.kinds)):
                 what = f"{encoder.folder} reads {' and '.join(encoder.kinds)}s, {role} needs {' and '.join(lost)}s too"
@@ -116,7 +118,8 @@ class Encoders:
 
     def look(self, slices: list[Slice]) -> list[Slice]:
         """The same slices, with the features of all roles that compare their kind. Raises as `see` does."""
-        found = {role: self.vectors(role, slices) for role in self.encoders}
+        with self._lock:
+            found = {role: self.vectors(role, slices) for role in self.encoders}
         return [
             replace(one, features={role: vectors[one.key] for role, vectors in found.items() if one.key in vectors})
             for one in slices
