@@ -193,6 +193,7 @@ def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | to
         ModelError: no checkpoint there, or one that wants to run its own code.
     """
     config = read_config(folder)
+    kinds: tuple[str, ...]
     if config.get("model_type") in BACKBONES:
         kinds, loader = ("image",), partial(_tower, folder, own, device)
     elif {"vision_config", "text_config"} <= config.keys():
@@ -278,6 +279,9 @@ def _sentences(folder: Path, device: str | torch.device) -> Mapping[str, Encode]
 def _contrastive(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
     """CLIP, SigLIP and their like: one space for both kinds."""
     model, processor = _model(folder, device), _processor(folder)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        what = f"'{model.config.model_type}' has no space that images and texts share"
+        raise ModelError(what, place=folder, fix="Use CLIP, SigLIP or their like")
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     longest = model.config.text_config.max_position_embeddings

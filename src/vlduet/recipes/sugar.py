@@ -112,6 +112,10 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
         raise ConfigError(what, place="recipe.pool", fix=fix)
     parts = slices_of(record, draw, options)
     builder, spans = renderer.document(parts)
+    if record.kind == "interleaved" and len(spans) < len(parts):
+        # Another window of a long document each time, or its end would never be seen.
+        parts = parts[draw.randrange(len(parts) - len(spans) + 1) :]
+        builder, spans = renderer.document(parts)
     slices = tuple(map(slice_of, parts[: len(spans)]))
     for i in positions([isinstance(part, ImageRef) for part in parts[: len(spans)]], options.k, draw):
         image = isinstance(parts[i], ImageRef)

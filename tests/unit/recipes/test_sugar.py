@@ -21,6 +21,7 @@ from vlduet.data.sequences import IGNORE, Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import slice_of
 from vlduet.model.readout import empty_readout
 from vlduet.recipes import sugar
 from vlduet.recipes.sugar import Options, layout, objective, positions
@@ -135,15 +136,25 @@ def test_pairs_retrieval_records_and_chats(model: DuetModel) -> None:
 
 
 def test_what_does_not_fit_is_left_out_whole(model: DuetModel) -> None:
-    slices = tuple(f"sentence {i}." if i % 50 else tiny.picture(i) for i in range(500))
+    slices = tuple(f"sentence {i}." if i % 7 else tiny.picture(i) for i in range(500))
     model.renderer.max_tokens = 300
     try:
-        sequence = lay(model, Record("long", parts=slices), k=400)
-        assert 280 < len(sequence) <= 300
-        assert [len(a.slices) for a in sequence.anchors] == list(range(1, len(sequence.anchors) + 1))
-        assert sequence.labels[-1] != EOS  # it does not end here
-        last = sequence.anchors[-1]
-        assert text_at(model, sequence, last.end - len(last.slices[-1].part), last.end) == last.slices[-1].part
+        begins = set()
+        for position in range(8):
+            sequence = lay(model, Record("long", parts=slices), k=400, position=position)
+            assert 250 < len(sequence) <= 300
+            assert [len(a.slices) for a in sequence.anchors] == list(range(1, len(sequence.anchors) + 1))
+            window = tuple(one.part for one in sequence.anchors[-1].slices)
+            begin = slices.index(window[0])
+            assert window == slices[begin : begin + len(window)]
+            begins.add(begin)
+            assert (sequence.labels[-1] == EOS) == (window[-1] is slices[-1])  # else it does not end here
+            last = sequence.anchors[-1]
+            if isinstance(text := window[-1], str):
+                assert text_at(model, sequence, last.end - len(text), last.end) == text
+        assert len(begins) > 5
+        long = Record("p", image=tiny.picture(1), long="A sentence of a caption. " * 40)
+        assert {lay(model, long, position=p).anchors[0].slices[0].key for p in range(4)} == {slice_of(long.image).key}
         alone = lay(model, Record("one", parts=("x" * 400,)))
         assert len(alone) == 300 and alone.anchors[0].end == 299  # then the end-of-text token
     finally:
