@@ -41,6 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "captioning": LEAVES | {"data", "model"},
     # A model looked into, on a page like the report's.
     "analysis": LEAVES | {"data", "model", "eval"},
+    # Two records beside each other, as a recipe's encoders or a model compare them.
+    "align": LEAVES | {"data", "model", "objectives", "recipes", "train", "eval"},
     "serve": LEAVES | {"data", "model", "retrieval", "rag"},
 }
 EVERYTHING_BELOW = set(MAY_IMPORT)
@@ -53,7 +55,8 @@ MAY_IMPORT |= {
 
 # One door a heavy dependency: the only files that may name it.
 DOORS: dict[str, set[str]] = {
-    "transformers": {"model/backbones.py", "model/generation.py", "model/nano.py"},
+    # encoders: frozen judges are any checkpoint of transformers, and none of them is a backbone.
+    "transformers": {"model/backbones.py", "model/encoders.py", "model/generation.py", "model/nano.py"},
     "peft": {"model/adapters.py"},
     "PIL": {"data/images.py"},
     "lancedb": {"retrieval/lance.py"},

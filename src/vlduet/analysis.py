@@ -336,7 +336,7 @@ def write(folder: Path, measured: Sequence[Measured], *, source: Path, command: 
     told = json.dumps({"source": str(source), "command": command, "models": numbers}, indent=2) + "\n"
     atomic_write(folder / "analysis.json", lambda file: file.write(told.encode()))
     page = AnalysisPage(str(source), tuple(measured), tuple(_lines(numbers)), tuple(_curves(measured)), command)
-    pages.write_page(folder / "analysis.html", "analysis.html", page)
+    pages.write_page(folder / "analysis.html", "analysis.html", {"report": page})
     return numbers
 
 

@@ -158,7 +158,7 @@ def show(
     """Look at one record: its slices, captions and images, and with --model what is trained of it."""
     from vlduet.data import show as page
 
-    record = _record(file, index, format, root)
+    record = record_at(file, index, format=format, root=root)
     rows = []
     if model is not None:
         from vlduet.show import render
@@ -239,7 +239,7 @@ def edit(
         raise typer.Exit(1)
 
 
-def _record(file: Path, index: int, format: str | None, root: Path | None) -> Record:
+def record_at(file: Path, index: int, *, format: str | None = None, root: Path | None = None) -> Record:
     """The record at `index`, counted over the good ones."""
     from vlduet.data.formats import read_records
     from vlduet.errors import DataError
@@ -251,7 +251,7 @@ def _record(file: Path, index: int, format: str | None, root: Path | None) -> Re
     ):
         if number == index:
             return record
-    fix = f"Use --index 0 to {number}" if number >= 0 else "Run 'vlduet data check' on it"
+    fix = f"Use 0 to {number}" if number >= 0 else "Run 'vlduet data check' on it"
     raise DataError(f"no record {index}, the file holds {number + 1}", place=file, fix=fix)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import analyse, caption, data, demo, mine, model, retrieval, train
+from vlduet.cli import align, analyse, caption, data, demo, mine, model, retrieval, train
 from vlduet.errors import VLDuetError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ demo.register(app)
 mine.register(app)
 caption.register(app)
 analyse.register(app)
+align.register(app)
 
 
 def _version(wanted: bool) -> None:

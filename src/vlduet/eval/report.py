@@ -235,12 +235,12 @@ def summary(report: DemoReport) -> dict[str, Any]:
 
 
 def write_report(path: Path, report: DemoReport) -> None:
-    """Write the demo's page, whole or not at all."""
-    write_page(path, "report.html", report)
+    """Write the page, whole or not at all."""
+    write_page(path, "report.html", {"report": report})
 
 
-def write_page(path: Path, template: str, report: object) -> None:
-    """Fill one of the templates with a report and write it, whole or not at all."""
+def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
+    """Fill a template of ours and write it, whole or not at all; every text in it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -258,7 +258,7 @@ def write_page(path: Path, template: str, report: object) -> None:
     environment.filters.update(filters)
     environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": KS}
     environment.globals |= {"nats_bar": nats_bar, "overlay": overlay}
-    page = environment.get_template(template).render(report=report)
+    page = environment.get_template(template).render(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # A caption may hold lone surrogates, which UTF-8 has no bytes for.
