@@ -168,10 +168,10 @@ def test_gradients_through_the_slices(options):
 
 def test_gradients_of_slices_cut_from_one_tensor(sweep):
     """As a recipe has them: rows of one forward's embeddings, one row in several prefixes."""
-    states = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))  # rows of one forward
 
     def gradient(dtype: torch.dtype) -> Tensor:
-        leaf = states.to(dtype).requires_grad_()
+        leaf = states.detach().clone().to(dtype).requires_grad_()
         unit = F.normalize(leaf, dim=1)
         k = gak_matrix([unit[:3], unit[:7], unit[7:8], unit[7:12]], delta=0.5)
         (k * torch.arange(16, dtype=dtype).view(4, 4)).sum().backward()
@@ -228,7 +228,7 @@ def plain_log_k(log_kappa: Tensor) -> Tensor:
     rows[0][0] = log_kappa.new_tensor(0.0)
     for i in range(m):
         for j in range(n):
-            before = [each for each in (rows[i + 1][j], rows[i][j], rows[i][j + 1]) if float(each) > -math.inf]
+            before = [each for each in (rows[i + 1][j], rows[i][j], rows[i][j + 1]) if float(each.detach()) > -math.inf]
             rows[i + 1][j + 1] = torch.logsumexp(torch.stack(before), 0) + log_kappa[i, j]
     return rows[m][n]
 
