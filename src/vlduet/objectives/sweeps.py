@@ -131,7 +131,8 @@ def _sweep_back(log_kappa: Tensor, table: Tensor, offset: Tensor, ends_x: Tensor
     posterior = torch.zeros_like(log_kappa)
     ends, row = ends_x + ends_y - 2, (ends_x - 1)[None]
     # Of the two diagonals after this one, by row: their weights and log(kappa / G), a row more at the end.
-    weight1, weight2, ratio1, ratio2 = (log_kappa.new_zeros(m + 1, pairs) for _ in range(4))
+    weight1, weight2 = (log_kappa.new_zeros(m + 1, pairs) for _ in range(2))
+    ratio1, ratio2 = (torch.full_like(weight1, -INF) for _ in range(2))  # 0 * exp(-inf), never 0 * inf
     for k in range(m + n - 2, -1, -1):
         low, high = _rows(m, n, k)
         here = _diagonal(table, k)
