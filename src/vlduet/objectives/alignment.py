@@ -115,7 +115,7 @@ def alignment_posterior_pairs(
         return cells
     if sweeps.is_compiled(cells, band):
         lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y))
-        _, weights = sweeps.run_compiled(lanes, first, scale, (x, y), weigh="posterior")
+        _, weights = sweeps.run_compiled(lanes, first, scale, lengths=(x, y), weigh="posterior")
         apart = weights.view(len(first), -1, *weights.shape[1:]).permute(0, 3, 1, 2)  # [A, B, M, N]
         return apart.flatten(0, 1)[: len(cells)]
     with torch.enable_grad():

@@ -198,7 +198,9 @@ class _Cells(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cells: Tensor, first: Tensor, scale: Tensor, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
         keep = ctx.needs_input_grad[0]
-        log_k, weights = run_compiled(cells, first, scale, (lengths_x, lengths_y), weigh="gradient" if keep else None)
+        log_k, weights = run_compiled(
+            cells, first, scale, lengths=(lengths_x, lengths_y), weigh="gradient" if keep else None
+        )
         if keep:
             ctx.save_for_backward(weights, first)
         return log_k
@@ -212,7 +214,7 @@ class _Cells(torch.autograd.Function):
 
 
 def run_compiled(
-    cells: Tensor, first: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor], *, weigh: str | None
+    cells: Tensor, first: Tensor, scale: Tensor, *, lengths: tuple[Tensor, Tensor], weigh: str | None
 ) -> tuple[Tensor, Tensor]:
     """(log K float64[A, B], weights as `lanes.sweep_back` leaves them: "posterior", "gradient" or None for none)."""
     lanes = compiled()
