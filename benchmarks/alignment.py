@@ -21,6 +21,7 @@ import resource
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import _bench
 import torch
@@ -105,10 +106,18 @@ def memory(count: int, longest: int, gradient: bool, answer: multiprocessing.Que
     run = with_gradient if gradient else gak_matrix
     run(sequences(8, 4, 0))
     x = sequences(count, longest, 0)
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is in bytes there
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = highest()
     run(x)
-    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e9)
+    answer.put(highest() - before)
+
+
+def highest() -> float:
+    """The most memory that this process has held, in GB. Linux's ru_maxrss would begin with the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(float(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM")) / 1e6
+    unit = 1e9 if platform.system() == "Darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def peak(count: int, longest: int, *, gradient: bool) -> float:

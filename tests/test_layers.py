@@ -62,6 +62,7 @@ DOORS: dict[str, set[str]] = {
     "lancedb": {"retrieval/lance.py"},
     "pyarrow": {"retrieval/lance.py", "data/*"},
     "gguf": {"model/nano.py"},
+    "numba": {"objectives/lanes.py"},
     "yaml": {"config.py"},
     "filelock": {"packages.py", "retrieval/build.py"},
     "typer": {"cli/*"},

@@ -64,8 +64,8 @@ def gak_matrix(
         raise ValueError(f"slices of {left.features.shape[1]} numbers in x and {right.features.shape[1]} in y")
     # Around a common point: the distances are the same, and lose fewer digits in the product.
     middle = left.features.detach().mean(0)
-    left.features = left.features - middle
-    right.features = left.features if y is None else right.features - middle
+    for each in (left,) if y is None else (left, right):
+        each.around(middle)
     kernel = _Kernel(width, sigma is None, band)
     log_k = _all_pairs(left, right, kernel)
     if normalize:
@@ -115,7 +115,7 @@ def alignment_posterior_pairs(
         return cells
     if sweeps.is_compiled(cells, band):
         lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y))
-        _, weights = sweeps.run_compiled(lanes, first, scale, (x, y), weigh="posterior")
+        _, weights = sweeps.run_compiled(lanes, first, scale, lengths=(x, y), weigh="posterior")
         apart = weights.view(len(first), -1, *weights.shape[1:]).permute(0, 3, 1, 2)  # [A, B, M, N]
         return apart.flatten(0, 1)[: len(cells)]
     with torch.enable_grad():
@@ -256,7 +256,7 @@ class _Slices:
         features = torch.cat([sequences[i] for i in order.tolist()])
         features = features if features.dtype == torch.float64 else features.float()
         first = lengths.cumsum(0) - lengths
-        if not bool(features.isfinite().all()):
+        if not bool(features.sum().isfinite()) and not bool(features.isfinite().all()):  # the sum is far cheaper
             row = int((~features.isfinite()).any(1).nonzero()[0])
             wrong = int(order[int((first <= row).sum()) - 1])
             raise ValueError(f"{name}[{wrong}] has features that are not finite")
@@ -272,31 +272,39 @@ class _Slices:
         rows = self.first[which, None] + inner
         return self.lengths[which], rows.clamp(max=len(self.features) - 1)
 
-    def products(self) -> tuple[Tensor, Tensor]:
-        """Two float[S, d + 2] whose rows have squared distances as inner products: -2 <x, y> + |x|^2 + |y|^2."""
-        squares = self.features.square().sum(1, keepdim=True)
-        ones = torch.ones_like(squares)
-        return torch.cat([-2 * self.features, squares, ones], 1), torch.cat([self.features, ones, squares], 1)
+    def around(self, middle: Tensor) -> None:
+        """Takes a point away from every slice, and puts |x|^2 and 1 behind it: float[S, d + 2]. See `_facing`."""
+        centred = self.features - middle
+        squares = centred.square().sum(1, keepdim=True)
+        self.features = torch.cat([centred, squares, torch.ones_like(squares)], 1)
 
 
-def _block(like: Tensor, band: int | None) -> tuple[int, int]:
-    """Sequences of y side by side, and cells at a time."""
+def _facing(features: Tensor) -> Tensor:
+    """float[..., d + 2] whose inner products with `features` are squared distances: -2 <x, y> + |x|^2 + |y|^2."""
+    slices, squares, ones = features[..., :-2], features[..., -2:-1], features[..., -1:]
+    return torch.cat([-2 * slices, ones, squares], -1)
+
+
+def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
+    """Of `count` sequences y, how many side by side, and how many cells at a time."""
     compiled = sweeps.compiled() if sweeps.is_compiled(like, band) else None
-    return (compiled.LANES, BLOCK) if compiled else (128, BLOCK) if like.device.type == "cpu" else (512, 16 * BLOCK)
+    if compiled is not None:
+        return compiled.LANES, BLOCK
+    return (min(128, count), BLOCK) if like.device.type == "cpu" else (min(512, count), 16 * BLOCK)
 
 
 def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
     same = left is right
-    (rows, _), (_, columns) = left.products(), right.products()
-    wide, block = _block(rows, kernel.band)
+    rows, columns = left.features, right.features
+    wide, block = _block(rows, kernel.band, len(right.first))
     found, done = [], 0
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
     ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
     for begin in range(0, len(right.first), wide):
         end = min(begin + wide, len(right.first))
         lengths_y, index = right.among(begin, wide)
-        lanes = columns[index.T.flatten()]  # [N * B, d + 2]
+        lanes = _facing(columns[index.T.flatten()])  # [N * B, d + 2]
         for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
             cells = (rows[ends[a] : ends[b]] @ lanes.T).view(-1, index.shape[1], wide)  # [R, N, B]
             x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)
@@ -327,12 +335,12 @@ def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
     lengths, which = torch.unique(other.lengths, return_inverse=True)
     if not kernel.by_length:
         lengths, which = lengths[:1], torch.zeros_like(which)
-    rows, columns = own.products()
-    wide, block = _block(rows, kernel.band)
+    rows = own.features
+    wide, block = _block(rows, kernel.band, len(own.first))
     found = []
     for begin in range(0, len(own.first), wide):
         mine, index = own.among(begin, wide)  # [B], [B, N]
-        square = (rows[index] @ columns[index].mT).permute(1, 2, 0)  # [N, N, B]
+        square = (rows[index] @ _facing(rows[index]).mT).permute(1, 2, 0)  # [N, N, B]
         several = []
         for some in lengths.split(max(1, block // square.numel())):
             cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]

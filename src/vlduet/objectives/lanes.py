@@ -37,10 +37,10 @@ ORDERED = {"nnan", "nsz"}  # what a vector maximum needs; NaN was refused before
 def _as_float(_context, _bits):
     """The float32 that has these bits."""
 
-    def generate(context, builder, signature, arguments):
+    def _generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.float32(types.int32), generate
+    return types.float32(types.int32), _generate
 
 
 @njit(inline="always")

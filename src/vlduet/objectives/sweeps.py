@@ -131,7 +131,8 @@ def _sweep_back(log_kappa: Tensor, table: Tensor, offset: Tensor, ends_x: Tensor
     posterior = torch.zeros_like(log_kappa)
     ends, row = ends_x + ends_y - 2, (ends_x - 1)[None]
     # Of the two diagonals after this one, by row: their weights and log(kappa / G), a row more at the end.
-    weight1, weight2, ratio1, ratio2 = (log_kappa.new_zeros(m + 1, pairs) for _ in range(4))
+    weight1, weight2 = (log_kappa.new_zeros(m + 1, pairs) for _ in range(2))
+    ratio1, ratio2 = (torch.full_like(weight1, -INF) for _ in range(2))  # 0 * exp(-inf), never 0 * inf
     for k in range(m + n - 2, -1, -1):
         low, high = _rows(m, n, k)
         here = _diagonal(table, k)
@@ -197,7 +198,9 @@ class _Cells(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cells: Tensor, first: Tensor, scale: Tensor, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
         keep = ctx.needs_input_grad[0]
-        log_k, weights = run_compiled(cells, first, scale, (lengths_x, lengths_y), weigh="gradient" if keep else None)
+        log_k, weights = run_compiled(
+            cells, first, scale, lengths=(lengths_x, lengths_y), weigh="gradient" if keep else None
+        )
         if keep:
             ctx.save_for_backward(weights, first)
         return log_k
@@ -211,7 +214,7 @@ class _Cells(torch.autograd.Function):
 
 
 def run_compiled(
-    cells: Tensor, first: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor], *, weigh: str | None
+    cells: Tensor, first: Tensor, scale: Tensor, *, lengths: tuple[Tensor, Tensor], weigh: str | None
 ) -> tuple[Tensor, Tensor]:
     """(log K float64[A, B], weights as `lanes.sweep_back` leaves them: "posterior", "gradient" or None for none)."""
     lanes = compiled()

@@ -284,9 +284,9 @@ def slow_soft_dtw(cost: list[list[float]], gamma: float) -> float:
 @pytest.mark.parametrize("sigma", [0.02, 0.3, 20.0])
 def test_float32_to_length_512(sweep, sigma):
     """Far beyond the range of a plain product, both ways; the compiled sweep rescales, or hands over to log space."""
-    sqdist, _, _ = distances(3, 512, 512, most=2.0)
+    sqdist, _, _ = distances(2, 512, 512, most=2.0)
     sqdist[0] = 0
-    x, y = torch.tensor([512, 512, 300]), torch.tensor([512, 512, 1])
+    x, y = torch.tensor([512, 500]), torch.tensor([512, 512])
     exact = gak_pairs(sqdist, x, y, sigma=sigma)
     given = sqdist.float().requires_grad_()
     found = gak_pairs(given, x, y, sigma=sigma)
@@ -294,12 +294,12 @@ def test_float32_to_length_512(sweep, sigma):
     found.sum().backward()
     assert given.grad.isfinite().all()
     posterior = alignment_posterior_pairs(given, x, y, sigma=sigma)
-    assert_close(posterior[[0, 1, 2], x - 1, y - 1], torch.ones(3))
-    assert_close(posterior[[0, 1, 2], 0, 0], torch.ones(3), rtol=0, atol=2e-3)
+    assert_close(posterior[[0, 1], x - 1, y - 1], torch.ones(2))
+    assert_close(posterior[[0, 1], 0, 0], torch.ones(2), rtol=0, atol=2e-3)
 
 
 def test_normalised_float32_of_long_sequences(sweep):
-    lengths = [500, 1, 130, 128, 500]
+    lengths = [260, 1, 130]
     x = sequences(lengths, dim=16)
     for delta in (0.05, 0.7):
         single = gak_matrix([each.float() for each in x], delta=delta)
