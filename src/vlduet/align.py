@@ -21,8 +21,6 @@ from vlduet.objectives.triple import Prefixes, squared_distances, target_matrix,
 from vlduet.train import setup
 
 THUMBNAIL = 64
-ON_PATH = 0.5
-"""Posterior from which a cell is marked in the terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +122,16 @@ def as_json(found: Aligned) -> dict[str, Any]:
 
 
 def as_text(found: Aligned, *, width: int = 36) -> str:
-    """A table for a terminal: cosines, with a star where the alignment passes."""
+    """A table for a terminal: cosines, with a star where the alignment passes likeliest in its row."""
     lines = [f"{found.first} (rows) and {found.second} (columns), by {found.judge}", ""]
     lines += [f"{c:>4}  {name}" for c, name in enumerate(found.columns, 1)]
     lines += ["", " " * (width + 5) + "".join(f"{c:>7}" for c in range(1, len(found.columns) + 1))]
     for r, (name, cosines, passes) in enumerate(zip(found.rows, found.cosines, found.posterior, strict=True), 1):
         short = name if len(name) <= width else name[: width - 1] + "…"
-        cells = "".join(f"{v:>6.2f}{'*' if p >= ON_PATH else ' '}" for v, p in zip(cosines, passes, strict=True))
+        cells = "".join(f"{v:>6.2f}{'*' if p == max(passes) else ' '}" for v, p in zip(cosines, passes, strict=True))
         lines.append(f"{r:>4} {short:<{width}}{cells}")
     lines += ["", f"alignment kernel {found.gak:.3f} (normalised, sigma {found.sigma:.2f})"]
-    lines += [f"alignment-weighted mean {found.awm:.3f}, mean {found.mean:.3f}; * the alignment passes here"]
+    lines += [f"alignment-weighted mean {found.awm:.3f}, mean {found.mean:.3f}; * likeliest in its row"]
     return "\n".join(lines)
 
 
@@ -146,7 +144,7 @@ def write_html(path: Path, found: Aligned, *, first: Record, second: Record) -> 
             for part in parts_of(record)
         ]
 
-    chart = charts.heatmap(
-        found.cosines, rows=labels(first), columns=labels(second), marked=found.posterior, title="Alignment"
-    )
+    # A wide kernel spreads the path over many cells; beside the likeliest of its row one still sees it.
+    marked = [[p / max(row) for p in row] for row in found.posterior]
+    chart = charts.heatmap(found.cosines, rows=labels(first), columns=labels(second), marked=marked, title="Alignment")
     report.write_page(path, "align.html", {"found": found, "chart": chart})

@@ -215,7 +215,8 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 
 def _awm(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """sum P cos / sum P with P the alignment posterior at sigma = delta, float[P]."""
-    return _in_chunks(squared_distances(cosines), prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta))
+    distances = squared_distances(cosines.double())  # the posterior of a long path among short ones leaves float32
+    return _in_chunks(distances, prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta)).to(cosines)
 
 
 def _in_chunks(
