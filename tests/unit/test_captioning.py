@@ -195,4 +195,7 @@ def test_instructions_and_the_image_prompt_are_both_answered(tmp_path: Path) -> 
     asked = model.renderer.ask_for_caption(tiny.picture(), "Describe.")
     text = model.backbone.tokenizer.decode(asked.ids)
     assert "<|user|>" in text and "Describe." in text and text.endswith("<|assistant|>") and len(asked.images) == 1
+    model.backbone.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        model.renderer.ask_for_caption(tiny.picture(), "Describe.")
     assert model.renderer.ask_for_caption(tiny.picture(), OWN).ids == model.renderer.embed((tiny.picture(),)).ids

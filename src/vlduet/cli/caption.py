@@ -28,7 +28,7 @@ def caption(
     short: Annotated[int, typer.Option(metavar="TOKENS", help="Longest short caption; 0 writes none.")] = 30,
     long: Annotated[int, typer.Option(metavar="TOKENS", help="Longest long caption; 0 writes none.")] = 200,
     prompt: Annotated[str | None, typer.Option(help=PROMPT)] = None,
-    batch: Annotated[int, typer.Option(help="Images a forward.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the captions that SOURCE lacks. Run it again after an interruption: it goes on."""

@@ -23,7 +23,7 @@ def mine(
     *,
     to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Retrieval records with negatives.")],
     query: Annotated[str, typer.Option(help="The side of a pair that asks: image or text.")] = "image",
-    k: Annotated[int, typer.Option("-k", help="New negatives a record.")] = 4,
+    k: Annotated[int, typer.Option("-k", min=1, help="New negatives a record.")] = 4,
     margin: Annotated[
         float, typer.Option(help="Cosine that a negative must stay below the positive; else it may well be right.")
     ] = 0.05,

@@ -8,7 +8,7 @@ The seven kinds are SugarCrepe's (Hsieh et al. 2023, arXiv 2306.14610), made her
     swap_obj      two things on either side of a relation trade places  a dog on a chair -> a chair on a dog
     swap_att      two attributes of one class trade their nouns         red cup, blue bowl -> blue cup, red bowl
     add_obj       a thing of a class that the caption does not name     a dog on a chair -> a dog on a chair and a truck
-    add_att       a colour for a thing that has none                    a dog on a chair -> a green dog on a chair
+    add_att       an unusual colour for a thing without any             a dog on a chair -> a green dog on a chair
 
 What the rules cannot do: they read English, know some 150 nouns and nothing of grammar beyond plurals and "a/an", and
 take the caption's word for what is in the picture. A replaced or swapped caption contradicts the right one. An *added*
@@ -52,6 +52,11 @@ _SIDE_BY_SIDE = re.compile(r"\b(and|or|with|near|beside|next to|close to|far fro
 """Between two things that may trade places without a change of meaning."""
 # What shows that a noun is not the first half of a longer one ("dog park").
 _FOLLOWS_A_NOUN = re.compile(r"\s*($|[.,;:!?)]|(and|or|is|are|was|were|with|in|at|that|which|who|[a-z]+ing)\b)", re.I)
+# "a tie", not "a bow tie"
+_NOTHING_DESCRIBES = re.compile(
+    r"(^|[^\w\s-]\s*|\b(an?|the|this|that|these|those|some|and|or|with|of|his|her|its|their|two|three|four|five)\s+)$",
+    re.I,
+)
 _IS = re.compile(r"\b(is|are|was|were|looks?)\s+$", re.I)
 _NO_HEAD = re.compile(r"\s+(and|or|of|in|at|with|is|are|was|were|to|from|that|which|who|while)\b", re.I)
 
@@ -171,13 +176,11 @@ def add_obj(caption: str) -> Iterator[list[Change]]:
 
 
 def add_att(caption: str) -> Iterator[list[Change]]:
-    """A colour before a thing that has no attribute, in a caption that does not name this colour."""
-    attributes = _attributes(caption)
+    """A colour that few things have, for a thing that nothing describes, in a caption that does not name this colour."""
     named = {one.entry.word for one in _find(caption, ATTRIBUTES)}
-    colours = [word for word in ATTRIBUTES.groups[0] if word not in named]
+    colours = [word for word in ("green", "blue", "purple", "pink") if word not in named]
     for thing in _things(caption):
-        bare = not any(caption[a.end : thing.start].strip() == "" and a.end <= thing.start for a in attributes)
-        if bare and not re.search(r"-$", caption[: thing.start]):
+        if _NOTHING_DESCRIBES.search(caption[: thing.start]):
             shown = caption[thing.start : thing.end]
             yield from ([(thing.start, thing.end, f"{colour} {_lowered(shown)}")] for colour in colours)
 

@@ -37,7 +37,6 @@ _OBJECTS = (
 )
 
 _ATTRIBUTES = (
-    # The first class is what `add_att` adds.
     "red orange yellow green blue purple/violet pink brown black white gray/grey",
     "big/large/huge small/tiny/little",
     "old young",

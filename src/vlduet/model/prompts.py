@@ -252,8 +252,17 @@ class Renderer:
         return builder.build(self.max_tokens)
 
     def ask_for_caption(self, image: ImageRef, prompt: str) -> Sequence:
-        """What a caption is written after: image and instruction in a user's turn, or without one the image prompt."""
-        return self.chat((Message("user", (image, prompt)),), answer=True) if prompt else self.embed((image,))
+        """What a caption is written after: image and instruction in a user's turn, or without one the image prompt.
+
+        Raises:
+            ConfigError: an instruction for a checkpoint without a chat template. DataError, ImageError: a broken image.
+        """
+        if not prompt:
+            return self.embed((image,))
+        if not self.tokenizer.chat_template:
+            fix = "Give an empty one: captions then go on from the image prompt"
+            raise ConfigError("the checkpoint has no chat template to ask in", place="prompt", fix=fix)
+        return self.chat((Message("user", (image, prompt)),), answer=True)
 
     def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
         """Where the prompt that was just written is read: an image's tokens or the last token of all."""

@@ -27,6 +27,7 @@ def every(kind: str, caption: str) -> set[str]:
 
 
 COLOURS = set(ATTRIBUTES.groups[0])
+ADDED = {"green", "blue", "purple", "pink"}
 
 EXACTLY = [
     ("replace_obj", "a hat", {f"a {w}" for w in ("shirt", "dress", "jacket", "scarf", "shoe", "sock", "tie", "glove")}),
@@ -60,9 +61,11 @@ EXACTLY = [
     ("swap_att", "a red white flag", set()),
     ("swap_att", "a red car and a blue car", set()),
     ("swap_att", "a big dog and a red cat", set()),
-    ("add_att", "A dog.", {f"{article(c).capitalize()} {c} dog." for c in COLOURS}),
-    ("add_att", "Dogs", {f"{c.capitalize()} dogs" for c in COLOURS}),
+    ("add_att", "A dog.", {f"A {c} dog." for c in ADDED}),
+    ("add_att", "Dogs", {f"{c.capitalize()} dogs" for c in ADDED}),
     ("add_att", "a red dog", set()),
+    ("add_att", "a bow tie", set()),
+    ("add_att", "two owls, and green grass", {f"two {c} owls, and green grass" for c in ADDED - {"green"}}),
     ("add_obj", "a dog park", set()),
 ]  # fmt: skip
 
