@@ -166,8 +166,9 @@ def _sweep_back(cells, first, scale, ends_x, ends_y, log_k, weights, posterior):
             for q in range(LANES):
                 if ends_x[a, q] == i + 1:  # H = 1 at the end, as if handed back by a cell after it
                     row[ends_y[a, q], q] = 1.0
-                factor[q] = math.exp(shifts[i, q] + shift[q] - log_k[a, q])
-                if i < ends_x[a, q] and not factor[q] < FAR:
+                # Beyond a lane's end its row is 0, and its scale may be anything: 0 * inf must not come of it.
+                factor[q] = math.exp(shifts[i, q] + shift[q] - log_k[a, q]) if i < ends_x[a, q] else 0.0
+                if not factor[q] < FAR:
                     log_k[a, q] = math.nan
             carry[:] = row[columns]
             row[columns] = 0.0

@@ -255,6 +255,13 @@ def test_alignment_weighted_mean(sweep):
     assert nothing.tolist() == [0.0]
 
 
+def test_a_short_pair_beside_a_long_one(sweep):
+    """The rows after the short one's end are swept with the long one's, and must leave nothing in it."""
+    cells, x, y = torch.rand(2, 300, 280) * 2, torch.tensor([1, 300]), torch.tensor([280, 280])
+    found = awm_pairs(cells, x, y, sigma=1.0)
+    assert_close(found.double(), awm_pairs(cells.double(), x, y, sigma=1.0), atol=1e-4, rtol=0)
+
+
 def test_soft_dtw():
     cost, x, y = distances(12, 5, 6)
     for gamma in (0.01, 1.0):
