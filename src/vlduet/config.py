@@ -94,6 +94,12 @@ class TrainSection(Section):
 
 class RunConfig(Section):
     """Everything that decides a training run."""
+    chunk_tokens: int | None = Field(default=None, gt=0)
+    """Padded tokens that live at one time: the batch goes through the model in chunks (GradCache); default: all at once."""
+    checkpointing: bool = False
+    """Compute every layer of the language model again in the backward pass: less memory, up to half more time."""
+    fused: bool = True
+    """One pass of a sequence for all losses. False: one for each, as most joint trainers do; for comparisons."""
 
     out: Path
     """Folder of the run: config, metrics, checkpoints and the trained model."""

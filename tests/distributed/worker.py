@@ -13,10 +13,12 @@ from torch import distributed as dist
 
 import tiny
 from vlduet import distributed
+from vlduet.data.batches import chunked
 from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
-from vlduet.model.readout import empty_readout
+from vlduet.model.readout import Readout, empty_readout, joined
 from vlduet.recipes import vladva
+from vlduet.train.gradcache import cached_losses
 
 WEIGHTS = {
     "infonce": {"contrastive": 1.0, "language": 0.0},
@@ -24,8 +26,13 @@ WEIGHTS = {
     "joint": {"contrastive": 1.0, "language": 0.7},
     "empty rank": {"contrastive": 1.0, "language": 0.7},
     "chat-only rank": {"contrastive": 1.0, "language": 0.7},
+    "chunked": {"contrastive": 1.0, "language": 0.7},
+    "chunked, empty rank": {"contrastive": 1.0, "language": 0.7},
+    "chunked, chat-only rank": {"contrastive": 1.0, "language": 0.7},
 }
-CUTS = {"empty rank": 0, "chat-only rank": 1}
+CHUNK_TOKENS = 60
+"""Of the chunked cases: the two ranks then have different numbers of chunks."""
+CUTS = {"empty rank": 0, "chat-only rank": 1, "chunked, empty rank": 0, "chunked, chat-only rank": 1}
 """Where the batch is cut in two, if not after three records."""
 
 
@@ -47,19 +54,28 @@ def records() -> list[Record]:
 def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
     chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
-    everything = [chat, *records()] if case == "chat-only rank" else records()
+    everything = [chat, *records()] if "chat-only rank" in case else records()
     cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
     rows = everything[cut[rank] : cut[rank + 1]]
     options = vladva.Options(mixed=True)
     sequences = [
         s for i, record in enumerate(rows) for s in vladva.layout(Sample(record, i, 0), model.renderer, options)
     ]
-    readout = (
-        model(model.collate(sequences)) if sequences else empty_readout(model.dim, like=model.logit_scale.detach())
-    )
-    losses = vladva.objective(readout, model.logit_scale, options)
-    loss = sum(WEIGHTS[case][name] * value for name, value in losses.items())
-    loss.backward()
+
+    def losses(readout: Readout) -> dict[str, torch.Tensor]:
+        found = vladva.objective(readout, model.logit_scale, options)
+        return {"loss": sum((WEIGHTS[case][n] * v for n, v in found.items()), torch.zeros(())), **found}
+
+    if pictured := [image for sequence in sequences for _, image in sequence.images]:
+        model.vision_features(pictured)  # the cache keeps them in single precision: the same ones for every pass
+    nothing = empty_readout(model.dim, like=model.logit_scale.detach())
+    if "chunked" in case and world_size > 1:  # one process, all at once, is what the ranks are compared with
+        chunks = [model.collate(part) for part in chunked(sequences, CHUNK_TOKENS)]
+        assert len(chunks) != 1
+        loss = cached_losses(model, chunks, losses=losses, nothing=nothing)["loss"]
+    else:
+        loss = losses(joined([nothing, model(model.collate(sequences))] if sequences else [nothing]))["loss"]
+        loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]
     distributed.average_gradients(moved)
     names = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -171,7 +171,7 @@ class DuetModel(nn.Module):
             for begin in range(0, len(items), 512):  # bounds the decoded images that live at one time
                 rows = [as_parts(item) for item in items[begin : begin + 512]]
                 sequences = [self.renderer.embed(parts, query=query) for parts in rows]
-                for chosen in by_length(sequences, batch_tokens):
+                for chosen in by_length([len(s) for s in sequences], batch_tokens):
                     readout = self(self.collate([sequences[i] for i in chosen]))
                     vectors[[begin + i for i in chosen]] = readout.embeddings.float().cpu().numpy()
                     if progress:

@@ -37,8 +37,9 @@ def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
     assert (settings.out / "config.yaml").is_file() and list((settings.out / "tensorboard").iterdir())
 
 
-def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path) -> None:
-    settings = config.load(runs.write(tmp_path, steps=3))
+@pytest.mark.parametrize("how", [{}, {"chunk_tokens": 64}, {"checkpointing": True}, {"fused": False}], ids=str)
+def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path, how: dict[str, object]) -> None:
+    settings = config.load(runs.write(tmp_path, steps=3, **how))
     run = setup.prepare(settings, keep=False)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}
@@ -106,6 +107,7 @@ def test_the_plan_trains_nothing(tmp_path: Path) -> None:
         ("recipe.name=vladav", "Did you mean 'vladva'"),
         ("recipe.language_onn=any", "Did you mean 'language_on'"),
         ("objectives.contrastve=1", "Did you mean 'contrastive'"),
+        ("objectives={contrastive: 0}", "no loss has a weight"),
         ("model.prompts.imagee=x", "Did you mean 'image'"),
     ],
 )
