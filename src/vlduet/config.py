@@ -79,7 +79,11 @@ class TrainSection(Section):
     lr: float = Field(default=1e-4, gt=0)
     """Of LoRA; cosine to zero after the warm-up."""
     lr_new: float | None = Field(default=None, gt=0)
-    """Of projector, head and temperature; default: lr."""
+    soft_prompts: bool = False
+    """Learn the prompts: every token of theirs becomes one that is trained, and starts as it is."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Of the contrastive loss, fixed; default: learned, from the model's own (.07 in a plain checkpoint)."""
+    """Of projector, head, soft prompts and temperature; default: lr."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -96,6 +97,10 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
     model = DuetModel.from_pretrained(section.path, dtype=dtype)
     model.set_prompts(options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
+    if config.train.soft_prompts and model.soft is not None and section.prompts.keys() & {"image", "text", "parts"}:
+        raise ConfigError(
+            "the model brings learned prompts", place="model.prompts", fix="Leave image, text and parts out"
+        )
     if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
         torch.manual_seed(config.seed)
         model.head = EmbeddingHead(section.head, model.backbone.width, section.dim).to(model.backbone.device)
@@ -104,7 +109,9 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     torch.manual_seed(config.seed)
     train = config.train
     lora = None if train.lora is None else Lora(**train.lora.model_dump())
-    model.make_trainable(lora=lora, projector=train.projector)
+    model.make_trainable(lora=lora, projector=train.projector, soft=train.soft_prompts)
+    if train.temperature is not None:
+        model.logit_scale.requires_grad_(False).fill_(-math.log(train.temperature))
     if train.checkpointing:
         model.backbone.checkpoint_layers()
     return model
