@@ -71,7 +71,6 @@ def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tenso
     nothing = empty_readout(model.dim, like=model.logit_scale.detach())
     if "chunked" in case and world_size > 1:  # one process, all at once, is what the ranks are compared with
         chunks = [model.collate(part) for part in chunked(sequences, CHUNK_TOKENS)]
-        assert len(chunks) != 1
         loss = cached_losses(model, chunks, losses=losses, nothing=nothing)["loss"]
     else:
         loss = losses(joined([nothing, model(model.collate(sequences))] if sequences else [nothing]))["loss"]
