@@ -80,9 +80,9 @@ class DuetModel(nn.Module):
         pooled = pool(hidden, batch.anchor_spans, dtype=self.logit_scale.dtype)  # [A, D]
         embeddings = self.head(pooled)  # [A, E]
         rows, at = supervised(batch.labels)
-        weight, bias = self.lm_weight, self.backbone.lm_head.bias
-        bias = None if bias is None else bias[: len(weight)]
-        nll = token_nll(hidden[rows, at - 1], weight, batch.labels[rows, at], bias=bias)
+        words, bias = self.lm_weight, self.backbone.lm_head.bias
+        bias_of_words = None if bias is None else bias[: len(words)]
+        nll = token_nll(hidden[rows, at - 1], words, batch.labels[rows, at], bias=bias_of_words)
         return Readout(embeddings, batch.anchors, nll)
 
     def hidden_states(self, batch: Batch) -> Tensor:

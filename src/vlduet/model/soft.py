@@ -12,14 +12,12 @@ table, and whoever serves the checkpoint gets the same vectors from the same pro
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from vlduet.errors import ConfigError
 from vlduet.model.backbones import Backbone, Tokenizer, quiet
-from vlduet.model.prompts import SLOT, Renderer
+from vlduet.model.prompts import SLOT, Prompts, Renderer
 
 ROWS = "soft.rows"
 """Name of the learned rows among a model's tensors."""
@@ -97,7 +95,7 @@ def learn(renderer: Renderer, backbone: Backbone) -> SoftPrompts:
             "the prompts have no tokens to start from", place="train.soft_prompts", fix="Write some in model.prompts"
         )
     rows = backbone.embedding.weight.detach()[torch.tensor(ids, device=backbone.device)]
-    renderer.prompts = replace(renderer.prompts, **written)
+    renderer.prompts = Prompts(**(renderer.prompts.to_dict() | written))
     return SoftPrompts(backbone, rows)
 
 
