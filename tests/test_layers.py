@@ -33,6 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rag": LEAVES | {"data", "model", "retrieval"},
     # What `train` is handed to measure a model with: train itself knows no benchmark.
     "validation": LEAVES | {"data", "model", "objectives", "retrieval", "eval"},
+    # Several runs and one table, for the cli.
+    "compare": LEAVES | {"train", "validation"},
     # A record as the model sees it, for the cli.
     "show": LEAVES | {"data", "model", "recipes", "train"},
     # Hard negatives are nearest neighbours, embedded and kept as an index's are, and told apart as the losses do.

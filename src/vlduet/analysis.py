@@ -192,7 +192,7 @@ def _read(model: DuetModel, items: Sequence[Parts], bar: Progress) -> Reading:
     entropy = np.empty(len(items), dtype=np.float64)
     for begin in range(0, len(items), CHUNK):
         sequences = [model.renderer.embed(parts) for parts in items[begin : begin + CHUNK]]
-        for chosen in by_length(sequences, 4096):
+        for chosen in by_length([len(s) for s in sequences], 4096):
             batch = model.collate([sequences[i] for i in chosen])
             hidden = model.hidden_states(batch)  # [B, T, D]
             spans = batch.anchor_spans  # one anchor a sequence, in their order

@@ -22,6 +22,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class ModelSection(Section):
     """Which checkpoint, and how it embeds."""
 
@@ -87,10 +90,14 @@ class TrainSection(Section):
     lora: LoraSection | None = LoraSection()
     projector: bool = False
     """Train the projector between vision tower and language model too."""
+    soft_prompts: bool = False
+    """Learn the prompts: every token of theirs becomes one that is trained, and starts as it is."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Of the contrastive loss, fixed; default: learned, from the model's own (.07 in a plain checkpoint)."""
     lr: float = Field(default=1e-4, gt=0)
     """Of LoRA; cosine to zero after the warm-up."""
     lr_new: float | None = Field(default=None, gt=0)
-    """Of projector, head and temperature; default: lr."""
+    """Of projector, head, soft prompts and temperature; default: lr."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -98,6 +105,12 @@ class TrainSection(Section):
     """Largest gradient norm."""
     pack: int | None = Field(default=None, gt=0)
     """Fill rows up to this many tokens with several sequences; default: one a row."""
+    chunk_tokens: int | None = Field(default=None, gt=0)
+    """Padded tokens that live at one time: the batch goes through the model in chunks (GradCache); default: all at once."""
+    checkpointing: bool = False
+    """Compute every layer of the language model again in the backward pass: less memory, up to half more time."""
+    fused: bool = True
+    """One pass of a sequence for all losses. False: one for each, as most joint trainers do; for comparisons."""
     log_every: int = Field(default=10, gt=0)
     eval_every: int = Field(default=200, gt=0)
     save_every: int = Field(default=200, gt=0)
@@ -119,24 +132,49 @@ class RunConfig(Section):
     train: TrainSection
 
 
+class Comparison(Section):
+    """Several runs that differ in what is said here and in nothing else."""
+
+    base: Path
+    """The config that all runs share."""
+    out: Path
+    """Folder of the comparison: the runs, and the table."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Every run is made once with each."""
+    overrides: list[str] = []
+    """Settings of all runs that differ from the base, as `train.steps=100`."""
+    runs: dict[str, list[str]] = Field(min_length=1)
+    """Name -> the settings that make it what it is."""
+
+
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a config file, laid over the one that it `extends`; paths in it are relative to where the command runs.
 
     Raises:
         ConfigError: naming file and key, with the closest known key for an unknown one.
     """
-    tree = _read(path)
+    return check(_read(path, overrides), place=str(path))
+
+
+def load_comparison(path: Path, overrides: Iterable[str] = ()) -> Comparison:
+    """Read the config of a comparison. Raises ConfigError as `load` does; the runs' settings are not yet checked."""
+    return _checked(Comparison, _read(path, overrides), place=str(path))
+
+
+def _read(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """The tree of a YAML file, laid over the one that it `extends`, with its overrides. Raises ConfigError."""
+    tree = _mapping(path)
     if (base := tree.pop("extends", None)) is not None:
-        below = _read(path.parent / str(base))
+        below = _mapping(path.parent / str(base))
         if "extends" in below:
             raise ConfigError(f"extends {base}, which extends another", place=path, fix="Extend the last one")
         tree = _over(below, tree)
     for override in overrides:
         _override(tree, override)
-    return check(tree, place=str(path))
+    return tree
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -158,13 +196,17 @@ def _over(below: Any, above: Any) -> Any:
 
 def check(tree: dict[str, Any], *, place: str) -> RunConfig:
     """A tree of plain values -> RunConfig. Raises ConfigError for the first thing that is wrong."""
+    return _checked(RunConfig, tree, place=place)
+
+
+def _checked(kind: type[S], tree: dict[str, Any], *, place: str) -> S:
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(x) for x in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _fields_at(first["loc"][:-1])
+            known = _fields_at(kind, first["loc"][:-1])
             raise ConfigError(f"unknown key '{key}'", place=place, fix=closest(str(first["loc"][-1]), known)) from None
         what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {first['msg'].lower()}"
         raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
@@ -236,9 +278,9 @@ def _index(items: list[Any], name: str, key: str) -> int:
     return int(name)
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
+def _fields_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:
     """The known keys of the section at `location`."""
-    section: Any = RunConfig
+    section: Any = kind
     for name in location:
         if isinstance(name, int):
             continue

@@ -15,6 +15,7 @@ from vlduet.files import recovered
 from vlduet.model import checkpoint
 from vlduet.model.backbones import Tokenizer, load_processing
 from vlduet.model.prompts import Prompts, Renderer
+from vlduet.model.soft import ROWS, add_tokens
 from vlduet.train.setup import RECIPES
 
 
@@ -54,6 +55,8 @@ def render(record: Record, folder: Path) -> list[Row]:
     values = dict(made_by.get("recipe", {"name": "vladva"}))
     recipe = RECIPES[values.pop("name")]
     tokenizer, prepare, image_token_id = load_processing(kept.base)
+    if ROWS in kept.tensors:
+        add_tokens(tokenizer, len(kept.tensors[ROWS]))
     renderer = Renderer(
         tokenizer,
         prepare,

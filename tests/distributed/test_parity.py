@@ -1,5 +1,5 @@
 """Two real processes compute the loss and the gradients of one: for every loss alone, and for both of a recipe; also
-where one of them has nothing to embed, or nothing at all."""
+where one of them has nothing to embed, or nothing at all, and where both cut their share into chunks."""
 
 from __future__ import annotations
 

@@ -14,10 +14,12 @@ from torch import distributed as dist
 import judges
 import tiny
 from vlduet import distributed
+from vlduet.data.batches import chunked
 from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
-from vlduet.model.readout import empty_readout
+from vlduet.model.readout import Readout, empty_readout, joined
 from vlduet.recipes import sugar, vladva
+from vlduet.train.gradcache import cached_losses
 
 VLADVA = vladva, vladva.Options(mixed=True)
 OURS = {
@@ -34,12 +36,24 @@ CASES = {
     "joint": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "chunked": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "chunked, empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "chunked, chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "structure": (sugar, sugar.Options(k=3), {"structure": 1.0, "language": 0.0}),
     "sugar": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
+    "sugar, chunked": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
     "sugar, empty rank": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
     "sugar, ours": (sugar, sugar.Options(**OURS), {"structure": 1.0, "language": 0.7}),
 }
-CUTS = {"empty rank": 0, "chat-only rank": 1, "sugar, empty rank": 0}
+CHUNK_TOKENS = 60
+"""Of the chunked cases: the two ranks then have different numbers of chunks."""
+CUTS = {
+    "empty rank": 0,
+    "chat-only rank": 1,
+    "chunked, empty rank": 0,
+    "chunked, chat-only rank": 1,
+    "sugar, empty rank": 0,
+}
 """Where the batch is cut in two, if not after three records."""
 
 
@@ -76,18 +90,26 @@ def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tenso
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
     recipe, options, weights = CASES[case]
     chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
-    everything = stories() if recipe is sugar else [chat, *records()] if case == "chat-only rank" else records()
+    everything = stories() if recipe is sugar else [chat, *records()] if "chat-only rank" in case else records()
     cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
     rows = range(cut[rank], cut[rank + 1])
     sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
     if recipe is sugar:
         sequences = judges.judges().see(sequences)
-    readout = (
-        model(model.collate(sequences)) if sequences else empty_readout(model.dim, like=model.logit_scale.detach())
-    )
-    losses = recipe.objective(readout, model.logit_scale, options)
-    loss = sum(weights[name] * value for name, value in losses.items())
-    loss.backward()
+
+    def losses(readout: Readout) -> dict[str, torch.Tensor]:
+        found = recipe.objective(readout, model.logit_scale, options)
+        return {"loss": sum((weights[n] * v for n, v in found.items()), torch.zeros(())), **found}
+
+    if pictured := [image for sequence in sequences for _, image in sequence.images]:
+        model.vision_features(pictured)  # the cache keeps them in single precision: the same ones for every pass
+    nothing = empty_readout(model.dim, like=model.logit_scale.detach())
+    if "chunked" in case and world_size > 1:  # one process, all at once, is what the ranks are compared with
+        chunks = [model.collate(part) for part in chunked(sequences, CHUNK_TOKENS)]
+        loss = cached_losses(model, chunks, losses=losses, nothing=nothing)["loss"]
+    else:
+        loss = losses(joined([nothing, model(model.collate(sequences))] if sequences else [nothing]))["loss"]
+        loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]
     distributed.average_gradients(moved)
     names = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -271,7 +271,12 @@ def test_what_a_config_extends_must_be_there_and_the_last(path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_the_configs_that_come_with_it_load(file: Path) -> None:
-    config.load(file)
+    if not file.name.startswith("compare-"):
+        config.load(file)
+        return
+    comparison = config.load_comparison(file)
+    for overrides in comparison.runs.values():
+        config.load(file.parents[1] / comparison.base, [*comparison.overrides, *overrides])
 
 
 def test_docs_explain_every_key() -> None:

@@ -1,4 +1,4 @@
-"""`vlduet train`."""
+"""`vlduet train` and `vlduet compare`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     app.command()(train)
+    app.command()(compare)
 
 
 def train(
@@ -46,3 +47,27 @@ def train(
         typer.echo(json.dumps({"model": str(folder), **last}))
     else:
         say(f"trained: {folder} (metrics in {settings.out / 'metrics.jsonl'})")
+
+
+def compare(
+    config: Annotated[Path, typer.Argument(help="A YAML config of a comparison, see configs/compare-nano.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Its keys to change, as out=runs/other.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train several recipes on the same data, steps and seeds, and write one table; started again, it goes on."""
+    import json
+
+    from vlduet import compare as comparison
+    from vlduet import config as settings_of
+    from vlduet import distributed
+    from vlduet.logs import say
+
+    settings = settings_of.load_comparison(config, overrides or [])
+    found = comparison.compare(settings)
+    if not distributed.is_main():
+        return
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(comparison.table(found))
+        say(f"the same in {settings.out / 'table.md'} and table.json")

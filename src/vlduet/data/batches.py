@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -118,11 +119,24 @@ def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:
     return rows
 
 
-def by_length(sequences: list[Sequence], budget: int) -> Iterator[list[int]]:
+def chunked(sequences: list[Sequence], budget: int, *, pack_to: int | None = None) -> Iterator[list[Sequence]]:
+    """Groups that `collate` makes batches of at most `budget` padded tokens of (at least one row a group).
+
+    A sequence is whole in its group, its images with it. Those without an anchor make groups of their own, behind the
+    others: no embedding is read there (train/gradcache.py).
+    """
+    for anchored in (True, False):
+        kind = [s for s in sequences if bool(s.anchors) == anchored]
+        rows = pack(kind, pack_to) if pack_to else [[s] for s in kind]
+        for group in by_length([sum(map(len, row)) for row in rows], budget):
+            yield [sequence for i in group for sequence in rows[i]]
+
+
+def by_length(lengths: Many[int], budget: int) -> Iterator[list[int]]:
     """Indices in groups of like length whose padded size stays within `budget` tokens (at least one a group)."""
     group: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if group and (len(group) + 1) * len(sequences[i]) > budget:
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[i] > budget:
             yield group
             group = []
         group.append(i)

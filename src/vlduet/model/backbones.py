@@ -107,6 +107,13 @@ class Backbone(nn.Module):
         self.model.model.vision_tower.eval()
         return self
 
+    def checkpoint_layers(self) -> None:
+        """Keep only what enters every layer of the trunk; its backward computes the layer again (dropout replayed)."""
+        trunk: Any = self.trunk
+        with quiet():
+            # The reentrant variant gives no gradient where a layer's input has none: all of LoRA's (peft#2880).
+            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+
     def save(self, folder: Path) -> None:
         """Write the checkpoint's own files: weights as safetensors, config, tokenizer, image processor."""
         with quiet():

@@ -1,7 +1,7 @@
 """What stands in a model folder, written whole or not at all.
 
     vlduet.json            the manifest: base, prompts, head, image backend, every trained tensor with shape and hash
-    duet.safetensors       head, temperature, projector
+    duet.safetensors       head, temperature, projector, soft prompts
     adapter/               LoRA in PEFT's own layout, where there is one
     golden.safetensors     embeddings of fixed inputs at the time of saving, compared at loading
     config.json, ...       the checkpoint itself, where the folder is self-contained (base ".")
@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlduet import __version__
+from vlduet.data import images
+from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
 from vlduet.model.backbones import IMAGE_BACKEND, fingerprint_of
 
@@ -160,6 +163,14 @@ def verify(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place:
     for name, facts in inventory(tensors).items():
         if facts["sha256"] != saved[name]["sha256"]:
             raise ModelError(f"tensor '{name}' is not what was saved", place=place, fix="Copy the folder again")
+
+
+def golden_inputs() -> list[Part | Parts]:
+    """What every saved model embeds, and embeds again when it is loaded: a text, an image, and both."""
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)
+    pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1)
+    picture = ImageRef(data=images.encode_png(images.from_pixels(pixels)))
+    return ["A red apple.", picture, (picture, "What is this?")]
 
 
 def check_golden(saved: Tensor, now: Tensor, *, dtype: torch.dtype, place: Path) -> None:

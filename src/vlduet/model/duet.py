@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlduet.data import images as pictures
 from vlduet.data.batches import Batch, by_length, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
@@ -27,10 +26,11 @@ from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, generation
 from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
-from vlduet.model.features import FeatureCache
+from vlduet.model.features import FeatureCache, file_version
 from vlduet.model.generation import evaluating
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import EmbeddingHead, Readout, pool, supervised
+from vlduet.model.soft import ROWS, SoftPrompts, learn
 from vlduet.objectives.language import token_nll
 
 Item = Part | Parts
@@ -60,6 +60,7 @@ class DuetModel(nn.Module):
         self.head = EmbeddingHead(head, backbone.width, dim).to(backbone.device)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device))
         self.prompts = prompts
+        self.soft: SoftPrompts | None = None
         self._peft: list[Any] = []  # a list hides it from torch, which would see every layer of the backbone twice
         self.features = FeatureCache(None)
         self.renderer = Renderer(
@@ -79,7 +80,9 @@ class DuetModel(nn.Module):
         pooled = pool(hidden, batch.anchor_spans, dtype=self.logit_scale.dtype)  # [A, D]
         embeddings = self.head(pooled)  # [A, E]
         rows, at = supervised(batch.labels)
-        nll = token_nll(hidden[rows, at - 1], self.lm_weight, batch.labels[rows, at], bias=self.backbone.lm_head.bias)
+        words, bias = self.lm_weight, self.backbone.lm_head.bias
+        bias_of_words = None if bias is None else bias[: len(words)]
+        nll = token_nll(hidden[rows, at - 1], words, batch.labels[rows, at], bias=bias_of_words)
         return Readout(embeddings, batch.anchors, nll)
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -95,18 +98,20 @@ class DuetModel(nn.Module):
 
     def input_embeddings(self, batch: Batch) -> Tensor:
         """Token embeddings with the projected image features in their places, float[B, T, D]."""
-        embeddings = self.backbone.embedding(batch.ids)
+        table = self.backbone.embedding
+        embeddings: Tensor = table(batch.ids) if self.soft is None else self.soft(batch.ids, table)
         if not batch.images:
-            return embeddings  # type: ignore[no-any-return]
+            return embeddings
         projector = self.backbone.projector
         features = self.vision_features(list(batch.images)).to(next(projector.parameters()).dtype)
         projected = projector(features).to(embeddings.dtype)
-        return embeddings.masked_scatter(batch.image_mask[..., None], projected)  # type: ignore[no-any-return]
+        return embeddings.masked_scatter(batch.image_mask[..., None], projected)
 
     @property
     def lm_weight(self) -> Tensor:
-        """float[V, D]"""
-        return self.backbone.lm_head.weight
+        """The LM head, float[V, D]; learned prompt tokens are no words that can follow."""
+        weight = self.backbone.lm_head.weight
+        return weight if self.soft is None else weight[: self.soft.first]
 
     def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
         """What the projector reads, float[tokens, Dv]; each distinct image goes through the tower once."""
@@ -124,22 +129,16 @@ class DuetModel(nn.Module):
 
     def prepare(self, ref: ImageRef) -> PreparedImage:
         """An image for the renderer. One whose features are cached is neither decoded nor preprocessed again."""
-        known = self._known_key(ref)
+        version = file_version(ref.path)
+        known = self._keys.get(version) if version else None
         cached = self.features.get(known) if known else None
         if known and cached is not None:
             # They travel along: when the batch is read, the cache may have let go of them.
             return PreparedImage(inputs={FEATURES: cached}, num_tokens=len(cached), key=known)
         prepared = self.backbone.prepare(ref)
-        if ref.path is not None:
-            status = ref.path.stat()
-            self._keys[str(ref.path), status.st_mtime_ns, status.st_size] = prepared.key
+        if version:
+            self._keys[version] = prepared.key
         return prepared
-
-    def _known_key(self, ref: ImageRef) -> str | None:
-        if ref.path is None or not ref.path.is_file():
-            return None
-        status = ref.path.stat()
-        return self._keys.get((str(ref.path), status.st_mtime_ns, status.st_size))
 
     # ------------------------------------------------------------------ embedding
 
@@ -171,7 +170,7 @@ class DuetModel(nn.Module):
             for begin in range(0, len(items), 512):  # bounds the decoded images that live at one time
                 rows = [as_parts(item) for item in items[begin : begin + 512]]
                 sequences = [self.renderer.embed(parts, query=query) for parts in rows]
-                for chosen in by_length(sequences, batch_tokens):
+                for chosen in by_length([len(s) for s in sequences], batch_tokens):
                     readout = self(self.collate([sequences[i] for i in chosen]))
                     vectors[[begin + i for i in chosen]] = readout.embeddings.float().cpu().numpy()
                     if progress:
@@ -260,9 +259,14 @@ class DuetModel(nn.Module):
 
     # ------------------------------------------------------------------ what is trained, and keeping it
 
-    def make_trainable(self, *, lora: Lora | None, projector: bool, head: bool = True) -> None:
-        """Freeze everything, then open what is asked for; adds LoRA layers where there are none yet."""
+    def make_trainable(self, *, lora: Lora | None, projector: bool, head: bool = True, soft: bool = False) -> None:
+        """Freeze everything, then open what is asked for; adds LoRA layers, and soft prompts, where there are none yet."""
+        if soft and self.soft is None:
+            self.soft = learn(self.renderer, self.backbone)
+            self.prompts = self.renderer.prompts
         self.requires_grad_(False)
+        if self.soft is not None:
+            self.soft.requires_grad_(soft)
         if lora is not None and self.peft is not None:
             check_lora(self.peft, lora)
         elif lora is not None:
@@ -280,9 +284,10 @@ class DuetModel(nn.Module):
         return self._peft[0] if self._peft else None
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Everything beside the base and the adapter: projector, head, temperature."""
+        """Everything beside the base and the adapter: projector, head, temperature, soft prompts."""
         named: dict[str, Tensor] = {f"projector.{n}": p for n, p in self.backbone.projector.named_parameters()}
         named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
+        named |= {} if self.soft is None else {ROWS: self.soft.rows}
         return named | {"logit_scale": self.logit_scale}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -301,12 +306,7 @@ class DuetModel(nn.Module):
 
     def golden_vectors(self) -> Tensor:
         """Embeddings float32[3, E] of a fixed text, image and mixture."""
-        ramp = np.linspace(0, 255, 64).astype(np.uint8)
-        pixels = np.stack(
-            [np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1
-        )
-        picture = ImageRef(data=pictures.encode_png(pictures.from_pixels(pixels)))
-        return torch.from_numpy(self.encode(["A red apple.", picture, (picture, "What is this?")]))
+        return torch.from_numpy(self.encode(checkpoint.golden_inputs()))
 
     def save_pretrained(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write a model folder, whole or not at all: trained tensors and adapter beside a reference to the base.
@@ -323,13 +323,15 @@ class DuetModel(nn.Module):
             self._write(inside, base=self.backbone.folder, provenance=provenance or {})
 
     def save_merged(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write a self-contained folder with the adapter folded into the weights: plain transformers opens it too.
+        """Write a self-contained folder with adapter and soft prompts folded into the weights: plain transformers opens it.
 
         The model itself is merged by this; it has no adapter afterwards.
         """
         if self.peft is not None:
             merge(self.peft)
             self._peft = []
+        if self.soft is not None:
+            self.soft.fold(self.backbone)
         with whole_folder(Path(folder)) as inside:
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
@@ -375,6 +377,8 @@ class DuetModel(nn.Module):
             return cls(backbone, prompts=prompts or Prompts()).eval()
         head = kept.manifest["head"]
         model = cls(backbone, prompts=Prompts(**kept.manifest["prompts"]), head=head["kind"], dim=head["dim"])
+        if ROWS in kept.tensors:
+            model.soft = SoftPrompts(backbone, kept.tensors[ROWS])
         with torch.no_grad():
             for name, tensor in model.own_tensors().items():
                 if name not in kept.tensors or kept.tensors[name].shape != tensor.shape:

@@ -18,6 +18,14 @@ MEMORY = 256 << 20
 """Bytes that are kept without a folder: enough to see an image twice, not enough to hurt who indexes a million."""
 
 
+def file_version(path: Path | None) -> tuple[str, int, int] | None:
+    """Names a file as it is now, without reading it; None where there is none."""
+    if path is None or not path.is_file():
+        return None
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
 class FeatureCache:
     """float32 tensors by key: [tokens, Dv] of a vision tower, [D] of a slice's encoder.
 

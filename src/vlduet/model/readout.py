@@ -34,6 +34,15 @@ def empty_readout(dim: int, *, like: Tensor) -> Readout:
     return Readout(like.new_zeros(0, dim).requires_grad_(), (), like.new_zeros(0))
 
 
+def joined(readouts: list[Readout]) -> Readout:
+    """Several forwards' readings as one, in order; at least one of them (`empty_readout` counts)."""
+    return Readout(
+        torch.cat([readout.embeddings for readout in readouts]),
+        tuple(anchor for readout in readouts for anchor in readout.anchors),
+        torch.cat([readout.nll for readout in readouts]),
+    )
+
+
 def pool(hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Mean of the hidden states of every span.
 

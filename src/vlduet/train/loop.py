@@ -75,8 +75,8 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
 
             # -------------------------------------------------------- the step
             run.model.train()
-            samples, batch = next(laid_out)
-            measured = joint_step(run, batch)
+            samples, chunks = next(laid_out)
+            measured = joint_step(run, chunks)
             if not finite(measured):
                 _stop(run, samples, step, measured)
             move(run, step)
@@ -84,7 +84,7 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
             # -------------------------------------------------------- log
             bar.advance(note=f"loss {measured['loss']:.3f}")
             if log and (step % every.log_every == 0 or step == steps - 1):
-                tokens = batch.num_tokens if batch else 0
+                tokens = sum(chunk.num_tokens for chunk in chunks)
                 log.write(step, {**measured, "tokens": tokens, "seconds": time.monotonic() - began})
 
     # ---------------------------------------------------------------- finish

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlduet.config import RunConfig
-from vlduet.data.sequences import IGNORE
+from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.train import setup
 
@@ -24,12 +24,15 @@ def plan(config: RunConfig) -> dict[str, Any]:
         estimate from layer shapes: weights + gradients + Adam's moments + activations of the largest probed batch.
     """
     run = setup.prepare(config, keep=False)
-    laid_out = [batch for _, (_, batch) in zip(range(PROBE), setup.batches(run, 0), strict=False) if batch is not None]
+    laid_out = [chunks for _, (_, chunks) in zip(range(PROBE), setup.batches(run, 0), strict=False) if chunks]
     kinds = Counter(record.kind for source in run.mixture.sources for record in source)
     trainable = sum(p.numel() for p in run.trainable())
-    tokens = [batch.num_tokens for batch in laid_out]
-    padded = [batch.ids.numel() for batch in laid_out]
-    supervised = [int((batch.labels != IGNORE).sum()) for batch in laid_out]
+    tokens = [sum(chunk.num_tokens for chunk in chunks) for chunks in laid_out]
+    padded = [sum(chunk.ids.numel() for chunk in chunks) for chunks in laid_out]
+    supervised = [sum(chunk.num_supervised for chunk in chunks) for chunks in laid_out]
+    # What lives at one time: a chunk, or the whole batch.
+    together = [[chunk] for chunks in laid_out for chunk in chunks] if config.train.chunk_tokens else laid_out
+    memory = max((_memory(run, chunks) for chunks in together), default=0.0)
     epochs = config.train.steps * config.train.batch_size / sum(len(s) for s in run.mixture.sources)
     return {
         "recipe": f"{run.recipe.name}, losses {', '.join(f'{w} x {n}' for n, w in config.objectives.items())}",
@@ -39,26 +42,31 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "steps": config.train.steps,
         "epochs": round(epochs, 2),
         "tokens a batch": round(sum(tokens) / max(1, len(tokens))),
+        **({"chunks a batch": max(map(len, laid_out), default=0)} if config.train.chunk_tokens else {}),
         "padding": f"{1 - sum(tokens) / max(1, sum(padded)):.0%} of what is computed",
         "supervised tokens a batch": round(sum(supervised) / max(1, len(supervised))),
-        "embeddings a batch": max((len(batch.anchors) for batch in laid_out), default=0),
+        "embeddings a batch": max((sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": trainable,
-        "estimated memory (GB)": round(_memory(run, max(padded, default=0), max(supervised, default=0)) / 1e9, 2),
+        "estimated memory (GB)": round(memory / 1e9, 2),
         "device": str(run.model.logit_scale.device),
         "out": str(config.out),
     }
 
 
-def _memory(run: setup.Run, tokens: int, supervised: int) -> float:
+def _memory(run: setup.Run, together: list[Batch]) -> float:
     """Bytes: weights, then gradient and two moments of what is trained, then activations and one chunk of logits."""
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     moving = sum(p.numel() for p in run.trainable()) * 4 * 3
     if not isinstance(run.model, DuetModel):
         return float(weights + moving)
+    tokens = sum(batch.ids.numel() for batch in together)
+    supervised = sum(batch.num_supervised for batch in together)
     config = run.model.backbone.model.config.text_config
     size = torch.finfo(run.model.backbone.model.dtype).bits // 8
     # A block keeps about 12 tensors of the width and 3 of the intermediate width for its backward.
-    a_token = config.num_hidden_layers * (12 * config.hidden_size + 3 * config.intermediate_size) * size
+    a_block = 12 * config.hidden_size + 3 * config.intermediate_size
+    kept = config.hidden_size if run.config.train.checkpointing else a_block
+    a_token = (config.num_hidden_layers * kept + (a_block if run.config.train.checkpointing else 0)) * size
     logits = min(supervised, 1024) * config.vocab_size * 4 * 2
     return float(weights + moving + tokens * a_token + logits)

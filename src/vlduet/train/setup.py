@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vlduet import distributed
 from vlduet.config import RunConfig, options
-from vlduet.data.batches import Batch
+from vlduet.data.batches import Batch, chunked
 from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.sequences import Sequence, needed
@@ -67,6 +68,13 @@ class Run:
         """The parameters that move, in a fixed order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def losses(self, readout: Readout) -> dict[str, Tensor]:
+        """Every loss that has a weight, by name, and their weighted sum `loss`."""
+        found = self.recipe.objective(readout, self.model.logit_scale)
+        weights = {name: weight for name, weight in self.config.objectives.items() if weight}
+        total = sum((weight * found[name] for name, weight in weights.items()), readout.nll.new_zeros(()))
+        return {"loss": total, **{name: found[name] for name in weights}}
+
 
 def bind(config: RunConfig) -> Recipe:
     """The recipe that a config names, its options checked.
@@ -84,6 +92,8 @@ def bind(config: RunConfig) -> Recipe:
             raise ConfigError(
                 f"unknown loss '{key}' of {name}", place="objectives", fix=closest(key, module.OBJECTIVES)
             )
+    if not any(config.objectives.values()):
+        raise ConfigError("no loss has a weight", place="objectives", fix=f"Known: {', '.join(module.OBJECTIVES)}")
     bound = options(module.Options, values, place="recipe")
     return Recipe(
         name,
@@ -102,6 +112,10 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
     model = DuetModel.from_pretrained(section.path, dtype=dtype)
     model.set_prompts(options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
+    if config.train.soft_prompts and model.soft is not None and section.prompts.keys() & {"image", "text", "parts"}:
+        raise ConfigError(
+            "the model brings learned prompts", place="model.prompts", fix="Leave image, text and parts out"
+        )
     if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
         torch.manual_seed(config.seed)
         model.head = EmbeddingHead(section.head, model.backbone.width, section.dim).to(model.backbone.device)
@@ -110,7 +124,11 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     torch.manual_seed(config.seed)
     train = config.train
     lora = None if train.lora is None else Lora(**train.lora.model_dump())
-    model.make_trainable(lora=lora, projector=train.projector)
+    model.make_trainable(lora=lora, projector=train.projector, soft=train.soft_prompts)
+    if train.temperature is not None:
+        model.logit_scale.requires_grad_(False).fill_(-math.log(train.temperature))
+    if train.checkpointing:
+        model.backbone.checkpoint_layers()
     return model
 
 
@@ -181,33 +199,35 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
     return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine, encoders)
 
 
-def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], Batch | None]]:
-    """This rank's samples and batch of every step from `start`, laid out one step ahead in a thread.
+def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
+    """This rank's samples of every step from `start` and what goes through the model, laid out one step ahead in a thread.
 
-    A record that cannot be laid out is quarantined and missing from its batch; None where nothing of a batch is left. What
-    no loss asks for (a loss of weight 0 asks for nothing) does not go through the model.
+    The batches are the chunks of the step: one, unless `train.chunk_tokens` or `train.fused` cut it; none where nothing is
+    left. A record that cannot be laid out is quarantined and missing. What no loss asks for (a loss of weight 0 asks for
+    nothing) does not go through the model.
     """
+    train = run.config.train
     losses = {name for name, weight in run.config.objectives.items() if weight}
     labels, anchors = "language" in losses, bool(losses - {"language"})
+    passes = [(labels, anchors)] if train.fused else [(False, anchors), (labels, False)]
 
-    def lay_out(step: int) -> tuple[list[Sample], list[Sequence]]:
-        sequences: list[Sequence] = []
-        samples = run.mixture.step(
-            step, run.config.train.batch_size, rank=distributed.rank(), world_size=distributed.world_size()
-        )
+    def lay_out(step: int) -> tuple[list[Sample], list[list[Sequence]]]:
+        made: list[Sequence] = []
+        samples = run.mixture.step(step, train.batch_size, rank=distributed.rank(), world_size=distributed.world_size())
         for sample in samples:
             try:
-                made = run.recipe.layout(sample, run.model.renderer)
-                asked = filter(None, (needed(s, labels=labels, anchors=anchors) for s in made))
-                sequences += run.encoders.see(list(asked))
+                made += run.encoders.see(run.recipe.layout(sample, run.model.renderer))
             except DataError as error:
                 run.quarantine.add(sample.record, error)
-        return samples, sequences
+        groups = [[s for one in made if (s := needed(one, labels=now, anchors=read))] for now, read in passes]
+        if train.chunk_tokens:
+            groups = [part for group in groups for part in chunked(group, train.chunk_tokens, pack_to=train.pack)]
+        return samples, [group for group in groups if group]
 
-    steps = run.config.train.steps
+    steps = train.steps
     ahead = run.pool.submit(lay_out, start) if start < steps else None
     for step in range(start, steps):
         assert ahead is not None
-        samples, sequences = ahead.result()
+        samples, groups = ahead.result()
         ahead = run.pool.submit(lay_out, step + 1) if step + 1 < steps else None
-        yield samples, run.model.collate(sequences, pack_to=run.config.train.pack) if sequences else None
+        yield samples, [run.model.collate(group, pack_to=train.pack) for group in groups]

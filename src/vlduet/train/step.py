@@ -9,35 +9,33 @@ import torch
 
 from vlduet import distributed
 from vlduet.data.batches import Batch
-from vlduet.model.readout import empty_readout
+from vlduet.model.readout import empty_readout, joined
+from vlduet.train.gradcache import cached_losses
 from vlduet.train.setup import Run
 
 
-def joint_step(run: Run, batch: Batch | None) -> dict[str, float]:
-    """Compute L = sum of weight * loss and its gradients, from one forward.
+def joint_step(run: Run, chunks: list[Batch]) -> dict[str, float]:
+    """Compute L = sum of weight * loss and its gradients.
+
+    Args:
+        chunks: this rank's share of the batch, from `setup.batches`; ranks may have different numbers of them.
 
     Returns:
         Every loss, their weighted sum `loss`, the global gradient norm before clipping, and the temperature. Not finite
         values are returned, not hidden: the loop stops on them before anything moves.
     """
     # A rank with nothing to do still takes part in the collectives, or the others would wait for ever.
-    readout = (
-        run.model(batch) if batch is not None else empty_readout(run.model.dim, like=run.model.logit_scale.detach())
-    )
-    losses = run.recipe.objective(readout, run.model.logit_scale)
-    weights = {name: weight for name, weight in run.config.objectives.items() if weight}  # 0: not computed, not told
-    total = sum(
-        (weights[name] * losses[name] for name in weights), torch.zeros((), device=run.model.logit_scale.device)
-    )
-    if total.requires_grad:
-        total.backward()
+    nothing = empty_readout(run.model.dim, like=run.model.logit_scale.detach())
+    if run.config.train.chunk_tokens:
+        losses = cached_losses(run.model, chunks, losses=run.losses, nothing=nothing)
+    else:
+        losses = run.losses(joined([nothing, *map(run.model, chunks)]))
+        losses["loss"].backward()
     parameters = run.trainable()
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.train.clip)
-    found = {name: _mean(float(loss.detach())) for name, loss in losses.items() if name in weights}
     return {
-        "loss": _mean(float(total.detach())),
-        **found,
+        **{name: _mean(float(loss.detach())) for name, loss in losses.items()},
         "grad_norm": float(norm),
         "temperature": float(torch.exp(-run.model.logit_scale.detach())),
     }

@@ -37,8 +37,11 @@ def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
     assert (settings.out / "config.yaml").is_file() and list((settings.out / "tensorboard").iterdir())
 
 
-def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path) -> None:
-    settings = config.load(runs.write(tmp_path, steps=3))
+@pytest.mark.parametrize(
+    "how", [{}, {"chunk_tokens": 64}, {"checkpointing": True}, {"fused": False}, {"soft_prompts": True}], ids=str
+)
+def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path, how: dict[str, object]) -> None:
+    settings = config.load(runs.write(tmp_path, steps=3, **how))
     run = setup.prepare(settings, keep=False)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}
@@ -54,6 +57,26 @@ def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path) -> No
         assert torch.equal(p, before[name]) != p.requires_grad, name
     for name, buffer in run.model.named_buffers():  # batch norm statistics of the frozen tower
         assert torch.equal(buffer, buffers[name]), name
+
+
+def test_a_fixed_temperature_stays(tmp_path: Path) -> None:
+    run = setup.prepare(config.load(runs.write(tmp_path, steps=2, temperature=0.05)), keep=False)
+    for step, (_, chunks) in enumerate(setup.batches(run, 0)):
+        assert joint_step(run, chunks)["temperature"] == pytest.approx(0.05)
+        move(run, step)
+    assert all(p is not run.model.logit_scale for p in run.trainable())
+
+
+def test_learned_prompts_go_on_from_a_model_that_brings_them(tmp_path: Path) -> None:
+    path = runs.write(tmp_path, steps=1, soft_prompts=True)
+    folder = train(config.load(path))
+    further = [f"model.path={folder}", f"out={tmp_path / 'further'}"]
+    with pytest.raises(ConfigError, match="the model brings learned prompts"):
+        setup.prepare(config.load(path, further), keep=False)
+    run = setup.prepare(config.load(path, [*further, "model.prompts={}"]), keep=False)
+    saved = DuetModel.from_pretrained(folder)
+    assert run.model.prompts == saved.prompts and run.model.soft is not None and saved.soft is not None
+    assert run.model.soft.rows.requires_grad and torch.equal(run.model.soft.rows, saved.soft.rows)
 
 
 def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
@@ -106,6 +129,7 @@ def test_the_plan_trains_nothing(tmp_path: Path) -> None:
         ("recipe.name=vladav", "Did you mean 'vladva'"),
         ("recipe.language_onn=any", "Did you mean 'language_on'"),
         ("objectives.contrastve=1", "Did you mean 'contrastive'"),
+        ("objectives={contrastive: 0}", "no loss has a weight"),
         ("model.prompts.imagee=x", "Did you mean 'image'"),
     ],
 )

@@ -1,0 +1,156 @@
+"""Soft prompts: they start as the written ones, are learned beside LoRA, and are ordinary tokens of an exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import tiny
+from vlduet.data.records import Message, Record
+from vlduet.errors import ConfigError
+from vlduet.model.adapters import Lora
+from vlduet.model.duet import DuetModel
+from vlduet.model.prompts import Prompts
+from vlduet.show import render
+
+WRITTEN = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} all:", chat=False)
+ITEMS = ["a red apple", tiny.picture(1), (tiny.picture(2), "what is this?")]
+PAIRS = [(tiny.picture(3), "a caption"), (tiny.picture(4), "another one")]
+LORA = Lora(rank=2, alpha=4)
+
+
+@pytest.fixture
+def written(family: str, tmp_path: Path) -> DuetModel:
+    return tiny.duet(tmp_path / "base", family=family, head="none", prompts=WRITTEN)
+
+
+@pytest.fixture
+def trained(written: DuetModel) -> DuetModel:
+    """Learned rows so large that they would win every word, were they words."""
+    written.make_trainable(lora=LORA, projector=True, soft=True)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in written.named_parameters():
+            if parameter.requires_grad:
+                parameter += (9.0 if "soft" in name else 0.1) * torch.randn_like(parameter)
+    return written.eval()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_they_start_as_the_written_prompts(written: DuetModel, chat: bool) -> None:
+    written.set_prompts(Prompts(WRITTEN.image, WRITTEN.text, WRITTEN.parts, chat=chat))
+    before, ids = written.encode(ITEMS), written.renderer.embed(("a red apple",)).ids
+    written.make_trainable(lora=LORA, projector=False, soft=True)
+    after = written.renderer.embed(("a red apple",)).ids
+    assert len(after) == len(ids) and sum(a != b for a, b in zip(after, ids, strict=True)) == len(" sum:")
+    assert_close(written.encode(ITEMS), before, atol=2e-6, rtol=0)
+    assert written.soft is not None and len(written.soft.rows) == len("See  sum: sum: all:")
+    assert "<|soft_0|>" in written.prompts.image and written.prompts.chat is chat
+
+
+def test_they_learn_beside_lora_and_only_where_they_stand(written: DuetModel) -> None:
+    written.make_trainable(lora=LORA, projector=False, soft=True)
+    readout = written.train()(written.collate([written.renderer.embed(("a red apple",))]))
+    readout.embeddings.square().sum(1).sub(readout.embeddings[:, 0]).sum().backward()
+    assert written.soft is not None and written.soft.rows.grad is not None
+    moved = written.soft.rows.grad.abs().amax(1) > 0
+    image, text = len("See  sum:"), len(" sum:")
+    assert moved.tolist() == [False] * image + [True] * text + [False] * len(" all:")
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in written.adapter_tensors().values())
+    written.make_trainable(lora=LORA, projector=False)
+    assert not written.soft.rows.requires_grad, "learned prompts that nobody asks to train stay as they are"
+
+
+def test_padding_and_packing_do_not_matter(trained: DuetModel) -> None:
+    rows = [trained.renderer.embed((text,), record=text) for text in ("a", "a longer text", "bb")]
+    with torch.no_grad():
+        alone = torch.cat([trained(trained.collate([row])).embeddings for row in rows])
+        assert_close(trained(trained.collate(rows, side="left")).embeddings, alone, atol=5e-6, rtol=1e-5)
+        packed = trained(trained.collate(rows, pack_to=200))
+    assert [a.record for a in packed.anchors] == ["a", "a longer text", "bb"]
+    assert_close(packed.embeddings, alone, atol=5e-6, rtol=1e-5)
+
+
+def test_a_text_cannot_spell_one(trained: DuetModel) -> None:
+    assert trained.soft is not None
+    ids = trained.renderer.embed(("a <|soft_0|> b",)).ids
+    assert trained.soft.first not in ids
+
+
+def test_they_are_saved_with_the_adapter(trained: DuetModel, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "model")
+    loaded = DuetModel.from_pretrained(tmp_path / "model")
+    assert loaded.prompts == trained.prompts and loaded.fingerprint == trained.fingerprint
+    assert np.array_equal(loaded.encode(ITEMS), trained.encode(ITEMS))
+    manifest = json.loads((tmp_path / "model" / "vlduet.json").read_text())
+    assert "soft.rows" in manifest["trained"]
+    shown = [row.text for row in render(Record("1", image=tiny.picture(1), short=("red",)), tmp_path / "model")]
+    assert shown.count("<|soft_0|>") == 1 and shown[-1] == f"<|soft_{len('See  sum: sum:') - 1}|>"
+
+
+def test_plain_transformers_gives_the_same_vectors(trained: DuetModel, tmp_path: Path) -> None:
+    """The export without any code of ours: its tokenizer, the prompt's text, the last hidden state at the last token."""
+    vectors, image = trained.encode(ITEMS[:2]), trained.renderer.embed((tiny.picture(1),)).images[0][1]
+    trained.save_merged(tmp_path / "merged")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompts = json.loads((tmp_path / "merged" / "vlduet.json").read_text())["prompts"]
+    text = prompts["text"].replace("{text}", "a red apple")
+    picture = prompts["image"].replace("{image}", "<image>" * image.num_tokens)
+    with torch.no_grad():
+        for prompt, pixels, ours in ((text, None, vectors[0]), (picture, image.inputs["pixel_values"], vectors[1])):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            states = plain.model(
+                input_ids=ids, **({} if pixels is None else {"pixel_values": pixels})
+            ).last_hidden_state
+            theirs = torch.nn.functional.normalize(states[0, -1], dim=0)
+            assert_close(theirs, torch.from_numpy(ours), atol=1e-5, rtol=0)
+
+
+def test_our_loader_of_the_export_sees_the_same_model(trained: DuetModel, tmp_path: Path) -> None:
+    vectors, nll = trained.encode(ITEMS), trained.caption_nll(PAIRS)
+    trained.save_merged(tmp_path / "merged")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    merged = DuetModel.from_pretrained(tmp_path / "merged")
+    assert merged.peft is None and not merged.adapter_tensors()
+    for model in (merged, trained):
+        assert_close(model.encode(ITEMS), vectors, atol=1e-5, rtol=0)
+        assert_close(torch.tensor(model.caption_nll(PAIRS)), torch.tensor(nll), atol=1e-3, rtol=1e-4)
+    merged.save_merged(tmp_path / "again")  # folding twice is folding once
+    again = DuetModel.from_pretrained(tmp_path / "again")
+    assert len(again.backbone.embedding.weight) == len(merged.backbone.embedding.weight)
+    assert np.array_equal(again.encode(ITEMS), merged.encode(ITEMS))
+
+
+def test_learned_tokens_are_never_generated(trained: DuetModel, tmp_path: Path, family: str) -> None:
+    """Also where the LM head is the embedding table (fast_vlm): the new rows would be its loudest words."""
+    turn = (Message("user", ("hello",)),)
+    ids = torch.tensor([trained.renderer.chat(turn, answer=True).ids])
+    said, before = trained.generate(turn, max_new_tokens=6), _continued(trained.backbone.model, ids)
+    trained.save_merged(tmp_path / "merged")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    assert _continued(plain, ids) == before
+    assert DuetModel.from_pretrained(tmp_path / "merged").generate(turn, max_new_tokens=6) == said
+    assert trained.soft is not None
+    plain.generation_config.suppress_tokens = None
+    words = _continued(plain, ids)
+    assert (max(words) >= trained.soft.first) == (family == "fast_vlm"), "else this test would prove nothing"
+
+
+def _continued(model: torch.nn.Module, ids: torch.Tensor) -> list[int]:
+    """Six greedy tokens by transformers alone."""
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    return [int(i) for i in found[0, ids.shape[1] :]]
+
+
+def test_prompts_without_a_token_have_nothing_to_learn(tmp_path: Path) -> None:
+    bare = Prompts(image="{image}", text="{text}", parts="{parts}", chat=False)
+    model = tiny.duet(tmp_path / "base", prompts=bare)
+    with pytest.raises(ConfigError, match="no tokens to start from"):
+        model.make_trainable(lora=None, projector=False, soft=True)
