@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rag": LEAVES | {"data", "model", "retrieval"},
     # What `train` is handed to measure a model with: train itself knows no benchmark.
     "validation": LEAVES | {"data", "model", "objectives", "retrieval", "eval"},
+    # A model's functions for the benchmarks, which know no model.
+    "evaluation": LEAVES | {"data", "model", "eval"},
     # A record as the model sees it, for the cli.
     "show": LEAVES | {"data", "model", "recipes", "train"},
     "serve": LEAVES | {"data", "model", "retrieval", "rag"},

@@ -1,0 +1,165 @@
+"""The verbs that measure: eval and score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vlduet.eval.benchmarks.tasks import Benchmark
+    from vlduet.evaluation import Settings
+
+SET = "seed=0, system='...', k=3, retriever=DIR, judge.url=http://..., judge.model=..., judge.key_file=FILE."
+
+Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Where the official files lie; --list tells which.")]
+Runs = Annotated[Path, typer.Option("--to", metavar="DIR", help="Predictions and scores, a folder a benchmark.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)]
+Suite = Annotated[str | None, typer.Option(help="All of: discriminative, generative, knowledge.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command("eval")(evaluate)
+    app.command("score")(score)
+
+
+def evaluate(
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model folder.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help="Which; see --list.")] = None,
+    *,
+    data: Data = Path("benchmarks-data"),
+    to: Runs = Path("runs/eval"),
+    suite: Suite = None,
+    settings: Set = None,
+    listing: Annotated[bool, typer.Option("--list", help="Tell every benchmark, and what it needs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model by the official rules; run it again after an interruption and it goes on."""
+    if listing:
+        _list(as_json)
+        return
+    from vlduet.errors import ConfigError
+
+    if model is None:
+        raise ConfigError("no model", place="eval", fix="Write vlduet eval MODEL BENCHMARK..., or vlduet eval --list")
+    chosen, wanted = _settings(settings), _wanted(names, suite)
+    from vlduet.evaluation import run
+    from vlduet.model.duet import DuetModel
+
+    done, failed = run(
+        DuetModel.from_pretrained(model), wanted, folder=model.resolve(), data=data, runs=to, settings=chosen
+    )
+    _tell(done, failed, as_json)
+
+
+def score(
+    names: Annotated[list[str], typer.Argument(metavar="BENCHMARK...", help="Which; see 'vlduet eval --list'.")],
+    *,
+    data: Data = Path("benchmarks-data"),
+    to: Runs = Path("runs/eval"),
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", metavar="FILE", help="Answers that another toolkit made.")
+    ] = None,
+    reviews: Annotated[
+        Path | None, typer.Option("--reviews", metavar="FILE", help="What a judge wrote, kept from another run.")
+    ] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Score what is kept, or what others predicted, without a model."""
+    from vlduet.errors import ConfigError
+    from vlduet.eval.benchmarks.source import Source
+    from vlduet.eval.run import evaluate, import_predictions, import_reviews
+    from vlduet.eval.store import Functions
+    from vlduet.logs import say
+
+    chosen, wanted = _settings(settings), _wanted(names, None)
+    if (predictions or reviews) and len(wanted) != 1:
+        raise ConfigError(f"{len(wanted)} benchmarks for one file", place="score", fix="Name the one that it is of")
+    done = []
+    for benchmark in wanted:
+        source = Source(data, seed=chosen.seed, k=chosen.k)
+        if predictions is not None:
+            counts = import_predictions(benchmark, predictions, source=source, runs=to)
+            say(f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item")
+        if reviews is not None:
+            say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
+        judge = Functions()
+        if chosen.judge is not None:
+            from vlduet.eval.judge import judge_at
+
+            judge = Functions(
+                judge=judge_at(chosen.judge.url, model=chosen.judge.model, key_file=chosen.judge.key_file)
+            )
+        done.append(evaluate(benchmark, judge, source=source, runs=to, made_by={}))
+    _tell(done, {}, as_json)
+
+
+def _settings(texts: list[str] | None) -> Settings:
+    """`key=value` and `judge.key=value` -> settings. Raises ConfigError as configs do."""
+    from vlduet import config
+    from vlduet.evaluation import Settings
+
+    return config.options(Settings, config.tree(texts or [], place="--set"), place="--set")
+
+
+def _wanted(names: list[str] | None, suite: str | None) -> list[Benchmark]:
+    from vlduet.errors import ConfigError, closest
+    from vlduet.eval.benchmarks.table import SUITES, known
+
+    if suite is not None and suite not in SUITES:
+        raise ConfigError(f"no suite '{suite}'", place="--suite", fix=closest(suite, SUITES))
+    wanted = [*(SUITES[suite] if suite else ()), *map(known, names or ())]
+    if not wanted:
+        raise ConfigError("no benchmark", place="eval", fix="Name one or give --suite; 'vlduet eval --list' lists them")
+    return list(dict.fromkeys(wanted))
+
+
+def _list(as_json: bool) -> None:
+    from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES
+
+    suites = {row.name: suite for suite, rows in SUITES.items() for row in rows}
+    if as_json:
+        _print_json(
+            {
+                row.name: {
+                    "suite": suites[row.name],
+                    "title": row.title,
+                    "papers": row.papers,
+                    "split": row.split,
+                    "metric": row.metric,
+                    "protocol": row.protocol,
+                    "files": row.files,
+                }
+                for row in BENCHMARKS.values()
+            }
+        )
+        return
+    for row in BENCHMARKS.values():
+        print(f"{row.name}: {row.title} [{suites[row.name]}, {row.protocol}]")
+        print(f"    papers {', '.join(row.papers) or 'none'}; split {row.split}; {row.metric}")
+        print(f"    files  {', '.join(row.files) or 'none'}")
+
+
+def _tell(done: list[dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        _print_json({"scores": done, "failed": failed})
+    for result in done if not as_json else ():
+        print(f"{result['benchmark']} ({result['split']})")
+        for name, value in list(result["values"].items())[:12]:
+            interval = f"{value['low']:.2f} to {value['high']:.2f}"
+            print(f"    {name:28} {value['mean']:8.2f}   95 % interval {interval}, n {value['n']}")
+        if not result["values"]:
+            print(f"    no number here: needs {result['facts'].get('needs')}; predictions are kept")
+        beside = {key: result[key] for key in ("missing", "unparsed") if result[key]} | result["facts"]
+        print(f"    {', '.join(f'{key} {value}' for key, value in beside.items())}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, default=str))

@@ -1,0 +1,181 @@
+"""A model's functions for the benchmarks: what `vlduet eval` plays them with, and what it says of who made a number."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlduet import __version__
+from vlduet.data.records import Message, Parts
+from vlduet.data.sequences import IGNORE
+from vlduet.errors import VLDuetError
+from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.tasks import Benchmark
+from vlduet.eval.judge import judge_at
+from vlduet.eval.run import evaluate
+from vlduet.eval.store import Functions
+from vlduet.logs import progress, say
+from vlduet.model import generation
+from vlduet.model.duet import DuetModel, by_length
+from vlduet.model.generation import evaluating
+
+BATCH_TOKENS = 8192
+"""Padded prompt tokens of one batch."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who reads the answers of LLaVA-Bench and MM-Vet."""
+
+    url: str
+    """An OpenAI-compatible address, as ``http://localhost:8000/v1``."""
+    model: str | None = None
+    """Default: the official judge of each benchmark."""
+    key_file: Path | None = None
+    """A file that holds the key."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen for an evaluation."""
+
+    seed: int = 0
+    """Of intervals and of whatever a protocol draws."""
+    system: str | None = None
+    """A system message before every question; LLaVA-1.5's numbers were taken with one."""
+    k: int | None = None
+    """Facts that a RAG benchmark shows; None is each one's default."""
+    retriever: Path | None = None
+    """A second model, which retrieves for the first: the independent retriever of the RAG benchmarks."""
+    judge: Judge | None = None
+
+
+def functions(model: DuetModel, settings: Settings) -> Functions:
+    """Everything that a model can do. The retriever, if one is set, is opened when it is first asked."""
+    room_for_many_images(model)
+    judge = settings.judge
+    return Functions(
+        embed=embedder(model),
+        answer=lambda prompts, longest: answers(model, prompts, longest, system=settings.system),
+        loglikelihood=lambda pairs: likelihoods(model, pairs, system=settings.system),
+        other=None if settings.retriever is None else _opened_late(settings.retriever),
+        judge=None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file),
+    )
+
+
+def room_for_many_images(model: DuetModel) -> None:
+    """Let prompts be as long as the language model can read: DEMON's have up to ten images."""
+    config = model.backbone.model.config
+    context = getattr(getattr(config, "text_config", config), "max_position_embeddings", 0) or 0
+    model.renderer.max_tokens = max(model.renderer.max_tokens, context)
+
+
+def embedder(model: DuetModel) -> Callable[[list[Parts], bool], np.ndarray]:
+    """(items, whether they are queries) -> float32[N, E]."""
+    return lambda items, query: model.encode(items, query=query)
+
+
+def _opened_late(folder: Path) -> Callable[[list[Parts], bool], np.ndarray]:
+    opened: list[Callable[[list[Parts], bool], np.ndarray]] = []
+
+    def embed(items: list[Parts], query: bool) -> np.ndarray:
+        if not opened:
+            opened.append(embedder(DuetModel.from_pretrained(folder)))
+        return opened[0](items, query)
+
+    return embed
+
+
+def conversation(prompt: Parts, *, system: str | None) -> tuple[Message, ...]:
+    """One user turn, after a system turn where there is one."""
+    before = (Message("system", (system,)),) if system else ()
+    return (*before, Message("user", prompt))
+
+
+def answers(model: DuetModel, prompts: Sequence[Parts], longest: int, *, system: str | None = None) -> list[str]:
+    """Greedy answers of at most `longest` tokens, in the order of the prompts, batched by length."""
+    sequences = [model.renderer.chat(conversation(prompt, system=system), answer=True) for prompt in prompts]
+    found = [""] * len(prompts)
+    for chosen in by_length(sequences, BATCH_TOKENS):
+        start = model.start([sequences[i] for i in chosen], longest)
+        for i, text in zip(chosen, generation.generate(model.backbone, start), strict=True):
+            found[i] = text
+    return found
+
+
+def likelihoods(
+    model: DuetModel, pairs: Sequence[tuple[Parts, str]], *, system: str | None = None
+) -> list[tuple[float, int]]:
+    """(nats, tokens) of each continuation as the answer to its prompt, its end of turn included."""
+    turns = [(*conversation(prompt, system=system), Message("assistant", (text,))) for prompt, text in pairs]
+    sequences = [model.renderer.chat(messages, answer=False) for messages in turns]
+    found = [(0.0, 0)] * len(pairs)
+    with torch.no_grad(), evaluating(model):
+        for chosen in by_length(sequences, BATCH_TOKENS):
+            batch = [sequences[i] for i in chosen]
+            counts = [sum(label != IGNORE for label in sequence.labels) for sequence in batch]
+            nll = model(model.collate(batch)).nll.double().cpu()
+            for i, part in zip(chosen, nll.split(counts), strict=True):
+                found[i] = (float(part.sum()), len(part))
+    return found
+
+
+def made_by(model: DuetModel, folder: Path, settings: Settings) -> dict[str, Any]:
+    """What made the predictions: another value of any of these is another run."""
+    chosen = asdict(settings)
+    other = chosen.pop("retriever")
+    judge = chosen.pop("judge")
+    chosen.pop("seed")
+    chosen.pop("k")  # these two stand in run.json already
+    return {
+        "model": folder.name,
+        "fingerprint": model.fingerprint,
+        **model.describe(),
+        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
+        "image_backend": model.image_backend,
+        **chosen,
+        "retriever": None if other is None else other.name,
+        "judge": None if judge is None else judge["model"] or "the official one",
+        "python": platform.python_version(),
+        "vlduet": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def run(
+    model: DuetModel,
+    benchmarks: Sequence[Benchmark],
+    *,
+    folder: Path,
+    data: Path,
+    runs: Path,
+    settings: Settings,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Evaluate one model on several benchmarks; what one of them lacks does not cost the others.
+
+    Returns:
+        The scores, and for every benchmark that could not run the reason.
+    """
+    playing, maker = functions(model, settings), made_by(model, folder, settings)
+    done, failed = [], {}
+    for benchmark in benchmarks:
+        say(f"{benchmark.name}: {benchmark.title}")
+        source = Source(data, seed=settings.seed, k=settings.k)
+        try:
+            done.append(evaluate(benchmark, playing, source=source, runs=runs, made_by=maker, watch=watched))
+        except VLDuetError as error:
+            failed[benchmark.name] = str(error)
+            say(f"{benchmark.name} is left out: {error}")
+    return done, failed
+
+
+def watched(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """A progress bar over a loop."""
+    return progress(items, label=label)
