@@ -47,7 +47,7 @@ class Writer:
 def write(root: Path) -> Path:
     """All of them. Returns the root."""
     w = Writer(root)
-    for part in (retrieval, compositional, vqa, yes_no, choice, judged, demon, knowledge):
+    for part in (retrieval, compositional, vqa, yes_no, choice, judged, demon, knowledge, builtin):
         part(w)
     return root
 
@@ -440,3 +440,44 @@ def knowledge(w: Writer) -> None:
     }
     w.json(f"{root}/all_qs_dict_release.json", questions)
     w.image(f"{root}/images/ILSVRC2012_test_00050748.JPEG")
+
+
+# ------------------------------------------------------------------ our own corpora
+
+
+def builtin(w: Writer) -> None:
+    def corpus(name: str, rows: list[dict[str, Any]]) -> None:
+        for n, row in enumerate(rows):
+            row.setdefault("id", str(n))
+            for part in [row, *row.get("parts", [])]:
+                if part.get("image") is not None:
+                    part["image"] = f"images/{part['image']}.png"
+                    if not (w.root / f"corpora/{name}/{part['image']}").exists():
+                        w.image(f"corpora/{name}/{part['image']}")
+        w.lines(f"corpora/{name}/test.jsonl", rows)
+
+    stamps = ["A red apple.", "A green apple.", "A boat.", "A cat.", "A dog.", "A tree.", "A house.", "A boat."]
+    corpus(
+        "stamps",
+        [{"image": n, "short": text, "metadata": {"category": f"{'ab'[n % 2]}/x"}} for n, text in enumerate(stamps)],
+    )
+    emoji = [("red heart", "heart"), ("blue heart", "heart")]
+    emoji += [("flag: Norway", "country-flag"), ("flag: Peru", "country-flag")]
+    corpus(
+        "emoji",
+        [
+            {"image": f"{vendor}{n}", "short": text, "metadata": {"vendor": vendor, "group": sub, "subgroup": sub}}
+            for vendor in ("openmoji", "twemoji")
+            for n, (text, sub) in enumerate(emoji)
+        ],
+    )
+    for name in ("wesnoth", "endless-sky"):
+        kinds = (("elf", "lawful"), ("orc", "chaotic"), ("elf", "neutral"))
+        facts = [{"race": race, "alignment": kind} for race, kind in kinds]
+        corpus(
+            name,
+            [{"image": n, "short": f"Unit {n}", "long": f"Lore of {n}.", "metadata": f} for n, f in enumerate(facts)],
+        )
+    for name in ("campaigns", "gimp-help"):
+        told = [{"text": "First."}, {"image": "a"}, {"text": "Second."}, {"image": "b"}]
+        corpus(name, [{"parts": told}, {"parts": [{"text": "Third."}, {"image": "c"}, {"image": "c"}]}])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vlduet import __version__
+from vlduet.data import corpora
 from vlduet.data.records import Message, Parts
 from vlduet.data.sequences import IGNORE
 from vlduet.errors import VLDuetError
@@ -169,6 +170,8 @@ def run(
         say(f"{benchmark.name}: {benchmark.title}")
         source = Source(data, seed=settings.seed, k=settings.k)
         try:
+            for corpus in benchmark.corpora:
+                corpora.fetch(corpus, data / "corpora", progress=say)
             done.append(evaluate(benchmark, playing, source=source, runs=runs, made_by=maker, watch=watched))
         except VLDuetError as error:
             failed[benchmark.name] = str(error)

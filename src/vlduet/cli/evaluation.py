@@ -17,7 +17,7 @@ SET = "seed=0, system='...', k=3, retriever=DIR, judge.url=http://..., judge.mod
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Where the official files lie; --list tells which.")]
 Runs = Annotated[Path, typer.Option("--to", metavar="DIR", help="Predictions and scores, a folder a benchmark.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)]
-Suite = Annotated[str | None, typer.Option(help="All of: discriminative, generative, knowledge.")]
+Suite = Annotated[str | None, typer.Option(help="All of: builtin, discriminative, generative, knowledge.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -31,7 +31,7 @@ def evaluate(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model folder.")] = None,
     names: Annotated[list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help="Which; see --list.")] = None,
     *,
-    data: Data = Path("benchmarks-data"),
+    data: Data = Path("data"),
     to: Runs = Path("runs/eval"),
     suite: Suite = None,
     settings: Set = None,
@@ -59,7 +59,7 @@ def evaluate(
 def score(
     names: Annotated[list[str], typer.Argument(metavar="BENCHMARK...", help="Which; see 'vlduet eval --list'.")],
     *,
-    data: Data = Path("benchmarks-data"),
+    data: Data = Path("data"),
     to: Runs = Path("runs/eval"),
     predictions: Annotated[
         Path | None, typer.Option("--predictions", metavar="FILE", help="Answers that another toolkit made.")

@@ -331,3 +331,38 @@ def test_what_made_a_number_is_told(tmp_path: Path) -> None:
     model = tiny.duet(tmp_path / "base")
     told = made_by(model, tmp_path, Settings(system="Be brief."))
     assert told["fingerprint"] == model.fingerprint and told["system"] == "Be brief." and "seed" not in told
+
+
+# ------------------------------------------------------------------ our own corpora
+
+
+def test_next_image_shows_what_comes_before_and_hides_it(data: Path) -> None:
+    task = search("builtin_next_image", data)
+    assert len(task.queries) == 4 and len(task.documents) == 6  # two documents a corpus, three images each
+    assert [isinstance(part, ImageRef) for part in task.queries[0]] == [False, True, False]
+    assert task.positives[0] == (1,) and task.excluded[0] == (0,)
+    assert task.queries[1] == ("Third.",)  # its second image is the first one again
+
+
+def test_minimal_pairs_and_templates(data: Path) -> None:
+    emoji: Any = known("builtin_pairs_emoji").load(Source(data))
+    assert [item.texts for item in emoji.items] == [("red heart", "blue heart"), ("flag: Norway", "flag: Peru")] * 2
+    stamps: Any = known("builtin_pairs_stamps").load(Source(data))
+    assert ("A red apple.", "A green apple.") in [item.texts for item in stamps.items]
+    vqa: Any = known("builtin_vqa").load(Source(data))
+    flags = [item for item in vqa.items if item.tags["kind"] == "flags"]
+    assert {item.options[item.answer] for item in flags} == {"Norway", "Peru"}
+    again: Any = known("builtin_vqa").load(Source(data, seed=1))
+    assert [item.options for item in again.items] != [item.options for item in vqa.items]
+
+
+def test_the_position_probe_asks_of_what_is_not_there_too(data: Path) -> None:
+    probe: Any = known("builtin_position").load(Source(data))
+    by_place = {item.tags["position"]: item for item in probe.items[:7]}
+    assert list(by_place) == ["1", "2", "3", "4", "5", "6", "absent"]
+    target = str(by_place["1"].parts[-1]).split(": ")[1].split("\n")[0]
+    for place, item in by_place.items():
+        told = [str(part) for part in item.parts if isinstance(part, str)][:-1]
+        assert len(told) == 6 and item.answer == (1 if place == "absent" else 0)
+        found = [n for n, text in enumerate(told, 1) if text == f"This is: {target}\n"]
+        assert found == ([] if place == "absent" else [int(place)])

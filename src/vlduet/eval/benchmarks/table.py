@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vlduet.errors import ConfigError, closest
-from vlduet.eval.benchmarks import choice, compositional, demon, judged, knowledge, retrieval, vqa, yes_no
+from vlduet.eval.benchmarks import builtin, choice, compositional, demon, judged, knowledge, retrieval, vqa, yes_no
 from vlduet.eval.benchmarks.tasks import Benchmark
 
 SUGAR, VLADVA, LLAVA, FROMAGE = "Sugar", "VladVA", "LLaVA-1.5", "FROMAGe"
@@ -234,7 +234,59 @@ KNOWLEDGE = (
     ),
 )  # fmt: skip
 
-SUITES = {"discriminative": DISCRIMINATIVE, "generative": GENERATIVE, "knowledge": KNOWLEDGE}
+
+def _ours(
+    name: str, title: str, *, corpora: tuple[str, ...], protocol: str, metric: str, load: Callable[[Any], Any]
+) -> Benchmark:
+    files = tuple(f"corpora/{corpus}/test.jsonl" for corpus in corpora)
+    return Benchmark(f"builtin_{name}", title, (), "our test split", metric, files, protocol, load)
+
+
+TOLD_APART = "text, image, group"
+BUILTIN = (
+    _ours(
+        "stamps", "Stamps and their captions", corpora=("stamps",), protocol="retrieval", metric=R,
+        load=builtin.retrieval("stamps"),
+    ),
+    _ours(
+        "emoji", "Emoji of two vendors and their names", corpora=("emoji",), protocol="retrieval", metric=R,
+        load=builtin.retrieval("emoji"),
+    ),
+    _ours(
+        "long", "Units, ships and planets and what is told of them", corpora=("wesnoth", "endless-sky"),
+        protocol="retrieval", metric=R, load=builtin.retrieval("wesnoth", "endless-sky", long=True),
+    ),
+    _ours(
+        "next_image", "The next image of stories and manual pages", corpora=("campaigns", "gimp-help"),
+        protocol="retrieval", metric=R, load=builtin.next_image("campaigns", "gimp-help"),
+    ),
+    _ours(
+        "pairs_emoji", "Emoji of a subgroup whose names differ in a word", corpora=("emoji",), protocol="pairs",
+        metric=TOLD_APART, load=builtin.minimal_pairs("emoji", "subgroup"),
+    ),
+    _ours(
+        "pairs_stamps", "Stamps whose captions differ in a word", corpora=("stamps",), protocol="pairs",
+        metric=TOLD_APART, load=builtin.minimal_pairs("stamps", ""),
+    ),
+    _ours(
+        "vqa", "Questions by template on units, flags and kinds of things", corpora=("wesnoth", "emoji", "stamps"),
+        protocol="choose", metric="accuracy", load=builtin.template_questions,
+    ),
+    _ours(
+        "captions", "Captions of stamps on request", corpora=("stamps",), protocol="answer", metric="word F1",
+        load=builtin.captions("stamps"),
+    ),
+    _ours(
+        "caption_choice", "The own caption of a stamp among four", corpora=("stamps",), protocol="choose",
+        metric="accuracy", load=builtin.caption_choice("stamps"),
+    ),
+    _ours(
+        "position", "Whether a stamp is among six, by its place", corpora=("stamps",), protocol="choose",
+        metric="accuracy by place", load=builtin.position_probe,
+    ),
+)  # fmt: skip
+
+SUITES = {"builtin": BUILTIN, "discriminative": DISCRIMINATIVE, "generative": GENERATIVE, "knowledge": KNOWLEDGE}
 BENCHMARKS = {row.name: row for suite in SUITES.values() for row in suite}
 
 

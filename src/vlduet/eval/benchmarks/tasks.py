@@ -270,3 +270,8 @@ class Benchmark:
     protocol: str
     load: Callable[[Any], Task] = field(repr=False)
     """From a `Source`."""
+
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """The corpora of ours among its files, which `vlduet data fetch` brings."""
+        return tuple(dict.fromkeys(name.split("/")[1] for name in self.files if name.startswith("corpora/")))
