@@ -461,7 +461,7 @@ def builtin(w: Writer) -> None:
         "stamps",
         [{"image": n, "short": text, "metadata": {"category": f"{'ab'[n % 2]}/x"}} for n, text in enumerate(stamps)],
     )
-    emoji = [("red heart", "heart"), ("blue heart", "heart")]
+    emoji = [("red heart", "heart"), ("blue heart", "heart"), ("grinning face", "face")]
     emoji += [("flag: Norway", "country-flag"), ("flag: Peru", "country-flag")]
     corpus(
         "emoji",

@@ -346,7 +346,7 @@ def test_next_image_shows_what_comes_before_and_hides_it(data: Path) -> None:
 
 def test_minimal_pairs_and_templates(data: Path) -> None:
     emoji: Any = known("builtin_pairs_emoji").load(Source(data))
-    assert [item.texts for item in emoji.items] == [("red heart", "blue heart"), ("flag: Norway", "flag: Peru")] * 2
+    assert [item.texts for item in emoji.items] == [("red heart", "blue heart")] * 2  # one a vendor
     stamps: Any = known("builtin_pairs_stamps").load(Source(data))
     assert ("A red apple.", "A green apple.") in [item.texts for item in stamps.items]
     vqa: Any = known("builtin_vqa").load(Source(data))
