@@ -31,6 +31,8 @@ class ModelSection(Section):
     """Between pooled hidden state and embedding; default: the model folder's own, `none` for a plain checkpoint."""
     dim: int = Field(default=384, gt=0)
     """Width of the embeddings, unless head is none."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights. auto: float32 on a CPU; on a GPU, bfloat16 for a checkpoint saved in half precision."""
     prompts: dict[str, Any] = {}
     """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own."""
 

@@ -11,6 +11,7 @@ from vlduet import config
 from vlduet.data.records import Record
 from vlduet.data.sequences import IGNORE, Anchor, Sequence
 from vlduet.data.stream import Sample
+from vlduet.files import recovered
 from vlduet.model import checkpoint
 from vlduet.model.backbones import Tokenizer, load_processing
 from vlduet.model.prompts import Prompts, Renderer
@@ -48,7 +49,7 @@ def render(record: Record, folder: Path) -> list[Row]:
     Raises:
         DataError: a record that cannot be laid out, such as one with a broken image; ModelError: no model there.
     """
-    kept = checkpoint.read(checkpoint.recovered(folder))
+    kept = checkpoint.read(recovered(folder))
     made_by: dict[str, Any] = kept.manifest.get("provenance", {}).get("config", {})
     values = dict(made_by.get("recipe", {"name": "vladva"}))
     recipe = RECIPES[values.pop("name")]

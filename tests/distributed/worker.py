@@ -13,15 +13,20 @@ from torch import distributed as dist
 
 import tiny
 from vlduet import distributed
-from vlduet.data.records import Record
+from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
+from vlduet.model.readout import empty_readout
 from vlduet.recipes import vladva
 
 WEIGHTS = {
     "infonce": {"contrastive": 1.0, "language": 0.0},
     "language": {"contrastive": 0.0, "language": 1.0},
     "joint": {"contrastive": 1.0, "language": 0.7},
+    "empty rank": {"contrastive": 1.0, "language": 0.7},
+    "chat-only rank": {"contrastive": 1.0, "language": 0.7},
 }
+CUTS = {"empty rank": 0, "chat-only rank": 1}
+"""Where the batch is cut in two, if not after three records."""
 
 
 def records() -> list[Record]:
@@ -41,14 +46,18 @@ def records() -> list[Record]:
 
 def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
-    everything = records()
-    cut = [0, len(everything)] if world_size == 1 else [0, 3, len(everything)]
+    chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
+    everything = [chat, *records()] if case == "chat-only rank" else records()
+    cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
     rows = everything[cut[rank] : cut[rank + 1]]
     options = vladva.Options(mixed=True)
     sequences = [
         s for i, record in enumerate(rows) for s in vladva.layout(Sample(record, i, 0), model.renderer, options)
     ]
-    losses = vladva.objective(model(model.collate(sequences)), model.logit_scale, options)
+    readout = (
+        model(model.collate(sequences)) if sequences else empty_readout(model.dim, like=model.logit_scale.detach())
+    )
+    losses = vladva.objective(readout, model.logit_scale, options)
     loss = sum(WEIGHTS[case][name] * value for name, value in losses.items())
     loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]

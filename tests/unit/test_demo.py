@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vlduet import demo
+from vlduet.data.records import read_jsonl
 from vlduet.data.sources.build import Summary
+from vlduet.demo import prepare, run
 from vlduet.errors import ConfigError
 
 
@@ -32,57 +33,57 @@ def fake_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
         counts = {split: len(captions) for split, captions in content[name].items()}
         return Summary(name, to / name, counts, 9, "free", reused=False)
 
-    monkeypatch.setattr(demo.corpora, "fetch", fetch)
+    monkeypatch.setattr(prepare.corpora, "fetch", fetch)
 
 
 @pytest.mark.usefixtures("fake_fetch")
 def test_what_names_a_held_out_thing_is_kept_out_of_training(tmp_path: Path) -> None:
-    data = demo.prepare_data(tmp_path)
-    captions = [r.short[0] for path in data.train for r in demo.read_jsonl(path)]
+    data = prepare.prepare_data(tmp_path)
+    captions = [r.short[0] for path in data.train for r in read_jsonl(path)]
     assert captions == ["A boat.", "green apple"]
     assert [record.short for record in data.held_out] == [("A red apple.",), ("The horse",)]
     assert [(row["trained on"], row["left out"]) for row in data.table] == [("1", "0"), ("1", "3")]
     assert (data.table[0]["held out"], data.table[1]["held out"]) == ("2", "")
     # The kept records still find their images, which lie beside the corpus' own file.
-    kept = next(demo.read_jsonl(data.train[0]))
+    kept = next(read_jsonl(data.train[0]))
     assert kept.image is not None and kept.image.path == tmp_path / "data" / "stamps" / "train0.png"
 
 
 @pytest.mark.usefixtures("fake_fetch")
 def test_the_training_config_is_valid_and_trains_on_nothing_held_out(tmp_path: Path) -> None:
-    settings = demo.training(tmp_path, demo.prepare_data(tmp_path), seed=3, steps=20)
+    settings = prepare.training(tmp_path, prepare.prepare_data(tmp_path), seed=3, steps=20)
     assert settings.seed == 3 and settings.train.steps == 20 and settings.out == tmp_path
     assert not [source for source in settings.data.train if source.path.name == "test.jsonl"]
 
 
 def test_a_former_demo_is_replaced_and_nothing_else_is_touched(tmp_path: Path) -> None:
     to = tmp_path / "runs" / "demo"
-    demo.clear(to)
+    run.clear(to)
     for name in ("model", "data", "features"):
         (to / name).mkdir()
     (to / "report.html").touch()
-    demo.clear(to)
-    assert sorted(path.name for path in to.iterdir()) == sorted([demo.MARKER, "data", "features"])
+    run.clear(to)
+    assert sorted(path.name for path in to.iterdir()) == sorted([run.MARKER, "data", "features"])
 
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "cat.jpg").touch()
     with pytest.raises(ConfigError, match="something else than a demo"):
-        demo.clear(photos)
+        run.clear(photos)
     assert (photos / "cat.jpg").exists()
 
 
 def test_minutes_scale_the_steps() -> None:
-    assert demo.steps_for(None) == demo.STEPS
-    assert demo.steps_for(demo.USUAL_MINUTES / 2) == demo.STEPS // 2
-    assert demo.steps_for(1e-9) >= 2
+    assert prepare.steps_for(None) == prepare.STEPS
+    assert prepare.steps_for(prepare.USUAL_MINUTES / 2) == prepare.STEPS // 2
+    assert prepare.steps_for(1e-9) >= 2
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="minutes"):
-            demo.steps_for(wrong)
+            prepare.steps_for(wrong)
 
 
 def test_steps_are_numbered_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    story = demo.Story(2)
+    story = run.Story(2)
     for name in ("one", "two"):
         with story.step(name):
             pass
@@ -91,6 +92,6 @@ def test_steps_are_numbered_and_timed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_next_commands_are_verbs_of_the_command_line() -> None:
-    commands = demo.next_commands(Path("runs/demo"))
+    commands = run.next_commands(Path("runs/demo"))
     assert len(commands) == 3
     assert {command.split()[1] for command in commands} <= {"search", "ask", "index"}

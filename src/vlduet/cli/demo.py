@@ -24,7 +24,7 @@ def demo(
     """The main job on real data: fetch, build, train, evaluate, index, search, ask, and a report of it all."""
     import json
 
-    from vlduet.demo import run
+    from vlduet.demo.run import run
 
     found = run(to, seed=seed, minutes=minutes)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -28,7 +29,7 @@ class Batch:
     images: tuple[PreparedImage, ...]
     """In the order of `image_mask`."""
     anchors: tuple[Anchor, ...]
-    """In the order of the sequences."""
+    """In the order of the rows, and within a row of its sequences."""
     anchor_spans: Tensor
     """int64[A, 3]: row, start, end of every anchor in this batch."""
 
@@ -68,7 +69,8 @@ def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack
     """Make a batch.
 
     Args:
-        sequences: at least one; their order is kept for anchors and images.
+        sequences: at least one. Anchors, images and labels come in the order of the rows: that of the sequences, unless
+            they are packed, which may put a short one into an earlier row.
         pad_id: the token id of padding; its value never matters.
         side: right or left, where padding goes.
         pack_to: fill rows up to this many tokens with several sequences each, first fit in order.
@@ -114,3 +116,15 @@ def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:
             rows.append([sequence])
             room.append(size - len(sequence))
     return rows
+
+
+def by_length(sequences: list[Sequence], budget: int) -> Iterator[list[int]]:
+    """Indices in groups of like length whose padded size stays within `budget` tokens (at least one a group)."""
+    group: list[int] = []
+    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
+        if group and (len(group) + 1) * len(sequences[i]) > budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

@@ -164,13 +164,13 @@ def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
         fix = "Write a string or a list of strings"
         raise DataError(f"short is {_kind_of(short)}", place=place.at("short"), fix=fix)
     if isinstance(short, str):
-        short = [_text(short, place.at("short"))]
+        short = [text_of(short, place.at("short"))]
     for i, caption in enumerate(short):
-        _text(caption, place.at(f"short[{i}]"))
+        text_of(caption, place.at(f"short[{i}]"))
     long = raw.get("long")
     if long is not None:
-        _text(long, place.at("long"))
-    return {"image": _image(raw["image"], place.at("image"), root), "short": tuple(short), "long": long}
+        text_of(long, place.at("long"))
+    return {"image": image_of(raw["image"], place.at("image"), root), "short": tuple(short), "long": long}
 
 
 def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
@@ -227,9 +227,9 @@ def _parts(raw: Any, place: Place, root: Path) -> Parts:
         if extra:
             raise DataError(f"unknown key '{extra[0]}' in a part", place=here.at(extra[0]), fix="Keep text or image")
         if "text" in part:
-            parts.append(_text(part["text"], here.at("text")))
+            parts.append(text_of(part["text"], here.at("text")))
         else:
-            parts.append(_image(part["image"], here.at("image"), root))
+            parts.append(image_of(part["image"], here.at("image"), root))
     return tuple(parts)
 
 
@@ -240,7 +240,8 @@ def _openai(part: Any) -> Any:
     return part
 
 
-def _text(value: Any, place: Place) -> str:
+def text_of(value: Any, place: Place) -> str:
+    """A non-empty string that UTF-8 can hold. Raises DataError at `place`."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(
             f"expected text, got {_kind_of(value)}", place=place, fix="Write a non-empty string or leave the key out"
@@ -252,7 +253,10 @@ def _text(value: Any, place: Place) -> str:
     return value
 
 
-def _image(value: Any, place: Place, root: Path) -> ImageRef:
+def image_of(value: Any, place: Place, root: Path) -> ImageRef:
+    """A path, a data: URL, raw bytes or {bytes, path}. Raises DataError at `place`."""
+    if isinstance(value, bytes):
+        return ImageRef(data=value)
     if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
         value, data = value.get("path"), value.get("bytes")
         if isinstance(data, bytes):

@@ -64,3 +64,23 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def needed(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
+    """The part of a sequence that decides what is asked of it; None where that is nothing.
+
+    Attention is causal, so what stands behind the last label and the last anchor changes neither.
+
+    Args:
+        labels: its labels are wanted; anchors: its embeddings are.
+    """
+    wanted = sequence.labels if labels else (IGNORE,) * len(sequence)
+    kept = sequence.anchors if anchors else ()
+    end = max((i + 1 for i, label in enumerate(wanted) if label != IGNORE), default=0)
+    end = max([end, *(anchor.end for anchor in kept)])
+    if end == 0:
+        return None
+    # An image that is cut through would not fill its place; it stands whole or not at all.
+    end = max([end, *(at + image.num_tokens for at, image in sequence.images if at < end)])
+    images = tuple((at, image) for at, image in sequence.images if at < end)
+    return Sequence(sequence.ids[:end], wanted[:end], kept, images)

@@ -17,7 +17,7 @@ class Measurement:
     retrieval: RetrievalResult
     entropy: CaptionCrossEntropy
     captions: CaptionResult
-    """Of all held-out records after training; before it, of those whose captions are shown."""
+    """Of all held-out records after training; at its start, of those whose captions are shown."""
     plain: float
     """Nats a token of plain answers, without an image."""
 
@@ -26,7 +26,10 @@ class Measurement:
 class Measured:
     """Everything that is compared."""
 
-    before: Measurement
+    untrained: RetrievalResult
+    """The model's parts, with random weights where they meet."""
+    start: Measurement
+    """What training began with."""
     after: Measurement
     ridge: RetrievalResult
 
@@ -58,13 +61,14 @@ class Told:
 
 def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
     """Everything on the page."""
-    before, after, seed = measured.before, measured.after, told.seed
-    entropy = galleries.cross_entropy(before.entropy, after.entropy, seed=seed)
+    start, after, seed = measured.start, measured.after, told.seed
+    entropy = galleries.cross_entropy(start.entropy, after.entropy, seed=seed)
     result, ridge = after.retrieval, measured.ridge
     return DemoReport(
         model=galleries.row("VLDuet", "generates and embeds", result=result, seed=seed),
         ridge=galleries.row("Ridge baseline", "frozen vision to MiniLM, mute", result=ridge, seed=seed),
-        untrained=galleries.row("Before training", "the same model at the start", result=before.retrieval, seed=seed),
+        start=galleries.row("Start", "nano as it is shipped, before this run", result=start.retrieval, seed=seed),
+        untrained=galleries.row("Untrained", "its parts, which never met", result=measured.untrained, seed=seed),
         chance=galleries.chance_row(result),
         num_images=len(result.ids),
         num_captions=len(result.captions),
@@ -72,11 +76,11 @@ def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
         cross_entropy=entropy,
         costs=(
             Cost("Held-out captions", "after their image, nats a token", entropy.before.mean, entropy.after.mean),
-            Cost("Plain answers", "no image, nothing like it in training, nats a token", before.plain, after.plain),
+            Cost("Plain answers", "no image, nothing like it in training, nats a token", start.plain, after.plain),
         ),
         cost_note="Lower is better. A rise in the second row is what was forgotten while the model learned to look.",
         curves=galleries.curves(told.metrics),
-        captioned=galleries.captioned(before.captions, after.captions, album=shown.album),
+        captioned=galleries.captioned(start.captions, after.captions, album=shown.album),
         galleries=shown.galleries,
         heat=shown.heat,
         asked=shown.asked,

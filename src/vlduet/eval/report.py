@@ -172,6 +172,7 @@ class DemoReport:
 
     model: Row
     ridge: Row
+    start: Row
     untrained: Row
     chance: Row
     num_images: int
@@ -196,15 +197,16 @@ class DemoReport:
     @property
     def rows(self) -> tuple[Row, ...]:
         """Competitors, best expected first."""
-        return self.model, self.ridge, self.untrained, self.chance
+        return self.model, self.ridge, self.start, self.untrained, self.chance
 
 
 def summary(report: DemoReport) -> dict[str, Any]:
     """The content of ``summary.json``.
 
-    ``text_to_image`` and ``image_to_text`` are the trained model's; ``chance``, ``untrained`` and ``ridge_baseline`` are
-    the mean of both directions. All are fractions by ``hit@1``, ``hit@5`` and ``hit@10``. ``gallery`` is the number of
-    held-out images; ``caption_cross_entropy`` is in nats a token.
+    ``text_to_image`` and ``image_to_text`` are the trained model's; ``chance``, ``untrained`` (the bare parts), ``start``
+    (what training began with) and ``ridge_baseline`` are the mean of both directions. All are fractions by ``hit@1``,
+    ``hit@5`` and ``hit@10``. ``gallery`` is the number of held-out images; ``caption_cross_entropy`` is in nats a token,
+    ``before`` of the model at the start.
     """
 
     def plain(scores: Scores) -> dict[str, float]:
@@ -220,6 +222,7 @@ def summary(report: DemoReport) -> dict[str, Any]:
         "image_to_text": plain(report.model.image_to_text),
         "chance": both(report.chance),
         "untrained": both(report.untrained),
+        "start": both(report.start),
         "ridge_baseline": both(report.ridge),
         "gallery": report.num_images,
         "caption_cross_entropy": {

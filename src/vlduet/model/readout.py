@@ -28,28 +28,29 @@ class Readout:
         return self.embeddings[index], [self.anchors[i] for i in chosen]
 
 
-def empty_readout(dim: int, device: torch.device) -> Readout:
-    """What a rank without a single usable record contributes: nothing, with the right shapes."""
+def empty_readout(dim: int, *, like: Tensor) -> Readout:
+    """What a rank without a usable record contributes: nothing, in the right shapes, of the kind and place of `like`."""
     # It wants a gradient, because the backward of the gather is a collective in which every rank must take part.
-    return Readout(torch.zeros(0, dim, device=device, requires_grad=True), (), torch.zeros(0, device=device))
+    return Readout(like.new_zeros(0, dim).requires_grad_(), (), like.new_zeros(0))
 
 
-def pool(hidden: Tensor, spans: Tensor) -> Tensor:
+def pool(hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Mean of the hidden states of every span.
 
     Args:
         hidden: float[B, T, D].
         spans: int64[A, 3], row, start, end. A span of one token is last-token pooling by index.
+        dtype: of the result, and of the sum that it is: a mean in half precision loses digits.
 
     Returns:
         float[A, D]
     """
     if len(spans) == 0:
-        return hidden[:0, 0]  # part of the graph: see `empty_readout`
+        return hidden[:0, 0].to(dtype or hidden.dtype)  # part of the graph: see `empty_readout`
     longest = int((spans[:, 2] - spans[:, 1]).max())
     at = spans[:, 1, None] + torch.arange(longest, device=spans.device)  # [A, L]
     inside = at < spans[:, 2, None]
-    states = hidden[spans[:, 0, None], at.clamp(max=hidden.shape[1] - 1)]  # [A, L, D]
+    states = hidden[spans[:, 0, None], at.clamp(max=hidden.shape[1] - 1)].to(dtype or hidden.dtype)  # [A, L, D]
     return (states * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
 
 

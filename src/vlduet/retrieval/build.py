@@ -24,12 +24,13 @@ from filelock import FileLock, Timeout
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, RetrievalError, closest
+from vlduet.files import atomic_write
 from vlduet.logs import progress
 from vlduet.retrieval.documents import Document, Side, documents
 from vlduet.retrieval.encode import CHUNK, Embedder, batched, encode_documents
 from vlduet.retrieval.filters import Scalar, kind, scalar
 from vlduet.retrieval.index import MANIFEST, Index, Manifest, StoreKind, both_paths
-from vlduet.retrieval.store import Row, Stamp, atomic_write
+from vlduet.retrieval.store import Row, Stamp
 
 MAX_FIELDS = 64
 """Metadata keys that can be filtered by; those beyond the first so many are kept and shown only."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from vlduet.data.records import Part, Parts
 from vlduet.errors import DataError, RetrievalError
+from vlduet.files import atomic_write
 from vlduet.retrieval.documents import Document
-from vlduet.retrieval.store import atomic_write
 
 T = TypeVar("T")
 

@@ -21,9 +21,10 @@ from typing import Literal, Self
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
+from vlduet.files import atomic_write
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.store import FlatStore, Row, Store, atomic_write
+from vlduet.retrieval.store import FlatStore, Row, Store
 
 StoreKind = Literal["lance", "flat"]
 

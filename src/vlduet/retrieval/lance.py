@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from vlduet.errors import RetrievalError
+from vlduet.files import sync
 from vlduet.retrieval.filters import COMPARE, Condition, Scalar, kind
-from vlduet.retrieval.store import SLACK, Match, Row, Stamp, best, sync
+from vlduet.retrieval.store import SLACK, Match, Row, Stamp, best
 
 TABLE = "rows"
 GIVEN_BACK = ["id", "key", "digest", "text", "image", "image_relative", "metadata", "vector"]

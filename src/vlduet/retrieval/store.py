@@ -7,16 +7,16 @@ the tests hold `LanceStore` against, and good for up to some 100 000 rows.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
 
 from vlduet.errors import RetrievalError
+from vlduet.files import atomic_write
 from vlduet.retrieval.filters import Condition, Scalar
 
 SLACK = 1e-5
@@ -198,30 +198,3 @@ class FlatStore:
         self._save([row for row, _ in held], self.vectors([row.id for row, _ in held]), whole=True)
         for segment in before:
             segment.unlink()
-
-
-def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file that either is there whole or not at all, power loss included."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    sync([path.parent])
-
-
-def sync(paths: Iterable[Path]) -> None:
-    """Ask the system to bring files and folders to the disk."""
-    for path in paths:
-        try:
-            handle = os.open(path, os.O_RDONLY)
-        except PermissionError:  # Windows opens no folders
-            continue
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

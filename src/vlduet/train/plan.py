@@ -38,7 +38,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "steps": config.train.steps,
         "epochs": round(epochs, 2),
         "tokens a batch": round(sum(tokens) / max(1, len(tokens))),
-        "of them padding": f"{1 - sum(tokens) / max(1, sum(padded)):.0%} more" if padded else "none",
+        "padding": f"{1 - sum(tokens) / max(1, sum(padded)):.0%} of what is computed",
         "supervised tokens a batch": round(sum(supervised) / max(1, len(supervised))),
         "embeddings a batch": max((len(batch.anchors) for batch in laid_out), default=0),
         "parameters": sum(p.numel() for p in run.model.parameters()),

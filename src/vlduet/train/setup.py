@@ -17,7 +17,7 @@ from vlduet.config import RunConfig, options
 from vlduet.data.batches import Batch
 from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.sequences import Sequence
+from vlduet.data.sequences import Sequence, needed
 from vlduet.data.stream import Mixture, Sample
 from vlduet.errors import ConfigError, DataError, closest
 from vlduet.model.adapters import Lora
@@ -84,7 +84,8 @@ def bind(config: RunConfig) -> Recipe:
 def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
     section = config.model
-    model = DuetModel.from_pretrained(section.path)
+    dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
+    model = DuetModel.from_pretrained(section.path, dtype=dtype)
     model.set_prompts(options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
     if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
         torch.manual_seed(config.seed)
@@ -139,8 +140,11 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
 def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], Batch | None]]:
     """This rank's samples and batch of every step from `start`, laid out one step ahead in a thread.
 
-    A record that cannot be laid out is quarantined and missing from its batch; None where nothing of a batch is left.
+    A record that cannot be laid out is quarantined and missing from its batch; None where nothing of a batch is left. What
+    no loss asks for (a loss of weight 0 asks for nothing) does not go through the model.
     """
+    losses = {name for name, weight in run.config.objectives.items() if weight}
+    labels, anchors = "language" in losses, bool(losses - {"language"})
 
     def lay_out(step: int) -> tuple[list[Sample], list[Sequence]]:
         sequences: list[Sequence] = []
@@ -149,7 +153,8 @@ def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], Batch | None]]
         )
         for sample in samples:
             try:
-                sequences += run.recipe.layout(sample, run.model.renderer)
+                made = run.recipe.layout(sample, run.model.renderer)
+                sequences += filter(None, (needed(s, labels=labels, anchors=anchors) for s in made))
             except DataError as error:
                 run.quarantine.add(sample.record, error)
         return samples, sequences

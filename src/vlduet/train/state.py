@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from vlduet.config import RunConfig
 from vlduet.errors import TrainingError
-from vlduet.model.checkpoint import recovered, whole_folder
+from vlduet.files import recovered, whole_folder
 from vlduet.train.setup import Run
 
 FOLDER = "state"

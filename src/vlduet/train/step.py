@@ -21,9 +21,11 @@ def joint_step(run: Run, batch: Batch | None) -> dict[str, float]:
         values are returned, not hidden: the loop stops on them before anything moves.
     """
     # A rank with nothing to do still takes part in the collectives, or the others would wait for ever.
-    readout = run.model(batch) if batch is not None else empty_readout(run.model.dim, run.model.logit_scale.device)
+    readout = (
+        run.model(batch) if batch is not None else empty_readout(run.model.dim, like=run.model.logit_scale.detach())
+    )
     losses = run.recipe.objective(readout, run.model.logit_scale)
-    weights = run.config.objectives
+    weights = {name: weight for name, weight in run.config.objectives.items() if weight}  # 0: not computed, not told
     total = sum(
         (weights[name] * losses[name] for name in weights), torch.zeros((), device=run.model.logit_scale.device)
     )

@@ -74,7 +74,7 @@ def make(records: list[Record], text: str) -> report.DemoReport:
         metrics=[{"step": i, "seconds": i, "language": 3.0 / (i + 1), "contrastive": 1.0} for i in range(80)],
         next_commands=(text,),
     )
-    return compose.compose(compose.Measured(one, one, one.retrieval), shown, told=told)
+    return compose.compose(compose.Measured(one.retrieval, one, one, one.retrieval), shown, told=told)
 
 
 class Page(HTMLParser):
@@ -162,7 +162,7 @@ def test_summary_has_exactly_the_promised_keys(records: list[Record]) -> None:
     made = make(records, "x")
     found = json.loads(json.dumps(report.summary(made)))
     hits = {"hit@1", "hit@5", "hit@10"}
-    rows = ("text_to_image", "image_to_text", "chance", "untrained", "ridge_baseline")
+    rows = ("text_to_image", "image_to_text", "chance", "untrained", "start", "ridge_baseline")
     assert set(found) == {*rows, "gallery", "caption_cross_entropy", "minutes"}
     for name in rows:
         assert set(found[name]) == hits and all(0 <= v <= 1 for v in found[name].values())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from transformers import AutoModelForImageTextToText
 
 import tiny
 from vlduet.errors import ConfigError, ModelError
-from vlduet.model import checkpoint
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
@@ -305,55 +302,6 @@ def test_a_merged_folder_can_be_written_over_its_base(trained: DuetModel, tmp_pa
     before = trained.encode(ITEMS)
     trained.save_merged(tmp_path / "base")
     assert_close(DuetModel.from_pretrained(tmp_path / "base").encode(ITEMS), before, atol=1e-5, rtol=0)
-
-
-def test_whole_folder_replaces_everything(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "model"
-    for text in ("one", "two"):
-        with checkpoint.whole_folder(folder) as inside:
-            (inside / f"{text}.txt").write_text(text)
-    assert files(folder) == {"two.txt": b"two"}
-    assert list(folder.parent.iterdir()) == [folder]
-
-
-def test_whole_folder_survives_an_exception(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="disk full"), checkpoint.whole_folder(folder) as inside:
-        (inside / "new.txt").write_text("half")
-        raise OSError("disk full")
-    assert files(folder) == {"old.txt": b"old"} and list(tmp_path.iterdir()) == [folder]
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from vlduet.model import checkpoint
-real, calls = Path.rename, []
-def rename(self, target):
-    calls.append(target)
-    if len(calls) == int(sys.argv[2]):
-        os._exit(9)
-    return real(self, target)
-Path.rename = rename
-with checkpoint.whole_folder(Path(sys.argv[1])) as inside:
-    (inside / "new.txt").write_text("new")
-"""
-
-
-@pytest.mark.parametrize("rename", [1, 2], ids=["before the swap", "between the two renames"])
-def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "old.txt").write_text("old")
-    ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], check=False, timeout=120)
-    assert ended.returncode == 9
-    assert folder.exists() == (rename == 1)
-    assert files(checkpoint.recovered(folder)) == {"old.txt": b"old"}
-    with checkpoint.whole_folder(folder) as inside:
-        (inside / "newer.txt").write_text("newer")
-    assert files(folder) == {"newer.txt": b"newer"} and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_model_is_found_after_a_kill_between_the_two_renames(trained: DuetModel, saved: Path) -> None:

@@ -9,7 +9,10 @@ from torch.testing import assert_close
 
 import tiny
 from vlduet.data.batches import Batch, collate
-from vlduet.data.sequences import IGNORE
+from vlduet.data.records import Message
+from vlduet.data.sequences import IGNORE, needed
+from vlduet.model.adapters import Lora
+from vlduet.model.duet import DuetModel
 from vlduet.model.readout import pool
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12)
@@ -55,6 +58,47 @@ def test_what_stands_on_padding_never_matters(model, pad, side):
     one = read(model, collate(rows, pad_id=0, side=side))
     other = read(model, collate(rows, pad_id=pad, side=side))
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@QUICK
+@given(items=st.lists(ITEM, min_size=1, max_size=4), labels=st.booleans())
+def test_what_is_not_needed_changes_nothing(model, items, labels):
+    whole = sequences(model, items)
+    kept = [s for s in (needed(one, labels=labels, anchors=not labels) for one in whole) if s]
+    everything, found = read(model, model.collate(whole)), read(model, model.collate(kept))
+    close = {"atol": 2e-6, "rtol": 1e-5}
+    if labels:
+        assert not found[0].numel() and len(kept) == 2, "only the captions carry loss"
+        assert_close(found[1], everything[1], atol=2e-5, rtol=1e-5)
+    else:
+        assert not found[1].numel() and sum(map(len, kept)) < sum(map(len, whole))
+        assert_close(found[0], everything[0], **close)
+
+
+def test_nothing_needed_is_nothing(model):
+    chat = model.renderer.embed(("x",))
+    assert needed(chat, labels=True, anchors=False) is None
+
+
+def test_half_precision_reads_the_same_and_trains_in_full(model, tmp_path):
+    """bfloat16 weights: embeddings near those of float32; what is trained stays float32 and comes back bit for bit."""
+    half = DuetModel.from_pretrained(model.backbone.folder, dtype=torch.bfloat16, prompts=model.prompts)
+    items = ["a red apple", tiny.picture(1), (tiny.picture(2), "and a text")]
+    full = DuetModel.from_pretrained(model.backbone.folder, prompts=model.prompts)
+    assert (half.encode(items) * full.encode(items)).sum(1).min() > 0.995
+    half.make_trainable(lora=Lora(rank=2, alpha=4), projector=True)
+    trained = [p for p in half.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert half.lm_weight.dtype == torch.bfloat16
+    readout = half(half.collate(sequences(half, items[:1])))
+    assert readout.embeddings.dtype == readout.nll.dtype == torch.float32
+    (readout.embeddings.sum() + readout.nll.mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in half.adapter_tensors().items())
+    half.save_pretrained(tmp_path / "half")
+    again = DuetModel.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    for name, tensor in {**half.own_tensors(), **half.adapter_tensors()}.items():
+        assert torch.equal(tensor, {**again.own_tensors(), **again.adapter_tensors()}[name]), name
+    assert (again.generate((Message("user", (tiny.picture(3), "what?")),), max_new_tokens=3)) is not None
 
 
 def test_nll_is_that_of_full_logits(model):

@@ -23,6 +23,6 @@ def test_a_batch_without_anchors_reads_empty_embeddings_with_a_gradient(model: D
 
 
 def test_an_empty_readout_has_the_shapes_of_a_full_one_and_takes_part_in_backward() -> None:
-    readout = empty_readout(5, torch.device("cpu"))
+    readout = empty_readout(5, like=torch.zeros(()))
     rows, anchors = readout.of("image", "text")
     assert rows.shape == (0, 5) and anchors == [] and rows.requires_grad and readout.nll.shape == (0,)

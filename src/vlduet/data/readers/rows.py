@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.records import ImageRef, Message, Part, Place, Record
-from vlduet.data.records import _image as _image_of
-from vlduet.data.records import _text as text_of
+from vlduet.data.records import ImageRef, Message, Part, Place, Record, image_of, text_of
 from vlduet.errors import DataError
 
 __all__ = ["Row", "captions_of", "chat", "identity", "image_of", "images_of", "interleave", "metadata", "text_of"]
@@ -63,11 +61,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
-
-
-def image_of(value: Any, place: Place, root: Path) -> ImageRef:
-    """A path, a data: URL, raw bytes or {bytes, path} -> ImageRef. Raises DataError at `place`."""
-    return _image_of({"bytes": value} if isinstance(value, bytes) else value, place, root)
 
 
 def images_of(row: Row, *keys: str) -> list[ImageRef]:

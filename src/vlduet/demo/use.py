@@ -1,0 +1,51 @@
+"""The demo uses its model as a user would: an index of the held-out images, searches, questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlduet.data.records import ImageRef
+from vlduet.demo.prepare import HELD_OUT, Data
+from vlduet.eval import galleries, protocols, report
+from vlduet.eval.compose import Shown
+
+if TYPE_CHECKING:
+    from vlduet.model.duet import DuetModel
+
+QUESTIONS = ("Name a fruit.", "What can fly?", "Which animal lives in the water?", "What could I play music with?")
+"""Asked of the index as they stand; a fixed list, whatever the answers."""
+IMAGE_QUESTION, IMAGE_QUESTIONS = "What is this?", 2
+
+
+def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalResult) -> Shown:
+    """Index the held-out images and use the index as a user would."""
+    from vlduet import rag
+    from vlduet.retrieval.build import build
+    from vlduet.retrieval.index import Index
+    from vlduet.retrieval.search import search
+
+    source = to / "data" / HELD_OUT / "test.jsonl"
+    build(model, source, to=to / "index", model_path=to / "model")
+    index, album = Index.open(to / "index", model), galleries.Album(data.held_out)
+
+    def find(*query: str | ImageRef) -> galleries.Found:
+        return [(hit.id, hit.score) for hit in search(index, model, query, k=galleries.SHOWN + 1)]
+
+    def ask(question: str, identity: str | None = None) -> report.Asked:
+        image = None if identity is None else album.image(identity)
+        answer = rag.ask(index, model, question, image=image, exclude=[identity] if identity else (), max_new_tokens=48)
+        sources = album.hits([(hit.id, hit.score) for hit in answer.sources])
+        return report.Asked(question, answer.text, sources, image=album.picture(identity) if identity else "")
+
+    chosen = [result.ids[i] for i in galleries.evenly(len(result.ids), IMAGE_QUESTIONS)]
+    return Shown(
+        galleries=(
+            galleries.text_searches(result, album, find=find),
+            galleries.image_searches(result, album),
+            galleries.mixed_searches(result, album, find=find),
+        ),
+        heat=galleries.heat(result, album),
+        asked=(*map(ask, QUESTIONS), *(ask(IMAGE_QUESTION, identity) for identity in chosen)),
+        album=album,
+    )

@@ -1,0 +1,64 @@
+"""Folders are replaced whole, whatever interrupts the writer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlduet.files import recovered, whole_folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_whole_folder_replaces_everything(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    for text in ("one", "two"):
+        with whole_folder(folder) as inside:
+            (inside / f"{text}.txt").write_text(text)
+    assert files(folder) == {"two.txt": b"two"}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_whole_folder_survives_an_exception(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    with pytest.raises(OSError, match="disk full"), whole_folder(folder) as inside:
+        (inside / "new.txt").write_text("half")
+        raise OSError("disk full")
+    assert files(folder) == {"old.txt": b"old"} and list(tmp_path.iterdir()) == [folder]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from vlduet.files import whole_folder
+real, calls = Path.rename, []
+def rename(self, target):
+    calls.append(target)
+    if len(calls) == int(sys.argv[2]):
+        os._exit(9)
+    return real(self, target)
+Path.rename = rename
+with whole_folder(Path(sys.argv[1])) as inside:
+    (inside / "new.txt").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("rename", [1, 2], ids=["before the swap", "between the two renames"])
+def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], check=False, timeout=120)
+    assert ended.returncode == 9
+    assert folder.exists() == (rename == 1)
+    assert files(recovered(folder)) == {"old.txt": b"old"}
+    with whole_folder(folder) as inside:
+        (inside / "newer.txt").write_text("newer")
+    assert files(folder) == {"newer.txt": b"newer"} and list(tmp_path.iterdir()) == [folder]
