@@ -14,6 +14,7 @@ import torch
 
 from vlduet import __version__
 from vlduet.data import corpora
+from vlduet.data.batches import by_length
 from vlduet.data.records import Message, Parts
 from vlduet.data.sequences import IGNORE
 from vlduet.errors import VLDuetError
@@ -24,7 +25,7 @@ from vlduet.eval.run import evaluate
 from vlduet.eval.store import Functions
 from vlduet.logs import progress, say
 from vlduet.model import generation
-from vlduet.model.duet import DuetModel, by_length
+from vlduet.model.duet import DuetModel
 from vlduet.model.generation import evaluating
 
 BATCH_TOKENS = 8192

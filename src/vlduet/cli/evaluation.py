@@ -1,4 +1,4 @@
-"""The verbs that measure: eval and score."""
+"""The verbs that measure: eval, score and report."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command("eval")(evaluate)
     app.command("score")(score)
+    app.command("report")(report)
 
 
 def evaluate(
@@ -97,6 +98,40 @@ def score(
             )
         done.append(evaluate(benchmark, judge, source=source, runs=to, made_by={}))
     _tell(done, {}, as_json)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that 'vlduet eval --to' wrote.")],
+    *,
+    before: Annotated[
+        Path | None, typer.Option(help="The run of the model before joint training: shows what generation paid.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page; Markdown goes beside it.")] = Path(
+        "runs/results.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Put runs beside the numbers of the papers, and tell what generation paid for retrieval."""
+    from dataclasses import asdict
+
+    from vlduet.eval.results import page, read_run, write_page
+
+    made = page([read_run(run) for run in runs], before=None if before is None else read_run(before))
+    written = write_page(out, made)
+    if as_json:
+        kept = [{**asdict(one), "verdict": one.verdict} for one in made.kept]
+        _print_json(
+            {"written": [str(path) for path in written], "kept": kept, "tables": [asdict(t) for t in made.tables]}
+        )
+        return
+    for one in made.kept:
+        told = (
+            "" if one.change is None else f"{one.change.mean:+6.1f} ({one.change.low:+.1f} to {one.change.high:+.1f})"
+        )
+        print(
+            f"{one.benchmark:24} {one.number:16} {one.before.mean:8.1f} -> {one.after.mean:8.1f} {told} {one.verdict}"
+        )
+    print("\n".join(str(path) for path in written))
 
 
 def _settings(texts: list[str] | None) -> Settings:

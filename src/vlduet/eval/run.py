@@ -14,15 +14,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.protocols import PROTOCOLS
 from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.tasks import Benchmark, Question, Score
+from vlduet.eval.benchmarks.tasks import Benchmark, Question, Sample, Score
 from vlduet.eval.store import Functions, Store, line, read_lines, write
+from vlduet.files import atomic_write
 
-SCORES = "scores.json"
+SCORES, SAMPLES = "scores.json", "samples.npz"
 
 
 def folder_of(runs: Path, benchmark: Benchmark) -> Path:
@@ -68,8 +71,34 @@ def evaluate(
         _same_files(folder, identity)
     score = PROTOCOLS[benchmark.protocol](task, store)
     result = told(benchmark, score, seed=source.seed) | {"files": source.hashes, "made_by": made_by or _maker(folder)}
+    atomic_write(folder / SAMPLES, lambda out: write_samples(out, score))
     write(folder / SCORES, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def write_samples(out: IO[bytes], score: Score) -> None:
+    """Every number item by item: `NUMBER|GROUP|v` and `|w`, and `NUMBER|how` with its scale and whether it is a sum."""
+    arrays: dict[str, Any] = {}
+    for name, found in score.samples.items():
+        arrays[f"{name}|how"] = np.array([found.scale, float(found.total)])
+        for i, (values, weights) in enumerate(found.groups):
+            arrays |= {f"{name}|{i}|v": values, f"{name}|{i}|w": weights}
+    np.savez_compressed(out, **arrays)
+
+
+def read_samples(folder: Path) -> dict[str, Sample]:
+    """What `write_samples` wrote; empty where there is nothing."""
+    if not (folder / SAMPLES).exists():
+        return {}
+    with np.load(folder / SAMPLES, allow_pickle=False) as file:
+        kept = dict(file)
+    found = {}
+    for key in [key for key in kept if key.endswith("|how")]:
+        name = key.removesuffix("|how")
+        count = sum(other.startswith(f"{name}|") and other.endswith("|v") for other in kept)
+        groups = tuple((kept[f"{name}|{i}|v"], kept[f"{name}|{i}|w"]) for i in range(count))
+        found[name] = Sample(groups, scale=float(kept[key][0]), total=bool(kept[key][1]))
+    return found
 
 
 def told(benchmark: Benchmark, score: Score, *, seed: int) -> dict[str, Any]:

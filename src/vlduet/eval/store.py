@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError
 from vlduet.eval.benchmarks.tasks import Ask, Judged, Question
+from vlduet.files import atomic_write
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -324,10 +325,8 @@ def line(value: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)
+    """Write a text, whole or not at all."""
+    atomic_write(path, lambda out: out.write(text.encode()))
 
 
 def _json(path: Path) -> dict[str, Any] | None:

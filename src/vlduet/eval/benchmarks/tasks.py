@@ -23,6 +23,7 @@ from vlduet.data.records import ImageRef, Parts
 from vlduet.eval.metrics import resampled_means
 
 Values = NDArray[np.float64]
+TAILS = (2.5, 97.5)
 
 
 # ------------------------------------------------------------------ scores
@@ -48,18 +49,41 @@ class Sample:
     total: bool = False
     """Sum the groups instead of averaging them."""
 
-    def value(self, seed: int = 0, *, level: float = 0.95) -> Value:
-        """The number with its percentile bootstrap interval; items are drawn within each group."""
-        means = [_ratio((v * w).sum(), w.sum()) for v, w in self.groups]
-        draws = [
-            _ratio(resampled_means(v * w, seed + i), resampled_means(w, seed + i))
-            for i, (v, w) in enumerate(self.groups)
-        ]
-        combine = np.sum if self.total else np.mean
-        low, high = np.percentile(combine(draws, axis=0), [50 * (1 - level), 50 * (1 + level)])
-        count = sum(len(v) for v, _ in self.groups)
-        mean = float(combine(np.asarray(means, dtype=np.float64)))
-        return Value(self.scale * mean, self.scale * float(low), self.scale * float(high), count)
+    def value(self, seed: int = 0) -> Value:
+        """The number with its 95 % percentile bootstrap interval."""
+        low, high = np.percentile(self.draws(seed), TAILS)
+        return Value(self.mean, float(low), float(high), sum(len(v) for v, _ in self.groups))
+
+    @property
+    def mean(self) -> float:
+        """The number."""
+        return self.scale * float(self._combined([_ratio((v * w).sum(), w.sum()) for v, w in self.groups]))
+
+    def draws(self, seed: int = 0) -> Values:
+        """float[DRAWS], the number of resampled items; they are drawn within each group."""
+        return np.asarray(
+            self.scale
+            * self._combined(
+                [
+                    _ratio(resampled_means(v * w, seed + i), resampled_means(w, seed + i))
+                    for i, (v, w) in enumerate(self.groups)
+                ]
+            ),
+            dtype=np.float64,
+        )
+
+    def _combined(self, parts: Sequence[Any]) -> Any:
+        return np.sum(parts, axis=0) if self.total else np.mean(parts, axis=0)
+
+
+def difference(ours: Sample, theirs: Sample, *, seed: int = 0) -> Value | None:
+    """ours - theirs with its paired interval: the same items are drawn on both sides. None where the items differ."""
+    sizes = [[len(v) for v, _ in side.groups] for side in (ours, theirs)]
+    if sizes[0] != sizes[1] or (ours.scale, ours.total) != (theirs.scale, theirs.total):
+        return None
+    # Draws depend on seed and size alone, so equal sizes mean equal draws.
+    low, high = np.percentile(ours.draws(seed) - theirs.draws(seed), TAILS)
+    return Value(ours.mean - theirs.mean, float(low), float(high), sum(sizes[0]))
 
 
 def _ratio(part: Any, whole: Any) -> Any:
