@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     EfficientNetConfig,
     FastVlmConfig,
@@ -112,6 +114,19 @@ def fast_vlm(folder: Path, *, seed: int = 0) -> Path:
             torch.nn.init.ones_(parameter)
     model.save_pretrained(folder)
     _processor(folder, bos=False, size=8, patch=4, strategy="full", extra=0)
+    return folder
+
+
+def clip(folder: Path, *, seed: int = 0) -> Path:
+    """A CLIP checkpoint with two towers: it embeds and does not speak."""
+    torch.manual_seed(seed)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**small, "vocab_size": len(SPECIALS) + 256, "max_position_embeddings": 24, "eos_token_id": 2}
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer(bos=True).save_pretrained(folder)
+    square = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False).save_pretrained(folder)
     return folder
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vlduet.data import corpora
 from vlduet.data.batches import by_length
 from vlduet.data.records import Message, Parts
 from vlduet.data.sequences import IGNORE
-from vlduet.errors import VLDuetError
+from vlduet.errors import ModelError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark
 from vlduet.eval.judge import judge_at
@@ -25,8 +25,13 @@ from vlduet.eval.run import evaluate
 from vlduet.eval.store import Functions
 from vlduet.logs import progress, say
 from vlduet.model import generation
+from vlduet.model.backbones import IMAGE_BACKEND, TWO_TOWERS, fingerprint_of, load_two_tower, read_config
+from vlduet.model.checkpoint import MANIFEST
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import evaluating
+
+Embed = Callable[[list[Parts], bool], np.ndarray]
+"""(items, whether they are queries) -> float32[N, E]."""
 
 BATCH_TOKENS = 8192
 """Padded prompt tokens of one batch."""
@@ -55,20 +60,40 @@ class Settings:
     k: int | None = None
     """Facts that a RAG benchmark shows; None is each one's default."""
     retriever: Path | None = None
-    """A second model, which retrieves for the first: the independent retriever of the RAG benchmarks."""
+    """A second model, or a CLIP or SigLIP folder: the independent retriever of the RAG benchmarks."""
     judge: Judge | None = None
+
+
+def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]:
+    """The functions of a model folder, and the facts about it. CLIP and SigLIP folders embed and do not speak.
+
+    Raises:
+        ModelError: as `DuetModel.from_pretrained` and `load_two_tower` do.
+    """
+    if kind_of(folder) in TWO_TOWERS:
+        playing = Functions(
+            embed=two_tower(folder), answer=_mute, loglikelihood=_mute, other=_other(settings), judge=_judge(settings)
+        )
+        return playing, {"fingerprint": fingerprint_of(folder), "image_backend": IMAGE_BACKEND, "dtype": "float32"}
+    model = DuetModel.from_pretrained(folder)
+    facts = {
+        "fingerprint": model.fingerprint,
+        **model.describe(),
+        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
+        "image_backend": model.image_backend,
+    }
+    return functions(model, settings), facts
 
 
 def functions(model: DuetModel, settings: Settings) -> Functions:
     """Everything that a model can do. The retriever, if one is set, is opened when it is first asked."""
     room_for_many_images(model)
-    judge = settings.judge
     return Functions(
-        embed=embedder(model),
+        embed=lambda items, query: model.encode(items, query=query),
         answer=lambda prompts, longest: answers(model, prompts, longest, system=settings.system),
         loglikelihood=lambda pairs: likelihoods(model, pairs, system=settings.system),
-        other=None if settings.retriever is None else _opened_late(settings.retriever),
-        judge=None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file),
+        other=_other(settings),
+        judge=_judge(settings),
     )
 
 
@@ -79,18 +104,46 @@ def room_for_many_images(model: DuetModel) -> None:
     model.renderer.max_tokens = max(model.renderer.max_tokens, context)
 
 
-def embedder(model: DuetModel) -> Callable[[list[Parts], bool], np.ndarray]:
-    """(items, whether they are queries) -> float32[N, E]."""
-    return lambda items, query: model.encode(items, query=query)
+def kind_of(folder: Path) -> str:
+    """The `model_type` of a plain checkpoint; empty for a model folder that VLDuet saved."""
+    if (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
+        return ""
+    return str(read_config(folder).get("model_type", ""))
 
 
-def _opened_late(folder: Path) -> Callable[[list[Parts], bool], np.ndarray]:
-    opened: list[Callable[[list[Parts], bool], np.ndarray]] = []
+def two_tower(folder: Path) -> Embed:
+    """A CLIP or SigLIP folder as (items, whether they are queries) -> float32[N, E]."""
+    encode = load_two_tower(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    return lambda items, query: encode(items).numpy()
+
+
+def _mute(*_: Any) -> Any:
+    raise ModelError(
+        "an encoder with two towers does not speak", fix="Evaluate it on benchmarks of retrieval and pairs"
+    )
+
+
+def _judge(settings: Settings) -> Callable[[Mapping[str, Any], str, float], str] | None:
+    judge = settings.judge
+    return None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file)
+
+
+def _other(settings: Settings) -> Embed | None:
+    """The independent retriever, opened when it is first asked."""
+    folder = settings.retriever
+    if folder is None:
+        return None
+    kept: list[Embed] = []
 
     def embed(items: list[Parts], query: bool) -> np.ndarray:
-        if not opened:
-            opened.append(embedder(DuetModel.from_pretrained(folder)))
-        return opened[0](items, query)
+        if not kept:
+            if kind_of(folder) in TWO_TOWERS:
+                kept.append(two_tower(folder))
+            else:
+                model = DuetModel.from_pretrained(folder)
+                kept.append(lambda items, query: model.encode(items, query=query))
+        found: np.ndarray = kept[0](items, query)
+        return found
 
     return embed
 
@@ -129,22 +182,15 @@ def likelihoods(
     return found
 
 
-def made_by(model: DuetModel, folder: Path, settings: Settings) -> dict[str, Any]:
+def made_by(folder: Path, facts: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """What made the predictions: another value of any of these is another run."""
-    chosen = asdict(settings)
-    other = chosen.pop("retriever")
-    judge = chosen.pop("judge")
-    chosen.pop("seed")
-    chosen.pop("k")  # these two stand in run.json already
+    other, judge = settings.retriever, settings.judge
     return {
         "model": folder.name,
-        "fingerprint": model.fingerprint,
-        **model.describe(),
-        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
-        "image_backend": model.image_backend,
-        **chosen,
+        **facts,
+        "system": settings.system,
         "retriever": None if other is None else other.name,
-        "judge": None if judge is None else judge["model"] or "the official one",
+        "judge": None if judge is None else judge.model or "the official one",
         "python": platform.python_version(),
         "vlduet": __version__,
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
@@ -152,10 +198,9 @@ def made_by(model: DuetModel, folder: Path, settings: Settings) -> dict[str, Any
 
 
 def run(
-    model: DuetModel,
+    folder: Path,
     benchmarks: Sequence[Benchmark],
     *,
-    folder: Path,
     data: Path,
     runs: Path,
     settings: Settings,
@@ -165,7 +210,8 @@ def run(
     Returns:
         The scores, and for every benchmark that could not run the reason.
     """
-    playing, maker = functions(model, settings), made_by(model, folder, settings)
+    playing, facts = opened(folder, settings)
+    maker = made_by(folder.resolve(), facts, settings)
     done, failed = [], {}
     for benchmark in benchmarks:
         say(f"{benchmark.name}: {benchmark.title}")

@@ -49,11 +49,8 @@ def evaluate(
         raise ConfigError("no model", place="eval", fix="Write vlduet eval MODEL BENCHMARK..., or vlduet eval --list")
     chosen, wanted = _settings(settings), _wanted(names, suite)
     from vlduet.evaluation import run
-    from vlduet.model.duet import DuetModel
 
-    done, failed = run(
-        DuetModel.from_pretrained(model), wanted, folder=model.resolve(), data=data, runs=to, settings=chosen
-    )
+    done, failed = run(model, wanted, data=data, runs=to, settings=chosen)
     _tell(done, failed, as_json)
 
 

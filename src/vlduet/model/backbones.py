@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as advice
 
 from vlduet.data import images
-from vlduet.data.records import ImageRef
+from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ModelError, closest
 
@@ -266,6 +266,45 @@ def load_text_encoder(folder: Path) -> Callable[[list[str]], Tensor]:
         hidden = model(**batch).last_hidden_state  # [N, T, D]
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+    return encode
+
+
+TWO_TOWERS = ("clip", "siglip")
+"""Encoders of texts and images that cannot speak: to retrieve for others, and to compare with."""
+
+
+def load_two_tower(folder: Path, *, device: str | torch.device = "cpu") -> Callable[[list[Parts]], Tensor]:
+    """A CLIP or SigLIP checkpoint -> a function of texts, images and mixtures giving float[N, D] unit vectors.
+
+    A mixture is the normalised mean of its parts' unit vectors. Texts are cut to what the checkpoint was trained on.
+
+    Raises:
+        ModelError: another model_type, or a broken folder.
+    """
+    kind = read_config(folder).get("model_type", "")
+    if kind not in TWO_TOWERS:
+        raise ModelError(f"model_type '{kind}' has no two towers", place=folder, fix=closest(kind, TWO_TOWERS))
+    with quiet(), _opening(folder):
+        tokenizer, processor = _load_processors(folder)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    model.eval().to(device)
+    longest = model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def part(value: Part) -> Tensor:
+        if isinstance(value, ImageRef):
+            found = model.get_image_features(process(processor, value)["pixel_values"].to(device))
+        else:
+            # SigLIP was trained on texts padded to its full length.
+            padding = "max_length" if kind == "siglip" else False
+            ids = tokenizer(value, padding=padding, truncation=True, max_length=longest, return_tensors="pt").input_ids
+            found = model.get_text_features(ids.to(device))
+        return nn.functional.normalize(found.pooler_output.float(), dim=1)[0].cpu()
+
+    def encode(items: list[Parts]) -> Tensor:
+        means = torch.stack([torch.stack([part(value) for value in item]).mean(0) for item in items])
+        return nn.functional.normalize(means, dim=1)
 
     return encode
 

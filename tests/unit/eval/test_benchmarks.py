@@ -14,13 +14,13 @@ import pytest
 import official
 import tiny
 from vlduet.data.records import ImageRef, Parts
-from vlduet.errors import ConfigError, DataError
+from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
 from vlduet.eval.benchmarks.tasks import Pairs, Search
 from vlduet.eval.run import evaluate, folder_of, import_predictions
 from vlduet.eval.store import Functions, flat, read_lines
-from vlduet.evaluation import Settings, functions, made_by
+from vlduet.evaluation import Settings, functions, made_by, opened
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -329,8 +329,35 @@ def test_rag_never_finds_the_question_s_own_image(data: Path) -> None:
 
 def test_what_made_a_number_is_told(tmp_path: Path) -> None:
     model = tiny.duet(tmp_path / "base")
-    told = made_by(model, tmp_path, Settings(system="Be brief."))
+    model.save_pretrained(tmp_path / "mine")
+    settings = Settings(system="Be brief.")
+    _, facts = opened(tmp_path / "mine", settings)
+    told = made_by(tmp_path / "mine", facts, settings)
     assert told["fingerprint"] == model.fingerprint and told["system"] == "Be brief." and "seed" not in told
+
+
+def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
+    """As the independent retriever, and as a baseline: its numbers are what the papers compare with."""
+    tiny.clip(tmp_path / "clip")
+    playing, facts = opened(tmp_path / "clip", Settings())
+    assert facts["fingerprint"]
+    made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, made_by=facts)
+    assert set(made["values"]) >= {"text", "image", "group"}
+    with pytest.raises(ModelError, match="does not speak"):
+        evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, made_by=facts)
+    assert playing.embed is not None
+    image = ImageRef(data=official.png(1))
+    one, other, both = playing.embed([(image,), ("a cat",), (image, "a cat")], False)
+    assert np.allclose(both, (one + other) / np.linalg.norm(one + other), atol=1e-6)
+    model = tiny.duet(tmp_path / "base")
+    play = functions(model, Settings(retriever=tmp_path / "clip"))
+
+    def short(prompts: list[Parts], longest: int) -> list[str]:
+        return ["a cat"] * len(prompts)
+
+    mixed = Functions(play.embed, short, play.loglikelihood, play.other)
+    made = evaluate(known("fvqa"), mixed, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(made["values"])
 
 
 # ------------------------------------------------------------------ our own corpora
