@@ -65,6 +65,9 @@ def score(
     reviews: Annotated[
         Path | None, typer.Option("--reviews", metavar="FILE", help="What a judge wrote, kept from another run.")
     ] = None,
+    questions: Annotated[
+        Path | None, typer.Option("--questions", metavar="FILE", help="LLaVA's question file, where ids are its own.")
+    ] = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -82,7 +85,7 @@ def score(
     for benchmark in wanted:
         source = Source(data, seed=chosen.seed, k=chosen.k)
         if predictions is not None:
-            counts = import_predictions(benchmark, predictions, source=source, runs=to)
+            counts = import_predictions(benchmark, predictions, source=source, runs=to, questions=questions)
             say(f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item")
         if reviews is not None:
             say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")

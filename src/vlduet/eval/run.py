@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.protocols import PROTOCOLS
 from vlduet.eval.benchmarks.source import Source
@@ -136,12 +137,17 @@ def _same_files(folder: Path, identity: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------ others' predictions
 
 
-def import_predictions(benchmark: Benchmark, file: Path, *, source: Source, runs: Path) -> dict[str, int]:
+def import_predictions(
+    benchmark: Benchmark, file: Path, *, source: Source, runs: Path, questions: Path | None = None
+) -> dict[str, int]:
     """Take predictions that another toolkit made, to be scored by the official rules.
 
     Accepted: JSON lines with "key" or "question_id" (or "id"), "text" and maybe "prompt", as LLaVA's answer files have;
-    or one object id -> text, as MM-Vet's results file. Ids that are not ours are matched by id or file name of the image
-    and the first line of the prompt, as LLaVA's MME answers need.
+    or one object id -> text, as MM-Vet's results file. An id that is not ours is matched as LLaVA's need it: by the image
+    that it names and the first line of the prompt (MME, TextVQA), or through LLaVA's question file (POPE).
+
+    Args:
+        questions: JSON lines with "question_id", "image", "text" and "category".
 
     Returns:
         How many were taken and how many fit no item.
@@ -152,18 +158,20 @@ def import_predictions(benchmark: Benchmark, file: Path, *, source: Source, runs
     task = benchmark.load(source)
     items = getattr(task, "items", ())
     if not items or not isinstance(items[0], Question):
-        raise ConfigError(
-            f"'{benchmark.name}' takes no answers", place="--predictions", fix="Import those of a generative one"
-        )
+        raise ConfigError(f"'{benchmark.name}' takes no answers", place="--predictions", fix="Name another one")
     folder = folder_of(runs, benchmark)
     folder.mkdir(parents=True, exist_ok=True)
     keys = _keys(items)
+    asked = {str(row.get("question_id", "")): row for row in (_answers(questions) if questions else ())}
     taken: dict[str, str] = {}
     unknown = 0
     for row in _answers(file):
         identity = str(row.get("key", row.get("question_id", row.get("id", ""))))
-        first = str(row.get("prompt", "")).replace("<image>", "").strip().split("\n", maxsplit=1)[0].strip()
-        key = keys.get((identity, "")) or keys.get((Path(identity).name, first))
+        told = asked.get(identity, {"image": identity, "text": row.get("prompt", "")})
+        first, image = _first_line(str(told.get("text", ""))), str(told.get("image", ""))
+        tries = ((f"{told.get('category', '')}/{image}", first), (image, first), (Path(image).name, first))
+        key = keys.get((identity, "")) if identity not in asked else None
+        key = key or next((keys[one] for one in tries if one in keys), None)
         if key is None:
             unknown += 1
         else:
@@ -175,17 +183,24 @@ def import_predictions(benchmark: Benchmark, file: Path, *, source: Source, runs
     return {"taken": len(taken), "unknown": unknown}
 
 
+def _first_line(text: str) -> str:
+    return text.replace("<image>", "").strip().split("\n", maxsplit=1)[0].strip().casefold()
+
+
 def _keys(items: Iterable[Question]) -> dict[tuple[str, str], str]:
-    """(id, "") and (image's file name, first line of the prompt) -> id of the item."""
+    """(id, "") and (what an image is called, first line of the prompt) -> id of the item.
+
+    An image is called by its file name, with and without its ending, and by those behind a tag of the item, as
+    ``existence/0001.jpg`` (LLaVA's MME) and ``random/COCO_val2014_....jpg``.
+    """
     found: dict[tuple[str, str], str] = {}
     for item in items:
         found[item.id, ""] = item.id
-        text = "".join(part for part in item.parts if isinstance(part, str)).strip().split("\n", maxsplit=1)[0].strip()
-        for part in item.parts:
-            path = getattr(part, "path", None)
-            if path is not None:
-                found.setdefault((path.name, text), item.id)
-                found.setdefault((item.tags.get("image", ""), text), item.id)
+        first = _first_line("".join(part for part in item.parts if isinstance(part, str)))
+        for path in (part.path for part in item.parts if isinstance(part, ImageRef) and part.path):
+            for name in (path.name, path.stem):
+                for called in (name, *(f"{tag}/{name}" for tag in item.tags.values())):
+                    found.setdefault((called, first), item.id)
     return found
 
 

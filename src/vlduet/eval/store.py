@@ -30,7 +30,7 @@ Vectors = NDArray[np.float32]
 T = TypeVar("T")
 U = TypeVar("U")
 
-EMBED_CHUNK, ANSWER_CHUNK = 256, 32
+EMBED_CHUNK, ANSWER_CHUNK = 128, 32
 """Items after which what was computed is on disk."""
 
 

@@ -296,11 +296,34 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
         for thing, text in (("cat", "Yes"), ("dog", "No"))
     ]
     file = tmp_path / "answers.jsonl"
-    file.write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + json.dumps({"question_id": "?", "text": ""}) + "\n"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "?", "text": ""}]))
+    assert import_predictions(known("mme"), file, source=Source(data), runs=tmp_path) == {"taken": 4, "unknown": 1}
+    made = evaluate(known("mme"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert made["values"]["perception"]["mean"] == 400.0 and made["missing"] == 24
+    # POPE's answers have a running id, which only the question file explains; TextVQA's are called by their image.
+    asked = [
+        {
+            "question_id": 10 * s + n,
+            "image": f"COCO_val2014_{n:012d}.jpg",
+            "text": f"Is there a {t} in the image?{SHORT}",
+            "category": split,
+        }
+        for s, split in enumerate(("adversarial", "popular", "random"), 1)
+        for n, t in enumerate(("snowboard", "car"), 1)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    said = [{"question_id": row["question_id"], "text": "Yes" if "snow" in str(row["text"]) else "No"} for row in asked]
+    file.write_text("".join(json.dumps(row) + "\n" for row in said))
+    taken = import_predictions(
+        known("pope"), file, source=Source(data), runs=tmp_path, questions=tmp_path / "questions.jsonl"
     )
-    taken = import_predictions(known("mme"), file, source=Source(data), runs=tmp_path)
-    assert taken["unknown"] == 1
+    assert taken == {"taken": 6, "unknown": 0}
+    made = evaluate(known("pope"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert made["values"]["F1"]["mean"] == 100.0 and made["missing"] == 0
+    prompt = f"What is the brand of this camera?\nReference{SHORT}"
+    row = {"question_id": "003a8ae2ef43b901", "prompt": prompt, "text": "dakota"}
+    file.write_text(json.dumps(row) + "\n")
+    assert import_predictions(known("textvqa"), file, source=Source(data), runs=tmp_path)["taken"] == 1
     results = tmp_path / "mmvet.json"
     results.write_text(json.dumps({"v1_0": "x = -1", "v1_1": "a cat"}))
     assert import_predictions(known("mmvet"), results, source=Source(data), runs=tmp_path) == {"taken": 2, "unknown": 0}

@@ -30,6 +30,7 @@ from vlduet.eval.benchmarks.tasks import (
     sample,
 )
 from vlduet.eval.metrics import first_hit_ranks
+from vlduet.eval.protocols import unit
 
 Vectors = NDArray[np.float32]
 Indices = Sequence[Sequence[int]]
@@ -121,13 +122,6 @@ def search_ranks(
         ties += int((optimistic < pessimistic).sum())
         ranks.append(pessimistic)
     return np.concatenate(ranks) if ranks else np.zeros(0, dtype=np.int64), ties
-
-
-def unit(vectors: Vectors) -> NDArray[np.float64]:
-    """Rows of unit length, float64; a row of zeros becomes NaN, which no metric rewards."""
-    rows = np.asarray(vectors, dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return cast("NDArray[np.float64]", rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def ensembled(vectors: Vectors, size: int) -> Vectors:

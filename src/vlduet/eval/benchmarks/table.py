@@ -33,41 +33,27 @@ LLAVA_BENCH = tuple(
 R = "R@1, R@5, R@10"
 
 
-def _row(
-    name: str,
-    title: str,
-    papers: tuple[str, ...],
-    *,
-    split: str,
-    metric: str,
-    files: tuple[str, ...],
-    protocol: str,
-    load: Callable[[Any], Any],
-) -> Benchmark:
-    return Benchmark(name, title, papers, split, metric, files, protocol, load)
-
-
 DISCRIMINATIVE = (
-    _row(
+    Benchmark(
         "coco", "COCO 5k, the first five captions", BOTH, split="Karpathy test", metric=R,
         files=(KARPATHY, VAL2014), protocol="retrieval", load=retrieval.karpathy(KARPATHY, COCO_IMAGES, captions=5),
     ),
-    _row(
+    Benchmark(
         "coco_all", "COCO 5k, all 25,010 captions", (), split="Karpathy test", metric=R,
         files=(KARPATHY, VAL2014), protocol="retrieval", load=retrieval.karpathy(KARPATHY, COCO_IMAGES, captions=None),
     ),
-    _row(
+    Benchmark(
         "coco_unique", "COCO 5k, 24,809 distinct captions (UniIR)", (SUGAR,), split="Karpathy test", metric=R,
         files=(KARPATHY, VAL2014), protocol="retrieval",
         load=retrieval.karpathy(KARPATHY, COCO_IMAGES, captions=None, unique=True),
     ),
-    _row(
+    Benchmark(
         "flickr30k", "Flickr30k 1k", (VLADVA,), split="Karpathy test", metric=R,
         files=("flickr30k/dataset_flickr30k.json", "flickr30k/flickr30k-images/"), protocol="retrieval",
         load=retrieval.karpathy("flickr30k/dataset_flickr30k.json", ("flickr30k/flickr30k-images",), captions=5),
     ),
     *(
-        _row(
+        Benchmark(
             name, f"nocaps, {told}", (VLADVA,) if count is None else (), split="val", metric=R,
             files=("nocaps/nocaps_val_4500_captions.json", "nocaps/images/"), protocol="retrieval",
             load=retrieval.nocaps(count),
@@ -79,7 +65,7 @@ DISCRIMINATIVE = (
         )
     ),
     *(
-        _row(
+        Benchmark(
             name, f"VIST stories, {told}", (SUGAR, FROMAGE), split="val", metric=R, files=VIST, protocol="retrieval",
             load=retrieval.vist(captions=captions, context=context, unseen=unseen),
         )
@@ -91,117 +77,117 @@ DISCRIMINATIVE = (
             ("vist_5c4i_unseen", 5, True, True, "five captions and four images, without those seen"),
         )
     ),
-    _row(
+    Benchmark(
         "winoground", "Winoground", BOTH, split="test, 400", metric="text, image, group",
         files=WINOGROUND, protocol="pairs", load=compositional.winoground,
     ),
-    _row(
+    Benchmark(
         "sugarcrepe", "SugarCrepe, seven subsets", (VLADVA,), split="all, 7,511", metric="accuracy",
         files=("sugarcrepe/{SUBSET}.json x 7", VAL2017), protocol="pairs", load=compositional.sugarcrepe,
     ),
-    _row(
+    Benchmark(
         "sugarcrepe_pp", "SugarCrepe++, five subsets", (VLADVA,), split="all, 4,757", metric="ITT, TOT",
         files=("sugarcrepe_pp/{SUBSET}.json x 5", VAL2017), protocol="pairs", load=compositional.sugarcrepe_plus,
     ),
-    _row(
+    Benchmark(
         "mmvp_vlm", "MMVP-VLM, pairs", (SUGAR,), split="all, 9 x 15 pairs", metric="pair accuracy",
         files=MMVP, protocol="pairs", load=compositional.mmvp_vlm,
     ),
-    _row(
+    Benchmark(
         "mmvp_vlm_qa", "MMVP-VLM as questions (not comparable with pairs)", (SUGAR,), split="all, 9 x 15 pairs",
         metric="question accuracy", files=MMVP, protocol="answer", load=compositional.mmvp_questions,
     ),
-    _row(
+    Benchmark(
         "imagenet", "ImageNet-1k zero-shot, 'a photo of a {}'", (VLADVA,), split="val, 50,000", metric="R@1, R@5",
         files=IMAGENET, protocol="retrieval", load=retrieval.imagenet(retrieval.PLAIN),
     ),
-    _row(
+    Benchmark(
         "imagenet_80", "ImageNet-1k zero-shot, CLIP's 80 templates", (VLADVA,), split="val, 50,000", metric="R@1, R@5",
         files=IMAGENET, protocol="retrieval", load=retrieval.imagenet(retrieval.CLIP_80),
     ),
 )  # fmt: skip
 
 GENERATIVE = (
-    _row(
+    Benchmark(
         "vqav2_val", "VQAv2", (), split="val, 214,354", metric="VQA accuracy",
         files=(f"vqav2/{vqa.VQAV2['val'][0]}", vqa.VQAV2_ANSWERS, VAL2014), protocol="answer", load=vqa.vqav2("val"),
     ),
     *(
-        _row(
+        Benchmark(
             f"vqav2_{split}", "VQAv2", SPOKEN if split == "testdev" else (), split=told, metric="export for the server",
             files=(f"vqav2/{vqa.VQAV2[split][0]}", "coco/test2015/"), protocol="answer", load=vqa.vqav2(split),
         )
         for split, told in (("testdev", "test-dev, 107,394"), ("test", "test, 447,793"))
     ),
-    _row(
+    Benchmark(
         "gqa", "GQA", SPOKEN, split="testdev_balanced, 12,578", metric="exact match",
         files=("gqa/testdev_balanced_questions.json", "gqa/images/"), protocol="answer", load=vqa.gqa,
     ),
-    _row(
+    Benchmark(
         "vizwiz_val", "VizWiz", (), split="val, 4,319", metric="VQA accuracy",
         files=("vizwiz/Annotations/val.json", "vizwiz/val/"), protocol="answer", load=vqa.vizwiz("val"),
     ),
-    _row(
+    Benchmark(
         "vizwiz_test", "VizWiz", SPOKEN, split="test, 8,000", metric="export for the server",
         files=("vizwiz/Annotations/test.json", "vizwiz/test/"), protocol="answer", load=vqa.vizwiz("test"),
     ),
-    _row(
+    Benchmark(
         "scienceqa_img", "ScienceQA, questions with an image", SPOKEN, split="test, 2,017", metric="accuracy",
         files=SCIENCEQA, protocol="answer", load=choice.scienceqa,
     ),
-    _row(
+    Benchmark(
         "textvqa", "TextVQA with OCR tokens", SPOKEN, split="val, 5,000", metric="VQA accuracy",
         files=(TEXTVQA[0], OCR, TEXTVQA[1]), protocol="answer", load=vqa.textvqa(ocr=True),
     ),
-    _row(
+    Benchmark(
         "textvqa_plain", "TextVQA without OCR tokens", (), split="val, 5,000", metric="VQA accuracy",
         files=TEXTVQA, protocol="answer", load=vqa.textvqa(ocr=False),
     ),
-    _row(
+    Benchmark(
         "pope", "POPE: random, popular, adversarial", SPOKEN, split="COCO val2014", metric="mean F1",
         files=("pope/coco_pope_{random,popular,adversarial}.json", VAL2014), protocol="answer", load=yes_no.pope,
     ),
-    _row(
+    Benchmark(
         "mme", "MME, perception and cognition", SPOKEN, split="all, 2,374", metric="sum of acc and acc+",
         files=(f"{yes_no.ROOT}/TASK/",), protocol="answer", load=yes_no.mme,
     ),
-    _row(
+    Benchmark(
         "mmbench_dev", "MMBench, circular", SPOKEN, split="dev, 1,176 x 2-4", metric="CircularEval accuracy",
         files=("mmbench/mmbench_dev_20230712.tsv (or MMBench_DEV_EN.tsv)",), protocol="answer",
         load=choice.mmbench("mmbench/mmbench_dev_20230712.tsv", "mmbench/MMBench_DEV_EN.tsv"),
     ),
-    _row(
+    Benchmark(
         "mmbench_test", "MMBench, circular", (), split="test", metric="export for the server",
         files=("mmbench/mmbench_test_20230712.tsv (or MMBench_TEST_EN.tsv)",), protocol="answer",
         load=choice.mmbench("mmbench/mmbench_test_20230712.tsv", "mmbench/MMBench_TEST_EN.tsv"),
     ),
-    _row(
+    Benchmark(
         "seedbench", "SEED-Bench, by letter", (LLAVA,), split="v1, image and video", metric="accuracy",
         files=SEED, protocol="answer", load=choice.seedbench,
     ),
-    _row(
+    Benchmark(
         "seedbench_likelihood", "SEED-Bench, by likelihood", (), split="v1, image and video", metric="accuracy",
         files=SEED, protocol="choose", load=choice.seedbench_likelihood,
     ),
-    _row(
+    Benchmark(
         "llava_bench", "LLaVA-Bench-in-the-Wild", SPOKEN, split="all, 60", metric="judge: ratio to GPT-4",
         files=LLAVA_BENCH, protocol="judge", load=judged.llava_bench,
     ),
-    _row(
+    Benchmark(
         "mmvet", "MM-Vet", SPOKEN, split="all, 218", metric="judge: mean grade",
         files=("mmvet/mm-vet.json", "mmvet/images/"), protocol="judge", load=judged.mmvet,
     ),
-    _row(
+    Benchmark(
         "demon", "DEMON, 29 tasks in 7 categories", (SUGAR,), split="core, 18,176", metric="ROUGE-L, accuracy",
         files=("demon/TASK/core/core.json x 29", "demon/TASK/core/images/"), protocol="answer", load=demon.demon(),
     ),
-    _row(
+    Benchmark(
         "demon_repaired", "DEMON with VisualCloze matched as an image choice", (), split="core, 18,176",
         metric="ROUGE-L, accuracy", files=("demon/TASK/core/core.json x 29", "demon/TASK/core/images/"),
         protocol="answer", load=demon.demon(repaired=True),
     ),
     *(
-        _row(
+        Benchmark(
             f"demon/{name}", f"DEMON, {category}", (SUGAR,), split="core",
             metric="ROUGE-L" if category in demon.OPEN else "accuracy",
             files=(f"demon/{name}/core/core.json", f"demon/{name}/core/images/"), protocol="answer", load=demon.demon(name),
@@ -212,23 +198,23 @@ GENERATIVE = (
 )  # fmt: skip
 
 KNOWLEDGE = (
-    _row(
+    Benchmark(
         "webqa", "WebQA: retrieval and answers", (SUGAR,), split="val, 1,000 drawn", metric="ROUGE-L, R@k, F1",
         files=WEBQA, protocol="rag", load=knowledge.webqa,
     ),
-    _row(
+    Benchmark(
         "webqa_position", "WebQA yes/no by the place of the relevant image", (SUGAR,), split="val, 500 drawn x 6",
         metric="accuracy by place", files=WEBQA, protocol="answer", load=knowledge.webqa_position,
     ),
-    _row(
+    Benchmark(
         "fvqa", "FVQA: retrieval and answers", (SUGAR,), split="all with ans_source KB", metric="ROUGE-L, R@k",
         files=FVQA, protocol="rag", load=knowledge.fvqa,
     ),
-    _row(
+    Benchmark(
         "vizwiz_rag", "VizWiz with retrieved training questions", (SUGAR,), split="val, 4,319", metric="VQA accuracy",
         files=("vizwiz/Annotations/{val,train}.json", "vizwiz/{val,train}/"), protocol="rag", load=knowledge.vizwiz_rag,
     ),
-    _row(
+    Benchmark(
         "scienceqa_rag", "ScienceQA-IMG with retrieved training questions", (SUGAR,), split="test, 2,017",
         metric="accuracy", files=(*SCIENCEQA, "scienceqa/images/train/"), protocol="rag", load=knowledge.scienceqa_rag,
     ),

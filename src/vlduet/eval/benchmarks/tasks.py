@@ -148,7 +148,7 @@ class Question:
 Answers = Sequence[str | None]
 """One an item, None where there is none."""
 
-Score1 = Callable[[Sequence[Question], Answers], Score]
+Scorer = Callable[[Sequence[Question], Answers], Score]
 Export = Callable[[Sequence[Question], Answers], Mapping[str, bytes]]
 """Submission files by name."""
 
@@ -158,7 +158,7 @@ class Questions:
     """Prompts to answer freely; `score` is None where only a server knows the answers."""
 
     items: tuple[Question, ...]
-    score: Score1 | None = None
+    score: Scorer | None = None
     export: Export | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -175,23 +175,19 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Queries against a gallery.
-
-    Args of note:
-        positives: for every query the indices of its right documents, at least one.
-        excluded: for every query the indices of documents that it may not find; empty for none.
-        reverse: names of the two directions where documents search for queries too.
-        ensemble: so many consecutive documents are averaged to one (prompt templates of a class).
-    """
+    """Queries against a gallery."""
 
     queries: tuple[Parts, ...]
     documents: tuple[Parts, ...]
     positives: tuple[tuple[int, ...], ...]
+    """For every query the indices of its right documents, at least one."""
     excluded: tuple[tuple[int, ...], ...] = ()
+    """For every query the indices of documents that it may not find; empty for none."""
     directions: tuple[str, ...] = ("",)
     """Prefixes of the numbers' names: one for queries against documents, a second one for the reverse."""
     ks: tuple[int, ...] = (1, 5, 10)
     ensemble: int = 1
+    """So many consecutive documents are averaged to one: the prompt templates of a class."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -263,7 +259,7 @@ class Rag:
     """Views of every question."""
     facts: tuple[Fact, ...]
     prompt: Callable[[Question, Sequence[Fact]], Parts]
-    score: Score1
+    score: Scorer
     candidates: tuple[tuple[int, ...], ...] = ()
     """For every question the facts that it may find; empty: all facts."""
     excluded: tuple[tuple[int, ...], ...] = ()

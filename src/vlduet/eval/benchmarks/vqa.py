@@ -9,13 +9,13 @@ from typing import Any
 from vlduet.errors import DataError
 from vlduet.eval.answers import evalai, evalai_accuracy, vqa_accuracy
 from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import Answers, Export, Question, Questions, Score, Score1, by_tag, sample
+from vlduet.eval.benchmarks.tasks import Answers, Export, Question, Questions, Score, Scorer, by_tag, sample
 
 SHORT = "\nAnswer the question using a single word or phrase."
 UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
-def scored(metric: Callable[[str, Any], float], *tags: str) -> Score1:
+def scored(metric: Callable[[str, Any], float], *tags: str) -> Scorer:
     """A scorer of one number an item, a missing answer being the empty text, broken down by tags."""
 
     def score(items: Sequence[Question], answers: Answers) -> Score:
