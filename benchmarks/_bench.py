@@ -83,15 +83,19 @@ def table(title: str, unit: str, seconds: Mapping[str, list[float]], *, work: fl
 
 def facts(options: argparse.Namespace, model: Path) -> None:
     """On what it was measured."""
+    machine()
+    names = ("torch", "transformers", "peft", "sentence-transformers", "vlduet")
+    print(f"versions  {', '.join(f'{name} {installed(name)}' for name in names)}")
+    print(f"run       seed {options.seed}, model {model.name}, {'quick' if options.quick else 'full'}", flush=True)
+
+
+def machine() -> None:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         cpu = next((r.split(":")[1].strip() for r in info.read_text().splitlines() if r.startswith("model name")), cpu)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
-    names = ("torch", "transformers", "peft", "sentence-transformers", "vlduet")
     print(f"machine   {device}; {platform.system()}, Python {platform.python_version()}")
-    print(f"versions  {', '.join(f'{name} {installed(name)}' for name in names)}")
-    print(f"run       seed {options.seed}, model {model.name}, {'quick' if options.quick else 'full'}", flush=True)
 
 
 def installed(name: str) -> str:

@@ -39,6 +39,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": LEAVES | {"data", "model", "evaluation"},
     # A record as the model sees it, for the cli.
     "show": LEAVES | {"data", "model", "recipes", "train"},
+    # Hard negatives are nearest neighbours, embedded and kept as an index's are, and told apart as the losses do.
+    "mining": LEAVES | {"data", "model", "retrieval"},
+    # Captions that a model writes: a records' file in, a records' file out.
+    "captioning": LEAVES | {"data", "model"},
+    # A model looked into, on a page like the report's.
+    "analysis": LEAVES | {"data", "model", "eval"},
+    # Two records beside each other, as a recipe's encoders or a model compare them.
+    "align": LEAVES | {"data", "model", "objectives", "recipes", "train", "eval"},
     "serve": LEAVES | {"data", "model", "retrieval", "rag"},
 }
 EVERYTHING_BELOW = set(MAY_IMPORT)
@@ -51,7 +59,8 @@ MAY_IMPORT |= {
 
 # One door a heavy dependency: the only files that may name it.
 DOORS: dict[str, set[str]] = {
-    "transformers": {"model/backbones.py", "model/generation.py", "model/nano.py"},
+    # encoders: frozen judges are any checkpoint of transformers, and none of them is a backbone.
+    "transformers": {"model/backbones.py", "model/encoders.py", "model/generation.py", "model/nano.py"},
     "peft": {"model/adapters.py"},
     "PIL": {"data/images.py"},
     "lancedb": {"retrieval/lance.py"},

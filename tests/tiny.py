@@ -8,9 +8,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
     CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2Model,
     EfficientNetConfig,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
@@ -117,24 +122,9 @@ def fast_vlm(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def clip(folder: Path, *, seed: int = 0) -> Path:
-    """A CLIP checkpoint with two towers: it embeds and does not speak."""
-    torch.manual_seed(seed)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {**small, "vocab_size": len(SPECIALS) + 256, "max_position_embeddings": 24, "eos_token_id": 2}
-    vision = {**small, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    tokenizer(bos=True).save_pretrained(folder)
-    square = {"height": 16, "width": 16}
-    CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False).save_pretrained(folder)
-    return folder
-
-
 def _processor(folder: Path, *, bos: bool, size: int, patch: int, strategy: str, extra: int) -> None:
-    square = {"height": size, "width": size}
-    pictures = CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
     LlavaProcessor(
-        pictures,
+        _pictures(size),
         tokenizer(bos=bos),
         patch_size=patch,
         vision_feature_select_strategy=strategy,
@@ -153,6 +143,52 @@ def duet(folder: Path, *, family: str = "fast_vlm", head: str = "mlp", prompts: 
 
     torch.manual_seed(1)
     return DuetModel(load_backbone(FAMILIES[family](folder)), prompts=prompts, head=head, dim=12).eval()
+
+
+def vision_encoder(folder: Path, *, seed: int = 0) -> Path:
+    """A DINOv2 of 4 patches."""
+    torch.manual_seed(seed)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=16, patch_size=8
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    _pictures(16).save_pretrained(folder)
+    return folder
+
+
+def text_encoder(folder: Path, *, seed: int = 0) -> Path:
+    """A sentence encoder."""
+    torch.manual_seed(seed)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(SPECIALS) + 256, hidden_size=24, **shape)).save_pretrained(folder)
+    tokenizer(bos=False).save_pretrained(folder)
+    return folder
+
+
+def cross_encoder(folder: Path, *, seed: int = 0) -> Path:
+    """A CLIP."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = CLIPTextConfig(vocab_size=len(SPECIALS) + 256, **shape, **ends)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **shape)
+    CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12)
+    ).save_pretrained(folder)
+    tokenizer(bos=True).save_pretrained(folder)
+    _pictures(16).save_pretrained(folder)
+    return folder
+
+
+def encoders(folder: Path) -> dict[str, Path]:
+    """A folder for every role."""
+    made = {"vision": vision_encoder, "text": text_encoder, "cross": cross_encoder}
+    return {role: make(folder / role) for role, make in made.items()}
+
+
+def _pictures(size: int) -> CLIPImageProcessorPil:
+    square = {"height": size, "width": size}
+    return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
 
 
 def picture(seed: int = 0, side: int = 24) -> ImageRef:

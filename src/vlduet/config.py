@@ -25,8 +25,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which checkpoint, and how it embeds."""
 
-    path: Path
-    """A Hugging Face checkpoint or a model folder of VLDuet."""
+    path: Path | None = None
+    """A Hugging Face checkpoint or a model folder of VLDuet; recipes that start from nothing need none."""
     head: Literal["none", "linear", "mlp"] | None = None
     """Between pooled hidden state and embedding; default: the model folder's own, `none` for a plain checkpoint."""
     dim: int = Field(default=384, gt=0)
@@ -35,6 +35,17 @@ class ModelSection(Section):
     """Of the frozen weights. auto: float32 on a CPU; on a GPU, bfloat16 for a checkpoint saved in half precision."""
     prompts: dict[str, Any] = {}
     """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own."""
+
+
+class EncodersSection(Section):
+    """Frozen encoders that a recipe asks how alike slices are: local folders."""
+
+    vision: Path | None = None
+    """Compares two images."""
+    text: Path | None = None
+    """Compares two texts."""
+    cross: Path | None = None
+    """Compares an image and a text."""
 
 
 class SourceSection(Section):
@@ -103,16 +114,29 @@ class RunConfig(Section):
     objectives: dict[str, float]
     """Weight of every loss by name; a recipe's loss that is left out is not computed."""
     model: ModelSection
+    encoders: EncodersSection = EncodersSection()
     data: DataSection
     train: TrainSection
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a config file; relative paths in it stand as they are, relative to where the command runs.
+    """Read a config file, laid over the one that it `extends`; paths in it are relative to where the command runs.
 
     Raises:
         ConfigError: naming file and key, with the closest known key for an unknown one.
     """
+    tree = _read(path)
+    if (base := tree.pop("extends", None)) is not None:
+        below = _read(path.parent / str(base))
+        if "extends" in below:
+            raise ConfigError(f"extends {base}, which extends another", place=path, fix="Extend the last one")
+        tree = _over(below, tree)
+    for override in overrides:
+        _override(tree, override)
+    return check(tree, place=str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -122,9 +146,14 @@ def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     tree = _parse(text, place=str(path))
     if not isinstance(tree, dict):
         raise ConfigError("not a mapping of keys", place=path, fix="See configs/ for examples")
-    for override in overrides:
-        _override(tree, override)
-    return check(tree, place=str(path))
+    return tree
+
+
+def _over(below: Any, above: Any) -> Any:
+    """`above` laid over `below`: sections key by key, anything else whole."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
 
 
 def check(tree: dict[str, Any], *, place: str) -> RunConfig:

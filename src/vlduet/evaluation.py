@@ -15,7 +15,7 @@ import torch
 from vlduet import __version__
 from vlduet.data import corpora
 from vlduet.data.batches import by_length
-from vlduet.data.records import Message, Parts
+from vlduet.data.records import Message, Part, Parts
 from vlduet.data.sequences import IGNORE
 from vlduet.errors import ModelError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
@@ -25,9 +25,10 @@ from vlduet.eval.run import evaluate
 from vlduet.eval.store import Functions
 from vlduet.logs import progress, say
 from vlduet.model import generation
-from vlduet.model.backbones import IMAGE_BACKEND, TWO_TOWERS, fingerprint_of, load_two_tower, read_config
+from vlduet.model.backbones import BACKBONES, IMAGE_BACKEND, read_config
 from vlduet.model.checkpoint import MANIFEST
 from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import kind_of, open_encoder
 from vlduet.model.generation import evaluating
 
 Embed = Callable[[list[Parts], bool], np.ndarray]
@@ -65,16 +66,16 @@ class Settings:
 
 
 def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]:
-    """The functions of a model folder, and the facts about it. CLIP and SigLIP folders embed and do not speak.
+    """The functions of a model folder, and the facts about it. CLIP, SigLIP and dual encoders embed and do not speak.
 
     Raises:
-        ModelError: as `DuetModel.from_pretrained` and `load_two_tower` do.
+        ModelError: as `DuetModel.from_pretrained` and `open_encoder` do.
     """
-    if kind_of(folder) in TWO_TOWERS:
+    if not speaks(folder):
         playing = Functions(
-            embed=two_tower(folder), answer=_mute, loglikelihood=_mute, other=_other(settings), judge=_judge(settings)
+            embed=two_towers(folder), answer=_mute, loglikelihood=_mute, other=_other(settings), judge=_judge(settings)
         )
-        return playing, {"fingerprint": fingerprint_of(folder), "image_backend": IMAGE_BACKEND, "dtype": "float32"}
+        return playing, {"fingerprint": open_encoder(folder).fingerprint, "image_backend": IMAGE_BACKEND}
     model = DuetModel.from_pretrained(folder)
     facts = {
         "fingerprint": model.fingerprint,
@@ -104,17 +105,39 @@ def room_for_many_images(model: DuetModel) -> None:
     model.renderer.max_tokens = max(model.renderer.max_tokens, context)
 
 
-def kind_of(folder: Path) -> str:
-    """The `model_type` of a plain checkpoint; empty for a model folder that VLDuet saved."""
-    if (folder / MANIFEST).is_file() or not (folder / "config.json").is_file():
-        return ""
-    return str(read_config(folder).get("model_type", ""))
+def speaks(folder: Path) -> bool:
+    """Whether a folder holds a model that generates: one that VLDuet saved, or a checkpoint of a known family."""
+    return (folder / MANIFEST).is_file() or (
+        (folder / "config.json").is_file() and read_config(folder).get("model_type") in BACKBONES
+    )
 
 
-def two_tower(folder: Path) -> Embed:
-    """A CLIP or SigLIP folder as (items, whether they are queries) -> float32[N, E]."""
-    encode = load_two_tower(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    return lambda items, query: encode(items).numpy()
+def two_towers(folder: Path) -> Embed:
+    """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E].
+
+    A mixture is the mean of its parts' unit vectors.
+
+    Raises:
+        ModelError: the folder's encoder does not read both images and texts.
+    """
+    encoder = open_encoder(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    if set(encoder.kinds) != {"image", "text"}:
+        fix = "Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder"
+        raise ModelError(f"reads {' and '.join(encoder.kinds)}s alone", place=folder, fix=fix)
+
+    def embed(items: list[Parts], query: bool) -> np.ndarray:
+        parts = list(dict.fromkeys(part for item in items for part in item))
+        vectors: dict[Part, torch.Tensor] = {}
+        for kind in encoder.kinds:
+            wanted = [part for part in parts if kind_of(part) == kind]
+            if wanted:
+                found = torch.nn.functional.normalize(encoder.encode[kind](wanted).detach().float().cpu(), dim=1)
+                vectors |= dict(zip(wanted, found, strict=True))
+        means = torch.stack([torch.stack([vectors[part] for part in item]).mean(0) for item in items])
+        made: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
+        return made
+
+    return embed
 
 
 def _mute(*_: Any) -> Any:
@@ -137,8 +160,8 @@ def _other(settings: Settings) -> Embed | None:
 
     def embed(items: list[Parts], query: bool) -> np.ndarray:
         if not kept:
-            if kind_of(folder) in TWO_TOWERS:
-                kept.append(two_tower(folder))
+            if not speaks(folder):
+                kept.append(two_towers(folder))
             else:
                 model = DuetModel.from_pretrained(folder)
                 kept.append(lambda items, query: model.encode(items, query=query))

@@ -12,13 +12,14 @@ from vlduet.data.records import Record
 from vlduet.errors import DataError
 from vlduet.eval import protocols
 from vlduet.logs import say
+from vlduet.model.dual import DualEncoder
 from vlduet.model.duet import DuetModel
 
 LIMIT = 256
 """Records that are measured; the first ones of the file, so that numbers of one run compare."""
 
 
-def validator(path: Path, *, seed: int, limit: int = LIMIT) -> Callable[[DuetModel], dict[str, float]]:
+def validator(path: Path, *, seed: int, limit: int = LIMIT) -> Callable[[DuetModel | DualEncoder], dict[str, float]]:
     """A function that measures a model on the pairs of `path`.
 
     It returns hit@1/5/10 of both directions on short captions, and the cross entropy of captions (long where there are
@@ -50,11 +51,13 @@ def usable(record: Record) -> bool:
     return True
 
 
-def measure(model: DuetModel, records: Sequence[Record], *, seed: int) -> dict[str, float]:
+def measure(model: DuetModel | DualEncoder, records: Sequence[Record], *, seed: int) -> dict[str, float]:
     """The numbers of one measurement, by name."""
     found = protocols.retrieval(model.encode_document, model.encode_query, records=records)
     values = {f"text_to_image/{name}": value for name, value in found.text_to_image.hits().items()}
     values |= {f"image_to_text/{name}": value for name, value in found.image_to_text.hits().items()}
+    if isinstance(model, DualEncoder):  # it has nothing to say
+        return values
     told = [replace(record, short=(record.long or record.short[0],)) for record in records]
     entropy = protocols.caption_cross_entropy(model.caption_nll, told, seed=seed)
     values["caption_cross_entropy"] = entropy.after_right().mean

@@ -1,5 +1,5 @@
-"""Two real processes compute the loss and the gradients of one: for InfoNCE, for the language loss, and for both;
-also where one of them has nothing to embed, or nothing at all."""
+"""Two real processes compute the loss and the gradients of one: for every loss alone, and for both of a recipe; also
+where one of them has nothing to embed, or nothing at all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-@pytest.mark.parametrize("case", sorted(worker.WEIGHTS))
+@pytest.mark.parametrize("case", sorted(worker.CASES))
 def test_two_processes_equal_one(case: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     port = str(free_port())

@@ -11,21 +11,35 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+import judges
 import tiny
 from vlduet import distributed
 from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
 from vlduet.model.readout import empty_readout
-from vlduet.recipes import vladva
+from vlduet.recipes import sugar, vladva
 
-WEIGHTS = {
-    "infonce": {"contrastive": 1.0, "language": 0.0},
-    "language": {"contrastive": 0.0, "language": 1.0},
-    "joint": {"contrastive": 1.0, "language": 0.7},
-    "empty rank": {"contrastive": 1.0, "language": 0.7},
-    "chat-only rank": {"contrastive": 1.0, "language": 0.7},
+VLADVA = vladva, vladva.Options(mixed=True)
+OURS = {
+    "target": "awm",
+    "same_sequence": "nested",
+    "calibrate": True,
+    "loss": "kl",
+    "triple": False,
+    "pair_order": "either",
 }
-CUTS = {"empty rank": 0, "chat-only rank": 1}
+CASES = {
+    "infonce": (*VLADVA, {"contrastive": 1.0, "language": 0.0}),
+    "language": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
+    "joint": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "structure": (sugar, sugar.Options(k=3), {"structure": 1.0, "language": 0.0}),
+    "sugar": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
+    "sugar, empty rank": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
+    "sugar, ours": (sugar, sugar.Options(**OURS), {"structure": 1.0, "language": 0.7}),
+}
+CUTS = {"empty rank": 0, "chat-only rank": 1, "sugar, empty rank": 0}
 """Where the batch is cut in two, if not after three records."""
 
 
@@ -44,21 +58,35 @@ def records() -> list[Record]:
     return [*pairs[:3], retrieval[0], *pairs[3:], retrieval[1]]
 
 
+def stories() -> list[Record]:
+    """Nine records: unequal lengths, slices that repeat across ranks, one record on both, and no image on the first."""
+
+    def story(number: int, *tail: str) -> Record:
+        return Record(f"s{number}", parts=(tiny.picture(number), f"Story {number}.", *tail))
+
+    texts = Record("texts", parts=("Story 1.", "No picture here.", "None at all."))
+    chat = Record("chat", messages=(Message("user", ("hi",)), Message("assistant", ("ho",))))
+    pair = Record("pair", image=tiny.picture(1), short=("Story 1.", "another"))
+    one, two = story(1, "It rains.", "It stops."), story(2)
+    three = story(3, "It rains.", "It stops.", "It rains.", "The end.")
+    return [texts, chat, Record("more", parts=("It rains.", "Story 2.")), one, one, pair, two, texts, three]
+
+
 def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
+    recipe, options, weights = CASES[case]
     chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
-    everything = [chat, *records()] if case == "chat-only rank" else records()
+    everything = stories() if recipe is sugar else [chat, *records()] if case == "chat-only rank" else records()
     cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
-    rows = everything[cut[rank] : cut[rank + 1]]
-    options = vladva.Options(mixed=True)
-    sequences = [
-        s for i, record in enumerate(rows) for s in vladva.layout(Sample(record, i, 0), model.renderer, options)
-    ]
+    rows = range(cut[rank], cut[rank + 1])
+    sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
+    if recipe is sugar:
+        sequences = judges.judges().see(sequences)
     readout = (
         model(model.collate(sequences)) if sequences else empty_readout(model.dim, like=model.logit_scale.detach())
     )
-    losses = vladva.objective(readout, model.logit_scale, options)
-    loss = sum(WEIGHTS[case][name] * value for name, value in losses.items())
+    losses = recipe.objective(readout, model.logit_scale, options)
+    loss = sum(weights[name] * value for name, value in losses.items())
     loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]
     distributed.average_gradients(moved)

@@ -67,7 +67,7 @@ def test_show(source: Path) -> None:
     text = page.read_text()
     assert "A &lt;red&gt; cat." in text and "data:image/" in text and "http" not in text
     beyond = runner.invoke(app, ["show", str(source), "--index", "2"])
-    assert isinstance(beyond.exception, DataError) and "Use --index 0 to 1" in str(beyond.exception)
+    assert isinstance(beyond.exception, DataError) and "Use 0 to 1" in str(beyond.exception)
 
 
 def test_fetch_goes_on_without_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

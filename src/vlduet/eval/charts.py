@@ -166,32 +166,26 @@ def heatmap(
     *,
     rows: Sequence[str],
     columns: Sequence[str],
-    marked: Sequence[Sequence[bool]],
+    marked: Sequence[Sequence[float]],
     title: str,
 ) -> Markup:
     """A matrix as shades of `--a`; marked cells are outlined.
 
     Args:
         values: float[R, C]; the shade runs from the lowest to the highest finite value.
-        rows: R texts, shortened to fit and told in full on hover.
-        columns: C images as data URLs.
-        marked: bool[R, C].
+        rows, columns: R and C labels, each a text, shortened to fit and told in full on hover, or an image as a data URL.
+        marked: float[R, C], strength of the outline from 0 (none) to 1; bool will do.
         title: for screen readers.
     """
     finite = [v for row in values for v in row if math.isfinite(v)] or [0.0]
     low, span = min(finite), (max(finite) - min(finite)) or 1.0
-    top = PICTURE + 8
-    parts = [
-        f'<image href="{escape(url)}" x="{MARGIN + c * CELL + 1}" y="1" width="{PICTURE - 2}" height="{PICTURE - 2}"/>'
-        for c, url in enumerate(columns)
-    ]
-    for r, (name, row) in enumerate(zip(rows, values, strict=True)):
+    worded = any(not _is_image(label) for label in columns)
+    top = (MARGIN if worded else PICTURE) + 8
+    parts = [_column(label, MARGIN + c * CELL, bottom=top - 8) for c, label in enumerate(columns)]
+    for r, (label, row) in enumerate(zip(rows, values, strict=True)):
         y = top + r * CELL
-        short = name if len(name) <= CAPTION_CHARS else name[: CAPTION_CHARS - 1].rstrip() + "…"
-        parts.append(
-            f'<text class="row" x="{MARGIN - 8}" y="{y + CELL / 2 + 4:.0f}" text-anchor="end">{escape(short)}'
-            f"<title>{escape(name)}</title></text>"
-        )
+        parts.append(_row(label, y))
+        name = "" if _is_image(label) else label
         for c, value in enumerate(row):
             shade = (value - low) / span if math.isfinite(value) else 0.0
             parts.append(
@@ -200,14 +194,67 @@ def heatmap(
             )
     # Outlines last, so that no neighbour covers them.
     parts += [
-        f'<rect class="mark" x="{MARGIN + c * CELL + 1}" y="{top + r * CELL + 1}" width="{CELL - 2}" height="{CELL - 2}"/>'
+        f'<rect class="mark" x="{MARGIN + c * CELL + 1}" y="{top + r * CELL + 1}" width="{CELL - 2}" height="{CELL - 2}"'
+        + ("/>" if on >= 1 else f' stroke-opacity="{on:.2f}"/>')
         for r, row in enumerate(marked)
         for c, on in enumerate(row)
-        if on
+        if on >= 0.01
     ]
     size = (MARGIN + len(columns) * CELL + 2, top + len(rows) * CELL + 2)
-    label = f"{title}: {len(rows)} captions by {len(columns)} images, cosine from {low:.2f} to {low + span:.2f}"
+    label = f"{title}: {len(rows)} by {len(columns)}, cosine from {low:.2f} to {low + span:.2f}"
     return _svg(*size, "".join(parts), label=label, name="heatmap")
+
+
+def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Markup:
+    """A picture under a grid of shades of `--b`, the strongest for the largest weight.
+
+    Args:
+        url: the picture, as a data URL; the grid covers all of it.
+        weights: float[h, w], 0 or more.
+        title: for screen readers.
+    """
+    rows, columns = len(weights), len(weights[0])
+    # Square cells: the picture has the proportions of its grid.
+    width, height = CELL * columns, CELL * rows
+    top = max((v for row in weights for v in row if math.isfinite(v)), default=0.0) or 1.0
+    parts = [f'<image href="{escape(url)}" width="{width}" height="{height}" preserveAspectRatio="none"/>']
+    for r, row in enumerate(weights):
+        for c, value in enumerate(row):
+            shade = min(max(value / top, 0.0), 1.0) if math.isfinite(value) else 0.0
+            parts.append(
+                f'<rect x="{c * CELL}" y="{r * CELL}" width="{CELL}" height="{CELL}" fill-opacity="{0.85 * shade:.2f}"/>'
+            )
+    return _svg(width, height, "".join(parts), label=title, name="overlay")
+
+
+def _is_image(label: str) -> bool:
+    return label.startswith("data:")
+
+
+def _image(url: str, *, x: int, y: int) -> str:
+    return f'<image href="{escape(url)}" x="{x + 1}" y="{y + 1}" width="{PICTURE - 2}" height="{PICTURE - 2}"/>'
+
+
+def _text(text: str, *, x: int, y: float, turn: str = "", anchor: str = "end") -> str:
+    short = text if len(text) <= CAPTION_CHARS else text[: CAPTION_CHARS - 1].rstrip() + "…"
+    return (
+        f'<text class="row" x="{x}" y="{y:.0f}" text-anchor="{anchor}"{turn}>{escape(short)}'
+        f"<title>{escape(text)}</title></text>"
+    )
+
+
+def _row(label: str, y: int) -> str:
+    if _is_image(label):
+        return _image(label, x=MARGIN - 8 - PICTURE, y=y)
+    return _text(label, x=MARGIN - 8, y=y + CELL / 2 + 4)
+
+
+def _column(label: str, x: int, *, bottom: int) -> str:
+    """An image, or a text that reads upwards from `bottom`."""
+    if _is_image(label):
+        return _image(label, x=x, y=bottom - PICTURE)
+    across = x + CELL // 2 + 4
+    return _text(label, x=across, y=bottom, turn=f' transform="rotate(-90 {across} {bottom})"', anchor="start")
 
 
 def _svg(width: int, height: int, body: str, *, label: str, name: str) -> Markup:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,11 @@ def summary(report: DemoReport) -> dict[str, Any]:
 
 def write_report(path: Path, report: DemoReport) -> None:
     """Write the page, whole or not at all."""
+    write_page(path, "report.html", {"report": report})
+
+
+def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
+    """Fill a template of ours and write it, whole or not at all; every text in it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -252,8 +257,8 @@ def write_report(path: Path, report: DemoReport) -> None:
     }
     environment.filters.update(filters)
     environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": KS}
-    environment.globals["nats_bar"] = nats_bar
-    page = environment.get_template("report.html").render(report=report)
+    environment.globals |= {"nats_bar": nats_bar, "overlay": overlay}
+    page = environment.get_template(template).render(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # A caption may hold lone surrogates, which UTF-8 has no bytes for.
@@ -302,3 +307,8 @@ def heatmap(heat: Heat) -> Markup:
     return charts.heatmap(
         heat.similarity, rows=heat.captions, columns=columns, marked=heat.relevant, title="Similarity"
     )
+
+
+def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Markup:
+    """A picture with what lies over it."""
+    return charts.overlay(picture(url), weights, title=title)

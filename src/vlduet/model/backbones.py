@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import logging as advice
 
 from vlduet.data import images
-from vlduet.data.records import ImageRef, Part, Parts
+from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ModelError, closest
 
@@ -159,7 +159,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
     if dtype is None:
         half = str(config.get("dtype") or config.get("torch_dtype")) in ("float16", "bfloat16")
         dtype = torch.bfloat16 if half and torch.device(device).type == "cuda" else torch.float32
-    with _opening(folder):
+    with opening(folder):
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
@@ -186,7 +186,7 @@ def load_processing(folder: Path) -> tuple[Tokenizer, Callable[[ImageRef], Prepa
     """
     family = family_of(read_config(folder).get("model_type", ""), folder)
     tokenizer, processor = _load_processors(folder)
-    with _opening(folder):
+    with opening(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def prepare(ref: ImageRef) -> PreparedImage:
@@ -197,7 +197,7 @@ def load_processing(folder: Path) -> tuple[Tokenizer, Callable[[ImageRef], Prepa
 
 
 def _load_processors(folder: Path) -> tuple[Tokenizer, Any]:
-    with _opening(folder):
+    with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
@@ -212,7 +212,7 @@ def process(processor: Any, ref: ImageRef) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _opening(folder: Path) -> Iterator[None]:
+def opening(folder: Path) -> Iterator[None]:
     """Quiet inside; what transformers says of broken files becomes one line."""
     try:
         with quiet():
@@ -251,62 +251,39 @@ def fingerprint_of(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_text_encoder(folder: Path) -> Callable[[list[str]], Tensor]:
-    """A local sentence encoder (mean pooling, as all-MiniLM-L6-v2) -> function of texts giving float[N, D] unit vectors."""
+def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Callable[[list[str]], Tensor]:
+    """A local sentence encoder -> function of texts giving float[N, D] unit vectors.
+
+    Pooled as the folder says in 1_Pooling/config.json: by the first token (BGE), or else the mean (all-MiniLM-L6-v2).
+    """
     read_config(folder)
-    with quiet():
+    with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    model.to(device).eval()
+    first = _pooling(folder) == "cls"
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
         hidden = model(**batch).last_hidden_state  # [N, T, D]
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        pooled = hidden[:, 0] if first else (hidden * mask).sum(1) / mask.sum(1)
+        return nn.functional.normalize(pooled, dim=1)
 
     return encode
 
 
-TWO_TOWERS = ("clip", "siglip")
-"""Encoders of texts and images that cannot speak: to retrieve for others, and to compare with."""
-
-
-def load_two_tower(folder: Path, *, device: str | torch.device = "cpu") -> Callable[[list[Parts]], Tensor]:
-    """A CLIP or SigLIP checkpoint -> a function of texts, images and mixtures giving float[N, D] unit vectors.
-
-    A mixture is the normalised mean of its parts' unit vectors. Texts are cut to what the checkpoint was trained on.
-
-    Raises:
-        ModelError: another model_type, or a broken folder.
-    """
-    kind = read_config(folder).get("model_type", "")
-    if kind not in TWO_TOWERS:
-        raise ModelError(f"model_type '{kind}' has no two towers", place=folder, fix=closest(kind, TWO_TOWERS))
-    with quiet(), _opening(folder):
-        tokenizer, processor = _load_processors(folder)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
-    model.eval().to(device)
-    longest = model.config.text_config.max_position_embeddings
-
-    @torch.no_grad()
-    def part(value: Part) -> Tensor:
-        if isinstance(value, ImageRef):
-            found = model.get_image_features(process(processor, value)["pixel_values"].to(device))
-        else:
-            # SigLIP was trained on texts padded to its full length.
-            padding = "max_length" if kind == "siglip" else False
-            ids = tokenizer(value, padding=padding, truncation=True, max_length=longest, return_tensors="pt").input_ids
-            found = model.get_text_features(ids.to(device))
-        return nn.functional.normalize(found.pooler_output.float(), dim=1)[0].cpu()
-
-    def encode(items: list[Parts]) -> Tensor:
-        means = torch.stack([torch.stack([part(value) for value in item]).mean(0) for item in items])
-        return nn.functional.normalize(means, dim=1)
-
-    return encode
+def _pooling(folder: Path) -> str:
+    """cls or mean. Raises ModelError for another one."""
+    path = folder / "1_Pooling" / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    chosen = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    pooling = config.get("pooling_mode", names.get(chosen[0], chosen[0]) if len(chosen) == 1 else "mean")
+    if pooling not in names.values() or len(chosen) > 1:
+        raise ModelError(f"pooling {chosen or pooling}", place=path, fix="Use an encoder that pools by cls or mean")
+    return str(pooling)
 
 
 def family_of(model_type: str, folder: Path) -> Family:

@@ -230,11 +230,13 @@ class DuetModel(nn.Module):
             return generation.stream(self.backbone, self.start([sequence], max_new_tokens, temperature))
         return generation.generate(self.backbone, self.start([sequence], max_new_tokens, temperature))[0]
 
-    def caption(self, images: Many[ImageRef], *, max_new_tokens: int = 32, batch: int = 32) -> list[str]:
-        """Greedy captions: what follows the image's embedding prompt."""
+    def caption(
+        self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32
+    ) -> list[str]:
+        """Greedy captions: the answer to `prompt`, or without one what follows the image's embedding prompt."""
         found: list[str] = []
         for begin in range(0, len(images), batch):
-            sequences = [self.renderer.embed((image,)) for image in images[begin : begin + batch]]
+            sequences = [self.renderer.ask_for_caption(image, prompt) for image in images[begin : begin + batch]]
             found += generation.generate(self.backbone, self.start(sequences, max_new_tokens))
         return found
 

@@ -1,12 +1,13 @@
-"""Vision features of a frozen tower on disk: computed once an image and processor, whoever asks.
+"""What frozen encoders see, on disk: computed once a content and encoder, whoever asks.
 
-One `.npy` file an image, named by the hash of its content and of everything that decides the features, so a stale feature
-cannot be read and several processes can share one folder.
+One `.npy` file an image or text, named by the hash of its content and of everything that decides the features, so a stale
+feature cannot be read and several processes can share one folder.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ MEMORY = 256 << 20
 
 
 class FeatureCache:
-    """float32[tokens, Dv] by key.
+    """float32 tensors by key: [tokens, Dv] of a vision tower, [D] of a slice's encoder.
 
     Args:
         folder: where they are kept; None keeps the newest `memory` bytes of them in memory.
@@ -28,6 +29,7 @@ class FeatureCache:
         self.folder, self.memory = folder, memory
         self._memory: dict[str, Tensor] = {}
         self._bytes = 0
+        self._lock = threading.Lock()  # the thread that lays out the next batch asks encoders too
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
@@ -38,7 +40,8 @@ class FeatureCache:
         if self.folder is None:
             return self._memory.get(key)
         try:
-            return torch.from_numpy(np.load(self._path(key)))
+            # Copy on write: pages are read when they are used, and the file is never written.
+            return torch.from_numpy(np.load(self._path(key), mmap_mode="c"))
         except (FileNotFoundError, ValueError, EOFError):
             return None
 
@@ -46,10 +49,11 @@ class FeatureCache:
         """Keep them; atomic on disk."""
         kept = features.detach().cpu().float().contiguous()
         if self.folder is None:
-            self._bytes += kept.nbytes - (self._memory[key].nbytes if key in self._memory else 0)
-            self._memory[key] = kept
-            while self._bytes > self.memory:
-                self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
+            with self._lock:
+                self._bytes += kept.nbytes - (self._memory[key].nbytes if key in self._memory else 0)
+                self._memory[key] = kept
+                while self._bytes > self.memory:
+                    self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
             return
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)

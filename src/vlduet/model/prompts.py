@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from jinja2 import TemplateError
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Message, Parts
-from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence
+from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.backbones import Tokenizer
 
@@ -39,7 +39,8 @@ class Prompts:
     chat: bool = True
     """Put the prompt in a user turn of the checkpoint's chat template: the summary token is where an answer begins."""
     image_pool: str = "last"
-    """An image alone is read from the prompt's `last` token (VladVA's summary) or the `mean` of its tokens (Sugar)."""
+    """An image alone is read from the prompt's `last` token (VladVA's summary) or the `mean` of its tokens (Sugar). So is
+    a mixture that ends with an image, where the prompt writes nothing after it."""
 
     def __post_init__(self) -> None:
         for name in ("image", "text", "parts"):
@@ -94,9 +95,15 @@ class Builder:
         self.images.append((start, image))
         return self.add([self.image_token_id] * image.num_tokens)
 
-    def anchor(self, span: Span, *, role: str, record: str, key: str) -> None:
+    def undo(self, span: Span) -> None:
+        """Take back the last text or image that was written."""
+        del self.ids[span[0] :], self.labels[span[0] :]
+        self.texts = [text for text in self.texts if text != span]
+        self.images = [(at, image) for at, image in self.images if at < span[0]]
+
+    def anchor(self, span: Span, *, role: str, record: str, key: str, slices: tuple[Slice, ...] = ()) -> None:
         """Read an embedding at `span` (its mean; pass the span of one token for a last-token reading)."""
-        self.anchors.append(Anchor(span[0], span[1], role, record, key))
+        self.anchors.append(Anchor(span[0], span[1], role, record, key, slices))
 
     def build(self, limit: int) -> Sequence:
         """Finish; cut user texts, never images, from their ends where the sequence is longer than `limit` tokens.
@@ -128,7 +135,7 @@ class Builder:
         for a in self.anchors:
             begin, stop = moved(a.start), moved(a.end)
             begin = min(begin, stop - 1)  # a last-token anchor inside the cut moves to the last token that is left
-            kept.append(Anchor(begin, stop, a.role, a.record, a.key))
+            kept.append(replace(a, start=begin, end=stop))
         self.anchors = kept
 
 
@@ -168,6 +175,36 @@ class Renderer:
 
     def prompt(self, builder: Builder, parts: Parts, *, query: bool = False) -> list[Span]:
         """Write the embedding prompt of `parts`; returns the span of every part."""
+        before, after = self._frame(parts)
+        builder.control(before)
+        spans = [self._part(builder, parts, i, query=query) for i in range(len(parts))]
+        builder.control(after)
+        return spans
+
+    def document(self, parts: Parts) -> tuple[Builder, list[Span]]:
+        """The embedding prompt of an interleaved document whose texts are supervised, as far as the document fits.
+
+        Returns:
+            The sequence so far, and the spans of the leading parts that fit into `max_tokens`: at least one. A document
+            that is there whole and ends with a text ends with the end-of-text token.
+        """
+        before, after = self._frame(parts)
+        builder = self.builder()
+        builder.control(before)
+        room = self.max_tokens - 1 - len(self.tokenizer.encode(after, add_special_tokens=False))
+        spans: list[Span] = []
+        for i in range(len(parts)):
+            spans.append(self._part(builder, parts, i, supervised=True))
+            if i and len(builder.ids) > room:
+                builder.undo(spans.pop())
+                break
+        if len(spans) == len(parts) and isinstance(parts[-1], str):  # an end after an image would silence captions
+            builder.add(self.eos_ids[:1], supervised=True)
+        builder.control(after)
+        return builder, spans
+
+    def _frame(self, parts: Parts) -> tuple[str, str]:
+        """What stands before and after the content."""
         kinds = {isinstance(p, ImageRef) for p in parts}
         name = ("image" if kinds == {True} and len(parts) == 1 else "text") if len(kinds) == 1 else "parts"
         name = "parts" if name == "image" and len(parts) > 1 else name
@@ -179,16 +216,14 @@ class Renderer:
             before, after = opening + before, after + closing
         if self.bos and self.tokenizer.bos_token and before.startswith(str(self.tokenizer.bos_token)):
             before = before[len(str(self.tokenizer.bos_token)) :]
-        builder.control(before)
-        spans = []
-        for i, part in enumerate(parts):
-            if isinstance(part, ImageRef):
-                spans.append(builder.image(self.prepare(part)))
-            else:
-                lead = " " if i and not isinstance(parts[i - 1], ImageRef) else ""
-                spans.append(builder.text(lead + (self.prompts.query if query else "") + part))
-        builder.control(after)
-        return spans
+        return before, after
+
+    def _part(self, builder: Builder, parts: Parts, i: int, *, query: bool = False, supervised: bool = False) -> Span:
+        part = parts[i]
+        if isinstance(part, ImageRef):
+            return builder.image(self.prepare(part))
+        lead = " " if i and not isinstance(parts[i - 1], ImageRef) else ""
+        return builder.text(lead + (self.prompts.query if query else "") + part, supervised=supervised)
 
     def embed(self, parts: Parts, *, query: bool = False, role: str = "", record: str = "", key: str = "") -> Sequence:
         """The sequence whose one anchor is the embedding of `parts`. Raises DataError for nothing to embed."""
@@ -216,11 +251,15 @@ class Renderer:
             builder.anchor(end, role="mixed", record=record, key=content_key((image, caption)))
         return builder.build(self.max_tokens)
 
+    def ask_for_caption(self, image: ImageRef, prompt: str) -> Sequence:
+        """What a caption is written after: image and instruction in a user's turn, or without one the image prompt."""
+        return self.chat((Message("user", (image, prompt)),), answer=True) if prompt else self.embed((image,))
+
     def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
-        """Where the prompt that was just written is read: the image's tokens or the last token of all."""
-        if self.prompts.image_pool == "mean" and len(parts) == 1 and isinstance(parts[0], ImageRef):
-            return spans[0]
-        return len(builder.ids) - 1, len(builder.ids)
+        """Where the prompt that was just written is read: an image's tokens or the last token of all."""
+        last = len(builder.ids)
+        ends_with_image = isinstance(parts[-1], ImageRef) and (len(parts) == 1 or spans[-1][1] == last)
+        return spans[-1] if self.prompts.image_pool == "mean" and ends_with_image else (last - 1, last)
 
     def chat(self, messages: tuple[Message, ...], *, answer: bool) -> Sequence:
         """A conversation in the checkpoint's own chat template.

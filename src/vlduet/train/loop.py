@@ -23,12 +23,11 @@ from vlduet.data.records import to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError
 from vlduet.logs import MetricsLog, Progress, say
-from vlduet.model.duet import DuetModel
 from vlduet.train import setup, state
-from vlduet.train.setup import Run
+from vlduet.train.setup import Model, Run
 from vlduet.train.step import finite, joint_step, move
 
-Evaluate = Callable[[DuetModel], dict[str, float]]
+Evaluate = Callable[[Model], dict[str, float]]
 
 
 def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool = False) -> Path:

@@ -9,6 +9,7 @@ import torch
 
 from vlduet.config import RunConfig
 from vlduet.data.sequences import IGNORE
+from vlduet.model.duet import DuetModel
 from vlduet.train import setup
 
 PROBE = 4
@@ -44,17 +45,19 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": trainable,
         "estimated memory (GB)": round(_memory(run, max(padded, default=0), max(supervised, default=0)) / 1e9, 2),
-        "device": str(run.model.backbone.device),
+        "device": str(run.model.logit_scale.device),
         "out": str(config.out),
     }
 
 
 def _memory(run: setup.Run, tokens: int, supervised: int) -> float:
     """Bytes: weights, then gradient and two moments of what is trained, then activations and one chunk of logits."""
-    config = run.model.backbone.model.config.text_config
-    size = torch.finfo(run.model.backbone.model.dtype).bits // 8
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     moving = sum(p.numel() for p in run.trainable()) * 4 * 3
+    if not isinstance(run.model, DuetModel):
+        return float(weights + moving)
+    config = run.model.backbone.model.config.text_config
+    size = torch.finfo(run.model.backbone.model.dtype).bits // 8
     # A block keeps about 12 tensors of the width and 3 of the intermediate width for its backward.
     a_token = config.num_hidden_layers * (12 * config.hidden_size + 3 * config.intermediate_size) * size
     logits = min(supervised, 1024) * config.vocab_size * 4 * 2

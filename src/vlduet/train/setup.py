@@ -21,14 +21,20 @@ from vlduet.data.sequences import Sequence, needed
 from vlduet.data.stream import Mixture, Sample
 from vlduet.errors import ConfigError, DataError, closest
 from vlduet.model.adapters import Lora
+from vlduet.model.dual import MANIFEST as DUAL
+from vlduet.model.dual import DualEncoder, as_encoder
 from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import Encoder, Encoders, open_encoder
 from vlduet.model.features import FeatureCache
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import EmbeddingHead, Readout
-from vlduet.recipes import vladva
+from vlduet.recipes import clip, sugar, vladva
 
-RECIPES: dict[str, ModuleType] = {"vladva": vladva}
+RECIPES: dict[str, ModuleType] = {"vladva": vladva, "sugar": sugar, "clip": clip}
 """A new method is a module in recipes/ and a name here."""
+
+
+Model = DuetModel | DualEncoder
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class Recipe:
     name: str
     layout: Callable[[Sample, Renderer], list[Sequence]]
     objective: Callable[[Readout, Tensor], dict[str, Tensor]]
+    encoders: tuple[str, ...] = ()
+    """Roles of the frozen encoders that its losses ask."""
+    model: Callable[[RunConfig, Encoders], DualEncoder] | None = None
+    """Makes what is trained, where that is not the model at `model.path`."""
 
 
 @dataclass
@@ -45,11 +55,12 @@ class Run:
     """Everything the loop needs."""
 
     config: RunConfig
-    model: DuetModel
+    model: Model
     recipe: Recipe
     mixture: Mixture
     optimizer: torch.optim.Optimizer
     quarantine: Quarantine
+    encoders: Encoders
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def trainable(self) -> list[Tensor]:
@@ -78,12 +89,16 @@ def bind(config: RunConfig) -> Recipe:
         name,
         lambda sample, renderer: module.layout(sample, renderer, bound),
         lambda readout, scale: module.objective(readout, scale, bound),
+        module.encoders(bound, config.objectives) if hasattr(module, "encoders") else (),
+        getattr(module, "model", None),
     )
 
 
 def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
     section = config.model
+    if section.path is None:
+        raise ConfigError("model.path is missing", place="model", fix="Name the checkpoint to start from")
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
     model = DuetModel.from_pretrained(section.path, dtype=dtype)
     model.set_prompts(options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
@@ -99,6 +114,28 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
     return model
 
 
+def load_encoders(config: RunConfig, recipe: Recipe, *, own: DuetModel | None, cache: Path | None) -> Encoders:
+    """The frozen encoders that the recipe asks, opened when they are first needed.
+
+    Raises:
+        ConfigError: one that is not given; ModelError: a folder that holds none.
+    """
+    found: dict[str, Encoder] = {}
+    store = FeatureCache(cache)
+    device = own.backbone.device if own else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for role in recipe.encoders:
+        folder: Path | None = getattr(config.encoders, role)
+        if folder is None:
+            what = f"{recipe.name} compares slices with a frozen {role} encoder, and none is given"
+            fix = "Name its folder (docs/train.md says which are good), or leave out the loss that asks it"
+            raise ConfigError(what, place=f"encoders.{role}", fix=fix)
+        if (folder / DUAL).is_file():
+            found[role] = as_encoder(folder, cache=store, device=device)
+        else:
+            found[role] = open_encoder(folder, own=own, device=device)
+    return Encoders(found, cache=store)
+
+
 def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
     """The training records of all sources. Broken records are quarantined."""
 
@@ -109,7 +146,7 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
     return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
 
 
-def make_optimizer(model: DuetModel, config: RunConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Model, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW in two groups: LoRA, and what is new. The temperature has no weight decay."""
     train = config.train
     lr_new = train.lr_new or train.lr
@@ -133,8 +170,15 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
     suffix = f"-{distributed.rank()}" if distributed.world_size() > 1 else ""
     quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if keep else None)
     mixture = load_mixture(config, quarantine)
-    model = load_model(config, cache=(config.data.cache or config.out / "features") if keep else None)
-    return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine)
+    cache = (config.data.cache or config.out / "features") if keep else None
+    model: Model
+    if recipe.model is None:
+        model = own = load_model(config, cache=cache)
+        encoders = load_encoders(config, recipe, own=own, cache=cache)
+    else:
+        encoders = load_encoders(config, recipe, own=None, cache=cache)
+        model = recipe.model(config, encoders)
+    return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine, encoders)
 
 
 def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], Batch | None]]:
@@ -154,7 +198,8 @@ def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], Batch | None]]
         for sample in samples:
             try:
                 made = run.recipe.layout(sample, run.model.renderer)
-                sequences += filter(None, (needed(s, labels=labels, anchors=anchors) for s in made))
+                asked = filter(None, (needed(s, labels=labels, anchors=anchors) for s in made))
+                sequences += run.encoders.see(list(asked))
             except DataError as error:
                 run.quarantine.add(sample.record, error)
         return samples, sequences

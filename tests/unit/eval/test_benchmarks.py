@@ -361,7 +361,7 @@ def test_what_made_a_number_is_told(tmp_path: Path) -> None:
 
 def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     """As the independent retriever, and as a baseline: its numbers are what the papers compare with."""
-    tiny.clip(tmp_path / "clip")
+    tiny.cross_encoder(tmp_path / "clip")
     playing, facts = opened(tmp_path / "clip", Settings())
     assert facts["fingerprint"]
     made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, made_by=facts)

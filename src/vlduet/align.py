@@ -1,0 +1,152 @@
+"""`vlduet align`: how two records align, slice by slice, as the structure loss of Sugar sees it or as a model does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlduet.config import RunConfig
+from vlduet.data import images
+from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
+from vlduet.data.show import slices as slices_of
+from vlduet.eval import charts, report
+from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import kind_of, slice_of
+from vlduet.objectives.alignment import alignment_posterior_pairs, rule_sigma
+from vlduet.objectives.triple import Prefixes, squared_distances, target_matrix, triple_cosines
+from vlduet.train import setup
+
+THUMBNAIL = 64
+ON_PATH = 0.5
+"""Posterior from which a cell is marked in the terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Two records, compared slice by slice."""
+
+    first: str
+    second: str
+    """Their ids."""
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    """Every slice as a text: a sentence, or an image's name in brackets."""
+    judge: str
+    """What compared them."""
+    cosines: list[list[float]]
+    posterior: list[list[float]]
+    """Probability that the alignment passes through a cell."""
+    gak: float
+    awm: float
+    mean: float
+    sigma: float
+
+
+def parts_of(record: Record) -> Parts:
+    """The slices of any kind of record: images and sentences, in reading order."""
+    if record.kind == "interleaved":
+        return record.parts
+    found: list[Part] = []
+    for _, part in slices_of(record):
+        found += [part] if isinstance(part, ImageRef) else split_sentences(part)
+    return tuple(found)
+
+
+def by_encoders(parts: Parts, settings: RunConfig) -> Tensor:
+    """Cosines float[U, U] by the frozen encoders and the switches of a config whose recipe is sugar.
+
+    Raises:
+        ConfigError, ModelError, DataError: as training with it does.
+    """
+    recipe = setup.bind(settings)
+    encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache)
+    slices = encoders.look([slice_of(part) for part in parts])
+    image = torch.tensor([kind_of(part) == "image" for part in parts])
+    triple = "vision" in recipe.encoders
+    cross = torch.stack([one.features["cross"] for one in slices])
+    if not triple:
+        return triple_cosines(cross, cross, image=image, triple=False)
+    own = [one.features["vision" if on else "text"] for one, on in zip(slices, image.tolist(), strict=True)]
+    return triple_cosines(torch.nn.utils.rnn.pad_sequence(own, batch_first=True), cross, image=image)
+
+
+def by_model(parts: Parts, model: DuetModel) -> Tensor:
+    """Cosines float[U, U] of a model's own embeddings, each slice embedded alone."""
+    vectors = torch.from_numpy(model.encode(parts))
+    return (vectors @ vectors.T).clamp(-1.0, 1.0)
+
+
+def align(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: float) -> Aligned:
+    """Compare two records.
+
+    Args:
+        cosines: float[M + N, M + N] of the slices of both, one after the other.
+        judge: what made them, in words.
+        delta: width of the kernel.
+    """
+    m, n = len(parts_of(first)), len(parts_of(second))
+    index = torch.zeros(2, max(m, n), dtype=torch.long)
+    index[0, :m], index[1, :n] = torch.arange(m), m + torch.arange(n)
+    lengths = torch.tensor([m, n])
+    both = Prefixes(index, lengths, torch.arange(2))
+    cosines = cosines.double()
+    block = cosines[:m, m:]
+    sigma = rule_sigma(lengths[:1].double(), lengths[1:].double(), delta)
+    posterior = alignment_posterior_pairs(squared_distances(block)[None], lengths[:1], lengths[1:], sigma=sigma)[0]
+    score = {
+        target: float(target_matrix(cosines, both, target=target, delta=delta)[0, 1])
+        for target in ("gak", "awm", "mean")
+    }
+    return Aligned(
+        first=first.id,
+        second=second.id,
+        rows=tuple(map(_named, parts_of(first))),
+        columns=tuple(map(_named, parts_of(second))),
+        judge=judge,
+        cosines=block.tolist(),
+        posterior=posterior.tolist(),
+        sigma=float(sigma),
+        **score,
+    )
+
+
+def _named(part: Part) -> str:
+    return f"[{part.name}]" if isinstance(part, ImageRef) else part
+
+
+def as_json(found: Aligned) -> dict[str, Any]:
+    """Everything, as plain values."""
+    return asdict(found)
+
+
+def as_text(found: Aligned, *, width: int = 36) -> str:
+    """A table for a terminal: cosines, with a star where the alignment passes."""
+    lines = [f"{found.first} (rows) and {found.second} (columns), by {found.judge}", ""]
+    lines += [f"{c:>4}  {name}" for c, name in enumerate(found.columns, 1)]
+    lines += ["", " " * (width + 5) + "".join(f"{c:>7}" for c in range(1, len(found.columns) + 1))]
+    for r, (name, cosines, passes) in enumerate(zip(found.rows, found.cosines, found.posterior, strict=True), 1):
+        short = name if len(name) <= width else name[: width - 1] + "…"
+        cells = "".join(f"{v:>6.2f}{'*' if p >= ON_PATH else ' '}" for v, p in zip(cosines, passes, strict=True))
+        lines.append(f"{r:>4} {short:<{width}}{cells}")
+    lines += ["", f"alignment kernel {found.gak:.3f} (normalised, sigma {found.sigma:.2f})"]
+    lines += [f"alignment-weighted mean {found.awm:.3f}, mean {found.mean:.3f}; * the alignment passes here"]
+    return "\n".join(lines)
+
+
+def write_html(path: Path, found: Aligned, *, first: Record, second: Record) -> None:
+    """A page that needs no other file."""
+
+    def labels(record: Record) -> list[str]:
+        return [
+            images.thumbnail_data_url(images.load(part), THUMBNAIL) if isinstance(part, ImageRef) else part
+            for part in parts_of(record)
+        ]
+
+    chart = charts.heatmap(
+        found.cosines, rows=labels(first), columns=labels(second), marked=found.posterior, title="Alignment"
+    )
+    report.write_page(path, "align.html", {"found": found, "chart": chart})

@@ -1,0 +1,275 @@
+"""Captions for what has none, short or long, by any local model that generates.
+
+1. read      records, or a folder of images; a pair that lacks a wanted caption is work
+2. ask       in batches: an instruction in the checkpoint's chat template, or the model's own image prompt
+3. keep      every batch in a journal beside the output, so that an interrupted run goes on
+4. tidy      what was written, to whole sentences on one line
+5. write     all records, whole or not at all, with what made a caption in their metadata
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from vlduet.data import formats
+from vlduet.data.images import content_key
+from vlduet.data.quarantine import Quarantine
+from vlduet.data.records import ImageRef, Record, split_sentences
+from vlduet.errors import ConfigError, DataError
+from vlduet.logs import progress
+
+Kind = Literal["short", "long"]
+
+INSTRUCTIONS: dict[Kind, str] = {
+    "short": "Describe the image in one short sentence.",
+    "long": "Describe the image in detail.",
+}
+OWN = ""
+"""The instruction that is none: go on from the model's own image prompt, as it was trained to."""
+
+
+class Captioner(Protocol):
+    """What is needed of a model; `DuetModel` is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that decides what the model writes."""
+
+    def caption(
+        self, images: Sequence[ImageRef], *, prompt: str = OWN, max_new_tokens: int = 32, batch: int = 32
+    ) -> list[str]:
+        """A text for every image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A caption that is wanted of every image."""
+
+    kind: Kind
+    tokens: int
+    """Longest, in tokens of the model."""
+    prompt: str
+    """The instruction; `OWN` for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionReport:
+    """What a run did."""
+
+    records: int
+    """Written, those included that lacked nothing."""
+    short: int
+    """Records that got a short caption."""
+    long: int
+    generated: int
+    """Captions that the model wrote in this run; the others were in the journal, or of an image that had been seen."""
+    empty: int
+    """Captions that came out empty; their records are written without."""
+    dropped: int
+    causes: dict[str, int]
+
+
+def wishes(*, short: int, long: int, prompt: str | None = None) -> list[Wish]:
+    """The wishes of the command line: longest short and long caption in tokens, 0 for none; one instruction for one length.
+
+    Raises:
+        ConfigError: nothing wanted, a negative length, or one instruction for two lengths.
+    """
+    lengths: dict[Kind, int] = {"short": short, "long": long}
+    for kind, tokens in lengths.items():
+        if tokens < 0:
+            raise ConfigError(f"{tokens} tokens", place=f"--{kind}", fix="Give a length, or 0 for none")
+    found = [
+        Wish(kind, tokens, INSTRUCTIONS[kind] if prompt is None else prompt)
+        for kind, tokens in lengths.items()
+        if tokens
+    ]
+    if not found:
+        raise ConfigError(
+            "neither short nor long captions are wanted", place="--short", fix="Give one of them a length"
+        )
+    if prompt is not None and len(found) == 2:
+        what = "one instruction for captions of two lengths"
+        raise ConfigError(what, place="--prompt", fix="Write one length at a time: add --long 0 or --short 0")
+    return found
+
+
+def caption(
+    model: Captioner, source: Path, *, to: Path, wanted: Sequence[Wish], name: str = "", batch: int = 16
+) -> CaptionReport:
+    """Write the records of `source` with the captions that they lack.
+
+    Args:
+        model: writes them, greedily, so that equal runs give equal captions.
+        source: a file of records, or a folder of images. Records that are no pairs pass as they are.
+        to: the ``.jsonl`` to write; images that cannot be decoded are left out and listed in ``<to>.quarantine.jsonl``.
+        wanted: which captions; what a record has is never replaced.
+        name: of the model, for the metadata.
+        batch: images a forward.
+
+    Raises:
+        ConfigError: a batch below 1. DataError: the source as a whole cannot be read, or `to` is no target.
+    """
+    if batch < 1:
+        raise ConfigError(f"{batch}", place="--batch", fix="Give 1 or more")
+    formats.check_target(to, source)
+    listed = to.with_suffix(".quarantine.jsonl")
+    listed.unlink(missing_ok=True)  # it tells of this run alone
+    dropped = Quarantine(listed)
+    settings = json.dumps([model.fingerprint, [asdict(wish) for wish in wanted]])
+    to.parent.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(to.with_name(f".{to.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.captions"))
+    job = _Job(model, wanted, journal=journal, dropped=dropped, name=name, batch=batch)
+    records = formats.read_records(source, on_error=lambda error: dropped.add(error.place, error))
+    count = sum(1 for _ in progress(formats.convert(job.filled(records), to), label=f"captioning {source.name}"))
+    journal.path.unlink(missing_ok=True)
+    return CaptionReport(
+        records=count,
+        short=job.written["short"],
+        long=job.written["long"],
+        generated=job.generated,
+        empty=job.empty,
+        dropped=dropped.count,
+        causes=dropped.by_cause(),
+    )
+
+
+def tidy(text: str, *, sentences: int | None = None) -> str:
+    """Whole sentences on one line: blanks joined, quotes around all of it gone, and a last sentence that the limit cut in
+    half gone too, unless it is the only one.
+
+    Args:
+        sentences: keep the first so many.
+    """
+    text = text.strip()
+    if len(text) > 1 and text[0] in "\"“'‘" and text[-1] in "\"”'’":
+        text = text[1:-1]
+    pieces = [" ".join(piece.split()) for piece in split_sentences(text)]
+    if len(pieces) > 1 and not pieces[-1].rstrip("\"'”’)]").endswith((".", "!", "?", "…", "。", "！", "？")):
+        pieces.pop()
+    return " ".join(pieces[:sentences])
+
+
+class _Journal:
+    """What a run has written so far: a line a caption, on the disk before the next batch begins."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.texts: dict[tuple[str, str], str] = {}
+        whole = path.read_bytes() if path.exists() else b""
+        for line in whole.splitlines():
+            try:
+                row = json.loads(line)
+                self.texts[row["kind"], row["image"]] = row["text"]
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short by kill -9: written again
+        self._broken_end = bool(whole) and not whole.endswith(b"\n")
+
+    def add(self, kind: Kind, texts: dict[str, str]) -> None:
+        """Captions by the content of their image."""
+        rows = [json.dumps({"kind": kind, "image": key, "text": text}) + "\n" for key, text in texts.items()]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * self._broken_end + "".join(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self._broken_end = False
+        self.texts |= {(kind, key): text for key, text in texts.items()}
+
+
+class _Job:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        model: Captioner,
+        wanted: Sequence[Wish],
+        *,
+        journal: _Journal,
+        dropped: Quarantine,
+        name: str,
+        batch: int,
+    ):
+        self.model, self.wanted, self.journal, self.dropped = model, wanted, journal, dropped
+        self.name, self.batch = name, batch
+        self.written: dict[Kind, int] = {"short": 0, "long": 0}
+        self.generated = self.empty = 0
+
+    def filled(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records with their captions, without those whose image is broken.
+
+        In groups by position, so that a run that goes on makes the same batches as one without a stop.
+        """
+        group: list[tuple[Record, str]] = []
+        for record in records:
+            try:
+                assert record.image is not None or not self._lacks(record)
+                group.append((record, content_key(record.image) if record.image and self._lacks(record) else ""))
+            except DataError as error:
+                self.dropped.add(record, error)
+            if len(group) == self.batch:
+                yield from self._group(group)
+                group = []
+        yield from self._group(group)
+
+    def _lacks(self, record: Record) -> list[Wish]:
+        return [w for w in self.wanted if not getattr(record, w.kind)] if record.kind == "pair" else []
+
+    def _group(self, group: Sequence[tuple[Record, str]]) -> Iterator[Record]:
+        failed: dict[str, DataError] = {}
+        for wish in self.wanted:
+            missing: dict[str, ImageRef] = {}
+            for record, key in group:
+                if wish in self._lacks(record) and (wish.kind, key) not in self.journal.texts and key not in failed:
+                    assert record.image is not None
+                    missing[key] = record.image
+            texts = self._write(missing, wish, failed)
+            if texts:
+                self.journal.add(wish.kind, texts)
+            self.generated += len(texts)
+        for record, key in group:
+            if key in failed:
+                self.dropped.add(record, failed[key])
+            else:
+                yield self._with_captions(record, key)
+
+    def _write(self, images: dict[str, ImageRef], wish: Wish, failed: dict[str, DataError]) -> dict[str, str]:
+        """Texts by key. A batch that fails is halved until the broken image stands alone."""
+        if not images:
+            return {}
+        keys = list(images)
+        try:
+            texts = self.model.caption(
+                list(images.values()), prompt=wish.prompt, max_new_tokens=wish.tokens, batch=self.batch
+            )
+            return dict(zip(keys, texts, strict=True))
+        except DataError as error:
+            if len(keys) == 1:
+                failed[keys[0]] = error
+                return {}
+        middle = len(keys) // 2
+        halves = [{key: images[key] for key in half} for half in (keys[:middle], keys[middle:])]
+        return self._write(halves[0], wish, failed) | self._write(halves[1], wish, failed)
+
+    def _with_captions(self, record: Record, key: str) -> Record:
+        found: dict[str, Any] = {}
+        told: dict[str, Any] = {}
+        for wish in self._lacks(record):
+            text = tidy(self.journal.texts[wish.kind, key], sentences=1 if wish.kind == "short" else None)
+            if not text:
+                self.empty += 1
+                continue
+            found[wish.kind] = (text,) if wish.kind == "short" else text
+            told[wish.kind] = {"model": self.name, "fingerprint": self.model.fingerprint}
+            told[wish.kind] |= {"prompt": wish.prompt or "the model's own", "tokens": wish.tokens}
+            self.written[wish.kind] += 1
+        if not found:
+            return record
+        before = record.metadata.get("captioned")
+        captioned = {**(before if isinstance(before, dict) else {}), **told}
+        return replace(record, **found, metadata={**record.metadata, "captioned": captioned})

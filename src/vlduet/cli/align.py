@@ -1,0 +1,77 @@
+"""`vlduet align`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from vlduet.data.records import Record
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command()(align)
+
+
+Which = Annotated[str, typer.Argument(metavar="FILE[:N]", help="Record N of a file, from 0; without :N its first.")]
+
+
+def align(
+    first: Which,
+    second: Which,
+    *,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A config of recipe sugar: compare by its encoders and switches.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="Compare by this model's own embeddings instead.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(min=0.01, help="Width of the kernel [default: the config's, or 1].")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show how two records align, slice by slice."""
+    import json
+
+    from vlduet import align as drawn
+    from vlduet import config as settings_of
+    from vlduet.errors import ConfigError
+
+    if (config is None) == (model is None):
+        raise ConfigError("nothing to compare with, or two things", fix="Give either --config or --model")
+    a, b = _record(first), _record(second)
+    parts = (*drawn.parts_of(a), *drawn.parts_of(b))
+    if config is not None:
+        settings = settings_of.load(config)
+        if settings.recipe.get("name") != "sugar":
+            raise ConfigError(
+                f"recipe '{settings.recipe.get('name')}'", place=config, fix="Name a config of recipe sugar"
+            )
+        cosines, judge = drawn.by_encoders(parts, settings), f"the encoders of {config}"
+        delta = delta if delta is not None else float(settings.recipe.get("delta", 1.0))
+    else:
+        from vlduet.model.duet import DuetModel
+
+        assert model is not None
+        cosines, judge = drawn.by_model(parts, DuetModel.from_pretrained(model)), f"the embeddings of {model}"
+    found = drawn.align(a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta)
+    if html is not None:
+        drawn.write_html(html, found, first=a, second=b)
+    if as_json:
+        typer.echo(json.dumps(drawn.as_json(found), ensure_ascii=False))
+    else:
+        typer.echo(drawn.as_text(found) + (f"\n{html}" if html else ""))
+
+
+def _record(which: str) -> Record:
+    from vlduet.cli.data import record_at
+
+    file, colon, number = which.rpartition(":")
+    if colon and number.isdecimal():
+        return record_at(Path(file), int(number))
+    return record_at(Path(which), 0)

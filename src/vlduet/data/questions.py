@@ -1,0 +1,48 @@
+"""Pairs and retrieval records as questions: what is asked, what is right, and what is known to be wrong.
+
+pair, asked by its image       query [image]      positive: every short caption
+pair, asked by its captions    query [caption]    positive: the image; one question a caption, named id#0, id#1, ...
+retrieval                      as it stands
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+from vlduet.data.records import Record
+from vlduet.errors import ConfigError, DataError, closest
+
+Asking = Literal["image", "text"]
+"""Which side of a pair is the query."""
+
+
+def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
+    """One record -> retrieval records, which `vlduet train` reads.
+
+    Args:
+        record: a pair with a short caption, or a retrieval record.
+        asking: the side of a pair that is the query; retrieval records ask what they ask.
+
+    Raises:
+        DataError: another kind, or a pair without a short caption. ConfigError: an unknown side.
+    """
+    if asking not in get_args(Asking):
+        raise ConfigError(f"'{asking}'", place="--query", fix=closest(asking, get_args(Asking)))
+    if record.kind == "retrieval":
+        return [record]
+    if record.kind != "pair":
+        what = f"a record of kind {record.kind} has no right answer to tell wrong ones from"
+        raise DataError(what, place=record.place, fix="Give pairs or retrieval records")
+    if not record.short:
+        fix = "Write one: vlduet caption MODEL FILE --to OUT.jsonl"
+        raise DataError("a pair without a short caption", place=record.place, fix=fix)
+    assert record.image is not None
+    bare = Record(record.id, metadata=record.metadata, place=record.place)
+    if asking == "image":
+        return [replace(bare, query=(record.image,), positive=tuple((caption,) for caption in record.short))]
+    named = [f"{record.id}#{i}" for i in range(len(record.short))] if len(record.short) > 1 else [record.id]
+    return [
+        replace(bare, id=name, query=(caption,), positive=((record.image,),))
+        for name, caption in zip(named, record.short, strict=True)
+    ]

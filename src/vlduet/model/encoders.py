@@ -1,0 +1,305 @@
+"""Frozen encoders that judge slices: the second, and last, door to checkpoints.
+
+Three roles, each filled by a local folder:
+
+    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...), or the tower of a LLaVA or FastVLM
+    text     two texts       a sentence encoder (MiniLM, BGE, ...)
+    cross    one of each     CLIP, SigLIP, or a dual encoder that `recipe: clip` trained
+
+A vector is computed once and kept in the same cache as the vision features, under the hash of its content and of all that
+decides it; weights are opened when the first vector is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from vlduet.data import images
+from vlduet.data.records import ImageRef, Part
+from vlduet.data.sequences import Sequence, Slice
+from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.model.backbones import (
+    BACKBONES,
+    IMAGE_BACKEND,
+    fingerprint_of,
+    load_backbone,
+    load_text_encoder,
+    opening,
+    process,
+    read_config,
+)
+from vlduet.model.duet import DuetModel
+from vlduet.model.features import FeatureCache
+
+Encode = Callable[[list[Any]], Tensor]
+"""Parts of one kind -> float[N, D], of any length."""
+
+ROLES: dict[str, tuple[str, ...]] = {"vision": ("image",), "text": ("text",), "cross": ("image", "text")}
+"""What the encoder of a role must read."""
+BATCH = 32
+
+
+def kind_of(part: Part) -> str:
+    """image or text."""
+    return "image" if isinstance(part, ImageRef) else "text"
+
+
+def slice_of(part: Part) -> Slice:
+    """A part with its content's exact name. Raises ImageError for an image that cannot be read."""
+    content = images.content_key(part) if isinstance(part, ImageRef) else hashlib.sha256(part.encode()).hexdigest()
+    return Slice(part, f"{kind_of(part)}:{content}")
+
+
+@dataclass
+class Encoder:
+    """A frozen encoder that is opened when it is first needed."""
+
+    folder: Path
+    kinds: tuple[str, ...]
+    """What it reads: image, text, or both."""
+    open: Callable[[], Mapping[str, Encode]]
+    """Loads the weights: kind -> function."""
+    fingerprint: str
+    """Names all that decides a vector."""
+
+    @cached_property
+    def encode(self) -> Mapping[str, Encode]:
+        """kind -> function."""
+        return self.open()
+
+
+class Encoders:
+    """The frozen encoders of a run, by role.
+
+    Args:
+        encoders: role -> encoder; roles without one are never asked.
+        cache: where vectors are kept.
+
+    Raises:
+        ConfigError: an encoder that cannot read what its role asks.
+    """
+
+    def __init__(self, encoders: Mapping[str, Encoder], *, cache: FeatureCache):
+        self.encoders, self.cache = encoders, cache
+        self._width: dict[str, int] = {}
+        self._lock = threading.Lock()  # batches are laid out in a thread, and tokenizers do not share
+        for role, encoder in encoders.items():
+            if lost := sorted(set(ROLES[role]) - set(encoder.kinds)):
+                what = f"{encoder.folder} reads {' and '.join(encoder.kinds)}s, {role} needs {' and '.join(lost)}s too"
+                raise ConfigError(what, place=f"encoders.{role}", fix="See docs/train.md for what each role takes")
+
+    def see(self, sequences: list[Sequence]) -> list[Sequence]:
+        """The same sequences, with the features of all roles at the slices of their anchors.
+
+        Raises:
+            DataError: a slice for which an encoder gives NaN or nothing but zeros.
+            ModelError: a vector of another width than the encoder's others.
+        """
+        slices = {one.key: one for s in sequences for anchor in s.anchors for one in anchor.slices}
+        if not slices:
+            return sequences
+        seen = dict(zip(slices, self.look(list(slices.values())), strict=True))
+        return [
+            replace(s, anchors=tuple(replace(a, slices=tuple(seen[one.key] for one in a.slices)) for a in s.anchors))
+            for s in sequences
+        ]
+
+    def look(self, slices: list[Slice]) -> list[Slice]:
+        """The same slices, with the features of all roles that compare their kind. Raises as `see` does."""
+        with self._lock:
+            found = {role: self.vectors(role, slices) for role in self.encoders}
+        return [
+            replace(one, features={role: vectors[one.key] for role, vectors in found.items() if one.key in vectors})
+            for one in slices
+        ]
+
+    def width(self, role: str) -> int:
+        """Numbers in a vector of this role's encoder."""
+        if role not in self._width:
+            blank = ImageRef(data=images.encode_png(images.from_pixels(np.full((32, 32, 3), 128, np.uint8))))
+            part: Part = blank if "image" in ROLES[role] else "."
+            self._width[role] = len(self.encoders[role].encode[kind_of(part)]([part])[0])
+        return self._width[role]
+
+    def vectors(self, role: str, slices: list[Slice]) -> dict[str, Tensor]:
+        """Slice.key -> float32[D], unit length, of the slices that the role compares. Raises as `see` does."""
+        encoder = self.encoders[role]
+        found: dict[str, Tensor] = {}
+        for kind in ROLES[role]:
+            missing: dict[str, Slice] = {}
+            for one in slices:
+                if kind_of(one.part) == kind:
+                    cached = self.cache.get(_key(one, encoder))
+                    if cached is not None and usable(cached):
+                        found[one.key] = cached
+                    else:
+                        missing[one.key] = one
+            todo = list(missing.values())
+            for begin in range(0, len(todo), BATCH):
+                chunk = todo[begin : begin + BATCH]
+                for one, vector in zip(chunk, encoder.encode[kind]([one.part for one in chunk]), strict=True):
+                    found[one.key] = self._keep(role, one, vector.detach().cpu().float())
+        for vector in found.values():
+            if len(vector) != self._width.setdefault(role, len(vector)):
+                what = f"a cached vector has {len(vector)} numbers, the others of this encoder {self._width[role]}"
+                raise ModelError(f"{role}: {what}", place=encoder.folder, fix="Delete the folder data.cache")
+        return found
+
+    def _keep(self, role: str, one: Slice, vector: Tensor) -> Tensor:
+        encoder = self.encoders[role]
+        if not usable(vector):
+            what = "NaN" if bool(vector.isnan().any()) else "infinite numbers or zeros alone"
+            name = one.part.name if isinstance(one.part, ImageRef) else repr(one.part[:60])
+            fix = f"Leave it out, or choose another encoders.{role}"
+            raise DataError(f"the {role} encoder {encoder.folder} gives {what} for {name}", fix=fix)
+        vector = F.normalize(vector, dim=0)
+        self.cache.put(_key(one, encoder), vector)
+        return vector
+
+
+def usable(vector: Tensor) -> bool:
+    """One direction in space: finite, and not zero."""
+    return vector.dim() == 1 and bool(vector.isfinite().all()) and float(vector.norm()) > 1e-6
+
+
+def _key(one: Slice, encoder: Encoder) -> str:
+    return hashlib.sha256(f"{one.key}:{encoder.fingerprint}".encode()).hexdigest()
+
+
+# ------------------------------------------------------------------ opening a folder
+
+
+def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | torch.device = "cpu") -> Encoder:
+    """A local folder -> its encoder, told by its config.json; weights are not read yet.
+
+    Args:
+        folder: see the top of this file.
+        own: the model that is trained: where `folder` is its base, its frozen tower is used, and not loaded twice.
+        device: where the encoder computes.
+
+    Raises:
+        ModelError: no checkpoint there, or one that wants to run its own code.
+    """
+    config = read_config(folder)
+    kinds: tuple[str, ...]
+    if config.get("model_type") in BACKBONES:
+        kinds, loader = ("image",), partial(_tower, folder, own, device)
+    elif {"vision_config", "text_config"} <= config.keys():
+        kinds, loader = ("image", "text"), partial(_contrastive, folder, device)
+    elif (folder / "preprocessor_config.json").is_file():
+        kinds, loader = ("image",), partial(_vision, folder, device)
+    else:
+        kinds, loader = ("text",), partial(_sentences, folder, device)
+    return Encoder(folder, kinds, loader, fingerprint(folder))
+
+
+def fingerprint(folder: Path) -> str:
+    """Names weights, processors and pooling of a checkpoint folder."""
+    digest = hashlib.sha256(f"{fingerprint_of(folder)}:{IMAGE_BACKEND}".encode())
+    names = (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "1_Pooling/config.json",
+    )
+    for name in names:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> Mapping[str, Encode]:
+    """The mean of the vision tower's features of a VLM."""
+    if own is not None and fingerprint_of(own.backbone.folder) == fingerprint_of(folder):
+        prepare, look = own.prepare, own.vision_features  # and its cache
+    else:
+        backbone = load_backbone(folder, device=device)
+        prepare, look = backbone.prepare, backbone.vision
+
+    def encode(refs: list[ImageRef]) -> Tensor:
+        prepared = [prepare(ref) for ref in refs]
+        tokens = look(prepared).split([image.num_tokens for image in prepared])
+        return torch.stack([one.mean(0) for one in tokens])
+
+    return {"image": encode}
+
+
+def _model(folder: Path, device: str | torch.device) -> Any:
+    with opening(folder):
+        model, report = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
+    return model.requires_grad_(False).to(device).eval()
+
+
+def _processor(folder: Path) -> Any:
+    with opening(folder):
+        return AutoImageProcessor.from_pretrained(
+            folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
+        )
+
+
+def _pixels(processor: Any, refs: list[ImageRef], device: str | torch.device) -> dict[str, Tensor]:
+    rows = [process(processor, ref) for ref in refs]
+    return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
+
+
+def _vision(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
+    """The pooled output of a vision model: DINOv2's class token, a convolutional network's mean over the map."""
+    model, processor = _model(folder, device), _processor(folder)
+
+    @torch.no_grad()
+    def encode(refs: list[ImageRef]) -> Tensor:
+        pooled: Tensor = model(**_pixels(processor, refs, device)).pooler_output
+        return pooled.flatten(1)
+
+    return {"image": encode}
+
+
+def _sentences(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
+    return {"text": load_text_encoder(folder, device=device)}
+
+
+def _contrastive(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
+    """CLIP, SigLIP and their like: one space for both kinds."""
+    model, processor = _model(folder, device), _processor(folder)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        what = f"'{model.config.model_type}' has no space that images and texts share"
+        raise ModelError(what, place=folder, fix="Use CLIP, SigLIP or their like")
+    with opening(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    longest = model.config.text_config.max_position_embeddings
+    # SigLIP was trained on padded texts and reads the last position.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+
+    @torch.no_grad()
+    def see(refs: list[ImageRef]) -> Tensor:
+        return _pooled(model.get_image_features(**_pixels(processor, refs, device)))
+
+    @torch.no_grad()
+    def read(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=padding, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        return _pooled(model.get_text_features(**batch))
+
+    return {"image": see, "text": read}
+
+
+def _pooled(out: Any) -> Tensor:
+    found: Tensor = out if isinstance(out, Tensor) else out.pooler_output
+    return found

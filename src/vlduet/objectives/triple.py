@@ -1,0 +1,238 @@
+"""The target matrix of Sugar: how alike two prefixes are, told by frozen encoders (arXiv 2411.00304, section 3.2).
+
+1. triple kernel   two slices are compared by the vision encoder (two images), the text encoder (two texts), or the cross
+                   encoder (an image and a text): the choice is made for every pair of slices, inside the alignment
+2. alignment       two prefixes x, y of M and N slices are compared by the global alignment kernel K on these distances,
+                   with sigma = delta * sqrt((M + N) / 2), normalised: K(x, y) / sqrt(K(x, x) K(y, y)), one sigma in all
+                   three. The paper leaves K raw and says that it lies in (0, 1], which only the normalised one does.
+3. exceptions      two prefixes of one sequence: 1; two prefixes of one slice each: their cosine
+
+The triple kernel mixes three geometries, so its matrices need not be positive semi-definite. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlduet.objectives.alignment import awm_pairs, gak_pairs, rule_sigma
+
+Target = Literal["gak", "mean", "awm"]
+SameSequence = Literal["all", "nested"]
+Single = Literal["cosine", "gak"]
+
+CELLS = 1 << 22
+"""Cells of all alignments that are computed at one time: 32 MB a tensor in float64."""
+MIN_PAIRS, MAX_PAIRS = 16, 1 << 20
+"""Pairs of slices that a block's scale is estimated from: fewer leave it as it is, of more every n-th is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefixes:
+    """A prefixes of sequences, as indices into U slices."""
+
+    slices: Tensor
+    """int64[A, L]: the slices of every prefix in order, then padding with any valid index."""
+    lengths: Tensor
+    """int64[A], at least 1."""
+    sequence: Tensor
+    """int64[A]: equal numbers are prefixes of one sequence."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def triple_cosines(same: Tensor, cross: Tensor, *, image: Tensor, triple: bool = True) -> Tensor:
+    """Cosine of every two slices by the encoder that the pair asks for; 2 - 2 * cosine is the paper's phi.
+
+    Args:
+        same: float[U, D1] unit vectors, of the vision encoder for images and of the text encoder for texts. Both stand in
+            one tensor (zeros fill the shorter kind), since they are never compared with each other.
+        cross: float[U, D2] unit vectors of the cross encoder.
+        image: bool[U].
+        triple: False compares all pairs by the cross encoder (the paper's ablation).
+
+    Returns:
+        float[U, U]
+    """
+    between = cross @ cross.T
+    if not triple:
+        return between.clamp(-1.0, 1.0)
+    alike = image[:, None] == image[None, :]
+    return torch.where(alike, same @ same.T, between).clamp(-1.0, 1.0)
+
+
+def squared_distances(cosines: Tensor) -> Tensor:
+    """phi = |a - b|^2 of unit vectors, in [0, 4]."""
+    return 2 - 2 * cosines
+
+
+def related(prefixes: Prefixes, count: int) -> Tensor:
+    """bool[U, U]: pairs of slices that stand in one sequence; U = count."""
+    inside = torch.arange(prefixes.slices.shape[1], device=prefixes.slices.device) < prefixes.lengths[:, None]
+    number, sequence = prefixes.sequence.unique(return_inverse=True)
+    member = torch.zeros(len(number), count, device=prefixes.slices.device)
+    member[sequence[:, None].expand_as(inside)[inside], prefixes.slices[inside]] = 1.0
+    return (member.T @ member) > 0
+
+
+def calibrate(cosines: Tensor, *, image: Tensor, related: Tensor) -> Tensor:
+    """The three kinds of cosines on one scale: raw ones teach that texts are closer to each other than to images.
+
+    In every block (two images, two texts, one of each) the median of unrelated pairs becomes 0 and their 99.5th percentile
+    1; what lies outside [-1, 1] is cut. A block with fewer than `MIN_PAIRS` unrelated pairs stays as it is.
+
+    Args:
+        cosines: float[U, U]; image: bool[U]; related: bool[U, U], pairs that say nothing of chance.
+    """
+    kind = image[:, None].long() + image[None, :].long()  # 0 TT, 1 IT, 2 II
+    found = cosines.clone()
+    for block in range(3):
+        chosen = kind == block
+        unrelated = cosines[chosen & ~related]
+        if len(unrelated) < MIN_PAIRS:
+            continue
+        unrelated = unrelated[:: len(unrelated) // MAX_PAIRS + 1]
+        middle, high = unrelated.median(), torch.quantile(unrelated, 0.995)
+        if high > middle:
+            found[chosen] = ((cosines[chosen] - middle) / (high - middle)).clamp(-1.0, 1.0)
+    return found
+
+
+@torch.no_grad()
+def target_matrix(
+    cosines: Tensor,
+    prefixes: Prefixes,
+    *,
+    rows: slice = slice(None),
+    target: Target = "gak",
+    same_sequence: SameSequence = "all",
+    single: Single = "cosine",
+    delta: float = 1.0,
+) -> Tensor:
+    """m^l: what the similarity of two prefixes' embeddings shall be.
+
+    Args:
+        cosines: float[U, U] of slices, of `triple_cosines`, perhaps calibrated.
+        prefixes: A of them.
+        rows: a contiguous run of prefixes (this rank's).
+        target: `gak` (the paper); `mean` of the cosines of all pairs of slices (its ablation); `awm`, their mean weighted
+            by the posterior of the alignment at sigma = delta: on the scale of cosines, and so blind to length.
+        same_sequence: `all`: 1 for every two prefixes of one sequence (the paper). `nested`: 1 only where they contain
+            each other; else the share of the longer one that both have in common, so a story's first and last image
+            are not made one.
+        single: two prefixes of one slice each: `cosine` (the paper) or `gak`.
+        delta: width of the kernel.
+
+    Returns:
+        float[R, A], R the number of rows.
+    """
+    begin, stop, _ = rows.indices(len(prefixes))
+    mine = torch.arange(begin, stop, device=cosines.device)
+    lengths, first = prefixes.lengths, prefixes.slices[:, 0]
+    same = prefixes.sequence[mine][:, None] == prefixes.sequence[None, :]
+    short = (lengths[mine] == 1)[:, None] & (lengths == 1)[None, :]
+    direct = short if single == "cosine" else torch.zeros_like(short)
+    if target == "mean":
+        found = _means(cosines, prefixes)[mine]
+    else:
+        compare = _gak if target == "gak" else _awm
+        found = _compared(
+            cosines,
+            prefixes,
+            wanted=~same & ~direct,
+            begin=begin,
+            compare=lambda x, y: compare(cosines, prefixes, x, y, delta),
+        )
+    found = torch.where(direct, cosines[first[mine]][:, first], found)
+    return torch.where(same, _common(prefixes, mine, same).to(found) if same_sequence == "nested" else 1.0, found)
+
+
+def spread(target: Tensor, prefixes: Prefixes, *, rows: slice = slice(None)) -> float:
+    """Standard deviation of the targets of different sequences: near 0 there is nothing to learn. NaN for less than 2."""
+    others = target[prefixes.sequence[rows][:, None] != prefixes.sequence[None, :]]
+    return float(others.std()) if len(others) > 1 else float("nan")
+
+
+def _common(prefixes: Prefixes, mine: Tensor, same: Tensor) -> Tensor:
+    """Slices that both prefixes begin with / length of the longer one, where `same`; float[R, A]."""
+    i, j = same.nonzero(as_tuple=True)
+    i_lengths, j_lengths = prefixes.lengths[mine[i]], prefixes.lengths[j]
+    at = torch.arange(prefixes.slices.shape[1], device=same.device)
+    equal = prefixes.slices[mine[i]] == prefixes.slices[j]  # [P, L]
+    equal &= at < torch.minimum(i_lengths, j_lengths)[:, None]
+    leading = equal.long().cumprod(1).sum(1)
+    shares = torch.zeros(same.shape, dtype=torch.float64, device=same.device)
+    shares[i, j] = leading / torch.maximum(i_lengths, j_lengths).double()
+    return shares
+
+
+def _means(cosines: Tensor, prefixes: Prefixes) -> Tensor:
+    """Mean cosine over all pairs of slices of two prefixes, float[A, A]."""
+    inside = torch.arange(prefixes.slices.shape[1], device=cosines.device) < prefixes.lengths[:, None]
+    share = inside.to(cosines) / prefixes.lengths[:, None]
+    weights = cosines.new_zeros(len(prefixes), len(cosines)).scatter_add_(1, prefixes.slices, share)  # [A, U]
+    return weights @ cosines @ weights.T
+
+
+def _compared(
+    cosines: Tensor, prefixes: Prefixes, *, wanted: Tensor, begin: int, compare: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`compare` of every wanted pair, float[R, A]; what is not wanted is 0. A pair of two own rows is computed once."""
+    number = torch.arange(len(prefixes), device=cosines.device)
+    mine = number[begin : begin + len(wanted)]
+    mirrored = (number >= begin) & (number < mine[:, None])  # a later row has it already
+    i, j = (wanted & ~mirrored).nonzero(as_tuple=True)
+    found = cosines.new_zeros(wanted.shape)
+    if len(i) == 0:
+        return found
+    found[i, j] = compare(mine[i], j)
+    own = (j >= begin) & (j < begin + len(wanted))
+    found[j[own] - begin, mine[i[own]]] = found[i[own], j[own]]
+    return found
+
+
+def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
+    """Normalised global alignment kernel of the prefixes x[p] and y[p], float[P]."""
+    distances = squared_distances(cosines.double())  # three large logarithms are subtracted from each other
+    lengths = prefixes.lengths
+
+    def log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        return _in_chunks(distances, prefixes, x, y, lambda part, d, m, n: gak_pairs(d, m, n, sigma=sigma[part]))
+
+    # K(x, x) depends on the partner only by its length: far fewer kernels than pairs.
+    partner = torch.cat([lengths[y], lengths[x]])
+    own, which = torch.stack([torch.cat([x, y]), partner]).unique(dim=1, return_inverse=True)
+    log_own = log_kernel(own[0], own[0], rule_sigma(lengths[own[0]].double(), own[1], delta))[which]
+    log_joint = log_kernel(x, y, rule_sigma(lengths[x].double(), lengths[y], delta))
+    # Without positive semi-definiteness nothing bounds it by 1, and a cosine cannot be more.
+    return (log_joint - (log_own[: len(x)] + log_own[len(x) :]) / 2).exp().clamp(max=1.0).to(cosines)
+
+
+def _awm(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
+    """sum P cos / sum P with P the alignment posterior at sigma = delta, float[P]."""
+    return _in_chunks(squared_distances(cosines), prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta))
+
+
+def _in_chunks(
+    distances: Tensor,
+    prefixes: Prefixes,
+    x: Tensor,
+    y: Tensor,
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float[P]."""
+    longer = torch.maximum(prefixes.lengths[x], prefixes.lengths[y])
+    order = longer.argsort(descending=True)
+    found = distances.new_empty(len(x))
+    while len(order):
+        size = max(1, CELLS // int(longer[order[0]]) ** 2)
+        part, order = order[:size], order[size:]
+        m, n = prefixes.lengths[x[part]], prefixes.lengths[y[part]]
+        i, j = prefixes.slices[x[part], : int(m.max())], prefixes.slices[y[part], : int(n.max())]
+        found[part] = compute(part, distances[i[:, :, None], j[:, None, :]], m, n)
+    return found

@@ -1,0 +1,72 @@
+"""A dual encoder in the manner of CLIP (arXiv 2103.00020), from scratch over two frozen encoders: see model/dual.py.
+
+    image -> vision encoder -> tower -> a        text -> text encoder -> tower -> b        L_c = symmetric InfoNCE(a, b)
+
+It is the baseline that only retrieves, and the `cross` encoder of Sugar where there is no CLIP for the data at hand. It
+learns of pairs, and of images in documents with the text that follows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlduet.config import RunConfig
+from vlduet.data.records import ImageRef, Part
+from vlduet.data.sequences import IGNORE, Anchor, Sequence
+from vlduet.data.stream import Sample
+from vlduet.errors import DataError
+from vlduet.model.dual import DualEncoder
+from vlduet.model.encoders import Encoders, slice_of
+from vlduet.model.prompts import Renderer, content_key
+from vlduet.model.readout import Readout
+from vlduet.recipes.contrast import contrastive
+
+OBJECTIVES = ("contrastive",)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a config may set beside `recipe.name`."""
+
+    temperature_floor: float = 0.01
+    """Lowest temperature of the contrastive loss."""
+
+
+def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Roles of the frozen encoders below the towers."""
+    return ("vision", "text")
+
+
+def model(config: RunConfig, encoders: Encoders) -> DualEncoder:
+    """What is trained: new towers of width `model.dim`."""
+    torch.manual_seed(config.seed)
+    return DualEncoder(encoders, dim=config.model.dim).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+    """An image and a text of the record, each a sequence of one anchor. Raises DataError where there is no such two."""
+    record, draw = sample.record, sample.random()
+    found: list[tuple[ImageRef, str]] = [(record.image, text) for text in record.short if record.image is not None]
+    if not found and record.image is not None and record.long is not None:
+        found = [(record.image, record.long)]
+    for part, following in zip(record.parts, record.parts[1:], strict=False):
+        if isinstance(part, ImageRef) and isinstance(following, str):
+            found.append((part, following))
+    if not found:
+        raise DataError("no image with a text of its own", fix="Train a dual encoder on pairs or documents")
+    image, text = draw.choice(found)
+    return [_sequence(image, "image", record.id), _sequence(text, "text", record.id)]
+
+
+def _sequence(part: Part, role: str, record: str) -> Sequence:
+    """One token that nobody reads, under an anchor."""
+    return Sequence((0,), (IGNORE,), (Anchor(0, 1, role, record, content_key((part,)), (slice_of(part),)),))
+
+
+def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+    """Symmetric InfoNCE over the global batch."""
+    return {"contrastive": contrastive(readout, logit_scale, floor=options.temperature_floor)}

@@ -1,0 +1,264 @@
+"""Sugar: generation and discrimination from one pass over interleaved slices (arXiv 2411.00304).
+
+    sequence   [image 1] a sentence . [image 2] another one . ...                  a slice is an image or a sentence
+                   ^r1            ^r2      ^r3             ^r4                     labels on all texts
+    r_i = head(d_i)      d_i: mean of the image's tokens, or the text's last token; the trunk is causal, so r_i stands for
+                         the prefix of the sequence that ends with slice i
+    m^r_ij = cos(r_i, r_j)         of k prefixes of every sequence in the batch, drawn at random
+    m^l_ij = 1 in one sequence, else how well frozen encoders align the two prefixes (vlduet.objectives.triple)
+
+    L = L_g + alpha * L_d          L_g: next-token loss of the texts        L_d = (1/n) sum_ij (m^r_ij - m^l_ij)^2
+
+alpha is the weight of the objective `structure`. A pair is a sequence of two slices, a retrieval record one of its query and
+a positive; chats take part in L_g only.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlduet import distributed
+from vlduet.data.records import ImageRef, Parts, Record, split_sentences
+from vlduet.data.sequences import Anchor, Sequence
+from vlduet.data.stream import Sample
+from vlduet.errors import ConfigError, DataError
+from vlduet.logs import say
+from vlduet.model.encoders import slice_of
+from vlduet.model.prompts import Renderer
+from vlduet.model.readout import Readout
+from vlduet.objectives.language import language_loss
+from vlduet.objectives.structure import Form, structure_loss
+from vlduet.objectives.triple import (
+    Prefixes,
+    SameSequence,
+    Single,
+    Target,
+    calibrate,
+    related,
+    spread,
+    target_matrix,
+    triple_cosines,
+)
+
+OBJECTIVES = ("structure", "language")
+TINY_SPREAD = 0.02
+"""Standard deviation of the targets below which there is hardly anything to learn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a config may set beside `recipe.name`; the paper's form is the default wherever it gives one."""
+
+    k: int = 4
+    """Prefixes of a sequence that are embedded, at least one ending with an image and one with a text."""
+    pool: Literal["mean", "last"] = "mean"
+    """Tokens of an image that make its embedding: all, or the last (ablation). The model's prompts must say the same."""
+    pair_order: Literal["image", "either"] = "image"
+    """What comes first in a pair: the image, or drawn anew each time. A text alone is embedded only where it is first."""
+    target: Target = "gak"
+    """Alignment kernel of two prefixes; `mean` of all slice cosines (ablation); `awm`, alignment-weighted mean (ours)."""
+    triple: bool = True
+    """Compare two images by `vision`, two texts by `text`, and mixed slices by `cross`; false: all by `cross`."""
+    delta: float = 1.0
+    """Width of the alignment kernel."""
+    single: Single = "cosine"
+    """Two prefixes of one slice each: their cosine, or the kernel."""
+    same_sequence: SameSequence = "all"
+    """Targets inside a sequence: 1 for `all`, or (ours) the share that two prefixes have in common, `nested`."""
+    calibrate: bool = False
+    """Ours: bring the three encoders' cosines to one scale, by the unrelated pairs of the batch."""
+    loss: Form = "mse"
+    """Squared differences, or (ours) the divergence of the rows' softmaxes, `kl`, at `temperature`."""
+    temperature: float = 0.1
+    n_ref: int | None = None
+    """mse: mean * n_ref instead of the paper's sum / n, so that alpha means the same for every batch size."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("n_ref", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{value}", place=f"recipe.{name}", fix=f"Use {least} or more")
+        for name in ("delta", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{getattr(self, name)}", place=f"recipe.{name}", fix="Use a number above 0")
+
+
+def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Roles of the frozen encoders that these losses ask; none where `structure` has no weight."""
+    if not weights.get("structure"):
+        return ()
+    return ("vision", "text", "cross") if options.triple else ("cross",)
+
+
+# ------------------------------------------------------------------ layout
+
+
+def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+    """One record -> its sequence (the figure above). Raises DataError for a record that this method cannot use."""
+    record, draw = sample.record, sample.random()
+    if record.kind == "chat":
+        return [renderer.chat(record.messages, answer=False)]
+    if renderer.prompts.image_pool != options.pool:
+        what = f"recipe.pool is {options.pool}, model.prompts.image_pool is {renderer.prompts.image_pool}"
+        fix = "Set both alike: a model must be searched with the embeddings that it was trained for"
+        raise ConfigError(what, place="recipe.pool", fix=fix)
+    parts = slices_of(record, draw, options)
+    builder, spans = renderer.document(parts)
+    if record.kind == "interleaved" and len(spans) < len(parts):
+        # Another window of a long document each time, or its end would never be seen.
+        parts = parts[draw.randrange(len(parts) - len(spans) + 1) :]
+        builder, spans = renderer.document(parts)
+    slices = tuple(map(slice_of, parts[: len(spans)]))
+    for i in positions([isinstance(part, ImageRef) for part in parts[: len(spans)]], options.k, draw):
+        image = isinstance(parts[i], ImageRef)
+        start, end = spans[i]
+        builder.anchor(
+            (start, end) if image and options.pool == "mean" else (end - 1, end),
+            role="image" if image else "text",
+            record=record.id,
+            key="|".join(one.key for one in slices[: i + 1]),
+            slices=slices[: i + 1],
+        )
+    return [builder.build(renderer.max_tokens)]
+
+
+def slices_of(record: Record, draw: random.Random, options: Options) -> Parts:
+    """The record's images and sentences in order: (image, short caption) of a pair, its long one where it has no short."""
+    if record.kind == "interleaved":
+        return record.parts
+    if record.kind == "retrieval":
+        return record.query + draw.choice(record.positive)
+    if record.image is None:
+        raise DataError("an empty sequence", fix="Give the record parts, or an image with a caption")
+    texts = (draw.choice(record.short),) if record.short else tuple(split_sentences(record.long or ""))
+    text_first = options.pair_order == "either" and bool(texts) and draw.random() < 0.5
+    return (*texts, record.image) if text_first else (record.image, *texts)
+
+
+def positions(images: Many[bool], k: int, draw: random.Random) -> list[int]:
+    """min(k, n) of n slices, rising; an image and a text are among them where there are both and k > 1."""
+    chosen: list[int] = []
+    kinds = [[i for i, image in enumerate(images) if image == kind] for kind in (True, False)]
+    if k > 1 and all(kinds):
+        chosen = [draw.choice(kind) for kind in kinds]
+    rest = [i for i in range(len(images)) if i not in chosen]
+    return sorted(chosen + draw.sample(rest, min(k, len(images)) - len(chosen)))
+
+
+# ------------------------------------------------------------------ losses
+
+
+def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+    """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
+    count = distributed.total(len(readout.nll))
+    return {
+        "structure": structure(readout, options),
+        "language": language_loss(readout.nll, global_count=count, world_size=distributed.world_size()),
+    }
+
+
+def structure(readout: Readout, options: Options) -> Tensor:
+    """L_d between this rank's prefixes and those of all. 0 at no cost where no encoder was asked: alpha is 0."""
+    anchors = [anchor for anchor in readout.anchors if anchor.slices]
+    seen = sum(bool(one.features) for anchor in anchors for one in anchor.slices)
+    assert seen in (0, sum(len(anchor.slices) for anchor in anchors)), "encoders have looked at a part of the slices"
+    if distributed.total(seen) == 0:
+        return readout.embeddings.sum() * 0.0
+    rows = readout.of("image", "text")[0]
+    everything, begin = distributed.gather_rows(rows)
+    mine = slice(begin, begin + len(rows))
+    cosines, prefixes = compared(anchors, options, like=rows.detach())
+    target = target_matrix(
+        cosines,
+        prefixes,
+        rows=mine,
+        target=options.target,
+        same_sequence=options.same_sequence,
+        single=options.single,
+        delta=options.delta,
+    )
+    if spread(target, prefixes, rows=mine) < TINY_SPREAD:
+        _warn_once(f"structure: the targets of a batch differ by less than {TINY_SPREAD}: nothing to learn")
+    return structure_loss(
+        rows,
+        everything,
+        target=target,
+        begin=begin,
+        loss=options.loss,
+        temperature=options.temperature,
+        n_ref=options.n_ref,
+        world_size=distributed.world_size(),
+    )
+
+
+def compared(anchors: list[Anchor], options: Options, *, like: Tensor) -> tuple[Tensor, Prefixes]:
+    """Cosines float[U, U] of the distinct slices of all ranks, and the prefixes of all ranks as indices into them.
+
+    Args:
+        anchors: this rank's, their slices seen by the encoders; like: gives device and dtype.
+    """
+    slices = list({one.key: one for anchor in anchors for one in anchor.slices}.values())
+    images = [isinstance(one.part, ImageRef) for one in slices]
+    cross = [one.features["cross"] for one in slices]
+    same = (
+        [one.features["vision" if i else "text"] for one, i in zip(slices, images, strict=True)]
+        if options.triple
+        else cross
+    )
+    told = distributed.gather_objects(
+        (
+            [(one.key, image) for one, image in zip(slices, images, strict=True)],
+            [(anchor.record, [one.key for one in anchor.slices]) for anchor in anchors],
+            [max(map(len, half), default=0) for half in (same, cross)],  # unknown to a rank without a slice
+        )
+    )
+    rows = [row for found, _, _ in told for row in found]
+    first: dict[str, int] = {}
+    for at, (key, _) in enumerate(rows):
+        first.setdefault(key, at)
+    chosen = list(first.values())
+    halves = [
+        distributed.gather_rows(_stacked(half, max(widths[i] for _, _, widths in told), like))[0][chosen]
+        for i, half in enumerate((same, cross))
+    ]
+    image = torch.tensor([rows[at][1] for at in chosen], dtype=torch.bool, device=like.device)
+    cosines = triple_cosines(*halves, image=image, triple=options.triple)
+    prefixes = _prefixes([prefix for _, found, _ in told for prefix in found], list(first), like.device)
+    if options.calibrate:
+        cosines = calibrate(cosines, image=image, related=related(prefixes, len(image)))
+    return cosines, prefixes
+
+
+def _stacked(vectors: list[Tensor], width: int, like: Tensor) -> Tensor:
+    """float[U, width], short ones filled with zeros: vectors of two encoders are never compared with each other."""
+    found = like.new_zeros(len(vectors), width)
+    for row, vector in zip(found, vectors, strict=True):
+        row[: len(vector)] = vector.to(like)
+    return found
+
+
+def _prefixes(found: list[tuple[str, list[str]]], keys: list[str], device: torch.device) -> Prefixes:
+    """(record, keys of the slices) of every prefix -> indices."""
+    number = {key: i for i, key in enumerate(keys)}
+    sequence: dict[str, int] = {}
+    longest = max(len(prefix) for _, prefix in found)
+    return Prefixes(
+        torch.tensor([[number[key] for key in prefix] + [0] * (longest - len(prefix)) for _, prefix in found]).to(
+            device
+        ),
+        torch.tensor([len(prefix) for _, prefix in found], device=device),
+        torch.tensor([sequence.setdefault(record, len(sequence)) for record, _ in found], device=device),
+    )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    say(text)

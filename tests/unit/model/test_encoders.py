@@ -1,0 +1,188 @@
+"""Frozen encoders: any local folder in its role, every vector computed once, and nothing broken goes unseen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from transformers import AutoTokenizer, BertModel, CLIPModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Model
+
+import tiny
+from vlduet.data.sequences import Anchor, Sequence, Slice
+from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.model.backbones import load_text_encoder, process
+from vlduet.model.encoders import Encoder, Encoders, open_encoder, slice_of
+from vlduet.model.features import FeatureCache
+
+TEXTS = ["a cat", "a much longer sentence about a dog"]
+PICTURES = [tiny.picture(i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny.encoders(tmp_path_factory.mktemp("encoders"))
+
+
+def encoders(folders: dict[str, Path], cache: Path | None = None) -> Encoders:
+    return Encoders({role: open_encoder(folder) for role, folder in folders.items()}, cache=FeatureCache(cache))
+
+
+def vectors(made: Encoders, role: str, parts: list) -> torch.Tensor:
+    slices = [slice_of(part) for part in parts]
+    found = made.vectors(role, slices)
+    return torch.stack([found[one.key] for one in slices])
+
+
+def pixels(folder: Path) -> torch.Tensor:
+    from vlduet.model.encoders import _processor
+
+    return torch.cat([process(_processor(folder), picture)["pixel_values"] for picture in PICTURES])
+
+
+# ---------------------------------------------------------------------- what the folders give
+
+
+def test_vision_is_the_pooled_output(folders: dict[str, Path]) -> None:
+    with torch.no_grad():
+        hidden = Dinov2Model.from_pretrained(folders["vision"]).eval()(pixels(folders["vision"])).last_hidden_state
+    assert_close(vectors(encoders(folders), "vision", PICTURES), F.normalize(hidden[:, 0], dim=1))
+
+
+def test_text_is_the_mean_or_what_the_folder_says(folders: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(folders["text"]), BertModel.from_pretrained(folders["text"]).eval()
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    mean = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    assert_close(vectors(encoders(folders), "text", TEXTS), mean)
+    folder = tiny.text_encoder(tmp_path / "bge")
+    (folder / "1_Pooling").mkdir()
+    for config in ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+        assert_close(load_text_encoder(folder)(TEXTS), F.normalize(hidden[:, 0], dim=1))
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    with pytest.raises(ModelError, match="lasttoken"):
+        load_text_encoder(folder)
+
+
+def test_cross_reads_both_kinds_in_one_space(folders: dict[str, Path]) -> None:
+    clip = CLIPModel.from_pretrained(folders["cross"]).eval()
+    batch = AutoTokenizer.from_pretrained(folders["cross"])(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        out = clip(**batch, pixel_values=pixels(folders["cross"]))
+    made = encoders(folders)
+    assert_close(vectors(made, "cross", PICTURES), out.image_embeds)
+    assert_close(vectors(made, "cross", TEXTS), out.text_embeds)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_tower_of_a_model_is_an_encoder(ours: bool, tmp_path: Path) -> None:
+    model = tiny.duet(tmp_path / "base")
+    encoder = open_encoder(tmp_path / "base", own=model if ours else None)
+    found = vectors(Encoders({"vision": encoder}, cache=FeatureCache(None)), "vision", PICTURES)
+    tokens = model.vision_features([model.prepare(picture) for picture in PICTURES])
+    assert_close(found, F.normalize(tokens.reshape(3, 4, -1).mean(1), dim=1))
+
+
+def test_a_vision_part_of_clip_alone(tmp_path: Path) -> None:
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(tmp_path)
+    tiny._pictures(16).save_pretrained(tmp_path)
+    assert open_encoder(tmp_path).kinds == ("image",)
+    found = vectors(Encoders({"vision": open_encoder(tmp_path)}, cache=FeatureCache(None)), "vision", PICTURES)
+    assert found.shape == (3, 16)
+
+
+# ---------------------------------------------------------------------- once, and by content
+
+
+def test_vectors_are_computed_once(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {role: vectors(encoders(folders, tmp_path), role, TEXTS) for role in ("text", "cross")}
+    monkeypatch.setattr(Encoder, "encode", property(lambda self: pytest.fail(f"{self.folder} was opened")))
+    again = encoders(folders, tmp_path)
+    for role, wanted in first.items():
+        assert torch.equal(vectors(again, role, TEXTS), wanted)
+
+
+def test_another_encoder_s_vectors_are_not_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    vectors(encoders(folders, tmp_path / "cache"), "text", TEXTS)
+    other = tiny.text_encoder(tmp_path / "other", seed=1)
+    found = vectors(encoders({"text": other}, tmp_path / "cache"), "text", TEXTS)
+    assert_close(found, load_text_encoder(other)(TEXTS))
+    pooled = tiny.text_encoder(tmp_path / "pooled")
+    (pooled / "1_Pooling").mkdir()
+    (pooled / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    found = vectors(encoders({"text": pooled}, tmp_path / "cache"), "text", TEXTS)
+    assert_close(found, load_text_encoder(pooled)(TEXTS))
+
+
+def test_the_key_is_the_content(tmp_path: Path) -> None:
+    image = tiny.picture(1)
+    (tmp_path / "a.png").write_bytes(image.data or b"")
+    assert slice_of(image).key == slice_of(type(image)(path=tmp_path / "a.png")).key != slice_of(PICTURES[0]).key
+    assert slice_of("A cat").key != slice_of("a cat").key
+    assert slice_of(slice_of(image).key).key != slice_of(image).key  # a text that spells an image's key
+
+
+# ---------------------------------------------------------------------- sequences
+
+
+def test_see_fills_what_each_role_compares(folders: dict[str, Path]) -> None:
+    slices = (slice_of(PICTURES[0]), slice_of(TEXTS[0]))
+    anchors = (
+        Anchor(0, 1, "image", "a", "k", slices[:1]),
+        Anchor(1, 2, "text", "a", "k", slices),
+        Anchor(0, 1, "x", "", ""),
+    )
+    (seen,) = encoders(folders).see([Sequence((1, 2), (-100, -100), anchors)])
+    assert seen.anchors == anchors  # features decide no equality
+    image, text = seen.anchors[1].slices
+    assert image.features.keys() == {"vision", "cross"} and text.features.keys() == {"text", "cross"}
+    assert seen.anchors[0].slices[0] is image
+    bare = [Sequence((1,), (-100,))]
+    assert encoders(folders).see(bare) is bare
+
+
+def faulty(value: float) -> Encoders:
+    def encode(parts: list) -> torch.Tensor:
+        return torch.stack([torch.full((3,), value if part == "bad" else 1.0) for part in parts])
+
+    return Encoders({"text": Encoder(Path("x"), ("text",), lambda: {"text": encode}, "f")}, cache=FeatureCache(None))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_nan_and_zero_vectors_are_named(value: float) -> None:
+    assert len(faulty(value).vectors("text", [slice_of("good")])) == 1
+    with pytest.raises(DataError, match=r"the text encoder x gives (NaN|infinite numbers or zeros alone) for 'bad'"):
+        faulty(value).vectors("text", [slice_of("good"), slice_of("bad")])
+
+
+def test_a_broken_cache_is_mended_and_a_foreign_width_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    wanted = vectors(encoders(folders, tmp_path), "text", TEXTS)
+    one, other = sorted(tmp_path.rglob("*.npy"))
+    np.save(one, np.full(24, np.nan, np.float32))
+    assert_close(vectors(encoders(folders, tmp_path), "text", TEXTS), wanted)
+    np.save(other, np.ones(25, np.float32))
+    with pytest.raises(ModelError, match=r"text: a cached vector has 2[45] numbers.*Delete"):
+        vectors(encoders(folders, tmp_path), "text", TEXTS)
+
+
+def test_a_role_needs_an_encoder_that_reads_its_kinds(folders: dict[str, Path], tmp_path: Path) -> None:
+    for role, wrong in (("vision", "text"), ("text", "vision"), ("cross", "vision")):
+        with pytest.raises(ConfigError, match=f"encoders.{role}.*needs"):
+            encoders({role: folders[wrong]})
+    assert encoders({"vision": folders["cross"], "text": folders["cross"]})
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        open_encoder(tmp_path)
+
+
+def test_a_slice_compares_by_content() -> None:
+    assert Slice("a", "k", {"text": torch.ones(2)}) == Slice("a", "k")

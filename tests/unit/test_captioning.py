@@ -1,0 +1,198 @@
+"""Captions are written where they lack, once an image, and an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from vlduet.captioning import INSTRUCTIONS, OWN, Wish, caption, tidy, wishes
+from vlduet.data import images
+from vlduet.data.formats import read_records
+from vlduet.data.records import ImageRef
+from vlduet.errors import ConfigError, DataError, VLDuetError
+
+BOTH = wishes(short=9, long=99)
+
+
+class FakeModel:
+    """Writes the width of the picture."""
+
+    fingerprint = "fake"
+
+    def __init__(self, answer: str = "It is {width} wide. Really. And the") -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, int, list[int]]] = []
+        self.stop_after: int | None = None
+
+    def caption(
+        self, images_: Sequence[ImageRef], *, prompt: str = OWN, max_new_tokens: int = 32, batch: int = 32
+    ) -> list[str]:
+        widths = [images.load(ref).width for ref in images_]
+        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append((prompt, max_new_tokens, widths))
+        return [self.answer.format(width=width) for width in widths]
+
+
+def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def photos(folder: Path, count: int) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(tiny.picture(i, side=10 + i).data or b"")
+    return [f"{i}.png" for i in range(count)]
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "2.txt").write_text("There already.")
+    model = FakeModel()
+    report = caption(model, tmp_path / "photos", to=tmp_path / "out.jsonl", wanted=BOTH, name="m", batch=2)
+    a, _, c = read_records(tmp_path / "out.jsonl")
+    assert a.short == ("It is 10 wide.",) and a.long == "It is 10 wide. Really."
+    assert c.short == ("There already.",) and c.long == "It is 12 wide. Really."
+    assert [asked[:2] for asked in model.asked[:2]] == [(INSTRUCTIONS["short"], 9), (INSTRUCTIONS["long"], 99)]
+    assert [widths for _, _, widths in model.asked] == [[10, 11], [10, 11], [12]]
+    told = {"model": "m", "fingerprint": "fake", "prompt": INSTRUCTIONS["long"], "tokens": 99}
+    assert a.metadata["captioned"]["long"] == told and list(c.metadata["captioned"]) == ["long"]
+    assert (report.records, report.short, report.long, report.generated) == (3, 2, 3, 5) and report.dropped == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "out.jsonl"}, "nothing is left behind"
+
+
+def test_what_is_there_is_never_replaced_and_seen_images_are_not_asked_again(tmp_path: Path) -> None:
+    names = photos(tmp_path, 1)
+    rows = [
+        {"id": "full", "image": "gone.png", "short": "s", "long": "l"},
+        {"id": "first", "image": names[0], "long": "l", "metadata": {"captioned": {"long": "by hand"}}},
+        {"id": "again", "image": names[0]},
+        {"id": "chat", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
+    ]
+    model = FakeModel()
+    report = caption(model, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=wishes(short=9, long=0))
+    found = {record.id: record for record in read_records(tmp_path / "out.jsonl")}
+    assert found["full"].short == ("s",) and found["full"].metadata == {} and found["chat"].kind == "chat"
+    assert found["first"].short == found["again"].short == ("It is 10 wide.",)
+    assert list(found["first"].metadata["captioned"]) == ["long", "short"]
+    assert report.generated == 1 and report.short == 2 and found["again"].long is None
+
+
+def test_broken_images_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    names = photos(tmp_path, 4)
+    (tmp_path / "broken.png").write_bytes((tmp_path / names[0]).read_bytes()[:60])
+    every = ["gone.png", *names[:2], "broken.png", *names[2:]]
+    rows = [{"id": str(i), "image": name} for i, name in enumerate(every)]
+    report = caption(FakeModel(), write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=BOTH, batch=8)
+    assert [r.id for r in read_records(tmp_path / "out.jsonl")] == ["1", "2", "4", "5"]
+    assert report.dropped == 2 and sum(report.causes.values()) == 2
+    listed = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in listed} == {"0", "3"} and all(row["fix"] for row in listed)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    rows = [{"id": name, "image": name} for name in photos(tmp_path, 5)]
+    source, out = write(tmp_path, rows), tmp_path / "out.jsonl"
+    whole = FakeModel()
+    caption(whole, source, to=tmp_path / "whole.jsonl", wanted=BOTH, batch=2)
+    stopped = FakeModel()
+    stopped.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        caption(stopped, source, to=out, wanted=BOTH, batch=2)
+    assert not out.exists()
+    (journal,) = tmp_path.glob(".out.jsonl.*.captions")
+    journal.write_bytes(journal.read_bytes()[:-7])  # a kill in the middle of a line
+    rest = FakeModel()
+    report = caption(rest, source, to=out, wanted=BOTH, batch=2)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
+    assert report.generated == 5, "four were kept, and one of a broken line is written again"
+    assert [asked[2] for asked in rest.asked] == [[13], [12, 13], [14], [14]]
+
+
+def test_captions_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
+    rows = [{"id": name, "image": name} for name in photos(tmp_path, 2)]
+    stopped = FakeModel()
+    stopped.stop_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        caption(stopped, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=BOTH, batch=1)
+    wanted = [Wish("short", 9, "Otherwise.")]
+    assert caption(FakeModel(), tmp_path / "pairs.jsonl", to=tmp_path / "out.jsonl", wanted=wanted).generated == 2
+
+
+def test_an_empty_caption_is_counted_and_left_out(tmp_path: Path) -> None:
+    rows = [{"id": name, "image": name} for name in photos(tmp_path, 1)]
+    report = caption(FakeModel(' " " '), write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=BOTH)
+    (record,) = read_records(tmp_path / "out.jsonl")
+    assert report.empty == 2 and record.short == () and record.long is None and record.metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences", "wanted"),
+    [
+        (" A  red\ncar. ", None, "A red car."),
+        ('"A car."', None, "A car."),
+        ("“A car” and a bus", None, "“A car” and a bus"),
+        ("A car. It is re", None, "A car."),
+        ("A car on a roa", None, "A car on a roa"),
+        ("A car! It drives. Away.", 1, "A car!"),
+        ('A sign. It says "Stop."', None, 'A sign. It says "Stop."'),
+        ("A car\n\nAnd more.", 1, "A car"),
+        ('""', None, ""),
+        ("", None, ""),
+    ],
+)
+def test_tidy(text: str, sentences: int | None, wanted: str) -> None:
+    assert tidy(text, sentences=sentences) == wanted
+
+
+def test_wishes_and_bad_options(tmp_path: Path) -> None:
+    assert wishes(short=5, long=0, prompt="") == [Wish("short", 5, OWN)]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"short": 0, "long": 0}, "neither"),
+        ({"short": -1, "long": 5}, "--short"),
+        ({"short": 5, "long": 5, "prompt": "x"}, "--long 0 or --short 0"),
+    ]
+    for options, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            wishes(**options)
+    source = write(tmp_path, [])
+    for options, said in [({"batch": 0}, "--batch"), ({"to": source}, "the source itself")]:
+        with pytest.raises(VLDuetError, match=said):
+            caption(FakeModel(), source, **{"to": tmp_path / "o.jsonl", "wanted": BOTH, **options})
+    with pytest.raises(DataError, match="no such file"):
+        caption(FakeModel(), tmp_path / "none", to=tmp_path / "o.jsonl", wanted=BOTH)
+
+
+def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from vlduet.cli.main import app
+
+    photos(tmp_path / "photos", 2)
+    tiny.llava(tmp_path / "base")
+    tokenizer_config = tmp_path / "base" / "tokenizer_config.json"
+    assert tokenizer_config.exists()
+    arguments = ["caption", str(tmp_path / "base"), str(tmp_path / "photos"), "--to", str(tmp_path / "out.jsonl")]
+    done = CliRunner().invoke(app, [*arguments, "--short", "3", "--long", "5", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["records"] == 2 and told["short"] + told["long"] + told["empty"] == 4 and told["generated"] == 4
+    for record in read_records(tmp_path / "out.jsonl"):
+        assert all(made["model"] == "base" for made in record.metadata.get("captioned", {}).values())
+    done = CliRunner().invoke(app, [*arguments, "--long", "0", "--short", "3", "--prompt", ""])
+    assert done.exit_code == 0, done.output
+
+
+def test_instructions_and_the_image_prompt_are_both_answered(tmp_path: Path) -> None:
+    model = tiny.duet(tmp_path / "base")
+    asked = model.renderer.ask_for_caption(tiny.picture(), "Describe.")
+    text = model.backbone.tokenizer.decode(asked.ids)
+    assert "<|user|>" in text and "Describe." in text and text.endswith("<|assistant|>") and len(asked.images) == 1
+    assert model.renderer.ask_for_caption(tiny.picture(), OWN).ids == model.renderer.embed((tiny.picture(),)).ids

@@ -1,0 +1,210 @@
+"""Sugar and the dual encoder through the training loop: from configs and documents on disk to models that open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import tiny
+from vlduet import config
+from vlduet.data.formats import read_records
+from vlduet.errors import ConfigError, ModelError
+from vlduet.logs import read_metrics
+from vlduet.model.dual import DualEncoder
+from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import open_encoder
+from vlduet.train import setup
+from vlduet.train.loop import train
+from vlduet.train.plan import plan
+from vlduet.validation import validator
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {role: str(folder) for role, folder in tiny.encoders(tmp_path_factory.mktemp("encoders")).items()}
+
+
+def documents(folder: Path) -> Path:
+    """Two documents, a pair and a chat."""
+    for i in range(4):
+        (folder / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+    rows: list[dict[str, Any]] = [
+        {
+            "id": "one",
+            "parts": [{"image": "0.png"}, {"text": "A cat. It sleeps."}, {"image": "1.png"}, {"text": "A dog."}],
+        },
+        {"id": "two", "parts": [{"text": "Rain."}, {"image": "2.png"}, {"text": "And sun."}]},
+        {"id": "three", "image": "3.png", "short": "a flower"},
+        {"id": "four", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+    ]
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(folder: Path, encoders: dict[str, str], *overrides: str, family: str = "fast_vlm") -> config.RunConfig:
+    tiny.FAMILIES[family](folder / "base")
+    tree = {
+        "out": str(folder / "run"),
+        "recipe": {"name": "sugar"},
+        "objectives": {"structure": 1.0, "language": 1.0},
+        "model": {"path": str(folder / "base"), "head": "mlp", "dim": 8, "prompts": tiny.BARE.to_dict()},
+        "encoders": encoders,
+        "data": {"train": [{"path": str(documents(folder))}]},
+        "train": {"steps": 4, "batch_size": 4, "lr": 1e-2, "lora": {"rank": 2, "alpha": 2}, "log_every": 1},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return config.load(path, overrides)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_it_learns_the_structure(family: str, encoders: dict[str, str], tmp_path: Path) -> None:
+    made = settings(
+        tmp_path, encoders, "train.steps=40", "train.projector=true", "train.lora.targets=all", family=family
+    )
+    folder = train(made)
+    rows = [row for row in read_metrics(made.out / "metrics.jsonl") if "structure" in row]
+    first, last = (
+        [np.mean([row[name] for row in part]) for name in ("structure", "language")] for part in (rows[:3], rows[-3:])
+    )
+    assert last[0] < 0.5 * first[0] and last[1] < first[1]
+    model = DuetModel.from_pretrained(folder)
+    (cat, *_), (rain, *_) = (
+        record.parts for record in read_records(made.data.train[0].path) if record.kind == "interleaved"
+    )
+    assert model.encode([cat, rain]).shape == (2, 8)
+
+
+def test_alpha_zero_asks_no_encoder(tmp_path: Path) -> None:
+    made = settings(tmp_path, {}, "objectives.structure=0")
+    train(made)
+    rows = read_metrics(made.out / "metrics.jsonl")
+    assert len(rows) == 4 and all("structure" not in row and row["language"] > 0 for row in rows)
+    assert not [p for p in (made.out / "features").rglob("*.npy") if np.load(p).ndim == 1]
+
+
+def test_a_missing_encoder_is_named(encoders: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"encoders.cross: .*none is given. Name its folder"):
+        setup.prepare(settings(tmp_path, {**encoders, "cross": None}), keep=False)  # type: ignore[dict-item]
+    only = {"cross": encoders["cross"]}
+    run = setup.prepare(settings(tmp_path, only, "recipe.triple=false"), keep=False)
+    assert list(run.encoders.encoders) == ["cross"]
+
+
+def test_a_slice_that_an_encoder_cannot_see_costs_its_record_only(
+    encoders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlduet.model import encoders as module
+
+    real = module.load_text_encoder
+
+    def broken(folder: Path, **options: Any) -> Any:
+        encode = real(folder, **options)
+        return lambda texts: torch.stack(
+            [v * (float("nan") if t == "Rain." else 1.0) for t, v in zip(texts, encode(texts), strict=True)]
+        )
+
+    monkeypatch.setattr(module, "load_text_encoder", broken)
+    made = settings(tmp_path, encoders)
+    train(made)
+    dropped = [json.loads(line) for line in (made.out / "quarantine.jsonl").read_text().splitlines()]
+    assert {row["id"] for row in dropped} == {"two"} and "NaN for 'Rain.'" in dropped[0]["message"]
+
+
+# ---------------------------------------------------------------------- the shipped configs
+
+
+def ready(name: str, folder: Path, encoders: dict[str, str]) -> config.RunConfig:
+    """A shipped config with its folders put here."""
+    tiny.llava(folder / "base")
+    data = documents(folder)
+    tree = yaml.safe_load((CONFIGS / name).read_text())
+    overrides = [
+        f"model.path={folder / 'base'}",
+        "model.prompts.image_pool=mean",
+        f"out={folder / 'run'}",
+        "data.validation=null",
+        "data.cache=null",
+    ]
+    overrides += [f"data.train.{i}.path={data}" for i in range(len(tree["data"]["train"]))]
+    overrides += [f"encoders.{role}={encoders[role]}" for role in tree["encoders"]]
+    return config.load(CONFIGS / name, overrides)
+
+
+@pytest.mark.parametrize("name", ["sugar.yaml", "sugar-nano.yaml"])
+def test_the_shipped_configs_plan(name: str, tmp_path: Path, encoders: dict[str, str]) -> None:
+    facts = plan(ready(name, tmp_path, encoders))
+    assert facts["records dropped"] == 0 and facts["embeddings a batch"] > 0 and facts["supervised tokens a batch"] > 0
+
+
+# ---------------------------------------------------------------------- the dual encoder
+
+
+@pytest.fixture
+def dual(tmp_path: Path, encoders: dict[str, str]) -> Path:
+    rows = []
+    for i in range(8):
+        (tmp_path / f"pair{i}.png").write_bytes(tiny.picture(10 + i).data or b"")
+        rows.append({"id": str(i), "image": f"pair{i}.png", "short": f"number {i}"})
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree = yaml.safe_load((CONFIGS / "clip-nano.yaml").read_text())
+    tree["data"] = {"train": [{"path": str(pairs)}], "validation": str(pairs)}
+    tree |= {"out": str(tmp_path / "clip"), "encoders": {role: encoders[role] for role in ("vision", "text")}}
+    tree["train"] |= {"steps": 200, "batch_size": 8, "eval_every": 200, "log_every": 20, "lr": 3e-3}
+    made = config.check(tree, place="test")
+    assert plan(made)["trainable parameters"] > 0
+    return train(made, evaluate=validator(pairs, seed=0))
+
+
+def test_the_dual_encoder_learns_pairs(dual: Path) -> None:
+    rows = read_metrics(dual.parent / "metrics.jsonl")
+    losses = [row["contrastive"] for row in rows if "contrastive" in row]
+    assert losses[-1] < losses[0] / 2
+    measured = [row for row in rows if "validation/text_to_image/hit@1" in row]
+    assert (
+        measured[-1]["validation/text_to_image/hit@1"] > 0.9 and "validation/caption_cross_entropy" not in measured[-1]
+    )
+
+
+def test_a_dual_encoder_opens_as_it_was_saved(dual: Path, tmp_path: Path) -> None:
+    model = DualEncoder.from_pretrained(dual)
+    vectors = model.encode([tiny.picture(10), "number 0", "number 1"])
+    assert vectors.shape == (3, 256) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
+    manifest = json.loads((dual / "dual.json").read_text())
+    manifest["encoders"]["text"]["fingerprint"] = "other"
+    (dual / "dual.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=r"the text encoder .* is another one now"):
+        DualEncoder.from_pretrained(dual)
+    (dual / "dual.json").write_text("{}")
+    with pytest.raises(ModelError, match="no dual encoder"):
+        DualEncoder.from_pretrained(dual)
+
+
+def test_sugar_takes_a_dual_encoder_for_cross(dual: Path, encoders: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "sugar").mkdir()
+    run = setup.prepare(settings(tmp_path / "sugar", {**encoders, "cross": str(dual)}), keep=False)
+    (_, batch), *_ = setup.batches(run, 3)
+    assert batch is not None
+    cross = [one.features["cross"] for anchor in batch.anchors for one in anchor.slices]
+    assert {len(vector) for vector in cross} == {256}
+    again = DualEncoder.from_pretrained(dual).encode([batch.anchors[0].slices[0].part])
+    assert np.allclose(again[0], cross[0].numpy(), atol=1e-6)
+    assert open_encoder(Path(encoders["vision"])).fingerprint != run.encoders.encoders["cross"].fingerprint
+
+
+def test_a_dual_encoder_reads_one_slice(dual: Path) -> None:
+    from vlduet.errors import DataError
+
+    with pytest.raises(DataError, match="one image or one text"):
+        DualEncoder.from_pretrained(dual).encode([(tiny.picture(1), "what?")])
