@@ -27,8 +27,11 @@ from vlduet.logs import progress, say
 from vlduet.model import generation
 from vlduet.model.backbones import BACKBONES, IMAGE_BACKEND, read_config
 from vlduet.model.checkpoint import MANIFEST
+from vlduet.model.dual import MANIFEST as DUAL
+from vlduet.model.dual import as_encoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import kind_of, open_encoder
+from vlduet.model.encoders import Encoder, kind_of, open_encoder
+from vlduet.model.features import FeatureCache
 from vlduet.model.generation import evaluating
 
 Embed = Callable[[list[Parts], bool], np.ndarray]
@@ -75,7 +78,7 @@ def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]
         playing = Functions(
             embed=two_towers(folder), answer=_mute, loglikelihood=_mute, other=_other(settings), judge=_judge(settings)
         )
-        return playing, {"fingerprint": open_encoder(folder).fingerprint, "image_backend": IMAGE_BACKEND}
+        return playing, {"fingerprint": encoder_of(folder).fingerprint, "image_backend": IMAGE_BACKEND}
     model = DuetModel.from_pretrained(folder)
     facts = {
         "fingerprint": model.fingerprint,
@@ -112,6 +115,14 @@ def speaks(folder: Path) -> bool:
     )
 
 
+def encoder_of(folder: Path) -> Encoder:
+    """A folder's encoder; its weights are read when they are needed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (folder / DUAL).is_file():
+        return as_encoder(folder, cache=FeatureCache(None), device=device)
+    return open_encoder(folder, device=device)
+
+
 def two_towers(folder: Path) -> Embed:
     """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E].
 
@@ -120,7 +131,7 @@ def two_towers(folder: Path) -> Embed:
     Raises:
         ModelError: the folder's encoder does not read both images and texts.
     """
-    encoder = open_encoder(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    encoder = encoder_of(folder)
     if set(encoder.kinds) != {"image", "text"}:
         fix = "Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder"
         raise ModelError(f"reads {' and '.join(encoder.kinds)}s alone", place=folder, fix=fix)
