@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from vlduet import __version__
 from vlduet.data import corpora
 from vlduet.data.batches import by_length
-from vlduet.data.records import Message, Part, Parts
-from vlduet.data.sequences import IGNORE
+from vlduet.data.records import ImageRef, Message, Part, Parts
+from vlduet.data.sequences import IGNORE, Sequence
 from vlduet.errors import ModelError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark
@@ -188,9 +189,22 @@ def conversation(prompt: Parts, *, system: str | None) -> tuple[Message, ...]:
     return (*before, Message("user", prompt))
 
 
-def answers(model: DuetModel, prompts: Sequence[Parts], longest: int, *, system: str | None = None) -> list[str]:
-    """Greedy answers of at most `longest` tokens, in the order of the prompts, batched by length."""
-    sequences = [model.renderer.chat(conversation(prompt, system=system), answer=True) for prompt in prompts]
+def is_image(prompt: Parts) -> bool:
+    """Whether a prompt is an image and nothing else."""
+    return len(prompt) == 1 and isinstance(prompt[0], ImageRef)
+
+
+def answers(model: DuetModel, prompts: Many[Parts], longest: int, *, system: str | None = None) -> list[str]:
+    """Greedy answers of at most `longest` tokens, in the order of the prompts, batched by length.
+
+    An image alone asks for a caption in the way that the model was trained to write them.
+    """
+    sequences = [
+        model.renderer.embed(prompt)
+        if is_image(prompt)
+        else model.renderer.chat(conversation(prompt, system=system), answer=True)
+        for prompt in prompts
+    ]
     found = [""] * len(prompts)
     for chosen in by_length(sequences, BATCH_TOKENS):
         start = model.start([sequences[i] for i in chosen], longest)
@@ -200,11 +214,21 @@ def answers(model: DuetModel, prompts: Sequence[Parts], longest: int, *, system:
 
 
 def likelihoods(
-    model: DuetModel, pairs: Sequence[tuple[Parts, str]], *, system: str | None = None
+    model: DuetModel, pairs: Many[tuple[Parts, str]], *, system: str | None = None
 ) -> list[tuple[float, int]]:
-    """(nats, tokens) of each continuation as the answer to its prompt, its end of turn included."""
-    turns = [(*conversation(prompt, system=system), Message("assistant", (text,))) for prompt, text in pairs]
-    sequences = [model.renderer.chat(messages, answer=False) for messages in turns]
+    """(nats, tokens) of each continuation as the answer to its prompt, its end of turn included.
+
+    After an image alone, the continuation is read as its caption.
+    """
+
+    def sequence(prompt: Parts, text: str) -> Sequence:
+        if is_image(prompt):
+            assert isinstance(prompt[0], ImageRef)
+            return model.renderer.caption(prompt[0], text)
+        turns = (*conversation(prompt, system=system), Message("assistant", (text,)))
+        return model.renderer.chat(turns, answer=False)
+
+    sequences = [sequence(prompt, text) for prompt, text in pairs]
     found = [(0.0, 0)] * len(pairs)
     with torch.no_grad(), evaluating(model):
         for chosen in by_length(sequences, BATCH_TOKENS):
@@ -233,7 +257,7 @@ def made_by(folder: Path, facts: Mapping[str, Any], settings: Settings) -> dict[
 
 def run(
     folder: Path,
-    benchmarks: Sequence[Benchmark],
+    benchmarks: Many[Benchmark],
     *,
     data: Path,
     runs: Path,

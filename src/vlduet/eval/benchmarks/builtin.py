@@ -150,15 +150,12 @@ def template_questions(source: Source) -> Choices:
     return Choices(tuple(items), "kind")
 
 
-CAPTION = "Describe the image in a few words."
-
-
 def captions(corpus: str) -> Callable[[Source], Questions]:
-    """A loader: captions on request, compared with the references."""
+    """A loader: captions, written as the model was trained to (an image alone), compared with the references."""
 
     def load(source: Source) -> Questions:
         kept = [record for record in records(source, corpus) if record.image is not None and record.short]
-        items = [Question(r.id, (r.image, CAPTION), list(r.short), max_new_tokens=24) for r in kept if r.image]
+        items = [Question(r.id, (r.image,), list(r.short), max_new_tokens=24) for r in kept if r.image]
         return Questions(tuple(items), score_captions)
 
     return load
@@ -188,7 +185,7 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
             drawn = [others[i] for i in random.permutation(len(others))[: OPTIONS - 1]]
             at = int(random.integers(len(drawn) + 1))
             options = (*drawn[:at], record.short[0], *drawn[at:])
-            items.append(Question(record.id, (record.image, CAPTION), at, {}, options))
+            items.append(Question(record.id, (record.image,), at, {}, options))
         return Choices(tuple(items))
 
     return load

@@ -259,7 +259,7 @@ BUILTIN = (
         protocol="choose", metric="accuracy", load=builtin.template_questions,
     ),
     _ours(
-        "captions", "Captions of stamps on request", corpora=("stamps",), protocol="answer", metric="word F1",
+        "captions", "Captions of stamps", corpora=("stamps",), protocol="answer", metric="word F1",
         load=builtin.captions("stamps"),
     ),
     _ours(
