@@ -35,6 +35,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "validation": LEAVES | {"data", "model", "objectives", "retrieval", "eval"},
     # Several runs and one table, for the cli.
     "compare": LEAVES | {"train", "validation"},
+    # A model's functions for the benchmarks, which know no model.
+    "evaluation": LEAVES | {"data", "model", "eval"},
+    # Models in others' harnesses.
+    "plugins": LEAVES | {"data", "model", "evaluation"},
     # A record as the model sees it, for the cli.
     "show": LEAVES | {"data", "model", "recipes", "train"},
     # Hard negatives are nearest neighbours, embedded and kept as an index's are, and told apart as the losses do.
@@ -67,6 +71,8 @@ DOORS: dict[str, set[str]] = {
     "numba": {"objectives/lanes.py"},
     "yaml": {"config.py"},
     "filelock": {"packages.py", "retrieval/build.py"},
+    "mteb": {"plugins/mteb_encoder.py"},
+    "lmms_eval": {"plugins/lmms_model.py"},
     "typer": {"cli/*"},
     "rich": {"cli/*", "logs.py"},
     "tensorboard": {"logs.py"},

@@ -231,6 +231,17 @@ def options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
         raise ConfigError(what, place=where, fix="See docs/train.md") from None
 
 
+def tree(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
+    """`a.b=c` texts alone -> a tree of plain values. Raises ConfigError for one that is not of this form."""
+    found: dict[str, Any] = {}
+    for text in overrides:
+        try:
+            _override(found, text)
+        except ConfigError as error:
+            raise ConfigError(error.message, place=place, fix=error.fix) from None
+    return found
+
+
 def save(config: RunConfig, path: Path) -> None:
     """Write the resolved config, every default spelled out."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import align, analyse, caption, data, demo, mine, model, retrieval, train
+from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, train
 from vlduet.errors import VLDuetError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 train.register(app)
 retrieval.register(app)
+evaluation.register(app)
 demo.register(app)
 mine.register(app)
 caption.register(app)

@@ -124,7 +124,7 @@ def bootstrap_interval(
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
     assert v.ndim == 1 and v.shape == w.shape and len(v), (v.shape, w.shape)
-    means = _resampled(v * w, seed) / _resampled(w, seed)
+    means = resampled_means(v * w, seed) / resampled_means(w, seed)
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Interval(float((v * w).sum() / w.sum()), float(low), float(high))
@@ -137,7 +137,7 @@ def paired_bootstrap(ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level
     return bootstrap_interval(a - b, seed, level=level)
 
 
-def _resampled(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """Means of `DRAWS` resamples, float[DRAWS]; the draws depend on the seed and on len(values) alone."""
     random = np.random.default_rng(seed)
     found = [values[random.integers(0, len(values), (50, len(values)))].mean(1) for _ in range(DRAWS // 50)]

@@ -138,15 +138,16 @@ def cosine(queries: Vectors, documents: Vectors) -> Vectors:
     Multiplied in float64 and rounded: equal vectors get equal scores whatever blocks the matrix product is
     cut into.
     """
-    documents_64 = _unit(documents)
+    documents_64 = unit(documents)
     blocks = [
-        (_unit(queries[begin : begin + BLOCK]) @ documents_64.T).astype(np.float32)
+        (unit(queries[begin : begin + BLOCK]) @ documents_64.T).astype(np.float32)
         for begin in range(0, len(queries), BLOCK)
     ]
     return np.concatenate(blocks)
 
 
-def _unit(vectors: Vectors) -> NDArray[np.float64]:
+def unit(vectors: Vectors) -> NDArray[np.float64]:
+    """Rows of unit length, float64; a row of zeros becomes NaN, which no metric rewards."""
     rows = np.asarray(vectors, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]

@@ -226,8 +226,8 @@ class DuetModel(nn.Module):
         """
         sequence = self.renderer.chat(tuple(messages), answer=True)
         if stream:
-            return generation.stream(self.backbone, self._start([sequence], max_new_tokens, temperature))
-        return generation.generate(self.backbone, self._start([sequence], max_new_tokens, temperature))[0]
+            return generation.stream(self.backbone, self.start([sequence], max_new_tokens, temperature))
+        return generation.generate(self.backbone, self.start([sequence], max_new_tokens, temperature))[0]
 
     def caption(
         self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32
@@ -236,11 +236,12 @@ class DuetModel(nn.Module):
         found: list[str] = []
         for begin in range(0, len(images), batch):
             sequences = [self.renderer.ask_for_caption(image, prompt) for image in images[begin : begin + batch]]
-            found += generation.generate(self.backbone, self._start(sequences, max_new_tokens))
+            found += generation.generate(self.backbone, self.start(sequences, max_new_tokens))
         return found
 
     @torch.no_grad()
-    def _start(self, sequences: list[Sequence], max_new_tokens: int, temperature: float = 0.0) -> generation.Start:
+    def start(self, sequences: list[Sequence], max_new_tokens: int, temperature: float = 0.0) -> generation.Start:
+        """Open sequences -> what `generation.generate` continues, in one batch."""
         batch = self.collate(sequences, side="left")
         mask = (batch.segments > 0).long()
         return generation.Start(self.input_embeddings(batch), mask, self.renderer.eos_ids, max_new_tokens, temperature)

@@ -26,7 +26,7 @@ def test_an_answer_has_at_least_one_token(model, monkeypatch):
     real = model.backbone.lm_head.forward
     monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: real(hidden) + bias)
     sequence = model.renderer.chat(tuple(turn("say")), answer=True)
-    start = model._start([sequence], 6)
+    start = model.start([sequence], 6)
     ids = model.backbone.model.generate(**start.arguments(model.backbone))[0].tolist()
     assert ids[0] not in range(6) and ids[1] == 2, "one word, then the end"
 

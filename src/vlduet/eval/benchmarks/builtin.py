@@ -1,0 +1,219 @@
+"""The held-out splits of the corpora that packages bring: both sides of the bargain with nothing to download by hand.
+
+Retrieval, next image of a document, minimal pairs, questions made by template, captions, and a probe of positions. Options
+and distractors are drawn with the run's seed. Nobody else reports these numbers: they compare checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlduet.data.images import content_key
+from vlduet.data.records import ImageRef, Part, Record, read_jsonl
+from vlduet.errors import DataError
+from vlduet.eval.benchmarks.compositional import winoground_rule
+from vlduet.eval.benchmarks.retrieval import both_ways
+from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.tasks import Answers, Choices, Pair, Pairs, Question, Questions, Score, Search, sample
+from vlduet.eval.metrics import exact_match, normalized, token_f1
+
+OPTIONS = 4
+CONTEXT = 6
+"""Parts of a document before the image that is looked for."""
+PROBED, SHOWN = 8, 6
+"""Items of the position probe, and images of one prompt."""
+ASKED = 60
+"""Questions of one kind: the suite shall take minutes on a CPU."""
+
+
+def records(source: Source, corpus: str) -> list[Record]:
+    """The test split of a corpus, hashed. Raises DataError where it is not there or empty."""
+    name = f"corpora/{corpus}/test.jsonl"
+    source.bytes(name)
+    found = list(read_jsonl(source.path(name)))
+    if not found:
+        raise DataError("no records", place=source.path(name), fix=f"Run 'vlduet data fetch {corpus}' again")
+    return found
+
+
+# ------------------------------------------------------------------ discriminative
+
+
+def retrieval(*corpora: str, long: bool = False) -> Callable[[Source], Search]:
+    """A loader: captions against images and back; equal captions are one query with several right images."""
+
+    def load(source: Source) -> Search:
+        images: list[ImageRef] = []
+        texts: list[tuple[int, str]] = []
+        for record in (record for corpus in corpora for record in records(source, corpus)):
+            told = [record.long] if long else list(record.short)
+            if record.image is not None and told and told[0]:
+                texts += [(len(images), text) for text in told if text]
+                images.append(record.image)
+        return both_ways(images, texts, unique=True)
+
+    return load
+
+
+def next_image(*corpora: str) -> Callable[[Source], Search]:
+    """A loader: the parts of a document before an image, against every image of the corpora.
+
+    One query a document: its last image that has not been seen before in it. What the query shows may not be found.
+    """
+
+    def load(source: Source) -> Search:
+        gallery: dict[str, int] = {}
+        documents: list[ImageRef] = []
+        queries, positives, excluded = [], [], []
+        for record in (record for corpus in corpora for record in records(source, corpus)):
+            keys = {n: content_key(p) for n, p in enumerate(record.parts) if isinstance(p, ImageRef)}
+            for n, key in keys.items():
+                if key not in gallery:
+                    gallery[key] = len(documents)
+                    documents.append(record.parts[n])  # type: ignore[arg-type]
+            fresh = [n for n, key in keys.items() if n and key not in [keys[m] for m in keys if m < n]]
+            if fresh:
+                begin = max(0, fresh[-1] - CONTEXT)
+                queries.append(record.parts[begin : fresh[-1]])
+                positives.append((gallery[keys[fresh[-1]]],))
+                excluded.append(tuple({gallery[keys[n]] for n in keys if begin <= n < fresh[-1]}))
+        if not queries:
+            raise DataError("no document with an image after its beginning", place=source.root, fix="Fetch the corpora")
+        return Search(tuple(queries), tuple((i,) for i in documents), tuple(positives), tuple(excluded))
+
+    return load
+
+
+def minimal_pairs(corpus: str, group: str) -> Callable[[Source], Pairs]:
+    """A loader: two items of one group (`metadata`) whose captions differ in one word, judged as Winoground is.
+
+    Names with a colon ("flag: Norway") are left out: what they share is their kind and not their words.
+    """
+
+    def load(source: Source) -> Pairs:
+        kept = [r for r in records(source, corpus) if r.image is not None and r.short and ":" not in r.short[0]]
+        told = [(record, normalized(record.short[0])) for record in kept]
+        items = []
+        for n, (one, words) in enumerate(told):
+            for other, others in told[n + 1 :]:
+                same = one.metadata.get(group) == other.metadata.get(group)
+                vendor = one.metadata.get("vendor") == other.metadata.get("vendor")
+                if same and vendor and differ_in_one(words, others):
+                    assert one.image is not None and other.image is not None
+                    texts, images = (one.short[0], other.short[0]), (one.image, other.image)
+                    items.append(Pair(f"{one.id}|{other.id}", texts, images))
+        if not items:
+            raise DataError("no two captions differ in one word", place=source.root, fix=f"Fetch {corpus}")
+        return Pairs(tuple(items), winoground_rule)
+
+    return load
+
+
+def differ_in_one(words: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two captions of equal length differ in exactly one word, and share one."""
+    return len(words) == len(others) > 1 and sum(a != b for a, b in zip(words, others, strict=True)) == 1
+
+
+# ------------------------------------------------------------------ generative
+
+
+def template_questions(source: Source) -> Choices:
+    """Questions about one image with four options, ranked by likelihood: what the metadata of a corpus knows."""
+    random = np.random.default_rng(source.seed)
+    asked: list[tuple[str, str, ImageRef, str, list[str]]] = []
+
+    def ask(kind: str, text: str, told: list[tuple[Record, str]]) -> None:
+        values = sorted({value for _, value in told})
+        for n in sorted(random.permutation(len(told))[:ASKED]):
+            record, value = told[n]
+            assert record.image is not None
+            asked.append((kind, text, record.image, value, [v for v in values if v != value]))
+
+    units = records(source, "wesnoth")
+    for key, text in (("race", "Which race is this unit of?"), ("alignment", "Which alignment does this unit have?")):
+        ask(f"wesnoth {key}", text, [(r, str(r.metadata[key])) for r in units if key in r.metadata])
+    emoji = [record for record in records(source, "emoji") if record.metadata["vendor"] == "openmoji"]
+    flags = [r for r in emoji if r.metadata["subgroup"] == "country-flag" and ":" in r.short[0]]
+    ask("flags", "Which country's flag is this?", [(r, r.short[0].partition(": ")[2]) for r in flags])
+    ask("emoji group", "What kind of thing is this?", [(r, r.metadata["group"]) for r in emoji])
+    stamps = records(source, "stamps")
+    ask("stamps category", "What kind of thing is this?", [(r, r.metadata["category"].split("/")[0]) for r in stamps])
+    items = []
+    for n, (kind, text, image, value, others) in enumerate(asked):
+        drawn = [others[i] for i in random.permutation(len(others))[: OPTIONS - 1]]
+        at = int(random.integers(len(drawn) + 1))
+        options = (*drawn[:at], value, *drawn[at:])
+        if len(options) > 1:
+            items.append(Question(f"{kind}/{n}", (image, text), at, {"kind": kind}, options))
+    return Choices(tuple(items), "kind")
+
+
+def captions(corpus: str) -> Callable[[Source], Questions]:
+    """A loader: captions, written as the model was trained to (an image alone), compared with the references."""
+
+    def load(source: Source) -> Questions:
+        kept = [record for record in records(source, corpus) if record.image is not None and record.short]
+        items = [Question(r.id, (r.image,), list(r.short), max_new_tokens=24) for r in kept if r.image]
+        return Questions(tuple(items), score_captions)
+
+    return load
+
+
+def score_captions(items: Sequence[Question], answers: Answers) -> Score:
+    """Word F1 and exact match with the nearest reference; one caption for everything shows in `distinct`."""
+    pairs = [(text or "", item.answer) for item, text in zip(items, answers, strict=True)]
+    samples = {
+        "token_F1": sample([token_f1(text, references) for text, references in pairs]),
+        "exact": sample([exact_match(text, references) for text, references in pairs]),
+    }
+    return Score(samples, facts={"distinct": len({" ".join(normalized(text)) for text, _ in pairs})})
+
+
+def caption_choice(corpus: str) -> Callable[[Source], Choices]:
+    """A loader: the own caption among three others, by likelihood after the image: what a captioner sees."""
+
+    def load(source: Source) -> Choices:
+        random = np.random.default_rng(source.seed)
+        kept = [record for record in records(source, corpus) if record.image is not None and record.short]
+        every = sorted({record.short[0] for record in kept})
+        items = []
+        for record in kept:
+            assert record.image is not None
+            others = [caption for caption in every if normalized(caption) != normalized(record.short[0])]
+            drawn = [others[i] for i in random.permutation(len(others))[: OPTIONS - 1]]
+            at = int(random.integers(len(drawn) + 1))
+            options = (*drawn[:at], record.short[0], *drawn[at:])
+            items.append(Question(record.id, (record.image,), at, {}, options))
+        return Choices(tuple(items))
+
+    return load
+
+
+def position_probe(source: Source) -> Choices:
+    """Six captioned stamps, and whether one of them is there: it stands at place 1 to 6, or is absent.
+
+    Yes or no, by likelihood. What accuracy loses by the place is what gets lost in the middle; `absent` must be no, so
+    that a model which always agrees is seen.
+    """
+    random = np.random.default_rng(source.seed)
+    kept = list({r.short[0]: r for r in records(source, "stamps") if r.image is not None and r.short}.values())
+    if len(kept) <= SHOWN:
+        raise DataError(f"only {len(kept)} captions, more than {SHOWN} needed", place=source.root, fix="Fetch stamps")
+    items = []
+    for n in random.permutation(len(kept))[:PROBED]:
+        target = kept[n]
+        others = [kept[i] for i in random.permutation(len(kept)) if i != n][:SHOWN]
+        for place in (*range(SHOWN), None):
+            told = [*others[: SHOWN - 1]]
+            told.insert(place if place is not None else SHOWN, target if place is not None else others[-1])
+            parts: list[Part] = []
+            for record in told:
+                parts += [record.image, f"This is: {record.short[0]}\n"]
+            parts.append(f"Does one of the pictures show this: {target.short[0]}\nAnswer yes or no.")
+            tag = "absent" if place is None else str(place + 1)
+            items.append(
+                Question(f"{target.id}/{tag}", tuple(parts), int(place is None), {"position": tag}, ("Yes", "No"))
+            )
+    return Choices(tuple(items), "position")

@@ -1,0 +1,337 @@
+"""Predictions on disk: every output of a model is kept before the next is asked for, so a stopped run goes on.
+
+run.json             which benchmark, model, files and settings; another run may not write here
+predictions.jsonl    {"key", "prompt", "text"}, one line an answer, flushed at once; the last line of a key holds
+likelihoods.jsonl    {"key", "prompt", "options": [[nats, tokens], ...]}
+reviews.jsonl        {"key", "prompt", "text"}, what a judge wrote
+vectors/NAME.f32     float32 rows, appended; NAME.json says of what
+submission/...       files in the format that a server takes
+scores.json          what came out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlduet.data.records import ImageRef, Parts
+from vlduet.errors import ConfigError, DataError
+from vlduet.eval.benchmarks.tasks import Ask, Judged, Question
+from vlduet.files import atomic_write
+
+Vectors = NDArray[np.float32]
+T = TypeVar("T")
+U = TypeVar("U")
+
+EMBED_CHUNK, ANSWER_CHUNK = 128, 32
+"""Items after which what was computed is on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """What a model can do; a function that is None is one that it cannot.
+
+    embed, other: (items, whether they are queries) -> float32[N, D]; `other` is an independent retriever's.
+    answer: (prompts, longest answer in tokens) -> texts.
+    loglikelihood: (prompt, continuation) pairs -> (nats, tokens), nats above 0.
+    judge: (task, prompt, temperature) -> text.
+    """
+
+    embed: Callable[[list[Parts], bool], Vectors] | None = None
+    answer: Callable[[list[Parts], int], list[str]] | None = None
+    loglikelihood: Callable[[list[tuple[Parts, str]]], Sequence[tuple[float, int]]] | None = None
+    other: Callable[[list[Parts], bool], Vectors] | None = None
+    judge: Callable[[Mapping[str, Any], str, float], str] | None = None
+
+
+def flat(parts: Parts) -> str:
+    """A prompt as one text: `<image>` and a line end for every image, as LLaVA's files write it."""
+    return "".join("<image>\n" if isinstance(part, ImageRef) else part for part in parts)
+
+
+class Store:
+    """A player that remembers; see `protocols.Player`.
+
+    Args:
+        folder: of this benchmark's run; made where it is missing.
+        functions: the model's; Functions() plays from what is kept alone.
+        seed: of the intervals.
+        watch: wraps the loops, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        functions: Functions,
+        *,
+        seed: int = 0,
+        watch: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    ):
+        self.folder, self.functions, self.seed, self.watch = folder, functions, seed, watch
+        (folder / "vectors").mkdir(parents=True, exist_ok=True)
+
+    # -------------------------------------------------------------- whose folder this is
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Write run.json, or check that it is the same run. Raises ConfigError naming what differs."""
+        path = self.folder / "run.json"
+        mine = json.loads(json.dumps(identity))
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in mine if kept.get(key) != mine[key]]
+            if differing:
+                what = f"another run: {differing[0]} was {kept.get(differing[0])!r}, is {mine[differing[0]]!r}"
+                raise ConfigError(what, place=self.folder, fix="Give another --to, or remove that folder")
+            return
+        write(path, json.dumps(mine, indent=1) + "\n")
+
+    # -------------------------------------------------------------- vectors
+
+    def embed(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors:
+        """float32[N, D]; rows of NaN where an item cannot be embedded."""
+        return self._embed(self.functions.embed, items, name=name, query=query)
+
+    def embed_other(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors | None:
+        """By the independent retriever; None without one and without its vectors."""
+        if self.functions.other is None and not (self.folder / "vectors" / f"{name}.json").exists():
+            return None
+        return self._embed(self.functions.other, items, name=name, query=query)
+
+    def _embed(
+        self, function: Callable[[list[Parts], bool], Vectors] | None, items: Sequence[Parts], *, name: str, query: bool
+    ) -> Vectors:
+        path = self.folder / "vectors" / f"{name}.f32"
+        named = hashlib.sha256("\0".join(described(parts) for parts in items).encode("utf-8", "replace")).hexdigest()
+        facts = {"items": named, "count": len(items), "query": query}
+        kept = _json(path.with_suffix(".json"))
+        if kept is None or any(kept.get(key) != value for key, value in facts.items()):
+            path.unlink(missing_ok=True)
+            kept = {}
+        dim, found = int(kept.get("dim", 0)), np.zeros((0, 0), dtype=np.float32)
+        if dim and path.exists():
+            rows = path.stat().st_size // (4 * dim)
+            found = np.fromfile(path, dtype=np.float32, count=rows * dim).reshape(rows, dim)
+        if len(found) == len(items):
+            return found
+        if function is None:
+            raise DataError(f"{len(items) - len(found)} vectors are not there", place=path, fix="Run it with a model")
+        blocks = [found] if len(found) else []
+        starts = range(len(found), len(items), EMBED_CHUNK)
+        with path.open("r+b" if path.exists() else "wb") as out:
+            out.truncate(4 * dim * len(found))  # a killed run may have left half a row
+            out.seek(0, 2)
+            for begin in self.watch(starts, f"embedding {name}, in {EMBED_CHUNK}s"):
+                block = attempted(function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim)
+                if not dim:
+                    dim = block.shape[1]
+                    write(path.with_suffix(".json"), json.dumps({**facts, "dim": dim}))
+                out.write(block.astype(np.float32).tobytes())
+                out.flush()
+                blocks.append(block)
+        return np.concatenate(blocks)
+
+    # -------------------------------------------------------------- answers
+
+    def answer(self, questions: Sequence[Question], *, name: str = "") -> list[str | None]:
+        """Answers in the order of the questions; None where there is none."""
+        function = self.functions.answer
+
+        def work(asked: list[Question]) -> list[str | None]:
+            assert function is not None
+            return attempted_each(lambda qs: function([q.parts for q in qs], qs[0].max_new_tokens), asked)
+
+        # Questions of one length of answer go together, the longest prompts last.
+        order = sorted(questions, key=lambda q: q.max_new_tokens)
+        kept = self._kept(order, "predictions.jsonl", name, work if function else None)
+        return [kept.get(_key(name, question)) for question in questions]
+
+    def likelihoods(self, questions: Sequence[Question]) -> list[list[tuple[float, int]] | None]:
+        """(nats, tokens) of every option."""
+        function = self.functions.loglikelihood
+
+        def work(asked: list[Question]) -> list[Any]:
+            assert function is not None
+            return attempted_each(lambda qs: _ranked(function, qs), asked)
+
+        kept = self._kept(questions, "likelihoods.jsonl", "", work if function else None, field="options")
+        rows = [kept.get(_key("", question)) for question in questions]
+        return [None if row is None else [(float(nats), int(tokens)) for nats, tokens in row] for row in rows]
+
+    def _kept(
+        self,
+        questions: Sequence[Question],
+        file: str,
+        name: str,
+        work: Callable[[list[Question]], list[Any]] | None,
+        *,
+        field: str = "text",
+    ) -> dict[str, Any]:
+        """What a file holds for these questions, after adding what it lacks."""
+        path = self.folder / file
+        rows = {row["key"]: row for row in read_lines(path)}
+        prompts = {_key(name, question): shown(question) for question in questions}
+        # A line without a prompt was written by somebody else (imported predictions) and is taken as it is.
+        kept = {
+            key: rows[key][field]
+            for key, prompt in prompts.items()
+            if key in rows and rows[key].get("prompt", prompt) == prompt
+        }
+        left = [question for question in questions if _key(name, question) not in kept]
+        if work is None or not left:
+            return kept
+        with appending(path) as out:
+            for group in self.watch(list(groups(left)), f"answering, in {ANSWER_CHUNK}s"):
+                for question, found in zip(group, work(group), strict=True):
+                    key = _key(name, question)
+                    kept[key] = found
+                    out.write(line({"key": key, "prompt": prompts[key], field: found}))
+                out.flush()
+        return kept
+
+    # -------------------------------------------------------------- reviews
+
+    def reviews(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
+        """What the judge wrote of every answer, asked for what is not kept; None without a judge and anything kept."""
+        path, function = self.folder / "reviews.jsonl", self.functions.judge
+        rows = {row["key"]: row for row in read_lines(path)}
+        if function is None and not rows:
+            return None
+        found: list[str | None] = []
+        with appending(path) as out:
+            for item, text in self.watch(list(zip(task.items, answers, strict=True)), "judging"):
+                row = rows.get(item.id)
+                if row is not None and row.get("answer", text) == text:
+                    found.append(row["text"])
+                elif function is None:
+                    found.append(None)
+                else:
+                    found.append(task.review(item, text or "", asking(function, task.judge)))
+                    out.write(line({"key": item.id, "answer": text, "text": found[-1]}))
+                    out.flush()
+        return found
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Write a file of the submission."""
+        path = self.folder / "submission" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def asking(function: Callable[[Mapping[str, Any], str, float], str], judge: Mapping[str, Any]) -> Ask:
+    """The judge's function as a review asks it."""
+    return lambda prompt, temperature: function(judge, prompt, temperature)
+
+
+# ------------------------------------------------------------------ small things
+
+
+def described(parts: Parts) -> str:
+    """What identifies an item that is embedded: its text and the names of its images."""
+    return "|".join(part.name if isinstance(part, ImageRef) else part for part in parts)
+
+
+def shown(question: Question) -> str:
+    """A prompt with its images' names: the same prompt on another image is another prompt."""
+    images = [Path(part.name).name for part in question.parts if isinstance(part, ImageRef)]
+    options = "".join(f"\n[{option}]" for option in question.options)
+    return flat(question.parts) + options + "".join(f"\n({name})" for name in images)
+
+
+def _key(name: str, question: Question) -> str:
+    return f"{name}|{question.id}" if name else question.id
+
+
+def groups(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Runs of at most ANSWER_CHUNK questions with one `max_new_tokens`."""
+    group: list[Question] = []
+    for question in questions:
+        if group and (len(group) == ANSWER_CHUNK or group[0].max_new_tokens != question.max_new_tokens):
+            yield group
+            group = []
+        group.append(question)
+    if group:
+        yield group
+
+
+def attempted(
+    function: Callable[[list[Parts], bool], Vectors], items: list[Parts], *, query: bool, dim: int
+) -> Vectors:
+    """Vectors of a chunk; where an image is broken, one by one, with NaN for what cannot be embedded."""
+    try:
+        return np.asarray(function(items, query), dtype=np.float32)
+    except DataError:
+        if len(items) == 1:
+            if not dim:  # the very first item: nothing yet says how wide a vector is
+                raise
+            return np.full((1, dim), np.nan, dtype=np.float32)
+    rows: list[Vectors | None] = []
+    for item in items:
+        try:
+            rows.append(np.asarray(function([item], query), dtype=np.float32))
+        except DataError:
+            rows.append(None)
+    width = dim or next((row.shape[1] for row in rows if row is not None), 0)
+    if not width:
+        raise DataError(f"none of {len(items)} items can be embedded", fix="Check the images with 'vlduet data check'")
+    return np.concatenate([np.full((1, width), np.nan, np.float32) if row is None else row for row in rows])
+
+
+def _ranked(function: Callable[..., Sequence[tuple[float, int]]], questions: list[Question]) -> list[list[list[float]]]:
+    """[[nats, tokens] of every option] of every question."""
+    found = iter(function([(question.parts, option) for question in questions for option in question.options]))
+    return [[list(next(found)) for _ in question.options] for question in questions]
+
+
+def attempted_each(function: Callable[[list[T]], list[U]], items: list[T]) -> list[U | None]:
+    """Answers of a chunk; where an image is broken, one by one, with None for what cannot be asked."""
+    try:
+        return list(function(items))
+    except DataError:
+        if len(items) == 1:
+            return [None]
+    return [text for item in items for text in attempted_each(function, [item])]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file that may not exist; half a last line (kill -9) is left out."""
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def appending(path: Path) -> TextIO:
+    """A file opened to add lines; half a line that a killed run left is closed first."""
+    half = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    out = path.open("a", encoding="utf-8")
+    if half:
+        out.write("\n")
+    return out
+
+
+def line(value: Mapping[str, Any]) -> str:
+    """One line of JSON. ASCII: a generated text may hold line ends that splitlines knows, and lone surrogates."""
+    return json.dumps(value) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    atomic_write(path, lambda out: out.write(text.encode()))
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found

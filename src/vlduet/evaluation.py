@@ -1,0 +1,289 @@
+"""A model's functions for the benchmarks: what `vlduet eval` plays them with, and what it says of who made a number."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlduet import __version__
+from vlduet.data import corpora
+from vlduet.data.batches import by_length
+from vlduet.data.records import ImageRef, Message, Part, Parts
+from vlduet.data.sequences import IGNORE, Sequence
+from vlduet.errors import ModelError, VLDuetError
+from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.tasks import Benchmark
+from vlduet.eval.judge import judge_at
+from vlduet.eval.run import evaluate
+from vlduet.eval.store import Functions
+from vlduet.logs import progress, say
+from vlduet.model import generation
+from vlduet.model.backbones import BACKBONES, IMAGE_BACKEND, read_config
+from vlduet.model.checkpoint import MANIFEST
+from vlduet.model.dual import MANIFEST as DUAL
+from vlduet.model.dual import as_encoder
+from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import Encoder, kind_of, open_encoder
+from vlduet.model.features import FeatureCache
+from vlduet.model.generation import evaluating
+
+Embed = Callable[[list[Parts], bool], np.ndarray]
+"""(items, whether they are queries) -> float32[N, E]."""
+
+BATCH_TOKENS = 8192
+"""Padded prompt tokens of one batch."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who reads the answers of LLaVA-Bench and MM-Vet."""
+
+    url: str
+    """An OpenAI-compatible address, as ``http://localhost:8000/v1``."""
+    model: str | None = None
+    """Default: the official judge of each benchmark."""
+    key_file: Path | None = None
+    """A file that holds the key."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen for an evaluation."""
+
+    seed: int = 0
+    """Of intervals and of whatever a protocol draws."""
+    system: str | None = None
+    """A system message before every question; LLaVA-1.5's numbers were taken with one."""
+    k: int | None = None
+    """Facts that a RAG benchmark shows; None is each one's default."""
+    retriever: Path | None = None
+    """A second model, or a CLIP or SigLIP folder: the independent retriever of the RAG benchmarks."""
+    judge: Judge | None = None
+
+
+def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]:
+    """The functions of a model folder, and the facts about it. CLIP, SigLIP and dual encoders embed and do not speak.
+
+    Raises:
+        ModelError: as `DuetModel.from_pretrained` and `open_encoder` do.
+    """
+    if not speaks(folder):
+        playing = Functions(
+            embed=two_towers(folder), answer=_mute, loglikelihood=_mute, other=_other(settings), judge=_judge(settings)
+        )
+        return playing, {"fingerprint": encoder_of(folder).fingerprint, "image_backend": IMAGE_BACKEND}
+    model = DuetModel.from_pretrained(folder)
+    facts = {
+        "fingerprint": model.fingerprint,
+        **model.describe(),
+        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
+        "image_backend": model.image_backend,
+    }
+    return functions(model, settings), facts
+
+
+def functions(model: DuetModel, settings: Settings) -> Functions:
+    """Everything that a model can do. The retriever, if one is set, is opened when it is first asked."""
+    room_for_many_images(model)
+    return Functions(
+        embed=lambda items, query: model.encode(items, query=query),
+        answer=lambda prompts, longest: answers(model, prompts, longest, system=settings.system),
+        loglikelihood=lambda pairs: likelihoods(model, pairs, system=settings.system),
+        other=_other(settings),
+        judge=_judge(settings),
+    )
+
+
+def room_for_many_images(model: DuetModel) -> None:
+    """Let prompts be as long as the language model can read: DEMON's have up to ten images."""
+    config = model.backbone.model.config
+    context = getattr(getattr(config, "text_config", config), "max_position_embeddings", 0) or 0
+    model.renderer.max_tokens = max(model.renderer.max_tokens, context)
+
+
+def speaks(folder: Path) -> bool:
+    """Whether a folder holds a model that generates: one that VLDuet saved, or a checkpoint of a known family."""
+    return (folder / MANIFEST).is_file() or (
+        (folder / "config.json").is_file() and read_config(folder).get("model_type") in BACKBONES
+    )
+
+
+def encoder_of(folder: Path) -> Encoder:
+    """A folder's encoder; its weights are read when they are needed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (folder / DUAL).is_file():
+        return as_encoder(folder, cache=FeatureCache(None), device=device)
+    return open_encoder(folder, device=device)
+
+
+def two_towers(folder: Path) -> Embed:
+    """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E].
+
+    A mixture is the mean of its parts' unit vectors.
+
+    Raises:
+        ModelError: the folder's encoder does not read both images and texts.
+    """
+    encoder = encoder_of(folder)
+    if set(encoder.kinds) != {"image", "text"}:
+        fix = "Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder"
+        raise ModelError(f"reads {' and '.join(encoder.kinds)}s alone", place=folder, fix=fix)
+
+    def embed(items: list[Parts], query: bool) -> np.ndarray:
+        parts = list(dict.fromkeys(part for item in items for part in item))
+        vectors: dict[Part, torch.Tensor] = {}
+        for kind in encoder.kinds:
+            wanted = [part for part in parts if kind_of(part) == kind]
+            if wanted:
+                found = torch.nn.functional.normalize(encoder.encode[kind](wanted).detach().float().cpu(), dim=1)
+                vectors |= dict(zip(wanted, found, strict=True))
+        means = torch.stack([torch.stack([vectors[part] for part in item]).mean(0) for item in items])
+        made: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
+        return made
+
+    return embed
+
+
+def _mute(*_: Any) -> Any:
+    raise ModelError(
+        "an encoder with two towers does not speak", fix="Evaluate it on benchmarks of retrieval and pairs"
+    )
+
+
+def _judge(settings: Settings) -> Callable[[Mapping[str, Any], str, float], str] | None:
+    judge = settings.judge
+    return None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file)
+
+
+def _other(settings: Settings) -> Embed | None:
+    """The independent retriever, opened when it is first asked."""
+    folder = settings.retriever
+    if folder is None:
+        return None
+    kept: list[Embed] = []
+
+    def embed(items: list[Parts], query: bool) -> np.ndarray:
+        if not kept:
+            if not speaks(folder):
+                kept.append(two_towers(folder))
+            else:
+                model = DuetModel.from_pretrained(folder)
+                kept.append(lambda items, query: model.encode(items, query=query))
+        found: np.ndarray = kept[0](items, query)
+        return found
+
+    return embed
+
+
+def conversation(prompt: Parts, *, system: str | None) -> tuple[Message, ...]:
+    """One user turn, after a system turn where there is one."""
+    before = (Message("system", (system,)),) if system else ()
+    return (*before, Message("user", prompt))
+
+
+def is_image(prompt: Parts) -> bool:
+    """Whether a prompt is an image and nothing else."""
+    return len(prompt) == 1 and isinstance(prompt[0], ImageRef)
+
+
+def answers(model: DuetModel, prompts: Many[Parts], longest: int, *, system: str | None = None) -> list[str]:
+    """Greedy answers of at most `longest` tokens, in the order of the prompts, batched by length.
+
+    An image alone asks for a caption in the way that the model was trained to write them.
+    """
+    sequences = [
+        model.renderer.embed(prompt)
+        if is_image(prompt)
+        else model.renderer.chat(conversation(prompt, system=system), answer=True)
+        for prompt in prompts
+    ]
+    found = [""] * len(prompts)
+    for chosen in by_length(sequences, BATCH_TOKENS):
+        start = model.start([sequences[i] for i in chosen], longest)
+        for i, text in zip(chosen, generation.generate(model.backbone, start), strict=True):
+            found[i] = text
+    return found
+
+
+def likelihoods(
+    model: DuetModel, pairs: Many[tuple[Parts, str]], *, system: str | None = None
+) -> list[tuple[float, int]]:
+    """(nats, tokens) of each continuation as the answer to its prompt, its end of turn included.
+
+    After an image alone, the continuation is read as its caption.
+    """
+
+    def sequence(prompt: Parts, text: str) -> Sequence:
+        if is_image(prompt):
+            assert isinstance(prompt[0], ImageRef)
+            return model.renderer.caption(prompt[0], text)
+        turns = (*conversation(prompt, system=system), Message("assistant", (text,)))
+        return model.renderer.chat(turns, answer=False)
+
+    sequences = [sequence(prompt, text) for prompt, text in pairs]
+    found = [(0.0, 0)] * len(pairs)
+    with torch.no_grad(), evaluating(model):
+        for chosen in by_length(sequences, BATCH_TOKENS):
+            batch = [sequences[i] for i in chosen]
+            counts = [sum(label != IGNORE for label in sequence.labels) for sequence in batch]
+            nll = model(model.collate(batch)).nll.double().cpu()
+            for i, part in zip(chosen, nll.split(counts), strict=True):
+                found[i] = (float(part.sum()), len(part))
+    return found
+
+
+def made_by(folder: Path, facts: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """What made the predictions: another value of any of these is another run."""
+    other, judge = settings.retriever, settings.judge
+    return {
+        "model": folder.name,
+        **facts,
+        "system": settings.system,
+        "retriever": None if other is None else other.name,
+        "judge": None if judge is None else judge.model or "the official one",
+        "python": platform.python_version(),
+        "vlduet": __version__,
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def run(
+    folder: Path,
+    benchmarks: Many[Benchmark],
+    *,
+    data: Path,
+    runs: Path,
+    settings: Settings,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Evaluate one model on several benchmarks; what one of them lacks does not cost the others.
+
+    Returns:
+        The scores, and for every benchmark that could not run the reason.
+    """
+    playing, facts = opened(folder, settings)
+    maker = made_by(folder.resolve(), facts, settings)
+    done, failed = [], {}
+    for benchmark in benchmarks:
+        say(f"{benchmark.name}: {benchmark.title}")
+        source = Source(data, seed=settings.seed, k=settings.k)
+        try:
+            for corpus in benchmark.corpora:
+                corpora.fetch(corpus, data / "corpora", progress=say)
+            done.append(evaluate(benchmark, playing, source=source, runs=runs, made_by=maker, watch=watched))
+        except VLDuetError as error:
+            failed[benchmark.name] = str(error)
+            say(f"{benchmark.name} is left out: {error}")
+    return done, failed
+
+
+def watched(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """A progress bar over a loop."""
+    return progress(items, label=label)

@@ -1,0 +1,418 @@
+"""Every benchmark: its official format is read, its prompts are right to the byte, and it runs through a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import official
+import tiny
+from vlduet.data.records import ImageRef, Parts
+from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
+from vlduet.eval.benchmarks.tasks import Pairs, Search
+from vlduet.eval.run import evaluate, folder_of, import_predictions
+from vlduet.eval.store import Functions, flat, read_lines
+from vlduet.evaluation import Settings, functions, made_by, opened
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return official.write(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def playing(tmp_path_factory: pytest.TempPathFactory) -> Functions:
+    """A tiny random model whose judge is content with everything."""
+    model = tiny.duet(tmp_path_factory.mktemp("model") / "base")
+    played = functions(model, Settings())
+
+    def judge(official_judge: Any, prompt: str, temperature: float) -> str:
+        return "0.5" if "Correctness" in prompt else "8 9\nfine"
+
+    def short(prompts: list[Parts], longest: int) -> list[str]:
+        assert played.answer is not None
+        return played.answer(prompts, 3)  # what a random model says is not worth 1,024 tokens
+
+    return Functions(played.embed, short, played.loglikelihood, played.embed, judge)
+
+
+# ------------------------------------------------------------------ through a model
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if "/" not in name] + ["demon/VIST"])
+def test_every_benchmark_runs_through_a_model_and_again_without_one(
+    name: str, data: Path, playing: Functions, tmp_path: Path
+) -> None:
+    made = evaluate(BENCHMARKS[name], playing, source=Source(data), runs=tmp_path, made_by={"model": "tiny"})
+    assert made["files"] or "val/WNID" in BENCHMARKS[name].files[0]
+    assert made["missing"] == 0
+    for value in made["values"].values():
+        assert value["low"] <= value["mean"] <= value["high"] and value["n"] > 0, value
+    assert bool(made["values"]) == ("export for the server" not in BENCHMARKS[name].metric)
+    again = evaluate(BENCHMARKS[name], Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert again["values"] == made["values"]
+    assert json.loads((folder_of(tmp_path, BENCHMARKS[name]) / "scores.json").read_text()) == again
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name.startswith("demon/")])
+def test_every_task_of_demon_has_a_benchmark_of_its_own(name: str, data: Path) -> None:
+    assert len(BENCHMARKS[name].load(Source(data)).items) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if b.protocol in ("retrieval", "pairs")])
+def test_an_encoder_that_gives_everything_one_vector_scores_nothing(name: str, data: Path, tmp_path: Path) -> None:
+    def constant(items: Sequence[Parts], query: bool) -> np.ndarray:
+        return np.full((len(items), 7), 0.3, dtype=np.float32)
+
+    made = evaluate(
+        BENCHMARKS[name], Functions(embed=constant), source=Source(data), runs=tmp_path, made_by={"model": "constant"}
+    )
+    sizes = made["facts"]
+    for key, value in made["values"].items():
+        # A gallery of less than k items holds every right one among its first k.
+        gallery = sizes.get(f"{key.rpartition('/')[0]}/gallery", sizes.get("gallery", 10**9))
+        if "R@" not in key or int(key.rpartition("@")[2]) < min(gallery, 3):
+            assert value["mean"] == 0.0, key
+    if BENCHMARKS[name].protocol == "retrieval":
+        assert sum(value for key, value in sizes.items() if key.endswith("ties")) > 0
+
+
+def test_missing_files_and_images_are_named(data: Path, tmp_path: Path) -> None:
+    for name, benchmark in BENCHMARKS.items():
+        with pytest.raises(DataError, match=benchmark.files[0].split("/")[0]):
+            benchmark.load(Source(tmp_path))
+        assert name == benchmark.name
+    broken = tmp_path / "copy"
+    shutil.copytree(data, broken)
+    (broken / "gqa/images/n161313.jpg").unlink()
+    with pytest.raises(DataError, match=r"image 'gqa/images/n161313\.jpg' is not there"):
+        known("gqa").load(Source(broken))
+    (broken / "gqa/testdev_balanced_questions.json").write_text('{"1": {"question": "?", "isBalanced": true}}')
+    with pytest.raises(DataError, match=r"testdev_balanced_questions\.json:1\.imageId: no 'imageId' here"):
+        known("gqa").load(Source(broken))
+    with pytest.raises(ConfigError, match="Did you mean 'pope'"):
+        known("popee")
+
+
+def test_every_benchmark_stands_in_one_suite() -> None:
+    assert [row.name for rows in SUITES.values() for row in rows] == list(BENCHMARKS)
+
+
+# ------------------------------------------------------------------ prompts
+
+PROMPTS = {
+    "vqav2_val": ("0", f"<image>\nWhere is he looking?{SHORT}"),
+    "gqa": ("201307251", f"<image>\nIs it overcast?{SHORT}"),
+    "vizwiz_val": (
+        "VizWiz_val_00000000.jpg",
+        "<image>\nWhat is this? and what color is it?\nWhen the provided information is insufficient, respond with "
+        f"'Unanswerable'.{SHORT}",
+    ),
+    "textvqa": (
+        "34602",
+        f"<image>\nwhat is the brand of this camera?\nReference OCR token: DAKOTA, DIGITAL{SHORT}",
+    ),
+    "textvqa_plain": ("34602", f"<image>\nwhat is the brand of this camera?{SHORT}"),
+    "pope": ("random/1", f"<image>\nIs there a snowboard in the image?{SHORT}"),
+    "mme": ("existence/0001/1", f"<image>\nIs there a cat?{SHORT}"),
+    "scienceqa_img": (
+        "5",
+        "<image>\nContext: People can use the engineering-design process.\nWhich of these is a plan?\n"
+        f"A. a design\nB. a rock\nC. a tree{LETTER}",
+    ),
+    "mmbench_dev": ("241", f"<image>\nLook\nclosely.\nWhat is it?\nA. a cat\nB. a dog\nC. a cow{LETTER}"),
+    "seedbench": ("101669", f"<image>\nHow many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four{LETTER}"),
+    "seedbench_likelihood": ("101669", "<image>\nHow many towels are in the image?"),
+    "llava_bench": ("1", "<image>\nQuestion 1?"),
+    "mmvet": ("v1_0", "<image>\nWhat is x in the equation?"),
+    "demon/AESOP": ("AESOP/0", "Tell the story. <image>\nCaption#1:The parish.<image>\nCaption#2:"),
+    "demon/TQA": (
+        "TQA/0",
+        "Tell the story. <image>\nCaption#1:The parish.<image>\nCaption#2:Choice list:['a cat', 'two dogs']. "
+        "Your answer is:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_the_official_ones_to_the_byte(name: str, data: Path) -> None:
+    key, prompt = PROMPTS[name]
+    items = {item.id: item for item in known(name).load(Source(data)).items}  # type: ignore[union-attr]
+    assert flat(items[key].parts) == prompt
+
+
+def test_without_a_hint_there_is_no_context(data: Path) -> None:
+    items = {item.id: item for item in known("scienceqa_img").load(Source(data)).items}  # type: ignore[union-attr]
+    assert set(items) == {"5", "6"}  # 7 has no image
+    assert flat(items["6"].parts) == f"<image>\nWhich of these is a plan?\nA. yes\nB. no{LETTER}"
+    rows = {item.id: item for item in known("mmbench_dev").load(Source(data)).items}  # type: ignore[union-attr]
+    assert flat(rows["1000241"].parts) == f"<image>\nWhat is it?\nA. a dog\nB. a cow\nC. a cat{LETTER}"
+
+
+def test_rag_prompts(data: Path) -> None:
+    task: Any = known("fvqa").load(Source(data))
+    assert [item.id for item in task.items] == ["1", "2"]  # 3 is answered by the image
+    assert flat(task.prompt(task.items[0], task.facts[:1])) == (
+        "Please answer the questions based on the pictures. If the reference information is useful, please use it. "
+        "Otherwise, please ignore the reference information. Reference information: Cats can climb trees <image>\n "
+        "Which animal can climb trees."
+    )
+    probe: Any = known("webqa_position").load(Source(data))
+    first, last = probe.items[0], probe.items[5]
+    assert flat(first.parts).startswith("<image>\nCaption 6\n<image>\nCaption 1\n")
+    assert flat(last.parts).endswith("<image>\nCaption 6\nIs the frog green? please answer the question in Yes or No.")
+    mmvp: Any = known("mmvp_vlm_qa").load(Source(data))
+    a, b = mmvp.items[0].options
+    assert flat(mmvp.items[0].parts) == (
+        f"First Image:<image>\nSecond Image:<image>\n which choice meets the first image:\n A.{a}\nB.{b}\n"
+        ".please answer in A or B"
+    )
+
+
+# ------------------------------------------------------------------ galleries
+
+
+def search(name: str, data: Path) -> Search:
+    task = known(name).load(Source(data))
+    assert isinstance(task, Search)
+    return task
+
+
+def test_coco_variants(data: Path) -> None:
+    first, every, unique = (search(name, data) for name in ("coco", "coco_all", "coco_unique"))
+    assert (len(first.queries), len(every.queries), len(unique.queries)) == (20, 24, 23)
+    assert len(first.documents) == len(unique.documents) == 4
+    assert first.positives[5] == (1,) and unique.positives[0] == (0, 1)  # "A flower." is on both
+
+
+def test_vist_skips_stories_without_an_image_and_hides_what_was_seen(data: Path) -> None:
+    one, five, unseen = (search(name, data) for name in ("vist_1c", "vist_5c4i", "vist_5c4i_unseen"))
+    assert one.facts == {"stories": 2, "stories_without_an_image": 1}
+    assert len(one.documents) == 13  # all images that are there, those of the story left out too
+    assert one.queries[0] == ("story 0 sentence 4 .",)
+    assert [isinstance(part, ImageRef) for part in five.queries[0]] == [False, True] * 4 + [False]
+    assert not five.excluded and len(unseen.excluded[0]) == 4
+    assert unseen.positives[0][0] not in unseen.excluded[0]
+
+
+def test_nocaps_and_imagenet(data: Path) -> None:
+    assert [len(search(name, data).queries) for name in ("nocaps", "nocaps_first5", "nocaps_first1")] == [30, 15, 3]
+    plain, many = search("imagenet", data), search("imagenet_80", data)
+    assert plain.documents[2] == ("a photo of a great white shark",)
+    assert len(many.documents) == 240 and many.ensemble == 80
+    assert plain.positives == ((0,), (0,), (1,), (1,), (2,), (2,))
+
+
+def test_winoground_from_parquet(data: Path, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    row = {"id": [0], "caption_0": ["a b"], "caption_1": ["b a"], "collapsed_tag": ["Object"]}
+    row |= {f"image_{i}": [{"bytes": official.png(i), "path": None}] for i in (0, 1)}
+    (tmp_path / "winoground").mkdir()
+    pyarrow.parquet.write_table(pa.table(row), tmp_path / "winoground/test-00000.parquet")
+    task = known("winoground").load(Source(tmp_path))
+    assert isinstance(task, Pairs) and task.items[0].images[1].data == official.png(1)
+
+
+# ------------------------------------------------------------------ runs
+
+
+def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def answer(prompts: list[Parts], longest: int) -> list[str]:
+        if len(asked) >= 3:
+            raise KeyboardInterrupt
+        asked.extend(flat(prompt) for prompt in prompts)
+        return ["yes"] * len(prompts)
+
+    from vlduet.eval import store
+
+    benchmark = known("mme")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "ANSWER_CHUNK", 4)
+        evaluate(benchmark, Functions(answer=answer), source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    kept = tmp_path / "mme" / "predictions.jsonl"
+    with kept.open("a") as out:
+        out.write('{"key": "half')  # as kill -9 leaves it
+    before = len(asked)
+    count = 0
+
+    def rest(prompts: list[Parts], longest: int) -> list[str]:
+        nonlocal count
+        count += len(prompts)
+        return ["no"] * len(prompts)
+
+    made = evaluate(benchmark, Functions(answer=rest), source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    assert before == 4 and count == 24 and made["missing"] == 0
+    assert len({row["key"] for row in read_lines(kept)}) == 28
+
+
+def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def embed(items: Sequence[Parts], query: bool) -> np.ndarray:
+        calls.append(len(items))
+        return np.random.default_rng(len(items)).normal(size=(len(items), 5)).astype(np.float32)
+
+    benchmark = known("coco")
+    play = Functions(embed=embed)
+    first = evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    path = tmp_path / "coco" / "vectors" / "queries.f32"
+    path.write_bytes(path.read_bytes()[: 4 * 5 * 7 + 3])  # cut within a row
+    second = evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    assert calls == [20, 4, 13] and first["facts"] == second["facts"]
+    with pytest.raises(ConfigError, match="another run: made_by was"):
+        evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "y"})
+
+
+def test_a_broken_image_counts_as_missing_and_the_run_goes_on(data: Path, playing: Functions, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    (copy / "coco/val2014/COCO_val2014_000000000001.jpg").write_bytes(b"\xff\xd8\xff broken")
+    made = evaluate(known("pope"), playing, source=Source(copy), runs=tmp_path / "r", made_by={"model": "x"})
+    assert made["missing"] == 3 and made["values"]["F1"]["n"] == 6
+    made = evaluate(known("coco"), playing, source=Source(copy), runs=tmp_path / "r", made_by={"model": "x"})
+    assert made["missing"] == 1
+
+
+def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
+    """LLaVA's answer files: MME is matched by image and prompt, the others by id."""
+    rows = [
+        {"question_id": f"{task}/0001.jpg", "prompt": f"Is there a {thing}?{SHORT}", "text": text}
+        for task in ("existence", "count")
+        for thing, text in (("cat", "Yes"), ("dog", "No"))
+    ]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "?", "text": ""}]))
+    assert import_predictions(known("mme"), file, source=Source(data), runs=tmp_path) == {"taken": 4, "unknown": 1}
+    made = evaluate(known("mme"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert made["values"]["perception"]["mean"] == 400.0 and made["missing"] == 24
+    # POPE's answers have a running id, which only the question file explains; TextVQA's are called by their image.
+    asked = [
+        {
+            "question_id": 10 * s + n,
+            "image": f"COCO_val2014_{n:012d}.jpg",
+            "text": f"Is there a {t} in the image?{SHORT}",
+            "category": split,
+        }
+        for s, split in enumerate(("adversarial", "popular", "random"), 1)
+        for n, t in enumerate(("snowboard", "car"), 1)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    said = [{"question_id": row["question_id"], "text": "Yes" if "snow" in str(row["text"]) else "No"} for row in asked]
+    file.write_text("".join(json.dumps(row) + "\n" for row in said))
+    taken = import_predictions(
+        known("pope"), file, source=Source(data), runs=tmp_path, questions=tmp_path / "questions.jsonl"
+    )
+    assert taken == {"taken": 6, "unknown": 0}
+    made = evaluate(known("pope"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert made["values"]["F1"]["mean"] == 100.0 and made["missing"] == 0
+    prompt = f"What is the brand of this camera?\nReference{SHORT}"
+    row = {"question_id": "003a8ae2ef43b901", "prompt": prompt, "text": "dakota"}
+    file.write_text(json.dumps(row) + "\n")
+    assert import_predictions(known("textvqa"), file, source=Source(data), runs=tmp_path)["taken"] == 1
+    results = tmp_path / "mmvet.json"
+    results.write_text(json.dumps({"v1_0": "x = -1", "v1_1": "a cat"}))
+    assert import_predictions(known("mmvet"), results, source=Source(data), runs=tmp_path) == {"taken": 2, "unknown": 0}
+    made = evaluate(known("mmvet"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert made["values"] == {} and made["facts"]["needs"] == "judge"
+
+
+def test_submissions(data: Path, playing: Functions, tmp_path: Path) -> None:
+    for name, file in (
+        ("vqav2_testdev", "vqav2.json"),
+        ("vizwiz_test", "vizwiz.json"),
+        ("mmbench_test", "mmbench.xlsx"),
+    ):
+        made = evaluate(known(name), playing, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+        assert made["facts"]["needs"] == "server"
+        assert (tmp_path / name / "submission" / file).stat().st_size > 0
+    rows = json.loads((tmp_path / "vqav2_testdev/submission/vqav2.json").read_text())
+    assert [set(row) for row in rows] == [{"question_id", "answer"}] * 2 and rows[1]["question_id"] == 1000
+
+
+def test_rag_never_finds_the_question_s_own_image(data: Path) -> None:
+    task: Any = known("vizwiz_rag").load(Source(data))
+    assert task.excluded == ((0,), ())
+    assert task.facts[0].shown == ("Question: What is this? and what color is it? Answer: Blue.",)
+
+
+def test_what_made_a_number_is_told(tmp_path: Path) -> None:
+    model = tiny.duet(tmp_path / "base")
+    model.save_pretrained(tmp_path / "mine")
+    settings = Settings(system="Be brief.")
+    _, facts = opened(tmp_path / "mine", settings)
+    told = made_by(tmp_path / "mine", facts, settings)
+    assert told["fingerprint"] == model.fingerprint and told["system"] == "Be brief." and "seed" not in told
+
+
+def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
+    """As the independent retriever, and as a baseline: its numbers are what the papers compare with."""
+    tiny.cross_encoder(tmp_path / "clip")
+    playing, facts = opened(tmp_path / "clip", Settings())
+    assert facts["fingerprint"]
+    made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, made_by=facts)
+    assert set(made["values"]) >= {"text", "image", "group"}
+    with pytest.raises(ModelError, match="does not speak"):
+        evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, made_by=facts)
+    assert playing.embed is not None
+    image = ImageRef(data=official.png(1))
+    one, other, both = playing.embed([(image,), ("a cat",), (image, "a cat")], False)
+    assert np.allclose(both, (one + other) / np.linalg.norm(one + other), atol=1e-6)
+    model = tiny.duet(tmp_path / "base")
+    play = functions(model, Settings(retriever=tmp_path / "clip"))
+
+    def short(prompts: list[Parts], longest: int) -> list[str]:
+        return ["a cat"] * len(prompts)
+
+    mixed = Functions(play.embed, short, play.loglikelihood, play.other)
+    made = evaluate(known("fvqa"), mixed, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(made["values"])
+
+
+# ------------------------------------------------------------------ our own corpora
+
+
+def test_next_image_shows_what_comes_before_and_hides_it(data: Path) -> None:
+    task = search("builtin_next_image", data)
+    assert len(task.queries) == 4 and len(task.documents) == 6  # two documents a corpus, three images each
+    assert [isinstance(part, ImageRef) for part in task.queries[0]] == [False, True, False]
+    assert task.positives[0] == (1,) and task.excluded[0] == (0,)
+    assert task.queries[1] == ("Third.",)  # its second image is the first one again
+
+
+def test_minimal_pairs_and_templates(data: Path) -> None:
+    emoji: Any = known("builtin_pairs_emoji").load(Source(data))
+    assert [item.texts for item in emoji.items] == [("red heart", "blue heart")] * 2  # one a vendor
+    stamps: Any = known("builtin_pairs_stamps").load(Source(data))
+    assert ("A red apple.", "A green apple.") in [item.texts for item in stamps.items]
+    vqa: Any = known("builtin_vqa").load(Source(data))
+    flags = [item for item in vqa.items if item.tags["kind"] == "flags"]
+    assert {item.options[item.answer] for item in flags} == {"Norway", "Peru"}
+    again: Any = known("builtin_vqa").load(Source(data, seed=1))
+    assert [item.options for item in again.items] != [item.options for item in vqa.items]
+
+
+def test_the_position_probe_asks_of_what_is_not_there_too(data: Path) -> None:
+    probe: Any = known("builtin_position").load(Source(data))
+    by_place = {item.tags["position"]: item for item in probe.items[:7]}
+    assert list(by_place) == ["1", "2", "3", "4", "5", "6", "absent"]
+    target = str(by_place["1"].parts[-1]).split(": ")[1].split("\n")[0]
+    for place, item in by_place.items():
+        told = [str(part) for part in item.parts if isinstance(part, str)][:-1]
+        assert len(told) == 6 and item.answer == (1 if place == "absent" else 0)
+        found = [n for n, text in enumerate(told, 1) if text == f"This is: {target}\n"]
+        assert found == ([] if place == "absent" else [int(place)])
