@@ -206,7 +206,7 @@ def answers(model: DuetModel, prompts: Many[Parts], longest: int, *, system: str
         for prompt in prompts
     ]
     found = [""] * len(prompts)
-    for chosen in by_length(sequences, BATCH_TOKENS):
+    for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
         start = model.start([sequences[i] for i in chosen], longest)
         for i, text in zip(chosen, generation.generate(model.backbone, start), strict=True):
             found[i] = text
@@ -231,7 +231,7 @@ def likelihoods(
     sequences = [sequence(prompt, text) for prompt, text in pairs]
     found = [(0.0, 0)] * len(pairs)
     with torch.no_grad(), evaluating(model):
-        for chosen in by_length(sequences, BATCH_TOKENS):
+        for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
             batch = [sequences[i] for i in chosen]
             counts = [sum(label != IGNORE for label in sequence.labels) for sequence in batch]
             nll = model(model.collate(batch)).nll.double().cpu()
