@@ -37,6 +37,7 @@ def symmetric_infonce(
     *,
     logit_scale: Tensor,
     positive: Tensor,
+    ignore: Tensor | None = None,
     rows: slice = slice(None),
     columns: slice = slice(None),
     world_size: int = 1,
@@ -48,6 +49,7 @@ def symmetric_infonce(
         right: float[M, D] unit vectors of all ranks (texts, then hard negatives), gathered with gradient.
         logit_scale: scalar, log(1 / temperature), already limited by the caller.
         positive: bool[N, M]. A row or column without a positive takes part as a negative only.
+        ignore: bool[N, M], pairs that are neither positive nor negative.
         rows: the rows of `left` that are this rank's; columns: the columns of `right` that are.
 
     Returns:
@@ -56,8 +58,9 @@ def symmetric_infonce(
     scores = (left @ right.T) * logit_scale.exp()
     pairs = max(int(positive.any(1).sum()), 1)
     captions = max(int(positive.any(0).sum()), 1)
-    forward = directed_infonce(scores[rows], positive[rows]).sum() / pairs
-    backward = directed_infonce(scores.T[columns], positive.T[columns]).sum() / captions
+    ignore = torch.zeros_like(positive) if ignore is None else ignore
+    forward = directed_infonce(scores[rows], positive[rows], ignore[rows]).sum() / pairs
+    backward = directed_infonce(scores.T[columns], positive.T[columns], ignore.T[columns]).sum() / captions
     return (forward + backward) * world_size
 
 

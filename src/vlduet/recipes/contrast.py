@@ -28,12 +28,16 @@ def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float) -> Tenso
     all_left, row = distributed.gather_rows(left)
     all_right, column = distributed.gather_rows(right)
     facts = distributed.gather_objects((left_anchors, right_anchors))
-    positive = positives([a for part, _ in facts for a in part], [a for _, part in facts for a in part])
+    every_left, every_right = ([a for part in side for a in part] for side in zip(*facts, strict=True))
+    positive = positives(every_left, every_right)
+    # What asks in one record and answers in another is not its own negative.
+    itself = same_content([a.key for a in every_left], [a.key for a in every_right]) & ~positive
     return symmetric_infonce(
         all_left,
         all_right,
         logit_scale=limited(logit_scale, floor),
         positive=positive.to(left.device),
+        ignore=itself.to(left.device),
         rows=slice(row, row + len(left)),
         columns=slice(column, column + len(right)),
         world_size=distributed.world_size(),

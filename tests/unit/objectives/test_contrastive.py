@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from vlduet.data.sequences import Anchor
+from vlduet.model.readout import Readout
 from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
-from vlduet.recipes.contrast import positives
+from vlduet.recipes.contrast import contrastive, positives
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -21,21 +22,23 @@ def unit(rows: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(rows, 6, dtype=torch.float64, generator=generator), dim=1)
 
 
-def slow(left, right, scale, positive):
+def slow(left, right, scale, positive, ignore=None):
     """Both directions, one pair at a time: -log of e^s over itself and the negatives."""
+    ignore = torch.zeros_like(positive) if ignore is None else ignore
     scores = (left @ right.T * math.exp(scale)).tolist()
     n, m = positive.shape
 
-    def one(row, wanted):
+    def one(row, wanted, unknown):
         losses = []
         for j, yes in enumerate(wanted):
             if yes:
-                rest = sum(math.exp(row[k]) for k in range(len(row)) if not wanted[k])
+                rest = sum(math.exp(row[k]) for k in range(len(row)) if not (wanted[k] or unknown[k]))
                 losses.append(-math.log(math.exp(row[j]) / (math.exp(row[j]) + rest)))
         return sum(losses) / len(losses) if losses else None
 
-    rows = [x for i in range(n) if (x := one(scores[i], positive[i].tolist())) is not None]
-    columns = [x for j in range(m) if (x := one([scores[i][j] for i in range(n)], positive[:, j].tolist())) is not None]
+    rows = [one(scores[i], positive[i].tolist(), ignore[i].tolist()) for i in range(n)]
+    columns = [one([scores[i][j] for i in range(n)], positive[:, j].tolist(), ignore[:, j].tolist()) for j in range(m)]
+    rows, columns = ([x for x in side if x is not None] for side in (rows, columns))
     return (sum(rows) / len(rows) if rows else 0.0) + (sum(columns) / len(columns) if columns else 0.0)
 
 
@@ -43,9 +46,11 @@ def slow(left, right, scale, positive):
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 99), st.floats(0, 4))
 def test_is_the_slow_loop(n, m, seed, scale):
     left, right = unit(n, seed), unit(m, seed + 1)
-    positive = torch.rand(n, m, generator=torch.Generator().manual_seed(seed)) < 0.3
-    found = symmetric_infonce(left, right, logit_scale=torch.tensor(scale, dtype=torch.float64), positive=positive)
-    assert float(found) == pytest.approx(slow(left, right, scale, positive), abs=1e-10)
+    drawn = torch.rand(n, m, generator=torch.Generator().manual_seed(seed))
+    positive, ignore = drawn < 0.3, drawn > 0.8
+    temperature = torch.tensor(scale, dtype=torch.float64)
+    found = symmetric_infonce(left, right, logit_scale=temperature, positive=positive, ignore=ignore)
+    assert float(found) == pytest.approx(slow(left, right, scale, positive, ignore), abs=1e-10)
 
 
 def test_one_positive_a_row_is_cross_entropy():
@@ -97,6 +102,23 @@ def test_repeated_captions_and_copies_of_an_image_are_positives():
     right = [anchor("text", "a", "a flower"), anchor("text", "b", "a flower"), anchor("text", "c", "a rose")]
     # b shares its caption with a; c is the image of a, so a's captions are c's and c's are a's.
     assert positives(left, right).tolist() == [[True, True, True], [True, True, False], [True, True, True]]
+
+
+def test_what_asks_here_and_answers_there_is_not_its_own_negative():
+    """The picture x is the query of record r and the answer of record s: turning one reading away from the other is wrong."""
+    anchors = (Anchor(0, 1, "query", "r", "x"), Anchor(0, 1, "positive", "r", "a"))
+    anchors += (Anchor(0, 1, "query", "s", "b"), Anchor(0, 1, "positive", "s", "x"))
+    vectors = unit(4, 0)
+
+    def loss(turned: torch.Tensor) -> float:
+        embeddings = torch.stack([vectors[0], vectors[1], vectors[2], turned])
+        scale = torch.tensor(1.0, dtype=torch.float64)
+        return float(contrastive(Readout(embeddings, anchors, embeddings.new_zeros(0)), scale, floor=0.01))
+
+    near, far = loss(vectors[0]), loss(-vectors[0])
+    alone = F.softplus((vectors[2] @ vectors[1] - vectors[2] @ vectors[0]) * math.e)
+    assert near == pytest.approx(float(alone / 2 + F.softplus((vectors[2] - vectors[0]) @ vectors[1] * math.e) / 2))
+    assert near != far, "it is still the answer of its own record"
 
 
 def test_a_hard_negative_is_negative_even_for_its_own_record():
