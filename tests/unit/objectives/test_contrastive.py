@@ -105,7 +105,7 @@ def test_repeated_captions_and_copies_of_an_image_are_positives():
 
 
 def test_what_asks_here_and_answers_there_is_not_its_own_negative():
-    """The picture x is the query of record r and the answer of record s: turning one reading away from the other is wrong."""
+    """The picture x is the query of record r and the answer of record s: its two readings may be near."""
     anchors = (Anchor(0, 1, "query", "r", "x"), Anchor(0, 1, "positive", "r", "a"))
     anchors += (Anchor(0, 1, "query", "s", "b"), Anchor(0, 1, "positive", "s", "x"))
     vectors = unit(4, 0)
