@@ -1,6 +1,6 @@
-"""One rank of a gloo group: the loss and gradients of its share of a batch, written to a file.
+"""One rank of a gloo group: the loss and gradients of its share of a batch in every case, written to files.
 
-python worker.py RANK WORLD_SIZE PORT FOLDER CASE
+python worker.py RANK WORLD_SIZE PORT FOLDER
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def stories() -> list[Record]:
 def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
     """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
     recipe, options, weights = CASES[case]
+    model.zero_grad()
     chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
     everything = stories() if recipe is sugar else [chat, *records()] if "chat-only rank" in case else records()
     cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
@@ -131,15 +132,10 @@ def model_in_float64(folder: Path):
 
 
 if __name__ == "__main__":
-    rank, world_size, port, folder, case = (
-        int(sys.argv[1]),
-        int(sys.argv[2]),
-        sys.argv[3],
-        Path(sys.argv[4]),
-        sys.argv[5],
-    )
+    rank, world_size, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
     model = model_in_float64(folder / f"rank{rank}")  # before the group: transformers saves on rank 0 only
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    torch.save(share(model, case, rank, world_size), folder / f"found{rank}.pt")
+    for case in CASES:
+        torch.save(share(model, case, rank, world_size), folder / f"{case} {rank}.pt")
     dist.destroy_process_group()
