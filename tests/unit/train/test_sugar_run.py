@@ -194,8 +194,7 @@ def test_a_dual_encoder_opens_as_it_was_saved(dual: Path, tmp_path: Path) -> Non
 def test_sugar_takes_a_dual_encoder_for_cross(dual: Path, encoders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "sugar").mkdir()
     run = setup.prepare(settings(tmp_path / "sugar", {**encoders, "cross": str(dual)}), keep=False)
-    (_, batch), *_ = setup.batches(run, 3)
-    assert batch is not None
+    (_, [batch]), *_ = setup.batches(run, 3)
     cross = [one.features["cross"] for anchor in batch.anchors for one in anchor.slices]
     assert {len(vector) for vector in cross} == {256}
     again = DualEncoder.from_pretrained(dual).encode([batch.anchors[0].slices[0].part])
