@@ -186,6 +186,11 @@ def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
     assert told["records"] == 2 and told["short"] + told["long"] + told["empty"] == 4 and told["generated"] == 4
     for record in read_records(tmp_path / "out.jsonl"):
         assert all(made["model"] == "base" for made in record.metadata.get("captioned", {}).values())
+    # One that reads images outside its chat template is not asked in it, unless the user says so.
+    tiny.duet(tmp_path / "own").save_pretrained(tmp_path / "model")
+    arguments[1] = str(tmp_path / "model")
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, ConfigError) and "--prompt ''" in str(refused.exception)
     done = CliRunner().invoke(app, [*arguments, "--long", "0", "--short", "3", "--prompt", ""])
     assert done.exit_code == 0, done.output
 

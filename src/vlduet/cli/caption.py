@@ -35,9 +35,14 @@ def caption(
     from vlduet import captioning
 
     wanted = captioning.wishes(short=short, long=long, prompt=prompt)
+    from vlduet.errors import ConfigError
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
+    if prompt is None and not loaded.prompts.chat:
+        # Asked in a chat it never had with an image, such a model (nano) writes noise.
+        fix = "Add --prompt '' to go on from its image prompt (and --long 0 or --short 0), or write an instruction"
+        raise ConfigError("this model reads images outside its chat template", place=model, fix=fix)
     report = captioning.caption(loaded, source, to=to, wanted=wanted, name=model.resolve().name, batch=batch)
     if as_json:
         print(json.dumps({"file": str(to), **asdict(report)}))

@@ -222,7 +222,7 @@ def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Mark
         for c, value in enumerate(row):
             shade = min(max(value / top, 0.0), 1.0) if math.isfinite(value) else 0.0
             parts.append(
-                f'<rect x="{c * CELL}" y="{r * CELL}" width="{CELL}" height="{CELL}" fill-opacity="{0.85 * shade:.2f}"/>'
+                f'<rect x="{c * CELL}" y="{r * CELL}" width="{CELL}" height="{CELL}" fill-opacity="{0.6 * shade:.2f}"/>'
             )
     return _svg(width, height, "".join(parts), label=title, name="overlay")
 

@@ -83,7 +83,7 @@ def test_an_overlay_shades_by_weight() -> None:
     drawn = charts.overlay("data:,x", [[0.0, 0.2, math.nan], [0.4, 0.1, -1.0]], title='a "b"')
     tree = ElementTree.fromstring(drawn)
     shades = [float(r.attrib["fill-opacity"]) for r in tree.iter("rect")]
-    assert shades == [0.0, 0.42, 0.0, 0.85, 0.21, 0.0] and tree.attrib["viewBox"] == "0 0 66 44"
+    assert shades == [0.0, 0.3, 0.0, 0.6, 0.15, 0.0] and tree.attrib["viewBox"] == "0 0 66 44"
     assert all(
         r.attrib["fill-opacity"] == "0.00"
         for r in ElementTree.fromstring(charts.overlay("", [[0.0]], title="")).iter("rect")
