@@ -40,7 +40,7 @@ from vlduet.eval import report as pages
 from vlduet.eval.charts import Series
 from vlduet.eval.galleries import evenly
 from vlduet.eval.metrics import Interval, bootstrap_interval
-from vlduet.files import atomic_write
+from vlduet.files import write_text
 from vlduet.logs import Progress
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import evaluating
@@ -332,9 +332,8 @@ def write(folder: Path, measured: Sequence[Measured], *, source: Path, command: 
         command: what made them, for the page.
     """
     numbers = summary(measured)
-    folder.mkdir(parents=True, exist_ok=True)
-    told = json.dumps({"source": str(source), "command": command, "models": numbers}, indent=2) + "\n"
-    atomic_write(folder / "analysis.json", lambda file: file.write(told.encode()))
+    told = {"source": str(source), "command": command, "models": numbers}
+    write_text(folder / "analysis.json", json.dumps(told, indent=2) + "\n")
     page = AnalysisPage(str(source), tuple(measured), tuple(_lines(numbers)), tuple(_curves(measured)), command)
     pages.write_page(folder / "analysis.html", "analysis.html", {"report": page})
     return numbers

@@ -17,7 +17,7 @@ from typing import Any
 from vlduet import config, distributed
 from vlduet.config import Comparison, RunConfig
 from vlduet.errors import ConfigError
-from vlduet.files import atomic_write, recovered
+from vlduet.files import recovered, write_text
 from vlduet.logs import read_metrics, say
 from vlduet.train import state
 from vlduet.train.loop import train
@@ -54,9 +54,8 @@ def compare(settings: Comparison) -> dict[str, Any]:
             train(plan, evaluate=evaluate(plan.data.validation, seed=0), resume=stopped)
     found = _told(settings, plans)
     if distributed.is_main():
-        text = json.dumps(found, indent=1) + "\n"
-        atomic_write(settings.out / "table.json", lambda file: file.write(text.encode()))
-        atomic_write(settings.out / "table.md", lambda file: file.write(table(found).encode()))
+        write_text(settings.out / "table.json", json.dumps(found, indent=1) + "\n")
+        write_text(settings.out / "table.md", table(found))
     return found
 
 

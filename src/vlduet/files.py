@@ -24,6 +24,13 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     sync([path.parent])
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text as `atomic_write` does, making the folder where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Captions may hold lone surrogates, which UTF-8 has no bytes for.
+    atomic_write(path, lambda file: file.write(text.encode("utf-8", "replace")))
+
+
 def sync(paths: Iterable[Path]) -> None:
     """Ask the system to bring files and folders to the disk."""
     for path in paths:

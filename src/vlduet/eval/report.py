@@ -7,7 +7,6 @@ content security policy allows images from ``data:`` URLs alone.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from vlduet.eval import charts
 from vlduet.eval.charts import Series
 from vlduet.eval.metrics import KS, Interval
+from vlduet.files import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -258,12 +258,7 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
     environment.filters.update(filters)
     environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": KS}
     environment.globals |= {"nats_bar": nats_bar, "overlay": overlay}
-    page = environment.get_template(template).render(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # A caption may hold lone surrogates, which UTF-8 has no bytes for.
-    staging.write_bytes(page.encode("utf-8", "replace"))
-    staging.replace(path)
+    write_text(path, environment.get_template(template).render(content))
 
 
 def picture(url: str) -> str:

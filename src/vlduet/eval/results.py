@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from vlduet.errors import ConfigError
-from vlduet.eval import charts
+from vlduet.eval import charts, report
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES
 from vlduet.eval.benchmarks.tasks import Sample, Value, difference
 from vlduet.eval.run import SCORES, read_samples
-from vlduet.files import atomic_write
+from vlduet.files import write_text
 
 PUBLISHED = Path(__file__).parent / "published.json"
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,15 +193,9 @@ def page(runs: Sequence[Run], *, before: Run | None = None) -> Page:
 
 def write_page(path: Path, made: Page) -> list[Path]:
     """Write the page as HTML, and beside it as Markdown. Returns both paths."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.globals |= {"bar": kept_bar}
-    html = environment.get_template("results.html").render(page=made)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda out: out.write(html.encode("utf-8", "replace")))
+    report.write_page(path, "results.html", {"page": made, "bar": kept_bar})
     markdown = path.with_suffix(".md")
-    atomic_write(markdown, lambda out: out.write(as_markdown(made).encode("utf-8", "replace")))
+    write_text(markdown, as_markdown(made))
     return [path, markdown]
 
 

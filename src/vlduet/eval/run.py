@@ -23,8 +23,8 @@ from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.protocols import PROTOCOLS
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark, Question, Sample, Score
-from vlduet.eval.store import Functions, Store, line, read_lines, write
-from vlduet.files import atomic_write
+from vlduet.eval.store import Functions, Store, line, read_lines
+from vlduet.files import atomic_write, write_text
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
 
@@ -73,7 +73,7 @@ def evaluate(
     score = PROTOCOLS[benchmark.protocol](task, store)
     result = told(benchmark, score, seed=source.seed) | {"files": source.hashes, "made_by": made_by or _maker(folder)}
     atomic_write(folder / SAMPLES, lambda out: write_samples(out, score))
-    write(folder / SCORES, json.dumps(result, indent=1) + "\n")
+    write_text(folder / SCORES, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -179,7 +179,7 @@ def import_predictions(
     if not taken:
         raise ConfigError(f"none of {unknown} predictions fits an item", place=file, fix="Check the ids in the file")
     rows = "".join(line({"key": key, "text": text}) for key, text in taken.items())
-    write(folder / "predictions.jsonl", rows)
+    write_text(folder / "predictions.jsonl", rows)
     return {"taken": len(taken), "unknown": unknown}
 
 
@@ -230,5 +230,5 @@ def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
             value = value["content"]
         value = value[0] if isinstance(value, list) else value
         rows.append({"key": str(row.get("key", row.get("question_id", ""))), "text": str(value)})
-    write(folder / "reviews.jsonl", "".join(line(row) for row in rows))
+    write_text(folder / "reviews.jsonl", "".join(line(row) for row in rows))
     return len(rows)

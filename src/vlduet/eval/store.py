@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError
 from vlduet.eval.benchmarks.tasks import Ask, Judged, Question
-from vlduet.files import atomic_write
+from vlduet.files import write_text
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Store:
                 what = f"another run: {differing[0]} was {kept.get(differing[0])!r}, is {mine[differing[0]]!r}"
                 raise ConfigError(what, place=self.folder, fix="Give another --to, or remove that folder")
             return
-        write(path, json.dumps(mine, indent=1) + "\n")
+        write_text(path, json.dumps(mine, indent=1) + "\n")
 
     # -------------------------------------------------------------- vectors
 
@@ -131,7 +131,7 @@ class Store:
                 block = attempted(function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim)
                 if not dim:
                     dim = block.shape[1]
-                    write(path.with_suffix(".json"), json.dumps({**facts, "dim": dim}))
+                    write_text(path.with_suffix(".json"), json.dumps({**facts, "dim": dim}))
                 out.write(block.astype(np.float32).tobytes())
                 out.flush()
                 blocks.append(block)
@@ -322,11 +322,6 @@ def appending(path: Path) -> TextIO:
 def line(value: Mapping[str, Any]) -> str:
     """One line of JSON. ASCII: a generated text may hold line ends that splitlines knows, and lone surrogates."""
     return json.dumps(value) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
-    atomic_write(path, lambda out: out.write(text.encode()))
 
 
 def _json(path: Path) -> dict[str, Any] | None:

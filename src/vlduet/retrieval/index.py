@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
-from vlduet.files import atomic_write
+from vlduet.files import write_text
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.store import FlatStore, Row, Store
@@ -91,8 +91,7 @@ class Manifest:
     def write(self, path: Path) -> None:
         """Write it, whole or not at all."""
         told = asdict(replace(self, updated=_now(), vlduet=_version()))
-        text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
-        atomic_write(path / MANIFEST, lambda file: file.write(text.encode("utf-8", "replace")))
+        write_text(path / MANIFEST, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 
     def check(self, model: Embedder, path: Path) -> None:
         """Raises RetrievalError unless `model` gives the vectors that the index at `path` holds."""
