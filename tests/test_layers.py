@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": ANYONE,
     "files": set(),
-    "logs": ANYONE,
+    # A metrics file is one of those that a kill may cut.
+    "logs": ANYONE | {"files"},
     "distributed": ANYONE,
     "packages": ANYONE | {"logs"},
     # Losses are functions of tensors; sums over ranks are part of their arithmetic.

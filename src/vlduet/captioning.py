@@ -19,9 +19,10 @@ from typing import Any, Literal, Protocol
 
 from vlduet.data import formats
 from vlduet.data.images import content_key
-from vlduet.data.quarantine import Quarantine
+from vlduet.data.quarantine import Quarantine, attempted, beside
 from vlduet.data.records import ImageRef, Record, split_sentences
 from vlduet.errors import ConfigError, DataError
+from vlduet.files import appending, read_lines
 from vlduet.logs import progress
 
 Kind = Literal["short", "long"]
@@ -119,9 +120,7 @@ def caption(
     if batch < 1:
         raise ConfigError(f"{batch}", place="--batch", fix="Give 1 or more")
     formats.check_target(to, source)
-    listed = to.with_suffix(".quarantine.jsonl")
-    listed.unlink(missing_ok=True)  # it tells of this run alone
-    dropped = Quarantine(listed)
+    dropped = Quarantine.anew(beside(to))
     settings = json.dumps([model.fingerprint, [asdict(wish) for wish in wanted]])
     to.parent.mkdir(parents=True, exist_ok=True)
     journal = _Journal(to.with_name(f".{to.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.captions"))
@@ -162,23 +161,16 @@ class _Journal:
     def __init__(self, path: Path):
         self.path = path
         self.texts: dict[tuple[str, str], str] = {}
-        whole = path.read_bytes() if path.exists() else b""
-        for line in whole.splitlines():
-            try:
-                row = json.loads(line)
-                self.texts[row["kind"], row["image"]] = row["text"]
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short by kill -9: written again
-        self._broken_end = bool(whole) and not whole.endswith(b"\n")
+        for row in read_lines(path):  # one that was cut short is written again
+            self.texts[row["kind"], row["image"]] = row["text"]
 
     def add(self, kind: Kind, texts: dict[str, str]) -> None:
         """Captions by the content of their image."""
         rows = [json.dumps({"kind": kind, "image": key, "text": text}) + "\n" for key, text in texts.items()]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * self._broken_end + "".join(rows))
+        with appending(self.path) as file:
+            file.write("".join(rows))
             file.flush()
             os.fsync(file.fileno())
-        self._broken_end = False
         self.texts |= {(kind, key): text for key, text in texts.items()}
 
 
@@ -239,22 +231,15 @@ class _Job:
                 yield self._with_captions(record, key)
 
     def _write(self, images: dict[str, ImageRef], wish: Wish, failed: dict[str, DataError]) -> dict[str, str]:
-        """Texts by key. A batch that fails is halved until the broken image stands alone."""
-        if not images:
-            return {}
+        """Texts by key; what cannot be read goes to `failed`."""
+
+        def write(keys: list[str]) -> list[str]:
+            refs = [images[key] for key in keys]
+            return self.model.caption(refs, prompt=wish.prompt, max_new_tokens=wish.tokens, batch=self.batch)
+
         keys = list(images)
-        try:
-            texts = self.model.caption(
-                list(images.values()), prompt=wish.prompt, max_new_tokens=wish.tokens, batch=self.batch
-            )
-            return dict(zip(keys, texts, strict=True))
-        except DataError as error:
-            if len(keys) == 1:
-                failed[keys[0]] = error
-                return {}
-        middle = len(keys) // 2
-        halves = [{key: images[key] for key in half} for half in (keys[:middle], keys[middle:])]
-        return self._write(halves[0], wish, failed) | self._write(halves[1], wish, failed)
+        texts = attempted(write, keys, on_error=failed.__setitem__)
+        return {key: text for key, text in zip(keys, texts, strict=True) if text is not None}
 
     def _with_captions(self, record: Record, key: str) -> Record:
         found: dict[str, Any] = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TextIO
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -29,6 +30,26 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Captions may hold lone surrogates, which UTF-8 has no bytes for.
     atomic_write(path, lambda file: file.write(text.encode("utf-8", "replace")))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a JSON lines file that may not exist; a line that was cut short (kill -9) is left out."""
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def appending(path: Path) -> TextIO:
+    """A file opened to add lines; half a line that a killed process left is closed first."""
+    half = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    out = path.open("a", encoding="utf-8")
+    if half:
+        out.write("\n")
+    return out
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from vlduet.files import read_lines
+
 T = TypeVar("T")
 
 PLAIN_EVERY = 10.0
@@ -115,11 +117,4 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`; a half-written last line (kill -9) is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    return read_lines(path)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data import formats
-from vlduet.data.quarantine import Quarantine
+from vlduet.data.quarantine import Quarantine, beside
 from vlduet.data.questions import Asking, questions
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import ConfigError, DataError
@@ -90,9 +90,7 @@ def mine(
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError(f"{margin}", place="--margin", fix="Give a cosine difference, 0 or more")
     formats.check_target(to, source)
-    listed = to.with_suffix(".quarantine.jsonl")
-    listed.unlink(missing_ok=True)  # it tells of this run alone
-    dropped = Quarantine(listed)
+    dropped = Quarantine.anew(beside(to))
     pool = _Pool()
     records = formats.read_records(source, on_error=lambda error: dropped.add(error.place, error))
     for record in progress(records, label=f"reading {source.name}"):

@@ -34,9 +34,7 @@ def analyse(
     from vlduet.data.quarantine import Quarantine
     from vlduet.model.duet import DuetModel
 
-    listed = to / "quarantine.jsonl"
-    listed.unlink(missing_ok=True)
-    dropped = Quarantine(listed)
+    dropped = Quarantine.anew(to / "quarantine.jsonl")
     items = analysis.collect(file, limit=limit, dropped=dropped)
     folders = {"before": before, "after": model} if before else {model.resolve().name: model}
     measured = []

@@ -33,9 +33,10 @@ def caption(
 ) -> None:
     """Write the captions that SOURCE lacks. Run it again after an interruption: it goes on."""
     from vlduet import captioning
+    from vlduet.data.quarantine import beside
+    from vlduet.errors import ConfigError
 
     wanted = captioning.wishes(short=short, long=long, prompt=prompt)
-    from vlduet.errors import ConfigError
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
@@ -51,6 +52,6 @@ def caption(
         if report.empty:
             print(f"{report.empty} captions came out empty")
         if report.dropped:
-            print(f"{report.dropped} left out: see {to.with_suffix('.quarantine.jsonl')}")
+            print(f"{report.dropped} left out: see {beside(to)}")
     if not report.records:
         raise typer.Exit(1)

@@ -119,14 +119,12 @@ def convert(
 ) -> None:
     """Write SOURCE as our records. Broken ones are left out, counted, and listed beside the file."""
     from vlduet.data import formats
-    from vlduet.data.quarantine import Quarantine
+    from vlduet.data.quarantine import Quarantine, beside
     from vlduet.errors import DataError
     from vlduet.logs import progress
 
     formats.check_target(to, source)
-    listed = to.with_suffix(".quarantine.jsonl")
-    listed.unlink(missing_ok=True)  # it tells of this run alone
-    dropped = Quarantine(listed)
+    dropped = Quarantine.anew(beside(to))
 
     def drop(error: DataError) -> None:
         dropped.add(error.place, error)
@@ -204,7 +202,7 @@ def edit(
     from collections import Counter
 
     from vlduet.data import edits, formats
-    from vlduet.data.quarantine import Quarantine
+    from vlduet.data.quarantine import Quarantine, beside
     from vlduet.data.questions import questions
     from vlduet.errors import DataError
     from vlduet.logs import progress
@@ -212,9 +210,7 @@ def edit(
     formats.check_target(to, file)
     wanted = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
     edits.check_kinds(wanted or ())
-    listed = to.with_suffix(".quarantine.jsonl")
-    listed.unlink(missing_ok=True)
-    dropped = Quarantine(listed)
+    dropped = Quarantine.anew(beside(to))
     made: Counter[str] = Counter()
     records, without = 0, 0
 

@@ -31,6 +31,7 @@ def mine(
 ) -> None:
     """Find hard negatives for FILE: what the model takes for right and is not. Run it again after an interruption."""
     from vlduet import mining
+    from vlduet.data.quarantine import beside
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
@@ -43,4 +44,4 @@ def mine(
     if report.negative_score is not None:
         print(f"mean cosine {report.positive_score:.3f} to the positive, {report.negative_score:.3f} to the negatives")
     if report.dropped:
-        print(f"{report.dropped} left out: see {to.with_suffix('.quarantine.jsonl')}")
+        print(f"{report.dropped} left out: see {beside(to)}")

@@ -134,15 +134,13 @@ def encode(
     """Write embeddings for an index of your own."""
     import numpy as np
 
-    from vlduet.data.quarantine import Quarantine
+    from vlduet.data.quarantine import Quarantine, beside
     from vlduet.errors import RetrievalError
     from vlduet.logs import progress
     from vlduet.retrieval.documents import documents
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
-    listed = out.with_suffix(".quarantine.jsonl")
-    listed.unlink(missing_ok=True)
-    dropped = Quarantine(listed)
+    dropped = Quarantine.anew(beside(out))
     found = progress(documents(source, side=cast("Any", side), on_error=dropped.add), label="encode")
     ids, vectors = [], []
     encoded = encode_documents(_load(model), found, on_error=lambda d, error: dropped.add(d.named(), error))
@@ -158,7 +156,7 @@ def encode(
         return
     print(f"{out}: {len(ids)} vectors of {dim} numbers")
     if dropped.count:
-        print(f"{dropped.count} left out: see {listed}")
+        print(f"{dropped.count} left out: see {beside(out)}")
 
 
 def _load(folder: Path) -> DuetModel:

@@ -6,12 +6,44 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Self, TypeVar
 
 from vlduet.data.records import Place, Record
-from vlduet.errors import VLDuetError
+from vlduet.errors import DataError, VLDuetError
+from vlduet.files import read_lines
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 _PARTICULAR = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
+
+
+def beside(out: Path) -> Path:
+    """Where the drops of a run that writes `out` are listed."""
+    return out.with_suffix(".quarantine.jsonl")
+
+
+def attempted(
+    function: Callable[[list[T]], Iterable[U]], items: list[T], *, on_error: Callable[[T, DataError], object]
+) -> list[U | None]:
+    """`function` of all items at once, one result an item; None for an item that it cannot read, told to `on_error`.
+
+    A batch that fails is halved until the broken item stands alone.
+    """
+    if not items:
+        return []
+    try:
+        return list(function(items))
+    except DataError as error:
+        if len(items) == 1:
+            on_error(items[0], error)
+            return [None]
+    middle = len(items) // 2
+    return [
+        found for half in (items[:middle], items[middle:]) for found in attempted(function, half, on_error=on_error)
+    ]
 
 
 class Quarantine:
@@ -29,12 +61,17 @@ class Quarantine:
         self._lock = threading.Lock()
         self._seen: set[tuple[str | None, str | None, str]] = set()
         self._causes: Counter[str] = Counter()
-        for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
+        for row in read_lines(path) if path else ():  # of a line that was cut short, the record is dropped again
             try:
-                row = json.loads(line)
                 self._note(row["id"], row["place"], row["message"], row["cause"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # a line cut short by kill -9: its record is dropped, and written, again
+            except (KeyError, TypeError):
+                continue  # not a line of ours
+
+    @classmethod
+    def anew(cls, path: Path) -> Self:
+        """One that tells of this run alone: what an earlier run listed in the file goes."""
+        path.unlink(missing_ok=True)
+        return cls(path)
 
     def add(self, what: Record | Place | str | None, error: Exception) -> bool:
         """Drop one record.

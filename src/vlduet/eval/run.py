@@ -23,8 +23,8 @@ from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.protocols import PROTOCOLS
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark, Question, Sample, Score
-from vlduet.eval.store import Functions, Store, line, read_lines
-from vlduet.files import atomic_write, write_text
+from vlduet.eval.store import Functions, Store, line
+from vlduet.files import atomic_write, read_lines, write_text
 
 SCORES, SAMPLES = "scores.json", "samples.npz"
 

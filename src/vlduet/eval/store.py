@@ -16,15 +16,16 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlduet.data.quarantine import attempted
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError
 from vlduet.eval.benchmarks.tasks import Ask, Judged, Question
-from vlduet.files import write_text
+from vlduet.files import appending, read_lines, write_text
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -128,7 +129,7 @@ class Store:
             out.truncate(4 * dim * len(found))  # a killed run may have left half a row
             out.seek(0, 2)
             for begin in self.watch(starts, f"embedding {name}, in {EMBED_CHUNK}s"):
-                block = attempted(function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim)
+                block = vectors_of(function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim)
                 if not dim:
                     dim = block.shape[1]
                     write_text(path.with_suffix(".json"), json.dumps({**facts, "dim": dim}))
@@ -145,7 +146,7 @@ class Store:
 
         def work(asked: list[Question]) -> list[str | None]:
             assert function is not None
-            return attempted_each(lambda qs: function([q.parts for q in qs], qs[0].max_new_tokens), asked)
+            return attempted(lambda qs: function([q.parts for q in qs], qs[0].max_new_tokens), asked, on_error=_missing)
 
         # Questions of one length of answer go together, the longest prompts last.
         order = sorted(questions, key=lambda q: q.max_new_tokens)
@@ -158,7 +159,7 @@ class Store:
 
         def work(asked: list[Question]) -> list[Any]:
             assert function is not None
-            return attempted_each(lambda qs: _ranked(function, qs), asked)
+            return attempted(lambda qs: _ranked(function, qs), asked, on_error=_missing)
 
         kept = self._kept(questions, "likelihoods.jsonl", "", work if function else None, field="options")
         rows = [kept.get(_key("", question)) for question in questions]
@@ -260,63 +261,31 @@ def groups(questions: Sequence[Question]) -> Iterator[list[Question]]:
         yield group
 
 
-def attempted(
+def vectors_of(
     function: Callable[[list[Parts], bool], Vectors], items: list[Parts], *, query: bool, dim: int
 ) -> Vectors:
-    """Vectors of a chunk; where an image is broken, one by one, with NaN for what cannot be embedded."""
-    try:
-        return np.asarray(function(items, query), dtype=np.float32)
-    except DataError:
-        if len(items) == 1:
-            if not dim:  # the very first item: nothing yet says how wide a vector is
-                raise
-            return np.full((1, dim), np.nan, dtype=np.float32)
-    rows: list[Vectors | None] = []
-    for item in items:
-        try:
-            rows.append(np.asarray(function([item], query), dtype=np.float32))
-        except DataError:
-            rows.append(None)
-    width = dim or next((row.shape[1] for row in rows if row is not None), 0)
-    if not width:
-        raise DataError(f"none of {len(items)} items can be embedded", fix="Check the images with 'vlduet data check'")
-    return np.concatenate([np.full((1, width), np.nan, np.float32) if row is None else row for row in rows])
+    """Vectors of a chunk, with NaN for what cannot be embedded."""
+    errors: list[DataError] = []
+
+    def embed(some: list[Parts]) -> Vectors:
+        return np.asarray(function(some, query), dtype=np.float32)
+
+    rows = attempted(embed, items, on_error=lambda _, error: errors.append(error))
+    width = dim or next((len(row) for row in rows if row is not None), 0)
+    if not width:  # nothing yet says how wide a vector is
+        what = f"none of {len(items)} items can be embedded"
+        raise errors[0] if len(items) == 1 else DataError(what, fix="Check the images with 'vlduet data check'")
+    return np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in rows])
+
+
+def _missing(question: Question, error: DataError) -> None:
+    """A question that cannot be asked counts as missing in the score."""
 
 
 def _ranked(function: Callable[..., Sequence[tuple[float, int]]], questions: list[Question]) -> list[list[list[float]]]:
     """[[nats, tokens] of every option] of every question."""
     found = iter(function([(question.parts, option) for question in questions for option in question.options]))
     return [[list(next(found)) for _ in question.options] for question in questions]
-
-
-def attempted_each(function: Callable[[list[T]], list[U]], items: list[T]) -> list[U | None]:
-    """Answers of a chunk; where an image is broken, one by one, with None for what cannot be asked."""
-    try:
-        return list(function(items))
-    except DataError:
-        if len(items) == 1:
-            return [None]
-    return [text for item in items for text in attempted_each(function, [item])]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file that may not exist; half a last line (kill -9) is left out."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def appending(path: Path) -> TextIO:
-    """A file opened to add lines; half a line that a killed run left is closed first."""
-    half = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    out = path.open("a", encoding="utf-8")
-    if half:
-        out.write("\n")
-    return out
 
 
 def line(value: Mapping[str, Any]) -> str:

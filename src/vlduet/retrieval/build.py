@@ -109,8 +109,7 @@ class _Build:
         self.fields = {key: list(kinds) for key, kinds in index.manifest.fields.items()}
         self.seen: set[str] = set()
         self.added = self.updated = self.kept = self.embedded = 0
-        (index.path / "quarantine.jsonl").unlink(missing_ok=True)
-        self.quarantine = Quarantine(index.path / "quarantine.jsonl")
+        self.quarantine = Quarantine.anew(index.path / "quarantine.jsonl")
 
     def run(self, source: Path, chunk: int) -> None:
         """Read, compare, embed, commit."""

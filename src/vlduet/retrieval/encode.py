@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from vlduet.data.quarantine import attempted
 from vlduet.data.records import Part, Parts
 from vlduet.errors import DataError, RetrievalError
 from vlduet.files import atomic_write
@@ -62,23 +63,15 @@ def encode_documents(
     Raises:
         RetrievalError: vectors that are not finite.
     """
+
+    def encode(group: list[Document]) -> np.ndarray:
+        return checked(model.encode_document([document.parts for document in group]), group)
+
     for group in batched(documents, chunk):
-        kept, vectors = _encode(model, group, on_error)
+        found = zip(group, attempted(encode, group, on_error=on_error), strict=True)
+        kept = [(document, vector) for document, vector in found if vector is not None]
         if kept:
-            yield kept, vectors
-
-
-def _encode(model: Embedder, group: list[Document], on_error: OnFailure) -> tuple[list[Document], np.ndarray]:
-    """A group that fails is halved until the broken document stands alone."""
-    try:
-        return group, checked(model.encode_document([document.parts for document in group]), group)
-    except DataError as error:
-        if len(group) == 1:
-            on_error(group[0], error)
-            return [], np.empty((0, model.dim), dtype=np.float32)
-    middle = len(group) // 2
-    halves = [_encode(model, half, on_error) for half in (group[:middle], group[middle:])]
-    return [d for kept, _ in halves for d in kept], np.concatenate([vectors for _, vectors in halves])
+            yield [document for document, _ in kept], np.stack([vector for _, vector in kept])
 
 
 def checked(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
