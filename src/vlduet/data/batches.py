@@ -129,7 +129,8 @@ def chunked(sequences: list[Sequence], budget: int, *, pack_to: int | None = Non
         kind = [s for s in sequences if bool(s.anchors) == anchored]
         rows = pack(kind, pack_to) if pack_to else [[s] for s in kind]
         for group in by_length([sum(map(len, row)) for row in rows], budget):
-            yield [sequence for i in group for sequence in rows[i]]
+            # In the order of the rows, `collate` packs them as they are: what did not fit an earlier row does not now.
+            yield [sequence for i in sorted(group) for sequence in rows[i]]
 
 
 def by_length(lengths: Many[int], budget: int) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -178,6 +178,7 @@ def test_a_step_has_the_numbers_of_the_plain_one(tmp_path: Path, how: dict[str, 
 
 
 @settings(max_examples=30, deadline=None)
+@example(lengths=[(n, False, False) for n in (1, 1, 8, 1, 2)], budget=22, pack_to=12)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.booleans()), max_size=12),
     budget=st.integers(1, 120),
