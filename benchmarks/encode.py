@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from vlduet.data import images
-from vlduet.data.records import ImageRef, Record
-from vlduet.model.duet import DuetModel, Item, as_parts
+from vlduet.data.records import ImageRef, Record, as_parts
+from vlduet.model.duet import DuetModel, Item
 from vlduet.model.features import FeatureCache
 
 BATCH = 32

@@ -71,11 +71,8 @@ def _finished(plan: RunConfig) -> bool:
     saved = plan.out / "config.yaml"
     if not saved.is_file():
         return False
-    was, now = state.decisive(config.load(saved)), state.decisive(plan)
-    for key in sorted(was.keys() | now.keys()):
-        if was.get(key) != now.get(key):
-            what = f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-            raise ConfigError(what, place=plan.out, fix="Give another out=, or remove that folder")
+    if differs := state.difference(state.decisive(config.load(saved)), state.decisive(plan)):
+        raise ConfigError(differs, place=plan.out, fix="Give another out=, or remove that folder")
     return (plan.out / "model" / "vlduet.json").is_file()
 
 

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from vlduet import __version__
 from vlduet.data import corpora
 from vlduet.data.batches import by_length
 from vlduet.data.records import ImageRef, Message, Part, Parts
-from vlduet.data.sequences import IGNORE, Sequence
+from vlduet.data.sequences import Sequence
 from vlduet.errors import ModelError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark
@@ -26,14 +27,12 @@ from vlduet.eval.run import evaluate
 from vlduet.eval.store import Functions
 from vlduet.logs import progress, say
 from vlduet.model import generation
-from vlduet.model.backbones import BACKBONES, IMAGE_BACKEND, read_config
+from vlduet.model.backbones import BACKBONES, IMAGE_BACKEND, default_device, read_config
 from vlduet.model.checkpoint import MANIFEST
-from vlduet.model.dual import MANIFEST as DUAL
-from vlduet.model.dual import as_encoder
+from vlduet.model.dual import frozen_encoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoder, kind_of, open_encoder
+from vlduet.model.encoders import Encoder, kind_of
 from vlduet.model.features import FeatureCache
-from vlduet.model.generation import evaluating
 
 Embed = Callable[[list[Parts], bool], np.ndarray]
 """(items, whether they are queries) -> float32[N, E]."""
@@ -77,7 +76,11 @@ def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]
     """
     if not speaks(folder):
         playing = Functions(
-            embed=two_towers(folder), answer=_mute, loglikelihood=_mute, other=_other(settings), judge=_judge(settings)
+            embed=two_towers(folder),
+            answer=_mute,
+            loglikelihood=_mute,
+            other=_other(settings),
+            judge=judge_of(settings),
         )
         return playing, {"fingerprint": encoder_of(folder).fingerprint, "image_backend": IMAGE_BACKEND}
     model = DuetModel.from_pretrained(folder)
@@ -98,7 +101,7 @@ def functions(model: DuetModel, settings: Settings) -> Functions:
         answer=lambda prompts, longest: answers(model, prompts, longest, system=settings.system),
         loglikelihood=lambda pairs: likelihoods(model, pairs, system=settings.system),
         other=_other(settings),
-        judge=_judge(settings),
+        judge=judge_of(settings),
     )
 
 
@@ -118,10 +121,7 @@ def speaks(folder: Path) -> bool:
 
 def encoder_of(folder: Path) -> Encoder:
     """A folder's encoder; its weights are read when they are needed."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (folder / DUAL).is_file():
-        return as_encoder(folder, cache=FeatureCache(None), device=device)
-    return open_encoder(folder, device=device)
+    return frozen_encoder(folder, cache=FeatureCache(None), device=default_device())
 
 
 def two_towers(folder: Path) -> Embed:
@@ -158,7 +158,8 @@ def _mute(*_: Any) -> Any:
     )
 
 
-def _judge(settings: Settings) -> Callable[[Mapping[str, Any], str, float], str] | None:
+def judge_of(settings: Settings) -> Callable[[Mapping[str, Any], str, float], str] | None:
+    """The judge's function; None without one."""
     judge = settings.judge
     return None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file)
 
@@ -168,17 +169,16 @@ def _other(settings: Settings) -> Embed | None:
     folder = settings.retriever
     if folder is None:
         return None
-    kept: list[Embed] = []
+
+    @cache
+    def retriever() -> Embed:
+        if not speaks(folder):
+            return two_towers(folder)
+        model = DuetModel.from_pretrained(folder)
+        return lambda items, query: model.encode(items, query=query)
 
     def embed(items: list[Parts], query: bool) -> np.ndarray:
-        if not kept:
-            if not speaks(folder):
-                kept.append(two_towers(folder))
-            else:
-                model = DuetModel.from_pretrained(folder)
-                kept.append(lambda items, query: model.encode(items, query=query))
-        found: np.ndarray = kept[0](items, query)
-        return found
+        return retriever()(items, query)
 
     return embed
 
@@ -230,13 +230,9 @@ def likelihoods(
 
     sequences = [sequence(prompt, text) for prompt, text in pairs]
     found = [(0.0, 0)] * len(pairs)
-    with torch.no_grad(), evaluating(model):
-        for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
-            batch = [sequences[i] for i in chosen]
-            counts = [sum(label != IGNORE for label in sequence.labels) for sequence in batch]
-            nll = model(model.collate(batch)).nll.double().cpu()
-            for i, part in zip(chosen, nll.split(counts), strict=True):
-                found[i] = (float(part.sum()), len(part))
+    for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
+        for i, one in zip(chosen, model.nll([sequences[i] for i in chosen]), strict=True):
+            found[i] = one
     return found
 
 

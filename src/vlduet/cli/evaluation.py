@@ -76,6 +76,7 @@ def score(
     from vlduet.eval.benchmarks.source import Source
     from vlduet.eval.run import evaluate, import_predictions, import_reviews
     from vlduet.eval.store import Functions
+    from vlduet.evaluation import judge_of
     from vlduet.logs import say
 
     chosen, wanted = _settings(settings), _wanted(names, None)
@@ -89,14 +90,7 @@ def score(
             say(f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item")
         if reviews is not None:
             say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
-        judge = Functions()
-        if chosen.judge is not None:
-            from vlduet.eval.judge import judge_at
-
-            judge = Functions(
-                judge=judge_at(chosen.judge.url, model=chosen.judge.model, key_file=chosen.judge.key_file)
-            )
-        done.append(evaluate(benchmark, judge, source=source, runs=to, made_by={}))
+        done.append(evaluate(benchmark, Functions(judge=judge_of(chosen)), source=source, runs=to, made_by={}))
     _tell(done, {}, as_json)
 
 

@@ -70,6 +70,11 @@ Part = str | ImageRef
 Parts = tuple[Part, ...]
 
 
+def as_parts(item: Part | Parts) -> Parts:
+    """A text or an image alone -> a tuple of one."""
+    return (item,) if isinstance(item, str | ImageRef) else tuple(item)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat: role is system, user or assistant."""

@@ -148,6 +148,11 @@ class Backbone(nn.Module):
         return self._vision_fingerprint
 
 
+def default_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Backbone:
     """Open a local checkpoint folder: safetensors only, no code of the checkpoint is ever run.
 

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 from vlduet import __version__
 from vlduet.data.batches import Batch, collate
-from vlduet.data.records import ImageRef, Part, Parts
+from vlduet.data.records import Part, Parts, as_parts
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import DataError, ModelError
 from vlduet.files import whole_folder
 from vlduet.model import checkpoint
+from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, Encoders, kind_of, open_encoder, slice_of
 from vlduet.model.features import FeatureCache
 from vlduet.model.readout import Readout
@@ -89,10 +90,10 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, items: Many[Part | Parts]) -> np.ndarray:
         """Images and texts -> float32[N, dim], unit length. Raises DataError for a mixture: it reads one slice."""
-        parts = [item if isinstance(item, str | ImageRef) else item[0] for item in items]
-        if any(not isinstance(item, str | ImageRef) and len(item) > 1 for item in items):
+        rows = [as_parts(item) for item in items]
+        if any(len(row) > 1 for row in rows):
             raise DataError("a dual encoder reads one image or one text", fix="Use a model of another recipe")
-        slices = self.encoders.look([slice_of(part) for part in parts])
+        slices = self.encoders.look([slice_of(row[0]) for row in rows])
         was = self.training
         found: np.ndarray = self.eval().embed(slices).float().cpu().numpy()
         self.train(was)
@@ -169,6 +170,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise ModelError("no dual encoder of this version here", place=path, fix="Train it with recipe: clip") from None
     return manifest
+
+
+def frozen_encoder(folder: Path, *, cache: FeatureCache, own: DuetModel | None = None, device: Any = "cpu") -> Encoder:
+    """Any folder that fills a role: a dual encoder of ours, or what `open_encoder` takes. Raises ModelError as it does."""
+    if (folder / MANIFEST).is_file():
+        return as_encoder(folder, cache=cache, device=device)
+    return open_encoder(folder, own=own, device=device)
 
 
 def as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> Encoder:

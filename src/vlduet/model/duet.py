@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from vlduet.data.batches import Batch, by_length, collate
-from vlduet.data.records import ImageRef, Message, Part, Parts
+from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
 from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, generation
 from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
-from vlduet.model.backbones import IMAGE_BACKEND, Backbone, fingerprint_of, load_backbone
+from vlduet.model.backbones import IMAGE_BACKEND, Backbone, default_device, fingerprint_of, load_backbone
 from vlduet.model.features import FeatureCache, file_version
 from vlduet.model.generation import evaluating
 from vlduet.model.prompts import Prompts, Renderer
@@ -246,17 +246,20 @@ class DuetModel(nn.Module):
         mask = (batch.segments > 0).long()
         return generation.Start(self.input_embeddings(batch), mask, self.renderer.eos_ids, max_new_tokens, temperature)
 
-    @torch.no_grad()
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
         """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""
         found: list[tuple[float, int]] = []
-        with evaluating(self):
-            for begin in range(0, len(pairs), batch):
-                sequences = [self.renderer.caption(image, text) for image, text in pairs[begin : begin + batch]]
-                nll = self(self.collate(sequences)).nll.double().cpu()
-                counts = [sum(label != IGNORE for label in s.labels) for s in sequences]
-                found += [(float(part.sum()), len(part)) for part in nll.split(counts)]
+        for begin in range(0, len(pairs), batch):
+            found += self.nll([self.renderer.caption(image, text) for image, text in pairs[begin : begin + batch]])
         return found
+
+    @torch.no_grad()
+    def nll(self, sequences: list[Sequence]) -> list[tuple[float, int]]:
+        """(negative log likelihood in nats, tokens) of what each sequence supervises, as one batch."""
+        with evaluating(self):
+            found = self(self.collate(sequences)).nll.double().cpu()
+        counts = [sum(label != IGNORE for label in s.labels) for s in sequences]
+        return [(float(part.sum()), len(part)) for part in found.split(counts)]
 
     # ------------------------------------------------------------------ what is trained, and keeping it
 
@@ -371,7 +374,7 @@ class DuetModel(nn.Module):
         Raises:
             ModelError: see `checkpoint.read` and `backbones.load_backbone`; or golden vectors that differ.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or default_device()
         kept = checkpoint.read(recovered(Path(folder)))
         backbone = load_backbone(kept.base, device=device, dtype=dtype)
         if not kept.manifest:
@@ -391,8 +394,3 @@ class DuetModel(nn.Module):
         if check_golden and kept.golden is not None:
             checkpoint.check_golden(kept.golden, model.golden_vectors(), dtype=backbone.model.dtype, place=Path(folder))
         return model.eval()
-
-
-def as_parts(item: Item) -> Parts:
-    """A text or an image alone -> a tuple of one."""
-    return (item,) if isinstance(item, str | ImageRef) else tuple(item)

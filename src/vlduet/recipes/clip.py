@@ -19,6 +19,7 @@ from vlduet.data.records import ImageRef, Part
 from vlduet.data.sequences import IGNORE, Anchor, Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
+from vlduet.model.backbones import default_device
 from vlduet.model.dual import DualEncoder
 from vlduet.model.encoders import Encoders, slice_of
 from vlduet.model.prompts import Renderer, content_key
@@ -44,7 +45,7 @@ def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
 def model(config: RunConfig, encoders: Encoders) -> DualEncoder:
     """What is trained: new towers of width `model.dim`."""
     torch.manual_seed(config.seed)
-    return DualEncoder(encoders, dim=config.model.dim).to("cuda" if torch.cuda.is_available() else "cpu")
+    return DualEncoder(encoders, dim=config.model.dim).to(default_device())
 
 
 def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:

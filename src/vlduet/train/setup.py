@@ -22,10 +22,10 @@ from vlduet.data.sequences import Sequence, needed
 from vlduet.data.stream import Mixture, Sample
 from vlduet.errors import ConfigError, DataError, closest
 from vlduet.model.adapters import Lora
-from vlduet.model.dual import MANIFEST as DUAL
-from vlduet.model.dual import DualEncoder, as_encoder
+from vlduet.model.backbones import default_device
+from vlduet.model.dual import DualEncoder, frozen_encoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoder, Encoders, open_encoder
+from vlduet.model.encoders import Encoder, Encoders
 from vlduet.model.features import FeatureCache
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import EmbeddingHead, Readout
@@ -140,17 +140,14 @@ def load_encoders(config: RunConfig, recipe: Recipe, *, own: DuetModel | None, c
     """
     found: dict[str, Encoder] = {}
     store = FeatureCache(cache)
-    device = own.backbone.device if own else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own.backbone.device if own else default_device()
     for role in recipe.encoders:
         folder: Path | None = getattr(config.encoders, role)
         if folder is None:
             what = f"{recipe.name} compares slices with a frozen {role} encoder, and none is given"
             fix = "Name its folder (docs/train.md says which are good), or leave out the loss that asks it"
             raise ConfigError(what, place=f"encoders.{role}", fix=fix)
-        if (folder / DUAL).is_file():
-            found[role] = as_encoder(folder, cache=store, device=device)
-        else:
-            found[role] = open_encoder(folder, own=own, device=device)
+        found[role] = frozen_encoder(folder, cache=store, own=own, device=device)
     return Encoders(found, cache=store)
 
 

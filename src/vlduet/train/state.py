@@ -41,15 +41,8 @@ def load(run: Run) -> int:
     if not (folder / "state.json").is_file():
         raise TrainingError("nothing to resume", place=folder, fix="Start without --resume")
     facts = json.loads((folder / "state.json").read_text())
-    now = decisive(run.config)
-    for key in sorted(now.keys() | facts["decisive"].keys()):
-        if now.get(key) != facts["decisive"].get(key):
-            was = facts["decisive"].get(key)
-            raise TrainingError(
-                f"{key} was {was!r}, is {now.get(key)!r}",
-                place=folder,
-                fix="Resume with the same config, or start anew",
-            )
+    if differs := difference(facts["decisive"], decisive(run.config)):
+        raise TrainingError(differs, place=folder, fix="Resume with the same config, or start anew")
     saved = load_file(folder / "trained.safetensors")
     with torch.no_grad():
         for name, tensor in {**run.model.own_tensors(), **run.model.adapter_tensors()}.items():
@@ -60,6 +53,14 @@ def load(run: Run) -> int:
     if torch.cuda.is_available() and "random_cuda" in kept:
         torch.cuda.set_rng_state(kept["random_cuda"])
     return int(facts["step"])
+
+
+def difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting, by name, that two runs do not share, in words; both are of `decisive`."""
+    for key in sorted(now.keys() | was.keys()):
+        if now.get(key) != was.get(key):
+            return f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+    return None
 
 
 def decisive(config: RunConfig) -> dict[str, Any]:
