@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from typing import Annotated
@@ -53,6 +54,7 @@ def main() -> None:
     # Nothing here reaches for a hub unless the user asked for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     try:
         app()
     except VLDuetError as error:
@@ -62,6 +64,21 @@ def main() -> None:
         raise SystemExit(1) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed for the next tensor of that size; nothing where there is no glibc.
+
+    By default every large tensor is mapped anew, and the kernel clears its pages: more than half of the time of a vision
+    tower on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 if __name__ == "__main__":

@@ -87,28 +87,34 @@ def next_image(*corpora: str) -> Callable[[Source], Search]:
 
 
 def minimal_pairs(corpus: str, group: str) -> Callable[[Source], Pairs]:
-    """A loader: two items of one group (`metadata`) whose captions differ in one word, judged as Winoground is.
-
-    Names with a colon ("flag: Norway") are left out: what they share is their kind and not their words.
-    """
+    """A loader: two items of one group (`metadata`) whose captions differ in one word, judged as Winoground is."""
 
     def load(source: Source) -> Pairs:
-        kept = [r for r in records(source, corpus) if r.image is not None and r.short and ":" not in r.short[0]]
-        told = [(record, normalized(record.short[0])) for record in kept]
-        items = []
-        for n, (one, words) in enumerate(told):
-            for other, others in told[n + 1 :]:
-                same = one.metadata.get(group) == other.metadata.get(group)
-                vendor = one.metadata.get("vendor") == other.metadata.get("vendor")
-                if same and vendor and differ_in_one(words, others):
-                    assert one.image is not None and other.image is not None
-                    texts, images = (one.short[0], other.short[0]), (one.image, other.image)
-                    items.append(Pair(f"{one.id}|{other.id}", texts, images))
+        items = one_word_apart(records(source, corpus), group)
         if not items:
             raise DataError("no two captions differ in one word", place=source.root, fix=f"Fetch {corpus}")
         return Pairs(tuple(items), winoground_rule)
 
     return load
+
+
+def one_word_apart(found: Sequence[Record], group: str) -> list[Pair]:
+    """Every two records of one group and vendor whose captions differ in one word.
+
+    Names with a colon ("flag: Norway") are left out: what they share is their kind and not their words.
+    """
+    kept = [r for r in found if r.image is not None and r.short and ":" not in r.short[0]]
+    told = [(record, normalized(record.short[0])) for record in kept]
+    items = []
+    for n, (one, words) in enumerate(told):
+        for other, others in told[n + 1 :]:
+            same = one.metadata.get(group) == other.metadata.get(group)
+            vendor = one.metadata.get("vendor") == other.metadata.get("vendor")
+            if same and vendor and differ_in_one(words, others):
+                assert one.image is not None and other.image is not None
+                texts, images = (one.short[0], other.short[0]), (one.image, other.image)
+                items.append(Pair(f"{one.id}|{other.id}", texts, images))
+    return items
 
 
 def differ_in_one(words: Sequence[str], others: Sequence[str]) -> bool:
