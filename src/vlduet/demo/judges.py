@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
     from vlduet.model.encoders import Encoders
 
-STEPS, BATCH = 120, 128
+STEPS, BATCH = 60, 128
 """Of the dual encoder: some seconds, since what is below it is frozen and kept."""
 THINGS, DELTA = 5, 0.35
 """Things of the story that is aligned, and the kernel's width: a wide one draws a blurred path."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet import __version__, logs
-from vlduet.demo.judges import train_dual
+from vlduet.demo.judges import frozen, train_dual
 from vlduet.demo.measure import measure, measure_ridge, measure_untrained
 from vlduet.demo.prepare import build_model, download, open_model, prepare_data, steps_for, training
 from vlduet.demo.use import use
@@ -76,7 +76,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
         untrained = measure_untrained(to, data, seed=seed)
         examples = [data.held_out[i] for i in galleries.evenly(len(data.held_out), EXAMPLES)]
         start = measure(base, data, captioned=examples, seed=seed)
-        ridge = measure_ridge(base, data)
+        ridge = measure_ridge(base, data, encoders=frozen(to, base))
     with story.step("dual"):
         dual = train_dual(to, data, model=base, seed=seed)
     del base

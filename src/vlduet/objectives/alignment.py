@@ -6,8 +6,8 @@
     G[0,0] = 1, G[i,0] = G[0,j] = 0
     G[i,j] = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij            K(x, y) = G[M,N]
 
-Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. The sweeps
-over G are in `sweeps` (log space, any device) and `lanes` (compiled for the CPU). Gradients have a sweep of their own:
+Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. The sweeps over G are in
+`sweeps` (log space, any device), `lanes` (compiled for the CPU) and `fused` (for CUDA). Gradients have a sweep of their own:
 d log K / d log kappa is the alignment posterior, the probability that an alignment drawn in proportion to its product of
 kappas passes through a cell (soft-DTW's expected alignment, Cuturi and Blondel 2017 alg. 2).
 """
@@ -96,9 +96,10 @@ def gak_pairs(
     cells, scale, x, y = _pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
         return cells.sum((1, 2))
-    if not sweeps.is_compiled(cells, band):
+    engine = sweeps.engine(cells, band)
+    if engine is None:
         return sweeps.log_gak(sweeps.log_kappas(cells, scale, band), x, y).to(cells.dtype)
-    lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y))
+    lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
     log_k = sweeps.log_gak_cells(lanes, first, scale, lengths_x=x, lengths_y=y)
     return log_k.flatten()[: len(cells)].to(cells.dtype)
 
@@ -113,9 +114,9 @@ def alignment_posterior_pairs(
     cells, scale, x, y = _pairs(sqdist.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
         return cells
-    if sweeps.is_compiled(cells, band):
-        lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y))
-        _, weights = sweeps.run_compiled(lanes, first, scale, lengths=(x, y), weigh="posterior")
+    if (engine := sweeps.engine(cells, band)) is not None:
+        lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
+        _, weights = sweeps.run(lanes, first, scale, lengths=(x, y), weigh="posterior")
         apart = weights.view(len(first), -1, *weights.shape[1:]).permute(0, 3, 1, 2)  # [A, B, M, N]
         return apart.flatten(0, 1)[: len(cells)]
     with torch.enable_grad():
@@ -195,18 +196,15 @@ def _check_width(width: Tensor, band: int | None) -> None:
 
 
 def _as_lanes(
-    cells: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor]
+    cells: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor], *, wide: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Pairs [P, M, N] as the compiled sweep takes them: [A * M, N, LANES], the last ones filled up."""
-    compiled = sweeps.compiled()
-    assert compiled is not None
-    wide: int = compiled.LANES
+    """Pairs [P, M, N] as a compiled sweep takes them: [A * M, N, wide], the last ones filled up."""
     pairs, m, n = cells.shape
     more = -pairs % wide
     rows = (pairs + more) // wide
     apart = F.pad(cells, (0, 0, 0, 0, 0, more)).view(rows, wide, m, n).permute(0, 2, 3, 1).contiguous()
     x, y = (F.pad(each, (0, more), value=1).view(rows, wide) for each in lengths)
-    first = torch.arange(rows) * m
+    first = torch.arange(rows, device=cells.device) * m
     return apart.view(rows * m, n, wide), first, F.pad(scale, (0, more), value=1.0).view(rows, wide), (x, y)
 
 
@@ -287,10 +285,10 @@ def _facing(features: Tensor) -> Tensor:
 
 def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
     """Of `count` sequences y, how many side by side, and how many cells at a time."""
-    compiled = sweeps.compiled() if sweeps.is_compiled(like, band) else None
-    if compiled is not None:
-        return compiled.LANES, BLOCK
-    return (min(128, count), BLOCK) if like.device.type == "cpu" else (min(512, count), 16 * BLOCK)
+    if like.device.type != "cpu":
+        return min(512, count), 16 * BLOCK
+    engine = sweeps.engine(like, band)
+    return (min(128, count) if engine is None else engine.LANES), BLOCK
 
 
 def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
