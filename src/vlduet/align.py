@@ -13,6 +13,7 @@ from vlduet.config import RunConfig
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
 from vlduet.data.show import slices as slices_of
+from vlduet.errors import DataError
 from vlduet.eval import report
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoders, kind_of, slice_of
@@ -89,8 +90,14 @@ def align(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: 
         cosines: float[M + N, M + N] of the slices of both, one after the other.
         judge: what made them, in words.
         delta: width of the kernel.
+
+    Raises:
+        DataError: a record without a slice.
     """
     m, n = len(parts_of(first)), len(parts_of(second))
+    for record, count in ((first, m), (second, n)):
+        if not count:
+            raise DataError(f"record '{record.id}' is an empty sequence", place=record.place, fix="Give it parts")
     index = torch.zeros(2, max(m, n), dtype=torch.long)
     index[0, :m], index[1, :n] = torch.arange(m), m + torch.arange(n)
     lengths = torch.tensor([m, n])

@@ -230,13 +230,15 @@ class _Slices:
     """Sequences, shortest first, as one matrix of slices."""
 
     features: Tensor
-    """float[S, d]."""
+    """float[S, d]; after `around` float[S, d + 2], with |x|^2 and 1 behind each."""
     lengths: Tensor
     """int64[n], rising."""
     first: Tensor
     """int64[n], row of the first slice."""
     order: Tensor
     """int64[n], where each stood in what was given."""
+    facing: Tensor | None = None
+    """float[S, d + 2], whose inner products with `features` are squared distances: -2 <x, y> + |x|^2 + |y|^2."""
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor], name: str) -> _Slices:
@@ -271,16 +273,12 @@ class _Slices:
         return self.lengths[which], rows.clamp(max=len(self.features) - 1)
 
     def around(self, middle: Tensor) -> None:
-        """Takes a point away from every slice, and puts |x|^2 and 1 behind it: float[S, d + 2]. See `_facing`."""
-        centred = self.features - middle
-        squares = centred.square().sum(1, keepdim=True)
-        self.features = torch.cat([centred, squares, torch.ones_like(squares)], 1)
-
-
-def _facing(features: Tensor) -> Tensor:
-    """float[..., d + 2] whose inner products with `features` are squared distances: -2 <x, y> + |x|^2 + |y|^2."""
-    slices, squares, ones = features[..., :-2], features[..., -2:-1], features[..., -1:]
-    return torch.cat([-2 * slices, ones, squares], -1)
+        """Takes a point away from every slice, in place, and makes both sides of the product of distances."""
+        centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
+        squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
+        ones = torch.ones_like(squares)
+        self.features = torch.cat([centred, squares, ones], 1)
+        self.facing = torch.cat([centred * -2, ones, squares], 1)
 
 
 def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
@@ -294,7 +292,10 @@ def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
 def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
     same = left is right
-    rows, columns = left.features, right.features
+    rows, columns = left.features, right.facing
+    assert columns is not None
+    moving = torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)
+    room = rows.new_empty(0)
     wide, block = _block(rows, kernel.band, len(right.first))
     found, done = [], 0
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
@@ -302,9 +303,13 @@ def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     for begin in range(0, len(right.first), wide):
         end = min(begin + wide, len(right.first))
         lengths_y, index = right.among(begin, wide)
-        lanes = _facing(columns[index.T.flatten()])  # [N * B, d + 2]
+        lanes = columns[index.T.flatten()]  # [N * B, d + 2]
         for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
-            cells = (rows[ends[a] : ends[b]] @ lanes.T).view(-1, index.shape[1], wide)  # [R, N, B]
+            some = rows[ends[a] : ends[b]]
+            if not moving and room.numel() < len(some) * len(lanes):  # memory that is used again has its pages already
+                room = rows.new_empty(len(some) * len(lanes))
+            out = None if moving else room[: len(some) * len(lanes)].view(len(some), len(lanes))
+            cells = torch.mm(some, lanes.T, out=out).view(-1, index.shape[1], wide)  # [R, N, B]
             x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)
             first = left.first[a:b] - left.first[a]
             log_k = sweeps.log_gak_cells(
@@ -333,12 +338,13 @@ def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
     lengths, which = torch.unique(other.lengths, return_inverse=True)
     if not kernel.by_length:
         lengths, which = lengths[:1], torch.zeros_like(which)
-    rows = own.features
+    rows, facing = own.features, own.facing
+    assert facing is not None
     wide, block = _block(rows, kernel.band, len(own.first))
     found = []
     for begin in range(0, len(own.first), wide):
         mine, index = own.among(begin, wide)  # [B], [B, N]
-        square = (rows[index] @ _facing(rows[index]).mT).permute(1, 2, 0)  # [N, N, B]
+        square = (rows[index] @ facing[index].mT).permute(1, 2, 0)  # [N, N, B]
         several = []
         for some in lengths.split(max(1, block // square.numel())):
             cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]
