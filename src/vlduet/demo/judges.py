@@ -149,8 +149,7 @@ def retrieval_augmented(
     task = solved.examples(data.held_out, kept, count=ASKED, seed=seed)
     able = replace(functions(model, Settings(seed=seed)), other=reader(encoders.encoders["cross"]))
     score = protocols.rag(task, Store(to / "rag", able, seed=seed))
-    number = "accuracy_sum"
-    samples = {who: score.samples[f"{who}/{number}"] for who in ("none", "self", "other")}
+    samples = {who: score.samples[f"{who}/accuracy"] for who in ("none", "self", "other")}
 
     def gap(name: str, against: str) -> report.Gap:
         found = difference(samples["self"], samples[against], seed=seed)

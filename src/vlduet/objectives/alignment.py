@@ -295,8 +295,10 @@ def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     rows, columns = left.features, right.facing
     assert columns is not None
     moving = torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)
-    room = rows.new_empty(0)
     wide, block = _block(rows, kernel.band, len(right.first))
+    # Where nothing is kept for a gradient, one piece of memory serves all blocks: fresh pages cost as much as the sweep.
+    most = wide * int(right.lengths[-1])
+    room = rows.new_empty(0 if moving else max(min(block, len(rows) * most), int(left.lengths[-1]) * most))
     found, done = [], 0
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
     ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
@@ -306,8 +308,6 @@ def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
         lanes = columns[index.T.flatten()]  # [N * B, d + 2]
         for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
             some = rows[ends[a] : ends[b]]
-            if not moving and room.numel() < len(some) * len(lanes):  # memory that is used again has its pages already
-                room = rows.new_empty(len(some) * len(lanes))
             out = None if moving else room[: len(some) * len(lanes)].view(len(some), len(lanes))
             cells = torch.mm(some, lanes.T, out=out).view(-1, index.shape[1], wide)  # [R, N, B]
             x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)

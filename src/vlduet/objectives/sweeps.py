@@ -220,9 +220,8 @@ class _Cells(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, first = ctx.saved_tensors
-        owner = (
-            torch.searchsorted(first, torch.arange(len(weights), device=first.device), right=True) - 1
-        )  # the sequence of a row
+        row = torch.arange(len(weights), device=first.device)
+        owner = torch.searchsorted(first, row, right=True) - 1  # the sequence of a row
         return weights * grad.float()[owner, None, :], None, None, None, None
 
 
@@ -232,7 +231,7 @@ def run(
     """(log K float64[A, B], weights as `lanes.sweep_back` leaves them: "posterior", "gradient" or None for none)."""
     found = engine(cells, None)
     assert found is not None
-    if hasattr(found, "run"):
+    if found is fused():
         done: tuple[Tensor, Tensor] = found.run(cells, first, scale, lengths=lengths, weigh=weigh)
         return done
     return _on_cpu(found, cells, (first, scale, *lengths), weigh=weigh)
