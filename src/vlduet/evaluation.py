@@ -151,11 +151,11 @@ def reader(encoder: Encoder) -> Embed:
             if wanted:
                 found = torch.nn.functional.normalize(encoder.encode[kind](wanted).detach().float().cpu(), dim=1)
                 vectors |= dict(zip(wanted, found, strict=True))
-        nothing = torch.full((encoder.width,), torch.nan)
-        means = [[vectors[part] for part in item if part in vectors] or [nothing] for item in items]
-        made: np.ndarray = torch.nn.functional.normalize(
-            torch.stack([torch.stack(one).mean(0) for one in means]), dim=1
-        ).numpy()
+        means = []
+        for item in items:
+            read = [vectors[part] for part in item if part in vectors]
+            means.append(torch.stack(read).mean(0) if read else torch.full((encoder.width,), torch.nan))
+        made: np.ndarray = torch.nn.functional.normalize(torch.stack(means), dim=1).numpy()
         return made
 
     return embed
