@@ -70,6 +70,7 @@ DOORS: dict[str, set[str]] = {
     "pyarrow": {"retrieval/lance.py", "data/*"},
     "gguf": {"model/nano.py"},
     "numba": {"objectives/lanes.py"},
+    "triton": {"objectives/fused.py"},
     "yaml": {"config.py"},
     "filelock": {"packages.py", "retrieval/build.py"},
     "mteb": {"plugins/mteb_encoder.py"},

@@ -13,9 +13,10 @@ from vlduet.config import RunConfig
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
 from vlduet.data.show import slices as slices_of
-from vlduet.eval import charts, report
+from vlduet.errors import DataError
+from vlduet.eval import report
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import kind_of, slice_of
+from vlduet.model.encoders import Encoders, kind_of, slice_of
 from vlduet.objectives.alignment import alignment_posterior_pairs, rule_sigma
 from vlduet.objectives.triple import Prefixes, squared_distances, target_matrix, triple_cosines
 from vlduet.train import setup
@@ -62,11 +63,15 @@ def by_encoders(parts: Parts, settings: RunConfig) -> Tensor:
     """
     recipe = setup.bind(settings)
     encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache)
+    return seen_by(parts, encoders)
+
+
+def seen_by(parts: Parts, encoders: Encoders) -> Tensor:
+    """Cosines float[U, U] by the triple kernel, or by `cross` alone where there is no `vision`. Raises as `look` does."""
     slices = encoders.look([slice_of(part) for part in parts])
     image = torch.tensor([kind_of(part) == "image" for part in parts])
-    triple = "vision" in recipe.encoders
     cross = torch.stack([one.features["cross"] for one in slices])
-    if not triple:
+    if "vision" not in encoders.encoders:
         return triple_cosines(cross, cross, image=image, triple=False)
     own = [one.features["vision" if on else "text"] for one, on in zip(slices, image.tolist(), strict=True)]
     return triple_cosines(torch.nn.utils.rnn.pad_sequence(own, batch_first=True), cross, image=image)
@@ -85,8 +90,14 @@ def align(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: 
         cosines: float[M + N, M + N] of the slices of both, one after the other.
         judge: what made them, in words.
         delta: width of the kernel.
+
+    Raises:
+        DataError: a record without a slice.
     """
     m, n = len(parts_of(first)), len(parts_of(second))
+    for record, count in ((first, m), (second, n)):
+        if not count:
+            raise DataError(f"record '{record.id}' is an empty sequence", place=record.place, fix="Give it parts")
     index = torch.zeros(2, max(m, n), dtype=torch.long)
     index[0, :m], index[1, :n] = torch.arange(m), m + torch.arange(n)
     lengths = torch.tensor([m, n])
@@ -135,16 +146,28 @@ def as_text(found: Aligned, *, width: int = 36) -> str:
     return "\n".join(lines)
 
 
-def write_html(path: Path, found: Aligned, *, first: Record, second: Record) -> None:
-    """A page that needs no other file."""
+def picture(found: Aligned, first: Record, second: Record) -> report.Alignment:
+    """What a page shows of it: thumbnails and sentences on both axes, cosines as shades, the path as outlines."""
 
-    def labels(record: Record) -> list[str]:
-        return [
+    def labels(record: Record) -> tuple[str, ...]:
+        return tuple(
             images.thumbnail_data_url(images.load(part), THUMBNAIL) if isinstance(part, ImageRef) else part
             for part in parts_of(record)
-        ]
+        )
 
-    # A wide kernel spreads the path over many cells; beside the likeliest of its row one still sees it.
-    marked = [[p / max(row) for p in row] for row in found.posterior]
-    chart = charts.heatmap(found.cosines, rows=labels(first), columns=labels(second), marked=marked, title="Alignment")
-    report.write_page(path, "align.html", {"found": found, "chart": chart})
+    return report.Alignment(
+        rows=labels(first),
+        columns=labels(second),
+        similarity=tuple(map(tuple, found.cosines)),
+        # A wide kernel spreads the path over many cells; beside the likeliest of its row one still sees it.
+        path=tuple(tuple(p / max(row) for p in row) for row in found.posterior),
+        gak=found.gak,
+        awm=found.awm,
+        mean=found.mean,
+        sigma=found.sigma,
+    )
+
+
+def write_html(path: Path, found: Aligned, *, first: Record, second: Record) -> None:
+    """A page that needs no other file."""
+    report.write_page(path, "align.html", {"found": found, "drawn": picture(found, first, second)})

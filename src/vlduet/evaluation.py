@@ -64,7 +64,7 @@ class Settings:
     k: int | None = None
     """Facts that a RAG benchmark shows; None is each one's default."""
     retriever: Path | None = None
-    """A second model, or a CLIP or SigLIP folder: the independent retriever of the RAG benchmarks."""
+    """A second model, CLIP, SigLIP, a dual or a sentence encoder: the independent retriever of the RAG benchmarks."""
     judge: Judge | None = None
 
 
@@ -125,9 +125,7 @@ def encoder_of(folder: Path) -> Encoder:
 
 
 def two_towers(folder: Path) -> Embed:
-    """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E].
-
-    A mixture is the mean of its parts' unit vectors.
+    """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E]; see `reader`.
 
     Raises:
         ModelError: the folder's encoder does not read both images and texts.
@@ -136,6 +134,14 @@ def two_towers(folder: Path) -> Embed:
     if set(encoder.kinds) != {"image", "text"}:
         fix = "Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder"
         raise ModelError(f"reads {' and '.join(encoder.kinds)}s alone", place=folder, fix=fix)
+    return reader(encoder)
+
+
+def reader(encoder: Encoder) -> Embed:
+    """A frozen encoder as (items, whether they are queries) -> float32[N, E].
+
+    A mixture is the mean of the unit vectors of the parts that the encoder reads; an item without any is NaN.
+    """
 
     def embed(items: list[Parts], query: bool) -> np.ndarray:
         parts = list(dict.fromkeys(part for item in items for part in item))
@@ -145,8 +151,11 @@ def two_towers(folder: Path) -> Embed:
             if wanted:
                 found = torch.nn.functional.normalize(encoder.encode[kind](wanted).detach().float().cpu(), dim=1)
                 vectors |= dict(zip(wanted, found, strict=True))
-        means = torch.stack([torch.stack([vectors[part] for part in item]).mean(0) for item in items])
-        made: np.ndarray = torch.nn.functional.normalize(means, dim=1).numpy()
+        means = []
+        for item in items:
+            read = [vectors[part] for part in item if part in vectors]
+            means.append(torch.stack(read).mean(0) if read else torch.full((encoder.width,), torch.nan))
+        made: np.ndarray = torch.nn.functional.normalize(torch.stack(means), dim=1).numpy()
         return made
 
     return embed
@@ -173,7 +182,7 @@ def _other(settings: Settings) -> Embed | None:
     @cache
     def retriever() -> Embed:
         if not speaks(folder):
-            return two_towers(folder)
+            return reader(encoder_of(folder))
         model = DuetModel.from_pretrained(folder)
         return lambda items, query: model.encode(items, query=query)
 

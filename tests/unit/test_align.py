@@ -77,6 +77,13 @@ def test_an_equal_document_aligns_along_the_diagonal() -> None:
     assert text.count("*") == 4 and "It rains." in text  # three cells and the legend
 
 
+def test_one_slice_and_none() -> None:
+    found = align.align(Record("a", parts=("x",)), OTHER, cosines=torch.eye(3), judge="x", delta=1.0)
+    assert found.posterior == [pytest.approx([1.0, 1.0])] and 0 < found.gak <= 1
+    with pytest.raises(DataError, match="record 'b' is an empty sequence"):
+        align.align(OTHER, Record("b"), cosines=torch.eye(2), judge="x", delta=1.0)
+
+
 def test_the_verb(encoders: dict[str, str], tmp_path: Path) -> None:
     records, made = write(tmp_path), sugar(tmp_path, encoders, delta=0.5)
     page = tmp_path / "page.html"

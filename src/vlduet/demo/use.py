@@ -1,4 +1,4 @@
-"""The demo uses its model as a user would: an index of the held-out images, searches, questions."""
+"""The demo uses its model as a user would: an index of the held-out images, searches, questions, two documents aligned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlduet.data.records import ImageRef
+from vlduet.demo import judges
 from vlduet.demo.prepare import HELD_OUT, Data
 from vlduet.eval import galleries, protocols, report
 from vlduet.eval.compose import Shown
@@ -18,8 +19,8 @@ QUESTIONS = ("Name a fruit.", "What can fly?", "Which animal lives in the water?
 IMAGE_QUESTION, IMAGE_QUESTIONS = "What is this?", 2
 
 
-def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalResult) -> Shown:
-    """Index the held-out images and use the index as a user would."""
+def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalResult, dual: Path, seed: int) -> Shown:
+    """Index the held-out images and use the index as a user would; `dual` is the trained dual encoder."""
     from vlduet import rag
     from vlduet.retrieval.build import build
     from vlduet.retrieval.index import Index
@@ -38,6 +39,7 @@ def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalRe
         sources = album.hits([(hit.id, hit.score) for hit in answer.sources])
         return report.Asked(question, answer.text, sources, image=album.picture(identity) if identity else "")
 
+    encoders = judges.frozen(to, model, cross=dual)
     chosen = [result.ids[i] for i in galleries.evenly(len(result.ids), IMAGE_QUESTIONS)]
     return Shown(
         galleries=(
@@ -48,4 +50,6 @@ def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalRe
         heat=galleries.heat(result, album),
         asked=(*map(ask, QUESTIONS), *(ask(IMAGE_QUESTION, identity) for identity in chosen)),
         album=album,
+        alignments=judges.alignments(data.held_out, encoders),
+        augmented=judges.retrieval_augmented(to, model, data=data, encoders=encoders, seed=seed),
     )

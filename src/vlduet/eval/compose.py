@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vlduet.eval import galleries
 from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, RetrievalResult
-from vlduet.eval.report import Asked, Cost, DemoReport, Gallery, Heat, Provenance
+from vlduet.eval.report import Alignment, Asked, Cost, DemoReport, Gallery, Heat, Provenance, RetrievalAugmented
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Shown:
     galleries: tuple[Gallery, ...]
     heat: Heat
     asked: tuple[Asked, ...]
+    alignments: tuple[Alignment, ...]
+    augmented: RetrievalAugmented
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
         galleries=shown.galleries,
         heat=shown.heat,
         asked=shown.asked,
+        alignments=shown.alignments,
+        augmented=shown.augmented,
         provenance=Provenance(told.command, told.facts, told.seconds, told.data, notes=_notes(after, seed=seed)),
         next_commands=told.next_commands,
         training_seconds=told.seconds["train"],

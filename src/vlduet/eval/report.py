@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How much better the model is than the ridge baseline, paired over queries; fractions."""
+    """How much better one thing is than another, paired over queries; fractions."""
 
     direction: str
     metric: str
@@ -152,6 +152,37 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Alignment:
+    """Two documents, slice by slice. A label is a sentence, or an image as a data URL."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    similarity: tuple[tuple[float, ...], ...]
+    """Cosines float[R, C]."""
+    path: tuple[tuple[float, ...], ...]
+    """float[R, C]: where the alignment passes, 1 at the likeliest cell of a row."""
+    gak: float
+    awm: float
+    mean: float
+    sigma: float
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalAugmented:
+    """Questions answered alone (`none`), with what the model finds (`self`), and with what another finds (`other`)."""
+
+    questions: int
+    solved: int
+    """Solved questions that may be found, one for each answer."""
+    chance: float
+    accuracy: Mapping[str, Interval]
+    found: Mapping[str, Interval]
+    """Share of questions for which the first thing found has the right answer: `self` and `other`."""
+    gaps: tuple[Gap, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """What made the numbers."""
 
@@ -187,6 +218,8 @@ class DemoReport:
     galleries: tuple[Gallery, ...]
     heat: Heat
     asked: tuple[Asked, ...]
+    alignments: tuple[Alignment, ...]
+    augmented: RetrievalAugmented
     provenance: Provenance
     next_commands: tuple[str, ...]
     training_seconds: float
@@ -206,7 +239,8 @@ def summary(report: DemoReport) -> dict[str, Any]:
     ``text_to_image`` and ``image_to_text`` are the trained model's; ``chance``, ``untrained`` (the bare parts), ``start``
     (what training began with) and ``ridge_baseline`` are the mean of both directions. All are fractions by ``hit@1``,
     ``hit@5`` and ``hit@10``. ``gallery`` is the number of held-out images; ``caption_cross_entropy`` is in nats a token,
-    ``before`` of the model at the start.
+    ``before`` of the model at the start. ``self_rag`` has the share of right answers without retrieval, with the model's own
+    (``self``) and with the dual encoder's (``other``), the number of questions, and chance.
     """
 
     def plain(scores: Scores) -> dict[str, float]:
@@ -229,6 +263,11 @@ def summary(report: DemoReport) -> dict[str, Any]:
             "before": entropy.before.mean,
             "after": entropy.after.mean,
             "wrong_image": entropy.wrong_image.mean,
+        },
+        "self_rag": {
+            **{who: interval.mean for who, interval in report.augmented.accuracy.items()},
+            "chance": report.augmented.chance,
+            "questions": report.augmented.questions,
         },
         "minutes": report.minutes,
     }
@@ -257,7 +296,7 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
     }
     environment.filters.update(filters)
     environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": KS}
-    environment.globals |= {"nats_bar": nats_bar, "overlay": overlay}
+    environment.globals |= {"nats_bar": nats_bar, "overlay": overlay, "alignment_map": alignment_map}
     write_text(path, environment.get_template(template).render(content))
 
 
@@ -302,6 +341,12 @@ def heatmap(heat: Heat) -> Markup:
     return charts.heatmap(
         heat.similarity, rows=heat.captions, columns=columns, marked=heat.relevant, title="Similarity"
     )
+
+
+def alignment_map(one: Alignment) -> Markup:
+    """Similarities with the path that the alignment takes."""
+    rows, columns = ([picture(x) if x.startswith("data:") else x for x in labels] for labels in (one.rows, one.columns))
+    return charts.heatmap(one.similarity, rows=rows, columns=columns, marked=one.path, title=one.title or "Alignment")
 
 
 def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Markup:

@@ -153,7 +153,7 @@ class Store:
         kept = self._kept(order, "predictions.jsonl", name, work if function else None)
         return [kept.get(_key(name, question)) for question in questions]
 
-    def likelihoods(self, questions: Sequence[Question]) -> list[list[tuple[float, int]] | None]:
+    def likelihoods(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
         """(nats, tokens) of every option."""
         function = self.functions.loglikelihood
 
@@ -161,8 +161,8 @@ class Store:
             assert function is not None
             return attempted(lambda qs: _ranked(function, qs), asked, on_error=_missing)
 
-        kept = self._kept(questions, "likelihoods.jsonl", "", work if function else None, field="options")
-        rows = [kept.get(_key("", question)) for question in questions]
+        kept = self._kept(questions, "likelihoods.jsonl", name, work if function else None, field="options")
+        rows = [kept.get(_key(name, question)) for question in questions]
         return [None if row is None else [(float(nats), int(tokens)) for nats, tokens in row] for row in rows]
 
     def _kept(

@@ -79,6 +79,13 @@ class Encoder:
         """kind -> function."""
         return self.open()
 
+    @cached_property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        blank = ImageRef(data=images.encode_png(images.from_pixels(np.full((32, 32, 3), 128, np.uint8))))
+        part: Part = blank if self.kinds[0] == "image" else "."
+        return len(self.encode[self.kinds[0]]([part])[0])
+
 
 class Encoders:
     """The frozen encoders of a run, by role.
@@ -127,11 +134,7 @@ class Encoders:
 
     def width(self, role: str) -> int:
         """Numbers in a vector of this role's encoder."""
-        if role not in self._width:
-            blank = ImageRef(data=images.encode_png(images.from_pixels(np.full((32, 32, 3), 128, np.uint8))))
-            part: Part = blank if "image" in ROLES[role] else "."
-            self._width[role] = len(self.encoders[role].encode[kind_of(part)]([part])[0])
-        return self._width[role]
+        return self._width.setdefault(role, self.encoders[role].width)
 
     def vectors(self, role: str, slices: list[Slice]) -> dict[str, Tensor]:
         """Slice.key -> float32[D], unit length, of the slices that the role compares. Raises as `see` does."""

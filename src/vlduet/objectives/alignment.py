@@ -6,8 +6,8 @@
     G[0,0] = 1, G[i,0] = G[0,j] = 0
     G[i,j] = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij            K(x, y) = G[M,N]
 
-Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. The sweeps
-over G are in `sweeps` (log space, any device) and `lanes` (compiled for the CPU). Gradients have a sweep of their own:
+Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. The sweeps over G are in
+`sweeps` (log space, any device), `lanes` (compiled for the CPU) and `fused` (for CUDA). Gradients have a sweep of their own:
 d log K / d log kappa is the alignment posterior, the probability that an alignment drawn in proportion to its product of
 kappas passes through a cell (soft-DTW's expected alignment, Cuturi and Blondel 2017 alg. 2).
 """
@@ -96,9 +96,10 @@ def gak_pairs(
     cells, scale, x, y = _pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
         return cells.sum((1, 2))
-    if not sweeps.is_compiled(cells, band):
+    engine = sweeps.engine(cells, band)
+    if engine is None:
         return sweeps.log_gak(sweeps.log_kappas(cells, scale, band), x, y).to(cells.dtype)
-    lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y))
+    lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
     log_k = sweeps.log_gak_cells(lanes, first, scale, lengths_x=x, lengths_y=y)
     return log_k.flatten()[: len(cells)].to(cells.dtype)
 
@@ -113,9 +114,9 @@ def alignment_posterior_pairs(
     cells, scale, x, y = _pairs(sqdist.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
         return cells
-    if sweeps.is_compiled(cells, band):
-        lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y))
-        _, weights = sweeps.run_compiled(lanes, first, scale, lengths=(x, y), weigh="posterior")
+    if (engine := sweeps.engine(cells, band)) is not None:
+        lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
+        _, weights = sweeps.run(lanes, first, scale, lengths=(x, y), weigh="posterior")
         apart = weights.view(len(first), -1, *weights.shape[1:]).permute(0, 3, 1, 2)  # [A, B, M, N]
         return apart.flatten(0, 1)[: len(cells)]
     with torch.enable_grad():
@@ -195,18 +196,15 @@ def _check_width(width: Tensor, band: int | None) -> None:
 
 
 def _as_lanes(
-    cells: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor]
+    cells: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor], *, wide: int
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Pairs [P, M, N] as the compiled sweep takes them: [A * M, N, LANES], the last ones filled up."""
-    compiled = sweeps.compiled()
-    assert compiled is not None
-    wide: int = compiled.LANES
+    """Pairs [P, M, N] as a compiled sweep takes them: [A * M, N, wide], the last ones filled up."""
     pairs, m, n = cells.shape
     more = -pairs % wide
     rows = (pairs + more) // wide
     apart = F.pad(cells, (0, 0, 0, 0, 0, more)).view(rows, wide, m, n).permute(0, 2, 3, 1).contiguous()
     x, y = (F.pad(each, (0, more), value=1).view(rows, wide) for each in lengths)
-    first = torch.arange(rows) * m
+    first = torch.arange(rows, device=cells.device) * m
     return apart.view(rows * m, n, wide), first, F.pad(scale, (0, more), value=1.0).view(rows, wide), (x, y)
 
 
@@ -232,13 +230,15 @@ class _Slices:
     """Sequences, shortest first, as one matrix of slices."""
 
     features: Tensor
-    """float[S, d]."""
+    """float[S, d]; after `around` float[S, d + 2], with |x|^2 and 1 behind each."""
     lengths: Tensor
     """int64[n], rising."""
     first: Tensor
     """int64[n], row of the first slice."""
     order: Tensor
     """int64[n], where each stood in what was given."""
+    facing: Tensor | None = None
+    """float[S, d + 2], whose inner products with `features` are squared distances: -2 <x, y> + |x|^2 + |y|^2."""
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor], name: str) -> _Slices:
@@ -273,40 +273,43 @@ class _Slices:
         return self.lengths[which], rows.clamp(max=len(self.features) - 1)
 
     def around(self, middle: Tensor) -> None:
-        """Takes a point away from every slice, and puts |x|^2 and 1 behind it: float[S, d + 2]. See `_facing`."""
-        centred = self.features - middle
-        squares = centred.square().sum(1, keepdim=True)
-        self.features = torch.cat([centred, squares, torch.ones_like(squares)], 1)
-
-
-def _facing(features: Tensor) -> Tensor:
-    """float[..., d + 2] whose inner products with `features` are squared distances: -2 <x, y> + |x|^2 + |y|^2."""
-    slices, squares, ones = features[..., :-2], features[..., -2:-1], features[..., -1:]
-    return torch.cat([-2 * slices, ones, squares], -1)
+        """Takes a point away from every slice, in place, and makes both sides of the product of distances."""
+        centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
+        squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
+        ones = torch.ones_like(squares)
+        self.features = torch.cat([centred, squares, ones], 1)
+        self.facing = torch.cat([centred * -2, ones, squares], 1)
 
 
 def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
     """Of `count` sequences y, how many side by side, and how many cells at a time."""
-    compiled = sweeps.compiled() if sweeps.is_compiled(like, band) else None
-    if compiled is not None:
-        return compiled.LANES, BLOCK
-    return (min(128, count), BLOCK) if like.device.type == "cpu" else (min(512, count), 16 * BLOCK)
+    if like.device.type != "cpu":
+        return min(512, count), 16 * BLOCK
+    engine = sweeps.engine(like, band)
+    return (min(128, count) if engine is None else engine.LANES), BLOCK
 
 
 def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
     same = left is right
-    rows, columns = left.features, right.features
+    rows, columns = left.features, right.facing
+    assert columns is not None
+    moving = torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)
     wide, block = _block(rows, kernel.band, len(right.first))
+    # Where nothing is kept for a gradient, one piece of memory serves all blocks: fresh pages cost as much as the sweep.
+    most = wide * int(right.lengths[-1])
+    room = rows.new_empty(0 if moving else max(min(block, len(rows) * most), int(left.lengths[-1]) * most))
     found, done = [], 0
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
     ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
     for begin in range(0, len(right.first), wide):
         end = min(begin + wide, len(right.first))
         lengths_y, index = right.among(begin, wide)
-        lanes = _facing(columns[index.T.flatten()])  # [N * B, d + 2]
+        lanes = columns[index.T.flatten()]  # [N * B, d + 2]
         for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
-            cells = (rows[ends[a] : ends[b]] @ lanes.T).view(-1, index.shape[1], wide)  # [R, N, B]
+            some = rows[ends[a] : ends[b]]
+            out = None if moving else room[: len(some) * len(lanes)].view(len(some), len(lanes))
+            cells = torch.mm(some, lanes.T, out=out).view(-1, index.shape[1], wide)  # [R, N, B]
             x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)
             first = left.first[a:b] - left.first[a]
             log_k = sweeps.log_gak_cells(
@@ -335,12 +338,13 @@ def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
     lengths, which = torch.unique(other.lengths, return_inverse=True)
     if not kernel.by_length:
         lengths, which = lengths[:1], torch.zeros_like(which)
-    rows = own.features
+    rows, facing = own.features, own.facing
+    assert facing is not None
     wide, block = _block(rows, kernel.band, len(own.first))
     found = []
     for begin in range(0, len(own.first), wide):
         mine, index = own.among(begin, wide)  # [B], [B, N]
-        square = (rows[index] @ _facing(rows[index]).mT).permute(1, 2, 0)  # [N, N, B]
+        square = (rows[index] @ facing[index].mT).permute(1, 2, 0)  # [N, N, B]
         several = []
         for some in lengths.split(max(1, block // square.numel())):
             cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]

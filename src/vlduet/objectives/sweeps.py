@@ -1,7 +1,8 @@
 """The sweep of GAK along anti-diagonals, forward and back, in log space and on any device; and the way to the compiled one.
 
 `log_gak` takes log kappa as float[P, M, N]. `log_gak_cells` takes squared distances in the order in which one matrix product
-leaves them, and is compiled where it can be (CPU, float32, numba there); what that cannot hold is swept in log space.
+leaves them, and is compiled where it can be: in float32, by numba on a CPU (`lanes`; what that cannot hold is swept again in
+log space) and by Triton on CUDA (`fused`).
 """
 
 from __future__ import annotations
@@ -166,9 +167,21 @@ def compiled() -> ModuleType | None:
     return lanes
 
 
-def is_compiled(like: Tensor, band: int | None) -> bool:
-    """Whether tensors such as this take the compiled sweep."""
-    return like.device.type == "cpu" and like.dtype == torch.float32 and band is None and compiled() is not None
+@cache
+def fused() -> ModuleType | None:
+    """`fused`, where triton is installed."""
+    try:
+        from vlduet.objectives import fused
+    except ImportError:
+        return None
+    return fused
+
+
+def engine(like: Tensor, band: int | None) -> ModuleType | None:
+    """What sweeps tensors such as this in one go: `lanes`, `fused`, or None, which is log space."""
+    if like.dtype != torch.float32 or band is not None:
+        return None
+    return {"cpu": compiled, "cuda": fused}.get(like.device.type, lambda: None)()
 
 
 def log_gak_cells(
@@ -182,7 +195,7 @@ def log_gak_cells(
         scale: float[A, B], 1 / (2 sigma^2).
         lengths_x, lengths_y: int64[A, B].
     """
-    if is_compiled(cells, band):
+    if engine(cells, band) is not None:
         found: Tensor = _Cells.apply(cells, first, scale, lengths_x, lengths_y)  # type: ignore[no-untyped-call]
         return found
     rows = first[:, None] + torch.arange(int(lengths_x.max()), device=cells.device)  # [A, M]
@@ -198,9 +211,7 @@ class _Cells(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cells: Tensor, first: Tensor, scale: Tensor, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
         keep = ctx.needs_input_grad[0]
-        log_k, weights = run_compiled(
-            cells, first, scale, lengths=(lengths_x, lengths_y), weigh="gradient" if keep else None
-        )
+        log_k, weights = run(cells, first, scale, lengths=(lengths_x, lengths_y), weigh="gradient" if keep else None)
         if keep:
             ctx.save_for_backward(weights, first)
         return log_k
@@ -209,23 +220,35 @@ class _Cells(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, first = ctx.saved_tensors
-        owner = torch.searchsorted(first, torch.arange(len(weights)), right=True) - 1  # the sequence of a row
+        row = torch.arange(len(weights), device=first.device)
+        owner = torch.searchsorted(first, row, right=True) - 1  # the sequence of a row
         return weights * grad.float()[owner, None, :], None, None, None, None
 
 
-def run_compiled(
+def run(
     cells: Tensor, first: Tensor, scale: Tensor, *, lengths: tuple[Tensor, Tensor], weigh: str | None
 ) -> tuple[Tensor, Tensor]:
     """(log K float64[A, B], weights as `lanes.sweep_back` leaves them: "posterior", "gradient" or None for none)."""
-    lanes = compiled()
-    assert lanes is not None
+    found = engine(cells, None)
+    assert found is not None
+    if found is fused():
+        done: tuple[Tensor, Tensor] = found.run(cells, first, scale, lengths=lengths, weigh=weigh)
+        return done
+    return _on_cpu(found, cells, (first, scale, *lengths), weigh=weigh)
+
+
+def _on_cpu(
+    lanes: ModuleType, cells: Tensor, facts: tuple[Tensor, Tensor, Tensor, Tensor], *, weigh: str | None
+) -> tuple[Tensor, Tensor]:
+    """`run` by `lanes`, over threads; facts are first, scale and both lengths."""
+    first, scale, *lengths = facts
     scale = scale.contiguous()
     ends = [each.to(torch.int32).contiguous() for each in lengths]
     log_k = torch.empty(scale.shape, dtype=torch.float64)
     weights = torch.zeros_like(cells) if weigh else cells.new_empty(0)
     plain = cells.detach().contiguous().numpy()
 
-    def run(part: slice) -> None:
+    def sweep(part: slice) -> None:
         given = {"scale": scale, "ends_x": ends[0], "ends_y": ends[1], "log_k": log_k}
         arrays = {name: each[part].numpy() for name, each in given.items()}
         if weigh:
@@ -238,7 +261,7 @@ def run_compiled(
     threads = min(torch.get_num_threads(), 1 + cells.numel() // SMALL, len(first))
     edges = [len(first) * i // threads for i in range(threads + 1)]
     parts = [slice(begin, end) for begin, end in pairwise(edges)]
-    for _ in _pool(threads).map(run, parts) if threads > 1 else map(run, parts):
+    for _ in _pool(threads).map(sweep, parts) if threads > 1 else map(sweep, parts):
         pass  # a worker's error comes out here
     lost = log_k.isnan().nonzero()
     for some in lost.split(max(1, SMALL // cells[0].numel())) if len(lost) else ():

@@ -63,6 +63,15 @@ def make(records: list[Record], text: str) -> report.DemoReport:
             galleries.mixed_searches(one.retrieval, album, find=lambda *_: found),
         ),
         heat=galleries.heat(one.retrieval, album),
+        alignments=(alignment(album, text),),
+        augmented=report.RetrievalAugmented(
+            questions=4,
+            solved=9,
+            chance=0.25,
+            accuracy={who: report.Interval(0.5, 0.25, 0.75) for who in ("none", "self", "other")},
+            found={who: report.Interval(0.5, 0.25, 0.75) for who in ("self", "other")},
+            gaps=(report.Gap("self against none", "accuracy", report.Interval(0.1, -0.1, 0.2)),),
+        ),
         asked=(report.Asked(text, text, album.hits(found[:2])), report.Asked(text, "", (), image=album.picture("r0"))),
     )
     told = compose.Told(
@@ -75,6 +84,12 @@ def make(records: list[Record], text: str) -> report.DemoReport:
         next_commands=(text,),
     )
     return compose.compose(compose.Measured(one.retrieval, one, one, one.retrieval), shown, told=told)
+
+
+def alignment(album: galleries.Album, text: str) -> report.Alignment:
+    grid = ((0.9, 0.1), (0.2, 0.8))
+    picture = album.picture("r0")
+    return report.Alignment((picture, text), (text, picture), grid, grid, gak=0.5, awm=0.6, mean=0.4, sigma=1.0)
 
 
 class Page(HTMLParser):
@@ -163,7 +178,8 @@ def test_summary_has_exactly_the_promised_keys(records: list[Record]) -> None:
     found = json.loads(json.dumps(report.summary(made)))
     hits = {"hit@1", "hit@5", "hit@10"}
     rows = ("text_to_image", "image_to_text", "chance", "untrained", "start", "ridge_baseline")
-    assert set(found) == {*rows, "gallery", "caption_cross_entropy", "minutes"}
+    assert set(found) == {*rows, "gallery", "caption_cross_entropy", "self_rag", "minutes"}
+    assert found["self_rag"] == {"none": 0.5, "self": 0.5, "other": 0.5, "chance": 0.25, "questions": 4}
     for name in rows:
         assert set(found[name]) == hits and all(0 <= v <= 1 for v in found[name].values())
     assert set(found["caption_cross_entropy"]) == {"before", "after", "wrong_image"}

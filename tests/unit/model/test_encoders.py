@@ -170,6 +170,8 @@ def test_a_broken_cache_is_mended_and_a_foreign_width_refused(folders: dict[str,
     one, other = sorted(tmp_path.rglob("*.npy"))
     np.save(one, np.full(24, np.nan, np.float32))
     assert_close(vectors(encoders(folders, tmp_path), "text", TEXTS), wanted)
+    one.unlink()
+    assert_close(vectors(encoders(folders, tmp_path), "text", TEXTS), wanted)
     np.save(other, np.ones(25, np.float32))
     with pytest.raises(ModelError, match=r"text: a cached vector has 2[45] numbers.*Delete"):
         vectors(encoders(folders, tmp_path), "text", TEXTS)

@@ -28,9 +28,9 @@ ASKED = 60
 """Questions of one kind: the suite shall take minutes on a CPU."""
 
 
-def records(source: Source, corpus: str) -> list[Record]:
-    """The test split of a corpus, hashed. Raises DataError where it is not there or empty."""
-    name = f"corpora/{corpus}/test.jsonl"
+def records(source: Source, corpus: str, *, split: str = "test") -> list[Record]:
+    """A split of a corpus, hashed. Raises DataError where it is not there or empty."""
+    name = f"corpora/{corpus}/{split}.jsonl"
     source.bytes(name)
     found = list(read_jsonl(source.path(name)))
     if not found:

@@ -53,7 +53,7 @@ class Player(Protocol):
     def answer(self, questions: Sequence[Question], *, name: str = "") -> list[str | None]:
         """Answers; None where there is none."""
 
-    def likelihoods(self, questions: Sequence[Question]) -> list[list[tuple[float, int]] | None]:
+    def likelihoods(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
         """(nats, tokens) of every option of every question."""
 
     def reviews(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
@@ -193,18 +193,18 @@ def answer(task: Questions, player: Player) -> Score:
     return replace(score, missing=missing, facts={"items": len(task.items), **task.facts, **score.facts})
 
 
-def choose(task: Choices, player: Player) -> Score:
+def choose(task: Choices, player: Player, *, name: str = "") -> Score:
     """The share of questions whose right option is strictly the likeliest: by nats a token, and by nats in all.
 
     The sum favours short options, the mean long ones; both are told because published protocols use either.
     """
-    found = player.likelihoods(task.items)
+    found = player.likelihoods(task.items, name=name)
     right: dict[str, list[float]] = {"accuracy": [], "accuracy_sum": []}
     for item, options in zip(task.items, found, strict=True):
-        for name, weigh in (("accuracy", True), ("accuracy_sum", False)):
+        for number, weigh in (("accuracy", True), ("accuracy_sum", False)):
             losses = [nats / tokens if weigh else nats for nats, tokens in options or ()]
             mine = losses[item.answer] if losses else np.nan
-            right[name].append(
+            right[number].append(
                 float(all(mine < loss for n, loss in enumerate(losses) if n != item.answer) and losses != [])
             )
     samples = {name: sample(values) for name, values in right.items()}
@@ -240,7 +240,7 @@ def rag(task: Rag, player: Player) -> Score:
     """
     bare = [replace(item, parts=task.prompt(item, ())) for item in task.items]
     samples: dict[str, Sample] = {}
-    scores = {"none": task.score(bare, player.answer(bare, name="none"))}
+    scores = {"none": _rag_answered(task, bare, player, "none")}
     for who, embed in (("self", player.embed), ("other", player.embed_other)):
         similarity = _rag_similarity(task, embed, who)
         if similarity is None:
@@ -252,17 +252,27 @@ def rag(task: Rag, player: Player) -> Score:
             replace(item, parts=task.prompt(item, [task.facts[i] for i in found[: task.k]]))
             for item, found in zip(task.items, order, strict=True)
         ]
-        scores[who] = task.score(told, player.answer(told, name=who))
+        scores[who] = _rag_answered(task, told, player, who)
     for who, score in scores.items():
         samples |= {f"{who}/{name}": found for name, found in score.samples.items()}
     ordered = {key: samples[key] for key in sorted(samples, key=lambda key: not key.startswith("self/"))}
-    facts = {**task.told, "items": len(task.items), "facts": len(task.facts), "k": task.k}
+    facts = {**scores["none"].facts, **task.told, "items": len(task.items), "facts": len(task.facts), "k": task.k}
     unparsed = scores["self"].unparsed
     return Score(ordered, missing=scores["self"].missing, unparsed=unparsed, facts=facts)
 
 
+def _rag_answered(task: Rag, items: Sequence[Question], player: Player, name: str) -> Score:
+    """The score of these prompts: of free answers, or of ranked options where the task has no scorer."""
+    if task.score is None:
+        return choose(Choices(tuple(items)), player, name=name)
+    return task.score(items, player.answer(items, name=name))
+
+
 def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -> list[NDArray[np.float32]] | None:
-    """For every question its similarities with all facts, or with its own candidates (others are -inf)."""
+    """For every question its similarities with all facts, or with its own candidates (others are -inf).
+
+    A view counts where both sides have a vector: a sentence encoder sees no image, and finds by words alone.
+    """
     queries = list(zip(*task.queries, strict=True))
     keys = list(zip(*(fact.keys for fact in task.facts), strict=True))
     assert len(queries) == len(keys), "a query and a fact have the same views"
@@ -277,7 +287,9 @@ def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -
     for n in range(len(task.items)):
         wanted = list(task.candidates[n]) if task.candidates else slice(None)
         row = np.full(len(task.facts), -np.inf, dtype=np.float32)
-        row[wanted] = np.mean([left[n] @ right[wanted].T for left, right in sides], axis=0)
+        views = np.stack([left[n] @ right[wanted].T for left, right in sides])  # [views, wanted]
+        seen = ~np.isnan(views)
+        row[wanted] = np.where(seen.any(0), np.where(seen, views, 0).sum(0) / seen.sum(0).clip(1), np.nan)
         if task.excluded:
             row[list(task.excluded[n])] = -np.inf
         found.append(np.nan_to_num(row, nan=-np.inf))

@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from vlduet.errors import ConfigError, closest
-from vlduet.eval.benchmarks import builtin, choice, compositional, demon, judged, knowledge, retrieval, vqa, yes_no
+from vlduet.eval.benchmarks import (
+    builtin,
+    choice,
+    compositional,
+    demon,
+    judged,
+    knowledge,
+    retrieval,
+    solved,
+    vqa,
+    yes_no,
+)
 from vlduet.eval.benchmarks.tasks import Benchmark
 
 SUGAR, VLADVA, LLAVA, FROMAGE = "Sugar", "VladVA", "LLaVA-1.5", "FROMAGe"
@@ -269,6 +280,14 @@ BUILTIN = (
     _ours(
         "position", "Whether a stamp is among six, by its place", corpora=("stamps",), protocol="choose",
         metric="accuracy by place", load=builtin.position_probe,
+    ),
+    Benchmark(
+        "builtin_rag_examples", "Kinds of stamps, with solved training questions to find", (), "our test split",
+        "accuracy, R@k", ("corpora/stamps/{test,train}.jsonl",), "rag", solved.with_examples,
+    ),
+    _ours(
+        "rag_documents", "Kinds of named things, with a sentence about each to find", corpora=("stamps",),
+        protocol="rag", metric="accuracy, R@k", load=solved.with_documents,
     ),
 )  # fmt: skip
 

@@ -259,7 +259,8 @@ class Rag:
     """Views of every question."""
     facts: tuple[Fact, ...]
     prompt: Callable[[Question, Sequence[Fact]], Parts]
-    score: Scorer
+    score: Scorer | None
+    """None: the questions have options, which are ranked by likelihood."""
     candidates: tuple[tuple[int, ...], ...] = ()
     """For every question the facts that it may find; empty: all facts."""
     excluded: tuple[tuple[int, ...], ...] = ()
