@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 from vlduet.errors import ConfigError, closest
-from vlduet.eval.benchmarks import builtin, choice, compositional, demon, judged, knowledge, retrieval, vqa, yes_no
+from vlduet.eval.benchmarks import (
+    builtin,
+    choice,
+    compositional,
+    demon,
+    judged,
+    knowledge,
+    maps,
+    retrieval,
+    vqa,
+    yes_no,
+)
 from vlduet.eval.benchmarks.tasks import Benchmark
 
 SUGAR, VLADVA, LLAVA, FROMAGE = "Sugar", "VladVA", "LLaVA-1.5", "FROMAGe"
@@ -255,8 +266,16 @@ BUILTIN = (
         metric=TOLD_APART, load=builtin.minimal_pairs("stamps", ""),
     ),
     _ours(
-        "vqa", "Questions by template on units, flags and kinds of things", corpora=("wesnoth", "emoji", "stamps"),
+        "vqa", "Questions by template on units and kinds of things", corpora=("wesnoth", "emoji", "stamps"),
         protocol="choose", metric="accuracy", load=builtin.template_questions,
+    ),
+    _ours(
+        "maps", "Questions by template on maps, regions and flags", corpora=("maps",), protocol="choose",
+        metric="accuracy", load=maps.questions,
+    ),
+    _ours(
+        "maps_rag", "Capitals of what a picture shows, with retrieval", corpora=("maps",), protocol="rag",
+        metric="word F1, R@k", load=maps.knowledge,
     ),
     _ours(
         "captions", "Captions of stamps", corpora=("stamps",), protocol="answer", metric="word F1",
