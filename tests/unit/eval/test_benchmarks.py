@@ -367,7 +367,7 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     assert facts["fingerprint"]
     made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, made_by=facts)
     assert set(made["values"]) >= {"text", "image", "group"}
-    with pytest.raises(ModelError, match="does not speak"):
+    with pytest.raises(ModelError, match="does not generate"):
         evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, made_by=facts)
     assert playing.embed is not None
     image = ImageRef(data=official.png(1))
