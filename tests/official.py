@@ -478,6 +478,19 @@ def builtin(w: Writer) -> None:
             name,
             [{"image": n, "short": f"Unit {n}", "long": f"Lore of {n}.", "metadata": f} for n, f in enumerate(facts)],
         )
+    lands = (("Ruritania", ("Ain", "Oise", "Var")), ("Syldavia", ("Klow", "Niz")))
+    rows = []
+    for land, regions in lands:
+        facts = {"territory": land, "divisions": "departments"}
+        rows.append({"id": f"map/{land}", "metadata": facts | {"kind": "map", "regions": regions}})
+        for n, region in enumerate(regions):
+            told = {"kind": "region", "name": region, "map": land, "capital": f"{region} City"}
+            told |= {"place": ("top", "left", "middle")[n]}
+            rows.append({"id": f"region/{land}/{region}", "metadata": facts | told})
+        told = {"kind": "flag", "name": land, "capital": f"{land} City"}
+        rows.append({"id": f"flag/{land}", "metadata": told})
+        rows.append({"id": f"flag/{land}/Ain", "metadata": told | {"name": "Ain", "territory": land}})
+    corpus("maps", [row | {"image": row["id"], "short": f"Caption of {row['id']}"} for row in rows])
     for name in ("campaigns", "gimp-help"):
         told = [{"text": "First."}, {"image": "a"}, {"text": "Second."}, {"image": "b"}]
         corpus(name, [{"parts": told}, {"parts": [{"text": "Third."}, {"image": "c"}, {"image": "c"}]}])

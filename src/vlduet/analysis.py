@@ -30,6 +30,7 @@ from torch import Tensor
 from vlduet.data import images as pictures
 from vlduet.data.batches import by_length
 from vlduet.data.formats import read_records
+from vlduet.data.keys import content_key
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.data.sequences import PreparedImage
@@ -44,7 +45,6 @@ from vlduet.files import write_text
 from vlduet.logs import Progress
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import evaluating
-from vlduet.model.prompts import content_key
 from vlduet.model.readout import pool
 
 Floats = NDArray[np.float64]

@@ -77,8 +77,8 @@ def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]
     if not speaks(folder):
         playing = Functions(
             embed=two_towers(folder),
-            answer=_mute,
-            loglikelihood=_mute,
+            answer=silent(folder),
+            loglikelihood=silent(folder),
             other=_other(settings),
             judge=judge_of(settings),
         )
@@ -161,10 +161,14 @@ def reader(encoder: Encoder) -> Embed:
     return embed
 
 
-def _mute(*_: Any) -> Any:
-    raise ModelError(
-        "an encoder with two towers does not speak", fix="Evaluate it on benchmarks of retrieval and pairs"
-    )
+def silent(folder: Path) -> Callable[..., Any]:
+    """What an encoder answers: a ModelError that says that it does not generate."""
+
+    def refuse(*_: Any) -> Any:
+        what = "this model embeds images and texts and does not generate, so it has no number here"
+        raise ModelError(what, place=folder, fix="Evaluate it on benchmarks of the protocols retrieval and pairs")
+
+    return refuse
 
 
 def judge_of(settings: Settings) -> Callable[[Mapping[str, Any], str, float], str] | None:

@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data import formats
+from vlduet.data.keys import content_key
 from vlduet.data.quarantine import Quarantine, beside
 from vlduet.data.questions import Asking, questions
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import Progress, progress
-from vlduet.model.prompts import content_key
 from vlduet.retrieval.documents import Document, key_of
 from vlduet.retrieval.encode import CHUNK, Embedder, batched, encode_documents
 from vlduet.retrieval.store import FlatStore, Row, Stamp

@@ -8,13 +8,20 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import official
 import tiny
 from vlduet.cli.main import app
 from vlduet.errors import ConfigError
+from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.table import known
+from vlduet.model.dual import DualEncoder
+from vlduet.model.encoders import Encoders, open_encoder
+from vlduet.model.features import FeatureCache
 
 RUN = CliRunner()
 
@@ -75,6 +82,33 @@ def test_eval_then_score_and_what_is_missing_costs_nothing_else(model: Path, dat
         app, ["eval", str(model), "winoground", "gqa", "--data", str(tmp_path), "--to", str(tmp_path / "x")]
     )
     assert partly.exit_code == 1 and "winoground is left out" in partly.stderr
+
+
+def test_a_dual_encoder_retrieves_and_tells_pairs_apart_and_is_not_asked_to_speak(data: Path, tmp_path: Path) -> None:
+    """What `recipe: clip` saves, through the command line."""
+    frozen = tiny.encoders(tmp_path / "frozen")
+    roles = {role: open_encoder(frozen[role]) for role in ("vision", "text")}
+    torch.manual_seed(0)
+    model = DualEncoder(Encoders(roles, cache=FeatureCache(None)), dim=8).eval()
+    model.save_pretrained(tmp_path / "dual")
+    words = ["eval", str(tmp_path / "dual"), "coco", "vist_5c4i", "winoground", "sugarcrepe", "pope", "fvqa"]
+    base = ["--data", str(data), "--to", str(tmp_path / "runs"), "--json"]
+    done = RUN.invoke(app, [*words, "seedbench_likelihood", *base])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    scores = {score["benchmark"]: score for score in found["scores"]}
+    assert list(scores) == ["coco", "vist_5c4i", "winoground", "sugarcrepe"]
+    assert set(found["failed"]) == {"pope", "fvqa", "seedbench_likelihood"}
+    assert all("does not generate" in why and "retrieval and pairs" in why for why in found["failed"].values())
+    assert all(score["made_by"]["fingerprint"] and score["missing"] == 0 for score in scores.values())
+    # The vectors that were scored are the model's own, and a mixture is the mean of its parts.
+    kept = np.fromfile(tmp_path / "runs/coco/vectors/documents.f32", dtype=np.float32).reshape(4, 8)
+    images = known("coco").load(Source(data)).documents  # type: ignore[union-attr]
+    assert np.allclose(kept, model.encode(images), atol=1e-6)
+    query = known("vist_5c4i").load(Source(data)).queries[0]  # type: ignore[union-attr]
+    mean = model.encode(list(query)).mean(0)
+    first = np.fromfile(tmp_path / "runs/vist_5c4i/vectors/queries.f32", dtype=np.float32)[:8]
+    assert np.allclose(first, mean / np.linalg.norm(mean), atol=1e-6)
 
 
 def test_a_judge_at_an_address(

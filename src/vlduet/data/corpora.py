@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vlduet import logs
-from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, stamps, wesnoth
+from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth
 from vlduet.data.sources.build import Corpus, Summary
 from vlduet.errors import DataError, PackageError, closest
 from vlduet.packages import Package
@@ -31,6 +31,7 @@ CORPORA: dict[str, Corpus] = {
     "campaigns": campaigns.CORPUS,
     "endless-sky": endless_sky.CORPUS,
     "gimp-help": gimp_help.CORPUS,
+    "maps": maps.CORPUS,
 }
 
 

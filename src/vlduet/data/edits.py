@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.data.words import ATTRIBUTES, OBJECTS, RELATIONS, Entry, Vocabulary, article
 from vlduet.errors import ConfigError, closest
@@ -76,13 +77,13 @@ def edits(
         ConfigError: an unknown kind.
     """
     check_kinds(kinds or ())
-    taken, found = {_key(text) for text in (caption, *right)}, []
+    taken, found = {text_key(text) for text in (caption, *right)}, []
     for kind in RULES if kinds is None else kinds:
         options = list(RULES[kind](caption))
         random.Random(f"{seed}:{kind}:{caption}").shuffle(options)
-        text = next((t for t in (_apply(caption, changes) for changes in options) if _key(t) not in taken), None)
+        text = next((t for t in (_apply(caption, changes) for changes in options) if text_key(t) not in taken), None)
         if text is not None:
-            taken.add(_key(text))
+            taken.add(text_key(text))
             found.append(Edit(kind, text))
     return found
 
@@ -262,9 +263,5 @@ def _lowered(word: str) -> str:
     return word if len(word) > 1 and word.isupper() else word[:1].lower() + word[1:]
 
 
-def _key(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def _parts_key(parts: Parts) -> tuple[str, ...]:
-    return tuple(part.name if isinstance(part, ImageRef) else _key(part) for part in parts)
+    return tuple(part.name if isinstance(part, ImageRef) else text_key(part) for part in parts)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 
 from vlduet.data.images import load, thumbnail_data_url
+from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval.charts import Series
 from vlduet.eval.metrics import KS, Interval, paired_bootstrap
-from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, Direction, RetrievalResult, caption_key
+from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, Direction, RetrievalResult
 from vlduet.eval.report import Captioned, CrossEntropy, Curve, Gallery, Gap, Heat, Hit, Row, Scores, Search
 
 Found = Sequence[tuple[str, float]]
@@ -60,7 +61,7 @@ class Album:
 
     def keys(self, identity: str) -> set[str]:
         """What its captions are compared by."""
-        return {caption_key(caption) for caption in self.captions(identity)}
+        return {text_key(caption) for caption in self.captions(identity)}
 
     def hits(self, found: Found, wanted: Set[str] = frozenset()) -> tuple[Hit, ...]:
         """Search results with their pictures; right are those with a caption whose key is wanted."""
@@ -155,7 +156,7 @@ def text_searches(result: RetrievalResult, album: Album, *, find: Callable[[str]
     searches = []
     for query in evenly(len(result.captions), wanted):
         caption = result.captions[query]
-        hits = album.hits(list(find(caption))[:SHOWN], {caption_key(caption)})
+        hits = album.hits(list(find(caption))[:SHOWN], {text_key(caption)})
         searches.append(Search(hits, text=caption, first_hit=int(result.text_to_image.ranks[query])))
     note = f"{len(searches)} held-out captions, evenly spaced; the gallery is all {len(result.ids)} held-out images."
     return Gallery("Text → image", note, tuple(searches))
@@ -186,7 +187,7 @@ def mixed_searches(
         one, other = result.ids[query], result.ids[(query + count // 2) % count]
         text = album.captions(other)[0]
         found = [hit for hit in find(album.image(one), text) if hit[0] != one][:SHOWN]
-        hits = album.hits(found, {caption_key(text)} | album.keys(one))
+        hits = album.hits(found, {text_key(text)} | album.keys(one))
         searches.append(Search(hits, text=text, image=album.picture(one)))
     note = (
         "One query made of an image and a text that names something else, half the corpus away. Outlined is what carries "
@@ -198,8 +199,8 @@ def mixed_searches(
 def heat(result: RetrievalResult, album: Album, *, wanted: int = 24) -> Heat:
     """A square piece of the similarity matrix: evenly spaced images, and the first caption of each."""
     images = evenly(len(result.ids), wanted)
-    row_of = {caption_key(caption): i for i, caption in enumerate(result.captions)}
-    rows = [row_of[caption_key(album.captions(result.ids[i])[0])] for i in images]
+    row_of = {text_key(caption): i for i, caption in enumerate(result.captions)}
+    rows = [row_of[text_key(album.captions(result.ids[i])[0])] for i in images]
     matrix = result.text_to_image
     return Heat(
         captions=tuple(result.captions[r] for r in rows),

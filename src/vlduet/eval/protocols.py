@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 from vlduet.eval.metrics import (
@@ -38,11 +39,6 @@ Generate = Callable[[list[ImageRef]], Sequence[str]]
 
 BLOCK = 1024
 """Queries whose similarities are computed at a time."""
-
-
-def caption_key(caption: str) -> str:
-    """What makes two captions the same caption: the words, whatever the case and the spacing."""
-    return " ".join(caption.casefold().split())
 
 
 # ------------------------------------------------------------------ retrieval
@@ -94,7 +90,7 @@ class RetrievalResult:
     """Every distinct caption against every image."""
 
     captions: tuple[str, ...]
-    """Distinct by `caption_key`, in the form that comes first."""
+    """Distinct by `text_key`, in the form that comes first."""
     ids: tuple[str, ...]
     """Record of each image."""
     text_to_image: Direction
@@ -121,11 +117,11 @@ def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequen
     captions: dict[str, str] = {}
     for _, short in pairs:
         for caption in short:
-            captions.setdefault(caption_key(caption), caption)
+            captions.setdefault(text_key(caption), caption)
     column = {key: i for i, key in enumerate(captions)}
     relevant = np.zeros((len(captions), len(pairs)), dtype=bool)  # [C, N]
     for image, (_, short) in enumerate(pairs):
-        relevant[[column[caption_key(caption)] for caption in short], image] = True
+        relevant[[column[text_key(caption)] for caption in short], image] = True
     similarity = cosine(embed_text(list(captions.values())), embed_image([image for image, _ in pairs]))
     assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
     directions = [_direction(s, r) for s, r in ((similarity, relevant), (similarity.T, relevant.T))]
@@ -227,11 +223,11 @@ def wrong_images(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
     Raises:
         DataError: an item that shares a caption with all others.
     """
-    keys = [{caption_key(c) for c in group} for group in captions]
+    keys = [{text_key(c) for c in group} for group in captions]
     random = np.random.default_rng(seed)
-    names = sorted({caption_key(group[0]) for group in captions})
+    names = sorted({text_key(group[0]) for group in captions})
     place = {names[i]: at for at, i in enumerate(random.permutation(len(names)))}
-    order = sorted(range(len(captions)), key=lambda i: (place[caption_key(captions[i][0])], i))
+    order = sorted(range(len(captions)), key=lambda i: (place[text_key(captions[i][0])], i))
     found = [0] * len(order)
     for at, item in enumerate(order):
         turned = (order[(at + len(order) // 2 + step) % len(order)] for step in range(len(order)))
@@ -270,7 +266,7 @@ class CaptionResult:
     @property
     def num_distinct(self) -> int:
         """Distinct captions: one caption for everything is 1, however low its cross entropy."""
-        return len({caption_key(item.generated) for item in self.items})
+        return len({text_key(item.generated) for item in self.items})
 
 
 def captions(generate: Generate, records: Sequence[Record]) -> CaptionResult:

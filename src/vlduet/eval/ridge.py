@@ -19,9 +19,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval.metrics import Bools, hit_at_k
-from vlduet.eval.protocols import RetrievalResult, caption_key, cosine, pair_of, retrieval
+from vlduet.eval.protocols import RetrievalResult, cosine, pair_of, retrieval
 
 Floats = NDArray[np.float64]
 
@@ -125,7 +126,7 @@ def ridge_baseline(
         DataError: a record that is no such pair.
     """
     pairs, checks = [pair_of(record) for record in train], [pair_of(record) for record in validation]
-    keys = [caption_key(captions[0]) for _, captions in checks]
+    keys = [text_key(captions[0]) for _, captions in checks]
     distinct = {key: captions[0] for key, (_, captions) in zip(keys, checks, strict=True)}
     relevant = np.array([[key == own for own in keys] for key in distinct])
     fitted = RidgeBaseline.fit(

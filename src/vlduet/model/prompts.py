@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from vlduet.data import images
+from vlduet.data.keys import content_key
 from vlduet.data.records import ImageRef, Message, Parts
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
@@ -357,8 +357,3 @@ class Renderer:
             place="chat_template",
             fix="Mend chat_template.jinja",
         )
-
-
-def content_key(parts: Parts) -> str:
-    """Names content: texts that differ only in case and spacing, and images of equal bytes, have equal keys."""
-    return "|".join(" ".join(p.lower().split()) if isinstance(p, str) else images.content_key(p) for p in parts)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlduet.config import RunConfig
+from vlduet.data.keys import content_key
 from vlduet.data.records import ImageRef, Part
 from vlduet.data.sequences import IGNORE, Anchor, Sequence
 from vlduet.data.stream import Sample
@@ -22,7 +23,7 @@ from vlduet.errors import DataError
 from vlduet.model.backbones import default_device
 from vlduet.model.dual import DualEncoder
 from vlduet.model.encoders import Encoders, slice_of
-from vlduet.model.prompts import Renderer, content_key
+from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.recipes.contrast import contrastive
 

@@ -18,10 +18,11 @@ from typing import Literal
 from torch import Tensor
 
 from vlduet import distributed
+from vlduet.data.keys import content_key
 from vlduet.data.records import Record
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
-from vlduet.model.prompts import Renderer, content_key
+from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
 from vlduet.recipes.contrast import contrastive

@@ -14,8 +14,8 @@ import pytest
 from vlduet import packages
 from vlduet.data import corpora, images
 from vlduet.data.duplicates import fingerprint, near_duplicates
-from vlduet.data.records import Record, read_jsonl
-from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, stamps, wesnoth, wml
+from vlduet.data.records import ImageRef, Record, read_jsonl
+from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth, wml
 from vlduet.errors import DataError, PackageError
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="20mm" height="10mm"><rect width="{}" height="9" fill="{}"/></svg>'
@@ -264,6 +264,123 @@ def test_gimp_help_keeps_order_drops_icons_and_splits_by_component(tmp_path: Pat
     assert found["a"].split == found["b"].split == found["c"].split
     parts = [part.get("text") or part["image"].name for part in found["a"].record["parts"]]
     assert parts == ["One & two", "Text runs on.", "images/i0.png", "Then", "more.", "Last", "images/i1.png"]
+
+
+KGM = "<map><mapFile>{0}.png</mapFile><name>{1}</name><divisionsName>{2}</divisionsName>{3}</map>"
+DIVISION = "<division><name>{}</name>{}<color><red>{}</red><green>{}</green><blue>{}</blue></color></division>"
+
+
+def _map(root: Path, name: str, title: str, regions: list[tuple[str, str, tuple[int, int, int]]]) -> None:
+    """A map of 60 x 90 pixels: squares of random regions; one pixel belongs to one that nobody could see."""
+    divisions = "".join(DIVISION.format(n, extra, *rgb) for n, extra, rgb in [*regions, ("Tiny", "", (7, 7, 7))])
+    _write(root / f"{name}.kgm", KGM.format(name, title, "Provinces", divisions))
+    count = len(regions)
+    drawn = np.random.default_rng(sum(title.encode()) * 7919).integers(0, count, 53 - count)
+    squares = np.concatenate([np.arange(count), drawn, [count - 1]]).reshape(6, 9)
+    pixels = np.array([rgb for _, _, rgb in regions], dtype=np.uint8)[squares].repeat(10, 0).repeat(10, 1)
+    pixels[-1, -1] = (7, 7, 7)
+    images.save_png(images.from_pixels(pixels), root / f"{name}.png")
+
+
+@pytest.fixture
+def map_package(tmp_path: Path) -> Path:
+    root = tmp_path / "maps-package" / maps.ROOT
+    water = ("Water", "<ignore>yes</ignore>", (0, 0, 250))
+    countries = []
+    for i in range(30):
+        land = f"Land {chr(65 + i // 6)}{chr(65 + i % 6)}"
+        _png(root / f"flags/{i}.png", 700 + i)
+        extra = f"<flag>{i}.png</flag><capital>Seat {i}</capital>"
+        countries.append((land, extra, (10 + 8 * i, 200 - 3 * i, 40 + 7 * (i % 5))))
+        regions = [("West", "<capital>W</capital>", (200, 9 * i % 256, 31 * i % 256)), water]
+        _map(root, f"land{i}", f"{land} (Provinces)" if i % 2 else land, regions)
+    (root / "flags/inner").mkdir()
+    (root / "flags/inner/west.png").write_bytes((root / "flags/3.png").read_bytes())  # looks like another land's flag
+    inner = [("Land AA", "", (1, 2, 3)), ("East", "<flag>inner/west.png</flag><capital>E</capital>", (90, 2, 3)), water]
+    _map(root, "outer", "Outer", inner)
+    _map(root, "world", "World", countries)
+    return tmp_path / "maps-package"
+
+
+def test_maps_keep_a_country_in_one_split(map_package: Path) -> None:
+    found = _samples(maps.CORPUS, {maps.PACKAGE: map_package})
+    splits = {name: sample.split for name, sample in found.items()}
+    assert splits["map/world"] == "train" and {"train", "test"} <= set(splits.values())
+    for i in range(30):
+        own = {splits[f"map/land{i}"], splits[f"region/land{i}/west"], splits[f"flag/{i}"]}
+        assert len(own) == 1, "a country's map, regions and flag stand together"
+        land = f"land-{chr(97 + i // 6)}{chr(97 + i % 6)}"
+        assert (f"region/world/{land}" in found) == (own == {"train"}), (
+            "no map of train shows a country of another split"
+        )
+    # Land AA is a region of Outer, and East's flag looks like that of land 3.
+    assert splits["map/outer"] == splits["map/land0"] == splits["flag/inner/west"] == splits["map/land3"]
+    assert not any("tiny" in name or "water" in name for name in found)
+
+
+def test_a_region_is_red_and_where_it_is_said_to_be(map_package: Path) -> None:
+    found = _samples(maps.CORPUS, {maps.PACKAGE: map_package})
+    west = found["region/land1/west"].record
+    assert west["short"] == "West in Land AB"
+    assert west["metadata"] == {
+        "kind": "region", "name": "West", "map": "land1", "territory": "Land AB", "capital": "W", "divisions": "provinces",
+    }  # fmt: skip
+    pixels = images.to_pixels(images.load(ImageRef(data=west["image"].encoded()))).astype(int)
+    assert pixels.shape == (60, 90, 3) and (pixels[5, 5] == maps.RED).all()
+    assert pixels[55, 85].min() > 170 and np.ptp(pixels[55, 85]) == 0, "the rest is pale and grey"
+    assert found["flag/3"].record["short"] == "The flag of Land AD"
+    assert found["flag/inner/west"].record["metadata"] == {
+        "kind": "flag", "name": "East", "territory": "Outer", "capital": "E",
+    }  # fmt: skip
+    for row, places in enumerate(maps.PLACES):
+        for column, place in enumerate(places):
+            mask = np.zeros((30, 60), dtype=bool)
+            mask[10 * row + 1 : 10 * row + 9, 20 * column + 1 : 20 * column + 9] = True
+            assert maps.place_of(mask) == place
+    assert maps.place_of(np.ones((9, 9), dtype=bool)) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("USA", "The United States of America"),
+        ("Hawaii (USA)", "USA"),
+        ("Great-Britain", "United Kingdom"),
+        ("Republic of China (Taiwan)", "Taiwan"),
+        ("Sri-Lanka", "Sri Lanka"),
+        ("The Gambia", "Gambia"),
+    ],
+)
+def test_countries_have_one_name(name: str, same: str) -> None:
+    assert maps.country(name) == maps.country(same)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_the_real_maps_do_not_leak() -> None:
+    """Counts are those of the package; nothing that a split shows or tells is in another one."""
+    root = packages.fetch(packages.PACKAGES[maps.PACKAGE]) / maps.ROOT
+    read = maps.read_maps(root)
+    flags = maps.flags_of(read)
+    regions = [region for one in read for region in one.regions]
+    assert (len(read), len(regions), sum(bool(r.capital) for r in regions), len(flags)) == (154, 4081, 2902, 667)
+    split = maps.splits_of(read, flags, root)
+    assert all(one.id in maps.SEVERAL or maps.country(one.territory) in split for one in read)
+    told: dict[str, set[str]] = {s: set() for s in build.SPLITS}
+    shown: dict[str, list[Path]] = {s: [] for s in build.SPLITS}
+    for flag in flags:
+        told[split[flag.country]].add(build.plain(f"{flag.name} {flag.within}"))
+        shown[split[flag.country]].append(root / "flags" / flag.file)
+    for one in read:
+        if one.id not in maps.SEVERAL:
+            own = split[maps.country(one.territory)]
+            told[own] |= {build.plain(f"{region.name} in {one.territory}") for region in one.regions}
+            shown[own].append(one.picture)
+    looks = {s: [fingerprint(ImageRef(path=path)) for path in paths] for s, paths in shown.items()}
+    for one_split, other in combinations(build.SPLITS, 2):
+        assert not told[one_split] & told[other]
+        assert not near_duplicates(looks[one_split], looks[other])
+    assert len(shown["test"]) > 150
 
 
 @pytest.mark.network

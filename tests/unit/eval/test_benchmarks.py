@@ -15,9 +15,10 @@ import official
 import tiny
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.eval.benchmarks.protocols import choose
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
-from vlduet.eval.benchmarks.tasks import Pairs, Search
+from vlduet.eval.benchmarks.tasks import Choices, Pairs, Question, Search
 from vlduet.eval.run import evaluate, folder_of, import_predictions
 from vlduet.eval.store import Functions, flat, read_lines
 from vlduet.evaluation import Settings, functions, made_by, opened
@@ -366,7 +367,7 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     assert facts["fingerprint"]
     made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, made_by=facts)
     assert set(made["values"]) >= {"text", "image", "group"}
-    with pytest.raises(ModelError, match="does not speak"):
+    with pytest.raises(ModelError, match="does not generate"):
         evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, made_by=facts)
     assert playing.embed is not None
     image = ImageRef(data=official.png(1))
@@ -400,10 +401,67 @@ def test_minimal_pairs_and_templates(data: Path) -> None:
     stamps: Any = known("builtin_pairs_stamps").load(Source(data))
     assert ("A red apple.", "A green apple.") in [item.texts for item in stamps.items]
     vqa: Any = known("builtin_vqa").load(Source(data))
-    flags = [item for item in vqa.items if item.tags["kind"] == "flags"]
-    assert {item.options[item.answer] for item in flags} == {"Norway", "Peru"}
+    races = [item for item in vqa.items if item.tags["kind"] == "wesnoth race"]
+    assert [item.options[item.answer] for item in races] == ["elf", "orc", "elf"]
     again: Any = known("builtin_vqa").load(Source(data, seed=1))
     assert [item.options for item in again.items] != [item.options for item in vqa.items]
+
+
+def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
+    task: Any = known("builtin_maps").load(Source(data))
+    by_kind: dict[str, list[Any]] = {}
+    for item in task.items:
+        by_kind.setdefault(item.tags["kind"], []).append(item)
+        assert len(set(item.options)) == len(item.options) <= 4
+    assert {kind: len(items) for kind, items in by_kind.items()} == {
+        "place": 5, "region": 5, "map": 2, "flag": 2, "capital": 2,
+    }  # fmt: skip
+    ain = by_kind["region"][0]
+    assert flat(ain.parts) == "<image>\nWhich of the departments of Ruritania is shown in red?"
+    assert set(ain.options) == {"Ain", "Oise", "Var"} and ain.options[ain.answer] == "Ain"  # of its own map
+    assert by_kind["flag"][0].id == "flag/flag/Ruritania"  # the flag of a region is no country's
+
+    def by_words(pairs: list[tuple[Parts, str]]) -> list[tuple[float, int]]:
+        """Knows where the red region is if it sees it, and guesses the first letter of the alphabet if not."""
+        return [(float(ord(text[0])) if all(isinstance(p, str) for p in parts) else 1.0, 1) for parts, text in pairs]
+
+    made = evaluate(
+        known("builtin_maps"), Functions(loglikelihood=by_words), source=Source(data), runs=tmp_path, made_by={"m": 1}
+    )
+    assert made["values"]["accuracy"]["mean"] == 0.0  # all options are equal: ties are wrong
+    blind = [item.options[item.answer] == min(item.options, key=lambda o: o[0]) for item in task.items]
+    assert made["values"]["accuracy_blind"]["mean"] <= 100 * np.mean(blind)
+    assert made["facts"]["chance"] > 25 and made["facts"]["prior"] >= made["facts"]["chance"] - 1e-9
+
+
+def test_capitals_are_looked_up_by_what_the_picture_shows(data: Path) -> None:
+    task: Any = known("builtin_maps_rag").load(Source(data))
+    assert [item.tags["kind"] for item in task.items] == ["flag"] * 2 + ["region"] * 5
+    assert len(task.facts) == 9  # two countries, their two flags of regions' own sentences among five regions'
+    for item, right in zip(task.items, task.positives, strict=True):
+        (fact,) = right
+        assert task.facts[fact].shown[0].endswith(f" is {item.answer[0]}.")
+        assert item.answer[0] not in flat(item.parts)
+    assert flat(task.prompt(task.items[0], task.facts[:1])).endswith(
+        "\n<image>\nWhat is the capital of the country whose flag this is?\nAnswer with the name alone."
+    )
+
+
+def test_the_prior_is_what_frequency_alone_gives() -> None:
+    items = tuple(
+        Question(str(n), ("?",), answer, {"kind": "x"}, options)
+        for n, (answer, options) in enumerate(
+            [(0, ("a", "b")), (1, ("b", "a")), (0, ("a", "c")), (0, ("b", "a")), (0, ("e", "f"))]
+        )
+    )
+
+    class Player:
+        def likelihoods(self, questions: Sequence[Question]) -> list[list[tuple[float, int]] | None]:
+            return [[(1.0, 1), (2.0, 1)] for _ in questions]
+
+    made = choose(Choices(items, "kind", blind=True), Player())  # type: ignore[arg-type]
+    assert made.facts["prior"] == pytest.approx(100 * (1 + 1 + 1 + 0 + 1) / 5)
+    assert made.samples["accuracy"].mean == made.samples["accuracy_blind"].mean == 80.0
 
 
 def test_the_position_probe_asks_of_what_is_not_there_too(data: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 from vlduet.eval import protocols
@@ -21,11 +22,11 @@ def record(number: int, *captions: str) -> Record:
 
 
 RECORDS = [record(i, caption) for i, caption in enumerate(CAPTIONS)]
-MEANING = {protocols.caption_key(c): i for i, c in enumerate(dict.fromkeys(map(protocols.caption_key, CAPTIONS)))}
+MEANING = {text_key(c): i for i, c in enumerate(dict.fromkeys(map(text_key, CAPTIONS)))}
 
 
 def embed_text(texts: list[str]) -> np.ndarray:
-    return np.eye(4, dtype=np.float32)[[MEANING[protocols.caption_key(t)] for t in texts]]
+    return np.eye(4, dtype=np.float32)[[MEANING[text_key(t)] for t in texts]]
 
 
 def embed_image(images: list[ImageRef]) -> np.ndarray:
@@ -120,9 +121,7 @@ def test_a_second_caption_also_makes_an_image_right() -> None:
 
 def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None:
     def looks(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
-        same = [
-            protocols.caption_key(CAPTIONS[int(i.path.stem)]) == protocols.caption_key(t) for i, t in pairs if i.path
-        ]
+        same = [text_key(CAPTIONS[int(i.path.stem)]) == text_key(t) for i, t in pairs if i.path]
         return [((1.0 if s else 3.0) * len(t), len(t)) for s, (_, t) in zip(same, pairs, strict=True)]
 
     def blind(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:

@@ -14,7 +14,7 @@ from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import IGNORE, Sequence
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
-from vlduet.model.prompts import Prompts, Renderer, content_key
+from vlduet.model.prompts import Prompts, Renderer
 
 PAPER = Prompts()
 IMAGE, USER, ASSISTANT, EOS = 3, 4, 5, 2
@@ -194,15 +194,6 @@ def test_nothing_to_embed(model: DuetModel, parts: tuple[Any, ...]) -> None:
 def test_prompts_are_checked(values: dict[str, str], place: str) -> None:
     with pytest.raises(ConfigError, match=rf"prompts\.{place}"):
         Prompts(**values)  # type: ignore[arg-type]
-
-
-def test_content_key() -> None:
-    assert content_key(("A  red\napple",)) == content_key(("a red apple",)) != content_key(("a red pear",))
-    assert (
-        content_key((tiny.picture(1), "x"))
-        == content_key((tiny.picture(1), "X"))
-        != content_key((tiny.picture(2), "x"))
-    )
 
 
 # ---------------------------------------------------------------------- chats

@@ -135,25 +135,29 @@ def template_questions(source: Source) -> Choices:
         for n in sorted(random.permutation(len(told))[:ASKED]):
             record, value = told[n]
             assert record.image is not None
-            asked.append((kind, text, record.image, value, [v for v in values if v != value]))
+            asked.append((kind, text, record.image, value, values))
 
     units = records(source, "wesnoth")
     for key, text in (("race", "Which race is this unit of?"), ("alignment", "Which alignment does this unit have?")):
         ask(f"wesnoth {key}", text, [(r, str(r.metadata[key])) for r in units if key in r.metadata])
     emoji = [record for record in records(source, "emoji") if record.metadata["vendor"] == "openmoji"]
-    flags = [r for r in emoji if r.metadata["subgroup"] == "country-flag" and ":" in r.short[0]]
-    ask("flags", "Which country's flag is this?", [(r, r.short[0].partition(": ")[2]) for r in flags])
     ask("emoji group", "What kind of thing is this?", [(r, r.metadata["group"]) for r in emoji])
     stamps = records(source, "stamps")
     ask("stamps category", "What kind of thing is this?", [(r, r.metadata["category"].split("/")[0]) for r in stamps])
     items = []
     for n, (kind, text, image, value, others) in enumerate(asked):
-        drawn = [others[i] for i in random.permutation(len(others))[: OPTIONS - 1]]
-        at = int(random.integers(len(drawn) + 1))
-        options = (*drawn[:at], value, *drawn[at:])
+        options, at = optioned(random, value, others)
         if len(options) > 1:
             items.append(Question(f"{kind}/{n}", (image, text), at, {"kind": kind}, options))
-    return Choices(tuple(items), "kind")
+    return Choices(tuple(items), "kind", blind=True)
+
+
+def optioned(random: np.random.Generator, right: str, others: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """(at most OPTIONS distinct options in a random order, where the right one stands)."""
+    wrong = sorted(set(others) - {right})
+    drawn = [wrong[i] for i in random.permutation(len(wrong))[: OPTIONS - 1]]
+    at = int(random.integers(len(drawn) + 1))
+    return (*drawn[:at], right, *drawn[at:]), at
 
 
 def captions(corpus: str) -> Callable[[Source], Questions]:
@@ -188,9 +192,7 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
         for record in kept:
             assert record.image is not None
             others = [caption for caption in every if normalized(caption) != normalized(record.short[0])]
-            drawn = [others[i] for i in random.permutation(len(others))[: OPTIONS - 1]]
-            at = int(random.integers(len(drawn) + 1))
-            options = (*drawn[:at], record.short[0], *drawn[at:])
+            options, at = optioned(random, record.short[0], others)
             items.append(Question(record.id, (record.image,), at, {}, options))
         return Choices(tuple(items))
 

@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -196,23 +197,53 @@ def answer(task: Questions, player: Player) -> Score:
 def choose(task: Choices, player: Player, *, name: str = "") -> Score:
     """The share of questions whose right option is strictly the likeliest: by nats a token, and by nats in all.
 
-    The sum favours short options, the mean long ones; both are told because published protocols use either.
+    The sum favours short options, the mean long ones; both are told because published protocols use either. Baselines
+    stand beside them: `chance`, `prior` (always the option that is most often right among questions of its tag), and,
+    where a task asks for it, `accuracy_blind`: the same questions without their images.
     """
     found = player.likelihoods(task.items, name=name)
-    right: dict[str, list[float]] = {"accuracy": [], "accuracy_sum": []}
-    for item, options in zip(task.items, found, strict=True):
-        for number, weigh in (("accuracy", True), ("accuracy_sum", False)):
-            losses = [nats / tokens if weigh else nats for nats, tokens in options or ()]
-            mine = losses[item.answer] if losses else np.nan
-            right[number].append(
-                float(all(mine < loss for n, loss in enumerate(losses) if n != item.answer) and losses != [])
-            )
+    right = {
+        "accuracy": _likeliest(task.items, found, weigh=True),
+        "accuracy_sum": _likeliest(task.items, found, weigh=False),
+    }
     samples = {name: sample(values) for name, values in right.items()}
+    if task.blind:
+        bare = [replace(q, id=f"{q.id}/blind", parts=_words(q.parts)) for q in task.items]
+        samples["accuracy_blind"] = sample(_likeliest(bare, player.likelihoods(bare, name=name), weigh=True))
     if task.tag:
         samples |= by_tag(right["accuracy"], [item.tags[task.tag] for item in task.items], prefix="accuracy/")
     chance = float(np.mean([1 / len(item.options) for item in task.items]))
-    facts = {**task.facts, "items": len(task.items), "chance": 100 * chance}
-    return Score(samples, missing=sum(options is None for options in found), facts=facts)
+    facts = {"items": len(task.items), "chance": 100 * chance, "prior": 100 * _prior(task)}
+    return Score(samples, missing=sum(options is None for options in found), facts={**task.facts, **facts})
+
+
+def _likeliest(
+    items: Sequence[Question], found: Sequence[list[tuple[float, int]] | None], *, weigh: bool
+) -> list[float]:
+    """1 where the right option has strictly the fewest nats (a token, or in all), else 0; 0 where there are none."""
+    right = []
+    for item, options in zip(items, found, strict=True):
+        losses = [nats / tokens if weigh else nats for nats, tokens in options or ()]
+        others = [loss for n, loss in enumerate(losses) if n != item.answer]
+        right.append(float(losses != [] and all(losses[item.answer] < loss for loss in others)))
+    return right
+
+
+def _words(parts: Parts) -> Parts:
+    """A prompt without its images."""
+    return tuple(part for part in parts if isinstance(part, str))
+
+
+def _prior(task: Choices) -> float:
+    """What one scores who has never seen a picture but knows how often each option is right: ties share the point."""
+    kind = [item.tags.get(task.tag, "") for item in task.items]
+    often = Counter((k, item.options[item.answer]) for k, item in zip(kind, task.items, strict=True))
+    shares = []
+    for k, item in zip(kind, task.items, strict=True):
+        counts = [often[k, option] for option in item.options]
+        best = [n for n, count in enumerate(counts) if count == max(counts)]
+        shares.append((item.answer in best) / len(best))
+    return float(np.mean(shares))
 
 
 def judge(task: Judged, player: Player) -> Score:

@@ -13,6 +13,7 @@ from vlduet.eval.benchmarks import (
     demon,
     judged,
     knowledge,
+    maps,
     retrieval,
     solved,
     vqa,
@@ -266,8 +267,16 @@ BUILTIN = (
         metric=TOLD_APART, load=builtin.minimal_pairs("stamps", ""),
     ),
     _ours(
-        "vqa", "Questions by template on units, flags and kinds of things", corpora=("wesnoth", "emoji", "stamps"),
+        "vqa", "Questions by template on units and kinds of things", corpora=("wesnoth", "emoji", "stamps"),
         protocol="choose", metric="accuracy", load=builtin.template_questions,
+    ),
+    _ours(
+        "maps", "Questions by template on maps, regions and flags", corpora=("maps",), protocol="choose",
+        metric="accuracy", load=maps.questions,
+    ),
+    _ours(
+        "maps_rag", "Capitals of what a picture shows, with retrieval", corpora=("maps",), protocol="rag",
+        metric="word F1, R@k", load=maps.knowledge,
     ),
     _ours(
         "captions", "Captions of stamps", corpora=("stamps",), protocol="answer", metric="word F1",

@@ -170,6 +170,8 @@ class Choices:
     items: tuple[Question, ...]
     tag: str = ""
     """The tag that scores are broken down by."""
+    blind: bool = False
+    """Ask the same without the images too: what the words alone give away."""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
