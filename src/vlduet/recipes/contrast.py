@@ -1,4 +1,4 @@
-"""The contrastive loss of a readout: which anchors are pairs, over all processes. Shared by the recipes."""
+"""What recipes share: the layout of retrieval records, and the contrastive loss of a readout over all processes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import torch
 from torch import Tensor
 
 from vlduet import distributed
-from vlduet.data.sequences import Anchor
+from vlduet.data.records import Record
+from vlduet.data.sequences import Anchor, Sequence
+from vlduet.model.prompts import Renderer, content_key
 from vlduet.model.readout import Readout
 from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
 
 LEFT = ("image", "query", "mixed")
 RIGHT = ("text", "positive", "negative")
+
+
+def retrieval(record: Record, renderer: Renderer) -> list[Sequence]:
+    """A query, its positives and its hard negatives, a sequence each. Raises DataError, ImageError."""
+    rows = [("query", record.query)]
+    rows += [("positive", parts) for parts in record.positive] + [("negative", parts) for parts in record.negative]
+    return [
+        renderer.embed(parts, query=role == "query", role=role, record=record.id, key=content_key(parts))
+        for role, parts in rows
+    ]
 
 
 def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float) -> Tensor:

@@ -24,7 +24,7 @@ from vlduet.data.stream import Sample
 from vlduet.model.prompts import Renderer, content_key
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive
+from vlduet.recipes.contrast import contrastive, retrieval
 
 OBJECTIVES = ("contrastive", "language")
 
@@ -47,7 +47,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if record.kind == "chat":
         return [renderer.chat(record.messages, answer=False)]
     if record.kind == "retrieval":
-        return _retrieval(record, renderer)
+        return retrieval(record, renderer)
     if record.kind == "interleaved":
         return _interleaved(record, renderer)
     assert record.image is not None
@@ -60,15 +60,6 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if short is not None:
         sequences.append(renderer.embed((short,), role="text", record=record.id, key=content_key((short,))))
     return sequences
-
-
-def _retrieval(record: Record, renderer: Renderer) -> list[Sequence]:
-    rows = [("query", record.query)]
-    rows += [("positive", parts) for parts in record.positive] + [("negative", parts) for parts in record.negative]
-    return [
-        renderer.embed(parts, query=role == "query", role=role, record=record.id, key=content_key(parts))
-        for role, parts in rows
-    ]
 
 
 def _interleaved(record: Record, renderer: Renderer) -> list[Sequence]:
