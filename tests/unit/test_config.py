@@ -81,7 +81,7 @@ def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
         ("train.batch_size=1", ["train.batch_size = 1", "greater than 1"]),
         ("train.lora.targets=some", ["train.lora.targets = 'some'", "'qv' or 'all'"]),
         ("model.head=mpl", ["model.head = 'mpl'", "'none', 'linear' or 'mlp'"]),
-        ("train.projector=maybe", ["train.projector = 'maybe'", "True or 'last'"]),
+        ("train.projector=maybe", ["train.projector = 'maybe'", "true or 'last'"]),
         ("objectives.language=much", ["objectives.language = 'much'", "number"]),
         ("data.train=[]", ["data.train = []", "at least 1"]),
     ],

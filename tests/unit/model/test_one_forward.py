@@ -120,9 +120,8 @@ def test_hidden_states_are_those_of_plain_transformers(model):
     """What we embed is what a server of the same checkpoint would embed: the base model's last_hidden_state."""
     rows = [model.renderer.caption(tiny.picture(2), "a red apple")]
     batch = model.collate(rows)
-    pixels = torch.cat([image.inputs["pixel_values"] for image in batch.images])
     with torch.no_grad():
-        theirs = model.backbone.model.model(input_ids=batch.ids, pixel_values=pixels).last_hidden_state
+        theirs = model.backbone.model.model(**tiny.plain(batch.ids, batch.images)).last_hidden_state
         assert_close(model.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 

@@ -9,7 +9,6 @@ import yaml
 
 import tiny
 
-
 FROMAGE = ["recipe={name: fromage}", "model.head=null", "train.lora=null", "train.soft_prompts=true"]
 """Overrides that make the run FROMAGe's."""
 
