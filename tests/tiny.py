@@ -257,8 +257,7 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
     return {"input_ids": ids, **given, **kinds}
 
 
-def picture(seed: int = 0, side: int = 24) -> ImageRef:
-    """A random image, as PNG bytes; its width is that of `side`, and half as much again for every third seed."""
-    wide = side * 3 // 2 if seed % 3 == 2 else side
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, wide, 3), dtype=np.uint8)
+def picture(seed: int = 0, side: int = 24, *, width: int | None = None) -> ImageRef:
+    """A random image, as PNG bytes; a square unless it has a `width`."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, width or side, 3), dtype=np.uint8)
     return ImageRef(data=images.encode_png(images.from_pixels(pixels)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlduet.data.sequences import PreparedImage
+from vlduet.data.sequences import PreparedImage, Sequence
 
 MEMORY = 256 << 20
 """Bytes that are kept without a folder: enough to see an image twice, not enough to hurt who indexes a million."""
@@ -103,3 +103,20 @@ def features_of(
     tensors = [found[image.key] for image in prepared]
     assert all(t is not None for t in tensors)
     return [t for t in tensors if t is not None]
+
+
+def settled(
+    sequences: list[Sequence], cache: FeatureCache, tower: Callable[[list[PreparedImage]], Tensor]
+) -> list[Sequence]:
+    """The sequences with vision features for pixels.
+
+    The pixels of a batch that goes through the model in chunks would take more memory than any chunk; features on disk take
+    none until they are read.
+    """
+    seen = [image for sequence in sequences for _, image in sequence.images]
+    found = {}
+    for begin in range(0, len(seen), VISION_BATCH):
+        some = seen[begin : begin + VISION_BATCH]
+        for image, features in zip(some, features_of(some, cache, tower), strict=True):
+            found[image.key] = with_features(image, cache) or replace(image, inputs={FEATURES: features})
+    return [replace(s, images=tuple((at, found[image.key]) for at, image in s.images)) for s in sequences]

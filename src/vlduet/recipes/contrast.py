@@ -58,9 +58,13 @@ def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float) -> Tenso
 
 def positives(left: list[Anchor], right: list[Anchor]) -> Tensor:
     """bool[N, M]: pairs of one record (hard negatives excepted), closed over equal content on either side."""
-    paired = same_content([a.record for a in left], [a.record for a in right])
-    hard = torch.tensor([a.role == "negative" for a in right], dtype=torch.bool)
-    paired = (paired & ~hard[None, :]).float()
-    same_left = same_content([a.key for a in left], [a.key for a in left]).float()
-    same_right = same_content([a.key for a in right], [a.key for a in right]).float()
-    return (same_left @ paired @ same_right) > 0
+    lefts, rights = ({key: i for i, key in enumerate(dict.fromkeys(a.key for a in side))} for side in (left, right))
+    asking: dict[str, set[int]] = {}
+    for anchor in left:
+        asking.setdefault(anchor.record, set()).add(lefts[anchor.key])
+    paired = torch.zeros(len(lefts), len(rights), dtype=torch.bool)  # of contents
+    for anchor in right:
+        if anchor.role != "negative":
+            paired[list(asking.get(anchor.record, ())), rights[anchor.key]] = True
+    rows, columns = (torch.tensor([of[a.key] for a in side]) for of, side in ((lefts, left), (rights, right)))
+    return paired[rows.long()][:, columns.long()]

@@ -26,7 +26,7 @@ from vlduet.model.backbones import default_device
 from vlduet.model.dual import DualEncoder, frozen_encoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, Encoders
-from vlduet.model.features import FeatureCache
+from vlduet.model.features import VISION_BATCH, FeatureCache, settled
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import Readout
 from vlduet.recipes import clip, fromage, sugar, vladva
@@ -207,6 +207,19 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
     return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine, encoders)
 
 
+def _sequences(run: Run, samples: list[Sample]) -> list[Sequence]:
+    """Samples, laid out and seen by the encoders. One that cannot be is quarantined."""
+    made: list[Sequence] = []
+    for sample in samples:
+        try:
+            made += run.encoders.see(run.recipe.layout(sample, run.model.renderer))
+        except DataError as error:
+            run.quarantine.add(sample.record, error)
+    if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
+        return settled(made, run.model.features, run.model.backbone.vision)
+    return made
+
+
 def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
     """This rank's samples of every step from `start` and what goes through the model, laid out one step ahead in a thread.
 
@@ -220,13 +233,9 @@ def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
     passes = [(labels, anchors)] if train.fused else [(False, anchors), (labels, False)]
 
     def lay_out(step: int) -> tuple[list[Sample], list[list[Sequence]]]:
-        made: list[Sequence] = []
         samples = run.mixture.step(step, train.batch_size, rank=distributed.rank(), world_size=distributed.world_size())
-        for sample in samples:
-            try:
-                made += run.encoders.see(run.recipe.layout(sample, run.model.renderer))
-            except DataError as error:
-                run.quarantine.add(sample.record, error)
+        some = [samples[begin : begin + VISION_BATCH] for begin in range(0, len(samples), VISION_BATCH)]
+        made = [sequence for part in some for sequence in _sequences(run, part)]
         groups = [[s for one in made if (s := needed(one, labels=now, anchors=read))] for now, read in passes]
         if train.chunk_tokens:
             groups = [part for group in groups for part in chunked(group, train.chunk_tokens, pack_to=train.pack)]

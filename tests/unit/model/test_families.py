@@ -35,12 +35,7 @@ def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model
 
 
-def sized(width: int, height: int, seed: int = 0) -> ImageRef:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return ImageRef(data=images.encode_png(images.from_pixels(pixels)))
-
-
-WIDE, TALL, SMALL = sized(48, 16), sized(16, 24, 1), sized(16, 16, 2)
+WIDE, TALL, SMALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16), tiny.picture(2, 16)
 
 
 def rows(model: DuetModel) -> list[Sequence]:
@@ -175,8 +170,8 @@ def test_the_picture_is_put_together_again(qwen: DuetModel) -> None:
 
 
 def test_proportions_that_it_cannot_read_are_an_image_s_fault(qwen: DuetModel) -> None:
-    with pytest.raises(ImageError, match="aspect ratio must be smaller than 200.*leave it out"):
-        qwen.encode([sized(4020, 2)])
+    with pytest.raises(ImageError, match=r"aspect ratio must be smaller than 200.*leave it out"):
+        qwen.encode([tiny.picture(0, 2, width=4020)])
 
 
 def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.readout import pool
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12)
-ITEM = st.one_of(TEXTS, st.integers(0, 5).map(tiny.picture), st.tuples(st.integers(0, 5).map(tiny.picture), TEXTS))
+PICTURES = st.builds(tiny.picture, st.integers(0, 5), width=st.sampled_from([16, 24, 40]))
+ITEM = st.one_of(TEXTS, PICTURES, st.tuples(PICTURES, TEXTS))
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
