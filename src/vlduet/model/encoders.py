@@ -2,7 +2,7 @@
 
 Three roles, each filled by a local folder:
 
-    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...), or the tower of a LLaVA or FastVLM
+    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...), or the tower of a checkpoint
     text     two texts       a sentence encoder (MiniLM, BGE, ...)
     cross    one of each     CLIP, SigLIP, or a dual encoder that `recipe: clip` trained
 
