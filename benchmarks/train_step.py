@@ -1,16 +1,22 @@
-"""One training step: vlduet's fused one against plain transformers + peft, on the same weights, records and loss.
+"""One training step of two losses, InfoNCE on short captions and cross entropy on long ones: vlduet against its peers.
 
-    vlduet, padded | packed N   one forward, both losses read from it (recipe vladva): an image and its long caption are one
-                                sequence, logits at supervised tokens only, vision features cached from the first epoch on
-    ... cold                    the same with the vision tower run in the step, as in the first epoch
-    transformers + peft         the usual way, three passes of `model.model(...)`: images, short texts, and image with long
-                                caption through `model(labels=...)`; get_peft_model(LoraConfig(same rank and targets)),
-                                AdamW, padded batches, full logits; the frozen tower runs without gradient in two of them
+a   vlduet, padded | packed N     one forward, both losses read from it (recipe vladva): an image and its long caption are
+                                  one sequence, logits at supervised tokens only, vision features cached from the first
+                                  epoch on; `cold` runs the vision tower in the step, as in the first epoch
+    vlduet, a pass for each loss  the same numbers as most joint trainers compute them (train.fused=false)
+    transformers + peft           the usual way, three passes of `model.model(...)`: images, short texts, and image with long
+                                  caption through `model(labels=...)`; get_peft_model(LoraConfig(same rank and targets)),
+                                  AdamW, padded batches, full logits; the frozen tower runs without gradient in two of them
+b   vlduet, chunks                the step of a by GradCache, in chunks of about 16 images
+    sentence-transformers + TRL   a step of CachedMultipleNegativesRankingLoss with mini-batches of 16, and one of
+                                  SFTTrainer (pip install trl): _libraries.py, which is printed
+c   peak memory of a process that takes two contrastive steps by GradCache (`vlduet train`, train.chunk_tokens) on batches
+    of 64 to 4,096 records, from pixels on; each in a process of its own
 
-Same batch, same trainable tensors, loss = InfoNCE + cross entropy of long captions; the losses of the first step are
-compared. A step is forward, backward and AdamW. Peak memory is that of a process of its own that takes two steps.
+Same weights, records and trainable tensors in all; the losses of the first step are printed. A step is forward, backward and
+AdamW.
 
-    python benchmarks/train_step.py [--quick] [--model DIR] [--data FILE]
+    python benchmarks/train_step.py [--quick] [--rows abc] [--model DIR] [--data FILE]
 """
 
 from __future__ import annotations
@@ -22,28 +28,42 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import _bench
+import _libraries
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from vlduet import config
 from vlduet.data import images
-from vlduet.data.records import Record
+from vlduet.data.batches import chunked
+from vlduet.data.records import Record, to_json
+from vlduet.data.sequences import Sequence, needed
 from vlduet.data.stream import Sample
 from vlduet.model.adapters import TARGETS, Lora
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
-from vlduet.model.readout import EmbeddingHead
+from vlduet.model.readout import EmbeddingHead, Readout, empty_readout, joined
 from vlduet.recipes import vladva
+from vlduet.train import setup
+from vlduet.train.gradcache import cached_losses
+from vlduet.train.step import joint_step, move
 
 LORA = Lora(rank=16, alpha=16, targets="all")
 LEARNING_RATE = 1e-4
 PACKS = (64, 128)
+MINI_BATCH = 16
+"""Images of a chunk in row b."""
+SIZES = (64, 256, 1024, 4096)
+"""Contrastive batches of row c."""
+NAIVE, CHUNKS = "vlduet, a pass for each loss", "vlduet, chunks"
+TRANSFORMERS, LIBRARIES = "transformers + peft", "sentence-transformers + TRL"
 Step = Callable[[], dict[str, float]]
 
 
@@ -64,7 +84,7 @@ def batch_of(records: list[Record], count: int, seed: int) -> list[Record]:
 # ------------------------------------------------------------------ vlduet
 
 
-def ours(folder: Path, records: list[Record], *, pack: int | None, cold: bool) -> Step:
+def ours(folder: Path, records: list[Record], name: str) -> Step:
     """The step of `vlduet train`, without its bookkeeping."""
     torch.manual_seed(0)
     model = DuetModel.from_pretrained(folder, device="cpu")
@@ -73,19 +93,40 @@ def ours(folder: Path, records: list[Record], *, pack: int | None, cold: bool) -
     optimizer = torch.optim.AdamW(moving, lr=LEARNING_RATE, weight_decay=0.0)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
     options = vladva.Options()
+    packed = re.search(r"packed (\d+)", name)
+    pack = int(packed[1]) if packed else None
+
+    def losses(readout: Readout) -> dict[str, Tensor]:
+        found = vladva.objective(readout, model.logit_scale, options)
+        return {"loss": sum(found.values(), torch.zeros(())), **found}
 
     def step() -> dict[str, float]:
-        if cold:
+        if "cold" in name:
             model.features = FeatureCache(None)
+        model.train()
         sequences = [s for sample in samples for s in vladva.layout(sample, model.renderer, options)]
-        readout = model.train()(model.collate(sequences, pack_to=pack))
-        losses = vladva.objective(readout, model.logit_scale, options)
-        sum(losses.values(), torch.zeros(())).backward()
+        if name == CHUNKS:
+            nothing = empty_readout(model.dim, like=model.logit_scale.detach())
+            chunks = [model.collate(part) for part in chunked(sequences, budget(sequences))]
+            told = cached_losses(model, chunks, losses=losses, nothing=nothing)
+        else:
+            passes = [(False, True), (True, False)] if name == NAIVE else [(True, True)]
+            parts = [
+                [s for one in sequences if (s := needed(one, labels=labels, anchors=anchors))]
+                for labels, anchors in passes
+            ]
+            told = losses(joined([model(model.collate(part, pack_to=pack)) for part in parts]))
+            told["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {name: float(loss) for name, loss in losses.items()}
+        return {loss: float(told[loss].detach()) for loss in vladva.OBJECTIVES}
 
     return step
+
+
+def budget(sequences: list[Sequence]) -> int:
+    """Padded tokens of MINI_BATCH images with their captions."""
+    return MINI_BATCH * max(len(sequence) for sequence in sequences)
 
 
 # ------------------------------------------------------------------ plain transformers + peft
@@ -151,49 +192,115 @@ class Peer:
 
 
 def contender(name: str, folder: Path, records: list[Record]) -> Step:
-    if name == "transformers + peft":
+    if name == TRANSFORMERS:
         return Peer(folder, records).step
-    packed = re.search(r"packed (\d+)", name)
-    return ours(folder, records, pack=int(packed[1]) if packed else None, cold="cold" in name)
+    if name == LIBRARIES:
+        return _libraries.Libraries(folder, records, lora=LORA, lr=LEARNING_RATE, mini_batch=MINI_BATCH).step
+    return ours(folder, records, name)
 
 
-def peak(name: str, folder: Path, records: list[Record]) -> tuple[float, float]:
+def resident() -> int:
+    """The largest memory that this process had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak(step: Step) -> tuple[float, float]:
     """(peak, of it beyond what was there before the first step) of this process, in GB."""
-    step = contender(name, folder, records)
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before = resident()
     for _ in range(2):
         step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return after / 1e9, (after - before) / 1e9
+    return resident() / 1e9, (resident() - before) / 1e9
+
+
+def contrastive_step(folder: Path, records: list[Record], size: int, scratch: Path) -> Step:
+    """The next step of a run of `vlduet train` whose batches have `size` records."""
+    path = scratch / "train.jsonl"
+    path.write_text("".join(json.dumps(to_json(record, root=scratch)) + "\n" for record in records))
+    train = {"steps": 2, "batch_size": size, "chunk_tokens": 1024, "projector": True}
+    tree = {
+        "out": str(scratch / "run"),
+        "recipe": {"name": "vladva"},
+        "objectives": {"contrastive": 1.0},
+        "model": {"path": str(folder)},
+        "data": {"train": [{"path": str(path)}], "cache": str(scratch / "features")},
+        "train": train,
+    }
+    run = setup.prepare(config.check(tree, place="row c"))
+    laid_out = setup.batches(run, 0)
+
+    def step() -> dict[str, float]:
+        run.model.train()
+        _, chunks = next(laid_out)
+        told = joint_step(run, chunks)
+        move(run, 0)
+        return told
+
+    return step
+
+
+def compared(title: str, names: list[str], folder: Path, records: list[Record], repeats: int) -> None:
+    """Warm up, print the first losses, then the times; a peer that is not installed is named as missing."""
+    steps: dict[str, Step] = {}
+    for name in names:
+        try:
+            steps[name] = contender(name, folder, records)
+        except ImportError as error:
+            print(f"  {name:28} not measured: {error}")
+    first = {name: step() for name, step in steps.items()}
+    for name, losses in first.items():
+        print(f"  {name:28} first losses: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+    seconds = _bench.interleaved(steps, repeats)
+    _bench.table(title, "records/s", seconds, work=len(records), ours=names[0])
 
 
 def main() -> None:
     parser = _bench.arguments(__doc__)
-    parser.add_argument("--peak", help="measure this contender's memory and print it as JSON")
+    parser.add_argument("--rows", default="abc", help="which of a, b and c to measure (default: all)")
+    parser.add_argument("--peak", help="measure the memory of this contender, or of this size of row c, and print it")
     options = parser.parse_args()
     folder = _bench.model_folder(options.model)
-    count, repeats = (6, 2) if options.quick else (12, 3)
-    records = batch_of(_bench.pairs(options.data), count, options.seed)
+    quick = options.quick
+    pairs = _bench.pairs(options.data)
+    records = batch_of(pairs, 6 if quick else 12, options.seed)
     if options.peak:
-        print(json.dumps(peak(options.peak, folder, records)))
+        with tempfile.TemporaryDirectory() as scratch:
+            size = int(options.peak) if options.peak.isdecimal() else 0
+            made = (
+                contrastive_step(folder, pairs, size, Path(scratch))
+                if size
+                else contender(options.peak, folder, records)
+            )
+            print(json.dumps(peak(made)))
         return
     _bench.facts(options, folder)
-    packs = PACKS[:1] if options.quick else PACKS
-    names = ["vlduet, padded", *(f"vlduet, packed {n}" for n in packs), f"vlduet, packed {PACKS[0]}, cold"]
-    names += ["transformers + peft"]
-    steps = {name: contender(name, folder, records) for name in names}
-    first = {name: step() for name, step in steps.items()}  # warms up, too
-    for name, losses in first.items():
-        print(f"  {name:28} first losses: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
-    seconds = _bench.interleaved(steps, options.repeats or repeats)
-    _bench.table(f"steps on {count} records", "records/s", seconds, work=count, ours=f"vlduet, packed {PACKS[0]}")
-    print("\npeak memory of a process (of it in the steps), GB")
+    repeats = options.repeats or (2 if quick else 3)
     again = [sys.executable, __file__, *sys.argv[1:], "--peak"]
-    for name in (names[0], names[1], names[-1]):
-        found = subprocess.run([*again, name], capture_output=True, text=True, check=True).stdout
+
+    def measured(what: str) -> tuple[float, float]:
+        found = subprocess.run([*again, what], stdout=subprocess.PIPE, text=True, check=True).stdout
         whole, steps_only = json.loads(found.splitlines()[-1])
-        print(f"  {name:28} {whole:6.2f}  ({steps_only:.2f})", flush=True)
+        return whole, steps_only
+
+    if "a" in options.rows:
+        packs = PACKS[:1] if quick else PACKS
+        names = [f"vlduet, packed {n}" for n in packs]
+        names += ["vlduet, padded", f"vlduet, packed {PACKS[0]}, cold", NAIVE, TRANSFORMERS]
+        compared(f"a: a step on {len(records)} records", names, folder, records, repeats)
+        print("\npeak memory of a process (of it in the steps), GB")
+        for name in (names[0], "vlduet, padded", TRANSFORMERS):
+            print("  {:28} {:6.2f}  ({:.2f})".format(name, *measured(name)), flush=True)
+    if "b" in options.rows:
+        many = batch_of(pairs, 8 if quick else 48, options.seed)
+        print(f"\nthe peer of row b, with B = {len(many)} and N = {MINI_BATCH}\n\n{_libraries.__doc__}")
+        names = [CHUNKS, f"vlduet, packed {PACKS[0]}", LIBRARIES]
+        compared(f"b: a step on {len(many)} records", names, folder, many, repeats)
+    if "c" in options.rows:
+        print("\nc: peak memory of a process (of it in the steps), GB, and against the smallest batch")
+        smallest = 0.0
+        for size in SIZES[:2] if quick else SIZES:
+            whole, steps_only = measured(str(size))
+            smallest = smallest or whole
+            print(f"  batch {size:6} {whole:6.2f}  ({steps_only:.2f})  {whole / smallest - 1:+.0%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
 from vlduet.train import state
 from vlduet.train.loop import train
-from vlduet.train.setup import load_model
+from vlduet.train.setup import bind, load_model
 
 START = "start"
 """The row that is measured and not trained."""
@@ -101,7 +101,7 @@ def measured(study: Study, plan: RunConfig, data: Path) -> None:
     if read_samples(plan.out):
         return
     own = plan.out / "model"
-    model = DuetModel.from_pretrained(own) if own.exists() else load_model(plan, cache=None)
+    model = DuetModel.from_pretrained(own) if own.exists() else load_model(plan, bind(plan), cache=None)
     model.features = FeatureCache(plan.data.cache)
     found = study.measure(model, data)
     plan.out.mkdir(parents=True, exist_ok=True)

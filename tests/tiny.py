@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +24,24 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.llava import LlavaProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef
+from vlduet.data.sequences import PreparedImage
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
+VISION = ["<|vision_start|>", "<|vision_end|>"]
+"""Around every image of a Qwen2-VL."""
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -42,10 +51,10 @@ CHAT = (
 BARE = Prompts(image="{image}", text="{text}</s>", parts="{parts}</s>", chat=False, image_pool="mean")
 
 
-def tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and a few special ones."""
+def tokenizer(*, bos: bool, more: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and a few special ones; `more` of these stand behind the bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIALS, *alphabet])}, []))
+    inner = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIALS, *alphabet, *(more or [])])}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     if bos:
@@ -55,7 +64,7 @@ def tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=SPECIALS[3:],
+        additional_special_tokens=SPECIALS[3:] + (more or []),
     )
 
 
@@ -134,7 +143,55 @@ def _processor(folder: Path, *, bos: bool, size: int, patch: int, strategy: str,
     ).save_pretrained(folder)
 
 
-FAMILIES = {"llava": llava, "fast_vlm": fast_vlm}
+def qwen2_vl(folder: Path, *, seed: int = 0) -> Path:
+    """A Qwen2-VL checkpoint: 4 to 16 tokens an image, by its proportions; tied embeddings."""
+    torch.manual_seed(seed)
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(**_qwen(vision | PATCHES | {"in_channels": 3}))
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    return _qwen_processor(folder)
+
+
+def qwen2_5_vl(folder: Path, *, seed: int = 0) -> Path:
+    """A Qwen2.5-VL checkpoint: its tower attends in windows of 2 x 2 tokens, but for one layer."""
+    torch.manual_seed(seed)
+    vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    config = Qwen2_5_VLConfig(**_qwen(vision | PATCHES | {"window_size": 16, "fullatt_block_indexes": [1]}))
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    return _qwen_processor(folder)
+
+
+PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+def _qwen(vision: dict[str, object]) -> dict[str, object]:
+    text = text_config().to_dict()
+    shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    kept = {name: text[name] for name in (*shape, "pad_token_id", "bos_token_id", "eos_token_id")}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    first = len(SPECIALS) + 256
+    return {
+        "vision_config": vision,
+        "text_config": kept | {"vocab_size": first + len(VISION), "rope_parameters": rope},
+        "image_token_id": 3,
+        "video_token_id": 4,
+        "vision_start_token_id": first,
+        "vision_end_token_id": first + 1,
+        "tie_word_embeddings": True,
+    }
+
+
+def _qwen_processor(folder: Path) -> Path:
+    Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}, patch_size=4, temporal_patch_size=2, merge_size=2
+    ).save_pretrained(folder)
+    made = tokenizer(bos=False, more=VISION)
+    made.chat_template = CHAT.replace("'<image>'", f"'{VISION[0]}<image>{VISION[1]}'")
+    made.save_pretrained(folder)
+    return folder
+
+
+FAMILIES = {"llava": llava, "fast_vlm": fast_vlm, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}
 
 
 def duet(folder: Path, *, family: str = "fast_vlm", head: str = "mlp", prompts: Prompts = BARE) -> DuetModel:
@@ -191,7 +248,16 @@ def _pictures(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
 
 
-def picture(seed: int = 0, side: int = 24) -> ImageRef:
-    """A random image, as PNG bytes."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str, torch.Tensor]:
+    """What plain transformers takes: token ids, and images as the processor made them."""
+    made = [image.inputs for image in prepared]
+    given = {name: torch.cat([one[name] for one in made]) for name in (made[0] if made else ())}
+    # Qwen2-VL wants to be told which tokens are images.
+    kinds = {"mm_token_type_ids": (ids == SPECIALS.index("<image>")).int()} if "image_grid_thw" in given else {}
+    return {"input_ids": ids, **given, **kinds}
+
+
+def picture(seed: int = 0, side: int = 24, *, width: int | None = None) -> ImageRef:
+    """A random image, as PNG bytes; a square unless it has a `width`."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, width or side, 3), dtype=np.uint8)
     return ImageRef(data=images.encode_png(images.from_pixels(pixels)))

@@ -33,7 +33,6 @@ from vlduet.data.formats import read_records
 from vlduet.data.keys import content_key
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef, Part, Parts
-from vlduet.data.sequences import PreparedImage
 from vlduet.data.sequences import Sequence as Tokens
 from vlduet.data.show import slices
 from vlduet.errors import DataError
@@ -45,7 +44,6 @@ from vlduet.files import write_text
 from vlduet.logs import Progress
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import evaluating
-from vlduet.model.readout import pool
 
 Floats = NDArray[np.float64]
 
@@ -197,8 +195,9 @@ def _read(model: DuetModel, items: Sequence[Parts], bar: Progress) -> Reading:
             hidden = model.hidden_states(batch)  # [B, T, D]
             spans = batch.anchor_spans  # one anchor a sequence, in their order
             at = [begin + i for i in chosen]
-            pooled = pool(hidden, spans, dtype=model.logit_scale.dtype)
-            embeddings[at] = model.head(pooled).float().cpu().numpy()
+            tower = model.read_in_tower(batch)
+            vectors = model.embed(batch, hidden, spans if tower is None else spans[~tower])
+            embeddings[at] = vectors.float().cpu().numpy()
             logits = model.backbone.lm_head(hidden[spans[:, 0], spans[:, 2] - 1])  # [B, V]
             entropy[at] = next_token_entropy(logits).double().cpu().numpy()
             bar.advance(len(chosen))
@@ -238,15 +237,15 @@ def look(model: DuetModel, image: ImageRef) -> Look:
     layers = attentions(model, sequence)
     at = sequence.anchors[0].end - 1
     weights = attention_to_image(layers, at=at, image=slice(start, start + prepared.num_tokens))
-    seen = model.backbone.prepare(image)  # the renderer's may hold cached features alone
+    seen = model.backbone.pixels(model.backbone.prepare(image))  # the renderer's may hold cached features alone
     pixels = as_seen(seen, model.backbone.image_processor)
     picture = pictures.thumbnail_data_url(pictures.from_pixels(pixels), SIDE)
     return Look(picture, grid(weights, *pixels.shape[:2]), float(weights.sum()), evenness(weights))
 
 
-def as_seen(prepared: PreparedImage, processor: Any) -> pictures.Pixels:
-    """uint8[H, W, 3]: the picture as it enters the vision tower, its normalisation undone."""
-    pixels = prepared.inputs["pixel_values"][0].float().permute(1, 2, 0).numpy()  # [H, W, 3]
+def as_seen(prepared: Tensor, processor: Any) -> pictures.Pixels:
+    """float[3, H, W] as it enters the vision tower -> uint8[H, W, 3], its normalisation undone."""
+    pixels = prepared.float().permute(1, 2, 0).numpy()  # [H, W, 3]
     if getattr(processor, "do_normalize", False):
         pixels = pixels * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
     found: pictures.Pixels = np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)

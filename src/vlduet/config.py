@@ -88,8 +88,8 @@ class TrainSection(Section):
     batch_size: int = Field(default=32, gt=1)
     """Records of one step, over all processes."""
     lora: LoraSection | None = LoraSection()
-    projector: bool = False
-    """Train the projector between vision tower and language model too."""
+    projector: Literal[False, True, "last"] = False
+    """Train the projector between vision tower and language model too; `last`: its last linear layer alone."""
     soft_prompts: bool = False
     """Learn the prompts: every token of theirs becomes one that is trained, and starts as it is."""
     temperature: float | None = Field(default=None, gt=0)

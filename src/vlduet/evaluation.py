@@ -27,11 +27,12 @@ from vlduet.eval.run import evaluate
 from vlduet.eval.store import Functions
 from vlduet.logs import progress, say
 from vlduet.model import generation
-from vlduet.model.backbones import BACKBONES, IMAGE_BACKEND, default_device, read_config
+from vlduet.model.backbones import IMAGE_BACKEND, default_device, read_config
 from vlduet.model.checkpoint import MANIFEST
 from vlduet.model.dual import frozen_encoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, kind_of
+from vlduet.model.families import BACKBONES
 from vlduet.model.features import FeatureCache
 
 Embed = Callable[[list[Parts], bool], np.ndarray]

@@ -54,13 +54,15 @@ def render(record: Record, folder: Path) -> list[Row]:
     made_by: dict[str, Any] = kept.manifest.get("provenance", {}).get("config", {})
     values = dict(made_by.get("recipe", {"name": "vladva"}))
     recipe = RECIPES[values.pop("name")]
-    tokenizer, prepare, image_token_id = load_processing(kept.base)
+    processing = load_processing(kept.base)
+    tokenizer, prepare = processing.tokenizer, processing.prepare
     if ROWS in kept.tensors:
         add_tokens(tokenizer, len(kept.tensors[ROWS]))
     renderer = Renderer(
         tokenizer,
         prepare,
-        image_token_id=image_token_id,
+        image_token_id=processing.image_token_id,
+        image_frame=processing.image_frame,
         prompts=Prompts(**kept.manifest.get("prompts", {})),
         max_tokens=made_by.get("data", {}).get("max_tokens", 2048),
     )

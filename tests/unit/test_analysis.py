@@ -137,7 +137,7 @@ def test_the_picture_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
     model = tiny.duet(tmp_path / "base")
     pixels = np.full((20, 20, 3), (200, 100, 0), dtype=np.uint8)
     picture = images.ImageRef(data=images.encode_png(images.from_pixels(pixels)))
-    seen = analysis.as_seen(model.backbone.prepare(picture), model.backbone.image_processor)
+    seen = analysis.as_seen(model.backbone.pixels(model.backbone.prepare(picture)), model.backbone.image_processor)
     assert seen.shape == (8, 8, 3) and np.abs(seen.astype(int) - (200, 100, 0)).max() <= 1
 
 

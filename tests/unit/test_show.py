@@ -73,7 +73,7 @@ def test_a_reading_over_several_tokens_shows_both_ends(saved: Path) -> None:
     from vlduet.model.backbones import load_processing
     from vlduet.show import _rows
 
-    tokenizer, _, _ = load_processing(saved.parent / "base")
+    tokenizer = load_processing(saved.parent / "base").tokenizer
     ids = tuple(tokenizer.encode("abcd", add_special_tokens=False))
     rows = _rows(0, Sequence(ids, (-100,) * 4, (Anchor(1, 3, "slice", "", ""),)), tokenizer, {})
     assert [r.anchors for r in rows] == [(), ("slice from here",), ("slice to here",), ()]

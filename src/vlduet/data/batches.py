@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence
+from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Batch:
     segments: Tensor
     """int64[B, T]: 0 on padding, else 1, 2, ... for the first, second, ... sequence of the row."""
     positions: Tensor
-    """int64[B, T]: position ids, from 0 in every sequence."""
+    """int64[B, T]: position ids, from 0 in every sequence; int64[3, B, T] where images have a grid."""
     image_mask: Tensor
     """bool[B, T]: tokens that image features fill, in row-major order."""
     images: tuple[PreparedImage, ...]
@@ -57,6 +58,26 @@ class Batch:
         itself = torch.eye(length, dtype=torch.bool, device=same.device)
         return ((same & (self.segments > 0)[:, :, None] & causal) | itself)[:, None]
 
+    def without(self, anchors: Tensor) -> Batch:
+        """The batch without the anchors that bool[A] marks, and without the rows in which nothing else is read."""
+        if not anchors.any():
+            return self
+        left = ~anchors.to(self.ids.device)
+        spans = self.anchor_spans[left]
+        kept = (self.labels != IGNORE).any(1)  # [B]
+        kept[spans[:, 0]] = True
+        starts = [0, *accumulate(image.num_tokens for image in self.images)][:-1]
+        homes = kept[self.image_mask.nonzero()[starts, 0]].tolist()
+        spans = torch.cat([(kept.cumsum(0) - 1)[spans[:, :1]], spans[:, 1:]], 1)
+        return replace(
+            self,
+            **{name: getattr(self, name)[kept] for name in ("ids", "labels", "segments", "image_mask")},
+            positions=self.positions[..., kept, :],
+            images=tuple(image for image, stays in zip(self.images, homes, strict=True) if stays),
+            anchors=tuple(anchor for anchor, stays in zip(self.anchors, left.tolist(), strict=True) if stays),
+            anchor_spans=spans,
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; the images move when the vision tower reads them."""
         moved: dict[str, Any] = {}
@@ -80,7 +101,9 @@ def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack
     width = max(sum(len(s) for s in row) for row in rows)
     shape = (len(rows), width)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    segments, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    segments = torch.zeros(shape, dtype=torch.long)
+    counts = {id(sequence): positions(sequence) for sequence in sequences}
+    places = torch.zeros(max(len(found) for found in counts.values()), *shape, dtype=torch.long)
     image_mask = torch.zeros(shape, dtype=torch.bool)
     images: list[PreparedImage] = []
     anchors: list[Anchor] = []
@@ -92,7 +115,7 @@ def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack
             ids[r, here] = torch.tensor(sequence.ids)
             labels[r, here] = torch.tensor(sequence.labels)
             segments[r, here] = number
-            positions[r, here] = torch.arange(len(sequence))
+            places[:, r, here] = counts[id(sequence)]
             for start, image in sequence.images:
                 image_mask[r, at + start : at + start + image.num_tokens] = True
                 images.append(image)
@@ -100,7 +123,8 @@ def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack
             spans += [(r, at + a.start, at + a.end) for a in sequence.anchors]
             at += len(sequence)
     spans_tensor = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
-    return Batch(ids, labels, segments, positions, image_mask, tuple(images), tuple(anchors), spans_tensor)
+    where = places if len(places) > 1 else places[0]
+    return Batch(ids, labels, segments, where, image_mask, tuple(images), tuple(anchors), spans_tensor)
 
 
 def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:

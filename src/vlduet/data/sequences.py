@@ -11,6 +11,7 @@ that names the content. This module knows nothing of any model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class PreparedImage:
     """Tokens that the image takes in the sequence."""
     key: str
     """Hash of the content and of the processor: equal keys give equal features."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of its tokens, for models that count positions in both directions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +102,28 @@ def needed(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | Non
     end = max([end, *(at + image.num_tokens for at, image in sequence.images if at < end)])
     images = tuple((at, image) for at, image in sequence.images if at < end)
     return Sequence(sequence.ids[:end], wanted[:end], kept, images)
+
+
+def positions(sequence: Sequence) -> torch.Tensor:
+    """Position ids int64[1, T]: 0, 1, ...; int64[3, T] where images have a grid.
+
+    The three are time, row and column (the multimodal rope of Qwen2-VL, arXiv 2409.12191). On a text they are equal and
+    count on; an image is one moment, its tokens count rows and columns from there, and what follows goes on behind the
+    larger of both.
+    """
+    if not any(image.grid for _, image in sequence.images):
+        return torch.arange(len(sequence))[None]
+    found = torch.empty(3, len(sequence), dtype=torch.long)
+    done = now = 0
+    for start, image in sequence.images:
+        assert image.grid is not None and math.prod(image.grid) == image.num_tokens
+        rows, columns = image.grid
+        found[:, done:start] = now + torch.arange(start - done)
+        now += start - done
+        done = start + image.num_tokens
+        found[0, start:done] = now
+        found[1, start:done] = now + torch.arange(rows).repeat_interleave(columns)
+        found[2, start:done] = now + torch.arange(columns).repeat(rows)
+        now += max(rows, columns)
+    found[:, done:] = now + torch.arange(len(sequence) - done)
+    return found

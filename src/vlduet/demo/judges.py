@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlduet import align, packages
+from vlduet.data.keys import text_key
 from vlduet.data.records import Part, Record, read_jsonl
 from vlduet.demo.prepare import WEIGHTS, Data
 from vlduet.eval import galleries, report
 from vlduet.eval.benchmarks import protocols, solved
 from vlduet.eval.benchmarks.tasks import Sample, difference
 from vlduet.eval.metrics import Interval
-from vlduet.eval.protocols import caption_key
 from vlduet.eval.store import Store
 
 if TYPE_CHECKING:
@@ -56,14 +56,12 @@ def train_dual(to: Path, data: Data, *, model: DuetModel, seed: int) -> Path:
     from vlduet.model.encoders import slice_of
     from vlduet.train.loop import train
 
-    parts = [
-        part
-        for path in data.train
-        for record in read_jsonl(path)
-        if record.image is not None
-        for part in (record.image, *record.short)
-    ]
-    frozen(to, model).look([slice_of(part) for part in dict.fromkeys(parts)])
+    parts: dict[Part, None] = {}
+    for path in data.train:
+        for record in read_jsonl(path):
+            if record.image is not None:
+                parts |= dict.fromkeys((record.image, *record.short))
+    frozen(to, model).look([slice_of(part) for part in parts])
     return train(dual_training(to, data, seed=seed))
 
 
@@ -103,7 +101,7 @@ def stories(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
 
     The echo lacks the middle thing, and of every other tells half: a caption, an image, in turn.
     """
-    distinct = list({caption_key(r.short[0]): r for r in held_out if r.image is not None and r.short}.values())
+    distinct = list({text_key(r.short[0]): r for r in held_out if r.image is not None and r.short}.values())
     chosen = [distinct[i] for i in galleries.evenly(len(distinct), THINGS)]
     told: list[Part] = []
     halves: list[Part] = []

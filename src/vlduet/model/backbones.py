@@ -1,8 +1,8 @@
 """The door to transformers: a checkpoint folder -> `Backbone`, the five things that VLDuet needs of any VLM.
 
 A backbone says how many tokens an image takes, what the vision tower makes of it (`vision`, usually frozen), how that enters
-the language model (`projector`), and which modules are the trunk and the LM head. A new family is one function in
-`BACKBONES`, keyed by the `model_type` of its config.json.
+the language model (`projector`), and which modules are the trunk and the LM head. What differs between families is in
+families.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -34,23 +35,15 @@ from transformers.utils import logging as advice
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
-from vlduet.errors import ModelError, closest
+from vlduet.errors import ImageError, ModelError
+from vlduet.model.families import Family, Frame, Inputs, family_of
 
 IMAGE_BACKEND = "pil"
 """The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
 
-Inputs = Mapping[str, Tensor]
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What differs between families of checkpoints; everything else is shared."""
-
-    count: Callable[[Any, Inputs], int]
-    """config, prepared image -> tokens that it takes."""
-    vision: Callable[[PreTrainedModel, Inputs], Tensor]
-    """Inputs of several images -> float[tokens, Dv], what the projector reads."""
+Opened: TypeAlias = bool | Literal["last"]
+"""What of a projector is trained: all, nothing, or its last linear layer alone."""
 
 
 class Backbone(nn.Module):
@@ -70,6 +63,7 @@ class Backbone(nn.Module):
         self.folder = folder
         self.family = family_of(model.config.model_type, folder)
         self.image_token_id = int(model.config.image_token_id)
+        self.image_frame = self.family.frame(model.config)
 
     @property
     def trunk(self) -> nn.Module:
@@ -78,8 +72,27 @@ class Backbone(nn.Module):
 
     @property
     def projector(self) -> nn.Module:
-        """float[tokens, Dv] -> float[tokens, D]."""
-        return self.model.model.multi_modal_projector  # type: ignore[no-any-return]
+        """What `project` goes through."""
+        return attrgetter(self.family.projector)(self.model.model)  # type: ignore[no-any-return]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Vision features float[tokens, Dv] -> float[tokens, D], in the projector's precision."""
+        return self.family.project(self.projector, features.to(next(self.projector.parameters()).dtype))
+
+    def open_projector(self, what: Opened) -> None:
+        """Let it be trained or freeze it."""
+        last = [m for m in self.projector.modules() if isinstance(m, nn.Linear)][-1]
+        (last if what == "last" else self.projector).requires_grad_(bool(what))
+
+    @property
+    def vision_width(self) -> int:
+        """Dv, the width of the vision features."""
+        return next(m.in_features for m in self.projector.modules() if isinstance(m, nn.Linear))
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+        return attrgetter(self.family.tower)(self.model.model)  # type: ignore[no-any-return]
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -104,7 +117,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As any module's, but the frozen tower stays in eval: its batch norms must not learn from what passes."""
         super().train(mode)
-        self.model.model.vision_tower.eval()
+        self.tower.eval()
         return self
 
     def checkpoint_layers(self) -> None:
@@ -128,7 +141,11 @@ class Backbone(nn.Module):
         """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
         inputs = process(self.image_processor, ref)
         key = hashlib.sha256(f"{images.content_key(ref)}:{self.vision_fingerprint}".encode()).hexdigest()
-        return PreparedImage(inputs=inputs, num_tokens=self.family.count(self.model.config, inputs), key=key)
+        return _prepared(self.family, self.model.config, inputs, key)
+
+    def pixels(self, prepared: PreparedImage) -> Tensor:
+        """A prepared image as the tower sees it, float[3, H, W]: scaled, cropped, normalised."""
+        return self.family.pixels(self.model.config, prepared.inputs)
 
     def vision(self, prepared: list[PreparedImage]) -> Tensor:
         """The vision tower on several images at once -> float[total tokens, Dv]. No gradient: the tower is frozen."""
@@ -143,7 +160,7 @@ class Backbone(nn.Module):
         if not hasattr(self, "_vision_fingerprint"):
             tower = self.model.config.vision_config.to_json_string()
             what = f"{IMAGE_BACKEND}:{self.image_processor.to_json_string()}:{tower}"
-            first = next(iter(self.model.model.vision_tower.parameters())).detach().flatten()[:64].cpu().double()
+            first = next(iter(self.tower.parameters())).detach().flatten()[:64].cpu().double()
             self._vision_fingerprint = hashlib.sha256(f"{what}:{first.tolist()}".encode()).hexdigest()[:16]
         return self._vision_fingerprint
 
@@ -188,10 +205,19 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
     return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
 
 
-def load_processing(folder: Path) -> tuple[Tokenizer, Callable[[ImageRef], PreparedImage], int]:
-    """A checkpoint without its weights: tokenizer, image preparation, and the id of the image token.
+@dataclass(frozen=True, slots=True)
+class Processing:
+    """A checkpoint without its weights: enough to lay out sequences."""
 
-    What it prepares is good for laying out sequences, and keyed by content alone.
+    tokenizer: Tokenizer
+    prepare: Callable[[ImageRef], PreparedImage]
+    """Its images are keyed by content alone."""
+    image_token_id: int
+    image_frame: Frame
+
+
+def load_processing(folder: Path) -> Processing:
+    """Open a checkpoint folder without its weights.
 
     Raises:
         ModelError: as `load_backbone` does.
@@ -203,9 +229,14 @@ def load_processing(folder: Path) -> tuple[Tokenizer, Callable[[ImageRef], Prepa
 
     def prepare(ref: ImageRef) -> PreparedImage:
         inputs = process(processor, ref)
-        return PreparedImage(inputs=inputs, num_tokens=family.count(config, inputs), key=images.content_key(ref))
+        return _prepared(family, config, inputs, images.content_key(ref))
 
-    return tokenizer, prepare, int(config.image_token_id)
+    return Processing(tokenizer, prepare, int(config.image_token_id), family.frame(config))
+
+
+def _prepared(family: Family, config: Any, inputs: Inputs, key: str) -> PreparedImage:
+    grid = None if family.grid is None else family.grid(config, inputs)
+    return PreparedImage(inputs=inputs, num_tokens=family.count(config, inputs), key=key, grid=grid)
 
 
 def _load_processors(folder: Path) -> tuple[Tokenizer, Any]:
@@ -219,7 +250,11 @@ def _load_processors(folder: Path) -> tuple[Tokenizer, Any]:
 
 def process(processor: Any, ref: ImageRef) -> dict[str, Tensor]:
     """Decode an image and run the checkpoint's own preprocessing. Raises ImageError."""
-    made = processor(images=images.load(ref), return_tensors="pt")
+    picture = images.load(ref)
+    try:
+        made = processor(images=picture, return_tensors="pt")
+    except ValueError as error:  # such as proportions that the checkpoint cannot read
+        raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
     return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 
@@ -296,55 +331,6 @@ def _pooling(folder: Path) -> str:
     if pooling not in names.values() or len(chosen) > 1:
         raise ModelError(f"pooling {chosen or pooling}", place=path, fix="Use an encoder that pools by cls or mean")
     return str(pooling)
-
-
-def family_of(model_type: str, folder: Path) -> Family:
-    """The family of a `model_type`. Raises ModelError that lists the known ones."""
-    if model_type not in BACKBONES:
-        raise ModelError(
-            f"no backbone for model_type '{model_type}'",
-            place=folder / "config.json",
-            fix=closest(model_type, BACKBONES),
-        )
-    return BACKBONES[model_type]()
-
-
-def llava() -> Family:
-    """LLaVA 1.5: one CLIP layer, without the class token when the strategy is `default`."""
-
-    def vision(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-        config = model.config
-        layers = config.vision_feature_layer
-        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
-        chosen = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
-        if config.vision_feature_select_strategy == "default":
-            chosen = [states[:, 1:] for states in chosen]
-        return torch.cat(chosen, dim=-1).flatten(0, 1)  # [images * tokens, Dv]
-
-    def count(config: Any, inputs: Inputs) -> int:
-        height, width = inputs["pixel_values"].shape[-2:]
-        patch = config.vision_config.patch_size
-        return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
-
-    return Family(count=count, vision=vision)
-
-
-def fast_vlm() -> Family:
-    """FastVLM, and so the default model: a convolutional tower, every position of its last map is a token."""
-
-    def vision(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, Dv, h, w]
-        tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
-        return tokens
-
-    def count(config: Any, inputs: Inputs) -> int:
-        return int(config.image_seq_length)
-
-    return Family(count=count, vision=vision)
-
-
-BACKBONES: dict[str, Callable[[], Family]] = {"llava": llava, "fast_vlm": fast_vlm}
-"""model_type -> function that makes its `Family`."""
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,22 +26,18 @@ from vlduet.errors import ModelError
 from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, generation
 from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
-from vlduet.model.backbones import IMAGE_BACKEND, Backbone, default_device, fingerprint_of, load_backbone
-from vlduet.model.features import FeatureCache, file_version
+from vlduet.model.backbones import IMAGE_BACKEND, Backbone, Opened, default_device, fingerprint_of, load_backbone
+from vlduet.model.features import FeatureCache, features_of, file_version, with_features
 from vlduet.model.generation import evaluating
 from vlduet.model.prompts import Prompts, Renderer
-from vlduet.model.readout import EmbeddingHead, Readout, pool, supervised
+from vlduet.model.readout import EmbeddingHead, Readout, beside_tower, pool, supervised
 from vlduet.model.soft import ROWS, SoftPrompts, learn
 from vlduet.objectives.language import token_nll
 
 Item = Part | Parts
 """What can be embedded: a text, an image, or several of both in order."""
 
-VISION_BATCH = 32
-FEATURES = "features"
-"""Name of an image's cached vision features among its inputs."""
 INITIAL_TEMPERATURE = 0.07
-HALF = (torch.float16, torch.bfloat16)
 
 
 class DuetModel(nn.Module):
@@ -55,18 +52,27 @@ class DuetModel(nn.Module):
     def __init__(self, backbone: Backbone, *, prompts: Prompts, head: str = "none", dim: int = 384):
         super().__init__()
         self.backbone = backbone
-        if backbone.model.dtype in HALF:
+        if backbone.model.dtype in (torch.float16, torch.bfloat16):
             backbone.projector.float()  # what is trained is never in half precision: small steps would be lost
-        self.head = EmbeddingHead(head, backbone.width, dim).to(backbone.device)
+        self.set_head(head, dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device))
         self.prompts = prompts
         self.soft: SoftPrompts | None = None
         self._peft: list[Any] = []  # a list hides it from torch, which would see every layer of the backbone twice
         self.features = FeatureCache(None)
         self.renderer = Renderer(
-            backbone.tokenizer, self.prepare, image_token_id=backbone.image_token_id, prompts=prompts
+            backbone.tokenizer,
+            self.prepare,
+            image_token_id=backbone.image_token_id,
+            image_frame=backbone.image_frame,
+            prompts=prompts,
         )
-        self._keys: dict[tuple[str, int, int], str] = {}
+        self._known: dict[tuple[str, int, int], PreparedImage] = {}
+
+    def set_head(self, kind: str, dim: int) -> None:
+        """A new embedding head, of random weights."""
+        head = EmbeddingHead(kind, self.backbone.width, dim, vision_width=self.backbone.vision_width)
+        self.head = head.to(self.backbone.device)
 
     def set_prompts(self, prompts: Prompts) -> None:
         """Present content otherwise from now on; embeddings of before and after do not compare."""
@@ -76,25 +82,39 @@ class DuetModel(nn.Module):
 
     def forward(self, batch: Batch) -> Readout:
         """One forward of the trunk over a padded or packed batch, read twice."""
-        hidden = self.hidden_states(batch)  # [B, T, D]
-        pooled = pool(hidden, batch.anchor_spans, dtype=self.logit_scale.dtype)  # [A, D]
-        embeddings = self.head(pooled)  # [A, E]
-        rows, at = supervised(batch.labels)
+        tower = self.read_in_tower(batch)
+        inner = batch if tower is None else batch.without(tower)
+        hidden = self.hidden_states(inner)  # [B, T, D]
+        rows, at = supervised(inner.labels)
         words, bias = self.lm_weight, self.backbone.lm_head.bias
         bias_of_words = None if bias is None else bias[: len(words)]
-        nll = token_nll(hidden[rows, at - 1], words, batch.labels[rows, at], bias=bias_of_words)
-        return Readout(embeddings, batch.anchors, nll)
+        nll = token_nll(hidden[rows, at - 1], words, inner.labels[rows, at], bias=bias_of_words)
+        return Readout(self.embed(batch, hidden, inner.anchor_spans), batch.anchors, nll)
+
+    def read_in_tower(self, batch: Batch) -> Tensor | None:
+        """bool[A]: the anchors that are read from the vision tower, without the trunk; None where no prompt says so."""
+        rows, starts, _ = batch.anchor_spans.unbind(1)
+        return batch.image_mask[rows, starts] if self.prompts.image_pool == "vision" else None
+
+    def embed(self, batch: Batch, hidden: Tensor, spans: Tensor) -> Tensor:
+        """Embeddings of all anchors, float[A, E]; those that are not read in the tower stand at `spans` of `hidden`."""
+        tower = self.read_in_tower(batch)
+        found: Tensor = self.head(pool(hidden, spans, dtype=self.logit_scale.dtype))
+        if tower is None or not tower.any():
+            return found
+        return beside_tower(found, self.head, batch, at=tower, features=self.vision_features(list(batch.images)))
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states float[B, T, D], after the final norm: what a server of the same checkpoint computes."""
+        if not len(batch.ids):
+            return self.logit_scale.new_zeros(*batch.ids.shape, self.backbone.width)
         out = self.backbone.trunk(
             inputs_embeds=self.input_embeddings(batch),
             attention_mask=batch.attention_mask(),
             position_ids=batch.positions,
             use_cache=False,
         )
-        found: Tensor = out.last_hidden_state
-        return found
+        return out.last_hidden_state  # type: ignore[no-any-return]
 
     def input_embeddings(self, batch: Batch) -> Tensor:
         """Token embeddings with the projected image features in their places, float[B, T, D]."""
@@ -102,9 +122,7 @@ class DuetModel(nn.Module):
         embeddings: Tensor = table(batch.ids) if self.soft is None else self.soft(batch.ids, table)
         if not batch.images:
             return embeddings
-        projector = self.backbone.projector
-        features = self.vision_features(list(batch.images)).to(next(projector.parameters()).dtype)
-        projected = projector(features).to(embeddings.dtype)
+        projected = self.backbone.project(self.vision_features(list(batch.images))).to(embeddings.dtype)
         return embeddings.masked_scatter(batch.image_mask[..., None], projected)
 
     @property
@@ -115,29 +133,17 @@ class DuetModel(nn.Module):
 
     def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
         """What the projector reads, float[tokens, Dv]; each distinct image goes through the tower once."""
-        found = {p.key: p.inputs[FEATURES] if FEATURES in p.inputs else self.features.get(p.key) for p in prepared}
-        missing = list({image.key: image for image in prepared if found[image.key] is None}.values())
-        for begin in range(0, len(missing), VISION_BATCH):
-            chunk = missing[begin : begin + VISION_BATCH]
-            parts = self.backbone.vision(chunk).split([image.num_tokens for image in chunk])
-            for image, features in zip(chunk, parts, strict=True):
-                self.features.put(image.key, features)
-                found[image.key] = features
-        tensors = [found[image.key] for image in prepared]
-        assert all(t is not None for t in tensors)
-        return torch.cat([t.to(self.backbone.device) for t in tensors if t is not None])
+        found = features_of(prepared, self.features, self.backbone.vision)
+        return torch.cat([features.to(self.backbone.device) for features in found])
 
     def prepare(self, ref: ImageRef) -> PreparedImage:
         """An image for the renderer. One whose features are cached is neither decoded nor preprocessed again."""
         version = file_version(ref.path)
-        known = self._keys.get(version) if version else None
-        cached = self.features.get(known) if known else None
-        if known and cached is not None:
-            # They travel along: when the batch is read, the cache may have let go of them.
-            return PreparedImage(inputs={FEATURES: cached}, num_tokens=len(cached), key=known)
-        prepared = self.backbone.prepare(ref)
+        known = self._known.get(version) if version else None
+        found = known and with_features(known, self.features)
+        prepared = found or self.backbone.prepare(ref)
         if version:
-            self._keys[version] = prepared.key
+            self._known[version] = replace(prepared, inputs={})
         return prepared
 
     # ------------------------------------------------------------------ embedding
@@ -192,8 +198,7 @@ class DuetModel(nn.Module):
     @staticmethod
     def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Cosine of unit vectors, float32[Q, N]."""
-        found: np.ndarray = queries @ documents.T
-        return found
+        return np.asarray(queries @ documents.T)
 
     def collate(self, sequences: list[Sequence], *, side: str = "right", pack_to: int | None = None) -> Batch:
         """A batch on the model's device."""
@@ -225,9 +230,8 @@ class DuetModel(nn.Module):
             temperature: 0 is greedy.
         """
         sequence = self.renderer.chat(tuple(messages), answer=True)
-        if stream:
-            return generation.stream(self.backbone, self.start([sequence], max_new_tokens, temperature))
-        return generation.generate(self.backbone, self.start([sequence], max_new_tokens, temperature))[0]
+        start = self.start([sequence], max_new_tokens, temperature)
+        return generation.stream(self.backbone, start) if stream else generation.generate(self.backbone, start)[0]
 
     def caption(
         self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32
@@ -243,8 +247,8 @@ class DuetModel(nn.Module):
     def start(self, sequences: list[Sequence], max_new_tokens: int, temperature: float = 0.0) -> generation.Start:
         """Open sequences -> what `generation.generate` continues, in one batch."""
         batch = self.collate(sequences, side="left")
-        mask = (batch.segments > 0).long()
-        return generation.Start(self.input_embeddings(batch), mask, self.renderer.eos_ids, max_new_tokens, temperature)
+        given = self.input_embeddings(batch), (batch.segments > 0).long(), batch.positions
+        return generation.Start(*given, self.renderer.eos_ids, max_new_tokens, temperature)
 
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
         """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""
@@ -263,7 +267,7 @@ class DuetModel(nn.Module):
 
     # ------------------------------------------------------------------ what is trained, and keeping it
 
-    def make_trainable(self, *, lora: Lora | None, projector: bool, head: bool = True, soft: bool = False) -> None:
+    def make_trainable(self, *, lora: Lora | None, projector: Opened, head: bool = True, soft: bool = False) -> None:
         """Freeze everything, then open what is asked for; adds LoRA layers, and soft prompts, where there are none yet."""
         if soft and self.soft is None:
             self.soft = learn(self.renderer, self.backbone)
@@ -278,7 +282,7 @@ class DuetModel(nn.Module):
         if lora is not None:
             for name, parameter in self.backbone.model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
-        self.backbone.projector.requires_grad_(projector)
+        self.backbone.open_projector(projector)
         self.head.requires_grad_(head)
         self.logit_scale.requires_grad_(head)
 

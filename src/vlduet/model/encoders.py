@@ -2,7 +2,7 @@
 
 Three roles, each filled by a local folder:
 
-    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...), or the tower of a LLaVA or FastVLM
+    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...), or the tower of a checkpoint
     text     two texts       a sentence encoder (MiniLM, BGE, ...)
     cross    one of each     CLIP, SigLIP, or a dual encoder that `recipe: clip` trained
 
@@ -31,7 +31,6 @@ from vlduet.data.records import ImageRef, Part
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.model.backbones import (
-    BACKBONES,
     IMAGE_BACKEND,
     fingerprint_of,
     load_backbone,
@@ -41,6 +40,7 @@ from vlduet.model.backbones import (
     read_config,
 )
 from vlduet.model.duet import DuetModel
+from vlduet.model.families import BACKBONES
 from vlduet.model.features import FeatureCache
 
 Encode = Callable[[list[Any]], Tensor]

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vlduet.data.sequences import PreparedImage, Sequence
 
 MEMORY = 256 << 20
 """Bytes that are kept without a folder: enough to see an image twice, not enough to hurt who indexes a million."""
@@ -24,6 +28,12 @@ def file_version(path: Path | None) -> tuple[str, int, int] | None:
         return None
     status = path.stat()
     return str(path), status.st_mtime_ns, status.st_size
+
+
+VISION_BATCH = 32
+"""Images that go through a vision tower at a time."""
+FEATURES = "features"
+"""Name of an image's cached vision features among its inputs."""
 
 
 class FeatureCache:
@@ -69,3 +79,44 @@ class FeatureCache:
         with temporary.open("wb") as file:
             np.save(file, kept.numpy())
         temporary.replace(path)
+
+
+def with_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
+    """The image with its cached features as its inputs: they travel along, for the cache may let go of them before the
+    batch is read. None where they are not there."""
+    found = cache.get(image.key)
+    return None if found is None else replace(image, inputs={FEATURES: found})
+
+
+def features_of(
+    prepared: list[PreparedImage], cache: FeatureCache, tower: Callable[[list[PreparedImage]], Tensor]
+) -> list[Tensor]:
+    """float[tokens, Dv] of every image; each distinct one that is not cached goes through the tower once."""
+    found = {p.key: p.inputs[FEATURES] if FEATURES in p.inputs else cache.get(p.key) for p in prepared}
+    missing = list({image.key: image for image in prepared if found[image.key] is None}.values())
+    for begin in range(0, len(missing), VISION_BATCH):
+        chunk = missing[begin : begin + VISION_BATCH]
+        parts = tower(chunk).split([image.num_tokens for image in chunk])
+        for image, features in zip(chunk, parts, strict=True):
+            cache.put(image.key, features)
+            found[image.key] = features
+    tensors = [found[image.key] for image in prepared]
+    assert all(t is not None for t in tensors)
+    return [t for t in tensors if t is not None]
+
+
+def settled(
+    sequences: list[Sequence], cache: FeatureCache, tower: Callable[[list[PreparedImage]], Tensor]
+) -> list[Sequence]:
+    """The sequences with vision features for pixels.
+
+    The pixels of a batch that goes through the model in chunks would take more memory than any chunk; features on disk take
+    none until they are read.
+    """
+    seen = [image for sequence in sequences for _, image in sequence.images]
+    found = {}
+    for begin in range(0, len(seen), VISION_BATCH):
+        some = seen[begin : begin + VISION_BATCH]
+        for image, features in zip(some, features_of(some, cache, tower), strict=True):
+            found[image.key] = with_features(image, cache) or replace(image, inputs={FEATURES: features})
+    return [replace(s, images=tuple((at, found[image.key]) for at, image in s.images)) for s in sequences]

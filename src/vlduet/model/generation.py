@@ -35,6 +35,8 @@ class Start:
     """float[B, T, D]"""
     mask: Tensor
     """int64[B, T], 0 on padding."""
+    positions: Tensor
+    """int64[B, T] or int64[3, B, T], as a batch has them."""
     eos_ids: list[int]
     max_new_tokens: int
     temperature: float = 0.0
@@ -47,6 +49,7 @@ class Start:
         return {
             "inputs_embeds": self.embeddings,
             "attention_mask": self.mask,
+            "position_ids": self.positions,
             "max_new_tokens": self.max_new_tokens,
             # An answer has at least one token, and no control token but its end: no turn of its own, no image.
             "min_new_tokens": 1,

@@ -19,6 +19,7 @@ from vlduet.data.records import ImageRef, Message, Parts
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.backbones import Tokenizer
+from vlduet.model.families import Frame
 
 SLOT = re.compile(r"\{(image|text|parts)\}")
 Span = tuple[int, int]
@@ -40,7 +41,8 @@ class Prompts:
     """Put the prompt in a user turn of the checkpoint's chat template: the summary token is where an answer begins."""
     image_pool: str = "last"
     """An image alone is read from the prompt's `last` token (VladVA's summary) or the `mean` of its tokens (Sugar). So is
-    a mixture that ends with an image, where the prompt writes nothing after it."""
+    a mixture that ends with an image, where the prompt writes nothing after it. With `vision`, an image alone is read from
+    the vision tower (FROMAGe), and a mixture from the last token."""
 
     def __post_init__(self) -> None:
         for name in ("image", "text", "parts"):
@@ -48,7 +50,7 @@ class Prompts:
                 raise ConfigError(
                     f"{getattr(self, name)!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once"
                 )
-        if self.image_pool not in ("last", "mean"):
+        if self.image_pool not in ("last", "mean", "vision"):
             raise ConfigError(f"'{self.image_pool}'", place="prompts.image_pool", fix="Use last or mean")
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Builder:
 
     tokenizer: Tokenizer
     image_token_id: int
+    image_frame: Frame
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     images: list[tuple[int, PreparedImage]] = field(default_factory=list)
@@ -90,14 +93,21 @@ class Builder:
         return span
 
     def image(self, image: PreparedImage) -> Span:
-        """An image's place."""
+        """An image's place, in the checkpoint's frame; the span is the image's own."""
+        before, after = map(list, self.image_frame)
+        framed = bool(before) and self.ids[-len(before) :] == before  # a chat template writes its frames itself
+        self.add([] if framed else before)
         start = len(self.ids)
         self.images.append((start, image))
-        return self.add([self.image_token_id] * image.num_tokens)
+        span = self.add([self.image_token_id] * image.num_tokens)
+        self.add([] if framed else after)
+        return span
 
     def undo(self, span: Span) -> None:
         """Take back the last text or image that was written."""
-        del self.ids[span[0] :], self.labels[span[0] :]
+        framed = any(at == span[0] for at, _ in self.images)
+        start = span[0] - (len(self.image_frame[0]) if framed else 0)
+        del self.ids[start:], self.labels[start:]
         self.texts = [text for text in self.texts if text != span]
         self.images = [(at, image) for at, image in self.images if at < span[0]]
 
@@ -145,7 +155,7 @@ class Renderer:
     Args:
         tokenizer: the checkpoint's.
         prepare: ImageRef -> PreparedImage, the checkpoint's image processor.
-        image_token_id: what fills an image's place.
+        image_token_id: what fills an image's place; image_frame: the tokens around it.
         prompts: how content is presented for an embedding.
         max_tokens: longest sequence; user texts are cut to fit, images never.
     """
@@ -156,11 +166,13 @@ class Renderer:
         prepare: Callable[[ImageRef], PreparedImage],
         *,
         image_token_id: int,
+        image_frame: Frame = ((), ()),
         prompts: Prompts,
         max_tokens: int = 2048,
     ):
         self.tokenizer, self.prepare = tokenizer, prepare
-        self.image_token_id, self.prompts, self.max_tokens = image_token_id, prompts, max_tokens
+        self.image_token_id, self.image_frame = image_token_id, image_frame
+        self.prompts, self.max_tokens = prompts, max_tokens
         start = tokenizer.encode("", add_special_tokens=True)
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and start[:1] == [bos] else []
@@ -169,7 +181,7 @@ class Renderer:
 
     def builder(self) -> Builder:
         """An empty sequence that starts as the checkpoint's sequences do."""
-        builder = Builder(self.tokenizer, self.image_token_id)
+        builder = Builder(self.tokenizer, self.image_token_id, self.image_frame)
         builder.add(list(self.bos))
         return builder
 
@@ -266,9 +278,11 @@ class Renderer:
 
     def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
         """Where the prompt that was just written is read: an image's tokens or the last token of all."""
-        last = len(builder.ids)
-        ends_with_image = isinstance(parts[-1], ImageRef) and (len(parts) == 1 or spans[-1][1] == last)
-        return spans[-1] if self.prompts.image_pool == "mean" and ends_with_image else (last - 1, last)
+        last, pool = len(builder.ids), self.prompts.image_pool
+        alone = len(parts) == 1 and isinstance(parts[0], ImageRef)
+        nothing_after = isinstance(parts[-1], ImageRef) and spans[-1][1] + len(self.image_frame[1]) == last
+        by_image = (alone and pool != "last") or (nothing_after and pool == "mean")
+        return spans[-1] if by_image else (last - 1, last)
 
     def chat(self, messages: tuple[Message, ...], *, answer: bool) -> Sequence:
         """A conversation in the checkpoint's own chat template.

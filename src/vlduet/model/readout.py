@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vlduet.data.batches import Batch
 from vlduet.data.sequences import IGNORE, Anchor
 
 
@@ -70,9 +71,13 @@ def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class EmbeddingHead(nn.Module):
-    """r = MLP(d), unit length. `kind`: mlp (Linear-GELU-Linear, Sugar), linear, or none (VladVA reads d itself)."""
+    """r = MLP(d), unit length.
 
-    def __init__(self, kind: str, width: int, dim: int):
+    `kind`: mlp (Linear-GELU-Linear, Sugar), linear, none (VladVA reads d itself), or split: a linear map of d and another
+    of the vision tower's own features (FROMAGe).
+    """
+
+    def __init__(self, kind: str, width: int, dim: int, *, vision_width: int = 0):
         super().__init__()
         self.kind, self.dim = kind, width if kind == "none" else dim
         layers: dict[str, nn.Module] = {
@@ -80,9 +85,34 @@ class EmbeddingHead(nn.Module):
             "linear": nn.Linear(width, dim),
             "mlp": nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
         }
-        self.layers = layers[kind]
+        self.layers = nn.Linear(width, dim) if kind == "split" else layers[kind]
+        self.vision = nn.Linear(vision_width, dim) if kind == "split" else None
 
     def forward(self, pooled: Tensor) -> Tensor:
         """float[A, D] -> float[A, E], unit length."""
         found: Tensor = nn.functional.normalize(self.layers(pooled), dim=-1)
         return found
+
+    def of_vision(self, pooled: Tensor) -> Tensor:
+        """Vision features float[A, Dv] -> float[A, E], unit length."""
+        assert self.vision is not None, "only a split head reads the tower"
+        return nn.functional.normalize(self.vision(pooled), dim=-1)
+
+
+def beside_tower(of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Tensor, features: Tensor) -> Tensor:
+    """Embeddings of all anchors, float[A, E]: those of the trunk, and the means of images' vision features.
+
+    Args:
+        of_trunk: float[n, E], of the other anchors in their order.
+        at: bool[A], the anchors that are read in the tower; each stands at an image's tokens.
+        features: float[tokens, Dv], of the batch's images.
+    """
+    rows, starts, ends = batch.anchor_spans[at].unbind(1)
+    order = (
+        batch.image_mask.flatten().cumsum(0) - 1
+    )  # of the feature at a token: row-major, as images fill their places
+    first = order[rows * batch.ids.shape[1] + starts]
+    spans = torch.stack([torch.zeros_like(first), first, first + ends - starts], 1)
+    seen = head.of_vision(pool(features[None], spans, dtype=of_trunk.dtype))
+    found = of_trunk.new_zeros(len(at), head.dim).masked_scatter(~at[:, None], of_trunk)
+    return found.masked_scatter(at[:, None], seen)

@@ -63,7 +63,7 @@ class SoftPrompts(nn.Module):
 
 def add_tokens(tokenizer: Tokenizer, count: int) -> int:
     """Give the tokenizer `count` learned tokens, or find them there; the id of the first."""
-    tokens = [_token(i) for i in range(count)]
+    tokens = [token(i) for i in range(count)]
     tokenizer.add_tokens(tokens, special_tokens=True)
     ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
     assert ids == list(range(ids[0], ids[0] + count)) and ids[-1] == max(tokenizer.get_vocab().values())
@@ -87,7 +87,7 @@ def learn(renderer: Renderer, backbone: Backbone) -> SoftPrompts:
         around = []
         for piece in (before.removeprefix(kept), after):
             found = renderer.tokenizer.encode(piece, add_special_tokens=False)
-            around.append("".join(_token(len(ids) + i) for i in range(len(found))))
+            around.append("".join(token(len(ids) + i) for i in range(len(found))))
             ids += found
         written[name] = f"{kept}{around[0]}{{{name}}}{around[1]}"
     if not ids:
@@ -99,5 +99,6 @@ def learn(renderer: Renderer, backbone: Backbone) -> SoftPrompts:
     return SoftPrompts(backbone, rows)
 
 
-def _token(index: int) -> str:
+def token(index: int) -> str:
+    """How a learned token is written."""
     return f"<|soft_{index}|>"

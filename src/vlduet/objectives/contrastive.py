@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 512
+"""Rows of scores that live at a time: 4,096 pairs would take a gigabyte otherwise."""
 
 
 def directed_infonce(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
@@ -55,13 +59,26 @@ def symmetric_infonce(
     Returns:
         This rank's share: sum over its rows and columns / global number of rows with a positive, times world_size.
     """
-    scores = (left @ right.T) * logit_scale.exp()
+    scale = logit_scale.exp()
     pairs = max(int(positive.any(1).sum()), 1)
     captions = max(int(positive.any(0).sum()), 1)
     ignore = torch.zeros_like(positive) if ignore is None else ignore
-    forward = directed_infonce(scores[rows], positive[rows], ignore[rows]).sum() / pairs
-    backward = directed_infonce(scores.T[columns], positive.T[columns], ignore.T[columns]).sum() / captions
+    forward = _summed(left[rows] * scale, right, positive[rows], ignore[rows]) / pairs
+    backward = _summed(right[columns] * scale, left, positive.T[columns], ignore.T[columns]) / captions
     return (forward + backward) * world_size
+
+
+def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
+    """Sum of `directed_infonce` over all rows, of which BLOCK live at a time: backward computes a block's scores again."""
+
+    def block(some: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
+        return directed_infonce(some @ answers.T, positive, ignore).sum()
+
+    parts = list(zip(*(rows.split(BLOCK) for rows in (asking, positive, ignore)), strict=True))
+    if len(parts) == 1:
+        return block(*parts[0])
+    sums = [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(sums).sum()
 
 
 def limited(logit_scale: Tensor, floor: float) -> Tensor:

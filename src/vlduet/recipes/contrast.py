@@ -1,4 +1,4 @@
-"""The contrastive loss of a readout: which anchors are pairs, over all processes. Shared by the recipes."""
+"""What recipes share: the layout of retrieval records, and the contrastive loss of a readout over all processes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import torch
 from torch import Tensor
 
 from vlduet import distributed
-from vlduet.data.sequences import Anchor
+from vlduet.data.keys import content_key
+from vlduet.data.records import Record
+from vlduet.data.sequences import Anchor, Sequence
+from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
 
 LEFT = ("image", "query", "mixed")
 RIGHT = ("text", "positive", "negative")
+
+
+def retrieval(record: Record, renderer: Renderer) -> list[Sequence]:
+    """A query, its positives and its hard negatives, a sequence each. Raises DataError, ImageError."""
+    rows = [("query", record.query)]
+    rows += [("positive", parts) for parts in record.positive] + [("negative", parts) for parts in record.negative]
+    return [
+        renderer.embed(parts, query=role == "query", role=role, record=record.id, key=content_key(parts))
+        for role, parts in rows
+    ]
 
 
 def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float) -> Tensor:
@@ -46,9 +59,13 @@ def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float) -> Tenso
 
 def positives(left: list[Anchor], right: list[Anchor]) -> Tensor:
     """bool[N, M]: pairs of one record (hard negatives excepted), closed over equal content on either side."""
-    paired = same_content([a.record for a in left], [a.record for a in right])
-    hard = torch.tensor([a.role == "negative" for a in right], dtype=torch.bool)
-    paired = (paired & ~hard[None, :]).float()
-    same_left = same_content([a.key for a in left], [a.key for a in left]).float()
-    same_right = same_content([a.key for a in right], [a.key for a in right]).float()
-    return (same_left @ paired @ same_right) > 0
+    lefts, rights = ({key: i for i, key in enumerate(dict.fromkeys(a.key for a in side))} for side in (left, right))
+    asking: dict[str, set[int]] = {}
+    for anchor in left:
+        asking.setdefault(anchor.record, set()).add(lefts[anchor.key])
+    paired = torch.zeros(len(lefts), len(rights), dtype=torch.bool)  # of contents
+    for anchor in right:
+        if anchor.role != "negative":
+            paired[list(asking.get(anchor.record, ())), rights[anchor.key]] = True
+    rows, columns = (torch.tensor([of[a.key] for a in side]) for of, side in ((lefts, left), (rights, right)))
+    return paired[rows.long()][:, columns.long()]

@@ -22,10 +22,11 @@ from vlduet.data.keys import content_key
 from vlduet.data.records import Record
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
+from vlduet.errors import DataError
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive
+from vlduet.recipes.contrast import contrastive, retrieval
 
 OBJECTIVES = ("contrastive", "language")
 
@@ -34,6 +35,11 @@ OBJECTIVES = ("contrastive", "language")
 class Options:
     """What a config may set beside `recipe.name`."""
 
+    split: Literal["fields", "length"] = "fields"
+    """Which captions are short and which are long: as the record's fields say, or (the paper) as their tokens count:
+    below `short_below`, and from there to `long_up_to`; longer ones are left out."""
+    short_below: int = 30
+    long_up_to: int = 500
     language_on: Literal["long", "any"] = "long"
     """Captions that carry the next-token loss: `long` (the paper), or `any`: the short one where there is no long one."""
     temperature_floor: float = 0.01
@@ -48,12 +54,14 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if record.kind == "chat":
         return [renderer.chat(record.messages, answer=False)]
     if record.kind == "retrieval":
-        return _retrieval(record, renderer)
+        return retrieval(record, renderer)
     if record.kind == "interleaved":
         return _interleaved(record, renderer)
     assert record.image is not None
-    short = sample.random().choice(record.short) if record.short else None
-    long = record.long or (short if options.language_on == "any" else None)
+    shorts, longs = captions(record, renderer, options)
+    draw = sample.random()
+    short = draw.choice(shorts) if shorts else None
+    long = draw.choice(longs) if longs else (short if options.language_on == "any" else None)
     if long is None:
         sequences = [renderer.embed((record.image,), role="image", record=record.id, key=content_key((record.image,)))]
     else:
@@ -63,13 +71,18 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     return sequences
 
 
-def _retrieval(record: Record, renderer: Renderer) -> list[Sequence]:
-    rows = [("query", record.query)]
-    rows += [("positive", parts) for parts in record.positive] + [("negative", parts) for parts in record.negative]
-    return [
-        renderer.embed(parts, query=role == "query", role=role, record=record.id, key=content_key(parts))
-        for role, parts in rows
-    ]
+def captions(record: Record, renderer: Renderer, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The short and the long captions of a pair. Raises DataError where `split: length` leaves none of those it has."""
+    longs = (record.long,) if record.long else ()
+    if options.split == "fields":
+        return record.short, longs
+    every = {text: len(renderer.tokenizer.encode(text, add_special_tokens=False)) for text in (*record.short, *longs)}
+    short = tuple(text for text, count in every.items() if count < options.short_below)
+    long = tuple(text for text, count in every.items() if options.short_below <= count <= options.long_up_to)
+    if every and not short and not long:
+        what = f"its captions have {min(every.values())} tokens and more, recipe.long_up_to is {options.long_up_to}"
+        raise DataError(what, fix="Cut them, or raise it")
+    return short, long
 
 
 def _interleaved(record: Record, renderer: Renderer) -> list[Sequence]:

@@ -26,12 +26,12 @@ from vlduet.model.backbones import default_device
 from vlduet.model.dual import DualEncoder, frozen_encoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, Encoders
-from vlduet.model.features import FeatureCache
+from vlduet.model.features import VISION_BATCH, FeatureCache, settled
 from vlduet.model.prompts import Prompts, Renderer
-from vlduet.model.readout import EmbeddingHead, Readout
-from vlduet.recipes import clip, sugar, vladva
+from vlduet.model.readout import Readout
+from vlduet.recipes import clip, fromage, sugar, vladva
 
-RECIPES: dict[str, ModuleType] = {"vladva": vladva, "sugar": sugar, "clip": clip}
+RECIPES: dict[str, ModuleType] = {"vladva": vladva, "sugar": sugar, "fromage": fromage, "clip": clip}
 """A new method is a module in recipes/ and a name here."""
 
 
@@ -49,6 +49,10 @@ class Recipe:
     """Roles of the frozen encoders that its losses ask."""
     model: Callable[[RunConfig, Encoders], DualEncoder] | None = None
     """Makes what is trained, where that is not the model at `model.path`."""
+    start: Callable[[DuetModel, RunConfig], None] | None = None
+    """Gives the model at `model.path` what the method needs, before anything is opened for training."""
+    moved: Callable[[DuetModel], None] | None = None
+    """What the method does to the model after every step."""
 
 
 @dataclass
@@ -100,11 +104,11 @@ def bind(config: RunConfig) -> Recipe:
         lambda sample, renderer: module.layout(sample, renderer, bound),
         lambda readout, scale: module.objective(readout, scale, bound),
         module.encoders(bound, config.objectives) if hasattr(module, "encoders") else (),
-        getattr(module, "model", None),
+        **{hook: getattr(module, hook, None) for hook in ("model", "start", "moved")},
     )
 
 
-def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
+def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> DuetModel:
     """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
     section = config.model
     if section.path is None:
@@ -118,7 +122,14 @@ def load_model(config: RunConfig, *, cache: Path | None) -> DuetModel:
         )
     if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
         torch.manual_seed(config.seed)
-        model.head = EmbeddingHead(section.head, model.backbone.width, section.dim).to(model.backbone.device)
+        model.set_head(section.head, section.dim)
+    if recipe.start is not None:
+        recipe.start(model, config)
+    if (model.prompts.image_pool == "vision") != (model.head.kind == "split"):
+        what = f"image_pool is {model.prompts.image_pool}, and the head is {model.head.kind}"
+        raise ConfigError(
+            what, place="model.prompts.image_pool", fix="Only recipe fromage makes models that read vision"
+        )
     model.renderer.max_tokens = config.data.max_tokens
     model.features = FeatureCache(cache)
     torch.manual_seed(config.seed)
@@ -188,12 +199,25 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
     cache = (config.data.cache or config.out / "features") if keep else None
     model: Model
     if recipe.model is None:
-        model = own = load_model(config, cache=cache)
+        model = own = load_model(config, recipe, cache=cache)
         encoders = load_encoders(config, recipe, own=own, cache=cache)
     else:
         encoders = load_encoders(config, recipe, own=None, cache=cache)
         model = recipe.model(config, encoders)
     return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine, encoders)
+
+
+def _sequences(run: Run, samples: list[Sample]) -> list[Sequence]:
+    """Samples, laid out and seen by the encoders. One that cannot be is quarantined."""
+    made: list[Sequence] = []
+    for sample in samples:
+        try:
+            made += run.encoders.see(run.recipe.layout(sample, run.model.renderer))
+        except DataError as error:
+            run.quarantine.add(sample.record, error)
+    if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
+        return settled(made, run.model.features, run.model.backbone.vision)
+    return made
 
 
 def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
@@ -209,13 +233,9 @@ def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
     passes = [(labels, anchors)] if train.fused else [(False, anchors), (labels, False)]
 
     def lay_out(step: int) -> tuple[list[Sample], list[list[Sequence]]]:
-        made: list[Sequence] = []
         samples = run.mixture.step(step, train.batch_size, rank=distributed.rank(), world_size=distributed.world_size())
-        for sample in samples:
-            try:
-                made += run.encoders.see(run.recipe.layout(sample, run.model.renderer))
-            except DataError as error:
-                run.quarantine.add(sample.record, error)
+        some = [samples[begin : begin + VISION_BATCH] for begin in range(0, len(samples), VISION_BATCH)]
+        made = [sequence for part in some for sequence in _sequences(run, part)]
         groups = [[s for one in made if (s := needed(one, labels=now, anchors=read))] for now, read in passes]
         if train.chunk_tokens:
             groups = [part for group in groups for part in chunked(group, train.chunk_tokens, pack_to=train.pack)]

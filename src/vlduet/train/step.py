@@ -9,6 +9,7 @@ import torch
 
 from vlduet import distributed
 from vlduet.data.batches import Batch
+from vlduet.model.duet import DuetModel
 from vlduet.model.readout import empty_readout, joined
 from vlduet.train.gradcache import cached_losses
 from vlduet.train.setup import Run
@@ -65,4 +66,7 @@ def move(run: Run, step: int) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * learning_rate_factor(step, train.steps, train.warmup)
     run.optimizer.step()
+    if run.recipe.moved is not None:
+        assert isinstance(run.model, DuetModel), "a recipe that makes its own model needs no hook"
+        run.recipe.moved(run.model)
     run.optimizer.zero_grad(set_to_none=True)

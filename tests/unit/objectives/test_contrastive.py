@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from vlduet.data.sequences import Anchor
 from vlduet.model.readout import Readout
+from vlduet.objectives import contrastive as objective
 from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
 from vlduet.recipes.contrast import contrastive, positives
 
@@ -60,6 +61,38 @@ def test_one_positive_a_row_is_cross_entropy():
     target = torch.arange(5)
     found = symmetric_infonce(left, right, logit_scale=scale, positive=torch.eye(5, dtype=torch.bool))
     assert_close(found, F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    positive, ignore = (torch.rand(7, 9, generator=generator) < share for share in (0.2, 0.1))
+    found = []
+    for size in (100, 3):
+        monkeypatch.setattr(objective, "BLOCK", size)
+        left, right = unit(7, 0).requires_grad_(), unit(9, 1).requires_grad_()
+        scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        loss = symmetric_infonce(left, right, logit_scale=scale, positive=positive, ignore=ignore & ~positive)
+        loss.backward()
+        found.append([loss.detach(), left.grad, right.grad, scale.grad])
+    assert_close(*found, atol=1e-12, rtol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from("abc")] * 2, st.booleans()), min_size=1, max_size=9), st.data())
+def test_positives_are_the_closure_of_pairs(rights, data):
+    """Any chain left -> equal left -> its record -> right -> equal right."""
+    lefts = data.draw(st.lists(st.tuples(*[st.sampled_from("abc")] * 2), min_size=1, max_size=6))
+    left = [anchor("query", record, key) for record, key in lefts]
+    right = [anchor("negative" if hard else "positive", record, key) for record, key, hard in rights]
+
+    def paired(a, b):
+        return a.record == b.record and b.role != "negative"
+
+    wanted = [
+        [any(paired(x, y) for x in left if x.key == a.key for y in right if y.key == b.key) for b in right]
+        for a in left
+    ]
+    assert positives(left, right).tolist() == wanted
 
 
 def test_gradients():

@@ -9,10 +9,13 @@ import yaml
 
 import tiny
 
+FROMAGE = ["recipe={name: fromage}", "model.head=null", "train.lora=null", "train.soft_prompts=true"]
+"""Overrides that make the run FROMAGe's."""
 
-def write(folder: Path, *, count: int = 12, steps: int = 12, **train: object) -> Path:
+
+def write(folder: Path, *, count: int = 12, steps: int = 12, family: str = "fast_vlm", **train: object) -> Path:
     """Returns the config's path; the run goes to folder/run."""
-    tiny.fast_vlm(folder / "base")
+    tiny.FAMILIES[family](folder / "base")
     rows = []
     for i in range(count):
         (folder / f"{i}.png").write_bytes(tiny.picture(i).data or b"")

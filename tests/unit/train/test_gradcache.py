@@ -177,6 +177,18 @@ def test_a_step_has_the_numbers_of_the_plain_one(tmp_path: Path, how: dict[str, 
     assert images[1] > images[0] if "fused" in how else images[1] == images[0]
 
 
+def test_pixels_of_a_chunked_batch_do_not_wait_for_their_chunk(tmp_path: Path) -> None:
+    path = runs.write(tmp_path, steps=1, batch_size=8)
+    found = []
+    for cut in ("null", "60"):
+        run = setup.prepare(config.load(path, [f"train.chunk_tokens={cut}", f"out={tmp_path / cut}"]))
+        (_, chunks), *_ = setup.batches(run, 0)
+        images = [image for chunk in chunks for image in chunk.images]
+        found.append({name for image in images for name in image.inputs})
+        assert len(images) == 8
+    assert found == [{"pixel_values"}, {"features"}]
+
+
 @settings(max_examples=30, deadline=None)
 @example(lengths=[(n, False, False) for n in (1, 1, 8, 1, 2)], budget=22, pack_to=12)
 @given(

@@ -66,7 +66,7 @@ def settings(folder: Path, encoders: dict[str, str], *overrides: str, family: st
     return config.load(path, overrides)
 
 
-@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("family", ["fast_vlm", "llava", "qwen2_vl"])
 def test_it_learns_the_structure(family: str, encoders: dict[str, str], tmp_path: Path) -> None:
     made = settings(
         tmp_path, encoders, "train.steps=40", "train.projector=true", "train.lora.targets=all", family=family

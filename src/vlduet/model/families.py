@@ -1,0 +1,162 @@
+"""What differs between families of checkpoints, a function each: from a `model_type` to the parts that the trunk needs.
+
+A family says how an image becomes vision features, how many tokens it takes and what stands around them. It gets loaded
+models and their configs; this file opens nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlduet.errors import ModelError, closest
+
+Inputs = Mapping[str, Tensor]
+"""What the image processor made of one image or several."""
+Frame = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids before and after an image's own."""
+
+
+def _once(projector: nn.Module, features: Tensor) -> Tensor:
+    projected: Tensor = projector(features)
+    return projected
+
+
+def _whole(config: Any, inputs: Inputs) -> Tensor:
+    return inputs["pixel_values"][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between families of checkpoints; everything else is shared."""
+
+    count: Callable[[Any, Inputs], int]
+    """config, prepared image -> tokens that it takes."""
+    vision: Callable[[Any, Inputs], Tensor]
+    """model, inputs of several images -> float[tokens, Dv], what the projector reads."""
+    tower: str = "vision_tower"
+    """Attribute of the inner model: the vision tower."""
+    projector: str = "multi_modal_projector"
+    """The same, of what stands between tower and language model; a dotted path."""
+    project: Callable[[nn.Module, Tensor], Tensor] = _once
+    """projector, float[tokens, Dv] -> float[tokens, D]."""
+    pixels: Callable[[Any, Inputs], Tensor] = _whole
+    """config, prepared image -> float[3, H, W], the picture as it enters the tower."""
+    grid: Callable[[Any, Inputs], tuple[int, int]] | None = None
+    """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
+    frame: Callable[[Any], Frame] = lambda config: ((), ())
+    """config -> the tokens that stand around every image."""
+
+
+def family_of(model_type: str, folder: Path) -> Family:
+    """The family of a `model_type`. Raises ModelError that lists the known ones."""
+    if model_type not in BACKBONES:
+        raise ModelError(
+            f"no backbone for model_type '{model_type}'",
+            place=folder / "config.json",
+            fix=closest(model_type, BACKBONES),
+        )
+    return BACKBONES[model_type]()
+
+
+def llava() -> Family:
+    """LLaVA 1.5: one CLIP layer, without the class token when the strategy is `default`."""
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        config = model.config
+        layers = config.vision_feature_layer
+        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
+        chosen = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+        if config.vision_feature_select_strategy == "default":
+            chosen = [states[:, 1:] for states in chosen]
+        return torch.cat(chosen, dim=-1).flatten(0, 1)  # [images * tokens, Dv]
+
+    def count(config: Any, inputs: Inputs) -> int:
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch = config.vision_config.patch_size
+        return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
+
+    return Family(count=count, vision=vision)
+
+
+def fast_vlm() -> Family:
+    """FastVLM, and so the default model: a convolutional tower, every position of its last map is a token."""
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, Dv, h, w]
+        tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
+        return tokens
+
+    def count(config: Any, inputs: Inputs) -> int:
+        return int(config.image_seq_length)
+
+    return Family(count=count, vision=vision)
+
+
+def qwen_vl() -> Family:
+    """Qwen2-VL and Qwen2.5-VL: an image in its own proportions, in patches of which m * m neighbours make a token.
+
+    Dv is the width of m * m patches: the projector (`merger`) is a part of the tower, and its weights are trained here. A
+    token's position is its image's place in time, its row and its column (multimodal rope).
+    """
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        whole = model.model.visual
+        unit = whole.spatial_merge_size**2
+        # The tower without its merger; the model itself, which another thread may use, stays as it is. Qwen2.5-VL then
+        # brings the tokens into the picture's order, for it attends in windows.
+        tower = copy.copy(whole)
+        tower._modules = whole._modules | {"merger": nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1))}
+        out = tower(inputs["pixel_values"].to(model.dtype), grid_thw=inputs["image_grid_thw"])
+        tokens: Tensor = out.pooler_output  # [tokens, m * m * width]
+        return tokens
+
+    def project(merger: nn.Module, features: Tensor) -> Tensor:
+        norm: Any = merger.ln_q
+        projected: Tensor = merger(features.reshape(-1, norm.weight.shape[0]))  # patches go in, tokens come out
+        return projected
+
+    def grid(config: Any, inputs: Inputs) -> tuple[int, int]:
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        merge = config.vision_config.spatial_merge_size
+        return rows // merge, columns // merge
+
+    def count(config: Any, inputs: Inputs) -> int:
+        rows, columns = grid(config, inputs)
+        return rows * columns
+
+    def pixels(config: Any, inputs: Inputs) -> Tensor:
+        shape = config.vision_config
+        patch, merge, times = shape.patch_size, shape.spatial_merge_size, shape.temporal_patch_size
+        rows, columns = grid(config, inputs)
+        patches = inputs["pixel_values"].view(rows, columns, merge, merge, -1, times, patch, patch)[..., 0, :, :]
+        return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * merge * patch, columns * merge * patch)
+
+    def frame(config: Any) -> Frame:
+        return (config.vision_start_token_id,), (config.vision_end_token_id,)
+
+    return Family(
+        count=count,
+        vision=vision,
+        tower="visual",
+        projector="visual.merger",
+        project=project,
+        pixels=pixels,
+        grid=grid,
+        frame=frame,
+    )
+
+
+BACKBONES: dict[str, Callable[[], Family]] = {
+    "llava": llava,
+    "fast_vlm": fast_vlm,
+    "qwen2_vl": qwen_vl,
+    "qwen2_5_vl": qwen_vl,
+}
+"""model_type -> function that makes its `Family`."""

@@ -1,0 +1,77 @@
+"""From bare images to a searched model on families other than the default model's: captions, hard negatives, every recipe
+side by side, export, analysis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import yaml
+
+import tiny
+from vlduet import analysis, config
+from vlduet.captioning import caption, wishes
+from vlduet.compare import compare
+from vlduet.data.formats import read_records
+from vlduet.data.quarantine import Quarantine
+from vlduet.mining import mine
+from vlduet.model.duet import DuetModel
+
+CHUNKED = "train.chunk_tokens=120"
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> None:
+    base = runs.write(tmp_path, family=family, count=6, steps=1, batch_size=4, eval_every=1)
+    model = DuetModel.from_pretrained(tmp_path / "base")
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, width in enumerate((16, 24, 40)):
+        (photos / f"{i}.png").write_bytes(tiny.picture(i, width=width).data or b"")
+    told = caption(model, photos, to=tmp_path / "captioned.jsonl", wanted=wishes(short=4, long=6), name=family)
+    assert told.records == 3 and told.generated == 6 and told.dropped == 0
+
+    mined = mine(model, tmp_path / "train.jsonl", to=tmp_path / "mined.jsonl", k=1, margin=0.0)
+    assert mined.records == 6
+    assert all(record.kind == "retrieval" for record in read_records(tmp_path / "mined.jsonl"))
+
+    judges = [f"encoders.{role}={folder}" for role, folder in tiny.encoders(tmp_path / "judges").items()]
+    mean = "model.prompts.image_pool=mean"
+    rows: dict[str, list[str]] = {
+        "vladva": ["train.soft_prompts=true", CHUNKED],
+        "joint-naive": ["train.fused=false"],
+        "contrastive": ["objectives={contrastive: 1}", "train.pack=90"],
+        "sft": ["objectives={language: 1}", "train.checkpointing=true"],
+        "fromage": [*runs.FROMAGE, "train.projector=last", CHUNKED],
+        "sugar": ["recipe={name: sugar}", "objectives={structure: 1, language: 1}", mean, *judges],
+    }
+    tree: dict[str, Any] = {"base": str(base), "out": str(tmp_path / "compared"), "runs": rows}
+    tree["overrides"] = [f"data.train.1.path={tmp_path / 'mined.jsonl'}"]
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(tree))
+    found = compare(config.load_comparison(tmp_path / "compare.yaml"))
+    assert list(found["runs"]) == ["before training", *rows]
+    for name, run in found["runs"].items():
+        assert all(np.isfinite(v) for m, values in run["values"].items() if "seconds" not in m for v in values), name
+    assert not list((tmp_path / "compared").rglob("quarantine*.jsonl"))
+
+    items = ["a text", tiny.picture(7, width=40), (tiny.picture(8), "both")]
+    for name in rows:
+        trained = DuetModel.from_pretrained(tmp_path / "compared" / name / "seed-0" / "model")
+        vectors = trained.encode(items)
+        trained.save_merged(tmp_path / "merged" / name)
+        np.testing.assert_allclose(
+            DuetModel.from_pretrained(tmp_path / "merged" / name).encode(items), vectors, atol=2e-5
+        )
+
+    seen = analysis.collect(tmp_path / "train.jsonl", limit=4, dropped=Quarantine(None))
+    for name in ("vladva", "fromage"):
+        trained = DuetModel.from_pretrained(tmp_path / "merged" / name)
+        measured = analysis.measure(trained, seen, name=name, examples=1)
+        assert measured.images is not None and len(measured.images.entropy) == 4 and len(measured.looks) == 1
+        np.testing.assert_allclose(measured.images.embeddings, trained.encode(seen.images), atol=1e-5)
+    assert json.loads((tmp_path / "compared" / "table.json").read_text()) == found

@@ -1,0 +1,185 @@
+"""Qwen2-VL and Qwen2.5-VL: images in their own proportions, positions in rows and columns, as transformers has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tiny
+from vlduet import analysis
+from vlduet.data import images
+from vlduet.data.batches import collate
+from vlduet.data.records import ImageRef, Message
+from vlduet.data.sequences import PreparedImage, Sequence, positions
+from vlduet.errors import ImageError
+from vlduet.model.backbones import load_backbone
+from vlduet.model.duet import DuetModel
+from vlduet.model.prompts import Prompts
+
+PROMPTS = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} all:", chat=False)
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
+    folder = tmp_path_factory.mktemp(request.param) / "base"
+    model = tiny.duet(folder, family=request.param, prompts=PROMPTS, head="none")
+    with torch.no_grad():  # weights of 0.02 would hide a wrong position behind the tolerance
+        for parameter in model.backbone.model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
+
+
+WIDE, TALL, SMALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16), tiny.picture(2, 16)
+
+
+def rows(model: DuetModel) -> list[Sequence]:
+    """Several images a sequence, of different shapes, side by side and apart; a text alone."""
+    items = [(WIDE, "then", TALL), ("before", SMALL, WIDE), (TALL,), ("no image",)]
+    return [model.renderer.embed(parts, record=str(i)) for i, parts in enumerate(items)]
+
+
+def test_an_image_takes_tokens_by_its_proportions(qwen: DuetModel) -> None:
+    made = [qwen.prepare(ref) for ref in (WIDE, TALL, SMALL)]
+    assert [image.grid for image in made] == [(2, 6), (3, 2), (2, 2)]
+    assert [image.num_tokens for image in made] == [12, 6, 4] == [len(qwen.vision_features([image])) for image in made]
+    together = qwen.vision_features(made)
+    for image, features in zip(made, together.split([12, 6, 4]), strict=True):
+        qwen.features._memory.clear()
+        assert_close(qwen.vision_features([image]), features, **CLOSE)
+
+
+def test_logits_are_those_of_transformers(qwen: DuetModel) -> None:
+    """Padded on either side: the padding of a row is masked, and its positions begin where it does."""
+    for side in ("left", "right"):
+        batch = qwen.collate(rows(qwen), side=side)
+        with torch.no_grad():
+            given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+            theirs = qwen.backbone.model(**given).logits
+            ours = qwen.hidden_states(batch) @ qwen.lm_weight.T
+        real = batch.segments > 0
+        assert theirs.std() > 0.1
+        assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_are_those_of_transformers(qwen: DuetModel) -> None:
+    for sequence in rows(qwen):
+        found = positions(sequence)
+        ids = torch.tensor([sequence.ids])
+        if not sequence.images:
+            assert found.tolist() == [list(range(len(sequence)))]
+            continue
+        given = tiny.plain(ids, [image for _, image in sequence.images])
+        theirs, _ = qwen.backbone.model.model.get_rope_index(
+            ids, given["mm_token_type_ids"], image_grid_thw=given["image_grid_thw"]
+        )
+        assert torch.equal(found, theirs[:, 0])
+
+
+def test_positions_of_a_sequence_do_not_know_its_row(qwen: DuetModel) -> None:
+    sequences = rows(qwen)
+    packed = qwen.collate(sequences, pack_to=70)
+    assert packed.positions.shape == (3, *packed.ids.shape) and len(packed.ids) < len(sequences)
+    with torch.no_grad():
+        alone = {s.anchors[0].record: qwen(qwen.collate([s])).embeddings[0] for s in sequences}
+        found = qwen(packed)
+    for vector, anchor in zip(found.embeddings, found.anchors, strict=True):
+        assert_close(vector, alone[anchor.record], **CLOSE)
+    flat = [Sequence(s.ids, s.labels, s.anchors, tuple((at, _flat(i)) for at, i in s.images)) for s in sequences]
+    with torch.no_grad():
+        other = qwen(collate(flat, pad_id=0)).embeddings
+    assert (other[0] - alone["0"]).abs().max() > 1e-3, "else this test would prove nothing"
+
+
+def _flat(image: PreparedImage) -> PreparedImage:
+    return PreparedImage(image.inputs, image.num_tokens, image.key)
+
+
+def test_every_image_stands_in_its_frame(qwen: DuetModel) -> None:
+    token = qwen.backbone.tokenizer.convert_ids_to_tokens
+    chat = qwen.renderer.chat((Message("user", (WIDE, "what?", SMALL)),), answer=True)
+    for sequence in [*rows(qwen), chat, qwen.renderer.caption(TALL, "a tall one")]:
+        names = token(list(sequence.ids))
+        assert names.count("<|vision_start|>") == names.count("<|vision_end|>") == len(sequence.images)
+        for at, image in sequence.images:
+            around = names[at - 1], names[at + image.num_tokens]
+            assert around == ("<|vision_start|>", "<|vision_end|>")
+            assert set(names[at : at + image.num_tokens]) == {"<image>"}
+    builder, spans = qwen.renderer.document((WIDE, "one", SMALL))
+    builder.undo(spans[-1])
+    assert token(builder.ids[-3:]) == ["o", "n", "e"] and len(builder.images) == 1
+
+
+def test_a_mean_is_that_of_the_image_alone(qwen: DuetModel) -> None:
+    qwen.set_prompts(Prompts("{image}", "{text}", "{parts}", chat=False, image_pool="mean"))
+    try:
+        for parts in ((WIDE,), ("a text", WIDE)):
+            sequence = qwen.renderer.embed(parts)
+            at, image = sequence.images[0]
+            assert (sequence.anchors[0].start, sequence.anchors[0].end) == (at, at + image.num_tokens)
+    finally:
+        qwen.set_prompts(PROMPTS)
+
+
+def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
+    """Prompts of different lengths and images in one batch: each token is the best of a whole forward; transformers,
+    given ids and pixels, agrees."""
+    turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
+    asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
+    start = qwen.start(asked, 6)
+    given = start.arguments(qwen.backbone) | {"min_new_tokens": None, "eos_token_id": None}
+    ids = qwen.backbone.model.generate(**given)
+    banned = given["suppress_tokens"]
+    for row, sequence in enumerate(asked):
+        so_far = list(sequence.ids)
+        for token in ids[row].tolist():
+            whole = Sequence(tuple(so_far), (-100,) * len(so_far), (), sequence.images)
+            with torch.no_grad():
+                logits = qwen.hidden_states(qwen.collate([whole]))[0, -1] @ qwen.lm_weight.T
+            logits[banned] = -torch.inf
+            assert token == int(logits.argmax())
+            so_far.append(token)
+        plain = tiny.plain(torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        theirs = qwen.backbone.model.generate(
+            **plain, max_new_tokens=6, do_sample=False, suppress_tokens=banned, eos_token_id=None
+        )
+        assert theirs[0, len(sequence.ids) :].tolist() == ids[row].tolist()
+
+
+def test_cached_features_bring_their_grid(qwen: DuetModel, tmp_path: Path) -> None:
+    path = tmp_path / "wide.png"
+    path.write_bytes(WIDE.data or b"")
+    first, again = (qwen.encode([ImageRef(path=path)]) for _ in range(2))
+    assert np.array_equal(first, again) and np.array_equal(first, qwen.encode([WIDE]))
+    assert qwen.prepare(ImageRef(path=path)).inputs.keys() == {"features"}
+
+
+def test_the_picture_is_put_together_again(qwen: DuetModel) -> None:
+    pixels = np.zeros((16, 40, 3), dtype=np.uint8)
+    pixels[:, 20:] = (200, 100, 50)
+    pixels[:8, :20] = 250
+    prepared = qwen.backbone.prepare(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
+    seen = analysis.as_seen(qwen.backbone.pixels(prepared), qwen.backbone.image_processor)
+    assert seen.shape == pixels.shape and np.abs(seen.astype(int) - pixels).max() <= 1
+    assert analysis.grid(np.arange(10.0), *seen.shape[:2]).shape == (2, 5) == prepared.grid
+
+
+def test_proportions_that_it_cannot_read_are_an_image_s_fault(qwen: DuetModel) -> None:
+    with pytest.raises(ImageError, match=r"aspect ratio must be smaller than 200.*leave it out"):
+        qwen.encode([tiny.picture(0, 2, width=4020)])
+
+
+def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:
+    """Hub checkpoints name the processor that needs torchvision, and give pixels by their older names."""
+    tiny.qwen2_vl(tmp_path / "base")
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    pixels = {"min_pixels": 256, "max_pixels": 1024}
+    patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings | pixels | patches))
+    prepared = load_backbone(tmp_path / "base").prepare(WIDE)
+    assert prepared.grid == (2, 6) and len(prepared.inputs["pixel_values"]) == 48

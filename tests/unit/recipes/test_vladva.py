@@ -1,0 +1,48 @@
+"""VladVA: which captions carry which loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import tiny
+from vlduet.data.records import Record
+from vlduet.data.sequences import IGNORE
+from vlduet.data.stream import Sample
+from vlduet.errors import DataError
+from vlduet.model.duet import DuetModel
+from vlduet.recipes.vladva import Options, layout
+
+SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
+
+
+def told(model: DuetModel, *, short: tuple[str, ...] = (), long: str | None = None, **options: Any) -> tuple[str, str]:
+    """(what is contrasted, what is learned to write)"""
+    record = Record("1", image=tiny.picture(0), short=short, long=long)
+    sequences = layout(Sample(record, 0, 0), model.renderer, Options(**options))
+    decode = model.backbone.tokenizer.decode
+    contrasted = [decode(s.ids) for s in sequences for a in s.anchors if a.role == "text"]
+    written = [decode([i for i in s.labels if i != IGNORE]) for s in sequences]
+    return "".join(contrasted).removesuffix("</s>"), "".join(written).removesuffix("</s>")
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "contrasted", "written"),
+    [
+        ((SHORT,), LONG, SHORT, LONG),
+        ((MIDDLE,), None, "", MIDDLE),
+        ((LONG,), SHORT, SHORT, LONG),
+        ((SHORT, ENDLESS), None, SHORT, ""),
+    ],
+)
+def test_captions_are_told_apart_by_their_tokens(
+    model: DuetModel, short: tuple[str, ...], long: str | None, contrasted: str, written: str
+) -> None:
+    assert told(model, short=short, long=long, split="length") == (contrasted, written)
+    assert told(model, short=short[:1], long=long) == (short[0], long or ""), "the fields say it, unless told otherwise"
+
+
+def test_a_record_without_a_caption_of_either_length_is_named(model: DuetModel) -> None:
+    with pytest.raises(DataError, match=r"501 tokens and more, recipe.long_up_to is 500"):
+        told(model, long=ENDLESS, split="length")
