@@ -144,22 +144,12 @@ def tell(study: Study, work: Path, to: Path) -> None:
         for row in runs
         if row != study.reference
     }
-    head = "| | " + " | ".join(numbers) + " |\n" + "|---" * (len(numbers) + 1) + "|\n"
-    lines = [
-        f"| {row} ({len(runs[row])}) | "
-        + " | ".join(f"{means[row][n].mean:.2f} ± {spread[row][n]:.2f}" for n in numbers)
-        + " |"
-        for row in runs
-    ]
-    said = [
-        f"| {row} | "
-        + " | ".join(
-            f"{mark(v, n in study.lower)}{v.mean:+.2f} ({v.low:+.2f}, {v.high:+.2f})" for n, v in found.items()
-        )
-        + " |"
+    values = {row: {n: f"{means[row][n].mean:.2f} ± {spread[row][n]:.2f}" for n in numbers} for row in runs}
+    gaps = {
+        row: {n: f"{v.mean:+.2f} ({v.low:+.2f}, {v.high:+.2f}){mark(v, n in study.lower)}" for n, v in found.items()}
         for row, found in against.items()
-    ]
-    print(head + "\n".join(lines) + f"\n\nMinus {study.reference}:\n\n" + head + "\n".join(said))  # noqa: T201
+    }
+    print(f"{table(numbers, values)}\nMinus {study.reference}:\n\n{table(numbers, gaps)}")  # noqa: T201
     paces = {row: [pace(at) for at in sorted(work.glob(f"{row.replace(' ', '-')}/seed-*"))] for row in study.rows}
     kept = {
         "rows": {
@@ -179,11 +169,18 @@ def tell(study: Study, work: Path, to: Path) -> None:
     draw(study, against, to / f"{study.name}.svg")
 
 
+def table(numbers: Sequence[str], cells: Mapping[str, Mapping[str, str]]) -> str:
+    """A line a number, a column a row of the study."""
+    lines = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    lines += [f"| {n} | " + " | ".join(found.get(n, "") for found in cells.values()) + " |" for n in numbers]
+    return "\n".join(lines) + "\n"
+
+
 def mark(value: Value, lower: bool) -> str:
-    """+ or - in front of a difference whose interval leaves out zero: better or worse."""
+    """What stands behind a difference whose interval leaves out zero."""
     if value.low <= 0 <= value.high:
         return ""
-    return "**better** " if (value.mean > 0) != lower else "**worse** "
+    return " better" if (value.mean > 0) != lower else " worse"
 
 
 def pace(run: Path) -> float:

@@ -126,7 +126,7 @@ def stamps(model: DuetModel, data: Path) -> Numbers:
         "stamps, text to image R@10": sample(found.text_to_image.ranks <= 10),
         "stamps, image to text R@10": sample(found.image_to_text.ranks <= 10),
         "stamps, nats of captions": per_token(entropy.right, entropy.tokens),
-        "stamps, nats after a wrong image": per_token(entropy.wrong, entropy.tokens),
+        "stamps, nats their image is worth": per_token(entropy.wrong - entropy.right, entropy.tokens),
     }
 
 
