@@ -56,7 +56,7 @@ def train_dual(to: Path, data: Data, *, model: DuetModel, seed: int) -> Path:
     from vlduet.model.encoders import slice_of
     from vlduet.train.loop import train
 
-    parts = [
+    parts: list[Part] = [
         part
         for path in data.train
         for record in read_jsonl(path)
