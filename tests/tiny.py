@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -235,6 +237,20 @@ def cross_encoder(folder: Path, *, seed: int = 0) -> Path:
     tokenizer(bos=True).save_pretrained(folder)
     _pictures(16).save_pretrained(folder)
     return folder
+
+
+def bart(folder: Path, *, seed: int = 0) -> Path:
+    """A BART."""
+    torch.manual_seed(seed)
+    shape = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SHAPE_OF_BART.items()}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}
+    config = BartConfig(vocab_size=len(SPECIALS) + 256, d_model=16, max_position_embeddings=64, **shape, **ends)
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+SHAPE_OF_BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
 
 
 def encoders(folder: Path) -> dict[str, Path]:

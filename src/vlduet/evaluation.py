@@ -24,14 +24,15 @@ from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark
 from vlduet.eval.judge import judge_at
 from vlduet.eval.run import evaluate
-from vlduet.eval.store import Functions
+from vlduet.eval.store import Functions, Reader
 from vlduet.logs import progress, say
 from vlduet.model import generation
 from vlduet.model.backbones import IMAGE_BACKEND, default_device, read_config
+from vlduet.model.bart import BartScore
 from vlduet.model.checkpoint import MANIFEST
 from vlduet.model.dual import frozen_encoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoder, kind_of
+from vlduet.model.encoders import Encoder, fingerprint, kind_of
 from vlduet.model.families import BACKBONES
 from vlduet.model.features import FeatureCache
 
@@ -66,6 +67,8 @@ class Settings:
     """Facts that a RAG benchmark shows; None is each one's default."""
     retriever: Path | None = None
     """A second model, CLIP, SigLIP, a dual or a sentence encoder: the independent retriever of the RAG benchmarks."""
+    fluency: Path | None = None
+    """A BART checkpoint: WebQA's fluency and its QA number need one."""
     judge: Judge | None = None
 
 
@@ -82,6 +85,7 @@ def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]
             loglikelihood=silent(folder),
             other=_other(settings),
             judge=judge_of(settings),
+            fluency=fluency_of(settings),
         )
         return playing, {"fingerprint": encoder_of(folder).fingerprint, "image_backend": IMAGE_BACKEND}
     model = DuetModel.from_pretrained(folder)
@@ -103,6 +107,7 @@ def functions(model: DuetModel, settings: Settings) -> Functions:
         loglikelihood=lambda pairs: likelihoods(model, pairs, system=settings.system),
         other=_other(settings),
         judge=judge_of(settings),
+        fluency=fluency_of(settings),
     )
 
 
@@ -176,6 +181,19 @@ def judge_of(settings: Settings) -> Callable[[Mapping[str, Any], str, float], st
     """The judge's function; None without one."""
     judge = settings.judge
     return None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file)
+
+
+def fluency_of(settings: Settings) -> Reader | None:
+    """The reader of WebQA's answers, opened when it is first asked; None without one."""
+    folder = settings.fluency
+    if folder is None:
+        return None
+    opening = cache(BartScore)
+
+    def nats(pairs: Many[tuple[str, str]]) -> list[float]:
+        return opening(folder)(pairs)
+
+    return Reader(f"{folder.name} {fingerprint(folder)}", nats)
 
 
 def _other(settings: Settings) -> Embed | None:

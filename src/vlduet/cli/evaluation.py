@@ -1,4 +1,4 @@
-"""The verbs that measure: eval, score and report."""
+"""The verbs that measure: eval, score, certify and report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from vlduet.eval.benchmarks.tasks import Benchmark
     from vlduet.evaluation import Settings
 
-SET = "seed=0, system='...', k=3, retriever=DIR, judge.url=http://..., judge.model=..., judge.key_file=FILE."
+SET = (
+    "seed=0, system='...', k=3, retriever=DIR, fluency=DIR, judge.url=http://..., judge.model=..., judge.key_file=FILE."
+)
 
 Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Where the official files lie; --list tells which.")]
 Runs = Annotated[Path, typer.Option("--to", metavar="DIR", help="Predictions and scores, a folder a benchmark.")]
@@ -25,6 +27,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs."""
     app.command("eval")(evaluate)
     app.command("score")(score)
+    app.command("certify")(certify)
     app.command("report")(report)
 
 
@@ -76,13 +79,13 @@ def score(
     from vlduet.eval.benchmarks.source import Source
     from vlduet.eval.run import evaluate, import_predictions, import_reviews
     from vlduet.eval.store import Functions
-    from vlduet.evaluation import judge_of
+    from vlduet.evaluation import fluency_of, judge_of
     from vlduet.logs import say
 
     chosen, wanted = _settings(settings), _wanted(names, None)
     if (predictions or reviews) and len(wanted) != 1:
         raise ConfigError(f"{len(wanted)} benchmarks for one file", place="score", fix="Name the one that it is of")
-    done = []
+    done, readers = [], Functions(judge=judge_of(chosen), fluency=fluency_of(chosen))
     for benchmark in wanted:
         source = Source(data, seed=chosen.seed, k=chosen.k)
         if predictions is not None:
@@ -90,8 +93,34 @@ def score(
             say(f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item")
         if reviews is not None:
             say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
-        done.append(evaluate(benchmark, Functions(judge=judge_of(chosen)), source=source, runs=to, made_by={}))
+        done.append(evaluate(benchmark, readers, source=source, runs=to, made_by={}))
     _tell(done, {}, as_json)
+
+
+def certify(
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="The folder of LLaVA-1.5's released predictions.")],
+    *,
+    data: Data = Path("data"),
+    to: Runs = Path("runs/certify"),
+    as_json: Json = False,
+) -> None:
+    """Check the scorers: released predictions of others must give the published numbers."""
+    from dataclasses import asdict
+
+    from vlduet.eval.certify import certify as compare
+    from vlduet.eval.certify import targets
+
+    found = compare(answers, data=data, runs=to, wanted=targets())
+    if as_json:
+        _print_json({"targets": [{**asdict(one), "verdict": one.verdict} for one in found]})
+    for one in found if not as_json else ():
+        target = one.target
+        came = "" if one.found is None else f"{one.found:.2f}"
+        print(f"{target.model:14} {target.benchmark:14} {target.value:13} {target.target:8.2f} {came:>8} {one.verdict}")
+        if one.why:
+            print(f"    {one.why}")
+    if not found or any(one.verdict != "agrees" for one in found):
+        raise typer.Exit(1)
 
 
 def report(

@@ -4,6 +4,7 @@ run.json             which benchmark, model, files and settings; another run may
 predictions.jsonl    {"key", "prompt", "text"}, one line an answer, flushed at once; the last line of a key holds
 likelihoods.jsonl    {"key", "prompt", "options": [[nats, tokens], ...]}
 reviews.jsonl        {"key", "prompt", "text"}, what a judge wrote
+fluency.jsonl        {"by", "source", "target", "nats"}, nats a token by another model (WebQA's fluency)
 vectors/NAME.f32     float32 rows, appended; NAME.json says of what
 submission/...       files in the format that a server takes
 scores.json          what came out
@@ -36,6 +37,16 @@ EMBED_CHUNK, ANSWER_CHUNK = 128, 32
 
 
 @dataclass(frozen=True, slots=True)
+class Reader:
+    """Another model that reads answers."""
+
+    name: str
+    """Names its weights: what another reader wrote is not taken for its own."""
+    nats: Callable[[Sequence[tuple[str, str]]], Sequence[float]]
+    """(source, target) pairs -> nats a token of each target after its source."""
+
+
+@dataclass(frozen=True, slots=True)
 class Functions:
     """What a model can do; a function that is None is one that it cannot.
 
@@ -43,6 +54,7 @@ class Functions:
     answer: (prompts, longest answer in tokens) -> texts.
     loglikelihood: (prompt, continuation) pairs -> (nats, tokens), nats above 0.
     judge: (task, prompt, temperature) -> text.
+    fluency: who reads how fluent an answer is.
     """
 
     embed: Callable[[list[Parts], bool], Vectors] | None = None
@@ -50,6 +62,7 @@ class Functions:
     loglikelihood: Callable[[list[tuple[Parts, str]]], Sequence[tuple[float, int]]] | None = None
     other: Callable[[list[Parts], bool], Vectors] | None = None
     judge: Callable[[Mapping[str, Any], str, float], str] | None = None
+    fluency: Reader | None = None
 
 
 def flat(parts: Parts) -> str:
@@ -217,6 +230,24 @@ class Store:
                     out.write(line({"key": item.id, "answer": text, "text": found[-1]}))
                     out.flush()
         return found
+
+    def fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
+        """Nats a token of every target after its source, asked for what is not kept; None where that cannot be done."""
+        path, reader = self.folder / "fluency.jsonl", self.functions.fluency
+        rows = [row for row in read_lines(path) if reader is None or row["by"] == reader.name]
+        # Without a reader, what the last one wrote.
+        kept = {(row["source"], row["target"]): float(row["nats"]) for row in rows if row["by"] == rows[-1]["by"]}
+        left = [pair for pair in dict.fromkeys(pairs) if pair not in kept]
+        if reader is None:
+            return None if left or not rows else [kept[pair] for pair in pairs]
+        with appending(path) as out:
+            for begin in self.watch(range(0, len(left), ANSWER_CHUNK), f"reading answers, in {ANSWER_CHUNK}s"):
+                chunk = left[begin : begin + ANSWER_CHUNK]
+                for pair, nats in zip(chunk, reader.nats(chunk), strict=True):
+                    kept[pair] = float(nats)
+                    out.write(line({"by": reader.name, "source": pair[0], "target": pair[1], "nats": kept[pair]}))
+                out.flush()
+        return [kept[pair] for pair in pairs]
 
     def keep(self, name: str, data: bytes) -> None:
         """Write a file of the submission."""

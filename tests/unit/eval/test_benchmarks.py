@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
 from vlduet.eval.benchmarks.tasks import Choices, Pairs, Question, Search
 from vlduet.eval.run import evaluate, folder_of, import_predictions
-from vlduet.eval.store import Functions, flat, read_lines
+from vlduet.eval.store import Functions, Reader, flat, read_lines
 from vlduet.evaluation import Settings, functions, made_by, opened
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -382,6 +383,40 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     mixed = Functions(play.embed, short, play.loglikelihood, play.other)
     made = evaluate(known("fvqa"), mixed, source=Source(data), runs=tmp_path, made_by={"model": "x"})
     assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(made["values"])
+
+
+def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path: Path) -> None:
+    said = {"self": ["The belly is white.", ""], "none": ["White.", "Yes."]}
+    asked: list[tuple[str, str]] = []
+
+    def nats(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        asked.extend(pairs)
+        return [1.0 if source == target else 1.0 + len(target) / 10 for source, target in pairs]
+
+    def answer(prompts: list[Parts], longest: int) -> list[str]:
+        return said["none" if len(prompts[0]) == 1 else "self"]
+
+    def embed(items: Sequence[Parts], query: bool) -> np.ndarray:
+        return np.eye(40, dtype=np.float32)[: len(items)]
+
+    play = Functions(embed=embed, answer=answer, fluency=Reader("a bart", nats))
+    made = evaluate(known("webqa"), play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    fluent = np.exp(-np.array([19, 0, 6, 4]) / 10) * [1, 0, 1, 1]  # BARTScore(A -> c) / BARTScore(A -> A)
+    got = {name: value["mean"] for name, value in made["values"].items()}
+    assert got["self/FL"] == pytest.approx(100 * fluent[:2].mean())
+    assert got["none/FL"] == pytest.approx(100 * fluent[2:].mean())
+    assert got["self/QA"] == pytest.approx(50 * fluent[0])  # white is right, nothing is not
+    assert got["none/QA"] == pytest.approx(50 * (fluent[2] + fluent[3]))
+    count = len(asked)
+    again = evaluate(known("webqa"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert again["values"] == made["values"] and len(asked) == count
+    other = replace(play, fluency=Reader("another bart", lambda pairs: [0.5 for _ in pairs]))
+    third = evaluate(known("webqa"), other, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    assert third["values"]["none/FL"]["mean"] == 100.0, "what another reader wrote is not taken"
+    without = evaluate(
+        known("webqa"), replace(play, fluency=None), source=Source(data), runs=tmp_path / "b", made_by={"m": 1}
+    )
+    assert "self/FL" not in without["values"] and "self/Acc" in without["values"]
 
 
 # ------------------------------------------------------------------ our own corpora

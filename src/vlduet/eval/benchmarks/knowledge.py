@@ -22,7 +22,7 @@ from vlduet.errors import DataError
 from vlduet.eval.answers import ARTICLES, LETTERS, NUMBERS, evalai_accuracy, rouge_l
 from vlduet.eval.benchmarks import choice, vqa
 from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import Answers, Fact, Question, Questions, Rag, Score, by_tag, sample
+from vlduet.eval.benchmarks.tasks import Answers, Fact, Nats, Question, Questions, Rag, Sample, Score, by_tag, sample
 
 REFERENCE = (
     "If the reference information is useful, please use it. Otherwise, please ignore the reference information. "
@@ -105,6 +105,7 @@ def webqa(source: Source) -> Rag:
         candidates=tuple(candidates),
         positives=tuple(positives),
         k=source.k or 2,
+        fluency=webqa_fluency,
         told={"rouge": "ROUGE-L of the package rouge, as DEMON's"},
     )
 
@@ -168,6 +169,32 @@ def webqa_accuracy(text: str, keywords: str, *, kind: str) -> float:
 def _webqa_words(text: str) -> list[str]:
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
     return [NUMBERS.get(word, word) for word in words if word not in ARTICLES]
+
+
+def webqa_fluency(items: Sequence[Question], answers: Answers, nats: Nats) -> dict[str, Sample]:
+    """WebQA's FL and QA = FL x Acc, where a BART is given (``--set fluency=DIR``).
+
+    FL = min(1, max over references A of BARTScore(A -> answer) / BARTScore(A -> A)), BARTScore being the geometric mean
+    of the tokens' probabilities; an empty answer has 0. Acc lacks the official lemmas, as in `score_webqa`.
+    """
+    asked = [
+        (n, pair)
+        for n, (item, text) in enumerate(zip(items, answers, strict=True))
+        for reference in (item.answer if (text or "").strip() else ())
+        for pair in ((reference, text or ""), (reference, reference))
+    ]
+    found = nats([pair for _, pair in asked])
+    if found is None:
+        return {}
+    fluent = [0.0] * len(items)
+    for (n, _), said, own in zip(asked[::2], found[::2], found[1::2], strict=True):
+        fluent[n] = max(fluent[n], min(1.0, float(np.exp(own - said))))
+    right = [
+        webqa_accuracy(text or "", item.tags["keywords"], kind=item.tags["kind"])
+        for item, text in zip(items, answers, strict=True)
+    ]
+    both = [f * r for f, r in zip(fluent, right, strict=True)]
+    return {"FL": sample(fluent), "QA": sample(both)}
 
 
 def webqa_position(source: Source) -> Questions:

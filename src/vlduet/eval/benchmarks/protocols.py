@@ -60,6 +60,9 @@ class Player(Protocol):
     def reviews(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
         """What the judge wrote of every answer; None where there is no judge and nothing stored."""
 
+    def fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
+        """Nats a token of every target after its source; None where there is no model for it and nothing stored."""
+
     def keep(self, name: str, data: bytes) -> None:
         """Keep a submission file."""
 
@@ -271,7 +274,7 @@ def rag(task: Rag, player: Player) -> Score:
     """
     bare = [replace(item, parts=task.prompt(item, ())) for item in task.items]
     samples: dict[str, Sample] = {}
-    scores = {"none": _rag_answered(task, bare, player, "none")}
+    scores = {"none": _rag_score(task, bare, player, name="none")}
     for who, embed in (("self", player.embed), ("other", player.embed_other)):
         similarity = _rag_similarity(task, embed, who)
         if similarity is None:
@@ -283,7 +286,7 @@ def rag(task: Rag, player: Player) -> Score:
             replace(item, parts=task.prompt(item, [task.facts[i] for i in found[: task.k]]))
             for item, found in zip(task.items, order, strict=True)
         ]
-        scores[who] = _rag_answered(task, told, player, who)
+        scores[who] = _rag_score(task, told, player, name=who)
     for who, score in scores.items():
         samples |= {f"{who}/{name}": found for name, found in score.samples.items()}
     ordered = {key: samples[key] for key in sorted(samples, key=lambda key: not key.startswith("self/"))}
@@ -292,11 +295,14 @@ def rag(task: Rag, player: Player) -> Score:
     return Score(ordered, missing=scores["self"].missing, unparsed=unparsed, facts=facts)
 
 
-def _rag_answered(task: Rag, items: Sequence[Question], player: Player, name: str) -> Score:
+def _rag_score(task: Rag, items: Sequence[Question], player: Player, *, name: str) -> Score:
     """The score of these prompts: of free answers, or of ranked options where the task has no scorer."""
     if task.score is None:
         return choose(Choices(tuple(items)), player, name=name)
-    return task.score(items, player.answer(items, name=name))
+    answers = player.answer(items, name=name)
+    score = task.score(items, answers)
+    more = task.fluency(items, answers, player.fluency) if task.fluency is not None else {}
+    return replace(score, samples={**score.samples, **more})
 
 
 def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -> list[NDArray[np.float32]] | None:

@@ -211,8 +211,8 @@ GENERATIVE = (
 
 KNOWLEDGE = (
     Benchmark(
-        "webqa", "WebQA: retrieval and answers", (SUGAR,), split="val, 1,000 drawn", metric="ROUGE-L, R@k, F1",
-        files=WEBQA, protocol="rag", load=knowledge.webqa,
+        "webqa", "WebQA: retrieval and answers", (SUGAR,), split="val, 1,000 drawn",
+        metric="ROUGE-L, Acc, R@k, F1; FL and QA with a BART", files=WEBQA, protocol="rag", load=knowledge.webqa,
     ),
     Benchmark(
         "webqa_position", "WebQA yes/no by the place of the relevant image", (SUGAR,), split="val, 500 drawn x 6",

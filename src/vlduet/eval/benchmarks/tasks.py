@@ -248,6 +248,13 @@ class Fact:
     """What the prompt shows of it."""
 
 
+Nats = Callable[[Sequence[tuple[str, str]]], "list[float] | None"]
+"""(source, target) pairs -> nats a token of each target after its source; None where nothing can tell."""
+
+Fluency = Callable[[Sequence[Question], Answers, Nats], Mapping[str, Sample]]
+"""(items, answers, nats) -> numbers; none where nothing can tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rag:
     """Questions to answer with what was retrieved for them.
@@ -269,6 +276,8 @@ class Rag:
     positives: tuple[tuple[int, ...], ...] = ()
     """For every question the facts that answer it, where they are known."""
     k: int = 1
+    fluency: Fluency | None = None
+    """Adds numbers for which another model reads the answers."""
     told: Mapping[str, Any] = field(default_factory=dict)
 
 
