@@ -56,13 +56,11 @@ def train_dual(to: Path, data: Data, *, model: DuetModel, seed: int) -> Path:
     from vlduet.model.encoders import slice_of
     from vlduet.train.loop import train
 
-    parts: list[Part] = [
-        part
-        for path in data.train
-        for record in read_jsonl(path)
-        if record.image is not None
-        for part in (record.image, *record.short)
-    ]
+    parts: list[Part] = []
+    for path in data.train:
+        for record in read_jsonl(path):
+            if record.image is not None:
+                parts += [record.image, *record.short]
     frozen(to, model).look([slice_of(part) for part in dict.fromkeys(parts)])
     return train(dual_training(to, data, seed=seed))
 
