@@ -491,7 +491,7 @@ def test_the_prior_is_what_frequency_alone_gives() -> None:
     )
 
     class Player:
-        def likelihoods(self, questions: Sequence[Question]) -> list[list[tuple[float, int]] | None]:
+        def likelihoods(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
             return [[(1.0, 1), (2.0, 1)] for _ in questions]
 
     made = choose(Choices(items, "kind", blind=True), Player())  # type: ignore[arg-type]
