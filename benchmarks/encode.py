@@ -172,7 +172,7 @@ def main() -> None:
     records = _bench.pairs(options.data)
     _bench.facts(options, folder)
     model = DuetModel.from_pretrained(folder, device="cpu")
-    if model.prompts.chat or model.head.kind == "mlp" or model.peft is not None:
+    if model.prompts.chat or model.head.kind not in ("linear", "none") or model.peft is not None:
         raise SystemExit(
             "the peers are written for a merged model whose prompts are plain and whose head is linear or none"
         )

@@ -39,7 +39,7 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.model.duet import DuetModel
-from vlduet.model.prompts import Prompts
+from vlduet.model.prompts import Prompts, Renderer
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>"]
@@ -271,6 +271,12 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
     # Qwen2-VL wants to be told which tokens are images.
     kinds = {"mm_token_type_ids": (ids == SPECIALS.index("<image>")).int()} if "image_grid_thw" in given else {}
     return {"input_ids": ids, **given, **kinds}
+
+
+def drawn(renderer: Renderer, ref: ImageRef) -> str:
+    """What an image is in a sequence, as text."""
+    before, after = (renderer.tokenizer.decode(list(ids)) for ids in renderer.image_frame)
+    return f"{before}{renderer.image_token * renderer.prepare(ref).num_tokens}{after}"
 
 
 def picture(seed: int = 0, side: int = 24, *, width: int | None = None) -> ImageRef:

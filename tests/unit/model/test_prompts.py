@@ -28,6 +28,7 @@ def renderer(model: DuetModel, *, prompts: Prompts = tiny.BARE, max_tokens: int 
         model.backbone.tokenizer,
         model.prepare,
         image_token_id=model.backbone.image_token_id,
+        image_frame=model.backbone.image_frame,
         prompts=prompts,
         max_tokens=max_tokens,
     )
@@ -109,7 +110,7 @@ def test_what_is_rendered_is_what_was_written(model: DuetModel, text: str) -> No
 
 def test_the_prompts_of_the_paper(model: DuetModel) -> None:
     made = renderer(model, prompts=PAPER)
-    start, pictures = "<s>" if made.bos else "", "<image>" * 4
+    start, pictures = "<s>" if made.bos else "", tiny.drawn(made, tiny.picture(1))
     image, text = made.embed((tiny.picture(1),), role="image"), made.embed(("a red apple",), role="text")
     mixed = made.embed((tiny.picture(1), "what?"))
     assert text_of(made, image.ids) == (
@@ -144,13 +145,18 @@ def test_spans(model: DuetModel) -> None:
     builder = made.builder()
     parts = ("one", tiny.picture(1), "two", "three")
     spans = made.prompt(builder, parts)
-    assert [text_of(made, builder.ids[a:b]) for a, b in spans] == ["one", "<image>" * 4, "two", " three"]
+    assert [text_of(made, builder.ids[a:b]) for a, b in spans] == [
+        "one",
+        "<image>" * made.prepare(parts[1]).num_tokens,
+        "two",
+        " three",
+    ]
     assert [at for at, _ in builder.images] == [spans[1][0]]
 
 
 def test_image_pool(model: DuetModel) -> None:
     picture = tiny.picture(1)
-    for pool, wanted in [("mean", 4), ("last", 1)]:
+    for pool, wanted in [("mean", model.prepare(picture).num_tokens), ("last", 1)]:
         made = renderer(model, prompts=replace(tiny.BARE, image="<s>{image}</s>", image_pool=pool))
         (anchor,) = made.embed((picture,)).anchors
         assert anchor.end - anchor.start == wanted
@@ -206,7 +212,7 @@ def test_only_the_assistant_and_its_end_are_supervised(model: DuetModel) -> None
     assert supervised(made, sequence) == "an apple</s>a pear, I think</s>"
     start = "<s>" if made.bos else ""
     assert text_of(made, sequence.ids) == (
-        f"{start}<|system|>be brief</s><|user|>{'<image>' * 4}what is it?</s><|assistant|>an apple</s>"
+        f"{start}<|system|>be brief</s><|user|>{tiny.drawn(made, tiny.picture(1))}what is it?</s><|assistant|>an apple</s>"
         "<|user|>and now?</s><|assistant|>a pear, I think</s>"
     )
     check_images(sequence)
@@ -309,15 +315,16 @@ def test_cutting_keeps_images_and_the_summary(model: DuetModel, lengths: list[in
 
 def test_a_cut_caption_is_cut_at_its_end_and_its_end_is_not_taught(model: DuetModel) -> None:
     """A caption that was cut does not end there, so the model must not learn to stop."""
-    made = renderer(model, max_tokens=14)
+    limit = 10 + len(renderer(model).embed((tiny.picture(1),)))
+    made = renderer(model, max_tokens=limit)
     sequence = made.caption(tiny.picture(1), "abcdefghijklmnopqrstuvwxyz", mixed=True)
-    assert len(sequence) == 14
+    assert len(sequence) == limit
     taught = supervised(made, sequence)
     assert "abcdefghijklmnopqrstuvwxyz".startswith(taught) and len(taught) >= 8
     image, mixed = sequence.anchors
     at, picture = sequence.images[0]
     assert (image.start, image.end) == (at, at + picture.num_tokens)
-    assert (mixed.start, mixed.end) == (13, 14)
+    assert (mixed.start, mixed.end) == (limit - 1, limit)
 
 
 def test_the_longest_text_is_cut_first(model: DuetModel) -> None:

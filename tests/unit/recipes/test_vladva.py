@@ -24,7 +24,7 @@ def told(model: DuetModel, *, short: tuple[str, ...] = (), long: str | None = No
     decode = model.backbone.tokenizer.decode
     contrasted = [decode(s.ids) for s in sequences for a in s.anchors if a.role == "text"]
     written = [decode([i for i in s.labels if i != IGNORE]) for s in sequences]
-    return "".join(contrasted).removesuffix("</s>"), "".join(written).removesuffix("</s>")
+    return "".join(contrasted).removeprefix("<s>").removesuffix("</s>"), "".join(written).removesuffix("</s>")
 
 
 @pytest.mark.parametrize(
