@@ -197,6 +197,7 @@ def draw(study: Study, against: Mapping[str, Mapping[str, Value]], path: Path) -
     matplotlib.use("svg")
     from matplotlib import pyplot
 
+    matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = study.name  # the same numbers give the same file
     numbers = list(next(iter(against.values())))
     columns = 3
