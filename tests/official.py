@@ -446,7 +446,7 @@ def knowledge(w: Writer) -> None:
 
 
 def builtin(w: Writer) -> None:
-    def corpus(name: str, rows: list[dict[str, Any]]) -> None:
+    def corpus(name: str, rows: list[dict[str, Any]], *, split: str = "test") -> None:
         for n, row in enumerate(rows):
             row.setdefault("id", str(n))
             for part in [row, *row.get("parts", [])]:
@@ -454,13 +454,15 @@ def builtin(w: Writer) -> None:
                     part["image"] = f"images/{part['image']}.png"
                     if not (w.root / f"corpora/{name}/{part['image']}").exists():
                         w.image(f"corpora/{name}/{part['image']}")
-        w.lines(f"corpora/{name}/test.jsonl", rows)
+        w.lines(f"corpora/{name}/{split}.jsonl", rows)
 
     stamps = ["A red apple.", "A green apple.", "A boat.", "A cat.", "A dog.", "A tree.", "A house.", "A boat."]
     corpus(
         "stamps",
         [{"image": n, "short": text, "metadata": {"category": f"{'ab'[n % 2]}/x"}} for n, text in enumerate(stamps)],
     )
+    trained = [{"image": f"t{n}", "short": f"Thing {n}.", "metadata": {"category": f"{'ab'[n]}/x"}} for n in range(2)]
+    corpus("stamps", trained, split="train")
     emoji = [("red heart", "heart"), ("blue heart", "heart"), ("grinning face", "face")]
     emoji += [("flag: Norway", "country-flag"), ("flag: Peru", "country-flag")]
     corpus(
