@@ -19,6 +19,8 @@ WIDTH, HEIGHT = 360, 214
 LEFT, RIGHT, TOP, BOTTOM = 40, 14, 12, 34
 CELL, PICTURE, MARGIN = 22, 22, 184
 CAPTION_CHARS = 28
+LETTER = 6
+"""Width of a letter of a label, about."""
 MAX_POINTS = 300
 
 
@@ -179,8 +181,8 @@ def heatmap(
     """
     finite = [v for row in values for v in row if math.isfinite(v)] or [0.0]
     low, span = min(finite), (max(finite) - min(finite)) or 1.0
-    worded = any(not _is_image(label) for label in columns)
-    top = (MARGIN if worded else PICTURE) + 8
+    longest = max((len(label) for label in columns if not _is_image(label)), default=0)
+    top = max(PICTURE, min(MARGIN, LETTER * longest)) + 8
     parts = [_column(label, MARGIN + c * CELL, bottom=top - 8) for c, label in enumerate(columns)]
     for r, (label, row) in enumerate(zip(rows, values, strict=True)):
         y = top + r * CELL
@@ -202,7 +204,7 @@ def heatmap(
     ]
     size = (MARGIN + len(columns) * CELL + 2, top + len(rows) * CELL + 2)
     label = f"{title}: {len(rows)} by {len(columns)}, cosine from {low:.2f} to {low + span:.2f}"
-    return _svg(*size, "".join(parts), label=label, name="heatmap")
+    return _svg(*size, "".join(parts), label=label, name="heatmap", grows=1.3)
 
 
 def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Markup:
@@ -257,7 +259,9 @@ def _column(label: str, x: int, *, bottom: int) -> str:
     return _text(label, x=across, y=bottom, turn=f' transform="rotate(-90 {across} {bottom})"', anchor="start")
 
 
-def _svg(width: int, height: int, body: str, *, label: str, name: str) -> Markup:
+def _svg(width: int, height: int, body: str, *, label: str, name: str, grows: float = 0.0) -> Markup:
+    """With `grows`, never smaller than its own size, and at most so many times as large; without, as CSS says."""
+    bounds = f' style="min-width:{width}px;max-width:{grows * width:.0f}px"' if grows else ""
     return Markup(
-        f'<svg class="{name}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+        f'<svg class="{name}" viewBox="0 0 {width} {height}"{bounds} role="img" aria-label="{escape(label)}">{body}</svg>'
     )
