@@ -1,15 +1,16 @@
 """The peer that is made of two libraries: a contrastive step by sentence-transformers, and one of fine-tuning by TRL.
 
     SentenceTransformer([Transformer(folder), Pooling(width, "lasttoken"), Dense])
-    CachedMultipleNegativesRankingLoss(model, scale=1 / .07, mini_batch_size=N, partition_mode="per_direction",
+    CachedMultipleNegativesRankingLoss(model, scale=1 / temperature, mini_batch_size=N, partition_mode="per_direction",
                                        directions=("query_to_doc", "doc_to_query"))
     SFTTrainer(PeftModel, SFTConfig(per_device_train_batch_size=B, gradient_checkpointing=False, max_length=None),
                train_dataset=[{"images", "prompt", "completion"}], processing_class=AutoProcessor)
 
-Both work on one model: get_peft_model(AutoModelForImageTextToText, LoraConfig) is what TRL trains, its inner model is what
-sentence-transformers embeds with, and one AdamW moves LoRA, projector and Dense after both backward passes. The processor
-gets a chat template that writes our prompts and nothing else, so that all have the same tokens. Both libraries get the image
-itself in every step, as their users give it, and run the frozen tower on it.
+The temperature is fixed and an image is read from its last token, for the loss learns none and the pooling knows no image
+tokens. Both libraries work on one model: get_peft_model(AutoModelForImageTextToText, LoraConfig) is what TRL trains, its
+inner model is what sentence-transformers embeds with, and one AdamW moves LoRA, projector and Dense after both backward
+passes. The processor gets a chat template that writes our prompts and nothing else, so that all have the same tokens. Both
+get the image itself in every step, as their users give it, and run the frozen tower on it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlduet.data import images
 from vlduet.data.records import Record
 from vlduet.model.adapters import TARGETS, Lora
-from vlduet.model.duet import INITIAL_TEMPERATURE, DuetModel
+from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
 
 
@@ -59,6 +60,7 @@ class Libraries:
         from trl import SFTConfig, SFTTrainer
 
         self.records = records
+        self.scratch = tempfile.TemporaryDirectory()  # the trainer wants a folder, and writes nothing there
         mine = DuetModel.from_pretrained(folder, device="cpu")  # for its prompts and its head's weights
         if mine.prompts.chat or mine.head.kind != "linear":
             raise SystemExit("the peers are written for a model whose prompts are plain and whose head is linear")
@@ -80,7 +82,7 @@ class Libraries:
         self.embedder = SentenceTransformer(modules=[embedder, pooling, dense], device="cpu")
         self.contrastive = CachedMultipleNegativesRankingLoss(
             self.embedder,
-            scale=1 / INITIAL_TEMPERATURE,
+            scale=float(mine.logit_scale.detach().exp()),
             mini_batch_size=mini_batch,
             directions=("query_to_doc", "doc_to_query"),
             partition_mode="per_direction",
@@ -97,7 +99,7 @@ class Libraries:
             ]
         )
         settings = SFTConfig(
-            output_dir=tempfile.mkdtemp(prefix="bench-"),
+            output_dir=self.scratch.name,
             per_device_train_batch_size=len(records),
             gradient_checkpointing=False,
             max_length=None,
