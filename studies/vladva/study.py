@@ -146,10 +146,10 @@ STUDY = Study(
         "model.prompts={image: '{image}\\nSummarize the provided image in one word:', "
         "text: '{text}\\nSummarize the provided text in one word:', image_pool: last, chat: true}",
         "train.projector=false",
-        "train.batch_size=16",
-        "train.steps=8",
+        "train.batch_size=24",
+        "train.steps=60",
         "train.log_every=1",
-        "train.save_every=8",
+        "train.save_every=30",
         "train.lr=4.0e-4",
         "train.lr_new=3.0e-3",
     ),
