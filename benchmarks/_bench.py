@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import resource
 import statistics
 import time
 import warnings
@@ -96,6 +97,15 @@ def machine() -> None:
         cpu = next((r.split(":")[1].strip() for r in info.read_text().splitlines() if r.startswith("model name")), cpu)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     print(f"machine   {device}; {platform.system()}, Python {platform.python_version()}")
+
+
+def highest() -> float:
+    """The most memory that this process has held, in GB. Linux's ru_maxrss would begin with the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(float(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM")) / 1e6
+    unit = 1e9 if platform.system() == "Darwin" else 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def installed(name: str) -> str:

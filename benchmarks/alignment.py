@@ -16,12 +16,9 @@ one sigma, as tslearn knows no other. Memory is what a fresh process adds for 1,
 from __future__ import annotations
 
 import multiprocessing
-import platform
-import resource
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import _bench
 import torch
@@ -106,18 +103,9 @@ def memory(count: int, longest: int, gradient: bool, answer: multiprocessing.Que
     run = with_gradient if gradient else gak_matrix
     run(sequences(8, 4, 0))
     x = sequences(count, longest, 0)
-    before = highest()
+    before = _bench.highest()
     run(x)
-    answer.put(highest() - before)
-
-
-def highest() -> float:
-    """The most memory that this process has held, in GB. Linux's ru_maxrss would begin with the parent's."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(float(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM")) / 1e6
-    unit = 1e9 if platform.system() == "Darwin" else 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    answer.put(_bench.highest() - before)
 
 
 def peak(count: int, longest: int, *, gradient: bool) -> float:

@@ -25,7 +25,6 @@ import json
 import math
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -199,17 +198,12 @@ def contender(name: str, folder: Path, records: list[Record]) -> Step:
     return ours(folder, records, name)
 
 
-def resident() -> int:
-    """The largest memory that this process had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def peak(step: Step) -> tuple[float, float]:
     """(peak, of it beyond what was there before the first step) of this process, in GB."""
-    before = resident()
+    before = _bench.highest()
     for _ in range(2):
         step()
-    return resident() / 1e9, (resident() - before) / 1e9
+    return _bench.highest(), _bench.highest() - before
 
 
 def contrastive_step(folder: Path, records: list[Record], size: int, scratch: Path) -> Step:
