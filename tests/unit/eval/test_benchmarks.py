@@ -499,13 +499,13 @@ def test_the_prior_is_what_frequency_alone_gives() -> None:
     assert made.samples["accuracy"].mean == made.samples["accuracy_blind"].mean == 80.0
 
 
-def test_the_position_probe_asks_of_what_is_not_there_too(data: Path) -> None:
+def test_the_position_probe_asks_of_every_place_of_a_prompt(data: Path) -> None:
     probe: Any = known("builtin_position").load(Source(data))
-    by_place = {item.tags["position"]: item for item in probe.items[:7]}
-    assert list(by_place) == ["1", "2", "3", "4", "5", "6", "absent"]
-    target = str(by_place["1"].parts[-1]).split(": ")[1].split("\n")[0]
-    for place, item in by_place.items():
-        told = [str(part) for part in item.parts if isinstance(part, str)][:-1]
-        assert len(told) == 6 and item.answer == (1 if place == "absent" else 0)
-        found = [n for n, text in enumerate(told, 1) if text == f"This is: {target}\n"]
-        assert found == ([] if place == "absent" else [int(place)])
+    assert probe.blind and [item.answer for item in probe.items] == list(range(6)) * 8
+    for first in range(0, len(probe.items), 6):
+        prompt = probe.items[first].parts[:-2]
+        assert len(set(probe.items[first].options)) == 6
+        for place, item in enumerate(probe.items[first : first + 6]):
+            assert item.parts[:-2] == prompt and item.tags == {"place": str(place + 1)}
+            shown = [n for n in range(0, 12, 2) if prompt[n] == item.parts[-2]]
+            assert [prompt[n + 1] for n in shown] == [f"This is: {item.options[place]}\n"]

@@ -23,7 +23,7 @@ OPTIONS = 4
 CONTEXT = 6
 """Parts of a document before the image that is looked for."""
 PROBED, SHOWN = 8, 6
-"""Items of the position probe, and images of one prompt."""
+"""Prompts of the position probe, and images of one."""
 ASKED = 60
 """Questions of one kind: the suite shall take minutes on a CPU."""
 
@@ -200,28 +200,25 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
 
 
 def position_probe(source: Source) -> Choices:
-    """Six captioned stamps, and whether one of them is there: it stands at place 1 to 6, or is absent.
+    """Six stamps with their captions, then one of them again: which of the six captions is it?
 
-    Yes or no, by likelihood. What accuracy loses by the place is what gets lost in the middle; `absent` must be no, so
-    that a model which always agrees is seen.
+    All six of a prompt are asked of, so each place is right equally often. What accuracy loses by the place is what gets
+    lost in the middle; without the images all that is left is a liking for a caption or for its place.
     """
     random = np.random.default_rng(source.seed)
     kept = list({r.short[0]: r for r in records(source, "stamps") if r.image is not None and r.short}.values())
-    if len(kept) <= SHOWN:
-        raise DataError(f"only {len(kept)} captions, more than {SHOWN} needed", place=source.root, fix="Fetch stamps")
+    if len(kept) < SHOWN:
+        raise DataError(f"only {len(kept)} captions, {SHOWN} needed", place=source.root, fix="Fetch stamps")
     items = []
-    for n in random.permutation(len(kept))[:PROBED]:
-        target = kept[n]
-        others = [kept[i] for i in random.permutation(len(kept)) if i != n][:SHOWN]
-        for place in (*range(SHOWN), None):
-            told = [*others[: SHOWN - 1]]
-            told.insert(place if place is not None else SHOWN, target if place is not None else others[-1])
-            parts: list[Part] = []
-            for record in told:
-                parts += [record.image, f"This is: {record.short[0]}\n"]
-            parts.append(f"Does one of the pictures show this: {target.short[0]}\nAnswer yes or no.")
-            tag = "absent" if place is None else str(place + 1)
-            items.append(
-                Question(f"{target.id}/{tag}", tuple(parts), int(place is None), {"position": tag}, ("Yes", "No"))
-            )
-    return Choices(tuple(items), "position")
+    for n in range(PROBED):
+        told = [kept[i] for i in random.permutation(len(kept))[:SHOWN]]
+        parts: list[Part] = []
+        for record in told:
+            assert record.image is not None
+            parts += [record.image, f"This is: {record.short[0]}\n"]
+        captions = tuple(record.short[0] for record in told)
+        for at, record in enumerate(told):
+            assert record.image is not None
+            asked = (*parts, record.image, "What is this?")
+            items.append(Question(f"{n}/{at + 1}", asked, at, {"place": str(at + 1)}, captions))
+    return Choices(tuple(items), "place", blind=True)

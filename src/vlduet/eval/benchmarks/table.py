@@ -287,7 +287,7 @@ BUILTIN = (
         metric="accuracy", load=builtin.caption_choice("stamps"),
     ),
     _ours(
-        "position", "Whether a stamp is among six, by its place", corpora=("stamps",), protocol="choose",
+        "position", "Which of six captioned stamps is shown again, by its place", corpora=("stamps",), protocol="choose",
         metric="accuracy by place", load=builtin.position_probe,
     ),
     Benchmark(
