@@ -10,8 +10,8 @@ a   vlduet, padded | packed N     one forward, both losses read from it (recipe 
 b   vlduet, chunks                the step of a by GradCache, in chunks of about 16 images
     sentence-transformers + TRL   a step of CachedMultipleNegativesRankingLoss with mini-batches of 16, and one of
                                   SFTTrainer (pip install trl): _libraries.py, which is printed
-c   peak memory of a process that takes two contrastive steps by GradCache (`vlduet train`, train.chunk_tokens) on batches
-    of 64 to 4,096 records, from pixels on; each in a process of its own
+c   peak memory of a process that takes two contrastive steps by GradCache (`vlduet train`, train.chunk_tokens=512: a batch
+    of 64 is more than one chunk) on batches of 64 to 4,096 records, from pixels on; each in a process of its own
 
 Same weights, records and trainable tensors in all; the losses of the first step are printed. A step is forward, backward and
 AdamW.
@@ -210,7 +210,7 @@ def contrastive_step(folder: Path, records: list[Record], size: int, scratch: Pa
     """The next step of a run of `vlduet train` whose batches have `size` records."""
     path = scratch / "train.jsonl"
     path.write_text("".join(json.dumps(to_json(record, root=scratch)) + "\n" for record in records))
-    train = {"steps": 2, "batch_size": size, "chunk_tokens": 1024, "projector": True}
+    train = {"steps": 2, "batch_size": size, "chunk_tokens": 512, "projector": True}
     tree = {
         "out": str(scratch / "run"),
         "recipe": {"name": "vladva"},

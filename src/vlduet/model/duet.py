@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlduet.data.batches import Batch, by_length, collate
+from vlduet.data.batches import ROW, Batch, by_length, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
@@ -162,7 +162,7 @@ class DuetModel(nn.Module):
         Args:
             items: each a text, an ImageRef, or a tuple of both.
             query: True for the asking side, where the prompts distinguish it.
-            batch_tokens: padded tokens of one forward; items are batched by length.
+            batch_tokens: tokens of one forward; items are batched by length, and short ones packed into rows.
             progress: called with the number of items done since the last call.
 
         Returns:
@@ -174,11 +174,11 @@ class DuetModel(nn.Module):
         vectors = np.empty((len(items), self.dim), dtype=np.float32)
         with evaluating(self):
             for begin in range(0, len(items), 512):  # bounds the decoded images that live at one time
-                rows = [as_parts(item) for item in items[begin : begin + 512]]
-                sequences = [self.renderer.embed(parts, query=query) for parts in rows]
+                rows = enumerate(items[begin : begin + 512], begin)
+                sequences = [self.renderer.embed(as_parts(item), query=query, record=str(n)) for n, item in rows]
                 for chosen in by_length([len(s) for s in sequences], batch_tokens):
-                    readout = self(self.collate([sequences[i] for i in chosen]))
-                    vectors[[begin + i for i in chosen]] = readout.embeddings.float().cpu().numpy()
+                    batch = self.collate([sequences[i] for i in chosen], pack_to=max(ROW, len(sequences[chosen[-1]])))
+                    vectors[[int(a.record) for a in batch.anchors]] = self(batch).embeddings.float().cpu().numpy()
                     if progress:
                         progress(len(chosen))
         return vectors
