@@ -1,7 +1,7 @@
 """Embedding texts and images: vlduet against plain transformers and sentence-transformers, on the same weights.
 
-    vlduet, padded          DuetModel.encode(items): batches of like length, by token budget
-    vlduet, packed N        the same sequences, several in a row of N tokens: collate(sequences, pack_to=N)
+    vlduet                  DuetModel.encode(items): batches of like length, by token budget, short items packed into rows
+    vlduet, padded          the same batches, an item a row
     transformers            batches of 32 in the order given, padded to the longest; one `model.model(...)` a batch; the
                             states are pooled by hand, then the head
     sentence-transformers   SentenceTransformer([Transformer, Pooling, Dense]) over the same language model: encode(texts,
@@ -28,12 +28,14 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from vlduet.data import images
+from vlduet.data.batches import by_length
 from vlduet.data.records import ImageRef, Record, as_parts
 from vlduet.model.duet import DuetModel, Item
 from vlduet.model.features import FeatureCache
 
 BATCH = 32
-PACKS = (64, 256)
+TOKENS = 4096
+"""Of a forward, as `encode` has it."""
 
 
 def texts_of(records: list[Record], count: int, longest: int, rng: random.Random) -> list[str]:
@@ -52,19 +54,12 @@ def ours(model: DuetModel, items: list[Item]) -> np.ndarray:
 
 
 @torch.no_grad()
-def ours_packed(model: DuetModel, items: list[Item], pack_to: int) -> np.ndarray:
+def ours_padded(model: DuetModel, items: list[Item]) -> np.ndarray:
     model.features = FeatureCache(None)
-    sequences = [model.renderer.embed(as_parts(item), record=str(i)) for i, item in enumerate(items)]
+    sequences = [model.renderer.embed(as_parts(item)) for item in items]
     vectors = np.empty((len(items), model.dim), dtype=np.float32)
-    group = []
-    for sequence in sequences:  # in the order given; a forward takes about as many tokens as `encode`'s
-        group.append(sequence)
-        if sum(map(len, group)) > 4096 or sequence is sequences[-1]:
-            readout = model.eval()(model.collate(group, pack_to=pack_to))
-            vectors[[int(anchor.record) for anchor in readout.anchors]] = (
-                readout.embeddings.numpy()
-            )  # rows mix the order
-            group = []
+    for chosen in by_length([len(s) for s in sequences], TOKENS):
+        vectors[chosen] = model.eval()(model.collate([sequences[i] for i in chosen])).embeddings.numpy()
     return vectors
 
 
@@ -187,13 +182,17 @@ def main() -> None:
             texts = texts_of(records, count, longest, rng)
             lengths = sorted(len(model.renderer.embed((text,))) for text in texts)
             what = f"{title}: {count}, {lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} in all"
-            contenders: dict[str, Callable[[], np.ndarray]] = {"vlduet, padded": partial(ours, model, list(texts))}
-            contenders |= {f"vlduet, packed {n}": partial(ours_packed, model, list(texts), n) for n in PACKS}
+            contenders: dict[str, Callable[[], np.ndarray]] = {
+                "vlduet": partial(ours, model, list(texts)),
+                "vlduet, padded": partial(ours_padded, model, list(texts)),
+            }
             contenders |= {"transformers": partial(plain.texts, texts), "sentence-transformers": partial(peer, texts)}
             compare(what, contenders, count=count, repeats=repeats)
-    contenders = {"vlduet, padded": partial(ours, model, list(refs))}
-    contenders |= {f"vlduet, packed {n}": partial(ours_packed, model, list(refs), n) for n in PACKS}
-    contenders |= {"transformers": partial(plain.images, refs)}
+    contenders = {
+        "vlduet": partial(ours, model, list(refs)),
+        "vlduet, padded": partial(ours_padded, model, list(refs)),
+        "transformers": partial(plain.images, refs),
+    }
     compare(f"images: {pictures}, from files", contenders, count=pictures, repeats=repeats)
 
 

@@ -230,15 +230,13 @@ class _Slices:
     """Sequences, shortest first, as one matrix of slices."""
 
     features: Tensor
-    """float[S, d]; after `around` float[S, d + 2], with |x|^2 and 1 behind each."""
+    """float[S, d]; after `around` float[S, d + 2], with 1 and |x|^2 behind each."""
     lengths: Tensor
     """int64[n], rising."""
     first: Tensor
     """int64[n], row of the first slice."""
     order: Tensor
     """int64[n], where each stood in what was given."""
-    facing: Tensor | None = None
-    """float[S, d + 2], whose inner products with `features` are squared distances: -2 <x, y> + |x|^2 + |y|^2."""
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor], name: str) -> _Slices:
@@ -273,12 +271,20 @@ class _Slices:
         return self.lengths[which], rows.clamp(max=len(self.features) - 1)
 
     def around(self, middle: Tensor) -> None:
-        """Takes a point away from every slice, in place, and makes both sides of the product of distances."""
+        """Takes a point away from every slice, in place, and makes what a product needs to give distances."""
         centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
         squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
-        ones = torch.ones_like(squares)
-        self.features = torch.cat([centred, squares, ones], 1)
-        self.facing = torch.cat([centred * -2, ones, squares], 1)
+        self.features = torch.cat([centred, torch.ones_like(squares), squares], 1)
+
+    def facing(self, index: Tensor) -> Tensor:
+        """float[..., d + 2] of some rows: -2 times an inner product of these with `features` is a squared distance.
+
+        -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
+        """
+        found = self.features[index]
+        found[..., -2] = found[..., -1] / -2
+        found[..., -1] = -0.5
+        return found
 
 
 def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
@@ -292,24 +298,25 @@ def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
 def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
     same = left is right
-    rows, columns = left.features, right.facing
-    assert columns is not None
-    moving = torch.is_grad_enabled() and (rows.requires_grad or columns.requires_grad)
+    rows = left.features
+    moving = torch.is_grad_enabled() and (rows.requires_grad or right.features.requires_grad)
     wide, block = _block(rows, kernel.band, len(right.first))
     # Where nothing is kept for a gradient, one piece of memory serves all blocks: fresh pages cost as much as the sweep.
     most = wide * int(right.lengths[-1])
     room = rows.new_empty(0 if moving else max(min(block, len(rows) * most), int(left.lengths[-1]) * most))
-    found, done = [], 0
+    found, done, nothing = [], 0, rows.new_zeros(())
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
     ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
     for begin in range(0, len(right.first), wide):
         end = min(begin + wide, len(right.first))
         lengths_y, index = right.among(begin, wide)
-        lanes = columns[index.T.flatten()]  # [N * B, d + 2]
+        lanes = right.facing(index.T.flatten())  # [N * B, d + 2]
         for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
             some = rows[ends[a] : ends[b]]
             out = None if moving else room[: len(some) * len(lanes)].view(len(some), len(lanes))
-            cells = torch.mm(some, lanes.T, out=out).view(-1, index.shape[1], wide)  # [R, N, B]
+            cells = torch.addmm(nothing, some, lanes.T, beta=0, alpha=-2, out=out).view(
+                -1, index.shape[1], wide
+            )  # [R, N, B]
             x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)
             first = left.first[a:b] - left.first[a]
             log_k = sweeps.log_gak_cells(
@@ -338,13 +345,14 @@ def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
     lengths, which = torch.unique(other.lengths, return_inverse=True)
     if not kernel.by_length:
         lengths, which = lengths[:1], torch.zeros_like(which)
-    rows, facing = own.features, own.facing
-    assert facing is not None
+    rows, nothing = own.features, own.features.new_zeros(())
     wide, block = _block(rows, kernel.band, len(own.first))
     found = []
     for begin in range(0, len(own.first), wide):
         mine, index = own.among(begin, wide)  # [B], [B, N]
-        square = (rows[index] @ facing[index].mT).permute(1, 2, 0)  # [N, N, B]
+        square = torch.baddbmm(nothing, rows[index], own.facing(index).mT, beta=0, alpha=-2).permute(
+            1, 2, 0
+        )  # [N, N, B]
         several = []
         for some in lengths.split(max(1, block // square.numel())):
             cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]

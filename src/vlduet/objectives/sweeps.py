@@ -259,10 +259,15 @@ def _on_cpu(
             lanes.sweep(plain, first[part].numpy(), **arrays)
 
     threads = min(torch.get_num_threads(), 1 + cells.numel() // SMALL, len(first))
-    edges = [len(first) * i // threads for i in range(threads + 1)]
-    parts = [slice(begin, end) for begin, end in pairwise(edges)]
-    for _ in _pool(threads).map(sweep, parts) if threads > 1 else map(sweep, parts):
-        pass  # a worker's error comes out here
+    shares = torch.tensor(
+        [len(cells) * i // threads for i in range(1, threads)]
+    )  # of rows: the last sequences are longest
+    edges = [0, *torch.searchsorted(first, shares).tolist(), len(first)]
+    mine, *others = [slice(begin, end) for begin, end in pairwise(edges)]
+    begun = [_pool(threads - 1).submit(sweep, part) for part in others]
+    sweep(mine)
+    for each in begun:
+        each.result()  # a worker's error comes out here
     lost = log_k.isnan().nonzero()
     for some in lost.split(max(1, SMALL // cells[0].numel())) if len(lost) else ():
         _again(cells.detach(), some, (first, scale, *lengths), log_k=log_k, weights=weights, weigh=weigh)

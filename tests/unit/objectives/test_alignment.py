@@ -376,6 +376,7 @@ def test_errors_of_pairs():
 
 
 def child(queue) -> None:
+    torch.set_num_threads(1)  # as torch's loaders do: OpenMP hangs in a fork of a process that has used its threads
     queue.put(float(gak_matrix(sequences([40] * 35, dtype=torch.float32)).sum()))
 
 
