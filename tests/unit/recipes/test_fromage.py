@@ -143,10 +143,12 @@ def test_the_language_model_does_not_see_an_image_that_is_only_embedded(model: D
     trunk: Any = model.backbone.trunk
     trunk.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["inputs_embeds"])), with_kwargs=True)
     items = [tiny.picture(0), "a flower", (tiny.picture(1), "and more")]
+    alone = model.encode(items[:1])
+    assert not rows, "an image alone has no row"
     together = model.encode(items)
-    assert sum(rows) == 2, "the text and the mixture"
-    assert_close(np.concatenate([model.encode([item]) for item in items]), together, atol=1e-6, rtol=0)
-    assert sum(rows) == 4
+    assert rows == [1], "the text and the mixture share a row"
+    assert_close(np.concatenate([alone, *(model.encode([item]) for item in items[1:])]), together, atol=1e-6, rtol=0)
+    assert rows == [1, 1, 1]
     left = model(model.collate([model.renderer.embed((item,)) for item in items[:2]], side="left")).embeddings
     assert_close(left.detach().float().numpy(), together[:2], atol=1e-6, rtol=0)
 

@@ -201,7 +201,7 @@ def choose(task: Choices, player: Player, *, name: str = "") -> Score:
     """The share of questions whose right option is strictly the likeliest: by nats a token, and by nats in all.
 
     The sum favours short options, the mean long ones; both are told because published protocols use either. Baselines
-    stand beside them: `chance`, `prior` (always the option that is most often right among questions of its tag), and,
+    stand beside them: `chance`, `prior` (always the option that is most often right in the other questions of its tag), and,
     where a task asks for it, `accuracy_blind`: the same questions without their images.
     """
     found = player.likelihoods(task.items, name=name)
@@ -238,12 +238,13 @@ def _words(parts: Parts) -> Parts:
 
 
 def _prior(task: Choices) -> float:
-    """What one scores who has never seen a picture but knows how often each option is right: ties share the point."""
+    """What one scores who has never seen a picture but knows how often each option is right in the other questions: ties
+    share the point. A question's own answer does not count, or an option that is asked of once would give itself away."""
     kind = [item.tags.get(task.tag, "") for item in task.items]
     often = Counter((k, item.options[item.answer]) for k, item in zip(kind, task.items, strict=True))
     shares = []
     for k, item in zip(kind, task.items, strict=True):
-        counts = [often[k, option] for option in item.options]
+        counts = [often[k, option] - (n == item.answer) for n, option in enumerate(item.options)]
         best = [n for n, count in enumerate(counts) if count == max(counts)]
         shares.append((item.answer in best) / len(best))
     return float(np.mean(shares))
