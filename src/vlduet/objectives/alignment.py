@@ -314,9 +314,8 @@ def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
         for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
             some = rows[ends[a] : ends[b]]
             out = None if moving else room[: len(some) * len(lanes)].view(len(some), len(lanes))
-            cells = torch.addmm(nothing, some, lanes.T, beta=0, alpha=-2, out=out).view(
-                -1, index.shape[1], wide
-            )  # [R, N, B]
+            cells = torch.addmm(nothing, some, lanes.T, beta=0, alpha=-2, out=out)
+            cells = cells.view(-1, index.shape[1], wide)  # [R, N, B]
             x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)
             first = left.first[a:b] - left.first[a]
             log_k = sweeps.log_gak_cells(
@@ -350,9 +349,8 @@ def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
     found = []
     for begin in range(0, len(own.first), wide):
         mine, index = own.among(begin, wide)  # [B], [B, N]
-        square = torch.baddbmm(nothing, rows[index], own.facing(index).mT, beta=0, alpha=-2).permute(
-            1, 2, 0
-        )  # [N, N, B]
+        square = torch.baddbmm(nothing, rows[index], own.facing(index).mT, beta=0, alpha=-2)
+        square = square.permute(1, 2, 0)  # [N, N, B]
         several = []
         for some in lengths.split(max(1, block // square.numel())):
             cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]

@@ -259,10 +259,8 @@ def _on_cpu(
             lanes.sweep(plain, first[part].numpy(), **arrays)
 
     threads = min(torch.get_num_threads(), 1 + cells.numel() // SMALL, len(first))
-    shares = torch.tensor(
-        [len(cells) * i // threads for i in range(1, threads)]
-    )  # of rows: the last sequences are longest
-    edges = [0, *torch.searchsorted(first, shares).tolist(), len(first)]
+    shares = torch.tensor([len(cells) * i // threads for i in range(1, threads)])
+    edges = [0, *torch.searchsorted(first, shares).tolist(), len(first)]  # by rows: the last sequences are the longest
     mine, *others = [slice(begin, end) for begin, end in pairwise(edges)]
     begun = [_pool(threads - 1).submit(sweep, part) for part in others]
     sweep(mine)

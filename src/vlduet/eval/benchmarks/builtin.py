@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from vlduet.data.images import content_key
-from vlduet.data.records import ImageRef, Part, Record, read_jsonl
+from vlduet.data.records import ImageRef, Record, read_jsonl
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks.compositional import winoground_rule
 from vlduet.eval.benchmarks.retrieval import both_ways
@@ -206,19 +206,15 @@ def position_probe(source: Source) -> Choices:
     lost in the middle; without the images all that is left is a liking for a caption or for its place.
     """
     random = np.random.default_rng(source.seed)
-    kept = list({r.short[0]: r for r in records(source, "stamps") if r.image is not None and r.short}.values())
+    kept = list({r.short[0]: r.image for r in records(source, "stamps") if r.image is not None and r.short}.items())
     if len(kept) < SHOWN:
         raise DataError(f"only {len(kept)} captions, {SHOWN} needed", place=source.root, fix="Fetch stamps")
     items = []
     for n in range(PROBED):
         told = [kept[i] for i in random.permutation(len(kept))[:SHOWN]]
-        parts: list[Part] = []
-        for record in told:
-            assert record.image is not None
-            parts += [record.image, f"This is: {record.short[0]}\n"]
-        captions = tuple(record.short[0] for record in told)
-        for at, record in enumerate(told):
-            assert record.image is not None
-            asked = (*parts, record.image, "What is this?")
+        parts = [part for caption, image in told for part in (image, f"This is: {caption}\n")]
+        captions = tuple(caption for caption, _ in told)
+        for at, (_, image) in enumerate(told):
+            asked = (*parts, image, "What is this?")
             items.append(Question(f"{n}/{at + 1}", asked, at, {"place": str(at + 1)}, captions))
     return Choices(tuple(items), "place", blind=True)

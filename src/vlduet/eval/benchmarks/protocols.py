@@ -330,9 +330,8 @@ def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -
         row[wanted] = np.where(seen.any(0), np.where(seen, views, 0).sum(0) / seen.sum(0).clip(1), np.nan)
         if task.excluded:
             row[list(task.excluded[n])] = -np.inf
-        found.append(
-            np.where(np.isnan(row), np.float32(-np.inf), row)
-        )  # nan_to_num would make -inf a number, and allowed
+        # nan_to_num would make -inf a number, and allowed.
+        found.append(np.where(np.isnan(row), np.float32(-np.inf), row))
     return found
 
 
