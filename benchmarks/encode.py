@@ -30,12 +30,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from vlduet.data import images
 from vlduet.data.batches import by_length
 from vlduet.data.records import ImageRef, Record, as_parts
-from vlduet.model.duet import DuetModel, Item
+from vlduet.model.duet import FORWARD, DuetModel, Item
 from vlduet.model.features import FeatureCache
 
 BATCH = 32
-TOKENS = 4096
-"""Of a forward, as `encode` has it."""
 
 
 def texts_of(records: list[Record], count: int, longest: int, rng: random.Random) -> list[str]:
@@ -58,7 +56,7 @@ def ours_padded(model: DuetModel, items: list[Item]) -> np.ndarray:
     model.features = FeatureCache(None)
     sequences = [model.renderer.embed(as_parts(item)) for item in items]
     vectors = np.empty((len(items), model.dim), dtype=np.float32)
-    for chosen in by_length([len(s) for s in sequences], TOKENS):
+    for chosen in by_length([len(s) for s in sequences], FORWARD):
         vectors[chosen] = model.eval()(model.collate([sequences[i] for i in chosen])).embeddings.numpy()
     return vectors
 

@@ -42,7 +42,7 @@ from vlduet.eval.galleries import evenly
 from vlduet.eval.metrics import Interval, bootstrap_interval
 from vlduet.files import write_text
 from vlduet.logs import Progress
-from vlduet.model.duet import DuetModel
+from vlduet.model.duet import FORWARD, DuetModel
 from vlduet.model.generation import evaluating
 
 Floats = NDArray[np.float64]
@@ -190,7 +190,7 @@ def _read(model: DuetModel, items: Sequence[Parts], bar: Progress) -> Reading:
     entropy = np.empty(len(items), dtype=np.float64)
     for begin in range(0, len(items), CHUNK):
         sequences = [model.renderer.embed(parts) for parts in items[begin : begin + CHUNK]]
-        for chosen in by_length([len(s) for s in sequences], 4096):
+        for chosen in by_length([len(s) for s in sequences], FORWARD):
             batch = model.collate([sequences[i] for i in chosen])
             hidden = model.hidden_states(batch)  # [B, T, D]
             spans = batch.anchor_spans  # one anchor a sequence, in their order

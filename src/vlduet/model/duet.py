@@ -38,6 +38,8 @@ Item = Part | Parts
 """What can be embedded: a text, an image, or several of both in order."""
 
 INITIAL_TEMPERATURE = 0.07
+FORWARD = 4096
+"""Tokens of one forward where nothing is trained."""
 
 
 class DuetModel(nn.Module):
@@ -154,7 +156,7 @@ class DuetModel(nn.Module):
         items: Many[Item],
         *,
         query: bool = False,
-        batch_tokens: int = 4096,
+        batch_tokens: int = FORWARD,
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Embed texts, images and mixtures.
@@ -184,13 +186,13 @@ class DuetModel(nn.Module):
         return vectors
 
     def encode_query(
-        self, items: Many[Item], *, batch_tokens: int = 4096, progress: Callable[[int], None] | None = None
+        self, items: Many[Item], *, batch_tokens: int = FORWARD, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """`encode` for the asking side."""
         return self.encode(items, query=True, batch_tokens=batch_tokens, progress=progress)
 
     def encode_document(
-        self, items: Many[Item], *, batch_tokens: int = 4096, progress: Callable[[int], None] | None = None
+        self, items: Many[Item], *, batch_tokens: int = FORWARD, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """`encode` for what is searched."""
         return self.encode(items, query=False, batch_tokens=batch_tokens, progress=progress)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import tiny
 from vlduet.data.records import ImageRef
+from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
 
 
@@ -62,6 +63,16 @@ def test_another_content_under_the_same_name_is_another_image(tmp_path: Path, pi
     assert pictures[0].path is not None
     pictures[0].path.write_bytes(tiny.picture(99, side=25).data or b"")
     assert abs(model.encode(pictures[:1]) - before).max() > 1e-6
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_tower_with_other_weights_has_other_features(tmp_path: Path, pictures: list[ImageRef], place: int) -> None:
+    before, after = tiny.duet(tmp_path / "base"), DuetModel.from_pretrained(tmp_path / "base")
+    assert before.prepare(pictures[0]).key == after.prepare(pictures[0]).key
+    after = DuetModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        list(after.backbone.tower.parameters())[place].add_(1)
+    assert before.prepare(pictures[0]).key != after.prepare(pictures[0]).key
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200])
