@@ -260,10 +260,6 @@ class _Slices:
             raise ValueError(f"{name}[{wrong}] has features that are not finite")
         return cls(features, lengths.to(device), first.to(device), order.to(device))
 
-    def ends(self) -> list[int]:
-        """Where each sequence begins, and where the last one ends."""
-        return [*self.first.tolist(), len(self.features)]
-
     def among(self, begin: int, wide: int) -> tuple[Tensor, Tensor]:
         """`wide` sequences from `begin` on, the last one repeated: lengths int64[wide], rows int64[wide, longest].
 
@@ -310,7 +306,7 @@ def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
     room = rows.new_empty(0 if moving else max(min(block, len(rows) * most), int(left.lengths[-1]) * most))
     found, done, nothing = [], 0, rows.new_zeros(())
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
-    ends = left.ends()
+    ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
     for begin in range(0, len(right.first), wide):
         end = min(begin + wide, len(right.first))
         lengths_y, index = right.among(begin, wide)
@@ -350,16 +346,11 @@ def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
         lengths, which = lengths[:1], torch.zeros_like(which)
     rows, nothing = own.features, own.features.new_zeros(())
     wide, block = _block(rows, kernel.band, len(own.first))
-    ends = own.ends()
     found = []
     for begin in range(0, len(own.first), wide):
         mine, index = own.among(begin, wide)  # [B], [B, N]
-        # All products of these sequences' slices, which lie side by side: cheaper than to copy each sequence's own apart.
-        a, b = ends[begin], ends[min(begin + wide, len(own.first))]
-        facing = own.facing(torch.arange(a, b, device=rows.device))
-        products = torch.addmm(nothing, rows[a:b], facing.T, beta=0, alpha=-2)  # [R, R]
-        at = (index - a).clamp(max=b - a - 1).T  # [N, B]
-        square = products.take(at[:, None] * (b - a) + at)  # [N, N, B]
+        square = torch.baddbmm(nothing, rows[index], own.facing(index).mT, beta=0, alpha=-2)
+        square = square.permute(1, 2, 0)  # [N, N, B]
         several = []
         for some in lengths.split(max(1, block // square.numel())):
             cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]
