@@ -284,7 +284,7 @@ def main() -> None:
         for name in (names[0], "vlduet, padded", TRANSFORMERS):
             print("  {:28} {:6.2f}  ({:.2f})".format(name, *measured(name)), flush=True)
     if "b" in options.rows:
-        many = batch_of(pairs, 8 if quick else 48, options.seed)
+        many = batch_of(pairs, 8 if quick else 24, options.seed)
         print(f"\nthe peer of row b, with B = {len(many)} and N = {MINI_BATCH}\n\n{_libraries.__doc__}")
         names = [CHUNKS, f"vlduet, packed {PACKS[0]}", LIBRARIES]
         compared(f"b: a step on {len(many)} records", names, folder, many, repeats)
