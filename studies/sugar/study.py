@@ -179,7 +179,6 @@ STUDY = Study(
         "one encoder": ("recipe.triple=false",),
         "last token": ("recipe.pool=last", "model.prompts={image_pool: last}"),
         "kl": ("recipe.loss=kl",),
-        "narrow": ("recipe.delta=0.35",),
     },
     reference="joint",
     measure=measure,
