@@ -36,9 +36,11 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="nano.safetensors from before the classes")
     parser.add_argument("--out", type=Path, help="the same, reading them")
     options = parser.parse_args()
-    if options.start is not None:
+    if options.start is not None and options.out is not None:
         save_file(earlier(options.start), options.out)
         return
+    if options.model is None or options.data is None:
+        parser.error("--model and --data are needed, or --start and --out")
     model = DuetModel.from_pretrained(options.model)
     folder = corpora.fetch("stamps", options.data, progress=say).folder
     validation = [record for record in read_jsonl(folder / "val.jsonl") if usable(record)]
