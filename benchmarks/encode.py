@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from vlduet.data import images
-from vlduet.data.batches import by_length
+from vlduet.data.batches import FORWARD, by_length
 from vlduet.data.records import ImageRef, Record, as_parts
-from vlduet.model.duet import FORWARD, DuetModel, Item
+from vlduet.model.duet import DuetModel, Item
 from vlduet.model.features import FeatureCache
 
 BATCH = 32

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlduet.data import images as pictures
-from vlduet.data.batches import by_length
+from vlduet.data.batches import FORWARD, by_length
 from vlduet.data.formats import read_records
 from vlduet.data.keys import content_key
 from vlduet.data.quarantine import Quarantine
@@ -42,7 +42,7 @@ from vlduet.eval.galleries import evenly
 from vlduet.eval.metrics import Interval, bootstrap_interval
 from vlduet.files import write_text
 from vlduet.logs import Progress
-from vlduet.model.duet import FORWARD, DuetModel
+from vlduet.model.duet import DuetModel
 from vlduet.model.generation import evaluating
 
 Floats = NDArray[np.float64]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, positions
 
+FORWARD = 4096
+"""Tokens of one forward where nothing is trained."""
 ROW = 64
 """Tokens of a row that short sequences share where nobody asks otherwise: attention costs a CPU as much for each row."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlduet.data.batches import ROW, Batch, by_length, collate
+from vlduet.data.batches import FORWARD, ROW, Batch, by_length, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
@@ -38,8 +38,6 @@ Item = Part | Parts
 """What can be embedded: a text, an image, or several of both in order."""
 
 INITIAL_TEMPERATURE = 0.07
-FORWARD = 4096
-"""Tokens of one forward where nothing is trained."""
 
 
 class DuetModel(nn.Module):
