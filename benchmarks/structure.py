@@ -26,13 +26,14 @@ from torch.nn import functional as F
 
 from vlduet.data.records import Part, Record
 from vlduet.data.stream import Sample
+from vlduet.model import nano
 from vlduet.model.adapters import Lora
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import ROLES, Encoder, Encoders
 from vlduet.model.features import FeatureCache
 from vlduet.recipes import sugar
 
-WIDTHS = {"vision": 1280, "text": 384, "cross": 256}
+WIDTHS = {"vision": 2 * nano.FEATURES, "text": 384, "cross": 256}
 LORA = Lora(rank=16, alpha=32, targets="qv")
 
 

@@ -120,9 +120,8 @@ def load_classes(
         if words(caption) in held_out:
             continue
         key = f"imagenet-class-{i}"
-        made = torch.zeros(like.shape[-1])
-        made[: nano.FEATURES] = rows[i] * spread + centre
-        made[nano.FEATURES + i] = CERTAIN
+        made = F.pad(rows[i] * spread + centre, (0, nano.FEATURES))
+        made[nano.CLASSES][i] = CERTAIN
         model.features.put(key, made.expand(nano.TOKENS, -1))
         captions.append(caption)
         descriptions.append(told.get(str(i), {}).get("description", caption))
@@ -215,9 +214,8 @@ def _cached(model: DuetModel, image: PreparedImage) -> Tensor:
 def reading_classes(projection: Tensor, *, vote: float = VOTE) -> Tensor:
     """A projector's first layer, float[D, 1280 or more], that takes each class for its prototype: float[D, 2560]."""
     alone = projection[:, : nano.FEATURES]
-    wide = projection.new_zeros(len(projection), 2 * nano.FEATURES)
-    wide[:, : nano.FEATURES] = alone
-    wide[:, nano.FEATURES : nano.FEATURES + nano.CLASSES] = vote * alone @ prototypes(classifier()[0]).T
+    wide = F.pad(alone, (0, nano.FEATURES))
+    wide[:, nano.CLASSES] = vote * alone @ prototypes(classifier()[0]).T
     return wide
 
 

@@ -46,10 +46,9 @@ def main() -> None:
     validation = [record for record in read_jsonl(folder / "val.jsonl") if usable(record)]
     tower, first = model.backbone.model.model.vision_tower, model.backbone.projector.linear_1
     _, bias = classifier()
-    classes = slice(nano.FEATURES, nano.FEATURES + nano.CLASSES)
     for doubt, vote in ((nano.DOUBT, 0.0), *((doubt, vote) for doubt in DOUBTS for vote in VOTES)):
         with torch.no_grad():
-            tower.encoder.blocks[17].projection.project_bn.bias[classes] = bias - doubt
+            tower.encoder.blocks[17].projection.project_bn.bias[nano.CLASSES] = bias - doubt
             first.weight.copy_(reading_classes(first.weight, vote=vote))
         model.features = FeatureCache(None)  # another doubt, other features
         say(f"doubt {doubt}, vote {vote}: {measure(model, validation, seed=0)}")

@@ -63,7 +63,7 @@ def test_the_tower_is_lite0_averaged_and_its_classes(model: DuetModel) -> None:
         pooled = F.avg_pool2d(F.avg_pool2d(last, 3, 2), 2, 1)
         logits = F.conv2d(pooled, lite["_fc.weight"][:, :, None, None], lite["_fc.bias"])
         classes = (logits - nano.DOUBT).clamp(0, 6)
-        rest = pooled.new_zeros(2, nano.FEATURES - nano.CLASSES, nano.GRID, nano.GRID)
+        rest = pooled.new_zeros(2, 2 * nano.FEATURES - nano.CLASSES.stop, nano.GRID, nano.GRID)
         assert_close(tower(pixels).last_hidden_state, torch.cat([pooled, classes, rest], 1), atol=1e-4, rtol=1e-4)
     assert classes.count_nonzero() > 0
     assert last.shape[-1] == 7 and pooled.shape[-2:] == (nano.GRID, nano.GRID)

@@ -158,7 +158,7 @@ class Backbone(nn.Module):
     def vision_fingerprint(self) -> str:
         """Names what decides the vision features: processor settings, image backend, the tower's config and weights.
 
-        Of every tensor of the tower 16 values, spread evenly: reading all of a large tower takes seconds.
+        Of every tensor of the tower some twenty values, spread evenly: reading all of a large tower takes seconds.
         """
         if not hasattr(self, "_vision_fingerprint"):
             tower = self.model.config.vision_config.to_json_string()

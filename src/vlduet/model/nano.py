@@ -44,10 +44,10 @@ from vlduet.model.prompts import Prompts
 
 PIXELS, GRID = 224, 2
 TOKENS = GRID * GRID
-FEATURES, CLASSES = 1280, 1000
-"""The first channels of an image token: Lite0's features, then its classes; the last 280 are zero."""
+FEATURES, CLASSES = 1280, slice(1280, 2280)
+"""Channels of an image token: so many of Lite0's features, then its classes; the last 280 are zero."""
 DOUBT = 7.0
-"""A class whose logit is below it says nothing; above it, up to twice of it, it counts by how much (relu6)."""
+"""A class whose logit is below it says nothing; above it, it counts by how much, up to 6 (relu6)."""
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
 """A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
 PAD_TOKEN = "<|endoftext|>"
@@ -186,9 +186,9 @@ def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str
             found[key] = _padded(lite.get(f"{names[module]}.{leaf}", empty), empty)
         else:
             found[key] = _filler(key, empty)
-    last, classes = "encoder.blocks.17.projection", slice(FEATURES, FEATURES + CLASSES)
-    found[f"{last}.project_conv.weight"][classes, :, 0, 0] = lite["_fc.weight"]
-    found[f"{last}.project_bn.bias"][classes] = lite["_fc.bias"] - DOUBT
+    last = "encoder.blocks.17.projection"
+    found[f"{last}.project_conv.weight"][CLASSES, :, 0, 0] = lite["_fc.weight"]
+    found[f"{last}.project_bn.bias"][CLASSES] = lite["_fc.bias"] - DOUBT
     return found
 
 
