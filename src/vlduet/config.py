@@ -203,7 +203,8 @@ def _checked(kind: type[S], tree: dict[str, Any], *, place: str) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
+        # What is misspelt before what is missing: the one is often the other.
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         key = ".".join(str(x) for x in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(kind, first["loc"][:-1])

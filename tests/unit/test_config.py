@@ -98,6 +98,12 @@ def test_a_missing_section_is_named(tmp_path: Path, key: str) -> None:
         config.load(path)
 
 
+def test_a_misspelt_section_is_named_before_the_missing_one(tmp_path: Path) -> None:
+    path = write(tmp_path, {{"recipe": "recip"}.get(name, name): value for name, value in TREE.items()})
+    with pytest.raises(ConfigError, match=says(path, "unknown key 'recip'", "Did you mean 'recipe'")):
+        config.load(path)
+
+
 def test_a_missing_key_inside_a_section(tmp_path: Path) -> None:
     path = write(tmp_path, TREE | {"train": {"lr": 1}})
     with pytest.raises(ConfigError, match=says("train.steps is missing")):

@@ -39,7 +39,8 @@ class Place:
 
     def at(self, field: str) -> Place:
         """The same line, at `field`."""
-        return Place(self.file, self.line, f"{self.field}.{field}" if self.field else field)
+        dot = "" if field.startswith("[") else "."
+        return Place(self.file, self.line, f"{self.field}{dot}{field}" if self.field else field)
 
     def __str__(self) -> str:
         return ":".join(str(x) for x in (self.file, self.line, self.field) if x is not None)

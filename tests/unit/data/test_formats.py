@@ -261,7 +261,7 @@ def test_a_truncated_shard_or_table_gives_what_it_holds_and_one_error(tmp_path: 
         ({**LLAVA, "conversations": [{"from": "cat", "value": "x"}]}, "conversations[0].from", "'cat'"),
         ({**LLAVA, "conversations": LLAVA["conversations"][:1]}, "conversations", "no assistant turn"),
         ({**LLAVA, "video": "a.mp4"}, "video", "not supported"),
-        ({**TRL, "images": []}, "messages[0].content.[0]", "no image left"),
+        ({**TRL, "images": []}, "messages[0].content[0]", "no image left"),
         ({**TRL, "images": ["a.png", "b.png"]}, "images", "2 images, but places for 1"),
         ({"messages": [{"role": "usr", "content": "x"}]}, "messages[0].role", "Did you mean 'user'?"),
         ({**TRL, "images": ["http://x/a.png"]}, "images[0]", "is a URL"),

@@ -99,10 +99,10 @@ ANSWER = {"role": "assistant", "content": "y"}
         ({"id": "a", "image": "a.png", "short": 7}, "short"),
         ({"id": "a", "image": "a.png", "long": "  "}, "long"),
         ({"id": "a", "parts": []}, "parts"),
-        ({"id": "a", "parts": ["x"]}, "parts.[0]"),
-        ({"id": "a", "parts": [{"text": "x", "image": "a.png"}]}, "parts.[0]"),
-        ({"id": "a", "parts": [{"text": "x", "txt": 1}]}, "parts.[0].txt"),
-        ({"id": "a", "parts": [{"text": 1}]}, "parts.[0].text"),
+        ({"id": "a", "parts": ["x"]}, "parts[0]"),
+        ({"id": "a", "parts": [{"text": "x", "image": "a.png"}]}, "parts[0]"),
+        ({"id": "a", "parts": [{"text": "x", "txt": 1}]}, "parts[0].txt"),
+        ({"id": "a", "parts": [{"text": 1}]}, "parts[0].text"),
         ({"id": "a", "messages": {}}, "messages"),
         ({"id": "a", "messages": [USER]}, "messages"),
         ({"id": "a", "messages": ["x"]}, "messages[0].role"),
@@ -111,7 +111,7 @@ ANSWER = {"role": "assistant", "content": "y"}
         ({"id": "a", "query": [{"text": "x"}]}, "positive"),
         ({"id": "a", "positive": [[{"text": "x"}]]}, "query"),
         ({"id": "a", "query": [{"text": "x"}], "positive": [{"text": "x"}]}, "positive"),
-        ({"id": "a", "query": [{"text": "x"}], "positive": [[{"text": ""}]]}, "positive[0].[0].text"),
+        ({"id": "a", "query": [{"text": "x"}], "positive": [[{"text": ""}]]}, "positive[0][0].text"),
     ],
 )
 def test_bad_records_say_where_and_what_to_do(raw: Any, field: str | None) -> None:
