@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
     from vlduet.model.encoders import Encoders
 
-CAPTION_TOKENS = 24
+CAPTION_TOKENS, DRAFTS = 24, 8
 
 PLAIN = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -41,7 +41,7 @@ def measure(model: DuetModel, data: Data, *, captioned: Sequence[Record], seed: 
     return Measurement(
         retrieval=protocols.retrieval(model.encode_document, model.encode_query, records=data.held_out),
         entropy=protocols.caption_cross_entropy(model.caption_nll, data.held_out, seed=seed),
-        captions=protocols.captions(partial(model.caption, max_new_tokens=CAPTION_TOKENS), captioned),
+        captions=protocols.captions(partial(model.caption, max_new_tokens=CAPTION_TOKENS, drafts=DRAFTS), captioned),
         plain=plain_nll(model),
     )
 

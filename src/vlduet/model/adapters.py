@@ -29,7 +29,21 @@ class Lora:
     dropout: float = 0.0
 
 
-def add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
+def open_lora(backbone: Backbone, lora: Lora, there: PeftModel | None) -> PeftModel:
+    """The PEFT view of a model with its LoRA layers opened: those that are `there`, or new ones.
+
+    Raises:
+        ConfigError: what is there is not what is asked for, or see `_add_lora`.
+    """
+    if there is not None:
+        _check_lora(there, lora)
+    peft = there or _add_lora(backbone, lora)
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return peft
+
+
+def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
     """Inject LoRA layers in place and return the PEFT view of the model.
 
     The base's weights stay frozen; B starts at zero, so the model's function is unchanged.
@@ -55,7 +69,7 @@ def _pattern(targets: str) -> str:
     return rf".*language_model\..*\.({TARGETS[targets]})"
 
 
-def check_lora(peft: PeftModel, lora: Lora) -> None:
+def _check_lora(peft: PeftModel, lora: Lora) -> None:
     """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
     has = peft.peft_config["default"]
     targets = next((name for name in TARGETS if _pattern(name) == has.target_modules), "others")

@@ -25,7 +25,7 @@ from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
 from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, generation
-from vlduet.model.adapters import Lora, add_lora, check_lora, load_lora, merge, save_lora
+from vlduet.model.adapters import Lora, load_lora, merge, open_lora, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, Opened, default_device, fingerprint_of, load_backbone
 from vlduet.model.features import FeatureCache, features_of, file_version, with_features
 from vlduet.model.generation import evaluating
@@ -229,26 +229,31 @@ class DuetModel(nn.Module):
             stream: True returns an iterator of text pieces.
             temperature: 0 is greedy.
         """
-        sequence = self.renderer.chat(tuple(messages), answer=True)
-        start = self.start([sequence], max_new_tokens, temperature)
+        start = self.start([self.renderer.chat(tuple(messages), answer=True)], max_new_tokens, temperature=temperature)
         return generation.stream(self.backbone, start) if stream else generation.generate(self.backbone, start)[0]
 
     def caption(
-        self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32
+        self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32, drafts: int = 1
     ) -> list[str]:
-        """Greedy captions: the answer to `prompt`, or without one what follows the image's embedding prompt."""
-        found: list[str] = []
+        """Captions: the answer to `prompt`, or without one what follows the image's embedding prompt.
+
+        Args:
+            drafts: 1 is greedy; of several, from a beam search, the one whose embedding is nearest to the image's is taken.
+        """
+        found: list[list[str]] = []
         for begin in range(0, len(images), batch):
             sequences = [self.renderer.ask_for_caption(image, prompt) for image in images[begin : begin + batch]]
-            found += generation.generate(self.backbone, self.start(sequences, max_new_tokens))
-        return found
+            found += generation.drafts(self.backbone, self.start(sequences, max_new_tokens, beams=drafts))
+        return generation.nearest(found, images, self)
 
     @torch.no_grad()
-    def start(self, sequences: list[Sequence], max_new_tokens: int, temperature: float = 0.0) -> generation.Start:
+    def start(
+        self, sequences: list[Sequence], max_new_tokens: int, *, temperature: float = 0.0, beams: int = 1
+    ) -> generation.Start:
         """Open sequences -> what `generation.generate` continues, in one batch."""
         batch = self.collate(sequences, side="left")
         given = self.input_embeddings(batch), (batch.segments > 0).long(), batch.positions
-        return generation.Start(*given, self.renderer.eos_ids, max_new_tokens, temperature)
+        return generation.Start(*given, self.renderer.eos_ids, max_new_tokens, temperature=temperature, beams=beams)
 
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
         """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""
@@ -275,13 +280,8 @@ class DuetModel(nn.Module):
         self.requires_grad_(False)
         if self.soft is not None:
             self.soft.requires_grad_(soft)
-        if lora is not None and self.peft is not None:
-            check_lora(self.peft, lora)
-        elif lora is not None:
-            self._peft = [add_lora(self.backbone, lora)]
         if lora is not None:
-            for name, parameter in self.backbone.model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+            self._peft = [open_lora(self.backbone, lora, self.peft)]
         self.backbone.open_projector(projector)
         self.head.requires_grad_(head)
         self.logit_scale.requires_grad_(head)

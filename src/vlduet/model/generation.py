@@ -1,16 +1,18 @@
-"""Generation from input embeddings: transformers' own `generate`, whole or as a stream."""
+"""Generation from input embeddings: transformers' own `generate`, whole, as a stream, or several drafts to choose from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TextIteratorStreamer
 
+from vlduet.data.records import ImageRef
 from vlduet.model.backbones import Backbone
 
 
@@ -41,6 +43,8 @@ class Start:
     max_new_tokens: int
     temperature: float = 0.0
     """0 is greedy."""
+    beams: int = 1
+    """More than one: beam search, whose finished beams are the drafts."""
 
     def arguments(self, backbone: Backbone) -> dict[str, Any]:
         """For transformers."""
@@ -55,6 +59,8 @@ class Start:
             "min_new_tokens": 1,
             "suppress_tokens": [i for i in special if i not in self.eos_ids] or None,
             "do_sample": sampling,
+            "num_beams": self.beams,
+            "num_return_sequences": self.beams,
             "temperature": self.temperature if sampling else None,
             "top_p": None,
             "top_k": None,
@@ -63,12 +69,41 @@ class Start:
         }
 
 
-@torch.no_grad()
 def generate(backbone: Backbone, start: Start) -> list[str]:
     """Continue every prompt."""
+    return [texts[0] for texts in drafts(backbone, start)]
+
+
+@torch.no_grad()
+def drafts(backbone: Backbone, start: Start) -> list[list[str]]:
+    """As many continuations of every prompt as there are beams, the likeliest first."""
     with evaluating(backbone):
         ids = backbone.model.generate(**start.arguments(backbone))
-    return [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    texts = [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return [texts[begin : begin + start.beams] for begin in range(0, len(texts), start.beams)]
+
+
+class Embedder(Protocol):
+    """What chooses among drafts; `DuetModel` is one."""
+
+    def encode_document(self, items: Sequence[ImageRef]) -> np.ndarray:
+        """float32[N, E], unit length."""
+
+    def encode_query(self, items: Sequence[str]) -> np.ndarray:
+        """float32[N, E], unit length."""
+
+
+def nearest(drafts: Sequence[Sequence[str]], images: Sequence[ImageRef], model: Embedder) -> list[str]:
+    """Of each image's drafts the one whose embedding is nearest to the image's; of equals, the first."""
+    texts = list(dict.fromkeys(text for some in drafts if len(some) > 1 for text in some if text))
+    if not texts:
+        return [some[0] for some in drafts]
+    row = {text: n for n, text in enumerate(texts)}
+    cosines = model.encode_document(images) @ model.encode_query(texts).T
+    return [
+        max((text for text in some if text in row), key=lambda text: cosines[n, row[text]], default=some[0])
+        for n, some in enumerate(drafts)
+    ]
 
 
 def stream(backbone: Backbone, start: Start) -> Iterator[str]:

@@ -151,6 +151,26 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
         assert theirs[0, len(sequence.ids) :].tolist() == ids[row].tolist()
 
 
+def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
+    """Every beam of a batch of prompts with images of several grids, whose positions have three axes."""
+    turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
+    asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
+    given = qwen.start(asked, 6, beams=3).arguments(qwen.backbone) | {"min_new_tokens": None, "eos_token_id": None}
+    ids = qwen.backbone.model.generate(**given).view(2, 3, -1)
+    for row, sequence in enumerate(asked):
+        plain = tiny.plain(torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        theirs = qwen.backbone.model.generate(
+            **plain,
+            max_new_tokens=6,
+            num_beams=3,
+            num_return_sequences=3,
+            do_sample=False,
+            suppress_tokens=given["suppress_tokens"],
+            eos_token_id=None,
+        )
+        assert theirs[:, len(sequence.ids) :].tolist() == ids[row].tolist()
+
+
 def test_cached_features_bring_their_grid(qwen: DuetModel, tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     path.write_bytes(WIDE.data or b"")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import tiny
 from vlduet.data.records import Message
+from vlduet.model import generation
 
 
 def turn(*parts):
@@ -43,3 +45,40 @@ def test_an_error_in_the_stream_reaches_the_reader(model, monkeypatch):
 def test_captions_of_a_batch_are_those_of_one(model):
     pictures = [tiny.picture(i) for i in range(3)]
     assert model.caption(pictures, max_new_tokens=6) == [model.caption([p], max_new_tokens=6)[0] for p in pictures]
+
+
+def test_of_several_drafts_the_nearest_in_its_own_embedding_is_kept(model):
+    pictures = [tiny.picture(i) for i in range(3)]
+    sequences = [model.renderer.ask_for_caption(picture, "") for picture in pictures]
+    several = generation.drafts(model.backbone, model.start(sequences, 6, beams=4))
+    assert all(len(some) == 4 and len(set(some)) > 1 for some in several)
+    for picture, some in zip(pictures, several, strict=True):
+        near = [model.encode_query([text])[0] @ model.encode_document([picture])[0] if text else -2.0 for text in some]
+        assert model.caption([picture], max_new_tokens=6, drafts=4) == [some[int(np.argmax(near))]]
+    assert model.caption(pictures, max_new_tokens=6, drafts=4, batch=2) == [
+        model.caption([picture], max_new_tokens=6, drafts=4)[0] for picture in pictures
+    ]
+
+
+class Fixed:
+    """Embeds an image as the first axis, a text as its first letter says."""
+
+    def encode_document(self, items):
+        return np.array([[1.0, 0.0]] * len(items), np.float32)
+
+    def encode_query(self, items):
+        assert all(items) and len(set(items)) == len(items), "a text is embedded once, an empty one not at all"
+        return np.array([[1.0, 0.0] if text[0] == "a" else [0.0, 1.0] for text in items], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "kept"),
+    [
+        ([["b", "a"]], ["a"]),
+        ([["b", "a"], ["b", "c"]], ["a", "b"]),  # of equals the likeliest
+        ([["", "b"], ["", ""]], ["b", ""]),
+        ([["only"], [""]], ["only", ""]),
+    ],
+)
+def test_which_draft_is_kept(drafts, kept):
+    assert generation.nearest(drafts, [tiny.picture(i) for i in range(len(drafts))], Fixed()) == kept
