@@ -14,17 +14,14 @@ kappas passes through a cell (soft-DTW's expected alignment, Cuturi and Blondel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vlduet.objectives import sweeps
-
-BLOCK = 1 << 21
-"""Cells of one block of pairs on the CPU; what lives beside the result is a few times this."""
+from vlduet.objectives.slices import Kernel, Slices, all_pairs, self_terms
 
 
 def gak_matrix(
@@ -58,19 +55,19 @@ def gak_matrix(
     """
     width = float(delta if sigma is None else sigma)
     _check_width(torch.tensor(width), band)
-    left = _Slices.of(x, "x")
-    right = left if y is None else _Slices.of(y, "y")
+    left = Slices.of(x, "x")
+    right = left if y is None else Slices.of(y, "y")
     if left.features.shape[1] != right.features.shape[1]:
         raise ValueError(f"slices of {left.features.shape[1]} numbers in x and {right.features.shape[1]} in y")
     # Around a common point: the distances are the same, and lose fewer digits in the product.
     middle = left.features.detach().mean(0)
     for each in (left,) if y is None else (left, right):
         each.around(middle)
-    kernel = _Kernel(width, sigma is None, band)
-    log_k = _all_pairs(left, right, kernel)
+    kernel = Kernel(width, sigma is None, band)
+    log_k = all_pairs(left, right, kernel)
     if normalize:
-        own = _self_terms(left, right, kernel)
-        log_k = log_k - (own + (own if y is None else _self_terms(right, left, kernel)).T) / 2
+        own = self_terms(left, right, kernel)
+        log_k = log_k - (own + (own if y is None else self_terms(right, left, kernel)).T) / 2
         if y is None:
             log_k = log_k - torch.diag(log_k.diagonal())  # K(x, x) is 1, not 1 to rounding
     return (log_k if log else log_k.exp()).to(x[0].dtype)
@@ -127,7 +124,7 @@ def alignment_posterior_pairs(
 
 def alignment_posterior(x: Tensor, y: Tensor, *, sigma: float | None = None, delta: float = 1.0) -> Tensor:
     """The alignment posterior of one pair of sequences, float[m, d] and float[n, d]: float[m, n]. No gradient."""
-    left, right = _Slices.of([x.detach()], "x"), _Slices.of([y.detach()], "y")
+    left, right = Slices.of([x.detach()], "x"), Slices.of([y.detach()], "y")
     sqdist = torch.cdist(left.features, right.features, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     width = rule_sigma(left.lengths, right.lengths, delta) if sigma is None else sigma
     return alignment_posterior_pairs(sqdist[None], left.lengths, right.lengths, sigma=width)[0]
@@ -206,158 +203,3 @@ def _as_lanes(
     x, y = (F.pad(each, (0, more), value=1).view(rows, wide) for each in lengths)
     first = torch.arange(rows, device=cells.device) * m
     return apart.view(rows * m, n, wide), first, F.pad(scale, (0, more), value=1.0).view(rows, wide), (x, y)
-
-
-# ------------------------------------------------------------------ all pairs
-
-
-@dataclass
-class _Kernel:
-    """What K is of a pair besides its slices."""
-
-    width: float
-    by_length: bool
-    band: int | None
-
-    def scale(self, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
-        """1 / (2 sigma^2), broadcast."""
-        mean = (lengths_x + lengths_y).double() / 2
-        return 0.5 / (self.width**2 * (mean if self.by_length else torch.ones_like(mean)))
-
-
-@dataclass
-class _Slices:
-    """Sequences, shortest first, as one matrix of slices."""
-
-    features: Tensor
-    """float[S, d]; after `around` float[S, d + 2], with 1 and |x|^2 behind each."""
-    lengths: Tensor
-    """int64[n], rising."""
-    first: Tensor
-    """int64[n], row of the first slice."""
-    order: Tensor
-    """int64[n], where each stood in what was given."""
-
-    @classmethod
-    def of(cls, sequences: Sequence[Tensor], name: str) -> _Slices:
-        if not len(sequences):
-            raise ValueError(f"{name} holds no sequences")
-        shape = sequences[0].shape
-        for i, sequence in enumerate(sequences):
-            if sequence.dim() != 2 or not len(sequence) or sequence.shape[1:] != shape[1:]:
-                raise ValueError(
-                    f"{name}[{i}] has the shape {tuple(sequence.shape)}: [slices, {shape[-1] if len(shape) else 'd'}] "
-                    "with one slice or more is needed"
-                )
-        device = sequences[0].device
-        lengths, order = torch.sort(torch.tensor([len(sequence) for sequence in sequences]), stable=True)
-        features = torch.cat([sequences[i] for i in order.tolist()])
-        features = features if features.dtype == torch.float64 else features.float()
-        first = lengths.cumsum(0) - lengths
-        if not bool(features.sum().isfinite()) and not bool(features.isfinite().all()):  # the sum is far cheaper
-            row = int((~features.isfinite()).any(1).nonzero()[0])
-            wrong = int(order[int((first <= row).sum()) - 1])
-            raise ValueError(f"{name}[{wrong}] has features that are not finite")
-        return cls(features, lengths.to(device), first.to(device), order.to(device))
-
-    def among(self, begin: int, wide: int) -> tuple[Tensor, Tensor]:
-        """`wide` sequences from `begin` on, the last one repeated: lengths int64[wide], rows int64[wide, longest].
-
-        Beyond a sequence's end stands any slice: a sweep does not look there.
-        """
-        which = torch.arange(begin, begin + wide, device=self.first.device).clamp(max=len(self.first) - 1)
-        inner = torch.arange(int(self.lengths[which[-1]]), device=self.first.device)
-        rows = self.first[which, None] + inner
-        return self.lengths[which], rows.clamp(max=len(self.features) - 1)
-
-    def around(self, middle: Tensor) -> None:
-        """Takes a point away from every slice, in place, and makes what a product needs to give distances."""
-        centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
-        squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
-        self.features = torch.cat([centred, torch.ones_like(squares), squares], 1)
-
-    def facing(self, index: Tensor) -> Tensor:
-        """float[..., d + 2] of some rows: -2 times an inner product of these with `features` is a squared distance.
-
-        -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
-        """
-        found = self.features[index]
-        found[..., -2] = found[..., -1] / -2
-        found[..., -1] = -0.5
-        return found
-
-
-def _block(like: Tensor, band: int | None, count: int) -> tuple[int, int]:
-    """Of `count` sequences y, how many side by side, and how many cells at a time."""
-    if like.device.type != "cpu":
-        return min(512, count), 16 * BLOCK
-    engine = sweeps.engine(like, band)
-    return (min(128, count) if engine is None else engine.LANES), BLOCK
-
-
-def _all_pairs(left: _Slices, right: _Slices, kernel: _Kernel) -> Tensor:
-    """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
-    same = left is right
-    rows = left.features
-    moving = torch.is_grad_enabled() and (rows.requires_grad or right.features.requires_grad)
-    wide, block = _block(rows, kernel.band, len(right.first))
-    # Where nothing is kept for a gradient, one piece of memory serves all blocks: fresh pages cost as much as the sweep.
-    most = wide * int(right.lengths[-1])
-    room = rows.new_empty(0 if moving else max(min(block, len(rows) * most), int(left.lengths[-1]) * most))
-    found, done, nothing = [], 0, rows.new_zeros(())
-    where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
-    ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
-    for begin in range(0, len(right.first), wide):
-        end = min(begin + wide, len(right.first))
-        lengths_y, index = right.among(begin, wide)
-        lanes = right.facing(index.T.flatten())  # [N * B, d + 2]
-        for a, b in _chunks(ends, end if same else len(left.first), most=max(1, block // len(lanes))):
-            some = rows[ends[a] : ends[b]]
-            out = None if moving else room[: len(some) * len(lanes)].view(len(some), len(lanes))
-            cells = torch.addmm(nothing, some, lanes.T, beta=0, alpha=-2, out=out)
-            cells = cells.view(-1, index.shape[1], wide)  # [R, N, B]
-            x, y = left.lengths[a:b, None].expand(-1, wide), lengths_y.expand(b - a, -1)
-            first = left.first[a:b] - left.first[a]
-            log_k = sweeps.log_gak_cells(
-                cells, first, kernel.scale(x, y).to(rows.dtype), lengths_x=x, lengths_y=y, band=kernel.band
-            )
-            here = torch.arange(done, done + log_k.numel(), device=rows.device).view_as(log_k)
-            where[a:b, begin:end] = here[:, : end - begin]
-            found.append(log_k.flatten())
-            done += log_k.numel()
-    where = torch.maximum(where, where.T) if same else where  # no block is begun below the diagonal twice
-    back_x, back_y = left.order.argsort(), right.order.argsort()
-    return torch.cat(found)[where[back_x][:, back_y]]
-
-
-def _chunks(ends: list[int], count: int, *, most: int) -> Iterator[tuple[int, int]]:
-    """Runs of the first `count` sequences with at most `most` slices, one sequence at least."""
-    begin = 0
-    for end in range(1, count + 1):
-        if end == count or ends[end + 1] - ends[begin] > most:
-            yield begin, end
-            begin = end
-
-
-def _self_terms(own: _Slices, other: _Slices, kernel: _Kernel) -> Tensor:
-    """Raw log K(x, x) with the sigma of every pair, float64[n, m] in the order given: one a distinct length of the other."""
-    lengths, which = torch.unique(other.lengths, return_inverse=True)
-    if not kernel.by_length:
-        lengths, which = lengths[:1], torch.zeros_like(which)
-    rows, nothing = own.features, own.features.new_zeros(())
-    wide, block = _block(rows, kernel.band, len(own.first))
-    found = []
-    for begin in range(0, len(own.first), wide):
-        mine, index = own.among(begin, wide)  # [B], [B, N]
-        square = torch.baddbmm(nothing, rows[index], own.facing(index).mT, beta=0, alpha=-2)
-        square = square.permute(1, 2, 0)  # [N, N, B]
-        several = []
-        for some in lengths.split(max(1, block // square.numel())):
-            cells = square.expand(len(some), *square.shape).flatten(0, 1)  # [U * N, N, B]
-            first = torch.arange(len(some), device=rows.device) * len(square)
-            both = mine.expand(len(some), -1)
-            scale = kernel.scale(both, some[:, None]).to(rows.dtype)
-            several.append(sweeps.log_gak_cells(cells, first, scale, lengths_x=both, lengths_y=both, band=kernel.band))
-        found.append(torch.cat(several))  # [U, B]
-    terms = torch.cat(found, 1).T[own.order.argsort()]  # [n, U]
-    return terms[:, which[other.order.argsort()]]

@@ -7,15 +7,16 @@ log space) and by Triton on CUDA (`fused`).
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vlduet.objectives import threads
 
 INF = float("inf")
 
@@ -205,6 +206,21 @@ def log_gak_cells(
     return log_gak(log_kappa, x, y).view(scale.shape)
 
 
+def log_gak_alone(cells: Tensor, first: Tensor, scale: Tensor, *, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
+    """`log_gak_cells` by `lanes` on this thread alone, without gradients; several of `first` may be the same.
+
+    Nearly without torch: each of its calls hands the interpreter on, and waits until it comes back.
+    """
+    lanes = compiled()
+    assert lanes is not None
+    log_k = torch.empty(scale.shape, dtype=torch.float64)
+    x, y = (np.ascontiguousarray(each.numpy(), dtype=np.int32) for each in (lengths_x, lengths_y))
+    lanes.sweep(cells.numpy(), first.numpy(), scale=scale.numpy(), ends_x=x, ends_y=y, log_k=log_k.numpy())
+    if np.isnan(log_k.numpy()).any():
+        _mend(cells, (first, scale, lengths_x, lengths_y), log_k=log_k)
+    return log_k
+
+
 class _Cells(torch.autograd.Function):
     """`log_gak_cells` by the compiled sweep. Where a gradient will be asked for, it is made at once: one weight a cell."""
 
@@ -258,24 +274,32 @@ def _on_cpu(
         else:
             lanes.sweep(plain, first[part].numpy(), **arrays)
 
-    threads = min(torch.get_num_threads(), 1 + cells.numel() // SMALL, len(first))
-    shares = torch.tensor([len(cells) * i // threads for i in range(1, threads)])
-    edges = [0, *torch.searchsorted(first, shares).tolist(), len(first)]  # by rows: the last sequences are the longest
-    mine, *others = [slice(begin, end) for begin, end in pairwise(edges)]
-    begun = [_pool(threads - 1).submit(sweep, part) for part in others]
-    sweep(mine)
-    for each in begun:
-        each.result()  # a worker's error comes out here
-    lost = log_k.isnan().nonzero()
-    for some in lost.split(max(1, SMALL // cells[0].numel())) if len(lost) else ():
-        _again(cells.detach(), some, (first, scale, *lengths), log_k=log_k, weights=weights, weigh=weigh)
+    shares = min(torch.get_num_threads(), 1 + cells.numel() // SMALL, len(first))
+    at = torch.tensor([len(cells) * i // shares for i in range(1, shares)])
+    edges = [0, *torch.searchsorted(first, at).tolist(), len(first)]  # by rows: the last sequences are the longest
+    threads.each(sweep, [slice(begin, end) for begin, end in pairwise(edges)])
+    _mend(cells.detach(), (first, scale, *lengths), log_k=log_k, weights=weights, weigh=weigh)
     return log_k, weights
 
 
-def _again(
-    cells: Tensor, lost: Tensor, facts: tuple[Tensor, ...], *, log_k: Tensor, weights: Tensor, weigh: str | None
+def _mend(
+    cells: Tensor,
+    facts: tuple[Tensor, ...],
+    *,
+    log_k: Tensor,
+    weights: Tensor | None = None,
+    weigh: str | None = None,
 ) -> None:
-    """The pairs int64[F, 2] in log space, where the compiled sweep ran out of range."""
+    """In log space what came out NaN, where the compiled sweep ran out of range."""
+    lost = log_k.isnan().nonzero()
+    for some in lost.split(max(1, SMALL // cells[0].numel())) if len(lost) else ():
+        _again(cells, some, facts, log_k=log_k, weights=weights, weigh=weigh)
+
+
+def _again(
+    cells: Tensor, lost: Tensor, facts: tuple[Tensor, ...], *, log_k: Tensor, weights: Tensor | None, weigh: str | None
+) -> None:
+    """The pairs int64[F, 2] in log space."""
     a, b = lost.unbind(1)
     first, scale, x, y = (each[a] if each.dim() == 1 else each[a, b] for each in facts)
     inner = torch.arange(int(x.max()))
@@ -286,15 +310,7 @@ def _again(
         log_kappa = log_kappas(sqdist, scale.double(), None)
         total = log_gak(log_kappa, x, y)
         log_k[a, b] = total.detach()
-        if weigh:
+        if weigh and weights is not None:
             (share,) = torch.autograd.grad(total.sum(), log_kappa if weigh == "posterior" else sqdist)
             pair, row = (inner < x[:, None]).nonzero(as_tuple=True)
             weights[rows[pair, row], :, b[pair]] = share[pair, row].float()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="alignment")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of the threads

@@ -1,0 +1,239 @@
+"""All pairs of ragged sequences: their squared distances by one matrix product a block, and the sweep over each block.
+
+Without gradients and with the compiled sweep, a block is multiplied and swept by one thread, so that its cells stay in one
+core's cache and no core waits for another; else torch shares out the product, and the sweep its pairs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlduet.objectives import sweeps, threads
+
+BLOCK = 1 << 21
+"""Cells of one block of pairs on the CPU; what lives beside the result is a few times this."""
+
+ENOUGH = 1 << 17
+"""Cells that are worth a block of their own."""
+
+
+@dataclass
+class Kernel:
+    """What K is of a pair besides its slices."""
+
+    width: float
+    by_length: bool
+    band: int | None
+
+    def scale(self, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
+        """1 / (2 sigma^2), broadcast."""
+        mean = (lengths_x + lengths_y).double() / 2
+        return 0.5 / (self.width**2 * (mean if self.by_length else torch.ones_like(mean)))
+
+
+@dataclass
+class Slices:
+    """Sequences, shortest first, as one matrix of slices."""
+
+    features: Tensor
+    """float[S, d]; after `around` float[S, d + 2], with 1 and |x|^2 behind each."""
+    lengths: Tensor
+    """int64[n], rising."""
+    first: Tensor
+    """int64[n], row of the first slice."""
+    order: Tensor
+    """int64[n], where each stood in what was given."""
+
+    @classmethod
+    def of(cls, sequences: Sequence[Tensor], name: str) -> Slices:
+        if not len(sequences):
+            raise ValueError(f"{name} holds no sequences")
+        shape = sequences[0].shape
+        for i, sequence in enumerate(sequences):
+            if sequence.dim() != 2 or not len(sequence) or sequence.shape[1:] != shape[1:]:
+                raise ValueError(
+                    f"{name}[{i}] has the shape {tuple(sequence.shape)}: [slices, {shape[-1] if len(shape) else 'd'}] "
+                    "with one slice or more is needed"
+                )
+        device = sequences[0].device
+        lengths, order = torch.sort(torch.tensor([len(sequence) for sequence in sequences]), stable=True)
+        features = torch.cat([sequences[i] for i in order.tolist()])
+        features = features if features.dtype == torch.float64 else features.float()
+        first = lengths.cumsum(0) - lengths
+        if not bool(features.sum().isfinite()) and not bool(features.isfinite().all()):  # the sum is far cheaper
+            row = int((~features.isfinite()).any(1).nonzero()[0])
+            wrong = int(order[int((first <= row).sum()) - 1])
+            raise ValueError(f"{name}[{wrong}] has features that are not finite")
+        return cls(features, lengths.to(device), first.to(device), order.to(device))
+
+    def among(self, begin: int, wide: int) -> tuple[Tensor, Tensor]:
+        """`wide` sequences from `begin` on, the last one repeated: lengths int64[wide], rows int64[wide, longest].
+
+        Beyond a sequence's end stands any slice: a sweep does not look there.
+        """
+        which = torch.arange(begin, begin + wide, device=self.first.device).clamp(max=len(self.first) - 1)
+        inner = torch.arange(int(self.lengths[which[-1]]), device=self.first.device)
+        rows = self.first[which, None] + inner
+        return self.lengths[which], rows.clamp(max=len(self.features) - 1)
+
+    def around(self, middle: Tensor) -> None:
+        """Takes a point away from every slice, in place, and makes what a product needs to give distances."""
+        centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
+        squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
+        self.features = torch.cat([centred, torch.ones_like(squares), squares], 1)
+
+    def facing(self, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """float[I, d + 2] of some rows: -2 times an inner product of these with `features` is a squared distance.
+
+        -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
+        """
+        found: Tensor = torch.index_select(self.features, 0, index, out=out)
+        found[:, -2] = found[:, -1] / -2
+        found[:, -1] = -0.5
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some sequences of x against those of y that lie side by side in a sweep."""
+
+    begin: int
+    """The first sequence of y."""
+    some: slice
+    """The sequences of x."""
+    rows: slice
+    """Their slices."""
+    index: Tensor
+    """int64[N * B], the slices of y: the first one of every sequence, then the second of every one ..."""
+    first: Tensor
+    """int64[A], where each x begins among `rows`."""
+    scale: Tensor
+    """float[A, B], 1 / (2 sigma^2)."""
+    lengths: tuple[Tensor, Tensor]
+    """int64[A, B] of x and of y."""
+
+    @property
+    def cells(self) -> int:
+        """How many there are."""
+        return int(self.rows.stop - self.rows.start) * len(self.index)
+
+
+class _Scratch(threading.local):
+    """Memory of one thread, for all of its blocks: fresh pages cost as much as the sweep."""
+
+    def __init__(self, like: Tensor, *, facing: int, cells: int = 0) -> None:
+        self.facing, self.cells = like.new_empty(facing, like.shape[1]), like.new_empty(cells)
+
+
+def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
+    """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
+    rows, same = left.features, left is right
+    alone = _alone(kernel, left, right)
+    wide = _lanes(kernel, rows, len(right.first))
+    blocks = sorted(_blocks(left, right, kernel, wide=wide, alone=alone), key=lambda block: -block.cells)
+    kept, nothing = None, rows.new_zeros(())
+    if alone:
+        longest = max(len(block.index) for block in blocks)
+        kept = _Scratch(rows, facing=longest, cells=max(block.cells for block in blocks))
+
+    def log_k(block: _Block) -> Tensor:
+        some, (x, y) = rows[block.rows], block.lengths
+        facing = right.facing(block.index, out=None if kept is None else kept.facing[: len(block.index)])
+        out = None if kept is None else kept.cells[: block.cells].view(len(some), len(facing))
+        cells = torch.addmm(nothing, some, facing.T, beta=0, alpha=-2, out=out).view(len(some), -1, wide)  # [R, N, B]
+        if alone:
+            return sweeps.log_gak_alone(cells, block.first, block.scale, lengths_x=x, lengths_y=y)
+        return sweeps.log_gak_cells(cells, block.first, block.scale, lengths_x=x, lengths_y=y, band=kernel.band)
+
+    found = threads.each(log_k, blocks) if alone else [log_k(block) for block in blocks]
+    where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
+    done = 0
+    for block, part in zip(blocks, found, strict=True):
+        here = torch.arange(done, done + part.numel(), device=rows.device).view_as(part)
+        where[block.some, block.begin : block.begin + wide] = here[:, : len(right.first) - block.begin]
+        done += part.numel()
+    where = torch.maximum(where, where.T) if same else where  # no block is begun below the diagonal twice
+    back_x, back_y = left.order.argsort(), right.order.argsort()
+    return torch.cat([part.flatten() for part in found])[where[back_x][:, back_y]]
+
+
+def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
+    """Raw log K(x, x) with the sigma of every pair, float64[n, m] in the order given: one a distinct length of the other."""
+    lengths, which = torch.unique(other.lengths, return_inverse=True)
+    if not kernel.by_length:
+        lengths, which = lengths[:1], torch.zeros_like(which)
+    rows, alone, wide = own.features, _alone(kernel, own, own), _lanes(kernel, own.features, len(own.first))
+    several = [(begin, *own.among(begin, wide)) for begin in reversed(range(0, len(own.first), wide))]
+    kept = _Scratch(rows, facing=several[0][2].numel()) if alone else None
+
+    def log_k(some: tuple[int, Tensor, Tensor]) -> Tensor:
+        begin, mine, index = some
+        room = None if kept is None else kept.facing[: index.numel()]
+        slices = torch.index_select(rows, 0, index.flatten(), out=room).view(*index.shape, -1)  # [B, N, d + 2]
+        squares, centred = slices[..., -1], slices[..., :-2]
+        square = torch.baddbmm(squares[:, :, None] + squares[:, None, :], centred, centred.mT, alpha=-2)
+        square = square.permute(1, 2, 0).contiguous()  # [N, N, B]
+        found = []
+        for these in lengths.split(len(lengths) if alone else max(1, BLOCK // square.numel())):
+            both = mine.expand(len(these), -1)
+            scale = kernel.scale(both, these[:, None]).to(rows.dtype)
+            if alone:  # all of them read the same cells
+                first = torch.zeros(len(these), dtype=torch.long)
+                found.append(sweeps.log_gak_alone(square, first, scale, lengths_x=both, lengths_y=both))
+            else:
+                cells = square.expand(len(these), *square.shape).flatten(0, 1)  # [U * N, N, B]
+                first = torch.arange(len(these), device=rows.device) * len(square)
+                found.append(
+                    sweeps.log_gak_cells(cells, first, scale, lengths_x=both, lengths_y=both, band=kernel.band)
+                )
+        return torch.cat(found)[:, : len(own.first) - begin]  # [U, B]
+
+    found = threads.each(log_k, several) if alone else [log_k(some) for some in several]
+    terms = torch.cat(found[::-1], 1).T[own.order.argsort()]  # [n, U]
+    return terms[:, which[other.order.argsort()]]
+
+
+def _alone(kernel: Kernel, left: Slices, right: Slices) -> bool:
+    """Does one thread make a whole block? Where the sweep is compiled for the CPU, and nothing is kept for a gradient."""
+    moving = torch.is_grad_enabled() and (left.features.requires_grad or right.features.requires_grad)
+    return not moving and left.features.device.type == "cpu" and sweeps.engine(left.features, kernel.band) is not None
+
+
+def _lanes(kernel: Kernel, like: Tensor, count: int) -> int:
+    """How many of `count` sequences y lie side by side."""
+    if like.device.type != "cpu":
+        return min(512, count)
+    engine = sweeps.engine(like, kernel.band)
+    lanes: int = min(128, count) if engine is None else engine.LANES
+    return lanes
+
+
+def _blocks(left: Slices, right: Slices, kernel: Kernel, *, wide: int, alone: bool) -> Iterator[_Block]:
+    rows, same = left.features, left is right
+    most = BLOCK if rows.device.type == "cpu" else 16 * BLOCK
+    if alone:  # some for every thread
+        all_cells = len(rows) * len(right.features) // (2 if same else 1)
+        most = min(most, max(ENOUGH, all_cells // (2 * torch.get_num_threads())))
+    ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
+    for begin in range(0, len(right.first), wide):
+        mine, index = right.among(begin, wide)
+        count = min(begin + wide, len(left.first)) if same else len(left.first)
+        for a, b in _runs(ends, count, most=max(1, most // index.numel())):
+            x, y = left.lengths[a:b, None].expand(-1, wide), mine.expand(b - a, -1)
+            scale = kernel.scale(x, y).to(rows.dtype)
+            first = left.first[a:b] - ends[a]
+            yield _Block(begin, slice(a, b), slice(ends[a], ends[b]), index.T.flatten(), first, scale, (x, y))
+
+
+def _runs(ends: list[int], count: int, *, most: int) -> Iterator[tuple[int, int]]:
+    """Runs of the first `count` sequences with at most `most` slices, one sequence at least."""
+    begin = 0
+    for end in range(1, count + 1):
+        if end == count or ends[end + 1] - ends[begin] > most:
+            yield begin, end
+            begin = end
