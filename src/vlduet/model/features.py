@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vlduet.data.sequences import PreparedImage, Sequence
+from vlduet.errors import ModelError
 
 MEMORY = 256 << 20
 """Bytes that are kept without a folder: enough to see an image twice, not enough to hurt who indexes a million."""
@@ -81,19 +82,44 @@ class FeatureCache:
         temporary.replace(path)
 
 
+class _OnDisk(Mapping[str, Tensor]):
+    """An image's features as its inputs, read when they are asked for: of a large batch, one chunk's are in memory."""
+
+    def __init__(self, cache: FeatureCache, key: str):
+        self.cache, self.key = cache, key
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name != FEATURES:
+            raise KeyError(name)
+        found = self.cache.get(self.key)
+        if found is None:
+            what, fix = "features that were here are gone", "Leave the folder alone while it is in use, and start again"
+            raise ModelError(what, place=self.cache.folder, fix=fix)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((FEATURES,))
+
+    def __len__(self) -> int:
+        return 1
+
+
 def with_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
-    """The image with its cached features as its inputs: they travel along, for the cache may let go of them before the
-    batch is read. None where they are not there."""
+    """The image with its cached features as its inputs: what is in memory travels along, for the cache may let go of it
+    before the batch is read. None where they are not there."""
     found = cache.get(image.key)
-    return None if found is None else replace(image, inputs={FEATURES: found})
+    if found is None:
+        return None
+    return replace(image, inputs={FEATURES: found} if cache.folder is None else _OnDisk(cache, image.key))
 
 
 def features_of(
     prepared: list[PreparedImage], cache: FeatureCache, tower: Callable[[list[PreparedImage]], Tensor]
 ) -> list[Tensor]:
     """float[tokens, Dv] of every image; each distinct one that is not cached goes through the tower once."""
-    found = {p.key: p.inputs[FEATURES] if FEATURES in p.inputs else cache.get(p.key) for p in prepared}
-    missing = list({image.key: image for image in prepared if found[image.key] is None}.values())
+    distinct = {image.key: image for image in prepared}
+    found = {key: p.inputs[FEATURES] if FEATURES in p.inputs else cache.get(key) for key, p in distinct.items()}
+    missing = [image for image in distinct.values() if found[image.key] is None]
     for begin in range(0, len(missing), VISION_BATCH):
         chunk = missing[begin : begin + VISION_BATCH]
         parts = tower(chunk).split([image.num_tokens for image in chunk])

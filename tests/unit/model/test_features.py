@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 import tiny
 from vlduet.data.records import ImageRef
+from vlduet.errors import ModelError
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
 
@@ -55,6 +57,21 @@ def test_on_disk_an_image_is_decoded_once(
     monkeypatch.setattr(model.backbone, "prepare", lambda ref: pytest.fail(f"{ref.name} was decoded again"))
     monkeypatch.setattr(model.backbone, "vision", lambda chunk: pytest.fail("the tower ran again"))
     assert np.array_equal(model.encode(pictures), first)
+
+
+def test_what_is_on_disk_is_read_when_it_is_needed(tmp_path: Path, pictures: list[ImageRef]) -> None:
+    """A batch of any size holds no features: neither their memory nor a mapping a file, of which a process may have few."""
+    model = tiny.duet(tmp_path / "base")
+    model.features = FeatureCache(tmp_path / "features")
+    first = model.encode(pictures)
+    prepared = [model.prepare(picture) for picture in pictures]
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path / "features") not in maps.read_text()
+    assert_close(model.vision_features(prepared)[:4], model.vision_features(prepared[:1]))
+    shutil.rmtree(tmp_path / "features")
+    with pytest.raises(ModelError, match=r"features: features that were here are gone.*start again"):
+        model.vision_features(prepared)
+    assert np.array_equal(model.encode(pictures), first), "and are made anew"
 
 
 def test_another_content_under_the_same_name_is_another_image(tmp_path: Path, pictures: list[ImageRef]) -> None:
