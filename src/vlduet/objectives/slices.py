@@ -7,19 +7,22 @@ core's cache and no core waits for another; else torch shares out the product, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vlduet.objectives import sweeps, threads
 
+Item = TypeVar("Item")
+
 BLOCK = 1 << 21
 """Cells of one block of pairs on the CPU; what lives beside the result is a few times this."""
 
-ENOUGH = 1 << 17
-"""Cells that are worth a block of their own."""
+ENOUGH = 1 << 20
+"""Cells that are worth a thread."""
 
 
 @dataclass
@@ -150,7 +153,7 @@ def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
             return sweeps.log_gak_alone(cells, block.first, block.scale, lengths_x=x, lengths_y=y)
         return sweeps.log_gak_cells(cells, block.first, block.scale, lengths_x=x, lengths_y=y, band=kernel.band)
 
-    found = threads.each(log_k, blocks) if alone else [log_k(block) for block in blocks]
+    found = _shared(log_k, blocks, cells=sum(block.cells for block in blocks) if alone else 0)
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
     done = 0
     for block, part in zip(blocks, found, strict=True):
@@ -193,13 +196,22 @@ def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
                 )
         return torch.cat(found)[:, : len(own.first) - begin]  # [U, B]
 
-    found = threads.each(log_k, several) if alone else [log_k(some) for some in several]
+    # A cell costs a quarter here: there is hardly a product.
+    cells = len(rows) * int(own.lengths[-1]) * len(lengths) // 4
+    found = _shared(log_k, several, cells=cells if alone else 0)
     terms = torch.cat(found[::-1], 1).T[own.order.argsort()]  # [n, U]
     return terms[:, which[other.order.argsort()]]
 
 
+def _shared(work: Callable[[Item], Tensor], items: Sequence[Item], *, cells: int) -> list[Tensor]:
+    """Of every item, in their order; by threads of one core each where there is enough to do."""
+    if cells < 2 * ENOUGH:
+        return [work(item) for item in items]
+    return threads.each(work, items)
+
+
 def _alone(kernel: Kernel, left: Slices, right: Slices) -> bool:
-    """Does one thread make a whole block? Where the sweep is compiled for the CPU, and nothing is kept for a gradient."""
+    """Can one thread make a whole block? Where the sweep is compiled for the CPU, and nothing is kept for a gradient."""
     moving = torch.is_grad_enabled() and (left.features.requires_grad or right.features.requires_grad)
     return not moving and left.features.device.type == "cpu" and sweeps.engine(left.features, kernel.band) is not None
 
@@ -218,7 +230,7 @@ def _blocks(left: Slices, right: Slices, kernel: Kernel, *, wide: int, alone: bo
     most = BLOCK if rows.device.type == "cpu" else 16 * BLOCK
     if alone:  # some for every thread
         all_cells = len(rows) * len(right.features) // (2 if same else 1)
-        most = min(most, max(ENOUGH, all_cells // (2 * torch.get_num_threads())))
+        most = min(most, max(ENOUGH // 2, all_cells // (2 * torch.get_num_threads())))
     ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
     for begin in range(0, len(right.first), wide):
         mine, index = right.among(begin, wide)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from vlduet.objectives import threads
+from vlduet.objectives import slices, threads
 from vlduet.objectives.alignment import gak_matrix
 
 
@@ -55,7 +55,8 @@ def test_an_error_comes_out(cores):
     assert threads.each(work, [1, 2]) == [1, 2]
 
 
-def test_one_core_and_several_give_the_same_kernel():
+def test_one_core_and_several_give_the_same_kernel(monkeypatch):
+    monkeypatch.setattr(slices, "ENOUGH", 1 << 10)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 30, (150,), generator=generator).tolist()
     x = [torch.nn.functional.normalize(torch.randn(n, 24, generator=generator), dim=1) for n in lengths]
