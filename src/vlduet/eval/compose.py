@@ -101,7 +101,7 @@ def _notes(after: Measurement, *, seed: int) -> tuple[str, ...]:
         "Start is nano as it is shipped: its small trained part was made on the training splits of the same corpora and on "
         "class names (studies/nano/README.md tells how). Untrained is the same model without that part.",
         "Left out of training: records whose caption names the same thing as a held-out or a validation caption.",
-        "Captions: of eight drafts from a beam search, the one that the model's own embedding finds nearest to the image.",
+        "Captions: of several drafts from a beam search, the one that the model's own embedding finds nearest to the image.",
         f"Generated captions: {after.captions.num_distinct} distinct ones for {len(after.captions.items)} images; "
         f"word F1 with the reference {f1.mean:.2f} (95 % interval {f1.low:.2f} to {f1.high:.2f}).",
         "Examples are evenly spaced over the held-out records, and the questions are a fixed list.",

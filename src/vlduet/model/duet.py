@@ -244,7 +244,7 @@ class DuetModel(nn.Module):
         for begin in range(0, len(images), batch):
             sequences = [self.renderer.ask_for_caption(image, prompt) for image in images[begin : begin + batch]]
             found += generation.drafts(self.backbone, self.start(sequences, max_new_tokens, beams=drafts))
-        return generation.nearest(found, images, self)
+        return generation.nearest(found, lambda texts: self.similarity(self.encode(images), self.encode_query(texts)))
 
     @torch.no_grad()
     def start(

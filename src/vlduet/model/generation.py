@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TextIteratorStreamer
 
-from vlduet.data.records import ImageRef
 from vlduet.model.backbones import Backbone
 
 
@@ -83,23 +82,17 @@ def drafts(backbone: Backbone, start: Start) -> list[list[str]]:
     return [texts[begin : begin + start.beams] for begin in range(0, len(texts), start.beams)]
 
 
-class Embedder(Protocol):
-    """What chooses among drafts; `DuetModel` is one."""
+def nearest(drafts: Sequence[Sequence[str]], similarity: Callable[[list[str]], np.ndarray]) -> list[str]:
+    """Of each image's drafts the one that is nearest to it; of equals, the first.
 
-    def encode_document(self, items: Sequence[ImageRef]) -> np.ndarray:
-        """float32[N, E], unit length."""
-
-    def encode_query(self, items: Sequence[str]) -> np.ndarray:
-        """float32[N, E], unit length."""
-
-
-def nearest(drafts: Sequence[Sequence[str]], images: Sequence[ImageRef], model: Embedder) -> list[str]:
-    """Of each image's drafts the one whose embedding is nearest to the image's; of equals, the first."""
+    Args:
+        similarity: distinct texts -> float[images, texts]. Not asked where there is nothing to choose.
+    """
     texts = list(dict.fromkeys(text for some in drafts if len(some) > 1 for text in some if text))
     if not texts:
         return [some[0] for some in drafts]
     row = {text: n for n, text in enumerate(texts)}
-    cosines = model.encode_document(images) @ model.encode_query(texts).T
+    cosines = similarity(texts)
     return [
         max((text for text in some if text in row), key=lambda text: cosines[n, row[text]], default=some[0])
         for n, some in enumerate(drafts)

@@ -6,10 +6,11 @@
     G[0,0] = 1, G[i,0] = G[0,j] = 0
     G[i,j] = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij            K(x, y) = G[M,N]
 
-Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. The sweeps over G are in
-`sweeps` (log space, any device), `lanes` (compiled for the CPU) and `fused` (for CUDA). Gradients have a sweep of their own:
-d log K / d log kappa is the alignment posterior, the probability that an alignment drawn in proportion to its product of
-kappas passes through a cell (soft-DTW's expected alignment, Cuturi and Blondel 2017 alg. 2).
+Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. All pairs of ragged sequences
+are in `slices`; the sweeps over G are in `sweeps` (log space, any device), `lanes` (compiled for the CPU) and `fused` (for
+CUDA). Gradients have a sweep of their own: d log K / d log kappa is the alignment posterior, the probability that an
+alignment drawn in proportion to its product of kappas passes through a cell (soft-DTW's expected alignment, Cuturi and
+Blondel 2017 alg. 2).
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class _Scratch(threading.local):
 def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
     """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
     rows, same = left.features, left is right
-    alone = _alone(kernel, left, right)
+    alone = _alone(kernel, left.features, right.features)
     wide = _lanes(kernel, rows, len(right.first))
     blocks = sorted(_blocks(left, right, kernel, wide=wide, alone=alone), key=lambda block: -block.cells)
     kept, nothing = None, rows.new_zeros(())
@@ -170,7 +170,7 @@ def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
     lengths, which = torch.unique(other.lengths, return_inverse=True)
     if not kernel.by_length:
         lengths, which = lengths[:1], torch.zeros_like(which)
-    rows, alone, wide = own.features, _alone(kernel, own, own), _lanes(kernel, own.features, len(own.first))
+    rows, alone, wide = own.features, _alone(kernel, own.features), _lanes(kernel, own.features, len(own.first))
     several = [(begin, *own.among(begin, wide)) for begin in reversed(range(0, len(own.first), wide))]
     kept = _Scratch(rows, facing=several[0][2].numel()) if alone else None
 
@@ -181,26 +181,26 @@ def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
         squares, centred = slices[..., -1], slices[..., :-2]
         square = torch.baddbmm(squares[:, :, None] + squares[:, None, :], centred, centred.mT, alpha=-2)
         square = square.permute(1, 2, 0).contiguous()  # [N, N, B]
-        found = []
-        for these in lengths.split(len(lengths) if alone else max(1, BLOCK // square.numel())):
-            both = mine.expand(len(these), -1)
-            scale = kernel.scale(both, these[:, None]).to(rows.dtype)
-            if alone:  # all of them read the same cells
-                first = torch.zeros(len(these), dtype=torch.long)
-                found.append(sweeps.log_gak_alone(square, first, scale, lengths_x=both, lengths_y=both))
-            else:
-                cells = square.expand(len(these), *square.shape).flatten(0, 1)  # [U * N, N, B]
-                first = torch.arange(len(these), device=rows.device) * len(square)
-                found.append(
-                    sweeps.log_gak_cells(cells, first, scale, lengths_x=both, lengths_y=both, band=kernel.band)
-                )
-        return torch.cat(found)[:, : len(own.first) - begin]  # [U, B]
+        parts = lengths.split(len(lengths) if alone else max(1, BLOCK // square.numel()))
+        found = torch.cat([_of_lengths(square, mine, part, kernel=kernel, alone=alone) for part in parts])
+        return found[:, : len(own.first) - begin]  # [U, B]
 
     # A cell costs a quarter here: there is hardly a product.
     cells = len(rows) * int(own.lengths[-1]) * len(lengths) // 4
     found = _shared(log_k, several, cells=cells if alone else 0)
     terms = torch.cat(found[::-1], 1).T[own.order.argsort()]  # [n, U]
     return terms[:, which[other.order.argsort()]]
+
+
+def _of_lengths(square: Tensor, mine: Tensor, others: Tensor, *, kernel: Kernel, alone: bool) -> Tensor:
+    """Raw log K(x, x) of B squares, float[N, N, B], with the sigma of every other length, int64[U]: float64[U, B]."""
+    both = mine.expand(len(others), -1)
+    scale = kernel.scale(both, others[:, None]).to(square.dtype)
+    first = torch.arange(len(others), device=square.device) * len(square)
+    if alone:  # all of them read the same cells
+        return sweeps.log_gak_alone(square, torch.zeros_like(first), scale, lengths_x=both, lengths_y=both)
+    cells = square.expand(len(others), *square.shape).flatten(0, 1)  # [U * N, N, B]
+    return sweeps.log_gak_cells(cells, first, scale, lengths_x=both, lengths_y=both, band=kernel.band)
 
 
 def _shared(work: Callable[[Item], Tensor], items: Sequence[Item], *, cells: int) -> list[Tensor]:
@@ -210,10 +210,10 @@ def _shared(work: Callable[[Item], Tensor], items: Sequence[Item], *, cells: int
     return threads.each(work, items)
 
 
-def _alone(kernel: Kernel, left: Slices, right: Slices) -> bool:
+def _alone(kernel: Kernel, *features: Tensor) -> bool:
     """Can one thread make a whole block? Where the sweep is compiled for the CPU, and nothing is kept for a gradient."""
-    moving = torch.is_grad_enabled() and (left.features.requires_grad or right.features.requires_grad)
-    return not moving and left.features.device.type == "cpu" and sweeps.engine(left.features, kernel.band) is not None
+    moving = torch.is_grad_enabled() and any(each.requires_grad for each in features)
+    return not moving and features[0].device.type == "cpu" and sweeps.engine(features[0], kernel.band) is not None
 
 
 def _lanes(kernel: Kernel, like: Tensor, count: int) -> int:

@@ -278,7 +278,7 @@ def _on_cpu(
     at = torch.tensor([len(cells) * i // shares for i in range(1, shares)])
     edges = [0, *torch.searchsorted(first, at).tolist(), len(first)]  # by rows: the last sequences are the longest
     threads.each(sweep, [slice(begin, end) for begin, end in pairwise(edges)])
-    _mend(cells.detach(), (first, scale, *lengths), log_k=log_k, weights=weights, weigh=weigh)
+    _mend(cells.detach(), (first, scale, *lengths), log_k=log_k, weights=weights if weigh else None, weigh=weigh)
     return log_k, weights
 
 
@@ -310,7 +310,7 @@ def _again(
         log_kappa = log_kappas(sqdist, scale.double(), None)
         total = log_gak(log_kappa, x, y)
         log_k[a, b] = total.detach()
-        if weigh and weights is not None:
+        if weights is not None:
             (share,) = torch.autograd.grad(total.sum(), log_kappa if weigh == "posterior" else sqdist)
             pair, row = (inner < x[:, None]).nonzero(as_tuple=True)
             weights[rows[pair, row], :, b[pair]] = share[pair, row].float()

@@ -40,9 +40,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         begun.wait()
 
-    for _ in range(threads):
-        pool.submit(begin)
-    begun.wait()
+    try:
+        for _ in range(threads):
+            pool.submit(begin)
+        begun.wait()
+    except BaseException:  # such as no more threads: those that wait already would wait for ever
+        begun.abort()
+        torch.set_num_threads(threads)
+        raise
     torch.set_num_threads(threads)  # of this thread, and of those that are new: theirs was changed, too
     return pool
 

@@ -55,6 +55,27 @@ def test_an_error_comes_out(cores):
     assert threads.each(work, [1, 2]) == [1, 2]
 
 
+def test_no_more_threads_is_an_error_and_no_wait(monkeypatch):
+    before, real, begun = torch.get_num_threads(), threads.ThreadPoolExecutor.submit, []
+
+    def submit(pool, *task):
+        if begun:
+            raise RuntimeError("can't start new thread")
+        begun.append(real(pool, *task))
+        return begun[0]
+
+    torch.set_num_threads(7)  # nobody else has a pool of so many
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threads.ThreadPoolExecutor, "submit", submit)
+            with pytest.raises(RuntimeError, match="new thread"):
+                threads.each(abs, [1, 2, 3])
+        assert isinstance(begun[0].exception(timeout=60), threading.BrokenBarrierError), "it waits no more"
+        assert threads.each(abs, [-1, 2, -3]) == [1, 2, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_one_core_and_several_give_the_same_kernel(monkeypatch):
     monkeypatch.setattr(slices, "ENOUGH", 1 << 10)
     generator = torch.Generator().manual_seed(0)
