@@ -260,12 +260,7 @@ def likelihoods(
         turns = (*conversation(prompt, system=system), Message("assistant", (text,)))
         return model.renderer.chat(turns, answer=False)
 
-    sequences = [sequence(prompt, text) for prompt, text in pairs]
-    found = [(0.0, 0)] * len(pairs)
-    for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
-        for i, one in zip(chosen, model.nll([sequences[i] for i in chosen]), strict=True):
-            found[i] = one
-    return found
+    return model.nll([sequence(prompt, text) for prompt, text in pairs])
 
 
 def made_by(folder: Path, facts: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -9,19 +9,20 @@ nearest of all distinct references.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from _captions import nearness
+
 from vlduet.data.records import read_jsonl
-from vlduet.demo.judges import minilm
 from vlduet.demo.measure import CAPTION_TOKENS
 from vlduet.eval.benchmarks.tasks import difference, sample
-from vlduet.eval.metrics import first_hit_ranks
-from vlduet.evaluation import reader
 from vlduet.logs import say
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import open_encoder
 
 DRAFTS = (1, 4, 8)
 
@@ -32,21 +33,13 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("records", type=Path)
     options = parser.parse_args()
-    model, judge = DuetModel.from_pretrained(options.model), reader(open_encoder(minilm()))
-
-    def vectors(texts: list[str]) -> np.ndarray:
-        return judge([(text or "nothing",) for text in texts], True)
-
+    model = DuetModel.from_pretrained(options.model)
     pairs = [(r.image, r.short[0]) for r in read_jsonl(options.records) if r.image is not None and r.short]
-    distinct = list(dict.fromkeys(text for _, text in pairs))
-    wanted = np.array([[text == other for other in distinct] for _, text in pairs])
-    references = vectors(distinct)
     found: dict[int, dict[str, np.ndarray]] = {}
     for drafts in DRAFTS:
         captions = model.caption([image for image, _ in pairs], max_new_tokens=CAPTION_TOKENS, batch=16, drafts=drafts)
-        cosines = vectors(captions) @ references.T
-        rank = first_hit_ranks(cosines, wanted)
-        found[drafts] = {"near": cosines[wanted], **{f"hit@{k}": (rank <= k).astype(float) for k in (1, 5)}}
+        near, rank = nearness(captions, [text for _, text in pairs])
+        found[drafts] = {"near": near, **{f"hit@{k}": (rank <= k).astype(float) for k in (1, 5)}}
         for name, values in found[drafts].items():
             gap = difference(sample(values), sample(found[1][name]), seed=0)
             assert gap is not None, "the same images"

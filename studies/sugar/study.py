@@ -13,8 +13,10 @@ Measured on the test splits, which share no image with the training splits:
     order         a window of a document against the same without one part, in order and in another order (with the same
                   last part, which decides most of an embedding): how often the ordered one is nearer, and how often it is
                   the nearest of all ordered and shuffled windows
-    stamps        retrieval of single images and captions, both ways; captions after the right and after a wrong image
+    stamps        retrieval of single images and captions, both ways; captions after the right and after a wrong image;
+                  written captions: is the reference among the five nearest of all, as a sentence encoder sees it
     pairs         emoji whose names differ in one word, as Winoground judges them: its text and image score
+    place         which of six captioned stamps is shown again, by the place of the relevant one (WebQA's probe in small)
     text          cross entropy of documents from their first image on
 """
 
@@ -28,15 +30,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from _captions import nearness
 from _study import Numbers, Study, main
 
 from vlduet.data.images import content_key
 from vlduet.data.records import ImageRef, Parts, Record, read_jsonl
+from vlduet.demo.measure import CAPTION_TOKENS
 from vlduet.eval import protocols
-from vlduet.eval.benchmarks.builtin import one_word_apart
+from vlduet.eval.benchmarks.builtin import SHOWN, one_word_apart, shown_again
 from vlduet.eval.benchmarks.protocols import search_ranks
 from vlduet.eval.benchmarks.tasks import Sample, sample
 from vlduet.eval.protocols import unit
+from vlduet.evaluation import likelihoods
 from vlduet.model.duet import DuetModel
 
 CORPORA = ("gimp-help", "campaigns")
@@ -46,6 +51,8 @@ WINDOW, LONGEST = 5, 25
 """Parts of a window whose order is judged, and words of the longest text in one."""
 TOKENS = 96
 """Of a document whose cross entropy is measured."""
+PROMPTS = 16
+"""Of the probe of places."""
 
 
 def measure(model: DuetModel, data: Path) -> Numbers:
@@ -56,6 +63,7 @@ def measure(model: DuetModel, data: Path) -> Numbers:
         **order(model, documents),
         **stamps(model, data),
         **pairs(model, data),
+        **places(model, data),
         **texts(model, documents),
     }
 
@@ -122,11 +130,15 @@ def stamps(model: DuetModel, data: Path) -> Numbers:
     records = [r for r in read_jsonl(data / "stamps" / "test.jsonl") if r.image is not None and r.short]
     found = protocols.retrieval(model.encode_document, model.encode_query, records=records)
     entropy = protocols.caption_cross_entropy(model.caption_nll, records)
+    images = [record.image for record in records if record.image is not None]
+    written = model.caption(images, max_new_tokens=CAPTION_TOKENS, batch=16)
+    _, rank = nearness(written, [record.short[0] for record in records])
     return {
         "stamps, text to image R@10": sample(found.text_to_image.ranks <= 10),
         "stamps, image to text R@10": sample(found.image_to_text.ranks <= 10),
         "stamps, nats of captions": per_token(entropy.right, entropy.tokens),
         "stamps, nats their image is worth": per_token(entropy.wrong - entropy.right, entropy.tokens),
+        "stamps, captions like theirs": sample(rank <= 5),
     }
 
 
@@ -141,6 +153,21 @@ def pairs(model: DuetModel, data: Path) -> Numbers:
     return {"pairs, text score": sample(text), "pairs, image score": sample(image)}
 
 
+def places(model: DuetModel, data: Path) -> Numbers:
+    """Whether the likeliest of six captions is the right one: over all places, and at the edges less in the middle."""
+    path = data / "stamps" / "test.jsonl"
+    items = shown_again(list(read_jsonl(path)), prompts=PROMPTS, seed=0, place=path)
+    losses = np.array(
+        [nats / tokens for nats, tokens in likelihoods(model, [(q.parts, o) for q in items for o in q.options])]
+    )
+    right = losses.reshape(PROMPTS, SHOWN, SHOWN).argmin(2) == np.arange(SHOWN)  # [prompts, places]
+    edge = np.isin(np.arange(SHOWN), (0, SHOWN - 1))
+    return {
+        "place, accuracy": sample(right.ravel()),
+        "place, edges less middle": sample(right[:, edge].mean(1) - right[:, ~edge].mean(1)),
+    }
+
+
 def texts(model: DuetModel, documents: list[Record]) -> Numbers:
     """Nats a token of documents, from their first image on."""
     kept, model.renderer.max_tokens = model.renderer.max_tokens, TOKENS
@@ -149,7 +176,7 @@ def texts(model: DuetModel, documents: list[Record]) -> Numbers:
         first = next(n for n, part in enumerate(record.parts) if isinstance(part, ImageRef))
         sequences.append(model.renderer.document(record.parts[first:])[0].build(TOKENS))
     model.renderer.max_tokens = kept
-    losses = [one for n in range(0, len(sequences), 16) for one in model.nll(sequences[n : n + 16])]
+    losses = model.nll(sequences)
     return {"documents, nats": per_token(np.array([nats for nats, _ in losses]), np.array([n for _, n in losses]))}
 
 
@@ -165,9 +192,9 @@ STUDY = Study(
         "data.train=[{path: data/gimp-help/train.jsonl, weight: 1}, {path: data/campaigns/train.jsonl, weight: 1}]",
         "data.validation=null",
         "train.batch_size=8",
-        "train.steps=16",
+        "train.steps=24",
         "train.log_every=1",
-        "train.save_every=16",
+        "train.save_every=24",
         "recipe.n_ref=32",
     ),
     rows={
@@ -179,10 +206,11 @@ STUDY = Study(
         "one encoder": ("recipe.triple=false",),
         "last token": ("recipe.pool=last", "model.prompts={image_pool: last}"),
         "kl": ("recipe.loss=kl",),
+        "narrow": ("recipe.delta=0.35",),
     },
     reference="joint",
     measure=measure,
-    lower=frozenset({"stamps, nats of captions", "documents, nats"}),
+    lower=frozenset({"stamps, nats of captions", "place, edges less middle", "documents, nats"}),
 )
 
 if __name__ == "__main__":

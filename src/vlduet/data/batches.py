@@ -39,6 +39,8 @@ class Batch:
     """In the order of the rows, and within a row of its sequences."""
     anchor_spans: Tensor
     """int64[A, 3]: row, start, end of every anchor in this batch."""
+    branched: bool = False
+    """The other sequences of a row go on from its first one, and see it (`data.branches`)."""
 
     @property
     def num_supervised(self) -> int:
@@ -57,6 +59,8 @@ class Batch:
         if int(self.segments.max()) <= 1:
             return (self.segments > 0).long()
         same = self.segments[:, :, None] == self.segments[:, None, :]
+        if self.branched:
+            same |= self.segments[:, None, :] == 1
         length = self.segments.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
         # A padding row would see nothing and softmax to NaN: every token sees at least itself.
@@ -103,24 +107,30 @@ def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack
         pack_to: fill rows up to this many tokens with several sequences each, first fit in order.
     """
     rows = pack(sequences, pack_to) if pack_to else [[s] for s in sequences]
-    width = max(sum(len(s) for s in row) for row in rows)
+    return lay([[(s, positions(s)) for s in row] for row in rows], pad_id=pad_id, side=side)
+
+
+def lay(
+    rows: list[list[tuple[Sequence, Tensor]]], *, pad_id: int, side: str = "right", branched: bool = False
+) -> Batch:
+    """A batch of these rows, each of sequences and their position ids."""
+    width = max(sum(len(s) for s, _ in row) for row in rows)
     shape = (len(rows), width)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     segments = torch.zeros(shape, dtype=torch.long)
-    counts = {id(sequence): positions(sequence) for sequence in sequences}
-    places = torch.zeros(max(len(found) for found in counts.values()), *shape, dtype=torch.long)
+    places = torch.zeros(max(len(found) for row in rows for _, found in row), *shape, dtype=torch.long)
     image_mask = torch.zeros(shape, dtype=torch.bool)
     images: list[PreparedImage] = []
     anchors: list[Anchor] = []
     spans: list[tuple[int, int, int]] = []
     for r, row in enumerate(rows):
-        at = width - sum(len(s) for s in row) if side == "left" else 0
-        for number, sequence in enumerate(row, 1):
+        at = width - sum(len(s) for s, _ in row) if side == "left" else 0
+        for number, (sequence, found) in enumerate(row, 1):
             here = slice(at, at + len(sequence))
             ids[r, here] = torch.tensor(sequence.ids)
             labels[r, here] = torch.tensor(sequence.labels)
             segments[r, here] = number
-            places[:, r, here] = counts[id(sequence)]
+            places[:, r, here] = found
             for start, image in sequence.images:
                 image_mask[r, at + start : at + start + image.num_tokens] = True
                 images.append(image)
@@ -129,7 +139,7 @@ def collate(sequences: list[Sequence], *, pad_id: int, side: str = "right", pack
             at += len(sequence)
     spans_tensor = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
     where = places if len(places) > 1 else places[0]
-    return Batch(ids, labels, segments, where, image_mask, tuple(images), tuple(anchors), spans_tensor)
+    return Batch(ids, labels, segments, where, image_mask, tuple(images), tuple(anchors), spans_tensor, branched)
 
 
 def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:

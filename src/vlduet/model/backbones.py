@@ -105,6 +105,12 @@ class Backbone(nn.Module):
         return self.model.get_input_embeddings()  # type: ignore[no-any-return]
 
     @property
+    def pad_id(self) -> int:
+        """The token that padding is made of; nothing sees it."""
+        found = self.tokenizer.pad_token_id
+        return 0 if found is None else int(found)
+
+    @property
     def width(self) -> int:
         """D, the width of the trunk."""
         return int(self.embedding.weight.shape[1])

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlduet.data import branches
 from vlduet.data.batches import FORWARD, ROW, Batch, by_length, collate
 from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
@@ -202,10 +203,7 @@ class DuetModel(nn.Module):
 
     def collate(self, sequences: list[Sequence], *, side: str = "right", pack_to: int | None = None) -> Batch:
         """A batch on the model's device."""
-        pad = self.backbone.tokenizer.pad_token_id
-        return collate(sequences, pad_id=pad if pad is not None else 0, side=side, pack_to=pack_to).to(
-            self.backbone.device
-        )
+        return collate(sequences, pad_id=self.backbone.pad_id, side=side, pack_to=pack_to).to(self.backbone.device)
 
     @property
     def dim(self) -> int:
@@ -257,18 +255,20 @@ class DuetModel(nn.Module):
 
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
         """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""
-        found: list[tuple[float, int]] = []
-        for begin in range(0, len(pairs), batch):
-            found += self.nll([self.renderer.caption(image, text) for image, text in pairs[begin : begin + batch]])
-        return found
+        groups = (pairs[begin : begin + batch] for begin in range(0, len(pairs), batch))
+        return [one for group in groups for one in self.nll([self.renderer.caption(*pair) for pair in group])]
 
     @torch.no_grad()
     def nll(self, sequences: list[Sequence]) -> list[tuple[float, int]]:
-        """(negative log likelihood in nats, tokens) of what each sequence supervises, as one batch."""
+        """(negative log likelihood in nats, tokens) of what each sequence supervises. What neighbours share is read once."""
+        found = [(0.0, 0)] * len(sequences)
         with evaluating(self):
-            found = self(self.collate(sequences)).nll.double().cpu()
-        counts = [sum(label != IGNORE for label in s.labels) for s in sequences]
-        return [(float(part.sum()), len(part)) for part in found.split(counts)]
+            for chosen, rows in branches.batches(sequences, FORWARD):
+                batch = branches.collate(rows, pad_id=self.backbone.pad_id).to(self.backbone.device)
+                counts = [sum(label != IGNORE for label in sequences[i].labels) for i in chosen]
+                for i, part in zip(chosen, self(batch).nll.double().cpu().split(counts), strict=True):
+                    found[i] = (float(part.sum()), len(part))
+        return found
 
     # ------------------------------------------------------------------ what is trained, and keeping it
 

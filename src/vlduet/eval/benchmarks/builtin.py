@@ -7,6 +7,7 @@ and distractors are drawn with the run's seed. Nobody else reports these numbers
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -200,21 +201,27 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
 
 
 def position_probe(source: Source) -> Choices:
-    """Six stamps with their captions, then one of them again: which of the six captions is it?
+    """`shown_again` on stamps; without the images, too: all that is left is a liking for a caption or for its place."""
+    items = shown_again(records(source, "stamps"), prompts=PROBED, seed=source.seed, place=source.root)
+    return Choices(tuple(items), "place", blind=True)
+
+
+def shown_again(records: Sequence[Record], *, prompts: int, seed: int, place: Path) -> list[Question]:
+    """Six images with their captions, then one of them again: which of the six captions is it?
 
     All six of a prompt are asked of, so each place is right equally often. What accuracy loses by the place is what gets
-    lost in the middle; without the images all that is left is a liking for a caption or for its place.
+    lost in the middle. Raises DataError at `place` where there are fewer captions.
     """
-    random = np.random.default_rng(source.seed)
-    kept = list({r.short[0]: r.image for r in records(source, "stamps") if r.image is not None and r.short}.items())
+    random = np.random.default_rng(seed)
+    kept = list({r.short[0]: r.image for r in records if r.image is not None and r.short}.items())
     if len(kept) < SHOWN:
-        raise DataError(f"only {len(kept)} captions, {SHOWN} needed", place=source.root, fix="Fetch stamps")
+        raise DataError(f"only {len(kept)} captions, {SHOWN} needed", place=place, fix="Fetch stamps")
     items = []
-    for n in range(PROBED):
+    for n in range(prompts):
         told = [kept[i] for i in random.permutation(len(kept))[:SHOWN]]
         parts = [part for caption, image in told for part in (image, f"This is: {caption}\n")]
         captions = tuple(caption for caption, _ in told)
         for at, (_, image) in enumerate(told):
             asked = (*parts, image, "What is this?")
             items.append(Question(f"{n}/{at + 1}", asked, at, {"place": str(at + 1)}, captions))
-    return Choices(tuple(items), "place", blind=True)
+    return items
