@@ -85,9 +85,13 @@ def table(title: str, unit: str, seconds: Mapping[str, list[float]], *, work: fl
 def facts(options: argparse.Namespace, model: Path) -> None:
     """On what it was measured."""
     machine()
+    versions()
+    print(f"run       seed {options.seed}, model {model.name}, {'quick' if options.quick else 'full'}", flush=True)
+
+
+def versions() -> None:
     names = ("torch", "transformers", "peft", "sentence-transformers", "trl", "vlduet")
     print(f"versions  {', '.join(f'{name} {installed(name)}' for name in names)}")
-    print(f"run       seed {options.seed}, model {model.name}, {'quick' if options.quick else 'full'}", flush=True)
 
 
 def machine() -> None:

@@ -83,11 +83,13 @@ def batch_of(records: list[Record], count: int, seed: int) -> list[Record]:
 # ------------------------------------------------------------------ vlduet
 
 
-def ours(folder: Path, records: list[Record], name: str) -> Step:
-    """The step of `vlduet train`, without its bookkeeping."""
+def ours(folder: Path, records: list[Record], name: str, *, again: bool = False) -> Step:
+    """The step of `vlduet train`, without its bookkeeping; `again` computes layers twice and keeps only their inputs."""
     torch.manual_seed(0)
-    model = DuetModel.from_pretrained(folder, device="cpu")
+    model = DuetModel.from_pretrained(folder, check_golden=False)
     model.make_trainable(lora=LORA, projector=True)
+    if again:
+        model.backbone.checkpoint_layers()
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=LEARNING_RATE, weight_decay=0.0)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
@@ -97,7 +99,7 @@ def ours(folder: Path, records: list[Record], name: str) -> Step:
 
     def losses(readout: Readout) -> dict[str, Tensor]:
         found = vladva.objective(readout, model.logit_scale, options)
-        return {"loss": sum(found.values(), torch.zeros(())), **found}
+        return {"loss": torch.stack(list(found.values())).sum(), **found}
 
     def step() -> dict[str, float]:
         if "cold" in name:
@@ -134,19 +136,23 @@ def budget(sequences: list[Sequence]) -> int:
 class Peer:
     """The usual way: a pass for every side of every loss."""
 
-    def __init__(self, folder: Path, records: list[Record]):
+    def __init__(self, folder: Path, records: list[Record], *, again: bool = False):
         torch.manual_seed(0)
-        mine = DuetModel.from_pretrained(folder, device="cpu")  # for its prompts and its head's weights
+        mine = DuetModel.from_pretrained(folder, check_golden=False)  # for its prompts and its head's weights
+        self.device, dtype = mine.backbone.device, mine.backbone.model.dtype
         self.prompts, self.head = mine.prompts, EmbeddingHead(mine.head.kind, mine.backbone.width, mine.head.dim)
         self.head.load_state_dict(mine.head.state_dict())
+        self.head.to(self.device)
         self.tokens = mine.prepare(records[0].image).num_tokens if records[0].image else 0
         self.scale = torch.nn.Parameter(mine.logit_scale.detach().clone())
         del mine
-        base = AutoModelForImageTextToText.from_pretrained(folder)
+        base = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
         base.requires_grad_(False)
         targets = rf".*language_model\..*\.({TARGETS[LORA.targets]})"
         get_peft_model(base, LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=targets))
         base.model.multi_modal_projector.requires_grad_(True)
+        if again:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = base
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -158,44 +164,47 @@ class Peer:
     def step(self) -> dict[str, float]:
         self.model.train()
         self.model.model.vision_tower.eval()
-        pixels = self.processor(images=[images.load(r.image) for r in self.records if r.image], return_tensors="pt")
+        pictures = [images.load(r.image) for r in self.records if r.image]
+        pixels = dict(self.processor(images=pictures, return_tensors="pt").to(self.device))
         prompt = self.prompts.image.replace("{image}", self.image_token * self.tokens)
         captions = [self.prompts.text.replace("{text}", r.short[0]) for r in self.records]
-        left = self.embed([prompt] * len(self.records), dict(pixels), image=True)
+        left = self.embed([prompt] * len(self.records), pixels, image=True)
         scores = left @ self.embed(captions, {}, image=False).T * self.scale.clamp(max=math.log(100)).exp()
-        target = torch.arange(len(scores))
+        target = torch.arange(len(scores), device=self.device)
         contrastive = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
-        language = self.language(prompt, dict(pixels))
+        language = self.language(prompt, pixels)
         (contrastive + language).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"contrastive": float(contrastive), "language": float(language)}
 
     def embed(self, texts: list[str], pixels: dict[str, Tensor], *, image: bool) -> Tensor:
-        inputs = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        states = self.model.model(**inputs, **pixels).last_hidden_state  # [B, T, D]
+        inputs = self.tokens_of(texts)
+        states = self.model.model(**inputs, **pixels).last_hidden_state.to(self.scale.dtype)  # [B, T, D]
         if image and self.prompts.image_pool == "mean":
             mask = (inputs["input_ids"] == self.model.config.image_token_id)[..., None].to(states.dtype)
             return self.head((states * mask).sum(1) / mask.sum(1))
         return self.head(states[torch.arange(len(states)), inputs["attention_mask"].sum(1) - 1])
 
     def language(self, prompt: str, pixels: dict[str, Tensor]) -> Tensor:
-        texts = [f"{prompt}{r.long}{self.tokenizer.eos_token}" for r in self.records]
-        inputs = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        inputs = self.tokens_of([f"{prompt}{r.long}{self.tokenizer.eos_token}" for r in self.records])
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         labels[:, : len(self.tokenizer(prompt)["input_ids"])] = -100
         return self.model(**inputs, **pixels, labels=labels).loss
+
+    def tokens_of(self, texts: list[str]) -> dict[str, Tensor]:
+        return dict(self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device))
 
 
 # ------------------------------------------------------------------ the run
 
 
-def contender(name: str, folder: Path, records: list[Record]) -> Step:
+def contender(name: str, folder: Path, records: list[Record], *, again: bool = False) -> Step:
     if name == TRANSFORMERS:
-        return Peer(folder, records).step
+        return Peer(folder, records, again=again).step
     if name == LIBRARIES:
         return _libraries.Libraries(folder, records, lora=LORA, lr=LEARNING_RATE, mini_batch=MINI_BATCH).step
-    return ours(folder, records, name)
+    return ours(folder, records, name, again=again)
 
 
 def peak(step: Step) -> tuple[float, float]:
@@ -232,12 +241,14 @@ def contrastive_step(folder: Path, records: list[Record], size: int, scratch: Pa
     return step
 
 
-def compared(title: str, names: list[str], folder: Path, records: list[Record], repeats: int) -> None:
+def compared(
+    title: str, names: list[str], folder: Path, records: list[Record], repeats: int, *, again: bool = False
+) -> dict[str, list[float]]:
     """Warm up, print the first losses, then the times; a peer that is not installed is named as missing."""
     steps: dict[str, Step] = {}
     for name in names:
         try:
-            steps[name] = contender(name, folder, records)
+            steps[name] = contender(name, folder, records, again=again)
         except ImportError as error:
             print(f"  {name:28} not measured: {error}")
     first = {name: step() for name, step in steps.items()}
@@ -245,6 +256,7 @@ def compared(title: str, names: list[str], folder: Path, records: list[Record], 
         print(f"  {name:28} first losses: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
     seconds = _bench.interleaved(steps, repeats)
     _bench.table(title, "records/s", seconds, work=len(records), ours=names[0])
+    return seconds
 
 
 def main() -> None:
