@@ -51,6 +51,8 @@ class Slices:
     """int64[n], row of the first slice."""
     order: Tensor
     """int64[n], where each stood in what was given."""
+    room: Tensor | None = None
+    """float[S, d + 2] that `features` is a view of: `around` copies nothing. None where they have a gradient."""
 
     @classmethod
     def of(cls, sequences: Sequence[Tensor], name: str) -> Slices:
@@ -65,14 +67,20 @@ class Slices:
                 )
         device = sequences[0].device
         lengths, order = torch.sort(torch.tensor([len(sequence) for sequence in sequences]), stable=True)
-        features = torch.cat([sequences[i] for i in order.tolist()])
-        features = features if features.dtype == torch.float64 else features.float()
+        ordered, room = [sequences[i] for i in order.tolist()], None
+        double = any(sequence.dtype == torch.float64 for sequence in sequences)
+        dtype = torch.float64 if double else torch.float32
+        if torch.is_grad_enabled() and any(sequence.requires_grad for sequence in sequences):
+            features = torch.cat(ordered).to(dtype)
+        else:
+            room = torch.empty(int(lengths.sum()), shape[1] + 2, dtype=dtype, device=device)
+            features = torch.cat(ordered, out=room[:, :-2])
         first = lengths.cumsum(0) - lengths
         if not bool(features.sum().isfinite()) and not bool(features.isfinite().all()):  # the sum is far cheaper
             row = int((~features.isfinite()).any(1).nonzero()[0])
             wrong = int(order[int((first <= row).sum()) - 1])
             raise ValueError(f"{name}[{wrong}] has features that are not finite")
-        return cls(features, lengths.to(device), first.to(device), order.to(device))
+        return cls(features, lengths.to(device), first.to(device), order.to(device), room)
 
     def among(self, begin: int, wide: int) -> tuple[Tensor, Tensor]:
         """`wide` sequences from `begin` on, the last one repeated: lengths int64[wide], rows int64[wide, longest].
@@ -88,7 +96,11 @@ class Slices:
         """Takes a point away from every slice, in place, and makes what a product needs to give distances."""
         centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
         squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
-        self.features = torch.cat([centred, torch.ones_like(squares), squares], 1)
+        if self.room is None:
+            self.features = torch.cat([centred, torch.ones_like(squares), squares], 1)
+        else:
+            self.room[:, -2:-1], self.room[:, -1:] = 1, squares
+            self.features = self.room
 
     def facing(self, index: Tensor, out: Tensor | None = None) -> Tensor:
         """float[I, d + 2] of some rows: -2 times an inner product of these with `features` is a squared distance.
