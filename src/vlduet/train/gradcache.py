@@ -53,6 +53,7 @@ def cached_losses(
     made = losses(Readout(embeddings, anchors, nll))
     slopes = {name: _slope(loss, nll) for name, loss in made.items()}
     made["loss"].backward()
+    made = {name: loss.detach() for name, loss in made.items()}  # its graph holds masks of all pairs
     wanted = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
     found = [nothing.nll]
     parts = zip(
@@ -66,7 +67,7 @@ def cached_losses(
             total.backward()
         found.append(readout.nll.detach())
     told = torch.cat(found)
-    return {name: loss.detach() + slopes[name] @ told for name, loss in made.items()}
+    return {name: loss + slopes[name] @ told for name, loss in made.items()}
 
 
 def _first_pass(

@@ -247,4 +247,6 @@ def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
         assert ahead is not None
         samples, groups = ahead.result()
         ahead = run.pool.submit(lay_out, step + 1) if step + 1 < steps else None
-        yield samples, [run.model.collate(group, pack_to=train.pack) for group in groups]
+        chunks = [run.model.collate(group, pack_to=train.pack) for group in groups]
+        del groups  # thousands of sequences, which nobody needs any more
+        yield samples, chunks
