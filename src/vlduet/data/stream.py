@@ -30,6 +30,11 @@ class Sample:
     position: int
     seed: int
 
+    @property
+    def name(self) -> str:
+        """Tells it from every other sample: the files of a mixture may give their records the same ids."""
+        return f"{self.position}:{self.record.id}"
+
     def random(self) -> random.Random:
         """Randomness of this sample alone: the same whoever draws it, in whatever order."""
         return random.Random(f"{self.seed}:{self.position}")

@@ -61,7 +61,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if not found:
         raise DataError("no image with a text of its own", fix="Train a dual encoder on pairs or documents")
     image, text = draw.choice(found)
-    return [_sequence(image, "image", record.id), _sequence(text, "text", record.id)]
+    return [_sequence(image, "image", sample.name), _sequence(text, "text", sample.name)]
 
 
 def _sequence(part: Part, role: str, record: str) -> Sequence:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from vlduet import distributed
 from vlduet.data.keys import content_key
-from vlduet.data.records import Record
 from vlduet.data.sequences import Anchor, Sequence
+from vlduet.data.stream import Sample
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
@@ -17,12 +17,13 @@ LEFT = ("image", "query", "mixed")
 RIGHT = ("text", "positive", "negative")
 
 
-def retrieval(record: Record, renderer: Renderer) -> list[Sequence]:
+def retrieval(sample: Sample, renderer: Renderer) -> list[Sequence]:
     """A query, its positives and its hard negatives, a sequence each. Raises DataError, ImageError."""
+    record = sample.record
     rows = [("query", record.query)]
     rows += [("positive", parts) for parts in record.positive] + [("negative", parts) for parts in record.negative]
     return [
-        renderer.embed(parts, query=role == "query", role=role, record=record.id, key=content_key(parts))
+        renderer.embed(parts, query=role == "query", role=role, record=sample.name, key=content_key(parts))
         for role, parts in rows
     ]
 

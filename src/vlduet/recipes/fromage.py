@@ -88,14 +88,14 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     """One record -> its sequences (the figure above). Raises DataError for a record that this method cannot use."""
     record = sample.record
     if record.kind == "retrieval":
-        return retrieval(record, renderer)
+        return retrieval(sample, renderer)
     captions = record.short or ((record.long,) if record.long else ())
     if record.image is None or not captions:
         raise DataError("no image with a caption", fix="Train this recipe on pairs or retrieval records")
     caption = sample.random().choice(captions)
     return [
-        renderer.caption(record.image, caption, record=record.id),
-        renderer.embed((caption,), role="text", record=record.id, key=content_key((caption,))),
+        renderer.caption(record.image, caption, record=sample.name),
+        renderer.embed((caption,), role="text", record=sample.name, key=content_key((caption,))),
     ]
 
 

@@ -123,7 +123,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
         builder.anchor(
             (start, end) if image and options.pool == "mean" else (end - 1, end),
             role="image" if image else "text",
-            record=record.id,
+            record=sample.name,
             key="|".join(one.key for one in slices[: i + 1]),
             slices=slices[: i + 1],
         )

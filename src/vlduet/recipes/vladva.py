@@ -54,7 +54,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if record.kind == "chat":
         return [renderer.chat(record.messages, answer=False)]
     if record.kind == "retrieval":
-        return retrieval(record, renderer)
+        return retrieval(sample, renderer)
     if record.kind == "interleaved":
         return _interleaved(record, renderer)
     assert record.image is not None
@@ -63,11 +63,13 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     short = draw.choice(shorts) if shorts else None
     long = draw.choice(longs) if longs else (short if options.language_on == "any" else None)
     if long is None:
-        sequences = [renderer.embed((record.image,), role="image", record=record.id, key=content_key((record.image,)))]
+        sequences = [
+            renderer.embed((record.image,), role="image", record=sample.name, key=content_key((record.image,)))
+        ]
     else:
-        sequences = [renderer.caption(record.image, long, record=record.id, mixed=options.mixed)]
+        sequences = [renderer.caption(record.image, long, record=sample.name, mixed=options.mixed)]
     if short is not None:
-        sequences.append(renderer.embed((short,), role="text", record=record.id, key=content_key((short,))))
+        sequences.append(renderer.embed((short,), role="text", record=sample.name, key=content_key((short,))))
     return sequences
 
 

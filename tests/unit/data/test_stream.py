@@ -64,3 +64,10 @@ def test_a_sample_has_randomness_of_its_own():
 def test_an_empty_source_is_named():
     with pytest.raises(DataError, match=r"data.train\[1\]"):
         Mixture([source("a", 1), []], [1, 1], seed=0)
+
+
+def test_records_of_two_files_with_equal_ids_are_two_samples():
+    mixture = Mixture([source("", 2), source("", 2)], [1, 1], seed=0)
+    samples = [mixture[position] for position in range(8)]
+    assert len({sample.record.id for sample in samples}) == 2
+    assert len({sample.name for sample in samples}) == 8

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 import tiny
 from vlduet.errors import ConfigError, ModelError
 from vlduet.model.adapters import Lora
-from vlduet.model.backbones import load_backbone
+from vlduet.model.backbones import fingerprint_of, load_backbone
 from vlduet.model.duet import DuetModel
 
 ITEMS = ["a", "a red apple on a table", tiny.picture(1), (tiny.picture(2), "what is this?")]
@@ -125,6 +125,28 @@ def test_the_model_that_was_merged_is_the_merged_one(trained: DuetModel, tmp_pat
     assert trained.fingerprint == DuetModel.from_pretrained(tmp_path / "merged").fingerprint
     trained.save_pretrained(tmp_path / "beside")  # refers to the merged weights, not to the former base
     assert np.array_equal(DuetModel.from_pretrained(tmp_path / "beside").encode(ITEMS), trained.encode(ITEMS))
+
+
+def test_weights_that_differ_in_one_tensor_have_another_name(tmp_path: Path) -> None:
+    """Merged adapters change some tensors in the middle of a file of gigabytes."""
+    folder = tiny.llava(tmp_path)
+    path = next(folder.glob("model*.safetensors"))
+    weights = load_file(path)
+    before = fingerprint_of(folder)
+    for name in weights:
+        save_file({**weights, name: weights[name] * 1.5 + 0.25}, path, metadata={"format": "pt"})
+        assert fingerprint_of(folder) != before, name
+    save_file(weights, path, metadata={"format": "pt"})
+    assert fingerprint_of(folder) == before
+
+
+@pytest.mark.parametrize("junk", [b"", b"PK\x03\x04 a pickle", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
+def test_a_name_of_weights_that_are_none_is_an_error(tmp_path: Path, junk: bytes) -> None:
+    folder = tiny.llava(tmp_path)
+    path = next(folder.glob("model*.safetensors"))
+    path.write_bytes(junk)
+    with pytest.raises(ModelError, match=r"not a safetensors file"):
+        fingerprint_of(folder)
 
 
 def test_plain_peft_gives_the_same_hidden_states(trained: DuetModel, saved: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def by_hand(model: DuetModel, sequences: list[Sequence]) -> tuple[torch.Tensor, 
             vector = model.head.layers(states[anchor.end - 1])
         side = "left" if anchor.role in ("image", "query") else "right"
         vectors[side].append(vector / vector.norm())
-        names[side].append((anchor.record, anchor.role))
+        names[side].append((anchor.record.split(":")[1], anchor.role))
     left, right = torch.stack(vectors["left"]), torch.stack(vectors["right"])
     scores = left @ right.T * model.logit_scale.exp()
     same = [{"p0", "p2"}, {"p1"}, {"p0", "p2"}, {"p3"}, {"r"}]  # what a query's right answers may belong to

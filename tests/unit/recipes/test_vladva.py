@@ -12,6 +12,7 @@ from vlduet.data.sequences import IGNORE
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
+from vlduet.recipes.contrast import positives
 from vlduet.recipes.vladva import Options, layout
 
 SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
@@ -46,3 +47,28 @@ def test_captions_are_told_apart_by_their_tokens(
 def test_a_record_without_a_caption_of_either_length_is_named(model: DuetModel) -> None:
     with pytest.raises(DataError, match=r"501 tokens and more, recipe.long_up_to is 500"):
         told(model, long=ENDLESS, split="length")
+
+
+def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> None:
+    records = [Record("0", image=tiny.picture(i), short=(f"caption {i}",)) for i in range(2)]
+    anchors = [
+        anchor
+        for position, record in enumerate(records)
+        for sequence in layout(Sample(record, position, 0), model.renderer, Options())
+        for anchor in sequence.anchors
+    ]
+    images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
+    assert positives(images, texts).tolist() == [[True, False], [False, True]]
+
+
+def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> None:
+    record = Record("0", image=tiny.picture(0), short=tuple(f"caption {i}" for i in range(9)))
+    anchors = [
+        anchor
+        for position in range(4)
+        for sequence in layout(Sample(record, position, 0), model.renderer, Options())
+        for anchor in sequence.anchors
+    ]
+    images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
+    assert len({text.key for text in texts}) > 1, "another caption each time"
+    assert positives(images, texts).all(), "an image's captions are never its negatives"
