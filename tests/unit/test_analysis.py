@@ -22,6 +22,7 @@ from vlduet.data.quarantine import Quarantine
 from vlduet.errors import DataError
 from vlduet.model.adapters import Lora
 from vlduet.model.duet import DuetModel
+from vlduet.model.prompts import Prompts
 
 RANDOM = np.random.default_rng(0)
 
@@ -131,6 +132,22 @@ def test_what_is_read_is_what_encode_gives_and_generation_starts_from(model: Due
     hidden = model.hidden_states(model.collate([sequence]))[0, sequence.anchors[0].end - 1]
     entropy = analysis.next_token_entropy(model.backbone.lm_head(hidden)[None]).item()
     assert found.texts.entropy[0] == pytest.approx(entropy, rel=1e-4)
+
+
+def test_learned_tokens_are_no_next_words_merged_or_not(tmp_path: Path) -> None:
+    """Where the LM head is the embedding table, folded rows stand among the words."""
+    prompts = Prompts(image="{image} sum:", text="{text} sum:", parts="{parts} sum:", chat=False)
+    model = tiny.duet(tmp_path / "base", prompts=prompts)
+    model.make_trainable(lora=None, projector=False, soft=True)
+    assert model.soft is not None
+    with torch.no_grad():
+        model.soft.rows.add_(9 * torch.randn_like(model.soft.rows))
+    items = analysis.Items((), ("one", "two words"))
+    before = analysis.measure(model.eval(), items, name="before", examples=1).texts
+    model.save_merged(tmp_path / "merged")
+    after = analysis.measure(DuetModel.from_pretrained(tmp_path / "merged"), items, name="after", examples=1).texts
+    assert before is not None and after is not None
+    np.testing.assert_allclose(after.entropy, before.entropy, rtol=1e-5)
 
 
 def test_the_picture_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:

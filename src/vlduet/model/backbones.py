@@ -327,9 +327,13 @@ def fingerprint_of(folder: Path) -> str:
 def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Callable[[list[str]], Tensor]:
     """A local sentence encoder -> function of texts giving float[N, D] unit vectors.
 
-    Pooled as the folder says in 1_Pooling/config.json: by the first token (BGE), or else the mean (all-MiniLM-L6-v2).
+    Pooled as the folder says in 1_Pooling/config.json: by the first token (BGE), or else the mean (all-MiniLM-L6-v2). As
+    long as sentence_bert_config.json says, else 256 tokens.
+
+    Raises ModelError for a folder whose modules.json asks for more than a transformer, its pooling and unit length.
     """
     read_config(folder)
+    longest = _longest_text(folder)
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
@@ -338,13 +342,24 @@ def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Ca
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt").to(device)
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
         hidden = model(**batch).last_hidden_state  # [N, T, D]
         mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = hidden[:, 0] if first else (hidden * mask).sum(1) / mask.sum(1)
         return nn.functional.normalize(pooled, dim=1)
 
     return encode
+
+
+def _longest_text(folder: Path) -> int:
+    """Tokens that a sentence encoder reads. Raises ModelError for modules that would change its vectors."""
+    told = {name: folder / name for name in ("modules.json", "sentence_bert_config.json")}
+    modules, config = (json.loads(path.read_text()) if path.is_file() else {} for path in told.values())
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if others := sorted({*kinds} - {"Transformer", "Pooling", "Normalize"}):
+        what = f"it asks for {', '.join(others)}, which is not read"
+        raise ModelError(what, place=told["modules.json"], fix="Use an encoder of a transformer and its pooling alone")
+    return int(config.get("max_seq_length") or 256)
 
 
 def _pooling(folder: Path) -> str:

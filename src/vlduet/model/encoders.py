@@ -201,6 +201,9 @@ def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | to
         kinds, loader = ("image",), partial(_tower, folder, own, device)
     elif {"vision_config", "text_config"} <= config.keys():
         kinds, loader = ("image", "text"), partial(_contrastive, folder, device)
+    elif "architecture" in config and "model_type" not in config:
+        fix = "Use a checkpoint of transformers, such as an EfficientNet or a DINOv2, or a VLM, whose tower is used"
+        raise ModelError("a timm checkpoint, which is not read", place=folder, fix=fix)
     elif (folder / "preprocessor_config.json").is_file():
         kinds, loader = ("image",), partial(_vision, folder, device)
     else:

@@ -59,11 +59,12 @@ def triple_cosines(same: Tensor, cross: Tensor, *, image: Tensor, triple: bool =
     Returns:
         float[U, U]
     """
-    between = cross @ cross.T
-    if not triple:
-        return between.clamp(-1.0, 1.0)
-    alike = image[:, None] == image[None, :]
-    return torch.where(alike, same @ same.T, between).clamp(-1.0, 1.0)
+    found = cross @ cross.T
+    if triple:  # a block of each kind: a mask and a second matrix of all pairs would be three times the memory
+        for kind in (image, ~image):
+            (at,) = kind.nonzero(as_tuple=True)
+            found[at[:, None], at] = same[at] @ same[at].T
+    return found.clamp_(-1.0, 1.0)
 
 
 def squared_distances(cosines: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def calibrate(cosines: Tensor, *, image: Tensor, related: Tensor) -> Tensor:
     Args:
         cosines: float[U, U]; image: bool[U]; related: bool[U, U], pairs that say nothing of chance.
     """
-    kind = image[:, None].long() + image[None, :].long()  # 0 TT, 1 IT, 2 II
+    kind = image[:, None].to(torch.uint8) + image[None, :].to(torch.uint8)  # 0 TT, 1 IT, 2 II
     found = cosines.clone()
     for block in range(3):
         chosen = kind == block
@@ -198,11 +199,10 @@ def _compared(
 
 def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """Normalised global alignment kernel of the prefixes x[p] and y[p], float[P]."""
-    distances = squared_distances(cosines.double())  # three large logarithms are subtracted from each other
     lengths = prefixes.lengths
 
     def log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        return _in_chunks(distances, prefixes, x, y, lambda part, d, m, n: gak_pairs(d, m, n, sigma=sigma[part]))
+        return _in_chunks(cosines, prefixes, x, y, lambda part, d, m, n: gak_pairs(d, m, n, sigma=sigma[part]))
 
     # K(x, x) depends on the partner only by its length: far fewer kernels than pairs.
     partner = torch.cat([lengths[y], lengths[x]])
@@ -215,25 +215,29 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 
 def _awm(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """sum P cos / sum P with P the alignment posterior at sigma = delta, float[P]."""
-    distances = squared_distances(cosines.double())  # the posterior of a long path among short ones leaves float32
-    return _in_chunks(distances, prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta)).to(cosines)
+    return _in_chunks(cosines, prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta)).to(cosines)
 
 
 def _in_chunks(
-    distances: Tensor,
+    cosines: Tensor,
     prefixes: Prefixes,
     x: Tensor,
     y: Tensor,
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float[P]."""
+    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float64[P].
+
+    In double precision, and only here: large logarithms are subtracted from each other, the posterior of a long path among
+    short ones leaves float32, and all pairs of slices would take gigabytes.
+    """
     longer = torch.maximum(prefixes.lengths[x], prefixes.lengths[y])
     order = longer.argsort(descending=True)
-    found = distances.new_empty(len(x))
+    found = cosines.new_empty(len(x), dtype=torch.float64)
     while len(order):
         size = max(1, CELLS // int(longer[order[0]]) ** 2)
         part, order = order[:size], order[size:]
         m, n = prefixes.lengths[x[part]], prefixes.lengths[y[part]]
         i, j = prefixes.slices[x[part], : int(m.max())], prefixes.slices[y[part], : int(n.max())]
-        found[part] = compute(part, distances[i[:, :, None], j[:, None, :]], m, n)
+        distances = squared_distances(cosines[i[:, :, None], j[:, None, :]].double())
+        found[part] = compute(part, distances, m, n)
     return found

@@ -71,6 +71,29 @@ def test_text_is_the_mean_or_what_the_folder_says(folders: dict[str, Path], tmp_
         load_text_encoder(folder)
 
 
+def test_a_sentence_encoder_is_read_as_its_folder_says_or_not_at_all(tmp_path: Path) -> None:
+    folder = tiny.text_encoder(tmp_path / "encoder")
+    long = "a much longer sentence about a dog"
+    whole, cut = load_text_encoder(folder)([long, long[:16]])
+    assert not torch.allclose(whole, cut)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    assert_close(load_text_encoder(folder)([long])[0], cut)
+    kinds = ["models.Transformer", "models.Pooling", "models.Normalize"]
+    for more in ([], ["models.Dense"]):
+        modules = [{"type": f"sentence_transformers.{kind}"} for kind in kinds + more]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        if not more:
+            load_text_encoder(folder)
+    with pytest.raises(ModelError, match="Dense"):
+        load_text_encoder(folder)
+
+
+def test_a_timm_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "tf_efficientnet_lite0", "pretrained_cfg": {}}')
+    with pytest.raises(ModelError, match="timm"):
+        open_encoder(tmp_path)
+
+
 def test_cross_reads_both_kinds_in_one_space(folders: dict[str, Path]) -> None:
     clip = CLIPModel.from_pretrained(folders["cross"]).eval()
     batch = AutoTokenizer.from_pretrained(folders["cross"])(TEXTS, padding=True, return_tensors="pt")
