@@ -57,7 +57,7 @@ class Anchor:
     role: str
     """What the embedding stands for: image, text, query, positive, negative, ..."""
     record: str
-    """Names the sample it belongs to, apart from all others of its batch: pairs are made of anchors of one record."""
+    """Names the record it belongs to (`Sample.name`): pairs are made of anchors of one record."""
     key: str
     """Names the content: two anchors with one key are never each other's negatives."""
     slices: tuple[Slice, ...] = ()

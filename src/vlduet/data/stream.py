@@ -29,11 +29,13 @@ class Sample:
     record: Record
     position: int
     seed: int
+    origin: str = ""
+    """Its source and its place there."""
 
     @property
     def name(self) -> str:
-        """Tells it from every other sample: the files of a mixture may give their records the same ids."""
-        return f"{self.position}:{self.record.id}"
+        """Tells its record from all others, of which another file of the mixture may have one with the same id."""
+        return f"{self.origin}:{self.record.id}"
 
     def random(self) -> random.Random:
         """Randomness of this sample alone: the same whoever draws it, in whatever order."""
@@ -74,7 +76,8 @@ class Mixture:
         source = int(sources[within])
         nth = block * int(self.counts[source]) + int(ranks[within])  # how often this source was picked before
         epoch, i = divmod(nth, len(self.sources[source]))
-        return Sample(self.sources[source][self._order(source, epoch)[i]], position, self.seed)
+        at = int(self._order(source, epoch)[i])
+        return Sample(self.sources[source][at], position, self.seed, f"{source}.{at}")
 
     def step(self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Sample]:
         """This rank's samples of a step: a contiguous share of its `batch_size` positions."""

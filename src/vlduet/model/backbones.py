@@ -296,14 +296,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-SAMPLED = 4096
-"""Bytes of every tensor that a fingerprint is made of."""
+SAMPLED, STRIDE = 1 << 12, 1 << 20
+"""Bytes that a fingerprint reads of every tensor, and of each so many of it."""
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Names a checkpoint by its config and the first kilobytes of every one of its tensors, without reading gigabytes.
+    """Names a checkpoint by its config and kilobytes of every megabyte of every tensor, without reading gigabytes.
 
-    Whatever trains a tensor moves its first thousand numbers, too; merged adapters leave all other tensors as they were.
+    Whatever trains a tensor moves nearly all of its numbers; merged adapters leave all other tensors as they were.
     Raises ModelError for weights that are not safetensors.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -319,8 +319,9 @@ def fingerprint_of(folder: Path) -> str:
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ModelError("not a safetensors file", place=weights, fix="Copy the checkpoint again") from error
             for begin, end in sorted(spans):
-                file.seek(start + begin)
-                digest.update(file.read(min(end - begin, SAMPLED)))
+                for at in range(begin, end, STRIDE):
+                    file.seek(start + at)
+                    digest.update(file.read(min(end - at, SAMPLED)))
     return digest.hexdigest()[:16]
 
 
@@ -328,16 +329,17 @@ def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Ca
     """A local sentence encoder -> function of texts giving float[N, D] unit vectors.
 
     Pooled as the folder says in 1_Pooling/config.json: by the first token (BGE), or else the mean (all-MiniLM-L6-v2). As
-    long as sentence_bert_config.json says, else 256 tokens.
+    long as sentence_bert_config.json says, or else the tokenizer; where neither does, 256 tokens.
 
     Raises ModelError for a folder whose modules.json asks for more than a transformer, its pooling and unit length.
     """
     read_config(folder)
-    longest = _longest_text(folder)
+    longest = _longest_text(folder)  # before anything is loaded
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
     model.to(device).eval()
+    longest = longest or (tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else 256)
     first = _pooling(folder) == "cls"
 
     @torch.no_grad()
@@ -351,15 +353,20 @@ def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Ca
     return encode
 
 
-def _longest_text(folder: Path) -> int:
-    """Tokens that a sentence encoder reads. Raises ModelError for modules that would change its vectors."""
+UNLIMITED = 1 << 20
+"""Tokens: tokenizers that know no limit have a number with thirty digits."""
+
+
+def _longest_text(folder: Path) -> int | None:
+    """Tokens that a sentence encoder reads, if it says so. Raises ModelError for modules that would change its vectors."""
     told = {name: folder / name for name in ("modules.json", "sentence_bert_config.json")}
     modules, config = (json.loads(path.read_text()) if path.is_file() else {} for path in told.values())
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     if others := sorted({*kinds} - {"Transformer", "Pooling", "Normalize"}):
         what = f"it asks for {', '.join(others)}, which is not read"
         raise ModelError(what, place=told["modules.json"], fix="Use an encoder of a transformer and its pooling alone")
-    return int(config.get("max_seq_length") or 256)
+    longest: int | None = config.get("max_seq_length")
+    return longest
 
 
 def _pooling(folder: Path) -> str:

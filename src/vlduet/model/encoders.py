@@ -218,7 +218,10 @@ def fingerprint(folder: Path) -> str:
         "preprocessor_config.json",
         "processor_config.json",
         "tokenizer.json",
+        "tokenizer_config.json",
         "vocab.txt",
+        "modules.json",
+        "sentence_bert_config.json",
         "1_Pooling/config.json",
     )
     for name in names:

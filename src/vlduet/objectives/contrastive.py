@@ -9,6 +9,9 @@ duplicates neither attract twice nor repel.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -82,8 +85,26 @@ def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -
 
 
 def limited(logit_scale: Tensor, floor: float) -> Tensor:
-    """log(1/tau) with tau >= floor, so that the softmax cannot sharpen without end."""
-    return logit_scale.clamp(max=float(-torch.log(torch.tensor(floor))))
+    """log(1/tau) with tau >= floor, so that the softmax cannot sharpen without end.
+
+    At the floor only a gradient that leads away from it passes. A clamp's is zero there in both directions, and a
+    temperature that momentum has carried across would never come back.
+    """
+    limit: Tensor = _AtMost.apply(logit_scale, math.log(1 / floor))  # type: ignore[no-untyped-call]
+    return limit
+
+
+class _AtMost(torch.autograd.Function):
+    """min(x, most), which can be left again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.beyond = x >= most
+        return x.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.masked_fill(ctx.beyond & (grad < 0), 0.0), None  # descent would raise it further
 
 
 def same_content(left: list[str], right: list[str]) -> Tensor:

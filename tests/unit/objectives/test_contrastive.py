@@ -167,3 +167,25 @@ def test_same_content_is_string_equality():
 def test_the_temperature_has_a_floor():
     assert float(torch.exp(-limited(torch.tensor(100.0), 0.01))) == pytest.approx(0.01)
     assert float(limited(torch.tensor(1.0), 0.01)) == 1.0
+
+
+def test_the_temperature_leaves_its_floor_again():
+    """Momentum carries it across; a loss that then wants it warmer must be heard."""
+    scale = torch.nn.Parameter(torch.tensor(4.5))
+    optimizer = torch.optim.AdamW([scale], lr=0.05, weight_decay=0.0)
+    for step in range(60):
+        (limited(scale, 0.01) * (-1.0 if step < 30 else 1.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 29:
+            highest = float(scale.detach())
+    assert highest > 4.6052, "beyond the floor"
+    assert highest < 5.1, "as far as momentum carries"
+    assert float(scale.detach()) < 4.5
+
+
+def test_the_limit_is_a_minimum_and_its_gradient_where_it_may_move():
+    for value, slope, wanted in [(1.0, -2.0, -2.0), (1.0, 2.0, 2.0), (5.0, -2.0, 0.0), (5.0, 2.0, 2.0)]:
+        scale = torch.tensor(value, requires_grad=True)
+        (limited(scale, 0.01) * slope).backward()
+        assert float(scale.grad) == wanted

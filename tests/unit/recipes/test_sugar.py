@@ -283,3 +283,11 @@ def test_flat_targets_are_told_once(model: DuetModel, capsys: pytest.CaptureFixt
     sugar._warn_once.cache_clear()
     sugar.structure(batch(model), Options(target="mean"))
     assert "nothing to learn" not in capsys.readouterr().err
+
+
+def test_two_draws_of_a_record_are_one_sequence_and_two_files_are_not(model: DuetModel) -> None:
+    record = Record("0", parts=("one", tiny.picture(0), "two", tiny.picture(1)))
+    samples = [Sample(record, 3, 0, "0.0"), Sample(record, 8, 0, "0.0"), Sample(record, 9, 0, "1.0")]
+    names = [{a.record for s in layout(one, model.renderer, Options()) for a in s.anchors} for one in samples]
+    assert all(len(name) == 1 for name in names)
+    assert names[0] == names[1] != names[2]

@@ -54,7 +54,7 @@ def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> N
     anchors = [
         anchor
         for position, record in enumerate(records)
-        for sequence in layout(Sample(record, position, 0), model.renderer, Options())
+        for sequence in layout(Sample(record, position, 0, f"{position}.0"), model.renderer, Options())
         for anchor in sequence.anchors
     ]
     images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
