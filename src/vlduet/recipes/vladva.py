@@ -12,7 +12,7 @@ once. Records with one kind of caption take part in one loss; chats take part in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -68,7 +68,9 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
         ]
     else:
         sequences = [renderer.caption(record.image, long, record=sample.name, mixed=options.mixed)]
-    if short is not None:
+    if short is None:  # nor is it anybody's negative: which short captions are true of it is not known
+        sequences = [replace(sequence, anchors=()) for sequence in sequences]
+    else:
         sequences.append(renderer.embed((short,), role="text", record=sample.name, key=content_key((short,))))
     return sequences
 

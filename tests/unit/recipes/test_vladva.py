@@ -72,3 +72,11 @@ def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> No
     images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
     assert len({text.key for text in texts}) > 1, "another caption each time"
     assert positives(images, texts).all(), "an image's captions are never its negatives"
+
+
+def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetModel) -> None:
+    records = [Record("p", image=tiny.picture(0), short=("a",)), Record("l", image=tiny.picture(1), long=LONG)]
+    by_record = [layout(Sample(record, 0, 0), model.renderer, Options(mixed=True)) for record in records]
+    assert [len(s.anchors) for s in by_record[0]] == [1, 1]
+    assert [len(s.anchors) for s in by_record[1]] == [0]
+    assert any(label != IGNORE for label in by_record[1][0].labels)
