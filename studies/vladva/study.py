@@ -11,7 +11,8 @@ in the paper.
 Measured on the test splits:
 
     stamps        retrieval of images and captions both ways: mean reciprocal rank; captions after their images
-    edits         the caption of a stamp against one that a rule made wrong (vlduet.data.edits)
+    edits         the caption of a stamp against one that a rule made wrong (vlduet.data.edits); captions this short have
+                  nothing to swap, so two stamps side by side are "A on the left and B on the right" against their swap
     long          descriptions: reciprocal rank of their image among 127, and their cross entropy after it
     reading       at the summary token of stamps: entropy of the next token, components that hold 90 % of the variance of the
                   images' embeddings, and how evenly the token attends to the image's tokens (1: evenly)
@@ -19,6 +20,7 @@ Measured on the test splits:
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,10 +30,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _study import Numbers, Study, main
+from PIL import Image, ImageOps
 
 from vlduet import analysis
 from vlduet.data.edits import edits
-from vlduet.data.records import Record, read_jsonl
+from vlduet.data.images import encode_png, load
+from vlduet.data.records import ImageRef, Record, read_jsonl
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.protocols import search_ranks
 from vlduet.eval.benchmarks.tasks import sample
@@ -43,7 +47,9 @@ TOKENS = 160
 """Of a training sequence; a longer description is cut."""
 LOOKS = 16
 """Images whose attention is looked at."""
-EDITS = ("replace", "swap", "add")
+EDITS = ("replace", "add")
+SIDE = 224
+"""Of each of two stamps that stand side by side, in pixels."""
 
 
 def measure(model: DuetModel, data: Path) -> Numbers:
@@ -73,22 +79,31 @@ def short_captions(model: DuetModel, stamps: list[Record]) -> Numbers:
 def edited(model: DuetModel, stamps: list[Record]) -> Numbers:
     """How often the right caption is strictly nearer to its image than a wrong one; chance is 50."""
     asked = [
-        (n, kind, record.short[0], edit.text)
-        for n, record in enumerate(stamps)
+        (kind, record.image, record.short[0], edit.text)
+        for record in stamps
         for kind in EDITS
         for edit in edits(record.short[0])
-        if edit.kind.startswith(kind)
+        if edit.kind.startswith(kind) and record.image is not None
     ]
-    images = unit(model.encode_document([r.image for r in stamps if r.image is not None]))
-    right = unit(model.encode_query([text for _, _, text, _ in asked]))
-    wrong = unit(model.encode_query([text for _, _, _, text in asked]))
-    own = images[[n for n, *_ in asked]]
-    nearer = (own * right).sum(1) > (own * wrong).sum(1)
+    asked += [("swap", *side_by_side(*pair)) for pair in itertools.pairwise(stamps) if pair[0].short != pair[1].short]
+    images = unit(model.encode_document([image for _, image, _, _ in asked]))
+    right, wrong = (unit(model.encode_query([question[n] for question in asked])) for n in (2, 3))
+    nearer = (images * right).sum(1) > (images * wrong).sum(1)
     return {
-        f"edits, {kind}": sample(values)
-        for kind in EDITS
-        if (values := [bool(hit) for hit, (_, of, *_) in zip(nearer, asked, strict=True) if of == kind])
+        f"edits, {kind}": sample([bool(hit) for hit, (of, *_) in zip(nearer, asked, strict=True) if of == kind])
+        for kind in (*EDITS, "swap")
     }
+
+
+def side_by_side(left: Record, right: Record) -> tuple[ImageRef, str, str]:
+    """Two pictures as one, what is where, and the same words with the places changed."""
+    both = Image.new("RGB", (2 * SIDE, SIDE), "white")
+    for n, record in enumerate((left, right)):
+        assert record.image is not None
+        both.paste(ImageOps.pad(load(record.image), (SIDE, SIDE), color="white"), (n * SIDE, 0))
+    one, other = (record.short[0].rstrip(".") for record in (left, right))
+    told = [f"{a} on the left and {b[0].lower()}{b[1:]} on the right." for a, b in ((one, other), (other, one))]
+    return ImageRef(data=encode_png(both)), told[0], told[1]
 
 
 def long_captions(model: DuetModel, told: list[Record]) -> Numbers:
