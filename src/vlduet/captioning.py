@@ -125,7 +125,14 @@ def caption(
     to.parent.mkdir(parents=True, exist_ok=True)
     journal = _Journal(to.with_name(f".{to.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.captions"))
     job = _Job(model, wanted, journal=journal, dropped=dropped, name=name, batch=batch)
-    records = formats.read_records(source, on_error=lambda error: dropped.add(error.place, error))
+
+    def broken(error: DataError) -> None:
+        dropped.add(error.place, error)
+
+    records = formats.read_records(source, on_error=broken)
+    if source.is_dir() and to.exists() and to.resolve().parent == source.resolve():
+        # Written into the folder of images by an earlier run; there may be new images since.
+        records = formats.and_new_images(records, source, on_error=broken)
     count = sum(1 for _ in progress(formats.convert(job.filled(records), to), label=f"captioning {source.name}"))
     journal.path.unlink(missing_ok=True)
     return CaptionReport(

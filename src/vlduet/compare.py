@@ -1,6 +1,6 @@
 """`vlduet compare`: several recipes on the same data, steps and seeds, and one table of what became of them.
 
-1. check     the configs of all runs, before the first one costs anything
+1. check     the configs, models and records of all runs, before the first one costs anything
 2. train     every run with every seed, one after the other; finished ones are left as they are, stopped ones go on
 3. tell      the last validation of every run, mean and spread over the seeds: table.md, table.json
 """
@@ -19,7 +19,7 @@ from vlduet.config import Comparison, RunConfig
 from vlduet.errors import ConfigError
 from vlduet.files import recovered, write_text
 from vlduet.logs import read_metrics, say
-from vlduet.train import state
+from vlduet.train import setup, state
 from vlduet.train.loop import train
 from vlduet.validation import validator
 
@@ -43,9 +43,13 @@ def compare(settings: Comparison) -> dict[str, Any]:
     measured = {plan.data.validation for plan in every}
     if len(measured) != 1 or None in measured:
         raise ConfigError("the runs must be measured on the same records", place="data.validation", fix="Name one file")
-    finished = [_finished(plan) for plan in every]
+    finished = {plan.out: _finished(plan) for plan in every}
+    for first, *others in plans.values():
+        if not all(finished[plan.out] for plan in (first, *others)):
+            setup.prepare(first, keep=False)  # seeds differ in nothing that could be wrong
     evaluate = cache(validator)
-    for number, (plan, done) in enumerate(zip(every, finished, strict=True), 1):
+    for number, plan in enumerate(every, 1):
+        done = finished[plan.out]
         say(f"[{number}/{len(every)}] {plan.out}{' is finished' if done else ''}")
         if not done:
             assert plan.data.validation is not None

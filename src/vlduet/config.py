@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Section(BaseModel):
     """A part of the tree."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Section)
@@ -124,7 +124,7 @@ class RunConfig(Section):
     seed: int = 0
     recipe: dict[str, Any]
     """`name`, and the options of that recipe (docs/train.md)."""
-    objectives: dict[str, float]
+    objectives: dict[str, Annotated[float, Field(ge=0)]]
     """Weight of every loss by name; a recipe's loss that is left out is not computed."""
     model: ModelSection
     encoders: EncodersSection = EncodersSection()
@@ -209,7 +209,8 @@ def _checked(kind: type[S], tree: dict[str, Any], *, place: str) -> S:
         if first["type"] == "extra_forbidden":
             known = _fields_at(kind, first["loc"][:-1])
             raise ConfigError(f"unknown key '{key}'", place=place, fix=closest(str(first["loc"][-1]), known)) from None
-        what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {first['msg'].lower()}"
+        said = "input should be a path: write it in quotes" if first["type"] == "path_type" else first["msg"].lower()
+        what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {said}"
         raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
 
 
@@ -249,7 +250,18 @@ def save(config: RunConfig, path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.1 takes 1e-4 for a string; ours takes it for the number that it is in YAML 1.2."""
+    """YAML 1.1 takes 1e-4 for a string; ours takes it for the number that it is in YAML 1.2. A key that stands twice, of
+    which the first would be lost without a word, is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 _Loader.add_implicit_resolver(

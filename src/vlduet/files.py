@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from vlduet.errors import ConfigError
+
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file that either is there whole or not at all, power loss included."""
@@ -65,12 +67,27 @@ def sync(paths: Iterable[Path]) -> None:
             os.close(handle)
 
 
+def check_free(folder: Path) -> None:
+    """Raises ConfigError where a folder is to be made and something stands already."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError("there is something here already", place=folder, fix="Name a new or an empty folder")
+
+
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, *, mark: str) -> Iterator[Path]:
     """A temporary folder that takes `folder`'s place at the end, or leaves it as it was.
 
     Everything is flushed to disk before the swap, so after a crash one of the two versions opens.
+
+    Args:
+        mark: a file of every version. What stands there without it is not ours to replace.
+
+    Raises:
+        ConfigError: something else is there.
     """
+    folder = folder.resolve()  # of '.' and of 'x/..' there is no name to put beside
+    if not (folder / mark).is_file():
+        check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.writing")
     old = folder.with_name(f".{folder.name}.old")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlduet.data.formats import read_records
-from vlduet.data.images import content_key
+from vlduet.data.images import load
 from vlduet.data.records import Record
 from vlduet.errors import DataError
 from vlduet.eval import protocols
@@ -44,7 +44,7 @@ def usable(record: Record) -> bool:
     if record.image is None or not record.short:
         return False
     try:
-        content_key(record.image)
+        load(record.image)
     except DataError as error:
         say(f"validation: dropped {error}")
         return False

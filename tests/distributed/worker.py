@@ -55,6 +55,13 @@ CUTS = {
     "sugar, empty rank": 0,
 }
 """Where the batch is cut in two, if not after three records."""
+FOUR = ("joint", "chunked", "sugar")
+"""Cases that four ranks compute too; the batch is cut so that one of them has nothing."""
+
+
+def cuts(case: str, world_size: int, count: int) -> list[int]:
+    """Where every rank's share begins, and the end."""
+    return {1: [0, count], 2: [0, CUTS.get(case, 3), count], 4: [0, 1, 4, 4, count]}[world_size]
 
 
 def records() -> list[Record]:
@@ -92,7 +99,7 @@ def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tenso
     model.zero_grad()
     chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
     everything = stories() if recipe is sugar else [chat, *records()] if "chat-only rank" in case else records()
-    cut = [0, len(everything)] if world_size == 1 else [0, CUTS.get(case, 3), len(everything)]
+    cut = cuts(case, world_size, len(everything))
     rows = range(cut[rank], cut[rank + 1])
     sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
     if recipe is sugar:
@@ -136,6 +143,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     model = model_in_float64(folder / f"rank{rank}")  # before the group: transformers saves on rank 0 only
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    for case in CASES:
+    for case in CASES if world_size == 2 else FOUR:
         torch.save(share(model, case, rank, world_size), folder / f"{case} {rank}.pt")
     dist.destroy_process_group()

@@ -68,6 +68,19 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"photos", "out.jsonl"}, "nothing is left behind"
 
 
+def test_a_folder_that_holds_its_captions_may_grow(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    photos(folder, 2)
+    caption(FakeModel(), folder, to=folder / "train.jsonl", wanted=BOTH)
+    photos(folder, 3)
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    model = FakeModel()
+    report = caption(model, folder, to=folder / "train.jsonl", wanted=BOTH)
+    assert [r.id for r in read_records(folder / "train.jsonl")] == ["0.png", "1.png", "2.png"]
+    assert [widths for _, _, widths in model.asked] == [[12], [12]]
+    assert (report.records, report.generated, report.dropped) == (3, 2, 1)
+
+
 def test_what_is_there_is_never_replaced_and_seen_images_are_not_asked_again(tmp_path: Path) -> None:
     names = photos(tmp_path, 1)
     rows = [

@@ -1,12 +1,16 @@
-"""What the command does for its own process before any verb."""
+"""What the command does for its own process, before any verb and where one fails."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import tiny
+from vlduet.cli import main as cli
 
 FAULTS = """
 import resource, sys
@@ -29,3 +33,39 @@ def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
     pages = 10 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert faults["let go"] > pages // 2
     assert faults["keep"] < pages // 5
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit status of `vlduet WORDS`, run as the entry point does."""
+    monkeypatch.setattr(sys, "argv", ["vlduet", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_a_path_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    records = tmp_path / "r.jsonl"
+    records.write_text('{"id": "a", "parts": [{"text": "hello"}]}\n')
+    assert command(monkeypatch, "analyse", "nowhere", records, "--to", tmp_path / "file") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'file' / 'quarantine.jsonl'}: Not a directory. Check")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_no_verb_makes_a_model_where_something_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.duet(tmp_path / "base").save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").write_text("precious")
+    for words in (["merge", tmp_path / "model"], ["nano"], ["minilm"]):
+        for target in (tmp_path / "photos", tmp_path / "photos" / "notes.txt", tmp_path / "model"):
+            assert command(monkeypatch, "model", *words, target) == 1
+            assert f"{target}: there is something here already" in capsys.readouterr().err
+    assert (tmp_path / "photos" / "notes.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    assert command(monkeypatch, "model", "merge", tmp_path / "model", tmp_path / "empty") == 0
+    assert (tmp_path / "empty" / "vlduet.json").is_file()

@@ -12,7 +12,7 @@ import yaml
 
 from vlduet import compare, config
 from vlduet.config import Comparison
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, VLDuetError
 
 
 @pytest.fixture
@@ -67,9 +67,15 @@ def test_it_goes_on_where_it_was_stopped_and_tells(settings: Comparison, monkeyp
 
 
 def test_a_mistake_in_the_last_run_costs_nothing(settings: Comparison) -> None:
-    for wrong, message in (("train.stepz=1", "Did you mean 'steps'"), ("data.validation=null", "same records")):
+    for wrong, message in (
+        ("train.stepz=1", "Did you mean 'steps'"),
+        ("data.validation=null", "same records"),
+        ("objectives.contrastve=1", "Did you mean 'contrastive'"),
+        ("data.train=[{path: nope.jsonl}]", "no such file"),
+        ("model.path=nope", "Name a model folder"),
+    ):
         bad = settings.model_copy(update={"runs": {"joint": [], "bad": [wrong]}})
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(VLDuetError, match=message):
             compare.compare(bad)
     assert not settings.out.exists()
 

@@ -83,6 +83,9 @@ def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
         ("model.head=mpl", ["model.head = 'mpl'", "'none', 'linear' or 'mlp'"]),
         ("train.projector=maybe", ["train.projector = 'maybe'", "true or 'last'"]),
         ("objectives.language=much", ["objectives.language = 'much'", "number"]),
+        ("objectives.language=-1", ["objectives.language = -1", "greater than or equal to 0"]),
+        ("train.lr=.inf", ["train.lr = inf", "finite"]),
+        ("out=2024", ["out = 2024", "a path: write it in quotes"]),
         ("data.train=[]", ["data.train = []", "at least 1"]),
     ],
 )
@@ -116,6 +119,8 @@ def test_a_missing_key_inside_a_section(tmp_path: Path) -> None:
         ("out: [1\nrecipe: x\n", ["run.yaml:", "broken YAML"]),
         ("- a\n- b\n", ["run.yaml", "not a mapping"]),
         ("", ["run.yaml", "not a mapping"]),
+        ("train: {steps: 2, lr: 1, steps: 9}\n", ["run.yaml:1", "'steps' stands twice"]),
+        ("out: a\nseed: 1\nout: b\n", ["run.yaml:3", "'out' stands twice"]),
         ("out: !!python/object/apply:os.system ['true']\n", ["run.yaml:1", "broken YAML"]),
     ],
 )

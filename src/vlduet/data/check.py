@@ -71,6 +71,8 @@ class FileReport:
     distinct_images: int = 0
     """By content, of those that can be read."""
     captions: int = 0
+    bare: int = 0
+    """Pairs without any caption."""
     words: dict[str, dict[str, float]] = field(default_factory=dict)
     """By role of the text (short, long, slice, turn, retrieval): min, median and max words."""
 
@@ -79,7 +81,8 @@ class FileReport:
         facts = f"{self.file}: {self.records} records ({kinds}), {self.images} images ({self.distinct_images} distinct)"
         lengths = [f"{role} {n['min']:g}-{n['median']:g}-{n['max']:g}" for role, n in self.words.items()]
         words = f"; words min-median-max: {', '.join(lengths)}" if lengths else ""
-        return f"{facts}, {self.captions} captions{words}"
+        bare = f" ({self.bare} pairs without any)" if self.bare else ""
+        return f"{facts}, {self.captions} captions{bare}{words}"
 
 
 @dataclass(slots=True)
@@ -172,6 +175,7 @@ def _one(path: Path, records: Iterable[Record], problems: list[Problem]) -> tupl
             place = record.place or Place(str(path))
             report.records += 1
             report.kinds[record.kind] = report.kinds.get(record.kind, 0) + 1
+            report.bare += record.kind == "pair" and not record.short and record.long is None
             if record.id in first:
                 cause = f"id '{record.id}' stands at {first[record.id]} already"
                 problems.append(_at(place.at("id"), cause, "Give every record an id of its own"))

@@ -140,6 +140,17 @@ def read_records(
     return _records(rows, FORMATS[name], on_error)
 
 
+def and_new_images(records: Iterable[Record], folder: Path, *, on_error: OnError) -> Iterator[Record]:
+    """Records that lie in a folder of images, then those images that none of them names."""
+    known = set[Path]()
+    for record in records:
+        known |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
+        yield record
+    for record in _records(containers.image_folder(folder, folder), FORMATS["captions"], on_error):
+        if record.image is not None and record.image.path is not None and record.image.path.resolve() not in known:
+            yield record
+
+
 def _records(rows: Iterable[Row], schema: Format, on_error: OnError | None) -> Iterator[Record]:
     for row in rows:
         try:

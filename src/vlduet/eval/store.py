@@ -101,7 +101,7 @@ class Store:
             kept = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in mine if kept.get(key) != mine[key]]
             if differing:
-                what = f"another run: {differing[0]} was {kept.get(differing[0])!r}, is {mine[differing[0]]!r}"
+                what = f"another run: {_difference(differing[0], kept.get(differing[0]), mine[differing[0]])}"
                 raise ConfigError(what, place=self.folder, fix="Give another --to, or remove that folder")
             return
         write_text(path, json.dumps(mine, indent=1) + "\n")
@@ -317,6 +317,14 @@ def _ranked(function: Callable[..., Sequence[tuple[float, int]]], questions: lis
     """[[nats, tokens] of every option] of every question."""
     found = iter(function([(question.parts, option) for question in questions for option in question.options]))
     return [[list(next(found)) for _ in question.options] for question in questions]
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    """In words; of two mappings, what they first differ in."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        inner = next(name for name in (*now, *was) if was.get(name) != now.get(name))
+        return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
+    return f"{key} was {was!r}, is {now!r}"
 
 
 def line(value: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ class DualEncoder(nn.Module):
             "trained": checkpoint.inventory(tensors),
             "provenance": dict(provenance or {}),
         }
-        with whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder), mark=MANIFEST) as inside:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, inside / WEIGHTS)
             (inside / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 

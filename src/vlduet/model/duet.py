@@ -327,7 +327,7 @@ class DuetModel(nn.Module):
         """
         if Path(folder).resolve() == self.backbone.folder.resolve():
             raise ModelError("this folder is the model's base", place=folder, fix="Save elsewhere, or save it merged")
-        with whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder), mark=checkpoint.MANIFEST) as inside:
             self._write(inside, base=self.backbone.folder, provenance=provenance or {})
 
     def save_merged(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
@@ -340,7 +340,7 @@ class DuetModel(nn.Module):
             self._peft = []
         if self.soft is not None:
             self.soft.fold(self.backbone)
-        with whole_folder(Path(folder)) as inside:
+        with whole_folder(Path(folder), mark=checkpoint.MANIFEST) as inside:
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
         self.backbone.folder = Path(folder)  # what is in memory is what lies there now

@@ -35,6 +35,8 @@ from vlduet.objectives.language import language_loss
 from vlduet.recipes.contrast import contrastive, retrieval
 
 OBJECTIVES = ("contrastive", "language")
+BETAS = (0.9, 0.95)
+"""Of Adam, as in the paper."""
 RET = token(0)
 """The learned token that ends every text."""
 

@@ -59,6 +59,8 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
         return _interleaved(record, renderer)
     assert record.image is not None
     shorts, longs = captions(record, renderer, options)
+    if not shorts and not longs:
+        raise DataError("an image without a caption", fix="`vlduet caption` writes what is missing")
     draw = sample.random()
     short = draw.choice(shorts) if shorts else None
     long = draw.choice(longs) if longs else (short if options.language_on == "any" else None)

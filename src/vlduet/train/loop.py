@@ -25,7 +25,7 @@ from vlduet.errors import TrainingError
 from vlduet.logs import MetricsLog, Progress, say
 from vlduet.train import setup, state
 from vlduet.train.setup import Model, Run
-from vlduet.train.step import finite, joint_step, move
+from vlduet.train.step import finite, joint_step, move, seeded
 
 Evaluate = Callable[[Model], dict[str, float]]
 
@@ -75,6 +75,7 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
 
             # -------------------------------------------------------- the step
             run.model.train()
+            seeded(settings.seed, step)
             samples, chunks = next(laid_out)
             measured = joint_step(run, chunks)
             if not finite(measured):
@@ -103,12 +104,10 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
 
 
 def _validate(run: Run, evaluate: Evaluate, log: MetricsLog | None, step: int, began: float) -> None:
-    """Measure on rank 0; dropout and other random states are left as they were, so that measuring changes nothing."""
+    """Measure on rank 0."""
     if not log:
         return
-    kept = torch.get_rng_state()
     values = evaluate(run.model)
-    torch.set_rng_state(kept)
     log.write(
         step, {f"validation/{name}": value for name, value in values.items()} | {"seconds": time.monotonic() - began}
     )

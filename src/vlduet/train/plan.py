@@ -12,8 +12,8 @@ from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.train import setup
 
-PROBE = 4
-"""Batches that are laid out to measure tokens."""
+PROBE, PROBED = 4, 1024
+"""Batches that are laid out to measure tokens; fewer where they have more records than this together, but one."""
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -24,7 +24,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
         estimate from layer shapes: weights + gradients + Adam's moments + activations of the largest probed batch.
     """
     run = setup.prepare(config, keep=False)
-    laid_out = [chunks for _, (_, chunks) in zip(range(PROBE), setup.batches(run, 0), strict=False) if chunks]
+    probe = min(config.train.steps, max(1, min(PROBE, PROBED // config.train.batch_size)))
+    laid_out = [chunks for _, chunks in setup.batches(run, 0, probe) if chunks]
     kinds = Counter(record.kind for source in run.mixture.sources for record in source)
     trainable = sum(p.numel() for p in run.trainable())
     tokens = [sum(chunk.num_tokens for chunk in chunks) for chunks in laid_out]

@@ -53,6 +53,8 @@ class Recipe:
     """Gives the model at `model.path` what the method needs, before anything is opened for training."""
     moved: Callable[[DuetModel], None] | None = None
     """What the method does to the model after every step."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of Adam; a method that has its own says so in BETAS."""
 
 
 @dataclass
@@ -71,6 +73,11 @@ class Run:
     def trainable(self) -> list[Tensor]:
         """The parameters that move, in a fixed order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def asked(self) -> tuple[bool, bool]:
+        """What the losses that have a weight ask for: labels, anchors."""
+        losses = {name for name, weight in self.config.objectives.items() if weight}
+        return "language" in losses, bool(losses - {"language"})
 
     def losses(self, readout: Readout) -> dict[str, Tensor]:
         """Every loss that has a weight, by name, and their weighted sum `loss`."""
@@ -105,6 +112,7 @@ def bind(config: RunConfig) -> Recipe:
         lambda readout, scale: module.objective(readout, scale, bound),
         module.encoders(bound, config.objectives) if hasattr(module, "encoders") else (),
         **{hook: getattr(module, hook, None) for hook in ("model", "start", "moved")},
+        betas=getattr(module, "BETAS", Recipe.betas),
     )
 
 
@@ -172,7 +180,7 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
     return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
 
 
-def make_optimizer(model: Model, config: RunConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: Model, config: RunConfig, *, betas: tuple[float, float]) -> torch.optim.Optimizer:
     """AdamW in two groups: LoRA, and what is new. The temperature has no weight decay."""
     train = config.train
     lr_new = train.lr_new or train.lr
@@ -183,7 +191,7 @@ def make_optimizer(model: Model, config: RunConfig) -> torch.optim.Optimizer:
         {"params": [p for name, p in own.items() if name == "logit_scale"], "lr": lr_new, "weight_decay": 0.0},
     ]
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=train.weight_decay)
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
 
 
 def prepare(config: RunConfig, *, keep: bool = True) -> Run:
@@ -204,7 +212,30 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
     else:
         encoders = load_encoders(config, recipe, own=None, cache=cache)
         model = recipe.model(config, encoders)
-    return Run(config, model, recipe, mixture, make_optimizer(model, config), quarantine, encoders)
+    optimizer = make_optimizer(model, config, betas=recipe.betas)
+    run = Run(config, model, recipe, mixture, optimizer, quarantine, encoders)
+    for number in range(len(mixture.sources)):
+        check_source(run, number)
+    return run
+
+
+def check_source(run: Run, number: int) -> None:
+    """Raises DataError where no record of a source has anything for any loss: its share would change nothing."""
+    labels, anchors = run.asked()
+    first = ""
+    for at, record in enumerate(run.mixture.sources[number]):
+        sample = Sample(record, at, run.config.seed, f"{number}.{at}")
+        try:
+            if any(
+                needed(one, labels=labels, anchors=anchors) for one in run.recipe.layout(sample, run.model.renderer)
+            ):
+                return
+        except DataError as error:
+            first = first or f" (the first: {error})"
+    losses = ", ".join(name for name, weight in run.config.objectives.items() if weight)
+    what = f"none of its {at + 1} records has anything for {losses} of {run.recipe.name}{first}"
+    fix = "Look at it with `vlduet data check` and `vlduet data show`, or leave it out"
+    raise DataError(what, place=run.config.data.train[number].path, fix=fix)
 
 
 def _sequences(run: Run, samples: list[Sample]) -> list[Sequence]:
@@ -220,16 +251,16 @@ def _sequences(run: Run, samples: list[Sample]) -> list[Sequence]:
     return made
 
 
-def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
-    """This rank's samples of every step from `start` and what goes through the model, laid out one step ahead in a thread.
+def batches(run: Run, start: int, stop: int | None = None) -> Iterator[tuple[list[Sample], list[Batch]]]:
+    """This rank's samples of steps `start` to `stop` and what goes through the model, laid out one step ahead in a thread.
 
     The batches are the chunks of the step: one, unless `train.chunk_tokens` or `train.fused` cut it; none where nothing is
     left. A record that cannot be laid out is quarantined and missing. What no loss asks for (a loss of weight 0 asks for
     nothing) does not go through the model.
     """
     train = run.config.train
-    losses = {name for name, weight in run.config.objectives.items() if weight}
-    labels, anchors = "language" in losses, bool(losses - {"language"})
+    stop = train.steps if stop is None else stop
+    labels, anchors = run.asked()
     passes = [(labels, anchors)] if train.fused else [(False, anchors), (labels, False)]
 
     def lay_out(step: int) -> tuple[list[Sample], list[list[Sequence]]]:
@@ -241,12 +272,11 @@ def batches(run: Run, start: int) -> Iterator[tuple[list[Sample], list[Batch]]]:
             groups = [part for group in groups for part in chunked(group, train.chunk_tokens, pack_to=train.pack)]
         return samples, [group for group in groups if group]
 
-    steps = train.steps
-    ahead = run.pool.submit(lay_out, start) if start < steps else None
-    for step in range(start, steps):
+    ahead = run.pool.submit(lay_out, start) if start < stop else None
+    for step in range(start, stop):
         assert ahead is not None
         samples, groups = ahead.result()
-        ahead = run.pool.submit(lay_out, step + 1) if step + 1 < steps else None
+        ahead = run.pool.submit(lay_out, step + 1) if step + 1 < stop else None
         chunks = [run.model.collate(group, pack_to=train.pack) for group in groups]
         del groups  # thousands of sequences, which nobody needs any more
         yield samples, chunks

@@ -1,12 +1,18 @@
-"""What a run must keep to go on as if nothing had happened: trained tensors, optimiser, random state, step."""
+"""What a run must keep to go on as if nothing had happened: trained tensors, optimiser, step.
+
+Random numbers need no state: those of a step are a function of (seed, step, rank), see `vlduet.train.step.seeded`.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlduet.config import RunConfig
@@ -14,44 +20,45 @@ from vlduet.errors import TrainingError
 from vlduet.files import recovered, whole_folder
 from vlduet.train.setup import Run
 
-FOLDER = "state"
+FOLDER, FACTS = "state", "state.json"
 MAY_CHANGE = ("log_every", "eval_every", "save_every")
 """Settings that a resumed run may have otherwise: they decide nothing that is learned."""
 
 
 def save(run: Run, step: int) -> None:
     """Write the state before `step`, whole or not at all; the previous one stays until the new one is complete."""
-    with whole_folder(run.config.out / FOLDER) as folder:
+    with whole_folder(run.config.out / FOLDER, mark=FACTS) as folder:
         tensors = {**run.model.own_tensors(), **run.model.adapter_tensors()}
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "trained.safetensors")
-        kept = {"optimizer": run.optimizer.state_dict(), "random": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            kept["random_cuda"] = torch.cuda.get_rng_state()
-        torch.save(kept, folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps({"step": step, "decisive": decisive(run.config)}))
+        torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / FACTS).write_text(json.dumps({"step": step, "decisive": decisive(run.config)}))
 
 
 def load(run: Run) -> int:
     """Put the saved state into `run`; returns the step to go on with.
 
     Raises:
-        TrainingError: there is no state, or it belongs to a run with another config.
+        TrainingError: there is no state, it is broken, or it belongs to a run with another config.
     """
     folder = recovered(run.config.out / FOLDER)
-    if not (folder / "state.json").is_file():
+    if not (folder / FACTS).is_file():
         raise TrainingError("nothing to resume", place=folder, fix="Start without --resume")
-    facts = json.loads((folder / "state.json").read_text())
+    try:
+        return _load(run, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        what = f"broken state ({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise TrainingError(what, place=folder, fix="Copy the whole run again, or start anew") from None
+
+
+def _load(run: Run, folder: Path) -> int:
+    facts = json.loads((folder / FACTS).read_text())
     if differs := difference(facts["decisive"], decisive(run.config)):
         raise TrainingError(differs, place=folder, fix="Resume with the same config, or start anew")
     saved = load_file(folder / "trained.safetensors")
     with torch.no_grad():
         for name, tensor in {**run.model.own_tensors(), **run.model.adapter_tensors()}.items():
             tensor.copy_(saved[name])
-    kept: Mapping[str, Any] = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    run.optimizer.load_state_dict(kept["optimizer"])
-    torch.set_rng_state(kept["random"])
-    if torch.cuda.is_available() and "random_cuda" in kept:
-        torch.cuda.set_rng_state(kept["random_cuda"])
+    run.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
     return int(facts["step"])
 
 

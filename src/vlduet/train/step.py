@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from vlduet import distributed
@@ -13,6 +14,12 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.readout import empty_readout, joined
 from vlduet.train.gradcache import cached_losses
 from vlduet.train.setup import Run
+
+
+def seeded(seed: int, step: int) -> None:
+    """Make dropout a pure function of (seed, step, rank), as the order of the data is: a resumed run draws the same."""
+    key = np.random.SeedSequence((seed % 2**64, step, distributed.rank()))
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
 def joint_step(run: Run, chunks: list[Batch]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 
 from vlduet import config
 from vlduet.data.formats import read_records
-from vlduet.errors import ConfigError, TrainingError
+from vlduet.errors import ConfigError, DataError, TrainingError
 from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
 from vlduet.train import setup
@@ -114,6 +114,60 @@ def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.Monk
     train(settings, resume=True)  # the model had not moved on the bad step
     steps = [row["step"] for row in read_metrics(settings.out / "metrics.jsonl")]
     assert steps == list(range(12))
+
+
+def test_a_source_without_anything_to_learn_is_refused_before_training(tmp_path: Path) -> None:
+    path = runs.write(tmp_path)
+    typo = tmp_path / "typo.jsonl"  # a table of somebody else's, whose caption has a name that nobody knows
+    typo.write_text("".join(json.dumps({"id": str(i), "image": f"{i}.png", "captoin": "x"}) + "\n" for i in range(3)))
+    gone = tmp_path / "gone.jsonl"
+    gone.write_text('{"id": "0", "image": "gone/0.png", "short": "x"}\n')
+    for file, message in (
+        (typo, r"none of its 3 .* an image without a caption"),
+        (gone, r"none of its 1 .* no such im"),
+    ):
+        settings = config.load(path, [f"data.train=[{{path: {tmp_path / 'train.jsonl'}}}, {{path: {file}}}]"])
+        with pytest.raises(DataError, match=message) as told:
+            plan(settings)
+        assert str(told.value).startswith(str(file))
+        with pytest.raises(DataError, match=message):
+            train(settings)
+    short = config.load(path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"])
+    with pytest.raises(DataError, match="has anything for language of vladva"):
+        setup.prepare(short, keep=False)
+
+
+def test_validation_leaves_out_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
+    settings = config.load(runs.write(tmp_path))
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+    assert settings.data.validation
+    model = setup.prepare(settings, keep=False).model
+    assert 0 <= validator(settings.data.validation, seed=0)(model)["text_to_image/hit@5"] <= 1
+
+
+@pytest.mark.parametrize("broken", ["state.json", "trained.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_broken_state_is_named(tmp_path: Path, broken: str, how: str) -> None:
+    settings = config.load(runs.write(tmp_path, steps=2))
+    train(settings)
+    file = settings.out / "state" / broken
+    kept = file.read_bytes()[: file.stat().st_size // 2]
+    file.unlink()
+    if how == "cut":
+        file.write_bytes(kept)
+    with pytest.raises(TrainingError, match=f"{settings.out}/state: (broken state|nothing to resume)"):
+        train(settings, resume=True)
+
+
+def test_a_plan_of_a_large_batch_lays_out_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = setup._sequences, []
+    monkeypatch.setattr(setup, "_sequences", lambda run, samples: seen.extend(samples) or real(run, samples))
+    plan(config.load(runs.write(tmp_path, batch_size=600)))
+    assert len(seen) == 600
+    seen.clear()
+    plan(config.load(tmp_path / "config.yaml", ["train.batch_size=4", "train.steps=2"]))
+    assert len(seen) == 8
 
 
 def test_the_plan_trains_nothing(tmp_path: Path) -> None:
