@@ -17,7 +17,7 @@ ANYONE = {"errors"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": ANYONE,
-    "files": set(),
+    "files": ANYONE,
     # A metrics file is one of those that a kill may cut.
     "logs": ANYONE | {"files"},
     "distributed": ANYONE,

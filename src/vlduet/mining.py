@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vlduet.data import formats
 from vlduet.data.keys import content_key
 from vlduet.data.quarantine import Quarantine, beside
-from vlduet.data.questions import Asking, questions
+from vlduet.data.questions import Asking, questions, sides
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import Progress, progress
@@ -69,7 +69,8 @@ def mine(
     k: int = 4,
     margin: float = 0.05,
 ) -> MiningReport:
-    """Write the records of `source` as retrieval records with the negatives that `model` finds hardest.
+    """Write the records of `source` with the negatives that `model` finds hardest: pairs that ask with their image stay
+    pairs, long caption and all; the rest is retrieval records.
 
     Deterministic: equal scores are taken in the order of the file. Vectors are kept in ``<to>.vectors/``, by model and
     content; a second run with another `k` or `margin` embeds nothing.
@@ -137,7 +138,7 @@ def hardest(scores: Scores, *, allowed: NDArray[np.bool_], limits: Scores, k: in
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A retrieval record, and the contents of its parts."""
+    """A record, and the contents of its parts."""
 
     record: Record
     query: str
@@ -167,8 +168,9 @@ class _Pool:
 
     def add(self, record: Record) -> None:
         """Raises ImageError for an image that cannot be read; nothing of the record is kept then."""
-        query, document = _keyed(record, record.query)
-        right, wrong = (dict(_keyed(record, parts) for parts in side) for side in (record.positive, record.negative))
+        asking, answers = sides(record)
+        query, document = _keyed(record, asking)
+        right, wrong = (dict(_keyed(record, parts) for parts in side) for side in (answers, record.negative))
         self.queries.setdefault(query, document)
         for key, document in (right | wrong).items():
             self.candidates.setdefault(key, document)

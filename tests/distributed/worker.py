@@ -22,6 +22,7 @@ from vlduet.recipes import sugar, vladva
 from vlduet.train.gradcache import cached_losses
 
 VLADVA = vladva, vladva.Options(mixed=True)
+GUIDED = vladva, vladva.Options(mixed=True, guide="triple")
 OURS = {
     "target": "awm",
     "same_sequence": "nested",
@@ -39,6 +40,8 @@ CASES = {
     "chunked": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "chunked, empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "chunked, chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "guided": (*GUIDED, {"contrastive": 1.0, "language": 0.7}),
+    "guided, empty rank": (*GUIDED, {"contrastive": 1.0, "language": 0.7}),
     "structure": (sugar, sugar.Options(k=3), {"structure": 1.0, "language": 0.0}),
     "sugar": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
     "sugar, chunked": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
@@ -52,6 +55,7 @@ CUTS = {
     "chat-only rank": 1,
     "chunked, empty rank": 0,
     "chunked, chat-only rank": 1,
+    "guided, empty rank": 0,
     "sugar, empty rank": 0,
 }
 """Where the batch is cut in two, if not after three records."""
@@ -102,7 +106,7 @@ def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tenso
     cut = cuts(case, world_size, len(everything))
     rows = range(cut[rank], cut[rank + 1])
     sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
-    if recipe is sugar:
+    if recipe is sugar or options.guide != "none":
         sequences = judges.judges().see(sequences)
 
     def losses(readout: Readout) -> dict[str, torch.Tensor]:

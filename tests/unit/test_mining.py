@@ -14,7 +14,7 @@ import pytest
 import tiny
 from vlduet import mining
 from vlduet.data.formats import read_records
-from vlduet.data.questions import questions
+from vlduet.data.questions import questions, sides
 from vlduet.data.records import ImageRef, Part, Parts, Record
 from vlduet.errors import ConfigError, DataError, VLDuetError
 from vlduet.mining import hardest, mine
@@ -91,7 +91,7 @@ def test_hardest_equals_its_slow_twin(k: int) -> None:
 def source(tmp_path: Path) -> Path:
     """Images at 0, 10, 40 and 80 degrees, each with its caption a little beside it."""
     rows = [
-        {"id": "a", "image": image(tmp_path, 0), "short": "5 a", "metadata": {"from": "here"}},
+        {"id": "a", "image": image(tmp_path, 0), "short": "5 a", "long": "A long one.", "metadata": {"from": "here"}},
         {"id": "b", "image": image(tmp_path, 10), "short": ["12 b", "6 also b"]},
         {"id": "c", "image": image(tmp_path, 40), "short": "45 c"},
         {"id": "d", "image": image(tmp_path, 80), "short": "88 d"},
@@ -102,10 +102,10 @@ def source(tmp_path: Path) -> Path:
 def test_the_nearest_that_is_not_too_near(source: Path, tmp_path: Path) -> None:
     report = mine(FakeModel(), source, to=tmp_path / "out.jsonl", k=2, margin=0.0)
     a, b, c, d = read_records(tmp_path / "out.jsonl")
-    assert [r.kind for r in (a, b, c, d)] == ["retrieval"] * 4
-    assert texts(a.positive) == ["5 a"] and texts(a.negative) == ["6 also b", "12 b"]
+    assert [r.kind for r in (a, b, c, d)] == ["pair"] * 4
+    assert a.short == ("5 a",) and a.long == "A long one." and texts(a.negative) == ["6 also b", "12 b"]
     # 5 degrees are further from the picture at 10 than both of its own captions.
-    assert texts(b.positive) == ["12 b", "6 also b"] and texts(b.negative) == ["5 a", "45 c"]
+    assert b.short == ("12 b", "6 also b") and texts(b.negative) == ["5 a", "45 c"]
     assert texts(d.negative) == ["45 c", "12 b"]
     assert report.records == 4 and report.negatives == 8 and report.without == 0 and report.too_near == 0
     told = a.metadata["mined"]
@@ -220,9 +220,10 @@ def test_bad_options(source: Path, tmp_path: Path) -> None:
 def test_questions() -> None:
     picture = tiny.picture()
     pair = Record("p", image=picture, short=("one", "two"), long="A long one.", metadata={"m": 1})
-    (asked,) = questions(pair)
-    assert asked.query == (picture,) and asked.positive == (("one",), ("two",)) and asked.metadata == {"m": 1}
-    assert [q.id for q in questions(pair, asking="text")] == ["p#0", "p#1"]
+    assert questions(pair) == [pair] and sides(pair) == ((picture,), (("one",), ("two",)))
+    asked = questions(pair, asking="text")
+    assert [q.id for q in asked] == ["p#0", "p#1"] and all(q.metadata == {"m": 1} for q in asked)
+    assert sides(asked[1]) == (("two",), ((picture,),))
     retrieval = Record("r", query=("q",), positive=(("a",),))
     assert questions(retrieval, asking="text") == [retrieval]
     with pytest.raises(ConfigError, match="--query"):
@@ -258,4 +259,4 @@ def test_the_verb_with_a_real_model_and_training_on_what_it_wrote(tmp_path: Path
         for sequence in vladva.layout(Sample(record, 0, 0), model.renderer, vladva.Options())
         for anchor in sequence.anchors
     ]
-    assert roles.count("query") == 4 and roles.count("negative") == told["negatives"]
+    assert roles.count("image") == roles.count("text") == 4 and roles.count("negative") == told["negatives"]

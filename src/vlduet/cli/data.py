@@ -188,7 +188,7 @@ def show(
 def edit(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Pairs with short captions, or retrieval records.")],
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Retrieval records with negatives.")],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="The records with negatives.")],
     kinds: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="Some of replace_obj|att|rel, swap_obj|att, add_obj|att; all if left out."),

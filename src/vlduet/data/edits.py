@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vlduet.data.keys import text_key
+from vlduet.data.questions import sides
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.data.words import ATTRIBUTES, OBJECTS, RELATIONS, Entry, Vocabulary, article
 from vlduet.errors import ConfigError, closest
@@ -89,7 +90,7 @@ def edits(
 
 
 def with_edits(record: Record, *, seed: int = 0, kinds: Sequence[str] | None = None) -> Record:
-    """A retrieval record with edited copies of its right answers as further negatives: at most one of each kind.
+    """A pair or a retrieval record with edited copies of its right answers as further negatives: at most one of each kind.
 
     Of several answers, and several texts in one, the first that a kind's rule can work on is edited, in an order drawn
     by seed and id. ``metadata["edits"]`` gets the kinds, in the order of the new negatives.
@@ -98,10 +99,11 @@ def with_edits(record: Record, *, seed: int = 0, kinds: Sequence[str] | None = N
         ConfigError: an unknown kind.
     """
     check_kinds(kinds or ())
-    places = [(parts, i) for parts in record.positive for i, part in enumerate(parts) if isinstance(part, str)]
+    _, positive = sides(record)
+    places = [(parts, i) for parts in positive for i, part in enumerate(parts) if isinstance(part, str)]
     random.Random(f"{seed}:{record.id}").shuffle(places)
-    right = [part for parts in record.positive for part in parts if isinstance(part, str)]
-    known = {_parts_key(parts) for parts in (*record.positive, *record.negative)}
+    right = [part for parts in positive for part in parts if isinstance(part, str)]
+    known = {_parts_key(parts) for parts in (*positive, *record.negative)}
     made: dict[str, Parts] = {}
     for kind in RULES if kinds is None else kinds:
         for parts, i in places:

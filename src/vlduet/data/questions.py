@@ -1,6 +1,6 @@
 """Pairs and retrieval records as questions: what is asked, what is right, and what is known to be wrong.
 
-pair, asked by its image       query [image]      positive: every short caption
+pair, asked by its image       it stays one: query [image], positive: every short caption
 pair, asked by its captions    query [caption]    positive: the image; one question a caption, named id#0, id#1, ...
 retrieval                      as it stands
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, get_args
 
-from vlduet.data.records import Record
+from vlduet.data.records import Parts, Record
 from vlduet.errors import ConfigError, DataError, closest
 
 Asking = Literal["image", "text"]
@@ -18,7 +18,7 @@ Asking = Literal["image", "text"]
 
 
 def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
-    """One record -> retrieval records, which `vlduet train` reads.
+    """One record -> records that may have negatives: retrieval records, or the pair itself.
 
     Args:
         record: a pair with a short caption, or a retrieval record.
@@ -38,11 +38,18 @@ def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
         fix = "Write one: vlduet caption MODEL FILE --to OUT.jsonl"
         raise DataError("a pair without a short caption", place=record.place, fix=fix)
     assert record.image is not None
-    bare = Record(record.id, metadata=record.metadata, place=record.place)
     if asking == "image":
-        return [replace(bare, query=(record.image,), positive=tuple((caption,) for caption in record.short))]
+        return [record]
+    bare = Record(record.id, metadata=record.metadata, place=record.place)
     named = [f"{record.id}#{i}" for i in range(len(record.short))] if len(record.short) > 1 else [record.id]
     return [
         replace(bare, id=name, query=(caption,), positive=((record.image,),))
         for name, caption in zip(named, record.short, strict=True)
     ]
+
+
+def sides(question: Record) -> tuple[Parts, tuple[Parts, ...]]:
+    """What asks, and all that is right, of one of `questions`."""
+    if question.image is not None:
+        return (question.image,), tuple((caption,) for caption in question.short)
+    return question.query, question.positive

@@ -118,12 +118,14 @@ class Record:
 
 
 KEYS: dict[str, frozenset[str]] = {
-    "pair": frozenset({"image", "short", "long"}),
+    "pair": frozenset({"image", "short", "long", "negative"}),
     "interleaved": frozenset({"parts"}),
     "chat": frozenset({"messages"}),
     "retrieval": frozenset({"query", "positive", "negative"}),
 }
 COMMON = frozenset({"id", "metadata"})
+SHARED = frozenset({"negative"})
+"""Keys of two kinds, which tell neither."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -140,7 +142,7 @@ def parse(raw: Any, *, place: Place, root: Path) -> Record:
     """
     if not isinstance(raw, dict):
         raise DataError(f"a record is a JSON object, this is {_kind_of(raw)}", place=place)
-    kinds = [kind for kind, keys in KEYS.items() if keys & raw.keys()]
+    kinds = [kind for kind, keys in KEYS.items() if (keys - SHARED) & raw.keys()]
     if len(kinds) != 1:
         what = f"keys of {' and '.join(kinds)} in one record" if kinds else f"no known key among {sorted(raw)}"
         raise DataError(
@@ -176,7 +178,8 @@ def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     long = raw.get("long")
     if long is not None:
         text_of(long, place.at("long"))
-    return {"image": image_of(raw["image"], place.at("image"), root), "short": tuple(short), "long": long}
+    image = image_of(raw["image"], place.at("image"), root)
+    return {"image": image, "short": tuple(short), "long": long, "negative": _answers(raw, "negative", place, root)}
 
 
 def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
@@ -208,12 +211,14 @@ def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
         if not raw.get(key):
             raise DataError(f"{key} is missing or empty", place=place.at(key), fix="Write a list of parts")
     found: dict[str, Any] = {"query": _parts(raw["query"], place.at("query"), root)}
-    for key in ("positive", "negative"):
-        items = raw.get(key, [])
-        if not isinstance(items, list) or any(not isinstance(item, list) for item in items):
-            raise DataError(f"{key} is not a list of lists of parts", place=place.at(key), fix="Write [[{...}], ...]")
-        found[key] = tuple(_parts(item, place.at(f"{key}[{i}]"), root) for i, item in enumerate(items))
-    return found
+    return found | {key: _answers(raw, key, place, root) for key in ("positive", "negative")}
+
+
+def _answers(raw: dict[str, Any], key: str, place: Place, root: Path) -> tuple[Parts, ...]:
+    items = raw.get(key, [])
+    if not isinstance(items, list) or any(not isinstance(item, list) for item in items):
+        raise DataError(f"{key} is not a list of lists of parts", place=place.at(key), fix="Write [[{...}], ...]")
+    return tuple(_parts(item, place.at(f"{key}[{i}]"), root) for i, item in enumerate(items))
 
 
 def _parts(raw: Any, place: Place, root: Path) -> Parts:
@@ -361,8 +366,8 @@ def to_json(record: Record, *, root: Path) -> dict[str, Any]:
         out["messages"] = [{"role": m.role, "content": parts(m.parts)} for m in record.messages]
     else:
         out |= {"query": parts(record.query), "positive": [parts(p) for p in record.positive]}
-        if record.negative:
-            out["negative"] = [parts(p) for p in record.negative]
+    if record.negative:
+        out["negative"] = [parts(p) for p in record.negative]
     if record.metadata:
         out["metadata"] = dict(record.metadata)
     return out

@@ -71,6 +71,22 @@ def symmetric_infonce(
     return (forward + backward) * world_size
 
 
+def false_negatives(alike: Tensor, positive: Tensor, *, told: Tensor) -> Tensor:
+    """Pairs that a guide finds at least as alike as the pairs that both of the two have (as GISTEmbed, arXiv 2402.16829).
+
+    Args:
+        alike: float[N, M], how alike the guide finds what asks and what answers.
+        positive: bool[N, M].
+        told: bool[N, M], pairs that somebody said are wrong: no guide knows better.
+
+    Returns:
+        bool[N, M], for `ignore`. What has no pair of its own makes no demand.
+    """
+    own = alike.masked_fill(~positive, float("-inf"))
+    demanded = torch.maximum(own.amax(1, keepdim=True), own.amax(0, keepdim=True))
+    return (alike >= demanded) & ~positive & ~told
+
+
 def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
     """Sum of `directed_infonce` over all rows, of which BLOCK live at a time: backward computes a block's scores again."""
 

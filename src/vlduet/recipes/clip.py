@@ -61,7 +61,8 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if not found:
         raise DataError("no image with a text of its own", fix="Train a dual encoder on pairs or documents")
     image, text = draw.choice(found)
-    return [_sequence(image, "image", sample.name), _sequence(text, "text", sample.name)]
+    wrong = [_sequence(parts[0], "negative", sample.name) for parts in record.negative if len(parts) == 1]
+    return [_sequence(image, "image", sample.name), _sequence(text, "text", sample.name), *wrong]
 
 
 def _sequence(part: Part, role: str, record: str) -> Sequence:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from vlduet import distributed
 from vlduet.config import RunConfig
-from vlduet.data.keys import content_key
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
@@ -32,7 +31,7 @@ from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.model.soft import SoftPrompts, token
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive, retrieval
+from vlduet.recipes.contrast import contrastive, embedded, negatives, retrieval
 
 OBJECTIVES = ("contrastive", "language")
 BETAS = (0.9, 0.95)
@@ -97,7 +96,8 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     caption = sample.random().choice(captions)
     return [
         renderer.caption(record.image, caption, record=sample.name),
-        renderer.embed((caption,), role="text", record=sample.name, key=content_key((caption,))),
+        embedded(sample, renderer, (caption,), role="text"),
+        *negatives(sample, renderer),
     ]
 
 

@@ -22,12 +22,11 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vlduet import distributed
 from vlduet.data.records import ImageRef, Parts, Record, split_sentences
-from vlduet.data.sequences import Anchor, Sequence
+from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import say
@@ -36,17 +35,8 @@ from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
 from vlduet.objectives.structure import Form, structure_loss
-from vlduet.objectives.triple import (
-    Prefixes,
-    SameSequence,
-    Single,
-    Target,
-    calibrate,
-    related,
-    spread,
-    target_matrix,
-    triple_cosines,
-)
+from vlduet.objectives.triple import SameSequence, Single, Target, spread, target_matrix
+from vlduet.recipes.frozen import compared
 
 OBJECTIVES = ("structure", "language")
 TINY_SPREAD = 0.02
@@ -175,7 +165,7 @@ def structure(readout: Readout, options: Options) -> Tensor:
     rows = readout.of("image", "text")[0]
     everything, begin = distributed.gather_rows(rows)
     mine = slice(begin, begin + len(rows))
-    cosines, prefixes = compared(anchors, options, like=rows.detach())
+    cosines, prefixes = compared(anchors, triple=options.triple, scaled=options.calibrate, like=rows.detach())
     target = target_matrix(
         cosines,
         prefixes,
@@ -196,66 +186,6 @@ def structure(readout: Readout, options: Options) -> Tensor:
         temperature=options.temperature,
         n_ref=options.n_ref,
         world_size=distributed.world_size(),
-    )
-
-
-def compared(anchors: list[Anchor], options: Options, *, like: Tensor) -> tuple[Tensor, Prefixes]:
-    """Cosines float[U, U] of the distinct slices of all ranks, and the prefixes of all ranks as indices into them.
-
-    Args:
-        anchors: this rank's, their slices seen by the encoders; like: gives device and dtype.
-    """
-    slices = list({one.key: one for anchor in anchors for one in anchor.slices}.values())
-    images = [isinstance(one.part, ImageRef) for one in slices]
-    cross = [one.features["cross"] for one in slices]
-    same = (
-        [one.features["vision" if i else "text"] for one, i in zip(slices, images, strict=True)]
-        if options.triple
-        else cross
-    )
-    told = distributed.gather_objects(
-        (
-            [(one.key, image) for one, image in zip(slices, images, strict=True)],
-            [(anchor.record, [one.key for one in anchor.slices]) for anchor in anchors],
-            [max(map(len, half), default=0) for half in (same, cross)],  # unknown to a rank without a slice
-        )
-    )
-    rows = [row for found, _, _ in told for row in found]
-    first: dict[str, int] = {}
-    for at, (key, _) in enumerate(rows):
-        first.setdefault(key, at)
-    chosen = list(first.values())
-    halves = [
-        distributed.gather_rows(_stacked(half, max(widths[i] for _, _, widths in told), like))[0][chosen]
-        for i, half in enumerate((same, cross))
-    ]
-    image = torch.tensor([rows[at][1] for at in chosen], dtype=torch.bool, device=like.device)
-    cosines = triple_cosines(*halves, image=image, triple=options.triple)
-    prefixes = _prefixes([prefix for _, found, _ in told for prefix in found], list(first), like.device)
-    if options.calibrate:
-        cosines = calibrate(cosines, image=image, related=related(prefixes, len(image)))
-    return cosines, prefixes
-
-
-def _stacked(vectors: list[Tensor], width: int, like: Tensor) -> Tensor:
-    """float[U, width], short ones filled with zeros: vectors of two encoders are never compared with each other."""
-    found = like.new_zeros(len(vectors), width)
-    for row, vector in zip(found, vectors, strict=True):
-        row[: len(vector)] = vector.to(like)
-    return found
-
-
-def _prefixes(found: list[tuple[str, list[str]]], keys: list[str], device: torch.device) -> Prefixes:
-    """(record, keys of the slices) of every prefix -> indices."""
-    number = {key: i for i, key in enumerate(keys)}
-    sequence: dict[str, int] = {}
-    longest = max(len(prefix) for _, prefix in found)
-    return Prefixes(
-        torch.tensor([[number[key] for key in prefix] + [0] * (longest - len(prefix)) for _, prefix in found]).to(
-            device
-        ),
-        torch.tensor([len(prefix) for _, prefix in found], device=device),
-        torch.tensor([sequence.setdefault(record, len(sequence)) for record, _ in found], device=device),
     )
 
 

@@ -12,13 +12,13 @@ once. Records with one kind of caption take part in one loss; chats take part in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from vlduet import distributed
-from vlduet.data.keys import content_key
 from vlduet.data.records import Record
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
@@ -26,7 +26,8 @@ from vlduet.errors import DataError
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive, retrieval
+from vlduet.recipes.contrast import contrastive, embedded, negatives, retrieval
+from vlduet.recipes.frozen import ROLES, Guide, shown
 
 OBJECTIVES = ("contrastive", "language")
 
@@ -46,6 +47,14 @@ class Options:
     """Lowest temperature of the contrastive loss."""
     mixed: bool = False
     """Also read image and caption together at the caption's end, and pair that with the caption: for mixed queries."""
+    guide: Guide = "none"
+    """Ours: frozen encoders leave out of L_c the negatives that they find as alike as a pair; `cross` alone, or the
+    `triple` kernel of Sugar."""
+
+
+def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Roles of the frozen encoders that guide L_c."""
+    return ROLES[options.guide] if weights.get("contrastive") else ()
 
 
 def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
@@ -54,7 +63,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if record.kind == "chat":
         return [renderer.chat(record.messages, answer=False)]
     if record.kind == "retrieval":
-        return retrieval(sample, renderer)
+        return retrieval(sample, renderer, guide=options.guide)
     if record.kind == "interleaved":
         return _interleaved(record, renderer)
     assert record.image is not None
@@ -65,16 +74,15 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     short = draw.choice(shorts) if shorts else None
     long = draw.choice(longs) if longs else (short if options.language_on == "any" else None)
     if long is None:
-        sequences = [
-            renderer.embed((record.image,), role="image", record=sample.name, key=content_key((record.image,)))
-        ]
+        image = embedded(sample, renderer, (record.image,), role="image", guide=options.guide)
     else:
-        sequences = [renderer.caption(record.image, long, record=sample.name, mixed=options.mixed)]
+        image = renderer.caption(record.image, long, record=sample.name, mixed=options.mixed)
+        if options.guide != "none":
+            image = shown(image, *[(record.image,), (record.image, long)][: len(image.anchors)])
     if short is None:  # nor is it anybody's negative: which short captions are true of it is not known
-        sequences = [replace(sequence, anchors=()) for sequence in sequences]
-    else:
-        sequences.append(renderer.embed((short,), role="text", record=sample.name, key=content_key((short,))))
-    return sequences
+        return [replace(image, anchors=())]
+    text = embedded(sample, renderer, (short,), role="text", guide=options.guide)
+    return [image, text, *negatives(sample, renderer, guide=options.guide)]
 
 
 def captions(record: Record, renderer: Renderer, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -106,6 +114,6 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
     count = distributed.total(len(readout.nll))
     return {
-        "contrastive": contrastive(readout, logit_scale, floor=options.temperature_floor),
+        "contrastive": contrastive(readout, logit_scale, floor=options.temperature_floor, guide=options.guide),
         "language": language_loss(readout.nll, global_count=count, world_size=distributed.world_size()),
     }

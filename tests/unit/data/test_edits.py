@@ -159,7 +159,7 @@ def test_the_verb(tmp_path: Path) -> None:
     assert told["records"] == 2 and told["without"] == 1 and told["dropped"] == 2
     assert told["negatives"] == {"replace_rel": 1, "swap_obj": 1}
     one, two = read_records(tmp_path / "y.jsonl")
-    assert one.kind == "retrieval" and one.positive == (("a dog on a chair",),)
+    assert one.kind == "pair" and one.short == ("a dog on a chair",)
     assert one.negative[0] == ("a chair on a dog",) and two.negative == ()
     wrong = CliRunner().invoke(app, [*arguments, "--kinds", "swap"])
     assert isinstance(wrong.exception, ConfigError)

@@ -33,8 +33,15 @@ parts = st.lists(texts | refs, min_size=1, max_size=3).map(tuple)
 ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 metadata = st.dictionaries(texts, st.integers() | texts | st.booleans() | st.none(), max_size=2)
 
+answers = st.lists(parts, max_size=2).map(tuple)
 pair_records = st.builds(
-    Record, ids, image=refs, short=st.lists(texts, max_size=3).map(tuple), long=st.none() | texts, metadata=metadata
+    Record,
+    ids,
+    image=refs,
+    short=st.lists(texts, max_size=3).map(tuple),
+    long=st.none() | texts,
+    negative=answers,
+    metadata=metadata,
 )
 slices = st.lists(texts.flatmap(lambda t: st.sampled_from(split_sentences(t))) | refs, min_size=1, max_size=3)
 interleaved_records = st.builds(Record, ids, parts=slices.map(tuple), metadata=metadata)
@@ -47,7 +54,7 @@ retrieval_records = st.builds(
     ids,
     query=parts,
     positive=st.lists(parts, min_size=1, max_size=2).map(tuple),
-    negative=st.lists(parts, max_size=2).map(tuple),
+    negative=answers,
 )
 
 
@@ -61,12 +68,12 @@ def test_round_trip(record: Record) -> None:
 def test_the_four_kinds() -> None:
     part = [{"text": "x"}, {"image": "a.png"}]
     rows: dict[str, dict[str, Any]] = {
-        "pair": {"image": "a.png", "short": ["x", "y"]},
+        "pair": {"image": "a.png", "short": ["x", "y"], "negative": [part]},
         "interleaved": {"parts": part},
         "chat": {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "y"}]},
         "retrieval": {"query": part, "positive": [part], "negative": [part]},
     }
-    counts = {"pair": 1, "interleaved": 1, "chat": 1, "retrieval": 3}
+    counts = {"pair": 2, "interleaved": 1, "chat": 1, "retrieval": 3}
     for kind, row in rows.items():
         record = parse({"id": 7, **row}, place=PLACE, root=ROOT)
         assert (record.kind, record.id, len(record.images())) == (kind, "7", counts[kind])
@@ -98,6 +105,8 @@ ANSWER = {"role": "assistant", "content": "y"}
         ({"id": "a", "image": "a.png", "short": ["x", ""]}, "short[1]"),
         ({"id": "a", "image": "a.png", "short": 7}, "short"),
         ({"id": "a", "image": "a.png", "long": "  "}, "long"),
+        ({"id": "a", "image": "a.png", "negative": ["x"]}, "negative"),
+        ({"id": "a", "negative": [[{"text": "x"}]]}, None),
         ({"id": "a", "parts": []}, "parts"),
         ({"id": "a", "parts": ["x"]}, "parts[0]"),
         ({"id": "a", "parts": [{"text": "x", "image": "a.png"}]}, "parts[0]"),

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vlduet.data.sequences import Anchor
+from vlduet.data.sequences import Anchor, Slice
 from vlduet.model.readout import Readout
 from vlduet.objectives import contrastive as objective
-from vlduet.objectives.contrastive import limited, same_content, symmetric_infonce
+from vlduet.objectives.contrastive import false_negatives, limited, same_content, symmetric_infonce
 from vlduet.recipes.contrast import contrastive, positives
 
 
@@ -158,6 +158,69 @@ def test_a_hard_negative_is_negative_even_for_its_own_record():
     left = [anchor("query", "a", "q")]
     right = [anchor("positive", "a", "yes"), anchor("negative", "a", "no")]
     assert positives(left, right).tolist() == [[True, False]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 999))
+def test_false_negatives_are_what_no_pair_outdoes(n, m, seed):
+    generator = torch.Generator().manual_seed(seed)
+    alike = torch.randint(0, 5, (n, m), generator=generator) / 4  # ties are common
+    positive, told = (torch.rand(n, m, generator=generator) < share for share in (0.3, 0.2))
+    found = false_negatives(alike, positive, told=told)
+    for i in range(n):
+        for j in range(m):
+            own = [alike[i, k] for k in range(m) if positive[i, k]] + [alike[k, j] for k in range(n) if positive[k, j]]
+            outdone = any(alike[i, j] < value for value in own)
+            assert bool(found[i, j]) == (not positive[i, j] and not told[i, j] and not outdone)
+
+
+def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
+    """Two pictures of one thing: the guide sees that either's caption is true of the other."""
+    seen = {
+        "x1": [1.0, 0.0],
+        "x2": [0.96, 0.28],
+        "y": [0.0, 1.0],
+        "a": [0.98, 0.199],
+        "b": [1.0, 0.0],
+        "c": [0.1, 0.995],
+    }
+
+    def guided_anchor(role: str, record: str, key: str, *slices: str) -> Anchor:
+        shown = tuple(
+            Slice(one, one, {"cross": F.normalize(torch.tensor(seen[one]), dim=0)}) for one in slices or (key,)
+        )
+        return Anchor(0, 1, role, record, key, shown)
+
+    anchors = tuple(
+        guided_anchor(*told)
+        for told in (
+            ("image", "1", "x1"),
+            ("text", "1", "a"),
+            ("image", "2", "x2"),
+            ("text", "2", "b"),
+            ("query", "3", "y"),
+            ("positive", "3", "c"),
+            (
+                "negative",
+                "3",
+                "y and x",
+                "y",
+                "y",
+            ),  # the guide finds it nearer than c, but somebody said that it is wrong
+        )
+    )
+    embeddings = unit(len(anchors), 3)
+    readout = Readout(embeddings, anchors, embeddings.new_zeros(0))
+    scale = torch.tensor(1.5, dtype=torch.float64)
+    left, right = embeddings[[0, 2, 4]], embeddings[[1, 3, 5, 6]]
+    positive = torch.eye(3, 4, dtype=torch.bool)
+    ignore = torch.zeros_like(positive)
+    ignore[0, 1] = True  # x1 and b: nearer than x1 and a, and than x2 and b; x2 and a: nearer than both pairs too
+    ignore[1, 0] = True
+    found = contrastive(readout, scale, floor=0.01, guide="cross")
+    assert float(found) == pytest.approx(slow(left, right, 1.5, positive, ignore), abs=1e-10)
+    alone = contrastive(readout, scale, floor=0.01)
+    assert float(alone) == pytest.approx(slow(left, right, 1.5, positive), abs=1e-10) and float(alone) > float(found)
 
 
 def test_same_content_is_string_equality():

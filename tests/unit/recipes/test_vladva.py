@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from vlduet.data.stream import Sample
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.recipes.contrast import positives
-from vlduet.recipes.vladva import Options, layout
+from vlduet.recipes.vladva import Options, encoders, layout
 
 SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
 
@@ -80,3 +81,33 @@ def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetMo
     assert [len(s.anchors) for s in by_record[0]] == [1, 1]
     assert [len(s.anchors) for s in by_record[1]] == [0]
     assert any(label != IGNORE for label in by_record[1][0].labels)
+
+
+def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> None:
+    picture = tiny.picture(0)
+    pair = Record("1", image=picture, short=("a cat",), long="a cat that sleeps")
+    asked = Record("2", query=(picture, "where?"), positive=(("here",),), negative=((tiny.picture(1),), ("there",)))
+    options = Options(guide="triple", mixed=True)
+    found = {
+        anchor.role + anchor.key[-6:]: tuple(one.part for one in anchor.slices)
+        for record in (pair, asked)
+        for sequence in layout(Sample(record, 0, 0), model.renderer, options)
+        for anchor in sequence.anchors
+    }
+    shown = [(picture,), (picture, "a cat that sleeps"), ("a cat",), (picture, "where?"), ("here",)]
+    assert list(found.values()) == [*shown, (tiny.picture(1),), ("there",)]
+    assert all(not a.slices for s in layout(Sample(pair, 0, 0), model.renderer, Options()) for a in s.anchors)
+    assert encoders(options, {"contrastive": 1.0}) == ("vision", "text", "cross")
+    assert encoders(Options(guide="cross"), {"contrastive": 0.5}) == ("cross",)
+    assert encoders(options, {"contrastive": 0.0, "language": 1.0}) == encoders(Options(), {"contrastive": 1.0}) == ()
+
+
+def test_hard_negatives_of_a_pair_stand_beside_both_of_its_losses(model: DuetModel) -> None:
+    wrong = (("a dog",), (tiny.picture(3), "a cat"))
+    pair = Record("1", image=tiny.picture(0), short=("a cat",), long="a cat that sleeps", negative=wrong)
+    image, text, *negatives = layout(Sample(pair, 0, 0), model.renderer, Options())
+    assert any(label != IGNORE for label in image.labels)
+    assert [a.role for s in (image, text, *negatives) for a in s.anchors] == ["image", "text", "negative", "negative"]
+    assert {a.record for s in (image, text, *negatives) for a in s.anchors} == {Sample(pair, 0, 0).name}
+    alone = replace(pair, short=())
+    assert len(layout(Sample(alone, 0, 0), model.renderer, Options())) == 1, "nothing asks, so nothing is wrong"

@@ -1,0 +1,107 @@
+"""What frozen encoders say of the anchors of all ranks: Sugar's targets, and a guide of the contrastive loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlduet import distributed
+from vlduet.data.records import ImageRef, Parts
+from vlduet.data.sequences import Anchor, Sequence
+from vlduet.model.encoders import slice_of
+from vlduet.objectives.triple import Prefixes, calibrate, related, target_matrix, triple_cosines
+
+Guide = Literal["none", "cross", "triple"]
+ROLES: dict[Guide, tuple[str, ...]] = {"none": (), "cross": ("cross",), "triple": ("vision", "text", "cross")}
+"""The encoders that a guide needs."""
+
+
+def shown(sequence: Sequence, *parts: Parts) -> Sequence:
+    """The sequence with what its anchors stand for, one of `parts` each, for the frozen encoders to look at."""
+    told = zip(sequence.anchors, parts, strict=True)
+    anchors = tuple(replace(anchor, slices=tuple(map(slice_of, some))) for anchor, some in told)
+    return replace(sequence, anchors=anchors)
+
+
+def guided(left: list[Anchor], right: list[Anchor], *, guide: Guide, like: Tensor) -> Tensor:
+    """How alike the frozen encoders find what asks and what answers: their alignment kernel, a cosine where both are one
+    slice (`target_matrix`).
+
+    Args:
+        left, right: this rank's, their slices seen by the encoders; like: gives device and dtype.
+
+    Returns:
+        float[N, M], those of all ranks in rank order.
+    """
+    counts = distributed.gather_objects((len(left), len(right)))
+    if not sum(map(sum, counts)):
+        return like.new_zeros(0, 0)
+    cosines, found = compared([*left, *right], triple=guide == "triple", scaled=False, like=like)
+    begins = torch.tensor([0, *(a + b for a, b in counts)]).cumsum(0).tolist()
+    lefts = [begin + i for begin, (a, _) in zip(begins, counts, strict=False) for i in range(a)]
+    rights = [begin + a + i for begin, (a, b) in zip(begins, counts, strict=False) for i in range(b)]
+    order = torch.tensor(lefts + rights, device=like.device)
+    # A sequence of its own for each: nothing is alike because it stands in one record.
+    prefixes = Prefixes(found.slices[order], found.lengths[order], torch.arange(len(order), device=like.device))
+    return target_matrix(cosines, prefixes, rows=slice(0, len(lefts)))[:, len(lefts) :]
+
+
+def compared(anchors: list[Anchor], *, triple: bool, scaled: bool, like: Tensor) -> tuple[Tensor, Prefixes]:
+    """Cosines float[U, U] of the distinct slices of all ranks, and the prefixes of all ranks as indices into them.
+
+    Args:
+        anchors: this rank's, their slices seen by the encoders.
+        triple: by the encoder that a pair asks for, or all by `cross`; scaled: brought to one scale, by the unrelated.
+        like: gives device and dtype.
+    """
+    slices = list({one.key: one for anchor in anchors for one in anchor.slices}.values())
+    images = [isinstance(one.part, ImageRef) for one in slices]
+    cross = [one.features["cross"] for one in slices]
+    same = [one.features["vision" if i else "text"] for one, i in zip(slices, images, strict=True)] if triple else cross
+    told = distributed.gather_objects(
+        (
+            [(one.key, image) for one, image in zip(slices, images, strict=True)],
+            [(anchor.record, [one.key for one in anchor.slices]) for anchor in anchors],
+            [max(map(len, half), default=0) for half in (same, cross)],  # unknown to a rank without a slice
+        )
+    )
+    rows = [row for found, _, _ in told for row in found]
+    first: dict[str, int] = {}
+    for at, (key, _) in enumerate(rows):
+        first.setdefault(key, at)
+    chosen = list(first.values())
+    halves = [
+        distributed.gather_rows(_stacked(half, max(widths[i] for _, _, widths in told), like))[0][chosen]
+        for i, half in enumerate((same, cross))
+    ]
+    image = torch.tensor([rows[at][1] for at in chosen], dtype=torch.bool, device=like.device)
+    cosines = triple_cosines(*halves, image=image, triple=triple)
+    prefixes = _prefixes([prefix for _, found, _ in told for prefix in found], list(first), like.device)
+    if scaled:
+        cosines = calibrate(cosines, image=image, related=related(prefixes, len(image)))
+    return cosines, prefixes
+
+
+def _stacked(vectors: list[Tensor], width: int, like: Tensor) -> Tensor:
+    """float[U, width], short ones filled with zeros: vectors of two encoders are never compared with each other."""
+    found = like.new_zeros(len(vectors), width)
+    for row, vector in zip(found, vectors, strict=True):
+        row[: len(vector)] = vector.to(like)
+    return found
+
+
+def _prefixes(found: list[tuple[str, list[str]]], keys: list[str], device: torch.device) -> Prefixes:
+    """(record, keys of the slices) of every prefix -> indices."""
+    number = {key: i for i, key in enumerate(keys)}
+    sequence: dict[str, int] = {}
+    longest = max(len(prefix) for _, prefix in found)
+    return Prefixes(
+        torch.tensor([[number[key] for key in prefix] + [0] * (longest - len(prefix)) for _, prefix in found]).to(
+            device
+        ),
+        torch.tensor([len(prefix) for _, prefix in found], device=device),
+        torch.tensor([sequence.setdefault(record, len(sequence)) for record, _ in found], device=device),
+    )
