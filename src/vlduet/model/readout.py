@@ -57,11 +57,16 @@ def pool(hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None) -> 
     """
     if len(spans) == 0:
         return hidden[:0, 0].to(dtype or hidden.dtype)  # part of the graph: see `empty_readout`
-    longest = int((spans[:, 2] - spans[:, 1]).max())
-    at = spans[:, 1, None] + torch.arange(longest, device=spans.device)  # [A, L]
-    inside = at < spans[:, 2, None]
-    states = hidden[spans[:, 0, None], at.clamp(max=hidden.shape[1] - 1)].to(dtype or hidden.dtype)  # [A, L, D]
-    return (states * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
+    found = hidden[spans[:, 0], spans[:, 1]].to(dtype or hidden.dtype)  # all that a span of one token needs
+    (several,) = (spans[:, 2] - spans[:, 1] > 1).nonzero(as_tuple=True)
+    if len(several) == 0:
+        return found
+    # Texts are read at one token: laid out as long as an image, a batch of them would take gigabytes.
+    long = spans[several]
+    at = long[:, 1, None] + torch.arange(int((long[:, 2] - long[:, 1]).max()), device=spans.device)  # [S, L]
+    inside = at < long[:, 2, None]
+    states = hidden[long[:, 0, None], at.clamp(max=hidden.shape[1] - 1)].to(found.dtype)  # [S, L, D]
+    return found.index_copy(0, several, (states * inside[..., None]).sum(1) / inside.sum(1, keepdim=True))
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ def gak_matrix(
         sigma: one width for all pairs. None: delta sqrt((M + N) / 2), the paper's; without the length in it the
             normalised kernel of long sequences of unit vectors degenerates to the identity.
         normalize: K(x, y) / sqrt(K(x, x) K(y, y)), in (0, 1], all three with the sigma of the pair, so that the self terms
-            depend on the other's length, too. Raw K grows like Delannoy's numbers and leaves float32 at some 50 slices:
-            ask for its logarithm.
+            depend on the other's length, too. Raw K grows like Delannoy's numbers and leaves float32 at some 50 slices,
+            float16 at 9: ask for its logarithm.
         band: keeps |i - j| < band with a triangular weight. It cuts prefixes off from what they are prefixes of.
         log: the logarithm of what would be returned.
 
@@ -123,12 +123,17 @@ def alignment_posterior_pairs(
     return posterior
 
 
-def alignment_posterior(x: Tensor, y: Tensor, *, sigma: float | None = None, delta: float = 1.0) -> Tensor:
-    """The alignment posterior of one pair of sequences, float[m, d] and float[n, d]: float[m, n]. No gradient."""
+def alignment_posterior(
+    x: Tensor, y: Tensor, *, sigma: float | None = None, delta: float = 1.0, band: int | None = None
+) -> Tensor:
+    """The alignment posterior of one pair of sequences, float[m, d] and float[n, d]: float[m, n]. No gradient.
+
+    Widths, band and errors as in `gak_matrix`; many pairs at a time are `alignment_posterior_pairs`.
+    """
     left, right = Slices.of([x.detach()], "x"), Slices.of([y.detach()], "y")
     sqdist = torch.cdist(left.features, right.features, compute_mode="donot_use_mm_for_euclid_dist") ** 2
     width = rule_sigma(left.lengths, right.lengths, delta) if sigma is None else sigma
-    return alignment_posterior_pairs(sqdist[None], left.lengths, right.lengths, sigma=width)[0]
+    return alignment_posterior_pairs(sqdist[None], left.lengths, right.lengths, sigma=width, band=band)[0]
 
 
 def awm_pairs(

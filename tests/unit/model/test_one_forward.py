@@ -132,10 +132,15 @@ def test_the_image_is_seen(model):
 
 
 def test_pool_is_the_mean_of_each_span():
-    hidden = torch.randn(3, 7, 4, dtype=torch.float64)
-    spans = torch.tensor([[0, 0, 1], [2, 3, 7], [1, 6, 7], [0, 1, 4]])
+    hidden = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    spans = torch.tensor([[0, 0, 1], [2, 3, 7], [1, 6, 7], [0, 1, 4], [1, 6, 7], [2, 0, 7]])
     slow = torch.stack([hidden[row, start:end].mean(0) for row, start, end in spans.tolist()])
-    assert_close(pool(hidden, spans), slow)
+    found = pool(hidden, spans)
+    assert_close(found, slow)
+    weights = torch.randn_like(slow)
+    grads = [torch.autograd.grad((one * weights).sum(), hidden)[0] for one in (found, slow)]
+    assert_close(*grads)
+    assert_close(pool(hidden, spans[[0, 2, 4]]), slow[[0, 2, 4]])
     assert pool(hidden, spans[:0]).shape == (0, 4)
 
 

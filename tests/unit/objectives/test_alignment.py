@@ -239,6 +239,11 @@ def test_posterior_of_one_pair():
     assert posterior.shape == (4, 6)
     same = alignment_posterior(x, x, sigma=0.1)
     assert_close(same, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-3)
+    near = (torch.arange(4)[:, None] - torch.arange(6)).abs() < 3
+    banded = alignment_posterior(x, y, sigma=0.2, band=3)
+    assert banded[~near].abs().max() == 0 and float(banded[3, 5]) == pytest.approx(1), (
+        "every path ends in the last cell"
+    )
 
 
 def test_alignment_weighted_mean(sweep):

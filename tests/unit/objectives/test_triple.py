@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -195,6 +197,27 @@ def test_one_prefix_and_one_long_one() -> None:
     for target in ("gak", "mean", "awm"):
         found = target_matrix(stories.cosines().float(), stories.tensors(), target=target)
         assert bool(found.isfinite().all()), target
+
+
+MEMORY = """
+import resource, sys
+import torch
+from vlduet.objectives.triple import Prefixes, target_matrix, triple_cosines
+count, length = int(sys.argv[1]), 16
+same, cross = (torch.nn.functional.normalize(torch.randn(count * length, 64), dim=1) for _ in range(2))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prefixes = Prefixes(torch.arange(count * length).view(count, length), torch.full((count,), length), torch.arange(count))
+found = target_matrix(triple_cosines(same, cross, image=torch.arange(count * length) % 2 == 0), prefixes)
+assert found.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kilobytes of peak memory")
+def test_the_memory_of_targets() -> None:
+    """1,024 sequences of 16 distinct slices are to fit in 4 GB; half as many take a fourth of it."""
+    ended = subprocess.run([sys.executable, "-c", MEMORY, "512"], capture_output=True, check=True, timeout=300)
+    assert int(ended.stdout) * 1024 < 1e9
 
 
 def test_targets_have_no_gradient() -> None:

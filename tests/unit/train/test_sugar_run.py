@@ -92,6 +92,17 @@ def test_alpha_zero_asks_no_encoder(tmp_path: Path) -> None:
     assert not [p for p in (made.out / "features").rglob("*.npy") if np.load(p).ndim == 1]
 
 
+def test_frozen_encoders_guide_the_contrastive_loss(encoders: dict[str, str], tmp_path: Path) -> None:
+    guided = ["recipe={name: vladva, guide: triple}", "objectives={contrastive: 1}"]
+    made = settings(tmp_path, encoders, *guided)
+    with pytest.raises(ConfigError, match=r"vladva compares slices with a frozen vision encoder, and none is given"):
+        setup.prepare(settings(tmp_path, {}, *guided), keep=False)
+    rows = [{"id": str(i), "image": f"{i}.png", "short": f"number {i}"} for i in range(4)]
+    made.data.train[0].path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(made)
+    assert [row["contrastive"] > 0 for row in read_metrics(made.out / "metrics.jsonl")] == [True] * 4
+
+
 def test_a_missing_encoder_is_named(encoders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"encoders.cross: .*none is given. Name its folder"):
         setup.prepare(settings(tmp_path, {**encoders, "cross": None}), keep=False)  # type: ignore[dict-item]
