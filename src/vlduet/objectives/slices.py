@@ -1,7 +1,7 @@
 """All pairs of ragged sequences: their squared distances by one matrix product a block, and the sweep over each block.
 
-Without gradients and with the compiled sweep, a block is multiplied and swept by one thread, so that its cells stay in one
-core's cache and no core waits for another; else torch shares out the product, and the sweep its pairs.
+With the compiled sweep of a CPU, a block is multiplied and swept by one thread, and so are the products of its gradient: its
+cells stay near one core, and no core waits for another. Else torch shares out the product, and the sweep its pairs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from vlduet.objectives import sweeps, threads
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 BLOCK = 1 << 21
 """Cells of one block of pairs on the CPU; what lives beside the result is a few times this."""
@@ -107,10 +108,14 @@ class Slices:
 
         -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
         """
-        found: Tensor = torch.index_select(self.features, 0, index, out=out)
-        found[:, -2] = found[:, -1] / -2
-        found[:, -1] = -0.5
-        return found
+        return _facing(self.features, index, out=out)
+
+
+def _facing(features: Tensor, index: Tensor, *, out: Tensor | None) -> Tensor:
+    found: Tensor = torch.index_select(features, 0, index, out=out)
+    found[:, -2] = found[:, -1] / -2
+    found[:, -1] = -0.5
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,24 +153,13 @@ class _Scratch(threading.local):
 def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
     """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
     rows, same = left.features, left is right
-    alone = _alone(kernel, left.features, right.features)
+    compiled, moving = _compiled(kernel, rows), _moving(rows, right.features)
     wide = _lanes(kernel, rows, len(right.first))
-    blocks = sorted(_blocks(left, right, kernel, wide=wide, alone=alone), key=lambda block: -block.cells)
-    kept, nothing = None, rows.new_zeros(())
-    if alone:
-        longest = max(len(block.index) for block in blocks)
-        kept = _Scratch(rows, facing=longest, cells=max(block.cells for block in blocks))
-
-    def log_k(block: _Block) -> Tensor:
-        some, (x, y) = rows[block.rows], block.lengths
-        facing = right.facing(block.index, out=None if kept is None else kept.facing[: len(block.index)])
-        out = None if kept is None else kept.cells[: block.cells].view(len(some), len(facing))
-        cells = torch.addmm(nothing, some, facing.T, beta=0, alpha=-2, out=out).view(len(some), -1, wide)  # [R, N, B]
-        if alone:
-            return sweeps.log_gak_alone(cells, block.first, block.scale, lengths_x=x, lengths_y=y)
-        return sweeps.log_gak_cells(cells, block.first, block.scale, lengths_x=x, lengths_y=y, band=kernel.band)
-
-    found = _shared(log_k, blocks, cells=sum(block.cells for block in blocks) if alone else 0)
+    blocks = sorted(_blocks(left, right, kernel, wide=wide, alone=compiled), key=lambda block: -block.cells)
+    if compiled and moving:
+        found = [*_Pairs.apply(rows, right.features, blocks)]  # type: ignore[no-untyped-call]
+    else:
+        found = _log_k(left, right, blocks, kernel, alone=compiled)
     where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
     done = 0
     for block, part in zip(blocks, found, strict=True):
@@ -177,12 +171,86 @@ def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
     return torch.cat([part.flatten() for part in found])[where[back_x][:, back_y]]
 
 
+def _log_k(left: Slices, right: Slices, blocks: list[_Block], kernel: Kernel, *, alone: bool) -> list[Tensor]:
+    """log K of every block, float64[A, B]; autograd follows where it must."""
+    rows, kept = left.features, None
+    nothing = rows.new_zeros(())
+    if alone:
+        longest = max(len(block.index) for block in blocks)
+        kept = _Scratch(rows, facing=longest, cells=max(block.cells for block in blocks))
+
+    def log_k(block: _Block) -> Tensor:
+        some, (x, y) = rows[block.rows], block.lengths
+        facing = right.facing(block.index, out=None if kept is None else kept.facing[: len(block.index)])
+        out = None if kept is None else kept.cells[: block.cells].view(len(some), len(facing))
+        cells = torch.addmm(nothing, some, facing.T, beta=0, alpha=-2, out=out).view(len(some), -1, x.shape[1])
+        if alone:
+            return sweeps.log_gak_alone(cells, block.first, block.scale, lengths_x=x, lengths_y=y)
+        return sweeps.log_gak_cells(cells, block.first, block.scale, lengths_x=x, lengths_y=y, band=kernel.band)
+
+    return _shared(log_k, blocks, cells=sum(block.cells for block in blocks) if alone else 0)
+
+
+class _Pairs(torch.autograd.Function):
+    """log K of every block, with a gradient: a weight a cell is kept, d log K / d sqdist, in the cell's own place."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
+        longest = max(len(block.index) for block in blocks)
+        kept, nothing = _Scratch(left, facing=longest), left.new_zeros(())
+
+        def log_k(block: _Block) -> tuple[Tensor, Tensor]:
+            facing = _facing(right, block.index, out=kept.facing[: len(block.index)])
+
+            def cells() -> Tensor:
+                product = torch.addmm(nothing, left[block.rows], facing.T, beta=0, alpha=-2)
+                return product.view(len(product), -1, block.scale.shape[1])  # [R, N, B]
+
+            x, y = block.lengths
+            return sweeps.weigh_alone(cells, block.first, block.scale, lengths_x=x, lengths_y=y)
+
+        found = _shared(log_k, blocks, cells=sum(block.cells for block in blocks))
+        ctx.blocks = blocks
+        ctx.save_for_backward(left, right, *(weights for _, weights in found))
+        return tuple(log_k for log_k, _ in found)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, *weights = ctx.saved_tensors
+        # The columns behind the features follow from them: the gradient is of the distances, and goes to the features.
+        of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
+        longest = max(len(block.index) for block in ctx.blocks)
+        kept = _Scratch(left, facing=longest, cells=max(block.cells for block in ctx.blocks))
+        adding = threading.Lock()
+
+        def share(given: tuple[_Block, Tensor, Tensor]) -> None:
+            block, weight, grad = given
+            owner = torch.repeat_interleave(block.lengths[0][:, 0])
+            out = kept.cells[: block.cells].view_as(weight)
+            each = torch.mul(weight, grad.float()[owner, None, :], out=out).flatten(1)
+            some = left[block.rows]
+            others = torch.index_select(right, 0, block.index, out=kept.facing[: len(block.index)])
+            # d sum w |x - y|^2 / dx = 2 (x sum w - sum w y); the column of ones makes sum w of the same product.
+            near, far = each @ others, each.T @ some
+            with adding:
+                of_left[block.rows] += 2 * (near[:, -2:-1] * some - near)
+                of_right.index_add_(0, block.index, 2 * (far[:, -2:-1] * others - far))
+
+        _shared(
+            share, list(zip(ctx.blocks, weights, grads, strict=True)), cells=sum(block.cells for block in ctx.blocks)
+        )
+        of_left[:, -2:], of_right[:, -2:] = 0, 0
+        return of_left, of_right, None
+
+
 def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
     """Raw log K(x, x) with the sigma of every pair, float64[n, m] in the order given: one a distinct length of the other."""
     lengths, which = torch.unique(other.lengths, return_inverse=True)
     if not kernel.by_length:
         lengths, which = lengths[:1], torch.zeros_like(which)
-    rows, alone, wide = own.features, _alone(kernel, own.features), _lanes(kernel, own.features, len(own.first))
+    rows, wide = own.features, _lanes(kernel, own.features, len(own.first))
+    alone = _compiled(kernel, rows) and not _moving(rows)
     several = [(begin, *own.among(begin, wide)) for begin in reversed(range(0, len(own.first), wide))]
     kept = _Scratch(rows, facing=several[0][2].numel()) if alone else None
 
@@ -215,17 +283,21 @@ def _of_lengths(square: Tensor, mine: Tensor, others: Tensor, *, kernel: Kernel,
     return sweeps.log_gak_cells(cells, first, scale, lengths_x=both, lengths_y=both, band=kernel.band)
 
 
-def _shared(work: Callable[[Item], Tensor], items: Sequence[Item], *, cells: int) -> list[Tensor]:
+def _shared(work: Callable[[Item], Result], items: Sequence[Item], *, cells: int) -> list[Result]:
     """Of every item, in their order; by threads of one core each where there is enough to do."""
     if cells < 2 * ENOUGH:
         return [work(item) for item in items]
     return threads.each(work, items)
 
 
-def _alone(kernel: Kernel, *features: Tensor) -> bool:
-    """Can one thread make a whole block? Where the sweep is compiled for the CPU, and nothing is kept for a gradient."""
-    moving = torch.is_grad_enabled() and any(each.requires_grad for each in features)
-    return not moving and features[0].device.type == "cpu" and sweeps.engine(features[0], kernel.band) is not None
+def _compiled(kernel: Kernel, like: Tensor) -> bool:
+    """Is the sweep compiled for the CPU, so that one thread can make a whole block?"""
+    return like.device.type == "cpu" and sweeps.engine(like, kernel.band) is not None
+
+
+def _moving(*features: Tensor) -> bool:
+    """Will a gradient be asked for?"""
+    return torch.is_grad_enabled() and any(each.requires_grad for each in features)
 
 
 def _lanes(kernel: Kernel, like: Tensor, count: int) -> int:

@@ -7,6 +7,7 @@ log space) and by Triton on CUDA (`fused`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from types import ModuleType
@@ -219,6 +220,27 @@ def log_gak_alone(cells: Tensor, first: Tensor, scale: Tensor, *, lengths_x: Ten
     if np.isnan(log_k.numpy()).any():
         _mend(cells, (first, scale, lengths_x, lengths_y), log_k=log_k)
     return log_k
+
+
+def weigh_alone(
+    cells: Callable[[], Tensor], first: Tensor, scale: Tensor, *, lengths_x: Tensor, lengths_y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`log_gak_alone`, and d log K / d cells, float[R, N, B], which is made in the cells' own place.
+
+    Args:
+        cells: makes them; asked again where the range of the compiled sweep was not enough.
+    """
+    lanes = compiled()
+    assert lanes is not None
+    log_k, weights = torch.empty(scale.shape, dtype=torch.float64), cells()
+    x, y = (np.ascontiguousarray(each.numpy(), dtype=np.int32) for each in (lengths_x, lengths_y))
+    arrays = {"scale": scale.numpy(), "ends_x": x, "ends_y": y, "log_k": log_k.numpy()}
+    plain = weights.numpy()  # every row and column is of some pair, so every one is written
+    lanes.sweep_back(plain, first.numpy(), **arrays, weights=plain, posterior=False)
+    if np.isnan(log_k.numpy()).any():
+        facts = first, scale, lengths_x, lengths_y
+        _mend(cells(), facts, log_k=log_k, weights=weights, weigh="gradient")
+    return log_k, weights
 
 
 class _Cells(torch.autograd.Function):
