@@ -21,6 +21,7 @@ from vlduet.data.quarantine import Quarantine
 from vlduet.data.sequences import Sequence, needed
 from vlduet.data.stream import Mixture, Sample
 from vlduet.errors import ConfigError, DataError, closest
+from vlduet.logs import say
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import default_device
 from vlduet.model.dual import DualEncoder, frozen_encoder
@@ -214,28 +215,39 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
         model = recipe.model(config, encoders)
     optimizer = make_optimizer(model, config, betas=recipe.betas)
     run = Run(config, model, recipe, mixture, optimizer, quarantine, encoders)
-    for number in range(len(mixture.sources)):
-        check_source(run, number)
+    check_sources(run)
     return run
 
 
-def check_source(run: Run, number: int) -> None:
-    """Raises DataError where no record of a source has anything for any loss: its share would change nothing."""
+def check_sources(run: Run) -> None:
+    """Names the sources without a record that any loss asks something of: their share of a run changes nothing.
+
+    Raises:
+        DataError: all of them, so that the run would change nothing. (One may be there for what another run learns of it.)
+    """
+    empty = [why for number in range(len(run.mixture.sources)) if (why := _nothing_in(run, number))]
+    if len(empty) == len(run.mixture.sources):
+        raise empty[0]
+    for why in empty if distributed.is_main() else ():
+        say(f"warning: {why}")
+
+
+def _nothing_in(run: Run, number: int) -> DataError | None:
+    """Why a source has nothing to learn from; None for the first record that has."""
     labels, anchors = run.asked()
-    first = ""
-    for at, record in enumerate(run.mixture.sources[number]):
-        sample = Sample(record, at, run.config.seed, f"{number}.{at}")
+    source, first = run.mixture.sources[number], ""
+    for at, record in enumerate(source):
         try:
-            if any(
-                needed(one, labels=labels, anchors=anchors) for one in run.recipe.layout(sample, run.model.renderer)
-            ):
-                return
+            laid_out = run.recipe.layout(Sample(record, at, run.config.seed, f"{number}.{at}"), run.model.renderer)
         except DataError as error:
             first = first or f" (the first: {error})"
+        else:
+            if any(needed(one, labels=labels, anchors=anchors) for one in laid_out):
+                return None
     losses = ", ".join(name for name, weight in run.config.objectives.items() if weight)
-    what = f"none of its {at + 1} records has anything for {losses} of {run.recipe.name}{first}"
+    what = f"none of its {len(source)} records has anything for {losses} of {run.recipe.name}{first}"
     fix = "Look at it with `vlduet data check` and `vlduet data show`, or leave it out"
-    raise DataError(what, place=run.config.data.train[number].path, fix=fix)
+    return DataError(what, place=run.config.data.train[number].path, fix=fix)
 
 
 def _sequences(run: Run, samples: list[Sample]) -> list[Sequence]:
