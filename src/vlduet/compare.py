@@ -38,6 +38,7 @@ def compare(settings: Comparison) -> dict[str, Any]:
         ConfigError: a setting that is wrong, validation records that are not the same for all, or a run's folder that
             holds one with other settings. TrainingError and the rest: as a run does.
     """
+    distributed.start()
     plans = {name: [_plan(settings, name, seed) for seed in settings.seeds] for name in settings.runs}
     every = [plan for runs in plans.values() for plan in runs]
     measured = {plan.data.validation for plan in every}

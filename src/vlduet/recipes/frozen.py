@@ -31,22 +31,20 @@ def guided(left: list[Anchor], right: list[Anchor], *, guide: Guide, like: Tenso
     slice (`target_matrix`).
 
     Args:
-        left, right: this rank's, their slices seen by the encoders; like: gives device and dtype.
+        left, right: this rank's, their slices seen by the encoders, not both nothing on all ranks.
+        like: gives device and dtype.
 
     Returns:
         float[N, M], those of all ranks in rank order.
     """
-    counts = distributed.gather_objects((len(left), len(right)))
-    if not sum(map(sum, counts)):
-        return like.new_zeros(0, 0)
     cosines, found = compared([*left, *right], triple=guide == "triple", scaled=False, like=like)
-    begins = torch.tensor([0, *(a + b for a, b in counts)]).cumsum(0).tolist()
-    lefts = [begin + i for begin, (a, _) in zip(begins, counts, strict=False) for i in range(a)]
-    rights = [begin + a + i for begin, (a, b) in zip(begins, counts, strict=False) for i in range(b)]
-    order = torch.tensor(lefts + rights, device=like.device)
+    sides = distributed.gather_objects([0] * len(left) + [1] * len(right))
+    of_right = torch.tensor([side for rank in sides for side in rank], device=like.device)
+    order = of_right.argsort(stable=True)  # all that asks, then all that answers
     # A sequence of its own for each: nothing is alike because it stands in one record.
     prefixes = Prefixes(found.slices[order], found.lengths[order], torch.arange(len(order), device=like.device))
-    return target_matrix(cosines, prefixes, rows=slice(0, len(lefts)))[:, len(lefts) :]
+    asking = len(order) - int(of_right.sum())
+    return target_matrix(cosines, prefixes, rows=slice(0, asking))[:, asking:]
 
 
 def compared(anchors: list[Anchor], *, triple: bool, scaled: bool, like: Tensor) -> tuple[Tensor, Prefixes]:
