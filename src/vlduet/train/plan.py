@@ -12,8 +12,8 @@ from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.train import setup
 
-PROBE, PROBED = 4, 1024
-"""Batches that are laid out to measure tokens; fewer where they have more records than this together, but one."""
+PROBE, PROBED = 4, 512
+"""Batches that are laid out to measure tokens, and the records of them at most: what a larger one needs is scaled up."""
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -23,8 +23,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         Counts of records by kind, tokens of a batch, trainable parameters, and estimated memory of a step. The memory is an
         estimate from layer shapes: weights + gradients + Adam's moments + activations of the largest probed batch.
     """
-    run = setup.prepare(config, keep=False)
-    probe = min(config.train.steps, max(1, min(PROBE, PROBED // config.train.batch_size)))
+    size = min(config.train.batch_size, PROBED)
+    times = config.train.batch_size / size
+    part = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
+    run = setup.prepare(part, keep=False)
+    probe = min(config.train.steps, max(1, min(PROBE, PROBED // size)))
     laid_out = [chunks for _, chunks in setup.batches(run, 0, probe) if chunks]
     kinds = Counter(record.kind for source in run.mixture.sources for record in source)
     trainable = sum(p.numel() for p in run.trainable())
@@ -33,7 +36,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
     supervised = [sum(chunk.num_supervised for chunk in chunks) for chunks in laid_out]
     # What lives at one time: a chunk, or the whole batch.
     together = [[chunk] for chunks in laid_out for chunk in chunks] if config.train.chunk_tokens else laid_out
-    memory = max((_memory(run, chunks) for chunks in together), default=0.0)
+    memory = max((_memory(run, chunks, 1 if config.train.chunk_tokens else times) for chunks in together), default=0.0)
+    embeddings = max((sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0)
     epochs = config.train.steps * config.train.batch_size / sum(len(s) for s in run.mixture.sources)
     return {
         "recipe": f"{run.recipe.name}, losses {', '.join(f'{w} x {n}' for n, w in config.objectives.items())}",
@@ -42,11 +46,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "records dropped": run.quarantine.count,
         "steps": config.train.steps,
         "epochs": round(epochs, 2),
-        "tokens a batch": round(sum(tokens) / max(1, len(tokens))),
-        **({"chunks a batch": max(map(len, laid_out), default=0)} if config.train.chunk_tokens else {}),
+        "tokens a batch": round(times * sum(tokens) / max(1, len(tokens))),
+        **({"chunks a batch": round(times * max(map(len, laid_out), default=0))} if config.train.chunk_tokens else {}),
         "padding": f"{1 - sum(tokens) / max(1, sum(padded)):.0%} of what is computed",
-        "supervised tokens a batch": round(sum(supervised) / max(1, len(supervised))),
-        "embeddings a batch": max((sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0),
+        "supervised tokens a batch": round(times * sum(supervised) / max(1, len(supervised))),
+        "embeddings a batch": round(times * embeddings),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": trainable,
         "estimated memory (GB)": round(memory / 1e9, 2),
@@ -55,13 +59,14 @@ def plan(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _memory(run: setup.Run, together: list[Batch]) -> float:
-    """Bytes: weights, then gradient and two moments of what is trained, then activations and one chunk of logits."""
+def _memory(run: setup.Run, together: list[Batch], times: float) -> float:
+    """Bytes: weights, then gradient and two moments of what is trained, then activations of so many times what is there, and
+    one chunk of logits."""
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     moving = sum(p.numel() for p in run.trainable()) * 4 * 3
     if not isinstance(run.model, DuetModel):
         return float(weights + moving)
-    tokens = sum(batch.ids.numel() for batch in together)
+    tokens = times * sum(batch.ids.numel() for batch in together)
     supervised = sum(batch.num_supervised for batch in together)
     config = run.model.backbone.model.config.text_config
     size = torch.finfo(run.model.backbone.model.dtype).bits // 8

@@ -14,6 +14,7 @@ from vlduet.data.formats import read_records
 from vlduet.errors import ConfigError, DataError, TrainingError
 from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
+from vlduet.train import plan as planning
 from vlduet.train import setup
 from vlduet.train.loop import train
 from vlduet.train.plan import plan
@@ -165,11 +166,16 @@ def test_a_broken_state_is_named(tmp_path: Path, broken: str, how: str) -> None:
         train(settings, resume=True)
 
 
-def test_a_plan_of_a_large_batch_lays_out_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_a_large_batch_lays_out_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = setup._sequences, []
     monkeypatch.setattr(setup, "_sequences", lambda run, samples: seen.extend(samples) or real(run, samples))
-    plan(config.load(runs.write(tmp_path, batch_size=600)))
-    assert len(seen) == 600
+    monkeypatch.setattr(planning, "PROBED", 24)
+    part = plan(config.load(runs.write(tmp_path, batch_size=24)))
+    whole = plan(config.load(tmp_path / "config.yaml", ["train.batch_size=240"]))
+    assert len(seen) == 48
+    for name in ("tokens a batch", "supervised tokens a batch", "embeddings a batch"):
+        assert whole[name] == pytest.approx(10 * part[name], abs=10)
+    assert whole["epochs"] == 10 * part["epochs"] and whole["padding"] == part["padding"]
     seen.clear()
     plan(config.load(tmp_path / "config.yaml", ["train.batch_size=4", "train.steps=2"]))
     assert len(seen) == 8
