@@ -119,7 +119,7 @@ def caption(
     """
     if batch < 1:
         raise ConfigError(f"{batch}", place="--batch", fix="Give 1 or more")
-    formats.check_target(to, source)
+    formats.check_target(to, source, may_grow=True)
     dropped = Quarantine.anew(beside(to))
     settings = json.dumps([model.fingerprint, [asdict(wish) for wish in wanted]])
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +130,11 @@ def caption(
         dropped.add(error.place, error)
 
     records = formats.read_records(source, on_error=broken)
-    if source.is_dir() and to.exists() and to.resolve().parent == source.resolve():
-        # Written into the folder of images by an earlier run; there may be new images since.
+    grows = source.is_dir() and to.exists() and to.resolve().parent == source.resolve()
+    if grows:  # written into the folder of images by an earlier run; there may be new images since
         records = formats.and_new_images(records, source, on_error=broken)
-    count = sum(1 for _ in progress(formats.convert(job.filled(records), to), label=f"captioning {source.name}"))
+    found = _all_of(to, job.filled(records)) if grows else job.filled(records)
+    count = sum(1 for _ in progress(formats.convert(found, to), label=f"captioning {source.name}"))
     journal.path.unlink(missing_ok=True)
     return CaptionReport(
         records=count,
@@ -144,6 +145,19 @@ def caption(
         dropped=dropped.count,
         causes=dropped.by_cause(),
     )
+
+
+def _all_of(old: Path, records: Iterable[Record]) -> Iterator[Record]:
+    """The records, if they hold every row of the file that they are to replace. Raises DataError at the end if not."""
+    with old.open("rb") as lines:
+        rows = sum(bool(line.strip()) for line in lines)
+    kept = 0
+    for record in records:
+        kept += record.place is not None and Path(record.place.file).resolve() == old.resolve()
+        yield record
+    if kept < rows:
+        what = f"{rows - kept} of its {rows} records cannot be used (see {beside(old)}), and would be lost"
+        raise DataError(what, place=old, fix="Mend them, or write to another file")
 
 
 def tidy(text: str, *, sentences: int | None = None) -> str:

@@ -78,7 +78,7 @@ def _finished(plan: RunConfig) -> bool:
         return False
     if differs := state.difference(state.decisive(config.load(saved)), state.decisive(plan)):
         raise ConfigError(differs, place=plan.out, fix="Give another out=, or remove that folder")
-    return (plan.out / "model" / "vlduet.json").is_file()
+    return (plan.out / "model").is_dir()  # a model folder is there whole or not at all
 
 
 def _told(settings: Comparison, plans: Mapping[str, list[RunConfig]]) -> dict[str, Any]:

@@ -253,15 +253,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.1 takes 1e-4 for a string; ours takes it for the number that it is in YAML 1.2. A key that stands twice, of
     which the first would be lost without a word, is an error."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                    raise yaml.composer.ComposerError(None, None, f"'{key.value}' stands twice", key.start_mark)
                 seen.add(key.value)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        return node
 
 
 _Loader.add_implicit_resolver(

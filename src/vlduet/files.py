@@ -37,9 +37,10 @@ def write_text(path: Path, text: str) -> None:
 def read_lines(path: Path) -> list[Any]:
     """The values of a JSON lines file that may not exist; a line that was cut short (kill -9) is left out."""
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in filter(None, text.split("\n")):  # splitlines knows more line ends than JSON does
         try:
-            found.append(json.loads(text))
+            found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
     return found
@@ -110,7 +111,8 @@ def whole_folder(folder: Path, *, mark: str) -> Iterator[Path]:
 
 def recovered(folder: Path) -> Path:
     """`folder`, brought back where a kill fell between the two renames of `whole_folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+    whole = folder.resolve()
+    old = whole.with_name(f".{whole.name}.old")
+    if not whole.exists() and old.exists():
+        old.rename(whole)
     return folder

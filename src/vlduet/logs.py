@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +19,14 @@ PLAIN_EVERY = 10.0
 """Seconds between two progress lines when the output is not a terminal."""
 
 
+def plain(text: str, keep: str = "") -> str:
+    """Without control characters: what stands in a file must not steer the terminal."""
+    return "".join(c if c in keep or unicodedata.category(c) != "Cc" else " " for c in text)
+
+
 def say(text: str) -> None:
     """One line to standard error, where messages never mix with printed results."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 
 def progress(items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:

@@ -4,7 +4,7 @@
 2. embed      every distinct query and candidate once; the vectors are kept, so an interrupted run goes on
 3. rank       the candidates that are made of what the right answers are made of (text, image or both), by cosine
 4. leave out  what is right: known answers by content, and whatever scores higher than the positive minus a margin
-5. write      retrieval records with the k nearest of the rest
+5. write      the records with the k nearest of the rest
 
 Step 4 is the "positive-aware" mining of NV-Retriever (arXiv 2407.15831), its TopK-MarginPos: a candidate that the
 model puts as near as the right answer is more often right and not labelled than wrong.

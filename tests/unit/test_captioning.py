@@ -81,6 +81,17 @@ def test_a_folder_that_holds_its_captions_may_grow(tmp_path: Path) -> None:
     assert (report.records, report.generated, report.dropped) == (3, 2, 1)
 
 
+def test_a_folder_s_captions_are_not_replaced_where_one_would_be_lost(tmp_path: Path) -> None:
+    photos(tmp_path, 1)
+    rows = (
+        '{"id": "0", "image": "0.png", "short": "by hand"}\n{"id": "1", "image": "gone.png", "long": "by hand, too"}\n'
+    )
+    (tmp_path / "train.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=r"train.jsonl: 1 of its 2 records cannot be used .* would be lost"):
+        caption(FakeModel(), tmp_path, to=tmp_path / "train.jsonl", wanted=BOTH)
+    assert (tmp_path / "train.jsonl").read_text() == rows
+
+
 def test_what_is_there_is_never_replaced_and_seen_images_are_not_asked_again(tmp_path: Path) -> None:
     names = photos(tmp_path, 1)
     rows = [

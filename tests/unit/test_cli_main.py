@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,3 +70,14 @@ def test_no_verb_makes_a_model_where_something_stands(
     (tmp_path / "empty").mkdir()
     assert command(monkeypatch, "model", "merge", tmp_path / "model", tmp_path / "empty") == 0
     assert (tmp_path / "empty" / "vlduet.json").is_file()
+
+
+def test_a_record_does_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "a\x1b]0;mine\x07", "parts": [{"text": "a \x1b[2J b"}], "metadata": {"k": "\x1b[31m"}}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    command(monkeypatch, "data", "show", tmp_path / "x.jsonl", "--index", "0")
+    command(monkeypatch, "data", "check", tmp_path / "x.jsonl")
+    told = capsys.readouterr()
+    assert "mine" in told.out and "\x1b" not in told.out + told.err and "\x07" not in told.out + told.err

@@ -91,3 +91,13 @@ def test_an_unknown_key_of_a_comparison_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("base: b.yaml\nout: o\nruns: {a: []}\nseed: [0]\n")
     with pytest.raises(ConfigError, match=r"unknown key 'seed'.*Did you mean 'seeds'"):
         config.load_comparison(tmp_path / "c.yaml")
+
+
+def test_a_dual_encoder_is_finished_too(tmp_path: Path) -> None:
+    plan = config.load(runs.write(tmp_path))
+    plan.out.mkdir(parents=True)
+    config.save(plan, plan.out / "config.yaml")
+    assert not compare._finished(plan)
+    (plan.out / "model").mkdir()
+    (plan.out / "model" / "dual.json").write_text("{}")
+    assert compare._finished(plan)

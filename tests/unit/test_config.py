@@ -305,3 +305,9 @@ def test_docs_explain_every_key() -> None:
 
     missing = [key for key in keys(RunConfig, "") if f"`{key.replace('data.train.', 'data.train[].')}`" not in text]
     assert not missing, f"docs/train.md does not explain {missing}"
+
+
+def test_anchors_and_merges_are_no_repeated_keys(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("b: &b {x: 1}\ns: {a: &a {<<: *b, x: 2}}\nc: {<<: *a, y: 3}\n")
+    assert config._mapping(path)["c"] == {"x": 2, "y": 3}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlduet.errors import ConfigError
-from vlduet.files import recovered, whole_folder
+from vlduet.files import read_lines, recovered, whole_folder
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -85,3 +85,13 @@ def test_whole_folder_fills_an_empty_one_even_where_one_stands(tmp_path: Path, m
     with whole_folder(Path("."), mark="mark") as inside:
         (inside / "mark").touch()
     assert files(tmp_path) == {"empty/mark": b""}
+
+
+def test_the_folder_here_is_recovered_as_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert recovered(Path(".")) == Path(".")
+
+
+def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": "one\u2028line"}\n{"half": \n')
+    assert read_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line"}]

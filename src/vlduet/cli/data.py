@@ -212,25 +212,27 @@ def edit(
     edits.check_kinds(wanted or ())
     dropped = Quarantine.anew(beside(to))
     made: Counter[str] = Counter()
-    records, without = 0, 0
+    without: list[bool] = []
 
     def edited() -> Iterator[Record]:
         for record in formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)):
             try:
-                yield from (edits.with_edits(asked, seed=seed, kinds=wanted) for asked in questions(record))
+                for asked in questions(record):
+                    found = edits.with_edits(asked, seed=seed, kinds=wanted)
+                    new = len(found.negative) - len(asked.negative)
+                    made.update(found.metadata["edits"][-new:] if new else [])
+                    without.append(not new)
+                    yield found
             except DataError as error:
                 dropped.add(record, error)
 
-    for record in progress(formats.convert(edited(), to), label=f"editing {file.name}"):
-        found = record.metadata.get("edits", [])
-        records, without = records + 1, without + (not found)
-        made.update(found)
+    records = sum(1 for _ in progress(formats.convert(edited(), to), label=f"editing {file.name}"))
     if as_json:
-        told = {"file": str(to), "records": records, "without": without, "negatives": dict(sorted(made.items()))}
+        told = {"file": str(to), "records": records, "without": sum(without), "negatives": dict(sorted(made.items()))}
         _print_json({**told, "dropped": dropped.count, "causes": dropped.by_cause()})
     else:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(made.items())) or "no edits"
-        print(f"{to}: {records} records ({counts}), {without} without any; {dropped}")
+        print(f"{to}: {records} records ({counts}), {sum(without)} without any; {dropped}")
     if not records:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import sys
 from typing import Annotated
@@ -12,6 +13,7 @@ import typer
 from vlduet import __version__
 from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, train
 from vlduet.errors import VLDuetError
+from vlduet.logs import plain
 
 app = typer.Typer(
     name="vlduet",
@@ -55,12 +57,15 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be bytes that no text is
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except VLDuetError as error:
         if "--debug" in sys.argv:
             raise
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {plain(str(error))}", fg="red", err=True)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None

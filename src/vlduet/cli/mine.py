@@ -21,7 +21,7 @@ def mine(
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Pairs with short captions, or retrieval records.")],
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Retrieval records with negatives.")],
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="The records with negatives.")],
     query: Annotated[str, typer.Option(help="The side of a pair that asks: image or text.")] = "image",
     k: Annotated[int, typer.Option("-k", min=1, help="New negatives a record.")] = 4,
     margin: Annotated[

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+
+from vlduet.logs import plain
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
@@ -116,11 +117,11 @@ def ask(
         _print_json({"answer": "".join(pieces).strip(), "sources": sources, "prompt": str(prompt)})
         return
     for piece in pieces:
-        sys.stdout.write(_plain(piece, keep="\n"))
+        sys.stdout.write(plain(piece, keep="\n"))
         sys.stdout.flush()
     print("\n\nSources:" if prompt.sources else "\n\nNo sources: nothing in the index matches.")
     for hit in prompt.sources:
-        print(_plain(source_line(hit)))
+        print(plain(source_line(hit)))
 
 
 def encode(
@@ -199,7 +200,7 @@ def _print_hits(hits: list[Hit]) -> None:
 
         say("nothing in the index matches")
     columns = ["rank", "score", "id", "text", "image"]
-    rows = [[_plain(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
+    rows = [[plain(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
     for row, hit in zip(rows, hits, strict=True):
         row[1] = f"{hit.score:.3f}"
     if not sys.stdout.isatty():
@@ -214,8 +215,3 @@ def _print_hits(hits: list[Hit]) -> None:
     for row in rows:
         table.add_row(*[Text(cell if len(cell) <= 200 else cell[:199] + "…", overflow="fold") for cell in row])
     Console().print(table if rows else "No hits.")
-
-
-def _plain(text: str, keep: str = "") -> str:
-    """Without control characters: a document must not steer the terminal."""
-    return "".join(c if c in keep or unicodedata.category(c) != "Cc" else " " for c in text)

@@ -21,6 +21,7 @@ from vlduet.data.duplicates import Fingerprint
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError
+from vlduet.logs import plain
 
 THREADS = 4
 LISTED = 200
@@ -112,7 +113,7 @@ class CheckReport:
             found = [leak for leak in self.leaks if leak.kind == kind]
             lines += [f"  {leak.one} and {leak.other}: {leak.what}" for leak in found[:PRINTED]]
         lines.append(f"{len(self.problems)} errors, {sum(self.num_leaks.values())} warnings")
-        return "\n".join(lines)
+        return "\n".join(map(plain, lines))
 
 
 @dataclass(slots=True)
@@ -256,7 +257,8 @@ def _compare(one: _Seen, other: _Seen) -> Iterator[Leak]:
     same = [key for key in one.prints if key in other.prints]
     for key in same:
         yield Leak("same image", one.where[key][0], other.where[key][0], one.where[key][1])
-    rows, columns = ([key for key in seen.prints if key not in set(same)] for seen in (one, other))
+    shared = set(same)
+    rows, columns = ([key for key in seen.prints if key not in shared] for seen in (one, other))
     near = duplicates.near_duplicates([one.prints[k] for k in rows], [other.prints[k] for k in columns])
     for i, j in near:
         a, b = one.where[rows[i]], other.where[columns[j]]

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.data import arrow, images
+from vlduet.data.quarantine import LISTING
 from vlduet.data.readers import containers, conversations, pairs
 from vlduet.data.readers.rows import Row
-from vlduet.data.records import COMMON, KEYS, ImageRef, Parts, Record, parse, to_json
+from vlduet.data.records import COMMON, KEYS, ImageRef, Parts, Record, is_unicode, parse, to_json
 from vlduet.errors import DataError, closest
 
 OnError = Callable[[DataError], object]
@@ -218,18 +219,25 @@ def _folder_rows(folder: Path, root: Path | None) -> Iterator[Row]:
     files = _saved_dataset(folder)
     if not files:
         here = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+        here = [p for p in here if not p.name.endswith(LISTING)]  # what a verb left out, beside what it wrote
         files = [p for p in here if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")][:1]
         files = files or [p for p in here if p.name.lower().endswith(IN_FOLDERS)]
     if not files:
         return _some_images(folder)
     endings = {p.suffix for p in files}
     # Shards are numbered parts of one thing; `train.jsonl` and `test.jsonl`, or train-0.tar and test-0.tar, are not.
-    stems = {re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$", "", p.name.partition(".")[0]) for p in files}
+    stems = {re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$", "", _stem(p.name)) for p in files}
     if len(files) > 1 and (len(stems) > 1 or len(endings) > 1):
         raise DataError("several files of records in one folder", place=folder, fix=f"Name one: {_some(files)}")
     read = [container for p in files if (container := _container(p))]
     start = folder if root is None else root
     return itertools.chain.from_iterable(c(p, start) for c, p in zip(read, files, strict=True))
+
+
+def _stem(name: str) -> str:
+    """A file's name without the ending that tells its container: of train.part.tar.gz, train.part."""
+    ending = max((e for e in CONTAINERS if name.lower().endswith(e)), key=len, default="")
+    return name[: len(name) - len(ending)]
 
 
 def _some(paths: Iterable[Path]) -> str:
@@ -264,12 +272,19 @@ def _some_images(folder: Path) -> Iterator[Row]:
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def check_target(target: Path, source: Path) -> None:
-    """Raises DataError for a target of `convert` that is no ``.jsonl`` or that is the source itself."""
+def check_target(target: Path, source: Path, *, may_grow: bool = False) -> None:
+    """Raises DataError for a target of `convert` that is no ``.jsonl``, or that is the source or a part of it.
+
+    Args:
+        may_grow: the target may be what a folder holds already.
+    """
     if target.suffix != ".jsonl":
         raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=f"Write {target.with_suffix('.jsonl')}")
     if target.resolve() == source.resolve():
         raise DataError(f"'{target}' is the source itself", place="--to", fix="Name another file")
+    if not may_grow and target.exists() and target.resolve().parent == source.resolve():
+        fix = "Name a file outside, or a new one"
+        raise DataError(f"'{target}' is there already, and is read as a part of {source}", place="--to", fix=fix)
 
 
 def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
@@ -283,11 +298,17 @@ def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
         with partial.open("w", encoding="utf-8") as out:
             for record in records:
                 raw = to_json(_with_files(record, target), root=target.parent)
-                out.write(json.dumps(raw, ensure_ascii=False) + "\n")
+                out.write(_readable(raw) + "\n")
                 yield record
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _readable(raw: dict[str, Any]) -> str:
+    """JSON with its letters as they are; in ASCII where one of them has no bytes in UTF-8."""
+    line = json.dumps(raw, ensure_ascii=False)
+    return line if is_unicode(line) else json.dumps(raw)
 
 
 def _with_files(record: Record, target: Path) -> Record:

@@ -20,9 +20,12 @@ U = TypeVar("U")
 _PARTICULAR = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
 
 
+LISTING = ".quarantine.jsonl"
+
+
 def beside(out: Path) -> Path:
     """Where the drops of a run that writes `out` are listed."""
-    return out.with_suffix(".quarantine.jsonl")
+    return out.with_suffix(LISTING)
 
 
 def attempted(
@@ -101,7 +104,7 @@ class Quarantine:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # One write in append mode: processes that share the file never mix their lines.
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row) + "\n")  # ASCII: what is wrong may be its letters
         return True
 
     def _note(self, identity: str | None, place: str | None, message: str, cause: str) -> bool:

@@ -157,6 +157,8 @@ def parse(raw: Any, *, place: Place, root: Path) -> Record:
         raise DataError(
             f"id is {_kind_of(identity)}", place=place.at("id"), fix="Give every record a string id of its own"
         )
+    if not is_unicode(str(identity)):
+        raise DataError(f"id is {identity!a}", place=place.at("id"), fix="Write it again as UTF-8")
     metadata = raw.get("metadata", {})
     if not isinstance(metadata, dict):
         raise DataError(f"metadata is {_kind_of(metadata)}", place=place.at("metadata"), fix="Write an object")
@@ -179,7 +181,7 @@ def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     if long is not None:
         text_of(long, place.at("long"))
     image = image_of(raw["image"], place.at("image"), root)
-    return {"image": image, "short": tuple(short), "long": long, "negative": _answers(raw, "negative", place, root)}
+    return {"image": image, "short": tuple(short), "long": long, "negative": answers_of(raw, "negative", place, root)}
 
 
 def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
@@ -211,10 +213,11 @@ def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
         if not raw.get(key):
             raise DataError(f"{key} is missing or empty", place=place.at(key), fix="Write a list of parts")
     found: dict[str, Any] = {"query": _parts(raw["query"], place.at("query"), root)}
-    return found | {key: _answers(raw, key, place, root) for key in ("positive", "negative")}
+    return found | {key: answers_of(raw, key, place, root) for key in ("positive", "negative")}
 
 
-def _answers(raw: dict[str, Any], key: str, place: Place, root: Path) -> tuple[Parts, ...]:
+def answers_of(raw: dict[str, Any], key: str, place: Place, root: Path) -> tuple[Parts, ...]:
+    """The candidates under a key, each a list of parts. Raises DataError at `place`."""
     items = raw.get(key, [])
     if not isinstance(items, list) or any(not isinstance(item, list) for item in items):
         raise DataError(f"{key} is not a list of lists of parts", place=place.at(key), fix="Write [[{...}], ...]")
@@ -257,11 +260,14 @@ def text_of(value: Any, place: Place) -> str:
         raise DataError(
             f"expected text, got {_kind_of(value)}", place=place, fix="Write a non-empty string or leave the key out"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError("half a surrogate pair in the text", place=place, fix="Write it again as UTF-8") from None
+    if not is_unicode(value):
+        raise DataError("half a surrogate pair in the text", place=place, fix="Write it again as UTF-8")
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can spell half a character, and a file's name may be any bytes."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def image_of(value: Any, place: Place, root: Path) -> ImageRef:
@@ -283,6 +289,8 @@ def image_of(value: Any, place: Place, root: Path) -> ImageRef:
         return ImageRef(data=_base64(body, place) if head.endswith(";base64") else unquote_to_bytes(body))
     if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
         raise DataError(f"'{value}' is a URL", place=place, fix="Download it first: records never touch the network")
+    if not is_unicode(value):
+        raise DataError(f"a path that is not UTF-8: {value!a}", place=place, fix="Rename the file")
     return ImageRef(path=root / value)
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import ImageError
+from vlduet.logs import plain
 
 Token = tuple[str, bool, Sequence[str]]
 """A token's text, whether it carries loss, and the roles of the anchors that read it."""
 
 _THUMBNAIL = 320
+LINE = "\n"
 
 
 def slices(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
@@ -35,22 +37,23 @@ def slices(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
 
 def as_text(record: Record, *, width: int = 48, colour: bool = True) -> str:
     """The record for a terminal: its slices with their roles; images `width` cells wide, named only without colour."""
-    lines = [f"{record.id}  ({record.kind}, {record.place})" if record.place else f"{record.id}  ({record.kind})"]
+    title = f"{record.id}  ({record.kind}, {record.place})" if record.place else f"{record.id}  ({record.kind})"
+    lines = [plain(title)]
     for role, part in slices(record):
         if isinstance(part, str):
-            lines.append(f"{role:>12}  {part}")
+            lines.append(f"{role:>12}  {plain(part, keep=LINE)}")
             continue
-        lines.append(f"{role:>12}  {part.name}")
+        lines.append(f"{role:>12}  {plain(part.name)}")
         try:
             image = images.load(part)
         except ImageError as error:
-            lines.append(f"{'':>12}  {error}")
+            lines.append(f"{'':>12}  {plain(str(error))}")
             continue
         lines[-1] += f"  {image.width} x {image.height}"
         if colour:
             lines += half_blocks(image, width)
     for key, value in record.metadata.items():
-        lines.append(f"{key:>12}: {value}")
+        lines.append(plain(f"{key:>12}: {value}"))
     return "\n".join(lines)
 
 

@@ -126,6 +126,8 @@ class Store:
         facts = {"items": named, "count": len(items), "query": query}
         kept = _json(path.with_suffix(".json"))
         if kept is None or any(kept.get(key) != value for key, value in facts.items()):
+            if function is None:
+                raise DataError("vectors of these items are not there", place=path, fix="Run it with a model")
             path.unlink(missing_ok=True)
             kept = {}
         dim, found = int(kept.get("dim", 0)), np.zeros((0, 0), dtype=np.float32)
@@ -265,8 +267,8 @@ def asking(function: Callable[[Mapping[str, Any], str, float], str], judge: Mapp
 
 
 def described(parts: Parts) -> str:
-    """What identifies an item that is embedded: its text and the names of its images."""
-    return "|".join(part.name if isinstance(part, ImageRef) else part for part in parts)
+    """What identifies an item that is embedded: its text and the names of its images, wherever their folder is."""
+    return "|".join(Path(part.name).name if isinstance(part, ImageRef) else part for part in parts)
 
 
 def shown(question: Question) -> str:
@@ -322,8 +324,9 @@ def _ranked(function: Callable[..., Sequence[tuple[float, int]]], questions: lis
 def _difference(key: str, was: Any, now: Any) -> str:
     """In words; of two mappings, what they first differ in."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
-        inner = next(name for name in (*now, *was) if was.get(name) != now.get(name))
-        return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
+        for inner in (*now, *was):
+            if was.get(inner) != now.get(inner):
+                return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
     return f"{key} was {was!r}, is {now!r}"
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.records import ImageRef
+from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError, RetrievalError, closest
 from vlduet.files import atomic_write
 from vlduet.logs import progress
@@ -108,14 +108,19 @@ class _Build:
         self.homes = {stamp.key: identity for identity, stamp in self.stamps.items()}
         self.fields = {key: list(kinds) for key, kinds in index.manifest.fields.items()}
         self.seen: set[str] = set()
-        self.added = self.updated = self.kept = self.embedded = 0
+        self.added = self.updated = self.kept = self.embedded = self.unread = 0
         self.quarantine = Quarantine.anew(index.path / "quarantine.jsonl")
 
     def run(self, source: Path, chunk: int) -> None:
         """Read, compare, embed, commit."""
-        found = documents(source, side=self.index.manifest.side, on_error=self.quarantine.add)
+        found = documents(source, side=self.index.manifest.side, on_error=self.drop)
         for group in batched(self.changed(progress(found, label="index")), chunk):
             self.commit(group)
+
+    def drop(self, what: Record | Place | str | None, error: Exception) -> None:
+        """Left out of the index; a row that could not be read may be of any document."""
+        self.unread += what is None
+        self.quarantine.add(what, error)
 
     def changed(self, found: Iterator[Document]) -> Iterator[tuple[Document, Row]]:
         """The documents that the store does not hold as they are."""
@@ -199,11 +204,14 @@ class _Build:
     def finish(self, prune: bool) -> BuildReport:
         """Prune and count."""
         absent = sorted(self.stamps.keys() - self.seen)
-        if prune and absent and not self.seen:
-            fix = f"Mend the source ({self.quarantine}), or delete the index"
-            raise RetrievalError(
-                "nothing in the source can be indexed, so nothing is pruned", place=self.index.path, fix=fix
+        if prune and absent and (self.unread or not self.seen):
+            read = (
+                f"{self.unread} rows of the source cannot be read"
+                if self.unread
+                else "nothing in the source can be indexed"
             )
+            fix = f"Mend the source ({self.quarantine}), or delete the index"
+            raise RetrievalError(f"{read}, so nothing is pruned", place=self.index.path, fix=fix)
         if prune:
             for group in batched(absent, 1000):
                 self.store.delete(group)

@@ -140,7 +140,11 @@ def parse(text: str, fields: Fields) -> Condition:
     kinds = set(fields.get(key, KINDS))
     if sign == "in":
         return Condition(key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")])
-    return Condition(key, sign, _typed(value, kinds, text))
+    typed = _typed(value, kinds, text)
+    if sign in COMPARE and isinstance(typed, str) and _number(typed) is not None:  # '1000' comes before '9'
+        fix = "Write numbers as numbers, as JSON lines can and CSV cannot"
+        raise RetrievalError(f"'{value}': this key holds texts", place=f"--where '{text}'", fix=fix)
+    return Condition(key, sign, typed)
 
 
 def _check_key(key: str, fields: Fields) -> None:
@@ -148,14 +152,16 @@ def _check_key(key: str, fields: Fields) -> None:
         raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=closest(key, fields))
 
 
+def _number(value: str) -> Scalar | None:
+    try:
+        return scalar(float(value))
+    except ValueError:
+        return None
+
+
 def _typed(value: str, kinds: set[str], text: str) -> Scalar:
-    if "number" in kinds:
-        try:
-            number = scalar(float(value))
-        except ValueError:
-            number = None
-        if number is not None:
-            return number
+    if "number" in kinds and (number := _number(value)) is not None:
+        return number
     if "flag" in kinds and value in ("true", "false"):
         return value == "true"
     if "text" in kinds:

@@ -109,8 +109,13 @@ class FlatStore:
         self._table: tuple[list[Row], np.ndarray] | None = None
         if write:
             folder.mkdir(parents=True, exist_ok=True)
-        for segment in self._segments():
-            self._load(segment)
+        try:
+            for segment in self._segments():
+                self._load(segment)
+        except FileNotFoundError:  # its writer joined them just now
+            self._held.clear()
+            for segment in self._segments():
+                self._load(segment)
 
     def _segments(self) -> list[Path]:
         return sorted(self.folder.glob("segment-*.npz"))
@@ -119,6 +124,8 @@ class FlatStore:
         try:
             with np.load(segment) as arrays:
                 vectors, told = arrays["vectors"], json.loads(arrays["told"].tobytes())
+        except FileNotFoundError:
+            raise
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             fix = "Delete the index and build it again"
             raise RetrievalError(f"cannot be read ({error})", place=segment, fix=fix) from None

@@ -161,5 +161,8 @@ def test_the_verb(tmp_path: Path) -> None:
     one, two = read_records(tmp_path / "y.jsonl")
     assert one.kind == "pair" and one.short == ("a dog on a chair",)
     assert one.negative[0] == ("a chair on a dog",) and two.negative == ()
+    again = ["edit", str(tmp_path / "y.jsonl"), "--to", str(tmp_path / "z.jsonl"), "--kinds", "swap_obj", "--json"]
+    told = json.loads(CliRunner().invoke(app, again).stdout)
+    assert told["negatives"] == {} and told["without"] == 2, "what an earlier run made is not counted again"
     wrong = CliRunner().invoke(app, [*arguments, "--kinds", "swap"])
     assert isinstance(wrong.exception, ConfigError)

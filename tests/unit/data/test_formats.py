@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import picture
-from vlduet.data.formats import FORMATS, convert, read_records, sniff
+from vlduet.data.formats import FORMATS, check_target, convert, read_records, sniff
 from vlduet.data.readers.rows import Row
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError
@@ -361,3 +362,69 @@ def test_convert_writes_embedded_images_to_files(tmp_path: Path) -> None:
     assert second.image is not None and second.image.path is not None
     assert second.image.path.resolve() == (tmp_path / "b.png").resolve()
     assert sorted(p.name for p in target.parent.iterdir()) == ["y-images", "y.jsonl"]
+
+
+def test_splits_with_dots_in_their_names_are_not_shards_and_listings_are_no_records(tmp_path: Path) -> None:
+    row = {"id": "a", "parts": [{"text": "x"}]}
+    lines(tmp_path / "coco.train.jsonl", row)
+    assert only(tmp_path).id == "a"
+    lines(tmp_path / "coco.train.quarantine.jsonl", {"id": "b", "place": "c", "cause": "d"})
+    assert only(tmp_path).id == "a"
+    lines(tmp_path / "coco.test.jsonl", row)
+    assert "several files of records" in str(error_of(tmp_path))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(picture().data or b"")
+    lines(tmp_path / "photos" / "vectors.quarantine.jsonl", {"id": "b", "place": "c", "cause": "d"})
+    assert only(tmp_path / "photos").id == "1.png"
+
+
+def test_no_target_is_a_part_of_its_source(tmp_path: Path) -> None:
+    mine = lines(tmp_path / "train.jsonl", {"id": "a", "parts": [{"text": "x"}]})
+    for source in (mine, tmp_path):
+        with pytest.raises(DataError, match="--to"):
+            check_target(mine, source)
+    check_target(mine, tmp_path, may_grow=True)
+    check_target(tmp_path / "new.jsonl", tmp_path)
+
+
+def test_names_and_ids_that_no_text_is(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8 in a file's name, and half characters that JSON can spell."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"good.png", b"caf\xe9.png"):
+        (folder / os.fsdecode(name)).write_bytes(picture().data or b"")
+    errors: list[DataError] = []
+    assert [r.id for r in read_records(folder, on_error=errors.append)] == ["good.png"]
+    assert "not UTF-8" in str(errors[0]) and str(errors[0]).isascii()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"id": "a", "image": "\\ud83d.png", "short": "x"}\n'
+        '{"id": "\\ud83d", "image": "a.png"}\n'
+        '{"image": "b.png", "caption": "y", "id": "\\ud83d"}\n'
+        '{"id": "b", "image": "b.png", "metadata": {"from": "\\ud83d", "name": "é"}}\n'
+    )
+    errors.clear()
+    (kept,) = convert(read_records(rows, on_error=errors.append), tmp_path / "out.jsonl")
+    assert len(errors) == 3 and all(str(error).isascii() for error in errors)
+    assert only(tmp_path / "out.jsonl").metadata == kept.metadata == {"from": "\ud83d", "name": "é"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_that_no_machine_holds_is_a_broken_row(ending: str, tmp_path: Path) -> None:
+    for text in ("9" * 5000, "[" * 100_000):
+        path = tmp_path / f"x.{ending}"
+        row = '{"id": "a", "metadata": {"n": ' + text + "}}"
+        path.write_text(f"[{row}]" if ending == "json" else row)
+        errors: list[DataError] = []
+        assert list(read_records(path, on_error=errors.append)) == [] and len(errors) == 1
+
+
+def test_negatives_of_a_pair_without_an_id(tmp_path: Path) -> None:
+    wrong = [[{"text": "a buoy"}]]
+    record = only(lines(tmp_path / "x.jsonl", {"image": "a.png", "short": "a boat", "negative": wrong}))
+    assert record.negative == (("a buoy",),) and record.metadata == {}
+
+
+def test_a_table_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "T.CSV").write_text("image,caption\na.png,a boat\n")
+    assert only(tmp_path / "T.CSV").short == ("a boat",)

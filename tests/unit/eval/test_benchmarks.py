@@ -276,6 +276,10 @@ def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -
     path.write_bytes(path.read_bytes()[: 4 * 5 * 7 + 3])  # cut within a row
     second = evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
     assert calls == [20, 4, 13] and first["facts"] == second["facts"]
+    path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace('"items": "', '"items": "0'))
+    with pytest.raises(DataError, match="vectors of these items are not there"):
+        evaluate(benchmark, Functions(), source=Source(data), runs=tmp_path, made_by={})
+    assert path.exists(), "what was embedded for other items is not thrown away by scoring"
     with pytest.raises(ConfigError, match=r"another run: made_by.model was 'x', is 'y'"):
         evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "y"})
 

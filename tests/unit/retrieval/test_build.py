@@ -231,6 +231,17 @@ def test_what_broke_after_it_was_indexed(pairs: Path, tmp_path: Path, model: Any
     assert counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
 
 
+def test_prune_refuses_where_a_part_of_the_source_cannot_be_read(tmp_path: Path, model: Any, tools: Any) -> None:
+    rows = [{"id": str(i), "parts": [{"text": f"word{i}"}]} for i in range(6)]
+    source, to = tmp_path / "r.json", tmp_path / "index"
+    source.write_text(json.dumps(rows))
+    build(model, source, to=to, side="text", store="flat")
+    source.write_text(json.dumps(rows[:2])[:-1] + ', {"id": "2", broken]')
+    with pytest.raises(RetrievalError, match=r"1 rows of the source cannot be read, so nothing is pruned"):
+        build(model, source, to=to, prune=True)
+    assert build(model, source, to=to).count == 6
+
+
 def test_prune_refuses_to_empty_an_index_by_accident(pairs: Path, tmp_path: Path, model: Any) -> None:
     build(model, pairs, to=tmp_path / "index")
     shutil.rmtree(pairs.parent / "images")

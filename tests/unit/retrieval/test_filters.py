@@ -98,3 +98,11 @@ def test_unknown_operator() -> None:
         Condition("x", "like", "a")
     with pytest.raises(RetrievalError, match="not a list"):
         Condition("x", "in", "abc")
+
+
+def test_numbers_of_a_table_are_texts_and_have_no_order() -> None:
+    fields = {"price": ["text"], "day": ["text"]}
+    with pytest.raises(RetrievalError, match=r"'100': this key holds texts"):
+        conditions(["price<100"], fields)
+    (day,) = conditions(["day<2026-05-01"], fields)
+    assert day.value == "2026-05-01" and conditions(["price=100"], fields)[0].value == "100"

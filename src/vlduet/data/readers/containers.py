@@ -12,7 +12,7 @@ from typing import Any
 
 from vlduet.data.images import SUFFIXES
 from vlduet.data.readers.rows import Row, captions_of
-from vlduet.data.records import Place
+from vlduet.data.records import Place, is_unicode
 from vlduet.errors import DataError
 
 MAX_MEMBER = 256 * 2**20
@@ -36,8 +36,8 @@ def _json_row(data: bytes, place: Place, root: Path) -> Row:
         broken = DataError(f"not UTF-8 at byte {error.start}", place=place, fix=NOT_UTF8)
     except json.JSONDecodeError as error:
         broken = DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line")
-    except RecursionError:
-        broken = DataError("JSON nested too deeply", place=place, fix="Mend the line")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        broken = DataError(f"JSON that cannot be held ({error})", place=place, fix="Mend the line")
     return Row(place, root, name, error=broken)
 
 
@@ -72,6 +72,10 @@ def json_list(source: Path, root: Path) -> Iterator[Row]:
             broken = DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix=fix)
             yield Row(place, root, name, error=broken)
             return
+        except (ValueError, RecursionError) as error:
+            fix = "Mend it; what follows it in the list was not read"
+            yield Row(place, root, name, error=DataError(f"JSON that cannot be held ({error})", place=place, fix=fix))
+            return
         yield Row(place, root, name, value)
         at = _skip(text, at, ", \t\r\n")
 
@@ -87,7 +91,7 @@ def table(source: Path, root: Path) -> Iterator[Row]:
     with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header = lines.readline()
         lines.seek(0)
-        delimiter = max("\t,;" if source.suffix == ".csv" else "\t", key=header.count)
+        delimiter = max("\t,;" if source.suffix.lower() == ".csv" else "\t", key=header.count)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             columns = [name.strip() for name in next(reader, [])]
@@ -116,7 +120,7 @@ def _cells(columns: list[str], cells: list[str], place: Place) -> dict[str, str]
         what = f"{len(cells)} cells for {len(columns)} columns"
         raise DataError(what, place=place.at(cells[len(columns)][:20]), fix="Quote cells that hold the separator")
     for column, cell in zip(columns, cells, strict=False):
-        if any("\ud800" <= letter <= "\udfff" for letter in cell):
+        if not is_unicode(cell):
             raise DataError("not UTF-8", place=place.at(column), fix=NOT_UTF8)
     return {column: cell for column, cell in zip(columns, cells, strict=False) if cell.strip()}
 
@@ -130,6 +134,10 @@ def image_folder(source: Path, root: Path) -> Iterator[Row]:
             if path.suffix.lower() not in SUFFIXES or name.startswith("."):
                 continue
             identity = path.relative_to(source).as_posix()
+            if not is_unicode(identity):
+                wrong = DataError("a file name that is not UTF-8", place=ascii(str(path)), fix="Rename it")
+                yield Row(Place(ascii(str(path))), source, ascii(identity), error=wrong)
+                continue
             row = Row(Place(str(path)), source, identity, {"image": identity})
             sidecar = path.with_suffix(".txt")
             try:
@@ -196,7 +204,7 @@ def _member_row(key: str, members: dict[str, bytes], error: DataError | None, *,
         texts = [members[e].decode("utf-8-sig") for e in ("txt", "text", "caption") if e in members]
         if "cls" in members:
             value["cls"] = members["cls"].decode().strip()
-    except (UnicodeDecodeError, json.JSONDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:  # of bytes, of JSON, of numbers
         broken = DataError(f"broken text or JSON ({problem})", place=place, fix="Write UTF-8, and one JSON object")
         return Row(place, root, name, error=broken)
     except DataError as problem:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from vlduet.data.readers.rows import Row, identity, image_of, interleave, metadata, text_of
-from vlduet.data.records import ImageRef, Parts, Place, Record
+from vlduet.data.records import ImageRef, Parts, Place, Record, answers_of
 from vlduet.errors import DataError
 
 IMAGE = "image"
@@ -49,6 +49,10 @@ def captions(row: Row) -> Record:
         if names in SHORT_COLUMNS or names in LONG_COLUMNS:
             used.add(key)
             (shorts if names in SHORT_COLUMNS else longs).extend(_texts(value, row.place.at(key)))
+    negative: tuple[Parts, ...] = ()
+    if isinstance(row.value.get("negative"), list):  # ours, of a record without an id
+        negative = answers_of(row.value, "negative", row.place, row.root)
+        used.add("negative")
     shorts = list(dict.fromkeys(shorts))
     if len(longs) > 1:
         fix = f"Keep one of {', '.join(LONG_COLUMNS)}"
@@ -58,6 +62,7 @@ def captions(row: Row) -> Record:
         image=image,
         short=tuple(shorts),
         long=longs[0] if longs else None,
+        negative=negative,
         metadata=metadata(row, used),
         place=row.place,
     )

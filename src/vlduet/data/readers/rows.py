@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.records import ImageRef, Message, Part, Place, Record, image_of, text_of
+from vlduet.data.records import ImageRef, Message, Part, Place, Record, image_of, is_unicode, text_of
 from vlduet.errors import DataError
 
 __all__ = ["Row", "captions_of", "chat", "identity", "image_of", "images_of", "interleave", "metadata", "text_of"]
@@ -42,6 +42,8 @@ def identity(row: Row) -> str:
     if not isinstance(own, str | int) or isinstance(own, bool):
         fix = "Write a string, or leave the id out"
         raise DataError(f"id is {type(own).__name__} {str(own)[:40]!r}", place=row.place.at("id"), fix=fix)
+    if not is_unicode(str(own)):
+        raise DataError(f"id is {own!a}", place=row.place.at("id"), fix="Write it again as UTF-8")
     return str(own)
 
 
