@@ -102,7 +102,7 @@ def measured(study: Study, plan: RunConfig, data: Path) -> None:
         return
     own = plan.out / "model"
     model = DuetModel.from_pretrained(own) if own.exists() else load_model(plan, bind(plan), cache=None)
-    model.features = FeatureCache(plan.data.cache)
+    model.features = FeatureCache(plan.data.cache or None)
     found = study.measure(model, data)
     plan.out.mkdir(parents=True, exist_ok=True)
     atomic_write(plan.out / "samples.npz", lambda out: write_samples(out, Score(found)))

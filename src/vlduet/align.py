@@ -62,7 +62,7 @@ def by_encoders(parts: Parts, settings: RunConfig) -> Tensor:
         ConfigError, ModelError, DataError: as training with it does.
     """
     recipe = setup.bind(settings)
-    encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache)
+    encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache or None)
     return seen_by(parts, encoders)
 
 

@@ -67,7 +67,8 @@ def compare(settings: Comparison) -> dict[str, Any]:
 def _plan(settings: Comparison, name: str, seed: int) -> RunConfig:
     """The config of one run. Vision features are shared by all: the tower is frozen."""
     run = config.load(settings.base, [*settings.overrides, *settings.runs[name]])
-    data = run.data.model_copy(update={"cache": run.data.cache or settings.out / "features"})
+    cache = settings.out / "features" if run.data.cache is None else run.data.cache
+    data = run.data.model_copy(update={"cache": cache})
     return run.model_copy(update={"out": settings.out / name / f"seed-{seed}", "seed": seed, "data": data})
 
 

@@ -68,8 +68,8 @@ class DataSection(Section):
     """Pair records that are never trained on."""
     max_tokens: int = Field(default=2048, gt=0)
     """Longest sequence; texts are cut to fit, images never."""
-    cache: Path | None = None
-    """Folder for the frozen tower's vision features; default: `features` inside the run."""
+    cache: Path | Literal[False] | None = None
+    """Folder of what frozen encoders see; default: `features` inside the run. False keeps a little of it in memory."""
 
 
 class LoraSection(Section):

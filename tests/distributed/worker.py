@@ -35,6 +35,7 @@ CASES = {
     "infonce": (*VLADVA, {"contrastive": 1.0, "language": 0.0}),
     "language": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
     "joint": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
+    "language, empty rank": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
     "empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "chunked": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
@@ -52,6 +53,7 @@ CHUNK_TOKENS = 60
 """Of the chunked cases: the two ranks then have different numbers of chunks."""
 CUTS = {
     "empty rank": 0,
+    "language, empty rank": 0,
     "chat-only rank": 1,
     "chunked, empty rank": 0,
     "chunked, chat-only rank": 1,

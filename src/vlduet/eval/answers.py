@@ -144,9 +144,11 @@ def mmbench_letter(text: str, options: Sequence[str]) -> str | None:
         The letter, or None where the rules find none or several; officially a language model or chance decides then.
     """
     letters = LETTERS[: len(options)]
-    stated = re.search(r"answer is:?\s*\**\(?([A-Z])\b", text, re.IGNORECASE)
-    if stated and stated[1].upper() in letters:
-        return stated[1].upper()
+    # A small letter is one only where nothing follows: "the answer is a dog" states none.
+    stated = re.search(r"(?i:answer is:?)\s*\**\(?(?:([A-Z])\b|([a-z])\b(?=\W*$))", text)
+    letter = (stated[1] or stated[2]).upper() if stated else ""
+    if letter and letter in letters:
+        return letter
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     alone = {letter for letter in letters if letter in words}
     # "A cat is sitting": in a sentence, A is an article.

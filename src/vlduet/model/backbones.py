@@ -121,9 +121,12 @@ class Backbone(nn.Module):
         return self.embedding.weight.device
 
     def train(self, mode: bool = True) -> Self:
-        """As any module's, but the frozen tower stays in eval: its batch norms must not learn from what passes."""
-        super().train(mode)
-        self.tower.eval()
+        """As any module's, but the frozen tower is left in eval: its batch norms must not learn from what passes. Not for a
+        moment is it in training, for the thread that lays out the next batch may be looking through it."""
+        frozen = set(self.tower.modules())
+        for module in self.modules():
+            if module not in frozen:
+                module.training = mode
         return self
 
     def checkpoint_layers(self) -> None:
@@ -177,7 +180,8 @@ class Backbone(nn.Module):
 
 def default_device() -> torch.device:
     """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # With its number: each thread has a current device of its own, and only the main one's is this process's.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Backbone:
@@ -337,7 +341,9 @@ def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Ca
     longest = _longest_text(folder)  # before anything is loaded
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+        model = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
     model.to(device).eval()
     longest = longest or (tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else 256)
     first = _pooling(folder) == "cls"

@@ -249,7 +249,12 @@ def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> M
 def _model(folder: Path, device: str | torch.device) -> Any:
     with opening(folder):
         model, report = AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,  # as it was saved, half precision would not even run everywhere
         )
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])

@@ -31,8 +31,9 @@ class Readout:
 
 def empty_readout(dim: int, *, like: Tensor) -> Readout:
     """What a rank without a usable record contributes: nothing, in the right shapes, of the kind and place of `like`."""
-    # It wants a gradient, because the backward of the gather is a collective in which every rank must take part.
-    return Readout(like.new_zeros(0, dim).requires_grad_(), (), like.new_zeros(0))
+    # Both want a gradient: the backward of the gather is a collective in which every rank must take part, and a step of
+    # which this rank has nothing goes backward, too.
+    return Readout(like.new_zeros(0, dim).requires_grad_(), (), like.new_zeros(0).requires_grad_())
 
 
 def joined(readouts: list[Readout]) -> Readout:

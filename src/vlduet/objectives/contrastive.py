@@ -71,20 +71,27 @@ def symmetric_infonce(
     return (forward + backward) * world_size
 
 
-def false_negatives(alike: Tensor, positive: Tensor, *, told: Tensor) -> Tensor:
+def false_negatives(alike: Tensor, positive: Tensor, *, told: Tensor, kinds: tuple[Tensor, Tensor]) -> Tensor:
     """Pairs that a guide finds at least as alike as the pairs that both of the two have (as GISTEmbed, arXiv 2402.16829).
 
     Args:
         alike: float[N, M], how alike the guide finds what asks and what answers.
         positive: bool[N, M].
         told: bool[N, M], pairs that somebody said are wrong: no guide knows better.
+        kinds: int64[N] and int64[M]: what each is made of. Two texts are more alike than any image and its text, so only
+            pairs of the same kinds are compared.
 
     Returns:
-        bool[N, M], for `ignore`. What has no pair of its own makes no demand.
+        bool[N, M], for `ignore`. Where neither has a pair of these kinds, nothing is said.
     """
     own = alike.masked_fill(~positive, float("-inf"))
-    demanded = torch.maximum(own.amax(1, keepdim=True), own.amax(0, keepdim=True))
-    return (alike >= demanded) & ~positive & ~told
+    demanded = torch.full_like(alike, float("-inf"))
+    for side, kind in ((1, kinds[1]), (0, kinds[0])):  # of a row its pairs by the other's kind, then of a column
+        for which in kind.unique():
+            same = kind == which
+            best = own.masked_fill(~(same[None, :] if side else same[:, None]), float("-inf")).amax(side, keepdim=True)
+            demanded = torch.where(same[None, :] if side else same[:, None], torch.maximum(demanded, best), demanded)
+    return (alike >= demanded) & (demanded > float("-inf")) & ~positive & ~told
 
 
 def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ except ImportError as error:
 
 LONGEST = 128
 """max_new_tokens where a task names none."""
+AT_ONCE = 256
+"""Requests whose images are in memory at a time."""
 
 
 def manifest() -> Any:
@@ -59,7 +61,8 @@ class LmmsModel(lmms):  # type: ignore[misc]
         asked: dict[int, list[int]] = {}
         for n, request in enumerate(requests):
             asked.setdefault(int(request.args[1].get("max_new_tokens", LONGEST)), []).append(n)
-        for longest, members in asked.items():
+        groups = [(longest, m[at : at + AT_ONCE]) for longest, m in asked.items() for at in range(0, len(m), AT_ONCE)]
+        for longest, members in groups:
             prompts = [self._prompt(requests[n].args[0], requests[n].args[2:]) for n in members]
             for n, text in zip(members, answers(self.model, prompts, longest, system=self.system), strict=True):
                 found[n] = cut(text, requests[n].args[1].get("until") or ())
@@ -67,13 +70,15 @@ class LmmsModel(lmms):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log probability of the continuation as the answer, False): whether it is the greedy one is not computed."""
-        pairs = []
-        for request in requests:
-            context, target, *where = request.args
-            doc = self._document(where)
-            text = target if isinstance(target, str) else target(doc)
-            pairs.append((self._prompt(context, where), text))
-        return [(-nats, False) for nats, _ in likelihoods(self.model, pairs, system=self.system)]
+        found = []
+        for at in range(0, len(requests), AT_ONCE):
+            pairs = []
+            for request in requests[at : at + AT_ONCE]:
+                context, target, *where = request.args
+                text = target if isinstance(target, str) else target(self._document(where))
+                pairs.append((self._prompt(context, where), text))
+            found += [(-nats, False) for nats, _ in likelihoods(self.model, pairs, system=self.system)]
+        return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not offered: conversations that the task continues."""

@@ -22,6 +22,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("mteb is not installed", fix="pip install 'vlduet[mteb]'") from error
 
+AT_ONCE = 1024
+"""Items that are in memory at a time."""
 PLAIN_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 """Modes of images that PNG keeps."""
 
@@ -60,14 +62,20 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
         A batch has the keys `text` and `image`, or one of them; mteb's own prompts, its batch size and its progress bar
         are not used.
         """
+        asking = getattr(prompt_type, "value", prompt_type) == "query"
         items: list[Parts] = []
+        found: list[np.ndarray] = []
         for batch in inputs:
             keys = [key for key in ("image", "text") if key in batch]
             for row in zip(*(batch[key] for key in keys), strict=True):
                 parts = [_part(value) for value in row if value is not None and value != ""]
                 items.append(tuple(parts) or (" ",))
-        asking = getattr(prompt_type, "value", prompt_type) == "query"
-        return self.model.encode(items, query=asking)
+            if len(items) >= AT_ONCE:
+                found.append(self.model.encode(items, query=asking))
+                items = []
+        if items or not found:
+            found.append(self.model.encode(items, query=asking))
+        return np.concatenate(found)
 
 
 def _part(value: Any) -> Part:

@@ -63,8 +63,8 @@ def contrastive(readout: Readout, logit_scale: Tensor, *, floor: float, guide: G
     # What asks in one record and answers in another is not its own negative.
     ignore = same_content([a.key for a in every_left], [a.key for a in every_right]) & ~positive
     if guide != "none" and every_left and every_right:
-        alike = guided(left_anchors, right_anchors, guide=guide, like=left.detach()).cpu()
-        ignore |= false_negatives(alike, positive, told=_told(every_left, every_right))
+        alike, kinds = guided(left_anchors, right_anchors, guide=guide, like=left.detach())
+        ignore |= false_negatives(alike.cpu(), positive, told=_told(every_left, every_right), kinds=kinds)
     return symmetric_infonce(
         all_left,
         all_right,

@@ -26,7 +26,9 @@ def shown(sequence: Sequence, *parts: Parts) -> Sequence:
     return replace(sequence, anchors=anchors)
 
 
-def guided(left: list[Anchor], right: list[Anchor], *, guide: Guide, like: Tensor) -> Tensor:
+def guided(
+    left: list[Anchor], right: list[Anchor], *, guide: Guide, like: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """How alike the frozen encoders find what asks and what answers: their alignment kernel, a cosine where both are one
     slice (`target_matrix`).
 
@@ -35,16 +37,22 @@ def guided(left: list[Anchor], right: list[Anchor], *, guide: Guide, like: Tenso
         like: gives device and dtype.
 
     Returns:
-        float[N, M], those of all ranks in rank order.
+        float[N, M], those of all ranks in rank order; and what each is made of, int64[N] and int64[M]: 1 for an image, 2 for
+        a text, 3 for both.
     """
     cosines, found = compared([*left, *right], triple=guide == "triple", scaled=False, like=like)
-    sides = distributed.gather_objects([0] * len(left) + [1] * len(right))
-    of_right = torch.tensor([side for rank in sides for side in rank], device=like.device)
+    told = distributed.gather_objects([(side, _made_of(a)) for side, some in enumerate((left, right)) for a in some])
+    of_right, made_of = (torch.tensor([one[n] for rank in told for one in rank], device=like.device) for n in (0, 1))
     order = of_right.argsort(stable=True)  # all that asks, then all that answers
     # A sequence of its own for each: nothing is alike because it stands in one record.
     prefixes = Prefixes(found.slices[order], found.lengths[order], torch.arange(len(order), device=like.device))
     asking = len(order) - int(of_right.sum())
-    return target_matrix(cosines, prefixes, rows=slice(0, asking))[:, asking:]
+    kinds = made_of[order].cpu()
+    return target_matrix(cosines, prefixes, rows=slice(0, asking))[:, asking:], (kinds[:asking], kinds[asking:])
+
+
+def _made_of(anchor: Anchor) -> int:
+    return sum({1 if isinstance(one.part, ImageRef) else 2 for one in anchor.slices})
 
 
 def compared(anchors: list[Anchor], *, triple: bool, scaled: bool, like: Tensor) -> tuple[Tensor, Prefixes]:

@@ -55,7 +55,7 @@ def cached_losses(
     made["loss"].backward()
     made = {name: loss.detach() for name, loss in made.items()}  # its graph holds masks of all pairs
     wanted = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
-    found = [nothing.nll]
+    found = [nothing.nll.detach()]
     parts = zip(
         chunks, states, wanted.split([len(c.anchors) for c in chunks]), slopes["loss"].split(counts), strict=True
     )

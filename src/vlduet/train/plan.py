@@ -10,6 +10,7 @@ import torch
 from vlduet.config import RunConfig
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
+from vlduet.model.features import features_of
 from vlduet.train import setup
 
 PROBE, PROBED = 4, 512
@@ -38,6 +39,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     together = [[chunk] for chunks in laid_out for chunk in chunks] if config.train.chunk_tokens else laid_out
     memory = max((_memory(run, chunks, 1 if config.train.chunk_tokens else times) for chunks in together), default=0.0)
     embeddings = max((sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0)
+    pictures = sum(len(record.images()) for source in run.mixture.sources for record in source)
     epochs = config.train.steps * config.train.batch_size / sum(len(s) for s in run.mixture.sources)
     return {
         "recipe": f"{run.recipe.name}, losses {', '.join(f'{w} x {n}' for n, w in config.objectives.items())}",
@@ -54,9 +56,18 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": trainable,
         "estimated memory (GB)": round(memory / 1e9, 2),
+        "vision features on disk, at most (GB)": round(pictures * _features(run, laid_out) / 1e9, 2),
         "device": str(run.model.logit_scale.device),
         "out": str(config.out),
     }
+
+
+def _features(run: setup.Run, laid_out: list[list[Batch]]) -> int:
+    """Bytes of what the vision tower sees in one image; 0 where nothing of it is kept on disk."""
+    images = [image for chunks in laid_out for chunk in chunks for image in chunk.images]
+    if not images or not isinstance(run.model, DuetModel) or run.config.data.cache is False:
+        return 0
+    return 4 * features_of(images[:1], run.model.features, run.model.backbone.vision)[0].numel()
 
 
 def _memory(run: setup.Run, together: list[Batch], times: float) -> float:

@@ -36,6 +36,9 @@ RECIPES: dict[str, ModuleType] = {"vladva": vladva, "sugar": sugar, "fromage": f
 """A new method is a module in recipes/ and a name here."""
 
 
+LOOKED_AT = 256
+"""Records of a source that are asked, at most, whether there is anything in it to learn from."""
+
 Model = DuetModel | DualEncoder
 
 
@@ -205,7 +208,8 @@ def prepare(config: RunConfig, *, keep: bool = True) -> Run:
     suffix = f"-{distributed.rank()}" if distributed.world_size() > 1 else ""
     quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if keep else None)
     mixture = load_mixture(config, quarantine)
-    cache = (config.data.cache or config.out / "features") if keep else None
+    wanted = config.out / "features" if config.data.cache is None else config.data.cache
+    cache = wanted if keep and wanted is not False else None
     model: Model
     if recipe.model is None:
         model = own = load_model(config, recipe, cache=cache)
@@ -225,27 +229,33 @@ def check_sources(run: Run) -> None:
     Raises:
         DataError: all of them, so that the run would change nothing. (One may be there for what another run learns of it.)
     """
-    empty = [why for number in range(len(run.mixture.sources)) if (why := _nothing_in(run, number))]
-    if len(empty) == len(run.mixture.sources):
-        raise empty[0]
+    sources = range(len(run.mixture.sources))
+    empty = [why for number in sources if (why := _nothing_in(run, number, every=False))]
+    if len(empty) == len(sources):
+        sure = [_nothing_in(run, number, every=True) for number in sources]
+        if all(sure) and sure[0] is not None:
+            raise sure[0]
     for why in empty if distributed.is_main() else ():
         say(f"warning: {why}")
 
 
-def _nothing_in(run: Run, number: int) -> DataError | None:
-    """Why a source has nothing to learn from; None for the first record that has."""
+def _nothing_in(run: Run, number: int, *, every: bool) -> DataError | None:
+    """Why a source has nothing to learn from; None for the first record that has. A large one is looked at here and there,
+    for a look decodes its images."""
     labels, anchors = run.asked()
     source, first = run.mixture.sources[number], ""
-    for at, record in enumerate(source):
+    seen = range(0, len(source), 1 if every else -(-len(source) // LOOKED_AT))
+    for at in seen:
         try:
-            laid_out = run.recipe.layout(Sample(record, at, run.config.seed, f"{number}.{at}"), run.model.renderer)
+            laid_out = run.recipe.layout(Sample(source[at], at, run.config.seed, f"{number}.{at}"), run.model.renderer)
         except DataError as error:
             first = first or f" (the first: {error})"
         else:
             if any(needed(one, labels=labels, anchors=anchors) for one in laid_out):
                 return None
     losses = ", ".join(name for name, weight in run.config.objectives.items() if weight)
-    what = f"none of its {len(source)} records has anything for {losses} of {run.recipe.name}{first}"
+    looked = f"{len(seen)} of its {len(source)}" if len(seen) < len(source) else f"its {len(source)}"
+    what = f"none of {looked} records has anything for {losses} of {run.recipe.name}{first}"
     fix = "Look at it with `vlduet data check` and `vlduet data show`, or leave it out"
     return DataError(what, place=run.config.data.train[number].path, fix=fix)
 

@@ -152,7 +152,9 @@ def test_scienceqa_counts_what_it_cannot_read_as_wrong() -> None:
     ("text", "letter"),
     [("B", "B"), ("(B)", "B"), ("B. dog", "B"), ("A", "A"), ("A cat is sitting", "A"), ("A man is sitting", None),
      ("A or B", None), ("the dog", "B"), ("a cat and a dog", None), ("The answer is **B**", "B"), ("D", None),
-     ("I think it is C", "C"), ("", None)],
+     ("I think it is C", "C"), ("", None), ("The answer is a dog.", "B"), ("The answer is b.", "B"),
+     ("The correct answer is a cow, I think", "C"), ("the answer is: (B) dog", "B"),
+     ("The answer is C because it has horns", "C")],
 )  # fmt: skip
 def test_mmbench_letters(text: str, letter: str | None) -> None:
     """`A cat is sitting` names option A by its text, not by the article."""

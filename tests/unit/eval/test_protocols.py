@@ -144,3 +144,18 @@ def test_captions_beside_their_references() -> None:
     assert [item.exact_match for item in found.items] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert found.exact_match().mean == pytest.approx(0.4)
     assert found.num_distinct == 1
+
+
+def test_only_the_facts_that_are_looked_at_are_ranked():
+    from vlduet.eval.benchmarks import protocols as official
+
+    class Task:
+        k = 3
+        positives = ((5, 11),)
+
+    row = np.round(np.random.default_rng(0).random(400), 1).astype(np.float32)  # many ties
+    row[7] = -np.inf
+    found = official._best(row, Task(), 0)
+    every = sorted((i for i in range(400) if i != 7), key=lambda i: (-row[i], i in (5, 11), i))
+    assert found == every[:10]
+    assert official._best(np.array([0.1, -np.inf, 0.3], dtype=np.float32), Task(), 0) == [2, 0]

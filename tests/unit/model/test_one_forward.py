@@ -159,3 +159,14 @@ def test_encode_keeps_the_order_whatever_the_lengths(model):
     alone = torch.cat([torch.from_numpy(model.encode([item])) for item in items])
     assert_close(torch.from_numpy(together), alone, atol=2e-6, rtol=1e-5)
     assert_close(torch.from_numpy(together).norm(dim=1), torch.ones(5))
+
+
+def test_the_frozen_tower_is_never_in_training(model, monkeypatch):
+    """Not for a moment: another thread may be looking through it, and batch norms would learn."""
+    tower, seen = model.backbone.tower, []
+    monkeypatch.setattr(type(tower), "train", lambda self, mode=True: seen.append(mode) or self)
+    model.train()
+    assert not seen and not any(module.training for module in tower.modules())
+    assert model.training and model.backbone.trunk.training and model.head.training
+    model.eval()
+    assert not any(module.training for module in model.modules())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+import tiny
 from vlduet.data.sequences import Anchor, Slice
 from vlduet.model.readout import Readout
 from vlduet.objectives import contrastive as objective
@@ -166,12 +167,27 @@ def test_false_negatives_are_what_no_pair_outdoes(n, m, seed):
     generator = torch.Generator().manual_seed(seed)
     alike = torch.randint(0, 5, (n, m), generator=generator) / 4  # ties are common
     positive, told = (torch.rand(n, m, generator=generator) < share for share in (0.3, 0.2))
-    found = false_negatives(alike, positive, told=told)
+    kinds = tuple(torch.randint(1, 4, (size,), generator=generator) for size in (n, m))
+    found = false_negatives(alike, positive, told=told, kinds=kinds)
+    left, right = (kind.tolist() for kind in kinds)
     for i in range(n):
         for j in range(m):
-            own = [alike[i, k] for k in range(m) if positive[i, k]] + [alike[k, j] for k in range(n) if positive[k, j]]
-            outdone = any(alike[i, j] < value for value in own)
+            own = [alike[i, k] for k in range(m) if positive[i, k] and right[k] == right[j]]
+            own += [alike[k, j] for k in range(n) if positive[k, j] and left[k] == left[i]]
+            outdone = not own or any(alike[i, j] < value for value in own)
             assert bool(found[i, j]) == (not positive[i, j] and not told[i, j] and not outdone)
+
+
+def test_two_texts_are_not_taken_for_a_pair_because_they_are_texts():
+    """Records that ask with images beside records that ask with texts: cosines of one modality are larger throughout."""
+    positive = torch.eye(4, dtype=torch.bool)
+    alike = torch.full((4, 4), 0.6)  # image with image, text with text
+    alike[:2, :2] = alike[2:, 2:] = 0.1  # image with text, text with image
+    alike[positive] = 0.3
+    kinds = torch.tensor([1, 1, 2, 2]), torch.tensor([2, 2, 1, 1])
+    assert not false_negatives(alike, positive, told=torch.zeros_like(positive), kinds=kinds).any()
+    alike[0, 1] = 0.4
+    assert false_negatives(alike, positive, told=torch.zeros_like(positive), kinds=kinds).nonzero().tolist() == [[0, 1]]
 
 
 def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
@@ -187,7 +203,10 @@ def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
 
     def guided_anchor(role: str, record: str, key: str, *slices: str) -> Anchor:
         shown = tuple(
-            Slice(one, one, {"cross": F.normalize(torch.tensor(seen[one]), dim=0)}) for one in slices or (key,)
+            Slice(
+                tiny.picture() if one[0] in "xy" else one, one, {"cross": F.normalize(torch.tensor(seen[one]), dim=0)}
+            )
+            for one in slices or (key,)
         )
         return Anchor(0, 1, role, record, key, shown)
 

@@ -14,6 +14,7 @@ from vlduet.data.formats import read_records
 from vlduet.errors import ConfigError, DataError, TrainingError
 from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
+from vlduet.recipes import vladva
 from vlduet.train import plan as planning
 from vlduet.train import setup
 from vlduet.train.loop import train
@@ -141,6 +142,40 @@ def test_a_source_without_anything_to_learn_is_named_before_training(
     short = config.load(path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"])
     with pytest.raises(DataError, match="has anything for language of vladva"):
         setup.prepare(short, keep=False)
+
+
+def test_a_step_without_anything_for_the_language_loss_passes(tmp_path: Path) -> None:
+    """Alone, and not in chunks: a control run on data that another run learns of."""
+    rows = [{"id": f"q{i}", "query": [{"text": f"q {i}"}], "positive": [[{"text": f"a {i}"}]]} for i in range(8)]
+    rows.append({"id": "c", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
+    path = runs.write(tmp_path, batch_size=2, steps=5, lora={"rank": 2, "alpha": 2})
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = config.load(path, ["objectives={language: 1}", "data.validation=null"])
+    train(settings)
+    losses = [row["loss"] for row in read_metrics(settings.out / "metrics.jsonl")]
+    assert losses.count(0.0) >= 3 and max(losses) > 0
+
+
+def test_a_large_source_is_looked_at_here_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "LOOKED_AT", 3)
+    path = runs.write(tmp_path)
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(f'{{"id": "{i}", "query": [{{"text": "q"}}], "positive": [[{{"text": "a"}}]]}}\n' for i in range(40))
+    )
+    real, seen = vladva.retrieval, []
+    monkeypatch.setattr(
+        vladva, "retrieval", lambda sample, *rest, **more: seen.append(1) or real(sample, *rest, **more)
+    )
+    setup.prepare(config.load(path, ["objectives={language: 1}", f"data.train.1.path={tmp_path / 'asked.jsonl'}"]))
+    assert len(seen) == 3
+
+
+def test_features_need_not_fill_the_disk(tmp_path: Path) -> None:
+    settings = config.load(runs.write(tmp_path, steps=2))
+    assert plan(settings)["vision features on disk, at most (GB)"] == 0.0  # a few kilobytes
+    settings = config.load(tmp_path / "config.yaml", ["data.cache=false"])
+    train(settings)
+    assert not (settings.out / "features").exists()
 
 
 def test_validation_leaves_out_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -306,7 +306,7 @@ def _rag_score(task: Rag, items: Sequence[Question], player: Player, *, name: st
     return replace(score, samples={**score.samples, **more})
 
 
-def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -> list[NDArray[np.float32]] | None:
+def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -> Iterable[NDArray[np.float32]] | None:
     """For every question its similarities with all facts, or with its own candidates (others are -inf).
 
     A view counts where both sides have a vector: a sentence encoder sees no image, and finds by words alone.
@@ -321,8 +321,8 @@ def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -
         if left is None or right is None:
             return None
         sides.append((unit(left), unit(right)))
-    found = []
-    for n in range(len(task.items)):
+
+    def row_of(n: int) -> NDArray[np.float32]:
         wanted = list(task.candidates[n]) if task.candidates else slice(None)
         row = np.full(len(task.facts), -np.inf, dtype=np.float32)
         views = np.stack([left[n] @ right[wanted].T for left, right in sides])  # [views, wanted]
@@ -331,15 +331,18 @@ def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -
         if task.excluded:
             row[list(task.excluded[n])] = -np.inf
         # nan_to_num would make -inf a number, and allowed.
-        found.append(np.where(np.isnan(row), np.float32(-np.inf), row))
-    return found
+        return np.where(np.isnan(row), np.float32(-np.inf), row)
+
+    return map(row_of, range(len(task.items)))
 
 
 def _best(row: NDArray[np.float32], task: Rag, n: int) -> list[int]:
-    """Facts of a question, best first; among equals the right ones last, so that ties help nobody."""
+    """The facts of a question that are looked at, best first; among equals the right ones last, so that ties help nobody."""
     positive = set(task.positives[n]) if task.positives else set()
-    allowed = [i for i in range(len(row)) if row[i] > -np.inf]
-    return sorted(allowed, key=lambda i: (-row[i], i in positive, i))
+    allowed, most = np.flatnonzero(row > -np.inf), max(10, task.k)
+    if len(allowed) > most:  # of two hundred thousand facts, a list a question would fill the memory
+        allowed = allowed[row[allowed] >= np.partition(row[allowed], -most)[-most]]
+    return sorted(map(int, allowed), key=lambda i: (-row[i], i in positive, i))[:most]
 
 
 def _rag_retrieval(task: Rag, order: Sequence[Sequence[int]]) -> dict[str, Sample]:
