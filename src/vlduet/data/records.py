@@ -181,7 +181,12 @@ def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     if long is not None:
         text_of(long, place.at("long"))
     image = image_of(raw["image"], place.at("image"), root)
-    return {"image": image, "short": tuple(short), "long": long, "negative": answers_of(raw, "negative", place, root)}
+    return {
+        "image": image,
+        "short": tuple(short),
+        "long": long,
+        "negative": answers_of(raw, "negative", place, root=root),
+    }
 
 
 def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
@@ -213,10 +218,10 @@ def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
         if not raw.get(key):
             raise DataError(f"{key} is missing or empty", place=place.at(key), fix="Write a list of parts")
     found: dict[str, Any] = {"query": _parts(raw["query"], place.at("query"), root)}
-    return found | {key: answers_of(raw, key, place, root) for key in ("positive", "negative")}
+    return found | {key: answers_of(raw, key, place, root=root) for key in ("positive", "negative")}
 
 
-def answers_of(raw: dict[str, Any], key: str, place: Place, root: Path) -> tuple[Parts, ...]:
+def answers_of(raw: dict[str, Any], key: str, place: Place, *, root: Path) -> tuple[Parts, ...]:
     """The candidates under a key, each a list of parts. Raises DataError at `place`."""
     items = raw.get(key, [])
     if not isinstance(items, list) or any(not isinstance(item, list) for item in items):

@@ -13,6 +13,7 @@ decides it; weights are opened when the first vector is missing.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,7 +35,6 @@ from vlduet.model.backbones import (
     IMAGE_BACKEND,
     fingerprint_of,
     load_backbone,
-    load_text_encoder,
     opening,
     process,
     read_config,
@@ -288,6 +288,64 @@ def _vision(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
 
 def _sentences(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
     return {"text": load_text_encoder(folder, device=device)}
+
+
+def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Callable[[list[str]], Tensor]:
+    """A local sentence encoder -> function of texts giving float[N, D] unit vectors.
+
+    Pooled as the folder says in 1_Pooling/config.json: by the first token (BGE), or else the mean (all-MiniLM-L6-v2). As
+    long as sentence_bert_config.json says, or else the tokenizer; where neither does, 256 tokens.
+
+    Raises ModelError for a folder whose modules.json asks for more than a transformer, its pooling and unit length.
+    """
+    read_config(folder)
+    longest = _longest_text(folder)  # before anything is loaded
+    with opening(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+    model.to(device).eval()
+    longest = longest or (tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else 256)
+    first = _pooling(folder) == "cls"
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        hidden = model(**batch).last_hidden_state  # [N, T, D]
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        pooled = hidden[:, 0] if first else (hidden * mask).sum(1) / mask.sum(1)
+        return F.normalize(pooled, dim=1)
+
+    return encode
+
+
+UNLIMITED = 1 << 20
+"""Tokens: tokenizers that know no limit have a number with thirty digits."""
+
+
+def _longest_text(folder: Path) -> int | None:
+    """Tokens that a sentence encoder reads, if it says so. Raises ModelError for modules that would change its vectors."""
+    told = {name: folder / name for name in ("modules.json", "sentence_bert_config.json")}
+    modules, config = (json.loads(path.read_text()) if path.is_file() else {} for path in told.values())
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if others := sorted({*kinds} - {"Transformer", "Pooling", "Normalize"}):
+        what = f"it asks for {', '.join(others)}, which is not read"
+        raise ModelError(what, place=told["modules.json"], fix="Use an encoder of a transformer and its pooling alone")
+    longest: int | None = config.get("max_seq_length")
+    return longest
+
+
+def _pooling(folder: Path) -> str:
+    """cls or mean. Raises ModelError for another one."""
+    path = folder / "1_Pooling" / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    chosen = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    pooling = config.get("pooling_mode", names.get(chosen[0], chosen[0]) if len(chosen) == 1 else "mean")
+    if pooling not in names.values() or len(chosen) > 1:
+        raise ModelError(f"pooling {chosen or pooling}", place=path, fix="Use an encoder that pools by cls or mean")
+    return str(pooling)
 
 
 def _contrastive(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:

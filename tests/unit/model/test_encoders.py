@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, BertModel, CLIPModel, CLIPVisionConfig, 
 import tiny
 from vlduet.data.sequences import Anchor, Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
-from vlduet.model.backbones import load_text_encoder, process
-from vlduet.model.encoders import Encoder, Encoders, open_encoder, slice_of
+from vlduet.model.backbones import process
+from vlduet.model.encoders import Encoder, Encoders, load_text_encoder, open_encoder, slice_of
 from vlduet.model.features import FeatureCache
 
 TEXTS = ["a cat", "a much longer sentence about a dog"]

@@ -51,7 +51,7 @@ def captions(row: Row) -> Record:
             (shorts if names in SHORT_COLUMNS else longs).extend(_texts(value, row.place.at(key)))
     negative: tuple[Parts, ...] = ()
     if isinstance(row.value.get("negative"), list):  # ours, of a record without an id
-        negative = answers_of(row.value, "negative", row.place, row.root)
+        negative = answers_of(row.value, "negative", row.place, root=row.root)
         used.add("negative")
     shorts = list(dict.fromkeys(shorts))
     if len(longs) > 1:
