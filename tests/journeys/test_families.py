@@ -37,7 +37,7 @@ def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> 
 
     mined = mine(model, tmp_path / "train.jsonl", to=tmp_path / "mined.jsonl", k=1, margin=0.0)
     assert mined.records == 6
-    assert all(record.kind == "retrieval" for record in read_records(tmp_path / "mined.jsonl"))
+    assert all(record.kind == "pair" for record in read_records(tmp_path / "mined.jsonl"))
 
     judges = [f"encoders.{role}={folder}" for role, folder in tiny.encoders(tmp_path / "judges").items()]
     mean = "model.prompts.image_pool=mean"

@@ -322,8 +322,7 @@ class DuetModel(nn.Module):
         Args:
             provenance: what made this model (config, data, commit); kept in the manifest.
 
-        Raises:
-            ModelError: the folder is the base's own.
+        Raises ModelError for the base's own folder, ConfigError for one with something else in it.
         """
         if Path(folder).resolve() == self.backbone.folder.resolve():
             raise ModelError("this folder is the model's base", place=folder, fix="Save elsewhere, or save it merged")
@@ -333,14 +332,15 @@ class DuetModel(nn.Module):
     def save_merged(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write a self-contained folder with adapter and soft prompts folded into the weights: plain transformers opens it.
 
-        The model itself is merged by this; it has no adapter afterwards.
+        The model itself is merged by this; it has no adapter afterwards. It may be written over its own base.
         """
-        if self.peft is not None:
-            merge(self.peft)
-            self._peft = []
-        if self.soft is not None:
-            self.soft.fold(self.backbone)
-        with whole_folder(Path(folder), mark=checkpoint.MANIFEST) as inside:
+        mark = "config.json" if Path(folder).resolve() == self.backbone.folder.resolve() else checkpoint.MANIFEST
+        with whole_folder(Path(folder), mark=mark) as inside:
+            if self.peft is not None:
+                merge(self.peft)
+                self._peft = []
+            if self.soft is not None:
+                self.soft.fold(self.backbone)
             self.backbone.save(inside)
             self._write(inside, base=None, provenance=provenance or {})
         self.backbone.folder = Path(folder)  # what is in memory is what lies there now
