@@ -130,7 +130,7 @@ def caption(
         dropped.add(error.place, error)
 
     records = formats.read_records(source, on_error=broken)
-    grows = source.is_dir() and to.exists() and to.resolve().parent == source.resolve()
+    grows = formats.is_part(to, source)
     if grows:  # written into the folder of images by an earlier run; there may be new images since
         records = formats.and_new_images(records, source, on_error=broken)
     found = _all_of(to, job.filled(records)) if grows else job.filled(records)

@@ -86,14 +86,12 @@ def whole_folder(folder: Path, *, mark: str) -> Iterator[Path]:
     Raises:
         ConfigError: something else is there.
     """
-    folder = folder.resolve()  # of '.' and of 'x/..' there is no name to put beside
+    folder = recovered(folder.resolve())  # of '.' and of 'x/..' there is no name to put beside
     if not (folder / mark).is_file():
         check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.writing")
     old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # killed between the two renames
-        old.rename(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

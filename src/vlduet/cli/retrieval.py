@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vlduet.logs import plain
+from vlduet.logs import plain, say
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
@@ -167,7 +167,6 @@ def _load(folder: Path) -> DuetModel:
 
 
 def _open(folder: Path) -> Index:
-    from vlduet.logs import say
     from vlduet.retrieval.index import Index
 
     opened = Index.open(folder)
@@ -196,9 +195,8 @@ def _print_json(value: dict[str, Any]) -> None:
 def _print_hits(hits: list[Hit]) -> None:
     """A table for people; tab-separated lines for pipes."""
     if not hits:
-        from vlduet.logs import say
-
         say("nothing in the index matches")
+        return
     columns = ["rank", "score", "id", "text", "image"]
     rows = [[plain(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
     for row, hit in zip(rows, hits, strict=True):
@@ -214,4 +212,4 @@ def _print_hits(hits: list[Hit]) -> None:
     table = Table(*columns)
     for row in rows:
         table.add_row(*[Text(cell if len(cell) <= 200 else cell[:199] + "…", overflow="fold") for cell in row])
-    Console().print(table if rows else "No hits.")
+    Console().print(table)

@@ -282,9 +282,14 @@ def check_target(target: Path, source: Path, *, may_grow: bool = False) -> None:
         raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=f"Write {target.with_suffix('.jsonl')}")
     if target.resolve() == source.resolve():
         raise DataError(f"'{target}' is the source itself", place="--to", fix="Name another file")
-    if not may_grow and target.exists() and target.resolve().parent == source.resolve():
+    if not may_grow and is_part(target, source):
         fix = "Name a file outside, or a new one"
         raise DataError(f"'{target}' is there already, and is read as a part of {source}", place="--to", fix=fix)
+
+
+def is_part(target: Path, source: Path) -> bool:
+    """Whether there is such a file, and a folder that is read has it in it."""
+    return target.exists() and target.resolve().parent == source.resolve()
 
 
 def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:

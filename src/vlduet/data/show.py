@@ -14,7 +14,6 @@ Token = tuple[str, bool, Sequence[str]]
 """A token's text, whether it carries loss, and the roles of the anchors that read it."""
 
 _THUMBNAIL = 320
-LINE = "\n"
 
 
 def slices(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
@@ -41,7 +40,7 @@ def as_text(record: Record, *, width: int = 48, colour: bool = True) -> str:
     lines = [plain(title)]
     for role, part in slices(record):
         if isinstance(part, str):
-            lines.append(f"{role:>12}  {plain(part, keep=LINE)}")
+            lines.append(f"{role:>12}  " + plain(part, keep="\n"))
             continue
         lines.append(f"{role:>12}  {plain(part.name)}")
         try:

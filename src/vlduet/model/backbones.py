@@ -124,8 +124,7 @@ class Backbone(nn.Module):
         moment is it in training, for the thread that lays out the next batch may be looking through it."""
         frozen = set(self.tower.modules())
         for module in self.modules():
-            if module not in frozen:
-                module.training = mode
+            module.training = mode and module not in frozen
         return self
 
     def checkpoint_layers(self) -> None:

@@ -103,15 +103,12 @@ class Slices:
             self.room[:, -2:-1], self.room[:, -1:] = 1, squares
             self.features = self.room
 
-    def facing(self, index: Tensor, out: Tensor | None = None) -> Tensor:
-        """float[I, d + 2] of some rows: -2 times an inner product of these with `features` is a squared distance.
-
-        -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
-        """
-        return _facing(self.features, index, out=out)
-
 
 def _facing(features: Tensor, index: Tensor, *, out: Tensor | None) -> Tensor:
+    """float[I, d + 2] of some rows of `Slices.features`: -2 times an inner product of these with them is a squared distance.
+
+    -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
+    """
     found: Tensor = torch.index_select(features, 0, index, out=out)
     found[:, -2] = found[:, -1] / -2
     found[:, -1] = -0.5
@@ -181,7 +178,7 @@ def _log_k(left: Slices, right: Slices, blocks: list[_Block], kernel: Kernel, *,
 
     def log_k(block: _Block) -> Tensor:
         some, (x, y) = rows[block.rows], block.lengths
-        facing = right.facing(block.index, out=None if kept is None else kept.facing[: len(block.index)])
+        facing = _facing(right.features, block.index, out=None if kept is None else kept.facing[: len(block.index)])
         out = None if kept is None else kept.cells[: block.cells].view(len(some), len(facing))
         cells = torch.addmm(nothing, some, facing.T, beta=0, alpha=-2, out=out).view(len(some), -1, x.shape[1])
         if alone:

@@ -28,7 +28,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     times = config.train.batch_size / size
     part = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
     run = setup.prepare(part, keep=False)
-    probe = min(config.train.steps, max(1, min(PROBE, PROBED // size)))
+    probe = min(config.train.steps, PROBE, PROBED // size)
     laid_out = [chunks for _, chunks in setup.batches(run, 0, probe) if chunks]
     kinds = Counter(record.kind for source in run.mixture.sources for record in source)
     trainable = sum(p.numel() for p in run.trainable())
