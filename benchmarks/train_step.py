@@ -56,7 +56,8 @@ from vlduet.train.step import joint_step, move
 
 LORA = Lora(rank=16, alpha=16, targets="all")
 LEARNING_RATE = 1e-4
-PACKS = (64, 128, 192)
+PACKS = (192, 128, 64)
+"""Rows of so many tokens; the first is what the others of row a are compared with."""
 MINI_BATCH = 16
 """Images of a chunk in row b."""
 SIZES = (64, 256, 1024, 4096)

@@ -13,7 +13,6 @@ import typer
 from vlduet.logs import plain, say
 
 if TYPE_CHECKING:
-    from vlduet.model.duet import DuetModel
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import Hit
 
@@ -49,10 +48,11 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Embed SOURCE into an index; run it again after an interruption or a change: only new content is embedded."""
+    from vlduet.model.dual import open_embedder
     from vlduet.retrieval.build import build
 
     report = build(
-        _load(model),
+        open_embedder(model),
         source,
         to=to,
         side=cast("Any", side),
@@ -83,11 +83,12 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find what is nearest to a text, an image, or both."""
+    from vlduet.model.dual import open_embedder
     from vlduet.retrieval.search import search as find
 
     with _open(folder) as opened:
         query = tuple(part for part in (_image(image), text) if part is not None)
-        hits = find(opened, _load(model or opened.model_path), query, k=k, where=where)
+        hits = find(opened, open_embedder(model or opened.model_path), query, k=k, where=where)
     if as_json:
         _print_json({"index": str(folder), "hits": [_hit(hit) for hit in hits]})
     else:
@@ -106,10 +107,11 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question with what the index holds, and name the sources."""
+    from vlduet.model.duet import DuetModel
     from vlduet.rag import ask_stream, prepare, source_line
 
     with _open(folder) as opened:
-        loaded = _load(model or opened.model_path)
+        loaded = DuetModel.from_pretrained(model or opened.model_path)
         prompt = prepare(opened, loaded, question, image=_image(image), k=k, where=where)
     pieces = ask_stream(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
@@ -138,13 +140,14 @@ def encode(
     from vlduet.data.quarantine import Quarantine, beside
     from vlduet.errors import RetrievalError
     from vlduet.logs import progress
+    from vlduet.model.dual import open_embedder
     from vlduet.retrieval.documents import documents
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
     dropped = Quarantine.anew(beside(out))
     found = progress(documents(source, side=cast("Any", side), on_error=dropped.add), label="encode")
     ids, vectors = [], []
-    encoded = encode_documents(_load(model), found, on_error=lambda d, error: dropped.add(d.named(), error))
+    encoded = encode_documents(open_embedder(model), found, on_error=lambda d, error: dropped.add(d.named(), error))
     for group, embedded in encoded:
         ids += [document.id for document in group]
         vectors.append(embedded)
@@ -158,12 +161,6 @@ def encode(
     print(f"{out}: {len(ids)} vectors of {dim} numbers")
     if dropped.count:
         print(f"{dropped.count} left out: see {beside(out)}")
-
-
-def _load(folder: Path) -> DuetModel:
-    from vlduet.model.duet import DuetModel
-
-    return DuetModel.from_pretrained(folder)
 
 
 def _open(folder: Path) -> Index:

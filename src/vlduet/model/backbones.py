@@ -199,7 +199,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         )
     if dtype is None:
         half = str(config.get("dtype") or config.get("torch_dtype")) in ("float16", "bfloat16")
-        dtype = torch.bfloat16 if half and torch.device(device).type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if half and torch.device(device).type != "cpu" else torch.float32
     with opening(folder):
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,

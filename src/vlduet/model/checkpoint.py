@@ -59,7 +59,8 @@ def read(folder: Path) -> Checkpoint:
     path = folder / MANIFEST
     if not path.is_file():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"neither {MANIFEST} nor config.json here", place=folder, fix="Name a model folder")
+            fix = "Name a model folder; a dual encoder's is for index, search, encode and eval"
+            raise ModelError(f"neither {MANIFEST} nor config.json here", place=folder, fix=fix)
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _manifest(path)
     if manifest["format"] != FORMAT:

@@ -34,6 +34,7 @@ from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import DataError, ModelError
 from vlduet.files import whole_folder
 from vlduet.model import checkpoint
+from vlduet.model.backbones import IMAGE_BACKEND, default_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, Encoders, kind_of, open_encoder, slice_of
 from vlduet.model.features import FeatureCache
@@ -100,6 +101,17 @@ class DualEncoder(nn.Module):
         return found
 
     encode_query = encode_document = encode
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides a vector."""
+        frozen = {role: {"fingerprint": one.fingerprint} for role, one in self.encoders.encoders.items()}
+        return _named({"encoders": frozen, "trained": checkpoint.inventory(self.own_tensors()), "dim": self.dim})
+
+    @property
+    def image_backend(self) -> str:
+        """The library that decodes and resizes images."""
+        return IMAGE_BACKEND
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Everything trained."""
@@ -194,5 +206,15 @@ def as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> Enc
 
         return {"image": encode, "text": encode}
 
-    name = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return Encoder(folder, ("image", "text"), open_it, name)
+    return Encoder(folder, ("image", "text"), open_it, _named(decides))
+
+
+def open_embedder(folder: Path) -> DuetModel | DualEncoder:
+    """The model of a folder that embeds, whether it generates or not. Raises ModelError as their `from_pretrained` do."""
+    if (folder / MANIFEST).is_file():
+        return DualEncoder.from_pretrained(folder, device=default_device())
+    return DuetModel.from_pretrained(folder)
+
+
+def _named(decides: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

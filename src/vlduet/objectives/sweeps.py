@@ -214,10 +214,10 @@ def log_gak_alone(cells: Tensor, first: Tensor, scale: Tensor, *, lengths_x: Ten
     """
     lanes = compiled()
     assert lanes is not None
-    log_k = torch.empty(scale.shape, dtype=torch.float64)
-    x, y = (np.ascontiguousarray(each.numpy(), dtype=np.int32) for each in (lengths_x, lengths_y))
-    lanes.sweep(cells.numpy(), first.numpy(), scale=scale.numpy(), ends_x=x, ends_y=y, log_k=log_k.numpy())
-    if np.isnan(log_k.numpy()).any():
+    arrays = _arrays(scale, lengths_x, lengths_y)
+    lanes.sweep(cells.numpy(), first.numpy(), **arrays)
+    log_k = torch.from_numpy(arrays["log_k"])
+    if np.isnan(arrays["log_k"]).any():
         _mend(cells, (first, scale, lengths_x, lengths_y), log_k=log_k)
     return log_k
 
@@ -232,15 +232,20 @@ def weigh_alone(
     """
     lanes = compiled()
     assert lanes is not None
-    log_k, weights = torch.empty(scale.shape, dtype=torch.float64), cells()
-    x, y = (np.ascontiguousarray(each.numpy(), dtype=np.int32) for each in (lengths_x, lengths_y))
-    arrays = {"scale": scale.numpy(), "ends_x": x, "ends_y": y, "log_k": log_k.numpy()}
+    arrays, weights = _arrays(scale, lengths_x, lengths_y), cells()
     plain = weights.numpy()  # every row and column is of some pair, so every one is written
     lanes.sweep_back(plain, first.numpy(), **arrays, weights=plain, posterior=False)
-    if np.isnan(log_k.numpy()).any():
+    log_k = torch.from_numpy(arrays["log_k"])
+    if np.isnan(arrays["log_k"]).any():
         facts = first, scale, lengths_x, lengths_y
         _mend(cells(), facts, log_k=log_k, weights=weights, weigh="gradient")
     return log_k, weights
+
+
+def _arrays(scale: Tensor, lengths_x: Tensor, lengths_y: Tensor) -> dict[str, np.ndarray]:
+    """What `lanes` takes beside the cells, and room for log K."""
+    x, y = (np.ascontiguousarray(each.numpy(), dtype=np.int32) for each in (lengths_x, lengths_y))
+    return {"scale": scale.numpy(), "ends_x": x, "ends_y": y, "log_k": np.empty(scale.shape)}
 
 
 class _Cells(torch.autograd.Function):

@@ -25,7 +25,7 @@ CHUNK = 256
 
 
 class Embedder(Protocol):
-    """What retrieval needs of a model; `DuetModel` is one."""
+    """What retrieval needs of a model; `DuetModel` and `DualEncoder` are such."""
 
     @property
     def fingerprint(self) -> str:

@@ -137,7 +137,7 @@ def parse(text: str, fields: Fields) -> Condition:
         raise RetrievalError(f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS))
     key, sign, value = match["key"], match["operator"], match["value"]
     _check_key(key, fields)
-    kinds = set(fields.get(key, KINDS))
+    kinds = set(fields[key])
     if sign == "in":
         return Condition(key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")])
     typed = _typed(value, kinds, text)
@@ -148,7 +148,7 @@ def parse(text: str, fields: Fields) -> Condition:
 
 
 def _check_key(key: str, fields: Fields) -> None:
-    if fields and key not in fields:
+    if key not in fields:
         raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=closest(key, fields))
 
 

@@ -15,13 +15,20 @@ from typer.testing import CliRunner, Result
 
 from vlduet.cli import retrieval
 from vlduet.errors import RetrievalError
+from vlduet.model import dual
+from vlduet.model.duet import DuetModel
 
 
 @pytest.fixture
 def run(monkeypatch: Any, model: Any, other_model: Any) -> Any:
     app = typer.Typer()
     retrieval.register(app)
-    monkeypatch.setattr(retrieval, "_load", lambda folder: other_model if folder.name == "other" else model)
+
+    def opened(folder: Path) -> Any:
+        return other_model if folder.name == "other" else model
+
+    monkeypatch.setattr(dual, "open_embedder", opened)
+    monkeypatch.setattr(DuetModel, "from_pretrained", opened)
 
     def invoke(*arguments: Any) -> Result:
         result = CliRunner().invoke(app, [str(a) for a in arguments])

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import tiny
 from vlduet import config
+from vlduet.cli.main import app
 from vlduet.data.formats import read_records
 from vlduet.errors import ConfigError, ModelError
 from vlduet.logs import read_metrics
-from vlduet.model.dual import DualEncoder
+from vlduet.model.dual import DualEncoder, as_encoder, open_embedder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import open_encoder
+from vlduet.model.features import FeatureCache
 from vlduet.train import setup
 from vlduet.train.loop import train
 from vlduet.train.plan import plan
@@ -219,3 +222,18 @@ def test_a_dual_encoder_reads_one_slice(dual: Path) -> None:
 
     with pytest.raises(DataError, match="one image or one text"):
         DualEncoder.from_pretrained(dual).encode([(tiny.picture(1), "what?")])
+
+
+def test_a_dual_encoder_searches_and_does_not_answer(dual: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in (10, 11):
+        (photos / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+    words = ["index", str(dual), str(photos), "--to", str(tmp_path / "index")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    found = CliRunner().invoke(app, ["search", str(tmp_path / "index"), "number 1", "--json"])
+    assert [hit["id"] for hit in json.loads(found.stdout)["hits"]] == ["11.png", "10.png"]
+    with pytest.raises(ModelError, match=r"a dual encoder's is for index, search, encode and eval"):
+        CliRunner().invoke(app, ["ask", str(tmp_path / "index"), "what?"], catch_exceptions=False)
+    model = open_embedder(dual)
+    assert model.fingerprint == as_encoder(dual, cache=FeatureCache(None)).fingerprint
