@@ -10,8 +10,9 @@ a   vlduet, padded | packed N     one forward, both losses read from it (recipe 
 b   vlduet, chunks                the step of a by GradCache, in chunks of about 16 images
     sentence-transformers + TRL   a step of CachedMultipleNegativesRankingLoss with mini-batches of 16, and one of
                                   SFTTrainer (pip install trl): _libraries.py, which is printed
-c   peak memory of a process that takes two contrastive steps by GradCache (`vlduet train`, train.chunk_tokens=512: a batch
-    of 64 is more than one chunk) on batches of 64 to 4,096 records, from pixels on; each in a process of its own
+c   peak memory of a process that takes contrastive steps by GradCache (`vlduet train`, train.chunk_tokens=512: a batch of 64
+    is more than one chunk) on the same 4,096 records (256 with --quick) in batches of 64 to 4,096, from pixels on; each in
+    a process of its own
 
 Same weights, records and trainable tensors in all; the losses of the first step are printed. A step is forward, backward and
 AdamW.
@@ -208,19 +209,19 @@ def contender(name: str, folder: Path, records: list[Record], *, again: bool = F
     return ours(folder, records, name, again=again)
 
 
-def peak(step: Step) -> tuple[float, float]:
+def peak(step: Step, steps: int) -> tuple[float, float]:
     """(peak, of it beyond what was there before the first step) of this process, in GB."""
     before = _bench.highest()
-    for _ in range(2):
+    for _ in range(steps):
         step()
     return _bench.highest(), _bench.highest() - before
 
 
-def contrastive_step(folder: Path, records: list[Record], size: int, scratch: Path) -> Step:
+def contrastive_step(folder: Path, records: list[Record], scratch: Path, *, size: int, steps: int) -> Step:
     """The next step of a run of `vlduet train` whose batches have `size` records."""
     path = scratch / "train.jsonl"
     path.write_text("".join(json.dumps(to_json(record, root=scratch)) + "\n" for record in records))
-    train = {"steps": 2, "batch_size": size, "chunk_tokens": 512, "projector": True}
+    train = {"steps": steps, "batch_size": size, "chunk_tokens": 512, "projector": True}
     tree = {
         "out": str(scratch / "run"),
         "recipe": {"name": "vladva"},
@@ -272,12 +273,12 @@ def main() -> None:
     if options.peak:
         with tempfile.TemporaryDirectory() as scratch:
             size = int(options.peak) if options.peak.isdecimal() else 0
-            made = (
-                contrastive_step(folder, pairs, size, Path(scratch))
-                if size
-                else contender(options.peak, folder, records)
-            )
-            print(json.dumps(peak(made)))
+            if size:
+                steps = (SIZES[1] if quick else SIZES[-1]) // size
+                found = peak(contrastive_step(folder, pairs, Path(scratch), size=size, steps=steps), steps)
+            else:
+                found = peak(contender(options.peak, folder, records), 2)
+            print(json.dumps(found))
         return
     _bench.facts(options, folder)
     repeats = options.repeats or (2 if quick else 3)

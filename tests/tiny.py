@@ -22,6 +22,9 @@ from transformers import (
     EfficientNetConfig,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -32,6 +35,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava import LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -43,7 +47,7 @@ from vlduet.model.prompts import Prompts, Renderer
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>"]
-"""Around every image of a Qwen2-VL."""
+"""Around every image of a Qwen2-VL or an InternVL."""
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -53,8 +57,10 @@ CHAT = (
 BARE = Prompts(image="{image}", text="{text}</s>", parts="{parts}</s>", chat=False, image_pool="mean")
 
 
-def tokenizer(*, bos: bool, more: list[str] | None = None) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and a few special ones; `more` of these stand behind the bytes."""
+def tokenizer(
+    *, bos: bool, more: list[str] | None = None, names: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and a few special ones; `more` of these stand behind the bytes, some with `names` of their own."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIALS, *alphabet, *(more or [])])}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,6 +73,7 @@ def tokenizer(*, bos: bool, more: list[str] | None = None) -> PreTrainedTokenize
         bos_token="<s>",
         eos_token="</s>",
         additional_special_tokens=SPECIALS[3:] + (more or []),
+        **({"model_specific_special_tokens": names} if names else {}),
     )
 
 
@@ -193,7 +200,27 @@ def _qwen_processor(folder: Path) -> Path:
     return folder
 
 
-FAMILIES = {"llava": llava, "fast_vlm": fast_vlm, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}
+def internvl(folder: Path, *, seed: int = 0, tiles: bool = False) -> Path:
+    """An InternVL checkpoint: 4 tokens a square; with `tiles`, a picture that is not square has several squares."""
+    torch.manual_seed(seed)
+    vision = InternVLVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    text = text_config()
+    text.vocab_size += len(VISION)
+    shape = {"image_token_id": 3, "image_seq_length": 4, "tie_word_embeddings": False}
+    config = InternVLConfig(vision_config=vision, text_config=text, **shape)
+    InternVLForConditionalGeneration(config).save_pretrained(folder)
+    GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=tiles).save_pretrained(folder)
+    made = tokenizer(
+        bos=False, more=VISION, names=dict(zip(("start_image_token", "end_image_token"), VISION, strict=True))
+    )
+    made.chat_template = CHAT
+    made.save_pretrained(folder)
+    return folder
+
+
+FAMILIES = {"internvl": internvl, "llava": llava, "fast_vlm": fast_vlm, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}
 
 
 def duet(folder: Path, *, family: str = "fast_vlm", head: str = "mlp", prompts: Prompts = BARE) -> DuetModel:

@@ -87,7 +87,7 @@ def test_the_pretended_device_does_not_mix_with_the_cpu() -> None:
     assert python("-c", MIXES).wait(timeout=120) == 0
 
 
-@pytest.mark.parametrize(("family", "half"), [("qwen2_vl", False), ("llava", True)])
+@pytest.mark.parametrize(("family", "half"), [("qwen2_vl", False), ("internvl", True)])
 def test_every_verb_gives_the_numbers_of_the_cpu(tmp_path: Path, family: str, half: bool) -> None:
     here, there = (files(tmp_path / device, family, half=half) for device in ("cpu", "pretend"))
     running = [python(HERE / "on_device.py", folder.name, folder) for folder in (here, there)]

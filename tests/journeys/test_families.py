@@ -23,7 +23,7 @@ from vlduet.model.duet import DuetModel
 CHUNKED = "train.chunk_tokens=120"
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
 def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> None:
     base = runs.write(tmp_path, family=family, count=6, steps=1, batch_size=4, eval_every=1)
     model = DuetModel.from_pretrained(tmp_path / "base")

@@ -62,7 +62,7 @@ class Backbone(nn.Module):
         self.folder = folder
         self.family = family_of(model.config.model_type, folder)
         self.image_token_id = int(model.config.image_token_id)
-        self.image_frame = self.family.frame(model.config)
+        self.image_frame = self.family.frame(model.config, tokenizer)
 
     @property
     def trunk(self) -> nn.Module:
@@ -243,7 +243,7 @@ def load_processing(folder: Path) -> Processing:
         inputs = process(processor, ref)
         return _prepared(family, config, inputs, images.content_key(ref))
 
-    return Processing(tokenizer, prepare, int(config.image_token_id), family.frame(config))
+    return Processing(tokenizer, prepare, int(config.image_token_id), family.frame(config, tokenizer))
 
 
 def _prepared(family: Family, config: Any, inputs: Inputs, key: str) -> PreparedImage:

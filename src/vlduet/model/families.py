@@ -7,6 +7,7 @@ models and their configs; this file opens nothing.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class Family:
     """config, prepared image -> float[3, H, W], the picture as it enters the tower."""
     grid: Callable[[Any, Inputs], tuple[int, int]] | None = None
     """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
-    frame: Callable[[Any], Frame] = lambda config: ((), ())
-    """config -> the tokens that stand around every image."""
+    frame: Callable[[Any, Any], Frame] = lambda config, tokenizer: ((), ())
+    """config, tokenizer -> the tokens that stand around every image."""
 
 
 def family_of(model_type: str, folder: Path) -> Family:
@@ -138,7 +139,7 @@ def qwen_vl() -> Family:
         patches = inputs["pixel_values"].view(rows, columns, merge, merge, -1, times, patch, patch)[..., 0, :, :]
         return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * merge * patch, columns * merge * patch)
 
-    def frame(config: Any) -> Frame:
+    def frame(config: Any, tokenizer: Any) -> Frame:
         return (config.vision_start_token_id,), (config.vision_end_token_id,)
 
     return Family(
@@ -153,10 +154,43 @@ def qwen_vl() -> Family:
     )
 
 
+def internvl() -> Family:
+    """InternVL (2.5, 3 and 3.5, converted): squares of one size, in patches of which n * n neighbours make a token.
+
+    Dv is the width of n * n patches. Whether a picture is cut into tiles, with itself as the last one, is what the
+    checkpoint's image processor says (`crop_to_patches`).
+    """
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        config, inner = model.config, model.model
+        out = inner.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
+        layer = config.vision_feature_layer
+        states = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        if config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        side = math.isqrt(states.shape[1])
+        tokens: Tensor = inner.pixel_shuffle(states.unflatten(1, (side, side)), scale_factor=config.downsample_ratio)
+        return tokens.flatten(0, 2)  # [tiles * rows * columns, Dv]
+
+    def count(config: Any, inputs: Inputs) -> int:
+        tiles, _, height, width = inputs["pixel_values"].shape
+        patch_height, patch_width = config.vision_config.patch_size
+        return int(tiles * (height // patch_height) * (width // patch_width) * config.downsample_ratio**2)
+
+    def pixels(config: Any, inputs: Inputs) -> Tensor:
+        return inputs["pixel_values"][-1]
+
+    def frame(config: Any, tokenizer: Any) -> Frame:
+        return (tokenizer.start_image_token_id,), (tokenizer.end_image_token_id,)
+
+    return Family(count=count, vision=vision, pixels=pixels, frame=frame)
+
+
 BACKBONES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "fast_vlm": fast_vlm,
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,
+    "internvl": internvl,
 }
 """model_type -> function that makes its `Family`."""

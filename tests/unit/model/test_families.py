@@ -1,4 +1,5 @@
-"""Qwen2-VL and Qwen2.5-VL: images in their own proportions, positions in rows and columns, as transformers has them."""
+"""Families that see an image in more than one way, as transformers has them: Qwen2-VL and Qwen2.5-VL in its own proportions,
+with positions in rows and columns, InternVL in squares."""
 
 from __future__ import annotations
 
@@ -203,3 +204,62 @@ def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) ->
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings | pixels | patches))
     prepared = load_backbone(tmp_path / "base").prepare(WIDE)
     assert prepared.grid == (2, 6) and len(prepared.inputs["pixel_values"]) == 48
+
+
+# ------------------------------------------------------------------ InternVL
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "tiles"])
+def intern(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
+    tiny.internvl(tmp_path / "base", tiles=request.param)
+    model = DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval()
+    with torch.no_grad():
+        for parameter in model.backbone.model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
+
+
+def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> None:
+    tiles = intern.backbone.image_processor.crop_to_patches
+    made = [intern.prepare(ref) for ref in (WIDE, TALL, SMALL)]
+    squares = [1, 1, 1]
+    if tiles:  # a grid of them, and the whole picture behind it
+        process = intern.backbone.image_processor.get_number_of_image_patches
+        squares = [process(16, 48, {}), process(24, 16, {}), process(16, 16, {})]
+        assert squares[0] == 4
+    assert [image.num_tokens for image in made] == [4 * n for n in squares]
+    together = intern.vision_features(made)
+    for image, features in zip(made, together.split([image.num_tokens for image in made]), strict=True):
+        intern.features._memory.clear()
+        assert_close(intern.vision_features([image]), features, **CLOSE)
+        assert intern.backbone.pixels(image).shape == (3, 16, 16)
+
+
+def test_logits_of_squares_are_those_of_transformers(intern: DuetModel) -> None:
+    batch = intern.collate(rows(intern), side="left")
+    with torch.no_grad():
+        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+        theirs = intern.backbone.model(**given).logits
+        ours = intern.hidden_states(batch) @ intern.lm_weight.T
+        other = intern.hidden_states(intern.collate([intern.renderer.embed((tiny.picture(9, 16), "then", TALL))]))
+    real = batch.segments > 0
+    assert theirs.std() > 0.1
+    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+    assert (other[0, -1] - intern.hidden_states(batch)[0, -1]).abs().max() > 1e-3, "else no image would be seen"
+
+
+def test_a_chat_is_what_the_checkpoint_s_processor_would_write(intern: DuetModel) -> None:
+    chat = intern.renderer.chat((Message("user", (WIDE, "what?")),), answer=True)
+    inside = "<image>" * intern.prepare(WIDE).num_tokens
+    written = f"<|user|><|vision_start|>{inside}<|vision_end|>what?</s><|assistant|>"
+    assert list(chat.ids) == intern.backbone.tokenizer.encode(written, add_special_tokens=False)
+
+
+def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:
+    tiny.internvl(tmp_path / "base")
+    names = {"image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor"}
+    nothing = dict.fromkeys(("crop_size", "device", "do_center_crop", "input_data_format", "return_tensors"))
+    size = {"size": {"height": 16, "width": 16}, "crop_to_patches": False, "data_format": "channels_first"}
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(names | nothing | size))
+    prepared = load_backbone(tmp_path / "base").prepare(WIDE)
+    assert prepared.num_tokens == 4 and prepared.inputs["pixel_values"].shape == (1, 3, 16, 16)
