@@ -15,6 +15,7 @@ from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
 from vlduet.data.show import slices as slices_of
 from vlduet.errors import DataError
 from vlduet.eval import report
+from vlduet.model.dual import DualEncoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoders, kind_of, slice_of
 from vlduet.objectives.alignment import alignment_posterior_pairs, rule_sigma
@@ -77,7 +78,7 @@ def seen_by(parts: Parts, encoders: Encoders) -> Tensor:
     return triple_cosines(torch.nn.utils.rnn.pad_sequence(own, batch_first=True), cross, image=image)
 
 
-def by_model(parts: Parts, model: DuetModel) -> Tensor:
+def by_model(parts: Parts, model: DuetModel | DualEncoder) -> Tensor:
     """Cosines float[U, U] of a model's own embeddings, each slice embedded alone."""
     vectors = torch.from_numpy(model.encode(parts))
     return (vectors @ vectors.T).clamp(-1.0, 1.0)

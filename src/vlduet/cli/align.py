@@ -55,10 +55,10 @@ def align(
         cosines, judge = drawn.by_encoders(parts, settings), f"the encoders of {config}"
         delta = delta if delta is not None else float(settings.recipe.get("delta", 1.0))
     else:
-        from vlduet.model.duet import DuetModel
+        from vlduet.model.dual import open_embedder
 
         assert model is not None
-        cosines, judge = drawn.by_model(parts, DuetModel.from_pretrained(model)), f"the embeddings of {model}"
+        cosines, judge = drawn.by_model(parts, open_embedder(model)), f"the embeddings of {model}"
     found = drawn.align(a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta)
     if html is not None:
         drawn.write_html(html, found, first=a, second=b)

@@ -32,9 +32,9 @@ def mine(
     """Find hard negatives for FILE: what the model takes for right and is not. Run it again after an interruption."""
     from vlduet import mining
     from vlduet.data.quarantine import beside
-    from vlduet.model.duet import DuetModel
+    from vlduet.model.dual import open_embedder
 
-    loaded = DuetModel.from_pretrained(model)
+    loaded = open_embedder(model)
     report = mining.mine(loaded, file, to=to, asking=cast("Any", query), k=k, margin=margin)
     if as_json:
         print(json.dumps({"file": str(to), **asdict(report)}))

@@ -59,7 +59,7 @@ def read(folder: Path) -> Checkpoint:
     path = folder / MANIFEST
     if not path.is_file():
         if not (folder / "config.json").is_file():
-            fix = "Name a model folder; a dual encoder's is for index, search, encode and eval"
+            fix = "Name a model folder; a dual encoder's is for what only embeds"
             raise ModelError(f"neither {MANIFEST} nor config.json here", place=folder, fix=fix)
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _manifest(path)

@@ -233,7 +233,16 @@ def test_a_dual_encoder_searches_and_does_not_answer(dual: Path, tmp_path: Path)
     assert CliRunner().invoke(app, words).exit_code == 0
     found = CliRunner().invoke(app, ["search", str(tmp_path / "index"), "number 1", "--json"])
     assert [hit["id"] for hit in json.loads(found.stdout)["hits"]] == ["11.png", "10.png"]
-    with pytest.raises(ModelError, match=r"a dual encoder's is for index, search, encode and eval"):
+    with pytest.raises(ModelError, match=r"a dual encoder's is for what only embeds"):
         CliRunner().invoke(app, ["ask", str(tmp_path / "index"), "what?"], catch_exceptions=False)
+    rows = [{"id": str(i), "image": f"photos/{i}.png", "short": f"number {i - 10}"} for i in (10, 11)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["mine", str(dual), str(tmp_path / "pairs.jsonl"), "--to", str(tmp_path / "mined.jsonl"), "-k", "1"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert [r.negative for r in read_records(tmp_path / "mined.jsonl")] == [(("number 1",),), (("number 0",),)]
+    aligned = CliRunner().invoke(
+        app, ["align", *[f"{tmp_path / 'pairs.jsonl'}:{i}" for i in (0, 1)], "--model", str(dual)]
+    )
+    assert aligned.exit_code == 0
     model = open_embedder(dual)
     assert model.fingerprint == as_encoder(dual, cache=FeatureCache(None)).fingerprint
