@@ -155,7 +155,7 @@ def qwen_vl() -> Family:
 
 
 def internvl() -> Family:
-    """InternVL, converted to classes of transformers: squares of one size, in patches of which n * n neighbours make a token.
+    """InternVL, converted for transformers: squares of one size, in patches of which n * n neighbours make a token.
 
     Dv is the width of n * n patches. Whether a picture is cut into tiles, with itself as the last one, is what the
     checkpoint's image processor says (`crop_to_patches`).

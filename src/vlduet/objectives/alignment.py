@@ -91,15 +91,22 @@ def gak_pairs(
     Raises:
         ValueError: an empty sequence, a length beyond the matrix, sigma or band not positive, NaN in `sqdist`.
     """
+    found = log_gak_pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
+    return found if sqdist.dtype == torch.float64 else found.float()
+
+
+def log_gak_pairs(
+    sqdist: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
+) -> Tensor:
+    """`gak_pairs` with all digits that the sweep has, float64[P]: for logarithms that are subtracted from each other."""
     cells, scale, x, y = _pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
-        return cells.sum((1, 2))
+        return cells.sum((1, 2)).double()
     engine = sweeps.engine(cells, band)
     if engine is None:
-        return sweeps.log_gak(sweeps.log_kappas(cells, scale, band), x, y).to(cells.dtype)
+        return sweeps.log_gak(sweeps.log_kappas(cells, scale, band), x, y)
     lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
-    log_k = sweeps.log_gak_cells(lanes, first, scale, lengths_x=x, lengths_y=y)
-    return log_k.flatten()[: len(cells)].to(cells.dtype)
+    return sweeps.log_gak_cells(lanes, first, scale, lengths_x=x, lengths_y=y).flatten()[: len(cells)]
 
 
 def alignment_posterior_pairs(

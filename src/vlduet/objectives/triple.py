@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlduet.objectives.alignment import awm_pairs, gak_pairs, rule_sigma
+from vlduet.objectives.alignment import awm_pairs, log_gak_pairs, rule_sigma
 
 Target = Literal["gak", "mean", "awm"]
 SameSequence = Literal["all", "nested"]
@@ -202,12 +202,17 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
     lengths = prefixes.lengths
 
     def log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        return _in_chunks(cosines, prefixes, x, y, lambda part, d, m, n: gak_pairs(d, m, n, sigma=sigma[part]))
+        return _in_chunks(cosines, prefixes, x, y, lambda part, d, m, n: log_gak_pairs(d, m, n, sigma=sigma[part]))
 
     # K(x, x) depends on the partner only by its length: far fewer kernels than pairs.
+    wide = int(lengths.max()) + 1
     partner = torch.cat([lengths[y], lengths[x]])
-    own, which = torch.stack([torch.cat([x, y]), partner]).unique(dim=1, return_inverse=True)
-    log_own = log_kernel(own[0], own[0], rule_sigma(lengths[own[0]].double(), own[1], delta))[which]
+    keys = torch.cat([x, y]) * wide + partner
+    met = torch.zeros(len(prefixes) * wide, dtype=torch.bool, device=keys.device)
+    met[keys] = True
+    (found,) = met.nonzero(as_tuple=True)  # a table, where `unique` would sort all pairs
+    own, of_partner = found // wide, found % wide
+    log_own = log_kernel(own, own, rule_sigma(lengths[own].double(), of_partner, delta))[(met.cumsum(0) - 1)[keys]]
     log_joint = log_kernel(x, y, rule_sigma(lengths[x].double(), lengths[y], delta))
     # Without positive semi-definiteness nothing bounds it by 1, and a cosine cannot be more.
     return (log_joint - (log_own[: len(x)] + log_own[len(x) :]) / 2).exp().clamp(max=1.0).to(cosines)
@@ -215,7 +220,9 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 
 def _awm(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """sum P cos / sum P with P the alignment posterior at sigma = delta, float[P]."""
-    return _in_chunks(cosines, prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta)).to(cosines)
+    # In double precision: the posterior of a long path among short ones leaves float32.
+    awm = _in_chunks(cosines.double(), prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta))
+    return awm.to(cosines)
 
 
 def _in_chunks(
@@ -225,11 +232,8 @@ def _in_chunks(
     y: Tensor,
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float64[P].
-
-    In double precision, and only here: large logarithms are subtracted from each other, the posterior of a long path among
-    short ones leaves float32, and all pairs of slices would take gigabytes.
-    """
+    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float64[P]: the distances
+    of all pairs would take gigabytes."""
     longer = torch.maximum(prefixes.lengths[x], prefixes.lengths[y])
     order = longer.argsort(descending=True)
     found = cosines.new_empty(len(x), dtype=torch.float64)
@@ -238,6 +242,6 @@ def _in_chunks(
         part, order = order[:size], order[size:]
         m, n = prefixes.lengths[x[part]], prefixes.lengths[y[part]]
         i, j = prefixes.slices[x[part], : int(m.max())], prefixes.slices[y[part], : int(n.max())]
-        distances = squared_distances(cosines[i[:, :, None], j[:, None, :]].double())
+        distances = squared_distances(cosines[i[:, :, None], j[:, None, :]])
         found[part] = compute(part, distances, m, n)
     return found

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vlduet.objectives import triple
+from vlduet.objectives import sweeps, triple
 from vlduet.objectives.structure import structure_loss
 from vlduet.objectives.triple import Prefixes, calibrate, related, spread, target_matrix, triple_cosines
 
@@ -145,6 +145,22 @@ def test_targets_are_the_slow_loop(target, delta, single, same_sequence, without
     wanted = slow_targets(stories, lambda a, b: phi(stories, a, b, without_triple=without_triple), **rules)
     assert_close(found, wanted, atol=1e-10, rtol=1e-9)
     assert bool(found.diagonal().eq(1).all()) and bool((found <= 1).all())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("delta", [0.1, 0.35, 1.0])
+@pytest.mark.parametrize("target", ["gak", "awm"])
+def test_targets_in_single_precision_are_those_in_double(target, delta, compiled, monkeypatch) -> None:
+    """By the compiled sweep, where there is one, and without; long prefixes among short ones, and a kernel so narrow that
+    the compiled sweep runs out of range."""
+    if not compiled:
+        monkeypatch.setattr(sweeps, "compiled", lambda: None)
+    stories = Stories(3, lengths=(40, 1, 17, 70, 2, 33), slices=80)
+    rules = {"target": target, "delta": delta, "single": "gak"}
+    found = target_matrix(stories.cosines().float(), stories.tensors(), **rules)
+    wanted = target_matrix(stories.cosines(), stories.tensors(), **rules)
+    assert found.dtype == torch.float32 and wanted.std() > 0.1
+    assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("target", ["gak", "mean", "awm"])
