@@ -200,9 +200,11 @@ def _compared(
 def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """Normalised global alignment kernel of the prefixes x[p] and y[p], float[P]."""
     lengths = prefixes.lengths
+    # The compiled sweep of a CPU keeps a logarithm's digits; a GPU's log space does in double precision, at little cost.
+    exact = cosines if cosines.device.type == "cpu" else cosines.double()
 
     def log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        return _in_chunks(cosines, prefixes, x, y, lambda part, d, m, n: log_gak_pairs(d, m, n, sigma=sigma[part]))
+        return _in_chunks(exact, prefixes, x, y, lambda part, d, m, n: log_gak_pairs(d, m, n, sigma=sigma[part]))
 
     # K(x, x) depends on the partner only by its length: far fewer kernels than pairs.
     wide = int(lengths.max()) + 1
