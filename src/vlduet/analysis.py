@@ -239,10 +239,11 @@ def look(model: DuetModel, image: ImageRef) -> Look:
     layers = attentions(model, sequence)
     at = sequence.anchors[0].end - 1
     weights = attention_to_image(layers, at=at, image=slice(start, start + prepared.num_tokens))
-    seen = model.backbone.pixels(model.backbone.prepare(image))  # the renderer's may hold cached features alone
-    pixels = as_seen(seen, model.backbone.image_processor)
+    whole = model.backbone.prepare(image)  # the renderer's may hold cached features alone
+    pixels = as_seen(model.backbone.pixels(whole), model.backbone.image_processor)
     picture = pictures.thumbnail_data_url(pictures.from_pixels(pixels), SIDE)
-    return Look(picture, grid(weights, *pixels.shape[:2]), float(weights.sum()), evenness(weights))
+    drawn = grid(weights[model.backbone.shown(whole)], *pixels.shape[:2])
+    return Look(picture, drawn, float(weights.sum()), evenness(weights))
 
 
 def as_seen(prepared: Tensor, processor: Any) -> pictures.Pixels:

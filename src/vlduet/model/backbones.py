@@ -154,6 +154,10 @@ class Backbone(nn.Module):
         """A prepared image as the tower sees it, float[3, H, W]: scaled, cropped, normalised."""
         return self.family.pixels(self.model.config, prepared.inputs)
 
+    def shown(self, prepared: PreparedImage) -> slice:
+        """Of an image's tokens those that stand for its `pixels`: not the ones of tiles that are cut out of it."""
+        return self.family.shown(self.model.config, prepared.inputs)
+
     def vision(self, prepared: list[PreparedImage]) -> Tensor:
         """The vision tower on several images at once -> float[total tokens, Dv]. No gradient: the tower is frozen."""
         names = prepared[0].inputs.keys()

@@ -49,6 +49,8 @@ class Family:
     """projector, float[tokens, Dv] -> float[tokens, D]."""
     pixels: Callable[[Any, Inputs], Tensor] = _whole
     """config, prepared image -> float[3, H, W], the picture as it enters the tower."""
+    shown: Callable[[Any, Inputs], slice] = lambda config, inputs: slice(None)
+    """config, prepared image -> of its tokens those that stand for this picture."""
     grid: Callable[[Any, Inputs], tuple[int, int]] | None = None
     """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
     frame: Callable[[Any, Any], Frame] = lambda config, tokenizer: ((), ())
@@ -180,10 +182,13 @@ def internvl() -> Family:
     def pixels(config: Any, inputs: Inputs) -> Tensor:
         return inputs["pixel_values"][-1]
 
+    def shown(config: Any, inputs: Inputs) -> slice:
+        return slice(-(count(config, inputs) // len(inputs["pixel_values"])), None)
+
     def frame(config: Any, tokenizer: Any) -> Frame:
         return (tokenizer.start_image_token_id,), (tokenizer.end_image_token_id,)
 
-    return Family(count=count, vision=vision, pixels=pixels, frame=frame)
+    return Family(count=count, vision=vision, pixels=pixels, shown=shown, frame=frame)
 
 
 BACKBONES: dict[str, Callable[[], Family]] = {

@@ -232,7 +232,16 @@ def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> N
     for image, features in zip(made, together.split([image.num_tokens for image in made]), strict=True):
         intern.features._memory.clear()
         assert_close(intern.vision_features([image]), features, **CLOSE)
-        assert intern.backbone.pixels(image).shape == (3, 16, 16)
+
+
+def test_where_it_looks_is_drawn_on_the_whole_picture(intern: DuetModel) -> None:
+    whole = intern.backbone.prepare(WIDE)
+    assert intern.backbone.pixels(whole).shape == (3, 16, 16)
+    assert len(range(whole.num_tokens)[intern.backbone.shown(whole)]) == 4
+    with analysis.eager(intern):
+        found = analysis.look(intern, WIDE)
+    assert found.weights.shape == (2, 2)
+    assert (found.weights.sum() < 0.99 * found.share) == (whole.num_tokens > 4), "tiles have their share, too"
 
 
 def test_logits_of_squares_are_those_of_transformers(intern: DuetModel) -> None:
