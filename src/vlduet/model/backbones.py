@@ -159,11 +159,19 @@ class Backbone(nn.Module):
         return self.family.shown(self.model.config, prepared.inputs)
 
     def vision(self, prepared: list[PreparedImage]) -> Tensor:
-        """The vision tower on several images at once -> float[total tokens, Dv]. No gradient: the tower is frozen."""
+        """The vision tower on several images -> float[total tokens, Dv]. No gradient: the tower is frozen.
+
+        On a CPU one after the other, which is as fast: what is made of an image must not depend on its company in the last
+        bit, or a run would not be the same again, whose images meet others when some are cached.
+        """
+        together = [[one] for one in prepared] if self.device.type == "cpu" else [prepared]
+        return torch.cat([self._seen(some) for some in together])
+
+    @torch.no_grad()
+    def _seen(self, prepared: list[PreparedImage]) -> Tensor:
         names = prepared[0].inputs.keys()
         inputs = {name: torch.cat([p.inputs[name] for p in prepared]).to(self.device) for name in names}
-        with torch.no_grad():
-            return self.family.vision(self.model, inputs)
+        return self.family.vision(self.model, inputs)
 
     @property
     def vision_fingerprint(self) -> str:

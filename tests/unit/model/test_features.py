@@ -99,3 +99,11 @@ def test_a_broken_file_counts_as_missing(tmp_path: Path, keep: int) -> None:
     (file,) = tmp_path.rglob("*.npy")
     file.write_bytes(file.read_bytes()[:keep])
     assert cache.get("abcd") is None
+
+
+def test_what_is_made_of_an_image_does_not_depend_on_its_company(model: DuetModel) -> None:
+    """In the last bit: what a run has cached when it is resumed decides who meets whom in the tower."""
+    made = [model.prepare(tiny.picture(i)) for i in range(5)]
+    alone = [model.backbone.vision([image]) for image in made]
+    assert torch.equal(model.backbone.vision(made), torch.cat(alone))
+    assert torch.equal(model.backbone.vision(made[3:0:-1]), torch.cat(alone[3:0:-1]))
