@@ -201,10 +201,12 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
     """Normalised global alignment kernel of the prefixes x[p] and y[p], float[P]."""
     lengths = prefixes.lengths
     # The compiled sweep of a CPU keeps a logarithm's digits; a GPU's log space does in double precision, at little cost.
-    exact = cosines if cosines.device.type == "cpu" else cosines.double()
+    dtype = cosines.dtype if cosines.device.type == "cpu" else torch.float64
 
     def log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        return _in_chunks(exact, prefixes, x, y, lambda part, d, m, n: log_gak_pairs(d, m, n, sigma=sigma[part]))
+        return _in_chunks(
+            cosines, prefixes, x, y, lambda part, d, m, n: log_gak_pairs(d, m, n, sigma=sigma[part]), dtype=dtype
+        )
 
     # K(x, x) depends on the partner only by its length: far fewer kernels than pairs.
     wide = int(lengths.max()) + 1
@@ -223,8 +225,8 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 def _awm(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """sum P cos / sum P with P the alignment posterior at sigma = delta, float[P]."""
     # In double precision: the posterior of a long path among short ones leaves float32.
-    awm = _in_chunks(cosines.double(), prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta))
-    return awm.to(cosines)
+    found = _in_chunks(cosines, prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta), dtype=torch.float64)
+    return found.to(cosines)
 
 
 def _in_chunks(
@@ -233,9 +235,13 @@ def _in_chunks(
     x: Tensor,
     y: Tensor,
     compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float64[P]: the distances
-    of all pairs would take gigabytes."""
+    """`compute(chosen pairs, distances [p, M, N], lengths of x, of y)` over pairs of like length, float64[P].
+
+    Distances are made a chunk at a time, in `dtype`: all of them, or all cosines in double precision, would take gigabytes.
+    """
     longer = torch.maximum(prefixes.lengths[x], prefixes.lengths[y])
     order = longer.argsort(descending=True)
     found = cosines.new_empty(len(x), dtype=torch.float64)
@@ -244,6 +250,6 @@ def _in_chunks(
         part, order = order[:size], order[size:]
         m, n = prefixes.lengths[x[part]], prefixes.lengths[y[part]]
         i, j = prefixes.slices[x[part], : int(m.max())], prefixes.slices[y[part], : int(n.max())]
-        distances = squared_distances(cosines[i[:, :, None], j[:, None, :]])
+        distances = squared_distances(cosines[i[:, :, None], j[:, None, :]].to(dtype))
         found[part] = compute(part, distances, m, n)
     return found
