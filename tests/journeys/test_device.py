@@ -94,12 +94,18 @@ def test_every_verb_gives_the_numbers_of_the_cpu(tmp_path: Path, family: str, ha
     assert [each.wait(timeout=300) for each in running] == [0, 0]
 
     # Half precision is the GPU's default for a checkpoint that was saved so, and never the CPU's.
-    near = 0.2 if half else 1e-4
+    near, trained = (0.08, 0.05) if half else (1e-4, 5e-4)
     for name in ("vectors.npz", "merged.npz", "clip.npz"):
         np.testing.assert_allclose(vectors(there, name), vectors(here, name), atol=1e-4 if "clip" in name else near)
     for run in ("run", "sugar", "clip"):
         for on_cpu, found in zip(losses(here, run), losses(there, run), strict=True):
-            assert found == pytest.approx(on_cpu, rel=near * 5, abs=near * 5), run
+            # One rank more or less is no rounding of a vector: 8 records have few ranks.
+            compared = {name for name in on_cpu if not (half and "hit@" in name)}
+            close = 5e-4 if run == "clip" else trained
+            assert {name: found[name] for name in compared} == pytest.approx(
+                {name: on_cpu[name] for name in compared}, rel=close, abs=close
+            ), run
+            assert found.keys() == on_cpu.keys()
     made_by = told(there, "eval")["scores"][0]["made_by"]
     assert made_by["dtype"] == ("bfloat16" if half else "float32")
     np.testing.assert_allclose(told(there, "align")["cosines"], told(here, "align")["cosines"], atol=near)

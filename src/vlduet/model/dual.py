@@ -105,8 +105,8 @@ class DualEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides a vector."""
-        frozen = {role: {"fingerprint": one.fingerprint} for role, one in self.encoders.encoders.items()}
-        return _named({"encoders": frozen, "trained": checkpoint.inventory(self.own_tensors()), "dim": self.dim})
+        frozen = {role: one.fingerprint for role, one in self.encoders.encoders.items()}
+        return _named(frozen, checkpoint.inventory(self.own_tensors()), self.dim)
 
     @property
     def image_backend(self) -> str:
@@ -194,9 +194,7 @@ def frozen_encoder(folder: Path, *, cache: FeatureCache, own: DuetModel | None =
 def as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> Encoder:
     """A trained dual encoder as the frozen encoder of a role."""
     manifest = read_manifest(folder)
-    decides = {name: manifest[name] for name in ("encoders", "trained", "dim")}
-    for told in decides["encoders"].values():
-        told.pop("folder")  # where it lies decides no vector
+    frozen = {role: told["fingerprint"] for role, told in manifest["encoders"].items()}
 
     def open_it() -> dict[str, Any]:
         model = DualEncoder.from_pretrained(folder, cache=cache, device=device)
@@ -206,7 +204,7 @@ def as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> Enc
 
         return {"image": encode, "text": encode}
 
-    return Encoder(folder, ("image", "text"), open_it, _named(decides))
+    return Encoder(folder, ("image", "text"), open_it, _named(frozen, manifest["trained"], manifest["dim"]))
 
 
 def open_embedder(folder: Path) -> DuetModel | DualEncoder:
@@ -216,5 +214,11 @@ def open_embedder(folder: Path) -> DuetModel | DualEncoder:
     return DuetModel.from_pretrained(folder)
 
 
-def _named(decides: Mapping[str, Any]) -> str:
+def _named(frozen: Mapping[str, str], trained: Mapping[str, Any], dim: int) -> str:
+    """Fingerprint of all that decides a vector: the frozen encoders' own, by role, and what was trained."""
+    decides = {
+        "encoders": {role: {"fingerprint": name} for role, name in frozen.items()},
+        "trained": trained,
+        "dim": dim,
+    }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -30,7 +30,7 @@ def _once(projector: nn.Module, features: Tensor) -> Tensor:
 
 
 def _whole(config: Any, inputs: Inputs) -> Tensor:
-    return inputs["pixel_values"][0]
+    return inputs["pixel_values"][-1]  # behind its tiles, where there are any
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +165,8 @@ def internvl() -> Family:
 
     def vision(model: Any, inputs: Inputs) -> Tensor:
         config, inner = model.config, model.model
-        out = inner.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
         layer = config.vision_feature_layer
+        out = inner.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=layer != -1)
         states = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
         if config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
@@ -179,16 +179,13 @@ def internvl() -> Family:
         patch_height, patch_width = config.vision_config.patch_size
         return int(tiles * (height // patch_height) * (width // patch_width) * config.downsample_ratio**2)
 
-    def pixels(config: Any, inputs: Inputs) -> Tensor:
-        return inputs["pixel_values"][-1]
-
     def shown(config: Any, inputs: Inputs) -> slice:
         return slice(-(count(config, inputs) // len(inputs["pixel_values"])), None)
 
     def frame(config: Any, tokenizer: Any) -> Frame:
         return (tokenizer.start_image_token_id,), (tokenizer.end_image_token_id,)
 
-    return Family(count=count, vision=vision, pixels=pixels, shown=shown, frame=frame)
+    return Family(count=count, vision=vision, shown=shown, frame=frame)
 
 
 BACKBONES: dict[str, Callable[[], Family]] = {

@@ -32,7 +32,7 @@ def file_version(path: Path | None) -> tuple[str, int, int] | None:
 
 
 VISION_BATCH = 8
-"""Images that go through a vision tower at a time: more take memory, and are no faster on a CPU."""
+"""Images that a vision tower is given at a time: more take memory. On a CPU it takes them one by one."""
 FEATURES = "features"
 """Name of an image's cached vision features among its inputs."""
 

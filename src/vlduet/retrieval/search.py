@@ -47,8 +47,8 @@ def search(index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, w
     if k < 1:
         raise RetrievalError(f"{k} hits", place="k", fix="Ask for 1 or more")
     index.check(model)
-    if not index.count():
-        return []  # nothing is found, and no key of a filter can be known
+    if where and not index.count():
+        return []  # an index that holds nothing knows no key either
     wanted = conditions(where, index.manifest.fields)
     (found,) = index.store.search(model.encode_query([parts]), k=k, where=wanted)
     return [
