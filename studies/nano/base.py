@@ -35,8 +35,8 @@ from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.demo.prepare import words
 from vlduet.logs import Progress, say
 from vlduet.model import generation, nano
-from vlduet.model.backbones import load_text_encoder
 from vlduet.model.duet import DuetModel
+from vlduet.model.encoders import load_text_encoder
 from vlduet.model.features import FeatureCache
 from vlduet.model.readout import Readout, pool
 from vlduet.objectives.language import language_loss
