@@ -79,11 +79,17 @@ def _row(kappa, row, carry, columns):
 
 
 @njit(fastmath=ORDERED)
-def _range(row, columns):
-    low, high = 1.0, 0.0
+def _range(row, lowest, peak, columns):
+    """The smallest and the largest cell of a row; of each lane first, for a chain of minima waits for itself."""
+    for q in range(LANES):
+        lowest[q], peak[q] = 1.0, 0.0
     for j in range(columns):
         for q in range(LANES):
-            low, high = min(low, row[j, q]), max(high, row[j, q])
+            lowest[q] = min(lowest[q], row[j, q])
+            peak[q] = max(peak[q], row[j, q])
+    low, high = 1.0, 0.0
+    for q in range(LANES):
+        low, high = min(low, lowest[q]), max(high, peak[q])
     return low, high
 
 
@@ -119,11 +125,11 @@ def _lost(row, lost, columns):
 @njit(inline="always")
 def _forward(distances, scale, kappa, state, i, ends_x, ends_y, log_k):
     """Row i of G, and log K of the lanes that end with it."""
-    row, carry, shift, peak, lost, columns = state
+    row, carry, shift, peak, lowest, lost, columns = state
     carry[:] = 1.0 if i == 0 else 0.0  # G[0,0] = 1, G[i,0] = 0
     _kappas(distances, scale, kappa, columns)
     _row(kappa, row, carry, columns)
-    low, high = _range(row, columns)
+    low, high = _range(row, lowest, peak, columns)
     if low < LOST:
         _lost(row, lost, columns)
     for q in range(LANES):
@@ -137,9 +143,10 @@ def _forward(distances, scale, kappa, state, i, ends_x, ends_y, log_k):
 def _sweep(cells, first, scale, ends_x, ends_y, log_k):
     most = cells.shape[1]
     kappa, row = np.empty((most, LANES), single), np.empty((most, LANES))
-    carry, shift, peak, lost = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES, np.bool_)
+    carry, shift, peak, lowest = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    lost = np.empty(LANES, np.bool_)
     for a in range(len(first)):
-        state = row, carry, shift, peak, lost, ends_y[a].max()
+        state = row, carry, shift, peak, lowest, lost, ends_y[a].max()
         row[:], shift[:], lost[:] = 0.0, 0.0, False
         for i in range(ends_x[a].max()):
             _forward(cells[first[a] + i], scale[a], kappa, state, i, ends_x[a], ends_y[a], log_k[a])
@@ -150,11 +157,12 @@ def _sweep_back(cells, first, scale, ends_x, ends_y, log_k, weights, posterior):
     rows_most, most = ends_x.max(), cells.shape[1]
     kappa, grid = np.empty((rows_most, most, LANES), single), np.empty((rows_most, most, LANES))
     row, shifts = np.empty((most + 1, LANES)), np.empty((rows_most, LANES))
-    carry, shift, peak, lost = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES, np.bool_)
+    carry, shift, peak, lowest = np.empty(LANES), np.empty(LANES), np.empty(LANES), np.empty(LANES)
+    lost = np.empty(LANES, np.bool_)
     factor = np.empty(LANES)
     for a in range(len(first)):
         rows, columns = ends_x[a].max(), ends_y[a].max()
-        state = row, carry, shift, peak, lost, columns
+        state = row, carry, shift, peak, lowest, lost, columns
         row[:], shift[:], lost[:] = 0.0, 0.0, False
         for i in range(rows):
             _forward(cells[first[a] + i], scale[a], kappa[i], state, i, ends_x[a], ends_y[a], log_k[a])
