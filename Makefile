@@ -62,7 +62,7 @@ lock: ## rewrite requirements/lock.txt from pyproject.toml
 	@.lock-venv/bin/python -m pip --disable-pip-version-check --quiet install uv==$(UV_VERSION)
 	@cp requirements/lock.txt .lock-venv/lock.txt 2>/dev/null || true
 	@.lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	  --extra train --extra formats --extra fast --extra bench --extra reference --extra dev $(if $(UPGRADE),--upgrade) \
+	  --extra train --extra formats --extra serve --extra fast --extra bench --extra reference --extra dev $(if $(UPGRADE),--upgrade) \
 	  pyproject.toml requirements/torch.txt -o .lock-venv/lock.txt
 	@{ echo "# Written by 'make lock'. torch and its GPU libraries are left out: see docs/install.md."; \
 	   awk '/^[a-zA-Z]/ {keep = !/^(torch==|triton==|cuda-|nvidia-)/} keep' .lock-venv/lock.txt; } > requirements/lock.txt

@@ -82,6 +82,8 @@ DOORS: dict[str, set[str]] = {
     "filelock": {"packages.py", "retrieval/build.py"},
     "mteb": {"plugins/mteb_encoder.py"},
     "lmms_eval": {"plugins/lmms_model.py"},
+    "starlette": {"serve/app.py"},
+    "uvicorn": {"serve/app.py"},
     "typer": {"cli/*"},
     "rich": {"cli/*", "logs.py"},
     "tensorboard": {"logs.py"},

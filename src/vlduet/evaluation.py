@@ -113,9 +113,7 @@ def functions(model: DuetModel, settings: Settings) -> Functions:
 
 def room_for_many_images(model: DuetModel) -> None:
     """Let prompts be as long as the language model can read: DEMON's have up to ten images."""
-    config = model.backbone.model.config
-    context = getattr(getattr(config, "text_config", config), "max_position_embeddings", 0) or 0
-    model.renderer.max_tokens = max(model.renderer.max_tokens, context)
+    model.renderer.max_tokens = max(model.renderer.max_tokens, model.backbone.window or 0)
 
 
 def speaks(folder: Path) -> bool:

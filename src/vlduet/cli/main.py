@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, train
+from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, serve, train
 from vlduet.errors import VLDuetError
 from vlduet.logs import plain
 
@@ -33,6 +33,7 @@ mine.register(app)
 caption.register(app)
 analyse.register(app)
 align.register(app)
+serve.register(app)
 
 
 def _version(wanted: bool) -> None:

@@ -115,6 +115,11 @@ class Backbone(nn.Module):
         return int(self.embedding.weight.shape[1])
 
     @property
+    def window(self) -> int | None:
+        """The longest sequence that the trunk has positions for; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.weight.device

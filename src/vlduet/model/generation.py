@@ -1,16 +1,16 @@
-"""Generation from input embeddings: transformers' own `generate`, whole, as a stream, or several drafts to choose from."""
+"""Generation from input embeddings: transformers' own `generate`; whole, streamed, watched, or several drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlduet.model.backbones import Backbone
 
@@ -97,6 +97,18 @@ def nearest(drafts: Sequence[Sequence[str]], similarity: Callable[[list[str]], n
         max((text for text in some if text in row), key=lambda text: cosines[n, row[text]], default=some[0])
         for n, some in enumerate(drafts)
     ]
+
+
+@torch.no_grad()
+def watched(backbone: Backbone, start: Start, watch: Callable[[Tensor], Tensor]) -> None:
+    """Continue every prompt, and call `watch` after every token, in this thread.
+
+    Args:
+        watch: int64[B, n], all that is new -> bool[B], the prompts that go on no longer; they are filled with padding then.
+    """
+    criteria = StoppingCriteriaList([cast("StoppingCriteria", lambda ids, scores: watch(ids))])
+    with evaluating(backbone):
+        backbone.model.generate(**start.arguments(backbone), stopping_criteria=criteria)
 
 
 def stream(backbone: Backbone, start: Start) -> Iterator[str]:

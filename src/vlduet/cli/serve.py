@@ -1,0 +1,50 @@
+"""`vlduet serve`."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlduet.logs import say
+
+LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command()(serve)
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model's folder, or a supported checkpoint.")],
+    *,
+    index: Annotated[Path | None, typer.Option(metavar="INDEX", help="An index of this model, to answer from.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 for any that this machine has.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+) -> None:
+    """Answer chats and embed with one copy of a model, over HTTP in OpenAI's forms."""
+    from vlduet.errors import ConfigError
+
+    try:  # before the model is read, which may take minutes
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        what = (error.strerror or str(error)).partition(" (")[0]
+        raise ConfigError(what, place=f"{host}:{port}", fix="Choose another --port or --host") from None
+    from vlduet.model.dual import open_embedder
+    from vlduet.retrieval.index import Index
+    from vlduet.serve.app import Service, run
+    from vlduet.serve.worker import Worker
+
+    loaded = open_embedder(model)
+    opened = None if index is None else Index.open(index, loaded)
+    worker = Worker(loaded)
+    name = model.resolve().name
+    at = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}/v1"
+    say(f"{name} answers and embeds at {at} (Ctrl-C ends it)")
+    run(Service(worker, name=name, index=opened).app(hosts=LOOPBACK if host in LOOPBACK else None), listening)
+    worker.close()

@@ -1,0 +1,1 @@
+"""One process that answers chats and embeds, over HTTP in OpenAI's forms."""

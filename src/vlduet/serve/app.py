@@ -1,0 +1,285 @@
+"""HTTP: what comes in becomes work for the one worker, and what it tells goes out.
+
+GET  /health
+GET  /v1/models
+POST /v1/embeddings
+POST /v1/chat/completions     streamed where `stream` is true; answered from the index where `retrieval` is given
+POST /v1/search               where an index is served
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from vlduet.errors import DataError, MissingExtraError, VLDuetError
+from vlduet.rag import prepare
+from vlduet.retrieval.index import Index
+from vlduet.retrieval.search import Hit, search
+from vlduet.serve import forms
+from vlduet.serve.worker import Busy, Piece, Talk, Worker
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise MissingExtraError("serving needs starlette and uvicorn", fix="pip install 'vlduet[serve]'") from error
+
+log = logging.getLogger("uvicorn.error")
+
+LARGEST = 64 << 20
+"""Bytes of one request."""
+LONGEST_ANSWER = 256
+"""Tokens of an answer whose request does not say."""
+
+F = TypeVar("F", bound=forms.Form)
+
+
+class Service:
+    """A model, perhaps with an index of its making, behind the routes above.
+
+    Args:
+        worker: owns the model.
+        name: what clients call it.
+        index: what is searched; built by the same model.
+    """
+
+    def __init__(self, worker: Worker, *, name: str, index: Index | None = None):
+        self.worker, self.name, self.index = worker, name, index
+        self.since = int(time.time())
+
+    def app(self, *, hosts: list[str] | None = None) -> Starlette:
+        """The application.
+
+        Args:
+            hosts: names that requests may be addressed to; None for any. With it, no web page that the user of this machine
+                visits can talk to the server under a name of the page's own.
+        """
+        posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "/v1/embeddings": self.embeddings,
+            "/v1/chat/completions": self.chat,
+            "/v1/search": self.search,
+        }
+        routes = [Route("/health", self.health), Route("/v1/models", self.models)]
+        routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+        guard = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+        handlers: dict[Any, Any] = {
+            VLDuetError: _refused,
+            ValidationError: _misformed,
+            HTTPException: _http,
+            Busy: _busy,
+            Exception: _broken,
+        }
+        return Starlette(routes=routes, middleware=guard, exception_handlers=handlers)
+
+    # ------------------------------------------------------------------ routes
+
+    async def health(self, _: Request) -> Response:
+        """It is up, and has its model."""
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, _: Request) -> Response:
+        """The one model."""
+        one = {"id": self.name, "object": "model", "created": self.since, "owned_by": "vlduet"}
+        return JSONResponse({"object": "list", "data": [one]})
+
+    async def embeddings(self, request: Request) -> Response:
+        """Texts, images and mixtures -> unit vectors."""
+        form = await self._read(request, forms.Embeddings)
+        dim = self.worker.model.dim
+        if form.dimensions not in (None, dim):
+            raise DataError(f"{form.dimensions}: this model has {dim}", place="dimensions", fix="Leave it out")
+        future = self.worker.embed(form.items(), query=form.input_type == "query")
+        vectors = await asyncio.wrap_future(future)
+        return JSONResponse(forms.embeddings(vectors, model=self.name, base64_=form.encoding_format == "base64"))
+
+    async def search(self, request: Request) -> Response:
+        """The nearest documents of the index."""
+        form, index = await self._read(request, forms.Search), self._index()
+        parts = form.parts()
+        found = await asyncio.wrap_future(
+            self.worker.call(lambda: forms.hits(search(index, self.worker.model, parts, k=form.k, where=form.where)))
+        )
+        return JSONResponse({"object": "list", "data": found})
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation; with `retrieval`, from what its last turn finds."""
+        form = await self._read(request, forms.Chat)
+        if not self.worker.answers:
+            raise DataError("this model embeds and does not generate", place="model", fix="Serve a generative one")
+        messages, sources = form.conversation(), list[Hit]()
+        if (wanted := form.retrieval) is not None:
+            (question, image), index = form.question(), self._index()
+            asked = self.worker.call(
+                lambda: prepare(index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where)
+            )
+            prompt = await asyncio.wrap_future(asked)
+            messages, sources = (*messages[:-1], *prompt.messages), list(prompt.sources)
+        listener = _Listener()
+        longest = form.max_completion_tokens or form.max_tokens or LONGEST_ANSWER
+        talk = Talk(messages, listener.tell, longest, temperature=form.temperature, stop=form.stops())
+        self.worker.answer(talk)
+        try:
+            first = await listener.next()  # what is refused before the first word is an error, not a stream
+        except BaseException:
+            talk.cancelled = True
+            raise
+        answer = _Answer(self.name, sources if wanted is not None else None)
+        if form.stream:
+            body = _events(answer, first, listener, talk)
+            return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return JSONResponse(answer.whole(await _all(first, listener, talk, request)))
+
+    # ------------------------------------------------------------------ help
+
+    async def _read(self, request: Request, kind: type[F]) -> F:
+        """The body as a form, checked. Only JSON: what a web page may send without asking is none."""
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise HTTPException(415, "Send Content-Type: application/json")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LARGEST:
+                raise HTTPException(413, f"More than {LARGEST >> 20} MiB. Send fewer or smaller images")
+        try:
+            raw = json.loads(body)
+        except ValueError as error:
+            raise DataError(f"the body is no JSON ({error})", fix="Mend it") from None
+        if not isinstance(raw, dict):
+            raise DataError("the body is no JSON object", fix="Send {...}")
+        form = kind.model_validate(raw)
+        form.check()
+        if form.model not in (None, self.name):
+            raise HTTPException(404, f"The model '{form.model}' is not served here, '{self.name}' is")
+        return form
+
+    def _index(self) -> Index:
+        if self.index is None:
+            raise DataError("no index is served", fix="Start the server with --index INDEX")
+        return self.index
+
+
+def run(app: Starlette, listening: socket.socket) -> None:
+    """Serve until the process is told to end."""
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")).run(sockets=[listening])
+
+
+class _Listener:
+    """From the worker's thread to a request's coroutine."""
+
+    def __init__(self) -> None:
+        self.loop, self.told = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
+
+    def tell(self, piece: Piece | Exception) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.told.put_nowait, piece)
+
+    async def next(self) -> Piece:
+        """Raises what the worker told."""
+        piece = await self.told.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+
+class _Answer:
+    """One answer in OpenAI's two forms."""
+
+    def __init__(self, model: str, sources: list[Hit] | None):
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.sources = {} if sources is None else {"sources": forms.hits(sources)}
+
+    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+        last = pieces[-1]
+        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces).strip()}
+        choice = {"index": 0, "message": message, "finish_reason": last.reason, "logprobs": None}
+        told = {"choices": [choice], "usage": forms.usage(last.prompt_tokens, last.tokens)}
+        return {**self.head, "object": "chat.completion", **told, **self.sources}
+
+    def opening(self) -> str:
+        """The first event, which brings the sources."""
+        return self._event({"role": "assistant", "content": ""}, None, self.sources)
+
+    def event(self, piece: Piece) -> str:
+        """What is new; the last one tells why it ended."""
+        told = {"usage": forms.usage(piece.prompt_tokens, piece.tokens)} if piece.reason else {}
+        return self._event({"content": piece.text} if piece.text else {}, piece.reason, told)
+
+    def _event(self, delta: dict[str, str], reason: str | None, more: dict[str, Any]) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return _data({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+
+async def _all(first: Piece, listener: _Listener, talk: Talk, request: Request) -> list[Piece]:
+    """Every piece; an answer that nobody waits for any more is broken off."""
+    pieces = [first]
+    try:
+        while pieces[-1].reason is None:
+            if await request.is_disconnected():
+                raise HTTPException(499, "The client went away")
+            pieces.append(await listener.next())
+    finally:
+        talk.cancelled = True
+    return pieces
+
+
+async def _events(answer: _Answer, piece: Piece, listener: _Listener, talk: Talk) -> AsyncIterator[str]:
+    """Server-sent events. A client that goes away ends them, and with them the answer."""
+    try:
+        yield answer.opening()
+        while piece.reason is None:
+            if piece.text:
+                yield answer.event(piece)
+            piece = await listener.next()
+        yield answer.event(piece)
+    except Exception as error:  # the status is long sent: the error goes the way of the words
+        log.exception("an answer was broken off", exc_info=error)
+        yield _data(forms.error("the answer was broken off; the server's log tells more", kind="server_error"))
+    finally:
+        talk.cancelled = True
+    yield "data: [DONE]\n\n"
+
+
+def _data(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+# ------------------------------------------------------------------ errors
+
+
+async def _refused(_: Request, error: VLDuetError) -> Response:
+    return JSONResponse(forms.error(str(error), place=error.place), 400)
+
+
+async def _misformed(_: Request, error: ValidationError) -> Response:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return JSONResponse(forms.error(f"{place}: {first['msg']}", place=place), 400)
+
+
+async def _http(_: Request, error: HTTPException) -> Response:
+    return JSONResponse(forms.error(error.detail), error.status_code, headers=error.headers)
+
+
+async def _busy(_: Request, __: Busy) -> Response:
+    told = forms.error("too many requests wait. Try again later", kind="server_error")
+    return JSONResponse(told, 503, headers={"Retry-After": "5"})
+
+
+async def _broken(_: Request, __: Exception) -> Response:
+    """Of our own mistakes and of memory that is not there; the log has the traceback."""
+    return JSONResponse(forms.error("an error inside the server; its log tells more", kind="server_error"), 500)

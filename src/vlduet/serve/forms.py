@@ -1,0 +1,191 @@
+"""What comes in and what goes out: OpenAI's forms, with images as data: URLs only, and two fields of ours.
+
+`input_type` says which side of a search an embedding is for, and `retrieval` has a chat answered from the index.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlduet.data.records import ImageRef, Message, Part, Parts, Place, image_of, text_of
+from vlduet.errors import DataError, closest
+from vlduet.retrieval.search import Hit
+
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
+"""Fields of OpenAI's that change no answer."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "top_p": (1,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logprobs": (False,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+}
+"""Fields of OpenAI's that are not here, and the values that ask for nothing."""
+MOST_INPUTS = 2048
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class Form(BaseModel):
+    """A request. What it asks for and does not get is an error, never silence."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    model: str | None = None
+    """The name under `/v1/models`, which most clients insist on sending."""
+
+    def check(self) -> None:
+        """Raises DataError for a field that is not known, or not served."""
+        for key, value in (self.model_extra or {}).items():
+            if key in IGNORED or value is None or value in NEUTRAL.get(key, ()):
+                continue
+            if key in NEUTRAL:
+                raise DataError(f"{value!r} is not served", place=key, fix="Leave it out")
+            raise DataError("unknown field", place=key, fix=closest(key, type(self).model_fields))
+
+
+class Embeddings(Form):
+    """POST /v1/embeddings."""
+
+    input: str | list[Any]
+    """A text; or a list of texts and of lists of content parts."""
+    input_type: Literal["query", "document"] = "document"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+    def items(self) -> list[Part | Parts]:
+        """What is to be embedded. Raises DataError."""
+        given = self.input if isinstance(self.input, list) else [self.input]
+        if not 0 < len(given) <= MOST_INPUTS:
+            raise DataError(f"{len(given)} inputs", place="input", fix=f"Send 1 to {MOST_INPUTS}")
+        places = (Place(f"input[{i}]" if isinstance(self.input, list) else "input") for i in range(len(given)))
+        return [parts_of(content, place) for content, place in zip(given, places, strict=True)]
+
+
+class Retrieval(BaseModel):
+    """Have the question answered from the index."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    k: int = Field(3, ge=1, le=100)
+    """References put in the prompt."""
+    where: dict[str, Any] | list[str] | None = None
+
+
+class Chat(Form):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    """0, the default here, is greedy."""
+    stop: str | list[str] | None = None
+    stream: bool = False
+    retrieval: Retrieval | None = None
+
+    def conversation(self) -> tuple[Message, ...]:
+        """The turns, the last one the user's. Raises DataError."""
+        turns = []
+        for i, message in enumerate(self.messages):
+            role, place = message.get("role"), f"messages[{i}]"
+            if not isinstance(role, str) or role not in ROLES:
+                fix = f"Use one of {', '.join(ROLES)}"
+                raise DataError(f"role {role!r}", place=f"{place}.role", fix=fix)
+            turns.append(Message(ROLES[role], parts_of(message.get("content"), Place(f"{place}.content"))))
+        if not turns or turns[-1].role != "user":
+            raise DataError("the last turn is not a user's", place="messages", fix="End with a question")
+        return tuple(turns)
+
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(each for each in given if each)
+
+    def question(self) -> tuple[str, ImageRef | None]:
+        """The last turn as a query of the index. Raises DataError for more than one image."""
+        last = self.conversation()[-1].parts
+        images = [part for part in last if isinstance(part, ImageRef)]
+        if len(images) > 1:
+            raise DataError(f"{len(images)} images", place="retrieval", fix="Ask about one image at a time")
+        return "\n".join(part for part in last if isinstance(part, str)), images[0] if images else None
+
+
+class Search(Form):
+    """POST /v1/search."""
+
+    query: str | list[Any]
+    """A text, or content parts."""
+    k: int = Field(10, ge=1, le=1000)
+    where: dict[str, Any] | list[str] | None = None
+
+    def parts(self) -> Parts:
+        """Raises DataError."""
+        return parts_of(self.query, Place("query"))
+
+
+def parts_of(content: Any, place: Place) -> Parts:
+    """A text or OpenAI's content parts. A path is refused: it would be one of the server's own files.
+
+    Raises:
+        DataError: at `place`.
+    """
+    if isinstance(content, str):
+        return (text_of(content, place),)
+    if not isinstance(content, list) or not content:
+        raise DataError("neither text nor a list of parts", place=place, fix='Send [{"type": "text", "text": ...}]')
+    return tuple(_part(part, Place(f"{place}[{i}]")) for i, part in enumerate(content))
+
+
+def _part(part: Any, place: Place) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return text_of(part.get("text"), Place(f"{place}.text"))
+    if kind != "image_url":
+        raise DataError("not a part", place=place, fix="Send parts of type text or image_url")
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise DataError(
+            "an image that is no data: URL", place=f"{place}.image_url", fix="Send data:image/png;base64,..."
+        )
+    return image_of(url, Place(f"{place}.image_url"), Path())
+
+
+# ------------------------------------------------------------------ out
+
+
+def embeddings(vectors: np.ndarray, *, model: str, base64_: bool) -> dict[str, Any]:
+    """float32[N, D] as OpenAI's list: numbers, or the base64 of little-endian float32."""
+
+    def form(vector: np.ndarray) -> str | list[float]:
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if base64_ else vector.tolist()
+
+    data = [{"object": "embedding", "index": i, "embedding": form(vector)} for i, vector in enumerate(vectors)]
+    return {"object": "list", "model": model, "data": data}
+
+
+def hits(found: Sequence[Hit]) -> list[dict[str, Any]]:
+    """What was found. Paths of the server's files stay with it."""
+    return [
+        {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text, "metadata": dict(hit.metadata)}
+        for hit in found
+    ]
+
+
+def usage(prompt: int, written: int) -> dict[str, int]:
+    """Tokens of a chat."""
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+
+def error(message: str, *, kind: str = "invalid_request_error", place: object | None = None) -> Mapping[str, Any]:
+    """OpenAI's error."""
+    return {"error": {"message": message, "type": kind, "param": None if place is None else str(place), "code": None}}

@@ -1,0 +1,256 @@
+"""The one thread that owns the model: everybody gets what it alone would give, and nobody waits for an answer to end."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tiny
+from vlduet.data.records import ImageRef, Message
+from vlduet.errors import DataError, ImageError, ModelError
+from vlduet.serve import worker as module
+from vlduet.serve.worker import Busy, Piece, Talk, Worker, held
+
+QUESTIONS = ["what?", "tell me a long story, and then another one", "a"]
+BROKEN = ImageRef(data=b"no picture")
+
+
+@pytest.fixture
+def worker(model):
+    found = Worker(model)
+    yield found
+    found.close()
+
+
+def turn(*parts):
+    return (Message("user", parts),)
+
+
+class Listener:
+    """Everything that is told about one conversation."""
+
+    def __init__(self):
+        self.told: queue.Queue[Piece | Exception] = queue.Queue()
+
+    def pieces(self) -> list[Piece]:
+        found = [self.told.get(timeout=60)]
+        while isinstance(found[-1], Piece) and found[-1].reason is None:
+            found.append(self.told.get(timeout=60))
+        return found
+
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces())
+
+
+def asked(worker, messages, longest=12, **options):
+    listener = Listener()
+    talk = Talk(messages, listener.told.put, longest, **options)
+    worker.answer(talk)
+    return listener, talk
+
+
+# ------------------------------------------------------------------ embedding
+
+
+def test_many_requests_at_once_get_what_one_alone_gets(model, worker, monkeypatch):
+    forwards = []
+    monkeypatch.setattr(model, "encode_document", lambda items: forwards.append(len(items)) or model.encode(items))
+    begin = threading.Event()
+    first = worker.call(begin.wait)  # all of them wait before any is taken
+    texts = [[f"text {i} {j}" for j in range(i + 1)] for i in range(9)]
+    documents = [worker.embed(some, query=False) for some in texts]
+    queries = [worker.embed([tiny.picture(i), (tiny.picture(i), "at night")], query=True) for i in range(3)]
+    begin.set()
+    assert first.result(60)
+    for some, future in zip(texts, documents, strict=True):
+        np.testing.assert_allclose(future.result(60), model.encode(some), atol=1e-5)
+    for i, future in enumerate(queries):
+        wanted = model.encode_query([tiny.picture(i), (tiny.picture(i), "at night")])
+        np.testing.assert_allclose(future.result(60), wanted, atol=1e-5)
+    assert sum(forwards) == 45 and len(forwards) == 2, "45 documents in turns of 32"
+
+
+def test_a_broken_item_fails_its_own_request_and_says_which(model, worker):
+    begin = threading.Event()
+    worker.call(begin.wait)
+    good, bad = worker.embed(["a", tiny.picture()], query=False), worker.embed(["b", BROKEN, "c"], query=False)
+    empty = worker.embed(["d", " "], query=False)
+    begin.set()
+    np.testing.assert_allclose(good.result(60), model.encode(["a", tiny.picture()]), atol=1e-5)
+    with pytest.raises(ImageError, match=r"input\[1\]"):
+        bad.result(60)
+    with pytest.raises(DataError, match=r"input\[1\]: nothing to embed"):
+        empty.result(60)
+
+
+def test_the_thread_outlives_what_fails_in_it(model, worker, monkeypatch):
+    def no_memory(items):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "encode_query", no_memory)
+        patched.setattr(model, "encode_document", lambda items: np.full((len(items), model.dim), np.nan))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            worker.embed(["a"], query=True).result(60)
+        with pytest.raises(ModelError, match="not finite"):
+            worker.embed(["a"], query=False).result(60)
+        with pytest.raises(ZeroDivisionError):
+            worker.call(lambda: 1 / 0).result(60)
+    assert worker.embed(["a"], query=True).result(60).shape == (1, model.dim)
+
+
+# ------------------------------------------------------------------ answers
+
+
+def test_answers_side_by_side_are_those_of_one_alone(model, worker):
+    begin = threading.Event()
+    worker.call(begin.wait)
+    chats = [turn(tiny.picture(i), question) for i, question in enumerate(QUESTIONS)]
+    lengths = [3, 12, 7]
+    listeners = [asked(worker, chat, longest)[0] for chat, longest in zip(chats, lengths, strict=True)]
+    begin.set()
+    for chat, longest, listener in zip(chats, lengths, listeners, strict=True):
+        pieces = listener.pieces()
+        assert "".join(piece.text for piece in pieces).strip() == model.generate(chat, max_new_tokens=longest)
+        assert pieces[-1].tokens <= longest
+        assert pieces[-1].reason == ("length" if pieces[-1].tokens == longest else "stop")
+        assert pieces[-1].prompt_tokens == len(model.renderer.chat(chat, answer=True))
+
+
+def test_an_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
+    listener = Listener()
+    seen: list[tuple[int, bool]] = []
+    futures = []
+
+    def tell(piece):
+        if not futures:  # in the worker's own thread, between two tokens
+            futures.append(worker.embed(["a dog"], query=False))
+        seen.append((piece.tokens, futures[0].done()))
+        listener.told.put(piece)
+
+    worker.answer(Talk(turn("go on"), tell, 12))
+    tokens = listener.pieces()[-1].tokens
+    np.testing.assert_allclose(futures[0].result(60), model.encode(["a dog"]), atol=1e-5)
+    assert tokens == 1 or seen[1][1], "it was there with the second token"
+    whole = model.generate(turn("go on"), max_new_tokens=12)
+    listener, _ = asked(worker, turn("go on"))
+    assert listener.text().strip() == whole, "what came between changed no word"
+
+
+def test_an_answer_ends_before_its_stop_string(model, worker):
+    whole = model.generate(turn("say"), max_new_tokens=24)
+    plain = whole.replace("\N{REPLACEMENT CHARACTER}", "")
+    assert len(plain) > 3
+    stop = plain[2]
+    pieces = asked(worker, turn("say"), 24, stop=(stop, "no such thing"))[0].pieces()
+    assert pieces[-1].reason == "stop"
+    streamed = asked(worker, turn("say"), 24)[0].text()
+    assert "".join(piece.text for piece in pieces) == streamed[: streamed.index(stop)]
+
+
+@given(st.text("ab\N{REPLACEMENT CHARACTER}", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
+def test_what_is_told_is_never_taken_back(text, stop):
+    """Told letter by letter, nothing of a stop string that is still being written gets out."""
+    told = 0
+    for end in range(len(text) + 1):
+        written = text[:end]
+        if any(each in written for each in stop):
+            break
+        told = max(told, end - max(held(written, stop), default=0))
+        cut = min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))
+        assert told <= cut
+        assert not any(written[told:].startswith(each) for each in stop)
+
+
+def test_a_conversation_that_fails_leaves_the_others_alone(model, worker):
+    begin = threading.Event()
+    worker.call(begin.wait)
+    long = "word " * model.backbone.window
+    listeners = [asked(worker, turn(*parts), 5)[0] for parts in (("fine",), (BROKEN, "what?"), (long,))]
+    begin.set()
+    assert listeners[0].text().strip() == model.generate(turn("fine"), max_new_tokens=5)
+    assert isinstance(listeners[1].pieces()[0], ImageError)
+    (refused,) = listeners[2].pieces()
+    assert isinstance(refused, DataError) and f"the model's window is {model.backbone.window}" in str(refused)
+
+
+def test_different_temperatures_do_not_share_a_batch(model, worker):
+    begin = threading.Event()
+    worker.call(begin.wait)
+    sampled, greedy = asked(worker, turn("one"), 6, temperature=1.5)[0], asked(worker, turn("one"), 6)[0]
+    begin.set()
+    assert sampled.pieces()[-1].tokens <= 6
+    assert greedy.text().strip() == model.generate(turn("one"), max_new_tokens=6)
+
+
+def test_who_goes_away_is_told_nothing_more(model, worker):
+    listener = Listener()
+    talk = Talk(turn("go on and on"), listener.told.put, model.backbone.window // 2)
+    real = talk.tell
+
+    def tell(piece):
+        real(piece)
+        talk.cancelled = True
+
+    talk.tell = tell
+    worker.answer(talk)
+    assert worker.embed(["after"], query=False).result(60).shape == (1, model.dim)
+    listener_of_next, _ = asked(worker, turn("next"), 3)
+    assert listener_of_next.pieces()[-1].tokens <= 3
+    assert listener.told.qsize() == 1
+
+
+def test_an_error_while_answering_reaches_everyone_who_waits(model, worker, monkeypatch):
+    def no_memory(**_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.backbone.model, "generate", no_memory)
+        (told,) = asked(worker, turn("x"))[0].pieces()
+    assert isinstance(told, RuntimeError)
+    assert isinstance(asked(worker, turn("x"))[0].pieces()[-1], Piece)
+
+
+# ------------------------------------------------------------------ limits
+
+
+def test_too_much_is_turned_away(worker, monkeypatch):
+    begin = threading.Event()
+    worker.call(begin.wait)
+    while worker._calls:  # taken, not yet done
+        time.sleep(0.01)
+    monkeypatch.setattr(module, "WAITING", 3)
+    kept = worker.embed(["a", "b"], query=False)
+    with pytest.raises(Busy):
+        worker.embed(["c", "d"], query=False)
+    begin.set()
+    assert len(kept.result(60)) == 2
+    assert len(worker.embed(["c", "d"], query=False).result(60)) == 2
+
+
+def test_closing_ends_answers_and_tells_who_waits(model):
+    worker = Worker(model)
+    listener = Listener()
+    waiting: list = []
+
+    def tell(piece):
+        if not waiting:
+            waiting.append(asked(worker, turn("later"))[0])
+            threading.Thread(target=worker.close).start()
+            while not worker._closed:
+                time.sleep(0.01)
+        listener.told.put(piece)
+
+    worker.answer(Talk(turn("go on and on"), tell, model.backbone.window // 2))
+    told = listener.pieces()
+    worker.close()
+    assert isinstance(told[-1], Busy) or told[-1].reason == "stop"
+    assert isinstance(waiting[0].pieces()[0], Busy)
+    with pytest.raises(Busy):
+        worker.embed(["a"], query=False)
