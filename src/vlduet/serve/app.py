@@ -157,7 +157,7 @@ class Service:
                 raise HTTPException(413, f"More than {LARGEST >> 20} MiB. Send fewer or smaller images")
         try:
             raw = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"the body is no JSON ({error})", fix="Mend it") from None
         if not isinstance(raw, dict):
             raise DataError("the body is no JSON object", fix="Send {...}")

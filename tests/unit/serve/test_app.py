@@ -212,6 +212,7 @@ WRONG = [
     ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
     ("/v1/embeddings", {}, "input: Field required"),
     ("/v1/embeddings", b"{", "the body is no JSON"),
+    ("/v1/embeddings", b"[" * 10**6, "the body is no JSON"),
     ("/v1/embeddings", [], "the body is no JSON object"),
     ("/v1/search", {"query": "a", "k": 0}, "k: "),
     ("/v1/search", {"query": [], "k": 1}, "query: neither text nor a list of parts"),
