@@ -11,9 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="session", params=["fast_vlm", "llava", "qwen2_vl", "internvl"])
+@pytest.fixture(scope="session", params=["fast_vlm", "llava", "qwen2_vl", "internvl", "smolvlm"])
 def family(request: pytest.FixtureRequest) -> str:
-    """Families of checkpoints with a tiny twin; Qwen2.5-VL is Qwen2-VL but for its tower, see test_families."""
+    """Families of checkpoints with a tiny twin; test_families has those that are one of them but for a detail."""
     return str(request.param)
 
 

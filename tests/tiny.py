@@ -22,6 +22,8 @@ from transformers import (
     EfficientNetConfig,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -33,11 +35,17 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava import LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef
@@ -48,6 +56,8 @@ from vlduet.model.prompts import Prompts, Renderer
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>"]
 """Around every image of a Qwen2-VL or an InternVL."""
+SMOL = ["<fake_token_around_image>", "<global-img>"]
+"""Both before every image of a SmolVLM, the first one after it, too."""
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -220,7 +230,44 @@ def internvl(folder: Path, *, seed: int = 0, tiles: bool = False) -> Path:
     return folder
 
 
-FAMILIES = {"internvl": internvl, "llava": llava, "fast_vlm": fast_vlm, "qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}
+def smolvlm(folder: Path, *, seed: int = 0) -> Path:
+    """A SmolVLM checkpoint: 4 tokens an image, whose processor would cut tiles."""
+    torch.manual_seed(seed)
+    return _smol(folder, SmolVLMForConditionalGeneration, SmolVLMConfig, SmolVLMVisionConfig, SmolVLMImageProcessorPil)
+
+
+def idefics3(folder: Path, *, seed: int = 0) -> Path:
+    """An Idefics3 checkpoint, the same but for its names."""
+    torch.manual_seed(seed)
+    return _smol(
+        folder, Idefics3ForConditionalGeneration, Idefics3Config, Idefics3VisionConfig, Idefics3ImageProcessorPil
+    )
+
+
+def _smol(folder: Path, model: type, config: type, vision: type, processor: type) -> Path:
+    text = text_config()
+    text.vocab_size += len(SMOL)
+    seen = vision(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    made = config(vision_config=seen, text_config=text, image_token_id=3, scale_factor=2, tie_word_embeddings=False)
+    model(made).save_pretrained(folder)
+    processor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}).save_pretrained(folder)
+    words = tokenizer(bos=False, more=SMOL)
+    words.chat_template = CHAT
+    words.save_pretrained(folder)
+    return folder
+
+
+FAMILIES = {
+    "fast_vlm": fast_vlm,
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "llava": llava,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen2_vl": qwen2_vl,
+    "smolvlm": smolvlm,
+}
 
 
 def duet(folder: Path, *, family: str = "fast_vlm", head: str = "mlp", prompts: Prompts = BARE) -> DuetModel:

@@ -36,7 +36,7 @@ def open_lora(backbone: Backbone, lora: Lora, there: PeftModel | None) -> PeftMo
         ConfigError: what is there is not what is asked for, or see `_add_lora`.
     """
     if there is not None:
-        _check_lora(there, lora)
+        _check_lora(there, lora, backbone.family.trunk)
     peft = there or _add_lora(backbone, lora)
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -54,7 +54,10 @@ def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
     if lora.targets not in TARGETS:
         raise ConfigError(f"'{lora.targets}'", place="train.lora.targets", fix=f"Use one of {', '.join(TARGETS)}")
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_pattern(lora.targets)
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_pattern(lora.targets, backbone.family.trunk),
     )
     try:
         with quiet():
@@ -65,14 +68,14 @@ def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
         ) from None
 
 
-def _pattern(targets: str) -> str:
-    return rf".*language_model\..*\.({TARGETS[targets]})"
+def _pattern(targets: str, trunk: str) -> str:
+    return rf".*{trunk}\..*\.({TARGETS[targets]})"
 
 
-def _check_lora(peft: PeftModel, lora: Lora) -> None:
+def _check_lora(peft: PeftModel, lora: Lora, trunk: str) -> None:
     """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
     has = peft.peft_config["default"]
-    targets = next((name for name in TARGETS if _pattern(name) == has.target_modules), "others")
+    targets = next((name for name in TARGETS if _pattern(name, trunk) == has.target_modules), "others")
     there = Lora(rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout)
     for field in fields(Lora):
         wanted, found = getattr(lora, field.name), getattr(there, field.name)

@@ -67,7 +67,7 @@ class Backbone(nn.Module):
     @property
     def trunk(self) -> nn.Module:
         """The language model without its head: float[B, T, D] -> final hidden states, after the final norm."""
-        return self.model.model.language_model  # type: ignore[no-any-return]
+        return attrgetter(self.family.trunk)(self.model.model)  # type: ignore[no-any-return]
 
     @property
     def projector(self) -> nn.Module:
@@ -226,7 +226,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
             use_safetensors=True,
             output_loading_info=True,
         )
-    tokenizer, processor = _load_processors(folder)
+    tokenizer, processor = _load_processors(folder, family_of(model.config.model_type, folder))
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
@@ -252,7 +252,7 @@ def load_processing(folder: Path) -> Processing:
         ModelError: as `load_backbone` does.
     """
     family = family_of(read_config(folder).get("model_type", ""), folder)
-    tokenizer, processor = _load_processors(folder)
+    tokenizer, processor = _load_processors(folder, family)
     with opening(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -268,12 +268,14 @@ def _prepared(family: Family, config: Any, inputs: Inputs, key: str) -> Prepared
     return PreparedImage(inputs=inputs, num_tokens=family.count(config, inputs), key=key, grid=grid)
 
 
-def _load_processors(folder: Path) -> tuple[Tokenizer, Any]:
+def _load_processors(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )
+    for name, value in family.settings.items():
+        setattr(processor, name, value)
     return tokenizer, processor
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ class Family:
     """config, prepared image -> tokens that it takes."""
     vision: Callable[[Any, Inputs], Tensor]
     """model, inputs of several images -> float[tokens, Dv], what the projector reads."""
+    trunk: str = "language_model"
+    """Attribute of the inner model: the language model without its head."""
     tower: str = "vision_tower"
-    """Attribute of the inner model: the vision tower."""
+    """The same, of the vision tower."""
     projector: str = "multi_modal_projector"
     """The same, of what stands between tower and language model; a dotted path."""
     project: Callable[[nn.Module, Tensor], Tensor] = _once
@@ -55,6 +57,8 @@ class Family:
     """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
     frame: Callable[[Any, Any], Frame] = lambda config, tokenizer: ((), ())
     """config, tokenizer -> the tokens that stand around every image."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the image processor, where ours are not the checkpoint's; an exported model keeps them."""
 
 
 def family_of(model_type: str, folder: Path) -> Family:
@@ -188,11 +192,50 @@ def internvl() -> Family:
     return Family(count=count, vision=vision, shown=shown, frame=frame)
 
 
+def idefics3() -> Family:
+    """Idefics3 and SmolVLM: one square, in patches of which n * n neighbours make a token.
+
+    Dv is the width of n * n patches. Their tiles have words between them, which an image here cannot have, so a picture is
+    always taken whole.
+    """
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        inner = model.model
+        states = inner.vision_model(inputs["pixel_values"].flatten(0, 1).to(model.dtype)).last_hidden_state
+        tokens: Tensor = inner.connector.pixel_shuffle(states, model.config.scale_factor)
+        return tokens.flatten(0, 1)  # [images * tokens, Dv]
+
+    def count(config: Any, inputs: Inputs) -> int:
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch = config.vision_config.patch_size
+        return int((height // patch) * (width // patch) // config.scale_factor**2)
+
+    def pixels(config: Any, inputs: Inputs) -> Tensor:
+        return inputs["pixel_values"][0, 0]
+
+    def frame(config: Any, tokenizer: Any) -> Frame:
+        fake, whole = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
+        return (fake, whole), (fake,)
+
+    return Family(
+        count=count,
+        vision=vision,
+        trunk="text_model",
+        tower="vision_model",
+        projector="connector.modality_projection",
+        pixels=pixels,
+        frame=frame,
+        settings={"do_image_splitting": False},
+    )
+
+
 BACKBONES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "fast_vlm": fast_vlm,
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,
     "internvl": internvl,
+    "idefics3": idefics3,
+    "smolvlm": idefics3,
 }
 """model_type -> function that makes its `Family`."""

@@ -13,7 +13,7 @@ from vlduet.data import branches
 from vlduet.data.records import Message
 from vlduet.data.sequences import IGNORE
 
-FAMILIES = ("fast_vlm", "llava", "qwen2_vl", "qwen2_5_vl", "internvl")
+FAMILIES = tuple(tiny.FAMILIES)
 WORDS = st.text("ab ", min_size=1, max_size=10)
 QUESTIONS = st.lists(
     st.tuples(

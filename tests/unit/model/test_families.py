@@ -1,5 +1,5 @@
 """Families that see an image in more than one way, as transformers has them: Qwen2-VL and Qwen2.5-VL in its own proportions,
-with positions in rows and columns, InternVL in squares."""
+with positions in rows and columns, InternVL in squares, SmolVLM and Idefics3 whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoTokenizer
+from transformers.models.idefics3 import Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 import tiny
 from vlduet import analysis
@@ -18,6 +22,7 @@ from vlduet.data.batches import collate
 from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import PreparedImage, Sequence, positions
 from vlduet.errors import ImageError
+from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
@@ -272,3 +277,69 @@ def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_pat
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(names | nothing | size))
     prepared = load_backbone(tmp_path / "base").prepare(WIDE)
     assert prepared.num_tokens == 4 and prepared.inputs["pixel_values"].shape == (1, 3, 16, 16)
+
+
+# ------------------------------------------------------------------ SmolVLM and Idefics3
+
+
+@pytest.fixture(params=["smolvlm", "idefics3"])
+def smol(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
+    model = tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
+    with torch.no_grad():
+        for parameter in model.backbone.model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
+
+
+def test_a_picture_is_taken_whole_whatever_the_checkpoint_says(smol: DuetModel) -> None:
+    settings = json.loads((smol.backbone.folder / "preprocessor_config.json").read_text())
+    assert settings["do_image_splitting"], "else this test would prove nothing"
+    made = [smol.prepare(ref) for ref in (WIDE, TALL, SMALL)]
+    assert [image.num_tokens for image in made] == [4, 4, 4]
+    assert [smol.backbone.pixels(image).shape for image in made] == [(3, 16, 16)] * 3
+    assert len(smol.vision_features(made)) == 12
+
+
+def test_logits_of_whole_pictures_are_those_of_transformers(smol: DuetModel) -> None:
+    sequences = [smol.renderer.embed(parts) for parts in ((WIDE, "then"), ("before", TALL), (SMALL, "so"))]
+    batch = smol.collate(sequences, side="left")
+    with torch.no_grad():
+        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+        theirs = smol.backbone.model(**given).logits
+        ours = smol.hidden_states(batch) @ smol.lm_weight.T
+        other = smol.hidden_states(smol.collate([smol.renderer.embed((tiny.picture(9, 16), "then"))]))
+    real = batch.segments > 0
+    assert theirs.std() > 0.1
+    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+    mine = smol.hidden_states(smol.collate(sequences[:1]))
+    assert (other[0, -1] - mine[0, -1]).abs().max() > 1e-3, "else no image would be seen"
+
+
+def test_what_is_exported_is_prompted_so_by_its_own_processor(smol: DuetModel, tmp_path: Path) -> None:
+    """Idefics3's processor, for SmolVLM's needs a package more; they write the same."""
+    smol.save_merged(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    theirs = Idefics3Processor(
+        Idefics3ImageProcessorPil.from_pretrained(tmp_path / "merged"), tokenizer, image_seq_len=4
+    )
+    written = theirs(text="<|user|><image>what?</s><|assistant|>", images=images.load(WIDE), return_tensors="pt")
+    chat = smol.renderer.chat((Message("user", (WIDE, "what?")),), answer=True)
+    assert written["input_ids"][0].tolist() == list(chat.ids)
+    assert_close(written["pixel_values"], smol.prepare(WIDE).inputs["pixel_values"])
+
+
+def test_lora_stands_in_the_language_model_alone(smol: DuetModel) -> None:
+    smol.make_trainable(lora=Lora(rank=2), projector=True)
+    names = list(smol.adapter_tensors())
+    assert names and all(".text_model.layers." in name for name in names)
+    trained = {name for name, tensor in smol.named_parameters() if tensor.requires_grad}
+    assert any("connector" in name for name in trained) and not any("vision_model" in name for name in trained)
+
+
+def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel) -> None:
+    smol.backbone.tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    turns = (Message("system", ("Be short.",)), Message("user", (WIDE, "what?")))
+    inside = "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>"
+    written = f"<|im_start|>System: Be short.<end_of_utterance>\nUser:{inside}what?<end_of_utterance>\nAssistant:"
+    pieces = list(smol.renderer.chat(turns, answer=True).ids)
+    assert smol.backbone.tokenizer.decode(pieces) == written
