@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -180,10 +183,21 @@ def qwen2_5_vl(folder: Path, *, seed: int = 0) -> Path:
     return _qwen_processor(folder)
 
 
+def qwen3_vl(folder: Path, *, seed: int = 0) -> Path:
+    """A Qwen3-VL checkpoint: two layers of its tower speak to the first two of the trunk."""
+    torch.manual_seed(seed)
+    vision = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    deep = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+    made = _qwen(vision | PATCHES | deep)
+    made["text_config"] = made["text_config"] | {"head_dim": 8}
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)).save_pretrained(folder)
+    return _qwen_processor(folder)
+
+
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
-def _qwen(vision: dict[str, object]) -> dict[str, object]:
+def _qwen(vision: dict[str, object]) -> dict[str, Any]:
     text = text_config().to_dict()
     shape = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     kept = {name: text[name] for name in (*shape, "pad_token_id", "bos_token_id", "eos_token_id")}
@@ -266,6 +280,7 @@ FAMILIES = {
     "llava": llava,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
     "smolvlm": smolvlm,
 }
 

@@ -224,7 +224,7 @@ def attentions(model: DuetModel, sequence: Tokens) -> list[Tensor]:
     batch = model.collate([sequence])
     trunk: Any = model.backbone.trunk
     out = trunk(
-        inputs_embeds=model.input_embeddings(batch),
+        **model.trunk_inputs(batch),
         position_ids=batch.positions,
         use_cache=False,
         output_attentions=True,

@@ -76,7 +76,15 @@ class Backbone(nn.Module):
 
     def project(self, features: Tensor) -> Tensor:
         """Vision features float[tokens, Dv] -> float[tokens, D], in the projector's precision."""
-        return self.family.project(self.projector, features.to(next(self.projector.parameters()).dtype))
+        read = features[:, : self.vision_width]
+        return self.family.project(self.projector, read.to(next(self.projector.parameters()).dtype))
+
+    def deeper(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
+        """What the trunk takes beside embeddings: features for its first layers, where the family has such (DeepStack)."""
+        more = features[:, self.vision_width :]
+        if not more.shape[1]:
+            return {}
+        return {"visual_pos_masks": image_mask, "deepstack_visual_embeds": list(more.split(self.width, 1))}
 
     def open_projector(self, what: Opened) -> None:
         """Let it be trained or freeze it."""
@@ -85,7 +93,7 @@ class Backbone(nn.Module):
 
     @property
     def vision_width(self) -> int:
-        """Dv, the width of the vision features."""
+        """Dv, the width of the vision features that the projector reads."""
         return next(m.in_features for m in self.projector.modules() if isinstance(m, nn.Linear))
 
     @property

@@ -109,22 +109,19 @@ class DuetModel(nn.Module):
         """Final hidden states float[B, T, D], after the final norm: what a server of the same checkpoint computes."""
         if not len(batch.ids):
             return self.logit_scale.new_zeros(*batch.ids.shape, self.backbone.width)
-        out = self.backbone.trunk(
-            inputs_embeds=self.input_embeddings(batch),
-            attention_mask=batch.attention_mask(),
-            position_ids=batch.positions,
-            use_cache=False,
-        )
-        return out.last_hidden_state  # type: ignore[no-any-return]
+        given = self.trunk_inputs(batch) | {"attention_mask": batch.attention_mask(), "position_ids": batch.positions}
+        return self.backbone.trunk(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
-    def input_embeddings(self, batch: Batch) -> Tensor:
-        """Token embeddings with the projected image features in their places, float[B, T, D]."""
+    def trunk_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Token embeddings with the projected image features in their places, float[B, T, D]; and see `Backbone.deeper`."""
         table = self.backbone.embedding
         embeddings: Tensor = table(batch.ids) if self.soft is None else self.soft(batch.ids, table)
         if not batch.images:
-            return embeddings
-        projected = self.backbone.project(self.vision_features(list(batch.images))).to(embeddings.dtype)
-        return embeddings.masked_scatter(batch.image_mask[..., None], projected)
+            return {"inputs_embeds": embeddings}
+        features = self.vision_features(list(batch.images))
+        projected = self.backbone.project(features).to(embeddings.dtype)
+        embeddings = embeddings.masked_scatter(batch.image_mask[..., None], projected)
+        return {"inputs_embeds": embeddings, **self.backbone.deeper(features, batch.image_mask)}
 
     @property
     def lm_weight(self) -> Tensor:
@@ -250,7 +247,7 @@ class DuetModel(nn.Module):
     ) -> generation.Start:
         """Open sequences -> what `generation.generate` continues, in one batch."""
         batch = self.collate(sequences, side="left")
-        given = self.input_embeddings(batch), (batch.segments > 0).long(), batch.positions
+        given = self.trunk_inputs(batch), (batch.segments > 0).long(), batch.positions
         return generation.Start(*given, self.renderer.eos_ids, max_new_tokens, temperature=temperature, beams=beams)
 
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:

@@ -40,7 +40,8 @@ class Family:
     count: Callable[[Any, Inputs], int]
     """config, prepared image -> tokens that it takes."""
     vision: Callable[[Any, Inputs], Tensor]
-    """model, inputs of several images -> float[tokens, Dv], what the projector reads."""
+    """model, inputs of several images -> float[tokens, Dv], what the projector reads; behind it, D numbers for each of the
+    trunk's first layers that has image features of its own."""
     trunk: str = "language_model"
     """Attribute of the inner model: the language model without its head."""
     tower: str = "vision_tower"
@@ -107,10 +108,11 @@ def fast_vlm() -> Family:
 
 
 def qwen_vl() -> Family:
-    """Qwen2-VL and Qwen2.5-VL: an image in its own proportions, in patches of which m * m neighbours make a token.
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: an image in its own proportions, in patches of which m * m neighbours make a token.
 
     Dv is the width of m * m patches: the projector (`merger`) is a part of the tower, and its weights are trained here. A
-    token's position is its image's place in time, its row and its column (multimodal rope).
+    token's position is its image's place in time, its row and its column (multimodal rope). Qwen3-VL brings features of
+    earlier layers of its tower, too, for the first layers of the trunk (DeepStack).
     """
 
     def vision(model: Any, inputs: Inputs) -> Tensor:
@@ -121,11 +123,11 @@ def qwen_vl() -> Family:
         tower = copy.copy(whole)
         tower._modules = whole._modules | {"merger": nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1))}
         out = tower(inputs["pixel_values"].to(model.dtype), grid_thw=inputs["image_grid_thw"])
-        tokens: Tensor = out.pooler_output  # [tokens, m * m * width]
-        return tokens
+        # [tokens, m * m * width], and D more for each layer of the trunk that has features of its own
+        return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], 1)
 
     def project(merger: nn.Module, features: Tensor) -> Tensor:
-        norm: Any = merger.ln_q
+        norm: Any = merger.norm if hasattr(merger, "norm") else merger.ln_q
         projected: Tensor = merger(features.reshape(-1, norm.weight.shape[0]))  # patches go in, tokens come out
         return projected
 
@@ -234,6 +236,7 @@ BACKBONES: dict[str, Callable[[], Family]] = {
     "fast_vlm": fast_vlm,
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,
+    "qwen3_vl": qwen_vl,
     "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": idefics3,

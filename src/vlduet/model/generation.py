@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, cast
@@ -32,8 +33,8 @@ class evaluating:
 class Start:
     """Left-padded prompts, ready for the trunk."""
 
-    embeddings: Tensor
-    """float[B, T, D]"""
+    inputs: Mapping[str, Any]
+    """`inputs_embeds`, float[B, T, D], and what `Backbone.deeper` adds."""
     mask: Tensor
     """int64[B, T], 0 on padding."""
     positions: Tensor
@@ -50,7 +51,7 @@ class Start:
         sampling = self.temperature > 0
         special = [i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special]
         return {
-            "inputs_embeds": self.embeddings,
+            "inputs_embeds": self.inputs["inputs_embeds"],
             "attention_mask": self.mask,
             "position_ids": self.positions,
             "max_new_tokens": self.max_new_tokens,
@@ -68,16 +69,44 @@ class Start:
         }
 
 
+@contextmanager
+def prompted(backbone: Backbone, start: Start) -> Iterator[dict[str, Any]]:
+    """The arguments of transformers' `generate`; what they cannot carry is given to the trunk as it reads the prompt."""
+    deep = {name: value for name, value in start.inputs.items() if name != "inputs_embeds"}
+
+    def give(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...] | None:
+        cache = given.get("past_key_values")
+        reads = (
+            deep and cache is not None and not cache.get_seq_length()
+        )  # not somebody else's pass, nor a later token's
+        return (args, given | _by_beams(**deep, rows=len(given["inputs_embeds"]))) if reads else None
+
+    handle = backbone.trunk.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        with torch.no_grad(), evaluating(backbone):
+            yield start.arguments(backbone)
+    finally:
+        handle.remove()
+
+
+def _by_beams(visual_pos_masks: Tensor, deepstack_visual_embeds: list[Tensor], *, rows: int) -> dict[str, Any]:
+    """`Backbone.deeper` of every prompt as often as it has beams, of `rows` in all."""
+    beams = rows // len(visual_pos_masks)
+    mask = visual_pos_masks.repeat_interleave(beams, 0)  # [B * beams, T]
+    images = visual_pos_masks.sum(1).tolist()
+    each = [[rows.repeat(beams, 1) for rows in deep.split(images)] for deep in deepstack_visual_embeds]
+    return {"visual_pos_masks": mask, "deepstack_visual_embeds": [torch.cat(of_layer) for of_layer in each]}
+
+
 def generate(backbone: Backbone, start: Start) -> list[str]:
     """Continue every prompt."""
     return [texts[0] for texts in drafts(backbone, start)]
 
 
-@torch.no_grad()
 def drafts(backbone: Backbone, start: Start) -> list[list[str]]:
     """As many continuations of every prompt as there are beams, the likeliest first."""
-    with evaluating(backbone):
-        ids = backbone.model.generate(**start.arguments(backbone))
+    with prompted(backbone, start) as arguments:
+        ids = backbone.model.generate(**arguments)
     texts = [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
     return [texts[begin : begin + start.beams] for begin in range(0, len(texts), start.beams)]
 
@@ -99,7 +128,6 @@ def nearest(drafts: Sequence[Sequence[str]], similarity: Callable[[list[str]], n
     ]
 
 
-@torch.no_grad()
 def watched(backbone: Backbone, start: Start, watch: Callable[[Tensor], Tensor]) -> None:
     """Continue every prompt, and call `watch` after every token, in this thread.
 
@@ -107,8 +135,8 @@ def watched(backbone: Backbone, start: Start, watch: Callable[[Tensor], Tensor])
         watch: int64[B, n], all that is new -> bool[B], the prompts that go on no longer; they are filled with padding then.
     """
     criteria = StoppingCriteriaList([cast("StoppingCriteria", lambda ids, scores: watch(ids))])
-    with evaluating(backbone):
-        backbone.model.generate(**start.arguments(backbone), stopping_criteria=criteria)
+    with prompted(backbone, start) as arguments:
+        backbone.model.generate(**arguments, stopping_criteria=criteria)
 
 
 def stream(backbone: Backbone, start: Start) -> Iterator[str]:
@@ -118,8 +146,8 @@ def stream(backbone: Backbone, start: Start) -> Iterator[str]:
 
     def work() -> None:
         try:
-            with torch.no_grad(), evaluating(backbone):
-                backbone.model.generate(**start.arguments(backbone), streamer=streamer)
+            with prompted(backbone, start) as arguments:
+                backbone.model.generate(**arguments, streamer=streamer)
         except BaseException as error:  # noqa: BLE001 - raised again in the reader, who would wait for ever otherwise
             failed.append(error)
             streamer.end()

@@ -102,7 +102,7 @@ class EmbeddingHead(nn.Module):
     def of_vision(self, pooled: Tensor) -> Tensor:
         """Vision features float[A, Dv] -> float[A, E], unit length."""
         assert self.vision is not None, "only a split head reads the tower"
-        return nn.functional.normalize(self.vision(pooled), dim=-1)
+        return nn.functional.normalize(self.vision(pooled[:, : self.vision.in_features]), dim=-1)
 
 
 def beside_tower(of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Tensor, features: Tensor) -> Tensor:

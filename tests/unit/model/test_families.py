@@ -22,6 +22,7 @@ from vlduet.data.batches import collate
 from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import PreparedImage, Sequence, positions
 from vlduet.errors import ImageError
+from vlduet.model import generation
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
@@ -31,7 +32,7 @@ PROMPTS = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} a
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
     folder = tmp_path_factory.mktemp(request.param) / "base"
     model = tiny.duet(folder, family=request.param, prompts=PROMPTS, head="none")
@@ -138,8 +139,8 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
     turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
     asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
     start = qwen.start(asked, 6)
-    given = start.arguments(qwen.backbone) | {"min_new_tokens": None, "eos_token_id": None}
-    ids = qwen.backbone.model.generate(**given)
+    with generation.prompted(qwen.backbone, start) as given:
+        ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
     banned = given["suppress_tokens"]
     for row, sequence in enumerate(asked):
         so_far = list(sequence.ids)
@@ -161,8 +162,8 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
     """Every beam of a batch of prompts with images of several grids, whose positions have three axes."""
     turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
     asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    given = qwen.start(asked, 6, beams=3).arguments(qwen.backbone) | {"min_new_tokens": None, "eos_token_id": None}
-    ids = qwen.backbone.model.generate(**given).view(2, 3, -1)
+    with generation.prompted(qwen.backbone, qwen.start(asked, 6, beams=3)) as given:
+        ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None}).view(2, 3, -1)
     for row, sequence in enumerate(asked):
         plain = tiny.plain(torch.tensor([sequence.ids]), [image for _, image in sequence.images])
         theirs = qwen.backbone.model.generate(

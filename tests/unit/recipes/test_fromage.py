@@ -86,7 +86,7 @@ def by_hand(model: DuetModel, sequences: list[Sequence]) -> tuple[torch.Tensor, 
     assert model.head.vision is not None
     for sequence in sequences:
         batch = model.collate([sequence])
-        hidden = model.backbone.trunk(inputs_embeds=model.input_embeddings(batch), position_ids=batch.positions)
+        hidden = model.backbone.trunk(**model.trunk_inputs(batch), position_ids=batch.positions)
         states = hidden.last_hidden_state[0]
         for at in range(1, len(sequence)):
             if sequence.labels[at] != -100:
@@ -94,7 +94,9 @@ def by_hand(model: DuetModel, sequences: list[Sequence]) -> tuple[torch.Tensor, 
         (anchor,) = sequence.anchors
         if sequence.ids[anchor.start] == model.backbone.image_token_id:
             (image,) = (image for at, image in sequence.images if at == anchor.start)
-            vector = model.head.vision(model.vision_features([image]).double().mean(0))
+            vector = model.head.vision(
+                model.vision_features([image])[:, : model.backbone.vision_width].double().mean(0)
+            )
         else:
             vector = model.head.layers(states[anchor.end - 1])
         side = "left" if anchor.role in ("image", "query") else "right"
@@ -162,7 +164,7 @@ def test_a_step_moves_maps_ret_and_temperature_alone(run: setup.Run) -> None:
         move(run, step)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     *_, (last, _) = ((n, m) for n, m in model.backbone.projector.named_modules() if isinstance(m, torch.nn.Linear))
-    of_projector = {name for name in changed if "projector" in name or "merger" in name}
+    of_projector = {name for name in changed if any(n in name for n in ("projector", "merger", "connector"))}
     assert of_projector and all(f".{last}." in f".{name}" for name in of_projector)
     heads = {f"head.{kind}.{name}" for kind in ("layers", "vision") for name in ("weight", "bias")}
     assert changed - of_projector == heads | {"soft.rows", "logit_scale"}

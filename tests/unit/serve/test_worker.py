@@ -143,15 +143,17 @@ def test_an_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
     assert listener.text().strip() == whole, "what came between changed no word"
 
 
-def test_an_answer_ends_before_its_stop_string(model, worker):
-    whole = model.generate(turn("say"), max_new_tokens=24)
-    plain = whole.replace("\N{REPLACEMENT CHARACTER}", "")
-    assert len(plain) > 3
-    stop = plain[2]
-    pieces = asked(worker, turn("say"), 24, stop=(stop, "no such thing"))[0].pieces()
-    assert pieces[-1].reason == "stop"
-    streamed = asked(worker, turn("say"), 24)[0].text()
-    assert "".join(piece.text for piece in pieces) == streamed[: streamed.index(stop)]
+def test_an_answer_ends_before_its_stop_string(model, worker, monkeypatch):
+    def letters(ids, **_):
+        return "".join(f"{chr(97 + i % 26)}{n % 10}" for n, i in enumerate(ids))  # no two tokens look alike
+
+    monkeypatch.setattr(model.backbone.tokenizer, "decode", letters)
+    streamed = asked(worker, turn("say"), 9)[0].text()
+    assert len(streamed) > 7, "a model that ends at once would prove nothing"
+    stop = streamed[3:5]
+    pieces = asked(worker, turn("say"), 9, stop=(stop, "no such thing"))[0].pieces()
+    assert pieces[-1].reason == "stop" and pieces[-1].tokens == 3
+    assert "".join(piece.text for piece in pieces) == streamed[:3]
 
 
 @given(st.text("ab\N{REPLACEMENT CHARACTER}", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
