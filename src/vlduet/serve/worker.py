@@ -293,7 +293,8 @@ class _Row:
 
 
 def held(text: str, stop: Sequence[str]) -> Iterator[int]:
-    """Numbers of letters at the end that are not told yet: half a character, or what may become a stop string."""
-    yield len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    """Numbers of letters at the end that are not told yet: half a character, a blank that some tokenizers take back before a
+    comma, or what may become a stop string."""
+    yield len(text) - len(text.rstrip(" \N{REPLACEMENT CHARACTER}"))
     for each in stop:
         yield from (n for n in range(1, min(len(each), len(text) + 1)) if text.endswith(each[:n]))
