@@ -169,7 +169,8 @@ def test_what_is_told_is_never_taken_back(text, stop):
         told = max(told, end - max(held(written, stop), default=0))
         cut = min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))
         assert told <= cut
-        assert not written[:told].endswith((" ", "\N{REPLACEMENT CHARACTER}")), "the next token may change these"
+        if written.endswith((" ", "\N{REPLACEMENT CHARACTER}")):
+            assert told < end, "the next token may change these"
         assert not any(written[told:].startswith(each) for each in stop)
 
 
