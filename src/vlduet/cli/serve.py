@@ -46,5 +46,7 @@ def serve(
     name = model.resolve().name
     at = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}/v1"
     say(f"{name} answers and embeds at {at} (Ctrl-C ends it)")
-    run(Service(worker, name=name, index=opened).app(hosts=LOOPBACK if host in LOOPBACK else None), listening)
-    worker.close()
+    try:
+        run(Service(worker, name=name, index=opened).app(hosts=LOOPBACK if host in LOOPBACK else None), listening)
+    finally:  # uvicorn hands Ctrl-C on
+        worker.close()

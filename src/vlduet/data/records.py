@@ -285,6 +285,8 @@ def image_of(value: Any, place: Place, root: Path) -> ImageRef:
             return ImageRef(data=data)
         if isinstance(data, str):
             return ImageRef(data=_base64(data, place))
+    if isinstance(value, str) and not is_unicode(value):
+        raise DataError(f"not UTF-8: {value!a:.80}", place=place, fix="Rename the file, or encode the image again")
     if not isinstance(value, str) or not value:
         raise DataError(f"expected an image, got {_kind_of(value)}", place=place, fix="Write a path or a data: URL")
     if value.startswith("data:"):
@@ -294,8 +296,6 @@ def image_of(value: Any, place: Place, root: Path) -> ImageRef:
         return ImageRef(data=_base64(body, place) if head.endswith(";base64") else unquote_to_bytes(body))
     if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
         raise DataError(f"'{value}' is a URL", place=place, fix="Download it first: records never touch the network")
-    if not is_unicode(value):
-        raise DataError(f"a path that is not UTF-8: {value!a}", place=place, fix="Rename the file")
     return ImageRef(path=root / value)
 
 

@@ -156,6 +156,11 @@ class Backbone(nn.Module):
         for name in ("processor_config.json", "chat_template.jinja"):
             if (self.folder / name).is_file() and not (folder / name).is_file():
                 shutil.copy(self.folder / name, folder / name)
+        processor = folder / "processor_config.json"
+        told = json.loads(processor.read_text()) if processor.is_file() else {}
+        if "image_processor" in told:  # it goes before preprocessor_config.json, which has our settings
+            ours = told | {"image_processor": self.image_processor.to_dict()}
+            processor.write_text(json.dumps(ours, indent=2) + "\n")
 
     def prepare(self, ref: ImageRef) -> PreparedImage:
         """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""

@@ -233,14 +233,14 @@ def fingerprint(folder: Path) -> str:
 def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> Mapping[str, Encode]:
     """The mean of the vision tower's features of a VLM."""
     if own is not None and fingerprint_of(own.backbone.folder) == fingerprint_of(folder):
-        prepare, look = own.prepare, own.vision_features  # and its cache
+        backbone, prepare, look = own.backbone, own.prepare, own.vision_features  # and its cache
     else:
         backbone = load_backbone(folder, device=device)
         prepare, look = backbone.prepare, backbone.vision
 
     def encode(refs: list[ImageRef]) -> Tensor:
         prepared = [prepare(ref) for ref in refs]
-        tokens = look(prepared).split([image.num_tokens for image in prepared])
+        tokens = look(prepared)[:, : backbone.vision_width].split([image.num_tokens for image in prepared])
         return torch.stack([one.mean(0) for one in tokens])
 
     return {"image": encode}

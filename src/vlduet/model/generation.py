@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlduet.model.backbones import Backbone
+
+COLD = 1e-3
+"""The temperature below which logits divided by it may leave their range."""
 
 
 class evaluating:
@@ -42,13 +45,13 @@ class Start:
     eos_ids: list[int]
     max_new_tokens: int
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is colder than `COLD`."""
     beams: int = 1
     """More than one: beam search, whose finished beams are the drafts."""
 
     def arguments(self, backbone: Backbone) -> dict[str, Any]:
         """For transformers."""
-        sampling = self.temperature > 0
+        sampling = self.temperature >= COLD
         special = [i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special]
         return {
             "inputs_embeds": self.inputs["inputs_embeds"],
@@ -73,13 +76,14 @@ class Start:
 def prompted(backbone: Backbone, start: Start) -> Iterator[dict[str, Any]]:
     """The arguments of transformers' `generate`; what they cannot carry is given to the trunk as it reads the prompt."""
     deep = {name: value for name, value in start.inputs.items() if name != "inputs_embeds"}
+    here = get_ident()
 
     def give(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...] | None:
         cache = given.get("past_key_values")
-        reads = (
-            deep and cache is not None and not cache.get_seq_length()
-        )  # not somebody else's pass, nor a later token's
-        return (args, given | _by_beams(**deep, rows=len(given["inputs_embeds"]))) if reads else None
+        # Not a later token's pass, nor one without a cache (it embeds), nor another thread's (it answers something else).
+        if not deep or cache is None or cache.get_seq_length() or get_ident() != here:
+            return None
+        return args, given | _by_beams(**deep, rows=len(given["inputs_embeds"]))
 
     handle = backbone.trunk.register_forward_pre_hook(give, with_kwargs=True)
     try:

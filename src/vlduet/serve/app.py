@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vlduet.errors import DataError, MissingExtraError, VLDuetError
+from vlduet.errors import DataError, MissingExtraError, ModelError, VLDuetError
 from vlduet.rag import prepare
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import Hit, search
@@ -33,7 +33,7 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
@@ -41,6 +41,8 @@ except ImportError as error:
 
 log = logging.getLogger("uvicorn.error")
 
+GRACE = 3
+"""Seconds that answers have to end in when the server does."""
 LARGEST = 64 << 20
 """Bytes of one request."""
 LONGEST_ANSWER = 256
@@ -75,10 +77,13 @@ class Service:
             "/v1/search": self.search,
         }
         routes = [Route("/health", self.health), Route("/v1/models", self.models)]
+        routes += [Route("/v1/models/{name}", self.model)]
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
         guard = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
         handlers: dict[Any, Any] = {
             VLDuetError: _refused,
+            ModelError: _broken_model,
+            ClientDisconnect: _gone,
             ValidationError: _misformed,
             HTTPException: _http,
             Busy: _busy,
@@ -94,8 +99,12 @@ class Service:
 
     async def models(self, _: Request) -> Response:
         """The one model."""
-        one = {"id": self.name, "object": "model", "created": self.since, "owned_by": "vlduet"}
-        return JSONResponse({"object": "list", "data": [one]})
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        """The same, by its name."""
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._described())
 
     async def embeddings(self, request: Request) -> Response:
         """Texts, images and mixtures -> unit vectors."""
@@ -161,11 +170,18 @@ class Service:
             raise DataError(f"the body is no JSON ({error})", fix="Mend it") from None
         if not isinstance(raw, dict):
             raise DataError("the body is no JSON object", fix="Send {...}")
-        form = kind.model_validate(raw)
+        form = kind.model_validate({key: value for key, value in raw.items() if value is not None})
         form.check()
-        if form.model not in (None, self.name):
-            raise HTTPException(404, f"The model '{form.model}' is not served here, '{self.name}' is")
+        if form.model is not None:
+            self._check_name(form.model)
         return form
+
+    def _check_name(self, model: str) -> None:
+        if model != self.name:
+            raise HTTPException(404, f"The model {model!a:.80} is not served here, '{self.name}' is")
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.since, "owned_by": "vlduet"}
 
     def _index(self) -> Index:
         if self.index is None:
@@ -175,7 +191,8 @@ class Service:
 
 def run(app: Starlette, listening: socket.socket) -> None:
     """Serve until the process is told to end."""
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")).run(sockets=[listening])
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Listener:
@@ -185,8 +202,7 @@ class _Listener:
         self.loop, self.told = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
 
     def tell(self, piece: Piece | Exception) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.told.put_nowait, piece)
+        self.loop.call_soon_threadsafe(self.told.put_nowait, piece)
 
     async def next(self) -> Piece:
         """Raises what the worker told."""
@@ -263,6 +279,14 @@ def _data(value: Mapping[str, Any]) -> str:
 
 async def _refused(_: Request, error: VLDuetError) -> Response:
     return JSONResponse(forms.error(str(error), place=error.place), 400)
+
+
+async def _broken_model(_: Request, error: ModelError) -> Response:
+    return JSONResponse(forms.error(str(error), kind="server_error", place=error.place), 500)
+
+
+async def _gone(_: Request, __: ClientDisconnect) -> Response:
+    return JSONResponse(forms.error("the client went away"), 499)
 
 
 async def _misformed(_: Request, error: ValidationError) -> Response:

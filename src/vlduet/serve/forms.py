@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,9 +31,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
 }
 """Fields of OpenAI's that are not here, and the values that ask for nothing."""
 MOST_INPUTS = 2048
+MOST_PARTS, MOST_IMAGES = 256, 32
+"""Of one input, or of a whole conversation: what is small to send must not take the model's thread for minutes."""
+LONGEST_TEXT = 1 << 20
+"""Letters of one part: far beyond any window."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -46,11 +55,11 @@ class Form(BaseModel):
     def check(self) -> None:
         """Raises DataError for a field that is not known, or not served."""
         for key, value in (self.model_extra or {}).items():
-            if key in IGNORED or value is None or value in NEUTRAL.get(key, ()):
+            if key in IGNORED or value in NEUTRAL.get(key, ()):
                 continue
             if key in NEUTRAL:
-                raise DataError(f"{value!r} is not served", place=key, fix="Leave it out")
-            raise DataError("unknown field", place=key, fix=closest(key, type(self).model_fields))
+                raise DataError(f"{value!a:.40} is not served", place=key, fix="Leave it out")
+            raise DataError("unknown field", place=f"{key:.40}", fix=closest(key[:40], type(self).model_fields))
 
 
 class Embeddings(Form):
@@ -88,7 +97,7 @@ class Chat(Form):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     """0, the default here, is greedy."""
-    stop: str | list[str] | None = None
+    stop: Annotated[str, Field(max_length=256)] | list[Annotated[str, Field(max_length=256)]] | None = None
     stream: bool = False
     retrieval: Retrieval | None = None
 
@@ -96,18 +105,26 @@ class Chat(Form):
         """The turns, the last one the user's. Raises DataError."""
         turns = []
         for i, message in enumerate(self.messages):
-            role, place = message.get("role"), f"messages[{i}]"
+            role, content, place = message.get("role"), message.get("content"), f"messages[{i}]"
             if not isinstance(role, str) or role not in ROLES:
                 fix = f"Use one of {', '.join(ROLES)}"
-                raise DataError(f"role {role!r}", place=f"{place}.role", fix=fix)
-            turns.append(Message(ROLES[role], parts_of(message.get("content"), Place(f"{place}.content"))))
+                raise DataError(f"role {role!a:.40}", place=f"{place}.role", fix=fix)
+            if (
+                content in (None, "", []) and ROLES[role] != "user"
+            ):  # clients send empty instructions, and empty answers back
+                turns += [Message("assistant", (" ",))] if role == "assistant" else []
+                continue
+            turns.append(Message(ROLES[role], parts_of(content, Place(f"{place}.content"))))
+        _check_size([part for turn in turns for part in turn.parts], "messages")
         if not turns or turns[-1].role != "user":
             raise DataError("the last turn is not a user's", place="messages", fix="End with a question")
         return tuple(turns)
 
     def stops(self) -> tuple[str, ...]:
-        """Strings that end an answer."""
+        """Strings that end an answer. Raises DataError for more than sixteen: each is looked for after every token."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(given) > 16:
+            raise DataError(f"{len(given)} strings", place="stop", fix="Send 16 at most")
         return tuple(each for each in given if each)
 
     def question(self) -> tuple[str, ImageRef | None]:
@@ -139,16 +156,32 @@ def parts_of(content: Any, place: Place) -> Parts:
         DataError: at `place`.
     """
     if isinstance(content, str):
-        return (text_of(content, place),)
+        return (_text(content, place),)
     if not isinstance(content, list) or not content:
         raise DataError("neither text nor a list of parts", place=place, fix='Send [{"type": "text", "text": ...}]')
-    return tuple(_part(part, Place(f"{place}[{i}]")) for i, part in enumerate(content))
+    _check_size(content, place)
+    parts = tuple(_part(part, Place(f"{place}[{i}]")) for i, part in enumerate(content))
+    _check_size(parts, place)
+    return parts
+
+
+def _check_size(parts: Sequence[Any], place: object) -> None:
+    images = sum(isinstance(part, ImageRef) for part in parts)
+    if len(parts) > MOST_PARTS or images > MOST_IMAGES:
+        fix = f"Send {MOST_PARTS} at most, and of these {MOST_IMAGES} images"
+        raise DataError(f"{len(parts)} parts with {images} images", place=place, fix=fix)
+
+
+def _text(value: Any, place: Place) -> str:
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise DataError(f"a text of {len(value)} letters", place=place, fix=f"Send {LONGEST_TEXT} at most")
+    return text_of(value, place)
 
 
 def _part(part: Any, place: Place) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return text_of(part.get("text"), Place(f"{place}.text"))
+        return _text(part.get("text"), Place(f"{place}.text"))
     if kind != "image_url":
         raise DataError("not a part", place=place, fix="Send parts of type text or image_url")
     url = part.get("image_url")
@@ -176,9 +209,14 @@ def embeddings(vectors: np.ndarray, *, model: str, base64_: bool) -> dict[str, A
 def hits(found: Sequence[Hit]) -> list[dict[str, Any]]:
     """What was found. Paths of the server's files stay with it."""
     return [
-        {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text, "metadata": dict(hit.metadata)}
+        {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text, "metadata": _plain(hit.metadata)}
         for hit in found
     ]
+
+
+def _plain(metadata: Mapping[str, Any]) -> Any:
+    """Without NaN and infinities, which Python's JSON can spell and JSON cannot."""
+    return json.loads(json.dumps(dict(metadata)), parse_constant=lambda _: None)
 
 
 def usage(prompt: int, written: int) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """The one thread that owns the model. What waits is embedded in batches, also between the tokens of an answer.
 
 1. ask     requests leave here what they want: items to embed, a conversation, a call such as a search
-2. embed   a turn: up to `TURN` items of all requests, in one batch
-3. answer  up to `TALKS` conversations in one batch, token by token; after every token come 2 and the calls
+2. embed   a turn: one call, and in one batch up to `TURN` texts, or the eighth of it in images, of all requests in rotation
+3. answer  up to `TALKS` conversations in one batch, token by token; after every image and every token comes 2
 4. tell    each request by its future or its callback, in this thread; what fails fails alone
 
 So an embedding waits for a token, not for an answer, and one copy of the weights does both.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vlduet.data.quarantine import attempted
-from vlduet.data.records import Message, Part, Parts
+from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
 from vlduet.data.sequences import Sequence as Rendered
 from vlduet.errors import DataError, ModelError
 from vlduet.model import generation
@@ -33,7 +34,9 @@ from vlduet.model.duet import DuetModel
 Result = TypeVar("Result")
 
 TURN = 32
-"""Items that are embedded before the next token of whoever is answered."""
+"""Texts that are embedded before the next token of whoever is answered."""
+IMAGE = 8
+"""Texts that an image costs: it must be decoded, and goes through the tower."""
 TALKS = 8
 """Conversations that are answered side by side."""
 WAITING = 4096
@@ -76,18 +79,24 @@ class _Request:
 
     items: Sequence[Part | Parts]
     query: bool
-    future: Future[np.ndarray]
-    found: list[np.ndarray | None] = field(default_factory=list)
-    left: int = 0
+    future: Future[np.ndarray] = field(default_factory=Future)
+    found: dict[int, np.ndarray] = field(default_factory=dict)
+    taken: int = 0
+    """Items that have had their turn."""
 
     def told(self, i: int, vector: np.ndarray) -> None:
+        if not np.isfinite(vector).all():
+            what = f"the model gave a vector that is not finite for input[{i}]"
+            self.failed(ModelError(what, fix="Its weights or its precision are broken"))
+            return
         self.found[i] = vector
-        self.left -= 1
-        if not self.left and not self.future.done():
-            self.future.set_result(np.stack([each for each in self.found if each is not None]))
+        if len(self.found) == len(self.items):
+            whole = np.stack([self.found[n] for n in range(len(self.items))])
+            with suppress(InvalidStateError):  # whoever asked is gone, or has been told of an error
+                self.future.set_result(whole)
 
     def failed(self, error: Exception) -> None:
-        if not self.future.done():
+        with suppress(InvalidStateError):
             self.future.set_exception(error)
 
 
@@ -96,7 +105,7 @@ class Worker:
 
     def __init__(self, model: DuetModel | DualEncoder):
         self.model = model
-        self._items: deque[tuple[_Request, int]] = deque()
+        self._requests: deque[_Request] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._talks: deque[Talk] = deque()
         self._something = threading.Condition()
@@ -112,19 +121,18 @@ class Worker:
         Raises:
             Busy: too much waits. The future: DataError for an item that cannot be embedded, with its number.
         """
-        future: Future[np.ndarray] = Future()
-        request = _Request(items, query, future, [None] * len(items), len(items))
-        self._put(self._items, [(request, i) for i in range(len(items))])
-        return future
+        request = _Request(items, query)
+        self._put(self._requests, request, count=len(items))
+        return request.future
 
     def answer(self, talk: Talk) -> None:
         """Have a conversation answered, piece by piece. Raises Busy."""
-        self._put(self._talks, [talk])
+        self._put(self._talks, talk)
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Run something short that uses the model, in the model's thread. Raises Busy."""
         future: Future[Result] = Future()
-        self._put(self._calls, [(function, future)])
+        self._put(self._calls, (function, future))
         return future
 
     @property
@@ -139,12 +147,12 @@ class Worker:
             self._something.notify()
         self._thread.join()
 
-    def _put(self, queue: deque[Any], work: list[Any]) -> None:
+    def _put(self, queue: deque[Any], work: Any, *, count: int = 1) -> None:
         with self._something:
-            waiting = len(self._items) + len(self._calls) + len(self._talks)
-            if self._closed or waiting + len(work) > WAITING:
+            items = sum(len(request.items) - request.taken for request in self._requests)
+            if self._closed or items + len(self._calls) + len(self._talks) + count > WAITING:
                 raise Busy
-            queue.extend(work)
+            queue.append(work)
             self._something.notify()
 
     # ------------------------------------------------------------------ the thread
@@ -154,24 +162,25 @@ class Worker:
             self._between()
             if talks := self._next_talks():
                 self._answer(talks)
-        for request, _ in self._items:
+        for request in self._requests:
             request.failed(Busy())
         for _, future in self._calls:
-            future.set_exception(Busy())
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Busy())
         for talk in self._talks:
-            talk.tell(Busy())
+            told(talk, Busy())
 
     def _wait(self) -> bool:
         """Until there is something to do; False where there never will be."""
         with self._something:
-            self._something.wait_for(lambda: self._closed or self._items or self._calls or self._talks)
+            self._something.wait_for(lambda: self._closed or self._requests or self._calls or self._talks)
             return not self._closed
 
     def _between(self) -> None:
         """One turn of everything that is short."""
         with self._something:
-            calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            turn = [self._items.popleft() for _ in range(min(TURN, len(self._items)))]
+            calls = [self._calls.popleft()] if self._calls else []
+            turn = self._next_items()
         for function, future in calls:
             if future.set_running_or_notify_cancel():
                 try:
@@ -179,17 +188,29 @@ class Worker:
                 except Exception as error:  # noqa: BLE001 - it is the asker's, and the thread must live on
                     future.set_exception(error)
         for query in (False, True):
-            if mine := [(request, i) for request, i in turn if request.query is query and not request.future.done()]:
+            if mine := [(request, i) for request, i in turn if request.query is query]:
                 self._embed(mine, query=query)
+
+    def _next_items(self) -> list[tuple[_Request, int]]:
+        """A turn's worth, one of every request in rotation: a long list does not keep a short one waiting."""
+        turn: list[tuple[_Request, int]] = []
+        cost = 0
+        while self._requests and cost < TURN:
+            request = self._requests.popleft()
+            if request.future.done():  # of an error, or nobody waits for it any more
+                continue
+            turn.append((request, request.taken))
+            cost += max(1, IMAGE * len(images_of(as_parts(request.items[request.taken]))))
+            request.taken += 1
+            if request.taken < len(request.items):
+                self._requests.append(request)
+        return turn
 
     def _embed(self, turn: list[tuple[_Request, int]], *, query: bool) -> None:
         encode = self.model.encode_query if query else self.model.encode_document
 
         def vectors(some: list[tuple[_Request, int]]) -> np.ndarray:
-            found = encode([request.items[i] for request, i in some])
-            if not np.isfinite(found).all():
-                raise ModelError("the model gave a vector that is not finite", fix="Its weights are broken")
-            return found
+            return encode([request.items[i] for request, i in some])
 
         def broken(one: tuple[_Request, int], error: DataError) -> None:
             place = f"input[{one[1]}]"
@@ -219,9 +240,9 @@ class Worker:
         rows, sequences = [], []
         for talk in talks:
             try:
-                sequence = conversation(model, talk)
+                sequence = conversation(model, talk, between=self._between)
             except Exception as error:  # noqa: BLE001 - it is this asker's
-                talk.tell(error)
+                told(talk, error)
                 continue
             rows.append(_Row(talk, model, len(sequence)))
             sequences.append(sequence)
@@ -234,7 +255,7 @@ class Worker:
             return torch.tensor(over, device=new.device)
 
         try:
-            most = max(talk.max_new_tokens for talk in talks)
+            most = max(row.talk.max_new_tokens for row in rows)
             start = model.start(sequences, most, temperature=talks[0].temperature)
             generation.watched(model.backbone, start, watch)
             unfinished: Exception = Busy()
@@ -244,20 +265,41 @@ class Worker:
             row.end(unfinished)
 
 
-def conversation(model: DuetModel, talk: Talk) -> Rendered:
+def conversation(model: DuetModel, talk: Talk, *, between: Callable[[], None]) -> Rendered:
     """The prompt that a model continues. Nothing of it is cut.
+
+    Args:
+        between: called after every image, whose decoding may take a second.
 
     Raises:
         DataError: it and the longest answer do not fit into the model's window, or a broken image.
     """
     renderer = copy(model.renderer)
     renderer.max_tokens = 1 << 40
+    prepared = {}
+    for ref in images_of(part for message in talk.messages for part in message.parts):
+        prepared[ref] = model.prepare(ref)
+        between()
+    renderer.prepare = prepared.__getitem__
     sequence = renderer.chat(talk.messages, answer=True)
     window = model.backbone.window
     if window is not None and len(sequence) + talk.max_new_tokens > window:
         what = f"{len(sequence)} tokens and an answer of up to {talk.max_new_tokens}: the model's window is {window}"
         raise DataError(what, place="messages", fix="Send less, or a smaller max_tokens")
     return sequence
+
+
+def images_of(parts: Iterable[Part]) -> list[ImageRef]:
+    """The images among them."""
+    return [part for part in parts if isinstance(part, ImageRef)]
+
+
+def told(talk: Talk, piece: Piece | Exception) -> None:
+    """Tell a talk. One that cannot be told is over, and the thread lives on."""
+    try:
+        talk.tell(piece)
+    except Exception:  # noqa: BLE001 - such as a loop that has ended
+        talk.cancelled = True
 
 
 class _Row:
@@ -282,19 +324,22 @@ class _Row:
             reason, until = "length", len(text)
         else:
             reason, until = None, max(self.shown, len(text) - max(held(text, self.talk.stop), default=0))
-        self.talk.tell(Piece(text[self.shown : until], reason, self.prompt_tokens, len(ids)))
+        told(self.talk, Piece(text[self.shown : until], reason, self.prompt_tokens, len(ids)))
         self.shown, self.ended = until, reason is not None
         return self.ended
 
     def end(self, unfinished: Exception) -> None:
         """Tell why, where the answer was broken off."""
         if not self.ended:
-            self.talk.tell(unfinished)
+            told(self.talk, unfinished)
 
 
 def held(text: str, stop: Sequence[str]) -> Iterator[int]:
     """Numbers of letters at the end that are not told yet: half a character, a blank that some tokenizers take back before a
-    comma, or what may become a stop string."""
-    yield len(text) - len(text.rstrip(" \N{REPLACEMENT CHARACTER}"))
+    comma, and what may become a stop string, with or without these."""
+    settled = text.rstrip(" \N{REPLACEMENT CHARACTER}")
+    loose = len(text) - len(settled)
+    yield loose
     for each in stop:
         yield from (n for n in range(1, min(len(each), len(text) + 1)) if text.endswith(each[:n]))
+        yield from (loose + n for n in range(1, min(len(each), len(settled) + 1)) if settled.endswith(each[:n]))

@@ -113,6 +113,16 @@ def test_the_tower_of_a_model_is_an_encoder(ours: bool, tmp_path: Path) -> None:
     assert_close(found, F.normalize(tokens.reshape(3, 4, -1).mean(1), dim=1))
 
 
+def test_of_a_tower_that_speaks_to_several_layers_only_what_the_projector_reads_counts(tmp_path: Path) -> None:
+    model = tiny.duet(tmp_path / "base", family="qwen3_vl")
+    encoder = open_encoder(tmp_path / "base", own=model)
+    found = vectors(Encoders({"vision": encoder}, cache=FeatureCache(None)), "vision", PICTURES[:1])
+    tokens = model.vision_features([model.prepare(PICTURES[0])])
+    width = model.backbone.vision_width
+    assert tokens.shape[1] > width
+    assert_close(found[0], F.normalize(tokens[:, :width].mean(0), dim=0))
+
+
 def test_a_vision_part_of_clip_alone(tmp_path: Path) -> None:
     config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.idefics3 import Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
@@ -178,6 +178,16 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
         assert theirs[:, len(sequence.ids) :].tolist() == ids[row].tolist()
 
 
+def test_answers_in_two_threads_do_not_mix(qwen: DuetModel) -> None:
+    pictured, plain = [Message("user", (WIDE, TALL, "what?"))], [Message("user", ("hello",))]
+    wanted = [qwen.generate(asked, max_new_tokens=8) for asked in (pictured, plain)]
+    pieces = qwen.generate(pictured, max_new_tokens=8, stream=True)
+    assert not isinstance(pieces, str)
+    first = next(pieces)
+    found = qwen.generate(plain, max_new_tokens=8)
+    assert ["".join([first, *pieces]).strip(), found] == wanted
+
+
 def test_cached_features_bring_their_grid(qwen: DuetModel, tmp_path: Path) -> None:
     path = tmp_path / "wide.png"
     path.write_bytes(WIDE.data or b"")
@@ -327,6 +337,16 @@ def test_what_is_exported_is_prompted_so_by_its_own_processor(smol: DuetModel, t
     chat = smol.renderer.chat((Message("user", (WIDE, "what?")),), answer=True)
     assert written["input_ids"][0].tolist() == list(chat.ids)
     assert_close(written["pixel_values"], smol.prepare(WIDE).inputs["pixel_values"])
+
+
+def test_an_export_says_so_where_the_base_keeps_its_settings_in_one_file(smol: DuetModel, tmp_path: Path) -> None:
+    base = smol.backbone.folder
+    settings = json.loads((base / "preprocessor_config.json").read_text())
+    (base / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "image_processor": settings}))
+    DuetModel(load_backbone(base), prompts=PROMPTS).save_merged(tmp_path / "merged")
+    assert AutoImageProcessor.from_pretrained(base, backend="pil").do_image_splitting
+    assert not AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil").do_image_splitting
+    assert json.loads((tmp_path / "merged/processor_config.json").read_text())["image_seq_len"] == 4
 
 
 def test_lora_stands_in_the_language_model_alone(smol: DuetModel) -> None:

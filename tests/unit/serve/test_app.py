@@ -68,7 +68,8 @@ def duet(tmp_path_factory):
 @pytest.fixture(scope="module")
 def index(duet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
-    rows = [{"id": f"n{i}", "parts": [{"text": name}], "metadata": {"i": i}} for i, name in enumerate(NAMES)]
+    told = {"odd": float("nan")}  # as Python's JSON spells it
+    rows = [{"id": f"n{i}", "parts": [{"text": name}], "metadata": {"i": i} | told} for i, name in enumerate(NAMES)]
     (folder / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build(duet, folder / "names.jsonl", to=folder / "index", side="record", store="flat")
     with Index.open(folder / "index", duet) as opened:
@@ -111,6 +112,7 @@ def test_health_and_models(server):
     assert server.ask("/health") == (200, {"status": "ok"})
     status, told = server.ask("/v1/models")
     assert status == 200 and [one["id"] for one in told["data"]] == ["tiny"]
+    assert server.ask("/v1/models/tiny") == (200, told["data"][0]) and server.ask("/v1/models/other")[0] == 404
 
 
 def test_embeddings_of_texts_images_and_mixtures(server, duet):
@@ -150,6 +152,7 @@ def test_a_search_is_the_library_s(server, duet, index):
         status, told = server.ask("/v1/search", {"query": query, "k": 2, "where": ["i<2"]})
         hits = search(index, duet, parts, k=2, where=["i<2"])
         assert status == 200 and [hit["id"] for hit in told["data"]] == [hit.id for hit in hits] and len(hits) == 2
+        assert all(hit["metadata"]["odd"] is None for hit in told["data"])
         assert [hit["score"] for hit in told["data"]] == pytest.approx([hit.score for hit in hits], abs=1e-5)
 
 
@@ -167,6 +170,18 @@ def test_a_chat_from_the_index_is_ask_with_its_sources(server, duet, index):
 def test_what_asks_for_nothing_else_is_taken(server):
     harmless = {"n": 1, "top_p": 1.0, "tools": [], "user": "me", "seed": None, "response_format": {"type": "text"}}
     assert server.ask("/v1/chat/completions", chat("hi", **harmless))[0] == 200
+    nothing = dict.fromkeys(("temperature", "stream", "stop", "tools", "max_completion_tokens"))
+    assert server.ask("/v1/chat/completions", chat("hi", **nothing))[0] == 200
+    assert server.ask("/v1/embeddings", {"input": "a", "encoding_format": None, "dimensions": None})[0] == 200
+
+
+def test_empty_turns_that_clients_send_are_taken(server, duet):
+    """An instruction that nobody wrote, and an answer that this server gave: it can be empty."""
+    turns = [("system", ""), ("user", "hi"), ("assistant", ""), ("user", "who?")]
+    body = chat() | {"messages": [{"role": role, "content": text} for role, text in turns]}
+    status, told = server.ask("/v1/chat/completions", body)
+    kept = [Message("user", ("hi",)), Message("assistant", (" ",)), Message("user", ("who?",))]
+    assert status == 200 and told["choices"][0]["message"]["content"] == duet.generate(kept, max_new_tokens=8)
 
 
 def test_a_client_that_goes_away_ends_its_answer(server, duet, monkeypatch):
@@ -204,6 +219,13 @@ WRONG = [
     ("/v1/chat/completions", chat("hi", retrieval={"where": ["no=1"]}), "no document has metadata 'no'"),
     ("/v1/chat/completions", chat("hi") | {"messages": []}, "the last turn is not a user's"),
     ("/v1/chat/completions", chat("hi") | {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+    ("/v1/chat/completions", chat("hi", stop=["a"] * 17), "stop: 17 strings"),
+    ("/v1/chat/completions", chat("hi", stop="a" * 300), "stop"),
+    ("/v1/chat/completions", chat(*[said("a")] * 300), "300 parts"),
+    ("/v1/chat/completions", chat(*[shown(tiny.picture())] * 33), "33 images"),
+    ("/v1/chat/completions", chat("a" * (2 << 20)), "a text of 2097152 letters"),
+    ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "data:,\ud800"}}), "not UTF-8"),
+    ("/v1/chat/completions", chat("hi", **{"x" * 10**6: 1}), "unknown field"),
     ("/v1/embeddings", {"input": []}, "0 inputs"),
     ("/v1/embeddings", {"input": [[1, 2, 3]]}, "input[0][0]: not a part"),
     ("/v1/embeddings", {"input": ["a", ""]}, "input[1]: expected text"),
@@ -228,7 +250,8 @@ def test_a_wrong_request_is_told_what_is_wrong(server, path, body, told):
 
 
 def test_what_is_refused_before_it_is_read(server, monkeypatch):
-    assert server.ask("/v1/embeddings", {"model": "gpt", "input": "a"})[0] == 404
+    for model in ("gpt", "\ud800"):
+        assert server.ask("/v1/embeddings", {"model": model, "input": "a"})[0] == 404
     assert server.ask("/v1/embeddings", b"{}", headers={"Content-Type": "text/plain"})[0] == 415
     assert server.send("/health", headers={"Host": "evil.example"}).status == 400
     assert server.send("/nothing").status == 404

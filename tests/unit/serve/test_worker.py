@@ -73,7 +73,26 @@ def test_many_requests_at_once_get_what_one_alone_gets(model, worker, monkeypatc
     for i, future in enumerate(queries):
         wanted = model.encode_query([tiny.picture(i), (tiny.picture(i), "at night")])
         np.testing.assert_allclose(future.result(60), wanted, atol=1e-5)
-    assert sum(forwards) == 45 and len(forwards) == 2, "45 documents in turns of 32"
+    assert sum(forwards) == 45 and len(forwards) == 3, "45 documents, beside six images, in turns that cost 32"
+
+
+def test_a_turn_has_few_images_and_something_of_everybody(model, worker, monkeypatch):
+    forwards = []
+    real = model.encode
+    monkeypatch.setattr(model, "encode_document", lambda items: forwards.append(list(items)) or real(items))
+    begin = threading.Event()
+    worker.call(begin.wait)
+    pictures = [tiny.picture(i) for i in range(9)]
+    order: list[str] = []
+    many = worker.embed(pictures, query=False)
+    many.add_done_callback(lambda _: order.append("many"))
+    one = worker.embed(["one"], query=False)
+    one.add_done_callback(lambda _: order.append("one"))
+    begin.set()
+    np.testing.assert_allclose(many.result(60), real(pictures), atol=1e-5)
+    assert one.result(60).shape == (1, model.dim) and order == ["one", "many"]
+    assert [sum(isinstance(item, ImageRef) for item in items) for items in forwards] == [4, 4, 1]
+    assert "one" in forwards[0]
 
 
 def test_a_broken_item_fails_its_own_request_and_says_which(model, worker):
@@ -98,11 +117,52 @@ def test_the_thread_outlives_what_fails_in_it(model, worker, monkeypatch):
         patched.setattr(model, "encode_document", lambda items: np.full((len(items), model.dim), np.nan))
         with pytest.raises(RuntimeError, match="out of memory"):
             worker.embed(["a"], query=True).result(60)
-        with pytest.raises(ModelError, match="not finite"):
+        with pytest.raises(ModelError, match=r"not finite for input\[0\]"):
             worker.embed(["a"], query=False).result(60)
         with pytest.raises(ZeroDivisionError):
             worker.call(lambda: 1 / 0).result(60)
     assert worker.embed(["a"], query=True).result(60).shape == (1, model.dim)
+
+
+def test_a_vector_that_is_not_finite_fails_its_own_request(model, worker, monkeypatch):
+    real = model.encode
+
+    def overflowing(items):
+        return np.stack([np.full(model.dim, np.inf) if item == "large" else real([item])[0] for item in items])
+
+    monkeypatch.setattr(model, "encode_document", overflowing)
+    begin = threading.Event()
+    worker.call(begin.wait)
+    good, bad = worker.embed(["fine"], query=False), worker.embed(["a", "large"], query=False)
+    begin.set()
+    np.testing.assert_allclose(good.result(60), real(["fine"]), atol=1e-5)
+    with pytest.raises(ModelError, match=r"input\[1\]"):
+        bad.result(60)
+
+
+def test_who_no_longer_waits_takes_nobody_along(model, worker, monkeypatch):
+    """A future that is cancelled while it is answered, and a talk whose listener is gone."""
+    futures = []
+
+    def cancelling(items):
+        futures[0].cancel()
+        return model.encode(items)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "encode_document", cancelling)
+        begin = threading.Event()
+        worker.call(begin.wait)
+        futures.append(worker.embed(["a"], query=False))
+        begin.set()
+        assert worker.embed(["b"], query=True).result(60).shape == (1, model.dim)
+
+    def gone(_):
+        raise RuntimeError("the loop is closed")
+
+    talk = Talk(turn("x"), gone, 4)
+    worker.answer(talk)
+    assert worker.embed(["c"], query=True).result(60).shape == (1, model.dim)
+    assert asked(worker, turn("next"), 3)[0].pieces()[-1].tokens <= 3 and talk.cancelled
 
 
 # ------------------------------------------------------------------ answers
@@ -156,22 +216,27 @@ def test_an_answer_ends_before_its_stop_string(model, worker, monkeypatch):
     assert "".join(piece.text for piece in pieces) == streamed[:3]
 
 
-@given(
-    st.text("ab \N{REPLACEMENT CHARACTER}", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2)
-)
+LETTERS = "ab \N{RIGHTWARDS ARROW}"
+
+
+@given(st.text(LETTERS, max_size=12), st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=2))
 def test_what_is_told_is_never_taken_back(text, stop):
-    """Told letter by letter, nothing of a stop string that is still being written gets out."""
-    told = 0
-    for end in range(len(text) + 1):
-        written = text[:end]
+    """Told byte by byte, nothing of a stop string that is still being written gets out, half characters in it or not."""
+    cut = min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))
+    told, whole = 0, text.encode()
+    for end in range(len(whole) + 1):
+        written = whole[:end].decode(errors="replace")
         if any(each in written for each in stop):
             break
-        told = max(told, end - max(held(written, stop), default=0))
-        cut = min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))
-        assert told <= cut
+        told = max(told, len(written) - max(held(written, stop), default=0))
+        assert told <= cut and text.startswith(written[:told])
         if written.endswith((" ", "\N{REPLACEMENT CHARACTER}")):
-            assert told < end, "the next token may change these"
-        assert not any(written[told:].startswith(each) for each in stop)
+            assert told < len(written), "the next token may change these"
+
+
+def test_colder_than_what_can_be_sampled_is_greedy(model):
+    greedy = model.generate(turn("say"), max_new_tokens=5)
+    assert model.generate(turn("say"), max_new_tokens=5, temperature=1e-45) == greedy
 
 
 def test_a_conversation_that_fails_leaves_the_others_alone(model, worker):
