@@ -122,6 +122,9 @@ class Worker:
             Busy: too much waits. The future: DataError for an item that cannot be embedded, with its number.
         """
         request = _Request(items, query)
+        if not items:
+            request.future.set_result(np.empty((0, self.model.dim), np.float32))
+            return request.future
         self._put(self._requests, request, count=len(items))
         return request.future
 

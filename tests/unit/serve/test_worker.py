@@ -76,6 +76,10 @@ def test_many_requests_at_once_get_what_one_alone_gets(model, worker, monkeypatc
     assert sum(forwards) == 45 and len(forwards) == 3, "45 documents, beside six images, in turns that cost 32"
 
 
+def test_nothing_is_embedded_as_nothing(model, worker):
+    assert worker.embed([], query=True).result(60).shape == (0, model.dim)
+
+
 def test_a_turn_has_few_images_and_something_of_everybody(model, worker, monkeypatch):
     forwards = []
     real = model.encode
