@@ -109,9 +109,8 @@ class Chat(Form):
             if not isinstance(role, str) or role not in ROLES:
                 fix = f"Use one of {', '.join(ROLES)}"
                 raise DataError(f"role {role!a:.40}", place=f"{place}.role", fix=fix)
-            if (
-                content in (None, "", []) and ROLES[role] != "user"
-            ):  # clients send empty instructions, and empty answers back
+            if content in (None, "", []) and role != "user":
+                # Clients send instructions that nobody wrote, and empty answers back; templates want turns to alternate.
                 turns += [Message("assistant", (" ",))] if role == "assistant" else []
                 continue
             turns.append(Message(ROLES[role], parts_of(content, Place(f"{place}.content"))))
