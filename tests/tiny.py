@@ -38,6 +38,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -186,12 +188,22 @@ def qwen2_5_vl(folder: Path, *, seed: int = 0) -> Path:
 def qwen3_vl(folder: Path, *, seed: int = 0) -> Path:
     """A Qwen3-VL checkpoint: two layers of its tower speak to the first two of the trunk."""
     torch.manual_seed(seed)
-    vision = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
-    deep = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
-    made = _qwen(vision | PATCHES | deep)
-    made["text_config"] = made["text_config"] | {"head_dim": 8}
-    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**made)).save_pretrained(folder)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**_qwen3())).save_pretrained(folder)
     return _qwen_processor(folder)
+
+
+def qwen3_vl_moe(folder: Path, *, seed: int = 0) -> Path:
+    """The same with two of four experts a token."""
+    torch.manual_seed(seed)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**_qwen3(**experts))).save_pretrained(folder)
+    return _qwen_processor(folder)
+
+
+def _qwen3(**text: object) -> dict[str, Any]:
+    vision = {"depth": 3, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    made = _qwen(vision | PATCHES | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16})
+    return made | {"text_config": made["text_config"] | {"head_dim": 8} | text}
 
 
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
@@ -281,6 +293,7 @@ FAMILIES = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
     "smolvlm": smolvlm,
 }
 

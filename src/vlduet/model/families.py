@@ -237,6 +237,7 @@ BACKBONES: dict[str, Callable[[], Family]] = {
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,
     "qwen3_vl": qwen_vl,
+    "qwen3_vl_moe": qwen_vl,
     "internvl": internvl,
     "idefics3": idefics3,
     "smolvlm": idefics3,

@@ -32,7 +32,7 @@ PROMPTS = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} a
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
     folder = tmp_path_factory.mktemp(request.param) / "base"
     model = tiny.duet(folder, family=request.param, prompts=PROMPTS, head="none")
