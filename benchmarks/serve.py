@@ -26,11 +26,10 @@ from typing import Any
 from unittest.mock import patch
 
 import _bench
-import uvicorn
 
 from vlduet.model.duet import DuetModel
 from vlduet.serve import worker as workers
-from vlduet.serve.app import Service
+from vlduet.serve.app import Service, server
 from vlduet.serve.worker import Worker
 
 CLIENTS, TOKENS = 16, 32
@@ -41,14 +40,13 @@ def served(model: DuetModel) -> Iterator[int]:
     """The port of a server."""
     listening = socket.create_server(("127.0.0.1", 0))
     worker = Worker(model)
-    config = uvicorn.Config(Service(worker, name="bench").app(), log_level="warning", access_log=False, lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    serving = server(Service(worker, name="bench").app())
+    thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
         yield listening.getsockname()[1]
     finally:
-        server.should_exit = True
+        serving.should_exit = True
         thread.join()
         worker.close()
 

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ def as_parts(item: Part | Parts) -> Parts:
     return (item,) if isinstance(item, str | ImageRef) else tuple(item)
 
 
+def images_of(parts: Iterable[Part]) -> tuple[ImageRef, ...]:
+    """The images among parts, in their order."""
+    return tuple(part for part in parts if isinstance(part, ImageRef))
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a chat: role is system, user or assistant."""
@@ -113,8 +118,7 @@ class Record:
         """Every image of the record, in reading order."""
         groups: list[Parts] = [self.parts, *(m.parts for m in self.messages), self.query]
         groups += [*self.positive, *self.negative]
-        found = [p for parts in groups for p in parts if isinstance(p, ImageRef)]
-        return tuple(([self.image] if self.image else []) + found)
+        return ((self.image,) if self.image else ()) + images_of(itertools.chain.from_iterable(groups))
 
 
 KEYS: dict[str, frozenset[str]] = {

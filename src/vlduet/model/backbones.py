@@ -206,6 +206,15 @@ class Backbone(nn.Module):
         return self._vision_fingerprint
 
 
+def of_beams(visual_pos_masks: Tensor, deepstack_visual_embeds: list[Tensor], *, rows: int) -> dict[str, Any]:
+    """`Backbone.deeper` of every prompt as often as it has beams, of `rows` in all."""
+    beams = rows // len(visual_pos_masks)
+    mask = visual_pos_masks.repeat_interleave(beams, 0)  # [B * beams, T]
+    images = visual_pos_masks.sum(1).tolist()
+    each = [[rows.repeat(beams, 1) for rows in deep.split(images)] for deep in deepstack_visual_embeds]
+    return {"visual_pos_masks": mask, "deepstack_visual_embeds": [torch.cat(of_layer) for of_layer in each]}
+
+
 def default_device() -> torch.device:
     """The GPU where there is one."""
     # With its number: each thread has a current device of its own, and only the main one's is this process's.
@@ -222,7 +231,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         ModelError: not a folder, an unknown family, remote code, pickled or broken files, or tensors that are missing.
     """
     config = read_config(folder)
-    family_of(config.get("model_type", ""), folder)
+    family = family_of(config.get("model_type", ""), folder)
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(
             "no .safetensors weights", place=folder, fix="Convert the checkpoint: pickled weights are never read"
@@ -239,7 +248,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
             use_safetensors=True,
             output_loading_info=True,
         )
-    tokenizer, processor = _load_processors(folder, family_of(model.config.model_type, folder))
+    tokenizer, processor = _load_processors(folder, family)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)

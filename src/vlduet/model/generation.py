@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from vlduet.model.backbones import Backbone
+from vlduet.model.backbones import Backbone, of_beams
 
 COLD = 1e-3
 """The temperature below which logits divided by it may leave their range."""
@@ -83,7 +83,7 @@ def prompted(backbone: Backbone, start: Start) -> Iterator[dict[str, Any]]:
         # Not a later token's pass, nor one without a cache (it embeds), nor another thread's (it answers something else).
         if not deep or cache is None or cache.get_seq_length() or get_ident() != here:
             return None
-        return args, given | _by_beams(**deep, rows=len(given["inputs_embeds"]))
+        return args, given | of_beams(**deep, rows=len(given["inputs_embeds"]))
 
     handle = backbone.trunk.register_forward_pre_hook(give, with_kwargs=True)
     try:
@@ -91,15 +91,6 @@ def prompted(backbone: Backbone, start: Start) -> Iterator[dict[str, Any]]:
             yield start.arguments(backbone)
     finally:
         handle.remove()
-
-
-def _by_beams(visual_pos_masks: Tensor, deepstack_visual_embeds: list[Tensor], *, rows: int) -> dict[str, Any]:
-    """`Backbone.deeper` of every prompt as often as it has beams, of `rows` in all."""
-    beams = rows // len(visual_pos_masks)
-    mask = visual_pos_masks.repeat_interleave(beams, 0)  # [B * beams, T]
-    images = visual_pos_masks.sum(1).tolist()
-    each = [[rows.repeat(beams, 1) for rows in deep.split(images)] for deep in deepstack_visual_embeds]
-    return {"visual_pos_masks": mask, "deepstack_visual_embeds": [torch.cat(of_layer) for of_layer in each]}
 
 
 def generate(backbone: Backbone, start: Start) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vlduet.data.keys import content_key
-from vlduet.data.records import ImageRef, Message, Parts
+from vlduet.data.records import ImageRef, Message, Parts, images_of
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.backbones import Tokenizer
@@ -310,7 +310,7 @@ class Renderer:
                 else:
                     parts.append(part)  # type: ignore[arg-type]
             marked.append(Message(message.role, tuple(parts)))
-        refs = [p for m in messages for p in m.parts if isinstance(p, ImageRef)]
+        refs = images_of(part for message in messages for part in message.parts)
         rendered = self._template(marked, generation_prompt=answer)
         builder = self.builder()
         if self.bos and self.tokenizer.bos_token:

@@ -104,8 +104,7 @@ def _peaks(row, peak, columns):
 
 @njit
 def _rescale(row, shift, peak, columns):
-    """The largest cell of a lane becomes 1 where it has gone far; shift is the logarithm of what was taken away."""
-    _peaks(row, peak, columns)
+    """The peak of a lane becomes 1 where it has gone far; shift is the logarithm of what was taken away."""
     for q in range(LANES):
         far = peak[q] > FAR or 0.0 < peak[q] < 1 / FAR
         shift[q] += math.log(peak[q]) if far else 0.0
@@ -113,13 +112,6 @@ def _rescale(row, shift, peak, columns):
     for j in range(columns):
         for q in range(LANES):
             row[j, q] *= peak[q]
-
-
-@njit
-def _lost(row, lost, columns):
-    for j in range(columns):
-        for q in range(LANES):
-            lost[q] |= row[j, q] < LOST
 
 
 @njit(inline="always")
@@ -130,9 +122,8 @@ def _forward(distances, scale, kappa, state, i, ends_x, ends_y, log_k):
     _kappas(distances, scale, kappa, columns)
     _row(kappa, row, carry, columns)
     low, high = _range(row, lowest, peak, columns)
-    if low < LOST:
-        _lost(row, lost, columns)
     for q in range(LANES):
+        lost[q] |= lowest[q] < LOST
         if ends_x[q] == i + 1:
             log_k[q] = math.nan if lost[q] else math.log(row[ends_y[q] - 1, q]) + shift[q]
     if low < 1 / FAR or high > FAR:
@@ -182,6 +173,7 @@ def _sweep_back(cells, first, scale, ends_x, ends_y, log_k, weights, posterior):
             row[columns] = 0.0
             _row_back(kappa[i], row, carry, grid[i], columns)
             _share(grid[i], factor, kappa[i], scale[a], weights[first[a] + i], columns, posterior)
+            _peaks(row, peak, columns)
             _rescale(row, shift, peak, columns)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from vlduet.data.formats import read_records
 from vlduet.data.images import content_key
-from vlduet.data.records import ImageRef, Parts, Place, Record
+from vlduet.data.records import ImageRef, Parts, Place, Record, images_of
 from vlduet.errors import DataError, RetrievalError, closest
 
 Side = Literal["image", "text", "record"]
@@ -94,11 +94,11 @@ def of_record(record: Record, side: Side) -> list[Document]:
     """
     found = []
     for scope in _scopes(record):
-        shown = _images(scope.whole)
+        shown = images_of(scope.whole)
         for parts in scope.embedded(side):
             parts = tuple(clean(p) if isinstance(p, str) else p for p in parts)
             text = parts[0] if side == "text" and record.kind != "chat" else clean(scope.quoted)
-            image = next(iter(_images(parts) or shown), None)
+            image = next(iter(images_of(parts) or shown), None)
             assert isinstance(text, str)
             found.append(Document(clean(record.id), parts, text, image, record.metadata, place=record.place))
     if not found:
@@ -119,7 +119,7 @@ class _Scope:
         """What each document embeds."""
         if side == "record":
             return [self.whole] if self.whole else []
-        return [(part,) for part in (self.texts if side == "text" else _images(self.whole))]
+        return [(part,) for part in (self.texts if side == "text" else images_of(self.whole))]
 
 
 def _scopes(record: Record) -> list[_Scope]:
@@ -136,10 +136,6 @@ def _scopes(record: Record) -> list[_Scope]:
         return [_Scope(asked, (question,) if question else (), f"Question: {question}\nAnswer: {answer}")]
     wholes = [record.parts] if record.kind == "interleaved" else [*record.positive, *record.negative]
     return [_Scope(whole, _texts(whole), " ".join(_texts(whole))) for whole in wholes]
-
-
-def _images(parts: Parts) -> tuple[ImageRef, ...]:
-    return tuple(p for p in parts if isinstance(p, ImageRef))
 
 
 def _texts(parts: Parts) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """HTTP: what comes in becomes work for the one worker, and what it tells goes out.
 
 GET  /health
-GET  /v1/models
+GET  /v1/models, /v1/models/NAME
 POST /v1/embeddings
 POST /v1/chat/completions     streamed where `stream` is true; answered from the index where `retrieval` is given
 POST /v1/search               where an index is served
@@ -132,7 +132,7 @@ class Service:
             raise DataError("this model embeds and does not generate", place="model", fix="Serve a generative one")
         messages, sources = form.conversation(), list[Hit]()
         if (wanted := form.retrieval) is not None:
-            (question, image), index = form.question(), self._index()
+            (question, image), index = forms.question(messages[-1]), self._index()
             asked = self.worker.call(
                 lambda: prepare(index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where)
             )
@@ -189,10 +189,15 @@ class Service:
         return self.index
 
 
+def server(app: Starlette) -> uvicorn.Server:
+    """What `run` runs, for whoever wants to end it."""
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE)
+    return uvicorn.Server(config)
+
+
 def run(app: Starlette, listening: socket.socket) -> None:
     """Serve until the process is told to end."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE)
-    uvicorn.Server(config).run(sockets=[listening])
+    server(app).run(sockets=[listening])
 
 
 class _Listener:

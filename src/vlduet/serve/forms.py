@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlduet.data.records import ImageRef, Message, Part, Parts, Place, image_of, text_of
+from vlduet.data.records import ImageRef, Message, Part, Parts, Place, image_of, images_of, text_of
 from vlduet.errors import DataError, closest
 from vlduet.retrieval.search import Hit
 
@@ -114,7 +114,8 @@ class Chat(Form):
                 turns += [Message("assistant", (" ",))] if role == "assistant" else []
                 continue
             turns.append(Message(ROLES[role], parts_of(content, Place(f"{place}.content"))))
-        _check_size([part for turn in turns for part in turn.parts], "messages")
+        parts = [part for turn in turns for part in turn.parts]
+        _check_size(len(parts), len(images_of(parts)), "messages")
         if not turns or turns[-1].role != "user":
             raise DataError("the last turn is not a user's", place="messages", fix="End with a question")
         return tuple(turns)
@@ -126,13 +127,13 @@ class Chat(Form):
             raise DataError(f"{len(given)} strings", place="stop", fix="Send 16 at most")
         return tuple(each for each in given if each)
 
-    def question(self) -> tuple[str, ImageRef | None]:
-        """The last turn as a query of the index. Raises DataError for more than one image."""
-        last = self.conversation()[-1].parts
-        images = [part for part in last if isinstance(part, ImageRef)]
-        if len(images) > 1:
-            raise DataError(f"{len(images)} images", place="retrieval", fix="Ask about one image at a time")
-        return "\n".join(part for part in last if isinstance(part, str)), images[0] if images else None
+
+def question(turn: Message) -> tuple[str, ImageRef | None]:
+    """A turn as a query of the index. Raises DataError for more than one image."""
+    images = images_of(turn.parts)
+    if len(images) > 1:
+        raise DataError(f"{len(images)} images", place="retrieval", fix="Ask about one image at a time")
+    return "\n".join(part for part in turn.parts if isinstance(part, str)), images[0] if images else None
 
 
 class Search(Form):
@@ -158,17 +159,14 @@ def parts_of(content: Any, place: Place) -> Parts:
         return (_text(content, place),)
     if not isinstance(content, list) or not content:
         raise DataError("neither text nor a list of parts", place=place, fix='Send [{"type": "text", "text": ...}]')
-    _check_size(content, place)
-    parts = tuple(_part(part, Place(f"{place}[{i}]")) for i, part in enumerate(content))
-    _check_size(parts, place)
-    return parts
+    _check_size(len(content), sum(isinstance(part, dict) and "image_url" in part for part in content), place)
+    return tuple(_part(part, Place(f"{place}[{i}]")) for i, part in enumerate(content))
 
 
-def _check_size(parts: Sequence[Any], place: object) -> None:
-    images = sum(isinstance(part, ImageRef) for part in parts)
-    if len(parts) > MOST_PARTS or images > MOST_IMAGES:
+def _check_size(parts: int, images: int, place: object) -> None:
+    if parts > MOST_PARTS or images > MOST_IMAGES:
         fix = f"Send {MOST_PARTS} at most, and of these {MOST_IMAGES} images"
-        raise DataError(f"{len(parts)} parts with {images} images", place=place, fix=fix)
+        raise DataError(f"{parts} parts with {images} images", place=place, fix=fix)
 
 
 def _text(value: Any, place: Place) -> str:

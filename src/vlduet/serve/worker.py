@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from copy import copy
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vlduet.data.quarantine import attempted
-from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
+from vlduet.data.records import Message, Part, Parts, as_parts, images_of
 from vlduet.data.sequences import Sequence as Rendered
 from vlduet.errors import DataError, ModelError
 from vlduet.model import generation
@@ -290,11 +290,6 @@ def conversation(model: DuetModel, talk: Talk, *, between: Callable[[], None]) -
         what = f"{len(sequence)} tokens and an answer of up to {talk.max_new_tokens}: the model's window is {window}"
         raise DataError(what, place="messages", fix="Send less, or a smaller max_tokens")
     return sequence
-
-
-def images_of(parts: Iterable[Part]) -> list[ImageRef]:
-    """The images among them."""
-    return [part for part in parts if isinstance(part, ImageRef)]
 
 
 def told(talk: Talk, piece: Piece | Exception) -> None:

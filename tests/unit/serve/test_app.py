@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import pytest
-import uvicorn
 
 import tiny
 from vlduet.data.records import ImageRef, Message
@@ -36,7 +35,7 @@ class Server:
         self.service = service
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self.uvicorn = uvicorn.Server(uvicorn.Config(service.app(hosts=["127.0.0.1"]), log_level="critical"))
+        self.uvicorn = module.server(service.app(hosts=["127.0.0.1"]))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
         self.thread.start()
 
