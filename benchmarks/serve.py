@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import _bench
 
 from vlduet.model.duet import DuetModel
+from vlduet.serve import talks
 from vlduet.serve import worker as workers
 from vlduet.serve.app import Service, server
 from vlduet.serve.worker import Worker
@@ -64,9 +66,9 @@ def embed(port: int, text: str) -> None:
     post(port, "/v1/embeddings", {"input": text})
 
 
-def chat(port: int, text: str) -> None:
-    told = post(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "max_tokens": TOKENS})
-    assert told["usage"]["completion_tokens"] == TOKENS, "every answer is as long as asked"
+def chat(port: int, text: str, *, tokens: int = TOKENS) -> None:
+    told = post(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "max_tokens": tokens})
+    assert told["usage"]["completion_tokens"] == tokens, "every answer is as long as asked"
 
 
 def together(work: Callable[[str], None], texts: list[str]) -> None:
@@ -75,18 +77,32 @@ def together(work: Callable[[str], None], texts: list[str]) -> None:
         list(clients.map(work, texts))
 
 
-def waited(port: int, texts: list[str], *, talks: int) -> tuple[float, float]:
-    """Seconds that one embedding takes, asked half a second into the answers; and those until all of these have ended."""
+def waited(port: int, texts: list[str], ask: Callable[[int, str], None], *, talks: int) -> tuple[float, float]:
+    """Seconds that something takes, asked half a second into the answers; and those until all of these have ended."""
     answering = [threading.Thread(target=chat, args=(port, text)) for text in texts[:talks]]
     for thread in answering:
         thread.start()
     time.sleep(0.5)
     began = time.perf_counter()
-    embed(port, texts[talks])
+    ask(port, texts[talks])
     took = time.perf_counter() - began
     for thread in answering:
         thread.join()
     return took, time.perf_counter() - began
+
+
+def waits(port: int, texts: list[str], ask: Callable[[int, str], None], *, title: str, repeats: int) -> None:
+    """Print what somebody waits for `ask`, alone and beside others."""
+    alone = [waited(port, texts, ask, talks=0)[0] for _ in range(repeats)]
+    beside = [waited(port, texts, ask, talks=4) for _ in range(repeats)]
+    rows = {
+        "alone": alone,
+        "while 4 conversations are answered": [took for took, _ in beside],
+        "if it had to wait until they end": [took + alone for (_, took), alone in zip(beside, alone, strict=True)],
+    }
+    print(f"\n{title}, ms")
+    for name, took in rows.items():
+        print(f"  {name:42} {statistics.median(took) * 1e3:12.0f}   {min(took) * 1e3:.0f} - {max(took) * 1e3:.0f}")
 
 
 def main() -> None:
@@ -101,30 +117,22 @@ def main() -> None:
     with served(model) as port:
         embed(port, texts[0])
 
-        def with_constant(name: str, value: int, run: Callable[[], None]) -> None:
-            with patch.object(workers, name, value):
+        def with_constant(module: ModuleType, name: str, value: int, run: Callable[[], None]) -> None:
+            with patch.object(module, name, value):
                 run()
 
         items = partial(together, partial(embed, port), texts)
-        contenders = {"vlduet": items, "one item a forward": partial(with_constant, "TURN", 1, items)}
+        contenders = {"vlduet": items, "one item a forward": partial(with_constant, workers, "TURN", 1, items)}
         seconds = _bench.interleaved(contenders, repeats)
         _bench.table("embeddings, one a request", "requests/s", seconds, work=len(texts), ours="vlduet")
 
         answers = partial(together, partial(chat, port), texts[:8])
-        contenders = {"vlduet": answers, "one after the other": partial(with_constant, "TALKS", 1, answers)}
+        contenders = {"vlduet": answers, "one after the other": partial(with_constant, talks, "TALKS", 1, answers)}
         seconds = _bench.interleaved(contenders, repeats)
         _bench.table("answers", "tokens/s", seconds, work=8 * TOKENS, ours="vlduet")
 
-        alone = [waited(port, texts, talks=0)[0] for _ in range(repeats)]
-        between = [waited(port, texts, talks=4) for _ in range(repeats)]
-        rows = {
-            "alone": alone,
-            "while 4 conversations are answered": [took for took, _ in between],
-            "if it had to wait until they end": [took + alone for (_, took), alone in zip(between, alone, strict=True)],
-        }
-        print("\none embedding, ms")
-        for name, took in rows.items():
-            print(f"  {name:42} {statistics.median(took) * 1e3:12.0f}   {min(took) * 1e3:.0f} - {max(took) * 1e3:.0f}")
+        waits(port, texts, embed, title="one embedding", repeats=repeats)
+        waits(port, texts, partial(chat, tokens=1), title="the first word of an answer", repeats=repeats)
 
 
 if __name__ == "__main__":

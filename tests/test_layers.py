@@ -67,6 +67,7 @@ DOORS: dict[str, set[str]] = {
     "transformers": {
         "model/backbones.py",
         "model/bart.py",
+        "model/decoding.py",
         "model/encoders.py",
         "model/generation.py",
         "model/nano.py",

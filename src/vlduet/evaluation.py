@@ -237,8 +237,8 @@ def answers(model: DuetModel, prompts: Many[Parts], longest: int, *, system: str
     ]
     found = [""] * len(prompts)
     for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
-        start = model.start([sequences[i] for i in chosen], longest)
-        for i, text in zip(chosen, generation.generate(model.backbone, start), strict=True):
+        start = model.start([sequences[i] for i in chosen])
+        for i, text in zip(chosen, generation.generate(model.backbone, start, longest), strict=True):
             found[i] = text
     return found
 

@@ -285,8 +285,8 @@ def replay(model: DuetModel, names: list[str], *, count: int) -> list[Sequence]:
     with Progress(total=count, label="answers to replay") as bar:
         for begin in range(0, count, 32):
             asked = [(Message("user", (q,)),) for q in questions[begin : begin + 32]]
-            start = model.start([model.renderer.chat(turns, answer=True) for turns in asked], 32)
-            answers += generation.generate(model.backbone, start)
+            start = model.start([model.renderer.chat(turns, answer=True) for turns in asked])
+            answers += generation.generate(model.backbone, start, 32)
             bar.advance(len(asked))
     sentences = [re.match(r"[^.!?]{8,}[.!?]", " ".join(answer.split())) for answer in answers]
     return [

@@ -61,11 +61,13 @@ def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
     )
     try:
         with quiet():
-            return get_peft_model(backbone.model, config)
+            peft = get_peft_model(backbone.model, config)
     except ValueError as error:
         raise ConfigError(
             str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers"
         ) from None
+    backbone.train(backbone.training)  # the new layers, with their dropout, in the mode of all others
+    return peft
 
 
 def _pattern(targets: str, trunk: str) -> str:

@@ -25,7 +25,7 @@ from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
 from vlduet.data.sequences import IGNORE, PreparedImage, Sequence
 from vlduet.errors import ModelError
 from vlduet.files import recovered, whole_folder
-from vlduet.model import checkpoint, generation
+from vlduet.model import checkpoint, decoding, generation
 from vlduet.model.adapters import Lora, load_lora, merge, open_lora, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, Opened, default_device, fingerprint_of, load_backbone
 from vlduet.model.features import FeatureCache, features_of, file_version, with_features
@@ -224,8 +224,10 @@ class DuetModel(nn.Module):
             stream: True returns an iterator of text pieces.
             temperature: 0 is greedy.
         """
-        start = self.start([self.renderer.chat(tuple(messages), answer=True)], max_new_tokens, temperature=temperature)
-        return generation.stream(self.backbone, start) if stream else generation.generate(self.backbone, start)[0]
+        start = self.start([self.renderer.chat(tuple(messages), answer=True)])
+        if stream:
+            return decoding.stream(self.backbone, start, max_new_tokens, temperature=temperature)
+        return generation.generate(self.backbone, start, max_new_tokens, temperature=temperature)[0]
 
     def caption(
         self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32, drafts: int = 1
@@ -238,17 +240,15 @@ class DuetModel(nn.Module):
         found: list[list[str]] = []
         for begin in range(0, len(images), batch):
             sequences = [self.renderer.ask_for_caption(image, prompt) for image in images[begin : begin + batch]]
-            found += generation.drafts(self.backbone, self.start(sequences, max_new_tokens, beams=drafts))
+            found += generation.drafts(self.backbone, self.start(sequences), max_new_tokens, beams=drafts)
         return generation.nearest(found, lambda texts: self.similarity(self.encode(images), self.encode_query(texts)))
 
     @torch.no_grad()
-    def start(
-        self, sequences: list[Sequence], max_new_tokens: int, *, temperature: float = 0.0, beams: int = 1
-    ) -> generation.Start:
-        """Open sequences -> what `generation.generate` continues, in one batch."""
+    def start(self, sequences: list[Sequence]) -> generation.Start:
+        """Open sequences -> one batch of prompts to be continued."""
         batch = self.collate(sequences, side="left")
         given = self.trunk_inputs(batch), (batch.segments > 0).long(), batch.positions
-        return generation.Start(*given, self.renderer.eos_ids, max_new_tokens, temperature=temperature, beams=beams)
+        return generation.Start(*given, self.renderer.eos_ids)
 
     def caption_nll(self, pairs: Many[tuple[ImageRef, str]], *, batch: int = 32) -> list[tuple[float, int]]:
         """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""

@@ -1,17 +1,16 @@
-"""Generation from input embeddings: transformers' own `generate`; whole, streamed, watched, or several drafts."""
+"""Generation from input embeddings by transformers' own `generate`: a whole answer to every prompt, or several drafts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Thread, get_ident
-from typing import Any, cast
+from threading import get_ident
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from vlduet.model.backbones import Backbone, of_beams
 
@@ -20,16 +19,18 @@ COLD = 1e-3
 
 
 class evaluating:
-    """`model.eval()` inside, the former mode after."""
+    """`model.eval()` inside, the former mode after. Nothing is walked where it is in evaluation already: it takes a while."""
 
     def __init__(self, model: nn.Module):
         self.model, self.was = model, model.training
 
     def __enter__(self) -> None:
-        self.model.eval()
+        if self.was:
+            self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.model.train(self.was)
+        if self.was:
+            self.model.train()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +44,43 @@ class Start:
     positions: Tensor
     """int64[B, T] or int64[3, B, T], as a batch has them."""
     eos_ids: list[int]
-    max_new_tokens: int
-    temperature: float = 0.0
-    """0 is greedy, and so is what is colder than `COLD`."""
-    beams: int = 1
-    """More than one: beam search, whose finished beams are the drafts."""
 
-    def arguments(self, backbone: Backbone) -> dict[str, Any]:
-        """For transformers."""
-        sampling = self.temperature >= COLD
-        special = [i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special]
-        return {
-            "inputs_embeds": self.inputs["inputs_embeds"],
-            "attention_mask": self.mask,
-            "position_ids": self.positions,
-            "max_new_tokens": self.max_new_tokens,
-            # An answer has at least one token, and no control token but its end: no turn of its own, no image.
-            "min_new_tokens": 1,
-            "suppress_tokens": [i for i in special if i not in self.eos_ids] or None,
-            "do_sample": sampling,
-            "num_beams": self.beams,
-            "num_return_sequences": self.beams,
-            "temperature": self.temperature if sampling else None,
-            "top_p": None,
-            "top_k": None,
-            "pad_token_id": backbone.tokenizer.pad_token_id,
-            "eos_token_id": self.eos_ids,
-        }
+
+def forbidden(backbone: Backbone, eos_ids: Sequence[int]) -> list[int]:
+    """No answer has a control token but its end: no turn of its own, no image."""
+    special = (i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special)
+    return [i for i in special if i not in eos_ids]
 
 
 @contextmanager
-def prompted(backbone: Backbone, start: Start) -> Iterator[dict[str, Any]]:
-    """The arguments of transformers' `generate`; what they cannot carry is given to the trunk as it reads the prompt."""
+def prompted(
+    backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0, beams: int = 1
+) -> Iterator[dict[str, Any]]:
+    """The arguments of transformers' `generate`; what they cannot carry is given to the trunk as it reads the prompt.
+
+    Args:
+        temperature: 0 is greedy, and so is what is colder than `COLD`.
+        beams: more than one is a beam search, whose finished beams are the drafts.
+    """
     deep = {name: value for name, value in start.inputs.items() if name != "inputs_embeds"}
     here = get_ident()
+    sampling = temperature >= COLD
+    arguments = {
+        "inputs_embeds": start.inputs["inputs_embeds"],
+        "attention_mask": start.mask,
+        "position_ids": start.positions,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": 1,  # an answer has at least one token
+        "suppress_tokens": forbidden(backbone, start.eos_ids) or None,
+        "do_sample": sampling,
+        "num_beams": beams,
+        "num_return_sequences": beams,
+        "temperature": temperature if sampling else None,
+        "top_p": None,
+        "top_k": None,
+        "pad_token_id": backbone.tokenizer.pad_token_id,
+        "eos_token_id": start.eos_ids,
+    }
 
     def give(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...] | None:
         cache = given.get("past_key_values")
@@ -88,22 +92,27 @@ def prompted(backbone: Backbone, start: Start) -> Iterator[dict[str, Any]]:
     handle = backbone.trunk.register_forward_pre_hook(give, with_kwargs=True)
     try:
         with torch.no_grad(), evaluating(backbone):
-            yield start.arguments(backbone)
+            yield arguments
     finally:
         handle.remove()
 
 
-def generate(backbone: Backbone, start: Start) -> list[str]:
+def generate(backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0) -> list[str]:
     """Continue every prompt."""
-    return [texts[0] for texts in drafts(backbone, start)]
+    with prompted(backbone, start, max_new_tokens, temperature=temperature) as arguments:
+        return _texts(backbone, arguments)
 
 
-def drafts(backbone: Backbone, start: Start) -> list[list[str]]:
+def drafts(backbone: Backbone, start: Start, max_new_tokens: int, *, beams: int) -> list[list[str]]:
     """As many continuations of every prompt as there are beams, the likeliest first."""
-    with prompted(backbone, start) as arguments:
-        ids = backbone.model.generate(**arguments)
-    texts = [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return [texts[begin : begin + start.beams] for begin in range(0, len(texts), start.beams)]
+    with prompted(backbone, start, max_new_tokens, beams=beams) as arguments:
+        texts = _texts(backbone, arguments)
+    return [texts[begin : begin + beams] for begin in range(0, len(texts), beams)]
+
+
+def _texts(backbone: Backbone, arguments: dict[str, Any]) -> list[str]:
+    ids = backbone.model.generate(**arguments)
+    return [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def nearest(drafts: Sequence[Sequence[str]], similarity: Callable[[list[str]], np.ndarray]) -> list[str]:
@@ -121,35 +130,3 @@ def nearest(drafts: Sequence[Sequence[str]], similarity: Callable[[list[str]], n
         max((text for text in some if text in row), key=lambda text: cosines[n, row[text]], default=some[0])
         for n, some in enumerate(drafts)
     ]
-
-
-def watched(backbone: Backbone, start: Start, watch: Callable[[Tensor], Tensor]) -> None:
-    """Continue every prompt, and call `watch` after every token, in this thread.
-
-    Args:
-        watch: int64[B, n], all that is new -> bool[B], the prompts that go on no longer; they are filled with padding then.
-    """
-    criteria = StoppingCriteriaList([cast("StoppingCriteria", lambda ids, scores: watch(ids))])
-    with prompted(backbone, start) as arguments:
-        backbone.model.generate(**arguments, stopping_criteria=criteria)
-
-
-def stream(backbone: Backbone, start: Start) -> Iterator[str]:
-    """Continue one prompt, piece by piece; an error in the working thread is raised here."""
-    streamer = TextIteratorStreamer(backbone.tokenizer, skip_prompt=False, skip_special_tokens=True)
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with prompted(backbone, start) as arguments:
-                backbone.model.generate(**arguments, streamer=streamer)
-        except BaseException as error:  # noqa: BLE001 - raised again in the reader, who would wait for ever otherwise
-            failed.append(error)
-            streamer.end()
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    yield from (piece for piece in streamer if piece)
-    thread.join()
-    if failed:
-        raise failed[0]

@@ -21,11 +21,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vlduet.errors import DataError, MissingExtraError, ModelError, VLDuetError
+from vlduet.model.decoding import Piece
 from vlduet.rag import prepare
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import Hit, search
 from vlduet.serve import forms
-from vlduet.serve.worker import Busy, Piece, Talk, Worker
+from vlduet.serve.talks import Talk
+from vlduet.serve.worker import Busy, Worker
 
 try:
     import uvicorn
@@ -140,7 +142,7 @@ class Service:
             messages, sources = (*messages[:-1], *prompt.messages), list(prompt.sources)
         listener = _Listener()
         longest = form.max_completion_tokens or form.max_tokens or LONGEST_ANSWER
-        talk = Talk(messages, listener.tell, longest, temperature=form.temperature, stop=form.stops())
+        talk = Talk(messages, listener.tell, longest, sampling=form.sampling(), stop=form.stops())
         self.worker.answer(talk)
         try:
             first = await listener.next()  # what is refused before the first word is an error, not a stream

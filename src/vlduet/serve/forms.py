@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vlduet.data.records import ImageRef, Message, Part, Parts, Place, image_of, images_of, text_of
 from vlduet.errors import DataError, closest
+from vlduet.model.decoding import Sampling
 from vlduet.retrieval.search import Hit
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
 """Fields of OpenAI's that change no answer."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
-    "top_p": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logprobs": (False,),
@@ -97,6 +97,9 @@ class Chat(Form):
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     """0, the default here, is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    """With it, and the same company, the same answer."""
     stop: Annotated[str, Field(max_length=256)] | list[Annotated[str, Field(max_length=256)]] | None = None
     stream: bool = False
     retrieval: Retrieval | None = None
@@ -119,6 +122,10 @@ class Chat(Form):
         if not turns or turns[-1].role != "user":
             raise DataError("the last turn is not a user's", place="messages", fix="End with a question")
         return tuple(turns)
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_p, self.seed)
 
     def stops(self) -> tuple[str, ...]:
         """Strings that end an answer. Raises DataError for more than sixteen: each is looked for after every token."""

@@ -107,6 +107,15 @@ def test_a_saved_adapter_is_trained_further(trained: DuetModel, saved: Path) -> 
             loaded.make_trainable(lora=other, projector=False)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_new_lora_layers_are_in_the_mode_of_their_model(tmp_path: Path, training: bool) -> None:
+    """A dropout that is on in evaluation would make two embeddings of one text."""
+    model = tiny.duet(tmp_path / "base").train(training)
+    model.make_trainable(lora=Lora(rank=2, alpha=4, dropout=0.5), projector=False)
+    dropouts = [m for name, m in model.named_modules() if "lora_dropout.default" in name]
+    assert dropouts and all(m.training is training for m in dropouts)
+
+
 # ---------------------------------------------------------------------- what others read
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -138,8 +139,7 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
     given ids and pixels, agrees."""
     turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
     asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    start = qwen.start(asked, 6)
-    with generation.prompted(qwen.backbone, start) as given:
+    with generation.prompted(qwen.backbone, qwen.start(asked), 6) as given:
         ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
     banned = given["suppress_tokens"]
     for row, sequence in enumerate(asked):
@@ -162,7 +162,7 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
     """Every beam of a batch of prompts with images of several grids, whose positions have three axes."""
     turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
     asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    with generation.prompted(qwen.backbone, qwen.start(asked, 6, beams=3)) as given:
+    with generation.prompted(qwen.backbone, qwen.start(asked), 6, beams=3) as given:
         ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None}).view(2, 3, -1)
     for row, sequence in enumerate(asked):
         plain = tiny.plain(torch.tensor([sequence.ids]), [image for _, image in sequence.images])
@@ -178,14 +178,22 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
         assert theirs[:, len(sequence.ids) :].tolist() == ids[row].tolist()
 
 
-def test_answers_in_two_threads_do_not_mix(qwen: DuetModel) -> None:
+def test_answers_in_two_threads_do_not_mix(qwen: DuetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's prompt is read while this one's images wait to be given to the trunk."""
     pictured, plain = [Message("user", (WIDE, TALL, "what?"))], [Message("user", ("hello",))]
     wanted = [qwen.generate(asked, max_new_tokens=8) for asked in (pictured, plain)]
-    pieces = qwen.generate(pictured, max_new_tokens=8, stream=True)
-    assert not isinstance(pieces, str)
-    first = next(pieces)
-    found = qwen.generate(plain, max_new_tokens=8)
-    assert ["".join([first, *pieces]).strip(), found] == wanted
+    real, found = qwen.backbone.model.generate, []
+
+    def interrupted(**given: object) -> object:
+        if not found:
+            found.append("")
+            other = Thread(target=lambda: found.append(qwen.generate(plain, max_new_tokens=8)))
+            other.start()
+            other.join()
+        return real(**given)
+
+    monkeypatch.setattr(qwen.backbone.model, "generate", interrupted)
+    assert [qwen.generate(pictured, max_new_tokens=8), found[1]] == wanted
 
 
 def test_cached_features_bring_their_grid(qwen: DuetModel, tmp_path: Path) -> None:

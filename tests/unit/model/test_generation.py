@@ -9,6 +9,7 @@ import torch
 import tiny
 from vlduet.data.records import Message
 from vlduet.model import generation
+from vlduet.model.decoding import Continuation, Decoder
 
 
 def turn(*parts):
@@ -27,19 +28,15 @@ def test_an_answer_has_at_least_one_token(model, monkeypatch):
     bias[[0, 1, 2, 3, 4, 5]] = 100.0
     real = model.backbone.lm_head.forward
     monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: real(hidden) + bias)
-    sequence = model.renderer.chat(tuple(turn("say")), answer=True)
-    start = model.start([sequence], 6)
-    ids = model.backbone.model.generate(**start.arguments(model.backbone))[0].tolist()
+    start = model.start([model.renderer.chat(tuple(turn("say")), answer=True)])
+    with generation.prompted(model.backbone, start, 6) as given:
+        ids = model.backbone.model.generate(**given)[0].tolist()
     assert ids[0] not in range(6) and ids[1] == 2, "one word, then the end"
-
-
-def test_an_error_in_the_stream_reaches_the_reader(model, monkeypatch):
-    def broken(**_):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(model.backbone.model, "generate", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(model.generate(turn("x"), stream=True))
+    decoder, answer = Decoder(model.backbone, start.eos_ids), Continuation(6)
+    decoder.join(start, [answer])
+    while decoder.rows:
+        decoder.step()
+    assert answer.ids == ids[:2], "streamed likewise"
 
 
 def test_captions_of_a_batch_are_those_of_one(model):
@@ -50,7 +47,7 @@ def test_captions_of_a_batch_are_those_of_one(model):
 def test_of_several_drafts_the_nearest_in_its_own_embedding_is_kept(model):
     pictures = [tiny.picture(i) for i in range(3)]
     sequences = [model.renderer.ask_for_caption(picture, "") for picture in pictures]
-    several = generation.drafts(model.backbone, model.start(sequences, 6, beams=4))
+    several = generation.drafts(model.backbone, model.start(sequences), 6, beams=4)
     assert all(len(some) == 4 and len(set(some)) > 1 for some in several)
     for picture, some in zip(pictures, several, strict=True):
         near = [model.encode_query([text])[0] @ model.encode_document([picture])[0] if text else -2.0 for text in some]

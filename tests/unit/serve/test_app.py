@@ -146,6 +146,16 @@ def test_a_conversation_has_turns_and_an_instruction(server, duet):
     assert told["choices"][0]["message"]["content"] == duet.generate(turns, max_new_tokens=8)
 
 
+def test_a_seed_gives_the_same_answer(server):
+    def content(**sampling):
+        told = server.ask("/v1/chat/completions", chat("say something", temperature=2, **sampling))[1]
+        return told["choices"][0]["message"]["content"]
+
+    first = content(seed=5, top_p=0.9)
+    assert first == content(seed=5, top_p=0.9) != content(seed=6, top_p=0.9)
+    assert content(seed=5, top_p=1e-6) == content(seed=7, top_p=1e-6), "the likeliest token, whatever the seed"
+
+
 def test_a_search_is_the_library_s(server, duet, index):
     for query, parts in (("a boat", ("a boat",)), ([shown(tiny.picture()), said("x")], (tiny.picture(), "x"))):
         status, told = server.ask("/v1/search", {"query": query, "k": 2, "where": ["i<2"]})
@@ -213,6 +223,8 @@ WRONG = [
     ("/v1/chat/completions", chat("hi", tools=[{"type": "function"}]), "tools: "),
     ("/v1/chat/completions", chat("hi", retreival={}), "Did you mean 'retrieval'?"),
     ("/v1/chat/completions", chat("hi", temperature=3), "temperature: "),
+    ("/v1/chat/completions", chat("hi", top_p=0), "top_p: "),
+    ("/v1/chat/completions", chat("hi", seed=1 << 63), "seed: "),
     ("/v1/chat/completions", chat("hi", max_tokens=0), "max_tokens: "),
     ("/v1/chat/completions", chat("hi", max_tokens=10**6), "window"),
     ("/v1/chat/completions", chat("hi", retrieval={"where": ["no=1"]}), "no document has metadata 'no'"),

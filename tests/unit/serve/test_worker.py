@@ -8,14 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import tiny
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import DataError, ImageError, ModelError
+from vlduet.model.decoding import Piece, Sampling
+from vlduet.serve import talks
 from vlduet.serve import worker as module
-from vlduet.serve.worker import Busy, Piece, Talk, Worker, held
+from vlduet.serve.talks import Talk
+from vlduet.serve.worker import Busy, Worker
 
 QUESTIONS = ["what?", "tell me a long story, and then another one", "a"]
 BROKEN = ImageRef(data=b"no picture")
@@ -220,24 +221,6 @@ def test_an_answer_ends_before_its_stop_string(model, worker, monkeypatch):
     assert "".join(piece.text for piece in pieces) == streamed[:3]
 
 
-LETTERS = "ab \N{RIGHTWARDS ARROW}"
-
-
-@given(st.text(LETTERS, max_size=12), st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=2))
-def test_what_is_told_is_never_taken_back(text, stop):
-    """Told byte by byte, nothing of a stop string that is still being written gets out, half characters in it or not."""
-    cut = min((at for each in stop if (at := text.find(each)) >= 0), default=len(text))
-    told, whole = 0, text.encode()
-    for end in range(len(whole) + 1):
-        written = whole[:end].decode(errors="replace")
-        if any(each in written for each in stop):
-            break
-        told = max(told, len(written) - max(held(written, stop), default=0))
-        assert told <= cut and text.startswith(written[:told])
-        if written.endswith((" ", "\N{REPLACEMENT CHARACTER}")):
-            assert told < len(written), "the next token may change these"
-
-
 def test_colder_than_what_can_be_sampled_is_greedy(model):
     greedy = model.generate(turn("say"), max_new_tokens=5)
     assert model.generate(turn("say"), max_new_tokens=5, temperature=1e-45) == greedy
@@ -255,13 +238,52 @@ def test_a_conversation_that_fails_leaves_the_others_alone(model, worker):
     assert isinstance(refused, DataError) and f"the model's window is {model.backbone.window}" in str(refused)
 
 
-def test_different_temperatures_do_not_share_a_batch(model, worker):
+def test_who_comes_while_others_are_answered_joins_them(model, worker):
+    """It does not wait for the end of a long answer, and changes no word of it."""
+    late = Listener()
+    first, seen = Listener(), []
+    wanted = [
+        model.generate(turn(*parts), max_new_tokens=n) for parts, n in ((("go on",), 20), ((tiny.picture(), "x"), 4))
+    ]
+
+    def tell(piece):
+        if piece.tokens == 2:  # in the worker's own thread, between two tokens
+            worker.answer(Talk(turn(tiny.picture(), "x"), late.told.put, 4))
+        seen.append(late.told.qsize())
+        first.told.put(piece)
+
+    worker.answer(Talk(turn("go on"), tell, 20))
+    assert first.text().strip() == wanted[0]
+    assert late.text().strip() == wanted[1]
+    assert len(seen) < 6 or seen[5] > 0, "one round for its image, one for its prompt and first word"
+
+
+def test_no_more_than_so_many_are_answered_side_by_side(model, worker, monkeypatch):
+    monkeypatch.setattr(talks, "TALKS", 2)
+    rows = []
+    real = model.backbone.lm_head.forward
+    monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: rows.append(len(hidden)) or real(hidden))
     begin = threading.Event()
     worker.call(begin.wait)
-    sampled, greedy = asked(worker, turn("one"), 6, temperature=1.5)[0], asked(worker, turn("one"), 6)[0]
+    listeners = [asked(worker, turn(question), 5)[0] for question in QUESTIONS]
     begin.set()
-    assert sampled.pieces()[-1].tokens <= 6
-    assert greedy.text().strip() == model.generate(turn("one"), max_new_tokens=6)
+    texts = [listener.text().strip() for listener in listeners]
+    assert max(rows) == 2
+    assert texts == [model.generate(turn(question), max_new_tokens=5) for question in QUESTIONS]
+
+
+def test_each_samples_in_its_own_way(model, worker):
+    def answered():
+        begin = threading.Event()
+        worker.call(begin.wait)
+        ways = [Sampling(1.5, seed=3), Sampling(), Sampling(1.5, seed=4)]
+        listeners = [asked(worker, turn("one"), 9, sampling=way)[0] for way in ways]
+        begin.set()
+        return [listener.text() for listener in listeners]
+
+    one, greedy, other = answered()
+    assert one != other and answered() == [one, greedy, other]
+    assert greedy.strip() == model.generate(turn("one"), max_new_tokens=9)
 
 
 def test_who_goes_away_is_told_nothing_more(model, worker):
@@ -282,13 +304,24 @@ def test_who_goes_away_is_told_nothing_more(model, worker):
 
 
 def test_an_error_while_answering_reaches_everyone_who_waits(model, worker, monkeypatch):
-    def no_memory(**_):
+    """Of a prompt: those who come. Of a token: those under way."""
+
+    def no_memory(hidden):
         raise RuntimeError("out of memory")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(model.backbone.model, "generate", no_memory)
-        (told,) = asked(worker, turn("x"))[0].pieces()
-    assert isinstance(told, RuntimeError)
+    first, second = Listener(), Listener()
+    real = model.backbone.lm_head.forward
+
+    def tell(piece):
+        if isinstance(piece, Piece) and piece.tokens == 1:
+            monkeypatch.setattr(model.backbone.lm_head, "forward", no_memory)
+            worker.answer(Talk(turn("y"), second.told.put, 4))
+        first.told.put(piece)
+
+    worker.answer(Talk(turn("x"), tell, model.backbone.window // 2))
+    assert isinstance(first.pieces()[-1], RuntimeError)
+    assert isinstance(second.pieces()[-1], RuntimeError)
+    monkeypatch.setattr(model.backbone.lm_head, "forward", real)
     assert isinstance(asked(worker, turn("x"))[0].pieces()[-1], Piece)
 
 
