@@ -19,7 +19,7 @@ COLD = 1e-3
 
 
 class evaluating:
-    """`model.eval()` inside, the former mode after. Nothing is walked where it is in evaluation already: it takes a while."""
+    """`model.eval()` inside, the former mode after. Walking a model takes milliseconds: not where it is in evaluation."""
 
     def __init__(self, model: nn.Module):
         self.model, self.was = model, model.training
@@ -49,7 +49,8 @@ class Start:
 def forbidden(backbone: Backbone, eos_ids: Sequence[int]) -> list[int]:
     """No answer has a control token but its end: no turn of its own, no image."""
     special = (i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special)
-    return [i for i in special if i not in eos_ids]
+    words = len(backbone.lm_head.weight)  # learned prompt tokens lie behind them until a model is merged
+    return [i for i in special if i < words and i not in eos_ids]
 
 
 @contextmanager

@@ -132,10 +132,13 @@ def test_learned_tokens_are_never_generated(trained: DuetModel, tmp_path: Path) 
     turn = (Message("user", ("hello",)),)
     ids = torch.tensor([trained.renderer.chat(turn, answer=True).ids])
     said, before = trained.generate(turn, max_new_tokens=6), _continued(trained.backbone.model, ids)
+    assert "".join(trained.generate(turn, max_new_tokens=6, stream=True)).strip() == said
     trained.save_merged(tmp_path / "merged")
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     assert _continued(plain, ids) == before
-    assert DuetModel.from_pretrained(tmp_path / "merged").generate(turn, max_new_tokens=6) == said
+    merged = DuetModel.from_pretrained(tmp_path / "merged")
+    assert merged.generate(turn, max_new_tokens=6) == said
+    assert "".join(merged.generate(turn, max_new_tokens=6, stream=True)).strip() == said
     assert trained.soft is not None
     plain.generation_config.suppress_tokens = None
     words = _continued(plain, ids)
