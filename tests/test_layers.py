@@ -69,6 +69,7 @@ DOORS: dict[str, set[str]] = {
         "model/bart.py",
         "model/decoding.py",
         "model/encoders.py",
+        "model/families.py",
         "model/generation.py",
         "model/nano.py",
     },

@@ -31,6 +31,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -40,6 +44,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -48,6 +53,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava import LlavaProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -117,6 +124,58 @@ def llava(folder: Path, *, seed: int = 0) -> Path:
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     _processor(folder, bos=True, size=16, patch=8, strategy="default", extra=1)
     return folder
+
+
+def llava_next(folder: Path, *, seed: int = 0) -> Path:
+    """A LLaVA 1.6 checkpoint: 4 tokens a square, and up to four squares beside the whole picture."""
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    points = [[16, 32], [32, 16], [32, 32], [16, 48]]
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=text_config(), image_token_index=3, image_grid_pinpoints=points
+    )
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    square = {"height": 16, "width": 16}
+    LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=square, image_grid_pinpoints=points
+    ).save_pretrained(folder)
+    _words(folder)
+    return folder
+
+
+def llava_onevision(folder: Path, *, seed: int = 0) -> Path:
+    """A LLaVA-OneVision checkpoint: 4 tokens a square, and up to six squares a side."""
+    torch.manual_seed(seed)
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    points = [[16 * rows, 16 * columns] for rows in range(1, 7) for columns in range(1, 7)]
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text_config(),
+        image_token_index=3,
+        video_token_index=4,
+        image_grid_pinpoints=points,
+    )
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=points).save_pretrained(folder)
+    _words(folder)
+    return folder
+
+
+def _words(folder: Path) -> None:
+    made = tokenizer(bos=True)
+    made.chat_template = CHAT
+    made.save_pretrained(folder)
 
 
 def fast_vlm(folder: Path, *, seed: int = 0) -> Path:
@@ -290,6 +349,8 @@ FAMILIES = {
     "idefics3": idefics3,
     "internvl": internvl,
     "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
@@ -370,6 +431,8 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
     """What plain transformers takes: token ids, and images as the processor made them."""
     made = [image.inputs for image in prepared]
     given = {name: torch.cat([one[name] for one in made]) for name in (made[0] if made else ())}
+    if "pixel_attention_mask" in given:  # Idefics3 wants images a row
+        given["pixel_values"] = given["pixel_values"][:, None]
     # Qwen2-VL wants to be told which tokens are images.
     kinds = {"mm_token_type_ids": (ids == SPECIALS.index("<image>")).int()} if "image_grid_thw" in given else {}
     return {"input_ids": ids, **given, **kinds}

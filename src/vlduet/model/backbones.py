@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -35,7 +35,7 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
-from vlduet.model.families import Family, Frame, Inputs, family_of
+from vlduet.model.families import Family, Frame, Inputs, family_of, processed
 
 IMAGE_BACKEND = "pil"
 """The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
@@ -77,7 +77,8 @@ class Backbone(nn.Module):
     def project(self, features: Tensor) -> Tensor:
         """Vision features float[tokens, Dv] -> float[tokens, D], in the projector's precision."""
         read = features[:, : self.vision_width]
-        return self.family.project(self.projector, read.to(next(self.projector.parameters()).dtype))
+        wide = read.to(next(self.projector.parameters()).dtype)
+        return self.family.project(self.model.model, self.projector, wide)
 
     def deeper(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
         """What the trunk takes beside embeddings: features for its first layers, where the family has such (DeepStack)."""
@@ -164,7 +165,7 @@ class Backbone(nn.Module):
 
     def prepare(self, ref: ImageRef) -> PreparedImage:
         """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
-        inputs = process(self.image_processor, ref)
+        inputs = process(self.image_processor, ref, run=self.family.process)
         key = hashlib.sha256(f"{images.content_key(ref)}:{self.vision_fingerprint}".encode()).hexdigest()
         return _prepared(self.family, self.model.config, inputs, key)
 
@@ -279,7 +280,7 @@ def load_processing(folder: Path) -> Processing:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     def prepare(ref: ImageRef) -> PreparedImage:
-        inputs = process(processor, ref)
+        inputs = process(processor, ref, run=family.process)
         return _prepared(family, config, inputs, images.content_key(ref))
 
     return Processing(tokenizer, prepare, int(config.image_token_id), family.frame(config, tokenizer))
@@ -301,14 +302,20 @@ def _load_processors(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
     return tokenizer, processor
 
 
-def process(processor: Any, ref: ImageRef) -> dict[str, Tensor]:
+def process(
+    processor: Any, ref: ImageRef, *, run: Callable[[Any, Any], Mapping[str, Any]] = processed
+) -> dict[str, Tensor]:
     """Decode an image and run the checkpoint's own preprocessing. Raises ImageError."""
     picture = images.load(ref)
     try:
-        made = processor(images=picture, return_tensors="pt")
+        made = run(processor, picture)
     except ValueError as error:  # such as proportions that the checkpoint cannot read
         raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
-    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    pixels = found["pixel_values"]
+    return found | {
+        "pixel_values": pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+    }  # one image: its tiles are rows
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from vlduet.errors import ModelError, closest
 
 Inputs = Mapping[str, Tensor]
-"""What the image processor made of one image or several."""
+"""What the image processor made of one image or several; an image's tiles are rows of `pixel_values`."""
 Frame = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids before and after an image's own."""
+MOST_TILES = 3
+"""Of LLaVA-OneVision, a side: `anyres_max_9`."""
 
 
-def _once(projector: nn.Module, features: Tensor) -> Tensor:
+def processed(processor: Any, picture: Any) -> Mapping[str, Any]:
+    """A picture as its processor makes it."""
+    made: Mapping[str, Any] = processor(images=picture, return_tensors="pt")
+    return made
+
+
+def _once(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
     projected: Tensor = projector(features)
     return projected
 
@@ -48,8 +56,10 @@ class Family:
     """The same, of the vision tower."""
     projector: str = "multi_modal_projector"
     """The same, of what stands between tower and language model; a dotted path."""
-    project: Callable[[nn.Module, Tensor], Tensor] = _once
-    """projector, float[tokens, Dv] -> float[tokens, D]."""
+    process: Callable[[Any, Any], Mapping[str, Any]] = processed
+    """image processor, picture -> what it makes of it."""
+    project: Callable[[Any, nn.Module, Tensor], Tensor] = _once
+    """inner model, projector, float[tokens, Dv] -> float[tokens, D]."""
     pixels: Callable[[Any, Inputs], Tensor] = _whole
     """config, prepared image -> float[3, H, W], the picture as it enters the tower."""
     shown: Callable[[Any, Inputs], slice] = lambda config, inputs: slice(None)
@@ -74,16 +84,10 @@ def family_of(model_type: str, folder: Path) -> Family:
 
 
 def llava() -> Family:
-    """LLaVA 1.5: one CLIP layer, without the class token when the strategy is `default`."""
+    """LLaVA 1.5: one layer of the tower, without the class token when the strategy is `default`."""
 
     def vision(model: Any, inputs: Inputs) -> Tensor:
-        config = model.config
-        layers = config.vision_feature_layer
-        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=True)
-        chosen = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
-        if config.vision_feature_select_strategy == "default":
-            chosen = [states[:, 1:] for states in chosen]
-        return torch.cat(chosen, dim=-1).flatten(0, 1)  # [images * tokens, Dv]
+        return _layers(model, inputs["pixel_values"]).flatten(0, 1)  # [images * tokens, Dv]
 
     def count(config: Any, inputs: Inputs) -> int:
         height, width = inputs["pixel_values"].shape[-2:]
@@ -91,6 +95,87 @@ def llava() -> Family:
         return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
 
     return Family(count=count, vision=vision)
+
+
+def _layers(model: Any, pixels: Tensor) -> Tensor:
+    """float[squares, 3, H, W] -> float[squares, tokens, Dv], the tower's layers that the config names, side by side."""
+    config = model.config
+    layers = config.vision_feature_layer
+    out = model.model.vision_tower(pixels.to(model.dtype), output_hidden_states=True)
+    chosen = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
+    if config.vision_feature_select_strategy == "default":
+        chosen = [states[:, 1:] for states in chosen]
+    return torch.cat(chosen, dim=-1)
+
+
+def llava_next() -> Family:
+    """LLaVA 1.6 (NeXT): the picture whole and small, then large and cut into tiles, whose tokens are read across
+    them, row by row and without the padding; the same learned embedding ends every row.
+
+    That one knows no projector, so among the features it is a row of zeros, which no picture makes.
+    """
+    from transformers.models.llava_next import modeling_llava_next as geometry  # for who has such a checkpoint
+
+    def tiles(config: Any, size: Tensor) -> tuple[int, int]:
+        found: tuple[int, int] = geometry.get_anyres_image_grid_shape(
+            size, config.image_grid_pinpoints, config.vision_config.image_size
+        )
+        return found
+
+    def whole(config: Any) -> int:
+        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+
+    def count(config: Any, inputs: Inputs) -> int:
+        size, side = inputs["image_sizes"][0], math.isqrt(whole(config))
+        rows, columns = tiles(config, size)
+        padded = torch.empty(1, rows * side, columns * side)
+        _, height, width = geometry.unpad_image(padded, size).shape
+        return whole(config) + int(height) * (int(width) + 1)
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        config, sizes = model.config, inputs["image_sizes"]
+        states = _layers(model, inputs["pixel_values"])  # [tiles of all images, tokens, Dv]
+        each = states.split([1 + math.prod(tiles(config, size)) for size in sizes])
+        arguments = {"image_newline": states.new_zeros(states.shape[-1])}
+        if config.model_type == "llava_next":
+            arguments["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        packed, _ = model.model.pack_image_features(each, sizes, **arguments)
+        return torch.cat(packed)
+
+    def project(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
+        ends = ~features.any(1, keepdim=True)
+        return torch.where(ends, inner.image_newline.to(features.dtype), projector(features))
+
+    return Family(
+        count=count,
+        vision=vision,
+        project=project,
+        pixels=lambda config, inputs: inputs["pixel_values"][0],
+        shown=lambda config, inputs: slice(whole(config)),
+    )
+
+
+def llava_onevision() -> Family:
+    """LLaVA-OneVision: as NeXT, from up to nine tiles.
+
+    Larger pictures are taken at more tiles by their own processor, and made smaller behind the projector. Features here end
+    in front of it, so a picture is made small enough before. Each is tiled, of several in one prompt, too.
+    """
+
+    def process(processor: Any, picture: Any) -> Mapping[str, Any]:
+        side = MOST_TILES * processor.size["height"]
+        picture.thumbnail((side, side))
+        return processed(processor, picture)
+
+    def count(config: Any, inputs: Inputs) -> int:
+        if config.vision_aspect_ratio != f"anyres_max_{MOST_TILES**2}":
+            raise ModelError(
+                f"vision_aspect_ratio '{config.vision_aspect_ratio}' is not supported", place="config.json"
+            )
+        return family.count(config, inputs)
+
+    family = llava_next()
+    return replace(family, process=process, count=count)
 
 
 def fast_vlm() -> Family:
@@ -126,7 +211,7 @@ def qwen_vl() -> Family:
         # [tokens, m * m * width], and D more for each layer of the trunk that has features of its own
         return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], 1)
 
-    def project(merger: nn.Module, features: Tensor) -> Tensor:
+    def project(inner: Any, merger: nn.Module, features: Tensor) -> Tensor:
         norm: Any = merger.norm if hasattr(merger, "norm") else merger.ln_q
         projected: Tensor = merger(features.reshape(-1, norm.weight.shape[0]))  # patches go in, tokens come out
         return projected
@@ -203,7 +288,7 @@ def idefics3() -> Family:
 
     def vision(model: Any, inputs: Inputs) -> Tensor:
         inner = model.model
-        states = inner.vision_model(inputs["pixel_values"].flatten(0, 1).to(model.dtype)).last_hidden_state
+        states = inner.vision_model(inputs["pixel_values"].to(model.dtype)).last_hidden_state
         tokens: Tensor = inner.connector.pixel_shuffle(states, model.config.scale_factor)
         return tokens.flatten(0, 1)  # [images * tokens, Dv]
 
@@ -211,9 +296,6 @@ def idefics3() -> Family:
         height, width = inputs["pixel_values"].shape[-2:]
         patch = config.vision_config.patch_size
         return int((height // patch) * (width // patch) // config.scale_factor**2)
-
-    def pixels(config: Any, inputs: Inputs) -> Tensor:
-        return inputs["pixel_values"][0, 0]
 
     def frame(config: Any, tokenizer: Any) -> Frame:
         fake, whole = tokenizer.convert_tokens_to_ids(["<fake_token_around_image>", "<global-img>"])
@@ -225,7 +307,6 @@ def idefics3() -> Family:
         trunk="text_model",
         tower="vision_model",
         projector="connector.modality_projection",
-        pixels=pixels,
         frame=frame,
         settings={"do_image_splitting": False},
     )
@@ -233,6 +314,8 @@ def idefics3() -> Family:
 
 BACKBONES: dict[str, Callable[[], Family]] = {
     "llava": llava,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
     "fast_vlm": fast_vlm,
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,

@@ -293,7 +293,7 @@ def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -
     config = tmp_path / "base" / "config.json"
     rewrite(config, model_type="blip-2")
     with pytest.raises(
-        ModelError, match=r"model_type 'blip-2'.*Known: fast_vlm, idefics3, internvl, llava, qwen2_5_vl, qwen2_vl"
+        ModelError, match=r"model_type 'blip-2'.*Known: fast_vlm, idefics3, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
     ):
         DuetModel.from_pretrained(tmp_path / "base")
     rewrite(config, model_type="lava")

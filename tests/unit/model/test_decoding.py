@@ -16,7 +16,7 @@ from vlduet.errors import ModelError
 from vlduet.model import decoding, generation
 from vlduet.model.decoding import Continuation, Decoder, Piece, Sampling, held
 
-FAMILIES = ["fast_vlm", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "internvl", "smolvlm"]
+FAMILIES = sorted(tiny.FAMILIES)
 WIDE, TALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16)
 ASKED = [("what?",), (WIDE, "what is it?"), (TALL, WIDE, "tell me a long story, and then another one"), ("a", TALL)]
 EXACT = {"atol": 2e-5, "rtol": 1e-4}

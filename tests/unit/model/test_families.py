@@ -14,6 +14,8 @@ from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.idefics3 import Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
 import tiny
@@ -22,7 +24,7 @@ from vlduet.data import images
 from vlduet.data.batches import collate
 from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import PreparedImage, Sequence, positions
-from vlduet.errors import ImageError
+from vlduet.errors import ImageError, ModelError
 from vlduet.model import generation
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
@@ -298,6 +300,98 @@ def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_pat
     assert prepared.num_tokens == 4 and prepared.inputs["pixel_values"].shape == (1, 3, 16, 16)
 
 
+# ------------------------------------------------------------------ LLaVA-NeXT and LLaVA-OneVision
+
+
+@pytest.fixture(params=["llava_next", "llava_onevision"])
+def tiled(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
+    model = tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
+    with torch.no_grad():
+        for parameter in model.backbone.model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+        model.backbone.model.model.image_newline.normal_()
+    return model
+
+
+ODD = tiny.picture(4, 29, width=40)
+
+
+def test_rows_of_tiles_take_tokens_as_their_processor_counts_them(tiled: DuetModel) -> None:
+    kinds = {"llava_next": LlavaNextProcessor, "llava_onevision": LlavaOnevisionProcessor}
+    options = {
+        "llava_next": {"patch_size": 8, "num_additional_image_tokens": 1},
+        "llava_onevision": {"num_image_tokens": 4},
+    }
+    kind = tiled.backbone.model.config.model_type
+    strategy = tiled.backbone.model.config.vision_feature_select_strategy
+    theirs = kinds[kind].__new__(kinds[kind])
+    theirs.image_processor = tiled.backbone.image_processor
+    theirs.vision_feature_select_strategy, theirs.vision_aspect_ratio = strategy, "anyres_max_9"
+    for name, value in options[kind].items():
+        setattr(theirs, name, value)
+    for ref in (WIDE, TALL, SMALL, ODD):
+        width, height = images.load(ref).size
+        counted = theirs._get_number_of_features(height, width, 16, 16) - (kind == "llava_next")  # the class token
+        assert tiled.prepare(ref).num_tokens == counted
+    made = [tiled.prepare(ref) for ref in (WIDE, ODD)]
+    together = tiled.backbone.vision(made)
+    apart = torch.cat([tiled.backbone.vision([image]) for image in made])
+    batched = tiled.backbone._seen(made)
+    assert len(together) == sum(image.num_tokens for image in made)
+    assert_close(together, apart, **CLOSE)
+    assert_close(together, batched, **CLOSE)
+
+
+def test_logits_of_rows_of_tiles_are_those_of_transformers(tiled: DuetModel) -> None:
+    """One picture a prompt: of several, LLaVA-OneVision's processor would cut none."""
+    sequences = [
+        tiled.renderer.embed(parts) for parts in ((WIDE, "then"), ("before", TALL), (ODD, "so"), ("no image",))
+    ]
+    batch = tiled.collate(sequences, side="left")
+    with torch.no_grad():
+        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+        theirs = tiled.backbone.model(**given).logits
+        ours = tiled.hidden_states(batch) @ tiled.lm_weight.T
+    real = batch.segments > 0
+    assert theirs.std() > 0.1
+    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        tiled.backbone.model.model.image_newline.normal_()
+        other = tiled.hidden_states(batch) @ tiled.lm_weight.T
+    assert (other[0, -1] - ours[0, -1]).abs().max() > 1e-3, "rows end with it"
+
+
+def test_a_row_s_end_is_not_trained_and_stops_no_gradient(tiled: DuetModel) -> None:
+    tiled.make_trainable(lora=None, projector=True)
+    tiled.train()(tiled.collate([tiled.renderer.embed((ODD, "x"))])).embeddings.square().sum(1).sub(1).sum().backward()
+    tiled.train()(tiled.collate([tiled.renderer.embed((ODD, "x"))])).embeddings[:, 0].sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tiled.backbone.projector.parameters())
+    assert tiled.backbone.model.model.image_newline.grad is None
+
+
+def test_where_it_looks_is_drawn_on_the_small_whole_picture(tiled: DuetModel) -> None:
+    prepared = tiled.backbone.prepare(ODD)
+    assert tiled.backbone.pixels(prepared).shape == (3, 16, 16)
+    assert len(range(prepared.num_tokens)[tiled.backbone.shown(prepared)]) == 4
+
+
+def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
+    """More than nine tiles of LLaVA-OneVision would be made smaller behind the projector."""
+    one = tiny.duet(tmp_path / "base", family="llava_onevision", prompts=PROMPTS)
+    large, small = tiny.picture(5, 90, width=120), images.load(tiny.picture(5, 90, width=120))
+    small.thumbnail((48, 48))
+    again = one.backbone.prepare(ImageRef(data=images.encode_png(small)))
+    made = one.backbone.prepare(large)
+    assert made.inputs["pixel_values"].shape == (10, 3, 16, 16)
+    assert made.num_tokens == again.num_tokens and torch.equal(
+        made.inputs["pixel_values"], again.inputs["pixel_values"]
+    )
+    config = one.backbone.model.config
+    config.vision_aspect_ratio = "anyres_max_4"
+    with pytest.raises(ModelError, match="vision_aspect_ratio 'anyres_max_4'"):
+        one.backbone.prepare(large)
+
+
 # ------------------------------------------------------------------ SmolVLM and Idefics3
 
 
@@ -344,7 +438,7 @@ def test_what_is_exported_is_prompted_so_by_its_own_processor(smol: DuetModel, t
     written = theirs(text="<|user|><image>what?</s><|assistant|>", images=images.load(WIDE), return_tensors="pt")
     chat = smol.renderer.chat((Message("user", (WIDE, "what?")),), answer=True)
     assert written["input_ids"][0].tolist() == list(chat.ids)
-    assert_close(written["pixel_values"], smol.prepare(WIDE).inputs["pixel_values"])
+    assert_close(written["pixel_values"][0], smol.prepare(WIDE).inputs["pixel_values"])
 
 
 def test_an_export_says_so_where_the_base_keeps_its_settings_in_one_file(smol: DuetModel, tmp_path: Path) -> None:

@@ -148,9 +148,9 @@ def test_the_language_model_does_not_see_an_image_that_is_only_embedded(model: D
     alone = model.encode(items[:1])
     assert not rows, "an image alone has no row"
     together = model.encode(items)
-    assert rows == [1], "the text and the mixture share a row"
+    assert rows in ([1], [2]), "the text and the mixture share a row, where that is long enough"
     assert_close(np.concatenate([alone, *(model.encode([item]) for item in items[1:])]), together, atol=1e-6, rtol=0)
-    assert rows == [1, 1, 1]
+    assert rows[1:] == [1, 1]
     left = model(model.collate([model.renderer.embed((item,)) for item in items[:2]], side="left")).embeddings
     assert_close(left.detach().float().numpy(), together[:2], atol=1e-6, rtol=0)
 
