@@ -361,6 +361,15 @@ def test_logits_of_rows_of_tiles_are_those_of_transformers(tiled: DuetModel) -> 
     assert (other[0, -1] - ours[0, -1]).abs().max() > 1e-3, "rows end with it"
 
 
+def test_packed_and_padded_tiles_are_those_of_one_alone(tiled: DuetModel) -> None:
+    items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so")]
+    together = tiled.encode(items)
+    assert_close(together, np.concatenate([tiled.encode([item]) for item in items]), atol=1e-5, rtol=0)
+    answered = [tiled.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)]
+    start = tiled.start([tiled.renderer.chat((Message("user", (ref, "what?")),), answer=True) for ref in (ODD, WIDE)])
+    assert generation.generate(tiled.backbone, start, 6) == answered
+
+
 def test_a_row_s_end_is_not_trained_and_stops_no_gradient(tiled: DuetModel) -> None:
     tiled.make_trainable(lora=None, projector=True)
     tiled.train()(tiled.collate([tiled.renderer.embed((ODD, "x"))])).embeddings.square().sum(1).sub(1).sum().backward()
