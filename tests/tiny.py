@@ -23,6 +23,10 @@ from transformers import (
     EfficientNetConfig,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -49,6 +53,8 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -265,6 +271,39 @@ def _qwen3(**text: object) -> dict[str, Any]:
     return made | {"text_config": made["text_config"] | {"head_dim": 8} | text}
 
 
+def glm4v(folder: Path, *, seed: int = 0) -> Path:
+    """A GLM-4.1V checkpoint: as Qwen2-VL's, with tokens that a convolution makes of patches."""
+    torch.manual_seed(seed)
+    Glm4vForConditionalGeneration(Glm4vConfig(**_glm())).save_pretrained(folder)
+    return _glm_processor(folder, Glm4vImageProcessorPil)
+
+
+def glm46v(folder: Path, *, seed: int = 0) -> Path:
+    """A GLM-4.6V checkpoint, the same but for its names."""
+    torch.manual_seed(seed)
+    Glm46VForConditionalGeneration(Glm46VConfig(**_glm())).save_pretrained(folder)
+    return _glm_processor(folder, Glm46VImageProcessorPil)
+
+
+def _glm() -> dict[str, Any]:
+    vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    made = _qwen(vision | PATCHES | {"image_size": 16})
+    first, last = made.pop("vision_start_token_id"), made.pop("vision_end_token_id")
+    made["text_config"]["rope_parameters"] |= {"partial_rotary_factor": 1.0}
+    return made | {"image_start_token_id": first, "image_end_token_id": last, "tie_word_embeddings": False}
+
+
+def _glm_processor(folder: Path, processor: type) -> Path:
+    _qwen_processor(folder)
+    processor(
+        size={"shortest_edge": 16 * 16 * 2, "longest_edge": 32 * 32 * 2},
+        patch_size=4,
+        temporal_patch_size=2,
+        merge_size=2,
+    ).save_pretrained(folder)
+    return folder
+
+
 PATCHES = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
@@ -346,6 +385,8 @@ def _smol(folder: Path, model: type, config: type, vision: type, processor: type
 
 FAMILIES = {
     "fast_vlm": fast_vlm,
+    "glm46v": glm46v,
+    "glm4v": glm4v,
     "idefics3": idefics3,
     "internvl": internvl,
     "llava": llava,

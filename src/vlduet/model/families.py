@@ -201,13 +201,9 @@ def qwen_vl() -> Family:
     """
 
     def vision(model: Any, inputs: Inputs) -> Tensor:
-        whole = model.model.visual
-        unit = whole.spatial_merge_size**2
-        # The tower without its merger; the model itself, which another thread may use, stays as it is. Qwen2.5-VL then
-        # brings the tokens into the picture's order, for it attends in windows.
-        tower = copy.copy(whole)
-        tower._modules = whole._modules | {"merger": nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1))}
-        out = tower(inputs["pixel_values"].to(model.dtype), grid_thw=inputs["image_grid_thw"])
+        unit = model.model.visual.spatial_merge_size**2
+        # Qwen2.5-VL brings the tokens into the picture's order then, for it attends in windows.
+        out = _without_merger(model, inputs, instead=nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1)))
         # [tokens, m * m * width], and D more for each layer of the trunk that has features of its own
         return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], 1)
 
@@ -245,6 +241,27 @@ def qwen_vl() -> Family:
         grid=grid,
         frame=frame,
     )
+
+
+def glm_vl() -> Family:
+    """GLM-4.1V and GLM-4.6V: as Qwen2-VL, but the tower itself makes one token of m * m patches; Dv is the trunk's width."""
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        tokens: Tensor = _without_merger(model, inputs, instead=nn.Identity()).pooler_output
+        return tokens
+
+    def frame(config: Any, tokenizer: Any) -> Frame:
+        return (config.image_start_token_id,), (config.image_end_token_id,)
+
+    return replace(qwen_vl(), vision=vision, project=_once, frame=frame)
+
+
+def _without_merger(model: Any, inputs: Inputs, *, instead: nn.Module) -> Any:
+    """What the tower makes with another module for its merger; the model, which another thread may use, stays as it is."""
+    whole = model.model.visual
+    tower = copy.copy(whole)
+    tower._modules = whole._modules | {"merger": instead}
+    return tower(inputs["pixel_values"].to(model.dtype), grid_thw=inputs["image_grid_thw"])
 
 
 def internvl() -> Family:
@@ -317,6 +334,8 @@ BACKBONES: dict[str, Callable[[], Family]] = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "fast_vlm": fast_vlm,
+    "glm4v": glm_vl,
+    "glm46v": glm_vl,
     "qwen2_vl": qwen_vl,
     "qwen2_5_vl": qwen_vl,
     "qwen3_vl": qwen_vl,
