@@ -1,9 +1,11 @@
 """Answers under way in one batch: prompts join, and answers leave, between two tokens.
 
-join   prompts are read in one forward; their keys and values are put beside those of the others, all padded on the left
-step   every answer gets its next token, those that end leave, and one forward reads the tokens of the rest
+join   prompts are read in one forward, and have their first token; their keys and values are put beside those of the others,
+       all padded on the left
+step   one forward reads the last token of every answer, and each gets its next; those that end leave
 
-Each token is what transformers' `generate` would choose; but that keeps a batch as it is until its last answer ends.
+Each token is what transformers' `generate` would choose, which keeps a batch as it is until its last answer ends. Of a
+checkpoint's generation config `repetition_penalty` and `no_repeat_ngram_size` are followed.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ class Continuation:
     """
 
     def __init__(self, longest: int, *, sampling: Sampling | None = None, stop: Sequence[str] = ()):
+        if longest < 1:
+            raise ValueError(f"an answer of {longest} tokens")
         self.longest, self.sampling, self.stop = longest, sampling or Sampling(), stop
         self.over = False
         self.ids: list[int] = []
@@ -77,7 +81,7 @@ class Continuation:
         if self.sampling.seed is not None and self.generator is None:
             self.generator = torch.Generator(scores.device).manual_seed(self.sampling.seed)
         so_far = torch.empty(0)  # what shapes a distribution does not ask for it
-        scores = TemperatureLogitsWarper(self.sampling.temperature)(so_far, scores)
+        scores = TemperatureLogitsWarper(float(self.sampling.temperature))(so_far, scores)
         if self.sampling.top_p < 1:
             scores = TopPLogitsWarper(self.sampling.top_p)(so_far, scores)
         return torch.multinomial(scores.softmax(1), 1, generator=self.generator)[:, 0]
@@ -96,17 +100,19 @@ class Continuation:
         return piece
 
 
+Told = list[tuple[Continuation, Piece | Exception]]
+"""What rows have to tell of their next token. One with an error is over."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What the trunk has read, a row each, left-padded."""
+    """What the trunk has read, a row each, left-padded: all but the last token."""
 
     cache: DynamicCache
     mask: Tensor
     """int64[B, T], 0 on padding."""
     last: Tensor
-    """int64[B], the position of the last token."""
-    logits: Tensor
-    """float[B, V], after it."""
+    """int64[B], the position of what was read last."""
 
     def beside(self, other: _Read) -> _Read:
         """The rows of both."""
@@ -116,14 +122,18 @@ class _Read:
             for a, b in zip(self.cache.layers, other.cache.layers, strict=True)
         )
         mask = torch.cat([F.pad(each.mask, (width - each.mask.shape[1], 0)) for each in (self, other)])
-        return _Read(cache, mask, torch.cat([self.last, other.last]), torch.cat([self.logits, other.logits]))
+        return _Read(cache, mask, torch.cat([self.last, other.last]))
 
-    def of(self, rows: list[int]) -> _Read:
+    def of(self, rows: list[int]) -> _Read | None:
         """Some rows, without the columns that are padding for all of them."""
+        if len(rows) == len(self.mask):
+            return self
+        if not rows:
+            return None
         at = torch.tensor(rows, device=self.mask.device)
         begin = int(self.mask[at].argmax(1).min())
         cache = DynamicCache((layer.keys[at, :, begin:], layer.values[at, :, begin:]) for layer in self.cache.layers)
-        return _Read(cache, self.mask[at, begin:], self.last[at], self.logits[at])
+        return _Read(cache, self.mask[at, begin:], self.last[at])
 
 
 class Decoder:
@@ -140,9 +150,6 @@ class Decoder:
         self.backbone, self.eos_ids = backbone, list(eos_ids)
         self.rows: list[Continuation] = []
         self._read: _Read | None = None
-        """All but the last token of every row."""
-        self._joined: _Read | None = None
-        """Prompts of the last rows, which have no token yet."""
         self._forbidden = forbidden(backbone, eos_ids)
         self._habits = LogitsProcessorList()
         told = backbone.model.generation_config
@@ -152,51 +159,41 @@ class Decoder:
             self._habits.append(NoRepeatNGramLogitsProcessor(told.no_repeat_ngram_size))
 
     @torch.no_grad()
-    def join(self, start: Start, rows: Sequence[Continuation]) -> None:
-        """Read prompts, one for each row. Where that fails, those under way go on as if nothing had been."""
+    def join(self, start: Start, rows: Sequence[Continuation]) -> Told:
+        """Read prompts, one for each row, which gets its first token. Where that fails, those under way are as they were."""
         cache = DynamicCache()  # not of the config: a layer that keeps its window alone could not be padded
         logits = self._through(cache, start.mask, {**start.inputs, "position_ids": start.positions})
-        axes = (0, 2) if start.positions.ndim == 3 else 1  # the furthest of three axes
-        read = _Read(cache, start.mask, start.positions.amax(axes), logits)
-        self._joined = read if self._joined is None else self._joined.beside(read)
         for row, tokens in zip(rows, start.mask.sum(1).tolist(), strict=True):
             row.prompt_tokens = tokens
-        self.rows = [*self.rows, *rows]
-
-    @torch.no_grad()
-    def step(self) -> list[tuple[Continuation, Piece | ModelError]]:
-        """One more token for every row, and what each has to tell of it. Those that are over then are gone."""
-        read = self._go_on()
-        told: list[tuple[Continuation, Piece | ModelError]] = []
-        for row, token in zip(self.rows, self._choose(read.logits), strict=True):
-            if row.over:
-                continue
-            if token is None:
-                row.over = True
-                fix = "Its weights or its precision are broken"
-                told.append((row, ModelError("the model gave logits that are not finite", fix=fix)))
-                continue
-            row.ids.append(token)
-            text = self.backbone.tokenizer.decode(row.ids, skip_special_tokens=True)
-            assert isinstance(text, str)
-            told.append((row, row.written(text, ended=token in self.eos_ids)))
-        going = [i for i, row in enumerate(self.rows) if not row.over]
-        self._read = read if len(going) == len(self.rows) else read.of(going) if going else None
-        self.rows = [self.rows[i] for i in going]
+        told = self._write(rows, logits)
+        axes = (0, 2) if start.positions.ndim == 3 else 1  # the furthest of three axes
+        going = [i for i, row in enumerate(rows) if not row.over]
+        read = _Read(cache, start.mask, start.positions.amax(axes)).of(going)
+        if read is not None:
+            self._read = read if self._read is None else self._read.beside(read)
+            self.rows = [*self.rows, *(rows[i] for i in going)]
         return told
 
-    def _go_on(self) -> _Read:
-        """Read the last token of those that have one, and put those that have joined beside them."""
-        joined, self._joined = self._joined, None
+    @torch.no_grad()
+    def step(self) -> Told:
+        """One more token for every row. Those that are over, before or then, are gone."""
+        self._leave()
         if self._read is None:
-            assert joined is not None, "nobody is here"
-            return joined
-        written = [row.ids[-1:] for row in self.rows if row.ids]
-        ids = torch.tensor(written, device=self._read.mask.device)  # [B, 1]
-        mask, last = F.pad(self._read.mask, (0, 1), value=1), self._read.last + 1
-        given = {"inputs_embeds": self.backbone.embedding(ids), "position_ids": last[:, None]}
-        read = _Read(self._read.cache, mask, last, self._through(self._read.cache, mask, given))
-        return read if joined is None else read.beside(joined)
+            return []
+        cache, mask, last = self._read.cache, F.pad(self._read.mask, (0, 1), value=1), self._read.last + 1
+        ids = torch.tensor([row.ids[-1:] for row in self.rows], device=mask.device)  # [B, 1]
+        logits = self._through(
+            cache, mask, {"inputs_embeds": self.backbone.embedding(ids), "position_ids": last[:, None]}
+        )
+        self._read = _Read(cache, mask, last)
+        told = self._write(self.rows, logits)
+        self._leave()
+        return told
+
+    def _leave(self) -> None:
+        going = [i for i, row in enumerate(self.rows) if not row.over]
+        self._read = self._read and self._read.of(going)
+        self.rows = [self.rows[i] for i in going]
 
     def _through(self, cache: DynamicCache, mask: Tensor, given: dict[str, Tensor]) -> Tensor:
         """Logits after the last column, float[B, V]; the cache grows by what is read."""
@@ -205,31 +202,49 @@ class Decoder:
             logits: Tensor = self.backbone.lm_head(out.last_hidden_state[:, -1])
         return logits
 
-    def _choose(self, logits: Tensor) -> list[int | None]:
-        """A token for every row; None where its logits are broken."""
+    def _write(self, rows: Sequence[Continuation], logits: Tensor) -> Told:
+        """The next token of every row, by float[B, V]; whatever goes wrong with one is told of it."""
         scores = logits.float()
         sound = scores.amax(1).isfinite()
         scores = scores.masked_fill(~sound[:, None], 0.0)
         scores[:, self._forbidden] = -torch.inf
-        chosen = []
-        for row, offered in zip(self.rows, scores.split(1), strict=True):
-            if not row.ids:
-                offered[:, self.eos_ids] = -torch.inf  # an answer has at least one token
-            offered = self._habits(torch.tensor([row.ids], dtype=torch.long, device=offered.device), offered)
-            chosen.append(row.choose(offered))
-        return [token if fine else None for token, fine in zip(torch.cat(chosen).tolist(), sound.tolist(), strict=True)]
+        chosen, wrong = [], dict[Continuation, Exception]()
+        for row, offered in zip(rows, scores.split(1), strict=True):
+            try:
+                if not row.ids:
+                    offered[:, self.eos_ids] = -torch.inf  # an answer has at least one token
+                offered = self._habits(torch.tensor([row.ids], dtype=torch.long, device=offered.device), offered)
+                chosen.append(row.choose(offered))
+            except Exception as error:  # noqa: BLE001 - such as a temperature that is no number: the others go on
+                wrong[row] = error
+                chosen.append(offered.new_zeros(1, dtype=torch.long))
+        told: Told = []
+        for row, token, fine in zip(rows, torch.cat(chosen).tolist(), sound.tolist(), strict=True):
+            if not fine:
+                fix = "Its weights or its precision are broken"
+                wrong[row] = ModelError("the model gave logits that are not finite", fix=fix)
+            if row in wrong:
+                row.over = True
+                told.append((row, wrong[row]))
+                continue
+            row.ids.append(token)
+            text = self.backbone.tokenizer.decode(row.ids, skip_special_tokens=True)
+            assert isinstance(text, str)
+            told.append((row, row.written(text, ended=token in self.eos_ids)))
+        return told
 
 
 def stream(backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0) -> Iterator[str]:
     """Continue one prompt, piece by piece. Raises ModelError for logits that are not finite."""
     decoder = Decoder(backbone, start.eos_ids)
-    decoder.join(start, [Continuation(max_new_tokens, sampling=Sampling(temperature))])
-    while decoder.rows:
-        for _, piece in decoder.step():
-            if isinstance(piece, ModelError):
+    told = decoder.join(start, [Continuation(max_new_tokens, sampling=Sampling(temperature))])
+    while told:
+        for _, piece in told:
+            if isinstance(piece, Exception):
                 raise piece
             if piece.text:
                 yield piece.text
+        told = decoder.step()
 
 
 def held(text: str, stop: Sequence[str]) -> Iterator[int]:

@@ -22,6 +22,8 @@ Inputs = Mapping[str, Tensor]
 """What the image processor made of one image or several; an image's tiles are rows of `pixel_values`."""
 Frame = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids before and after an image's own."""
+SQUARES = 8
+"""That go through a tower at once whose every layer is kept while they do."""
 MOST_TILES = 3
 """Of LLaVA-OneVision, a side: `anyres_max_9`."""
 
@@ -101,11 +103,13 @@ def _layers(model: Any, pixels: Tensor) -> Tensor:
     """float[squares, 3, H, W] -> float[squares, tokens, Dv], the tower's layers that the config names, side by side."""
     config = model.config
     layers = config.vision_feature_layer
-    out = model.model.vision_tower(pixels.to(model.dtype), output_hidden_states=True)
-    chosen = [out.hidden_states[i] for i in ([layers] if isinstance(layers, int) else layers)]
-    if config.vision_feature_select_strategy == "default":
-        chosen = [states[:, 1:] for states in chosen]
-    return torch.cat(chosen, dim=-1)
+    first = int(config.vision_feature_select_strategy == "default")
+    found = []
+    for some in pixels.to(model.dtype).split(SQUARES):
+        states = model.model.vision_tower(some, output_hidden_states=True).hidden_states
+        chosen = [states[i][:, first:] for i in ([layers] if isinstance(layers, int) else layers)]
+        found.append(torch.cat(chosen, dim=-1))
+    return torch.cat(found)
 
 
 def llava_next() -> Family:

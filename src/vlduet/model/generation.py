@@ -76,7 +76,7 @@ def prompted(
         "do_sample": sampling,
         "num_beams": beams,
         "num_return_sequences": beams,
-        "temperature": temperature if sampling else None,
+        "temperature": float(temperature) if sampling else None,
         "top_p": None,
         "top_k": None,
         "pad_token_id": backbone.tokenizer.pad_token_id,

@@ -45,12 +45,15 @@ log = logging.getLogger("uvicorn.error")
 
 GRACE = 3
 """Seconds that answers have to end in when the server does."""
+LOOK = 1.0
+"""Seconds after which a request that still waits looks whether its client does."""
 LARGEST = 64 << 20
 """Bytes of one request."""
 LONGEST_ANSWER = 256
 """Tokens of an answer whose request does not say."""
 
 F = TypeVar("F", bound=forms.Form)
+T = TypeVar("T")
 
 
 class Service:
@@ -115,17 +118,17 @@ class Service:
         if form.dimensions not in (None, dim):
             raise DataError(f"{form.dimensions}: this model has {dim}", place="dimensions", fix="Leave it out")
         future = self.worker.embed(form.items(), query=form.input_type == "query")
-        vectors = await asyncio.wrap_future(future)
+        vectors = await _while_there(request, asyncio.wrap_future(future))
         return JSONResponse(forms.embeddings(vectors, model=self.name, base64_=form.encoding_format == "base64"))
 
     async def search(self, request: Request) -> Response:
         """The nearest documents of the index."""
         form, index = await self._read(request, forms.Search), self._index()
         parts = form.parts()
-        found = await asyncio.wrap_future(
-            self.worker.call(lambda: forms.hits(search(index, self.worker.model, parts, k=form.k, where=form.where)))
+        asked = self.worker.call(
+            lambda: forms.hits(search(index, self.worker.model, parts, k=form.k, where=form.where))
         )
-        return JSONResponse({"object": "list", "data": found})
+        return JSONResponse({"object": "list", "data": await _while_there(request, asyncio.wrap_future(asked))})
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation; with `retrieval`, from what its last turn finds."""
@@ -138,14 +141,16 @@ class Service:
             asked = self.worker.call(
                 lambda: prepare(index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where)
             )
-            prompt = await asyncio.wrap_future(asked)
+            prompt = await _while_there(request, asyncio.wrap_future(asked))
             messages, sources = (*messages[:-1], *prompt.messages), list(prompt.sources)
         listener = _Listener()
         longest = form.max_completion_tokens or form.max_tokens or LONGEST_ANSWER
         talk = Talk(messages, listener.tell, longest, sampling=form.sampling(), stop=form.stops())
         self.worker.answer(talk)
         try:
-            first = await listener.next()  # what is refused before the first word is an error, not a stream
+            first = await _while_there(
+                request, listener.next()
+            )  # what is refused before the first word is an error, not a stream
         except BaseException:
             talk.cancelled = True
             raise
@@ -200,6 +205,19 @@ def server(app: Starlette) -> uvicorn.Server:
 def run(app: Starlette, listening: socket.socket) -> None:
     """Serve until the process is told to end."""
     server(app).run(sockets=[listening])
+
+
+async def _while_there(request: Request, awaited: Awaitable[T]) -> T:
+    """What is awaited; it is given up where the client no longer waits for it."""
+    task = asyncio.ensure_future(awaited)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=LOOK)
+            if not task.done() and await request.is_disconnected():
+                raise HTTPException(499, "The client went away")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class _Listener:

@@ -1,18 +1,19 @@
-"""Conversations: those that wait, the one that is being prepared, and the answers under way. All of one thread."""
+"""Conversations: those that wait, those whose prompts are made, and those that are answered. All of one thread."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field
 
+from vlduet.data.batches import FORWARD, by_length
 from vlduet.data.records import Message, images_of
 from vlduet.data.sequences import Sequence
 from vlduet.errors import DataError
-from vlduet.model.decoding import Continuation, Decoder, Piece, Sampling
+from vlduet.model.decoding import Continuation, Decoder, Piece, Sampling, Told
 from vlduet.model.duet import DuetModel
+from vlduet.model.generation import Start
 
 TALKS = 8
 """Conversations that are answered side by side."""
@@ -49,76 +50,80 @@ class Talks:
 
     def __init__(self, model: DuetModel, waiting: deque[Talk]):
         self.model, self.waiting = model, waiting
-        self._guest: tuple[Talk, Iterator[Sequence | None]] | None = None
+        self._guests: deque[tuple[Talk, Iterator[Sequence | None]]] = deque()
+        """Whose prompts are being made."""
         self._talks: dict[Continuation, Talk] = {}
-        self._decoder: Decoder
-        """Of the answers of these talks; a new one where there are none."""
+        self._decoder: Decoder | None = None
+        """Of the answers of these talks."""
 
     @property
     def busy(self) -> bool:
         """Whether there is something to `advance`."""
-        return bool(self.waiting or self._guest or self._talks)
+        return bool(self.waiting or self._guests or self._talks)
 
     def advance(self) -> None:
-        """Prepare an image of the conversation that waits longest, or have it join; and write a token of every answer."""
+        """Write a token of every answer; then prepare an image for those that wait, and let those join that are ready."""
         try:
-            self._welcome()
             self._write()
+            self._welcome()
         except Exception as error:  # noqa: BLE001 - such as memory that is not there: the next ones may fit
-            for talk in self._talks.values():
+            talks, self._talks, self._decoder = self._talks, {}, None  # first of all what they held is let go
+            for talk in talks.values():
                 talk.told(error)
-            self._talks = {}
 
     def close(self, error: Exception) -> None:
         """Tell everybody that it is over."""
-        for talk in (*self._talks.values(), *([self._guest[0]] if self._guest else ()), *self.waiting):
+        for talk in (*self._talks.values(), *(talk for talk, _ in self._guests), *self.waiting):
             talk.told(error)
 
+    def _write(self) -> None:
+        for row, talk in self._talks.items():
+            row.over = talk.cancelled
+        if self._decoder is not None:
+            self._tell(self._decoder.step())
+
+    def _tell(self, told: Told) -> None:
+        for row, piece in told:
+            self._talks[row].told(piece)
+        self._talks = {row: talk for row, talk in self._talks.items() if not row.over}
+        if not self._talks:
+            self._decoder = None
+
     def _welcome(self) -> None:
-        ready: list[tuple[Talk, Sequence]] = []
-        while len(self._talks) + len(ready) < TALKS and (guest := self._next_guest()):
-            talk, prompt = guest
+        ready = list(self._ready())
+        for chosen in by_length([len(sequence) for _, sequence in ready], FORWARD):
+            talks = [ready[i][0] for i in chosen]
+            try:
+                self._join(talks, self.model.start([ready[i][1] for i in chosen]))
+            except Exception as error:  # noqa: BLE001 - those under way have the memory that these lack
+                for talk in talks:
+                    talk.told(error)
+
+    def _join(self, talks: list[Talk], start: Start) -> None:
+        decoder = self._decoder or Decoder(self.model.backbone, start.eos_ids)
+        rows = [Continuation(talk.max_new_tokens, sampling=talk.sampling, stop=talk.stop) for talk in talks]
+        told = decoder.join(start, rows)
+        self._decoder = decoder
+        self._talks |= zip(rows, talks, strict=True)
+        self._tell(told)
+
+    def _ready(self) -> Iterator[tuple[Talk, Sequence]]:
+        """Conversations whose prompts are made. One image is prepared, of all guests in rotation, which takes their turn."""
+        while len(self._talks) + len(self._guests) < TALKS and self.waiting:
+            talk = self.waiting.popleft()
+            self._guests.append((talk, conversation(self.model, talk)))
+        self._guests = deque((talk, prompt) for talk, prompt in self._guests if not talk.cancelled)
+        while self._guests:
+            talk, prompt = self._guests.popleft()
             try:
                 sequence = next(prompt)
             except Exception as error:  # noqa: BLE001 - it is this asker's
                 talk.told(error)
-                self._guest = None
                 continue
             if sequence is None:
-                break
-            ready.append((talk, sequence))
-            self._guest = None
-        if not ready:
-            return
-        if not self._talks:
-            self._decoder = Decoder(self.model.backbone, self.model.renderer.eos_ids)
-        answers = [Continuation(talk.max_new_tokens, sampling=talk.sampling, stop=talk.stop) for talk, _ in ready]
-        try:
-            self._decoder.join(self.model.start([sequence for _, sequence in ready]), answers)
-        except Exception as error:  # noqa: BLE001 - those under way have the memory that these ones lack
-            for talk, _ in ready:
-                talk.told(error)
-            return
-        self._talks |= {answer: talk for answer, (talk, _) in zip(answers, ready, strict=True)}
-
-    def _next_guest(self) -> tuple[Talk, Iterator[Sequence | None]] | None:
-        """Whose prompt is being made, or the next one's, if somebody still listens."""
-        if self._guest and self._guest[0].cancelled:
-            self._guest = None
-        with suppress(IndexError):
-            while self._guest is None:
-                talk = self.waiting.popleft()
-                if not talk.cancelled:
-                    self._guest = talk, conversation(self.model, talk)
-        return self._guest
-
-    def _write(self) -> None:
-        for answer, talk in self._talks.items():
-            answer.over = talk.cancelled
-        if self._talks:
-            for answer, piece in self._decoder.step():
-                self._talks[answer].told(piece)
-            self._talks = {answer: self._talks[answer] for answer in self._decoder.rows}
+                self._guests.append((talk, prompt))
+                return
+            yield talk, sequence
 
 
 def conversation(model: DuetModel, talk: Talk) -> Iterator[Sequence | None]:

@@ -61,7 +61,7 @@ def alone(model, sequence, ids):
 
 
 def test_whoever_comes_and_goes_sees_what_it_would_alone(bold):
-    """Two begin; one ends and another comes; two come at once beside one; a long prompt beside a short cache."""
+    """Two begin; one ends and another comes; a long prompt beside a short cache and the other way round."""
     decoder = Decoder(bold.backbone, bold.renderer.eos_ids)
     words = [i for i in range(10, 60) if i not in generation.forbidden(bold.backbone, [])]
     texts = [words[n : n + length] for n, length in enumerate([2, 9, 6, 3])]
@@ -74,8 +74,9 @@ def test_whoever_comes_and_goes_sees_what_it_would_alone(bold):
     while decoder.rows or tick <= max(comes):
         if some := comes.get(tick):
             joining = [repeated if tick == 9 else answers[i] for i in some]
-            decoder.join(bold.start([sequences[i] for i in some]), joining)
-        for answer, piece in decoder.step() if decoder.rows else []:
+            for answer, piece in decoder.join(bold.start([sequences[i] for i in some]), joining):
+                told.setdefault(answer, []).append(piece)
+        for answer, piece in decoder.step():
             told.setdefault(answer, []).append(piece)
         tick += 1
     for sequence, answer in zip([*sequences, sequences[1]], [*answers, repeated], strict=True):
@@ -90,25 +91,33 @@ def test_whoever_comes_and_goes_sees_what_it_would_alone(bold):
 def test_padding_goes_with_who_needed_it(model):
     decoder = Decoder(model.backbone, [])
     short, long = (prompt(model, (text,)) for text in ("a", "a long long long long question"))
-    decoder.join(model.start([long, short]), [Continuation(1), Continuation(4)])
+    decoder.join(model.start([long, short]), [Continuation(2), Continuation(4)])
+    assert decoder._read.mask.shape == (2, len(long))
     decoder.step()
-    assert decoder._read.mask.shape == (1, len(short)) and decoder._read.mask.all()
-    assert decoder._read.cache.get_seq_length() == len(short)
+    assert decoder._read.mask.shape == (1, len(short) + 1) and decoder._read.mask.all()
+    assert decoder._read.cache.get_seq_length() == len(short) + 1
 
 
-def test_what_transformers_chooses(model, monkeypatch):
+def test_what_transformers_chooses(bold, monkeypatch):
     """Greedy and sampled from one seed, with the habits that a checkpoint's generation config asks for."""
-    habits = model.backbone.model.generation_config
-    start = model.start([prompt(model, ASKED[1])])
+    habits = bold.backbone.model.generation_config
+    start = bold.start([prompt(bold, ASKED[1])])
+    found = []
     for penalty, ngram in ((1.0, 0), (1.9, 0), (1.0, 1)):
         monkeypatch.setattr(habits, "repetition_penalty", penalty)
         monkeypatch.setattr(habits, "no_repeat_ngram_size", ngram)
-        for temperature in (0.0, 1.3):
+        for temperature in (0.0, 0.3, 1, 2):
             torch.manual_seed(0)
-            whole = generation.generate(model.backbone, start, 12, temperature=temperature)[0]
+            with generation.prompted(bold.backbone, start, 12, temperature=temperature) as given:
+                whole = bold.backbone.model.generate(**given)[0].tolist()
             torch.manual_seed(0)
-            pieces = list(decoding.stream(model.backbone, start, 12, temperature=temperature))
-            assert "".join(pieces).strip() == whole
+            decoder, answer = Decoder(bold.backbone, start.eos_ids), Continuation(12, sampling=Sampling(temperature))
+            decoder.join(start, [answer])
+            while decoder.step():
+                pass
+            assert answer.ids == whole
+            found.append(tuple(whole))
+    assert len(set(found[:4])) >= 3, "else temperature would change nothing"
 
 
 def test_a_penalty_is_that_of_transformers(model, monkeypatch):
@@ -118,8 +127,8 @@ def test_a_penalty_is_that_of_transformers(model, monkeypatch):
     sequence = prompt(model, ASKED[0])
     decoder = Decoder(model.backbone, model.renderer.eos_ids)
     decoder.join(model.start([sequence]), [answer])
-    for _ in text:
-        decoder.step()
+    while decoder.step():
+        pass
     penalty = RepetitionPenaltyLogitsProcessor(1.7)
     free = alone(model, sequence, text)
     wanted = [penalty(torch.tensor([text[:n]], dtype=torch.long), free[n : n + 1])[0] for n in range(3)]
@@ -143,6 +152,14 @@ def test_an_answer_samples_by_itself(model):
     assert [[other], [greedy], [one]] == [answered([seed], noise=1) for seed in (8, None, 7)]
 
 
+def test_a_temperature_is_what_logits_are_divided_by():
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    for temperature in (0.5, 1, 2.0):
+        answer = Continuation(1, sampling=Sampling(temperature, seed=0))
+        drawn = torch.cat([answer.choose(scores.clone()) for _ in range(600)])
+        assert_close(torch.bincount(drawn, minlength=4) / 600, (scores[0] / temperature).softmax(0), atol=0.06, rtol=0)
+
+
 def test_only_the_likeliest_are_sampled():
     scores = torch.tensor([[2.0, 1.5, 0.0, -3.0]])
     answer = Continuation(1, sampling=Sampling(temperature=1.0, top_p=0.7, seed=0))
@@ -163,8 +180,7 @@ def test_broken_logits_end_their_own_answer(model, monkeypatch):
     decoder = Decoder(model.backbone, [])
     fine, broken = Continuation(3), Continuation(3, sampling=Sampling(1.0))
     monkeypatch.setattr(model.backbone.lm_head, "forward", overflowing)
-    decoder.join(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
-    (_, piece), (_, error) = decoder.step()
+    (_, piece), (_, error) = decoder.join(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
     assert isinstance(piece, Piece) and isinstance(error, ModelError) and "not finite" in str(error)
     assert decoder.rows == [fine]
     while decoder.rows:
@@ -175,19 +191,35 @@ def test_broken_logits_end_their_own_answer(model, monkeypatch):
         list(model.generate((Message("user", ("x",)),), stream=True))
 
 
-def test_a_prompt_that_cannot_be_read_changes_nothing(model, monkeypatch):
+def test_what_goes_wrong_with_a_row_is_told_of_it(model):
+    fine, broken = Continuation(3), Continuation(3, sampling=Sampling("hot"))
+    decoder = Decoder(model.backbone, [])
+    (_, piece), (_, error) = decoder.join(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
+    assert isinstance(piece, Piece) and isinstance(error, TypeError) and decoder.rows == [fine]
+    with pytest.raises(ValueError, match="an answer of 0 tokens"):
+        Continuation(0)
+
+
+@pytest.mark.parametrize("place", ["prompt", "beside"])
+def test_who_cannot_join_changes_nothing(model, monkeypatch, place):
+    """Memory that is not there for its prompt, or for its keys and values beside the others'."""
+
+    def no_memory(*_):
+        raise RuntimeError("out of memory")
+
     sequence = prompt(model, ASKED[0])
     decoder, text = Decoder(model.backbone, model.renderer.eos_ids), [10, 11, 12]
     answer = Dictated(text)
     decoder.join(model.start([sequence]), [answer])
-    decoder.step()
     start = model.start([prompt(model, ASKED[3])])
     with monkeypatch.context() as patched:
-        patched.setattr(model.backbone.lm_head, "forward", lambda hidden: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patched.setattr(
+            *((model.backbone.lm_head, "forward") if place == "prompt" else (decoding, "_stacked")), no_memory
+        )
+        with pytest.raises(RuntimeError, match="out of memory"):
             decoder.join(start, [Continuation(3)])
-    decoder.step()
-    decoder.step()
+    while decoder.step():
+        pass
     assert_close(torch.stack(answer.offered), alone(model, sequence, text), **EXACT)
 
 
@@ -199,6 +231,7 @@ def test_what_nobody_wants_leaves(model):
     assert [answer for answer, _ in decoder.step()] == [kept] == decoder.rows
     kept.over = True
     assert decoder.step() == [] == decoder.rows
+    assert decoder._read is None, "nor what it had read"
 
 
 def test_it_is_in_evaluation_only_while_it_works(model):

@@ -193,21 +193,55 @@ def test_empty_turns_that_clients_send_are_taken(server, duet):
     assert status == 200 and told["choices"][0]["message"]["content"] == duet.generate(kept, max_new_tokens=8)
 
 
+def sent(server, path, body):
+    """A connection whose request has been sent, and nothing read."""
+    raw = json.dumps(body).encode()
+    told = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(raw)}"]
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.sendall("\r\n".join([*told, "", ""]).encode() + raw)
+    return connection
+
+
+def soon(found):
+    """Whether it comes true within half a minute."""
+    until = time.monotonic() + 30
+    while not found() and time.monotonic() < until:
+        time.sleep(0.01)
+    return found()
+
+
 def test_a_client_that_goes_away_ends_its_answer(server, duet, monkeypatch):
     talks = []
     real = module.Talk
     monkeypatch.setattr(module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1])
     monkeypatch.setattr(duet.renderer, "eos_ids", [])  # it would go on to the end of its window
-    body = json.dumps(chat("go on", stream=True, max_tokens=duet.backbone.window // 2)).encode()
-    told = ["POST /v1/chat/completions HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json"]
-    head = "\r\n".join([*told, f"Content-Length: {len(body)}", "", ""])
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head.encode() + body)
+    body = chat("go on", stream=True, max_tokens=duet.backbone.window // 2)
+    with sent(server, "/v1/chat/completions", body) as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    until = time.monotonic() + 30
-    while not talks[0].cancelled and time.monotonic() < until:
-        time.sleep(0.01)
-    assert talks[0].cancelled
+    assert soon(lambda: talks[0].cancelled)
+
+
+def test_what_a_client_no_longer_waits_for_is_not_begun(server, duet, monkeypatch):
+    """It goes away while others are served: neither its words nor its vectors are made."""
+    monkeypatch.setattr(module, "LOOK", 0.05)
+    talks, worker = [], server.service.worker
+    real, encode = module.Talk, duet.encode
+    monkeypatch.setattr(module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1])
+    embedded: list = []
+    monkeypatch.setattr(duet, "encode", lambda items, **options: embedded.extend(items) or encode(items, **options))
+    read = []
+    start = duet.start
+    monkeypatch.setattr(duet, "start", lambda sequences: read.extend(sequences) or start(sequences))
+    begin = threading.Event()
+    busy = worker.call(begin.wait)
+    with sent(server, "/v1/chat/completions", chat("hi")), sent(server, "/v1/embeddings", {"input": ["gone"]}):
+        assert soon(lambda: talks and worker._requests)
+        waiting = worker._requests[0].future
+    assert soon(lambda: talks[0].cancelled and waiting.cancelled())
+    begin.set()
+    assert busy.result(60)
+    assert server.ask("/v1/embeddings", {"input": "here"})[0] == 200
+    assert embedded == [("here",)] and not read
 
 
 # ------------------------------------------------------------------ what is wrong

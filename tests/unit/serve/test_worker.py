@@ -12,6 +12,7 @@ import pytest
 import tiny
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import DataError, ImageError, ModelError
+from vlduet.model import decoding
 from vlduet.model.decoding import Piece, Sampling
 from vlduet.serve import talks
 from vlduet.serve import worker as module
@@ -238,24 +239,71 @@ def test_a_conversation_that_fails_leaves_the_others_alone(model, worker):
     assert isinstance(refused, DataError) and f"the model's window is {model.backbone.window}" in str(refused)
 
 
-def test_who_comes_while_others_are_answered_joins_them(model, worker):
-    """It does not wait for the end of a long answer, and changes no word of it."""
-    late = Listener()
+@pytest.fixture
+def endless(model, monkeypatch):
+    """A model that never ends an answer by itself."""
+    monkeypatch.setattr(model.renderer, "eos_ids", [])
+    return model
+
+
+def test_who_comes_while_others_are_answered_joins_them(endless, worker):
+    """It waits for its images, one a round of all, and not for the end of a long answer, of which it changes no word."""
+    pictures = [tiny.picture(i) for i in range(3)]
+    late, text = Listener(), Listener()
     first, seen = Listener(), []
-    wanted = [
-        model.generate(turn(*parts), max_new_tokens=n) for parts, n in ((("go on",), 20), ((tiny.picture(), "x"), 4))
-    ]
+    wanted = [endless.generate(turn("go on"), max_new_tokens=20), endless.generate(turn(*pictures), max_new_tokens=4)]
 
     def tell(piece):
         if piece.tokens == 2:  # in the worker's own thread, between two tokens
-            worker.answer(Talk(turn(tiny.picture(), "x"), late.told.put, 4))
-        seen.append(late.told.qsize())
+            worker.answer(Talk(turn(*pictures), late.told.put, 4))
+            worker.answer(Talk(turn("and I?"), text.told.put, 4))
+        seen.append((text.told.qsize(), late.told.qsize()))
         first.told.put(piece)
 
     worker.answer(Talk(turn("go on"), tell, 20))
     assert first.text().strip() == wanted[0]
     assert late.text().strip() == wanted[1]
-    assert len(seen) < 6 or seen[5] > 0, "one round for its image, one for its prompt and first word"
+    assert len(text.pieces()) == 4
+    counts = [row[0] for row in seen], [row[1] for row in seen]
+    begun = [next(i for i, n in enumerate(count) if n) for count in counts]
+    assert begun[0] < begun[1], "who has no image does not wait for those of others"
+    assert begun[1] - begun[0] == 2, "a token of the others after every image"
+    assert max(counts[0]) == max(counts[1]) == 4, "both had ended before the first one did"
+
+
+def test_what_is_cancelled_is_not_begun(endless, worker, monkeypatch):
+    """Neither while it waits, nor while its images are prepared; nothing more is told."""
+    looked, listeners = [], [Listener(), Listener()]
+    talks = [Talk(turn(*[tiny.picture(i) for i in range(4)]), listener.told.put, 4) for listener in listeners]
+    real = endless.prepare
+
+    def prepare(ref):
+        looked.append(ref)
+        talks[0].cancelled = talks[1].cancelled = True
+        return real(ref)
+
+    monkeypatch.setattr(endless, "prepare", prepare)
+    begin = threading.Event()
+    worker.call(begin.wait)
+    for talk in talks:
+        worker.answer(talk)
+    begin.set()
+    assert len(asked(worker, turn("next"), 3)[0].pieces()) == 3
+    assert len(looked) == 1 and not any(listener.told.qsize() for listener in listeners)
+
+
+def test_long_prompts_are_not_read_with_short_ones(endless, worker, monkeypatch):
+    """Eight rows as long as the longest would take memory that nobody asked for."""
+    shapes = []
+    real = endless.start
+    monkeypatch.setattr(endless, "start", lambda some: shapes.append([len(s) for s in some]) or real(some))
+    monkeypatch.setattr(talks, "FORWARD", 400)
+    begin = threading.Event()
+    worker.call(begin.wait)
+    listeners = [asked(worker, turn("word " * n), 3)[0] for n in (1, 60, 2, 3)]
+    begin.set()
+    assert all(len(listener.pieces()) == 3 for listener in listeners)
+    assert sorted(map(len, shapes)) == [1, 3]
 
 
 def test_no_more_than_so_many_are_answered_side_by_side(model, worker, monkeypatch):
@@ -286,43 +334,75 @@ def test_each_samples_in_its_own_way(model, worker):
     assert greedy.strip() == model.generate(turn("one"), max_new_tokens=9)
 
 
-def test_who_goes_away_is_told_nothing_more(model, worker):
-    listener = Listener()
-    talk = Talk(turn("go on and on"), listener.told.put, model.backbone.window // 2)
-    real = talk.tell
+def test_who_goes_away_is_told_nothing_more(endless, worker, monkeypatch):
+    listener, passes = Listener(), []
+    real = endless.backbone.lm_head.forward
+    monkeypatch.setattr(endless.backbone.lm_head, "forward", lambda hidden: passes.append(1) or real(hidden))
+    talk = Talk(turn("go on and on"), listener.told.put, endless.backbone.window // 2)
 
     def tell(piece):
-        real(piece)
+        listener.told.put(piece)
         talk.cancelled = True
 
     talk.tell = tell
     worker.answer(talk)
-    assert worker.embed(["after"], query=False).result(60).shape == (1, model.dim)
-    listener_of_next, _ = asked(worker, turn("next"), 3)
-    assert listener_of_next.pieces()[-1].tokens <= 3
-    assert listener.told.qsize() == 1
+    assert isinstance(listener.told.get(timeout=60), Piece)
+    assert worker.embed(["after"], query=False).result(60).shape == (1, endless.dim)
+    assert len(asked(worker, turn("next"), 3)[0].pieces()) == 3
+    assert listener.told.qsize() == 0 and len(passes) == 4, "a token of the one, three of the next"
 
 
-def test_an_error_while_answering_reaches_everyone_who_waits(model, worker, monkeypatch):
-    """Of a prompt: those who come. Of a token: those under way."""
+def test_an_error_of_a_token_reaches_everyone_who_is_answered(endless, worker, monkeypatch):
+    """What they held is let go, and the next ones are answered."""
 
     def no_memory(hidden):
         raise RuntimeError("out of memory")
 
-    first, second = Listener(), Listener()
-    real = model.backbone.lm_head.forward
+    listeners, kept = [Listener(), Listener()], []
+    real = endless.backbone.lm_head.forward
 
     def tell(piece):
-        if isinstance(piece, Piece) and piece.tokens == 1:
-            monkeypatch.setattr(model.backbone.lm_head, "forward", no_memory)
+        if isinstance(piece, Piece) and piece.tokens == 2:
+            monkeypatch.setattr(endless.backbone.lm_head, "forward", no_memory)
+        if isinstance(piece, Exception):
+            kept.append(worker._talks._decoder)
+        listeners[0].told.put(piece)
+
+    begin = threading.Event()
+    worker.call(begin.wait)
+    worker.answer(Talk(turn("x"), tell, 30))
+    worker.answer(Talk(turn("y"), listeners[1].told.put, 30))
+    begin.set()
+    assert all(isinstance(listener.pieces()[-1], RuntimeError) for listener in listeners)
+    assert kept == [None]
+    monkeypatch.setattr(endless.backbone.lm_head, "forward", real)
+    assert len(asked(worker, turn("x"), 3)[0].pieces()) == 3
+
+
+@pytest.mark.parametrize("broken", ["prompt", "beside", "habits"])
+def test_who_cannot_join_is_told_and_nobody_else(endless, worker, monkeypatch, broken):
+    first, second = Listener(), Listener()
+    wanted = endless.generate(turn("x"), max_new_tokens=9)
+
+    def no_memory(*_):
+        raise RuntimeError("out of memory")
+
+    def tell(piece):
+        if isinstance(piece, Piece) and piece.tokens == 2:
+            place = {"prompt": (endless, "start"), "beside": (decoding, "_stacked"), "habits": (talks, "Continuation")}
+            monkeypatch.setattr(*place[broken], no_memory if broken != "habits" else lambda *_, **__: 1 / 0)
             worker.answer(Talk(turn("y"), second.told.put, 4))
         first.told.put(piece)
 
-    worker.answer(Talk(turn("x"), tell, model.backbone.window // 2))
-    assert isinstance(first.pieces()[-1], RuntimeError)
-    assert isinstance(second.pieces()[-1], RuntimeError)
-    monkeypatch.setattr(model.backbone.lm_head, "forward", real)
-    assert isinstance(asked(worker, turn("x"))[0].pieces()[-1], Piece)
+    worker.answer(Talk(turn("x"), tell, 9))
+    assert isinstance(second.pieces()[-1], RuntimeError | ZeroDivisionError)
+    assert first.text().strip() == wanted
+
+
+def test_a_config_that_cannot_be_read_is_told(model, worker, monkeypatch):
+    monkeypatch.setattr(model.backbone.model.generation_config, "repetition_penalty", 2)
+    (told,) = asked(worker, turn("x"))[0].pieces()
+    assert isinstance(told, ValueError)
 
 
 # ------------------------------------------------------------------ limits
@@ -342,23 +422,26 @@ def test_too_much_is_turned_away(worker, monkeypatch):
     assert len(worker.embed(["c", "d"], query=False).result(60)) == 2
 
 
-def test_closing_ends_answers_and_tells_who_waits(model):
-    worker = Worker(model)
+def test_closing_ends_answers_and_tells_who_waits(endless, monkeypatch):
+    """Those under way, the one whose prompt is made, and the one behind it."""
+    monkeypatch.setattr(talks, "TALKS", 2)
+    worker = Worker(endless)
     listener = Listener()
     waiting: list = []
 
     def tell(piece):
         if not waiting:
-            waiting.append(asked(worker, turn("later"))[0])
+            waiting.extend(asked(worker, turn(tiny.picture(), "later"))[0] for _ in range(2))
+        elif isinstance(piece, Piece) and piece.tokens == 2:
             threading.Thread(target=worker.close).start()
             while not worker._closed:
                 time.sleep(0.01)
         listener.told.put(piece)
 
-    worker.answer(Talk(turn("go on and on"), tell, model.backbone.window // 2))
+    worker.answer(Talk(turn("go on and on"), tell, endless.backbone.window // 2))
     told = listener.pieces()
     worker.close()
-    assert isinstance(told[-1], Busy) or told[-1].reason == "stop"
-    assert isinstance(waiting[0].pieces()[0], Busy)
+    assert isinstance(told[-1], Busy)
+    assert [isinstance(each.pieces()[0], Busy) for each in waiting] == [True, True]
     with pytest.raises(Busy):
         worker.embed(["a"], query=False)
