@@ -123,32 +123,31 @@ def text_config() -> LlamaConfig:
 def llava(folder: Path, *, seed: int = 0) -> Path:
     """A LLaVA 1.5 checkpoint: CLIP with 4 patches and a class token that is dropped."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text_config(), image_token_index=3, image_seq_length=4)
+    config = LlavaConfig(vision_config=_clip(), text_config=text_config(), image_token_index=3, image_seq_length=4)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     _processor(folder, bos=True, size=16, patch=8, strategy="default", extra=1)
     return folder
 
 
+def _clip() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
+    )
+
+
 def llava_next(folder: Path, *, seed: int = 0) -> Path:
     """A LLaVA 1.6 checkpoint: 4 tokens a square, and up to four squares beside the whole picture."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8
-    )
     points = [[16, 32], [32, 16], [32, 32], [16, 48]]
     config = LlavaNextConfig(
-        vision_config=vision, text_config=text_config(), image_token_index=3, image_grid_pinpoints=points
+        vision_config=_clip(), text_config=text_config(), image_token_index=3, image_grid_pinpoints=points
     )
     LlavaNextForConditionalGeneration(config).save_pretrained(folder)
     square = {"height": 16, "width": 16}
     LlavaNextImageProcessorPil(
         size={"shortest_edge": 16}, crop_size=square, image_grid_pinpoints=points
     ).save_pretrained(folder)
-    _words(folder)
-    return folder
+    return _words(folder, tokenizer(bos=True))
 
 
 def llava_onevision(folder: Path, *, seed: int = 0) -> Path:
@@ -174,14 +173,13 @@ def llava_onevision(folder: Path, *, seed: int = 0) -> Path:
     LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
     size = {"height": 16, "width": 16}
     LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=points).save_pretrained(folder)
-    _words(folder)
-    return folder
+    return _words(folder, tokenizer(bos=True))
 
 
-def _words(folder: Path) -> None:
-    made = tokenizer(bos=True)
-    made.chat_template = CHAT
+def _words(folder: Path, made: PreTrainedTokenizerFast, *, template: str = CHAT) -> Path:
+    made.chat_template = template
     made.save_pretrained(folder)
+    return folder
 
 
 def fast_vlm(folder: Path, *, seed: int = 0) -> Path:
@@ -328,10 +326,8 @@ def _qwen_processor(folder: Path) -> Path:
     Qwen2VLImageProcessorPil(
         size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}, patch_size=4, temporal_patch_size=2, merge_size=2
     ).save_pretrained(folder)
-    made = tokenizer(bos=False, more=VISION)
-    made.chat_template = CHAT.replace("'<image>'", f"'{VISION[0]}<image>{VISION[1]}'")
-    made.save_pretrained(folder)
-    return folder
+    framed = CHAT.replace("'<image>'", f"'{VISION[0]}<image>{VISION[1]}'")
+    return _words(folder, tokenizer(bos=False, more=VISION), template=framed)
 
 
 def internvl(folder: Path, *, seed: int = 0, tiles: bool = False) -> Path:
@@ -346,12 +342,8 @@ def internvl(folder: Path, *, seed: int = 0, tiles: bool = False) -> Path:
     config = InternVLConfig(vision_config=vision, text_config=text, **shape)
     InternVLForConditionalGeneration(config).save_pretrained(folder)
     GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=tiles).save_pretrained(folder)
-    made = tokenizer(
-        bos=False, more=VISION, names=dict(zip(("start_image_token", "end_image_token"), VISION, strict=True))
-    )
-    made.chat_template = CHAT
-    made.save_pretrained(folder)
-    return folder
+    names = dict(zip(("start_image_token", "end_image_token"), VISION, strict=True))
+    return _words(folder, tokenizer(bos=False, more=VISION, names=names))
 
 
 def smolvlm(folder: Path, *, seed: int = 0) -> Path:
@@ -377,10 +369,7 @@ def _smol(folder: Path, model: type, config: type, vision: type, processor: type
     made = config(vision_config=seen, text_config=text, image_token_id=3, scale_factor=2, tie_word_embeddings=False)
     model(made).save_pretrained(folder)
     processor(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}).save_pretrained(folder)
-    words = tokenizer(bos=False, more=SMOL)
-    words.chat_template = CHAT
-    words.save_pretrained(folder)
-    return folder
+    return _words(folder, tokenizer(bos=False, more=SMOL))
 
 
 FAMILIES = {
@@ -461,6 +450,14 @@ def encoders(folder: Path) -> dict[str, Path]:
     """A folder for every role."""
     made = {"vision": vision_encoder, "text": text_encoder, "cross": cross_encoder}
     return {role: make(folder / role) for role, make in made.items()}
+
+
+def bold(model: DuetModel) -> DuetModel:
+    """The same with weights that are large: 0.02 would hide a wrong position or neighbour behind the tolerance."""
+    with torch.no_grad():
+        for parameter in model.backbone.model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model
 
 
 def _pictures(size: int) -> CLIPImageProcessorPil:

@@ -305,17 +305,16 @@ def _load_processors(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
 def process(
     processor: Any, ref: ImageRef, *, run: Callable[[Any, Any], Mapping[str, Any]] = processed
 ) -> dict[str, Tensor]:
-    """Decode an image and run the checkpoint's own preprocessing. Raises ImageError."""
+    """Decode an image and `run` the checkpoint's own preprocessing. Raises ImageError."""
     picture = images.load(ref)
     try:
         made = run(processor, picture)
     except ValueError as error:  # such as proportions that the checkpoint cannot read
         raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
     found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    pixels = found["pixel_values"]
-    return found | {
-        "pixel_values": pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
-    }  # one image: its tiles are rows
+    if found["pixel_values"].ndim == 5:  # images that have tiles: of this one image they are the rows
+        found["pixel_values"] = found["pixel_values"].flatten(0, 1)
+    return found
 
 
 @contextmanager

@@ -118,6 +118,11 @@ def llava_next() -> Family:
 
     That one knows no projector, so among the features it is a row of zeros, which no picture makes.
     """
+    return _tiles_in_rows(lambda config: {"vision_feature_select_strategy": config.vision_feature_select_strategy})
+
+
+def _tiles_in_rows(told: Callable[[Any], dict[str, Any]]) -> Family:
+    """`llava_next`, of whose relatives each tells its geometry something else: config -> arguments."""
     from transformers.models.llava_next import modeling_llava_next as geometry  # for who has such a checkpoint
 
     def tiles(config: Any, size: Tensor) -> tuple[int, int]:
@@ -140,10 +145,8 @@ def llava_next() -> Family:
         config, sizes = model.config, inputs["image_sizes"]
         states = _layers(model, inputs["pixel_values"])  # [tiles of all images, tokens, Dv]
         each = states.split([1 + math.prod(tiles(config, size)) for size in sizes])
-        arguments = {"image_newline": states.new_zeros(states.shape[-1])}
-        if config.model_type == "llava_next":
-            arguments["vision_feature_select_strategy"] = config.vision_feature_select_strategy
-        packed, _ = model.model.pack_image_features(each, sizes, **arguments)
+        end = states.new_zeros(states.shape[-1])
+        packed, _ = model.model.pack_image_features(each, sizes, image_newline=end, **told(config))
         return torch.cat(packed)
 
     def project(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
@@ -178,7 +181,7 @@ def llava_onevision() -> Family:
             )
         return family.count(config, inputs)
 
-    family = llava_next()
+    family = _tiles_in_rows(lambda config: {"vision_aspect_ratio": config.vision_aspect_ratio})
     return replace(family, process=process, count=count)
 
 

@@ -47,7 +47,7 @@ class Start:
 
 
 def forbidden(backbone: Backbone, eos_ids: Sequence[int]) -> list[int]:
-    """No answer has a control token but its end: no turn of its own, no image."""
+    """Tokens that no answer has: control tokens but its end, so no turn of its own and no image."""
     special = (i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special)
     words = len(backbone.lm_head.weight)  # learned prompt tokens lie behind them until a model is merged
     return [i for i in special if i < words and i not in eos_ids]

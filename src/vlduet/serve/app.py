@@ -147,10 +147,8 @@ class Service:
         longest = form.max_completion_tokens or form.max_tokens or LONGEST_ANSWER
         talk = Talk(messages, listener.tell, longest, sampling=form.sampling(), stop=form.stops())
         self.worker.answer(talk)
-        try:
-            first = await _while_there(
-                request, listener.next()
-            )  # what is refused before the first word is an error, not a stream
+        try:  # what is refused before the first word is an error, not a stream
+            first = await _while_there(request, listener.next())
         except BaseException:
             talk.cancelled = True
             raise

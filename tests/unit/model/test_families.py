@@ -22,7 +22,7 @@ from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 import tiny
 from vlduet import analysis
 from vlduet.data import images
-from vlduet.data.batches import collate
+from vlduet.data.batches import Batch, collate
 from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import PreparedImage, Sequence, positions
 from vlduet.errors import ImageError, ModelError
@@ -39,11 +39,19 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v"])
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
     folder = tmp_path_factory.mktemp(request.param) / "base"
-    model = tiny.duet(folder, family=request.param, prompts=PROMPTS, head="none")
-    with torch.no_grad():  # weights of 0.02 would hide a wrong position behind the tolerance
-        for parameter in model.backbone.model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return model
+    return tiny.bold(tiny.duet(folder, family=request.param, prompts=PROMPTS, head="none"))
+
+
+def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
+    """float[B, T, V]: the logits of a batch, compared with those of transformers, which is given ids and pixels."""
+    with torch.no_grad():
+        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+        theirs = model.backbone.model(**given).logits
+        ours = model.hidden_states(batch) @ model.lm_weight.T
+    real = batch.segments > 0
+    assert theirs.std() > 0.1
+    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+    return ours
 
 
 WIDE, TALL, SMALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16), tiny.picture(2, 16)
@@ -68,14 +76,7 @@ def test_an_image_takes_tokens_by_its_proportions(qwen: DuetModel) -> None:
 def test_logits_are_those_of_transformers(qwen: DuetModel) -> None:
     """Padded on either side: the padding of a row is masked, and its positions begin where it does."""
     for side in ("left", "right"):
-        batch = qwen.collate(rows(qwen), side=side)
-        with torch.no_grad():
-            given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
-            theirs = qwen.backbone.model(**given).logits
-            ours = qwen.hidden_states(batch) @ qwen.lm_weight.T
-        real = batch.segments > 0
-        assert theirs.std() > 0.1
-        assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+        as_transformers_has_them(qwen, qwen.collate(rows(qwen), side=side))
 
 
 def test_positions_are_those_of_transformers(qwen: DuetModel) -> None:
@@ -241,11 +242,7 @@ def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) ->
 @pytest.fixture(params=[False, True], ids=["whole", "tiles"])
 def intern(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
     tiny.internvl(tmp_path / "base", tiles=request.param)
-    model = DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval()
-    with torch.no_grad():
-        for parameter in model.backbone.model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return model
+    return tiny.bold(DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval())
 
 
 def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> None:
@@ -275,14 +272,9 @@ def test_where_it_looks_is_drawn_on_the_whole_picture(intern: DuetModel) -> None
 
 def test_logits_of_squares_are_those_of_transformers(intern: DuetModel) -> None:
     batch = intern.collate(rows(intern), side="left")
+    as_transformers_has_them(intern, batch)
     with torch.no_grad():
-        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
-        theirs = intern.backbone.model(**given).logits
-        ours = intern.hidden_states(batch) @ intern.lm_weight.T
         other = intern.hidden_states(intern.collate([intern.renderer.embed((tiny.picture(9, 16), "then", TALL))]))
-    real = batch.segments > 0
-    assert theirs.std() > 0.1
-    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
     assert (other[0, -1] - intern.hidden_states(batch)[0, -1]).abs().max() > 1e-3, "else no image would be seen"
 
 
@@ -308,10 +300,8 @@ def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_pat
 
 @pytest.fixture(params=["llava_next", "llava_onevision"])
 def tiled(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    model = tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
+    model = tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
     with torch.no_grad():
-        for parameter in model.backbone.model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
         model.backbone.model.model.image_newline.normal_()
     return model
 
@@ -351,13 +341,7 @@ def test_logits_of_rows_of_tiles_are_those_of_transformers(tiled: DuetModel) -> 
         tiled.renderer.embed(parts) for parts in ((WIDE, "then"), ("before", TALL), (ODD, "so"), ("no image",))
     ]
     batch = tiled.collate(sequences, side="left")
-    with torch.no_grad():
-        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
-        theirs = tiled.backbone.model(**given).logits
-        ours = tiled.hidden_states(batch) @ tiled.lm_weight.T
-    real = batch.segments > 0
-    assert theirs.std() > 0.1
-    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
+    ours = as_transformers_has_them(tiled, batch)
     with torch.no_grad():
         tiled.backbone.model.model.image_newline.normal_()
         other = tiled.hidden_states(batch) @ tiled.lm_weight.T
@@ -451,11 +435,7 @@ def test_other_folders_as_the_hub_has_them_open_without_torchvision(tmp_path: Pa
 
 @pytest.fixture(params=["smolvlm", "idefics3"])
 def smol(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    model = tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
-    with torch.no_grad():
-        for parameter in model.backbone.model.parameters():
-            parameter.mul_(4 if parameter.ndim > 1 else 1)
-    return model
+    return tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
 
 
 def test_a_picture_is_taken_whole_whatever_the_checkpoint_says(smol: DuetModel) -> None:
@@ -470,14 +450,9 @@ def test_a_picture_is_taken_whole_whatever_the_checkpoint_says(smol: DuetModel) 
 def test_logits_of_whole_pictures_are_those_of_transformers(smol: DuetModel) -> None:
     sequences = [smol.renderer.embed(parts) for parts in ((WIDE, "then"), ("before", TALL), (SMALL, "so"))]
     batch = smol.collate(sequences, side="left")
+    as_transformers_has_them(smol, batch)
     with torch.no_grad():
-        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
-        theirs = smol.backbone.model(**given).logits
-        ours = smol.hidden_states(batch) @ smol.lm_weight.T
         other = smol.hidden_states(smol.collate([smol.renderer.embed((tiny.picture(9, 16), "then"))]))
-    real = batch.segments > 0
-    assert theirs.std() > 0.1
-    assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
     mine = smol.hidden_states(smol.collate(sequences[:1]))
     assert (other[0, -1] - mine[0, -1]).abs().max() > 1e-3, "else no image would be seen"
 
