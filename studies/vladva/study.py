@@ -156,7 +156,6 @@ STUDY = Study(
         f"data.max_tokens={TOKENS}",
         "data.cache=runs/features",
         "recipe.language_on=long",
-        "recipe.mixed=false",
         "model.head=none",
         "model.prompts={image: '{image}\\nSummarize the provided image in one word:', "
         "text: '{text}\\nSummarize the provided text in one word:', image_pool: last, chat: true}",

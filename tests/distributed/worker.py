@@ -21,8 +21,8 @@ from vlduet.model.readout import Readout, empty_readout, joined
 from vlduet.recipes import sugar, vladva
 from vlduet.train.gradcache import cached_losses
 
-VLADVA = vladva, vladva.Options(mixed=True)
-GUIDED = vladva, vladva.Options(mixed=True, guide="triple")
+VLADVA = vladva, vladva.Options()
+GUIDED = vladva, vladva.Options(guide="triple")
 OURS = {
     "target": "awm",
     "same_sequence": "nested",

@@ -214,11 +214,11 @@ class Options:
 
     language_on: Literal["long", "any"] = "long"
     floor: float = 0.01
-    mixed: bool = False
+    triple: bool = False
 
 
 def test_options_of_a_recipe_are_typed() -> None:
-    assert config.options(Options, {"floor": 1, "mixed": True}, place="recipe") == Options(floor=1.0, mixed=True)
+    assert config.options(Options, {"floor": 1, "triple": True}, place="recipe") == Options(floor=1.0, triple=True)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_options_of_a_recipe_are_typed() -> None:
         ({"flor": 1}, ["recipe.flor", "unknown key 'flor'", "Did you mean 'floor'"]),
         ({"floor": "low"}, ["recipe.floor", "'low'", "number"]),
         ({"language_on": "lng"}, ["recipe.language_on", "'lng'", "'long' or 'any'"]),
-        ({"mixed": "perhaps"}, ["recipe.mixed", "'perhaps'", "boolean"]),
+        ({"triple": "perhaps"}, ["recipe.triple", "'perhaps'", "boolean"]),
     ],
 )
 def test_wrong_options_of_a_recipe_are_shown(values: dict[str, Any], pieces: list[str]) -> None:

@@ -20,7 +20,7 @@ PAIR = Record("1", image=tiny.picture(1), short=("red",), long="A red one.")
 def saved(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("show")
     tiny.duet(folder / "base", family=family, prompts=replace(tiny.BARE, image="<|user|>{image}")).save_pretrained(
-        folder / "model", provenance={"config": {"recipe": {"name": "vladva", "mixed": True, "language_on": "any"}}}
+        folder / "model", provenance={"config": {"recipe": {"name": "vladva", "language_on": "any"}}}
     )
     return folder / "model"
 
@@ -44,7 +44,7 @@ def test_a_pair_is_two_sequences(saved: Path) -> None:
     assert pictured == f"<|user|>{image}A red one.</s>" and image.endswith(" tokens]")
     assert text(rows, 0, supervised=True) == "A red one.</s>" and text(rows, 1, supervised=True) == ""
     assert text(rows, 1).removeprefix("<s>") == "red</s>"
-    assert anchors(rows) == {(0, "image"): image, (0, "mixed"): "</s>", (1, "text"): "</s>"}
+    assert anchors(rows) == {(0, "image"): image, (1, "text"): "</s>"}
 
 
 def test_an_image_is_one_row_with_its_name(saved: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_it_is_what_training_lays_out(saved: Path) -> None:
     from vlduet.recipes import vladva
 
     model = DuetModel.from_pretrained(saved)
-    sequences = vladva.layout(Sample(PAIR, 0, 0), model.renderer, vladva.Options(mixed=True, language_on="any"))
+    sequences = vladva.layout(Sample(PAIR, 0, 0), model.renderer, vladva.Options(language_on="any"))
     rows = render(PAIR, saved)
     for number, sequence in enumerate(sequences):
         mine = [r for r in rows if r.sequence == number]

@@ -1,4 +1,4 @@
-"""The verbs of ``vlduet data``: fetch, check, convert, show, edit."""
+"""The verbs of ``vlduet data``: fetch, check, convert, show, edit, mix."""
 
 from __future__ import annotations
 
@@ -233,6 +233,37 @@ def edit(
     else:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(made.items())) or "no edits"
         print(f"{to}: {records} records ({counts}), {sum(without)} without any; {dropped}")
+    if not records:
+        raise typer.Exit(1)
+
+
+@app.command()
+def mix(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Pairs with short captions.")],
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="The retrieval records.")],
+    times: Annotated[int, typer.Option(min=1, help="How often each image asks.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of who is joined with whom.")] = 0,
+    format: Format = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Write queries that join an image of FILE with words about another one, to train searches with both on."""
+    from vlduet.data import formats
+    from vlduet.data.mixed import contents, mixed_queries
+    from vlduet.data.quarantine import Quarantine, attempted, beside
+
+    formats.check_target(to, file)
+    dropped = Quarantine.anew(beside(to))
+    read = list(formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)))
+    usable = attempted(lambda some: map(contents, some), read, on_error=dropped.add)
+    pairs = [record for record, known in zip(read, usable, strict=True) if known]
+    records = sum(1 for _ in formats.convert(mixed_queries(pairs, times=times, seed=seed), to))
+    if as_json:
+        told = {"file": str(to), "records": records, "pairs": len(pairs)}
+        _print_json({**told, "dropped": dropped.count, "causes": dropped.by_cause()})
+    else:
+        print(f"{to}: {records} records of {len(pairs)} pairs; {dropped}")
     if not records:
         raise typer.Exit(1)
 

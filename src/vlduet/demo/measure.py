@@ -40,6 +40,7 @@ def measure(model: DuetModel, data: Data, *, captioned: Sequence[Record], seed: 
     """The held-out measurements of one model; `captioned` are the records that it writes a caption for."""
     return Measurement(
         retrieval=protocols.retrieval(model.encode_document, model.encode_query, records=data.held_out),
+        mixed=protocols.mixed_retrieval(model.encode_document, model.encode_query, data.held_out, seed=seed),
         entropy=protocols.caption_cross_entropy(model.caption_nll, data.held_out, seed=seed),
         captions=protocols.captions(partial(model.caption, max_new_tokens=CAPTION_TOKENS, drafts=DRAFTS), captioned),
         plain=plain_nll(model),

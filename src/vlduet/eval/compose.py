@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vlduet.eval import galleries
-from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, RetrievalResult
+from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, MixedResult, RetrievalResult
 from vlduet.eval.report import Alignment, Asked, Cost, DemoReport, Gallery, Heat, Provenance, RetrievalAugmented
 
 
@@ -15,6 +15,7 @@ class Measurement:
     """What one model does on the held-out records."""
 
     retrieval: RetrievalResult
+    mixed: MixedResult
     entropy: CaptionCrossEntropy
     captions: CaptionResult
     """Of all held-out records after training; at its start, of those whose captions are shown."""
@@ -84,6 +85,7 @@ def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
         curves=galleries.curves(told.metrics),
         captioned=galleries.captioned(start.captions, after.captions, album=shown.album),
         galleries=shown.galleries,
+        mixed=galleries.mixed(start.mixed, after.mixed, seed=seed),
         heat=shown.heat,
         asked=shown.asked,
         alignments=shown.alignments,

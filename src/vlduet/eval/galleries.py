@@ -12,9 +12,9 @@ from vlduet.data.images import load, thumbnail_data_url
 from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval.charts import Series
-from vlduet.eval.metrics import KS, Interval, paired_bootstrap
-from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, Direction, RetrievalResult
-from vlduet.eval.report import Captioned, CrossEntropy, Curve, Gallery, Gap, Heat, Hit, Row, Scores, Search
+from vlduet.eval.metrics import KS, Interval, bootstrap_interval, paired_bootstrap
+from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, Direction, MixedResult, RetrievalResult
+from vlduet.eval.report import Captioned, CrossEntropy, Curve, Gallery, Gap, Heat, Hit, Mixed, Row, Scores, Search
 
 Found = Sequence[tuple[str, float]]
 """(id of a record, score), best first."""
@@ -104,6 +104,15 @@ def gaps(ours: RetrievalResult, theirs: RetrievalResult, *, seed: int) -> tuple[
         for k in (10, 1)
         for name, a, b in directions
     )
+
+
+def mixed(before: MixedResult, after: MixedResult, *, seed: int) -> Mixed:
+    """Queries of an image and words about something else, before and after training: what is among the first ten."""
+    k = max(KS)
+    start, now = before.found(k), after.found(k)
+    found = {what: bootstrap_interval(values, seed) for what, values in now.items()}
+    gap = Gap("both of them", f"hit@{k}", paired_bootstrap(now["both"], start["both"], seed=seed))
+    return Mixed(len(after.image), found, bootstrap_interval(start["both"], seed), gap)
 
 
 def cross_entropy(before: CaptionCrossEntropy, after: CaptionCrossEntropy, *, seed: int) -> CrossEntropy:

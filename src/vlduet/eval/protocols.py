@@ -1,6 +1,7 @@
 """Protocols: how a measurement is taken. They get functions, never models, so anything can be measured.
 
     retrieval              embed images and captions -> every caption against every image, both directions
+    mixed_retrieval        embed an image and another one's caption as one query -> where the things of both are found
     caption_cross_entropy  nats a token of each caption after its own image, and after another one's
     captions               what is generated, beside the references
 
@@ -34,6 +35,7 @@ Vectors = NDArray[np.float32]
 
 EmbedImage = Callable[[list[ImageRef]], Vectors]
 EmbedText = Callable[[list[str]], Vectors]
+EmbedMixed = Callable[[list[tuple[ImageRef, str]]], Vectors]
 NLL = Callable[[list[tuple[ImageRef, str]]], Sequence[tuple[float, int]]]
 Generate = Callable[[list[ImageRef]], Sequence[str]]
 
@@ -126,6 +128,44 @@ def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequen
     assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
     directions = [_direction(s, r) for s, r in ((similarity, relevant), (similarity.T, relevant.T))]
     return RetrievalResult(tuple(captions.values()), tuple(record.id for record in records), *directions)
+
+
+@dataclass(frozen=True, slots=True)
+class MixedResult:
+    """Queries of an image and the caption of another thing, one a record, against every image."""
+
+    image: Ints
+    """int[N], rank of the first image with a caption of the query's image (itself among them)."""
+    text: Ints
+    """int[N], rank of the first image with the query's caption."""
+
+    def found(self, k: int) -> dict[str, NDArray[np.float64]]:
+        """float[N], 1 where the first k have the thing of the query's `image`, that of its `text`, or `both`."""
+        image, text = ((ranks <= k).astype(np.float64) for ranks in (self.image, self.text))
+        return {"image": image, "text": text, "both": image * text}
+
+
+def mixed_retrieval(
+    embed_image: EmbedImage, embed_mixed: EmbedMixed, records: Sequence[Record], *, seed: int = 0
+) -> MixedResult:
+    """Search with two things at once; which caption an image is joined with, `wrong_images` says.
+
+    Args:
+        embed_image: images -> float[N, D].
+        embed_mixed: (image, caption) queries -> float[N, D].
+        records: pairs with an image and a short caption; the first caption is asked with.
+
+    Raises:
+        DataError: as `caption_cross_entropy`.
+    """
+    pairs = [pair_of(record) for record in records]
+    images = [image for image, _ in pairs]
+    keys = [{text_key(caption) for caption in short} for _, short in pairs]
+    same = np.array([[bool(one & other) for other in keys] for one in keys])  # [N, N]
+    other = wrong_images([short for _, short in pairs], seed)
+    asked = [(image, pairs[j][1][0]) for image, j in zip(images, other, strict=True)]
+    similarity = cosine(embed_mixed(asked), embed_image(images))
+    return MixedResult(first_hit_ranks(similarity, same), first_hit_ranks(similarity, same[other]))
 
 
 def cosine(queries: Vectors, documents: Vectors) -> Vectors:

@@ -132,6 +132,19 @@ class Gallery:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixed:
+    """Searches with an image and words about something else at once; the image itself may be found."""
+
+    queries: int
+    found: Mapping[str, Interval]
+    """Share of queries with the thing of the `image`, that of the `text`, or `both` among the first ten."""
+    start: Interval
+    """`both`, before training."""
+    gap: Gap
+    """`both` against the start."""
+
+
+@dataclass(frozen=True, slots=True)
 class Heat:
     """A piece of the similarity matrix: captions by images."""
 
@@ -216,6 +229,7 @@ class DemoReport:
     curves: tuple[Curve, ...]
     captioned: tuple[Captioned, ...]
     galleries: tuple[Gallery, ...]
+    mixed: Mixed
     heat: Heat
     asked: tuple[Asked, ...]
     alignments: tuple[Alignment, ...]
@@ -239,8 +253,10 @@ def summary(report: DemoReport) -> dict[str, Any]:
     ``text_to_image`` and ``image_to_text`` are the trained model's; ``chance``, ``untrained`` (the bare parts), ``start``
     (what training began with) and ``ridge_baseline`` are the mean of both directions. All are fractions by ``hit@1``,
     ``hit@5`` and ``hit@10``. ``gallery`` is the number of held-out images; ``caption_cross_entropy`` is in nats a token,
-    ``before`` of the model at the start. ``self_rag`` has the share of right answers without retrieval, with the model's own
-    (``self``) and with the dual encoder's (``other``), the number of questions, and chance.
+    ``before`` of the model at the start. ``mixed`` is of queries that join an image with words about something else: the
+    share that finds the one, the other and ``both`` among the first ten, and ``start``, both of them before training.
+    ``self_rag`` has the share of right answers without retrieval, with the model's own (``self``) and with the dual
+    encoder's (``other``), the number of questions, and chance.
     """
 
     def plain(scores: Scores) -> dict[str, float]:
@@ -263,6 +279,10 @@ def summary(report: DemoReport) -> dict[str, Any]:
             "before": entropy.before.mean,
             "after": entropy.after.mean,
             "wrong_image": entropy.wrong_image.mean,
+        },
+        "mixed": {
+            **{what: interval.mean for what, interval in report.mixed.found.items()},
+            "start": report.mixed.start.mean,
         },
         "self_rag": {
             **{who: interval.mean for who, interval in report.augmented.accuracy.items()},

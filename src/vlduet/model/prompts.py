@@ -246,21 +246,15 @@ class Renderer:
         builder.anchor(self.reading(builder, parts, spans), role=role, record=record, key=key)
         return builder.build(self.max_tokens)
 
-    def caption(self, image: ImageRef, caption: str, *, record: str = "", mixed: bool = False) -> Sequence:
+    def caption(self, image: ImageRef, caption: str, *, record: str = "") -> Sequence:
         """Image prompt, read as the image's embedding; then the caption and its end, supervised: one image pass for both
-        losses (VladVA).
-
-        Args:
-            mixed: read the end of the caption too, as the embedding of image and caption together (role `mixed`).
-        """
+        losses (VladVA)."""
         builder = self.builder()
         spans = self.prompt(builder, (image,))
         reading = self.reading(builder, (image,), spans)
         builder.anchor(reading, role="image", record=record, key=content_key((image,)))
         builder.text(caption, supervised=True)
-        end = builder.add(self.eos_ids[:1], supervised=True)
-        if mixed:
-            builder.anchor(end, role="mixed", record=record, key=content_key((image, caption)))
+        builder.add(self.eos_ids[:1], supervised=True)
         return builder.build(self.max_tokens)
 
     def ask_for_caption(self, image: ImageRef, prompt: str) -> Sequence:

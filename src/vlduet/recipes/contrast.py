@@ -17,7 +17,7 @@ from vlduet.model.readout import Readout
 from vlduet.objectives.contrastive import false_negatives, limited, same_content, symmetric_infonce
 from vlduet.recipes.frozen import Guide, guided, shown
 
-LEFT = ("image", "query", "mixed")
+LEFT = ("image", "query")
 RIGHT = ("text", "positive", "negative")
 
 

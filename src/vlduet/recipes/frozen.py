@@ -19,11 +19,10 @@ ROLES: dict[Guide, tuple[str, ...]] = {"none": (), "cross": ("cross",), "triple"
 """The encoders that a guide needs."""
 
 
-def shown(sequence: Sequence, *parts: Parts) -> Sequence:
-    """The sequence with what its anchors stand for, one of `parts` each, for the frozen encoders to look at."""
-    told = zip(sequence.anchors, parts, strict=True)
-    anchors = tuple(replace(anchor, slices=tuple(map(slice_of, some))) for anchor, some in told)
-    return replace(sequence, anchors=anchors)
+def shown(sequence: Sequence, parts: Parts) -> Sequence:
+    """The sequence with what its one anchor stands for, for the frozen encoders to look at."""
+    (anchor,) = sequence.anchors
+    return replace(sequence, anchors=(replace(anchor, slices=tuple(map(slice_of, parts))),))
 
 
 def guided(

@@ -45,8 +45,6 @@ class Options:
     """Captions that carry the next-token loss: `long` (the paper), or `any`: the short one where there is no long one."""
     temperature_floor: float = 0.01
     """Lowest temperature of the contrastive loss."""
-    mixed: bool = False
-    """Also read image and caption together at the caption's end, and pair that with the caption: for mixed queries."""
     guide: Guide = "none"
     """Ours: frozen encoders leave out of L_c the negatives that they find as alike as a pair; `cross` alone, or the
     `triple` kernel of Sugar."""
@@ -76,9 +74,8 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if long is None:
         image = embedded(sample, renderer, (record.image,), role="image", guide=options.guide)
     else:
-        image = renderer.caption(record.image, long, record=sample.name, mixed=options.mixed)
-        if options.guide != "none":
-            image = shown(image, *[(record.image,), (record.image, long)][: len(image.anchors)])
+        image = renderer.caption(record.image, long, record=sample.name)
+        image = image if options.guide == "none" else shown(image, (record.image,))
     if short is None:  # nor is it anybody's negative: which short captions are true of it is not known
         return [replace(image, anchors=())]
     text = embedded(sample, renderer, (short,), role="text", guide=options.guide)

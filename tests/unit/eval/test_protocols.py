@@ -57,6 +57,26 @@ def test_a_record_with_several_captions_gives_several_queries() -> None:
     assert found.image_to_text.relevant.tolist() == [[True, True, False], [False, False, True]]
 
 
+def test_a_mixed_query_is_asked_for_both_of_its_things() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def embed_mixed(queries: list[tuple[ImageRef, str]]) -> np.ndarray:
+        asked.extend((int(image.path.stem), text) for image, text in queries if image.path)
+        image, text = zip(*queries, strict=True)
+        return embed_image(list(image)) + np.float32(0.5) * embed_text(list(text))
+
+    found = protocols.mixed_retrieval(embed_image, embed_mixed, RECORDS, seed=3)
+    assert [image for image, _ in asked] == list(range(5))
+    assert all(text_key(CAPTIONS[image]) != text_key(text) for image, text in asked)
+    assert found.image.tolist() == [1] * 5
+    assert found.text.tolist() == [3, 3, 2, 2, 2], "behind all images of the query's own thing"
+    two, three = found.found(2), found.found(3)
+    assert two["both"].tolist() == two["text"].tolist() == [0, 0, 1, 1, 1] and three["both"].all()
+
+    deaf = protocols.mixed_retrieval(embed_image, lambda queries: embed_image([q[0] for q in queries]), RECORDS, seed=3)
+    assert deaf.image.tolist() == [1] * 5 and (deaf.text > 3).all(), "level with all others: ties are lost"
+
+
 def test_a_constant_encoder_scores_zero_whatever_the_blocks_of_the_matrix_product() -> None:
     random = np.random.default_rng(0)
     vector = random.normal(size=(1, 384)).astype(np.float32)

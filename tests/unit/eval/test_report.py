@@ -45,6 +45,9 @@ def measured(records: list[Record], text: str) -> compose.Measurement:
 
     return compose.Measurement(
         retrieval=protocols.retrieval(embed_images, embed_text, records=records),
+        mixed=protocols.mixed_retrieval(
+            embed_images, lambda pairs: embed_images([image for image, _ in pairs]), records
+        ),
         entropy=protocols.caption_cross_entropy(lambda pairs: [(3.0 * len(t), len(t)) for _, t in pairs], records),
         captions=protocols.captions(lambda refs: [text] * len(refs), records),
         plain=2.0,
@@ -178,7 +181,9 @@ def test_summary_has_exactly_the_promised_keys(records: list[Record]) -> None:
     found = json.loads(json.dumps(report.summary(made)))
     hits = {"hit@1", "hit@5", "hit@10"}
     rows = ("text_to_image", "image_to_text", "chance", "untrained", "start", "ridge_baseline")
-    assert set(found) == {*rows, "gallery", "caption_cross_entropy", "self_rag", "minutes"}
+    assert set(found) == {*rows, "gallery", "caption_cross_entropy", "mixed", "self_rag", "minutes"}
+    assert set(found["mixed"]) == {"image", "text", "both", "start"}
+    assert found["mixed"]["both"] == found["mixed"]["start"] < found["mixed"]["image"] == 1.0
     assert found["self_rag"] == {"none": 0.5, "self": 0.5, "other": 0.5, "chance": 0.25, "questions": 4}
     for name in rows:
         assert set(found[name]) == hits and all(0 <= v <= 1 for v in found[name].values())

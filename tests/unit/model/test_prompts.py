@@ -167,15 +167,6 @@ def test_image_pool(model: DuetModel) -> None:
         assert mixed.end - mixed.start == 1
 
 
-def test_mixed_reads_the_end_of_the_caption(model: DuetModel) -> None:
-    made = renderer(model)
-    sequence = made.caption(tiny.picture(1), "a red apple", record="7", mixed=True)
-    image, mixed = sequence.anchors
-    assert (image.role, mixed.role) == ("image", "mixed")
-    assert (mixed.start, mixed.end) == (len(sequence) - 1, len(sequence)) and sequence.ids[mixed.start] == EOS
-    assert mixed.key != image.key
-
-
 def test_a_query_is_told_from_a_document(model: DuetModel) -> None:
     made = renderer(model, prompts=replace(tiny.BARE, query="Find: "))
     assert "Find: cat" in text_of(made, made.embed(("cat",), query=True).ids)
@@ -317,14 +308,13 @@ def test_a_cut_caption_is_cut_at_its_end_and_its_end_is_not_taught(model: DuetMo
     """A caption that was cut does not end there, so the model must not learn to stop."""
     limit = 10 + len(renderer(model).embed((tiny.picture(1),)))
     made = renderer(model, max_tokens=limit)
-    sequence = made.caption(tiny.picture(1), "abcdefghijklmnopqrstuvwxyz", mixed=True)
+    sequence = made.caption(tiny.picture(1), "abcdefghijklmnopqrstuvwxyz")
     assert len(sequence) == limit
     taught = supervised(made, sequence)
     assert "abcdefghijklmnopqrstuvwxyz".startswith(taught) and len(taught) >= 8
-    image, mixed = sequence.anchors
+    (image,) = sequence.anchors
     at, picture = sequence.images[0]
     assert (image.start, image.end) == (at, at + picture.num_tokens)
-    assert (mixed.start, mixed.end) == (limit - 1, limit)
 
 
 def test_the_longest_text_is_cut_first(model: DuetModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def sequences(model: DuetModel) -> list[Sequence]:
     """Images with captions of unequal length, texts, several images in one sequence, and chats that embed nothing."""
     renderer, rows = model.renderer, []
     for i in range(4):
-        rows.append(renderer.caption(tiny.picture(i), "some words " * (1 + 2 * i), record=f"p{i}", mixed=True))
+        pictured = renderer.caption(tiny.picture(i), "some words " * (1 + 2 * i), record=f"p{i}")
+        end = Anchor(len(pictured) - 1, len(pictured), role="query", record=f"p{i}", key=f"both {i}")
+        rows.append(replace(pictured, anchors=(*pictured.anchors, end)))
         rows.append(renderer.embed((f"text {i % 3}",), role="text", record=f"p{i}", key=f"text {i % 3}"))
     rows.append(renderer.embed((tiny.picture(7), "and", tiny.picture(8)), role="query", record="r", key="q"))
     rows.append(renderer.embed(("an answer",), role="positive", record="r", key="a"))
