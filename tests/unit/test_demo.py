@@ -19,15 +19,13 @@ def write_corpus(folder: Path, splits: dict[str, list[str]]) -> None:
     folder.mkdir(parents=True)
     for split, captions in splits.items():
         rows = [{"id": f"{split}{i}", "image": f"{split}{i}.png", "short": text} for i, text in enumerate(captions)]
-        for i, row in enumerate(rows):
-            (folder / row["image"]).write_bytes(tiny.picture(i).data or b"")
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def fake_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
     content = {
-        "stamps": {"train": ["A boat.", "A car."], "val": ["A kite."], "test": ["A red apple.", "The horse"]},
+        "stamps": {"train": ["A boat."], "val": ["A kite."], "test": ["A red apple.", "The horse"]},
         "emoji": {"train": ["red apple", "horse", "a kite!", "green apple"], "val": ["x"], "test": ["y"]},
     }
 
@@ -43,23 +41,20 @@ def fake_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_names_a_held_out_thing_is_kept_out_of_training(tmp_path: Path) -> None:
     data = prepare.prepare_data(tmp_path)
     captions = [r.short[0] for path in data.train for r in read_jsonl(path)]
-    assert captions == ["A boat.", "A car.", "green apple"]
+    assert captions == ["A boat.", "green apple"]
     assert [record.short for record in data.held_out] == [("A red apple.",), ("The horse",)]
-    assert [(row["trained on"], row["left out"]) for row in data.table] == [("2", "0"), ("1", "3")]
+    assert [(row["trained on"], row["left out"]) for row in data.table] == [("1", "0"), ("1", "3")]
     assert (data.table[0]["held out"], data.table[1]["held out"]) == ("2", "")
     # The kept records still find their images, which lie beside the corpus' own file.
     kept = next(read_jsonl(data.train[0]))
     assert kept.image is not None and kept.image.path == tmp_path / "data" / "stamps" / "train0.png"
-    asked = {record.query[1] for record in read_jsonl(data.mixed)}
-    assert asked and asked <= {"A boat.", "A car."}
 
 
 @pytest.mark.usefixtures("fake_fetch")
 def test_the_training_config_is_valid_and_trains_on_nothing_held_out(tmp_path: Path) -> None:
     settings = prepare.training(tmp_path, prepare.prepare_data(tmp_path), seed=3, steps=20)
     assert settings.seed == 3 and settings.train.steps == 20 and settings.out == tmp_path
-    names = [source.path.name for source in settings.data.train]
-    assert names == ["train-kept.jsonl", "train-kept.jsonl", "mixed.jsonl"]
+    assert not [source for source in settings.data.train if source.path.name == "test.jsonl"]
 
 
 def test_a_former_demo_is_replaced_and_nothing_else_is_touched(tmp_path: Path) -> None:
@@ -127,8 +122,7 @@ def test_the_dual_encoder_sees_and_retrieves(tmp_path: Path, monkeypatch: pytest
         rows.append({"id": str(i), "image": f"{i}.png", "short": f"Thing {i}.", "metadata": kind})
     for split, chosen in (("train", rows[:8]), ("test", rows[8:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    train, held_out = folder / "train.jsonl", tuple(read_jsonl(folder / "test.jsonl"))
-    data = prepare.Data((train,), folder / "mixed.jsonl", folder / "val.jsonl", held_out, ())
+    data = prepare.Data((folder / "train.jsonl",), folder / "val.jsonl", tuple(read_jsonl(folder / "test.jsonl")), ())
 
     model = prepare.open_model(tmp_path, "nano")
     encoders = judges.frozen(tmp_path, model, cross=judges.train_dual(tmp_path, data, model=model, seed=0))

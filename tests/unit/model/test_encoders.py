@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import AutoTokenizer, BertModel, CLIPModel, CLIPVisionConfig, CLIPVisionModel, Dinov2Model
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Model,
+    SegformerConfig,
+    SegformerModel,
+)
 
 import tiny
+from vlduet.data.images import load
 from vlduet.data.sequences import Anchor, Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.model.backbones import process
@@ -88,10 +100,50 @@ def test_a_sentence_encoder_is_read_as_its_folder_says_or_not_at_all(tmp_path: P
         load_text_encoder(folder)
 
 
-def test_a_timm_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architecture": "tf_efficientnet_lite0", "pretrained_cfg": {}}')
-    with pytest.raises(ModelError, match="timm"):
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_a_timm_folder_is_read_as_timm_reads_it(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    see = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+    with torch.no_grad():
+        batch = torch.stack([see(load(picture)) for picture in PICTURES])
+        pooled = model.forward_head(model.forward_features(batch), pre_logits=True)
+    made = Encoders({"vision": open_encoder(tmp_path)}, cache=FeatureCache(None))
+    assert_close(vectors(made, "vision", PICTURES), F.normalize(pooled, dim=1))
+
+
+@pytest.mark.parametrize("more", [{}, {"model_type": "timm_wrapper"}])
+def test_timm_is_asked_for_by_name_and_fetches_nothing(
+    more: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"architecture": "tf_efficientnet_lite0.in1k", "pretrained_cfg": {}, **more}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("vlduet.model.encoders.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="timm and torchvision not installed"):
         open_encoder(tmp_path)
+    monkeypatch.setattr("vlduet.model.encoders.find_spec", lambda name: object())
+    assert open_encoder(tmp_path).kinds == ("image",)
+    for somewhere in ("hf-hub:someone/something", "local-dir:/tmp", "someone/something"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": somewhere}))
+        with pytest.raises(ModelError, match="names no architecture"):
+            open_encoder(tmp_path)
+
+
+def test_a_vision_model_that_pools_nothing_is_named(tmp_path: Path, folders: dict[str, Path]) -> None:
+    small = {
+        "hidden_sizes": [8] * 4,
+        "sr_ratios": [1] * 4,
+        "num_attention_heads": [1] * 4,
+        "depths": [1] * 4,
+        "decoder_hidden_size": 8,
+    }
+    SegformerModel(SegformerConfig(**small)).save_pretrained(tmp_path)
+    shutil.copy(folders["vision"] / "preprocessor_config.json", tmp_path)
+    with pytest.raises(ModelError, match="'segformer' gives no vector"):
+        open_encoder(tmp_path).encode["image"](PICTURES)
 
 
 def test_cross_reads_both_kinds_in_one_space(folders: dict[str, Path]) -> None:
