@@ -82,11 +82,12 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, percent: b
 def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], *, at: object, percent: bool) -> str:
     assert callable(at)
     parts = []
+    step = y_ticks[1] - y_ticks[0]
     for y in y_ticks:
         height = at((x_ticks[0], y))[1]
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
         parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{number(y, percent=percent)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{_tick(y, step, percent=percent)}</text>'
         )
     for x in x_ticks:
         across = at((x, y_ticks[0]))[0]
@@ -132,7 +133,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that cover [low, high]."""
     size = max(abs(low), abs(high))
     size = size if size > 1e-6 else 1.0
-    span = high - low if high - low > 1e-6 * size else size  # flat: a range of its own size
+    span = high - low if high - low > 1e-3 * size else size  # flat: a range of its own size
     raw = span / count
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
@@ -140,8 +141,16 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
+def _tick(value: float, step: float, *, percent: bool) -> str:
+    """With the digits that tell it from the ticks beside it."""
+    if percent:
+        value, step = 100 * value, 100 * step
+    digits = next(n for n in range(12) if math.isclose(round(step, n), step, rel_tol=1e-6))
+    return f"{value:.{digits}f}{' %' if percent else ''}"
+
+
 def number(value: float, *, percent: bool = False) -> str:
-    """0.713 -> 71 % or 0.71; as short as a tick can be."""
+    """0.713 -> 71 % or 0.71."""
     if percent:
         return f"{100 * value:.0f} %"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"

@@ -40,6 +40,15 @@ def test_ticks_cover_the_range_and_are_few(low: float, span: float, count: int) 
     assert found == sorted(set(found)) and 2 <= len(found) <= count + 3
 
 
+@given(st.floats(-1e4, 1e4), st.floats(0, 1e4), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_tick_of_an_axis_reads_differently(low: float, span: float, percent: bool) -> None:
+    drawn = charts.line_chart([Series("a", ((0, low), (1, low + span)))], title="t", x_label="steps", percent=percent)
+    texts = ElementTree.fromstring(drawn).iter("text")
+    axis = [text.text for text in texts if text.attrib["x"] == str(charts.LEFT - 6)]
+    assert len(axis) >= 2 and len(set(axis)) == len(axis)
+
+
 def test_many_points_are_thinned_to_means() -> None:
     points = [(float(i), float(i % 2)) for i in range(3000)]
     thin = charts.thinned(points)
