@@ -10,6 +10,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+import pages
 import tiny
 from vlduet import align, config
 from vlduet.cli.main import app
@@ -93,6 +94,7 @@ def test_the_verb(encoders: dict[str, str], tmp_path: Path) -> None:
     assert (found["first"], found["second"], len(found["rows"]), len(found["columns"])) == ("one", "two", 3, 2)
     assert found["cosines"][0][0] == pytest.approx(1.0, abs=1e-5) and found["sigma"] == pytest.approx(0.5 * 2.5**0.5)
     html = page.read_text()
+    pages.checked(html)
     assert html.count("data:image/") == 2 and "&lt;b&gt;cat&lt;/b&gt;" in html and "<b>cat" not in html
     assert "A cat sleeps." in CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import pages
 import tiny
 from vlduet import analysis
 from vlduet.cli.main import app
@@ -189,6 +190,7 @@ def test_before_and_after(source: Path, tmp_path: Path) -> None:
         assert set(one["images"]["components"]) == {"0.5", "0.9", "0.99"}
     assert told["dropped"] == 1 and "broken.png" in (out / "quarantine.jsonl").read_text()
     page = (out / "analysis.html").read_text()
+    pages.checked(page)
     assert page.count('class="overlay"') == 4 and "<script" not in page and not re.search(r"(src|href)=.https?:", page)
     assert "--limit 4 --examples 2" in page
 

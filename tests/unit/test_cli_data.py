@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import pages
 from tiny import picture
 from vlduet.cli.data import app
 from vlduet.data import corpora
@@ -64,8 +65,10 @@ def test_show(source: Path) -> None:
     assert shown["kind"] == "pair" and shown["record"]["short"] == "A <red> cat."
     page = source.parent / "page.html"
     assert runner.invoke(app, ["show", str(source), "--html", str(page)]).exit_code == 0
-    text = page.read_text()
-    assert "A &lt;red&gt; cat." in text and "data:image/" in text and "http" not in text
+    found = pages.checked(page.read_text())
+    assert "A <red> cat." in found.text and [a["alt"] for t, a in found.tags if t == "img"] == [
+        f"{source.parent / 'a.png'}, 24 x 24"
+    ]
     beyond = runner.invoke(app, ["show", str(source), "--index", "2"])
     assert isinstance(beyond.exception, DataError) and "Use 0 to 1" in str(beyond.exception)
 

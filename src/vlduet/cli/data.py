@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,21 +154,20 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Look at one record: its slices, captions and images, and with --model what is trained of it."""
-    from vlduet.data import show as page
-
     record = record_at(file, index, format=format, root=root)
     rows = []
     if model is not None:
         from vlduet.show import render
 
         rows = render(record, model)
-    # A record becomes one sequence or several; each begins with its name.
-    sequences = [
-        [(f"sequence {number}:", False, ()), *((row.text, row.supervised, row.anchors) for row in group)]
-        for number, group in groupby(rows, key=lambda row: row.sequence)
+    sequences = [  # a record becomes one or several
+        [(row.text, row.supervised, row.anchors) for row in group]
+        for _, group in groupby(rows, lambda row: row.sequence)
     ]
     if html is not None:
-        html.write_text(page.as_html(record, list(chain.from_iterable(sequences))), encoding="utf-8")
+        from vlduet.eval import record_page
+
+        record_page.write(html, record, sequences)
         print(html)
     elif as_json:
         from vlduet.data.records import to_json
@@ -177,11 +176,13 @@ def show(
             {"record": to_json(record, root=Path()), "kind": record.kind, "tokens": [asdict(row) for row in rows]}
         )
     else:
+        from vlduet.data.show import as_text, tokens_as_text
+
         colour = sys.stdout.isatty()
-        print(page.as_text(record, colour=colour))
-        for (title, _, _), *tokens in sequences:
-            print(title)
-            print(page.tokens_as_text(tokens, colour=colour))
+        print(as_text(record, colour=colour))
+        for number, tokens in enumerate(sequences):
+            print(f"sequence {number}:")
+            print(tokens_as_text(tokens, colour=colour))
 
 
 @app.command()

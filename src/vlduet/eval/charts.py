@@ -86,9 +86,8 @@ def _grid(x_ticks: Sequence[float], y_ticks: Sequence[float], *, at: object, per
     for y in y_ticks:
         height = at((x_ticks[0], y))[1]
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{_tick(y, step, percent=percent)}</text>'
-        )
+        text = _tick(y, step, percent=percent)
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{text}</text>')
     for x in x_ticks:
         across = at((x, y_ticks[0]))[0]
         if LEFT - 1 <= across <= WIDTH - RIGHT + 1:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+import pages
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval import compose, galleries, protocols, report
 
 COLOURS = 30
-HOSTILE = (
-    "</title></style><script>alert(1)</script><img src=x onerror=alert(2)> \"' & \u202e \ud800 {{ 7*7 }} {% raw %}"
-)
 
 
 def record(i: int, caption: str) -> Record:
@@ -27,7 +23,7 @@ def record(i: int, caption: str) -> Record:
 
 @pytest.fixture(scope="module")
 def records() -> list[Record]:
-    return [record(i, HOSTILE if i == 3 else f"Thing {i // 2 * 2}.") for i in range(COLOURS)]
+    return [record(i, pages.HOSTILE if i == 3 else f"Thing {i // 2 * 2}.") for i in range(COLOURS)]
 
 
 def embed_images(refs: Sequence[ImageRef]) -> np.ndarray:
@@ -95,70 +91,23 @@ def alignment(album: galleries.Album, text: str) -> report.Alignment:
     return report.Alignment((picture, text), (text, picture), grid, grid, gak=0.5, awm=0.6, mean=0.4, sigma=1.0)
 
 
-class Page(HTMLParser):
-    """Tags, attributes and unclosed elements of a page."""
-
-    VOID = ("meta", "img", "br", "col")
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open[-1] == tag, (tag, self.open[-5:], self.getpos())
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 @pytest.fixture(scope="module")
 def page(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
-    report.write_report(path, make(records, HOSTILE))
+    report.write_report(path, make(records, pages.HOSTILE))
     assert [p.name for p in path.parent.iterdir()] == ["report.html"], "no staging file is left"
     assert path.stat().st_size < 6_000_000
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_hostile_texts_stay_texts(page: str) -> None:
-    found = Page(page)
-    assert found.open == []
-    names = {tag for tag, _ in found.tags}
-    assert not names & {"script", "iframe", "object", "embed", "link", "base", "form"}
-    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
-    assert "<script>alert(1)</script>" in found.text, "it is there, as text"
+def test_hostile_texts_stay_texts_and_the_page_reaches_out_to_nothing(page: str) -> None:
+    found = pages.checked(page)
+    assert pages.SCRIPT in found.text, "it is there, as text"
     assert "{{ 7*7 }}" in found.text, "never a template of its own"
 
 
-def test_the_page_reaches_out_to_nothing(page: str) -> None:
-    found = Page(page)
-    for tag, attributes in found.tags:
-        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-            value = attributes.get(name)
-            assert value is None or value.startswith(("data:image/", "#")), (tag, name, value[:60])
-    assert not re.search(r"(https?:)?//[a-z]", page)
-    assert not re.search(r"url\(|@import", page)
-    policy = next(
-        a["content"] for t, a in found.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
-    )
-    assert policy is not None and policy.startswith("default-src 'none'; img-src data:;")
-
-
 def test_every_anchor_of_the_navigation_exists_and_every_picture_is_described(page: str) -> None:
-    found = Page(page)
+    found = pages.Page(page)
     ids = {a["id"] for _, a in found.tags if "id" in a}
     assert {str(a["href"]).removeprefix("#") for t, a in found.tags if t == "a"} <= ids
     assert all(a.get("alt") for t, a in found.tags if t == "img")

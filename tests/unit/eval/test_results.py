@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import official
+import pages
 from vlduet.cli.main import app
 from vlduet.data.records import Parts
 from vlduet.errors import ConfigError
@@ -104,7 +105,8 @@ def test_report_from_the_command_line(runs: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     assert "pope" in told and "->" in told
     html, markdown = out.read_text(), out.with_suffix(".md").read_text()
-    assert "<script" not in html and "What generation paid" in html and "Sugar-7B" in html
+    pages.checked(html)
+    assert "What generation paid" in html and "Sugar-7B" in html
     assert "| **joint** |" in markdown and "| pope | F1 | 66.7 | 0.0 |" in markdown
     with pytest.raises(ConfigError, match="no scores here"):
         CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
