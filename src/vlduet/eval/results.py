@@ -213,7 +213,7 @@ def as_markdown(made: Page) -> str:
     lines = ["# Results", ""]
     if made.kept:
         lines += [
-            "## What generation paid",
+            "## Before and after",
             "",
             "| benchmark | number | before | after | change | |",
             "|---|---|---|---|---|---|",

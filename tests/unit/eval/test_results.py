@@ -106,7 +106,7 @@ def test_report_from_the_command_line(runs: Path, tmp_path: Path) -> None:
     assert "pope" in told and "->" in told
     html, markdown = out.read_text(), out.with_suffix(".md").read_text()
     pages.checked(html)
-    assert "What generation paid" in html and "Sugar-7B" in html
+    assert "Before and after" in html and "Sugar-7B" in html
     assert "| **joint** |" in markdown and "| pope | F1 | 66.7 | 0.0 |" in markdown
     with pytest.raises(ConfigError, match="no scores here"):
         CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
