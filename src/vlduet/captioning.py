@@ -1,7 +1,8 @@
 """Captions for what has none, short or long, by any local model that generates.
 
 1. read      records, or a folder of images; a pair that lacks a wanted caption is work
-2. ask       in batches: an instruction in the checkpoint's chat template, or the model's own image prompt
+2. ask       in batches: an instruction in the checkpoint's chat template, or the model's own image prompt; of several
+             drafts and of texts that are known the model's own embedding chooses
 3. keep      every batch in a journal beside the output, so that an interrupted run goes on
 4. tidy      what was written, to whole sentences on one line
 5. write     all records, whole or not at all, with what made a caption in their metadata
@@ -12,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from vlduet.data import formats
 from vlduet.data.images import content_key
@@ -31,6 +34,9 @@ INSTRUCTIONS: dict[Kind, str] = {
     "short": "Describe the image in one short sentence.",
     "long": "Describe the image in detail.",
 }
+EMBEDDED = 256
+"""Known texts that are embedded at a time."""
+
 OWN = ""
 """The instruction that is none: go on from the model's own image prompt, as it was trained to."""
 
@@ -43,9 +49,19 @@ class Captioner(Protocol):
         """Names everything that decides what the model writes."""
 
     def caption(
-        self, images: Sequence[ImageRef], *, prompt: str = OWN, max_new_tokens: int = 32, batch: int = 32
+        self,
+        images: Sequence[ImageRef],
+        *,
+        prompt: str = OWN,
+        max_new_tokens: int = 32,
+        batch: int = 32,
+        drafts: int = 1,
+        known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
         """A text for every image."""
+
+    def encode_query(self, items: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, float32[N, E]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +73,10 @@ class Wish:
     """Longest, in tokens of the model."""
     prompt: str
     """The instruction; `OWN` for none."""
+    drafts: int = 1
+    """Of so many, the nearest to the image is taken; 0 writes none."""
+    known: tuple[str, ...] = ()
+    """Texts that it may be as well, where one is nearer than every draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +90,30 @@ class CaptionReport:
     long: int
     generated: int
     """Captions that the model wrote in this run; the others were in the journal, or of an image that had been seen."""
+    known: int
+    """Captions that are one of the known texts."""
     empty: int
     """Captions that came out empty; their records are written without."""
     dropped: int
     causes: dict[str, int]
 
 
-def wishes(*, short: int, long: int, prompt: str | None = None) -> list[Wish]:
+def wishes(
+    *, short: int, long: int, prompt: str | None = None, drafts: int = 1, known: Sequence[str] = ()
+) -> list[Wish]:
     """The wishes of the command line: longest short and long caption in tokens, 0 for none; one instruction for one length.
 
     Raises:
-        ConfigError: nothing wanted, a negative length, or one instruction for two lengths.
+        ConfigError: nothing wanted, a negative length, one instruction for two lengths, known texts without short captions,
+            no drafts where no known texts could stand in.
     """
     lengths: dict[Kind, int] = {"short": short, "long": long}
     for kind, tokens in lengths.items():
         if tokens < 0:
             raise ConfigError(f"{tokens} tokens", place=f"--{kind}", fix="Give a length, or 0 for none")
+    names: dict[Kind, tuple[str, ...]] = {"short": tuple(dict.fromkeys(known)), "long": ()}
     found = [
-        Wish(kind, tokens, INSTRUCTIONS[kind] if prompt is None else prompt)
+        Wish(kind, tokens, INSTRUCTIONS[kind] if prompt is None else prompt, drafts=drafts, known=names[kind])
         for kind, tokens in lengths.items()
         if tokens
     ]
@@ -98,6 +124,26 @@ def wishes(*, short: int, long: int, prompt: str | None = None) -> list[Wish]:
     if prompt is not None and len(found) == 2:
         what = "one instruction for captions of two lengths"
         raise ConfigError(what, place="--prompt", fix="Write one length at a time: add --long 0 or --short 0")
+    if known and not short:
+        raise ConfigError("known texts are short captions", place="--known", fix="Give --short a length")
+    if not drafts and (long or not known):
+        raise ConfigError("nothing is written without drafts", place="--drafts", fix="Give --known texts, and --long 0")
+    return found
+
+
+def known_texts(path: Path) -> list[str]:
+    """The texts of a .txt, one a line, or the short captions of records. Raises DataError where there are none."""
+    if path.suffix == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot be read: {error}", place=path, fix="Give a text file in UTF-8") from None
+        found = [" ".join(line.split()) for line in lines]
+    else:
+        found = [text for record in formats.read_records(path) for text in record.short]
+    found = [text for text in found if text]
+    if not found:
+        raise DataError("no texts", place=path, fix="Give a .txt with one a line, or records with short captions")
     return found
 
 
@@ -141,6 +187,7 @@ def caption(
         short=job.written["short"],
         long=job.written["long"],
         generated=job.generated,
+        known=job.known,
         empty=job.empty,
         dropped=dropped.count,
         causes=dropped.by_cause(),
@@ -211,7 +258,8 @@ class _Job:
         self.model, self.wanted, self.journal, self.dropped = model, wanted, journal, dropped
         self.name, self.batch = name, batch
         self.written: dict[Kind, int] = {"short": 0, "long": 0}
-        self.generated = self.empty = 0
+        self.generated = self.known = self.empty = 0
+        self.vectors = {wish.kind: _embedded(model, wish.known) for wish in wanted}
 
     def filled(self, records: Iterable[Record]) -> Iterator[Record]:
         """The records with their captions, without those whose image is broken.
@@ -256,7 +304,14 @@ class _Job:
 
         def write(keys: list[str]) -> list[str]:
             refs = [images[key] for key in keys]
-            return self.model.caption(refs, prompt=wish.prompt, max_new_tokens=wish.tokens, batch=self.batch)
+            return self.model.caption(
+                refs,
+                prompt=wish.prompt,
+                max_new_tokens=wish.tokens,
+                batch=self.batch,
+                drafts=wish.drafts,
+                known=self.vectors[wish.kind],
+            )
 
         keys = list(images)
         texts = attempted(write, keys, on_error=failed.__setitem__)
@@ -266,16 +321,31 @@ class _Job:
         found: dict[str, Any] = {}
         told: dict[str, Any] = {}
         for wish in self._lacks(record):
-            text = tidy(self.journal.texts[wish.kind, key], sentences=1 if wish.kind == "short" else None)
+            text = self.journal.texts[wish.kind, key]
+            known = text in self.vectors[wish.kind]
+            text = text if known else tidy(text, sentences=1 if wish.kind == "short" else None)
             if not text:
                 self.empty += 1
                 continue
             found[wish.kind] = (text,) if wish.kind == "short" else text
             told[wish.kind] = {"model": self.name, "fingerprint": self.model.fingerprint}
             told[wish.kind] |= {"prompt": wish.prompt or "the model's own", "tokens": wish.tokens}
+            told[wish.kind] |= {"drafts": wish.drafts, "known": known}
             self.written[wish.kind] += 1
+            self.known += known
         if not found:
             return record
         before = record.metadata.get("captioned")
         captioned = {**(before if isinstance(before, dict) else {}), **told}
         return replace(record, **found, metadata={**record.metadata, "captioned": captioned})
+
+
+def _embedded(model: Captioner, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """The texts with their vectors."""
+    groups = [texts[begin : begin + EMBEDDED] for begin in range(0, len(texts), EMBEDDED)]
+    vectors = (model.encode_query(group) for group in progress(groups, label="known texts, groups"))
+    return {
+        text: vector
+        for group, found in zip(groups, vectors, strict=True)
+        for text, vector in zip(group, found, strict=True)
+    }

@@ -1,9 +1,9 @@
-"""Captions that a model chooses among its own drafts by its own embedding, against greedy ones.
+"""Captions that a model chooses by its own embedding, among its own drafts and known texts, against greedy ones.
 
-    python studies/nano/drafts.py runs/demo/model runs/demo/data/stamps/test.jsonl
+    python studies/nano/drafts.py runs/demo/model runs/demo/data/stamps/test.jsonl runs/demo/data/stamps/train-kept.jsonl
 
-A sentence encoder judges: near is its cosine of a caption to the reference, hit@k whether the reference is among the k
-nearest of all distinct references.
+The last file holds the known texts: its captions. A sentence encoder judges: near is its cosine of a caption to the
+reference, hit@k whether the reference is among the k nearest of all distinct references.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _captions import nearness
 
+from vlduet.captioning import known_texts
 from vlduet.data.records import read_jsonl
 from vlduet.demo.measure import CAPTION_TOKENS
 from vlduet.eval.benchmarks.tasks import difference, sample
 from vlduet.logs import say
 from vlduet.model.duet import DuetModel
 
-DRAFTS = (1, 4, 8)
+WAYS = {"greedy": (1, False), "4 drafts": (4, False), "8 drafts": (8, False), "8 drafts and known": (8, True)}
+"""Number of drafts, and whether the known texts are among them."""
 
 
 def main() -> None:
@@ -32,19 +34,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("records", type=Path)
+    parser.add_argument("known", type=Path)
     options = parser.parse_args()
     model = DuetModel.from_pretrained(options.model)
     pairs = [(r.image, r.short[0]) for r in read_jsonl(options.records) if r.image is not None and r.short]
-    found: dict[int, dict[str, np.ndarray]] = {}
-    for drafts in DRAFTS:
-        captions = model.caption([image for image, _ in pairs], max_new_tokens=CAPTION_TOKENS, batch=16, drafts=drafts)
+    texts = list(dict.fromkeys(known_texts(options.known)))
+    vectors = dict(zip(texts, model.encode_query(texts), strict=True))
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for way, (drafts, known) in WAYS.items():
+        captions = model.caption(
+            [image for image, _ in pairs],
+            max_new_tokens=CAPTION_TOKENS,
+            batch=16,
+            drafts=drafts,
+            known=vectors if known else {},
+        )
         near, rank = nearness(captions, [text for _, text in pairs])
-        found[drafts] = {"near": near, **{f"hit@{k}": (rank <= k).astype(float) for k in (1, 5)}}
-        for name, values in found[drafts].items():
-            gap = difference(sample(values), sample(found[1][name]), seed=0)
+        found[way] = {"near": near, **{f"hit@{k}": (rank <= k).astype(float) for k in (1, 5)}}
+        say(f"{way}: {sum(caption in vectors for caption in captions)} of {len(captions)} are known texts")
+        for name, values in found[way].items():
+            gap = difference(sample(values), sample(found["greedy"][name]), seed=0)
             assert gap is not None, "the same images"
             more = f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})"
-            say(f"{drafts} drafts, {name}: {100 * values.mean():.1f}, against greedy {more}")
+            say(f"{way}, {name}: {100 * values.mean():.1f}, against greedy {more}")
 
 
 if __name__ == "__main__":

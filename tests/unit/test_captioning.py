@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny
-from vlduet.captioning import INSTRUCTIONS, OWN, Wish, caption, tidy, wishes
+from vlduet.captioning import INSTRUCTIONS, OWN, Wish, caption, known_texts, tidy, wishes
 from vlduet.data import images
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef
@@ -29,14 +30,27 @@ class FakeModel:
         self.asked: list[tuple[str, int, list[int]]] = []
         self.stop_after: int | None = None
 
+    def encode_query(self, items: Sequence[str]) -> np.ndarray:
+        return np.array([[len(item)] for item in items], np.float32)
+
     def caption(
-        self, images_: Sequence[ImageRef], *, prompt: str = OWN, max_new_tokens: int = 32, batch: int = 32
+        self,
+        images_: Sequence[ImageRef],
+        *,
+        prompt: str = OWN,
+        max_new_tokens: int = 32,
+        batch: int = 32,
+        drafts: int = 1,
+        known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
         widths = [images.load(ref).width for ref in images_]
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise KeyboardInterrupt
         self.asked.append((prompt, max_new_tokens, widths))
-        return [self.answer.format(width=width) for width in widths]
+        self.drafts = drafts
+        # A known text is nearest to the picture that is as wide as it is long.
+        lengths = {int(vector[0]): text for text, vector in (known or {}).items()}
+        return [lengths.get(width, self.answer.format(width=width)) for width in widths]
 
 
 def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -62,7 +76,14 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     assert c.short == ("There already.",) and c.long == "It is 12 wide. Really."
     assert [asked[:2] for asked in model.asked[:2]] == [(INSTRUCTIONS["short"], 9), (INSTRUCTIONS["long"], 99)]
     assert [widths for _, _, widths in model.asked] == [[10, 11], [10, 11], [12]]
-    told = {"model": "m", "fingerprint": "fake", "prompt": INSTRUCTIONS["long"], "tokens": 99}
+    told = {
+        "model": "m",
+        "fingerprint": "fake",
+        "prompt": INSTRUCTIONS["long"],
+        "tokens": 99,
+        "drafts": 1,
+        "known": False,
+    }
     assert a.metadata["captioned"]["long"] == told and list(c.metadata["captioned"]) == ["long"]
     assert (report.records, report.short, report.long, report.generated) == (3, 2, 3, 5) and report.dropped == 0
     assert {p.name for p in tmp_path.iterdir()} == {"photos", "out.jsonl"}, "nothing is left behind"
@@ -157,6 +178,46 @@ def test_an_empty_caption_is_counted_and_left_out(tmp_path: Path) -> None:
     assert report.empty == 2 and record.short == () and record.long is None and record.metadata == {}
 
 
+def test_known_texts_are_short_captions_as_they_stand(tmp_path: Path) -> None:
+    rows = [{"id": name, "image": name} for name in photos(tmp_path, 3)]
+    known = ["A barge.  Or", "A boat. Say!"]  # as long as the first picture, and the third, are wide
+    known[0] = known[0][:10]
+    wanted = wishes(short=9, long=99, drafts=4, known=known)
+    model = FakeModel()
+    report = caption(model, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=wanted)
+    found = list(read_records(tmp_path / "out.jsonl"))
+    assert [record.short for record in found] == [(known[0],), ("It is 11 wide.",), (known[1],)], (
+        "two sentences are kept"
+    )
+    assert [record.long for record in found] == [f"It is {n} wide. Really." for n in (10, 11, 12)]
+    told = [record.metadata["captioned"]["short"] for record in found]
+    assert [one["known"] for one in told] == [True, False, True] and all(one["drafts"] == 4 for one in told)
+    assert report.known == 2 and report.short == 3 and model.drafts == 4
+
+
+def test_captions_of_other_known_texts_are_not_taken_over(tmp_path: Path) -> None:
+    rows = [{"id": name, "image": name} for name in photos(tmp_path, 2)]
+    stopped = FakeModel()
+    stopped.stop_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        caption(stopped, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=wishes(short=9, long=0), batch=1)
+    wanted = wishes(short=9, long=0, known=["A car."])
+    assert caption(FakeModel(), tmp_path / "pairs.jsonl", to=tmp_path / "out.jsonl", wanted=wanted).generated == 2
+
+
+def test_known_texts_are_read_from_lines_and_from_records(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text(" A  car.\n\nÄpfel\n", encoding="utf-8")
+    assert known_texts(tmp_path / "names.txt") == ["A car.", "Äpfel"]
+    (name,) = photos(tmp_path, 1)
+    both = write(tmp_path, [{"id": "a", "image": name, "short": ["a", "b"]}, {"id": "b", "image": name, "long": "c"}])
+    assert known_texts(both) == ["a", "b"]
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xc4pfel")
+    for name, said in [("empty.txt", "no texts"), ("latin.txt", "cannot be read"), ("gone.txt", "cannot be read")]:
+        with pytest.raises(DataError, match=said):
+            known_texts(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("text", "sentences", "wanted"),
     [
@@ -182,6 +243,9 @@ def test_wishes_and_bad_options(tmp_path: Path) -> None:
         ({"short": 0, "long": 0}, "neither"),
         ({"short": -1, "long": 5}, "--short"),
         ({"short": 5, "long": 5, "prompt": "x"}, "--long 0 or --short 0"),
+        ({"short": 0, "long": 5, "known": ["a"]}, "--known"),
+        ({"short": 5, "long": 5, "known": ["a"], "drafts": 0}, "--long 0"),
+        ({"short": 5, "long": 0, "drafts": 0}, "--known texts"),
     ]
     for options, said in wrong:
         with pytest.raises(ConfigError, match=said):
@@ -215,8 +279,15 @@ def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
     arguments[1] = str(tmp_path / "model")
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, ConfigError) and "--prompt ''" in str(refused.exception)
-    done = CliRunner().invoke(app, [*arguments, "--long", "0", "--short", "3", "--prompt", ""])
-    assert done.exit_code == 0, done.output
+    (tmp_path / "names.txt").write_text("red\na blue car\n")
+    words = ["--long", "0", "--short", "3", "--prompt", "", "--drafts", "2", "--known", str(tmp_path / "names.txt")]
+    done = CliRunner().invoke(app, [*arguments, *words])
+    assert done.exit_code == 0 and " of them are known texts" in done.output, done.output
+    words[words.index("--drafts") + 1] = "0"
+    done = CliRunner().invoke(app, [*arguments, *words, "--json"])
+    told = json.loads(done.stdout)
+    assert told["known"] == told["short"] == 2, done.output
+    assert {r.short[0] for r in read_records(tmp_path / "out.jsonl")} <= {"red", "a blue car"}
 
 
 def test_instructions_and_the_image_prompt_are_both_answered(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def fake_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_names_a_held_out_thing_is_kept_out_of_training(tmp_path: Path) -> None:
     data = prepare.prepare_data(tmp_path)
     captions = [r.short[0] for path in data.train for r in read_jsonl(path)]
-    assert captions == ["A boat.", "green apple"]
+    assert captions == ["A boat.", "green apple"] and data.captions == ("A boat.",)
     assert [record.short for record in data.held_out] == [("A red apple.",), ("The horse",)]
     assert [(row["trained on"], row["left out"]) for row in data.table] == [("1", "0"), ("1", "3")]
     assert (data.table[0]["held out"], data.table[1]["held out"]) == ("2", "")
@@ -122,7 +122,8 @@ def test_the_dual_encoder_sees_and_retrieves(tmp_path: Path, monkeypatch: pytest
         rows.append({"id": str(i), "image": f"{i}.png", "short": f"Thing {i}.", "metadata": kind})
     for split, chosen in (("train", rows[:8]), ("test", rows[8:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    data = prepare.Data((folder / "train.jsonl",), folder / "val.jsonl", tuple(read_jsonl(folder / "test.jsonl")), ())
+    held_out = tuple(read_jsonl(folder / "test.jsonl"))
+    data = prepare.Data((folder / "train.jsonl",), folder / "val.jsonl", held_out, table=(), captions=())
 
     model = prepare.open_model(tmp_path, "nano")
     encoders = judges.frozen(tmp_path, model, cross=judges.train_dual(tmp_path, data, model=model, seed=0))

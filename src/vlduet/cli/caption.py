@@ -17,6 +17,10 @@ def register(app: typer.Typer) -> None:
 
 PROMPT = "Instruction instead of ours; '' goes on from the model's own image prompt, as 'vlduet train' taught it."
 
+KNOWN = (
+    "Texts that a short caption may be as well, if one is nearer: a .txt with one a line, or records (their captions)."
+)
+
 
 def caption(
     model: Annotated[
@@ -28,6 +32,8 @@ def caption(
     short: Annotated[int, typer.Option(metavar="TOKENS", help="Longest short caption; 0 writes none.")] = 30,
     long: Annotated[int, typer.Option(metavar="TOKENS", help="Longest long caption; 0 writes none.")] = 200,
     prompt: Annotated[str | None, typer.Option(help=PROMPT)] = None,
+    drafts: Annotated[int, typer.Option(min=0, help="Of so many, take the nearest to the image; 0 writes none.")] = 1,
+    known: Annotated[Path | None, typer.Option(metavar="FILE", help=KNOWN)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -36,7 +42,8 @@ def caption(
     from vlduet.data.quarantine import beside
     from vlduet.errors import ConfigError
 
-    wanted = captioning.wishes(short=short, long=long, prompt=prompt)
+    names = captioning.known_texts(known) if known else []
+    wanted = captioning.wishes(short=short, long=long, prompt=prompt, drafts=drafts, known=names)
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
@@ -49,6 +56,8 @@ def caption(
         print(json.dumps({"file": str(to), **asdict(report)}))
     else:
         print(f"{to}: {report.records} records, {report.short} short and {report.long} long captions written")
+        if known:
+            print(f"{report.known} of them are known texts")
         if report.empty:
             print(f"{report.empty} captions came out empty")
         if report.dropped:

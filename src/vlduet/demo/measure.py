@@ -38,11 +38,14 @@ PLAIN = (
 
 def measure(model: DuetModel, data: Data, *, captioned: Sequence[Record], seed: int) -> Measurement:
     """The held-out measurements of one model; `captioned` are the records that it writes a caption for."""
+    known = dict(zip(data.captions, model.encode_query(data.captions), strict=True))
+    write = partial(model.caption, max_new_tokens=CAPTION_TOKENS, drafts=DRAFTS, known=known)
     return Measurement(
         retrieval=protocols.retrieval(model.encode_document, model.encode_query, records=data.held_out),
         mixed=protocols.mixed_retrieval(model.encode_document, model.encode_query, data.held_out, seed=seed),
         entropy=protocols.caption_cross_entropy(model.caption_nll, data.held_out, seed=seed),
-        captions=protocols.captions(partial(model.caption, max_new_tokens=CAPTION_TOKENS, drafts=DRAFTS), captioned),
+        captions=protocols.captions(write, captioned),
+        known=frozenset(known),
         plain=plain_nll(model),
     )
 

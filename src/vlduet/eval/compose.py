@@ -19,6 +19,8 @@ class Measurement:
     entropy: CaptionCrossEntropy
     captions: CaptionResult
     """Of all held-out records after training; at its start, of those whose captions are shown."""
+    known: frozenset[str]
+    """Texts that a caption could be without being written: none of them a held-out one."""
     plain: float
     """Nats a token of plain answers, without an image."""
 
@@ -83,7 +85,7 @@ def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
         ),
         cost_note="Lower is better. A rise in the second row is what was forgotten while the model learned to look.",
         curves=galleries.curves(told.metrics),
-        captioned=galleries.captioned(start.captions, after.captions, album=shown.album),
+        captioned=galleries.captioned(start.captions, after.captions, known=after.known, album=shown.album),
         galleries=shown.galleries,
         mixed=galleries.mixed(start.mixed, after.mixed, seed=seed),
         heat=shown.heat,
@@ -99,12 +101,15 @@ def compose(measured: Measured, shown: Shown, *, told: Told) -> DemoReport:
 
 def _notes(after: Measurement, *, seed: int) -> tuple[str, ...]:
     f1 = after.captions.token_f1(seed)
+    taken = sum(item.generated in after.known for item in after.captions.items)
     return (
         "Start is nano as it is shipped: its small trained part was made on the training splits of the same corpora and on "
         "class names (studies/nano/README.md tells how). Untrained is the same model without that part.",
         "Left out of training: records whose caption names the same thing as a held-out or a validation caption.",
-        "Captions: of several drafts from a beam search, the one that the model's own embedding finds nearest to the image.",
-        f"Generated captions: {after.captions.num_distinct} distinct ones for {len(after.captions.items)} images; "
+        "Captions: of several drafts from a beam search and the captions of the training stamps, which name no held-out "
+        "thing, the one that the model's own embedding finds nearest to the image. "
+        f"{taken} of {len(after.captions.items)} are of the training stamps.",
+        f"Captions of held-out images: {after.captions.num_distinct} distinct ones for {len(after.captions.items)} images; "
         f"word F1 with the reference {f1.mean:.2f} (95 % interval {f1.low:.2f} to {f1.high:.2f}).",
         "Examples are evenly spaced over the held-out records, and the questions are a fixed list.",
     )

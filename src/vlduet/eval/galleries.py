@@ -6,7 +6,7 @@ records in the order of the corpus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 
 from vlduet.data.images import load, thumbnail_data_url
 from vlduet.data.keys import text_key
@@ -219,8 +219,13 @@ def heat(result: RetrievalResult, album: Album, *, wanted: int = 24) -> Heat:
     )
 
 
-def captioned(before: CaptionResult, after: CaptionResult, *, album: Album) -> tuple[Captioned, ...]:
+def captioned(
+    before: CaptionResult, after: CaptionResult, *, known: Container[str], album: Album
+) -> tuple[Captioned, ...]:
     """Captions of the items that were captioned both before and after training."""
     now = {item.id: item for item in after.items}
     pairs = [(item, now[item.id]) for item in before.items if item.id in now]
-    return tuple(Captioned(album.picture(a.id), a.references[0], b.generated, a.generated) for b, a in pairs)
+    return tuple(
+        Captioned(album.picture(a.id), a.references[0], b.generated, a.generated, a.generated in known)
+        for b, a in pairs
+    )

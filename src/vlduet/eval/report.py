@@ -99,6 +99,8 @@ class Captioned:
     reference: str
     before: str
     after: str
+    known: bool
+    """What stands after is a known text, not a written one."""
 
 
 @dataclass(frozen=True, slots=True)

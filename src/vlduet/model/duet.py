@@ -28,6 +28,7 @@ from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, decoding, generation
 from vlduet.model.adapters import Lora, load_lora, merge, open_lora, save_lora
 from vlduet.model.backbones import IMAGE_BACKEND, Backbone, Opened, default_device, fingerprint_of, load_backbone
+from vlduet.model.captions import nearest
 from vlduet.model.features import FeatureCache, features_of, file_version, with_features
 from vlduet.model.generation import evaluating
 from vlduet.model.prompts import Prompts, Renderer
@@ -37,6 +38,9 @@ from vlduet.objectives.language import token_nll
 
 Item = Part | Parts
 """What can be embedded: a text, an image, or several of both in order."""
+
+Progress = Callable[[int], None] | None
+"""Is told how many items were done since the last call."""
 
 INITIAL_TEMPERATURE = 0.07
 
@@ -148,12 +152,7 @@ class DuetModel(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self,
-        items: Many[Item],
-        *,
-        query: bool = False,
-        batch_tokens: int = FORWARD,
-        progress: Callable[[int], None] | None = None,
+        self, items: Many[Item], *, query: bool = False, batch_tokens: int = FORWARD, progress: Progress = None
     ) -> np.ndarray:
         """Embed texts, images and mixtures.
 
@@ -161,7 +160,6 @@ class DuetModel(nn.Module):
             items: each a text, an ImageRef, or a tuple of both.
             query: True for the asking side, where the prompts distinguish it.
             batch_tokens: tokens of one forward; items are batched by length, and short ones packed into rows.
-            progress: called with the number of items done since the last call.
 
         Returns:
             float32[N, E], unit length, in the order of `items`.
@@ -181,14 +179,12 @@ class DuetModel(nn.Module):
                         progress(len(chosen))
         return vectors
 
-    def encode_query(
-        self, items: Many[Item], *, batch_tokens: int = FORWARD, progress: Callable[[int], None] | None = None
-    ) -> np.ndarray:
+    def encode_query(self, items: Many[Item], *, batch_tokens: int = FORWARD, progress: Progress = None) -> np.ndarray:
         """`encode` for the asking side."""
         return self.encode(items, query=True, batch_tokens=batch_tokens, progress=progress)
 
     def encode_document(
-        self, items: Many[Item], *, batch_tokens: int = FORWARD, progress: Callable[[int], None] | None = None
+        self, items: Many[Item], *, batch_tokens: int = FORWARD, progress: Progress = None
     ) -> np.ndarray:
         """`encode` for what is searched."""
         return self.encode(items, query=False, batch_tokens=batch_tokens, progress=progress)
@@ -230,18 +226,25 @@ class DuetModel(nn.Module):
         return generation.generate(self.backbone, start, max_new_tokens, temperature=temperature)[0]
 
     def caption(
-        self, images: Many[ImageRef], *, prompt: str = "", max_new_tokens: int = 32, batch: int = 32, drafts: int = 1
+        self,
+        images: Many[ImageRef],
+        *,
+        prompt: str = "",
+        max_new_tokens: int = 32,
+        batch: int = 32,
+        drafts: int = 1,
+        known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
         """Captions: the answer to `prompt`, or without one what follows the image's embedding prompt.
 
         Args:
-            drafts: 1 is greedy; of several, from a beam search, the one whose embedding is nearest to the image's is taken.
+            drafts: 1 is greedy; of several, by a beam search, the one nearest to the image by embedding is taken; 0 is none.
+            known: texts and their vectors (`encode_query`); the nearest of all is taken where no draft is as near.
         """
-        found: list[list[str]] = []
-        for begin in range(0, len(images), batch):
-            sequences = [self.renderer.ask_for_caption(image, prompt) for image in images[begin : begin + batch]]
-            found += generation.drafts(self.backbone, self.start(sequences), max_new_tokens, beams=drafts)
-        return generation.nearest(found, lambda texts: self.similarity(self.encode(images), self.encode_query(texts)))
+        groups = (images[begin : begin + batch] for begin in range(0, len(images), batch))
+        starts = (self.start([self.renderer.ask_for_caption(image, prompt) for image in group]) for group in groups)
+        written = [one for s in starts for one in generation.drafts(self.backbone, s, max_new_tokens, beams=drafts)]
+        return nearest(written, images=lambda: self.encode(images), embed=self.encode_query, known=known or {})
 
     @torch.no_grad()
     def start(self, sequences: list[Sequence]) -> generation.Start:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +104,9 @@ def generate(backbone: Backbone, start: Start, max_new_tokens: int, *, temperatu
 
 
 def drafts(backbone: Backbone, start: Start, max_new_tokens: int, *, beams: int) -> list[list[str]]:
-    """As many continuations of every prompt as there are beams, the likeliest first."""
+    """As many continuations of every prompt as there are beams, the likeliest first; without beams an empty one."""
+    if not beams:
+        return [[""] for _ in start.mask]
     with prompted(backbone, start, max_new_tokens, beams=beams) as arguments:
         texts = _texts(backbone, arguments)
     return [texts[begin : begin + beams] for begin in range(0, len(texts), beams)]
@@ -114,20 +115,3 @@ def drafts(backbone: Backbone, start: Start, max_new_tokens: int, *, beams: int)
 def _texts(backbone: Backbone, arguments: dict[str, Any]) -> list[str]:
     ids = backbone.model.generate(**arguments)
     return [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-
-def nearest(drafts: Sequence[Sequence[str]], similarity: Callable[[list[str]], np.ndarray]) -> list[str]:
-    """Of each image's drafts the one that is nearest to it; of equals, the first.
-
-    Args:
-        similarity: distinct texts -> float[images, texts]. Not asked where there is nothing to choose.
-    """
-    texts = list(dict.fromkeys(text for some in drafts if len(some) > 1 for text in some if text))
-    if not texts:
-        return [some[0] for some in drafts]
-    row = {text: n for n, text in enumerate(texts)}
-    cosines = similarity(texts)
-    return [
-        max((text for text in some if text in row), key=lambda text: cosines[n, row[text]], default=some[0])
-        for n, some in enumerate(drafts)
-    ]

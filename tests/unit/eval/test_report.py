@@ -45,7 +45,8 @@ def measured(records: list[Record], text: str) -> compose.Measurement:
             embed_images, lambda pairs: embed_images([image for image, _ in pairs]), records
         ),
         entropy=protocols.caption_cross_entropy(lambda pairs: [(3.0 * len(t), len(t)) for _, t in pairs], records),
-        captions=protocols.captions(lambda refs: [text] * len(refs), records),
+        captions=protocols.captions(lambda refs: [text, *["A known thing."] * (len(refs) - 1)], records),
+        known=frozenset(["A known thing."]),
         plain=2.0,
     )
 
@@ -104,6 +105,11 @@ def test_hostile_texts_stay_texts_and_the_page_reaches_out_to_nothing(page: str)
     found = pages.checked(page)
     assert pages.SCRIPT in found.text, "it is there, as text"
     assert "{{ 7*7 }}" in found.text, "never a template of its own"
+
+
+def test_a_caption_is_said_to_be_written_or_known(page: str) -> None:
+    assert page.count("<dt>written</dt>") == 1 and page.count("<dt>known</dt>") == COLOURS - 1
+    assert f"{COLOURS - 1} of {COLOURS} are of the training stamps" in " ".join(pages.Page(page).text.split())
 
 
 def test_every_anchor_of_the_navigation_exists_and_every_picture_is_described(page: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 import tiny
@@ -55,22 +54,3 @@ def test_of_several_drafts_the_nearest_in_its_own_embedding_is_kept(model):
     assert model.caption(pictures, max_new_tokens=6, drafts=4, batch=2) == [
         model.caption([picture], max_new_tokens=6, drafts=4)[0] for picture in pictures
     ]
-
-
-def fixed(texts):
-    """What begins with a is at the image, all else across."""
-    assert all(texts) and len(set(texts)) == len(texts), "a text is embedded once, an empty one not at all"
-    return np.array([[1.0 if text[0] == "a" else 0.0 for text in texts]] * 2, np.float32)
-
-
-@pytest.mark.parametrize(
-    ("drafts", "kept"),
-    [
-        ([["b", "a"]], ["a"]),
-        ([["b", "a"], ["b", "c"]], ["a", "b"]),  # of equals the likeliest
-        ([["", "b"], ["", ""]], ["b", ""]),
-        ([["only"], [""]], ["only", ""]),
-    ],
-)
-def test_which_draft_is_kept(drafts, kept):
-    assert generation.nearest(drafts, fixed) == kept
