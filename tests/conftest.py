@@ -11,7 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="session", params=["fast_vlm", "llava", "qwen2_vl", "qwen3_vl", "internvl", "smolvlm"])
+@pytest.fixture(
+    scope="session", params=["fast_vlm", "llava", "mistral3", "qwen2_vl", "qwen3_vl", "internvl", "smolvlm"]
+)
 def family(request: pytest.FixtureRequest) -> str:
     """Families of checkpoints with a tiny twin; test_families has those that are one of them but for a detail."""
     return str(request.param)

@@ -39,6 +39,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -61,6 +64,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava import LlavaProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -76,6 +80,10 @@ VISION = ["<|vision_start|>", "<|vision_end|>"]
 """Around every image of a Qwen2-VL or an InternVL."""
 SMOL = ["<fake_token_around_image>", "<global-img>"]
 """Both before every image of a SmolVLM, the first one after it, too."""
+CELL = 8
+"""Pixels a side that make a token of a Mistral 3."""
+PIXTRAL = ["[IMG_BREAK]", "[IMG_END]"]
+"""Between the rows of an image of a Mistral 3, and behind it."""
 CHAT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
@@ -372,6 +380,23 @@ def _smol(folder: Path, model: type, config: type, vision: type, processor: type
     return _words(folder, tokenizer(bos=False, more=SMOL))
 
 
+def mistral3(folder: Path, *, seed: int = 0) -> Path:
+    """A Mistral 3 checkpoint: up to 32 x 32 pixels, cells of 8 x 8 a token."""
+    torch.manual_seed(seed)
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+    )
+    text = text_config()
+    text.vocab_size += len(PIXTRAL)
+    config = Mistral3Config(
+        vision_config=vision, text_config=text, image_token_index=3, spatial_merge_size=2, tie_word_embeddings=False
+    )
+    Mistral3ForConditionalGeneration(config).save_pretrained(folder)
+    patches = {"height": 4, "width": 4}
+    PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size=patches).save_pretrained(folder)
+    return _words(folder, tokenizer(bos=True, more=PIXTRAL))
+
+
 FAMILIES = {
     "fast_vlm": fast_vlm,
     "glm46v": glm46v,
@@ -381,6 +406,7 @@ FAMILIES = {
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
+    "mistral3": mistral3,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen2_vl": qwen2_vl,
     "qwen3_vl": qwen3_vl,
@@ -469,6 +495,8 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
     """What plain transformers takes: token ids, and images as the processor made them."""
     made = [image.inputs for image in prepared]
     given = {name: torch.cat([one[name] for one in made]) for name in (made[0] if made else ())}
+    if made and "image_sizes" in given and given["pixel_values"].shape[-1] == CELL:
+        given["pixel_values"] = torch.stack([_of_cells(**one) for one in made])
     if "pixel_attention_mask" in given:  # Idefics3 wants images a row
         given["pixel_values"] = given["pixel_values"][:, None]
     # Qwen2-VL wants to be told which tokens are images.
@@ -476,10 +504,22 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
     return {"input_ids": ids, **given, **kinds}
 
 
+def _of_cells(pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
+    """float[3, 32, 32]: the cells of a Mistral 3, row by row, and nothing beside them."""
+    height, width = image_sizes[0].tolist()
+    whole, cells = torch.zeros(3, 32, 32), iter(pixel_values)
+    for y in range(0, height, CELL):
+        for x in range(0, width, CELL):
+            whole[:, y : y + CELL, x : x + CELL] = next(cells)
+    assert next(cells, None) is None
+    return whole
+
+
 def drawn(renderer: Renderer, ref: ImageRef) -> str:
     """What an image is in a sequence, as text."""
     before, after = (renderer.tokenizer.decode(list(ids)) for ids in renderer.image_frame)
-    return f"{before}{renderer.image_token * renderer.prepare(ref).num_tokens}{after}"
+    inside = renderer.tokenizer.decode(renderer.prepare(ref).ids(renderer.image_token_id))
+    return f"{before}{inside}{after}"
 
 
 def picture(seed: int = 0, side: int = 24, *, width: int | None = None) -> ImageRef:

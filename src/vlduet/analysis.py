@@ -239,6 +239,7 @@ def look(model: DuetModel, image: ImageRef) -> Look:
     layers = attentions(model, sequence)
     at = sequence.anchors[0].end - 1
     weights = attention_to_image(layers, at=at, image=slice(start, start + prepared.num_tokens))
+    weights = np.delete(weights, list(prepared.words))
     whole = model.backbone.prepare(image)  # the renderer's may hold cached features alone
     pixels = as_seen(model.backbone.pixels(whole), model.backbone.image_processor)
     picture = pictures.thumbnail_data_url(pictures.from_pixels(pixels), SIDE)

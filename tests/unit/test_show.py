@@ -39,7 +39,7 @@ def test_a_pair_is_two_sequences(saved: Path) -> None:
     assert {r.sequence for r in rows} == {0, 1}
     (image,) = [row.text for row in rows if row.text.startswith("[image")]
     pictured = text(rows, 0).removeprefix("<s>")
-    for frame in (*tiny.VISION, *tiny.SMOL):
+    for frame in (*tiny.VISION, *tiny.SMOL, *tiny.PIXTRAL):
         pictured = pictured.replace(frame, "")
     assert pictured == f"<|user|>{image}A red one.</s>" and image.endswith(" tokens]")
     assert text(rows, 0, supervised=True) == "A red one.</s>" and text(rows, 1, supervised=True) == ""
@@ -54,7 +54,12 @@ def test_an_image_is_one_row_with_its_name(saved: Path, tmp_path: Path) -> None:
     assert image.image == str(tmp_path / "a.png")
     after = rows[rows.index(image) + 1]
     count = int(image.text.split()[1])
-    assert after.position == image.position + count and after.text in ("A", tiny.VISION[1], tiny.SMOL[0])
+    assert after.position == image.position + count and after.text in (
+        "A",
+        tiny.VISION[1],
+        tiny.SMOL[0],
+        tiny.PIXTRAL[1],
+    )
 
 
 def test_it_is_what_training_lays_out(saved: Path) -> None:

@@ -75,7 +75,7 @@ class Batch:
         spans = self.anchor_spans[left]
         kept = (self.labels != IGNORE).any(1)  # [B]
         kept[spans[:, 0]] = True
-        starts = [0, *accumulate(image.num_tokens for image in self.images)][:-1]
+        starts = [0, *accumulate(image.num_features for image in self.images)][:-1]
         homes = kept[self.image_mask.nonzero()[starts, 0]].tolist()
         spans = torch.cat([(kept.cumsum(0) - 1)[spans[:, :1]], spans[:, 1:]], 1)
         return replace(
@@ -133,6 +133,7 @@ def lay(
             places[:, r, here] = found
             for start, image in sequence.images:
                 image_mask[r, at + start : at + start + image.num_tokens] = True
+                image_mask[r, [at + start + place for place in image.words]] = False
                 images.append(image)
             anchors += sequence.anchors
             spans += [(r, at + a.start, at + a.end) for a in sequence.anchors]

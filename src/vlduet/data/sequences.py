@@ -35,6 +35,17 @@ class PreparedImage:
     """Hash of the content and of the processor: equal keys give equal features."""
     grid: tuple[int, int] | None = None
     """Rows and columns of its tokens, for models that count positions in both directions."""
+    words: Mapping[int, int] = field(default_factory=dict)
+    """Tokens among them that are words, such as the ends of its rows: place in the image -> id. Features fill the others."""
+
+    @property
+    def num_features(self) -> int:
+        """Tokens that features fill."""
+        return self.num_tokens - len(self.words)
+
+    def ids(self, image_token_id: int) -> list[int]:
+        """What stands in the sequence."""
+        return [self.words.get(place, image_token_id) for place in range(self.num_tokens)]
 
 
 @dataclass(frozen=True, slots=True)

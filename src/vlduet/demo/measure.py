@@ -81,7 +81,7 @@ def measure_ridge(model: DuetModel, data: Data, *, encoders: Encoders) -> protoc
         found = []
         for begin in logs.progress(range(0, len(refs), 32), label="image features, batches"):
             prepared = [model.prepare(ref) for ref in refs[begin : begin + 32]]
-            features = model.vision_features(prepared).split([image.num_tokens for image in prepared])
+            features = model.vision_features(prepared).split([image.num_features for image in prepared])
             found += [one.mean(0).float().cpu().numpy() for one in features]
         return np.stack(found)  # [N, F]
 

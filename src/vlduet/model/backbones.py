@@ -35,7 +35,8 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
-from vlduet.model.families import Family, Frame, Inputs, family_of, processed
+from vlduet.model.families import family_of
+from vlduet.model.family import Family, Frame, Inputs, processed
 
 IMAGE_BACKEND = "pil"
 """The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
@@ -167,14 +168,14 @@ class Backbone(nn.Module):
         """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
         inputs = process(self.image_processor, ref, run=self.family.process)
         key = hashlib.sha256(f"{images.content_key(ref)}:{self.vision_fingerprint}".encode()).hexdigest()
-        return _prepared(self.family, self.model.config, inputs, key)
+        return _prepared(self.family, self.model.config, self.tokenizer, inputs=inputs, key=key)
 
     def pixels(self, prepared: PreparedImage) -> Tensor:
         """A prepared image as the tower sees it, float[3, H, W]: scaled, cropped, normalised."""
         return self.family.pixels(self.model.config, prepared.inputs)
 
     def shown(self, prepared: PreparedImage) -> slice:
-        """Of an image's tokens those that stand for its `pixels`: not the ones of tiles that are cut out of it."""
+        """Of an image's features those that stand for its `pixels`: not the ones of tiles that are cut out of it."""
         return self.family.shown(self.model.config, prepared.inputs)
 
     def vision(self, prepared: list[PreparedImage]) -> Tensor:
@@ -249,7 +250,7 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
             use_safetensors=True,
             output_loading_info=True,
         )
-    tokenizer, processor = _load_processors(folder, family)
+    tokenizer, processor = _load_processors(folder, family, model.config)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
@@ -275,29 +276,30 @@ def load_processing(folder: Path) -> Processing:
         ModelError: as `load_backbone` does.
     """
     family = family_of(read_config(folder).get("model_type", ""), folder)
-    tokenizer, processor = _load_processors(folder, family)
     with opening(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer, processor = _load_processors(folder, family, config)
 
     def prepare(ref: ImageRef) -> PreparedImage:
         inputs = process(processor, ref, run=family.process)
-        return _prepared(family, config, inputs, images.content_key(ref))
+        return _prepared(family, config, tokenizer, inputs=inputs, key=images.content_key(ref))
 
     return Processing(tokenizer, prepare, int(config.image_token_id), family.frame(config, tokenizer))
 
 
-def _prepared(family: Family, config: Any, inputs: Inputs, key: str) -> PreparedImage:
+def _prepared(family: Family, config: Any, tokenizer: Tokenizer, *, inputs: Inputs, key: str) -> PreparedImage:
     grid = None if family.grid is None else family.grid(config, inputs)
-    return PreparedImage(inputs=inputs, num_tokens=family.count(config, inputs), key=key, grid=grid)
+    words = family.words(config, tokenizer, inputs)
+    return PreparedImage(inputs, family.count(config, inputs) + len(words), key, grid=grid, words=words)
 
 
-def _load_processors(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
+def _load_processors(folder: Path, family: Family, config: Any) -> tuple[Tokenizer, Any]:
     with opening(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )
-    for name, value in family.settings.items():
+    for name, value in family.settings(config).items():
         setattr(processor, name, value)
     return tokenizer, processor
 

@@ -242,7 +242,7 @@ def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> M
 
     def encode(refs: list[ImageRef]) -> Tensor:
         prepared = [prepare(ref) for ref in refs]
-        tokens = look(prepared)[:, : backbone.vision_width].split([image.num_tokens for image in prepared])
+        tokens = look(prepared)[:, : backbone.vision_width].split([image.num_features for image in prepared])
         return torch.stack([one.mean(0) for one in tokens])
 
     return {"image": encode}

@@ -1,7 +1,6 @@
-"""What differs between families of checkpoints, a function each: from a `model_type` to the parts that the trunk needs.
+"""What differs between families of checkpoints, a function each: from a `model_type` to its `Family`.
 
-A family says how an image becomes vision features, how many tokens it takes and what stands around them. It gets loaded
-models and their configs; this file opens nothing.
+They get loaded models and their configs; this file opens nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,61 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from vlduet.errors import ModelError, closest
+from vlduet.model.family import Family, Frame, Inputs, once, processed
 
-Inputs = Mapping[str, Tensor]
-"""What the image processor made of one image or several; an image's tiles are rows of `pixel_values`."""
-Frame = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids before and after an image's own."""
 SQUARES = 8
 """That go through a tower at once whose every layer is kept while they do."""
 MOST_TILES = 3
 """Of LLaVA-OneVision, a side: `anyres_max_9`."""
-
-
-def processed(processor: Any, picture: Any) -> Mapping[str, Any]:
-    """A picture as its processor makes it."""
-    made: Mapping[str, Any] = processor(images=picture, return_tensors="pt")
-    return made
-
-
-def _once(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
-    projected: Tensor = projector(features)
-    return projected
-
-
-def _whole(config: Any, inputs: Inputs) -> Tensor:
-    return inputs["pixel_values"][-1]  # behind its tiles, where there are any
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What differs between families of checkpoints; everything else is shared."""
-
-    count: Callable[[Any, Inputs], int]
-    """config, prepared image -> tokens that it takes."""
-    vision: Callable[[Any, Inputs], Tensor]
-    """model, inputs of several images -> float[tokens, Dv], what the projector reads; behind it, D numbers for each of the
-    trunk's first layers that has image features of its own."""
-    trunk: str = "language_model"
-    """Attribute of the inner model: the language model without its head."""
-    tower: str = "vision_tower"
-    """The same, of the vision tower."""
-    projector: str = "multi_modal_projector"
-    """The same, of what stands between tower and language model; a dotted path."""
-    process: Callable[[Any, Any], Mapping[str, Any]] = processed
-    """image processor, picture -> what it makes of it."""
-    project: Callable[[Any, nn.Module, Tensor], Tensor] = _once
-    """inner model, projector, float[tokens, Dv] -> float[tokens, D]."""
-    pixels: Callable[[Any, Inputs], Tensor] = _whole
-    """config, prepared image -> float[3, H, W], the picture as it enters the tower."""
-    shown: Callable[[Any, Inputs], slice] = lambda config, inputs: slice(None)
-    """config, prepared image -> of its tokens those that stand for this picture."""
-    grid: Callable[[Any, Inputs], tuple[int, int]] | None = None
-    """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
-    frame: Callable[[Any, Any], Frame] = lambda config, tokenizer: ((), ())
-    """config, tokenizer -> the tokens that stand around every image."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of the image processor, where ours are not the checkpoint's; an exported model keeps them."""
 
 
 def family_of(model_type: str, folder: Path) -> Family:
@@ -92,6 +42,9 @@ def llava() -> Family:
         return _layers(model, inputs["pixel_values"]).flatten(0, 1)  # [images * tokens, Dv]
 
     def count(config: Any, inputs: Inputs) -> int:
+        if config.vision_config.model_type == "pixtral":
+            fix = "Take a checkpoint of model_type 'mistral3'"
+            raise ModelError("LLaVA with a Pixtral tower is not supported", place="config.json", fix=fix)
         height, width = inputs["pixel_values"].shape[-2:]
         patch = config.vision_config.patch_size
         return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
@@ -260,7 +213,7 @@ def glm_vl() -> Family:
     def frame(config: Any, tokenizer: Any) -> Frame:
         return (config.image_start_token_id,), (config.image_end_token_id,)
 
-    return replace(qwen_vl(), vision=vision, project=_once, frame=frame)
+    return replace(qwen_vl(), vision=vision, project=once, frame=frame)
 
 
 def _without_merger(model: Any, inputs: Inputs, *, instead: nn.Module) -> Any:
@@ -332,7 +285,73 @@ def idefics3() -> Family:
         tower="vision_model",
         projector="connector.modality_projection",
         frame=frame,
-        settings={"do_image_splitting": False},
+        settings=lambda config: {"do_image_splitting": False},
+    )
+
+
+def mistral3() -> Family:
+    """Mistral Small 3.1 and Ministral 3: an image in its own proportions, m * m patches a token, a word between its rows.
+
+    Dv is the width of m * m patches, each number of theirs side by side: the projector merges them. What is prepared of an
+    image are its cells of m * m patches, so that images of several sizes make one batch.
+    """
+
+    def side(config: Any) -> int:
+        return int(config.vision_config.patch_size * config.spatial_merge_size)
+
+    def process(processor: Any, picture: Any) -> Mapping[str, Any]:
+        made = processed(processor, picture)
+        cell = processor.patch_size["height"]
+        parts = made["pixel_values"][0].unfold(1, cell, cell).unfold(2, cell, cell)  # [3, rows, columns, cell, cell]
+        return {"pixel_values": parts.permute(1, 2, 0, 3, 4).flatten(0, 1), "image_sizes": made["image_sizes"]}
+
+    def shape(config: Any, inputs: Inputs) -> tuple[int, int]:
+        rows, columns = (inputs["image_sizes"][0] // side(config)).tolist()
+        return rows, columns
+
+    def pixels(config: Any, inputs: Inputs) -> Tensor:
+        rows, columns = shape(config, inputs)
+        parts: Tensor = inputs["pixel_values"].unflatten(0, (rows, columns))
+        return parts.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        config, sizes = model.config, inputs["image_sizes"]
+        counts = (sizes // side(config)).prod(1).tolist()
+        cells = inputs["pixel_values"].to(model.dtype).split(counts)
+        each = [pixels(config, {"pixel_values": c, "image_sizes": s[None]}) for c, s in zip(cells, sizes, strict=True)]
+        height, width = sizes.amax(0).tolist()
+        padded = [nn.functional.pad(one, (0, width - one.shape[2], 0, height - one.shape[1])) for one in each]
+        out = model.model.vision_tower(torch.stack(padded), image_sizes=sizes, output_hidden_states=True)
+        states = out.hidden_states[config.vision_feature_layer][0]  # [patches of all images, width]
+        merge, patch = config.spatial_merge_size, config.vision_config.patch_size
+        found = []
+        for one, (rows, columns) in zip(states.split((sizes // patch).prod(1).tolist()), sizes // patch, strict=True):
+            grid = one.view(rows // merge, merge, columns // merge, merge, -1)
+            found.append(grid.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1))
+        return torch.cat(found)  # [tokens, width * m * m]
+
+    def project(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
+        merger: Any = projector.patch_merger
+        patches = features.unflatten(1, (-1, merger.spatial_merge_size**2)).transpose(1, 2)
+        normed = projector.norm(patches).transpose(1, 2).flatten(1)  # type: ignore[operator]
+        hidden = projector.act(projector.linear_1(merger.merging_layer(normed)))  # type: ignore[operator]
+        projected: Tensor = projector.linear_2(hidden)  # type: ignore[operator]
+        return projected
+
+    def words(config: Any, tokenizer: Any, inputs: Inputs) -> Mapping[int, int]:
+        rows, columns = shape(config, inputs)
+        end = tokenizer.convert_tokens_to_ids("[IMG_BREAK]")
+        return {row * (columns + 1) - 1: end for row in range(1, rows)}
+
+    return Family(
+        count=lambda config, inputs: math.prod(shape(config, inputs)),
+        vision=vision,
+        process=process,
+        project=project,
+        pixels=pixels,
+        frame=lambda config, tokenizer: ((), (tokenizer.convert_tokens_to_ids("[IMG_END]"),)),
+        words=words,
+        settings=lambda config: {"patch_size": {"height": side(config), "width": side(config)}},
     )
 
 
@@ -349,6 +368,7 @@ BACKBONES: dict[str, Callable[[], Family]] = {
     "qwen3_vl_moe": qwen_vl,
     "internvl": internvl,
     "idefics3": idefics3,
+    "mistral3": mistral3,
     "smolvlm": idefics3,
 }
 """model_type -> function that makes its `Family`."""

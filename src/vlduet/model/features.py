@@ -122,7 +122,7 @@ def features_of(
     missing = [image for image in distinct.values() if found[image.key] is None]
     for begin in range(0, len(missing), VISION_BATCH):
         chunk = missing[begin : begin + VISION_BATCH]
-        parts = tower(chunk).split([image.num_tokens for image in chunk])
+        parts = tower(chunk).split([image.num_features for image in chunk])
         for image, features in zip(chunk, parts, strict=True):
             cache.put(image.key, features)
             found[image.key] = features

@@ -19,7 +19,7 @@ from vlduet.data.records import ImageRef, Message, Parts, images_of
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.backbones import Tokenizer
-from vlduet.model.families import Frame
+from vlduet.model.family import Frame
 
 SLOT = re.compile(r"\{(image|text|parts)\}")
 Span = tuple[int, int]
@@ -99,7 +99,7 @@ class Builder:
         self.add([] if framed else before)
         start = len(self.ids)
         self.images.append((start, image))
-        span = self.add([self.image_token_id] * image.num_tokens)
+        span = self.add(image.ids(self.image_token_id))
         self.add([] if framed else after)
         return span
 

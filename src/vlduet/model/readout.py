@@ -114,11 +114,10 @@ def beside_tower(of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Ten
         features: float[tokens, Dv], of the batch's images.
     """
     rows, starts, ends = batch.anchor_spans[at].unbind(1)
-    order = (
-        batch.image_mask.flatten().cumsum(0) - 1
-    )  # of the feature at a token: row-major, as images fill their places
-    first = order[rows * batch.ids.shape[1] + starts]
-    spans = torch.stack([torch.zeros_like(first), first, first + ends - starts], 1)
+    # Of the feature at a token, or the last one before it: row-major, as images fill their places.
+    order = batch.image_mask.flatten().cumsum(0) - 1
+    first, last = (order[rows * batch.ids.shape[1] + place] for place in (starts, ends - 1))
+    spans = torch.stack([torch.zeros_like(first), first, last + 1], 1)
     seen = head.of_vision(pool(features[None], spans, dtype=of_trunk.dtype))
     found = of_trunk.new_zeros(len(at), head.dim).masked_scatter(~at[:, None], of_trunk)
     return found.masked_scatter(at[:, None], seen)

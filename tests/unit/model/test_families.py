@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, PixtralVisionConfig
 from transformers.models.idefics3 import Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
@@ -402,6 +402,7 @@ def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
 
 
 HUB = {
+    "mistral3": ("PixtralImageProcessorFast", {"size": {"longest_edge": 32}, "processor_class": "PixtralProcessor"}),
     "llava_next": ("LlavaNextImageProcessor", {"size": {"shortest_edge": 16}, "aspect_ratio_setting": "anyres"}),
     "llava_onevision": ("LlavaOnevisionImageProcessor", {"size": {"height": 16, "width": 16}, "do_pad": True}),
     "glm4v": ("Glm4vImageProcessor", {"size": {"shortest_edge": 512, "longest_edge": 2048}}),
@@ -495,3 +496,69 @@ def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel)
     written = f"<|im_start|>System: Be short.<end_of_utterance>\nUser:{inside}what?<end_of_utterance>\nAssistant:"
     pieces = list(smol.renderer.chat(turns, answer=True).ids)
     assert smol.backbone.tokenizer.decode(pieces) == written
+
+
+# ------------------------------------------------------------------ Mistral 3
+
+
+@pytest.fixture
+def mistral(tmp_path: Path) -> DuetModel:
+    return tiny.bold(tiny.duet(tmp_path / "base", family="mistral3", prompts=PROMPTS, head="none"))
+
+
+def test_rows_of_an_image_end_with_a_word(mistral: DuetModel) -> None:
+    """As PixtralProcessor writes it, which cannot be imported without torchvision; and never a cell too many."""
+    row_end, end = tiny.PIXTRAL
+    for ref, rows_, columns in ((WIDE, 2, 4), (TALL, 3, 2), (SMALL, 2, 2), (ODD, 3, 4)):  # the largest is 32 x 32
+        made = mistral.prepare(ref)
+        assert tiny.drawn(mistral.renderer, ref) == row_end.join(["<image>" * columns] * rows_) + end
+        assert (made.num_tokens, made.num_features) == (rows_ * (columns + 1) - 1, rows_ * columns)
+        batch = mistral.collate([mistral.renderer.embed(("x", ref))])
+        assert torch.equal(batch.image_mask, batch.ids == mistral.backbone.image_token_id)
+
+
+def test_logits_of_rows_are_those_of_transformers(mistral: DuetModel) -> None:
+    batch = mistral.collate(rows(mistral), side="left")
+    as_transformers_has_them(mistral, batch)
+
+
+def test_images_of_several_sizes_are_seen_as_one_alone(mistral: DuetModel) -> None:
+    made = [mistral.prepare(ref) for ref in (WIDE, TALL, ODD)]
+    together = mistral.backbone._seen(made)
+    assert len(together) == sum(image.num_features for image in made)
+    assert_close(together, torch.cat([mistral.backbone._seen([image]) for image in made]), **CLOSE)
+    items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so")]
+    assert_close(mistral.encode(items), np.concatenate([mistral.encode([item]) for item in items]), atol=1e-5, rtol=0)
+
+
+def test_the_cells_are_the_picture_that_the_processor_made(mistral: DuetModel) -> None:
+    processor = mistral.backbone.image_processor
+    for ref in (WIDE, TALL, ODD):
+        made = mistral.backbone.prepare(ref)
+        whole = processor(images=images.load(ref), return_tensors="pt")
+        assert torch.equal(mistral.backbone.pixels(made), whole["pixel_values"][0])
+        assert torch.equal(made.inputs["image_sizes"], whole["image_sizes"])
+
+
+def test_means_of_the_tower_leave_the_words_out(tmp_path: Path) -> None:
+    """The reading in the tower is the mean of an image's features, whatever stands beside and behind it."""
+    prompts = replace(PROMPTS, image_pool="vision")
+    made = tiny.duet(tmp_path / "base", family="mistral3", prompts=prompts, head="split")
+    found = made.encode([WIDE, "a text", TALL, ODD])
+    for row, ref in ((0, WIDE), (2, TALL), (3, ODD)):
+        features = made.backbone.vision([made.prepare(ref)]).mean(0, keepdim=True)
+        assert_close(found[row], made.head.of_vision(features)[0].detach().numpy(), **CLOSE)
+
+
+def test_where_it_looks_leaves_the_words_out(mistral: DuetModel) -> None:
+    with analysis.eager(mistral):
+        assert analysis.look(mistral, WIDE).weights.shape == (2, 4)
+        assert analysis.look(mistral, TALL).weights.shape == (3, 2)
+
+
+def test_a_llava_with_its_tower_is_refused(tmp_path: Path) -> None:
+    """Its images have words between their rows, too, of which LLaVA's family knows nothing."""
+    made = tiny.duet(tmp_path / "base", family="llava")
+    made.backbone.model.config.vision_config = PixtralVisionConfig()
+    with pytest.raises(ModelError, match="Pixtral tower"):
+        made.backbone.prepare(WIDE)
