@@ -78,8 +78,8 @@ from vlduet.model.prompts import Prompts, Renderer
 SPECIALS = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|assistant|>"]
 VISION = ["<|vision_start|>", "<|vision_end|>"]
 """Around every image of a Qwen2-VL or an InternVL."""
-SMOL = ["<fake_token_around_image>", "<global-img>"]
-"""Both before every image of a SmolVLM, the first one after it, too."""
+SMOL = ["<fake_token_around_image>", "<global-img>", *(f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2))]
+"""Before the squares of a SmolVLM: the first one before every square and behind the last, which is the picture whole."""
 CELL = 8
 """Pixels a side that make a token of a Mistral 3."""
 PIXTRAL = ["[IMG_BREAK]", "[IMG_END]"]
@@ -497,7 +497,7 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
     given = {name: torch.cat([one[name] for one in made]) for name in (made[0] if made else ())}
     if made and "image_sizes" in given and given["pixel_values"].shape[-1] == CELL:
         given["pixel_values"] = torch.stack([_of_cells(**one) for one in made])
-    if "pixel_attention_mask" in given:  # Idefics3 wants images a row
+    if given.pop("tiles", None) is not None:  # Idefics3 wants squares in rows
         given["pixel_values"] = given["pixel_values"][:, None]
     # Qwen2-VL wants to be told which tokens are images.
     kinds = {"mm_token_type_ids": (ids == SPECIALS.index("<image>")).int()} if "image_grid_thw" in given else {}

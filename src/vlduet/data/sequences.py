@@ -43,6 +43,12 @@ class PreparedImage:
         """Tokens that features fill."""
         return self.num_tokens - len(self.words)
 
+    @property
+    def own(self) -> tuple[int, int]:
+        """Its tokens from the first feature to behind the last one, without the words that stand around them."""
+        places = [place for place in range(self.num_tokens) if place not in self.words]
+        return places[0], places[-1] + 1
+
     def ids(self, image_token_id: int) -> list[int]:
         """What stands in the sequence."""
         return [self.words.get(place, image_token_id) for place in range(self.num_tokens)]

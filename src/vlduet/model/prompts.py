@@ -93,23 +93,24 @@ class Builder:
         return span
 
     def image(self, image: PreparedImage) -> Span:
-        """An image's place, in the checkpoint's frame; the span is the image's own."""
+        """An image's place, in the checkpoint's frame; the span is the image's own, without words around it."""
         before, after = map(list, self.image_frame)
         framed = bool(before) and self.ids[-len(before) :] == before  # a chat template writes its frames itself
         self.add([] if framed else before)
         start = len(self.ids)
         self.images.append((start, image))
-        span = self.add(image.ids(self.image_token_id))
+        self.add(image.ids(self.image_token_id))
         self.add([] if framed else after)
-        return span
+        first, end = image.own
+        return start + first, start + end
 
     def undo(self, span: Span) -> None:
         """Take back the last text or image that was written."""
-        framed = any(at == span[0] for at, _ in self.images)
-        start = span[0] - (len(self.image_frame[0]) if framed else 0)
+        begun = [at - len(self.image_frame[0]) for at, image in self.images if at + image.own[0] == span[0]]
+        start = begun[0] if begun else span[0]
         del self.ids[start:], self.labels[start:]
         self.texts = [text for text in self.texts if text != span]
-        self.images = [(at, image) for at, image in self.images if at < span[0]]
+        self.images = [(at, image) for at, image in self.images if at < start]
 
     def anchor(self, span: Span, *, role: str, record: str, key: str, slices: tuple[Slice, ...] = ()) -> None:
         """Read an embedding at `span` (its mean; pass the span of one token for a last-token reading)."""
@@ -274,7 +275,8 @@ class Renderer:
         """Where the prompt that was just written is read: an image's tokens or the last token of all."""
         last, pool = len(builder.ids), self.prompts.image_pool
         alone = len(parts) == 1 and isinstance(parts[0], ImageRef)
-        nothing_after = isinstance(parts[-1], ImageRef) and spans[-1][1] + len(self.image_frame[1]) == last
+        at, image = builder.images[-1] if isinstance(parts[-1], ImageRef) else (last, None)
+        nothing_after = image is not None and at + image.num_tokens + len(self.image_frame[1]) == last
         by_image = (alone and pool != "last") or (nothing_after and pool == "mean")
         return spans[-1] if by_image else (last - 1, last)
 

@@ -439,43 +439,77 @@ def smol(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
     return tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
 
 
-def test_a_picture_is_taken_whole_whatever_the_checkpoint_says(smol: DuetModel) -> None:
-    settings = json.loads((smol.backbone.folder / "preprocessor_config.json").read_text())
-    assert settings["do_image_splitting"], "else this test would prove nothing"
-    made = [smol.prepare(ref) for ref in (WIDE, TALL, SMALL)]
-    assert [image.num_tokens for image in made] == [4, 4, 4]
+def theirs_of(folder: Path) -> Idefics3Processor:
+    """Idefics3's processor, for SmolVLM's needs a package more; they write the same."""
+    pictures = Idefics3ImageProcessorPil.from_pretrained(folder)
+    return Idefics3Processor(pictures, AutoTokenizer.from_pretrained(folder), image_seq_len=4)
+
+
+def uncut(folder: Path) -> DuetModel:
+    """The same checkpoint, whose processor leaves pictures whole."""
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_image_splitting": False}))
+    return DuetModel(load_backbone(folder), prompts=PROMPTS).eval()
+
+
+def test_a_picture_is_cut_into_squares_as_its_processor_says(smol: DuetModel) -> None:
+    made = [smol.prepare(ref) for ref in (WIDE, TALL, ODD)]  # 32 x 16, 32 x 32, 32 x 32 pixels, and each of them whole
+    assert [image.num_features for image in made] == [3 * 4, 5 * 4, 5 * 4]
+    assert [len(image.words) for image in made] == [3 * 2 + 2 + 1, 5 * 2 + 3 + 1, 5 * 2 + 3 + 1]  # with line ends
     assert [smol.backbone.pixels(image).shape for image in made] == [(3, 16, 16)] * 3
-    assert len(smol.vision_features(made)) == 12
+    assert len(smol.vision_features(made)) == 52
+    assert [image.own for image in made] == [(2, 20), (2, 33), (2, 33)]
+    whole = [uncut(smol.backbone.folder).prepare(ref) for ref in (WIDE, TALL, ODD)]
+    assert [(image.num_features, image.num_tokens) for image in whole] == [(4, 7)] * 3
 
 
-def test_logits_of_whole_pictures_are_those_of_transformers(smol: DuetModel) -> None:
-    sequences = [smol.renderer.embed(parts) for parts in ((WIDE, "then"), ("before", TALL), (SMALL, "so"))]
-    batch = smol.collate(sequences, side="left")
-    as_transformers_has_them(smol, batch)
-    with torch.no_grad():
-        other = smol.hidden_states(smol.collate([smol.renderer.embed((tiny.picture(9, 16), "then"))]))
-    mine = smol.hidden_states(smol.collate(sequences[:1]))
-    assert (other[0, -1] - mine[0, -1]).abs().max() > 1e-3, "else no image would be seen"
+def test_logits_of_squares_and_of_whole_pictures_are_those_of_transformers(smol: DuetModel) -> None:
+    for model in (smol, tiny.bold(uncut(smol.backbone.folder))):
+        sequences = [model.renderer.embed(parts) for parts in ((WIDE, "then", ODD), ("before", TALL), (SMALL, "so"))]
+        batch = model.collate(sequences, side="left")
+        as_transformers_has_them(model, batch)
+        with torch.no_grad():
+            other = model.hidden_states(model.collate([model.renderer.embed((tiny.picture(9, 16), "then", ODD))]))
+            mine = model.hidden_states(model.collate(sequences[:1]))
+        assert (other[0, -1] - mine[0, -1]).abs().max() > 1e-3, "else no image would be seen"
+
+
+def test_squares_packed_and_padded_are_those_of_one_alone(smol: DuetModel) -> None:
+    items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so"), (ODD, WIDE)]
+    together = smol.encode(items)
+    assert_close(together, np.concatenate([smol.encode([item]) for item in items]), atol=1e-5, rtol=0)
+    answered = [smol.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)]
+    start = smol.start([smol.renderer.chat((Message("user", (ref, "what?")),), answer=True) for ref in (ODD, WIDE)])
+    assert generation.generate(smol.backbone, start, 6) == answered
+
+
+def test_where_it_looks_is_drawn_on_the_whole_square(smol: DuetModel) -> None:
+    with analysis.eager(smol):
+        found = analysis.look(smol, WIDE)
+    assert found.weights.shape == (2, 2) and found.weights.sum() < 0.99 * found.share, "tiles have their share, too"
 
 
 def test_what_is_exported_is_prompted_so_by_its_own_processor(smol: DuetModel, tmp_path: Path) -> None:
-    """Idefics3's processor, for SmolVLM's needs a package more; they write the same."""
     smol.save_merged(tmp_path / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    theirs = Idefics3Processor(
-        Idefics3ImageProcessorPil.from_pretrained(tmp_path / "merged"), tokenizer, image_seq_len=4
-    )
-    written = theirs(text="<|user|><image>what?</s><|assistant|>", images=images.load(WIDE), return_tensors="pt")
-    chat = smol.renderer.chat((Message("user", (WIDE, "what?")),), answer=True)
-    assert written["input_ids"][0].tolist() == list(chat.ids)
-    assert_close(written["pixel_values"][0], smol.prepare(WIDE).inputs["pixel_values"])
+    prompt = "<|user|>{}what?</s><|assistant|>"
+    for refs in ((WIDE,), (TALL,), (ODD, WIDE)):
+        pictures = [images.load(ref) for ref in refs]
+        text = prompt.format("<image>" * len(refs))
+        written = theirs_of(tmp_path / "merged")(text=text, images=[pictures], return_tensors="pt")
+        chat = smol.renderer.chat((Message("user", (*refs, "what?")),), answer=True)
+        assert written["input_ids"][0].tolist() == list(chat.ids)
+        assert_close(written["pixel_values"][0], torch.cat([smol.prepare(ref).inputs["pixel_values"] for ref in refs]))
 
 
-def test_an_export_says_so_where_the_base_keeps_its_settings_in_one_file(smol: DuetModel, tmp_path: Path) -> None:
+def test_an_export_says_what_was_set_where_the_base_keeps_its_settings_in_one_file(
+    smol: DuetModel, tmp_path: Path
+) -> None:
     base = smol.backbone.folder
     settings = json.loads((base / "preprocessor_config.json").read_text())
     (base / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "image_processor": settings}))
-    DuetModel(load_backbone(base), prompts=PROMPTS).save_merged(tmp_path / "merged")
+    backbone = load_backbone(base)
+    backbone.image_processor.do_image_splitting = False
+    DuetModel(backbone, prompts=PROMPTS).save_merged(tmp_path / "merged")
     assert AutoImageProcessor.from_pretrained(base, backend="pil").do_image_splitting
     assert not AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil").do_image_splitting
     assert json.loads((tmp_path / "merged/processor_config.json").read_text())["image_seq_len"] == 4
@@ -492,7 +526,7 @@ def test_lora_stands_in_the_language_model_alone(smol: DuetModel) -> None:
 def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel) -> None:
     smol.backbone.tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     turns = (Message("system", ("Be short.",)), Message("user", (WIDE, "what?")))
-    inside = "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>"
+    inside = tiny.drawn(smol.renderer, WIDE)
     written = f"<|im_start|>System: Be short.<end_of_utterance>\nUser:{inside}what?<end_of_utterance>\nAssistant:"
     pieces = list(smol.renderer.chat(turns, answer=True).ids)
     assert smol.backbone.tokenizer.decode(pieces) == written

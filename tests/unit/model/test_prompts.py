@@ -147,22 +147,23 @@ def test_spans(model: DuetModel) -> None:
     spans = made.prompt(builder, parts)
     assert [text_of(made, builder.ids[a:b]) for a, b in spans] == [
         "one",
-        text_of(made, made.prepare(parts[1]).ids(IMAGE)),
+        text_of(made, made.prepare(parts[1]).ids(IMAGE)[slice(*made.prepare(parts[1]).own)]),
         "two",
         " three",
     ]
-    assert [at for at, _ in builder.images] == [spans[1][0]]
+    assert [at + image.own[0] for at, image in builder.images] == [spans[1][0]]
 
 
 def test_image_pool(model: DuetModel) -> None:
     picture = tiny.picture(1)
-    for pool, wanted in [("mean", model.prepare(picture).num_tokens), ("last", 1)]:
+    first, end = model.prepare(picture).own
+    for pool, wanted in [("mean", end - first), ("last", 1)]:
         made = renderer(model, prompts=replace(tiny.BARE, image="<s>{image}</s>", image_pool=pool))
         (anchor,) = made.embed((picture,)).anchors
         assert anchor.end - anchor.start == wanted
-        (at, image) = made.embed((picture,)).images[0]
+        at, _ = made.embed((picture,)).images[0]
         if pool == "mean":
-            assert (anchor.start, anchor.end) == (at, at + image.num_tokens)
+            assert (anchor.start, anchor.end) == (at + first, at + end)
         (mixed,) = made.embed((picture, "x")).anchors  # anything but an image alone is read from the last token
         assert mixed.end - mixed.start == 1
 
@@ -314,7 +315,7 @@ def test_a_cut_caption_is_cut_at_its_end_and_its_end_is_not_taught(model: DuetMo
     assert "abcdefghijklmnopqrstuvwxyz".startswith(taught) and len(taught) >= 8
     (image,) = sequence.anchors
     at, picture = sequence.images[0]
-    assert (image.start, image.end) == (at, at + picture.num_tokens)
+    assert (image.start - at, image.end - at) == picture.own
 
 
 def test_the_longest_text_is_cut_first(model: DuetModel) -> None:

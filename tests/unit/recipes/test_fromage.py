@@ -93,7 +93,7 @@ def by_hand(model: DuetModel, sequences: list[Sequence]) -> tuple[torch.Tensor, 
                 nll.append(-torch.log_softmax(states[at - 1] @ model.lm_weight.T, -1)[sequence.labels[at]])
         (anchor,) = sequence.anchors
         if sequence.ids[anchor.start] == model.backbone.image_token_id:
-            (image,) = (image for at, image in sequence.images if at == anchor.start)
+            (image,) = (image for at, image in sequence.images if at + image.own[0] == anchor.start)
             vector = model.head.vision(
                 model.vision_features([image])[:, : model.backbone.vision_width].double().mean(0)
             )

@@ -57,7 +57,7 @@ def test_an_anchor_at_every_slice_s_end(model: DuetModel) -> None:
     sequence = lay(model, story(), k=5)
     assert [anchor.role for anchor in sequence.anchors] == ["image", "text", "text", "image", "text"]
     assert [len(anchor.slices) for anchor in sequence.anchors] == [1, 2, 3, 4, 5]
-    images = [(at, at + image.num_tokens) for at, image in sequence.images]
+    images = [(at + image.own[0], at + image.own[1]) for at, image in sequence.images]
     assert [(a.start, a.end) for a in sequence.anchors if a.role == "image"] == images
     for anchor in sequence.anchors:
         if anchor.role == "text":
@@ -85,10 +85,8 @@ def test_pool_last_reads_the_last_image_token(model: DuetModel) -> None:
     try:
         sequence = lay(model, story(), k=5, pool="last")
         at, image = sequence.images[0]
-        assert (sequence.anchors[0].start, sequence.anchors[0].end) == (
-            at + image.num_tokens - 1,
-            at + image.num_tokens,
-        )
+        last = at + image.own[1] - 1
+        assert (sequence.anchors[0].start, sequence.anchors[0].end) == (last, last + 1)
         with pytest.raises(ConfigError, match=r"recipe.pool is mean.*image_pool is last"):
             lay(model, story())
     finally:
