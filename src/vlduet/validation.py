@@ -11,19 +11,28 @@ from vlduet.data.images import load
 from vlduet.data.records import Record
 from vlduet.errors import DataError
 from vlduet.eval import protocols
+from vlduet.eval.galleries import evenly
 from vlduet.logs import say
+from vlduet.model import generation
 from vlduet.model.dual import DualEncoder
 from vlduet.model.duet import DuetModel
 
 LIMIT = 256
 """Records that are measured; the first ones of the file, so that numbers of one run compare."""
 
+SPOKEN = 16
+"""Of them, evenly spaced, whose images the model captions."""
+
+LONGEST = 256
+"""Tokens of such a caption, however long the file's own are."""
+
 
 def validator(path: Path, *, seed: int, limit: int = LIMIT) -> Callable[[DuetModel | DualEncoder], dict[str, float]]:
     """A function that measures a model on the pairs of `path`.
 
-    It returns hit@1/5/10 of both directions on short captions, and the cross entropy of captions (long where there are
-    any) in nats a token, with the right and with a wrong image. Broken records are named and left out.
+    It returns hit@1/5/10 of both directions on short captions, the cross entropy of captions (long where there are any) in
+    nats a token, with the right and with a wrong image, and the share of the model's own captions that end. Broken records
+    are named and left out.
 
     Raises:
         DataError: no usable pair in the file.
@@ -62,4 +71,16 @@ def measure(model: DuetModel | DualEncoder, records: Sequence[Record], *, seed: 
     entropy = protocols.caption_cross_entropy(model.caption_nll, told, seed=seed)
     values["caption_cross_entropy"] = entropy.after_right().mean
     values["caption_cross_entropy_wrong_image"] = entropy.after_wrong().mean
+    values["captions_ended"] = ended(model, told, longest=int(max(entropy.tokens)))
     return values
+
+
+def ended(model: DuetModel, records: Sequence[Record], *, longest: int) -> float:
+    """The share of greedy captions that end by themselves within twice the tokens of the longest true one.
+
+    No cross entropy tells: a model that knows its training captions by heart may not know where another one ends.
+    """
+    some = [records[i] for i in evenly(len(records), SPOKEN)]
+    open_ = [model.renderer.ask_for_caption(record.image, "") for record in some if record.image is not None]
+    written = generation.written(model.backbone, model.start(open_), min(2 * longest, LONGEST))
+    return sum(end for _, end in written) / len(written)

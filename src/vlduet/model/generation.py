@@ -99,8 +99,17 @@ def prompted(
 
 def generate(backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0) -> list[str]:
     """Continue every prompt."""
+    return [text for text, _ in written(backbone, start, max_new_tokens, temperature=temperature)]
+
+
+def written(
+    backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0
+) -> list[tuple[str, bool]]:
+    """The continuation of every prompt, and whether it ended by itself: False where the limit cut it."""
     with prompted(backbone, start, max_new_tokens, temperature=temperature) as arguments:
-        return _texts(backbone, arguments)
+        ids = backbone.model.generate(**arguments)
+    ends = torch.isin(ids, torch.tensor(start.eos_ids, device=ids.device)).any(1).tolist()
+    return list(zip(_texts(backbone, ids), ends, strict=True))
 
 
 def drafts(backbone: Backbone, start: Start, max_new_tokens: int, *, beams: int) -> list[list[str]]:
@@ -108,10 +117,9 @@ def drafts(backbone: Backbone, start: Start, max_new_tokens: int, *, beams: int)
     if not beams:
         return [[""] for _ in start.mask]
     with prompted(backbone, start, max_new_tokens, beams=beams) as arguments:
-        texts = _texts(backbone, arguments)
+        texts = _texts(backbone, backbone.model.generate(**arguments))
     return [texts[begin : begin + beams] for begin in range(0, len(texts), beams)]
 
 
-def _texts(backbone: Backbone, arguments: dict[str, Any]) -> list[str]:
-    ids = backbone.model.generate(**arguments)
+def _texts(backbone: Backbone, ids: Tensor) -> list[str]:
     return [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -34,6 +34,7 @@ def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
     assert [row["step"] for row in measured] == [0, 30, 60]
     assert measured[-1]["validation/text_to_image/hit@5"] > 0
     assert measured[-1]["validation/caption_cross_entropy"] < measured[0]["validation/caption_cross_entropy"]
+    assert all(0.0 <= row["validation/captions_ended"] <= 1.0 for row in measured)
     model = DuetModel.from_pretrained(folder)
     assert model.peft is not None and model.prompts.image == "<s>{image}"
     assert (settings.out / "config.yaml").is_file() and list((settings.out / "tensorboard").iterdir())
