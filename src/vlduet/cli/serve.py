@@ -26,6 +26,9 @@ def serve(
         str, typer.Option(help="Address to listen at; 0.0.0.0 for any that this machine has.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer only who brings one of these API keys, one a line.")
+    ] = None,
 ) -> None:
     """Answer chats and embed with one copy of a model, over HTTP in OpenAI's forms."""
     from vlduet.errors import ConfigError
@@ -38,15 +41,20 @@ def serve(
     from vlduet.model.dual import open_embedder
     from vlduet.retrieval.index import Index
     from vlduet.serve.app import Service, run
+    from vlduet.serve.keys import read_keys
     from vlduet.serve.worker import Worker
 
+    known = None if keys is None else read_keys(keys)
     loaded = open_embedder(model)
     opened = None if index is None else Index.open(index, loaded)
     worker = Worker(loaded)
     name = model.resolve().name
     at = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}/v1"
     say(f"{name} answers and embeds at {at} (Ctrl-C ends it)")
+    if known is None and host not in LOOPBACK:
+        say(f"anyone who reaches {host} may ask: give --keys, or keep others out by other means")
+    service = Service(worker, name=name, index=opened)
     try:
-        run(Service(worker, name=name, index=opened).app(hosts=LOOPBACK if host in LOOPBACK else None), listening)
+        run(service.app(hosts=LOOPBACK if host in LOOPBACK else None, keys=known), listening)
     finally:  # uvicorn hands Ctrl-C on
         worker.close()

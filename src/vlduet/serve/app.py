@@ -26,6 +26,7 @@ from vlduet.rag import prepare
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import Hit, search
 from vlduet.serve import forms
+from vlduet.serve.keys import Keys
 from vlduet.serve.talks import Talk
 from vlduet.serve.worker import Busy, Worker
 
@@ -69,10 +70,11 @@ class Service:
         self.worker, self.name, self.index = worker, name, index
         self.since = int(time.time())
 
-    def app(self, *, hosts: list[str] | None = None) -> Starlette:
+    def app(self, *, hosts: list[str] | None = None, keys: list[str] | None = None) -> Starlette:
         """The application.
 
         Args:
+            keys: of those who may ask; None for anyone.
             hosts: names that requests may be addressed to; None for any. With it, no web page that the user of this machine
                 visits can talk to the server under a name of the page's own.
         """
@@ -85,6 +87,7 @@ class Service:
         routes += [Route("/v1/models/{name}", self.model)]
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
         guard = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
+        guard += [] if keys is None else [Middleware(Keys, keys=keys)]
         handlers: dict[Any, Any] = {
             VLDuetError: _refused,
             ModelError: _broken_model,

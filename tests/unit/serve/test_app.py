@@ -17,12 +17,14 @@ import pytest
 
 import tiny
 from vlduet.data.records import ImageRef, Message
+from vlduet.errors import ConfigError
 from vlduet.rag import ask
 from vlduet.retrieval.build import build
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 from vlduet.serve import app as module
 from vlduet.serve.app import Service
+from vlduet.serve.keys import read_keys
 from vlduet.serve.worker import Worker
 
 NAMES = ["a red boat", "a dog in the snow", "three apples"]
@@ -31,11 +33,11 @@ NAMES = ["a red boat", "a dog in the snow", "three apples"]
 class Server:
     """A service, served."""
 
-    def __init__(self, service: Service):
+    def __init__(self, service: Service, keys: list[str] | None = None):
         self.service = service
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self.uvicorn = module.server(service.app(hosts=["127.0.0.1"]))
+        self.uvicorn = module.server(service.app(hosts=["127.0.0.1"], keys=keys))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
         self.thread.start()
 
@@ -350,7 +352,9 @@ def test_a_dual_encoder_embeds_and_does_not_answer(tmp_path):
 
 def test_the_verb_serves_and_ends(duet, tmp_path):
     duet.save_pretrained(tmp_path / "small")
-    command = [sys.executable, "-W", "ignore", "-m", "vlduet.cli.main", "serve", tmp_path / "small", "--port", "0"]
+    (tmp_path / "keys").write_text("mine\n")
+    command = [sys.executable, "-W", "ignore", "-m", "vlduet.cli.main", "serve", tmp_path / "small"]
+    command += ["--keys", tmp_path / "keys", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
@@ -359,8 +363,12 @@ def test_the_verb_serves_and_ends(duet, tmp_path):
             taken = subprocess.run([*command[:-1], str(port)], capture_output=True, text=True, check=False)
             assert taken.returncode == 1 and "Address already in use. Choose another --port" in taken.stderr
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request("GET", "/v1/models")
-            assert json.loads(connection.getresponse().read())["data"][0]["id"] == "small"
+            for key, status in (("theirs", 401), ("mine", 200)):
+                connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
+                answer = connection.getresponse()
+                told = json.loads(answer.read())
+                assert answer.status == status
+            assert told["data"][0]["id"] == "small"
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(30) in (0, 130)
@@ -376,3 +384,60 @@ def test_a_missing_extra_is_named():
         check=False,
     )
     assert done.returncode == 1 and "pip install 'vlduet[serve]'" in done.stderr
+
+
+# ------------------------------------------------------------------ keys
+
+
+def test_without_a_key_nothing_but_its_health_is_told(duet):
+    with Server(Service(Worker(duet), name="tiny"), keys=["first-key", "second"]) as server:
+        assert server.ask("/health") == (200, {"status": "ok"})
+        right = ["Bearer first-key", "Bearer second", "bearer second"]
+        wrong = [
+            None,
+            "",
+            "Bearer",
+            "Bearer ",
+            "second",
+            "Bearer secon",
+            "Bearer secondd",
+            "Basic second",
+            "Bearer \xff",
+        ]
+        for given in right + wrong:
+            headers = {} if given is None else {"Authorization": given}
+            for path, body in (("/v1/models", None), ("/v1/embeddings", {"input": "a"}), ("/v1/gone", None)):
+                answer = server.send(path, body, headers=headers)
+                told = json.loads(answer.read())
+                if given in right:
+                    assert answer.status == (404 if path == "/v1/gone" else 200), (given, told)
+                else:
+                    assert answer.status == 401 and "Authorization: Bearer KEY" in told["error"]["message"], given
+                    assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_two_headers_are_no_key(duet):
+    with Server(Service(Worker(duet), name="tiny"), keys=["first"]) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        connection.putrequest("GET", "/v1/models")
+        connection.putheader("Authorization", "Bearer wrong")
+        connection.putheader("Authorization", "Bearer first")
+        connection.endheaders()
+        assert connection.getresponse().status == 401
+
+
+def test_the_file_of_keys(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# ours\n\n  one \ntwo-2\n")
+    assert read_keys(path) == ["one", "two-2"]
+    for text, said_ in (
+        ("", "no keys"),
+        ("# none\n", "no keys"),
+        ("one\nt wo\n", "keys:2: not a key"),
+        ("é", "not a key"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match=said_):
+            read_keys(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "gone")
