@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ class Keys:
         if scope["type"] != "http" or scope["path"] in OPEN or self._knows(scope["headers"]):
             await self.app(scope, receive, send)
             return
-        from starlette.responses import JSONResponse
-
         told = forms.error("Incorrect API key: send Authorization: Bearer KEY", place="Authorization")
-        await JSONResponse(told, 401, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
 
     def _knows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         given = [value for name, value in headers if name == b"authorization"]
