@@ -99,8 +99,8 @@ def test_every_verb_gives_the_numbers_of_the_cpu(tmp_path: Path, family: str, ha
         np.testing.assert_allclose(vectors(there, name), vectors(here, name), atol=1e-4 if "clip" in name else near)
     for run in ("run", "sugar", "clip"):
         for on_cpu, found in zip(losses(here, run), losses(there, run), strict=True):
-            # One rank more or less is no rounding of a vector: 8 records have few ranks.
-            compared = {name for name in on_cpu if not (half and "hit@" in name)}
+            # One rank or one end more or less is no rounding of a vector: 8 records have few of them.
+            compared = {name for name in on_cpu if not (half and ("hit@" in name or "ended" in name))}
             close = 5e-4 if run == "clip" else trained
             assert {name: found[name] for name in compared} == pytest.approx(
                 {name: on_cpu[name] for name in compared}, rel=close, abs=close

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -13,9 +16,9 @@ from vlduet.model.backbones import Backbone, quiet
 
 TARGETS = {
     "qv": "q_proj|v_proj",
-    "all": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj",
+    "all": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|gate_up_proj|down_proj",
 }
-"""Which linear layers of the language model get LoRA: `qv` is Sugar's choice, `all` VladVA's."""
+"""Which linear layers of the language model get LoRA: `qv` is Sugar's choice, `all` VladVA's. GLM has gate and up in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ def open_lora(backbone: Backbone, lora: Lora, there: PeftModel | None) -> PeftMo
         ConfigError: what is there is not what is asked for, or see `_add_lora`.
     """
     if there is not None:
-        _check_lora(there, lora, backbone.family.trunk)
+        _check_lora(there, lora, backbone)
     peft = there or _add_lora(backbone, lora)
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -74,18 +77,23 @@ def _pattern(targets: str, trunk: str) -> str:
     return rf".*{trunk}\..*\.({TARGETS[targets]})"
 
 
-def _check_lora(peft: PeftModel, lora: Lora, trunk: str) -> None:
+def _check_lora(peft: PeftModel, lora: Lora, backbone: Backbone) -> None:
     """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
-    has = peft.peft_config["default"]
-    targets = next((name for name in TARGETS if _pattern(name, trunk) == has.target_modules), "others")
+    has, pattern = peft.peft_config["default"], partial(_pattern, trunk=backbone.family.trunk)
+    names = [name for name, _ in backbone.model.named_modules()]
+    # By the layers, not by the words that named them: an adapter may have been made when fewer were known.
+    found = {kind: {name for name in names if re.fullmatch(pattern(kind), name)} for kind in TARGETS}
+    tuner: Any = peft.base_model
+    carrying = set(tuner.targeted_module_names)
+    targets = next((kind for kind, layers in found.items() if layers == carrying), "others")
     there = Lora(rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout)
     for field in fields(Lora):
-        wanted, found = getattr(lora, field.name), getattr(there, field.name)
-        if wanted != found:
+        wanted, brought = getattr(lora, field.name), getattr(there, field.name)
+        if wanted != brought:
             raise ConfigError(
-                f"{wanted!r}, but the model brings an adapter with {found!r}",
+                f"{wanted!r}, but the model brings an adapter with {brought!r}",
                 place=f"train.lora.{field.name}",
-                fix=f"Set it to {found}, or merge the model first",
+                fix=f"Set it to {brought}, or merge the model first",
             )
 
 

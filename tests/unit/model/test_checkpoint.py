@@ -107,6 +107,34 @@ def test_a_saved_adapter_is_trained_further(trained: DuetModel, saved: Path) -> 
             loaded.make_trainable(lora=other, projector=False)
 
 
+def test_an_adapter_that_was_made_when_fewer_layers_were_known_is_the_same_where_it_stands_on_the_same(
+    trained: DuetModel, saved: Path
+) -> None:
+    loaded = DuetModel.from_pretrained(saved)
+    config = loaded.peft.peft_config["default"]
+    config.target_modules = config.target_modules.replace("|gate_up_proj", "")
+    loaded.make_trainable(lora=Lora(rank=2, alpha=4), projector=False)
+
+
+def test_gate_and_up_in_one_have_lora_too(tmp_path: Path) -> None:
+    model = tiny.duet(tmp_path / "base", family="glm4v")
+    model.make_trainable(lora=Lora(rank=2), projector=False)
+    names = {name.split(".lora_")[0] for name in model.adapter_tensors()}
+    assert {name.split(".")[-1] for name in names} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"
+    }  # fmt: skip
+    assert len(names) == 2 * 6 and not any("visual" in name for name in names)
+    with torch.no_grad():
+        for tensor in model.adapter_tensors().values():
+            tensor.normal_(std=0.1)
+    before = model.encode([tiny.picture(1), "a red apple"])
+    model.save_pretrained(tmp_path / "model")
+    assert_close(DuetModel.from_pretrained(tmp_path / "model").encode([tiny.picture(1), "a red apple"]), before)
+    model.save_merged(tmp_path / "merged")
+    merged = DuetModel.from_pretrained(tmp_path / "merged").encode([tiny.picture(1), "a red apple"])
+    assert_close(merged, before, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_new_lora_layers_are_in_the_mode_of_their_model(tmp_path: Path, training: bool) -> None:
     """A dropout that is on in evaluation would make two embeddings of one text."""
