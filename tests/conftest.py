@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(
-    scope="session", params=["fast_vlm", "llava", "mistral3", "qwen2_vl", "qwen3_vl", "internvl", "smolvlm"]
+    scope="session",
+    params=["fast_vlm", "gemma3", "llava", "mistral3", "qwen2_vl", "qwen3_vl", "internvl", "smolvlm"],
 )
 def family(request: pytest.FixtureRequest) -> str:
     """Families of checkpoints with a tiny twin; test_families has those that are one of them but for a detail."""

@@ -23,6 +23,9 @@ from transformers import (
     EfficientNetConfig,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm46VConfig,
@@ -56,6 +59,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -94,11 +98,17 @@ BARE = Prompts(image="{image}", text="{text}</s>", parts="{parts}</s>", chat=Fal
 
 
 def tokenizer(
-    *, bos: bool, more: list[str] | None = None, names: dict[str, str] | None = None
+    *,
+    bos: bool,
+    more: list[str] | None = None,
+    names: dict[str, str] | None = None,
+    merges: list[tuple[str, str]] | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and a few special ones; `more` of these stand behind the bytes, some with `names` of their own."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({t: i for i, t in enumerate([*SPECIALS, *alphabet, *(more or [])])}, []))
+    """Bytes as tokens, and a few special ones; `more` of these stand behind the bytes, some with `names` of their own, and
+    what `merges` make of two tokens behind them."""
+    alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), merges or []
+    words = [*SPECIALS, *alphabet, *(more or []), *(a + b for a, b in merges)]
+    inner = Tokenizer(models.BPE({t: i for i, t in enumerate(words)}, merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     if bos:
@@ -397,8 +407,47 @@ def mistral3(folder: Path, *, seed: int = 0) -> Path:
     return _words(folder, tokenizer(bos=True, more=PIXTRAL))
 
 
+LINES = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("ĊĊ", "ĊĊ")]
+"""Line ends that are one token where they stand together, as Gemma's do."""
+
+
+def gemma3(folder: Path, *, seed: int = 0) -> Path:
+    """A Gemma 3 checkpoint: 4 tokens an image, one layer that sees all and one that sees 24 tokens."""
+    torch.manual_seed(seed)
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        vision_use_head=False,
+    )
+    text = {name: value for name, value in text_config().to_dict().items() if name in Gemma3TextConfig().to_dict()}
+    first = text["vocab_size"]
+    text |= {
+        "model_type": "gemma3_text",
+        "vocab_size": first + len(VISION) + len(LINES),
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": None,
+    }
+    ids = {"image_token_index": 3, "boi_token_index": first, "eoi_token_index": first + 1}
+    config = Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=4, **ids)
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    model.save_pretrained(folder)
+    Gemma3ImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    names = dict(zip(("boi_token", "eoi_token"), VISION, strict=True)) | {"image_token": "<image>"}
+    marked = CHAT.replace("'<image>'", f"'{VISION[0]}'")
+    return _words(folder, tokenizer(bos=True, more=VISION, names=names, merges=LINES), template=marked)
+
+
 FAMILIES = {
     "fast_vlm": fast_vlm,
+    "gemma3": gemma3,
     "glm46v": glm46v,
     "glm4v": glm4v,
     "idefics3": idefics3,
@@ -491,7 +540,7 @@ def _pictures(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
 
 
-def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str, torch.Tensor]:
+def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = (), *, gemma: bool = False) -> dict[str, torch.Tensor]:
     """What plain transformers takes: token ids, and images as the processor made them."""
     made = [image.inputs for image in prepared]
     given = {name: torch.cat([one[name] for one in made]) for name in (made[0] if made else ())}
@@ -499,9 +548,10 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str
         given["pixel_values"] = torch.stack([_of_cells(**one) for one in made])
     if given.pop("tiles", None) is not None:  # Idefics3 wants squares in rows
         given["pixel_values"] = given["pixel_values"][:, None]
-    # Qwen2-VL wants to be told which tokens are images.
-    kinds = {"mm_token_type_ids": (ids == SPECIALS.index("<image>")).int()} if "image_grid_thw" in given else {}
-    return {"input_ids": ids, **given, **kinds}
+    # Qwen2-VL wants to be told which tokens are images; so does Gemma, by another name.
+    kinds = (ids == SPECIALS.index("<image>")).int()
+    named = {"mm_token_type_ids": kinds} if "image_grid_thw" in given else {"token_type_ids": kinds} if gemma else {}
+    return {"input_ids": ids, **given, **named}
 
 
 def _of_cells(pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:
@@ -517,7 +567,7 @@ def _of_cells(pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Te
 
 def drawn(renderer: Renderer, ref: ImageRef) -> str:
     """What an image is in a sequence, as text."""
-    before, after = (renderer.tokenizer.decode(list(ids)) for ids in renderer.image_frame)
+    before, after = renderer.image_frame
     inside = renderer.tokenizer.decode(renderer.prepare(ref).ids(renderer.image_token_id))
     return f"{before}{inside}{after}"
 

@@ -27,7 +27,7 @@ from vlduet.eval.run import evaluate
 from vlduet.eval.store import Functions, Reader
 from vlduet.logs import progress, say
 from vlduet.model import generation
-from vlduet.model.backbones import IMAGE_BACKEND, default_device, read_config
+from vlduet.model.backbones import default_device
 from vlduet.model.bart import BartScore
 from vlduet.model.checkpoint import MANIFEST
 from vlduet.model.dual import frozen_encoder
@@ -35,6 +35,7 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, fingerprint, kind_of
 from vlduet.model.families import BACKBONES
 from vlduet.model.features import FeatureCache
+from vlduet.model.processing import IMAGE_BACKEND, read_config
 
 Embed = Callable[[list[Parts], bool], np.ndarray]
 """(items, whether they are queries) -> float32[N, E]."""

@@ -13,7 +13,7 @@ from vlduet.data.sequences import IGNORE, Anchor, Sequence
 from vlduet.data.stream import Sample
 from vlduet.files import recovered
 from vlduet.model import checkpoint
-from vlduet.model.backbones import Tokenizer, load_processing
+from vlduet.model.processing import Tokenizer, load_processing
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.soft import ROWS, add_tokens
 from vlduet.train.setup import RECIPES
@@ -55,21 +55,18 @@ def render(record: Record, folder: Path) -> list[Row]:
     values = dict(made_by.get("recipe", {"name": "vladva"}))
     recipe = RECIPES[values.pop("name")]
     processing = load_processing(kept.base)
-    tokenizer, prepare = processing.tokenizer, processing.prepare
     if ROWS in kept.tensors:
-        add_tokens(tokenizer, len(kept.tensors[ROWS]))
+        add_tokens(processing.tokenizer, len(kept.tensors[ROWS]))
     renderer = Renderer(
-        tokenizer,
-        prepare,
-        image_token_id=processing.image_token_id,
-        image_frame=processing.image_frame,
+        processing,
         prompts=Prompts(**kept.manifest.get("prompts", {})),
         max_tokens=made_by.get("data", {}).get("max_tokens", 2048),
     )
     sample = Sample(record, position=0, seed=0)
     sequences = recipe.layout(sample, renderer, config.options(recipe.Options, values, place="recipe"))
-    names = {prepare(ref).key: ref.name for ref in record.images()}
-    return [row for number, sequence in enumerate(sequences) for row in _rows(number, sequence, tokenizer, names)]
+    names = {processing.prepare(ref).key: ref.name for ref in record.images()}
+    words = processing.tokenizer
+    return [row for number, sequence in enumerate(sequences) for row in _rows(number, sequence, words, names)]
 
 
 def _rows(number: int, sequence: Sequence, tokenizer: Tokenizer, names: dict[str, str]) -> list[Row]:

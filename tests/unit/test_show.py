@@ -80,7 +80,7 @@ def test_it_is_what_training_lays_out(saved: Path) -> None:
 
 def test_a_reading_over_several_tokens_shows_both_ends(saved: Path) -> None:
     from vlduet.data.sequences import Anchor, Sequence
-    from vlduet.model.backbones import load_processing
+    from vlduet.model.processing import load_processing
     from vlduet.show import _rows
 
     tokenizer = load_processing(saved.parent / "base").tokenizer

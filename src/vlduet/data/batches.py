@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, positions
 
@@ -58,14 +59,26 @@ class Batch:
             return None
         if int(self.segments.max()) <= 1:
             return (self.segments > 0).long()
+        return self.sees()
+
+    def sees(self, *, mutual: bool = False) -> Tensor:
+        """bool[B, 1, T, T]: what a token sees, of its own sequence what stands before it.
+
+        Args:
+            mutual: the tokens of an image see each other, too.
+        """
         same = self.segments[:, :, None] == self.segments[:, None, :]
         if self.branched:
             same |= self.segments[:, None, :] == 1
         length = self.segments.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()
+        order = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()[None]
+        if mutual:  # images never touch: words stand around them
+            begins = self.image_mask & ~F.pad(self.image_mask, (1, 0))[:, :-1]
+            image = begins.cumsum(1) * self.image_mask  # 0 for words
+            order = order | ((image[:, :, None] == image[:, None, :]) & self.image_mask[:, :, None])
         # A padding row would see nothing and softmax to NaN: every token sees at least itself.
         itself = torch.eye(length, dtype=torch.bool, device=same.device)
-        return ((same & (self.segments > 0)[:, :, None] & causal) | itself)[:, None]
+        return ((same & (self.segments > 0)[:, :, None] & order) | itself)[:, None]
 
     def without(self, anchors: Tensor) -> Batch:
         """The batch without the anchors that bool[A] marks, and without the rows in which nothing else is read."""

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from vlduet.errors import ConfigError, ModelError
-from vlduet.model.backbones import Backbone, quiet
+from vlduet.model.backbones import Backbone
+from vlduet.model.processing import quiet
 
 TARGETS = {
     "qv": "q_proj|v_proj",

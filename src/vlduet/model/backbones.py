@@ -2,7 +2,7 @@
 
 A backbone says how many tokens an image takes, what the vision tower makes of it (`vision`, usually frozen), how that enters
 the language model (`projector`), and which modules are the trunk and the LM head. What differs between families is in
-families.py.
+`families`.
 """
 
 from __future__ import annotations
@@ -10,38 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as advice
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlduet.data import images
+from vlduet.data.batches import Batch
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
-from vlduet.errors import ImageError, ModelError
+from vlduet.errors import ModelError
 from vlduet.model.families import family_of
-from vlduet.model.family import Family, Frame, Inputs, processed
+from vlduet.model.processing import (
+    IMAGE_BACKEND,
+    Processing,
+    Tokenizer,
+    load_processors,
+    opening,
+    prepared,
+    process,
+    quiet,
+    read_config,
+)
 
-IMAGE_BACKEND = "pil"
-"""The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
-
-Tokenizer: TypeAlias = PreTrainedTokenizerBase
 Opened: TypeAlias = bool | Literal["last"]
 """What of a projector is trained: all, nothing, or its last linear layer alone."""
 
@@ -51,7 +45,7 @@ class Backbone(nn.Module):
 
     Attributes:
         model: the transformers model, with its LM head.
-        tokenizer, image_processor: of the same folder.
+        tokenizer, image_processor, processing: of the same folder.
         folder: where it was read from.
     """
 
@@ -62,8 +56,9 @@ class Backbone(nn.Module):
         self.image_processor = image_processor
         self.folder = folder
         self.family = family_of(model.config.model_type, folder)
-        self.image_token_id = int(model.config.image_token_id)
-        self.image_frame = self.family.frame(model.config, tokenizer)
+        self.processing = Processing.of(
+            self.family, model.config, model.generation_config, tokenizer=tokenizer, prepare=self.prepare
+        )
 
     @property
     def trunk(self) -> nn.Module:
@@ -81,6 +76,21 @@ class Backbone(nn.Module):
         wide = read.to(next(self.projector.parameters()).dtype)
         return self.family.project(self.model.model, self.projector, wide)
 
+    def attention(self, batch: Batch) -> dict[str, Any]:
+        """Attention masks for a trunk that would not make the right ones: tokens of an image see each other (`mutual`).
+
+        A kind of layers each, float[B, 1, T, T], 0 or the lowest number; a window counts from a token back.
+        """
+        if not self.family.mutual:
+            return {}
+        config = self.model.config.get_text_config()
+        sees = batch.sees(mutual=True)
+        near = batch.positions[:, None, :, None] - batch.positions[:, None, None, :] < config.sliding_window
+        allowed = {"full_attention": sees, "sliding_attention": sees & near}
+        lowest = torch.finfo(self.model.dtype).min
+        none = torch.zeros((), dtype=self.model.dtype, device=sees.device)
+        return {"attention_mask": {kind: torch.where(mask, none, lowest) for kind, mask in allowed.items()}}
+
     def deeper(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
         """What the trunk takes beside embeddings: features for its first layers, where the family has such (DeepStack)."""
         more = features[:, self.vision_width :]
@@ -90,13 +100,14 @@ class Backbone(nn.Module):
 
     def open_projector(self, what: Opened) -> None:
         """Let it be trained or freeze it."""
-        last = [m for m in self.projector.modules() if isinstance(m, nn.Linear)][-1]
-        (last if what == "last" else self.projector).requires_grad_(bool(what))
+        linear = [m for m in self.projector.modules() if isinstance(m, nn.Linear)]
+        # Gemma's is a matrix and a norm: no layer of it is the last one.
+        (linear[-1] if what == "last" and linear else self.projector).requires_grad_(bool(what))
 
     @property
     def vision_width(self) -> int:
         """Dv, the width of the vision features that the projector reads."""
-        return next(m.in_features for m in self.projector.modules() if isinstance(m, nn.Linear))
+        return self.family.width(self.projector)
 
     @property
     def tower(self) -> nn.Module:
@@ -168,7 +179,7 @@ class Backbone(nn.Module):
         """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
         inputs = process(self.image_processor, ref, run=self.family.process)
         key = hashlib.sha256(f"{images.content_key(ref)}:{self.vision_fingerprint}".encode()).hexdigest()
-        return _prepared(self.family, self.model.config, self.tokenizer, inputs=inputs, key=key)
+        return prepared(self.family, self.model.config, self.tokenizer, inputs=inputs, key=key)
 
     def pixels(self, prepared: PreparedImage) -> Tensor:
         """A prepared image as the tower sees it, float[3, H, W]: scaled, cropped, normalised."""
@@ -208,15 +219,6 @@ class Backbone(nn.Module):
         return self._vision_fingerprint
 
 
-def of_beams(visual_pos_masks: Tensor, deepstack_visual_embeds: list[Tensor], *, rows: int) -> dict[str, Any]:
-    """`Backbone.deeper` of every prompt as often as it has beams, of `rows` in all."""
-    beams = rows // len(visual_pos_masks)
-    mask = visual_pos_masks.repeat_interleave(beams, 0)  # [B * beams, T]
-    images = visual_pos_masks.sum(1).tolist()
-    each = [[rows.repeat(beams, 1) for rows in deep.split(images)] for deep in deepstack_visual_embeds]
-    return {"visual_pos_masks": mask, "deepstack_visual_embeds": [torch.cat(of_layer) for of_layer in each]}
-
-
 def default_device() -> torch.device:
     """The GPU where there is one."""
     # With its number: each thread has a current device of its own, and only the main one's is this process's.
@@ -250,101 +252,12 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
             use_safetensors=True,
             output_loading_info=True,
         )
-    tokenizer, processor = _load_processors(folder, family, model.config)
+    tokenizer, processor = load_processors(folder, family, model.config)
     if report["missing_keys"]:
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
     model.requires_grad_(False)
     return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
-
-
-@dataclass(frozen=True, slots=True)
-class Processing:
-    """A checkpoint without its weights: enough to lay out sequences."""
-
-    tokenizer: Tokenizer
-    prepare: Callable[[ImageRef], PreparedImage]
-    """Its images are keyed by content alone."""
-    image_token_id: int
-    image_frame: Frame
-
-
-def load_processing(folder: Path) -> Processing:
-    """Open a checkpoint folder without its weights.
-
-    Raises:
-        ModelError: as `load_backbone` does.
-    """
-    family = family_of(read_config(folder).get("model_type", ""), folder)
-    with opening(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    tokenizer, processor = _load_processors(folder, family, config)
-
-    def prepare(ref: ImageRef) -> PreparedImage:
-        inputs = process(processor, ref, run=family.process)
-        return _prepared(family, config, tokenizer, inputs=inputs, key=images.content_key(ref))
-
-    return Processing(tokenizer, prepare, int(config.image_token_id), family.frame(config, tokenizer))
-
-
-def _prepared(family: Family, config: Any, tokenizer: Tokenizer, *, inputs: Inputs, key: str) -> PreparedImage:
-    grid = None if family.grid is None else family.grid(config, inputs)
-    words = family.words(config, tokenizer, inputs)
-    return PreparedImage(inputs, family.count(config, inputs) + len(words), key, grid=grid, words=words)
-
-
-def _load_processors(folder: Path, family: Family, config: Any) -> tuple[Tokenizer, Any]:
-    with opening(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        processor = AutoImageProcessor.from_pretrained(
-            folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
-        )
-    for name, value in family.settings(config).items():
-        setattr(processor, name, value)
-    return tokenizer, processor
-
-
-def process(
-    processor: Any, ref: ImageRef, *, run: Callable[[Any, Any], Mapping[str, Any]] = processed
-) -> dict[str, Tensor]:
-    """Decode an image and `run` the checkpoint's own preprocessing. Raises ImageError."""
-    picture = images.load(ref)
-    try:
-        made = run(processor, picture)
-    except ValueError as error:  # such as proportions that the checkpoint cannot read
-        raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
-    found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    if found["pixel_values"].ndim == 5:  # images that have tiles: of this one image they are the rows
-        found["pixel_values"] = found["pixel_values"].flatten(0, 1)
-    return found
-
-
-@contextmanager
-def opening(folder: Path) -> Iterator[None]:
-    """Quiet inside; what transformers says of broken files becomes one line."""
-    try:
-        with quiet():
-            yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"broken checkpoint ({str(error).splitlines()[0]})", place=folder, fix="Copy the whole folder again"
-        ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, refused where it wants to run its own code. Raises ModelError."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError("no config.json here", place=folder, fix="Name a folder that holds a Hugging Face checkpoint")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"broken JSON ({error})", place=path, fix="Copy the whole folder again") from None
-    if "auto_map" in config:
-        raise ModelError(
-            "config.json has auto_map: it wants to run its own code", place=path, fix="Use a converted checkpoint"
-        )
-    return config
 
 
 SAMPLED, STRIDE = 1 << 12, 1 << 20
@@ -374,19 +287,3 @@ def fingerprint_of(folder: Path) -> str:
                     file.seek(start + at)
                     digest.update(file.read(min(end - at, SAMPLED)))
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Loading and adapting print pages of advice, bars, and deprecations between libraries; only errors are for users."""
-    level, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
-    advice.set_verbosity_error()
-    advice.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        advice.set_verbosity(level)
-        if bars:
-            advice.enable_progress_bar()

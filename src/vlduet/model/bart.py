@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from vlduet.errors import ModelError
-from vlduet.model.backbones import default_device, read_config
+from vlduet.model.backbones import default_device
+from vlduet.model.processing import read_config
 
 LONGEST = 1024
 BATCH = 8

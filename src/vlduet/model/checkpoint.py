@@ -29,7 +29,8 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
-from vlduet.model.backbones import IMAGE_BACKEND, fingerprint_of
+from vlduet.model.backbones import fingerprint_of
+from vlduet.model.processing import IMAGE_BACKEND
 
 FORMAT = 1
 MANIFEST = "vlduet.json"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,10 +196,11 @@ class Decoder:
         self._read = self._read and self._read.of(going)
         self.rows = [self.rows[i] for i in going]
 
-    def _through(self, cache: DynamicCache, mask: Tensor, given: dict[str, Tensor]) -> Tensor:
+    def _through(self, cache: DynamicCache, mask: Tensor, given: dict[str, Any]) -> Tensor:
         """Logits after the last column, float[B, V]; the cache grows by what is read."""
         with evaluating(self.backbone):
-            out = self.backbone.trunk(**given, attention_mask=mask, past_key_values=cache, use_cache=True)
+            given = {"attention_mask": mask, **given}  # a prompt may bring its own
+            out = self.backbone.trunk(**given, past_key_values=cache, use_cache=True)
             logits: Tensor = self.backbone.lm_head(out.last_hidden_state[:, -1])
         return logits
 

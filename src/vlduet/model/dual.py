@@ -34,10 +34,11 @@ from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import DataError, ModelError
 from vlduet.files import whole_folder
 from vlduet.model import checkpoint
-from vlduet.model.backbones import IMAGE_BACKEND, default_device
+from vlduet.model.backbones import default_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, Encoders, kind_of, open_encoder, slice_of
 from vlduet.model.features import FeatureCache
+from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.model.readout import Readout
 
 MANIFEST, WEIGHTS = "dual.json", "dual.safetensors"

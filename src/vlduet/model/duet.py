@@ -27,10 +27,11 @@ from vlduet.errors import ModelError
 from vlduet.files import recovered, whole_folder
 from vlduet.model import checkpoint, decoding, generation
 from vlduet.model.adapters import Lora, load_lora, merge, open_lora, save_lora
-from vlduet.model.backbones import IMAGE_BACKEND, Backbone, Opened, default_device, fingerprint_of, load_backbone
+from vlduet.model.backbones import Backbone, Opened, default_device, fingerprint_of, load_backbone
 from vlduet.model.captions import nearest
 from vlduet.model.features import FeatureCache, features_of, file_version, with_features
 from vlduet.model.generation import evaluating
+from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import EmbeddingHead, Readout, beside_tower, pool, supervised
 from vlduet.model.soft import ROWS, SoftPrompts, learn
@@ -65,13 +66,7 @@ class DuetModel(nn.Module):
         self.soft: SoftPrompts | None = None
         self._peft: list[Any] = []  # a list hides it from torch, which would see every layer of the backbone twice
         self.features = FeatureCache(None)
-        self.renderer = Renderer(
-            backbone.tokenizer,
-            self.prepare,
-            image_token_id=backbone.image_token_id,
-            image_frame=backbone.image_frame,
-            prompts=prompts,
-        )
+        self.renderer = Renderer(replace(backbone.processing, prepare=self.prepare), prompts=prompts)
         self._known: dict[tuple[str, int, int], PreparedImage] = {}
 
     def set_head(self, kind: str, dim: int) -> None:
@@ -113,19 +108,21 @@ class DuetModel(nn.Module):
         """Final hidden states float[B, T, D], after the final norm: what a server of the same checkpoint computes."""
         if not len(batch.ids):
             return self.logit_scale.new_zeros(*batch.ids.shape, self.backbone.width)
-        given = self.trunk_inputs(batch) | {"attention_mask": batch.attention_mask(), "position_ids": batch.positions}
+        given = {"attention_mask": batch.attention_mask(), "position_ids": batch.positions} | self.trunk_inputs(batch)
         return self.backbone.trunk(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def trunk_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Token embeddings with the projected image features in their places, float[B, T, D]; and see `Backbone.deeper`."""
+        """Token embeddings with the projected image features in their places, float[B, T, D]; and what `Backbone.attention`
+        and `Backbone.deeper` say."""
         table = self.backbone.embedding
         embeddings: Tensor = table(batch.ids) if self.soft is None else self.soft(batch.ids, table)
+        masks = self.backbone.attention(batch)
         if not batch.images:
-            return {"inputs_embeds": embeddings}
+            return {"inputs_embeds": embeddings, **masks}
         features = self.vision_features(list(batch.images))
         projected = self.backbone.project(features).to(embeddings.dtype)
         embeddings = embeddings.masked_scatter(batch.image_mask[..., None], projected)
-        return {"inputs_embeds": embeddings, **self.backbone.deeper(features, batch.image_mask)}
+        return {"inputs_embeds": embeddings, **masks, **self.backbone.deeper(features, batch.image_mask)}
 
     @property
     def lm_weight(self) -> Tensor:

@@ -33,17 +33,11 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef, Part
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
-from vlduet.model.backbones import (
-    IMAGE_BACKEND,
-    fingerprint_of,
-    load_backbone,
-    opening,
-    process,
-    read_config,
-)
+from vlduet.model.backbones import fingerprint_of, load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.families import BACKBONES
 from vlduet.model.features import FeatureCache
+from vlduet.model.processing import IMAGE_BACKEND, opening, process, read_config
 
 Encode = Callable[[list[Any]], Tensor]
 """Parts of one kind -> float[N, D], of any length."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlduet.model.backbones import Backbone, of_beams
+from vlduet.model.backbones import Backbone
 
 COLD = 1e-3
 """The temperature below which logits divided by it may leave their range."""
@@ -37,7 +37,7 @@ class Start:
     """Left-padded prompts, ready for the trunk."""
 
     inputs: Mapping[str, Any]
-    """`inputs_embeds`, float[B, T, D], and what `Backbone.deeper` adds."""
+    """`inputs_embeds`, float[B, T, D], and what `Backbone.attention` and `Backbone.deeper` add."""
     mask: Tensor
     """int64[B, T], 0 on padding."""
     positions: Tensor
@@ -87,7 +87,7 @@ def prompted(
         # Not a later token's pass, nor one without a cache (it embeds), nor another thread's (it answers something else).
         if not deep or cache is None or cache.get_seq_length() or get_ident() != here:
             return None
-        return args, given | of_beams(**deep, rows=len(given["inputs_embeds"]))
+        return args, given | of_beams(deep, beams=len(given["inputs_embeds"]) // len(start.mask))
 
     handle = backbone.trunk.register_forward_pre_hook(give, with_kwargs=True)
     try:
@@ -95,6 +95,21 @@ def prompted(
             yield arguments
     finally:
         handle.remove()
+
+
+def of_beams(deep: Mapping[str, Any], *, beams: int) -> dict[str, Any]:
+    """What prompts give to the trunk beside embeddings, of every prompt as often as it has beams."""
+    found = dict(deep)
+    if "attention_mask" in deep:
+        masks = deep["attention_mask"].items()
+        found["attention_mask"] = {kind: mask.repeat_interleave(beams, 0) for kind, mask in masks}
+    if "visual_pos_masks" in deep:
+        mask, layers = deep["visual_pos_masks"], deep["deepstack_visual_embeds"]
+        found["visual_pos_masks"] = mask.repeat_interleave(beams, 0)  # [B * beams, T]
+        images = mask.sum(1).tolist()
+        each = [[rows.repeat(beams, 1) for rows in layer.split(images)] for layer in layers]
+        found["deepstack_visual_embeds"] = [torch.cat(of_layer) for of_layer in each]
+    return found
 
 
 def generate(backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0) -> list[str]:

@@ -38,8 +38,9 @@ from transformers.models.llava import LlavaProcessor
 
 from vlduet import packages
 from vlduet.model.adapters import Lora
-from vlduet.model.backbones import load_backbone, quiet
+from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
+from vlduet.model.processing import quiet
 from vlduet.model.prompts import Prompts
 
 PIXELS, GRID = 224, 2

@@ -8,7 +8,6 @@ so a caption that spells `<|im_end|>` or `<image>` stays text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,8 +17,8 @@ from vlduet.data.keys import content_key
 from vlduet.data.records import ImageRef, Message, Parts, images_of
 from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
-from vlduet.model.backbones import Tokenizer
-from vlduet.model.family import Frame
+from vlduet.model.families.family import Frame, named
+from vlduet.model.processing import Processing, Tokenizer
 
 SLOT = re.compile(r"\{(image|text|parts)\}")
 Span = tuple[int, int]
@@ -71,19 +70,28 @@ class Builder:
     anchors: list[Anchor] = field(default_factory=list)
     texts: list[Span] = field(default_factory=list)
     """User pieces that carry no anchor inside: what may be cut when the sequence is too long."""
+    tail: tuple[int, str] = (0, "")
+    """The prompt piece that it ends with, and where that begins."""
 
-    def add(self, ids: list[int], *, supervised: bool = False) -> Span:
-        """Tokens as they are."""
+    def add(self, ids: list[int], *, supervised: bool = False, text: str = "") -> Span:
+        """Tokens as they are; of a prompt piece with its `text`."""
         start = len(self.ids)
+        self.tail = start, text
         self.ids += ids
         self.labels += ids if supervised and start > 0 else [IGNORE] * len(ids)
         if supervised and start == 0 and ids:
             self.labels[0:] = [IGNORE, *ids[1:]]
         return start, len(self.ids)
 
-    def control(self, text: str, *, supervised: bool = False) -> Span:
-        """A prompt piece; special tokens in it are special."""
-        return self.add(self.tokenizer.encode(text, add_special_tokens=False), supervised=supervised)
+    def control(self, text: str) -> Span:
+        """A prompt piece; special tokens in it are special. With a piece right before it, it is one text: two line ends
+        may be one token."""
+        start, before = self.tail
+        if not text:
+            return len(self.ids), len(self.ids)
+        if before:
+            del self.ids[start:], self.labels[start:]
+        return self.add(self.tokenizer.encode(before + text, add_special_tokens=False), text=before + text)
 
     def text(self, text: str, *, supervised: bool = False) -> Span:
         """A user's text: special tokens in it are spelled out."""
@@ -94,23 +102,21 @@ class Builder:
 
     def image(self, image: PreparedImage) -> Span:
         """An image's place, in the checkpoint's frame; the span is the image's own, without words around it."""
-        before, after = map(list, self.image_frame)
-        framed = bool(before) and self.ids[-len(before) :] == before  # a chat template writes its frames itself
-        self.add([] if framed else before)
-        start = len(self.ids)
+        before, after = self.image_frame
+        framed = bool(before) and self.tail[1].endswith(before)  # a chat template may write its frames itself
+        self.control("" if framed else before)
+        start, _ = self.add(image.ids(self.image_token_id))
         self.images.append((start, image))
-        self.add(image.ids(self.image_token_id))
-        self.add([] if framed else after)
+        self.control("" if framed else after)
         first, end = image.own
         return start + first, start + end
 
-    def undo(self, span: Span) -> None:
-        """Take back the last text or image that was written."""
-        begun = [at - len(self.image_frame[0]) for at, image in self.images if at + image.own[0] == span[0]]
-        start = begun[0] if begun else span[0]
-        del self.ids[start:], self.labels[start:]
-        self.texts = [text for text in self.texts if text != span]
-        self.images = [(at, image) for at, image in self.images if at < start]
+    def copy(self) -> Builder:
+        """As it is now, whatever is written on."""
+        found = replace(self)
+        for name in ("ids", "labels", "images", "anchors", "texts"):
+            setattr(found, name, [*getattr(self, name)])
+        return found
 
     def anchor(self, span: Span, *, role: str, record: str, key: str, slices: tuple[Slice, ...] = ()) -> None:
         """Read an embedding at `span` (its mean; pass the span of one token for a last-token reading)."""
@@ -154,31 +160,19 @@ class Renderer:
     """Builds sequences for one checkpoint.
 
     Args:
-        tokenizer: the checkpoint's.
-        prepare: ImageRef -> PreparedImage, the checkpoint's image processor.
-        image_token_id: what fills an image's place; image_frame: the tokens around it.
+        processing: of the checkpoint.
         prompts: how content is presented for an embedding.
         max_tokens: longest sequence; user texts are cut to fit, images never.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prepare: Callable[[ImageRef], PreparedImage],
-        *,
-        image_token_id: int,
-        image_frame: Frame = ((), ()),
-        prompts: Prompts,
-        max_tokens: int = 2048,
-    ):
-        self.tokenizer, self.prepare = tokenizer, prepare
-        self.image_token_id, self.image_frame = image_token_id, image_frame
+    def __init__(self, processing: Processing, *, prompts: Prompts, max_tokens: int = 2048):
+        self.tokenizer, self.prepare = processing.tokenizer, processing.prepare
+        self.image_token_id, self.image_frame = processing.image_token_id, processing.image_frame
+        self.image_mark, self.eos_ids = processing.image_mark, [*processing.eos_ids]
         self.prompts, self.max_tokens = prompts, max_tokens
-        start = tokenizer.encode("", add_special_tokens=True)
-        bos = tokenizer.bos_token_id
+        start = self.tokenizer.encode("", add_special_tokens=True)
+        bos = self.tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and start[:1] == [bos] else []
-        self.image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
-        self.eos_ids = [i for i in [tokenizer.eos_token_id] if i is not None]
 
     def builder(self) -> Builder:
         """An empty sequence that starts as the checkpoint's sequences do."""
@@ -207,10 +201,12 @@ class Renderer:
         room = self.max_tokens - 1 - len(self.tokenizer.encode(after, add_special_tokens=False))
         spans: list[Span] = []
         for i in range(len(parts)):
-            spans.append(self._part(builder, parts, i, supervised=True))
+            so_far = builder.copy()
+            span = self._part(builder, parts, i, supervised=True)
             if i and len(builder.ids) > room:
-                builder.undo(spans.pop())
+                builder = so_far
                 break
+            spans.append(span)
         if len(spans) == len(parts) and isinstance(parts[-1], str):  # an end after an image would silence captions
             builder.add(self.eos_ids[:1], supervised=True)
         builder.control(after)
@@ -275,8 +271,7 @@ class Renderer:
         """Where the prompt that was just written is read: an image's tokens or the last token of all."""
         last, pool = len(builder.ids), self.prompts.image_pool
         alone = len(parts) == 1 and isinstance(parts[0], ImageRef)
-        at, image = builder.images[-1] if isinstance(parts[-1], ImageRef) else (last, None)
-        nothing_after = image is not None and at + image.num_tokens + len(self.image_frame[1]) == last
+        nothing_after = isinstance(parts[-1], ImageRef) and builder.tail[1] == self.image_frame[1]
         by_image = (alone and pool != "last") or (nothing_after and pool == "mean")
         return spans[-1] if by_image else (last - 1, last)
 
@@ -312,8 +307,8 @@ class Renderer:
         if self.bos and self.tokenizer.bos_token:
             rendered = rendered.removeprefix(str(self.tokenizer.bos_token))
         closing = False  # True right after an answer: its end-of-turn token is supervised too
-        for piece in re.split(rf"(\ue000\d+\ue001|{re.escape(self.image_token)})", rendered):
-            if piece == self.image_token:
+        for piece in re.split(rf"(\ue000\d+\ue001|{re.escape(self.image_mark)})", rendered):
+            if piece == self.image_mark:
                 builder.image(self.prepare(refs[len(builder.images)]))
             elif piece.startswith("\ue000"):
                 text, supervised, closing = contents[int(piece[1:-1])]
@@ -329,14 +324,16 @@ class Renderer:
         if closing:
             stop = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
             builder.add(self.eos_ids[:1] if stop is None else ids[: stop + 1], supervised=True)
-            ids = ids if stop is None else ids[stop + 1 :]
-        builder.add(ids)
+            if stop is not None:
+                _, _, piece = piece.partition(named(self.tokenizer, ids[stop]))
+                ids = ids[stop + 1 :]
+        builder.add(ids, text=piece)
 
     def _template(self, messages: list[Message], *, generation_prompt: bool) -> str:
         def content(message: Message, as_list: bool) -> Any:
             if as_list:
                 return [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
-            return "".join(p if isinstance(p, str) else self.image_token + "\n" for p in message.parts)
+            return "".join(p if isinstance(p, str) else self.image_mark + "\n" for p in message.parts)
 
         if not self.tokenizer.chat_template:
             raise ConfigError(
@@ -356,7 +353,7 @@ class Renderer:
             count = sum(not isinstance(p, str) for m in messages for p in m.parts)
             if (
                 all(text.count(p) == 1 for p in wanted)
-                and text.count(self.image_token) == count
+                and text.count(self.image_mark) == count
                 and "'type'" not in text
             ):
                 return text

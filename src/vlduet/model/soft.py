@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vlduet.errors import ConfigError
-from vlduet.model.backbones import Backbone, Tokenizer, quiet
+from vlduet.model.backbones import Backbone
+from vlduet.model.processing import Tokenizer, quiet
 from vlduet.model.prompts import SLOT, Prompts, Renderer
 
 ROWS = "soft.rows"
@@ -56,7 +57,8 @@ class SoftPrompts(nn.Module):
                 backbone.model.resize_token_embeddings(end, mean_resizing=False)
         if backbone.lm_head.weight is not backbone.embedding.weight:
             backbone.lm_head.weight[self.first : end] = 0.0
-        backbone.embedding.weight[self.first : end] = self.rows.to(backbone.embedding.weight.dtype)
+        scale = getattr(backbone.embedding, "embed_scale", 1.0)  # Gemma makes its table larger as it reads it
+        backbone.embedding.weight[self.first : end] = (self.rows / scale).to(backbone.embedding.weight.dtype)
         generation = backbone.model.generation_config
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *range(self.first, end)})
 
@@ -94,7 +96,7 @@ def learn(renderer: Renderer, backbone: Backbone) -> SoftPrompts:
         raise ConfigError(
             "the prompts have no tokens to start from", place="train.soft_prompts", fix="Write some in model.prompts"
         )
-    rows = backbone.embedding.weight.detach()[torch.tensor(ids, device=backbone.device)]
+    rows = backbone.embedding(torch.tensor(ids, device=backbone.device))
     renderer.prompts = Prompts(**(renderer.prompts.to_dict() | written))
     return SoftPrompts(backbone, rows)
 

@@ -27,9 +27,9 @@ import tiny
 from vlduet.data.images import load
 from vlduet.data.sequences import Anchor, Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
-from vlduet.model.backbones import process
 from vlduet.model.encoders import Encoder, Encoders, load_text_encoder, open_encoder, slice_of
 from vlduet.model.features import FeatureCache
+from vlduet.model.processing import process
 
 TEXTS = ["a cat", "a much longer sentence about a dog"]
 PICTURES = [tiny.picture(i) for i in range(3)]

@@ -45,7 +45,8 @@ def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
     """float[B, T, V]: the logits of a batch, compared with those of transformers, which is given ids and pixels."""
     with torch.no_grad():
-        given = tiny.plain(batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+        gemma = model.backbone.model.config.model_type == "gemma3"
+        given = tiny.plain(batch.ids, batch.images, gemma=gemma) | {"attention_mask": (batch.segments > 0).long()}
         theirs = model.backbone.model(**given).logits
         ours = model.hidden_states(batch) @ model.lm_weight.T
     real = batch.segments > 0
@@ -122,9 +123,14 @@ def test_every_image_stands_in_its_frame(qwen: DuetModel) -> None:
             around = names[at - 1], names[at + image.num_tokens]
             assert around == ("<|vision_start|>", "<|vision_end|>")
             assert set(names[at : at + image.num_tokens]) == {"<image>"}
-    builder, spans = qwen.renderer.document((WIDE, "one", SMALL))
-    builder.undo(spans[-1])
-    assert token(builder.ids[-3:]) == ["o", "n", "e"] and len(builder.images) == 1
+    whole, _ = qwen.renderer.document((WIDE, "one", SMALL))
+    qwen.renderer.max_tokens = len(whole.ids)
+    try:
+        builder, spans = qwen.renderer.document((WIDE, "one", SMALL))
+    finally:
+        qwen.renderer.max_tokens = 2048
+    assert len(spans) == 2 and len(builder.images) == 1 and len(whole.images) == 2
+    assert "".join(token(builder.ids)).partition("<|vision_end|>")[2].startswith("one")
 
 
 def test_a_mean_is_that_of_the_image_alone(qwen: DuetModel) -> None:
@@ -548,7 +554,7 @@ def test_rows_of_an_image_end_with_a_word(mistral: DuetModel) -> None:
         assert tiny.drawn(mistral.renderer, ref) == row_end.join(["<image>" * columns] * rows_) + end
         assert (made.num_tokens, made.num_features) == (rows_ * (columns + 1) - 1, rows_ * columns)
         batch = mistral.collate([mistral.renderer.embed(("x", ref))])
-        assert torch.equal(batch.image_mask, batch.ids == mistral.backbone.image_token_id)
+        assert torch.equal(batch.image_mask, batch.ids == mistral.renderer.image_token_id)
 
 
 def test_logits_of_rows_are_those_of_transformers(mistral: DuetModel) -> None:
@@ -588,6 +594,20 @@ def test_where_it_looks_leaves_the_words_out(mistral: DuetModel) -> None:
     with analysis.eager(mistral):
         assert analysis.look(mistral, WIDE).weights.shape == (2, 4)
         assert analysis.look(mistral, TALL).weights.shape == (3, 2)
+
+
+# ------------------------------------------------------------------ Gemma 3
+
+
+@pytest.fixture
+def gemma(tmp_path: Path) -> DuetModel:
+    return tiny.bold(tiny.duet(tmp_path / "base", family="gemma3", prompts=PROMPTS, head="none"))
+
+
+def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: DuetModel) -> None:
+    for side in ("left", "right"):
+        as_transformers_has_them(gemma, gemma.collate(rows(gemma), side=side))
+    assert max(len(sequence) for sequence in rows(gemma)) > 24, "else no window would be left"
 
 
 def test_a_llava_with_its_tower_is_refused(tmp_path: Path) -> None:

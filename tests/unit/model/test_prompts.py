@@ -24,14 +24,7 @@ TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"
 
 
 def renderer(model: DuetModel, *, prompts: Prompts = tiny.BARE, max_tokens: int = 2048) -> Renderer:
-    return Renderer(
-        model.backbone.tokenizer,
-        model.prepare,
-        image_token_id=model.backbone.image_token_id,
-        image_frame=model.backbone.image_frame,
-        prompts=prompts,
-        max_tokens=max_tokens,
-    )
+    return Renderer(replace(model.backbone.processing, prepare=model.prepare), prompts=prompts, max_tokens=max_tokens)
 
 
 def with_template(model: DuetModel, template: str | None, **options: Any) -> Renderer:

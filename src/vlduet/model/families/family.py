@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
 """What the image processor made of one image or several; an image's tiles are rows of `pixel_values`."""
-Frame = tuple[tuple[int, ...], tuple[int, ...]]
-"""Token ids before and after an image's own."""
+Frame = tuple[str, str]
+"""What is written before and after an image's own tokens."""
 
 
 def processed(processor: Any, picture: Any) -> Mapping[str, Any]:
@@ -20,9 +20,18 @@ def processed(processor: Any, picture: Any) -> Mapping[str, Any]:
     return made
 
 
+def named(tokenizer: Any, token_id: int) -> str:
+    """How a token is written."""
+    return str(tokenizer.convert_ids_to_tokens(token_id))
+
+
 def once(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
     projected: Tensor = projector(features)
     return projected
+
+
+def of_linear(projector: nn.Module) -> int:
+    return next(m.in_features for m in projector.modules() if isinstance(m, nn.Linear))
 
 
 def whole(config: Any, inputs: Inputs) -> Tensor:
@@ -54,9 +63,15 @@ class Family:
     """config, prepared image -> of its features those that stand for this picture."""
     grid: Callable[[Any, Inputs], tuple[int, int]] | None = None
     """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
-    frame: Callable[[Any, Any], Frame] = lambda config, tokenizer: ((), ())
-    """config, tokenizer -> the tokens that stand around every image."""
+    frame: Callable[[Any, Any], Frame] = lambda config, tokenizer: ("", "")
+    """config, tokenizer -> what stands around every image."""
+    mark: Callable[[Any, Any], str] = lambda config, tokenizer: named(tokenizer, config.image_token_id)
+    """config, tokenizer -> what the chat template writes for an image."""
     words: Callable[[Any, Any, Inputs], Mapping[int, int]] = lambda config, tokenizer, inputs: {}
     """config, tokenizer, prepared image -> the words that stand among its tokens: place in the image -> id."""
+    mutual: bool = False
+    """The tokens of an image see each other, those behind them, too."""
+    width: Callable[[nn.Module], int] = of_linear
+    """projector -> Dv."""
     settings: Callable[[Any], Mapping[str, Any]] = lambda config: {}
     """config -> of the image processor what is not the checkpoint's; an exported model keeps them."""
