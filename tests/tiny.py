@@ -540,7 +540,7 @@ def _pictures(size: int) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
 
 
-def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = (), *, gemma: bool = False) -> dict[str, torch.Tensor]:
+def plain(model: DuetModel, ids: torch.Tensor, prepared: Iterable[PreparedImage] = ()) -> dict[str, torch.Tensor]:
     """What plain transformers takes: token ids, and images as the processor made them."""
     made = [image.inputs for image in prepared]
     given = {name: torch.cat([one[name] for one in made]) for name in (made[0] if made else ())}
@@ -549,6 +549,7 @@ def plain(ids: torch.Tensor, prepared: Iterable[PreparedImage] = (), *, gemma: b
     if given.pop("tiles", None) is not None:  # Idefics3 wants squares in rows
         given["pixel_values"] = given["pixel_values"][:, None]
     # Qwen2-VL wants to be told which tokens are images; so does Gemma, by another name.
+    gemma = model.backbone.model.config.model_type == "gemma3"
     kinds = (ids == SPECIALS.index("<image>")).int()
     named = {"mm_token_type_ids": kinds} if "image_grid_thw" in given else {"token_type_ids": kinds} if gemma else {}
     return {"input_ids": ids, **given, **named}

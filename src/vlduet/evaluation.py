@@ -33,7 +33,7 @@ from vlduet.model.checkpoint import MANIFEST
 from vlduet.model.dual import frozen_encoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import Encoder, fingerprint, kind_of
-from vlduet.model.families import BACKBONES
+from vlduet.model.families.registry import BACKBONES
 from vlduet.model.features import FeatureCache
 from vlduet.model.processing import IMAGE_BACKEND, read_config
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from inspect import signature
 from operator import attrgetter
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
@@ -23,7 +25,7 @@ from vlduet.data.batches import Batch
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ModelError
-from vlduet.model.families import family_of
+from vlduet.model.families.registry import family_of
 from vlduet.model.processing import (
     IMAGE_BACKEND,
     Processing,
@@ -257,7 +259,16 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
     model.requires_grad_(False)
+    if "inputs_embeds" not in signature(model.prepare_inputs_for_generation).parameters:
+        model.prepare_inputs_for_generation = MethodType(_prepare_inputs_for_generation, model)
     return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
+
+
+def _prepare_inputs_for_generation(
+    model: Any, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """Gemma's own, which takes embeddings and a mask as `kwargs`; transformers looks for them in the signature."""
+    return type(model).prepare_inputs_for_generation(model, input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 SAMPLED, STRIDE = 1 << 12, 1 << 20

@@ -35,7 +35,7 @@ from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.model.backbones import fingerprint_of, load_backbone
 from vlduet.model.duet import DuetModel
-from vlduet.model.families import BACKBONES
+from vlduet.model.families.registry import BACKBONES
 from vlduet.model.features import FeatureCache
 from vlduet.model.processing import IMAGE_BACKEND, opening, process, read_config
 

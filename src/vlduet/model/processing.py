@@ -19,8 +19,8 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
-from vlduet.model.families import family_of
 from vlduet.model.families.family import Family, Frame, Inputs, processed
+from vlduet.model.families.registry import family_of
 
 IMAGE_BACKEND = "pil"
 """The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""

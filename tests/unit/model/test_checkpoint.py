@@ -204,7 +204,7 @@ def test_plain_transformers_opens_a_merged_folder(trained: DuetModel, tmp_path: 
     batch = trained.collate([sequence])
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
-        theirs = plain.model(**tiny.plain(batch.ids, batch.images)).last_hidden_state
+        theirs = plain.model(**tiny.plain(trained, batch.ids, batch.images)).last_hidden_state
         assert_close(trained.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 

@@ -45,8 +45,7 @@ def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
     """float[B, T, V]: the logits of a batch, compared with those of transformers, which is given ids and pixels."""
     with torch.no_grad():
-        gemma = model.backbone.model.config.model_type == "gemma3"
-        given = tiny.plain(batch.ids, batch.images, gemma=gemma) | {"attention_mask": (batch.segments > 0).long()}
+        given = tiny.plain(model, batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
         theirs = model.backbone.model(**given).logits
         ours = model.hidden_states(batch) @ model.lm_weight.T
     real = batch.segments > 0
@@ -87,7 +86,7 @@ def test_positions_are_those_of_transformers(qwen: DuetModel) -> None:
         if not sequence.images:
             assert found.tolist() == [list(range(len(sequence)))]
             continue
-        given = tiny.plain(ids, [image for _, image in sequence.images])
+        given = tiny.plain(qwen, ids, [image for _, image in sequence.images])
         theirs, _ = qwen.backbone.model.model.get_rope_index(
             ids, given["mm_token_type_ids"], image_grid_thw=given["image_grid_thw"]
         )
@@ -161,7 +160,7 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
             logits[banned] = -torch.inf
             assert token == int(logits.argmax())
             so_far.append(token)
-        plain = tiny.plain(torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        plain = tiny.plain(qwen, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
         theirs = qwen.backbone.model.generate(
             **plain, max_new_tokens=6, do_sample=False, suppress_tokens=banned, eos_token_id=None
         )
@@ -177,7 +176,7 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
     with generation.prompted(qwen.backbone, qwen.start(asked), 6, beams=3) as given:
         ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None}).view(2, 3, -1)
     for row, sequence in enumerate(asked):
-        plain = tiny.plain(torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        plain = tiny.plain(qwen, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
         theirs = qwen.backbone.model.generate(
             **plain,
             max_new_tokens=6,

@@ -122,7 +122,7 @@ def test_hidden_states_are_those_of_plain_transformers(model):
     rows = [model.renderer.caption(tiny.picture(2), "a red apple")]
     batch = model.collate(rows)
     with torch.no_grad():
-        theirs = model.backbone.model.model(**tiny.plain(batch.ids, batch.images)).last_hidden_state
+        theirs = model.backbone.model.model(**tiny.plain(model, batch.ids, batch.images)).last_hidden_state
         assert_close(model.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 

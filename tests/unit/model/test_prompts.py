@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,8 @@ def renderer(model: DuetModel, *, prompts: Prompts = tiny.BARE, max_tokens: int 
 
 def with_template(model: DuetModel, template: str | None, **options: Any) -> Renderer:
     made = renderer(model, **options)
-    made.tokenizer = tiny.tokenizer(bos=model.backbone.model.config.model_type == "llava")
-    made.tokenizer.chat_template = template
+    made.tokenizer = copy.deepcopy(model.backbone.tokenizer)
+    made.tokenizer.chat_template = template and template.replace("<image>", made.image_mark)
     return made
 
 

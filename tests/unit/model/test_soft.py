@@ -106,7 +106,7 @@ def test_plain_transformers_gives_the_same_vectors(trained: DuetModel, tmp_path:
     with torch.no_grad():
         for prompt, seen, ours in ((text, [], vectors[0]), (picture, [image], vectors[1])):
             ids = tokenizer(prompt, return_tensors="pt").input_ids
-            states = plain.model(**tiny.plain(ids, seen)).last_hidden_state
+            states = plain.model(**tiny.plain(trained, ids, seen)).last_hidden_state
             theirs = torch.nn.functional.normalize(states[0, -1], dim=0)
             assert_close(theirs, torch.from_numpy(ours), atol=1e-5, rtol=0)
 
