@@ -94,6 +94,14 @@ CHAT = (
     "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endif %}{{ '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+
+
+def turn_by_turn(line: str) -> str:
+    """A chat template as Gemma's: an image is the token that begins one, and `line` follows a turn's name and its end."""
+    found = CHAT.replace("+ '|>'", f"+ '|>{line}'").replace("'</s>'", f"'</s>{line}'").replace("t|>'", f"t|>{line}'")
+    return found.replace("'<image>'", f"'{VISION[0]}'")
+
+
 BARE = Prompts(image="{image}", text="{text}</s>", parts="{parts}</s>", chat=False, image_pool="mean")
 
 
@@ -109,7 +117,8 @@ def tokenizer(
     alphabet, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), merges or []
     words = [*SPECIALS, *alphabet, *(more or []), *(a + b for a, b in merges)]
     inner = Tokenizer(models.BPE({t: i for i, t in enumerate(words)}, merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # With merges a text is one piece, as Gemma's is: no rule parts what stands together.
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges)
     inner.decoder = decoders.ByteLevel()
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -412,7 +421,7 @@ LINES = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("ĊĊ", "ĊĊ")]
 
 
 def gemma3(folder: Path, *, seed: int = 0) -> Path:
-    """A Gemma 3 checkpoint: 4 tokens an image, one layer that sees all and one that sees 24 tokens."""
+    """A Gemma 3 checkpoint: 4 tokens an image, one layer that sees all and one that sees 16 tokens."""
     torch.manual_seed(seed)
     vision = SiglipVisionConfig(
         hidden_size=16,
@@ -430,7 +439,7 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
         "vocab_size": first + len(VISION) + len(LINES),
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
-        "sliding_window": 24,
+        "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": None,
     }
@@ -441,8 +450,7 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     Gemma3ImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
     names = dict(zip(("boi_token", "eoi_token"), VISION, strict=True)) | {"image_token": "<image>"}
-    marked = CHAT.replace("'<image>'", f"'{VISION[0]}'")
-    return _words(folder, tokenizer(bos=True, more=VISION, names=names, merges=LINES), template=marked)
+    return _words(folder, tokenizer(bos=True, more=VISION, names=names, merges=LINES), template=turn_by_turn(""))
 
 
 FAMILIES = {

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoTokenizer, PixtralVisionConfig
+from transformers.models.gemma3 import Gemma3Processor
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3 import Idefics3Processor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
@@ -23,13 +25,14 @@ import tiny
 from vlduet import analysis
 from vlduet.data import images
 from vlduet.data.batches import Batch, collate
-from vlduet.data.records import ImageRef, Message
+from vlduet.data.records import ImageRef, Message, as_parts
 from vlduet.data.sequences import PreparedImage, Sequence, positions
 from vlduet.errors import ImageError, ModelError
 from vlduet.model import generation
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
+from vlduet.model.processing import load_processing
 from vlduet.model.prompts import Prompts
 
 PROMPTS = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} all:", chat=False)
@@ -407,6 +410,7 @@ def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
 
 
 HUB = {
+    "gemma3": ("Gemma3ImageProcessorFast", {"size": {"height": 16, "width": 16}, "processor_class": "Gemma3Processor"}),
     "mistral3": ("PixtralImageProcessorFast", {"size": {"longest_edge": 32}, "processor_class": "PixtralProcessor"}),
     "llava_next": ("LlavaNextImageProcessor", {"size": {"shortest_edge": 16}, "aspect_ratio_setting": "anyres"}),
     "llava_onevision": ("LlavaOnevisionImageProcessor", {"size": {"height": 16, "width": 16}, "do_pad": True}),
@@ -604,9 +608,88 @@ def gemma(tmp_path: Path) -> DuetModel:
 
 
 def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: DuetModel) -> None:
+    """Some rows are longer than the window of 16 of one of the two layers."""
     for side in ("left", "right"):
-        as_transformers_has_them(gemma, gemma.collate(rows(gemma), side=side))
-    assert max(len(sequence) for sequence in rows(gemma)) > 24, "else no window would be left"
+        batch = gemma.collate(rows(gemma), side=side)
+        ours = as_transformers_has_them(gemma, batch)
+    assert batch.num_tokens > 16 * len(batch.ids)
+    gemma.backbone.family = replace(gemma.backbone.family, mutual=False)
+    with torch.no_grad():
+        causal = gemma.hidden_states(batch) @ gemma.lm_weight.T
+    assert (causal - ours).abs().amax(2)[batch.segments > 0].max() > 1e-2, "they would else see one way"
+
+
+def test_images_that_see_both_ways_are_the_same_in_any_company(gemma: DuetModel) -> None:
+    items = [ODD, "no image " * 4, (WIDE, "then", TALL), (SMALL, "so"), (SMALL, TALL)]
+    alone = np.concatenate([gemma.encode([item]) for item in items])
+    assert_close(gemma.encode(items), alone, atol=1e-5, rtol=0)
+    sequences = [gemma.renderer.embed(as_parts(item), record=str(n)) for n, item in enumerate(items)]
+    packed = gemma.collate(sequences, pack_to=128)
+    assert len(packed.ids) < len(items) and packed.attention_mask().shape[1:] == (1, *packed.ids.shape[1:] * 2)
+    with torch.no_grad():
+        found = gemma(packed)
+    order = [int(anchor.record) for anchor in found.anchors]
+    assert_close(found.embeddings.numpy(), alone[order], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_images_that_see_both_ways_are_answered_with(gemma: DuetModel, beams: int) -> None:
+    turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")]
+    asked = [gemma.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
+    with generation.prompted(gemma.backbone, gemma.start(asked), 6, beams=beams) as given:
+        ids = gemma.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
+    several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
+    for row, sequence in enumerate(asked):
+        plain = tiny.plain(gemma, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        theirs = gemma.backbone.model.generate(**plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several)
+        assert theirs[:, len(sequence.ids) :].tolist() == ids.view(2, beams, -1)[row].tolist()
+
+
+@pytest.mark.parametrize("line", ["", "\n"])
+def test_line_ends_around_an_image_are_the_tokens_of_its_own_processor(
+    gemma: DuetModel, tmp_path: Path, line: str
+) -> None:
+    """Gemma's processor writes two before and two behind an image; with others beside them they are one token."""
+    gemma.backbone.tokenizer.chat_template = f"{{{{ bos_token }}}}{tiny.turn_by_turn(line)}"
+    gemma.save_merged(tmp_path / "merged")
+    pictures = Gemma3ImageProcessorPil.from_pretrained(tmp_path / "merged")
+    theirs = Gemma3Processor(pictures, AutoTokenizer.from_pretrained(tmp_path / "merged"), image_seq_length=4)
+    texts = ["what?", "a thing", "and this?"]
+    turns = [("user", (WIDE, texts[0])), ("assistant", (texts[1],)), ("user", (TALL, SMALL, texts[2]))]
+    first, last = tiny.VISION[0], "</s>" + line
+    said = (
+        f"<|user|>{line}{first}what?{last}<|assistant|>{line}a thing{last}<|user|>{line}{first}{first}and this?{last}"
+    )
+    refs = [WIDE, TALL, SMALL]
+    written = theirs(text="<s>" + said, images=[[images.load(ref) for ref in refs]], add_special_tokens=False)
+    whole = gemma.renderer.chat(tuple(Message(role, parts) for role, parts in turns), answer=False)
+    assert list(whole.ids) == written["input_ids"][0]
+    assert ("ĊĊĊ" in gemma.backbone.tokenizer.convert_ids_to_tokens(list(whole.ids))) == bool(line)
+    embedded = gemma.renderer.embed((WIDE,))
+    alone = theirs(text=f"<s>See {first} sum:", images=[[images.load(WIDE)]], add_special_tokens=False)
+    assert list(embedded.ids) == alone["input_ids"][0]
+    assert_close(torch.as_tensor(np.array(alone["pixel_values"])), gemma.prepare(WIDE).inputs["pixel_values"])
+
+
+def test_a_square_that_sees_both_ways_is_looked_at(gemma: DuetModel) -> None:
+    with analysis.eager(gemma):
+        assert analysis.look(gemma, WIDE).weights.shape == (2, 2)
+
+
+def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) -> None:
+    """Gemma's tokenizer tells where a text ends; where a turn does, its generation config."""
+    path = tiny.gemma3(tmp_path / "base") / "generation_config.json"
+    end = tiny.SPECIALS.index("<|user|>")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, end]}))
+    model = DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval()
+    assert model.renderer.eos_ids == [2, end] == list(load_processing(tmp_path / "base").eos_ids)
+    assert end not in generation.forbidden(model.backbone, model.renderer.eos_ids)
+    model.backbone.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|user|>\n{% endfor %}"
+    chat = model.renderer.chat((Message("user", ("a",)), Message("assistant", ("b",))), answer=False)
+    assert [i for i in chat.labels if i != -100] == [
+        *model.backbone.tokenizer.encode("b", add_special_tokens=False),
+        end,
+    ]
 
 
 def test_a_llava_with_its_tower_is_refused(tmp_path: Path) -> None:
