@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from inspect import signature
+from functools import partial
+from inspect import Parameter, signature
 from operator import attrgetter
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
@@ -259,16 +259,19 @@ def load_backbone(folder: Path, *, device: str | torch.device = "cpu", dtype: to
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder)
     model.requires_grad_(False)
-    if "inputs_embeds" not in signature(model.prepare_inputs_for_generation).parameters:
-        model.prepare_inputs_for_generation = MethodType(_prepare_inputs_for_generation, model)
+    _take_embeddings(model)
     return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
 
 
-def _prepare_inputs_for_generation(
-    model: Any, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
-) -> Any:
-    """Gemma's own, which takes embeddings and a mask as `kwargs`; transformers looks for them in the signature."""
-    return type(model).prepare_inputs_for_generation(model, input_ids, inputs_embeds=inputs_embeds, **kwargs)
+def _take_embeddings(model: Any) -> None:
+    """transformers looks for `inputs_embeds` in a signature, where Gemma's has it among its `kwargs`."""
+    own = model.prepare_inputs_for_generation
+    told = signature(own)
+    if "inputs_embeds" not in told.parameters:
+        *named, rest = told.parameters.values()
+        taken = Parameter("inputs_embeds", Parameter.KEYWORD_ONLY, default=None)
+        model.prepare_inputs_for_generation = same = partial(own)
+        same.__signature__ = told.replace(parameters=[*named, taken, rest])  # type: ignore[attr-defined]
 
 
 SAMPLED, STRIDE = 1 << 12, 1 << 20

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vlduet.objectives import sweeps, threads
 
@@ -152,20 +153,20 @@ def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
     rows, same = left.features, left is right
     compiled, moving = _compiled(kernel, rows), _moving(rows, right.features)
     wide = _lanes(kernel, rows, len(right.first))
-    blocks = sorted(_blocks(left, right, kernel, wide=wide, alone=compiled), key=lambda block: -block.cells)
+    blocks = [*_blocks(left, right, kernel, wide=wide, alone=compiled)]
     if compiled and moving:
         found = [*_Pairs.apply(rows, right.features, blocks)]  # type: ignore[no-untyped-call]
     else:
         found = _log_k(left, right, blocks, kernel, alone=compiled)
-    where = torch.zeros(len(left.first), len(right.first), dtype=torch.long, device=rows.device)
-    done = 0
+    strips: dict[int, list[Tensor]] = {}
     for block, part in zip(blocks, found, strict=True):
-        here = torch.arange(done, done + part.numel(), device=rows.device).view_as(part)
-        where[block.some, block.begin : block.begin + wide] = here[:, : len(right.first) - block.begin]
-        done += part.numel()
-    where = torch.maximum(where, where.T) if same else where  # no block is begun below the diagonal twice
-    back_x, back_y = left.order.argsort(), right.order.argsort()
-    return torch.cat([part.flatten() for part in found])[where[back_x][:, back_y]]
+        strips.setdefault(block.begin, []).append(part)
+    whole = [torch.cat(parts) for parts in strips.values()]  # of both the same, the first ones are shorter
+    table = torch.cat([F.pad(strip, (0, 0, 0, len(left.first) - len(strip))) for strip in whole], 1)
+    table = table[:, : len(right.first)]
+    if same:
+        table = table.triu() + table.triu(1).mT
+    return table[left.order.argsort()][:, right.order.argsort()]
 
 
 def _log_k(left: Slices, right: Slices, blocks: list[_Block], kernel: Kernel, *, alone: bool) -> list[Tensor]:
@@ -248,8 +249,8 @@ def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
         lengths, which = lengths[:1], torch.zeros_like(which)
     rows, wide = own.features, _lanes(kernel, own.features, len(own.first))
     alone = _compiled(kernel, rows) and not _moving(rows)
-    several = [(begin, *own.among(begin, wide)) for begin in reversed(range(0, len(own.first), wide))]
-    kept = _Scratch(rows, facing=several[0][2].numel()) if alone else None
+    several = [(begin, *own.among(begin, wide)) for begin in range(0, len(own.first), wide)]
+    kept = _Scratch(rows, facing=several[-1][2].numel()) if alone else None
 
     def log_k(some: tuple[int, Tensor, Tensor]) -> Tensor:
         begin, mine, index = some
@@ -262,10 +263,10 @@ def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
         found = torch.cat([_of_lengths(square, mine, part, kernel=kernel, alone=alone) for part in parts])
         return found[:, : len(own.first) - begin]  # [U, B]
 
-    # A cell costs a quarter here: there is hardly a product.
-    cells = len(rows) * int(own.lengths[-1]) * len(lengths) // 4
+    # What laying out a row costs is that of as many cells as it has numbers, twice.
+    cells = len(rows) * (int(own.lengths[-1]) * len(lengths) + 2 * rows.shape[1])
     found = _shared(log_k, several, cells=cells if alone else 0)
-    terms = torch.cat(found[::-1], 1).T[own.order.argsort()]  # [n, U]
+    terms = torch.cat(found, 1).T[own.order.argsort()]  # [n, U]
     return terms[:, which[other.order.argsort()]]
 
 
@@ -281,10 +282,11 @@ def _of_lengths(square: Tensor, mine: Tensor, others: Tensor, *, kernel: Kernel,
 
 
 def _shared(work: Callable[[Item], Result], items: Sequence[Item], *, cells: int) -> list[Result]:
-    """Of every item, in their order; by threads of one core each where there is enough to do."""
+    """Of every item, in their order, of which the last ones are the largest; by threads of one core each where there is
+    enough to do."""
     if cells < 2 * ENOUGH:
         return [work(item) for item in items]
-    return threads.each(work, items)
+    return threads.each(work, items[::-1])[::-1]
 
 
 def _compiled(kernel: Kernel, like: Tensor) -> bool:

@@ -92,7 +92,7 @@ def by_hand(model: DuetModel, sequences: list[Sequence]) -> tuple[torch.Tensor, 
             if sequence.labels[at] != -100:
                 nll.append(-torch.log_softmax(states[at - 1] @ model.lm_weight.T, -1)[sequence.labels[at]])
         (anchor,) = sequence.anchors
-        if sequence.ids[anchor.start] == model.backbone.image_token_id:
+        if sequence.ids[anchor.start] == model.renderer.image_token_id:
             (image,) = (image for at, image in sequence.images if at + image.own[0] == anchor.start)
             vector = model.head.vision(
                 model.vision_features([image])[:, : model.backbone.vision_width].double().mean(0)
@@ -136,8 +136,10 @@ def test_the_losses_are_the_paper_s_and_chunks_and_packing_change_nothing(model:
         told = cached_losses(model, chunks, losses=lambda readout: losses_of(model, readout), nothing=nothing)
         assert_close(told["loss"], found["loss"].detach(), **EXACT)
         for name, grad in taken(model).items():
-            assert_close(grad, slow[name], **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-            assert_close(grads[name], slow[name], **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+            # Gemma's norm of image features is in single precision, whatever the others are in.
+            close = {"atol": 1e-6, "rtol": 1e-5} if "mm_soft_emb_norm" in name else EXACT
+            assert_close(grad, slow[name], **close, msg=lambda m, name=name: f"{name}: {m}")
+            assert_close(grads[name], slow[name], **close, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_language_model_does_not_see_an_image_that_is_only_embedded(model: DuetModel) -> None:
@@ -163,9 +165,10 @@ def test_a_step_moves_maps_ret_and_temperature_alone(run: setup.Run) -> None:
         joint_step(run, chunks)
         move(run, step)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    *_, (last, _) = ((n, m) for n, m in model.backbone.projector.named_modules() if isinstance(m, torch.nn.Linear))
+    linear = [n for n, m in model.backbone.projector.named_modules() if isinstance(m, torch.nn.Linear)]
     of_projector = {name for name in changed if any(n in name for n in ("projector", "merger", "connector"))}
-    assert of_projector and all(f".{last}." in f".{name}" for name in of_projector)
+    last = f".{linear[-1]}." if linear else ".multi_modal_projector."  # Gemma's is one matrix and a norm
+    assert of_projector and all(last in f".{name}" for name in of_projector)
     heads = {f"head.{kind}.{name}" for kind in ("layers", "vision") for name in ("weight", "bias")}
     assert changed - of_projector == heads | {"soft.rows", "logit_scale"}
     mean = model.backbone.embedding.weight.norm(dim=1).mean()

@@ -95,7 +95,9 @@ def same(one: Found, other: Found, **close: float) -> None:
     assert one[1].keys() == other[1].keys() and "logit_scale" in one[1]
     for ours, theirs in zip(one, other, strict=True):
         for name, value in ours.items():
-            assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **close)
+            # Gemma's norm of image features is in single precision, whatever the others are in.
+            within = {"atol": 1e-6, "rtol": 1e-5} if "mm_soft_emb_norm" in name else close
+            assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **within)
 
 
 def test_with_dropout_the_gradients_are_those_of_all_chunks_at_once(trainable: DuetModel) -> None:
