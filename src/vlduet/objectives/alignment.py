@@ -61,9 +61,8 @@ def gak_matrix(
     if left.features.shape[1] != right.features.shape[1]:
         raise ValueError(f"slices of {left.features.shape[1]} numbers in x and {right.features.shape[1]} in y")
     # Around a common point: the distances are the same, and lose fewer digits in the product.
-    middle = left.features.detach().mean(0)
     for each in (left,) if y is None else (left, right):
-        each.around(middle)
+        each.around(left.middle)
     kernel = Kernel(width, sigma is None, band)
     log_k = all_pairs(left, right, kernel)
     if normalize:

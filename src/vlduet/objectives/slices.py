@@ -7,6 +7,7 @@ cells stay near one core, and no core waits for another. Else torch shares out t
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +54,8 @@ class Slices:
     """int64[n], row of the first slice."""
     order: Tensor
     """int64[n], where each stood in what was given."""
+    middle: Tensor
+    """float[d], the mean of all slices as they were given; no gradient."""
     room: Tensor | None = None
     """float[S, d + 2] that `features` is a view of: `around` copies nothing. None where they have a gradient."""
 
@@ -60,29 +63,30 @@ class Slices:
     def of(cls, sequences: Sequence[Tensor], name: str) -> Slices:
         if not len(sequences):
             raise ValueError(f"{name} holds no sequences")
-        shape = sequences[0].shape
-        for i, sequence in enumerate(sequences):
-            if sequence.dim() != 2 or not len(sequence) or sequence.shape[1:] != shape[1:]:
+        shapes = [sequence.shape for sequence in sequences]
+        width = shapes[0][-1] if shapes[0] else 0
+        for i, shape in enumerate(shapes):
+            if len(shape) != 2 or not shape[0] or shape[1] != width:
                 raise ValueError(
-                    f"{name}[{i}] has the shape {tuple(sequence.shape)}: [slices, {shape[-1] if len(shape) else 'd'}] "
-                    "with one slice or more is needed"
+                    f"{name}[{i}] has the shape {tuple(shape)}: [slices, {width or 'd'}] with one slice or more is needed"
                 )
         device = sequences[0].device
-        lengths, order = torch.sort(torch.tensor([len(sequence) for sequence in sequences]), stable=True)
+        lengths, order = torch.sort(torch.tensor([shape[0] for shape in shapes]), stable=True)
         ordered, room = [sequences[i] for i in order.tolist()], None
         double = any(sequence.dtype == torch.float64 for sequence in sequences)
         dtype = torch.float64 if double else torch.float32
         if torch.is_grad_enabled() and any(sequence.requires_grad for sequence in sequences):
             features = torch.cat(ordered).to(dtype)
         else:
-            room = torch.empty(int(lengths.sum()), shape[1] + 2, dtype=dtype, device=device)
+            room = torch.empty(int(lengths.sum()), width + 2, dtype=dtype, device=device)
             features = torch.cat(ordered, out=room[:, :-2])
-        first = lengths.cumsum(0) - lengths
-        if not bool(features.sum().isfinite()) and not bool(features.isfinite().all()):  # the sum is far cheaper
+        first, middle = lengths.cumsum(0) - lengths, features.detach().mean(0)
+        # What is not finite makes the mean so: all slices are looked at only then.
+        if not bool(middle.isfinite().all()) and not bool(features.isfinite().all()):
             row = int((~features.isfinite()).any(1).nonzero()[0])
             wrong = int(order[int((first <= row).sum()) - 1])
             raise ValueError(f"{name}[{wrong}] has features that are not finite")
-        return cls(features, lengths.to(device), first.to(device), order.to(device), room)
+        return cls(features, lengths.to(device), first.to(device), order.to(device), middle, room)
 
     def among(self, begin: int, wide: int) -> tuple[Tensor, Tensor]:
         """`wide` sequences from `begin` on, the last one repeated: lengths int64[wide], rows int64[wide, longest].
@@ -263,8 +267,8 @@ def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
         found = torch.cat([_of_lengths(square, mine, part, kernel=kernel, alone=alone) for part in parts])
         return found[:, : len(own.first) - begin]  # [U, B]
 
-    # What laying out a row costs is that of as many cells as it has numbers, twice.
-    cells = len(rows) * (int(own.lengths[-1]) * len(lengths) + 2 * rows.shape[1])
+    # A cell costs a quarter here, for there is hardly a product; and short calls of several threads wait for each other.
+    cells = len(rows) * int(own.lengths[-1]) * len(lengths) // 4
     found = _shared(log_k, several, cells=cells if alone else 0)
     terms = torch.cat(found, 1).T[own.order.argsort()]  # [n, U]
     return terms[:, which[other.order.argsort()]]
@@ -328,7 +332,7 @@ def _blocks(left: Slices, right: Slices, kernel: Kernel, *, wide: int, alone: bo
 def _runs(ends: list[int], count: int, *, most: int) -> Iterator[tuple[int, int]]:
     """Runs of the first `count` sequences with at most `most` slices, one sequence at least."""
     begin = 0
-    for end in range(1, count + 1):
-        if end == count or ends[end + 1] - ends[begin] > most:
-            yield begin, end
-            begin = end
+    while begin < count:
+        end = max(begin + 1, bisect_right(ends, ends[begin] + most, hi=count + 1) - 1)
+        yield begin, end
+        begin = end
