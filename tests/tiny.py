@@ -26,6 +26,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm46VConfig,
@@ -60,6 +62,7 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -453,9 +456,56 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
     return _words(folder, tokenizer(bos=True, more=VISION, names=names, merges=LINES), template=turn_by_turn(""))
 
 
+def gemma4(folder: Path, *, seed: int = 0) -> Path:
+    """A small Gemma 4: up to 70 tokens an image, tables of words for its layers, the last two with keys of those before."""
+    apart = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    return _gemma4(folder, apart, seed=seed)
+
+
+def gemma4_large(folder: Path, *, seed: int = 0) -> Path:
+    """A large one: images see both ways where there is a window, keys are values where there is none, and experts."""
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    both = {"use_bidirectional_attention": "vision", "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+    return _gemma4(folder, {"hidden_size_per_layer_input": 0} | experts | both, seed=seed)
+
+
+def _gemma4(folder: Path, more: dict[str, Any], *, seed: int) -> Path:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = shape | {"num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2}
+    plain = text_config().to_dict()
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "eos_token_id")
+    first = plain["vocab_size"]
+    text = {name: plain[name] for name in kept} | {
+        "vocab_size": first + len(VISION),
+        "vocab_size_per_layer_input": first + len(VISION),
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": 48,
+        "final_logit_softcapping": 2.0,
+    }
+    ids = {
+        "image_token_id": 3,
+        "boi_token_id": first,
+        "eoi_token_id": first + 1,
+        "video_token_id": first - 1,  # bytes of no text here
+        "audio_token_id": first - 2,
+    }
+    config = Gemma4Config(text_config=text | more, vision_config=vision | {"position_embedding_size": 70 * 4}, **ids)
+    Gemma4ForConditionalGeneration(config).save_pretrained(folder)
+    Gemma4ImageProcessorPil(patch_size=4, pooling_kernel_size=2, max_soft_tokens=70).save_pretrained(folder)
+    return _words(folder, tokenizer(bos=True, more=VISION))
+
+
 FAMILIES = {
     "fast_vlm": fast_vlm,
     "gemma3": gemma3,
+    "gemma4": gemma4,
+    "gemma4_large": gemma4_large,
     "glm46v": glm46v,
     "glm4v": glm4v,
     "idefics3": idefics3,
@@ -556,11 +606,12 @@ def plain(model: DuetModel, ids: torch.Tensor, prepared: Iterable[PreparedImage]
         given["pixel_values"] = torch.stack([_of_cells(**one) for one in made])
     if given.pop("tiles", None) is not None:  # Idefics3 wants squares in rows
         given["pixel_values"] = given["pixel_values"][:, None]
-    # Qwen2-VL wants to be told which tokens are images; so does Gemma, by another name.
-    gemma = model.backbone.model.config.model_type == "gemma3"
+    # Some want to be told which tokens are images.
+    kind = model.backbone.model.config.model_type
     kinds = (ids == SPECIALS.index("<image>")).int()
-    named = {"mm_token_type_ids": kinds} if "image_grid_thw" in given else {"token_type_ids": kinds} if gemma else {}
-    return {"input_ids": ids, **given, **named}
+    named = {"gemma3": {"token_type_ids": kinds}, "gemma4": {"mm_token_type_ids": kinds}}
+    asked = {"mm_token_type_ids": kinds} if "image_grid_thw" in given else named.get(kind, {})
+    return {"input_ids": ids, **given, **asked}
 
 
 def _of_cells(pixel_values: torch.Tensor, image_sizes: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlduet.data import images as pictures
 from vlduet.data.batches import FORWARD, by_length
@@ -198,9 +198,8 @@ def _read(model: DuetModel, items: Sequence[Parts], bar: Progress) -> Reading:
             tower = model.read_in_tower(batch)
             vectors = model.embed(batch, hidden, spans if tower is None else spans[~tower])
             embeddings[at] = vectors.float().cpu().numpy()
-            words, bias = model.lm_weight, model.backbone.lm_head.bias
             states = hidden[spans[:, 0], spans[:, 2] - 1]
-            logits = nn.functional.linear(states, words, None if bias is None else bias[: len(words)])  # [B, V]
+            logits = model.backbone.logits(states)[:, : len(model.lm_weight)]  # [B, V]
             entropy[at] = next_token_entropy(logits).double().cpu().numpy()
             bar.advance(len(chosen))
     return Reading(embeddings, entropy)

@@ -93,7 +93,9 @@ def test_tokens_are_laid_out_as_the_picture_is(count: int, height: int, width: i
 
 def test_attention_is_that_of_the_forward_and_leaves_the_model_as_it_was(model: DuetModel) -> None:
     sequence = model.renderer.embed((tiny.picture(3), "and a text"))
-    unseen = ~model.collate([sequence]).sees(mutual=model.backbone.family.mutual)
+    unseen = ~model.collate([sequence]).sees(
+        mutual=any(model.backbone.family.masks(model.backbone.model.config).values())
+    )
     before = model.hidden_states(model.collate([sequence]))
     was = model.backbone.trunk.config._attn_implementation
     with analysis.eager(model):

@@ -37,6 +37,7 @@ from vlduet.model.processing import (
     quiet,
     read_config,
 )
+from vlduet.objectives.language import capped
 
 Opened: TypeAlias = bool | Literal["last"]
 """What of a projector is trained: all, nothing, or its last linear layer alone."""
@@ -79,19 +80,26 @@ class Backbone(nn.Module):
         return self.family.project(self.model.model, self.projector, wide)
 
     def attention(self, batch: Batch) -> dict[str, Any]:
-        """Attention masks for a trunk that would not make the right ones: tokens of an image see each other (`mutual`).
+        """Attention masks for a trunk that would not make the right ones: of layers with a window, or whose images see each
+        other (`Family.masks`).
 
         A kind of layers each, float[B, 1, T, T], 0 or the lowest number; a window counts from a token back.
         """
-        if not self.family.mutual:
+        kinds = self.family.masks(self.model.config)
+        if not kinds:
             return {}
-        config = self.model.config.get_text_config()
-        sees = batch.sees(mutual=True)
-        near = batch.positions[:, None, :, None] - batch.positions[:, None, None, :] < config.sliding_window
-        allowed = {"full_attention": sees, "sliding_attention": sees & near}
+        window = self.model.config.get_text_config().sliding_window
+        near = batch.positions[:, None, :, None] - batch.positions[:, None, None, :] < window
+        sees = {kind: batch.sees(mutual=mutual) for kind, mutual in kinds.items()}
+        allowed = {kind: mask & near if kind == "sliding_attention" else mask for kind, mask in sees.items()}
+        none = torch.zeros((), dtype=self.model.dtype, device=near.device)
         lowest = torch.finfo(self.model.dtype).min
-        none = torch.zeros((), dtype=self.model.dtype, device=sees.device)
         return {"attention_mask": {kind: torch.where(mask, none, lowest) for kind, mask in allowed.items()}}
+
+    def words(self, ids: Tensor, image_mask: Tensor | None = None) -> dict[str, Any]:
+        """What the trunk takes of words beside their embeddings: Gemma 4's tables for its layers. Where `image_mask`,
+        bool[B, T], says so, there is none."""
+        return dict(self.family.beside(self.trunk, ids if image_mask is None else ids.masked_fill(image_mask, -1)))
 
     def deeper(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
         """What the trunk takes beside embeddings: features for its first layers, where the family has such (DeepStack)."""
@@ -99,6 +107,14 @@ class Backbone(nn.Module):
         if not more.shape[1]:
             return {}
         return {"visual_pos_masks": image_mask, "deepstack_visual_embeds": list(more.split(self.width, 1))}
+
+    def grow(self, count: int) -> None:
+        """Give the tables of words at least so many rows; the new ones are random."""
+        known = len(self.embedding.weight)
+        if count > known:
+            with quiet():
+                self.model.resize_token_embeddings(count, mean_resizing=False)
+            self.family.grown(self.trunk, known)
 
     def open_projector(self, what: Opened) -> None:
         """Let it be trained or freeze it."""
@@ -118,8 +134,17 @@ class Backbone(nn.Module):
 
     @property
     def lm_head(self) -> nn.Linear:
-        """Hidden states -> logits."""
+        """Hidden states -> logits, before they are capped."""
         return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
+    @property
+    def cap(self) -> float | None:
+        """c, where logits are c tanh(logits / c) behind the LM head."""
+        return self.family.cap(self.model.config)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """What may follow hidden states, float[..., D] -> float[..., V]."""
+        return capped(self.lm_head(states), self.cap)
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -183,9 +183,8 @@ class Decoder:
             return []
         cache, mask, last = self._read.cache, F.pad(self._read.mask, (0, 1), value=1), self._read.last + 1
         ids = torch.tensor([row.ids[-1:] for row in self.rows], device=mask.device)  # [B, 1]
-        logits = self._through(
-            cache, mask, {"inputs_embeds": self.backbone.embedding(ids), "position_ids": last[:, None]}
-        )
+        given = {"inputs_embeds": self.backbone.embedding(ids), "position_ids": last[:, None]}
+        logits = self._through(cache, mask, given | self.backbone.words(ids))
         self._read = _Read(cache, mask, last)
         told = self._write(self.rows, logits)
         self._leave()
@@ -201,8 +200,7 @@ class Decoder:
         with evaluating(self.backbone):
             given = {"attention_mask": mask, **given}  # a prompt may bring its own
             out = self.backbone.trunk(**given, past_key_values=cache, use_cache=True)
-            logits: Tensor = self.backbone.lm_head(out.last_hidden_state[:, -1])
-        return logits
+            return self.backbone.logits(out.last_hidden_state[:, -1])
 
     def _write(self, rows: Sequence[Continuation], logits: Tensor) -> Told:
         """The next token of every row, by float[B, V]; whatever goes wrong with one is told of it."""

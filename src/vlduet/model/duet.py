@@ -86,9 +86,8 @@ class DuetModel(nn.Module):
         inner = batch if tower is None else batch.without(tower)
         hidden = self.hidden_states(inner)  # [B, T, D]
         rows, at = supervised(inner.labels)
-        words, bias = self.lm_weight, self.backbone.lm_head.bias
-        bias_of_words = None if bias is None else bias[: len(words)]
-        nll = token_nll(hidden[rows, at - 1], words, inner.labels[rows, at], bias=bias_of_words)
+        hidden_at, wanted, cap = hidden[rows, at - 1], inner.labels[rows, at], self.backbone.cap
+        nll = token_nll(hidden_at, self.lm_weight, wanted, bias=self.lm_bias, cap=cap)
         return Readout(self.embed(batch, hidden, inner.anchor_spans), batch.anchors, nll)
 
     def read_in_tower(self, batch: Batch) -> Tensor | None:
@@ -112,23 +111,27 @@ class DuetModel(nn.Module):
         return self.backbone.trunk(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def trunk_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Token embeddings with the projected image features in their places, float[B, T, D]; and what `Backbone.attention`
-        and `Backbone.deeper` say."""
+        """Token embeddings with the projected image features in their places, float[B, T, D], and what goes beside them."""
         table = self.backbone.embedding
         embeddings: Tensor = table(batch.ids) if self.soft is None else self.soft(batch.ids, table)
-        masks = self.backbone.attention(batch)
-        if not batch.images:
-            return {"inputs_embeds": embeddings, **masks}
-        features = self.vision_features(list(batch.images))
-        projected = self.backbone.project(features).to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(batch.image_mask[..., None], projected)
-        return {"inputs_embeds": embeddings, **masks, **self.backbone.deeper(features, batch.image_mask)}
+        more = self.backbone.attention(batch) | self.backbone.words(batch.ids, batch.image_mask)
+        if batch.images:
+            features = self.vision_features(list(batch.images))
+            projected = self.backbone.project(features).to(embeddings.dtype)
+            embeddings = embeddings.masked_scatter(batch.image_mask[..., None], projected)
+            more |= self.backbone.deeper(features, batch.image_mask)
+        return {"inputs_embeds": embeddings, **more}
 
     @property
     def lm_weight(self) -> Tensor:
         """The LM head, float[V, D]; learned prompt tokens are no words that can follow."""
         weight = self.backbone.lm_head.weight
         return weight if self.soft is None else weight[: self.soft.first]
+
+    @property
+    def lm_bias(self) -> Tensor | None:
+        """Its bias, float[V]."""
+        return None if (bias := self.backbone.lm_head.bias) is None else bias[: len(self.lm_weight)]
 
     def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
         """What the projector reads, float[tokens, Dv]; each distinct image goes through the tower once."""

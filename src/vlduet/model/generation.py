@@ -16,6 +16,9 @@ from vlduet.model.backbones import Backbone
 COLD = 1e-3
 """The temperature below which logits divided by it may leave their range."""
 
+CARRIED = ("inputs_embeds", "per_layer_inputs")
+"""What of a prompt transformers' `generate` takes, and hands to the trunk."""
+
 
 class evaluating:
     """`model.eval()` inside, the former mode after. Walking a model takes milliseconds: not where it is in evaluation."""
@@ -37,7 +40,7 @@ class Start:
     """Left-padded prompts, ready for the trunk."""
 
     inputs: Mapping[str, Any]
-    """`inputs_embeds`, float[B, T, D], and what `Backbone.attention` and `Backbone.deeper` add."""
+    """`inputs_embeds`, float[B, T, D], and what `Backbone.attention`, `Backbone.words` and `Backbone.deeper` add."""
     mask: Tensor
     """int64[B, T], 0 on padding."""
     positions: Tensor
@@ -62,11 +65,12 @@ def prompted(
         temperature: 0 is greedy, and so is what is colder than `COLD`.
         beams: more than one is a beam search, whose finished beams are the drafts.
     """
-    deep = {name: value for name, value in start.inputs.items() if name != "inputs_embeds"}
+    carried = {name: start.inputs[name] for name in CARRIED if name in start.inputs}
+    deep = {name: value for name, value in start.inputs.items() if name not in CARRIED}
     here = get_ident()
     sampling = temperature >= COLD
     arguments = {
-        "inputs_embeds": start.inputs["inputs_embeds"],
+        **carried,
         "attention_mask": start.mask,
         "position_ids": start.positions,
         "max_new_tokens": max_new_tokens,

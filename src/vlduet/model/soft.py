@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlduet.errors import ConfigError
 from vlduet.model.backbones import Backbone
-from vlduet.model.processing import Tokenizer, quiet
+from vlduet.model.processing import Tokenizer
 from vlduet.model.prompts import SLOT, Prompts, Renderer
 
 ROWS = "soft.rows"
@@ -52,9 +52,7 @@ class SoftPrompts(nn.Module):
         config forbids them, and `DuetModel.lm_weight` leaves them out.
         """
         end = self.first + len(self.rows)
-        if end > len(backbone.embedding.weight):
-            with quiet():
-                backbone.model.resize_token_embeddings(end, mean_resizing=False)
+        backbone.grow(end)
         if backbone.lm_head.weight is not backbone.embedding.weight:
             backbone.lm_head.weight[self.first : end] = 0.0
         scale = getattr(backbone.embedding, "embed_scale", 1.0)  # Gemma makes its table larger as it reads it

@@ -15,8 +15,19 @@ CHUNK = 1024
 """Supervised positions whose logits live at one time."""
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(logits / c), which some models have behind their LM head (Gemma 4); with None the logits themselves."""
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
 def token_nll(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk: int = CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cap: float | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """Negative log likelihood of every target, in nats.
 
@@ -25,13 +36,14 @@ def token_nll(
         weight: float[V, D], the LM head.
         targets: int[N].
         bias: float[V] where the LM head has one.
+        cap: c, where logits are c tanh(logits / c).
 
     Returns:
         float32[N] (float64 stays float64).
     """
 
     def nll(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = F.linear(states, weight, bias)
+        logits = capped(F.linear(states, weight, bias), cap)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, wanted, reduction="none")
 

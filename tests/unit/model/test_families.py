@@ -31,6 +31,7 @@ from vlduet.errors import ImageError, ModelError
 from vlduet.model import generation
 from vlduet.model.adapters import Lora
 from vlduet.model.backbones import load_backbone
+from vlduet.model.decoding import Continuation, Decoder
 from vlduet.model.duet import DuetModel
 from vlduet.model.processing import load_processing
 from vlduet.model.prompts import Prompts
@@ -50,7 +51,7 @@ def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         given = tiny.plain(model, batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
         theirs = model.backbone.model(**given).logits
-        ours = model.hidden_states(batch) @ model.lm_weight.T
+        ours = model.backbone.logits(model.hidden_states(batch))
     real = batch.segments > 0
     assert theirs.std() > 0.1
     assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
@@ -411,6 +412,7 @@ def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
 
 HUB = {
     "gemma3": ("Gemma3ImageProcessorFast", {"size": {"height": 16, "width": 16}, "processor_class": "Gemma3Processor"}),
+    "gemma4": ("Gemma4ImageProcessor", {"max_soft_tokens": 70, "pooling_kernel_size": 2, "patch_size": 4}),
     "mistral3": ("PixtralImageProcessorFast", {"size": {"longest_edge": 32}, "processor_class": "PixtralProcessor"}),
     "llava_next": ("LlavaNextImageProcessor", {"size": {"shortest_edge": 16}, "aspect_ratio_setting": "anyres"}),
     "llava_onevision": ("LlavaOnevisionImageProcessor", {"size": {"height": 16, "width": 16}, "do_pad": True}),
@@ -613,7 +615,8 @@ def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: Du
         batch = gemma.collate(rows(gemma), side=side)
         ours = as_transformers_has_them(gemma, batch)
     assert batch.num_tokens > 16 * len(batch.ids)
-    gemma.backbone.family = replace(gemma.backbone.family, mutual=False)
+    one_way = {"full_attention": False, "sliding_attention": False}
+    gemma.backbone.family = replace(gemma.backbone.family, masks=lambda config: one_way)
     with torch.no_grad():
         causal = gemma.hidden_states(batch) @ gemma.lm_weight.T
     assert (causal - ours).abs().amax(2)[batch.segments > 0].max() > 1e-2, "they would else see one way"
@@ -690,6 +693,128 @@ def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) ->
         *model.backbone.tokenizer.encode("b", add_special_tokens=False),
         end,
     ]
+
+
+# ------------------------------------------------------------------ Gemma 4
+
+
+@pytest.fixture(params=["gemma4", "gemma4_large"])
+def gemma4(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
+    return tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+
+
+def test_tokens_by_proportions_are_those_of_gemma_s_processor(gemma4: DuetModel) -> None:
+    made = [gemma4.prepare(ref) for ref in (WIDE, TALL, SMALL, ODD)]
+    counted = [gemma4.backbone.image_processor(images=images.load(ref)) for ref in (WIDE, TALL, SMALL, ODD)]
+    assert [one.num_tokens for one in made] == [int(one["num_soft_tokens_per_image"][0]) for one in counted]
+    assert len({one.num_tokens for one in made}) > 2
+    together = gemma4.backbone._seen(made)
+    assert_close(together, torch.cat([gemma4.backbone.vision([image]) for image in made]), **CLOSE)
+    for one in made:
+        pixels = gemma4.backbone.pixels(one)
+        assert pixels.shape[1] * pixels.shape[2] == one.num_tokens * 8 * 8
+    seen = np.asarray(images.load(WIDE).resize(tuple(gemma4.backbone.pixels(made[0]).shape[:0:-1]), 3)) / 255
+    assert np.abs(gemma4.backbone.pixels(made[0]).permute(1, 2, 0).numpy() - seen).max() < 0.01
+
+
+def test_logits_with_tables_for_layers_are_those_of_transformers(gemma4: DuetModel) -> None:
+    for side in ("left", "right"):
+        batch = gemma4.collate(rows(gemma4), side=side)
+        ours = as_transformers_has_them(gemma4, batch)
+    assert ours.abs().max() < 2, "they are capped"
+    large = gemma4.backbone.model.config.text_config.use_bidirectional_attention == "vision"
+    one_way = {"full_attention": False, "sliding_attention": not large}
+    gemma4.backbone.family = replace(gemma4.backbone.family, masks=lambda config: one_way)
+    with torch.no_grad():
+        other = gemma4.backbone.logits(gemma4.hidden_states(batch))
+    assert (other - ours).abs().amax(2)[batch.segments > 0].max() > 1e-3, (
+        "an image sees both ways in the large ones alone"
+    )
+
+
+def test_what_is_lost_of_a_token_is_what_transformers_says(gemma4: DuetModel) -> None:
+    sequence = gemma4.renderer.caption(WIDE, "a flower of two colours")
+    plain = tiny.plain(gemma4, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+    with torch.no_grad():
+        theirs = gemma4.backbone.model(**plain, labels=torch.tensor([sequence.labels])).loss
+    ((total, count),) = gemma4.nll([sequence])
+    assert_close(total / count, float(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_tables_for_layers_are_read_in_any_company(gemma4: DuetModel) -> None:
+    items = [ODD, "no image " * 9, (WIDE, "then", TALL), (SMALL, "so"), "a"]
+    alone = np.concatenate([gemma4.encode([item]) for item in items])
+    assert_close(gemma4.encode(items), alone, atol=1e-5, rtol=0)
+    sequences = [gemma4.renderer.embed(as_parts(item), record=str(n)) for n, item in enumerate(items)]
+    packed = gemma4.collate(sequences, pack_to=256)
+    assert len(packed.ids) < len(items)
+    with torch.no_grad():
+        found = gemma4(packed)
+    order = [int(anchor.record) for anchor in found.anchors]
+    assert_close(found.embeddings.numpy(), alone[order], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_is_answered_with_tables_for_layers(gemma4: DuetModel, beams: int) -> None:
+    turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")]
+    asked = [gemma4.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
+    with generation.prompted(gemma4.backbone, gemma4.start(asked), 6, beams=beams) as given:
+        ids = gemma4.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
+    several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
+    for row, sequence in enumerate(asked):
+        plain = tiny.plain(gemma4, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        theirs = gemma4.backbone.model.generate(
+            **plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several
+        )
+        assert theirs[:, len(sequence.ids) :].tolist() == ids.view(2, beams, -1)[row].tolist()
+
+
+def test_prompts_join_answers_with_tables_for_layers(gemma4: DuetModel) -> None:
+    turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?"), ("no image",)]
+    starts = [gemma4.start([gemma4.renderer.chat((Message("user", parts),), answer=True)]) for parts in turns]
+    alone = [generation.generate(gemma4.backbone, start, 9)[0] for start in starts]
+    decoder, answers = Decoder(gemma4.backbone, gemma4.renderer.eos_ids), [Continuation(9) for _ in starts]
+    for start, answer in zip(starts, answers, strict=True):  # each joins one token later
+        decoder.join(start, [answer])
+        decoder.step()
+    while decoder.rows:
+        decoder.step()
+    written = [gemma4.backbone.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
+    assert [text.strip() for text in written] == alone
+
+
+def test_learned_prompts_are_no_words_of_the_tables_for_layers(gemma4: DuetModel, tmp_path: Path) -> None:
+    """Trained one step, merged, opened again here and by transformers: the same embeddings and logits."""
+    gemma4.save_merged(tmp_path / "bold")
+    gemma4 = DuetModel.from_pretrained(tmp_path / "bold")
+    gemma4.make_trainable(lora=Lora(rank=2), projector=True, soft=True)
+    batch = gemma4.collate(rows(gemma4))
+    gemma4.train()(batch).embeddings[:, 0].sum().backward()
+    grads = {name: p.grad for name, p in gemma4.named_parameters() if p.requires_grad and p.grad is not None}
+    assert {"soft.rows", "backbone.model.model.embed_vision.embedding_projection.weight"} <= grads.keys()
+    gemma4.zero_grad()
+    gemma4.backbone.checkpoint_layers()
+    gemma4(batch).embeddings[:, 0].sum().backward()
+    for name, parameter in gemma4.named_parameters():
+        if name in grads:
+            assert_close(parameter.grad, grads[name], **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+    with torch.no_grad():
+        for parameter in gemma4.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    before = gemma4.eval().encode([WIDE, "a text"])
+    gemma4.save_pretrained(tmp_path / "kept")
+    assert_close(DuetModel.from_pretrained(tmp_path / "kept").encode([WIDE, "a text"]), before, atol=1e-6, rtol=0)
+    gemma4.save_merged(tmp_path / "merged")
+    again = DuetModel.from_pretrained(tmp_path / "merged")
+    assert_close(again.encode([WIDE, "a text"]), before, atol=1e-5, rtol=0)
+    as_transformers_has_them(again, again.collate(rows(again)))
+
+
+def test_a_gemma_that_cannot_write_is_refused(gemma4: DuetModel) -> None:
+    gemma4.backbone.model.config.text_config.use_bidirectional_attention = "all"
+    with pytest.raises(ModelError, match="cannot write"):
+        gemma4.encode(["a"])
 
 
 def test_a_llava_with_its_tower_is_refused(tmp_path: Path) -> None:

@@ -69,8 +69,15 @@ class Family:
     """config, tokenizer -> what the chat template writes for an image."""
     words: Callable[[Any, Any, Inputs], Mapping[int, int]] = lambda config, tokenizer, inputs: {}
     """config, tokenizer, prepared image -> the words that stand among its tokens: place in the image -> id."""
-    mutual: bool = False
-    """The tokens of an image see each other, those behind them, too."""
+    masks: Callable[[Any], Mapping[str, bool]] = lambda config: {}
+    """config -> the kinds of the trunk's layers, where each takes a mask of its own, and whether the tokens of an image see
+    each other there, those behind them, too."""
+    beside: Callable[[Any, Tensor], Mapping[str, Tensor]] = lambda trunk, ids: {}
+    """trunk, int64[B, T] -> what it takes beside the embeddings of these tokens; -1 is an image's."""
+    grown: Callable[[Any, int], None] = lambda trunk, known: None
+    """trunk, how many words it knew before -> nothing; `beside` says of the new ones what it said before."""
+    cap: Callable[[Any], float | None] = lambda config: None
+    """config -> c, where logits are c tanh(logits / c)."""
     width: Callable[[nn.Module], int] = of_linear
     """projector -> Dv."""
     settings: Callable[[Any], Mapping[str, Any]] = lambda config: {}

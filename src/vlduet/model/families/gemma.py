@@ -1,11 +1,13 @@
-"""Gemma 3."""
+"""Gemma 3 and Gemma 4."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from vlduet.errors import ModelError
 from vlduet.model.families.family import Family, Frame, Inputs, named, processed
 
 
@@ -40,7 +42,66 @@ def gemma3() -> Family:
         project=project,
         frame=frame,
         mark=lambda config, tokenizer: named(tokenizer, config.boi_token_id),
-        mutual=True,
+        masks=lambda config: {"full_attention": True, "sliding_attention": True},
         width=width,
         settings=lambda config: {"do_pan_and_scan": False},
+    )
+
+
+def gemma4() -> Family:
+    """Gemma 4: an image in its own proportions, k * k patches a token, up to as many tokens as its processor says.
+
+    Its small models have a table of words for every layer beside that of the embeddings; in its large ones the tokens of an
+    image see each other both ways, in the layers that have a window.
+    """
+
+    def places(inputs: Inputs) -> Tensor:
+        """bool[N, patches], which are no padding."""
+        return (inputs["image_position_ids"] >= 0).all(2)
+
+    def count(config: Any, inputs: Inputs) -> int:
+        return int(places(inputs).sum() // config.vision_config.pooling_kernel_size**2)
+
+    def vision(model: Any, inputs: Inputs) -> Tensor:
+        found: Tensor = model.model.vision_tower(
+            inputs["pixel_values"].to(model.dtype), inputs["image_position_ids"]
+        ).last_hidden_state
+        return found  # [tokens of all images, Dv]
+
+    def pixels(config: Any, inputs: Inputs) -> Tensor:
+        size = config.vision_config.patch_size
+        columns, rows = (inputs["image_position_ids"][0].amax(0) + 1).tolist()
+        patches = inputs["pixel_values"][0, : rows * columns].view(rows, columns, size, size, 3)
+        return patches.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+
+    def masks(config: Any) -> Mapping[str, bool]:
+        told = config.get_text_config().use_bidirectional_attention
+        if told == "all":
+            raise ModelError("its words see those behind them: it cannot write", fix="Use a checkpoint that generates")
+        return {"full_attention": False, "sliding_attention": told == "vision"}
+
+    def beside(trunk: Any, ids: Tensor) -> Mapping[str, Tensor]:
+        if not trunk.hidden_size_per_layer_input:
+            return {}
+        known = (ids >= 0) & (ids < trunk.embed_tokens_per_layer.num_embeddings)
+        return {"per_layer_inputs": trunk.get_per_layer_inputs(ids.where(known, trunk.config.pad_token_id), None)}
+
+    def grown(trunk: Any, known: int) -> None:
+        if trunk.hidden_size_per_layer_input:
+            table = trunk.embed_tokens_per_layer.weight.detach()
+            table[known:] = table[trunk.config.pad_token_id]
+
+    return Family(
+        count=count,
+        vision=vision,
+        projector="embed_vision",
+        process=lambda processor, picture: {
+            name: value for name, value in processed(processor, picture).items() if name != "num_soft_tokens_per_image"
+        },
+        pixels=pixels,
+        frame=lambda config, tokenizer: (named(tokenizer, config.boi_token_id), named(tokenizer, config.eoi_token_id)),
+        masks=masks,
+        beside=beside,
+        grown=grown,
+        cap=lambda config: config.get_text_config().final_logit_softcapping,
     )

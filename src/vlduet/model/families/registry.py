@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlduet.errors import ModelError, closest
 from vlduet.model.families.family import Family
-from vlduet.model.families.gemma import gemma3
+from vlduet.model.families.gemma import gemma3, gemma4
 from vlduet.model.families.idefics import idefics3
 from vlduet.model.families.internvl import internvl
 from vlduet.model.families.llava import fast_vlm, llava, llava_next, llava_onevision
@@ -20,6 +20,7 @@ BACKBONES: dict[str, Callable[[], Family]] = {
     "llava_onevision": llava_onevision,
     "fast_vlm": fast_vlm,
     "gemma3": gemma3,
+    "gemma4": gemma4,
     "glm4v": glm_vl,
     "glm46v": glm_vl,
     "qwen2_vl": qwen_vl,
