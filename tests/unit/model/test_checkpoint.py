@@ -320,9 +320,7 @@ def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -
     tiny.fast_vlm(tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     rewrite(config, model_type="blip-2")
-    known = (
-        "fast_vlm, gemma3, glm46v, glm4v, idefics3, internvl, llava, llava_next, llava_onevision, mistral3, qwen2_5_vl"
-    )
+    known = "fast_vlm, gemma3, gemma4, glm46v, glm4v, idefics3, internvl, llava, llava_next, llava_onevision, mistral3"
     with pytest.raises(ModelError, match=rf"model_type 'blip-2'.*Known: {known}"):
         DuetModel.from_pretrained(tmp_path / "base")
     rewrite(config, model_type="lava")

@@ -12,14 +12,16 @@ from vlduet.objectives.language import language_loss, token_nll
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8, 21])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_chunks_do_not_change_values_or_gradients(count: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_chunks_do_not_change_values_or_gradients(count: int, with_bias: bool, cap: float | None) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True) if with_bias else None
     targets = torch.randint(11, (count,))
-    found = token_nll(hidden, weight, targets, bias=bias, chunk=4)
-    slow = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    found = token_nll(hidden, weight, targets, bias=bias, cap=cap, chunk=4)
+    logits = F.linear(hidden, weight, bias)
+    slow = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="none")
     assert_close(found.double(), slow)
     weights = torch.arange(count, dtype=torch.float64)
     inputs = [x for x in (hidden, weight, bias) if x is not None]
