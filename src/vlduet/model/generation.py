@@ -17,7 +17,7 @@ COLD = 1e-3
 """The temperature below which logits divided by it may leave their range."""
 
 CARRIED = ("inputs_embeds", "per_layer_inputs")
-"""What of a prompt transformers' `generate` takes, and hands to the trunk."""
+"""What of a prompt transformers' `generate` asks for."""
 
 
 class evaluating:
@@ -59,15 +59,15 @@ def forbidden(backbone: Backbone, eos_ids: Sequence[int]) -> list[int]:
 def prompted(
     backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0, beams: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """The arguments of transformers' `generate`; what they cannot carry is given to the trunk as it reads the prompt.
+    """The arguments of transformers' `generate`. As the trunk reads the prompts it is given all that they have, each once:
+    `generate` cannot carry all of it, and has a row for every beam.
 
     Args:
         temperature: 0 is greedy, and so is what is colder than `COLD`.
         beams: more than one is a beam search, whose finished beams are the drafts.
     """
     carried = {name: start.inputs[name] for name in CARRIED if name in start.inputs}
-    deep = {name: value for name, value in start.inputs.items() if name not in CARRIED}
-    here = get_ident()
+    here, reading = get_ident(), list[Any]()
     sampling = temperature >= COLD
     arguments = {
         **carried,
@@ -89,31 +89,27 @@ def prompted(
     def give(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...] | None:
         cache = given.get("past_key_values")
         # Not a later token's pass, nor one without a cache (it embeds), nor another thread's (it answers something else).
-        if not deep or cache is None or cache.get_seq_length() or get_ident() != here:
+        if cache is None or cache.get_seq_length() or get_ident() != here:
             return None
-        return args, given | of_beams(deep, beams=len(given["inputs_embeds"]) // len(start.mask))
+        reading.append(cache)
+        return args, given | {"attention_mask": start.mask, "position_ids": start.positions, **start.inputs}
 
-    handle = backbone.trunk.register_forward_pre_hook(give, with_kwargs=True)
+    def spread(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
+        if get_ident() == here and reading:
+            reading.pop().batch_repeat_interleave(beams)
+            out.last_hidden_state = out.last_hidden_state.repeat_interleave(beams, 0)
+        return out
+
+    handles = (
+        backbone.trunk.register_forward_pre_hook(give, with_kwargs=True),
+        backbone.trunk.register_forward_hook(spread, with_kwargs=True),
+    )
     try:
         with torch.no_grad(), evaluating(backbone):
             yield arguments
     finally:
-        handle.remove()
-
-
-def of_beams(deep: Mapping[str, Any], *, beams: int) -> dict[str, Any]:
-    """What prompts give to the trunk beside embeddings, of every prompt as often as it has beams."""
-    found = dict(deep)
-    if "attention_mask" in deep:
-        masks = deep["attention_mask"].items()
-        found["attention_mask"] = {kind: mask.repeat_interleave(beams, 0) for kind, mask in masks}
-    if "visual_pos_masks" in deep:
-        mask, layers = deep["visual_pos_masks"], deep["deepstack_visual_embeds"]
-        found["visual_pos_masks"] = mask.repeat_interleave(beams, 0)  # [B * beams, T]
-        images = mask.sum(1).tolist()
-        each = [[rows.repeat(beams, 1) for rows in layer.split(images)] for layer in layers]
-        found["deepstack_visual_embeds"] = [torch.cat(of_layer) for of_layer in each]
-    return found
+        for handle in handles:
+            handle.remove()
 
 
 def generate(backbone: Backbone, start: Start, max_new_tokens: int, *, temperature: float = 0.0) -> list[str]:

@@ -50,7 +50,7 @@ def alone(model, sequence, ids):
     sequence = Sequence(whole, (IGNORE,) * len(whole), (), sequence.images)
     with torch.no_grad():
         hidden = model.hidden_states(model.collate([sequence]))[0, -len(ids) :]
-        scores = model.backbone.lm_head(hidden)
+        scores = model.backbone.logits(hidden)
     scores[:, generation.forbidden(model.backbone, model.renderer.eos_ids)] = -torch.inf
     scores[0, model.renderer.eos_ids] = -torch.inf
     return scores

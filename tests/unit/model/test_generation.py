@@ -54,3 +54,16 @@ def test_of_several_drafts_the_nearest_in_its_own_embedding_is_kept(model):
     assert model.caption(pictures, max_new_tokens=6, drafts=4, batch=2) == [
         model.caption([picture], max_new_tokens=6, drafts=4)[0] for picture in pictures
     ]
+
+
+def test_a_prompt_is_read_once_for_all_its_drafts(model):
+    start = model.start([model.renderer.ask_for_caption(tiny.picture(i), "") for i in range(2)])
+    seen = []
+    keep = model.backbone.trunk.register_forward_hook(
+        lambda _, __, given, out: seen.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True, prepend=True
+    )
+    try:
+        generation.drafts(model.backbone, start, 3, beams=4)
+    finally:
+        keep.remove()
+    assert seen[0] == tuple(start.mask.shape) and set(seen[1:]) == {(8, 1)}
