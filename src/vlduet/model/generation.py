@@ -16,9 +16,6 @@ from vlduet.model.backbones import Backbone
 COLD = 1e-3
 """The temperature below which logits divided by it may leave their range."""
 
-CARRIED = ("inputs_embeds", "per_layer_inputs")
-"""What of a prompt transformers' `generate` asks for."""
-
 
 class evaluating:
     """`model.eval()` inside, the former mode after. Walking a model takes milliseconds: not where it is in evaluation."""
@@ -66,11 +63,10 @@ def prompted(
         temperature: 0 is greedy, and so is what is colder than `COLD`.
         beams: more than one is a beam search, whose finished beams are the drafts.
     """
-    carried = {name: start.inputs[name] for name in CARRIED if name in start.inputs}
     here, reading = get_ident(), list[Any]()
     sampling = temperature >= COLD
     arguments = {
-        **carried,
+        "inputs_embeds": start.inputs["inputs_embeds"],
         "attention_mask": start.mask,
         "position_ids": start.positions,
         "max_new_tokens": max_new_tokens,
@@ -86,6 +82,9 @@ def prompted(
         "eos_token_id": start.eos_ids,
     }
 
+    if "per_layer_inputs" in start.inputs:  # one token's, for Gemma 4 would else look every embedding up in its table
+        arguments["per_layer_inputs"] = start.inputs["per_layer_inputs"][:, :1]
+
     def give(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...] | None:
         cache = given.get("past_key_values")
         # Not a later token's pass, nor one without a cache (it embeds), nor another thread's (it answers something else).
@@ -96,8 +95,11 @@ def prompted(
 
     def spread(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
         if get_ident() == here and reading:
-            reading.pop().batch_repeat_interleave(beams)
-            out.last_hidden_state = out.last_hidden_state.repeat_interleave(beams, 0)
+            cache = reading.pop()
+            if beams > 1:
+                cache.batch_repeat_interleave(beams)
+            # No more is asked for than the last one, which must not lie apart: a product of slices is a slow one.
+            out.last_hidden_state = out.last_hidden_state[:, -1:].repeat_interleave(beams, 0)
         return out
 
     handles = (
