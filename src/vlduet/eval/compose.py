@@ -18,7 +18,7 @@ class Measurement:
     mixed: MixedResult
     entropy: CaptionCrossEntropy
     captions: CaptionResult
-    """Of all held-out records after training; at its start, of those whose captions are shown."""
+    """Of some held-out records after training; at its start, of those whose captions are shown."""
     known: frozenset[str]
     """Texts that a caption could be without being written: none of them a held-out one."""
     plain: float
@@ -109,7 +109,7 @@ def _notes(after: Measurement, *, seed: int) -> tuple[str, ...]:
         "Captions: of several drafts from a beam search and the captions of the training stamps, which name no held-out "
         "thing, the one that the model's own embedding finds nearest to the image. "
         f"{taken} of {len(after.captions.items)} are of the training stamps.",
-        f"Captions of held-out images: {after.captions.num_distinct} distinct ones for {len(after.captions.items)} images; "
+        f"{after.captions.num_distinct} distinct captions for {len(after.captions.items)} held-out images, evenly spaced; "
         f"word F1 with the reference {f1.mean:.2f} (95 % interval {f1.low:.2f} to {f1.high:.2f}).",
         "Examples are evenly spaced over the held-out records, and the questions are a fixed list.",
     )

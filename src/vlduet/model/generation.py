@@ -93,7 +93,7 @@ def prompted(
         reading.append(cache)
         return args, given | {"attention_mask": start.mask, "position_ids": start.positions, **start.inputs}
 
-    def spread(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], out: Any) -> Any:
+    def spread(_: nn.Module, __: tuple[Any, ...], out: Any) -> Any:
         if get_ident() == here and reading:
             cache = reading.pop()
             if beams > 1:
@@ -104,7 +104,7 @@ def prompted(
 
     handles = (
         backbone.trunk.register_forward_pre_hook(give, with_kwargs=True),
-        backbone.trunk.register_forward_hook(spread, with_kwargs=True),
+        backbone.trunk.register_forward_hook(spread),
     )
     try:
         with torch.no_grad(), evaluating(backbone):

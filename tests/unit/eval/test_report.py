@@ -165,6 +165,8 @@ def test_examples_are_spaced_evenly() -> None:
     assert galleries.evenly(100, 4) == [12, 37, 62, 87]
     assert galleries.evenly(3, 10) == [0, 1, 2]
     assert galleries.evenly(0, 5) == []
+    for count in range(200):  # three times as many hold them, too: the demo's examples are among what it captions
+        assert set(galleries.evenly(count, 18)) <= set(galleries.evenly(count, 54))
 
 
 def test_galleries_tick_what_is_right(records: list[Record]) -> None:

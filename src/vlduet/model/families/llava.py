@@ -126,7 +126,12 @@ def fast_vlm() -> Family:
     """FastVLM, and so the default model: a convolutional tower, every position of its last map is a token."""
 
     def vision(model: Any, inputs: Inputs) -> Tensor:
-        out = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, Dv, h, w]
+        tower = model.model.vision_tower
+        # Where the channels of a pixel lie together, convolutions take two thirds of the time.
+        together = torch.channels_last
+        if not next(p for p in tower.parameters() if p.ndim == 4).is_contiguous(memory_format=together):
+            tower.to(memory_format=together)
+        out = tower(inputs["pixel_values"].to(model.dtype, memory_format=together)).last_hidden_state  # [N, Dv, h, w]
         tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
         return tokens
 
