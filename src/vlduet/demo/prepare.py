@@ -141,7 +141,7 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
             "lr_new": 5e-5,
             "pack": 64,
             "log_every": 1,
-            "eval_every": max(1, steps // 2),
+            "eval_every": steps,
             "save_every": steps,
         },
     }
