@@ -165,6 +165,18 @@ def _clip() -> CLIPVisionConfig:
     )
 
 
+def _siglip(*, patch: int) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=patch,
+        vision_use_head=False,
+    )
+
+
 def llava_next(folder: Path, *, seed: int = 0) -> Path:
     """A LLaVA 1.6 checkpoint: 4 tokens a square, and up to four squares beside the whole picture."""
     torch.manual_seed(seed)
@@ -183,18 +195,9 @@ def llava_next(folder: Path, *, seed: int = 0) -> Path:
 def llava_onevision(folder: Path, *, seed: int = 0) -> Path:
     """A LLaVA-OneVision checkpoint: 4 tokens a square, and up to six squares a side."""
     torch.manual_seed(seed)
-    vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-        vision_use_head=False,
-    )
     points = [[16 * rows, 16 * columns] for rows in range(1, 7) for columns in range(1, 7)]
     config = LlavaOnevisionConfig(
-        vision_config=vision,
+        vision_config=_siglip(patch=8),
         text_config=text_config(),
         image_token_index=3,
         video_token_index=4,
@@ -426,15 +429,6 @@ LINES = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("ĊĊ", "ĊĊ")]
 def gemma3(folder: Path, *, seed: int = 0) -> Path:
     """A Gemma 3 checkpoint: 4 tokens an image, one layer that sees all and one that sees 16 tokens."""
     torch.manual_seed(seed)
-    vision = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=4,
-        vision_use_head=False,
-    )
     text = {name: value for name, value in text_config().to_dict().items() if name in Gemma3TextConfig().to_dict()}
     first = text["vocab_size"]
     text |= {
@@ -447,7 +441,7 @@ def gemma3(folder: Path, *, seed: int = 0) -> Path:
         "rope_parameters": None,
     }
     ids = {"image_token_index": 3, "boi_token_index": first, "eoi_token_index": first + 1}
-    config = Gemma3Config(vision_config=vision, text_config=text, mm_tokens_per_image=4, **ids)
+    config = Gemma3Config(vision_config=_siglip(patch=4), text_config=text, mm_tokens_per_image=4, **ids)
     model = Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
     model.save_pretrained(folder)

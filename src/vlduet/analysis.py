@@ -38,7 +38,7 @@ from vlduet.data.show import slices
 from vlduet.errors import DataError
 from vlduet.eval import report as pages
 from vlduet.eval.charts import Series
-from vlduet.eval.galleries import evenly
+from vlduet.eval.galleries import spaced
 from vlduet.eval.metrics import Interval, bootstrap_interval
 from vlduet.files import write_text
 from vlduet.logs import Progress
@@ -178,7 +178,7 @@ def measure(model: DuetModel, items: Items, *, name: str, examples: int) -> Meas
         images, texts = (
             _read(model, [(item,) for item in some], bar) if some else None for some in (items.images, items.texts)
         )
-        shown = [items.images[i] for i in evenly(len(items.images), examples)] if items.images else []
+        shown = spaced(items.images, examples)
         with eager(model):
             looks = tuple(look(model, image) for image in shown)
     return Measured(name, model.fingerprint, images, texts, looks)

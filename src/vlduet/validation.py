@@ -11,7 +11,7 @@ from vlduet.data.images import load
 from vlduet.data.records import Record
 from vlduet.errors import DataError
 from vlduet.eval import protocols
-from vlduet.eval.galleries import evenly
+from vlduet.eval.galleries import spaced
 from vlduet.logs import say
 from vlduet.model import generation
 from vlduet.model.dual import DualEncoder
@@ -80,7 +80,7 @@ def ended(model: DuetModel, records: Sequence[Record], *, longest: int) -> float
 
     No cross entropy tells: a model that knows its training captions by heart may not know where another one ends.
     """
-    some = [records[i] for i in evenly(len(records), SPOKEN)]
+    some = spaced(records, SPOKEN)
     open_ = [model.renderer.ask_for_caption(record.image, "") for record in some if record.image is not None]
     written = generation.written(model.backbone, model.start(open_), min(2 * longest, LONGEST))
     return sum(end for _, end in written) / len(written)

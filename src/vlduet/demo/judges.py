@@ -102,7 +102,7 @@ def stories(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
     The echo lacks the middle thing, and of every other tells half: a caption, an image, in turn.
     """
     distinct = list({text_key(r.short[0]): r for r in held_out if r.image is not None and r.short}.values())
-    chosen = [distinct[i] for i in galleries.evenly(len(distinct), THINGS)]
+    chosen = galleries.spaced(distinct, THINGS)
     told: list[Part] = []
     halves: list[Part] = []
     for n, record in enumerate(chosen):
@@ -143,7 +143,7 @@ def retrieval_augmented(
 
     (stamps,) = [path for path in data.train if path.parent.name == solved.CORPUS]
     known = list(read_jsonl(stamps))
-    kept = [known[i] for i in galleries.evenly(len(known), SOLVED)]
+    kept = galleries.spaced(known, SOLVED)
     task = solved.examples(data.held_out, kept, count=ASKED, seed=seed)
     able = replace(functions(model, Settings(seed=seed)), other=reader(encoders.encoders["cross"]))
     score = protocols.rag(task, Store(to / "rag", able, seed=seed))

@@ -21,13 +21,12 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet import __version__, logs
-from vlduet.data.records import Record
 from vlduet.demo.judges import frozen, train_dual
 from vlduet.demo.measure import measure, measure_ridge, measure_untrained
 from vlduet.demo.prepare import build_model, download, open_model, prepare_data, steps_for, training
@@ -44,6 +43,7 @@ EXAMPLES = 18
 
 CAPTIONED = 3 * EXAMPLES
 """Images that are captioned after training. Of three times as many, spaced as evenly, the examples are every third."""
+
 MARKER = ".vlduet-demo"
 KEPT = ("data", "features")
 """Of a former demo: what is named by its content and so cannot be stale."""
@@ -78,7 +78,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
         base = build_model(to, "nano", seed=seed)
     with story.step("before"):
         untrained = measure_untrained(to, data, seed=seed)
-        start = measure(base, data, captioned=some(data.held_out, EXAMPLES), seed=seed)
+        start = measure(base, data, captioned=galleries.spaced(data.held_out, EXAMPLES), seed=seed)
         ridge = measure_ridge(base, data, encoders=frozen(to, base))
     with story.step("dual"):
         dual = train_dual(to, data, model=base, seed=seed)
@@ -88,7 +88,7 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
         folder = train(settings, evaluate=validator(data.validation, seed=seed))
     model = open_model(to, folder.name)
     with story.step("after"):
-        after = measure(model, data, captioned=some(data.held_out, CAPTIONED), seed=seed)
+        after = measure(model, data, captioned=galleries.spaced(data.held_out, CAPTIONED), seed=seed)
     with story.step("use"):
         shown = use(to, model, data, result=after.retrieval, dual=dual, seed=seed)
     with story.step("report"):
@@ -126,11 +126,6 @@ class Story:
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
-
-
-def some(records: Sequence[Record], wanted: int) -> list[Record]:
-    """As many, evenly spaced."""
-    return [records[i] for i in galleries.evenly(len(records), wanted)]
 
 
 def clear(to: Path) -> None:

@@ -40,7 +40,7 @@ def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalRe
         return report.Asked(question, answer.text, sources, image=album.picture(identity) if identity else "")
 
     encoders = judges.frozen(to, model, cross=dual)
-    chosen = [result.ids[i] for i in galleries.evenly(len(result.ids), IMAGE_QUESTIONS)]
+    chosen = galleries.spaced(result.ids, IMAGE_QUESTIONS)
     return Shown(
         galleries=(
             galleries.text_searches(result, album, find=find),

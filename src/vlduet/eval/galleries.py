@@ -7,6 +7,7 @@ records in the order of the corpus.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence, Set
+from typing import TypeVar
 
 from vlduet.data.images import load, thumbnail_data_url
 from vlduet.data.keys import text_key
@@ -15,6 +16,8 @@ from vlduet.eval.charts import Series
 from vlduet.eval.metrics import KS, Interval, bootstrap_interval, paired_bootstrap
 from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, Direction, MixedResult, RetrievalResult
 from vlduet.eval.report import Captioned, CrossEntropy, Curve, Gallery, Gap, Heat, Hit, Mixed, Row, Scores, Search
+
+Item = TypeVar("Item")
 
 Found = Sequence[tuple[str, float]]
 """(id of a record, score), best first."""
@@ -27,6 +30,11 @@ def evenly(count: int, wanted: int) -> list[int]:
     """`wanted` indices spaced evenly over range(count), the first in the middle of the first stretch; all if fewer."""
     wanted = min(count, wanted)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def spaced(items: Sequence[Item], wanted: int) -> list[Item]:
+    """`wanted` of them, spaced as `evenly` says."""
+    return [items[i] for i in evenly(len(items), wanted)]
 
 
 class Album:

@@ -90,8 +90,8 @@ class Backbone(nn.Module):
             return {}
         window = self.model.config.get_text_config().sliding_window
         near = batch.positions[:, None, :, None] - batch.positions[:, None, None, :] < window
-        sees = {kind: batch.sees(mutual=mutual) for kind, mutual in kinds.items()}
-        allowed = {kind: mask & near if kind == "sliding_attention" else mask for kind, mask in sees.items()}
+        sees = {mutual: batch.sees(mutual=mutual) for mutual in {*kinds.values()}}
+        allowed = {k: sees[m] & near if k == "sliding_attention" else sees[m] for k, m in kinds.items()}
         none = torch.zeros((), dtype=self.model.dtype, device=near.device)
         lowest = torch.finfo(self.model.dtype).min
         return {"attention_mask": {kind: torch.where(mask, none, lowest) for kind, mask in allowed.items()}}

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import tiny
 from vlduet import analysis
 from vlduet.data import images
 from vlduet.data.batches import Batch, collate
-from vlduet.data.records import ImageRef, Message, as_parts
+from vlduet.data.records import ImageRef, Message, Parts, as_parts
 from vlduet.data.sequences import PreparedImage, Sequence, positions
 from vlduet.errors import ImageError, ModelError
 from vlduet.model import generation
@@ -56,6 +57,32 @@ def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
     assert theirs.std() > 0.1
     assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
     return ours
+
+
+def answered_as_transformers_does(model: DuetModel, turns: list[Parts], *, beams: int) -> None:
+    """Six tokens of every beam of a batch of prompts are those of transformers, which is given ids and pixels."""
+    asked = [model.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
+    with generation.prompted(model.backbone, model.start(asked), 6, beams=beams) as given:
+        ids = model.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
+    several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
+    for sequence, ours in zip(asked, ids.view(len(asked), beams, -1), strict=True):
+        plain = tiny.plain(model, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        theirs = model.backbone.model.generate(**plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several)
+        assert theirs[:, len(sequence.ids) :].tolist() == ours.tolist()
+
+
+def packed_as_alone(model: DuetModel, items: list[Any], *, pack_to: int) -> Batch:
+    """Embeddings of items are the same alone, padded and packed; returns what was packed."""
+    alone = np.concatenate([model.encode([item]) for item in items])
+    assert_close(model.encode(items), alone, atol=1e-5, rtol=0)
+    sequences = [model.renderer.embed(as_parts(item), record=str(n)) for n, item in enumerate(items)]
+    packed = model.collate(sequences, pack_to=pack_to)
+    assert len(packed.ids) < len(items)
+    with torch.no_grad():
+        found = model(packed)
+    order = [int(anchor.record) for anchor in found.anchors]
+    assert_close(found.embeddings.numpy(), alone[order], atol=1e-5, rtol=0)
+    return packed
 
 
 WIDE, TALL, SMALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16), tiny.picture(2, 16)
@@ -176,21 +203,7 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
     glm = qwen.backbone.model.config.model_type.startswith("glm")
     # Of several images transformers gives GLM's beams those of other beams: the scores are not those of a whole forward.
     turns = [(WIDE, "what is it?"), (TALL, "and this?") if glm else (TALL, SMALL, "and these?")]
-    asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    with generation.prompted(qwen.backbone, qwen.start(asked), 6, beams=3) as given:
-        ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None}).view(2, 3, -1)
-    for row, sequence in enumerate(asked):
-        plain = tiny.plain(qwen, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
-        theirs = qwen.backbone.model.generate(
-            **plain,
-            max_new_tokens=6,
-            num_beams=3,
-            num_return_sequences=3,
-            do_sample=False,
-            suppress_tokens=given["suppress_tokens"],
-            eos_token_id=None,
-        )
-        assert theirs[:, len(sequence.ids) :].tolist() == ids[row].tolist()
+    answered_as_transformers_does(qwen, turns, beams=3)
 
 
 def test_answers_in_two_threads_do_not_mix(qwen: DuetModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,28 +637,13 @@ def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: Du
 
 def test_images_that_see_both_ways_are_the_same_in_any_company(gemma: DuetModel) -> None:
     items = [ODD, "no image " * 4, (WIDE, "then", TALL), (SMALL, "so"), (SMALL, TALL)]
-    alone = np.concatenate([gemma.encode([item]) for item in items])
-    assert_close(gemma.encode(items), alone, atol=1e-5, rtol=0)
-    sequences = [gemma.renderer.embed(as_parts(item), record=str(n)) for n, item in enumerate(items)]
-    packed = gemma.collate(sequences, pack_to=128)
-    assert len(packed.ids) < len(items) and packed.attention_mask().shape[1:] == (1, *packed.ids.shape[1:] * 2)
-    with torch.no_grad():
-        found = gemma(packed)
-    order = [int(anchor.record) for anchor in found.anchors]
-    assert_close(found.embeddings.numpy(), alone[order], atol=1e-5, rtol=0)
+    packed = packed_as_alone(gemma, items, pack_to=128)
+    assert packed.attention_mask().shape[1:] == (1, *packed.ids.shape[1:] * 2)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_what_images_that_see_both_ways_are_answered_with(gemma: DuetModel, beams: int) -> None:
-    turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")]
-    asked = [gemma.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    with generation.prompted(gemma.backbone, gemma.start(asked), 6, beams=beams) as given:
-        ids = gemma.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
-    several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
-    for row, sequence in enumerate(asked):
-        plain = tiny.plain(gemma, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
-        theirs = gemma.backbone.model.generate(**plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several)
-        assert theirs[:, len(sequence.ids) :].tolist() == ids.view(2, beams, -1)[row].tolist()
+    answered_as_transformers_does(gemma, [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")], beams=beams)
 
 
 @pytest.mark.parametrize("line", ["", "\n"])
@@ -742,31 +740,14 @@ def test_what_is_lost_of_a_token_is_what_transformers_says(gemma4: DuetModel) ->
 
 
 def test_tables_for_layers_are_read_in_any_company(gemma4: DuetModel) -> None:
-    items = [ODD, "no image " * 9, (WIDE, "then", TALL), (SMALL, "so"), "a"]
-    alone = np.concatenate([gemma4.encode([item]) for item in items])
-    assert_close(gemma4.encode(items), alone, atol=1e-5, rtol=0)
-    sequences = [gemma4.renderer.embed(as_parts(item), record=str(n)) for n, item in enumerate(items)]
-    packed = gemma4.collate(sequences, pack_to=256)
-    assert len(packed.ids) < len(items)
-    with torch.no_grad():
-        found = gemma4(packed)
-    order = [int(anchor.record) for anchor in found.anchors]
-    assert_close(found.embeddings.numpy(), alone[order], atol=1e-5, rtol=0)
+    packed_as_alone(gemma4, [ODD, "no image " * 9, (WIDE, "then", TALL), (SMALL, "so"), "a"], pack_to=256)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_what_is_answered_with_tables_for_layers(gemma4: DuetModel, beams: int) -> None:
-    turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")]
-    asked = [gemma4.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    with generation.prompted(gemma4.backbone, gemma4.start(asked), 6, beams=beams) as given:
-        ids = gemma4.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
-    several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
-    for row, sequence in enumerate(asked):
-        plain = tiny.plain(gemma4, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
-        theirs = gemma4.backbone.model.generate(
-            **plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several
-        )
-        assert theirs[:, len(sequence.ids) :].tolist() == ids.view(2, beams, -1)[row].tolist()
+    answered_as_transformers_does(
+        gemma4, [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")], beams=beams
+    )
 
 
 def test_prompts_join_answers_with_tables_for_layers(gemma4: DuetModel) -> None:
