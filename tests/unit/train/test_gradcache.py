@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import tiny
+from precision import compute_in_double
 from vlduet import config
 from vlduet.data.batches import Batch, chunked, collate
 from vlduet.data.records import Message
@@ -33,7 +34,7 @@ EXACT = {"atol": 1e-11, "rtol": 1e-9}
 
 @pytest.fixture
 def trainable(tmp_path: Path, family: str) -> DuetModel:
-    """A model in training, in double precision, with dropout in front of LoRA."""
+    """A model in training, in double precision throughout, with dropout in front of LoRA."""
     model = tiny.duet(tmp_path / "base", family=family).double()
     model.make_trainable(lora=Lora(rank=2, alpha=4, dropout=0.3), projector=True)
     torch.manual_seed(3)
@@ -41,6 +42,7 @@ def trainable(tmp_path: Path, family: str) -> DuetModel:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model = model.double().train()
+    compute_in_double(model.backbone)
     with torch.no_grad():
         model(model.collate(sequences(model)))  # the cache keeps features in single precision: the same ones for all
     return model
@@ -95,9 +97,31 @@ def same(one: Found, other: Found, **close: float) -> None:
     assert one[1].keys() == other[1].keys() and "logit_scale" in one[1]
     for ours, theirs in zip(one, other, strict=True):
         for name, value in ours.items():
-            # Gemma's norm of image features is in single precision, whatever the others are in.
-            within = {"atol": 1e-6, "rtol": 1e-5} if "mm_soft_emb_norm" in name else close
-            assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **within)
+            assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **close)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_in_double_a_model_computes_what_it_computes_in_single(tmp_path: Path, family: str) -> None:
+    """Every norm that names float32, and all of the trunk, give the same numbers with more digits."""
+    single = tiny.bold(tiny.duet(tmp_path / "base", family=family))
+    double = tiny.bold(tiny.duet(tmp_path / "base", family=family)).double()
+    batch = single.collate(sequences(single))
+    norms = [n for n, m in single.named_modules() if type(m).__name__.endswith("RMSNorm")]
+    widths = {n: len(next(single.get_submodule(n).parameters(), torch.empty(32))) for n in norms}
+    inputs = {n: torch.sin(torch.arange(3.0 * width)).view(3, width) for n, width in widths.items()}
+    with torch.no_grad():
+        rough = {n: single.get_submodule(n)(x) for n, x in inputs.items()}
+        rough["trunk"] = single.hidden_states(batch)
+    compute_in_double(double.backbone)
+    double.backbone.model.set_experts_implementation("eager")  # the default knows no float64
+    with torch.no_grad():
+        fine = {n: double.get_submodule(n)(x.double()) for n, x in inputs.items()}
+        fine["trunk"] = double.hidden_states(batch)
+    for name, value in fine.items():
+        close = {"atol": 1e-4, "rtol": 1e-4} if name == "trunk" else {"atol": 2e-6, "rtol": 2e-6}
+        assert_close(value.float(), rough[name], **close)
+        assert value.dtype == torch.float64
+        assert not torch.equal(value.float().double(), value), f"{name} was rounded to float32"
 
 
 def test_with_dropout_the_gradients_are_those_of_all_chunks_at_once(trainable: DuetModel) -> None:
