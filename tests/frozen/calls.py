@@ -1,7 +1,7 @@
-"""Every call of the frozen tests into vlduet: what a rename or a move has to adapt, and nothing else.
+"""Call vlduet for the frozen tests: the only module of theirs that a rename or a move adapts.
 
-Names of tensors, losses and arguments in the stored data are those of this module, so that a rename in
-vlduet is a line here and leaves the data alone.
+Names of tensors, losses and arguments in the stored data are those of this module, so that a
+rename in vlduet is a line in this file and leaves the data alone.
 """
 
 from __future__ import annotations
@@ -41,10 +41,25 @@ from vlduet.train import setup, step
 Item = str | Path
 """A text, or an image by its path."""
 
-__all__ = ["alignment", "contrastive", "language", "metrics", "protocols", "records", "structure", "triple"]
+__all__ = [
+    "alignment",
+    "contrastive",
+    "language",
+    "metrics",
+    "protocols",
+    "records",
+    "structure",
+    "triple",
+]
 """Modules whose functions of plain arrays the tests call by name."""
 
-BARE = {"image": "{image}", "text": "{text}</s>", "parts": "{parts}</s>", "chat": False, "image_pool": "mean"}
+BARE = {
+    "image": "{image}",
+    "text": "{text}</s>",
+    "parts": "{parts}</s>",
+    "chat": False,
+    "image_pool": "mean",
+}
 """Prompts that add nothing to what is embedded."""
 
 # ------------------------------------------------------------------ models
@@ -72,7 +87,7 @@ def in_double(model: Any) -> Any:
 
 
 def own_tensors(model: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the trained tensors beside the adapter by their frozen names, which begin with `prefix`."""
+    """Return the trained tensors beside the adapter whose frozen names begin with `prefix`."""
     return {n: t for n, t in model.own_tensors().items() if n.startswith(prefix)}
 
 
@@ -128,13 +143,14 @@ def caption_nats(model: DuetModel, pairs: Sequence[tuple[Path, str]]) -> list[tu
 
 def smallest_margin(model: DuetModel, turn: Sequence[Item], *, ids: Sequence[int]) -> float:
     """Return by how much a greedy answer's tokens beat the next best, at the closest of them."""
-    asked = model.renderer.chat((Message("user", parts(turn)),), answer=True)
+    prompt = model.renderer.chat((Message("user", parts(turn)),), answer=True)
     ignored = -100
-    given = replace(asked, ids=(*asked.ids, *ids), labels=(*asked.labels, *([ignored] * len(ids))))
+    labels = (*prompt.labels, *([ignored] * len(ids)))
+    answered = replace(prompt, ids=(*prompt.ids, *ids), labels=labels)
     with torch.no_grad():
-        states = model.hidden_states(model.collate([given]))[0, len(asked.ids) - 1 : -1]
+        states = model.hidden_states(model.collate([answered]))[0, len(prompt.ids) - 1 : -1]
         logits = model.backbone.logits(states)
-    start = model.start([asked])
+    start = model.start([prompt])
     logits[:, forbidden(model.backbone, start.eos_ids)] = -torch.inf
     logits[0, start.eos_ids] = -torch.inf
     best = logits.topk(2, dim=1).values
@@ -146,10 +162,11 @@ def smallest_margin(model: DuetModel, turn: Sequence[Item], *, ids: Sequence[int
 
 
 def one_step(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Compute one step of a config.
+    """Compute one step of a config, move, and compute the losses of the next step.
 
     Returns:
-        Losses and gradient norm by name; gradients by the frozen names of their tensors.
+        Losses and gradient norm by name, the losses of the second step among them; gradients of
+        the first step by the frozen names of their tensors.
     """
     run = setup.prepare(configs.load(path, overrides), keep=False)
     in_double(run.model)
@@ -158,10 +175,13 @@ def one_step(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], di
     fixed.fill(run.model.adapter_tensors(), scale=0.5)
     if isinstance(run.model, DuetModel):
         run.model.features = FeatureCache(None)
-    ((_, chunks),) = list(setup.batches(run, 0, 1))
-    values = step.joint_step(run, chunks)
+    (_, first), (_, second) = list(setup.batches(run, 0, 2))
+    values = step.joint_step(run, first)
     tensors = trained_tensors(run.model)
-    return values, {name: value.grad for name, value in tensors.items() if value.grad is not None}
+    gradients = {n: t.grad.clone() for n, t in tensors.items() if t.grad is not None}
+    step.move(run, 0)
+    after = {f"{name} of step 2": value for name, value in step.joint_step(run, second).items()}
+    return values | after, gradients
 
 
 def comparison(path: Path) -> tuple[Path, dict[str, list[str]]]:
@@ -170,10 +190,10 @@ def comparison(path: Path) -> tuple[Path, dict[str, list[str]]]:
     return read.base, {name: [*read.overrides, *settings] for name, settings in read.runs.items()}
 
 
-def sources(path: Path) -> list[dict[str, Any]]:
+def sources(path: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """Return path and weight of every training source of a config."""
-    read = configs.load(path)
-    return [{"path": str(one.path), "weight": one.weight} for one in read.data.train]
+    read = configs.load(path, overrides)
+    return [{"path": str(source.path), "weight": source.weight} for source in read.data.train]
 
 
 def settings(path: Path, overrides: Sequence[str]) -> Any:
@@ -186,8 +206,9 @@ def settings(path: Path, overrides: Sequence[str]) -> Any:
 
 def write_model(base: Path, folder: Path) -> None:
     """Write a model folder with an adapter, soft prompts and a head, whose weights are fixed."""
-    prompts = BARE | {"text": "{text} sum:", "image": "{image} sum:", "parts": "{parts} sum:"}
-    model = DuetModel(load_backbone(base), prompts=Prompts(**prompts | {"image_pool": "last"}), head="mlp", dim=8)
+    texts = {"text": "{text} sum:", "image": "{image} sum:", "parts": "{parts} sum:"}
+    prompts = Prompts(**BARE | texts | {"image_pool": "last"})
+    model = DuetModel(load_backbone(base), prompts=prompts, head="mlp", dim=8)
     model.make_trainable(lora=Lora(rank=2, alpha=4), projector=True, soft=True)
     fixed.fill({**own_tensors(model, "head."), **model.adapter_tensors()}, scale=1.0)
     model.save_pretrained(folder, provenance={"written by": "tests/frozen/write.py"})
@@ -207,19 +228,19 @@ def hits(index: Path, query: Sequence[Item], *, k: int, where: str | None) -> li
     """Search an index with the model that it names."""
     with Index.open(index) as opened:
         model = DuetModel.from_pretrained(opened.model_path)
-        found = search(opened, model, parts(query), k=k, where=where)
-    named = [hit.image.path for hit in found if hit.image is not None]
-    assert len(named) == len(found)
+        ranked = search(opened, model, parts(query), k=k, where=where)
+    paths = [hit.image.path for hit in ranked if hit.image is not None]
+    assert len(paths) == len(ranked)
     return [
         {
             "id": hit.id,
             "score": hit.score,
             "text": hit.text,
             "image": path.name,
-            "there": path.is_file(),
+            "image exists": path.is_file(),
             "metadata": dict(hit.metadata),
         }
-        for hit, path in zip(found, named, strict=True)
+        for hit, path in zip(ranked, paths, strict=True)
         if path is not None
     ]
 

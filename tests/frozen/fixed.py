@@ -1,6 +1,6 @@
-"""Numbers that depend on a name and a shape alone, and checkpoints whose weights are such numbers.
+"""Make numbers from a name and a shape alone, and checkpoints whose weights are such numbers.
 
-They come from SHAKE-256, so no random generator of any library, and no order of calls, decides them.
+They come from SHAKE-256: no random generator of a library and no order of calls decides them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch import Tensor
 DATA = Path(__file__).parent
 CHECKPOINTS = DATA / "checkpoints"
 """One folder a checkpoint: config, tokenizer and image processor, without weights."""
-FAMILIES = sorted(p.name for p in CHECKPOINTS.iterdir() if not p.name.startswith("encoder_"))
-"""Generative checkpoints. The others are frozen encoders."""
+ENCODERS = ("encoder_vision", "encoder_text", "encoder_cross")
+"""Checkpoints of the frozen encoders."""
+FAMILIES = sorted({p.name for p in CHECKPOINTS.iterdir()} - set(ENCODERS))
+"""Generative checkpoints."""
 DTYPES = {torch.float32, torch.float64}
 
 
 def numbers(name: str, *shape: int) -> NDArray[np.float64]:
-    """Return float64[shape], uniform with mean 0 and variance 1, decided by `name` and the count."""
+    """Return float64[shape], uniform, of mean 0 and variance 1, decided by `name` and count."""
     count = math.prod(shape)
     drawn = np.frombuffer(hashlib.shake_256(name.encode()).digest(4 * count), dtype="<u4")
     return ((drawn + 0.5) / 2**31 - 1).reshape(shape) * math.sqrt(3)
@@ -38,7 +40,7 @@ def tensor(name: str, *shape: int) -> Tensor:
 
 
 def unit(name: str, *shape: int) -> Tensor:
-    """Return rows of unit length, float64[shape], that are more alike than chance, as encoders' are."""
+    """Return rows of unit length, float64[shape], more alike than chance, as encoders' are."""
     rows = tensor(name, *shape) + 0.6
     return rows / rows.norm(dim=-1, keepdim=True)
 
@@ -80,7 +82,7 @@ def _weight(name: str, default: Tensor) -> Tensor:
 
 
 def fill(tensors: dict[str, Tensor], *, scale: float) -> None:
-    """Give every tensor values that its name decides, `scale` times those of a usual initialisation."""
+    """Give tensors values that their names decide, `scale` times a usual initialisation."""
     with torch.no_grad():
         for name, value in tensors.items():
             fan = math.prod(value.shape[1:]) if value.ndim > 1 else 1

@@ -1,4 +1,4 @@
-"""A model folder and a search index that an earlier version wrote, and what they gave then."""
+"""Open a model folder and a search index that an earlier version wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frozen.measures import INPUTS, ITEMS, TOKENS, TURNS, plain
 
 STORED = fixed.DATA / "folders"
 NAMES = ("base", "model", "index")
-"""A checkpoint, a model folder that names it, and an index that names the model; all by relative paths."""
+"""A checkpoint, a model folder that names it, and an index that names the model, relatively."""
 QUERIES: dict[str, tuple[tuple[calls.Item, ...], int, str | None]] = {
     "a text": (("a red flower",), 3, None),
     "an image": ((INPUTS / "1.png",), 6, None),
@@ -22,7 +22,7 @@ QUERIES: dict[str, tuple[tuple[calls.Item, ...], int, str | None]] = {
 
 
 def write() -> None:
-    """Write the folders at a neutral place, for an index holds absolute paths too, and store them."""
+    """Write the folders and store them; a neutral place, as an index also holds absolute paths."""
     place = Path(tempfile.gettempdir()) / "vlduet-frozen"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -47,17 +47,20 @@ def placed(folder: Path) -> Path:
 def opened(folder: Path) -> dict[str, Any]:
     """Open the model and the index that stand in a folder, and use them."""
     model = calls.open_model(folder / "model")
+    answers = [calls.answer(model, turn, tokens=TOKENS) for turn in TURNS]
+    pairs = zip(TURNS, answers, strict=True)
     ids, vectors = calls.stored_vectors(folder / "index")
-    found = {
+    values = {
         "fingerprint": calls.fingerprint(model),
         "embeddings": calls.encode(model, ITEMS, query=False),
-        "answers": [calls.answer(model, turn, tokens=TOKENS) for turn in TURNS],
+        "answers": answers,
         "margins": [
-            calls.smallest_margin(model, turn, ids=calls.answer(model, turn, tokens=TOKENS)["ids"]) for turn in TURNS
+            calls.smallest_margin(model, turn, ids=answer["ids"]) for turn, answer in pairs
         ],
         "index": {"ids": ids, "vectors": vectors},
         "hits": {
-            name: calls.hits(folder / "index", query, k=k, where=where) for name, (query, k, where) in QUERIES.items()
+            name: calls.hits(folder / "index", query, k=k, where=where)
+            for name, (query, k, where) in QUERIES.items()
         },
     }
-    return plain(found)
+    return plain(values)

@@ -1,4 +1,4 @@
-"""What is frozen, as nested dicts of plain values: written by write.py, compared by the tests."""
+"""Measure training steps, embeddings and answers, as nested dicts of plain values."""
 
 from __future__ import annotations
 
@@ -29,6 +29,39 @@ SOURCES = {
 """Fixed records in place of a config's own, by the folder of its source; others are pairs."""
 
 
+MIXED = [
+    f"data.train.{n}.path={INPUTS / name}"
+    for n, name in enumerate(("pairs.jsonl", "documents.jsonl", "others.jsonl"))
+]
+"""Settings: all kinds of records in one batch."""
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "sugar, our options": (
+        "sugar",
+        [
+            "recipe.target=awm",
+            "recipe.same_sequence=nested",
+            "recipe.calibrate=true",
+            "recipe.loss=kl",
+            "recipe.single=gak",
+            "recipe.pair_order=image",
+        ],
+    ),
+    "sugar, nested": ("sugar", ["recipe.same_sequence=nested", "recipe.delta=0.35", "recipe.k=2"]),
+    "sugar, windows of documents": ("sugar-nano", ["data.max_tokens=24"]),
+    "sugar, in chunks": ("sugar", ["train.chunk_tokens=200", "train.lora.targets=all"]),
+    "vladva, all kinds of records": ("vladva", MIXED),
+    "vladva, guided by cross": ("vladva", ["recipe.guide=cross"]),
+    "vladva, guided by all": ("vladva", ["recipe.guide=triple"]),
+    "vladva, split by fields": ("vladva", ["recipe.split=fields", "recipe.language_on=any"]),
+    "vladva, packed": ("vladva-nano", ["train.pack=200"]),
+    "vladva, recomputed": ("vladva-nano", ["train.checkpointing=true"]),
+    "vladva, in small chunks": ("vladva", ["train.chunk_tokens=100"]),
+    "fromage, retrieval records": ("fromage", [f"data.train.1.path={INPUTS / 'others.jsonl'}"]),
+    "clip, documents": ("clip-nano", [f"data.train.0.path={INPUTS / 'documents.jsonl'}"]),
+}
+"""Name -> config and settings of training steps whose options no config sets."""
+
+
 @functools.cache
 def checkpoint(name: str) -> Path:
     """Write a checkpoint, once in a process."""
@@ -52,7 +85,11 @@ def plain(value: Any) -> Any:
 
 
 def step_cases() -> dict[str, tuple[Path, list[str], str]]:
-    """Return config, settings and family of every training step: all configs, and two on all families."""
+    """Return config, settings and family of every training step.
+
+    All configs and every run of a comparison on one family, two recipes on all families, and
+    options that no config sets.
+    """
     cases: dict[str, tuple[Path, list[str], str]] = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         name = path.relative_to(CONFIGS).with_suffix("").as_posix()
@@ -65,16 +102,22 @@ def step_cases() -> dict[str, tuple[Path, list[str], str]]:
     for family in fixed.FAMILIES:
         for recipe in ("vladva", "sugar"):
             cases[f"{recipe} {family}"] = (CONFIGS / f"{recipe}.yaml", [], family)
+    for name, (config, settings) in VARIANTS.items():
+        cases[name] = (CONFIGS / f"{config}.yaml", settings, "fast_vlm")
     return cases
 
 
 def training_step(path: Path, settings: list[str], family: str) -> dict[str, Any]:
-    """Compute losses, and two numbers of every gradient: its length, and its product with fixed numbers."""
+    """Compute the losses of a step, and two numbers of every gradient.
+
+    Returns:
+        Values by name, and of every gradient its length and its product with fixed numbers.
+    """
     values, gradients = calls.one_step(path, [*settings, *_replaced(path, settings, family)])
-    measured = {
-        name: [float(grad.norm()), float((grad.double() * fixed.tensor(name, *grad.shape)).sum())]
-        for name, grad in gradients.items()
-    }
+    measured = {}
+    for name, gradient in gradients.items():
+        product = (gradient.double() * fixed.tensor(name, *gradient.shape)).sum()
+        measured[name] = [float(gradient.norm()), float(product)]
     assert measured and all(length > 0 for length, _ in measured.values())
     return plain({"values": values, "gradients": measured})
 
@@ -84,8 +127,8 @@ def _replaced(path: Path, settings: list[str], family: str) -> list[str]:
     read = calls.settings(path, settings)
     recipe = read.recipe["name"]
     data = [
-        {"path": str(INPUTS / SOURCES.get(Path(one["path"]).parent.name, "pairs.jsonl"))} | _weight(one)
-        for one in calls.sources(path)
+        {"path": str(_records(source["path"])), "weight": float(source["weight"])}
+        for source in calls.sources(path, settings)
     ]
     base = checkpoint(family)
     changed = [
@@ -94,26 +137,30 @@ def _replaced(path: Path, settings: list[str], family: str) -> list[str]:
         "data.validation=null",
         "data.cache=false",
         "train.steps=2",
-        "train.batch_size=8",
+        "train.batch_size=12",
         "train.clip=1.0e+9",
         "out=nowhere",
     ]
     if recipe != "clip":
         changed += _embedding(read)
     changed.append(f"model.dim={WIDTH}")
-    if recipe in ("sugar", "clip"):
+    guided = read.recipe.get("guide", "none") != "none"
+    if recipe in ("sugar", "clip") or guided:
         nano = "nano" in str(read.encoders.vision)
         changed += [
             f"encoders.vision={base if nano else checkpoint('encoder_vision')}",
             f"encoders.text={checkpoint('encoder_text')}",
         ]
-    if recipe == "sugar":
+    if recipe == "sugar" or guided:
         changed.append(f"encoders.cross={checkpoint('encoder_cross')}")
     return changed
 
 
-def _weight(source: Mapping[str, Any]) -> dict[str, float]:
-    return {"weight": float(source["weight"])}
+def _records(path: str) -> Path:
+    """Return the fixed records that take the place of a source."""
+    if Path(path).parent == INPUTS:
+        return Path(path)
+    return INPUTS / SOURCES.get(Path(path).parent.name, "pairs.jsonl")
 
 
 def _embedding(read: Any) -> list[str]:
@@ -121,8 +168,9 @@ def _embedding(read: Any) -> list[str]:
     if read.model.head is not None:
         return []
     prompts = calls.BARE | read.model.prompts
-    named = [f"model.prompts={yaml.safe_dump(prompts, default_flow_style=True, width=1000).strip()}"]
-    return named if read.recipe["name"] == "fromage" else [*named, "model.head=linear"]
+    written = yaml.safe_dump(prompts, default_flow_style=True, width=1000).strip()
+    settings = [f"model.prompts={written}"]
+    return settings if read.recipe["name"] == "fromage" else [*settings, "model.head=linear"]
 
 
 # ------------------------------------------------------------------ families
@@ -137,7 +185,10 @@ ITEMS: tuple[tuple[calls.Item, ...], ...] = (
     ("before", INPUTS / "3.png", INPUTS / "5.png"),
 )
 """Two texts, two images and two mixtures."""
-TURNS: tuple[tuple[calls.Item, ...], ...] = (("what is a flower?",), (INPUTS / "1.png", "what is it?"))
+TURNS: tuple[tuple[calls.Item, ...], ...] = (
+    ("what is a flower?",),
+    (INPUTS / "1.png", "what is it?"),
+)
 """What is answered: a text, and an image with a text."""
 TOKENS = 8
 MARGIN = 1e-3
@@ -146,7 +197,9 @@ MARGIN = 1e-3
 
 def embeddings(family: str) -> dict[str, Any]:
     """Embed fixed items with the default prompts and no head, and with bare ones and a head."""
-    usual = calls.open_in_double(checkpoint(family), head="none", dim=WIDTH, prompts={"query": "ask: "})
+    usual = calls.open_in_double(
+        checkpoint(family), head="none", dim=WIDTH, prompts={"query": "ask: "}
+    )
     bare = calls.open_in_double(checkpoint(family), head="mlp", dim=WIDTH, prompts=calls.BARE)
     return plain(
         {
@@ -163,13 +216,15 @@ def generation(family: str, *, margins: bool = False, double: bool = True) -> di
     model = opened(checkpoint(family), head="none", dim=WIDTH, prompts=calls.BARE)
     answers = [calls.answer(model, turn, tokens=TOKENS) for turn in TURNS]
     images = [INPUTS / "0.png", INPUTS / "2.png"]
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "answers": answers,
         "captions": calls.caption(model, images, tokens=TOKENS, drafts=1),
+        "nearest of two drafts": calls.caption(model, images, tokens=4, drafts=2),
         "nats": calls.caption_nats(model, [(images[0], "a red flower"), (images[1], "two dogs")]),
     }
     if margins:
-        clear = [calls.smallest_margin(model, turn, ids=one["ids"]) for turn, one in zip(TURNS, answers, strict=True)]
+        pairs = zip(TURNS, answers, strict=True)
+        clear = [calls.smallest_margin(model, turn, ids=answer["ids"]) for turn, answer in pairs]
         assert min(clear) > MARGIN, f"{family}: a margin of {min(clear)}"
-        found["margins"] = clear
-    return plain(found)
+        values["margins"] = clear
+    return plain(values)

@@ -1,4 +1,4 @@
-"""What is frozen of evaluation: the built-in suite and its protocols on predictions that content decides."""
+"""Measure fixed predictions: the built-in suite, the protocols and the metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from frozen.measures import INPUTS, plain
 
 CORPORA = fixed.DATA
 """Holds corpora/, tiny splits of every corpus of the built-in suite."""
-REPLIES = ("A red apple.", "a boat", "the dog", "", "Bourg en Bresse", "Thing 1", "a house and a tree")
+REPLIES = (
+    "A red apple.",
+    "a boat",
+    "the dog",
+    "",
+    "Bourg en Bresse",
+    "Thing 1",
+    "a house and a tree",
+)
 
 
 def vector(item: Any) -> np.ndarray:
@@ -34,13 +42,15 @@ def reply(prompt: Any) -> str:
 
 def nats(prompt: Any, text: str) -> tuple[float, int]:
     """Return a likelihood that prompt and text decide, in quarters so that no rounding does."""
-    return 1 + fixed.choice("|".join((*calls.content(prompt), text)), 40) / 4, len(text.split()) or 1
+    return 1 + fixed.choice("|".join((*calls.content(prompt), text)), 40) / 4, len(
+        text.split()
+    ) or 1
 
 
 def benchmark(name: str, runs: Path) -> dict[str, Any]:
     """Play a benchmark of the built-in suite."""
-    made = calls.play(name, CORPORA, runs=runs, embed=vector, reply=reply, nats=nats)
-    return plain({"values": made["values"], "facts": made["facts"]})
+    scored = calls.play(name, CORPORA, runs=runs, embed=vector, reply=reply, nats=nats)
+    return plain({"values": scored["values"], "facts": scored["facts"]})
 
 
 # ------------------------------------------------------------------ protocols
@@ -56,13 +66,15 @@ def protocols() -> dict[str, Any]:
 
     measured = calls.protocols.retrieval(embed, embed, records=pairs)
     mixed = calls.protocols.mixed_retrieval(embed, embed, pairs, seed=3)
-    entropy = calls.protocols.caption_cross_entropy(lambda asked: [nats((i,), t) for i, t in asked], pairs)
+    entropy = calls.protocols.caption_cross_entropy(
+        lambda batch: [nats((i,), t) for i, t in batch], pairs
+    )
     captions = calls.protocols.captions(lambda images: [reply((image,)) for image in images], pairs)
     directions = {"to image": measured.text_to_image, "to text": measured.image_to_text}
     return plain(
         {
             "captions": measured.captions,
-            "directions": {name: _direction(one) for name, one in directions.items()},
+            "directions": {name: _direction(value) for name, value in directions.items()},
             "mixed": {k: mixed.found(k) for k in (1, 2, 5)},
             "entropy": {
                 "right": asdict(entropy.after_right()),
@@ -74,18 +86,20 @@ def protocols() -> dict[str, Any]:
                 "exact": asdict(captions.exact_match()),
                 "distinct": captions.num_distinct,
             },
-            "wrong images": calls.protocols.wrong_images([["a"], ["b", "c"], ["a"], ["c"], ["d"]], 5),
+            "wrong images": calls.protocols.wrong_images(
+                [["a"], ["b", "c"], ["a"], ["c"], ["d"]], 5
+            ),
         }
     )
 
 
-def _direction(one: Any) -> dict[str, Any]:
+def _direction(measured: Any) -> dict[str, Any]:
     return {
-        "ranks": one.ranks,
-        "hits": one.hits(),
-        "chance": one.chance(),
-        "interval": asdict(one.interval(1)),
-        "top": [one.top(query, 3) for query in range(one.num_queries)],
+        "ranks": measured.ranks,
+        "hits": measured.hits(),
+        "chance": measured.chance(),
+        "interval": asdict(measured.interval(1)),
+        "top": [measured.top(query, 3) for query in range(measured.num_queries)],
     }
 
 
@@ -96,7 +110,11 @@ def metrics() -> dict[str, Any]:
     relevant = fixed.numbers("relevant", 9, 14) > 1
     relevant[np.arange(9), np.arange(9)] = True
     values, weights = fixed.numbers("values", 40), 1.1 + np.abs(fixed.numbers("weights", 40))
-    texts = [("The red apple!", ["a red apple", "apple"]), ("", ["", "x"]), ("a boat", ["the green boat"])]
+    texts = [
+        ("The red apple!", ["a red apple", "apple"]),
+        ("", ["", "x"]),
+        ("a boat", ["the green boat"]),
+    ]
     return plain(
         {
             "ranks": calls.metrics.first_hit_ranks(scores, relevant),
@@ -107,7 +125,7 @@ def metrics() -> dict[str, Any]:
             "weighted": asdict(calls.metrics.bootstrap_interval(values, 7, weights=weights)),
             "paired": asdict(calls.metrics.paired_bootstrap(values, weights, seed=2)),
             "words": [calls.normalized_words(text) for text, _ in texts],
-            "exact": [calls.metrics.exact_match(*one) for one in texts],
-            "f1": [calls.metrics.token_f1(*one) for one in texts],
+            "exact": [calls.metrics.exact_match(*pair) for pair in texts],
+            "f1": [calls.metrics.token_f1(*pair) for pair in texts],
         }
     )

@@ -1,4 +1,4 @@
-"""What is frozen of the objectives: tables, targets and losses of fixed tensors, in float64."""
+"""Compute tables, targets and losses of fixed tensors, in float64."""
 
 from __future__ import annotations
 
@@ -39,23 +39,27 @@ def kernels() -> dict[str, Any]:
         "logarithm": {"log": True},
         "raw logarithm": {"normalize": False, "log": True},
         "narrow": {"delta": 0.35},
-        "one width": {"sigma": 0.8},
+        "fixed width": {"sigma": 0.8},
         "band": {"band": 3},
     }
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, options in variants.items():
-        found[name] = {
+        values[name] = {
             "with itself": calls.alignment.gak_matrix(x, **options),
             "with others": calls.alignment.gak_matrix(x, y, **options),
         }
         if name != "band":
-            found[name]["gradients"] = with_gradient(
-                lambda *rows, options=options: calls.alignment.gak_matrix(rows[:5], rows[5:], **options), *x, *y
+            values[name]["gradients"] = with_gradient(
+                lambda *rows, options=options: calls.alignment.gak_matrix(
+                    rows[:5], rows[5:], **options
+                ),
+                *x,
+                *y,
             )["gradients"]
-    found["single precision"] = calls.alignment.gak_matrix([one.float() for one in x])
-    found["posterior"] = [calls.alignment.alignment_posterior(x[2], other) for other in x]
-    found["narrow posterior"] = calls.alignment.alignment_posterior(x[2], x[4], delta=0.35)
-    return plain(found | pairs())
+    values["single precision"] = calls.alignment.gak_matrix([slices.float() for slices in x])
+    values["posterior"] = [calls.alignment.alignment_posterior(x[2], other) for other in x]
+    values["narrow posterior"] = calls.alignment.alignment_posterior(x[2], x[4], delta=0.35)
+    return plain(values | pairs())
 
 
 def pairs() -> dict[str, Any]:
@@ -65,10 +69,16 @@ def pairs() -> dict[str, Any]:
     width = calls.alignment.rule_sigma(*lengths, 0.7)
     return {
         "widths": width,
-        "of pairs": with_gradient(lambda d: calls.alignment.gak_pairs(d, *lengths, sigma=width), sqdist),
-        "posteriors of pairs": calls.alignment.alignment_posterior_pairs(sqdist, *lengths, sigma=width),
+        "of pairs": with_gradient(
+            lambda d: calls.alignment.gak_pairs(d, *lengths, sigma=width), sqdist
+        ),
+        "posteriors of pairs": calls.alignment.alignment_posterior_pairs(
+            sqdist, *lengths, sigma=width
+        ),
         "weighted means of pairs": calls.alignment.awm_pairs(sqdist, *lengths, sigma=0.5),
-        "soft warping": with_gradient(lambda d: calls.alignment.soft_dtw(d, *lengths, gamma=0.3), sqdist),
+        "soft warping": with_gradient(
+            lambda d: calls.alignment.soft_dtw(d, *lengths, gamma=0.3), sqdist
+        ),
     }
 
 
@@ -77,7 +87,9 @@ def pairs() -> dict[str, Any]:
 
 IMAGES = torch.tensor([True, False, True, False, False, True, False, True, False])
 PREFIXES = {
-    "slices": torch.tensor([[0, 1, 2, 3], [0, 1, 0, 0], [4, 5, 6, 0], [4, 0, 0, 0], [7, 0, 0, 0], [8, 7, 1, 2]]),
+    "slices": torch.tensor(
+        [[0, 1, 2, 3], [0, 1, 0, 0], [4, 5, 6, 0], [4, 0, 0, 0], [7, 0, 0, 0], [8, 7, 1, 2]]
+    ),
     "lengths": torch.tensor([4, 2, 3, 1, 1, 4]),
     "sequence": torch.tensor([0, 0, 1, 1, 2, 3]),
 }
@@ -94,21 +106,30 @@ def targets() -> dict[str, Any]:
     """Compute the target matrices of every switch, and the losses that follow from them."""
     prefixes = calls.triple.Prefixes(**PREFIXES)
     related = calls.triple.related(prefixes, 9)
-    found: dict[str, Any] = {"related": related.long()}
+    values: dict[str, Any] = {"related": related.long()}
     wide = calls.triple.triple_cosines(
-        fixed.unit("many of a kind", 24, 5), fixed.unit("many", 24, 4), image=torch.arange(24) % 2 == 0
+        fixed.unit("many of a kind", 24, 5),
+        fixed.unit("many", 24, 4),
+        image=torch.arange(24) % 2 == 0,
     )
     alone = torch.eye(24, dtype=torch.bool)
-    found["calibrated"] = calls.triple.calibrate(wide, image=torch.arange(24) % 2 == 0, related=alone)
+    values["calibrated"] = calls.triple.calibrate(
+        wide, image=torch.arange(24) % 2 == 0, related=alone
+    )
     for triple, target, same, single in itertools.product(
         (True, False), ("gak", "mean", "awm"), ("all", "nested"), ("cosine", "gak")
     ):
         matrix = calls.triple.target_matrix(
-            many_cosines(triple=triple), prefixes, target=target, same_sequence=same, single=single, delta=0.8
+            many_cosines(triple=triple),
+            prefixes,
+            target=target,
+            same_sequence=same,
+            single=single,
+            delta=0.8,
         )
-        found[f"triple {triple}, {target}, {same}, {single}"] = matrix
+        values[f"triple {triple}, {target}, {same}, {single}"] = matrix
     own = calls.triple.target_matrix(many_cosines(triple=True), prefixes, rows=slice(2, 5))
-    return plain(found | {"of some rows": own, "losses": structures(own)})
+    return plain(values | {"of some rows": own, "losses": structures(own)})
 
 
 def structures(target: Tensor) -> dict[str, Any]:
@@ -117,7 +138,9 @@ def structures(target: Tensor) -> dict[str, Any]:
 
     def loss(**options: Any) -> dict[str, Any]:
         return with_gradient(
-            lambda rows: calls.structure.structure_loss(rows, everything, target=target, begin=2, **options),
+            lambda rows: calls.structure.structure_loss(
+                rows, everything, target=target, begin=2, **options
+            ),
             everything[2:5],
         )
 
@@ -140,28 +163,40 @@ def losses() -> dict[str, Any]:
     ignore[1, 5] = ignore[2, 0] = True
 
     def both(left: Tensor, right: Tensor, scale: Tensor, **options: Any) -> Tensor:
-        return calls.contrastive.symmetric_infonce(left, right, logit_scale=scale, positive=positive, **options)
+        return calls.contrastive.symmetric_infonce(
+            left, right, logit_scale=scale, positive=positive, **options
+        )
 
     scale = torch.tensor(2.0, dtype=torch.float64)
     shares = {"rows": slice(1, 3), "columns": slice(2, 6), "world_size": 2}
     hidden, weight = fixed.tensor("hidden", 5, 6), fixed.tensor("weight", 9, 6)
-    wanted, bias = torch.tensor([3, 0, 8, 3, 5]), fixed.tensor("bias", 9)
+    targets, bias = torch.tensor([3, 0, 8, 3, 5]), fixed.tensor("bias", 9)
     nats = calls.language.token_nll
-    found = {
+    values = {
         "contrastive": with_gradient(both, left, right, scale),
-        "contrastive, ignoring": with_gradient(lambda *t: both(*t, ignore=ignore), left, right, scale),
-        "contrastive, a share": with_gradient(lambda *t: both(*t, ignore=ignore, **shares), left, right, scale),
-        "one direction": with_gradient(
+        "contrastive, ignoring": with_gradient(
+            lambda *t: both(*t, ignore=ignore), left, right, scale
+        ),
+        "contrastive, a share": with_gradient(
+            lambda *t: both(*t, ignore=ignore, **shares), left, right, scale
+        ),
+        "single direction": with_gradient(
             lambda s: calls.contrastive.directed_infonce(s, positive, ignore), 3 * left @ right.T
         ),
         "false negatives": calls.contrastive.false_negatives(
             left @ right.T, positive, told=ignore, kinds=(torch.arange(4) % 2, torch.arange(7) % 2)
         ).long(),
-        "limited": with_gradient(lambda s: calls.contrastive.limited(s, 0.01), torch.tensor(5.0).double()),
+        "limited": with_gradient(
+            lambda s: calls.contrastive.limited(s, 0.01), torch.tensor(5.0).double()
+        ),
         "same content": calls.contrastive.same_content(["a", "b", "a"], ["a", "c", "b"]).long(),
-        "nats": with_gradient(lambda h, w: nats(h, w, wanted), hidden, weight),
-        "nats, bias and cap": with_gradient(lambda h, w, b: nats(h, w, wanted, bias=b, cap=2.0), hidden, weight, bias),
-        "nats, in chunks": with_gradient(lambda h, w: nats(h, w, wanted, chunk=2), hidden, weight),
-        "language": calls.language.language_loss(nats(hidden, weight, wanted), global_count=12, world_size=2),
+        "nats": with_gradient(lambda h, w: nats(h, w, targets), hidden, weight),
+        "nats, bias and cap": with_gradient(
+            lambda h, w, b: nats(h, w, targets, bias=b, cap=2.0), hidden, weight, bias
+        ),
+        "nats, in chunks": with_gradient(lambda h, w: nats(h, w, targets, chunk=2), hidden, weight),
+        "language": calls.language.language_loss(
+            nats(hidden, weight, targets), global_count=12, world_size=2
+        ),
     }
-    return plain(found)
+    return plain(values)

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tests/frozen/write.py [--overwrite] [NAME ...]
 
-Data that is there is behaviour which users rely on: overwrite it only where a change is meant, and say
-so in the change log. `folders` also writes the model folder and the index; `opened` measures those
-that are there.
+Stored data is behaviour that users rely on: overwrite it only where a change is meant, and say so
+in the change log. `folders` also writes the model folder and the index; `opened` measures the
+stored folders again.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ def steps() -> dict[str, Any]:
 
 def generation() -> dict[str, Any]:
     """Answer with every family; an answer that single precision changes is too close to freeze."""
-    found = {family: measures.generation(family, margins=True) for family in fixed.FAMILIES}
-    for family, answers in found.items():
+    values = {family: measures.generation(family, margins=True) for family in fixed.FAMILIES}
+    for family, answers in values.items():
         rough = measures.generation(family, double=False)
         assert rough["answers"] == answers["answers"], f"{family}: answers depend on the precision"
-        assert rough["captions"] == answers["captions"], f"{family}: captions depend on the precision"
-    return found
+        assert rough["captions"] == answers["captions"], (
+            f"{family}: captions depend on the precision"
+        )
+    return values
 
 
 def benchmarks() -> dict[str, Any]:
@@ -51,9 +53,9 @@ def benchmarks() -> dict[str, Any]:
 def opened() -> dict[str, Any]:
     """Open the stored folders."""
     with tempfile.TemporaryDirectory() as folder:
-        found = folders.opened(folders.placed(Path(folder)))
-    assert min(found["margins"]) > measures.MARGIN
-    return found
+        values = folders.opened(folders.placed(Path(folder)))
+    assert min(values["margins"]) > measures.MARGIN
+    return values
 
 
 def written() -> dict[str, Any]:
@@ -79,15 +81,17 @@ WRITERS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def main() -> None:
     """Write what is named, or everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--overwrite", action="store_true", help="replace data that is there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace stored data")
     parser.add_argument("names", nargs="*", help=", ".join(WRITERS))
-    asked = parser.parse_args()
-    names = asked.names or [name for name in WRITERS if name != "opened"]
+    arguments = parser.parse_args()
+    names = arguments.names or [name for name in WRITERS if name != "opened"]
     paths = {name: STORED / f"{'folders' if name == 'opened' else name}.json" for name in names}
     present = [str(path) for path in paths.values() if path.exists()]
-    if present and not asked.overwrite:
-        parser.error(f"already there: {', '.join(present)}; --overwrite replaces it")
+    if present and not arguments.overwrite:
+        parser.error(f"already stored: {', '.join(present)}; --overwrite replaces it")
     STORED.mkdir(exist_ok=True)
     for name, path in paths.items():
         value = WRITERS[name]()
