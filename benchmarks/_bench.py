@@ -41,7 +41,7 @@ def model_folder(given: Path | None) -> Path:
     if given is None and not (folder / "vlduet.json").is_file():
         from vlduet.model import nano
 
-        nano.build(folder, bare=True)
+        nano.build_checkpoint(folder, untrained=True)
     return folder
 
 
@@ -50,7 +50,7 @@ def pairs(given: Path | None) -> list[Record]:
     if given is None:
         from vlduet.data import corpora
 
-        given = corpora.fetch("stamps", WORK / "data", progress=say).folder / "train.jsonl"
+        given = corpora.fetch_corpus("stamps", WORK / "data", progress=say).folder / "train.jsonl"
     return [record for record in read_jsonl(given) if record.image is not None and record.short]
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlduet.data import images
 from vlduet.data.records import Record
-from vlduet.model.adapters import TARGETS, Lora
+from vlduet.model.adapters import LORA_TARGET_PATTERNS, LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
 
@@ -51,7 +51,7 @@ class Libraries:
         ImportError: one of them is not installed.
     """
 
-    def __init__(self, folder: Path, records: list[Record], *, lora: Lora, lr: float, mini_batch: int):
+    def __init__(self, folder: Path, records: list[Record], *, lora: LoraSettings, lr: float, mini_batch: int):
         from datasets import Dataset
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Transformer
@@ -66,7 +66,7 @@ class Libraries:
             raise SystemExit("the peers are written for a model whose prompts are plain and whose head is linear")
         base = AutoModelForImageTextToText.from_pretrained(folder)
         base.requires_grad_(False)
-        targets = rf".*language_model\..*\.({TARGETS[lora.targets]})"
+        targets = rf".*language_model\..*\.({LORA_TARGET_PATTERNS[lora.targets]})"
         model = get_peft_model(base, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
         base.model.multi_modal_projector.requires_grad_(True)
         processor = AutoProcessor.from_pretrained(folder)
@@ -78,7 +78,7 @@ class Libraries:
         linear = mine.head.layers
         dense = Dense(linear.in_features, linear.out_features, activation_function=torch.nn.Identity())
         dense.linear.load_state_dict(linear.state_dict())
-        pooling = Pooling(mine.backbone.width, "lasttoken")
+        pooling = Pooling(mine.backbone.hidden_size, "lasttoken")
         self.embedder = SentenceTransformer(modules=[embedder, pooling, dense], device="cpu")
         self.contrastive = CachedMultipleNegativesRankingLoss(
             self.embedder,
@@ -90,7 +90,7 @@ class Libraries:
         self.examples = Dataset.from_list(
             [
                 {
-                    "images": [images.load(record.image)],
+                    "images": [images.load_image(record.image)],
                     "prompt": [{"role": "user", "content": [{"type": "image"}]}],
                     "completion": [{"role": "assistant", "content": [{"type": "text", "text": record.long}]}],
                 }
@@ -117,7 +117,7 @@ class Libraries:
         """Embed, compare, backward; then write, backward; then move."""
         self.embedder.train()
         self.model.base_model.model.model.vision_tower.eval()
-        pictures = [images.load(record.image) for record in self.records if record.image is not None]
+        pictures = [images.load_image(record.image) for record in self.records if record.image is not None]
         sides = [self.embedder.preprocess(side) for side in (pictures, [r.short[0] for r in self.records])]
         contrastive = self.contrastive(sides, None)
         contrastive.backward()

@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from vlduet.data import images
-from vlduet.data.batches import FORWARD, by_length
+from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.records import ImageRef, Record, as_parts
-from vlduet.model.duet import DuetModel, Item
+from vlduet.model.duet import DuetModel, Embeddable
 from vlduet.model.features import FeatureCache
 
 BATCH = 32
@@ -46,17 +46,17 @@ def texts_of(records: list[Record], count: int, longest: int, rng: random.Random
 # ------------------------------------------------------------------ vlduet
 
 
-def ours(model: DuetModel, items: list[Item]) -> np.ndarray:
-    model.features = FeatureCache(None)  # every repeat pays for the vision tower
+def ours(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
+    model.feature_cache = FeatureCache(None)  # every repeat pays for the vision tower
     return model.encode(items)
 
 
 @torch.no_grad()
-def ours_padded(model: DuetModel, items: list[Item]) -> np.ndarray:
-    model.features = FeatureCache(None)
-    sequences = [model.renderer.embed(as_parts(item)) for item in items]
+def ours_padded(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
+    model.feature_cache = FeatureCache(None)
+    sequences = [model.renderer.render_embedding(as_parts(item)) for item in items]
     vectors = np.empty((len(items), model.dim), dtype=np.float32)
-    for chosen in by_length([len(s) for s in sequences], FORWARD):
+    for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
         vectors[chosen] = model.eval()(model.collate([sequences[i] for i in chosen])).embeddings.numpy()
     return vectors
 
@@ -73,7 +73,7 @@ class Plain:
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.head, self.prompts = model.head, model.prompts
         self.image_token = self.tokenizer.convert_ids_to_tokens(model.backbone.image_token_id)
-        self.image_tokens = len(model.renderer.embed((pixel(),)).images) and model.prepare(pixel()).num_tokens
+        self.image_tokens = len(model.renderer.render_embedding((pixel(),)).images) and model.prepare_image(pixel()).num_tokens
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> np.ndarray:
@@ -90,7 +90,7 @@ class Plain:
     def images(self, refs: list[ImageRef]) -> np.ndarray:
         found = []
         for begin in range(0, len(refs), BATCH):
-            pictures = [images.load(ref) for ref in refs[begin : begin + BATCH]]
+            pictures = [images.load_image(ref) for ref in refs[begin : begin + BATCH]]
             pixels = self.processor(images=pictures, return_tensors="pt")
             prompt = self.prompts.image.replace("{image}", self.image_token * self.image_tokens)
             inputs = self.tokenizer([prompt] * len(pictures), return_tensors="pt")
@@ -116,13 +116,13 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
-    model.backbone.trunk.save_pretrained(folder)
+    model.backbone.language_model.save_pretrained(folder)
     model.backbone.tokenizer.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("processor_class", None)  # it stands alone now, without images
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").unlink(missing_ok=True)  # or every text would become a chat turn
-    modules = [Transformer(str(folder)), Pooling(model.backbone.width, "lasttoken")]
+    modules = [Transformer(str(folder)), Pooling(model.backbone.hidden_size, "lasttoken")]
     if model.head.kind == "linear":
         linear = model.head.layers
         bias = None if linear.bias is None else linear.bias.detach()
@@ -165,7 +165,7 @@ def main() -> None:
     records = _bench.pairs(options.data)
     _bench.facts(options, folder)
     model = DuetModel.from_pretrained(folder, device="cpu")
-    if model.prompts.chat or model.head.kind not in ("linear", "none") or model.peft is not None:
+    if model.prompts.chat or model.head.kind not in ("linear", "none") or model.peft_model is not None:
         raise SystemExit(
             "the peers are written for a merged model whose prompts are plain and whose head is linear or none"
         )
@@ -178,7 +178,7 @@ def main() -> None:
         peer = sentence_transformer(model, Path(scratch))
         for title, longest in [("texts, captions", 1), ("texts, 1 to 12 captions each", 12)]:
             texts = texts_of(records, count, longest, rng)
-            lengths = sorted(len(model.renderer.embed((text,))) for text in texts)
+            lengths = sorted(len(model.renderer.render_embedding((text,))) for text in texts)
             what = f"{title}: {count}, {lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} in all"
             contenders: dict[str, Callable[[], np.ndarray]] = {
                 "vlduet": partial(ours, model, list(texts)),

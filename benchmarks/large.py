@@ -38,9 +38,9 @@ from transformers import (
 )
 
 from vlduet.data.records import Record
-from vlduet.data.sequences import IGNORE
+from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.data.stream import Sample
-from vlduet.model.backbones import default_device, load_backbone
+from vlduet.model.backbones import select_device, load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.nano import PROMPTS
 from vlduet.recipes import vladva
@@ -62,7 +62,7 @@ NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 PATCH, DIM, PACK = 14, 768, 1024
 
 
-def build(shape: Shape, words: Path) -> Path:
+def build_model_folder(shape: Shape, words: Path) -> Path:
     """A model folder of this shape, of random weights; its tokenizer and prompts are those of the folder `words`."""
     folder = _bench.WORK / shape.name
     if folder.is_dir():
@@ -78,7 +78,7 @@ def build(shape: Shape, words: Path) -> Path:
         image_seq_length=(shape.pixels // PATCH) ** 2,
     )
     config.dtype = torch.bfloat16
-    with torch.device(default_device()):
+    with torch.device(select_device()):
         model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
     side = {"height": shape.pixels, "width": shape.pixels}
     processor = LlavaProcessor(
@@ -93,7 +93,7 @@ def build(shape: Shape, words: Path) -> Path:
         model.save_pretrained(base)
         processor.save_pretrained(base)
         del model
-        backbone = load_backbone(Path(base), device=default_device(), dtype=torch.bfloat16)
+        backbone = load_backbone(Path(base), device=select_device(), dtype=torch.bfloat16)
         DuetModel(backbone, prompts=PROMPTS, head="linear", dim=DIM).save_merged(folder)
     return folder
 
@@ -101,7 +101,7 @@ def build(shape: Shape, words: Path) -> Path:
 # ------------------------------------------------------------------ the share of the device
 
 
-def needed(folder: Path, records: list[Record]) -> float:
+def count_useful_operations(folder: Path, records: list[Record]) -> float:
     """Operations of a step in which every token is read once, by a trunk whose own weights are frozen.
 
     A product with a weight takes two operations a token forward and two backward (towards the input; LoRA's own are left
@@ -111,15 +111,15 @@ def needed(folder: Path, records: list[Record]) -> float:
     model = DuetModel.from_pretrained(folder, check_golden=False)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
     sequences = [s for sample in samples for s in vladva.layout(sample, model.renderer, vladva.Options())]
-    trunk = model.backbone.trunk
+    trunk = model.backbone.language_model
     weights = sum(p.numel() for p in trunk.layers.parameters() if p.ndim == 2)
     tokens = sum(len(s) for s in sequences)
-    labels = sum(label != IGNORE for s in sequences for label in s.labels)
-    attention = sum(len(s) ** 2 for s in sequences) * model.backbone.width * len(trunk.layers)
-    return 4.0 * weights * tokens + 4.0 * model.lm_weight.numel() * labels + 3.0 * 2.0 * attention
+    labels = sum(label != IGNORE_INDEX for s in sequences for label in s.labels)
+    attention = sum(len(s) ** 2 for s in sequences) * model.backbone.hidden_size * len(trunk.layers)
+    return 4.0 * weights * tokens + 4.0 * model.lm_head_weight.numel() * labels + 3.0 * 2.0 * attention
 
 
-def speed(device: torch.device, dtype: torch.dtype) -> float:
+def measure_matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a product of two square matrices: the best of ten."""
     side = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -141,21 +141,21 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    device = default_device()
+    device = select_device()
     if device.type != "cuda" and not options.tiny:
         print("not measured: there is no GPU; --tiny runs anywhere")
         return
     shape = TINY if options.tiny else LARGE
-    folder = build(shape, _bench.model_folder(None))
+    folder = build_model_folder(shape, _bench.model_folder(None))
     _bench.machine()
     _bench.versions()
-    records = train_step.batch_of(_bench.pairs(options.data), options.records, options.seed)
-    useful = needed(folder, records)
+    records = train_step.select_records(_bench.pairs(options.data), options.records, options.seed)
+    useful = count_useful_operations(folder, records)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    names = [f"vlduet, packed {PACK}", train_step.NAIVE, train_step.TRANSFORMERS]
+    names = [f"vlduet, packed {PACK}", train_step.ONE_PASS_PER_LOSS, train_step.TRANSFORMERS]
     title = f"{shape.name}: a step on {len(records)} records, seed {options.seed}, layers computed twice"
-    seconds = train_step.compared(title, names, folder, records, options.repeats, again=True)
-    most = speed(device, dtype)
+    seconds = train_step.compare_contenders(title, names, folder, records, options.repeats, again=True)
+    most = measure_matmul_speed(device, dtype)
     print(f"\n{useful / 1e12:.2f} Tflop a step; a product in {dtype} reaches {most / 1e12:.1f} Tflop/s")
     for name, times in seconds.items():
         print(f"  {name:32} MFU {useful / statistics.median(times) / most:.1%}")

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from vlduet.data import images
-from vlduet.data.batches import FORWARD, by_length
+from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.records import ImageRef, Message, Parts, Record
-from vlduet.data.sequences import IGNORE, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
 
@@ -50,22 +50,22 @@ def questions(records: list[Record], count: int, *, shown: int, options: int, rn
 
 def rendered(model: DuetModel, pair: Pair) -> Sequence:
     prompt, option = pair
-    return model.renderer.chat((Message("user", prompt), Message("assistant", (option,))), answer=False)
+    return model.renderer.render_chat((Message("user", prompt), Message("assistant", (option,))), add_generation_prompt=False)
 
 
 def ours(model: DuetModel, pairs: list[Pair]) -> np.ndarray:
-    model.features = FeatureCache(None)  # every repeat pays for the vision tower
-    return np.array([nats for nats, _ in model.nll([rendered(model, pair) for pair in pairs])])
+    model.feature_cache = FeatureCache(None)  # every repeat pays for the vision tower
+    return np.array([nats for nats, _ in model.compute_sequence_nll([rendered(model, pair) for pair in pairs])])
 
 
 def ours_each(model: DuetModel, pairs: list[Pair]) -> np.ndarray:
-    model.features = FeatureCache(None)
+    model.feature_cache = FeatureCache(None)
     sequences = [rendered(model, pair) for pair in pairs]
     found = np.empty(len(pairs))
-    for chosen in by_length([len(s) for s in sequences], FORWARD):
+    for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
         with torch.no_grad():
             nll = model.eval()(model.collate([sequences[i] for i in chosen])).nll
-        counts = [sum(label != IGNORE for label in sequences[i].labels) for i in chosen]
+        counts = [sum(label != IGNORE_INDEX for label in sequences[i].labels) for i in chosen]
         found[chosen] = [float(part.double().sum()) for part in nll.split(counts)]
     return found
 
@@ -84,23 +84,23 @@ class Plain:
         for begin in range(0, len(pairs), BATCH):
             sequences = [rendered(self.ours, pair) for pair in pairs[begin : begin + BATCH]]
             longest = max(map(len, sequences))
-            ids, labels, mask = (torch.full((len(sequences), longest), fill) for fill in (0, IGNORE, 0))
+            ids, labels, mask = (torch.full((len(sequences), longest), fill) for fill in (0, IGNORE_INDEX, 0))
             for n, sequence in enumerate(sequences):
                 here = slice(longest - len(sequence), None)  # padding left, so that the options end together
-                ids[n, here] = torch.tensor(sequence.ids)
+                ids[n, here] = torch.tensor(sequence.token_ids)
                 labels[n, here] = torch.tensor(sequence.labels)
                 mask[n, here] = 1
             pictures = [
-                images.load(part)
+                images.load_image(part)
                 for prompt, _ in pairs[begin : begin + BATCH]
                 for part in prompt
                 if isinstance(part, ImageRef)
             ]
             pixels = self.processor(images=pictures, return_tensors="pt")
-            kept = longest - int((labels != IGNORE).any(0).nonzero()[0]) + 1
+            kept = longest - int((labels != IGNORE_INDEX).any(0).nonzero()[0]) + 1
             logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, **pixels).logits
             wanted = labels[:, -kept + 1 :]
-            nll = F.cross_entropy(logits[:, :-1].mT, wanted, ignore_index=IGNORE, reduction="none")
+            nll = F.cross_entropy(logits[:, :-1].mT, wanted, ignore_index=IGNORE_INDEX, reduction="none")
             found.append(nll.double().sum(1))
         return torch.cat(found).numpy()
 

@@ -31,7 +31,7 @@ import _bench
 from vlduet.model.duet import DuetModel
 from vlduet.serve import talks
 from vlduet.serve import worker as workers
-from vlduet.serve.app import Service, server
+from vlduet.serve.app import Service, build_server
 from vlduet.serve.worker import Worker
 
 CLIENTS, TOKENS = 16, 32
@@ -42,7 +42,7 @@ def served(model: DuetModel) -> Iterator[int]:
     """The port of a server."""
     listening = socket.create_server(("127.0.0.1", 0))
     worker = Worker(model)
-    serving = server(Service(worker, name="bench").app())
+    serving = build_server(Service(worker, name="bench").build_app())
     thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -109,7 +109,7 @@ def main() -> None:
     options = _bench.arguments(__doc__).parse_args()
     repeats = options.repeats or (1 if options.quick else 5)
     model = DuetModel.from_pretrained(_bench.model_folder(options.model))
-    model.renderer.eos_ids = []  # every answer is as long as asked
+    model.renderer.eos_token_ids = []  # every answer is as long as asked
     texts = [caption for record in _bench.pairs(options.data) for caption in record.short][
         : 16 if options.quick else 96
     ]

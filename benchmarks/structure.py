@@ -27,14 +27,14 @@ from torch.nn import functional as F
 from vlduet.data.records import Part, Record
 from vlduet.data.stream import Sample
 from vlduet.model import nano
-from vlduet.model.adapters import Lora
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import ROLES, Encoder, Encoders
+from vlduet.model.encoders import ROLE_MODALITIES, FrozenEncoder, FrozenEncoders
 from vlduet.model.features import FeatureCache
 from vlduet.recipes import sugar
 
-WIDTHS = {"vision": 2 * nano.FEATURES, "text": 384, "cross": 256}
-LORA = Lora(rank=16, alpha=32, targets="qv")
+WIDTHS = {"vision": 2 * nano.NUM_FEATURES, "text": 384, "cross": 256}
+LORA = LoraSettings(rank=16, alpha=32, targets="qv")
 
 
 def documents(records: list[Record], count: int, seed: int) -> list[Record]:
@@ -47,18 +47,18 @@ def documents(records: list[Record], count: int, seed: int) -> list[Record]:
     return found
 
 
-def judges() -> Encoders:
+def build_random_encoders() -> FrozenEncoders:
     """Frozen encoders whose vectors are random; kept in memory, as a warm disk cache would be."""
 
-    def encoder(role: str, width: int) -> Encoder:
+    def encoder(role: str, width: int) -> FrozenEncoder:
         generator = torch.Generator().manual_seed(width)
 
         def encode(parts: list[Part]) -> Tensor:
             return F.normalize(torch.randn(len(parts), width, generator=generator) + 0.3, dim=1)
 
-        return Encoder(Path(role), ROLES[role], lambda: dict.fromkeys(ROLES[role], encode), role)
+        return FrozenEncoder(Path(role), ROLE_MODALITIES[role], lambda: dict.fromkeys(ROLE_MODALITIES[role], encode), role)
 
-    return Encoders({role: encoder(role, width) for role, width in WIDTHS.items()}, cache=FeatureCache(None))
+    return FrozenEncoders({role: encoder(role, width) for role, width in WIDTHS.items()}, cache=FeatureCache(None))
 
 
 def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], object]]:
@@ -69,9 +69,9 @@ def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], ob
     model.make_trainable(lora=LORA, projector=True)
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4, weight_decay=0.0)
-    options, encoders = sugar.Options(n_ref=len(records) * sugar.Options().k), judges()
+    options, encoders = sugar.Options(n_ref=len(records) * sugar.Options().k), build_random_encoders()
     bare = [s for i, record in enumerate(records) for s in sugar.layout(Sample(record, i, 0), model.renderer, options)]
-    batch = model.collate(encoders.see(bare), pack_to=64)
+    batch = model.collate(encoders.attach_features(bare), pack_to=64)
     with torch.no_grad():
         read = model(batch)
 
@@ -84,9 +84,9 @@ def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], ob
 
     def structure() -> None:
         embeddings = read.embeddings.detach().requires_grad_()
-        sugar.structure(replace(read, embeddings=embeddings), options).backward()
+        sugar.compute_structure_loss(replace(read, embeddings=embeddings), options).backward()
 
-    return {"joint step": step, "L_d": structure, "looking up": lambda: encoders.see(bare)}
+    return {"joint step": step, "L_d": structure, "looking up": lambda: encoders.attach_features(bare)}
 
 
 def main() -> None:

@@ -42,20 +42,20 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from vlduet import config
 from vlduet.data import images
-from vlduet.data.batches import chunked
-from vlduet.data.records import Record, to_json
-from vlduet.data.sequences import Sequence, needed
+from vlduet.data.batches import split_into_chunks
+from vlduet.data.records import Record, record_to_json
+from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Sample
-from vlduet.model.adapters import TARGETS, Lora
+from vlduet.model.adapters import LORA_TARGET_PATTERNS, LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
-from vlduet.model.readout import EmbeddingHead, Readout, empty_readout, joined
+from vlduet.model.readout import EmbeddingHead, Readout, create_empty_readout, concatenate_readouts
 from vlduet.recipes import vladva
 from vlduet.train import setup
-from vlduet.train.gradcache import cached_losses
-from vlduet.train.step import joint_step, move
+from vlduet.train.gradcache import compute_cached_losses
+from vlduet.train.step import forward_backward, optimizer_step
 
-LORA = Lora(rank=16, alpha=16, targets="all")
+LORA = LoraSettings(rank=16, alpha=16, targets="all")
 LEARNING_RATE = 1e-4
 PACKS = (192, 128, 64)
 """Rows of so many tokens; the first is what the others of row a are compared with."""
@@ -63,12 +63,12 @@ MINI_BATCH = 16
 """Images of a chunk in row b."""
 SIZES = (64, 256, 1024, 4096)
 """Contrastive batches of row c."""
-NAIVE, CHUNKS = "vlduet, a pass for each loss", "vlduet, chunks"
+ONE_PASS_PER_LOSS, CHUNKS = "vlduet, a pass for each loss", "vlduet, chunks"
 TRANSFORMERS, LIBRARIES = "transformers + peft", "sentence-transformers + TRL"
 Step = Callable[[], dict[str, float]]
 
 
-def batch_of(records: list[Record], count: int, seed: int) -> list[Record]:
+def select_records(records: list[Record], count: int, seed: int) -> list[Record]:
     """Pairs with a short and a long caption. The long one is the short one and captions of the same category, 30 tokens
     and up, because the corpus has none of its own."""
     rng = random.Random(seed)
@@ -91,7 +91,7 @@ def ours(folder: Path, records: list[Record], name: str, *, again: bool = False)
     model = DuetModel.from_pretrained(folder, check_golden=False)
     model.make_trainable(lora=LORA, projector=True)
     if again:
-        model.backbone.checkpoint_layers()
+        model.backbone.enable_gradient_checkpointing()
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=LEARNING_RATE, weight_decay=0.0)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
@@ -105,20 +105,20 @@ def ours(folder: Path, records: list[Record], name: str, *, again: bool = False)
 
     def step() -> dict[str, float]:
         if "cold" in name:
-            model.features = FeatureCache(None)
+            model.feature_cache = FeatureCache(None)
         model.train()
         sequences = [s for sample in samples for s in vladva.layout(sample, model.renderer, options)]
         if name == CHUNKS:
-            nothing = empty_readout(model.dim, like=model.logit_scale.detach())
-            chunks = [model.collate(part) for part in chunked(sequences, budget(sequences))]
-            told = cached_losses(model, chunks, losses=losses, nothing=nothing)
+            nothing = create_empty_readout(model.dim, like=model.logit_scale.detach())
+            chunks = [model.collate(part) for part in split_into_chunks(sequences, budget(sequences))]
+            told = compute_cached_losses(model, chunks, compute_losses=losses, empty=nothing)
         else:
-            passes = [(False, True), (True, False)] if name == NAIVE else [(True, True)]
+            passes = [(False, True), (True, False)] if name == ONE_PASS_PER_LOSS else [(True, True)]
             parts = [
-                [s for one in sequences if (s := needed(one, labels=labels, anchors=anchors))]
+                [s for one in sequences if (s := trim(one, labels=labels, anchors=anchors))]
                 for labels, anchors in passes
             ]
-            told = losses(joined([model(model.collate(part, pack_to=pack)) for part in parts]))
+            told = losses(concatenate_readouts([model(model.collate(part, pack_to=pack)) for part in parts]))
             told["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -142,15 +142,15 @@ class Peer:
         torch.manual_seed(0)
         mine = DuetModel.from_pretrained(folder, check_golden=False)  # for its prompts and its head's weights
         self.device, dtype = mine.backbone.device, mine.backbone.model.dtype
-        self.prompts, self.head = mine.prompts, EmbeddingHead(mine.head.kind, mine.backbone.width, mine.head.dim)
+        self.prompts, self.head = mine.prompts, EmbeddingHead(mine.head.kind, mine.backbone.hidden_size, mine.head.dim)
         self.head.load_state_dict(mine.head.state_dict())
         self.head.to(self.device)
-        self.tokens = mine.prepare(records[0].image).num_tokens if records[0].image else 0
+        self.tokens = mine.prepare_image(records[0].image).num_tokens if records[0].image else 0
         self.scale = torch.nn.Parameter(mine.logit_scale.detach().clone())
         del mine
         base = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device)
         base.requires_grad_(False)
-        targets = rf".*language_model\..*\.({TARGETS[LORA.targets]})"
+        targets = rf".*language_model\..*\.({LORA_TARGET_PATTERNS[LORA.targets]})"
         get_peft_model(base, LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules=targets))
         base.model.multi_modal_projector.requires_grad_(True)
         if again:
@@ -166,7 +166,7 @@ class Peer:
     def step(self) -> dict[str, float]:
         self.model.train()
         self.model.model.vision_tower.eval()
-        pictures = [images.load(r.image) for r in self.records if r.image]
+        pictures = [images.load_image(r.image) for r in self.records if r.image]
         pixels = dict(self.processor(images=pictures, return_tensors="pt").to(self.device))
         prompt = self.prompts.image.replace("{image}", self.image_token * self.tokens)
         captions = [self.prompts.text.replace("{text}", r.short[0]) for r in self.records]
@@ -220,7 +220,7 @@ def peak(step: Step, steps: int) -> tuple[float, float]:
 def contrastive_step(folder: Path, records: list[Record], scratch: Path, *, size: int, steps: int) -> Step:
     """The next step of a run of `vlduet train` whose batches have `size` records."""
     path = scratch / "train.jsonl"
-    path.write_text("".join(json.dumps(to_json(record, root=scratch)) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record_to_json(record, root=scratch)) + "\n" for record in records))
     train = {"steps": steps, "batch_size": size, "chunk_tokens": 512, "projector": True}
     tree = {
         "out": str(scratch / "run"),
@@ -230,20 +230,20 @@ def contrastive_step(folder: Path, records: list[Record], scratch: Path, *, size
         "data": {"train": [{"path": str(path)}], "cache": str(scratch / "features")},
         "train": train,
     }
-    run = setup.prepare(config.check(tree, place="row c"))
-    laid_out = setup.batches(run, 0)
+    run = setup.prepare_run(config.validate_run_config(tree, place="row c"))
+    laid_out = setup.iterate_batches(run, 0)
 
     def step() -> dict[str, float]:
         run.model.train()
         _, chunks = next(laid_out)
-        told = joint_step(run, chunks)
-        move(run, 0)
+        told = forward_backward(run, chunks)
+        optimizer_step(run, 0)
         return told
 
     return step
 
 
-def compared(
+def compare_contenders(
     title: str, names: list[str], folder: Path, records: list[Record], repeats: int, *, again: bool = False
 ) -> dict[str, list[float]]:
     """Warm up, print the first losses, then the times; a peer that is not installed is named as missing."""
@@ -269,7 +269,7 @@ def main() -> None:
     folder = _bench.model_folder(options.model)
     quick = options.quick
     pairs = _bench.pairs(options.data)
-    records = batch_of(pairs, 6 if quick else 12, options.seed)
+    records = select_records(pairs, 6 if quick else 12, options.seed)
     if options.peak:
         with tempfile.TemporaryDirectory() as scratch:
             size = int(options.peak) if options.peak.isdecimal() else 0
@@ -292,16 +292,16 @@ def main() -> None:
     if "a" in options.rows:
         packs = PACKS[:1] if quick else PACKS
         names = [f"vlduet, packed {n}" for n in packs]
-        names += ["vlduet, padded", f"vlduet, packed {PACKS[0]}, cold", NAIVE, TRANSFORMERS]
-        compared(f"a: a step on {len(records)} records", names, folder, records, repeats)
+        names += ["vlduet, padded", f"vlduet, packed {PACKS[0]}, cold", ONE_PASS_PER_LOSS, TRANSFORMERS]
+        compare_contenders(f"a: a step on {len(records)} records", names, folder, records, repeats)
         print("\npeak memory of a process (of it in the steps), GB")
         for name in (names[0], "vlduet, padded", TRANSFORMERS):
             print("  {:28} {:6.2f}  ({:.2f})".format(name, *measured(name)), flush=True)
     if "b" in options.rows:
-        many = batch_of(pairs, 8 if quick else 24, options.seed)
+        many = select_records(pairs, 8 if quick else 24, options.seed)
         print(f"\nthe peer of row b, with B = {len(many)} and N = {MINI_BATCH}\n\n{_libraries.__doc__}")
         names = [CHUNKS, f"vlduet, packed {PACKS[0]}", LIBRARIES]
-        compared(f"b: a step on {len(many)} records", names, folder, many, repeats)
+        compare_contenders(f"b: a step on {len(many)} records", names, folder, many, repeats)
     if "c" in options.rows:
         print("\nc: peak memory of a process (of it in the steps), GB, and against the smallest batch")
         smallest = 0.0

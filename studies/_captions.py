@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlduet.demo.judges import minilm
+from vlduet.demo.judges import fetch_minilm_folder
 from vlduet.eval.metrics import first_hit_ranks
-from vlduet.evaluation import reader
+from vlduet.evaluation import as_embedder
 from vlduet.model.encoders import open_encoder
 
 
 def nearness(captions: Sequence[str], references: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """A caption's cosine to its reference, and the reference's rank among all distinct ones: float[N], int64[N]."""
-    judge = reader(open_encoder(minilm()))
+    judge = as_embedder(open_encoder(fetch_minilm_folder()))
     distinct = list(dict.fromkeys(references))
     own = np.array([[text == other for other in distinct] for text in references])
     asked, known = (judge([(text or "nothing",) for text in texts], True) for texts in (captions, distinct))

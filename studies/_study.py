@@ -24,7 +24,7 @@ from vlduet.cli.main import keep_freed_memory
 from vlduet.config import RunConfig
 from vlduet.eval.benchmarks.tasks import Sample, Score, Value, difference
 from vlduet.eval.run import read_samples, write_samples
-from vlduet.files import atomic_write, recovered, write_text
+from vlduet.files import write_atomically, recover_folder, write_text_atomically
 from vlduet.logs import read_metrics, say
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
@@ -76,7 +76,7 @@ def main(study: Study) -> None:
     for seed in range(options.seeds):
         for row in (START, *options.rows):
             changed = study.rows.get(row, ())
-            plan = config.load(study.base, [*study.overrides, *options.set, *changed])
+            plan = config.load_run_config(study.base, [*study.overrides, *options.set, *changed])
             plan = plan.model_copy(update={"out": folder(options.work, row, seed), "seed": seed})
             if row != START:
                 trained(plan)
@@ -93,7 +93,7 @@ def trained(plan: RunConfig) -> None:
     """Train a run that is not finished."""
     if not (plan.out / "model").exists():
         say(f"training {plan.out}")
-        train(plan, resume=recovered(plan.out / state.FOLDER).exists())
+        train(plan, resume=recover_folder(plan.out / state.STATE_FOLDER).exists())
 
 
 def measured(study: Study, plan: RunConfig, data: Path) -> None:
@@ -102,10 +102,10 @@ def measured(study: Study, plan: RunConfig, data: Path) -> None:
         return
     own = plan.out / "model"
     model = DuetModel.from_pretrained(own) if own.exists() else load_model(plan, bind(plan), cache=None)
-    model.features = FeatureCache(plan.data.cache or None)
+    model.feature_cache = FeatureCache(plan.data.cache or None)
     found = study.measure(model, data)
     plan.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(plan.out / "samples.npz", lambda out: write_samples(out, Score(found)))
+    write_atomically(plan.out / "samples.npz", lambda out: write_samples(out, Score(found)))
     say(f"{plan.out}: " + ", ".join(f"{name} {sample.mean:.3g}" for name, sample in found.items()))
 
 
@@ -165,7 +165,7 @@ def tell(study: Study, work: Path, to: Path) -> None:
         },
         "seconds a step": {row: found for row, found in paces.items() if found},
     }
-    write_text(to / f"{study.name}.json", json.dumps(kept, indent=1) + "\n")
+    write_text_atomically(to / f"{study.name}.json", json.dumps(kept, indent=1) + "\n")
     draw(study, against, to / f"{study.name}.svg")
 
 

@@ -25,7 +25,7 @@ def model(family: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignor
     """A tiny DuetModel of every family; tests must not change it."""
     import tiny
 
-    return tiny.duet(tmp_path_factory.mktemp(family) / "base", family=family)
+    return tiny.build_duet_model(tmp_path_factory.mktemp(family) / "base", family=family)
 
 
 @pytest.fixture(scope="session")

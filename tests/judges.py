@@ -7,22 +7,22 @@ from pathlib import Path
 
 import torch
 
-from vlduet.model.encoders import ROLES, Encoder, Encoders, slice_of
+from vlduet.model.encoders import ROLE_MODALITIES, FrozenEncoder, FrozenEncoders, make_slice
 from vlduet.model.features import FeatureCache
 
-WIDTHS = {"vision": 5, "text": 7, "cross": 4}
+ENCODER_DIMS = {"vision": 5, "text": 7, "cross": 4}
 
 
-def vector(part: object, role: str) -> torch.Tensor:
-    seed = int(hashlib.sha256(f"{slice_of(part).key}:{role}".encode()).hexdigest()[:8], 16)  # type: ignore[arg-type]
-    return torch.randn(WIDTHS[role], generator=torch.Generator().manual_seed(seed)) + 0.4
+def draw_vector(part: object, role: str) -> torch.Tensor:
+    seed = int(hashlib.sha256(f"{make_slice(part).content_key}:{role}".encode()).hexdigest()[:8], 16)  # type: ignore[arg-type]
+    return torch.randn(ENCODER_DIMS[role], generator=torch.Generator().manual_seed(seed)) + 0.4
 
 
-def judges(*roles: str, cache: Path | None = None) -> Encoders:
-    def make(role: str) -> Encoder:
+def build_random_encoders(*roles: str, cache: Path | None = None) -> FrozenEncoders:
+    def make(role: str) -> FrozenEncoder:
         def encode(parts: list[object]) -> torch.Tensor:
-            return torch.stack([vector(part, role) for part in parts])
+            return torch.stack([draw_vector(part, role) for part in parts])
 
-        return Encoder(Path(role), ROLES[role], lambda: dict.fromkeys(ROLES[role], encode), role)
+        return FrozenEncoder(Path(role), ROLE_MODALITIES[role], lambda: dict.fromkeys(ROLE_MODALITIES[role], encode), role)
 
-    return Encoders({role: make(role) for role in roles or ROLES}, cache=FeatureCache(cache))
+    return FrozenEncoders({role: make(role) for role in roles or ROLE_MODALITIES}, cache=FeatureCache(cache))

@@ -38,7 +38,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def checked(text: str) -> Page:
+def parse_checked_page(text: str) -> Page:
     """The page: well-formed, all of it in the column that the style knows, without script, and it reaches out to nothing."""
     found = Page(text)
     assert found.open == []

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-NAME = "pretend"
-DEVICE = f"{NAME}:0"
+DEVICE_TYPE = "pretend"
+DEVICE = f"{DEVICE_TYPE}:0"
 
 MOVES = ("aten::_to_copy", "aten::copy_")
 """What may read one device and write another."""
@@ -30,7 +30,7 @@ FACTORIES = ("empty.memory_format", "empty_strided", "arange", "arange.start", "
 """All others fill what one of these makes."""
 
 
-class Pretended(Tensor):
+class PretendTensor(Tensor):
     """A tensor on the pretended device."""
 
     inner: Tensor
@@ -39,9 +39,9 @@ class Pretended(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Pretended:
+    def __new__(cls, inner: Tensor) -> PretendTensor:
         shape = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
-        made: Pretended = Tensor._make_wrapper_subclass(cls, inner.size(), **shape, device=torch.device(DEVICE))  # type: ignore[attr-defined]
+        made: PretendTensor = Tensor._make_wrapper_subclass(cls, inner.size(), **shape, device=torch.device(DEVICE))  # type: ignore[attr-defined]
         made.inner = inner
         return made
 
@@ -50,7 +50,7 @@ class Pretended(Tensor):
         kwargs = kwargs or {}
         name = func._schema.name
         if name in INDEXING:
-            _check(name, (args[0], [index for index in args[1] if isinstance(index, Pretended)], args[2:]))
+            _check(name, (args[0], [index for index in args[1] if isinstance(index, PretendTensor)], args[2:]))
         else:
             _check(name, (args, kwargs))
         to_cpu = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
@@ -58,9 +58,9 @@ class Pretended(Tensor):
         if plain.get("device") is not None:
             plain["device"] = torch.device("cpu")
         found = func(*_inner(args), **_inner(plain))
-        if to_cpu or (name == "aten::copy_" and not isinstance(args[0], Pretended)):
+        if to_cpu or (name == "aten::copy_" and not isinstance(args[0], PretendTensor)):
             return found
-        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, Pretended, found))
+        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, PretendTensor, found))
 
     # What torch answers without a dispatch:
 
@@ -69,7 +69,7 @@ class Pretended(Tensor):
         return Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
 
     @data.setter
-    def data(self, value: Pretended) -> None:
+    def data(self, value: PretendTensor) -> None:
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.inner = value.inner
 
@@ -89,17 +89,17 @@ class Pretended(Tensor):
 def _check(name: str, given: Any) -> None:
     """Refuse tensors of both devices; a number may be on the CPU, as on CUDA."""
     tensors = [each for each in tree_leaves(given) if isinstance(each, Tensor) and each.dim()]
-    if name not in MOVES and len({isinstance(each, Pretended) for each in tensors}) > 1:
+    if name not in MOVES and len({isinstance(each, PretendTensor) for each in tensors}) > 1:
         where = ", ".join(f"{list(each.shape)} on {each.device}" for each in tensors)
         raise RuntimeError(f"{name}: tensors on two devices: {where}")
 
 
 def _inner(given: Any) -> Any:
-    return tree_map_only(Pretended, lambda each: each.inner, given)
+    return tree_map_only(PretendTensor, lambda each: each.inner, given)
 
 
-def _factory(operator: Any) -> Callable[..., Pretended]:
-    return lambda *args, device=None, **kwargs: Pretended(operator(*args, device="cpu", **kwargs))
+def _factory(operator: Any) -> Callable[..., PretendTensor]:
+    return lambda *args, device=None, **kwargs: PretendTensor(operator(*args, device="cpu", **kwargs))
 
 
 def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
@@ -114,11 +114,11 @@ class _Backend(_DummyBackendModule):
         return [torch.bfloat16]
 
 
-def start() -> torch.library.Library:
+def register_device() -> torch.library.Library:
     """Make the device known, as long as what is returned lives, and all models go there by default."""
     from vlduet.model import backbones
 
-    _setup_privateuseone_for_python_backend(NAME, _Backend())
+    _setup_privateuseone_for_python_backend(DEVICE_TYPE, _Backend())
     library = torch.library.Library("aten", "IMPL")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     for name in FACTORIES:
@@ -126,5 +126,5 @@ def start() -> torch.library.Library:
         library.impl(name, _factory(getattr(getattr(torch.ops.aten, operator), overload or "default")), "PrivateUse1")
     # Tied weights stay tied when a module moves: tensors of different kinds cannot lend each other their data.
     torch.__future__.set_swap_module_params_on_conversion(True)
-    backbones.default_device = lambda: torch.device(DEVICE)
+    backbones.select_device = lambda: torch.device(DEVICE)
     return library

@@ -140,12 +140,12 @@ TRAINING = [command for command in ours("vlduet") if "train" in command.words[1:
 
 @pytest.mark.parametrize("command", TRAINING, ids=str)
 def test_every_setting_named_is_one(command: Command) -> None:
-    from vlduet.config import load
+    from vlduet.config import load_run_config
 
     config = next(word for word in command.words if word.endswith((".yaml", ".yml")))
     overrides = [word for word in command.words if "=" in word and not word.startswith("-")]
     if config.startswith("configs/"):
-        load(ROOT / config, overrides)
+        load_run_config(ROOT / config, overrides)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

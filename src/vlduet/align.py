@@ -12,21 +12,21 @@ from torch import Tensor
 from vlduet.config import RunConfig
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
-from vlduet.data.show import slices as slices_of
+from vlduet.data.show import iter_labelled_parts as slices_of
 from vlduet.errors import DataError
 from vlduet.eval import report
 from vlduet.model.dual import DualEncoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoders, kind_of, slice_of
-from vlduet.objectives.alignment import alignment_posterior_pairs, rule_sigma
-from vlduet.objectives.triple import Prefixes, squared_distances, target_matrix, triple_cosines
+from vlduet.model.encoders import FrozenEncoders, get_modality, make_slice
+from vlduet.objectives.alignment import compute_alignment_posterior, compute_sigma
+from vlduet.objectives.triple import Prefixes, cosines_to_squared_distances, compute_target_matrix, compute_triple_cosines
 from vlduet.train import setup
 
 THUMBNAIL = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
+class Alignment:
     """Two records, compared slice by slice."""
 
     first: str
@@ -46,7 +46,7 @@ class Aligned:
     sigma: float
 
 
-def parts_of(record: Record) -> Parts:
+def split_into_slices(record: Record) -> Parts:
     """The slices of any kind of record: images and sentences, in reading order."""
     if record.kind == "interleaved":
         return record.parts
@@ -56,7 +56,7 @@ def parts_of(record: Record) -> Parts:
     return tuple(found)
 
 
-def by_encoders(parts: Parts, settings: RunConfig) -> Tensor:
+def config_encoder_cosines(parts: Parts, settings: RunConfig) -> Tensor:
     """Cosines float[U, U] by the frozen encoders and the switches of a config whose recipe is sugar.
 
     Raises:
@@ -64,27 +64,27 @@ def by_encoders(parts: Parts, settings: RunConfig) -> Tensor:
     """
     recipe = setup.bind(settings)
     encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache or None)
-    return seen_by(parts, encoders)
+    return encoder_cosines(parts, encoders)
 
 
-def seen_by(parts: Parts, encoders: Encoders) -> Tensor:
+def encoder_cosines(parts: Parts, encoders: FrozenEncoders) -> Tensor:
     """Cosines float[U, U] by the triple kernel, or by `cross` alone where there is no `vision`. Raises as `look` does."""
-    slices = encoders.look([slice_of(part) for part in parts])
-    image = torch.tensor([kind_of(part) == "image" for part in parts])
+    slices = encoders.encode_slices([make_slice(part) for part in parts])
+    image = torch.tensor([get_modality(part) == "image" for part in parts])
     cross = torch.stack([one.features["cross"] for one in slices])
-    if "vision" not in encoders.encoders:
-        return triple_cosines(cross, cross, image=image, triple=False)
+    if "vision" not in encoders.by_role:
+        return compute_triple_cosines(cross, cross, is_image=image, use_triple_kernel=False)
     own = [one.features["vision" if on else "text"] for one, on in zip(slices, image.tolist(), strict=True)]
-    return triple_cosines(torch.nn.utils.rnn.pad_sequence(own, batch_first=True), cross, image=image)
+    return compute_triple_cosines(torch.nn.utils.rnn.pad_sequence(own, batch_first=True), cross, is_image=image)
 
 
-def by_model(parts: Parts, model: DuetModel | DualEncoder) -> Tensor:
+def model_cosines(parts: Parts, model: DuetModel | DualEncoder) -> Tensor:
     """Cosines float[U, U] of a model's own embeddings, each slice embedded alone."""
     vectors = torch.from_numpy(model.encode(parts))
     return (vectors @ vectors.T).clamp(-1.0, 1.0)
 
 
-def align(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: float) -> Aligned:
+def align_records(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: float) -> Alignment:
     """Compare two records.
 
     Args:
@@ -95,7 +95,7 @@ def align(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: 
     Raises:
         DataError: a record without a slice.
     """
-    m, n = len(parts_of(first)), len(parts_of(second))
+    m, n = len(split_into_slices(first)), len(split_into_slices(second))
     for record, count in ((first, m), (second, n)):
         if not count:
             raise DataError(f"record '{record.id}' is an empty sequence", place=record.place, fix="Give it parts")
@@ -105,17 +105,17 @@ def align(first: Record, second: Record, *, cosines: Tensor, judge: str, delta: 
     both = Prefixes(index, lengths, torch.arange(2))
     cosines = cosines.double()
     block = cosines[:m, m:]
-    sigma = rule_sigma(lengths[:1].double(), lengths[1:].double(), delta)
-    posterior = alignment_posterior_pairs(squared_distances(block)[None], lengths[:1], lengths[1:], sigma=sigma)[0]
+    sigma = compute_sigma(lengths[:1].double(), lengths[1:].double(), delta)
+    posterior = compute_alignment_posterior(cosines_to_squared_distances(block)[None], lengths[:1], lengths[1:], sigma=sigma)[0]
     score = {
-        target: float(target_matrix(cosines, both, target=target, delta=delta)[0, 1])
+        target: float(compute_target_matrix(cosines, both, target=target, delta=delta)[0, 1])
         for target in ("gak", "awm", "mean")
     }
-    return Aligned(
+    return Alignment(
         first=first.id,
         second=second.id,
-        rows=tuple(map(_named, parts_of(first))),
-        columns=tuple(map(_named, parts_of(second))),
+        rows=tuple(map(_named, split_into_slices(first))),
+        columns=tuple(map(_named, split_into_slices(second))),
         judge=judge,
         cosines=block.tolist(),
         posterior=posterior.tolist(),
@@ -128,12 +128,12 @@ def _named(part: Part) -> str:
     return f"[{part.name}]" if isinstance(part, ImageRef) else part
 
 
-def as_json(found: Aligned) -> dict[str, Any]:
+def as_json(found: Alignment) -> dict[str, Any]:
     """Everything, as plain values."""
     return asdict(found)
 
 
-def as_text(found: Aligned, *, width: int = 36) -> str:
+def as_text(found: Alignment, *, width: int = 36) -> str:
     """A table for a terminal: cosines, with a star where the alignment passes likeliest in its row."""
     lines = [f"{found.first} (rows) and {found.second} (columns), by {found.judge}", ""]
     lines += [f"{c:>4}  {name}" for c, name in enumerate(found.columns, 1)]
@@ -147,13 +147,13 @@ def as_text(found: Aligned, *, width: int = 36) -> str:
     return "\n".join(lines)
 
 
-def picture(found: Aligned, first: Record, second: Record) -> report.Alignment:
+def picture(found: Alignment, first: Record, second: Record) -> report.Alignment:
     """What a page shows of it: thumbnails and sentences on both axes, cosines as shades, the path as outlines."""
 
     def labels(record: Record) -> tuple[str, ...]:
         return tuple(
-            images.thumbnail_data_url(images.load(part), THUMBNAIL) if isinstance(part, ImageRef) else part
-            for part in parts_of(record)
+            images.encode_thumbnail_data_url(images.load_image(part), THUMBNAIL) if isinstance(part, ImageRef) else part
+            for part in split_into_slices(record)
         )
 
     return report.Alignment(
@@ -169,6 +169,6 @@ def picture(found: Aligned, first: Record, second: Record) -> report.Alignment:
     )
 
 
-def write_html(path: Path, found: Aligned, *, first: Record, second: Record) -> None:
+def write_html(path: Path, found: Alignment, *, first: Record, second: Record) -> None:
     """A page that needs no other file."""
     report.write_page(path, "align.html", {"found": found, "drawn": picture(found, first, second)})

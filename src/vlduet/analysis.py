@@ -28,30 +28,30 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlduet.data import images as pictures
-from vlduet.data.batches import FORWARD, by_length
+from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.formats import read_records
 from vlduet.data.keys import content_key
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.data.sequences import Sequence as Tokens
-from vlduet.data.show import slices
+from vlduet.data.show import iter_labelled_parts
 from vlduet.errors import DataError
 from vlduet.eval import report as pages
 from vlduet.eval.charts import Series
-from vlduet.eval.galleries import spaced
+from vlduet.eval.galleries import evenly_spaced
 from vlduet.eval.metrics import Interval, bootstrap_interval
-from vlduet.files import write_text
-from vlduet.logs import Progress
+from vlduet.files import write_text_atomically
+from vlduet.logs import ProgressBar
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation import evaluating
+from vlduet.model.generation import eval_mode
 
 Floats = NDArray[np.float64]
 
-CHUNK = 64
+IMAGES_IN_MEMORY = 64
 """Items whose images are in memory at a time."""
-SHARES = (0.5, 0.9, 0.99)
+VARIANCE_SHARES = (0.5, 0.9, 0.99)
 """Of the variance: how many components reach these."""
-POINTS = 40
+CURVE_POINTS = 40
 """Of a curve."""
 SIDE = 240
 """Pixels of a picture on the page."""
@@ -77,19 +77,19 @@ def explained_variance(embeddings: ArrayLike) -> Floats:
     return found
 
 
-def components(curve: Floats, share: float) -> int:
+def num_components(curve: Floats, share: float) -> int:
     """The least k whose explained variance is `share` or more."""
     return int(np.searchsorted(curve, share - 1e-12) + 1)
 
 
-def attention_to_image(layers: Sequence[Tensor], *, at: int, image: slice) -> Floats:
+def attention_to_image(layers: Sequence[Tensor], *, query_index: int, image_tokens: slice) -> Floats:
     """Attention from one token to an image's tokens, float[n]: mean over layers and heads; sums to what the image gets of 1.
 
     Args:
         layers: of one sequence, float[1, H, T, T] each, rows attend to columns.
         at: the attending token; image: the image's tokens.
     """
-    rows = torch.stack([layer[0, :, at, image].float().mean(0) for layer in layers])  # [L, n]
+    rows = torch.stack([layer[0, :, query_index, image_tokens].float().mean(0) for layer in layers])  # [L, n]
     found: Floats = rows.mean(0).double().cpu().numpy()
     return found
 
@@ -105,7 +105,7 @@ def evenness(weights: ArrayLike) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
+class AnalysisItems:
     """What is measured: distinct images and texts, in the order of the file."""
 
     images: tuple[ImageRef, ...]
@@ -113,7 +113,7 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ContentReadings:
     """One kind of content, read."""
 
     embeddings: NDArray[np.float32]
@@ -123,7 +123,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class AttentionMap:
     """Where the reading token of one image looks."""
 
     picture: str
@@ -136,18 +136,18 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ModelAnalysis:
     """One model."""
 
     name: str
     fingerprint: str
-    images: Reading | None
+    images: ContentReadings | None
     """None where there are none."""
-    texts: Reading | None
-    looks: tuple[Look, ...]
+    texts: ContentReadings | None
+    attention_maps: tuple[AttentionMap, ...]
 
 
-def collect(source: Path, *, limit: int, dropped: Quarantine) -> Items:
+def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisItems:
     """The first `limit` distinct images and texts of records of any kind, or of a folder of images.
 
     Raises:
@@ -155,12 +155,12 @@ def collect(source: Path, *, limit: int, dropped: Quarantine) -> Items:
     """
     found: dict[bool, dict[str, Part]] = {True: {}, False: {}}
     for record in read_records(source, on_error=lambda error: dropped.add(error.place, error)):
-        for _, part in slices(record):
+        for _, part in iter_labelled_parts(record):
             kept = found[isinstance(part, ImageRef)]
             if len(kept) < limit:
                 try:
                     if isinstance(part, ImageRef):
-                        pictures.load(part)  # a broken one must not take the place of another
+                        pictures.load_image(part)  # a broken one must not take the place of another
                     kept.setdefault(content_key((part,)), part)
                 except DataError as error:
                     dropped.add(record, error)
@@ -169,46 +169,46 @@ def collect(source: Path, *, limit: int, dropped: Quarantine) -> Items:
     if not found[True] and not found[False]:
         raise DataError(f"neither an image nor a text ({dropped})", place=source, fix="Name a file of records")
     images = tuple(part for part in found[True].values() if isinstance(part, ImageRef))
-    return Items(images, tuple(part for part in found[False].values() if isinstance(part, str)))
+    return AnalysisItems(images, tuple(part for part in found[False].values() if isinstance(part, str)))
 
 
-def measure(model: DuetModel, items: Items, *, name: str, examples: int) -> Measured:
+def analyse_model(model: DuetModel, items: AnalysisItems, *, name: str, num_attention_maps: int) -> ModelAnalysis:
     """Read all items, and look at `examples` images, evenly spaced."""
-    with evaluating(model), Progress(total=len(items.images) + len(items.texts), label=f"reading with {name}") as bar:
+    with eval_mode(model), ProgressBar(total=len(items.images) + len(items.texts), label=f"reading with {name}") as bar:
         images, texts = (
             _read(model, [(item,) for item in some], bar) if some else None for some in (items.images, items.texts)
         )
-        shown = spaced(items.images, examples)
-        with eager(model):
-            looks = tuple(look(model, image) for image in shown)
-    return Measured(name, model.fingerprint, images, texts, looks)
+        shown = evenly_spaced(items.images, num_attention_maps)
+        with eager_attention(model):
+            looks = tuple(attention_map(model, image) for image in shown)
+    return ModelAnalysis(name, model.fingerprint, images, texts, looks)
 
 
 @torch.no_grad()
-def _read(model: DuetModel, items: Sequence[Parts], bar: Progress) -> Reading:
+def _read(model: DuetModel, items: Sequence[Parts], bar: ProgressBar) -> ContentReadings:
     embeddings = np.empty((len(items), model.dim), dtype=np.float32)
     entropy = np.empty(len(items), dtype=np.float64)
-    for begin in range(0, len(items), CHUNK):
-        sequences = [model.renderer.embed(parts) for parts in items[begin : begin + CHUNK]]
-        for chosen in by_length([len(s) for s in sequences], FORWARD):
+    for begin in range(0, len(items), IMAGES_IN_MEMORY):
+        sequences = [model.renderer.render_embedding(parts) for parts in items[begin : begin + IMAGES_IN_MEMORY]]
+        for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
             batch = model.collate([sequences[i] for i in chosen])
             hidden = model.hidden_states(batch)  # [B, T, D]
             spans = batch.anchor_spans  # one anchor a sequence, in their order
             at = [begin + i for i in chosen]
-            tower = model.read_in_tower(batch)
-            vectors = model.embed(batch, hidden, spans if tower is None else spans[~tower])
+            tower = model.vision_anchor_mask(batch)
+            vectors = model.embed_anchors(batch, hidden, spans if tower is None else spans[~tower])
             embeddings[at] = vectors.float().cpu().numpy()
             states = hidden[spans[:, 0], spans[:, 2] - 1]
-            logits = model.backbone.logits(states)[:, : len(model.lm_weight)]  # [B, V]
+            logits = model.backbone.compute_logits(states)[:, : len(model.lm_head_weight)]  # [B, V]
             entropy[at] = next_token_entropy(logits).double().cpu().numpy()
             bar.advance(len(chosen))
-    return Reading(embeddings, entropy)
+    return ContentReadings(embeddings, entropy)
 
 
 @contextmanager
-def eager(model: DuetModel) -> Iterator[None]:
+def eager_attention(model: DuetModel) -> Iterator[None]:
     """Attention weights exist inside: fused kernels never write them down."""
-    trunk: Any = model.backbone.trunk
+    trunk: Any = model.backbone.language_model
     before = trunk.config._attn_implementation
     trunk.set_attn_implementation("eager")
     try:
@@ -218,35 +218,35 @@ def eager(model: DuetModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def attentions(model: DuetModel, sequence: Tokens) -> list[Tensor]:
+def attention_weights(model: DuetModel, sequence: Tokens) -> list[Tensor]:
     """float[1, H, T, T] of every layer of the trunk, for one sequence. Call it inside `eager`."""
     batch = model.collate([sequence])
-    trunk: Any = model.backbone.trunk
+    trunk: Any = model.backbone.language_model
     out = trunk(
-        **model.trunk_inputs(batch),
-        position_ids=batch.positions,
+        **model.language_model_inputs(batch),
+        position_ids=batch.position_ids,
         use_cache=False,
         output_attentions=True,
     )
     return list(out.attentions)
 
 
-def look(model: DuetModel, image: ImageRef) -> Look:
+def attention_map(model: DuetModel, image: ImageRef) -> AttentionMap:
     """Where the reading token of an image looks. Call it inside `eager`."""
-    sequence = model.renderer.embed((image,))
+    sequence = model.renderer.render_embedding((image,))
     start, prepared = sequence.images[0]
-    layers = attentions(model, sequence)
+    layers = attention_weights(model, sequence)
     at = sequence.anchors[0].end - 1
-    weights = attention_to_image(layers, at=at, image=slice(start, start + prepared.num_tokens))
-    weights = np.delete(weights, list(prepared.words))
-    whole = model.backbone.prepare(image)  # the renderer's may hold cached features alone
-    pixels = as_seen(model.backbone.pixels(whole), model.backbone.image_processor)
-    picture = pictures.thumbnail_data_url(pictures.from_pixels(pixels), SIDE)
-    drawn = grid(weights[model.backbone.shown(whole)], *pixels.shape[:2])
-    return Look(picture, drawn, float(weights.sum()), evenness(weights))
+    weights = attention_to_image(layers, query_index=at, image_tokens=slice(start, start + prepared.num_tokens))
+    weights = np.delete(weights, list(prepared.interleaved_tokens))
+    whole = model.backbone.prepare_image(image)  # the renderer's may hold cached features alone
+    pixels = denormalize_pixels(model.backbone.vision_tower_pixels(whole), model.backbone.image_processor)
+    picture = pictures.encode_thumbnail_data_url(pictures.from_pixels(pixels), SIDE)
+    drawn = to_patch_grid(weights[model.backbone.overview_features(whole)], *pixels.shape[:2])
+    return AttentionMap(picture, drawn, float(weights.sum()), evenness(weights))
 
 
-def as_seen(prepared: Tensor, processor: Any) -> pictures.Pixels:
+def denormalize_pixels(prepared: Tensor, processor: Any) -> pictures.Pixels:
     """float[3, H, W] as it enters the vision tower -> uint8[H, W, 3], its normalisation undone."""
     pixels = prepared.float().permute(1, 2, 0).numpy()  # [H, W, 3]
     if getattr(processor, "do_normalize", False):
@@ -255,7 +255,7 @@ def as_seen(prepared: Tensor, processor: Any) -> pictures.Pixels:
     return found
 
 
-def grid(weights: Floats, height: int, width: int) -> Floats:
+def to_patch_grid(weights: Floats, height: int, width: int) -> Floats:
     """float[n] -> float[h, w] by the proportions of the picture; tokens that no grid explains (a class token) go first.
 
     Tokens that fit no grid at all stay one row.
@@ -271,15 +271,15 @@ def grid(weights: Floats, height: int, width: int) -> Floats:
 # ------------------------------------------------------------------ what is written
 
 
-def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def summarize(measured: Sequence[ModelAnalysis]) -> list[dict[str, Any]]:
     """The numbers, a dict a model; intervals are 95 % bootstrap intervals over items."""
 
-    def reading(one: Reading) -> dict[str, Any]:
+    def reading(one: ContentReadings) -> dict[str, Any]:
         curve = explained_variance(one.embeddings)
         return {
             "count": len(one.entropy),
             "entropy": _interval(one.entropy),
-            "components": {f"{share:g}": components(curve, share) for share in SHARES},
+            "components": {f"{share:g}": num_components(curve, share) for share in VARIANCE_SHARES},
             "explained_variance": [round(float(value), 6) for value in curve],
         }
 
@@ -290,11 +290,11 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             "images": reading(one.images) if one.images else None,
             "texts": reading(one.texts) if one.texts else None,
             "attention": {
-                "count": len(one.looks),
-                "share": _interval([seen.share for seen in one.looks]),
-                "evenness": _interval([seen.evenness for seen in one.looks]),
+                "count": len(one.attention_maps),
+                "share": _interval([seen.share for seen in one.attention_maps]),
+                "evenness": _interval([seen.evenness for seen in one.attention_maps]),
             }
-            if one.looks
+            if one.attention_maps
             else None,
         }
         for one in measured
@@ -320,22 +320,22 @@ class AnalysisPage:
     """Everything on the page."""
 
     source: str
-    measured: tuple[Measured, ...]
+    measured: tuple[ModelAnalysis, ...]
     lines: tuple[Line, ...]
     curves: tuple[pages.Curve, ...]
     command: str
 
 
-def write(folder: Path, measured: Sequence[Measured], *, source: Path, command: str) -> list[dict[str, Any]]:
+def write(folder: Path, measured: Sequence[ModelAnalysis], *, source: Path, command: str) -> list[dict[str, Any]]:
     """Write ``analysis.json`` and ``analysis.html`` into `folder`; returns the numbers.
 
     Args:
         measured: one model, or two in the order before, after.
         command: what made them, for the page.
     """
-    numbers = summary(measured)
+    numbers = summarize(measured)
     told = {"source": str(source), "command": command, "models": numbers}
-    write_text(folder / "analysis.json", json.dumps(told, indent=2) + "\n")
+    write_text_atomically(folder / "analysis.json", json.dumps(told, indent=2) + "\n")
     page = AnalysisPage(str(source), tuple(measured), tuple(_lines(numbers)), tuple(_curves(measured)), command)
     pages.write_page(folder / "analysis.html", "analysis.html", {"report": page})
     return numbers
@@ -354,14 +354,14 @@ def _lines(numbers: Sequence[dict[str, Any]]) -> Iterator[Line]:
 
     for kind in ("images", "texts"):
         yield from row(f"Entropy, {kind}", "nats at the reading token", kind, "entropy")
-        for share in SHARES:
+        for share in VARIANCE_SHARES:
             note = f"for {100 * share:g} % of the squared singular values"
             yield from row(f"Components, {kind}", note, kind, "components", f"{share:g}")
     yield from row("Attention to the image", "share of all, mean over layers and heads", "attention", "share")
     yield from row("Evenness of that attention", "1 where every part gets the same", "attention", "evenness")
 
 
-def _curves(measured: Sequence[Measured]) -> Iterator[pages.Curve]:
+def _curves(measured: Sequence[ModelAnalysis]) -> Iterator[pages.Curve]:
     for kind in ("images", "texts"):
         readings = [(one.name, getattr(one, kind)) for one in measured if getattr(one, kind) is not None]
         if not readings:
@@ -382,10 +382,10 @@ def _curves(measured: Sequence[Measured]) -> Iterator[pages.Curve]:
 
 
 def _points(curve: Floats) -> tuple[tuple[float, float], ...]:
-    chosen = np.unique(np.linspace(1, len(curve), POINTS).round().astype(int))
+    chosen = np.unique(np.linspace(1, len(curve), CURVE_POINTS).round().astype(int))
     return tuple((float(k), float(curve[k - 1])) for k in chosen)
 
 
 def _quantiles(values: Floats) -> tuple[tuple[float, float], ...]:
-    at = np.linspace(0, 100, POINTS)
+    at = np.linspace(0, 100, CURVE_POINTS)
     return tuple(zip(at.tolist(), np.percentile(values, at).tolist(), strict=True))

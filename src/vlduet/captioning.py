@@ -21,23 +21,23 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from vlduet.data import formats
-from vlduet.data.images import content_key
-from vlduet.data.quarantine import Quarantine, attempted, beside
+from vlduet.data.images import image_key
+from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Record, split_sentences
 from vlduet.errors import ConfigError, DataError
-from vlduet.files import appending, read_lines
-from vlduet.logs import progress
+from vlduet.files import open_for_append, read_json_lines
+from vlduet.logs import track_progress
 
-Kind = Literal["short", "long"]
+CaptionKind = Literal["short", "long"]
 
-INSTRUCTIONS: dict[Kind, str] = {
+DEFAULT_INSTRUCTIONS: dict[CaptionKind, str] = {
     "short": "Describe the image in one short sentence.",
     "long": "Describe the image in detail.",
 }
 EMBEDDED = 256
 """Known texts that are embedded at a time."""
 
-OWN = ""
+NO_INSTRUCTION = ""
 """The instruction that is none: go on from the model's own image prompt, as it was trained to."""
 
 
@@ -48,14 +48,14 @@ class Captioner(Protocol):
     def fingerprint(self) -> str:
         """Names everything that decides what the model writes."""
 
-    def caption(
+    def caption_images(
         self,
         images: Sequence[ImageRef],
         *,
-        prompt: str = OWN,
+        prompt: str = NO_INSTRUCTION,
         max_new_tokens: int = 32,
-        batch: int = 32,
-        drafts: int = 1,
+        batch_size: int = 32,
+        num_drafts: int = 1,
         known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
         """A text for every image."""
@@ -65,15 +65,15 @@ class Captioner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class CaptionSpec:
     """A caption that is wanted of every image."""
 
-    kind: Kind
-    tokens: int
+    kind: CaptionKind
+    max_new_tokens: int
     """Longest, in tokens of the model."""
     prompt: str
     """The instruction; `OWN` for none."""
-    drafts: int = 1
+    num_drafts: int = 1
     """Of so many, the nearest to the image is taken; 0 writes none."""
     known: tuple[str, ...] = ()
     """Texts that it may be as well, where one is nearer than every draft."""
@@ -98,22 +98,22 @@ class CaptionReport:
     causes: dict[str, int]
 
 
-def wishes(
+def build_caption_specs(
     *, short: int, long: int, prompt: str | None = None, drafts: int = 1, known: Sequence[str] = ()
-) -> list[Wish]:
+) -> list[CaptionSpec]:
     """The wishes of the command line: longest short and long caption in tokens, 0 for none; one instruction for one length.
 
     Raises:
         ConfigError: nothing wanted, a negative length, one instruction for two lengths, known texts without short captions,
             no drafts where no known texts could stand in.
     """
-    lengths: dict[Kind, int] = {"short": short, "long": long}
+    lengths: dict[CaptionKind, int] = {"short": short, "long": long}
     for kind, tokens in lengths.items():
         if tokens < 0:
             raise ConfigError(f"{tokens} tokens", place=f"--{kind}", fix="Give a length, or 0 for none")
-    names: dict[Kind, tuple[str, ...]] = {"short": tuple(dict.fromkeys(known)), "long": ()}
+    names: dict[CaptionKind, tuple[str, ...]] = {"short": tuple(dict.fromkeys(known)), "long": ()}
     found = [
-        Wish(kind, tokens, INSTRUCTIONS[kind] if prompt is None else prompt, drafts=drafts, known=names[kind])
+        CaptionSpec(kind, tokens, DEFAULT_INSTRUCTIONS[kind] if prompt is None else prompt, num_drafts=drafts, known=names[kind])
         for kind, tokens in lengths.items()
         if tokens
     ]
@@ -147,8 +147,8 @@ def known_texts(path: Path) -> list[str]:
     return found
 
 
-def caption(
-    model: Captioner, source: Path, *, to: Path, wanted: Sequence[Wish], name: str = "", batch: int = 16
+def write_missing_captions(
+    model: Captioner, source: Path, *, output: Path, specs: Sequence[CaptionSpec], model_name: str = "", batch_size: int = 16
 ) -> CaptionReport:
     """Write the records of `source` with the captions that they lack.
 
@@ -163,24 +163,24 @@ def caption(
     Raises:
         ConfigError: a batch below 1. DataError: the source as a whole cannot be read, or `to` is no target.
     """
-    if batch < 1:
-        raise ConfigError(f"{batch}", place="--batch", fix="Give 1 or more")
-    formats.check_target(to, source, may_grow=True)
-    dropped = Quarantine.anew(beside(to))
-    settings = json.dumps([model.fingerprint, [asdict(wish) for wish in wanted]])
-    to.parent.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(to.with_name(f".{to.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.captions"))
-    job = _Job(model, wanted, journal=journal, dropped=dropped, name=name, batch=batch)
+    if batch_size < 1:
+        raise ConfigError(f"{batch_size}", place="--batch", fix="Give 1 or more")
+    formats.check_output_path(output, source, allow_existing=True)
+    dropped = Quarantine.create(quarantine_path(output))
+    settings = json.dumps([model.fingerprint, [asdict(wish) for wish in specs]])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(output.with_name(f".{output.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.captions"))
+    job = _Job(model, specs, journal=journal, dropped=dropped, name=model_name, batch=batch_size)
 
     def broken(error: DataError) -> None:
         dropped.add(error.place, error)
 
     records = formats.read_records(source, on_error=broken)
-    grows = formats.is_part(to, source)
+    grows = formats.is_file_inside(output, source)
     if grows:  # written into the folder of images by an earlier run; there may be new images since
-        records = formats.and_new_images(records, source, on_error=broken)
-    found = _all_of(to, job.filled(records)) if grows else job.filled(records)
-    count = sum(1 for _ in progress(formats.convert(found, to), label=f"captioning {source.name}"))
+        records = formats.append_unlisted_images(records, source, on_error=broken)
+    found = _all_of(output, job.filled(records)) if grows else job.filled(records)
+    count = sum(1 for _ in track_progress(formats.stream_to_jsonl(found, output), label=f"captioning {source.name}"))
     journal.path.unlink(missing_ok=True)
     return CaptionReport(
         records=count,
@@ -190,7 +190,7 @@ def caption(
         known=job.known,
         empty=job.empty,
         dropped=dropped.count,
-        causes=dropped.by_cause(),
+        causes=dropped.count_by_cause(),
     )
 
 
@@ -203,11 +203,11 @@ def _all_of(old: Path, records: Iterable[Record]) -> Iterator[Record]:
         kept += record.place is not None and Path(record.place.file).resolve() == old.resolve()
         yield record
     if kept < rows:
-        what = f"{rows - kept} of its {rows} records cannot be used (see {beside(old)}), and would be lost"
+        what = f"{rows - kept} of its {rows} records cannot be used (see {quarantine_path(old)}), and would be lost"
         raise DataError(what, place=old, fix="Mend them, or write to another file")
 
 
-def tidy(text: str, *, sentences: int | None = None) -> str:
+def tidy_caption(text: str, *, max_sentences: int | None = None) -> str:
     """Whole sentences on one line: blanks joined, quotes around all of it gone, and a last sentence that the limit cut in
     half gone too, unless it is the only one.
 
@@ -220,7 +220,7 @@ def tidy(text: str, *, sentences: int | None = None) -> str:
     pieces = [" ".join(piece.split()) for piece in split_sentences(text)]
     if len(pieces) > 1 and not pieces[-1].rstrip("\"'”’)]").endswith((".", "!", "?", "…", "。", "！", "？")):
         pieces.pop()
-    return " ".join(pieces[:sentences])
+    return " ".join(pieces[:max_sentences])
 
 
 class _Journal:
@@ -229,13 +229,13 @@ class _Journal:
     def __init__(self, path: Path):
         self.path = path
         self.texts: dict[tuple[str, str], str] = {}
-        for row in read_lines(path):  # one that was cut short is written again
+        for row in read_json_lines(path):  # one that was cut short is written again
             self.texts[row["kind"], row["image"]] = row["text"]
 
-    def add(self, kind: Kind, texts: dict[str, str]) -> None:
+    def add(self, kind: CaptionKind, texts: dict[str, str]) -> None:
         """Captions by the content of their image."""
         rows = [json.dumps({"kind": kind, "image": key, "text": text}) + "\n" for key, text in texts.items()]
-        with appending(self.path) as file:
+        with open_for_append(self.path) as file:
             file.write("".join(rows))
             file.flush()
             os.fsync(file.fileno())
@@ -248,7 +248,7 @@ class _Job:
     def __init__(
         self,
         model: Captioner,
-        wanted: Sequence[Wish],
+        wanted: Sequence[CaptionSpec],
         *,
         journal: _Journal,
         dropped: Quarantine,
@@ -257,7 +257,7 @@ class _Job:
     ):
         self.model, self.wanted, self.journal, self.dropped = model, wanted, journal, dropped
         self.name, self.batch = name, batch
-        self.written: dict[Kind, int] = {"short": 0, "long": 0}
+        self.written: dict[CaptionKind, int] = {"short": 0, "long": 0}
         self.generated = self.known = self.empty = 0
         self.vectors = {wish.kind: _embedded(model, wish.known) for wish in wanted}
 
@@ -270,7 +270,7 @@ class _Job:
         for record in records:
             try:
                 assert record.image is not None or not self._lacks(record)
-                group.append((record, content_key(record.image) if record.image and self._lacks(record) else ""))
+                group.append((record, image_key(record.image) if record.image and self._lacks(record) else ""))
             except DataError as error:
                 self.dropped.add(record, error)
             if len(group) == self.batch:
@@ -278,7 +278,7 @@ class _Job:
                 group = []
         yield from self._group(group)
 
-    def _lacks(self, record: Record) -> list[Wish]:
+    def _lacks(self, record: Record) -> list[CaptionSpec]:
         return [w for w in self.wanted if not getattr(record, w.kind)] if record.kind == "pair" else []
 
     def _group(self, group: Sequence[tuple[Record, str]]) -> Iterator[Record]:
@@ -299,22 +299,22 @@ class _Job:
             else:
                 yield self._with_captions(record, key)
 
-    def _write(self, images: dict[str, ImageRef], wish: Wish, failed: dict[str, DataError]) -> dict[str, str]:
+    def _write(self, images: dict[str, ImageRef], wish: CaptionSpec, failed: dict[str, DataError]) -> dict[str, str]:
         """Texts by key; what cannot be read goes to `failed`."""
 
         def write(keys: list[str]) -> list[str]:
             refs = [images[key] for key in keys]
-            return self.model.caption(
+            return self.model.caption_images(
                 refs,
                 prompt=wish.prompt,
-                max_new_tokens=wish.tokens,
-                batch=self.batch,
-                drafts=wish.drafts,
+                max_new_tokens=wish.max_new_tokens,
+                batch_size=self.batch,
+                num_drafts=wish.num_drafts,
                 known=self.vectors[wish.kind],
             )
 
         keys = list(images)
-        texts = attempted(write, keys, on_error=failed.__setitem__)
+        texts = bisect_failures(write, keys, on_error=failed.__setitem__)
         return {key: text for key, text in zip(keys, texts, strict=True) if text is not None}
 
     def _with_captions(self, record: Record, key: str) -> Record:
@@ -323,14 +323,14 @@ class _Job:
         for wish in self._lacks(record):
             text = self.journal.texts[wish.kind, key]
             known = text in self.vectors[wish.kind]
-            text = text if known else tidy(text, sentences=1 if wish.kind == "short" else None)
+            text = text if known else tidy_caption(text, max_sentences=1 if wish.kind == "short" else None)
             if not text:
                 self.empty += 1
                 continue
             found[wish.kind] = (text,) if wish.kind == "short" else text
             told[wish.kind] = {"model": self.name, "fingerprint": self.model.fingerprint}
-            told[wish.kind] |= {"prompt": wish.prompt or "the model's own", "tokens": wish.tokens}
-            told[wish.kind] |= {"drafts": wish.drafts, "known": known}
+            told[wish.kind] |= {"prompt": wish.prompt or "the model's own", "tokens": wish.max_new_tokens}
+            told[wish.kind] |= {"drafts": wish.num_drafts, "known": known}
             self.written[wish.kind] += 1
             self.known += known
         if not found:
@@ -343,7 +343,7 @@ class _Job:
 def _embedded(model: Captioner, texts: Sequence[str]) -> dict[str, np.ndarray]:
     """The texts with their vectors."""
     groups = [texts[begin : begin + EMBEDDED] for begin in range(0, len(texts), EMBEDDED)]
-    vectors = (model.encode_query(group) for group in progress(groups, label="known texts, groups"))
+    vectors = (model.encode_query(group) for group in track_progress(groups, label="known texts, groups"))
     return {
         text: vector
         for group, found in zip(groups, vectors, strict=True)

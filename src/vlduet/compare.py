@@ -15,20 +15,20 @@ from itertools import pairwise
 from typing import Any
 
 from vlduet import config, distributed
-from vlduet.config import Comparison, RunConfig
+from vlduet.config import ComparisonConfig, RunConfig
 from vlduet.errors import ConfigError
-from vlduet.files import recovered, write_text
+from vlduet.files import recover_folder, write_text_atomically
 from vlduet.logs import read_metrics, say
 from vlduet.train import setup, state
 from vlduet.train.loop import train
-from vlduet.validation import validator
+from vlduet.validation import make_validator
 
 VALIDATION = "validation/"
 UNTRAINED = "before training"
 PACE = "seconds a step"
 
 
-def compare(settings: Comparison) -> dict[str, Any]:
+def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     """Make every run that is not finished, and the table of all.
 
     Returns:
@@ -38,51 +38,51 @@ def compare(settings: Comparison) -> dict[str, Any]:
         ConfigError: a setting that is wrong, validation records that are not the same for all, or a run's folder that
             holds one with other settings. TrainingError and the rest: as a run does.
     """
-    distributed.start()
+    distributed.init_process_group()
     plans = {name: [_plan(settings, name, seed) for seed in settings.seeds] for name in settings.runs}
     every = [plan for runs in plans.values() for plan in runs]
     measured = {plan.data.validation for plan in every}
     if len(measured) != 1 or None in measured:
         raise ConfigError("the runs must be measured on the same records", place="data.validation", fix="Name one file")
-    finished = {plan.out: _finished(plan) for plan in every}
+    finished = {plan.out: _is_finished(plan) for plan in every}
     for first, *others in plans.values():
         if not all(finished[plan.out] for plan in (first, *others)):
-            setup.prepare(first, keep=False)  # seeds differ in nothing that could be wrong
-    evaluate = cache(validator)
+            setup.prepare_run(first, write_files=False)  # seeds differ in nothing that could be wrong
+    evaluate = cache(make_validator)
     for number, plan in enumerate(every, 1):
         done = finished[plan.out]
         say(f"[{number}/{len(every)}] {plan.out}{' is finished' if done else ''}")
         if not done:
             assert plan.data.validation is not None
-            stopped = recovered(plan.out / state.FOLDER).exists()
+            stopped = recover_folder(plan.out / state.STATE_FOLDER).exists()
             # Seed 0 for all: the same wrong image beside each caption, so the same question.
             train(plan, evaluate=evaluate(plan.data.validation, seed=0), resume=stopped)
     found = _told(settings, plans)
-    if distributed.is_main():
-        write_text(settings.out / "table.json", json.dumps(found, indent=1) + "\n")
-        write_text(settings.out / "table.md", table(found))
+    if distributed.is_main_process():
+        write_text_atomically(settings.out / "table.json", json.dumps(found, indent=1) + "\n")
+        write_text_atomically(settings.out / "table.md", format_table(found))
     return found
 
 
-def _plan(settings: Comparison, name: str, seed: int) -> RunConfig:
+def _plan(settings: ComparisonConfig, name: str, seed: int) -> RunConfig:
     """The config of one run. Vision features are shared by all: the tower is frozen."""
-    run = config.load(settings.base, [*settings.overrides, *settings.runs[name]])
+    run = config.load_run_config(settings.base, [*settings.overrides, *settings.runs[name]])
     cache = settings.out / "features" if run.data.cache is None else run.data.cache
     data = run.data.model_copy(update={"cache": cache})
     return run.model_copy(update={"out": settings.out / name / f"seed-{seed}", "seed": seed, "data": data})
 
 
-def _finished(plan: RunConfig) -> bool:
+def _is_finished(plan: RunConfig) -> bool:
     """Whether the run's folder holds its trained model. Raises ConfigError where that is of a run with other settings."""
     saved = plan.out / "config.yaml"
     if not saved.is_file():
         return False
-    if differs := state.difference(state.decisive(config.load(saved)), state.decisive(plan)):
+    if differs := state.describe_difference(state.decisive_settings(config.load_run_config(saved)), state.decisive_settings(plan)):
         raise ConfigError(differs, place=plan.out, fix="Give another out=, or remove that folder")
     return (plan.out / "model").is_dir()  # a model folder is there whole or not at all
 
 
-def _told(settings: Comparison, plans: Mapping[str, list[RunConfig]]) -> dict[str, Any]:
+def _told(settings: ComparisonConfig, plans: Mapping[str, list[RunConfig]]) -> dict[str, Any]:
     rows = {name: [read_metrics(plan.out / "metrics.jsonl") for plan in runs] for name, runs in plans.items()}
     values: dict[str, list[dict[str, float]]] = {
         UNTRAINED: [_measured(one)[0] for one in next(iter(rows.values()))],
@@ -119,7 +119,7 @@ def _pace(rows: list[dict[str, float]]) -> float:
     return statistics.median(each) if each else float("nan")
 
 
-def table(found: Mapping[str, Any]) -> str:
+def format_table(found: Mapping[str, Any]) -> str:
     """The comparison as Markdown: a row a run, mean ± standard deviation over the seeds."""
     runs: Mapping[str, Any] = found["runs"]
     metrics = list(dict.fromkeys(metric for run in runs.values() for metric in run["values"]))

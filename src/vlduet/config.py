@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vlduet.errors import ConfigError, closest
+from vlduet.errors import ConfigError, suggest_name
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class RunConfig(Section):
     train: TrainSection
 
 
-class Comparison(Section):
+class ComparisonConfig(Section):
     """Several runs that differ in what is said here and in nothing else."""
 
     base: Path
@@ -147,25 +147,25 @@ class Comparison(Section):
     """Name -> the settings that make it what it is."""
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a config file, laid over the one that it `extends`; paths in it are relative to where the command runs.
 
     Raises:
         ConfigError: naming file and key, with the closest known key for an unknown one.
     """
-    return check(_read(path, overrides), place=str(path))
+    return validate_run_config(_read(path, overrides), place=str(path))
 
 
-def load_comparison(path: Path, overrides: Iterable[str] = ()) -> Comparison:
+def load_comparison_config(path: Path, overrides: Iterable[str] = ()) -> ComparisonConfig:
     """Read the config of a comparison. Raises ConfigError as `load` does; the runs' settings are not yet checked."""
-    return _checked(Comparison, _read(path, overrides), place=str(path))
+    return _checked(ComparisonConfig, _read(path, overrides), place=str(path))
 
 
 def _read(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     """The tree of a YAML file, laid over the one that it `extends`, with its overrides. Raises ConfigError."""
-    tree = _mapping(path)
+    tree = _read_mapping(path)
     if (base := tree.pop("extends", None)) is not None:
-        below = _mapping(path.parent / str(base))
+        below = _read_mapping(path.parent / str(base))
         if "extends" in below:
             raise ConfigError(f"extends {base}, which extends another", place=path, fix="Extend the last one")
         tree = _over(below, tree)
@@ -174,7 +174,7 @@ def _read(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def _over(below: Any, above: Any) -> Any:
     return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
 
 
-def check(tree: dict[str, Any], *, place: str) -> RunConfig:
+def validate_run_config(tree: dict[str, Any], *, place: str) -> RunConfig:
     """A tree of plain values -> RunConfig. Raises ConfigError for the first thing that is wrong."""
     return _checked(RunConfig, tree, place=place)
 
@@ -208,13 +208,13 @@ def _checked(kind: type[S], tree: dict[str, Any], *, place: str) -> S:
         key = ".".join(str(x) for x in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(kind, first["loc"][:-1])
-            raise ConfigError(f"unknown key '{key}'", place=place, fix=closest(str(first["loc"][-1]), known)) from None
+            raise ConfigError(f"unknown key '{key}'", place=place, fix=suggest_name(str(first["loc"][-1]), known)) from None
         said = "input should be a path: write it in quotes" if first["type"] == "path_type" else first["msg"].lower()
         what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {said}"
         raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
 
 
-def options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
+def parse_options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
     """Values -> a dataclass of options, such as a recipe's.
 
     Raises:
@@ -223,7 +223,7 @@ def options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown key '{name}'", place=f"{place}.{name}", fix=closest(name, known))
+            raise ConfigError(f"unknown key '{name}'", place=f"{place}.{name}", fix=suggest_name(name, known))
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
@@ -233,7 +233,7 @@ def options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
         raise ConfigError(what, place=where, fix="See docs/train.md") from None
 
 
-def tree(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
+def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
     """`a.b=c` texts alone -> a tree of plain values. Raises ConfigError for one that is not of this form."""
     found: dict[str, Any] = {}
     for text in overrides:
@@ -244,7 +244,7 @@ def tree(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
     return found
 
 
-def save(config: RunConfig, path: Path) -> None:
+def save_run_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config, every default spelled out."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-def start() -> None:
+def init_process_group() -> None:
     """Join the process group that torchrun describes; nothing to do without torchrun."""
     if "LOCAL_RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -25,19 +25,19 @@ def start() -> None:
         dist.init_process_group(backend)
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """True in the one process that writes files and prints."""
-    return rank() == 0
+    return get_rank() == 0
 
 
 def barrier() -> None:
@@ -46,9 +46,9 @@ def barrier() -> None:
         dist.barrier()
 
 
-def total(value: float) -> float:
+def all_reduce_sum(value: float) -> float:
     """Sum of a number over all ranks."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     box = torch.tensor([value], dtype=torch.float64, device=device)
@@ -56,16 +56,16 @@ def total(value: float) -> float:
     return float(box.item())
 
 
-def gather_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """One picklable value from every rank, in rank order."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
+    found: list[Any] = [None] * get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """Rows of all ranks, with gradient; ranks may have different numbers of rows.
 
     Args:
@@ -74,11 +74,11 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     Returns:
         float[N, D] in rank order, and the index where this rank's rows begin.
     """
-    if world_size() == 1:
+    if get_world_size() == 1:
         return rows, 0
-    counts = gather_objects(len(rows))
+    counts = all_gather_objects(len(rows))
     gathered: Tensor = _GatherRows.apply(rows, counts)  # type: ignore[no-untyped-call]
-    return gathered, sum(counts[: rank()])
+    return gathered, sum(counts[: get_rank()])
 
 
 class _GatherRows(torch.autograd.Function):
@@ -98,13 +98,13 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         dist.all_reduce(grad)
-        begin = sum(ctx.counts[: rank()])
-        return grad[begin : begin + ctx.counts[rank()]], None
+        begin = sum(ctx.counts[: get_rank()])
+        return grad[begin : begin + ctx.counts[get_rank()]], None
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Average .grad over ranks in one flat buffer a dtype; a parameter that this rank did not use counts as zero."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
@@ -114,6 +114,6 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     for grads in by_dtype.values():
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat)
-        flat /= world_size()
+        flat /= get_world_size()
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))

@@ -38,10 +38,10 @@ class VLDuetError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders (loader workers), and keyword arguments do not pickle by themselves.
-        return (_rebuild, (type(self), self.message, self.place, self.fix))
+        return (_rebuild_error, (type(self), self.message, self.place, self.fix))
 
 
-def _rebuild(kind: type[VLDuetError], message: str, place: str | None, fix: str | None) -> VLDuetError:
+def _rebuild_error(kind: type[VLDuetError], message: str, place: str | None, fix: str | None) -> VLDuetError:
     return kind(message, place=place, fix=fix)
 
 
@@ -77,7 +77,7 @@ class MissingExtraError(VLDuetError):
     """An optional dependency that is not installed."""
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """The remedy for an unknown name: the closest known one, else all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

@@ -16,28 +16,28 @@ import torch
 
 from vlduet import __version__
 from vlduet.data import corpora
-from vlduet.data.batches import by_length
+from vlduet.data.batches import group_by_length
 from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import Sequence
 from vlduet.errors import ModelError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark
-from vlduet.eval.judge import judge_at
+from vlduet.eval.judge import open_grader
 from vlduet.eval.run import evaluate
-from vlduet.eval.store import Functions, Reader
-from vlduet.logs import progress, say
+from vlduet.eval.store import ModelFunctions, FluencyModel
+from vlduet.logs import track_progress, say
 from vlduet.model import generation
-from vlduet.model.backbones import default_device
-from vlduet.model.bart import BartScore
-from vlduet.model.checkpoint import MANIFEST
-from vlduet.model.dual import frozen_encoder
+from vlduet.model.backbones import select_device
+from vlduet.model.bart import BartScorer
+from vlduet.model.checkpoint import MANIFEST_NAME
+from vlduet.model.dual import open_frozen_encoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoder, fingerprint, kind_of
-from vlduet.model.families.registry import BACKBONES
+from vlduet.model.encoders import FrozenEncoder, fingerprint_encoder, get_modality
+from vlduet.model.families.registry import FAMILIES
 from vlduet.model.features import FeatureCache
 from vlduet.model.processing import IMAGE_BACKEND, read_config
 
-Embed = Callable[[list[Parts], bool], np.ndarray]
+EmbedFunction = Callable[[list[Parts], bool], np.ndarray]
 """(items, whether they are queries) -> float32[N, E]."""
 
 BATCH_TOKENS = 8192
@@ -45,7 +45,7 @@ BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Judge:
+class GraderSettings:
     """Who reads the answers of LLaVA-Bench and MM-Vet."""
 
     url: str
@@ -57,7 +57,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What can be chosen for an evaluation."""
 
     seed: int = 0
@@ -70,79 +70,79 @@ class Settings:
     """A second model, CLIP, SigLIP, a dual or a sentence encoder: the independent retriever of the RAG benchmarks."""
     fluency: Path | None = None
     """A BART checkpoint: WebQA's fluency and its QA number need one."""
-    judge: Judge | None = None
+    judge: GraderSettings | None = None
 
 
-def opened(folder: Path, settings: Settings) -> tuple[Functions, dict[str, Any]]:
+def open_model_functions(folder: Path, settings: EvaluationSettings) -> tuple[ModelFunctions, dict[str, Any]]:
     """The functions of a model folder, and the facts about it. CLIP, SigLIP and dual encoders embed and do not speak.
 
     Raises:
         ModelError: as `DuetModel.from_pretrained` and `open_encoder` do.
     """
-    if not speaks(folder):
-        playing = Functions(
-            embed=two_towers(folder),
-            answer=silent(folder),
-            loglikelihood=silent(folder),
-            other=_other(settings),
-            judge=judge_of(settings),
-            fluency=fluency_of(settings),
+    if not can_generate(folder):
+        playing = ModelFunctions(
+            embed=open_two_tower_embedder(folder),
+            generate=unsupported(folder),
+            continuation_nll=unsupported(folder),
+            retriever_embed=_other(settings),
+            grade=open_settings_grader(settings),
+            fluency_model=open_fluency_model(settings),
         )
-        return playing, {"fingerprint": encoder_of(folder).fingerprint, "image_backend": IMAGE_BACKEND}
+        return playing, {"fingerprint": open_frozen_encoder(folder).fingerprint, "image_backend": IMAGE_BACKEND}
     model = DuetModel.from_pretrained(folder)
     facts = {
         "fingerprint": model.fingerprint,
-        **model.describe(),
+        **model.embedding_settings(),
         "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
         "image_backend": model.image_backend,
     }
-    return functions(model, settings), facts
+    return model_functions(model, settings), facts
 
 
-def functions(model: DuetModel, settings: Settings) -> Functions:
+def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunctions:
     """Everything that a model can do. The retriever, if one is set, is opened when it is first asked."""
     room_for_many_images(model)
-    return Functions(
-        embed=lambda items, query: model.encode(items, query=query),
-        answer=lambda prompts, longest: answers(model, prompts, longest, system=settings.system),
-        loglikelihood=lambda pairs: likelihoods(model, pairs, system=settings.system),
-        other=_other(settings),
-        judge=judge_of(settings),
-        fluency=fluency_of(settings),
+    return ModelFunctions(
+        embed=lambda items, query: model.encode(items, is_query=query),
+        generate=lambda prompts, longest: generate_answers(model, prompts, longest, system=settings.system),
+        continuation_nll=lambda pairs: answer_nlls(model, pairs, system=settings.system),
+        retriever_embed=_other(settings),
+        grade=open_settings_grader(settings),
+        fluency_model=open_fluency_model(settings),
     )
 
 
 def room_for_many_images(model: DuetModel) -> None:
     """Let prompts be as long as the language model can read: DEMON's have up to ten images."""
-    model.renderer.max_tokens = max(model.renderer.max_tokens, model.backbone.window or 0)
+    model.renderer.max_tokens = max(model.renderer.max_tokens, model.backbone.context_length or 0)
 
 
-def speaks(folder: Path) -> bool:
+def can_generate(folder: Path) -> bool:
     """Whether a folder holds a model that generates: one that VLDuet saved, or a checkpoint of a known family."""
-    return (folder / MANIFEST).is_file() or (
-        (folder / "config.json").is_file() and read_config(folder).get("model_type") in BACKBONES
+    return (folder / MANIFEST_NAME).is_file() or (
+        (folder / "config.json").is_file() and read_config(folder).get("model_type") in FAMILIES
     )
 
 
-def encoder_of(folder: Path) -> Encoder:
+def open_frozen_encoder(folder: Path) -> FrozenEncoder:
     """A folder's encoder; its weights are read when they are needed."""
-    return frozen_encoder(folder, cache=FeatureCache(None), device=default_device())
+    return open_frozen_encoder(folder, cache=FeatureCache(None), device=select_device())
 
 
-def two_towers(folder: Path) -> Embed:
+def open_two_tower_embedder(folder: Path) -> EmbedFunction:
     """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E]; see `reader`.
 
     Raises:
         ModelError: the folder's encoder does not read both images and texts.
     """
-    encoder = encoder_of(folder)
-    if set(encoder.kinds) != {"image", "text"}:
+    encoder = open_frozen_encoder(folder)
+    if set(encoder.modalities) != {"image", "text"}:
         fix = "Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder"
-        raise ModelError(f"reads {' and '.join(encoder.kinds)}s alone", place=folder, fix=fix)
-    return reader(encoder)
+        raise ModelError(f"reads {' and '.join(encoder.modalities)}s alone", place=folder, fix=fix)
+    return as_embedder(encoder)
 
 
-def reader(encoder: Encoder) -> Embed:
+def as_embedder(encoder: FrozenEncoder) -> EmbedFunction:
     """A frozen encoder as (items, whether they are queries) -> float32[N, E].
 
     A mixture is the mean of the unit vectors of the parts that the encoder reads; an item without any is NaN.
@@ -151,22 +151,22 @@ def reader(encoder: Encoder) -> Embed:
     def embed(items: list[Parts], query: bool) -> np.ndarray:
         parts = list(dict.fromkeys(part for item in items for part in item))
         vectors: dict[Part, torch.Tensor] = {}
-        for kind in encoder.kinds:
-            wanted = [part for part in parts if kind_of(part) == kind]
+        for kind in encoder.modalities:
+            wanted = [part for part in parts if get_modality(part) == kind]
             if wanted:
-                found = torch.nn.functional.normalize(encoder.encode[kind](wanted).detach().float().cpu(), dim=1)
+                found = torch.nn.functional.normalize(encoder.encode_functions[kind](wanted).detach().float().cpu(), dim=1)
                 vectors |= dict(zip(wanted, found, strict=True))
         means = []
         for item in items:
             read = [vectors[part] for part in item if part in vectors]
-            means.append(torch.stack(read).mean(0) if read else torch.full((encoder.width,), torch.nan))
+            means.append(torch.stack(read).mean(0) if read else torch.full((encoder.dim,), torch.nan))
         made: np.ndarray = torch.nn.functional.normalize(torch.stack(means), dim=1).numpy()
         return made
 
     return embed
 
 
-def silent(folder: Path) -> Callable[..., Any]:
+def unsupported(folder: Path) -> Callable[..., Any]:
     """What an encoder answers: a ModelError that says that it does not generate."""
 
     def refuse(*_: Any) -> Any:
@@ -176,37 +176,37 @@ def silent(folder: Path) -> Callable[..., Any]:
     return refuse
 
 
-def judge_of(settings: Settings) -> Callable[[Mapping[str, Any], str, float], str] | None:
+def open_settings_grader(settings: EvaluationSettings) -> Callable[[Mapping[str, Any], str, float], str] | None:
     """The judge's function; None without one."""
     judge = settings.judge
-    return None if judge is None else judge_at(judge.url, model=judge.model, key_file=judge.key_file)
+    return None if judge is None else open_grader(judge.url, model=judge.model, key_file=judge.key_file)
 
 
-def fluency_of(settings: Settings) -> Reader | None:
+def open_fluency_model(settings: EvaluationSettings) -> FluencyModel | None:
     """The reader of WebQA's answers, opened when it is first asked; None without one."""
     folder = settings.fluency
     if folder is None:
         return None
-    opening = cache(BartScore)
+    opening = cache(BartScorer)
 
     def nats(pairs: Many[tuple[str, str]]) -> list[float]:
         return opening(folder)(pairs)
 
-    return Reader(f"{folder.name} {fingerprint(folder)}", nats)
+    return FluencyModel(f"{folder.name} {fingerprint_encoder(folder)}", nats)
 
 
-def _other(settings: Settings) -> Embed | None:
+def _other(settings: EvaluationSettings) -> EmbedFunction | None:
     """The independent retriever, opened when it is first asked."""
     folder = settings.retriever
     if folder is None:
         return None
 
     @cache
-    def retriever() -> Embed:
-        if not speaks(folder):
-            return reader(encoder_of(folder))
+    def retriever() -> EmbedFunction:
+        if not can_generate(folder):
+            return as_embedder(open_frozen_encoder(folder))
         model = DuetModel.from_pretrained(folder)
-        return lambda items, query: model.encode(items, query=query)
+        return lambda items, query: model.encode(items, is_query=query)
 
     def embed(items: list[Parts], query: bool) -> np.ndarray:
         return retriever()(items, query)
@@ -214,37 +214,37 @@ def _other(settings: Settings) -> Embed | None:
     return embed
 
 
-def conversation(prompt: Parts, *, system: str | None) -> tuple[Message, ...]:
+def chat_messages(prompt: Parts, *, system: str | None) -> tuple[Message, ...]:
     """One user turn, after a system turn where there is one."""
     before = (Message("system", (system,)),) if system else ()
     return (*before, Message("user", prompt))
 
 
-def is_image(prompt: Parts) -> bool:
+def is_single_image(prompt: Parts) -> bool:
     """Whether a prompt is an image and nothing else."""
     return len(prompt) == 1 and isinstance(prompt[0], ImageRef)
 
 
-def answers(model: DuetModel, prompts: Many[Parts], longest: int, *, system: str | None = None) -> list[str]:
+def generate_answers(model: DuetModel, prompts: Many[Parts], longest: int, *, system: str | None = None) -> list[str]:
     """Greedy answers of at most `longest` tokens, in the order of the prompts, batched by length.
 
     An image alone asks for a caption in the way that the model was trained to write them.
     """
     sequences = [
-        model.renderer.embed(prompt)
-        if is_image(prompt)
-        else model.renderer.chat(conversation(prompt, system=system), answer=True)
+        model.renderer.render_embedding(prompt)
+        if is_single_image(prompt)
+        else model.renderer.render_chat(chat_messages(prompt, system=system), add_generation_prompt=True)
         for prompt in prompts
     ]
     found = [""] * len(prompts)
-    for chosen in by_length([len(s) for s in sequences], BATCH_TOKENS):
-        start = model.start([sequences[i] for i in chosen])
-        for i, text in zip(chosen, generation.generate(model.backbone, start, longest), strict=True):
+    for chosen in group_by_length([len(s) for s in sequences], BATCH_TOKENS):
+        start = model.prefill_inputs([sequences[i] for i in chosen])
+        for i, text in zip(chosen, generation.generate_texts(model.backbone, start, longest), strict=True):
             found[i] = text
     return found
 
 
-def likelihoods(
+def answer_nlls(
     model: DuetModel, pairs: Many[tuple[Parts, str]], *, system: str | None = None
 ) -> list[tuple[float, int]]:
     """(nats, tokens) of each continuation as the answer to its prompt, its end of turn included.
@@ -253,16 +253,16 @@ def likelihoods(
     """
 
     def sequence(prompt: Parts, text: str) -> Sequence:
-        if is_image(prompt):
+        if is_single_image(prompt):
             assert isinstance(prompt[0], ImageRef)
-            return model.renderer.caption(prompt[0], text)
-        turns = (*conversation(prompt, system=system), Message("assistant", (text,)))
-        return model.renderer.chat(turns, answer=False)
+            return model.renderer.render_caption(prompt[0], text)
+        turns = (*chat_messages(prompt, system=system), Message("assistant", (text,)))
+        return model.renderer.render_chat(turns, add_generation_prompt=False)
 
-    return model.nll([sequence(prompt, text) for prompt, text in pairs])
+    return model.compute_sequence_nll([sequence(prompt, text) for prompt, text in pairs])
 
 
-def made_by(folder: Path, facts: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+def describe_provenance(folder: Path, facts: Mapping[str, Any], settings: EvaluationSettings) -> dict[str, Any]:
     """What made the predictions: another value of any of these is another run."""
     other, judge = settings.retriever, settings.judge
     return {
@@ -277,35 +277,35 @@ def made_by(folder: Path, facts: Mapping[str, Any], settings: Settings) -> dict[
     }
 
 
-def run(
+def evaluate_model(
     folder: Path,
     benchmarks: Many[Benchmark],
     *,
     data: Path,
     runs: Path,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Evaluate one model on several benchmarks; what one of them lacks does not cost the others.
 
     Returns:
         The scores, and for every benchmark that could not run the reason.
     """
-    playing, facts = opened(folder, settings)
-    maker = made_by(folder.resolve(), facts, settings)
+    playing, facts = open_model_functions(folder, settings)
+    maker = describe_provenance(folder.resolve(), facts, settings)
     done, failed = [], {}
     for benchmark in benchmarks:
         say(f"{benchmark.name}: {benchmark.title}")
         source = Source(data, seed=settings.seed, k=settings.k)
         try:
             for corpus in benchmark.corpora:
-                corpora.fetch(corpus, data / "corpora", progress=say)
-            done.append(evaluate(benchmark, playing, source=source, runs=runs, made_by=maker, watch=watched))
+                corpora.fetch_corpus(corpus, data / "corpora", progress=say)
+            done.append(evaluate(benchmark, playing, source=source, runs=runs, provenance=maker, progress=with_progress_bar))
         except VLDuetError as error:
             failed[benchmark.name] = str(error)
             say(f"{benchmark.name} is left out: {error}")
     return done, failed
 
 
-def watched(items: Iterable[Any], label: str) -> Iterable[Any]:
+def with_progress_bar(items: Iterable[Any], label: str) -> Iterable[Any]:
     """A progress bar over a loop."""
-    return progress(items, label=label)
+    return track_progress(items, label=label)

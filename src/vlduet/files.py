@@ -13,7 +13,7 @@ from typing import IO, Any, TextIO
 from vlduet.errors import ConfigError
 
 
-def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file that either is there whole or not at all, power loss included."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -24,17 +24,17 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    sync([path.parent])
+    fsync_paths([path.parent])
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Write a text as `atomic_write` does, making the folder where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Captions may hold lone surrogates, which UTF-8 has no bytes for.
-    atomic_write(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
-def read_lines(path: Path) -> list[Any]:
+def read_json_lines(path: Path) -> list[Any]:
     """The values of a JSON lines file that may not exist; a line that was cut short (kill -9) is left out."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -46,7 +46,7 @@ def read_lines(path: Path) -> list[Any]:
     return found
 
 
-def appending(path: Path) -> TextIO:
+def open_for_append(path: Path) -> TextIO:
     """A file opened to add lines; half a line that a killed process left is closed first."""
     half = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     out = path.open("a", encoding="utf-8")
@@ -55,7 +55,7 @@ def appending(path: Path) -> TextIO:
     return out
 
 
-def sync(paths: Iterable[Path]) -> None:
+def fsync_paths(paths: Iterable[Path]) -> None:
     """Ask the system to bring files and folders to the disk."""
     for path in paths:
         try:
@@ -68,14 +68,14 @@ def sync(paths: Iterable[Path]) -> None:
             os.close(handle)
 
 
-def check_free(folder: Path) -> None:
+def require_empty_folder(folder: Path) -> None:
     """Raises ConfigError where a folder is to be made and something stands already."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError("there is something here already", place=folder, fix="Name a new or an empty folder")
 
 
 @contextmanager
-def whole_folder(folder: Path, *, mark: str) -> Iterator[Path]:
+def replace_folder_atomically(folder: Path, *, marker: str) -> Iterator[Path]:
     """A temporary folder that takes `folder`'s place at the end, or leaves it as it was.
 
     Everything is flushed to disk before the swap, so after a crash one of the two versions opens.
@@ -86,9 +86,9 @@ def whole_folder(folder: Path, *, mark: str) -> Iterator[Path]:
     Raises:
         ConfigError: something else is there.
     """
-    folder = recovered(folder.resolve())  # of '.' and of 'x/..' there is no name to put beside
-    if not (folder / mark).is_file():
-        check_free(folder)
+    folder = recover_folder(folder.resolve())  # of '.' and of 'x/..' there is no name to put beside
+    if not (folder / marker).is_file():
+        require_empty_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.writing")
     old = folder.with_name(f".{folder.name}.old")
@@ -96,18 +96,18 @@ def whole_folder(folder: Path, *, mark: str) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        sync([temporary, *temporary.rglob("*")])
+        fsync_paths([temporary, *temporary.rglob("*")])
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
-        sync([folder.parent])
+        fsync_paths([folder.parent])
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def recovered(folder: Path) -> Path:
+def recover_folder(folder: Path) -> Path:
     """`folder`, brought back where a kill fell between the two renames of `whole_folder`."""
     whole = folder.resolve()
     old = whole.with_name(f".{whole.name}.old")

@@ -11,39 +11,39 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from vlduet.files import read_lines
+from vlduet.files import read_json_lines
 
 T = TypeVar("T")
 
-PLAIN_EVERY = 10.0
+PROGRESS_LINE_SECONDS = 10.0
 """Seconds between two progress lines when the output is not a terminal."""
 
 
-def plain(text: str, keep: str = "") -> str:
+def strip_control_characters(text: str, keep: str = "") -> str:
     """Without control characters: what stands in a file must not steer the terminal."""
     return "".join(c if c in keep or unicodedata.category(c) != "Cc" else " " for c in text)
 
 
 def say(text: str) -> None:
     """One line to standard error, where messages never mix with printed results."""
-    print(plain(text, keep="\n\t"), file=sys.stderr, flush=True)
+    print(strip_control_characters(text, keep="\n\t"), file=sys.stderr, flush=True)
 
 
-def progress(items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
+def track_progress(items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
     """Yield `items` under a progress bar on standard error; plain lines now and then when that is not a terminal."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with Progress(total=total, label=label) as bar:
+    with ProgressBar(total=total, label=label) as bar:
         for item in items:
             yield item
             bar.advance()
 
 
-class Progress:
+class ProgressBar:
     """A progress bar that is advanced by hand, with a note beside it (a loss, an item's name)."""
 
     def __init__(self, *, total: int | None, label: str = ""):
-        self.total, self.label, self.done, self.note = total, label, 0, ""
+        self.total, self.label, self.count, self.note = total, label, 0, ""
         self._bar: Any = None
         self._started = self._spoke = time.monotonic()
 
@@ -67,16 +67,16 @@ class Progress:
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """`count` more items are done."""
-        self.done += count
+        self.count += count
         self.note = self.note if note is None else note
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=self.note)
-        elif time.monotonic() - self._spoke > PLAIN_EVERY:
+        elif time.monotonic() - self._spoke > PROGRESS_LINE_SECONDS:
             self._spoke = time.monotonic()
             say(self._line())
 
     def _line(self) -> str:
-        of = f"{self.done}/{self.total}" if self.total else str(self.done)
+        of = f"{self.count}/{self.total}" if self.total else str(self.count)
         return f"{self.label}: {of} after {time.monotonic() - self._started:.0f} s {self.note}".rstrip()
 
     def __exit__(
@@ -123,4 +123,4 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`; a half-written last line (kill -9) is left out."""
-    return read_lines(path)
+    return read_json_lines(path)

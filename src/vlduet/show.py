@@ -9,18 +9,18 @@ from typing import Any
 
 from vlduet import config
 from vlduet.data.records import Record
-from vlduet.data.sequences import IGNORE, Anchor, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, Anchor, Sequence
 from vlduet.data.stream import Sample
-from vlduet.files import recovered
+from vlduet.files import recover_folder
 from vlduet.model import checkpoint
-from vlduet.model.processing import Tokenizer, load_processing
+from vlduet.model.processing import Tokenizer, load_processor
 from vlduet.model.prompts import Prompts, Renderer
-from vlduet.model.soft import ROWS, add_tokens
+from vlduet.model.soft import ROWS_TENSOR_NAME, add_soft_prompt_tokens
 from vlduet.train.setup import RECIPES
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenRow:
     """One token, or one image with all its tokens."""
 
     sequence: int
@@ -36,7 +36,7 @@ class Row:
     """The image's name."""
 
 
-def render(record: Record, folder: Path) -> list[Row]:
+def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
     """Lay a record out as training does.
 
     Args:
@@ -50,40 +50,40 @@ def render(record: Record, folder: Path) -> list[Row]:
     Raises:
         DataError: a record that cannot be laid out, such as one with a broken image; ModelError: no model there.
     """
-    kept = checkpoint.read(recovered(folder))
+    kept = checkpoint.read_checkpoint(recover_folder(folder))
     made_by: dict[str, Any] = kept.manifest.get("provenance", {}).get("config", {})
     values = dict(made_by.get("recipe", {"name": "vladva"}))
     recipe = RECIPES[values.pop("name")]
-    processing = load_processing(kept.base)
-    if ROWS in kept.tensors:
-        add_tokens(processing.tokenizer, len(kept.tensors[ROWS]))
+    processing = load_processor(kept.base_folder)
+    if ROWS_TENSOR_NAME in kept.tensors:
+        add_soft_prompt_tokens(processing.tokenizer, len(kept.tensors[ROWS_TENSOR_NAME]))
     renderer = Renderer(
         processing,
         prompts=Prompts(**kept.manifest.get("prompts", {})),
         max_tokens=made_by.get("data", {}).get("max_tokens", 2048),
     )
     sample = Sample(record, position=0, seed=0)
-    sequences = recipe.layout(sample, renderer, config.options(recipe.Options, values, place="recipe"))
-    names = {processing.prepare(ref).key: ref.name for ref in record.images()}
+    sequences = recipe.layout(sample, renderer, config.parse_options(recipe.Options, values, place="recipe"))
+    names = {processing.prepare_image(ref).cache_key: ref.name for ref in record.images()}
     words = processing.tokenizer
-    return [row for number, sequence in enumerate(sequences) for row in _rows(number, sequence, words, names)]
+    return [row for number, sequence in enumerate(sequences) for row in _list_sequence_tokens(number, sequence, words, names)]
 
 
-def _rows(number: int, sequence: Sequence, tokenizer: Tokenizer, names: dict[str, str]) -> list[Row]:
+def _list_sequence_tokens(number: int, sequence: Sequence, tokenizer: Tokenizer, names: dict[str, str]) -> list[TokenRow]:
     inside = {at + i: (at, image) for at, image in sequence.images for i in range(image.num_tokens)}
     rows = []
     for first, group in groupby(range(len(sequence)), key=lambda t: inside[t][0] if t in inside else t):
         last = max(group)
         image = inside[first][1] if first in inside else None
-        text = tokenizer.decode([sequence.ids[first]]) if image is None else f"[image, {image.num_tokens} tokens]"
+        text = tokenizer.decode([sequence.token_ids[first]]) if image is None else f"[image, {image.num_tokens} tokens]"
         rows.append(
-            Row(
+            TokenRow(
                 sequence=number,
                 position=first,
                 text=text,
-                supervised=sequence.labels[first] != IGNORE,
+                supervised=sequence.labels[first] != IGNORE_INDEX,
                 anchors=tuple(role for a in sequence.anchors for role in _roles(a, first, last)),
-                image=names.get(image.key) if image else None,
+                image=names.get(image.cache_key) if image else None,
             )
         )
     return rows

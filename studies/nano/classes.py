@@ -23,7 +23,7 @@ from vlduet.logs import say
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
-from vlduet.validation import measure, usable
+from vlduet.validation import compute_validation_metrics, is_usable_pair
 
 DOUBTS, VOTES = (5.0, 6.0, 7.0), (0.01, 0.02, 0.03, 0.04, 0.06)
 
@@ -42,16 +42,16 @@ def main() -> None:
     if options.model is None or options.data is None:
         parser.error("--model and --data are needed, or --start and --out")
     model = DuetModel.from_pretrained(options.model)
-    folder = corpora.fetch("stamps", options.data, progress=say).folder
-    validation = [record for record in read_jsonl(folder / "val.jsonl") if usable(record)]
+    folder = corpora.fetch_corpus("stamps", options.data, progress=say).folder
+    validation = [record for record in read_jsonl(folder / "val.jsonl") if is_usable_pair(record)]
     tower, first = model.backbone.model.model.vision_tower, model.backbone.projector.linear_1
     _, bias = classifier()
-    for doubt, vote in ((nano.DOUBT, 0.0), *((doubt, vote) for doubt in DOUBTS for vote in VOTES)):
+    for doubt, vote in ((nano.CLASS_LOGIT_THRESHOLD, 0.0), *((doubt, vote) for doubt in DOUBTS for vote in VOTES)):
         with torch.no_grad():
-            tower.encoder.blocks[17].projection.project_bn.bias[nano.CLASSES] = bias - doubt
+            tower.encoder.blocks[17].projection.project_bn.bias[nano.CLASS_CHANNELS] = bias - doubt
             first.weight.copy_(reading_classes(first.weight, vote=vote))
-        model.features = FeatureCache(None)  # another doubt, other features
-        say(f"doubt {doubt}, vote {vote}: {measure(model, validation, seed=0)}")
+        model.feature_cache = FeatureCache(None)  # another doubt, other features
+        say(f"doubt {doubt}, vote {vote}: {compute_validation_metrics(model, validation, seed=0)}")
 
 
 if __name__ == "__main__":

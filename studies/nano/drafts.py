@@ -20,7 +20,7 @@ from _captions import nearness
 
 from vlduet.captioning import known_texts
 from vlduet.data.records import read_jsonl
-from vlduet.demo.measure import CAPTION_TOKENS
+from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval.benchmarks.tasks import difference, sample
 from vlduet.logs import say
 from vlduet.model.duet import DuetModel
@@ -42,11 +42,11 @@ def main() -> None:
     vectors = dict(zip(texts, model.encode_query(texts), strict=True))
     found: dict[str, dict[str, np.ndarray]] = {}
     for way, (drafts, known) in WAYS.items():
-        captions = model.caption(
+        captions = model.caption_images(
             [image for image, _ in pairs],
-            max_new_tokens=CAPTION_TOKENS,
-            batch=16,
-            drafts=drafts,
+            max_new_tokens=MAX_CAPTION_TOKENS,
+            batch_size=16,
+            num_drafts=drafts,
             known=vectors if known else {},
         )
         near, rank = nearness(captions, [text for _, text in pairs])

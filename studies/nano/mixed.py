@@ -30,13 +30,13 @@ from torch.nn import functional as F
 
 from vlduet.data.batches import Batch
 from vlduet.data.sequences import Sequence
-from vlduet.eval.metrics import KS
-from vlduet.eval.protocols import mixed_retrieval
-from vlduet.logs import Progress, say
+from vlduet.eval.metrics import HIT_CUTOFFS
+from vlduet.eval.protocols import measure_composed_retrieval
+from vlduet.logs import ProgressBar, say
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import supervised
-from vlduet.validation import measure
+from vlduet.model.readout import find_supervised_positions
+from vlduet.validation import compute_validation_metrics
 
 SHIPPED = Path(nano.__file__).with_name("nano.safetensors")
 CAPTIONED = {"stamps": 6, "emoji": 1, "classes": 2}
@@ -46,21 +46,21 @@ ROLES = ("mixed", "image", "text")
 
 def mixed_sequence(model: DuetModel, source: Source, i: int, text: str) -> Sequence:
     """Image tokens and words, read at the last of these, as nano renders a query of both."""
-    builder = model.renderer.builder()
-    builder.control(nano.START)
-    builder.image(source.images[i])
-    _, end = builder.text(text, supervised=True)
-    builder.anchor((end - 1, end), role="mixed", record=text, key=source.images[i].key)
-    builder.add(model.renderer.eos_ids[:1], supervised=True)  # whether it comes here is the teacher's to say
+    builder = model.renderer.new_builder()
+    builder.append_control(nano.START_TOKEN)
+    builder.append_image(source.images[i])
+    _, end = builder.append_text(text, supervised=True)
+    builder.add_anchor((end - 1, end), role="mixed", record_name=text, content_key=source.images[i].cache_key)
+    builder.append_tokens(model.renderer.eos_token_ids[:1], supervised=True)  # whether it comes here is the teacher's to say
     return builder.build(10**6)
 
 
 def said(model: DuetModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Unit vectors of all anchors, float[A, D], and log probabilities where a label is, float[S, vocabulary]."""
     hidden = model.hidden_states(batch)
-    rows, at = supervised(batch.labels)
+    rows, at = find_supervised_positions(batch.labels)
     logits = model.backbone.lm_head(hidden[rows, at - 1])
-    return model.embed(batch, hidden, batch.anchor_spans), F.log_softmax(logits, dim=-1)
+    return model.embed_anchors(batch, hidden, batch.anchor_spans), F.log_softmax(logits, dim=-1)
 
 
 def distances(model: DuetModel, teacher: DuetModel, batch: Batch) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def distances(model: DuetModel, teacher: DuetModel, batch: Batch) -> dict[str, T
     )
     found: dict[str, list[Tensor]] = {role: [] for role in ROLES}
     for anchor, vector, theirs in zip(batch.anchors, vectors, their_vectors, strict=True):
-        wanted = seen[anchor.key] + read[anchor.record.lower()] if anchor.role == "mixed" else theirs
+        wanted = seen[anchor.content_key] + read[anchor.record_name.lower()] if anchor.role == "mixed" else theirs
         found[anchor.role].append(1 - F.cosine_similarity(vector, wanted, dim=0))
     kl = (their_words.exp() * (their_words - words)).sum(1).mean()
     return {role: torch.stack(values).mean() for role, values in found.items()} | {"language": kl}
@@ -90,7 +90,7 @@ def train(
     texts = Source(everything, [], torch.empty(0))
     decks, asked = {k: Deck(len(s.images)) for k, s in data.sources.items()}, Deck(len(everything))
     log, began = [], time.monotonic()
-    with Progress(total=options.steps, label="train") as bar:
+    with ProgressBar(total=options.steps, label="train") as bar:
         for step in range(options.steps):
             for group in optimizer.param_groups:
                 factor = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / options.steps))
@@ -123,10 +123,10 @@ def train(
 
 def judge(model: DuetModel, data: Material) -> dict[str, float]:
     """Validation: what `measure` says, and queries of an image and words, joined in five ways."""
-    asked = [mixed_retrieval(model.encode_document, model.encode_query, data.validation, seed=i) for i in range(5)]
-    found = [one.found(max(KS)) for one in asked]
+    asked = [measure_composed_retrieval(model.encode_document, model.encode_query, data.validation, seed=i) for i in range(5)]
+    found = [one.hit_values(max(HIT_CUTOFFS)) for one in asked]
     mixed = {f"mixed/{what}": float(np.mean([f[what].mean() for f in found])) for what in found[0]}
-    return measure(model, data.validation, seed=0) | mixed
+    return compute_validation_metrics(model, data.validation, seed=0) | mixed
 
 
 def main() -> None:
@@ -149,10 +149,10 @@ def main() -> None:
     model, data = prepare(options.data, options.out, seed=options.seed)
     replayed = replay(model, data.sources["classes"].captions, count=options.replayed)
     teacher = DuetModel.from_pretrained(options.out / "bare")
-    teacher.features = model.features
+    teacher.feature_cache = model.feature_cache
     for one in (model, teacher):
         one.make_trainable(lora=nano.BASE_LORA, projector=True)
-        nano.load_trained(one, load_file(options.start))
+        nano.load_trained_tensors(one, load_file(options.start))
     start = judge(model, data)
     say(f"validation at the start: {start}")
     model.train()
@@ -160,7 +160,7 @@ def main() -> None:
     model.eval()
     found = judge(model, data)
     say(f"validation at the end: {found}")
-    save_file(nano.shipped(model), options.out / "nano.safetensors")
+    save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     facts = {
         "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "counts": data.counts() | {"replayed": len(replayed)},

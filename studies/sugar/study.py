@@ -33,15 +33,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _captions import nearness
 from _study import Numbers, Study, main
 
-from vlduet.data.images import content_key
+from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Record, read_jsonl
-from vlduet.demo.measure import CAPTION_TOKENS
+from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.builtin import SHOWN, one_word_apart, shown_again
 from vlduet.eval.benchmarks.protocols import search_ranks
 from vlduet.eval.benchmarks.tasks import Sample, sample
-from vlduet.eval.protocols import unit
-from vlduet.evaluation import likelihoods
+from vlduet.eval.protocols import unit_rows
+from vlduet.evaluation import answer_nlls
 from vlduet.model.duet import DuetModel
 
 CORPORA = ("gimp-help", "campaigns")
@@ -73,7 +73,7 @@ def next_image(model: DuetModel, documents: list[Record]) -> Numbers:
     gallery: dict[str, ImageRef] = {}
     asked: list[tuple[Parts, str, set[str]]] = []
     for record in documents:
-        keys = {n: content_key(part) for n, part in enumerate(record.parts) if isinstance(part, ImageRef)}
+        keys = {n: image_key(part) for n, part in enumerate(record.parts) if isinstance(part, ImageRef)}
         gallery |= {key: part for n, key in keys.items() if isinstance(part := record.parts[n], ImageRef)}
         fresh = [n for n, key in keys.items() if n and key not in [keys[m] for m in keys if m < n]]
         if fresh:
@@ -119,7 +119,7 @@ def order(model: DuetModel, documents: list[Record]) -> Numbers:
             draw.shuffle(other)
         ordered.append((*kept, window[-1]))
         shuffled.append((*other, window[-1]))
-    whole, kept_order, lost_order = (unit(model.encode_document(rows)) for rows in (windows, ordered, shuffled))
+    whole, kept_order, lost_order = (unit_rows(model.encode_document(rows)) for rows in (windows, ordered, shuffled))
     own, other_order = (whole * kept_order).sum(1), (whole * lost_order).sum(1)
     ranks, _ = search_ranks(whole, np.concatenate([kept_order, lost_order]), [[n] for n in range(len(windows))])
     return {"order kept is nearer": sample(own > other_order), "order kept is nearest of all": sample(ranks == 1)}
@@ -128,16 +128,16 @@ def order(model: DuetModel, documents: list[Record]) -> Numbers:
 def stamps(model: DuetModel, data: Path) -> Numbers:
     """Single images and captions, which nothing in this study trains."""
     records = [r for r in read_jsonl(data / "stamps" / "test.jsonl") if r.image is not None and r.short]
-    found = protocols.retrieval(model.encode_document, model.encode_query, records=records)
-    entropy = protocols.caption_cross_entropy(model.caption_nll, records)
+    found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=records)
+    entropy = protocols.measure_caption_cross_entropy(model.compute_caption_nll, records)
     images = [record.image for record in records if record.image is not None]
-    written = model.caption(images, max_new_tokens=CAPTION_TOKENS, batch=16)
+    written = model.caption_images(images, max_new_tokens=MAX_CAPTION_TOKENS, batch_size=16)
     _, rank = nearness(written, [record.short[0] for record in records])
     return {
         "stamps, text to image R@10": sample(found.text_to_image.ranks <= 10),
         "stamps, image to text R@10": sample(found.image_to_text.ranks <= 10),
-        "stamps, nats of captions": per_token(entropy.right, entropy.tokens),
-        "stamps, nats their image is worth": per_token(entropy.wrong - entropy.right, entropy.tokens),
+        "stamps, nats of captions": per_token(entropy.total_nats_right_image, entropy.num_tokens),
+        "stamps, nats their image is worth": per_token(entropy.total_nats_wrong_image - entropy.total_nats_right_image, entropy.num_tokens),
         "stamps, captions like theirs": sample(rank <= 5),
     }
 
@@ -145,8 +145,8 @@ def stamps(model: DuetModel, data: Path) -> Numbers:
 def pairs(model: DuetModel, data: Path) -> Numbers:
     """Winoground's text and image score on emoji of one subgroup."""
     items = one_word_apart(list(read_jsonl(data / "emoji" / "test.jsonl")), "subgroup")
-    texts = unit(model.encode_query([text for item in items for text in item.texts])).reshape(len(items), 2, -1)
-    images = unit(model.encode_document([image for item in items for image in item.images])).reshape(texts.shape)
+    texts = unit_rows(model.encode_query([text for item in items for text in item.texts])).reshape(len(items), 2, -1)
+    images = unit_rows(model.encode_document([image for item in items for image in item.images])).reshape(texts.shape)
     same = np.einsum("nie,nje->nij", images, texts)  # [items, image, text]
     text = (same[:, 0, 0] > same[:, 0, 1]) & (same[:, 1, 1] > same[:, 1, 0])
     image = (same[:, 0, 0] > same[:, 1, 0]) & (same[:, 1, 1] > same[:, 0, 1])
@@ -158,7 +158,7 @@ def places(model: DuetModel, data: Path) -> Numbers:
     path = data / "stamps" / "test.jsonl"
     items = shown_again(list(read_jsonl(path)), prompts=PROMPTS, seed=0, place=path)
     losses = np.array(
-        [nats / tokens for nats, tokens in likelihoods(model, [(q.parts, o) for q in items for o in q.options])]
+        [nats / tokens for nats, tokens in answer_nlls(model, [(q.parts, o) for q in items for o in q.options])]
     )
     right = losses.reshape(PROMPTS, SHOWN, SHOWN).argmin(2) == np.arange(SHOWN)  # [prompts, places]
     edge = np.isin(np.arange(SHOWN), (0, SHOWN - 1))
@@ -174,9 +174,9 @@ def texts(model: DuetModel, documents: list[Record]) -> Numbers:
     sequences = []
     for record in documents:
         first = next(n for n, part in enumerate(record.parts) if isinstance(part, ImageRef))
-        sequences.append(model.renderer.document(record.parts[first:])[0].build(TOKENS))
+        sequences.append(model.renderer.render_document(record.parts[first:])[0].build(TOKENS))
     model.renderer.max_tokens = kept
-    losses = model.nll(sequences)
+    losses = model.compute_sequence_nll(sequences)
     return {"documents, nats": per_token(np.array([nats for nats, _ in losses]), np.array([n for _, n in losses]))}
 
 

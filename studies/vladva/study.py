@@ -33,13 +33,13 @@ from _study import Numbers, Study, main
 from PIL import Image, ImageOps
 
 from vlduet import analysis
-from vlduet.data.edits import edits
-from vlduet.data.images import encode_png, load
+from vlduet.data.edits import generate_caption_negatives
+from vlduet.data.images import encode_png, load_image
 from vlduet.data.records import ImageRef, Record, read_jsonl
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.protocols import search_ranks
 from vlduet.eval.benchmarks.tasks import sample
-from vlduet.eval.protocols import unit
+from vlduet.eval.protocols import unit_rows
 from vlduet.model.duet import DuetModel
 
 LONG = ("wesnoth", "endless-sky")
@@ -67,12 +67,12 @@ def measure(model: DuetModel, data: Path) -> Numbers:
 
 def short_captions(model: DuetModel, stamps: list[Record]) -> Numbers:
     """Retrieval both ways, and what captions cost."""
-    found = protocols.retrieval(model.encode_document, model.encode_query, records=stamps)
-    entropy = protocols.caption_cross_entropy(model.caption_nll, stamps)
+    found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=stamps)
+    entropy = protocols.measure_caption_cross_entropy(model.compute_caption_nll, stamps)
     return {
         "text to image": sample(1 / found.text_to_image.ranks),
         "image to text": sample(1 / found.image_to_text.ranks),
-        "captions, nats": sample(entropy.right / entropy.tokens, entropy.tokens, scale=1.0),
+        "captions, nats": sample(entropy.total_nats_right_image / entropy.num_tokens, entropy.num_tokens, scale=1.0),
     }
 
 
@@ -82,12 +82,12 @@ def edited(model: DuetModel, stamps: list[Record]) -> Numbers:
         (kind, record.image, record.short[0], edit.text)
         for record in stamps
         for kind in EDITS
-        for edit in edits(record.short[0])
+        for edit in generate_caption_negatives(record.short[0])
         if edit.kind.startswith(kind) and record.image is not None
     ]
     asked += [("swap", *side_by_side(*pair)) for pair in itertools.pairwise(stamps) if pair[0].short != pair[1].short]
-    images = unit(model.encode_document([image for _, image, _, _ in asked]))
-    right, wrong = (unit(model.encode_query([question[n] for question in asked])) for n in (2, 3))
+    images = unit_rows(model.encode_document([image for _, image, _, _ in asked]))
+    right, wrong = (unit_rows(model.encode_query([question[n] for question in asked])) for n in (2, 3))
     nearer = (images * right).sum(1) > (images * wrong).sum(1)
     return {
         f"edits, {kind}": sample([bool(hit) for hit, (of, *_) in zip(nearer, asked, strict=True) if of == kind])
@@ -100,7 +100,7 @@ def side_by_side(left: Record, right: Record) -> tuple[ImageRef, str, str]:
     both = Image.new("RGB", (2 * SIDE, SIDE), "white")
     for n, record in enumerate((left, right)):
         assert record.image is not None
-        both.paste(ImageOps.pad(load(record.image), (SIDE, SIDE), color="white"), (n * SIDE, 0))
+        both.paste(ImageOps.pad(load_image(record.image), (SIDE, SIDE), color="white"), (n * SIDE, 0))
     one, other = (record.short[0].rstrip(".") for record in (left, right))
     told = [f"{a} on the left and {b[0].lower()}{b[1:]} on the right." for a, b in ((one, other), (other, one))]
     return ImageRef(data=encode_png(both)), told[0], told[1]
@@ -111,8 +111,8 @@ def long_captions(model: DuetModel, told: list[Record]) -> Numbers:
     texts = [str(record.long) for record in told]
     images = [record.image for record in told if record.image is not None]
     ranks, _ = search_ranks(model.encode_query(texts), model.encode_document(images), [[n] for n in range(len(images))])
-    sequences = [model.renderer.caption(image, text) for image, text in zip(images, texts, strict=True)]
-    losses = model.nll(sequences)
+    sequences = [model.renderer.render_caption(image, text) for image, text in zip(images, texts, strict=True)]
+    losses = model.compute_sequence_nll(sequences)
     nats, tokens = np.array(losses, dtype=np.float64).T
     return {"long text to image": sample(1 / ranks), "long, nats": sample(nats / tokens, tokens, scale=1.0)}
 
@@ -120,13 +120,13 @@ def long_captions(model: DuetModel, told: list[Record]) -> Numbers:
 def reading(model: DuetModel, stamps: list[Record]) -> Numbers:
     """The three analyses of the paper."""
     images = tuple(record.image for record in stamps if record.image is not None)
-    found = analysis.measure(model, analysis.Items(images, ()), name="model", examples=LOOKS)
+    found = analysis.analyse_model(model, analysis.AnalysisItems(images, ()), name="model", num_attention_maps=LOOKS)
     assert found.images is not None
-    spread = analysis.components(analysis.explained_variance(found.images.embeddings), 0.9)
+    spread = analysis.num_components(analysis.explained_variance(found.images.embeddings), 0.9)
     return {
         "entropy, nats": sample(found.images.entropy, scale=1.0),
         "components of 90 %": sample([float(spread)], scale=1.0),
-        "evenness of attention": sample([look.evenness for look in found.looks]),
+        "evenness of attention": sample([look.evenness for look in found.attention_maps]),
     }
 
 

@@ -14,12 +14,12 @@ from torch import distributed as dist
 import judges
 import tiny
 from vlduet import distributed
-from vlduet.data.batches import chunked
+from vlduet.data.batches import split_into_chunks
 from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
-from vlduet.model.readout import Readout, empty_readout, joined
+from vlduet.model.readout import Readout, create_empty_readout, concatenate_readouts
 from vlduet.recipes import sugar, vladva
-from vlduet.train.gradcache import cached_losses
+from vlduet.train.gradcache import compute_cached_losses
 
 VLADVA = vladva, vladva.Options()
 GUIDED = vladva, vladva.Options(guide="triple")
@@ -75,12 +75,12 @@ def records() -> list[Record]:
     captions = ["a flower", "a cat", "a flower", "two dogs", None, "the sea"]
     longs = ["x", "a long text " * 4, None, "some words", "only long, and much longer than the others " * 2, None]
     pairs = [
-        Record(f"p{i}", image=tiny.picture(i), short=(caption,) if caption else (), long=long)
+        Record(f"p{i}", image=tiny.random_image(i), short=(caption,) if caption else (), long=long)
         for i, (caption, long) in enumerate(zip(captions, longs, strict=True))
     ]
     retrieval = [
         Record("r0", query=("where is the cat?",), positive=(("a cat",),), negative=(("no cat",), ("a dog",))),
-        Record("r1", query=(tiny.picture(7), "what?"), positive=(("a bird",), ("a wing",)), negative=()),
+        Record("r1", query=(tiny.random_image(7), "what?"), positive=(("a bird",), ("a wing",)), negative=()),
     ]
     return [*pairs[:3], retrieval[0], *pairs[3:], retrieval[1]]
 
@@ -89,11 +89,11 @@ def stories() -> list[Record]:
     """Nine records: unequal lengths, slices that repeat across ranks, one record on both, and no image on the first."""
 
     def story(number: int, *tail: str) -> Record:
-        return Record(f"s{number}", parts=(tiny.picture(number), f"Story {number}.", *tail))
+        return Record(f"s{number}", parts=(tiny.random_image(number), f"Story {number}.", *tail))
 
     texts = Record("texts", parts=("Story 1.", "No picture here.", "None at all."))
     chat = Record("chat", messages=(Message("user", ("hi",)), Message("assistant", ("ho",))))
-    pair = Record("pair", image=tiny.picture(1), short=("Story 1.", "another"))
+    pair = Record("pair", image=tiny.random_image(1), short=("Story 1.", "another"))
     one, two = story(1, "It rains.", "It stops."), story(2)
     three = story(3, "It rains.", "It stops.", "It rains.", "The end.")
     return [texts, chat, Record("more", parts=("It rains.", "Story 2.")), one, one, pair, two, texts, three]
@@ -109,7 +109,7 @@ def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tenso
     rows = range(cut[rank], cut[rank + 1])
     sequences = [s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)]
     if recipe is sugar or options.guide != "none":
-        sequences = judges.judges().see(sequences)
+        sequences = judges.build_random_encoders().attach_features(sequences)
 
     def losses(readout: Readout) -> dict[str, torch.Tensor]:
         found = recipe.objective(readout, model.logit_scale, options)
@@ -117,27 +117,27 @@ def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tenso
 
     if pictured := [image for sequence in sequences for _, image in sequence.images]:
         model.vision_features(pictured)  # the cache keeps them in single precision: the same ones for every pass
-    nothing = empty_readout(model.dim, like=model.logit_scale.detach())
+    nothing = create_empty_readout(model.dim, like=model.logit_scale.detach())
     if "chunked" in case and world_size > 1:  # one process, all at once, is what the ranks are compared with
-        chunks = [model.collate(part) for part in chunked(sequences, CHUNK_TOKENS)]
-        loss = cached_losses(model, chunks, losses=losses, nothing=nothing)["loss"]
+        chunks = [model.collate(part) for part in split_into_chunks(sequences, CHUNK_TOKENS)]
+        loss = compute_cached_losses(model, chunks, compute_losses=losses, empty=nothing)["loss"]
     else:
-        loss = losses(joined([nothing, model(model.collate(sequences))] if sequences else [nothing]))["loss"]
+        loss = losses(concatenate_readouts([nothing, model(model.collate(sequences))] if sequences else [nothing]))["loss"]
         loss.backward()
     moved = [p for p in model.parameters() if p.requires_grad]
     distributed.average_gradients(moved)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     grads = {name: p.grad for name, p in zip(names, moved, strict=True) if p.grad is not None}
-    return {"loss": torch.tensor(distributed.total(float(loss.detach())) / distributed.world_size()), **grads}
+    return {"loss": torch.tensor(distributed.all_reduce_sum(float(loss.detach())) / distributed.get_world_size()), **grads}
 
 
 def model_in_float64(folder: Path):
     """A tiny model in double precision with something to train everywhere."""
-    from vlduet.model.adapters import Lora
+    from vlduet.model.adapters import LoraSettings
 
-    model = tiny.duet(folder / "base").double()
+    model = tiny.build_duet_model(folder / "base").double()
     torch.manual_seed(3)
-    model.make_trainable(lora=Lora(rank=2, alpha=4), projector=True)
+    model.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=True)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

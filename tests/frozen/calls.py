@@ -24,16 +24,16 @@ from vlduet.eval import metrics, protocols
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BUILTIN
 from vlduet.eval.run import evaluate
-from vlduet.eval.store import Functions
-from vlduet.model.adapters import Lora
+from vlduet.eval.store import ModelFunctions
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbones import load_backbone
-from vlduet.model.decoding import Continuation, Decoder
+from vlduet.model.decoding import Request, ContinuousBatcher
 from vlduet.model.duet import DuetModel
 from vlduet.model.features import FeatureCache
-from vlduet.model.generation import forbidden
+from vlduet.model.generation import suppressed_tokens
 from vlduet.model.prompts import Prompts
 from vlduet.objectives import alignment, contrastive, language, structure, triple
-from vlduet.retrieval.build import build
+from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 from vlduet.train import setup, step
@@ -104,7 +104,7 @@ def parts(items: Sequence[Item]) -> Parts:
 
 def encode(model: DuetModel, items: Sequence[Sequence[Item]], *, query: bool) -> np.ndarray:
     """Return float32[items, dim], the embeddings of texts, images and mixtures."""
-    return model.encode([parts(item) for item in items], query=query)
+    return model.encode([parts(item) for item in items], is_query=query)
 
 
 def fingerprint(model: DuetModel) -> str:
@@ -118,41 +118,41 @@ def fingerprint(model: DuetModel) -> str:
 def answer(model: DuetModel, turn: Sequence[Item], *, tokens: int) -> dict[str, Any]:
     """Return what a greedy model answers: at once, streamed, and as ids."""
     turns = (Message("user", parts(turn)),)
-    start = model.start([model.renderer.chat(turns, answer=True)])
-    decoder = Decoder(model.backbone, start.eos_ids)
-    row = Continuation(tokens)
-    decoder.join(start, [row])
-    while not row.over:
+    start = model.prefill_inputs([model.renderer.render_chat(turns, add_generation_prompt=True)])
+    decoder = ContinuousBatcher(model.backbone, start.eos_token_ids)
+    row = Request(tokens)
+    decoder.add_requests(start, [row])
+    while not row.is_finished:
         decoder.step()
     return {
         "text": model.generate(turns, max_new_tokens=tokens),
         "streamed": "".join(model.generate(turns, max_new_tokens=tokens, stream=True)),
-        "ids": row.ids,
+        "ids": row.token_ids,
     }
 
 
 def caption(model: DuetModel, images: Sequence[Path], *, tokens: int, drafts: int) -> list[str]:
     """Return captions, greedy or the nearest of several drafts."""
-    return model.caption([ImageRef(path=i) for i in images], max_new_tokens=tokens, drafts=drafts)
+    return model.caption_images([ImageRef(path=i) for i in images], max_new_tokens=tokens, num_drafts=drafts)
 
 
 def caption_nats(model: DuetModel, pairs: Sequence[tuple[Path, str]]) -> list[tuple[float, int]]:
     """Return nats and tokens of every caption after its image."""
-    return model.caption_nll([(ImageRef(path=image), text) for image, text in pairs])
+    return model.compute_caption_nll([(ImageRef(path=image), text) for image, text in pairs])
 
 
 def smallest_margin(model: DuetModel, turn: Sequence[Item], *, ids: Sequence[int]) -> float:
     """Return by how much a greedy answer's tokens beat the next best, at the closest of them."""
-    prompt = model.renderer.chat((Message("user", parts(turn)),), answer=True)
+    prompt = model.renderer.render_chat((Message("user", parts(turn)),), add_generation_prompt=True)
     ignored = -100
     labels = (*prompt.labels, *([ignored] * len(ids)))
-    answered = replace(prompt, ids=(*prompt.ids, *ids), labels=labels)
+    answered = replace(prompt, token_ids=(*prompt.token_ids, *ids), labels=labels)
     with torch.no_grad():
-        states = model.hidden_states(model.collate([answered]))[0, len(prompt.ids) - 1 : -1]
-        logits = model.backbone.logits(states)
-    start = model.start([prompt])
-    logits[:, forbidden(model.backbone, start.eos_ids)] = -torch.inf
-    logits[0, start.eos_ids] = -torch.inf
+        states = model.hidden_states(model.collate([answered]))[0, len(prompt.token_ids) - 1 : -1]
+        logits = model.backbone.compute_logits(states)
+    start = model.prefill_inputs([prompt])
+    logits[:, suppressed_tokens(model.backbone, start.eos_token_ids)] = -torch.inf
+    logits[0, start.eos_token_ids] = -torch.inf
     best = logits.topk(2, dim=1).values
     assert logits.argmax(1).tolist() == list(ids), "not the greedy answer"
     return float((best[:, 0] - best[:, 1]).min())
@@ -168,37 +168,37 @@ def one_step(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], di
         Losses and gradient norm by name, the losses of the second step among them; gradients of
         the first step by the frozen names of their tensors.
     """
-    run = setup.prepare(configs.load(path, overrides), keep=False)
+    run = setup.prepare_run(configs.load_run_config(path, overrides), write_files=False)
     in_double(run.model)
     fixed.fill(own_tensors(run.model, "head."), scale=1.0)
     fixed.fill(own_tensors(run.model, "towers."), scale=1.0)
     fixed.fill(run.model.adapter_tensors(), scale=0.5)
     if isinstance(run.model, DuetModel):
-        run.model.features = FeatureCache(None)
-    (_, first), (_, second) = list(setup.batches(run, 0, 2))
-    values = step.joint_step(run, first)
+        run.model.feature_cache = FeatureCache(None)
+    (_, first), (_, second) = list(setup.iterate_batches(run, 0, 2))
+    values = step.forward_backward(run, first)
     tensors = trained_tensors(run.model)
     gradients = {n: t.grad.clone() for n, t in tensors.items() if t.grad is not None}
-    step.move(run, 0)
-    after = {f"{name} of step 2": value for name, value in step.joint_step(run, second).items()}
+    step.optimizer_step(run, 0)
+    after = {f"{name} of step 2": value for name, value in step.forward_backward(run, second).items()}
     return values | after, gradients
 
 
 def comparison(path: Path) -> tuple[Path, dict[str, list[str]]]:
     """Return the base config of a comparison, and the settings of every run by name."""
-    read = configs.load_comparison(path)
+    read = configs.load_comparison_config(path)
     return read.base, {name: [*read.overrides, *settings] for name, settings in read.runs.items()}
 
 
 def sources(path: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """Return path and weight of every training source of a config."""
-    read = configs.load(path, overrides)
+    read = configs.load_run_config(path, overrides)
     return [{"path": str(source.path), "weight": source.weight} for source in read.data.train]
 
 
 def settings(path: Path, overrides: Sequence[str]) -> Any:
     """Return a config, read."""
-    return configs.load(path, overrides)
+    return configs.load_run_config(path, overrides)
 
 
 # ------------------------------------------------------------------ folders
@@ -209,7 +209,7 @@ def write_model(base: Path, folder: Path) -> None:
     texts = {"text": "{text} sum:", "image": "{image} sum:", "parts": "{parts} sum:"}
     prompts = Prompts(**BARE | texts | {"image_pool": "last"})
     model = DuetModel(load_backbone(base), prompts=prompts, head="mlp", dim=8)
-    model.make_trainable(lora=Lora(rank=2, alpha=4), projector=True, soft=True)
+    model.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=True, soft_prompts=True)
     fixed.fill({**own_tensors(model, "head."), **model.adapter_tensors()}, scale=1.0)
     model.save_pretrained(folder, provenance={"written by": "tests/frozen/write.py"})
 
@@ -221,7 +221,7 @@ def open_model(folder: Path) -> DuetModel:
 
 def write_index(model: Path, source: Path, folder: Path) -> None:
     """Write a search index of records."""
-    build(open_model(model), source, to=folder, side="image", store="lance", model_path=model)
+    build_index(open_model(model), source, to=folder, side="image", store="lance", model_path=model)
 
 
 def hits(index: Path, query: Sequence[Item], *, k: int, where: str | None) -> list[dict[str, Any]]:
@@ -248,8 +248,8 @@ def hits(index: Path, query: Sequence[Item], *, k: int, where: str | None) -> li
 def stored_vectors(index: Path) -> tuple[list[str], np.ndarray]:
     """Return the ids of an index, sorted, and their vectors, float32[ids, dim]."""
     with Index.open(index) as opened:
-        ids = sorted(opened.store.stamps())
-        return ids, opened.store.vectors(ids)
+        ids = sorted(opened.store.read_hashes())
+        return ids, opened.store.read_vectors(ids)
 
 
 # ------------------------------------------------------------------ benchmarks
@@ -274,13 +274,13 @@ def play(
     def vectors(items: list[Parts], query: bool) -> np.ndarray:
         return np.stack([embed(item) for item in items]).astype(np.float32)
 
-    functions = Functions(
+    functions = ModelFunctions(
         embed=vectors,
-        answer=lambda prompts, longest: [reply(prompt) for prompt in prompts],
-        loglikelihood=lambda pairs: [nats(prompt, text) for prompt, text in pairs],
+        generate=lambda prompts, longest: [reply(prompt) for prompt in prompts],
+        continuation_nll=lambda pairs: [nats(prompt, text) for prompt, text in pairs],
     )
     row = next(row for row in BUILTIN if row.name == name)
-    return evaluate(row, functions, source=Source(folder), runs=runs, made_by={"fixed": True})
+    return evaluate(row, functions, source=Source(folder), runs=runs, provenance={"fixed": True})
 
 
 def content(item: Parts) -> Iterator[str]:
@@ -294,4 +294,4 @@ def content(item: Parts) -> Iterator[str]:
 
 def normalized_words(text: str) -> list[str]:
     """Return a text's words as captions are compared."""
-    return metrics.normalized(text)
+    return metrics.normalized_words(text)

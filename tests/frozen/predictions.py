@@ -64,29 +64,29 @@ def protocols() -> dict[str, Any]:
         rows = [vector(item if isinstance(item, tuple) else (item,)) for item in items]
         return np.stack(rows).astype(np.float32)
 
-    measured = calls.protocols.retrieval(embed, embed, records=pairs)
-    mixed = calls.protocols.mixed_retrieval(embed, embed, pairs, seed=3)
-    entropy = calls.protocols.caption_cross_entropy(
+    measured = calls.protocols.measure_retrieval(embed, embed, records=pairs)
+    mixed = calls.protocols.measure_composed_retrieval(embed, embed, pairs, seed=3)
+    entropy = calls.protocols.measure_caption_cross_entropy(
         lambda batch: [nats((i,), t) for i, t in batch], pairs
     )
-    captions = calls.protocols.captions(lambda images: [reply((image,)) for image in images], pairs)
+    captions = calls.protocols.measure_captions(lambda images: [reply((image,)) for image in images], pairs)
     directions = {"to image": measured.text_to_image, "to text": measured.image_to_text}
     return plain(
         {
             "captions": measured.captions,
             "directions": {name: _direction(value) for name, value in directions.items()},
-            "mixed": {k: mixed.found(k) for k in (1, 2, 5)},
+            "mixed": {k: mixed.hit_values(k) for k in (1, 2, 5)},
             "entropy": {
-                "right": asdict(entropy.after_right()),
-                "wrong": asdict(entropy.after_wrong()),
-                "gap": asdict(entropy.gap(seed=1)),
+                "right": asdict(entropy.nats_right_image()),
+                "wrong": asdict(entropy.nats_wrong_image()),
+                "gap": asdict(entropy.nats_gap(seed=1)),
             },
             "written": {
                 "f1": asdict(captions.token_f1()),
                 "exact": asdict(captions.exact_match()),
                 "distinct": captions.num_distinct,
             },
-            "wrong images": calls.protocols.wrong_images(
+            "wrong images": calls.protocols.wrong_image_indices(
                 [["a"], ["b", "c"], ["a"], ["c"], ["d"]], 5
             ),
         }

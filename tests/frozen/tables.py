@@ -66,16 +66,16 @@ def pairs() -> dict[str, Any]:
     """Compute kernels, posteriors and alignment-weighted means from distances of padded pairs."""
     sqdist = (2 - 2 * fixed.unit("a", 4, 5, 3) @ fixed.unit("b", 4, 6, 3).mT).clamp(min=0)
     lengths = torch.tensor([5, 1, 3, 4]), torch.tensor([6, 2, 1, 4])
-    width = calls.alignment.rule_sigma(*lengths, 0.7)
+    width = calls.alignment.compute_sigma(*lengths, 0.7)
     return {
         "widths": width,
         "of pairs": with_gradient(
             lambda d: calls.alignment.gak_pairs(d, *lengths, sigma=width), sqdist
         ),
-        "posteriors of pairs": calls.alignment.alignment_posterior_pairs(
+        "posteriors of pairs": calls.alignment.compute_alignment_posterior(
             sqdist, *lengths, sigma=width
         ),
-        "weighted means of pairs": calls.alignment.awm_pairs(sqdist, *lengths, sigma=0.5),
+        "weighted means of pairs": calls.alignment.compute_alignment_weighted_mean(sqdist, *lengths, sigma=0.5),
         "soft warping": with_gradient(
             lambda d: calls.alignment.soft_dtw(d, *lengths, gamma=0.3), sqdist
         ),
@@ -97,29 +97,29 @@ PREFIXES = {
 
 def many_cosines(*, triple: bool) -> Tensor:
     """Return cosines of nine slices, float64[9, 9]."""
-    return calls.triple.triple_cosines(
-        fixed.unit("same kind", 9, 5), fixed.unit("any kind", 9, 4), image=IMAGES, triple=triple
+    return calls.triple.compute_triple_cosines(
+        fixed.unit("same kind", 9, 5), fixed.unit("any kind", 9, 4), is_image=IMAGES, use_triple_kernel=triple
     )
 
 
 def targets() -> dict[str, Any]:
     """Compute the target matrices of every switch, and the losses that follow from them."""
     prefixes = calls.triple.Prefixes(**PREFIXES)
-    related = calls.triple.related(prefixes, 9)
+    related = calls.triple.find_related_slices(prefixes, 9)
     values: dict[str, Any] = {"related": related.long()}
-    wide = calls.triple.triple_cosines(
+    wide = calls.triple.compute_triple_cosines(
         fixed.unit("many of a kind", 24, 5),
         fixed.unit("many", 24, 4),
-        image=torch.arange(24) % 2 == 0,
+        is_image=torch.arange(24) % 2 == 0,
     )
     alone = torch.eye(24, dtype=torch.bool)
-    values["calibrated"] = calls.triple.calibrate(
-        wide, image=torch.arange(24) % 2 == 0, related=alone
+    values["calibrated"] = calls.triple.calibrate_cosines(
+        wide, is_image=torch.arange(24) % 2 == 0, is_related=alone
     )
     for triple, target, same, single in itertools.product(
         (True, False), ("gak", "mean", "awm"), ("all", "nested"), ("cosine", "gak")
     ):
-        matrix = calls.triple.target_matrix(
+        matrix = calls.triple.compute_target_matrix(
             many_cosines(triple=triple),
             prefixes,
             target=target,
@@ -128,7 +128,7 @@ def targets() -> dict[str, Any]:
             delta=0.8,
         )
         values[f"triple {triple}, {target}, {same}, {single}"] = matrix
-    own = calls.triple.target_matrix(many_cosines(triple=True), prefixes, rows=slice(2, 5))
+    own = calls.triple.compute_target_matrix(many_cosines(triple=True), prefixes, rows=slice(2, 5))
     return plain(values | {"of some rows": own, "losses": structures(own)})
 
 
@@ -139,7 +139,7 @@ def structures(target: Tensor) -> dict[str, Any]:
     def loss(**options: Any) -> dict[str, Any]:
         return with_gradient(
             lambda rows: calls.structure.structure_loss(
-                rows, everything, target=target, begin=2, **options
+                rows, everything, target=target, first_row=2, **options
             ),
             everything[2:5],
         )
@@ -163,15 +163,15 @@ def losses() -> dict[str, Any]:
     ignore[1, 5] = ignore[2, 0] = True
 
     def both(left: Tensor, right: Tensor, scale: Tensor, **options: Any) -> Tensor:
-        return calls.contrastive.symmetric_infonce(
-            left, right, logit_scale=scale, positive=positive, **options
+        return calls.contrastive.contrastive_loss(
+            left, right, logit_scale=scale, positive_mask=positive, **options
         )
 
     scale = torch.tensor(2.0, dtype=torch.float64)
     shares = {"rows": slice(1, 3), "columns": slice(2, 6), "world_size": 2}
     hidden, weight = fixed.tensor("hidden", 5, 6), fixed.tensor("weight", 9, 6)
     targets, bias = torch.tensor([3, 0, 8, 3, 5]), fixed.tensor("bias", 9)
-    nats = calls.language.token_nll
+    nats = calls.language.compute_token_nll
     values = {
         "contrastive": with_gradient(both, left, right, scale),
         "contrastive, ignoring": with_gradient(
@@ -181,22 +181,22 @@ def losses() -> dict[str, Any]:
             lambda *t: both(*t, ignore=ignore, **shares), left, right, scale
         ),
         "single direction": with_gradient(
-            lambda s: calls.contrastive.directed_infonce(s, positive, ignore), 3 * left @ right.T
+            lambda s: calls.contrastive.compute_row_infonce(s, positive, ignore), 3 * left @ right.T
         ),
-        "false negatives": calls.contrastive.false_negatives(
-            left @ right.T, positive, told=ignore, kinds=(torch.arange(4) % 2, torch.arange(7) % 2)
+        "false negatives": calls.contrastive.find_false_negatives(
+            left @ right.T, positive, named_negatives=ignore, content_kinds=(torch.arange(4) % 2, torch.arange(7) % 2)
         ).long(),
         "limited": with_gradient(
-            lambda s: calls.contrastive.limited(s, 0.01), torch.tensor(5.0).double()
+            lambda s: calls.contrastive.clamp_logit_scale(s, 0.01), torch.tensor(5.0).double()
         ),
-        "same content": calls.contrastive.same_content(["a", "b", "a"], ["a", "c", "b"]).long(),
+        "same content": calls.contrastive.match_content_keys(["a", "b", "a"], ["a", "c", "b"]).long(),
         "nats": with_gradient(lambda h, w: nats(h, w, targets), hidden, weight),
         "nats, bias and cap": with_gradient(
-            lambda h, w, b: nats(h, w, targets, bias=b, cap=2.0), hidden, weight, bias
+            lambda h, w, b: nats(h, w, targets, bias=b, logit_softcap=2.0), hidden, weight, bias
         ),
-        "nats, in chunks": with_gradient(lambda h, w: nats(h, w, targets, chunk=2), hidden, weight),
+        "nats, in chunks": with_gradient(lambda h, w: nats(h, w, targets, chunk_size=2), hidden, weight),
         "language": calls.language.language_loss(
-            nats(hidden, weight, targets), global_count=12, world_size=2
+            nats(hidden, weight, targets), global_token_count=12, world_size=2
         ),
     }
     return plain(values)

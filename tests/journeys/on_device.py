@@ -42,7 +42,7 @@ def main() -> None:
     if device == "pretend":
         import pretend
 
-        keep = pretend.start()
+        keep = pretend.register_device()
         assert keep
     from vlduet.cli.main import app
 

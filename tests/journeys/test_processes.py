@@ -45,14 +45,14 @@ def losses(folder: Path) -> dict[int, dict[str, float]]:
 
 @pytest.mark.parametrize("recipe", ["vladva", "fromage", "clip"])
 def test_two_processes_train_what_one_would(tmp_path: Path, recipe: str) -> None:
-    config = runs.write(tmp_path, steps=5, lora=None if recipe == "clip" else {"rank": 2, "alpha": 2, "dropout": 0.0})
+    config = runs.write_run_config(tmp_path, steps=5, lora=None if recipe == "clip" else {"rank": 2, "alpha": 2, "dropout": 0.0})
     if recipe == "clip":
-        folders = tiny.encoders(tmp_path / "encoders")
+        folders = tiny.build_frozen_encoders(tmp_path / "encoders")
         encoders = {"encoders": {role: str(folders[role]) for role in ("vision", "text")}}
         tree = yaml.safe_load(config.read_text()) | CLIP | encoders
         tree["train"] |= {"projector": False}
         config.write_text(yaml.safe_dump(tree))
-    changed = runs.FROMAGE if recipe == "fromage" else []
+    changed = runs.FROMAGE_OVERRIDES if recipe == "fromage" else []
     found = []
     for world_size in (1, 2):
         out = tmp_path / f"on-{world_size}"
@@ -66,7 +66,7 @@ def test_two_processes_train_what_one_would(tmp_path: Path, recipe: str) -> None
 
 def test_both_are_killed_and_resumed(tmp_path: Path) -> None:
     """With dropout, whose random numbers differ between ranks."""
-    config = runs.write(tmp_path, steps=30)
+    config = runs.write_run_config(tmp_path, steps=30)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     trained(config, f"out={whole}")
     ranks = start(config, f"out={killed}")

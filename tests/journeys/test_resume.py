@@ -24,7 +24,7 @@ def losses(folder: Path) -> dict[int, tuple[float, ...]]:
 
 
 def test_kill_and_resume(tmp_path: Path) -> None:
-    config = runs.write(tmp_path, steps=40)
+    config = runs.write_run_config(tmp_path, steps=40)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(config, f"out={whole}"), check=True, env=environment, timeout=300)
@@ -47,7 +47,7 @@ def test_kill_and_resume(tmp_path: Path) -> None:
 
 
 def test_resume_refuses_another_config(tmp_path: Path) -> None:
-    config = runs.write(tmp_path, steps=2)
+    config = runs.write_run_config(tmp_path, steps=2)
     subprocess.run(command(config), check=True, timeout=200)
     found = subprocess.run(
         command(config, "train.lr=0.5", "--resume"), capture_output=True, text=True, timeout=200, check=False

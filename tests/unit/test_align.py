@@ -16,16 +16,16 @@ from vlduet import align, config
 from vlduet.cli.main import app
 from vlduet.data.records import Record
 from vlduet.errors import ConfigError, DataError
-from vlduet.model.encoders import Encoders, open_encoder, slice_of
+from vlduet.model.encoders import FrozenEncoders, open_encoder, make_slice
 from vlduet.model.features import FeatureCache
 
-STORY = Record("one", parts=(tiny.picture(0), "A <b>cat</b> sleeps.", "It rains."))
-OTHER = Record("two", parts=("A cat sleeps.", tiny.picture(0)))
+STORY = Record("one", parts=(tiny.random_image(0), "A <b>cat</b> sleeps.", "It rains."))
+OTHER = Record("two", parts=("A cat sleeps.", tiny.random_image(0)))
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {role: str(path) for role, path in tiny.encoders(tmp_path_factory.mktemp("encoders")).items()}
+    return {role: str(path) for role, path in tiny.build_frozen_encoders(tmp_path_factory.mktemp("encoders")).items()}
 
 
 def sugar(folder: Path, encoders: dict[str, str], **recipe: object) -> Path:
@@ -44,7 +44,7 @@ def sugar(folder: Path, encoders: dict[str, str], **recipe: object) -> Path:
 
 
 def write(folder: Path) -> Path:
-    (folder / "0.png").write_bytes(tiny.picture(0).data or b"")
+    (folder / "0.png").write_bytes(tiny.random_image(0).data or b"")
     rows = [
         {"id": "one", "parts": [{"image": "0.png"}, {"text": "A <b>cat</b> sleeps. It rains."}]},
         {"id": "two", "image": "0.png", "short": "A cat sleeps."},
@@ -57,9 +57,9 @@ def write(folder: Path) -> Path:
 @pytest.mark.parametrize("triple", [True, False])
 def test_the_encoders_of_a_config_compare(triple: bool, encoders: dict[str, str], tmp_path: Path) -> None:
     parts = (*STORY.parts, *OTHER.parts)
-    found = align.by_encoders(parts, config.load(sugar(tmp_path, encoders, triple=triple)))
-    asked = Encoders({role: open_encoder(Path(path)) for role, path in encoders.items()}, cache=FeatureCache(None))
-    seen = asked.look([slice_of(part) for part in parts])
+    found = align.config_encoder_cosines(parts, config.load_run_config(sugar(tmp_path, encoders, triple=triple)))
+    asked = FrozenEncoders({role: open_encoder(Path(path)) for role, path in encoders.items()}, cache=FeatureCache(None))
+    seen = asked.encode_slices([make_slice(part) for part in parts])
     for i, a in enumerate(seen):
         for j, b in enumerate(seen):
             kinds = {isinstance(one.part, str) for one in (a, b)}
@@ -71,7 +71,7 @@ def test_an_equal_document_aligns_along_the_diagonal() -> None:
     cosines = torch.full((6, 6), 0.1)
     for i in range(6):
         cosines[i, i] = cosines[i, (i + 3) % 6] = 1.0
-    found = align.align(STORY, STORY, cosines=cosines, judge="x", delta=0.4)
+    found = align.align_records(STORY, STORY, cosines=cosines, judge="x", delta=0.4)
     assert found.gak == pytest.approx(1.0) and found.awm > 0.8 > found.mean == pytest.approx(0.4)
     assert all(row[i] > 0.9 for i, row in enumerate(found.posterior))
     text = align.as_text(found)
@@ -79,10 +79,10 @@ def test_an_equal_document_aligns_along_the_diagonal() -> None:
 
 
 def test_one_slice_and_none() -> None:
-    found = align.align(Record("a", parts=("x",)), OTHER, cosines=torch.eye(3), judge="x", delta=1.0)
+    found = align.align_records(Record("a", parts=("x",)), OTHER, cosines=torch.eye(3), judge="x", delta=1.0)
     assert found.posterior == [pytest.approx([1.0, 1.0])] and 0 < found.gak <= 1
     with pytest.raises(DataError, match="record 'b' is an empty sequence"):
-        align.align(OTHER, Record("b"), cosines=torch.eye(2), judge="x", delta=1.0)
+        align.align_records(OTHER, Record("b"), cosines=torch.eye(2), judge="x", delta=1.0)
 
 
 def test_the_verb(encoders: dict[str, str], tmp_path: Path) -> None:
@@ -94,19 +94,19 @@ def test_the_verb(encoders: dict[str, str], tmp_path: Path) -> None:
     assert (found["first"], found["second"], len(found["rows"]), len(found["columns"])) == ("one", "two", 3, 2)
     assert found["cosines"][0][0] == pytest.approx(1.0, abs=1e-5) and found["sigma"] == pytest.approx(0.5 * 2.5**0.5)
     html = page.read_text()
-    pages.checked(html)
+    pages.parse_checked_page(html)
     assert html.count("data:image/") == 2 and "&lt;b&gt;cat&lt;/b&gt;" in html and "<b>cat" not in html
     assert "A cat sleeps." in CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
 
 
 def test_the_verb_with_a_model(tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base")
+    model = tiny.build_duet_model(tmp_path / "base")
     model.save_pretrained(tmp_path / "model")
     records = write(tmp_path)
     told = CliRunner().invoke(
         app, ["align", str(records), f"{records}:1", "--model", str(tmp_path / "model"), "--json"]
     )
-    vectors = model.encode([tiny.picture(0), "A cat sleeps."])
+    vectors = model.encode([tiny.random_image(0), "A cat sleeps."])
     assert json.loads(told.stdout)["cosines"][0][1] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
 
 

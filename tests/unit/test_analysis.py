@@ -21,7 +21,7 @@ from vlduet.cli.main import app
 from vlduet.data import images
 from vlduet.data.quarantine import Quarantine
 from vlduet.errors import DataError
-from vlduet.model.adapters import Lora
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Prompts
 
@@ -58,11 +58,11 @@ def test_explained_variance_equals_its_slow_twin(shape: tuple[int, int]) -> None
 def test_explained_variance_at_its_ends() -> None:
     one = np.ones((6, 3))
     assert (
-        analysis.explained_variance(one)[0] == pytest.approx(1) and analysis.components(np.array([1.0, 1, 1]), 0.9) == 1
+        analysis.explained_variance(one)[0] == pytest.approx(1) and analysis.num_components(np.array([1.0, 1, 1]), 0.9) == 1
     )
     spread = analysis.explained_variance(np.eye(4))
     np.testing.assert_allclose(spread, [0.25, 0.5, 0.75, 1])
-    assert [analysis.components(spread, share) for share in (0.5, 0.51, 0.99)] == [2, 3, 4]
+    assert [analysis.num_components(spread, share) for share in (0.5, 0.51, 0.99)] == [2, 3, 4]
 
 
 def test_attention_to_image_equals_its_slow_twin() -> None:
@@ -70,7 +70,7 @@ def test_attention_to_image_equals_its_slow_twin() -> None:
     wanted = [
         sum(layer[0, head, 5, column].item() for layer in layers for head in range(2)) / 6 for column in range(1, 5)
     ]
-    found = analysis.attention_to_image(layers, at=5, image=slice(1, 5))
+    found = analysis.attention_to_image(layers, query_index=5, image_tokens=slice(1, 5))
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_evenness() -> None:
     [(4, 16, 16, (2, 2)), (6, 20, 30, (2, 3)), (6, 30, 20, (3, 2)), (10, 9, 9, (3, 3)), (7, 9, 9, (1, 7))],
 )
 def test_tokens_are_laid_out_as_the_picture_is(count: int, height: int, width: int, shape: tuple[int, int]) -> None:
-    found = analysis.grid(np.arange(count, dtype=float), height, width)
+    found = analysis.to_patch_grid(np.arange(count, dtype=float), height, width)
     assert found.shape == shape and found[-1, -1] == count - 1
 
 
@@ -92,16 +92,16 @@ def test_tokens_are_laid_out_as_the_picture_is(count: int, height: int, width: i
 
 
 def test_attention_is_that_of_the_forward_and_leaves_the_model_as_it_was(model: DuetModel) -> None:
-    sequence = model.renderer.embed((tiny.picture(3), "and a text"))
-    unseen = ~model.collate([sequence]).sees(
-        mutual=any(model.backbone.family.masks(model.backbone.model.config).values())
+    sequence = model.renderer.render_embedding((tiny.random_image(3), "and a text"))
+    unseen = ~model.collate([sequence]).block_causal_mask(
+        bidirectional_images=any(model.backbone.family.attention_mask_kinds(model.backbone.model.config).values())
     )
     before = model.hidden_states(model.collate([sequence]))
-    was = model.backbone.trunk.config._attn_implementation
-    with analysis.eager(model):
-        layers = analysis.attentions(model, sequence)
+    was = model.backbone.language_model.config._attn_implementation
+    with analysis.eager_attention(model):
+        layers = analysis.attention_weights(model, sequence)
         torch.testing.assert_close(model.hidden_states(model.collate([sequence])), before, atol=1e-5, rtol=1e-4)
-    assert model.backbone.trunk.config._attn_implementation == was != "eager"
+    assert model.backbone.language_model.config._attn_implementation == was != "eager"
     assert len(layers) == 2 and layers[0].shape[-2:] == (len(sequence), len(sequence))
     for layer in layers:
         torch.testing.assert_close(layer.sum(-1), torch.ones_like(layer.sum(-1)))
@@ -110,29 +110,29 @@ def test_attention_is_that_of_the_forward_and_leaves_the_model_as_it_was(model: 
 
 def test_the_reading_token(tmp_path: Path) -> None:
     """The prompt's last token; for a mean, the last of the image's."""
-    summary = replace(tiny.BARE, image="{image}</s>", image_pool="last")
-    for prompts, last in ((tiny.BARE, "image"), (summary, "prompt")):
-        model = tiny.duet(tmp_path / last, prompts=prompts)
-        sequence = model.renderer.embed((tiny.picture(1),))
+    summary = replace(tiny.PLAIN_PROMPTS, image="{image}</s>", image_pool="last")
+    for prompts, last in ((tiny.PLAIN_PROMPTS, "image"), (summary, "prompt")):
+        model = tiny.build_duet_model(tmp_path / last, prompts=prompts)
+        sequence = model.renderer.render_embedding((tiny.random_image(1),))
         ((start, prepared),) = sequence.images
         at = sequence.anchors[0].end - 1
         assert at == start + prepared.num_tokens - (last == "image")
-        with analysis.eager(model):
-            found = analysis.look(model, tiny.picture(1))
-            layers = analysis.attentions(model, sequence)
-        wanted = analysis.attention_to_image(layers, at=at, image=slice(start, start + prepared.num_tokens))
+        with analysis.eager_attention(model):
+            found = analysis.attention_map(model, tiny.random_image(1))
+            layers = analysis.attention_weights(model, sequence)
+        wanted = analysis.attention_to_image(layers, query_index=at, image_tokens=slice(start, start + prepared.num_tokens))
         np.testing.assert_allclose(found.weights.ravel(), wanted)
         assert found.weights.shape == (2, 2) and found.share == pytest.approx(wanted.sum()) and found.share <= 1 + 1e-6
         assert found.picture.startswith("data:image/")
 
 
 def test_what_is_read_is_what_encode_gives_and_generation_starts_from(model: DuetModel, tmp_path: Path) -> None:
-    items = analysis.Items(tuple(tiny.picture(i) for i in range(3)), ("one", "two, longer"))
-    found = analysis.measure(model, items, name="m", examples=2)
-    assert found.images is not None and found.texts is not None and len(found.looks) == 2
+    items = analysis.AnalysisItems(tuple(tiny.random_image(i) for i in range(3)), ("one", "two, longer"))
+    found = analysis.analyse_model(model, items, name="m", num_attention_maps=2)
+    assert found.images is not None and found.texts is not None and len(found.attention_maps) == 2
     np.testing.assert_allclose(found.images.embeddings, model.encode(items.images), atol=1e-5)
     np.testing.assert_allclose(found.texts.embeddings, model.encode(items.texts), atol=1e-5)
-    (sequence,) = [model.renderer.embed(("one",))]
+    (sequence,) = [model.renderer.render_embedding(("one",))]
     hidden = model.hidden_states(model.collate([sequence]))[0, sequence.anchors[0].end - 1]
     entropy = analysis.next_token_entropy(model.backbone.lm_head(hidden)[None]).item()
     assert found.texts.entropy[0] == pytest.approx(entropy, rel=1e-4)
@@ -141,24 +141,24 @@ def test_what_is_read_is_what_encode_gives_and_generation_starts_from(model: Due
 def test_learned_tokens_are_no_next_words_merged_or_not(tmp_path: Path) -> None:
     """Where the LM head is the embedding table, folded rows stand among the words."""
     prompts = Prompts(image="{image} sum:", text="{text} sum:", parts="{parts} sum:", chat=False)
-    model = tiny.duet(tmp_path / "base", prompts=prompts)
-    model.make_trainable(lora=None, projector=False, soft=True)
-    assert model.soft is not None
+    model = tiny.build_duet_model(tmp_path / "base", prompts=prompts)
+    model.make_trainable(lora=None, projector=False, soft_prompts=True)
+    assert model.soft_prompts is not None
     with torch.no_grad():
-        model.soft.rows.add_(9 * torch.randn_like(model.soft.rows))
-    items = analysis.Items((), ("one", "two words"))
-    before = analysis.measure(model.eval(), items, name="before", examples=1).texts
+        model.soft_prompts.rows.add_(9 * torch.randn_like(model.soft_prompts.rows))
+    items = analysis.AnalysisItems((), ("one", "two words"))
+    before = analysis.analyse_model(model.eval(), items, name="before", num_attention_maps=1).texts
     model.save_merged(tmp_path / "merged")
-    after = analysis.measure(DuetModel.from_pretrained(tmp_path / "merged"), items, name="after", examples=1).texts
+    after = analysis.analyse_model(DuetModel.from_pretrained(tmp_path / "merged"), items, name="after", num_attention_maps=1).texts
     assert before is not None and after is not None
     np.testing.assert_allclose(after.entropy, before.entropy, rtol=1e-5)
 
 
 def test_the_picture_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base")
+    model = tiny.build_duet_model(tmp_path / "base")
     pixels = np.full((20, 20, 3), (200, 100, 0), dtype=np.uint8)
     picture = images.ImageRef(data=images.encode_png(images.from_pixels(pixels)))
-    seen = analysis.as_seen(model.backbone.pixels(model.backbone.prepare(picture)), model.backbone.image_processor)
+    seen = analysis.denormalize_pixels(model.backbone.vision_tower_pixels(model.backbone.prepare_image(picture)), model.backbone.image_processor)
     assert seen.shape == (8, 8, 3) and np.abs(seen.astype(int) - (200, 100, 0)).max() <= 1
 
 
@@ -170,15 +170,15 @@ def source(tmp_path: Path) -> Path:
     (tmp_path / "broken.png").write_bytes(b"no image")
     rows: list[dict[str, Any]] = [{"id": "b", "image": "broken.png", "short": "<b>broken</b>"}]
     for i in range(5):
-        (tmp_path / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        (tmp_path / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
         rows.append({"id": str(i), "image": f"{i}.png", "short": f"text {i}", "long": "Always the same."})
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "x.jsonl"
 
 
 def test_before_and_after(source: Path, tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base")
-    model.make_trainable(lora=Lora(rank=2, alpha=2), projector=False)
+    model = tiny.build_duet_model(tmp_path / "base")
+    model.make_trainable(lora=LoraSettings(rank=2, alpha=2), projector=False)
     model.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     arguments = ["analyse", str(tmp_path / "model"), str(source), "--to", str(out), "--examples", "2"]
@@ -193,13 +193,13 @@ def test_before_and_after(source: Path, tmp_path: Path) -> None:
         assert set(one["images"]["components"]) == {"0.5", "0.9", "0.99"}
     assert told["dropped"] == 1 and "broken.png" in (out / "quarantine.jsonl").read_text()
     page = (out / "analysis.html").read_text()
-    pages.checked(page)
+    pages.parse_checked_page(page)
     assert page.count('class="overlay"') == 4 and "<script" not in page and not re.search(r"(src|href)=.https?:", page)
     assert "--limit 4 --examples 2" in page
 
 
 def test_one_model_in_words(source: Path, tmp_path: Path) -> None:
-    tiny.duet(tmp_path / "base").save_pretrained(tmp_path / "model")
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
     arguments = ["analyse", str(tmp_path / "model"), str(tmp_path), "--to", str(tmp_path / "out"), "--examples", "0"]
     source.unlink()  # a folder of images: no texts, and no attention is asked for
     done = CliRunner().invoke(app, arguments)
@@ -211,4 +211,4 @@ def test_one_model_in_words(source: Path, tmp_path: Path) -> None:
 def test_nothing_to_measure(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("{\n")
     with pytest.raises(DataError, match="neither an image nor a text"):
-        analysis.collect(tmp_path / "x.jsonl", limit=2, dropped=Quarantine())
+        analysis.collect_items(tmp_path / "x.jsonl", limit=2, dropped=Quarantine())

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import tiny
-from vlduet.captioning import INSTRUCTIONS, OWN, Wish, caption, known_texts, tidy, wishes
+from vlduet.captioning import DEFAULT_INSTRUCTIONS, NO_INSTRUCTION, CaptionSpec, write_missing_captions, known_texts, tidy_caption, build_caption_specs
 from vlduet.data import images
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError, DataError, VLDuetError
 
-BOTH = wishes(short=9, long=99)
+BOTH = build_caption_specs(short=9, long=99)
 
 
 class FakeModel:
@@ -37,13 +37,13 @@ class FakeModel:
         self,
         images_: Sequence[ImageRef],
         *,
-        prompt: str = OWN,
+        prompt: str = NO_INSTRUCTION,
         max_new_tokens: int = 32,
         batch: int = 32,
         drafts: int = 1,
         known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
-        widths = [images.load(ref).width for ref in images_]
+        widths = [images.load_image(ref).width for ref in images_]
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise KeyboardInterrupt
         self.asked.append((prompt, max_new_tokens, widths))
@@ -62,7 +62,7 @@ def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def photos(folder: Path, count: int) -> list[str]:
     folder.mkdir(exist_ok=True)
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(tiny.picture(i, side=10 + i).data or b"")
+        (folder / f"{i}.png").write_bytes(tiny.random_image(i, side=10 + i).data or b"")
     return [f"{i}.png" for i in range(count)]
 
 
@@ -70,16 +70,16 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     photos(tmp_path / "photos", 3)
     (tmp_path / "photos" / "2.txt").write_text("There already.")
     model = FakeModel()
-    report = caption(model, tmp_path / "photos", to=tmp_path / "out.jsonl", wanted=BOTH, name="m", batch=2)
+    report = write_missing_captions(model, tmp_path / "photos", output=tmp_path / "out.jsonl", specs=BOTH, model_name="m", batch_size=2)
     a, _, c = read_records(tmp_path / "out.jsonl")
     assert a.short == ("It is 10 wide.",) and a.long == "It is 10 wide. Really."
     assert c.short == ("There already.",) and c.long == "It is 12 wide. Really."
-    assert [asked[:2] for asked in model.asked[:2]] == [(INSTRUCTIONS["short"], 9), (INSTRUCTIONS["long"], 99)]
+    assert [asked[:2] for asked in model.asked[:2]] == [(DEFAULT_INSTRUCTIONS["short"], 9), (DEFAULT_INSTRUCTIONS["long"], 99)]
     assert [widths for _, _, widths in model.asked] == [[10, 11], [10, 11], [12]]
     told = {
         "model": "m",
         "fingerprint": "fake",
-        "prompt": INSTRUCTIONS["long"],
+        "prompt": DEFAULT_INSTRUCTIONS["long"],
         "tokens": 99,
         "drafts": 1,
         "known": False,
@@ -92,11 +92,11 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
 def test_a_folder_that_holds_its_captions_may_grow(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     photos(folder, 2)
-    caption(FakeModel(), folder, to=folder / "train.jsonl", wanted=BOTH)
+    write_missing_captions(FakeModel(), folder, output=folder / "train.jsonl", specs=BOTH)
     photos(folder, 3)
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
     model = FakeModel()
-    report = caption(model, folder, to=folder / "train.jsonl", wanted=BOTH)
+    report = write_missing_captions(model, folder, output=folder / "train.jsonl", specs=BOTH)
     assert [r.id for r in read_records(folder / "train.jsonl")] == ["0.png", "1.png", "2.png"]
     assert [widths for _, _, widths in model.asked] == [[12], [12]]
     assert (report.records, report.generated, report.dropped) == (3, 2, 1)
@@ -109,7 +109,7 @@ def test_a_folder_s_captions_are_not_replaced_where_one_would_be_lost(tmp_path: 
     )
     (tmp_path / "train.jsonl").write_text(rows)
     with pytest.raises(DataError, match=r"train.jsonl: 1 of its 2 records cannot be used .* would be lost"):
-        caption(FakeModel(), tmp_path, to=tmp_path / "train.jsonl", wanted=BOTH)
+        write_missing_captions(FakeModel(), tmp_path, output=tmp_path / "train.jsonl", specs=BOTH)
     assert (tmp_path / "train.jsonl").read_text() == rows
 
 
@@ -122,7 +122,7 @@ def test_what_is_there_is_never_replaced_and_seen_images_are_not_asked_again(tmp
         {"id": "chat", "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
     ]
     model = FakeModel()
-    report = caption(model, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=wishes(short=9, long=0))
+    report = write_missing_captions(model, write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=build_caption_specs(short=9, long=0))
     found = {record.id: record for record in read_records(tmp_path / "out.jsonl")}
     assert found["full"].short == ("s",) and found["full"].metadata == {} and found["chat"].kind == "chat"
     assert found["first"].short == found["again"].short == ("It is 10 wide.",)
@@ -135,7 +135,7 @@ def test_broken_images_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes((tmp_path / names[0]).read_bytes()[:60])
     every = ["gone.png", *names[:2], "broken.png", *names[2:]]
     rows = [{"id": str(i), "image": name} for i, name in enumerate(every)]
-    report = caption(FakeModel(), write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=BOTH, batch=8)
+    report = write_missing_captions(FakeModel(), write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=BOTH, batch_size=8)
     assert [r.id for r in read_records(tmp_path / "out.jsonl")] == ["1", "2", "4", "5"]
     assert report.dropped == 2 and sum(report.causes.values()) == 2
     listed = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
@@ -146,16 +146,16 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     rows = [{"id": name, "image": name} for name in photos(tmp_path, 5)]
     source, out = write(tmp_path, rows), tmp_path / "out.jsonl"
     whole = FakeModel()
-    caption(whole, source, to=tmp_path / "whole.jsonl", wanted=BOTH, batch=2)
+    write_missing_captions(whole, source, output=tmp_path / "whole.jsonl", specs=BOTH, batch_size=2)
     stopped = FakeModel()
     stopped.stop_after = 3
     with pytest.raises(KeyboardInterrupt):
-        caption(stopped, source, to=out, wanted=BOTH, batch=2)
+        write_missing_captions(stopped, source, output=out, specs=BOTH, batch_size=2)
     assert not out.exists()
     (journal,) = tmp_path.glob(".out.jsonl.*.captions")
     journal.write_bytes(journal.read_bytes()[:-7])  # a kill in the middle of a line
     rest = FakeModel()
-    report = caption(rest, source, to=out, wanted=BOTH, batch=2)
+    report = write_missing_captions(rest, source, output=out, specs=BOTH, batch_size=2)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
     assert report.generated == 5, "four were kept, and one of a broken line is written again"
     assert [asked[2] for asked in rest.asked] == [[13], [12, 13], [14], [14]]
@@ -166,14 +166,14 @@ def test_captions_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
     stopped = FakeModel()
     stopped.stop_after = 1
     with pytest.raises(KeyboardInterrupt):
-        caption(stopped, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=BOTH, batch=1)
-    wanted = [Wish("short", 9, "Otherwise.")]
-    assert caption(FakeModel(), tmp_path / "pairs.jsonl", to=tmp_path / "out.jsonl", wanted=wanted).generated == 2
+        write_missing_captions(stopped, write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=BOTH, batch_size=1)
+    wanted = [CaptionSpec("short", 9, "Otherwise.")]
+    assert write_missing_captions(FakeModel(), tmp_path / "pairs.jsonl", output=tmp_path / "out.jsonl", specs=wanted).generated == 2
 
 
 def test_an_empty_caption_is_counted_and_left_out(tmp_path: Path) -> None:
     rows = [{"id": name, "image": name} for name in photos(tmp_path, 1)]
-    report = caption(FakeModel(' " " '), write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=BOTH)
+    report = write_missing_captions(FakeModel(' " " '), write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=BOTH)
     (record,) = read_records(tmp_path / "out.jsonl")
     assert report.empty == 2 and record.short == () and record.long is None and record.metadata == {}
 
@@ -182,9 +182,9 @@ def test_known_texts_are_short_captions_as_they_stand(tmp_path: Path) -> None:
     rows = [{"id": name, "image": name} for name in photos(tmp_path, 3)]
     known = ["A barge.  Or", "A boat. Say!"]  # as long as the first picture, and the third, are wide
     known[0] = known[0][:10]
-    wanted = wishes(short=9, long=99, drafts=4, known=known)
+    wanted = build_caption_specs(short=9, long=99, drafts=4, known=known)
     model = FakeModel()
-    report = caption(model, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=wanted)
+    report = write_missing_captions(model, write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=wanted)
     found = list(read_records(tmp_path / "out.jsonl"))
     assert [record.short for record in found] == [(known[0],), ("It is 11 wide.",), (known[1],)], (
         "two sentences are kept"
@@ -200,9 +200,9 @@ def test_captions_of_other_known_texts_are_not_taken_over(tmp_path: Path) -> Non
     stopped = FakeModel()
     stopped.stop_after = 1
     with pytest.raises(KeyboardInterrupt):
-        caption(stopped, write(tmp_path, rows), to=tmp_path / "out.jsonl", wanted=wishes(short=9, long=0), batch=1)
-    wanted = wishes(short=9, long=0, known=["A car."])
-    assert caption(FakeModel(), tmp_path / "pairs.jsonl", to=tmp_path / "out.jsonl", wanted=wanted).generated == 2
+        write_missing_captions(stopped, write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=build_caption_specs(short=9, long=0), batch_size=1)
+    wanted = build_caption_specs(short=9, long=0, known=["A car."])
+    assert write_missing_captions(FakeModel(), tmp_path / "pairs.jsonl", output=tmp_path / "out.jsonl", specs=wanted).generated == 2
 
 
 def test_known_texts_are_read_from_lines_and_from_records(tmp_path: Path) -> None:
@@ -234,11 +234,11 @@ def test_known_texts_are_read_from_lines_and_from_records(tmp_path: Path) -> Non
     ],
 )
 def test_tidy(text: str, sentences: int | None, wanted: str) -> None:
-    assert tidy(text, sentences=sentences) == wanted
+    assert tidy_caption(text, max_sentences=sentences) == wanted
 
 
 def test_wishes_and_bad_options(tmp_path: Path) -> None:
-    assert wishes(short=5, long=0, prompt="") == [Wish("short", 5, OWN)]
+    assert build_caption_specs(short=5, long=0, prompt="") == [CaptionSpec("short", 5, NO_INSTRUCTION)]
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"short": 0, "long": 0}, "neither"),
         ({"short": -1, "long": 5}, "--short"),
@@ -249,13 +249,13 @@ def test_wishes_and_bad_options(tmp_path: Path) -> None:
     ]
     for options, said in wrong:
         with pytest.raises(ConfigError, match=said):
-            wishes(**options)
+            build_caption_specs(**options)
     source = write(tmp_path, [])
     for options, said in [({"batch": 0}, "--batch"), ({"to": source}, "the source itself")]:
         with pytest.raises(VLDuetError, match=said):
-            caption(FakeModel(), source, **{"to": tmp_path / "o.jsonl", "wanted": BOTH, **options})
+            write_missing_captions(FakeModel(), source, **{"to": tmp_path / "o.jsonl", "wanted": BOTH, **options})
     with pytest.raises(DataError, match="no such file"):
-        caption(FakeModel(), tmp_path / "none", to=tmp_path / "o.jsonl", wanted=BOTH)
+        write_missing_captions(FakeModel(), tmp_path / "none", output=tmp_path / "o.jsonl", specs=BOTH)
 
 
 def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
     from vlduet.cli.main import app
 
     photos(tmp_path / "photos", 2)
-    tiny.llava(tmp_path / "base")
+    tiny.build_llava(tmp_path / "base")
     tokenizer_config = tmp_path / "base" / "tokenizer_config.json"
     assert tokenizer_config.exists()
     arguments = ["caption", str(tmp_path / "base"), str(tmp_path / "photos"), "--to", str(tmp_path / "out.jsonl")]
@@ -275,7 +275,7 @@ def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
     for record in read_records(tmp_path / "out.jsonl"):
         assert all(made["model"] == "base" for made in record.metadata.get("captioned", {}).values())
     # One that reads images outside its chat template is not asked in it, unless the user says so.
-    tiny.duet(tmp_path / "own").save_pretrained(tmp_path / "model")
+    tiny.build_duet_model(tmp_path / "own").save_pretrained(tmp_path / "model")
     arguments[1] = str(tmp_path / "model")
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, ConfigError) and "--prompt ''" in str(refused.exception)
@@ -291,11 +291,11 @@ def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
 
 
 def test_instructions_and_the_image_prompt_are_both_answered(tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base")
-    asked = model.renderer.ask_for_caption(tiny.picture(), "Describe.")
-    text = model.backbone.tokenizer.decode(asked.ids)
+    model = tiny.build_duet_model(tmp_path / "base")
+    asked = model.renderer.render_caption_request(tiny.random_image(), "Describe.")
+    text = model.backbone.tokenizer.decode(asked.token_ids)
     assert "<|user|>" in text and "Describe." in text and text.endswith("<|assistant|>") and len(asked.images) == 1
     model.backbone.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        model.renderer.ask_for_caption(tiny.picture(), "Describe.")
-    assert model.renderer.ask_for_caption(tiny.picture(), OWN).ids == model.renderer.embed((tiny.picture(),)).ids
+        model.renderer.render_caption_request(tiny.random_image(), "Describe.")
+    assert model.renderer.render_caption_request(tiny.random_image(), NO_INSTRUCTION).token_ids == model.renderer.render_embedding((tiny.random_image(),)).token_ids

@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 import pages
-from tiny import picture
+from tiny import random_image
 from vlduet.cli.data import app
 from vlduet.data import corpora
 from vlduet.data.formats import FORMATS, read_records
-from vlduet.data.sources.build import Summary
+from vlduet.data.sources.build import CorpusSummary
 from vlduet.errors import DataError, PackageError
 
 runner = CliRunner()
@@ -22,7 +22,7 @@ runner = CliRunner()
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Two good records, one broken line between them."""
-    data = picture().data
+    data = random_image().data
     assert data is not None
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "x.jsonl").write_text(
@@ -65,7 +65,7 @@ def test_show(source: Path) -> None:
     assert shown["kind"] == "pair" and shown["record"]["short"] == "A <red> cat."
     page = source.parent / "page.html"
     assert runner.invoke(app, ["show", str(source), "--html", str(page)]).exit_code == 0
-    found = pages.checked(page.read_text())
+    found = pages.parse_checked_page(page.read_text())
     assert "A <red> cat." in found.text and [a["alt"] for t, a in found.tags if t == "img"] == [
         f"{source.parent / 'a.png'}, 24 x 24"
     ]
@@ -74,12 +74,12 @@ def test_show(source: Path) -> None:
 
 
 def test_fetch_goes_on_without_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fetch(name: str, to: Path, *, progress: object = None) -> Summary:
+    def fetch(name: str, to: Path, *, progress: object = None) -> CorpusSummary:
         if name != "emoji":
             raise PackageError(f"{name} needs apt")
-        return Summary(name, to / name, {"train": 2, "val": 1, "test": 1}, 4, "CC BY-SA 4.0", False)
+        return CorpusSummary(name, to / name, {"train": 2, "val": 1, "test": 1}, 4, "CC BY-SA 4.0", False)
 
-    monkeypatch.setattr(corpora, "fetch", fetch)
+    monkeypatch.setattr(corpora, "fetch_corpus", fetch)
     some = runner.invoke(app, ["fetch", "stamps", "emoji", "--to", str(tmp_path), "--json"])
     answer = json.loads(some.stdout)
     assert some.exit_code == 0 and answer["fetched"][0]["counts"]["train"] == 2

@@ -20,7 +20,7 @@ from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import known
 from vlduet.model.dual import DualEncoder
-from vlduet.model.encoders import Encoders, open_encoder
+from vlduet.model.encoders import FrozenEncoders, open_encoder
 from vlduet.model.features import FeatureCache
 
 RUN = CliRunner()
@@ -29,7 +29,7 @@ RUN = CliRunner()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    tiny.duet(root / "base").save_pretrained(root / "mine")
+    tiny.build_duet_model(root / "base").save_pretrained(root / "mine")
     return root / "mine"
 
 
@@ -86,10 +86,10 @@ def test_eval_then_score_and_what_is_missing_costs_nothing_else(model: Path, dat
 
 def test_a_dual_encoder_retrieves_and_tells_pairs_apart_and_is_not_asked_to_speak(data: Path, tmp_path: Path) -> None:
     """What `recipe: clip` saves, through the command line."""
-    frozen = tiny.encoders(tmp_path / "frozen")
+    frozen = tiny.build_frozen_encoders(tmp_path / "frozen")
     roles = {role: open_encoder(frozen[role]) for role in ("vision", "text")}
     torch.manual_seed(0)
-    model = DualEncoder(Encoders(roles, cache=FeatureCache(None)), dim=8).eval()
+    model = DualEncoder(FrozenEncoders(roles, cache=FeatureCache(None)), dim=8).eval()
     model.save_pretrained(tmp_path / "dual")
     words = ["eval", str(tmp_path / "dual"), "coco", "vist_5c4i", "winoground", "sugarcrepe", "pope", "fvqa"]
     base = ["--data", str(data), "--to", str(tmp_path / "runs"), "--json"]

@@ -59,7 +59,7 @@ def test_a_path_that_cannot_be_written_is_one_line(
 def test_no_verb_makes_a_model_where_something_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny.duet(tmp_path / "base").save_pretrained(tmp_path / "model")
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "notes.txt").write_text("precious")
     for words in (["merge", tmp_path / "model"], ["nano"], ["minilm"]):

@@ -63,12 +63,12 @@ def get(settings: RunConfig, key: str) -> Any:
 )
 def test_an_unknown_key_names_the_closest_with_its_file(path: Path, key: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=says(path, f"unknown key '{key}'", f"Did you mean '{nearest}'")):
-        config.load(path, [f"{key}=1"])
+        config.load_run_config(path, [f"{key}=1"])
 
 
 def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
     with pytest.raises(ConfigError, match=says("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")):
-        config.load(path, ["model.xyz=1"])
+        config.load_run_config(path, ["model.xyz=1"])
 
 
 @pytest.mark.parametrize(
@@ -91,26 +91,26 @@ def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
 )
 def test_a_wrong_value_is_shown_with_what_is_wanted(path: Path, override: str, pieces: list[str]) -> None:
     with pytest.raises(ConfigError, match=says(path, *pieces)):
-        config.load(path, [override])
+        config.load_run_config(path, [override])
 
 
 @pytest.mark.parametrize("key", ["out", "recipe", "objectives", "model", "data", "train"])
 def test_a_missing_section_is_named(tmp_path: Path, key: str) -> None:
     path = write(tmp_path, {name: value for name, value in TREE.items() if name != key})
     with pytest.raises(ConfigError, match=says(path, f"{key} is missing", "docs/train.md")):
-        config.load(path)
+        config.load_run_config(path)
 
 
 def test_a_misspelt_section_is_named_before_the_missing_one(tmp_path: Path) -> None:
     path = write(tmp_path, {{"recipe": "recip"}.get(name, name): value for name, value in TREE.items()})
     with pytest.raises(ConfigError, match=says(path, "unknown key 'recip'", "Did you mean 'recipe'")):
-        config.load(path)
+        config.load_run_config(path)
 
 
 def test_a_missing_key_inside_a_section(tmp_path: Path) -> None:
     path = write(tmp_path, TREE | {"train": {"lr": 1}})
     with pytest.raises(ConfigError, match=says("train.steps is missing")):
-        config.load(path)
+        config.load_run_config(path)
 
 
 @pytest.mark.parametrize(
@@ -126,20 +126,20 @@ def test_a_missing_key_inside_a_section(tmp_path: Path) -> None:
 )
 def test_a_broken_file(tmp_path: Path, text: str, pieces: list[str]) -> None:
     with pytest.raises(ConfigError, match=says(*pieces)):
-        config.load(write(tmp_path, text))
+        config.load_run_config(write(tmp_path, text))
 
 
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says("none.yaml", "no such file", "configs/")):
-        config.load(tmp_path / "none.yaml")
+        config.load_run_config(tmp_path / "none.yaml")
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
     with pytest.raises(ConfigError, match=says("run.yaml")):
-        config.load(tmp_path / "run.yaml")
+        config.load_run_config(tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match=says(tmp_path)):
-        config.load(tmp_path)
+        config.load_run_config(tmp_path)
 
 
 # ---------------------------------------------------------------------- overrides
@@ -173,12 +173,12 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     ],
 )
 def test_overrides(path: Path, override: str, key: str, value: object) -> None:
-    found = get(config.load(path, [override]), key)
+    found = get(config.load_run_config(path, [override]), key)
     assert found == value and type(found) is type(value)
 
 
 def test_the_last_override_wins_and_the_rest_stays(path: Path) -> None:
-    settings = config.load(path, ["train.lr=1", "seed=3", "train.lr=2"])
+    settings = config.load_run_config(path, ["train.lr=1", "seed=3", "train.lr=2"])
     assert (settings.train.lr, settings.seed, settings.train.steps) == (2.0, 3, 10)
     assert [(s.path, s.weight) for s in settings.data.train] == [(Path("a.jsonl"), 1.0), (Path("b.jsonl"), 2.0)]
 
@@ -198,13 +198,13 @@ def test_the_last_override_wins_and_the_rest_stays(path: Path) -> None:
 )
 def test_a_wrong_override_is_shown(path: Path, override: str, pieces: list[str]) -> None:
     with pytest.raises(ConfigError, match=says(*pieces)):
-        config.load(path, [override])
+        config.load_run_config(path, [override])
 
 
 def test_scientific_notation_in_the_file_is_a_number_everywhere(tmp_path: Path) -> None:
     """YAML 1.1 takes 1e-4 for a string; a recipe's options are not typed by the tree."""
     text = yaml.safe_dump(TREE).replace("name: vladva", "name: vladva\n  temperature_floor: 1e-2")
-    settings = config.load(write(tmp_path, text + "seed: 1\n"))
+    settings = config.load_run_config(write(tmp_path, text + "seed: 1\n"))
     assert settings.recipe["temperature_floor"] == 0.01
 
 
@@ -218,7 +218,7 @@ class Options:
 
 
 def test_options_of_a_recipe_are_typed() -> None:
-    assert config.options(Options, {"floor": 1, "triple": True}, place="recipe") == Options(floor=1.0, triple=True)
+    assert config.parse_options(Options, {"floor": 1, "triple": True}, place="recipe") == Options(floor=1.0, triple=True)
 
 
 @pytest.mark.parametrize(
@@ -232,42 +232,42 @@ def test_options_of_a_recipe_are_typed() -> None:
 )
 def test_wrong_options_of_a_recipe_are_shown(values: dict[str, Any], pieces: list[str]) -> None:
     with pytest.raises(ConfigError, match=says(*pieces)):
-        config.options(Options, values, place="recipe")
+        config.parse_options(Options, values, place="recipe")
 
 
 # ---------------------------------------------------------------------- saving
 
 
 def test_a_saved_config_reloads_equal(path: Path, tmp_path: Path) -> None:
-    settings = config.load(path, ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"])
-    config.save(settings, tmp_path / "saved.yaml")
-    assert config.load(tmp_path / "saved.yaml") == settings
+    settings = config.load_run_config(path, ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"])
+    config.save_run_config(settings, tmp_path / "saved.yaml")
+    assert config.load_run_config(tmp_path / "saved.yaml") == settings
     spelled = yaml.safe_load((tmp_path / "saved.yaml").read_text())
     assert spelled["train"]["lora"]["rank"] == 16 and spelled["data"]["cache"] is None, "every default is written"
 
 
 def test_no_lora_survives_saving(path: Path, tmp_path: Path) -> None:
-    settings = config.load(path, ["train.lora=null"])
-    config.save(settings, tmp_path / "saved.yaml")
-    assert config.load(tmp_path / "saved.yaml").train.lora is None
+    settings = config.load_run_config(path, ["train.lora=null"])
+    config.save_run_config(settings, tmp_path / "saved.yaml")
+    assert config.load_run_config(tmp_path / "saved.yaml").train.lora is None
 
 
 def test_a_config_does_not_change(path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        config.load(path).train.lr = 1.0
+        config.load_run_config(path).train.lr = 1.0
 
 
 def test_a_config_extends_another(path: Path) -> None:
     above = path.with_name("above.yaml")
     above.write_text("extends: run.yaml\nrecipe: {language_on: any}\nobjectives: {language: 0}\ntrain: {lr: 0.5}\n")
-    found = config.load(above, ["train.steps=3"])
+    found = config.load_run_config(above, ["train.steps=3"])
     assert found.recipe == {"name": "vladva", "language_on": "any"} and found.objectives == {
         "contrastive": 1.0,
         "language": 0.0,
     }
     assert (found.train.lr, found.train.steps, len(found.data.train)) == (0.5, 3, 2)
     above.write_text("extends: run.yaml\ndata: {train: [{path: c.jsonl}]}\n")
-    assert [source.path.name for source in config.load(above).data.train] == ["c.jsonl"]
+    assert [source.path.name for source in config.load_run_config(above).data.train] == ["c.jsonl"]
 
 
 def test_what_a_config_extends_must_be_there_and_the_last(path: Path) -> None:
@@ -275,20 +275,20 @@ def test_what_a_config_extends_must_be_there_and_the_last(path: Path) -> None:
     above.write_text("extends: run.yaml\n")
     top.write_text("extends: above.yaml\n")
     with pytest.raises(ConfigError, match=says(top, "extends another")):
-        config.load(top)
+        config.load_run_config(top)
     top.write_text("extends: gone.yaml\n")
     with pytest.raises(ConfigError, match=says("gone.yaml", "no such file")):
-        config.load(top)
+        config.load_run_config(top)
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_the_configs_that_come_with_it_load(file: Path) -> None:
     if not file.name.startswith("compare-"):
-        config.load(file)
+        config.load_run_config(file)
         return
-    comparison = config.load_comparison(file)
+    comparison = config.load_comparison_config(file)
     for overrides in comparison.runs.values():
-        config.load(file.parents[1] / comparison.base, [*comparison.overrides, *overrides])
+        config.load_run_config(file.parents[1] / comparison.base, [*comparison.overrides, *overrides])
 
 
 def test_docs_explain_every_key() -> None:
@@ -310,4 +310,4 @@ def test_docs_explain_every_key() -> None:
 def test_anchors_and_merges_are_no_repeated_keys(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("b: &b {x: 1}\ns: {a: &a {<<: *b, x: 2}}\nc: {<<: *a, y: 3}\n")
-    assert config._mapping(path)["c"] == {"x": 2, "y": 3}
+    assert config._read_mapping(path)["c"] == {"x": 2, "y": 3}

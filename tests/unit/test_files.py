@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlduet.errors import ConfigError
-from vlduet.files import read_lines, recovered, whole_folder
+from vlduet.files import read_json_lines, recover_folder, replace_folder_atomically
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -19,7 +19,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_whole_folder_replaces_everything(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "model"
     for text in ("one", "two"):
-        with whole_folder(folder, mark="mark") as inside:
+        with replace_folder_atomically(folder, marker="mark") as inside:
             (inside / "mark").touch()
             (inside / f"{text}.txt").write_text(text)
     assert files(folder) == {"mark": b"", "two.txt": b"two"}
@@ -30,7 +30,7 @@ def test_whole_folder_survives_an_exception(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="disk full"), whole_folder(folder, mark="old.txt") as inside:
+    with pytest.raises(OSError, match="disk full"), replace_folder_atomically(folder, marker="old.txt") as inside:
         (inside / "new.txt").write_text("half")
         raise OSError("disk full")
     assert files(folder) == {"old.txt": b"old"} and list(tmp_path.iterdir()) == [folder]
@@ -60,8 +60,8 @@ def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], check=False, timeout=120)
     assert ended.returncode == 9
     assert folder.exists() == (rename == 1)
-    assert files(recovered(folder)) == {"old.txt": b"old"}
-    with whole_folder(folder, mark="old.txt") as inside:
+    assert files(recover_folder(folder)) == {"old.txt": b"old"}
+    with replace_folder_atomically(folder, marker="old.txt") as inside:
         (inside / "newer.txt").write_text("newer")
     assert files(folder) == {"newer.txt": b"newer"} and list(tmp_path.iterdir()) == [folder]
 
@@ -74,7 +74,7 @@ def test_whole_folder_never_replaces_what_is_not_ours(tmp_path: Path, theirs: st
         (target / "notes.txt").write_text("precious")
     else:
         target.write_text("precious")
-    with pytest.raises(ConfigError, match="something here already"), whole_folder(target, mark="mark"):
+    with pytest.raises(ConfigError, match="something here already"), replace_folder_atomically(target, marker="mark"):
         pass
     assert files(tmp_path) == {"photos/notes.txt" if theirs == "folder" else "photos": b"precious"}
 
@@ -82,16 +82,16 @@ def test_whole_folder_never_replaces_what_is_not_ours(tmp_path: Path, theirs: st
 def test_whole_folder_fills_an_empty_one_even_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with whole_folder(Path("."), mark="mark") as inside:
+    with replace_folder_atomically(Path("."), marker="mark") as inside:
         (inside / "mark").touch()
     assert files(tmp_path) == {"empty/mark": b""}
 
 
 def test_the_folder_here_is_recovered_as_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recovered(Path(".")) == Path(".")
+    assert recover_folder(Path(".")) == Path(".")
 
 
 def test_a_line_ends_where_json_says(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": "one\u2028line"}\n{"half": \n')
-    assert read_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line"}]
+    assert read_json_lines(tmp_path / "x.jsonl") == [{"a": "one\u2028line"}]

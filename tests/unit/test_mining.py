@@ -14,10 +14,10 @@ import pytest
 import tiny
 from vlduet import mining
 from vlduet.data.formats import read_records
-from vlduet.data.questions import questions, sides
+from vlduet.data.questions import split_into_queries, get_query_and_positives
 from vlduet.data.records import ImageRef, Part, Parts, Record
 from vlduet.errors import ConfigError, DataError, VLDuetError
-from vlduet.mining import hardest, mine
+from vlduet.mining import select_hardest, mine_hard_negatives
 
 
 class FakeModel:
@@ -44,7 +44,7 @@ class FakeModel:
             return float(part.split()[0])
         from vlduet.data import images
 
-        return float(images.to_pixels(images.load(part))[..., 0].mean())
+        return float(images.to_pixels(images.load_image(part))[..., 0].mean())
 
 
 def image(folder: Path, angle: int, *, blue: int = 0) -> str:
@@ -81,7 +81,7 @@ def test_hardest_equals_its_slow_twin(k: int) -> None:
     scores = np.round(random.uniform(-1, 1, (40, 23)), 1)  # many ties
     allowed = random.uniform(size=scores.shape) < 0.7
     limits = random.uniform(-1.2, 1.2, 40)
-    assert hardest(scores, allowed=allowed, limits=limits, k=k) == slow_hardest(scores, allowed, limits, k)
+    assert select_hardest(scores, allowed=allowed, limits=limits, k=k) == slow_hardest(scores, allowed, limits, k)
 
 
 # ------------------------------------------------------------------ mining
@@ -100,7 +100,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_nearest_that_is_not_too_near(source: Path, tmp_path: Path) -> None:
-    report = mine(FakeModel(), source, to=tmp_path / "out.jsonl", k=2, margin=0.0)
+    report = mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=2, margin=0.0)
     a, b, c, d = read_records(tmp_path / "out.jsonl")
     assert [r.kind for r in (a, b, c, d)] == ["pair"] * 4
     assert a.short == ("5 a",) and a.long == "A long one." and texts(a.negative) == ["6 also b", "12 b"]
@@ -117,10 +117,10 @@ def test_the_nearest_that_is_not_too_near(source: Path, tmp_path: Path) -> None:
 
 def test_the_margin_leaves_out_what_may_be_right(source: Path, tmp_path: Path) -> None:
     # cos 5 = .9962, cos 6 = .9945, cos 12 = .9781, cos 45 = .7071
-    report = mine(FakeModel(), source, to=tmp_path / "out.jsonl", k=1, margin=0.02)
+    report = mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=0.02)
     a = next(read_records(tmp_path / "out.jsonl"))
     assert texts(a.negative) == ["45 c"] and report.too_near >= 2
-    strict = mine(FakeModel(), source, to=tmp_path / "out.jsonl", k=1, margin=2.0)
+    strict = mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=2.0)
     assert strict.negatives == 0 and strict.without == 4 and strict.negative_score is None
 
 
@@ -131,14 +131,14 @@ def test_equal_content_is_never_a_negative(tmp_path: Path) -> None:
         {"id": "c", "image": image(tmp_path, 0), "short": "21 hound"},  # the picture of a again
         {"id": "d", "image": image(tmp_path, 90), "short": "89 far"},
     ]
-    mine(FakeModel(), write(tmp_path / "p.jsonl", rows), to=tmp_path / "o.jsonl", k=9, margin=0.0)
+    mine_hard_negatives(FakeModel(), write(tmp_path / "p.jsonl", rows), output=tmp_path / "o.jsonl", num_negatives=9, margin=0.0)
     found = {r.id: texts(r.negative) for r in read_records(tmp_path / "o.jsonl")}
     assert found["a"] == ["89 far"] and found["c"] == ["89 far"]
     assert found["b"] == ["89 far"], "21 degrees is nearer to b than its own caption"
 
 
 def test_captions_ask_for_images(source: Path, tmp_path: Path) -> None:
-    mine(FakeModel(), source, to=tmp_path / "out.jsonl", asking="text", k=1, margin=0.0)
+    mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", query_side="text", num_negatives=1, margin=0.0)
     records = list(read_records(tmp_path / "out.jsonl"))
     assert [r.id for r in records] == ["a", "b#0", "b#1", "c", "d"]
     assert [r.query for r in records[:2]] == [("5 a",), ("12 b",)]
@@ -154,7 +154,7 @@ def test_retrieval_records_keep_what_they_have(tmp_path: Path) -> None:
         # Only what is made of the same things competes: an image is no negative of a text.
         {"id": "t", "query": [{"text": "2 q"}], "positive": [[{"image": image(tmp_path, 3)}, {"text": "x"}]]},
     ]
-    mine(FakeModel(), write(tmp_path / "r.jsonl", rows), to=tmp_path / "o.jsonl", k=5, margin=0.0)
+    mine_hard_negatives(FakeModel(), write(tmp_path / "r.jsonl", rows), output=tmp_path / "o.jsonl", num_negatives=5, margin=0.0)
     found = {r.id: r for r in read_records(tmp_path / "o.jsonl")}
     assert texts(found["r"].negative) == ["30 n", "41 p"]
     assert texts(found["s"].negative) == ["30 n", "1 p"]
@@ -171,7 +171,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(source: Path, tmp_pat
     ]
     with source.open("a") as file:
         file.write("{\n" + "".join(json.dumps(row) + "\n" for row in more))
-    report = mine(FakeModel(), source, to=tmp_path / "out.jsonl", k=1, margin=0.0)
+    report = mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=0.0)
     assert report.records == 4 and report.dropped == 5
     listed = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
     assert {row["id"] for row in listed} == {None, "gone", "broken", "long", "story"}
@@ -181,21 +181,21 @@ def test_what_cannot_be_used_is_named_and_the_rest_goes_on(source: Path, tmp_pat
 def test_an_interrupted_run_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mining, "CHUNK", 2)
     whole = FakeModel()
-    mine(whole, source, to=tmp_path / "whole.jsonl", k=2)
+    mine_hard_negatives(whole, source, output=tmp_path / "whole.jsonl", num_negatives=2)
     stopped = FakeModel()
     stopped.stop_after = 3
     with pytest.raises(KeyboardInterrupt):
-        mine(stopped, source, to=tmp_path / "out.jsonl", k=2)
+        mine_hard_negatives(stopped, source, output=tmp_path / "out.jsonl", num_negatives=2)
     assert not (tmp_path / "out.jsonl").exists()
     rest = FakeModel()
-    report = mine(rest, source, to=tmp_path / "out.jsonl", k=2)
+    report = mine_hard_negatives(rest, source, output=tmp_path / "out.jsonl", num_negatives=2)
     assert stopped.calls + rest.calls == whole.calls and report.embedded == sum(rest.calls)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    again = mine(FakeModel(), source, to=tmp_path / "out.jsonl", k=1)
+    again = mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1)
     assert again.embedded == 0 and again.negatives == 4
     other = FakeModel()
     other.fingerprint = "another"  # type: ignore[misc]
-    assert mine(other, source, to=tmp_path / "out.jsonl", k=1).embedded == 9, "vectors of another model are not ours"
+    assert mine_hard_negatives(other, source, output=tmp_path / "out.jsonl", num_negatives=1).embedded == 9, "vectors of another model are not ours"
 
 
 def test_bad_options(source: Path, tmp_path: Path) -> None:
@@ -209,25 +209,25 @@ def test_bad_options(source: Path, tmp_path: Path) -> None:
     ]
     for options, said in wrong:
         with pytest.raises(VLDuetError, match=said):
-            mine(FakeModel(), source, **{"to": tmp_path / "out.jsonl", **options})
+            mine_hard_negatives(FakeModel(), source, **{"to": tmp_path / "out.jsonl", **options})
     with pytest.raises(DataError, match="no usable record"):
-        mine(FakeModel(), write(tmp_path / "n.jsonl", [{"id": "s", "parts": [{"text": "4"}]}]), to=tmp_path / "o.jsonl")
+        mine_hard_negatives(FakeModel(), write(tmp_path / "n.jsonl", [{"id": "s", "parts": [{"text": "4"}]}]), output=tmp_path / "o.jsonl")
 
 
 # ------------------------------------------------------------------ questions
 
 
 def test_questions() -> None:
-    picture = tiny.picture()
+    picture = tiny.random_image()
     pair = Record("p", image=picture, short=("one", "two"), long="A long one.", metadata={"m": 1})
-    assert questions(pair) == [pair] and sides(pair) == ((picture,), (("one",), ("two",)))
-    asked = questions(pair, asking="text")
+    assert split_into_queries(pair) == [pair] and get_query_and_positives(pair) == ((picture,), (("one",), ("two",)))
+    asked = split_into_queries(pair, query_side="text")
     assert [q.id for q in asked] == ["p#0", "p#1"] and all(q.metadata == {"m": 1} for q in asked)
-    assert sides(asked[1]) == (("two",), ((picture,),))
+    assert get_query_and_positives(asked[1]) == (("two",), ((picture,),))
     retrieval = Record("r", query=("q",), positive=(("a",),))
-    assert questions(retrieval, asking="text") == [retrieval]
+    assert split_into_queries(retrieval, query_side="text") == [retrieval]
     with pytest.raises(ConfigError, match="--query"):
-        questions(pair, asking="images")  # type: ignore[arg-type]
+        split_into_queries(pair, query_side="images")  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------ the verb
@@ -240,10 +240,10 @@ def test_the_verb_with_a_real_model_and_training_on_what_it_wrote(tmp_path: Path
     from vlduet.data.stream import Sample
     from vlduet.recipes import vladva
 
-    model = tiny.duet(tmp_path / "base")
+    model = tiny.build_duet_model(tmp_path / "base")
     model.save_pretrained(tmp_path / "model")
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        (tmp_path / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
     rows = [{"id": str(i), "image": f"{i}.png", "short": f"number {zlib.crc32(bytes([i]))}"} for i in range(4)]
     source, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "mined" / "out.jsonl"
     arguments = ["mine", str(tmp_path / "model"), str(source), "--to", str(out), "-k", "1", "--margin", "0", "--json"]

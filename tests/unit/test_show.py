@@ -11,35 +11,35 @@ import tiny
 from vlduet.data.records import ImageRef, Message, Record
 from vlduet.errors import DataError, ModelError
 from vlduet.model.duet import DuetModel
-from vlduet.show import Row, render
+from vlduet.show import TokenRow, list_record_tokens
 
-PAIR = Record("1", image=tiny.picture(1), short=("red",), long="A red one.")
+PAIR = Record("1", image=tiny.random_image(1), short=("red",), long="A red one.")
 
 
 @pytest.fixture(scope="module")
 def saved(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("show")
-    tiny.duet(folder / "base", family=family, prompts=replace(tiny.BARE, image="<|user|>{image}")).save_pretrained(
+    tiny.build_duet_model(folder / "base", family=family, prompts=replace(tiny.PLAIN_PROMPTS, image="<|user|>{image}")).save_pretrained(
         folder / "model", provenance={"config": {"recipe": {"name": "vladva", "language_on": "any"}}}
     )
     return folder / "model"
 
 
-def text(rows: list[Row], sequence: int, *, supervised: bool | None = None) -> str:
+def text(rows: list[TokenRow], sequence: int, *, supervised: bool | None = None) -> str:
     chosen = [r for r in rows if r.sequence == sequence and supervised in (None, r.supervised)]
     return "".join(r.text for r in chosen)
 
 
-def anchors(rows: list[Row]) -> dict[tuple[int, str], str]:
+def anchors(rows: list[TokenRow]) -> dict[tuple[int, str], str]:
     return {(r.sequence, role): r.text for r in rows for role in r.anchors}
 
 
 def test_a_pair_is_two_sequences(saved: Path) -> None:
-    rows = render(PAIR, saved)
+    rows = list_record_tokens(PAIR, saved)
     assert {r.sequence for r in rows} == {0, 1}
     (image,) = [row.text for row in rows if row.text.startswith("[image")]
     pictured = text(rows, 0).removeprefix("<s>")
-    for frame in (*tiny.VISION, *tiny.SMOL, *tiny.PIXTRAL, "\n\n"):
+    for frame in (*tiny.VISION_TOKENS, *tiny.SMOLVLM_TOKENS, *tiny.PIXTRAL_TOKENS, "\n\n"):
         pictured = pictured.replace(frame, "")
     assert pictured == f"<|user|>{image}A red one.</s>" and image.endswith(" tokens]")
     assert text(rows, 0, supervised=True) == "A red one.</s>" and text(rows, 1, supervised=True) == ""
@@ -48,31 +48,31 @@ def test_a_pair_is_two_sequences(saved: Path) -> None:
 
 
 def test_an_image_is_one_row_with_its_name(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(tiny.picture(1).data or b"")
-    rows = render(replace(PAIR, image=ImageRef(path=tmp_path / "a.png")), saved)
+    (tmp_path / "a.png").write_bytes(tiny.random_image(1).data or b"")
+    rows = list_record_tokens(replace(PAIR, image=ImageRef(path=tmp_path / "a.png")), saved)
     (image,) = [r for r in rows if r.image]
     assert image.image == str(tmp_path / "a.png")
     after = rows[rows.index(image) + 1]
     count = int(image.text.split()[1])
     assert after.position == image.position + count and after.text in (
         "A",
-        tiny.VISION[1],
-        tiny.SMOL[0],
-        tiny.PIXTRAL[1],
+        tiny.VISION_TOKENS[1],
+        tiny.SMOLVLM_TOKENS[0],
+        tiny.PIXTRAL_TOKENS[1],
     )
 
 
 def test_it_is_what_training_lays_out(saved: Path) -> None:
-    from vlduet.data.sequences import IGNORE
+    from vlduet.data.sequences import IGNORE_INDEX
     from vlduet.data.stream import Sample
     from vlduet.recipes import vladva
 
     model = DuetModel.from_pretrained(saved)
     sequences = vladva.layout(Sample(PAIR, 0, 0), model.renderer, vladva.Options(language_on="any"))
-    rows = render(PAIR, saved)
+    rows = list_record_tokens(PAIR, saved)
     for number, sequence in enumerate(sequences):
         mine = [r for r in rows if r.sequence == number]
-        wanted = [t for t, label in enumerate(sequence.labels) if label != IGNORE]
+        wanted = [t for t, label in enumerate(sequence.labels) if label != IGNORE_INDEX]
         assert [r.position for r in mine if r.supervised] == wanted
         assert mine[-1].position == len(sequence) - 1
         assert {role for r in mine for role in r.anchors} == {a.role for a in sequence.anchors}
@@ -80,24 +80,24 @@ def test_it_is_what_training_lays_out(saved: Path) -> None:
 
 def test_a_reading_over_several_tokens_shows_both_ends(saved: Path) -> None:
     from vlduet.data.sequences import Anchor, Sequence
-    from vlduet.model.processing import load_processing
-    from vlduet.show import _rows
+    from vlduet.model.processing import load_processor
+    from vlduet.show import _list_sequence_tokens
 
-    tokenizer = load_processing(saved.parent / "base").tokenizer
+    tokenizer = load_processor(saved.parent / "base").tokenizer
     ids = tuple(tokenizer.encode("abcd", add_special_tokens=False))
-    rows = _rows(0, Sequence(ids, (-100,) * 4, (Anchor(1, 3, "slice", "", ""),)), tokenizer, {})
+    rows = _list_sequence_tokens(0, Sequence(ids, (-100,) * 4, (Anchor(1, 3, "slice", "", ""),)), tokenizer, {})
     assert [r.anchors for r in rows] == [(), ("slice from here",), ("slice to here",), ()]
 
 
 def test_other_kinds(saved: Path) -> None:
-    chat = Record("c", messages=(Message("user", (tiny.picture(1), "q?")), Message("assistant", ("a!",))))
-    assert text(render(chat, saved), 0, supervised=True) == "a!</s>"
-    found = render(Record("r", query=("q",), positive=(("p",),), negative=(("n",), ("m",))), saved)
+    chat = Record("c", messages=(Message("user", (tiny.random_image(1), "q?")), Message("assistant", ("a!",))))
+    assert text(list_record_tokens(chat, saved), 0, supervised=True) == "a!</s>"
+    found = list_record_tokens(Record("r", query=("q",), positive=(("p",),), negative=(("n",), ("m",))), saved)
     assert [role for r in found for role in r.anchors] == ["query", "positive", "negative", "negative"]
 
 
 def test_a_plain_checkpoint_is_shown_with_the_papers_prompts(saved: Path) -> None:
-    rows = render(Record("1", image=tiny.picture(1), short=("red",)), saved.parent / "base")
+    rows = list_record_tokens(Record("1", image=tiny.random_image(1), short=("red",)), saved.parent / "base")
     assert "Summarize the provided image in one word:" in text(rows, 0)
     assert not any(r.supervised for r in rows)
     assert anchors(rows) == {(0, "image"): "<|assistant|>", (1, "text"): "<|assistant|>"}
@@ -107,11 +107,11 @@ def test_no_weights_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> No
     from vlduet.model import backbones
 
     monkeypatch.setattr(backbones, "AutoModelForImageTextToText", None)
-    assert render(PAIR, saved)
+    assert list_record_tokens(PAIR, saved)
 
 
 def test_errors(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.png"):
-        render(replace(PAIR, image=ImageRef(path=tmp_path / "none.png")), saved)
+        list_record_tokens(replace(PAIR, image=ImageRef(path=tmp_path / "none.png")), saved)
     with pytest.raises(ModelError, match=r"neither vlduet\.json nor config\.json"):
-        render(PAIR, tmp_path)
+        list_record_tokens(PAIR, tmp_path)

@@ -45,21 +45,21 @@ def align(
     if (config is None) == (model is None):
         raise ConfigError("nothing to compare with, or two things", fix="Give either --config or --model")
     a, b = _record(first), _record(second)
-    parts = (*drawn.parts_of(a), *drawn.parts_of(b))
+    parts = (*drawn.split_into_slices(a), *drawn.split_into_slices(b))
     if config is not None:
-        settings = settings_of.load(config)
+        settings = settings_of.load_run_config(config)
         if settings.recipe.get("name") != "sugar":
             raise ConfigError(
                 f"recipe '{settings.recipe.get('name')}'", place=config, fix="Name a config of recipe sugar"
             )
-        cosines, judge = drawn.by_encoders(parts, settings), f"the encoders of {config}"
+        cosines, judge = drawn.config_encoder_cosines(parts, settings), f"the encoders of {config}"
         delta = delta if delta is not None else float(settings.recipe.get("delta", 1.0))
     else:
         from vlduet.model.dual import open_embedder
 
         assert model is not None
-        cosines, judge = drawn.by_model(parts, open_embedder(model)), f"the embeddings of {model}"
-    found = drawn.align(a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta)
+        cosines, judge = drawn.model_cosines(parts, open_embedder(model)), f"the embeddings of {model}"
+    found = drawn.align_records(a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta)
     if html is not None:
         drawn.write_html(html, found, first=a, second=b)
     if as_json:
@@ -69,9 +69,9 @@ def align(
 
 
 def _record(which: str) -> Record:
-    from vlduet.cli.data import record_at
+    from vlduet.cli.data import read_record_at
 
     file, colon, number = which.rpartition(":")
     if colon and number.isdecimal():
-        return record_at(Path(file), int(number))
-    return record_at(Path(which), 0)
+        return read_record_at(Path(file), int(number))
+    return read_record_at(Path(which), 0)

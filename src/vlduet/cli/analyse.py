@@ -34,14 +34,14 @@ def analyse(
     from vlduet.data.quarantine import Quarantine
     from vlduet.model.duet import DuetModel
 
-    dropped = Quarantine.anew(to / "quarantine.jsonl")
-    items = analysis.collect(file, limit=limit, dropped=dropped)
+    dropped = Quarantine.create(to / "quarantine.jsonl")
+    items = analysis.collect_items(file, limit=limit, dropped=dropped)
     folders = {"before": before, "after": model} if before else {model.resolve().name: model}
     measured = []
     for name, folder in folders.items():
         assert folder is not None
         loaded = DuetModel.from_pretrained(folder)
-        measured.append(analysis.measure(loaded, items, name=name, examples=examples))
+        measured.append(analysis.analyse_model(loaded, items, name=name, num_attention_maps=examples))
         del loaded  # two models need not fit in memory at once
     words = [
         "vlduet",
@@ -55,7 +55,7 @@ def analyse(
     command = shlex.join([*words, "--limit", str(limit), "--examples", str(examples)])
     numbers = analysis.write(to, measured, source=file, command=command)
     if as_json:
-        told = {"page": str(to / "analysis.html"), "dropped": dropped.count, "causes": dropped.by_cause()}
+        told = {"page": str(to / "analysis.html"), "dropped": dropped.count, "causes": dropped.count_by_cause()}
         print(json.dumps({**told, "models": numbers}))
         return
     for one in numbers:

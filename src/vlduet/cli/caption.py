@@ -39,11 +39,11 @@ def caption(
 ) -> None:
     """Write the captions that SOURCE lacks. Run it again after an interruption: it goes on."""
     from vlduet import captioning
-    from vlduet.data.quarantine import beside
+    from vlduet.data.quarantine import quarantine_path
     from vlduet.errors import ConfigError
 
     names = captioning.known_texts(known) if known else []
-    wanted = captioning.wishes(short=short, long=long, prompt=prompt, drafts=drafts, known=names)
+    wanted = captioning.build_caption_specs(short=short, long=long, prompt=prompt, drafts=drafts, known=names)
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
@@ -51,7 +51,7 @@ def caption(
         # Asked in a chat it never had with an image, such a model (nano) writes noise.
         fix = "Add --prompt '' to go on from its image prompt (and --long 0 or --short 0), or write an instruction"
         raise ConfigError("this model reads images outside its chat template", place=model, fix=fix)
-    report = captioning.caption(loaded, source, to=to, wanted=wanted, name=model.resolve().name, batch=batch)
+    report = captioning.write_missing_captions(loaded, source, output=to, specs=wanted, model_name=model.resolve().name, batch_size=batch)
     if as_json:
         print(json.dumps({"file": str(to), **asdict(report)}))
     else:
@@ -61,6 +61,6 @@ def caption(
         if report.empty:
             print(f"{report.empty} captions came out empty")
         if report.dropped:
-            print(f"{report.dropped} left out: see {beside(to)}")
+            print(f"{report.dropped} left out: see {quarantine_path(to)}")
     if not report.records:
         raise typer.Exit(1)

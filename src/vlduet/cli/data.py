@@ -38,11 +38,11 @@ def fetch(
     from vlduet.logs import say
 
     for name in names:
-        corpora.known(name)  # a typo in the last name must not cost the first one's download
+        corpora.get_corpus(name)  # a typo in the last name must not cost the first one's download
     done, failed = [], {}
     for name in names:
         try:
-            done.append(corpora.fetch(name, to, progress=say))
+            done.append(corpora.fetch_corpus(name, to, progress=say))
         except PackageError as error:
             # One that this system cannot have must not cost the others.
             failed[name] = str(error)
@@ -77,10 +77,10 @@ def list_formats(*, as_json: Json = False) -> None:
     from vlduet.data.formats import FORMATS
 
     if as_json:
-        _print_json({name: known.about for name, known in FORMATS.items()})
+        _print_json({name: known.description for name, known in FORMATS.items()})
         return
     for name, known in FORMATS.items():
-        print(f"{name:12} {known.about}")
+        print(f"{name:12} {known.description}")
 
 
 @app.command()
@@ -92,10 +92,10 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Find every broken record and image, and what leaks between the given files. Exit status 1 if there are errors."""
-    from vlduet.data.check import check as look
-    from vlduet.logs import progress
+    from vlduet.data.check import check_files as look
+    from vlduet.logs import track_progress
 
-    report = look(files, format=format, root=root, watch=lambda records, label: progress(records, label=label))
+    report = look(files, format=format, root=root, progress=lambda records, label: track_progress(records, label=label))
     if as_json:
         _print_json(report.to_json())
     else:
@@ -119,21 +119,21 @@ def convert(
 ) -> None:
     """Write SOURCE as our records. Broken ones are left out, counted, and listed beside the file."""
     from vlduet.data import formats
-    from vlduet.data.quarantine import Quarantine, beside
+    from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.errors import DataError
-    from vlduet.logs import progress
+    from vlduet.logs import track_progress
 
-    formats.check_target(to, source)
-    dropped = Quarantine.anew(beside(to))
+    formats.check_output_path(to, source)
+    dropped = Quarantine.create(quarantine_path(to))
 
     def drop(error: DataError) -> None:
         dropped.add(error.place, error)
 
     records = formats.read_records(source, format=format, root=root, on_error=None if strict else drop)
-    written = formats.convert(records, to)
-    count = sum(1 for _ in progress(written, label=f"converting {source.name}"))
+    written = formats.stream_to_jsonl(records, to)
+    count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
     if as_json:
-        _print_json({"file": str(to), "records": count, "dropped": dropped.count, "causes": dropped.by_cause()})
+        _print_json({"file": str(to), "records": count, "dropped": dropped.count, "causes": dropped.count_by_cause()})
     else:
         print(f"{to}: {count} records, {dropped}")
     if not count:
@@ -154,12 +154,12 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Look at one record: its slices, captions and images, and with --model what is trained of it."""
-    record = record_at(file, index, format=format, root=root)
+    record = read_record_at(file, index, format=format, root=root)
     rows = []
     if model is not None:
-        from vlduet.show import render
+        from vlduet.show import list_record_tokens
 
-        rows = render(record, model)
+        rows = list_record_tokens(record, model)
     sequences = [  # a record becomes one or several
         [(row.text, row.supervised, row.anchors) for row in group]
         for _, group in groupby(rows, lambda row: row.sequence)
@@ -170,19 +170,19 @@ def show(
         record_page.write(html, record, sequences)
         print(html)
     elif as_json:
-        from vlduet.data.records import to_json
+        from vlduet.data.records import record_to_json
 
         _print_json(
-            {"record": to_json(record, root=Path()), "kind": record.kind, "tokens": [asdict(row) for row in rows]}
+            {"record": record_to_json(record, root=Path()), "kind": record.kind, "tokens": [asdict(row) for row in rows]}
         )
     else:
-        from vlduet.data.show import as_text, tokens_as_text
+        from vlduet.data.show import format_record, format_tokens
 
         colour = sys.stdout.isatty()
-        print(as_text(record, colour=colour))
+        print(format_record(record, colour=colour))
         for number, tokens in enumerate(sequences):
             print(f"sequence {number}:")
-            print(tokens_as_text(tokens, colour=colour))
+            print(format_tokens(tokens, colour=colour))
 
 
 @app.command()
@@ -203,23 +203,23 @@ def edit(
     from collections import Counter
 
     from vlduet.data import edits, formats
-    from vlduet.data.quarantine import Quarantine, beside
-    from vlduet.data.questions import questions
+    from vlduet.data.quarantine import Quarantine, quarantine_path
+    from vlduet.data.questions import split_into_queries
     from vlduet.errors import DataError
-    from vlduet.logs import progress
+    from vlduet.logs import track_progress
 
-    formats.check_target(to, file)
+    formats.check_output_path(to, file)
     wanted = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
-    edits.check_kinds(wanted or ())
-    dropped = Quarantine.anew(beside(to))
+    edits.check_edit_kinds(wanted or ())
+    dropped = Quarantine.create(quarantine_path(to))
     made: Counter[str] = Counter()
     without: list[bool] = []
 
     def edited() -> Iterator[Record]:
         for record in formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)):
             try:
-                for asked in questions(record):
-                    found = edits.with_edits(asked, seed=seed, kinds=wanted)
+                for asked in split_into_queries(record):
+                    found = edits.add_caption_negatives(asked, seed=seed, kinds=wanted)
                     new = len(found.negative) - len(asked.negative)
                     made.update(found.metadata["edits"][-new:] if new else [])
                     without.append(not new)
@@ -227,10 +227,10 @@ def edit(
             except DataError as error:
                 dropped.add(record, error)
 
-    records = sum(1 for _ in progress(formats.convert(edited(), to), label=f"editing {file.name}"))
+    records = sum(1 for _ in track_progress(formats.stream_to_jsonl(edited(), to), label=f"editing {file.name}"))
     if as_json:
         told = {"file": str(to), "records": records, "without": sum(without), "negatives": dict(sorted(made.items()))}
-        _print_json({**told, "dropped": dropped.count, "causes": dropped.by_cause()})
+        _print_json({**told, "dropped": dropped.count, "causes": dropped.count_by_cause()})
     else:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(made.items())) or "no edits"
         print(f"{to}: {records} records ({counts}), {sum(without)} without any; {dropped}")
@@ -251,25 +251,25 @@ def mix(
 ) -> None:
     """Write queries that join an image of FILE with words about another one, to train searches with both on."""
     from vlduet.data import formats
-    from vlduet.data.mixed import contents, mixed_queries
-    from vlduet.data.quarantine import Quarantine, attempted, beside
+    from vlduet.data.mixed import collect_content_keys, compose_queries
+    from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 
-    formats.check_target(to, file)
-    dropped = Quarantine.anew(beside(to))
+    formats.check_output_path(to, file)
+    dropped = Quarantine.create(quarantine_path(to))
     read = list(formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)))
-    usable = attempted(lambda some: map(contents, some), read, on_error=dropped.add)
+    usable = bisect_failures(lambda some: map(collect_content_keys, some), read, on_error=dropped.add)
     pairs = [record for record, known in zip(read, usable, strict=True) if known]
-    records = sum(1 for _ in formats.convert(mixed_queries(pairs, times=times, seed=seed), to))
+    records = sum(1 for _ in formats.stream_to_jsonl(compose_queries(pairs, queries_per_image=times, seed=seed), to))
     if as_json:
         told = {"file": str(to), "records": records, "pairs": len(pairs)}
-        _print_json({**told, "dropped": dropped.count, "causes": dropped.by_cause()})
+        _print_json({**told, "dropped": dropped.count, "causes": dropped.count_by_cause()})
     else:
         print(f"{to}: {records} records of {len(pairs)} pairs; {dropped}")
     if not records:
         raise typer.Exit(1)
 
 
-def record_at(file: Path, index: int, *, format: str | None = None, root: Path | None = None) -> Record:
+def read_record_at(file: Path, index: int, *, format: str | None = None, root: Path | None = None) -> Record:
     """The record at `index`, counted over the good ones."""
     from vlduet.data.formats import read_records
     from vlduet.errors import DataError

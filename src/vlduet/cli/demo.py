@@ -24,8 +24,8 @@ def demo(
     """The main job on real data: fetch, build, train, evaluate, index, search, ask, and a report of it all."""
     import json
 
-    from vlduet.demo.run import run
+    from vlduet.demo.run import run_demo
 
-    found = run(to, seed=seed, minutes=minutes)
+    found = run_demo(to, seed=seed, minutes=minutes)
     if as_json:
         typer.echo(json.dumps(found))

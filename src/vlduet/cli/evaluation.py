@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from vlduet.eval.benchmarks.tasks import Benchmark
-    from vlduet.evaluation import Settings
+    from vlduet.evaluation import EvaluationSettings
 
 SET = (
     "seed=0, system='...', k=3, retriever=DIR, fluency=DIR, judge.url=http://..., judge.model=..., judge.key_file=FILE."
@@ -44,17 +44,17 @@ def evaluate(
 ) -> None:
     """Measure a model by the official rules; run it again after an interruption and it goes on."""
     if listing:
-        _list(as_json)
+        _print_benchmarks(as_json)
         return
     from vlduet.errors import ConfigError
 
     if model is None:
         raise ConfigError("no model", place="eval", fix="Write vlduet eval MODEL BENCHMARK..., or vlduet eval --list")
-    chosen, wanted = _settings(settings), _wanted(names, suite)
-    from vlduet.evaluation import run
+    chosen, wanted = _parse_settings(settings), _select_benchmarks(names, suite)
+    from vlduet.evaluation import evaluate_model
 
-    done, failed = run(model, wanted, data=data, runs=to, settings=chosen)
-    _tell(done, failed, as_json)
+    done, failed = evaluate_model(model, wanted, data=data, runs=to, settings=chosen)
+    _print_scores(done, failed, as_json)
 
 
 def score(
@@ -78,14 +78,14 @@ def score(
     from vlduet.errors import ConfigError
     from vlduet.eval.benchmarks.source import Source
     from vlduet.eval.run import evaluate, import_predictions, import_reviews
-    from vlduet.eval.store import Functions
-    from vlduet.evaluation import fluency_of, judge_of
+    from vlduet.eval.store import ModelFunctions
+    from vlduet.evaluation import open_fluency_model, open_settings_grader
     from vlduet.logs import say
 
-    chosen, wanted = _settings(settings), _wanted(names, None)
+    chosen, wanted = _parse_settings(settings), _select_benchmarks(names, None)
     if (predictions or reviews) and len(wanted) != 1:
         raise ConfigError(f"{len(wanted)} benchmarks for one file", place="score", fix="Name the one that it is of")
-    done, readers = [], Functions(judge=judge_of(chosen), fluency=fluency_of(chosen))
+    done, readers = [], ModelFunctions(grade=open_settings_grader(chosen), fluency_model=open_fluency_model(chosen))
     for benchmark in wanted:
         source = Source(data, seed=chosen.seed, k=chosen.k)
         if predictions is not None:
@@ -93,8 +93,8 @@ def score(
             say(f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item")
         if reviews is not None:
             say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
-        done.append(evaluate(benchmark, readers, source=source, runs=to, made_by={}))
-    _tell(done, {}, as_json)
+        done.append(evaluate(benchmark, readers, source=source, runs=to, provenance={}))
+    _print_scores(done, {}, as_json)
 
 
 def certify(
@@ -108,9 +108,9 @@ def certify(
     from dataclasses import asdict
 
     from vlduet.eval.certify import certify as compare
-    from vlduet.eval.certify import targets
+    from vlduet.eval.certify import load_targets
 
-    found = compare(answers, data=data, runs=to, wanted=targets())
+    found = compare(answers, data=data, runs=to, targets=load_targets())
     if as_json:
         _print_json({"targets": [{**asdict(one), "verdict": one.verdict} for one in found]})
     for one in found if not as_json else ():
@@ -137,9 +137,9 @@ def report(
     """Put runs beside the numbers of the papers, and tell what generation paid for retrieval."""
     from dataclasses import asdict
 
-    from vlduet.eval.results import page, read_run, write_page
+    from vlduet.eval.results import page, read_run_scores, write_page
 
-    made = page([read_run(run) for run in runs], before=None if before is None else read_run(before))
+    made = page([read_run_scores(run) for run in runs], before=None if before is None else read_run_scores(before))
     written = write_page(out, made)
     if as_json:
         kept = [{**asdict(one), "verdict": one.verdict} for one in made.kept]
@@ -157,27 +157,27 @@ def report(
     print("\n".join(str(path) for path in written))
 
 
-def _settings(texts: list[str] | None) -> Settings:
+def _parse_settings(texts: list[str] | None) -> EvaluationSettings:
     """`key=value` and `judge.key=value` -> settings. Raises ConfigError as configs do."""
     from vlduet import config
-    from vlduet.evaluation import Settings
+    from vlduet.evaluation import EvaluationSettings
 
-    return config.options(Settings, config.tree(texts or [], place="--set"), place="--set")
+    return config.parse_options(EvaluationSettings, config.parse_overrides(texts or [], place="--set"), place="--set")
 
 
-def _wanted(names: list[str] | None, suite: str | None) -> list[Benchmark]:
-    from vlduet.errors import ConfigError, closest
+def _select_benchmarks(names: list[str] | None, suite: str | None) -> list[Benchmark]:
+    from vlduet.errors import ConfigError, suggest_name
     from vlduet.eval.benchmarks.table import SUITES, known
 
     if suite is not None and suite not in SUITES:
-        raise ConfigError(f"no suite '{suite}'", place="--suite", fix=closest(suite, SUITES))
+        raise ConfigError(f"no suite '{suite}'", place="--suite", fix=suggest_name(suite, SUITES))
     wanted = [*(SUITES[suite] if suite else ()), *map(known, names or ())]
     if not wanted:
         raise ConfigError("no benchmark", place="eval", fix="Name one or give --suite; 'vlduet eval --list' lists them")
     return list(dict.fromkeys(wanted))
 
 
-def _list(as_json: bool) -> None:
+def _print_benchmarks(as_json: bool) -> None:
     from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES
 
     suites = {row.name: suite for suite, rows in SUITES.items() for row in rows}
@@ -203,7 +203,7 @@ def _list(as_json: bool) -> None:
         print(f"    files  {', '.join(row.files) or 'none'}")
 
 
-def _tell(done: list[dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
+def _print_scores(done: list[dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
     if as_json:
         _print_json({"scores": done, "failed": failed})
     for result in done if not as_json else ():

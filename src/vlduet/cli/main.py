@@ -13,7 +13,7 @@ import typer
 from vlduet import __version__
 from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, serve, train
 from vlduet.errors import VLDuetError
-from vlduet.logs import plain
+from vlduet.logs import strip_control_characters
 
 app = typer.Typer(
     name="vlduet",
@@ -66,7 +66,7 @@ def main() -> None:
     except VLDuetError as error:
         if "--debug" in sys.argv:
             raise
-        typer.secho(f"error: {plain(str(error))}", fg="red", err=True)
+        typer.secho(f"error: {strip_control_characters(str(error))}", fg="red", err=True)
         raise SystemExit(1) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None

@@ -31,11 +31,11 @@ def mine(
 ) -> None:
     """Find hard negatives for FILE: what the model takes for right and is not. Run it again after an interruption."""
     from vlduet import mining
-    from vlduet.data.quarantine import beside
+    from vlduet.data.quarantine import quarantine_path
     from vlduet.model.dual import open_embedder
 
     loaded = open_embedder(model)
-    report = mining.mine(loaded, file, to=to, asking=cast("Any", query), k=k, margin=margin)
+    report = mining.mine_hard_negatives(loaded, file, output=to, query_side=cast("Any", query), num_negatives=k, margin=margin)
     if as_json:
         print(json.dumps({"file": str(to), **asdict(report)}))
         return
@@ -44,4 +44,4 @@ def mine(
     if report.negative_score is not None:
         print(f"mean cosine {report.positive_score:.3f} to the positive, {report.negative_score:.3f} to the negatives")
     if report.dropped:
-        print(f"{report.dropped} left out: see {beside(to)}")
+        print(f"{report.dropped} left out: see {quarantine_path(to)}")

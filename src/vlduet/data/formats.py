@@ -21,35 +21,35 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.data import arrow, images
-from vlduet.data.quarantine import LISTING
+from vlduet.data.quarantine import QUARANTINE_SUFFIX
 from vlduet.data.readers import containers, conversations, pairs
-from vlduet.data.readers.rows import Row
-from vlduet.data.records import COMMON, KEYS, ImageRef, Parts, Record, is_unicode, parse, to_json
-from vlduet.errors import DataError, closest
+from vlduet.data.readers.rows import SourceRow
+from vlduet.data.records import COMMON_KEYS, KEYS_BY_KIND, ImageRef, Parts, Record, is_utf8_encodable, parse_record, record_to_json
+from vlduet.errors import DataError, suggest_name
 
-OnError = Callable[[DataError], object]
-SNIFFED = 50
+RowErrorHandler = Callable[[DataError], object]
+MAX_DETECTION_ROWS = 50
 """Rows that are looked at, at most, to tell the schema."""
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class RecordFormat:
     """A schema: how to know a row of it, and how to read one."""
 
-    about: str
-    read: Callable[[Row], Record]
-    knows: Callable[[dict[str, Any]], bool]
+    description: str
+    parse_row: Callable[[SourceRow], Record]
+    matches: Callable[[dict[str, Any]], bool]
 
 
-def _ours(row: Row) -> Record:
-    return parse(row.value, place=row.place, root=row.root)
+def _ours(row: SourceRow) -> Record:
+    return parse_record(row.value, place=row.place, root=row.root)
 
 
 def _knows_ours(value: dict[str, Any]) -> bool:
     if "id" not in value:
         return False
-    for keys in KEYS.values():
-        known = keys | COMMON
+    for keys in KEYS_BY_KIND.values():
+        known = keys | COMMON_KEYS
         # A misspelt key of ours is an error to report, not a column of somebody else's table.
         if keys & value.keys() and all(difflib.get_close_matches(key, known, cutoff=0.8) for key in value):
             return True
@@ -59,7 +59,7 @@ def _knows_ours(value: dict[str, Any]) -> bool:
 def _knows_swift(value: dict[str, Any]) -> bool:
     turns = value.get("messages")
     tagged = isinstance(turns, list) and any(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and conversations.TAG in turn["content"]
+        isinstance(turn, dict) and isinstance(turn.get("content"), str) and conversations.IMAGE_TAG in turn["content"]
         for turn in turns
     )
     return tagged or (isinstance(value.get("query"), str) and "response" in value)
@@ -69,54 +69,54 @@ def _knows_messages(value: dict[str, Any]) -> bool:
     return "messages" in value or {"prompt", "completion"} <= value.keys()
 
 
-FORMATS: dict[str, Format] = {
-    "mmeb": Format(
+FORMATS: dict[str, RecordFormat] = {
+    "mmeb": RecordFormat(
         "MMEB: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path",
-        pairs.mmeb,
+        pairs.parse_mmeb,
         lambda value: bool(value.keys() & {"qry", "qry_text"} and value.keys() & set(pairs.MMEB_KEYS[2:])),
     ),
-    "llava": Format(
-        "LLaVA: conversations of from and value, image", conversations.llava, lambda value: "conversations" in value
+    "llava": RecordFormat(
+        "LLaVA: conversations of from and value, image", conversations.parse_llava, lambda value: "conversations" in value
     ),
-    "ms-swift": Format(
-        "ms-swift: messages with <image>, or query and response; images", conversations.swift, _knows_swift
+    "ms-swift": RecordFormat(
+        "ms-swift: messages with <image>, or query and response; images", conversations.parse_swift, _knows_swift
     ),
-    "records": Format("ours: id and one of image, parts, messages, query", _ours, _knows_ours),
-    "messages": Format(
-        "OpenAI and TRL: messages, or prompt and completion; images", conversations.messages, _knows_messages
+    "records": RecordFormat("ours: id and one of image, parts, messages, query", _ours, _knows_ours),
+    "messages": RecordFormat(
+        "OpenAI and TRL: messages, or prompt and completion; images", conversations.parse_messages, _knows_messages
     ),
-    "captions": Format(
+    "captions": RecordFormat(
         f"captioned images: a column {', '.join(pairs.IMAGE_COLUMNS[:3])}, ... and any of "
         f"{', '.join(pairs.SHORT_COLUMNS + pairs.LONG_COLUMNS)}",
-        pairs.captions,
-        lambda value: bool(pairs.image_columns(value)),
+        pairs.parse_captions,
+        lambda value: bool(pairs.find_image_columns(value)),
     ),
 }
 """Asked in this order: the first that knows the keys of a row reads the source."""
 
-Container = Callable[[Path, Path], Iterator[Row]]
+ContainerReader = Callable[[Path, Path], Iterator[SourceRow]]
 
-CONTAINERS: dict[str, Container] = {
-    ".jsonl": containers.json_lines,
-    ".ndjson": containers.json_lines,
-    ".json": containers.json_list,
-    ".csv": containers.table,
-    ".tsv": containers.table,
-    ".parquet": arrow.parquet,
-    ".arrow": arrow.arrow,
-    ".feather": arrow.arrow,
-    ".tar": containers.shard,
-    ".tar.gz": containers.shard,
-    ".tgz": containers.shard,
+CONTAINER_READERS: dict[str, ContainerReader] = {
+    ".jsonl": containers.read_jsonl_rows,
+    ".ndjson": containers.read_jsonl_rows,
+    ".json": containers.read_json_list_rows,
+    ".csv": containers.read_table_rows,
+    ".tsv": containers.read_table_rows,
+    ".parquet": arrow.read_parquet_rows,
+    ".arrow": arrow.read_arrow_rows,
+    ".feather": arrow.read_arrow_rows,
+    ".tar": containers.read_tar_rows,
+    ".tar.gz": containers.read_tar_rows,
+    ".tgz": containers.read_tar_rows,
 }
 """By the end of the file's name."""
 
-IN_FOLDERS = (".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz")
+RECORD_FILE_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz")
 """Files that make a folder more than a folder of images."""
 
 
 def read_records(
-    source: Path, *, format: str | None = None, root: Path | None = None, on_error: OnError | None = None
+    source: Path, *, format: str | None = None, root: Path | None = None, on_error: RowErrorHandler | None = None
 ) -> Iterator[Record]:
     """The records of a file or a folder, lazily.
 
@@ -130,7 +130,7 @@ def read_records(
         DataError: at once for a source or format that is unknown or unreadable; then, without `on_error`, for a row.
     """
     if format is not None and format not in FORMATS:
-        known, near = f"Known: {', '.join(FORMATS)}", closest(format, FORMATS)
+        known, near = f"Known: {', '.join(FORMATS)}", suggest_name(format, FORMATS)
         fix = known if near.startswith("Known") else f"{near} {known}"
         raise DataError(f"no format '{format}'", place=source, fix=fix)
     rows = _rows(source, root)
@@ -141,18 +141,18 @@ def read_records(
     return _records(rows, FORMATS[name], on_error)
 
 
-def and_new_images(records: Iterable[Record], folder: Path, *, on_error: OnError) -> Iterator[Record]:
+def append_unlisted_images(records: Iterable[Record], folder: Path, *, on_error: RowErrorHandler) -> Iterator[Record]:
     """Records that lie in a folder of images, then those images that none of them names."""
     known = set[Path]()
     for record in records:
         known |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
         yield record
-    for record in _records(containers.image_folder(folder, folder), FORMATS["captions"], on_error):
+    for record in _records(containers.read_image_folder_rows(folder, folder), FORMATS["captions"], on_error):
         if record.image is not None and record.image.path is not None and record.image.path.resolve() not in known:
             yield record
 
 
-def _records(rows: Iterable[Row], schema: Format, on_error: OnError | None) -> Iterator[Record]:
+def _records(rows: Iterable[SourceRow], schema: RecordFormat, on_error: RowErrorHandler | None) -> Iterator[Record]:
     for row in rows:
         try:
             if row.error is not None:
@@ -160,7 +160,7 @@ def _records(rows: Iterable[Row], schema: Format, on_error: OnError | None) -> I
             if not isinstance(row.value, dict):
                 what = f"a row is an object, this is {type(row.value).__name__}"
                 raise DataError(what, place=row.place, fix="Write {...}")
-            record = schema.read(row)
+            record = schema.parse_row(row)
         except DataError as error:
             if on_error is None:
                 raise
@@ -169,32 +169,32 @@ def _records(rows: Iterable[Row], schema: Format, on_error: OnError | None) -> I
         yield record
 
 
-def sniff(source: Path) -> str:
+def detect_format(source: Path) -> str:
     """The format's name. Raises DataError where it is not recognised."""
     return _sniff(source, _rows(source, None))[0]
 
 
-def _sniff(source: Path, rows: Iterator[Row]) -> tuple[str, Iterator[Row]]:
+def _sniff(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterator[SourceRow]]:
     """The format by the first row that one knows, and all the rows again."""
-    seen: list[Row] = []
-    for row in itertools.islice(rows, SNIFFED):
+    seen: list[SourceRow] = []
+    for row in itertools.islice(rows, MAX_DETECTION_ROWS):
         seen.append(row)
         if isinstance(row.value, dict):
             for name, schema in FORMATS.items():
-                if schema.knows(row.value):
+                if schema.matches(row.value):
                     return name, itertools.chain(seen, rows)
     objects = [row for row in seen if isinstance(row.value, dict)]
     if not objects:
         return "records", itertools.chain(seen, rows)  # nothing, or nothing that could be read: the rows' errors say it
     keys = ", ".join(sorted(map(str, objects[0].value))[:12]) or "none"
-    accepted = "; ".join(f"{name} ({schema.about})" for name, schema in FORMATS.items())
+    accepted = "; ".join(f"{name} ({schema.description})" for name, schema in FORMATS.items())
     raise DataError(f"not recognised by its keys: {keys}", place=objects[0].place, fix=f"Accepted: {accepted}")
 
 
 # --- containers ------------------------------------------------------------------------------------
 
 
-def _rows(source: Path, root: Path | None) -> Iterator[Row]:
+def _rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
     if not source.exists():
         raise DataError("no such file or folder", place=source, fix="Check the path")
     if source.is_dir():
@@ -202,16 +202,16 @@ def _rows(source: Path, root: Path | None) -> Iterator[Row]:
     container = _container(source)
     if container is None:
         what = f"a file of records does not end in '{source.suffix}'" if source.suffix else "a file without an ending"
-        raise DataError(what, place=source, fix=f"Accepted: {', '.join(CONTAINERS)}, or a folder of images")
+        raise DataError(what, place=source, fix=f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images")
     return container(source, source.parent if root is None else root)
 
 
-def _container(source: Path) -> Container | None:
+def _container(source: Path) -> ContainerReader | None:
     name = source.name.lower()
-    return next((container for ending, container in CONTAINERS.items() if name.endswith(ending)), None)
+    return next((container for ending, container in CONTAINER_READERS.items() if name.endswith(ending)), None)
 
 
-def _folder_rows(folder: Path, root: Path | None) -> Iterator[Row]:
+def _folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in folder.glob("*/dataset_info.json"))
         fix = f"Name one: {_some(folder / split for split in splits)}"
@@ -219,9 +219,9 @@ def _folder_rows(folder: Path, root: Path | None) -> Iterator[Row]:
     files = _saved_dataset(folder)
     if not files:
         here = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        here = [p for p in here if not p.name.endswith(LISTING)]  # what a verb left out, beside what it wrote
+        here = [p for p in here if not p.name.endswith(QUARANTINE_SUFFIX)]  # what a verb left out, beside what it wrote
         files = [p for p in here if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")][:1]
-        files = files or [p for p in here if p.name.lower().endswith(IN_FOLDERS)]
+        files = files or [p for p in here if p.name.lower().endswith(RECORD_FILE_SUFFIXES)]
     if not files:
         return _some_images(folder)
     endings = {p.suffix for p in files}
@@ -236,7 +236,7 @@ def _folder_rows(folder: Path, root: Path | None) -> Iterator[Row]:
 
 def _stem(name: str) -> str:
     """A file's name without the ending that tells its container: of train.part.tar.gz, train.part."""
-    ending = max((e for e in CONTAINERS if name.lower().endswith(e)), key=len, default="")
+    ending = max((e for e in CONTAINER_READERS if name.lower().endswith(e)), key=len, default="")
     return name[: len(name) - len(ending)]
 
 
@@ -260,11 +260,11 @@ def _saved_dataset(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _some_images(folder: Path) -> Iterator[Row]:
-    rows = containers.image_folder(folder, folder)
+def _some_images(folder: Path) -> Iterator[SourceRow]:
+    rows = containers.read_image_folder_rows(folder, folder)
     first = next(rows, None)
     if first is None:
-        fix = f"Accepted: images ({', '.join(sorted(images.SUFFIXES))}), or files {', '.join(CONTAINERS)}"
+        fix = f"Accepted: images ({', '.join(sorted(images.IMAGE_SUFFIXES))}), or files {', '.join(CONTAINER_READERS)}"
         raise DataError("neither images nor records in this folder", place=folder, fix=fix)
     return itertools.chain([first], rows)
 
@@ -272,7 +272,7 @@ def _some_images(folder: Path) -> Iterator[Row]:
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def check_target(target: Path, source: Path, *, may_grow: bool = False) -> None:
+def check_output_path(target: Path, source: Path, *, allow_existing: bool = False) -> None:
     """Raises DataError for a target of `convert` that is no ``.jsonl``, or that is the source or a part of it.
 
     Args:
@@ -282,17 +282,17 @@ def check_target(target: Path, source: Path, *, may_grow: bool = False) -> None:
         raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=f"Write {target.with_suffix('.jsonl')}")
     if target.resolve() == source.resolve():
         raise DataError(f"'{target}' is the source itself", place="--to", fix="Name another file")
-    if not may_grow and is_part(target, source):
+    if not allow_existing and is_file_inside(target, source):
         fix = "Name a file outside, or a new one"
         raise DataError(f"'{target}' is there already, and is read as a part of {source}", place="--to", fix=fix)
 
 
-def is_part(target: Path, source: Path) -> bool:
+def is_file_inside(target: Path, source: Path) -> bool:
     """Whether there is such a file, and a folder that is read has it in it."""
     return target.exists() and target.resolve().parent == source.resolve()
 
 
-def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
+def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]:
     """Write records as our ``.jsonl``, yielding each as it is written; the file appears when all are.
 
     Images inside the source (archives, tables, data: URLs) are written to ``<target's stem>-images/``, named by content.
@@ -302,7 +302,7 @@ def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
     try:
         with partial.open("w", encoding="utf-8") as out:
             for record in records:
-                raw = to_json(_with_files(record, target), root=target.parent)
+                raw = record_to_json(_with_files(record, target), root=target.parent)
                 out.write(_readable(raw) + "\n")
                 yield record
         partial.replace(target)
@@ -313,7 +313,7 @@ def convert(records: Iterable[Record], target: Path) -> Iterator[Record]:
 def _readable(raw: dict[str, Any]) -> str:
     """JSON with its letters as they are; in ASCII where one of them has no bytes in UTF-8."""
     line = json.dumps(raw, ensure_ascii=False)
-    return line if is_unicode(line) else json.dumps(raw)
+    return line if is_utf8_encodable(line) else json.dumps(raw)
 
 
 def _with_files(record: Record, target: Path) -> Record:
@@ -322,8 +322,8 @@ def _with_files(record: Record, target: Path) -> Record:
     def filed(ref: ImageRef) -> ImageRef:
         if ref.data is None:
             return ref
-        kind = images.sniff(ref.data[:512])
-        ending = f".{kind.lower()}" if f".{kind.lower()}" in images.SUFFIXES else ".bin"
+        kind = images.detect_image_format(ref.data[:512])
+        ending = f".{kind.lower()}" if f".{kind.lower()}" in images.IMAGE_SUFFIXES else ".bin"
         path = target.parent / f"{target.stem}-images" / f"{hashlib.sha256(ref.data).hexdigest()[:24]}{ending}"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,18 +28,18 @@ from PIL import Image, ImageOps, PngImagePlugin
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError
 
-Decoded = Image.Image
+DecodedImage = Image.Image
 """A decoded image, which others pass on without importing PIL."""
 
 Pixels = NDArray[np.uint8]
 """uint8[H, W, 3]"""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 """File names that are taken for images when a folder or an archive is read."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ImageLimits:
     """What is decoded at all."""
 
     max_pixels: int = 64_000_000
@@ -49,7 +49,7 @@ class Limits:
     formats: frozenset[str] = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"})
 
 
-DEFAULT = Limits()
+DEFAULT_LIMITS = ImageLimits()
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -70,7 +70,7 @@ _MAGIC = (
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error)
 
 
-def sniff(head: bytes) -> str:
+def detect_image_format(head: bytes) -> str:
     """The format that the first 512 bytes of a file announce: PNG, JPEG, ..., SVG, or 'unknown'."""
     for magic, name in _MAGIC:
         if head.startswith(magic):
@@ -100,7 +100,7 @@ def read_bytes(ref: ImageRef) -> bytes:
         raise ImageError(f"cannot read the image ({what})", place=ref.name, fix="Check the path") from None
 
 
-def load(ref: ImageRef, *, limits: Limits = DEFAULT) -> Image.Image:
+def load_image(ref: ImageRef, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """One image, decoded, upright, RGB, 8 bits, on white.
 
     Args:
@@ -131,10 +131,10 @@ def load(ref: ImageRef, *, limits: Limits = DEFAULT) -> Image.Image:
             raise _broken(kind, error, ref.name) from None
 
 
-def _check_magic(data: bytes, name: str, limits: Limits) -> str:
+def _check_magic(data: bytes, name: str, limits: ImageLimits) -> str:
     if not data:
         raise ImageError("the image is empty (0 bytes)", place=name, fix="Copy or download it again")
-    kind = sniff(data[:512])
+    kind = detect_image_format(data[:512])
     if kind not in limits.formats:
         known = ", ".join(sorted(limits.formats))
         what = "an unknown kind of file" if kind == "unknown" else kind
@@ -142,7 +142,7 @@ def _check_magic(data: bytes, name: str, limits: Limits) -> str:
     return kind
 
 
-def _check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
+def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
     width, height = size
     if width * height > limits.max_pixels:
         raise _too_large(f"{width} x {height} pixels", name, limits)
@@ -151,7 +151,7 @@ def _check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
         raise ImageError(f"the image is too small: {width} x {height} pixels", place=name, fix=least)
 
 
-def _too_large(what: str, name: str, limits: Limits) -> ImageError:
+def _too_large(what: str, name: str, limits: ImageLimits) -> ImageError:
     fix = f"Scale it down: the limit is {limits.max_pixels / 1e6:g} megapixels"
     return ImageError(f"the image is too large to decode: {what}", place=name, fix=fix)
 
@@ -187,7 +187,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def content_key(ref: ImageRef) -> str:
+def image_key(ref: ImageRef) -> str:
     """SHA-256 of the encoded bytes, in hex: equal keys are the same file. Raises ImageError where it cannot be read."""
     return hashlib.sha256(read_bytes(ref)).hexdigest()
 
@@ -215,7 +215,7 @@ def scale_down(image: Image.Image, max_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def resized(image: Image.Image, width: int, height: int) -> Pixels:
+def resize_pixels(image: Image.Image, width: int, height: int) -> Pixels:
     """uint8[height, width, 3], proportions given up."""
     return to_pixels(image.resize((width, height), Image.Resampling.BOX, reducing_gap=2.0))
 
@@ -240,7 +240,7 @@ def save_png(image: Image.Image, path: Path) -> None:
     path.write_bytes(encode_png(image))
 
 
-def thumbnail_data_url(image: Image.Image, side: int) -> str:
+def encode_thumbnail_data_url(image: Image.Image, side: int) -> str:
     """A ``data:`` URL of the image, at most `side` pixels wide and high, for self-contained HTML pages."""
     small = scale_down(image, side)
     out = io.BytesIO()
@@ -262,7 +262,7 @@ def _dct_rows(count: int, size: int) -> NDArray[np.float64]:
 _DCT = _dct_rows(8, 32)
 
 
-def perceptual_hash(image: Image.Image) -> int:
+def compute_perceptual_hash(image: Image.Image) -> int:
     """64 bits of how the image looks in grey: scaled or re-encoded copies differ in a few bits, others in about 32.
 
     The signs of its 8 x 8 lowest frequencies against their median (pHash). Unlike dHash it keeps its bits balanced on
@@ -275,18 +275,18 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def colours(image: Image.Image) -> bytes:
+def compute_thumbnail_colours(image: Image.Image) -> bytes:
     """192 bytes, the image as 8 x 8 RGB: tells a red hat from the same hat in blue, which `perceptual_hash` does not."""
-    return resized(image, 8, 8).tobytes()
+    return resize_pixels(image, 8, 8).tobytes()
 
 
-def texture(ref: ImageRef) -> tuple[float, int]:
+def measure_texture(ref: ImageRef) -> tuple[float, int]:
     """How a cut-out was made: (share of equal horizontal neighbours, number of colours), both of its opaque pixels.
 
     Raises:
         ImageError: as `load` does.
     """
-    load(ref)  # all the checks
+    load_image(ref)  # all the checks
     pixels = np.asarray(Image.open(io.BytesIO(read_bytes(ref))).convert("RGBA")).astype(np.int32)  # [H, W, 4]
     opaque = pixels[..., 3] > 250
     pairs = opaque[:, 1:] & opaque[:, :-1]

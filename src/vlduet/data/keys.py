@@ -20,4 +20,4 @@ def content_key(parts: Parts) -> str:
     Raises:
         ImageError: an image cannot be read.
     """
-    return "|".join(text_key(part) if isinstance(part, str) else images.content_key(part) for part in parts)
+    return "|".join(text_key(part) if isinstance(part, str) else images.image_key(part) for part in parts)

@@ -17,7 +17,7 @@ from vlduet.data.records import Record
 from vlduet.errors import DataError
 
 
-def mixed_queries(pairs: Sequence[Record], *, times: int = 1, seed: int = 0) -> list[Record]:
+def compose_queries(pairs: Sequence[Record], *, queries_per_image: int = 1, seed: int = 0) -> list[Record]:
     """Retrieval records whose query is the image of one pair and a short caption of another.
 
     Args:
@@ -33,9 +33,9 @@ def mixed_queries(pairs: Sequence[Record], *, times: int = 1, seed: int = 0) -> 
         DataError, ImageError: as `contents` does.
     """
     draw = random.Random(seed)
-    things = [contents(record) for record in pairs]
+    things = [collect_content_keys(record) for record in pairs]
     found: dict[tuple[int, int], Record] = {}
-    for _ in range(times):
+    for _ in range(queries_per_image):
         others = draw.sample(range(len(pairs)), len(pairs))
         for one, other in enumerate(others):
             if (one, other) not in found and not things[one] & things[other]:
@@ -43,7 +43,7 @@ def mixed_queries(pairs: Sequence[Record], *, times: int = 1, seed: int = 0) -> 
     return list(found.values())
 
 
-def contents(record: Record) -> set[str]:
+def collect_content_keys(record: Record) -> set[str]:
     """The keys of a pair's image and short captions.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 
 from vlduet.data.records import Place, Record
 from vlduet.errors import DataError, VLDuetError
-from vlduet.files import read_lines
+from vlduet.files import read_json_lines
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -20,15 +20,15 @@ U = TypeVar("U")
 _PARTICULAR = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
 
 
-LISTING = ".quarantine.jsonl"
+QUARANTINE_SUFFIX = ".quarantine.jsonl"
 
 
-def beside(out: Path) -> Path:
+def quarantine_path(out: Path) -> Path:
     """Where the drops of a run that writes `out` are listed."""
-    return out.with_suffix(LISTING)
+    return out.with_suffix(QUARANTINE_SUFFIX)
 
 
-def attempted(
+def bisect_failures(
     function: Callable[[list[T]], Iterable[U]], items: list[T], *, on_error: Callable[[T, DataError], object]
 ) -> list[U | None]:
     """`function` of all items at once, one result an item; None for an item that it cannot read, told to `on_error`.
@@ -45,7 +45,7 @@ def attempted(
             return [None]
     middle = len(items) // 2
     return [
-        found for half in (items[:middle], items[middle:]) for found in attempted(function, half, on_error=on_error)
+        found for half in (items[:middle], items[middle:]) for found in bisect_failures(function, half, on_error=on_error)
     ]
 
 
@@ -64,14 +64,14 @@ class Quarantine:
         self._lock = threading.Lock()
         self._seen: set[tuple[str | None, str | None, str]] = set()
         self._causes: Counter[str] = Counter()
-        for row in read_lines(path) if path else ():  # of a line that was cut short, the record is dropped again
+        for row in read_json_lines(path) if path else ():  # of a line that was cut short, the record is dropped again
             try:
                 self._note(row["id"], row["place"], row["message"], row["cause"])
             except (KeyError, TypeError):
                 continue  # not a line of ours
 
     @classmethod
-    def anew(cls, path: Path) -> Self:
+    def create(cls, path: Path) -> Self:
         """One that tells of this run alone: what an earlier run listed in the file goes."""
         path.unlink(missing_ok=True)
         return cls(path)
@@ -120,12 +120,12 @@ class Quarantine:
         """How many drops there were, those found in the file included."""
         return len(self._seen)
 
-    def by_cause(self) -> dict[str, int]:
+    def count_by_cause(self) -> dict[str, int]:
         """Drops by cause, names and numbers left out of it, the most frequent first."""
         return dict(sorted(self._causes.items(), key=lambda item: (-item[1], item[0])))
 
     def __str__(self) -> str:
         if not self.count:
             return "nothing dropped"
-        causes = ", ".join(f"{count} x {cause}" for cause, count in self.by_cause().items())
+        causes = ", ".join(f"{count} x {cause}" for cause, count in self.count_by_cause().items())
         return f"{self.count} dropped ({causes})" + (f", listed in {self.path}" if self.path else "")

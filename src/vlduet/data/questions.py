@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from vlduet.data.records import Parts, Record
-from vlduet.errors import ConfigError, DataError, closest
+from vlduet.errors import ConfigError, DataError, suggest_name
 
-Asking = Literal["image", "text"]
+QuerySide = Literal["image", "text"]
 """Which side of a pair is the query."""
 
 
-def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
+def split_into_queries(record: Record, *, query_side: QuerySide = "image") -> list[Record]:
     """One record -> records that may have negatives: retrieval records, or the pair itself.
 
     Args:
@@ -27,8 +27,8 @@ def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
     Raises:
         DataError: another kind, or a pair without a short caption. ConfigError: an unknown side.
     """
-    if asking not in get_args(Asking):
-        raise ConfigError(f"'{asking}'", place="--query", fix=closest(asking, get_args(Asking)))
+    if query_side not in get_args(QuerySide):
+        raise ConfigError(f"'{query_side}'", place="--query", fix=suggest_name(query_side, get_args(QuerySide)))
     if record.kind == "retrieval":
         return [record]
     if record.kind != "pair":
@@ -38,7 +38,7 @@ def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
         fix = "Write one: vlduet caption MODEL FILE --to OUT.jsonl"
         raise DataError("a pair without a short caption", place=record.place, fix=fix)
     assert record.image is not None
-    if asking == "image":
+    if query_side == "image":
         return [record]
     bare = Record(record.id, metadata=record.metadata, place=record.place)
     named = [f"{record.id}#{i}" for i in range(len(record.short))] if len(record.short) > 1 else [record.id]
@@ -48,7 +48,7 @@ def questions(record: Record, *, asking: Asking = "image") -> list[Record]:
     ]
 
 
-def sides(question: Record) -> tuple[Parts, tuple[Parts, ...]]:
+def get_query_and_positives(question: Record) -> tuple[Parts, tuple[Parts, ...]]:
     """What asks, and all that is right, of one of `questions`."""
     if question.image is not None:
         return (question.image,), tuple((caption,) for caption in question.short)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from vlduet.errors import DataError, closest
+from vlduet.errors import DataError, suggest_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Place:
     line: int | None = None
     field: str | None = None
 
-    def at(self, field: str) -> Place:
+    def with_field(self, field: str) -> Place:
         """The same line, at `field`."""
         dot = "" if field.startswith("[") else "."
         return Place(self.file, self.line, f"{self.field}{dot}{field}" if self.field else field)
@@ -76,7 +76,7 @@ def as_parts(item: Part | Parts) -> Parts:
     return (item,) if isinstance(item, str | ImageRef) else tuple(item)
 
 
-def images_of(parts: Iterable[Part]) -> tuple[ImageRef, ...]:
+def extract_images(parts: Iterable[Part]) -> tuple[ImageRef, ...]:
     """The images among parts, in their order."""
     return tuple(part for part in parts if isinstance(part, ImageRef))
 
@@ -118,22 +118,22 @@ class Record:
         """Every image of the record, in reading order."""
         groups: list[Parts] = [self.parts, *(m.parts for m in self.messages), self.query]
         groups += [*self.positive, *self.negative]
-        return ((self.image,) if self.image else ()) + images_of(itertools.chain.from_iterable(groups))
+        return ((self.image,) if self.image else ()) + extract_images(itertools.chain.from_iterable(groups))
 
 
-KEYS: dict[str, frozenset[str]] = {
+KEYS_BY_KIND: dict[str, frozenset[str]] = {
     "pair": frozenset({"image", "short", "long", "negative"}),
     "interleaved": frozenset({"parts"}),
     "chat": frozenset({"messages"}),
     "retrieval": frozenset({"query", "positive", "negative"}),
 }
-COMMON = frozenset({"id", "metadata"})
-SHARED = frozenset({"negative"})
+COMMON_KEYS = frozenset({"id", "metadata"})
+AMBIGUOUS_KEYS = frozenset({"negative"})
 """Keys of two kinds, which tell neither."""
 ROLES = ("system", "user", "assistant")
 
 
-def parse(raw: Any, *, place: Place, root: Path) -> Record:
+def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
     """One JSON value -> Record.
 
     Args:
@@ -146,55 +146,55 @@ def parse(raw: Any, *, place: Place, root: Path) -> Record:
     """
     if not isinstance(raw, dict):
         raise DataError(f"a record is a JSON object, this is {_kind_of(raw)}", place=place)
-    kinds = [kind for kind, keys in KEYS.items() if (keys - SHARED) & raw.keys()]
+    kinds = [kind for kind, keys in KEYS_BY_KIND.items() if (keys - AMBIGUOUS_KEYS) & raw.keys()]
     if len(kinds) != 1:
         what = f"keys of {' and '.join(kinds)} in one record" if kinds else f"no known key among {sorted(raw)}"
         raise DataError(
             what, place=place, fix="A record is a pair, interleaved, chat or retrieval: see docs/data-format.md"
         )
-    unknown = sorted(raw.keys() - KEYS[kinds[0]] - COMMON)
+    unknown = sorted(raw.keys() - KEYS_BY_KIND[kinds[0]] - COMMON_KEYS)
     if unknown:
-        known = KEYS[kinds[0]] | COMMON
-        raise DataError(f"unknown key '{unknown[0]}'", place=place.at(unknown[0]), fix=closest(unknown[0], known))
+        known = KEYS_BY_KIND[kinds[0]] | COMMON_KEYS
+        raise DataError(f"unknown key '{unknown[0]}'", place=place.with_field(unknown[0]), fix=suggest_name(unknown[0], known))
     identity = raw.get("id")
     if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
         raise DataError(
-            f"id is {_kind_of(identity)}", place=place.at("id"), fix="Give every record a string id of its own"
+            f"id is {_kind_of(identity)}", place=place.with_field("id"), fix="Give every record a string id of its own"
         )
-    if not is_unicode(str(identity)):
-        raise DataError(f"id is {identity!a}", place=place.at("id"), fix="Write it again as UTF-8")
+    if not is_utf8_encodable(str(identity)):
+        raise DataError(f"id is {identity!a}", place=place.with_field("id"), fix="Write it again as UTF-8")
     metadata = raw.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise DataError(f"metadata is {_kind_of(metadata)}", place=place.at("metadata"), fix="Write an object")
+        raise DataError(f"metadata is {_kind_of(metadata)}", place=place.with_field("metadata"), fix="Write an object")
     fields = {"pair": _pair, "interleaved": _interleaved, "chat": _chat, "retrieval": _retrieval}[kinds[0]]
     return Record(id=str(identity), metadata=metadata, place=place, **fields(raw, place, root))
 
 
 def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     if "image" not in raw:
-        raise DataError("a pair without image", place=place.at("image"), fix='Add "image": a path or a data: URL')
+        raise DataError("a pair without image", place=place.with_field("image"), fix='Add "image": a path or a data: URL')
     short = raw.get("short") or []
     if not isinstance(short, str | list):
         fix = "Write a string or a list of strings"
-        raise DataError(f"short is {_kind_of(short)}", place=place.at("short"), fix=fix)
+        raise DataError(f"short is {_kind_of(short)}", place=place.with_field("short"), fix=fix)
     if isinstance(short, str):
-        short = [text_of(short, place.at("short"))]
+        short = [parse_text(short, place.with_field("short"))]
     for i, caption in enumerate(short):
-        text_of(caption, place.at(f"short[{i}]"))
+        parse_text(caption, place.with_field(f"short[{i}]"))
     long = raw.get("long")
     if long is not None:
-        text_of(long, place.at("long"))
-    image = image_of(raw["image"], place.at("image"), root)
+        parse_text(long, place.with_field("long"))
+    image = parse_image(raw["image"], place.with_field("image"), root)
     return {
         "image": image,
         "short": tuple(short),
         "long": long,
-        "negative": answers_of(raw, "negative", place, root=root),
+        "negative": parse_candidates(raw, "negative", place, root=root),
     }
 
 
 def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
-    parts = _parts(raw["parts"], place.at("parts"), root)
+    parts = _parts(raw["parts"], place.with_field("parts"), root)
     slices = [s for part in parts for s in ([part] if isinstance(part, ImageRef) else split_sentences(part))]
     return {"parts": tuple(slices)}
 
@@ -202,35 +202,35 @@ def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any
 def _chat(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     messages = raw["messages"]
     if not isinstance(messages, list) or not messages:
-        raise DataError("messages is empty or not a list", place=place.at("messages"), fix="Write a list of turns")
+        raise DataError("messages is empty or not a list", place=place.with_field("messages"), fix="Write a list of turns")
     turns = []
     for i, message in enumerate(messages):
-        here = place.at(f"messages[{i}]")
+        here = place.with_field(f"messages[{i}]")
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
-            raise DataError(f"role {role!r}", place=here.at("role"), fix=f"Use one of {', '.join(ROLES)}")
+            raise DataError(f"role {role!r}", place=here.with_field("role"), fix=f"Use one of {', '.join(ROLES)}")
         content = message.get("content")
         content = [{"text": content}] if isinstance(content, str) else content
-        turns.append(Message(message["role"], _parts(content, here.at("content"), root)))
+        turns.append(Message(message["role"], _parts(content, here.with_field("content"), root)))
     if not any(turn.role == "assistant" for turn in turns):
-        raise DataError("no assistant turn, so nothing to learn", place=place.at("messages"), fix="Add the answer")
+        raise DataError("no assistant turn, so nothing to learn", place=place.with_field("messages"), fix="Add the answer")
     return {"messages": tuple(turns)}
 
 
 def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     for key in ("query", "positive"):
         if not raw.get(key):
-            raise DataError(f"{key} is missing or empty", place=place.at(key), fix="Write a list of parts")
-    found: dict[str, Any] = {"query": _parts(raw["query"], place.at("query"), root)}
-    return found | {key: answers_of(raw, key, place, root=root) for key in ("positive", "negative")}
+            raise DataError(f"{key} is missing or empty", place=place.with_field(key), fix="Write a list of parts")
+    found: dict[str, Any] = {"query": _parts(raw["query"], place.with_field("query"), root)}
+    return found | {key: parse_candidates(raw, key, place, root=root) for key in ("positive", "negative")}
 
 
-def answers_of(raw: dict[str, Any], key: str, place: Place, *, root: Path) -> tuple[Parts, ...]:
+def parse_candidates(raw: dict[str, Any], key: str, place: Place, *, root: Path) -> tuple[Parts, ...]:
     """The candidates under a key, each a list of parts. Raises DataError at `place`."""
     items = raw.get(key, [])
     if not isinstance(items, list) or any(not isinstance(item, list) for item in items):
-        raise DataError(f"{key} is not a list of lists of parts", place=place.at(key), fix="Write [[{...}], ...]")
-    return tuple(_parts(item, place.at(f"{key}[{i}]"), root) for i, item in enumerate(items))
+        raise DataError(f"{key} is not a list of lists of parts", place=place.with_field(key), fix="Write [[{...}], ...]")
+    return tuple(_parts(item, place.with_field(f"{key}[{i}]"), root) for i, item in enumerate(items))
 
 
 def _parts(raw: Any, place: Place, root: Path) -> Parts:
@@ -240,7 +240,7 @@ def _parts(raw: Any, place: Place, root: Path) -> Parts:
         )
     parts: list[Part] = []
     for i, part in enumerate(raw):
-        here = place.at(f"[{i}]")
+        here = place.with_field(f"[{i}]")
         part = _openai(part)
         if not isinstance(part, dict) or len(part.keys() & {"text", "image"}) != 1:
             raise DataError(
@@ -248,11 +248,11 @@ def _parts(raw: Any, place: Place, root: Path) -> Parts:
             )
         extra = sorted(part.keys() - {"text", "image", "type"})
         if extra:
-            raise DataError(f"unknown key '{extra[0]}' in a part", place=here.at(extra[0]), fix="Keep text or image")
+            raise DataError(f"unknown key '{extra[0]}' in a part", place=here.with_field(extra[0]), fix="Keep text or image")
         if "text" in part:
-            parts.append(text_of(part["text"], here.at("text")))
+            parts.append(parse_text(part["text"], here.with_field("text")))
         else:
-            parts.append(image_of(part["image"], here.at("image"), root))
+            parts.append(parse_image(part["image"], here.with_field("image"), root))
     return tuple(parts)
 
 
@@ -263,23 +263,23 @@ def _openai(part: Any) -> Any:
     return part
 
 
-def text_of(value: Any, place: Place) -> str:
+def parse_text(value: Any, place: Place) -> str:
     """A non-empty string that UTF-8 can hold. Raises DataError at `place`."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(
             f"expected text, got {_kind_of(value)}", place=place, fix="Write a non-empty string or leave the key out"
         )
-    if not is_unicode(value):
+    if not is_utf8_encodable(value):
         raise DataError("half a surrogate pair in the text", place=place, fix="Write it again as UTF-8")
     return value
 
 
-def is_unicode(text: str) -> bool:
+def is_utf8_encodable(text: str) -> bool:
     """Whether UTF-8 can hold it: JSON can spell half a character, and a file's name may be any bytes."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def image_of(value: Any, place: Place, root: Path) -> ImageRef:
+def parse_image(value: Any, place: Place, root: Path) -> ImageRef:
     """A path, a data: URL, raw bytes or {bytes, path}. Raises DataError at `place`."""
     if isinstance(value, bytes):
         return ImageRef(data=value)
@@ -289,7 +289,7 @@ def image_of(value: Any, place: Place, root: Path) -> ImageRef:
             return ImageRef(data=data)
         if isinstance(data, str):
             return ImageRef(data=_base64(data, place))
-    if isinstance(value, str) and not is_unicode(value):
+    if isinstance(value, str) and not is_utf8_encodable(value):
         raise DataError(f"not UTF-8: {value!a:.80}", place=place, fix="Rename the file, or encode the image again")
     if not isinstance(value, str) or not value:
         raise DataError(f"expected an image, got {_kind_of(value)}", place=place, fix="Write a path or a data: URL")
@@ -343,10 +343,10 @@ def read_jsonl(path: Path) -> Iterator[Record]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield parse_line(line, place=Place(str(path), number), root=path.parent)
+                yield parse_json_line(line, place=Place(str(path), number), root=path.parent)
 
 
-def parse_line(line: str | bytes, *, place: Place, root: Path) -> Record:
+def parse_json_line(line: str | bytes, *, place: Place, root: Path) -> Record:
     """One line of JSON -> Record. Raises DataError as `parse` does, and for broken JSON."""
     try:
         raw = json.loads(line)
@@ -354,10 +354,10 @@ def parse_line(line: str | bytes, *, place: Place, root: Path) -> Record:
         raise DataError(
             f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line"
         ) from None
-    return parse(raw, place=place, root=root)
+    return parse_record(raw, place=place, root=root)
 
 
-def to_json(record: Record, *, root: Path) -> dict[str, Any]:
+def record_to_json(record: Record, *, root: Path) -> dict[str, Any]:
     """Record -> the JSON object that `parse` reads back as an equal record; paths become relative to `root`."""
 
     def image(ref: ImageRef) -> str:

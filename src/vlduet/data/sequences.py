@@ -19,7 +19,7 @@ import torch
 
 from vlduet.data.records import Part
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """The label of a token that carries no loss."""
 
 
@@ -31,27 +31,27 @@ class PreparedImage:
     """The vision tower's inputs for this image alone, first dimension = its tiles or patches."""
     num_tokens: int
     """Tokens that the image takes in the sequence."""
-    key: str
+    cache_key: str
     """Hash of the content and of the processor: equal keys give equal features."""
     grid: tuple[int, int] | None = None
     """Rows and columns of its tokens, for models that count positions in both directions."""
-    words: Mapping[int, int] = field(default_factory=dict)
+    interleaved_tokens: Mapping[int, int] = field(default_factory=dict)
     """Tokens among them that are words, such as the ends of its rows: place in the image -> id. Features fill the others."""
 
     @property
     def num_features(self) -> int:
         """Tokens that features fill."""
-        return self.num_tokens - len(self.words)
+        return self.num_tokens - len(self.interleaved_tokens)
 
     @property
-    def own(self) -> tuple[int, int]:
+    def feature_span(self) -> tuple[int, int]:
         """Its tokens from the first feature to behind the last one, without the words that stand around them."""
-        places = [place for place in range(self.num_tokens) if place not in self.words]
+        places = [place for place in range(self.num_tokens) if place not in self.interleaved_tokens]
         return places[0], places[-1] + 1
 
-    def ids(self, image_token_id: int) -> list[int]:
+    def token_ids(self, image_token_id: int) -> list[int]:
         """What stands in the sequence."""
-        return [self.words.get(place, image_token_id) for place in range(self.num_tokens)]
+        return [self.interleaved_tokens.get(place, image_token_id) for place in range(self.num_tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Slice:
     """One image or text that an anchor stands for, and what frozen encoders see in it."""
 
     part: Part
-    key: str
+    content_key: str
     """Names the content exactly."""
     features: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
     """Role of an encoder -> float32[d], unit length; empty until encoders have looked at it."""
@@ -73,9 +73,9 @@ class Anchor:
     end: int
     role: str
     """What the embedding stands for: image, text, query, positive, negative, ..."""
-    record: str
+    record_name: str
     """Names the record it belongs to (`Sample.name`): pairs are made of anchors of one record."""
-    key: str
+    content_key: str
     """Names the content: two anchors with one key are never each other's negatives."""
     slices: tuple[Slice, ...] = ()
     """What stands before the end of the anchor, for losses that compare contents; empty where none does."""
@@ -85,7 +85,7 @@ class Anchor:
 class Sequence:
     """One row of the forward pass, before padding."""
 
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     labels: tuple[int, ...]
     """labels[t] = ids[t] where token t is to be predicted from what stands before it, else IGNORE."""
     anchors: tuple[Anchor, ...] = ()
@@ -93,15 +93,15 @@ class Sequence:
     """(first token, image), in order; the image fills its num_tokens from there."""
 
     def __post_init__(self) -> None:
-        assert len(self.ids) == len(self.labels)
-        assert all(0 <= a.start < a.end <= len(self.ids) for a in self.anchors), "an anchor outside its sequence"
-        assert not self.labels or self.labels[0] == IGNORE, "nothing stands before the first token"
+        assert len(self.token_ids) == len(self.labels)
+        assert all(0 <= a.start < a.end <= len(self.token_ids) for a in self.anchors), "an anchor outside its sequence"
+        assert not self.labels or self.labels[0] == IGNORE_INDEX, "nothing stands before the first token"
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.token_ids)
 
 
-def needed(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
+def trim(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
     """The part of a sequence that decides what is asked of it; None where that is nothing.
 
     Attention is causal, so what stands behind the last label and the last anchor changes neither.
@@ -109,19 +109,19 @@ def needed(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | Non
     Args:
         labels: its labels are wanted; anchors: its embeddings are.
     """
-    wanted = sequence.labels if labels else (IGNORE,) * len(sequence)
+    wanted = sequence.labels if labels else (IGNORE_INDEX,) * len(sequence)
     kept = sequence.anchors if anchors else ()
-    end = max((i + 1 for i, label in enumerate(wanted) if label != IGNORE), default=0)
+    end = max((i + 1 for i, label in enumerate(wanted) if label != IGNORE_INDEX), default=0)
     end = max([end, *(anchor.end for anchor in kept)])
     if end == 0:
         return None
     # An image that is cut through would not fill its place; it stands whole or not at all.
     end = max([end, *(at + image.num_tokens for at, image in sequence.images if at < end)])
     images = tuple((at, image) for at, image in sequence.images if at < end)
-    return Sequence(sequence.ids[:end], wanted[:end], kept, images)
+    return Sequence(sequence.token_ids[:end], wanted[:end], kept, images)
 
 
-def positions(sequence: Sequence) -> torch.Tensor:
+def compute_position_ids(sequence: Sequence) -> torch.Tensor:
     """Position ids int64[1, T]: 0, 1, ...; int64[3, T] where images have a grid.
 
     The three are time, row and column (the multimodal rope of Qwen2-VL, arXiv 2409.12191). On a text they are equal and

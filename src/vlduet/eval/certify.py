@@ -15,13 +15,13 @@ from vlduet.errors import ConfigError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import known
 from vlduet.eval.run import evaluate, import_predictions, import_reviews
-from vlduet.eval.store import Functions
+from vlduet.eval.store import ModelFunctions
 
-TARGETS = Path(__file__).parent / "certification.json"
+TARGETS_FILE = Path(__file__).parent / "certification.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class CertificationTarget:
     """One published number."""
 
     model: str
@@ -37,10 +37,10 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CertificationOutcome:
     """What a target came to."""
 
-    target: Target
+    target: CertificationTarget
     found: float | None
     """The number by our rules; None where it could not be computed."""
     why: str = ""
@@ -54,12 +54,12 @@ class Outcome:
         return "agrees" if abs(self.found - self.target.target) <= self.target.tolerance else "differs"
 
 
-def targets(file: Path = TARGETS) -> list[Target]:
+def load_targets(file: Path = TARGETS_FILE) -> list[CertificationTarget]:
     """All published numbers that are known."""
-    return [Target(**row) for row in json.loads(file.read_text(encoding="utf-8"))["targets"]]
+    return [CertificationTarget(**row) for row in json.loads(file.read_text(encoding="utf-8"))["targets"]]
 
 
-def certify(answers: Path, *, data: Path, runs: Path, wanted: list[Target]) -> list[Outcome]:
+def certify(answers: Path, *, data: Path, runs: Path, targets: list[CertificationTarget]) -> list[CertificationOutcome]:
     """Score the predictions of every target and compare.
 
     Args:
@@ -68,21 +68,21 @@ def certify(answers: Path, *, data: Path, runs: Path, wanted: list[Target]) -> l
         runs: gets a folder a model and benchmark.
     """
     found = []
-    for target in wanted:
+    for target in targets:
         try:
-            found.append(Outcome(target, _scored(target, answers, data, runs)))
+            found.append(CertificationOutcome(target, _scored(target, answers, data, runs)))
         except VLDuetError as error:
-            found.append(Outcome(target, None, str(error)))
+            found.append(CertificationOutcome(target, None, str(error)))
     return found
 
 
-def _scored(target: Target, answers: Path, data: Path, runs: Path) -> float:
+def _scored(target: CertificationTarget, answers: Path, data: Path, runs: Path) -> float:
     benchmark, source, to = known(target.benchmark), Source(data), runs / target.model
     questions = _file(answers, target.questions) if target.questions else None
     import_predictions(benchmark, _file(answers, target.predictions), source=source, runs=to, questions=questions)
     if target.reviews:
         import_reviews(benchmark, _file(answers, target.reviews), runs=to)
-    result: dict[str, Any] = evaluate(benchmark, Functions(), source=source, runs=to, made_by={})
+    result: dict[str, Any] = evaluate(benchmark, ModelFunctions(), source=source, runs=to, provenance={})
     if result["missing"]:
         what = f"{result['missing']} of {result['facts'].get('items')} items have no prediction"
         raise ConfigError(what, place=answers / target.predictions, fix="Take the whole file, and the official split")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vlduet.eval import galleries
-from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, MixedResult, RetrievalResult
+from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, ComposedRetrievalResult, RetrievalResult
 from vlduet.eval.report import Alignment, Asked, Cost, DemoReport, Gallery, Heat, Provenance, RetrievalAugmented
 
 
@@ -15,7 +15,7 @@ class Measurement:
     """What one model does on the held-out records."""
 
     retrieval: RetrievalResult
-    mixed: MixedResult
+    mixed: ComposedRetrievalResult
     entropy: CaptionCrossEntropy
     captions: CaptionResult
     """Of some held-out records after training; at its start, of those whose captions are shown."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence, Set
 from typing import TypeVar
 
-from vlduet.data.images import load, thumbnail_data_url
+from vlduet.data.images import load_image, encode_thumbnail_data_url
 from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval.charts import Series
-from vlduet.eval.metrics import KS, Interval, bootstrap_interval, paired_bootstrap
-from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, Direction, MixedResult, RetrievalResult
+from vlduet.eval.metrics import HIT_CUTOFFS, Interval, bootstrap_interval, paired_bootstrap
+from vlduet.eval.protocols import CaptionCrossEntropy, CaptionResult, RetrievalDirection, ComposedRetrievalResult, RetrievalResult
 from vlduet.eval.report import Captioned, CrossEntropy, Curve, Gallery, Gap, Heat, Hit, Mixed, Row, Scores, Search
 
 Item = TypeVar("Item")
@@ -26,15 +26,15 @@ SHOWN = 5
 """Results that are shown of a search."""
 
 
-def evenly(count: int, wanted: int) -> list[int]:
+def evenly_spaced_indices(count: int, wanted: int) -> list[int]:
     """`wanted` indices spaced evenly over range(count), the first in the middle of the first stretch; all if fewer."""
     wanted = min(count, wanted)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
-def spaced(items: Sequence[Item], wanted: int) -> list[Item]:
+def evenly_spaced(items: Sequence[Item], wanted: int) -> list[Item]:
     """`wanted` of them, spaced as `evenly` says."""
-    return [items[i] for i in evenly(len(items), wanted)]
+    return [items[i] for i in evenly_spaced_indices(len(items), wanted)]
 
 
 class Album:
@@ -54,7 +54,7 @@ class Album:
         """The thumbnail of a record's image, as a data URL."""
         key = (identity, side or self.side)
         if key not in self._thumbnails:
-            self._thumbnails[key] = thumbnail_data_url(load(self.image(identity)), key[1])
+            self._thumbnails[key] = encode_thumbnail_data_url(load_image(self.image(identity)), key[1])
         return self._thumbnails[key]
 
     def image(self, identity: str) -> ImageRef:
@@ -85,8 +85,8 @@ class Album:
 def row(name: str, note: str, *, result: RetrievalResult, seed: int) -> Row:
     """A competitor's hit rates with their intervals."""
 
-    def scores(direction: Direction) -> Scores:
-        return {f"hit@{k}": direction.interval(k, seed) for k in KS}
+    def scores(direction: RetrievalDirection) -> Scores:
+        return {f"hit@{k}": direction.hit_interval(k, seed) for k in HIT_CUTOFFS}
 
     return Row(name, note, scores(result.text_to_image), scores(result.image_to_text))
 
@@ -94,8 +94,8 @@ def row(name: str, note: str, *, result: RetrievalResult, seed: int) -> Row:
 def chance_row(result: RetrievalResult) -> Row:
     """What a random order scores, exactly."""
 
-    def scores(direction: Direction) -> Scores:
-        return {name: Interval(value, value, value) for name, value in direction.chance().items()}
+    def scores(direction: RetrievalDirection) -> Scores:
+        return {name: Interval(value, value, value) for name, value in direction.chance_hit_rates().items()}
 
     return Row("Chance", "a random order, computed exactly", scores(result.text_to_image), scores(result.image_to_text))
 
@@ -114,22 +114,22 @@ def gaps(ours: RetrievalResult, theirs: RetrievalResult, *, seed: int) -> tuple[
     )
 
 
-def mixed(before: MixedResult, after: MixedResult, *, seed: int) -> Mixed:
+def mixed(before: ComposedRetrievalResult, after: ComposedRetrievalResult, *, seed: int) -> Mixed:
     """Queries of an image and words about something else, before and after training: what is among the first ten."""
-    k = max(KS)
-    start, now = before.found(k), after.found(k)
+    k = max(HIT_CUTOFFS)
+    start, now = before.hit_values(k), after.hit_values(k)
     found = {what: bootstrap_interval(values, seed) for what, values in now.items()}
     gap = Gap("both of them", f"hit@{k}", paired_bootstrap(now["both"], start["both"], seed=seed))
-    return Mixed(len(after.image), found, bootstrap_interval(start["both"], seed), gap)
+    return Mixed(len(after.image_ranks), found, bootstrap_interval(start["both"], seed), gap)
 
 
 def cross_entropy(before: CaptionCrossEntropy, after: CaptionCrossEntropy, *, seed: int) -> CrossEntropy:
     """The captions' cross entropy before and after training."""
     return CrossEntropy(
-        before=before.after_right(seed),
-        after=after.after_right(seed),
-        wrong_image=after.after_wrong(seed),
-        gap=after.gap(seed),
+        before=before.nats_right_image(seed),
+        after=after.nats_right_image(seed),
+        wrong_image=after.nats_wrong_image(seed),
+        gap=after.nats_gap(seed),
     )
 
 
@@ -168,10 +168,10 @@ def curves(rows: Sequence[Mapping[str, float]]) -> tuple[Curve, ...]:
 # ------------------------------------------------------------------ examples
 
 
-def text_searches(result: RetrievalResult, album: Album, *, find: Callable[[str], Found], wanted: int = 6) -> Gallery:
+def text_to_image_examples(result: RetrievalResult, album: Album, *, find: Callable[[str], Found], wanted: int = 6) -> Gallery:
     """Captions as queries; `find` searches the images."""
     searches = []
-    for query in evenly(len(result.captions), wanted):
+    for query in evenly_spaced_indices(len(result.captions), wanted):
         caption = result.captions[query]
         hits = album.hits(list(find(caption))[:SHOWN], {text_key(caption)})
         searches.append(Search(hits, text=caption, first_hit=int(result.text_to_image.ranks[query])))
@@ -179,13 +179,13 @@ def text_searches(result: RetrievalResult, album: Album, *, find: Callable[[str]
     return Gallery("Text → image", note, tuple(searches))
 
 
-def image_searches(result: RetrievalResult, album: Album, *, wanted: int = 6) -> Gallery:
+def image_to_text_examples(result: RetrievalResult, album: Album, *, wanted: int = 6) -> Gallery:
     """Images as queries, ranked captions as results."""
     direction, searches = result.image_to_text, []
-    for query in evenly(len(result.ids), wanted):
+    for query in evenly_spaced_indices(len(result.ids), wanted):
         hits = tuple(
             Hit(float(direction.similarity[query, i]), bool(direction.relevant[query, i]), text=result.captions[i])
-            for i in direction.top(query, SHOWN)
+            for i in direction.top_indices(query, SHOWN)
         )
         picture = album.picture(result.ids[query])
         searches.append(Search(hits, image=picture, first_hit=int(direction.ranks[query])))
@@ -195,12 +195,12 @@ def image_searches(result: RetrievalResult, album: Album, *, wanted: int = 6) ->
     return Gallery("Image → text", note, tuple(searches))
 
 
-def mixed_searches(
+def composed_query_examples(
     result: RetrievalResult, album: Album, *, find: Callable[[ImageRef, str], Found], wanted: int = 4
 ) -> Gallery:
     """An image and another item's caption as one query; the image itself is left out of the results."""
     count, searches = len(result.ids), []
-    for query in evenly(count, wanted):
+    for query in evenly_spaced_indices(count, wanted):
         one, other = result.ids[query], result.ids[(query + count // 2) % count]
         text = album.captions(other)[0]
         found = [hit for hit in find(album.image(one), text) if hit[0] != one][:SHOWN]
@@ -215,7 +215,7 @@ def mixed_searches(
 
 def heat(result: RetrievalResult, album: Album, *, wanted: int = 24) -> Heat:
     """A square piece of the similarity matrix: evenly spaced images, and the first caption of each."""
-    images = evenly(len(result.ids), wanted)
+    images = evenly_spaced_indices(len(result.ids), wanted)
     row_of = {text_key(caption): i for i, caption in enumerate(result.captions)}
     rows = [row_of[text_key(album.captions(result.ids[i])[0])] for i in images]
     matrix = result.text_to_image

@@ -12,11 +12,11 @@ from typing import Any
 
 from vlduet.errors import ConfigError
 
-WAITS = (0.0, 2.0, 10.0, 30.0)
+RETRY_DELAYS = (0.0, 2.0, 10.0, 30.0)
 """Seconds before each attempt; a busy judge (429, 5xx) is asked again."""
 
 
-def judge_at(
+def open_grader(
     url: str, *, model: str | None = None, key_file: Path | None = None, timeout: float = 120.0
 ) -> Callable[[Mapping[str, Any], str, float], str]:
     """A function (the benchmark's judge, prompt, temperature) -> text.
@@ -57,7 +57,7 @@ def judge_at(
 
 def _answered(request: urllib.request.Request, *, timeout: float) -> str:
     said = ""
-    for wait in WAITS:
+    for wait in RETRY_DELAYS:
         time.sleep(wait)
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:

@@ -20,10 +20,10 @@ Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
-KS = (1, 5, 10)
+HIT_CUTOFFS = (1, 5, 10)
 """The cut-offs that are reported everywhere."""
 
-DRAWS = 2000
+NUM_RESAMPLES = 2000
 """Resamples of a bootstrap."""
 
 
@@ -39,11 +39,11 @@ def first_hit_ranks(similarity: Floats, relevant: Bools) -> Ints:
         positive whose score is NaN loses to everything, a non-relevant item whose score is NaN beats
         everything.
     """
-    positives, negatives = _sides(similarity, relevant)
+    positives, negatives = _worst_case_scores(similarity, relevant)
     return np.asarray(1 + (negatives >= positives.max(1, keepdims=True)).sum(1, where=~relevant), dtype=np.int64)
 
 
-def hit_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = KS) -> dict[str, float]:
+def hit_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
     """Fraction of queries with at least one positive among the first k: ``{"hit@1": ..., ...}``.
 
     What papers on image-text retrieval call R@k. Shapes and ties as in `first_hit_ranks`.
@@ -51,19 +51,19 @@ def hit_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = KS) -> dic
     return hit_rates(first_hit_ranks(similarity, relevant), ks)
 
 
-def hit_rates(ranks: Ints, ks: Iterable[int] = KS) -> dict[str, float]:
+def hit_rates(ranks: Ints, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
     """`hit_at_k` of ranks that are known: int[Q] -> ``{"hit@1": ..., ...}``."""
     return {f"hit@{k}": float((ranks <= k).mean()) for k in ks}
 
 
-def recall_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = KS) -> dict[str, float]:
+def recall_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
     """Fraction of a query's positives found among the first k, averaged over queries: ``{"recall@1": ...,
     ...}``.
 
     Equal to the hit rate only where every query has one positive. Ties as in `first_hit_ranks`: among equal
     scores the non-relevant come first.
     """
-    positives, negatives = _sides(similarity, relevant)
+    positives, negatives = _worst_case_scores(similarity, relevant)
     scores = np.where(relevant, positives, negatives)
     # A stable sort by score of (non-relevant, then relevant) puts the non-relevant first among equals.
     first = np.argsort(relevant, axis=1, kind="stable")
@@ -74,7 +74,7 @@ def recall_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = KS) -> 
     return {f"recall@{k}": float((found[:, min(k, found.shape[1]) - 1] / total).mean()) for k in ks}
 
 
-def _sides(similarity: Floats, relevant: Bools) -> tuple[Floats, Floats]:
+def _worst_case_scores(similarity: Floats, relevant: Bools) -> tuple[Floats, Floats]:
     """float[Q, G] twice: scores to read at positives (NaN and others: -inf), and at the others (NaN: inf)."""
     assert similarity.shape == relevant.shape and similarity.ndim == 2, (similarity.shape, relevant.shape)
     assert relevant.dtype == np.bool_, relevant.dtype
@@ -85,7 +85,7 @@ def _sides(similarity: Floats, relevant: Bools) -> tuple[Floats, Floats]:
     return positives, negatives
 
 
-def chance_hit_at_k(relevant: Bools, ks: Iterable[int] = KS) -> dict[str, float]:
+def chance_hit_at_k(relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
     """Exact `hit_at_k` of a random order: 1 - C(G - p, k) / C(G, k) for a query with p positives."""
     num_gallery = relevant.shape[1]
     counts = Counter(relevant.sum(1).tolist())
@@ -124,7 +124,7 @@ def bootstrap_interval(
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
     assert v.ndim == 1 and v.shape == w.shape and len(v), (v.shape, w.shape)
-    means = resampled_means(v * w, seed) / resampled_means(w, seed)
+    means = bootstrap_means(v * w, seed) / bootstrap_means(w, seed)
     tail = 100 * (1 - level) / 2
     low, high = np.percentile(means, [tail, 100 - tail])
     return Interval(float((v * w).sum() / w.sum()), float(low), float(high))
@@ -137,17 +137,17 @@ def paired_bootstrap(ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level
     return bootstrap_interval(a - b, seed, level=level)
 
 
-def resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """Means of `DRAWS` resamples, float[DRAWS]; the draws depend on the seed and on len(values) alone."""
     random = np.random.default_rng(seed)
-    found = [values[random.integers(0, len(values), (50, len(values)))].mean(1) for _ in range(DRAWS // 50)]
+    found = [values[random.integers(0, len(values), (50, len(values)))].mean(1) for _ in range(NUM_RESAMPLES // 50)]
     return np.concatenate(found)
 
 
 # ------------------------------------------------------------------ captions
 
 
-def normalized(text: str) -> list[str]:
+def normalized_words(text: str) -> list[str]:
     """Words as SQuAD's official script compares them: lower case, no ASCII punctuation, no articles."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
@@ -155,12 +155,12 @@ def normalized(text: str) -> list[str]:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction equals a reference after `normalized`, else 0."""
-    return float(any(normalized(prediction) == normalized(reference) for reference in references))
+    return float(any(normalized_words(prediction) == normalized_words(reference) for reference in references))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of word precision and recall (SQuAD), the best over references; empty equals empty."""
-    return max(_token_f1(normalized(prediction), normalized(reference)) for reference in references)
+    return max(_token_f1(normalized_words(prediction), normalized_words(reference)) for reference in references)
 
 
 def _token_f1(prediction: list[str], reference: list[str]) -> float:

@@ -35,11 +35,11 @@ Vectors = NDArray[np.float32]
 
 EmbedImage = Callable[[list[ImageRef]], Vectors]
 EmbedText = Callable[[list[str]], Vectors]
-EmbedMixed = Callable[[list[tuple[ImageRef, str]]], Vectors]
-NLL = Callable[[list[tuple[ImageRef, str]]], Sequence[tuple[float, int]]]
-Generate = Callable[[list[ImageRef]], Sequence[str]]
+EmbedComposed = Callable[[list[tuple[ImageRef, str]]], Vectors]
+CaptionNLL = Callable[[list[tuple[ImageRef, str]]], Sequence[tuple[float, int]]]
+GenerateCaptions = Callable[[list[ImageRef]], Sequence[str]]
 
-BLOCK = 1024
+QUERIES_PER_BLOCK = 1024
 """Queries whose similarities are computed at a time."""
 
 
@@ -47,7 +47,7 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Direction:
+class RetrievalDirection:
     """One direction of retrieval over a similarity matrix float32[Q, G]."""
 
     similarity: Vectors
@@ -65,7 +65,7 @@ class Direction:
         """G"""
         return len(self.relevant[0])
 
-    def hits(self) -> dict[str, float]:
+    def hit_rates(self) -> dict[str, float]:
         """``{"hit@1": fraction, "hit@5": ..., "hit@10": ...}``"""
         return hit_rates(self.ranks)
 
@@ -73,15 +73,15 @@ class Direction:
         """float[Q], 1 where the query has a hit among the first k."""
         return (self.ranks <= k).astype(np.float64)
 
-    def interval(self, k: int, seed: int = 0) -> Interval:
+    def hit_interval(self, k: int, seed: int = 0) -> Interval:
         """hit@k with its bootstrap interval over queries."""
         return bootstrap_interval(self.hit_values(k), seed)
 
-    def chance(self) -> dict[str, float]:
+    def chance_hit_rates(self) -> dict[str, float]:
         """What a random order scores."""
         return chance_hit_at_k(self.relevant)
 
-    def top(self, query: int, k: int) -> list[int]:
+    def top_indices(self, query: int, k: int) -> list[int]:
         """The first k gallery items of a query, best first; NaN last, ties in gallery order."""
         scores = np.nan_to_num(self.similarity[query], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         return [int(i) for i in np.argsort(-scores, kind="stable")[:k]]
@@ -95,13 +95,13 @@ class RetrievalResult:
     """Distinct by `text_key`, in the form that comes first."""
     ids: tuple[str, ...]
     """Record of each image."""
-    text_to_image: Direction
+    text_to_image: RetrievalDirection
     """Queries are the captions, the gallery is the images."""
-    image_to_text: Direction
+    image_to_text: RetrievalDirection
     """Queries are the images, the gallery is the captions."""
 
 
-def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]) -> RetrievalResult:
+def measure_retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]) -> RetrievalResult:
     """Retrieve among held-out records in both directions.
 
     Args:
@@ -113,7 +113,7 @@ def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequen
     Raises:
         DataError: a record that is no such pair, or no record.
     """
-    pairs = [pair_of(record) for record in records]
+    pairs = [image_and_captions(record) for record in records]
     if not pairs:
         raise DataError("no records to evaluate on", fix="Give a file with captioned images")
     captions: dict[str, str] = {}
@@ -131,23 +131,23 @@ def retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequen
 
 
 @dataclass(frozen=True, slots=True)
-class MixedResult:
+class ComposedRetrievalResult:
     """Queries of an image and the caption of another thing, one a record, against every image."""
 
-    image: Ints
+    image_ranks: Ints
     """int[N], rank of the first image with a caption of the query's image (itself among them)."""
-    text: Ints
+    text_ranks: Ints
     """int[N], rank of the first image with the query's caption."""
 
-    def found(self, k: int) -> dict[str, NDArray[np.float64]]:
+    def hit_values(self, k: int) -> dict[str, NDArray[np.float64]]:
         """float[N], 1 where the first k have the thing of the query's `image`, that of its `text`, or `both`."""
-        image, text = ((ranks <= k).astype(np.float64) for ranks in (self.image, self.text))
+        image, text = ((ranks <= k).astype(np.float64) for ranks in (self.image_ranks, self.text_ranks))
         return {"image": image, "text": text, "both": image * text}
 
 
-def mixed_retrieval(
-    embed_image: EmbedImage, embed_mixed: EmbedMixed, records: Sequence[Record], *, seed: int = 0
-) -> MixedResult:
+def measure_composed_retrieval(
+    embed_image: EmbedImage, embed_composed: EmbedComposed, records: Sequence[Record], *, seed: int = 0
+) -> ComposedRetrievalResult:
     """Search with two things at once; which caption an image is joined with, `wrong_images` says.
 
     Args:
@@ -158,14 +158,14 @@ def mixed_retrieval(
     Raises:
         DataError: as `caption_cross_entropy`.
     """
-    pairs = [pair_of(record) for record in records]
+    pairs = [image_and_captions(record) for record in records]
     images = [image for image, _ in pairs]
     keys = [{text_key(caption) for caption in short} for _, short in pairs]
     same = np.array([[bool(one & other) for other in keys] for one in keys])  # [N, N]
-    other = wrong_images([short for _, short in pairs], seed)
+    other = wrong_image_indices([short for _, short in pairs], seed)
     asked = [(image, pairs[j][1][0]) for image, j in zip(images, other, strict=True)]
-    similarity = cosine(embed_mixed(asked), embed_image(images))
-    return MixedResult(first_hit_ranks(similarity, same), first_hit_ranks(similarity, same[other]))
+    similarity = cosine(embed_composed(asked), embed_image(images))
+    return ComposedRetrievalResult(first_hit_ranks(similarity, same), first_hit_ranks(similarity, same[other]))
 
 
 def cosine(queries: Vectors, documents: Vectors) -> Vectors:
@@ -174,26 +174,26 @@ def cosine(queries: Vectors, documents: Vectors) -> Vectors:
     Multiplied in float64 and rounded: equal vectors get equal scores whatever blocks the matrix product is
     cut into.
     """
-    documents_64 = unit(documents)
+    documents_64 = unit_rows(documents)
     blocks = [
-        (unit(queries[begin : begin + BLOCK]) @ documents_64.T).astype(np.float32)
-        for begin in range(0, len(queries), BLOCK)
+        (unit_rows(queries[begin : begin + QUERIES_PER_BLOCK]) @ documents_64.T).astype(np.float32)
+        for begin in range(0, len(queries), QUERIES_PER_BLOCK)
     ]
     return np.concatenate(blocks)
 
 
-def unit(vectors: Vectors) -> NDArray[np.float64]:
+def unit_rows(vectors: Vectors) -> NDArray[np.float64]:
     """Rows of unit length, float64; a row of zeros becomes NaN, which no metric rewards."""
     rows = np.asarray(vectors, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def _direction(similarity: Vectors, relevant: Bools) -> Direction:
-    return Direction(similarity, relevant, first_hit_ranks(similarity, relevant))
+def _direction(similarity: Vectors, relevant: Bools) -> RetrievalDirection:
+    return RetrievalDirection(similarity, relevant, first_hit_ranks(similarity, relevant))
 
 
-def pair_of(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
+def image_and_captions(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
     """(image, short captions) of a record that has both; raises DataError for another one."""
     if record.image is None or not record.short:
         fix = "Evaluate on pairs with an image and a short caption"
@@ -209,27 +209,27 @@ class CaptionCrossEntropy:
     """Negative log likelihood of each record's first caption."""
 
     ids: tuple[str, ...]
-    right: NDArray[np.float64]
+    total_nats_right_image: NDArray[np.float64]
     """nats[N], after the record's own image."""
-    wrong: NDArray[np.float64]
+    total_nats_wrong_image: NDArray[np.float64]
     """nats[N], the same caption after the image of another record with other captions."""
-    tokens: NDArray[np.float64]
+    num_tokens: NDArray[np.float64]
     """[N], predicted tokens of the caption."""
 
-    def after_right(self, seed: int = 0) -> Interval:
+    def nats_right_image(self, seed: int = 0) -> Interval:
         """Nats a token with the right image."""
-        return bootstrap_interval(self.right / self.tokens, seed, weights=self.tokens)
+        return bootstrap_interval(self.total_nats_right_image / self.num_tokens, seed, weights=self.num_tokens)
 
-    def after_wrong(self, seed: int = 0) -> Interval:
+    def nats_wrong_image(self, seed: int = 0) -> Interval:
         """Nats a token with a wrong image."""
-        return bootstrap_interval(self.wrong / self.tokens, seed, weights=self.tokens)
+        return bootstrap_interval(self.total_nats_wrong_image / self.num_tokens, seed, weights=self.num_tokens)
 
-    def gap(self, seed: int = 0) -> Interval:
+    def nats_gap(self, seed: int = 0) -> Interval:
         """Nats a token by which the right image helps: wrong - right, 0 for a model that does not look."""
-        return bootstrap_interval((self.wrong - self.right) / self.tokens, seed, weights=self.tokens)
+        return bootstrap_interval((self.total_nats_wrong_image - self.total_nats_right_image) / self.num_tokens, seed, weights=self.num_tokens)
 
 
-def caption_cross_entropy(nll: NLL, records: Sequence[Record], *, seed: int = 0) -> CaptionCrossEntropy:
+def measure_caption_cross_entropy(nll: CaptionNLL, records: Sequence[Record], *, seed: int = 0) -> CaptionCrossEntropy:
     """Cross entropy of captions after the right and after a wrong image.
 
     Args:
@@ -240,20 +240,20 @@ def caption_cross_entropy(nll: NLL, records: Sequence[Record], *, seed: int = 0)
     Raises:
         DataError: as `retrieval`, and where all records share one caption.
     """
-    pairs = [pair_of(record) for record in records]
-    other = wrong_images([short for _, short in pairs], seed)
+    pairs = [image_and_captions(record) for record in records]
+    other = wrong_image_indices([short for _, short in pairs], seed)
     right = nll([(image, short[0]) for image, short in pairs])
     wrong = nll([(pairs[j][0], short[0]) for (_, short), j in zip(pairs, other, strict=True)])
     assert [n for _, n in right] == [n for _, n in wrong], "a caption's tokens do not depend on its image"
     return CaptionCrossEntropy(
         tuple(record.id for record in records),
-        right=np.array([nats for nats, _ in right], dtype=np.float64),
-        wrong=np.array([nats for nats, _ in wrong], dtype=np.float64),
-        tokens=np.array([n for _, n in right], dtype=np.float64),
+        total_nats_right_image=np.array([nats for nats, _ in right], dtype=np.float64),
+        total_nats_wrong_image=np.array([nats for nats, _ in wrong], dtype=np.float64),
+        num_tokens=np.array([n for _, n in right], dtype=np.float64),
     )
 
 
-def wrong_images(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
+def wrong_image_indices(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
     """For each item the index of another one that shares no caption with it; deterministic.
 
     Items in a shuffled order, equal first captions side by side, are turned by half a round: every image is
@@ -279,7 +279,7 @@ def wrong_images(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Caption:
+class GeneratedCaption:
     """One generated caption and how it compares with the references."""
 
     id: str
@@ -293,7 +293,7 @@ class Caption:
 class CaptionResult:
     """Generated captions, in the order of the records."""
 
-    items: tuple[Caption, ...]
+    items: tuple[GeneratedCaption, ...]
 
     def token_f1(self, seed: int = 0) -> Interval:
         """Mean word F1."""
@@ -309,13 +309,13 @@ class CaptionResult:
         return len({text_key(item.generated) for item in self.items})
 
 
-def captions(generate: Generate, records: Sequence[Record]) -> CaptionResult:
+def measure_captions(generate: GenerateCaptions, records: Sequence[Record]) -> CaptionResult:
     """Caption the image of every record. Raises DataError as `retrieval`."""
-    pairs = [pair_of(record) for record in records]
+    pairs = [image_and_captions(record) for record in records]
     texts = generate([image for image, _ in pairs])
     assert len(texts) == len(pairs), (len(texts), len(pairs))
     items = [
-        Caption(record.id, text, short, exact_match(text, short), token_f1(text, short))
+        GeneratedCaption(record.id, text, short, exact_match(text, short), token_f1(text, short))
         for record, (_, short), text in zip(records, pairs, texts, strict=True)
     ]
     return CaptionResult(tuple(items))

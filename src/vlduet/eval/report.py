@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from vlduet.eval import charts
 from vlduet.eval.charts import Series
-from vlduet.eval.metrics import KS, Interval
-from vlduet.files import write_text
+from vlduet.eval.metrics import HIT_CUTOFFS, Interval
+from vlduet.files import write_text_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -262,7 +262,7 @@ def summary(report: DemoReport) -> dict[str, Any]:
     """
 
     def plain(scores: Scores) -> dict[str, float]:
-        return {f"hit@{k}": scores[f"hit@{k}"].mean for k in KS}
+        return {f"hit@{k}": scores[f"hit@{k}"].mean for k in HIT_CUTOFFS}
 
     def both(row: Row) -> dict[str, float]:
         one, other = plain(row.text_to_image), plain(row.image_to_text)
@@ -317,9 +317,9 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
         "picture": picture,
     }
     environment.filters.update(filters)
-    environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": KS}
+    environment.globals |= {"line_chart": line_chart, "score_bar": score_bar, "heatmap": heatmap, "ks": HIT_CUTOFFS}
     environment.globals |= {"nats_bar": nats_bar, "overlay": overlay, "alignment_map": alignment_map}
-    write_text(path, environment.get_template(template).render(content))
+    write_text_atomically(path, environment.get_template(template).render(content))
 
 
 def picture(url: str) -> str:

@@ -15,14 +15,14 @@ from vlduet.errors import ConfigError
 from vlduet.eval import charts, report
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES
 from vlduet.eval.benchmarks.tasks import Sample, Value, difference
-from vlduet.eval.run import SCORES, read_samples
-from vlduet.files import write_text
+from vlduet.eval.run import SCORES_FILE, read_samples
+from vlduet.files import write_text_atomically
 
-PUBLISHED = Path(__file__).parent / "published.json"
+PUBLISHED_FILE = Path(__file__).parent / "published.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunScores:
     """Everything that one model scored."""
 
     name: str
@@ -31,22 +31,22 @@ class Run:
     samples: dict[str, dict[str, Sample]]
     """The same item by item, where it was kept."""
 
-    def value(self, benchmark: str, name: str) -> Value | None:
+    def find_value(self, benchmark: str, name: str) -> Value | None:
         """One number; None where it was not measured."""
         found = self.scores.get(benchmark, {}).get("values", {}).get(name)
         return None if found is None else Value(**found)
 
 
-def read_run(folder: Path, *, name: str | None = None) -> Run:
+def read_run_scores(folder: Path, *, name: str | None = None) -> RunScores:
     """The scores in a folder that `vlduet eval --to` wrote. Raises ConfigError where there are none."""
     scores, samples = {}, {}
-    for path in sorted(folder.glob(f"*/{SCORES}")):
+    for path in sorted(folder.glob(f"*/{SCORES_FILE}")):
         score = json.loads(path.read_text(encoding="utf-8"))
         scores[score["benchmark"]] = score
         samples[score["benchmark"]] = read_samples(path.parent)
     if not scores:
         raise ConfigError("no scores here", place=folder, fix="Name a folder that 'vlduet eval --to' wrote")
-    return Run(name or folder.name, scores, samples)
+    return RunScores(name or folder.name, scores, samples)
 
 
 # ------------------------------------------------------------------ tables of papers
@@ -82,13 +82,13 @@ class Table:
     lines: tuple[Line, ...]
 
 
-def paper_tables(runs: Sequence[Run]) -> list[Table]:
+def paper_tables(runs: Sequence[RunScores]) -> list[Table]:
     """The tables of the papers to which these runs have anything to add, published rows first."""
     found = []
-    for table in json.loads(PUBLISHED.read_text(encoding="utf-8"))["tables"]:
+    for table in json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))["tables"]:
         columns = table["columns"]
         ours = [
-            Line(run.name, tuple(_cell(run.value(c["benchmark"], c["value"])) for c in columns), ours=True)
+            Line(run.name, tuple(_cell(run.find_value(c["benchmark"], c["value"])) for c in columns), ours=True)
             for run in runs
         ]
         ours = [line for line in ours if any(cell.text for cell in line.cells)]
@@ -101,14 +101,14 @@ def paper_tables(runs: Sequence[Run]) -> list[Table]:
     return found
 
 
-def own_table(runs: Sequence[Run], suite: str = "builtin") -> Table | None:
+def suite_table(runs: Sequence[RunScores], suite: str = "builtin") -> Table | None:
     """Our own suite, a row a number and a column a run; None where no run has it."""
     rows = []
     for benchmark in SUITES[suite]:
         names = dict.fromkeys(name for run in runs for name in run.scores.get(benchmark.name, {}).get("values", {}))
         for name in names:
             if "/" not in name or name.split("/")[0] in ("t2i", "i2t"):
-                cells = tuple(_cell(run.value(benchmark.name, name)) for run in runs)
+                cells = tuple(_cell(run.find_value(benchmark.name, name)) for run in runs)
                 rows.append(Line(f"{benchmark.title}: {name}", cells))
     if not rows:
         return None
@@ -131,7 +131,7 @@ def _plain(value: float | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class BenchmarkChange:
     """One ability before and after joint training."""
 
     benchmark: str
@@ -149,7 +149,7 @@ class Kept:
         return "better" if self.change.low > 0 else "worse" if self.change.high < 0 else "level"
 
 
-def retention(before: Run, after: Run) -> list[Kept]:
+def before_and_after(before: RunScores, after: RunScores) -> list[BenchmarkChange]:
     """The papers' number of every benchmark that both runs have: the speaking side first, then the searching side."""
     spoken = [name for name, row in BENCHMARKS.items() if row.protocol not in ("retrieval", "pairs")]
     order = [*spoken, *(name for name in BENCHMARKS if name not in spoken)]
@@ -157,15 +157,15 @@ def retention(before: Run, after: Run) -> list[Kept]:
     for name in order:
         ours, theirs = after.scores.get(name), before.scores.get(name)
         number = next(iter(ours["values"]), None) if ours and theirs else None
-        old = None if number is None else before.value(name, number)
+        old = None if number is None else before.find_value(name, number)
         if ours is None or theirs is None or number is None or old is None:
             continue
-        new = after.value(name, number)
+        new = after.find_value(name, number)
         assert new is not None
         same = ours["files"] == theirs["files"] and ours["seed"] == theirs["seed"]
         pair = [run.samples[name].get(number) for run in (after, before)]
         change = difference(pair[0], pair[1], seed=ours["seed"]) if same and pair[0] and pair[1] else None
-        found.append(Kept(name, number, old, new, change))
+        found.append(BenchmarkChange(name, number, old, new, change))
     return found
 
 
@@ -177,17 +177,17 @@ class Page:
     """Everything that is told."""
 
     tables: tuple[Table, ...]
-    kept: tuple[Kept, ...]
-    runs: tuple[Run, ...]
-    before: Run | None
+    kept: tuple[BenchmarkChange, ...]
+    runs: tuple[RunScores, ...]
+    before: RunScores | None
 
 
-def page(runs: Sequence[Run], *, before: Run | None = None) -> Page:
+def page(runs: Sequence[RunScores], *, before: RunScores | None = None) -> Page:
     """Tables of all runs, and the retention of the last one against `before`."""
     every = [*([before] if before else []), *runs]
     tables = paper_tables(every)
-    own = own_table(every)
-    kept = retention(before, runs[-1]) if before else []
+    own = suite_table(every)
+    kept = before_and_after(before, runs[-1]) if before else []
     return Page((*tables, *([own] if own else [])), tuple(kept), tuple(every), before)
 
 
@@ -195,11 +195,11 @@ def write_page(path: Path, made: Page) -> list[Path]:
     """Write the page as HTML, and beside it as Markdown. Returns both paths."""
     report.write_page(path, "results.html", {"page": made, "bar": kept_bar})
     markdown = path.with_suffix(".md")
-    write_text(markdown, as_markdown(made))
+    write_text_atomically(markdown, as_markdown(made))
     return [path, markdown]
 
 
-def kept_bar(kept: Kept, which: str) -> str:
+def kept_bar(kept: BenchmarkChange, which: str) -> str:
     """A bar of one side of a retention row, both sides on one scale."""
     value = kept.before if which == "before" else kept.after
     scale = max(kept.before.high, kept.after.high, 1e-9)

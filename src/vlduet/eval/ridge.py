@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 from vlduet.data.keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval.metrics import Bools, hit_at_k
-from vlduet.eval.protocols import RetrievalResult, cosine, pair_of, retrieval
+from vlduet.eval.protocols import RetrievalResult, cosine, image_and_captions, measure_retrieval
 
 Floats = NDArray[np.float64]
 
-GRID = tuple(float(10**e) for e in np.arange(-3.0, 2.01, 0.25))
+PENALTY_GRID = tuple(float(10**e) for e in np.arange(-3.0, 2.01, 0.25))
 """Penalties that are tried, as multiples of the mean squared singular value of the features."""
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
+class RidgeValidation:
     """What the penalty is chosen on."""
 
     image_features: NDArray[np.floating]
@@ -54,7 +54,7 @@ class RidgeBaseline:
     """float[D]"""
     penalty: float
     """lambda of |X W - Y|^2 + lambda |W|^2, X and Y centred, rows of X of unit length before centring."""
-    tried: dict[float, float]
+    validation_hit_rates: dict[float, float]
     """Mean validation hit@10 of both directions by penalty."""
 
     @classmethod
@@ -63,8 +63,8 @@ class RidgeBaseline:
         image_features: NDArray[np.floating],
         text_vectors: NDArray[np.floating],
         *,
-        validation: Validation,
-        grid: Sequence[float] = GRID,
+        validation: RidgeValidation,
+        grid: Sequence[float] = PENALTY_GRID,
     ) -> Self:
         """Fit every penalty of the grid with one decomposition and keep the best on validation.
 
@@ -88,7 +88,7 @@ class RidgeBaseline:
             ten, one = fitted._judge(validation)
             tried.append((ten, one, fitted))
         best = max(tried, key=lambda row: (row[0], row[1], row[2].penalty))[2]
-        best.tried.update({fitted.penalty: ten for ten, _, fitted in tried})
+        best.validation_hit_rates.update({fitted.penalty: ten for ten, _, fitted in tried})
         return best
 
     def embed_image(self, image_features: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -99,7 +99,7 @@ class RidgeBaseline:
         """float[N, D] -> unit vectors float32[N, D], centred."""
         return _unit(_unit(text_vectors) - self.text_mean).astype(np.float32)
 
-    def _judge(self, validation: Validation) -> tuple[float, float]:
+    def _judge(self, validation: RidgeValidation) -> tuple[float, float]:
         """(hit@10, hit@1) on validation, each the mean of both directions."""
         images, texts = self.embed_image(validation.image_features), self.embed_text(validation.text_vectors)
         similarity, relevant = cosine(texts, images), validation.relevant
@@ -107,7 +107,7 @@ class RidgeBaseline:
         return sum(d["hit@10"] for d in both) / 2, sum(d["hit@1"] for d in both) / 2
 
 
-def ridge_baseline(
+def evaluate_ridge_baseline(
     features: Callable[[list[ImageRef]], NDArray[np.floating]],
     vectors: Callable[[list[str]], NDArray[np.floating]],
     *,
@@ -125,16 +125,16 @@ def ridge_baseline(
     Raises:
         DataError: a record that is no such pair.
     """
-    pairs, checks = [pair_of(record) for record in train], [pair_of(record) for record in validation]
+    pairs, checks = [image_and_captions(record) for record in train], [image_and_captions(record) for record in validation]
     keys = [text_key(captions[0]) for _, captions in checks]
     distinct = {key: captions[0] for key, (_, captions) in zip(keys, checks, strict=True)}
     relevant = np.array([[key == own for own in keys] for key in distinct])
     fitted = RidgeBaseline.fit(
         features([image for image, _ in pairs]),
         vectors([captions[0] for _, captions in pairs]),
-        validation=Validation(features([image for image, _ in checks]), vectors(list(distinct.values())), relevant),
+        validation=RidgeValidation(features([image for image, _ in checks]), vectors(list(distinct.values())), relevant),
     )
-    return retrieval(
+    return measure_retrieval(
         lambda refs: fitted.embed_image(features(refs)),
         lambda captions: fitted.embed_text(vectors(captions)),
         records=held_out,

@@ -23,25 +23,25 @@ from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.protocols import PROTOCOLS
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark, Question, Sample, Score
-from vlduet.eval.store import Functions, Store, line
-from vlduet.files import atomic_write, read_lines, write_text
+from vlduet.eval.store import ModelFunctions, PredictionStore, json_line
+from vlduet.files import write_atomically, read_json_lines, write_text_atomically
 
-SCORES, SAMPLES = "scores.json", "samples.npz"
+SCORES_FILE, SAMPLES_FILE = "scores.json", "samples.npz"
 
 
-def folder_of(runs: Path, benchmark: Benchmark) -> Path:
+def run_folder(runs: Path, benchmark: Benchmark) -> Path:
     """Where the run of a benchmark stands."""
     return runs / benchmark.name.replace("/", "-")
 
 
 def evaluate(
     benchmark: Benchmark,
-    functions: Functions,
+    functions: ModelFunctions,
     *,
     source: Source,
     runs: Path,
-    made_by: Mapping[str, Any],
-    watch: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    provenance: Mapping[str, Any],
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> dict[str, Any]:
     """Run or resume a benchmark, or score it again.
 
@@ -62,18 +62,18 @@ def evaluate(
         ConfigError: the folder holds another run.
     """
     task = benchmark.load(source)
-    folder = folder_of(runs, benchmark)
-    store = Store(folder, functions, seed=source.seed, watch=watch)
+    folder = run_folder(runs, benchmark)
+    store = PredictionStore(folder, functions, seed=source.seed, progress=progress)
     # Only a run that makes predictions claims the folder; scoring trusts what run.json says.
     identity = {"benchmark": benchmark.name, "files": source.hashes, "seed": source.seed, "k": source.k}
-    if made_by:
-        store.claim({**identity, "made_by": dict(made_by)})
+    if provenance:
+        store.claim_folder({**identity, "made_by": dict(provenance)})
     else:
         _same_files(folder, identity)
     score = PROTOCOLS[benchmark.protocol](task, store)
-    result = told(benchmark, score, seed=source.seed) | {"files": source.hashes, "made_by": made_by or _maker(folder)}
-    atomic_write(folder / SAMPLES, lambda out: write_samples(out, score))
-    write_text(folder / SCORES, json.dumps(result, indent=1) + "\n")
+    result = score_to_json(benchmark, score, seed=source.seed) | {"files": source.hashes, "made_by": provenance or _maker(folder)}
+    write_atomically(folder / SAMPLES_FILE, lambda out: write_samples(out, score))
+    write_text_atomically(folder / SCORES_FILE, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -89,9 +89,9 @@ def write_samples(out: IO[bytes], score: Score) -> None:
 
 def read_samples(folder: Path) -> dict[str, Sample]:
     """What `write_samples` wrote; empty where there is nothing."""
-    if not (folder / SAMPLES).exists():
+    if not (folder / SAMPLES_FILE).exists():
         return {}
-    with np.load(folder / SAMPLES, allow_pickle=False) as file:
+    with np.load(folder / SAMPLES_FILE, allow_pickle=False) as file:
         kept = dict(file)
     found = {}
     for key in [key for key in kept if key.endswith("|how")]:
@@ -102,7 +102,7 @@ def read_samples(folder: Path) -> dict[str, Sample]:
     return found
 
 
-def told(benchmark: Benchmark, score: Score, *, seed: int) -> dict[str, Any]:
+def score_to_json(benchmark: Benchmark, score: Score, *, seed: int) -> dict[str, Any]:
     """A score as it stands in scores.json: values in the unit of the papers, each with its interval and n."""
     return {
         "benchmark": benchmark.name,
@@ -159,7 +159,7 @@ def import_predictions(
     items = getattr(task, "items", ())
     if not items or not isinstance(items[0], Question):
         raise ConfigError(f"'{benchmark.name}' takes no answers", place="--predictions", fix="Name another one")
-    folder = folder_of(runs, benchmark)
+    folder = run_folder(runs, benchmark)
     folder.mkdir(parents=True, exist_ok=True)
     keys = _keys(items)
     asked = {str(row.get("question_id", "")): row for row in (_answers(questions) if questions else ())}
@@ -178,8 +178,8 @@ def import_predictions(
             taken[key] = str(row.get("text", row.get("answer", "")))
     if not taken:
         raise ConfigError(f"none of {unknown} predictions fits an item", place=file, fix="Check the ids in the file")
-    rows = "".join(line({"key": key, "text": text}) for key, text in taken.items())
-    write_text(folder / "predictions.jsonl", rows)
+    rows = "".join(json_line({"key": key, "text": text}) for key, text in taken.items())
+    write_text_atomically(folder / "predictions.jsonl", rows)
     return {"taken": len(taken), "unknown": unknown}
 
 
@@ -212,7 +212,7 @@ def _answers(file: Path) -> list[dict[str, Any]]:
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:
-        return read_lines(file)
+        return read_json_lines(file)
     if isinstance(whole, dict) and "text" not in whole:
         return [{"key": key, "text": value} for key, value in whole.items()]
     return whole if isinstance(whole, list) else [whole]
@@ -221,7 +221,7 @@ def _answers(file: Path) -> list[dict[str, Any]]:
 def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
     """Take stored reviews of a judge: JSON lines with "key" (or "question_id") and "text" (or "content"), or MM-Vet's
     grade file {id: {"content": [...], ...}}. Returns how many."""
-    folder = folder_of(runs, benchmark)
+    folder = run_folder(runs, benchmark)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in _answers(file):
@@ -230,5 +230,5 @@ def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
             value = value["content"]
         value = value[0] if isinstance(value, list) else value
         rows.append({"key": str(row.get("key", row.get("question_id", ""))), "text": str(value)})
-    write_text(folder / "reviews.jsonl", "".join(line(row) for row in rows))
+    write_text_atomically(folder / "reviews.jsonl", "".join(json_line(row) for row in rows))
     return len(rows)

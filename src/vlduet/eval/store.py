@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.data.quarantine import attempted
+from vlduet.data.quarantine import bisect_failures
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError
 from vlduet.eval.benchmarks.tasks import Ask, Judged, Question
-from vlduet.files import appending, read_lines, write_text
+from vlduet.files import open_for_append, read_json_lines, write_text_atomically
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -37,17 +37,17 @@ EMBED_CHUNK, ANSWER_CHUNK = 128, 32
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class FluencyModel:
     """Another model that reads answers."""
 
     name: str
     """Names its weights: what another reader wrote is not taken for its own."""
-    nats: Callable[[Sequence[tuple[str, str]]], Sequence[float]]
+    nats_per_token: Callable[[Sequence[tuple[str, str]]], Sequence[float]]
     """(source, target) pairs -> nats a token of each target after its source."""
 
 
 @dataclass(frozen=True, slots=True)
-class Functions:
+class ModelFunctions:
     """What a model can do; a function that is None is one that it cannot.
 
     embed, other: (items, whether they are queries) -> float32[N, D]; `other` is an independent retriever's.
@@ -58,19 +58,19 @@ class Functions:
     """
 
     embed: Callable[[list[Parts], bool], Vectors] | None = None
-    answer: Callable[[list[Parts], int], list[str]] | None = None
-    loglikelihood: Callable[[list[tuple[Parts, str]]], Sequence[tuple[float, int]]] | None = None
-    other: Callable[[list[Parts], bool], Vectors] | None = None
-    judge: Callable[[Mapping[str, Any], str, float], str] | None = None
-    fluency: Reader | None = None
+    generate: Callable[[list[Parts], int], list[str]] | None = None
+    continuation_nll: Callable[[list[tuple[Parts, str]]], Sequence[tuple[float, int]]] | None = None
+    retriever_embed: Callable[[list[Parts], bool], Vectors] | None = None
+    grade: Callable[[Mapping[str, Any], str, float], str] | None = None
+    fluency_model: FluencyModel | None = None
 
 
-def flat(parts: Parts) -> str:
+def prompt_text(parts: Parts) -> str:
     """A prompt as one text: `<image>` and a line end for every image, as LLaVA's files write it."""
     return "".join("<image>\n" if isinstance(part, ImageRef) else part for part in parts)
 
 
-class Store:
+class PredictionStore:
     """A player that remembers; see `protocols.Player`.
 
     Args:
@@ -83,17 +83,17 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        functions: Functions,
+        functions: ModelFunctions,
         *,
         seed: int = 0,
-        watch: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+        progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
     ):
-        self.folder, self.functions, self.seed, self.watch = folder, functions, seed, watch
+        self.folder, self.functions, self.seed, self.progress = folder, functions, seed, progress
         (folder / "vectors").mkdir(parents=True, exist_ok=True)
 
     # -------------------------------------------------------------- whose folder this is
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def claim_folder(self, identity: Mapping[str, Any]) -> None:
         """Write run.json, or check that it is the same run. Raises ConfigError naming what differs."""
         path = self.folder / "run.json"
         mine = json.loads(json.dumps(identity))
@@ -104,7 +104,7 @@ class Store:
                 what = f"another run: {_difference(differing[0], kept.get(differing[0]), mine[differing[0]])}"
                 raise ConfigError(what, place=self.folder, fix="Give another --to, or remove that folder")
             return
-        write_text(path, json.dumps(mine, indent=1) + "\n")
+        write_text_atomically(path, json.dumps(mine, indent=1) + "\n")
 
     # -------------------------------------------------------------- vectors
 
@@ -112,17 +112,17 @@ class Store:
         """float32[N, D]; rows of NaN where an item cannot be embedded."""
         return self._embed(self.functions.embed, items, name=name, query=query)
 
-    def embed_other(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors | None:
+    def embed_with_retriever(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors | None:
         """By the independent retriever; None without one and without its vectors."""
-        if self.functions.other is None and not (self.folder / "vectors" / f"{name}.json").exists():
+        if self.functions.retriever_embed is None and not (self.folder / "vectors" / f"{name}.json").exists():
             return None
-        return self._embed(self.functions.other, items, name=name, query=query)
+        return self._embed(self.functions.retriever_embed, items, name=name, query=query)
 
     def _embed(
         self, function: Callable[[list[Parts], bool], Vectors] | None, items: Sequence[Parts], *, name: str, query: bool
     ) -> Vectors:
         path = self.folder / "vectors" / f"{name}.f32"
-        named = hashlib.sha256("\0".join(described(parts) for parts in items).encode("utf-8", "replace")).hexdigest()
+        named = hashlib.sha256("\0".join(item_identity(parts) for parts in items).encode("utf-8", "replace")).hexdigest()
         facts = {"items": named, "count": len(items), "query": query}
         kept = _json(path.with_suffix(".json"))
         if kept is None or any(kept.get(key) != value for key, value in facts.items()):
@@ -143,11 +143,11 @@ class Store:
         with path.open("r+b" if path.exists() else "wb") as out:
             out.truncate(4 * dim * len(found))  # a killed run may have left half a row
             out.seek(0, 2)
-            for begin in self.watch(starts, f"embedding {name}, in {EMBED_CHUNK}s"):
-                block = vectors_of(function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim)
+            for begin in self.progress(starts, f"embedding {name}, in {EMBED_CHUNK}s"):
+                block = embed_chunk(function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim)
                 if not dim:
                     dim = block.shape[1]
-                    write_text(path.with_suffix(".json"), json.dumps({**facts, "dim": dim}))
+                    write_text_atomically(path.with_suffix(".json"), json.dumps({**facts, "dim": dim}))
                 out.write(block.astype(np.float32).tobytes())
                 out.flush()
                 blocks.append(block)
@@ -157,24 +157,24 @@ class Store:
 
     def answer(self, questions: Sequence[Question], *, name: str = "") -> list[str | None]:
         """Answers in the order of the questions; None where there is none."""
-        function = self.functions.answer
+        function = self.functions.generate
 
         def work(asked: list[Question]) -> list[str | None]:
             assert function is not None
-            return attempted(lambda qs: function([q.parts for q in qs], qs[0].max_new_tokens), asked, on_error=_missing)
+            return bisect_failures(lambda qs: function([q.parts for q in qs], qs[0].max_new_tokens), asked, on_error=_missing)
 
         # Questions of one length of answer go together, the longest prompts last.
         order = sorted(questions, key=lambda q: q.max_new_tokens)
         kept = self._kept(order, "predictions.jsonl", name, work if function else None)
         return [kept.get(_key(name, question)) for question in questions]
 
-    def likelihoods(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
+    def score_options(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
         """(nats, tokens) of every option."""
-        function = self.functions.loglikelihood
+        function = self.functions.continuation_nll
 
         def work(asked: list[Question]) -> list[Any]:
             assert function is not None
-            return attempted(lambda qs: _ranked(function, qs), asked, on_error=_missing)
+            return bisect_failures(lambda qs: _ranked(function, qs), asked, on_error=_missing)
 
         kept = self._kept(questions, "likelihoods.jsonl", name, work if function else None, field="options")
         rows = [kept.get(_key(name, question)) for question in questions]
@@ -191,8 +191,8 @@ class Store:
     ) -> dict[str, Any]:
         """What a file holds for these questions, after adding what it lacks."""
         path = self.folder / file
-        rows = {row["key"]: row for row in read_lines(path)}
-        prompts = {_key(name, question): shown(question) for question in questions}
+        rows = {row["key"]: row for row in read_json_lines(path)}
+        prompts = {_key(name, question): prompt_identity(question) for question in questions}
         # A line without a prompt was written by somebody else (imported predictions) and is taken as it is.
         kept = {
             key: rows[key][field]
@@ -202,63 +202,63 @@ class Store:
         left = [question for question in questions if _key(name, question) not in kept]
         if work is None or not left:
             return kept
-        with appending(path) as out:
-            for group in self.watch(list(groups(left)), f"answering, in {ANSWER_CHUNK}s"):
+        with open_for_append(path) as out:
+            for group in self.progress(list(group_questions(left)), f"answering, in {ANSWER_CHUNK}s"):
                 for question, found in zip(group, work(group), strict=True):
                     key = _key(name, question)
                     kept[key] = found
-                    out.write(line({"key": key, "prompt": prompts[key], field: found}))
+                    out.write(json_line({"key": key, "prompt": prompts[key], field: found}))
                 out.flush()
         return kept
 
     # -------------------------------------------------------------- reviews
 
-    def reviews(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
+    def grade_answers(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
         """What the judge wrote of every answer, asked for what is not kept; None without a judge and anything kept."""
-        path, function = self.folder / "reviews.jsonl", self.functions.judge
-        rows = {row["key"]: row for row in read_lines(path)}
+        path, function = self.folder / "reviews.jsonl", self.functions.grade
+        rows = {row["key"]: row for row in read_json_lines(path)}
         if function is None and not rows:
             return None
         found: list[str | None] = []
-        with appending(path) as out:
-            for item, text in self.watch(list(zip(task.items, answers, strict=True)), "judging"):
+        with open_for_append(path) as out:
+            for item, text in self.progress(list(zip(task.items, answers, strict=True)), "judging"):
                 row = rows.get(item.id)
                 if row is not None and row.get("answer", text) == text:
                     found.append(row["text"])
                 elif function is None:
                     found.append(None)
                 else:
-                    found.append(task.review(item, text or "", asking(function, task.judge)))
-                    out.write(line({"key": item.id, "answer": text, "text": found[-1]}))
+                    found.append(task.review(item, text or "", bind_grader(function, task.judge)))
+                    out.write(json_line({"key": item.id, "answer": text, "text": found[-1]}))
                     out.flush()
         return found
 
-    def fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
+    def score_fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
         """Nats a token of every target after its source, asked for what is not kept; None where that cannot be done."""
-        path, reader = self.folder / "fluency.jsonl", self.functions.fluency
-        rows = [row for row in read_lines(path) if reader is None or row["by"] == reader.name]
+        path, reader = self.folder / "fluency.jsonl", self.functions.fluency_model
+        rows = [row for row in read_json_lines(path) if reader is None or row["by"] == reader.name]
         # Without a reader, what the last one wrote.
         kept = {(row["source"], row["target"]): float(row["nats"]) for row in rows if row["by"] == rows[-1]["by"]}
         left = [pair for pair in dict.fromkeys(pairs) if pair not in kept]
         if reader is None:
             return None if left or not rows else [kept[pair] for pair in pairs]
-        with appending(path) as out:
-            for begin in self.watch(range(0, len(left), ANSWER_CHUNK), f"reading answers, in {ANSWER_CHUNK}s"):
+        with open_for_append(path) as out:
+            for begin in self.progress(range(0, len(left), ANSWER_CHUNK), f"reading answers, in {ANSWER_CHUNK}s"):
                 chunk = left[begin : begin + ANSWER_CHUNK]
-                for pair, nats in zip(chunk, reader.nats(chunk), strict=True):
+                for pair, nats in zip(chunk, reader.nats_per_token(chunk), strict=True):
                     kept[pair] = float(nats)
-                    out.write(line({"by": reader.name, "source": pair[0], "target": pair[1], "nats": kept[pair]}))
+                    out.write(json_line({"by": reader.name, "source": pair[0], "target": pair[1], "nats": kept[pair]}))
                 out.flush()
         return [kept[pair] for pair in pairs]
 
-    def keep(self, name: str, data: bytes) -> None:
+    def write_submission(self, name: str, data: bytes) -> None:
         """Write a file of the submission."""
         path = self.folder / "submission" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def asking(function: Callable[[Mapping[str, Any], str, float], str], judge: Mapping[str, Any]) -> Ask:
+def bind_grader(function: Callable[[Mapping[str, Any], str, float], str], judge: Mapping[str, Any]) -> Ask:
     """The judge's function as a review asks it."""
     return lambda prompt, temperature: function(judge, prompt, temperature)
 
@@ -266,23 +266,23 @@ def asking(function: Callable[[Mapping[str, Any], str, float], str], judge: Mapp
 # ------------------------------------------------------------------ small things
 
 
-def described(parts: Parts) -> str:
+def item_identity(parts: Parts) -> str:
     """What identifies an item that is embedded: its text and the names of its images, wherever their folder is."""
     return "|".join(Path(part.name).name if isinstance(part, ImageRef) else part for part in parts)
 
 
-def shown(question: Question) -> str:
+def prompt_identity(question: Question) -> str:
     """A prompt with its images' names: the same prompt on another image is another prompt."""
     images = [Path(part.name).name for part in question.parts if isinstance(part, ImageRef)]
     options = "".join(f"\n[{option}]" for option in question.options)
-    return flat(question.parts) + options + "".join(f"\n({name})" for name in images)
+    return prompt_text(question.parts) + options + "".join(f"\n({name})" for name in images)
 
 
 def _key(name: str, question: Question) -> str:
     return f"{name}|{question.id}" if name else question.id
 
 
-def groups(questions: Sequence[Question]) -> Iterator[list[Question]]:
+def group_questions(questions: Sequence[Question]) -> Iterator[list[Question]]:
     """Runs of at most ANSWER_CHUNK questions with one `max_new_tokens`."""
     group: list[Question] = []
     for question in questions:
@@ -294,7 +294,7 @@ def groups(questions: Sequence[Question]) -> Iterator[list[Question]]:
         yield group
 
 
-def vectors_of(
+def embed_chunk(
     function: Callable[[list[Parts], bool], Vectors], items: list[Parts], *, query: bool, dim: int
 ) -> Vectors:
     """Vectors of a chunk, with NaN for what cannot be embedded."""
@@ -303,7 +303,7 @@ def vectors_of(
     def embed(some: list[Parts]) -> Vectors:
         return np.asarray(function(some, query), dtype=np.float32)
 
-    rows = attempted(embed, items, on_error=lambda _, error: errors.append(error))
+    rows = bisect_failures(embed, items, on_error=lambda _, error: errors.append(error))
     width = dim or next((len(row) for row in rows if row is not None), 0)
     if not width:  # nothing yet says how wide a vector is
         what = f"none of {len(items)} items can be embedded"
@@ -330,7 +330,7 @@ def _difference(key: str, was: Any, now: Any) -> str:
     return f"{key} was {was!r}, is {now!r}"
 
 
-def line(value: Mapping[str, Any]) -> str:
+def json_line(value: Mapping[str, Any]) -> str:
     """One line of JSON. ASCII: a generated text may hold line ends that splitlines knows, and lone surrogates."""
     return json.dumps(value) + "\n"
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from vlduet.errors import ConfigError, ModelError
 from vlduet.model.backbones import Backbone
-from vlduet.model.processing import quiet
+from vlduet.model.processing import silence_transformers
 
-TARGETS = {
+LORA_TARGET_PATTERNS = {
     "qv": "q_proj|v_proj",
     "all": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|gate_up_proj|down_proj",
 }
@@ -23,7 +23,7 @@ TARGETS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class LoraSettings:
     """Low-rank adaptation of the trunk; the vision tower is never touched."""
 
     rank: int = 16
@@ -33,7 +33,7 @@ class Lora:
     dropout: float = 0.0
 
 
-def open_lora(backbone: Backbone, lora: Lora, there: PeftModel | None) -> PeftModel:
+def enable_lora(backbone: Backbone, lora: LoraSettings, there: PeftModel | None) -> PeftModel:
     """The PEFT view of a model with its LoRA layers opened: those that are `there`, or new ones.
 
     Raises:
@@ -47,7 +47,7 @@ def open_lora(backbone: Backbone, lora: Lora, there: PeftModel | None) -> PeftMo
     return peft
 
 
-def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
+def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
     """Inject LoRA layers in place and return the PEFT view of the model.
 
     The base's weights stay frozen; B starts at zero, so the model's function is unchanged.
@@ -55,16 +55,16 @@ def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
     Raises:
         ConfigError: unknown targets, or the checkpoint has none of them.
     """
-    if lora.targets not in TARGETS:
-        raise ConfigError(f"'{lora.targets}'", place="train.lora.targets", fix=f"Use one of {', '.join(TARGETS)}")
+    if lora.targets not in LORA_TARGET_PATTERNS:
+        raise ConfigError(f"'{lora.targets}'", place="train.lora.targets", fix=f"Use one of {', '.join(LORA_TARGET_PATTERNS)}")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_pattern(lora.targets, backbone.family.trunk),
+        target_modules=_pattern(lora.targets, backbone.family.language_model_path),
     )
     try:
-        with quiet():
+        with silence_transformers():
             peft = get_peft_model(backbone.model, config)
     except ValueError as error:
         raise ConfigError(
@@ -75,20 +75,20 @@ def _add_lora(backbone: Backbone, lora: Lora) -> PeftModel:
 
 
 def _pattern(targets: str, trunk: str) -> str:
-    return rf".*{trunk}\..*\.({TARGETS[targets]})"
+    return rf".*{trunk}\..*\.({LORA_TARGET_PATTERNS[targets]})"
 
 
-def _check_lora(peft: PeftModel, lora: Lora, backbone: Backbone) -> None:
+def _check_lora(peft: PeftModel, lora: LoraSettings, backbone: Backbone) -> None:
     """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
-    has, pattern = peft.peft_config["default"], partial(_pattern, trunk=backbone.family.trunk)
+    has, pattern = peft.peft_config["default"], partial(_pattern, trunk=backbone.family.language_model_path)
     names = [name for name, _ in backbone.model.named_modules()]
     # By the layers, not by the words that named them: an adapter may have been made when fewer were known.
-    found = {kind: {name for name in names if re.fullmatch(pattern(kind), name)} for kind in TARGETS}
+    found = {kind: {name for name in names if re.fullmatch(pattern(kind), name)} for kind in LORA_TARGET_PATTERNS}
     tuner: Any = peft.base_model
     carrying = set(tuner.targeted_module_names)
     targets = next((kind for kind, layers in found.items() if layers == carrying), "others")
-    there = Lora(rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout)
-    for field in fields(Lora):
+    there = LoraSettings(rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout)
+    for field in fields(LoraSettings):
         wanted, brought = getattr(lora, field.name), getattr(there, field.name)
         if wanted != brought:
             raise ConfigError(
@@ -103,7 +103,7 @@ def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> P
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError("no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout")
     try:
-        with quiet():
+        with silence_transformers():
             return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise ModelError(str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base") from None
@@ -118,7 +118,7 @@ def save_lora(peft: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
 
 
-def merge(peft: PeftModel) -> nn.Module:
+def merge_lora(peft: PeftModel) -> nn.Module:
     """Fold the adapter into the weights, in place; the result is a plain checkpoint."""
     merged: nn.Module = peft.merge_and_unload()
     return merged

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from vlduet.errors import ModelError
-from vlduet.model.backbones import default_device
+from vlduet.model.backbones import select_device
 from vlduet.model.processing import read_config
 
-LONGEST = 1024
-BATCH = 8
+MAX_TEXT_TOKENS = 1024
+PAIRS_PER_BATCH = 8
 
 
-class BartScore:
+class BartScorer:
     """A local BART-like checkpoint in safetensors.
 
     Args:
@@ -44,14 +44,14 @@ class BartScore:
         except (OSError, ValueError) as error:
             what = f"cannot be opened ({str(error).splitlines()[0]})"
             raise ModelError(what, place=folder, fix="Save it with tokenizer and safetensors") from None
-        self.model = model.to(device or default_device()).eval()
+        self.model = model.to(device or select_device()).eval()
 
     @torch.no_grad()
     def __call__(self, pairs: Many[tuple[str, str]]) -> list[float]:
         """(source, target) pairs -> nats a token of each target, at least 0."""
         found: list[float] = []
-        for begin in range(0, len(pairs), BATCH):
-            rows = pairs[begin : begin + BATCH]
+        for begin in range(0, len(pairs), PAIRS_PER_BATCH):
+            rows = pairs[begin : begin + PAIRS_PER_BATCH]
             sources, targets = (self._tokens([pair[side] for pair in rows]) for side in (0, 1))
             real = targets["attention_mask"].bool()  # [B, T]
             labels = targets["input_ids"]
@@ -61,6 +61,6 @@ class BartScore:
         return found
 
     def _tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        limit = min(LONGEST, getattr(self.model.config, "max_position_embeddings", LONGEST))
+        limit = min(MAX_TEXT_TOKENS, getattr(self.model.config, "max_position_embeddings", MAX_TEXT_TOKENS))
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 
-def nearest(
-    written: Sequence[Sequence[str]],
+def select_nearest_drafts(
+    drafts: Sequence[Sequence[str]],
     *,
-    images: Callable[[], np.ndarray],
-    embed: Callable[[list[str]], np.ndarray],
+    embed_images: Callable[[], np.ndarray],
+    embed_texts: Callable[[list[str]], np.ndarray],
     known: Mapping[str, np.ndarray],
 ) -> list[str]:
     """For every image the nearest of its drafts, or of the known texts if one is nearer still; of equals the first.
@@ -22,13 +22,13 @@ def nearest(
         embed: distinct texts -> float[texts, D].
         known: unit vectors of the known texts.
     """
-    texts = list(dict.fromkeys(text for some in written for text in some if text))
-    if not written or not (known or (texts and any(len(some) > 1 for some in written))):
-        return [some[0] for some in written]
-    vectors = dict(zip(texts, embed(texts), strict=True)) if texts else {}
+    texts = list(dict.fromkeys(text for some in drafts for text in some if text))
+    if not drafts or not (known or (texts and any(len(some) > 1 for some in drafts))):
+        return [some[0] for some in drafts]
+    vectors = dict(zip(texts, embed_texts(texts), strict=True)) if texts else {}
     names, bank = list(known), np.stack(list(known.values())) if known else None
     found = []
-    for image, some in zip(images(), written, strict=True):
+    for image, some in zip(embed_images(), drafts, strict=True):
         scores = {text: float(vectors[text] @ image) for text in some if text}
         if bank is not None:
             cosines = bank @ image

@@ -29,11 +29,11 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
-from vlduet.model.backbones import fingerprint_of
+from vlduet.model.backbones import fingerprint_checkpoint
 from vlduet.model.processing import IMAGE_BACKEND
 
-FORMAT = 1
-MANIFEST = "vlduet.json"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "vlduet.json"
 GOLDEN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest allowed 1 - cosine between saved and recomputed golden vectors; half precisions get 2e-2."""
 
@@ -42,30 +42,30 @@ GOLDEN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 class Checkpoint:
     """A model folder, read."""
 
-    base: Path
+    base_folder: Path
     """The folder of the Hugging Face checkpoint."""
     manifest: Mapping[str, Any]
     """Empty for a plain checkpoint that VLDuet never saved."""
     tensors: Mapping[str, Tensor]
-    adapter: Path | None
-    golden: Tensor | None
+    adapter_folder: Path | None
+    golden_vectors: Tensor | None
 
 
-def read(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a model folder, or a plain Hugging Face checkpoint folder.
 
     Raises:
         ModelError: nothing here, another format, another image backend, or the base is gone or changed.
     """
-    path = folder / MANIFEST
+    path = folder / MANIFEST_NAME
     if not path.is_file():
         if not (folder / "config.json").is_file():
             fix = "Name a model folder; a dual encoder's is for what only embeds"
-            raise ModelError(f"neither {MANIFEST} nor config.json here", place=folder, fix=fix)
+            raise ModelError(f"neither {MANIFEST_NAME} nor config.json here", place=folder, fix=fix)
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _manifest(path)
-    if manifest["format"] != FORMAT:
-        raise ModelError(f"format {manifest['format']}, this version reads {FORMAT}", place=path, fix="Update vlduet")
+    if manifest["format"] != FORMAT_VERSION:
+        raise ModelError(f"format {manifest['format']}, this version reads {FORMAT_VERSION}", place=path, fix="Update vlduet")
     if manifest["image_backend"] != IMAGE_BACKEND:
         raise ModelError(
             f"saved with image backend '{manifest['image_backend']}', this one is '{IMAGE_BACKEND}'", place=path
@@ -73,7 +73,7 @@ def read(folder: Path) -> Checkpoint:
     base = Path(os.path.normpath(folder / manifest["base"]))
     if not (base / "config.json").is_file():
         raise ModelError(f"the base '{base}' is gone", place=path, fix="Bring it back, or edit base in vlduet.json")
-    if (now := fingerprint_of(base)) != manifest["base_fingerprint"]:
+    if (now := fingerprint_checkpoint(base)) != manifest["base_fingerprint"]:
         raise ModelError(
             f"the base '{base}' is another one now ({now}, was {manifest['base_fingerprint']})",
             place=path,
@@ -103,19 +103,19 @@ def _manifest(path: Path) -> dict[str, Any]:
         } - manifest.keys()
     except (ValueError, AttributeError) as error:
         raise ModelError(f"broken manifest ({error})", place=path, fix="Copy the whole folder again") from None
-    if absent and manifest.get("format") in (None, FORMAT):
+    if absent and manifest.get("format") in (None, FORMAT_VERSION):
         raise ModelError(f"'{sorted(absent)[0]}' is missing", place=path, fix="Copy the whole folder again")
     return manifest
 
 
-def write(
+def write_checkpoint(
     folder: Path,
     *,
     base: Path | None,
-    described: Mapping[str, Any],
-    own: Mapping[str, Tensor],
-    adapter: Mapping[str, Tensor],
-    golden: Tensor,
+    description: Mapping[str, Any],
+    own_tensors: Mapping[str, Tensor],
+    adapter_tensors: Mapping[str, Tensor],
+    golden_vectors: Tensor,
     save_adapter: Callable[[Path], None] | None,
 ) -> None:
     """Write the files of a model into an existing folder (use `whole_folder` around it).
@@ -126,23 +126,23 @@ def write(
         own, adapter: every trained tensor, by name.
     """
     manifest = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "vlduet": __version__,
         "base": "." if base is None else os.path.relpath(base.resolve(), _final(folder)),
-        "base_fingerprint": fingerprint_of(base or folder),
+        "base_fingerprint": fingerprint_checkpoint(base or folder),
         "image_backend": IMAGE_BACKEND,
         "adapter": save_adapter is not None,
-        "trained": inventory({**own, **adapter}),
-        **described,
+        "trained": describe_tensors({**own_tensors, **adapter_tensors}),
+        **description,
     }
-    save_file({n: t.detach().cpu().contiguous() for n, t in own.items()}, folder / "duet.safetensors")
-    save_file({"vectors": golden.contiguous()}, folder / "golden.safetensors")
+    save_file({n: t.detach().cpu().contiguous() for n, t in own_tensors.items()}, folder / "duet.safetensors")
+    save_file({"vectors": golden_vectors.contiguous()}, folder / "golden.safetensors")
     if save_adapter is not None:
         save_adapter(folder / "adapter")
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
-def inventory(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """name -> shape, dtype and content hash: the one manifest of everything trained."""
     return {
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sha256": _hash(t)}
@@ -156,18 +156,18 @@ def _hash(tensor: Tensor) -> str:
     ).hexdigest()
 
 
-def verify(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place: Path) -> None:
+def verify_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place: Path) -> None:
     """Every trained tensor came back, bit for bit. Raises ModelError that names the first that did not."""
     saved = manifest["trained"]
     lost = sorted(saved.keys() ^ tensors.keys())
     if lost:
         raise ModelError(f"trained tensor '{lost[0]}' was not loaded", place=place, fix="The folder is not complete")
-    for name, facts in inventory(tensors).items():
+    for name, facts in describe_tensors(tensors).items():
         if facts["sha256"] != saved[name]["sha256"]:
             raise ModelError(f"tensor '{name}' is not what was saved", place=place, fix="Copy the folder again")
 
 
-def golden_inputs() -> list[Part | Parts]:
+def make_golden_inputs() -> list[Part | Parts]:
     """What every saved model embeds, and embeds again when it is loaded: a text, an image, and both."""
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1)
@@ -175,7 +175,7 @@ def golden_inputs() -> list[Part | Parts]:
     return ["A red apple.", picture, (picture, "What is this?")]
 
 
-def check_golden(saved: Tensor, now: Tensor, *, dtype: torch.dtype, place: Path) -> None:
+def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, place: Path) -> None:
     """The loaded model embeds as the saved one did. Raises ModelError with the difference."""
     worst = float((1 - torch.nn.functional.cosine_similarity(saved.double(), now.double())).max())
     if not worst <= GOLDEN_TOLERANCE.get(dtype, 2e-2):
@@ -186,14 +186,14 @@ def check_golden(saved: Tensor, now: Tensor, *, dtype: torch.dtype, place: Path)
         )
 
 
-def fingerprint(described: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]) -> str:
+def compute_fingerprint(described: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]) -> str:
     """Names everything that decides an embedding."""
     parts = {
         "base": base_fingerprint,
         "image_backend": IMAGE_BACKEND,
         "prompts": described["prompts"],
         "head": described["head"],
-        "tensors": {name: facts["sha256"] for name, facts in inventory(tensors).items() if name != "logit_scale"},
+        "tensors": {name: facts["sha256"] for name, facts in describe_tensors(tensors).items() if name != "logit_scale"},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -32,21 +32,21 @@ from vlduet.data.batches import Batch, collate
 from vlduet.data.records import Part, Parts, as_parts
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import DataError, ModelError
-from vlduet.files import whole_folder
+from vlduet.files import replace_folder_atomically
 from vlduet.model import checkpoint
-from vlduet.model.backbones import default_device
+from vlduet.model.backbones import select_device
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoder, Encoders, kind_of, open_encoder, slice_of
+from vlduet.model.encoders import FrozenEncoder, FrozenEncoders, get_modality, open_encoder, make_slice
 from vlduet.model.features import FeatureCache
 from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.model.readout import Readout
 
-MANIFEST, WEIGHTS = "dual.json", "dual.safetensors"
-FORMAT = 1
-HIDDEN, DROPOUT = 512, 0.3
+MANIFEST_NAME, WEIGHTS_NAME = "dual.json", "dual.safetensors"
+FORMAT_VERSION = 1
+HIDDEN_DIM, DROPOUT = 512, 0.3
 """Small, and much dropout: a few thousand pairs are all that a towers' space has to be learned from."""
 INITIAL_TEMPERATURE = 0.07
-KIND = {"image": "vision", "text": "text"}
+ROLE_BY_MODALITY = {"image": "vision", "text": "text"}
 """Which frozen encoder reads what."""
 
 
@@ -62,24 +62,24 @@ class DualEncoder(nn.Module):
     renderer: Any = None
     """It reads no tokens."""
 
-    def __init__(self, encoders: Encoders, *, dim: int, widths: Mapping[str, int] | None = None):
+    def __init__(self, encoders: FrozenEncoders, *, dim: int, encoder_dims: Mapping[str, int] | None = None):
         super().__init__()
         self.encoders, self.dim = encoders, dim
-        self.widths = dict(widths or {role: encoders.width(role) for role in KIND.values()})
-        self.towers = nn.ModuleDict({role: tower(width, dim) for role, width in sorted(self.widths.items())})
+        self.encoder_dims = dict(encoder_dims or {role: encoders.get_dim(role) for role in ROLE_BY_MODALITY.values()})
+        self.towers = nn.ModuleDict({role: build_tower(width, dim) for role, width in sorted(self.encoder_dims.items())})
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
 
     def forward(self, batch: Batch) -> Readout:
         """Embeddings of the anchors' slices; there is nothing to generate."""
-        vectors = self.embed([anchor.slices[-1] for anchor in batch.anchors])
+        vectors = self.project_slices([anchor.slices[-1] for anchor in batch.anchors])
         anchors = tuple(replace(anchor, slices=()) for anchor in batch.anchors)
         return Readout(vectors, anchors, vectors.new_zeros(0))
 
-    def embed(self, slices: Many[Slice]) -> Tensor:
+    def project_slices(self, slices: Many[Slice]) -> Tensor:
         """Slices that the frozen encoders have seen -> float[N, dim], unit length."""
         found = self.logit_scale.new_zeros(len(slices), self.dim)
-        for kind, role in KIND.items():
-            rows = [i for i, one in enumerate(slices) if kind_of(one.part) == kind]
+        for kind, role in ROLE_BY_MODALITY.items():
+            rows = [i for i, one in enumerate(slices) if get_modality(one.part) == kind]
             if rows:
                 read = torch.stack([slices[i].features[role] for i in rows]).to(found)
                 found[rows] = nn.functional.normalize(self.towers[role](read), dim=1)
@@ -95,9 +95,9 @@ class DualEncoder(nn.Module):
         rows = [as_parts(item) for item in items]
         if any(len(row) > 1 for row in rows):
             raise DataError("a dual encoder reads one image or one text", fix="Use a model of another recipe")
-        slices = self.encoders.look([slice_of(row[0]) for row in rows])
+        slices = self.encoders.encode_slices([make_slice(row[0]) for row in rows])
         was = self.training
-        found: np.ndarray = self.eval().embed(slices).float().cpu().numpy()
+        found: np.ndarray = self.eval().project_slices(slices).float().cpu().numpy()
         self.train(was)
         return found
 
@@ -106,8 +106,8 @@ class DualEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides a vector."""
-        frozen = {role: one.fingerprint for role, one in self.encoders.encoders.items()}
-        return _named(frozen, checkpoint.inventory(self.own_tensors()), self.dim)
+        frozen = {role: one.fingerprint for role, one in self.encoders.by_role.items()}
+        return _compute_fingerprint(frozen, checkpoint.describe_tensors(self.own_tensors()), self.dim)
 
     @property
     def image_backend(self) -> str:
@@ -127,20 +127,20 @@ class DualEncoder(nn.Module):
         tensors = self.own_tensors()
         final = Path(folder).resolve()
         manifest = {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "vlduet": __version__,
             "encoders": {
                 role: {"folder": os.path.relpath(one.folder.resolve(), final), "fingerprint": one.fingerprint}
-                for role, one in self.encoders.encoders.items()
+                for role, one in self.encoders.by_role.items()
             },
-            "widths": self.widths,
+            "widths": self.encoder_dims,
             "dim": self.dim,
-            "trained": checkpoint.inventory(tensors),
+            "trained": checkpoint.describe_tensors(tensors),
             "provenance": dict(provenance or {}),
         }
-        with whole_folder(Path(folder), mark=MANIFEST) as inside:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, inside / WEIGHTS)
-            (inside / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        with replace_folder_atomically(Path(folder), marker=MANIFEST_NAME) as inside:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, inside / WEIGHTS_NAME)
+            (inside / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, *, cache: FeatureCache | None = None, device: Any = "cpu") -> Self:
@@ -156,43 +156,43 @@ class DualEncoder(nn.Module):
             found[role] = open_encoder(Path(os.path.normpath(folder / told["folder"])), device=device)
             if found[role].fingerprint != told["fingerprint"]:
                 what = f"the {role} encoder '{found[role].folder}' is another one now"
-                raise ModelError(what, place=folder / MANIFEST, fix="Bring the original back or train again")
-        encoders = Encoders(found, cache=cache or FeatureCache(None))
-        model = cls(encoders, dim=manifest["dim"], widths=manifest["widths"])
+                raise ModelError(what, place=folder / MANIFEST_NAME, fix="Bring the original back or train again")
+        encoders = FrozenEncoders(found, cache=cache or FeatureCache(None))
+        model = cls(encoders, dim=manifest["dim"], encoder_dims=manifest["widths"])
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
+            model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         except (OSError, SafetensorError, RuntimeError) as error:
             what = f"broken model folder ({str(error).splitlines()[0]})"
             raise ModelError(what, place=folder, fix="Copy the whole folder again") from None
-        checkpoint.verify(manifest, model.own_tensors(), place=folder)
+        checkpoint.verify_tensors(manifest, model.own_tensors(), place=folder)
         return model.to(device).eval()
 
 
-def tower(width: int, dim: int) -> nn.Module:
+def build_tower(width: int, dim: int) -> nn.Module:
     """float[N, width] unit vectors -> float[N, dim]."""
-    hidden = (nn.Linear(width, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT))
-    return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(HIDDEN, dim))
+    hidden = (nn.Linear(width, HIDDEN_DIM), nn.GELU(), nn.Dropout(DROPOUT))
+    return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(HIDDEN_DIM, dim))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """dual.json. Raises ModelError."""
-    path = folder / MANIFEST
+    path = folder / MANIFEST_NAME
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        assert manifest["format"] == FORMAT and manifest.keys() >= {"encoders", "widths", "dim", "trained"}
+        assert manifest["format"] == FORMAT_VERSION and manifest.keys() >= {"encoders", "widths", "dim", "trained"}
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise ModelError("no dual encoder of this version here", place=path, fix="Train it with recipe: clip") from None
     return manifest
 
 
-def frozen_encoder(folder: Path, *, cache: FeatureCache, own: DuetModel | None = None, device: Any = "cpu") -> Encoder:
+def open_frozen_encoder(folder: Path, *, cache: FeatureCache, trained_model: DuetModel | None = None, device: Any = "cpu") -> FrozenEncoder:
     """Any folder that fills a role: a dual encoder of ours, or what `open_encoder` takes. Raises ModelError as it does."""
-    if (folder / MANIFEST).is_file():
-        return as_encoder(folder, cache=cache, device=device)
-    return open_encoder(folder, own=own, device=device)
+    if (folder / MANIFEST_NAME).is_file():
+        return open_dual_as_encoder(folder, cache=cache, device=device)
+    return open_encoder(folder, trained_model=trained_model, device=device)
 
 
-def as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> Encoder:
+def open_dual_as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> FrozenEncoder:
     """A trained dual encoder as the frozen encoder of a role."""
     manifest = read_manifest(folder)
     frozen = {role: told["fingerprint"] for role, told in manifest["encoders"].items()}
@@ -205,17 +205,17 @@ def as_encoder(folder: Path, *, cache: FeatureCache, device: Any = "cpu") -> Enc
 
         return {"image": encode, "text": encode}
 
-    return Encoder(folder, ("image", "text"), open_it, _named(frozen, manifest["trained"], manifest["dim"]))
+    return FrozenEncoder(folder, ("image", "text"), open_it, _compute_fingerprint(frozen, manifest["trained"], manifest["dim"]))
 
 
 def open_embedder(folder: Path) -> DuetModel | DualEncoder:
     """The model of a folder that embeds, whether it generates or not. Raises ModelError as their `from_pretrained` do."""
-    if (folder / MANIFEST).is_file():
-        return DualEncoder.from_pretrained(folder, device=default_device())
+    if (folder / MANIFEST_NAME).is_file():
+        return DualEncoder.from_pretrained(folder, device=select_device())
     return DuetModel.from_pretrained(folder)
 
 
-def _named(frozen: Mapping[str, str], trained: Mapping[str, Any], dim: int) -> str:
+def _compute_fingerprint(frozen: Mapping[str, str], trained: Mapping[str, Any], dim: int) -> str:
     """Fingerprint of all that decides a vector: the frozen encoders' own, by role, and what was trained."""
     decides = {
         "encoders": {role: {"fingerprint": name} for role, name in frozen.items()},

@@ -33,57 +33,57 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef, Part
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
-from vlduet.model.backbones import fingerprint_of, load_backbone
+from vlduet.model.backbones import fingerprint_checkpoint, load_backbone
 from vlduet.model.duet import DuetModel
-from vlduet.model.families.registry import BACKBONES
+from vlduet.model.families.registry import FAMILIES
 from vlduet.model.features import FeatureCache
-from vlduet.model.processing import IMAGE_BACKEND, opening, process, read_config
+from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors, preprocess_image, read_config
 
-Encode = Callable[[list[Any]], Tensor]
+EncodeFunction = Callable[[list[Any]], Tensor]
 """Parts of one kind -> float[N, D], of any length."""
 
-ROLES: dict[str, tuple[str, ...]] = {"vision": ("image",), "text": ("text",), "cross": ("image", "text")}
+ROLE_MODALITIES: dict[str, tuple[str, ...]] = {"vision": ("image",), "text": ("text",), "cross": ("image", "text")}
 """What the encoder of a role must read."""
-BATCH = 32
+ENCODE_BATCH_SIZE = 32
 
 
-def kind_of(part: Part) -> str:
+def get_modality(part: Part) -> str:
     """image or text."""
     return "image" if isinstance(part, ImageRef) else "text"
 
 
-def slice_of(part: Part) -> Slice:
+def make_slice(part: Part) -> Slice:
     """A part with its content's exact name. Raises ImageError for an image that cannot be read."""
-    content = images.content_key(part) if isinstance(part, ImageRef) else hashlib.sha256(part.encode()).hexdigest()
-    return Slice(part, f"{kind_of(part)}:{content}")
+    content = images.image_key(part) if isinstance(part, ImageRef) else hashlib.sha256(part.encode()).hexdigest()
+    return Slice(part, f"{get_modality(part)}:{content}")
 
 
 @dataclass
-class Encoder:
+class FrozenEncoder:
     """A frozen encoder that is opened when it is first needed."""
 
     folder: Path
-    kinds: tuple[str, ...]
+    modalities: tuple[str, ...]
     """What it reads: image, text, or both."""
-    open: Callable[[], Mapping[str, Encode]]
+    load: Callable[[], Mapping[str, EncodeFunction]]
     """Loads the weights: kind -> function."""
     fingerprint: str
     """Names all that decides a vector."""
 
     @cached_property
-    def encode(self) -> Mapping[str, Encode]:
+    def encode_functions(self) -> Mapping[str, EncodeFunction]:
         """kind -> function."""
-        return self.open()
+        return self.load()
 
     @cached_property
-    def width(self) -> int:
+    def dim(self) -> int:
         """Numbers in a vector."""
         blank = ImageRef(data=images.encode_png(images.from_pixels(np.full((32, 32, 3), 128, np.uint8))))
-        part: Part = blank if self.kinds[0] == "image" else "."
-        return len(self.encode[self.kinds[0]]([part])[0])
+        part: Part = blank if self.modalities[0] == "image" else "."
+        return len(self.encode_functions[self.modalities[0]]([part])[0])
 
 
-class Encoders:
+class FrozenEncoders:
     """The frozen encoders of a run, by role.
 
     Args:
@@ -94,62 +94,62 @@ class Encoders:
         ConfigError: an encoder that cannot read what its role asks.
     """
 
-    def __init__(self, encoders: Mapping[str, Encoder], *, cache: FeatureCache):
-        self.encoders, self.cache = encoders, cache
+    def __init__(self, encoders: Mapping[str, FrozenEncoder], *, cache: FeatureCache):
+        self.by_role, self.cache = encoders, cache
         self._width: dict[str, int] = {}
         self._lock = threading.Lock()  # batches are laid out in a thread, and tokenizers do not share
         for role, encoder in encoders.items():
-            if lost := sorted(set(ROLES[role]) - set(encoder.kinds)):
-                what = f"{encoder.folder} reads {' and '.join(encoder.kinds)}s, {role} needs {' and '.join(lost)}s too"
+            if lost := sorted(set(ROLE_MODALITIES[role]) - set(encoder.modalities)):
+                what = f"{encoder.folder} reads {' and '.join(encoder.modalities)}s, {role} needs {' and '.join(lost)}s too"
                 raise ConfigError(what, place=f"encoders.{role}", fix="See docs/train.md for what each role takes")
 
-    def see(self, sequences: list[Sequence]) -> list[Sequence]:
+    def attach_features(self, sequences: list[Sequence]) -> list[Sequence]:
         """The same sequences, with the features of all roles at the slices of their anchors.
 
         Raises:
             DataError: a slice for which an encoder gives NaN or nothing but zeros.
             ModelError: a vector of another width than the encoder's others.
         """
-        slices = {one.key: one for s in sequences for anchor in s.anchors for one in anchor.slices}
+        slices = {one.content_key: one for s in sequences for anchor in s.anchors for one in anchor.slices}
         if not slices:
             return sequences
-        seen = dict(zip(slices, self.look(list(slices.values())), strict=True))
+        seen = dict(zip(slices, self.encode_slices(list(slices.values())), strict=True))
         return [
-            replace(s, anchors=tuple(replace(a, slices=tuple(seen[one.key] for one in a.slices)) for a in s.anchors))
+            replace(s, anchors=tuple(replace(a, slices=tuple(seen[one.content_key] for one in a.slices)) for a in s.anchors))
             for s in sequences
         ]
 
-    def look(self, slices: list[Slice]) -> list[Slice]:
+    def encode_slices(self, slices: list[Slice]) -> list[Slice]:
         """The same slices, with the features of all roles that compare their kind. Raises as `see` does."""
         with self._lock:
-            found = {role: self.vectors(role, slices) for role in self.encoders}
+            found = {role: self.compute_vectors(role, slices) for role in self.by_role}
         return [
-            replace(one, features={role: vectors[one.key] for role, vectors in found.items() if one.key in vectors})
+            replace(one, features={role: vectors[one.content_key] for role, vectors in found.items() if one.content_key in vectors})
             for one in slices
         ]
 
-    def width(self, role: str) -> int:
+    def get_dim(self, role: str) -> int:
         """Numbers in a vector of this role's encoder."""
-        return self._width.setdefault(role, self.encoders[role].width)
+        return self._width.setdefault(role, self.by_role[role].dim)
 
-    def vectors(self, role: str, slices: list[Slice]) -> dict[str, Tensor]:
+    def compute_vectors(self, role: str, slices: list[Slice]) -> dict[str, Tensor]:
         """Slice.key -> float32[D], unit length, of the slices that the role compares. Raises as `see` does."""
-        encoder = self.encoders[role]
+        encoder = self.by_role[role]
         found: dict[str, Tensor] = {}
-        for kind in ROLES[role]:
+        for kind in ROLE_MODALITIES[role]:
             missing: dict[str, Slice] = {}
             for one in slices:
-                if kind_of(one.part) == kind:
+                if get_modality(one.part) == kind:
                     cached = self.cache.get(_key(one, encoder))
-                    if cached is not None and usable(cached):
-                        found[one.key] = cached
+                    if cached is not None and is_usable_vector(cached):
+                        found[one.content_key] = cached
                     else:
-                        missing[one.key] = one
+                        missing[one.content_key] = one
             todo = list(missing.values())
-            for begin in range(0, len(todo), BATCH):
-                chunk = todo[begin : begin + BATCH]
-                for one, vector in zip(chunk, encoder.encode[kind]([one.part for one in chunk]), strict=True):
-                    found[one.key] = self._keep(role, one, vector.detach().cpu().float())
+            for begin in range(0, len(todo), ENCODE_BATCH_SIZE):
+                chunk = todo[begin : begin + ENCODE_BATCH_SIZE]
+                for one, vector in zip(chunk, encoder.encode_functions[kind]([one.part for one in chunk]), strict=True):
+                    found[one.content_key] = self._keep(role, one, vector.detach().cpu().float())
         for vector in found.values():
             if len(vector) != self._width.setdefault(role, len(vector)):
                 what = f"a cached vector has {len(vector)} numbers, the others of this encoder {self._width[role]}"
@@ -157,8 +157,8 @@ class Encoders:
         return found
 
     def _keep(self, role: str, one: Slice, vector: Tensor) -> Tensor:
-        encoder = self.encoders[role]
-        if not usable(vector):
+        encoder = self.by_role[role]
+        if not is_usable_vector(vector):
             what = "NaN" if bool(vector.isnan().any()) else "infinite numbers or zeros alone"
             name = one.part.name if isinstance(one.part, ImageRef) else repr(one.part[:60])
             fix = f"Leave it out, or choose another encoders.{role}"
@@ -168,19 +168,19 @@ class Encoders:
         return vector
 
 
-def usable(vector: Tensor) -> bool:
+def is_usable_vector(vector: Tensor) -> bool:
     """One direction in space: finite, and not zero."""
     return vector.dim() == 1 and bool(vector.isfinite().all()) and float(vector.norm()) > 1e-6
 
 
-def _key(one: Slice, encoder: Encoder) -> str:
-    return hashlib.sha256(f"{one.key}:{encoder.fingerprint}".encode()).hexdigest()
+def _key(one: Slice, encoder: FrozenEncoder) -> str:
+    return hashlib.sha256(f"{one.content_key}:{encoder.fingerprint}".encode()).hexdigest()
 
 
 # ------------------------------------------------------------------ opening a folder
 
 
-def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | torch.device = "cpu") -> Encoder:
+def open_encoder(folder: Path, *, trained_model: DuetModel | None = None, device: str | torch.device = "cpu") -> FrozenEncoder:
     """A local folder -> its encoder, told by its config.json; weights are not read yet.
 
     Args:
@@ -193,8 +193,8 @@ def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | to
     """
     config = read_config(folder)
     kinds: tuple[str, ...]
-    if config.get("model_type") in BACKBONES:
-        kinds, loader = ("image",), partial(_tower, folder, own, device)
+    if config.get("model_type") in FAMILIES:
+        kinds, loader = ("image",), partial(_tower, folder, trained_model, device)
     elif {"vision_config", "text_config"} <= config.keys():
         kinds, loader = ("image", "text"), partial(_contrastive, folder, device)
     elif "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper":
@@ -204,12 +204,12 @@ def open_encoder(folder: Path, *, own: DuetModel | None = None, device: str | to
         kinds, loader = ("image",), partial(_vision, folder, device)
     else:
         kinds, loader = ("text",), partial(_sentences, folder, device)
-    return Encoder(folder, kinds, loader, fingerprint(folder))
+    return FrozenEncoder(folder, kinds, loader, fingerprint_encoder(folder))
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_encoder(folder: Path) -> str:
     """Names weights, processors and pooling of a checkpoint folder."""
-    digest = hashlib.sha256(f"{fingerprint_of(folder)}:{IMAGE_BACKEND}".encode())
+    digest = hashlib.sha256(f"{fingerprint_checkpoint(folder)}:{IMAGE_BACKEND}".encode())
     names = (
         "preprocessor_config.json",
         "processor_config.json",
@@ -226,13 +226,13 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> Mapping[str, Encode]:
+def _tower(folder: Path, own: DuetModel | None, device: str | torch.device) -> Mapping[str, EncodeFunction]:
     """The mean of the vision tower's features of a VLM."""
-    if own is not None and fingerprint_of(own.backbone.folder) == fingerprint_of(folder):
-        backbone, prepare, look = own.backbone, own.prepare, own.vision_features  # and its cache
+    if own is not None and fingerprint_checkpoint(own.backbone.folder) == fingerprint_checkpoint(folder):
+        backbone, prepare, look = own.backbone, own.prepare_image, own.vision_features  # and its cache
     else:
         backbone = load_backbone(folder, device=device)
-        prepare, look = backbone.prepare, backbone.vision
+        prepare, look = backbone.prepare_image, backbone.compute_vision_features
 
     def encode(refs: list[ImageRef]) -> Tensor:
         prepared = [prepare(ref) for ref in refs]
@@ -252,7 +252,7 @@ def _readable_timm(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _model(folder: Path, device: str | torch.device) -> Any:
-    with opening(folder):
+    with translate_load_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if config.model_type == "timm_wrapper" and config.model_args:
             config.model_args.pop("num_classes", None)  # timm writes it there, and transformers' wrapper says it itself
@@ -272,18 +272,18 @@ def _model(folder: Path, device: str | torch.device) -> Any:
 
 
 def _processor(folder: Path) -> Any:
-    with opening(folder):
+    with translate_load_errors(folder):
         return AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )
 
 
 def _pixels(processor: Any, refs: list[ImageRef], device: str | torch.device) -> dict[str, Tensor]:
-    rows = [process(processor, ref) for ref in refs]
+    rows = [preprocess_image(processor, ref) for ref in refs]
     return {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
 
 
-def _vision(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
+def _vision(folder: Path, device: str | torch.device) -> Mapping[str, EncodeFunction]:
     """The pooled output of a vision model: DINOv2's class token, a convolutional network's mean over the map."""
     model, processor = _model(folder, device), _processor(folder)
 
@@ -298,7 +298,7 @@ def _vision(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
     return {"image": encode}
 
 
-def _sentences(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
+def _sentences(folder: Path, device: str | torch.device) -> Mapping[str, EncodeFunction]:
     return {"text": load_text_encoder(folder, device=device)}
 
 
@@ -312,13 +312,13 @@ def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Ca
     """
     read_config(folder)
     longest = _longest_text(folder)  # before anything is loaded
-    with opening(folder):
+    with translate_load_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
     model.to(device).eval()
-    longest = longest or (tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED else 256)
+    longest = longest or (tokenizer.model_max_length if tokenizer.model_max_length < UNLIMITED_TOKENS else 256)
     first = _pooling(folder) == "cls"
 
     @torch.no_grad()
@@ -332,7 +332,7 @@ def load_text_encoder(folder: Path, *, device: str | torch.device = "cpu") -> Ca
     return encode
 
 
-UNLIMITED = 1 << 20
+UNLIMITED_TOKENS = 1 << 20
 """Tokens: tokenizers that know no limit have a number with thirty digits."""
 
 
@@ -360,13 +360,13 @@ def _pooling(folder: Path) -> str:
     return str(pooling)
 
 
-def _contrastive(folder: Path, device: str | torch.device) -> Mapping[str, Encode]:
+def _contrastive(folder: Path, device: str | torch.device) -> Mapping[str, EncodeFunction]:
     """CLIP, SigLIP and their like: one space for both kinds."""
     model, processor = _model(folder, device), _processor(folder)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         what = f"'{model.config.model_type}' has no space that images and texts share"
         raise ModelError(what, place=folder, fix="Use CLIP, SigLIP or their like")
-    with opening(folder):
+    with translate_load_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     longest = model.config.text_config.max_position_embeddings
     # SigLIP was trained on padded texts and reads the last position.

@@ -19,11 +19,11 @@ from torch import Tensor
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ModelError
 
-MEMORY = 256 << 20
+DEFAULT_MEMORY_BYTES = 256 << 20
 """Bytes that are kept without a folder: enough to see an image twice, not enough to hurt who indexes a million."""
 
 
-def file_version(path: Path | None) -> tuple[str, int, int] | None:
+def get_file_version(path: Path | None) -> tuple[str, int, int] | None:
     """Names a file as it is now, without reading it; None where there is none."""
     if path is None or not path.is_file():
         return None
@@ -31,9 +31,9 @@ def file_version(path: Path | None) -> tuple[str, int, int] | None:
     return str(path), status.st_mtime_ns, status.st_size
 
 
-VISION_BATCH = 8
+VISION_BATCH_IMAGES = 8
 """Images that a vision tower is given at a time: more take memory. On a CPU it takes them one by one."""
-FEATURES = "features"
+FEATURES_INPUT = "features"
 """Name of an image's cached vision features among its inputs."""
 
 
@@ -44,8 +44,8 @@ class FeatureCache:
         folder: where they are kept; None keeps the newest `memory` bytes of them in memory.
     """
 
-    def __init__(self, folder: Path | None, *, memory: int = MEMORY):
-        self.folder, self.memory = folder, memory
+    def __init__(self, folder: Path | None, *, memory_bytes: int = DEFAULT_MEMORY_BYTES):
+        self.folder, self.memory_bytes = folder, memory_bytes
         self._memory: dict[str, Tensor] = {}
         self._bytes = 0
         self._lock = threading.Lock()  # the thread that lays out the next batch asks encoders too
@@ -71,7 +71,7 @@ class FeatureCache:
             with self._lock:
                 self._bytes += kept.nbytes - (self._memory[key].nbytes if key in self._memory else 0)
                 self._memory[key] = kept
-                while self._bytes > self.memory:
+                while self._bytes > self.memory_bytes:
                     self._bytes -= self._memory.pop(next(iter(self._memory))).nbytes
             return
         path = self._path(key)
@@ -89,7 +89,7 @@ class _OnDisk(Mapping[str, Tensor]):
         self.cache, self.key = cache, key
 
     def __getitem__(self, name: str) -> Tensor:
-        if name != FEATURES:
+        if name != FEATURES_INPUT:
             raise KeyError(name)
         found = self.cache.get(self.key)
         if found is None:
@@ -98,40 +98,40 @@ class _OnDisk(Mapping[str, Tensor]):
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter((FEATURES,))
+        return iter((FEATURES_INPUT,))
 
     def __len__(self) -> int:
         return 1
 
 
-def with_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
+def attach_cached_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
     """The image with its cached features as its inputs: what is in memory travels along, for the cache may let go of it
     before the batch is read. None where they are not there."""
-    found = cache.get(image.key)
+    found = cache.get(image.cache_key)
     if found is None:
         return None
-    return replace(image, inputs={FEATURES: found} if cache.folder is None else _OnDisk(cache, image.key))
+    return replace(image, inputs={FEATURES_INPUT: found} if cache.folder is None else _OnDisk(cache, image.cache_key))
 
 
-def features_of(
+def compute_features(
     prepared: list[PreparedImage], cache: FeatureCache, tower: Callable[[list[PreparedImage]], Tensor]
 ) -> list[Tensor]:
     """float[tokens, Dv] of every image; each distinct one that is not cached goes through the tower once."""
-    distinct = {image.key: image for image in prepared}
-    found = {key: p.inputs[FEATURES] if FEATURES in p.inputs else cache.get(key) for key, p in distinct.items()}
-    missing = [image for image in distinct.values() if found[image.key] is None]
-    for begin in range(0, len(missing), VISION_BATCH):
-        chunk = missing[begin : begin + VISION_BATCH]
+    distinct = {image.cache_key: image for image in prepared}
+    found = {key: p.inputs[FEATURES_INPUT] if FEATURES_INPUT in p.inputs else cache.get(key) for key, p in distinct.items()}
+    missing = [image for image in distinct.values() if found[image.cache_key] is None]
+    for begin in range(0, len(missing), VISION_BATCH_IMAGES):
+        chunk = missing[begin : begin + VISION_BATCH_IMAGES]
         parts = tower(chunk).split([image.num_features for image in chunk])
         for image, features in zip(chunk, parts, strict=True):
-            cache.put(image.key, features)
-            found[image.key] = features
-    tensors = [found[image.key] for image in prepared]
+            cache.put(image.cache_key, features)
+            found[image.cache_key] = features
+    tensors = [found[image.cache_key] for image in prepared]
     assert all(t is not None for t in tensors)
     return [t for t in tensors if t is not None]
 
 
-def settled(
+def replace_pixels_by_features(
     sequences: list[Sequence], cache: FeatureCache, tower: Callable[[list[PreparedImage]], Tensor]
 ) -> list[Sequence]:
     """The sequences with vision features for pixels.
@@ -141,8 +141,8 @@ def settled(
     """
     seen = [image for sequence in sequences for _, image in sequence.images]
     found = {}
-    for begin in range(0, len(seen), VISION_BATCH):
-        some = seen[begin : begin + VISION_BATCH]
-        for image, features in zip(some, features_of(some, cache, tower), strict=True):
-            found[image.key] = with_features(image, cache) or replace(image, inputs={FEATURES: features})
-    return [replace(s, images=tuple((at, found[image.key]) for at, image in s.images)) for s in sequences]
+    for begin in range(0, len(seen), VISION_BATCH_IMAGES):
+        some = seen[begin : begin + VISION_BATCH_IMAGES]
+        for image, features in zip(some, compute_features(some, cache, tower), strict=True):
+            found[image.cache_key] = attach_cached_features(image, cache) or replace(image, inputs={FEATURES_INPUT: features})
+    return [replace(s, images=tuple((at, found[image.cache_key]) for at, image in s.images)) for s in sequences]

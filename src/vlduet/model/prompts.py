@@ -14,13 +14,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vlduet.data.keys import content_key
-from vlduet.data.records import ImageRef, Message, Parts, images_of
-from vlduet.data.sequences import IGNORE, Anchor, PreparedImage, Sequence, Slice
+from vlduet.data.records import ImageRef, Message, Parts, extract_images
+from vlduet.data.sequences import IGNORE_INDEX, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
-from vlduet.model.families.family import Frame, named
-from vlduet.model.processing import Processing, Tokenizer
+from vlduet.model.families.family import ImageDelimiters, token_string
+from vlduet.model.processing import Processor, Tokenizer
 
-SLOT = re.compile(r"\{(image|text|parts)\}")
+SLOT_PATTERN = re.compile(r"\{(image|text|parts)\}")
 Span = tuple[int, int]
 
 
@@ -45,7 +45,7 @@ class Prompts:
 
     def __post_init__(self) -> None:
         for name in ("image", "text", "parts"):
-            if SLOT.findall(getattr(self, name)) != [name]:
+            if SLOT_PATTERN.findall(getattr(self, name)) != [name]:
                 raise ConfigError(
                     f"{getattr(self, name)!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once"
                 )
@@ -58,69 +58,69 @@ class Prompts:
 
 
 @dataclass(slots=True)
-class Builder:
+class SequenceBuilder:
     """A sequence under construction. `text` returns spans, which may shrink only when `build` cuts to a limit."""
 
     tokenizer: Tokenizer
     image_token_id: int
-    image_frame: Frame
-    ids: list[int] = field(default_factory=list)
+    image_delimiters: ImageDelimiters
+    token_ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     images: list[tuple[int, PreparedImage]] = field(default_factory=list)
     anchors: list[Anchor] = field(default_factory=list)
-    texts: list[Span] = field(default_factory=list)
+    text_spans: list[Span] = field(default_factory=list)
     """User pieces that carry no anchor inside: what may be cut when the sequence is too long."""
-    tail: tuple[int, str] = (0, "")
+    last_control: tuple[int, str] = (0, "")
     """The prompt piece that it ends with, and where that begins."""
 
-    def add(self, ids: list[int], *, supervised: bool = False, text: str = "") -> Span:
+    def append_tokens(self, ids: list[int], *, supervised: bool = False, text: str = "") -> Span:
         """Tokens as they are; of a prompt piece with its `text`."""
-        start = len(self.ids)
-        self.tail = start, text
-        self.ids += ids
-        self.labels += ids if supervised and start > 0 else [IGNORE] * len(ids)
+        start = len(self.token_ids)
+        self.last_control = start, text
+        self.token_ids += ids
+        self.labels += ids if supervised and start > 0 else [IGNORE_INDEX] * len(ids)
         if supervised and start == 0 and ids:
-            self.labels[0:] = [IGNORE, *ids[1:]]
-        return start, len(self.ids)
+            self.labels[0:] = [IGNORE_INDEX, *ids[1:]]
+        return start, len(self.token_ids)
 
-    def control(self, text: str) -> Span:
+    def append_control(self, text: str) -> Span:
         """A prompt piece; special tokens in it are special. With a piece right before it, it is one text: two line ends
         may be one token."""
-        start, before = self.tail
+        start, before = self.last_control
         if not text:
-            return len(self.ids), len(self.ids)
+            return len(self.token_ids), len(self.token_ids)
         if before:
-            del self.ids[start:], self.labels[start:]
-        return self.add(self.tokenizer.encode(before + text, add_special_tokens=False), text=before + text)
+            del self.token_ids[start:], self.labels[start:]
+        return self.append_tokens(self.tokenizer.encode(before + text, add_special_tokens=False), text=before + text)
 
-    def text(self, text: str, *, supervised: bool = False) -> Span:
+    def append_text(self, text: str, *, supervised: bool = False) -> Span:
         """A user's text: special tokens in it are spelled out."""
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        span = self.add(ids, supervised=supervised)
-        self.texts.append(span)
+        span = self.append_tokens(ids, supervised=supervised)
+        self.text_spans.append(span)
         return span
 
-    def image(self, image: PreparedImage) -> Span:
+    def append_image(self, image: PreparedImage) -> Span:
         """An image's place, in the checkpoint's frame; the span is the image's own, without words around it."""
-        before, after = self.image_frame
-        framed = bool(before) and self.tail[1].endswith(before)  # a chat template may write its frames itself
-        self.control("" if framed else before)
-        start, _ = self.add(image.ids(self.image_token_id))
+        before, after = self.image_delimiters
+        framed = bool(before) and self.last_control[1].endswith(before)  # a chat template may write its frames itself
+        self.append_control("" if framed else before)
+        start, _ = self.append_tokens(image.token_ids(self.image_token_id))
         self.images.append((start, image))
-        self.control("" if framed else after)
-        first, end = image.own
+        self.append_control("" if framed else after)
+        first, end = image.feature_span
         return start + first, start + end
 
-    def copy(self) -> Builder:
+    def copy(self) -> SequenceBuilder:
         """As it is now, whatever is written on."""
         found = replace(self)
         for name in ("ids", "labels", "images", "anchors", "texts"):
             setattr(found, name, [*getattr(self, name)])
         return found
 
-    def anchor(self, span: Span, *, role: str, record: str, key: str, slices: tuple[Slice, ...] = ()) -> None:
+    def add_anchor(self, span: Span, *, role: str, record_name: str, content_key: str, slices: tuple[Slice, ...] = ()) -> None:
         """Read an embedding at `span` (its mean; pass the span of one token for a last-token reading)."""
-        self.anchors.append(Anchor(span[0], span[1], role, record, key, slices))
+        self.anchors.append(Anchor(span[0], span[1], role, record_name, content_key, slices))
 
     def build(self, limit: int) -> Sequence:
         """Finish; cut user texts, never images, from their ends where the sequence is longer than `limit` tokens.
@@ -128,25 +128,25 @@ class Builder:
         Raises:
             DataError: the images and the prompt alone are longer than the limit.
         """
-        while (over := len(self.ids) - limit) > 0:
-            start, end = max(self.texts, key=lambda span: span[1] - span[0], default=(0, 0))
+        while (over := len(self.token_ids) - limit) > 0:
+            start, end = max(self.text_spans, key=lambda span: span[1] - span[0], default=(0, 0))
             if end - start <= 1:
-                what = f"{len(self.images)} images and the prompt take {len(self.ids)} tokens, the limit is {limit}"
+                what = f"{len(self.images)} images and the prompt take {len(self.token_ids)} tokens, the limit is {limit}"
                 raise DataError(what, fix="Raise data.max_tokens or give the record fewer images")
             self._cut(max(start + 1, end - over), end)
-        return Sequence(tuple(self.ids), tuple(self.labels), tuple(self.anchors), tuple(self.images))
+        return Sequence(tuple(self.token_ids), tuple(self.labels), tuple(self.anchors), tuple(self.images))
 
     def _cut(self, start: int, end: int) -> None:
         """Remove tokens [start, end), moving everything that points behind them."""
-        del self.ids[start:end], self.labels[start:end]
+        del self.token_ids[start:end], self.labels[start:end]
         removed = end - start
         if start < len(self.labels):
-            self.labels[start] = IGNORE  # what comes now is not what followed the text: nobody shall learn to stop here
+            self.labels[start] = IGNORE_INDEX  # what comes now is not what followed the text: nobody shall learn to stop here
 
         def moved(at: int) -> int:
             return at if at <= start else max(start, at - removed)
 
-        self.texts = [(moved(a), moved(b)) for a, b in self.texts]
+        self.text_spans = [(moved(a), moved(b)) for a, b in self.text_spans]
         self.images = [(moved(at), image) for at, image in self.images]
         kept = []
         for a in self.anchors:
@@ -165,30 +165,30 @@ class Renderer:
         max_tokens: longest sequence; user texts are cut to fit, images never.
     """
 
-    def __init__(self, processing: Processing, *, prompts: Prompts, max_tokens: int = 2048):
-        self.tokenizer, self.prepare = processing.tokenizer, processing.prepare
-        self.image_token_id, self.image_frame = processing.image_token_id, processing.image_frame
-        self.image_mark, self.eos_ids = processing.image_mark, [*processing.eos_ids]
+    def __init__(self, processing: Processor, *, prompts: Prompts, max_tokens: int = 2048):
+        self.tokenizer, self.prepare_image = processing.tokenizer, processing.prepare_image
+        self.image_token_id, self.image_delimiters = processing.image_token_id, processing.image_delimiters
+        self.image_placeholder, self.eos_token_ids = processing.image_placeholder, [*processing.eos_token_ids]
         self.prompts, self.max_tokens = prompts, max_tokens
         start = self.tokenizer.encode("", add_special_tokens=True)
         bos = self.tokenizer.bos_token_id
-        self.bos = [bos] if bos is not None and start[:1] == [bos] else []
+        self.bos_ids = [bos] if bos is not None and start[:1] == [bos] else []
 
-    def builder(self) -> Builder:
+    def new_builder(self) -> SequenceBuilder:
         """An empty sequence that starts as the checkpoint's sequences do."""
-        builder = Builder(self.tokenizer, self.image_token_id, self.image_frame)
-        builder.add(list(self.bos))
+        builder = SequenceBuilder(self.tokenizer, self.image_token_id, self.image_delimiters)
+        builder.append_tokens(list(self.bos_ids))
         return builder
 
-    def prompt(self, builder: Builder, parts: Parts, *, query: bool = False) -> list[Span]:
+    def append_prompt(self, builder: SequenceBuilder, parts: Parts, *, is_query: bool = False) -> list[Span]:
         """Write the embedding prompt of `parts`; returns the span of every part."""
         before, after = self._frame(parts)
-        builder.control(before)
-        spans = [self._part(builder, parts, i, query=query) for i in range(len(parts))]
-        builder.control(after)
+        builder.append_control(before)
+        spans = [self._part(builder, parts, i, query=is_query) for i in range(len(parts))]
+        builder.append_control(after)
         return spans
 
-    def document(self, parts: Parts) -> tuple[Builder, list[Span]]:
+    def render_document(self, parts: Parts) -> tuple[SequenceBuilder, list[Span]]:
         """The embedding prompt of an interleaved document whose texts are supervised, as far as the document fits.
 
         Returns:
@@ -196,20 +196,20 @@ class Renderer:
             that is there whole and ends with a text ends with the end-of-text token.
         """
         before, after = self._frame(parts)
-        builder = self.builder()
-        builder.control(before)
+        builder = self.new_builder()
+        builder.append_control(before)
         room = self.max_tokens - 1 - len(self.tokenizer.encode(after, add_special_tokens=False))
         spans: list[Span] = []
         for i in range(len(parts)):
             so_far = builder.copy()
             span = self._part(builder, parts, i, supervised=True)
-            if i and len(builder.ids) > room:
+            if i and len(builder.token_ids) > room:
                 builder = so_far
                 break
             spans.append(span)
         if len(spans) == len(parts) and isinstance(parts[-1], str):  # an end after an image would silence captions
-            builder.add(self.eos_ids[:1], supervised=True)
-        builder.control(after)
+            builder.append_tokens(self.eos_token_ids[:1], supervised=True)
+        builder.append_control(after)
         return builder, spans
 
     def _frame(self, parts: Parts) -> tuple[str, str]:
@@ -218,64 +218,64 @@ class Renderer:
         name = ("image" if kinds == {True} and len(parts) == 1 else "text") if len(kinds) == 1 else "parts"
         name = "parts" if name == "image" and len(parts) > 1 else name
         template: str = getattr(self.prompts, name)
-        before, after = SLOT.split(template)[::2]
+        before, after = SLOT_PATTERN.split(template)[::2]
         if self.prompts.chat:
             turn = self._template([Message("user", ("\ue000",))], generation_prompt=True)
             opening, closing = turn.split("\ue000")
             before, after = opening + before, after + closing
-        if self.bos and self.tokenizer.bos_token and before.startswith(str(self.tokenizer.bos_token)):
+        if self.bos_ids and self.tokenizer.bos_token and before.startswith(str(self.tokenizer.bos_token)):
             before = before[len(str(self.tokenizer.bos_token)) :]
         return before, after
 
-    def _part(self, builder: Builder, parts: Parts, i: int, *, query: bool = False, supervised: bool = False) -> Span:
+    def _part(self, builder: SequenceBuilder, parts: Parts, i: int, *, query: bool = False, supervised: bool = False) -> Span:
         part = parts[i]
         if isinstance(part, ImageRef):
-            return builder.image(self.prepare(part))
+            return builder.append_image(self.prepare_image(part))
         lead = " " if i and not isinstance(parts[i - 1], ImageRef) else ""
-        return builder.text(lead + (self.prompts.query if query else "") + part, supervised=supervised)
+        return builder.append_text(lead + (self.prompts.query if query else "") + part, supervised=supervised)
 
-    def embed(self, parts: Parts, *, query: bool = False, role: str = "", record: str = "", key: str = "") -> Sequence:
+    def render_embedding(self, parts: Parts, *, is_query: bool = False, role: str = "", record_name: str = "", content_key: str = "") -> Sequence:
         """The sequence whose one anchor is the embedding of `parts`. Raises DataError for nothing to embed."""
         if not parts or any(isinstance(p, str) and not p.strip() for p in parts):
             raise DataError("nothing to embed", fix="Give a non-empty text or an image")
-        builder = self.builder()
-        spans = self.prompt(builder, parts, query=query)
-        builder.anchor(self.reading(builder, parts, spans), role=role, record=record, key=key)
+        builder = self.new_builder()
+        spans = self.append_prompt(builder, parts, is_query=is_query)
+        builder.add_anchor(self.pooling_span(builder, parts, spans), role=role, record_name=record_name, content_key=content_key)
         return builder.build(self.max_tokens)
 
-    def caption(self, image: ImageRef, caption: str, *, record: str = "") -> Sequence:
+    def render_caption(self, image: ImageRef, caption: str, *, record_name: str = "") -> Sequence:
         """Image prompt, read as the image's embedding; then the caption and its end, supervised: one image pass for both
         losses (VladVA)."""
-        builder = self.builder()
-        spans = self.prompt(builder, (image,))
-        reading = self.reading(builder, (image,), spans)
-        builder.anchor(reading, role="image", record=record, key=content_key((image,)))
-        builder.text(caption, supervised=True)
-        builder.add(self.eos_ids[:1], supervised=True)
+        builder = self.new_builder()
+        spans = self.append_prompt(builder, (image,))
+        reading = self.pooling_span(builder, (image,), spans)
+        builder.add_anchor(reading, role="image", record_name=record_name, content_key=content_key((image,)))
+        builder.append_text(caption, supervised=True)
+        builder.append_tokens(self.eos_token_ids[:1], supervised=True)
         return builder.build(self.max_tokens)
 
-    def ask_for_caption(self, image: ImageRef, prompt: str) -> Sequence:
+    def render_caption_request(self, image: ImageRef, prompt: str) -> Sequence:
         """What a caption is written after: image and instruction in a user's turn, or without one the image prompt.
 
         Raises:
             ConfigError: an instruction for a checkpoint without a chat template. DataError, ImageError: a broken image.
         """
         if not prompt:
-            return self.embed((image,))
+            return self.render_embedding((image,))
         if not self.tokenizer.chat_template:
             fix = "Give an empty one: captions then go on from the image prompt"
             raise ConfigError("the checkpoint has no chat template to ask in", place="prompt", fix=fix)
-        return self.chat((Message("user", (image, prompt)),), answer=True)
+        return self.render_chat((Message("user", (image, prompt)),), add_generation_prompt=True)
 
-    def reading(self, builder: Builder, parts: Parts, spans: list[Span]) -> Span:
+    def pooling_span(self, builder: SequenceBuilder, parts: Parts, spans: list[Span]) -> Span:
         """Where the prompt that was just written is read: an image's tokens or the last token of all."""
-        last, pool = len(builder.ids), self.prompts.image_pool
+        last, pool = len(builder.token_ids), self.prompts.image_pool
         alone = len(parts) == 1 and isinstance(parts[0], ImageRef)
-        nothing_after = isinstance(parts[-1], ImageRef) and builder.tail[1] == self.image_frame[1]
+        nothing_after = isinstance(parts[-1], ImageRef) and builder.last_control[1] == self.image_delimiters[1]
         by_image = (alone and pool != "last") or (nothing_after and pool == "mean")
         return spans[-1] if by_image else (last - 1, last)
 
-    def chat(self, messages: tuple[Message, ...], *, answer: bool) -> Sequence:
+    def render_chat(self, messages: tuple[Message, ...], *, add_generation_prompt: bool) -> Sequence:
         """A conversation in the checkpoint's own chat template.
 
         Args:
@@ -292,7 +292,7 @@ class Renderer:
         marked = []
         for message in messages:
             parts = []
-            said = message.role == "assistant" and not answer
+            said = message.role == "assistant" and not add_generation_prompt
             last = max((i for i, part in enumerate(message.parts) if isinstance(part, str)), default=-1)
             for i, part in enumerate(message.parts):
                 if isinstance(part, str):
@@ -301,39 +301,39 @@ class Renderer:
                 else:
                     parts.append(part)  # type: ignore[arg-type]
             marked.append(Message(message.role, tuple(parts)))
-        refs = images_of(part for message in messages for part in message.parts)
-        rendered = self._template(marked, generation_prompt=answer)
-        builder = self.builder()
-        if self.bos and self.tokenizer.bos_token:
+        refs = extract_images(part for message in messages for part in message.parts)
+        rendered = self._template(marked, generation_prompt=add_generation_prompt)
+        builder = self.new_builder()
+        if self.bos_ids and self.tokenizer.bos_token:
             rendered = rendered.removeprefix(str(self.tokenizer.bos_token))
         closing = False  # True right after an answer: its end-of-turn token is supervised too
-        for piece in re.split(rf"(\ue000\d+\ue001|{re.escape(self.image_mark)})", rendered):
-            if piece == self.image_mark:
-                builder.image(self.prepare(refs[len(builder.images)]))
+        for piece in re.split(rf"(\ue000\d+\ue001|{re.escape(self.image_placeholder)})", rendered):
+            if piece == self.image_placeholder:
+                builder.append_image(self.prepare_image(refs[len(builder.images)]))
             elif piece.startswith("\ue000"):
                 text, supervised, closing = contents[int(piece[1:-1])]
-                builder.text(text, supervised=supervised)
+                builder.append_text(text, supervised=supervised)
             elif piece or closing:
                 self._control(builder, piece, closing=closing)
                 closing = False
         return builder.build(self.max_tokens)
 
-    def _control(self, builder: Builder, piece: str, *, closing: bool) -> None:
+    def _control(self, builder: SequenceBuilder, piece: str, *, closing: bool) -> None:
         """A template piece; behind an answer its end-of-turn token is supervised, and added where the template has none."""
         ids = self.tokenizer.encode(piece, add_special_tokens=False)
         if closing:
-            stop = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
-            builder.add(self.eos_ids[:1] if stop is None else ids[: stop + 1], supervised=True)
+            stop = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
+            builder.append_tokens(self.eos_token_ids[:1] if stop is None else ids[: stop + 1], supervised=True)
             if stop is not None:
-                _, _, piece = piece.partition(named(self.tokenizer, ids[stop]))
+                _, _, piece = piece.partition(token_string(self.tokenizer, ids[stop]))
                 ids = ids[stop + 1 :]
-        builder.add(ids, text=piece)
+        builder.append_tokens(ids, text=piece)
 
     def _template(self, messages: list[Message], *, generation_prompt: bool) -> str:
         def content(message: Message, as_list: bool) -> Any:
             if as_list:
                 return [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
-            return "".join(p if isinstance(p, str) else self.image_mark + "\n" for p in message.parts)
+            return "".join(p if isinstance(p, str) else self.image_placeholder + "\n" for p in message.parts)
 
         if not self.tokenizer.chat_template:
             raise ConfigError(
@@ -353,7 +353,7 @@ class Renderer:
             count = sum(not isinstance(p, str) for m in messages for p in m.parts)
             if (
                 all(text.count(p) == 1 for p in wanted)
-                and text.count(self.image_mark) == count
+                and text.count(self.image_placeholder) == count
                 and "'type'" not in text
             ):
                 return text

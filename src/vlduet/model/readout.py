@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlduet.data.batches import Batch
-from vlduet.data.sequences import IGNORE, Anchor
+from vlduet.data.sequences import IGNORE_INDEX, Anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +22,21 @@ class Readout:
     nll: Tensor
     """float[S], nats, one a supervised token, sequence after sequence."""
 
-    def of(self, *roles: str) -> tuple[Tensor, list[Anchor]]:
+    def select_roles(self, *roles: str) -> tuple[Tensor, list[Anchor]]:
         """The embeddings and anchors of these roles."""
         chosen = [i for i, anchor in enumerate(self.anchors) if anchor.role in roles]
         index = torch.tensor(chosen, dtype=torch.long, device=self.embeddings.device)
         return self.embeddings[index], [self.anchors[i] for i in chosen]
 
 
-def empty_readout(dim: int, *, like: Tensor) -> Readout:
+def create_empty_readout(dim: int, *, like: Tensor) -> Readout:
     """What a rank without a usable record contributes: nothing, in the right shapes, of the kind and place of `like`."""
     # Both want a gradient: the backward of the gather is a collective in which every rank must take part, and a step of
     # which this rank has nothing goes backward, too.
     return Readout(like.new_zeros(0, dim).requires_grad_(), (), like.new_zeros(0).requires_grad_())
 
 
-def joined(readouts: list[Readout]) -> Readout:
+def concatenate_readouts(readouts: list[Readout]) -> Readout:
     """Several forwards' readings as one, in order; at least one of them (`empty_readout` counts)."""
     return Readout(
         torch.cat([readout.embeddings for readout in readouts]),
@@ -45,7 +45,7 @@ def joined(readouts: list[Readout]) -> Readout:
     )
 
 
-def pool(hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def pool_hidden_states(hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """Mean of the hidden states of every span.
 
     Args:
@@ -70,9 +70,9 @@ def pool(hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None) -> 
     return found.index_copy(0, several, (states * inside[..., None]).sum(1) / inside.sum(1, keepdim=True))
 
 
-def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+def find_supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Row and position of every supervised token; what predicts it stands one position before."""
-    rows, at = (labels != IGNORE).nonzero(as_tuple=True)
+    rows, at = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows, at
 
 
@@ -99,13 +99,13 @@ class EmbeddingHead(nn.Module):
         found: Tensor = nn.functional.normalize(self.layers(pooled), dim=-1)
         return found
 
-    def of_vision(self, pooled: Tensor) -> Tensor:
+    def embed_vision_features(self, pooled: Tensor) -> Tensor:
         """Vision features float[A, Dv] -> float[A, E], unit length."""
         assert self.vision is not None, "only a split head reads the tower"
         return nn.functional.normalize(self.vision(pooled[:, : self.vision.in_features]), dim=-1)
 
 
-def beside_tower(of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Tensor, features: Tensor) -> Tensor:
+def merge_vision_embeddings(of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Tensor, features: Tensor) -> Tensor:
     """Embeddings of all anchors, float[A, E]: those of the trunk, and the means of images' vision features.
 
     Args:
@@ -116,8 +116,8 @@ def beside_tower(of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Ten
     rows, starts, ends = batch.anchor_spans[at].unbind(1)
     # Of the feature at a token, or the last one before it: row-major, as images fill their places.
     order = batch.image_mask.flatten().cumsum(0) - 1
-    first, last = (order[rows * batch.ids.shape[1] + place] for place in (starts, ends - 1))
+    first, last = (order[rows * batch.token_ids.shape[1] + place] for place in (starts, ends - 1))
     spans = torch.stack([torch.zeros_like(first), first, last + 1], 1)
-    seen = head.of_vision(pool(features[None], spans, dtype=of_trunk.dtype))
+    seen = head.embed_vision_features(pool_hidden_states(features[None], spans, dtype=of_trunk.dtype))
     found = of_trunk.new_zeros(len(at), head.dim).masked_scatter(~at[:, None], of_trunk)
     return found.masked_scatter(at[:, None], seen)

@@ -90,15 +90,15 @@ def gak_pairs(
     Raises:
         ValueError: an empty sequence, a length beyond the matrix, sigma or band not positive, NaN in `sqdist`.
     """
-    found = log_gak_pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
+    found = compute_log_gak(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
     return found if sqdist.dtype == torch.float64 else found.float()
 
 
-def log_gak_pairs(
-    sqdist: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
+def compute_log_gak(
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
 ) -> Tensor:
     """`gak_pairs` with all digits that the sweep has, float64[P]: for logarithms that are subtracted from each other."""
-    cells, scale, x, y = _pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
+    cells, scale, x, y = _pairs(squared_distances, lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
         return cells.sum((1, 2)).double()
     engine = sweeps.engine(cells, band)
@@ -108,14 +108,14 @@ def log_gak_pairs(
     return sweeps.log_gak_cells(lanes, first, scale, lengths_x=x, lengths_y=y).flatten()[: len(cells)]
 
 
-def alignment_posterior_pairs(
-    sqdist: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
+def compute_alignment_posterior(
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
 ) -> Tensor:
     """Probability of every cell to lie on the alignment, d log K / d log kappa: float[P, M, N], 0 beyond the lengths.
 
     Arguments and errors as in `gak_pairs`. It is a target or a picture: no gradient flows through it.
     """
-    cells, scale, x, y = _pairs(sqdist.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
+    cells, scale, x, y = _pairs(squared_distances.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
     if not len(cells):
         return cells
     if (engine := sweeps.engine(cells, band)) is not None:
@@ -138,20 +138,20 @@ def alignment_posterior(
     """
     left, right = Slices.of([x.detach()], "x"), Slices.of([y.detach()], "y")
     sqdist = torch.cdist(left.features, right.features, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    width = rule_sigma(left.lengths, right.lengths, delta) if sigma is None else sigma
-    return alignment_posterior_pairs(sqdist[None], left.lengths, right.lengths, sigma=width, band=band)[0]
+    width = compute_sigma(left.lengths, right.lengths, delta) if sigma is None else sigma
+    return compute_alignment_posterior(sqdist[None], left.lengths, right.lengths, sigma=width, band=band)[0]
 
 
-def awm_pairs(
-    sqdist: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
+def compute_alignment_weighted_mean(
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None = None
 ) -> Tensor:
     """Alignment-weighted mean of the cosines of unit slices: sum_ij P_ij cos_ij / sum_ij P_ij, float[P] in [-1, 1].
 
     P is the alignment posterior and cos = 1 - sqdist / 2. It stays on the cosine's scale, does not fall with length, and
     sees order. A target: no gradient flows through it. 0 where a band leaves no alignment.
     """
-    weight = alignment_posterior_pairs(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
-    cells, *_ = _pairs(sqdist.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
+    weight = compute_alignment_posterior(squared_distances, lengths_x, lengths_y, sigma=sigma, band=band)
+    cells, *_ = _pairs(squared_distances.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
     return (weight * (1 - cells / 2)).sum((1, 2)) / weight.sum((1, 2)).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
@@ -164,7 +164,7 @@ def soft_dtw(cost: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, gamma: float
     return -gamma * sweeps.log_gak(cells / -gamma, x, y).to(cells.dtype)
 
 
-def rule_sigma(lengths_x: Tensor, lengths_y: Tensor, delta: float = 1.0) -> Tensor:
+def compute_sigma(lengths_x: Tensor, lengths_y: Tensor, delta: float = 1.0) -> Tensor:
     """delta sqrt((M + N) / 2), the width that Sugar gives to a pair of lengths (broadcast, float64)."""
     return delta * ((lengths_x + lengths_y).double() / 2).sqrt()
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 512
+SCORE_ROWS_PER_BLOCK = 512
 """Rows of scores that live at a time: 4,096 pairs would take a gigabyte otherwise."""
 
 
-def directed_infonce(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
+def compute_row_infonce(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
     """Mean over a row's positives of -log p(positive), one number a row.
 
     Args:
@@ -38,13 +38,13 @@ def directed_infonce(scores: Tensor, positive: Tensor, ignore: Tensor | None = N
     return each.masked_fill(~positive, 0.0).sum(1) / count
 
 
-def symmetric_infonce(
-    left: Tensor,
-    right: Tensor,
+def contrastive_loss(
+    queries: Tensor,
+    targets: Tensor,
     *,
     logit_scale: Tensor,
-    positive: Tensor,
-    ignore: Tensor | None = None,
+    positive_mask: Tensor,
+    ignore_mask: Tensor | None = None,
     rows: slice = slice(None),
     columns: slice = slice(None),
     world_size: int = 1,
@@ -63,15 +63,15 @@ def symmetric_infonce(
         This rank's share: sum over its rows and columns / global number of rows with a positive, times world_size.
     """
     scale = logit_scale.exp()
-    pairs = max(int(positive.any(1).sum()), 1)
-    captions = max(int(positive.any(0).sum()), 1)
-    ignore = torch.zeros_like(positive) if ignore is None else ignore
-    forward = _summed(left[rows] * scale, right, positive[rows], ignore[rows]) / pairs
-    backward = _summed(right[columns] * scale, left, positive.T[columns], ignore.T[columns]) / captions
+    pairs = max(int(positive_mask.any(1).sum()), 1)
+    captions = max(int(positive_mask.any(0).sum()), 1)
+    ignore_mask = torch.zeros_like(positive_mask) if ignore_mask is None else ignore_mask
+    forward = _summed(queries[rows] * scale, targets, positive_mask[rows], ignore_mask[rows]) / pairs
+    backward = _summed(targets[columns] * scale, queries, positive_mask.T[columns], ignore_mask.T[columns]) / captions
     return (forward + backward) * world_size
 
 
-def false_negatives(alike: Tensor, positive: Tensor, *, told: Tensor, kinds: tuple[Tensor, Tensor]) -> Tensor:
+def find_false_negatives(guide_scores: Tensor, positive_mask: Tensor, *, named_negatives: Tensor, content_kinds: tuple[Tensor, Tensor]) -> Tensor:
     """Pairs that a guide finds at least as alike as the pairs that both of the two have (as GISTEmbed, arXiv 2402.16829).
 
     Args:
@@ -84,40 +84,40 @@ def false_negatives(alike: Tensor, positive: Tensor, *, told: Tensor, kinds: tup
     Returns:
         bool[N, M], for `ignore`. Where neither has a pair of these kinds, nothing is said.
     """
-    own = alike.masked_fill(~positive, float("-inf"))
-    demanded = torch.full_like(alike, float("-inf"))
-    for side, kind in ((1, kinds[1]), (0, kinds[0])):  # of a row its pairs by the other's kind, then of a column
+    own = guide_scores.masked_fill(~positive_mask, float("-inf"))
+    demanded = torch.full_like(guide_scores, float("-inf"))
+    for side, kind in ((1, content_kinds[1]), (0, content_kinds[0])):  # of a row its pairs by the other's kind, then of a column
         for which in kind.unique():
             same = kind == which
             best = own.masked_fill(~(same[None, :] if side else same[:, None]), float("-inf")).amax(side, keepdim=True)
             demanded = torch.where(same[None, :] if side else same[:, None], torch.maximum(demanded, best), demanded)
-    return (alike >= demanded) & (demanded > float("-inf")) & ~positive & ~told
+    return (guide_scores >= demanded) & (demanded > float("-inf")) & ~positive_mask & ~named_negatives
 
 
 def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
     """Sum of `directed_infonce` over all rows, of which BLOCK live at a time: backward computes a block's scores again."""
 
     def block(some: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
-        return directed_infonce(some @ answers.T, positive, ignore).sum()
+        return compute_row_infonce(some @ answers.T, positive, ignore).sum()
 
-    parts = list(zip(*(rows.split(BLOCK) for rows in (asking, positive, ignore)), strict=True))
+    parts = list(zip(*(rows.split(SCORE_ROWS_PER_BLOCK) for rows in (asking, positive, ignore)), strict=True))
     if len(parts) == 1:
         return block(*parts[0])
     sums = [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     return torch.stack(sums).sum()
 
 
-def limited(logit_scale: Tensor, floor: float) -> Tensor:
+def clamp_logit_scale(logit_scale: Tensor, min_temperature: float) -> Tensor:
     """log(1/tau) with tau >= floor, so that the softmax cannot sharpen without end.
 
     At the floor only a gradient that leads away from it passes. A clamp's is zero there in both directions, and a
     temperature that momentum has carried across would never come back.
     """
-    limit: Tensor = _AtMost.apply(logit_scale, math.log(1 / floor))  # type: ignore[no-untyped-call]
+    limit: Tensor = _ClampMax.apply(logit_scale, math.log(1 / min_temperature))  # type: ignore[no-untyped-call]
     return limit
 
 
-class _AtMost(torch.autograd.Function):
+class _ClampMax(torch.autograd.Function):
     """min(x, most), which can be left again."""
 
     @staticmethod
@@ -130,7 +130,7 @@ class _AtMost(torch.autograd.Function):
         return grad.masked_fill(ctx.beyond & (grad < 0), 0.0), None  # descent would raise it further
 
 
-def same_content(left: list[str], right: list[str]) -> Tensor:
+def match_content_keys(left: list[str], right: list[str]) -> Tensor:
     """bool[len(left), len(right)]: equal keys. Integers by dictionary first: 4,096 x 4,096 string comparisons are slow."""
     number: dict[str, int] = {}
     a = torch.tensor([number.setdefault(k, len(number)) for k in left], dtype=torch.long)

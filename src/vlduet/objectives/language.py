@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024
+POSITIONS_PER_CHUNK = 1024
 """Supervised positions whose logits live at one time."""
 
 
-def capped(logits: Tensor, cap: float | None) -> Tensor:
+def softcap_logits(logits: Tensor, softcap: float | None) -> Tensor:
     """c tanh(logits / c), which some models have behind their LM head (Gemma 4); with None the logits themselves."""
-    return logits if cap is None else (logits / cap).tanh() * cap
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
-def token_nll(
+def compute_token_nll(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    cap: float | None = None,
-    chunk: int = CHUNK,
+    logit_softcap: float | None = None,
+    chunk_size: int = POSITIONS_PER_CHUNK,
 ) -> Tensor:
     """Negative log likelihood of every target, in nats.
 
@@ -43,23 +43,23 @@ def token_nll(
     """
 
     def nll(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = capped(F.linear(states, weight, bias), cap)
+        logits = softcap_logits(F.linear(states, weight, bias), logit_softcap)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, wanted, reduction="none")
 
     if len(targets) == 0:
         return hidden.sum(1).float()  # [0], still part of the graph
-    if len(targets) <= chunk:
+    if len(targets) <= chunk_size:
         return nll(hidden, targets)
-    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    parts = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
     remake = torch.is_grad_enabled()
     found = [checkpoint(nll, h, t, use_reentrant=False) if remake else nll(h, t) for h, t in parts]
     return torch.cat(found)
 
 
-def language_loss(nll: Tensor, *, global_count: float, world_size: int = 1) -> Tensor:
+def language_loss(nll: Tensor, *, global_token_count: float, world_size: int = 1) -> Tensor:
     """This rank's share of the mean loss per supervised token of the *global* batch (see `vlduet.distributed`).
 
     A mean per rank would weigh a token by how few its rank happens to have; unequal answer lengths then bend the gradient.
     """
-    return nll.sum() * (world_size / max(global_count, 1.0))
+    return nll.sum() * (world_size / max(global_token_count, 1.0))

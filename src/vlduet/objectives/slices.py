@@ -290,7 +290,7 @@ def _shared(work: Callable[[Item], Result], items: Sequence[Item], *, cells: int
     enough to do."""
     if cells < 2 * ENOUGH:
         return [work(item) for item in items]
-    return threads.each(work, items[::-1])[::-1]
+    return threads.map_in_threads(work, items[::-1])[::-1]
 
 
 def _compiled(kernel: Kernel, like: Tensor) -> bool:

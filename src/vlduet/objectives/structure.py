@@ -10,16 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Form = Literal["mse", "kl"]
+StructureLossKind = Literal["mse", "kl"]
 
 
 def structure_loss(
-    rows: Tensor,
-    everything: Tensor,
+    embeddings: Tensor,
+    all_embeddings: Tensor,
     *,
     target: Tensor,
-    begin: int = 0,
-    loss: Form = "mse",
+    first_row: int = 0,
+    kind: StructureLossKind = "mse",
     temperature: float = 0.1,
     n_ref: int | None = None,
     world_size: int = 1,
@@ -41,16 +41,16 @@ def structure_loss(
     Returns:
         A scalar; 0, part of the graph, where there is nothing to compare.
     """
-    count = len(everything)
-    predicted = rows @ everything.T  # [R, N]
-    if len(rows) == 0 or (loss == "kl" and count == 1):
+    count = len(all_embeddings)
+    predicted = embeddings @ all_embeddings.T  # [R, N]
+    if len(embeddings) == 0 or (kind == "kl" and count == 1):
         return predicted.sum() * 0.0
-    if loss == "mse":
+    if kind == "mse":
         factor = 1 / count if n_ref is None else n_ref / count**2
         return (predicted - target).square().sum() * (factor * world_size)
-    number = torch.arange(len(rows), device=rows.device)
+    number = torch.arange(len(embeddings), device=embeddings.device)
     itself = torch.zeros_like(target, dtype=torch.bool)
-    itself[number, begin + number] = True
+    itself[number, first_row + number] = True
 
     def log_softmax(values: Tensor) -> Tensor:
         return (values / temperature).masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0.0)

@@ -304,7 +304,7 @@ def _on_cpu(
     shares = min(torch.get_num_threads(), 1 + cells.numel() // SMALL, len(first))
     at = torch.tensor([len(cells) * i // shares for i in range(1, shares)])
     edges = [0, *torch.searchsorted(first, at).tolist(), len(first)]  # by rows: the last sequences are the longest
-    threads.each(sweep, [slice(begin, end) for begin, end in pairwise(edges)])
+    threads.map_in_threads(sweep, [slice(begin, end) for begin, end in pairwise(edges)])
     _mend(cells.detach(), (first, scale, *lengths), log_k=log_k, weights=weights if weigh else None, weigh=weigh)
     return log_k, weights
 

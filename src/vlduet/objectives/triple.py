@@ -19,15 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlduet.objectives.alignment import awm_pairs, log_gak_pairs, rule_sigma
+from vlduet.objectives.alignment import compute_alignment_weighted_mean, compute_log_gak, compute_sigma
 
-Target = Literal["gak", "mean", "awm"]
-SameSequence = Literal["all", "nested"]
-Single = Literal["cosine", "gak"]
+TargetKind = Literal["gak", "mean", "awm"]
+SameSequenceRule = Literal["all", "nested"]
+SingleSliceRule = Literal["cosine", "gak"]
 
-CELLS = 1 << 22
+MAX_CELLS_PER_CHUNK = 1 << 22
 """Cells of all alignments that are computed at one time: 32 MB a tensor in float64."""
-MIN_PAIRS, MAX_PAIRS = 16, 1 << 20
+MIN_CALIBRATION_PAIRS, MAX_CALIBRATION_PAIRS = 16, 1 << 20
 """Pairs of slices that a block's scale is estimated from: fewer leave it as it is, of more every n-th is taken."""
 
 
@@ -35,18 +35,18 @@ MIN_PAIRS, MAX_PAIRS = 16, 1 << 20
 class Prefixes:
     """A prefixes of sequences, as indices into U slices."""
 
-    slices: Tensor
+    slice_indices: Tensor
     """int64[A, L]: the slices of every prefix in order, then padding with any valid index."""
     lengths: Tensor
     """int64[A], at least 1."""
-    sequence: Tensor
+    sequence_ids: Tensor
     """int64[A]: equal numbers are prefixes of one sequence."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
 
-def triple_cosines(same: Tensor, cross: Tensor, *, image: Tensor, triple: bool = True) -> Tensor:
+def compute_triple_cosines(same_modality: Tensor, cross_modality: Tensor, *, is_image: Tensor, use_triple_kernel: bool = True) -> Tensor:
     """Cosine of every two slices by the encoder that the pair asks for; 2 - 2 * cosine is the paper's phi.
 
     Args:
@@ -59,29 +59,29 @@ def triple_cosines(same: Tensor, cross: Tensor, *, image: Tensor, triple: bool =
     Returns:
         float[U, U]
     """
-    found = cross @ cross.T
-    if triple:  # a block of each kind: a mask and a second matrix of all pairs would be three times the memory
-        for kind in (image, ~image):
+    found = cross_modality @ cross_modality.T
+    if use_triple_kernel:  # a block of each kind: a mask and a second matrix of all pairs would be three times the memory
+        for kind in (is_image, ~is_image):
             (at,) = kind.nonzero(as_tuple=True)
-            found[at[:, None], at] = same[at] @ same[at].T
+            found[at[:, None], at] = same_modality[at] @ same_modality[at].T
     return found.clamp_(-1.0, 1.0)
 
 
-def squared_distances(cosines: Tensor) -> Tensor:
+def cosines_to_squared_distances(cosines: Tensor) -> Tensor:
     """phi = |a - b|^2 of unit vectors, in [0, 4]."""
     return 2 - 2 * cosines
 
 
-def related(prefixes: Prefixes, count: int) -> Tensor:
+def find_related_slices(prefixes: Prefixes, num_slices: int) -> Tensor:
     """bool[U, U]: pairs of slices that stand in one sequence; U = count."""
-    inside = torch.arange(prefixes.slices.shape[1], device=prefixes.slices.device) < prefixes.lengths[:, None]
-    number, sequence = prefixes.sequence.unique(return_inverse=True)
-    member = torch.zeros(len(number), count, device=prefixes.slices.device)
-    member[sequence[:, None].expand_as(inside)[inside], prefixes.slices[inside]] = 1.0
+    inside = torch.arange(prefixes.slice_indices.shape[1], device=prefixes.slice_indices.device) < prefixes.lengths[:, None]
+    number, sequence = prefixes.sequence_ids.unique(return_inverse=True)
+    member = torch.zeros(len(number), num_slices, device=prefixes.slice_indices.device)
+    member[sequence[:, None].expand_as(inside)[inside], prefixes.slice_indices[inside]] = 1.0
     return (member.T @ member) > 0
 
 
-def calibrate(cosines: Tensor, *, image: Tensor, related: Tensor) -> Tensor:
+def calibrate_cosines(cosines: Tensor, *, is_image: Tensor, is_related: Tensor) -> Tensor:
     """The three kinds of cosines on one scale: raw ones teach that texts are closer to each other than to images.
 
     In every block (two images, two texts, one of each) the median of unrelated pairs becomes 0 and their 99.5th percentile
@@ -90,14 +90,14 @@ def calibrate(cosines: Tensor, *, image: Tensor, related: Tensor) -> Tensor:
     Args:
         cosines: float[U, U]; image: bool[U]; related: bool[U, U], pairs that say nothing of chance.
     """
-    kind = image[:, None].to(torch.uint8) + image[None, :].to(torch.uint8)  # 0 TT, 1 IT, 2 II
+    kind = is_image[:, None].to(torch.uint8) + is_image[None, :].to(torch.uint8)  # 0 TT, 1 IT, 2 II
     found = cosines.clone()
     for block in range(3):
         chosen = kind == block
-        unrelated = cosines[chosen & ~related]
-        if len(unrelated) < MIN_PAIRS:
+        unrelated = cosines[chosen & ~is_related]
+        if len(unrelated) < MIN_CALIBRATION_PAIRS:
             continue
-        unrelated = unrelated[:: len(unrelated) // MAX_PAIRS + 1]
+        unrelated = unrelated[:: len(unrelated) // MAX_CALIBRATION_PAIRS + 1]
         middle, high = unrelated.median(), torch.quantile(unrelated, 0.995)
         if high > middle:
             found[chosen] = ((cosines[chosen] - middle) / (high - middle)).clamp(-1.0, 1.0)
@@ -105,14 +105,14 @@ def calibrate(cosines: Tensor, *, image: Tensor, related: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def target_matrix(
+def compute_target_matrix(
     cosines: Tensor,
     prefixes: Prefixes,
     *,
     rows: slice = slice(None),
-    target: Target = "gak",
-    same_sequence: SameSequence = "all",
-    single: Single = "cosine",
+    target: TargetKind = "gak",
+    same_sequence: SameSequenceRule = "all",
+    single: SingleSliceRule = "cosine",
     delta: float = 1.0,
 ) -> Tensor:
     """m^l: what the similarity of two prefixes' embeddings shall be.
@@ -134,8 +134,8 @@ def target_matrix(
     """
     begin, stop, _ = rows.indices(len(prefixes))
     mine = torch.arange(begin, stop, device=cosines.device)
-    lengths, first = prefixes.lengths, prefixes.slices[:, 0]
-    same = prefixes.sequence[mine][:, None] == prefixes.sequence[None, :]
+    lengths, first = prefixes.lengths, prefixes.slice_indices[:, 0]
+    same = prefixes.sequence_ids[mine][:, None] == prefixes.sequence_ids[None, :]
     short = (lengths[mine] == 1)[:, None] & (lengths == 1)[None, :]
     direct = short if single == "cosine" else torch.zeros_like(short)
     if target == "mean":
@@ -153,9 +153,9 @@ def target_matrix(
     return torch.where(same, _common(prefixes, mine, same).to(found) if same_sequence == "nested" else 1.0, found)
 
 
-def spread(target: Tensor, prefixes: Prefixes, *, rows: slice = slice(None)) -> float:
+def compute_target_std(target: Tensor, prefixes: Prefixes, *, rows: slice = slice(None)) -> float:
     """Standard deviation of the targets of different sequences: near 0 there is nothing to learn. NaN for less than 2."""
-    others = target[prefixes.sequence[rows][:, None] != prefixes.sequence[None, :]]
+    others = target[prefixes.sequence_ids[rows][:, None] != prefixes.sequence_ids[None, :]]
     return float(others.std()) if len(others) > 1 else float("nan")
 
 
@@ -163,8 +163,8 @@ def _common(prefixes: Prefixes, mine: Tensor, same: Tensor) -> Tensor:
     """Slices that both prefixes begin with / length of the longer one, where `same`; float[R, A]."""
     i, j = same.nonzero(as_tuple=True)
     i_lengths, j_lengths = prefixes.lengths[mine[i]], prefixes.lengths[j]
-    at = torch.arange(prefixes.slices.shape[1], device=same.device)
-    equal = prefixes.slices[mine[i]] == prefixes.slices[j]  # [P, L]
+    at = torch.arange(prefixes.slice_indices.shape[1], device=same.device)
+    equal = prefixes.slice_indices[mine[i]] == prefixes.slice_indices[j]  # [P, L]
     equal &= at < torch.minimum(i_lengths, j_lengths)[:, None]
     leading = equal.long().cumprod(1).sum(1)
     shares = torch.zeros(same.shape, dtype=torch.float64, device=same.device)
@@ -174,9 +174,9 @@ def _common(prefixes: Prefixes, mine: Tensor, same: Tensor) -> Tensor:
 
 def _means(cosines: Tensor, prefixes: Prefixes) -> Tensor:
     """Mean cosine over all pairs of slices of two prefixes, float[A, A]."""
-    inside = torch.arange(prefixes.slices.shape[1], device=cosines.device) < prefixes.lengths[:, None]
+    inside = torch.arange(prefixes.slice_indices.shape[1], device=cosines.device) < prefixes.lengths[:, None]
     share = inside.to(cosines) / prefixes.lengths[:, None]
-    weights = cosines.new_zeros(len(prefixes), len(cosines)).scatter_add_(1, prefixes.slices, share)  # [A, U]
+    weights = cosines.new_zeros(len(prefixes), len(cosines)).scatter_add_(1, prefixes.slice_indices, share)  # [A, U]
     return weights @ cosines @ weights.T
 
 
@@ -205,7 +205,7 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 
     def log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
         return _in_chunks(
-            cosines, prefixes, x, y, lambda part, d, m, n: log_gak_pairs(d, m, n, sigma=sigma[part]), dtype=dtype
+            cosines, prefixes, x, y, lambda part, d, m, n: compute_log_gak(d, m, n, sigma=sigma[part]), dtype=dtype
         )
 
     # K(x, x) depends on the partner only by its length: far fewer kernels than pairs.
@@ -216,8 +216,8 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
     met[keys] = True
     (found,) = met.nonzero(as_tuple=True)  # a table, where `unique` would sort all pairs
     own, of_partner = found // wide, found % wide
-    log_own = log_kernel(own, own, rule_sigma(lengths[own].double(), of_partner, delta))[(met.cumsum(0) - 1)[keys]]
-    log_joint = log_kernel(x, y, rule_sigma(lengths[x].double(), lengths[y], delta))
+    log_own = log_kernel(own, own, compute_sigma(lengths[own].double(), of_partner, delta))[(met.cumsum(0) - 1)[keys]]
+    log_joint = log_kernel(x, y, compute_sigma(lengths[x].double(), lengths[y], delta))
     # Without positive semi-definiteness nothing bounds it by 1, and a cosine cannot be more.
     return (log_joint - (log_own[: len(x)] + log_own[len(x) :]) / 2).exp().clamp(max=1.0).to(cosines)
 
@@ -225,7 +225,7 @@ def _gak(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 def _awm(cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float) -> Tensor:
     """sum P cos / sum P with P the alignment posterior at sigma = delta, float[P]."""
     # In double precision: the posterior of a long path among short ones leaves float32.
-    found = _in_chunks(cosines, prefixes, x, y, lambda _, d, m, n: awm_pairs(d, m, n, sigma=delta), dtype=torch.float64)
+    found = _in_chunks(cosines, prefixes, x, y, lambda _, d, m, n: compute_alignment_weighted_mean(d, m, n, sigma=delta), dtype=torch.float64)
     return found.to(cosines)
 
 
@@ -246,10 +246,10 @@ def _in_chunks(
     order = longer.argsort(descending=True)
     found = cosines.new_empty(len(x), dtype=torch.float64)
     while len(order):
-        size = max(1, CELLS // int(longer[order[0]]) ** 2)
+        size = max(1, MAX_CELLS_PER_CHUNK // int(longer[order[0]]) ** 2)
         part, order = order[:size], order[size:]
         m, n = prefixes.lengths[x[part]], prefixes.lengths[y[part]]
-        i, j = prefixes.slices[x[part], : int(m.max())], prefixes.slices[y[part], : int(n.max())]
-        distances = squared_distances(cosines[i[:, :, None], j[:, None, :]].to(dtype))
+        i, j = prefixes.slice_indices[x[part], : int(m.max())], prefixes.slice_indices[y[part], : int(n.max())]
+        distances = cosines_to_squared_distances(cosines[i[:, :, None], j[:, None, :]].to(dtype))
         found[part] = compute(part, distances, m, n)
     return found

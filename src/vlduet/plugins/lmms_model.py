@@ -11,7 +11,7 @@ from typing import Any
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import MissingExtraError
-from vlduet.evaluation import answers, likelihoods, room_for_many_images
+from vlduet.evaluation import generate_answers, answer_nlls, room_for_many_images
 from vlduet.model.duet import DuetModel
 
 try:
@@ -20,9 +20,9 @@ try:
 except ImportError as error:
     raise MissingExtraError("lmms-eval is not installed", fix="pip install 'vlduet[lmms]'") from error
 
-LONGEST = 128
+DEFAULT_MAX_NEW_TOKENS = 128
 """max_new_tokens where a task names none."""
-AT_ONCE = 256
+MAX_REQUESTS_IN_MEMORY = 256
 """Requests whose images are in memory at a time."""
 
 
@@ -60,24 +60,24 @@ class LmmsModel(lmms):  # type: ignore[misc]
         found = [""] * len(requests)
         asked: dict[int, list[int]] = {}
         for n, request in enumerate(requests):
-            asked.setdefault(int(request.args[1].get("max_new_tokens", LONGEST)), []).append(n)
-        groups = [(longest, m[at : at + AT_ONCE]) for longest, m in asked.items() for at in range(0, len(m), AT_ONCE)]
+            asked.setdefault(int(request.args[1].get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)), []).append(n)
+        groups = [(longest, m[at : at + MAX_REQUESTS_IN_MEMORY]) for longest, m in asked.items() for at in range(0, len(m), MAX_REQUESTS_IN_MEMORY)]
         for longest, members in groups:
             prompts = [self._prompt(requests[n].args[0], requests[n].args[2:]) for n in members]
-            for n, text in zip(members, answers(self.model, prompts, longest, system=self.system), strict=True):
-                found[n] = cut(text, requests[n].args[1].get("until") or ())
+            for n, text in zip(members, generate_answers(self.model, prompts, longest, system=self.system), strict=True):
+                found[n] = truncate_at_stop(text, requests[n].args[1].get("until") or ())
         return found
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log probability of the continuation as the answer, False): whether it is the greedy one is not computed."""
         found = []
-        for at in range(0, len(requests), AT_ONCE):
+        for at in range(0, len(requests), MAX_REQUESTS_IN_MEMORY):
             pairs = []
-            for request in requests[at : at + AT_ONCE]:
+            for request in requests[at : at + MAX_REQUESTS_IN_MEMORY]:
                 context, target, *where = request.args
                 text = target if isinstance(target, str) else target(self._document(where))
                 pairs.append((self._prompt(context, where), text))
-            found += [(-nats, False) for nats, _ in likelihoods(self.model, pairs, system=self.system)]
+            found += [(-nats, False) for nats, _ in answer_nlls(self.model, pairs, system=self.system)]
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -104,7 +104,7 @@ def _flat(values: Any) -> Iterable[Any]:
         yield values
 
 
-def cut(text: str, until: str | Sequence[str]) -> str:
+def truncate_at_stop(text: str, until: str | Sequence[str]) -> str:
     """The text before the first of these marks."""
     for mark in [until] if isinstance(until, str) else until:
         if mark:

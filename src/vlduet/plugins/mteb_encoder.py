@@ -22,9 +22,9 @@ try:
 except ImportError as error:
     raise MissingExtraError("mteb is not installed", fix="pip install 'vlduet[mteb]'") from error
 
-AT_ONCE = 1024
+MAX_ITEMS_IN_MEMORY = 1024
 """Items that are in memory at a time."""
-PLAIN_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
+PNG_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 """Modes of images that PNG keeps."""
 
 
@@ -70,11 +70,11 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
             for row in zip(*(batch[key] for key in keys), strict=True):
                 parts = [_part(value) for value in row if value is not None and value != ""]
                 items.append(tuple(parts) or (" ",))
-            if len(items) >= AT_ONCE:
-                found.append(self.model.encode(items, query=asking))
+            if len(items) >= MAX_ITEMS_IN_MEMORY:
+                found.append(self.model.encode(items, is_query=asking))
                 items = []
         if items or not found:
-            found.append(self.model.encode(items, query=asking))
+            found.append(self.model.encode(items, is_query=asking))
         return np.concatenate(found)
 
 
@@ -82,5 +82,5 @@ def _part(value: Any) -> Part:
     """A text, or an image that mteb has decoded, as bytes that our own image path reads."""
     if isinstance(value, str):
         return value
-    picture = value if value.mode in PLAIN_MODES else value.convert("RGB")
+    picture = value if value.mode in PNG_MODES else value.convert("RGB")
     return ImageRef(data=images.encode_png(picture))

@@ -17,15 +17,15 @@ from torch import Tensor
 from vlduet.config import RunConfig
 from vlduet.data.keys import content_key
 from vlduet.data.records import ImageRef, Part
-from vlduet.data.sequences import IGNORE, Anchor, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, Anchor, Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
-from vlduet.model.backbones import default_device
+from vlduet.model.backbones import select_device
 from vlduet.model.dual import DualEncoder
-from vlduet.model.encoders import Encoders, slice_of
+from vlduet.model.encoders import FrozenEncoders, make_slice
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
-from vlduet.recipes.contrast import contrastive
+from vlduet.recipes.contrast import compute_contrastive_loss
 
 OBJECTIVES = ("contrastive",)
 
@@ -43,15 +43,15 @@ def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
     return ("vision", "text")
 
 
-def model(config: RunConfig, encoders: Encoders) -> DualEncoder:
+def model(config: RunConfig, encoders: FrozenEncoders) -> DualEncoder:
     """What is trained: new towers of width `model.dim`."""
     torch.manual_seed(config.seed)
-    return DualEncoder(encoders, dim=config.model.dim).to(default_device())
+    return DualEncoder(encoders, dim=config.model.dim).to(select_device())
 
 
 def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
     """An image and a text of the record, each a sequence of one anchor. Raises DataError where there is no such two."""
-    record, draw = sample.record, sample.random()
+    record, draw = sample.record, sample.rng()
     found: list[tuple[ImageRef, str]] = [(record.image, text) for text in record.short if record.image is not None]
     if not found and record.image is not None and record.long is not None:
         found = [(record.image, record.long)]
@@ -61,15 +61,15 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     if not found:
         raise DataError("no image with a text of its own", fix="Train a dual encoder on pairs or documents")
     image, text = draw.choice(found)
-    wrong = [_sequence(parts[0], "negative", sample.name) for parts in record.negative if len(parts) == 1]
-    return [_sequence(image, "image", sample.name), _sequence(text, "text", sample.name), *wrong]
+    wrong = [_sequence(parts[0], "negative", sample.record_name) for parts in record.negative if len(parts) == 1]
+    return [_sequence(image, "image", sample.record_name), _sequence(text, "text", sample.record_name), *wrong]
 
 
 def _sequence(part: Part, role: str, record: str) -> Sequence:
     """One token that nobody reads, under an anchor."""
-    return Sequence((0,), (IGNORE,), (Anchor(0, 1, role, record, content_key((part,)), (slice_of(part),)),))
+    return Sequence((0,), (IGNORE_INDEX,), (Anchor(0, 1, role, record, content_key((part,)), (make_slice(part),)),))
 
 
 def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
     """Symmetric InfoNCE over the global batch."""
-    return {"contrastive": contrastive(readout, logit_scale, floor=options.temperature_floor)}
+    return {"contrastive": compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor)}

@@ -29,14 +29,14 @@ from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
-from vlduet.model.soft import SoftPrompts, token
+from vlduet.model.soft import SoftPrompts, soft_prompt_token
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive, embedded, negatives, retrieval
+from vlduet.recipes.contrast import compute_contrastive_loss, layout_embedding, layout_hard_negatives, layout_retrieval_record
 
 OBJECTIVES = ("contrastive", "language")
 BETAS = (0.9, 0.95)
 """Of Adam, as in the paper."""
-RET = token(0)
+RET_TOKEN = soft_prompt_token(0)
 """The learned token that ends every text."""
 
 
@@ -66,22 +66,22 @@ def start(model: DuetModel, config: RunConfig) -> None:
             raise ConfigError(what, place=place, fix=fix)
     if model.prompts.image_pool == "vision":
         return
-    if RET in model.backbone.tokenizer.get_vocab():
+    if RET_TOKEN in model.backbone.tokenizer.get_vocab():
         raise ConfigError("the model has learned prompts", place="model.path", fix="Start from one without them")
     written = model.prompts
-    model.set_prompts(replace(written, text=written.text + RET, parts=written.parts + RET, image_pool="vision"))
-    model.soft = SoftPrompts(model.backbone, model.backbone.embedding.weight.float().mean(0, keepdim=True))
+    model.set_prompts(replace(written, text=written.text + RET_TOKEN, parts=written.parts + RET_TOKEN, image_pool="vision"))
+    model.soft_prompts = SoftPrompts(model.backbone, model.backbone.token_embedding.weight.float().mean(0, keepdim=True))
     moved(model)
     torch.manual_seed(config.seed)
-    model.set_head("split", config.model.dim)
+    model.reset_head("split", config.model.dim)
 
 
 @torch.no_grad()
 def moved(model: DuetModel) -> None:
     """After every step: [RET] is as long as the rows of the table are on average."""
-    assert model.soft is not None
-    rows = model.soft.rows
-    length = model.backbone.embedding.weight.norm(dim=1).mean().to(rows.dtype)
+    assert model.soft_prompts is not None
+    rows = model.soft_prompts.rows
+    length = model.backbone.token_embedding.weight.norm(dim=1).mean().to(rows.dtype)
     rows.mul_(length / rows.norm(dim=1, keepdim=True))
 
 
@@ -89,22 +89,22 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     """One record -> its sequences (the figure above). Raises DataError for a record that this method cannot use."""
     record = sample.record
     if record.kind == "retrieval":
-        return retrieval(sample, renderer)
+        return layout_retrieval_record(sample, renderer)
     captions = record.short or ((record.long,) if record.long else ())
     if record.image is None or not captions:
         raise DataError("no image with a caption", fix="Train this recipe on pairs or retrieval records")
-    caption = sample.random().choice(captions)
+    caption = sample.rng().choice(captions)
     return [
-        renderer.caption(record.image, caption, record=sample.name),
-        embedded(sample, renderer, (caption,), role="text"),
-        *negatives(sample, renderer),
+        renderer.render_caption(record.image, caption, record_name=sample.record_name),
+        layout_embedding(sample, renderer, (caption,), role="text"),
+        *layout_hard_negatives(sample, renderer),
     ]
 
 
 def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
-    count = distributed.total(len(readout.nll))
+    count = distributed.all_reduce_sum(len(readout.nll))
     return {
-        "contrastive": 0.5 * contrastive(readout, logit_scale, floor=options.temperature_floor),
-        "language": language_loss(readout.nll, global_count=count, world_size=distributed.world_size()),
+        "contrastive": 0.5 * compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor),
+        "language": language_loss(readout.nll, global_token_count=count, world_size=distributed.get_world_size()),
     }

@@ -30,16 +30,16 @@ from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import say
-from vlduet.model.encoders import slice_of
+from vlduet.model.encoders import make_slice
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
-from vlduet.objectives.structure import Form, structure_loss
-from vlduet.objectives.triple import SameSequence, Single, Target, spread, target_matrix
-from vlduet.recipes.frozen import compared
+from vlduet.objectives.structure import StructureLossKind, structure_loss
+from vlduet.objectives.triple import SameSequenceRule, SingleSliceRule, TargetKind, compute_target_std, compute_target_matrix
+from vlduet.recipes.frozen import slice_cosines
 
 OBJECTIVES = ("structure", "language")
-TINY_SPREAD = 0.02
+MIN_TARGET_STD = 0.02
 """Standard deviation of the targets below which there is hardly anything to learn."""
 
 
@@ -53,19 +53,19 @@ class Options:
     """Tokens of an image that make its embedding: all, or the last (ablation). The model's prompts must say the same."""
     pair_order: Literal["image", "either"] = "image"
     """What comes first in a pair: the image, or drawn anew each time. A text alone is embedded only where it is first."""
-    target: Target = "gak"
+    target: TargetKind = "gak"
     """Alignment kernel of two prefixes; `mean` of all slice cosines (ablation); `awm`, alignment-weighted mean (ours)."""
     triple: bool = True
     """Compare two images by `vision`, two texts by `text`, and mixed slices by `cross`; false: all by `cross`."""
     delta: float = 1.0
     """Width of the alignment kernel."""
-    single: Single = "cosine"
+    single: SingleSliceRule = "cosine"
     """Two prefixes of one slice each: their cosine, or the kernel."""
-    same_sequence: SameSequence = "all"
+    same_sequence: SameSequenceRule = "all"
     """Targets inside a sequence: 1 for `all`, or (ours) the share that two prefixes have in common, `nested`."""
     calibrate: bool = False
     """Ours: bring the three encoders' cosines to one scale, by the unrelated pairs of the batch."""
-    loss: Form = "mse"
+    loss: StructureLossKind = "mse"
     """Squared differences, or (ours) the divergence of the rows' softmaxes, `kl`, at `temperature`."""
     temperature: float = 0.1
     n_ref: int | None = None
@@ -93,34 +93,34 @@ def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
 
 def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
     """One record -> its sequence (the figure above). Raises DataError for a record that this method cannot use."""
-    record, draw = sample.record, sample.random()
+    record, draw = sample.record, sample.rng()
     if record.kind == "chat":
-        return [renderer.chat(record.messages, answer=False)]
+        return [renderer.render_chat(record.messages, add_generation_prompt=False)]
     if renderer.prompts.image_pool != options.pool:
         what = f"recipe.pool is {options.pool}, model.prompts.image_pool is {renderer.prompts.image_pool}"
         fix = "Set both alike: a model must be searched with the embeddings that it was trained for"
         raise ConfigError(what, place="recipe.pool", fix=fix)
-    parts = slices_of(record, draw, options)
-    builder, spans = renderer.document(parts)
+    parts = select_slices(record, draw, options)
+    builder, spans = renderer.render_document(parts)
     if record.kind == "interleaved" and len(spans) < len(parts):
         # Another window of a long document each time, or its end would never be seen.
         parts = parts[draw.randrange(len(parts) - len(spans) + 1) :]
-        builder, spans = renderer.document(parts)
-    slices = tuple(map(slice_of, parts[: len(spans)]))
-    for i in positions([isinstance(part, ImageRef) for part in parts[: len(spans)]], options.k, draw):
+        builder, spans = renderer.render_document(parts)
+    slices = tuple(map(make_slice, parts[: len(spans)]))
+    for i in draw_anchor_positions([isinstance(part, ImageRef) for part in parts[: len(spans)]], options.k, draw):
         image = isinstance(parts[i], ImageRef)
         start, end = spans[i]
-        builder.anchor(
+        builder.add_anchor(
             (start, end) if image and options.pool == "mean" else (end - 1, end),
             role="image" if image else "text",
-            record=sample.name,
-            key="|".join(one.key for one in slices[: i + 1]),
+            record_name=sample.record_name,
+            content_key="|".join(one.content_key for one in slices[: i + 1]),
             slices=slices[: i + 1],
         )
     return [builder.build(renderer.max_tokens)]
 
 
-def slices_of(record: Record, draw: random.Random, options: Options) -> Parts:
+def select_slices(record: Record, draw: random.Random, options: Options) -> Parts:
     """The record's images and sentences in order: (image, short caption) of a pair, its long one where it has no short."""
     if record.kind == "interleaved":
         return record.parts
@@ -133,14 +133,14 @@ def slices_of(record: Record, draw: random.Random, options: Options) -> Parts:
     return (*texts, record.image) if text_first else (record.image, *texts)
 
 
-def positions(images: Many[bool], k: int, draw: random.Random) -> list[int]:
+def draw_anchor_positions(is_image: Many[bool], k: int, draw: random.Random) -> list[int]:
     """min(k, n) of n slices, rising; an image and a text are among them where there are both and k > 1."""
     chosen: list[int] = []
-    kinds = [[i for i, image in enumerate(images) if image == kind] for kind in (True, False)]
+    kinds = [[i for i, image in enumerate(is_image) if image == kind] for kind in (True, False)]
     if k > 1 and all(kinds):
         chosen = [draw.choice(kind) for kind in kinds]
-    rest = [i for i in range(len(images)) if i not in chosen]
-    return sorted(chosen + draw.sample(rest, min(k, len(images)) - len(chosen)))
+    rest = [i for i in range(len(is_image)) if i not in chosen]
+    return sorted(chosen + draw.sample(rest, min(k, len(is_image)) - len(chosen)))
 
 
 # ------------------------------------------------------------------ losses
@@ -148,25 +148,25 @@ def positions(images: Many[bool], k: int, draw: random.Random) -> list[int]:
 
 def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
-    count = distributed.total(len(readout.nll))
+    count = distributed.all_reduce_sum(len(readout.nll))
     return {
-        "structure": structure(readout, options),
-        "language": language_loss(readout.nll, global_count=count, world_size=distributed.world_size()),
+        "structure": compute_structure_loss(readout, options),
+        "language": language_loss(readout.nll, global_token_count=count, world_size=distributed.get_world_size()),
     }
 
 
-def structure(readout: Readout, options: Options) -> Tensor:
+def compute_structure_loss(readout: Readout, options: Options) -> Tensor:
     """L_d between this rank's prefixes and those of all. 0 at no cost where no encoder was asked: alpha is 0."""
     anchors = [anchor for anchor in readout.anchors if anchor.slices]
     seen = sum(bool(one.features) for anchor in anchors for one in anchor.slices)
     assert seen in (0, sum(len(anchor.slices) for anchor in anchors)), "encoders have looked at a part of the slices"
-    if distributed.total(seen) == 0:
+    if distributed.all_reduce_sum(seen) == 0:
         return readout.embeddings.sum() * 0.0
-    rows = readout.of("image", "text")[0]
-    everything, begin = distributed.gather_rows(rows)
+    rows = readout.select_roles("image", "text")[0]
+    everything, begin = distributed.all_gather_rows(rows)
     mine = slice(begin, begin + len(rows))
-    cosines, prefixes = compared(anchors, triple=options.triple, scaled=options.calibrate, like=rows.detach())
-    target = target_matrix(
+    cosines, prefixes = slice_cosines(anchors, use_triple_kernel=options.triple, calibrate=options.calibrate, like=rows.detach())
+    target = compute_target_matrix(
         cosines,
         prefixes,
         rows=mine,
@@ -175,17 +175,17 @@ def structure(readout: Readout, options: Options) -> Tensor:
         single=options.single,
         delta=options.delta,
     )
-    if spread(target, prefixes, rows=mine) < TINY_SPREAD:
-        _warn_once(f"structure: the targets of a batch differ by less than {TINY_SPREAD}: nothing to learn")
+    if compute_target_std(target, prefixes, rows=mine) < MIN_TARGET_STD:
+        _warn_once(f"structure: the targets of a batch differ by less than {MIN_TARGET_STD}: nothing to learn")
     return structure_loss(
         rows,
         everything,
         target=target,
-        begin=begin,
-        loss=options.loss,
+        first_row=begin,
+        kind=options.loss,
         temperature=options.temperature,
         n_ref=options.n_ref,
-        world_size=distributed.world_size(),
+        world_size=distributed.get_world_size(),
     )
 
 

@@ -26,8 +26,8 @@ from vlduet.errors import DataError
 from vlduet.model.prompts import Renderer
 from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive, embedded, negatives, retrieval
-from vlduet.recipes.frozen import ROLES, Guide, shown
+from vlduet.recipes.contrast import compute_contrastive_loss, layout_embedding, layout_hard_negatives, layout_retrieval_record
+from vlduet.recipes.frozen import GUIDE_ROLES, GuideKind, with_slices
 
 OBJECTIVES = ("contrastive", "language")
 
@@ -45,44 +45,44 @@ class Options:
     """Captions that carry the next-token loss: `long` (the paper), or `any`: the short one where there is no long one."""
     temperature_floor: float = 0.01
     """Lowest temperature of the contrastive loss."""
-    guide: Guide = "none"
+    guide: GuideKind = "none"
     """Ours: frozen encoders leave out of L_c the negatives that they find as alike as a pair; `cross` alone, or the
     `triple` kernel of Sugar."""
 
 
 def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
     """Roles of the frozen encoders that guide L_c."""
-    return ROLES[options.guide] if weights.get("contrastive") else ()
+    return GUIDE_ROLES[options.guide] if weights.get("contrastive") else ()
 
 
 def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
     """One record -> its sequences (the figure above). Raises DataError for a record that this method cannot use."""
     record = sample.record
     if record.kind == "chat":
-        return [renderer.chat(record.messages, answer=False)]
+        return [renderer.render_chat(record.messages, add_generation_prompt=False)]
     if record.kind == "retrieval":
-        return retrieval(sample, renderer, guide=options.guide)
+        return layout_retrieval_record(sample, renderer, guide=options.guide)
     if record.kind == "interleaved":
         return _interleaved(record, renderer)
     assert record.image is not None
-    shorts, longs = captions(record, renderer, options)
+    shorts, longs = split_captions(record, renderer, options)
     if not shorts and not longs:
         raise DataError("an image without a caption", fix="`vlduet caption` writes what is missing")
-    draw = sample.random()
+    draw = sample.rng()
     short = draw.choice(shorts) if shorts else None
     long = draw.choice(longs) if longs else (short if options.language_on == "any" else None)
     if long is None:
-        image = embedded(sample, renderer, (record.image,), role="image", guide=options.guide)
+        image = layout_embedding(sample, renderer, (record.image,), role="image", guide=options.guide)
     else:
-        image = renderer.caption(record.image, long, record=sample.name)
-        image = image if options.guide == "none" else shown(image, (record.image,))
+        image = renderer.render_caption(record.image, long, record_name=sample.record_name)
+        image = image if options.guide == "none" else with_slices(image, (record.image,))
     if short is None:  # nor is it anybody's negative: which short captions are true of it is not known
         return [replace(image, anchors=())]
-    text = embedded(sample, renderer, (short,), role="text", guide=options.guide)
-    return [image, text, *negatives(sample, renderer, guide=options.guide)]
+    text = layout_embedding(sample, renderer, (short,), role="text", guide=options.guide)
+    return [image, text, *layout_hard_negatives(sample, renderer, guide=options.guide)]
 
 
-def captions(record: Record, renderer: Renderer, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_captions(record: Record, renderer: Renderer, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The short and the long captions of a pair. Raises DataError where `split: length` leaves none of those it has."""
     longs = (record.long,) if record.long else ()
     if options.split == "fields":
@@ -98,19 +98,19 @@ def captions(record: Record, renderer: Renderer, options: Options) -> tuple[tupl
 
 def _interleaved(record: Record, renderer: Renderer) -> list[Sequence]:
     """A document has no pair to contrast; its text is learned as it stands."""
-    builder = renderer.builder()
+    builder = renderer.new_builder()
     for part in record.parts:
         if isinstance(part, str):
-            builder.text(part + " ", supervised=True)
+            builder.append_text(part + " ", supervised=True)
         else:
-            builder.image(renderer.prepare(part))
+            builder.append_image(renderer.prepare_image(part))
     return [builder.build(renderer.max_tokens)]
 
 
 def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
-    count = distributed.total(len(readout.nll))
+    count = distributed.all_reduce_sum(len(readout.nll))
     return {
-        "contrastive": contrastive(readout, logit_scale, floor=options.temperature_floor, guide=options.guide),
-        "language": language_loss(readout.nll, global_count=count, world_size=distributed.world_size()),
+        "contrastive": compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor, guide=options.guide),
+        "language": language_loss(readout.nll, global_token_count=count, world_size=distributed.get_world_size()),
     }

@@ -23,16 +23,16 @@ from filelock import FileLock, Timeout
 
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef, Place, Record
-from vlduet.errors import DataError, RetrievalError, closest
-from vlduet.files import atomic_write
-from vlduet.logs import progress
-from vlduet.retrieval.documents import Document, Side, documents
-from vlduet.retrieval.encode import CHUNK, Embedder, batched, encode_documents
-from vlduet.retrieval.filters import Scalar, kind, scalar
-from vlduet.retrieval.index import MANIFEST, Index, Manifest, StoreKind, both_paths
-from vlduet.retrieval.store import Row, Stamp
+from vlduet.errors import DataError, RetrievalError, suggest_name
+from vlduet.files import write_atomically
+from vlduet.logs import track_progress
+from vlduet.retrieval.documents import Document, Side, read_documents
+from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
+from vlduet.retrieval.filters import Scalar, scalar_kind, to_scalar
+from vlduet.retrieval.index import MANIFEST_FILENAME, Index, IndexManifest, StoreKind, absolute_and_relative_path
+from vlduet.retrieval.store import IndexRow, RowHashes
 
-MAX_FIELDS = 64
+MAX_FILTER_KEYS = 64
 """Metadata keys that can be filtered by; those beyond the first so many are kept and shown only."""
 
 
@@ -54,7 +54,7 @@ class BuildReport:
     """In the index now."""
 
 
-def build(
+def build_index(
     model: Embedder,
     source: Path | str,
     *,
@@ -63,7 +63,7 @@ def build(
     store: StoreKind | None = None,
     prune: bool = False,
     model_path: Path | None = None,
-    chunk: int = CHUNK,
+    chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> BuildReport:
     """Make an index, or bring one up to date with its source.
 
@@ -87,12 +87,12 @@ def build(
     with _writing(path):
         manifest = replace(_prepare(path, model, side=side, store=store), source=str(source.resolve()))
         if model_path is not None:
-            absolute, relative = both_paths(model_path, path)
+            absolute, relative = absolute_and_relative_path(model_path, path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
         replace(manifest, complete=False).write(path)
         with Index(path, manifest, write=True) as index:
             job = _Build(index, model)
-            job.run(source, chunk)
+            job.run(source, chunk_size)
             report = job.finish(prune)
         replace(manifest, fields=job.fields, count=report.count, complete=True).write(path)
     return report
@@ -103,18 +103,18 @@ class _Build:
 
     def __init__(self, index: Index, model: Embedder):
         self.index, self.store, self.model = index, index.store, model
-        self.stamps = self.store.stamps()
+        self.stamps = self.store.read_hashes()
         # A row that has this content, by the content's hash.
-        self.homes = {stamp.key: identity for identity, stamp in self.stamps.items()}
+        self.homes = {stamp.content_hash: identity for identity, stamp in self.stamps.items()}
         self.fields = {key: list(kinds) for key, kinds in index.manifest.fields.items()}
         self.seen: set[str] = set()
         self.added = self.updated = self.kept = self.embedded = self.unread = 0
-        self.quarantine = Quarantine.anew(index.path / "quarantine.jsonl")
+        self.quarantine = Quarantine.create(index.path / "quarantine.jsonl")
 
     def run(self, source: Path, chunk: int) -> None:
         """Read, compare, embed, commit."""
-        found = documents(source, side=self.index.manifest.side, on_error=self.drop)
-        for group in batched(self.changed(progress(found, label="index")), chunk):
+        found = read_documents(source, side=self.index.manifest.side, on_error=self.drop)
+        for group in batched(self.changed(track_progress(found, label="index")), chunk):
             self.commit(group)
 
     def drop(self, what: Record | Place | str | None, error: Exception) -> None:
@@ -122,25 +122,25 @@ class _Build:
         self.unread += what is None
         self.quarantine.add(what, error)
 
-    def changed(self, found: Iterator[Document]) -> Iterator[tuple[Document, Row]]:
+    def changed(self, found: Iterator[Document]) -> Iterator[tuple[Document, IndexRow]]:
         """The documents that the store does not hold as they are."""
         for document in found:
             self.seen.add(document.id)
             row = self.row(document)
-            if self.stamps.get(document.id) == row.stamp:
+            if self.stamps.get(document.id) == row.hashes:
                 self.kept += 1
             else:
                 yield document, row
 
-    def row(self, document: Document) -> Row:
+    def row(self, document: Document) -> IndexRow:
         """What is stored of a document."""
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
-        absolute, relative = both_paths(self.image_path(document.image), self.index.path)
+        absolute, relative = absolute_and_relative_path(self.image_path(document.image), self.index.path)
         told = json.dumps([document.text, metadata, absolute], sort_keys=True)
-        stamp = Stamp(document.key, hashlib.sha256(told.encode()).hexdigest())
-        filters = {key: value for key, raw in metadata.items() if (value := scalar(raw)) is not None}
+        stamp = RowHashes(document.content_hash, hashlib.sha256(told.encode()).hexdigest())
+        filters = {key: value for key, raw in metadata.items() if (value := to_scalar(raw)) is not None}
         filters = {key: value for key, value in filters.items() if self.know(key, value)}
-        return Row(document.id, stamp, document.text, absolute, relative, metadata, filters)
+        return IndexRow(document.id, stamp, document.text, absolute, relative, metadata, filters)
 
     def image_path(self, image: ImageRef | None) -> Path | None:
         """The file of an image; one that came as bytes gets a place in the index, named by its content."""
@@ -150,56 +150,56 @@ class _Build:
 
     def know(self, key: str, value: Scalar) -> bool:
         """Note that `key` can be filtered by, as far as there is room."""
-        if key not in self.fields and len(self.fields) >= MAX_FIELDS:
+        if key not in self.fields and len(self.fields) >= MAX_FILTER_KEYS:
             return False
         kinds = self.fields.setdefault(key, [])
-        if kind(value) not in kinds:
-            kinds.append(kind(value))
+        if scalar_kind(value) not in kinds:
+            kinds.append(scalar_kind(value))
         return True
 
-    def commit(self, group: list[tuple[Document, Row]]) -> None:
+    def commit(self, group: list[tuple[Document, IndexRow]]) -> None:
         """Embed what is new in a chunk and write all of it."""
-        known = {d.key: self.homes[d.key] for d, _ in group if d.key in self.homes}
-        vectors = dict(zip(known, self.store.vectors(list(known.values())), strict=True))
+        known = {d.content_hash: self.homes[d.content_hash] for d, _ in group if d.content_hash in self.homes}
+        vectors = dict(zip(known, self.store.read_vectors(list(known.values())), strict=True))
         failed: dict[str, DataError] = {}
         new: dict[str, Document] = {}
         for document, _ in group:
-            if document.key not in known:
-                new.setdefault(document.key, document)
-        encoded = encode_documents(self.model, new.values(), on_error=lambda d, error: failed.update({d.key: error}))
+            if document.content_hash not in known:
+                new.setdefault(document.content_hash, document)
+        encoded = encode_documents(self.model, new.values(), on_error=lambda d, error: failed.update({d.content_hash: error}))
         for done, found in encoded:
-            vectors |= {d.key: vector for d, vector in zip(done, found, strict=True)}
+            vectors |= {d.content_hash: vector for d, vector in zip(done, found, strict=True)}
             self.embedded += len(done)
         ready = []
         for document, row in group:
-            if document.key in failed:
-                self.quarantine.add(document.named(), failed[document.key])
+            if document.content_hash in failed:
+                self.quarantine.add(document.to_quarantine_record(), failed[document.content_hash])
                 self.seen.discard(document.id)
             else:
                 self.keep_bytes(document, row)
                 ready.append(row)
         if ready:
-            self.store.upsert(ready, np.stack([vectors[row.stamp.key] for row in ready]))
+            self.store.upsert(ready, np.stack([vectors[row.hashes.content_hash] for row in ready]))
         for row in ready:
-            self.place(row.id, row.stamp)
+            self.place(row.id, row.hashes)
 
-    def keep_bytes(self, document: Document, row: Row) -> None:
+    def keep_bytes(self, document: Document, row: IndexRow) -> None:
         """An image without a file gets one."""
-        if document.image is None or document.image.data is None or row.image is None:
+        if document.image is None or document.image.data is None or row.image_path is None:
             return
-        path, data = Path(row.image), document.image.data
+        path, data = Path(row.image_path), document.image.data
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            atomic_write(path, lambda file: file.write(data))
+            write_atomically(path, lambda file: file.write(data))
 
-    def place(self, identity: str, stamp: Stamp) -> None:
+    def place(self, identity: str, stamp: RowHashes) -> None:
         """Note a row that was written."""
         before = self.stamps.get(identity)
         self.added, self.updated = self.added + (before is None), self.updated + (before is not None)
-        if before is not None and self.homes.get(before.key) == identity:
-            del self.homes[before.key]
+        if before is not None and self.homes.get(before.content_hash) == identity:
+            del self.homes[before.content_hash]
         self.stamps[identity] = stamp
-        self.homes.setdefault(stamp.key, identity)
+        self.homes.setdefault(stamp.content_hash, identity)
 
     def finish(self, prune: bool) -> BuildReport:
         """Prune and count."""
@@ -240,17 +240,17 @@ def _writing(path: Path) -> Iterator[None]:
         raise RetrievalError("another process is writing this index", place=path, fix="Wait for it to end") from None
 
 
-def _prepare(path: Path, model: Embedder, *, side: Side | None, store: StoreKind | None) -> Manifest:
+def _prepare(path: Path, model: Embedder, *, side: Side | None, store: StoreKind | None) -> IndexManifest:
     """The manifest of the index at `path`, checked; or that of a new one."""
     for name, value, known in (("--side", side, get_args(Side)), ("--store", store, get_args(StoreKind))):
         if value is not None and value not in known:
-            raise RetrievalError(f"'{value}'", place=name, fix=closest(value, known))
-    if not (path / MANIFEST).exists():
+            raise RetrievalError(f"'{value}'", place=name, fix=suggest_name(value, known))
+    if not (path / MANIFEST_FILENAME).exists():
         if any(file.name != ".lock" for file in path.iterdir()):
             raise RetrievalError("is not an index", place=path, fix="Name a new or an empty folder: --to DIR")
-        return Manifest.new(model, store=store or "lance", side=side or "image")
-    manifest = Manifest.read(path)
-    manifest.check(model, path)
+        return IndexManifest.for_new_index(model, store=store or "lance", side=side or "image")
+    manifest = IndexManifest.read(path)
+    manifest.check_model(model, path)
     for name, wanted, there in (("side", side, manifest.side), ("store", store, manifest.store)):
         if wanted not in (None, there):
             fix = f"Leave --{name} out, or build a new index with --to"

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vlduet.data.formats import read_records
-from vlduet.data.images import content_key
-from vlduet.data.records import ImageRef, Parts, Place, Record, images_of
-from vlduet.errors import DataError, RetrievalError, closest
+from vlduet.data.images import image_key
+from vlduet.data.records import ImageRef, Parts, Place, Record, extract_images
+from vlduet.errors import DataError, RetrievalError, suggest_name
 
 Side = Literal["image", "text", "record"]
 
-OnError = Callable[[Record | None, DataError], object]
+DocumentErrorCallback = Callable[[Record | None, DataError], object]
 """Told of every record or document that is left out (None: it could not even be read), and why; `Quarantine.add` is one."""
 
 
@@ -42,17 +42,17 @@ class Document:
     image: ImageRef | None = None
     """What `search` shows; embedded only if it is one of the parts."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    key: str = ""
+    content_hash: str = ""
     """Hash of the parts, image bytes included: equal keys have equal vectors."""
     place: Place | None = field(default=None, compare=False)
     """Where its record stands."""
 
-    def named(self) -> Record:
+    def to_quarantine_record(self) -> Record:
         """Id and place alone, as a quarantine wants them."""
         return Record(self.id, place=self.place)
 
 
-def documents(source: Path, *, side: Side, on_error: OnError) -> Iterator[Document]:
+def read_documents(source: Path, *, side: Side, on_error: DocumentErrorCallback) -> Iterator[Document]:
     """The documents of a file of records, or of a folder of images, lazily and in order.
 
     Args:
@@ -65,11 +65,11 @@ def documents(source: Path, *, side: Side, on_error: OnError) -> Iterator[Docume
         DataError: the source as a whole cannot be read.
     """
     if side not in get_args(Side):
-        raise RetrievalError(f"'{side}'", place="--side", fix=closest(side, get_args(Side)))
+        raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     taken: set[str] = set()
     for record in read_records(source, on_error=lambda error: on_error(None, error)):
         try:
-            found = of_record(record, side)
+            found = split_record(record, side)
         except DataError as error:
             on_error(record, error)
             continue
@@ -78,15 +78,15 @@ def documents(source: Path, *, side: Side, on_error: OnError) -> Iterator[Docume
                 if document.id in taken:
                     fix = "Give every record an id of its own"
                     raise DataError(f"id '{document.id}' appears twice", place=record.place, fix=fix)
-                key = key_of(document.parts)
+                key = hash_parts(document.parts)
             except DataError as error:
-                on_error(document.named(), error)
+                on_error(document.to_quarantine_record(), error)
                 continue
             taken.add(document.id)
-            yield replace(document, key=key)
+            yield replace(document, content_hash=key)
 
 
-def of_record(record: Record, side: Side) -> list[Document]:
+def split_record(record: Record, side: Side) -> list[Document]:
     """The documents of one record, their keys still empty.
 
     Raises:
@@ -94,13 +94,13 @@ def of_record(record: Record, side: Side) -> list[Document]:
     """
     found = []
     for scope in _scopes(record):
-        shown = images_of(scope.whole)
+        shown = extract_images(scope.whole)
         for parts in scope.embedded(side):
-            parts = tuple(clean(p) if isinstance(p, str) else p for p in parts)
-            text = parts[0] if side == "text" and record.kind != "chat" else clean(scope.quoted)
-            image = next(iter(images_of(parts) or shown), None)
+            parts = tuple(replace_lone_surrogates(p) if isinstance(p, str) else p for p in parts)
+            text = parts[0] if side == "text" and record.kind != "chat" else replace_lone_surrogates(scope.quoted)
+            image = next(iter(extract_images(parts) or shown), None)
             assert isinstance(text, str)
-            found.append(Document(clean(record.id), parts, text, image, record.metadata, place=record.place))
+            found.append(Document(replace_lone_surrogates(record.id), parts, text, image, record.metadata, place=record.place))
     if not found:
         what = "image" if side == "image" else "text"
         raise DataError(f"a record without {what}", place=record.place, fix="Index another --side, or leave it out")
@@ -119,7 +119,7 @@ class _Scope:
         """What each document embeds."""
         if side == "record":
             return [self.whole] if self.whole else []
-        return [(part,) for part in (self.texts if side == "text" else images_of(self.whole))]
+        return [(part,) for part in (self.texts if side == "text" else extract_images(self.whole))]
 
 
 def _scopes(record: Record) -> list[_Scope]:
@@ -142,12 +142,12 @@ def _texts(parts: Parts) -> tuple[str, ...]:
     return tuple(p for p in parts if isinstance(p, str))
 
 
-def clean(text: str) -> str:
+def replace_lone_surrogates(text: str) -> str:
     """Text without lone surrogates: JSON can spell them, but no tokenizer and no database takes them."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def key_of(parts: Parts) -> str:
+def hash_parts(parts: Parts) -> str:
     """Hash of content: texts and image bytes, in order.
 
     Raises:
@@ -155,7 +155,7 @@ def key_of(parts: Parts) -> str:
     """
     digest = hashlib.sha256()
     for part in parts:
-        name = f"text:{part}" if isinstance(part, str) else f"image:{content_key(part)}"
+        name = f"text:{part}" if isinstance(part, str) else f"image:{image_key(part)}"
         encoded = name.encode("utf-8", "replace")
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

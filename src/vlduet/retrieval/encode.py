@@ -9,18 +9,18 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from vlduet.data.quarantine import attempted
+from vlduet.data.quarantine import bisect_failures
 from vlduet.data.records import Part, Parts
 from vlduet.errors import DataError, RetrievalError
-from vlduet.files import atomic_write
+from vlduet.files import write_atomically
 from vlduet.retrieval.documents import Document
 
 T = TypeVar("T")
 
-OnFailure = Callable[[Document, DataError], object]
+EncodingErrorCallback = Callable[[Document, DataError], object]
 """Told of every document that could not be embedded, and why."""
 
-CHUNK = 256
+DOCUMENTS_PER_CHUNK = 256
 """Documents that are embedded, and committed to an index, at a time."""
 
 
@@ -47,7 +47,7 @@ class Embedder(Protocol):
 
 
 def encode_documents(
-    model: Embedder, documents: Iterable[Document], *, on_error: OnFailure, chunk: int = CHUNK
+    model: Embedder, documents: Iterable[Document], *, on_error: EncodingErrorCallback, chunk_size: int = DOCUMENTS_PER_CHUNK
 ) -> Iterator[tuple[list[Document], np.ndarray]]:
     """Embed documents, lazily.
 
@@ -65,16 +65,16 @@ def encode_documents(
     """
 
     def encode(group: list[Document]) -> np.ndarray:
-        return checked(model.encode_document([document.parts for document in group]), group)
+        return check_vectors(model.encode_document([document.parts for document in group]), group)
 
-    for group in batched(documents, chunk):
-        found = zip(group, attempted(encode, group, on_error=on_error), strict=True)
+    for group in batched(documents, chunk_size):
+        found = zip(group, bisect_failures(encode, group, on_error=on_error), strict=True)
         kept = [(document, vector) for document, vector in found if vector is not None]
         if kept:
             yield [document for document, _ in kept], np.stack([vector for _, vector in kept])
 
 
-def checked(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
+def check_vectors(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
     """The vectors, if they are finite: a NaN in an index would win or lose every search."""
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
@@ -96,7 +96,7 @@ def write_vectors(path: Path, *, ids: Sequence[str], vectors: np.ndarray) -> Non
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, lambda file: np.savez(file, **arrays))
+        write_atomically(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
         raise RetrievalError(f"cannot be written ({error.strerror})", place=path, fix="Choose another --out") from error
 

@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlduet.errors import RetrievalError, closest
-from vlduet.retrieval.documents import clean
+from vlduet.errors import RetrievalError, suggest_name
+from vlduet.retrieval.documents import replace_lone_surrogates
 
 Scalar = str | float | bool
 
-KINDS: dict[str, type] = {"text": str, "number": float, "flag": bool}
-COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-OPERATORS = ("=", "!=", *COMPARE, "in")
+SCALAR_KINDS: dict[str, type] = {"text": str, "number": float, "flag": bool}
+ORDER_OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+OPERATORS = ("=", "!=", *ORDER_OPERATORS, "in")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Condition:
         if many and (isinstance(self.value, str) or not isinstance(self.value, Iterable)):
             raise RetrievalError(f"{self.value!r} is not a list", place=where, fix="Give several values")
         given = list(self.value) if many else [self.value]
-        values = [scalar(value) for value in given]
+        values = [to_scalar(value) for value in given]
         for raw, value in zip(given, values, strict=True):
-            if value is None or (self.operator in COMPARE and isinstance(value, bool)):
+            if value is None or (self.operator in ORDER_OPERATORS and isinstance(value, bool)):
                 fix = (
-                    "Compare with a text or a number" if self.operator in COMPARE else "Use a text, a number or a flag"
+                    "Compare with a text or a number" if self.operator in ORDER_OPERATORS else "Use a text, a number or a flag"
                 )
                 raise RetrievalError(f"{raw!r} cannot be compared", place=where, fix=fix)
         object.__setattr__(self, "value", tuple(values) if many else values[0])
@@ -62,9 +62,9 @@ class Condition:
     def matches(self, filters: Mapping[str, Scalar]) -> bool:
         """Whether a document with these filter values satisfies the condition."""
         own = filters.get(self.key)
-        if self.operator in COMPARE:
-            return own is not None and kind(own) == kind(self.value) and bool(COMPARE[self.operator](own, self.value))
-        found = any(own is not None and kind(own) == kind(value) and own == value for value in self.values)
+        if self.operator in ORDER_OPERATORS:
+            return own is not None and scalar_kind(own) == scalar_kind(self.value) and bool(ORDER_OPERATORS[self.operator](own, self.value))
+        found = any(own is not None and scalar_kind(own) == scalar_kind(value) and own == value for value in self.values)
         return found is not (self.operator == "!=")
 
 
@@ -72,11 +72,11 @@ Where = Mapping[str, Any] | Iterable[Condition | str] | None
 """``{"category": "animals"}`` (equal), ``{"category": ["animals", "plants"]}`` (one of), or a list of
 Conditions and of texts as on the command line: ``["category=animals", "year>=1990"]``. All must hold."""
 
-Fields = Mapping[str, Iterable[str]]
+FilterFields = Mapping[str, Iterable[str]]
 """The metadata keys that an index can be filtered by, and the kinds of their values."""
 
 
-def conditions(where: Where, fields: Fields) -> tuple[Condition, ...]:
+def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...]:
     """Any form of filter -> conditions that must all hold.
 
     Raises:
@@ -87,7 +87,7 @@ def conditions(where: Where, fields: Fields) -> tuple[Condition, ...]:
         found = [Condition(key, "in" if _is_many(value) else "=", value) for key, value in where.items()]
     else:
         given = [where] if isinstance(where, str) else where or ()
-        found = [parse(one, fields) if isinstance(one, str) else one for one in given]
+        found = [parse_condition(one, fields) if isinstance(one, str) else one for one in given]
     for condition in found:
         _check_key(condition.key, fields)
     return tuple(found)
@@ -97,12 +97,12 @@ def _is_many(value: Any) -> bool:
     return isinstance(value, list | tuple | set | frozenset)
 
 
-def scalar(value: Any) -> Scalar | None:
+def to_scalar(value: Any) -> Scalar | None:
     """A metadata value as it is compared; None for what cannot be: lists, objects, null, infinities, NaN."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return clean(value)
+        return replace_lone_surrogates(value)
     if isinstance(value, int | float):
         try:
             number = float(value)
@@ -112,9 +112,9 @@ def scalar(value: Any) -> Scalar | None:
     return None
 
 
-def kind(value: Scalar) -> str:
+def scalar_kind(value: Scalar) -> str:
     """text, number or flag."""
-    return next(name for name, form in KINDS.items() if type(value) is form)
+    return next(name for name, form in SCALAR_KINDS.items() if type(value) is form)
 
 
 _CONDITION = re.compile(
@@ -122,7 +122,7 @@ _CONDITION = re.compile(
 )
 
 
-def parse(text: str, fields: Fields) -> Condition:
+def parse_condition(text: str, fields: FilterFields) -> Condition:
     """A condition as typed: ``category=animals``, ``year>=1990``, ``category in animals,plants``.
 
     Args:
@@ -141,20 +141,20 @@ def parse(text: str, fields: Fields) -> Condition:
     if sign == "in":
         return Condition(key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")])
     typed = _typed(value, kinds, text)
-    if sign in COMPARE and isinstance(typed, str) and _number(typed) is not None:  # '1000' comes before '9'
+    if sign in ORDER_OPERATORS and isinstance(typed, str) and _number(typed) is not None:  # '1000' comes before '9'
         fix = "Write numbers as numbers, as JSON lines can and CSV cannot"
         raise RetrievalError(f"'{value}': this key holds texts", place=f"--where '{text}'", fix=fix)
     return Condition(key, sign, typed)
 
 
-def _check_key(key: str, fields: Fields) -> None:
+def _check_key(key: str, fields: FilterFields) -> None:
     if key not in fields:
-        raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=closest(key, fields))
+        raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=suggest_name(key, fields))
 
 
 def _number(value: str) -> Scalar | None:
     try:
-        return scalar(float(value))
+        return to_scalar(float(value))
     except ValueError:
         return None
 

@@ -21,19 +21,19 @@ from typing import Literal, Self
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
-from vlduet.files import write_text
+from vlduet.files import write_text_atomically
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.store import FlatStore, Row, Store
+from vlduet.retrieval.store import FlatStore, IndexRow, VectorStore
 
 StoreKind = Literal["lance", "flat"]
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST_FORMAT = 1
+MANIFEST_FILENAME = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class IndexManifest:
     """What made an index, and what it holds."""
 
     format: int
@@ -59,10 +59,10 @@ class Manifest:
     """Version of the software that wrote this."""
 
     @classmethod
-    def new(cls, model: Embedder, *, store: StoreKind, side: Side) -> Self:
+    def for_new_index(cls, model: Embedder, *, store: StoreKind, side: Side) -> Self:
         """The manifest of an index that `model` is about to build."""
         return cls(
-            format=FORMAT,
+            format=MANIFEST_FORMAT,
             store=store,
             side=side,
             dim=model.dim,
@@ -75,9 +75,9 @@ class Manifest:
     def read(cls, path: Path) -> Self:
         """The manifest of the index at `path`. Raises RetrievalError where there is none that can be read."""
         try:
-            raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if raw["format"] != FORMAT:
-                newer = f"in format {raw['format']} of vlduet {raw.get('vlduet')}, this version reads {FORMAT}"
+            raw = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
+            if raw["format"] != MANIFEST_FORMAT:
+                newer = f"in format {raw['format']} of vlduet {raw.get('vlduet')}, this version reads {MANIFEST_FORMAT}"
                 raise RetrievalError(newer, place=path, fix="Update vlduet, or build the index again")
             return cls(**raw)
         except (FileNotFoundError, NotADirectoryError):
@@ -86,14 +86,14 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError) as error:
             broken = f"broken manifest ({type(error).__name__}: {error})"
             fix = "Delete the index and build it again"
-            raise RetrievalError(broken, place=path / MANIFEST, fix=fix) from None
+            raise RetrievalError(broken, place=path / MANIFEST_FILENAME, fix=fix) from None
 
     def write(self, path: Path) -> None:
         """Write it, whole or not at all."""
         told = asdict(replace(self, updated=_now(), vlduet=_version()))
-        write_text(path / MANIFEST, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(path / MANIFEST_FILENAME, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
 
-    def check(self, model: Embedder, path: Path) -> None:
+    def check_model(self, model: Embedder, path: Path) -> None:
         """Raises RetrievalError unless `model` gives the vectors that the index at `path` holds."""
         theirs = model.fingerprint
         if theirs != self.fingerprint:
@@ -112,7 +112,7 @@ class Index:
         write: whether this process holds the lock.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, write: bool = False):
+    def __init__(self, path: Path, manifest: IndexManifest, *, write: bool = False):
         self.path, self.manifest = path, manifest
         self._checked: Embedder | None = None
         self.store = _open_store(manifest.store, path / "store", dim=manifest.dim, write=write)
@@ -129,9 +129,9 @@ class Index:
             RetrievalError: no index, an unreadable one, or one of another model.
         """
         path = Path(path)
-        manifest = Manifest.read(path)
+        manifest = IndexManifest.read(path)
         if model is not None:
-            manifest.check(model, path)
+            manifest.check_model(model, path)
         index = cls(path, manifest)
         index._checked = model
         return index
@@ -145,9 +145,9 @@ class Index:
             raise RetrievalError(what, place=self.path, fix="Name the model: --model DIR")
         return found
 
-    def image(self, row: Row) -> ImageRef | None:
+    def row_image(self, row: IndexRow) -> ImageRef | None:
         """The image of a row: at its absolute path, or beside the index where both moved."""
-        found = self._locate(row.image, row.image_relative)
+        found = self._locate(row.image_path, row.relative_image_path)
         return None if found is None else ImageRef(path=found)
 
     def _locate(self, absolute: str | None, relative: str | None) -> Path | None:
@@ -159,10 +159,10 @@ class Index:
                 return moved
         return Path(absolute)
 
-    def check(self, model: Embedder) -> None:
+    def check_model(self, model: Embedder) -> None:
         """Raises RetrievalError unless `model` gives the vectors that this index holds."""
         if self._checked is not model:  # once: a fingerprint hashes every trained weight
-            self.manifest.check(model, self.path)
+            self.manifest.check_model(model, self.path)
             self._checked = model
 
     def count(self) -> int:
@@ -180,7 +180,7 @@ class Index:
         self.close()
 
 
-def _open_store(name: StoreKind, folder: Path, *, dim: int, write: bool) -> Store:
+def _open_store(name: StoreKind, folder: Path, *, dim: int, write: bool) -> VectorStore:
     if name == "flat":
         return FlatStore(folder, dim=dim, write=write)
     from vlduet.retrieval.lance import LanceStore  # slow to import, and not needed beside the flat store
@@ -188,7 +188,7 @@ def _open_store(name: StoreKind, folder: Path, *, dim: int, write: bool) -> Stor
     return LanceStore(folder, dim=dim, write=write)
 
 
-def both_paths(target: Path | None, folder: Path) -> tuple[str | None, str | None]:
+def absolute_and_relative_path(target: Path | None, folder: Path) -> tuple[str | None, str | None]:
     """A path, absolute and as seen from `folder`."""
     if target is None:
         return None, None

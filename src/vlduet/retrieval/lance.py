@@ -19,19 +19,19 @@ import numpy as np
 import pyarrow as pa
 
 from vlduet.errors import RetrievalError
-from vlduet.files import sync
-from vlduet.retrieval.filters import COMPARE, Condition, Scalar, kind
-from vlduet.retrieval.store import SLACK, Match, Row, Stamp, best
+from vlduet.files import fsync_paths
+from vlduet.retrieval.filters import ORDER_OPERATORS, Condition, Scalar, scalar_kind
+from vlduet.retrieval.store import SCORE_TOLERANCE, ScoredRow, IndexRow, RowHashes, rank_candidates
 
-TABLE = "rows"
-GIVEN_BACK = ["id", "key", "digest", "text", "image", "image_relative", "metadata", "vector"]
-MAGIC = b"LANC"
-KEEP_VERSIONS = timedelta(minutes=10)
+TABLE_NAME = "rows"
+ROW_COLUMNS = ["id", "key", "digest", "text", "image", "image_relative", "metadata", "vector"]
+MANIFEST_MAGIC = b"LANC"
+VERSION_RETENTION = timedelta(minutes=10)
 """Older versions stay this long, for searches that are reading them; every new search reads the newest."""
-COMPACT_EVERY = 64
+COMMITS_PER_COMPACTION = 64
 """Commits; each leaves a small file that all later ones have to look at."""
 
-TYPES = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_()}
+ARROW_TYPES = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_()}
 
 
 class LanceStore:
@@ -62,23 +62,23 @@ class LanceStore:
 
     def _open(self, database: Any) -> Any:
         try:
-            return database.open_table(TABLE)
+            return database.open_table(TABLE_NAME)
         except ValueError:
             if not self.write:
                 raise
-            return database.create_table(TABLE, schema=self._schema())
+            return database.create_table(TABLE_NAME, schema=self._schema())
 
     def _schema(self) -> pa.Schema:
-        texts = [pa.field(name, pa.string()) for name in GIVEN_BACK[:-1]]
+        texts = [pa.field(name, pa.string()) for name in ROW_COLUMNS[:-1]]
         return pa.schema([*texts, pa.field("vector", pa.list_(pa.float32(), self.dim))])
 
-    def stamps(self) -> dict[str, Stamp]:
+    def read_hashes(self) -> dict[str, RowHashes]:
         """What is there, by id."""
         columns = self._table.search().select(["id", "key", "digest"]).to_arrow().to_pydict()
         found = zip(columns["id"], columns["key"], columns["digest"], strict=True)
-        return {identity: Stamp(key, digest) for identity, key, digest in found}
+        return {identity: RowHashes(key, digest) for identity, key, digest in found}
 
-    def vectors(self, ids: Sequence[str]) -> np.ndarray:
+    def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
         """float32[N, D] of stored ids."""
         if not ids:
             return np.empty((0, self.dim), dtype=np.float32)
@@ -91,33 +91,33 @@ class LanceStore:
         matrix: np.ndarray = flat.reshape(-1, self.dim).astype(np.float32, copy=False)
         return matrix
 
-    def upsert(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
+    def upsert(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> None:
         """Write rows and their vectors in one commit."""
         assert vectors.shape == (len(rows), self.dim) and self.write
         if not rows:
             return
-        wanted = {column(name, kind(value)): kind(value) for row in rows for name, value in row.filters.items()}
+        wanted = {filter_column(name, scalar_kind(value)): scalar_kind(value) for row in rows for name, value in row.filter_values.items()}
         missing = sorted(wanted.keys() - set(self._table.schema.names))
         if missing:
-            self._table.add_columns(pa.schema([pa.field(name, TYPES[wanted[name]]) for name in missing]))
+            self._table.add_columns(pa.schema([pa.field(name, ARROW_TYPES[wanted[name]]) for name in missing]))
         # Without use_index(False) a scalar index on the key makes it update nothing (lancedb #3515).
         merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().use_index(False)
         merge.execute(self._arrow(rows, vectors))
         self._commits += 1
-        if self._commits % COMPACT_EVERY == 0:
+        if self._commits % COMMITS_PER_COMPACTION == 0:
             self._compact()
         self._sync()
 
-    def _arrow(self, rows: Sequence[Row], vectors: np.ndarray) -> pa.Table:
+    def _arrow(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> pa.Table:
         """All columns of the table: one that is left out would keep its old value in updated rows."""
-        filters = [{column(key, kind(value)): value for key, value in row.filters.items()} for row in rows]
+        filters = [{filter_column(key, scalar_kind(value)): value for key, value in row.filter_values.items()} for row in rows]
         given: dict[str, list[Any]] = {
             "id": [row.id for row in rows],
-            "key": [row.stamp.key for row in rows],
-            "digest": [row.stamp.digest for row in rows],
+            "key": [row.hashes.content_hash for row in rows],
+            "digest": [row.hashes.details_hash for row in rows],
             "text": [row.text for row in rows],
-            "image": [row.image for row in rows],
-            "image_relative": [row.image_relative for row in rows],
+            "image": [row.image_path for row in rows],
+            "image_relative": [row.relative_image_path for row in rows],
             "metadata": [json.dumps(dict(row.metadata)) for row in rows],
         }
         schema: pa.Schema = self._table.schema
@@ -137,27 +137,27 @@ class LanceStore:
             self._table.delete(_one_of("id", ids))
             self._sync()
 
-    def search(self, queries: np.ndarray, *, k: int, where: Sequence[Condition] = ()) -> list[list[Match]]:
+    def search(self, queries: np.ndarray, *, k: int, conditions: Sequence[Condition] = ()) -> list[list[ScoredRow]]:
         """The k best rows for each query."""
         columns = set(self._table.schema.names)
-        predicate = " AND ".join(f"({sql(condition, columns)})" for condition in where)
+        predicate = " AND ".join(f"({condition_to_sql(condition, columns)})" for condition in conditions)
         return [self._search_one(query, k, predicate) for query in queries.astype(np.float32)]
 
-    def _search_one(self, query: np.ndarray, k: int, predicate: str) -> list[Match]:
+    def _search_one(self, query: np.ndarray, k: int, predicate: str) -> list[ScoredRow]:
         limit = k + 16
         while True:
             asked = self._table.search(query, vector_column_name="vector").distance_type("dot").bypass_vector_index()
             if predicate:
                 asked = asked.where(predicate, prefilter=True)
-            table = asked.select([*GIVEN_BACK, "_distance"]).limit(limit).to_arrow()
+            table = asked.select([*ROW_COLUMNS, "_distance"]).limit(limit).to_arrow()
             far = table["_distance"].to_numpy()
             # Ties at the k-th place are settled by id, so all that tie with it must be here.
-            if len(far) < limit or far[-1] > far[k - 1] + SLACK:
+            if len(far) < limit or far[-1] > far[k - 1] + SCORE_TOLERANCE:
                 break
             limit *= 4
-        ranked = best(query, k, ids=table["id"].to_pylist(), vectors=self._matrix(table))
-        rows = table.select(GIVEN_BACK[:-1]).take([i for i, _ in ranked]).to_pylist() if ranked else []
-        return [Match(_row(row), score) for row, (_, score) in zip(rows, ranked, strict=True)]
+        ranked = rank_candidates(query, k, ids=table["id"].to_pylist(), vectors=self._matrix(table))
+        rows = table.select(ROW_COLUMNS[:-1]).take([i for i, _ in ranked]).to_pylist() if ranked else []
+        return [ScoredRow(_row(row), score) for row, (_, score) in zip(rows, ranked, strict=True)]
 
     def count(self) -> int:
         """Rows."""
@@ -170,55 +170,55 @@ class LanceStore:
             self._sync()
 
     def _compact(self) -> None:
-        self._table.optimize(cleanup_older_than=KEEP_VERSIONS)
+        self._table.optimize(cleanup_older_than=VERSION_RETENTION)
 
     def _sync(self) -> None:
         """LanceDB writes without fsync: bring every file it made since the last call to the disk."""
         now = {path for path in self.folder.rglob("*") if path.suffix != ".json"}  # a mere hint, written over
         new = now - self._synced
-        sync(new | {path.parent for path in new})
+        fsync_paths(new | {path.parent for path in new})
         self._synced = now
 
     def _drop_torn_versions(self) -> None:
         """A version that a power loss cut short hides the whole table; the one before it is complete."""
-        for manifest in self.folder.glob(f"{TABLE}.lance/_versions/*.manifest"):
+        for manifest in self.folder.glob(f"{TABLE_NAME}.lance/_versions/*.manifest"):
             with manifest.open("rb") as file:
                 size = file.seek(0, 2)
-                file.seek(max(0, size - len(MAGIC)))
-                if file.read() != MAGIC:
+                file.seek(max(0, size - len(MANIFEST_MAGIC)))
+                if file.read() != MANIFEST_MAGIC:
                     logging.getLogger(__name__).warning("dropped a half-written version: %s", manifest)
                     manifest.unlink()
 
 
-def _row(raw: dict[str, Any]) -> Row:
-    stamp = Stamp(raw["key"], raw["digest"])
-    return Row(raw["id"], stamp, raw["text"], raw["image"], raw["image_relative"], json.loads(raw["metadata"]))
+def _row(raw: dict[str, Any]) -> IndexRow:
+    stamp = RowHashes(raw["key"], raw["digest"])
+    return IndexRow(raw["id"], stamp, raw["text"], raw["image"], raw["image_relative"], json.loads(raw["metadata"]))
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def column(key: str, form: str) -> str:
+def filter_column(key: str, form: str) -> str:
     """The column of a metadata key: distinct keys have distinct names, made of a-z, 0-9 and _ only."""
     return f"{form}__" + re.sub(r"[^a-z0-9]", lambda match: f"_{ord(match[0]):x}_", key)
 
 
-def sql(condition: Condition, columns: set[str]) -> str:
+def condition_to_sql(condition: Condition, columns: set[str]) -> str:
     """A condition as a predicate over the table's columns; keys and values can spell no SQL of their own."""
 
     def tests(value: Scalar) -> str:
-        name = column(condition.key, kind(value))
+        name = filter_column(condition.key, scalar_kind(value))
         if name not in columns:
             return "false"
-        sign = condition.operator if condition.operator in COMPARE else "="
-        return f"({name} IS NOT NULL AND {name} {sign} {literal(value)})"
+        sign = condition.operator if condition.operator in ORDER_OPERATORS else "="
+        return f"({name} IS NOT NULL AND {name} {sign} {sql_literal(value)})"
 
     found = " OR ".join(map(tests, condition.values)) or "false"
     return f"NOT ({found})" if condition.operator == "!=" else found
 
 
-def literal(value: Scalar) -> str:
+def sql_literal(value: Scalar) -> str:
     """A value as an SQL literal. Only the quote is special inside one, and is doubled."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -228,4 +228,4 @@ def literal(value: Scalar) -> str:
 
 
 def _one_of(name: str, values: Sequence[str]) -> str:
-    return f"{name} IN ({', '.join(map(literal, values))})"
+    return f"{name} IN ({', '.join(map(sql_literal, values))})"

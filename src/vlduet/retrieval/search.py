@@ -9,7 +9,7 @@ from typing import Any
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import RetrievalError
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.filters import Where, conditions
+from vlduet.retrieval.filters import Where, parse_conditions
 from vlduet.retrieval.index import Index
 
 
@@ -46,11 +46,11 @@ def search(index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, w
         raise RetrievalError("an empty query", fix="Give a text, an image, or both")
     if k < 1:
         raise RetrievalError(f"{k} hits", place="k", fix="Ask for 1 or more")
-    index.check(model)
+    index.check_model(model)
     if where and not index.count():
         return []  # an index that holds nothing knows no key either
-    wanted = conditions(where, index.manifest.fields)
-    (found,) = index.store.search(model.encode_query([parts]), k=k, where=wanted)
+    wanted = parse_conditions(where, index.manifest.fields)
+    (found,) = index.store.search(model.encode_query([parts]), k=k, conditions=wanted)
     return [
-        Hit(row.id, score, row.text, index.image(row), row.metadata, rank) for rank, (row, score) in enumerate(found, 1)
+        Hit(row.id, score, row.text, index.row_image(row), row.metadata, rank) for rank, (row, score) in enumerate(found, 1)
     ]

@@ -16,62 +16,62 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vlduet.errors import RetrievalError
-from vlduet.files import atomic_write
+from vlduet.files import write_atomically
 from vlduet.retrieval.filters import Condition, Scalar
 
-SLACK = 1e-5
+SCORE_TOLERANCE = 1e-5
 """More than float32 arithmetic can move a cosine: candidates this close to the k-th are scored in float64."""
 
 
-class Stamp(NamedTuple):
+class RowHashes(NamedTuple):
     """What a stored row was made of; an equal stamp means that nothing has to be done."""
 
-    key: str
+    content_hash: str
     """Hash of what was embedded."""
-    digest: str
+    details_hash: str
     """Hash of everything else: text, metadata, image path."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class IndexRow:
     """One document as it is stored."""
 
     id: str
-    stamp: Stamp
+    hashes: RowHashes
     text: str
-    image: str | None
+    image_path: str | None
     """Absolute path."""
-    image_relative: str | None
+    relative_image_path: str | None
     """The same path seen from the index folder, for folders that are moved together."""
     metadata: Mapping[str, Any]
-    filters: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
+    filter_values: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
     """The metadata that can be filtered by. Not given back by searches."""
 
 
-class Match(NamedTuple):
+class ScoredRow(NamedTuple):
     """A row and its cosine to the query, rounded to six decimals."""
 
-    row: Row
+    row: IndexRow
     score: float
 
 
-class Store(Protocol):
+class VectorStore(Protocol):
     """Rows and unit vectors by id. One process writes at a time (`build` holds the lock); others may read meanwhile, and see
     either what was there when they opened or something newer."""
 
-    def stamps(self) -> dict[str, Stamp]:
+    def read_hashes(self) -> dict[str, RowHashes]:
         """What is there, by id."""
 
-    def vectors(self, ids: Sequence[str]) -> np.ndarray:
+    def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
         """float32[N, D] of stored ids, in their order."""
 
-    def upsert(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
+    def upsert(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> None:
         """Write rows of distinct ids and float32[N, D], replacing rows of the same id; durable on return."""
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove rows; unknown ids are ignored; durable on return."""
 
-    def search(self, queries: np.ndarray, *, k: int, where: Sequence[Condition] = ()) -> list[list[Match]]:
+    def search(self, queries: np.ndarray, *, k: int, conditions: Sequence[Condition] = ()) -> list[list[ScoredRow]]:
         """The k best rows that satisfy `where`, or all if fewer, for each of float32[Q, D] unit queries."""
 
     def count(self) -> int:
@@ -81,7 +81,7 @@ class Store(Protocol):
         """Tidy up what many small writes left, and let go of files."""
 
 
-def best(query: np.ndarray, k: int, *, ids: Sequence[str], vectors: np.ndarray) -> list[tuple[int, float]]:
+def rank_candidates(query: np.ndarray, k: int, *, ids: Sequence[str], vectors: np.ndarray) -> list[tuple[int, float]]:
     """(position, cosine) of the k best of candidates float32[N, D], ties by id.
 
     Scored in float64 and rounded, so equal content ties exactly whatever the order of rows or the machine.
@@ -105,8 +105,8 @@ class FlatStore:
 
     def __init__(self, folder: Path, *, dim: int, write: bool):
         self.folder, self.dim, self.write = folder, dim, write
-        self._held: dict[str, tuple[Row, np.ndarray]] = {}
-        self._table: tuple[list[Row], np.ndarray] | None = None
+        self._held: dict[str, tuple[IndexRow, np.ndarray]] = {}
+        self._table: tuple[list[IndexRow], np.ndarray] | None = None
         if write:
             folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -134,11 +134,11 @@ class FlatStore:
         for identity in told["deleted"]:
             self._held.pop(identity, None)
         for raw, vector in zip(told["rows"], vectors, strict=True):
-            row = Row(**raw | {"stamp": Stamp(*raw["stamp"])})
+            row = IndexRow(**raw | {"stamp": RowHashes(*raw["stamp"])})
             self._held[row.id] = row, vector
 
     def _save(
-        self, rows: Sequence[Row], vectors: np.ndarray, *, deleted: Sequence[str] = (), whole: bool = False
+        self, rows: Sequence[IndexRow], vectors: np.ndarray, *, deleted: Sequence[str] = (), whole: bool = False
     ) -> None:
         last = self._segments()[-1:]
         number = int(last[0].stem.removeprefix("segment-")) + 1 if last else 0
@@ -147,21 +147,21 @@ class FlatStore:
             "vectors": vectors.astype(np.float32),
             "told": np.frombuffer(told, dtype=np.uint8),
         }
-        atomic_write(self.folder / f"segment-{number:08d}.npz", lambda file: np.savez(file, **arrays))
+        write_atomically(self.folder / f"segment-{number:08d}.npz", lambda file: np.savez(file, **arrays))
         self._table = None
 
-    def stamps(self) -> dict[str, Stamp]:
+    def read_hashes(self) -> dict[str, RowHashes]:
         """What is there, by id."""
-        return {identity: row.stamp for identity, (row, _) in self._held.items()}
+        return {identity: row.hashes for identity, (row, _) in self._held.items()}
 
-    def vectors(self, ids: Sequence[str]) -> np.ndarray:
+    def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
         """float32[N, D] of stored ids."""
         return np.stack([self._held[identity][1] for identity in ids]) if ids else self._empty()
 
     def _empty(self) -> np.ndarray:
         return np.empty((0, self.dim), dtype=np.float32)
 
-    def upsert(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
+    def upsert(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> None:
         """Write rows and their vectors."""
         assert vectors.shape == (len(rows), self.dim) and self.write
         self._save(rows, vectors)
@@ -174,22 +174,22 @@ class FlatStore:
         for identity in ids:
             self._held.pop(identity, None)
 
-    def search(self, queries: np.ndarray, *, k: int, where: Sequence[Condition] = ()) -> list[list[Match]]:
+    def search(self, queries: np.ndarray, *, k: int, conditions: Sequence[Condition] = ()) -> list[list[ScoredRow]]:
         """The k best rows for each query."""
         if self._table is None:
             held = list(self._held.values())
             self._table = [row for row, _ in held], np.stack([v for _, v in held]) if held else self._empty()
         rows, vectors = self._table
-        if where:
-            kept = [i for i, row in enumerate(rows) if all(c.matches(row.filters) for c in where)]
+        if conditions:
+            kept = [i for i, row in enumerate(rows) if all(c.matches(row.filter_values) for c in conditions)]
             rows, vectors = [rows[i] for i in kept], vectors[kept]
         found = []
         for query in queries.astype(np.float32):
             scores = vectors @ query  # [N]
-            floor = np.partition(scores, -k)[-k] - SLACK if len(rows) > k else -np.inf
+            floor = np.partition(scores, -k)[-k] - SCORE_TOLERANCE if len(rows) > k else -np.inf
             near = np.flatnonzero(scores >= floor)
-            ranked = best(query, k, ids=[rows[i].id for i in near], vectors=vectors[near])
-            found.append([Match(rows[near[i]], score) for i, score in ranked])
+            ranked = rank_candidates(query, k, ids=[rows[i].id for i in near], vectors=vectors[near])
+            found.append([ScoredRow(rows[near[i]], score) for i, score in ranked])
         return found
 
     def count(self) -> int:
@@ -202,6 +202,6 @@ class FlatStore:
         if not self.write or len(before) < 2:
             return
         held = list(self._held.values())
-        self._save([row for row, _ in held], self.vectors([row.id for row, _ in held]), whole=True)
+        self._save([row for row, _ in held], self.read_vectors([row.id for row, _ in held]), whole=True)
         for segment in before:
             segment.unlink()

@@ -21,14 +21,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vlduet.errors import DataError, MissingExtraError, ModelError, VLDuetError
-from vlduet.model.decoding import Piece
-from vlduet.rag import prepare
+from vlduet.model.decoding import Delta
+from vlduet.rag import prepare_prompt
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import Hit, search
 from vlduet.serve import forms
-from vlduet.serve.keys import Keys
-from vlduet.serve.talks import Talk
-from vlduet.serve.worker import Busy, Worker
+from vlduet.serve.keys import ApiKeyMiddleware
+from vlduet.serve.talks import ChatRequest
+from vlduet.serve.worker import ServerBusyError, Worker
 
 try:
     import uvicorn
@@ -44,16 +44,16 @@ except ImportError as error:
 
 log = logging.getLogger("uvicorn.error")
 
-GRACE = 3
+SHUTDOWN_GRACE_SECONDS = 3
 """Seconds that answers have to end in when the server does."""
-LOOK = 1.0
+DISCONNECT_POLL_SECONDS = 1.0
 """Seconds after which a request that still waits looks whether its client does."""
-LARGEST = 64 << 20
+MAX_REQUEST_BYTES = 64 << 20
 """Bytes of one request."""
-LONGEST_ANSWER = 256
+DEFAULT_MAX_TOKENS = 256
 """Tokens of an answer whose request does not say."""
 
-F = TypeVar("F", bound=forms.Form)
+F = TypeVar("F", bound=forms.RequestBody)
 T = TypeVar("T")
 
 
@@ -68,9 +68,9 @@ class Service:
 
     def __init__(self, worker: Worker, *, name: str, index: Index | None = None):
         self.worker, self.name, self.index = worker, name, index
-        self.since = int(time.time())
+        self.created = int(time.time())
 
-    def app(self, *, hosts: list[str] | None = None, keys: list[str] | None = None) -> Starlette:
+    def build_app(self, *, allowed_hosts: list[str] | None = None, api_keys: list[str] | None = None) -> Starlette:
         """The application.
 
         Args:
@@ -79,22 +79,22 @@ class Service:
                 visits can talk to the server under a name of the page's own.
         """
         posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
-            "/v1/embeddings": self.embeddings,
-            "/v1/chat/completions": self.chat,
-            "/v1/search": self.search,
+            "/v1/embeddings": self.create_embeddings,
+            "/v1/chat/completions": self.create_chat_completion,
+            "/v1/search": self.search_index,
         }
-        routes = [Route("/health", self.health), Route("/v1/models", self.models)]
-        routes += [Route("/v1/models/{name}", self.model)]
+        routes = [Route("/health", self.health), Route("/v1/models", self.list_models)]
+        routes += [Route("/v1/models/{name}", self.get_model)]
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
-        guard = [] if hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]
-        guard += [] if keys is None else [Middleware(Keys, keys=keys)]
+        guard = [] if allowed_hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)]
+        guard += [] if api_keys is None else [Middleware(ApiKeyMiddleware, keys=api_keys)]
         handlers: dict[Any, Any] = {
             VLDuetError: _refused,
             ModelError: _broken_model,
             ClientDisconnect: _gone,
             ValidationError: _misformed,
             HTTPException: _http,
-            Busy: _busy,
+            ServerBusyError: _busy,
             Exception: _broken,
         }
         return Starlette(routes=routes, middleware=guard, exception_handlers=handlers)
@@ -105,57 +105,57 @@ class Service:
         """It is up, and has its model."""
         return JSONResponse({"status": "ok"})
 
-    async def models(self, _: Request) -> Response:
+    async def list_models(self, _: Request) -> Response:
         """The one model."""
         return JSONResponse({"object": "list", "data": [self._described()]})
 
-    async def model(self, request: Request) -> Response:
+    async def get_model(self, request: Request) -> Response:
         """The same, by its name."""
         self._check_name(request.path_params["name"])
         return JSONResponse(self._described())
 
-    async def embeddings(self, request: Request) -> Response:
+    async def create_embeddings(self, request: Request) -> Response:
         """Texts, images and mixtures -> unit vectors."""
-        form = await self._read(request, forms.Embeddings)
+        form = await self._read(request, forms.EmbeddingsBody)
         dim = self.worker.model.dim
         if form.dimensions not in (None, dim):
             raise DataError(f"{form.dimensions}: this model has {dim}", place="dimensions", fix="Leave it out")
-        future = self.worker.embed(form.items(), query=form.input_type == "query")
+        future = self.worker.submit_embedding(form.parse_inputs(), is_query=form.input_type == "query")
         vectors = await _while_there(request, asyncio.wrap_future(future))
-        return JSONResponse(forms.embeddings(vectors, model=self.name, base64_=form.encoding_format == "base64"))
+        return JSONResponse(forms.embeddings_response(vectors, model=self.name, as_base64=form.encoding_format == "base64"))
 
-    async def search(self, request: Request) -> Response:
+    async def search_index(self, request: Request) -> Response:
         """The nearest documents of the index."""
-        form, index = await self._read(request, forms.Search), self._index()
-        parts = form.parts()
-        asked = self.worker.call(
-            lambda: forms.hits(search(index, self.worker.model, parts, k=form.k, where=form.where))
+        form, index = await self._read(request, forms.SearchBody), self._index()
+        parts = form.parse_query()
+        asked = self.worker.submit_call(
+            lambda: forms.hits_response(search(index, self.worker.model, parts, k=form.k, where=form.where))
         )
         return JSONResponse({"object": "list", "data": await _while_there(request, asyncio.wrap_future(asked))})
 
-    async def chat(self, request: Request) -> Response:
+    async def create_chat_completion(self, request: Request) -> Response:
         """Answer a conversation; with `retrieval`, from what its last turn finds."""
-        form = await self._read(request, forms.Chat)
-        if not self.worker.answers:
+        form = await self._read(request, forms.ChatBody)
+        if not self.worker.can_generate:
             raise DataError("this model embeds and does not generate", place="model", fix="Serve a generative one")
-        messages, sources = form.conversation(), list[Hit]()
+        messages, sources = form.parse_messages(), list[Hit]()
         if (wanted := form.retrieval) is not None:
-            (question, image), index = forms.question(messages[-1]), self._index()
-            asked = self.worker.call(
-                lambda: prepare(index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where)
+            (question, image), index = forms.split_question(messages[-1]), self._index()
+            asked = self.worker.submit_call(
+                lambda: prepare_prompt(index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where)
             )
             prompt = await _while_there(request, asyncio.wrap_future(asked))
             messages, sources = (*messages[:-1], *prompt.messages), list(prompt.sources)
-        listener = _Listener()
-        longest = form.max_completion_tokens or form.max_tokens or LONGEST_ANSWER
-        talk = Talk(messages, listener.tell, longest, sampling=form.sampling(), stop=form.stops())
-        self.worker.answer(talk)
+        listener = _DeltaQueue()
+        longest = form.max_completion_tokens or form.max_tokens or DEFAULT_MAX_TOKENS
+        talk = ChatRequest(messages, listener.tell, longest, sampling=form.sampling_options(), stop=form.stop_strings())
+        self.worker.submit_chat(talk)
         try:  # what is refused before the first word is an error, not a stream
             first = await _while_there(request, listener.next())
         except BaseException:
             talk.cancelled = True
             raise
-        answer = _Answer(self.name, sources if wanted is not None else None)
+        answer = _CompletionWriter(self.name, sources if wanted is not None else None)
         if form.stream:
             body = _events(answer, first, listener, talk)
             return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -170,8 +170,8 @@ class Service:
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > LARGEST:
-                raise HTTPException(413, f"More than {LARGEST >> 20} MiB. Send fewer or smaller images")
+            if len(body) > MAX_REQUEST_BYTES:
+                raise HTTPException(413, f"More than {MAX_REQUEST_BYTES >> 20} MiB. Send fewer or smaller images")
         try:
             raw = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -179,7 +179,7 @@ class Service:
         if not isinstance(raw, dict):
             raise DataError("the body is no JSON object", fix="Send {...}")
         form = kind.model_validate({key: value for key, value in raw.items() if value is not None})
-        form.check()
+        form.check_extra_fields()
         if form.model is not None:
             self._check_name(form.model)
         return form
@@ -189,7 +189,7 @@ class Service:
             raise HTTPException(404, f"The model {model!a:.80} is not served here, '{self.name}' is")
 
     def _described(self) -> dict[str, Any]:
-        return {"id": self.name, "object": "model", "created": self.since, "owned_by": "vlduet"}
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "vlduet"}
 
     def _index(self) -> Index:
         if self.index is None:
@@ -197,15 +197,15 @@ class Service:
         return self.index
 
 
-def server(app: Starlette) -> uvicorn.Server:
+def build_server(app: Starlette) -> uvicorn.Server:
     """What `run` runs, for whoever wants to end it."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS)
     return uvicorn.Server(config)
 
 
-def run(app: Starlette, listening: socket.socket) -> None:
+def run_server(app: Starlette, listening: socket.socket) -> None:
     """Serve until the process is told to end."""
-    server(app).run(sockets=[listening])
+    build_server(app).run(sockets=[listening])
 
 
 async def _while_there(request: Request, awaited: Awaitable[T]) -> T:
@@ -213,7 +213,7 @@ async def _while_there(request: Request, awaited: Awaitable[T]) -> T:
     task = asyncio.ensure_future(awaited)
     try:
         while not task.done():
-            await asyncio.wait({task}, timeout=LOOK)
+            await asyncio.wait({task}, timeout=DISCONNECT_POLL_SECONDS)
             if not task.done() and await request.is_disconnected():
                 raise HTTPException(499, "The client went away")
         return task.result()
@@ -221,16 +221,16 @@ async def _while_there(request: Request, awaited: Awaitable[T]) -> T:
         task.cancel()
 
 
-class _Listener:
+class _DeltaQueue:
     """From the worker's thread to a request's coroutine."""
 
     def __init__(self) -> None:
-        self.loop, self.told = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
+        self.loop, self.told = asyncio.get_running_loop(), asyncio.Queue[Delta | Exception]()
 
-    def tell(self, piece: Piece | Exception) -> None:
+    def tell(self, piece: Delta | Exception) -> None:
         self.loop.call_soon_threadsafe(self.told.put_nowait, piece)
 
-    async def next(self) -> Piece:
+    async def next(self) -> Delta:
         """Raises what the worker told."""
         piece = await self.told.get()
         if isinstance(piece, Exception):
@@ -238,39 +238,39 @@ class _Listener:
         return piece
 
 
-class _Answer:
+class _CompletionWriter:
     """One answer in OpenAI's two forms."""
 
     def __init__(self, model: str, sources: list[Hit] | None):
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.sources = {} if sources is None else {"sources": forms.hits(sources)}
+        self.sources = {} if sources is None else {"sources": forms.hits_response(sources)}
 
-    def whole(self, pieces: list[Piece]) -> dict[str, Any]:
+    def whole(self, pieces: list[Delta]) -> dict[str, Any]:
         last = pieces[-1]
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces).strip()}
-        choice = {"index": 0, "message": message, "finish_reason": last.reason, "logprobs": None}
-        told = {"choices": [choice], "usage": forms.usage(last.prompt_tokens, last.tokens)}
+        choice = {"index": 0, "message": message, "finish_reason": last.finish_reason, "logprobs": None}
+        told = {"choices": [choice], "usage": forms.usage_response(last.prompt_tokens, last.completion_tokens)}
         return {**self.head, "object": "chat.completion", **told, **self.sources}
 
     def opening(self) -> str:
         """The first event, which brings the sources."""
         return self._event({"role": "assistant", "content": ""}, None, self.sources)
 
-    def event(self, piece: Piece) -> str:
+    def event(self, piece: Delta) -> str:
         """What is new; the last one tells why it ended."""
-        told = {"usage": forms.usage(piece.prompt_tokens, piece.tokens)} if piece.reason else {}
-        return self._event({"content": piece.text} if piece.text else {}, piece.reason, told)
+        told = {"usage": forms.usage_response(piece.prompt_tokens, piece.completion_tokens)} if piece.finish_reason else {}
+        return self._event({"content": piece.text} if piece.text else {}, piece.finish_reason, told)
 
     def _event(self, delta: dict[str, str], reason: str | None, more: dict[str, Any]) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
         return _data({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
 
-async def _all(first: Piece, listener: _Listener, talk: Talk, request: Request) -> list[Piece]:
+async def _all(first: Delta, listener: _DeltaQueue, talk: ChatRequest, request: Request) -> list[Delta]:
     """Every piece; an answer that nobody waits for any more is broken off."""
     pieces = [first]
     try:
-        while pieces[-1].reason is None:
+        while pieces[-1].finish_reason is None:
             if await request.is_disconnected():
                 raise HTTPException(499, "The client went away")
             pieces.append(await listener.next())
@@ -279,18 +279,18 @@ async def _all(first: Piece, listener: _Listener, talk: Talk, request: Request) 
     return pieces
 
 
-async def _events(answer: _Answer, piece: Piece, listener: _Listener, talk: Talk) -> AsyncIterator[str]:
+async def _events(answer: _CompletionWriter, piece: Delta, listener: _DeltaQueue, talk: ChatRequest) -> AsyncIterator[str]:
     """Server-sent events. A client that goes away ends them, and with them the answer."""
     try:
         yield answer.opening()
-        while piece.reason is None:
+        while piece.finish_reason is None:
             if piece.text:
                 yield answer.event(piece)
             piece = await listener.next()
         yield answer.event(piece)
     except Exception as error:  # the status is long sent: the error goes the way of the words
         log.exception("an answer was broken off", exc_info=error)
-        yield _data(forms.error("the answer was broken off; the server's log tells more", kind="server_error"))
+        yield _data(forms.error_response("the answer was broken off; the server's log tells more", error_type="server_error"))
     finally:
         talk.cancelled = True
     yield "data: [DONE]\n\n"
@@ -304,32 +304,32 @@ def _data(value: Mapping[str, Any]) -> str:
 
 
 async def _refused(_: Request, error: VLDuetError) -> Response:
-    return JSONResponse(forms.error(str(error), place=error.place), 400)
+    return JSONResponse(forms.error_response(str(error), place=error.place), 400)
 
 
 async def _broken_model(_: Request, error: ModelError) -> Response:
-    return JSONResponse(forms.error(str(error), kind="server_error", place=error.place), 500)
+    return JSONResponse(forms.error_response(str(error), error_type="server_error", place=error.place), 500)
 
 
 async def _gone(_: Request, __: ClientDisconnect) -> Response:
-    return JSONResponse(forms.error("the client went away"), 499)
+    return JSONResponse(forms.error_response("the client went away"), 499)
 
 
 async def _misformed(_: Request, error: ValidationError) -> Response:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
-    return JSONResponse(forms.error(f"{place}: {first['msg']}", place=place), 400)
+    return JSONResponse(forms.error_response(f"{place}: {first['msg']}", place=place), 400)
 
 
 async def _http(_: Request, error: HTTPException) -> Response:
-    return JSONResponse(forms.error(error.detail), error.status_code, headers=error.headers)
+    return JSONResponse(forms.error_response(error.detail), error.status_code, headers=error.headers)
 
 
-async def _busy(_: Request, __: Busy) -> Response:
-    told = forms.error("too many requests wait. Try again later", kind="server_error")
+async def _busy(_: Request, __: ServerBusyError) -> Response:
+    told = forms.error_response("too many requests wait. Try again later", error_type="server_error")
     return JSONResponse(told, 503, headers={"Retry-After": "5"})
 
 
 async def _broken(_: Request, __: Exception) -> Response:
     """Of our own mistakes and of memory that is not there; the log has the traceback."""
-    return JSONResponse(forms.error("an error inside the server; its log tells more", kind="server_error"), 500)
+    return JSONResponse(forms.error_response("an error inside the server; its log tells more", error_type="server_error"), 500)

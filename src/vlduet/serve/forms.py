@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlduet.data.records import ImageRef, Message, Part, Parts, Place, image_of, images_of, text_of
-from vlduet.errors import DataError, closest
-from vlduet.model.decoding import Sampling
+from vlduet.data.records import ImageRef, Message, Part, Parts, Place, parse_image, extract_images, parse_text
+from vlduet.errors import DataError, suggest_name
+from vlduet.model.decoding import SamplingParams
 from vlduet.retrieval.search import Hit
 
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
+IGNORED_FIELDS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
 """Fields of OpenAI's that change no answer."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -37,32 +37,32 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
 }
 """Fields of OpenAI's that are not here, and the values that ask for nothing."""
-MOST_INPUTS = 2048
-MOST_PARTS, MOST_IMAGES = 256, 32
+MAX_INPUTS = 2048
+MAX_PARTS, MAX_IMAGES = 256, 32
 """Of one input, or of a whole conversation: what is small to send must not take the model's thread for minutes."""
-LONGEST_TEXT = 1 << 20
+MAX_TEXT_CHARS = 1 << 20
 """Letters of one part: far beyond any window."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class Form(BaseModel):
+class RequestBody(BaseModel):
     """A request. What it asks for and does not get is an error, never silence."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     model: str | None = None
     """The name under `/v1/models`, which most clients insist on sending."""
 
-    def check(self) -> None:
+    def check_extra_fields(self) -> None:
         """Raises DataError for a field that is not known, or not served."""
         for key, value in (self.model_extra or {}).items():
-            if key in IGNORED or value in NEUTRAL.get(key, ()):
+            if key in IGNORED_FIELDS or value in NEUTRAL_VALUES.get(key, ()):
                 continue
-            if key in NEUTRAL:
+            if key in NEUTRAL_VALUES:
                 raise DataError(f"{value!a:.40} is not served", place=key, fix="Leave it out")
-            raise DataError("unknown field", place=f"{key:.40}", fix=closest(key[:40], type(self).model_fields))
+            raise DataError("unknown field", place=f"{key:.40}", fix=suggest_name(key[:40], type(self).model_fields))
 
 
-class Embeddings(Form):
+class EmbeddingsBody(RequestBody):
     """POST /v1/embeddings."""
 
     input: str | list[Any]
@@ -71,16 +71,16 @@ class Embeddings(Form):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
 
-    def items(self) -> list[Part | Parts]:
+    def parse_inputs(self) -> list[Part | Parts]:
         """What is to be embedded. Raises DataError."""
         given = self.input if isinstance(self.input, list) else [self.input]
-        if not 0 < len(given) <= MOST_INPUTS:
-            raise DataError(f"{len(given)} inputs", place="input", fix=f"Send 1 to {MOST_INPUTS}")
+        if not 0 < len(given) <= MAX_INPUTS:
+            raise DataError(f"{len(given)} inputs", place="input", fix=f"Send 1 to {MAX_INPUTS}")
         places = (Place(f"input[{i}]" if isinstance(self.input, list) else "input") for i in range(len(given)))
-        return [parts_of(content, place) for content, place in zip(given, places, strict=True)]
+        return [parse_content(content, place) for content, place in zip(given, places, strict=True)]
 
 
-class Retrieval(BaseModel):
+class RetrievalOptions(BaseModel):
     """Have the question answered from the index."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -89,7 +89,7 @@ class Retrieval(BaseModel):
     where: dict[str, Any] | list[str] | None = None
 
 
-class Chat(Form):
+class ChatBody(RequestBody):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
@@ -102,9 +102,9 @@ class Chat(Form):
     """With it, and the same company, the same answer."""
     stop: Annotated[str, Field(max_length=256)] | list[Annotated[str, Field(max_length=256)]] | None = None
     stream: bool = False
-    retrieval: Retrieval | None = None
+    retrieval: RetrievalOptions | None = None
 
-    def conversation(self) -> tuple[Message, ...]:
+    def parse_messages(self) -> tuple[Message, ...]:
         """The turns, the last one the user's. Raises DataError."""
         turns = []
         for i, message in enumerate(self.messages):
@@ -116,18 +116,18 @@ class Chat(Form):
                 # Clients send instructions that nobody wrote, and empty answers back; templates want turns to alternate.
                 turns += [Message("assistant", (" ",))] if role == "assistant" else []
                 continue
-            turns.append(Message(ROLES[role], parts_of(content, Place(f"{place}.content"))))
+            turns.append(Message(ROLES[role], parse_content(content, Place(f"{place}.content"))))
         parts = [part for turn in turns for part in turn.parts]
-        _check_size(len(parts), len(images_of(parts)), "messages")
+        _check_size(len(parts), len(extract_images(parts)), "messages")
         if not turns or turns[-1].role != "user":
             raise DataError("the last turn is not a user's", place="messages", fix="End with a question")
         return tuple(turns)
 
-    def sampling(self) -> Sampling:
+    def sampling_options(self) -> SamplingParams:
         """How tokens are chosen."""
-        return Sampling(self.temperature, self.top_p, self.seed)
+        return SamplingParams(self.temperature, self.top_p, self.seed)
 
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         """Strings that end an answer. Raises DataError for more than sixteen: each is looked for after every token."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(given) > 16:
@@ -135,15 +135,15 @@ class Chat(Form):
         return tuple(each for each in given if each)
 
 
-def question(turn: Message) -> tuple[str, ImageRef | None]:
+def split_question(turn: Message) -> tuple[str, ImageRef | None]:
     """A turn as a query of the index. Raises DataError for more than one image."""
-    images = images_of(turn.parts)
+    images = extract_images(turn.parts)
     if len(images) > 1:
         raise DataError(f"{len(images)} images", place="retrieval", fix="Ask about one image at a time")
     return "\n".join(part for part in turn.parts if isinstance(part, str)), images[0] if images else None
 
 
-class Search(Form):
+class SearchBody(RequestBody):
     """POST /v1/search."""
 
     query: str | list[Any]
@@ -151,12 +151,12 @@ class Search(Form):
     k: int = Field(10, ge=1, le=1000)
     where: dict[str, Any] | list[str] | None = None
 
-    def parts(self) -> Parts:
+    def parse_query(self) -> Parts:
         """Raises DataError."""
-        return parts_of(self.query, Place("query"))
+        return parse_content(self.query, Place("query"))
 
 
-def parts_of(content: Any, place: Place) -> Parts:
+def parse_content(content: Any, place: Place) -> Parts:
     """A text or OpenAI's content parts. A path is refused: it would be one of the server's own files.
 
     Raises:
@@ -171,15 +171,15 @@ def parts_of(content: Any, place: Place) -> Parts:
 
 
 def _check_size(parts: int, images: int, place: object) -> None:
-    if parts > MOST_PARTS or images > MOST_IMAGES:
-        fix = f"Send {MOST_PARTS} at most, and of these {MOST_IMAGES} images"
+    if parts > MAX_PARTS or images > MAX_IMAGES:
+        fix = f"Send {MAX_PARTS} at most, and of these {MAX_IMAGES} images"
         raise DataError(f"{parts} parts with {images} images", place=place, fix=fix)
 
 
 def _text(value: Any, place: Place) -> str:
-    if isinstance(value, str) and len(value) > LONGEST_TEXT:
-        raise DataError(f"a text of {len(value)} letters", place=place, fix=f"Send {LONGEST_TEXT} at most")
-    return text_of(value, place)
+    if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
+        raise DataError(f"a text of {len(value)} letters", place=place, fix=f"Send {MAX_TEXT_CHARS} at most")
+    return parse_text(value, place)
 
 
 def _part(part: Any, place: Place) -> Part:
@@ -194,23 +194,23 @@ def _part(part: Any, place: Place) -> Part:
         raise DataError(
             "an image that is no data: URL", place=f"{place}.image_url", fix="Send data:image/png;base64,..."
         )
-    return image_of(url, Place(f"{place}.image_url"), Path())
+    return parse_image(url, Place(f"{place}.image_url"), Path())
 
 
 # ------------------------------------------------------------------ out
 
 
-def embeddings(vectors: np.ndarray, *, model: str, base64_: bool) -> dict[str, Any]:
+def embeddings_response(vectors: np.ndarray, *, model: str, as_base64: bool) -> dict[str, Any]:
     """float32[N, D] as OpenAI's list: numbers, or the base64 of little-endian float32."""
 
     def form(vector: np.ndarray) -> str | list[float]:
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if base64_ else vector.tolist()
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_base64 else vector.tolist()
 
     data = [{"object": "embedding", "index": i, "embedding": form(vector)} for i, vector in enumerate(vectors)]
     return {"object": "list", "model": model, "data": data}
 
 
-def hits(found: Sequence[Hit]) -> list[dict[str, Any]]:
+def hits_response(found: Sequence[Hit]) -> list[dict[str, Any]]:
     """What was found. Paths of the server's files stay with it."""
     return [
         {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text, "metadata": _plain(hit.metadata)}
@@ -223,11 +223,11 @@ def _plain(metadata: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(dict(metadata)), parse_constant=lambda _: None)
 
 
-def usage(prompt: int, written: int) -> dict[str, int]:
+def usage_response(prompt: int, written: int) -> dict[str, int]:
     """Tokens of a chat."""
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def error(message: str, *, kind: str = "invalid_request_error", place: object | None = None) -> Mapping[str, Any]:
+def error_response(message: str, *, error_type: str = "invalid_request_error", place: object | None = None) -> Mapping[str, Any]:
     """OpenAI's error."""
-    return {"error": {"message": message, "type": kind, "param": None if place is None else str(place), "code": None}}
+    return {"error": {"message": message, "type": error_type, "param": None if place is None else str(place), "code": None}}

@@ -12,11 +12,11 @@ from typing import Any
 from vlduet.errors import ConfigError
 from vlduet.serve import forms
 
-OPEN = ("/health",)
+PUBLIC_PATHS = ("/health",)
 """Paths that tell nothing and are asked by machines without a key."""
 
 
-def read_keys(path: Path) -> list[str]:
+def read_api_keys(path: Path) -> list[str]:
     """The keys of a file, one a line; blank lines and those that begin with # are none.
 
     Raises:
@@ -37,7 +37,7 @@ def read_keys(path: Path) -> list[str]:
     return keys
 
 
-class Keys:
+class ApiKeyMiddleware:
     """ASGI middleware: what brings no key that is known gets 401, in OpenAI's form, before anything is read of it."""
 
     def __init__(self, app: Any, keys: Sequence[str]):
@@ -45,10 +45,10 @@ class Keys:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
-        if scope["type"] != "http" or scope["path"] in OPEN or self._knows(scope["headers"]):
+        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS or self._knows(scope["headers"]):
             await self.app(scope, receive, send)
             return
-        told = forms.error("Incorrect API key: send Authorization: Bearer KEY", place="Authorization")
+        told = forms.error_response("Incorrect API key: send Authorization: Bearer KEY", place="Authorization")
         headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
         await send({"type": "http.response.start", "status": 401, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(told).encode()})

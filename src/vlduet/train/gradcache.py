@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from vlduet.data.batches import Batch
-from vlduet.data.sequences import IGNORE
-from vlduet.model.readout import Readout, joined
+from vlduet.data.sequences import IGNORE_INDEX
+from vlduet.model.readout import Readout, concatenate_readouts
 
 RandomState = tuple[Tensor, Tensor | None]
 """Of the CPU, and of the GPU where there is one."""
 
 
-def cached_losses(
+def compute_cached_losses(
     model: Callable[[Batch], Readout],
     chunks: list[Batch],
     *,
-    losses: Callable[[Readout], dict[str, Tensor]],
-    nothing: Readout,
+    compute_losses: Callable[[Readout], dict[str, Tensor]],
+    empty: Readout,
 ) -> dict[str, Tensor]:
     """Losses of all chunks together; their gradients are added to the `.grad` of what they depend on.
 
@@ -46,16 +46,16 @@ def cached_losses(
     Returns:
         The losses, by name, without gradient.
     """
-    embeddings, states = _first_pass(model, chunks, nothing)
-    counts = [chunk.num_supervised for chunk in chunks]
+    embeddings, states = _first_pass(model, chunks, empty)
+    counts = [chunk.num_supervised_tokens for chunk in chunks]
     nll = embeddings.new_zeros(sum(counts)).requires_grad_()
     anchors = tuple(anchor for chunk in chunks for anchor in chunk.anchors)
-    made = losses(Readout(embeddings, anchors, nll))
+    made = compute_losses(Readout(embeddings, anchors, nll))
     slopes = {name: _slope(loss, nll) for name, loss in made.items()}
     made["loss"].backward()
     made = {name: loss.detach() for name, loss in made.items()}  # its graph holds masks of all pairs
     wanted = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
-    found = [nothing.nll.detach()]
+    found = [empty.nll.detach()]
     parts = zip(
         chunks, states, wanted.split([len(c.anchors) for c in chunks]), slopes["loss"].split(counts), strict=True
     )
@@ -80,8 +80,8 @@ def _first_pass(
         for chunk in chunks:
             states.append(_random_state() if chunk.anchors else None)
             if chunk.anchors:
-                readouts.append(model(replace(chunk, labels=torch.full_like(chunk.labels, IGNORE))))
-    return joined(readouts).embeddings.detach().requires_grad_(), states
+                readouts.append(model(replace(chunk, labels=torch.full_like(chunk.labels, IGNORE_INDEX))))
+    return concatenate_readouts(readouts).embeddings.detach().requires_grad_(), states
 
 
 def _slope(loss: Tensor, nll: Tensor) -> Tensor:

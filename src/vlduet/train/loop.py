@@ -19,18 +19,18 @@ import torch
 
 from vlduet import __version__, config, distributed
 from vlduet.config import RunConfig
-from vlduet.data.records import to_json
+from vlduet.data.records import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError
-from vlduet.logs import MetricsLog, Progress, say
+from vlduet.logs import MetricsLog, ProgressBar, say
 from vlduet.train import setup, state
-from vlduet.train.setup import Model, Run
-from vlduet.train.step import finite, joint_step, move, seeded
+from vlduet.train.setup import TrainableModel, TrainingRun
+from vlduet.train.step import all_finite, forward_backward, optimizer_step, seed_step
 
-Evaluate = Callable[[Model], dict[str, float]]
+Evaluator = Callable[[TrainableModel], dict[str, float]]
 
 
-def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool = False) -> Path:
+def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: bool = False) -> Path:
     """Train, and write everything about it into `settings.out`.
 
     Args:
@@ -46,41 +46,41 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
         TrainingError: a loss or gradient that is not a number (the batch is saved), or a state that does not fit.
     """
     # ---------------------------------------------------------------- set up
-    distributed.start()
+    distributed.init_process_group()
     torch.manual_seed(settings.seed)
     out = settings.out
-    if distributed.is_main():
+    if distributed.is_main_process():
         out.mkdir(parents=True, exist_ok=True)
-        if not resume and (out / state.FOLDER).exists():
+        if not resume and (out / state.STATE_FOLDER).exists():
             raise TrainingError("this folder holds a run already", place=out, fix="Use --resume, or another out=")
-    run = setup.prepare(settings)
-    first = state.load(run) if resume else 0
-    log = MetricsLog(out, resume_at=first) if distributed.is_main() else None
-    if distributed.is_main():
-        config.save(settings, out / "config.yaml")
+    run = setup.prepare_run(settings)
+    first = state.load_state(run) if resume else 0
+    log = MetricsLog(out, resume_at=first) if distributed.is_main_process() else None
+    if distributed.is_main_process():
+        config.save_run_config(settings, out / "config.yaml")
         if not resume:
-            state.save(run, 0)
+            state.save_state(run, 0)
     began = time.monotonic()
     steps, every = settings.train.steps, settings.train
-    laid_out = setup.batches(run, first)
+    laid_out = setup.iterate_batches(run, first)
     distributed.barrier()
 
-    with Progress(total=steps - first, label="train") as bar:
+    with ProgressBar(total=steps - first, label="train") as bar:
         for step in range(first, steps):
             # -------------------------------------------------------- once in a while
             if evaluate and step % every.eval_every == 0:
                 _validate(run, evaluate, log, step, began)
-            if step > first and step % every.save_every == 0 and distributed.is_main():
-                state.save(run, step)
+            if step > first and step % every.save_every == 0 and distributed.is_main_process():
+                state.save_state(run, step)
 
             # -------------------------------------------------------- the step
             run.model.train()
-            seeded(settings.seed, step)
+            seed_step(settings.seed, step)
             samples, chunks = next(laid_out)
-            measured = joint_step(run, chunks)
-            if not finite(measured):
+            measured = forward_backward(run, chunks)
+            if not all_finite(measured):
                 _stop(run, samples, step, measured)
-            move(run, step)
+            optimizer_step(run, step)
 
             # -------------------------------------------------------- log
             bar.advance(note=f"loss {measured['loss']:.3f}")
@@ -92,9 +92,9 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
     if evaluate:
         _validate(run, evaluate, log, steps, began)
     distributed.barrier()
-    if distributed.is_main():
-        state.save(run, steps)
-        run.model.save_pretrained(out / "model", provenance=provenance(settings))
+    if distributed.is_main_process():
+        state.save_state(run, steps)
+        run.model.save_pretrained(out / "model", provenance=build_provenance(settings))
         if run.quarantine.count:
             say(str(run.quarantine))
     if log:
@@ -103,7 +103,7 @@ def train(settings: RunConfig, *, evaluate: Evaluate | None = None, resume: bool
     return out / "model"
 
 
-def _validate(run: Run, evaluate: Evaluate, log: MetricsLog | None, step: int, began: float) -> None:
+def _validate(run: TrainingRun, evaluate: Evaluator, log: MetricsLog | None, step: int, began: float) -> None:
     """Measure on rank 0."""
     if not log:
         return
@@ -113,17 +113,17 @@ def _validate(run: Run, evaluate: Evaluate, log: MetricsLog | None, step: int, b
     )
 
 
-def _stop(run: Run, samples: list[Sample], step: int, measured: dict[str, float]) -> None:
+def _stop(run: TrainingRun, samples: list[Sample], step: int, measured: dict[str, float]) -> None:
     """Keep what is needed to find the cause, then stop; the model in memory has not moved."""
-    folder = run.config.out / f"not-finite-{step}-rank{distributed.rank()}"
+    folder = run.config.out / f"not-finite-{step}-rank{distributed.get_rank()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    lines = [json.dumps(to_json(sample.record, root=folder)) for sample in samples]
+    lines = [json.dumps(record_to_json(sample.record, root=folder)) for sample in samples]
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "measured.json").write_text(json.dumps(measured, indent=1))
-    if distributed.is_main():
-        state.save(run, step)
-    bad = ", ".join(name for name, value in measured.items() if not finite({name: value}))
+    if distributed.is_main_process():
+        state.save_state(run, step)
+    bad = ", ".join(name for name, value in measured.items() if not all_finite({name: value}))
     raise TrainingError(
         f"step {step}: {bad} is not a number",
         place=folder,
@@ -131,7 +131,7 @@ def _stop(run: Run, samples: list[Sample], step: int, measured: dict[str, float]
     )
 
 
-def provenance(settings: RunConfig) -> dict[str, Any]:
+def build_provenance(settings: RunConfig) -> dict[str, Any]:
     """What made a model: config and versions."""
     return {
         "config": settings.model_dump(mode="json"),

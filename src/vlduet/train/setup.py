@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from vlduet import distributed
-from vlduet.config import RunConfig, options
-from vlduet.data.batches import Batch, chunked
+from vlduet.config import RunConfig, parse_options
+from vlduet.data.batches import Batch, split_into_chunks
 from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.sequences import Sequence, needed
+from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Mixture, Sample
-from vlduet.errors import ConfigError, DataError, closest
+from vlduet.errors import ConfigError, DataError, suggest_name
 from vlduet.logs import say
-from vlduet.model.adapters import Lora
-from vlduet.model.backbones import default_device
-from vlduet.model.dual import DualEncoder, frozen_encoder
+from vlduet.model.adapters import LoraSettings
+from vlduet.model.backbones import select_device
+from vlduet.model.dual import DualEncoder, open_frozen_encoder
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import Encoder, Encoders
-from vlduet.model.features import VISION_BATCH, FeatureCache, settled
+from vlduet.model.encoders import FrozenEncoder, FrozenEncoders
+from vlduet.model.features import VISION_BATCH_IMAGES, FeatureCache, replace_pixels_by_features
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.readout import Readout
 from vlduet.recipes import clip, fromage, sugar, vladva
@@ -36,10 +36,10 @@ RECIPES: dict[str, ModuleType] = {"vladva": vladva, "sugar": sugar, "fromage": f
 """A new method is a module in recipes/ and a name here."""
 
 
-LOOKED_AT = 256
+MAX_PROBED_RECORDS = 256
 """Records of a source that are asked, at most, whether there is anything in it to learn from."""
 
-Model = DuetModel | DualEncoder
+TrainableModel = DuetModel | DualEncoder
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Recipe:
     objective: Callable[[Readout, Tensor], dict[str, Tensor]]
     encoders: tuple[str, ...] = ()
     """Roles of the frozen encoders that its losses ask."""
-    model: Callable[[RunConfig, Encoders], DualEncoder] | None = None
+    model: Callable[[RunConfig, FrozenEncoders], DualEncoder] | None = None
     """Makes what is trained, where that is not the model at `model.path`."""
     start: Callable[[DuetModel, RunConfig], None] | None = None
     """Gives the model at `model.path` what the method needs, before anything is opened for training."""
@@ -62,28 +62,28 @@ class Recipe:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything the loop needs."""
 
     config: RunConfig
-    model: Model
+    model: TrainableModel
     recipe: Recipe
     mixture: Mixture
     optimizer: torch.optim.Optimizer
     quarantine: Quarantine
-    encoders: Encoders
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    encoders: FrozenEncoders
+    layout_executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
-    def trainable(self) -> list[Tensor]:
+    def trainable_parameters(self) -> list[Tensor]:
         """The parameters that move, in a fixed order."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def asked(self) -> tuple[bool, bool]:
+    def required_outputs(self) -> tuple[bool, bool]:
         """What the losses that have a weight ask for: labels, anchors."""
         losses = {name for name, weight in self.config.objectives.items() if weight}
         return "language" in losses, bool(losses - {"language"})
 
-    def losses(self, readout: Readout) -> dict[str, Tensor]:
+    def compute_losses(self, readout: Readout) -> dict[str, Tensor]:
         """Every loss that has a weight, by name, and their weighted sum `loss`."""
         found = self.recipe.objective(readout, self.model.logit_scale)
         weights = {name: weight for name, weight in self.config.objectives.items() if weight}
@@ -100,16 +100,16 @@ def bind(config: RunConfig) -> Recipe:
     values = dict(config.recipe)
     name = str(values.pop("name", ""))
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe '{name}'", place="recipe.name", fix=closest(name, RECIPES))
+        raise ConfigError(f"unknown recipe '{name}'", place="recipe.name", fix=suggest_name(name, RECIPES))
     module = RECIPES[name]
     for key in config.objectives:
         if key not in module.OBJECTIVES:
             raise ConfigError(
-                f"unknown loss '{key}' of {name}", place="objectives", fix=closest(key, module.OBJECTIVES)
+                f"unknown loss '{key}' of {name}", place="objectives", fix=suggest_name(key, module.OBJECTIVES)
             )
     if not any(config.objectives.values()):
         raise ConfigError("no loss has a weight", place="objectives", fix=f"Known: {', '.join(module.OBJECTIVES)}")
-    bound = options(module.Options, values, place="recipe")
+    bound = parse_options(module.Options, values, place="recipe")
     return Recipe(
         name,
         lambda sample, renderer: module.layout(sample, renderer, bound),
@@ -127,14 +127,14 @@ def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> Duet
         raise ConfigError("model.path is missing", place="model", fix="Name the checkpoint to start from")
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
     model = DuetModel.from_pretrained(section.path, dtype=dtype)
-    model.set_prompts(options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
-    if config.train.soft_prompts and model.soft is not None and section.prompts.keys() & {"image", "text", "parts"}:
+    model.set_prompts(parse_options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
+    if config.train.soft_prompts and model.soft_prompts is not None and section.prompts.keys() & {"image", "text", "parts"}:
         raise ConfigError(
             "the model brings learned prompts", place="model.prompts", fix="Leave image, text and parts out"
         )
     if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
         torch.manual_seed(config.seed)
-        model.set_head(section.head, section.dim)
+        model.reset_head(section.head, section.dim)
     if recipe.start is not None:
         recipe.start(model, config)
     if (model.prompts.image_pool == "vision") != (model.head.kind == "split"):
@@ -143,35 +143,35 @@ def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> Duet
             what, place="model.prompts.image_pool", fix="Only recipe fromage makes models that read vision"
         )
     model.renderer.max_tokens = config.data.max_tokens
-    model.features = FeatureCache(cache)
+    model.feature_cache = FeatureCache(cache)
     torch.manual_seed(config.seed)
     train = config.train
-    lora = None if train.lora is None else Lora(**train.lora.model_dump())
-    model.make_trainable(lora=lora, projector=train.projector, soft=train.soft_prompts)
+    lora = None if train.lora is None else LoraSettings(**train.lora.model_dump())
+    model.make_trainable(lora=lora, projector=train.projector, soft_prompts=train.soft_prompts)
     if train.temperature is not None:
         model.logit_scale.requires_grad_(False).fill_(-math.log(train.temperature))
     if train.checkpointing:
-        model.backbone.checkpoint_layers()
+        model.backbone.enable_gradient_checkpointing()
     return model
 
 
-def load_encoders(config: RunConfig, recipe: Recipe, *, own: DuetModel | None, cache: Path | None) -> Encoders:
+def load_encoders(config: RunConfig, recipe: Recipe, *, own: DuetModel | None, cache: Path | None) -> FrozenEncoders:
     """The frozen encoders that the recipe asks, opened when they are first needed.
 
     Raises:
         ConfigError: one that is not given; ModelError: a folder that holds none.
     """
-    found: dict[str, Encoder] = {}
+    found: dict[str, FrozenEncoder] = {}
     store = FeatureCache(cache)
-    device = own.backbone.device if own else default_device()
+    device = own.backbone.device if own else select_device()
     for role in recipe.encoders:
         folder: Path | None = getattr(config.encoders, role)
         if folder is None:
             what = f"{recipe.name} compares slices with a frozen {role} encoder, and none is given"
             fix = "Name its folder (docs/train.md says which are good), or leave out the loss that asks it"
             raise ConfigError(what, place=f"encoders.{role}", fix=fix)
-        found[role] = frozen_encoder(folder, cache=store, own=own, device=device)
-    return Encoders(found, cache=store)
+        found[role] = open_frozen_encoder(folder, cache=store, trained_model=own, device=device)
+    return FrozenEncoders(found, cache=store)
 
 
 def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
@@ -184,7 +184,7 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
     return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
 
 
-def make_optimizer(model: Model, config: RunConfig, *, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def build_optimizer(model: TrainableModel, config: RunConfig, *, betas: tuple[float, float]) -> torch.optim.Optimizer:
     """AdamW in two groups: LoRA, and what is new. The temperature has no weight decay."""
     train = config.train
     lr_new = train.lr_new or train.lr
@@ -198,32 +198,32 @@ def make_optimizer(model: Model, config: RunConfig, *, betas: tuple[float, float
     return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
 
 
-def prepare(config: RunConfig, *, keep: bool = True) -> Run:
+def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
     """Config -> Run; `keep=False` writes nothing to disk.
 
     Raises:
         ConfigError, DataError, ModelError: whatever is wrong, before anything is trained.
     """
     recipe = bind(config)
-    suffix = f"-{distributed.rank()}" if distributed.world_size() > 1 else ""
-    quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if keep else None)
+    suffix = f"-{distributed.get_rank()}" if distributed.get_world_size() > 1 else ""
+    quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if write_files else None)
     mixture = load_mixture(config, quarantine)
     wanted = config.out / "features" if config.data.cache is None else config.data.cache
-    cache = wanted if keep and wanted is not False else None
-    model: Model
+    cache = wanted if write_files and wanted is not False else None
+    model: TrainableModel
     if recipe.model is None:
         model = own = load_model(config, recipe, cache=cache)
         encoders = load_encoders(config, recipe, own=own, cache=cache)
     else:
         encoders = load_encoders(config, recipe, own=None, cache=cache)
         model = recipe.model(config, encoders)
-    optimizer = make_optimizer(model, config, betas=recipe.betas)
-    run = Run(config, model, recipe, mixture, optimizer, quarantine, encoders)
+    optimizer = build_optimizer(model, config, betas=recipe.betas)
+    run = TrainingRun(config, model, recipe, mixture, optimizer, quarantine, encoders)
     check_sources(run)
     return run
 
 
-def check_sources(run: Run) -> None:
+def check_sources(run: TrainingRun) -> None:
     """Names the sources without a record that any loss asks something of: their share of a run changes nothing.
 
     Raises:
@@ -235,23 +235,23 @@ def check_sources(run: Run) -> None:
         sure = [_nothing_in(run, number, every=True) for number in sources]
         if all(sure) and sure[0] is not None:
             raise sure[0]
-    for why in empty if distributed.is_main() else ():
+    for why in empty if distributed.is_main_process() else ():
         say(f"warning: {why}")
 
 
-def _nothing_in(run: Run, number: int, *, every: bool) -> DataError | None:
+def _nothing_in(run: TrainingRun, number: int, *, every: bool) -> DataError | None:
     """Why a source has nothing to learn from; None for the first record that has. A large one is looked at here and there,
     for a look decodes its images."""
-    labels, anchors = run.asked()
+    labels, anchors = run.required_outputs()
     source, first = run.mixture.sources[number], ""
-    seen = range(0, len(source), 1 if every else -(-len(source) // LOOKED_AT))
+    seen = range(0, len(source), 1 if every else -(-len(source) // MAX_PROBED_RECORDS))
     for at in seen:
         try:
             laid_out = run.recipe.layout(Sample(source[at], at, run.config.seed, f"{number}.{at}"), run.model.renderer)
         except DataError as error:
             first = first or f" (the first: {error})"
         else:
-            if any(needed(one, labels=labels, anchors=anchors) for one in laid_out):
+            if any(trim(one, labels=labels, anchors=anchors) for one in laid_out):
                 return None
     losses = ", ".join(name for name, weight in run.config.objectives.items() if weight)
     looked = f"{len(seen)} of its {len(source)}" if len(seen) < len(source) else f"its {len(source)}"
@@ -260,20 +260,20 @@ def _nothing_in(run: Run, number: int, *, every: bool) -> DataError | None:
     return DataError(what, place=run.config.data.train[number].path, fix=fix)
 
 
-def _sequences(run: Run, samples: list[Sample]) -> list[Sequence]:
+def _sequences(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
     """Samples, laid out and seen by the encoders. One that cannot be is quarantined."""
     made: list[Sequence] = []
     for sample in samples:
         try:
-            made += run.encoders.see(run.recipe.layout(sample, run.model.renderer))
+            made += run.encoders.attach_features(run.recipe.layout(sample, run.model.renderer))
         except DataError as error:
             run.quarantine.add(sample.record, error)
     if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
-        return settled(made, run.model.features, run.model.backbone.vision)
+        return replace_pixels_by_features(made, run.model.feature_cache, run.model.backbone.compute_vision_features)
     return made
 
 
-def batches(run: Run, start: int, stop: int | None = None) -> Iterator[tuple[list[Sample], list[Batch]]]:
+def iterate_batches(run: TrainingRun, start: int, stop: int | None = None) -> Iterator[tuple[list[Sample], list[Batch]]]:
     """This rank's samples of steps `start` to `stop` and what goes through the model, laid out one step ahead in a thread.
 
     The batches are the chunks of the step: one, unless `train.chunk_tokens` or `train.fused` cut it; none where nothing is
@@ -282,23 +282,23 @@ def batches(run: Run, start: int, stop: int | None = None) -> Iterator[tuple[lis
     """
     train = run.config.train
     stop = train.steps if stop is None else stop
-    labels, anchors = run.asked()
+    labels, anchors = run.required_outputs()
     passes = [(labels, anchors)] if train.fused else [(False, anchors), (labels, False)]
 
     def lay_out(step: int) -> tuple[list[Sample], list[list[Sequence]]]:
-        samples = run.mixture.step(step, train.batch_size, rank=distributed.rank(), world_size=distributed.world_size())
-        some = [samples[begin : begin + VISION_BATCH] for begin in range(0, len(samples), VISION_BATCH)]
+        samples = run.mixture.step_samples(step, train.batch_size, rank=distributed.get_rank(), world_size=distributed.get_world_size())
+        some = [samples[begin : begin + VISION_BATCH_IMAGES] for begin in range(0, len(samples), VISION_BATCH_IMAGES)]
         made = [sequence for part in some for sequence in _sequences(run, part)]
-        groups = [[s for one in made if (s := needed(one, labels=now, anchors=read))] for now, read in passes]
+        groups = [[s for one in made if (s := trim(one, labels=now, anchors=read))] for now, read in passes]
         if train.chunk_tokens:
-            groups = [part for group in groups for part in chunked(group, train.chunk_tokens, pack_to=train.pack)]
+            groups = [part for group in groups for part in split_into_chunks(group, train.chunk_tokens, pack_to=train.pack)]
         return samples, [group for group in groups if group]
 
-    ahead = run.pool.submit(lay_out, start) if start < stop else None
+    ahead = run.layout_executor.submit(lay_out, start) if start < stop else None
     for step in range(start, stop):
         assert ahead is not None
         samples, groups = ahead.result()
-        ahead = run.pool.submit(lay_out, step + 1) if step + 1 < stop else None
+        ahead = run.layout_executor.submit(lay_out, step + 1) if step + 1 < stop else None
         chunks = [run.model.collate(group, pack_to=train.pack) for group in groups]
         del groups  # thousands of sequences, which nobody needs any more
         yield samples, chunks

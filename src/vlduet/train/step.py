@@ -11,18 +11,18 @@ import torch
 from vlduet import distributed
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import empty_readout, joined
-from vlduet.train.gradcache import cached_losses
-from vlduet.train.setup import Run
+from vlduet.model.readout import create_empty_readout, concatenate_readouts
+from vlduet.train.gradcache import compute_cached_losses
+from vlduet.train.setup import TrainingRun
 
 
-def seeded(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int) -> None:
     """Make dropout a pure function of (seed, step, rank), as the order of the data is: a resumed run draws the same."""
-    key = np.random.SeedSequence((seed % 2**64, step, distributed.rank()))
+    key = np.random.SeedSequence((seed % 2**64, step, distributed.get_rank()))
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
-def joint_step(run: Run, chunks: list[Batch]) -> dict[str, float]:
+def forward_backward(run: TrainingRun, chunks: list[Batch]) -> dict[str, float]:
     """Compute L = sum of weight * loss and its gradients.
 
     Args:
@@ -33,13 +33,13 @@ def joint_step(run: Run, chunks: list[Batch]) -> dict[str, float]:
         values are returned, not hidden: the loop stops on them before anything moves.
     """
     # A rank with nothing to do still takes part in the collectives, or the others would wait for ever.
-    nothing = empty_readout(run.model.dim, like=run.model.logit_scale.detach())
+    nothing = create_empty_readout(run.model.dim, like=run.model.logit_scale.detach())
     if run.config.train.chunk_tokens:
-        losses = cached_losses(run.model, chunks, losses=run.losses, nothing=nothing)
+        losses = compute_cached_losses(run.model, chunks, compute_losses=run.compute_losses, empty=nothing)
     else:
-        losses = run.losses(joined([nothing, *map(run.model, chunks)]))
+        losses = run.compute_losses(concatenate_readouts([nothing, *map(run.model, chunks)]))
         losses["loss"].backward()
-    parameters = run.trainable()
+    parameters = run.trainable_parameters()
     distributed.average_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.train.clip)
     return {
@@ -51,10 +51,10 @@ def joint_step(run: Run, chunks: list[Batch]) -> dict[str, float]:
 
 def _mean(value: float) -> float:
     """The losses are W-fold shares: their mean over ranks is the loss of the global batch."""
-    return distributed.total(value) / distributed.world_size()
+    return distributed.all_reduce_sum(value) / distributed.get_world_size()
 
 
-def finite(values: Mapping[str, float]) -> bool:
+def all_finite(values: Mapping[str, float]) -> bool:
     """Whether everything that a step measured is a number."""
     return all(math.isfinite(value) for value in values.values())
 
@@ -67,7 +67,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, steps - begin)))
 
 
-def move(run: Run, step: int) -> None:
+def optimizer_step(run: TrainingRun, step: int) -> None:
     """One optimiser step at this step's learning rate; gradients are cleared."""
     train = run.config.train
     for group in run.optimizer.param_groups:

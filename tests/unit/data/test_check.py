@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tiny import picture
+from tiny import random_image
 from vlduet.data import images
-from vlduet.data.check import check
+from vlduet.data.check import check_files
 from vlduet.data.records import ImageRef
 
 
@@ -20,7 +20,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def put(path: Path, seed: int) -> str:
-    data = picture(seed).data
+    data = random_image(seed).data
     assert data is not None
     path.write_bytes(data)
     return path.name
@@ -37,7 +37,7 @@ def smooth(side: int) -> ImageRef:
 def test_a_clean_file(tmp_path: Path) -> None:
     rows = [{"id": str(i), "image": put(tmp_path / f"{i}.png", i), "short": f"caption number {i}"} for i in range(3)]
     rows.append({"id": "again", "image": "0.png", "long": "The first one once more."})
-    report = check([write(tmp_path / "x.jsonl", *rows)])
+    report = check_files([write(tmp_path / "x.jsonl", *rows)])
     (file,) = report.files
     assert report.ok and not report.leaks
     assert (file.records, file.images, file.distinct_images, file.captions) == (4, 4, 3, 4)
@@ -58,7 +58,7 @@ def test_problems_name_line_field_cause_and_fix(tmp_path: Path) -> None:
         {"id": "d", "image": "cut.png"},
         {"id": "e", "image": good, "shrt": "x"},
     )
-    report = check([source])
+    report = check_files([source])
     assert not report.ok and report.files[0].records == 5
     found = {p.line: p for p in report.problems}
     assert sorted(p.line or 0 for p in report.problems) == [2, 3, 4, 5, 6]
@@ -87,7 +87,7 @@ def test_what_two_files_share(tmp_path: Path) -> None:
         {"id": "4", "image": "small.png", "short": "a boat, on the lake"},
         {"id": "5", "image": "own.png"},
     )
-    report = check([train, test])
+    report = check_files([train, test])
     leaks = {leak.kind: (leak.one, leak.other) for leak in report.leaks}
     assert leaks == {
         "same image": (f"{train}:1", f"{test}:1"),
@@ -100,4 +100,4 @@ def test_what_two_files_share(tmp_path: Path) -> None:
 def test_two_checks_are_equal(tmp_path: Path) -> None:
     rows = [{"id": str(i), "image": put(tmp_path / f"{i}.png", i) if i % 3 else "gone.png"} for i in range(50)]
     source = write(tmp_path / "x.jsonl", *rows)
-    assert check([source]).to_json() == check([source]).to_json()
+    assert check_files([source]).to_json() == check_files([source]).to_json()

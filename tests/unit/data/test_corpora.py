@@ -13,7 +13,7 @@ import pytest
 
 from vlduet import packages
 from vlduet.data import corpora, images
-from vlduet.data.duplicates import fingerprint, near_duplicates
+from vlduet.data.duplicates import fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef, Record, read_jsonl
 from vlduet.data.sources import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth, wml
 from vlduet.errors import DataError, PackageError
@@ -32,7 +32,7 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _samples(corpus: build.Corpus, folders: dict[str, Path]) -> dict[str, build.Sample]:
+def _samples(corpus: build.Corpus, folders: dict[str, Path]) -> dict[str, build.CorpusSample]:
     return {sample.record["id"]: sample for sample in corpus.build(folders, build.unwatched)}
 
 
@@ -55,7 +55,7 @@ def stamp_package(tmp_path: Path) -> Path:
 
 
 def test_stamps_share_neither_captions_nor_looks_across_splits(stamp_package: Path) -> None:
-    found = _samples(stamps.CORPUS, {stamps.PACKAGE: stamp_package})
+    found = _samples(stamps.CORPUS, {stamps.PACKAGE_NAME: stamp_package})
     assert len(found) == 42 and not any("alphabets" in name for name in found)
     assert found["animals/copy"].split == found["animals/birds/bird3"].split
     assert "town/bird4" not in found or "animals/birds/bird4" not in found
@@ -79,11 +79,11 @@ def _fetch(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]) -> None:
 def test_fetch_writes_a_whole_folder_with_the_same_bytes(
     stamp_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _write(stamp_package / f"usr/share/doc/{stamps.PACKAGE}/copyright", "GPL-2")
-    _fetch(monkeypatch, {stamps.PACKAGE: stamp_package})
+    _write(stamp_package / f"usr/share/doc/{stamps.PACKAGE_NAME}/copyright", "GPL-2")
+    _fetch(monkeypatch, {stamps.PACKAGE_NAME: stamp_package})
     told: list[str] = []
-    one = corpora.fetch("stamps", tmp_path / "one", progress=told.append)
-    two = corpora.fetch("stamps", tmp_path / "two")
+    one = corpora.fetch_corpus("stamps", tmp_path / "one", progress=told.append)
+    two = corpora.fetch_corpus("stamps", tmp_path / "two")
     assert told == ["building stamps"] and not one.reused
     assert sum(one.counts.values()) == one.num_images == 42
     files = {p.relative_to(one.folder): p.read_bytes() for p in one.folder.rglob("*") if p.is_file()}
@@ -93,31 +93,31 @@ def test_fetch_writes_a_whole_folder_with_the_same_bytes(
         str(name): hashlib.sha256(data).hexdigest() for name, data in files.items() if name.name != "manifest.json"
     }
     assert manifest["files"] == hashes
-    assert manifest["packages"][0]["sha256"] == packages.PACKAGES[stamps.PACKAGE].sha256
-    assert files[Path(f"COPYRIGHT-{stamps.PACKAGE}.txt")] == b"GPL-2"
+    assert manifest["packages"][0]["sha256"] == packages.PACKAGES[stamps.PACKAGE_NAME].sha256
+    assert files[Path(f"COPYRIGHT-{stamps.PACKAGE_NAME}.txt")] == b"GPL-2"
     readme = files[Path("README.md")].decode()
     assert "GPL-2" in readme and "Bill Kendrick" in readme and "| test |" in readme
     for split, count in one.counts.items():
         records = list(read_jsonl(one.folder / f"{split}.jsonl"))
         assert len(records) == count
-        assert all(images.load(record.images()[0]) for record in records)
+        assert all(images.load_image(record.images()[0]) for record in records)
     assert not list((tmp_path / "one").glob(".*"))
 
 
 def test_fetch_reuses_repairs_and_refuses(stamp_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _fetch(monkeypatch, {stamps.PACKAGE: stamp_package})
-    summary = corpora.fetch("stamps", tmp_path)
-    assert corpora.fetch("stamps", tmp_path).reused
+    _fetch(monkeypatch, {stamps.PACKAGE_NAME: stamp_package})
+    summary = corpora.fetch_corpus("stamps", tmp_path)
+    assert corpora.fetch_corpus("stamps", tmp_path).reused
     (summary.folder / "val.jsonl").unlink()
-    assert not corpora.fetch("stamps", tmp_path).reused and (summary.folder / "val.jsonl").exists()
+    assert not corpora.fetch_corpus("stamps", tmp_path).reused and (summary.folder / "val.jsonl").exists()
     _write(tmp_path / "other/stamps/precious.txt", "mine")
     with pytest.raises(DataError, match="something else") as caught:
-        corpora.fetch("stamps", tmp_path / "other")
+        corpora.fetch_corpus("stamps", tmp_path / "other")
     assert "--to" in str(caught.value) and (tmp_path / "other/stamps/precious.txt").exists()
     with pytest.raises(DataError, match="Did you mean 'stamps'"):
-        corpora.fetch("stamp", tmp_path)
+        corpora.fetch_corpus("stamp", tmp_path)
     with pytest.raises(PackageError, match="apt-get"):
-        corpora.fetch("gimp-help", tmp_path)
+        corpora.fetch_corpus("gimp-help", tmp_path)
     assert not (tmp_path / "gimp-help").exists()
 
 
@@ -171,26 +171,26 @@ def test_wml() -> None:
 #endif
     {MACRO ( _ "text [x] = y") "a ] b"}
 [/unit_type]"""
-    (unit,) = wml.parse(text).walk("unit_type")
-    assert unit.text("name") == "Elvish Archer"
-    assert unit.text("description") == 'He said "no". Twice, at [12]. End.'
-    assert unit.text("cost") == "17" and unit.text("missing") == ""
-    assert [block.name for block in unit.blocks] == ["attack"]
-    assert unit.blocks[0].text("name") == "bow"
+    (unit,) = wml.parse_wml(text).find_blocks("unit_type")
+    assert unit.get_text("name") == "Elvish Archer"
+    assert unit.get_text("description") == 'He said "no". Twice, at [12]. End.'
+    assert unit.get_text("cost") == "17" and unit.get_text("missing") == ""
+    assert [block.name for block in unit.children] == ["attack"]
+    assert unit.children[0].get_text("name") == "bow"
 
 
 @pytest.fixture
 def wesnoth_packages(tmp_path: Path) -> dict[str, Path]:
-    core = tmp_path / "w" / wesnoth.DATA / "core"
+    core = tmp_path / "w" / wesnoth.DATA_FOLDER / "core"
     unit = '[unit_type]\n id={0}\n name= _ "{0}"\n race=elf\n level=1\n profile="portraits/{1}.png~CROP(1,2)"\n'
     unit += ' description= _ "About {0}."\n advances_to={2}\n[/unit_type]\n'
     units = [("Archer", "archer", "Ranger"), ("Ranger", "ranger", "null"), ("Twin", "archer", ""), ("Orc", "orc", "")]
     _write(core / "units/elves.cfg", "".join(unit.format(*row) for row in units))
     for i, name in enumerate(("archer", "ranger", "orc")):
         _png(core / f"images/portraits/{name}.png", 200 + i)
-    folders = {wesnoth.PACKAGE: tmp_path / "w"}
+    folders = {wesnoth.PACKAGE_NAME: tmp_path / "w"}
     for number in range(12):
-        campaign = tmp_path / f"c{number}" / wesnoth.DATA / f"campaigns/Tale_{number}"
+        campaign = tmp_path / f"c{number}" / wesnoth.DATA_FOLDER / f"campaigns/Tale_{number}"
         _write(campaign / "_main.cfg", "")
         _png(campaign / "images/story/dawn.png", 300 + number)
         _write(
@@ -236,7 +236,7 @@ def test_endless_sky_splits_by_picture(tmp_path: Path) -> None:
     )
     for i, name in enumerate(("land/sea.png", "ship/kite+0.png", "ship/mkite.png", "outfit/empty.png")):
         _png(root / "images" / name, 400 + i)
-    found = _samples(endless_sky.CORPUS, {endless_sky.PACKAGE: tmp_path})
+    found = _samples(endless_sky.CORPUS, {endless_sky.PACKAGE_NAME: tmp_path})
     assert list(found) == ["planet/Aba", "planet/Bab", "ship/Kite", "ship/Marauder Kite"]
     assert found["planet/Aba"].split == found["planet/Bab"].split
     assert found["ship/Kite"].split == found["ship/Marauder Kite"].split
@@ -259,7 +259,7 @@ def test_gimp_help_keeps_order_drops_icons_and_splits_by_component(tmp_path: Pat
     for name, pair in {"a": ("i0", "i1"), "b": ("i1", "i2"), "c": ("i2", "i3"), "d": ("i4", "i5")}.items():
         _write(root / f"{name}.html", page.format(body.format(*pair)))
     _write(root / "e.html", page.format('<p>One image only</p><img src="images/i5.png"/>'))
-    found = _samples(gimp_help.CORPUS, {gimp_help.PACKAGE: tmp_path})
+    found = _samples(gimp_help.CORPUS, {gimp_help.PACKAGE_NAME: tmp_path})
     assert list(found) == ["a", "b", "c", "d"]
     assert found["a"].split == found["b"].split == found["c"].split
     parts = [part.get("text") or part["image"].name for part in found["a"].record["parts"]]
@@ -303,7 +303,7 @@ def map_package(tmp_path: Path) -> Path:
 
 
 def test_maps_keep_a_country_in_one_split(map_package: Path) -> None:
-    found = _samples(maps.CORPUS, {maps.PACKAGE: map_package})
+    found = _samples(maps.CORPUS, {maps.PACKAGE_NAME: map_package})
     splits = {name: sample.split for name, sample in found.items()}
     assert splits["map/world"] == "train" and {"train", "test"} <= set(splits.values())
     for i in range(30):
@@ -319,25 +319,25 @@ def test_maps_keep_a_country_in_one_split(map_package: Path) -> None:
 
 
 def test_a_region_is_red_and_where_it_is_said_to_be(map_package: Path) -> None:
-    found = _samples(maps.CORPUS, {maps.PACKAGE: map_package})
+    found = _samples(maps.CORPUS, {maps.PACKAGE_NAME: map_package})
     west = found["region/land1/west"].record
     assert west["short"] == "West in Land AB"
     assert west["metadata"] == {
         "kind": "region", "name": "West", "map": "land1", "territory": "Land AB", "capital": "W", "divisions": "provinces",
     }  # fmt: skip
-    pixels = images.to_pixels(images.load(ImageRef(data=west["image"].encoded()))).astype(int)
+    pixels = images.to_pixels(images.load_image(ImageRef(data=west["image"].encoded()))).astype(int)
     assert pixels.shape == (60, 90, 3) and (pixels[5, 5] == maps.RED).all()
     assert pixels[55, 85].min() > 170 and np.ptp(pixels[55, 85]) == 0, "the rest is pale and grey"
     assert found["flag/3"].record["short"] == "The flag of Land AD"
     assert found["flag/inner/west"].record["metadata"] == {
         "kind": "flag", "name": "East", "territory": "Outer", "capital": "E",
     }  # fmt: skip
-    for row, places in enumerate(maps.PLACES):
+    for row, places in enumerate(maps.PLACE_GRID):
         for column, place in enumerate(places):
             mask = np.zeros((30, 60), dtype=bool)
             mask[10 * row + 1 : 10 * row + 9, 20 * column + 1 : 20 * column + 9] = True
-            assert maps.place_of(mask) == place
-    assert maps.place_of(np.ones((9, 9), dtype=bool)) == ""
+            assert maps.locate_region(mask) == place
+    assert maps.locate_region(np.ones((9, 9), dtype=bool)) == ""
 
 
 @pytest.mark.parametrize(
@@ -352,47 +352,47 @@ def test_a_region_is_red_and_where_it_is_said_to_be(map_package: Path) -> None:
     ],
 )
 def test_countries_have_one_name(name: str, same: str) -> None:
-    assert maps.country(name) == maps.country(same)
+    assert maps.normalize_country(name) == maps.normalize_country(same)
 
 
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_real_maps_do_not_leak() -> None:
     """Counts are those of the package; nothing that a split shows or tells is in another one."""
-    root = packages.fetch(packages.PACKAGES[maps.PACKAGE]) / maps.ROOT
+    root = packages.fetch_package(packages.PACKAGES[maps.PACKAGE_NAME]) / maps.ROOT
     read = maps.read_maps(root)
-    flags = maps.flags_of(read)
+    flags = maps.collect_flags(read)
     regions = [region for one in read for region in one.regions]
     assert (len(read), len(regions), sum(bool(r.capital) for r in regions), len(flags)) == (154, 4081, 2902, 667)
-    split = maps.splits_of(read, flags, root)
-    assert all(one.id in maps.SEVERAL or maps.country(one.territory) in split for one in read)
+    split = maps.assign_country_splits(read, flags, root)
+    assert all(one.id in maps.MULTI_COUNTRY_MAPS or maps.normalize_country(one.territory) in split for one in read)
     told: dict[str, set[str]] = {s: set() for s in build.SPLITS}
     shown: dict[str, list[Path]] = {s: [] for s in build.SPLITS}
     for flag in flags:
-        told[split[flag.country]].add(build.plain(f"{flag.name} {flag.within}"))
+        told[split[flag.country]].add(build.normalize_caption(f"{flag.name} {flag.within}"))
         shown[split[flag.country]].append(root / "flags" / flag.file)
     for one in read:
-        if one.id not in maps.SEVERAL:
-            own = split[maps.country(one.territory)]
-            told[own] |= {build.plain(f"{region.name} in {one.territory}") for region in one.regions}
+        if one.id not in maps.MULTI_COUNTRY_MAPS:
+            own = split[maps.normalize_country(one.territory)]
+            told[own] |= {build.normalize_caption(f"{region.name} in {one.territory}") for region in one.regions}
             shown[own].append(one.picture)
-    looks = {s: [fingerprint(ImageRef(path=path)) for path in paths] for s, paths in shown.items()}
+    looks = {s: [fingerprint_image(ImageRef(path=path)) for path in paths] for s, paths in shown.items()}
     for one_split, other in combinations(build.SPLITS, 2):
         assert not told[one_split] & told[other]
-        assert not near_duplicates(looks[one_split], looks[other])
+        assert not find_near_duplicates(looks[one_split], looks[other])
     assert len(shown["test"]) > 150
 
 
 @pytest.mark.network
 @pytest.mark.slow
 def test_the_real_stamps_do_not_leak(tmp_path: Path) -> None:
-    summary = corpora.fetch("stamps", tmp_path)
+    summary = corpora.fetch_corpus("stamps", tmp_path)
     assert summary.counts["test"] >= 128
     splits: dict[str, list[Record]] = {s: list(read_jsonl(summary.folder / f"{s}.jsonl")) for s in build.SPLITS}
-    captions = {s: {build.plain(text) for r in records for text in r.short} for s, records in splits.items()}
-    keys = {s: {images.content_key(r.images()[0]) for r in records} for s, records in splits.items()}
-    looks = {s: [fingerprint(r.images()[0]) for r in records] for s, records in splits.items()}
+    captions = {s: {build.normalize_caption(text) for r in records for text in r.short} for s, records in splits.items()}
+    keys = {s: {images.image_key(r.images()[0]) for r in records} for s, records in splits.items()}
+    looks = {s: [fingerprint_image(r.images()[0]) for r in records] for s, records in splits.items()}
     for one, other in combinations(build.SPLITS, 2):
         assert not captions[one] & captions[other]
         assert not keys[one] & keys[other]
-        assert not near_duplicates(looks[one], looks[other])
+        assert not find_near_duplicates(looks[one], looks[other])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlduet.data import images
-from vlduet.data.duplicates import Fingerprint, Groups, alike, fingerprint, near_duplicates
+from vlduet.data.duplicates import ImageFingerprint, UnionFind, is_near_duplicate, fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef
 
 
@@ -21,8 +21,8 @@ def _scene(seed: int, size: int = 96) -> np.ndarray:
     return pixels
 
 
-def _print(pixels: np.ndarray) -> Fingerprint:
-    return fingerprint(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
+def _print(pixels: np.ndarray) -> ImageFingerprint:
+    return fingerprint_image(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
 
 
 def test_scaled_reencoded_and_slightly_changed_copies_look_alike() -> None:
@@ -30,37 +30,37 @@ def test_scaled_reencoded_and_slightly_changed_copies_look_alike() -> None:
         pixels = _scene(seed)
         image = images.from_pixels(pixels)
         original = _print(pixels)
-        assert alike(original, _print(images.to_pixels(images.scale_down(image, 60))))
-        assert alike(original, fingerprint(ImageRef(data=images.encode_jpeg(image))))
+        assert is_near_duplicate(original, _print(images.to_pixels(images.scale_down(image, 60))))
+        assert is_near_duplicate(original, fingerprint_image(ImageRef(data=images.encode_jpeg(image))))
         touched = pixels.copy()
         touched[40:46, 40:46] = 0
-        assert alike(original, _print(touched))
+        assert is_near_duplicate(original, _print(touched))
 
 
 def test_other_drawings_and_other_colours_do_not() -> None:
     prints = [_print(_scene(seed)) for seed in range(40)]
-    assert near_duplicates(prints) == []
+    assert find_near_duplicates(prints) == []
     pixels = _scene(1)
     recoloured = np.where(pixels == 255, pixels, pixels[..., ::-1])
-    assert not alike(_print(pixels), _print(recoloured.astype(np.uint8)))
+    assert not is_near_duplicate(_print(pixels), _print(recoloured.astype(np.uint8)))
 
 
 def test_pairs_agree_with_comparing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlduet.data.duplicates._BLOCK", 7)
+    monkeypatch.setattr("vlduet.data.duplicates._BLOCK_SIZE", 7)
     rng = np.random.default_rng(0)
     base = [int(x) for x in rng.integers(0, 2**63, 5)]
-    prints = [Fingerprint(base[i % 5] ^ (1 << int(rng.integers(0, 60))), bytes(192)) for i in range(30)]
-    slow = [(i, j) for i in range(30) for j in range(i + 1, 30) if alike(prints[i], prints[j])]
-    assert near_duplicates(prints) == slow and slow
-    across = [(i, j) for i in range(10) for j in range(20) if alike(prints[i], prints[10 + j])]
-    assert near_duplicates(prints[:10], prints[10:]) == across
-    assert near_duplicates([]) == near_duplicates(prints, []) == []
+    prints = [ImageFingerprint(base[i % 5] ^ (1 << int(rng.integers(0, 60))), bytes(192)) for i in range(30)]
+    slow = [(i, j) for i in range(30) for j in range(i + 1, 30) if is_near_duplicate(prints[i], prints[j])]
+    assert find_near_duplicates(prints) == slow and slow
+    across = [(i, j) for i in range(10) for j in range(20) if is_near_duplicate(prints[i], prints[10 + j])]
+    assert find_near_duplicates(prints[:10], prints[10:]) == across
+    assert find_near_duplicates([]) == find_near_duplicates(prints, []) == []
 
 
 def test_groups() -> None:
-    groups = Groups(6)
-    groups.unite_equal(["a", "b", "a", "c", "b", "d"])
-    assert groups.members() == [[0, 2], [1, 4], [3], [5]]
-    groups.unite(4, 2)
-    assert groups.members() == [[0, 1, 2, 4], [3], [5]]
+    groups = UnionFind(6)
+    groups.union_equal(["a", "b", "a", "c", "b", "d"])
+    assert groups.groups() == [[0, 2], [1, 4], [3], [5]]
+    groups.union(4, 2)
+    assert groups.groups() == [[0, 1, 2, 4], [3], [5]]
     assert groups.find(4) == 0

@@ -13,17 +13,17 @@ from typer.testing import CliRunner
 
 import tiny
 from vlduet.cli.data import app
-from vlduet.data.edits import RULES, edits, with_edits
+from vlduet.data.edits import EDIT_RULES, generate_caption_negatives, add_caption_negatives
 from vlduet.data.formats import read_records
-from vlduet.data.questions import questions
+from vlduet.data.questions import split_into_queries
 from vlduet.data.records import Record
-from vlduet.data.words import ATTRIBUTES, OBJECTS, RELATIONS, article
+from vlduet.data.words import ATTRIBUTES, OBJECTS, RELATIONS, choose_article
 from vlduet.errors import ConfigError
 
 
 def every(kind: str, caption: str) -> set[str]:
     """All that a rule makes of a caption."""
-    return {edit.text for seed in range(150) for edit in edits(caption, seed=seed, kinds=[kind])}
+    return {edit.text for seed in range(150) for edit in generate_caption_negatives(caption, seed=seed, kinds=[kind])}
 
 
 COLOURS = set(ATTRIBUTES.groups[0])
@@ -96,55 +96,55 @@ CAPTIONS = st.lists(
 @given(CAPTIONS, st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_properties(caption: str, seed: int) -> None:
-    found = edits(caption, seed=seed)
-    assert found == edits(caption, seed=seed), "a pure function"
+    found = generate_caption_negatives(caption, seed=seed)
+    assert found == generate_caption_negatives(caption, seed=seed), "a pure function"
     keys = [" ".join(edit.text.casefold().split()) for edit in found]
     assert len(set(keys)) == len(keys) and " ".join(caption.casefold().split()) not in keys
     kinds = [edit.kind for edit in found]
-    assert kinds == [kind for kind in RULES if kind in kinds]
+    assert kinds == [kind for kind in EDIT_RULES if kind in kinds]
 
 
 def test_what_is_known_to_be_right_is_not_made() -> None:
     assert every("swap_obj", "a dog on a hat") == {"a hat on a dog"}
-    assert edits("a dog on a hat", kinds=["swap_obj"], right=["A hat  on a dog"]) == []
+    assert generate_caption_negatives("a dog on a hat", kinds=["swap_obj"], correct_captions=["A hat  on a dog"]) == []
 
 
 def test_the_lists_are_what_they_claim() -> None:
     for vocabulary in (OBJECTS, ATTRIBUTES, RELATIONS):
         words = [word for group in vocabulary.groups for word in group]
         assert len(words) == len(set(words)) and all(len(group) > 1 for group in vocabulary.groups)
-        assert all(vocabulary.entry(word).word == word for word in words)
-    assert OBJECTS.form("wolf", plural=True) == "wolves" and OBJECTS.form("cherry", plural=True) == "cherries"
-    assert OBJECTS.entry("Bikes").word == "bicycle" and OBJECTS.entry("bikes").plural
-    assert [article(word) for word in ("apple", "umbrella", "unicorn", "dog")] == ["an", "an", "a", "a"]
+        assert all(vocabulary.lookup(word).lemma == word for word in words)
+    assert OBJECTS.inflect("wolf", plural=True) == "wolves" and OBJECTS.inflect("cherry", plural=True) == "cherries"
+    assert OBJECTS.lookup("Bikes").lemma == "bicycle" and OBJECTS.lookup("bikes").is_plural
+    assert [choose_article(word) for word in ("apple", "umbrella", "unicorn", "dog")] == ["an", "an", "a", "a"]
 
 
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'swap_obj'"):
-        edits("x", kinds=["swap_object"])
+        generate_caption_negatives("x", kinds=["swap_object"])
 
 
 # ------------------------------------------------------------------ records
 
 
 def test_records_get_one_negative_a_kind() -> None:
-    (record,) = questions(
-        Record("1", image=tiny.picture(), short=("Something.", "a red cup on a blue chair near a dog"))
+    (record,) = split_into_queries(
+        Record("1", image=tiny.random_image(), short=("Something.", "a red cup on a blue chair near a dog"))
     )
-    made = with_edits(record, seed=1)
-    assert made.metadata["edits"] == list(RULES) and len(made.negative) == len(RULES)
-    assert made.negative[list(RULES).index("swap_att")] == ("a blue cup on a red chair near a dog",)
-    assert made == with_edits(record, seed=1) and made != with_edits(record, seed=2)
-    again = with_edits(made, seed=1)
+    made = add_caption_negatives(record, seed=1)
+    assert made.metadata["edits"] == list(EDIT_RULES) and len(made.negative) == len(EDIT_RULES)
+    assert made.negative[list(EDIT_RULES).index("swap_att")] == ("a blue cup on a red chair near a dog",)
+    assert made == add_caption_negatives(record, seed=1) and made != add_caption_negatives(record, seed=2)
+    again = add_caption_negatives(made, seed=1)
     assert len({str(parts) for parts in again.negative}) == len(again.negative), "never the same negative twice"
-    mixed = Record("2", query=("q",), positive=((tiny.picture(), "a hat on a dog"),))
-    (found,) = with_edits(mixed, kinds=["swap_obj"]).negative
+    mixed = Record("2", query=("q",), positive=((tiny.random_image(), "a hat on a dog"),))
+    (found,) = add_caption_negatives(mixed, kinds=["swap_obj"]).negative
     assert found == (mixed.positive[0][0], "a dog on a hat")
-    assert with_edits(Record("3", query=("q",), positive=(("nothing",),))).negative == ()
+    assert add_caption_negatives(Record("3", query=("q",), positive=(("nothing",),))).negative == ()
 
 
 def test_the_verb(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(tiny.picture().data or b"")
+    (tmp_path / "a.png").write_bytes(tiny.random_image().data or b"")
     rows = [
         {"id": "1", "image": "a.png", "short": "a dog on a chair"},
         {"id": "2", "image": "a.png", "short": "etwas anderes"},

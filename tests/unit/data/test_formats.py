@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import picture
-from vlduet.data.formats import FORMATS, check_target, convert, read_records, sniff
-from vlduet.data.readers.rows import Row
+from tiny import random_image
+from vlduet.data.formats import FORMATS, check_output_path, stream_to_jsonl, read_records, detect_format
+from vlduet.data.readers.rows import SourceRow
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError
 
-PNG = picture(side=4).data
+PNG = random_image(side=4).data
 assert PNG is not None
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
@@ -112,7 +112,7 @@ def test_chats(row: dict[str, Any], format: str, expected: list[Any], ending: st
         pa.parquet.write_table(pa.Table.from_pylist([row]), source)
     else:
         source.write_text(json.dumps(row if ending == ".jsonl" else [row]))
-    assert sniff(source) == format
+    assert detect_format(source) == format
     record = only(source)
     assert turns(record) == expected and record.kind == "chat"
     assert record.id == row.get("id", f"x{ending}:1")
@@ -334,11 +334,11 @@ def test_whatever_stands_in_a_row_it_is_a_record_or_a_data_error(data: Any, row:
     keys = st.sampled_from(sorted({key for sample in SAMPLES for key in sample}))
     value = row | data.draw(st.dictionaries(keys, junk, max_size=2))
     try:
-        assert isinstance(FORMATS[name].read(Row(Place("x", 1), Path(), "x:1", value)), Record)
+        assert isinstance(FORMATS[name].parse_row(SourceRow(Place("x", 1), Path(), "x:1", value)), Record)
     except DataError as error:
         assert error.place is not None and error.place.startswith("x:1") and error.fix
     for known in FORMATS.values():
-        known.knows(value)
+        known.matches(value)
 
 
 def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
 def test_convert_writes_embedded_images_to_files(tmp_path: Path) -> None:
     pa.parquet.write_table(image_table(), tmp_path / "x.parquet")
     target = tmp_path / "out" / "y.jsonl"
-    assert len(list(convert(read_records(tmp_path / "x.parquet"), target))) == 2
+    assert len(list(stream_to_jsonl(read_records(tmp_path / "x.parquet"), target))) == 2
     first, second = read_records(target)
     assert first.image is not None and first.image.path is not None and first.image.path.read_bytes() == PNG
     assert second.image is not None and second.image.path is not None
@@ -373,7 +373,7 @@ def test_splits_with_dots_in_their_names_are_not_shards_and_listings_are_no_reco
     lines(tmp_path / "coco.test.jsonl", row)
     assert "several files of records" in str(error_of(tmp_path))
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "1.png").write_bytes(picture().data or b"")
+    (tmp_path / "photos" / "1.png").write_bytes(random_image().data or b"")
     lines(tmp_path / "photos" / "vectors.quarantine.jsonl", {"id": "b", "place": "c", "cause": "d"})
     assert only(tmp_path / "photos").id == "1.png"
 
@@ -382,9 +382,9 @@ def test_no_target_is_a_part_of_its_source(tmp_path: Path) -> None:
     mine = lines(tmp_path / "train.jsonl", {"id": "a", "parts": [{"text": "x"}]})
     for source in (mine, tmp_path):
         with pytest.raises(DataError, match="--to"):
-            check_target(mine, source)
-    check_target(mine, tmp_path, may_grow=True)
-    check_target(tmp_path / "new.jsonl", tmp_path)
+            check_output_path(mine, source)
+    check_output_path(mine, tmp_path, allow_existing=True)
+    check_output_path(tmp_path / "new.jsonl", tmp_path)
 
 
 def test_names_and_ids_that_no_text_is(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_names_and_ids_that_no_text_is(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in (b"good.png", b"caf\xe9.png"):
-        (folder / os.fsdecode(name)).write_bytes(picture().data or b"")
+        (folder / os.fsdecode(name)).write_bytes(random_image().data or b"")
     errors: list[DataError] = []
     assert [r.id for r in read_records(folder, on_error=errors.append)] == ["good.png"]
     assert "not UTF-8" in str(errors[0]) and str(errors[0]).isascii()
@@ -404,7 +404,7 @@ def test_names_and_ids_that_no_text_is(tmp_path: Path) -> None:
         '{"id": "b", "image": "b.png", "metadata": {"from": "\\ud83d", "name": "é"}}\n'
     )
     errors.clear()
-    (kept,) = convert(read_records(rows, on_error=errors.append), tmp_path / "out.jsonl")
+    (kept,) = stream_to_jsonl(read_records(rows, on_error=errors.append), tmp_path / "out.jsonl")
     assert len(errors) == 3 and all(str(error).isascii() for error in errors)
     assert only(tmp_path / "out.jsonl").metadata == kept.metadata == {"from": "\ud83d", "name": "é"}
 

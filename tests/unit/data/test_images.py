@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny import picture
+from tiny import random_image
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError
@@ -29,27 +29,27 @@ def encoded(image: Image.Image, kind: str = "PNG", exif: Any = None) -> ImageRef
 
 def error_of(ref: ImageRef, **limits: Any) -> ImageError:
     with pytest.raises(ImageError) as caught:
-        images.load(ref, limits=images.Limits(**limits))
+        images.load_image(ref, limits=images.ImageLimits(**limits))
     assert caught.value.place == ref.name and caught.value.fix
     return caught.value
 
 
 def corner(ref: ImageRef) -> list[int]:
-    return images.to_pixels(images.load(ref))[0, 0].tolist()
+    return images.to_pixels(images.load_image(ref))[0, 0].tolist()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_all_formats_load_and_break_with_a_message(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     ref = encoded(Image.fromarray(noise), kind)
-    assert ref.data is not None and images.sniff(ref.data) == kind
-    assert images.to_pixels(images.load(ref)).shape == (40, 50, 3)
+    assert ref.data is not None and images.detect_image_format(ref.data) == kind
+    assert images.to_pixels(images.load_image(ref)).shape == (40, 50, 3)
     assert "truncated or broken" in error_of(ImageRef(data=ref.data[: len(ref.data) // 2])).message
 
 
 @pytest.mark.parametrize("size", range(0, 200, 7))
 def test_any_prefix_of_a_png_is_an_image_error(size: int) -> None:
-    data = picture(side=8).data
+    data = random_image(side=8).data
     assert data is not None
     error_of(ImageRef(data=data[:size]))
 
@@ -113,7 +113,7 @@ def test_transparency_is_put_on_white() -> None:
 
 def test_grey_sixteen_bits_and_cmyk() -> None:
     grey = np.array([[0, 32768, 65535]], dtype=np.uint16)
-    assert images.to_pixels(images.load(encoded(Image.fromarray(grey))))[0, :, 0].tolist() == [0, 128, 255]
+    assert images.to_pixels(images.load_image(encoded(Image.fromarray(grey))))[0, :, 0].tolist() == [0, 128, 255]
     assert corner(encoded(Image.new("L", (2, 2), 77))) == [77, 77, 77]
     red, green, blue = corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert red > 230 and green < 40 and blue < 40
@@ -124,8 +124,8 @@ def test_images_come_out_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     wide = encoded(Image.new("RGB", (20, 10)), "JPEG", exif)
-    assert images.load(wide).size == ((10, 20) if orientation >= 5 else (20, 10))
-    assert not images.load(wide).getexif()
+    assert images.load_image(wide).size == ((10, 20) if orientation >= 5 else (20, 10))
+    assert not images.load_image(wide).getexif()
 
 
 def test_the_first_frame_of_an_animation() -> None:

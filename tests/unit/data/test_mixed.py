@@ -14,13 +14,13 @@ import tiny
 from vlduet.cli.data import app
 from vlduet.data.formats import read_records
 from vlduet.data.keys import content_key
-from vlduet.data.mixed import contents, mixed_queries
+from vlduet.data.mixed import collect_content_keys, compose_queries
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 
 
 def pair(number: int, *short: str, picture: int | None = None) -> Record:
-    return Record(f"p{number}", image=tiny.picture(number if picture is None else picture), short=short)
+    return Record(f"p{number}", image=tiny.random_image(number if picture is None else picture), short=short)
 
 
 PAIRS = [pair(0, "a dog"), pair(1, "a hat", "a cap"), pair(2, "a tree"), pair(3, "A  dog")]
@@ -29,21 +29,21 @@ PAIRS = [pair(0, "a dog"), pair(1, "a hat", "a cap"), pair(2, "a tree"), pair(3,
 @given(st.integers(0, 50), st.integers(1, 4))
 def test_both_things_are_right_and_they_are_two(seed: int, times: int) -> None:
     of = {record.id: record for record in PAIRS}
-    found = mixed_queries(PAIRS, times=times, seed=seed)
+    found = compose_queries(PAIRS, queries_per_image=times, seed=seed)
     assert len({record.id for record in found}) == len(found) <= times * len(PAIRS)
     for record in found:
         one, other = (of[name] for name in record.metadata["mixed"])
         image, text = record.query
         assert image == one.image and text in other.short
-        assert not contents(one) & contents(other), "a query of two things"
+        assert not collect_content_keys(one) & collect_content_keys(other), "a query of two things"
         seen, shown, said, pictured = record.positive
         assert seen[0] in one.short and shown == (one.image,) and said == (text,) and pictured == (other.image,)
-    assert found == mixed_queries(PAIRS, times=times, seed=seed)
+    assert found == compose_queries(PAIRS, queries_per_image=times, seed=seed)
 
 
 def test_every_image_asks_and_every_pair_lends_its_words() -> None:
     distinct = PAIRS[:3]
-    found = mixed_queries(distinct, times=40, seed=1)
+    found = compose_queries(distinct, queries_per_image=40, seed=1)
     assert {tuple(record.metadata["mixed"]) for record in found} == {
         (one.id, other.id) for one in distinct for other in distinct if one is not other
     }, "each pair with each other once, however often they are asked for"
@@ -51,22 +51,22 @@ def test_every_image_asks_and_every_pair_lends_its_words() -> None:
 
 
 def test_what_shows_or_says_the_same_is_not_joined() -> None:
-    assert mixed_queries([pair(0, "a dog"), pair(1, "A Dog")], times=3) == []
-    assert mixed_queries([pair(0, "a dog"), pair(1, "a hat", picture=0)], times=3) == []
-    assert mixed_queries([]) == mixed_queries([pair(0, "a dog")], times=3) == []
+    assert compose_queries([pair(0, "a dog"), pair(1, "A Dog")], queries_per_image=3) == []
+    assert compose_queries([pair(0, "a dog"), pair(1, "a hat", picture=0)], queries_per_image=3) == []
+    assert compose_queries([]) == compose_queries([pair(0, "a dog")], queries_per_image=3) == []
 
 
 def test_what_is_no_pair_is_named(tmp_path: Path) -> None:
-    for record in (Record("1", image=tiny.picture(1), long="long"), Record("2", parts=("a", tiny.picture(1)))):
+    for record in (Record("1", image=tiny.random_image(1), long="long"), Record("2", parts=("a", tiny.random_image(1)))):
         with pytest.raises(DataError, match="no image with a short caption"):
-            mixed_queries([PAIRS[0], record])
+            compose_queries([PAIRS[0], record])
     with pytest.raises(DataError, match=r"gone\.png"):
-        mixed_queries([Record("1", image=ImageRef(path=tmp_path / "gone.png"), short=("a",))])
+        compose_queries([Record("1", image=ImageRef(path=tmp_path / "gone.png"), short=("a",))])
 
 
 def test_the_command_writes_records_and_names_what_it_drops(tmp_path: Path) -> None:
     for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        (tmp_path / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
     rows = [{"id": f"{i}", "image": f"{i}.png", "short": f"thing {i}"} for i in range(3)]
     rows += [{"id": "x", "image": "gone.png", "short": "a"}, {"id": "y", "image": "0.png", "long": "A long one."}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")

@@ -20,7 +20,7 @@ def test_each_drop_is_a_line_with_its_place_cause_and_fix(tmp_path: Path) -> Non
     bad = Quarantine(tmp_path / "out" / "quarantine.jsonl")
     assert not (tmp_path / "out").exists(), "nothing is made before the first drop"
     assert bad.add(record("a"), ImageError("no such image", place="a.png", fix="Mend the path"))
-    assert bad.add(PLACE.at("id"), DataError("id is nothing", fix="Write one"))
+    assert bad.add(PLACE.with_field("id"), DataError("id is nothing", fix="Write one"))
     assert bad.path is not None
     rows = [json.loads(line) for line in bad.path.read_text().splitlines()]
     assert rows[0] == {
@@ -55,7 +55,7 @@ def test_causes_leave_out_names_and_numbers() -> None:
     for i in range(3):
         bad.add(record(f"r{i}"), ImageError(f"the image is too small: {i} x 7 pixels"))
     bad.add(record("other"), DataError("unknown key 'shrt'"))
-    counts = list(bad.by_cause().values())
+    counts = list(bad.count_by_cause().values())
     assert counts == [3, 1] and bad.count == 4
     assert str(bad).startswith("4 dropped (3 x ") and "shrt" not in str(bad)
     assert str(Quarantine()) == "nothing dropped"
@@ -64,4 +64,4 @@ def test_causes_leave_out_names_and_numbers() -> None:
 def test_any_exception_can_be_the_cause() -> None:
     bad = Quarantine()
     bad.add("x.jsonl:1", ValueError())
-    assert bad.by_cause() == {"ValueError": 1}
+    assert bad.count_by_cause() == {"ValueError": 1}

@@ -15,11 +15,11 @@ from vlduet.data.records import (
     Message,
     Place,
     Record,
-    parse,
-    parse_line,
+    parse_record,
+    parse_json_line,
     read_jsonl,
     split_sentences,
-    to_json,
+    record_to_json,
 )
 from vlduet.errors import DataError
 
@@ -61,8 +61,8 @@ retrieval_records = st.builds(
 @settings(max_examples=100, deadline=None)
 @given(pair_records | interleaved_records | chat_records | retrieval_records)
 def test_round_trip(record: Record) -> None:
-    line = json.dumps(to_json(record, root=ROOT))
-    assert parse_line(line, place=PLACE, root=ROOT) == record
+    line = json.dumps(record_to_json(record, root=ROOT))
+    assert parse_json_line(line, place=PLACE, root=ROOT) == record
 
 
 def test_the_four_kinds() -> None:
@@ -75,7 +75,7 @@ def test_the_four_kinds() -> None:
     }
     counts = {"pair": 2, "interleaved": 1, "chat": 1, "retrieval": 3}
     for kind, row in rows.items():
-        record = parse({"id": 7, **row}, place=PLACE, root=ROOT)
+        record = parse_record({"id": 7, **row}, place=PLACE, root=ROOT)
         assert (record.kind, record.id, len(record.images())) == (kind, "7", counts[kind])
         assert record.images()[0] == ImageRef(path=ROOT / "a.png")
 
@@ -125,7 +125,7 @@ ANSWER = {"role": "assistant", "content": "y"}
 )
 def test_bad_records_say_where_and_what_to_do(raw: Any, field: str | None) -> None:
     with pytest.raises(DataError) as caught:
-        parse(raw, place=PLACE, root=ROOT)
+        parse_record(raw, place=PLACE, root=ROOT)
     assert caught.value.place == ("x.jsonl:4" if field is None else f"x.jsonl:4:{field}")
     assert caught.value.fix and str(caught.value).endswith(caught.value.fix)
 
@@ -148,7 +148,7 @@ keys = st.sampled_from(["id", "image", "short", "long", "parts", "messages", "qu
 @given(st.dictionaries(keys, values, max_size=4))
 def test_whatever_the_input_it_is_a_record_or_a_data_error(raw: dict[str, Any]) -> None:
     try:
-        parse(raw, place=PLACE, root=ROOT)
+        parse_record(raw, place=PLACE, root=ROOT)
     except DataError as error:
         assert error.place is not None and error.place.startswith("x.jsonl:4")
 

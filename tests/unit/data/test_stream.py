@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlduet.data.records import Record
-from vlduet.data.stream import BLOCK, Mixture
+from vlduet.data.stream import SCHEDULE_BLOCK_SIZE, Mixture
 from vlduet.errors import DataError
 
 
@@ -39,14 +39,14 @@ def test_random_access_equals_reading_in_order(seed, sources):
 def test_weights_hold_exactly_in_every_block():
     mixture = Mixture([source("a", 7), source("b", 5)], [3, 1], seed=0)
     for block in range(3):
-        drawn = Counter(i[0] for i in ids(mixture, block * BLOCK, (block + 1) * BLOCK))
+        drawn = Counter(i[0] for i in ids(mixture, block * SCHEDULE_BLOCK_SIZE, (block + 1) * SCHEDULE_BLOCK_SIZE))
         assert drawn == {"a": 750, "b": 250}
 
 
 def test_ranks_share_what_one_process_sees():
     mixture = Mixture([source("a", 50)], [1], seed=4)
-    one = [s.record.id for s in mixture.step(3, 10)]
-    many = [s.record.id for rank in range(3) for s in mixture.step(3, 10, rank=rank, world_size=3)]
+    one = [s.record.id for s in mixture.step_samples(3, 10)]
+    many = [s.record.id for rank in range(3) for s in mixture.step_samples(3, 10, rank=rank, world_size=3)]
     assert one == many
 
 
@@ -58,7 +58,7 @@ def test_epochs_and_seeds_differ():
 
 def test_a_sample_has_randomness_of_its_own():
     mixture = Mixture([source("a", 5)], [1], seed=0)
-    assert mixture[3].random().random() == mixture[3].random().random() != mixture[4].random().random()
+    assert mixture[3].rng().random() == mixture[3].rng().random() != mixture[4].rng().random()
 
 
 def test_an_empty_source_is_named():
@@ -70,4 +70,4 @@ def test_records_of_two_files_with_equal_ids_have_two_names():
     mixture = Mixture([source("", 2), source("", 2)], [1, 1], seed=0)
     samples = [mixture[position] for position in range(8)]
     assert len({sample.record.id for sample in samples}) == 2
-    assert len({sample.name for sample in samples}) == 4, "and one drawn again has the same"
+    assert len({sample.record_name for sample in samples}) == 4, "and one drawn again has the same"

@@ -20,9 +20,9 @@ from vlduet.eval.benchmarks.protocols import choose
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
 from vlduet.eval.benchmarks.tasks import Choices, Pairs, Question, Search
-from vlduet.eval.run import evaluate, folder_of, import_predictions
-from vlduet.eval.store import Functions, Reader, flat, read_lines
-from vlduet.evaluation import Settings, functions, made_by, opened
+from vlduet.eval.run import evaluate, run_folder, import_predictions
+from vlduet.eval.store import ModelFunctions, FluencyModel, prompt_text, read_lines
+from vlduet.evaluation import EvaluationSettings, model_functions, describe_provenance, open_model_functions
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -34,19 +34,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def playing(tmp_path_factory: pytest.TempPathFactory) -> Functions:
+def playing(tmp_path_factory: pytest.TempPathFactory) -> ModelFunctions:
     """A tiny random model whose judge is content with everything."""
-    model = tiny.duet(tmp_path_factory.mktemp("model") / "base")
-    played = functions(model, Settings())
+    model = tiny.build_duet_model(tmp_path_factory.mktemp("model") / "base")
+    played = model_functions(model, EvaluationSettings())
 
     def judge(official_judge: Any, prompt: str, temperature: float) -> str:
         return "0.5" if "Correctness" in prompt else "8 9\nfine"
 
     def short(prompts: list[Parts], longest: int) -> list[str]:
-        assert played.answer is not None
-        return played.answer(prompts, 3)  # what a random model says is not worth 1,024 tokens
+        assert played.generate is not None
+        return played.generate(prompts, 3)  # what a random model says is not worth 1,024 tokens
 
-    return Functions(played.embed, short, played.loglikelihood, played.embed, judge)
+    return ModelFunctions(played.embed, short, played.continuation_nll, played.embed, judge)
 
 
 # ------------------------------------------------------------------ through a model
@@ -54,17 +54,17 @@ def playing(tmp_path_factory: pytest.TempPathFactory) -> Functions:
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if "/" not in name] + ["demon/VIST"])
 def test_every_benchmark_runs_through_a_model_and_again_without_one(
-    name: str, data: Path, playing: Functions, tmp_path: Path
+    name: str, data: Path, playing: ModelFunctions, tmp_path: Path
 ) -> None:
-    made = evaluate(BENCHMARKS[name], playing, source=Source(data), runs=tmp_path, made_by={"model": "tiny"})
+    made = evaluate(BENCHMARKS[name], playing, source=Source(data), runs=tmp_path, provenance={"model": "tiny"})
     assert made["files"] or "val/WNID" in BENCHMARKS[name].files[0]
     assert made["missing"] == 0
     for value in made["values"].values():
         assert value["low"] <= value["mean"] <= value["high"] and value["n"] > 0, value
     assert bool(made["values"]) == ("export for the server" not in BENCHMARKS[name].metric)
-    again = evaluate(BENCHMARKS[name], Functions(), source=Source(data), runs=tmp_path, made_by={})
+    again = evaluate(BENCHMARKS[name], ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert again["values"] == made["values"]
-    assert json.loads((folder_of(tmp_path, BENCHMARKS[name]) / "scores.json").read_text()) == again
+    assert json.loads((run_folder(tmp_path, BENCHMARKS[name]) / "scores.json").read_text()) == again
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name.startswith("demon/")])
@@ -78,7 +78,7 @@ def test_an_encoder_that_gives_everything_one_vector_scores_nothing(name: str, d
         return np.full((len(items), 7), 0.3, dtype=np.float32)
 
     made = evaluate(
-        BENCHMARKS[name], Functions(embed=constant), source=Source(data), runs=tmp_path, made_by={"model": "constant"}
+        BENCHMARKS[name], ModelFunctions(embed=constant), source=Source(data), runs=tmp_path, provenance={"model": "constant"}
     )
     sizes = made["facts"]
     for key, value in made["values"].items():
@@ -151,32 +151,32 @@ PROMPTS = {
 def test_prompts_are_the_official_ones_to_the_byte(name: str, data: Path) -> None:
     key, prompt = PROMPTS[name]
     items = {item.id: item for item in known(name).load(Source(data)).items}  # type: ignore[union-attr]
-    assert flat(items[key].parts) == prompt
+    assert prompt_text(items[key].parts) == prompt
 
 
 def test_without_a_hint_there_is_no_context(data: Path) -> None:
     items = {item.id: item for item in known("scienceqa_img").load(Source(data)).items}  # type: ignore[union-attr]
     assert set(items) == {"5", "6"}  # 7 has no image
-    assert flat(items["6"].parts) == f"<image>\nWhich of these is a plan?\nA. yes\nB. no{LETTER}"
+    assert prompt_text(items["6"].parts) == f"<image>\nWhich of these is a plan?\nA. yes\nB. no{LETTER}"
     rows = {item.id: item for item in known("mmbench_dev").load(Source(data)).items}  # type: ignore[union-attr]
-    assert flat(rows["1000241"].parts) == f"<image>\nWhat is it?\nA. a dog\nB. a cow\nC. a cat{LETTER}"
+    assert prompt_text(rows["1000241"].parts) == f"<image>\nWhat is it?\nA. a dog\nB. a cow\nC. a cat{LETTER}"
 
 
 def test_rag_prompts(data: Path) -> None:
     task: Any = known("fvqa").load(Source(data))
     assert [item.id for item in task.items] == ["1", "2"]  # 3 is answered by the image
-    assert flat(task.prompt(task.items[0], task.facts[:1])) == (
+    assert prompt_text(task.prompt(task.items[0], task.facts[:1])) == (
         "Please answer the questions based on the pictures. If the reference information is useful, please use it. "
         "Otherwise, please ignore the reference information. Reference information: Cats can climb trees <image>\n "
         "Which animal can climb trees."
     )
     probe: Any = known("webqa_position").load(Source(data))
     first, last = probe.items[0], probe.items[5]
-    assert flat(first.parts).startswith("<image>\nCaption 6\n<image>\nCaption 1\n")
-    assert flat(last.parts).endswith("<image>\nCaption 6\nIs the frog green? please answer the question in Yes or No.")
+    assert prompt_text(first.parts).startswith("<image>\nCaption 6\n<image>\nCaption 1\n")
+    assert prompt_text(last.parts).endswith("<image>\nCaption 6\nIs the frog green? please answer the question in Yes or No.")
     mmvp: Any = known("mmvp_vlm_qa").load(Source(data))
     a, b = mmvp.items[0].options
-    assert flat(mmvp.items[0].parts) == (
+    assert prompt_text(mmvp.items[0].parts) == (
         f"First Image:<image>\nSecond Image:<image>\n which choice meets the first image:\n A.{a}\nB.{b}\n"
         ".please answer in A or B"
     )
@@ -237,7 +237,7 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     def answer(prompts: list[Parts], longest: int) -> list[str]:
         if len(asked) >= 3:
             raise KeyboardInterrupt
-        asked.extend(flat(prompt) for prompt in prompts)
+        asked.extend(prompt_text(prompt) for prompt in prompts)
         return ["yes"] * len(prompts)
 
     from vlduet.eval import store
@@ -245,7 +245,7 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     benchmark = known("mme")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(store, "ANSWER_CHUNK", 4)
-        evaluate(benchmark, Functions(answer=answer), source=Source(data), runs=tmp_path, made_by={"model": "x"})
+        evaluate(benchmark, ModelFunctions(generate=answer), source=Source(data), runs=tmp_path, provenance={"model": "x"})
     kept = tmp_path / "mme" / "predictions.jsonl"
     with kept.open("a") as out:
         out.write('{"key": "half')  # as kill -9 leaves it
@@ -257,7 +257,7 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
         count += len(prompts)
         return ["no"] * len(prompts)
 
-    made = evaluate(benchmark, Functions(answer=rest), source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    made = evaluate(benchmark, ModelFunctions(generate=rest), source=Source(data), runs=tmp_path, provenance={"model": "x"})
     assert before == 4 and count == 24 and made["missing"] == 0
     assert len({row["key"] for row in read_lines(kept)}) == 28
 
@@ -270,27 +270,27 @@ def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -
         return np.random.default_rng(len(items)).normal(size=(len(items), 5)).astype(np.float32)
 
     benchmark = known("coco")
-    play = Functions(embed=embed)
-    first = evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    play = ModelFunctions(embed=embed)
+    first = evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
     path = tmp_path / "coco" / "vectors" / "queries.f32"
     path.write_bytes(path.read_bytes()[: 4 * 5 * 7 + 3])  # cut within a row
-    second = evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    second = evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
     assert calls == [20, 4, 13] and first["facts"] == second["facts"]
     path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace('"items": "', '"items": "0'))
     with pytest.raises(DataError, match="vectors of these items are not there"):
-        evaluate(benchmark, Functions(), source=Source(data), runs=tmp_path, made_by={})
+        evaluate(benchmark, ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert path.exists(), "what was embedded for other items is not thrown away by scoring"
     with pytest.raises(ConfigError, match=r"another run: made_by.model was 'x', is 'y'"):
-        evaluate(benchmark, play, source=Source(data), runs=tmp_path, made_by={"model": "y"})
+        evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "y"})
 
 
-def test_a_broken_image_counts_as_missing_and_the_run_goes_on(data: Path, playing: Functions, tmp_path: Path) -> None:
+def test_a_broken_image_counts_as_missing_and_the_run_goes_on(data: Path, playing: ModelFunctions, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     (copy / "coco/val2014/COCO_val2014_000000000001.jpg").write_bytes(b"\xff\xd8\xff broken")
-    made = evaluate(known("pope"), playing, source=Source(copy), runs=tmp_path / "r", made_by={"model": "x"})
+    made = evaluate(known("pope"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"})
     assert made["missing"] == 3 and made["values"]["F1"]["n"] == 6
-    made = evaluate(known("coco"), playing, source=Source(copy), runs=tmp_path / "r", made_by={"model": "x"})
+    made = evaluate(known("coco"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"})
     assert made["missing"] == 1
 
 
@@ -304,7 +304,7 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "?", "text": ""}]))
     assert import_predictions(known("mme"), file, source=Source(data), runs=tmp_path) == {"taken": 4, "unknown": 1}
-    made = evaluate(known("mme"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    made = evaluate(known("mme"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert made["values"]["perception"]["mean"] == 400.0 and made["missing"] == 24
     # POPE's answers have a running id, which only the question file explains; TextVQA's are called by their image.
     asked = [
@@ -324,7 +324,7 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
         known("pope"), file, source=Source(data), runs=tmp_path, questions=tmp_path / "questions.jsonl"
     )
     assert taken == {"taken": 6, "unknown": 0}
-    made = evaluate(known("pope"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    made = evaluate(known("pope"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert made["values"]["F1"]["mean"] == 100.0 and made["missing"] == 0
     prompt = f"What is the brand of this camera?\nReference{SHORT}"
     row = {"question_id": "003a8ae2ef43b901", "prompt": prompt, "text": "dakota"}
@@ -333,17 +333,17 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
     results = tmp_path / "mmvet.json"
     results.write_text(json.dumps({"v1_0": "x = -1", "v1_1": "a cat"}))
     assert import_predictions(known("mmvet"), results, source=Source(data), runs=tmp_path) == {"taken": 2, "unknown": 0}
-    made = evaluate(known("mmvet"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    made = evaluate(known("mmvet"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert made["values"] == {} and made["facts"]["needs"] == "judge"
 
 
-def test_submissions(data: Path, playing: Functions, tmp_path: Path) -> None:
+def test_submissions(data: Path, playing: ModelFunctions, tmp_path: Path) -> None:
     for name, file in (
         ("vqav2_testdev", "vqav2.json"),
         ("vizwiz_test", "vizwiz.json"),
         ("mmbench_test", "mmbench.xlsx"),
     ):
-        made = evaluate(known(name), playing, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+        made = evaluate(known(name), playing, source=Source(data), runs=tmp_path, provenance={"model": "x"})
         assert made["facts"]["needs"] == "server"
         assert (tmp_path / name / "submission" / file).stat().st_size > 0
     rows = json.loads((tmp_path / "vqav2_testdev/submission/vqav2.json").read_text())
@@ -357,35 +357,35 @@ def test_rag_never_finds_the_question_s_own_image(data: Path) -> None:
 
 
 def test_what_made_a_number_is_told(tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base")
+    model = tiny.build_duet_model(tmp_path / "base")
     model.save_pretrained(tmp_path / "mine")
-    settings = Settings(system="Be brief.")
-    _, facts = opened(tmp_path / "mine", settings)
-    told = made_by(tmp_path / "mine", facts, settings)
+    settings = EvaluationSettings(system="Be brief.")
+    _, facts = open_model_functions(tmp_path / "mine", settings)
+    told = describe_provenance(tmp_path / "mine", facts, settings)
     assert told["fingerprint"] == model.fingerprint and told["system"] == "Be brief." and "seed" not in told
 
 
 def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     """As the independent retriever, and as a baseline: its numbers are what the papers compare with."""
-    tiny.cross_encoder(tmp_path / "clip")
-    playing, facts = opened(tmp_path / "clip", Settings())
+    tiny.build_cross_encoder(tmp_path / "clip")
+    playing, facts = open_model_functions(tmp_path / "clip", EvaluationSettings())
     assert facts["fingerprint"]
-    made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, made_by=facts)
+    made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, provenance=facts)
     assert set(made["values"]) >= {"text", "image", "group"}
     with pytest.raises(ModelError, match="does not generate"):
-        evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, made_by=facts)
+        evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, provenance=facts)
     assert playing.embed is not None
     image = ImageRef(data=official.png(1))
     one, other, both = playing.embed([(image,), ("a cat",), (image, "a cat")], False)
     assert np.allclose(both, (one + other) / np.linalg.norm(one + other), atol=1e-6)
-    model = tiny.duet(tmp_path / "base")
-    play = functions(model, Settings(retriever=tmp_path / "clip"))
+    model = tiny.build_duet_model(tmp_path / "base")
+    play = model_functions(model, EvaluationSettings(retriever=tmp_path / "clip"))
 
     def short(prompts: list[Parts], longest: int) -> list[str]:
         return ["a cat"] * len(prompts)
 
-    mixed = Functions(play.embed, short, play.loglikelihood, play.other)
-    made = evaluate(known("fvqa"), mixed, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    mixed = ModelFunctions(play.embed, short, play.continuation_nll, play.retriever_embed)
+    made = evaluate(known("fvqa"), mixed, source=Source(data), runs=tmp_path, provenance={"model": "x"})
     assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(made["values"])
 
 
@@ -403,8 +403,8 @@ def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path
     def embed(items: Sequence[Parts], query: bool) -> np.ndarray:
         return np.eye(40, dtype=np.float32)[: len(items)]
 
-    play = Functions(embed=embed, answer=answer, fluency=Reader("a bart", nats))
-    made = evaluate(known("webqa"), play, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    play = ModelFunctions(embed=embed, generate=answer, fluency_model=FluencyModel("a bart", nats))
+    made = evaluate(known("webqa"), play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
     fluent = np.exp(-np.array([19, 0, 6, 4]) / 10) * [1, 0, 1, 1]  # BARTScore(A -> c) / BARTScore(A -> A)
     got = {name: value["mean"] for name, value in made["values"].items()}
     assert got["self/FL"] == pytest.approx(100 * fluent[:2].mean())
@@ -412,13 +412,13 @@ def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path
     assert got["self/QA"] == pytest.approx(50 * fluent[0])  # white is right, nothing is not
     assert got["none/QA"] == pytest.approx(50 * (fluent[2] + fluent[3]))
     count = len(asked)
-    again = evaluate(known("webqa"), Functions(), source=Source(data), runs=tmp_path, made_by={})
+    again = evaluate(known("webqa"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert again["values"] == made["values"] and len(asked) == count
-    other = replace(play, fluency=Reader("another bart", lambda pairs: [0.5 for _ in pairs]))
-    third = evaluate(known("webqa"), other, source=Source(data), runs=tmp_path, made_by={"model": "x"})
+    other = replace(play, fluency_model=FluencyModel("another bart", lambda pairs: [0.5 for _ in pairs]))
+    third = evaluate(known("webqa"), other, source=Source(data), runs=tmp_path, provenance={"model": "x"})
     assert third["values"]["none/FL"]["mean"] == 100.0, "what another reader wrote is not taken"
     without = evaluate(
-        known("webqa"), replace(play, fluency=None), source=Source(data), runs=tmp_path / "b", made_by={"m": 1}
+        known("webqa"), replace(play, fluency_model=None), source=Source(data), runs=tmp_path / "b", provenance={"m": 1}
     )
     assert "self/FL" not in without["values"] and "self/Acc" in without["values"]
 
@@ -456,7 +456,7 @@ def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
         "place": 5, "region": 5, "map": 2, "flag": 2, "capital": 2,
     }  # fmt: skip
     ain = by_kind["region"][0]
-    assert flat(ain.parts) == "<image>\nWhich of the departments of Ruritania is shown in red?"
+    assert prompt_text(ain.parts) == "<image>\nWhich of the departments of Ruritania is shown in red?"
     assert set(ain.options) == {"Ain", "Oise", "Var"} and ain.options[ain.answer] == "Ain"  # of its own map
     assert by_kind["flag"][0].id == "flag/flag/Ruritania"  # the flag of a region is no country's
 
@@ -465,7 +465,7 @@ def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
         return [(float(ord(text[0])) if all(isinstance(p, str) for p in parts) else 1.0, 1) for parts, text in pairs]
 
     made = evaluate(
-        known("builtin_maps"), Functions(loglikelihood=by_words), source=Source(data), runs=tmp_path, made_by={"m": 1}
+        known("builtin_maps"), ModelFunctions(continuation_nll=by_words), source=Source(data), runs=tmp_path, provenance={"m": 1}
     )
     assert made["values"]["accuracy"]["mean"] == 0.0  # all options are equal: ties are wrong
     blind = [item.options[item.answer] == min(item.options, key=lambda o: o[0]) for item in task.items]
@@ -480,8 +480,8 @@ def test_capitals_are_looked_up_by_what_the_picture_shows(data: Path) -> None:
     for item, right in zip(task.items, task.positives, strict=True):
         (fact,) = right
         assert task.facts[fact].shown[0].endswith(f" is {item.answer[0]}.")
-        assert item.answer[0] not in flat(item.parts)
-    assert flat(task.prompt(task.items[0], task.facts[:1])).endswith(
+        assert item.answer[0] not in prompt_text(item.parts)
+    assert prompt_text(task.prompt(task.items[0], task.facts[:1])).endswith(
         "\n<image>\nWhat is the capital of the country whose flag this is?\nAnswer with the name alone."
     )
 

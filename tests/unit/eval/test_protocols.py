@@ -38,21 +38,21 @@ def constant(items: list[object]) -> np.ndarray:
 
 
 def test_repeated_captions_are_one_query_and_all_their_images_are_positives() -> None:
-    found = protocols.retrieval(embed_image, embed_text, records=RECORDS)
+    found = protocols.measure_retrieval(embed_image, embed_text, records=RECORDS)
     assert found.captions == ("A flower.", "A red apple.", "A boat.", "A cat.")
     assert found.text_to_image.relevant[0].tolist() == [True, True, False, False, False]
     assert (found.text_to_image.num_queries, found.text_to_image.num_gallery) == (4, 5)
     assert (found.image_to_text.num_queries, found.image_to_text.num_gallery) == (5, 4)
     assert found.text_to_image.ranks.tolist() == [1, 1, 1, 1]
-    assert found.image_to_text.hits() == {"hit@1": 1.0, "hit@5": 1.0, "hit@10": 1.0}
-    assert found.text_to_image.top(0, 2) == [0, 1]
-    assert found.image_to_text.chance()["hit@1"] == pytest.approx(1 / 4)
-    assert found.text_to_image.chance()["hit@1"] == pytest.approx((2 / 5 + 3 * 1 / 5) / 4)
+    assert found.image_to_text.hit_rates() == {"hit@1": 1.0, "hit@5": 1.0, "hit@10": 1.0}
+    assert found.text_to_image.top_indices(0, 2) == [0, 1]
+    assert found.image_to_text.chance_hit_rates()["hit@1"] == pytest.approx(1 / 4)
+    assert found.text_to_image.chance_hit_rates()["hit@1"] == pytest.approx((2 / 5 + 3 * 1 / 5) / 4)
 
 
 def test_a_record_with_several_captions_gives_several_queries() -> None:
     records = [record(0, "A flower.", "A rose."), record(1, "A boat.")]
-    found = protocols.retrieval(constant, constant, records=records)
+    found = protocols.measure_retrieval(constant, constant, records=records)
     assert found.captions == ("A flower.", "A rose.", "A boat.")
     assert found.image_to_text.relevant.tolist() == [[True, True, False], [False, False, True]]
 
@@ -65,28 +65,28 @@ def test_a_mixed_query_is_asked_for_both_of_its_things() -> None:
         image, text = zip(*queries, strict=True)
         return embed_image(list(image)) + np.float32(0.5) * embed_text(list(text))
 
-    found = protocols.mixed_retrieval(embed_image, embed_mixed, RECORDS, seed=3)
+    found = protocols.measure_composed_retrieval(embed_image, embed_mixed, RECORDS, seed=3)
     assert [image for image, _ in asked] == list(range(5))
     assert all(text_key(CAPTIONS[image]) != text_key(text) for image, text in asked)
-    assert found.image.tolist() == [1] * 5
-    assert found.text.tolist() == [3, 3, 2, 2, 2], "behind all images of the query's own thing"
-    two, three = found.found(2), found.found(3)
+    assert found.image_ranks.tolist() == [1] * 5
+    assert found.text_ranks.tolist() == [3, 3, 2, 2, 2], "behind all images of the query's own thing"
+    two, three = found.hit_values(2), found.hit_values(3)
     assert two["both"].tolist() == two["text"].tolist() == [0, 0, 1, 1, 1] and three["both"].all()
 
-    deaf = protocols.mixed_retrieval(embed_image, lambda queries: embed_image([q[0] for q in queries]), RECORDS, seed=3)
-    assert deaf.image.tolist() == [1] * 5 and (deaf.text > 3).all(), "level with all others: ties are lost"
+    deaf = protocols.measure_composed_retrieval(embed_image, lambda queries: embed_image([q[0] for q in queries]), RECORDS, seed=3)
+    assert deaf.image_ranks.tolist() == [1] * 5 and (deaf.text_ranks > 3).all(), "level with all others: ties are lost"
 
 
 def test_a_constant_encoder_scores_zero_whatever_the_blocks_of_the_matrix_product() -> None:
     random = np.random.default_rng(0)
     vector = random.normal(size=(1, 384)).astype(np.float32)
     records = [record(i, f"caption {i}") for i in range(150)]
-    found = protocols.retrieval(
+    found = protocols.measure_retrieval(
         lambda items: np.repeat(vector, len(items), 0),
         lambda items: np.repeat(vector, len(items), 0),
         records=records,
     )
-    assert found.text_to_image.hits()["hit@10"] == found.image_to_text.hits()["hit@10"] == 0.0
+    assert found.text_to_image.hit_rates()["hit@10"] == found.image_to_text.hit_rates()["hit@10"] == 0.0
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
@@ -94,15 +94,15 @@ def test_an_encoder_that_gives_zeros_or_nan_scores_zero(value: float) -> None:
     def broken(items: list[ImageRef]) -> np.ndarray:
         return np.full((len(items), 3), value, dtype=np.float32)
 
-    found = protocols.retrieval(broken, constant, records=RECORDS * 4)
-    assert found.text_to_image.hits() == {"hit@1": 0.0, "hit@5": 0.0, "hit@10": 0.0}
+    found = protocols.measure_retrieval(broken, constant, records=RECORDS * 4)
+    assert found.text_to_image.hit_rates() == {"hit@1": 0.0, "hit@5": 0.0, "hit@10": 0.0}
 
 
 def test_cosine_ignores_length_and_equals_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     a, b = random.normal(size=(7, 5)), random.normal(size=(4, 5))
     whole = protocols.cosine(a, b)
-    monkeypatch.setattr(protocols, "BLOCK", 3)
+    monkeypatch.setattr(protocols, "QUERIES_PER_BLOCK", 3)
     np.testing.assert_array_equal(protocols.cosine(a, 9 * b), whole)
     assert whole.dtype == np.float32
 
@@ -110,12 +110,12 @@ def test_cosine_ignores_length_and_equals_one_block(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("bad", [Record(id="x", short=("A cat.",)), record(1)])
 def test_a_record_that_is_no_pair_is_named(bad: Record) -> None:
     with pytest.raises(DataError, match=rf"record '{bad.id}'"):
-        protocols.retrieval(constant, constant, records=[bad])
+        protocols.measure_retrieval(constant, constant, records=[bad])
 
 
 def test_no_records() -> None:
     with pytest.raises(DataError, match="no records"):
-        protocols.retrieval(constant, constant, records=[])
+        protocols.measure_retrieval(constant, constant, records=[])
 
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 5))
@@ -124,11 +124,11 @@ def test_wrong_images_are_wrong_and_a_derangement_where_one_exists(names: list[i
     captions = [[f"caption {n}"] for n in names]
     if len(set(names)) == 1:
         with pytest.raises(DataError, match="share a caption"):
-            protocols.wrong_images(captions, seed)
+            protocols.wrong_image_indices(captions, seed)
         return
-    found = protocols.wrong_images(captions, seed)
+    found = protocols.wrong_image_indices(captions, seed)
     assert all(captions[i] != captions[j] for i, j in enumerate(found))
-    assert found == protocols.wrong_images(captions, seed)
+    assert found == protocols.wrong_image_indices(captions, seed)
     if max(names.count(n) for n in names) <= len(names) // 2:
         assert sorted(found) == list(range(len(names)))
 
@@ -136,7 +136,7 @@ def test_wrong_images_are_wrong_and_a_derangement_where_one_exists(names: list[i
 def test_a_second_caption_also_makes_an_image_right() -> None:
     captions = [["a flower", "a rose"], ["a rose"], ["a boat"]]
     for seed in range(6):
-        assert protocols.wrong_images(captions, seed)[:2] == [2, 2]
+        assert protocols.wrong_image_indices(captions, seed)[:2] == [2, 2]
 
 
 def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None:
@@ -147,20 +147,20 @@ def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None
     def blind(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
         return [(2.0 * len(t), len(t)) for _, t in pairs]
 
-    seen = protocols.caption_cross_entropy(looks, RECORDS)
-    assert (seen.after_right().mean, seen.after_wrong().mean, seen.gap().mean) == pytest.approx((1.0, 3.0, 2.0))
-    assert protocols.caption_cross_entropy(blind, RECORDS).gap().mean == pytest.approx(0.0)
+    seen = protocols.measure_caption_cross_entropy(looks, RECORDS)
+    assert (seen.nats_right_image().mean, seen.nats_wrong_image().mean, seen.nats_gap().mean) == pytest.approx((1.0, 3.0, 2.0))
+    assert protocols.measure_caption_cross_entropy(blind, RECORDS).nats_gap().mean == pytest.approx(0.0)
 
 
 def test_cross_entropy_is_a_mean_over_tokens() -> None:
-    found = protocols.caption_cross_entropy(
+    found = protocols.measure_caption_cross_entropy(
         lambda pairs: [(10.0, 10) if "apple" in t else (4.0, 2) for _, t in pairs], RECORDS
     )
-    assert found.after_right().mean == pytest.approx((10 + 4 * 4) / (10 + 4 * 2))
+    assert found.nats_right_image().mean == pytest.approx((10 + 4 * 4) / (10 + 4 * 2))
 
 
 def test_captions_beside_their_references() -> None:
-    found = protocols.captions(lambda images: ["a flower"] * len(images), RECORDS)
+    found = protocols.measure_captions(lambda images: ["a flower"] * len(images), RECORDS)
     assert [item.exact_match for item in found.items] == [1.0, 1.0, 0.0, 0.0, 0.0]
     assert found.exact_match().mean == pytest.approx(0.4)
     assert found.num_distinct == 1

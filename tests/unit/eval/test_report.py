@@ -27,7 +27,7 @@ def records() -> list[Record]:
 
 
 def embed_images(refs: Sequence[ImageRef]) -> np.ndarray:
-    return np.array([vector(int(images.to_pixels(images.load(ref))[0, 0, 0]) // 8) for ref in refs])
+    return np.array([vector(int(images.to_pixels(images.load_image(ref))[0, 0, 0]) // 8) for ref in refs])
 
 
 def vector(i: int) -> np.ndarray:
@@ -40,12 +40,12 @@ def measured(records: list[Record], text: str) -> compose.Measurement:
         return np.array([vector(first[caption]) for caption in captions])
 
     return compose.Measurement(
-        retrieval=protocols.retrieval(embed_images, embed_text, records=records),
-        mixed=protocols.mixed_retrieval(
+        retrieval=protocols.measure_retrieval(embed_images, embed_text, records=records),
+        mixed=protocols.measure_composed_retrieval(
             embed_images, lambda pairs: embed_images([image for image, _ in pairs]), records
         ),
-        entropy=protocols.caption_cross_entropy(lambda pairs: [(3.0 * len(t), len(t)) for _, t in pairs], records),
-        captions=protocols.captions(lambda refs: [text, *["A known thing."] * (len(refs) - 1)], records),
+        entropy=protocols.measure_caption_cross_entropy(lambda pairs: [(3.0 * len(t), len(t)) for _, t in pairs], records),
+        captions=protocols.measure_captions(lambda refs: [text, *["A known thing."] * (len(refs) - 1)], records),
         known=frozenset(["A known thing."]),
         plain=2.0,
     )
@@ -58,9 +58,9 @@ def make(records: list[Record], text: str) -> report.DemoReport:
     shown = compose.Shown(
         album=album,
         galleries=(
-            galleries.text_searches(one.retrieval, album, find=lambda _: found),
-            galleries.image_searches(one.retrieval, album),
-            galleries.mixed_searches(one.retrieval, album, find=lambda *_: found),
+            galleries.text_to_image_examples(one.retrieval, album, find=lambda _: found),
+            galleries.image_to_text_examples(one.retrieval, album),
+            galleries.composed_query_examples(one.retrieval, album, find=lambda *_: found),
         ),
         heat=galleries.heat(one.retrieval, album),
         alignments=(alignment(album, text),),
@@ -102,7 +102,7 @@ def page(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 def test_hostile_texts_stay_texts_and_the_page_reaches_out_to_nothing(page: str) -> None:
-    found = pages.checked(page)
+    found = pages.parse_checked_page(page)
     assert pages.SCRIPT in found.text, "it is there, as text"
     assert "{{ 7*7 }}" in found.text, "never a template of its own"
 
@@ -162,11 +162,11 @@ def test_durations(seconds: float, told: str) -> None:
 
 
 def test_examples_are_spaced_evenly() -> None:
-    assert galleries.evenly(100, 4) == [12, 37, 62, 87]
-    assert galleries.evenly(3, 10) == [0, 1, 2]
-    assert galleries.evenly(0, 5) == []
+    assert galleries.evenly_spaced_indices(100, 4) == [12, 37, 62, 87]
+    assert galleries.evenly_spaced_indices(3, 10) == [0, 1, 2]
+    assert galleries.evenly_spaced_indices(0, 5) == []
     for count in range(200):  # three times as many hold them, too: the demo's examples are among what it captions
-        assert set(galleries.evenly(count, 18)) <= set(galleries.evenly(count, 54))
+        assert set(galleries.evenly_spaced_indices(count, 18)) <= set(galleries.evenly_spaced_indices(count, 54))
 
 
 def test_galleries_tick_what_is_right(records: list[Record]) -> None:
@@ -184,7 +184,7 @@ def test_galleries_tick_what_is_right(records: list[Record]) -> None:
 def test_a_mixed_search_never_shows_its_own_image(records: list[Record]) -> None:
     one = measured(records, "x").retrieval
     album = galleries.Album(records)
-    found = galleries.mixed_searches(one, album, find=lambda image, text: [(r.id, 1.0) for r in records])
+    found = galleries.composed_query_examples(one, album, find=lambda image, text: [(r.id, 1.0) for r in records])
     for search in found.searches:
         assert search.image not in [hit.image for hit in search.hits]
 

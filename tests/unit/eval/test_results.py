@@ -19,7 +19,7 @@ from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BENCHMARKS, known
 from vlduet.eval.benchmarks.tasks import difference, sample
 from vlduet.eval.run import evaluate
-from vlduet.eval.store import Functions
+from vlduet.eval.store import ModelFunctions
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return np.random.default_rng(len(items)).normal(size=(len(items), 6)).astype(np.float32)
 
     for name, text in said.items():
-        play = Functions(embed=embed, answer=lambda prompts, longest, text=text: [text] * len(prompts))  # type: ignore[misc]
+        play = ModelFunctions(embed=embed, generate=lambda prompts, longest, text=text: [text] * len(prompts))  # type: ignore[misc]
         for benchmark in ("pope", "mme", "winoground", "builtin_stamps"):
-            evaluate(known(benchmark), play, source=Source(data), runs=root / name, made_by={"model": name})
+            evaluate(known(benchmark), play, source=Source(data), runs=root / name, provenance={"model": name})
     return root
 
 
 def test_published_numbers_are_whole() -> None:
-    tables = json.loads(results.PUBLISHED.read_text())["tables"]
+    tables = json.loads(results.PUBLISHED_FILE.read_text())["tables"]
     assert {table["paper"] for table in tables} == {"Sugar", "VladVA"}
     for table in tables:
         assert table["source"]
@@ -68,19 +68,19 @@ def test_published_numbers_are_whole() -> None:
 
 
 def test_ours_stand_under_the_papers(runs: Path) -> None:
-    joint = results.read_run(runs / "joint")
+    joint = results.read_run_scores(runs / "joint")
     tables = {(t.paper, t.title): t for t in results.paper_tables([joint])}
     assert set(tables) == {("Sugar", "Generation"), ("Sugar", "Winoground"), ("VladVA", "Winoground")}
     generation = tables["Sugar", "Generation"]
     last = dict(zip(generation.columns, generation.lines[-1].cells, strict=True))
     assert generation.lines[-1].ours and generation.lines[-1].model == "joint"
     assert last["POPE"].text == "0.0" and last["GQA"].text == "" and "n 6" in last["POPE"].told
-    assert results.own_table([joint]) is not None
+    assert results.suite_table([joint]) is not None
 
 
 def test_retention_is_paired_and_generation_comes_first(runs: Path) -> None:
-    before, after = (results.read_run(runs / name) for name in ("base", "joint"))
-    kept = {one.benchmark: one for one in results.retention(before, after)}
+    before, after = (results.read_run_scores(runs / name) for name in ("base", "joint"))
+    kept = {one.benchmark: one for one in results.before_and_after(before, after)}
     assert list(kept) == ["pope", "mme", "builtin_stamps", "winoground"]
     assert kept["pope"].before.mean == pytest.approx(200 / 3) and kept["pope"].after.mean == 0.0
     assert kept["pope"].change is not None and kept["pope"].change.mean == pytest.approx(-200 / 3)
@@ -105,7 +105,7 @@ def test_report_from_the_command_line(runs: Path, tmp_path: Path) -> None:
     told = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     assert "pope" in told and "->" in told
     html, markdown = out.read_text(), out.with_suffix(".md").read_text()
-    pages.checked(html)
+    pages.parse_checked_page(html)
     assert "Before and after" in html and "Sugar-7B" in html
     assert "| **joint** |" in markdown and "| pope | F1 | 66.7 | 0.0 |" in markdown
     with pytest.raises(ConfigError, match="no scores here"):

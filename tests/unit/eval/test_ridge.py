@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlduet.eval.ridge import RidgeBaseline, Validation
+from vlduet.eval.ridge import RidgeBaseline, RidgeValidation
 
 
 def world(num: int, *, noise: float, seed: int, width: int = 40, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -16,9 +16,9 @@ def world(num: int, *, noise: float, seed: int, width: int = 40, dim: int = 12) 
     return texts @ view + noise * random.normal(size=(num, width)) + 2.0, texts
 
 
-def validation(noise: float) -> Validation:
+def validation(noise: float) -> RidgeValidation:
     features, texts = world(60, noise=noise, seed=2)
-    return Validation(features, texts, np.eye(60, dtype=bool))
+    return RidgeValidation(features, texts, np.eye(60, dtype=bool))
 
 
 @pytest.mark.parametrize("num", [25, 300])  # fewer and more rows than features
@@ -52,13 +52,13 @@ def test_it_retrieves_what_it_was_not_fitted_on_and_vectors_are_of_unit_length()
 def test_the_penalty_is_the_best_of_the_grid_on_validation() -> None:
     # As many features as rows and much noise: without a penalty the fit is useless.
     fitted = RidgeBaseline.fit(*world(40, noise=20.0, seed=1), validation=validation(20.0))
-    assert fitted.tried[fitted.penalty] == max(fitted.tried.values())
-    assert fitted.penalty > min(fitted.tried)
+    assert fitted.validation_hit_rates[fitted.penalty] == max(fitted.validation_hit_rates.values())
+    assert fitted.penalty > min(fitted.validation_hit_rates)
     one = RidgeBaseline.fit(*world(40, noise=20.0, seed=1), validation=validation(20.0), grid=(1e-9,))
-    assert fitted.tried[fitted.penalty] > one.tried[one.penalty]
+    assert fitted.validation_hit_rates[fitted.penalty] > one.validation_hit_rates[one.penalty]
 
 
 def test_equal_penalties_prefer_the_larger() -> None:
     features, texts = world(200, noise=0.0, seed=1)
     fitted = RidgeBaseline.fit(features, texts, validation=validation(0.0), grid=(1e-6, 1e-5))
-    assert fitted.penalty == max(fitted.tried)
+    assert fitted.penalty == max(fitted.validation_hit_rates)

@@ -11,7 +11,7 @@ import tiny
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks import protocols, solved
-from vlduet.eval.store import Functions, Store
+from vlduet.eval.store import ModelFunctions, PredictionStore
 
 KINDS = ("animals", "food", "town", "plants", "sports")
 
@@ -19,7 +19,7 @@ KINDS = ("animals", "food", "town", "plants", "sports")
 def stamps(count: int, *, first: int = 0) -> list[Record]:
     return [
         Record(
-            f"r{first + i}", image=tiny.picture(first + i), short=(f"Thing {first + i}.",),
+            f"r{first + i}", image=tiny.random_image(first + i), short=(f"Thing {first + i}.",),
             metadata={"category": f"{KINDS[i % 5]}/x"},
         )
         for i in range(count)
@@ -30,7 +30,7 @@ def vector(item: Parts) -> np.ndarray:
     """The kind: of an image by its place in the data, of a sentence by its words."""
     words = " ".join(part for part in item if isinstance(part, str))
     named = [n for n, name in enumerate(KINDS) if name in words]
-    pictures = {tiny.picture(i).data: i % 5 for i in range(40)}
+    pictures = {tiny.random_image(i).data: i % 5 for i in range(40)}
     found = np.full(5, 0.01, np.float32)
     for n in named or [pictures[part.data] for part in item if isinstance(part, ImageRef)]:
         found[n] = 1.0
@@ -59,7 +59,7 @@ def test_solved_questions(tmp_path: Path) -> None:
         assert item.options[item.answer] == KINDS[number % 5] and len(set(item.options)) == 4
         assert all(item.options[item.answer] in str(task.facts[i].shown[0]) for i in right)
     assert all("Answer" not in str(key) for fact in task.facts for key in fact.keys)
-    score = protocols.rag(task, Store(tmp_path, Functions(embed=embed, loglikelihood=copies, other=blind)))
+    score = protocols.rag(task, PredictionStore(tmp_path, ModelFunctions(embed=embed, continuation_nll=copies, retriever_embed=blind)))
     assert score.samples["self/accuracy"].mean == 100 and score.samples["none/accuracy"].mean == 0
     assert score.samples["self/retrieval/R@1"].mean == 100
     assert score.samples["other/retrieval/R@1"].mean == 0 == score.samples["other/accuracy"].mean  # it finds nothing
@@ -83,7 +83,7 @@ def test_a_view_that_a_retriever_cannot_read_does_not_count() -> None:
             return embed(items, query) if isinstance(items[0][0], str) else blind(items, query)
 
     task = solved.documents(stamps(5), count=5, seed=0)
-    views = tuple(((tiny.picture(i),), (KINDS[i],)) for i in range(5))
+    views = tuple(((tiny.random_image(i),), (KINDS[i],)) for i in range(5))
     facts = tuple(solved.Fact(str(i), view, ()) for i, view in enumerate(views))
     both = solved.Rag(items=task.items, queries=views, facts=facts, prompt=task.prompt, score=None)
     found = protocols._rag_similarity(both, Half().embed, "self")

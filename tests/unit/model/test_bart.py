@@ -9,13 +9,13 @@ import torch
 
 import tiny
 from vlduet.errors import ModelError
-from vlduet.model.bart import BartScore
+from vlduet.model.bart import BartScorer
 
 PAIRS = [("the frog is white", "a white frog"), ("yes", "no, it is green"), ("the frog is white", "a"), ("x", "x" * 99)]
 
 
 def test_it_is_the_mean_over_the_target_s_tokens_whatever_the_batch(tmp_path: Path) -> None:
-    score = BartScore(tiny.bart(tmp_path))
+    score = BartScorer(tiny.build_bart(tmp_path))
     score.model.double()
     batched = score(PAIRS)
     for (source, target), found in zip(PAIRS, batched, strict=True):
@@ -32,8 +32,8 @@ def test_it_is_the_mean_over_the_target_s_tokens_whatever_the_batch(tmp_path: Pa
 
 def test_what_is_no_bart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no sequence-to-sequence model"):
-        BartScore(tiny.text_encoder(tmp_path / "bert"))
-    tiny.bart(tmp_path / "bart")
+        BartScorer(tiny.build_text_encoder(tmp_path / "bert"))
+    tiny.build_bart(tmp_path / "bart")
     (tmp_path / "bart/model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot be opened"):
-        BartScore(tmp_path / "bart")
+        BartScorer(tmp_path / "bart")

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 import tiny
 from vlduet.data import branches
 from vlduet.data.records import Message
-from vlduet.data.sequences import IGNORE
+from vlduet.data.sequences import IGNORE_INDEX
 
-FAMILIES = tuple(tiny.FAMILIES)
+FAMILIES = tuple(tiny.FAMILY_BUILDERS)
 WORDS = st.text("ab ", min_size=1, max_size=10)
 QUESTIONS = st.lists(
     st.tuples(
@@ -28,7 +28,7 @@ FEW = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChec
 
 def asked(model, questions):
     def parts(prompt):
-        return tuple(tiny.picture(part) if isinstance(part, int) else part for part in prompt)
+        return tuple(tiny.random_image(part) if isinstance(part, int) else part for part in prompt)
 
     return [
         model.renderer.chat((Message("user", parts(prompt)), Message("assistant", (option,))), answer=False)
@@ -39,7 +39,7 @@ def asked(model, questions):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def any_model(request, tmp_path_factory):
-    return tiny.duet(tmp_path_factory.mktemp(request.param), family=request.param)
+    return tiny.build_duet_model(tmp_path_factory.mktemp(request.param), family=request.param)
 
 
 @FEW
@@ -64,50 +64,50 @@ def slow(model, sequence):
 @given(questions=QUESTIONS, budget=st.integers(20, 400))
 def test_rows_hold_every_sequence_once_in_order_and_within_the_budget(model, questions, budget):
     sequences = asked(model, questions)
-    rows = branches.rows(sequences, budget)
+    rows = branches.build_rows(sequences, budget)
     assert [s for row in rows for s in row.sequences] == sequences
     for row in rows:
         assert len(row) <= budget or len(row.sequences) == 1
         for sequence in row.sequences:
-            assert sequence.ids[: row.trunk] == row.sequences[0].ids[: row.trunk]
-            assert set(sequence.labels[: row.trunk]) <= {IGNORE} or len(row.sequences) == 1
-        batch = branches.collate([row], pad_id=0)
-        assert batch.num_tokens == len(row) and batch.num_supervised == sum(
-            label != IGNORE for s in row.sequences for label in s.labels
+            assert sequence.token_ids[: row.prefix_length] == row.sequences[0].token_ids[: row.prefix_length]
+            assert set(sequence.labels[: row.prefix_length]) <= {IGNORE_INDEX} or len(row.sequences) == 1
+        batch = branches.collate_shared_prefixes([row], pad_id=0)
+        assert batch.num_tokens == len(row) and batch.num_supervised_tokens == sum(
+            label != IGNORE_INDEX for s in row.sequences for label in s.labels
         )
-    seen = [i for chosen, _ in branches.batches(sequences, budget) for i in chosen]
+    seen = [i for chosen, _ in branches.group_rows(sequences, budget) for i in chosen]
     assert sorted(seen) == list(range(len(sequences)))
 
 
 def test_options_of_a_question_share_its_prompt(model):
-    prompt = (tiny.picture(0), "which of them is it? " * 4)
+    prompt = (tiny.random_image(0), "which of them is it? " * 4)
     sequences = [
         model.renderer.chat((Message("user", prompt), Message("assistant", (option,))), answer=False)
         for option in ("one", "two", "three")
     ]
-    (row,) = branches.rows(sequences, 4096)
-    batch = branches.collate([row], pad_id=0)
+    (row,) = branches.build_rows(sequences, 4096)
+    batch = branches.collate_shared_prefixes([row], pad_id=0)
     assert len(batch.images) == 1 and len(row) < 2 * len(sequences[0])
 
 
 def test_another_picture_ends_the_trunk(model):
     def question(*pictures):
-        prompt = ("a long beginning that both have", *(tiny.picture(n) for n in pictures), "what?")
+        prompt = ("a long beginning that both have", *(tiny.random_image(n) for n in pictures), "what?")
         return model.renderer.chat((Message("user", prompt), Message("assistant", ("this",))), answer=False)
 
     one, other, shorter = question(0, 1), question(0, 2), question(0)
     (first, image), (second, _) = one.images
-    assert branches.shared(one, one) > second
-    assert branches.shared(one, other) == second, "the tokens are alike, what fills them is not"
-    assert first + image.num_tokens <= branches.shared(one, shorter) <= second
+    assert branches.shared_prefix_length(one, one) > second
+    assert branches.shared_prefix_length(one, other) == second, "the tokens are alike, what fills them is not"
+    assert first + image.num_tokens <= branches.shared_prefix_length(one, shorter) <= second
 
 
 def test_a_label_is_predicted_in_its_own_branch(model):
-    one, other = (model.renderer.caption(tiny.picture(0), text) for text in ("same", "same"))
-    first = next(t for t, label in enumerate(one.labels) if label != IGNORE)
-    assert branches.shared(one, other) in (first - 1, one.images[0][0]), "before what predicts it, or before the image"
+    one, other = (model.renderer.caption(tiny.random_image(0), text) for text in ("same", "same"))
+    first = next(t for t, label in enumerate(one.labels) if label != IGNORE_INDEX)
+    assert branches.shared_prefix_length(one, other) in (first - 1, one.images[0][0]), "before what predicts it, or before the image"
 
 
 def test_what_shares_little_stands_alone(model):
     sequences = asked(model, [(["a"], ["b" * 10]), (["b"], ["a" * 10])])
-    assert [len(row.sequences) for row in branches.rows(sequences, 4096)] == [1, 1]
+    assert [len(row.sequences) for row in branches.build_rows(sequences, 4096)] == [1, 1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tiny
-from vlduet.model.captions import nearest
+from vlduet.model.captions import select_nearest_drafts
 
 IMAGES = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
 
@@ -32,7 +32,7 @@ def embed(texts):
 )
 def test_the_nearest_is_taken(written, known, found):
     vectors = dict(zip(known, embed(known), strict=True)) if known else {}
-    assert nearest(written, images=lambda: IMAGES, embed=embed, known=vectors) == found
+    assert select_nearest_drafts(written, embed_images=lambda: IMAGES, embed_texts=embed, known=vectors) == found
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_embedded():
@@ -40,11 +40,11 @@ def test_where_there_is_nothing_to_choose_nothing_is_embedded():
         raise AssertionError
 
     for written in ([["only"], [""]], [["", ""]], []):
-        assert nearest(written, images=never, embed=never, known={}) == [some[0] for some in written]
+        assert select_nearest_drafts(written, embed_images=never, embed_texts=never, known={}) == [some[0] for some in written]
 
 
 def test_a_model_chooses_between_what_it_writes_and_what_is_known(model):
-    pictures = [tiny.picture(i) for i in range(3)]
+    pictures = [tiny.random_image(i) for i in range(3)]
     texts = ["red", "a blue car", "the dog", "green"]
     known = dict(zip(texts, model.encode_query(texts), strict=True))
     for drafts in (0, 1, 3):

@@ -15,18 +15,18 @@ from transformers import AutoModelForImageTextToText
 
 import tiny
 from vlduet.errors import ConfigError, ModelError
-from vlduet.model.adapters import Lora
-from vlduet.model.backbones import fingerprint_of, load_backbone
+from vlduet.model.adapters import LoraSettings
+from vlduet.model.backbones import fingerprint_checkpoint, load_backbone
 from vlduet.model.duet import DuetModel
 
-ITEMS = ["a", "a red apple on a table", tiny.picture(1), (tiny.picture(2), "what is this?")]
+ITEMS = ["a", "a red apple on a table", tiny.random_image(1), (tiny.random_image(2), "what is this?")]
 
 
 @pytest.fixture
 def trained(family: str, tmp_path: Path) -> DuetModel:
     """A model of which every trainable tensor has moved away from its start."""
-    model = tiny.duet(tmp_path / "base", family=family)
-    model.make_trainable(lora=Lora(rank=2, alpha=4), projector=True)
+    model = tiny.build_duet_model(tmp_path / "base", family=family)
+    model.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=True)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,7 +65,7 @@ def test_save_and_load_are_bit_identical(trained: DuetModel, saved: Path) -> Non
             assert torch.equal(tensor, theirs[name]), name
     assert np.array_equal(trained.encode(ITEMS), loaded.encode(ITEMS))
     assert loaded.fingerprint == trained.fingerprint and loaded.prompts == trained.prompts
-    nll = [m.caption_nll([(tiny.picture(1), "a caption")]) for m in (trained, loaded)]
+    nll = [m.compute_caption_nll([(tiny.random_image(1), "a caption")]) for m in (trained, loaded)]
     assert nll[0] == nll[1]
     assert not loaded.training
 
@@ -99,10 +99,10 @@ def test_a_folder_can_move_with_its_base(trained: DuetModel, saved: Path, tmp_pa
 
 def test_a_saved_adapter_is_trained_further(trained: DuetModel, saved: Path) -> None:
     loaded = DuetModel.from_pretrained(saved)
-    loaded.make_trainable(lora=Lora(rank=2, alpha=4), projector=False)
+    loaded.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=False)
     assert all(p.requires_grad for p in loaded.adapter_tensors().values())
     assert all(torch.equal(p, trained.adapter_tensors()[name]) for name, p in loaded.adapter_tensors().items())
-    for other, place in [(Lora(rank=3, alpha=4), "rank"), (Lora(rank=2, alpha=4, targets="qv"), "targets")]:
+    for other, place in [(LoraSettings(rank=3, alpha=4), "rank"), (LoraSettings(rank=2, alpha=4, targets="qv"), "targets")]:
         with pytest.raises(ConfigError, match=rf"train\.lora\.{place}.*merge"):
             loaded.make_trainable(lora=other, projector=False)
 
@@ -111,14 +111,14 @@ def test_an_adapter_that_was_made_when_fewer_layers_were_known_is_the_same_where
     trained: DuetModel, saved: Path
 ) -> None:
     loaded = DuetModel.from_pretrained(saved)
-    config = loaded.peft.peft_config["default"]
+    config = loaded.peft_model.peft_config["default"]
     config.target_modules = config.target_modules.replace("|gate_up_proj", "")
-    loaded.make_trainable(lora=Lora(rank=2, alpha=4), projector=False)
+    loaded.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=False)
 
 
 def test_gate_and_up_in_one_have_lora_too(tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base", family="glm4v")
-    model.make_trainable(lora=Lora(rank=2), projector=False)
+    model = tiny.build_duet_model(tmp_path / "base", family="glm4v")
+    model.make_trainable(lora=LoraSettings(rank=2), projector=False)
     names = {name.split(".lora_")[0] for name in model.adapter_tensors()}
     assert {name.split(".")[-1] for name in names} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"
@@ -127,19 +127,19 @@ def test_gate_and_up_in_one_have_lora_too(tmp_path: Path) -> None:
     with torch.no_grad():
         for tensor in model.adapter_tensors().values():
             tensor.normal_(std=0.1)
-    before = model.encode([tiny.picture(1), "a red apple"])
+    before = model.encode([tiny.random_image(1), "a red apple"])
     model.save_pretrained(tmp_path / "model")
-    assert_close(DuetModel.from_pretrained(tmp_path / "model").encode([tiny.picture(1), "a red apple"]), before)
+    assert_close(DuetModel.from_pretrained(tmp_path / "model").encode([tiny.random_image(1), "a red apple"]), before)
     model.save_merged(tmp_path / "merged")
-    merged = DuetModel.from_pretrained(tmp_path / "merged").encode([tiny.picture(1), "a red apple"])
+    merged = DuetModel.from_pretrained(tmp_path / "merged").encode([tiny.random_image(1), "a red apple"])
     assert_close(merged, before, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_new_lora_layers_are_in_the_mode_of_their_model(tmp_path: Path, training: bool) -> None:
     """A dropout that is on in evaluation would make two embeddings of one text."""
-    model = tiny.duet(tmp_path / "base").train(training)
-    model.make_trainable(lora=Lora(rank=2, alpha=4, dropout=0.5), projector=False)
+    model = tiny.build_duet_model(tmp_path / "base").train(training)
+    model.make_trainable(lora=LoraSettings(rank=2, alpha=4, dropout=0.5), projector=False)
     dropouts = [m for name, m in model.named_modules() if "lora_dropout.default" in name]
     assert dropouts and all(m.training is training for m in dropouts)
 
@@ -151,7 +151,7 @@ def test_merged_equals_unmerged(trained: DuetModel, tmp_path: Path) -> None:
     before = trained.encode(ITEMS)
     trained.save_merged(tmp_path / "merged")
     merged = DuetModel.from_pretrained(tmp_path / "merged")
-    assert merged.peft is None and not merged.adapter_tensors()
+    assert merged.peft_model is None and not merged.adapter_tensors()
     assert_close(merged.encode(ITEMS), before, atol=1e-5, rtol=0)
     (tmp_path / "base").rename(tmp_path / "gone")  # self-contained: the base is no longer needed
     assert_close(DuetModel.from_pretrained(tmp_path / "merged").encode(ITEMS), before, atol=1e-5, rtol=0)
@@ -166,45 +166,45 @@ def test_the_model_that_was_merged_is_the_merged_one(trained: DuetModel, tmp_pat
 
 def test_weights_that_differ_in_one_tensor_have_another_name(tmp_path: Path) -> None:
     """Merged adapters change some tensors in the middle of a file of gigabytes."""
-    folder = tiny.llava(tmp_path)
+    folder = tiny.build_llava(tmp_path)
     path = next(folder.glob("model*.safetensors"))
     weights = load_file(path)
-    before = fingerprint_of(folder)
+    before = fingerprint_checkpoint(folder)
     for name in weights:
         save_file({**weights, name: weights[name] * 1.5 + 0.25}, path, metadata={"format": "pt"})
-        assert fingerprint_of(folder) != before, name
+        assert fingerprint_checkpoint(folder) != before, name
     save_file(weights, path, metadata={"format": "pt"})
-    assert fingerprint_of(folder) == before
+    assert fingerprint_checkpoint(folder) == before
 
 
 @pytest.mark.parametrize("junk", [b"", b"PK\x03\x04 a pickle", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
 def test_a_name_of_weights_that_are_none_is_an_error(tmp_path: Path, junk: bytes) -> None:
-    folder = tiny.llava(tmp_path)
+    folder = tiny.build_llava(tmp_path)
     path = next(folder.glob("model*.safetensors"))
     path.write_bytes(junk)
     with pytest.raises(ModelError, match=r"not a safetensors file"):
-        fingerprint_of(folder)
+        fingerprint_checkpoint(folder)
 
 
 def test_plain_peft_gives_the_same_hidden_states(trained: DuetModel, saved: Path, tmp_path: Path) -> None:
-    batch = trained.collate([trained.renderer.embed(("a red apple",))])
+    batch = trained.collate([trained.renderer.render_embedding(("a red apple",))])
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     plain = PeftModel.from_pretrained(base, str(saved / "adapter")).eval()
     with torch.no_grad():
-        theirs = plain.base_model.model.model(input_ids=batch.ids).last_hidden_state
+        theirs = plain.base_model.model.model(input_ids=batch.token_ids).last_hidden_state
         assert_close(trained.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
-        trained.peft.disable_adapter_layers()
+        trained.peft_model.disable_adapter_layers()
         assert (trained.hidden_states(batch) - theirs).abs().max() > 1e-3, "the adapter must matter"
     assert str(tmp_path) not in (saved / "adapter" / "adapter_config.json").read_text()
 
 
 def test_plain_transformers_opens_a_merged_folder(trained: DuetModel, tmp_path: Path) -> None:
-    sequence = trained.renderer.caption(tiny.picture(1), "a red apple")
+    sequence = trained.renderer.render_caption(tiny.random_image(1), "a red apple")
     trained.save_merged(tmp_path / "merged")
     batch = trained.collate([sequence])
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
-        theirs = plain.model(**tiny.plain(trained, batch.ids, batch.images)).last_hidden_state
+        theirs = plain.model(**tiny.transformers_inputs(trained, batch.token_ids, batch.images)).last_hidden_state
         assert_close(trained.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -297,7 +297,7 @@ def test_nothing_here(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_brings_code_is_refused(tmp_path: Path) -> None:
-    tiny.fast_vlm(tmp_path / "base")
+    tiny.build_fast_vlm(tmp_path / "base")
     rewrite(tmp_path / "base" / "config.json", auto_map={"AutoModel": "modeling_x.X"})
     (tmp_path / "base" / "modeling_x.py").write_text("raise SystemExit('the checkpoint ran its code')")
     with pytest.raises(ModelError, match="auto_map"):
@@ -305,7 +305,7 @@ def test_a_checkpoint_that_brings_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    tiny.fast_vlm(tmp_path / "base")
+    tiny.build_fast_vlm(tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     torch.save(load_file(weights), tmp_path / "base" / "pytorch_model.bin")
     weights.unlink()
@@ -317,7 +317,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    tiny.fast_vlm(tmp_path / "base")
+    tiny.build_fast_vlm(tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     rewrite(config, model_type="blip-2")
     known = "fast_vlm, gemma3, gemma4, glm46v, glm4v, idefics3, internvl, llava, llava_next, llava_onevision, mistral3"
@@ -329,7 +329,7 @@ def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -
 
 
 def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
-    tiny.fast_vlm(tmp_path / "base")
+    tiny.build_fast_vlm(tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     tensors = load_file(weights)
     lost = next(name for name in tensors if "q_proj" in name)
@@ -341,7 +341,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
 def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path, name: str) -> None:
-    tiny.fast_vlm(tmp_path / "base")
+    tiny.build_fast_vlm(tmp_path / "base")
     path = tmp_path / "base" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ModelError, match="base"):

@@ -11,13 +11,13 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 import tiny
 from vlduet.data.records import Message
-from vlduet.data.sequences import IGNORE, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.errors import ModelError
 from vlduet.model import decoding, generation
-from vlduet.model.decoding import Continuation, Decoder, Piece, Sampling, held
+from vlduet.model.decoding import Request, ContinuousBatcher, Delta, SamplingParams, holdback_lengths
 
-FAMILIES = sorted(tiny.FAMILIES)
-WIDE, TALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16)
+FAMILIES = sorted(tiny.FAMILY_BUILDERS)
+WIDE, TALL = tiny.random_image(0, 16, width=48), tiny.random_image(1, 24, width=16)
 ASKED = [("what?",), (WIDE, "what is it?"), (TALL, WIDE, "tell me a long story, and then another one"), ("a", TALL)]
 EXACT = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -25,19 +25,19 @@ EXACT = {"atol": 2e-5, "rtol": 1e-4}
 @pytest.fixture(scope="module", params=FAMILIES)
 def bold(request, tmp_path_factory):
     """A model whose weights are large enough that a wrong position or a wrong neighbour shows."""
-    return tiny.bold(tiny.duet(tmp_path_factory.mktemp(request.param) / "base", family=request.param))
+    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path_factory.mktemp(request.param) / "base", family=request.param))
 
 
-class Dictated(Continuation):
+class Dictated(Request):
     """Writes what it is told, and keeps what it was offered."""
 
     def __init__(self, text: list[int]):
         super().__init__(len(text))
         self.text, self.offered = text, []
 
-    def choose(self, scores):
+    def sample_token(self, scores):
         self.offered.append(scores[0].clone())
-        return torch.tensor([self.text[len(self.ids)]])
+        return torch.tensor([self.text[len(self.token_ids)]])
 
 
 def prompt(model, parts):
@@ -47,51 +47,51 @@ def prompt(model, parts):
 def alone(model, sequence, ids):
     """Logits after the prompt and every token but the last, float[n, V]: one forward, no cache, no company."""
     whole = (*sequence.ids, *ids[:-1])
-    sequence = Sequence(whole, (IGNORE,) * len(whole), (), sequence.images)
+    sequence = Sequence(whole, (IGNORE_INDEX,) * len(whole), (), sequence.images)
     with torch.no_grad():
         hidden = model.hidden_states(model.collate([sequence]))[0, -len(ids) :]
         scores = model.backbone.logits(hidden)
-    scores[:, generation.forbidden(model.backbone, model.renderer.eos_ids)] = -torch.inf
+    scores[:, generation.suppressed_tokens(model.backbone, model.renderer.eos_ids)] = -torch.inf
     scores[0, model.renderer.eos_ids] = -torch.inf
     return scores
 
 
 def test_whoever_comes_and_goes_sees_what_it_would_alone(bold):
     """Two begin; one ends and another comes; a long prompt beside a short cache and the other way round."""
-    decoder = Decoder(bold.backbone, bold.renderer.eos_ids)
-    words = [i for i in range(10, 60) if i not in generation.forbidden(bold.backbone, [])]
+    decoder = ContinuousBatcher(bold.backbone, bold.renderer.eos_ids)
+    words = [i for i in range(10, 60) if i not in generation.suppressed_tokens(bold.backbone, [])]
     texts = [words[n : n + length] for n, length in enumerate([2, 9, 6, 3])]
     sequences = [prompt(bold, parts) for parts in ASKED]
     answers = [Dictated(text) for text in texts]
     comes = {0: [0, 1], 2: [2], 5: [3], 9: [1]}
     repeated = Dictated(texts[1])
-    told: dict[Continuation, list[Piece]] = {}
+    told: dict[Request, list[Delta]] = {}
     tick = 0
-    while decoder.rows or tick <= max(comes):
+    while decoder.requests or tick <= max(comes):
         if some := comes.get(tick):
             joining = [repeated if tick == 9 else answers[i] for i in some]
-            for answer, piece in decoder.join(bold.start([sequences[i] for i in some]), joining):
+            for answer, piece in decoder.add_requests(bold.start([sequences[i] for i in some]), joining):
                 told.setdefault(answer, []).append(piece)
         for answer, piece in decoder.step():
             told.setdefault(answer, []).append(piece)
         tick += 1
     for sequence, answer in zip([*sequences, sequences[1]], [*answers, repeated], strict=True):
         assert_close(torch.stack(answer.offered), alone(bold, sequence, answer.text), **EXACT)
-        assert [piece.tokens for piece in told[answer]] == list(range(1, len(answer.text) + 1))
-        assert [piece.reason for piece in told[answer]] == [None] * (len(answer.text) - 1) + ["length"]
+        assert [piece.completion_tokens for piece in told[answer]] == list(range(1, len(answer.text) + 1))
+        assert [piece.finish_reason for piece in told[answer]] == [None] * (len(answer.text) - 1) + ["length"]
         assert {piece.prompt_tokens for piece in told[answer]} == {len(sequence)}
         text = bold.backbone.tokenizer.decode(answer.text, skip_special_tokens=True)
         assert "".join(piece.text for piece in told[answer]) == text
 
 
 def test_padding_goes_with_who_needed_it(model):
-    decoder = Decoder(model.backbone, [])
+    decoder = ContinuousBatcher(model.backbone, [])
     short, long = (prompt(model, (text,)) for text in ("a", "a long long long long question"))
-    decoder.join(model.start([long, short]), [Continuation(2), Continuation(4)])
-    assert decoder._read.mask.shape == (2, len(long))
+    decoder.add_requests(model.start([long, short]), [Request(2), Request(4)])
+    assert decoder._kv_state.attention_mask.shape == (2, len(long))
     decoder.step()
-    assert decoder._read.mask.shape == (1, len(short) + 1) and decoder._read.mask.all()
-    assert decoder._read.cache.get_seq_length() == len(short) + 1
+    assert decoder._kv_state.attention_mask.shape == (1, len(short) + 1) and decoder._kv_state.attention_mask.all()
+    assert decoder._kv_state.past_key_values.get_seq_length() == len(short) + 1
 
 
 def test_what_transformers_chooses(bold, monkeypatch):
@@ -104,14 +104,14 @@ def test_what_transformers_chooses(bold, monkeypatch):
         monkeypatch.setattr(habits, "no_repeat_ngram_size", ngram)
         for temperature in (0.0, 0.3, 1, 2):
             torch.manual_seed(0)
-            with generation.prompted(bold.backbone, start, 12, temperature=temperature) as given:
+            with generation.generate_arguments(bold.backbone, start, 12, temperature=temperature) as given:
                 whole = bold.backbone.model.generate(**given)[0].tolist()
             torch.manual_seed(0)
-            decoder, answer = Decoder(bold.backbone, start.eos_ids), Continuation(12, sampling=Sampling(temperature))
-            decoder.join(start, [answer])
+            decoder, answer = ContinuousBatcher(bold.backbone, start.eos_ids), Request(12, sampling_params=SamplingParams(temperature))
+            decoder.add_requests(start, [answer])
             while decoder.step():
                 pass
-            assert answer.ids == whole
+            assert answer.token_ids == whole
             found.append(tuple(whole))
     assert len(set(found[:4])) >= 3, "else temperature would change nothing"
 
@@ -121,8 +121,8 @@ def test_a_penalty_is_that_of_transformers(model, monkeypatch):
     text = [10, 11, 10]
     answer = Dictated(text)
     sequence = prompt(model, ASKED[0])
-    decoder = Decoder(model.backbone, model.renderer.eos_ids)
-    decoder.join(model.start([sequence]), [answer])
+    decoder = ContinuousBatcher(model.backbone, model.renderer.eos_ids)
+    decoder.add_requests(model.start([sequence]), [answer])
     while decoder.step():
         pass
     penalty = RepetitionPenaltyLogitsProcessor(1.7)
@@ -136,12 +136,12 @@ def test_an_answer_samples_by_itself(model):
 
     def answered(seeds, *, noise):
         torch.manual_seed(noise)
-        answers = [Continuation(8, sampling=Sampling(0.0 if seed is None else 2.0, 0.9, seed)) for seed in seeds]
-        decoder = Decoder(model.backbone, [])
-        decoder.join(model.start([prompt(model, ASKED[0])] * len(seeds)), answers)
-        while decoder.rows:
+        answers = [Request(8, sampling_params=SamplingParams(0.0 if seed is None else 2.0, 0.9, seed)) for seed in seeds]
+        decoder = ContinuousBatcher(model.backbone, [])
+        decoder.add_requests(model.start([prompt(model, ASKED[0])] * len(seeds)), answers)
+        while decoder.requests:
             decoder.step()
-        return [answer.ids for answer in answers]
+        return [answer.token_ids for answer in answers]
 
     one, greedy, other = answered([7, None, 8], noise=0)
     assert one != other and one != greedy
@@ -151,15 +151,15 @@ def test_an_answer_samples_by_itself(model):
 def test_a_temperature_is_what_logits_are_divided_by():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     for temperature in (0.5, 1, 2.0):
-        answer = Continuation(1, sampling=Sampling(temperature, seed=0))
-        drawn = torch.cat([answer.choose(scores.clone()) for _ in range(600)])
+        answer = Request(1, sampling_params=SamplingParams(temperature, seed=0))
+        drawn = torch.cat([answer.sample_token(scores.clone()) for _ in range(600)])
         assert_close(torch.bincount(drawn, minlength=4) / 600, (scores[0] / temperature).softmax(0), atol=0.06, rtol=0)
 
 
 def test_only_the_likeliest_are_sampled():
     scores = torch.tensor([[2.0, 1.5, 0.0, -3.0]])
-    answer = Continuation(1, sampling=Sampling(temperature=1.0, top_p=0.7, seed=0))
-    drawn = torch.cat([answer.choose(scores.clone()) for _ in range(400)])
+    answer = Request(1, sampling_params=SamplingParams(temperature=1.0, top_p=0.7, seed=0))
+    drawn = torch.cat([answer.sample_token(scores.clone()) for _ in range(400)])
     allowed = TopPLogitsWarper(0.7)(torch.empty(0), scores)[0].softmax(0)
     assert_close(torch.bincount(drawn, minlength=4) / 400, allowed, atol=0.08, rtol=0)
     assert set(drawn.tolist()) == {0, 1}
@@ -173,27 +173,27 @@ def test_broken_logits_end_their_own_answer(model, monkeypatch):
         logits[1:2, 3] = torch.nan
         return logits
 
-    decoder = Decoder(model.backbone, [])
-    fine, broken = Continuation(3), Continuation(3, sampling=Sampling(1.0))
+    decoder = ContinuousBatcher(model.backbone, [])
+    fine, broken = Request(3), Request(3, sampling_params=SamplingParams(1.0))
     monkeypatch.setattr(model.backbone.lm_head, "forward", overflowing)
-    (_, piece), (_, error) = decoder.join(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
-    assert isinstance(piece, Piece) and isinstance(error, ModelError) and "not finite" in str(error)
-    assert decoder.rows == [fine]
-    while decoder.rows:
+    (_, piece), (_, error) = decoder.add_requests(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
+    assert isinstance(piece, Delta) and isinstance(error, ModelError) and "not finite" in str(error)
+    assert decoder.requests == [fine]
+    while decoder.requests:
         decoder.step()
-    assert len(fine.ids) == 3
+    assert len(fine.token_ids) == 3
     monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: real(hidden) * torch.nan)
     with pytest.raises(ModelError, match="not finite"):
         list(model.generate((Message("user", ("x",)),), stream=True))
 
 
 def test_what_goes_wrong_with_a_row_is_told_of_it(model):
-    fine, broken = Continuation(3), Continuation(3, sampling=Sampling("hot"))
-    decoder = Decoder(model.backbone, [])
-    (_, piece), (_, error) = decoder.join(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
-    assert isinstance(piece, Piece) and isinstance(error, TypeError) and decoder.rows == [fine]
+    fine, broken = Request(3), Request(3, sampling_params=SamplingParams("hot"))
+    decoder = ContinuousBatcher(model.backbone, [])
+    (_, piece), (_, error) = decoder.add_requests(model.start([prompt(model, ASKED[0])] * 2), [fine, broken])
+    assert isinstance(piece, Delta) and isinstance(error, TypeError) and decoder.requests == [fine]
     with pytest.raises(ValueError, match="an answer of 0 tokens"):
-        Continuation(0)
+        Request(0)
 
 
 @pytest.mark.parametrize("place", ["prompt", "beside"])
@@ -204,30 +204,30 @@ def test_who_cannot_join_changes_nothing(model, monkeypatch, place):
         raise RuntimeError("out of memory")
 
     sequence = prompt(model, ASKED[0])
-    decoder, text = Decoder(model.backbone, model.renderer.eos_ids), [10, 11, 12]
+    decoder, text = ContinuousBatcher(model.backbone, model.renderer.eos_ids), [10, 11, 12]
     answer = Dictated(text)
-    decoder.join(model.start([sequence]), [answer])
+    decoder.add_requests(model.start([sequence]), [answer])
     start = model.start([prompt(model, ASKED[3])])
     with monkeypatch.context() as patched:
         patched.setattr(
             *((model.backbone.lm_head, "forward") if place == "prompt" else (decoding, "_stacked")), no_memory
         )
         with pytest.raises(RuntimeError, match="out of memory"):
-            decoder.join(start, [Continuation(3)])
+            decoder.add_requests(start, [Request(3)])
     while decoder.step():
         pass
     assert_close(torch.stack(answer.offered), alone(model, sequence, text), **EXACT)
 
 
 def test_what_nobody_wants_leaves(model):
-    decoder = Decoder(model.backbone, [])
-    kept, left = Continuation(5), Continuation(5)
-    decoder.join(model.start([prompt(model, ASKED[0])] * 2), [kept, left])
-    left.over = True
-    assert [answer for answer, _ in decoder.step()] == [kept] == decoder.rows
-    kept.over = True
-    assert decoder.step() == [] == decoder.rows
-    assert decoder._read is None, "nor what it had read"
+    decoder = ContinuousBatcher(model.backbone, [])
+    kept, left = Request(5), Request(5)
+    decoder.add_requests(model.start([prompt(model, ASKED[0])] * 2), [kept, left])
+    left.is_finished = True
+    assert [answer for answer, _ in decoder.step()] == [kept] == decoder.requests
+    kept.is_finished = True
+    assert decoder.step() == [] == decoder.requests
+    assert decoder._kv_state is None, "nor what it had read"
 
 
 def test_it_is_in_evaluation_only_while_it_works(model):
@@ -253,7 +253,7 @@ def test_what_is_told_is_never_taken_back(text, stop):
         written = whole[:end].decode(errors="replace")
         if any(each in written for each in stop):
             break
-        told = max(told, len(written) - max(held(written, stop), default=0))
+        told = max(told, len(written) - max(holdback_lengths(written, stop), default=0))
         assert told <= cut and text.startswith(written[:told])
         if written.endswith((" ", "\N{REPLACEMENT CHARACTER}")):
             assert told < len(written), "the next token may change these"

@@ -24,36 +24,36 @@ from transformers import (
 )
 
 import tiny
-from vlduet.data.images import load
+from vlduet.data.images import load_image
 from vlduet.data.sequences import Anchor, Sequence, Slice
 from vlduet.errors import ConfigError, DataError, ModelError
-from vlduet.model.encoders import Encoder, Encoders, load_text_encoder, open_encoder, slice_of
+from vlduet.model.encoders import FrozenEncoder, FrozenEncoders, load_text_encoder, open_encoder, make_slice
 from vlduet.model.features import FeatureCache
-from vlduet.model.processing import process
+from vlduet.model.processing import preprocess_image
 
 TEXTS = ["a cat", "a much longer sentence about a dog"]
-PICTURES = [tiny.picture(i) for i in range(3)]
+PICTURES = [tiny.random_image(i) for i in range(3)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tiny.encoders(tmp_path_factory.mktemp("encoders"))
+    return tiny.build_frozen_encoders(tmp_path_factory.mktemp("encoders"))
 
 
-def encoders(folders: dict[str, Path], cache: Path | None = None) -> Encoders:
-    return Encoders({role: open_encoder(folder) for role, folder in folders.items()}, cache=FeatureCache(cache))
+def encoders(folders: dict[str, Path], cache: Path | None = None) -> FrozenEncoders:
+    return FrozenEncoders({role: open_encoder(folder) for role, folder in folders.items()}, cache=FeatureCache(cache))
 
 
-def vectors(made: Encoders, role: str, parts: list) -> torch.Tensor:
-    slices = [slice_of(part) for part in parts]
-    found = made.vectors(role, slices)
-    return torch.stack([found[one.key] for one in slices])
+def vectors(made: FrozenEncoders, role: str, parts: list) -> torch.Tensor:
+    slices = [make_slice(part) for part in parts]
+    found = made.compute_vectors(role, slices)
+    return torch.stack([found[one.content_key] for one in slices])
 
 
 def pixels(folder: Path) -> torch.Tensor:
     from vlduet.model.encoders import _processor
 
-    return torch.cat([process(_processor(folder), picture)["pixel_values"] for picture in PICTURES])
+    return torch.cat([preprocess_image(_processor(folder), picture)["pixel_values"] for picture in PICTURES])
 
 
 # ---------------------------------------------------------------------- what the folders give
@@ -73,7 +73,7 @@ def test_text_is_the_mean_or_what_the_folder_says(folders: dict[str, Path], tmp_
     mask = batch["attention_mask"][..., None]
     mean = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
     assert_close(vectors(encoders(folders), "text", TEXTS), mean)
-    folder = tiny.text_encoder(tmp_path / "bge")
+    folder = tiny.build_text_encoder(tmp_path / "bge")
     (folder / "1_Pooling").mkdir()
     for config in ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}):
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
@@ -84,7 +84,7 @@ def test_text_is_the_mean_or_what_the_folder_says(folders: dict[str, Path], tmp_
 
 
 def test_a_sentence_encoder_is_read_as_its_folder_says_or_not_at_all(tmp_path: Path) -> None:
-    folder = tiny.text_encoder(tmp_path / "encoder")
+    folder = tiny.build_text_encoder(tmp_path / "encoder")
     long = "a much longer sentence about a dog"
     whole, cut = load_text_encoder(folder)([long, long[:16]])
     assert not torch.allclose(whole, cut)
@@ -108,9 +108,9 @@ def test_a_timm_folder_is_read_as_timm_reads_it(name: str, tmp_path: Path) -> No
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     see = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
     with torch.no_grad():
-        batch = torch.stack([see(load(picture)) for picture in PICTURES])
+        batch = torch.stack([see(load_image(picture)) for picture in PICTURES])
         pooled = model.forward_head(model.forward_features(batch), pre_logits=True)
-    made = Encoders({"vision": open_encoder(tmp_path)}, cache=FeatureCache(None))
+    made = FrozenEncoders({"vision": open_encoder(tmp_path)}, cache=FeatureCache(None))
     assert_close(vectors(made, "vision", PICTURES), F.normalize(pooled, dim=1))
 
 
@@ -125,7 +125,7 @@ def test_timm_is_asked_for_by_name_and_fetches_nothing(
     with pytest.raises(ModelError, match="timm and torchvision not installed"):
         open_encoder(tmp_path)
     monkeypatch.setattr("vlduet.model.encoders.find_spec", lambda name: object())
-    assert open_encoder(tmp_path).kinds == ("image",)
+    assert open_encoder(tmp_path).modalities == ("image",)
     for somewhere in ("hf-hub:someone/something", "local-dir:/tmp", "someone/something"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": somewhere}))
         with pytest.raises(ModelError, match="names no architecture"):
@@ -143,7 +143,7 @@ def test_a_vision_model_that_pools_nothing_is_named(tmp_path: Path, folders: dic
     SegformerModel(SegformerConfig(**small)).save_pretrained(tmp_path)
     shutil.copy(folders["vision"] / "preprocessor_config.json", tmp_path)
     with pytest.raises(ModelError, match="'segformer' gives no vector"):
-        open_encoder(tmp_path).encode["image"](PICTURES)
+        open_encoder(tmp_path).encode_functions["image"](PICTURES)
 
 
 def test_cross_reads_both_kinds_in_one_space(folders: dict[str, Path]) -> None:
@@ -158,18 +158,18 @@ def test_cross_reads_both_kinds_in_one_space(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_tower_of_a_model_is_an_encoder(ours: bool, tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base")
-    encoder = open_encoder(tmp_path / "base", own=model if ours else None)
-    found = vectors(Encoders({"vision": encoder}, cache=FeatureCache(None)), "vision", PICTURES)
-    tokens = model.vision_features([model.prepare(picture) for picture in PICTURES])
+    model = tiny.build_duet_model(tmp_path / "base")
+    encoder = open_encoder(tmp_path / "base", trained_model=model if ours else None)
+    found = vectors(FrozenEncoders({"vision": encoder}, cache=FeatureCache(None)), "vision", PICTURES)
+    tokens = model.vision_features([model.prepare_image(picture) for picture in PICTURES])
     assert_close(found, F.normalize(tokens.reshape(3, 4, -1).mean(1), dim=1))
 
 
 def test_of_a_tower_that_speaks_to_several_layers_only_what_the_projector_reads_counts(tmp_path: Path) -> None:
-    model = tiny.duet(tmp_path / "base", family="qwen3_vl")
-    encoder = open_encoder(tmp_path / "base", own=model)
-    found = vectors(Encoders({"vision": encoder}, cache=FeatureCache(None)), "vision", PICTURES[:1])
-    tokens = model.vision_features([model.prepare(PICTURES[0])])
+    model = tiny.build_duet_model(tmp_path / "base", family="qwen3_vl")
+    encoder = open_encoder(tmp_path / "base", trained_model=model)
+    found = vectors(FrozenEncoders({"vision": encoder}, cache=FeatureCache(None)), "vision", PICTURES[:1])
+    tokens = model.vision_features([model.prepare_image(PICTURES[0])])
     width = model.backbone.vision_width
     assert tokens.shape[1] > width
     assert_close(found[0], F.normalize(tokens[:, :width].mean(0), dim=0))
@@ -180,9 +180,9 @@ def test_a_vision_part_of_clip_alone(tmp_path: Path) -> None:
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    tiny._pictures(16).save_pretrained(tmp_path)
-    assert open_encoder(tmp_path).kinds == ("image",)
-    found = vectors(Encoders({"vision": open_encoder(tmp_path)}, cache=FeatureCache(None)), "vision", PICTURES)
+    tiny.build_clip_image_processor(16).save_pretrained(tmp_path)
+    assert open_encoder(tmp_path).modalities == ("image",)
+    found = vectors(FrozenEncoders({"vision": open_encoder(tmp_path)}, cache=FeatureCache(None)), "vision", PICTURES)
     assert found.shape == (3, 16)
 
 
@@ -191,7 +191,7 @@ def test_a_vision_part_of_clip_alone(tmp_path: Path) -> None:
 
 def test_vectors_are_computed_once(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = {role: vectors(encoders(folders, tmp_path), role, TEXTS) for role in ("text", "cross")}
-    monkeypatch.setattr(Encoder, "encode", property(lambda self: pytest.fail(f"{self.folder} was opened")))
+    monkeypatch.setattr(FrozenEncoder, "encode_functions", property(lambda self: pytest.fail(f"{self.folder} was opened")))
     again = encoders(folders, tmp_path)
     for role, wanted in first.items():
         assert torch.equal(vectors(again, role, TEXTS), wanted)
@@ -199,10 +199,10 @@ def test_vectors_are_computed_once(folders: dict[str, Path], tmp_path: Path, mon
 
 def test_another_encoder_s_vectors_are_not_read(folders: dict[str, Path], tmp_path: Path) -> None:
     vectors(encoders(folders, tmp_path / "cache"), "text", TEXTS)
-    other = tiny.text_encoder(tmp_path / "other", seed=1)
+    other = tiny.build_text_encoder(tmp_path / "other", seed=1)
     found = vectors(encoders({"text": other}, tmp_path / "cache"), "text", TEXTS)
     assert_close(found, load_text_encoder(other)(TEXTS))
-    pooled = tiny.text_encoder(tmp_path / "pooled")
+    pooled = tiny.build_text_encoder(tmp_path / "pooled")
     (pooled / "1_Pooling").mkdir()
     (pooled / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
     found = vectors(encoders({"text": pooled}, tmp_path / "cache"), "text", TEXTS)
@@ -210,44 +210,44 @@ def test_another_encoder_s_vectors_are_not_read(folders: dict[str, Path], tmp_pa
 
 
 def test_the_key_is_the_content(tmp_path: Path) -> None:
-    image = tiny.picture(1)
+    image = tiny.random_image(1)
     (tmp_path / "a.png").write_bytes(image.data or b"")
-    assert slice_of(image).key == slice_of(type(image)(path=tmp_path / "a.png")).key != slice_of(PICTURES[0]).key
-    assert slice_of("A cat").key != slice_of("a cat").key
-    assert slice_of(slice_of(image).key).key != slice_of(image).key  # a text that spells an image's key
+    assert make_slice(image).content_key == make_slice(type(image)(path=tmp_path / "a.png")).content_key != make_slice(PICTURES[0]).content_key
+    assert make_slice("A cat").content_key != make_slice("a cat").content_key
+    assert make_slice(make_slice(image).content_key).content_key != make_slice(image).content_key  # a text that spells an image's key
 
 
 # ---------------------------------------------------------------------- sequences
 
 
 def test_see_fills_what_each_role_compares(folders: dict[str, Path]) -> None:
-    slices = (slice_of(PICTURES[0]), slice_of(TEXTS[0]))
+    slices = (make_slice(PICTURES[0]), make_slice(TEXTS[0]))
     anchors = (
         Anchor(0, 1, "image", "a", "k", slices[:1]),
         Anchor(1, 2, "text", "a", "k", slices),
         Anchor(0, 1, "x", "", ""),
     )
-    (seen,) = encoders(folders).see([Sequence((1, 2), (-100, -100), anchors)])
+    (seen,) = encoders(folders).attach_features([Sequence((1, 2), (-100, -100), anchors)])
     assert seen.anchors == anchors  # features decide no equality
     image, text = seen.anchors[1].slices
     assert image.features.keys() == {"vision", "cross"} and text.features.keys() == {"text", "cross"}
     assert seen.anchors[0].slices[0] is image
     bare = [Sequence((1,), (-100,))]
-    assert encoders(folders).see(bare) is bare
+    assert encoders(folders).attach_features(bare) is bare
 
 
-def faulty(value: float) -> Encoders:
+def faulty(value: float) -> FrozenEncoders:
     def encode(parts: list) -> torch.Tensor:
         return torch.stack([torch.full((3,), value if part == "bad" else 1.0) for part in parts])
 
-    return Encoders({"text": Encoder(Path("x"), ("text",), lambda: {"text": encode}, "f")}, cache=FeatureCache(None))
+    return FrozenEncoders({"text": FrozenEncoder(Path("x"), ("text",), lambda: {"text": encode}, "f")}, cache=FeatureCache(None))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_nan_and_zero_vectors_are_named(value: float) -> None:
-    assert len(faulty(value).vectors("text", [slice_of("good")])) == 1
+    assert len(faulty(value).compute_vectors("text", [make_slice("good")])) == 1
     with pytest.raises(DataError, match=r"the text encoder x gives (NaN|infinite numbers or zeros alone) for 'bad'"):
-        faulty(value).vectors("text", [slice_of("good"), slice_of("bad")])
+        faulty(value).compute_vectors("text", [make_slice("good"), make_slice("bad")])
 
 
 def test_a_broken_cache_is_mended_and_a_foreign_width_refused(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ from vlduet import analysis
 from vlduet.data import images
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import ImageRef, Message, Parts, as_parts
-from vlduet.data.sequences import PreparedImage, Sequence, positions
+from vlduet.data.sequences import PreparedImage, Sequence, compute_position_ids
 from vlduet.errors import ImageError, ModelError
 from vlduet.model import generation
-from vlduet.model.adapters import Lora
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbones import load_backbone
-from vlduet.model.decoding import Continuation, Decoder
+from vlduet.model.decoding import Request, ContinuousBatcher
 from vlduet.model.duet import DuetModel
-from vlduet.model.processing import load_processing
+from vlduet.model.processing import load_processor
 from vlduet.model.prompts import Prompts
 
 PROMPTS = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} all:", chat=False)
@@ -44,16 +44,16 @@ CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v"])
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
     folder = tmp_path_factory.mktemp(request.param) / "base"
-    return tiny.bold(tiny.duet(folder, family=request.param, prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(tiny.build_duet_model(folder, family=request.param, prompts=PROMPTS, head="none"))
 
 
 def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
     """float[B, T, V]: the logits of a batch, compared with those of transformers, which is given ids and pixels."""
     with torch.no_grad():
-        given = tiny.plain(model, batch.ids, batch.images) | {"attention_mask": (batch.segments > 0).long()}
+        given = tiny.transformers_inputs(model, batch.token_ids, batch.images) | {"attention_mask": (batch.segment_ids > 0).long()}
         theirs = model.backbone.model(**given).logits
-        ours = model.backbone.logits(model.hidden_states(batch))
-    real = batch.segments > 0
+        ours = model.backbone.compute_logits(model.hidden_states(batch))
+    real = batch.segment_ids > 0
     assert theirs.std() > 0.1
     assert_close(ours[real], theirs[real], atol=1e-4, rtol=1e-4)
     return ours
@@ -61,23 +61,23 @@ def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
 
 def answered_as_transformers_does(model: DuetModel, turns: list[Parts], *, beams: int) -> None:
     """Six tokens of every beam of a batch of prompts are those of transformers, which is given ids and pixels."""
-    asked = [model.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    with generation.prompted(model.backbone, model.start(asked), 6, beams=beams) as given:
+    asked = [model.renderer.render_chat((Message("user", parts),), add_generation_prompt=True) for parts in turns]
+    with generation.generate_arguments(model.backbone, model.prefill_inputs(asked), 6, num_beams=beams) as given:
         ids = model.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
     several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
     for sequence, ours in zip(asked, ids.view(len(asked), beams, -1), strict=True):
-        plain = tiny.plain(model, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        plain = tiny.transformers_inputs(model, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images])
         theirs = model.backbone.model.generate(**plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several)
-        assert theirs[:, len(sequence.ids) :].tolist() == ours.tolist()
+        assert theirs[:, len(sequence.token_ids) :].tolist() == ours.tolist()
 
 
 def packed_as_alone(model: DuetModel, items: list[Any], *, pack_to: int) -> Batch:
     """Embeddings of items are the same alone, padded and packed; returns what was packed."""
     alone = np.concatenate([model.encode([item]) for item in items])
     assert_close(model.encode(items), alone, atol=1e-5, rtol=0)
-    sequences = [model.renderer.embed(as_parts(item), record=str(n)) for n, item in enumerate(items)]
+    sequences = [model.renderer.render_embedding(as_parts(item), record_name=str(n)) for n, item in enumerate(items)]
     packed = model.collate(sequences, pack_to=pack_to)
-    assert len(packed.ids) < len(items)
+    assert len(packed.token_ids) < len(items)
     with torch.no_grad():
         found = model(packed)
     order = [int(anchor.record) for anchor in found.anchors]
@@ -85,39 +85,39 @@ def packed_as_alone(model: DuetModel, items: list[Any], *, pack_to: int) -> Batc
     return packed
 
 
-WIDE, TALL, SMALL = tiny.picture(0, 16, width=48), tiny.picture(1, 24, width=16), tiny.picture(2, 16)
+WIDE, TALL, SMALL = tiny.random_image(0, 16, width=48), tiny.random_image(1, 24, width=16), tiny.random_image(2, 16)
 
 
 def rows(model: DuetModel) -> list[Sequence]:
     """Several images a sequence, of different shapes, side by side and apart; a text alone."""
     items = [(WIDE, "then", TALL), ("before", SMALL, WIDE), (TALL,), ("no image",)]
-    return [model.renderer.embed(parts, record=str(i)) for i, parts in enumerate(items)]
+    return [model.renderer.render_embedding(parts, record_name=str(i)) for i, parts in enumerate(items)]
 
 
 def test_an_image_takes_tokens_by_its_proportions(qwen: DuetModel) -> None:
-    made = [qwen.prepare(ref) for ref in (WIDE, TALL, SMALL)]
+    made = [qwen.prepare_image(ref) for ref in (WIDE, TALL, SMALL)]
     assert [image.grid for image in made] == [(2, 6), (3, 2), (2, 2)]
     assert [image.num_tokens for image in made] == [12, 6, 4] == [len(qwen.vision_features([image])) for image in made]
     together = qwen.vision_features(made)
     for image, features in zip(made, together.split([12, 6, 4]), strict=True):
-        qwen.features._memory.clear()
+        qwen.feature_cache._memory.clear()
         assert_close(qwen.vision_features([image]), features, **CLOSE)
 
 
 def test_logits_are_those_of_transformers(qwen: DuetModel) -> None:
     """Padded on either side: the padding of a row is masked, and its positions begin where it does."""
     for side in ("left", "right"):
-        as_transformers_has_them(qwen, qwen.collate(rows(qwen), side=side))
+        as_transformers_has_them(qwen, qwen.collate(rows(qwen), padding_side=side))
 
 
 def test_positions_are_those_of_transformers(qwen: DuetModel) -> None:
     for sequence in rows(qwen):
-        found = positions(sequence)
-        ids = torch.tensor([sequence.ids])
+        found = compute_position_ids(sequence)
+        ids = torch.tensor([sequence.token_ids])
         if not sequence.images:
             assert found.tolist() == [list(range(len(sequence)))]
             continue
-        given = tiny.plain(qwen, ids, [image for _, image in sequence.images])
+        given = tiny.transformers_inputs(qwen, ids, [image for _, image in sequence.images])
         theirs, _ = qwen.backbone.model.model.get_rope_index(
             ids, given["mm_token_type_ids"], image_grid_thw=given["image_grid_thw"]
         )
@@ -127,47 +127,47 @@ def test_positions_are_those_of_transformers(qwen: DuetModel) -> None:
 def test_positions_of_a_sequence_do_not_know_its_row(qwen: DuetModel) -> None:
     sequences = rows(qwen)
     packed = qwen.collate(sequences, pack_to=70)
-    assert packed.positions.shape == (3, *packed.ids.shape) and len(packed.ids) < len(sequences)
+    assert packed.position_ids.shape == (3, *packed.token_ids.shape) and len(packed.token_ids) < len(sequences)
     with torch.no_grad():
-        alone = {s.anchors[0].record: qwen(qwen.collate([s])).embeddings[0] for s in sequences}
+        alone = {s.anchors[0].record_name: qwen(qwen.collate([s])).embeddings[0] for s in sequences}
         found = qwen(packed)
     for vector, anchor in zip(found.embeddings, found.anchors, strict=True):
         assert_close(vector, alone[anchor.record], **CLOSE)
-    flat = [Sequence(s.ids, s.labels, s.anchors, tuple((at, _flat(i)) for at, i in s.images)) for s in sequences]
+    flat = [Sequence(s.token_ids, s.labels, s.anchors, tuple((at, _flat(i)) for at, i in s.images)) for s in sequences]
     with torch.no_grad():
         other = qwen(collate(flat, pad_id=0)).embeddings
     assert (other[0] - alone["0"]).abs().max() > 1e-3, "else this test would prove nothing"
 
 
 def _flat(image: PreparedImage) -> PreparedImage:
-    return PreparedImage(image.inputs, image.num_tokens, image.key)
+    return PreparedImage(image.inputs, image.num_tokens, image.cache_key)
 
 
 def test_every_image_stands_in_its_frame(qwen: DuetModel) -> None:
     token = qwen.backbone.tokenizer.convert_ids_to_tokens
-    chat = qwen.renderer.chat((Message("user", (WIDE, "what?", SMALL)),), answer=True)
-    for sequence in [*rows(qwen), chat, qwen.renderer.caption(TALL, "a tall one")]:
-        names = token(list(sequence.ids))
+    chat = qwen.renderer.render_chat((Message("user", (WIDE, "what?", SMALL)),), add_generation_prompt=True)
+    for sequence in [*rows(qwen), chat, qwen.renderer.render_caption(TALL, "a tall one")]:
+        names = token(list(sequence.token_ids))
         assert names.count("<|vision_start|>") == names.count("<|vision_end|>") == len(sequence.images)
         for at, image in sequence.images:
             around = names[at - 1], names[at + image.num_tokens]
             assert around == ("<|vision_start|>", "<|vision_end|>")
             assert set(names[at : at + image.num_tokens]) == {"<image>"}
-    whole, _ = qwen.renderer.document((WIDE, "one", SMALL))
-    qwen.renderer.max_tokens = len(whole.ids)
+    whole, _ = qwen.renderer.render_document((WIDE, "one", SMALL))
+    qwen.renderer.max_tokens = len(whole.token_ids)
     try:
-        builder, spans = qwen.renderer.document((WIDE, "one", SMALL))
+        builder, spans = qwen.renderer.render_document((WIDE, "one", SMALL))
     finally:
         qwen.renderer.max_tokens = 2048
     assert len(spans) == 2 and len(builder.images) == 1 and len(whole.images) == 2
-    assert "".join(token(builder.ids)).partition("<|vision_end|>")[2].startswith("one")
+    assert "".join(token(builder.token_ids)).partition("<|vision_end|>")[2].startswith("one")
 
 
 def test_a_mean_is_that_of_the_image_alone(qwen: DuetModel) -> None:
     qwen.set_prompts(Prompts("{image}", "{text}", "{parts}", chat=False, image_pool="mean"))
     try:
         for parts in ((WIDE,), ("a text", WIDE)):
-            sequence = qwen.renderer.embed(parts)
+            sequence = qwen.renderer.render_embedding(parts)
             at, image = sequence.images[0]
             assert (sequence.anchors[0].start, sequence.anchors[0].end) == (at, at + image.num_tokens)
     finally:
@@ -178,24 +178,24 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
     """Prompts of different lengths and images in one batch: each token is the best of a whole forward; transformers,
     given ids and pixels, agrees."""
     turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
-    asked = [qwen.renderer.chat((Message("user", parts),), answer=True) for parts in turns]
-    with generation.prompted(qwen.backbone, qwen.start(asked), 6) as given:
+    asked = [qwen.renderer.render_chat((Message("user", parts),), add_generation_prompt=True) for parts in turns]
+    with generation.generate_arguments(qwen.backbone, qwen.prefill_inputs(asked), 6) as given:
         ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
     banned = given["suppress_tokens"]
     for row, sequence in enumerate(asked):
-        so_far = list(sequence.ids)
+        so_far = list(sequence.token_ids)
         for token in ids[row].tolist():
             whole = Sequence(tuple(so_far), (-100,) * len(so_far), (), sequence.images)
             with torch.no_grad():
-                logits = qwen.hidden_states(qwen.collate([whole]))[0, -1] @ qwen.lm_weight.T
+                logits = qwen.hidden_states(qwen.collate([whole]))[0, -1] @ qwen.lm_head_weight.T
             logits[banned] = -torch.inf
             assert token == int(logits.argmax())
             so_far.append(token)
-        plain = tiny.plain(qwen, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+        plain = tiny.transformers_inputs(qwen, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images])
         theirs = qwen.backbone.model.generate(
             **plain, max_new_tokens=6, do_sample=False, suppress_tokens=banned, eos_token_id=None
         )
-        assert theirs[0, len(sequence.ids) :].tolist() == ids[row].tolist()
+        assert theirs[0, len(sequence.token_ids) :].tolist() == ids[row].tolist()
 
 
 def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
@@ -229,32 +229,32 @@ def test_cached_features_bring_their_grid(qwen: DuetModel, tmp_path: Path) -> No
     path.write_bytes(WIDE.data or b"")
     first, again = (qwen.encode([ImageRef(path=path)]) for _ in range(2))
     assert np.array_equal(first, again) and np.array_equal(first, qwen.encode([WIDE]))
-    assert qwen.prepare(ImageRef(path=path)).inputs.keys() == {"features"}
+    assert qwen.prepare_image(ImageRef(path=path)).inputs.keys() == {"features"}
 
 
 def test_the_picture_is_put_together_again(qwen: DuetModel) -> None:
     pixels = np.zeros((16, 40, 3), dtype=np.uint8)
     pixels[:, 20:] = (200, 100, 50)
     pixels[:8, :20] = 250
-    prepared = qwen.backbone.prepare(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
-    seen = analysis.as_seen(qwen.backbone.pixels(prepared), qwen.backbone.image_processor)
+    prepared = qwen.backbone.prepare_image(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
+    seen = analysis.denormalize_pixels(qwen.backbone.vision_tower_pixels(prepared), qwen.backbone.image_processor)
     assert seen.shape == pixels.shape and np.abs(seen.astype(int) - pixels).max() <= 1
-    assert analysis.grid(np.arange(10.0), *seen.shape[:2]).shape == (2, 5) == prepared.grid
+    assert analysis.to_patch_grid(np.arange(10.0), *seen.shape[:2]).shape == (2, 5) == prepared.grid
 
 
 def test_proportions_that_it_cannot_read_are_an_image_s_fault(qwen: DuetModel) -> None:
     with pytest.raises(ImageError, match=r"aspect ratio must be smaller than 200.*leave it out"):
-        qwen.encode([tiny.picture(0, 2, width=4020)])
+        qwen.encode([tiny.random_image(0, 2, width=4020)])
 
 
 def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:
     """Hub checkpoints name the processor that needs torchvision, and give pixels by their older names."""
-    tiny.qwen2_vl(tmp_path / "base")
+    tiny.build_qwen2_vl(tmp_path / "base")
     settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
     pixels = {"min_pixels": 256, "max_pixels": 1024}
     patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings | pixels | patches))
-    prepared = load_backbone(tmp_path / "base").prepare(WIDE)
+    prepared = load_backbone(tmp_path / "base").prepare_image(WIDE)
     assert prepared.grid == (2, 6) and len(prepared.inputs["pixel_values"]) == 48
 
 
@@ -263,13 +263,13 @@ def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) ->
 
 @pytest.fixture(params=[False, True], ids=["whole", "tiles"])
 def intern(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    tiny.internvl(tmp_path / "base", tiles=request.param)
-    return tiny.bold(DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval())
+    tiny.build_internvl(tmp_path / "base", tiles=request.param)
+    return tiny.scale_up_weights(DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval())
 
 
 def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> None:
     tiles = intern.backbone.image_processor.crop_to_patches
-    made = [intern.prepare(ref) for ref in (WIDE, TALL, SMALL)]
+    made = [intern.prepare_image(ref) for ref in (WIDE, TALL, SMALL)]
     squares = [1, 1, 1]
     if tiles:  # a grid of them, and the whole picture behind it
         process = intern.backbone.image_processor.get_number_of_image_patches
@@ -278,42 +278,42 @@ def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> N
     assert [image.num_tokens for image in made] == [4 * n for n in squares]
     together = intern.vision_features(made)
     for image, features in zip(made, together.split([image.num_tokens for image in made]), strict=True):
-        intern.features._memory.clear()
+        intern.feature_cache._memory.clear()
         assert_close(intern.vision_features([image]), features, **CLOSE)
 
 
 def test_where_it_looks_is_drawn_on_the_whole_picture(intern: DuetModel) -> None:
-    whole = intern.backbone.prepare(WIDE)
-    assert intern.backbone.pixels(whole).shape == (3, 16, 16)
-    assert len(range(whole.num_tokens)[intern.backbone.shown(whole)]) == 4
-    with analysis.eager(intern):
-        found = analysis.look(intern, WIDE)
+    whole = intern.backbone.prepare_image(WIDE)
+    assert intern.backbone.vision_tower_pixels(whole).shape == (3, 16, 16)
+    assert len(range(whole.num_tokens)[intern.backbone.overview_features(whole)]) == 4
+    with analysis.eager_attention(intern):
+        found = analysis.attention_map(intern, WIDE)
     assert found.weights.shape == (2, 2)
     assert (found.weights.sum() < 0.99 * found.share) == (whole.num_tokens > 4), "tiles have their share, too"
 
 
 def test_logits_of_squares_are_those_of_transformers(intern: DuetModel) -> None:
-    batch = intern.collate(rows(intern), side="left")
+    batch = intern.collate(rows(intern), padding_side="left")
     as_transformers_has_them(intern, batch)
     with torch.no_grad():
-        other = intern.hidden_states(intern.collate([intern.renderer.embed((tiny.picture(9, 16), "then", TALL))]))
+        other = intern.hidden_states(intern.collate([intern.renderer.render_embedding((tiny.random_image(9, 16), "then", TALL))]))
     assert (other[0, -1] - intern.hidden_states(batch)[0, -1]).abs().max() > 1e-3, "else no image would be seen"
 
 
 def test_a_chat_is_what_the_checkpoint_s_processor_would_write(intern: DuetModel) -> None:
-    chat = intern.renderer.chat((Message("user", (WIDE, "what?")),), answer=True)
-    inside = "<image>" * intern.prepare(WIDE).num_tokens
+    chat = intern.renderer.render_chat((Message("user", (WIDE, "what?")),), add_generation_prompt=True)
+    inside = "<image>" * intern.prepare_image(WIDE).num_tokens
     written = f"<|user|><|vision_start|>{inside}<|vision_end|>what?</s><|assistant|>"
-    assert list(chat.ids) == intern.backbone.tokenizer.encode(written, add_special_tokens=False)
+    assert list(chat.token_ids) == intern.backbone.tokenizer.encode(written, add_special_tokens=False)
 
 
 def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:
-    tiny.internvl(tmp_path / "base")
+    tiny.build_internvl(tmp_path / "base")
     names = {"image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor"}
     nothing = dict.fromkeys(("crop_size", "device", "do_center_crop", "input_data_format", "return_tensors"))
     size = {"size": {"height": 16, "width": 16}, "crop_to_patches": False, "data_format": "channels_first"}
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(names | nothing | size))
-    prepared = load_backbone(tmp_path / "base").prepare(WIDE)
+    prepared = load_backbone(tmp_path / "base").prepare_image(WIDE)
     assert prepared.num_tokens == 4 and prepared.inputs["pixel_values"].shape == (1, 3, 16, 16)
 
 
@@ -322,13 +322,13 @@ def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_pat
 
 @pytest.fixture(params=["llava_next", "llava_onevision"])
 def tiled(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    model = tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+    model = tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
     with torch.no_grad():
         model.backbone.model.model.image_newline.normal_()
     return model
 
 
-ODD = tiny.picture(4, 29, width=40)
+ODD = tiny.random_image(4, 29, width=40)
 
 
 def test_rows_of_tiles_take_tokens_as_their_processor_counts_them(tiled: DuetModel) -> None:
@@ -345,13 +345,13 @@ def test_rows_of_tiles_take_tokens_as_their_processor_counts_them(tiled: DuetMod
     for name, value in options[kind].items():
         setattr(theirs, name, value)
     for ref in (WIDE, TALL, SMALL, ODD):
-        width, height = images.load(ref).size
+        width, height = images.load_image(ref).size
         counted = theirs._get_number_of_features(height, width, 16, 16) - (kind == "llava_next")  # the class token
-        assert tiled.prepare(ref).num_tokens == counted
-    made = [tiled.prepare(ref) for ref in (WIDE, ODD)]
-    together = tiled.backbone.vision(made)
-    apart = torch.cat([tiled.backbone.vision([image]) for image in made])
-    batched = tiled.backbone._seen(made)
+        assert tiled.prepare_image(ref).num_tokens == counted
+    made = [tiled.prepare_image(ref) for ref in (WIDE, ODD)]
+    together = tiled.backbone.compute_vision_features(made)
+    apart = torch.cat([tiled.backbone.compute_vision_features([image]) for image in made])
+    batched = tiled.backbone._run_vision_tower(made)
     assert len(together) == sum(image.num_tokens for image in made)
     assert_close(together, apart, **CLOSE)
     assert_close(together, batched, **CLOSE)
@@ -360,13 +360,13 @@ def test_rows_of_tiles_take_tokens_as_their_processor_counts_them(tiled: DuetMod
 def test_logits_of_rows_of_tiles_are_those_of_transformers(tiled: DuetModel) -> None:
     """One picture a prompt: of several, LLaVA-OneVision's processor would cut none."""
     sequences = [
-        tiled.renderer.embed(parts) for parts in ((WIDE, "then"), ("before", TALL), (ODD, "so"), ("no image",))
+        tiled.renderer.render_embedding(parts) for parts in ((WIDE, "then"), ("before", TALL), (ODD, "so"), ("no image",))
     ]
-    batch = tiled.collate(sequences, side="left")
+    batch = tiled.collate(sequences, padding_side="left")
     ours = as_transformers_has_them(tiled, batch)
     with torch.no_grad():
         tiled.backbone.model.model.image_newline.normal_()
-        other = tiled.hidden_states(batch) @ tiled.lm_weight.T
+        other = tiled.hidden_states(batch) @ tiled.lm_head_weight.T
     assert (other[0, -1] - ours[0, -1]).abs().max() > 1e-3, "rows end with it"
 
 
@@ -375,14 +375,14 @@ def test_packed_and_padded_tiles_are_those_of_one_alone(tiled: DuetModel) -> Non
     together = tiled.encode(items)
     assert_close(together, np.concatenate([tiled.encode([item]) for item in items]), atol=1e-5, rtol=0)
     answered = [tiled.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)]
-    start = tiled.start([tiled.renderer.chat((Message("user", (ref, "what?")),), answer=True) for ref in (ODD, WIDE)])
-    assert generation.generate(tiled.backbone, start, 6) == answered
+    start = tiled.prefill_inputs([tiled.renderer.render_chat((Message("user", (ref, "what?")),), add_generation_prompt=True) for ref in (ODD, WIDE)])
+    assert generation.generate_texts(tiled.backbone, start, 6) == answered
 
 
 def test_a_row_s_end_stops_no_gradient(tiled: DuetModel) -> None:
     """The projector is also asked about rows of zeros, whose answer is not taken: their gradient must be none, not NaN."""
     tiled.make_trainable(lora=None, projector=True)
-    ours = tiled.train()(tiled.collate([tiled.renderer.embed((ODD, "x"))])).embeddings[:, 0].sum()
+    ours = tiled.train()(tiled.collate([tiled.renderer.render_embedding((ODD, "x"))])).embeddings[:, 0].sum()
     found = torch.autograd.grad(ours, list(tiled.backbone.projector.parameters()))
     real = tiled.backbone.family.project
 
@@ -393,7 +393,7 @@ def test_a_row_s_end_stops_no_gradient(tiled: DuetModel) -> None:
         return whole
 
     tiled.backbone.family = replace(tiled.backbone.family, project=only_of_the_picture)
-    theirs = tiled(tiled.collate([tiled.renderer.embed((ODD, "x"))])).embeddings[:, 0].sum()
+    theirs = tiled(tiled.collate([tiled.renderer.render_embedding((ODD, "x"))])).embeddings[:, 0].sum()
     wanted = torch.autograd.grad(theirs, list(tiled.backbone.projector.parameters()))
     assert tiled.backbone.family.project is not real and any(one.abs().max() > 0 for one in wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -401,18 +401,18 @@ def test_a_row_s_end_stops_no_gradient(tiled: DuetModel) -> None:
 
 
 def test_where_it_looks_is_drawn_on_the_small_whole_picture(tiled: DuetModel) -> None:
-    prepared = tiled.backbone.prepare(ODD)
-    assert tiled.backbone.pixels(prepared).shape == (3, 16, 16)
-    assert len(range(prepared.num_tokens)[tiled.backbone.shown(prepared)]) == 4
+    prepared = tiled.backbone.prepare_image(ODD)
+    assert tiled.backbone.vision_tower_pixels(prepared).shape == (3, 16, 16)
+    assert len(range(prepared.num_tokens)[tiled.backbone.overview_features(prepared)]) == 4
 
 
 def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
     """More than nine tiles of LLaVA-OneVision would be made smaller behind the projector."""
-    one = tiny.duet(tmp_path / "base", family="llava_onevision", prompts=PROMPTS)
-    large, small = tiny.picture(5, 90, width=120), images.load(tiny.picture(5, 90, width=120))
+    one = tiny.build_duet_model(tmp_path / "base", family="llava_onevision", prompts=PROMPTS)
+    large, small = tiny.random_image(5, 90, width=120), images.load_image(tiny.random_image(5, 90, width=120))
     small.thumbnail((48, 48))
-    again = one.backbone.prepare(ImageRef(data=images.encode_png(small)))
-    made = one.backbone.prepare(large)
+    again = one.backbone.prepare_image(ImageRef(data=images.encode_png(small)))
+    made = one.backbone.prepare_image(large)
     assert made.inputs["pixel_values"].shape == (10, 3, 16, 16)
     assert made.num_tokens == again.num_tokens and torch.equal(
         made.inputs["pixel_values"], again.inputs["pixel_values"]
@@ -420,7 +420,7 @@ def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
     config = one.backbone.model.config
     config.vision_aspect_ratio = "anyres_max_4"
     with pytest.raises(ModelError, match="vision_aspect_ratio 'anyres_max_4'"):
-        one.backbone.prepare(large)
+        one.backbone.prepare_image(large)
 
 
 HUB = {
@@ -436,9 +436,9 @@ HUB = {
 
 @pytest.mark.parametrize("family", HUB)
 def test_other_folders_as_the_hub_has_them_open_without_torchvision(tmp_path: Path, family: str) -> None:
-    tiny.FAMILIES[family](tmp_path / "base")
+    tiny.FAMILY_BUILDERS[family](tmp_path / "base")
     path = tmp_path / "base" / "preprocessor_config.json"
-    before, (kind, settings) = load_backbone(tmp_path / "base").prepare(WIDE), HUB[family]
+    before, (kind, settings) = load_backbone(tmp_path / "base").prepare_image(WIDE), HUB[family]
     given = json.loads(path.read_text())
     kept = (
         "crop_size",
@@ -451,7 +451,7 @@ def test_other_folders_as_the_hub_has_them_open_without_torchvision(tmp_path: Pa
     )
     named = {name: given[name] for name in kept if given.get(name)}
     path.write_text(json.dumps(named | settings | {"image_processor_type": kind}))
-    again = load_backbone(tmp_path / "base").prepare(WIDE)
+    again = load_backbone(tmp_path / "base").prepare_image(WIDE)
     assert torch.equal(again.inputs["pixel_values"], before.inputs["pixel_values"])
 
 
@@ -460,7 +460,7 @@ def test_other_folders_as_the_hub_has_them_open_without_torchvision(tmp_path: Pa
 
 @pytest.fixture(params=["smolvlm", "idefics3"])
 def smol(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    return tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
 
 
 def theirs_of(folder: Path) -> Idefics3Processor:
@@ -477,23 +477,23 @@ def uncut(folder: Path) -> DuetModel:
 
 
 def test_a_picture_is_cut_into_squares_as_its_processor_says(smol: DuetModel) -> None:
-    made = [smol.prepare(ref) for ref in (WIDE, TALL, ODD)]  # 32 x 16, 32 x 32, 32 x 32 pixels, and each of them whole
+    made = [smol.prepare_image(ref) for ref in (WIDE, TALL, ODD)]  # 32 x 16, 32 x 32, 32 x 32 pixels, and each of them whole
     assert [image.num_features for image in made] == [3 * 4, 5 * 4, 5 * 4]
-    assert [len(image.words) for image in made] == [3 * 2 + 2 + 1, 5 * 2 + 3 + 1, 5 * 2 + 3 + 1]  # with line ends
-    assert [smol.backbone.pixels(image).shape for image in made] == [(3, 16, 16)] * 3
+    assert [len(image.interleaved_tokens) for image in made] == [3 * 2 + 2 + 1, 5 * 2 + 3 + 1, 5 * 2 + 3 + 1]  # with line ends
+    assert [smol.backbone.vision_tower_pixels(image).shape for image in made] == [(3, 16, 16)] * 3
     assert len(smol.vision_features(made)) == 52
-    assert [image.own for image in made] == [(2, 20), (2, 33), (2, 33)]
-    whole = [uncut(smol.backbone.folder).prepare(ref) for ref in (WIDE, TALL, ODD)]
+    assert [image.feature_span for image in made] == [(2, 20), (2, 33), (2, 33)]
+    whole = [uncut(smol.backbone.folder).prepare_image(ref) for ref in (WIDE, TALL, ODD)]
     assert [(image.num_features, image.num_tokens) for image in whole] == [(4, 7)] * 3
 
 
 def test_logits_of_squares_and_of_whole_pictures_are_those_of_transformers(smol: DuetModel) -> None:
-    for model in (smol, tiny.bold(uncut(smol.backbone.folder))):
-        sequences = [model.renderer.embed(parts) for parts in ((WIDE, "then", ODD), ("before", TALL), (SMALL, "so"))]
-        batch = model.collate(sequences, side="left")
+    for model in (smol, tiny.scale_up_weights(uncut(smol.backbone.folder))):
+        sequences = [model.renderer.render_embedding(parts) for parts in ((WIDE, "then", ODD), ("before", TALL), (SMALL, "so"))]
+        batch = model.collate(sequences, padding_side="left")
         as_transformers_has_them(model, batch)
         with torch.no_grad():
-            other = model.hidden_states(model.collate([model.renderer.embed((tiny.picture(9, 16), "then", ODD))]))
+            other = model.hidden_states(model.collate([model.renderer.render_embedding((tiny.random_image(9, 16), "then", ODD))]))
             mine = model.hidden_states(model.collate(sequences[:1]))
         assert (other[0, -1] - mine[0, -1]).abs().max() > 1e-3, "else no image would be seen"
 
@@ -503,13 +503,13 @@ def test_squares_packed_and_padded_are_those_of_one_alone(smol: DuetModel) -> No
     together = smol.encode(items)
     assert_close(together, np.concatenate([smol.encode([item]) for item in items]), atol=1e-5, rtol=0)
     answered = [smol.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)]
-    start = smol.start([smol.renderer.chat((Message("user", (ref, "what?")),), answer=True) for ref in (ODD, WIDE)])
-    assert generation.generate(smol.backbone, start, 6) == answered
+    start = smol.prefill_inputs([smol.renderer.render_chat((Message("user", (ref, "what?")),), add_generation_prompt=True) for ref in (ODD, WIDE)])
+    assert generation.generate_texts(smol.backbone, start, 6) == answered
 
 
 def test_where_it_looks_is_drawn_on_the_whole_square(smol: DuetModel) -> None:
-    with analysis.eager(smol):
-        found = analysis.look(smol, WIDE)
+    with analysis.eager_attention(smol):
+        found = analysis.attention_map(smol, WIDE)
     assert found.weights.shape == (2, 2) and found.weights.sum() < 0.99 * found.share, "tiles have their share, too"
 
 
@@ -517,12 +517,12 @@ def test_what_is_exported_is_prompted_so_by_its_own_processor(smol: DuetModel, t
     smol.save_merged(tmp_path / "merged")
     prompt = "<|user|>{}what?</s><|assistant|>"
     for refs in ((WIDE,), (TALL,), (ODD, WIDE)):
-        pictures = [images.load(ref) for ref in refs]
+        pictures = [images.load_image(ref) for ref in refs]
         text = prompt.format("<image>" * len(refs))
         written = theirs_of(tmp_path / "merged")(text=text, images=[pictures], return_tensors="pt")
-        chat = smol.renderer.chat((Message("user", (*refs, "what?")),), answer=True)
-        assert written["input_ids"][0].tolist() == list(chat.ids)
-        assert_close(written["pixel_values"][0], torch.cat([smol.prepare(ref).inputs["pixel_values"] for ref in refs]))
+        chat = smol.renderer.render_chat((Message("user", (*refs, "what?")),), add_generation_prompt=True)
+        assert written["input_ids"][0].tolist() == list(chat.token_ids)
+        assert_close(written["pixel_values"][0], torch.cat([smol.prepare_image(ref).inputs["pixel_values"] for ref in refs]))
 
 
 def test_an_export_says_what_was_set_where_the_base_keeps_its_settings_in_one_file(
@@ -540,7 +540,7 @@ def test_an_export_says_what_was_set_where_the_base_keeps_its_settings_in_one_fi
 
 
 def test_lora_stands_in_the_language_model_alone(smol: DuetModel) -> None:
-    smol.make_trainable(lora=Lora(rank=2), projector=True)
+    smol.make_trainable(lora=LoraSettings(rank=2), projector=True)
     names = list(smol.adapter_tensors())
     assert names and all(".text_model.layers." in name for name in names)
     trained = {name for name, tensor in smol.named_parameters() if tensor.requires_grad}
@@ -550,9 +550,9 @@ def test_lora_stands_in_the_language_model_alone(smol: DuetModel) -> None:
 def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel) -> None:
     smol.backbone.tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     turns = (Message("system", ("Be short.",)), Message("user", (WIDE, "what?")))
-    inside = tiny.drawn(smol.renderer, WIDE)
+    inside = tiny.image_as_text(smol.renderer, WIDE)
     written = f"<|im_start|>System: Be short.<end_of_utterance>\nUser:{inside}what?<end_of_utterance>\nAssistant:"
-    pieces = list(smol.renderer.chat(turns, answer=True).ids)
+    pieces = list(smol.renderer.render_chat(turns, add_generation_prompt=True).token_ids)
     assert smol.backbone.tokenizer.decode(pieces) == written
 
 
@@ -561,30 +561,30 @@ def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel)
 
 @pytest.fixture
 def mistral(tmp_path: Path) -> DuetModel:
-    return tiny.bold(tiny.duet(tmp_path / "base", family="mistral3", prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family="mistral3", prompts=PROMPTS, head="none"))
 
 
 def test_rows_of_an_image_end_with_a_word(mistral: DuetModel) -> None:
     """As PixtralProcessor writes it, which cannot be imported without torchvision; and never a cell too many."""
-    row_end, end = tiny.PIXTRAL
+    row_end, end = tiny.PIXTRAL_TOKENS
     for ref, rows_, columns in ((WIDE, 2, 4), (TALL, 3, 2), (SMALL, 2, 2), (ODD, 3, 4)):  # the largest is 32 x 32
-        made = mistral.prepare(ref)
-        assert tiny.drawn(mistral.renderer, ref) == row_end.join(["<image>" * columns] * rows_) + end
+        made = mistral.prepare_image(ref)
+        assert tiny.image_as_text(mistral.renderer, ref) == row_end.join(["<image>" * columns] * rows_) + end
         assert (made.num_tokens, made.num_features) == (rows_ * (columns + 1) - 1, rows_ * columns)
-        batch = mistral.collate([mistral.renderer.embed(("x", ref))])
-        assert torch.equal(batch.image_mask, batch.ids == mistral.renderer.image_token_id)
+        batch = mistral.collate([mistral.renderer.render_embedding(("x", ref))])
+        assert torch.equal(batch.image_mask, batch.token_ids == mistral.renderer.image_token_id)
 
 
 def test_logits_of_rows_are_those_of_transformers(mistral: DuetModel) -> None:
-    batch = mistral.collate(rows(mistral), side="left")
+    batch = mistral.collate(rows(mistral), padding_side="left")
     as_transformers_has_them(mistral, batch)
 
 
 def test_images_of_several_sizes_are_seen_as_one_alone(mistral: DuetModel) -> None:
-    made = [mistral.prepare(ref) for ref in (WIDE, TALL, ODD)]
-    together = mistral.backbone._seen(made)
+    made = [mistral.prepare_image(ref) for ref in (WIDE, TALL, ODD)]
+    together = mistral.backbone._run_vision_tower(made)
     assert len(together) == sum(image.num_features for image in made)
-    assert_close(together, torch.cat([mistral.backbone._seen([image]) for image in made]), **CLOSE)
+    assert_close(together, torch.cat([mistral.backbone._run_vision_tower([image]) for image in made]), **CLOSE)
     items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so")]
     assert_close(mistral.encode(items), np.concatenate([mistral.encode([item]) for item in items]), atol=1e-5, rtol=0)
 
@@ -592,26 +592,26 @@ def test_images_of_several_sizes_are_seen_as_one_alone(mistral: DuetModel) -> No
 def test_the_cells_are_the_picture_that_the_processor_made(mistral: DuetModel) -> None:
     processor = mistral.backbone.image_processor
     for ref in (WIDE, TALL, ODD):
-        made = mistral.backbone.prepare(ref)
-        whole = processor(images=images.load(ref), return_tensors="pt")
-        assert torch.equal(mistral.backbone.pixels(made), whole["pixel_values"][0])
+        made = mistral.backbone.prepare_image(ref)
+        whole = processor(images=images.load_image(ref), return_tensors="pt")
+        assert torch.equal(mistral.backbone.vision_tower_pixels(made), whole["pixel_values"][0])
         assert torch.equal(made.inputs["image_sizes"], whole["image_sizes"])
 
 
 def test_means_of_the_tower_leave_the_words_out(tmp_path: Path) -> None:
     """The reading in the tower is the mean of an image's features, whatever stands beside and behind it."""
     prompts = replace(PROMPTS, image_pool="vision")
-    made = tiny.duet(tmp_path / "base", family="mistral3", prompts=prompts, head="split")
+    made = tiny.build_duet_model(tmp_path / "base", family="mistral3", prompts=prompts, head="split")
     found = made.encode([WIDE, "a text", TALL, ODD])
     for row, ref in ((0, WIDE), (2, TALL), (3, ODD)):
-        features = made.backbone.vision([made.prepare(ref)]).mean(0, keepdim=True)
-        assert_close(found[row], made.head.of_vision(features)[0].detach().numpy(), **CLOSE)
+        features = made.backbone.compute_vision_features([made.prepare_image(ref)]).mean(0, keepdim=True)
+        assert_close(found[row], made.head.embed_vision_features(features)[0].detach().numpy(), **CLOSE)
 
 
 def test_where_it_looks_leaves_the_words_out(mistral: DuetModel) -> None:
-    with analysis.eager(mistral):
-        assert analysis.look(mistral, WIDE).weights.shape == (2, 4)
-        assert analysis.look(mistral, TALL).weights.shape == (3, 2)
+    with analysis.eager_attention(mistral):
+        assert analysis.attention_map(mistral, WIDE).weights.shape == (2, 4)
+        assert analysis.attention_map(mistral, TALL).weights.shape == (3, 2)
 
 
 # ------------------------------------------------------------------ Gemma 3
@@ -619,26 +619,26 @@ def test_where_it_looks_leaves_the_words_out(mistral: DuetModel) -> None:
 
 @pytest.fixture
 def gemma(tmp_path: Path) -> DuetModel:
-    return tiny.bold(tiny.duet(tmp_path / "base", family="gemma3", prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family="gemma3", prompts=PROMPTS, head="none"))
 
 
 def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: DuetModel) -> None:
     """Some rows are longer than the window of 16 of one of the two layers."""
     for side in ("left", "right"):
-        batch = gemma.collate(rows(gemma), side=side)
+        batch = gemma.collate(rows(gemma), padding_side=side)
         ours = as_transformers_has_them(gemma, batch)
-    assert batch.num_tokens > 16 * len(batch.ids)
+    assert batch.num_tokens > 16 * len(batch.token_ids)
     one_way = {"full_attention": False, "sliding_attention": False}
-    gemma.backbone.family = replace(gemma.backbone.family, masks=lambda config: one_way)
+    gemma.backbone.family = replace(gemma.backbone.family, attention_mask_kinds=lambda config: one_way)
     with torch.no_grad():
-        causal = gemma.hidden_states(batch) @ gemma.lm_weight.T
-    assert (causal - ours).abs().amax(2)[batch.segments > 0].max() > 1e-2, "they would else see one way"
+        causal = gemma.hidden_states(batch) @ gemma.lm_head_weight.T
+    assert (causal - ours).abs().amax(2)[batch.segment_ids > 0].max() > 1e-2, "they would else see one way"
 
 
 def test_images_that_see_both_ways_are_the_same_in_any_company(gemma: DuetModel) -> None:
     items = [ODD, "no image " * 4, (WIDE, "then", TALL), (SMALL, "so"), (SMALL, TALL)]
     packed = packed_as_alone(gemma, items, pack_to=128)
-    assert packed.attention_mask().shape[1:] == (1, *packed.ids.shape[1:] * 2)
+    assert packed.attention_mask().shape[1:] == (1, *packed.token_ids.shape[1:] * 2)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -651,42 +651,42 @@ def test_line_ends_around_an_image_are_the_tokens_of_its_own_processor(
     gemma: DuetModel, tmp_path: Path, line: str
 ) -> None:
     """Gemma's processor writes two before and two behind an image; with others beside them they are one token."""
-    gemma.backbone.tokenizer.chat_template = f"{{{{ bos_token }}}}{tiny.turn_by_turn(line)}"
+    gemma.backbone.tokenizer.chat_template = f"{{{{ bos_token }}}}{tiny.gemma_chat_template(line)}"
     gemma.save_merged(tmp_path / "merged")
     pictures = Gemma3ImageProcessorPil.from_pretrained(tmp_path / "merged")
     theirs = Gemma3Processor(pictures, AutoTokenizer.from_pretrained(tmp_path / "merged"), image_seq_length=4)
     texts = ["what?", "a thing", "and this?"]
     turns = [("user", (WIDE, texts[0])), ("assistant", (texts[1],)), ("user", (TALL, SMALL, texts[2]))]
-    first, last = tiny.VISION[0], "</s>" + line
+    first, last = tiny.VISION_TOKENS[0], "</s>" + line
     said = (
         f"<|user|>{line}{first}what?{last}<|assistant|>{line}a thing{last}<|user|>{line}{first}{first}and this?{last}"
     )
     refs = [WIDE, TALL, SMALL]
-    written = theirs(text="<s>" + said, images=[[images.load(ref) for ref in refs]], add_special_tokens=False)
-    whole = gemma.renderer.chat(tuple(Message(role, parts) for role, parts in turns), answer=False)
-    assert list(whole.ids) == written["input_ids"][0]
+    written = theirs(text="<s>" + said, images=[[images.load_image(ref) for ref in refs]], add_special_tokens=False)
+    whole = gemma.renderer.render_chat(tuple(Message(role, parts) for role, parts in turns), add_generation_prompt=False)
+    assert list(whole.token_ids) == written["input_ids"][0]
     assert ("ĊĊĊ" in gemma.backbone.tokenizer.convert_ids_to_tokens(list(whole.ids))) == bool(line)
-    embedded = gemma.renderer.embed((WIDE,))
-    alone = theirs(text=f"<s>See {first} sum:", images=[[images.load(WIDE)]], add_special_tokens=False)
-    assert list(embedded.ids) == alone["input_ids"][0]
-    assert_close(torch.as_tensor(np.array(alone["pixel_values"])), gemma.prepare(WIDE).inputs["pixel_values"])
+    embedded = gemma.renderer.render_embedding((WIDE,))
+    alone = theirs(text=f"<s>See {first} sum:", images=[[images.load_image(WIDE)]], add_special_tokens=False)
+    assert list(embedded.token_ids) == alone["input_ids"][0]
+    assert_close(torch.as_tensor(np.array(alone["pixel_values"])), gemma.prepare_image(WIDE).inputs["pixel_values"])
 
 
 def test_a_square_that_sees_both_ways_is_looked_at(gemma: DuetModel) -> None:
-    with analysis.eager(gemma):
-        assert analysis.look(gemma, WIDE).weights.shape == (2, 2)
+    with analysis.eager_attention(gemma):
+        assert analysis.attention_map(gemma, WIDE).weights.shape == (2, 2)
 
 
 def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) -> None:
     """Gemma's tokenizer tells where a text ends; where a turn does, its generation config."""
-    path = tiny.gemma3(tmp_path / "base") / "generation_config.json"
-    end = tiny.SPECIALS.index("<|user|>")
+    path = tiny.build_gemma3(tmp_path / "base") / "generation_config.json"
+    end = tiny.SPECIAL_TOKENS.index("<|user|>")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, end]}))
     model = DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval()
-    assert model.renderer.eos_ids == [2, end] == list(load_processing(tmp_path / "base").eos_ids)
-    assert end not in generation.forbidden(model.backbone, model.renderer.eos_ids)
+    assert model.renderer.eos_token_ids == [2, end] == list(load_processor(tmp_path / "base").eos_token_ids)
+    assert end not in generation.suppressed_tokens(model.backbone, model.renderer.eos_token_ids)
     model.backbone.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|user|>\n{% endfor %}"
-    chat = model.renderer.chat((Message("user", ("a",)), Message("assistant", ("b",))), answer=False)
+    chat = model.renderer.render_chat((Message("user", ("a",)), Message("assistant", ("b",))), add_generation_prompt=False)
     assert [i for i in chat.labels if i != -100] == [
         *model.backbone.tokenizer.encode("b", add_special_tokens=False),
         end,
@@ -698,44 +698,44 @@ def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) ->
 
 @pytest.fixture(params=["gemma4", "gemma4_large"])
 def gemma4(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    return tiny.bold(tiny.duet(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
 
 
 def test_tokens_by_proportions_are_those_of_gemma_s_processor(gemma4: DuetModel) -> None:
-    made = [gemma4.prepare(ref) for ref in (WIDE, TALL, SMALL, ODD)]
-    counted = [gemma4.backbone.image_processor(images=images.load(ref)) for ref in (WIDE, TALL, SMALL, ODD)]
+    made = [gemma4.prepare_image(ref) for ref in (WIDE, TALL, SMALL, ODD)]
+    counted = [gemma4.backbone.image_processor(images=images.load_image(ref)) for ref in (WIDE, TALL, SMALL, ODD)]
     assert [one.num_tokens for one in made] == [int(one["num_soft_tokens_per_image"][0]) for one in counted]
     assert len({one.num_tokens for one in made}) > 2
-    together = gemma4.backbone._seen(made)
-    assert_close(together, torch.cat([gemma4.backbone.vision([image]) for image in made]), **CLOSE)
+    together = gemma4.backbone._run_vision_tower(made)
+    assert_close(together, torch.cat([gemma4.backbone.compute_vision_features([image]) for image in made]), **CLOSE)
     for one in made:
-        pixels = gemma4.backbone.pixels(one)
+        pixels = gemma4.backbone.vision_tower_pixels(one)
         assert pixels.shape[1] * pixels.shape[2] == one.num_tokens * 8 * 8
-    seen = np.asarray(images.load(WIDE).resize(tuple(gemma4.backbone.pixels(made[0]).shape[:0:-1]), 3)) / 255
-    assert np.abs(gemma4.backbone.pixels(made[0]).permute(1, 2, 0).numpy() - seen).max() < 0.01
+    seen = np.asarray(images.load_image(WIDE).resize(tuple(gemma4.backbone.vision_tower_pixels(made[0]).shape[:0:-1]), 3)) / 255
+    assert np.abs(gemma4.backbone.vision_tower_pixels(made[0]).permute(1, 2, 0).numpy() - seen).max() < 0.01
 
 
 def test_logits_with_tables_for_layers_are_those_of_transformers(gemma4: DuetModel) -> None:
     for side in ("left", "right"):
-        batch = gemma4.collate(rows(gemma4), side=side)
+        batch = gemma4.collate(rows(gemma4), padding_side=side)
         ours = as_transformers_has_them(gemma4, batch)
     assert ours.abs().max() < 2, "they are capped"
     large = gemma4.backbone.model.config.text_config.use_bidirectional_attention == "vision"
     one_way = {"full_attention": False, "sliding_attention": not large}
-    gemma4.backbone.family = replace(gemma4.backbone.family, masks=lambda config: one_way)
+    gemma4.backbone.family = replace(gemma4.backbone.family, attention_mask_kinds=lambda config: one_way)
     with torch.no_grad():
-        other = gemma4.backbone.logits(gemma4.hidden_states(batch))
-    assert (other - ours).abs().amax(2)[batch.segments > 0].max() > 1e-3, (
+        other = gemma4.backbone.compute_logits(gemma4.hidden_states(batch))
+    assert (other - ours).abs().amax(2)[batch.segment_ids > 0].max() > 1e-3, (
         "an image sees both ways in the large ones alone"
     )
 
 
 def test_what_is_lost_of_a_token_is_what_transformers_says(gemma4: DuetModel) -> None:
-    sequence = gemma4.renderer.caption(WIDE, "a flower of two colours")
-    plain = tiny.plain(gemma4, torch.tensor([sequence.ids]), [image for _, image in sequence.images])
+    sequence = gemma4.renderer.render_caption(WIDE, "a flower of two colours")
+    plain = tiny.transformers_inputs(gemma4, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images])
     with torch.no_grad():
         theirs = gemma4.backbone.model(**plain, labels=torch.tensor([sequence.labels])).loss
-    ((total, count),) = gemma4.nll([sequence])
+    ((total, count),) = gemma4.compute_sequence_nll([sequence])
     assert_close(total / count, float(theirs), atol=1e-5, rtol=1e-5)
 
 
@@ -752,15 +752,15 @@ def test_what_is_answered_with_tables_for_layers(gemma4: DuetModel, beams: int) 
 
 def test_prompts_join_answers_with_tables_for_layers(gemma4: DuetModel) -> None:
     turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?"), ("no image",)]
-    starts = [gemma4.start([gemma4.renderer.chat((Message("user", parts),), answer=True)]) for parts in turns]
-    alone = [generation.generate(gemma4.backbone, start, 9)[0] for start in starts]
-    decoder, answers = Decoder(gemma4.backbone, gemma4.renderer.eos_ids), [Continuation(9) for _ in starts]
+    starts = [gemma4.prefill_inputs([gemma4.renderer.render_chat((Message("user", parts),), add_generation_prompt=True)]) for parts in turns]
+    alone = [generation.generate_texts(gemma4.backbone, start, 9)[0] for start in starts]
+    decoder, answers = ContinuousBatcher(gemma4.backbone, gemma4.renderer.eos_token_ids), [Request(9) for _ in starts]
     for start, answer in zip(starts, answers, strict=True):  # each joins one token later
-        decoder.join(start, [answer])
+        decoder.add_requests(start, [answer])
         decoder.step()
-    while decoder.rows:
+    while decoder.requests:
         decoder.step()
-    written = [gemma4.backbone.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
+    written = [gemma4.backbone.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
     assert [text.strip() for text in written] == alone
 
 
@@ -768,13 +768,13 @@ def test_learned_prompts_are_no_words_of_the_tables_for_layers(gemma4: DuetModel
     """Trained one step, merged, opened again here and by transformers: the same embeddings and logits."""
     gemma4.save_merged(tmp_path / "bold")
     gemma4 = DuetModel.from_pretrained(tmp_path / "bold")
-    gemma4.make_trainable(lora=Lora(rank=2), projector=True, soft=True)
+    gemma4.make_trainable(lora=LoraSettings(rank=2), projector=True, soft_prompts=True)
     batch = gemma4.collate(rows(gemma4))
     gemma4.train()(batch).embeddings[:, 0].sum().backward()
     grads = {name: p.grad for name, p in gemma4.named_parameters() if p.requires_grad and p.grad is not None}
     assert {"soft.rows", "backbone.model.model.embed_vision.embedding_projection.weight"} <= grads.keys()
     gemma4.zero_grad()
-    gemma4.backbone.checkpoint_layers()
+    gemma4.backbone.enable_gradient_checkpointing()
     gemma4(batch).embeddings[:, 0].sum().backward()
     for name, parameter in gemma4.named_parameters():
         if name in grads:
@@ -800,7 +800,7 @@ def test_a_gemma_that_cannot_write_is_refused(gemma4: DuetModel) -> None:
 
 def test_a_llava_with_its_tower_is_refused(tmp_path: Path) -> None:
     """Its images have words between their rows, too, of which LLaVA's family knows nothing."""
-    made = tiny.duet(tmp_path / "base", family="llava")
+    made = tiny.build_duet_model(tmp_path / "base", family="llava")
     made.backbone.model.config.vision_config = PixtralVisionConfig()
     with pytest.raises(ModelError, match="Pixtral tower"):
-        made.backbone.prepare(WIDE)
+        made.backbone.prepare_image(WIDE)

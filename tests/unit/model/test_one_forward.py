@@ -10,13 +10,13 @@ from torch.testing import assert_close
 import tiny
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import Message
-from vlduet.data.sequences import IGNORE, needed
-from vlduet.model.adapters import Lora
+from vlduet.data.sequences import IGNORE_INDEX, trim
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import pool
+from vlduet.model.readout import pool_hidden_states
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12)
-PICTURES = st.builds(tiny.picture, st.integers(0, 5), width=st.sampled_from([16, 24, 40]))
+PICTURES = st.builds(tiny.random_image, st.integers(0, 5), width=st.sampled_from([16, 24, 40]))
 ITEM = st.one_of(TEXTS, PICTURES, st.tuples(PICTURES, TEXTS))
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -24,7 +24,7 @@ QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCh
 def sequences(model, items):
     parts = [item if isinstance(item, tuple) else (item,) for item in items]
     return [model.renderer.embed(p, role="x", record=str(i), key=str(i)) for i, p in enumerate(parts)] + [
-        model.renderer.caption(tiny.picture(9), "long " * (i + 1), record=f"c{i}") for i in range(2)
+        model.renderer.caption(tiny.random_image(9), "long " * (i + 1), record=f"c{i}") for i in range(2)
     ]
 
 
@@ -55,9 +55,9 @@ def test_alone_padded_either_side_and_packed_agree(model, items, pack_to):
 @QUICK
 @given(pad=st.integers(0, 200), side=st.sampled_from(["left", "right"]))
 def test_what_stands_on_padding_never_matters(model, pad, side):
-    rows = sequences(model, ["a", "a longer text", (tiny.picture(1), "x")])
-    one = read(model, collate(rows, pad_id=0, side=side))
-    other = read(model, collate(rows, pad_id=pad, side=side))
+    rows = sequences(model, ["a", "a longer text", (tiny.random_image(1), "x")])
+    one = read(model, collate(rows, pad_id=0, padding_side=side))
+    other = read(model, collate(rows, pad_id=pad, padding_side=side))
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
@@ -65,7 +65,7 @@ def test_what_stands_on_padding_never_matters(model, pad, side):
 @given(items=st.lists(ITEM, min_size=1, max_size=4), labels=st.booleans())
 def test_what_is_not_needed_changes_nothing(model, items, labels):
     whole = sequences(model, items)
-    kept = [s for s in (needed(one, labels=labels, anchors=not labels) for one in whole) if s]
+    kept = [s for s in (trim(one, labels=labels, anchors=not labels) for one in whole) if s]
     everything, found = read(model, model.collate(whole)), read(model, model.collate(kept))
     close = {"atol": 2e-6, "rtol": 1e-5}
     if labels:
@@ -78,19 +78,19 @@ def test_what_is_not_needed_changes_nothing(model, items, labels):
 
 def test_nothing_needed_is_nothing(model):
     chat = model.renderer.embed(("x",))
-    assert needed(chat, labels=True, anchors=False) is None
+    assert trim(chat, labels=True, anchors=False) is None
 
 
 def test_half_precision_reads_the_same_and_trains_in_full(model, tmp_path):
     """bfloat16 weights: embeddings near those of float32; what is trained stays float32 and comes back bit for bit."""
     half = DuetModel.from_pretrained(model.backbone.folder, dtype=torch.bfloat16, prompts=model.prompts)
-    items = ["a red apple", tiny.picture(1), (tiny.picture(2), "and a text")]
+    items = ["a red apple", tiny.random_image(1), (tiny.random_image(2), "and a text")]
     full = DuetModel.from_pretrained(model.backbone.folder, prompts=model.prompts)
     assert (half.encode(items) * full.encode(items)).sum(1).min() > 0.995
-    half.make_trainable(lora=Lora(rank=2, alpha=4), projector=True)
+    half.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=True)
     trained = [p for p in half.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
-    assert half.lm_weight.dtype == torch.bfloat16
+    assert half.lm_head_weight.dtype == torch.bfloat16
     readout = half(half.collate(sequences(half, items[:1])))
     assert readout.embeddings.dtype == readout.nll.dtype == torch.float32
     (readout.embeddings.sum() + readout.nll.mean()).backward()
@@ -99,7 +99,7 @@ def test_half_precision_reads_the_same_and_trains_in_full(model, tmp_path):
     again = DuetModel.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     for name, tensor in {**half.own_tensors(), **half.adapter_tensors()}.items():
         assert torch.equal(tensor, {**again.own_tensors(), **again.adapter_tensors()}[name]), name
-    assert (again.generate((Message("user", (tiny.picture(3), "what?")),), max_new_tokens=3)) is not None
+    assert (again.generate((Message("user", (tiny.random_image(3), "what?")),), max_new_tokens=3)) is not None
 
 
 def test_nll_is_that_of_full_logits(model):
@@ -112,22 +112,22 @@ def test_nll_is_that_of_full_logits(model):
         -torch.log_softmax(logits[b, t - 1], -1)[batch.labels[b, t]]
         for b in range(batch.ids.shape[0])
         for t in range(1, batch.ids.shape[1])
-        if batch.labels[b, t] != IGNORE
+        if batch.labels[b, t] != IGNORE_INDEX
     ]
     assert_close(found.double(), torch.stack(slow), atol=1e-5, rtol=1e-5)
 
 
 def test_hidden_states_are_those_of_plain_transformers(model):
     """What we embed is what a server of the same checkpoint would embed: the base model's last_hidden_state."""
-    rows = [model.renderer.caption(tiny.picture(2), "a red apple")]
+    rows = [model.renderer.caption(tiny.random_image(2), "a red apple")]
     batch = model.collate(rows)
     with torch.no_grad():
-        theirs = model.backbone.model.model(**tiny.plain(model, batch.ids, batch.images)).last_hidden_state
+        theirs = model.backbone.model.model(**tiny.transformers_inputs(model, batch.ids, batch.images)).last_hidden_state
         assert_close(model.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_the_image_is_seen(model):
-    one, other = (model.encode([tiny.picture(i)]) for i in (1, 2))
+    one, other = (model.encode([tiny.random_image(i)]) for i in (1, 2))
     assert abs(one - other).max() > 1e-5
 
 
@@ -135,26 +135,26 @@ def test_pool_is_the_mean_of_each_span():
     hidden = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
     spans = torch.tensor([[0, 0, 1], [2, 3, 7], [1, 6, 7], [0, 1, 4], [1, 6, 7], [2, 0, 7]])
     slow = torch.stack([hidden[row, start:end].mean(0) for row, start, end in spans.tolist()])
-    found = pool(hidden, spans)
+    found = pool_hidden_states(hidden, spans)
     assert_close(found, slow)
     weights = torch.randn_like(slow)
     grads = [torch.autograd.grad((one * weights).sum(), hidden)[0] for one in (found, slow)]
     assert_close(*grads)
-    assert_close(pool(hidden, spans[[0, 2, 4]]), slow[[0, 2, 4]])
-    assert pool(hidden, spans[:0]).shape == (0, 4)
+    assert_close(pool_hidden_states(hidden, spans[[0, 2, 4]]), slow[[0, 2, 4]])
+    assert pool_hidden_states(hidden, spans[:0]).shape == (0, 4)
 
 
 def test_each_distinct_image_goes_through_the_tower_once(model, monkeypatch):
     seen = []
     vision = model.backbone.vision
     monkeypatch.setattr(model.backbone, "vision", lambda chunk: seen.extend(chunk) or vision(chunk))
-    model.encode([tiny.picture(71), tiny.picture(72), tiny.picture(71)])
-    model.encode([tiny.picture(71)])
+    model.encode([tiny.random_image(71), tiny.random_image(72), tiny.random_image(71)])
+    model.encode([tiny.random_image(71)])
     assert len(seen) == 2
 
 
 def test_encode_keeps_the_order_whatever_the_lengths(model):
-    items = ["a", "a much longer text than the others", tiny.picture(3), "bb", (tiny.picture(4), "cc")]
+    items = ["a", "a much longer text than the others", tiny.random_image(3), "bb", (tiny.random_image(4), "cc")]
     together = model.encode(items, batch_tokens=16)
     alone = torch.cat([torch.from_numpy(model.encode([item])) for item in items])
     assert_close(torch.from_numpy(together), alone, atol=2e-6, rtol=1e-5)

@@ -16,11 +16,11 @@ from torch.testing import assert_close
 from vlduet.objectives import slices, sweeps
 from vlduet.objectives.alignment import (
     alignment_posterior,
-    alignment_posterior_pairs,
-    awm_pairs,
+    compute_alignment_posterior,
+    compute_alignment_weighted_mean,
     gak_matrix,
     gak_pairs,
-    rule_sigma,
+    compute_sigma,
     soft_dtw,
 )
 
@@ -127,7 +127,7 @@ def test_reference_implementation():
 @pytest.mark.parametrize("band", [None, 1, 3])
 def test_pairs_are_the_slow_loop(sweep, band):
     sqdist, x, y = distances(40, 7, 9)
-    for sigma in (0.5, rule_sigma(x, y, 0.8)):
+    for sigma in (0.5, compute_sigma(x, y, 0.8)):
         widths = torch.as_tensor(sigma).expand(40).tolist()
         slow = [slow_k(sqdist[p, : x[p], : y[p]].tolist(), widths[p], band) for p in range(40)]
         slow = torch.tensor(slow, dtype=torch.float64).log()  # -inf where the band leaves nothing
@@ -230,7 +230,7 @@ def test_slow_twin_of_the_gradient(sweep):
 def test_posterior(sweep, dtype):
     sqdist, x, y = distances(37, 8, 6)
     sqdist = sqdist.to(dtype)
-    posterior = alignment_posterior_pairs(sqdist, x, y, sigma=0.7)
+    posterior = compute_alignment_posterior(sqdist, x, y, sigma=0.7)
     # Autograd of log K by log kappa, through plain operations.
     log_kappa = sweeps.log_kappas(sqdist.double(), torch.full((37,), 0.5 / 0.7**2), None).requires_grad_()
     for p in range(37):
@@ -274,21 +274,21 @@ def test_alignment_weighted_mean(sweep):
     x, y = sequences([5, 5])
     cosine = torch.stack([x @ x.T, x @ x.flip(0).T, x @ y.T]).float()
     length = torch.full((3,), 5)
-    same, reversed_, other = awm_pairs(2 - 2 * cosine, length, length, sigma=0.2).tolist()
+    same, reversed_, other = compute_alignment_weighted_mean(2 - 2 * cosine, length, length, sigma=0.2).tolist()
     assert same == pytest.approx(1, abs=1e-3)
     assert reversed_ < 0.8  # the same slices in another order
     assert -1 <= other < 0.8
-    weight = alignment_posterior_pairs(2 - 2 * cosine, length, length, sigma=0.2)
+    weight = compute_alignment_posterior(2 - 2 * cosine, length, length, sigma=0.2)
     assert_close(torch.tensor(other), (weight[2] * cosine[2]).sum() / weight[2].sum())
-    nothing = awm_pairs(torch.ones(1, 5, 2), torch.tensor([5]), torch.tensor([2]), sigma=0.2, band=1)
+    nothing = compute_alignment_weighted_mean(torch.ones(1, 5, 2), torch.tensor([5]), torch.tensor([2]), sigma=0.2, band=1)
     assert nothing.tolist() == [0.0]
 
 
 def test_a_short_pair_beside_a_long_one(sweep):
     """The rows after the short one's end are swept with the long one's, and must leave nothing in it."""
     cells, x, y = torch.rand(2, 300, 280) * 2, torch.tensor([1, 300]), torch.tensor([280, 280])
-    found = awm_pairs(cells, x, y, sigma=1.0)
-    assert_close(found.double(), awm_pairs(cells.double(), x, y, sigma=1.0), atol=1e-4, rtol=0)
+    found = compute_alignment_weighted_mean(cells, x, y, sigma=1.0)
+    assert_close(found.double(), compute_alignment_weighted_mean(cells.double(), x, y, sigma=1.0), atol=1e-4, rtol=0)
 
 
 def test_soft_dtw():
@@ -329,7 +329,7 @@ def test_float32_to_length_512(sweep, sigma):
     assert_close(found.double(), exact, rtol=2e-6, atol=2e-3)
     found.sum().backward()
     assert given.grad.isfinite().all()
-    posterior = alignment_posterior_pairs(given, x, y, sigma=sigma)
+    posterior = compute_alignment_posterior(given, x, y, sigma=sigma)
     assert_close(posterior[[0, 1], x - 1, y - 1], torch.ones(2))
     assert_close(posterior[[0, 1], 0, 0], torch.ones(2), rtol=0, atol=2e-3)
 
@@ -363,7 +363,7 @@ def test_half_precision_comes_back_as_it_came():
 
 def test_no_pairs():
     assert gak_pairs(torch.zeros(0, 3, 4), torch.zeros(0), torch.zeros(0), sigma=1.0).shape == (0,)
-    assert alignment_posterior_pairs(torch.zeros(0, 3, 4), torch.zeros(0), torch.zeros(0), sigma=1.0).shape == (0, 3, 4)
+    assert compute_alignment_posterior(torch.zeros(0, 3, 4), torch.zeros(0), torch.zeros(0), sigma=1.0).shape == (0, 3, 4)
 
 
 # ------------------------------------------------------------------ errors

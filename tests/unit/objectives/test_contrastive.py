@@ -15,8 +15,8 @@ import tiny
 from vlduet.data.sequences import Anchor, Slice
 from vlduet.model.readout import Readout
 from vlduet.objectives import contrastive as objective
-from vlduet.objectives.contrastive import false_negatives, limited, same_content, symmetric_infonce
-from vlduet.recipes.contrast import contrastive, positives
+from vlduet.objectives.contrastive import find_false_negatives, clamp_logit_scale, match_content_keys, contrastive_loss
+from vlduet.recipes.contrast import compute_contrastive_loss, find_positive_pairs
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_is_the_slow_loop(n, m, seed, scale):
     drawn = torch.rand(n, m, generator=torch.Generator().manual_seed(seed))
     positive, ignore = drawn < 0.3, drawn > 0.8
     temperature = torch.tensor(scale, dtype=torch.float64)
-    found = symmetric_infonce(left, right, logit_scale=temperature, positive=positive, ignore=ignore)
+    found = contrastive_loss(left, right, logit_scale=temperature, positive_mask=positive, ignore_mask=ignore)
     assert float(found) == pytest.approx(slow(left, right, scale, positive, ignore), abs=1e-10)
 
 
@@ -60,7 +60,7 @@ def test_one_positive_a_row_is_cross_entropy():
     scale = torch.tensor(2.0, dtype=torch.float64)
     scores = left @ right.T * scale.exp()
     target = torch.arange(5)
-    found = symmetric_infonce(left, right, logit_scale=scale, positive=torch.eye(5, dtype=torch.bool))
+    found = contrastive_loss(left, right, logit_scale=scale, positive_mask=torch.eye(5, dtype=torch.bool))
     assert_close(found, F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
 
 
@@ -69,10 +69,10 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     positive, ignore = (torch.rand(7, 9, generator=generator) < share for share in (0.2, 0.1))
     found = []
     for size in (100, 3):
-        monkeypatch.setattr(objective, "BLOCK", size)
+        monkeypatch.setattr(objective, "SCORE_ROWS_PER_BLOCK", size)
         left, right = unit(7, 0).requires_grad_(), unit(9, 1).requires_grad_()
         scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-        loss = symmetric_infonce(left, right, logit_scale=scale, positive=positive, ignore=ignore & ~positive)
+        loss = contrastive_loss(left, right, logit_scale=scale, positive_mask=positive, ignore_mask=ignore & ~positive)
         loss.backward()
         found.append([loss.detach(), left.grad, right.grad, scale.grad])
     assert_close(*found, atol=1e-12, rtol=1e-10)
@@ -90,10 +90,10 @@ def test_positives_are_the_closure_of_pairs(rights, data):
         return a.record == b.record and b.role != "negative"
 
     wanted = [
-        [any(paired(x, y) for x in left if x.key == a.key for y in right if y.key == b.key) for b in right]
+        [any(paired(x, y) for x in left if x.content_key == a.content_key for y in right if y.content_key == b.content_key) for b in right]
         for a in left
     ]
-    assert positives(left, right).tolist() == wanted
+    assert find_positive_pairs(left, right).tolist() == wanted
 
 
 def test_gradients():
@@ -102,14 +102,14 @@ def test_gradients():
     positive = torch.zeros(4, 6, dtype=torch.bool)
     positive[0, :3] = positive[2, 5] = positive[3, 5] = True  # row 1 has none
     torch.autograd.gradcheck(
-        lambda a, b, s: symmetric_infonce(a, b, logit_scale=s, positive=positive), (left, right, scale)
+        lambda a, b, s: contrastive_loss(a, b, logit_scale=s, positive_mask=positive), (left, right, scale)
     )
 
 
 def test_a_pair_without_negatives_gives_zero_and_finite_gradients():
     left = unit(2, 0).requires_grad_()
-    loss = symmetric_infonce(
-        left, unit(2, 1), logit_scale=torch.tensor(3.0), positive=torch.ones(2, 2, dtype=torch.bool)
+    loss = contrastive_loss(
+        left, unit(2, 1), logit_scale=torch.tensor(3.0), positive_mask=torch.ones(2, 2, dtype=torch.bool)
     )
     loss.backward()
     assert float(loss.detach()) == 0 and left.grad is not None and bool((left.grad == 0).all())
@@ -119,9 +119,9 @@ def test_shares_of_ranks_sum_to_the_whole():
     left, right = unit(5, 0), unit(7, 1)
     positive = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) < 0.4
     scale = torch.tensor(2.0, dtype=torch.float64)
-    whole = symmetric_infonce(left, right, logit_scale=scale, positive=positive)
+    whole = contrastive_loss(left, right, logit_scale=scale, positive_mask=positive)
     shares = [
-        symmetric_infonce(left, right, logit_scale=scale, positive=positive, rows=rows, columns=columns, world_size=2)
+        contrastive_loss(left, right, logit_scale=scale, positive_mask=positive, rows=rows, columns=columns, world_size=2)
         for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7)))
     ]
     assert_close((shares[0] + shares[1]) / 2, whole)
@@ -135,7 +135,7 @@ def test_repeated_captions_and_copies_of_an_image_are_positives():
     left = [anchor("image", "a", "img1"), anchor("image", "b", "img2"), anchor("image", "c", "img1")]
     right = [anchor("text", "a", "a flower"), anchor("text", "b", "a flower"), anchor("text", "c", "a rose")]
     # b shares its caption with a; c is the image of a, so a's captions are c's and c's are a's.
-    assert positives(left, right).tolist() == [[True, True, True], [True, True, False], [True, True, True]]
+    assert find_positive_pairs(left, right).tolist() == [[True, True, True], [True, True, False], [True, True, True]]
 
 
 def test_what_asks_here_and_answers_there_is_not_its_own_negative():
@@ -147,7 +147,7 @@ def test_what_asks_here_and_answers_there_is_not_its_own_negative():
     def loss(turned: torch.Tensor) -> float:
         embeddings = torch.stack([vectors[0], vectors[1], vectors[2], turned])
         scale = torch.tensor(1.0, dtype=torch.float64)
-        return float(contrastive(Readout(embeddings, anchors, embeddings.new_zeros(0)), scale, floor=0.01))
+        return float(compute_contrastive_loss(Readout(embeddings, anchors, embeddings.new_zeros(0)), scale, min_temperature=0.01))
 
     near, far = loss(vectors[0]), loss(-vectors[0])
     alone = F.softplus((vectors[2] @ vectors[1] - vectors[2] @ vectors[0]) * math.e)
@@ -158,7 +158,7 @@ def test_what_asks_here_and_answers_there_is_not_its_own_negative():
 def test_a_hard_negative_is_negative_even_for_its_own_record():
     left = [anchor("query", "a", "q")]
     right = [anchor("positive", "a", "yes"), anchor("negative", "a", "no")]
-    assert positives(left, right).tolist() == [[True, False]]
+    assert find_positive_pairs(left, right).tolist() == [[True, False]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +168,7 @@ def test_false_negatives_are_what_no_pair_outdoes(n, m, seed):
     alike = torch.randint(0, 5, (n, m), generator=generator) / 4  # ties are common
     positive, told = (torch.rand(n, m, generator=generator) < share for share in (0.3, 0.2))
     kinds = tuple(torch.randint(1, 4, (size,), generator=generator) for size in (n, m))
-    found = false_negatives(alike, positive, told=told, kinds=kinds)
+    found = find_false_negatives(alike, positive, named_negatives=told, content_kinds=kinds)
     left, right = (kind.tolist() for kind in kinds)
     for i in range(n):
         for j in range(m):
@@ -185,9 +185,9 @@ def test_two_texts_are_not_taken_for_a_pair_because_they_are_texts():
     alike[:2, :2] = alike[2:, 2:] = 0.1  # image with text, text with image
     alike[positive] = 0.3
     kinds = torch.tensor([1, 1, 2, 2]), torch.tensor([2, 2, 1, 1])
-    assert not false_negatives(alike, positive, told=torch.zeros_like(positive), kinds=kinds).any()
+    assert not find_false_negatives(alike, positive, named_negatives=torch.zeros_like(positive), content_kinds=kinds).any()
     alike[0, 1] = 0.4
-    assert false_negatives(alike, positive, told=torch.zeros_like(positive), kinds=kinds).nonzero().tolist() == [[0, 1]]
+    assert find_false_negatives(alike, positive, named_negatives=torch.zeros_like(positive), content_kinds=kinds).nonzero().tolist() == [[0, 1]]
 
 
 def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
@@ -204,7 +204,7 @@ def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
     def guided_anchor(role: str, record: str, key: str, *slices: str) -> Anchor:
         shown = tuple(
             Slice(
-                tiny.picture() if one[0] in "xy" else one, one, {"cross": F.normalize(torch.tensor(seen[one]), dim=0)}
+                tiny.random_image() if one[0] in "xy" else one, one, {"cross": F.normalize(torch.tensor(seen[one]), dim=0)}
             )
             for one in slices or (key,)
         )
@@ -236,19 +236,19 @@ def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
     ignore = torch.zeros_like(positive)
     ignore[0, 1] = True  # x1 and b: nearer than x1 and a, and than x2 and b; x2 and a: nearer than both pairs too
     ignore[1, 0] = True
-    found = contrastive(readout, scale, floor=0.01, guide="cross")
+    found = compute_contrastive_loss(readout, scale, min_temperature=0.01, guide="cross")
     assert float(found) == pytest.approx(slow(left, right, 1.5, positive, ignore), abs=1e-10)
-    alone = contrastive(readout, scale, floor=0.01)
+    alone = compute_contrastive_loss(readout, scale, min_temperature=0.01)
     assert float(alone) == pytest.approx(slow(left, right, 1.5, positive), abs=1e-10) and float(alone) > float(found)
 
 
 def test_same_content_is_string_equality():
-    assert same_content(["a", "b"], ["b", "a", "b"]).tolist() == [[False, True, False], [True, False, True]]
+    assert match_content_keys(["a", "b"], ["b", "a", "b"]).tolist() == [[False, True, False], [True, False, True]]
 
 
 def test_the_temperature_has_a_floor():
-    assert float(torch.exp(-limited(torch.tensor(100.0), 0.01))) == pytest.approx(0.01)
-    assert float(limited(torch.tensor(1.0), 0.01)) == 1.0
+    assert float(torch.exp(-clamp_logit_scale(torch.tensor(100.0), 0.01))) == pytest.approx(0.01)
+    assert float(clamp_logit_scale(torch.tensor(1.0), 0.01)) == 1.0
 
 
 def test_the_temperature_leaves_its_floor_again():
@@ -256,7 +256,7 @@ def test_the_temperature_leaves_its_floor_again():
     scale = torch.nn.Parameter(torch.tensor(4.5))
     optimizer = torch.optim.AdamW([scale], lr=0.05, weight_decay=0.0)
     for step in range(60):
-        (limited(scale, 0.01) * (-1.0 if step < 30 else 1.0)).backward()
+        (clamp_logit_scale(scale, 0.01) * (-1.0 if step < 30 else 1.0)).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step == 29:
@@ -269,5 +269,5 @@ def test_the_temperature_leaves_its_floor_again():
 def test_the_limit_is_a_minimum_and_its_gradient_where_it_may_move():
     for value, slope, wanted in [(1.0, -2.0, -2.0), (1.0, 2.0, 2.0), (5.0, -2.0, 0.0), (5.0, 2.0, 2.0)]:
         scale = torch.tensor(value, requires_grad=True)
-        (limited(scale, 0.01) * slope).backward()
+        (clamp_logit_scale(scale, 0.01) * slope).backward()
         assert float(scale.grad) == wanted

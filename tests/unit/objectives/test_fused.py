@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from vlduet.objectives import sweeps
-from vlduet.objectives.alignment import alignment_posterior_pairs, gak_matrix, gak_pairs
+from vlduet.objectives.alignment import compute_alignment_posterior, gak_matrix, gak_pairs
 
 HERE = Path(__file__)
 NEEDS = "triton is not installed: it comes with CUDA builds of torch, or by 'pip install triton' on Linux"
@@ -75,11 +75,11 @@ def compare(device: str, *, lengths: list[int], dim: int) -> None:
         assert_close(
             gak_pairs(*given, sigma=sigma).double().cpu(), gak_pairs(sqdist, *ends, sigma=sigma), rtol=1e-5, atol=1e-4
         )
-        posterior = alignment_posterior_pairs(*given, sigma=sigma).double().cpu()
+        posterior = compute_alignment_posterior(*given, sigma=sigma).double().cpu()
         # At the smallest width log K is of thousands, and float32 distances alone move it by some 1e-3.
         assert_close(
             posterior,
-            alignment_posterior_pairs(sqdist, *ends, sigma=sigma),
+            compute_alignment_posterior(sqdist, *ends, sigma=sigma),
             rtol=1e-3,
             atol=5e-3 if sigma < 0.1 else 1e-5,
         )

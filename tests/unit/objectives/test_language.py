@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vlduet.objectives.language import language_loss, token_nll
+from vlduet.objectives.language import language_loss, compute_token_nll
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8, 21])
@@ -19,7 +19,7 @@ def test_chunks_do_not_change_values_or_gradients(count: int, with_bias: bool, c
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(11, dtype=torch.float64, requires_grad=True) if with_bias else None
     targets = torch.randint(11, (count,))
-    found = token_nll(hidden, weight, targets, bias=bias, cap=cap, chunk=4)
+    found = compute_token_nll(hidden, weight, targets, bias=bias, logit_softcap=cap, chunk_size=4)
     logits = F.linear(hidden, weight, bias)
     slow = F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="none")
     assert_close(found.double(), slow)
@@ -33,6 +33,6 @@ def test_chunks_do_not_change_values_or_gradients(count: int, with_bias: bool, c
 
 def test_the_mean_is_over_the_global_count() -> None:
     shares = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0])]
-    losses = [language_loss(nll, global_count=4, world_size=2) for nll in shares]
+    losses = [language_loss(nll, global_token_count=4, world_size=2) for nll in shares]
     assert float(sum(losses) / 2) == pytest.approx(16 / 4)  # type: ignore[arg-type]
-    assert float(language_loss(torch.zeros(0), global_count=0)) == 0
+    assert float(language_loss(torch.zeros(0), global_token_count=0)) == 0

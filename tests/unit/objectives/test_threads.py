@@ -26,7 +26,7 @@ def test_in_order_and_each_on_one_core(cores):
         return n, torch.get_num_threads(), threading.current_thread().name, (x * n).requires_grad
 
     for _ in range(2):
-        found = threads.each(work, range(20))
+        found = threads.map_in_threads(work, range(20))
         assert [n for n, *_ in found] == list(range(20))
         assert all(not recorded for *_, recorded in found)
         if cores > 1:
@@ -36,7 +36,7 @@ def test_in_order_and_each_on_one_core(cores):
 
 
 def test_threads_that_begin_later_have_all_cores(cores):
-    threads.each(abs, [1, 2, 3])
+    threads.map_in_threads(abs, [1, 2, 3])
     found: list[int] = []
     later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     later.start()
@@ -51,8 +51,8 @@ def test_an_error_comes_out(cores):
         return n
 
     with pytest.raises(ValueError, match="three"):
-        threads.each(work, range(6))
-    assert threads.each(work, [1, 2]) == [1, 2]
+        threads.map_in_threads(work, range(6))
+    assert threads.map_in_threads(work, [1, 2]) == [1, 2]
 
 
 def test_no_more_threads_is_an_error_and_no_wait(monkeypatch):
@@ -69,9 +69,9 @@ def test_no_more_threads_is_an_error_and_no_wait(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(threads.ThreadPoolExecutor, "submit", submit)
             with pytest.raises(RuntimeError, match="new thread"):
-                threads.each(abs, [1, 2, 3])
+                threads.map_in_threads(abs, [1, 2, 3])
         assert isinstance(begun[0].exception(timeout=60), threading.BrokenBarrierError), "it waits no more"
-        assert threads.each(abs, [-1, 2, -3]) == [1, 2, 3]
+        assert threads.map_in_threads(abs, [-1, 2, -3]) == [1, 2, 3]
     finally:
         torch.set_num_threads(before)
 

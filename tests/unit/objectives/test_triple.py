@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from vlduet.objectives import sweeps, triple
 from vlduet.objectives.structure import structure_loss
-from vlduet.objectives.triple import Prefixes, calibrate, related, spread, target_matrix, triple_cosines
+from vlduet.objectives.triple import Prefixes, calibrate_cosines, find_related_slices, compute_target_std, compute_target_matrix, compute_triple_cosines
 
 
 def unit(rows: int, seed: int, width: int = 6) -> torch.Tensor:
@@ -50,7 +50,7 @@ class Stories:
         )
 
     def cosines(self, *, without_triple: bool = False) -> torch.Tensor:
-        return triple_cosines(self.same, self.cross, image=self.image, triple=not without_triple)
+        return compute_triple_cosines(self.same, self.cross, is_image=self.image, use_triple_kernel=not without_triple)
 
 
 # ---------------------------------------------------------------------- the slow twin
@@ -128,7 +128,7 @@ def slow_targets(stories: Stories, distance, *, target="gak", same_sequence="all
 @pytest.mark.parametrize("without_triple", [False, True])
 def test_the_triple_kernel_chooses_for_every_pair(without_triple: bool) -> None:
     stories = Stories(1)
-    found = triple.squared_distances(stories.cosines(without_triple=without_triple))
+    found = triple.cosines_to_squared_distances(stories.cosines(without_triple=without_triple))
     for a, b in itertools.product(range(9), range(9)):
         assert float(found[a, b]) == pytest.approx(phi(stories, a, b, without_triple=without_triple), abs=1e-12)
 
@@ -141,7 +141,7 @@ def test_the_triple_kernel_chooses_for_every_pair(without_triple: bool) -> None:
 def test_targets_are_the_slow_loop(target, delta, single, same_sequence, without_triple) -> None:
     stories = Stories(2)
     rules = {"target": target, "same_sequence": same_sequence, "single": single, "delta": delta}
-    found = target_matrix(stories.cosines(without_triple=without_triple), stories.tensors(), **rules)
+    found = compute_target_matrix(stories.cosines(without_triple=without_triple), stories.tensors(), **rules)
     wanted = slow_targets(stories, lambda a, b: phi(stories, a, b, without_triple=without_triple), **rules)
     assert_close(found, wanted, atol=1e-10, rtol=1e-9)
     assert bool(found.diagonal().eq(1).all()) and bool((found <= 1).all())
@@ -157,8 +157,8 @@ def test_targets_in_single_precision_are_those_in_double(target, delta, compiled
         monkeypatch.setattr(sweeps, "compiled", lambda: None)
     stories = Stories(3, lengths=(40, 1, 17, 70, 2, 33), slices=80)
     rules = {"target": target, "delta": delta, "single": "gak"}
-    found = target_matrix(stories.cosines().float(), stories.tensors(), **rules)
-    wanted = target_matrix(stories.cosines(), stories.tensors(), **rules)
+    found = compute_target_matrix(stories.cosines().float(), stories.tensors(), **rules)
+    wanted = compute_target_matrix(stories.cosines(), stories.tensors(), **rules)
     assert found.dtype == torch.float32 and wanted.std() > 0.1
     assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
 
@@ -167,33 +167,33 @@ def test_targets_in_single_precision_are_those_in_double(target, delta, compiled
 def test_rows_of_a_rank_are_rows_of_the_whole(target) -> None:
     stories = Stories(3)
     cosines, prefixes = stories.cosines(), stories.tensors()
-    whole = target_matrix(cosines, prefixes, target=target)
+    whole = compute_target_matrix(cosines, prefixes, target=target)
     for begin, stop in ((0, 4), (4, 5), (5, len(prefixes)), (2, 2)):
-        assert_close(target_matrix(cosines, prefixes, target=target, rows=slice(begin, stop)), whole[begin:stop])
+        assert_close(compute_target_matrix(cosines, prefixes, target=target, rows=slice(begin, stop)), whole[begin:stop])
     assert_close(whole, whole.T)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stories = Stories(4)
     for target in ("gak", "awm"):
-        monkeypatch.setattr(triple, "CELLS", 1 << 22)
-        whole = target_matrix(stories.cosines(), stories.tensors(), target=target)
-        monkeypatch.setattr(triple, "CELLS", 20)
-        assert_close(target_matrix(stories.cosines(), stories.tensors(), target=target), whole)
+        monkeypatch.setattr(triple, "MAX_CELLS_PER_CHUNK", 1 << 22)
+        whole = compute_target_matrix(stories.cosines(), stories.tensors(), target=target)
+        monkeypatch.setattr(triple, "MAX_CELLS_PER_CHUNK", 20)
+        assert_close(compute_target_matrix(stories.cosines(), stories.tensors(), target=target), whole)
 
 
 def test_what_fills_the_padding_changes_nothing() -> None:
     stories = Stories(5)
     prefixes = stories.tensors()
-    inside = torch.arange(prefixes.slices.shape[1]) < prefixes.lengths[:, None]
-    other = Prefixes(torch.where(inside, prefixes.slices, 7), prefixes.lengths, prefixes.sequence)
+    inside = torch.arange(prefixes.slice_indices.shape[1]) < prefixes.lengths[:, None]
+    other = Prefixes(torch.where(inside, prefixes.slice_indices, 7), prefixes.lengths, prefixes.sequence_ids)
     for target in ("gak", "mean", "awm"):
         for same in ("all", "nested"):
             assert_close(
-                target_matrix(stories.cosines(), prefixes, target=target, same_sequence=same),
-                target_matrix(stories.cosines(), other, target=target, same_sequence=same),
+                compute_target_matrix(stories.cosines(), prefixes, target=target, same_sequence=same),
+                compute_target_matrix(stories.cosines(), other, target=target, same_sequence=same),
             )
-    assert torch.equal(related(prefixes, 9), related(other, 9))
+    assert torch.equal(find_related_slices(prefixes, 9), find_related_slices(other, 9))
 
 
 def test_order_matters_to_the_alignment_and_not_to_the_mean() -> None:
@@ -201,17 +201,17 @@ def test_order_matters_to_the_alignment_and_not_to_the_mean() -> None:
     stories = Stories(6, slices=5)
     stories.prefixes = [(0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3, 4]), (2, [4, 2, 0, 3, 1])]
     for target, blind in (("gak", False), ("awm", False), ("mean", True)):
-        found = target_matrix(stories.cosines(), stories.tensors(), target=target, delta=0.5)
+        found = compute_target_matrix(stories.cosines(), stories.tensors(), target=target, delta=0.5)
         assert (abs(float(found[0, 1] - found[0, 2])) < 1e-9) == blind
         assert float(found[0, 1]) >= float(found[0, 2]) - 1e-9
 
 
 def test_one_prefix_and_one_long_one() -> None:
     stories = Stories(7, lengths=(1,))
-    assert target_matrix(stories.cosines(), stories.tensors()).tolist() == [[1.0]]
+    assert compute_target_matrix(stories.cosines(), stories.tensors()).tolist() == [[1.0]]
     stories.prefixes = [(0, [i % 9 for i in range(500)]), (1, [3]), (2, [i % 7 for i in range(480)])]
     for target in ("gak", "mean", "awm"):
-        found = target_matrix(stories.cosines().float(), stories.tensors(), target=target)
+        found = compute_target_matrix(stories.cosines().float(), stories.tensors(), target=target)
         assert bool(found.isfinite().all()), target
 
 
@@ -239,7 +239,7 @@ def test_the_memory_of_targets(target: str) -> None:
 
 def test_targets_have_no_gradient() -> None:
     stories = Stories(8)
-    assert not target_matrix(stories.cosines().requires_grad_(), stories.tensors()).requires_grad
+    assert not compute_target_matrix(stories.cosines().requires_grad_(), stories.tensors()).requires_grad
 
 
 # ---------------------------------------------------------------------- calibration
@@ -248,7 +248,7 @@ def test_targets_have_no_gradient() -> None:
 def test_calibration_is_the_slow_loop() -> None:
     stories = Stories(9, slices=40, lengths=(9, 8, 7, 8))
     cosines, prefixes = stories.cosines(), stories.tensors()
-    found = calibrate(cosines, image=stories.image, related=related(prefixes, 40))
+    found = calibrate_cosines(cosines, is_image=stories.image, is_related=find_related_slices(prefixes, 40))
     together = {(a, b) for d in stories.documents for a in d for b in d}
     for kinds in ({(True, True)}, {(False, False)}, {(True, False), (False, True)}):
         block = [
@@ -266,23 +266,23 @@ def test_calibration_is_the_slow_loop() -> None:
 def test_a_block_with_too_few_pairs_stays_as_it_is() -> None:
     stories = Stories(10, slices=5)
     cosines = stories.cosines()
-    assert torch.equal(calibrate(cosines, image=stories.image, related=torch.eye(5, dtype=torch.bool)), cosines)
+    assert torch.equal(calibrate_cosines(cosines, is_image=stories.image, is_related=torch.eye(5, dtype=torch.bool)), cosines)
     equal = torch.ones(40, 40)
-    assert torch.equal(calibrate(equal, image=torch.ones(40, dtype=torch.bool), related=equal < 0), equal)
+    assert torch.equal(calibrate_cosines(equal, is_image=torch.ones(40, dtype=torch.bool), is_related=equal < 0), equal)
 
 
 def test_related_slices_stand_in_one_sequence() -> None:
     prefixes = Prefixes(torch.tensor([[0, 1, 1], [2, 0, 3]]), torch.tensor([2, 1]), torch.tensor([4, 9]))
     wanted = torch.zeros(4, 4, dtype=torch.bool)
     wanted[:2, :2] = wanted[2, 2] = True
-    assert torch.equal(related(prefixes, 4), wanted)
+    assert torch.equal(find_related_slices(prefixes, 4), wanted)
 
 
 def test_spread_is_over_different_sequences() -> None:
     prefixes = Prefixes(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, dtype=torch.long), torch.tensor([0, 0, 1]))
     target = torch.tensor([[1.0, 1.0, 0.2], [1.0, 1.0, 0.4], [0.2, 0.4, 1.0]])
-    assert spread(target, prefixes) == pytest.approx(statistics.stdev([0.2, 0.4, 0.2, 0.4]))
-    assert spread(target[2:], prefixes, rows=slice(2, 3)) == pytest.approx(statistics.stdev([0.2, 0.4]))
+    assert compute_target_std(target, prefixes) == pytest.approx(statistics.stdev([0.2, 0.4, 0.2, 0.4]))
+    assert compute_target_std(target[2:], prefixes, rows=slice(2, 3)) == pytest.approx(statistics.stdev([0.2, 0.4]))
 
 
 # ---------------------------------------------------------------------- the loss
@@ -325,7 +325,7 @@ def test_shares_of_ranks_sum_to_the_whole(form) -> None:
     vectors = unit(5, 1)
     target = torch.rand(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     shares = [
-        structure_loss(vectors[a:b], vectors, target=target[a:b], begin=a, world_size=3, **form)
+        structure_loss(vectors[a:b], vectors, target=target[a:b], first_row=a, world_size=3, **form)
         for a, b in ((0, 2), (2, 2), (2, 5))
     ]
     assert_close(sum(shares) / 3, structure_loss(vectors, vectors, target=target, **form))

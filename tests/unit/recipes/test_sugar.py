@@ -15,29 +15,29 @@ from torch.testing import assert_close
 
 import judges
 import tiny
-from vlduet.config import options as checked
+from vlduet.config import parse_options as checked
 from vlduet.data.records import ImageRef, Message, Record
-from vlduet.data.sequences import IGNORE, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import slice_of
-from vlduet.model.readout import empty_readout
+from vlduet.model.encoders import make_slice
+from vlduet.model.readout import create_empty_readout
 from vlduet.recipes import sugar
-from vlduet.recipes.sugar import Options, layout, objective, positions
+from vlduet.recipes.sugar import Options, layout, objective, draw_anchor_positions
 
-SUGAR = replace(tiny.BARE, text="{text}", parts="{parts}")
+SUGAR = replace(tiny.PLAIN_PROMPTS, text="{text}", parts="{parts}")
 EOS = 2
 
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
-    made = tiny.duet(tmp_path_factory.mktemp(family) / "base", family=family, prompts=SUGAR)
+    made = tiny.build_duet_model(tmp_path_factory.mktemp(family) / "base", family=family, prompts=SUGAR)
     return made
 
 
 def story(number: int = 0, *, name: str | None = None) -> Record:
-    a, b = tiny.picture(2 * number), tiny.picture(2 * number + 1)
+    a, b = tiny.random_image(2 * number), tiny.random_image(2 * number + 1)
     return Record(name or f"story{number}", parts=(a, f"First {number}.", "And then a bird.", b, "The end."))
 
 
@@ -47,7 +47,7 @@ def lay(model: DuetModel, record: Record, *, position: int = 0, **options: Any) 
 
 
 def text_at(model: DuetModel, sequence: Sequence, start: int, end: int) -> str:
-    return str(model.backbone.tokenizer.decode(sequence.ids[start:end]))
+    return str(model.backbone.tokenizer.decode(sequence.token_ids[start:end]))
 
 
 # ---------------------------------------------------------------------- layout
@@ -57,7 +57,7 @@ def test_an_anchor_at_every_slice_s_end(model: DuetModel) -> None:
     sequence = lay(model, story(), k=5)
     assert [anchor.role for anchor in sequence.anchors] == ["image", "text", "text", "image", "text"]
     assert [len(anchor.slices) for anchor in sequence.anchors] == [1, 2, 3, 4, 5]
-    images = [(at + image.own[0], at + image.own[1]) for at, image in sequence.images]
+    images = [(at + image.feature_span[0], at + image.feature_span[1]) for at, image in sequence.images]
     assert [(a.start, a.end) for a in sequence.anchors if a.role == "image"] == images
     for anchor in sequence.anchors:
         if anchor.role == "text":
@@ -65,7 +65,7 @@ def test_an_anchor_at_every_slice_s_end(model: DuetModel) -> None:
             text = anchor.slices[-1].part
             assert isinstance(text, str)
             assert text_at(model, sequence, anchor.end - len(text), anchor.end) == text  # a token is a byte
-    told = [i for i in sequence.labels if i != IGNORE]
+    told = [i for i in sequence.labels if i != IGNORE_INDEX]
     assert model.backbone.tokenizer.decode(told, skip_special_tokens=True) == "First 0. And then a bird.The end."
     assert sequence.labels[-1] == EOS
 
@@ -85,7 +85,7 @@ def test_pool_last_reads_the_last_image_token(model: DuetModel) -> None:
     try:
         sequence = lay(model, story(), k=5, pool="last")
         at, image = sequence.images[0]
-        last = at + image.own[1] - 1
+        last = at + image.feature_span[1] - 1
         assert (sequence.anchors[0].start, sequence.anchors[0].end) == (last, last + 1)
         with pytest.raises(ConfigError, match=r"recipe.pool is mean.*image_pool is last"):
             lay(model, story())
@@ -103,7 +103,7 @@ def test_positions_are_drawn_by_the_sample_alone(model: DuetModel) -> None:
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 6), st.integers(0, 99))
 def test_positions(images: list[bool], k: int, seed: int) -> None:
-    chosen = positions(images, k, random.Random(seed))
+    chosen = draw_anchor_positions(images, k, random.Random(seed))
     assert chosen == sorted(set(chosen)) and len(chosen) == min(k, len(images))
     if k > 1 and len(set(images)) == 2:
         assert {images[i] for i in chosen} == {True, False}
@@ -111,30 +111,30 @@ def test_positions(images: list[bool], k: int, seed: int) -> None:
 
 def test_every_position_is_drawn() -> None:
     images = [True, False, False, True, False]
-    drawn = {i for seed in range(50) for i in positions(images, 2, random.Random(seed))}
+    drawn = {i for seed in range(50) for i in draw_anchor_positions(images, 2, random.Random(seed))}
     assert drawn == set(range(5))
 
 
 def test_pairs_retrieval_records_and_chats(model: DuetModel) -> None:
-    pair = Record("p", image=tiny.picture(1), short=("a flower",), long="Long one. And more.")
+    pair = Record("p", image=tiny.random_image(1), short=("a flower",), long="Long one. And more.")
     sequence = lay(model, pair)
     assert [[type(one.part) for one in anchor.slices] for anchor in sequence.anchors] == [[ImageRef], [ImageRef, str]]
     either = {lay(model, pair, position=p, pair_order="either").anchors[0].role for p in range(20)}
     assert either == {"image", "text"}
-    long = lay(model, Record("p", image=tiny.picture(1), long="Long one. And more."))
+    long = lay(model, Record("p", image=tiny.random_image(1), long="Long one. And more."))
     assert [len(anchor.slices) for anchor in long.anchors] == [1, 2, 3]
-    image = lay(model, Record("p", image=tiny.picture(1)))
-    assert len(image.anchors) == 1 and set(image.labels) == {IGNORE}
-    asked = lay(model, Record("r", query=(tiny.picture(2), "what?"), positive=(("a bird",),)))
+    image = lay(model, Record("p", image=tiny.random_image(1)))
+    assert len(image.anchors) == 1 and set(image.labels) == {IGNORE_INDEX}
+    asked = lay(model, Record("r", query=(tiny.random_image(2), "what?"), positive=(("a bird",),)))
     assert [anchor.slices[-1].part for anchor in asked.anchors][1:] == ["what?", "a bird"]
     chat = lay(model, Record("c", messages=(Message("user", ("hi",)), Message("assistant", ("ho",)))))
-    assert chat.anchors == () and set(chat.labels) != {IGNORE}
+    assert chat.anchors == () and set(chat.labels) != {IGNORE_INDEX}
     with pytest.raises(DataError, match="an empty sequence"):
         lay(model, Record("none"))
 
 
 def test_what_does_not_fit_is_left_out_whole(model: DuetModel) -> None:
-    slices = tuple(f"sentence {i}." if i % 7 else tiny.picture(i) for i in range(500))
+    slices = tuple(f"sentence {i}." if i % 7 else tiny.random_image(i) for i in range(500))
     model.renderer.max_tokens = 300
     try:
         begins = set()
@@ -151,8 +151,8 @@ def test_what_does_not_fit_is_left_out_whole(model: DuetModel) -> None:
             if isinstance(text := window[-1], str):
                 assert text_at(model, sequence, last.end - len(text), last.end) == text
         assert len(begins) > 5
-        long = Record("p", image=tiny.picture(1), long="A sentence of a caption. " * 40)
-        assert {lay(model, long, position=p).anchors[0].slices[0].key for p in range(4)} == {slice_of(long.image).key}
+        long = Record("p", image=tiny.random_image(1), long="A sentence of a caption. " * 40)
+        assert {lay(model, long, position=p).anchors[0].slices[0].content_key for p in range(4)} == {make_slice(long.image).content_key}
         alone = lay(model, Record("one", parts=("x" * 400,)))
         assert len(alone) == 300 and alone.anchors[0].end == 299  # then the end-of-text token
     finally:
@@ -188,7 +188,7 @@ def test_the_encoders_that_are_asked() -> None:
 def records() -> list[Record]:
     return [
         story(0),
-        Record("pair", image=tiny.picture(0), short=("First 0.",)),  # shares both slices with story0
+        Record("pair", image=tiny.random_image(0), short=("First 0.",)),  # shares both slices with story0
         Record("chat", messages=(Message("user", ("hi",)), Message("assistant", ("ho",)))),
         story(3),
         story(0),  # the same record at another place
@@ -198,7 +198,7 @@ def records() -> list[Record]:
 
 def batch(model: DuetModel, encoders: Any = None, **options: Any) -> Any:
     sequences = [lay(model, record, position=i, **options) for i, record in enumerate(records())]
-    return model(model.collate((encoders or judges.judges()).see(sequences)))
+    return model(model.collate((encoders or judges.build_random_encoders()).attach_features(sequences)))
 
 
 SWITCHES: list[dict[str, Any]] = [
@@ -214,17 +214,17 @@ SWITCHES: list[dict[str, Any]] = [
 def test_structure_is_the_paper_s_sum(model: DuetModel, options: dict[str, Any]) -> None:
     """Targets are looked up by content, whatever order the slices are packed in."""
     from vlduet.objectives.structure import structure_loss
-    from vlduet.objectives.triple import Prefixes, target_matrix
+    from vlduet.objectives.triple import Prefixes, compute_target_matrix
 
     readout = batch(model, **options)
-    found = sugar.structure(readout, Options(**options))
+    found = sugar.compute_structure_loss(readout, Options(**options))
     prefixes = [(a.record, a.slices) for a in readout.anchors]
     flat = [one for _, slices in prefixes for one in slices]  # every slice as often as it occurs
 
     def cosine(a: Any, b: Any) -> float:
         kinds = {isinstance(one.part, ImageRef) for one in (a, b)}
         role = "cross" if len(kinds) == 2 or options.get("triple") is False else "vision" if True in kinds else "text"
-        return float(F.cosine_similarity(judges.vector(a.part, role), judges.vector(b.part, role), dim=0))
+        return float(F.cosine_similarity(judges.draw_vector(a.part, role), judges.draw_vector(b.part, role), dim=0))
 
     # Equal slices get one number: the share that two prefixes have in common is counted by number.
     keys = list(dict.fromkeys(one.key for one in flat))
@@ -240,7 +240,7 @@ def test_structure_is_the_paper_s_sum(model: DuetModel, options: dict[str, Any])
     )
     rules = {key: value for key, value in options.items() if key in ("target", "same_sequence", "single", "delta")}
     form = {key: value for key, value in options.items() if key in ("loss", "n_ref")}
-    target = target_matrix(cosines, packed, **rules)
+    target = compute_target_matrix(cosines, packed, **rules)
     wanted = structure_loss(readout.embeddings, readout.embeddings, target=target, **form)
     assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     found.backward()
@@ -250,42 +250,42 @@ def test_structure_is_the_paper_s_sum(model: DuetModel, options: dict[str, Any])
 def test_no_weight_costs_nothing(model: DuetModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sugar, "compared", lambda *_, **__: pytest.fail("the slices were compared"))
     monkeypatch.setattr(sugar, "target_matrix", lambda *_, **__: pytest.fail("targets were computed"))
-    losses = objective(batch(model, judges.Encoders({}, cache=judges.FeatureCache(None))), model.logit_scale, Options())
+    losses = objective(batch(model, judges.FrozenEncoders({}, cache=judges.FeatureCache(None))), model.logit_scale, Options())
     assert float(losses["structure"].detach()) == 0.0 and float(losses["language"].detach()) > 0
 
 
 def test_a_part_of_the_features_is_our_mistake(model: DuetModel) -> None:
-    seen = judges.judges().see([lay(model, story())])[0]
+    seen = judges.build_random_encoders().attach_features([lay(model, story())])[0]
     with pytest.raises(AssertionError, match="a part of the slices"):
-        sugar.structure(model(model.collate([seen, lay(model, story(1))])), Options())
+        sugar.compute_structure_loss(model(model.collate([seen, lay(model, story(1))])), Options())
 
 
 def test_calibration_uses_the_batch(model: DuetModel) -> None:
-    raw, scaled = (sugar.structure(batch(model, calibrate=on), Options(calibrate=on)) for on in (False, True))
+    raw, scaled = (sugar.compute_structure_loss(batch(model, calibrate=on), Options(calibrate=on)) for on in (False, True))
     assert bool(scaled.isfinite()) and float(scaled.detach()) != float(raw.detach())
 
 
 def test_nothing_usable_is_zero_and_part_of_the_graph() -> None:
-    losses = objective(empty_readout(4, like=torch.zeros(())), torch.zeros(()), Options())
+    losses = objective(create_empty_readout(4, like=torch.zeros(())), torch.zeros(()), Options())
     assert float(losses["structure"].detach()) == 0 and losses["structure"].requires_grad
 
 
 def test_flat_targets_are_told_once(model: DuetModel, capsys: pytest.CaptureFixture[str]) -> None:
     sugar._warn_once.cache_clear()
-    encoders = judges.judges()
-    for encoder in encoders.encoders.values():  # everything is like everything
-        encoder.open = lambda: dict.fromkeys(("image", "text"), lambda parts: torch.ones(len(parts), 3))
+    encoders = judges.build_random_encoders()
+    for encoder in encoders.by_role.values():  # everything is like everything
+        encoder.load = lambda: dict.fromkeys(("image", "text"), lambda parts: torch.ones(len(parts), 3))
     for _ in range(2):
-        sugar.structure(batch(model, encoders), Options(target="mean"))
+        sugar.compute_structure_loss(batch(model, encoders), Options(target="mean"))
     assert capsys.readouterr().err.count("nothing to learn") == 1
     sugar._warn_once.cache_clear()
-    sugar.structure(batch(model), Options(target="mean"))
+    sugar.compute_structure_loss(batch(model), Options(target="mean"))
     assert "nothing to learn" not in capsys.readouterr().err
 
 
 def test_two_draws_of_a_record_are_one_sequence_and_two_files_are_not(model: DuetModel) -> None:
-    record = Record("0", parts=("one", tiny.picture(0), "two", tiny.picture(1)))
+    record = Record("0", parts=("one", tiny.random_image(0), "two", tiny.random_image(1)))
     samples = [Sample(record, 3, 0, "0.0"), Sample(record, 8, 0, "0.0"), Sample(record, 9, 0, "1.0")]
-    names = [{a.record for s in layout(one, model.renderer, Options()) for a in s.anchors} for one in samples]
+    names = [{a.record_name for s in layout(one, model.renderer, Options()) for a in s.anchors} for one in samples]
     assert all(len(name) == 1 for name in names)
     assert names[0] == names[1] != names[2]

@@ -9,11 +9,11 @@ import pytest
 
 import tiny
 from vlduet.data.records import Record
-from vlduet.data.sequences import IGNORE
+from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
-from vlduet.recipes.contrast import positives
+from vlduet.recipes.contrast import find_positive_pairs
 from vlduet.recipes.vladva import Options, encoders, layout
 
 SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
@@ -21,11 +21,11 @@ SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a tok
 
 def told(model: DuetModel, *, short: tuple[str, ...] = (), long: str | None = None, **options: Any) -> tuple[str, str]:
     """(what is contrasted, what is learned to write)"""
-    record = Record("1", image=tiny.picture(0), short=short, long=long)
+    record = Record("1", image=tiny.random_image(0), short=short, long=long)
     sequences = layout(Sample(record, 0, 0), model.renderer, Options(**options))
     decode = model.backbone.tokenizer.decode
-    contrasted = [decode(s.ids) for s in sequences for a in s.anchors if a.role == "text"]
-    written = [decode([i for i in s.labels if i != IGNORE]) for s in sequences]
+    contrasted = [decode(s.token_ids) for s in sequences for a in s.anchors if a.role == "text"]
+    written = [decode([i for i in s.labels if i != IGNORE_INDEX]) for s in sequences]
     return "".join(contrasted).removeprefix("<s>").removesuffix("</s>"), "".join(written).removesuffix("</s>")
 
 
@@ -51,7 +51,7 @@ def test_a_record_without_a_caption_of_either_length_is_named(model: DuetModel) 
 
 
 def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> None:
-    records = [Record("0", image=tiny.picture(i), short=(f"caption {i}",)) for i in range(2)]
+    records = [Record("0", image=tiny.random_image(i), short=(f"caption {i}",)) for i in range(2)]
     anchors = [
         anchor
         for position, record in enumerate(records)
@@ -59,11 +59,11 @@ def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> N
         for anchor in sequence.anchors
     ]
     images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
-    assert positives(images, texts).tolist() == [[True, False], [False, True]]
+    assert find_positive_pairs(images, texts).tolist() == [[True, False], [False, True]]
 
 
 def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> None:
-    record = Record("0", image=tiny.picture(0), short=tuple(f"caption {i}" for i in range(9)))
+    record = Record("0", image=tiny.random_image(0), short=tuple(f"caption {i}" for i in range(9)))
     anchors = [
         anchor
         for position in range(4)
@@ -71,31 +71,31 @@ def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> No
         for anchor in sequence.anchors
     ]
     images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
-    assert len({text.key for text in texts}) > 1, "another caption each time"
-    assert positives(images, texts).all(), "an image's captions are never its negatives"
+    assert len({text.content_key for text in texts}) > 1, "another caption each time"
+    assert find_positive_pairs(images, texts).all(), "an image's captions are never its negatives"
 
 
 def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetModel) -> None:
-    records = [Record("p", image=tiny.picture(0), short=("a",)), Record("l", image=tiny.picture(1), long=LONG)]
+    records = [Record("p", image=tiny.random_image(0), short=("a",)), Record("l", image=tiny.random_image(1), long=LONG)]
     by_record = [layout(Sample(record, 0, 0), model.renderer, Options()) for record in records]
     assert [len(s.anchors) for s in by_record[0]] == [1, 1]
     assert [len(s.anchors) for s in by_record[1]] == [0]
-    assert any(label != IGNORE for label in by_record[1][0].labels)
+    assert any(label != IGNORE_INDEX for label in by_record[1][0].labels)
 
 
 def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> None:
-    picture = tiny.picture(0)
+    picture = tiny.random_image(0)
     pair = Record("1", image=picture, short=("a cat",), long="a cat that sleeps")
-    asked = Record("2", query=(picture, "where?"), positive=(("here",),), negative=((tiny.picture(1),), ("there",)))
+    asked = Record("2", query=(picture, "where?"), positive=(("here",),), negative=((tiny.random_image(1),), ("there",)))
     options = Options(guide="triple")
     found = {
-        anchor.role + anchor.key[-6:]: tuple(one.part for one in anchor.slices)
+        anchor.role + anchor.content_key[-6:]: tuple(one.part for one in anchor.slices)
         for record in (pair, asked)
         for sequence in layout(Sample(record, 0, 0), model.renderer, options)
         for anchor in sequence.anchors
     }
     shown = [(picture,), ("a cat",), (picture, "where?"), ("here",)]
-    assert list(found.values()) == [*shown, (tiny.picture(1),), ("there",)]
+    assert list(found.values()) == [*shown, (tiny.random_image(1),), ("there",)]
     assert all(not a.slices for s in layout(Sample(pair, 0, 0), model.renderer, Options()) for a in s.anchors)
     assert encoders(options, {"contrastive": 1.0}) == ("vision", "text", "cross")
     assert encoders(Options(guide="cross"), {"contrastive": 0.5}) == ("cross",)
@@ -103,11 +103,11 @@ def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> N
 
 
 def test_hard_negatives_of_a_pair_stand_beside_both_of_its_losses(model: DuetModel) -> None:
-    wrong = (("a dog",), (tiny.picture(3), "a cat"))
-    pair = Record("1", image=tiny.picture(0), short=("a cat",), long="a cat that sleeps", negative=wrong)
+    wrong = (("a dog",), (tiny.random_image(3), "a cat"))
+    pair = Record("1", image=tiny.random_image(0), short=("a cat",), long="a cat that sleeps", negative=wrong)
     image, text, *negatives = layout(Sample(pair, 0, 0), model.renderer, Options())
-    assert any(label != IGNORE for label in image.labels)
+    assert any(label != IGNORE_INDEX for label in image.labels)
     assert [a.role for s in (image, text, *negatives) for a in s.anchors] == ["image", "text", "negative", "negative"]
-    assert {a.record for s in (image, text, *negatives) for a in s.anchors} == {Sample(pair, 0, 0).name}
+    assert {a.record_name for s in (image, text, *negatives) for a in s.anchors} == {Sample(pair, 0, 0).record_name}
     alone = replace(pair, short=())
     assert len(layout(Sample(alone, 0, 0), model.renderer, Options())) == 1, "nothing asks, so nothing is wrong"

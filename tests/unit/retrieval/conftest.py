@@ -56,7 +56,7 @@ class FakeModel:
         total[-1] = 0.1  # nothing is at the origin
         for part in parts:
             if isinstance(part, ImageRef):
-                total[:3] += images.to_pixels(images.load(part)).mean((0, 1)) / 255
+                total[:3] += images.to_pixels(images.load_image(part)).mean((0, 1)) / 255
                 continue
             for word in part.lower().split():
                 if word in COLOURS:

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, RetrievalError
-from vlduet.retrieval.build import MAX_FIELDS, build
+from vlduet.retrieval.build import MAX_FILTER_KEYS, build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 
@@ -28,7 +28,7 @@ def counts(report: Any) -> dict[str, int]:
 
 
 def test_build_and_search(pairs: Path, tmp_path: Path, model: Any, store: Any) -> None:
-    report = build(model, pairs, to=tmp_path / "index", store=store)
+    report = build_index(model, pairs, to=tmp_path / "index", store=store)
     assert counts(report) == {"added": 4, "embedded": 4, "count": 4}
     with Index.open(tmp_path / "index", model) as index:
         assert index.manifest.complete and index.manifest.count == index.count() == 4
@@ -42,22 +42,22 @@ def test_build_and_search(pairs: Path, tmp_path: Path, model: Any, store: Any) -
 def test_only_new_content_is_embedded(pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     folder = pairs.parent
     to = tmp_path / "index"
-    build(model, pairs, to=to, store=store)
+    build_index(model, pairs, to=to, store=store)
     model.embedded.clear()
 
-    assert counts(build(model, pairs, to=to)) == {"kept": 4, "count": 4}
+    assert counts(build_index(model, pairs, to=to)) == {"kept": 4, "count": 4}
 
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     rows[0]["short"] = "another caption"  # the image is what is embedded
     rows[1]["id"] = "renamed"
     rows.append({"id": "twin", "image": "images/blue.png"})
     tools.write_records(pairs, rows)
-    report = build(model, pairs, to=to)
+    report = build_index(model, pairs, to=to)
     assert counts(report) == {"added": 2, "updated": 1, "kept": 2, "absent": 1, "count": 6}
     assert model.embedded == []
 
     tools.paint(folder / "images" / "red.png", (9, 9, 9))
-    report = build(model, pairs, to=to, prune=True)
+    report = build_index(model, pairs, to=to, prune=True)
     assert counts(report) == {"updated": 1, "kept": 4, "embedded": 1, "removed": 1, "count": 5}
     assert len(model.embedded) == 1
     with Index.open(to, model) as index:
@@ -73,10 +73,10 @@ def test_two_documents_swap_content(tmp_path: Path, model: Any, tools: Any, stor
         folder = tmp_path / f"{store}{chunk}"
         rows = [{"id": name, "parts": [{"text": name}]} for name in ("one", "two", "three")]
         source = tools.write_records(folder / "r.jsonl", rows)
-        build(model, source, to=folder / "index", side="text", store=store, chunk=chunk)
+        build_index(model, source, to=folder / "index", side="text", store=store, chunk_size=chunk)
         rows = [{"id": a, "parts": [{"text": b}]} for a, b in (("one", "two"), ("two", "three"), ("three", "one"))]
         tools.write_records(source, rows)
-        report = build(model, source, to=folder / "index", chunk=chunk)
+        report = build_index(model, source, to=folder / "index", chunk_size=chunk)
         assert report.updated == 3 and report.embedded <= 1
         with Index.open(folder / "index", model) as index:
             for a, b in (("one", "two"), ("two", "three"), ("three", "one")):
@@ -87,7 +87,7 @@ def test_two_documents_swap_content(tmp_path: Path, model: Any, tools: Any, stor
 def test_equal_content_is_embedded_once(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"text {i % 3}"}]} for i in range(10)]
     source = tools.write_records(tmp_path / "r.jsonl", rows)
-    report = build(model, source, to=tmp_path / "index", side="text", store=store, chunk=4)
+    report = build_index(model, source, to=tmp_path / "index", side="text", store=store, chunk_size=4)
     assert (report.added, report.embedded, len(model.embedded)) == (10, 3, 3)
 
 
@@ -110,18 +110,18 @@ def test_an_interrupted_build_resumes(tmp_path: Path, model: Any, tools: Any, st
 
     model.before_document = stop
     with pytest.raises(Interruption):
-        build(model, source, to=to, side="text", store=store, chunk=4)
+        build_index(model, source, to=to, side="text", store=store, chunk_size=4)
     with Index.open(to, model) as index:
         assert not index.manifest.complete
         assert index.count() == 12
         assert search(index, model, "word3", k=1)
 
     model.before_document = lambda parts: None
-    report = build(model, source, to=to, chunk=4)
+    report = build_index(model, source, to=to, chunk_size=4)
     assert counts(report) == {"added": 8, "kept": 12, "embedded": 8, "count": 20}
     assert len(model.embedded) == 20
     whole = tools.FakeModel()
-    build(whole, source, to=tmp_path / "whole", side="text", store=store)
+    build_index(whole, source, to=tmp_path / "whole", side="text", store=store)
     with Index.open(to, model) as resumed, Index.open(tmp_path / "whole", whole) as at_once:
         assert resumed.manifest.complete
         for query in ("word3", "word17 word2"):
@@ -152,9 +152,9 @@ def test_kill_9_loses_one_chunk_and_no_lock(tmp_path: Path, model: Any, tools: A
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         with pytest.raises(RetrievalError, match="another process is writing"):
-            build(model, source, to=to, store=store)
+            build_index(model, source, to=to, store=store)
         process.send_signal(signal.SIGKILL)
-    report = build(model, source, to=to, chunk=4)
+    report = build_index(model, source, to=to, chunk_size=4)
     assert counts(report) == {"added": 12, "kept": 8, "embedded": 12, "count": 20}
     with Index.open(to, model) as index:
         assert search(index, model, "word5", k=1)[0].score > 0.5
@@ -162,29 +162,29 @@ def test_kill_9_loses_one_chunk_and_no_lock(tmp_path: Path, model: Any, tools: A
 
 def test_one_writer(pairs: Path, tmp_path: Path, model: Any) -> None:
     to = tmp_path / "index"
-    build(model, pairs, to=to)
+    build_index(model, pairs, to=to)
     with FileLock(to / ".lock"), pytest.raises(RetrievalError, match="another process is writing"):
-        build(model, pairs, to=to)
+        build_index(model, pairs, to=to)
 
 
 def test_an_open_index_stays_readable_while_it_is_rebuilt(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     source = many(tmp_path, tools)
-    build(model, source, to=tmp_path / "index", side="text", store=store)
+    build_index(model, source, to=tmp_path / "index", side="text", store=store)
     with Index.open(tmp_path / "index", model) as reader:
         tools.write_records(source, [{"id": "new", "parts": [{"text": "word3"}]}])
-        build(model, source, to=tmp_path / "index", prune=True)
+        build_index(model, source, to=tmp_path / "index", prune=True)
         (hit,) = search(reader, model, "word3", k=1)
         assert hit.id == ("new" if store == "lance" else "02")
 
 
 def test_another_model_is_refused(pairs: Path, tmp_path: Path, model: Any, other_model: Any, store: Any) -> None:
     to = tmp_path / "index"
-    build(model, pairs, to=to, store=store, model_path=tmp_path / "the-model")
+    build_index(model, pairs, to=to, store=store, model_path=tmp_path / "the-model")
     told = r"built by model fake \(.*the-model\), this is model another.*--model"
     with pytest.raises(RetrievalError, match=told):
         Index.open(to, other_model)
     with pytest.raises(RetrievalError, match=told):
-        build(other_model, pairs, to=to)
+        build_index(other_model, pairs, to=to)
     with Index.open(to) as index, pytest.raises(RetrievalError, match=told):
         search(index, other_model, "red")
     assert other_model.embedded == []
@@ -192,15 +192,15 @@ def test_another_model_is_refused(pairs: Path, tmp_path: Path, model: Any, other
 
 def test_side_and_store_are_kept(pairs: Path, tmp_path: Path, model: Any) -> None:
     to = tmp_path / "index"
-    build(model, pairs, to=to, side="text", store="flat")
-    assert counts(build(model, pairs, to=to)) == {"kept": 4, "count": 4}
+    build_index(model, pairs, to=to, side="text", store="flat")
+    assert counts(build_index(model, pairs, to=to)) == {"kept": 4, "count": 4}
     with pytest.raises(RetrievalError, match="built with --side text, not image"):
-        build(model, pairs, to=to, side="image")
+        build_index(model, pairs, to=to, side="image")
     with pytest.raises(RetrievalError, match="built with --store flat, not lance"):
-        build(model, pairs, to=to, store="lance")
+        build_index(model, pairs, to=to, store="lance")
     for wrong in ({"side": "pictures"}, {"store": "faiss"}):
         with pytest.raises(RetrievalError, match=f"--{next(iter(wrong))}"):
-            build(model, pairs, to=tmp_path / "new", **wrong)  # type: ignore[arg-type]
+            build_index(model, pairs, to=tmp_path / "new", **wrong)  # type: ignore[arg-type]
 
 
 def test_broken_images_are_quarantined(pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
@@ -212,22 +212,22 @@ def test_broken_images_are_quarantined(pairs: Path, tmp_path: Path, model: Any, 
     rows.insert(3, {"id": "cut again", "image": "images/cut.png"})
     rows.append({"id": "gone", "image": "images/gone.png"})
     tools.write_records(pairs, rows)
-    report = build(model, pairs, to=tmp_path / "index", store=store)
+    report = build_index(model, pairs, to=tmp_path / "index", store=store)
     assert counts(report) == {"added": 4, "embedded": 4, "quarantined": 3, "count": 4}
     lines = [json.loads(line) for line in (tmp_path / "index" / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == ["cut", "cut again", "gone"]
 
     shutil.copy(images / "red.png", images / "cut.png")
-    report = build(model, pairs, to=tmp_path / "index")
+    report = build_index(model, pairs, to=tmp_path / "index")
     assert counts(report) == {"added": 2, "kept": 4, "quarantined": 1, "count": 6}, "red's vector serves"
 
 
 def test_what_broke_after_it_was_indexed(pairs: Path, tmp_path: Path, model: Any, store: Any) -> None:
-    build(model, pairs, to=tmp_path / "index", store=store)
+    build_index(model, pairs, to=tmp_path / "index", store=store)
     (pairs.parent / "images" / "red.png").write_bytes(b"not an image")
-    report = build(model, pairs, to=tmp_path / "index")
+    report = build_index(model, pairs, to=tmp_path / "index")
     assert counts(report) == {"kept": 3, "absent": 1, "quarantined": 1, "count": 4}
-    report = build(model, pairs, to=tmp_path / "index", prune=True)
+    report = build_index(model, pairs, to=tmp_path / "index", prune=True)
     assert counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
 
 
@@ -235,25 +235,25 @@ def test_prune_refuses_where_a_part_of_the_source_cannot_be_read(tmp_path: Path,
     rows = [{"id": str(i), "parts": [{"text": f"word{i}"}]} for i in range(6)]
     source, to = tmp_path / "r.json", tmp_path / "index"
     source.write_text(json.dumps(rows))
-    build(model, source, to=to, side="text", store="flat")
+    build_index(model, source, to=to, side="text", store="flat")
     source.write_text(json.dumps(rows[:2])[:-1] + ', {"id": "2", broken]')
     with pytest.raises(RetrievalError, match=r"1 rows of the source cannot be read, so nothing is pruned"):
-        build(model, source, to=to, prune=True)
-    assert build(model, source, to=to).count == 6
+        build_index(model, source, to=to, prune=True)
+    assert build_index(model, source, to=to).count == 6
 
 
 def test_prune_refuses_to_empty_an_index_by_accident(pairs: Path, tmp_path: Path, model: Any) -> None:
-    build(model, pairs, to=tmp_path / "index")
+    build_index(model, pairs, to=tmp_path / "index")
     shutil.rmtree(pairs.parent / "images")
     with pytest.raises(RetrievalError, match="nothing is pruned"):
-        build(model, pairs, to=tmp_path / "index", prune=True)
+        build_index(model, pairs, to=tmp_path / "index", prune=True)
     assert Index.open(tmp_path / "index").count() == 4
 
 
 def test_folder_of_images(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     for name, colour in tools.COLOURS.items():
         tools.paint(tmp_path / "photos" / name / "0.png", colour)
-    report = build(model, tmp_path / "photos", to=tmp_path / "index", store=store)
+    report = build_index(model, tmp_path / "photos", to=tmp_path / "index", store=store)
     assert counts(report) == {"added": 4, "embedded": 4, "count": 4}
     with Index.open(tmp_path / "index", model) as index:
         (hit,) = search(index, model, "yellow", k=1)
@@ -264,7 +264,7 @@ def test_images_that_come_as_bytes_are_kept_in_the_index(tmp_path: Path, model: 
     data = tools.paint(tmp_path / "a.png", (255, 0, 0)).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     source = tools.write_records(tmp_path / "r.jsonl", [{"id": str(i), "image": url} for i in range(2)])
-    build(model, source, to=tmp_path / "index", store=store)
+    build_index(model, source, to=tmp_path / "index", store=store)
     (tmp_path / "index").rename(tmp_path / "moved")
     with Index.open(tmp_path / "moved", model) as index:
         hit = search(index, model, "red", k=1)[0]
@@ -276,21 +276,21 @@ def test_images_that_come_as_bytes_are_kept_in_the_index(tmp_path: Path, model: 
 def test_a_project_that_is_moved_finds_its_images_and_model(tmp_path: Path, model: Any, tools: Any) -> None:
     source = tools.write_pairs(tmp_path / "old" / "source")
     (tmp_path / "old" / "model").mkdir()
-    build(model, source, to=tmp_path / "old" / "index", model_path=tmp_path / "old" / "model")
+    build_index(model, source, to=tmp_path / "old" / "index", model_path=tmp_path / "old" / "model")
     assert Index.open(tmp_path / "old" / "index").model_path == (tmp_path / "old" / "model").resolve()
     (tmp_path / "old").rename(tmp_path / "new")
     with Index.open(tmp_path / "new" / "index", model) as index:
         assert index.model_path.samefile(tmp_path / "new" / "model")
         hit = search(index, model, "red", k=1)[0]
         assert hit.image is not None and hit.image.path is not None and hit.image.path.is_file()
-    assert counts(build(model, tmp_path / "new" / "source" / "records.jsonl", to=tmp_path / "new" / "index")) == {
+    assert counts(build_index(model, tmp_path / "new" / "source" / "records.jsonl", to=tmp_path / "new" / "index")) == {
         "updated": 4,
         "count": 4,
     }
 
 
 def test_the_model_is_named_when_it_is_gone(pairs: Path, tmp_path: Path, model: Any) -> None:
-    build(model, pairs, to=tmp_path / "index", model_path=tmp_path / "model")
+    build_index(model, pairs, to=tmp_path / "index", model_path=tmp_path / "model")
     with pytest.raises(RetrievalError, match=r"model .* is not there.*--model DIR"):
         _ = Index.open(tmp_path / "index").model_path
 
@@ -299,12 +299,12 @@ def test_folders_that_are_no_index(pairs: Path, tmp_path: Path, model: Any) -> N
     with pytest.raises(RetrievalError, match=r"no index here.*vlduet index"):
         Index.open(tmp_path / "nothing")
     with pytest.raises(RetrievalError, match="is not an index"):
-        build(model, pairs, to=pairs.parent)
+        build_index(model, pairs, to=pairs.parent)
     assert not (pairs.parent / "manifest.json").exists()
     with pytest.raises(RetrievalError, match="is a file"):
-        build(model, pairs, to=pairs)
+        build_index(model, pairs, to=pairs)
     with pytest.raises(DataError, match="no such file or folder"):
-        build(model, tmp_path / "no source", to=tmp_path / "index")
+        build_index(model, tmp_path / "no source", to=tmp_path / "index")
     assert not (tmp_path / "index").exists(), "a misspelt source leaves nothing behind"
 
 
@@ -325,14 +325,14 @@ def test_broken_manifests(tmp_path: Path, manifest: str, told: str) -> None:
 
 def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     rows = [
-        {"id": "a", "parts": [{"text": "x"}], "metadata": {f"key{i}": i for i in range(MAX_FIELDS + 5)}},
+        {"id": "a", "parts": [{"text": "x"}], "metadata": {f"key{i}": i for i in range(MAX_FILTER_KEYS + 5)}},
         {"id": "b", "parts": [{"text": "x"}], "metadata": {"key0": "text", "key1": {"deep": None}, "'": "\ud800"}},
     ]
     source = tools.write_records(tmp_path / "r.jsonl", rows)
-    build(model, source, to=tmp_path / "index", side="text", store=store)
+    build_index(model, source, to=tmp_path / "index", side="text", store=store)
     with Index.open(tmp_path / "index", model) as index:
         assert index.manifest.fields["key0"] == ["number", "text"]
-        assert len(index.manifest.fields) == MAX_FIELDS
+        assert len(index.manifest.fields) == MAX_FILTER_KEYS
         assert [h.id for h in search(index, model, "x", where={"key0": "text"})] == ["b"]
         assert [h.id for h in search(index, model, "x", where={"key0": 0})] == ["a"]
         hits = search(index, model, "x")
@@ -342,13 +342,13 @@ def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any
 def test_nan_never_enters_an_index(tmp_path: Path, model: Any, tools: Any) -> None:
     model.encode_document = lambda items: model.encode_query(items) * float("nan")
     with pytest.raises(RetrievalError, match="not finite for '00'"):
-        build(model, many(tmp_path, tools), to=tmp_path / "index", side="text")
+        build_index(model, many(tmp_path, tools), to=tmp_path / "index", side="text")
 
 
 def test_reading_ten_thousand_unchanged_documents_is_quick(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     source = many(tmp_path, tools, count=10_000)
-    build(model, source, to=tmp_path / "index", side="text", store=store, chunk=5000)
+    build_index(model, source, to=tmp_path / "index", side="text", store=store, chunk_size=5000)
     started = time.monotonic()
-    report = build(model, source, to=tmp_path / "index")
+    report = build_index(model, source, to=tmp_path / "index")
     assert counts(report) == {"kept": 10_000, "count": 10_000}
     assert time.monotonic() - started < 20

@@ -10,14 +10,14 @@ import pytest
 
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError, RetrievalError
-from vlduet.retrieval.documents import Document, Side, documents
+from vlduet.retrieval.documents import Document, Side, read_documents
 
 LEFT_OUT = list[tuple[Any, DataError]]
 
 
 def read(source: Path, side: Side) -> tuple[list[Document], LEFT_OUT]:
     left_out: LEFT_OUT = []
-    found = list(documents(source, side=side, on_error=lambda what, error: left_out.append((what, error))))
+    found = list(read_documents(source, side=side, on_error=lambda what, error: left_out.append((what, error))))
     return found, left_out
 
 
@@ -107,12 +107,12 @@ def test_record_side(source: Path) -> None:
 
 
 def test_key_is_the_content(source: Path, tools: Any) -> None:
-    before = {d.id: d.key for d in read(source, "record")[0]}
+    before = {d.id: d.content_hash for d in read(source, "record")[0]}
     assert len(set(before.values())) == len(before)
-    images = {d.id: d.key for d in read(source, "image")[0]}
+    images = {d.id: d.content_hash for d in read(source, "image")[0]}
     assert images["pair"] == images["long"] == images["story#0"], "the same bytes, whatever the record"
     tools.paint(source.parent / "red.png", tools.COLOURS["blue"])
-    after = {d.id: d.key for d in read(source, "record")[0]}
+    after = {d.id: d.content_hash for d in read(source, "record")[0]}
     changed = {identity for identity in before if before[identity] != after[identity]}
     assert changed == {"pair", "long", "story", "chat"}
 
@@ -122,13 +122,13 @@ def test_bytes_and_path_have_one_key(tmp_path: Path, tools: Any) -> None:
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     rows = [{"id": "path", "image": "a.png"}, {"id": "bytes", "image": url}]
     (path, encoded), _ = read(tools.write_records(tmp_path / "r.jsonl", rows), "image")
-    assert path.key == encoded.key and path.text == encoded.text == ""
+    assert path.content_hash == encoded.content_hash and path.text == encoded.text == ""
 
 
 def test_parts_do_not_run_together(tmp_path: Path, tools: Any) -> None:
     rows = [{"id": str(i), "parts": [{"text": t} for t in texts]} for i, texts in enumerate([["ab", "c"], ["a", "bc"]])]
     (one, two), _ = read(tools.write_records(tmp_path / "r.jsonl", rows), "record")
-    assert one.key != two.key
+    assert one.content_hash != two.content_hash
 
 
 def test_what_cannot_be_a_document_is_told_and_the_rest_goes_on(tmp_path: Path, tools: Any) -> None:

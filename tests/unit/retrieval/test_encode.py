@@ -10,7 +10,7 @@ import pytest
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, RetrievalError
-from vlduet.retrieval.documents import Document, documents
+from vlduet.retrieval.documents import Document, read_documents
 from vlduet.retrieval.encode import encode_documents, write_vectors
 
 
@@ -23,8 +23,8 @@ def texts(count: int) -> list[Document]:
 
 
 def test_vectors_stand_beside_their_documents(pairs: Path, model: Any) -> None:
-    found = list(documents(pairs, side="record", on_error=fail))
-    chunks = list(encode_documents(model, found, on_error=fail, chunk=3))
+    found = list(read_documents(pairs, side="record", on_error=fail))
+    chunks = list(encode_documents(model, found, on_error=fail, chunk_size=3))
     assert [len(group) for group, _ in chunks] == [3, 1]
     for group, vectors in chunks:
         np.testing.assert_array_equal(vectors, model.encode_query([d.parts for d in group]))
@@ -37,7 +37,7 @@ def test_broken_documents_are_told_and_the_rest_goes_on(tmp_path: Path, model: A
     missing = ImageRef(path=tmp_path / "missing.png")
     items = [Document(d.id, (missing,), "") if i in broken else d for i, d in enumerate(items)]
     told: list[str] = []
-    chunks = list(encode_documents(model, items, on_error=lambda d, error: told.append(d.id), chunk=5))
+    chunks = list(encode_documents(model, items, on_error=lambda d, error: told.append(d.id), chunk_size=5))
     kept = [d.id for group, _ in chunks for d in group]
     assert told == [str(i) for i in sorted(broken)]
     assert kept == [str(i) for i in range(7) if i not in broken]
@@ -52,7 +52,7 @@ def test_encoding_is_lazy(model: Any) -> None:
             read.append(document.id)
             yield document
 
-    next(encode_documents(model, source(), on_error=fail, chunk=8))
+    next(encode_documents(model, source(), on_error=fail, chunk_size=8))
     assert len(read) == 8
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlduet.errors import RetrievalError
-from vlduet.retrieval.filters import Condition, conditions, parse, scalar
+from vlduet.retrieval.filters import Condition, parse_conditions, parse_condition, to_scalar
 
 FIELDS = {"category": ["text"], "year": ["number"], "new": ["flag"], "code": ["text", "number"]}
 
@@ -31,8 +31,8 @@ FIELDS = {"category": ["text"], "year": ["number"], "new": ["flag"], "code": ["t
     ],
 )
 def test_parse(text: str, wanted: tuple[str, str, Any]) -> None:
-    assert parse(text, FIELDS) == Condition(*wanted)
-    assert type(parse(text, FIELDS).value) is type(wanted[2])
+    assert parse_condition(text, FIELDS) == Condition(*wanted)
+    assert type(parse_condition(text, FIELDS).value) is type(wanted[2])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_parse(text: str, wanted: tuple[str, str, Any]) -> None:
 )
 def test_parse_names_the_mistake(text: str, told: str) -> None:
     with pytest.raises(RetrievalError, match=told):
-        parse(text, FIELDS)
+        parse_condition(text, FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -66,32 +66,32 @@ def test_parse_names_the_mistake(text: str, told: str) -> None:
 )
 def test_values_are_compared_with_their_own_kind(condition: Condition, matched: list[Any]) -> None:
     given = [None, "", "1", "2", True, False, 1, 1.0, 2, "é"]
-    found = [v for v in given if condition.matches({} if (s := scalar(v)) is None else {"x": s})]
+    found = [v for v in given if condition.matches({} if (s := to_scalar(v)) is None else {"x": s})]
     assert [(type(v), v) for v in found] == [(type(v), v) for v in matched]
 
 
 @pytest.mark.parametrize("value", [None, [], {}, math.nan, math.inf, 10**400])
 def test_what_cannot_be_compared(value: Any) -> None:
-    assert scalar(value) is None
+    assert to_scalar(value) is None
     with pytest.raises(RetrievalError, match="cannot be compared"):
         Condition("x", "=", value)
 
 
 def test_conditions_in_every_form() -> None:
     wanted = (Condition("category", "=", "a"), Condition("year", "in", [1, 2]))
-    assert conditions({"category": "a", "year": [1, 2]}, FIELDS) == wanted
-    assert conditions(wanted, FIELDS) == wanted
-    assert conditions(["category=a", "year in 1,2"], FIELDS) == wanted
-    assert conditions("category=a", FIELDS) == wanted[:1]
-    assert conditions(None, FIELDS) == ()
+    assert parse_conditions({"category": "a", "year": [1, 2]}, FIELDS) == wanted
+    assert parse_conditions(wanted, FIELDS) == wanted
+    assert parse_conditions(["category=a", "year in 1,2"], FIELDS) == wanted
+    assert parse_conditions("category=a", FIELDS) == wanted[:1]
+    assert parse_conditions(None, FIELDS) == ()
 
 
 @pytest.mark.parametrize("where", [{"categroy": "a"}, [Condition("categroy", "=", "a")], ["categroy=a"]])
 def test_misspelt_key_is_an_error_not_an_empty_answer(where: Any) -> None:
     with pytest.raises(RetrievalError, match="Did you mean 'category'"):
-        conditions(where, FIELDS)
+        parse_conditions(where, FIELDS)
     with pytest.raises(RetrievalError, match=r"no document has metadata 'categroy'\. Known: none"):
-        conditions(where, {})
+        parse_conditions(where, {})
 
 
 def test_unknown_operator() -> None:
@@ -104,6 +104,6 @@ def test_unknown_operator() -> None:
 def test_numbers_of_a_table_are_texts_and_have_no_order() -> None:
     fields = {"price": ["text"], "day": ["text"]}
     with pytest.raises(RetrievalError, match=r"'100': this key holds texts"):
-        conditions(["price<100"], fields)
-    (day,) = conditions(["day<2026-05-01"], fields)
-    assert day.value == "2026-05-01" and conditions(["price=100"], fields)[0].value == "100"
+        parse_conditions(["price<100"], fields)
+    (day,) = parse_conditions(["day<2026-05-01"], fields)
+    assert day.value == "2026-05-01" and parse_conditions(["price=100"], fields)[0].value == "100"

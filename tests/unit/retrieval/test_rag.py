@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
-from vlduet.rag import SOURCE_CHARS, ask, ask_stream, messages, prepare, quote
-from vlduet.retrieval.build import build
+from vlduet.rag import MAX_SOURCE_CHARS, ask, stream_answer, build_messages, prepare_prompt, quote_text
+from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import Hit
 
 
 @pytest.fixture
 def index(pairs: Path, tmp_path: Path, model: Any) -> Iterator[Index]:
-    build(model, pairs, to=tmp_path / "index", store="flat")
+    build_index(model, pairs, to=tmp_path / "index", store="flat")
     with Index.open(tmp_path / "index", model) as opened:
         yield opened
 
@@ -30,7 +30,7 @@ def hit(text: str, rank: int = 1, image: ImageRef | None = None) -> Hit:
 
 
 def written(*hits: Hit, question: str = "What?") -> str:
-    (message,) = messages(question, hits)
+    (message,) = build_messages(question, hits)
     assert message.role == "user"
     return "".join(part for part in message.parts if isinstance(part, str))
 
@@ -47,7 +47,7 @@ def test_answer_with_its_sources(index: Index, model: Any) -> None:
 
 def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (255, 0, 0)))
-    prompt = prepare(index, model, "What colour is it?", image=image, k=2)
+    prompt = prepare_prompt(index, model, "What colour is it?", image=image, k=2)
     (message,) = prompt.messages
     assert message.parts[-2:] == (image, "What colour is it?")
     text = str(prompt)
@@ -57,7 +57,7 @@ def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> Non
 
 def test_image_and_question_are_the_query(index: Index, model: Any, tmp_path: Path, tools: Any) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (0, 0, 255)))
-    assert prepare(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
+    assert prepare_prompt(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
 
 
 def test_an_excluded_item_never_retrieves_itself(index: Index, model: Any) -> None:
@@ -78,19 +78,19 @@ def test_without_sources_the_question_stands_alone(index: Index, model: Any) -> 
 
 
 def test_stream(index: Index, model: Any) -> None:
-    prompt = prepare(index, model, "red")
-    pieces = list(ask_stream(model, prompt))
+    prompt = prepare_prompt(index, model, "red")
+    pieces = list(stream_answer(model, prompt))
     assert len(pieces) > 1 and "".join(pieces) == ask(index, model, "red").text
 
 
 def test_images_of_the_references_are_shown_on_request(index: Index, model: Any, tmp_path: Path) -> None:
     def shown(with_images: bool) -> list[Any]:
-        prompt = prepare(index, model, "red", k=2, with_images=with_images)
+        prompt = prepare_prompt(index, model, "red", k=2, with_images=with_images)
         return [part for part in prompt.messages[0].parts if isinstance(part, ImageRef)]
 
     assert shown(False) == []
     assert len(shown(True)) == 2
-    gone = messages("?", [hit("", image=ImageRef(path=tmp_path / "gone.png"))], with_images=True)
+    gone = build_messages("?", [hit("", image=ImageRef(path=tmp_path / "gone.png"))], with_images=True)
     assert not [part for part in gone[0].parts if isinstance(part, ImageRef)]
     assert "[1] (an image)\n" in gone[0].parts
 
@@ -124,17 +124,17 @@ def test_a_document_cannot_leave_its_quotes(text: str) -> None:
 
 @given(st.text())
 def test_any_document_is_one_harmless_line(text: str) -> None:
-    found = quote(text)
-    assert len(found.splitlines()) <= 1 and len(found) <= SOURCE_CHARS
+    found = quote_text(text)
+    assert len(found.splitlines()) <= 1 and len(found) <= MAX_SOURCE_CHARS
     assert not set("<>[]{}|") & set(found)
-    assert quote(found) == found
+    assert quote_text(found) == found
     found.encode("utf-8")
 
 
 def test_plain_text_is_left_alone() -> None:
     text = "Grüße, 日本 & co.: 3 + 4 = 7 (really)! «ok»"
-    assert quote(text) == text
-    assert quote("word " * 1000).endswith("…") and len(quote("word " * 1000)) <= SOURCE_CHARS
+    assert quote_text(text) == text
+    assert quote_text("word " * 1000).endswith("…") and len(quote_text("word " * 1000)) <= MAX_SOURCE_CHARS
 
 
 def test_only_retrieved_text_is_changed() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError, RetrievalError
-from vlduet.retrieval.build import build
+from vlduet.retrieval.build import build_index
 from vlduet.retrieval.filters import Condition
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
@@ -18,7 +18,7 @@ from vlduet.retrieval.search import search
 
 @pytest.fixture
 def index(pairs: Path, tmp_path: Path, model: Any, store: Any) -> Iterator[Index]:
-    build(model, pairs, to=tmp_path / "index", store=store)
+    build_index(model, pairs, to=tmp_path / "index", store=store)
     with Index.open(tmp_path / "index", model) as opened:
         yield opened
 
@@ -80,7 +80,7 @@ def test_what_cannot_be_asked(index: Index, model: Any, tmp_path: Path) -> None:
 
 def test_an_empty_index(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     source = tools.write_records(tmp_path / "none.jsonl", [])
-    report = build(model, source, to=tmp_path / "empty", store=store)
+    report = build_index(model, source, to=tmp_path / "empty", store=store)
     assert report.count == 0
     with Index.open(tmp_path / "empty", model) as index:
         assert search(index, model, "red", where={"hue": "red"}) == []

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlduet.errors import RetrievalError
-from vlduet.retrieval.filters import OPERATORS, Condition, scalar
-from vlduet.retrieval.lance import LanceStore, column, literal
-from vlduet.retrieval.store import FlatStore, Row, Stamp, Store
+from vlduet.retrieval.filters import OPERATORS, Condition, to_scalar
+from vlduet.retrieval.lance import LanceStore, filter_column, sql_literal
+from vlduet.retrieval.store import FlatStore, IndexRow, RowHashes, VectorStore
 
 DIM = 4
-Opener = Callable[..., Store]
+Opener = Callable[..., VectorStore]
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def open_store(store: str) -> Opener:
     return FlatStore if store == "flat" else LanceStore
 
 
-def row(identity: str, version: int = 0, **metadata: Any) -> Row:
-    filters = {key: value for key, raw in metadata.items() if (value := scalar(raw)) is not None}
-    stamp = Stamp(f"key {identity} {version}", f"digest {version}")
-    return Row(identity, stamp, f"text {identity}", f"/images/{identity}", f"../{identity}", metadata, filters)
+def row(identity: str, version: int = 0, **metadata: Any) -> IndexRow:
+    filters = {key: value for key, raw in metadata.items() if (value := to_scalar(raw)) is not None}
+    stamp = RowHashes(f"key {identity} {version}", f"digest {version}")
+    return IndexRow(identity, stamp, f"text {identity}", f"/images/{identity}", f"../{identity}", metadata, filters)
 
 
 def unit(vectors: Any) -> np.ndarray:
@@ -52,8 +52,8 @@ def test_rows_come_back_as_they_were(tmp_path: Path, open_store: Opener) -> None
     one.upsert(rows, AXES[:3])
     for opened in (one, open_store(tmp_path, dim=DIM, write=False)):
         assert opened.count() == 3
-        assert opened.stamps() == {r.id: r.stamp for r in rows}
-        np.testing.assert_array_equal(opened.vectors(["ü'\"`", "a"]), AXES[[2, 0]])
+        assert opened.read_hashes() == {r.id: r.hashes for r in rows}
+        np.testing.assert_array_equal(opened.read_vectors(["ü'\"`", "a"]), AXES[[2, 0]])
         (found,) = opened.search(AXES[:1], k=3)
         assert found[0].row == rows[0] and found[0].score == 1.0
         assert [m.score for m in found] == [1.0, 0.0, 0.0]
@@ -66,7 +66,7 @@ def test_upsert_replaces_and_forgets_old_metadata(tmp_path: Path, open_store: Op
     assert opened.count() == 2
     (found,) = opened.search(AXES[2:3], k=1)
     assert found[0].row == row("b", version=1, new="x") and found[0].score == 1.0
-    assert ids(opened.search(AXES[:1], k=9, where=[Condition("old", "=", 1)])[0]) == ["a"]
+    assert ids(opened.search(AXES[:1], k=9, conditions=[Condition("old", "=", 1)])[0]) == ["a"]
 
 
 def test_delete(tmp_path: Path, open_store: Opener) -> None:
@@ -75,15 +75,15 @@ def test_delete(tmp_path: Path, open_store: Opener) -> None:
     opened.delete(["a'b", "c", "not there"])
     opened.delete([])
     opened.close()
-    assert list(open_store(tmp_path, dim=DIM, write=False).stamps()) == ["b"]
+    assert list(open_store(tmp_path, dim=DIM, write=False).read_hashes()) == ["b"]
 
 
 def test_empty_store(tmp_path: Path, open_store: Opener) -> None:
     opened = open_store(tmp_path, dim=DIM, write=True)
     for where in ([], [Condition("x", "=", 1)], [Condition("x", "!=", 1)]):
-        assert opened.search(AXES[:2], k=3, where=where) == [[], []]
-    assert opened.count() == 0 and opened.stamps() == {}
-    assert opened.vectors([]).shape == (0, DIM)
+        assert opened.search(AXES[:2], k=3, conditions=where) == [[], []]
+    assert opened.count() == 0 and opened.read_hashes() == {}
+    assert opened.read_vectors([]).shape == (0, DIM)
     opened.upsert([], np.empty((0, DIM), dtype=np.float32))
     opened.close()
     assert open_store(tmp_path, dim=DIM, write=False).count() == 0
@@ -128,18 +128,18 @@ def test_hostile_keys_and_values_are_only_keys_and_values(tmp_path: Path, open_s
     rows = [row(str(i), 0, **{key: value}) for i, value in enumerate(HOSTILE)]
     opened.upsert([*rows, row("none")], np.tile(AXES[:1], (len(rows) + 1, 1)))
     for i, value in enumerate(HOSTILE):
-        assert ids(opened.search(AXES[:1], k=99, where=[Condition(key, "=", value)])[0]) == [str(i)]
-        unlike = ids(opened.search(AXES[:1], k=99, where=[Condition(key, "!=", value)])[0])
+        assert ids(opened.search(AXES[:1], k=99, conditions=[Condition(key, "=", value)])[0]) == [str(i)]
+        unlike = ids(opened.search(AXES[:1], k=99, conditions=[Condition(key, "!=", value)])[0])
         assert set(unlike) == {*(r.id for r in rows), "none"} - {str(i)}
-    assert len(opened.search(AXES[:1], k=99, where=[Condition(key, "in", HOSTILE[:5])])[0]) == 5
+    assert len(opened.search(AXES[:1], k=99, conditions=[Condition(key, "in", HOSTILE[:5])])[0]) == 5
 
 
 def test_columns_are_distinct_and_plain() -> None:
     keys = ["a", "A", "a_", "_a", "a_5f_", "5f", "_5f_", "a b", "a.b", "é", "", "text__a"]
-    names = {column(key, kind) for key in keys for kind in ("text", "number")}
+    names = {filter_column(key, kind) for key in keys for kind in ("text", "number")}
     assert len(names) == 2 * len(keys)
     assert all(name.replace("_", "").isalnum() and name.isascii() and name == name.lower() for name in names)
-    assert literal("a'b") == "'a''b'"
+    assert sql_literal("a'b") == "'a''b'"
 
 
 SCALARS = st.one_of(
@@ -164,12 +164,12 @@ def condition(draw: Any) -> Condition:
     return Condition(key, sign, draw(value))
 
 
-def plain(held: dict[str, tuple[Row, np.ndarray]], query: np.ndarray, k: int, where: list[Condition]) -> list[Any]:
+def plain(held: dict[str, tuple[IndexRow, np.ndarray]], query: np.ndarray, k: int, where: list[Condition]) -> list[Any]:
     """The definition of a search, as a loop."""
     scored = [
         (-round(float(np.dot(vector.astype(np.float64), query.astype(np.float64))), 6) + 0.0, identity)
         for identity, (held_row, vector) in held.items()
-        if all(c.matches(held_row.filters) for c in where)
+        if all(c.matches(held_row.filter_values) for c in where)
     ]
     return [(identity, -score + 0.0) for score, identity in sorted(scored)[:k]]
 
@@ -184,10 +184,10 @@ def plain(held: dict[str, tuple[Row, np.ndarray]], query: np.ndarray, k: int, wh
 def test_both_stores_equal_the_definition(writes: Any, deleted: Any, where: Any, k: int) -> None:
     """Small integer vectors make many exact ties; the same ids come again to be replaced."""
     with tempfile.TemporaryDirectory() as folder:
-        stores: list[Store] = [
+        stores: list[VectorStore] = [
             kind(Path(folder, kind.__name__), dim=DIM, write=True) for kind in (FlatStore, LanceStore)
         ]
-        held: dict[str, tuple[Row, np.ndarray]] = {}
+        held: dict[str, tuple[IndexRow, np.ndarray]] = {}
         for version, items in enumerate(writes):
             batch = {f"{i:02d}": (row(f"{i:02d}", version, **metadata), unit(v)) for i, metadata, v in items}
             held |= batch
@@ -200,12 +200,12 @@ def test_both_stores_equal_the_definition(writes: Any, deleted: Any, where: Any,
         queries = unit([[1, 0, 0, 0], [1, 2, -1, 1]])
         wanted = [plain(held, query, k, where) for query in queries]
         for opened in stores:
-            found = opened.search(queries, k=k, where=where)
+            found = opened.search(queries, k=k, conditions=where)
             assert [[(m.row.id, m.score) for m in matches] for matches in found] == wanted, type(opened)
             assert all(m.row == held[m.row.id][0] for matches in found for m in matches)
             assert opened.count() == len(held)
             opened.close()
-            assert opened.stamps() == {identity: r.stamp for identity, (r, _) in held.items()}
+            assert opened.read_hashes() == {identity: r.hashes for identity, (r, _) in held.items()}
 
 
 def test_many_rows_against_a_matrix_product(tmp_path: Path, open_store: Opener) -> None:
@@ -215,7 +215,7 @@ def test_many_rows_against_a_matrix_product(tmp_path: Path, open_store: Opener) 
     opened.upsert([row(f"{i:04d}", half=i % 2) for i in range(3000)], vectors)
     scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
     for where, kept in (([], slice(None)), ([Condition("half", "=", 1)], slice(1, None, 2))):
-        found = opened.search(queries, k=25, where=where)
+        found = opened.search(queries, k=25, conditions=where)
         names = np.arange(3000)[kept]
         for q in range(5):
             best = names[np.argsort(-scores[q][kept], kind="stable")[:25]]
@@ -244,7 +244,7 @@ def test_a_version_cut_short_by_power_loss_is_dropped(tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="Run `vlduet index`"):
         LanceStore(tmp_path, dim=DIM, write=False)
     mended = LanceStore(tmp_path, dim=DIM, write=True)
-    assert list(mended.stamps()) == ["a"]
+    assert list(mended.read_hashes()) == ["a"]
     mended.upsert([row("b")], AXES[1:2])
     assert LanceStore(tmp_path, dim=DIM, write=False).count() == 2
 

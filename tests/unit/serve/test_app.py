@@ -19,12 +19,12 @@ import tiny
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import ConfigError
 from vlduet.rag import ask
-from vlduet.retrieval.build import build
+from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 from vlduet.serve import app as module
 from vlduet.serve.app import Service
-from vlduet.serve.keys import read_keys
+from vlduet.serve.keys import read_api_keys
 from vlduet.serve.worker import Worker
 
 NAMES = ["a red boat", "a dog in the snow", "three apples"]
@@ -37,7 +37,7 @@ class Server:
         self.service = service
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self.uvicorn = module.server(service.app(hosts=["127.0.0.1"], keys=keys))
+        self.uvicorn = module.build_server(service.build_app(allowed_hosts=["127.0.0.1"], api_keys=keys))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
         self.thread.start()
 
@@ -63,7 +63,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def duet(tmp_path_factory):
-    return tiny.duet(tmp_path_factory.mktemp("model") / "base")
+    return tiny.build_duet_model(tmp_path_factory.mktemp("model") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def index(duet, tmp_path_factory):
     told = {"odd": float("nan")}  # as Python's JSON spells it
     rows = [{"id": f"n{i}", "parts": [{"text": name}], "metadata": {"i": i} | told} for i, name in enumerate(NAMES)]
     (folder / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    build(duet, folder / "names.jsonl", to=folder / "index", side="record", store="flat")
+    build_index(duet, folder / "names.jsonl", to=folder / "index", side="record", store="flat")
     with Index.open(folder / "index", duet) as opened:
         yield opened
 
@@ -117,7 +117,7 @@ def test_health_and_models(server):
 
 
 def test_embeddings_of_texts_images_and_mixtures(server, duet):
-    picture = tiny.picture(1)
+    picture = tiny.random_image(1)
     content = ["a dog", [shown(picture)], [shown(picture), said("at night")]]
     status, told = server.ask("/v1/embeddings", {"model": "tiny", "input": content})
     assert status == 200 and [one["index"] for one in told["data"]] == [0, 1, 2]
@@ -129,7 +129,7 @@ def test_embeddings_of_texts_images_and_mixtures(server, duet):
 
 
 def test_a_chat_whole_and_streamed(server, duet):
-    picture = tiny.picture(2)
+    picture = tiny.random_image(2)
     wanted = duet.generate([Message("user", (picture, "what is it?"))], max_new_tokens=8)
     status, told = server.ask("/v1/chat/completions", chat(shown(picture), said("what is it?")))
     choice = told["choices"][0]
@@ -159,7 +159,7 @@ def test_a_seed_gives_the_same_answer(server):
 
 
 def test_a_search_is_the_library_s(server, duet, index):
-    for query, parts in (("a boat", ("a boat",)), ([shown(tiny.picture()), said("x")], (tiny.picture(), "x"))):
+    for query, parts in (("a boat", ("a boat",)), ([shown(tiny.random_image()), said("x")], (tiny.random_image(), "x"))):
         status, told = server.ask("/v1/search", {"query": query, "k": 2, "where": ["i<2"]})
         hits = search(index, duet, parts, k=2, where=["i<2"])
         assert status == 200 and [hit["id"] for hit in told["data"]] == [hit.id for hit in hits] and len(hits) == 2
@@ -214,7 +214,7 @@ def soon(found):
 
 def test_a_client_that_goes_away_ends_its_answer(server, duet, monkeypatch):
     talks = []
-    real = module.Talk
+    real = module.ChatRequest
     monkeypatch.setattr(module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1])
     monkeypatch.setattr(duet.renderer, "eos_ids", [])  # it would go on to the end of its window
     body = chat("go on", stream=True, max_tokens=duet.backbone.window // 2)
@@ -225,9 +225,9 @@ def test_a_client_that_goes_away_ends_its_answer(server, duet, monkeypatch):
 
 def test_what_a_client_no_longer_waits_for_is_not_begun(server, duet, monkeypatch):
     """It goes away while others are served: neither its words nor its vectors are made."""
-    monkeypatch.setattr(module, "LOOK", 0.05)
+    monkeypatch.setattr(module, "DISCONNECT_POLL_SECONDS", 0.05)
     talks, worker = [], server.service.worker
-    real, encode = module.Talk, duet.encode
+    real, encode = module.ChatRequest, duet.encode
     monkeypatch.setattr(module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1])
     embedded: list = []
     monkeypatch.setattr(duet, "encode", lambda items, **options: embedded.extend(items) or encode(items, **options))
@@ -269,7 +269,7 @@ WRONG = [
     ("/v1/chat/completions", chat("hi", stop=["a"] * 17), "stop: 17 strings"),
     ("/v1/chat/completions", chat("hi", stop="a" * 300), "stop"),
     ("/v1/chat/completions", chat(*[said("a")] * 300), "300 parts"),
-    ("/v1/chat/completions", chat(*[shown(tiny.picture())] * 33), "33 images"),
+    ("/v1/chat/completions", chat(*[shown(tiny.random_image())] * 33), "33 images"),
     ("/v1/chat/completions", chat("a" * (2 << 20)), "a text of 2097152 letters"),
     ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "data:,\ud800"}}), "not UTF-8"),
     ("/v1/chat/completions", chat("hi", **{"x" * 10**6: 1}), "unknown field"),
@@ -303,12 +303,12 @@ def test_what_is_refused_before_it_is_read(server, monkeypatch):
     assert server.send("/health", headers={"Host": "evil.example"}).status == 400
     assert server.send("/nothing").status == 404
     assert server.send("/v1/embeddings").status == 405
-    monkeypatch.setattr(module, "LARGEST", 100)
+    monkeypatch.setattr(module, "MAX_REQUEST_BYTES", 100)
     assert server.ask("/v1/embeddings", {"input": "a" * 200})[0] == 413
 
 
 def test_a_server_that_is_busy_says_so(server, monkeypatch):
-    monkeypatch.setattr("vlduet.serve.worker.WAITING", 0)
+    monkeypatch.setattr("vlduet.serve.worker.MAX_WAITING", 0)
     answer = server.send("/v1/embeddings", {"input": "a"})
     assert answer.status == 503 and answer.headers["Retry-After"]
 
@@ -333,16 +333,16 @@ def test_without_an_index_nothing_is_searched(duet):
 
 def test_a_dual_encoder_embeds_and_does_not_answer(tmp_path):
     from vlduet.model.dual import DualEncoder
-    from vlduet.model.encoders import Encoders, open_encoder
+    from vlduet.model.encoders import FrozenEncoders, open_encoder
     from vlduet.model.features import FeatureCache
 
-    folders = tiny.encoders(tmp_path)
+    folders = tiny.build_frozen_encoders(tmp_path)
     frozen = {role: open_encoder(folders[role]) for role in ("vision", "text")}
-    model = DualEncoder(Encoders(frozen, cache=FeatureCache(None)), dim=8)
+    model = DualEncoder(FrozenEncoders(frozen, cache=FeatureCache(None)), dim=8)
     with Server(Service(Worker(model), name="towers")) as server:
-        told = server.ask("/v1/embeddings", {"input": ["a", [shown(tiny.picture())]]})[1]
+        told = server.ask("/v1/embeddings", {"input": ["a", [shown(tiny.random_image())]]})[1]
         found = np.array([one["embedding"] for one in told["data"]])
-        np.testing.assert_allclose(found, model.encode(["a", tiny.picture()]), atol=1e-5)
+        np.testing.assert_allclose(found, model.encode(["a", tiny.random_image()]), atol=1e-5)
         status, told = server.ask("/v1/chat/completions", chat("hi") | {"model": "towers"})
         assert status == 400 and "does not generate" in told["error"]["message"]
 
@@ -429,7 +429,7 @@ def test_two_headers_are_no_key(duet):
 def test_the_file_of_keys(tmp_path):
     path = tmp_path / "keys"
     path.write_text("# ours\n\n  one \ntwo-2\n")
-    assert read_keys(path) == ["one", "two-2"]
+    assert read_api_keys(path) == ["one", "two-2"]
     for text, said_ in (
         ("", "no keys"),
         ("# none\n", "no keys"),
@@ -438,6 +438,6 @@ def test_the_file_of_keys(tmp_path):
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match=said_):
-            read_keys(path)
+            read_api_keys(path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_keys(tmp_path / "gone")
+        read_api_keys(tmp_path / "gone")

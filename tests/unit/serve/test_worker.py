@@ -13,11 +13,11 @@ import tiny
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import DataError, ImageError, ModelError
 from vlduet.model import decoding
-from vlduet.model.decoding import Piece, Sampling
+from vlduet.model.decoding import Delta, SamplingParams
 from vlduet.serve import talks
 from vlduet.serve import worker as module
-from vlduet.serve.talks import Talk
-from vlduet.serve.worker import Busy, Worker
+from vlduet.serve.talks import ChatRequest
+from vlduet.serve.worker import ServerBusyError, Worker
 
 QUESTIONS = ["what?", "tell me a long story, and then another one", "a"]
 BROKEN = ImageRef(data=b"no picture")
@@ -38,11 +38,11 @@ class Listener:
     """Everything that is told about one conversation."""
 
     def __init__(self):
-        self.told: queue.Queue[Piece | Exception] = queue.Queue()
+        self.told: queue.Queue[Delta | Exception] = queue.Queue()
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Delta]:
         found = [self.told.get(timeout=60)]
-        while isinstance(found[-1], Piece) and found[-1].reason is None:
+        while isinstance(found[-1], Delta) and found[-1].finish_reason is None:
             found.append(self.told.get(timeout=60))
         return found
 
@@ -52,7 +52,7 @@ class Listener:
 
 def asked(worker, messages, longest=12, **options):
     listener = Listener()
-    talk = Talk(messages, listener.told.put, longest, **options)
+    talk = ChatRequest(messages, listener.told.put, longest, **options)
     worker.answer(talk)
     return listener, talk
 
@@ -67,13 +67,13 @@ def test_many_requests_at_once_get_what_one_alone_gets(model, worker, monkeypatc
     first = worker.call(begin.wait)  # all of them wait before any is taken
     texts = [[f"text {i} {j}" for j in range(i + 1)] for i in range(9)]
     documents = [worker.embed(some, query=False) for some in texts]
-    queries = [worker.embed([tiny.picture(i), (tiny.picture(i), "at night")], query=True) for i in range(3)]
+    queries = [worker.embed([tiny.random_image(i), (tiny.random_image(i), "at night")], query=True) for i in range(3)]
     begin.set()
     assert first.result(60)
     for some, future in zip(texts, documents, strict=True):
         np.testing.assert_allclose(future.result(60), model.encode(some), atol=1e-5)
     for i, future in enumerate(queries):
-        wanted = model.encode_query([tiny.picture(i), (tiny.picture(i), "at night")])
+        wanted = model.encode_query([tiny.random_image(i), (tiny.random_image(i), "at night")])
         np.testing.assert_allclose(future.result(60), wanted, atol=1e-5)
     assert sum(forwards) == 45 and len(forwards) == 3, "45 documents, beside six images, in turns that cost 32"
 
@@ -88,7 +88,7 @@ def test_a_turn_has_few_images_and_something_of_everybody(model, worker, monkeyp
     monkeypatch.setattr(model, "encode_document", lambda items: forwards.append(list(items)) or real(items))
     begin = threading.Event()
     worker.call(begin.wait)
-    pictures = [tiny.picture(i) for i in range(9)]
+    pictures = [tiny.random_image(i) for i in range(9)]
     order: list[str] = []
     many = worker.embed(pictures, query=False)
     many.add_done_callback(lambda _: order.append("many"))
@@ -104,10 +104,10 @@ def test_a_turn_has_few_images_and_something_of_everybody(model, worker, monkeyp
 def test_a_broken_item_fails_its_own_request_and_says_which(model, worker):
     begin = threading.Event()
     worker.call(begin.wait)
-    good, bad = worker.embed(["a", tiny.picture()], query=False), worker.embed(["b", BROKEN, "c"], query=False)
+    good, bad = worker.embed(["a", tiny.random_image()], query=False), worker.embed(["b", BROKEN, "c"], query=False)
     empty = worker.embed(["d", " "], query=False)
     begin.set()
-    np.testing.assert_allclose(good.result(60), model.encode(["a", tiny.picture()]), atol=1e-5)
+    np.testing.assert_allclose(good.result(60), model.encode(["a", tiny.random_image()]), atol=1e-5)
     with pytest.raises(ImageError, match=r"input\[1\]"):
         bad.result(60)
     with pytest.raises(DataError, match=r"input\[1\]: nothing to embed"):
@@ -165,7 +165,7 @@ def test_who_no_longer_waits_takes_nobody_along(model, worker, monkeypatch):
     def gone(_):
         raise RuntimeError("the loop is closed")
 
-    talk = Talk(turn("x"), gone, 4)
+    talk = ChatRequest(turn("x"), gone, 4)
     worker.answer(talk)
     assert worker.embed(["c"], query=True).result(60).shape == (1, model.dim)
     assert asked(worker, turn("next"), 3)[0].pieces()[-1].tokens <= 3 and talk.cancelled
@@ -177,7 +177,7 @@ def test_who_no_longer_waits_takes_nobody_along(model, worker, monkeypatch):
 def test_answers_side_by_side_are_those_of_one_alone(model, worker):
     begin = threading.Event()
     worker.call(begin.wait)
-    chats = [turn(tiny.picture(i), question) for i, question in enumerate(QUESTIONS)]
+    chats = [turn(tiny.random_image(i), question) for i, question in enumerate(QUESTIONS)]
     lengths = [3, 12, 7]
     listeners = [asked(worker, chat, longest)[0] for chat, longest in zip(chats, lengths, strict=True)]
     begin.set()
@@ -200,8 +200,8 @@ def test_an_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
         seen.append((piece.tokens, futures[0].done()))
         listener.told.put(piece)
 
-    worker.answer(Talk(turn("go on"), tell, 12))
-    tokens = listener.pieces()[-1].tokens
+    worker.answer(ChatRequest(turn("go on"), tell, 12))
+    tokens = listener.pieces()[-1].completion_tokens
     np.testing.assert_allclose(futures[0].result(60), model.encode(["a dog"]), atol=1e-5)
     assert tokens == 1 or seen[1][1], "it was there with the second token"
     whole = model.generate(turn("go on"), max_new_tokens=12)
@@ -248,19 +248,19 @@ def endless(model, monkeypatch):
 
 def test_who_comes_while_others_are_answered_joins_them(endless, worker):
     """It waits for its images, one a round of all, and not for the end of a long answer, of which it changes no word."""
-    pictures = [tiny.picture(i) for i in range(3)]
+    pictures = [tiny.random_image(i) for i in range(3)]
     late, text = Listener(), Listener()
     first, seen = Listener(), []
     wanted = [endless.generate(turn("go on"), max_new_tokens=20), endless.generate(turn(*pictures), max_new_tokens=4)]
 
     def tell(piece):
         if piece.tokens == 2:  # in the worker's own thread, between two tokens
-            worker.answer(Talk(turn(*pictures), late.told.put, 4))
-            worker.answer(Talk(turn("and I?"), text.told.put, 4))
+            worker.answer(ChatRequest(turn(*pictures), late.told.put, 4))
+            worker.answer(ChatRequest(turn("and I?"), text.told.put, 4))
         seen.append((text.told.qsize(), late.told.qsize()))
         first.told.put(piece)
 
-    worker.answer(Talk(turn("go on"), tell, 20))
+    worker.answer(ChatRequest(turn("go on"), tell, 20))
     assert first.text().strip() == wanted[0]
     assert late.text().strip() == wanted[1]
     assert len(text.pieces()) == 4
@@ -274,7 +274,7 @@ def test_who_comes_while_others_are_answered_joins_them(endless, worker):
 def test_what_is_cancelled_is_not_begun(endless, worker, monkeypatch):
     """Neither while it waits, nor while its images are prepared; nothing more is told."""
     looked, listeners = [], [Listener(), Listener()]
-    talks = [Talk(turn(*[tiny.picture(i) for i in range(4)]), listener.told.put, 4) for listener in listeners]
+    talks = [ChatRequest(turn(*[tiny.random_image(i) for i in range(4)]), listener.told.put, 4) for listener in listeners]
     real = endless.prepare
 
     def prepare(ref):
@@ -307,7 +307,7 @@ def test_long_prompts_are_not_read_with_short_ones(endless, worker, monkeypatch)
 
 
 def test_no_more_than_so_many_are_answered_side_by_side(model, worker, monkeypatch):
-    monkeypatch.setattr(talks, "TALKS", 2)
+    monkeypatch.setattr(talks, "MAX_CONCURRENT_CHATS", 2)
     rows = []
     real = model.backbone.lm_head.forward
     monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: rows.append(len(hidden)) or real(hidden))
@@ -324,7 +324,7 @@ def test_each_samples_in_its_own_way(model, worker):
     def answered():
         begin = threading.Event()
         worker.call(begin.wait)
-        ways = [Sampling(1.5, seed=3), Sampling(), Sampling(1.5, seed=4)]
+        ways = [SamplingParams(1.5, seed=3), SamplingParams(), SamplingParams(1.5, seed=4)]
         listeners = [asked(worker, turn("one"), 9, sampling=way)[0] for way in ways]
         begin.set()
         return [listener.text() for listener in listeners]
@@ -338,15 +338,15 @@ def test_who_goes_away_is_told_nothing_more(endless, worker, monkeypatch):
     listener, passes = Listener(), []
     real = endless.backbone.lm_head.forward
     monkeypatch.setattr(endless.backbone.lm_head, "forward", lambda hidden: passes.append(1) or real(hidden))
-    talk = Talk(turn("go on and on"), listener.told.put, endless.backbone.window // 2)
+    talk = ChatRequest(turn("go on and on"), listener.told.put, endless.backbone.window // 2)
 
     def tell(piece):
         listener.told.put(piece)
         talk.cancelled = True
 
-    talk.tell = tell
+    talk.on_output = tell
     worker.answer(talk)
-    assert isinstance(listener.told.get(timeout=60), Piece)
+    assert isinstance(listener.told.get(timeout=60), Delta)
     assert worker.embed(["after"], query=False).result(60).shape == (1, endless.dim)
     assert len(asked(worker, turn("next"), 3)[0].pieces()) == 3
     assert listener.told.qsize() == 0 and len(passes) == 4, "a token of the one, three of the next"
@@ -362,7 +362,7 @@ def test_an_error_of_a_token_reaches_everyone_who_is_answered(endless, worker, m
     real = endless.backbone.lm_head.forward
 
     def tell(piece):
-        if isinstance(piece, Piece) and piece.tokens == 2:
+        if isinstance(piece, Delta) and piece.completion_tokens == 2:
             monkeypatch.setattr(endless.backbone.lm_head, "forward", no_memory)
         if isinstance(piece, Exception):
             kept.append(worker._talks._decoder)
@@ -370,8 +370,8 @@ def test_an_error_of_a_token_reaches_everyone_who_is_answered(endless, worker, m
 
     begin = threading.Event()
     worker.call(begin.wait)
-    worker.answer(Talk(turn("x"), tell, 30))
-    worker.answer(Talk(turn("y"), listeners[1].told.put, 30))
+    worker.answer(ChatRequest(turn("x"), tell, 30))
+    worker.answer(ChatRequest(turn("y"), listeners[1].told.put, 30))
     begin.set()
     assert all(isinstance(listener.pieces()[-1], RuntimeError) for listener in listeners)
     assert kept == [None]
@@ -388,13 +388,13 @@ def test_who_cannot_join_is_told_and_nobody_else(endless, worker, monkeypatch, b
         raise RuntimeError("out of memory")
 
     def tell(piece):
-        if isinstance(piece, Piece) and piece.tokens == 2:
+        if isinstance(piece, Delta) and piece.completion_tokens == 2:
             place = {"prompt": (endless, "start"), "beside": (decoding, "_stacked"), "habits": (talks, "Continuation")}
             monkeypatch.setattr(*place[broken], no_memory if broken != "habits" else lambda *_, **__: 1 / 0)
-            worker.answer(Talk(turn("y"), second.told.put, 4))
+            worker.answer(ChatRequest(turn("y"), second.told.put, 4))
         first.told.put(piece)
 
-    worker.answer(Talk(turn("x"), tell, 9))
+    worker.answer(ChatRequest(turn("x"), tell, 9))
     assert isinstance(second.pieces()[-1], RuntimeError | ZeroDivisionError)
     assert first.text().strip() == wanted
 
@@ -413,9 +413,9 @@ def test_too_much_is_turned_away(worker, monkeypatch):
     worker.call(begin.wait)
     while worker._calls:  # taken, not yet done
         time.sleep(0.01)
-    monkeypatch.setattr(module, "WAITING", 3)
+    monkeypatch.setattr(module, "MAX_WAITING", 3)
     kept = worker.embed(["a", "b"], query=False)
-    with pytest.raises(Busy):
+    with pytest.raises(ServerBusyError):
         worker.embed(["c", "d"], query=False)
     begin.set()
     assert len(kept.result(60)) == 2
@@ -424,24 +424,24 @@ def test_too_much_is_turned_away(worker, monkeypatch):
 
 def test_closing_ends_answers_and_tells_who_waits(endless, monkeypatch):
     """Those under way, the one whose prompt is made, and the one behind it."""
-    monkeypatch.setattr(talks, "TALKS", 2)
+    monkeypatch.setattr(talks, "MAX_CONCURRENT_CHATS", 2)
     worker = Worker(endless)
     listener = Listener()
     waiting: list = []
 
     def tell(piece):
         if not waiting:
-            waiting.extend(asked(worker, turn(tiny.picture(), "later"))[0] for _ in range(2))
-        elif isinstance(piece, Piece) and piece.tokens == 2:
+            waiting.extend(asked(worker, turn(tiny.random_image(), "later"))[0] for _ in range(2))
+        elif isinstance(piece, Delta) and piece.completion_tokens == 2:
             threading.Thread(target=worker.close).start()
             while not worker._closed:
                 time.sleep(0.01)
         listener.told.put(piece)
 
-    worker.answer(Talk(turn("go on and on"), tell, endless.backbone.window // 2))
+    worker.submit_chat(ChatRequest(turn("go on and on"), tell, endless.backbone.window // 2))
     told = listener.pieces()
     worker.close()
-    assert isinstance(told[-1], Busy)
-    assert [isinstance(each.pieces()[0], Busy) for each in waiting] == [True, True]
-    with pytest.raises(Busy):
+    assert isinstance(told[-1], ServerBusyError)
+    assert [isinstance(each.pieces()[0], ServerBusyError) for each in waiting] == [True, True]
+    with pytest.raises(ServerBusyError):
         worker.embed(["a"], query=False)

@@ -9,16 +9,16 @@ import yaml
 
 import tiny
 
-FROMAGE = ["recipe={name: fromage}", "model.head=null", "train.lora=null", "train.soft_prompts=true"]
+FROMAGE_OVERRIDES = ["recipe={name: fromage}", "model.head=null", "train.lora=null", "train.soft_prompts=true"]
 """Overrides that make the run FROMAGe's."""
 
 
-def write(folder: Path, *, count: int = 12, steps: int = 12, family: str = "fast_vlm", **train: object) -> Path:
+def write_run_config(folder: Path, *, count: int = 12, steps: int = 12, family: str = "fast_vlm", **train: object) -> Path:
     """Returns the config's path; the run goes to folder/run."""
-    tiny.FAMILIES[family](folder / "base")
+    tiny.FAMILY_BUILDERS[family](folder / "base")
     rows = []
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        (folder / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
         row = {"id": str(i), "image": f"{i}.png", "short": f"number {i % 9}", "long": "a longer text " * (1 + i % 3)}
         rows.append(row | ({} if i % 4 else {"long": f"only this {i}"}))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

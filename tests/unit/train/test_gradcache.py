@@ -16,17 +16,17 @@ from torch.testing import assert_close
 import tiny
 from precision import compute_in_double
 from vlduet import config
-from vlduet.data.batches import Batch, chunked, collate
+from vlduet.data.batches import Batch, split_into_chunks, collate
 from vlduet.data.records import Message
 from vlduet.data.sequences import Anchor, PreparedImage, Sequence
-from vlduet.model.adapters import Lora
+from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import Readout, empty_readout, joined
+from vlduet.model.readout import Readout, create_empty_readout, concatenate_readouts
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import contrastive
+from vlduet.recipes.contrast import compute_contrastive_loss
 from vlduet.train import setup
-from vlduet.train.gradcache import cached_losses
-from vlduet.train.step import joint_step
+from vlduet.train.gradcache import compute_cached_losses
+from vlduet.train.step import forward_backward
 
 Found = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 EXACT = {"atol": 1e-11, "rtol": 1e-9}
@@ -35,8 +35,8 @@ EXACT = {"atol": 1e-11, "rtol": 1e-9}
 @pytest.fixture
 def trainable(tmp_path: Path, family: str) -> DuetModel:
     """A model in training, in double precision throughout, with dropout in front of LoRA."""
-    model = tiny.duet(tmp_path / "base", family=family).double()
-    model.make_trainable(lora=Lora(rank=2, alpha=4, dropout=0.3), projector=True)
+    model = tiny.build_duet_model(tmp_path / "base", family=family).double()
+    model.make_trainable(lora=LoraSettings(rank=2, alpha=4, dropout=0.3), projector=True)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -52,23 +52,23 @@ def sequences(model: DuetModel) -> list[Sequence]:
     """Images with captions of unequal length, texts, several images in one sequence, and chats that embed nothing."""
     renderer, rows = model.renderer, []
     for i in range(4):
-        pictured = renderer.caption(tiny.picture(i), "some words " * (1 + 2 * i), record=f"p{i}")
-        end = Anchor(len(pictured) - 1, len(pictured), role="query", record=f"p{i}", key=f"both {i}")
+        pictured = renderer.render_caption(tiny.random_image(i), "some words " * (1 + 2 * i), record_name=f"p{i}")
+        end = Anchor(len(pictured) - 1, len(pictured), role="query", record_name=f"p{i}", content_key=f"both {i}")
         rows.append(replace(pictured, anchors=(*pictured.anchors, end)))
-        rows.append(renderer.embed((f"text {i % 3}",), role="text", record=f"p{i}", key=f"text {i % 3}"))
-    rows.append(renderer.embed((tiny.picture(7), "and", tiny.picture(8)), role="query", record="r", key="q"))
-    rows.append(renderer.embed(("an answer",), role="positive", record="r", key="a"))
+        rows.append(renderer.render_embedding((f"text {i % 3}",), role="text", record_name=f"p{i}", content_key=f"text {i % 3}"))
+    rows.append(renderer.render_embedding((tiny.random_image(7), "and", tiny.random_image(8)), role="query", record_name="r", content_key="q"))
+    rows.append(renderer.render_embedding(("an answer",), role="positive", record_name="r", content_key="a"))
     for i in range(3):
         turns = (Message("user", ("hello",)), Message("assistant", ("good day " * (i + 1),)))
-        rows.append(renderer.chat(turns, answer=False))
+        rows.append(renderer.render_chat(turns, add_generation_prompt=False))
     return rows
 
 
 def losses_of(model: DuetModel) -> Callable[[Readout], dict[str, torch.Tensor]]:
     def losses(readout: Readout) -> dict[str, torch.Tensor]:
         found = {
-            "contrastive": contrastive(readout, model.logit_scale, floor=0.01),
-            "language": language_loss(readout.nll, global_count=len(readout.nll)),
+            "contrastive": compute_contrastive_loss(readout, model.logit_scale, min_temperature=0.01),
+            "language": language_loss(readout.nll, global_token_count=len(readout.nll)),
         }
         return {"loss": found["contrastive"] + 0.7 * found["language"], **found}
 
@@ -77,14 +77,14 @@ def losses_of(model: DuetModel) -> Callable[[Readout], dict[str, torch.Tensor]]:
 
 def at_once(model: DuetModel, batches: list[Batch]) -> Found:
     """The slow twin: the graphs of all batches live until the one backward."""
-    losses = losses_of(model)(joined([model(batch) for batch in batches]))
+    losses = losses_of(model)(concatenate_readouts([model(batch) for batch in batches]))
     losses["loss"].backward()
     return _taken(model, losses)
 
 
 def by_chunk(model: DuetModel, batches: list[Batch]) -> Found:
-    nothing = empty_readout(model.dim, like=model.logit_scale.detach())
-    return _taken(model, cached_losses(model, batches, losses=losses_of(model), nothing=nothing))
+    nothing = create_empty_readout(model.dim, like=model.logit_scale.detach())
+    return _taken(model, compute_cached_losses(model, batches, compute_losses=losses_of(model), empty=nothing))
 
 
 def _taken(model: DuetModel, losses: dict[str, torch.Tensor]) -> Found:
@@ -100,11 +100,11 @@ def same(one: Found, other: Found, **close: float) -> None:
             assert_close(value, theirs[name], msg=lambda m, name=name: f"{name}: {m}", **close)
 
 
-@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+@pytest.mark.parametrize("family", sorted(tiny.FAMILY_BUILDERS))
 def test_in_double_a_model_computes_what_it_computes_in_single(tmp_path: Path, family: str) -> None:
     """Every norm that names float32, and all of the trunk, give the same numbers with more digits."""
-    single = tiny.bold(tiny.duet(tmp_path / "base", family=family))
-    double = tiny.bold(tiny.duet(tmp_path / "base", family=family)).double()
+    single = tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=family))
+    double = tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=family)).double()
     batch = single.collate(sequences(single))
     norms = [n for n, m in single.named_modules() if type(m).__name__.endswith("RMSNorm")]
     widths = {n: len(next(single.get_submodule(n).parameters(), torch.empty(32))) for n in norms}
@@ -125,7 +125,7 @@ def test_in_double_a_model_computes_what_it_computes_in_single(tmp_path: Path, f
 
 
 def test_with_dropout_the_gradients_are_those_of_all_chunks_at_once(trainable: DuetModel) -> None:
-    chunks = [trainable.collate(part) for part in chunked(sequences(trainable), 90)]
+    chunks = [trainable.collate(part) for part in split_into_chunks(sequences(trainable), 90)]
     assert len(chunks) > 4
     torch.manual_seed(11)
     slow = at_once(trainable, chunks)
@@ -142,7 +142,7 @@ def test_with_dropout_the_gradients_are_those_of_all_chunks_at_once(trainable: D
 def test_without_dropout_they_are_those_of_one_batch(trainable: DuetModel, pack_to: int | None) -> None:
     trainable.eval()
     rows = sequences(trainable)
-    chunks = [trainable.collate(part, pack_to=pack_to) for part in chunked(rows, 140, pack_to=pack_to)]
+    chunks = [trainable.collate(part, pack_to=pack_to) for part in split_into_chunks(rows, 140, pack_to=pack_to)]
     assert len(chunks) > 2
     same(by_chunk(trainable, chunks), at_once(trainable, [trainable.collate(rows)]), **EXACT)
 
@@ -151,12 +151,12 @@ def test_the_first_pass_has_no_head_and_skips_what_embeds_nothing(trainable: Due
     seen: list[tuple[bool, int, int]] = []
 
     def counting(batch: Batch) -> Readout:
-        seen.append((torch.is_grad_enabled(), batch.num_supervised, len(batch.anchors)))
+        seen.append((torch.is_grad_enabled(), batch.num_supervised_tokens, len(batch.anchors)))
         return trainable(batch)
 
-    chunks = [trainable.collate(part) for part in chunked(sequences(trainable), 90)]
-    nothing = empty_readout(trainable.dim, like=trainable.logit_scale.detach())
-    cached_losses(counting, chunks, losses=losses_of(trainable), nothing=nothing)
+    chunks = [trainable.collate(part) for part in split_into_chunks(sequences(trainable), 90)]
+    nothing = create_empty_readout(trainable.dim, like=trainable.logit_scale.detach())
+    compute_cached_losses(counting, chunks, compute_losses=losses_of(trainable), empty=nothing)
     first, second = ([call for call in seen if call[0] is graph] for graph in (False, True))
     assert [call[2] for call in first] == [len(c.anchors) for c in chunks if c.anchors]
     assert not any(supervised for _, supervised, _ in first)
@@ -166,12 +166,12 @@ def test_the_first_pass_has_no_head_and_skips_what_embeds_nothing(trainable: Due
 def test_layers_that_are_computed_again_give_the_same_gradients(trainable: DuetModel) -> None:
     batch = [trainable.collate(sequences(trainable))]
     calls: list[int] = []
-    layer = trainable.backbone.trunk.layers[0].self_attn  # type: ignore[union-attr, index]
+    layer = trainable.backbone.language_model.layers[0].self_attn  # type: ignore[union-attr, index]
     layer.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[operator, union-attr]
     torch.manual_seed(11)
     slow = at_once(trainable, batch)
     assert len(calls) == 1
-    trainable.backbone.checkpoint_layers()
+    trainable.backbone.enable_gradient_checkpointing()
     torch.manual_seed(11)
     found = at_once(trainable, batch)
     assert len(calls) == 3, "forward, and again in backward"
@@ -187,17 +187,17 @@ def test_layers_that_are_computed_again_give_the_same_gradients(trainable: DuetM
 def test_a_step_has_the_numbers_of_the_plain_one(tmp_path: Path, how: dict[str, object]) -> None:
     """By the config, from records on disk: chunks, and one pass for each loss (the way of most joint trainers)."""
     lora = {"rank": 2, "alpha": 2, "dropout": 0.0}
-    path = runs.write(tmp_path, steps=1, batch_size=8, lora=lora)
+    path = runs.write_run_config(tmp_path, steps=1, batch_size=8, lora=lora)
     measured, grads, passes = [], [], []
     for changed in ({}, how):
         overrides = [f"train.{key}={value}" for key, value in changed.items()]
-        run = setup.prepare(config.load(path, [*overrides, f"data.cache={tmp_path / 'features'}"]), keep=False)
+        run = setup.prepare_run(config.load_run_config(path, [*overrides, f"data.cache={tmp_path / 'features'}"]), write_files=False)
         for name, parameter in run.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.1)
-        (_, chunks), *_ = setup.batches(run, 0)
-        measured.append(joint_step(run, chunks))
-        grads.append([p.grad for p in run.trainable()])
+        (_, chunks), *_ = setup.iterate_batches(run, 0)
+        measured.append(forward_backward(run, chunks))
+        grads.append([p.grad for p in run.trainable_parameters()])
         passes.append(chunks)
     assert measured[1] == pytest.approx(measured[0], rel=1e-4)
     assert_close(grads[1], grads[0], atol=2e-5, rtol=1e-3)
@@ -207,11 +207,11 @@ def test_a_step_has_the_numbers_of_the_plain_one(tmp_path: Path, how: dict[str, 
 
 
 def test_pixels_of_a_chunked_batch_do_not_wait_for_their_chunk(tmp_path: Path) -> None:
-    path = runs.write(tmp_path, steps=1, batch_size=8)
+    path = runs.write_run_config(tmp_path, steps=1, batch_size=8)
     found = []
     for cut in ("null", "60"):
-        run = setup.prepare(config.load(path, [f"train.chunk_tokens={cut}", f"out={tmp_path / cut}"]))
-        (_, chunks), *_ = setup.batches(run, 0)
+        run = setup.prepare_run(config.load_run_config(path, [f"train.chunk_tokens={cut}", f"out={tmp_path / cut}"]))
+        (_, chunks), *_ = setup.iterate_batches(run, 0)
         images = [image for chunk in chunks for image in chunk.images]
         found.append({name for image in images for name in image.inputs})
         assert len(images) == 8
@@ -238,10 +238,10 @@ def test_chunks_hold_every_sequence_once_within_the_budget(
         )
         for i, (length, anchored, pictured) in enumerate(lengths)
     ]
-    parts = list(chunked(rows, budget, pack_to=pack_to))
+    parts = list(split_into_chunks(rows, budget, pack_to=pack_to))
     assert sorted(map(id, rows)) == sorted(id(row) for part in parts for row in part)
     for part in parts:
         batch = collate(part, pad_id=0, pack_to=pack_to)
-        assert batch.ids.numel() <= budget or len(batch.ids) == 1
+        assert batch.token_ids.numel() <= budget or len(batch.token_ids) == 1
         assert len({bool(row.anchors) for row in part}) == 1
         assert int(batch.image_mask.sum()) == len(batch.images)

@@ -18,15 +18,15 @@ from vlduet.recipes import vladva
 from vlduet.train import plan as planning
 from vlduet.train import setup
 from vlduet.train.loop import train
-from vlduet.train.plan import plan
-from vlduet.train.step import joint_step, learning_rate_factor, move
-from vlduet.validation import validator
+from vlduet.train.plan import plan_run
+from vlduet.train.step import forward_backward, learning_rate_factor, optimizer_step
+from vlduet.validation import make_validator
 
 
 def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
-    settings = config.load(runs.write(tmp_path, steps=60, eval_every=30))
+    settings = config.load_run_config(runs.write_run_config(tmp_path, steps=60, eval_every=30))
     assert settings.data.validation
-    folder = train(settings, evaluate=validator(settings.data.validation, seed=0))
+    folder = train(settings, evaluate=make_validator(settings.data.validation, seed=0))
     rows = read_metrics(settings.out / "metrics.jsonl")
     first, *_, last = [row["loss"] for row in rows if "loss" in row]
     assert last < first - 1
@@ -36,7 +36,7 @@ def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
     assert measured[-1]["validation/caption_cross_entropy"] < measured[0]["validation/caption_cross_entropy"]
     assert all(0.0 <= row["validation/captions_ended"] <= 1.0 for row in measured)
     model = DuetModel.from_pretrained(folder)
-    assert model.peft is not None and model.prompts.image == "<s>{image}"
+    assert model.peft_model is not None and model.prompts.image == "<s>{image}"
     assert (settings.out / "config.yaml").is_file() and list((settings.out / "tensorboard").iterdir())
 
 
@@ -44,18 +44,18 @@ def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
     "how", [{}, {"chunk_tokens": 64}, {"checkpointing": True}, {"fused": False}, {"soft_prompts": True}], ids=str
 )
 def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path, how: dict[str, object]) -> None:
-    settings = config.load(runs.write(tmp_path, steps=3, **how))
-    run = setup.prepare(settings, keep=False)
+    settings = config.load_run_config(runs.write_run_config(tmp_path, steps=3, **how))
+    run = setup.prepare_run(settings, write_files=False)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     buffers = {name: b.detach().clone() for name, b in run.model.named_buffers()}
     run.model.train()
-    laid_out = setup.batches(run, 0)
+    laid_out = setup.iterate_batches(run, 0)
     for step in range(3):
-        joint_step(run, next(laid_out)[1])
+        forward_backward(run, next(laid_out)[1])
         if step == 1:  # B starts at zero, so A's gradient is zero in the first step only
             for name, p in run.model.adapter_tensors().items():
                 assert p.grad is not None and bool(p.grad.abs().max() > 0), name
-        move(run, step)
+        optimizer_step(run, step)
     for name, p in run.model.named_parameters():
         assert torch.equal(p, before[name]) != p.requires_grad, name
     for name, buffer in run.model.named_buffers():  # batch norm statistics of the frozen tower
@@ -63,31 +63,31 @@ def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path, how: 
 
 
 def test_a_fixed_temperature_stays(tmp_path: Path) -> None:
-    run = setup.prepare(config.load(runs.write(tmp_path, steps=2, temperature=0.05)), keep=False)
-    for step, (_, chunks) in enumerate(setup.batches(run, 0)):
-        assert joint_step(run, chunks)["temperature"] == pytest.approx(0.05)
-        move(run, step)
-    assert all(p is not run.model.logit_scale for p in run.trainable())
+    run = setup.prepare_run(config.load_run_config(runs.write_run_config(tmp_path, steps=2, temperature=0.05)), write_files=False)
+    for step, (_, chunks) in enumerate(setup.iterate_batches(run, 0)):
+        assert forward_backward(run, chunks)["temperature"] == pytest.approx(0.05)
+        optimizer_step(run, step)
+    assert all(p is not run.model.logit_scale for p in run.trainable_parameters())
 
 
 def test_learned_prompts_go_on_from_a_model_that_brings_them(tmp_path: Path) -> None:
-    path = runs.write(tmp_path, steps=1, soft_prompts=True)
-    folder = train(config.load(path))
+    path = runs.write_run_config(tmp_path, steps=1, soft_prompts=True)
+    folder = train(config.load_run_config(path))
     further = [f"model.path={folder}", f"out={tmp_path / 'further'}"]
     with pytest.raises(ConfigError, match="the model brings learned prompts"):
-        setup.prepare(config.load(path, further), keep=False)
-    run = setup.prepare(config.load(path, [*further, "model.prompts={}"]), keep=False)
+        setup.prepare_run(config.load_run_config(path, further), write_files=False)
+    run = setup.prepare_run(config.load_run_config(path, [*further, "model.prompts={}"]), write_files=False)
     saved = DuetModel.from_pretrained(folder)
-    assert run.model.prompts == saved.prompts and run.model.soft is not None and saved.soft is not None
-    assert run.model.soft.rows.requires_grad and torch.equal(run.model.soft.rows, saved.soft.rows)
+    assert run.model.prompts == saved.prompts and run.model.soft_prompts is not None and saved.soft_prompts is not None
+    assert run.model.soft_prompts.rows.requires_grad and torch.equal(run.model.soft_prompts.rows, saved.soft_prompts.rows)
 
 
 def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
-    path = runs.write(tmp_path, steps=6)
+    path = runs.write_run_config(tmp_path, steps=6)
     (tmp_path / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"id": "bad", "image": "0.png", "shrt": "x"}\n')
-    settings = config.load(path)
+    settings = config.load_run_config(path)
     train(settings)
     dropped = [json.loads(line) for line in (settings.out / "quarantine.jsonl").read_text().splitlines()]
     assert [row["id"] for row in dropped] == [None, "3"]
@@ -95,7 +95,7 @@ def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
 
 
 def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = config.load(runs.write(tmp_path))
+    settings = config.load_run_config(runs.write_run_config(tmp_path))
     real = setup.bind
 
     def poisoned(config: object) -> setup.Recipe:
@@ -122,7 +122,7 @@ def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_source_without_anything_to_learn_is_named_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = runs.write(tmp_path)
+    path = runs.write_run_config(tmp_path)
     typo = tmp_path / "typo.jsonl"  # a table of somebody else's, whose caption has a name that nobody knows
     typo.write_text("".join(json.dumps({"id": str(i), "image": f"{i}.png", "captoin": "x"}) + "\n" for i in range(3)))
     gone = tmp_path / "gone.jsonl"
@@ -131,67 +131,67 @@ def test_a_source_without_anything_to_learn_is_named_before_training(
         (typo, r"none of its 3 .* an image without a caption"),
         (gone, r"none of its 1 .* no such im"),
     ):
-        settings = config.load(path, [f"data.train=[{{path: {file}}}]"])
+        settings = config.load_run_config(path, [f"data.train=[{{path: {file}}}]"])
         with pytest.raises(DataError, match=message) as told:
-            plan(settings)
+            plan_run(settings)
         assert str(told.value).startswith(str(file))
         with pytest.raises(DataError, match=message):
             train(settings)
         # Beside another it is said: a control run may have no use for what the other run learns of.
-        setup.prepare(config.load(path, [f"data.train.1.path={file}"]), keep=False)
+        setup.prepare_run(config.load_run_config(path, [f"data.train.1.path={file}"]), write_files=False)
         assert f"warning: {file}: none of its" in capsys.readouterr().err
-    short = config.load(path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"])
+    short = config.load_run_config(path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"])
     with pytest.raises(DataError, match="has anything for language of vladva"):
-        setup.prepare(short, keep=False)
+        setup.prepare_run(short, write_files=False)
 
 
 def test_a_step_without_anything_for_the_language_loss_passes(tmp_path: Path) -> None:
     """Alone, and not in chunks: a control run on data that another run learns of."""
     rows = [{"id": f"q{i}", "query": [{"text": f"q {i}"}], "positive": [[{"text": f"a {i}"}]]} for i in range(8)]
     rows.append({"id": "c", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
-    path = runs.write(tmp_path, batch_size=2, steps=5, lora={"rank": 2, "alpha": 2})
+    path = runs.write_run_config(tmp_path, batch_size=2, steps=5, lora={"rank": 2, "alpha": 2})
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = config.load(path, ["objectives={language: 1}", "data.validation=null"])
+    settings = config.load_run_config(path, ["objectives={language: 1}", "data.validation=null"])
     train(settings)
     losses = [row["loss"] for row in read_metrics(settings.out / "metrics.jsonl")]
     assert losses.count(0.0) >= 3 and max(losses) > 0
 
 
 def test_a_large_source_is_looked_at_here_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "LOOKED_AT", 3)
-    path = runs.write(tmp_path)
+    monkeypatch.setattr(setup, "MAX_PROBED_RECORDS", 3)
+    path = runs.write_run_config(tmp_path)
     (tmp_path / "asked.jsonl").write_text(
         "".join(f'{{"id": "{i}", "query": [{{"text": "q"}}], "positive": [[{{"text": "a"}}]]}}\n' for i in range(40))
     )
-    real, seen = vladva.retrieval, []
+    real, seen = vladva.layout_retrieval_record, []
     monkeypatch.setattr(
         vladva, "retrieval", lambda sample, *rest, **more: seen.append(1) or real(sample, *rest, **more)
     )
-    setup.prepare(config.load(path, ["objectives={language: 1}", f"data.train.1.path={tmp_path / 'asked.jsonl'}"]))
+    setup.prepare_run(config.load_run_config(path, ["objectives={language: 1}", f"data.train.1.path={tmp_path / 'asked.jsonl'}"]))
     assert len(seen) == 3
 
 
 def test_features_need_not_fill_the_disk(tmp_path: Path) -> None:
-    settings = config.load(runs.write(tmp_path, steps=2))
-    assert plan(settings)["vision features on disk, at most (GB)"] == 0.0  # a few kilobytes
-    settings = config.load(tmp_path / "config.yaml", ["data.cache=false"])
+    settings = config.load_run_config(runs.write_run_config(tmp_path, steps=2))
+    assert plan_run(settings)["vision features on disk, at most (GB)"] == 0.0  # a few kilobytes
+    settings = config.load_run_config(tmp_path / "config.yaml", ["data.cache=false"])
     train(settings)
     assert not (settings.out / "features").exists()
 
 
 def test_validation_leaves_out_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
-    settings = config.load(runs.write(tmp_path))
+    settings = config.load_run_config(runs.write_run_config(tmp_path))
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
     assert settings.data.validation
-    model = setup.prepare(settings, keep=False).model
-    assert 0 <= validator(settings.data.validation, seed=0)(model)["text_to_image/hit@5"] <= 1
+    model = setup.prepare_run(settings, write_files=False).model
+    assert 0 <= make_validator(settings.data.validation, seed=0)(model)["text_to_image/hit@5"] <= 1
 
 
 @pytest.mark.parametrize("broken", ["state.json", "trained.safetensors", "optimizer.pt"])
 @pytest.mark.parametrize("how", ["gone", "cut"])
 def test_a_broken_state_is_named(tmp_path: Path, broken: str, how: str) -> None:
-    settings = config.load(runs.write(tmp_path, steps=2))
+    settings = config.load_run_config(runs.write_run_config(tmp_path, steps=2))
     train(settings)
     file = settings.out / "state" / broken
     kept = file.read_bytes()[: file.stat().st_size // 2]
@@ -205,21 +205,21 @@ def test_a_broken_state_is_named(tmp_path: Path, broken: str, how: str) -> None:
 def test_a_plan_of_a_large_batch_lays_out_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = setup._sequences, []
     monkeypatch.setattr(setup, "_sequences", lambda run, samples: seen.extend(samples) or real(run, samples))
-    monkeypatch.setattr(planning, "PROBED", 24)
-    part = plan(config.load(runs.write(tmp_path, batch_size=24)))
-    whole = plan(config.load(tmp_path / "config.yaml", ["train.batch_size=240"]))
+    monkeypatch.setattr(planning, "MAX_PROBED_BATCH_SIZE", 24)
+    part = plan_run(config.load_run_config(runs.write_run_config(tmp_path, batch_size=24)))
+    whole = plan_run(config.load_run_config(tmp_path / "config.yaml", ["train.batch_size=240"]))
     assert len(seen) == 48
     for name in ("tokens a batch", "supervised tokens a batch", "embeddings a batch"):
         assert whole[name] == pytest.approx(10 * part[name], abs=10)
     assert whole["epochs"] == 10 * part["epochs"] and whole["padding"] == part["padding"]
     seen.clear()
-    plan(config.load(tmp_path / "config.yaml", ["train.batch_size=4", "train.steps=2"]))
+    plan_run(config.load_run_config(tmp_path / "config.yaml", ["train.batch_size=4", "train.steps=2"]))
     assert len(seen) == 8
 
 
 def test_the_plan_trains_nothing(tmp_path: Path) -> None:
-    settings = config.load(runs.write(tmp_path))
-    facts = plan(settings)
+    settings = config.load_run_config(runs.write_run_config(tmp_path))
+    facts = plan_run(settings)
     assert facts["records: pair"] == 12 and facts["trainable parameters"] > 0 and facts["tokens a batch"] > 0
     assert not settings.out.exists()
 
@@ -235,9 +235,9 @@ def test_the_plan_trains_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_unknown_names_are_answered_with_the_closest(tmp_path: Path, override: str, message: str) -> None:
-    settings = config.load(runs.write(tmp_path), [override])
+    settings = config.load_run_config(runs.write_run_config(tmp_path), [override])
     with pytest.raises(ConfigError, match=message):
-        setup.prepare(settings, keep=False)
+        setup.prepare_run(settings, write_files=False)
 
 
 def test_learning_rate() -> None:

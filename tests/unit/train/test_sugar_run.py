@@ -18,27 +18,27 @@ from vlduet.cli.main import app
 from vlduet.data.formats import read_records
 from vlduet.errors import ConfigError, ModelError
 from vlduet.logs import read_metrics
-from vlduet.model.dual import DualEncoder, as_encoder, open_embedder
+from vlduet.model.dual import DualEncoder, open_dual_as_encoder, open_embedder
 from vlduet.model.duet import DuetModel
 from vlduet.model.encoders import open_encoder
 from vlduet.model.features import FeatureCache
 from vlduet.train import setup
 from vlduet.train.loop import train
-from vlduet.train.plan import plan
-from vlduet.validation import validator
+from vlduet.train.plan import plan_run
+from vlduet.validation import make_validator
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {role: str(folder) for role, folder in tiny.encoders(tmp_path_factory.mktemp("encoders")).items()}
+    return {role: str(folder) for role, folder in tiny.build_frozen_encoders(tmp_path_factory.mktemp("encoders")).items()}
 
 
 def documents(folder: Path) -> Path:
     """Two documents, a pair and a chat."""
     for i in range(4):
-        (folder / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        (folder / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
     rows: list[dict[str, Any]] = [
         {
             "id": "one",
@@ -54,19 +54,19 @@ def documents(folder: Path) -> Path:
 
 
 def settings(folder: Path, encoders: dict[str, str], *overrides: str, family: str = "fast_vlm") -> config.RunConfig:
-    tiny.FAMILIES[family](folder / "base")
+    tiny.FAMILY_BUILDERS[family](folder / "base")
     tree = {
         "out": str(folder / "run"),
         "recipe": {"name": "sugar"},
         "objectives": {"structure": 1.0, "language": 1.0},
-        "model": {"path": str(folder / "base"), "head": "mlp", "dim": 8, "prompts": tiny.BARE.to_dict()},
+        "model": {"path": str(folder / "base"), "head": "mlp", "dim": 8, "prompts": tiny.PLAIN_PROMPTS.to_dict()},
         "encoders": encoders,
         "data": {"train": [{"path": str(documents(folder))}]},
         "train": {"steps": 4, "batch_size": 4, "lr": 1e-2, "lora": {"rank": 2, "alpha": 2}, "log_every": 1},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return config.load(path, overrides)
+    return config.load_run_config(path, overrides)
 
 
 @pytest.mark.parametrize("family", ["fast_vlm", "llava", "qwen2_vl"])
@@ -99,7 +99,7 @@ def test_frozen_encoders_guide_the_contrastive_loss(encoders: dict[str, str], tm
     guided = ["recipe={name: vladva, guide: triple}", "objectives={contrastive: 1}"]
     made = settings(tmp_path, encoders, *guided)
     with pytest.raises(ConfigError, match=r"vladva compares slices with a frozen vision encoder, and none is given"):
-        setup.prepare(settings(tmp_path, {}, *guided), keep=False)
+        setup.prepare_run(settings(tmp_path, {}, *guided), write_files=False)
     rows = [{"id": str(i), "image": f"{i}.png", "short": f"number {i}"} for i in range(4)]
     made.data.train[0].path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(made)
@@ -108,10 +108,10 @@ def test_frozen_encoders_guide_the_contrastive_loss(encoders: dict[str, str], tm
 
 def test_a_missing_encoder_is_named(encoders: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"encoders.cross: .*none is given. Name its folder"):
-        setup.prepare(settings(tmp_path, {**encoders, "cross": None}), keep=False)  # type: ignore[dict-item]
+        setup.prepare_run(settings(tmp_path, {**encoders, "cross": None}), write_files=False)  # type: ignore[dict-item]
     only = {"cross": encoders["cross"]}
-    run = setup.prepare(settings(tmp_path, only, "recipe.triple=false"), keep=False)
-    assert list(run.encoders.encoders) == ["cross"]
+    run = setup.prepare_run(settings(tmp_path, only, "recipe.triple=false"), write_files=False)
+    assert list(run.encoders.by_role) == ["cross"]
 
 
 def test_a_slice_that_an_encoder_cannot_see_costs_its_record_only(
@@ -139,8 +139,8 @@ def test_a_slice_that_an_encoder_cannot_see_costs_its_record_only(
 
 def ready(name: str, folder: Path, encoders: dict[str, str]) -> config.RunConfig:
     """A shipped config with its folders put here."""
-    tiny.llava(folder / "base")
-    data, shipped = documents(folder), config.load(CONFIGS / name, [])
+    tiny.build_llava(folder / "base")
+    data, shipped = documents(folder), config.load_run_config(CONFIGS / name, [])
     overrides = [
         f"model.path={folder / 'base'}",
         f"model.prompts.image_pool={shipped.recipe.get('pool', 'mean')}",
@@ -150,12 +150,12 @@ def ready(name: str, folder: Path, encoders: dict[str, str]) -> config.RunConfig
     ]
     overrides += [f"data.train.{i}.path={data}" for i in range(len(shipped.data.train))]
     overrides += [f"encoders.{role}={encoders[role]}" for role, given in shipped.encoders if given is not None]
-    return config.load(CONFIGS / name, overrides)
+    return config.load_run_config(CONFIGS / name, overrides)
 
 
 @pytest.mark.parametrize("name", [str(path.relative_to(CONFIGS)) for path in sorted(CONFIGS.glob("**/sugar*.yaml"))])
 def test_the_shipped_configs_plan(name: str, tmp_path: Path, encoders: dict[str, str]) -> None:
-    facts = plan(ready(name, tmp_path, encoders))
+    facts = plan_run(ready(name, tmp_path, encoders))
     assert facts["records dropped"] == 0
     assert (facts["supervised tokens a batch"] > 0) == (name != "ablations/sugar-structure-only.yaml")
     assert (facts["embeddings a batch"] > 0) == (name != "ablations/sugar-alpha-0.yaml")
@@ -168,7 +168,7 @@ def test_the_shipped_configs_plan(name: str, tmp_path: Path, encoders: dict[str,
 def dual(tmp_path: Path, encoders: dict[str, str]) -> Path:
     rows = []
     for i in range(8):
-        (tmp_path / f"pair{i}.png").write_bytes(tiny.picture(10 + i).data or b"")
+        (tmp_path / f"pair{i}.png").write_bytes(tiny.random_image(10 + i).data or b"")
         rows.append({"id": str(i), "image": f"pair{i}.png", "short": f"number {i}"})
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -176,9 +176,9 @@ def dual(tmp_path: Path, encoders: dict[str, str]) -> Path:
     tree["data"] = {"train": [{"path": str(pairs)}], "validation": str(pairs)}
     tree |= {"out": str(tmp_path / "clip"), "encoders": {role: encoders[role] for role in ("vision", "text")}}
     tree["train"] |= {"steps": 200, "batch_size": 8, "eval_every": 200, "log_every": 20, "lr": 3e-3}
-    made = config.check(tree, place="test")
-    assert plan(made)["trainable parameters"] > 0
-    return train(made, evaluate=validator(pairs, seed=0))
+    made = config.validate_run_config(tree, place="test")
+    assert plan_run(made)["trainable parameters"] > 0
+    return train(made, evaluate=make_validator(pairs, seed=0))
 
 
 def test_the_dual_encoder_learns_pairs(dual: Path) -> None:
@@ -193,7 +193,7 @@ def test_the_dual_encoder_learns_pairs(dual: Path) -> None:
 
 def test_a_dual_encoder_opens_as_it_was_saved(dual: Path, tmp_path: Path) -> None:
     model = DualEncoder.from_pretrained(dual)
-    vectors = model.encode([tiny.picture(10), "number 0", "number 1"])
+    vectors = model.encode([tiny.random_image(10), "number 0", "number 1"])
     assert vectors.shape == (3, 256) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2]
     manifest = json.loads((dual / "dual.json").read_text())
@@ -208,27 +208,27 @@ def test_a_dual_encoder_opens_as_it_was_saved(dual: Path, tmp_path: Path) -> Non
 
 def test_sugar_takes_a_dual_encoder_for_cross(dual: Path, encoders: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "sugar").mkdir()
-    run = setup.prepare(settings(tmp_path / "sugar", {**encoders, "cross": str(dual)}), keep=False)
-    (_, [batch]), *_ = setup.batches(run, 3)
+    run = setup.prepare_run(settings(tmp_path / "sugar", {**encoders, "cross": str(dual)}), write_files=False)
+    (_, [batch]), *_ = setup.iterate_batches(run, 3)
     cross = [one.features["cross"] for anchor in batch.anchors for one in anchor.slices]
     assert {len(vector) for vector in cross} == {256}
     again = DualEncoder.from_pretrained(dual).encode([batch.anchors[0].slices[0].part])
     assert np.allclose(again[0], cross[0].numpy(), atol=1e-6)
-    assert open_encoder(Path(encoders["vision"])).fingerprint != run.encoders.encoders["cross"].fingerprint
+    assert open_encoder(Path(encoders["vision"])).fingerprint != run.encoders.by_role["cross"].fingerprint
 
 
 def test_a_dual_encoder_reads_one_slice(dual: Path) -> None:
     from vlduet.errors import DataError
 
     with pytest.raises(DataError, match="one image or one text"):
-        DualEncoder.from_pretrained(dual).encode([(tiny.picture(1), "what?")])
+        DualEncoder.from_pretrained(dual).encode([(tiny.random_image(1), "what?")])
 
 
 def test_a_dual_encoder_searches_and_does_not_answer(dual: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in (10, 11):
-        (photos / f"{i}.png").write_bytes(tiny.picture(i).data or b"")
+        (photos / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
     words = ["index", str(dual), str(photos), "--to", str(tmp_path / "index")]
     assert CliRunner().invoke(app, words).exit_code == 0
     found = CliRunner().invoke(app, ["search", str(tmp_path / "index"), "number 1", "--json"])
@@ -245,4 +245,4 @@ def test_a_dual_encoder_searches_and_does_not_answer(dual: Path, tmp_path: Path)
     )
     assert aligned.exit_code == 0
     model = open_embedder(dual)
-    assert model.fingerprint == as_encoder(dual, cache=FeatureCache(None)).fingerprint
+    assert model.fingerprint == open_dual_as_encoder(dual, cache=FeatureCache(None)).fingerprint

@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlduet.data.images import SUFFIXES
-from vlduet.data.readers.rows import Row, captions_of
-from vlduet.data.records import Place, is_unicode
+from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.readers.rows import SourceRow, split_caption_lines
+from vlduet.data.records import Place, is_utf8_encodable
 from vlduet.errors import DataError
 
-MAX_MEMBER = 256 * 2**20
+MAX_MEMBER_BYTES = 256 * 2**20
 """Bytes of one archive member: a compressed archive may unfold into anything."""
-NOT_UTF8 = "Save the file as UTF-8"
+UTF8_FIX = "Save the file as UTF-8"
 
 
-def json_lines(source: Path, root: Path) -> Iterator[Row]:
+def read_jsonl_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """``.jsonl``: one object a line."""
     with source.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -28,28 +28,28 @@ def json_lines(source: Path, root: Path) -> Iterator[Row]:
                 yield _json_row(line, Place(str(source), number), root)
 
 
-def _json_row(data: bytes, place: Place, root: Path) -> Row:
+def _json_row(data: bytes, place: Place, root: Path) -> SourceRow:
     name = f"{Path(place.file).name}:{place.line}"
     try:
-        return Row(place, root, name, json.loads(data.decode("utf-8-sig")))
+        return SourceRow(place, root, name, json.loads(data.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
-        broken = DataError(f"not UTF-8 at byte {error.start}", place=place, fix=NOT_UTF8)
+        broken = DataError(f"not UTF-8 at byte {error.start}", place=place, fix=UTF8_FIX)
     except json.JSONDecodeError as error:
         broken = DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
         broken = DataError(f"JSON that cannot be held ({error})", place=place, fix="Mend the line")
-    return Row(place, root, name, error=broken)
+    return SourceRow(place, root, name, error=broken)
 
 
-def json_list(source: Path, root: Path) -> Iterator[Row]:
+def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """``.json``: a list of objects, decoded one by one; JSON lines under a wrong name are taken too."""
     try:
         text = source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start}", place=source, fix=NOT_UTF8) from None
+        raise DataError(f"not UTF-8 at byte {error.start}", place=source, fix=UTF8_FIX) from None
     at = _skip(text, 0, " \t\r\n")
     if text[at : at + 1] == "{":
-        yield from json_lines(source, root)
+        yield from read_jsonl_rows(source, root)
         return
     if text[at : at + 1] != "[":
         if text.strip():
@@ -70,13 +70,13 @@ def json_list(source: Path, root: Path) -> Iterator[Row]:
             place = Place(str(source), error.lineno)
             fix = "Mend the line; what follows it in the list was not read"
             broken = DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix=fix)
-            yield Row(place, root, name, error=broken)
+            yield SourceRow(place, root, name, error=broken)
             return
         except (ValueError, RecursionError) as error:
             fix = "Mend it; what follows it in the list was not read"
-            yield Row(place, root, name, error=DataError(f"JSON that cannot be held ({error})", place=place, fix=fix))
+            yield SourceRow(place, root, name, error=DataError(f"JSON that cannot be held ({error})", place=place, fix=fix))
             return
-        yield Row(place, root, name, value)
+        yield SourceRow(place, root, name, value)
         at = _skip(text, at, ", \t\r\n")
 
 
@@ -86,7 +86,7 @@ def _skip(text: str, at: int, these: str) -> int:
     return at
 
 
-def table(source: Path, root: Path) -> Iterator[Row]:
+def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """``.csv`` and ``.tsv`` with a header line. Empty cells are left out."""
     with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header = lines.readline()
@@ -101,56 +101,56 @@ def table(source: Path, root: Path) -> Iterator[Row]:
             raise DataError(f"a column twice: {', '.join(columns)}", place=Place(str(source), 1), fix="Rename one")
         while True:
             place = Place(str(source), reader.line_num + 1)
-            row = Row(place, root, f"{source.name}:{place.line}")
+            row = SourceRow(place, root, f"{source.name}:{place.line}")
             try:
                 cells = next(reader)
                 if cells:
-                    yield Row(row.place, root, row.name, _cells(columns, cells, place))
+                    yield SourceRow(row.place, root, row.default_id, _cells(columns, cells, place))
             except StopIteration:
                 return
             except csv.Error as error:
                 fix = "Double the quotes inside a quoted cell, and close it"
-                yield Row(place, root, row.name, error=DataError(f"broken row ({error})", place=place, fix=fix))
+                yield SourceRow(place, root, row.default_id, error=DataError(f"broken row ({error})", place=place, fix=fix))
             except DataError as broken:
-                yield Row(place, root, row.name, error=broken)
+                yield SourceRow(place, root, row.default_id, error=broken)
 
 
 def _cells(columns: list[str], cells: list[str], place: Place) -> dict[str, str]:
     if len(cells) > len(columns):
         what = f"{len(cells)} cells for {len(columns)} columns"
-        raise DataError(what, place=place.at(cells[len(columns)][:20]), fix="Quote cells that hold the separator")
+        raise DataError(what, place=place.with_field(cells[len(columns)][:20]), fix="Quote cells that hold the separator")
     for column, cell in zip(columns, cells, strict=False):
-        if not is_unicode(cell):
-            raise DataError("not UTF-8", place=place.at(column), fix=NOT_UTF8)
+        if not is_utf8_encodable(cell):
+            raise DataError("not UTF-8", place=place.with_field(column), fix=UTF8_FIX)
     return {column: cell for column, cell in zip(columns, cells, strict=False) if cell.strip()}
 
 
-def image_folder(source: Path, root: Path) -> Iterator[Row]:
+def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """A folder of images, with all folders below: captions from a ``.txt`` of the same name, one a line."""
     for folder, folders, files in os.walk(source):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
-            if path.suffix.lower() not in SUFFIXES or name.startswith("."):
+            if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                 continue
             identity = path.relative_to(source).as_posix()
-            if not is_unicode(identity):
+            if not is_utf8_encodable(identity):
                 wrong = DataError("a file name that is not UTF-8", place=ascii(str(path)), fix="Rename it")
-                yield Row(Place(ascii(str(path))), source, ascii(identity), error=wrong)
+                yield SourceRow(Place(ascii(str(path))), source, ascii(identity), error=wrong)
                 continue
-            row = Row(Place(str(path)), source, identity, {"image": identity})
+            row = SourceRow(Place(str(path)), source, identity, {"image": identity})
             sidecar = path.with_suffix(".txt")
             try:
                 if sidecar.is_file():
-                    captions = captions_of(sidecar.read_text(encoding="utf-8"))
-                    row = Row(row.place, source, identity, {"image": identity, "captions": captions})
+                    captions = split_caption_lines(sidecar.read_text(encoding="utf-8"))
+                    row = SourceRow(row.place, source, identity, {"image": identity, "captions": captions})
             except (UnicodeDecodeError, OSError) as error:
                 what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-                row = Row(row.place, source, identity, error=DataError(what, place=sidecar, fix=NOT_UTF8))
+                row = SourceRow(row.place, source, identity, error=DataError(what, place=sidecar, fix=UTF8_FIX))
             yield row
 
 
-def shard(source: Path, root: Path) -> Iterator[Row]:
+def read_tar_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """A webdataset ``.tar`` (also compressed), streamed: nothing is written to disk, links and devices are refused.
 
     Members that share their path up to the first dot of the name are one row, as the format demands they stand together.
@@ -184,17 +184,17 @@ def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> 
     place = Place(str(source), None, member.name)
     if not member.isreg():
         raise DataError("a link or device in an archive, which is refused", place=place, fix="Pack the file itself")
-    if member.size > MAX_MEMBER:
+    if member.size > MAX_MEMBER_BYTES:
         raise DataError(f"{member.size / 2**20:.0f} MiB in one member", place=place, fix="Keep members below 256 MiB")
     file = archive.extractfile(member)
     assert file is not None
     return file.read()
 
 
-def _member_row(key: str, members: dict[str, bytes], error: DataError | None, *, source: Path, root: Path) -> Row:
+def _member_row(key: str, members: dict[str, bytes], error: DataError | None, *, source: Path, root: Path) -> SourceRow:
     place, name = Place(str(source), None, key), f"{source.name.partition('.')[0]}/{key}"
     if error is not None:
-        return Row(place, root, name, error=error)
+        return SourceRow(place, root, name, error=error)
     value: dict[str, Any] = {}
     try:
         if "json" in members:
@@ -206,17 +206,17 @@ def _member_row(key: str, members: dict[str, bytes], error: DataError | None, *,
             value["cls"] = members["cls"].decode().strip()
     except (ValueError, RecursionError) as problem:  # of bytes, of JSON, of numbers
         broken = DataError(f"broken text or JSON ({problem})", place=place, fix="Write UTF-8, and one JSON object")
-        return Row(place, root, name, error=broken)
+        return SourceRow(place, root, name, error=broken)
     except DataError as problem:
-        return Row(place, root, name, error=problem)
-    if texts and (captions := [c for text in texts for c in captions_of(text)]):
+        return SourceRow(place, root, name, error=problem)
+    if texts and (captions := [c for text in texts for c in split_caption_lines(text)]):
         value.pop("caption", None)  # img2dataset writes the same text into both
         value["captions"] = captions
-    pictures = [{"bytes": data} for e, data in members.items() if "." + e.rpartition(".")[2] in SUFFIXES]
+    pictures = [{"bytes": data} for e, data in members.items() if "." + e.rpartition(".")[2] in IMAGE_SUFFIXES]
     if len(pictures) == 1:
         value["image"] = pictures[0]
         value.pop("images", None)
     elif pictures:
         value["images"] = pictures
         value.pop("image", None)
-    return Row(place, root, name, value)
+    return SourceRow(place, root, name, value)

@@ -8,46 +8,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.records import ImageRef, Message, Part, Place, Record, image_of, is_unicode, text_of
+from vlduet.data.records import ImageRef, Message, Part, Place, Record, parse_image, is_utf8_encodable, parse_text
 from vlduet.errors import DataError
 
 __all__ = ["Row", "captions_of", "chat", "identity", "image_of", "images_of", "interleave", "metadata", "text_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One row of a container: a JSON-like value, or the reason why there is none."""
 
     place: Place
     root: Path
     """Where relative image paths start."""
-    name: str
+    default_id: str
     """The id of a row that has none of its own."""
     value: Any = None
     error: DataError | None = None
 
 
-def pruned(value: Any) -> Any:
+def drop_null_fields(value: Any) -> Any:
     """Without the keys that hold None: tables give every row every key."""
     if isinstance(value, dict):
-        return {key: pruned(item) for key, item in value.items() if item is not None}
-    return [pruned(item) for item in value] if isinstance(value, list) else value
+        return {key: drop_null_fields(item) for key, item in value.items() if item is not None}
+    return [drop_null_fields(item) for item in value] if isinstance(value, list) else value
 
 
-def identity(row: Row) -> str:
+def parse_id(row: SourceRow) -> str:
     """The row's own id, else its name."""
     own = row.value.get("id")
     if own is None or own == "":
-        return row.name
+        return row.default_id
     if not isinstance(own, str | int) or isinstance(own, bool):
         fix = "Write a string, or leave the id out"
-        raise DataError(f"id is {type(own).__name__} {str(own)[:40]!r}", place=row.place.at("id"), fix=fix)
-    if not is_unicode(str(own)):
-        raise DataError(f"id is {own!a}", place=row.place.at("id"), fix="Write it again as UTF-8")
+        raise DataError(f"id is {type(own).__name__} {str(own)[:40]!r}", place=row.place.with_field("id"), fix=fix)
+    if not is_utf8_encodable(str(own)):
+        raise DataError(f"id is {own!a}", place=row.place.with_field("id"), fix="Write it again as UTF-8")
     return str(own)
 
 
-def metadata(row: Row, used: Iterable[str]) -> dict[str, Any]:
+def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
     """All columns that are not `used`, in JSON types; encoded bytes are left out."""
     own = row.value.get("metadata")
     left = {**(own if isinstance(own, Mapping) else {})}
@@ -65,24 +65,24 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
-def images_of(row: Row, *keys: str) -> list[ImageRef]:
+def parse_images(row: SourceRow, *keys: str) -> list[ImageRef]:
     """The images under the first of `keys` that is there: one, or a list of them."""
     for key in keys:
         value = row.value.get(key)
         if value in (None, "", []):
             continue
         if isinstance(value, list):
-            return [image_of(v, row.place.at(f"{key}[{i}]"), row.root) for i, v in enumerate(value)]
-        return [image_of(value, row.place.at(key), row.root)]
+            return [parse_image(v, row.place.with_field(f"{key}[{i}]"), row.root) for i, v in enumerate(value)]
+        return [parse_image(value, row.place.with_field(key), row.root)]
     return []
 
 
-def captions_of(text: str) -> list[str]:
+def split_caption_lines(text: str) -> list[str]:
     """The captions of a text file: one a line."""
     return [line.strip() for line in text.lstrip("\ufeff").splitlines() if line.strip()]
 
 
-def interleave(text: str, tag: str, images: list[ImageRef], *, place: Place) -> list[Part]:
+def interleave_images(text: str, tag: str, images: list[ImageRef], *, place: Place) -> list[Part]:
     """Text with `tag`s -> slices, each tag taking the next of `images` (and removing it from the list)."""
     parts: list[Part] = []
     for i, piece in enumerate(text.split(tag)):
@@ -96,8 +96,8 @@ def interleave(text: str, tag: str, images: list[ImageRef], *, place: Place) -> 
     return parts
 
 
-def chat(row: Row, turns: list[Message], *, field: str, used: Iterable[str]) -> Record:
+def build_chat_record(row: SourceRow, turns: list[Message], *, field: str, used: Iterable[str]) -> Record:
     """A chat record; `field` holds its turns in the source."""
     if not any(turn.role == "assistant" for turn in turns):
-        raise DataError("no assistant turn, so nothing to learn", place=row.place.at(field), fix="Add the answer")
-    return Record(identity(row), messages=tuple(turns), metadata=metadata(row, used), place=row.place)
+        raise DataError("no assistant turn, so nothing to learn", place=row.place.with_field(field), fix="Add the answer")
+    return Record(parse_id(row), messages=tuple(turns), metadata=collect_metadata(row, used), place=row.place)

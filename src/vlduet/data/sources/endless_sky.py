@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.duplicates import Groups, fingerprint, near_duplicates
+from vlduet.data.duplicates import UnionFind, fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, plain, slug, split_of
+from vlduet.data.sources.build import Corpus, PackageFolders, CorpusImage, CorpusSample, Watch, normalize_caption, slugify, assign_split
 from vlduet.packages import PACKAGES
 
-PACKAGE = "endless-sky-data"
-TEST, VAL = 0.15, 0.08
+PACKAGE_NAME = "endless-sky-data"
+TEST_SHARE, VAL_SHARE = 0.15, 0.08
 
 _WORD = re.compile(r"`([^`]*)`|\"([^\"]*)\"|(\S+)")
 _PICTURE = {"ship": ("thumbnail", "sprite"), "outfit": ("thumbnail",), "planet": ("landscape",)}
@@ -26,19 +26,19 @@ _FRAMES = ("{}.png", "{}.jpg", "{}+0.png", "{}-0.png", "{}~0.png", "{}=0.png", "
 
 
 @dataclass(slots=True)
-class Node:
+class DataNode:
     """One line and the lines indented below it."""
 
-    words: list[str]
-    children: list[Node] = field(default_factory=list)
+    tokens: list[str]
+    children: list[DataNode] = field(default_factory=list)
 
-    def first(self, key: str) -> str:
+    def first_value(self, key: str) -> str:
         """The value of the first child that begins with `key`; empty if there is none."""
-        return next((child.words[1] for child in self.children if child.words[0] == key and len(child.words) > 1), "")
+        return next((child.tokens[1] for child in self.children if child.tokens[0] == key and len(child.tokens) > 1), "")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class GameEntry:
     """A ship, an outfit or a planet."""
 
     kind: str
@@ -48,32 +48,32 @@ class Entry:
     metadata: dict[str, Any]
 
 
-def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
+def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
     """All entries as pairs, in the order of their files."""
-    root = folders[PACKAGE] / "usr/share/games/endless-sky"
+    root = folders[PACKAGE_NAME] / "usr/share/games/endless-sky"
     entries = list(read_entries(root))
-    groups = Groups(len(entries))
-    groups.unite_equal(entry.source for entry in entries)
-    groups.unite_equal(plain(entry.description) for entry in entries)
-    looks = [fingerprint(ImageRef(path=entry.source)) for entry in watch(entries, "reading images")]
+    groups = UnionFind(len(entries))
+    groups.union_equal(entry.source for entry in entries)
+    groups.union_equal(normalize_caption(entry.description) for entry in entries)
+    looks = [fingerprint_image(ImageRef(path=entry.source)) for entry in watch(entries, "reading images")]
     # "Marauder Falcon" nearly equals "Falcon", text and picture.
-    groups.unite_equal((entry.kind, _model(entry.name)) for entry in entries)
-    for one, other in near_duplicates(looks):
-        groups.unite(one, other)
+    groups.union_equal((entry.kind, _model(entry.name)) for entry in entries)
+    for one, other in find_near_duplicates(looks):
+        groups.union(one, other)
     split: dict[int, str] = {}
-    for members in groups.members():
+    for members in groups.groups():
         name = min(f"{entries[i].kind}:{entries[i].name}" for i in members)
-        split |= dict.fromkeys(members, split_of(f"endless-sky:{name}", test=TEST, val=VAL))
+        split |= dict.fromkeys(members, assign_split(f"endless-sky:{name}", test=TEST_SHARE, val=VAL_SHARE))
     for i, entry in enumerate(entries):
-        yield Sample(_record(entry, root), split[i])
+        yield CorpusSample(_record(entry, root), split[i])
 
 
-def _record(entry: Entry, root: Path) -> dict[str, Any]:
+def _record(entry: GameEntry, root: Path) -> dict[str, Any]:
     inside = entry.source.relative_to(root / "images")
-    name = f"images/{slug(inside.with_suffix('').as_posix().replace('/', '__'))}{inside.suffix}"
+    name = f"images/{slugify(inside.with_suffix('').as_posix().replace('/', '__'))}{inside.suffix}"
     return {
         "id": f"{entry.kind}/{entry.name}",
-        "image": Picture(name, entry.source),
+        "image": CorpusImage(name, entry.source),
         "short": entry.name,
         "long": entry.description,
         "metadata": {"kind": entry.kind, **entry.metadata},
@@ -84,46 +84,46 @@ def _model(name: str) -> str:
     return re.sub(r"^Marauder | \([^)]*\)$", "", name)
 
 
-def read_entries(root: Path) -> Iterator[Entry]:
+def read_entries(root: Path) -> Iterator[GameEntry]:
     """Every ship, outfit and planet with a picture and a description; the first of a name."""
     seen = set()
     for path in sorted((root / "data").rglob("*.txt")):
-        for node in parse(path.read_text(encoding="utf-8", errors="replace")):
+        for node in parse_nodes(path.read_text(encoding="utf-8", errors="replace")):
             # Two names are a variant of a ship: the same picture and text under another outfit.
-            if node.words[0] not in _PICTURE or len(node.words) != 2 or tuple(node.words) in seen:
+            if node.tokens[0] not in _PICTURE or len(node.tokens) != 2 or tuple(node.tokens) in seen:
                 continue
-            kind, name = node.words
-            texts = [c.words[1] for c in node.children if c.words[0] == "description" and len(c.words) > 1]
+            kind, name = node.tokens
+            texts = [c.tokens[1] for c in node.children if c.tokens[0] == "description" and len(c.tokens) > 1]
             description = "\n\n".join(" ".join(text.split()) for text in texts if text.strip())
             source = _source(root / "images", node, kind)
             if not description or source is None:
                 continue
             seen.add((kind, name))
-            yield Entry(kind, name, description, source, _metadata(node, kind))
+            yield GameEntry(kind, name, description, source, _metadata(node, kind))
 
 
-def _source(images: Path, node: Node, kind: str) -> Path | None:
-    names = [value for key in _PICTURE[kind] if (value := node.first(key))]
+def _source(images: Path, node: DataNode, kind: str) -> Path | None:
+    names = [value for key in _PICTURE[kind] if (value := node.first_value(key))]
     files = (images / pattern.format(name) for name in names for pattern in _FRAMES)
     return next((path for path in files if path.is_file()), None)
 
 
-def _metadata(node: Node, kind: str) -> dict[str, Any]:
+def _metadata(node: DataNode, kind: str) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if kind == "planet":
-        facts["attributes"] = [w for c in node.children if c.words[0] == "attributes" for w in c.words[1:]]
-    inner = next((c for c in node.children if c.words[0] == "attributes"), node) if kind == "ship" else node
-    if category := inner.first("category"):
+        facts["attributes"] = [w for c in node.children if c.tokens[0] == "attributes" for w in c.tokens[1:]]
+    inner = next((c for c in node.children if c.tokens[0] == "attributes"), node) if kind == "ship" else node
+    if category := inner.first_value("category"):
         facts["category"] = category
-    if re.fullmatch(r"\d+", inner.first("cost")):
-        facts["cost"] = int(inner.first("cost"))
+    if re.fullmatch(r"\d+", inner.first_value("cost")):
+        facts["cost"] = int(inner.first_value("cost"))
     return {key: value for key, value in facts.items() if value}
 
 
-def parse(text: str) -> list[Node]:
+def parse_nodes(text: str) -> list[DataNode]:
     """The top-level nodes of a data file. Depth is the number of leading white-space characters; # begins a comment."""
-    root = Node([])
-    stack: list[tuple[int, Node]] = [(-1, root)]
+    root = DataNode([])
+    stack: list[tuple[int, DataNode]] = [(-1, root)]
     for line in text.splitlines():
         bare = line.lstrip()
         if not bare or bare.startswith("#"):
@@ -132,7 +132,7 @@ def parse(text: str) -> list[Node]:
         words = [a or b or c for a, b, c in _WORD.findall(bare)]
         while stack[-1][0] >= depth:
             stack.pop()
-        node = Node(words)
+        node = DataNode(words)
         stack[-1][1].children.append(node)
         stack.append((depth, node))
     return root.children
@@ -147,10 +147,10 @@ CORPUS = Corpus(
         "the public domain; COPYRIGHT-endless-sky-data.txt names the artist and the licence of each file. "
         "Texts: GNU General Public License, version 3 or later."
     ),
-    packages=(PACKAGES[PACKAGE],),
+    packages=(PACKAGES[PACKAGE_NAME],),
     split_by=(
         "Entries that share a picture or a text, or whose pictures nearly look alike, stand in one split (many planets "
         "share a landscape). `metadata.kind` is ship, outfit or planet."
     ),
-    build=build,
+    build=build_samples,
 )

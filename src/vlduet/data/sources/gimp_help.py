@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.data import images
-from vlduet.data.duplicates import Groups, fingerprint, near_duplicates
+from vlduet.data.duplicates import UnionFind, fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, slug, split_of
+from vlduet.data.sources.build import Corpus, PackageFolders, CorpusImage, CorpusSample, Watch, slugify, assign_split
 from vlduet.errors import ImageError
 from vlduet.packages import PACKAGES
 
-PACKAGE = "gimp-help-en"
-TEST, VAL = 0.15, 0.08
+PACKAGE_NAME = "gimp-help-en"
+TEST_SHARE, VAL_SHARE = 0.15, 0.08
 MIN_IMAGES = 2
 MIN_SIDE = 64
 """Pixels of the shorter side below which an image is an icon."""
@@ -41,7 +41,7 @@ _VOID = frozenset({"img", "br", "hr", "meta", "link", "input", "col"})
 
 
 @dataclass(slots=True)
-class Page:
+class ManualPage:
     """One page: texts, and images by their path below the page's folder."""
 
     name: str
@@ -52,7 +52,7 @@ class Page:
 class _Reader(HTMLParser):
     """Collects paragraphs and images in their order; whatever stands inside a skipped element is left out."""
 
-    def __init__(self, page: Page, root: Path):
+    def __init__(self, page: ManualPage, root: Path):
         super().__init__(convert_charrefs=True)
         self.page, self.root = page, root
         self.open: list[str] = []
@@ -97,9 +97,9 @@ class _Reader(HTMLParser):
             self.page.parts.append(text)
 
 
-def read_page(path: Path) -> Page:
+def read_page(path: Path) -> ManualPage:
     """The paragraphs and images of one page."""
-    page = Page(path.stem)
+    page = ManualPage(path.stem)
     reader = _Reader(page, path.parent)
     reader.feed(path.read_text(encoding="utf-8"))
     reader.close()
@@ -107,9 +107,9 @@ def read_page(path: Path) -> Page:
     return page
 
 
-def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
+def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
     """All pages with at least two real images, in the order of their names."""
-    root = folders[PACKAGE] / "usr/share/gimp/2.0/help/en"
+    root = folders[PACKAGE_NAME] / "usr/share/gimp/2.0/help/en"
     pages = [read_page(path) for path in sorted(root.glob("*.html"))]
     keys = _content(pages, watch)
     shared = Counter(key for page in pages for key in {keys[p] for p in page.parts if p in keys})
@@ -123,47 +123,47 @@ def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
             elif part in kept:
                 parts.append({"image": _picture(part, root)})
         num_images = sum("image" in part for part in parts)
-        yield Sample({"id": page.name, "parts": parts, "metadata": {"images": num_images}}, split)
+        yield CorpusSample({"id": page.name, "parts": parts, "metadata": {"images": num_images}}, split)
 
 
-def _content(pages: list[Page], watch: Watch) -> dict[Path, str]:
+def _content(pages: list[ManualPage], watch: Watch) -> dict[Path, str]:
     """Image -> hash of its content, icons and undecodable ones left out."""
     found: dict[Path, str] = {}
     for path in watch(
         sorted({part for page in pages for part in page.parts if isinstance(part, Path)}), "reading images"
     ):
         try:
-            if min(images.load(ImageRef(path=path)).size) >= MIN_SIDE:
+            if min(images.load_image(ImageRef(path=path)).size) >= MIN_SIDE:
                 found[path] = hashlib.sha256(path.read_bytes()).hexdigest()
         except ImageError:
             continue  # the manual holds an animation that nobody could decode
     return found
 
 
-def _splits(pages: list[Page], keys: dict[Path, str], kept: set[Path]) -> list[str]:
+def _splits(pages: list[ManualPage], keys: dict[Path, str], kept: set[Path]) -> list[str]:
     """The split of each page, by connected component of shared and near-duplicate images."""
-    groups = Groups(len(pages))
+    groups = UnionFind(len(pages))
     holders: dict[str, int] = {}
     paths: dict[str, Path] = {}
     for i, page in enumerate(pages):
         for part in page.parts:
             if isinstance(part, Path) and part in kept:
-                groups.unite(holders.setdefault(keys[part], i), i)
+                groups.union(holders.setdefault(keys[part], i), i)
                 paths.setdefault(keys[part], part)
     names = sorted(paths)
-    for one, other in near_duplicates([fingerprint(ImageRef(path=paths[name])) for name in names]):
-        groups.unite(holders[names[one]], holders[names[other]])
+    for one, other in find_near_duplicates([fingerprint_image(ImageRef(path=paths[name])) for name in names]):
+        groups.union(holders[names[one]], holders[names[other]])
     split: dict[int, str] = {}
-    for members in groups.members():
+    for members in groups.groups():
         name = min(pages[i].name for i in members)
-        split |= dict.fromkeys(members, split_of(f"gimp-help:{name}", test=TEST, val=VAL))
+        split |= dict.fromkeys(members, assign_split(f"gimp-help:{name}", test=TEST_SHARE, val=VAL_SHARE))
     return [split[i] for i in range(len(pages))]
 
 
-def _picture(path: Path, root: Path) -> Picture:
+def _picture(path: Path, root: Path) -> CorpusImage:
     inside = path.relative_to(root)
-    name = slug(inside.with_suffix("").as_posix().removeprefix("images/").replace("/", "__"))
-    return Picture(f"images/{name}.{'jpg' if path.suffix in ('.jpg', '.jpeg') else 'png'}", path)
+    name = slugify(inside.with_suffix("").as_posix().removeprefix("images/").replace("/", "__"))
+    return CorpusImage(f"images/{name}.{'jpg' if path.suffix in ('.jpg', '.jpeg') else 'png'}", path)
 
 
 CORPUS = Corpus(
@@ -175,10 +175,10 @@ CORPUS = Corpus(
         "granted to copy, distribute and modify it under the terms of the GNU Free Documentation License, version 1.2 or "
         "any later version, with no Invariant Sections, no Front-Cover Texts and no Back-Cover Texts."
     ),
-    packages=(PACKAGES[PACKAGE],),
+    packages=(PACKAGES[PACKAGE_NAME],),
     split_by=(
         "Pages that share an image or hold near-duplicate ones, directly or through other pages, stand in one split. "
         f"Icons (under {MIN_SIDE} pixels) and images that more than {MAX_PAGES} pages share are left out."
     ),
-    build=build,
+    build=build_samples,
 )

@@ -23,33 +23,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data import images
-from vlduet.data.duplicates import Groups, fingerprint, near_duplicates
+from vlduet.data.duplicates import UnionFind, fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef
-from vlduet.data.sources.build import Corpus, Folders, Picture, Sample, Watch, plain, slug, split_of
+from vlduet.data.sources.build import Corpus, PackageFolders, CorpusImage, CorpusSample, Watch, normalize_caption, slugify, assign_split
 from vlduet.packages import PACKAGES
 
-PACKAGE = "kgeography-data"
+PACKAGE_NAME = "kgeography-data"
 ROOT = "usr/share/kgeography"
-TEST, VAL = 0.2, 0.08
+TEST_SHARE, VAL_SHARE = 0.2, 0.08
 
-SIDE = 256
+MAX_SIDE = 256
 """Pixels of the longer side of a map with a red region: thousands of them, and no finer detail is asked for."""
-MIN_SHARE = 0.001
+MIN_REGION_SHARE = 0.001
 """Of a map's pixels: a smaller region is not shown, because nobody could see it (about 300 pixels of 500 x 600)."""
-MIN_INSIDE = 0.8
+MIN_SHARE_IN_PLACE = 0.8
 """Share of a region's pixels that must lie in one ninth of the picture for it to be called its place."""
 RED = (214, 39, 40)
-FADED = 0.3
+FADED_CONTRAST = 0.3
 """What is left of the contrast of everything that is not red."""
-SHADES = 8
+GREY_STEP = 8
 """Steps between the greys: fewer shades make files of half the size."""
-PLACES = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
+PLACE_GRID = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
 
-NO_COUNTRIES = frozenset({"waters_world-class", "world_continents"})
+MAPS_WITHOUT_COUNTRIES = frozenset({"waters_world-class", "world_continents"})
 """Maps of the world whose regions are no countries, by file name."""
-SEVERAL = NO_COUNTRIES | {"africa", "asia", "caribbean", "europe", "ncamerica", "oceania", "southamerica", "world"}
+MULTI_COUNTRY_MAPS = MAPS_WITHOUT_COUNTRIES | {"africa", "asia", "caribbean", "europe", "ncamerica", "oceania", "southamerica", "world"}
 """Maps of more than one country, by file name."""
-SHOWN_AS = {
+TERRITORY_NAMES = {
     "World": "the world",
     "World continents": "the world",
     "Waters": "the world",
@@ -59,7 +59,7 @@ SHOWN_AS = {
     "New-Zealand": "New Zealand",
     "Sri-Lanka": "Sri Lanka",
 }
-SAME = {
+COUNTRY_SYNONYMS = {
     "usa": "united states of america",
     "great britain": "united kingdom",
     "uk": "united kingdom",
@@ -75,7 +75,7 @@ SAME = {
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class MapRegion:
     """A division of a map."""
 
     name: str
@@ -87,14 +87,14 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Map:
+class AtlasMap:
     """One .kgm file: a picture in which every region has a colour of its own."""
 
     id: str
     name: str
     divisions: str
     picture: Path
-    regions: tuple[Region, ...]
+    regions: tuple[MapRegion, ...]
     """Those that the game asks for."""
 
     @property
@@ -104,51 +104,51 @@ class Map:
         return name.removeprefix("The ")
 
     @property
-    def shown_as(self) -> str:
+    def display_name(self) -> str:
         """The territory within a sentence."""
-        return SHOWN_AS.get(self.territory, self.territory)
+        return TERRITORY_NAMES.get(self.territory, self.territory)
 
 
-def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
+def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
     """Maps, regions and flags as pairs, in the order of their files."""
-    root = folders[PACKAGE] / ROOT
+    root = folders[PACKAGE_NAME] / ROOT
     maps = read_maps(root)
-    flags = flags_of(maps)
-    split = splits_of(maps, flags, root)
+    flags = collect_flags(maps)
+    split = assign_country_splits(maps, flags, root)
     for one in watch(maps, "reading maps"):
-        pixels = images.to_pixels(images.load(ImageRef(path=one.picture)))
-        labels, faded = colours_of(pixels), pale(pixels)
-        several = one.id in SEVERAL
-        own = "train" if several else split[country(one.territory)]
-        yield Sample(_map_record(one), own)
+        pixels = images.to_pixels(images.load_image(ImageRef(path=one.picture)))
+        labels, faded = encode_colours(pixels), fade_map(pixels)
+        several = one.id in MULTI_COUNTRY_MAPS
+        own = "train" if several else split[normalize_country(one.territory)]
+        yield CorpusSample(_map_record(one), own)
         named: dict[str, int] = {}
         for region in one.regions:
-            where = split.get(country(region.name), "train") if several else own
+            where = split.get(normalize_country(region.name), "train") if several else own
             mask = labels == region.colour
-            if where == own and mask.mean() >= MIN_SHARE:
-                name = slug(region.name)
+            if where == own and mask.mean() >= MIN_REGION_SHARE:
+                name = slugify(region.name)
                 named[name] = named.get(name, 0) + 1
                 identity = name if named[name] == 1 else f"{name}-{named[name]}"
-                yield Sample(_region_record(one, region, mask, identity=identity, shown=highlighted(faded, mask)), own)
+                yield CorpusSample(_region_record(one, region, mask, identity=identity, shown=render_region(faded, mask)), own)
     for flag in flags:
-        yield Sample(_flag_record(flag, root), split[flag.country])
+        yield CorpusSample(_flag_record(flag, root), split[flag.country])
 
 
 # ------------------------------------------------------------------ reading
 
 
-def read_maps(root: Path) -> list[Map]:
+def read_maps(root: Path) -> list[AtlasMap]:
     """Every map of the package, by file name. Divisions that the game never asks for (water, borders) are left out."""
     found = []
     for path in sorted(root.glob("*.kgm")):
         tree = ET.parse(path).getroot()  # a file of a package whose hash is pinned
         regions = tuple(
-            Region(_text(d, "name"), _text(d, "capital"), _text(d, "flag"), _colour(d))
+            MapRegion(_text(d, "name"), _text(d, "capital"), _text(d, "flag"), _colour(d))
             for d in tree.findall("division")
             if _text(d, "ignore") != "yes"
         )
         picture = root / _text(tree, "mapFile")
-        found.append(Map(path.stem, _text(tree, "name"), _text(tree, "divisionsName"), picture, regions))
+        found.append(AtlasMap(path.stem, _text(tree, "name"), _text(tree, "divisionsName"), picture, regions))
     return found
 
 
@@ -175,9 +175,9 @@ class Flag:
     """Where the region lies; empty for a country's flag."""
 
 
-def flags_of(maps: Sequence[Map]) -> list[Flag]:
+def collect_flags(maps: Sequence[AtlasMap]) -> list[Flag]:
     """Every flag once, by file; where several territories fly one flag, it is named after the shortest name."""
-    found: dict[str, list[tuple[str, str, Map]]] = {}
+    found: dict[str, list[tuple[str, str, AtlasMap]]] = {}
     for one in maps:
         for region in one.regions:
             if region.flag:
@@ -185,46 +185,46 @@ def flags_of(maps: Sequence[Map]) -> list[Flag]:
     flags = []
     for file, named in sorted(found.items()):
         name, capital, one = min(named, key=lambda told: (len(told[0]), told[0]))
-        national = any(map_.id in SEVERAL for _, _, map_ in named)
-        of = country(name if national else one.territory)
-        flags.append(Flag(file, name.removeprefix("The "), of, capital, "" if national else one.shown_as))
+        national = any(map_.id in MULTI_COUNTRY_MAPS for _, _, map_ in named)
+        of = normalize_country(name if national else one.territory)
+        flags.append(Flag(file, name.removeprefix("The "), of, capital, "" if national else one.display_name))
     return flags
 
 
-def country(name: str) -> str:
+def normalize_country(name: str) -> str:
     """One spelling of a country's name: no article, and the land behind an island ("Hawaii (USA)" -> USA's)."""
     inside = re.search(r"\(([^)]*)\)", name)
     if inside is not None and not name.startswith("Republic of China"):
         name = inside.group(1)
-    name = plain(re.sub(r"\(.*?\)|-", " ", name)).removeprefix("the ")
-    return SAME.get(name, name)
+    name = normalize_caption(re.sub(r"\(.*?\)|-", " ", name)).removeprefix("the ")
+    return COUNTRY_SYNONYMS.get(name, name)
 
 
 # ------------------------------------------------------------------ splits
 
 
-def splits_of(maps: Sequence[Map], flags: Sequence[Flag], root: Path) -> dict[str, str]:
+def assign_country_splits(maps: Sequence[AtlasMap], flags: Sequence[Flag], root: Path) -> dict[str, str]:
     """Country -> split. Countries whose maps or flags look alike, or of which one is a region of the other, go together."""
-    alone = [one for one in maps if one.id not in SEVERAL]
-    own = {country(one.territory) for one in alone}
-    shown = {country(region.name) for one in maps if one.id in SEVERAL - NO_COUNTRIES for region in one.regions}
+    alone = [one for one in maps if one.id not in MULTI_COUNTRY_MAPS]
+    own = {normalize_country(one.territory) for one in alone}
+    shown = {normalize_country(region.name) for one in maps if one.id in MULTI_COUNTRY_MAPS - MAPS_WITHOUT_COUNTRIES for region in one.regions}
     names = sorted(own | shown | {flag.country for flag in flags})
     number = {name: i for i, name in enumerate(names)}
-    groups = Groups(len(names))
+    groups = UnionFind(len(names))
     for one in maps:
         for region in one.regions:
             # Goa is a region of India and has a map; so has "Puerto Rico (USA)" of the Caribbean.
-            outer = country(region.name if one.id in SEVERAL else one.territory)
-            if (inner := plain(re.sub(r"\(.*?\)", "", region.name))) in own and outer in number:
-                groups.unite(number[outer], number[inner])
-    pictures = [(country(one.territory), one.picture) for one in alone]
+            outer = normalize_country(region.name if one.id in MULTI_COUNTRY_MAPS else one.territory)
+            if (inner := normalize_caption(re.sub(r"\(.*?\)", "", region.name))) in own and outer in number:
+                groups.union(number[outer], number[inner])
+    pictures = [(normalize_country(one.territory), one.picture) for one in alone]
     pictures += [(flag.country, root / "flags" / flag.file) for flag in flags]
-    looks = [fingerprint(ImageRef(path=path)) for _, path in pictures]
-    for i, j in near_duplicates(looks):
-        groups.unite(number[pictures[i][0]], number[pictures[j][0]])
+    looks = [fingerprint_image(ImageRef(path=path)) for _, path in pictures]
+    for i, j in find_near_duplicates(looks):
+        groups.union(number[pictures[i][0]], number[pictures[j][0]])
     found: dict[str, str] = {}
-    for members in groups.members():
-        split = split_of(f"maps:{names[members[0]]}", test=TEST, val=VAL)
+    for members in groups.groups():
+        split = assign_split(f"maps:{names[members[0]]}", test=TEST_SHARE, val=VAL_SHARE)
         found |= {names[i]: split for i in members}
     return found
 
@@ -232,20 +232,20 @@ def splits_of(maps: Sequence[Map], flags: Sequence[Flag], root: Path) -> dict[st
 # ------------------------------------------------------------------ pictures and records
 
 
-def colours_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
+def encode_colours(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """uint8[H, W, 3] -> uint32[H, W], 0xRRGGBB: equal numbers are one region."""
     wide = pixels.astype(np.uint32)
     return np.asarray(wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2], dtype=np.uint32)
 
 
-def pale(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def fade_map(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """uint8[h, w, 3]: a map in pale grey, its longer side at most SIDE."""
-    grey = 255 - FADED * (255 - pixels.mean(2, keepdims=True))
-    small = images.to_pixels(images.scale_down(images.from_pixels(grey.repeat(3, 2).astype(np.uint8)), SIDE))
-    return small // SHADES * SHADES + SHADES - 1
+    grey = 255 - FADED_CONTRAST * (255 - pixels.mean(2, keepdims=True))
+    small = images.to_pixels(images.scale_down(images.from_pixels(grey.repeat(3, 2).astype(np.uint8)), MAX_SIDE))
+    return small // GREY_STEP * GREY_STEP + GREY_STEP - 1
 
 
-def highlighted(faded: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
+def render_region(faded: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
     """PNG of a pale map with one region in red.
 
     Args:
@@ -253,19 +253,19 @@ def highlighted(faded: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
         mask: bool[H, W], the region at the map's own size.
     """
     whole = images.from_pixels(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255)
-    weight = images.resized(whole, faded.shape[1], faded.shape[0]) / 255  # [h, w, 3]
+    weight = images.resize_pixels(whole, faded.shape[1], faded.shape[0]) / 255  # [h, w, 3]
     shown = weight * np.array(RED) + (1 - weight) * faded
     return images.encode_png(images.from_pixels(shown.round().astype(np.uint8)))
 
 
-def place_of(mask: NDArray[np.bool_]) -> str:
+def locate_region(mask: NDArray[np.bool_]) -> str:
     """The ninth of the picture that holds most of a region; empty where it holds less than MIN_INSIDE of it."""
     height, width = mask.shape
     rows, columns = np.nonzero(mask)
     counts = np.zeros((3, 3), dtype=np.int64)
     np.add.at(counts, (rows * 3 // height, columns * 3 // width), 1)
     row, column = divmod(int(counts.argmax()), 3)
-    return PLACES[row][column] if counts[row, column] >= MIN_INSIDE * len(rows) else ""
+    return PLACE_GRID[row][column] if counts[row, column] >= MIN_SHARE_IN_PLACE * len(rows) else ""
 
 
 def _told(facts: dict[str, str]) -> dict[str, str]:
@@ -273,12 +273,12 @@ def _told(facts: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in facts.items() if value}
 
 
-def _map_record(one: Map) -> dict[str, Any]:
-    facts = {"kind": "map", "territory": one.shown_as, "divisions": _many(one.divisions)}
+def _map_record(one: AtlasMap) -> dict[str, Any]:
+    facts = {"kind": "map", "territory": one.display_name, "divisions": _many(one.divisions)}
     return {
         "id": f"map/{one.id}",
-        "image": Picture(f"images/maps/{slug(one.id)}.png", one.picture),
-        "short": f"A map of {one.shown_as}, divided into {_many(one.divisions)}",
+        "image": CorpusImage(f"images/maps/{slugify(one.id)}.png", one.picture),
+        "short": f"A map of {one.display_name}, divided into {_many(one.divisions)}",
         "metadata": facts | {"regions": [region.name for region in one.regions]},
     }
 
@@ -288,14 +288,14 @@ def _many(divisions: str) -> str:
     return divisions.lower() + ("s" if divisions == "District" else "")
 
 
-def _region_record(one: Map, region: Region, mask: NDArray[np.bool_], *, identity: str, shown: bytes) -> dict[str, Any]:
-    picture = Picture(f"images/regions/{slug(one.id)}/{identity}.png", shown)
-    facts = {"kind": "region", "name": region.name, "map": one.id, "territory": one.shown_as}
-    facts |= {"divisions": _many(one.divisions), "capital": region.capital, "place": place_of(mask)}
+def _region_record(one: AtlasMap, region: MapRegion, mask: NDArray[np.bool_], *, identity: str, shown: bytes) -> dict[str, Any]:
+    picture = CorpusImage(f"images/regions/{slugify(one.id)}/{identity}.png", shown)
+    facts = {"kind": "region", "name": region.name, "map": one.id, "territory": one.display_name}
+    facts |= {"divisions": _many(one.divisions), "capital": region.capital, "place": locate_region(mask)}
     return {
         "id": f"region/{one.id}/{identity}",
         "image": picture,
-        "short": f"{region.name} in {one.shown_as}",
+        "short": f"{region.name} in {one.display_name}",
         "metadata": _told(facts),
     }
 
@@ -305,8 +305,8 @@ def _flag_record(flag: Flag, root: Path) -> dict[str, Any]:
     facts = {"kind": "flag", "name": flag.name, "territory": flag.within, "capital": flag.capital}
     return {
         "id": f"flag/{name}",
-        "image": Picture(
-            f"images/flags/{'/'.join(slug(part) for part in name.split('/'))}.png", root / "flags" / flag.file
+        "image": CorpusImage(
+            f"images/flags/{'/'.join(slugify(part) for part in name.split('/'))}.png", root / "flags" / flag.file
         ),
         "short": f"The flag of {flag.name}" + (f" in {flag.within}" if flag.within else ""),
         "metadata": _told(facts),
@@ -322,12 +322,12 @@ CORPUS = Corpus(
         "files and documentation; packaged for Debian as kgeography-data. The GNU General Public License, version 2 or "
         "later, holds for maps, flags and names. Region pictures are made from the maps: one region red, the rest grey."
     ),
-    packages=(PACKAGES[PACKAGE],),
+    packages=(PACKAGES[PACKAGE_NAME],),
     split_by=(
         "Everything of one country stands in one split: its maps, regions and flags, those of its regions, and those of "
         "countries whose flags or maps look alike. Maps of several countries are in train and show only countries of "
         "train. Regions under a thousandth of their map are left out. Names, borders and capitals are the package's, of "
         "2022 and before. The flags of `emoji` are the same flags drawn otherwise: a model trained on them has met these."
     ),
-    build=build,
+    build=build_samples,
 )

@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.data import images
-from vlduet.data.duplicates import Fingerprint, Groups, fingerprint, near_duplicates
+from vlduet.data.duplicates import ImageFingerprint, UnionFind, fingerprint_image, find_near_duplicates
 from vlduet.data.records import ImageRef
 from vlduet.data.sources.build import (
     Corpus,
-    Folders,
-    Picture,
-    Sample,
+    PackageFolders,
+    CorpusImage,
+    CorpusSample,
     Watch,
-    plain,
-    portable,
-    slug,
-    split_of,
+    normalize_caption,
+    encode_image,
+    slugify,
+    assign_split,
     unwatched,
 )
 from vlduet.packages import PACKAGES
 
-PACKAGE = "tuxpaint-stamps-default"
-TEST, VAL = 0.21, 0.08
+PACKAGE_NAME = "tuxpaint-stamps-default"
+TEST_SHARE, VAL_SHARE = 0.21, 0.08
 """Shares of the groups; with this package's content they give at least 128 test images."""
 
 # A cut-out photo has noise: hardly any two neighbours are equal, and hundreds of colours.
@@ -39,46 +39,46 @@ PHOTO_MIN_COLOURS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Stamp:
+class TuxPaintStamp:
     """One stamp as it stands in the package."""
 
     name: str
     """CATEGORY/SUB/NAME"""
     caption: str
-    data: bytes
+    png: bytes
     """Encoded PNG."""
-    drawing: bool
+    is_drawing: bool
     """Made as SVG."""
-    print: Fingerprint
+    fingerprint: ImageFingerprint
 
     @property
     def category(self) -> str:
         return self.name.rpartition("/")[0]
 
 
-def build(folders: Folders, watch: Watch) -> Iterator[Sample]:
+def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
     """All stamps as pairs, in the order of their paths."""
-    stamps = list(_distinct(read_stamps(folders[PACKAGE] / "usr/share/tuxpaint/stamps", watch)))
-    groups = Groups(len(stamps))
-    groups.unite_equal(plain(stamp.caption) for stamp in stamps)
-    for one, other in near_duplicates([stamp.print for stamp in stamps]):
-        groups.unite(one, other)
+    stamps = list(_distinct(read_stamps(folders[PACKAGE_NAME] / "usr/share/tuxpaint/stamps", watch)))
+    groups = UnionFind(len(stamps))
+    groups.union_equal(normalize_caption(stamp.caption) for stamp in stamps)
+    for one, other in find_near_duplicates([stamp.fingerprint for stamp in stamps]):
+        groups.union(one, other)
     split: dict[int, str] = {}
-    for members in groups.members():
+    for members in groups.groups():
         # The group's name is content, not a position: other stamps may come and go without moving it.
-        name = min(plain(stamps[i].caption) for i in members)
-        split |= dict.fromkeys(members, split_of(f"stamps:{name}", test=TEST, val=VAL))
+        name = min(normalize_caption(stamps[i].caption) for i in members)
+        split |= dict.fromkeys(members, assign_split(f"stamps:{name}", test=TEST_SHARE, val=VAL_SHARE))
     for i, stamp in enumerate(stamps):
-        yield Sample(_record(stamp), split[i])
+        yield CorpusSample(_record(stamp), split[i])
 
 
-def _record(stamp: Stamp) -> dict[str, Any]:
-    picture = Picture(f"images/{slug(stamp.name.replace('/', '__'))}.png", stamp.data)
-    metadata = {"category": stamp.category, "photo": not stamp.drawing and looks_photographed(stamp)}
+def _record(stamp: TuxPaintStamp) -> dict[str, Any]:
+    picture = CorpusImage(f"images/{slugify(stamp.name.replace('/', '__'))}.png", stamp.png)
+    metadata = {"category": stamp.category, "photo": not stamp.is_drawing and is_photo(stamp)}
     return {"id": stamp.name, "image": picture, "short": stamp.caption, "metadata": metadata}
 
 
-def read_stamps(root: Path, watch: Watch = unwatched) -> Iterator[Stamp]:
+def read_stamps(root: Path, watch: Watch = unwatched) -> Iterator[TuxPaintStamp]:
     """Every stamp with an English caption and an image, letters left out."""
     for text in watch(sorted(root.rglob("*.txt"), key=lambda path: path.as_posix()), "reading stamps"):
         name = text.relative_to(root).with_suffix("").as_posix()
@@ -87,8 +87,8 @@ def read_stamps(root: Path, watch: Watch = unwatched) -> Iterator[Stamp]:
         source = _image_of(text)
         if source is None or not caption or "/alphabets/" in f"/{name}":
             continue
-        data = portable(source)
-        yield Stamp(name, caption, data, source.suffix == ".svg", fingerprint(ImageRef(data=data)))
+        data = encode_image(source)
+        yield TuxPaintStamp(name, caption, data, source.suffix == ".svg", fingerprint_image(ImageRef(data=data)))
 
 
 def _image_of(text: Path) -> Path | None:
@@ -99,21 +99,21 @@ def _image_of(text: Path) -> Path | None:
     return png if png.exists() else None
 
 
-def _distinct(stamps: Iterator[Stamp]) -> Iterator[Stamp]:
+def _distinct(stamps: Iterator[TuxPaintStamp]) -> Iterator[TuxPaintStamp]:
     """Without the stamps that stand in two categories."""
     seen = set()
     for stamp in stamps:
-        key = (hashlib.sha256(stamp.data).digest(), plain(stamp.caption))
+        key = (hashlib.sha256(stamp.png).digest(), normalize_caption(stamp.caption))
         if key not in seen:
             seen.add(key)
             yield stamp
 
 
-def looks_photographed(stamp: Stamp) -> bool:
+def is_photo(stamp: TuxPaintStamp) -> bool:
     """A guess, right for about nine in ten: many colours, few equal neighbours, and not filed under cartoons."""
     if "cartoon" in stamp.category:
         return False
-    equal, colours = images.texture(ImageRef(data=stamp.data))
+    equal, colours = images.measure_texture(ImageRef(data=stamp.png))
     return equal <= PHOTO_MAX_EQUAL and colours >= PHOTO_MIN_COLOURS
 
 
@@ -126,11 +126,11 @@ CORPUS = Corpus(
         "packaged for Debian as tuxpaint-stamps-default. The GNU General Public License, version 2, holds for the "
         "images and the captions."
     ),
-    packages=(PACKAGES[PACKAGE],),
+    packages=(PACKAGES[PACKAGE_NAME],),
     split_by=(
         "Stamps with the same caption (case and punctuation aside) or nearly the same image stand in one split; the "
         "split is the hash of the group's caption. Letters of alphabets are left out. `metadata.category` is the "
         "folder in the package, `metadata.photo` a guess from the pixels."
     ),
-    build=build,
+    build=build_samples,
 )

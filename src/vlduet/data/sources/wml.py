@@ -13,25 +13,25 @@ from pathlib import Path
 
 
 @dataclass(slots=True)
-class Block:
+class WmlBlock:
     """``[name] key=value ... [/name]``; nested blocks in their order."""
 
     name: str
-    values: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
     """Texts without quotes; the first value of a key."""
-    blocks: list[Block] = field(default_factory=list)
+    children: list[WmlBlock] = field(default_factory=list)
 
-    def walk(self, *names: str) -> Iterator[Block]:
+    def find_blocks(self, *names: str) -> Iterator[WmlBlock]:
         """All blocks below of these names, in reading order, none inside another one of them."""
-        for block in self.blocks:
+        for block in self.children:
             if block.name in names:
                 yield block
             else:
-                yield from block.walk(*names)
+                yield from block.find_blocks(*names)
 
-    def text(self, key: str) -> str:
+    def get_text(self, key: str) -> str:
         """A text as a reader sees it: no translator's hints, no markup, white space collapsed; empty if missing."""
-        return readable(self.values.get(key, ""))
+        return clean_text(self.attributes.get(key, ""))
 
 
 _TOKEN = re.compile(
@@ -49,15 +49,15 @@ _TOKEN = re.compile(
 )
 
 
-def parse(text: str) -> Block:
+def parse_wml(text: str) -> WmlBlock:
     """The blocks of one file, under a root block without a name. Unbalanced tags close what they can."""
-    root = Block("")
+    root = WmlBlock("")
     stack, key, value, joined = [root], "", "", False
 
     def end() -> None:
         nonlocal key, value
         if key:
-            stack[-1].values.setdefault(key, value.strip())
+            stack[-1].attributes.setdefault(key, value.strip())
         key, value = "", ""
 
     for match in _TOKEN.finditer(text):
@@ -65,8 +65,8 @@ def parse(text: str) -> Block:
         if match["tag"] is not None and (not key or not value.strip()):
             end()
             if not match["close"]:
-                block = Block(match["tag"])
-                stack[-1].blocks.append(block)
+                block = WmlBlock(match["tag"])
+                stack[-1].children.append(block)
                 stack.append(block)
             elif len(stack) > 1:
                 stack.pop()
@@ -87,12 +87,12 @@ def parse(text: str) -> Block:
     return root
 
 
-def read(path: Path) -> Block:
+def read_wml(path: Path) -> WmlBlock:
     """Parse a .cfg file."""
-    return parse(path.read_text(encoding="utf-8", errors="replace"))
+    return parse_wml(path.read_text(encoding="utf-8", errors="replace"))
 
 
-def readable(text: str) -> str:
+def clean_text(text: str) -> str:
     """Drops translator's hints (``female^Elvish Archer``), Pango markup and line breaks."""
     head, hint, rest = text.partition("^")
     text = rest if hint and len(head) < 60 and "\n" not in head else text

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlduet.data.images import content_key
+from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Record, read_jsonl
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks.compositional import winoground_rule
 from vlduet.eval.benchmarks.retrieval import both_ways
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Answers, Choices, Pair, Pairs, Question, Questions, Score, Search, sample
-from vlduet.eval.metrics import exact_match, normalized, token_f1
+from vlduet.eval.metrics import exact_match, normalized_words, token_f1
 
 OPTIONS = 4
 CONTEXT = 6
@@ -69,7 +69,7 @@ def next_image(*corpora: str) -> Callable[[Source], Search]:
         documents: list[ImageRef] = []
         queries, positives, excluded = [], [], []
         for record in (record for corpus in corpora for record in records(source, corpus)):
-            keys = {n: content_key(p) for n, p in enumerate(record.parts) if isinstance(p, ImageRef)}
+            keys = {n: image_key(p) for n, p in enumerate(record.parts) if isinstance(p, ImageRef)}
             for n, key in keys.items():
                 if key not in gallery:
                     gallery[key] = len(documents)
@@ -105,7 +105,7 @@ def one_word_apart(found: Sequence[Record], group: str) -> list[Pair]:
     Names with a colon ("flag: Norway") are left out: what they share is their kind and not their words.
     """
     kept = [r for r in found if r.image is not None and r.short and ":" not in r.short[0]]
-    told = [(record, normalized(record.short[0])) for record in kept]
+    told = [(record, normalized_words(record.short[0])) for record in kept]
     items = []
     for n, (one, words) in enumerate(told):
         for other, others in told[n + 1 :]:
@@ -179,7 +179,7 @@ def score_captions(items: Sequence[Question], answers: Answers) -> Score:
         "token_F1": sample([token_f1(text, references) for text, references in pairs]),
         "exact": sample([exact_match(text, references) for text, references in pairs]),
     }
-    return Score(samples, facts={"distinct": len({" ".join(normalized(text)) for text, _ in pairs})})
+    return Score(samples, facts={"distinct": len({" ".join(normalized_words(text)) for text, _ in pairs})})
 
 
 def caption_choice(corpus: str) -> Callable[[Source], Choices]:
@@ -192,7 +192,7 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
         items = []
         for record in kept:
             assert record.image is not None
-            others = [caption for caption in every if normalized(caption) != normalized(record.short[0])]
+            others = [caption for caption in every if normalized_words(caption) != normalized_words(record.short[0])]
             options, at = optioned(random, record.short[0], others)
             items.append(Question(record.id, (record.image,), at, {}, options))
         return Choices(tuple(items))

@@ -97,7 +97,7 @@ def _options(row: Fields) -> tuple[str, ...]:
             break
         found.append(row[letter])
     if not found:
-        raise DataError("no options", place=row.place.at("A"), fix=UNCHANGED)
+        raise DataError("no options", place=row.place.with_field("A"), fix=UNCHANGED)
     return tuple(found)
 
 
@@ -110,7 +110,7 @@ def _decoded(row: Fields) -> ImageRef:
     try:
         return ImageRef(data=base64.b64decode(row["image"], validate=False))
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"broken base64 ({error})", place=row.place.at("image"), fix=UNCHANGED) from None
+        raise DataError(f"broken base64 ({error})", place=row.place.with_field("image"), fix=UNCHANGED) from None
 
 
 def score_mmbench(items: Sequence[Question], answers: Answers) -> Score:

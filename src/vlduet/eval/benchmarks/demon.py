@@ -89,7 +89,7 @@ def _interleaved(source: Source, text: str, name: str, instance: Fields) -> tupl
             continue
         if not 1 <= int(piece) <= len(paths):
             what = f"image#{piece} of {len(paths)} images"
-            raise DataError(what, place=instance.place.at("context"), fix=UNCHANGED)
+            raise DataError(what, place=instance.place.with_field("context"), fix=UNCHANGED)
         parts.append(source.image(f"demon/{name}/core/images/{paths[int(piece) - 1]}"))
     return tuple(parts)
 

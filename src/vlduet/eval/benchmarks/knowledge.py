@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vlduet.data.images import content_key
+from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import DataError
 from vlduet.eval.answers import ARTICLES, LETTERS, NUMBERS, evalai_accuracy, rouge_l
@@ -367,6 +367,6 @@ def same_images(ours: Sequence[Part], theirs: Sequence[Part]) -> list[tuple[int,
     for image in ours:
         assert isinstance(image, ImageRef)
         near = by_size.get(size(image), [])
-        key = content_key(image) if near else ""
-        found.append(tuple(i for i in near if content_key(theirs[i]) == key))  # type: ignore[arg-type]
+        key = image_key(image) if near else ""
+        found.append(tuple(i for i in near if image_key(theirs[i]) == key))  # type: ignore[arg-type]
     return found

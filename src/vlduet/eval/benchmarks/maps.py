@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlduet.data.records import Parts, Record
-from vlduet.data.sources.maps import PLACES
+from vlduet.data.sources.maps import PLACE_GRID
 from vlduet.eval.benchmarks.builtin import optioned, records, score_captions
 from vlduet.eval.benchmarks.knowledge import referred
 from vlduet.eval.benchmarks.source import Source
@@ -20,7 +20,7 @@ from vlduet.eval.benchmarks.tasks import Choices, Fact, Question, Rag
 
 ASKED = 40
 """Questions of one kind."""
-NINTHS = tuple(place for row in PLACES for place in row)
+NINTHS = tuple(place for row in PLACE_GRID for place in row)
 """Parts of a picture, as the corpus calls them."""
 CAPITAL_OF_FLAG = "What is the capital of the country whose flag this is?"
 CAPITAL_OF_REGION = "What is the capital of the region of {territory} that is shown in red?"

@@ -31,7 +31,7 @@ from vlduet.eval.benchmarks.tasks import (
     sample,
 )
 from vlduet.eval.metrics import first_hit_ranks
-from vlduet.eval.protocols import unit
+from vlduet.eval.protocols import unit_rows
 
 Vectors = NDArray[np.float32]
 Indices = Sequence[Sequence[int]]
@@ -48,22 +48,22 @@ class Player(Protocol):
     def embed(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors:
         """float32[N, D]; NaN where an item cannot be embedded. `name` is where they are kept."""
 
-    def embed_other(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors | None:
+    def embed_with_retriever(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors | None:
         """The same by an independent retriever; None where there is none."""
 
     def answer(self, questions: Sequence[Question], *, name: str = "") -> list[str | None]:
         """Answers; None where there is none."""
 
-    def likelihoods(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
+    def score_options(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
         """(nats, tokens) of every option of every question."""
 
-    def reviews(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
+    def grade_answers(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
         """What the judge wrote of every answer; None where there is no judge and nothing stored."""
 
-    def fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
+    def score_fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
         """Nats a token of every target after its source; None where there is no model for it and nothing stored."""
 
-    def keep(self, name: str, data: bytes) -> None:
+    def write_submission(self, name: str, data: bytes) -> None:
         """Keep a submission file."""
 
 
@@ -110,7 +110,7 @@ def search_ranks(
     Returns:
         int64[Q], pessimistic: documents that score as high as the best positive stand before it.
     """
-    queries_64, documents_64 = unit(queries), unit(documents)
+    queries_64, documents_64 = unit_rows(queries), unit_rows(documents)
     ranks, ties = [], 0
     for begin in range(0, len(queries), BLOCK):
         # Multiplied in float64 and rounded: equal vectors get equal scores whatever the blocks.
@@ -132,7 +132,7 @@ def ensembled(vectors: Vectors, size: int) -> Vectors:
     """Means of `size` consecutive unit vectors."""
     if size == 1:
         return vectors
-    means = unit(vectors).reshape(len(vectors) // size, size, -1).mean(1)
+    means = unit_rows(vectors).reshape(len(vectors) // size, size, -1).mean(1)
     return cast("Vectors", means.astype(np.float32))
 
 
@@ -152,8 +152,8 @@ def pairs(task: Pairs, player: Player) -> Score:
     """The share of items that the rule finds right, by group and over groups."""
     texts = list(dict.fromkeys(text for item in task.items for text in item.texts))
     images = list(dict.fromkeys(image for item in task.items for image in item.images))
-    text_vectors = unit(player.embed([(t,) for t in texts], name="texts", query=True))
-    image_vectors = unit(player.embed([(i,) for i in images], name="images", query=False))
+    text_vectors = unit_rows(player.embed([(t,) for t in texts], name="texts", query=True))
+    image_vectors = unit_rows(player.embed([(i,) for i in images], name="images", query=False))
     text_at, image_at = ({x: n for n, x in enumerate(items)} for items in (texts, images))
     right: dict[str, list[float]] = {}
     missing = 0
@@ -188,7 +188,7 @@ def answer(task: Questions, player: Player) -> Score:
     answers = player.answer(task.items)
     if task.export is not None:
         for name, data in task.export(task.items, answers).items():
-            player.keep(name, data)
+            player.write_submission(name, data)
     missing = sum(text is None for text in answers)
     if task.score is None:
         told = {**task.facts, "items": len(task.items), "needs": "server"}
@@ -204,7 +204,7 @@ def choose(task: Choices, player: Player, *, name: str = "") -> Score:
     stand beside them: `chance`, `prior` (always the option that is most often right in the other questions of its tag), and,
     where a task asks for it, `accuracy_blind`: the same questions without their images.
     """
-    found = player.likelihoods(task.items, name=name)
+    found = player.score_options(task.items, name=name)
     right = {
         "accuracy": _likeliest(task.items, found, weigh=True),
         "accuracy_sum": _likeliest(task.items, found, weigh=False),
@@ -212,7 +212,7 @@ def choose(task: Choices, player: Player, *, name: str = "") -> Score:
     samples = {name: sample(values) for name, values in right.items()}
     if task.blind:
         bare = [replace(q, id=f"{q.id}/blind", parts=_words(q.parts)) for q in task.items]
-        samples["accuracy_blind"] = sample(_likeliest(bare, player.likelihoods(bare, name=name), weigh=True))
+        samples["accuracy_blind"] = sample(_likeliest(bare, player.score_options(bare, name=name), weigh=True))
     if task.tag:
         samples |= by_tag(right["accuracy"], [item.tags[task.tag] for item in task.items], prefix="accuracy/")
     chance = float(np.mean([1 / len(item.options) for item in task.items]))
@@ -255,9 +255,9 @@ def judge(task: Judged, player: Player) -> Score:
     answers = player.answer(task.items)
     if task.export is not None:
         for name, data in task.export(task.items, answers).items():
-            player.keep(name, data)
+            player.write_submission(name, data)
     missing = sum(text is None for text in answers)
-    reviews = player.reviews(task, answers)
+    reviews = player.grade_answers(task, answers)
     if reviews is None:
         told = {"items": len(task.items), "needs": "judge", "official_judge": task.judge.get("model")}
         return Score({}, missing=missing, facts=told)
@@ -276,7 +276,7 @@ def rag(task: Rag, player: Player) -> Score:
     bare = [replace(item, parts=task.prompt(item, ())) for item in task.items]
     samples: dict[str, Sample] = {}
     scores = {"none": _rag_score(task, bare, player, name="none")}
-    for who, embed in (("self", player.embed), ("other", player.embed_other)):
+    for who, embed in (("self", player.embed), ("other", player.embed_with_retriever)):
         similarity = _rag_similarity(task, embed, who)
         if similarity is None:
             continue
@@ -302,7 +302,7 @@ def _rag_score(task: Rag, items: Sequence[Question], player: Player, *, name: st
         return choose(Choices(tuple(items)), player, name=name)
     answers = player.answer(items, name=name)
     score = task.score(items, answers)
-    more = task.fluency(items, answers, player.fluency) if task.fluency is not None else {}
+    more = task.fluency(items, answers, player.score_fluency) if task.fluency is not None else {}
     return replace(score, samples={**score.samples, **more})
 
 
@@ -320,7 +320,7 @@ def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -
         right = embed(asked, name=f"{who}-facts-{view}", query=False)
         if left is None or right is None:
             return None
-        sides.append((unit(left), unit(right)))
+        sides.append((unit_rows(left), unit_rows(right)))
 
     def row_of(n: int) -> NDArray[np.float32]:
         wanted = list(task.candidates[n]) if task.candidates else slice(None)

@@ -133,7 +133,7 @@ def _stories(file: Fields) -> list[list[tuple[str, str]]]:
     """(image, caption) of every story, in file order: officially nothing is sorted."""
     found: dict[str, list[tuple[str, str]]] = {}
     for i, group in enumerate(file["annotations"]):
-        row = Fields(group[0], file.place.at(f"annotations[{i}][0]"))
+        row = Fields(group[0], file.place.with_field(f"annotations[{i}][0]"))
         found.setdefault(row["story_id"], []).append((row["photo_flickr_id"], row["text"]))
     return list(found.values())
 

@@ -21,7 +21,7 @@ from vlduet.eval.benchmarks.builtin import OPTIONS, records
 from vlduet.eval.benchmarks.knowledge import referred, same_images
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Fact, Question, Rag
-from vlduet.eval.metrics import normalized
+from vlduet.eval.metrics import normalized_words
 
 CORPUS = "stamps"
 QUESTION = "What kind of thing is this?"
@@ -101,7 +101,7 @@ def documents(asked: Sequence[Record], *, count: int, seed: int, k: int | None =
 
 def normalized_caption(record: Record) -> str:
     """What decides whether two stamps name one thing."""
-    return " ".join(normalized(record.short[0]))
+    return " ".join(normalized_words(record.short[0]))
 
 
 def _sentence(record: Record) -> str:

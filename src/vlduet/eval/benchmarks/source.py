@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.arrow import parquet
-from vlduet.data.images import SUFFIXES
+from vlduet.data.arrow import read_parquet_rows
+from vlduet.data.images import IMAGE_SUFFIXES
 from vlduet.data.records import ImageRef, Place
 from vlduet.errors import DataError
 
@@ -26,18 +26,18 @@ class Fields(dict[str, Any]):
         self.place = place
 
     def __missing__(self, key: str) -> Any:
-        raise DataError(f"no '{key}' here", place=self.place.at(key), fix=UNCHANGED)
+        raise DataError(f"no '{key}' here", place=self.place.with_field(key), fix=UNCHANGED)
 
     def within(self, key: str) -> Fields:
         """The object under `key`."""
-        return fields(self[key], self.place.at(key))
+        return fields(self[key], self.place.with_field(key))
 
     def each(self, key: str) -> list[Fields]:
         """The objects of the list under `key`."""
         value = self[key]
         if not isinstance(value, list):
-            raise DataError(f"'{key}' is no list", place=self.place.at(key), fix=UNCHANGED)
-        return [fields(item, self.place.at(f"{key}[{i}]")) for i, item in enumerate(value)]
+            raise DataError(f"'{key}' is no list", place=self.place.with_field(key), fix=UNCHANGED)
+        return [fields(item, self.place.with_field(f"{key}[{i}]")) for i, item in enumerate(value)]
 
 
 def fields(value: Any, place: Place) -> Fields:
@@ -110,7 +110,7 @@ class Source:
         value, place = self.json(*names), Place(str(self.path(*names)))
         if not isinstance(value, list):
             raise DataError(f"expected a list, got {type(value).__name__}", place=place, fix=UNCHANGED)
-        return [fields(item, place.at(f"[{i}]")) for i, item in enumerate(value)]
+        return [fields(item, place.with_field(f"[{i}]")) for i, item in enumerate(value)]
 
     def lines(self, *names: str) -> list[Fields]:
         """A JSON lines file, whatever its name."""
@@ -139,7 +139,7 @@ class Source:
             raise DataError(f"no '{pattern}' there", place=self.root, fix="Put the official file in that place")
         for path in paths:
             self.hashes[path.relative_to(self.root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-            for row in parquet(path, self.root):
+            for row in read_parquet_rows(path, self.root):
                 if row.error is not None:
                     raise row.error
                 yield fields(row.value, row.place)
@@ -166,4 +166,4 @@ class Source:
 
     def images_in(self, name: str) -> list[ImageRef]:
         """The images of a folder, by name."""
-        return [ImageRef(path=p) for p in sorted(self.path(name).iterdir()) if p.suffix.lower() in SUFFIXES]
+        return [ImageRef(path=p) for p in sorted(self.path(name).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vlduet.errors import ConfigError, closest
+from vlduet.errors import ConfigError, suggest_name
 from vlduet.eval.benchmarks import (
     builtin,
     choice,
@@ -307,5 +307,5 @@ BENCHMARKS = {row.name: row for suite in SUITES.values() for row in suite}
 def known(name: str) -> Benchmark:
     """A benchmark by name. Raises ConfigError naming the closest one."""
     if name not in BENCHMARKS:
-        raise ConfigError(f"no benchmark '{name}'", place="eval", fix=closest(name, BENCHMARKS))
+        raise ConfigError(f"no benchmark '{name}'", place="eval", fix=suggest_name(name, BENCHMARKS))
     return BENCHMARKS[name]

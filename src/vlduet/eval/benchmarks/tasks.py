@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vlduet.data.records import ImageRef, Parts
-from vlduet.eval.metrics import resampled_means
+from vlduet.eval.metrics import bootstrap_means
 
 Values = NDArray[np.float64]
 TAILS = (2.5, 97.5)
@@ -65,7 +65,7 @@ class Sample:
             self.scale
             * self._combined(
                 [
-                    _ratio(resampled_means(v * w, seed + i), resampled_means(w, seed + i))
+                    _ratio(bootstrap_means(v * w, seed + i), bootstrap_means(w, seed + i))
                     for i, (v, w) in enumerate(self.groups)
                 ]
             ),

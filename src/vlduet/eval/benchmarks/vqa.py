@@ -141,7 +141,7 @@ def textvqa(*, ocr: bool) -> Callable[[Source], Questions]:
             image = source.image(*(f"textvqa/train_images/{row['image_id']}{s}" for s in (".jpg", ".png")))
             if len(row["answers"]) != 10:
                 raise DataError(
-                    f"{len(row['answers'])} answers, 10 needed", place=row.place.at("answers"), fix=UNCHANGED
+                    f"{len(row['answers'])} answers, 10 needed", place=row.place.with_field("answers"), fix=UNCHANGED
                 )
             reference = f"\nReference OCR token: {', '.join(tokens.get(row['image_id'], []))}" if ocr else ""
             items.append(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlduet.errors import ModelError
-from vlduet.model.families.family import Family, Frame, Inputs, named, processed
+from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, token_string, run_image_processor
 
 
 def gemma3() -> Family:
@@ -17,7 +17,7 @@ def gemma3() -> Family:
     Pan-and-scan, which its processor can do and does not unless asked, is not done.
     """
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         states = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, patches, Dv]
         projector = model.model.multi_modal_projector
         side = projector.patches_per_image
@@ -31,20 +31,20 @@ def gemma3() -> Family:
     def width(projector: Any) -> int:
         return int(projector.mm_input_projection_weight.shape[0])
 
-    def frame(config: Any, tokenizer: Any) -> Frame:
-        first, last = named(tokenizer, config.boi_token_id), named(tokenizer, config.eoi_token_id)
+    def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
+        first, last = token_string(tokenizer, config.boi_token_id), token_string(tokenizer, config.eoi_token_id)
         return f"\n\n{first}", f"{last}\n\n"
 
     return Family(
-        count=lambda config, inputs: int(config.mm_tokens_per_image),
-        vision=vision,
-        process=lambda processor, picture: {"pixel_values": processed(processor, picture)["pixel_values"]},
+        num_image_tokens=lambda config, inputs: int(config.mm_tokens_per_image),
+        vision_features=vision,
+        preprocess=lambda processor, picture: {"pixel_values": run_image_processor(processor, picture)["pixel_values"]},
         project=project,
-        frame=frame,
-        mark=lambda config, tokenizer: named(tokenizer, config.boi_token_id),
-        masks=lambda config: {"full_attention": True, "sliding_attention": True},
-        width=width,
-        settings=lambda config: {"do_pan_and_scan": False},
+        image_delimiters=frame,
+        image_placeholder=lambda config, tokenizer: token_string(tokenizer, config.boi_token_id),
+        attention_mask_kinds=lambda config: {"full_attention": True, "sliding_attention": True},
+        vision_width=width,
+        processor_overrides=lambda config: {"do_pan_and_scan": False},
     )
 
 
@@ -55,20 +55,20 @@ def gemma4() -> Family:
     image see each other both ways, in the layers that have a window.
     """
 
-    def places(inputs: Inputs) -> Tensor:
+    def places(inputs: ImageInputs) -> Tensor:
         """bool[N, patches], which are no padding."""
         return (inputs["image_position_ids"] >= 0).all(2)
 
-    def count(config: Any, inputs: Inputs) -> int:
+    def count(config: Any, inputs: ImageInputs) -> int:
         return int(places(inputs).sum() // config.vision_config.pooling_kernel_size**2)
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         found: Tensor = model.model.vision_tower(
             inputs["pixel_values"].to(model.dtype), inputs["image_position_ids"]
         ).last_hidden_state
         return found  # [tokens of all images, Dv]
 
-    def pixels(config: Any, inputs: Inputs) -> Tensor:
+    def pixels(config: Any, inputs: ImageInputs) -> Tensor:
         size = config.vision_config.patch_size
         columns, rows = (inputs["image_position_ids"][0].amax(0) + 1).tolist()
         patches = inputs["pixel_values"][0, : rows * columns].view(rows, columns, size, size, 3)
@@ -92,16 +92,16 @@ def gemma4() -> Family:
             table[known:] = table[trunk.config.pad_token_id]
 
     return Family(
-        count=count,
-        vision=vision,
-        projector="embed_vision",
-        process=lambda processor, picture: {
-            name: value for name, value in processed(processor, picture).items() if name != "num_soft_tokens_per_image"
+        num_image_tokens=count,
+        vision_features=vision,
+        projector_path="embed_vision",
+        preprocess=lambda processor, picture: {
+            name: value for name, value in run_image_processor(processor, picture).items() if name != "num_soft_tokens_per_image"
         },
-        pixels=pixels,
-        frame=lambda config, tokenizer: (named(tokenizer, config.boi_token_id), named(tokenizer, config.eoi_token_id)),
-        masks=masks,
-        beside=beside,
-        grown=grown,
-        cap=lambda config: config.get_text_config().final_logit_softcapping,
+        vision_tower_pixels=pixels,
+        image_delimiters=lambda config, tokenizer: (token_string(tokenizer, config.boi_token_id), token_string(tokenizer, config.eoi_token_id)),
+        attention_mask_kinds=masks,
+        extra_inputs=beside,
+        on_vocab_resize=grown,
+        logit_softcap=lambda config: config.get_text_config().final_logit_softcapping,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlduet.model.families.family import Family, Frame, Inputs
+from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs
 
 
 def internvl() -> Family:
@@ -17,7 +17,7 @@ def internvl() -> Family:
     checkpoint's image processor says (`crop_to_patches`).
     """
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         config, inner = model.config, model.model
         layer = config.vision_feature_layer
         out = inner.vision_tower(inputs["pixel_values"].to(model.dtype), output_hidden_states=layer != -1)
@@ -28,15 +28,15 @@ def internvl() -> Family:
         tokens: Tensor = inner.pixel_shuffle(states.unflatten(1, (side, side)), scale_factor=config.downsample_ratio)
         return tokens.flatten(0, 2)  # [tiles * rows * columns, Dv]
 
-    def count(config: Any, inputs: Inputs) -> int:
+    def count(config: Any, inputs: ImageInputs) -> int:
         tiles, _, height, width = inputs["pixel_values"].shape
         patch_height, patch_width = config.vision_config.patch_size
         return int(tiles * (height // patch_height) * (width // patch_width) * config.downsample_ratio**2)
 
-    def shown(config: Any, inputs: Inputs) -> slice:
+    def shown(config: Any, inputs: ImageInputs) -> slice:
         return slice(-(count(config, inputs) // len(inputs["pixel_values"])), None)
 
-    def frame(config: Any, tokenizer: Any) -> Frame:
+    def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
         return tokenizer.start_image_token, tokenizer.end_image_token
 
-    return Family(count=count, vision=vision, shown=shown, frame=frame)
+    return Family(num_image_tokens=count, vision_features=vision, overview_features=shown, image_delimiters=frame)

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from vlduet.errors import ModelError
-from vlduet.model.families.family import Family, Inputs, processed
+from vlduet.model.families.family import Family, ImageInputs, run_image_processor
 
-SQUARES = 8
+MAX_SQUARES_PER_FORWARD = 8
 """That go through a tower at once whose every layer is kept while they do."""
-MOST_TILES = 3
+MAX_TILES_PER_SIDE = 3
 """Of LLaVA-OneVision, a side: `anyres_max_9`."""
 
 
 def llava() -> Family:
     """LLaVA 1.5: one layer of the tower, without the class token when the strategy is `default`."""
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         return _layers(model, inputs["pixel_values"]).flatten(0, 1)  # [images * tokens, Dv]
 
-    def count(config: Any, inputs: Inputs) -> int:
+    def count(config: Any, inputs: ImageInputs) -> int:
         if config.vision_config.model_type == "pixtral":
             fix = "Take a checkpoint of model_type 'mistral3'"
             raise ModelError("LLaVA with a Pixtral tower is not supported", place="config.json", fix=fix)
@@ -33,7 +33,7 @@ def llava() -> Family:
         patch = config.vision_config.patch_size
         return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
 
-    return Family(count=count, vision=vision)
+    return Family(num_image_tokens=count, vision_features=vision)
 
 
 def _layers(model: Any, pixels: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _layers(model: Any, pixels: Tensor) -> Tensor:
     layers = config.vision_feature_layer
     first = int(config.vision_feature_select_strategy == "default")
     found = []
-    for some in pixels.to(model.dtype).split(SQUARES):
+    for some in pixels.to(model.dtype).split(MAX_SQUARES_PER_FORWARD):
         states = model.model.vision_tower(some, output_hidden_states=True).hidden_states
         chosen = [states[i][:, first:] for i in ([layers] if isinstance(layers, int) else layers)]
         found.append(torch.cat(chosen, dim=-1))
@@ -71,14 +71,14 @@ def _tiles_in_rows(told: Callable[[Any], dict[str, Any]]) -> Family:
     def whole(config: Any) -> int:
         return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
 
-    def count(config: Any, inputs: Inputs) -> int:
+    def count(config: Any, inputs: ImageInputs) -> int:
         size, side = inputs["image_sizes"][0], math.isqrt(whole(config))
         rows, columns = tiles(config, size)
         padded = torch.empty(1, rows * side, columns * side)
         _, height, width = geometry.unpad_image(padded, size).shape
         return whole(config) + int(height) * (int(width) + 1)
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         config, sizes = model.config, inputs["image_sizes"]
         states = _layers(model, inputs["pixel_values"])  # [tiles of all images, tokens, Dv]
         each = states.split([1 + math.prod(tiles(config, size)) for size in sizes])
@@ -91,11 +91,11 @@ def _tiles_in_rows(told: Callable[[Any], dict[str, Any]]) -> Family:
         return torch.where(ends, inner.image_newline.to(features.dtype), projector(features))
 
     return Family(
-        count=count,
-        vision=vision,
+        num_image_tokens=count,
+        vision_features=vision,
         project=project,
-        pixels=lambda config, inputs: inputs["pixel_values"][0],
-        shown=lambda config, inputs: slice(whole(config)),
+        vision_tower_pixels=lambda config, inputs: inputs["pixel_values"][0],
+        overview_features=lambda config, inputs: slice(whole(config)),
     )
 
 
@@ -107,25 +107,25 @@ def llava_onevision() -> Family:
     """
 
     def process(processor: Any, picture: Any) -> Mapping[str, Any]:
-        side = MOST_TILES * processor.size["height"]
+        side = MAX_TILES_PER_SIDE * processor.size["height"]
         picture.thumbnail((side, side))
-        return processed(processor, picture)
+        return run_image_processor(processor, picture)
 
-    def count(config: Any, inputs: Inputs) -> int:
-        if config.vision_aspect_ratio != f"anyres_max_{MOST_TILES**2}":
+    def count(config: Any, inputs: ImageInputs) -> int:
+        if config.vision_aspect_ratio != f"anyres_max_{MAX_TILES_PER_SIDE**2}":
             raise ModelError(
                 f"vision_aspect_ratio '{config.vision_aspect_ratio}' is not supported", place="config.json"
             )
-        return family.count(config, inputs)
+        return family.num_image_tokens(config, inputs)
 
     family = _tiles_in_rows(lambda config: {"vision_aspect_ratio": config.vision_aspect_ratio})
-    return replace(family, process=process, count=count)
+    return replace(family, preprocess=process, num_image_tokens=count)
 
 
 def fast_vlm() -> Family:
     """FastVLM, and so the default model: a convolutional tower, every position of its last map is a token."""
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         tower = model.model.vision_tower
         # Where the channels of a pixel lie together, convolutions take two thirds of the time.
         together = torch.channels_last
@@ -135,7 +135,7 @@ def fast_vlm() -> Family:
         tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
         return tokens
 
-    def count(config: Any, inputs: Inputs) -> int:
+    def count(config: Any, inputs: ImageInputs) -> int:
         return int(config.image_seq_length)
 
-    return Family(count=count, vision=vision)
+    return Family(num_image_tokens=count, vision_features=vision)

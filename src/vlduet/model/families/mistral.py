@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlduet.model.families.family import Family, Inputs, processed
+from vlduet.model.families.family import Family, ImageInputs, run_image_processor
 
 
 def mistral3() -> Family:
@@ -23,21 +23,21 @@ def mistral3() -> Family:
         return int(config.vision_config.patch_size * config.spatial_merge_size)
 
     def process(processor: Any, picture: Any) -> Mapping[str, Any]:
-        made = processed(processor, picture)
+        made = run_image_processor(processor, picture)
         cell = processor.patch_size["height"]
         parts = made["pixel_values"][0].unfold(1, cell, cell).unfold(2, cell, cell)  # [3, rows, columns, cell, cell]
         return {"pixel_values": parts.permute(1, 2, 0, 3, 4).flatten(0, 1), "image_sizes": made["image_sizes"]}
 
-    def shape(config: Any, inputs: Inputs) -> tuple[int, int]:
+    def shape(config: Any, inputs: ImageInputs) -> tuple[int, int]:
         rows, columns = (inputs["image_sizes"][0] // side(config)).tolist()
         return rows, columns
 
-    def pixels(config: Any, inputs: Inputs) -> Tensor:
+    def pixels(config: Any, inputs: ImageInputs) -> Tensor:
         rows, columns = shape(config, inputs)
         parts: Tensor = inputs["pixel_values"].unflatten(0, (rows, columns))
         return parts.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
-    def vision(model: Any, inputs: Inputs) -> Tensor:
+    def vision(model: Any, inputs: ImageInputs) -> Tensor:
         config, sizes = model.config, inputs["image_sizes"]
         counts = (sizes // side(config)).prod(1).tolist()
         cells = inputs["pixel_values"].to(model.dtype).split(counts)
@@ -61,18 +61,18 @@ def mistral3() -> Family:
         projected: Tensor = projector.linear_2(hidden)  # type: ignore[operator]
         return projected
 
-    def words(config: Any, tokenizer: Any, inputs: Inputs) -> Mapping[int, int]:
+    def words(config: Any, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
         rows, columns = shape(config, inputs)
         end = tokenizer.convert_tokens_to_ids("[IMG_BREAK]")
         return {row * (columns + 1) - 1: end for row in range(1, rows)}
 
     return Family(
-        count=lambda config, inputs: math.prod(shape(config, inputs)),
-        vision=vision,
-        process=process,
+        num_image_tokens=lambda config, inputs: math.prod(shape(config, inputs)),
+        vision_features=vision,
+        preprocess=process,
         project=project,
-        pixels=pixels,
-        frame=lambda config, tokenizer: ("", "[IMG_END]"),
-        words=words,
-        settings=lambda config: {"patch_size": {"height": side(config), "width": side(config)}},
+        vision_tower_pixels=pixels,
+        image_delimiters=lambda config, tokenizer: ("", "[IMG_END]"),
+        interleaved_tokens=words,
+        processor_overrides=lambda config: {"patch_size": {"height": side(config), "width": side(config)}},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from vlduet.errors import ModelError, closest
+from vlduet.errors import ModelError, suggest_name
 from vlduet.model.families.family import Family
 from vlduet.model.families.gemma import gemma3, gemma4
 from vlduet.model.families.idefics import idefics3
@@ -14,7 +14,7 @@ from vlduet.model.families.llava import fast_vlm, llava, llava_next, llava_onevi
 from vlduet.model.families.mistral import mistral3
 from vlduet.model.families.qwen import glm_vl, qwen_vl
 
-BACKBONES: dict[str, Callable[[], Family]] = {
+FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
@@ -35,12 +35,12 @@ BACKBONES: dict[str, Callable[[], Family]] = {
 """model_type -> function that makes its `Family`."""
 
 
-def family_of(model_type: str, folder: Path) -> Family:
+def find_family(model_type: str, folder: Path) -> Family:
     """The family of a `model_type`. Raises ModelError that lists the known ones."""
-    if model_type not in BACKBONES:
+    if model_type not in FAMILIES:
         raise ModelError(
             f"no backbone for model_type '{model_type}'",
             place=folder / "config.json",
-            fix=closest(model_type, BACKBONES),
+            fix=suggest_name(model_type, FAMILIES),
         )
-    return BACKBONES[model_type]()
+    return FAMILIES[model_type]()
