@@ -27,8 +27,14 @@ warnings.simplefilter("ignore")  # the peers' deprecations are not what one read
 def arguments(about: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a model folder (default: nano, built in runs/bench)")
-    parser.add_argument("--data", type=Path, help="pair records (default: the corpus stamps, fetched into runs/bench)")
+    parser.add_argument(
+        "--model", type=Path, help="a model folder (default: nano, built in runs/bench)"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="pair records (default: the corpus stamps, fetched into runs/bench)",
+    )
     parser.add_argument("--quick", action="store_true", help="a small run, for a look")
     parser.add_argument("--repeats", type=int, help="times that everything is measured")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,13 +54,15 @@ def model_folder(given: Path | None) -> Path:
 def pairs(given: Path | None) -> list[Record]:
     """Records with an image and a short caption."""
     if given is None:
-        from vlduet.data import corpora
+        from vlduet.corpora import catalog
 
-        given = corpora.fetch_corpus("stamps", WORK / "data", progress=say).folder / "train.jsonl"
+        given = catalog.fetch_corpus("stamps", WORK / "data", progress=say).folder / "train.jsonl"
     return [record for record in read_jsonl(given) if record.image is not None and record.short]
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, list[float]]:
     """Seconds of every contender in every repeat. All take part in a repeat, each time in another order, so that a
     machine that grows slower or faster meanwhile does so for all."""
     names = list(contenders)
@@ -71,14 +79,20 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) ->
     return seconds
 
 
-def table(title: str, unit: str, seconds: Mapping[str, list[float]], *, work: float, ours: str) -> None:
+def table(
+    title: str, unit: str, seconds: Mapping[str, list[float]], *, work: float, ours: str
+) -> None:
     """Rates, and how many times faster `ours` is than each: median and range of the ratios within a repeat."""
     print(f"\n{title}")
     print(f"  {'':42} {unit:>12}   {ours} is faster by (min - max)")
     for name, times in seconds.items():
         ratios = [theirs / mine for theirs, mine in zip(times, seconds[ours], strict=True)]
         rate = work / statistics.median(times)
-        spread = f"{statistics.median(ratios):5.2f} x  ({min(ratios):.2f} - {max(ratios):.2f})" if name != ours else ""
+        spread = (
+            f"{statistics.median(ratios):5.2f} x  ({min(ratios):.2f} - {max(ratios):.2f})"
+            if name != ours
+            else ""
+        )
         print(f"  {name:42} {rate:12.2f}   {spread}")
 
 
@@ -86,7 +100,10 @@ def facts(options: argparse.Namespace, model: Path) -> None:
     """On what it was measured."""
     machine()
     versions()
-    print(f"run       seed {options.seed}, model {model.name}, {'quick' if options.quick else 'full'}", flush=True)
+    print(
+        f"run       seed {options.seed}, model {model.name}, {'quick' if options.quick else 'full'}",
+        flush=True,
+    )
 
 
 def versions() -> None:
@@ -98,8 +115,19 @@ def machine() -> None:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        cpu = next((r.split(":")[1].strip() for r in info.read_text().splitlines() if r.startswith("model name")), cpu)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
+        cpu = next(
+            (
+                r.split(":")[1].strip()
+                for r in info.read_text().splitlines()
+                if r.startswith("model name")
+            ),
+            cpu,
+        )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{cpu}, {torch.get_num_threads()} threads"
+    )
     print(f"machine   {device}; {platform.system()}, Python {platform.python_version()}")
 
 
@@ -107,7 +135,14 @@ def highest() -> float:
     """The most memory that this process has held, in GB. Linux's ru_maxrss would begin with the parent's."""
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(float(row.split()[1]) for row in status.read_text().splitlines() if row.startswith("VmHWM")) / 1e6
+        return (
+            next(
+                float(row.split()[1])
+                for row in status.read_text().splitlines()
+                if row.startswith("VmHWM")
+            )
+            / 1e6
+        )
     unit = 1e9 if platform.system() == "Darwin" else 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -51,32 +51,48 @@ class Libraries:
         ImportError: one of them is not installed.
     """
 
-    def __init__(self, folder: Path, records: list[Record], *, lora: LoraSettings, lr: float, mini_batch: int):
+    def __init__(
+        self, folder: Path, records: list[Record], *, lora: LoraSettings, lr: float, mini_batch: int
+    ):
         from datasets import Dataset
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.base.modules import Transformer
-        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+        from sentence_transformers.sentence_transformer.losses import (
+            CachedMultipleNegativesRankingLoss,
+        )
         from sentence_transformers.sentence_transformer.modules import Dense, Pooling
         from trl import SFTConfig, SFTTrainer
 
         self.records = records
-        self.scratch = tempfile.TemporaryDirectory()  # the trainer wants a folder, and writes nothing there
-        mine = DuetModel.from_pretrained(folder, device="cpu")  # for its prompts and its head's weights
+        self.scratch = (
+            tempfile.TemporaryDirectory()
+        )  # the trainer wants a folder, and writes nothing there
+        mine = DuetModel.from_pretrained(
+            folder, device="cpu"
+        )  # for its prompts and its head's weights
         if mine.prompts.chat or mine.head.kind != "linear":
-            raise SystemExit("the peers are written for a model whose prompts are plain and whose head is linear")
+            raise SystemExit(
+                "the peers are written for a model whose prompts are plain and whose head is linear"
+            )
         base = AutoModelForImageTextToText.from_pretrained(folder)
         base.requires_grad_(False)
         targets = rf".*language_model\..*\.({LORA_TARGET_PATTERNS[lora.targets]})"
-        model = get_peft_model(base, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+        model = get_peft_model(
+            base, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+        )
         base.model.multi_modal_projector.requires_grad_(True)
         processor = AutoProcessor.from_pretrained(folder)
-        processor.chat_template = chat_template(mine.prompts, processor.image_token, processor.tokenizer.eos_token)
+        processor.chat_template = chat_template(
+            mine.prompts, processor.image_token, processor.tokenizer.eos_token
+        )
 
         embedder = Transformer(str(folder))
         embedder.model = base.model
         embedder.processor.chat_template = processor.chat_template
         linear = mine.head.layers
-        dense = Dense(linear.in_features, linear.out_features, activation_function=torch.nn.Identity())
+        dense = Dense(
+            linear.in_features, linear.out_features, activation_function=torch.nn.Identity()
+        )
         dense.linear.load_state_dict(linear.state_dict())
         pooling = Pooling(mine.backbone.hidden_size, "lasttoken")
         self.embedder = SentenceTransformer(modules=[embedder, pooling, dense], device="cpu")
@@ -92,7 +108,9 @@ class Libraries:
                 {
                     "images": [images.load_image(record.image)],
                     "prompt": [{"role": "user", "content": [{"type": "image"}]}],
-                    "completion": [{"role": "assistant", "content": [{"type": "text", "text": record.long}]}],
+                    "completion": [
+                        {"role": "assistant", "content": [{"type": "text", "text": record.long}]}
+                    ],
                 }
                 for record in records
                 if record.image is not None
@@ -108,7 +126,9 @@ class Libraries:
             report_to=[],
             remove_unused_columns=False,
         )
-        self.tuner = SFTTrainer(model, settings, train_dataset=self.examples, processing_class=processor)
+        self.tuner = SFTTrainer(
+            model, settings, train_dataset=self.examples, processing_class=processor
+        )
         self.model = model
         moving = [p for p in [*model.parameters(), *dense.parameters()] if p.requires_grad]
         self.optimizer = torch.optim.AdamW(moving, lr=lr, weight_decay=0.0)
@@ -117,8 +137,13 @@ class Libraries:
         """Embed, compare, backward; then write, backward; then move."""
         self.embedder.train()
         self.model.base_model.model.model.vision_tower.eval()
-        pictures = [images.load_image(record.image) for record in self.records if record.image is not None]
-        sides = [self.embedder.preprocess(side) for side in (pictures, [r.short[0] for r in self.records])]
+        pictures = [
+            images.load_image(record.image) for record in self.records if record.image is not None
+        ]
+        sides = [
+            self.embedder.preprocess(side)
+            for side in (pictures, [r.short[0] for r in self.records])
+        ]
         contrastive = self.contrastive(sides, None)
         contrastive.backward()
         inputs = self.tuner.data_collator([self.examples[i] for i in range(len(self.examples))])
@@ -127,4 +152,7 @@ class Libraries:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         # Ours is the sum of both directions.
-        return {"contrastive": 2 * float(contrastive.detach()), "language": float(language.detach())}
+        return {
+            "contrastive": 2 * float(contrastive.detach()),
+            "language": float(language.detach()),
+        }

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlduet.objectives import sweeps
-from vlduet.objectives.alignment import gak_matrix
+from vlduet.objectives.gak import log_space
+from vlduet.objectives.gak.api import gak_matrix
 
 DIM = 384
 PANELS = 16
@@ -39,12 +39,12 @@ def sequences(count: int, longest: int, seed: int) -> list[Tensor]:
 
 
 def in_log_space(x: list[Tensor]) -> Tensor:
-    found = sweeps.compiled
-    sweeps.compiled = lambda: None
+    found = log_space.compiled
+    log_space.compiled = lambda: None
     try:
         return gak_matrix(x)
     finally:
-        sweeps.compiled = found
+        log_space.compiled = found
 
 
 def with_gradient(x: list[Tensor]) -> None:
@@ -76,7 +76,9 @@ def tslearn(x: list[Tensor]) -> Callable[[], object]:
 def compare(count: int, longest: int, *, repeats: int, seed: int) -> None:
     x = sequences(count, longest, seed)
     peer = tslearn(x)
-    worst = float((gak_matrix(x, sigma=1.0).double() - torch.as_tensor(peer())).abs().max())  # and all is warm
+    worst = float(
+        (gak_matrix(x, sigma=1.0).double() - torch.as_tensor(peer())).abs().max()
+    )  # and all is warm
     contenders: dict[str, Callable[[], object]] = {
         "gak_matrix": lambda: gak_matrix(x),
         "gak_matrix, log space": lambda: in_log_space(x),
@@ -89,7 +91,9 @@ def compare(count: int, longest: int, *, repeats: int, seed: int) -> None:
             contender()
     seconds = _bench.interleaved(contenders, repeats)
     pairs = count * (count + 1) / 2
-    _bench.table(f"{count} sequences x {longest}", "pairs/s", seconds, work=pairs, ours="gak_matrix")
+    _bench.table(
+        f"{count} sequences x {longest}", "pairs/s", seconds, work=pairs, ours="gak_matrix"
+    )
     mine = statistics.median(seconds["gak_matrix"])
     bound = mine / statistics.median(seconds["triangle product"])
     print(
@@ -126,11 +130,13 @@ def main() -> None:
     names = ("torch", "numba", "tslearn", "vlduet")
     print(f"versions  {', '.join(f'{name} {_bench.installed(name)}' for name in names)}")
     print(f"run       seed {options.seed}, {'quick' if options.quick else 'full'}", flush=True)
-    if sweeps.compiled() is None:
+    if log_space.compiled() is None:
         print("numba is missing (extra `fast`): gak_matrix sweeps in log space throughout")
     if _bench.installed("tslearn") == "missing":
         raise SystemExit("tslearn is missing: pip install 'vlduet[bench]'")
-    for count, longest in [(64, 16)] if options.quick else [(64, 16), (128, 16), (256, 8), (256, 16), (256, 32)]:
+    for count, longest in (
+        [(64, 16)] if options.quick else [(64, 16), (128, 16), (256, 8), (256, 16), (256, 32)]
+    ):
         compare(count, longest, repeats=repeats, seed=options.seed)
     count = 256 if options.quick else 1024
     print(f"\nmemory, {count} sequences x 16")

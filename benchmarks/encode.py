@@ -31,7 +31,7 @@ from vlduet.data import images
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.records import ImageRef, Record, as_parts
 from vlduet.model.duet import DuetModel, Embeddable
-from vlduet.model.features import FeatureCache
+from vlduet.model.feature_cache import FeatureCache
 
 BATCH = 32
 
@@ -39,7 +39,10 @@ BATCH = 32
 def texts_of(records: list[Record], count: int, longest: int, rng: random.Random) -> list[str]:
     """Texts of 1 to `longest` captions each: short ones are common, long ones are there, as in real collections."""
     captions = [caption for record in records for caption in record.short]
-    sizes = [min(longest, 1 + int(rng.expovariate(3 / longest))) if longest > 1 else 1 for _ in range(count)]
+    sizes = [
+        min(longest, 1 + int(rng.expovariate(3 / longest))) if longest > 1 else 1
+        for _ in range(count)
+    ]
     return [" ".join(rng.sample(captions, size)) for size in sizes]
 
 
@@ -57,7 +60,9 @@ def ours_padded(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
     sequences = [model.renderer.render_embedding(as_parts(item)) for item in items]
     vectors = np.empty((len(items), model.dim), dtype=np.float32)
     for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
-        vectors[chosen] = model.eval()(model.collate([sequences[i] for i in chosen])).embeddings.numpy()
+        vectors[chosen] = model.eval()(
+            model.collate([sequences[i] for i in chosen])
+        ).embeddings.numpy()
     return vectors
 
 
@@ -73,14 +78,21 @@ class Plain:
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.head, self.prompts = model.head, model.prompts
         self.image_token = self.tokenizer.convert_ids_to_tokens(model.backbone.image_token_id)
-        self.image_tokens = len(model.renderer.render_embedding((pixel(),)).images) and model.prepare_image(pixel()).num_tokens
+        self.image_tokens = (
+            len(model.renderer.render_embedding((pixel(),)).images)
+            and model.prepare_image(pixel()).num_tokens
+        )
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> np.ndarray:
         found = []
         for begin in range(0, len(texts), BATCH):
-            prompts = [self.prompts.text.replace("{text}", text) for text in texts[begin : begin + BATCH]]
-            inputs = self.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
+            prompts = [
+                self.prompts.text.replace("{text}", text) for text in texts[begin : begin + BATCH]
+            ]
+            inputs = self.tokenizer(
+                prompts, padding=True, padding_side="right", return_tensors="pt"
+            )
             states = self.model.model(**inputs).last_hidden_state  # [B, T, D]
             last = inputs["attention_mask"].sum(1) - 1
             found.append(self.head(states[torch.arange(len(states)), last]))
@@ -121,7 +133,9 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("processor_class", None)  # it stands alone now, without images
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").unlink(missing_ok=True)  # or every text would become a chat turn
+    (folder / "chat_template.jinja").unlink(
+        missing_ok=True
+    )  # or every text would become a chat turn
     modules = [Transformer(str(folder)), Pooling(model.backbone.hidden_size, "lasttoken")]
     if model.head.kind == "linear":
         linear = model.head.layers
@@ -140,7 +154,9 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
 
     def encode(texts: list[str]) -> np.ndarray:
         prompts = [model.prompts.text.replace("{text}", text) for text in texts]
-        return peer.encode(prompts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False)
+        return peer.encode(
+            prompts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
+        )
 
     return encode
 
@@ -148,13 +164,19 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
 # ------------------------------------------------------------------ the run
 
 
-def compare(title: str, contenders: dict[str, Callable[[], np.ndarray]], *, count: int, repeats: int) -> None:
+def compare(
+    title: str, contenders: dict[str, Callable[[], np.ndarray]], *, count: int, repeats: int
+) -> None:
     """Warm up and compare the vectors, then the times."""
     first = next(iter(contenders))
     found = {name: contender() for name, contender in contenders.items()}
-    worst = {name: float((1 - (vectors * found[first]).sum(1)).max()) for name, vectors in found.items()}
+    worst = {
+        name: float((1 - (vectors * found[first]).sum(1)).max()) for name, vectors in found.items()
+    }
     seconds = _bench.interleaved(contenders, repeats)
-    _bench.table(title, f"{title.split(maxsplit=1)[0].strip(',:')}/s", seconds, work=count, ours=first)
+    _bench.table(
+        title, f"{title.split(maxsplit=1)[0].strip(',:')}/s", seconds, work=count, ours=first
+    )
     agree = ", ".join(f"{name} {value:.0e}" for name, value in worst.items() if name != first)
     print(f"  largest 1 - cosine to {first}: {agree}", flush=True)
 
@@ -165,7 +187,11 @@ def main() -> None:
     records = _bench.pairs(options.data)
     _bench.facts(options, folder)
     model = DuetModel.from_pretrained(folder, device="cpu")
-    if model.prompts.chat or model.head.kind not in ("linear", "none") or model.peft_model is not None:
+    if (
+        model.prompts.chat
+        or model.head.kind not in ("linear", "none")
+        or model.peft_model is not None
+    ):
         raise SystemExit(
             "the peers are written for a merged model whose prompts are plain and whose head is linear or none"
         )
@@ -184,7 +210,10 @@ def main() -> None:
                 "vlduet": partial(ours, model, list(texts)),
                 "vlduet, padded": partial(ours_padded, model, list(texts)),
             }
-            contenders |= {"transformers": partial(plain.texts, texts), "sentence-transformers": partial(peer, texts)}
+            contenders |= {
+                "transformers": partial(plain.texts, texts),
+                "sentence-transformers": partial(peer, texts),
+            }
             compare(what, contenders, count=count, repeats=repeats)
     contenders = {
         "vlduet": partial(ours, model, list(refs)),

@@ -40,7 +40,7 @@ from transformers import (
 from vlduet.data.records import Record
 from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.data.stream import Sample
-from vlduet.model.backbones import select_device, load_backbone
+from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.nano import PROMPTS
 from vlduet.recipes import vladva
@@ -73,7 +73,9 @@ def build_model_folder(shape: Shape, words: Path) -> Path:
         vision_config=CLIPVisionConfig(
             **dict(zip(NAMES, shape.vision, strict=True)), image_size=shape.pixels, patch_size=PATCH
         ),
-        text_config=LlamaConfig(**dict(zip(NAMES, shape.text, strict=True)), vocab_size=len(tokenizer)),
+        text_config=LlamaConfig(
+            **dict(zip(NAMES, shape.text, strict=True)), vocab_size=len(tokenizer)
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(shape.pixels // PATCH) ** 2,
     )
@@ -110,13 +112,17 @@ def count_useful_operations(folder: Path, records: list[Record]) -> float:
     """
     model = DuetModel.from_pretrained(folder, check_golden=False)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
-    sequences = [s for sample in samples for s in vladva.layout(sample, model.renderer, vladva.Options())]
+    sequences = [
+        s for sample in samples for s in vladva.layout(sample, model.renderer, vladva.Options())
+    ]
     trunk = model.backbone.language_model
     weights = sum(p.numel() for p in trunk.layers.parameters() if p.ndim == 2)
     tokens = sum(len(s) for s in sequences)
     labels = sum(label != IGNORE_INDEX for s in sequences for label in s.labels)
     attention = sum(len(s) ** 2 for s in sequences) * model.backbone.hidden_size * len(trunk.layers)
-    return 4.0 * weights * tokens + 4.0 * model.lm_head_weight.numel() * labels + 3.0 * 2.0 * attention
+    return (
+        4.0 * weights * tokens + 4.0 * model.lm_head_weight.numel() * labels + 3.0 * 2.0 * attention
+    )
 
 
 def measure_matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -136,7 +142,11 @@ def measure_matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="two layers, on whatever there is")
-    parser.add_argument("--data", type=Path, help="pair records (default: the corpus stamps, fetched into runs/bench)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="pair records (default: the corpus stamps, fetched into runs/bench)",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--records", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -154,9 +164,13 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = [f"vlduet, packed {PACK}", train_step.ONE_PASS_PER_LOSS, train_step.TRANSFORMERS]
     title = f"{shape.name}: a step on {len(records)} records, seed {options.seed}, layers computed twice"
-    seconds = train_step.compare_contenders(title, names, folder, records, options.repeats, again=True)
+    seconds = train_step.compare_contenders(
+        title, names, folder, records, options.repeats, again=True
+    )
     most = measure_matmul_speed(device, dtype)
-    print(f"\n{useful / 1e12:.2f} Tflop a step; a product in {dtype} reaches {most / 1e12:.1f} Tflop/s")
+    print(
+        f"\n{useful / 1e12:.2f} Tflop a step; a product in {dtype} reaches {most / 1e12:.1f} Tflop/s"
+    )
     for name, times in seconds.items():
         print(f"  {name:32} MFU {useful / statistics.median(times) / most:.1%}")
     if device.type == "cuda":

@@ -28,7 +28,7 @@ from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.records import ImageRef, Message, Parts, Record
 from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.model.duet import DuetModel
-from vlduet.model.features import FeatureCache
+from vlduet.model.feature_cache import FeatureCache
 
 BATCH = 16
 
@@ -36,26 +36,39 @@ Pair = tuple[Parts, str]
 """A question and one of its options."""
 
 
-def questions(records: list[Record], count: int, *, shown: int, options: int, rng: random.Random) -> list[Pair]:
+def questions(
+    records: list[Record], count: int, *, shown: int, options: int, rng: random.Random
+) -> list[Pair]:
     """Pairs of `count` questions: some captioned pictures, then one more whose caption is among the options."""
     found: list[Pair] = []
     for _ in range(count):
         *told, asked = rng.sample(records, shown + 1)
-        parts = [part for record in told for part in (record.image, f"This is: {record.short[0]}\n")]
+        parts = [
+            part for record in told for part in (record.image, f"This is: {record.short[0]}\n")
+        ]
         prompt = (*parts, asked.image, "What is this?")
-        captions = [asked.short[0], *(record.short[0] for record in rng.sample(records, options - 1))]
-        found += [(tuple(part for part in prompt if part is not None), caption) for caption in captions]
+        captions = [
+            asked.short[0],
+            *(record.short[0] for record in rng.sample(records, options - 1)),
+        ]
+        found += [
+            (tuple(part for part in prompt if part is not None), caption) for caption in captions
+        ]
     return found
 
 
 def rendered(model: DuetModel, pair: Pair) -> Sequence:
     prompt, option = pair
-    return model.renderer.render_chat((Message("user", prompt), Message("assistant", (option,))), add_generation_prompt=False)
+    return model.renderer.render_chat(
+        (Message("user", prompt), Message("assistant", (option,))), add_generation_prompt=False
+    )
 
 
 def ours(model: DuetModel, pairs: list[Pair]) -> np.ndarray:
     model.feature_cache = FeatureCache(None)  # every repeat pays for the vision tower
-    return np.array([nats for nats, _ in model.compute_sequence_nll([rendered(model, pair) for pair in pairs])])
+    return np.array(
+        [nats for nats, _ in model.compute_sequence_nll([rendered(model, pair) for pair in pairs])]
+    )
 
 
 def ours_each(model: DuetModel, pairs: list[Pair]) -> np.ndarray:
@@ -84,9 +97,13 @@ class Plain:
         for begin in range(0, len(pairs), BATCH):
             sequences = [rendered(self.ours, pair) for pair in pairs[begin : begin + BATCH]]
             longest = max(map(len, sequences))
-            ids, labels, mask = (torch.full((len(sequences), longest), fill) for fill in (0, IGNORE_INDEX, 0))
+            ids, labels, mask = (
+                torch.full((len(sequences), longest), fill) for fill in (0, IGNORE_INDEX, 0)
+            )
             for n, sequence in enumerate(sequences):
-                here = slice(longest - len(sequence), None)  # padding left, so that the options end together
+                here = slice(
+                    longest - len(sequence), None
+                )  # padding left, so that the options end together
                 ids[n, here] = torch.tensor(sequence.token_ids)
                 labels[n, here] = torch.tensor(sequence.labels)
                 mask[n, here] = 1
@@ -98,9 +115,13 @@ class Plain:
             ]
             pixels = self.processor(images=pictures, return_tensors="pt")
             kept = longest - int((labels != IGNORE_INDEX).any(0).nonzero()[0]) + 1
-            logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, **pixels).logits
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, logits_to_keep=kept, **pixels
+            ).logits
             wanted = labels[:, -kept + 1 :]
-            nll = F.cross_entropy(logits[:, :-1].mT, wanted, ignore_index=IGNORE_INDEX, reduction="none")
+            nll = F.cross_entropy(
+                logits[:, :-1].mT, wanted, ignore_index=IGNORE_INDEX, reduction="none"
+            )
             found.append(nll.double().sum(1))
         return torch.cat(found).numpy()
 
@@ -114,7 +135,10 @@ def main() -> None:
     plain = Plain(folder, model)
     rng = random.Random(options.seed)
     repeats = options.repeats or (1 if options.quick else 3)
-    for title, shown, among in [("a picture, 4 captions to choose from", 0, 4), ("seven pictures, 6 captions", 6, 6)]:
+    for title, shown, among in [
+        ("a picture, 4 captions to choose from", 0, 4),
+        ("seven pictures, 6 captions", 6, 6),
+    ]:
         count = 4 if options.quick else (48 if not shown else 12)
         pairs = questions(records, count, shown=shown, options=among, rng=rng)
         contenders: dict[str, Callable[[], np.ndarray]] = {
@@ -124,8 +148,14 @@ def main() -> None:
         }
         found = {name: contender() for name, contender in contenders.items()}
         seconds = _bench.interleaved(contenders, repeats)
-        _bench.table(f"{title}: {count} questions", "questions/s", seconds, work=count, ours="vlduet")
-        worst = ", ".join(f"{n} {np.abs(v - found['vlduet']).max():.0e}" for n, v in found.items() if n != "vlduet")
+        _bench.table(
+            f"{title}: {count} questions", "questions/s", seconds, work=count, ours="vlduet"
+        )
+        worst = ", ".join(
+            f"{n} {np.abs(v - found['vlduet']).max():.0e}"
+            for n, v in found.items()
+            if n != "vlduet"
+        )
         print(f"  largest difference to vlduet, in nats of an option: {worst}", flush=True)
 
 

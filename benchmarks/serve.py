@@ -29,7 +29,7 @@ from unittest.mock import patch
 import _bench
 
 from vlduet.model.duet import DuetModel
-from vlduet.serve import talks
+from vlduet.serve import scheduler
 from vlduet.serve import worker as workers
 from vlduet.serve.app import Service, build_server
 from vlduet.serve.worker import Worker
@@ -67,7 +67,11 @@ def embed(port: int, text: str) -> None:
 
 
 def chat(port: int, text: str, *, tokens: int = TOKENS) -> None:
-    told = post(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "max_tokens": tokens})
+    told = post(
+        port,
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": text}], "max_tokens": tokens},
+    )
     assert told["usage"]["completion_tokens"] == tokens, "every answer is as long as asked"
 
 
@@ -77,32 +81,40 @@ def together(work: Callable[[str], None], texts: list[str]) -> None:
         list(clients.map(work, texts))
 
 
-def waited(port: int, texts: list[str], ask: Callable[[int, str], None], *, talks: int) -> tuple[float, float]:
+def waited(
+    port: int, texts: list[str], ask: Callable[[int, str], None], *, talks: int
+) -> tuple[float, float]:
     """Seconds that something takes, asked half a second into the answers; and those until all of these have ended."""
-    answering = [threading.Thread(target=chat, args=(port, text)) for text in texts[:talks]]
+    answering = [threading.Thread(target=chat, args=(port, text)) for text in texts[:scheduler]]
     for thread in answering:
         thread.start()
     time.sleep(0.5)
     began = time.perf_counter()
-    ask(port, texts[talks])
+    ask(port, texts[scheduler])
     took = time.perf_counter() - began
     for thread in answering:
         thread.join()
     return took, time.perf_counter() - began
 
 
-def waits(port: int, texts: list[str], ask: Callable[[int, str], None], *, title: str, repeats: int) -> None:
+def waits(
+    port: int, texts: list[str], ask: Callable[[int, str], None], *, title: str, repeats: int
+) -> None:
     """Print what somebody waits for `ask`, alone and beside others."""
     alone = [waited(port, texts, ask, talks=0)[0] for _ in range(repeats)]
     beside = [waited(port, texts, ask, talks=4) for _ in range(repeats)]
     rows = {
         "alone": alone,
         "while 4 conversations are answered": [took for took, _ in beside],
-        "if it had to wait until they end": [took + alone for (_, took), alone in zip(beside, alone, strict=True)],
+        "if it had to wait until they end": [
+            took + alone for (_, took), alone in zip(beside, alone, strict=True)
+        ],
     }
     print(f"\n{title}, ms")
     for name, took in rows.items():
-        print(f"  {name:42} {statistics.median(took) * 1e3:12.0f}   {min(took) * 1e3:.0f} - {max(took) * 1e3:.0f}")
+        print(
+            f"  {name:42} {statistics.median(took) * 1e3:12.0f}   {min(took) * 1e3:.0f} - {max(took) * 1e3:.0f}"
+        )
 
 
 def main() -> None:
@@ -117,22 +129,38 @@ def main() -> None:
     with served(model) as port:
         embed(port, texts[0])
 
-        def with_constant(module: ModuleType, name: str, value: int, run: Callable[[], None]) -> None:
+        def with_constant(
+            module: ModuleType, name: str, value: int, run: Callable[[], None]
+        ) -> None:
             with patch.object(module, name, value):
                 run()
 
         items = partial(together, partial(embed, port), texts)
-        contenders = {"vlduet": items, "one item a forward": partial(with_constant, workers, "TURN", 1, items)}
+        contenders = {
+            "vlduet": items,
+            "one item a forward": partial(with_constant, workers, "TURN", 1, items),
+        }
         seconds = _bench.interleaved(contenders, repeats)
-        _bench.table("embeddings, one a request", "requests/s", seconds, work=len(texts), ours="vlduet")
+        _bench.table(
+            "embeddings, one a request", "requests/s", seconds, work=len(texts), ours="vlduet"
+        )
 
         answers = partial(together, partial(chat, port), texts[:8])
-        contenders = {"vlduet": answers, "one after the other": partial(with_constant, talks, "TALKS", 1, answers)}
+        contenders = {
+            "vlduet": answers,
+            "one after the other": partial(with_constant, scheduler, "TALKS", 1, answers),
+        }
         seconds = _bench.interleaved(contenders, repeats)
         _bench.table("answers", "tokens/s", seconds, work=8 * TOKENS, ours="vlduet")
 
         waits(port, texts, embed, title="one embedding", repeats=repeats)
-        waits(port, texts, partial(chat, tokens=1), title="the first word of an answer", repeats=repeats)
+        waits(
+            port,
+            texts,
+            partial(chat, tokens=1),
+            title="the first word of an answer",
+            repeats=repeats,
+        )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 from vlduet.data.records import Part, Record
 from vlduet.data.stream import Sample
+from vlduet.encoders.frozen import ROLE_MODALITIES, FrozenEncoder, FrozenEncoders
 from vlduet.model import nano
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import ROLE_MODALITIES, FrozenEncoder, FrozenEncoders
-from vlduet.model.features import FeatureCache
+from vlduet.model.feature_cache import FeatureCache
 from vlduet.recipes import sugar
 
 WIDTHS = {"vision": 2 * nano.NUM_FEATURES, "text": 384, "cross": 256}
@@ -42,7 +42,12 @@ def documents(records: list[Record], count: int, seed: int) -> list[Record]:
     rng = random.Random(seed)
     found = []
     for i in range(count):
-        parts = [part for r in rng.sample(records, 2) if r.image is not None for part in (r.image, r.short[0])]
+        parts = [
+            part
+            for r in rng.sample(records, 2)
+            if r.image is not None
+            for part in (r.image, r.short[0])
+        ]
         found.append(Record(f"document {i}", parts=tuple(parts)))
     return found
 
@@ -56,9 +61,16 @@ def build_random_encoders() -> FrozenEncoders:
         def encode(parts: list[Part]) -> Tensor:
             return F.normalize(torch.randn(len(parts), width, generator=generator) + 0.3, dim=1)
 
-        return FrozenEncoder(Path(role), ROLE_MODALITIES[role], lambda: dict.fromkeys(ROLE_MODALITIES[role], encode), role)
+        return FrozenEncoder(
+            Path(role),
+            ROLE_MODALITIES[role],
+            lambda: dict.fromkeys(ROLE_MODALITIES[role], encode),
+            role,
+        )
 
-    return FrozenEncoders({role: encoder(role, width) for role, width in WIDTHS.items()}, cache=FeatureCache(None))
+    return FrozenEncoders(
+        {role: encoder(role, width) for role, width in WIDTHS.items()}, cache=FeatureCache(None)
+    )
 
 
 def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], object]]:
@@ -69,8 +81,15 @@ def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], ob
     model.make_trainable(lora=LORA, projector=True)
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4, weight_decay=0.0)
-    options, encoders = sugar.Options(n_ref=len(records) * sugar.Options().k), build_random_encoders()
-    bare = [s for i, record in enumerate(records) for s in sugar.layout(Sample(record, i, 0), model.renderer, options)]
+    options, encoders = (
+        sugar.Options(n_ref=len(records) * sugar.Options().k),
+        build_random_encoders(),
+    )
+    bare = [
+        s
+        for i, record in enumerate(records)
+        for s in sugar.layout(Sample(record, i, 0), model.renderer, options)
+    ]
     batch = model.collate(encoders.attach_features(bare), pack_to=64)
     with torch.no_grad():
         read = model(batch)
@@ -86,7 +105,11 @@ def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], ob
         embeddings = read.embeddings.detach().requires_grad_()
         sugar.compute_structure_loss(replace(read, embeddings=embeddings), options).backward()
 
-    return {"joint step": step, "L_d": structure, "looking up": lambda: encoders.attach_features(bare)}
+    return {
+        "joint step": step,
+        "L_d": structure,
+        "looking up": lambda: encoders.attach_features(bare),
+    }
 
 
 def main() -> None:
@@ -101,8 +124,12 @@ def main() -> None:
     seconds = _bench.interleaved(found, options.repeats or repeats)
     print(f"\n{count} sequences, {count * sugar.Options().k} prefixes")
     for name, times in seconds.items():
-        share = statistics.median(mine / whole for mine, whole in zip(times, seconds["joint step"], strict=True))
-        print(f"  {name:42} {statistics.median(times) * 1e3:10.1f} ms   {100 * share:6.2f} % of the step")
+        share = statistics.median(
+            mine / whole for mine, whole in zip(times, seconds["joint step"], strict=True)
+        )
+        print(
+            f"  {name:42} {statistics.median(times) * 1e3:10.1f} ms   {100 * share:6.2f} % of the step"
+        )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Sample
 from vlduet.model.adapters import LORA_TARGET_PATTERNS, LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.features import FeatureCache
-from vlduet.model.readout import EmbeddingHead, Readout, create_empty_readout, concatenate_readouts
+from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.pooling import EmbeddingHead, Readout, concatenate_readouts, create_empty_readout
 from vlduet.recipes import vladva
 from vlduet.train import setup
 from vlduet.train.gradcache import compute_cached_losses
@@ -75,7 +75,11 @@ def select_records(records: list[Record], count: int, seed: int) -> list[Record]
     chosen, seen = [], set()
     for record in rng.sample(records, len(records)):
         if len(chosen) < count and record.short[0] not in seen:
-            others = [r.short[0] for r in records if r.metadata.get("category") == record.metadata.get("category")]
+            others = [
+                r.short[0]
+                for r in records
+                if r.metadata.get("category") == record.metadata.get("category")
+            ]
             long = " ".join([record.short[0], *rng.choices(others, k=rng.randint(4, 9))])
             chosen.append(Record(record.id, image=record.image, short=record.short[:1], long=long))
             seen.add(record.short[0])
@@ -107,10 +111,14 @@ def ours(folder: Path, records: list[Record], name: str, *, again: bool = False)
         if "cold" in name:
             model.feature_cache = FeatureCache(None)
         model.train()
-        sequences = [s for sample in samples for s in vladva.layout(sample, model.renderer, options)]
+        sequences = [
+            s for sample in samples for s in vladva.layout(sample, model.renderer, options)
+        ]
         if name == CHUNKS:
             nothing = create_empty_readout(model.dim, like=model.logit_scale.detach())
-            chunks = [model.collate(part) for part in split_into_chunks(sequences, budget(sequences))]
+            chunks = [
+                model.collate(part) for part in split_into_chunks(sequences, budget(sequences))
+            ]
             told = compute_cached_losses(model, chunks, compute_losses=losses, empty=nothing)
         else:
             passes = [(False, True), (True, False)] if name == ONE_PASS_PER_LOSS else [(True, True)]
@@ -118,7 +126,9 @@ def ours(folder: Path, records: list[Record], name: str, *, again: bool = False)
                 [s for one in sequences if (s := trim(one, labels=labels, anchors=anchors))]
                 for labels, anchors in passes
             ]
-            told = losses(concatenate_readouts([model(model.collate(part, pack_to=pack)) for part in parts]))
+            told = losses(
+                concatenate_readouts([model(model.collate(part, pack_to=pack)) for part in parts])
+            )
             told["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -140,9 +150,14 @@ class Peer:
 
     def __init__(self, folder: Path, records: list[Record], *, again: bool = False):
         torch.manual_seed(0)
-        mine = DuetModel.from_pretrained(folder, check_golden=False)  # for its prompts and its head's weights
+        mine = DuetModel.from_pretrained(
+            folder, check_golden=False
+        )  # for its prompts and its head's weights
         self.device, dtype = mine.backbone.device, mine.backbone.model.dtype
-        self.prompts, self.head = mine.prompts, EmbeddingHead(mine.head.kind, mine.backbone.hidden_size, mine.head.dim)
+        self.prompts, self.head = (
+            mine.prompts,
+            EmbeddingHead(mine.head.kind, mine.backbone.hidden_size, mine.head.dim),
+        )
         self.head.load_state_dict(mine.head.state_dict())
         self.head.to(self.device)
         self.tokens = mine.prepare_image(records[0].image).num_tokens if records[0].image else 0
@@ -160,7 +175,10 @@ class Peer:
         self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.image_token = self.tokenizer.convert_ids_to_tokens(base.config.image_token_id)
         self.records = records
-        moving = [p for p in base.parameters() if p.requires_grad] + [*self.head.parameters(), self.scale]
+        moving = [p for p in base.parameters() if p.requires_grad] + [
+            *self.head.parameters(),
+            self.scale,
+        ]
         self.optimizer = torch.optim.AdamW(moving, lr=LEARNING_RATE, weight_decay=0.0)
 
     def step(self) -> dict[str, float]:
@@ -171,7 +189,11 @@ class Peer:
         prompt = self.prompts.image.replace("{image}", self.image_token * self.tokens)
         captions = [self.prompts.text.replace("{text}", r.short[0]) for r in self.records]
         left = self.embed([prompt] * len(self.records), pixels, image=True)
-        scores = left @ self.embed(captions, {}, image=False).T * self.scale.clamp(max=math.log(100)).exp()
+        scores = (
+            left
+            @ self.embed(captions, {}, image=False).T
+            * self.scale.clamp(max=math.log(100)).exp()
+        )
         target = torch.arange(len(scores), device=self.device)
         contrastive = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
         language = self.language(prompt, pixels)
@@ -182,20 +204,30 @@ class Peer:
 
     def embed(self, texts: list[str], pixels: dict[str, Tensor], *, image: bool) -> Tensor:
         inputs = self.tokens_of(texts)
-        states = self.model.model(**inputs, **pixels).last_hidden_state.to(self.scale.dtype)  # [B, T, D]
+        states = self.model.model(**inputs, **pixels).last_hidden_state.to(
+            self.scale.dtype
+        )  # [B, T, D]
         if image and self.prompts.image_pool == "mean":
-            mask = (inputs["input_ids"] == self.model.config.image_token_id)[..., None].to(states.dtype)
+            mask = (inputs["input_ids"] == self.model.config.image_token_id)[..., None].to(
+                states.dtype
+            )
             return self.head((states * mask).sum(1) / mask.sum(1))
         return self.head(states[torch.arange(len(states)), inputs["attention_mask"].sum(1) - 1])
 
     def language(self, prompt: str, pixels: dict[str, Tensor]) -> Tensor:
-        inputs = self.tokens_of([f"{prompt}{r.long}{self.tokenizer.eos_token}" for r in self.records])
+        inputs = self.tokens_of(
+            [f"{prompt}{r.long}{self.tokenizer.eos_token}" for r in self.records]
+        )
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         labels[:, : len(self.tokenizer(prompt)["input_ids"])] = -100
         return self.model(**inputs, **pixels, labels=labels).loss
 
     def tokens_of(self, texts: list[str]) -> dict[str, Tensor]:
-        return dict(self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device))
+        return dict(
+            self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(
+                self.device
+            )
+        )
 
 
 # ------------------------------------------------------------------ the run
@@ -205,7 +237,9 @@ def contender(name: str, folder: Path, records: list[Record], *, again: bool = F
     if name == TRANSFORMERS:
         return Peer(folder, records, again=again).step
     if name == LIBRARIES:
-        return _libraries.Libraries(folder, records, lora=LORA, lr=LEARNING_RATE, mini_batch=MINI_BATCH).step
+        return _libraries.Libraries(
+            folder, records, lora=LORA, lr=LEARNING_RATE, mini_batch=MINI_BATCH
+        ).step
     return ours(folder, records, name, again=again)
 
 
@@ -217,10 +251,14 @@ def peak(step: Step, steps: int) -> tuple[float, float]:
     return _bench.highest(), _bench.highest() - before
 
 
-def contrastive_step(folder: Path, records: list[Record], scratch: Path, *, size: int, steps: int) -> Step:
+def contrastive_step(
+    folder: Path, records: list[Record], scratch: Path, *, size: int, steps: int
+) -> Step:
     """The next step of a run of `vlduet train` whose batches have `size` records."""
     path = scratch / "train.jsonl"
-    path.write_text("".join(json.dumps(record_to_json(record, root=scratch)) + "\n" for record in records))
+    path.write_text(
+        "".join(json.dumps(record_to_json(record, root=scratch)) + "\n" for record in records)
+    )
     train = {"steps": steps, "batch_size": size, "chunk_tokens": 512, "projector": True}
     tree = {
         "out": str(scratch / "run"),
@@ -244,7 +282,13 @@ def contrastive_step(folder: Path, records: list[Record], scratch: Path, *, size
 
 
 def compare_contenders(
-    title: str, names: list[str], folder: Path, records: list[Record], repeats: int, *, again: bool = False
+    title: str,
+    names: list[str],
+    folder: Path,
+    records: list[Record],
+    repeats: int,
+    *,
+    again: bool = False,
 ) -> dict[str, list[float]]:
     """Warm up, print the first losses, then the times; a peer that is not installed is named as missing."""
     steps: dict[str, Step] = {}
@@ -255,7 +299,10 @@ def compare_contenders(
             print(f"  {name:28} not measured: {error}")
     first = {name: step() for name, step in steps.items()}
     for name, losses in first.items():
-        print(f"  {name:28} first losses: " + ", ".join(f"{key} {value:.4f}" for key, value in losses.items()))
+        print(
+            f"  {name:28} first losses: "
+            + ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+        )
     seconds = _bench.interleaved(steps, repeats)
     _bench.table(title, "records/s", seconds, work=len(records), ours=names[0])
     return seconds
@@ -263,8 +310,13 @@ def compare_contenders(
 
 def main() -> None:
     parser = _bench.arguments(__doc__)
-    parser.add_argument("--rows", default="abc", help="which of a, b and c to measure (default: all)")
-    parser.add_argument("--peak", help="measure the memory of this contender, or of this size of row c, and print it")
+    parser.add_argument(
+        "--rows", default="abc", help="which of a, b and c to measure (default: all)"
+    )
+    parser.add_argument(
+        "--peak",
+        help="measure the memory of this contender, or of this size of row c, and print it",
+    )
     options = parser.parse_args()
     folder = _bench.model_folder(options.model)
     quick = options.quick
@@ -275,7 +327,9 @@ def main() -> None:
             size = int(options.peak) if options.peak.isdecimal() else 0
             if size:
                 steps = (SIZES[1] if quick else SIZES[-1]) // size
-                found = peak(contrastive_step(folder, pairs, Path(scratch), size=size, steps=steps), steps)
+                found = peak(
+                    contrastive_step(folder, pairs, Path(scratch), size=size, steps=steps), steps
+                )
             else:
                 found = peak(contender(options.peak, folder, records), 2)
             print(json.dumps(found))
@@ -292,23 +346,35 @@ def main() -> None:
     if "a" in options.rows:
         packs = PACKS[:1] if quick else PACKS
         names = [f"vlduet, packed {n}" for n in packs]
-        names += ["vlduet, padded", f"vlduet, packed {PACKS[0]}, cold", ONE_PASS_PER_LOSS, TRANSFORMERS]
+        names += [
+            "vlduet, padded",
+            f"vlduet, packed {PACKS[0]}, cold",
+            ONE_PASS_PER_LOSS,
+            TRANSFORMERS,
+        ]
         compare_contenders(f"a: a step on {len(records)} records", names, folder, records, repeats)
         print("\npeak memory of a process (of it in the steps), GB")
         for name in (names[0], "vlduet, padded", TRANSFORMERS):
             print("  {:28} {:6.2f}  ({:.2f})".format(name, *measured(name)), flush=True)
     if "b" in options.rows:
         many = select_records(pairs, 8 if quick else 24, options.seed)
-        print(f"\nthe peer of row b, with B = {len(many)} and N = {MINI_BATCH}\n\n{_libraries.__doc__}")
+        print(
+            f"\nthe peer of row b, with B = {len(many)} and N = {MINI_BATCH}\n\n{_libraries.__doc__}"
+        )
         names = [CHUNKS, f"vlduet, packed {PACKS[0]}", LIBRARIES]
         compare_contenders(f"b: a step on {len(many)} records", names, folder, many, repeats)
     if "c" in options.rows:
-        print("\nc: peak memory of a process (of it in the steps), GB, and against the smallest batch")
+        print(
+            "\nc: peak memory of a process (of it in the steps), GB, and against the smallest batch"
+        )
         smallest = 0.0
         for size in SIZES[:2] if quick else SIZES:
             whole, steps_only = measured(str(size))
             smallest = smallest or whole
-            print(f"  batch {size:6} {whole:6.2f}  ({steps_only:.2f})  {whole / smallest - 1:+.0%}", flush=True)
+            print(
+                f"  batch {size:6} {whole:6.2f}  ({steps_only:.2f})  {whole / smallest - 1:+.0%}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(
     scope="session",
-    params=["fast_vlm", "gemma3", "llava", "mistral3", "qwen2_vl", "qwen3_vl", "internvl", "smolvlm"],
+    params=[
+        "fast_vlm",
+        "gemma3",
+        "llava",
+        "mistral3",
+        "qwen2_vl",
+        "qwen3_vl",
+        "internvl",
+        "smolvlm",
+    ],
 )
 def family(request: pytest.FixtureRequest) -> str:
     """Families of checkpoints with a tiny twin; test_families has those that are one of them but for a detail."""
@@ -23,7 +32,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """A tiny DuetModel of every family; tests must not change it."""
-    import tiny
+    from helpers import tiny
 
     return tiny.build_duet_model(tmp_path_factory.mktemp(family) / "base", family=family)
 

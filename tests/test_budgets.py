@@ -15,7 +15,9 @@ FILE_LINES_BY_NAME = {"train/loop.py": 200}  # the story that everyone reads
 FUNCTION_LINES = 60  # docstring not counted
 PARAMETERS = 8
 OPTIONS = 10  # of a verb: nobody writes them in a row, and with its --help's two they fit on half a screen
-POSITIONAL = 3  # of public functions and constructors: search(index, model, query) reads well, four do not
+POSITIONAL = (
+    3  # of public functions and constructors: search(index, model, query) reads well, four do not
+)
 CONFIG_FIELDS = 90
 ENVIRONMENT = 3
 PUBLIC_NAMES = 12
@@ -42,7 +44,12 @@ def tree(path: Path) -> ast.Module:
 def functions(path: Path) -> Iterator[tuple[Function, ast.ClassDef | None]]:
     """Every function with the class that it is a method of."""
     module = tree(path)
-    owners = {id(item): node for node in ast.walk(module) if isinstance(node, ast.ClassDef) for item in node.body}
+    owners = {
+        id(item): node
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+    }
     for node in ast.walk(module):
         if isinstance(node, Function):
             yield node, owners.get(id(node))
@@ -70,8 +77,14 @@ def parameters(function: Function, owner: ast.ClassDef | None) -> tuple[list[str
 
 def protocol(function: Function, owner: ast.ClassDef | None) -> bool:
     """Python, torch or triton calls it and has fixed its signature."""
-    dunder = function.name.startswith("__") and function.name.endswith("__") and function.name != "__init__"
-    autograd = owner is not None and any(ast.unparse(base).endswith("autograd.Function") for base in owner.bases)
+    dunder = (
+        function.name.startswith("__")
+        and function.name.endswith("__")
+        and function.name != "__init__"
+    )
+    autograd = owner is not None and any(
+        ast.unparse(base).endswith("autograd.Function") for base in owner.bases
+    )
     # A GPU kernel knows no objects: buffers and sizes are all that it can be given.
     kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
     return dunder or autograd or kernel
@@ -142,17 +155,23 @@ def test_environment_variables() -> None:
         for node in ast.walk(tree(path)):
             if (key := environment_key(node)) is not None:
                 place = f"{name(path)}:{node.lineno}"  # type: ignore[attr-defined]
-                assert isinstance(key, ast.Constant), f"{place}: an environment variable whose name is computed"
+                assert isinstance(key, ast.Constant), (
+                    f"{place}: an environment variable whose name is computed"
+                )
                 found.setdefault(str(key.value), place)
     ours = {key: place for key, place in found.items() if key not in TORCHRUN}
-    assert len(ours) <= ENVIRONMENT, f"{len(ours)} environment variables, budget {ENVIRONMENT}: {ours}"
+    assert len(ours) <= ENVIRONMENT, (
+        f"{len(ours)} environment variables, budget {ENVIRONMENT}: {ours}"
+    )
 
 
 def environment_key(node: ast.AST) -> ast.expr | None:
     """The key in os.environ[key], os.environ.get(key), os.getenv(key) and `key in os.environ`."""
     if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("environ"):
         return node.slice
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("environ.get", "getenv", "environ.pop")):
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+        ("environ.get", "getenv", "environ.pop")
+    ):
         return node.args[0]
     if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]).endswith("environ"):
         return node.left
@@ -174,10 +193,14 @@ def test_inheritance_depth() -> None:
     for path in files():
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ClassDef):
-                bases[node.name] = [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
+                bases[node.name] = [
+                    ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases
+                ]
 
     def depth(kind: str) -> int:
-        return 1 + max((depth(base) for base in bases[kind] if base in bases and base != kind), default=0)
+        return 1 + max(
+            (depth(base) for base in bases[kind] if base in bases and base != kind), default=0
+        )
 
     # An error tree is a table of names, drawn in errors.py; it may go one deeper.
     errors = {kind for kind in bases if kind.endswith("Error")}

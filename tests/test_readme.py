@@ -67,14 +67,23 @@ def cli() -> Any:
 def problem(root: Any, words: list[str]) -> str | None:
     """What the CLI would say about these words before running anything."""
     command, name = root, "vlduet"
-    flags = {option for parameter in root.params if getattr(parameter, "is_flag", False) for option in parameter.opts}
+    flags = {
+        option
+        for parameter in root.params
+        if getattr(parameter, "is_flag", False)
+        for option in parameter.opts
+    }
     while words and words[0] in flags:
         words = words[1:]
     while hasattr(command, "commands"):
         if not words or words[0] not in command.commands:
             options = {option for parameter in command.params for option in parameter.opts}
             options |= {"--help", "--install-completion", "--show-completion"}
-            return None if words and words[0] in options else f"no verb '{' '.join(words[:1])}' in '{name}'"
+            return (
+                None
+                if words and words[0] in options
+                else f"no verb '{' '.join(words[:1])}' in '{name}'"
+            )
         name, words = words[0], words[1:]
         command = command.commands[name]
     if "--help" in words:
@@ -106,7 +115,9 @@ def test_every_verb_is_shown_in_a_document() -> None:
 
 
 def test_the_readme_has_the_two_commands() -> None:
-    lines = {shlex.join(command.words) for command in ours("make") if command.document == "README.md"}
+    lines = {
+        shlex.join(command.words) for command in ours("make") if command.document == "README.md"
+    }
     assert {"make demo", "make test"} <= lines
 
 
@@ -153,12 +164,16 @@ def test_every_link_leads_somewhere(document: Path) -> None:
     prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
         if "://" not in target and not target.startswith("mailto:"):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}, which is not there"
+            assert (document.parent / target).exists(), (
+                f"{document.name} links to {target}, which is not there"
+            )
 
 
 def tree_paths() -> set[str]:
     """Paths of the README's drawing; folders end with a slash."""
-    drawing = next(content for _, _, content in blocks((ROOT / "README.md").read_text()) if "├──" in content)
+    drawing = next(
+        content for _, _, content in blocks((ROOT / "README.md").read_text()) if "├──" in content
+    )
     found: set[str] = set()
     trail: list[str] = []
     for line in drawing.splitlines():
@@ -178,12 +193,18 @@ def test_the_tree_is_true() -> None:
 
 def test_the_tree_is_complete() -> None:
     drawn = tree_paths()
-    folders = [p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "src"]
+    folders = [
+        p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name != "src"
+    ]
     for folder in folders:
         if folder.name not in NOT_IN_TREE:
             assert f"{folder.name}/" in drawn, f"README's tree lacks {folder.name}/"
     for path in (ROOT / "src" / "vlduet").iterdir():
-        if path.name != "__init__.py" and (path.suffix == ".py" or path.is_dir()) and path.name != "__pycache__":
+        if (
+            path.name != "__init__.py"
+            and (path.suffix == ".py" or path.is_dir())
+            and path.name != "__pycache__"
+        ):
             name = f"src/vlduet/{path.name}" + ("/" if path.is_dir() else "")
             assert name in drawn, f"README's tree lacks {name}"
 

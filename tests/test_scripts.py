@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("studies/**/*.py")])
+SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")])
 
 
 def defined(path: Path) -> set[str]:
@@ -22,7 +22,11 @@ def defined(path: Path) -> set[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             found |= {alias.asname or alias.name for alias in node.names}
         else:
-            found |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            found |= {
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
     return found
 
 
@@ -32,16 +36,24 @@ def missing(script: Path) -> list[str]:
     for node in ast.walk(ast.parse(script.read_text())):
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
-        beside = [f for f in (folder / f"{node.module}.py" for folder in script.parents[:2]) if f.is_file()]
+        beside = [
+            f
+            for f in (folder / f"{node.module}.py" for folder in script.parents[:2])
+            if f.is_file()
+        ]
         for name in (alias.name for alias in node.names):
             if node.module.split(".")[0] == "vlduet":
                 module = importlib.import_module(node.module)
-                inside = hasattr(module, "__path__") and importlib.util.find_spec(f"{node.module}.{name}")
+                inside = hasattr(module, "__path__") and importlib.util.find_spec(
+                    f"{node.module}.{name}"
+                )
                 there = hasattr(module, name) or inside
             else:
                 there = not beside or name in defined(beside[0])
             if not there:
-                lost.append(f"{script.relative_to(ROOT)}:{node.lineno}: {node.module} has no {name}")
+                lost.append(
+                    f"{script.relative_to(ROOT)}:{node.lineno}: {node.module} has no {name}"
+                )
     return lost
 
 

@@ -9,21 +9,21 @@ if TYPE_CHECKING:
     from vlduet.data.records import ImageRef, Message, Record
     from vlduet.errors import VLDuetError
     from vlduet.model.duet import DuetModel
-    from vlduet.rag import Answer, ask
     from vlduet.retrieval.index import Index
+    from vlduet.retrieval.rag import Answer, ask
     from vlduet.retrieval.search import search
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Answer": "vlduet.rag",
+    "Answer": "vlduet.retrieval.rag",
     "DuetModel": "vlduet.model.duet",
     "ImageRef": "vlduet.data.records",
     "Index": "vlduet.retrieval.index",
     "Message": "vlduet.data.records",
     "Record": "vlduet.data.records",
     "VLDuetError": "vlduet.errors",
-    "ask": "vlduet.rag",
+    "ask": "vlduet.retrieval.rag",
     "search": "vlduet.retrieval.search",
 }
 

@@ -167,7 +167,9 @@ def _read(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     if (base := tree.pop("extends", None)) is not None:
         below = _read_mapping(path.parent / str(base))
         if "extends" in below:
-            raise ConfigError(f"extends {base}, which extends another", place=path, fix="Extend the last one")
+            raise ConfigError(
+                f"extends {base}, which extends another", place=path, fix="Extend the last one"
+            )
         tree = _over(below, tree)
     for override in overrides:
         _override(tree, override)
@@ -178,9 +180,13 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("no such file", place=path, fix="Name a YAML config, see configs/") from None
+        raise ConfigError(
+            "no such file", place=path, fix="Name a YAML config, see configs/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read as text ({error})", place=path, fix="Name a YAML config") from None
+        raise ConfigError(
+            f"cannot be read as text ({error})", place=path, fix="Name a YAML config"
+        ) from None
     tree = _parse(text, place=str(path))
     if not isinstance(tree, dict):
         raise ConfigError("not a mapping of keys", place=path, fix="See configs/ for examples")
@@ -191,7 +197,9 @@ def _over(below: Any, above: Any) -> Any:
     """`above` laid over `below`: sections key by key, anything else whole."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
-    return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
+    return below | {
+        key: _over(below[key], value) if key in below else value for key, value in above.items()
+    }
 
 
 def validate_run_config(tree: dict[str, Any], *, place: str) -> RunConfig:
@@ -208,8 +216,14 @@ def _checked(kind: type[S], tree: dict[str, Any], *, place: str) -> S:
         key = ".".join(str(x) for x in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields_at(kind, first["loc"][:-1])
-            raise ConfigError(f"unknown key '{key}'", place=place, fix=suggest_name(str(first["loc"][-1]), known)) from None
-        said = "input should be a path: write it in quotes" if first["type"] == "path_type" else first["msg"].lower()
+            raise ConfigError(
+                f"unknown key '{key}'", place=place, fix=suggest_name(str(first["loc"][-1]), known)
+            ) from None
+        said = (
+            "input should be a path: write it in quotes"
+            if first["type"] == "path_type"
+            else first["msg"].lower()
+        )
         what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {said}"
         raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
 
@@ -223,7 +237,9 @@ def parse_options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise ConfigError(f"unknown key '{name}'", place=f"{place}.{name}", fix=suggest_name(name, known))
+            raise ConfigError(
+                f"unknown key '{name}'", place=f"{place}.{name}", fix=suggest_name(name, known)
+            )
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
@@ -246,7 +262,9 @@ def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
 
 def save_run_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config, every default spelled out."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -259,13 +277,17 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.composer.ComposerError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                    raise yaml.composer.ComposerError(
+                        None, None, f"'{key.value}' stands twice", key.start_mark
+                    )
                 seen.add(key.value)
         return node
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -276,7 +298,9 @@ def _parse(text: str, *, place: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = f"broken YAML ({getattr(error, 'problem', error)})"
-        raise ConfigError(what, place=f"{place}:{mark.line + 1}" if mark else place, fix="Mend the line") from None
+        raise ConfigError(
+            what, place=f"{place}:{mark.line + 1}" if mark else place, fix="Mend the line"
+        ) from None
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -286,9 +310,13 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     node: Any = tree
     for name in path:
-        inner = node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, key)]
+        inner = (
+            node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, key)]
+        )
         if not isinstance(inner, dict | list):
-            raise ConfigError(f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value")
+            raise ConfigError(
+                f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value"
+            )
         node = inner
     node[last if isinstance(node, dict) else _index(node, last, key)] = _parse(value, place=key)
 
@@ -296,7 +324,11 @@ def _override(tree: dict[str, Any], text: str) -> None:
 def _index(items: list[Any], name: str, key: str) -> int:
     """`name` as an index of `items`; the first free one adds an item."""
     if not name.isdecimal() or int(name) > len(items):
-        raise ConfigError(f"'{key}': '{name}' is no item", place="override", fix=f"Write a number, 0 to {len(items)}")
+        raise ConfigError(
+            f"'{key}': '{name}' is no item",
+            place="override",
+            fix=f"Write a number, 0 to {len(items)}",
+        )
     if int(name) == len(items):
         items.append({})
     return int(name)

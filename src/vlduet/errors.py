@@ -41,7 +41,9 @@ class VLDuetError(Exception):
         return (_rebuild_error, (type(self), self.message, self.place, self.fix))
 
 
-def _rebuild_error(kind: type[VLDuetError], message: str, place: str | None, fix: str | None) -> VLDuetError:
+def _rebuild_error(
+    kind: type[VLDuetError], message: str, place: str | None, fix: str | None
+) -> VLDuetError:
     return kind(message, place=place, fix=fix)
 
 

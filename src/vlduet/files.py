@@ -71,7 +71,9 @@ def fsync_paths(paths: Iterable[Path]) -> None:
 def require_empty_folder(folder: Path) -> None:
     """Raises ConfigError where a folder is to be made and something stands already."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError("there is something here already", place=folder, fix="Name a new or an empty folder")
+        raise ConfigError(
+            "there is something here already", place=folder, fix="Name a new or an empty folder"
+        )
 
 
 @contextmanager

@@ -80,7 +80,10 @@ class ProgressBar:
         return f"{self.label}: {of} after {time.monotonic() - self._started:.0f} s {self.note}".rstrip()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -26,20 +26,40 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_equal_one(tmp_path: Path, subtests: pytest.Subtests, world_size: int) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     port = str(free_port())
     # Starting processes costs more than any case, so the same ones run all cases.
     ranks = [
-        subprocess.Popen([sys.executable, HERE / "worker.py", str(r), str(world_size), port, tmp_path], env=environment)
+        subprocess.Popen(
+            [sys.executable, HERE / "worker.py", str(r), str(world_size), port, tmp_path],
+            env=environment,
+        )
         for r in range(world_size)
     ]
     model = worker.model_in_float64(tmp_path / "one")
-    alone = {case: worker.share(model, case, 0, 1) for case in (worker.CASES if world_size == 2 else worker.FOUR)}
+    alone = {
+        case: worker.share(model, case, 0, 1)
+        for case in (worker.CASES if world_size == 2 else worker.FOUR)
+    }
     assert [rank.wait(timeout=480) for rank in ranks] == [0] * world_size
     for case, one in alone.items():
         with subtests.test(case):
-            found = [torch.load(tmp_path / f"{case} {r}.pt", weights_only=True) for r in range(world_size)]
-            assert one["loss"] != 0 and any(g.abs().max() > 1e-6 for n, g in one.items() if "lora_A" in n)
+            found = [
+                torch.load(tmp_path / f"{case} {r}.pt", weights_only=True)
+                for r in range(world_size)
+            ]
+            assert one["loss"] != 0 and any(
+                g.abs().max() > 1e-6 for n, g in one.items() if "lora_A" in n
+            )
             for name, value in one.items():
                 for rank in found:
-                    assert_close(rank[name], value, atol=1e-10, rtol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+                    assert_close(
+                        rank[name],
+                        value,
+                        atol=1e-10,
+                        rtol=1e-8,
+                        msg=lambda m, name=name: f"{name}: {m}",
+                    )

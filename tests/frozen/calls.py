@@ -23,16 +23,16 @@ from vlduet.data.records import read_jsonl as records
 from vlduet.eval import metrics, protocols
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BUILTIN
+from vlduet.eval.predictions import ModelFunctions
 from vlduet.eval.run import evaluate
-from vlduet.eval.store import ModelFunctions
 from vlduet.model.adapters import LoraSettings
-from vlduet.model.backbones import load_backbone
-from vlduet.model.decoding import Request, ContinuousBatcher
+from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
-from vlduet.model.features import FeatureCache
-from vlduet.model.generation import suppressed_tokens
+from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.generation.beam import suppressed_tokens
+from vlduet.model.generation.continuous import ContinuousBatcher, Request
 from vlduet.model.prompts import Prompts
-from vlduet.objectives import alignment, contrastive, language, structure, triple
+from vlduet.objectives import contrastive, language, structure
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
@@ -133,7 +133,9 @@ def answer(model: DuetModel, turn: Sequence[Item], *, tokens: int) -> dict[str, 
 
 def caption(model: DuetModel, images: Sequence[Path], *, tokens: int, drafts: int) -> list[str]:
     """Return captions, greedy or the nearest of several drafts."""
-    return model.caption_images([ImageRef(path=i) for i in images], max_new_tokens=tokens, num_drafts=drafts)
+    return model.caption_images(
+        [ImageRef(path=i) for i in images], max_new_tokens=tokens, num_drafts=drafts
+    )
 
 
 def caption_nats(model: DuetModel, pairs: Sequence[tuple[Path, str]]) -> list[tuple[float, int]]:
@@ -180,7 +182,9 @@ def one_step(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], di
     tensors = trained_tensors(run.model)
     gradients = {n: t.grad.clone() for n, t in tensors.items() if t.grad is not None}
     step.optimizer_step(run, 0)
-    after = {f"{name} of step 2": value for name, value in step.forward_backward(run, second).items()}
+    after = {
+        f"{name} of step 2": value for name, value in step.forward_backward(run, second).items()
+    }
     return values | after, gradients
 
 

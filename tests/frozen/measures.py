@@ -15,7 +15,7 @@ from torch import Tensor
 from frozen import calls, fixed
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
+CONFIGS = ROOT / "src" / "vlduet" / "configs"
 INPUTS = fixed.DATA / "inputs"
 WIDTH = 8
 """Numbers of an embedding behind a head."""

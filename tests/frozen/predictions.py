@@ -69,7 +69,9 @@ def protocols() -> dict[str, Any]:
     entropy = calls.protocols.measure_caption_cross_entropy(
         lambda batch: [nats((i,), t) for i, t in batch], pairs
     )
-    captions = calls.protocols.measure_captions(lambda images: [reply((image,)) for image in images], pairs)
+    captions = calls.protocols.measure_captions(
+        lambda images: [reply((image,)) for image in images], pairs
+    )
     directions = {"to image": measured.text_to_image, "to text": measured.image_to_text}
     return plain(
         {

@@ -75,7 +75,9 @@ def pairs() -> dict[str, Any]:
         "posteriors of pairs": calls.alignment.compute_alignment_posterior(
             sqdist, *lengths, sigma=width
         ),
-        "weighted means of pairs": calls.alignment.compute_alignment_weighted_mean(sqdist, *lengths, sigma=0.5),
+        "weighted means of pairs": calls.alignment.compute_alignment_weighted_mean(
+            sqdist, *lengths, sigma=0.5
+        ),
         "soft warping": with_gradient(
             lambda d: calls.alignment.soft_dtw(d, *lengths, gamma=0.3), sqdist
         ),
@@ -98,7 +100,10 @@ PREFIXES = {
 def many_cosines(*, triple: bool) -> Tensor:
     """Return cosines of nine slices, float64[9, 9]."""
     return calls.triple.compute_triple_cosines(
-        fixed.unit("same kind", 9, 5), fixed.unit("any kind", 9, 4), is_image=IMAGES, use_triple_kernel=triple
+        fixed.unit("same kind", 9, 5),
+        fixed.unit("any kind", 9, 4),
+        is_image=IMAGES,
+        use_triple_kernel=triple,
     )
 
 
@@ -184,17 +189,24 @@ def losses() -> dict[str, Any]:
             lambda s: calls.contrastive.compute_row_infonce(s, positive, ignore), 3 * left @ right.T
         ),
         "false negatives": calls.contrastive.find_false_negatives(
-            left @ right.T, positive, named_negatives=ignore, content_kinds=(torch.arange(4) % 2, torch.arange(7) % 2)
+            left @ right.T,
+            positive,
+            named_negatives=ignore,
+            content_kinds=(torch.arange(4) % 2, torch.arange(7) % 2),
         ).long(),
         "limited": with_gradient(
             lambda s: calls.contrastive.clamp_logit_scale(s, 0.01), torch.tensor(5.0).double()
         ),
-        "same content": calls.contrastive.match_content_keys(["a", "b", "a"], ["a", "c", "b"]).long(),
+        "same content": calls.contrastive.match_content_keys(
+            ["a", "b", "a"], ["a", "c", "b"]
+        ).long(),
         "nats": with_gradient(lambda h, w: nats(h, w, targets), hidden, weight),
         "nats, bias and cap": with_gradient(
             lambda h, w, b: nats(h, w, targets, bias=b, logit_softcap=2.0), hidden, weight, bias
         ),
-        "nats, in chunks": with_gradient(lambda h, w: nats(h, w, targets, chunk_size=2), hidden, weight),
+        "nats, in chunks": with_gradient(
+            lambda h, w: nats(h, w, targets, chunk_size=2), hidden, weight
+        ),
         "language": calls.language.language_loss(
             nats(hidden, weight, targets), global_token_count=12, world_size=2
         ),

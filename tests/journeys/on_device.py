@@ -12,24 +12,66 @@ from pathlib import Path
 
 PROMPTS = [f"model.prompts.{kind}=<s>{{{kind}}} sum" for kind in ("image", "text", "parts")]
 JUDGES = [f"encoders.{role}=judges/{role}" for role in ("vision", "text", "cross")]
-SUGAR = ["recipe={name: sugar}", "objectives={structure: 1, language: 1}", "model.prompts.image_pool=mean", *JUDGES]
-CLIP = ["recipe={name: clip}", "objectives={contrastive: 1}", "train.lora=null", "train.projector=false", *JUDGES[:2]]
-GUIDED = ["recipe={name: vladva, guide: triple}", *JUDGES, "train.soft_prompts=true", *PROMPTS, "train.pack=90"]
+SUGAR = [
+    "recipe={name: sugar}",
+    "objectives={structure: 1, language: 1}",
+    "model.prompts.image_pool=mean",
+    *JUDGES,
+]
+CLIP = [
+    "recipe={name: clip}",
+    "objectives={contrastive: 1}",
+    "train.lora=null",
+    "train.projector=false",
+    *JUDGES[:2],
+]
+GUIDED = [
+    "recipe={name: vladva, guide: triple}",
+    *JUDGES,
+    "train.soft_prompts=true",
+    *PROMPTS,
+    "train.pack=90",
+]
 BENCHMARKS = ["coco", "winoground", "seedbench_likelihood", "pope", "fvqa"]
 ROAD: dict[str, list[str]] = {
     "train": ["train", "config.yaml", *GUIDED],
     "resume": ["train", "config.yaml", "--resume", *GUIDED],
-    "chunks": ["train", "config.yaml", *SUGAR, "train.chunk_tokens=120", "train.checkpointing=true", "out=sugar"],
+    "chunks": [
+        "train",
+        "config.yaml",
+        *SUGAR,
+        "train.chunk_tokens=120",
+        "train.checkpointing=true",
+        "out=sugar",
+    ],
     "clip": ["train", "config.yaml", *CLIP, "out=clip"],
     "info": ["model", "info", "run/model", "--json"],
     "merge": ["model", "merge", "run/model", "merged"],
     "encode": ["encode", "run/model", "train.jsonl", "--out", "vectors.npz"],
-    "encode the export": ["encode", "merged", "documents.jsonl", "--side", "record", "--out", "merged.npz"],
+    "encode the export": [
+        "encode",
+        "merged",
+        "documents.jsonl",
+        "--side",
+        "record",
+        "--out",
+        "merged.npz",
+    ],
     "encode by towers": ["encode", "clip/model", "photos", "--out", "clip.npz"],
     "index": ["index", "run/model", "photos", "--to", "index", "--json"],
     "search": ["search", "index", "number", "--image", "3.png", "--json"],
     "ask": ["ask", "index", "what is it?", "--max-new-tokens", "8", "--json"],
-    "caption": ["caption", "run/model", "photos", "--to", "captions.jsonl", "--long", "0", "--prompt", ""],
+    "caption": [
+        "caption",
+        "run/model",
+        "photos",
+        "--to",
+        "captions.jsonl",
+        "--long",
+        "0",
+        "--prompt",
+        "",
+    ],
     "mine": ["mine", "run/model", "train.jsonl", "--to", "mined.jsonl", "-k", "1", "--margin", "0"],
     "analyse": ["analyse", "run/model", "val.jsonl", "--to", "analysis"],
     "align": ["align", "documents.jsonl:0", "documents.jsonl:1", "--model", "run/model", "--json"],
@@ -40,9 +82,9 @@ ROAD: dict[str, list[str]] = {
 def main() -> None:
     device, folder = sys.argv[1], Path(sys.argv[2])
     if device == "pretend":
-        import pretend
+        from helpers import pretend_device
 
-        keep = pretend.register_device()
+        keep = pretend_device.register_device()
         assert keep
     from vlduet.cli.main import app
 

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
 from safetensors.torch import load_file, save_file
 
-import official
-import tiny
+from helpers import official, runs, tiny
 from vlduet.data.formats import read_records
 from vlduet.logs import read_metrics
 
@@ -36,7 +34,8 @@ for wrong in (lambda: here + there, lambda: there.numpy(), lambda: torch.cat([th
 
 backends = pytest.importorskip("torch.utils.backend_registration")
 pytestmark = pytest.mark.skipif(
-    not hasattr(backends, "_setup_privateuseone_for_python_backend"), reason="this torch has no backends in Python"
+    not hasattr(backends, "_setup_privateuseone_for_python_backend"),
+    reason="this torch has no backends in Python",
 )
 
 
@@ -52,7 +51,9 @@ def files(folder: Path, family: str, *, half: bool) -> Path:
         config = json.loads((folder / "base/config.json").read_text())
         (folder / "base/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
         weights = folder / "base/model.safetensors"
-        halved = {n: t.bfloat16() if t.is_floating_point() else t for n, t in load_file(weights).items()}
+        halved = {
+            n: t.bfloat16() if t.is_floating_point() else t for n, t in load_file(weights).items()
+        }
         save_file(halved, weights, metadata={"format": "pt"})
     official.write(folder / "official")
     tiny.build_frozen_encoders(folder / "judges")
@@ -60,7 +61,11 @@ def files(folder: Path, family: str, *, half: bool) -> Path:
     for i, width in enumerate((16, 24, 40)):
         (folder / f"photos/{i}.png").write_bytes(tiny.random_image(i, width=width).data or b"")
     for i in range(4):
-        parts = [{"image": f"{i}.png"}, {"text": f"number {i}. And so on."}, {"image": f"{i + 1}.png"}]
+        parts = [
+            {"image": f"{i}.png"},
+            {"text": f"number {i}. And so on."},
+            {"image": f"{i + 1}.png"},
+        ]
         with (folder / "documents.jsonl").open("a") as file:
             file.write(json.dumps({"id": f"d{i}", "parts": parts}) + "\n")
     return folder
@@ -96,11 +101,15 @@ def test_every_verb_gives_the_numbers_of_the_cpu(tmp_path: Path, family: str, ha
     # Half precision is the GPU's default for a checkpoint that was saved so, and never the CPU's.
     near, trained = (0.08, 0.05) if half else (1e-4, 5e-4)
     for name in ("vectors.npz", "merged.npz", "clip.npz"):
-        np.testing.assert_allclose(vectors(there, name), vectors(here, name), atol=1e-4 if "clip" in name else near)
+        np.testing.assert_allclose(
+            vectors(there, name), vectors(here, name), atol=1e-4 if "clip" in name else near
+        )
     for run in ("run", "sugar", "clip"):
         for on_cpu, found in zip(losses(here, run), losses(there, run), strict=True):
             # One rank or one end more or less is no rounding of a vector: 8 records have few of them.
-            compared = {name for name in on_cpu if not (half and ("hit@" in name or "ended" in name))}
+            compared = {
+                name for name in on_cpu if not (half and ("hit@" in name or "ended" in name))
+            }
             close = 5e-4 if run == "clip" else trained
             assert {name: found[name] for name in compared} == pytest.approx(
                 {name: on_cpu[name] for name in compared}, rel=close, abs=close
@@ -108,11 +117,18 @@ def test_every_verb_gives_the_numbers_of_the_cpu(tmp_path: Path, family: str, ha
             assert found.keys() == on_cpu.keys()
     made_by = told(there, "eval")["scores"][0]["made_by"]
     assert made_by["dtype"] == ("bfloat16" if half else "float32")
-    np.testing.assert_allclose(told(there, "align")["cosines"], told(here, "align")["cosines"], atol=near)
+    np.testing.assert_allclose(
+        told(there, "align")["cosines"], told(here, "align")["cosines"], atol=near
+    )
     if not half:
         for verb, hits in (("search", "hits"), ("ask", "sources")):
-            assert [hit["id"] for hit in told(there, verb)[hits]] == [hit["id"] for hit in told(here, verb)[hits]]
+            assert [hit["id"] for hit in told(there, verb)[hits]] == [
+                hit["id"] for hit in told(here, verb)[hits]
+            ]
         assert told(there, "ask")["answer"] == told(here, "ask")["answer"]
         assert captions(there) == captions(here)
-        on_cpu, found = ({s["benchmark"]: s["values"] for s in told(at, "eval")["scores"]} for at in (here, there))
+        on_cpu, found = (
+            {s["benchmark"]: s["values"] for s in told(at, "eval")["scores"]}
+            for at in (here, there)
+        )
         assert found == on_cpu and len(found) == 5

@@ -18,23 +18,30 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import official
-import tiny
-from vlduet import evaluation
+from helpers import official, tiny
 from vlduet.cli.main import app
-from vlduet.data import corpora
-from vlduet.eval import store
+from vlduet.corpora import catalog
+from vlduet.eval import predictions
+from vlduet.harness import builtin
 from vlduet.model.duet import DuetModel
 
-CHOSEN = ("coco", "pope", "seedbench_likelihood", "webqa", "mmvet", "builtin_stamps", "builtin_maps")
+CHOSEN = (
+    "coco",
+    "pope",
+    "seedbench_likelihood",
+    "webqa",
+    "mmvet",
+    "builtin_stamps",
+    "builtin_maps",
+)
 OPEN = {"br", "hr", "img", "input", "link", "meta", "path", "rect", "line", "circle", "col"}
 
 
 def run(words: list[str], calls: int | None = None) -> None:
     """One process's work: the verb, killed by SIGKILL when the model is asked for the `calls`-th time."""
     torch.set_num_threads(1)  # a forked process has no pool of threads
-    corpora.fetch_corpus = lambda *_, **__: None  # type: ignore[assignment]  # the mini corpora are there
-    store.EMBED_CHUNK = store.ANSWER_CHUNK = 2
+    catalog.fetch_corpus = lambda *_, **__: None  # type: ignore[assignment]  # the mini corpora are there
+    predictions.EMBED_CHUNK = predictions.ANSWER_CHUNK = 2
     asked = 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,9 +54,11 @@ def run(words: list[str], calls: int | None = None) -> None:
 
         return call
 
-    made = evaluation.model_functions
+    made = builtin.model_functions
 
-    def functions(model: DuetModel, settings: evaluation.EvaluationSettings) -> store.ModelFunctions:
+    def functions(
+        model: DuetModel, settings: builtin.EvaluationSettings
+    ) -> predictions.ModelFunctions:
         whole = made(model, settings)
         assert whole.embed and whole.generate and whole.continuation_nll
         answer = whole.generate
@@ -60,7 +69,7 @@ def run(words: list[str], calls: int | None = None) -> None:
             continuation_nll=counted(whole.continuation_nll),
         )
 
-    evaluation.model_functions = functions
+    builtin.model_functions = functions
     CliRunner().invoke(app, words, catch_exceptions=False)
 
 
@@ -73,7 +82,9 @@ def apart(words: list[str], calls: int | None = None) -> int | None:
 
 
 def told(words: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    found: dict[str, Any] = json.loads(
+        CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout
+    )
     return found
 
 
@@ -99,11 +110,24 @@ def test_killed_resumed_scored_and_reported(tmp_path: Path) -> None:
     data, whole, killed = official.write(tmp_path / "data"), tmp_path / "whole", tmp_path / "killed"
 
     def words(to: Path) -> list[str]:
-        return ["eval", str(tmp_path / "model"), *CHOSEN, "--data", str(data), "--to", str(to), "--set", "seed=3"]
+        return [
+            "eval",
+            str(tmp_path / "model"),
+            *CHOSEN,
+            "--data",
+            str(data),
+            "--to",
+            str(to),
+            "--set",
+            "seed=3",
+        ]
 
     assert apart(words(whole)) == 0
     assert apart(words(killed), calls=5) == -signal.SIGKILL
-    assert not (killed / "coco/scores.json").exists() and (killed / "coco/vectors/queries.f32").stat().st_size > 0
+    assert (
+        not (killed / "coco/scores.json").exists()
+        and (killed / "coco/vectors/queries.f32").stat().st_size > 0
+    )
     assert apart(words(killed), calls=10) == -signal.SIGKILL
     assert (killed / "coco/scores.json").exists() and not (killed / "pope/scores.json").exists()
     half = ["score", "pope", "--data", str(data), "--to", str(killed), "--set", "seed=3"]
@@ -111,14 +135,21 @@ def test_killed_resumed_scored_and_reported(tmp_path: Path) -> None:
     assert apart(words(killed)) == 0
 
     for name in CHOSEN:
-        one, other = (json.loads((folder / name / "scores.json").read_text()) for folder in (whole, killed))
+        one, other = (
+            json.loads((folder / name / "scores.json").read_text()) for folder in (whole, killed)
+        )
         assert one == other, name
-        with np.load(whole / name / "samples.npz") as ours, np.load(killed / name / "samples.npz") as theirs:
+        with (
+            np.load(whole / name / "samples.npz") as ours,
+            np.load(killed / name / "samples.npz") as theirs,
+        ):
             assert set(ours) == set(theirs)
             assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
         whole_result(one, data, seed=3)
     scores = {name: json.loads((killed / name / "scores.json").read_text()) for name in CHOSEN}
-    assert scores["coco"]["facts"]["t2i/gallery"] == 4 and scores["coco"]["facts"]["i2t/gallery"] == 20
+    assert (
+        scores["coco"]["facts"]["t2i/gallery"] == 4 and scores["coco"]["facts"]["i2t/gallery"] == 20
+    )
     assert {"t2i/ties", "i2t/ties"} <= set(scores["coco"]["facts"])
     assert scores["mmvet"]["values"] == {} and scores["mmvet"]["facts"]["needs"] == "judge"
     assert {"accuracy", "accuracy_blind"} <= set(scores["builtin_maps"]["values"])
@@ -127,9 +158,14 @@ def test_killed_resumed_scored_and_reported(tmp_path: Path) -> None:
 
     page = tmp_path / "page.html"
     report = told(["report", str(killed), "--before", str(whole), "--out", str(page)])
-    assert {kept["benchmark"] for kept in report["kept"]} == {name for name in CHOSEN if scores[name]["values"]}
+    assert {kept["benchmark"] for kept in report["kept"]} == {
+        name for name in CHOSEN if scores[name]["values"]
+    }
     assert {kept["verdict"] for kept in report["kept"]} == {"level"}
-    assert all(kept["change"] == kept["change"] | {"mean": 0.0, "low": 0.0, "high": 0.0} for kept in report["kept"])
+    assert all(
+        kept["change"] == kept["change"] | {"mean": 0.0, "low": 0.0, "high": 0.0}
+        for kept in report["kept"]
+    )
     html = Balanced()
     html.feed(page.read_text())
     assert html.stack == [] and "http://" not in page.read_text().replace("http://www.w3.org", "")
@@ -146,4 +182,13 @@ def whole_result(score: dict[str, Any], data: Path, *, seed: int) -> None:
         assert found == hashlib.sha256((data / name).read_bytes()).hexdigest(), name
     made_by = score["made_by"]
     assert made_by["model"] == "model" and len(made_by["fingerprint"]) >= 16 and made_by["prompts"]
-    assert {"python", "vlduet", "torch", "transformers", "numpy", "image_backend", "system", "dtype"} <= set(made_by)
+    assert {
+        "python",
+        "vlduet",
+        "torch",
+        "transformers",
+        "numpy",
+        "image_backend",
+        "system",
+        "dtype",
+    } <= set(made_by)

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import tiny
-from vlduet import packages
+from helpers import tiny
+from vlduet.corpora import packages
 from vlduet.data import images
 from vlduet.data.records import Message
 from vlduet.model import nano
@@ -38,10 +38,15 @@ def test_plain_transformers_opens_it(folder: Path, model: DuetModel) -> None:
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     picture = images.load_image(tiny.random_image(1, side=64))
-    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    turn = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
+    ]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     batch = processor(images=picture, text=text, return_tensors="pt")
-    ours = model.renderer.render_chat((Message("user", (tiny.random_image(1, side=64), "What is this?")),), add_generation_prompt=True)
+    ours = model.renderer.render_chat(
+        (Message("user", (tiny.random_image(1, side=64), "What is this?")),),
+        add_generation_prompt=True,
+    )
     assert batch["input_ids"][0].tolist() == list(ours.token_ids)
     assert int((batch["input_ids"] == nano.IMAGE_TOKEN_ID).sum()) == nano.TOKENS_PER_IMAGE
     with torch.no_grad():
@@ -63,14 +68,26 @@ def test_the_tower_is_lite0_averaged_and_its_classes(model: DuetModel) -> None:
         pooled = F.avg_pool2d(F.avg_pool2d(last, 3, 2), 2, 1)
         logits = F.conv2d(pooled, lite["_fc.weight"][:, :, None, None], lite["_fc.bias"])
         classes = (logits - nano.CLASS_LOGIT_THRESHOLD).clamp(0, 6)
-        rest = pooled.new_zeros(2, 2 * nano.NUM_FEATURES - nano.CLASS_CHANNELS.stop, nano.TOKENS_PER_SIDE, nano.TOKENS_PER_SIDE)
-        assert_close(tower(pixels).last_hidden_state, torch.cat([pooled, classes, rest], 1), atol=1e-4, rtol=1e-4)
+        rest = pooled.new_zeros(
+            2,
+            2 * nano.NUM_FEATURES - nano.CLASS_CHANNELS.stop,
+            nano.TOKENS_PER_SIDE,
+            nano.TOKENS_PER_SIDE,
+        )
+        assert_close(
+            tower(pixels).last_hidden_state,
+            torch.cat([pooled, classes, rest], 1),
+            atol=1e-4,
+            rtol=1e-4,
+        )
     assert classes.count_nonzero() > 0
     assert last.shape[-1] == 7 and pooled.shape[-2:] == (nano.TOKENS_PER_SIDE, nano.TOKENS_PER_SIDE)
 
 
 def test_it_still_answers_without_an_image(model: DuetModel) -> None:
-    assert "Paris" in model.generate([Message("user", ("What is the capital of France?",))], max_new_tokens=16)
+    assert "Paris" in model.generate(
+        [Message("user", ("What is the capital of France?",))], max_new_tokens=16
+    )
 
 
 def test_it_embeds_by_meaning_before_any_training_of_yours(model: DuetModel) -> None:

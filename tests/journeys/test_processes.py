@@ -11,13 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 import yaml
 
-import tiny
+from helpers import runs, tiny
 from vlduet.logs import read_metrics
 
-COMMAND = "from vlduet.model import dual; dual.DROPOUT = 0.0; from vlduet.cli.main import main; main()"
+COMMAND = (
+    "from vlduet.model import dual; dual.DROPOUT = 0.0; from vlduet.cli.main import main; main()"
+)
 """`vlduet`; a dual encoder draws other random numbers on every rank, and cannot be compared."""
 CLIP = {"recipe": {"name": "clip"}, "objectives": {"contrastive": 1.0}, "model": {"dim": 8}}
 
@@ -29,8 +30,13 @@ def start(config: Path, *arguments: str, world_size: int = 2) -> list[subprocess
         port = str(s.getsockname()[1])
     words = [sys.executable, "-c", COMMAND, "train", str(config), *arguments]
     shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    of_rank = [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world_size)} for r in range(world_size)]
-    return [subprocess.Popen(words, env=shared | own) for own in (of_rank if world_size > 1 else [{}])]
+    of_rank = [
+        {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world_size)}
+        for r in range(world_size)
+    ]
+    return [
+        subprocess.Popen(words, env=shared | own) for own in (of_rank if world_size > 1 else [{}])
+    ]
 
 
 def trained(config: Path, *arguments: str, world_size: int = 2) -> None:
@@ -40,12 +46,19 @@ def trained(config: Path, *arguments: str, world_size: int = 2) -> None:
 
 def losses(folder: Path) -> dict[int, dict[str, float]]:
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return {int(row["step"]): {k: v for k, v in row.items() if k not in ("seconds", "tokens")} for row in rows}
+    return {
+        int(row["step"]): {k: v for k, v in row.items() if k not in ("seconds", "tokens")}
+        for row in rows
+    }
 
 
 @pytest.mark.parametrize("recipe", ["vladva", "fromage", "clip"])
 def test_two_processes_train_what_one_would(tmp_path: Path, recipe: str) -> None:
-    config = runs.write_run_config(tmp_path, steps=5, lora=None if recipe == "clip" else {"rank": 2, "alpha": 2, "dropout": 0.0})
+    config = runs.write_run_config(
+        tmp_path,
+        steps=5,
+        lora=None if recipe == "clip" else {"rank": 2, "alpha": 2, "dropout": 0.0},
+    )
     if recipe == "clip":
         folders = tiny.build_frozen_encoders(tmp_path / "encoders")
         encoders = {"encoders": {role: str(folders[role]) for role in ("vision", "text")}}
@@ -71,7 +84,9 @@ def test_both_are_killed_and_resumed(tmp_path: Path) -> None:
     trained(config, f"out={whole}")
     ranks = start(config, f"out={killed}")
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and len(losses(killed)) < 8:  # wait for the state of step 6, then some
+    while (
+        time.monotonic() < deadline and len(losses(killed)) < 8
+    ):  # wait for the state of step 6, then some
         time.sleep(0.005)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)

@@ -43,7 +43,13 @@ def says(*pieces: object) -> str:
 def get(settings: RunConfig, key: str) -> Any:
     value: Any = settings
     for name in key.split("."):
-        value = value[int(name)] if name.isdigit() else value[name] if isinstance(value, dict) else getattr(value, name)
+        value = (
+            value[int(name)]
+            if name.isdigit()
+            else value[name]
+            if isinstance(value, dict)
+            else getattr(value, name)
+        )
     return value
 
 
@@ -62,12 +68,16 @@ def get(settings: RunConfig, key: str) -> Any:
     ],
 )
 def test_an_unknown_key_names_the_closest_with_its_file(path: Path, key: str, nearest: str) -> None:
-    with pytest.raises(ConfigError, match=says(path, f"unknown key '{key}'", f"Did you mean '{nearest}'")):
+    with pytest.raises(
+        ConfigError, match=says(path, f"unknown key '{key}'", f"Did you mean '{nearest}'")
+    ):
         config.load_run_config(path, [f"{key}=1"])
 
 
 def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
-    with pytest.raises(ConfigError, match=says("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")):
+    with pytest.raises(
+        ConfigError, match=says("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")
+    ):
         config.load_run_config(path, ["model.xyz=1"])
 
 
@@ -89,7 +99,9 @@ def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
         ("data.train=[]", ["data.train = []", "at least 1"]),
     ],
 )
-def test_a_wrong_value_is_shown_with_what_is_wanted(path: Path, override: str, pieces: list[str]) -> None:
+def test_a_wrong_value_is_shown_with_what_is_wanted(
+    path: Path, override: str, pieces: list[str]
+) -> None:
     with pytest.raises(ConfigError, match=says(path, *pieces)):
         config.load_run_config(path, [override])
 
@@ -102,8 +114,12 @@ def test_a_missing_section_is_named(tmp_path: Path, key: str) -> None:
 
 
 def test_a_misspelt_section_is_named_before_the_missing_one(tmp_path: Path) -> None:
-    path = write(tmp_path, {{"recipe": "recip"}.get(name, name): value for name, value in TREE.items()})
-    with pytest.raises(ConfigError, match=says(path, "unknown key 'recip'", "Did you mean 'recipe'")):
+    path = write(
+        tmp_path, {{"recipe": "recip"}.get(name, name): value for name, value in TREE.items()}
+    )
+    with pytest.raises(
+        ConfigError, match=says(path, "unknown key 'recip'", "Did you mean 'recipe'")
+    ):
         config.load_run_config(path)
 
 
@@ -180,7 +196,10 @@ def test_overrides(path: Path, override: str, key: str, value: object) -> None:
 def test_the_last_override_wins_and_the_rest_stays(path: Path) -> None:
     settings = config.load_run_config(path, ["train.lr=1", "seed=3", "train.lr=2"])
     assert (settings.train.lr, settings.seed, settings.train.steps) == (2.0, 3, 10)
-    assert [(s.path, s.weight) for s in settings.data.train] == [(Path("a.jsonl"), 1.0), (Path("b.jsonl"), 2.0)]
+    assert [(s.path, s.weight) for s in settings.data.train] == [
+        (Path("a.jsonl"), 1.0),
+        (Path("b.jsonl"), 2.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +237,9 @@ class Options:
 
 
 def test_options_of_a_recipe_are_typed() -> None:
-    assert config.parse_options(Options, {"floor": 1, "triple": True}, place="recipe") == Options(floor=1.0, triple=True)
+    assert config.parse_options(Options, {"floor": 1, "triple": True}, place="recipe") == Options(
+        floor=1.0, triple=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,11 +260,15 @@ def test_wrong_options_of_a_recipe_are_shown(values: dict[str, Any], pieces: lis
 
 
 def test_a_saved_config_reloads_equal(path: Path, tmp_path: Path) -> None:
-    settings = config.load_run_config(path, ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"])
+    settings = config.load_run_config(
+        path, ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"]
+    )
     config.save_run_config(settings, tmp_path / "saved.yaml")
     assert config.load_run_config(tmp_path / "saved.yaml") == settings
     spelled = yaml.safe_load((tmp_path / "saved.yaml").read_text())
-    assert spelled["train"]["lora"]["rank"] == 16 and spelled["data"]["cache"] is None, "every default is written"
+    assert spelled["train"]["lora"]["rank"] == 16 and spelled["data"]["cache"] is None, (
+        "every default is written"
+    )
 
 
 def test_no_lora_survives_saving(path: Path, tmp_path: Path) -> None:
@@ -259,7 +284,9 @@ def test_a_config_does_not_change(path: Path) -> None:
 
 def test_a_config_extends_another(path: Path) -> None:
     above = path.with_name("above.yaml")
-    above.write_text("extends: run.yaml\nrecipe: {language_on: any}\nobjectives: {language: 0}\ntrain: {lr: 0.5}\n")
+    above.write_text(
+        "extends: run.yaml\nrecipe: {language_on: any}\nobjectives: {language: 0}\ntrain: {lr: 0.5}\n"
+    )
     found = config.load_run_config(above, ["train.steps=3"])
     assert found.recipe == {"name": "vladva", "language_on": "any"} and found.objectives == {
         "contrastive": 1.0,
@@ -281,14 +308,18 @@ def test_what_a_config_extends_must_be_there_and_the_last(path: Path) -> None:
         config.load_run_config(top)
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.name
+)
 def test_the_configs_that_come_with_it_load(file: Path) -> None:
     if not file.name.startswith("compare-"):
         config.load_run_config(file)
         return
     comparison = config.load_comparison_config(file)
     for overrides in comparison.runs.values():
-        config.load_run_config(file.parents[1] / comparison.base, [*comparison.overrides, *overrides])
+        config.load_run_config(
+            file.parents[1] / comparison.base, [*comparison.overrides, *overrides]
+        )
 
 
 def test_docs_explain_every_key() -> None:
@@ -303,7 +334,11 @@ def test_docs_explain_every_key() -> None:
             found += keys(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
         return found
 
-    missing = [key for key in keys(RunConfig, "") if f"`{key.replace('data.train.', 'data.train[].')}`" not in text]
+    missing = [
+        key
+        for key in keys(RunConfig, "")
+        if f"`{key.replace('data.train.', 'data.train[].')}`" not in text
+    ]
     assert not missing, f"docs/train.md does not explain {missing}"
 
 

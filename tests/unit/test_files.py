@@ -30,7 +30,10 @@ def test_whole_folder_survives_an_exception(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="disk full"), replace_folder_atomically(folder, marker="old.txt") as inside:
+    with (
+        pytest.raises(OSError, match="disk full"),
+        replace_folder_atomically(folder, marker="old.txt") as inside,
+    ):
         (inside / "new.txt").write_text("half")
         raise OSError("disk full")
     assert files(folder) == {"old.txt": b"old"} and list(tmp_path.iterdir()) == [folder]
@@ -57,7 +60,9 @@ def test_whole_folder_survives_a_kill(tmp_path: Path, rename: int) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
-    ended = subprocess.run([sys.executable, "-c", KILLED, folder, str(rename)], check=False, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, folder, str(rename)], check=False, timeout=120
+    )
     assert ended.returncode == 9
     assert folder.exists() == (rename == 1)
     assert files(recover_folder(folder)) == {"old.txt": b"old"}
@@ -74,12 +79,17 @@ def test_whole_folder_never_replaces_what_is_not_ours(tmp_path: Path, theirs: st
         (target / "notes.txt").write_text("precious")
     else:
         target.write_text("precious")
-    with pytest.raises(ConfigError, match="something here already"), replace_folder_atomically(target, marker="mark"):
+    with (
+        pytest.raises(ConfigError, match="something here already"),
+        replace_folder_atomically(target, marker="mark"),
+    ):
         pass
     assert files(tmp_path) == {"photos/notes.txt" if theirs == "folder" else "photos": b"precious"}
 
 
-def test_whole_folder_fills_an_empty_one_even_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_folder_fills_an_empty_one_even_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with replace_folder_atomically(Path("."), marker="mark") as inside:
@@ -87,7 +97,9 @@ def test_whole_folder_fills_an_empty_one_even_where_one_stands(tmp_path: Path, m
     assert files(tmp_path) == {"empty/mark": b""}
 
 
-def test_the_folder_here_is_recovered_as_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_here_is_recovered_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert recover_folder(Path(".")) == Path(".")
 

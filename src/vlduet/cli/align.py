@@ -16,7 +16,10 @@ def register(app: typer.Typer) -> None:
     app.command()(align)
 
 
-Which = Annotated[str, typer.Argument(metavar="FILE[:N]", help="Record N of a file, from 0; without :N its first.")]
+Which = Annotated[
+    str,
+    typer.Argument(metavar="FILE[:N]", help="Record N of a file, from 0; without :N its first."),
+]
 
 
 def align(
@@ -24,42 +27,60 @@ def align(
     second: Which,
     *,
     config: Annotated[
-        Path | None, typer.Option("--config", help="A config of recipe sugar: compare by its encoders and switches.")
+        Path | None,
+        typer.Option(
+            "--config", help="A config of recipe sugar: compare by its encoders and switches."
+        ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="Compare by this model's own embeddings instead.")
+        Path | None,
+        typer.Option(
+            "--model", metavar="DIR", help="Compare by this model's own embeddings instead."
+        ),
     ] = None,
     delta: Annotated[
-        float | None, typer.Option(min=0.01, help="Width of the kernel [default: the config's, or 1].")
+        float | None,
+        typer.Option(min=0.01, help="Width of the kernel [default: the config's, or 1]."),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page too.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="Write a page too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show how two records align, slice by slice."""
     import json
 
-    from vlduet import align as drawn
     from vlduet import config as settings_of
     from vlduet.errors import ConfigError
+    from vlduet.inspect import alignment as drawn
 
     if (config is None) == (model is None):
-        raise ConfigError("nothing to compare with, or two things", fix="Give either --config or --model")
+        raise ConfigError(
+            "nothing to compare with, or two things", fix="Give either --config or --model"
+        )
     a, b = _record(first), _record(second)
     parts = (*drawn.split_into_slices(a), *drawn.split_into_slices(b))
     if config is not None:
         settings = settings_of.load_run_config(config)
         if settings.recipe.get("name") != "sugar":
             raise ConfigError(
-                f"recipe '{settings.recipe.get('name')}'", place=config, fix="Name a config of recipe sugar"
+                f"recipe '{settings.recipe.get('name')}'",
+                place=config,
+                fix="Name a config of recipe sugar",
             )
         cosines, judge = drawn.config_encoder_cosines(parts, settings), f"the encoders of {config}"
         delta = delta if delta is not None else float(settings.recipe.get("delta", 1.0))
     else:
-        from vlduet.model.dual import open_embedder
+        from vlduet.encoders.dual import open_embedder
 
         assert model is not None
-        cosines, judge = drawn.model_cosines(parts, open_embedder(model)), f"the embeddings of {model}"
-    found = drawn.align_records(a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta)
+        cosines, judge = (
+            drawn.model_cosines(parts, open_embedder(model)),
+            f"the embeddings of {model}",
+        )
+    found = drawn.align_records(
+        a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta
+    )
     if html is not None:
         drawn.write_html(html, found, first=a, second=b)
     if as_json:

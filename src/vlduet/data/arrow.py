@@ -54,7 +54,12 @@ def _rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRo
         for batch in batches:
             for value in batch.to_pylist():
                 number += 1
-                yield SourceRow(Place(str(source), number), root, f"{source.name}:{number}", drop_null_fields(value))
+                yield SourceRow(
+                    Place(str(source), number),
+                    root,
+                    f"{source.name}:{number}",
+                    drop_null_fields(value),
+                )
     except (pa.ArrowException, OSError) as error:
         place = Place(str(source), number + 1)
         what = f"truncated or broken {source.suffix[1:]} ({str(error).splitlines()[0][:120]})"

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlduet.data.sequences import IGNORE_INDEX, Anchor, PreparedImage, Sequence, compute_position_ids
+from vlduet.data.sequences import (
+    IGNORE_INDEX,
+    Anchor,
+    PreparedImage,
+    Sequence,
+    compute_position_ids,
+)
 
 FORWARD_MAX_TOKENS = 4096
 """Tokens of one forward where nothing is trained."""
@@ -93,10 +99,15 @@ class Batch:
         spans = torch.cat([(kept.cumsum(0) - 1)[spans[:, :1]], spans[:, 1:]], 1)
         return replace(
             self,
-            **{name: getattr(self, name)[kept] for name in ("ids", "labels", "segments", "image_mask")},
+            **{
+                name: getattr(self, name)[kept]
+                for name in ("ids", "labels", "segments", "image_mask")
+            },
             position_ids=self.position_ids[..., kept, :],
             images=tuple(image for image, stays in zip(self.images, homes, strict=True) if stays),
-            anchors=tuple(anchor for anchor, stays in zip(self.anchors, left.tolist(), strict=True) if stays),
+            anchors=tuple(
+                anchor for anchor, stays in zip(self.anchors, left.tolist(), strict=True) if stays
+            ),
             anchor_spans=spans,
         )
 
@@ -109,7 +120,13 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(sequences: list[Sequence], *, pad_id: int, padding_side: str = "right", pack_to: int | None = None) -> Batch:
+def collate(
+    sequences: list[Sequence],
+    *,
+    pad_id: int,
+    padding_side: str = "right",
+    pack_to: int | None = None,
+) -> Batch:
     """Make a batch.
 
     Args:
@@ -120,18 +137,28 @@ def collate(sequences: list[Sequence], *, pad_id: int, padding_side: str = "righ
         pack_to: fill rows up to this many tokens with several sequences each, first fit in order.
     """
     rows = pack(sequences, pack_to) if pack_to else [[s] for s in sequences]
-    return collate_rows([[(s, compute_position_ids(s)) for s in row] for row in rows], pad_id=pad_id, padding_side=padding_side)
+    return collate_rows(
+        [[(s, compute_position_ids(s)) for s in row] for row in rows],
+        pad_id=pad_id,
+        padding_side=padding_side,
+    )
 
 
 def collate_rows(
-    rows: list[list[tuple[Sequence, Tensor]]], *, pad_id: int, padding_side: str = "right", shares_prefix: bool = False
+    rows: list[list[tuple[Sequence, Tensor]]],
+    *,
+    pad_id: int,
+    padding_side: str = "right",
+    shares_prefix: bool = False,
 ) -> Batch:
     """A batch of these rows, each of sequences and their position ids."""
     width = max(sum(len(s) for s, _ in row) for row in rows)
     shape = (len(rows), width)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
     segments = torch.zeros(shape, dtype=torch.long)
-    places = torch.zeros(max(len(found) for row in rows for _, found in row), *shape, dtype=torch.long)
+    places = torch.zeros(
+        max(len(found) for row in rows for _, found in row), *shape, dtype=torch.long
+    )
     image_mask = torch.zeros(shape, dtype=torch.bool)
     images: list[PreparedImage] = []
     anchors: list[Anchor] = []
@@ -153,7 +180,17 @@ def collate_rows(
             at += len(sequence)
     spans_tensor = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
     where = places if len(places) > 1 else places[0]
-    return Batch(ids, labels, segments, where, image_mask, tuple(images), tuple(anchors), spans_tensor, shares_prefix)
+    return Batch(
+        ids,
+        labels,
+        segments,
+        where,
+        image_mask,
+        tuple(images),
+        tuple(anchors),
+        spans_tensor,
+        shares_prefix,
+    )
 
 
 def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:
@@ -172,7 +209,9 @@ def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:
     return rows
 
 
-def split_into_chunks(sequences: list[Sequence], budget: int, *, pack_to: int | None = None) -> Iterator[list[Sequence]]:
+def split_into_chunks(
+    sequences: list[Sequence], budget: int, *, pack_to: int | None = None
+) -> Iterator[list[Sequence]]:
     """Groups that `collate` makes batches of at most `budget` padded tokens of (at least one row a group).
 
     A sequence is whole in its group, its images with it. Those without an anchor make groups of their own, behind the

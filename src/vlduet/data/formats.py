@@ -24,7 +24,16 @@ from vlduet.data import arrow, images
 from vlduet.data.quarantine import QUARANTINE_SUFFIX
 from vlduet.data.readers import containers, conversations, pairs
 from vlduet.data.readers.rows import SourceRow
-from vlduet.data.records import COMMON_KEYS, KEYS_BY_KIND, ImageRef, Parts, Record, is_utf8_encodable, parse_record, record_to_json
+from vlduet.data.records import (
+    COMMON_KEYS,
+    KEYS_BY_KIND,
+    ImageRef,
+    Parts,
+    Record,
+    is_utf8_encodable,
+    parse_record,
+    record_to_json,
+)
 from vlduet.errors import DataError, suggest_name
 
 RowErrorHandler = Callable[[DataError], object]
@@ -51,7 +60,9 @@ def _knows_ours(value: dict[str, Any]) -> bool:
     for keys in KEYS_BY_KIND.values():
         known = keys | COMMON_KEYS
         # A misspelt key of ours is an error to report, not a column of somebody else's table.
-        if keys & value.keys() and all(difflib.get_close_matches(key, known, cutoff=0.8) for key in value):
+        if keys & value.keys() and all(
+            difflib.get_close_matches(key, known, cutoff=0.8) for key in value
+        ):
             return True
     return False
 
@@ -59,7 +70,9 @@ def _knows_ours(value: dict[str, Any]) -> bool:
 def _knows_swift(value: dict[str, Any]) -> bool:
     turns = value.get("messages")
     tagged = isinstance(turns, list) and any(
-        isinstance(turn, dict) and isinstance(turn.get("content"), str) and conversations.IMAGE_TAG in turn["content"]
+        isinstance(turn, dict)
+        and isinstance(turn.get("content"), str)
+        and conversations.IMAGE_TAG in turn["content"]
         for turn in turns
     )
     return tagged or (isinstance(value.get("query"), str) and "response" in value)
@@ -73,17 +86,27 @@ FORMATS: dict[str, RecordFormat] = {
     "mmeb": RecordFormat(
         "MMEB: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path",
         pairs.parse_mmeb,
-        lambda value: bool(value.keys() & {"qry", "qry_text"} and value.keys() & set(pairs.MMEB_KEYS[2:])),
+        lambda value: bool(
+            value.keys() & {"qry", "qry_text"} and value.keys() & set(pairs.MMEB_KEYS[2:])
+        ),
     ),
     "llava": RecordFormat(
-        "LLaVA: conversations of from and value, image", conversations.parse_llava, lambda value: "conversations" in value
+        "LLaVA: conversations of from and value, image",
+        conversations.parse_llava,
+        lambda value: "conversations" in value,
     ),
     "ms-swift": RecordFormat(
-        "ms-swift: messages with <image>, or query and response; images", conversations.parse_swift, _knows_swift
+        "ms-swift: messages with <image>, or query and response; images",
+        conversations.parse_swift,
+        _knows_swift,
     ),
-    "records": RecordFormat("ours: id and one of image, parts, messages, query", _ours, _knows_ours),
+    "records": RecordFormat(
+        "ours: id and one of image, parts, messages, query", _ours, _knows_ours
+    ),
     "messages": RecordFormat(
-        "OpenAI and TRL: messages, or prompt and completion; images", conversations.parse_messages, _knows_messages
+        "OpenAI and TRL: messages, or prompt and completion; images",
+        conversations.parse_messages,
+        _knows_messages,
     ),
     "captions": RecordFormat(
         f"captioned images: a column {', '.join(pairs.IMAGE_COLUMNS[:3])}, ... and any of "
@@ -116,7 +139,11 @@ RECORD_FILE_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tar
 
 
 def read_records(
-    source: Path, *, format: str | None = None, root: Path | None = None, on_error: RowErrorHandler | None = None
+    source: Path,
+    *,
+    format: str | None = None,
+    root: Path | None = None,
+    on_error: RowErrorHandler | None = None,
 ) -> Iterator[Record]:
     """The records of a file or a folder, lazily.
 
@@ -137,22 +164,34 @@ def read_records(
     try:
         name, rows = (format, rows) if format else _sniff(source, rows)
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", place=source, fix="Check its permissions") from None
+        raise DataError(
+            f"cannot be read ({error.strerror})", place=source, fix="Check its permissions"
+        ) from None
     return _records(rows, FORMATS[name], on_error)
 
 
-def append_unlisted_images(records: Iterable[Record], folder: Path, *, on_error: RowErrorHandler) -> Iterator[Record]:
+def append_unlisted_images(
+    records: Iterable[Record], folder: Path, *, on_error: RowErrorHandler
+) -> Iterator[Record]:
     """Records that lie in a folder of images, then those images that none of them names."""
     known = set[Path]()
     for record in records:
         known |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
         yield record
-    for record in _records(containers.read_image_folder_rows(folder, folder), FORMATS["captions"], on_error):
-        if record.image is not None and record.image.path is not None and record.image.path.resolve() not in known:
+    for record in _records(
+        containers.read_image_folder_rows(folder, folder), FORMATS["captions"], on_error
+    ):
+        if (
+            record.image is not None
+            and record.image.path is not None
+            and record.image.path.resolve() not in known
+        ):
             yield record
 
 
-def _records(rows: Iterable[SourceRow], schema: RecordFormat, on_error: RowErrorHandler | None) -> Iterator[Record]:
+def _records(
+    rows: Iterable[SourceRow], schema: RecordFormat, on_error: RowErrorHandler | None
+) -> Iterator[Record]:
     for row in rows:
         try:
             if row.error is not None:
@@ -185,10 +224,14 @@ def _sniff(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterator[Sourc
                     return name, itertools.chain(seen, rows)
     objects = [row for row in seen if isinstance(row.value, dict)]
     if not objects:
-        return "records", itertools.chain(seen, rows)  # nothing, or nothing that could be read: the rows' errors say it
+        return "records", itertools.chain(
+            seen, rows
+        )  # nothing, or nothing that could be read: the rows' errors say it
     keys = ", ".join(sorted(map(str, objects[0].value))[:12]) or "none"
     accepted = "; ".join(f"{name} ({schema.description})" for name, schema in FORMATS.items())
-    raise DataError(f"not recognised by its keys: {keys}", place=objects[0].place, fix=f"Accepted: {accepted}")
+    raise DataError(
+        f"not recognised by its keys: {keys}", place=objects[0].place, fix=f"Accepted: {accepted}"
+    )
 
 
 # --- containers ------------------------------------------------------------------------------------
@@ -201,14 +244,25 @@ def _rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
         return _folder_rows(source, root)
     container = _container(source)
     if container is None:
-        what = f"a file of records does not end in '{source.suffix}'" if source.suffix else "a file without an ending"
-        raise DataError(what, place=source, fix=f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images")
+        what = (
+            f"a file of records does not end in '{source.suffix}'"
+            if source.suffix
+            else "a file without an ending"
+        )
+        raise DataError(
+            what,
+            place=source,
+            fix=f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images",
+        )
     return container(source, source.parent if root is None else root)
 
 
 def _container(source: Path) -> ContainerReader | None:
     name = source.name.lower()
-    return next((container for ending, container in CONTAINER_READERS.items() if name.endswith(ending)), None)
+    return next(
+        (container for ending, container in CONTAINER_READERS.items() if name.endswith(ending)),
+        None,
+    )
 
 
 def _folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
@@ -219,16 +273,24 @@ def _folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
     files = _saved_dataset(folder)
     if not files:
         here = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        here = [p for p in here if not p.name.endswith(QUARANTINE_SUFFIX)]  # what a verb left out, beside what it wrote
-        files = [p for p in here if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")][:1]
+        here = [
+            p for p in here if not p.name.endswith(QUARANTINE_SUFFIX)
+        ]  # what a verb left out, beside what it wrote
+        files = [
+            p for p in here if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+        ][:1]
         files = files or [p for p in here if p.name.lower().endswith(RECORD_FILE_SUFFIXES)]
     if not files:
         return _some_images(folder)
     endings = {p.suffix for p in files}
     # Shards are numbered parts of one thing; `train.jsonl` and `test.jsonl`, or train-0.tar and test-0.tar, are not.
-    stems = {re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$", "", _stem(p.name)) for p in files}
+    stems = {
+        re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$", "", _stem(p.name)) for p in files
+    }
     if len(files) > 1 and (len(stems) > 1 or len(endings) > 1):
-        raise DataError("several files of records in one folder", place=folder, fix=f"Name one: {_some(files)}")
+        raise DataError(
+            "several files of records in one folder", place=folder, fix=f"Name one: {_some(files)}"
+        )
     read = [container for p in files if (container := _container(p))]
     start = folder if root is None else root
     return itertools.chain.from_iterable(c(p, start) for c, p in zip(read, files, strict=True))
@@ -254,9 +316,15 @@ def _saved_dataset(folder: Path) -> list[Path]:
         saved = json.loads(state.read_text(encoding="utf-8"))
         names = [str(item["filename"]) for item in saved["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"broken ({error})", place=state, fix="Save the dataset again with save_to_disk") from None
+        raise DataError(
+            f"broken ({error})", place=state, fix="Save the dataset again with save_to_disk"
+        ) from None
     if saved.get("_indices_data_files") or any(Path(name).name != name for name in names):
-        raise DataError("an indexed view of other files", place=state, fix="Call flatten_indices() before save_to_disk")
+        raise DataError(
+            "an indexed view of other files",
+            place=state,
+            fix="Call flatten_indices() before save_to_disk",
+        )
     return [folder / name for name in names]
 
 
@@ -279,12 +347,18 @@ def check_output_path(target: Path, source: Path, *, allow_existing: bool = Fals
         may_grow: the target may be what a folder holds already.
     """
     if target.suffix != ".jsonl":
-        raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=f"Write {target.with_suffix('.jsonl')}")
+        raise DataError(
+            f"'{target}' is no .jsonl file",
+            place="--to",
+            fix=f"Write {target.with_suffix('.jsonl')}",
+        )
     if target.resolve() == source.resolve():
         raise DataError(f"'{target}' is the source itself", place="--to", fix="Name another file")
     if not allow_existing and is_file_inside(target, source):
         fix = "Name a file outside, or a new one"
-        raise DataError(f"'{target}' is there already, and is read as a part of {source}", place="--to", fix=fix)
+        raise DataError(
+            f"'{target}' is there already, and is read as a part of {source}", place="--to", fix=fix
+        )
 
 
 def is_file_inside(target: Path, source: Path) -> bool:
@@ -324,7 +398,11 @@ def _with_files(record: Record, target: Path) -> Record:
             return ref
         kind = images.detect_image_format(ref.data[:512])
         ending = f".{kind.lower()}" if f".{kind.lower()}" in images.IMAGE_SUFFIXES else ".bin"
-        path = target.parent / f"{target.stem}-images" / f"{hashlib.sha256(ref.data).hexdigest()[:24]}{ending}"
+        path = (
+            target.parent
+            / f"{target.stem}-images"
+            / f"{hashlib.sha256(ref.data).hexdigest()[:24]}{ending}"
+        )
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(ref.data)
@@ -337,7 +415,9 @@ def _with_files(record: Record, target: Path) -> Record:
         record,
         image=filed(record.image) if record.image else None,
         parts=parts(record.parts),
-        messages=tuple(dataclasses.replace(turn, parts=parts(turn.parts)) for turn in record.messages),
+        messages=tuple(
+            dataclasses.replace(turn, parts=parts(turn.parts)) for turn in record.messages
+        ),
         query=parts(record.query),
         positive=tuple(map(parts, record.positive)),
         negative=tuple(map(parts, record.negative)),

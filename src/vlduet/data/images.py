@@ -67,7 +67,17 @@ _MAGIC = (
 )
 
 # Everything PIL's decoders raise on hostile bytes; anything else is our bug and shows its traceback.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError, struct.error, zlib.error)
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 def detect_image_format(head: bytes) -> str:
@@ -80,7 +90,9 @@ def detect_image_format(head: bytes) -> str:
     if head[4:8] == b"ftyp":
         return "HEIC or AVIF"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(b"<svg") or (text.startswith((b"<?xml", b"<!doctype", b"<!--")) and b"<svg" in text):
+    if text.startswith(b"<svg") or (
+        text.startswith((b"<?xml", b"<!doctype", b"<!--")) and b"<svg" in text
+    ):
         return "SVG"
     return "XML" if text.startswith((b"<?xml", b"<!doctype")) else "unknown"
 
@@ -97,7 +109,9 @@ def read_bytes(ref: ImageRef) -> bytes:
         raise ImageError("no such image", place=ref.name, fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         what = getattr(error, "strerror", None) or error
-        raise ImageError(f"cannot read the image ({what})", place=ref.name, fix="Check the path") from None
+        raise ImageError(
+            f"cannot read the image ({what})", place=ref.name, fix="Check the path"
+        ) from None
 
 
 def load_image(ref: ImageRef, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
@@ -133,12 +147,18 @@ def load_image(ref: ImageRef, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.
 
 def _check_magic(data: bytes, name: str, limits: ImageLimits) -> str:
     if not data:
-        raise ImageError("the image is empty (0 bytes)", place=name, fix="Copy or download it again")
+        raise ImageError(
+            "the image is empty (0 bytes)", place=name, fix="Copy or download it again"
+        )
     kind = detect_image_format(data[:512])
     if kind not in limits.formats:
         known = ", ".join(sorted(limits.formats))
         what = "an unknown kind of file" if kind == "unknown" else kind
-        raise ImageError(f"the image is {what}, which is refused", place=name, fix=f"Convert it to one of {known}")
+        raise ImageError(
+            f"the image is {what}, which is refused",
+            place=name,
+            fix=f"Convert it to one of {known}",
+        )
     return kind
 
 
@@ -148,7 +168,9 @@ def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
         raise _too_large(f"{width} x {height} pixels", name, limits)
     if min(size) < max(1, limits.min_side):
         least = f"Leave it out, or use images of at least {limits.min_side} pixels a side"
-        raise ImageError(f"the image is too small: {width} x {height} pixels", place=name, fix=least)
+        raise ImageError(
+            f"the image is too small: {width} x {height} pixels", place=name, fix=least
+        )
 
 
 def _too_large(what: str, name: str, limits: ImageLimits) -> ImageError:
@@ -159,7 +181,9 @@ def _too_large(what: str, name: str, limits: ImageLimits) -> ImageError:
 def _broken(kind: str, error: BaseException, name: str) -> ImageError:
     # Pillow names its buffer by its address: the same image must give the same message every time.
     cause = re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", str(error))
-    return ImageError(f"truncated or broken {kind} ({cause})", place=name, fix="Copy or download it again")
+    return ImageError(
+        f"truncated or broken {kind} ({cause})", place=name, fix="Copy or download it again"
+    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -246,7 +270,11 @@ def encode_thumbnail_data_url(image: Image.Image, side: int) -> str:
     out = io.BytesIO()
     # Photos are ten times smaller as JPEG; drawings have few colours, and JPEG would smear their edges.
     kind = "PNG" if small.getcolors(256) is not None else "JPEG"
-    small.save(out, kind, **cast("dict[str, Any]", {"quality": 85} if kind == "JPEG" else {"optimize": True}))
+    small.save(
+        out,
+        kind,
+        **cast("dict[str, Any]", {"quality": 85} if kind == "JPEG" else {"optimize": True}),
+    )
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
@@ -287,9 +315,13 @@ def measure_texture(ref: ImageRef) -> tuple[float, int]:
         ImageError: as `load` does.
     """
     load_image(ref)  # all the checks
-    pixels = np.asarray(Image.open(io.BytesIO(read_bytes(ref))).convert("RGBA")).astype(np.int32)  # [H, W, 4]
+    pixels = np.asarray(Image.open(io.BytesIO(read_bytes(ref))).convert("RGBA")).astype(
+        np.int32
+    )  # [H, W, 4]
     opaque = pixels[..., 3] > 250
     pairs = opaque[:, 1:] & opaque[:, :-1]
     equal = (pixels[:, 1:, :3] == pixels[:, :-1, :3]).all(-1) & pairs
-    colour = (pixels[..., :3] >> 2)[opaque] @ np.array([1 << 12, 1 << 6, 1])  # 18 bits: nearly equal ones are one
+    colour = (pixels[..., :3] >> 2)[opaque] @ np.array(
+        [1 << 12, 1 << 6, 1]
+    )  # 18 bits: nearly equal ones are one
     return float(equal.sum() / max(1, pairs.sum())), len(np.unique(colour))

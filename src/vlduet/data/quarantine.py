@@ -29,7 +29,10 @@ def quarantine_path(out: Path) -> Path:
 
 
 def bisect_failures(
-    function: Callable[[list[T]], Iterable[U]], items: list[T], *, on_error: Callable[[T, DataError], object]
+    function: Callable[[list[T]], Iterable[U]],
+    items: list[T],
+    *,
+    on_error: Callable[[T, DataError], object],
 ) -> list[U | None]:
     """`function` of all items at once, one result an item; None for an item that it cannot read, told to `on_error`.
 
@@ -45,7 +48,9 @@ def bisect_failures(
             return [None]
     middle = len(items) // 2
     return [
-        found for half in (items[:middle], items[middle:]) for found in bisect_failures(function, half, on_error=on_error)
+        found
+        for half in (items[:middle], items[middle:])
+        for found in bisect_failures(function, half, on_error=on_error)
     ]
 
 
@@ -64,7 +69,9 @@ class Quarantine:
         self._lock = threading.Lock()
         self._seen: set[tuple[str | None, str | None, str]] = set()
         self._causes: Counter[str] = Counter()
-        for row in read_json_lines(path) if path else ():  # of a line that was cut short, the record is dropped again
+        for row in (
+            read_json_lines(path) if path else ()
+        ):  # of a line that was cut short, the record is dropped again
             try:
                 self._note(row["id"], row["place"], row["message"], row["cause"])
             except (KeyError, TypeError):
@@ -93,14 +100,23 @@ class Quarantine:
         if isinstance(error, VLDuetError):
             message, inner, fix = error.message, error.place, error.fix
         cause = _PARTICULAR.sub("", message)
-        cause = re.sub(r"\s+([:,;.]|$)", r"\1", re.sub(r"\s+", " ", cause)).strip(" :,;.") or type(error).__name__
+        cause = (
+            re.sub(r"\s+([:,;.]|$)", r"\1", re.sub(r"\s+", " ", cause)).strip(" :,;.")
+            or type(error).__name__
+        )
         place = place or inner
         message = f"{inner}: {message}" if inner and inner != place else message
         with self._lock:
             if not self._note(identity, place, message, cause):
                 return False
             if self.path is not None:
-                row = {"id": identity, "place": place, "cause": cause, "message": message, "fix": fix}
+                row = {
+                    "id": identity,
+                    "place": place,
+                    "cause": cause,
+                    "message": message,
+                    "fix": fix,
+                }
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # One write in append mode: processes that share the file never mix their lines.
                 with self.path.open("a", encoding="utf-8") as file:
@@ -128,4 +144,6 @@ class Quarantine:
         if not self.count:
             return "nothing dropped"
         causes = ", ".join(f"{count} x {cause}" for cause, count in self.count_by_cause().items())
-        return f"{self.count} dropped ({causes})" + (f", listed in {self.path}" if self.path else "")
+        return f"{self.count} dropped ({causes})" + (
+            f", listed in {self.path}" if self.path else ""
+        )

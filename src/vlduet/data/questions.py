@@ -28,7 +28,9 @@ def split_into_queries(record: Record, *, query_side: QuerySide = "image") -> li
         DataError: another kind, or a pair without a short caption. ConfigError: an unknown side.
     """
     if query_side not in get_args(QuerySide):
-        raise ConfigError(f"'{query_side}'", place="--query", fix=suggest_name(query_side, get_args(QuerySide)))
+        raise ConfigError(
+            f"'{query_side}'", place="--query", fix=suggest_name(query_side, get_args(QuerySide))
+        )
     if record.kind == "retrieval":
         return [record]
     if record.kind != "pair":
@@ -41,7 +43,11 @@ def split_into_queries(record: Record, *, query_side: QuerySide = "image") -> li
     if query_side == "image":
         return [record]
     bare = Record(record.id, metadata=record.metadata, place=record.place)
-    named = [f"{record.id}#{i}" for i in range(len(record.short))] if len(record.short) > 1 else [record.id]
+    named = (
+        [f"{record.id}#{i}" for i in range(len(record.short))]
+        if len(record.short) > 1
+        else [record.id]
+    )
     return [
         replace(bare, id=name, query=(caption,), positive=((record.image,),))
         for name, caption in zip(named, record.short, strict=True)

@@ -118,7 +118,9 @@ class Record:
         """Every image of the record, in reading order."""
         groups: list[Parts] = [self.parts, *(m.parts for m in self.messages), self.query]
         groups += [*self.positive, *self.negative]
-        return ((self.image,) if self.image else ()) + extract_images(itertools.chain.from_iterable(groups))
+        return ((self.image,) if self.image else ()) + extract_images(
+            itertools.chain.from_iterable(groups)
+        )
 
 
 KEYS_BY_KIND: dict[str, frozenset[str]] = {
@@ -148,31 +150,55 @@ def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
         raise DataError(f"a record is a JSON object, this is {_kind_of(raw)}", place=place)
     kinds = [kind for kind, keys in KEYS_BY_KIND.items() if (keys - AMBIGUOUS_KEYS) & raw.keys()]
     if len(kinds) != 1:
-        what = f"keys of {' and '.join(kinds)} in one record" if kinds else f"no known key among {sorted(raw)}"
+        what = (
+            f"keys of {' and '.join(kinds)} in one record"
+            if kinds
+            else f"no known key among {sorted(raw)}"
+        )
         raise DataError(
-            what, place=place, fix="A record is a pair, interleaved, chat or retrieval: see docs/data-format.md"
+            what,
+            place=place,
+            fix="A record is a pair, interleaved, chat or retrieval: see docs/data-format.md",
         )
     unknown = sorted(raw.keys() - KEYS_BY_KIND[kinds[0]] - COMMON_KEYS)
     if unknown:
         known = KEYS_BY_KIND[kinds[0]] | COMMON_KEYS
-        raise DataError(f"unknown key '{unknown[0]}'", place=place.with_field(unknown[0]), fix=suggest_name(unknown[0], known))
+        raise DataError(
+            f"unknown key '{unknown[0]}'",
+            place=place.with_field(unknown[0]),
+            fix=suggest_name(unknown[0], known),
+        )
     identity = raw.get("id")
     if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
         raise DataError(
-            f"id is {_kind_of(identity)}", place=place.with_field("id"), fix="Give every record a string id of its own"
+            f"id is {_kind_of(identity)}",
+            place=place.with_field("id"),
+            fix="Give every record a string id of its own",
         )
     if not is_utf8_encodable(str(identity)):
-        raise DataError(f"id is {identity!a}", place=place.with_field("id"), fix="Write it again as UTF-8")
+        raise DataError(
+            f"id is {identity!a}", place=place.with_field("id"), fix="Write it again as UTF-8"
+        )
     metadata = raw.get("metadata", {})
     if not isinstance(metadata, dict):
-        raise DataError(f"metadata is {_kind_of(metadata)}", place=place.with_field("metadata"), fix="Write an object")
-    fields = {"pair": _pair, "interleaved": _interleaved, "chat": _chat, "retrieval": _retrieval}[kinds[0]]
+        raise DataError(
+            f"metadata is {_kind_of(metadata)}",
+            place=place.with_field("metadata"),
+            fix="Write an object",
+        )
+    fields = {"pair": _pair, "interleaved": _interleaved, "chat": _chat, "retrieval": _retrieval}[
+        kinds[0]
+    ]
     return Record(id=str(identity), metadata=metadata, place=place, **fields(raw, place, root))
 
 
 def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     if "image" not in raw:
-        raise DataError("a pair without image", place=place.with_field("image"), fix='Add "image": a path or a data: URL')
+        raise DataError(
+            "a pair without image",
+            place=place.with_field("image"),
+            fix='Add "image": a path or a data: URL',
+        )
     short = raw.get("short") or []
     if not isinstance(short, str | list):
         fix = "Write a string or a list of strings"
@@ -195,48 +221,80 @@ def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
 
 def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     parts = _parts(raw["parts"], place.with_field("parts"), root)
-    slices = [s for part in parts for s in ([part] if isinstance(part, ImageRef) else split_sentences(part))]
+    slices = [
+        s
+        for part in parts
+        for s in ([part] if isinstance(part, ImageRef) else split_sentences(part))
+    ]
     return {"parts": tuple(slices)}
 
 
 def _chat(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     messages = raw["messages"]
     if not isinstance(messages, list) or not messages:
-        raise DataError("messages is empty or not a list", place=place.with_field("messages"), fix="Write a list of turns")
+        raise DataError(
+            "messages is empty or not a list",
+            place=place.with_field("messages"),
+            fix="Write a list of turns",
+        )
     turns = []
     for i, message in enumerate(messages):
         here = place.with_field(f"messages[{i}]")
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message
-            raise DataError(f"role {role!r}", place=here.with_field("role"), fix=f"Use one of {', '.join(ROLES)}")
+            raise DataError(
+                f"role {role!r}",
+                place=here.with_field("role"),
+                fix=f"Use one of {', '.join(ROLES)}",
+            )
         content = message.get("content")
         content = [{"text": content}] if isinstance(content, str) else content
         turns.append(Message(message["role"], _parts(content, here.with_field("content"), root)))
     if not any(turn.role == "assistant" for turn in turns):
-        raise DataError("no assistant turn, so nothing to learn", place=place.with_field("messages"), fix="Add the answer")
+        raise DataError(
+            "no assistant turn, so nothing to learn",
+            place=place.with_field("messages"),
+            fix="Add the answer",
+        )
     return {"messages": tuple(turns)}
 
 
 def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
     for key in ("query", "positive"):
         if not raw.get(key):
-            raise DataError(f"{key} is missing or empty", place=place.with_field(key), fix="Write a list of parts")
+            raise DataError(
+                f"{key} is missing or empty",
+                place=place.with_field(key),
+                fix="Write a list of parts",
+            )
     found: dict[str, Any] = {"query": _parts(raw["query"], place.with_field("query"), root)}
-    return found | {key: parse_candidates(raw, key, place, root=root) for key in ("positive", "negative")}
+    return found | {
+        key: parse_candidates(raw, key, place, root=root) for key in ("positive", "negative")
+    }
 
 
-def parse_candidates(raw: dict[str, Any], key: str, place: Place, *, root: Path) -> tuple[Parts, ...]:
+def parse_candidates(
+    raw: dict[str, Any], key: str, place: Place, *, root: Path
+) -> tuple[Parts, ...]:
     """The candidates under a key, each a list of parts. Raises DataError at `place`."""
     items = raw.get(key, [])
     if not isinstance(items, list) or any(not isinstance(item, list) for item in items):
-        raise DataError(f"{key} is not a list of lists of parts", place=place.with_field(key), fix="Write [[{...}], ...]")
-    return tuple(_parts(item, place.with_field(f"{key}[{i}]"), root) for i, item in enumerate(items))
+        raise DataError(
+            f"{key} is not a list of lists of parts",
+            place=place.with_field(key),
+            fix="Write [[{...}], ...]",
+        )
+    return tuple(
+        _parts(item, place.with_field(f"{key}[{i}]"), root) for i, item in enumerate(items)
+    )
 
 
 def _parts(raw: Any, place: Place, root: Path) -> Parts:
     if not isinstance(raw, list) or not raw:
         raise DataError(
-            f"expected a list of parts, got {_kind_of(raw)}", place=place, fix='Write [{"text": ...}, {"image": ...}]'
+            f"expected a list of parts, got {_kind_of(raw)}",
+            place=place,
+            fix='Write [{"text": ...}, {"image": ...}]',
         )
     parts: list[Part] = []
     for i, part in enumerate(raw):
@@ -244,11 +302,17 @@ def _parts(raw: Any, place: Place, root: Path) -> Parts:
         part = _openai(part)
         if not isinstance(part, dict) or len(part.keys() & {"text", "image"}) != 1:
             raise DataError(
-                "a part needs exactly one of text and image", place=here, fix='Write {"text": ...} or {"image": ...}'
+                "a part needs exactly one of text and image",
+                place=here,
+                fix='Write {"text": ...} or {"image": ...}',
             )
         extra = sorted(part.keys() - {"text", "image", "type"})
         if extra:
-            raise DataError(f"unknown key '{extra[0]}' in a part", place=here.with_field(extra[0]), fix="Keep text or image")
+            raise DataError(
+                f"unknown key '{extra[0]}' in a part",
+                place=here.with_field(extra[0]),
+                fix="Keep text or image",
+            )
         if "text" in part:
             parts.append(parse_text(part["text"], here.with_field("text")))
         else:
@@ -258,7 +322,11 @@ def _parts(raw: Any, place: Place, root: Path) -> Parts:
 
 def _openai(part: Any) -> Any:
     """The image_url form of the OpenAI content parts -> {"image": url}."""
-    if isinstance(part, dict) and part.get("type") == "image_url" and isinstance(part.get("image_url"), dict):
+    if (
+        isinstance(part, dict)
+        and part.get("type") == "image_url"
+        and isinstance(part.get("image_url"), dict)
+    ):
         return {"image": part["image_url"].get("url")}
     return part
 
@@ -267,10 +335,14 @@ def parse_text(value: Any, place: Place) -> str:
     """A non-empty string that UTF-8 can hold. Raises DataError at `place`."""
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"expected text, got {_kind_of(value)}", place=place, fix="Write a non-empty string or leave the key out"
+            f"expected text, got {_kind_of(value)}",
+            place=place,
+            fix="Write a non-empty string or leave the key out",
         )
     if not is_utf8_encodable(value):
-        raise DataError("half a surrogate pair in the text", place=place, fix="Write it again as UTF-8")
+        raise DataError(
+            "half a surrogate pair in the text", place=place, fix="Write it again as UTF-8"
+        )
     return value
 
 
@@ -290,16 +362,32 @@ def parse_image(value: Any, place: Place, root: Path) -> ImageRef:
         if isinstance(data, str):
             return ImageRef(data=_base64(data, place))
     if isinstance(value, str) and not is_utf8_encodable(value):
-        raise DataError(f"not UTF-8: {value!a:.80}", place=place, fix="Rename the file, or encode the image again")
+        raise DataError(
+            f"not UTF-8: {value!a:.80}",
+            place=place,
+            fix="Rename the file, or encode the image again",
+        )
     if not isinstance(value, str) or not value:
-        raise DataError(f"expected an image, got {_kind_of(value)}", place=place, fix="Write a path or a data: URL")
+        raise DataError(
+            f"expected an image, got {_kind_of(value)}",
+            place=place,
+            fix="Write a path or a data: URL",
+        )
     if value.startswith("data:"):
         head, comma, body = value.partition(",")
         if not comma:
-            raise DataError("a data: URL without a comma", place=place, fix="Write data:image/png;base64,...")
-        return ImageRef(data=_base64(body, place) if head.endswith(";base64") else unquote_to_bytes(body))
+            raise DataError(
+                "a data: URL without a comma", place=place, fix="Write data:image/png;base64,..."
+            )
+        return ImageRef(
+            data=_base64(body, place) if head.endswith(";base64") else unquote_to_bytes(body)
+        )
     if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
-        raise DataError(f"'{value}' is a URL", place=place, fix="Download it first: records never touch the network")
+        raise DataError(
+            f"'{value}' is a URL",
+            place=place,
+            fix="Download it first: records never touch the network",
+        )
     return ImageRef(path=root / value)
 
 
@@ -307,11 +395,15 @@ def _base64(text: str, place: Place) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"broken base64 ({error})", place=place, fix="Encode the image again") from None
+        raise DataError(
+            f"broken base64 ({error})", place=place, fix="Encode the image again"
+        ) from None
 
 
 def _kind_of(value: Any) -> str:
-    return "nothing" if value in (None, "", [], {}) else f"{type(value).__name__} {str(value)[:40]!r}"
+    return (
+        "nothing" if value in (None, "", [], {}) else f"{type(value).__name__} {str(value)[:40]!r}"
+    )
 
 
 _SENTENCE_END = re.compile(

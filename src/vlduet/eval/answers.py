@@ -17,7 +17,9 @@ import numpy as np
 
 NUMBERS = {
     word: str(i)
-    for i, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"))
+    for i, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
 } | {"none": "0"}
 ARTICLES = frozenset({"a", "an", "the"})
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -159,7 +161,11 @@ def mmbench_letter(text: str, options: Sequence[str]) -> str | None:
     if alone:
         return None
     lowered = text.lower()
-    named = [letter for letter, option in zip(letters, options, strict=True) if option.strip().lower() in lowered]
+    named = [
+        letter
+        for letter, option in zip(letters, options, strict=True)
+        if option.strip().lower() in lowered
+    ]
     return named[0] if len(named) == 1 else None
 
 
@@ -205,7 +211,9 @@ def _common(x: Sequence[str], y: Sequence[str]) -> list[str]:
     table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
     for i, a in enumerate(x, 1):
         for j, b in enumerate(y, 1):
-            table[i][j] = table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
+            table[i][j] = (
+                table[i - 1][j - 1] + 1 if a == b else max(table[i - 1][j], table[i][j - 1])
+            )
     found, i, j = [], len(x), len(y)
     while i and j:
         if x[i - 1] == y[j - 1]:
@@ -237,7 +245,9 @@ def tfidf_choice(prediction: str, choices: Sequence[str]) -> int:
     words = sorted({word for document in documents for word in document})
     if not words:
         return list(choices).index(prediction) if prediction in choices else -1
-    counts = np.array([[document[word] for word in words] for document in documents], dtype=np.float64)
+    counts = np.array(
+        [[document[word] for word in words] for document in documents], dtype=np.float64
+    )
     idf = np.log((1 + len(documents)) / (1 + (counts > 0).sum(0))) + 1
     rows = counts * idf
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -14,8 +14,8 @@ from typing import Any
 from vlduet.errors import ConfigError, VLDuetError
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import known
+from vlduet.eval.predictions import ModelFunctions
 from vlduet.eval.run import evaluate, import_predictions, import_reviews
-from vlduet.eval.store import ModelFunctions
 
 TARGETS_FILE = Path(__file__).parent / "certification.json"
 
@@ -51,15 +51,22 @@ class CertificationOutcome:
         """agrees, differs, or left out."""
         if self.found is None:
             return "left out"
-        return "agrees" if abs(self.found - self.target.target) <= self.target.tolerance else "differs"
+        return (
+            "agrees" if abs(self.found - self.target.target) <= self.target.tolerance else "differs"
+        )
 
 
 def load_targets(file: Path = TARGETS_FILE) -> list[CertificationTarget]:
     """All published numbers that are known."""
-    return [CertificationTarget(**row) for row in json.loads(file.read_text(encoding="utf-8"))["targets"]]
+    return [
+        CertificationTarget(**row)
+        for row in json.loads(file.read_text(encoding="utf-8"))["targets"]
+    ]
 
 
-def certify(answers: Path, *, data: Path, runs: Path, targets: list[CertificationTarget]) -> list[CertificationOutcome]:
+def certify(
+    answers: Path, *, data: Path, runs: Path, targets: list[CertificationTarget]
+) -> list[CertificationOutcome]:
     """Score the predictions of every target and compare.
 
     Args:
@@ -79,13 +86,21 @@ def certify(answers: Path, *, data: Path, runs: Path, targets: list[Certificatio
 def _scored(target: CertificationTarget, answers: Path, data: Path, runs: Path) -> float:
     benchmark, source, to = known(target.benchmark), Source(data), runs / target.model
     questions = _file(answers, target.questions) if target.questions else None
-    import_predictions(benchmark, _file(answers, target.predictions), source=source, runs=to, questions=questions)
+    import_predictions(
+        benchmark, _file(answers, target.predictions), source=source, runs=to, questions=questions
+    )
     if target.reviews:
         import_reviews(benchmark, _file(answers, target.reviews), runs=to)
-    result: dict[str, Any] = evaluate(benchmark, ModelFunctions(), source=source, runs=to, provenance={})
+    result: dict[str, Any] = evaluate(
+        benchmark, ModelFunctions(), source=source, runs=to, provenance={}
+    )
     if result["missing"]:
         what = f"{result['missing']} of {result['facts'].get('items')} items have no prediction"
-        raise ConfigError(what, place=answers / target.predictions, fix="Take the whole file, and the official split")
+        raise ConfigError(
+            what,
+            place=answers / target.predictions,
+            fix="Take the whole file, and the official split",
+        )
     return float(result["values"][target.value]["mean"])
 
 
@@ -95,5 +110,7 @@ def _file(folder: Path, pattern: str) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "nothing"
         fix = "Put exactly one file there, under such a name"
-        raise ConfigError(f"'{pattern}' should name one file, it names {names}", place=folder, fix=fix)
+        raise ConfigError(
+            f"'{pattern}' should name one file, it names {names}", place=folder, fix=fix
+        )
     return found[0]

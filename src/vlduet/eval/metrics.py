@@ -40,10 +40,14 @@ def first_hit_ranks(similarity: Floats, relevant: Bools) -> Ints:
         everything.
     """
     positives, negatives = _worst_case_scores(similarity, relevant)
-    return np.asarray(1 + (negatives >= positives.max(1, keepdims=True)).sum(1, where=~relevant), dtype=np.int64)
+    return np.asarray(
+        1 + (negatives >= positives.max(1, keepdims=True)).sum(1, where=~relevant), dtype=np.int64
+    )
 
 
-def hit_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
+def hit_at_k(
+    similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS
+) -> dict[str, float]:
     """Fraction of queries with at least one positive among the first k: ``{"hit@1": ..., ...}``.
 
     What papers on image-text retrieval call R@k. Shapes and ties as in `first_hit_ranks`.
@@ -56,7 +60,9 @@ def hit_rates(ranks: Ints, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
     return {f"hit@{k}": float((ranks <= k).mean()) for k in ks}
 
 
-def recall_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
+def recall_at_k(
+    similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS
+) -> dict[str, float]:
     """Fraction of a query's positives found among the first k, averaged over queries: ``{"recall@1": ...,
     ...}``.
 
@@ -69,14 +75,19 @@ def recall_at_k(similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUT
     first = np.argsort(relevant, axis=1, kind="stable")
     by_score = np.argsort(-np.take_along_axis(scores, first, axis=1), axis=1, kind="stable")
     order = np.take_along_axis(first, by_score, axis=1)
-    found = np.take_along_axis(relevant, order, axis=1).cumsum(1)  # [Q, G], positives among the first 1..G
+    found = np.take_along_axis(relevant, order, axis=1).cumsum(
+        1
+    )  # [Q, G], positives among the first 1..G
     total = relevant.sum(1)
     return {f"recall@{k}": float((found[:, min(k, found.shape[1]) - 1] / total).mean()) for k in ks}
 
 
 def _worst_case_scores(similarity: Floats, relevant: Bools) -> tuple[Floats, Floats]:
     """float[Q, G] twice: scores to read at positives (NaN and others: -inf), and at the others (NaN: inf)."""
-    assert similarity.shape == relevant.shape and similarity.ndim == 2, (similarity.shape, relevant.shape)
+    assert similarity.shape == relevant.shape and similarity.ndim == 2, (
+        similarity.shape,
+        relevant.shape,
+    )
     assert relevant.dtype == np.bool_, relevant.dtype
     assert relevant.any(1).all(), "a query without a positive has no rank"
     missing = np.isnan(similarity)
@@ -130,7 +141,9 @@ def bootstrap_interval(
     return Interval(float((v * w).sum() / w.sum()), float(low), float(high))
 
 
-def paired_bootstrap(ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level: float = 0.95) -> Interval:
+def paired_bootstrap(
+    ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level: float = 0.95
+) -> Interval:
     """Interval of mean(ours - theirs) over the same items; one that excludes 0 resolves the difference."""
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     assert a.shape == b.shape, "pairs are of the same items"
@@ -140,7 +153,10 @@ def paired_bootstrap(ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level
 def bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
     """Means of `DRAWS` resamples, float[DRAWS]; the draws depend on the seed and on len(values) alone."""
     random = np.random.default_rng(seed)
-    found = [values[random.integers(0, len(values), (50, len(values)))].mean(1) for _ in range(NUM_RESAMPLES // 50)]
+    found = [
+        values[random.integers(0, len(values), (50, len(values)))].mean(1)
+        for _ in range(NUM_RESAMPLES // 50)
+    ]
     return np.concatenate(found)
 
 
@@ -155,12 +171,17 @@ def normalized_words(text: str) -> list[str]:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction equals a reference after `normalized`, else 0."""
-    return float(any(normalized_words(prediction) == normalized_words(reference) for reference in references))
+    return float(
+        any(normalized_words(prediction) == normalized_words(reference) for reference in references)
+    )
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """Harmonic mean of word precision and recall (SQuAD), the best over references; empty equals empty."""
-    return max(_token_f1(normalized_words(prediction), normalized_words(reference)) for reference in references)
+    return max(
+        _token_f1(normalized_words(prediction), normalized_words(reference))
+        for reference in references
+    )
 
 
 def _token_f1(prediction: list[str], reference: list[str]) -> float:

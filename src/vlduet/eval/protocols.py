@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.data.keys import text_key
+from vlduet.data.content_keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 from vlduet.eval.metrics import (
@@ -101,7 +101,9 @@ class RetrievalResult:
     """Queries are the images, the gallery is the captions."""
 
 
-def measure_retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]) -> RetrievalResult:
+def measure_retrieval(
+    embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]
+) -> RetrievalResult:
     """Retrieve among held-out records in both directions.
 
     Args:
@@ -124,10 +126,14 @@ def measure_retrieval(embed_image: EmbedImage, embed_text: EmbedText, *, records
     relevant = np.zeros((len(captions), len(pairs)), dtype=bool)  # [C, N]
     for image, (_, short) in enumerate(pairs):
         relevant[[column[text_key(caption)] for caption in short], image] = True
-    similarity = cosine(embed_text(list(captions.values())), embed_image([image for image, _ in pairs]))
+    similarity = cosine(
+        embed_text(list(captions.values())), embed_image([image for image, _ in pairs])
+    )
     assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
     directions = [_direction(s, r) for s, r in ((similarity, relevant), (similarity.T, relevant.T))]
-    return RetrievalResult(tuple(captions.values()), tuple(record.id for record in records), *directions)
+    return RetrievalResult(
+        tuple(captions.values()), tuple(record.id for record in records), *directions
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +147,18 @@ class ComposedRetrievalResult:
 
     def hit_values(self, k: int) -> dict[str, NDArray[np.float64]]:
         """float[N], 1 where the first k have the thing of the query's `image`, that of its `text`, or `both`."""
-        image, text = ((ranks <= k).astype(np.float64) for ranks in (self.image_ranks, self.text_ranks))
+        image, text = (
+            (ranks <= k).astype(np.float64) for ranks in (self.image_ranks, self.text_ranks)
+        )
         return {"image": image, "text": text, "both": image * text}
 
 
 def measure_composed_retrieval(
-    embed_image: EmbedImage, embed_composed: EmbedComposed, records: Sequence[Record], *, seed: int = 0
+    embed_image: EmbedImage,
+    embed_composed: EmbedComposed,
+    records: Sequence[Record],
+    *,
+    seed: int = 0,
 ) -> ComposedRetrievalResult:
     """Search with two things at once; which caption an image is joined with, `wrong_images` says.
 
@@ -165,7 +177,9 @@ def measure_composed_retrieval(
     other = wrong_image_indices([short for _, short in pairs], seed)
     asked = [(image, pairs[j][1][0]) for image, j in zip(images, other, strict=True)]
     similarity = cosine(embed_composed(asked), embed_image(images))
-    return ComposedRetrievalResult(first_hit_ranks(similarity, same), first_hit_ranks(similarity, same[other]))
+    return ComposedRetrievalResult(
+        first_hit_ranks(similarity, same), first_hit_ranks(similarity, same[other])
+    )
 
 
 def cosine(queries: Vectors, documents: Vectors) -> Vectors:
@@ -197,7 +211,9 @@ def image_and_captions(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
     """(image, short captions) of a record that has both; raises DataError for another one."""
     if record.image is None or not record.short:
         fix = "Evaluate on pairs with an image and a short caption"
-        raise DataError(f"record '{record.id}' has no image or no short caption", place=record.place, fix=fix)
+        raise DataError(
+            f"record '{record.id}' has no image or no short caption", place=record.place, fix=fix
+        )
     return record.image, record.short
 
 
@@ -218,18 +234,28 @@ class CaptionCrossEntropy:
 
     def nats_right_image(self, seed: int = 0) -> Interval:
         """Nats a token with the right image."""
-        return bootstrap_interval(self.total_nats_right_image / self.num_tokens, seed, weights=self.num_tokens)
+        return bootstrap_interval(
+            self.total_nats_right_image / self.num_tokens, seed, weights=self.num_tokens
+        )
 
     def nats_wrong_image(self, seed: int = 0) -> Interval:
         """Nats a token with a wrong image."""
-        return bootstrap_interval(self.total_nats_wrong_image / self.num_tokens, seed, weights=self.num_tokens)
+        return bootstrap_interval(
+            self.total_nats_wrong_image / self.num_tokens, seed, weights=self.num_tokens
+        )
 
     def nats_gap(self, seed: int = 0) -> Interval:
         """Nats a token by which the right image helps: wrong - right, 0 for a model that does not look."""
-        return bootstrap_interval((self.total_nats_wrong_image - self.total_nats_right_image) / self.num_tokens, seed, weights=self.num_tokens)
+        return bootstrap_interval(
+            (self.total_nats_wrong_image - self.total_nats_right_image) / self.num_tokens,
+            seed,
+            weights=self.num_tokens,
+        )
 
 
-def measure_caption_cross_entropy(nll: CaptionNLL, records: Sequence[Record], *, seed: int = 0) -> CaptionCrossEntropy:
+def measure_caption_cross_entropy(
+    nll: CaptionNLL, records: Sequence[Record], *, seed: int = 0
+) -> CaptionCrossEntropy:
     """Cross entropy of captions after the right and after a wrong image.
 
     Args:
@@ -244,7 +270,9 @@ def measure_caption_cross_entropy(nll: CaptionNLL, records: Sequence[Record], *,
     other = wrong_image_indices([short for _, short in pairs], seed)
     right = nll([(image, short[0]) for image, short in pairs])
     wrong = nll([(pairs[j][0], short[0]) for (_, short), j in zip(pairs, other, strict=True)])
-    assert [n for _, n in right] == [n for _, n in wrong], "a caption's tokens do not depend on its image"
+    assert [n for _, n in right] == [n for _, n in wrong], (
+        "a caption's tokens do not depend on its image"
+    )
     return CaptionCrossEntropy(
         tuple(record.id for record in records),
         total_nats_right_image=np.array([nats for nats, _ in right], dtype=np.float64),
@@ -273,7 +301,9 @@ def wrong_image_indices(captions: Sequence[Sequence[str]], seed: int = 0) -> lis
         turned = (order[(at + len(order) // 2 + step) % len(order)] for step in range(len(order)))
         other = next((j for j in turned if not keys[j] & keys[item]), None)
         if other is None:
-            raise DataError("all records share a caption, so no image is wrong", fix="Evaluate on more records")
+            raise DataError(
+                "all records share a caption, so no image is wrong", fix="Evaluate on more records"
+            )
         found[item] = other
     return found
 

@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.data.keys import text_key
+from vlduet.data.content_keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.eval.metrics import Bools, hit_at_k
 from vlduet.eval.protocols import RetrievalResult, cosine, image_and_captions, measure_retrieval
@@ -75,7 +75,10 @@ class RidgeBaseline:
             larger penalty.
             grid: multiples of the mean squared singular value of the centred features.
         """
-        assert len(image_features) == len(text_vectors) > 1, (len(image_features), len(text_vectors))
+        assert len(image_features) == len(text_vectors) > 1, (
+            len(image_features),
+            len(text_vectors),
+        )
         x, y = _unit(image_features), _unit(text_vectors)
         feature_mean, text_mean = x.mean(0), y.mean(0)
         left, singular, right = np.linalg.svd(x - feature_mean, full_matrices=False)
@@ -101,7 +104,10 @@ class RidgeBaseline:
 
     def _judge(self, validation: RidgeValidation) -> tuple[float, float]:
         """(hit@10, hit@1) on validation, each the mean of both directions."""
-        images, texts = self.embed_image(validation.image_features), self.embed_text(validation.text_vectors)
+        images, texts = (
+            self.embed_image(validation.image_features),
+            self.embed_text(validation.text_vectors),
+        )
         similarity, relevant = cosine(texts, images), validation.relevant
         both = [hit_at_k(similarity, relevant), hit_at_k(similarity.T, relevant.T)]
         return sum(d["hit@10"] for d in both) / 2, sum(d["hit@1"] for d in both) / 2
@@ -125,14 +131,19 @@ def evaluate_ridge_baseline(
     Raises:
         DataError: a record that is no such pair.
     """
-    pairs, checks = [image_and_captions(record) for record in train], [image_and_captions(record) for record in validation]
+    pairs, checks = (
+        [image_and_captions(record) for record in train],
+        [image_and_captions(record) for record in validation],
+    )
     keys = [text_key(captions[0]) for _, captions in checks]
     distinct = {key: captions[0] for key, (_, captions) in zip(keys, checks, strict=True)}
     relevant = np.array([[key == own for own in keys] for key in distinct])
     fitted = RidgeBaseline.fit(
         features([image for image, _ in pairs]),
         vectors([captions[0] for _, captions in pairs]),
-        validation=RidgeValidation(features([image for image, _ in checks]), vectors(list(distinct.values())), relevant),
+        validation=RidgeValidation(
+            features([image for image, _ in checks]), vectors(list(distinct.values())), relevant
+        ),
     )
     return measure_retrieval(
         lambda refs: fitted.embed_image(features(refs)),

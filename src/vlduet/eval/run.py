@@ -23,8 +23,8 @@ from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.protocols import PROTOCOLS
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.tasks import Benchmark, Question, Sample, Score
-from vlduet.eval.store import ModelFunctions, PredictionStore, json_line
-from vlduet.files import write_atomically, read_json_lines, write_text_atomically
+from vlduet.eval.predictions import ModelFunctions, PredictionStore, json_line
+from vlduet.files import read_json_lines, write_atomically, write_text_atomically
 
 SCORES_FILE, SAMPLES_FILE = "scores.json", "samples.npz"
 
@@ -65,13 +65,21 @@ def evaluate(
     folder = run_folder(runs, benchmark)
     store = PredictionStore(folder, functions, seed=source.seed, progress=progress)
     # Only a run that makes predictions claims the folder; scoring trusts what run.json says.
-    identity = {"benchmark": benchmark.name, "files": source.hashes, "seed": source.seed, "k": source.k}
+    identity = {
+        "benchmark": benchmark.name,
+        "files": source.hashes,
+        "seed": source.seed,
+        "k": source.k,
+    }
     if provenance:
         store.claim_folder({**identity, "made_by": dict(provenance)})
     else:
         _same_files(folder, identity)
     score = PROTOCOLS[benchmark.protocol](task, store)
-    result = score_to_json(benchmark, score, seed=source.seed) | {"files": source.hashes, "made_by": provenance or _maker(folder)}
+    result = score_to_json(benchmark, score, seed=source.seed) | {
+        "files": source.hashes,
+        "made_by": provenance or _maker(folder),
+    }
     write_atomically(folder / SAMPLES_FILE, lambda out: write_samples(out, score))
     write_text_atomically(folder / SCORES_FILE, json.dumps(result, indent=1) + "\n")
     return result
@@ -120,7 +128,11 @@ def score_to_json(benchmark: Benchmark, score: Score, *, seed: int) -> dict[str,
 
 def _maker(folder: Path) -> Any:
     path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8"))["made_by"] if path.exists() else {"predictions": "imported"}
+    return (
+        json.loads(path.read_text(encoding="utf-8"))["made_by"]
+        if path.exists()
+        else {"predictions": "imported"}
+    )
 
 
 def _same_files(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -158,18 +170,26 @@ def import_predictions(
     task = benchmark.load(source)
     items = getattr(task, "items", ())
     if not items or not isinstance(items[0], Question):
-        raise ConfigError(f"'{benchmark.name}' takes no answers", place="--predictions", fix="Name another one")
+        raise ConfigError(
+            f"'{benchmark.name}' takes no answers", place="--predictions", fix="Name another one"
+        )
     folder = run_folder(runs, benchmark)
     folder.mkdir(parents=True, exist_ok=True)
     keys = _keys(items)
-    asked = {str(row.get("question_id", "")): row for row in (_answers(questions) if questions else ())}
+    asked = {
+        str(row.get("question_id", "")): row for row in (_answers(questions) if questions else ())
+    }
     taken: dict[str, str] = {}
     unknown = 0
     for row in _answers(file):
         identity = str(row.get("key", row.get("question_id", row.get("id", ""))))
         told = asked.get(identity, {"image": identity, "text": row.get("prompt", "")})
         first, image = _first_line(str(told.get("text", ""))), str(told.get("image", ""))
-        tries = ((f"{told.get('category', '')}/{image}", first), (image, first), (Path(image).name, first))
+        tries = (
+            (f"{told.get('category', '')}/{image}", first),
+            (image, first),
+            (Path(image).name, first),
+        )
         key = keys.get((identity, "")) if identity not in asked else None
         key = key or next((keys[one] for one in tries if one in keys), None)
         if key is None:
@@ -177,7 +197,11 @@ def import_predictions(
         else:
             taken[key] = str(row.get("text", row.get("answer", "")))
     if not taken:
-        raise ConfigError(f"none of {unknown} predictions fits an item", place=file, fix="Check the ids in the file")
+        raise ConfigError(
+            f"none of {unknown} predictions fits an item",
+            place=file,
+            fix="Check the ids in the file",
+        )
     rows = "".join(json_line({"key": key, "text": text}) for key, text in taken.items())
     write_text_atomically(folder / "predictions.jsonl", rows)
     return {"taken": len(taken), "unknown": unknown}
@@ -208,7 +232,9 @@ def _answers(file: Path) -> list[dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror})", place=file, fix="Check the path") from None
+        raise ConfigError(
+            f"cannot be read ({error.strerror})", place=file, fix="Check the path"
+        ) from None
     try:
         whole = json.loads(text)
     except json.JSONDecodeError:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from vlduet.errors import ConfigError, ModelError
-from vlduet.model.backbones import Backbone
+from vlduet.model.backbone import Backbone
 from vlduet.model.processing import silence_transformers
 
 LORA_TARGET_PATTERNS = {
@@ -56,7 +56,11 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
         ConfigError: unknown targets, or the checkpoint has none of them.
     """
     if lora.targets not in LORA_TARGET_PATTERNS:
-        raise ConfigError(f"'{lora.targets}'", place="train.lora.targets", fix=f"Use one of {', '.join(LORA_TARGET_PATTERNS)}")
+        raise ConfigError(
+            f"'{lora.targets}'",
+            place="train.lora.targets",
+            fix=f"Use one of {', '.join(LORA_TARGET_PATTERNS)}",
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -70,7 +74,9 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
         raise ConfigError(
             str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers"
         ) from None
-    backbone.train(backbone.training)  # the new layers, with their dropout, in the mode of all others
+    backbone.train(
+        backbone.training
+    )  # the new layers, with their dropout, in the mode of all others
     return peft
 
 
@@ -80,14 +86,22 @@ def _pattern(targets: str, trunk: str) -> str:
 
 def _check_lora(peft: PeftModel, lora: LoraSettings, backbone: Backbone) -> None:
     """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
-    has, pattern = peft.peft_config["default"], partial(_pattern, trunk=backbone.family.language_model_path)
+    has, pattern = (
+        peft.peft_config["default"],
+        partial(_pattern, trunk=backbone.family.language_model_path),
+    )
     names = [name for name, _ in backbone.model.named_modules()]
     # By the layers, not by the words that named them: an adapter may have been made when fewer were known.
-    found = {kind: {name for name in names if re.fullmatch(pattern(kind), name)} for kind in LORA_TARGET_PATTERNS}
+    found = {
+        kind: {name for name in names if re.fullmatch(pattern(kind), name)}
+        for kind in LORA_TARGET_PATTERNS
+    }
     tuner: Any = peft.base_model
     carrying = set(tuner.targeted_module_names)
     targets = next((kind for kind, layers in found.items() if layers == carrying), "others")
-    there = LoraSettings(rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout)
+    there = LoraSettings(
+        rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout
+    )
     for field in fields(LoraSettings):
         wanted, brought = getattr(lora, field.name), getattr(there, field.name)
         if wanted != brought:
@@ -101,12 +115,16 @@ def _check_lora(peft: PeftModel, lora: LoraSettings, backbone: Backbone) -> None
 def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> PeftModel:
     """Attach a saved adapter. Raises ModelError where it is not there or not of this base."""
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError("no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout")
+        raise ModelError(
+            "no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout"
+        )
     try:
         with silence_transformers():
             return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
-        raise ModelError(str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base") from None
+        raise ModelError(
+            str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base"
+        ) from None
 
 
 def save_lora(peft: PeftModel, folder: Path) -> None:

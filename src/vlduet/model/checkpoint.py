@@ -29,7 +29,7 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
-from vlduet.model.backbones import fingerprint_checkpoint
+from vlduet.model.backbone import fingerprint_checkpoint
 from vlduet.model.processing import IMAGE_BACKEND
 
 FORMAT_VERSION = 1
@@ -65,14 +65,23 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _manifest(path)
     if manifest["format"] != FORMAT_VERSION:
-        raise ModelError(f"format {manifest['format']}, this version reads {FORMAT_VERSION}", place=path, fix="Update vlduet")
+        raise ModelError(
+            f"format {manifest['format']}, this version reads {FORMAT_VERSION}",
+            place=path,
+            fix="Update vlduet",
+        )
     if manifest["image_backend"] != IMAGE_BACKEND:
         raise ModelError(
-            f"saved with image backend '{manifest['image_backend']}', this one is '{IMAGE_BACKEND}'", place=path
+            f"saved with image backend '{manifest['image_backend']}', this one is '{IMAGE_BACKEND}'",
+            place=path,
         )
     base = Path(os.path.normpath(folder / manifest["base"]))
     if not (base / "config.json").is_file():
-        raise ModelError(f"the base '{base}' is gone", place=path, fix="Bring it back, or edit base in vlduet.json")
+        raise ModelError(
+            f"the base '{base}' is gone",
+            place=path,
+            fix="Bring it back, or edit base in vlduet.json",
+        )
     if (now := fingerprint_checkpoint(base)) != manifest["base_fingerprint"]:
         raise ModelError(
             f"the base '{base}' is another one now ({now}, was {manifest['base_fingerprint']})",
@@ -83,8 +92,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors = load_file(folder / "duet.safetensors")
         golden = load_file(folder / "golden.safetensors")["vectors"]
     except (FileNotFoundError, SafetensorError, KeyError) as error:
-        raise ModelError(f"broken model folder ({error})", place=folder, fix="Copy the whole folder again") from None
-    return Checkpoint(base, manifest, tensors, folder / "adapter" if manifest["adapter"] else None, golden)
+        raise ModelError(
+            f"broken model folder ({error})", place=folder, fix="Copy the whole folder again"
+        ) from None
+    return Checkpoint(
+        base, manifest, tensors, folder / "adapter" if manifest["adapter"] else None, golden
+    )
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -102,9 +115,13 @@ def _manifest(path: Path) -> dict[str, Any]:
             "head",
         } - manifest.keys()
     except (ValueError, AttributeError) as error:
-        raise ModelError(f"broken manifest ({error})", place=path, fix="Copy the whole folder again") from None
+        raise ModelError(
+            f"broken manifest ({error})", place=path, fix="Copy the whole folder again"
+        ) from None
     if absent and manifest.get("format") in (None, FORMAT_VERSION):
-        raise ModelError(f"'{sorted(absent)[0]}' is missing", place=path, fix="Copy the whole folder again")
+        raise ModelError(
+            f"'{sorted(absent)[0]}' is missing", place=path, fix="Copy the whole folder again"
+        )
     return manifest
 
 
@@ -135,7 +152,10 @@ def write_checkpoint(
         "trained": describe_tensors({**own_tensors, **adapter_tensors}),
         **description,
     }
-    save_file({n: t.detach().cpu().contiguous() for n, t in own_tensors.items()}, folder / "duet.safetensors")
+    save_file(
+        {n: t.detach().cpu().contiguous() for n, t in own_tensors.items()},
+        folder / "duet.safetensors",
+    )
     save_file({"vectors": golden_vectors.contiguous()}, folder / "golden.safetensors")
     if save_adapter is not None:
         save_adapter(folder / "adapter")
@@ -145,7 +165,11 @@ def write_checkpoint(
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """name -> shape, dtype and content hash: the one manifest of everything trained."""
     return {
-        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."), "sha256": _hash(t)}
+        name: {
+            "shape": list(t.shape),
+            "dtype": str(t.dtype).removeprefix("torch."),
+            "sha256": _hash(t),
+        }
         for name, t in sorted(tensors.items())
     }
 
@@ -156,21 +180,32 @@ def _hash(tensor: Tensor) -> str:
     ).hexdigest()
 
 
-def verify_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place: Path) -> None:
+def verify_tensors(
+    manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place: Path
+) -> None:
     """Every trained tensor came back, bit for bit. Raises ModelError that names the first that did not."""
     saved = manifest["trained"]
     lost = sorted(saved.keys() ^ tensors.keys())
     if lost:
-        raise ModelError(f"trained tensor '{lost[0]}' was not loaded", place=place, fix="The folder is not complete")
+        raise ModelError(
+            f"trained tensor '{lost[0]}' was not loaded",
+            place=place,
+            fix="The folder is not complete",
+        )
     for name, facts in describe_tensors(tensors).items():
         if facts["sha256"] != saved[name]["sha256"]:
-            raise ModelError(f"tensor '{name}' is not what was saved", place=place, fix="Copy the folder again")
+            raise ModelError(
+                f"tensor '{name}' is not what was saved", place=place, fix="Copy the folder again"
+            )
 
 
 def make_golden_inputs() -> list[Part | Parts]:
     """What every saved model embeds, and embeds again when it is loaded: a text, an image, and both."""
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
-    pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)], -1)
+    pixels = np.stack(
+        [np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)],
+        -1,
+    )
     picture = ImageRef(data=images.encode_png(images.from_pixels(pixels)))
     return ["A red apple.", picture, (picture, "What is this?")]
 
@@ -186,19 +221,29 @@ def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, plac
         )
 
 
-def compute_fingerprint(described: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]) -> str:
+def compute_fingerprint(
+    described: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]
+) -> str:
     """Names everything that decides an embedding."""
     parts = {
         "base": base_fingerprint,
         "image_backend": IMAGE_BACKEND,
         "prompts": described["prompts"],
         "head": described["head"],
-        "tensors": {name: facts["sha256"] for name, facts in describe_tensors(tensors).items() if name != "logit_scale"},
+        "tensors": {
+            name: facts["sha256"]
+            for name, facts in describe_tensors(tensors).items()
+            if name != "logit_scale"
+        },
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _final(folder: Path) -> Path:
     """Where a folder under `whole_folder` will stand: relative paths must hold there."""
-    name = folder.name.removeprefix(".").removesuffix(".writing") if folder.name.endswith(".writing") else folder.name
+    name = (
+        folder.name.removeprefix(".").removesuffix(".writing")
+        if folder.name.endswith(".writing")
+        else folder.name
+    )
     return folder.resolve().with_name(name)

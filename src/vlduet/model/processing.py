@@ -12,7 +12,13 @@ from typing import Any, Self, TypeAlias
 
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as advice
 
 from vlduet.data import images
@@ -55,7 +61,9 @@ class Processor:
         prepare_image: Callable[[ImageRef], PreparedImage],
     ) -> Self:
         """Of a family, and a checkpoint's own settings."""
-        told = generation_config.eos_token_id  # an answer's end, where that is not a text's (Gemma, GLM)
+        told = (
+            generation_config.eos_token_id
+        )  # an answer's end, where that is not a text's (Gemma, GLM)
         ends = [tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
         return cls(
             tokenizer,
@@ -86,22 +94,36 @@ def load_processor(folder: Path) -> Processor:
 
     def prepare(ref: ImageRef) -> PreparedImage:
         inputs = preprocess_image(processor, ref, preprocess=family.preprocess)
-        return build_prepared_image(family, config, tokenizer, inputs=inputs, key=images.image_key(ref))
+        return build_prepared_image(
+            family, config, tokenizer, inputs=inputs, key=images.image_key(ref)
+        )
 
     return Processor.build(family, config, generation, tokenizer=tokenizer, prepare_image=prepare)
 
 
-def build_prepared_image(family: Family, config: Any, tokenizer: Tokenizer, *, inputs: ImageInputs, key: str) -> PreparedImage:
+def build_prepared_image(
+    family: Family, config: Any, tokenizer: Tokenizer, *, inputs: ImageInputs, key: str
+) -> PreparedImage:
     """An image of which the processor made `inputs`."""
     grid = None if family.token_grid is None else family.token_grid(config, inputs)
     words = family.interleaved_tokens(config, tokenizer, inputs)
-    return PreparedImage(inputs, family.num_image_tokens(config, inputs) + len(words), key, grid=grid, interleaved_tokens=words)
+    return PreparedImage(
+        inputs,
+        family.num_image_tokens(config, inputs) + len(words),
+        key,
+        grid=grid,
+        interleaved_tokens=words,
+    )
 
 
-def load_tokenizer_and_image_processor(folder: Path, family: Family, config: Any) -> tuple[Tokenizer, Any]:
+def load_tokenizer_and_image_processor(
+    folder: Path, family: Family, config: Any
+) -> tuple[Tokenizer, Any]:
     """Tokenizer and image processor of a folder. Raises ModelError."""
     with translate_load_errors(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )
@@ -111,7 +133,10 @@ def load_tokenizer_and_image_processor(folder: Path, family: Family, config: Any
 
 
 def preprocess_image(
-    processor: Any, ref: ImageRef, *, preprocess: Callable[[Any, Any], Mapping[str, Any]] = run_image_processor
+    processor: Any,
+    ref: ImageRef,
+    *,
+    preprocess: Callable[[Any, Any], Mapping[str, Any]] = run_image_processor,
 ) -> dict[str, Tensor]:
     """Decode an image and `run` the checkpoint's own preprocessing. Raises ImageError."""
     picture = images.load_image(ref)
@@ -120,7 +145,9 @@ def preprocess_image(
     except ValueError as error:  # such as proportions that the checkpoint cannot read
         raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
     found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    if found["pixel_values"].ndim == 5:  # images that have tiles: of this one image they are the rows
+    if (
+        found["pixel_values"].ndim == 5
+    ):  # images that have tiles: of this one image they are the rows
         found["pixel_values"] = found["pixel_values"].flatten(0, 1)
     return found
 
@@ -133,7 +160,9 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
             yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ModelError(
-            f"broken checkpoint ({str(error).splitlines()[0]})", place=folder, fix="Copy the whole folder again"
+            f"broken checkpoint ({str(error).splitlines()[0]})",
+            place=folder,
+            fix="Copy the whole folder again",
         ) from error
 
 
@@ -141,14 +170,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder, refused where it wants to run its own code. Raises ModelError."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError("no config.json here", place=folder, fix="Name a folder that holds a Hugging Face checkpoint")
+        raise ModelError(
+            "no config.json here",
+            place=folder,
+            fix="Name a folder that holds a Hugging Face checkpoint",
+        )
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise ModelError(f"broken JSON ({error})", place=path, fix="Copy the whole folder again") from None
+        raise ModelError(
+            f"broken JSON ({error})", place=path, fix="Copy the whole folder again"
+        ) from None
     if "auto_map" in config:
         raise ModelError(
-            "config.json has auto_map: it wants to run its own code", place=path, fix="Use a converted checkpoint"
+            "config.json has auto_map: it wants to run its own code",
+            place=path,
+            fix="Use a converted checkpoint",
         )
     return config
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from vlduet.data.keys import content_key
+from vlduet.data.content_keys import content_key
 from vlduet.data.records import ImageRef, Message, Parts, extract_images
 from vlduet.data.sequences import IGNORE_INDEX, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import ConfigError, DataError
@@ -47,10 +47,14 @@ class Prompts:
         for name in ("image", "text", "parts"):
             if SLOT_PATTERN.findall(getattr(self, name)) != [name]:
                 raise ConfigError(
-                    f"{getattr(self, name)!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once"
+                    f"{getattr(self, name)!r}",
+                    place=f"prompts.{name}",
+                    fix=f"Write {{{name}}} in it once",
                 )
         if self.image_pool not in ("last", "mean", "vision"):
-            raise ConfigError(f"'{self.image_pool}'", place="prompts.image_pool", fix="Use last or mean")
+            raise ConfigError(
+                f"'{self.image_pool}'", place="prompts.image_pool", fix="Use last or mean"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in configs and manifests."""
@@ -91,7 +95,9 @@ class SequenceBuilder:
             return len(self.token_ids), len(self.token_ids)
         if before:
             del self.token_ids[start:], self.labels[start:]
-        return self.append_tokens(self.tokenizer.encode(before + text, add_special_tokens=False), text=before + text)
+        return self.append_tokens(
+            self.tokenizer.encode(before + text, add_special_tokens=False), text=before + text
+        )
 
     def append_text(self, text: str, *, supervised: bool = False) -> Span:
         """A user's text: special tokens in it are spelled out."""
@@ -103,7 +109,9 @@ class SequenceBuilder:
     def append_image(self, image: PreparedImage) -> Span:
         """An image's place, in the checkpoint's frame; the span is the image's own, without words around it."""
         before, after = self.image_delimiters
-        framed = bool(before) and self.last_control[1].endswith(before)  # a chat template may write its frames itself
+        framed = bool(before) and self.last_control[1].endswith(
+            before
+        )  # a chat template may write its frames itself
         self.append_control("" if framed else before)
         start, _ = self.append_tokens(image.token_ids(self.image_token_id))
         self.images.append((start, image))
@@ -118,7 +126,15 @@ class SequenceBuilder:
             setattr(found, name, [*getattr(self, name)])
         return found
 
-    def add_anchor(self, span: Span, *, role: str, record_name: str, content_key: str, slices: tuple[Slice, ...] = ()) -> None:
+    def add_anchor(
+        self,
+        span: Span,
+        *,
+        role: str,
+        record_name: str,
+        content_key: str,
+        slices: tuple[Slice, ...] = (),
+    ) -> None:
         """Read an embedding at `span` (its mean; pass the span of one token for a last-token reading)."""
         self.anchors.append(Anchor(span[0], span[1], role, record_name, content_key, slices))
 
@@ -134,14 +150,18 @@ class SequenceBuilder:
                 what = f"{len(self.images)} images and the prompt take {len(self.token_ids)} tokens, the limit is {limit}"
                 raise DataError(what, fix="Raise data.max_tokens or give the record fewer images")
             self._cut(max(start + 1, end - over), end)
-        return Sequence(tuple(self.token_ids), tuple(self.labels), tuple(self.anchors), tuple(self.images))
+        return Sequence(
+            tuple(self.token_ids), tuple(self.labels), tuple(self.anchors), tuple(self.images)
+        )
 
     def _cut(self, start: int, end: int) -> None:
         """Remove tokens [start, end), moving everything that points behind them."""
         del self.token_ids[start:end], self.labels[start:end]
         removed = end - start
         if start < len(self.labels):
-            self.labels[start] = IGNORE_INDEX  # what comes now is not what followed the text: nobody shall learn to stop here
+            self.labels[start] = (
+                IGNORE_INDEX  # what comes now is not what followed the text: nobody shall learn to stop here
+            )
 
         def moved(at: int) -> int:
             return at if at <= start else max(start, at - removed)
@@ -151,7 +171,9 @@ class SequenceBuilder:
         kept = []
         for a in self.anchors:
             begin, stop = moved(a.start), moved(a.end)
-            begin = min(begin, stop - 1)  # a last-token anchor inside the cut moves to the last token that is left
+            begin = min(
+                begin, stop - 1
+            )  # a last-token anchor inside the cut moves to the last token that is left
             kept.append(replace(a, start=begin, end=stop))
         self.anchors = kept
 
@@ -167,8 +189,14 @@ class Renderer:
 
     def __init__(self, processing: Processor, *, prompts: Prompts, max_tokens: int = 2048):
         self.tokenizer, self.prepare_image = processing.tokenizer, processing.prepare_image
-        self.image_token_id, self.image_delimiters = processing.image_token_id, processing.image_delimiters
-        self.image_placeholder, self.eos_token_ids = processing.image_placeholder, [*processing.eos_token_ids]
+        self.image_token_id, self.image_delimiters = (
+            processing.image_token_id,
+            processing.image_delimiters,
+        )
+        self.image_placeholder, self.eos_token_ids = (
+            processing.image_placeholder,
+            [*processing.eos_token_ids],
+        )
         self.prompts, self.max_tokens = prompts, max_tokens
         start = self.tokenizer.encode("", add_special_tokens=True)
         bos = self.tokenizer.bos_token_id
@@ -180,7 +208,9 @@ class Renderer:
         builder.append_tokens(list(self.bos_ids))
         return builder
 
-    def append_prompt(self, builder: SequenceBuilder, parts: Parts, *, is_query: bool = False) -> list[Span]:
+    def append_prompt(
+        self, builder: SequenceBuilder, parts: Parts, *, is_query: bool = False
+    ) -> list[Span]:
         """Write the embedding prompt of `parts`; returns the span of every part."""
         before, after = self._frame(parts)
         builder.append_control(before)
@@ -207,7 +237,9 @@ class Renderer:
                 builder = so_far
                 break
             spans.append(span)
-        if len(spans) == len(parts) and isinstance(parts[-1], str):  # an end after an image would silence captions
+        if len(spans) == len(parts) and isinstance(
+            parts[-1], str
+        ):  # an end after an image would silence captions
             builder.append_tokens(self.eos_token_ids[:1], supervised=True)
         builder.append_control(after)
         return builder, spans
@@ -215,7 +247,11 @@ class Renderer:
     def _frame(self, parts: Parts) -> tuple[str, str]:
         """What stands before and after the content."""
         kinds = {isinstance(p, ImageRef) for p in parts}
-        name = ("image" if kinds == {True} and len(parts) == 1 else "text") if len(kinds) == 1 else "parts"
+        name = (
+            ("image" if kinds == {True} and len(parts) == 1 else "text")
+            if len(kinds) == 1
+            else "parts"
+        )
         name = "parts" if name == "image" and len(parts) > 1 else name
         template: str = getattr(self.prompts, name)
         before, after = SLOT_PATTERN.split(template)[::2]
@@ -223,24 +259,51 @@ class Renderer:
             turn = self._template([Message("user", ("\ue000",))], generation_prompt=True)
             opening, closing = turn.split("\ue000")
             before, after = opening + before, after + closing
-        if self.bos_ids and self.tokenizer.bos_token and before.startswith(str(self.tokenizer.bos_token)):
+        if (
+            self.bos_ids
+            and self.tokenizer.bos_token
+            and before.startswith(str(self.tokenizer.bos_token))
+        ):
             before = before[len(str(self.tokenizer.bos_token)) :]
         return before, after
 
-    def _part(self, builder: SequenceBuilder, parts: Parts, i: int, *, query: bool = False, supervised: bool = False) -> Span:
+    def _part(
+        self,
+        builder: SequenceBuilder,
+        parts: Parts,
+        i: int,
+        *,
+        query: bool = False,
+        supervised: bool = False,
+    ) -> Span:
         part = parts[i]
         if isinstance(part, ImageRef):
             return builder.append_image(self.prepare_image(part))
         lead = " " if i and not isinstance(parts[i - 1], ImageRef) else ""
-        return builder.append_text(lead + (self.prompts.query if query else "") + part, supervised=supervised)
+        return builder.append_text(
+            lead + (self.prompts.query if query else "") + part, supervised=supervised
+        )
 
-    def render_embedding(self, parts: Parts, *, is_query: bool = False, role: str = "", record_name: str = "", content_key: str = "") -> Sequence:
+    def render_embedding(
+        self,
+        parts: Parts,
+        *,
+        is_query: bool = False,
+        role: str = "",
+        record_name: str = "",
+        content_key: str = "",
+    ) -> Sequence:
         """The sequence whose one anchor is the embedding of `parts`. Raises DataError for nothing to embed."""
         if not parts or any(isinstance(p, str) and not p.strip() for p in parts):
             raise DataError("nothing to embed", fix="Give a non-empty text or an image")
         builder = self.new_builder()
         spans = self.append_prompt(builder, parts, is_query=is_query)
-        builder.add_anchor(self.pooling_span(builder, parts, spans), role=role, record_name=record_name, content_key=content_key)
+        builder.add_anchor(
+            self.pooling_span(builder, parts, spans),
+            role=role,
+            record_name=record_name,
+            content_key=content_key,
+        )
         return builder.build(self.max_tokens)
 
     def render_caption(self, image: ImageRef, caption: str, *, record_name: str = "") -> Sequence:
@@ -249,7 +312,9 @@ class Renderer:
         builder = self.new_builder()
         spans = self.append_prompt(builder, (image,))
         reading = self.pooling_span(builder, (image,), spans)
-        builder.add_anchor(reading, role="image", record_name=record_name, content_key=content_key((image,)))
+        builder.add_anchor(
+            reading, role="image", record_name=record_name, content_key=content_key((image,))
+        )
         builder.append_text(caption, supervised=True)
         builder.append_tokens(self.eos_token_ids[:1], supervised=True)
         return builder.build(self.max_tokens)
@@ -264,18 +329,24 @@ class Renderer:
             return self.render_embedding((image,))
         if not self.tokenizer.chat_template:
             fix = "Give an empty one: captions then go on from the image prompt"
-            raise ConfigError("the checkpoint has no chat template to ask in", place="prompt", fix=fix)
+            raise ConfigError(
+                "the checkpoint has no chat template to ask in", place="prompt", fix=fix
+            )
         return self.render_chat((Message("user", (image, prompt)),), add_generation_prompt=True)
 
     def pooling_span(self, builder: SequenceBuilder, parts: Parts, spans: list[Span]) -> Span:
         """Where the prompt that was just written is read: an image's tokens or the last token of all."""
         last, pool = len(builder.token_ids), self.prompts.image_pool
         alone = len(parts) == 1 and isinstance(parts[0], ImageRef)
-        nothing_after = isinstance(parts[-1], ImageRef) and builder.last_control[1] == self.image_delimiters[1]
+        nothing_after = (
+            isinstance(parts[-1], ImageRef) and builder.last_control[1] == self.image_delimiters[1]
+        )
         by_image = (alone and pool != "last") or (nothing_after and pool == "mean")
         return spans[-1] if by_image else (last - 1, last)
 
-    def render_chat(self, messages: tuple[Message, ...], *, add_generation_prompt: bool) -> Sequence:
+    def render_chat(
+        self, messages: tuple[Message, ...], *, add_generation_prompt: bool
+    ) -> Sequence:
         """A conversation in the checkpoint's own chat template.
 
         Args:
@@ -293,7 +364,9 @@ class Renderer:
         for message in messages:
             parts = []
             said = message.role == "assistant" and not add_generation_prompt
-            last = max((i for i, part in enumerate(message.parts) if isinstance(part, str)), default=-1)
+            last = max(
+                (i for i, part in enumerate(message.parts) if isinstance(part, str)), default=-1
+            )
             for i, part in enumerate(message.parts):
                 if isinstance(part, str):
                     parts.append(f"\ue000{len(contents)}\ue001")
@@ -323,7 +396,9 @@ class Renderer:
         ids = self.tokenizer.encode(piece, add_special_tokens=False)
         if closing:
             stop = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), None)
-            builder.append_tokens(self.eos_token_ids[:1] if stop is None else ids[: stop + 1], supervised=True)
+            builder.append_tokens(
+                self.eos_token_ids[:1] if stop is None else ids[: stop + 1], supervised=True
+            )
             if stop is not None:
                 _, _, piece = piece.partition(token_string(self.tokenizer, ids[stop]))
                 ids = ids[stop + 1 :]
@@ -332,19 +407,28 @@ class Renderer:
     def _template(self, messages: list[Message], *, generation_prompt: bool) -> str:
         def content(message: Message, as_list: bool) -> Any:
             if as_list:
-                return [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
-            return "".join(p if isinstance(p, str) else self.image_placeholder + "\n" for p in message.parts)
+                return [
+                    {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"}
+                    for p in message.parts
+                ]
+            return "".join(
+                p if isinstance(p, str) else self.image_placeholder + "\n" for p in message.parts
+            )
 
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "the checkpoint has no chat template", place="prompts.chat", fix="Set prompts.chat to false"
+                "the checkpoint has no chat template",
+                place="prompts.chat",
+                fix="Set prompts.chat to false",
             )
         refused: Exception | None = None
         for as_list in (True, False):  # templates of text-only origin take strings only
             rows = [{"role": m.role, "content": content(m, as_list)} for m in messages]
             try:
                 text = str(
-                    self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
+                    self.tokenizer.apply_chat_template(
+                        rows, tokenize=False, add_generation_prompt=generation_prompt
+                    )
                 )
             except (TemplateError, TypeError) as error:
                 refused = error
@@ -358,7 +442,10 @@ class Renderer:
             ):
                 return text
         if refused is not None:  # such as roles that do not alternate: the record's fault
-            raise DataError(f"the checkpoint's chat template refuses this chat ({refused})", fix="Mend its turns")
+            raise DataError(
+                f"the checkpoint's chat template refuses this chat ({refused})",
+                fix="Mend its turns",
+            )
         raise ConfigError(
             "the checkpoint's chat template drops or repeats content",
             place="chat_template",

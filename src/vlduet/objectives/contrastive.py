@@ -66,12 +66,23 @@ def contrastive_loss(
     pairs = max(int(positive_mask.any(1).sum()), 1)
     captions = max(int(positive_mask.any(0).sum()), 1)
     ignore_mask = torch.zeros_like(positive_mask) if ignore_mask is None else ignore_mask
-    forward = _summed(queries[rows] * scale, targets, positive_mask[rows], ignore_mask[rows]) / pairs
-    backward = _summed(targets[columns] * scale, queries, positive_mask.T[columns], ignore_mask.T[columns]) / captions
+    forward = (
+        _summed(queries[rows] * scale, targets, positive_mask[rows], ignore_mask[rows]) / pairs
+    )
+    backward = (
+        _summed(targets[columns] * scale, queries, positive_mask.T[columns], ignore_mask.T[columns])
+        / captions
+    )
     return (forward + backward) * world_size
 
 
-def find_false_negatives(guide_scores: Tensor, positive_mask: Tensor, *, named_negatives: Tensor, content_kinds: tuple[Tensor, Tensor]) -> Tensor:
+def find_false_negatives(
+    guide_scores: Tensor,
+    positive_mask: Tensor,
+    *,
+    named_negatives: Tensor,
+    content_kinds: tuple[Tensor, Tensor],
+) -> Tensor:
     """Pairs that a guide finds at least as alike as the pairs that both of the two have (as GISTEmbed, arXiv 2402.16829).
 
     Args:
@@ -86,12 +97,21 @@ def find_false_negatives(guide_scores: Tensor, positive_mask: Tensor, *, named_n
     """
     own = guide_scores.masked_fill(~positive_mask, float("-inf"))
     demanded = torch.full_like(guide_scores, float("-inf"))
-    for side, kind in ((1, content_kinds[1]), (0, content_kinds[0])):  # of a row its pairs by the other's kind, then of a column
+    for side, kind in (
+        (1, content_kinds[1]),
+        (0, content_kinds[0]),
+    ):  # of a row its pairs by the other's kind, then of a column
         for which in kind.unique():
             same = kind == which
-            best = own.masked_fill(~(same[None, :] if side else same[:, None]), float("-inf")).amax(side, keepdim=True)
-            demanded = torch.where(same[None, :] if side else same[:, None], torch.maximum(demanded, best), demanded)
-    return (guide_scores >= demanded) & (demanded > float("-inf")) & ~positive_mask & ~named_negatives
+            best = own.masked_fill(~(same[None, :] if side else same[:, None]), float("-inf")).amax(
+                side, keepdim=True
+            )
+            demanded = torch.where(
+                same[None, :] if side else same[:, None], torch.maximum(demanded, best), demanded
+            )
+    return (
+        (guide_scores >= demanded) & (demanded > float("-inf")) & ~positive_mask & ~named_negatives
+    )
 
 
 def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
@@ -100,10 +120,14 @@ def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -
     def block(some: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
         return compute_row_infonce(some @ answers.T, positive, ignore).sum()
 
-    parts = list(zip(*(rows.split(SCORE_ROWS_PER_BLOCK) for rows in (asking, positive, ignore)), strict=True))
+    parts = list(
+        zip(*(rows.split(SCORE_ROWS_PER_BLOCK) for rows in (asking, positive, ignore)), strict=True)
+    )
     if len(parts) == 1:
         return block(*parts[0])
-    sums = [checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    sums = [
+        checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    ]
     return torch.stack(sums).sum()
 
 
@@ -127,7 +151,9 @@ class _ClampMax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.masked_fill(ctx.beyond & (grad < 0), 0.0), None  # descent would raise it further
+        return grad.masked_fill(
+            ctx.beyond & (grad < 0), 0.0
+        ), None  # descent would raise it further
 
 
 def match_content_keys(left: list[str], right: list[str]) -> Tensor:

@@ -33,19 +33,38 @@ def _log_kappa(distance, scale):
 def _log_sum(a, b, c):
     """log(e^a + e^b + e^c) of three float64."""
     top = tl.maximum(tl.maximum(a, b), c)
-    inner = tl.exp((a - top).to(tl.float32)) + tl.exp((b - top).to(tl.float32)) + tl.exp((c - top).to(tl.float32))
+    inner = (
+        tl.exp((a - top).to(tl.float32))
+        + tl.exp((b - top).to(tl.float32))
+        + tl.exp((c - top).to(tl.float32))
+    )
     return top + tl.log(inner).to(tl.float64)
 
 
 @triton.jit
-def _forward(cells, first, scale, ends_x, ends_y, log_k, table, columns, lanes, KEEP: tl.constexpr, WIDE: tl.constexpr):
+def _forward(
+    cells,
+    first,
+    scale,
+    ends_x,
+    ends_y,
+    log_k,
+    table,
+    columns,
+    lanes,
+    KEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """log K; `table` holds log G of every cell with KEEP, else of one row a program."""
     a = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     real = lane < lanes
     facts = a * lanes + lane
     scales = tl.load(scale + facts, mask=real, other=1.0)
-    last_x, last_y = tl.load(ends_x + facts, mask=real, other=1), tl.load(ends_y + facts, mask=real, other=1)
+    last_x, last_y = (
+        tl.load(ends_x + facts, mask=real, other=1),
+        tl.load(ends_y + facts, mask=real, other=1),
+    )
     start = tl.load(first + a)
     found = tl.zeros([WIDE], tl.float64) + NOTHING
     width = columns * lanes  # numbers of a row
@@ -56,7 +75,9 @@ def _forward(cells, first, scale, ends_x, ends_y, log_k, table, columns, lanes, 
             corner = tl.zeros([WIDE], tl.float64)  # log G[0,0]
         for j in range(tl.max(last_y, 0)):
             here = j * lanes + lane
-            kappa = _log_kappa(tl.load(cells + (start + i) * width + here, mask=real, other=0.0), scales)
+            kappa = _log_kappa(
+                tl.load(cells + (start + i) * width + here, mask=real, other=0.0), scales
+            )
             row = (start + i) * width if KEEP else a * width
             before = (start + i - 1) * width if KEEP else a * width
             up = tl.load(table + before + here, mask=real & (i > 0), other=NOTHING)
@@ -79,7 +100,10 @@ def _backward(
     real = lane < lanes
     facts = a * lanes + lane
     scales = tl.load(scale + facts, mask=real, other=1.0)
-    last_x, last_y = tl.load(ends_x + facts, mask=real, other=1), tl.load(ends_y + facts, mask=real, other=1)
+    last_x, last_y = (
+        tl.load(ends_x + facts, mask=real, other=1),
+        tl.load(ends_y + facts, mask=real, other=1),
+    )
     total = tl.load(log_k + facts, mask=real, other=0.0)
     start = tl.load(first + a)
     width = columns * lanes
@@ -97,7 +121,9 @@ def _backward(
             ways = tl.where((last_x == i + 1) & (last_y == j + 1), 0.0, ways)
             ways = tl.where((i < last_x) & (j < last_y), ways, NOTHING)
             kappa = _log_kappa(tl.load(cells + cell, mask=real, other=0.0), scales)
-            share = tl.exp((tl.load(table + cell, mask=real, other=NOTHING) + ways - total).to(tl.float32))
+            share = tl.exp(
+                (tl.load(table + cell, mask=real, other=NOTHING) + ways - total).to(tl.float32)
+            )
             if not POSTERIOR:  # d log kappa / d distance = -scale (1 + kappa)
                 share = -share * (1.0 + tl.exp(kappa)) * scales
             tl.store(weights + cell, share, mask=real)
@@ -107,7 +133,12 @@ def _backward(
 
 
 def run(
-    cells: Tensor, first: Tensor, scale: Tensor, *, lengths: tuple[Tensor, Tensor], weigh: str | None
+    cells: Tensor,
+    first: Tensor,
+    scale: Tensor,
+    *,
+    lengths: tuple[Tensor, Tensor],
+    weigh: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(log K float64[A, B], weights float32[R, N, B]): "posterior", "gradient" (d log K / d cells), or None for none.
 
@@ -131,6 +162,13 @@ def run(
         if weigh:
             rest = cells.new_empty(count, columns, lanes, dtype=torch.float64)
             _backward[grid](
-                *facts, rest, weights, columns, lanes, POSTERIOR=weigh == "posterior", WIDE=LANES, num_warps=1
+                *facts,
+                rest,
+                weights,
+                columns,
+                lanes,
+                POSTERIOR=weigh == "posterior",
+                WIDE=LANES,
+                num_warps=1,
             )
     return log_k, weights

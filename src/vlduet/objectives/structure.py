@@ -1,6 +1,6 @@
 """L_d of Sugar: the similarities of the embeddings become those that frozen encoders tell (arXiv 2411.00304, eq. 3).
 
-L_d = (1/n) sum_ij (m^r_ij - m^l_ij)^2        m^r_ij = cos(r_i, r_j), m^l: vlduet.objectives.triple
+L_d = (1/n) sum_ij (m^r_ij - m^l_ij)^2        m^r_ij = cos(r_i, r_j), m^l: vlduet.objectives.sugar_targets
 """
 
 from __future__ import annotations
@@ -53,7 +53,12 @@ def structure_loss(
     itself[number, first_row + number] = True
 
     def log_softmax(values: Tensor) -> Tensor:
-        return (values / temperature).masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0.0)
+        return (
+            (values / temperature)
+            .masked_fill(itself, float("-inf"))
+            .log_softmax(1)
+            .masked_fill(itself, 0.0)
+        )
 
     p, q = log_softmax(target), log_softmax(predicted)
     # (p - q) log(p / q) summed is the sum of both directions; exp(0) of the masked cells cancels.

@@ -27,11 +27,16 @@ from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
+from vlduet.model.pooling import Readout
 from vlduet.model.prompts import Renderer
-from vlduet.model.readout import Readout
-from vlduet.model.soft import SoftPrompts, soft_prompt_token
+from vlduet.model.soft_prompts import SoftPrompts, soft_prompt_token
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import compute_contrastive_loss, layout_embedding, layout_hard_negatives, layout_retrieval_record
+from vlduet.recipes.contrast import (
+    compute_contrastive_loss,
+    layout_embedding,
+    layout_hard_negatives,
+    layout_retrieval_record,
+)
 
 OBJECTIVES = ("contrastive", "language")
 BETAS = (0.9, 0.95)
@@ -59,7 +64,12 @@ def start(model: DuetModel, config: RunConfig) -> None:
         ("train.lora", train.lora is None, "FROMAGe's language model is frozen", "Set it to null"),
         ("train.soft_prompts", train.soft_prompts, "[RET] is a learned token", "Set it to true"),
         ("model.head", config.model.head is None, "FROMAGe has heads of its own", "Leave it out"),
-        ("model.prompts.chat", not model.prompts.chat, "[RET] must be the last token", "Set it to false"),
+        (
+            "model.prompts.chat",
+            not model.prompts.chat,
+            "[RET] must be the last token",
+            "Set it to false",
+        ),
     )
     for place, holds, what, fix in wanted:
         if not holds:
@@ -67,10 +77,21 @@ def start(model: DuetModel, config: RunConfig) -> None:
     if model.prompts.image_pool == "vision":
         return
     if RET_TOKEN in model.backbone.tokenizer.get_vocab():
-        raise ConfigError("the model has learned prompts", place="model.path", fix="Start from one without them")
+        raise ConfigError(
+            "the model has learned prompts", place="model.path", fix="Start from one without them"
+        )
     written = model.prompts
-    model.set_prompts(replace(written, text=written.text + RET_TOKEN, parts=written.parts + RET_TOKEN, image_pool="vision"))
-    model.soft_prompts = SoftPrompts(model.backbone, model.backbone.token_embedding.weight.float().mean(0, keepdim=True))
+    model.set_prompts(
+        replace(
+            written,
+            text=written.text + RET_TOKEN,
+            parts=written.parts + RET_TOKEN,
+            image_pool="vision",
+        )
+    )
+    model.soft_prompts = SoftPrompts(
+        model.backbone, model.backbone.token_embedding.weight.float().mean(0, keepdim=True)
+    )
     moved(model)
     torch.manual_seed(config.seed)
     model.reset_head("split", config.model.dim)
@@ -92,7 +113,9 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
         return layout_retrieval_record(sample, renderer)
     captions = record.short or ((record.long,) if record.long else ())
     if record.image is None or not captions:
-        raise DataError("no image with a caption", fix="Train this recipe on pairs or retrieval records")
+        raise DataError(
+            "no image with a caption", fix="Train this recipe on pairs or retrieval records"
+        )
     caption = sample.rng().choice(captions)
     return [
         renderer.render_caption(record.image, caption, record_name=sample.record_name),
@@ -105,6 +128,9 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
     count = distributed.all_reduce_sum(len(readout.nll))
     return {
-        "contrastive": 0.5 * compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor),
-        "language": language_loss(readout.nll, global_token_count=count, world_size=distributed.get_world_size()),
+        "contrastive": 0.5
+        * compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor),
+        "language": language_loss(
+            readout.nll, global_token_count=count, world_size=distributed.get_world_size()
+        ),
     }

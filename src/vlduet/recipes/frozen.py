@@ -11,11 +11,21 @@ from torch import Tensor
 from vlduet import distributed
 from vlduet.data.records import ImageRef, Parts
 from vlduet.data.sequences import Anchor, Sequence
-from vlduet.model.encoders import make_slice
-from vlduet.objectives.triple import Prefixes, calibrate_cosines, find_related_slices, compute_target_matrix, compute_triple_cosines
+from vlduet.encoders.frozen import make_slice
+from vlduet.objectives.sugar_targets import (
+    Prefixes,
+    calibrate_cosines,
+    compute_target_matrix,
+    compute_triple_cosines,
+    find_related_slices,
+)
 
 GuideKind = Literal["none", "cross", "triple"]
-GUIDE_ROLES: dict[GuideKind, tuple[str, ...]] = {"none": (), "cross": ("cross",), "triple": ("vision", "text", "cross")}
+GUIDE_ROLES: dict[GuideKind, tuple[str, ...]] = {
+    "none": (),
+    "cross": ("cross",),
+    "triple": ("vision", "text", "cross"),
+}
 """The encoders that a guide needs."""
 
 
@@ -39,22 +49,37 @@ def compute_guide_scores(
         float[N, M], those of all ranks in rank order; and what each is made of, int64[N] and int64[M]: 1 for an image, 2 for
         a text, 3 for both.
     """
-    cosines, found = slice_cosines([*left, *right], use_triple_kernel=guide == "triple", calibrate=False, like=like)
-    told = distributed.all_gather_objects([(side, _made_of(a)) for side, some in enumerate((left, right)) for a in some])
-    of_right, made_of = (torch.tensor([one[n] for rank in told for one in rank], device=like.device) for n in (0, 1))
+    cosines, found = slice_cosines(
+        [*left, *right], use_triple_kernel=guide == "triple", calibrate=False, like=like
+    )
+    told = distributed.all_gather_objects(
+        [(side, _made_of(a)) for side, some in enumerate((left, right)) for a in some]
+    )
+    of_right, made_of = (
+        torch.tensor([one[n] for rank in told for one in rank], device=like.device) for n in (0, 1)
+    )
     order = of_right.argsort(stable=True)  # all that asks, then all that answers
     # A sequence of its own for each: nothing is alike because it stands in one record.
-    prefixes = Prefixes(found.slice_indices[order], found.lengths[order], torch.arange(len(order), device=like.device))
+    prefixes = Prefixes(
+        found.slice_indices[order],
+        found.lengths[order],
+        torch.arange(len(order), device=like.device),
+    )
     asking = len(order) - int(of_right.sum())
     kinds = made_of[order].cpu()
-    return compute_target_matrix(cosines, prefixes, rows=slice(0, asking))[:, asking:], (kinds[:asking], kinds[asking:])
+    return compute_target_matrix(cosines, prefixes, rows=slice(0, asking))[:, asking:], (
+        kinds[:asking],
+        kinds[asking:],
+    )
 
 
 def _made_of(anchor: Anchor) -> int:
     return sum({1 if isinstance(one.part, ImageRef) else 2 for one in anchor.slices})
 
 
-def slice_cosines(anchors: list[Anchor], *, use_triple_kernel: bool, calibrate: bool, like: Tensor) -> tuple[Tensor, Prefixes]:
+def slice_cosines(
+    anchors: list[Anchor], *, use_triple_kernel: bool, calibrate: bool, like: Tensor
+) -> tuple[Tensor, Prefixes]:
     """Cosines float[U, U] of the distinct slices of all ranks, and the prefixes of all ranks as indices into them.
 
     Args:
@@ -65,12 +90,21 @@ def slice_cosines(anchors: list[Anchor], *, use_triple_kernel: bool, calibrate: 
     slices = list({one.content_key: one for anchor in anchors for one in anchor.slices}.values())
     images = [isinstance(one.part, ImageRef) for one in slices]
     cross = [one.features["cross"] for one in slices]
-    same = [one.features["vision" if i else "text"] for one, i in zip(slices, images, strict=True)] if use_triple_kernel else cross
+    same = (
+        [one.features["vision" if i else "text"] for one, i in zip(slices, images, strict=True)]
+        if use_triple_kernel
+        else cross
+    )
     told = distributed.all_gather_objects(
         (
             [(one.content_key, image) for one, image in zip(slices, images, strict=True)],
-            [(anchor.record_name, [one.content_key for one in anchor.slices]) for anchor in anchors],
-            [max(map(len, half), default=0) for half in (same, cross)],  # unknown to a rank without a slice
+            [
+                (anchor.record_name, [one.content_key for one in anchor.slices])
+                for anchor in anchors
+            ],
+            [
+                max(map(len, half), default=0) for half in (same, cross)
+            ],  # unknown to a rank without a slice
         )
     )
     rows = [row for found, _, _ in told for row in found]
@@ -79,14 +113,20 @@ def slice_cosines(anchors: list[Anchor], *, use_triple_kernel: bool, calibrate: 
         first.setdefault(key, at)
     chosen = list(first.values())
     halves = [
-        distributed.all_gather_rows(_stacked(half, max(widths[i] for _, _, widths in told), like))[0][chosen]
+        distributed.all_gather_rows(_stacked(half, max(widths[i] for _, _, widths in told), like))[
+            0
+        ][chosen]
         for i, half in enumerate((same, cross))
     ]
     image = torch.tensor([rows[at][1] for at in chosen], dtype=torch.bool, device=like.device)
     cosines = compute_triple_cosines(*halves, is_image=image, use_triple_kernel=use_triple_kernel)
-    prefixes = _prefixes([prefix for _, found, _ in told for prefix in found], list(first), like.device)
+    prefixes = _prefixes(
+        [prefix for _, found, _ in told for prefix in found], list(first), like.device
+    )
     if calibrate:
-        cosines = calibrate_cosines(cosines, is_image=image, is_related=find_related_slices(prefixes, len(image)))
+        cosines = calibrate_cosines(
+            cosines, is_image=image, is_related=find_related_slices(prefixes, len(image))
+        )
     return cosines, prefixes
 
 
@@ -98,15 +138,19 @@ def _stacked(vectors: list[Tensor], width: int, like: Tensor) -> Tensor:
     return found
 
 
-def _prefixes(found: list[tuple[str, list[str]]], keys: list[str], device: torch.device) -> Prefixes:
+def _prefixes(
+    found: list[tuple[str, list[str]]], keys: list[str], device: torch.device
+) -> Prefixes:
     """(record, keys of the slices) of every prefix -> indices."""
     number = {key: i for i, key in enumerate(keys)}
     sequence: dict[str, int] = {}
     longest = max(len(prefix) for _, prefix in found)
     return Prefixes(
-        torch.tensor([[number[key] for key in prefix] + [0] * (longest - len(prefix)) for _, prefix in found]).to(
-            device
-        ),
+        torch.tensor(
+            [[number[key] for key in prefix] + [0] * (longest - len(prefix)) for _, prefix in found]
+        ).to(device),
         torch.tensor([len(prefix) for _, prefix in found], device=device),
-        torch.tensor([sequence.setdefault(record, len(sequence)) for record, _ in found], device=device),
+        torch.tensor(
+            [sequence.setdefault(record, len(sequence)) for record, _ in found], device=device
+        ),
     )

@@ -5,7 +5,7 @@
     r_i = head(d_i)      d_i: mean of the image's tokens, or the text's last token; the trunk is causal, so r_i stands for
                          the prefix of the sequence that ends with slice i
     m^r_ij = cos(r_i, r_j)         of k prefixes of every sequence in the batch, drawn at random
-    m^l_ij = 1 in one sequence, else how well frozen encoders align the two prefixes (vlduet.objectives.triple)
+    m^l_ij = 1 in one sequence, else how well frozen encoders align the two prefixes (vlduet.objectives.sugar_targets)
 
     L = L_g + alpha * L_d          L_g: next-token loss of the texts        L_d = (1/n) sum_ij (m^r_ij - m^l_ij)^2
 
@@ -28,14 +28,20 @@ from vlduet import distributed
 from vlduet.data.records import ImageRef, Parts, Record, split_sentences
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
+from vlduet.encoders.frozen import make_slice
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import say
-from vlduet.model.encoders import make_slice
+from vlduet.model.pooling import Readout
 from vlduet.model.prompts import Renderer
-from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
 from vlduet.objectives.structure import StructureLossKind, structure_loss
-from vlduet.objectives.triple import SameSequenceRule, SingleSliceRule, TargetKind, compute_target_std, compute_target_matrix
+from vlduet.objectives.sugar_targets import (
+    SameSequenceRule,
+    SingleSliceRule,
+    TargetKind,
+    compute_target_matrix,
+    compute_target_std,
+)
 from vlduet.recipes.frozen import slice_cosines
 
 OBJECTIVES = ("structure", "language")
@@ -78,7 +84,9 @@ class Options:
                 raise ConfigError(f"{value}", place=f"recipe.{name}", fix=f"Use {least} or more")
         for name in ("delta", "temperature"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{getattr(self, name)}", place=f"recipe.{name}", fix="Use a number above 0")
+                raise ConfigError(
+                    f"{getattr(self, name)}", place=f"recipe.{name}", fix="Use a number above 0"
+                )
 
 
 def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
@@ -107,7 +115,9 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
         parts = parts[draw.randrange(len(parts) - len(spans) + 1) :]
         builder, spans = renderer.render_document(parts)
     slices = tuple(map(make_slice, parts[: len(spans)]))
-    for i in draw_anchor_positions([isinstance(part, ImageRef) for part in parts[: len(spans)]], options.k, draw):
+    for i in draw_anchor_positions(
+        [isinstance(part, ImageRef) for part in parts[: len(spans)]], options.k, draw
+    ):
         image = isinstance(parts[i], ImageRef)
         start, end = spans[i]
         builder.add_anchor(
@@ -127,8 +137,12 @@ def select_slices(record: Record, draw: random.Random, options: Options) -> Part
     if record.kind == "retrieval":
         return record.query + draw.choice(record.positive)
     if record.image is None:
-        raise DataError("an empty sequence", fix="Give the record parts, or an image with a caption")
-    texts = (draw.choice(record.short),) if record.short else tuple(split_sentences(record.long or ""))
+        raise DataError(
+            "an empty sequence", fix="Give the record parts, or an image with a caption"
+        )
+    texts = (
+        (draw.choice(record.short),) if record.short else tuple(split_sentences(record.long or ""))
+    )
     text_first = options.pair_order == "either" and bool(texts) and draw.random() < 0.5
     return (*texts, record.image) if text_first else (record.image, *texts)
 
@@ -151,7 +165,9 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
     count = distributed.all_reduce_sum(len(readout.nll))
     return {
         "structure": compute_structure_loss(readout, options),
-        "language": language_loss(readout.nll, global_token_count=count, world_size=distributed.get_world_size()),
+        "language": language_loss(
+            readout.nll, global_token_count=count, world_size=distributed.get_world_size()
+        ),
     }
 
 
@@ -159,13 +175,17 @@ def compute_structure_loss(readout: Readout, options: Options) -> Tensor:
     """L_d between this rank's prefixes and those of all. 0 at no cost where no encoder was asked: alpha is 0."""
     anchors = [anchor for anchor in readout.anchors if anchor.slices]
     seen = sum(bool(one.features) for anchor in anchors for one in anchor.slices)
-    assert seen in (0, sum(len(anchor.slices) for anchor in anchors)), "encoders have looked at a part of the slices"
+    assert seen in (0, sum(len(anchor.slices) for anchor in anchors)), (
+        "encoders have looked at a part of the slices"
+    )
     if distributed.all_reduce_sum(seen) == 0:
         return readout.embeddings.sum() * 0.0
     rows = readout.select_roles("image", "text")[0]
     everything, begin = distributed.all_gather_rows(rows)
     mine = slice(begin, begin + len(rows))
-    cosines, prefixes = slice_cosines(anchors, use_triple_kernel=options.triple, calibrate=options.calibrate, like=rows.detach())
+    cosines, prefixes = slice_cosines(
+        anchors, use_triple_kernel=options.triple, calibrate=options.calibrate, like=rows.detach()
+    )
     target = compute_target_matrix(
         cosines,
         prefixes,
@@ -176,7 +196,9 @@ def compute_structure_loss(readout: Readout, options: Options) -> Tensor:
         delta=options.delta,
     )
     if compute_target_std(target, prefixes, rows=mine) < MIN_TARGET_STD:
-        _warn_once(f"structure: the targets of a batch differ by less than {MIN_TARGET_STD}: nothing to learn")
+        _warn_once(
+            f"structure: the targets of a batch differ by less than {MIN_TARGET_STD}: nothing to learn"
+        )
     return structure_loss(
         rows,
         everything,

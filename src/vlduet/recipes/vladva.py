@@ -23,10 +23,15 @@ from vlduet.data.records import Record
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
+from vlduet.model.pooling import Readout
 from vlduet.model.prompts import Renderer
-from vlduet.model.readout import Readout
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import compute_contrastive_loss, layout_embedding, layout_hard_negatives, layout_retrieval_record
+from vlduet.recipes.contrast import (
+    compute_contrastive_loss,
+    layout_embedding,
+    layout_hard_negatives,
+    layout_retrieval_record,
+)
 from vlduet.recipes.frozen import GUIDE_ROLES, GuideKind, with_slices
 
 OBJECTIVES = ("contrastive", "language")
@@ -72,24 +77,35 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     short = draw.choice(shorts) if shorts else None
     long = draw.choice(longs) if longs else (short if options.language_on == "any" else None)
     if long is None:
-        image = layout_embedding(sample, renderer, (record.image,), role="image", guide=options.guide)
+        image = layout_embedding(
+            sample, renderer, (record.image,), role="image", guide=options.guide
+        )
     else:
         image = renderer.render_caption(record.image, long, record_name=sample.record_name)
         image = image if options.guide == "none" else with_slices(image, (record.image,))
-    if short is None:  # nor is it anybody's negative: which short captions are true of it is not known
+    if (
+        short is None
+    ):  # nor is it anybody's negative: which short captions are true of it is not known
         return [replace(image, anchors=())]
     text = layout_embedding(sample, renderer, (short,), role="text", guide=options.guide)
     return [image, text, *layout_hard_negatives(sample, renderer, guide=options.guide)]
 
 
-def split_captions(record: Record, renderer: Renderer, options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_captions(
+    record: Record, renderer: Renderer, options: Options
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The short and the long captions of a pair. Raises DataError where `split: length` leaves none of those it has."""
     longs = (record.long,) if record.long else ()
     if options.split == "fields":
         return record.short, longs
-    every = {text: len(renderer.tokenizer.encode(text, add_special_tokens=False)) for text in (*record.short, *longs)}
+    every = {
+        text: len(renderer.tokenizer.encode(text, add_special_tokens=False))
+        for text in (*record.short, *longs)
+    }
     short = tuple(text for text, count in every.items() if count < options.short_below)
-    long = tuple(text for text, count in every.items() if options.short_below <= count <= options.long_up_to)
+    long = tuple(
+        text for text, count in every.items() if options.short_below <= count <= options.long_up_to
+    )
     if every and not short and not long:
         what = f"its captions have {min(every.values())} tokens and more, recipe.long_up_to is {options.long_up_to}"
         raise DataError(what, fix="Cut them, or raise it")
@@ -111,6 +127,10 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
     count = distributed.all_reduce_sum(len(readout.nll))
     return {
-        "contrastive": compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor, guide=options.guide),
-        "language": language_loss(readout.nll, global_token_count=count, world_size=distributed.get_world_size()),
+        "contrastive": compute_contrastive_loss(
+            readout, logit_scale, min_temperature=options.temperature_floor, guide=options.guide
+        ),
+        "language": language_loss(
+            readout.nll, global_token_count=count, world_size=distributed.get_world_size()
+        ),
     }

@@ -29,8 +29,14 @@ from vlduet.logs import track_progress
 from vlduet.retrieval.documents import Document, Side, read_documents
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
 from vlduet.retrieval.filters import Scalar, scalar_kind, to_scalar
-from vlduet.retrieval.index import MANIFEST_FILENAME, Index, IndexManifest, StoreKind, absolute_and_relative_path
-from vlduet.retrieval.store import IndexRow, RowHashes
+from vlduet.retrieval.index import (
+    MANIFEST_FILENAME,
+    Index,
+    IndexManifest,
+    StoreKind,
+    absolute_and_relative_path,
+)
+from vlduet.retrieval.stores.base import IndexRow, RowHashes
 
 MAX_FILTER_KEYS = 64
 """Metadata keys that can be filtered by; those beyond the first so many are kept and shown only."""
@@ -83,9 +89,15 @@ def build_index(
     """
     path, source = Path(to), Path(source)
     if not source.exists():
-        raise DataError("no such file or folder", place=source, fix="Name a file of records or a folder of images")
+        raise DataError(
+            "no such file or folder",
+            place=source,
+            fix="Name a file of records or a folder of images",
+        )
     with _writing(path):
-        manifest = replace(_prepare(path, model, side=side, store=store), source=str(source.resolve()))
+        manifest = replace(
+            _prepare(path, model, side=side, store=store), source=str(source.resolve())
+        )
         if model_path is not None:
             absolute, relative = absolute_and_relative_path(model_path, path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
@@ -135,10 +147,14 @@ class _Build:
     def row(self, document: Document) -> IndexRow:
         """What is stored of a document."""
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
-        absolute, relative = absolute_and_relative_path(self.image_path(document.image), self.index.path)
+        absolute, relative = absolute_and_relative_path(
+            self.image_path(document.image), self.index.path
+        )
         told = json.dumps([document.text, metadata, absolute], sort_keys=True)
         stamp = RowHashes(document.content_hash, hashlib.sha256(told.encode()).hexdigest())
-        filters = {key: value for key, raw in metadata.items() if (value := to_scalar(raw)) is not None}
+        filters = {
+            key: value for key, raw in metadata.items() if (value := to_scalar(raw)) is not None
+        }
         filters = {key: value for key, value in filters.items() if self.know(key, value)}
         return IndexRow(document.id, stamp, document.text, absolute, relative, metadata, filters)
 
@@ -159,14 +175,22 @@ class _Build:
 
     def commit(self, group: list[tuple[Document, IndexRow]]) -> None:
         """Embed what is new in a chunk and write all of it."""
-        known = {d.content_hash: self.homes[d.content_hash] for d, _ in group if d.content_hash in self.homes}
+        known = {
+            d.content_hash: self.homes[d.content_hash]
+            for d, _ in group
+            if d.content_hash in self.homes
+        }
         vectors = dict(zip(known, self.store.read_vectors(list(known.values())), strict=True))
         failed: dict[str, DataError] = {}
         new: dict[str, Document] = {}
         for document, _ in group:
             if document.content_hash not in known:
                 new.setdefault(document.content_hash, document)
-        encoded = encode_documents(self.model, new.values(), on_error=lambda d, error: failed.update({d.content_hash: error}))
+        encoded = encode_documents(
+            self.model,
+            new.values(),
+            on_error=lambda d, error: failed.update({d.content_hash: error}),
+        )
         for done, found in encoded:
             vectors |= {d.content_hash: vector for d, vector in zip(done, found, strict=True)}
             self.embedded += len(done)
@@ -195,7 +219,10 @@ class _Build:
     def place(self, identity: str, stamp: RowHashes) -> None:
         """Note a row that was written."""
         before = self.stamps.get(identity)
-        self.added, self.updated = self.added + (before is None), self.updated + (before is not None)
+        self.added, self.updated = (
+            self.added + (before is None),
+            self.updated + (before is not None),
+        )
         if before is not None and self.homes.get(before.content_hash) == identity:
             del self.homes[before.content_hash]
         self.stamps[identity] = stamp
@@ -237,17 +264,26 @@ def _writing(path: Path) -> Iterator[None]:
         with FileLock(path / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RetrievalError("another process is writing this index", place=path, fix="Wait for it to end") from None
+        raise RetrievalError(
+            "another process is writing this index", place=path, fix="Wait for it to end"
+        ) from None
 
 
-def _prepare(path: Path, model: Embedder, *, side: Side | None, store: StoreKind | None) -> IndexManifest:
+def _prepare(
+    path: Path, model: Embedder, *, side: Side | None, store: StoreKind | None
+) -> IndexManifest:
     """The manifest of the index at `path`, checked; or that of a new one."""
-    for name, value, known in (("--side", side, get_args(Side)), ("--store", store, get_args(StoreKind))):
+    for name, value, known in (
+        ("--side", side, get_args(Side)),
+        ("--store", store, get_args(StoreKind)),
+    ):
         if value is not None and value not in known:
             raise RetrievalError(f"'{value}'", place=name, fix=suggest_name(value, known))
     if not (path / MANIFEST_FILENAME).exists():
         if any(file.name != ".lock" for file in path.iterdir()):
-            raise RetrievalError("is not an index", place=path, fix="Name a new or an empty folder: --to DIR")
+            raise RetrievalError(
+                "is not an index", place=path, fix="Name a new or an empty folder: --to DIR"
+            )
         return IndexManifest.for_new_index(model, store=store or "lance", side=side or "image")
     manifest = IndexManifest.read(path)
     manifest.check_model(model, path)

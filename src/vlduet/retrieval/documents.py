@@ -52,7 +52,9 @@ class Document:
         return Record(self.id, place=self.place)
 
 
-def read_documents(source: Path, *, side: Side, on_error: DocumentErrorCallback) -> Iterator[Document]:
+def read_documents(
+    source: Path, *, side: Side, on_error: DocumentErrorCallback
+) -> Iterator[Document]:
     """The documents of a file of records, or of a folder of images, lazily and in order.
 
     Args:
@@ -77,7 +79,9 @@ def read_documents(source: Path, *, side: Side, on_error: DocumentErrorCallback)
             try:
                 if document.id in taken:
                     fix = "Give every record an id of its own"
-                    raise DataError(f"id '{document.id}' appears twice", place=record.place, fix=fix)
+                    raise DataError(
+                        f"id '{document.id}' appears twice", place=record.place, fix=fix
+                    )
                 key = hash_parts(document.parts)
             except DataError as error:
                 on_error(document.to_quarantine_record(), error)
@@ -97,13 +101,30 @@ def split_record(record: Record, side: Side) -> list[Document]:
         shown = extract_images(scope.whole)
         for parts in scope.embedded(side):
             parts = tuple(replace_lone_surrogates(p) if isinstance(p, str) else p for p in parts)
-            text = parts[0] if side == "text" and record.kind != "chat" else replace_lone_surrogates(scope.quoted)
+            text = (
+                parts[0]
+                if side == "text" and record.kind != "chat"
+                else replace_lone_surrogates(scope.quoted)
+            )
             image = next(iter(extract_images(parts) or shown), None)
             assert isinstance(text, str)
-            found.append(Document(replace_lone_surrogates(record.id), parts, text, image, record.metadata, place=record.place))
+            found.append(
+                Document(
+                    replace_lone_surrogates(record.id),
+                    parts,
+                    text,
+                    image,
+                    record.metadata,
+                    place=record.place,
+                )
+            )
     if not found:
         what = "image" if side == "image" else "text"
-        raise DataError(f"a record without {what}", place=record.place, fix="Index another --side, or leave it out")
+        raise DataError(
+            f"a record without {what}",
+            place=record.place,
+            fix="Index another --side, or leave it out",
+        )
     return found if len(found) == 1 else [replace(d, id=f"{d.id}#{i}") for i, d in enumerate(found)]
 
 
@@ -130,11 +151,18 @@ def _scopes(record: Record) -> list[_Scope]:
         return [_Scope((record.image, *captions[:1]), captions, "\n".join(record.short + long))]
     if record.kind == "chat":
         asked, answered = (
-            next((m.parts for m in record.messages if m.role == role), ()) for role in ("user", "assistant")
+            next((m.parts for m in record.messages if m.role == role), ())
+            for role in ("user", "assistant")
         )
         question, answer = " ".join(_texts(asked)), " ".join(_texts(answered))
-        return [_Scope(asked, (question,) if question else (), f"Question: {question}\nAnswer: {answer}")]
-    wholes = [record.parts] if record.kind == "interleaved" else [*record.positive, *record.negative]
+        return [
+            _Scope(
+                asked, (question,) if question else (), f"Question: {question}\nAnswer: {answer}"
+            )
+        ]
+    wholes = (
+        [record.parts] if record.kind == "interleaved" else [*record.positive, *record.negative]
+    )
     return [_Scope(whole, _texts(whole), " ".join(_texts(whole))) for whole in wholes]
 
 

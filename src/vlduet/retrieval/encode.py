@@ -47,7 +47,11 @@ class Embedder(Protocol):
 
 
 def encode_documents(
-    model: Embedder, documents: Iterable[Document], *, on_error: EncodingErrorCallback, chunk_size: int = DOCUMENTS_PER_CHUNK
+    model: Embedder,
+    documents: Iterable[Document],
+    *,
+    on_error: EncodingErrorCallback,
+    chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> Iterator[tuple[list[Document], np.ndarray]]:
     """Embed documents, lazily.
 
@@ -79,7 +83,9 @@ def check_vectors(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndar
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
         fix = "The model's weights or its precision are broken: try another checkpoint"
-        raise RetrievalError(f"the model gave a vector that is not finite for '{documents[bad[0]].id}'", fix=fix)
+        raise RetrievalError(
+            f"the model gave a vector that is not finite for '{documents[bad[0]].id}'", fix=fix
+        )
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3), "embeddings have unit length"
     return vectors.astype(np.float32, copy=False)
 
@@ -98,7 +104,9 @@ def write_vectors(path: Path, *, ids: Sequence[str], vectors: np.ndarray) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
-        raise RetrievalError(f"cannot be written ({error.strerror})", place=path, fix="Choose another --out") from error
+        raise RetrievalError(
+            f"cannot be written ({error.strerror})", place=path, fix="Choose another --out"
+        ) from error
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

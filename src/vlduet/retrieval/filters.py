@@ -39,16 +39,22 @@ class Condition:
     def __post_init__(self) -> None:
         where = f"where: {self.key!r} {self.operator}"
         if self.operator not in OPERATORS:
-            raise RetrievalError(f"unknown operator '{self.operator}'", place=where, fix=f"Use {' '.join(OPERATORS)}")
+            raise RetrievalError(
+                f"unknown operator '{self.operator}'", place=where, fix=f"Use {' '.join(OPERATORS)}"
+            )
         many = self.operator == "in"
         if many and (isinstance(self.value, str) or not isinstance(self.value, Iterable)):
-            raise RetrievalError(f"{self.value!r} is not a list", place=where, fix="Give several values")
+            raise RetrievalError(
+                f"{self.value!r} is not a list", place=where, fix="Give several values"
+            )
         given = list(self.value) if many else [self.value]
         values = [to_scalar(value) for value in given]
         for raw, value in zip(given, values, strict=True):
             if value is None or (self.operator in ORDER_OPERATORS and isinstance(value, bool)):
                 fix = (
-                    "Compare with a text or a number" if self.operator in ORDER_OPERATORS else "Use a text, a number or a flag"
+                    "Compare with a text or a number"
+                    if self.operator in ORDER_OPERATORS
+                    else "Use a text, a number or a flag"
                 )
                 raise RetrievalError(f"{raw!r} cannot be compared", place=where, fix=fix)
         object.__setattr__(self, "value", tuple(values) if many else values[0])
@@ -63,8 +69,15 @@ class Condition:
         """Whether a document with these filter values satisfies the condition."""
         own = filters.get(self.key)
         if self.operator in ORDER_OPERATORS:
-            return own is not None and scalar_kind(own) == scalar_kind(self.value) and bool(ORDER_OPERATORS[self.operator](own, self.value))
-        found = any(own is not None and scalar_kind(own) == scalar_kind(value) and own == value for value in self.values)
+            return (
+                own is not None
+                and scalar_kind(own) == scalar_kind(self.value)
+                and bool(ORDER_OPERATORS[self.operator](own, self.value))
+            )
+        found = any(
+            own is not None and scalar_kind(own) == scalar_kind(value) and own == value
+            for value in self.values
+        )
         return found is not (self.operator == "!=")
 
 
@@ -84,7 +97,9 @@ def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...
             not look like no hits.
     """
     if isinstance(where, Mapping):
-        found = [Condition(key, "in" if _is_many(value) else "=", value) for key, value in where.items()]
+        found = [
+            Condition(key, "in" if _is_many(value) else "=", value) for key, value in where.items()
+        ]
     else:
         given = [where] if isinstance(where, str) else where or ()
         found = [parse_condition(one, fields) if isinstance(one, str) else one for one in given]
@@ -134,14 +149,20 @@ def parse_condition(text: str, fields: FilterFields) -> Condition:
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
-        raise RetrievalError(f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS))
+        raise RetrievalError(
+            f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS)
+        )
     key, sign, value = match["key"], match["operator"], match["value"]
     _check_key(key, fields)
     kinds = set(fields[key])
     if sign == "in":
-        return Condition(key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")])
+        return Condition(
+            key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")]
+        )
     typed = _typed(value, kinds, text)
-    if sign in ORDER_OPERATORS and isinstance(typed, str) and _number(typed) is not None:  # '1000' comes before '9'
+    if (
+        sign in ORDER_OPERATORS and isinstance(typed, str) and _number(typed) is not None
+    ):  # '1000' comes before '9'
         fix = "Write numbers as numbers, as JSON lines can and CSV cannot"
         raise RetrievalError(f"'{value}': this key holds texts", place=f"--where '{text}'", fix=fix)
     return Condition(key, sign, typed)
@@ -149,7 +170,9 @@ def parse_condition(text: str, fields: FilterFields) -> Condition:
 
 def _check_key(key: str, fields: FilterFields) -> None:
     if key not in fields:
-        raise RetrievalError(f"no document has metadata '{key}'", place="where", fix=suggest_name(key, fields))
+        raise RetrievalError(
+            f"no document has metadata '{key}'", place="where", fix=suggest_name(key, fields)
+        )
 
 
 def _number(value: str) -> Scalar | None:
@@ -168,5 +191,7 @@ def _typed(value: str, kinds: set[str], text: str) -> Scalar:
         return value
     held = " and ".join(f"{name}s" for name in sorted(kinds))
     raise RetrievalError(
-        f"'{value}': this key holds {held}", place=f"--where '{text}'", fix=f"Compare with one of the {held}"
+        f"'{value}': this key holds {held}",
+        place=f"--where '{text}'",
+        fix=f"Compare with one of the {held}",
     )

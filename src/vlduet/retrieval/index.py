@@ -24,7 +24,7 @@ from vlduet.errors import RetrievalError
 from vlduet.files import write_text_atomically
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.store import FlatStore, IndexRow, VectorStore
+from vlduet.retrieval.stores.base import FlatStore, IndexRow, VectorStore
 
 StoreKind = Literal["lance", "flat"]
 
@@ -78,7 +78,9 @@ class IndexManifest:
             raw = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
             if raw["format"] != MANIFEST_FORMAT:
                 newer = f"in format {raw['format']} of vlduet {raw.get('vlduet')}, this version reads {MANIFEST_FORMAT}"
-                raise RetrievalError(newer, place=path, fix="Update vlduet, or build the index again")
+                raise RetrievalError(
+                    newer, place=path, fix="Update vlduet, or build the index again"
+                )
             return cls(**raw)
         except (FileNotFoundError, NotADirectoryError):
             fix = "Make one: vlduet index MODEL SOURCE --to INDEX"
@@ -91,14 +93,18 @@ class IndexManifest:
     def write(self, path: Path) -> None:
         """Write it, whole or not at all."""
         told = asdict(replace(self, updated=_now(), vlduet=_version()))
-        write_text_atomically(path / MANIFEST_FILENAME, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(
+            path / MANIFEST_FILENAME, json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+        )
 
     def check_model(self, model: Embedder, path: Path) -> None:
         """Raises RetrievalError unless `model` gives the vectors that the index at `path` holds."""
         theirs = model.fingerprint
         if theirs != self.fingerprint:
             built = self.fingerprint + (f" ({self.model})" if self.model else "")
-            what = f"built by model {built}, this is model {theirs}: their vectors cannot be compared"
+            what = (
+                f"built by model {built}, this is model {theirs}: their vectors cannot be compared"
+            )
             fix = "Use that model (--model DIR), or build a new index with this one (vlduet index ... --to DIR)"
             raise RetrievalError(what, place=path, fix=fix)
 
@@ -183,7 +189,7 @@ class Index:
 def _open_store(name: StoreKind, folder: Path, *, dim: int, write: bool) -> VectorStore:
     if name == "flat":
         return FlatStore(folder, dim=dim, write=write)
-    from vlduet.retrieval.lance import LanceStore  # slow to import, and not needed beside the flat store
+    from vlduet.retrieval.stores.lance import LanceStore
 
     return LanceStore(folder, dim=dim, write=write)
 

@@ -27,7 +27,9 @@ class Hit:
     """From 1."""
 
 
-def search(index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, where: Where = None) -> list[Hit]:
+def search(
+    index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, where: Where = None
+) -> list[Hit]:
     """The k documents nearest to a query, best first; ties by id; all of them where there are fewer.
 
     Args:
@@ -52,5 +54,6 @@ def search(index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, w
     wanted = parse_conditions(where, index.manifest.fields)
     (found,) = index.store.search(model.encode_query([parts]), k=k, conditions=wanted)
     return [
-        Hit(row.id, score, row.text, index.row_image(row), row.metadata, rank) for rank, (row, score) in enumerate(found, 1)
+        Hit(row.id, score, row.text, index.row_image(row), row.metadata, rank)
+        for rank, (row, score) in enumerate(found, 1)
     ]

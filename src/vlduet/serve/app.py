@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vlduet.errors import DataError, MissingExtraError, ModelError, VLDuetError
-from vlduet.model.decoding import Delta
-from vlduet.rag import prepare_prompt
+from vlduet.model.generation.continuous import Delta
 from vlduet.retrieval.index import Index
+from vlduet.retrieval.rag import prepare_prompt
 from vlduet.retrieval.search import Hit, search
-from vlduet.serve import forms
-from vlduet.serve.keys import ApiKeyMiddleware
-from vlduet.serve.talks import ChatRequest
+from vlduet.serve import schemas
+from vlduet.serve.auth import ApiKeyMiddleware
+from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.worker import ServerBusyError, Worker
 
 try:
@@ -40,7 +40,9 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
-    raise MissingExtraError("serving needs starlette and uvicorn", fix="pip install 'vlduet[serve]'") from error
+    raise MissingExtraError(
+        "serving needs starlette and uvicorn", fix="pip install 'vlduet[serve]'"
+    ) from error
 
 log = logging.getLogger("uvicorn.error")
 
@@ -53,7 +55,7 @@ MAX_REQUEST_BYTES = 64 << 20
 DEFAULT_MAX_TOKENS = 256
 """Tokens of an answer whose request does not say."""
 
-F = TypeVar("F", bound=forms.RequestBody)
+F = TypeVar("F", bound=schemas.RequestBody)
 T = TypeVar("T")
 
 
@@ -70,7 +72,9 @@ class Service:
         self.worker, self.name, self.index = worker, name, index
         self.created = int(time.time())
 
-    def build_app(self, *, allowed_hosts: list[str] | None = None, api_keys: list[str] | None = None) -> Starlette:
+    def build_app(
+        self, *, allowed_hosts: list[str] | None = None, api_keys: list[str] | None = None
+    ) -> Starlette:
         """The application.
 
         Args:
@@ -86,7 +90,11 @@ class Service:
         routes = [Route("/health", self.health), Route("/v1/models", self.list_models)]
         routes += [Route("/v1/models/{name}", self.get_model)]
         routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
-        guard = [] if allowed_hosts is None else [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)]
+        guard = (
+            []
+            if allowed_hosts is None
+            else [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)]
+        )
         guard += [] if api_keys is None else [Middleware(ApiKeyMiddleware, keys=api_keys)]
         handlers: dict[Any, Any] = {
             VLDuetError: _refused,
@@ -116,39 +124,63 @@ class Service:
 
     async def create_embeddings(self, request: Request) -> Response:
         """Texts, images and mixtures -> unit vectors."""
-        form = await self._read(request, forms.EmbeddingsBody)
+        form = await self._read(request, schemas.EmbeddingsBody)
         dim = self.worker.model.dim
         if form.dimensions not in (None, dim):
-            raise DataError(f"{form.dimensions}: this model has {dim}", place="dimensions", fix="Leave it out")
-        future = self.worker.submit_embedding(form.parse_inputs(), is_query=form.input_type == "query")
+            raise DataError(
+                f"{form.dimensions}: this model has {dim}", place="dimensions", fix="Leave it out"
+            )
+        future = self.worker.submit_embedding(
+            form.parse_inputs(), is_query=form.input_type == "query"
+        )
         vectors = await _while_there(request, asyncio.wrap_future(future))
-        return JSONResponse(forms.embeddings_response(vectors, model=self.name, as_base64=form.encoding_format == "base64"))
+        return JSONResponse(
+            schemas.embeddings_response(
+                vectors, model=self.name, as_base64=form.encoding_format == "base64"
+            )
+        )
 
     async def search_index(self, request: Request) -> Response:
         """The nearest documents of the index."""
-        form, index = await self._read(request, forms.SearchBody), self._index()
+        form, index = await self._read(request, schemas.SearchBody), self._index()
         parts = form.parse_query()
         asked = self.worker.submit_call(
-            lambda: forms.hits_response(search(index, self.worker.model, parts, k=form.k, where=form.where))
+            lambda: schemas.hits_response(
+                search(index, self.worker.model, parts, k=form.k, where=form.where)
+            )
         )
-        return JSONResponse({"object": "list", "data": await _while_there(request, asyncio.wrap_future(asked))})
+        return JSONResponse(
+            {"object": "list", "data": await _while_there(request, asyncio.wrap_future(asked))}
+        )
 
     async def create_chat_completion(self, request: Request) -> Response:
         """Answer a conversation; with `retrieval`, from what its last turn finds."""
-        form = await self._read(request, forms.ChatBody)
+        form = await self._read(request, schemas.ChatBody)
         if not self.worker.can_generate:
-            raise DataError("this model embeds and does not generate", place="model", fix="Serve a generative one")
+            raise DataError(
+                "this model embeds and does not generate",
+                place="model",
+                fix="Serve a generative one",
+            )
         messages, sources = form.parse_messages(), list[Hit]()
         if (wanted := form.retrieval) is not None:
-            (question, image), index = forms.split_question(messages[-1]), self._index()
+            (question, image), index = schemas.split_question(messages[-1]), self._index()
             asked = self.worker.submit_call(
-                lambda: prepare_prompt(index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where)
+                lambda: prepare_prompt(
+                    index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where
+                )
             )
             prompt = await _while_there(request, asyncio.wrap_future(asked))
             messages, sources = (*messages[:-1], *prompt.messages), list(prompt.sources)
         listener = _DeltaQueue()
         longest = form.max_completion_tokens or form.max_tokens or DEFAULT_MAX_TOKENS
-        talk = ChatRequest(messages, listener.tell, longest, sampling=form.sampling_options(), stop=form.stop_strings())
+        talk = ChatRequest(
+            messages,
+            listener.tell,
+            longest,
+            sampling=form.sampling_options(),
+            stop=form.stop_strings(),
+        )
         self.worker.submit_chat(talk)
         try:  # what is refused before the first word is an error, not a stream
             first = await _while_there(request, listener.next())
@@ -158,7 +190,9 @@ class Service:
         answer = _CompletionWriter(self.name, sources if wanted is not None else None)
         if form.stream:
             body = _events(answer, first, listener, talk)
-            return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return StreamingResponse(
+                body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
         return JSONResponse(answer.whole(await _all(first, listener, talk, request)))
 
     # ------------------------------------------------------------------ help
@@ -171,7 +205,9 @@ class Service:
         async for chunk in request.stream():
             body += chunk
             if len(body) > MAX_REQUEST_BYTES:
-                raise HTTPException(413, f"More than {MAX_REQUEST_BYTES >> 20} MiB. Send fewer or smaller images")
+                raise HTTPException(
+                    413, f"More than {MAX_REQUEST_BYTES >> 20} MiB. Send fewer or smaller images"
+                )
         try:
             raw = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -186,7 +222,9 @@ class Service:
 
     def _check_name(self, model: str) -> None:
         if model != self.name:
-            raise HTTPException(404, f"The model {model!a:.80} is not served here, '{self.name}' is")
+            raise HTTPException(
+                404, f"The model {model!a:.80} is not served here, '{self.name}' is"
+            )
 
     def _described(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "vlduet"}
@@ -199,7 +237,13 @@ class Service:
 
 def build_server(app: Starlette) -> uvicorn.Server:
     """What `run` runs, for whoever wants to end it."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_SECONDS,
+    )
     return uvicorn.Server(config)
 
 
@@ -242,14 +286,26 @@ class _CompletionWriter:
     """One answer in OpenAI's two forms."""
 
     def __init__(self, model: str, sources: list[Hit] | None):
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self.sources = {} if sources is None else {"sources": forms.hits_response(sources)}
+        self.head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.sources = {} if sources is None else {"sources": schemas.hits_response(sources)}
 
     def whole(self, pieces: list[Delta]) -> dict[str, Any]:
         last = pieces[-1]
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces).strip()}
-        choice = {"index": 0, "message": message, "finish_reason": last.finish_reason, "logprobs": None}
-        told = {"choices": [choice], "usage": forms.usage_response(last.prompt_tokens, last.completion_tokens)}
+        choice = {
+            "index": 0,
+            "message": message,
+            "finish_reason": last.finish_reason,
+            "logprobs": None,
+        }
+        told = {
+            "choices": [choice],
+            "usage": schemas.usage_response(last.prompt_tokens, last.completion_tokens),
+        }
         return {**self.head, "object": "chat.completion", **told, **self.sources}
 
     def opening(self) -> str:
@@ -258,7 +314,11 @@ class _CompletionWriter:
 
     def event(self, piece: Delta) -> str:
         """What is new; the last one tells why it ended."""
-        told = {"usage": forms.usage_response(piece.prompt_tokens, piece.completion_tokens)} if piece.finish_reason else {}
+        told = (
+            {"usage": schemas.usage_response(piece.prompt_tokens, piece.completion_tokens)}
+            if piece.finish_reason
+            else {}
+        )
         return self._event({"content": piece.text} if piece.text else {}, piece.finish_reason, told)
 
     def _event(self, delta: dict[str, str], reason: str | None, more: dict[str, Any]) -> str:
@@ -266,7 +326,9 @@ class _CompletionWriter:
         return _data({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
 
-async def _all(first: Delta, listener: _DeltaQueue, talk: ChatRequest, request: Request) -> list[Delta]:
+async def _all(
+    first: Delta, listener: _DeltaQueue, talk: ChatRequest, request: Request
+) -> list[Delta]:
     """Every piece; an answer that nobody waits for any more is broken off."""
     pieces = [first]
     try:
@@ -279,7 +341,9 @@ async def _all(first: Delta, listener: _DeltaQueue, talk: ChatRequest, request: 
     return pieces
 
 
-async def _events(answer: _CompletionWriter, piece: Delta, listener: _DeltaQueue, talk: ChatRequest) -> AsyncIterator[str]:
+async def _events(
+    answer: _CompletionWriter, piece: Delta, listener: _DeltaQueue, talk: ChatRequest
+) -> AsyncIterator[str]:
     """Server-sent events. A client that goes away ends them, and with them the answer."""
     try:
         yield answer.opening()
@@ -290,7 +354,11 @@ async def _events(answer: _CompletionWriter, piece: Delta, listener: _DeltaQueue
         yield answer.event(piece)
     except Exception as error:  # the status is long sent: the error goes the way of the words
         log.exception("an answer was broken off", exc_info=error)
-        yield _data(forms.error_response("the answer was broken off; the server's log tells more", error_type="server_error"))
+        yield _data(
+            schemas.error_response(
+                "the answer was broken off; the server's log tells more", error_type="server_error"
+            )
+        )
     finally:
         talk.cancelled = True
     yield "data: [DONE]\n\n"
@@ -304,32 +372,43 @@ def _data(value: Mapping[str, Any]) -> str:
 
 
 async def _refused(_: Request, error: VLDuetError) -> Response:
-    return JSONResponse(forms.error_response(str(error), place=error.place), 400)
+    return JSONResponse(schemas.error_response(str(error), place=error.place), 400)
 
 
 async def _broken_model(_: Request, error: ModelError) -> Response:
-    return JSONResponse(forms.error_response(str(error), error_type="server_error", place=error.place), 500)
+    return JSONResponse(
+        schemas.error_response(str(error), error_type="server_error", place=error.place), 500
+    )
 
 
 async def _gone(_: Request, __: ClientDisconnect) -> Response:
-    return JSONResponse(forms.error_response("the client went away"), 499)
+    return JSONResponse(schemas.error_response("the client went away"), 499)
 
 
 async def _misformed(_: Request, error: ValidationError) -> Response:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
-    return JSONResponse(forms.error_response(f"{place}: {first['msg']}", place=place), 400)
+    return JSONResponse(schemas.error_response(f"{place}: {first['msg']}", place=place), 400)
 
 
 async def _http(_: Request, error: HTTPException) -> Response:
-    return JSONResponse(forms.error_response(error.detail), error.status_code, headers=error.headers)
+    return JSONResponse(
+        schemas.error_response(error.detail), error.status_code, headers=error.headers
+    )
 
 
 async def _busy(_: Request, __: ServerBusyError) -> Response:
-    told = forms.error_response("too many requests wait. Try again later", error_type="server_error")
+    told = schemas.error_response(
+        "too many requests wait. Try again later", error_type="server_error"
+    )
     return JSONResponse(told, 503, headers={"Retry-After": "5"})
 
 
 async def _broken(_: Request, __: Exception) -> Response:
     """Of our own mistakes and of memory that is not there; the log has the traceback."""
-    return JSONResponse(forms.error_response("an error inside the server; its log tells more", error_type="server_error"), 500)
+    return JSONResponse(
+        schemas.error_response(
+            "an error inside the server; its log tells more", error_type="server_error"
+        ),
+        500,
+    )

@@ -24,10 +24,10 @@ import numpy as np
 
 from vlduet.data.quarantine import bisect_failures
 from vlduet.data.records import Part, Parts, as_parts, extract_images
+from vlduet.encoders.dual import DualEncoder
 from vlduet.errors import DataError, ModelError
-from vlduet.model.dual import DualEncoder
 from vlduet.model.duet import DuetModel
-from vlduet.serve.talks import ChatRequest, ChatScheduler
+from vlduet.serve.scheduler import ChatRequest, ChatScheduler
 
 Result = TypeVar("Result")
 
@@ -78,7 +78,9 @@ class Worker:
         self._embedding_jobs: deque[_EmbeddingJob] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waiting_chats: deque[ChatRequest] = deque()
-        self._scheduler = ChatScheduler(model, self._waiting_chats) if isinstance(model, DuetModel) else None
+        self._scheduler = (
+            ChatScheduler(model, self._waiting_chats) if isinstance(model, DuetModel) else None
+        )
         self._work_available = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -86,7 +88,9 @@ class Worker:
 
     # ------------------------------------------------------------------ for other threads
 
-    def submit_embedding(self, items: Sequence[Part | Parts], *, is_query: bool) -> Future[np.ndarray]:
+    def submit_embedding(
+        self, items: Sequence[Part | Parts], *, is_query: bool
+    ) -> Future[np.ndarray]:
         """float32[N, D] unit vectors, in the order of the items.
 
         Raises:
@@ -124,8 +128,13 @@ class Worker:
 
     def _enqueue(self, queue: deque[Any], work: Any, *, count: int = 1) -> None:
         with self._work_available:
-            items = sum(len(request.items) - request.num_started for request in self._embedding_jobs)
-            if self._closed or items + len(self._calls) + len(self._waiting_chats) + count > MAX_WAITING:
+            items = sum(
+                len(request.items) - request.num_started for request in self._embedding_jobs
+            )
+            if (
+                self._closed
+                or items + len(self._calls) + len(self._waiting_chats) + count > MAX_WAITING
+            ):
                 raise ServerBusyError
             queue.append(work)
             self._work_available.notify()
@@ -153,7 +162,11 @@ class Worker:
             return not self._closed
 
     def _has_work(self) -> bool:
-        return bool(self._embedding_jobs or self._calls or (self._scheduler is not None and self._scheduler.has_work))
+        return bool(
+            self._embedding_jobs
+            or self._calls
+            or (self._scheduler is not None and self._scheduler.has_work)
+        )
 
     def _run_next_call(self) -> None:
         with self._work_available:
@@ -182,7 +195,11 @@ class Worker:
             if request.future.done():  # of an error, or nobody waits for it any more
                 continue
             turn.append((request, request.num_started))
-            cost += max(1, IMAGE_COST_IN_TEXTS * len(extract_images(as_parts(request.items[request.num_started]))))
+            cost += max(
+                1,
+                IMAGE_COST_IN_TEXTS
+                * len(extract_images(as_parts(request.items[request.num_started]))),
+            )
             request.num_started += 1
             if request.num_started < len(request.items):
                 self._embedding_jobs.append(request)

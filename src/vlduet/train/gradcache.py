@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlduet.data.batches import Batch
 from vlduet.data.sequences import IGNORE_INDEX
-from vlduet.model.readout import Readout, concatenate_readouts
+from vlduet.model.pooling import Readout, concatenate_readouts
 
 RandomState = tuple[Tensor, Tensor | None]
 """Of the CPU, and of the GPU where there is one."""
@@ -53,11 +53,17 @@ def compute_cached_losses(
     made = compute_losses(Readout(embeddings, anchors, nll))
     slopes = {name: _slope(loss, nll) for name, loss in made.items()}
     made["loss"].backward()
-    made = {name: loss.detach() for name, loss in made.items()}  # its graph holds masks of all pairs
+    made = {
+        name: loss.detach() for name, loss in made.items()
+    }  # its graph holds masks of all pairs
     wanted = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
     found = [empty.nll.detach()]
     parts = zip(
-        chunks, states, wanted.split([len(c.anchors) for c in chunks]), slopes["loss"].split(counts), strict=True
+        chunks,
+        states,
+        wanted.split([len(c.anchors) for c in chunks]),
+        slopes["loss"].split(counts),
+        strict=True,
     )
     for chunk, state, of_embeddings, of_nll in parts:
         with _replayed(state):
@@ -80,7 +86,9 @@ def _first_pass(
         for chunk in chunks:
             states.append(_random_state() if chunk.anchors else None)
             if chunk.anchors:
-                readouts.append(model(replace(chunk, labels=torch.full_like(chunk.labels, IGNORE_INDEX))))
+                readouts.append(
+                    model(replace(chunk, labels=torch.full_like(chunk.labels, IGNORE_INDEX)))
+                )
     return concatenate_readouts(readouts).embeddings.detach().requires_grad_(), states
 
 

@@ -23,7 +23,7 @@ from vlduet.data.records import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError
 from vlduet.logs import MetricsLog, ProgressBar, say
-from vlduet.train import setup, state
+from vlduet.train import checkpointing, setup
 from vlduet.train.setup import TrainableModel, TrainingRun
 from vlduet.train.step import all_finite, forward_backward, optimizer_step, seed_step
 
@@ -51,15 +51,17 @@ def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: boo
     out = settings.out
     if distributed.is_main_process():
         out.mkdir(parents=True, exist_ok=True)
-        if not resume and (out / state.STATE_FOLDER).exists():
-            raise TrainingError("this folder holds a run already", place=out, fix="Use --resume, or another out=")
+        if not resume and (out / checkpointing.STATE_FOLDER).exists():
+            raise TrainingError(
+                "this folder holds a run already", place=out, fix="Use --resume, or another out="
+            )
     run = setup.prepare_run(settings)
-    first = state.load_state(run) if resume else 0
+    first = checkpointing.load_state(run) if resume else 0
     log = MetricsLog(out, resume_at=first) if distributed.is_main_process() else None
     if distributed.is_main_process():
         config.save_run_config(settings, out / "config.yaml")
         if not resume:
-            state.save_state(run, 0)
+            checkpointing.save_state(run, 0)
     began = time.monotonic()
     steps, every = settings.train.steps, settings.train
     laid_out = setup.iterate_batches(run, first)
@@ -71,7 +73,7 @@ def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: boo
             if evaluate and step % every.eval_every == 0:
                 _validate(run, evaluate, log, step, began)
             if step > first and step % every.save_every == 0 and distributed.is_main_process():
-                state.save_state(run, step)
+                checkpointing.save_state(run, step)
 
             # -------------------------------------------------------- the step
             run.model.train()
@@ -93,7 +95,7 @@ def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: boo
         _validate(run, evaluate, log, steps, began)
     distributed.barrier()
     if distributed.is_main_process():
-        state.save_state(run, steps)
+        checkpointing.save_state(run, steps)
         run.model.save_pretrained(out / "model", provenance=build_provenance(settings))
         if run.quarantine.count:
             say(str(run.quarantine))
@@ -103,13 +105,17 @@ def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: boo
     return out / "model"
 
 
-def _validate(run: TrainingRun, evaluate: Evaluator, log: MetricsLog | None, step: int, began: float) -> None:
+def _validate(
+    run: TrainingRun, evaluate: Evaluator, log: MetricsLog | None, step: int, began: float
+) -> None:
     """Measure on rank 0."""
     if not log:
         return
     values = evaluate(run.model)
     log.write(
-        step, {f"validation/{name}": value for name, value in values.items()} | {"seconds": time.monotonic() - began}
+        step,
+        {f"validation/{name}": value for name, value in values.items()}
+        | {"seconds": time.monotonic() - began},
     )
 
 
@@ -122,7 +128,7 @@ def _stop(run: TrainingRun, samples: list[Sample], step: int, measured: dict[str
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "measured.json").write_text(json.dumps(measured, indent=1))
     if distributed.is_main_process():
-        state.save_state(run, step)
+        checkpointing.save_state(run, step)
     bad = ", ".join(name for name, value in measured.items() if not all_finite({name: value}))
     raise TrainingError(
         f"step {step}: {bad} is not a number",

@@ -10,7 +10,7 @@ import torch
 from vlduet.config import RunConfig
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
-from vlduet.model.features import compute_features
+from vlduet.model.feature_cache import compute_features
 from vlduet.train import setup
 
 MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE = 4, 512
@@ -36,9 +36,18 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     padded = [sum(chunk.token_ids.numel() for chunk in chunks) for chunks in laid_out]
     supervised = [sum(chunk.num_supervised_tokens for chunk in chunks) for chunks in laid_out]
     # What lives at one time: a chunk, or the whole batch.
-    together = [[chunk] for chunks in laid_out for chunk in chunks] if config.train.chunk_tokens else laid_out
-    memory = max((_memory(run, chunks, 1 if config.train.chunk_tokens else times) for chunks in together), default=0.0)
-    embeddings = max((sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0)
+    together = (
+        [[chunk] for chunks in laid_out for chunk in chunks]
+        if config.train.chunk_tokens
+        else laid_out
+    )
+    memory = max(
+        (_memory(run, chunks, 1 if config.train.chunk_tokens else times) for chunks in together),
+        default=0.0,
+    )
+    embeddings = max(
+        (sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0
+    )
     pictures = sum(len(record.images()) for source in run.mixture.sources for record in source)
     epochs = config.train.steps * config.train.batch_size / sum(len(s) for s in run.mixture.sources)
     return {
@@ -49,14 +58,20 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         "steps": config.train.steps,
         "epochs": round(epochs, 2),
         "tokens a batch": round(times * sum(tokens) / max(1, len(tokens))),
-        **({"chunks a batch": round(times * max(map(len, laid_out), default=0))} if config.train.chunk_tokens else {}),
+        **(
+            {"chunks a batch": round(times * max(map(len, laid_out), default=0))}
+            if config.train.chunk_tokens
+            else {}
+        ),
         "padding": f"{1 - sum(tokens) / max(1, sum(padded)):.0%} of what is computed",
         "supervised tokens a batch": round(times * sum(supervised) / max(1, len(supervised))),
         "embeddings a batch": round(times * embeddings),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": trainable,
         "estimated memory (GB)": round(memory / 1e9, 2),
-        "vision features on disk, at most (GB)": round(pictures * _features(run, laid_out) / 1e9, 2),
+        "vision features on disk, at most (GB)": round(
+            pictures * _features(run, laid_out) / 1e9, 2
+        ),
         "device": str(run.model.logit_scale.device),
         "out": str(config.out),
     }
@@ -67,7 +82,12 @@ def _features(run: setup.TrainingRun, laid_out: list[list[Batch]]) -> int:
     images = [image for chunks in laid_out for chunk in chunks for image in chunk.images]
     if not images or not isinstance(run.model, DuetModel) or run.config.data.cache is False:
         return 0
-    return 4 * compute_features(images[:1], run.model.feature_cache, run.model.backbone.compute_vision_features)[0].numel()
+    return (
+        4
+        * compute_features(
+            images[:1], run.model.feature_cache, run.model.backbone.compute_vision_features
+        )[0].numel()
+    )
 
 
 def _memory(run: setup.TrainingRun, together: list[Batch], times: float) -> float:
@@ -84,6 +104,8 @@ def _memory(run: setup.TrainingRun, together: list[Batch], times: float) -> floa
     # A block keeps about 12 tensors of the width and 3 of the intermediate width for its backward.
     a_block = 12 * config.hidden_size + 3 * config.intermediate_size
     kept = config.hidden_size if run.config.train.checkpointing else a_block
-    a_token = (config.num_hidden_layers * kept + (a_block if run.config.train.checkpointing else 0)) * size
+    a_token = (
+        config.num_hidden_layers * kept + (a_block if run.config.train.checkpointing else 0)
+    ) * size
     logits = min(supervised, 1024) * config.vocab_size * 4 * 2
     return float(weights + moving + tokens * a_token + logits)

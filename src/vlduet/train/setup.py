@@ -20,19 +20,24 @@ from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Mixture, Sample
+from vlduet.encoders.dual import DualEncoder, open_frozen_encoder
+from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders
 from vlduet.errors import ConfigError, DataError, suggest_name
 from vlduet.logs import say
 from vlduet.model.adapters import LoraSettings
-from vlduet.model.backbones import select_device
-from vlduet.model.dual import DualEncoder, open_frozen_encoder
+from vlduet.model.backbone import select_device
 from vlduet.model.duet import DuetModel
-from vlduet.model.encoders import FrozenEncoder, FrozenEncoders
-from vlduet.model.features import VISION_BATCH_IMAGES, FeatureCache, replace_pixels_by_features
+from vlduet.model.feature_cache import VISION_BATCH_IMAGES, FeatureCache, replace_pixels_by_features
+from vlduet.model.pooling import Readout
 from vlduet.model.prompts import Prompts, Renderer
-from vlduet.model.readout import Readout
 from vlduet.recipes import clip, fromage, sugar, vladva
 
-RECIPES: dict[str, ModuleType] = {"vladva": vladva, "sugar": sugar, "fromage": fromage, "clip": clip}
+RECIPES: dict[str, ModuleType] = {
+    "vladva": vladva,
+    "sugar": sugar,
+    "fromage": fromage,
+    "clip": clip,
+}
 """A new method is a module in recipes/ and a name here."""
 
 
@@ -87,7 +92,9 @@ class TrainingRun:
         """Every loss that has a weight, by name, and their weighted sum `loss`."""
         found = self.recipe.objective(readout, self.model.logit_scale)
         weights = {name: weight for name, weight in self.config.objectives.items() if weight}
-        total = sum((weight * found[name] for name, weight in weights.items()), readout.nll.new_zeros(()))
+        total = sum(
+            (weight * found[name] for name, weight in weights.items()), readout.nll.new_zeros(())
+        )
         return {"loss": total, **{name: found[name] for name in weights}}
 
 
@@ -100,15 +107,21 @@ def bind(config: RunConfig) -> Recipe:
     values = dict(config.recipe)
     name = str(values.pop("name", ""))
     if name not in RECIPES:
-        raise ConfigError(f"unknown recipe '{name}'", place="recipe.name", fix=suggest_name(name, RECIPES))
+        raise ConfigError(
+            f"unknown recipe '{name}'", place="recipe.name", fix=suggest_name(name, RECIPES)
+        )
     module = RECIPES[name]
     for key in config.objectives:
         if key not in module.OBJECTIVES:
             raise ConfigError(
-                f"unknown loss '{key}' of {name}", place="objectives", fix=suggest_name(key, module.OBJECTIVES)
+                f"unknown loss '{key}' of {name}",
+                place="objectives",
+                fix=suggest_name(key, module.OBJECTIVES),
             )
     if not any(config.objectives.values()):
-        raise ConfigError("no loss has a weight", place="objectives", fix=f"Known: {', '.join(module.OBJECTIVES)}")
+        raise ConfigError(
+            "no loss has a weight", place="objectives", fix=f"Known: {', '.join(module.OBJECTIVES)}"
+        )
     bound = parse_options(module.Options, values, place="recipe")
     return Recipe(
         name,
@@ -124,15 +137,28 @@ def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> Duet
     """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
     section = config.model
     if section.path is None:
-        raise ConfigError("model.path is missing", place="model", fix="Name the checkpoint to start from")
+        raise ConfigError(
+            "model.path is missing", place="model", fix="Name the checkpoint to start from"
+        )
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
     model = DuetModel.from_pretrained(section.path, dtype=dtype)
-    model.set_prompts(parse_options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts"))
-    if config.train.soft_prompts and model.soft_prompts is not None and section.prompts.keys() & {"image", "text", "parts"}:
+    model.set_prompts(
+        parse_options(Prompts, model.prompts.to_dict() | section.prompts, place="model.prompts")
+    )
+    if (
+        config.train.soft_prompts
+        and model.soft_prompts is not None
+        and section.prompts.keys() & {"image", "text", "parts"}
+    ):
         raise ConfigError(
-            "the model brings learned prompts", place="model.prompts", fix="Leave image, text and parts out"
+            "the model brings learned prompts",
+            place="model.prompts",
+            fix="Leave image, text and parts out",
         )
-    if section.head is not None and (section.head, section.dim) != (model.head.kind, model.head.dim):
+    if section.head is not None and (section.head, section.dim) != (
+        model.head.kind,
+        model.head.dim,
+    ):
         torch.manual_seed(config.seed)
         model.reset_head(section.head, section.dim)
     if recipe.start is not None:
@@ -140,7 +166,9 @@ def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> Duet
     if (model.prompts.image_pool == "vision") != (model.head.kind == "split"):
         what = f"image_pool is {model.prompts.image_pool}, and the head is {model.head.kind}"
         raise ConfigError(
-            what, place="model.prompts.image_pool", fix="Only recipe fromage makes models that read vision"
+            what,
+            place="model.prompts.image_pool",
+            fix="Only recipe fromage makes models that read vision",
         )
     model.renderer.max_tokens = config.data.max_tokens
     model.feature_cache = FeatureCache(cache)
@@ -155,7 +183,9 @@ def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> Duet
     return model
 
 
-def load_encoders(config: RunConfig, recipe: Recipe, *, own: DuetModel | None, cache: Path | None) -> FrozenEncoders:
+def load_encoders(
+    config: RunConfig, recipe: Recipe, *, own: DuetModel | None, cache: Path | None
+) -> FrozenEncoders:
     """The frozen encoders that the recipe asks, opened when they are first needed.
 
     Raises:
@@ -184,15 +214,24 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
     return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
 
 
-def build_optimizer(model: TrainableModel, config: RunConfig, *, betas: tuple[float, float]) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: TrainableModel, config: RunConfig, *, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
     """AdamW in two groups: LoRA, and what is new. The temperature has no weight decay."""
     train = config.train
     lr_new = train.lr_new or train.lr
     own = {name: p for name, p in model.own_tensors().items() if p.requires_grad}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.adapter_tensors().values() if p.requires_grad], "lr": train.lr},
+        {
+            "params": [p for p in model.adapter_tensors().values() if p.requires_grad],
+            "lr": train.lr,
+        },
         {"params": [p for name, p in own.items() if name != "logit_scale"], "lr": lr_new},
-        {"params": [p for name, p in own.items() if name == "logit_scale"], "lr": lr_new, "weight_decay": 0.0},
+        {
+            "params": [p for name, p in own.items() if name == "logit_scale"],
+            "lr": lr_new,
+            "weight_decay": 0.0,
+        },
     ]
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
@@ -247,14 +286,18 @@ def _nothing_in(run: TrainingRun, number: int, *, every: bool) -> DataError | No
     seen = range(0, len(source), 1 if every else -(-len(source) // MAX_PROBED_RECORDS))
     for at in seen:
         try:
-            laid_out = run.recipe.layout(Sample(source[at], at, run.config.seed, f"{number}.{at}"), run.model.renderer)
+            laid_out = run.recipe.layout(
+                Sample(source[at], at, run.config.seed, f"{number}.{at}"), run.model.renderer
+            )
         except DataError as error:
             first = first or f" (the first: {error})"
         else:
             if any(trim(one, labels=labels, anchors=anchors) for one in laid_out):
                 return None
     losses = ", ".join(name for name, weight in run.config.objectives.items() if weight)
-    looked = f"{len(seen)} of its {len(source)}" if len(seen) < len(source) else f"its {len(source)}"
+    looked = (
+        f"{len(seen)} of its {len(source)}" if len(seen) < len(source) else f"its {len(source)}"
+    )
     what = f"none of {looked} records has anything for {losses} of {run.recipe.name}{first}"
     fix = "Look at it with `vlduet data check` and `vlduet data show`, or leave it out"
     return DataError(what, place=run.config.data.train[number].path, fix=fix)
@@ -269,11 +312,15 @@ def _sequences(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
         except DataError as error:
             run.quarantine.add(sample.record, error)
     if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
-        return replace_pixels_by_features(made, run.model.feature_cache, run.model.backbone.compute_vision_features)
+        return replace_pixels_by_features(
+            made, run.model.feature_cache, run.model.backbone.compute_vision_features
+        )
     return made
 
 
-def iterate_batches(run: TrainingRun, start: int, stop: int | None = None) -> Iterator[tuple[list[Sample], list[Batch]]]:
+def iterate_batches(
+    run: TrainingRun, start: int, stop: int | None = None
+) -> Iterator[tuple[list[Sample], list[Batch]]]:
     """This rank's samples of steps `start` to `stop` and what goes through the model, laid out one step ahead in a thread.
 
     The batches are the chunks of the step: one, unless `train.chunk_tokens` or `train.fused` cut it; none where nothing is
@@ -286,12 +333,27 @@ def iterate_batches(run: TrainingRun, start: int, stop: int | None = None) -> It
     passes = [(labels, anchors)] if train.fused else [(False, anchors), (labels, False)]
 
     def lay_out(step: int) -> tuple[list[Sample], list[list[Sequence]]]:
-        samples = run.mixture.step_samples(step, train.batch_size, rank=distributed.get_rank(), world_size=distributed.get_world_size())
-        some = [samples[begin : begin + VISION_BATCH_IMAGES] for begin in range(0, len(samples), VISION_BATCH_IMAGES)]
+        samples = run.mixture.step_samples(
+            step,
+            train.batch_size,
+            rank=distributed.get_rank(),
+            world_size=distributed.get_world_size(),
+        )
+        some = [
+            samples[begin : begin + VISION_BATCH_IMAGES]
+            for begin in range(0, len(samples), VISION_BATCH_IMAGES)
+        ]
         made = [sequence for part in some for sequence in _sequences(run, part)]
-        groups = [[s for one in made if (s := trim(one, labels=now, anchors=read))] for now, read in passes]
+        groups = [
+            [s for one in made if (s := trim(one, labels=now, anchors=read))]
+            for now, read in passes
+        ]
         if train.chunk_tokens:
-            groups = [part for group in groups for part in split_into_chunks(group, train.chunk_tokens, pack_to=train.pack)]
+            groups = [
+                part
+                for group in groups
+                for part in split_into_chunks(group, train.chunk_tokens, pack_to=train.pack)
+            ]
         return samples, [group for group in groups if group]
 
     ahead = run.layout_executor.submit(lay_out, start) if start < stop else None

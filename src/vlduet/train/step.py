@@ -11,7 +11,7 @@ import torch
 from vlduet import distributed
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import create_empty_readout, concatenate_readouts
+from vlduet.model.pooling import concatenate_readouts, create_empty_readout
 from vlduet.train.gradcache import compute_cached_losses
 from vlduet.train.setup import TrainingRun
 
@@ -35,7 +35,9 @@ def forward_backward(run: TrainingRun, chunks: list[Batch]) -> dict[str, float]:
     # A rank with nothing to do still takes part in the collectives, or the others would wait for ever.
     nothing = create_empty_readout(run.model.dim, like=run.model.logit_scale.detach())
     if run.config.train.chunk_tokens:
-        losses = compute_cached_losses(run.model, chunks, compute_losses=run.compute_losses, empty=nothing)
+        losses = compute_cached_losses(
+            run.model, chunks, compute_losses=run.compute_losses, empty=nothing
+        )
     else:
         losses = run.compute_losses(concatenate_readouts([nothing, *map(run.model, chunks)]))
         losses["loss"].backward()

@@ -16,8 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import random_image
-from vlduet.data.formats import FORMATS, check_output_path, stream_to_jsonl, read_records, detect_format
+from helpers.tiny import random_image
+from vlduet.data.formats import (
+    FORMATS,
+    check_output_path,
+    detect_format,
+    read_records,
+    stream_to_jsonl,
+)
 from vlduet.data.readers.rows import SourceRow
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError
@@ -28,7 +34,9 @@ URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
 def lines(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" if not isinstance(row, str) else row + "\n" for row in rows))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" if not isinstance(row, str) else row + "\n" for row in rows)
+    )
     return path
 
 
@@ -55,14 +63,20 @@ def error_of(path: Path, format: str | None = None) -> DataError:
 LLAVA = {
     "id": "7",
     "image": "a.png",
-    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "A cat."},
+    ],
 }
 OPENAI = {
     "messages": [
         {"role": "developer", "content": "Be brief."},
         {
             "role": "user",
-            "content": [{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": "What?"}],
+            "content": [
+                {"type": "image_url", "image_url": {"url": URL}},
+                {"type": "text", "text": "What?"},
+            ],
         },
         {"role": "assistant", "content": "A cat."},
     ]
@@ -74,12 +88,24 @@ TRL = {
         {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
     ],
 }
-TRL_PROMPT = {"images": ["a.png"], "prompt": [{"role": "user", "content": "What?"}], "completion": "A cat."}
+TRL_PROMPT = {
+    "images": ["a.png"],
+    "prompt": [{"role": "user", "content": "What?"}],
+    "completion": "A cat.",
+}
 SWIFT = {
     "images": ["a.png"],
-    "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}],
+    "messages": [
+        {"role": "user", "content": "<image>What?"},
+        {"role": "assistant", "content": "A cat."},
+    ],
 }
-SWIFT_QUERY = {"images": "a.png", "query": "<image>What?", "response": "A cat.", "history": [["Hi", "Hello"]]}
+SWIFT_QUERY = {
+    "images": "a.png",
+    "query": "<image>What?",
+    "response": "A cat.",
+    "history": [["Hi", "Hello"]],
+}
 MMEB = {
     "qry": "<|image_1|>\nFind its caption.",
     "qry_image_path": "a.png",
@@ -95,7 +121,11 @@ CHAT = [("user", ["a.png", "What?"]), ("assistant", ["A cat."])]
     ("row", "format", "expected"),
     [
         (LLAVA, "llava", CHAT),
-        (OPENAI, "messages", [("system", ["Be brief."]), ("user", ["bytes", "What?"]), ("assistant", ["A cat."])]),
+        (
+            OPENAI,
+            "messages",
+            [("system", ["Be brief."]), ("user", ["bytes", "What?"]), ("assistant", ["A cat."])],
+        ),
         (TRL, "messages", CHAT),
         (TRL_PROMPT, "messages", CHAT),
         (SWIFT, "ms-swift", CHAT),
@@ -104,7 +134,9 @@ CHAT = [("user", ["a.png", "What?"]), ("assistant", ["A cat."])]
     ids=["llava", "openai", "trl", "trl prompt", "ms-swift", "ms-swift query"],
 )
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
-def test_chats(row: dict[str, Any], format: str, expected: list[Any], ending: str, tmp_path: Path) -> None:
+def test_chats(
+    row: dict[str, Any], format: str, expected: list[Any], ending: str, tmp_path: Path
+) -> None:
     if ending == ".parquet" and row is OPENAI:
         pytest.skip("a column of both strings and lists is no table")
     source = tmp_path / f"x{ending}"
@@ -122,8 +154,14 @@ def test_chats(row: dict[str, Any], format: str, expected: list[Any], ending: st
 
 def test_several_llava_images_go_to_their_tags(tmp_path: Path) -> None:
     row = {**LLAVA, "image": ["a.png", "b.png"]}
-    row["conversations"] = [{"from": "human", "value": "<image> and <image>?"}, {"from": "gpt", "value": "Two."}]
-    assert turns(only(lines(tmp_path / "x.jsonl", row)))[0] == ("user", ["a.png", "and", "b.png", "?"])
+    row["conversations"] = [
+        {"from": "human", "value": "<image> and <image>?"},
+        {"from": "gpt", "value": "Two."},
+    ]
+    assert turns(only(lines(tmp_path / "x.jsonl", row)))[0] == (
+        "user",
+        ["a.png", "and", "b.png", "?"],
+    )
 
 
 def test_mmeb(tmp_path: Path) -> None:
@@ -131,13 +169,21 @@ def test_mmeb(tmp_path: Path) -> None:
     a, b = ImageRef(path=tmp_path / "a.png"), ImageRef(path=tmp_path / "b.png")
     assert record.kind == "retrieval" and record.query == (a, "Find its caption.")
     assert record.positive == (("A cat.",),) and record.negative == (("A dog.",), (b, "A bird."))
-    evaluation = {"qry_text": "boat", "qry_img_path": "", "tgt_text": ["", ""], "tgt_img_path": ["a.png", "b.png"]}
+    evaluation = {
+        "qry_text": "boat",
+        "qry_img_path": "",
+        "tgt_text": ["", ""],
+        "tgt_img_path": ["a.png", "b.png"],
+    }
     record = only(lines(tmp_path / "y.jsonl", evaluation))
     assert (record.positive, record.negative) == (((a,),), ((b,),))
 
 
 def test_our_own_jsonl_and_a_json_list(tmp_path: Path) -> None:
-    rows = [{"id": "a", "image": "a.png", "short": "x"}, {"id": "b", "parts": [{"text": "One. Two."}]}]
+    rows = [
+        {"id": "a", "image": "a.png", "short": "x"},
+        {"id": "b", "parts": [{"text": "One. Two."}]},
+    ]
     ours = list(read_records(lines(tmp_path / "x.jsonl", *rows)))
     assert [r.kind for r in ours] == ["pair", "interleaved"] and ours[1].parts == ("One.", "Two.")
     (tmp_path / "x.json").write_text(json.dumps(rows, indent=1))
@@ -153,7 +199,10 @@ def test_folder_of_images(tmp_path: Path) -> None:
     (tmp_path / "deep" / "a.txt").write_text("A cat.\n\nTwo cats.\n")
     (tmp_path / "notes.md").write_text("no image")
     records = list(read_records(tmp_path))
-    assert [(r.id, r.short) for r in records] == [("b.png", ()), ("deep/a.PNG", ("A cat.", "Two cats."))]
+    assert [(r.id, r.short) for r in records] == [
+        ("b.png", ()),
+        ("deep/a.PNG", ("A cat.", "Two cats.")),
+    ]
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     errors: list[DataError] = []
     assert [r.id for r in read_records(tmp_path, on_error=errors.append)] == ["deep/a.PNG"]
@@ -163,25 +212,42 @@ def test_folder_of_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ending", "tab"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
 def test_csv(ending: str, tab: str, tmp_path: Path) -> None:
     source = tmp_path / f"x.{ending}"
-    rows = [["file_name", "caption", "title", "year"], ["a.png", '"one\ntwo"', "T", "1990"], ["b.png", "", "", ""]]
+    rows = [
+        ["file_name", "caption", "title", "year"],
+        ["a.png", '"one\ntwo"', "T", "1990"],
+        ["b.png", "", "", ""],
+    ]
     source.write_text("\ufeff" + "\n".join(tab.join(row) for row in rows))
     first, second = read_records(source)
     assert first.image == ImageRef(path=tmp_path / "a.png") and first.short == ("one\ntwo", "T")
-    assert first.metadata == {"year": "1990"} and (first.id, second.id) == (f"x.{ending}:2", f"x.{ending}:4")
+    assert first.metadata == {"year": "1990"} and (first.id, second.id) == (
+        f"x.{ending}:2",
+        f"x.{ending}:4",
+    )
     assert second.short == () and second.place is not None and second.place.line == 4
 
 
 def test_broken_csv_rows_do_not_stop_the_others(tmp_path: Path) -> None:
     source = tmp_path / "x.csv"
-    source.write_bytes(b'image,caption\na.png,one\nb.png,two,three\nc.png,\xff\nd.png,"x" y\n,no image\ne.png,five\n')
+    source.write_bytes(
+        b'image,caption\na.png,one\nb.png,two,three\nc.png,\xff\nd.png,"x" y\n,no image\ne.png,five\n'
+    )
     errors: list[DataError] = []
     assert [r.short for r in read_records(source, on_error=errors.append)] == [("one",), ("five",)]
-    assert [str(e.place).removeprefix(str(source)) for e in errors] == [":3:three", ":4:caption", ":5", ":6:image"]
+    assert [str(e.place).removeprefix(str(source)) for e in errors] == [
+        ":3:three",
+        ":4:caption",
+        ":5",
+        ":6:image",
+    ]
     assert all(e.fix for e in errors)
 
 
 def image_table() -> pa.Table:
-    rows = [{"image": {"bytes": PNG, "path": "a.png"}, "text": "one"}, {"image": {"bytes": None, "path": "b.png"}}]
+    rows = [
+        {"image": {"bytes": PNG, "path": "a.png"}, "text": "one"},
+        {"image": {"bytes": None, "path": "b.png"}},
+    ]
     return pa.Table.from_pylist(rows)
 
 
@@ -207,7 +273,9 @@ def test_a_saved_hugging_face_dataset(tmp_path: Path) -> None:
     with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as writer:
         writer.write_table(table)
     (folder / "dataset_info.json").write_text("{}")
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+    )
     check_image_table(folder, folder)
     (folder.parent / "dataset_dict.json").write_text('{"splits": ["train"]}')
     assert f"Name one: {folder}" in str(error_of(folder.parent))
@@ -227,18 +295,29 @@ def tar(path: Path, members: dict[str, bytes], *, link: str | None = None) -> Pa
 
 
 def test_webdataset(tmp_path: Path) -> None:
-    members = {"0/a.png": PNG, "0/a.txt": b"A cat.", "0/a.json": b'{"year": 1990, "caption": "A cat."}'}
-    members |= {"b.png": PNG, "b.json": json.dumps({**LLAVA, "id": "b", "image": "gone.png"}).encode()}
+    members = {
+        "0/a.png": PNG,
+        "0/a.txt": b"A cat.",
+        "0/a.json": b'{"year": 1990, "caption": "A cat."}',
+    }
+    members |= {
+        "b.png": PNG,
+        "b.json": json.dumps({**LLAVA, "id": "b", "image": "gone.png"}).encode(),
+    }
     tar(tmp_path / "x-000.tar", {k: v for k, v in members.items() if k[0] == "0"}, link="z.png")
     tar(tmp_path / "x-001.tar", {k: v for k, v in members.items() if k[0] == "b"})
     errors: list[DataError] = []
     (record,) = read_records(tmp_path / "x-000.tar", on_error=errors.append)
     assert (record.id, record.short, record.metadata) == ("x-000/0/a", ("A cat.",), {"year": 1990})
     assert record.image == ImageRef(data=PNG)
-    assert [e.place for e in errors] == [f"{tmp_path / 'x-000.tar'}:z.png"] and "refused" in errors[0].message
+    assert [e.place for e in errors] == [f"{tmp_path / 'x-000.tar'}:z.png"] and "refused" in errors[
+        0
+    ].message
     chat = only(tmp_path / "x-001.tar")
     assert chat.id == "b" and turns(chat)[0] == ("user", ["bytes", "What?"])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-000.tar", "x-001.tar"], "nothing is unpacked"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-000.tar", "x-001.tar"], (
+        "nothing is unpacked"
+    )
 
 
 def test_a_truncated_shard_or_table_gives_what_it_holds_and_one_error(tmp_path: Path) -> None:
@@ -246,7 +325,9 @@ def test_a_truncated_shard_or_table_gives_what_it_holds_and_one_error(tmp_path: 
     shard.write_bytes(shard.read_bytes()[: 512 * 8])
     errors: list[DataError] = []
     records = list(read_records(shard, on_error=errors.append))
-    assert [r.id for r in records] == ["x/a"] and len(errors) == 1 and "truncated" in errors[0].message
+    assert (
+        [r.id for r in records] == ["x/a"] and len(errors) == 1 and "truncated" in errors[0].message
+    )
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nonsense")
     assert "broken parquet" in str(error_of(tmp_path / "x.parquet"))
 
@@ -258,13 +339,29 @@ def test_a_truncated_shard_or_table_gives_what_it_holds_and_one_error(tmp_path: 
     ("row", "field", "says"),
     [
         ({**LLAVA, "image": ["a.png", "b.png"]}, "image", "2 images, but 1 <image>"),
-        ({k: v for k, v in LLAVA.items() if k != "image"}, "conversations[0].value", "more than there are images"),
-        ({**LLAVA, "conversations": [{"from": "cat", "value": "x"}]}, "conversations[0].from", "'cat'"),
-        ({**LLAVA, "conversations": LLAVA["conversations"][:1]}, "conversations", "no assistant turn"),
+        (
+            {k: v for k, v in LLAVA.items() if k != "image"},
+            "conversations[0].value",
+            "more than there are images",
+        ),
+        (
+            {**LLAVA, "conversations": [{"from": "cat", "value": "x"}]},
+            "conversations[0].from",
+            "'cat'",
+        ),
+        (
+            {**LLAVA, "conversations": LLAVA["conversations"][:1]},
+            "conversations",
+            "no assistant turn",
+        ),
         ({**LLAVA, "video": "a.mp4"}, "video", "not supported"),
         ({**TRL, "images": []}, "messages[0].content[0]", "no image left"),
         ({**TRL, "images": ["a.png", "b.png"]}, "images", "2 images, but places for 1"),
-        ({"messages": [{"role": "usr", "content": "x"}]}, "messages[0].role", "Did you mean 'user'?"),
+        (
+            {"messages": [{"role": "usr", "content": "x"}]},
+            "messages[0].role",
+            "Did you mean 'user'?",
+        ),
         ({**TRL, "images": ["http://x/a.png"]}, "images[0]", "is a URL"),
         ({**SWIFT, "images": []}, "messages[0].content", "more than there are images"),
         ({**SWIFT_QUERY, "history": [["Hi"]]}, "history[0]", "not a pair"),
@@ -272,13 +369,19 @@ def test_a_truncated_shard_or_table_gives_what_it_holds_and_one_error(tmp_path: 
         ({**MMEB, "pos_text": ""}, "pos_text", "neither text nor image"),
         ({**MMEB, "neg_image_path": [""]}, "neg_image_path", "2 texts for 1 images"),
         ({**MMEB, "qry_image_path": ""}, "qry", "more than there are images"),
-        ({"file": "a.png", "path": "b.png", "text": "x"}, "image", "several image columns: file, path"),
+        (
+            {"file": "a.png", "path": "b.png", "text": "x"},
+            "image",
+            "several image columns: file, path",
+        ),
         ({"image": "a.png", "caption": 7}, "caption", "expected text"),
         ({"id": "a", "image": "a.png", "shrt": "x"}, "shrt", "Did you mean 'short'?"),
         ({"image": "a.png", "text": "x", "id": True}, "id", "id is bool"),
     ],
 )
-def test_errors_name_file_line_field_and_fix(row: dict[str, Any], field: str, says: str, tmp_path: Path) -> None:
+def test_errors_name_file_line_field_and_fix(
+    row: dict[str, Any], field: str, says: str, tmp_path: Path
+) -> None:
     source = lines(tmp_path / "x.jsonl", "", row)
     error = error_of(source)
     assert error.place == f"{source}:2:{field}" and says in str(error)
@@ -290,11 +393,19 @@ def test_broken_lines_do_not_stop_the_others(tmp_path: Path) -> None:
     source.write_bytes(source.read_bytes() + b'{"id": "\xff"}\n')
     errors: list[DataError] = []
     assert [r.id for r in read_records(source, format="records", on_error=errors.append)] == ["a"]
-    assert [str(e.place).removeprefix(f"{source}:") for e in errors] == ["1", "2:extra", "3", "5", "6"]
+    assert [str(e.place).removeprefix(f"{source}:") for e in errors] == [
+        "1",
+        "2:extra",
+        "3",
+        "5",
+        "6",
+    ]
 
 
 def test_a_json_list_counts_its_lines(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('[\n{"id": "a", "image": "a.png"},\n{"id": "", "image": "b.png"},\n{"id": oops}]')
+    (tmp_path / "x.json").write_text(
+        '[\n{"id": "a", "image": "a.png"},\n{"id": "", "image": "b.png"},\n{"id": oops}]'
+    )
     errors: list[DataError] = []
     assert [r.id for r in read_records(tmp_path / "x.json", on_error=errors.append)] == ["a"]
     assert [str(e.place).removeprefix(f"{tmp_path / 'x.json'}:") for e in errors] == ["3:id", "4"]
@@ -302,10 +413,14 @@ def test_a_json_list_counts_its_lines(tmp_path: Path) -> None:
 
 def test_unknown_things_say_what_is_accepted(tmp_path: Path) -> None:
     source = lines(tmp_path / "x.jsonl", LLAVA)
-    with pytest.raises(DataError, match=r"no format 'lava'.*Did you mean 'llava'\? Known: .*ms-swift"):
+    with pytest.raises(
+        DataError, match=r"no format 'lava'.*Did you mean 'llava'\? Known: .*ms-swift"
+    ):
         read_records(source, format="lava")
     unknown = str(error_of(lines(tmp_path / "y.jsonl", {"a": 1, "b": 2})))
-    assert "not recognised by its keys: a, b" in unknown and all(name in unknown for name in FORMATS)
+    assert "not recognised by its keys: a, b" in unknown and all(
+        name in unknown for name in FORMATS
+    )
     (tmp_path / "x.xlsx").write_bytes(b"")
     assert ".parquet" in str(error_of(tmp_path / "x.xlsx"))
     assert "no such file" in str(error_of(tmp_path / "gone.jsonl"))
@@ -317,12 +432,27 @@ def test_unknown_things_say_what_is_accepted(tmp_path: Path) -> None:
     assert "several files of records" in str(error_of(tmp_path / "empty"))
 
 
-SAMPLES = (LLAVA, OPENAI, TRL, TRL_PROMPT, SWIFT, SWIFT_QUERY, MMEB, {"image": "a.png", "caption": "x", "long": "y"})
+SAMPLES = (
+    LLAVA,
+    OPENAI,
+    TRL,
+    TRL_PROMPT,
+    SWIFT,
+    SWIFT_QUERY,
+    MMEB,
+    {"image": "a.png", "caption": "x", "long": "y"},
+)
 junk = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from(["", "x", "<image>", "user", "image", "a.png"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from(["", "x", "<image>", "user", "image", "a.png"]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "type", "from", "value", "image_url", "bytes"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "from", "value", "image_url", "bytes"]),
+            inner,
+        )
     ),
     max_leaves=5,
 )
@@ -330,11 +460,15 @@ junk = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data(), st.sampled_from(SAMPLES), st.sampled_from(sorted(FORMATS)))
-def test_whatever_stands_in_a_row_it_is_a_record_or_a_data_error(data: Any, row: dict[str, Any], name: str) -> None:
+def test_whatever_stands_in_a_row_it_is_a_record_or_a_data_error(
+    data: Any, row: dict[str, Any], name: str
+) -> None:
     keys = st.sampled_from(sorted({key for sample in SAMPLES for key in sample}))
     value = row | data.draw(st.dictionaries(keys, junk, max_size=2))
     try:
-        assert isinstance(FORMATS[name].parse_row(SourceRow(Place("x", 1), Path(), "x:1", value)), Record)
+        assert isinstance(
+            FORMATS[name].parse_row(SourceRow(Place("x", 1), Path(), "x:1", value)), Record
+        )
     except DataError as error:
         assert error.place is not None and error.place.startswith("x:1") and error.fix
     for known in FORMATS.values():
@@ -358,13 +492,19 @@ def test_convert_writes_embedded_images_to_files(tmp_path: Path) -> None:
     target = tmp_path / "out" / "y.jsonl"
     assert len(list(stream_to_jsonl(read_records(tmp_path / "x.parquet"), target))) == 2
     first, second = read_records(target)
-    assert first.image is not None and first.image.path is not None and first.image.path.read_bytes() == PNG
+    assert (
+        first.image is not None
+        and first.image.path is not None
+        and first.image.path.read_bytes() == PNG
+    )
     assert second.image is not None and second.image.path is not None
     assert second.image.path.resolve() == (tmp_path / "b.png").resolve()
     assert sorted(p.name for p in target.parent.iterdir()) == ["y-images", "y.jsonl"]
 
 
-def test_splits_with_dots_in_their_names_are_not_shards_and_listings_are_no_records(tmp_path: Path) -> None:
+def test_splits_with_dots_in_their_names_are_not_shards_and_listings_are_no_records(
+    tmp_path: Path,
+) -> None:
     row = {"id": "a", "parts": [{"text": "x"}]}
     lines(tmp_path / "coco.train.jsonl", row)
     assert only(tmp_path).id == "a"
@@ -421,7 +561,9 @@ def test_json_that_no_machine_holds_is_a_broken_row(ending: str, tmp_path: Path)
 
 def test_negatives_of_a_pair_without_an_id(tmp_path: Path) -> None:
     wrong = [[{"text": "a buoy"}]]
-    record = only(lines(tmp_path / "x.jsonl", {"image": "a.png", "short": "a boat", "negative": wrong}))
+    record = only(
+        lines(tmp_path / "x.jsonl", {"image": "a.png", "short": "a boat", "negative": wrong})
+    )
     assert record.negative == (("a buoy",),) and record.metadata == {}
 
 

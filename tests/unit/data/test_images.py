@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiny import random_image
+from helpers.tiny import random_image
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError
@@ -60,7 +60,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (9_000, 9_000)])
-def test_a_bomb_is_refused_on_its_header(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_on_its_header(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object) -> None:
         raise AssertionError("decoded")
 
@@ -113,7 +115,9 @@ def test_transparency_is_put_on_white() -> None:
 
 def test_grey_sixteen_bits_and_cmyk() -> None:
     grey = np.array([[0, 32768, 65535]], dtype=np.uint16)
-    assert images.to_pixels(images.load_image(encoded(Image.fromarray(grey))))[0, :, 0].tolist() == [0, 128, 255]
+    assert images.to_pixels(images.load_image(encoded(Image.fromarray(grey))))[
+        0, :, 0
+    ].tolist() == [0, 128, 255]
     assert corner(encoded(Image.new("L", (2, 2), 77))) == [77, 77, 77]
     red, green, blue = corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert red > 230 and green < 40 and blue < 40

@@ -15,11 +15,11 @@ from vlduet.data.records import (
     Message,
     Place,
     Record,
-    parse_record,
     parse_json_line,
+    parse_record,
     read_jsonl,
-    split_sentences,
     record_to_json,
+    split_sentences,
 )
 from vlduet.errors import DataError
 
@@ -28,7 +28,9 @@ PLACE = Place("x.jsonl", 4)
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
 names = st.text("abcXYZ09_-é ", min_size=1, max_size=8).map(lambda name: f"{name.strip()}.png")
-refs = st.binary(max_size=20).map(lambda data: ImageRef(data=data)) | names.map(lambda name: ImageRef(path=ROOT / name))
+refs = st.binary(max_size=20).map(lambda data: ImageRef(data=data)) | names.map(
+    lambda name: ImageRef(path=ROOT / name)
+)
 parts = st.lists(texts | refs, min_size=1, max_size=3).map(tuple)
 ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
 metadata = st.dictionaries(texts, st.integers() | texts | st.booleans() | st.none(), max_size=2)
@@ -43,11 +45,16 @@ pair_records = st.builds(
     negative=answers,
     metadata=metadata,
 )
-slices = st.lists(texts.flatmap(lambda t: st.sampled_from(split_sentences(t))) | refs, min_size=1, max_size=3)
+slices = st.lists(
+    texts.flatmap(lambda t: st.sampled_from(split_sentences(t))) | refs, min_size=1, max_size=3
+)
 interleaved_records = st.builds(Record, ids, parts=slices.map(tuple), metadata=metadata)
 turns = st.lists(st.builds(Message, st.sampled_from(["system", "user"]), parts), max_size=2)
 chat_records = st.builds(
-    lambda name, asked, answer: Record(name, messages=(*asked, Message("assistant", answer))), ids, turns, parts
+    lambda name, asked, answer: Record(name, messages=(*asked, Message("assistant", answer))),
+    ids,
+    turns,
+    parts,
 )
 retrieval_records = st.builds(
     Record,
@@ -70,7 +77,9 @@ def test_the_four_kinds() -> None:
     rows: dict[str, dict[str, Any]] = {
         "pair": {"image": "a.png", "short": ["x", "y"], "negative": [part]},
         "interleaved": {"parts": part},
-        "chat": {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "y"}]},
+        "chat": {
+            "messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "y"}]
+        },
         "retrieval": {"query": part, "positive": [part], "negative": [part]},
     }
     counts = {"pair": 2, "interleaved": 1, "chat": 1, "retrieval": 3}
@@ -120,7 +129,10 @@ ANSWER = {"role": "assistant", "content": "y"}
         ({"id": "a", "query": [{"text": "x"}]}, "positive"),
         ({"id": "a", "positive": [[{"text": "x"}]]}, "query"),
         ({"id": "a", "query": [{"text": "x"}], "positive": [{"text": "x"}]}, "positive"),
-        ({"id": "a", "query": [{"text": "x"}], "positive": [[{"text": ""}]]}, "positive[0][0].text"),
+        (
+            {"id": "a", "query": [{"text": "x"}], "positive": [[{"text": ""}]]},
+            "positive[0][0].text",
+        ),
     ],
 )
 def test_bad_records_say_where_and_what_to_do(raw: Any, field: str | None) -> None:
@@ -138,10 +150,15 @@ def test_broken_json_names_its_line(tmp_path: Path) -> None:
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["text", "image", "role", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["text", "image", "role", "x"]), inner)
+    ),
     max_leaves=6,
 )
-keys = st.sampled_from(["id", "image", "short", "long", "parts", "messages", "query", "positive", "metadata"])
+keys = st.sampled_from(
+    ["id", "image", "short", "long", "parts", "messages", "query", "positive", "metadata"]
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -22,13 +22,18 @@ def ids(mixture: Mixture, begin: int, end: int) -> list[str]:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 3), st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=1, max_size=3))
+@given(
+    st.integers(0, 3),
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=1, max_size=3),
+)
 def test_random_access_equals_reading_in_order(seed, sources):
     records = [source(str(i), count) for i, (count, _) in enumerate(sources)]
     weights = [w for _, w in sources]
     whole = ids(Mixture(records, weights, seed=seed), 0, 2500)
     fresh = Mixture(records, weights, seed=seed)
-    assert [fresh[p].record.id for p in (2400, 17, 1999, 0)] == [whole[p] for p in (2400, 17, 1999, 0)]
+    assert [fresh[p].record.id for p in (2400, 17, 1999, 0)] == [
+        whole[p] for p in (2400, 17, 1999, 0)
+    ]
     # Every source is read epoch after epoch: each record once before any comes again.
     for name, rows in zip("012", records, strict=False):
         drawn = [i for i in whole if i[0] == name]
@@ -39,14 +44,21 @@ def test_random_access_equals_reading_in_order(seed, sources):
 def test_weights_hold_exactly_in_every_block():
     mixture = Mixture([source("a", 7), source("b", 5)], [3, 1], seed=0)
     for block in range(3):
-        drawn = Counter(i[0] for i in ids(mixture, block * SCHEDULE_BLOCK_SIZE, (block + 1) * SCHEDULE_BLOCK_SIZE))
+        drawn = Counter(
+            i[0]
+            for i in ids(mixture, block * SCHEDULE_BLOCK_SIZE, (block + 1) * SCHEDULE_BLOCK_SIZE)
+        )
         assert drawn == {"a": 750, "b": 250}
 
 
 def test_ranks_share_what_one_process_sees():
     mixture = Mixture([source("a", 50)], [1], seed=4)
     one = [s.record.id for s in mixture.step_samples(3, 10)]
-    many = [s.record.id for rank in range(3) for s in mixture.step_samples(3, 10, rank=rank, world_size=3)]
+    many = [
+        s.record.id
+        for rank in range(3)
+        for s in mixture.step_samples(3, 10, rank=rank, world_size=3)
+    ]
     assert one == many
 
 

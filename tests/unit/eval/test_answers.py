@@ -18,7 +18,9 @@ from vlduet.eval.benchmarks.tasks import Question, joined, sample
 from vlduet.eval.benchmarks.vqa import gqa_match, vqa_accuracy_of_llava
 
 
-def item(answer: Any = None, *, id: str = "0", options: Sequence[str] = (), **tags: str) -> Question:
+def item(
+    answer: Any = None, *, id: str = "0", options: Sequence[str] = (), **tags: str
+) -> Question:
     return Question(id, ("?",), answer, tags, tuple(options))
 
 
@@ -83,7 +85,10 @@ def test_pope_without_a_yes_is_0_and_no_crash() -> None:
     samples = yes_no.score_pope(items, ["No", None]).samples
     values = {name: found.value().mean for name, found in samples.items()}
     assert values["F1"] == values["recall/random"] == 0.0  # no positive to find
-    assert (values["yes/random"], values["accuracy/random"]) == (50.0, 50.0)  # nothing said counts as yes
+    assert (values["yes/random"], values["accuracy/random"]) == (
+        50.0,
+        50.0,
+    )  # nothing said counts as yes
     quiet = yes_no.score_pope(items, ["No", "No"]).samples
     assert quiet["precision/random"].value().mean == quiet["F1"].value().high == 0.0
 
@@ -92,8 +97,15 @@ def test_pope_without_a_yes_is_0_and_no_crash() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_pope_f1_equals_the_definition(rows: list[tuple[bool, bool]]) -> None:
     items = [item("yes" if gold else "no", split="random") for gold, _ in rows]
-    found = yes_no.score_pope(items, ["yes" if said else "no" for _, said in rows]).samples["F1/random"].value().mean
-    hits, gold, said = (sum(x) for x in ([g and s for g, s in rows], [g for g, _ in rows], [s for _, s in rows]))
+    found = (
+        yes_no.score_pope(items, ["yes" if said else "no" for _, said in rows])
+        .samples["F1/random"]
+        .value()
+        .mean
+    )
+    hits, gold, said = (
+        sum(x) for x in ([g and s for g, s in rows], [g for g, _ in rows], [s for _, s in rows])
+    )
     precision, recall = hits / said if said else 0.0, hits / gold if gold else 0.0
     expected = 200 * precision * recall / (precision + recall) if hits else 0.0
     assert found == pytest.approx(expected)
@@ -198,7 +210,9 @@ def test_llava_bench_is_a_ratio_of_means_and_keeps_what_it_cannot_read() -> None
     values = {name: sample.value().mean for name, sample in found.samples.items()}
     assert values["relative/conv"] == pytest.approx(50.0)
     assert values["relative/all"] == pytest.approx(100 * (4 + 5 - 1) / (8 + 10 - 1))
-    assert values["relative/detail"] == pytest.approx(0.0) or values["relative/detail"] == pytest.approx(100.0)
+    assert values["relative/detail"] == pytest.approx(0.0) or values[
+        "relative/detail"
+    ] == pytest.approx(100.0)
     assert (values["model/conv"], values["reference/conv"], found.unparsed) == (45.0, 90.0, 1)
     told = {"context": "A hill.", "reference": "R.", "rule": "Rule."}
     assert judged.llava_prompt(Question("0", ("Q?",), told), "M.") == (
@@ -228,8 +242,15 @@ def test_mmvet_asks_again_and_warmer() -> None:
     assert asked[1][0].endswith("\nPredict the correctness of the answer (digit): ")
     assert judged.mmvet_review(one, "x", scripted(*["junk"] * 5)) == "0.0"
     items = [item(capabilities="math+ocr"), item(capabilities="rec")]
-    values = {n: s.value().mean for n, s in judged.score_mmvet(items, ["0.5 x", "1.0"]).samples.items()}
-    assert (values["total"], values["math"], values["rec"], values["needs/math+ocr"]) == (75, 50, 100, 50)
+    values = {
+        n: s.value().mean for n, s in judged.score_mmvet(items, ["0.5 x", "1.0"]).samples.items()
+    }
+    assert (values["total"], values["math"], values["rec"], values["needs/math+ocr"]) == (
+        75,
+        50,
+        100,
+        50,
+    )
 
 
 # ------------------------------------------------------------------ DEMON
@@ -241,7 +262,9 @@ def test_rouge_works_on_sets_of_words() -> None:
     assert answers.rouge_l("a dog", "the cat") == 0.0
 
 
-WORDS = st.lists(st.sampled_from(["a", "cat", "sat", "on", "the", "mat", ".", "dog."]), min_size=1, max_size=14)
+WORDS = st.lists(
+    st.sampled_from(["a", "cat", "sat", "on", "the", "mat", ".", "dog."]), min_size=1, max_size=14
+)
 
 
 @settings(deadline=None, max_examples=200)
@@ -250,7 +273,9 @@ def test_rouge_equals_the_package(ours: list[str], theirs: list[str]) -> None:
     rouge = pytest.importorskip("rouge")
     prediction, reference = " ".join(ours), " ".join(theirs)
     try:
-        expected = rouge.Rouge(metrics=["rouge-l"]).get_scores(prediction, reference)[0]["rouge-l"]["f"]
+        expected = rouge.Rouge(metrics=["rouge-l"]).get_scores(prediction, reference)[0]["rouge-l"][
+            "f"
+        ]
     except ValueError:  # nothing but periods
         expected = 0.0
     assert answers.rouge_l(prediction, reference) == pytest.approx(expected, abs=1e-12)
@@ -271,12 +296,26 @@ def test_tfidf_equals_scikit_learn(prediction: list[str], choices: list[list[str
 
 
 def test_demon_choices() -> None:
-    assert answers.tfidf_choice("nothing in common", ["two dogs", "a cat"]) == 0  # officially the first one
-    assert answers.tfidf_choice("?", ["a", "?"]) == 1 and answers.tfidf_choice("!", ["a", "?"]) == -1
-    panel = item("image B", task="COMICS_Panel", kind="multi-choice", options=("image A", "image B"))
-    assert [demon_judged(panel, text) for text in ("Image B", "image b or image a", "image a")] == [1, 0, 0]
-    cloze = item("image B", task="RecipeQA_VisualCloze", kind="multi-choice", options=("image A", "image B"))
-    assert demon_judged(cloze, "image b, no doubt") == 0.0  # TF-IDF sees "image" in both: the first one
+    assert (
+        answers.tfidf_choice("nothing in common", ["two dogs", "a cat"]) == 0
+    )  # officially the first one
+    assert (
+        answers.tfidf_choice("?", ["a", "?"]) == 1 and answers.tfidf_choice("!", ["a", "?"]) == -1
+    )
+    panel = item(
+        "image B", task="COMICS_Panel", kind="multi-choice", options=("image A", "image B")
+    )
+    assert [demon_judged(panel, text) for text in ("Image B", "image b or image a", "image a")] == [
+        1,
+        0,
+        0,
+    ]
+    cloze = item(
+        "image B", task="RecipeQA_VisualCloze", kind="multi-choice", options=("image A", "image B")
+    )
+    assert (
+        demon_judged(cloze, "image b, no doubt") == 0.0
+    )  # TF-IDF sees "image" in both: the first one
     assert demon_judged(cloze, "image b, no doubt", repaired=True) == 1.0
     story = item("The cat sat.", task="AESOP", kind="open-ended")
     assert demon_judged(story, "the cat sat") == pytest.approx(1.0, abs=1e-6)
@@ -307,28 +346,46 @@ def test_webqa_accuracy(text: str, keywords: str, kind: str, value: float) -> No
 def test_pair_rules_are_strict() -> None:
     tie, clear = np.full((2, 2), 0.5), np.array([[0.9, 0.1], [0.2, 0.8]])
     texts = np.eye(2)
-    assert compositional.winoground_rule(tie, texts) == {"text": False, "image": False, "group": False}
-    assert compositional.winoground_rule(clear, texts) == {"text": True, "image": True, "group": True}
+    assert compositional.winoground_rule(tie, texts) == {
+        "text": False,
+        "image": False,
+        "group": False,
+    }
+    assert compositional.winoground_rule(clear, texts) == {
+        "text": True,
+        "image": True,
+        "group": True,
+    }
     assert not compositional.sugarcrepe_rule(np.full((2, 1), np.nan), texts)["accuracy"]
     s = np.array([[0.6], [0.4], [0.5]])
     t = np.array([[1, 0.7, 0.6], [0.7, 1, 0.7], [0.6, 0.7, 1]])
     found = compositional.sugarcrepe_plus_rule(s, t)
     assert found == {"ITT": False, "TOT": False, "image_caption1": True, "image_caption2": False}
     t[0, 1] = 0.8
-    assert compositional.sugarcrepe_plus_rule(np.array([[0.6], [0.51], [0.5]]), t) == dict.fromkeys(found, True)
+    assert compositional.sugarcrepe_plus_rule(np.array([[0.6], [0.51], [0.5]]), t) == dict.fromkeys(
+        found, True
+    )
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(2, 20))
 def test_ranks_equal_the_definition(seed: int, num_queries: int, num_documents: int) -> None:
     random = np.random.default_rng(seed)
-    queries = random.integers(1, 3, (num_queries, 3)).astype(np.float32)  # coarse, so that there are ties
+    queries = random.integers(1, 3, (num_queries, 3)).astype(
+        np.float32
+    )  # coarse, so that there are ties
     documents = random.integers(1, 3, (num_documents, 3)).astype(np.float32)
-    positives = [tuple(random.choice(num_documents, random.integers(1, 3), replace=False)) for _ in queries]
+    positives = [
+        tuple(random.choice(num_documents, random.integers(1, 3), replace=False)) for _ in queries
+    ]
     excluded = [tuple(set(range(0, num_documents, 3)) - set(right)) for right in positives]
     ranks, _ = search_ranks(queries, documents, positives, excluded=excluded)
     for n, right in enumerate(positives):
-        scores = (queries[n] @ documents.T) / np.linalg.norm(queries[n]) / np.linalg.norm(documents, axis=1)
+        scores = (
+            (queries[n] @ documents.T)
+            / np.linalg.norm(queries[n])
+            / np.linalg.norm(documents, axis=1)
+        )
         best = max(scores[list(right)])
         others = [i for i in range(num_documents) if i not in {*right, *excluded[n]}]
         assert ranks[n] == 1 + sum(scores[i] >= best - 1e-6 for i in others)
@@ -343,11 +400,16 @@ def test_ranks_equal_trec_eval_s_success() -> None:
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents)]
     scores = unit[0] @ unit[1].T
     judge = trec.RelevanceEvaluator(
-        {str(q): {str(d): 1 for d in right} for q, right in enumerate(positives)}, {"success.1,5,10"}
+        {str(q): {str(d): 1 for d in right} for q, right in enumerate(positives)},
+        {"success.1,5,10"},
     )
-    told = judge.evaluate({str(q): {str(d): float(s) for d, s in enumerate(row)} for q, row in enumerate(scores)})
+    told = judge.evaluate(
+        {str(q): {str(d): float(s) for d, s in enumerate(row)} for q, row in enumerate(scores)}
+    )
     for k in (1, 5, 10):
-        assert [told[str(q)][f"success_{k}"] for q in range(40)] == (ranks <= k).astype(float).tolist()
+        assert [told[str(q)][f"success_{k}"] for q in range(40)] == (ranks <= k).astype(
+            float
+        ).tolist()
     assert ties == 0
     assert inverted([(1,), (0, 1)], 3) == [(1,), (0, 1), ()]
 

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-import official
-import tiny
+from helpers import official, tiny
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.eval.benchmarks.protocols import choose
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
 from vlduet.eval.benchmarks.tasks import Choices, Pairs, Question, Search
-from vlduet.eval.run import evaluate, run_folder, import_predictions
-from vlduet.eval.store import ModelFunctions, FluencyModel, prompt_text, read_lines
-from vlduet.evaluation import EvaluationSettings, model_functions, describe_provenance, open_model_functions
+from vlduet.eval.predictions import FluencyModel, ModelFunctions, prompt_text, read_lines
+from vlduet.eval.run import evaluate, import_predictions, run_folder
+from vlduet.harness.builtin import (
+    EvaluationSettings,
+    describe_provenance,
+    model_functions,
+    open_model_functions,
+)
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -56,13 +60,17 @@ def playing(tmp_path_factory: pytest.TempPathFactory) -> ModelFunctions:
 def test_every_benchmark_runs_through_a_model_and_again_without_one(
     name: str, data: Path, playing: ModelFunctions, tmp_path: Path
 ) -> None:
-    made = evaluate(BENCHMARKS[name], playing, source=Source(data), runs=tmp_path, provenance={"model": "tiny"})
+    made = evaluate(
+        BENCHMARKS[name], playing, source=Source(data), runs=tmp_path, provenance={"model": "tiny"}
+    )
     assert made["files"] or "val/WNID" in BENCHMARKS[name].files[0]
     assert made["missing"] == 0
     for value in made["values"].values():
         assert value["low"] <= value["mean"] <= value["high"] and value["n"] > 0, value
     assert bool(made["values"]) == ("export for the server" not in BENCHMARKS[name].metric)
-    again = evaluate(BENCHMARKS[name], ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
+    again = evaluate(
+        BENCHMARKS[name], ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+    )
     assert again["values"] == made["values"]
     assert json.loads((run_folder(tmp_path, BENCHMARKS[name]) / "scores.json").read_text()) == again
 
@@ -72,13 +80,21 @@ def test_every_task_of_demon_has_a_benchmark_of_its_own(name: str, data: Path) -
     assert len(BENCHMARKS[name].load(Source(data)).items) == 1  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if b.protocol in ("retrieval", "pairs")])
-def test_an_encoder_that_gives_everything_one_vector_scores_nothing(name: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [n for n, b in BENCHMARKS.items() if b.protocol in ("retrieval", "pairs")]
+)
+def test_an_encoder_that_gives_everything_one_vector_scores_nothing(
+    name: str, data: Path, tmp_path: Path
+) -> None:
     def constant(items: Sequence[Parts], query: bool) -> np.ndarray:
         return np.full((len(items), 7), 0.3, dtype=np.float32)
 
     made = evaluate(
-        BENCHMARKS[name], ModelFunctions(embed=constant), source=Source(data), runs=tmp_path, provenance={"model": "constant"}
+        BENCHMARKS[name],
+        ModelFunctions(embed=constant),
+        source=Source(data),
+        runs=tmp_path,
+        provenance={"model": "constant"},
     )
     sizes = made["facts"]
     for key, value in made["values"].items():
@@ -100,8 +116,12 @@ def test_missing_files_and_images_are_named(data: Path, tmp_path: Path) -> None:
     (broken / "gqa/images/n161313.jpg").unlink()
     with pytest.raises(DataError, match=r"image 'gqa/images/n161313\.jpg' is not there"):
         known("gqa").load(Source(broken))
-    (broken / "gqa/testdev_balanced_questions.json").write_text('{"1": {"question": "?", "isBalanced": true}}')
-    with pytest.raises(DataError, match=r"testdev_balanced_questions\.json:1\.imageId: no 'imageId' here"):
+    (broken / "gqa/testdev_balanced_questions.json").write_text(
+        '{"1": {"question": "?", "isBalanced": true}}'
+    )
+    with pytest.raises(
+        DataError, match=r"testdev_balanced_questions\.json:1\.imageId: no 'imageId' here"
+    ):
         known("gqa").load(Source(broken))
     with pytest.raises(ConfigError, match="Did you mean 'pope'"):
         known("popee")
@@ -133,8 +153,14 @@ PROMPTS = {
         "<image>\nContext: People can use the engineering-design process.\nWhich of these is a plan?\n"
         f"A. a design\nB. a rock\nC. a tree{LETTER}",
     ),
-    "mmbench_dev": ("241", f"<image>\nLook\nclosely.\nWhat is it?\nA. a cat\nB. a dog\nC. a cow{LETTER}"),
-    "seedbench": ("101669", f"<image>\nHow many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four{LETTER}"),
+    "mmbench_dev": (
+        "241",
+        f"<image>\nLook\nclosely.\nWhat is it?\nA. a cat\nB. a dog\nC. a cow{LETTER}",
+    ),
+    "seedbench": (
+        "101669",
+        f"<image>\nHow many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four{LETTER}",
+    ),
     "seedbench_likelihood": ("101669", "<image>\nHow many towels are in the image?"),
     "llava_bench": ("1", "<image>\nQuestion 1?"),
     "mmvet": ("v1_0", "<image>\nWhat is x in the equation?"),
@@ -157,9 +183,15 @@ def test_prompts_are_the_official_ones_to_the_byte(name: str, data: Path) -> Non
 def test_without_a_hint_there_is_no_context(data: Path) -> None:
     items = {item.id: item for item in known("scienceqa_img").load(Source(data)).items}  # type: ignore[union-attr]
     assert set(items) == {"5", "6"}  # 7 has no image
-    assert prompt_text(items["6"].parts) == f"<image>\nWhich of these is a plan?\nA. yes\nB. no{LETTER}"
+    assert (
+        prompt_text(items["6"].parts)
+        == f"<image>\nWhich of these is a plan?\nA. yes\nB. no{LETTER}"
+    )
     rows = {item.id: item for item in known("mmbench_dev").load(Source(data)).items}  # type: ignore[union-attr]
-    assert prompt_text(rows["1000241"].parts) == f"<image>\nWhat is it?\nA. a dog\nB. a cow\nC. a cat{LETTER}"
+    assert (
+        prompt_text(rows["1000241"].parts)
+        == f"<image>\nWhat is it?\nA. a dog\nB. a cow\nC. a cat{LETTER}"
+    )
 
 
 def test_rag_prompts(data: Path) -> None:
@@ -173,7 +205,9 @@ def test_rag_prompts(data: Path) -> None:
     probe: Any = known("webqa_position").load(Source(data))
     first, last = probe.items[0], probe.items[5]
     assert prompt_text(first.parts).startswith("<image>\nCaption 6\n<image>\nCaption 1\n")
-    assert prompt_text(last.parts).endswith("<image>\nCaption 6\nIs the frog green? please answer the question in Yes or No.")
+    assert prompt_text(last.parts).endswith(
+        "<image>\nCaption 6\nIs the frog green? please answer the question in Yes or No."
+    )
     mmvp: Any = known("mmvp_vlm_qa").load(Source(data))
     a, b = mmvp.items[0].options
     assert prompt_text(mmvp.items[0].parts) == (
@@ -199,7 +233,9 @@ def test_coco_variants(data: Path) -> None:
 
 
 def test_vist_skips_stories_without_an_image_and_hides_what_was_seen(data: Path) -> None:
-    one, five, unseen = (search(name, data) for name in ("vist_1c", "vist_5c4i", "vist_5c4i_unseen"))
+    one, five, unseen = (
+        search(name, data) for name in ("vist_1c", "vist_5c4i", "vist_5c4i_unseen")
+    )
     assert one.facts == {"stories": 2, "stories_without_an_image": 1}
     assert len(one.documents) == 13  # all images that are there, those of the story left out too
     assert one.queries[0] == ("story 0 sentence 4 .",)
@@ -209,7 +245,9 @@ def test_vist_skips_stories_without_an_image_and_hides_what_was_seen(data: Path)
 
 
 def test_nocaps_and_imagenet(data: Path) -> None:
-    assert [len(search(name, data).queries) for name in ("nocaps", "nocaps_first5", "nocaps_first1")] == [30, 15, 3]
+    assert [
+        len(search(name, data).queries) for name in ("nocaps", "nocaps_first5", "nocaps_first1")
+    ] == [30, 15, 3]
     plain, many = search("imagenet", data), search("imagenet_80", data)
     assert plain.documents[2] == ("a photo of a great white shark",)
     assert len(many.documents) == 240 and many.ensemble == 80
@@ -240,12 +278,18 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
         asked.extend(prompt_text(prompt) for prompt in prompts)
         return ["yes"] * len(prompts)
 
-    from vlduet.eval import store
+    from vlduet.eval import predictions
 
     benchmark = known("mme")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(store, "ANSWER_CHUNK", 4)
-        evaluate(benchmark, ModelFunctions(generate=answer), source=Source(data), runs=tmp_path, provenance={"model": "x"})
+        patch.setattr(predictions, "ANSWER_CHUNK", 4)
+        evaluate(
+            benchmark,
+            ModelFunctions(generate=answer),
+            source=Source(data),
+            runs=tmp_path,
+            provenance={"model": "x"},
+        )
     kept = tmp_path / "mme" / "predictions.jsonl"
     with kept.open("a") as out:
         out.write('{"key": "half')  # as kill -9 leaves it
@@ -257,7 +301,13 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
         count += len(prompts)
         return ["no"] * len(prompts)
 
-    made = evaluate(benchmark, ModelFunctions(generate=rest), source=Source(data), runs=tmp_path, provenance={"model": "x"})
+    made = evaluate(
+        benchmark,
+        ModelFunctions(generate=rest),
+        source=Source(data),
+        runs=tmp_path,
+        provenance={"model": "x"},
+    )
     assert before == 4 and count == 24 and made["missing"] == 0
     assert len({row["key"] for row in read_lines(kept)}) == 28
 
@@ -274,9 +324,13 @@ def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -
     first = evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
     path = tmp_path / "coco" / "vectors" / "queries.f32"
     path.write_bytes(path.read_bytes()[: 4 * 5 * 7 + 3])  # cut within a row
-    second = evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
+    second = evaluate(
+        benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+    )
     assert calls == [20, 4, 13] and first["facts"] == second["facts"]
-    path.with_suffix(".json").write_text(path.with_suffix(".json").read_text().replace('"items": "', '"items": "0'))
+    path.with_suffix(".json").write_text(
+        path.with_suffix(".json").read_text().replace('"items": "', '"items": "0')
+    )
     with pytest.raises(DataError, match="vectors of these items are not there"):
         evaluate(benchmark, ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
     assert path.exists(), "what was embedded for other items is not thrown away by scoring"
@@ -284,13 +338,19 @@ def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -
         evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "y"})
 
 
-def test_a_broken_image_counts_as_missing_and_the_run_goes_on(data: Path, playing: ModelFunctions, tmp_path: Path) -> None:
+def test_a_broken_image_counts_as_missing_and_the_run_goes_on(
+    data: Path, playing: ModelFunctions, tmp_path: Path
+) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     (copy / "coco/val2014/COCO_val2014_000000000001.jpg").write_bytes(b"\xff\xd8\xff broken")
-    made = evaluate(known("pope"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"})
+    made = evaluate(
+        known("pope"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"}
+    )
     assert made["missing"] == 3 and made["values"]["F1"]["n"] == 6
-    made = evaluate(known("coco"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"})
+    made = evaluate(
+        known("coco"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"}
+    )
     assert made["missing"] == 1
 
 
@@ -302,9 +362,16 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
         for thing, text in (("cat", "Yes"), ("dog", "No"))
     ]
     file = tmp_path / "answers.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "?", "text": ""}]))
-    assert import_predictions(known("mme"), file, source=Source(data), runs=tmp_path) == {"taken": 4, "unknown": 1}
-    made = evaluate(known("mme"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
+    file.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "?", "text": ""}])
+    )
+    assert import_predictions(known("mme"), file, source=Source(data), runs=tmp_path) == {
+        "taken": 4,
+        "unknown": 1,
+    }
+    made = evaluate(
+        known("mme"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+    )
     assert made["values"]["perception"]["mean"] == 400.0 and made["missing"] == 24
     # POPE's answers have a running id, which only the question file explains; TextVQA's are called by their image.
     asked = [
@@ -318,22 +385,38 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
         for n, t in enumerate(("snowboard", "car"), 1)
     ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    said = [{"question_id": row["question_id"], "text": "Yes" if "snow" in str(row["text"]) else "No"} for row in asked]
+    said = [
+        {"question_id": row["question_id"], "text": "Yes" if "snow" in str(row["text"]) else "No"}
+        for row in asked
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in said))
     taken = import_predictions(
-        known("pope"), file, source=Source(data), runs=tmp_path, questions=tmp_path / "questions.jsonl"
+        known("pope"),
+        file,
+        source=Source(data),
+        runs=tmp_path,
+        questions=tmp_path / "questions.jsonl",
     )
     assert taken == {"taken": 6, "unknown": 0}
-    made = evaluate(known("pope"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
+    made = evaluate(
+        known("pope"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+    )
     assert made["values"]["F1"]["mean"] == 100.0 and made["missing"] == 0
     prompt = f"What is the brand of this camera?\nReference{SHORT}"
     row = {"question_id": "003a8ae2ef43b901", "prompt": prompt, "text": "dakota"}
     file.write_text(json.dumps(row) + "\n")
-    assert import_predictions(known("textvqa"), file, source=Source(data), runs=tmp_path)["taken"] == 1
+    assert (
+        import_predictions(known("textvqa"), file, source=Source(data), runs=tmp_path)["taken"] == 1
+    )
     results = tmp_path / "mmvet.json"
     results.write_text(json.dumps({"v1_0": "x = -1", "v1_1": "a cat"}))
-    assert import_predictions(known("mmvet"), results, source=Source(data), runs=tmp_path) == {"taken": 2, "unknown": 0}
-    made = evaluate(known("mmvet"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
+    assert import_predictions(known("mmvet"), results, source=Source(data), runs=tmp_path) == {
+        "taken": 2,
+        "unknown": 0,
+    }
+    made = evaluate(
+        known("mmvet"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+    )
     assert made["values"] == {} and made["facts"]["needs"] == "judge"
 
 
@@ -343,11 +426,15 @@ def test_submissions(data: Path, playing: ModelFunctions, tmp_path: Path) -> Non
         ("vizwiz_test", "vizwiz.json"),
         ("mmbench_test", "mmbench.xlsx"),
     ):
-        made = evaluate(known(name), playing, source=Source(data), runs=tmp_path, provenance={"model": "x"})
+        made = evaluate(
+            known(name), playing, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+        )
         assert made["facts"]["needs"] == "server"
         assert (tmp_path / name / "submission" / file).stat().st_size > 0
     rows = json.loads((tmp_path / "vqav2_testdev/submission/vqav2.json").read_text())
-    assert [set(row) for row in rows] == [{"question_id", "answer"}] * 2 and rows[1]["question_id"] == 1000
+    assert [set(row) for row in rows] == [{"question_id", "answer"}] * 2 and rows[1][
+        "question_id"
+    ] == 1000
 
 
 def test_rag_never_finds_the_question_s_own_image(data: Path) -> None:
@@ -362,7 +449,11 @@ def test_what_made_a_number_is_told(tmp_path: Path) -> None:
     settings = EvaluationSettings(system="Be brief.")
     _, facts = open_model_functions(tmp_path / "mine", settings)
     told = describe_provenance(tmp_path / "mine", facts, settings)
-    assert told["fingerprint"] == model.fingerprint and told["system"] == "Be brief." and "seed" not in told
+    assert (
+        told["fingerprint"] == model.fingerprint
+        and told["system"] == "Be brief."
+        and "seed" not in told
+    )
 
 
 def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
@@ -370,7 +461,9 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     tiny.build_cross_encoder(tmp_path / "clip")
     playing, facts = open_model_functions(tmp_path / "clip", EvaluationSettings())
     assert facts["fingerprint"]
-    made = evaluate(known("winoground"), playing, source=Source(data), runs=tmp_path, provenance=facts)
+    made = evaluate(
+        known("winoground"), playing, source=Source(data), runs=tmp_path, provenance=facts
+    )
     assert set(made["values"]) >= {"text", "image", "group"}
     with pytest.raises(ModelError, match="does not generate"):
         evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, provenance=facts)
@@ -385,8 +478,12 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
         return ["a cat"] * len(prompts)
 
     mixed = ModelFunctions(play.embed, short, play.continuation_nll, play.retriever_embed)
-    made = evaluate(known("fvqa"), mixed, source=Source(data), runs=tmp_path, provenance={"model": "x"})
-    assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(made["values"])
+    made = evaluate(
+        known("fvqa"), mixed, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+    )
+    assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(
+        made["values"]
+    )
 
 
 def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path: Path) -> None:
@@ -404,21 +501,38 @@ def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path
         return np.eye(40, dtype=np.float32)[: len(items)]
 
     play = ModelFunctions(embed=embed, generate=answer, fluency_model=FluencyModel("a bart", nats))
-    made = evaluate(known("webqa"), play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
-    fluent = np.exp(-np.array([19, 0, 6, 4]) / 10) * [1, 0, 1, 1]  # BARTScore(A -> c) / BARTScore(A -> A)
+    made = evaluate(
+        known("webqa"), play, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+    )
+    fluent = np.exp(-np.array([19, 0, 6, 4]) / 10) * [
+        1,
+        0,
+        1,
+        1,
+    ]  # BARTScore(A -> c) / BARTScore(A -> A)
     got = {name: value["mean"] for name, value in made["values"].items()}
     assert got["self/FL"] == pytest.approx(100 * fluent[:2].mean())
     assert got["none/FL"] == pytest.approx(100 * fluent[2:].mean())
     assert got["self/QA"] == pytest.approx(50 * fluent[0])  # white is right, nothing is not
     assert got["none/QA"] == pytest.approx(50 * (fluent[2] + fluent[3]))
     count = len(asked)
-    again = evaluate(known("webqa"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
+    again = evaluate(
+        known("webqa"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+    )
     assert again["values"] == made["values"] and len(asked) == count
-    other = replace(play, fluency_model=FluencyModel("another bart", lambda pairs: [0.5 for _ in pairs]))
-    third = evaluate(known("webqa"), other, source=Source(data), runs=tmp_path, provenance={"model": "x"})
+    other = replace(
+        play, fluency_model=FluencyModel("another bart", lambda pairs: [0.5 for _ in pairs])
+    )
+    third = evaluate(
+        known("webqa"), other, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+    )
     assert third["values"]["none/FL"]["mean"] == 100.0, "what another reader wrote is not taken"
     without = evaluate(
-        known("webqa"), replace(play, fluency_model=None), source=Source(data), runs=tmp_path / "b", provenance={"m": 1}
+        known("webqa"),
+        replace(play, fluency_model=None),
+        source=Source(data),
+        runs=tmp_path / "b",
+        provenance={"m": 1},
     )
     assert "self/FL" not in without["values"] and "self/Acc" in without["values"]
 
@@ -428,7 +542,9 @@ def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path
 
 def test_next_image_shows_what_comes_before_and_hides_it(data: Path) -> None:
     task = search("builtin_next_image", data)
-    assert len(task.queries) == 4 and len(task.documents) == 6  # two documents a corpus, three images each
+    assert (
+        len(task.queries) == 4 and len(task.documents) == 6
+    )  # two documents a corpus, three images each
     assert [isinstance(part, ImageRef) for part in task.queries[0]] == [False, True, False]
     assert task.positives[0] == (1,) and task.excluded[0] == (0,)
     assert task.queries[1] == ("Third.",)  # its second image is the first one again
@@ -456,19 +572,32 @@ def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
         "place": 5, "region": 5, "map": 2, "flag": 2, "capital": 2,
     }  # fmt: skip
     ain = by_kind["region"][0]
-    assert prompt_text(ain.parts) == "<image>\nWhich of the departments of Ruritania is shown in red?"
-    assert set(ain.options) == {"Ain", "Oise", "Var"} and ain.options[ain.answer] == "Ain"  # of its own map
+    assert (
+        prompt_text(ain.parts) == "<image>\nWhich of the departments of Ruritania is shown in red?"
+    )
+    assert (
+        set(ain.options) == {"Ain", "Oise", "Var"} and ain.options[ain.answer] == "Ain"
+    )  # of its own map
     assert by_kind["flag"][0].id == "flag/flag/Ruritania"  # the flag of a region is no country's
 
     def by_words(pairs: list[tuple[Parts, str]]) -> list[tuple[float, int]]:
         """Knows where the red region is if it sees it, and guesses the first letter of the alphabet if not."""
-        return [(float(ord(text[0])) if all(isinstance(p, str) for p in parts) else 1.0, 1) for parts, text in pairs]
+        return [
+            (float(ord(text[0])) if all(isinstance(p, str) for p in parts) else 1.0, 1)
+            for parts, text in pairs
+        ]
 
     made = evaluate(
-        known("builtin_maps"), ModelFunctions(continuation_nll=by_words), source=Source(data), runs=tmp_path, provenance={"m": 1}
+        known("builtin_maps"),
+        ModelFunctions(continuation_nll=by_words),
+        source=Source(data),
+        runs=tmp_path,
+        provenance={"m": 1},
     )
     assert made["values"]["accuracy"]["mean"] == 0.0  # all options are equal: ties are wrong
-    blind = [item.options[item.answer] == min(item.options, key=lambda o: o[0]) for item in task.items]
+    blind = [
+        item.options[item.answer] == min(item.options, key=lambda o: o[0]) for item in task.items
+    ]
     assert made["values"]["accuracy_blind"]["mean"] <= 100 * np.mean(blind)
     assert made["facts"]["chance"] > 25
 
@@ -476,7 +605,9 @@ def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
 def test_capitals_are_looked_up_by_what_the_picture_shows(data: Path) -> None:
     task: Any = known("builtin_maps_rag").load(Source(data))
     assert [item.tags["kind"] for item in task.items] == ["flag"] * 2 + ["region"] * 5
-    assert len(task.facts) == 9  # two countries, their two flags of regions' own sentences among five regions'
+    assert (
+        len(task.facts) == 9
+    )  # two countries, their two flags of regions' own sentences among five regions'
     for item, right in zip(task.items, task.positives, strict=True):
         (fact,) = right
         assert task.facts[fact].shown[0].endswith(f" is {item.answer[0]}.")
@@ -495,7 +626,9 @@ def test_the_prior_is_what_the_frequency_in_other_questions_gives() -> None:
     )
 
     class Player:
-        def likelihoods(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
+        def likelihoods(
+            self, questions: Sequence[Question], *, name: str = ""
+        ) -> list[list[tuple[float, int]] | None]:
             return [[(1.0, 1), (2.0, 1)] for _ in questions]
 
     made = choose(Choices(items, "kind", blind=True), Player())  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import official
+from helpers import official
 from vlduet.cli.main import app
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import known
@@ -32,7 +32,10 @@ def release(root: Path, data: Path, targets: list[CertificationTarget]) -> None:
 
     for target in targets:
         items: Any = known(target.benchmark).load(Source(data)).items  # type: ignore[union-attr]
-        put(target.predictions, [{"question_id": item.id, "text": said(target.benchmark, item)} for item in items])
+        put(
+            target.predictions,
+            [{"question_id": item.id, "text": said(target.benchmark, item)} for item in items],
+        )
         if target.questions:
             put(target.questions, [])
         if target.reviews:
@@ -63,15 +66,20 @@ def test_targets_are_known_numbers_of_known_benchmarks(data: Path, tmp_path: Pat
     }  # fmt: skip
     release(tmp_path / "eval", data, wanted)
     found = certify(tmp_path / "eval", data=data, runs=tmp_path / "runs", targets=wanted)
-    assert [one.why for one in found] == [""] * len(wanted), "every number has a name in scores.json"
-    told = {one.target.value if one.target.benchmark != "pope" else "pope": one.found for one in found}
+    assert [one.why for one in found] == [""] * len(wanted), (
+        "every number has a name in scores.json"
+    )
+    told = {
+        one.target.value if one.target.benchmark != "pope" else "pope": one.found for one in found
+    }
     assert told == pytest.approx(FOUND)
     assert {one.verdict for one in found} == {"differs"}
 
 
 def test_agreement_and_what_is_missing(data: Path, tmp_path: Path) -> None:
     wanted = [
-        replace(target, target=FOUND["pope" if target.benchmark == "pope" else target.value]) for target in load_targets()
+        replace(target, target=FOUND["pope" if target.benchmark == "pope" else target.value])
+        for target in load_targets()
     ]
     release(tmp_path / "eval", data, wanted)
     found = certify(tmp_path / "eval", data=data, runs=tmp_path / "runs", targets=wanted)
@@ -85,7 +93,10 @@ def test_agreement_and_what_is_missing(data: Path, tmp_path: Path) -> None:
     again = certify(tmp_path / "eval", data=data, runs=tmp_path / "other", targets=wanted)
     why = {one.target.benchmark: one.why for one in again if one.verdict == "left out"}
     assert set(why) == {"scienceqa_img", "mme", "pope"}
-    assert "names nothing" in why["scienceqa_img"] and "x-v1.5-13bx-.jsonl, y-v1.5-13b.jsonl" in why["mme"]
+    assert (
+        "names nothing" in why["scienceqa_img"]
+        and "x-v1.5-13bx-.jsonl, y-v1.5-13b.jsonl" in why["mme"]
+    )
     assert "1 of 6 items have no prediction" in why["pope"]
 
 
@@ -95,6 +106,12 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1 and done.stdout.count("differs") == len(load_targets())
     rows = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["targets"]
-    assert rows[0]["found"] == 100.0 and rows[0]["verdict"] == "differs" and rows[0]["target"]["target"] == 85.95
-    empty = CliRunner().invoke(app, ["certify", str(tmp_path), "--data", str(data), "--to", str(tmp_path / "r")])
+    assert (
+        rows[0]["found"] == 100.0
+        and rows[0]["verdict"] == "differs"
+        and rows[0]["target"]["target"] == 85.95
+    )
+    empty = CliRunner().invoke(
+        app, ["certify", str(tmp_path), "--data", str(data), "--to", str(tmp_path / "r")]
+    )
     assert empty.exit_code == 1 and "should name one file, it names nothing" in empty.stdout

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from vlduet.eval import metrics
 
-SCORES = st.one_of(st.integers(-2, 2).map(float), st.sampled_from([math.nan, math.inf, -math.inf, 0.5]))
+SCORES = st.one_of(
+    st.integers(-2, 2).map(float), st.sampled_from([math.nan, math.inf, -math.inf, 0.5])
+)
 
 
 @st.composite
@@ -42,12 +44,16 @@ def slow_order(scores: list[float], relevant: list[bool]) -> list[bool]:
 def test_hit_and_recall_equal_the_slow_loop(problem: tuple[np.ndarray, np.ndarray]) -> None:
     similarity, relevant = problem
     orders = [slow_order(s, r) for s, r in zip(similarity.tolist(), relevant.tolist(), strict=True)]
-    assert metrics.first_hit_ranks(similarity, relevant).tolist() == [o.index(True) + 1 for o in orders]
+    assert metrics.first_hit_ranks(similarity, relevant).tolist() == [
+        o.index(True) + 1 for o in orders
+    ]
     for k in (1, 2, 5, 10):
         hit = sum(any(o[:k]) for o in orders) / len(orders)
         recall = sum(sum(o[:k]) / sum(o) for o in orders) / len(orders)
         assert metrics.hit_at_k(similarity, relevant, [k])[f"hit@{k}"] == pytest.approx(hit)
-        assert metrics.recall_at_k(similarity, relevant, [k])[f"recall@{k}"] == pytest.approx(recall)
+        assert metrics.recall_at_k(similarity, relevant, [k])[f"recall@{k}"] == pytest.approx(
+            recall
+        )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, -math.inf])
@@ -55,7 +61,11 @@ def test_a_constant_encoder_scores_zero(value: float) -> None:
     similarity = np.full((20, 20), value, dtype=np.float32)
     relevant = np.eye(20, dtype=bool)
     assert metrics.hit_at_k(similarity, relevant) == {"hit@1": 0.0, "hit@5": 0.0, "hit@10": 0.0}
-    assert metrics.recall_at_k(similarity, relevant) == {"recall@1": 0.0, "recall@5": 0.0, "recall@10": 0.0}
+    assert metrics.recall_at_k(similarity, relevant) == {
+        "recall@1": 0.0,
+        "recall@5": 0.0,
+        "recall@10": 0.0,
+    }
 
 
 def test_the_perfect_encoder_scores_one_and_several_positives_tell_hit_from_recall() -> None:
@@ -92,7 +102,9 @@ def test_chance_is_exact(positives: list[int], k: int) -> None:
 def test_random_scores_come_near_chance() -> None:
     random = np.random.default_rng(0)
     relevant = np.arange(100)[:, None] % 50 == np.arange(100) % 50  # two positives a query
-    found = [metrics.hit_at_k(random.normal(size=(100, 100)), relevant)["hit@10"] for _ in range(30)]
+    found = [
+        metrics.hit_at_k(random.normal(size=(100, 100)), relevant)["hit@10"] for _ in range(30)
+    ]
     assert np.mean(found) == pytest.approx(metrics.chance_hit_at_k(relevant)["hit@10"], abs=0.02)
 
 

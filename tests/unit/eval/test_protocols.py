@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlduet.data.keys import text_key
+from vlduet.data.content_keys import text_key
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 from vlduet.eval import protocols
@@ -69,12 +69,18 @@ def test_a_mixed_query_is_asked_for_both_of_its_things() -> None:
     assert [image for image, _ in asked] == list(range(5))
     assert all(text_key(CAPTIONS[image]) != text_key(text) for image, text in asked)
     assert found.image_ranks.tolist() == [1] * 5
-    assert found.text_ranks.tolist() == [3, 3, 2, 2, 2], "behind all images of the query's own thing"
+    assert found.text_ranks.tolist() == [3, 3, 2, 2, 2], (
+        "behind all images of the query's own thing"
+    )
     two, three = found.hit_values(2), found.hit_values(3)
     assert two["both"].tolist() == two["text"].tolist() == [0, 0, 1, 1, 1] and three["both"].all()
 
-    deaf = protocols.measure_composed_retrieval(embed_image, lambda queries: embed_image([q[0] for q in queries]), RECORDS, seed=3)
-    assert deaf.image_ranks.tolist() == [1] * 5 and (deaf.text_ranks > 3).all(), "level with all others: ties are lost"
+    deaf = protocols.measure_composed_retrieval(
+        embed_image, lambda queries: embed_image([q[0] for q in queries]), RECORDS, seed=3
+    )
+    assert deaf.image_ranks.tolist() == [1] * 5 and (deaf.text_ranks > 3).all(), (
+        "level with all others: ties are lost"
+    )
 
 
 def test_a_constant_encoder_scores_zero_whatever_the_blocks_of_the_matrix_product() -> None:
@@ -86,7 +92,11 @@ def test_a_constant_encoder_scores_zero_whatever_the_blocks_of_the_matrix_produc
         lambda items: np.repeat(vector, len(items), 0),
         records=records,
     )
-    assert found.text_to_image.hit_rates()["hit@10"] == found.image_to_text.hit_rates()["hit@10"] == 0.0
+    assert (
+        found.text_to_image.hit_rates()["hit@10"]
+        == found.image_to_text.hit_rates()["hit@10"]
+        == 0.0
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
@@ -120,7 +130,9 @@ def test_no_records() -> None:
 
 @given(st.lists(st.integers(0, 6), min_size=2, max_size=40), st.integers(0, 5))
 @settings(max_examples=200, deadline=None)
-def test_wrong_images_are_wrong_and_a_derangement_where_one_exists(names: list[int], seed: int) -> None:
+def test_wrong_images_are_wrong_and_a_derangement_where_one_exists(
+    names: list[int], seed: int
+) -> None:
     captions = [[f"caption {n}"] for n in names]
     if len(set(names)) == 1:
         with pytest.raises(DataError, match="share a caption"):
@@ -142,14 +154,22 @@ def test_a_second_caption_also_makes_an_image_right() -> None:
 def test_cross_entropy_tells_a_model_that_looks_from_one_that_does_not() -> None:
     def looks(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
         same = [text_key(CAPTIONS[int(i.path.stem)]) == text_key(t) for i, t in pairs if i.path]
-        return [((1.0 if s else 3.0) * len(t), len(t)) for s, (_, t) in zip(same, pairs, strict=True)]
+        return [
+            ((1.0 if s else 3.0) * len(t), len(t)) for s, (_, t) in zip(same, pairs, strict=True)
+        ]
 
     def blind(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
         return [(2.0 * len(t), len(t)) for _, t in pairs]
 
     seen = protocols.measure_caption_cross_entropy(looks, RECORDS)
-    assert (seen.nats_right_image().mean, seen.nats_wrong_image().mean, seen.nats_gap().mean) == pytest.approx((1.0, 3.0, 2.0))
-    assert protocols.measure_caption_cross_entropy(blind, RECORDS).nats_gap().mean == pytest.approx(0.0)
+    assert (
+        seen.nats_right_image().mean,
+        seen.nats_wrong_image().mean,
+        seen.nats_gap().mean,
+    ) == pytest.approx((1.0, 3.0, 2.0))
+    assert protocols.measure_caption_cross_entropy(blind, RECORDS).nats_gap().mean == pytest.approx(
+        0.0
+    )
 
 
 def test_cross_entropy_is_a_mean_over_tokens() -> None:

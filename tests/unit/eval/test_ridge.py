@@ -8,7 +8,9 @@ import pytest
 from vlduet.eval.ridge import RidgeBaseline, RidgeValidation
 
 
-def world(num: int, *, noise: float, seed: int, width: int = 40, dim: int = 12) -> tuple[np.ndarray, np.ndarray]:
+def world(
+    num: int, *, noise: float, seed: int, width: int = 40, dim: int = 12
+) -> tuple[np.ndarray, np.ndarray]:
     """Features that are a fixed linear view of the text vectors, plus noise and a common offset."""
     view = np.random.default_rng(0).normal(size=(dim, width))
     random = np.random.default_rng(seed)
@@ -54,7 +56,9 @@ def test_the_penalty_is_the_best_of_the_grid_on_validation() -> None:
     fitted = RidgeBaseline.fit(*world(40, noise=20.0, seed=1), validation=validation(20.0))
     assert fitted.validation_hit_rates[fitted.penalty] == max(fitted.validation_hit_rates.values())
     assert fitted.penalty > min(fitted.validation_hit_rates)
-    one = RidgeBaseline.fit(*world(40, noise=20.0, seed=1), validation=validation(20.0), grid=(1e-9,))
+    one = RidgeBaseline.fit(
+        *world(40, noise=20.0, seed=1), validation=validation(20.0), grid=(1e-9,)
+    )
     assert fitted.validation_hit_rates[fitted.penalty] > one.validation_hit_rates[one.penalty]
 
 

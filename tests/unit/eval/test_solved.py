@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import tiny
+from helpers import tiny
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks import protocols, solved
-from vlduet.eval.store import ModelFunctions, PredictionStore
+from vlduet.eval.predictions import ModelFunctions, PredictionStore
 
 KINDS = ("animals", "food", "town", "plants", "sports")
 
@@ -39,7 +39,10 @@ def vector(item: Parts) -> np.ndarray:
 
 def copies(pairs: list[tuple[Parts, str]]) -> list[tuple[float, int]]:
     """A generator that believes its reference: likely is what stands in the prompt."""
-    return [(0.5 if any(o in p for p in prompt if isinstance(p, str)) else 1.0, 1) for prompt, o in pairs]
+    return [
+        (0.5 if any(o in p for p in prompt if isinstance(p, str)) else 1.0, 1)
+        for prompt, o in pairs
+    ]
 
 
 def embed(items: list[Parts], query: bool) -> np.ndarray:
@@ -59,10 +62,17 @@ def test_solved_questions(tmp_path: Path) -> None:
         assert item.options[item.answer] == KINDS[number % 5] and len(set(item.options)) == 4
         assert all(item.options[item.answer] in str(task.facts[i].shown[0]) for i in right)
     assert all("Answer" not in str(key) for fact in task.facts for key in fact.keys)
-    score = protocols.rag(task, PredictionStore(tmp_path, ModelFunctions(embed=embed, continuation_nll=copies, retriever_embed=blind)))
+    score = protocols.rag(
+        task,
+        PredictionStore(
+            tmp_path, ModelFunctions(embed=embed, continuation_nll=copies, retriever_embed=blind)
+        ),
+    )
     assert score.samples["self/accuracy"].mean == 100 and score.samples["none/accuracy"].mean == 0
     assert score.samples["self/retrieval/R@1"].mean == 100
-    assert score.samples["other/retrieval/R@1"].mean == 0 == score.samples["other/accuracy"].mean  # it finds nothing
+    assert (
+        score.samples["other/retrieval/R@1"].mean == 0 == score.samples["other/accuracy"].mean
+    )  # it finds nothing
     assert score.facts["chance"] == 25 and score.facts["facts"] == 15
 
 
@@ -70,7 +80,9 @@ def test_documents(tmp_path: Path) -> None:
     task = solved.documents([*stamps(10), *stamps(10)], count=6, seed=1)
     assert len(task.facts) == 10, "one sentence a thing"
     for item, (right,) in zip(task.items, task.positives, strict=True):
-        assert task.facts[right].shown == (f"Thing {item.id[1:]}: one of the {item.options[item.answer]}.",)
+        assert task.facts[right].shown == (
+            f"Thing {item.id[1:]}: one of the {item.options[item.answer]}.",
+        )
         assert item.parts == (f"What kind of thing is this: Thing {item.id[1:]}?",)
 
 

@@ -13,13 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
-import tiny
+from helpers import tiny
 from vlduet.errors import ConfigError, ModelError
 from vlduet.model.adapters import LoraSettings
-from vlduet.model.backbones import fingerprint_checkpoint, load_backbone
+from vlduet.model.backbone import fingerprint_checkpoint, load_backbone
 from vlduet.model.duet import DuetModel
 
-ITEMS = ["a", "a red apple on a table", tiny.random_image(1), (tiny.random_image(2), "what is this?")]
+ITEMS = [
+    "a",
+    "a red apple on a table",
+    tiny.random_image(1),
+    (tiny.random_image(2), "what is this?"),
+]
 
 
 @pytest.fixture
@@ -80,12 +85,16 @@ def test_the_manifest_lists_every_trained_tensor(trained: DuetModel, saved: Path
     manifest = json.loads((saved / "vlduet.json").read_text())
     moved = [p for p in trained.parameters() if p.requires_grad]
     assert len(manifest["trained"]) == len({id(p) for p in moved})
-    of_projector = {f"projector.{name}" for name, _ in trained.backbone.projector.named_parameters()}
+    of_projector = {
+        f"projector.{name}" for name, _ in trained.backbone.projector.named_parameters()
+    }
     assert {"logit_scale", *of_projector} <= manifest["trained"].keys()
     assert any("lora_B" in name for name in manifest["trained"]) and any(
         n.startswith("head") for n in manifest["trained"]
     )
-    assert sum(int(np.prod(f["shape"])) for f in manifest["trained"].values()) == sum(p.numel() for p in moved)
+    assert sum(int(np.prod(f["shape"])) for f in manifest["trained"].values()) == sum(
+        p.numel() for p in moved
+    )
     assert manifest["provenance"] == {"made_by": "a test"} and manifest["base"] == "../base"
 
 
@@ -101,8 +110,14 @@ def test_a_saved_adapter_is_trained_further(trained: DuetModel, saved: Path) -> 
     loaded = DuetModel.from_pretrained(saved)
     loaded.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=False)
     assert all(p.requires_grad for p in loaded.adapter_tensors().values())
-    assert all(torch.equal(p, trained.adapter_tensors()[name]) for name, p in loaded.adapter_tensors().items())
-    for other, place in [(LoraSettings(rank=3, alpha=4), "rank"), (LoraSettings(rank=2, alpha=4, targets="qv"), "targets")]:
+    assert all(
+        torch.equal(p, trained.adapter_tensors()[name])
+        for name, p in loaded.adapter_tensors().items()
+    )
+    for other, place in [
+        (LoraSettings(rank=3, alpha=4), "rank"),
+        (LoraSettings(rank=2, alpha=4, targets="qv"), "targets"),
+    ]:
         with pytest.raises(ConfigError, match=rf"train\.lora\.{place}.*merge"):
             loaded.make_trainable(lora=other, projector=False)
 
@@ -129,9 +144,14 @@ def test_gate_and_up_in_one_have_lora_too(tmp_path: Path) -> None:
             tensor.normal_(std=0.1)
     before = model.encode([tiny.random_image(1), "a red apple"])
     model.save_pretrained(tmp_path / "model")
-    assert_close(DuetModel.from_pretrained(tmp_path / "model").encode([tiny.random_image(1), "a red apple"]), before)
+    assert_close(
+        DuetModel.from_pretrained(tmp_path / "model").encode([tiny.random_image(1), "a red apple"]),
+        before,
+    )
     model.save_merged(tmp_path / "merged")
-    merged = DuetModel.from_pretrained(tmp_path / "merged").encode([tiny.random_image(1), "a red apple"])
+    merged = DuetModel.from_pretrained(tmp_path / "merged").encode(
+        [tiny.random_image(1), "a red apple"]
+    )
     assert_close(merged, before, atol=1e-5, rtol=1e-4)
 
 
@@ -154,14 +174,20 @@ def test_merged_equals_unmerged(trained: DuetModel, tmp_path: Path) -> None:
     assert merged.peft_model is None and not merged.adapter_tensors()
     assert_close(merged.encode(ITEMS), before, atol=1e-5, rtol=0)
     (tmp_path / "base").rename(tmp_path / "gone")  # self-contained: the base is no longer needed
-    assert_close(DuetModel.from_pretrained(tmp_path / "merged").encode(ITEMS), before, atol=1e-5, rtol=0)
+    assert_close(
+        DuetModel.from_pretrained(tmp_path / "merged").encode(ITEMS), before, atol=1e-5, rtol=0
+    )
 
 
 def test_the_model_that_was_merged_is_the_merged_one(trained: DuetModel, tmp_path: Path) -> None:
     trained.save_merged(tmp_path / "merged")
     assert trained.fingerprint == DuetModel.from_pretrained(tmp_path / "merged").fingerprint
-    trained.save_pretrained(tmp_path / "beside")  # refers to the merged weights, not to the former base
-    assert np.array_equal(DuetModel.from_pretrained(tmp_path / "beside").encode(ITEMS), trained.encode(ITEMS))
+    trained.save_pretrained(
+        tmp_path / "beside"
+    )  # refers to the merged weights, not to the former base
+    assert np.array_equal(
+        DuetModel.from_pretrained(tmp_path / "beside").encode(ITEMS), trained.encode(ITEMS)
+    )
 
 
 def test_weights_that_differ_in_one_tensor_have_another_name(tmp_path: Path) -> None:
@@ -177,7 +203,9 @@ def test_weights_that_differ_in_one_tensor_have_another_name(tmp_path: Path) -> 
     assert fingerprint_checkpoint(folder) == before
 
 
-@pytest.mark.parametrize("junk", [b"", b"PK\x03\x04 a pickle", b"\x02" + bytes(7) + b"[]", b"\xff" * 64])
+@pytest.mark.parametrize(
+    "junk", [b"", b"PK\x03\x04 a pickle", b"\x02" + bytes(7) + b"[]", b"\xff" * 64]
+)
 def test_a_name_of_weights_that_are_none_is_an_error(tmp_path: Path, junk: bytes) -> None:
     folder = tiny.build_llava(tmp_path)
     path = next(folder.glob("model*.safetensors"))
@@ -186,7 +214,9 @@ def test_a_name_of_weights_that_are_none_is_an_error(tmp_path: Path, junk: bytes
         fingerprint_checkpoint(folder)
 
 
-def test_plain_peft_gives_the_same_hidden_states(trained: DuetModel, saved: Path, tmp_path: Path) -> None:
+def test_plain_peft_gives_the_same_hidden_states(
+    trained: DuetModel, saved: Path, tmp_path: Path
+) -> None:
     batch = trained.collate([trained.renderer.render_embedding(("a red apple",))])
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
     plain = PeftModel.from_pretrained(base, str(saved / "adapter")).eval()
@@ -204,7 +234,9 @@ def test_plain_transformers_opens_a_merged_folder(trained: DuetModel, tmp_path: 
     batch = trained.collate([sequence])
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
-        theirs = plain.model(**tiny.transformers_inputs(trained, batch.token_ids, batch.images)).last_hidden_state
+        theirs = plain.model(
+            **tiny.transformers_inputs(trained, batch.token_ids, batch.images)
+        ).last_hidden_state
         assert_close(trained.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -268,7 +300,11 @@ def test_embeddings_that_differ_from_those_at_saving_are_refused(saved: Path) ->
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"format": 99}, "format 99"), ({"image_backend": "torchvision"}, "torchvision"), ({"head": None}, "head")],
+    [
+        ({"format": 99}, "format 99"),
+        ({"image_backend": "torchvision"}, "torchvision"),
+        ({"head": None}, "head"),
+    ],
 )
 def test_another_manifest_is_refused(saved: Path, changes: dict[str, object], message: str) -> None:
     rewrite(saved / "vlduet.json", **changes)
@@ -284,7 +320,9 @@ def test_half_a_file_is_refused(saved: Path, name: str) -> None:
         DuetModel.from_pretrained(saved)
 
 
-def test_an_adapter_of_another_base_is_refused(trained: DuetModel, saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(
+    trained: DuetModel, saved: Path, tmp_path: Path
+) -> None:
     config = saved / "adapter" / "adapter_config.json"
     rewrite(config, target_modules=".*no_such_layer")
     with pytest.raises(ModelError, match="adapter"):
@@ -299,7 +337,9 @@ def test_nothing_here(tmp_path: Path) -> None:
 def test_a_checkpoint_that_brings_code_is_refused(tmp_path: Path) -> None:
     tiny.build_fast_vlm(tmp_path / "base")
     rewrite(tmp_path / "base" / "config.json", auto_map={"AutoModel": "modeling_x.X"})
-    (tmp_path / "base" / "modeling_x.py").write_text("raise SystemExit('the checkpoint ran its code')")
+    (tmp_path / "base" / "modeling_x.py").write_text(
+        "raise SystemExit('the checkpoint ran its code')"
+    )
     with pytest.raises(ModelError, match="auto_map"):
         DuetModel.from_pretrained(tmp_path / "base")
 
@@ -311,7 +351,9 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelError, match=r"no \.safetensors weights"):
         DuetModel.from_pretrained(tmp_path / "base")
-    save_file({"x": torch.zeros(1)}, tmp_path / "base" / "duet.safetensors")  # some other safetensors changes nothing
+    save_file(
+        {"x": torch.zeros(1)}, tmp_path / "base" / "duet.safetensors"
+    )  # some other safetensors changes nothing
     with pytest.raises(ModelError, match=r"no \.safetensors weights"):
         DuetModel.from_pretrained(tmp_path / "base")
 
@@ -339,7 +381,9 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
         DuetModel.from_pretrained(tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"]
+)
 def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path, name: str) -> None:
     tiny.build_fast_vlm(tmp_path / "base")
     path = tmp_path / "base" / name
@@ -362,9 +406,13 @@ def test_saving_over_the_base_is_refused(trained: DuetModel, tmp_path: Path) -> 
 def test_a_merged_folder_can_be_written_over_its_base(trained: DuetModel, tmp_path: Path) -> None:
     before = trained.encode(ITEMS)
     trained.save_merged(tmp_path / "base")
-    assert_close(DuetModel.from_pretrained(tmp_path / "base").encode(ITEMS), before, atol=1e-5, rtol=0)
+    assert_close(
+        DuetModel.from_pretrained(tmp_path / "base").encode(ITEMS), before, atol=1e-5, rtol=0
+    )
 
 
-def test_a_model_is_found_after_a_kill_between_the_two_renames(trained: DuetModel, saved: Path) -> None:
+def test_a_model_is_found_after_a_kill_between_the_two_renames(
+    trained: DuetModel, saved: Path
+) -> None:
     saved.rename(saved.with_name(".model.old"))
     assert np.array_equal(DuetModel.from_pretrained(saved).encode(ITEMS), trained.encode(ITEMS))

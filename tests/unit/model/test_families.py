@@ -22,18 +22,18 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 
-import tiny
-from vlduet import analysis
+from helpers import tiny
 from vlduet.data import images
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import ImageRef, Message, Parts, as_parts
 from vlduet.data.sequences import PreparedImage, Sequence, compute_position_ids
 from vlduet.errors import ImageError, ModelError
-from vlduet.model import generation
+from vlduet.inspect import internals
 from vlduet.model.adapters import LoraSettings
-from vlduet.model.backbones import load_backbone
-from vlduet.model.decoding import Request, ContinuousBatcher
+from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
+from vlduet.model.generation import beam
+from vlduet.model.generation.continuous import ContinuousBatcher, Request
 from vlduet.model.processing import load_processor
 from vlduet.model.prompts import Prompts
 
@@ -41,16 +41,22 @@ PROMPTS = Prompts(image="See {image} sum:", text="{text} sum:", parts="{parts} a
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v"])
+@pytest.fixture(
+    scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v"]
+)
 def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
     folder = tmp_path_factory.mktemp(request.param) / "base"
-    return tiny.scale_up_weights(tiny.build_duet_model(folder, family=request.param, prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(
+        tiny.build_duet_model(folder, family=request.param, prompts=PROMPTS, head="none")
+    )
 
 
 def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
     """float[B, T, V]: the logits of a batch, compared with those of transformers, which is given ids and pixels."""
     with torch.no_grad():
-        given = tiny.transformers_inputs(model, batch.token_ids, batch.images) | {"attention_mask": (batch.segment_ids > 0).long()}
+        given = tiny.transformers_inputs(model, batch.token_ids, batch.images) | {
+            "attention_mask": (batch.segment_ids > 0).long()
+        }
         theirs = model.backbone.model(**given).logits
         ours = model.backbone.compute_logits(model.hidden_states(batch))
     real = batch.segment_ids > 0
@@ -61,13 +67,28 @@ def as_transformers_has_them(model: DuetModel, batch: Batch) -> torch.Tensor:
 
 def answered_as_transformers_does(model: DuetModel, turns: list[Parts], *, beams: int) -> None:
     """Six tokens of every beam of a batch of prompts are those of transformers, which is given ids and pixels."""
-    asked = [model.renderer.render_chat((Message("user", parts),), add_generation_prompt=True) for parts in turns]
-    with generation.generate_arguments(model.backbone, model.prefill_inputs(asked), 6, num_beams=beams) as given:
-        ids = model.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
-    several = {"num_beams": beams, "num_return_sequences": beams, "suppress_tokens": given["suppress_tokens"]}
+    asked = [
+        model.renderer.render_chat((Message("user", parts),), add_generation_prompt=True)
+        for parts in turns
+    ]
+    with beam.generate_arguments(
+        model.backbone, model.prefill_inputs(asked), 6, num_beams=beams
+    ) as given:
+        ids = model.backbone.model.generate(
+            **given | {"min_new_tokens": None, "eos_token_id": None}
+        )
+    several = {
+        "num_beams": beams,
+        "num_return_sequences": beams,
+        "suppress_tokens": given["suppress_tokens"],
+    }
     for sequence, ours in zip(asked, ids.view(len(asked), beams, -1), strict=True):
-        plain = tiny.transformers_inputs(model, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images])
-        theirs = model.backbone.model.generate(**plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several)
+        plain = tiny.transformers_inputs(
+            model, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images]
+        )
+        theirs = model.backbone.model.generate(
+            **plain, max_new_tokens=6, do_sample=False, eos_token_id=None, **several
+        )
         assert theirs[:, len(sequence.token_ids) :].tolist() == ours.tolist()
 
 
@@ -75,7 +96,10 @@ def packed_as_alone(model: DuetModel, items: list[Any], *, pack_to: int) -> Batc
     """Embeddings of items are the same alone, padded and packed; returns what was packed."""
     alone = np.concatenate([model.encode([item]) for item in items])
     assert_close(model.encode(items), alone, atol=1e-5, rtol=0)
-    sequences = [model.renderer.render_embedding(as_parts(item), record_name=str(n)) for n, item in enumerate(items)]
+    sequences = [
+        model.renderer.render_embedding(as_parts(item), record_name=str(n))
+        for n, item in enumerate(items)
+    ]
     packed = model.collate(sequences, pack_to=pack_to)
     assert len(packed.token_ids) < len(items)
     with torch.no_grad():
@@ -85,19 +109,29 @@ def packed_as_alone(model: DuetModel, items: list[Any], *, pack_to: int) -> Batc
     return packed
 
 
-WIDE, TALL, SMALL = tiny.random_image(0, 16, width=48), tiny.random_image(1, 24, width=16), tiny.random_image(2, 16)
+WIDE, TALL, SMALL = (
+    tiny.random_image(0, 16, width=48),
+    tiny.random_image(1, 24, width=16),
+    tiny.random_image(2, 16),
+)
 
 
 def rows(model: DuetModel) -> list[Sequence]:
     """Several images a sequence, of different shapes, side by side and apart; a text alone."""
     items = [(WIDE, "then", TALL), ("before", SMALL, WIDE), (TALL,), ("no image",)]
-    return [model.renderer.render_embedding(parts, record_name=str(i)) for i, parts in enumerate(items)]
+    return [
+        model.renderer.render_embedding(parts, record_name=str(i)) for i, parts in enumerate(items)
+    ]
 
 
 def test_an_image_takes_tokens_by_its_proportions(qwen: DuetModel) -> None:
     made = [qwen.prepare_image(ref) for ref in (WIDE, TALL, SMALL)]
     assert [image.grid for image in made] == [(2, 6), (3, 2), (2, 2)]
-    assert [image.num_tokens for image in made] == [12, 6, 4] == [len(qwen.vision_features([image])) for image in made]
+    assert (
+        [image.num_tokens for image in made]
+        == [12, 6, 4]
+        == [len(qwen.vision_features([image])) for image in made]
+    )
     together = qwen.vision_features(made)
     for image, features in zip(made, together.split([12, 6, 4]), strict=True):
         qwen.feature_cache._memory.clear()
@@ -127,13 +161,18 @@ def test_positions_are_those_of_transformers(qwen: DuetModel) -> None:
 def test_positions_of_a_sequence_do_not_know_its_row(qwen: DuetModel) -> None:
     sequences = rows(qwen)
     packed = qwen.collate(sequences, pack_to=70)
-    assert packed.position_ids.shape == (3, *packed.token_ids.shape) and len(packed.token_ids) < len(sequences)
+    assert packed.position_ids.shape == (3, *packed.token_ids.shape) and len(
+        packed.token_ids
+    ) < len(sequences)
     with torch.no_grad():
         alone = {s.anchors[0].record_name: qwen(qwen.collate([s])).embeddings[0] for s in sequences}
         found = qwen(packed)
     for vector, anchor in zip(found.embeddings, found.anchors, strict=True):
         assert_close(vector, alone[anchor.record], **CLOSE)
-    flat = [Sequence(s.token_ids, s.labels, s.anchors, tuple((at, _flat(i)) for at, i in s.images)) for s in sequences]
+    flat = [
+        Sequence(s.token_ids, s.labels, s.anchors, tuple((at, _flat(i)) for at, i in s.images))
+        for s in sequences
+    ]
     with torch.no_grad():
         other = qwen(collate(flat, pad_id=0)).embeddings
     assert (other[0] - alone["0"]).abs().max() > 1e-3, "else this test would prove nothing"
@@ -145,10 +184,14 @@ def _flat(image: PreparedImage) -> PreparedImage:
 
 def test_every_image_stands_in_its_frame(qwen: DuetModel) -> None:
     token = qwen.backbone.tokenizer.convert_ids_to_tokens
-    chat = qwen.renderer.render_chat((Message("user", (WIDE, "what?", SMALL)),), add_generation_prompt=True)
+    chat = qwen.renderer.render_chat(
+        (Message("user", (WIDE, "what?", SMALL)),), add_generation_prompt=True
+    )
     for sequence in [*rows(qwen), chat, qwen.renderer.render_caption(TALL, "a tall one")]:
         names = token(list(sequence.token_ids))
-        assert names.count("<|vision_start|>") == names.count("<|vision_end|>") == len(sequence.images)
+        assert (
+            names.count("<|vision_start|>") == names.count("<|vision_end|>") == len(sequence.images)
+        )
         for at, image in sequence.images:
             around = names[at - 1], names[at + image.num_tokens]
             assert around == ("<|vision_start|>", "<|vision_end|>")
@@ -169,7 +212,10 @@ def test_a_mean_is_that_of_the_image_alone(qwen: DuetModel) -> None:
         for parts in ((WIDE,), ("a text", WIDE)):
             sequence = qwen.renderer.render_embedding(parts)
             at, image = sequence.images[0]
-            assert (sequence.anchors[0].start, sequence.anchors[0].end) == (at, at + image.num_tokens)
+            assert (sequence.anchors[0].start, sequence.anchors[0].end) == (
+                at,
+                at + image.num_tokens,
+            )
     finally:
         qwen.set_prompts(PROMPTS)
 
@@ -178,8 +224,11 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
     """Prompts of different lengths and images in one batch: each token is the best of a whole forward; transformers,
     given ids and pixels, agrees."""
     turns = [(WIDE, "what is it?"), (TALL, SMALL, "and these?")]
-    asked = [qwen.renderer.render_chat((Message("user", parts),), add_generation_prompt=True) for parts in turns]
-    with generation.generate_arguments(qwen.backbone, qwen.prefill_inputs(asked), 6) as given:
+    asked = [
+        qwen.renderer.render_chat((Message("user", parts),), add_generation_prompt=True)
+        for parts in turns
+    ]
+    with beam.generate_arguments(qwen.backbone, qwen.prefill_inputs(asked), 6) as given:
         ids = qwen.backbone.model.generate(**given | {"min_new_tokens": None, "eos_token_id": None})
     banned = given["suppress_tokens"]
     for row, sequence in enumerate(asked):
@@ -191,7 +240,9 @@ def test_generated_with_cache_as_without(qwen: DuetModel) -> None:
             logits[banned] = -torch.inf
             assert token == int(logits.argmax())
             so_far.append(token)
-        plain = tiny.transformers_inputs(qwen, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images])
+        plain = tiny.transformers_inputs(
+            qwen, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images]
+        )
         theirs = qwen.backbone.model.generate(
             **plain, max_new_tokens=6, do_sample=False, suppress_tokens=banned, eos_token_id=None
         )
@@ -206,7 +257,9 @@ def test_beams_as_transformers_has_them(qwen: DuetModel) -> None:
     answered_as_transformers_does(qwen, turns, beams=3)
 
 
-def test_answers_in_two_threads_do_not_mix(qwen: DuetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_in_two_threads_do_not_mix(
+    qwen: DuetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another thread's prompt is read while this one's images wait to be given to the trunk."""
     pictured, plain = [Message("user", (WIDE, TALL, "what?"))], [Message("user", ("hello",))]
     wanted = [qwen.generate(asked, max_new_tokens=8) for asked in (pictured, plain)]
@@ -236,10 +289,16 @@ def test_the_picture_is_put_together_again(qwen: DuetModel) -> None:
     pixels = np.zeros((16, 40, 3), dtype=np.uint8)
     pixels[:, 20:] = (200, 100, 50)
     pixels[:8, :20] = 250
-    prepared = qwen.backbone.prepare_image(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
-    seen = analysis.denormalize_pixels(qwen.backbone.vision_tower_pixels(prepared), qwen.backbone.image_processor)
+    prepared = qwen.backbone.prepare_image(
+        ImageRef(data=images.encode_png(images.from_pixels(pixels)))
+    )
+    seen = internals.denormalize_pixels(
+        qwen.backbone.vision_tower_pixels(prepared), qwen.backbone.image_processor
+    )
     assert seen.shape == pixels.shape and np.abs(seen.astype(int) - pixels).max() <= 1
-    assert analysis.to_patch_grid(np.arange(10.0), *seen.shape[:2]).shape == (2, 5) == prepared.grid
+    assert (
+        internals.to_patch_grid(np.arange(10.0), *seen.shape[:2]).shape == (2, 5) == prepared.grid
+    )
 
 
 def test_proportions_that_it_cannot_read_are_an_image_s_fault(qwen: DuetModel) -> None:
@@ -250,10 +309,15 @@ def test_proportions_that_it_cannot_read_are_an_image_s_fault(qwen: DuetModel) -
 def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:
     """Hub checkpoints name the processor that needs torchvision, and give pixels by their older names."""
     tiny.build_qwen2_vl(tmp_path / "base")
-    settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+    }
     pixels = {"min_pixels": 256, "max_pixels": 1024}
     patches = {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2}
-    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(settings | pixels | patches))
+    (tmp_path / "base" / "preprocessor_config.json").write_text(
+        json.dumps(settings | pixels | patches)
+    )
     prepared = load_backbone(tmp_path / "base").prepare_image(WIDE)
     assert prepared.grid == (2, 6) and len(prepared.inputs["pixel_values"]) == 48
 
@@ -264,7 +328,9 @@ def test_a_folder_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) ->
 @pytest.fixture(params=[False, True], ids=["whole", "tiles"])
 def intern(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
     tiny.build_internvl(tmp_path / "base", tiles=request.param)
-    return tiny.scale_up_weights(DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval())
+    return tiny.scale_up_weights(
+        DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval()
+    )
 
 
 def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> None:
@@ -277,7 +343,9 @@ def test_squares_take_tokens_as_transformers_counts_them(intern: DuetModel) -> N
         assert squares[0] == 4
     assert [image.num_tokens for image in made] == [4 * n for n in squares]
     together = intern.vision_features(made)
-    for image, features in zip(made, together.split([image.num_tokens for image in made]), strict=True):
+    for image, features in zip(
+        made, together.split([image.num_tokens for image in made]), strict=True
+    ):
         intern.feature_cache._memory.clear()
         assert_close(intern.vision_features([image]), features, **CLOSE)
 
@@ -286,32 +354,53 @@ def test_where_it_looks_is_drawn_on_the_whole_picture(intern: DuetModel) -> None
     whole = intern.backbone.prepare_image(WIDE)
     assert intern.backbone.vision_tower_pixels(whole).shape == (3, 16, 16)
     assert len(range(whole.num_tokens)[intern.backbone.overview_features(whole)]) == 4
-    with analysis.eager_attention(intern):
-        found = analysis.attention_map(intern, WIDE)
+    with internals.eager_attention(intern):
+        found = internals.attention_map(intern, WIDE)
     assert found.weights.shape == (2, 2)
-    assert (found.weights.sum() < 0.99 * found.share) == (whole.num_tokens > 4), "tiles have their share, too"
+    assert (found.weights.sum() < 0.99 * found.share) == (whole.num_tokens > 4), (
+        "tiles have their share, too"
+    )
 
 
 def test_logits_of_squares_are_those_of_transformers(intern: DuetModel) -> None:
     batch = intern.collate(rows(intern), padding_side="left")
     as_transformers_has_them(intern, batch)
     with torch.no_grad():
-        other = intern.hidden_states(intern.collate([intern.renderer.render_embedding((tiny.random_image(9, 16), "then", TALL))]))
-    assert (other[0, -1] - intern.hidden_states(batch)[0, -1]).abs().max() > 1e-3, "else no image would be seen"
+        other = intern.hidden_states(
+            intern.collate(
+                [intern.renderer.render_embedding((tiny.random_image(9, 16), "then", TALL))]
+            )
+        )
+    assert (other[0, -1] - intern.hidden_states(batch)[0, -1]).abs().max() > 1e-3, (
+        "else no image would be seen"
+    )
 
 
 def test_a_chat_is_what_the_checkpoint_s_processor_would_write(intern: DuetModel) -> None:
-    chat = intern.renderer.render_chat((Message("user", (WIDE, "what?")),), add_generation_prompt=True)
+    chat = intern.renderer.render_chat(
+        (Message("user", (WIDE, "what?")),), add_generation_prompt=True
+    )
     inside = "<image>" * intern.prepare_image(WIDE).num_tokens
     written = f"<|user|><|vision_start|>{inside}<|vision_end|>what?</s><|assistant|>"
-    assert list(chat.token_ids) == intern.backbone.tokenizer.encode(written, add_special_tokens=False)
+    assert list(chat.token_ids) == intern.backbone.tokenizer.encode(
+        written, add_special_tokens=False
+    )
 
 
 def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_path: Path) -> None:
     tiny.build_internvl(tmp_path / "base")
-    names = {"image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor"}
-    nothing = dict.fromkeys(("crop_size", "device", "do_center_crop", "input_data_format", "return_tensors"))
-    size = {"size": {"height": 16, "width": 16}, "crop_to_patches": False, "data_format": "channels_first"}
+    names = {
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "processor_class": "InternVLProcessor",
+    }
+    nothing = dict.fromkeys(
+        ("crop_size", "device", "do_center_crop", "input_data_format", "return_tensors")
+    )
+    size = {
+        "size": {"height": 16, "width": 16},
+        "crop_to_patches": False,
+        "data_format": "channels_first",
+    }
     (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(names | nothing | size))
     prepared = load_backbone(tmp_path / "base").prepare_image(WIDE)
     assert prepared.num_tokens == 4 and prepared.inputs["pixel_values"].shape == (1, 3, 16, 16)
@@ -322,7 +411,9 @@ def test_a_folder_of_squares_as_the_hub_has_it_opens_without_torchvision(tmp_pat
 
 @pytest.fixture(params=["llava_next", "llava_onevision"])
 def tiled(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    model = tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+    model = tiny.scale_up_weights(
+        tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
+    )
     with torch.no_grad():
         model.backbone.model.model.image_newline.normal_()
     return model
@@ -346,7 +437,9 @@ def test_rows_of_tiles_take_tokens_as_their_processor_counts_them(tiled: DuetMod
         setattr(theirs, name, value)
     for ref in (WIDE, TALL, SMALL, ODD):
         width, height = images.load_image(ref).size
-        counted = theirs._get_number_of_features(height, width, 16, 16) - (kind == "llava_next")  # the class token
+        counted = theirs._get_number_of_features(height, width, 16, 16) - (
+            kind == "llava_next"
+        )  # the class token
         assert tiled.prepare_image(ref).num_tokens == counted
     made = [tiled.prepare_image(ref) for ref in (WIDE, ODD)]
     together = tiled.backbone.compute_vision_features(made)
@@ -360,7 +453,8 @@ def test_rows_of_tiles_take_tokens_as_their_processor_counts_them(tiled: DuetMod
 def test_logits_of_rows_of_tiles_are_those_of_transformers(tiled: DuetModel) -> None:
     """One picture a prompt: of several, LLaVA-OneVision's processor would cut none."""
     sequences = [
-        tiled.renderer.render_embedding(parts) for parts in ((WIDE, "then"), ("before", TALL), (ODD, "so"), ("no image",))
+        tiled.renderer.render_embedding(parts)
+        for parts in ((WIDE, "then"), ("before", TALL), (ODD, "so"), ("no image",))
     ]
     batch = tiled.collate(sequences, padding_side="left")
     ours = as_transformers_has_them(tiled, batch)
@@ -373,27 +467,46 @@ def test_logits_of_rows_of_tiles_are_those_of_transformers(tiled: DuetModel) -> 
 def test_packed_and_padded_tiles_are_those_of_one_alone(tiled: DuetModel) -> None:
     items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so")]
     together = tiled.encode(items)
-    assert_close(together, np.concatenate([tiled.encode([item]) for item in items]), atol=1e-5, rtol=0)
-    answered = [tiled.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)]
-    start = tiled.prefill_inputs([tiled.renderer.render_chat((Message("user", (ref, "what?")),), add_generation_prompt=True) for ref in (ODD, WIDE)])
-    assert generation.generate_texts(tiled.backbone, start, 6) == answered
+    assert_close(
+        together, np.concatenate([tiled.encode([item]) for item in items]), atol=1e-5, rtol=0
+    )
+    answered = [
+        tiled.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)
+    ]
+    start = tiled.prefill_inputs(
+        [
+            tiled.renderer.render_chat(
+                (Message("user", (ref, "what?")),), add_generation_prompt=True
+            )
+            for ref in (ODD, WIDE)
+        ]
+    )
+    assert beam.generate_texts(tiled.backbone, start, 6) == answered
 
 
 def test_a_row_s_end_stops_no_gradient(tiled: DuetModel) -> None:
     """The projector is also asked about rows of zeros, whose answer is not taken: their gradient must be none, not NaN."""
     tiled.make_trainable(lora=None, projector=True)
-    ours = tiled.train()(tiled.collate([tiled.renderer.render_embedding((ODD, "x"))])).embeddings[:, 0].sum()
+    ours = (
+        tiled.train()(tiled.collate([tiled.renderer.render_embedding((ODD, "x"))]))
+        .embeddings[:, 0]
+        .sum()
+    )
     found = torch.autograd.grad(ours, list(tiled.backbone.projector.parameters()))
     real = tiled.backbone.family.project
 
-    def only_of_the_picture(inner: object, projector: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+    def only_of_the_picture(
+        inner: object, projector: torch.nn.Module, features: torch.Tensor
+    ) -> torch.Tensor:
         ends = ~features.any(1)
         whole = tiled.backbone.model.model.image_newline.expand(len(features), -1).clone()
         whole[~ends] = projector(features[~ends])
         return whole
 
     tiled.backbone.family = replace(tiled.backbone.family, project=only_of_the_picture)
-    theirs = tiled(tiled.collate([tiled.renderer.render_embedding((ODD, "x"))])).embeddings[:, 0].sum()
+    theirs = (
+        tiled(tiled.collate([tiled.renderer.render_embedding((ODD, "x"))])).embeddings[:, 0].sum()
+    )
     wanted = torch.autograd.grad(theirs, list(tiled.backbone.projector.parameters()))
     assert tiled.backbone.family.project is not real and any(one.abs().max() > 0 for one in wanted)
     for one, other in zip(found, wanted, strict=True):
@@ -409,7 +522,10 @@ def test_where_it_looks_is_drawn_on_the_small_whole_picture(tiled: DuetModel) ->
 def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
     """More than nine tiles of LLaVA-OneVision would be made smaller behind the projector."""
     one = tiny.build_duet_model(tmp_path / "base", family="llava_onevision", prompts=PROMPTS)
-    large, small = tiny.random_image(5, 90, width=120), images.load_image(tiny.random_image(5, 90, width=120))
+    large, small = (
+        tiny.random_image(5, 90, width=120),
+        images.load_image(tiny.random_image(5, 90, width=120)),
+    )
     small.thumbnail((48, 48))
     again = one.backbone.prepare_image(ImageRef(data=images.encode_png(small)))
     made = one.backbone.prepare_image(large)
@@ -424,18 +540,35 @@ def test_a_large_picture_is_made_small_before_it_is_cut(tmp_path: Path) -> None:
 
 
 HUB = {
-    "gemma3": ("Gemma3ImageProcessorFast", {"size": {"height": 16, "width": 16}, "processor_class": "Gemma3Processor"}),
-    "gemma4": ("Gemma4ImageProcessor", {"max_soft_tokens": 70, "pooling_kernel_size": 2, "patch_size": 4}),
-    "mistral3": ("PixtralImageProcessorFast", {"size": {"longest_edge": 32}, "processor_class": "PixtralProcessor"}),
-    "llava_next": ("LlavaNextImageProcessor", {"size": {"shortest_edge": 16}, "aspect_ratio_setting": "anyres"}),
-    "llava_onevision": ("LlavaOnevisionImageProcessor", {"size": {"height": 16, "width": 16}, "do_pad": True}),
+    "gemma3": (
+        "Gemma3ImageProcessorFast",
+        {"size": {"height": 16, "width": 16}, "processor_class": "Gemma3Processor"},
+    ),
+    "gemma4": (
+        "Gemma4ImageProcessor",
+        {"max_soft_tokens": 70, "pooling_kernel_size": 2, "patch_size": 4},
+    ),
+    "mistral3": (
+        "PixtralImageProcessorFast",
+        {"size": {"longest_edge": 32}, "processor_class": "PixtralProcessor"},
+    ),
+    "llava_next": (
+        "LlavaNextImageProcessor",
+        {"size": {"shortest_edge": 16}, "aspect_ratio_setting": "anyres"},
+    ),
+    "llava_onevision": (
+        "LlavaOnevisionImageProcessor",
+        {"size": {"height": 16, "width": 16}, "do_pad": True},
+    ),
     "glm4v": ("Glm4vImageProcessor", {"size": {"shortest_edge": 512, "longest_edge": 2048}}),
     "glm46v": ("Glm46VImageProcessor", {"size": {"shortest_edge": 512, "longest_edge": 2048}}),
 }
 
 
 @pytest.mark.parametrize("family", HUB)
-def test_other_folders_as_the_hub_has_them_open_without_torchvision(tmp_path: Path, family: str) -> None:
+def test_other_folders_as_the_hub_has_them_open_without_torchvision(
+    tmp_path: Path, family: str
+) -> None:
     tiny.FAMILY_BUILDERS[family](tmp_path / "base")
     path = tmp_path / "base" / "preprocessor_config.json"
     before, (kind, settings) = load_backbone(tmp_path / "base").prepare_image(WIDE), HUB[family]
@@ -460,7 +593,9 @@ def test_other_folders_as_the_hub_has_them_open_without_torchvision(tmp_path: Pa
 
 @pytest.fixture(params=["smolvlm", "idefics3"])
 def smol(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(
+        tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
+    )
 
 
 def theirs_of(folder: Path) -> Idefics3Processor:
@@ -477,9 +612,15 @@ def uncut(folder: Path) -> DuetModel:
 
 
 def test_a_picture_is_cut_into_squares_as_its_processor_says(smol: DuetModel) -> None:
-    made = [smol.prepare_image(ref) for ref in (WIDE, TALL, ODD)]  # 32 x 16, 32 x 32, 32 x 32 pixels, and each of them whole
+    made = [
+        smol.prepare_image(ref) for ref in (WIDE, TALL, ODD)
+    ]  # 32 x 16, 32 x 32, 32 x 32 pixels, and each of them whole
     assert [image.num_features for image in made] == [3 * 4, 5 * 4, 5 * 4]
-    assert [len(image.interleaved_tokens) for image in made] == [3 * 2 + 2 + 1, 5 * 2 + 3 + 1, 5 * 2 + 3 + 1]  # with line ends
+    assert [len(image.interleaved_tokens) for image in made] == [
+        3 * 2 + 2 + 1,
+        5 * 2 + 3 + 1,
+        5 * 2 + 3 + 1,
+    ]  # with line ends
     assert [smol.backbone.vision_tower_pixels(image).shape for image in made] == [(3, 16, 16)] * 3
     assert len(smol.vision_features(made)) == 52
     assert [image.feature_span for image in made] == [(2, 20), (2, 33), (2, 33)]
@@ -489,11 +630,18 @@ def test_a_picture_is_cut_into_squares_as_its_processor_says(smol: DuetModel) ->
 
 def test_logits_of_squares_and_of_whole_pictures_are_those_of_transformers(smol: DuetModel) -> None:
     for model in (smol, tiny.scale_up_weights(uncut(smol.backbone.folder))):
-        sequences = [model.renderer.render_embedding(parts) for parts in ((WIDE, "then", ODD), ("before", TALL), (SMALL, "so"))]
+        sequences = [
+            model.renderer.render_embedding(parts)
+            for parts in ((WIDE, "then", ODD), ("before", TALL), (SMALL, "so"))
+        ]
         batch = model.collate(sequences, padding_side="left")
         as_transformers_has_them(model, batch)
         with torch.no_grad():
-            other = model.hidden_states(model.collate([model.renderer.render_embedding((tiny.random_image(9, 16), "then", ODD))]))
+            other = model.hidden_states(
+                model.collate(
+                    [model.renderer.render_embedding((tiny.random_image(9, 16), "then", ODD))]
+                )
+            )
             mine = model.hidden_states(model.collate(sequences[:1]))
         assert (other[0, -1] - mine[0, -1]).abs().max() > 1e-3, "else no image would be seen"
 
@@ -501,28 +649,48 @@ def test_logits_of_squares_and_of_whole_pictures_are_those_of_transformers(smol:
 def test_squares_packed_and_padded_are_those_of_one_alone(smol: DuetModel) -> None:
     items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so"), (ODD, WIDE)]
     together = smol.encode(items)
-    assert_close(together, np.concatenate([smol.encode([item]) for item in items]), atol=1e-5, rtol=0)
-    answered = [smol.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)]
-    start = smol.prefill_inputs([smol.renderer.render_chat((Message("user", (ref, "what?")),), add_generation_prompt=True) for ref in (ODD, WIDE)])
-    assert generation.generate_texts(smol.backbone, start, 6) == answered
+    assert_close(
+        together, np.concatenate([smol.encode([item]) for item in items]), atol=1e-5, rtol=0
+    )
+    answered = [
+        smol.generate([Message("user", (ref, "what?"))], max_new_tokens=6) for ref in (ODD, WIDE)
+    ]
+    start = smol.prefill_inputs(
+        [
+            smol.renderer.render_chat(
+                (Message("user", (ref, "what?")),), add_generation_prompt=True
+            )
+            for ref in (ODD, WIDE)
+        ]
+    )
+    assert beam.generate_texts(smol.backbone, start, 6) == answered
 
 
 def test_where_it_looks_is_drawn_on_the_whole_square(smol: DuetModel) -> None:
-    with analysis.eager_attention(smol):
-        found = analysis.attention_map(smol, WIDE)
-    assert found.weights.shape == (2, 2) and found.weights.sum() < 0.99 * found.share, "tiles have their share, too"
+    with internals.eager_attention(smol):
+        found = internals.attention_map(smol, WIDE)
+    assert found.weights.shape == (2, 2) and found.weights.sum() < 0.99 * found.share, (
+        "tiles have their share, too"
+    )
 
 
-def test_what_is_exported_is_prompted_so_by_its_own_processor(smol: DuetModel, tmp_path: Path) -> None:
+def test_what_is_exported_is_prompted_so_by_its_own_processor(
+    smol: DuetModel, tmp_path: Path
+) -> None:
     smol.save_merged(tmp_path / "merged")
     prompt = "<|user|>{}what?</s><|assistant|>"
     for refs in ((WIDE,), (TALL,), (ODD, WIDE)):
         pictures = [images.load_image(ref) for ref in refs]
         text = prompt.format("<image>" * len(refs))
         written = theirs_of(tmp_path / "merged")(text=text, images=[pictures], return_tensors="pt")
-        chat = smol.renderer.render_chat((Message("user", (*refs, "what?")),), add_generation_prompt=True)
+        chat = smol.renderer.render_chat(
+            (Message("user", (*refs, "what?")),), add_generation_prompt=True
+        )
         assert written["input_ids"][0].tolist() == list(chat.token_ids)
-        assert_close(written["pixel_values"][0], torch.cat([smol.prepare_image(ref).inputs["pixel_values"] for ref in refs]))
+        assert_close(
+            written["pixel_values"][0],
+            torch.cat([smol.prepare_image(ref).inputs["pixel_values"] for ref in refs]),
+        )
 
 
 def test_an_export_says_what_was_set_where_the_base_keeps_its_settings_in_one_file(
@@ -530,12 +698,16 @@ def test_an_export_says_what_was_set_where_the_base_keeps_its_settings_in_one_fi
 ) -> None:
     base = smol.backbone.folder
     settings = json.loads((base / "preprocessor_config.json").read_text())
-    (base / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "image_processor": settings}))
+    (base / "processor_config.json").write_text(
+        json.dumps({"image_seq_len": 4, "image_processor": settings})
+    )
     backbone = load_backbone(base)
     backbone.image_processor.do_image_splitting = False
     DuetModel(backbone, prompts=PROMPTS).save_merged(tmp_path / "merged")
     assert AutoImageProcessor.from_pretrained(base, backend="pil").do_image_splitting
-    assert not AutoImageProcessor.from_pretrained(tmp_path / "merged", backend="pil").do_image_splitting
+    assert not AutoImageProcessor.from_pretrained(
+        tmp_path / "merged", backend="pil"
+    ).do_image_splitting
     assert json.loads((tmp_path / "merged/processor_config.json").read_text())["image_seq_len"] == 4
 
 
@@ -544,7 +716,9 @@ def test_lora_stands_in_the_language_model_alone(smol: DuetModel) -> None:
     names = list(smol.adapter_tensors())
     assert names and all(".text_model.layers." in name for name in names)
     trained = {name for name, tensor in smol.named_parameters() if tensor.requires_grad}
-    assert any("connector" in name for name in trained) and not any("vision_model" in name for name in trained)
+    assert any("connector" in name for name in trained) and not any(
+        "vision_model" in name for name in trained
+    )
 
 
 def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel) -> None:
@@ -561,15 +735,25 @@ def test_the_chat_template_that_they_are_published_with_is_read(smol: DuetModel)
 
 @pytest.fixture
 def mistral(tmp_path: Path) -> DuetModel:
-    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family="mistral3", prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(
+        tiny.build_duet_model(tmp_path / "base", family="mistral3", prompts=PROMPTS, head="none")
+    )
 
 
 def test_rows_of_an_image_end_with_a_word(mistral: DuetModel) -> None:
     """As PixtralProcessor writes it, which cannot be imported without torchvision; and never a cell too many."""
     row_end, end = tiny.PIXTRAL_TOKENS
-    for ref, rows_, columns in ((WIDE, 2, 4), (TALL, 3, 2), (SMALL, 2, 2), (ODD, 3, 4)):  # the largest is 32 x 32
+    for ref, rows_, columns in (
+        (WIDE, 2, 4),
+        (TALL, 3, 2),
+        (SMALL, 2, 2),
+        (ODD, 3, 4),
+    ):  # the largest is 32 x 32
         made = mistral.prepare_image(ref)
-        assert tiny.image_as_text(mistral.renderer, ref) == row_end.join(["<image>" * columns] * rows_) + end
+        assert (
+            tiny.image_as_text(mistral.renderer, ref)
+            == row_end.join(["<image>" * columns] * rows_) + end
+        )
         assert (made.num_tokens, made.num_features) == (rows_ * (columns + 1) - 1, rows_ * columns)
         batch = mistral.collate([mistral.renderer.render_embedding(("x", ref))])
         assert torch.equal(batch.image_mask, batch.token_ids == mistral.renderer.image_token_id)
@@ -584,9 +768,18 @@ def test_images_of_several_sizes_are_seen_as_one_alone(mistral: DuetModel) -> No
     made = [mistral.prepare_image(ref) for ref in (WIDE, TALL, ODD)]
     together = mistral.backbone._run_vision_tower(made)
     assert len(together) == sum(image.num_features for image in made)
-    assert_close(together, torch.cat([mistral.backbone._run_vision_tower([image]) for image in made]), **CLOSE)
+    assert_close(
+        together,
+        torch.cat([mistral.backbone._run_vision_tower([image]) for image in made]),
+        **CLOSE,
+    )
     items = [ODD, "no image", (WIDE, "then", TALL), (SMALL, "so")]
-    assert_close(mistral.encode(items), np.concatenate([mistral.encode([item]) for item in items]), atol=1e-5, rtol=0)
+    assert_close(
+        mistral.encode(items),
+        np.concatenate([mistral.encode([item]) for item in items]),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_the_cells_are_the_picture_that_the_processor_made(mistral: DuetModel) -> None:
@@ -601,17 +794,23 @@ def test_the_cells_are_the_picture_that_the_processor_made(mistral: DuetModel) -
 def test_means_of_the_tower_leave_the_words_out(tmp_path: Path) -> None:
     """The reading in the tower is the mean of an image's features, whatever stands beside and behind it."""
     prompts = replace(PROMPTS, image_pool="vision")
-    made = tiny.build_duet_model(tmp_path / "base", family="mistral3", prompts=prompts, head="split")
+    made = tiny.build_duet_model(
+        tmp_path / "base", family="mistral3", prompts=prompts, head="split"
+    )
     found = made.encode([WIDE, "a text", TALL, ODD])
     for row, ref in ((0, WIDE), (2, TALL), (3, ODD)):
-        features = made.backbone.compute_vision_features([made.prepare_image(ref)]).mean(0, keepdim=True)
-        assert_close(found[row], made.head.embed_vision_features(features)[0].detach().numpy(), **CLOSE)
+        features = made.backbone.compute_vision_features([made.prepare_image(ref)]).mean(
+            0, keepdim=True
+        )
+        assert_close(
+            found[row], made.head.embed_vision_features(features)[0].detach().numpy(), **CLOSE
+        )
 
 
 def test_where_it_looks_leaves_the_words_out(mistral: DuetModel) -> None:
-    with analysis.eager_attention(mistral):
-        assert analysis.attention_map(mistral, WIDE).weights.shape == (2, 4)
-        assert analysis.attention_map(mistral, TALL).weights.shape == (3, 2)
+    with internals.eager_attention(mistral):
+        assert internals.attention_map(mistral, WIDE).weights.shape == (2, 4)
+        assert internals.attention_map(mistral, TALL).weights.shape == (3, 2)
 
 
 # ------------------------------------------------------------------ Gemma 3
@@ -619,7 +818,9 @@ def test_where_it_looks_leaves_the_words_out(mistral: DuetModel) -> None:
 
 @pytest.fixture
 def gemma(tmp_path: Path) -> DuetModel:
-    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family="gemma3", prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(
+        tiny.build_duet_model(tmp_path / "base", family="gemma3", prompts=PROMPTS, head="none")
+    )
 
 
 def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: DuetModel) -> None:
@@ -629,10 +830,14 @@ def test_logits_of_images_that_see_both_ways_are_those_of_transformers(gemma: Du
         ours = as_transformers_has_them(gemma, batch)
     assert batch.num_tokens > 16 * len(batch.token_ids)
     one_way = {"full_attention": False, "sliding_attention": False}
-    gemma.backbone.family = replace(gemma.backbone.family, attention_mask_kinds=lambda config: one_way)
+    gemma.backbone.family = replace(
+        gemma.backbone.family, attention_mask_kinds=lambda config: one_way
+    )
     with torch.no_grad():
         causal = gemma.hidden_states(batch) @ gemma.lm_head_weight.T
-    assert (causal - ours).abs().amax(2)[batch.segment_ids > 0].max() > 1e-2, "they would else see one way"
+    assert (causal - ours).abs().amax(2)[batch.segment_ids > 0].max() > 1e-2, (
+        "they would else see one way"
+    )
 
 
 def test_images_that_see_both_ways_are_the_same_in_any_company(gemma: DuetModel) -> None:
@@ -643,7 +848,9 @@ def test_images_that_see_both_ways_are_the_same_in_any_company(gemma: DuetModel)
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_what_images_that_see_both_ways_are_answered_with(gemma: DuetModel, beams: int) -> None:
-    answered_as_transformers_does(gemma, [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")], beams=beams)
+    answered_as_transformers_does(
+        gemma, [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?")], beams=beams
+    )
 
 
 @pytest.mark.parametrize("line", ["", "\n"])
@@ -654,27 +861,42 @@ def test_line_ends_around_an_image_are_the_tokens_of_its_own_processor(
     gemma.backbone.tokenizer.chat_template = f"{{{{ bos_token }}}}{tiny.gemma_chat_template(line)}"
     gemma.save_merged(tmp_path / "merged")
     pictures = Gemma3ImageProcessorPil.from_pretrained(tmp_path / "merged")
-    theirs = Gemma3Processor(pictures, AutoTokenizer.from_pretrained(tmp_path / "merged"), image_seq_length=4)
-    texts = ["what?", "a thing", "and this?"]
-    turns = [("user", (WIDE, texts[0])), ("assistant", (texts[1],)), ("user", (TALL, SMALL, texts[2]))]
-    first, last = tiny.VISION_TOKENS[0], "</s>" + line
-    said = (
-        f"<|user|>{line}{first}what?{last}<|assistant|>{line}a thing{last}<|user|>{line}{first}{first}and this?{last}"
+    theirs = Gemma3Processor(
+        pictures, AutoTokenizer.from_pretrained(tmp_path / "merged"), image_seq_length=4
     )
+    texts = ["what?", "a thing", "and this?"]
+    turns = [
+        ("user", (WIDE, texts[0])),
+        ("assistant", (texts[1],)),
+        ("user", (TALL, SMALL, texts[2])),
+    ]
+    first, last = tiny.VISION_TOKENS[0], "</s>" + line
+    said = f"<|user|>{line}{first}what?{last}<|assistant|>{line}a thing{last}<|user|>{line}{first}{first}and this?{last}"
     refs = [WIDE, TALL, SMALL]
-    written = theirs(text="<s>" + said, images=[[images.load_image(ref) for ref in refs]], add_special_tokens=False)
-    whole = gemma.renderer.render_chat(tuple(Message(role, parts) for role, parts in turns), add_generation_prompt=False)
+    written = theirs(
+        text="<s>" + said,
+        images=[[images.load_image(ref) for ref in refs]],
+        add_special_tokens=False,
+    )
+    whole = gemma.renderer.render_chat(
+        tuple(Message(role, parts) for role, parts in turns), add_generation_prompt=False
+    )
     assert list(whole.token_ids) == written["input_ids"][0]
     assert ("ĊĊĊ" in gemma.backbone.tokenizer.convert_ids_to_tokens(list(whole.ids))) == bool(line)
     embedded = gemma.renderer.render_embedding((WIDE,))
-    alone = theirs(text=f"<s>See {first} sum:", images=[[images.load_image(WIDE)]], add_special_tokens=False)
+    alone = theirs(
+        text=f"<s>See {first} sum:", images=[[images.load_image(WIDE)]], add_special_tokens=False
+    )
     assert list(embedded.token_ids) == alone["input_ids"][0]
-    assert_close(torch.as_tensor(np.array(alone["pixel_values"])), gemma.prepare_image(WIDE).inputs["pixel_values"])
+    assert_close(
+        torch.as_tensor(np.array(alone["pixel_values"])),
+        gemma.prepare_image(WIDE).inputs["pixel_values"],
+    )
 
 
 def test_a_square_that_sees_both_ways_is_looked_at(gemma: DuetModel) -> None:
-    with analysis.eager_attention(gemma):
-        assert analysis.attention_map(gemma, WIDE).weights.shape == (2, 2)
+    with internals.eager_attention(gemma):
+        assert internals.attention_map(gemma, WIDE).weights.shape == (2, 2)
 
 
 def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) -> None:
@@ -683,10 +905,18 @@ def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) ->
     end = tiny.SPECIAL_TOKENS.index("<|user|>")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, end]}))
     model = DuetModel(load_backbone(tmp_path / "base"), prompts=PROMPTS).eval()
-    assert model.renderer.eos_token_ids == [2, end] == list(load_processor(tmp_path / "base").eos_token_ids)
-    assert end not in generation.suppressed_tokens(model.backbone, model.renderer.eos_token_ids)
-    model.backbone.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|user|>\n{% endfor %}"
-    chat = model.renderer.render_chat((Message("user", ("a",)), Message("assistant", ("b",))), add_generation_prompt=False)
+    assert (
+        model.renderer.eos_token_ids
+        == [2, end]
+        == list(load_processor(tmp_path / "base").eos_token_ids)
+    )
+    assert end not in beam.suppressed_tokens(model.backbone, model.renderer.eos_token_ids)
+    model.backbone.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}<|user|>\n{% endfor %}"
+    )
+    chat = model.renderer.render_chat(
+        (Message("user", ("a",)), Message("assistant", ("b",))), add_generation_prompt=False
+    )
     assert [i for i in chat.labels if i != -100] == [
         *model.backbone.tokenizer.encode("b", add_special_tokens=False),
         end,
@@ -698,21 +928,42 @@ def test_an_answer_also_ends_where_the_generation_config_says(tmp_path: Path) ->
 
 @pytest.fixture(params=["gemma4", "gemma4_large"])
 def gemma4(request: pytest.FixtureRequest, tmp_path: Path) -> DuetModel:
-    return tiny.scale_up_weights(tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none"))
+    return tiny.scale_up_weights(
+        tiny.build_duet_model(tmp_path / "base", family=request.param, prompts=PROMPTS, head="none")
+    )
 
 
 def test_tokens_by_proportions_are_those_of_gemma_s_processor(gemma4: DuetModel) -> None:
     made = [gemma4.prepare_image(ref) for ref in (WIDE, TALL, SMALL, ODD)]
-    counted = [gemma4.backbone.image_processor(images=images.load_image(ref)) for ref in (WIDE, TALL, SMALL, ODD)]
-    assert [one.num_tokens for one in made] == [int(one["num_soft_tokens_per_image"][0]) for one in counted]
+    counted = [
+        gemma4.backbone.image_processor(images=images.load_image(ref))
+        for ref in (WIDE, TALL, SMALL, ODD)
+    ]
+    assert [one.num_tokens for one in made] == [
+        int(one["num_soft_tokens_per_image"][0]) for one in counted
+    ]
     assert len({one.num_tokens for one in made}) > 2
     together = gemma4.backbone._run_vision_tower(made)
-    assert_close(together, torch.cat([gemma4.backbone.compute_vision_features([image]) for image in made]), **CLOSE)
+    assert_close(
+        together,
+        torch.cat([gemma4.backbone.compute_vision_features([image]) for image in made]),
+        **CLOSE,
+    )
     for one in made:
         pixels = gemma4.backbone.vision_tower_pixels(one)
         assert pixels.shape[1] * pixels.shape[2] == one.num_tokens * 8 * 8
-    seen = np.asarray(images.load_image(WIDE).resize(tuple(gemma4.backbone.vision_tower_pixels(made[0]).shape[:0:-1]), 3)) / 255
-    assert np.abs(gemma4.backbone.vision_tower_pixels(made[0]).permute(1, 2, 0).numpy() - seen).max() < 0.01
+    seen = (
+        np.asarray(
+            images.load_image(WIDE).resize(
+                tuple(gemma4.backbone.vision_tower_pixels(made[0]).shape[:0:-1]), 3
+            )
+        )
+        / 255
+    )
+    assert (
+        np.abs(gemma4.backbone.vision_tower_pixels(made[0]).permute(1, 2, 0).numpy() - seen).max()
+        < 0.01
+    )
 
 
 def test_logits_with_tables_for_layers_are_those_of_transformers(gemma4: DuetModel) -> None:
@@ -722,7 +973,9 @@ def test_logits_with_tables_for_layers_are_those_of_transformers(gemma4: DuetMod
     assert ours.abs().max() < 2, "they are capped"
     large = gemma4.backbone.model.config.text_config.use_bidirectional_attention == "vision"
     one_way = {"full_attention": False, "sliding_attention": not large}
-    gemma4.backbone.family = replace(gemma4.backbone.family, attention_mask_kinds=lambda config: one_way)
+    gemma4.backbone.family = replace(
+        gemma4.backbone.family, attention_mask_kinds=lambda config: one_way
+    )
     with torch.no_grad():
         other = gemma4.backbone.compute_logits(gemma4.hidden_states(batch))
     assert (other - ours).abs().amax(2)[batch.segment_ids > 0].max() > 1e-3, (
@@ -732,7 +985,9 @@ def test_logits_with_tables_for_layers_are_those_of_transformers(gemma4: DuetMod
 
 def test_what_is_lost_of_a_token_is_what_transformers_says(gemma4: DuetModel) -> None:
     sequence = gemma4.renderer.render_caption(WIDE, "a flower of two colours")
-    plain = tiny.transformers_inputs(gemma4, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images])
+    plain = tiny.transformers_inputs(
+        gemma4, torch.tensor([sequence.token_ids]), [image for _, image in sequence.images]
+    )
     with torch.no_grad():
         theirs = gemma4.backbone.model(**plain, labels=torch.tensor([sequence.labels])).loss
     ((total, count),) = gemma4.compute_sequence_nll([sequence])
@@ -740,7 +995,9 @@ def test_what_is_lost_of_a_token_is_what_transformers_says(gemma4: DuetModel) ->
 
 
 def test_tables_for_layers_are_read_in_any_company(gemma4: DuetModel) -> None:
-    packed_as_alone(gemma4, [ODD, "no image " * 9, (WIDE, "then", TALL), (SMALL, "so"), "a"], pack_to=256)
+    packed_as_alone(
+        gemma4, [ODD, "no image " * 9, (WIDE, "then", TALL), (SMALL, "so"), "a"], pack_to=256
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -752,40 +1009,67 @@ def test_what_is_answered_with_tables_for_layers(gemma4: DuetModel, beams: int) 
 
 def test_prompts_join_answers_with_tables_for_layers(gemma4: DuetModel) -> None:
     turns = [(WIDE, "what is it, and of what?"), (TALL, SMALL, "and these?"), ("no image",)]
-    starts = [gemma4.prefill_inputs([gemma4.renderer.render_chat((Message("user", parts),), add_generation_prompt=True)]) for parts in turns]
-    alone = [generation.generate_texts(gemma4.backbone, start, 9)[0] for start in starts]
-    decoder, answers = ContinuousBatcher(gemma4.backbone, gemma4.renderer.eos_token_ids), [Request(9) for _ in starts]
+    starts = [
+        gemma4.prefill_inputs(
+            [gemma4.renderer.render_chat((Message("user", parts),), add_generation_prompt=True)]
+        )
+        for parts in turns
+    ]
+    alone = [beam.generate_texts(gemma4.backbone, start, 9)[0] for start in starts]
+    decoder, answers = (
+        ContinuousBatcher(gemma4.backbone, gemma4.renderer.eos_token_ids),
+        [Request(9) for _ in starts],
+    )
     for start, answer in zip(starts, answers, strict=True):  # each joins one token later
         decoder.add_requests(start, [answer])
         decoder.step()
     while decoder.requests:
         decoder.step()
-    written = [gemma4.backbone.tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+    written = [
+        gemma4.backbone.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        for answer in answers
+    ]
     assert [text.strip() for text in written] == alone
 
 
-def test_learned_prompts_are_no_words_of_the_tables_for_layers(gemma4: DuetModel, tmp_path: Path) -> None:
+def test_learned_prompts_are_no_words_of_the_tables_for_layers(
+    gemma4: DuetModel, tmp_path: Path
+) -> None:
     """Trained one step, merged, opened again here and by transformers: the same embeddings and logits."""
     gemma4.save_merged(tmp_path / "bold")
     gemma4 = DuetModel.from_pretrained(tmp_path / "bold")
     gemma4.make_trainable(lora=LoraSettings(rank=2), projector=True, soft_prompts=True)
     batch = gemma4.collate(rows(gemma4))
     gemma4.train()(batch).embeddings[:, 0].sum().backward()
-    grads = {name: p.grad for name, p in gemma4.named_parameters() if p.requires_grad and p.grad is not None}
-    assert {"soft.rows", "backbone.model.model.embed_vision.embedding_projection.weight"} <= grads.keys()
+    grads = {
+        name: p.grad
+        for name, p in gemma4.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
+    assert {
+        "soft.rows",
+        "backbone.model.model.embed_vision.embedding_projection.weight",
+    } <= grads.keys()
     gemma4.zero_grad()
     gemma4.backbone.enable_gradient_checkpointing()
     gemma4(batch).embeddings[:, 0].sum().backward()
     for name, parameter in gemma4.named_parameters():
         if name in grads:
-            assert_close(parameter.grad, grads[name], **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+            assert_close(
+                parameter.grad, grads[name], **CLOSE, msg=lambda m, name=name: f"{name}: {m}"
+            )
     with torch.no_grad():
         for parameter in gemma4.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     before = gemma4.eval().encode([WIDE, "a text"])
     gemma4.save_pretrained(tmp_path / "kept")
-    assert_close(DuetModel.from_pretrained(tmp_path / "kept").encode([WIDE, "a text"]), before, atol=1e-6, rtol=0)
+    assert_close(
+        DuetModel.from_pretrained(tmp_path / "kept").encode([WIDE, "a text"]),
+        before,
+        atol=1e-6,
+        rtol=0,
+    )
     gemma4.save_merged(tmp_path / "merged")
     again = DuetModel.from_pretrained(tmp_path / "merged")
     assert_close(again.encode([WIDE, "a text"]), before, atol=1e-5, rtol=0)

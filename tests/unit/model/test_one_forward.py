@@ -7,24 +7,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import tiny
+from helpers import tiny
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import Message
 from vlduet.data.sequences import IGNORE_INDEX, trim
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import pool_hidden_states
+from vlduet.model.pooling import pool_hidden_states
 
-TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12)
+TEXTS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cs", "Z", "Cc"]), min_size=1, max_size=12
+)
 PICTURES = st.builds(tiny.random_image, st.integers(0, 5), width=st.sampled_from([16, 24, 40]))
 ITEM = st.one_of(TEXTS, PICTURES, st.tuples(PICTURES, TEXTS))
-QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def sequences(model, items):
     parts = [item if isinstance(item, tuple) else (item,) for item in items]
-    return [model.renderer.embed(p, role="x", record=str(i), key=str(i)) for i, p in enumerate(parts)] + [
-        model.renderer.caption(tiny.random_image(9), "long " * (i + 1), record=f"c{i}") for i in range(2)
+    return [
+        model.renderer.embed(p, role="x", record=str(i), key=str(i)) for i, p in enumerate(parts)
+    ] + [
+        model.renderer.caption(tiny.random_image(9), "long " * (i + 1), record=f"c{i}")
+        for i in range(2)
     ]
 
 
@@ -83,7 +90,9 @@ def test_nothing_needed_is_nothing(model):
 
 def test_half_precision_reads_the_same_and_trains_in_full(model, tmp_path):
     """bfloat16 weights: embeddings near those of float32; what is trained stays float32 and comes back bit for bit."""
-    half = DuetModel.from_pretrained(model.backbone.folder, dtype=torch.bfloat16, prompts=model.prompts)
+    half = DuetModel.from_pretrained(
+        model.backbone.folder, dtype=torch.bfloat16, prompts=model.prompts
+    )
     items = ["a red apple", tiny.random_image(1), (tiny.random_image(2), "and a text")]
     full = DuetModel.from_pretrained(model.backbone.folder, prompts=model.prompts)
     assert (half.encode(items) * full.encode(items)).sum(1).min() > 0.995
@@ -94,12 +103,16 @@ def test_half_precision_reads_the_same_and_trains_in_full(model, tmp_path):
     readout = half(half.collate(sequences(half, items[:1])))
     assert readout.embeddings.dtype == readout.nll.dtype == torch.float32
     (readout.embeddings.sum() + readout.nll.mean()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in half.adapter_tensors().items())
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for n, p in half.adapter_tensors().items()
+    )
     half.save_pretrained(tmp_path / "half")
     again = DuetModel.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
     for name, tensor in {**half.own_tensors(), **half.adapter_tensors()}.items():
         assert torch.equal(tensor, {**again.own_tensors(), **again.adapter_tensors()}[name]), name
-    assert (again.generate((Message("user", (tiny.random_image(3), "what?")),), max_new_tokens=3)) is not None
+    assert (
+        again.generate((Message("user", (tiny.random_image(3), "what?")),), max_new_tokens=3)
+    ) is not None
 
 
 def test_nll_is_that_of_full_logits(model):
@@ -122,7 +135,9 @@ def test_hidden_states_are_those_of_plain_transformers(model):
     rows = [model.renderer.caption(tiny.random_image(2), "a red apple")]
     batch = model.collate(rows)
     with torch.no_grad():
-        theirs = model.backbone.model.model(**tiny.transformers_inputs(model, batch.ids, batch.images)).last_hidden_state
+        theirs = model.backbone.model.model(
+            **tiny.transformers_inputs(model, batch.ids, batch.images)
+        ).last_hidden_state
         assert_close(model.hidden_states(batch), theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -154,7 +169,13 @@ def test_each_distinct_image_goes_through_the_tower_once(model, monkeypatch):
 
 
 def test_encode_keeps_the_order_whatever_the_lengths(model):
-    items = ["a", "a much longer text than the others", tiny.random_image(3), "bb", (tiny.random_image(4), "cc")]
+    items = [
+        "a",
+        "a much longer text than the others",
+        tiny.random_image(3),
+        "bb",
+        (tiny.random_image(4), "cc"),
+    ]
     together = model.encode(items, batch_tokens=16)
     alone = torch.cat([torch.from_numpy(model.encode([item])) for item in items])
     assert_close(torch.from_numpy(together), alone, atol=2e-6, rtol=1e-5)

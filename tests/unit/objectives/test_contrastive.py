@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-import tiny
+from helpers import tiny
 from vlduet.data.sequences import Anchor, Slice
-from vlduet.model.readout import Readout
+from vlduet.model.pooling import Readout
 from vlduet.objectives import contrastive as objective
-from vlduet.objectives.contrastive import find_false_negatives, clamp_logit_scale, match_content_keys, contrastive_loss
+from vlduet.objectives.contrastive import (
+    clamp_logit_scale,
+    contrastive_loss,
+    find_false_negatives,
+    match_content_keys,
+)
 from vlduet.recipes.contrast import compute_contrastive_loss, find_positive_pairs
 
 
@@ -34,14 +39,21 @@ def slow(left, right, scale, positive, ignore=None):
         losses = []
         for j, yes in enumerate(wanted):
             if yes:
-                rest = sum(math.exp(row[k]) for k in range(len(row)) if not (wanted[k] or unknown[k]))
+                rest = sum(
+                    math.exp(row[k]) for k in range(len(row)) if not (wanted[k] or unknown[k])
+                )
                 losses.append(-math.log(math.exp(row[j]) / (math.exp(row[j]) + rest)))
         return sum(losses) / len(losses) if losses else None
 
     rows = [one(scores[i], positive[i].tolist(), ignore[i].tolist()) for i in range(n)]
-    columns = [one([scores[i][j] for i in range(n)], positive[:, j].tolist(), ignore[:, j].tolist()) for j in range(m)]
+    columns = [
+        one([scores[i][j] for i in range(n)], positive[:, j].tolist(), ignore[:, j].tolist())
+        for j in range(m)
+    ]
     rows, columns = ([x for x in side if x is not None] for side in (rows, columns))
-    return (sum(rows) / len(rows) if rows else 0.0) + (sum(columns) / len(columns) if columns else 0.0)
+    return (sum(rows) / len(rows) if rows else 0.0) + (
+        sum(columns) / len(columns) if columns else 0.0
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,7 +63,9 @@ def test_is_the_slow_loop(n, m, seed, scale):
     drawn = torch.rand(n, m, generator=torch.Generator().manual_seed(seed))
     positive, ignore = drawn < 0.3, drawn > 0.8
     temperature = torch.tensor(scale, dtype=torch.float64)
-    found = contrastive_loss(left, right, logit_scale=temperature, positive_mask=positive, ignore_mask=ignore)
+    found = contrastive_loss(
+        left, right, logit_scale=temperature, positive_mask=positive, ignore_mask=ignore
+    )
     assert float(found) == pytest.approx(slow(left, right, scale, positive, ignore), abs=1e-10)
 
 
@@ -60,7 +74,9 @@ def test_one_positive_a_row_is_cross_entropy():
     scale = torch.tensor(2.0, dtype=torch.float64)
     scores = left @ right.T * scale.exp()
     target = torch.arange(5)
-    found = contrastive_loss(left, right, logit_scale=scale, positive_mask=torch.eye(5, dtype=torch.bool))
+    found = contrastive_loss(
+        left, right, logit_scale=scale, positive_mask=torch.eye(5, dtype=torch.bool)
+    )
     assert_close(found, F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target))
 
 
@@ -72,25 +88,41 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
         monkeypatch.setattr(objective, "SCORE_ROWS_PER_BLOCK", size)
         left, right = unit(7, 0).requires_grad_(), unit(9, 1).requires_grad_()
         scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
-        loss = contrastive_loss(left, right, logit_scale=scale, positive_mask=positive, ignore_mask=ignore & ~positive)
+        loss = contrastive_loss(
+            left, right, logit_scale=scale, positive_mask=positive, ignore_mask=ignore & ~positive
+        )
         loss.backward()
         found.append([loss.detach(), left.grad, right.grad, scale.grad])
     assert_close(*found, atol=1e-12, rtol=1e-10)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(*[st.sampled_from("abc")] * 2, st.booleans()), min_size=1, max_size=9), st.data())
+@given(
+    st.lists(st.tuples(*[st.sampled_from("abc")] * 2, st.booleans()), min_size=1, max_size=9),
+    st.data(),
+)
 def test_positives_are_the_closure_of_pairs(rights, data):
     """Any chain left -> equal left -> its record -> right -> equal right."""
     lefts = data.draw(st.lists(st.tuples(*[st.sampled_from("abc")] * 2), min_size=1, max_size=6))
     left = [anchor("query", record, key) for record, key in lefts]
-    right = [anchor("negative" if hard else "positive", record, key) for record, key, hard in rights]
+    right = [
+        anchor("negative" if hard else "positive", record, key) for record, key, hard in rights
+    ]
 
     def paired(a, b):
         return a.record == b.record and b.role != "negative"
 
     wanted = [
-        [any(paired(x, y) for x in left if x.content_key == a.content_key for y in right if y.content_key == b.content_key) for b in right]
+        [
+            any(
+                paired(x, y)
+                for x in left
+                if x.content_key == a.content_key
+                for y in right
+                if y.content_key == b.content_key
+            )
+            for b in right
+        ]
         for a in left
     ]
     assert find_positive_pairs(left, right).tolist() == wanted
@@ -102,14 +134,18 @@ def test_gradients():
     positive = torch.zeros(4, 6, dtype=torch.bool)
     positive[0, :3] = positive[2, 5] = positive[3, 5] = True  # row 1 has none
     torch.autograd.gradcheck(
-        lambda a, b, s: contrastive_loss(a, b, logit_scale=s, positive_mask=positive), (left, right, scale)
+        lambda a, b, s: contrastive_loss(a, b, logit_scale=s, positive_mask=positive),
+        (left, right, scale),
     )
 
 
 def test_a_pair_without_negatives_gives_zero_and_finite_gradients():
     left = unit(2, 0).requires_grad_()
     loss = contrastive_loss(
-        left, unit(2, 1), logit_scale=torch.tensor(3.0), positive_mask=torch.ones(2, 2, dtype=torch.bool)
+        left,
+        unit(2, 1),
+        logit_scale=torch.tensor(3.0),
+        positive_mask=torch.ones(2, 2, dtype=torch.bool),
     )
     loss.backward()
     assert float(loss.detach()) == 0 and left.grad is not None and bool((left.grad == 0).all())
@@ -121,7 +157,15 @@ def test_shares_of_ranks_sum_to_the_whole():
     scale = torch.tensor(2.0, dtype=torch.float64)
     whole = contrastive_loss(left, right, logit_scale=scale, positive_mask=positive)
     shares = [
-        contrastive_loss(left, right, logit_scale=scale, positive_mask=positive, rows=rows, columns=columns, world_size=2)
+        contrastive_loss(
+            left,
+            right,
+            logit_scale=scale,
+            positive_mask=positive,
+            rows=rows,
+            columns=columns,
+            world_size=2,
+        )
         for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7)))
     ]
     assert_close((shares[0] + shares[1]) / 2, whole)
@@ -132,10 +176,22 @@ def anchor(role: str, record: str, key: str) -> Anchor:
 
 
 def test_repeated_captions_and_copies_of_an_image_are_positives():
-    left = [anchor("image", "a", "img1"), anchor("image", "b", "img2"), anchor("image", "c", "img1")]
-    right = [anchor("text", "a", "a flower"), anchor("text", "b", "a flower"), anchor("text", "c", "a rose")]
+    left = [
+        anchor("image", "a", "img1"),
+        anchor("image", "b", "img2"),
+        anchor("image", "c", "img1"),
+    ]
+    right = [
+        anchor("text", "a", "a flower"),
+        anchor("text", "b", "a flower"),
+        anchor("text", "c", "a rose"),
+    ]
     # b shares its caption with a; c is the image of a, so a's captions are c's and c's are a's.
-    assert find_positive_pairs(left, right).tolist() == [[True, True, True], [True, True, False], [True, True, True]]
+    assert find_positive_pairs(left, right).tolist() == [
+        [True, True, True],
+        [True, True, False],
+        [True, True, True],
+    ]
 
 
 def test_what_asks_here_and_answers_there_is_not_its_own_negative():
@@ -147,11 +203,17 @@ def test_what_asks_here_and_answers_there_is_not_its_own_negative():
     def loss(turned: torch.Tensor) -> float:
         embeddings = torch.stack([vectors[0], vectors[1], vectors[2], turned])
         scale = torch.tensor(1.0, dtype=torch.float64)
-        return float(compute_contrastive_loss(Readout(embeddings, anchors, embeddings.new_zeros(0)), scale, min_temperature=0.01))
+        return float(
+            compute_contrastive_loss(
+                Readout(embeddings, anchors, embeddings.new_zeros(0)), scale, min_temperature=0.01
+            )
+        )
 
     near, far = loss(vectors[0]), loss(-vectors[0])
     alone = F.softplus((vectors[2] @ vectors[1] - vectors[2] @ vectors[0]) * math.e)
-    assert near == pytest.approx(float(alone / 2 + F.softplus((vectors[2] - vectors[0]) @ vectors[1] * math.e) / 2))
+    assert near == pytest.approx(
+        float(alone / 2 + F.softplus((vectors[2] - vectors[0]) @ vectors[1] * math.e) / 2)
+    )
     assert near != far, "it is still the answer of its own record"
 
 
@@ -185,9 +247,13 @@ def test_two_texts_are_not_taken_for_a_pair_because_they_are_texts():
     alike[:2, :2] = alike[2:, 2:] = 0.1  # image with text, text with image
     alike[positive] = 0.3
     kinds = torch.tensor([1, 1, 2, 2]), torch.tensor([2, 2, 1, 1])
-    assert not find_false_negatives(alike, positive, named_negatives=torch.zeros_like(positive), content_kinds=kinds).any()
+    assert not find_false_negatives(
+        alike, positive, named_negatives=torch.zeros_like(positive), content_kinds=kinds
+    ).any()
     alike[0, 1] = 0.4
-    assert find_false_negatives(alike, positive, named_negatives=torch.zeros_like(positive), content_kinds=kinds).nonzero().tolist() == [[0, 1]]
+    assert find_false_negatives(
+        alike, positive, named_negatives=torch.zeros_like(positive), content_kinds=kinds
+    ).nonzero().tolist() == [[0, 1]]
 
 
 def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
@@ -204,7 +270,9 @@ def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
     def guided_anchor(role: str, record: str, key: str, *slices: str) -> Anchor:
         shown = tuple(
             Slice(
-                tiny.random_image() if one[0] in "xy" else one, one, {"cross": F.normalize(torch.tensor(seen[one]), dim=0)}
+                tiny.random_image() if one[0] in "xy" else one,
+                one,
+                {"cross": F.normalize(torch.tensor(seen[one]), dim=0)},
             )
             for one in slices or (key,)
         )
@@ -234,16 +302,23 @@ def test_a_guide_leaves_out_what_it_finds_as_alike_as_a_pair():
     left, right = embeddings[[0, 2, 4]], embeddings[[1, 3, 5, 6]]
     positive = torch.eye(3, 4, dtype=torch.bool)
     ignore = torch.zeros_like(positive)
-    ignore[0, 1] = True  # x1 and b: nearer than x1 and a, and than x2 and b; x2 and a: nearer than both pairs too
+    ignore[0, 1] = (
+        True  # x1 and b: nearer than x1 and a, and than x2 and b; x2 and a: nearer than both pairs too
+    )
     ignore[1, 0] = True
     found = compute_contrastive_loss(readout, scale, min_temperature=0.01, guide="cross")
     assert float(found) == pytest.approx(slow(left, right, 1.5, positive, ignore), abs=1e-10)
     alone = compute_contrastive_loss(readout, scale, min_temperature=0.01)
-    assert float(alone) == pytest.approx(slow(left, right, 1.5, positive), abs=1e-10) and float(alone) > float(found)
+    assert float(alone) == pytest.approx(slow(left, right, 1.5, positive), abs=1e-10) and float(
+        alone
+    ) > float(found)
 
 
 def test_same_content_is_string_equality():
-    assert match_content_keys(["a", "b"], ["b", "a", "b"]).tolist() == [[False, True, False], [True, False, True]]
+    assert match_content_keys(["a", "b"], ["b", "a", "b"]).tolist() == [
+        [False, True, False],
+        [True, False, True],
+    ]
 
 
 def test_the_temperature_has_a_floor():
@@ -267,7 +342,12 @@ def test_the_temperature_leaves_its_floor_again():
 
 
 def test_the_limit_is_a_minimum_and_its_gradient_where_it_may_move():
-    for value, slope, wanted in [(1.0, -2.0, -2.0), (1.0, 2.0, 2.0), (5.0, -2.0, 0.0), (5.0, 2.0, 2.0)]:
+    for value, slope, wanted in [
+        (1.0, -2.0, -2.0),
+        (1.0, 2.0, 2.0),
+        (5.0, -2.0, 0.0),
+        (5.0, 2.0, 2.0),
+    ]:
         scale = torch.tensor(value, requires_grad=True)
         (clamp_logit_scale(scale, 0.01) * slope).backward()
         assert float(scale.grad) == wanted

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vlduet.objectives import sweeps
-from vlduet.objectives.alignment import compute_alignment_posterior, gak_matrix, gak_pairs
+from vlduet.objectives.gak import log_space
+from vlduet.objectives.gak.api import compute_alignment_posterior, gak_matrix, gak_pairs
 
 HERE = Path(__file__)
 NEEDS = "triton is not installed: it comes with CUDA builds of torch, or by 'pip install triton' on Linux"
@@ -27,7 +27,9 @@ def test_in_the_interpreter() -> None:
     source = HERE.parents[3] / "src"
     paths = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, str(HERE)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE)], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "agree"
 
@@ -44,7 +46,7 @@ def compare(device: str, *, lengths: list[int], dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = [F.normalize(torch.randn(n, dim, generator=generator), dim=1) for n in lengths]
     calls: list[str] = []
-    fused = sweeps.fused()
+    fused = log_space.fused()
     assert fused is not None
     plain = fused.run
 
@@ -73,7 +75,10 @@ def compare(device: str, *, lengths: list[int], dim: int) -> None:
     for sigma in (0.02, 0.7, 20.0):
         given = sqdist.float().to(device), *(each.to(device) for each in ends)
         assert_close(
-            gak_pairs(*given, sigma=sigma).double().cpu(), gak_pairs(sqdist, *ends, sigma=sigma), rtol=1e-5, atol=1e-4
+            gak_pairs(*given, sigma=sigma).double().cpu(),
+            gak_pairs(sqdist, *ends, sigma=sigma),
+            rtol=1e-5,
+            atol=1e-4,
         )
         posterior = compute_alignment_posterior(*given, sigma=sigma).double().cpu()
         # At the smallest width log K is of thousands, and float32 distances alone move it by some 1e-3.
@@ -88,10 +93,10 @@ def compare(device: str, *, lengths: list[int], dim: int) -> None:
 
 
 if __name__ == "__main__":
-    interpreted = sweeps.fused()
-    on_cpu = sweeps.engine
+    interpreted = log_space.fused()
+    on_cpu = log_space.engine
     # Tensors of the interpreter lie on the CPU.
-    sweeps.engine = lambda like, band: (
+    log_space.engine = lambda like, band: (
         interpreted if on_cpu(like.float(), band) and like.dtype == torch.float32 else None
     )
     compare("cpu", lengths=[3, 1, 6, 4], dim=5)

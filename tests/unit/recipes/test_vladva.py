@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import tiny
+from helpers import tiny
 from vlduet.data.records import Record
 from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.data.stream import Sample
@@ -19,14 +19,18 @@ from vlduet.recipes.vladva import Options, encoders, layout
 SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
 
 
-def told(model: DuetModel, *, short: tuple[str, ...] = (), long: str | None = None, **options: Any) -> tuple[str, str]:
+def told(
+    model: DuetModel, *, short: tuple[str, ...] = (), long: str | None = None, **options: Any
+) -> tuple[str, str]:
     """(what is contrasted, what is learned to write)"""
     record = Record("1", image=tiny.random_image(0), short=short, long=long)
     sequences = layout(Sample(record, 0, 0), model.renderer, Options(**options))
     decode = model.backbone.tokenizer.decode
     contrasted = [decode(s.token_ids) for s in sequences for a in s.anchors if a.role == "text"]
     written = [decode([i for i in s.labels if i != IGNORE_INDEX]) for s in sequences]
-    return "".join(contrasted).removeprefix("<s>").removesuffix("</s>"), "".join(written).removesuffix("</s>")
+    return "".join(contrasted).removeprefix("<s>").removesuffix("</s>"), "".join(
+        written
+    ).removesuffix("</s>")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,9 @@ def test_captions_are_told_apart_by_their_tokens(
     model: DuetModel, short: tuple[str, ...], long: str | None, contrasted: str, written: str
 ) -> None:
     assert told(model, short=short, long=long, split="length") == (contrasted, written)
-    assert told(model, short=short[:1], long=long) == (short[0], long or ""), "the fields say it, unless told otherwise"
+    assert told(model, short=short[:1], long=long) == (short[0], long or ""), (
+        "the fields say it, unless told otherwise"
+    )
 
 
 def test_a_record_without_a_caption_of_either_length_is_named(model: DuetModel) -> None:
@@ -55,7 +61,9 @@ def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> N
     anchors = [
         anchor
         for position, record in enumerate(records)
-        for sequence in layout(Sample(record, position, 0, f"{position}.0"), model.renderer, Options())
+        for sequence in layout(
+            Sample(record, position, 0, f"{position}.0"), model.renderer, Options()
+        )
         for anchor in sequence.anchors
     ]
     images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
@@ -76,7 +84,10 @@ def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> No
 
 
 def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetModel) -> None:
-    records = [Record("p", image=tiny.random_image(0), short=("a",)), Record("l", image=tiny.random_image(1), long=LONG)]
+    records = [
+        Record("p", image=tiny.random_image(0), short=("a",)),
+        Record("l", image=tiny.random_image(1), long=LONG),
+    ]
     by_record = [layout(Sample(record, 0, 0), model.renderer, Options()) for record in records]
     assert [len(s.anchors) for s in by_record[0]] == [1, 1]
     assert [len(s.anchors) for s in by_record[1]] == [0]
@@ -86,7 +97,12 @@ def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetMo
 def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> None:
     picture = tiny.random_image(0)
     pair = Record("1", image=picture, short=("a cat",), long="a cat that sleeps")
-    asked = Record("2", query=(picture, "where?"), positive=(("here",),), negative=((tiny.random_image(1),), ("there",)))
+    asked = Record(
+        "2",
+        query=(picture, "where?"),
+        positive=(("here",),),
+        negative=((tiny.random_image(1),), ("there",)),
+    )
     options = Options(guide="triple")
     found = {
         anchor.role + anchor.content_key[-6:]: tuple(one.part for one in anchor.slices)
@@ -96,18 +112,37 @@ def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> N
     }
     shown = [(picture,), ("a cat",), (picture, "where?"), ("here",)]
     assert list(found.values()) == [*shown, (tiny.random_image(1),), ("there",)]
-    assert all(not a.slices for s in layout(Sample(pair, 0, 0), model.renderer, Options()) for a in s.anchors)
+    assert all(
+        not a.slices
+        for s in layout(Sample(pair, 0, 0), model.renderer, Options())
+        for a in s.anchors
+    )
     assert encoders(options, {"contrastive": 1.0}) == ("vision", "text", "cross")
     assert encoders(Options(guide="cross"), {"contrastive": 0.5}) == ("cross",)
-    assert encoders(options, {"contrastive": 0.0, "language": 1.0}) == encoders(Options(), {"contrastive": 1.0}) == ()
+    assert (
+        encoders(options, {"contrastive": 0.0, "language": 1.0})
+        == encoders(Options(), {"contrastive": 1.0})
+        == ()
+    )
 
 
 def test_hard_negatives_of_a_pair_stand_beside_both_of_its_losses(model: DuetModel) -> None:
     wrong = (("a dog",), (tiny.random_image(3), "a cat"))
-    pair = Record("1", image=tiny.random_image(0), short=("a cat",), long="a cat that sleeps", negative=wrong)
+    pair = Record(
+        "1", image=tiny.random_image(0), short=("a cat",), long="a cat that sleeps", negative=wrong
+    )
     image, text, *negatives = layout(Sample(pair, 0, 0), model.renderer, Options())
     assert any(label != IGNORE_INDEX for label in image.labels)
-    assert [a.role for s in (image, text, *negatives) for a in s.anchors] == ["image", "text", "negative", "negative"]
-    assert {a.record_name for s in (image, text, *negatives) for a in s.anchors} == {Sample(pair, 0, 0).record_name}
+    assert [a.role for s in (image, text, *negatives) for a in s.anchors] == [
+        "image",
+        "text",
+        "negative",
+        "negative",
+    ]
+    assert {a.record_name for s in (image, text, *negatives) for a in s.anchors} == {
+        Sample(pair, 0, 0).record_name
+    }
     alone = replace(pair, short=())
-    assert len(layout(Sample(alone, 0, 0), model.renderer, Options())) == 1, "nothing asks, so nothing is wrong"
+    assert len(layout(Sample(alone, 0, 0), model.renderer, Options())) == 1, (
+        "nothing asks, so nothing is wrong"
+    )

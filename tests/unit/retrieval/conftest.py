@@ -95,7 +95,12 @@ def write_pairs(folder: Path, colours: dict[str, tuple[int, int, int]] = COLOURS
     for i, (name, colour) in enumerate(colours.items()):
         paint(folder / "images" / f"{name}.png", colour)
         metadata = {"hue": name, "year": 2000 + i, "warm": name in ("red", "yellow"), "tags": ["a"]}
-        row = {"id": name, "image": f"images/{name}.png", "short": f"a {name} square", "metadata": metadata}
+        row = {
+            "id": name,
+            "image": f"images/{name}.png",
+            "short": f"a {name} square",
+            "metadata": metadata,
+        }
         rows.append(row)
     return write_records(folder / "records.jsonl", rows)
 
@@ -117,5 +122,9 @@ def tools() -> Any:
     import types
 
     return types.SimpleNamespace(
-        FakeModel=FakeModel, COLOURS=COLOURS, paint=paint, write_records=write_records, write_pairs=write_pairs
+        FakeModel=FakeModel,
+        COLOURS=COLOURS,
+        paint=paint,
+        write_records=write_records,
+        write_pairs=write_pairs,
     )

@@ -39,7 +39,9 @@ def test_build_and_search(pairs: Path, tmp_path: Path, model: Any, store: Any) -
         assert hits[0].image == ImageRef(path=(pairs.parent / "images" / "red.png").resolve())
 
 
-def test_only_new_content_is_embedded(pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_only_new_content_is_embedded(
+    pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any
+) -> None:
     folder = pairs.parent
     to = tmp_path / "index"
     build_index(model, pairs, to=to, store=store)
@@ -74,7 +76,10 @@ def test_two_documents_swap_content(tmp_path: Path, model: Any, tools: Any, stor
         rows = [{"id": name, "parts": [{"text": name}]} for name in ("one", "two", "three")]
         source = tools.write_records(folder / "r.jsonl", rows)
         build_index(model, source, to=folder / "index", side="text", store=store, chunk_size=chunk)
-        rows = [{"id": a, "parts": [{"text": b}]} for a, b in (("one", "two"), ("two", "three"), ("three", "one"))]
+        rows = [
+            {"id": a, "parts": [{"text": b}]}
+            for a, b in (("one", "two"), ("two", "three"), ("three", "one"))
+        ]
         tools.write_records(source, rows)
         report = build_index(model, source, to=folder / "index", chunk_size=chunk)
         assert report.updated == 3 and report.embedded <= 1
@@ -87,7 +92,9 @@ def test_two_documents_swap_content(tmp_path: Path, model: Any, tools: Any, stor
 def test_equal_content_is_embedded_once(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"text {i % 3}"}]} for i in range(10)]
     source = tools.write_records(tmp_path / "r.jsonl", rows)
-    report = build_index(model, source, to=tmp_path / "index", side="text", store=store, chunk_size=4)
+    report = build_index(
+        model, source, to=tmp_path / "index", side="text", store=store, chunk_size=4
+    )
     assert (report.added, report.embedded, len(model.embedded)) == (10, 3, 3)
 
 
@@ -144,10 +151,20 @@ KILLED = """
 """
 
 
-def test_kill_9_loses_one_chunk_and_no_lock(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_kill_9_loses_one_chunk_and_no_lock(
+    tmp_path: Path, model: Any, tools: Any, store: Any
+) -> None:
     source, to = many(tmp_path, tools), tmp_path / "index"
     fakes = Path(__file__).with_name("conftest.py")
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(fakes), str(source), str(to), store]
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(KILLED),
+        str(fakes),
+        str(source),
+        str(to),
+        store,
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -167,7 +184,9 @@ def test_one_writer(pairs: Path, tmp_path: Path, model: Any) -> None:
         build_index(model, pairs, to=to)
 
 
-def test_an_open_index_stays_readable_while_it_is_rebuilt(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_an_open_index_stays_readable_while_it_is_rebuilt(
+    tmp_path: Path, model: Any, tools: Any, store: Any
+) -> None:
     source = many(tmp_path, tools)
     build_index(model, source, to=tmp_path / "index", side="text", store=store)
     with Index.open(tmp_path / "index", model) as reader:
@@ -177,7 +196,9 @@ def test_an_open_index_stays_readable_while_it_is_rebuilt(tmp_path: Path, model:
         assert hit.id == ("new" if store == "lance" else "02")
 
 
-def test_another_model_is_refused(pairs: Path, tmp_path: Path, model: Any, other_model: Any, store: Any) -> None:
+def test_another_model_is_refused(
+    pairs: Path, tmp_path: Path, model: Any, other_model: Any, store: Any
+) -> None:
     to = tmp_path / "index"
     build_index(model, pairs, to=to, store=store, model_path=tmp_path / "the-model")
     told = r"built by model fake \(.*the-model\), this is model another.*--model"
@@ -203,7 +224,9 @@ def test_side_and_store_are_kept(pairs: Path, tmp_path: Path, model: Any) -> Non
             build_index(model, pairs, to=tmp_path / "new", **wrong)  # type: ignore[arg-type]
 
 
-def test_broken_images_are_quarantined(pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_broken_images_are_quarantined(
+    pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any
+) -> None:
     images = pairs.parent / "images"
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     whole = (images / "red.png").read_bytes()
@@ -214,15 +237,22 @@ def test_broken_images_are_quarantined(pairs: Path, tmp_path: Path, model: Any, 
     tools.write_records(pairs, rows)
     report = build_index(model, pairs, to=tmp_path / "index", store=store)
     assert counts(report) == {"added": 4, "embedded": 4, "quarantined": 3, "count": 4}
-    lines = [json.loads(line) for line in (tmp_path / "index" / "quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "index" / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert sorted(line["id"] for line in lines) == ["cut", "cut again", "gone"]
 
     shutil.copy(images / "red.png", images / "cut.png")
     report = build_index(model, pairs, to=tmp_path / "index")
-    assert counts(report) == {"added": 2, "kept": 4, "quarantined": 1, "count": 6}, "red's vector serves"
+    assert counts(report) == {"added": 2, "kept": 4, "quarantined": 1, "count": 6}, (
+        "red's vector serves"
+    )
 
 
-def test_what_broke_after_it_was_indexed(pairs: Path, tmp_path: Path, model: Any, store: Any) -> None:
+def test_what_broke_after_it_was_indexed(
+    pairs: Path, tmp_path: Path, model: Any, store: Any
+) -> None:
     build_index(model, pairs, to=tmp_path / "index", store=store)
     (pairs.parent / "images" / "red.png").write_bytes(b"not an image")
     report = build_index(model, pairs, to=tmp_path / "index")
@@ -231,18 +261,24 @@ def test_what_broke_after_it_was_indexed(pairs: Path, tmp_path: Path, model: Any
     assert counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
 
 
-def test_prune_refuses_where_a_part_of_the_source_cannot_be_read(tmp_path: Path, model: Any, tools: Any) -> None:
+def test_prune_refuses_where_a_part_of_the_source_cannot_be_read(
+    tmp_path: Path, model: Any, tools: Any
+) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"word{i}"}]} for i in range(6)]
     source, to = tmp_path / "r.json", tmp_path / "index"
     source.write_text(json.dumps(rows))
     build_index(model, source, to=to, side="text", store="flat")
     source.write_text(json.dumps(rows[:2])[:-1] + ', {"id": "2", broken]')
-    with pytest.raises(RetrievalError, match=r"1 rows of the source cannot be read, so nothing is pruned"):
+    with pytest.raises(
+        RetrievalError, match=r"1 rows of the source cannot be read, so nothing is pruned"
+    ):
         build_index(model, source, to=to, prune=True)
     assert build_index(model, source, to=to).count == 6
 
 
-def test_prune_refuses_to_empty_an_index_by_accident(pairs: Path, tmp_path: Path, model: Any) -> None:
+def test_prune_refuses_to_empty_an_index_by_accident(
+    pairs: Path, tmp_path: Path, model: Any
+) -> None:
     build_index(model, pairs, to=tmp_path / "index")
     shutil.rmtree(pairs.parent / "images")
     with pytest.raises(RetrievalError, match="nothing is pruned"):
@@ -260,10 +296,14 @@ def test_folder_of_images(tmp_path: Path, model: Any, tools: Any, store: Any) ->
         assert "yellow" in hit.id and hit.image is not None
 
 
-def test_images_that_come_as_bytes_are_kept_in_the_index(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_images_that_come_as_bytes_are_kept_in_the_index(
+    tmp_path: Path, model: Any, tools: Any, store: Any
+) -> None:
     data = tools.paint(tmp_path / "a.png", (255, 0, 0)).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    source = tools.write_records(tmp_path / "r.jsonl", [{"id": str(i), "image": url} for i in range(2)])
+    source = tools.write_records(
+        tmp_path / "r.jsonl", [{"id": str(i), "image": url} for i in range(2)]
+    )
     build_index(model, source, to=tmp_path / "index", store=store)
     (tmp_path / "index").rename(tmp_path / "moved")
     with Index.open(tmp_path / "moved", model) as index:
@@ -273,17 +313,25 @@ def test_images_that_come_as_bytes_are_kept_in_the_index(tmp_path: Path, model: 
     assert len(list((tmp_path / "moved" / "images").iterdir())) == 1
 
 
-def test_a_project_that_is_moved_finds_its_images_and_model(tmp_path: Path, model: Any, tools: Any) -> None:
+def test_a_project_that_is_moved_finds_its_images_and_model(
+    tmp_path: Path, model: Any, tools: Any
+) -> None:
     source = tools.write_pairs(tmp_path / "old" / "source")
     (tmp_path / "old" / "model").mkdir()
     build_index(model, source, to=tmp_path / "old" / "index", model_path=tmp_path / "old" / "model")
-    assert Index.open(tmp_path / "old" / "index").model_path == (tmp_path / "old" / "model").resolve()
+    assert (
+        Index.open(tmp_path / "old" / "index").model_path == (tmp_path / "old" / "model").resolve()
+    )
     (tmp_path / "old").rename(tmp_path / "new")
     with Index.open(tmp_path / "new" / "index", model) as index:
         assert index.model_path.samefile(tmp_path / "new" / "model")
         hit = search(index, model, "red", k=1)[0]
         assert hit.image is not None and hit.image.path is not None and hit.image.path.is_file()
-    assert counts(build_index(model, tmp_path / "new" / "source" / "records.jsonl", to=tmp_path / "new" / "index")) == {
+    assert counts(
+        build_index(
+            model, tmp_path / "new" / "source" / "records.jsonl", to=tmp_path / "new" / "index"
+        )
+    ) == {
         "updated": 4,
         "count": 4,
     }
@@ -325,8 +373,16 @@ def test_broken_manifests(tmp_path: Path, manifest: str, told: str) -> None:
 
 def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
     rows = [
-        {"id": "a", "parts": [{"text": "x"}], "metadata": {f"key{i}": i for i in range(MAX_FILTER_KEYS + 5)}},
-        {"id": "b", "parts": [{"text": "x"}], "metadata": {"key0": "text", "key1": {"deep": None}, "'": "\ud800"}},
+        {
+            "id": "a",
+            "parts": [{"text": "x"}],
+            "metadata": {f"key{i}": i for i in range(MAX_FILTER_KEYS + 5)},
+        },
+        {
+            "id": "b",
+            "parts": [{"text": "x"}],
+            "metadata": {"key0": "text", "key1": {"deep": None}, "'": "\ud800"},
+        },
     ]
     source = tools.write_records(tmp_path / "r.jsonl", rows)
     build_index(model, source, to=tmp_path / "index", side="text", store=store)
@@ -336,7 +392,9 @@ def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any
         assert [h.id for h in search(index, model, "x", where={"key0": "text"})] == ["b"]
         assert [h.id for h in search(index, model, "x", where={"key0": 0})] == ["a"]
         hits = search(index, model, "x")
-        assert hits[0].metadata == rows[0]["metadata"], "kept and shown, whether it can be filtered by or not"
+        assert hits[0].metadata == rows[0]["metadata"], (
+            "kept and shown, whether it can be filtered by or not"
+        )
 
 
 def test_nan_never_enters_an_index(tmp_path: Path, model: Any, tools: Any) -> None:
@@ -345,7 +403,9 @@ def test_nan_never_enters_an_index(tmp_path: Path, model: Any, tools: Any) -> No
         build_index(model, many(tmp_path, tools), to=tmp_path / "index", side="text")
 
 
-def test_reading_ten_thousand_unchanged_documents_is_quick(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_reading_ten_thousand_unchanged_documents_is_quick(
+    tmp_path: Path, model: Any, tools: Any, store: Any
+) -> None:
     source = many(tmp_path, tools, count=10_000)
     build_index(model, source, to=tmp_path / "index", side="text", store=store, chunk_size=5000)
     started = time.monotonic()

@@ -17,7 +17,11 @@ LEFT_OUT = list[tuple[Any, DataError]]
 
 def read(source: Path, side: Side) -> tuple[list[Document], LEFT_OUT]:
     left_out: LEFT_OUT = []
-    found = list(read_documents(source, side=side, on_error=lambda what, error: left_out.append((what, error))))
+    found = list(
+        read_documents(
+            source, side=side, on_error=lambda what, error: left_out.append((what, error))
+        )
+    )
     return found, left_out
 
 
@@ -86,7 +90,9 @@ def test_text_side(source: Path) -> None:
     assert not left_out
     by_id = {d.id: d for d in found}
     assert by_id["pair#1"].text == "Two."
-    assert by_id["pair#1"].image == ImageRef(path=source.parent / "red.png"), "shown, though not embedded"
+    assert by_id["pair#1"].image == ImageRef(path=source.parent / "red.png"), (
+        "shown, though not embedded"
+    )
     assert "A square." in by_id["chat"].text, "ask quotes the answer, which is never embedded"
 
 
@@ -103,14 +109,18 @@ def test_record_side(source: Path) -> None:
     assert all("A square." not in d.parts for d in found)
     candidates = {d.id: d for d in found if d.id.startswith("search")}
     assert candidates["search#0"].image is not None
-    assert candidates["search#1"].image is None, "another candidate's image says nothing of this one"
+    assert candidates["search#1"].image is None, (
+        "another candidate's image says nothing of this one"
+    )
 
 
 def test_key_is_the_content(source: Path, tools: Any) -> None:
     before = {d.id: d.content_hash for d in read(source, "record")[0]}
     assert len(set(before.values())) == len(before)
     images = {d.id: d.content_hash for d in read(source, "image")[0]}
-    assert images["pair"] == images["long"] == images["story#0"], "the same bytes, whatever the record"
+    assert images["pair"] == images["long"] == images["story#0"], (
+        "the same bytes, whatever the record"
+    )
     tools.paint(source.parent / "red.png", tools.COLOURS["blue"])
     after = {d.id: d.content_hash for d in read(source, "record")[0]}
     changed = {identity for identity in before if before[identity] != after[identity]}
@@ -126,7 +136,10 @@ def test_bytes_and_path_have_one_key(tmp_path: Path, tools: Any) -> None:
 
 
 def test_parts_do_not_run_together(tmp_path: Path, tools: Any) -> None:
-    rows = [{"id": str(i), "parts": [{"text": t} for t in texts]} for i, texts in enumerate([["ab", "c"], ["a", "bc"]])]
+    rows = [
+        {"id": str(i), "parts": [{"text": t} for t in texts]}
+        for i, texts in enumerate([["ab", "c"], ["a", "bc"]])
+    ]
     (one, two), _ = read(tools.write_records(tmp_path / "r.jsonl", rows), "record")
     assert one.content_hash != two.content_hash
 
@@ -147,16 +160,27 @@ def test_what_cannot_be_a_document_is_told_and_the_rest_goes_on(tmp_path: Path, 
     found, left_out = read(path, "image")
     assert [d.id for d in found] == ["ok", "last"]
     messages = [str(error) for _, error in left_out]
-    assert ["appears twice" in messages[0], "gone.png" in messages[1], "without image" in messages[2]] == [True] * 3
+    assert [
+        "appears twice" in messages[0],
+        "gone.png" in messages[1],
+        "without image" in messages[2],
+    ] == [True] * 3
     named = [what for what, _ in left_out if isinstance(what, Record)]
-    assert [(what.id, what.place and what.place.line) for what in named] == [("ok", 2), ("gone", 3), ("words", 4)]
+    assert [(what.id, what.place and what.place.line) for what in named] == [
+        ("ok", 2),
+        ("gone", 3),
+        ("words", 4),
+    ]
     assert len(left_out) == 4
 
 
 def test_lone_surrogates_do_not_travel(tmp_path: Path) -> None:
     """JSON can spell half a character; no file, prompt or store can hold it, so the record is refused by name."""
     path = tmp_path / "r.jsonl"
-    lines = ['{"id": "a\\ud800", "parts": [{"text": "b\\udfff"}]}', '{"id": "b", "parts": [{"text": "whole"}]}']
+    lines = [
+        '{"id": "a\\ud800", "parts": [{"text": "b\\udfff"}]}',
+        '{"id": "b", "parts": [{"text": "whole"}]}',
+    ]
     path.write_text("\n".join(lines) + "\n")
     documents, errors = read(path, "record")
     assert [document.id for document in documents] == ["b"]

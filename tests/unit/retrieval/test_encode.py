@@ -32,12 +32,16 @@ def test_vectors_stand_beside_their_documents(pairs: Path, model: Any) -> None:
 
 
 @pytest.mark.parametrize("broken", [{0}, {6}, {2, 3}, set(range(7)), {1, 4, 6}])
-def test_broken_documents_are_told_and_the_rest_goes_on(tmp_path: Path, model: Any, broken: set[int]) -> None:
+def test_broken_documents_are_told_and_the_rest_goes_on(
+    tmp_path: Path, model: Any, broken: set[int]
+) -> None:
     items = texts(7)
     missing = ImageRef(path=tmp_path / "missing.png")
     items = [Document(d.id, (missing,), "") if i in broken else d for i, d in enumerate(items)]
     told: list[str] = []
-    chunks = list(encode_documents(model, items, on_error=lambda d, error: told.append(d.id), chunk_size=5))
+    chunks = list(
+        encode_documents(model, items, on_error=lambda d, error: told.append(d.id), chunk_size=5)
+    )
     kept = [d.id for group, _ in chunks for d in group]
     assert told == [str(i) for i in sorted(broken)]
     assert kept == [str(i) for i in range(7) if i not in broken]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlduet.errors import RetrievalError
-from vlduet.retrieval.filters import Condition, parse_conditions, parse_condition, to_scalar
+from vlduet.retrieval.filters import Condition, parse_condition, parse_conditions, to_scalar
 
 FIELDS = {"category": ["text"], "year": ["number"], "new": ["flag"], "code": ["text", "number"]}
 
@@ -86,7 +86,9 @@ def test_conditions_in_every_form() -> None:
     assert parse_conditions(None, FIELDS) == ()
 
 
-@pytest.mark.parametrize("where", [{"categroy": "a"}, [Condition("categroy", "=", "a")], ["categroy=a"]])
+@pytest.mark.parametrize(
+    "where", [{"categroy": "a"}, [Condition("categroy", "=", "a")], ["categroy=a"]]
+)
 def test_misspelt_key_is_an_error_not_an_empty_answer(where: Any) -> None:
     with pytest.raises(RetrievalError, match="Did you mean 'category'"):
         parse_conditions(where, FIELDS)

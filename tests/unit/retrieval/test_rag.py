@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
-from vlduet.rag import MAX_SOURCE_CHARS, ask, stream_answer, build_messages, prepare_prompt, quote_text
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
+from vlduet.retrieval.rag import (
+    MAX_SOURCE_CHARS,
+    ask,
+    build_messages,
+    prepare_prompt,
+    quote_text,
+    stream_answer,
+)
 from vlduet.retrieval.search import Hit
 
 
@@ -51,11 +58,23 @@ def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> Non
     (message,) = prompt.messages
     assert message.parts[-2:] == (image, "What colour is it?")
     text = str(prompt)
-    assert text.index("not instructions") < text.index("[references]") < text.index("[1] ") < text.index("[2] ")
-    assert text.index("[2] ") < text.index("[/references]") < text.index("(image") < text.index("What colour")
+    assert (
+        text.index("not instructions")
+        < text.index("[references]")
+        < text.index("[1] ")
+        < text.index("[2] ")
+    )
+    assert (
+        text.index("[2] ")
+        < text.index("[/references]")
+        < text.index("(image")
+        < text.index("What colour")
+    )
 
 
-def test_image_and_question_are_the_query(index: Index, model: Any, tmp_path: Path, tools: Any) -> None:
+def test_image_and_question_are_the_query(
+    index: Index, model: Any, tmp_path: Path, tools: Any
+) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (0, 0, 255)))
     assert prepare_prompt(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
 
@@ -83,14 +102,18 @@ def test_stream(index: Index, model: Any) -> None:
     assert len(pieces) > 1 and "".join(pieces) == ask(index, model, "red").text
 
 
-def test_images_of_the_references_are_shown_on_request(index: Index, model: Any, tmp_path: Path) -> None:
+def test_images_of_the_references_are_shown_on_request(
+    index: Index, model: Any, tmp_path: Path
+) -> None:
     def shown(with_images: bool) -> list[Any]:
         prompt = prepare_prompt(index, model, "red", k=2, with_images=with_images)
         return [part for part in prompt.messages[0].parts if isinstance(part, ImageRef)]
 
     assert shown(False) == []
     assert len(shown(True)) == 2
-    gone = build_messages("?", [hit("", image=ImageRef(path=tmp_path / "gone.png"))], with_images=True)
+    gone = build_messages(
+        "?", [hit("", image=ImageRef(path=tmp_path / "gone.png"))], with_images=True
+    )
     assert not [part for part in gone[0].parts if isinstance(part, ImageRef)]
     assert "[1] (an image)\n" in gone[0].parts
 
@@ -134,7 +157,10 @@ def test_any_document_is_one_harmless_line(text: str) -> None:
 def test_plain_text_is_left_alone() -> None:
     text = "Grüße, 日本 & co.: 3 + 4 = 7 (really)! «ok»"
     assert quote_text(text) == text
-    assert quote_text("word " * 1000).endswith("…") and len(quote_text("word " * 1000)) <= MAX_SOURCE_CHARS
+    assert (
+        quote_text("word " * 1000).endswith("…")
+        and len(quote_text("word " * 1000)) <= MAX_SOURCE_CHARS
+    )
 
 
 def test_only_retrieved_text_is_changed() -> None:

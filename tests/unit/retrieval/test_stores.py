@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from vlduet.errors import RetrievalError
 from vlduet.retrieval.filters import OPERATORS, Condition, to_scalar
-from vlduet.retrieval.lance import LanceStore, filter_column, sql_literal
-from vlduet.retrieval.store import FlatStore, IndexRow, RowHashes, VectorStore
+from vlduet.retrieval.stores.base import FlatStore, IndexRow, RowHashes, VectorStore
+from vlduet.retrieval.stores.lance import LanceStore, filter_column, sql_literal
 
 DIM = 4
 Opener = Callable[..., VectorStore]
@@ -30,7 +30,15 @@ def open_store(store: str) -> Opener:
 def row(identity: str, version: int = 0, **metadata: Any) -> IndexRow:
     filters = {key: value for key, raw in metadata.items() if (value := to_scalar(raw)) is not None}
     stamp = RowHashes(f"key {identity} {version}", f"digest {version}")
-    return IndexRow(identity, stamp, f"text {identity}", f"/images/{identity}", f"../{identity}", metadata, filters)
+    return IndexRow(
+        identity,
+        stamp,
+        f"text {identity}",
+        f"/images/{identity}",
+        f"../{identity}",
+        metadata,
+        filters,
+    )
 
 
 def unit(vectors: Any) -> np.ndarray:
@@ -121,24 +129,48 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    "key", ["plain", "Upper", "upper", "a.b", "a b", "a_b", "a`b", "1=1 OR x", "é", "'", "id", "vector", ""]
+    "key",
+    [
+        "plain",
+        "Upper",
+        "upper",
+        "a.b",
+        "a b",
+        "a_b",
+        "a`b",
+        "1=1 OR x",
+        "é",
+        "'",
+        "id",
+        "vector",
+        "",
+    ],
 )
-def test_hostile_keys_and_values_are_only_keys_and_values(tmp_path: Path, open_store: Opener, key: str) -> None:
+def test_hostile_keys_and_values_are_only_keys_and_values(
+    tmp_path: Path, open_store: Opener, key: str
+) -> None:
     opened = open_store(tmp_path, dim=DIM, write=True)
     rows = [row(str(i), 0, **{key: value}) for i, value in enumerate(HOSTILE)]
     opened.upsert([*rows, row("none")], np.tile(AXES[:1], (len(rows) + 1, 1)))
     for i, value in enumerate(HOSTILE):
-        assert ids(opened.search(AXES[:1], k=99, conditions=[Condition(key, "=", value)])[0]) == [str(i)]
+        assert ids(opened.search(AXES[:1], k=99, conditions=[Condition(key, "=", value)])[0]) == [
+            str(i)
+        ]
         unlike = ids(opened.search(AXES[:1], k=99, conditions=[Condition(key, "!=", value)])[0])
         assert set(unlike) == {*(r.id for r in rows), "none"} - {str(i)}
-    assert len(opened.search(AXES[:1], k=99, conditions=[Condition(key, "in", HOSTILE[:5])])[0]) == 5
+    assert (
+        len(opened.search(AXES[:1], k=99, conditions=[Condition(key, "in", HOSTILE[:5])])[0]) == 5
+    )
 
 
 def test_columns_are_distinct_and_plain() -> None:
     keys = ["a", "A", "a_", "_a", "a_5f_", "5f", "_5f_", "a b", "a.b", "é", "", "text__a"]
     names = {filter_column(key, kind) for key in keys for kind in ("text", "number")}
     assert len(names) == 2 * len(keys)
-    assert all(name.replace("_", "").isalnum() and name.isascii() and name == name.lower() for name in names)
+    assert all(
+        name.replace("_", "").isalnum() and name.isascii() and name == name.lower()
+        for name in names
+    )
     assert sql_literal("a'b") == "'a''b'"
 
 
@@ -160,14 +192,21 @@ def condition(draw: Any) -> Condition:
     key = draw(st.sampled_from(["x", "y", "X.y", "unknown"]))
     if sign == "in":
         return Condition(key, sign, draw(st.lists(COMPARABLE, max_size=3)))
-    value = COMPARABLE if sign in ("=", "!=") else COMPARABLE.filter(lambda v: not isinstance(v, bool))
+    value = (
+        COMPARABLE if sign in ("=", "!=") else COMPARABLE.filter(lambda v: not isinstance(v, bool))
+    )
     return Condition(key, sign, draw(value))
 
 
-def plain(held: dict[str, tuple[IndexRow, np.ndarray]], query: np.ndarray, k: int, where: list[Condition]) -> list[Any]:
+def plain(
+    held: dict[str, tuple[IndexRow, np.ndarray]], query: np.ndarray, k: int, where: list[Condition]
+) -> list[Any]:
     """The definition of a search, as a loop."""
     scored = [
-        (-round(float(np.dot(vector.astype(np.float64), query.astype(np.float64))), 6) + 0.0, identity)
+        (
+            -round(float(np.dot(vector.astype(np.float64), query.astype(np.float64))), 6) + 0.0,
+            identity,
+        )
         for identity, (held_row, vector) in held.items()
         if all(c.matches(held_row.filter_values) for c in where)
     ]
@@ -185,15 +224,21 @@ def test_both_stores_equal_the_definition(writes: Any, deleted: Any, where: Any,
     """Small integer vectors make many exact ties; the same ids come again to be replaced."""
     with tempfile.TemporaryDirectory() as folder:
         stores: list[VectorStore] = [
-            kind(Path(folder, kind.__name__), dim=DIM, write=True) for kind in (FlatStore, LanceStore)
+            kind(Path(folder, kind.__name__), dim=DIM, write=True)
+            for kind in (FlatStore, LanceStore)
         ]
         held: dict[str, tuple[IndexRow, np.ndarray]] = {}
         for version, items in enumerate(writes):
-            batch = {f"{i:02d}": (row(f"{i:02d}", version, **metadata), unit(v)) for i, metadata, v in items}
+            batch = {
+                f"{i:02d}": (row(f"{i:02d}", version, **metadata), unit(v))
+                for i, metadata, v in items
+            }
             held |= batch
             if batch:
                 for opened in stores:
-                    opened.upsert([r for r, _ in batch.values()], np.stack([v for _, v in batch.values()]))
+                    opened.upsert(
+                        [r for r, _ in batch.values()], np.stack([v for _, v in batch.values()])
+                    )
         for opened in stores:
             opened.delete([f"{i:02d}" for i in deleted])
         held = {identity: pair for identity, pair in held.items() if int(identity) not in deleted}
@@ -201,7 +246,9 @@ def test_both_stores_equal_the_definition(writes: Any, deleted: Any, where: Any,
         wanted = [plain(held, query, k, where) for query in queries]
         for opened in stores:
             found = opened.search(queries, k=k, conditions=where)
-            assert [[(m.row.id, m.score) for m in matches] for matches in found] == wanted, type(opened)
+            assert [[(m.row.id, m.score) for m in matches] for matches in found] == wanted, type(
+                opened
+            )
             assert all(m.row == held[m.row.id][0] for matches in found for m in matches)
             assert opened.count() == len(held)
             opened.close()
@@ -230,7 +277,9 @@ def test_close_joins_what_many_writes_left(tmp_path: Path, open_store: Opener) -
     opened.delete(["3"])
     before = {p for p in tmp_path.rglob("*") if p.suffix in (".npz", ".lance") and p.is_file()}
     opened.close()
-    after = {p for p in tmp_path.rglob("*") if p.suffix in (".npz", ".lance") and p.is_file()} - before
+    after = {
+        p for p in tmp_path.rglob("*") if p.suffix in (".npz", ".lance") and p.is_file()
+    } - before
     assert len(after) == 1
     assert open_store(tmp_path, dim=DIM, write=False).count() == 11
 
@@ -260,7 +309,7 @@ def test_a_first_version_cut_short_is_made_again(tmp_path: Path) -> None:
 
 def test_everything_is_synced_before_a_write_returns(tmp_path: Path, monkeypatch: Any) -> None:
     synced: set[Path] = set()
-    monkeypatch.setattr("vlduet.retrieval.lance.sync", synced.update)
+    monkeypatch.setattr("vlduet.retrieval.stores.lance.sync", synced.update)
     opened = LanceStore(tmp_path, dim=DIM, write=True)
     for i in range(3):
         opened.upsert([row(str(i), **{f"field{i}": i})], AXES[:1])

@@ -15,16 +15,16 @@ import time
 import numpy as np
 import pytest
 
-import tiny
+from helpers import tiny
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import ConfigError
-from vlduet.rag import ask
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
+from vlduet.retrieval.rag import ask
 from vlduet.retrieval.search import search
 from vlduet.serve import app as module
 from vlduet.serve.app import Service
-from vlduet.serve.keys import read_api_keys
+from vlduet.serve.auth import read_api_keys
 from vlduet.serve.worker import Worker
 
 NAMES = ["a red boat", "a dog in the snow", "three apples"]
@@ -37,8 +37,12 @@ class Server:
         self.service = service
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self.uvicorn = module.build_server(service.build_app(allowed_hosts=["127.0.0.1"], api_keys=keys))
-        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True)
+        self.uvicorn = module.build_server(
+            service.build_app(allowed_hosts=["127.0.0.1"], api_keys=keys)
+        )
+        self.thread = threading.Thread(
+            target=self.uvicorn.run, kwargs={"sockets": [listening]}, daemon=True
+        )
         self.thread.start()
 
     def __enter__(self) -> Server:
@@ -70,7 +74,10 @@ def duet(tmp_path_factory):
 def index(duet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
     told = {"odd": float("nan")}  # as Python's JSON spells it
-    rows = [{"id": f"n{i}", "parts": [{"text": name}], "metadata": {"i": i} | told} for i, name in enumerate(NAMES)]
+    rows = [
+        {"id": f"n{i}", "parts": [{"text": name}], "metadata": {"i": i} | told}
+        for i, name in enumerate(NAMES)
+    ]
     (folder / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     build_index(duet, folder / "names.jsonl", to=folder / "index", side="record", store="flat")
     with Index.open(folder / "index", duet) as opened:
@@ -97,7 +104,11 @@ def said(text: str) -> dict:
 
 def chat(*parts, **more) -> dict:
     content = parts[0] if parts and isinstance(parts[0], str) else list(parts)
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8} | more
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 8,
+    } | more
 
 
 def events(answer) -> list[dict]:
@@ -113,7 +124,10 @@ def test_health_and_models(server):
     assert server.ask("/health") == (200, {"status": "ok"})
     status, told = server.ask("/v1/models")
     assert status == 200 and [one["id"] for one in told["data"]] == ["tiny"]
-    assert server.ask("/v1/models/tiny") == (200, told["data"][0]) and server.ask("/v1/models/other")[0] == 404
+    assert (
+        server.ask("/v1/models/tiny") == (200, told["data"][0])
+        and server.ask("/v1/models/other")[0] == 404
+    )
 
 
 def test_embeddings_of_texts_images_and_mixtures(server, duet):
@@ -122,8 +136,12 @@ def test_embeddings_of_texts_images_and_mixtures(server, duet):
     status, told = server.ask("/v1/embeddings", {"model": "tiny", "input": content})
     assert status == 200 and [one["index"] for one in told["data"]] == [0, 1, 2]
     vectors = np.array([one["embedding"] for one in told["data"]], np.float32)
-    np.testing.assert_allclose(vectors, duet.encode_document(["a dog", picture, (picture, "at night")]), atol=1e-5)
-    one = server.ask("/v1/embeddings", {"input": "a dog", "encoding_format": "base64", "input_type": "query"})[1]
+    np.testing.assert_allclose(
+        vectors, duet.encode_document(["a dog", picture, (picture, "at night")]), atol=1e-5
+    )
+    one = server.ask(
+        "/v1/embeddings", {"input": "a dog", "encoding_format": "base64", "input_type": "query"}
+    )[1]
     packed = np.frombuffer(base64.b64decode(one["data"][0]["embedding"]), "<f4")
     np.testing.assert_allclose(packed[None], duet.encode_query(["a dog"]), atol=1e-5)
 
@@ -134,8 +152,13 @@ def test_a_chat_whole_and_streamed(server, duet):
     status, told = server.ask("/v1/chat/completions", chat(shown(picture), said("what is it?")))
     choice = told["choices"][0]
     assert status == 200 and choice["message"] == {"role": "assistant", "content": wanted}
-    streamed = events(server.send("/v1/chat/completions", chat(shown(picture), said("what is it?"), stream=True)))
-    assert "".join(each["choices"][0]["delta"].get("content", "") for each in streamed).strip() == wanted
+    streamed = events(
+        server.send("/v1/chat/completions", chat(shown(picture), said("what is it?"), stream=True))
+    )
+    assert (
+        "".join(each["choices"][0]["delta"].get("content", "") for each in streamed).strip()
+        == wanted
+    )
     assert [each["choices"][0]["finish_reason"] for each in streamed][-1] == choice["finish_reason"]
     assert streamed[-1]["usage"] == told["usage"] and told["usage"]["completion_tokens"] <= 8
 
@@ -150,21 +173,34 @@ def test_a_conversation_has_turns_and_an_instruction(server, duet):
 
 def test_a_seed_gives_the_same_answer(server):
     def content(**sampling):
-        told = server.ask("/v1/chat/completions", chat("say something", temperature=2, **sampling))[1]
+        told = server.ask("/v1/chat/completions", chat("say something", temperature=2, **sampling))[
+            1
+        ]
         return told["choices"][0]["message"]["content"]
 
     first = content(seed=5, top_p=0.9)
     assert first == content(seed=5, top_p=0.9) != content(seed=6, top_p=0.9)
-    assert content(seed=5, top_p=1e-6) == content(seed=7, top_p=1e-6), "the likeliest token, whatever the seed"
+    assert content(seed=5, top_p=1e-6) == content(seed=7, top_p=1e-6), (
+        "the likeliest token, whatever the seed"
+    )
 
 
 def test_a_search_is_the_library_s(server, duet, index):
-    for query, parts in (("a boat", ("a boat",)), ([shown(tiny.random_image()), said("x")], (tiny.random_image(), "x"))):
+    for query, parts in (
+        ("a boat", ("a boat",)),
+        ([shown(tiny.random_image()), said("x")], (tiny.random_image(), "x")),
+    ):
         status, told = server.ask("/v1/search", {"query": query, "k": 2, "where": ["i<2"]})
         hits = search(index, duet, parts, k=2, where=["i<2"])
-        assert status == 200 and [hit["id"] for hit in told["data"]] == [hit.id for hit in hits] and len(hits) == 2
+        assert (
+            status == 200
+            and [hit["id"] for hit in told["data"]] == [hit.id for hit in hits]
+            and len(hits) == 2
+        )
         assert all(hit["metadata"]["odd"] is None for hit in told["data"])
-        assert [hit["score"] for hit in told["data"]] == pytest.approx([hit.score for hit in hits], abs=1e-5)
+        assert [hit["score"] for hit in told["data"]] == pytest.approx(
+            [hit.score for hit in hits], abs=1e-5
+        )
 
 
 def test_a_chat_from_the_index_is_ask_with_its_sources(server, duet, index):
@@ -175,15 +211,28 @@ def test_a_chat_from_the_index_is_ask_with_its_sources(server, duet, index):
     assert [source["id"] for source in told["sources"]] == [hit.id for hit in wanted.sources]
     streamed = events(server.send("/v1/chat/completions", body | {"stream": True}))
     assert streamed[0]["sources"] == told["sources"] and "sources" not in streamed[-1]
-    assert "".join(each["choices"][0]["delta"].get("content", "") for each in streamed).strip() == wanted.text
+    assert (
+        "".join(each["choices"][0]["delta"].get("content", "") for each in streamed).strip()
+        == wanted.text
+    )
 
 
 def test_what_asks_for_nothing_else_is_taken(server):
-    harmless = {"n": 1, "top_p": 1.0, "tools": [], "user": "me", "seed": None, "response_format": {"type": "text"}}
+    harmless = {
+        "n": 1,
+        "top_p": 1.0,
+        "tools": [],
+        "user": "me",
+        "seed": None,
+        "response_format": {"type": "text"},
+    }
     assert server.ask("/v1/chat/completions", chat("hi", **harmless))[0] == 200
     nothing = dict.fromkeys(("temperature", "stream", "stop", "tools", "max_completion_tokens"))
     assert server.ask("/v1/chat/completions", chat("hi", **nothing))[0] == 200
-    assert server.ask("/v1/embeddings", {"input": "a", "encoding_format": None, "dimensions": None})[0] == 200
+    assert (
+        server.ask("/v1/embeddings", {"input": "a", "encoding_format": None, "dimensions": None})[0]
+        == 200
+    )
 
 
 def test_empty_turns_that_clients_send_are_taken(server, duet):
@@ -192,13 +241,20 @@ def test_empty_turns_that_clients_send_are_taken(server, duet):
     body = chat() | {"messages": [{"role": role, "content": text} for role, text in turns]}
     status, told = server.ask("/v1/chat/completions", body)
     kept = [Message("user", ("hi",)), Message("assistant", (" ",)), Message("user", ("who?",))]
-    assert status == 200 and told["choices"][0]["message"]["content"] == duet.generate(kept, max_new_tokens=8)
+    assert status == 200 and told["choices"][0]["message"]["content"] == duet.generate(
+        kept, max_new_tokens=8
+    )
 
 
 def sent(server, path, body):
     """A connection whose request has been sent, and nothing read."""
     raw = json.dumps(body).encode()
-    told = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {len(raw)}"]
+    told = [
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(raw)}",
+    ]
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.sendall("\r\n".join([*told, "", ""]).encode() + raw)
     return connection
@@ -215,7 +271,9 @@ def soon(found):
 def test_a_client_that_goes_away_ends_its_answer(server, duet, monkeypatch):
     talks = []
     real = module.ChatRequest
-    monkeypatch.setattr(module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1])
+    monkeypatch.setattr(
+        module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1]
+    )
     monkeypatch.setattr(duet.renderer, "eos_ids", [])  # it would go on to the end of its window
     body = chat("go on", stream=True, max_tokens=duet.backbone.window // 2)
     with sent(server, "/v1/chat/completions", body) as connection:
@@ -228,15 +286,22 @@ def test_what_a_client_no_longer_waits_for_is_not_begun(server, duet, monkeypatc
     monkeypatch.setattr(module, "DISCONNECT_POLL_SECONDS", 0.05)
     talks, worker = [], server.service.worker
     real, encode = module.ChatRequest, duet.encode
-    monkeypatch.setattr(module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1])
+    monkeypatch.setattr(
+        module, "Talk", lambda *args, **options: talks.append(real(*args, **options)) or talks[-1]
+    )
     embedded: list = []
-    monkeypatch.setattr(duet, "encode", lambda items, **options: embedded.extend(items) or encode(items, **options))
+    monkeypatch.setattr(
+        duet, "encode", lambda items, **options: embedded.extend(items) or encode(items, **options)
+    )
     read = []
     start = duet.start
     monkeypatch.setattr(duet, "start", lambda sequences: read.extend(sequences) or start(sequences))
     begin = threading.Event()
     busy = worker.call(begin.wait)
-    with sent(server, "/v1/chat/completions", chat("hi")), sent(server, "/v1/embeddings", {"input": ["gone"]}):
+    with (
+        sent(server, "/v1/chat/completions", chat("hi")),
+        sent(server, "/v1/embeddings", {"input": ["gone"]}),
+    ):
         assert soon(lambda: talks and worker._requests)
         waiting = worker._requests[0].future
     assert soon(lambda: talks[0].cancelled and waiting.cancelled())
@@ -249,10 +314,26 @@ def test_what_a_client_no_longer_waits_for_is_not_begun(server, duet, monkeypatc
 # ------------------------------------------------------------------ what is wrong
 
 WRONG = [
-    ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "/etc/passwd"}}), "data: URL"),
-    ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}), "data: URL"),
-    ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "data:;base64,?"}}), "broken base64"),
-    ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "data:,x"}}), "unknown kind of file"),
+    (
+        "/v1/chat/completions",
+        chat({"type": "image_url", "image_url": {"url": "/etc/passwd"}}),
+        "data: URL",
+    ),
+    (
+        "/v1/chat/completions",
+        chat({"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}),
+        "data: URL",
+    ),
+    (
+        "/v1/chat/completions",
+        chat({"type": "image_url", "image_url": {"url": "data:;base64,?"}}),
+        "broken base64",
+    ),
+    (
+        "/v1/chat/completions",
+        chat({"type": "image_url", "image_url": {"url": "data:,x"}}),
+        "unknown kind of file",
+    ),
     ("/v1/chat/completions", chat({"type": "input_audio"}), "messages[0].content[0]: not a part"),
     ("/v1/chat/completions", chat(" "), "messages[0].content: expected text"),
     ("/v1/chat/completions", chat("hi", n=2), "n: 2 is not served"),
@@ -263,20 +344,36 @@ WRONG = [
     ("/v1/chat/completions", chat("hi", seed=1 << 63), "seed: "),
     ("/v1/chat/completions", chat("hi", max_tokens=0), "max_tokens: "),
     ("/v1/chat/completions", chat("hi", max_tokens=10**6), "window"),
-    ("/v1/chat/completions", chat("hi", retrieval={"where": ["no=1"]}), "no document has metadata 'no'"),
+    (
+        "/v1/chat/completions",
+        chat("hi", retrieval={"where": ["no=1"]}),
+        "no document has metadata 'no'",
+    ),
     ("/v1/chat/completions", chat("hi") | {"messages": []}, "the last turn is not a user's"),
-    ("/v1/chat/completions", chat("hi") | {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
+    (
+        "/v1/chat/completions",
+        chat("hi") | {"messages": [{"role": "tool", "content": "x"}]},
+        "role 'tool'",
+    ),
     ("/v1/chat/completions", chat("hi", stop=["a"] * 17), "stop: 17 strings"),
     ("/v1/chat/completions", chat("hi", stop="a" * 300), "stop"),
     ("/v1/chat/completions", chat(*[said("a")] * 300), "300 parts"),
     ("/v1/chat/completions", chat(*[shown(tiny.random_image())] * 33), "33 images"),
     ("/v1/chat/completions", chat("a" * (2 << 20)), "a text of 2097152 letters"),
-    ("/v1/chat/completions", chat({"type": "image_url", "image_url": {"url": "data:,\ud800"}}), "not UTF-8"),
+    (
+        "/v1/chat/completions",
+        chat({"type": "image_url", "image_url": {"url": "data:,\ud800"}}),
+        "not UTF-8",
+    ),
     ("/v1/chat/completions", chat("hi", **{"x" * 10**6: 1}), "unknown field"),
     ("/v1/embeddings", {"input": []}, "0 inputs"),
     ("/v1/embeddings", {"input": [[1, 2, 3]]}, "input[0][0]: not a part"),
     ("/v1/embeddings", {"input": ["a", ""]}, "input[1]: expected text"),
-    ("/v1/embeddings", {"input": ["a", [{"type": "image_url", "image_url": "data:,x"}]]}, "input[1]"),
+    (
+        "/v1/embeddings",
+        {"input": ["a", [{"type": "image_url", "image_url": "data:,x"}]]},
+        "input[1]",
+    ),
     ("/v1/embeddings", {"input": "a", "dimensions": 3}, "dimensions: "),
     ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
     ("/v1/embeddings", {}, "input: Field required"),
@@ -288,7 +385,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "told"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("path", "body", "told"), WRONG, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_wrong_request_is_told_what_is_wrong(server, path, body, told):
     status, answer = server.ask(path, body)
     assert status == 400 and told in answer["error"]["message"], answer
@@ -332,9 +431,9 @@ def test_without_an_index_nothing_is_searched(duet):
 
 
 def test_a_dual_encoder_embeds_and_does_not_answer(tmp_path):
-    from vlduet.model.dual import DualEncoder
-    from vlduet.model.encoders import FrozenEncoders, open_encoder
-    from vlduet.model.features import FeatureCache
+    from vlduet.encoders.dual import DualEncoder
+    from vlduet.encoders.frozen import FrozenEncoders, open_encoder
+    from vlduet.model.feature_cache import FeatureCache
 
     folders = tiny.build_frozen_encoders(tmp_path)
     frozen = {role: open_encoder(folders[role]) for role in ("vision", "text")}
@@ -360,8 +459,13 @@ def test_the_verb_serves_and_ends(duet, tmp_path):
             assert process.stderr is not None
             line = next(line for line in process.stderr if "answers and embeds at" in line)
             port = int(line.partition("127.0.0.1:")[2].partition("/")[0])
-            taken = subprocess.run([*command[:-1], str(port)], capture_output=True, text=True, check=False)
-            assert taken.returncode == 1 and "Address already in use. Choose another --port" in taken.stderr
+            taken = subprocess.run(
+                [*command[:-1], str(port)], capture_output=True, text=True, check=False
+            )
+            assert (
+                taken.returncode == 1
+                and "Address already in use. Choose another --port" in taken.stderr
+            )
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             for key, status in (("theirs", 401), ("mine", 200)):
                 connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
@@ -406,13 +510,20 @@ def test_without_a_key_nothing_but_its_health_is_told(duet):
         ]
         for given in right + wrong:
             headers = {} if given is None else {"Authorization": given}
-            for path, body in (("/v1/models", None), ("/v1/embeddings", {"input": "a"}), ("/v1/gone", None)):
+            for path, body in (
+                ("/v1/models", None),
+                ("/v1/embeddings", {"input": "a"}),
+                ("/v1/gone", None),
+            ):
                 answer = server.send(path, body, headers=headers)
                 told = json.loads(answer.read())
                 if given in right:
                     assert answer.status == (404 if path == "/v1/gone" else 200), (given, told)
                 else:
-                    assert answer.status == 401 and "Authorization: Bearer KEY" in told["error"]["message"], given
+                    assert (
+                        answer.status == 401
+                        and "Authorization: Bearer KEY" in told["error"]["message"]
+                    ), given
                     assert answer.headers["WWW-Authenticate"] == "Bearer"
 
 

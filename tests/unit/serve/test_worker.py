@@ -9,14 +9,14 @@ import time
 import numpy as np
 import pytest
 
-import tiny
+from helpers import tiny
 from vlduet.data.records import ImageRef, Message
 from vlduet.errors import DataError, ImageError, ModelError
-from vlduet.model import decoding
-from vlduet.model.decoding import Delta, SamplingParams
-from vlduet.serve import talks
+from vlduet.model.generation import continuous
+from vlduet.model.generation.continuous import Delta, SamplingParams
+from vlduet.serve import scheduler
 from vlduet.serve import worker as module
-from vlduet.serve.talks import ChatRequest
+from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.worker import ServerBusyError, Worker
 
 QUESTIONS = ["what?", "tell me a long story, and then another one", "a"]
@@ -62,12 +62,17 @@ def asked(worker, messages, longest=12, **options):
 
 def test_many_requests_at_once_get_what_one_alone_gets(model, worker, monkeypatch):
     forwards = []
-    monkeypatch.setattr(model, "encode_document", lambda items: forwards.append(len(items)) or model.encode(items))
+    monkeypatch.setattr(
+        model, "encode_document", lambda items: forwards.append(len(items)) or model.encode(items)
+    )
     begin = threading.Event()
     first = worker.call(begin.wait)  # all of them wait before any is taken
     texts = [[f"text {i} {j}" for j in range(i + 1)] for i in range(9)]
     documents = [worker.embed(some, query=False) for some in texts]
-    queries = [worker.embed([tiny.random_image(i), (tiny.random_image(i), "at night")], query=True) for i in range(3)]
+    queries = [
+        worker.embed([tiny.random_image(i), (tiny.random_image(i), "at night")], query=True)
+        for i in range(3)
+    ]
     begin.set()
     assert first.result(60)
     for some, future in zip(texts, documents, strict=True):
@@ -75,7 +80,9 @@ def test_many_requests_at_once_get_what_one_alone_gets(model, worker, monkeypatc
     for i, future in enumerate(queries):
         wanted = model.encode_query([tiny.random_image(i), (tiny.random_image(i), "at night")])
         np.testing.assert_allclose(future.result(60), wanted, atol=1e-5)
-    assert sum(forwards) == 45 and len(forwards) == 3, "45 documents, beside six images, in turns that cost 32"
+    assert sum(forwards) == 45 and len(forwards) == 3, (
+        "45 documents, beside six images, in turns that cost 32"
+    )
 
 
 def test_nothing_is_embedded_as_nothing(model, worker):
@@ -85,7 +92,9 @@ def test_nothing_is_embedded_as_nothing(model, worker):
 def test_a_turn_has_few_images_and_something_of_everybody(model, worker, monkeypatch):
     forwards = []
     real = model.encode
-    monkeypatch.setattr(model, "encode_document", lambda items: forwards.append(list(items)) or real(items))
+    monkeypatch.setattr(
+        model, "encode_document", lambda items: forwards.append(list(items)) or real(items)
+    )
     begin = threading.Event()
     worker.call(begin.wait)
     pictures = [tiny.random_image(i) for i in range(9)]
@@ -104,7 +113,10 @@ def test_a_turn_has_few_images_and_something_of_everybody(model, worker, monkeyp
 def test_a_broken_item_fails_its_own_request_and_says_which(model, worker):
     begin = threading.Event()
     worker.call(begin.wait)
-    good, bad = worker.embed(["a", tiny.random_image()], query=False), worker.embed(["b", BROKEN, "c"], query=False)
+    good, bad = (
+        worker.embed(["a", tiny.random_image()], query=False),
+        worker.embed(["b", BROKEN, "c"], query=False),
+    )
     empty = worker.embed(["d", " "], query=False)
     begin.set()
     np.testing.assert_allclose(good.result(60), model.encode(["a", tiny.random_image()]), atol=1e-5)
@@ -120,7 +132,9 @@ def test_the_thread_outlives_what_fails_in_it(model, worker, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(model, "encode_query", no_memory)
-        patched.setattr(model, "encode_document", lambda items: np.full((len(items), model.dim), np.nan))
+        patched.setattr(
+            model, "encode_document", lambda items: np.full((len(items), model.dim), np.nan)
+        )
         with pytest.raises(RuntimeError, match="out of memory"):
             worker.embed(["a"], query=True).result(60)
         with pytest.raises(ModelError, match=r"not finite for input\[0\]"):
@@ -134,7 +148,9 @@ def test_a_vector_that_is_not_finite_fails_its_own_request(model, worker, monkey
     real = model.encode
 
     def overflowing(items):
-        return np.stack([np.full(model.dim, np.inf) if item == "large" else real([item])[0] for item in items])
+        return np.stack(
+            [np.full(model.dim, np.inf) if item == "large" else real([item])[0] for item in items]
+        )
 
     monkeypatch.setattr(model, "encode_document", overflowing)
     begin = threading.Event()
@@ -179,11 +195,15 @@ def test_answers_side_by_side_are_those_of_one_alone(model, worker):
     worker.call(begin.wait)
     chats = [turn(tiny.random_image(i), question) for i, question in enumerate(QUESTIONS)]
     lengths = [3, 12, 7]
-    listeners = [asked(worker, chat, longest)[0] for chat, longest in zip(chats, lengths, strict=True)]
+    listeners = [
+        asked(worker, chat, longest)[0] for chat, longest in zip(chats, lengths, strict=True)
+    ]
     begin.set()
     for chat, longest, listener in zip(chats, lengths, listeners, strict=True):
         pieces = listener.pieces()
-        assert "".join(piece.text for piece in pieces).strip() == model.generate(chat, max_new_tokens=longest)
+        assert "".join(piece.text for piece in pieces).strip() == model.generate(
+            chat, max_new_tokens=longest
+        )
         assert pieces[-1].tokens <= longest
         assert pieces[-1].reason == ("length" if pieces[-1].tokens == longest else "stop")
         assert pieces[-1].prompt_tokens == len(model.renderer.chat(chat, answer=True))
@@ -211,7 +231,9 @@ def test_an_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
 
 def test_an_answer_ends_before_its_stop_string(model, worker, monkeypatch):
     def letters(ids, **_):
-        return "".join(f"{chr(97 + i % 26)}{n % 10}" for n, i in enumerate(ids))  # no two tokens look alike
+        return "".join(
+            f"{chr(97 + i % 26)}{n % 10}" for n, i in enumerate(ids)
+        )  # no two tokens look alike
 
     monkeypatch.setattr(model.backbone.tokenizer, "decode", letters)
     streamed = asked(worker, turn("say"), 9)[0].text()
@@ -231,12 +253,16 @@ def test_a_conversation_that_fails_leaves_the_others_alone(model, worker):
     begin = threading.Event()
     worker.call(begin.wait)
     long = "word " * model.backbone.window
-    listeners = [asked(worker, turn(*parts), 5)[0] for parts in (("fine",), (BROKEN, "what?"), (long,))]
+    listeners = [
+        asked(worker, turn(*parts), 5)[0] for parts in (("fine",), (BROKEN, "what?"), (long,))
+    ]
     begin.set()
     assert listeners[0].text().strip() == model.generate(turn("fine"), max_new_tokens=5)
     assert isinstance(listeners[1].pieces()[0], ImageError)
     (refused,) = listeners[2].pieces()
-    assert isinstance(refused, DataError) and f"the model's window is {model.backbone.window}" in str(refused)
+    assert isinstance(
+        refused, DataError
+    ) and f"the model's window is {model.backbone.window}" in str(refused)
 
 
 @pytest.fixture
@@ -251,7 +277,10 @@ def test_who_comes_while_others_are_answered_joins_them(endless, worker):
     pictures = [tiny.random_image(i) for i in range(3)]
     late, text = Listener(), Listener()
     first, seen = Listener(), []
-    wanted = [endless.generate(turn("go on"), max_new_tokens=20), endless.generate(turn(*pictures), max_new_tokens=4)]
+    wanted = [
+        endless.generate(turn("go on"), max_new_tokens=20),
+        endless.generate(turn(*pictures), max_new_tokens=4),
+    ]
 
     def tell(piece):
         if piece.tokens == 2:  # in the worker's own thread, between two tokens
@@ -274,18 +303,21 @@ def test_who_comes_while_others_are_answered_joins_them(endless, worker):
 def test_what_is_cancelled_is_not_begun(endless, worker, monkeypatch):
     """Neither while it waits, nor while its images are prepared; nothing more is told."""
     looked, listeners = [], [Listener(), Listener()]
-    talks = [ChatRequest(turn(*[tiny.random_image(i) for i in range(4)]), listener.told.put, 4) for listener in listeners]
+    scheduler = [
+        ChatRequest(turn(*[tiny.random_image(i) for i in range(4)]), listener.told.put, 4)
+        for listener in listeners
+    ]
     real = endless.prepare
 
     def prepare(ref):
         looked.append(ref)
-        talks[0].cancelled = talks[1].cancelled = True
+        scheduler[0].cancelled = scheduler[1].cancelled = True
         return real(ref)
 
     monkeypatch.setattr(endless, "prepare", prepare)
     begin = threading.Event()
     worker.call(begin.wait)
-    for talk in talks:
+    for talk in scheduler:
         worker.answer(talk)
     begin.set()
     assert len(asked(worker, turn("next"), 3)[0].pieces()) == 3
@@ -296,8 +328,10 @@ def test_long_prompts_are_not_read_with_short_ones(endless, worker, monkeypatch)
     """Eight rows as long as the longest would take memory that nobody asked for."""
     shapes = []
     real = endless.start
-    monkeypatch.setattr(endless, "start", lambda some: shapes.append([len(s) for s in some]) or real(some))
-    monkeypatch.setattr(talks, "FORWARD", 400)
+    monkeypatch.setattr(
+        endless, "start", lambda some: shapes.append([len(s) for s in some]) or real(some)
+    )
+    monkeypatch.setattr(scheduler, "FORWARD", 400)
     begin = threading.Event()
     worker.call(begin.wait)
     listeners = [asked(worker, turn("word " * n), 3)[0] for n in (1, 60, 2, 3)]
@@ -307,10 +341,12 @@ def test_long_prompts_are_not_read_with_short_ones(endless, worker, monkeypatch)
 
 
 def test_no_more_than_so_many_are_answered_side_by_side(model, worker, monkeypatch):
-    monkeypatch.setattr(talks, "MAX_CONCURRENT_CHATS", 2)
+    monkeypatch.setattr(scheduler, "MAX_CONCURRENT_CHATS", 2)
     rows = []
     real = model.backbone.lm_head.forward
-    monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: rows.append(len(hidden)) or real(hidden))
+    monkeypatch.setattr(
+        model.backbone.lm_head, "forward", lambda hidden: rows.append(len(hidden)) or real(hidden)
+    )
     begin = threading.Event()
     worker.call(begin.wait)
     listeners = [asked(worker, turn(question), 5)[0] for question in QUESTIONS]
@@ -337,7 +373,9 @@ def test_each_samples_in_its_own_way(model, worker):
 def test_who_goes_away_is_told_nothing_more(endless, worker, monkeypatch):
     listener, passes = Listener(), []
     real = endless.backbone.lm_head.forward
-    monkeypatch.setattr(endless.backbone.lm_head, "forward", lambda hidden: passes.append(1) or real(hidden))
+    monkeypatch.setattr(
+        endless.backbone.lm_head, "forward", lambda hidden: passes.append(1) or real(hidden)
+    )
     talk = ChatRequest(turn("go on and on"), listener.told.put, endless.backbone.window // 2)
 
     def tell(piece):
@@ -389,8 +427,14 @@ def test_who_cannot_join_is_told_and_nobody_else(endless, worker, monkeypatch, b
 
     def tell(piece):
         if isinstance(piece, Delta) and piece.completion_tokens == 2:
-            place = {"prompt": (endless, "start"), "beside": (decoding, "_stacked"), "habits": (talks, "Continuation")}
-            monkeypatch.setattr(*place[broken], no_memory if broken != "habits" else lambda *_, **__: 1 / 0)
+            place = {
+                "prompt": (endless, "start"),
+                "beside": (continuous, "_stacked"),
+                "habits": (scheduler, "Continuation"),
+            }
+            monkeypatch.setattr(
+                *place[broken], no_memory if broken != "habits" else lambda *_, **__: 1 / 0
+            )
             worker.answer(ChatRequest(turn("y"), second.told.put, 4))
         first.told.put(piece)
 
@@ -424,7 +468,7 @@ def test_too_much_is_turned_away(worker, monkeypatch):
 
 def test_closing_ends_answers_and_tells_who_waits(endless, monkeypatch):
     """Those under way, the one whose prompt is made, and the one behind it."""
-    monkeypatch.setattr(talks, "MAX_CONCURRENT_CHATS", 2)
+    monkeypatch.setattr(scheduler, "MAX_CONCURRENT_CHATS", 2)
     worker = Worker(endless)
     listener = Listener()
     waiting: list = []

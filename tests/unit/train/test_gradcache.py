@@ -7,21 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-import tiny
+from helpers import runs, tiny
 from precision import compute_in_double
 from vlduet import config
-from vlduet.data.batches import Batch, split_into_chunks, collate
+from vlduet.data.batches import Batch, collate, split_into_chunks
 from vlduet.data.records import Message
 from vlduet.data.sequences import Anchor, PreparedImage, Sequence
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
-from vlduet.model.readout import Readout, create_empty_readout, concatenate_readouts
+from vlduet.model.pooling import Readout, concatenate_readouts, create_empty_readout
 from vlduet.objectives.language import language_loss
 from vlduet.recipes.contrast import compute_contrastive_loss
 from vlduet.train import setup
@@ -44,7 +43,9 @@ def trainable(tmp_path: Path, family: str) -> DuetModel:
     model = model.double().train()
     compute_in_double(model.backbone)
     with torch.no_grad():
-        model(model.collate(sequences(model)))  # the cache keeps features in single precision: the same ones for all
+        model(
+            model.collate(sequences(model))
+        )  # the cache keeps features in single precision: the same ones for all
     return model
 
 
@@ -52,12 +53,33 @@ def sequences(model: DuetModel) -> list[Sequence]:
     """Images with captions of unequal length, texts, several images in one sequence, and chats that embed nothing."""
     renderer, rows = model.renderer, []
     for i in range(4):
-        pictured = renderer.render_caption(tiny.random_image(i), "some words " * (1 + 2 * i), record_name=f"p{i}")
-        end = Anchor(len(pictured) - 1, len(pictured), role="query", record_name=f"p{i}", content_key=f"both {i}")
+        pictured = renderer.render_caption(
+            tiny.random_image(i), "some words " * (1 + 2 * i), record_name=f"p{i}"
+        )
+        end = Anchor(
+            len(pictured) - 1,
+            len(pictured),
+            role="query",
+            record_name=f"p{i}",
+            content_key=f"both {i}",
+        )
         rows.append(replace(pictured, anchors=(*pictured.anchors, end)))
-        rows.append(renderer.render_embedding((f"text {i % 3}",), role="text", record_name=f"p{i}", content_key=f"text {i % 3}"))
-    rows.append(renderer.render_embedding((tiny.random_image(7), "and", tiny.random_image(8)), role="query", record_name="r", content_key="q"))
-    rows.append(renderer.render_embedding(("an answer",), role="positive", record_name="r", content_key="a"))
+        rows.append(
+            renderer.render_embedding(
+                (f"text {i % 3}",), role="text", record_name=f"p{i}", content_key=f"text {i % 3}"
+            )
+        )
+    rows.append(
+        renderer.render_embedding(
+            (tiny.random_image(7), "and", tiny.random_image(8)),
+            role="query",
+            record_name="r",
+            content_key="q",
+        )
+    )
+    rows.append(
+        renderer.render_embedding(("an answer",), role="positive", record_name="r", content_key="a")
+    )
     for i in range(3):
         turns = (Message("user", ("hello",)), Message("assistant", ("good day " * (i + 1),)))
         rows.append(renderer.render_chat(turns, add_generation_prompt=False))
@@ -67,7 +89,9 @@ def sequences(model: DuetModel) -> list[Sequence]:
 def losses_of(model: DuetModel) -> Callable[[Readout], dict[str, torch.Tensor]]:
     def losses(readout: Readout) -> dict[str, torch.Tensor]:
         found = {
-            "contrastive": compute_contrastive_loss(readout, model.logit_scale, min_temperature=0.01),
+            "contrastive": compute_contrastive_loss(
+                readout, model.logit_scale, min_temperature=0.01
+            ),
             "language": language_loss(readout.nll, global_token_count=len(readout.nll)),
         }
         return {"loss": found["contrastive"] + 0.7 * found["language"], **found}
@@ -84,11 +108,15 @@ def at_once(model: DuetModel, batches: list[Batch]) -> Found:
 
 def by_chunk(model: DuetModel, batches: list[Batch]) -> Found:
     nothing = create_empty_readout(model.dim, like=model.logit_scale.detach())
-    return _taken(model, compute_cached_losses(model, batches, compute_losses=losses_of(model), empty=nothing))
+    return _taken(
+        model, compute_cached_losses(model, batches, compute_losses=losses_of(model), empty=nothing)
+    )
 
 
 def _taken(model: DuetModel, losses: dict[str, torch.Tensor]) -> Found:
-    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {
+        n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
+    }
     model.zero_grad(set_to_none=True)
     return {name: loss.detach() for name, loss in losses.items()}, grads
 
@@ -132,17 +160,26 @@ def test_with_dropout_the_gradients_are_those_of_all_chunks_at_once(trainable: D
     after = torch.get_rng_state()
     torch.manual_seed(11)
     same(by_chunk(trainable, chunks), slow, **EXACT)
-    assert torch.equal(torch.get_rng_state(), after), "what is drawn next must not repeat what was drawn"
+    assert torch.equal(torch.get_rng_state(), after), (
+        "what is drawn next must not repeat what was drawn"
+    )
     torch.manual_seed(12)
-    with pytest.raises(AssertionError):  # else there was no dropout, and this test would prove nothing
+    with pytest.raises(
+        AssertionError
+    ):  # else there was no dropout, and this test would prove nothing
         same(by_chunk(trainable, chunks), slow, **EXACT)
 
 
 @pytest.mark.parametrize("pack_to", [None, 70])
-def test_without_dropout_they_are_those_of_one_batch(trainable: DuetModel, pack_to: int | None) -> None:
+def test_without_dropout_they_are_those_of_one_batch(
+    trainable: DuetModel, pack_to: int | None
+) -> None:
     trainable.eval()
     rows = sequences(trainable)
-    chunks = [trainable.collate(part, pack_to=pack_to) for part in split_into_chunks(rows, 140, pack_to=pack_to)]
+    chunks = [
+        trainable.collate(part, pack_to=pack_to)
+        for part in split_into_chunks(rows, 140, pack_to=pack_to)
+    ]
     assert len(chunks) > 2
     same(by_chunk(trainable, chunks), at_once(trainable, [trainable.collate(rows)]), **EXACT)
 
@@ -191,7 +228,10 @@ def test_a_step_has_the_numbers_of_the_plain_one(tmp_path: Path, how: dict[str, 
     measured, grads, passes = [], [], []
     for changed in ({}, how):
         overrides = [f"train.{key}={value}" for key, value in changed.items()]
-        run = setup.prepare_run(config.load_run_config(path, [*overrides, f"data.cache={tmp_path / 'features'}"]), write_files=False)
+        run = setup.prepare_run(
+            config.load_run_config(path, [*overrides, f"data.cache={tmp_path / 'features'}"]),
+            write_files=False,
+        )
         for name, parameter in run.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.1)
@@ -210,7 +250,9 @@ def test_pixels_of_a_chunked_batch_do_not_wait_for_their_chunk(tmp_path: Path) -
     path = runs.write_run_config(tmp_path, steps=1, batch_size=8)
     found = []
     for cut in ("null", "60"):
-        run = setup.prepare_run(config.load_run_config(path, [f"train.chunk_tokens={cut}", f"out={tmp_path / cut}"]))
+        run = setup.prepare_run(
+            config.load_run_config(path, [f"train.chunk_tokens={cut}", f"out={tmp_path / cut}"])
+        )
         (_, chunks), *_ = setup.iterate_batches(run, 0)
         images = [image for chunk in chunks for image in chunk.images]
         found.append({name for image in images for name in image.inputs})

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 
+from helpers import runs
 from vlduet import config
 from vlduet.data.formats import read_records
 from vlduet.errors import ConfigError, DataError, TrainingError
@@ -20,7 +20,7 @@ from vlduet.train import setup
 from vlduet.train.loop import train
 from vlduet.train.plan import plan_run
 from vlduet.train.step import forward_backward, learning_rate_factor, optimizer_step
-from vlduet.validation import make_validator
+from vlduet.workflows.validation import make_validator
 
 
 def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
@@ -33,17 +33,26 @@ def test_it_learns_validates_and_saves(tmp_path: Path) -> None:
     measured = [row for row in rows if "validation/caption_cross_entropy" in row]
     assert [row["step"] for row in measured] == [0, 30, 60]
     assert measured[-1]["validation/text_to_image/hit@5"] > 0
-    assert measured[-1]["validation/caption_cross_entropy"] < measured[0]["validation/caption_cross_entropy"]
+    assert (
+        measured[-1]["validation/caption_cross_entropy"]
+        < measured[0]["validation/caption_cross_entropy"]
+    )
     assert all(0.0 <= row["validation/captions_ended"] <= 1.0 for row in measured)
     model = DuetModel.from_pretrained(folder)
     assert model.peft_model is not None and model.prompts.image == "<s>{image}"
-    assert (settings.out / "config.yaml").is_file() and list((settings.out / "tensorboard").iterdir())
+    assert (settings.out / "config.yaml").is_file() and list(
+        (settings.out / "tensorboard").iterdir()
+    )
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"chunk_tokens": 64}, {"checkpointing": True}, {"fused": False}, {"soft_prompts": True}], ids=str
+    "how",
+    [{}, {"chunk_tokens": 64}, {"checkpointing": True}, {"fused": False}, {"soft_prompts": True}],
+    ids=str,
 )
-def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path, how: dict[str, object]) -> None:
+def test_everything_that_is_trained_moves_and_nothing_else(
+    tmp_path: Path, how: dict[str, object]
+) -> None:
     settings = config.load_run_config(runs.write_run_config(tmp_path, steps=3, **how))
     run = setup.prepare_run(settings, write_files=False)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
@@ -63,7 +72,10 @@ def test_everything_that_is_trained_moves_and_nothing_else(tmp_path: Path, how: 
 
 
 def test_a_fixed_temperature_stays(tmp_path: Path) -> None:
-    run = setup.prepare_run(config.load_run_config(runs.write_run_config(tmp_path, steps=2, temperature=0.05)), write_files=False)
+    run = setup.prepare_run(
+        config.load_run_config(runs.write_run_config(tmp_path, steps=2, temperature=0.05)),
+        write_files=False,
+    )
     for step, (_, chunks) in enumerate(setup.iterate_batches(run, 0)):
         assert forward_backward(run, chunks)["temperature"] == pytest.approx(0.05)
         optimizer_step(run, step)
@@ -76,10 +88,18 @@ def test_learned_prompts_go_on_from_a_model_that_brings_them(tmp_path: Path) -> 
     further = [f"model.path={folder}", f"out={tmp_path / 'further'}"]
     with pytest.raises(ConfigError, match="the model brings learned prompts"):
         setup.prepare_run(config.load_run_config(path, further), write_files=False)
-    run = setup.prepare_run(config.load_run_config(path, [*further, "model.prompts={}"]), write_files=False)
+    run = setup.prepare_run(
+        config.load_run_config(path, [*further, "model.prompts={}"]), write_files=False
+    )
     saved = DuetModel.from_pretrained(folder)
-    assert run.model.prompts == saved.prompts and run.model.soft_prompts is not None and saved.soft_prompts is not None
-    assert run.model.soft_prompts.rows.requires_grad and torch.equal(run.model.soft_prompts.rows, saved.soft_prompts.rows)
+    assert (
+        run.model.prompts == saved.prompts
+        and run.model.soft_prompts is not None
+        and saved.soft_prompts is not None
+    )
+    assert run.model.soft_prompts.rows.requires_grad and torch.equal(
+        run.model.soft_prompts.rows, saved.soft_prompts.rows
+    )
 
 
 def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
@@ -89,9 +109,15 @@ def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
         file.write('{"id": "bad", "image": "0.png", "shrt": "x"}\n')
     settings = config.load_run_config(path)
     train(settings)
-    dropped = [json.loads(line) for line in (settings.out / "quarantine.jsonl").read_text().splitlines()]
+    dropped = [
+        json.loads(line) for line in (settings.out / "quarantine.jsonl").read_text().splitlines()
+    ]
     assert [row["id"] for row in dropped] == [None, "3"]
-    assert ":13" in dropped[0]["place"] and "shrt" in dropped[0]["message"] and "3.png" in dropped[1]["message"]
+    assert (
+        ":13" in dropped[0]["place"]
+        and "shrt" in dropped[0]["message"]
+        and "3.png" in dropped[1]["message"]
+    )
 
 
 def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +149,14 @@ def test_a_source_without_anything_to_learn_is_named_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = runs.write_run_config(tmp_path)
-    typo = tmp_path / "typo.jsonl"  # a table of somebody else's, whose caption has a name that nobody knows
-    typo.write_text("".join(json.dumps({"id": str(i), "image": f"{i}.png", "captoin": "x"}) + "\n" for i in range(3)))
+    typo = (
+        tmp_path / "typo.jsonl"
+    )  # a table of somebody else's, whose caption has a name that nobody knows
+    typo.write_text(
+        "".join(
+            json.dumps({"id": str(i), "image": f"{i}.png", "captoin": "x"}) + "\n" for i in range(3)
+        )
+    )
     gone = tmp_path / "gone.jsonl"
     gone.write_text('{"id": "0", "image": "gone/0.png", "short": "x"}\n')
     for file, message in (
@@ -138,17 +170,29 @@ def test_a_source_without_anything_to_learn_is_named_before_training(
         with pytest.raises(DataError, match=message):
             train(settings)
         # Beside another it is said: a control run may have no use for what the other run learns of.
-        setup.prepare_run(config.load_run_config(path, [f"data.train.1.path={file}"]), write_files=False)
+        setup.prepare_run(
+            config.load_run_config(path, [f"data.train.1.path={file}"]), write_files=False
+        )
         assert f"warning: {file}: none of its" in capsys.readouterr().err
-    short = config.load_run_config(path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"])
+    short = config.load_run_config(
+        path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"]
+    )
     with pytest.raises(DataError, match="has anything for language of vladva"):
         setup.prepare_run(short, write_files=False)
 
 
 def test_a_step_without_anything_for_the_language_loss_passes(tmp_path: Path) -> None:
     """Alone, and not in chunks: a control run on data that another run learns of."""
-    rows = [{"id": f"q{i}", "query": [{"text": f"q {i}"}], "positive": [[{"text": f"a {i}"}]]} for i in range(8)]
-    rows.append({"id": "c", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]})
+    rows = [
+        {"id": f"q{i}", "query": [{"text": f"q {i}"}], "positive": [[{"text": f"a {i}"}]]}
+        for i in range(8)
+    ]
+    rows.append(
+        {
+            "id": "c",
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
+        }
+    )
     path = runs.write_run_config(tmp_path, batch_size=2, steps=5, lora={"rank": 2, "alpha": 2})
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = config.load_run_config(path, ["objectives={language: 1}", "data.validation=null"])
@@ -157,17 +201,28 @@ def test_a_step_without_anything_for_the_language_loss_passes(tmp_path: Path) ->
     assert losses.count(0.0) >= 3 and max(losses) > 0
 
 
-def test_a_large_source_is_looked_at_here_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_source_is_looked_at_here_and_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(setup, "MAX_PROBED_RECORDS", 3)
     path = runs.write_run_config(tmp_path)
     (tmp_path / "asked.jsonl").write_text(
-        "".join(f'{{"id": "{i}", "query": [{{"text": "q"}}], "positive": [[{{"text": "a"}}]]}}\n' for i in range(40))
+        "".join(
+            f'{{"id": "{i}", "query": [{{"text": "q"}}], "positive": [[{{"text": "a"}}]]}}\n'
+            for i in range(40)
+        )
     )
     real, seen = vladva.layout_retrieval_record, []
     monkeypatch.setattr(
-        vladva, "retrieval", lambda sample, *rest, **more: seen.append(1) or real(sample, *rest, **more)
+        vladva,
+        "retrieval",
+        lambda sample, *rest, **more: seen.append(1) or real(sample, *rest, **more),
     )
-    setup.prepare_run(config.load_run_config(path, ["objectives={language: 1}", f"data.train.1.path={tmp_path / 'asked.jsonl'}"]))
+    setup.prepare_run(
+        config.load_run_config(
+            path, ["objectives={language: 1}", f"data.train.1.path={tmp_path / 'asked.jsonl'}"]
+        )
+    )
     assert len(seen) == 3
 
 
@@ -198,13 +253,19 @@ def test_a_broken_state_is_named(tmp_path: Path, broken: str, how: str) -> None:
     file.unlink()
     if how == "cut":
         file.write_bytes(kept)
-    with pytest.raises(TrainingError, match=f"{settings.out}/state: (broken state|nothing to resume)"):
+    with pytest.raises(
+        TrainingError, match=f"{settings.out}/state: (broken state|nothing to resume)"
+    ):
         train(settings, resume=True)
 
 
-def test_a_plan_of_a_large_batch_lays_out_a_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_a_large_batch_lays_out_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, seen = setup._sequences, []
-    monkeypatch.setattr(setup, "_sequences", lambda run, samples: seen.extend(samples) or real(run, samples))
+    monkeypatch.setattr(
+        setup, "_sequences", lambda run, samples: seen.extend(samples) or real(run, samples)
+    )
     monkeypatch.setattr(planning, "MAX_PROBED_BATCH_SIZE", 24)
     part = plan_run(config.load_run_config(runs.write_run_config(tmp_path, batch_size=24)))
     whole = plan_run(config.load_run_config(tmp_path / "config.yaml", ["train.batch_size=240"]))
@@ -213,14 +274,20 @@ def test_a_plan_of_a_large_batch_lays_out_a_part_of_it(tmp_path: Path, monkeypat
         assert whole[name] == pytest.approx(10 * part[name], abs=10)
     assert whole["epochs"] == 10 * part["epochs"] and whole["padding"] == part["padding"]
     seen.clear()
-    plan_run(config.load_run_config(tmp_path / "config.yaml", ["train.batch_size=4", "train.steps=2"]))
+    plan_run(
+        config.load_run_config(tmp_path / "config.yaml", ["train.batch_size=4", "train.steps=2"])
+    )
     assert len(seen) == 8
 
 
 def test_the_plan_trains_nothing(tmp_path: Path) -> None:
     settings = config.load_run_config(runs.write_run_config(tmp_path))
     facts = plan_run(settings)
-    assert facts["records: pair"] == 12 and facts["trainable parameters"] > 0 and facts["tokens a batch"] > 0
+    assert (
+        facts["records: pair"] == 12
+        and facts["trainable parameters"] > 0
+        and facts["tokens a batch"] > 0
+    )
     assert not settings.out.exists()
 
 
@@ -234,7 +301,9 @@ def test_the_plan_trains_nothing(tmp_path: Path) -> None:
         ("model.prompts.imagee=x", "Did you mean 'image'"),
     ],
 )
-def test_unknown_names_are_answered_with_the_closest(tmp_path: Path, override: str, message: str) -> None:
+def test_unknown_names_are_answered_with_the_closest(
+    tmp_path: Path, override: str, message: str
+) -> None:
     settings = config.load_run_config(runs.write_run_config(tmp_path), [override])
     with pytest.raises(ConfigError, match=message):
         setup.prepare_run(settings, write_files=False)
@@ -243,4 +312,6 @@ def test_unknown_names_are_answered_with_the_closest(tmp_path: Path, override: s
 def test_learning_rate() -> None:
     factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == 1.0 and factors[-1] < 0.001
-    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[:10] == sorted(factors[:10]) and factors[10:] == sorted(
+        factors[10:], reverse=True
+    )

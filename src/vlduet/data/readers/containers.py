@@ -35,8 +35,13 @@ def _json_row(data: bytes, place: Place, root: Path) -> SourceRow:
     except UnicodeDecodeError as error:
         broken = DataError(f"not UTF-8 at byte {error.start}", place=place, fix=UTF8_FIX)
     except json.JSONDecodeError as error:
-        broken = DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        broken = DataError(
+            f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line"
+        )
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, lists in lists in lists
         broken = DataError(f"JSON that cannot be held ({error})", place=place, fix="Mend the line")
     return SourceRow(place, root, name, error=broken)
 
@@ -53,7 +58,9 @@ def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
         return
     if text[at : at + 1] != "[":
         if text.strip():
-            raise DataError("neither a list nor lines of objects", place=source, fix="Write [{...}, {...}]")
+            raise DataError(
+                "neither a list nor lines of objects", place=source, fix="Write [{...}, {...}]"
+            )
         return
     decoder, line, counted = json.JSONDecoder(), 1, 0
     at = _skip(text, at + 1, " \t\r\n")
@@ -69,12 +76,19 @@ def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
         except json.JSONDecodeError as error:
             place = Place(str(source), error.lineno)
             fix = "Mend the line; what follows it in the list was not read"
-            broken = DataError(f"broken JSON at column {error.colno} ({error.msg})", place=place, fix=fix)
+            broken = DataError(
+                f"broken JSON at column {error.colno} ({error.msg})", place=place, fix=fix
+            )
             yield SourceRow(place, root, name, error=broken)
             return
         except (ValueError, RecursionError) as error:
             fix = "Mend it; what follows it in the list was not read"
-            yield SourceRow(place, root, name, error=DataError(f"JSON that cannot be held ({error})", place=place, fix=fix))
+            yield SourceRow(
+                place,
+                root,
+                name,
+                error=DataError(f"JSON that cannot be held ({error})", place=place, fix=fix),
+            )
             return
         yield SourceRow(place, root, name, value)
         at = _skip(text, at, ", \t\r\n")
@@ -96,9 +110,15 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
         try:
             columns = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
-            raise DataError(f"broken header ({error})", place=Place(str(source), 1), fix="Mend the quotes") from None
+            raise DataError(
+                f"broken header ({error})", place=Place(str(source), 1), fix="Mend the quotes"
+            ) from None
         if len(set(columns)) != len(columns):
-            raise DataError(f"a column twice: {', '.join(columns)}", place=Place(str(source), 1), fix="Rename one")
+            raise DataError(
+                f"a column twice: {', '.join(columns)}",
+                place=Place(str(source), 1),
+                fix="Rename one",
+            )
         while True:
             place = Place(str(source), reader.line_num + 1)
             row = SourceRow(place, root, f"{source.name}:{place.line}")
@@ -110,7 +130,12 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
                 return
             except csv.Error as error:
                 fix = "Double the quotes inside a quoted cell, and close it"
-                yield SourceRow(place, root, row.default_id, error=DataError(f"broken row ({error})", place=place, fix=fix))
+                yield SourceRow(
+                    place,
+                    root,
+                    row.default_id,
+                    error=DataError(f"broken row ({error})", place=place, fix=fix),
+                )
             except DataError as broken:
                 yield SourceRow(place, root, row.default_id, error=broken)
 
@@ -118,7 +143,11 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 def _cells(columns: list[str], cells: list[str], place: Place) -> dict[str, str]:
     if len(cells) > len(columns):
         what = f"{len(cells)} cells for {len(columns)} columns"
-        raise DataError(what, place=place.with_field(cells[len(columns)][:20]), fix="Quote cells that hold the separator")
+        raise DataError(
+            what,
+            place=place.with_field(cells[len(columns)][:20]),
+            fix="Quote cells that hold the separator",
+        )
     for column, cell in zip(columns, cells, strict=False):
         if not is_utf8_encodable(cell):
             raise DataError("not UTF-8", place=place.with_field(column), fix=UTF8_FIX)
@@ -135,7 +164,9 @@ def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
                 continue
             identity = path.relative_to(source).as_posix()
             if not is_utf8_encodable(identity):
-                wrong = DataError("a file name that is not UTF-8", place=ascii(str(path)), fix="Rename it")
+                wrong = DataError(
+                    "a file name that is not UTF-8", place=ascii(str(path)), fix="Rename it"
+                )
                 yield SourceRow(Place(ascii(str(path))), source, ascii(identity), error=wrong)
                 continue
             row = SourceRow(Place(str(path)), source, identity, {"image": identity})
@@ -143,10 +174,18 @@ def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
             try:
                 if sidecar.is_file():
                     captions = split_caption_lines(sidecar.read_text(encoding="utf-8"))
-                    row = SourceRow(row.place, source, identity, {"image": identity, "captions": captions})
+                    row = SourceRow(
+                        row.place, source, identity, {"image": identity, "captions": captions}
+                    )
             except (UnicodeDecodeError, OSError) as error:
-                what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-                row = SourceRow(row.place, source, identity, error=DataError(what, place=sidecar, fix=UTF8_FIX))
+                what = (
+                    "not UTF-8"
+                    if isinstance(error, UnicodeDecodeError)
+                    else f"cannot be read ({error.strerror})"
+                )
+                row = SourceRow(
+                    row.place, source, identity, error=DataError(what, place=sidecar, fix=UTF8_FIX)
+                )
             yield row
 
 
@@ -183,15 +222,25 @@ def read_tar_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> bytes:
     place = Place(str(source), None, member.name)
     if not member.isreg():
-        raise DataError("a link or device in an archive, which is refused", place=place, fix="Pack the file itself")
+        raise DataError(
+            "a link or device in an archive, which is refused",
+            place=place,
+            fix="Pack the file itself",
+        )
     if member.size > MAX_MEMBER_BYTES:
-        raise DataError(f"{member.size / 2**20:.0f} MiB in one member", place=place, fix="Keep members below 256 MiB")
+        raise DataError(
+            f"{member.size / 2**20:.0f} MiB in one member",
+            place=place,
+            fix="Keep members below 256 MiB",
+        )
     file = archive.extractfile(member)
     assert file is not None
     return file.read()
 
 
-def _member_row(key: str, members: dict[str, bytes], error: DataError | None, *, source: Path, root: Path) -> SourceRow:
+def _member_row(
+    key: str, members: dict[str, bytes], error: DataError | None, *, source: Path, root: Path
+) -> SourceRow:
     place, name = Place(str(source), None, key), f"{source.name.partition('.')[0]}/{key}"
     if error is not None:
         return SourceRow(place, root, name, error=error)
@@ -205,14 +254,20 @@ def _member_row(key: str, members: dict[str, bytes], error: DataError | None, *,
         if "cls" in members:
             value["cls"] = members["cls"].decode().strip()
     except (ValueError, RecursionError) as problem:  # of bytes, of JSON, of numbers
-        broken = DataError(f"broken text or JSON ({problem})", place=place, fix="Write UTF-8, and one JSON object")
+        broken = DataError(
+            f"broken text or JSON ({problem})", place=place, fix="Write UTF-8, and one JSON object"
+        )
         return SourceRow(place, root, name, error=broken)
     except DataError as problem:
         return SourceRow(place, root, name, error=problem)
     if texts and (captions := [c for text in texts for c in split_caption_lines(text)]):
         value.pop("caption", None)  # img2dataset writes the same text into both
         value["captions"] = captions
-    pictures = [{"bytes": data} for e, data in members.items() if "." + e.rpartition(".")[2] in IMAGE_SUFFIXES]
+    pictures = [
+        {"bytes": data}
+        for e, data in members.items()
+        if "." + e.rpartition(".")[2] in IMAGE_SUFFIXES
+    ]
     if len(pictures) == 1:
         value["image"] = pictures[0]
         value.pop("images", None)

@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vlduet.data.readers.rows import SourceRow, parse_id, parse_image, interleave_images, collect_metadata, parse_text
+from vlduet.data.readers.rows import (
+    SourceRow,
+    collect_metadata,
+    interleave_images,
+    parse_id,
+    parse_image,
+    parse_text,
+)
 from vlduet.data.records import ImageRef, Parts, Place, Record, parse_candidates
 from vlduet.errors import DataError
 
 IMAGE_COLUMN = "image"
-ALTERNATIVE_IMAGE_COLUMNS = ("image_path", "image_file", "img", "img_path", "file_name", "filename", "filepath", "file", "path")
+ALTERNATIVE_IMAGE_COLUMNS = (
+    "image_path",
+    "image_file",
+    "img",
+    "img_path",
+    "file_name",
+    "filename",
+    "filepath",
+    "file",
+    "path",
+)
 ENCODED_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS = (IMAGE_COLUMN, *ALTERNATIVE_IMAGE_COLUMNS, *ENCODED_IMAGE_COLUMNS)
 """`image` where it is there, else the only one of the others."""
@@ -40,7 +57,11 @@ def parse_captions(row: SourceRow) -> Record:
     columns = find_image_columns(row.value)
     if len(columns) != 1:
         what = f"several image columns: {', '.join(columns)}" if columns else "no image"
-        fix = f"Name one column '{IMAGE_COLUMN}'" if columns else f"Fill one of {', '.join(IMAGE_COLUMNS)}"
+        fix = (
+            f"Name one column '{IMAGE_COLUMN}'"
+            if columns
+            else f"Fill one of {', '.join(IMAGE_COLUMNS)}"
+        )
         raise DataError(what, place=row.place.with_field(IMAGE_COLUMN), fix=fix)
     image = parse_image(row.value[columns[0]], row.place.with_field(columns[0]), row.root)
     shorts, longs, used = list[str](), list[str](), set(columns)
@@ -48,7 +69,9 @@ def parse_captions(row: SourceRow) -> Record:
         names = key.lower()
         if names in SHORT_COLUMNS or names in LONG_COLUMNS:
             used.add(key)
-            (shorts if names in SHORT_COLUMNS else longs).extend(_texts(value, row.place.with_field(key)))
+            (shorts if names in SHORT_COLUMNS else longs).extend(
+                _texts(value, row.place.with_field(key))
+            )
     negative: tuple[Parts, ...] = ()
     if isinstance(row.value.get("negative"), list):  # ours, of a record without an id
         negative = parse_candidates(row.value, "negative", row.place, root=row.root)
@@ -88,7 +111,11 @@ def parse_mmeb(row: SourceRow) -> Record:
         query, positive, negative = _sides(row, "qry"), _sides(row, "pos"), _sides(row, "neg")
     for key, found in (("qry", query), ("pos_text", positive)):
         if not found:
-            raise DataError(f"{key} has neither text nor image", place=row.place.with_field(key), fix="Fill one of the two")
+            raise DataError(
+                f"{key} has neither text nor image",
+                place=row.place.with_field(key),
+                fix="Fill one of the two",
+            )
     return Record(
         parse_id(row),
         query=query[0],
@@ -106,16 +133,24 @@ def _sides(row: SourceRow, side: str) -> list[Parts]:
     count = max(len(texts), len(images))
     if texts and images and len(texts) != len(images):
         what = f"{len(texts)} texts for {len(images)} images"
-        raise DataError(what, place=row.place.with_field(image_key), fix="Write lists of equal length, '' for nothing")
+        raise DataError(
+            what,
+            place=row.place.with_field(image_key),
+            fix="Write lists of equal length, '' for nothing",
+        )
     items = []
     for i in range(count):
         text = texts[i] if texts else ""
         image = images[i] if images else ""
         place = row.place.with_field(text_key if count == 1 else f"{text_key}[{i}]")
         at_image = row.place.with_field(image_key if count == 1 else f"{image_key}[{i}]")
-        refs: list[ImageRef] = [parse_image(image, at_image, row.root)] if image not in ("", None, {}) else []
+        refs: list[ImageRef] = (
+            [parse_image(image, at_image, row.root)] if image not in ("", None, {}) else []
+        )
         if text and not isinstance(text, str):
-            raise DataError(f"expected text, got {type(text).__name__}", place=place, fix="Write a string")
+            raise DataError(
+                f"expected text, got {type(text).__name__}", place=place, fix="Write a string"
+            )
         if refs and MMEB_TAG not in (text or ""):
             text = f"{MMEB_TAG}\n{text or ''}"
         if (text or "").strip():

@@ -8,10 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.records import ImageRef, Message, Part, Place, Record, parse_image, is_utf8_encodable, parse_text
+from vlduet.data.records import (
+    ImageRef,
+    Message,
+    Part,
+    Place,
+    Record,
+    is_utf8_encodable,
+    parse_image,
+    parse_text,
+)
 from vlduet.errors import DataError
 
-__all__ = ["Row", "captions_of", "chat", "identity", "image_of", "images_of", "interleave", "metadata", "text_of"]
+__all__ = [
+    "SourceRow",
+    "build_chat_record",
+    "collect_metadata",
+    "interleave_images",
+    "parse_id",
+    "parse_image",
+    "parse_images",
+    "parse_text",
+    "split_caption_lines",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +60,15 @@ def parse_id(row: SourceRow) -> str:
         return row.default_id
     if not isinstance(own, str | int) or isinstance(own, bool):
         fix = "Write a string, or leave the id out"
-        raise DataError(f"id is {type(own).__name__} {str(own)[:40]!r}", place=row.place.with_field("id"), fix=fix)
+        raise DataError(
+            f"id is {type(own).__name__} {str(own)[:40]!r}",
+            place=row.place.with_field("id"),
+            fix=fix,
+        )
     if not is_utf8_encodable(str(own)):
-        raise DataError(f"id is {own!a}", place=row.place.with_field("id"), fix="Write it again as UTF-8")
+        raise DataError(
+            f"id is {own!a}", place=row.place.with_field("id"), fix="Write it again as UTF-8"
+        )
     return str(own)
 
 
@@ -52,7 +77,11 @@ def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
     own = row.value.get("metadata")
     left = {**(own if isinstance(own, Mapping) else {})}
     left |= {k: v for k, v in row.value.items() if k not in {*used, "id", "metadata"}}
-    return {key: _plain(value) for key, value in left.items() if not isinstance(value, bytes) and value is not None}
+    return {
+        key: _plain(value)
+        for key, value in left.items()
+        if not isinstance(value, bytes) and value is not None
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -72,7 +101,10 @@ def parse_images(row: SourceRow, *keys: str) -> list[ImageRef]:
         if value in (None, "", []):
             continue
         if isinstance(value, list):
-            return [parse_image(v, row.place.with_field(f"{key}[{i}]"), row.root) for i, v in enumerate(value)]
+            return [
+                parse_image(v, row.place.with_field(f"{key}[{i}]"), row.root)
+                for i, v in enumerate(value)
+            ]
         return [parse_image(value, row.place.with_field(key), row.root)]
     return []
 
@@ -96,8 +128,16 @@ def interleave_images(text: str, tag: str, images: list[ImageRef], *, place: Pla
     return parts
 
 
-def build_chat_record(row: SourceRow, turns: list[Message], *, field: str, used: Iterable[str]) -> Record:
+def build_chat_record(
+    row: SourceRow, turns: list[Message], *, field: str, used: Iterable[str]
+) -> Record:
     """A chat record; `field` holds its turns in the source."""
     if not any(turn.role == "assistant" for turn in turns):
-        raise DataError("no assistant turn, so nothing to learn", place=row.place.with_field(field), fix="Add the answer")
-    return Record(parse_id(row), messages=tuple(turns), metadata=collect_metadata(row, used), place=row.place)
+        raise DataError(
+            "no assistant turn, so nothing to learn",
+            place=row.place.with_field(field),
+            fix="Add the answer",
+        )
+    return Record(
+        parse_id(row), messages=tuple(turns), metadata=collect_metadata(row, used), place=row.place
+    )

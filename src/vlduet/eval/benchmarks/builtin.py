@@ -17,7 +17,17 @@ from vlduet.errors import DataError
 from vlduet.eval.benchmarks.compositional import winoground_rule
 from vlduet.eval.benchmarks.retrieval import both_ways
 from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.tasks import Answers, Choices, Pair, Pairs, Question, Questions, Score, Search, sample
+from vlduet.eval.benchmarks.tasks import (
+    Answers,
+    Choices,
+    Pair,
+    Pairs,
+    Question,
+    Questions,
+    Score,
+    Search,
+    sample,
+)
 from vlduet.eval.metrics import exact_match, normalized_words, token_f1
 
 OPTIONS = 4
@@ -35,7 +45,9 @@ def records(source: Source, corpus: str, *, split: str = "test") -> list[Record]
     source.bytes(name)
     found = list(read_jsonl(source.path(name)))
     if not found:
-        raise DataError("no records", place=source.path(name), fix=f"Run 'vlduet data fetch {corpus}' again")
+        raise DataError(
+            "no records", place=source.path(name), fix=f"Run 'vlduet data fetch {corpus}' again"
+        )
     return found
 
 
@@ -74,15 +86,23 @@ def next_image(*corpora: str) -> Callable[[Source], Search]:
                 if key not in gallery:
                     gallery[key] = len(documents)
                     documents.append(record.parts[n])  # type: ignore[arg-type]
-            fresh = [n for n, key in keys.items() if n and key not in [keys[m] for m in keys if m < n]]
+            fresh = [
+                n for n, key in keys.items() if n and key not in [keys[m] for m in keys if m < n]
+            ]
             if fresh:
                 begin = max(0, fresh[-1] - CONTEXT)
                 queries.append(record.parts[begin : fresh[-1]])
                 positives.append((gallery[keys[fresh[-1]]],))
                 excluded.append(tuple({gallery[keys[n]] for n in keys if begin <= n < fresh[-1]}))
         if not queries:
-            raise DataError("no document with an image after its beginning", place=source.root, fix="Fetch the corpora")
-        return Search(tuple(queries), tuple((i,) for i in documents), tuple(positives), tuple(excluded))
+            raise DataError(
+                "no document with an image after its beginning",
+                place=source.root,
+                fix="Fetch the corpora",
+            )
+        return Search(
+            tuple(queries), tuple((i,) for i in documents), tuple(positives), tuple(excluded)
+        )
 
     return load
 
@@ -93,7 +113,9 @@ def minimal_pairs(corpus: str, group: str) -> Callable[[Source], Pairs]:
     def load(source: Source) -> Pairs:
         items = one_word_apart(records(source, corpus), group)
         if not items:
-            raise DataError("no two captions differ in one word", place=source.root, fix=f"Fetch {corpus}")
+            raise DataError(
+                "no two captions differ in one word", place=source.root, fix=f"Fetch {corpus}"
+            )
         return Pairs(tuple(items), winoground_rule)
 
     return load
@@ -120,7 +142,10 @@ def one_word_apart(found: Sequence[Record], group: str) -> list[Pair]:
 
 def differ_in_one(words: Sequence[str], others: Sequence[str]) -> bool:
     """Whether two captions of equal length differ in exactly one word, and share one."""
-    return len(words) == len(others) > 1 and sum(a != b for a, b in zip(words, others, strict=True)) == 1
+    return (
+        len(words) == len(others) > 1
+        and sum(a != b for a, b in zip(words, others, strict=True)) == 1
+    )
 
 
 # ------------------------------------------------------------------ generative
@@ -139,12 +164,21 @@ def template_questions(source: Source) -> Choices:
             asked.append((kind, text, record.image, value, values))
 
     units = records(source, "wesnoth")
-    for key, text in (("race", "Which race is this unit of?"), ("alignment", "Which alignment does this unit have?")):
+    for key, text in (
+        ("race", "Which race is this unit of?"),
+        ("alignment", "Which alignment does this unit have?"),
+    ):
         ask(f"wesnoth {key}", text, [(r, str(r.metadata[key])) for r in units if key in r.metadata])
-    emoji = [record for record in records(source, "emoji") if record.metadata["vendor"] == "openmoji"]
+    emoji = [
+        record for record in records(source, "emoji") if record.metadata["vendor"] == "openmoji"
+    ]
     ask("emoji group", "What kind of thing is this?", [(r, r.metadata["group"]) for r in emoji])
     stamps = records(source, "stamps")
-    ask("stamps category", "What kind of thing is this?", [(r, r.metadata["category"].split("/")[0]) for r in stamps])
+    ask(
+        "stamps category",
+        "What kind of thing is this?",
+        [(r, r.metadata["category"].split("/")[0]) for r in stamps],
+    )
     items = []
     for n, (kind, text, image, value, others) in enumerate(asked):
         options, at = optioned(random, value, others)
@@ -153,7 +187,9 @@ def template_questions(source: Source) -> Choices:
     return Choices(tuple(items), "kind", blind=True)
 
 
-def optioned(random: np.random.Generator, right: str, others: Sequence[str]) -> tuple[tuple[str, ...], int]:
+def optioned(
+    random: np.random.Generator, right: str, others: Sequence[str]
+) -> tuple[tuple[str, ...], int]:
     """(at most OPTIONS distinct options in a random order, where the right one stands)."""
     wrong = sorted(set(others) - {right})
     drawn = [wrong[i] for i in random.permutation(len(wrong))[: OPTIONS - 1]]
@@ -165,8 +201,14 @@ def captions(corpus: str) -> Callable[[Source], Questions]:
     """A loader: captions, written as the model was trained to (an image alone), compared with the references."""
 
     def load(source: Source) -> Questions:
-        kept = [record for record in records(source, corpus) if record.image is not None and record.short]
-        items = [Question(r.id, (r.image,), list(r.short), max_new_tokens=24) for r in kept if r.image]
+        kept = [
+            record
+            for record in records(source, corpus)
+            if record.image is not None and record.short
+        ]
+        items = [
+            Question(r.id, (r.image,), list(r.short), max_new_tokens=24) for r in kept if r.image
+        ]
         return Questions(tuple(items), score_captions)
 
     return load
@@ -179,7 +221,9 @@ def score_captions(items: Sequence[Question], answers: Answers) -> Score:
         "token_F1": sample([token_f1(text, references) for text, references in pairs]),
         "exact": sample([exact_match(text, references) for text, references in pairs]),
     }
-    return Score(samples, facts={"distinct": len({" ".join(normalized_words(text)) for text, _ in pairs})})
+    return Score(
+        samples, facts={"distinct": len({" ".join(normalized_words(text)) for text, _ in pairs})}
+    )
 
 
 def caption_choice(corpus: str) -> Callable[[Source], Choices]:
@@ -187,12 +231,20 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
 
     def load(source: Source) -> Choices:
         random = np.random.default_rng(source.seed)
-        kept = [record for record in records(source, corpus) if record.image is not None and record.short]
+        kept = [
+            record
+            for record in records(source, corpus)
+            if record.image is not None and record.short
+        ]
         every = sorted({record.short[0] for record in kept})
         items = []
         for record in kept:
             assert record.image is not None
-            others = [caption for caption in every if normalized_words(caption) != normalized_words(record.short[0])]
+            others = [
+                caption
+                for caption in every
+                if normalized_words(caption) != normalized_words(record.short[0])
+            ]
             options, at = optioned(random, record.short[0], others)
             items.append(Question(record.id, (record.image,), at, {}, options))
         return Choices(tuple(items))
@@ -202,11 +254,15 @@ def caption_choice(corpus: str) -> Callable[[Source], Choices]:
 
 def position_probe(source: Source) -> Choices:
     """`shown_again` on stamps; without the images, too: all that is left is a liking for a caption or for its place."""
-    items = shown_again(records(source, "stamps"), prompts=PROBED, seed=source.seed, place=source.root)
+    items = shown_again(
+        records(source, "stamps"), prompts=PROBED, seed=source.seed, place=source.root
+    )
     return Choices(tuple(items), "place", blind=True)
 
 
-def shown_again(records: Sequence[Record], *, prompts: int, seed: int, place: Path) -> list[Question]:
+def shown_again(
+    records: Sequence[Record], *, prompts: int, seed: int, place: Path
+) -> list[Question]:
     """Six images with their captions, then one of them again: which of the six captions is it?
 
     All six of a prompt are asked of, so each place is right equally often. What accuracy loses by the place is what gets
@@ -215,7 +271,9 @@ def shown_again(records: Sequence[Record], *, prompts: int, seed: int, place: Pa
     random = np.random.default_rng(seed)
     kept = list({r.short[0]: r.image for r in records if r.image is not None and r.short}.items())
     if len(kept) < SHOWN:
-        raise DataError(f"only {len(kept)} captions, {SHOWN} needed", place=place, fix="Fetch stamps")
+        raise DataError(
+            f"only {len(kept)} captions, {SHOWN} needed", place=place, fix="Fetch stamps"
+        )
     items = []
     for n in range(prompts):
         told = [kept[i] for i in random.permutation(len(kept))[:SHOWN]]

@@ -10,7 +10,15 @@ from vlduet.data.records import ImageRef
 from vlduet.errors import DataError
 from vlduet.eval.answers import LETTERS, mmbench_letter, scienceqa_letter
 from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import Answers, Choices, Question, Questions, Score, by_tag, sample
+from vlduet.eval.benchmarks.tasks import (
+    Answers,
+    Choices,
+    Question,
+    Questions,
+    Score,
+    by_tag,
+    sample,
+)
 from vlduet.eval.benchmarks.xlsx import workbook
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -20,7 +28,9 @@ LONG = 1024
 
 def lettered(options: Sequence[str]) -> str:
     """One option a line: ``A. ...``."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join(
+        f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)
+    )
 
 
 # ------------------------------------------------------------------ ScienceQA
@@ -34,7 +44,8 @@ def scienceqa(source: Source) -> Questions:
         row = problems[key]
         if row.get("image"):
             image = source.image(
-                f"scienceqa/images/test/{key}/image.png", f"scienceqa/images/test/{key}/{row['image']}"
+                f"scienceqa/images/test/{key}/image.png",
+                f"scienceqa/images/test/{key}/{row['image']}",
             )
             items.append(
                 Question(
@@ -59,8 +70,12 @@ def score_scienceqa(items: Sequence[Question], answers: Answers) -> Score:
     """Accuracy; what cannot be parsed, is missing, or names an option that is not there is wrong."""
     letters = [scienceqa_letter(text) if text is not None else None for text in answers]
     right = [float(found == item.answer) for item, found in zip(items, letters, strict=True)]
-    unparsed = sum(found is None and text is not None for found, text in zip(letters, answers, strict=True))
-    samples = {"accuracy": sample(right)} | by_tag(right, [item.tags["subject"] for item in items], prefix="accuracy/")
+    unparsed = sum(
+        found is None and text is not None for found, text in zip(letters, answers, strict=True)
+    )
+    samples = {"accuracy": sample(right)} | by_tag(
+        right, [item.tags["subject"] for item in items], prefix="accuracy/"
+    )
     return Score(samples, unparsed=unparsed)
 
 
@@ -110,7 +125,9 @@ def _decoded(row: Fields) -> ImageRef:
     try:
         return ImageRef(data=base64.b64decode(row["image"], validate=False))
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"broken base64 ({error})", place=row.place.with_field("image"), fix=UNCHANGED) from None
+        raise DataError(
+            f"broken base64 ({error})", place=row.place.with_field("image"), fix=UNCHANGED
+        ) from None
 
 
 def score_mmbench(items: Sequence[Question], answers: Answers) -> Score:
@@ -118,7 +135,10 @@ def score_mmbench(items: Sequence[Question], answers: Answers) -> Score:
 
     Also `vanilla`, the accuracy of single rows.
     """
-    letters = [mmbench_letter(text, item.options) if text else None for item, text in zip(items, answers, strict=True)]
+    letters = [
+        mmbench_letter(text, item.options) if text else None
+        for item, text in zip(items, answers, strict=True)
+    ]
     right = [found == item.answer for item, found in zip(items, letters, strict=True)]
     groups: dict[str, list[bool]] = {}
     tags: dict[str, Question] = {}
@@ -128,16 +148,24 @@ def score_mmbench(items: Sequence[Question], answers: Answers) -> Score:
     circular = [float(all(found)) for found in groups.values()]
     samples = {"accuracy": sample(circular), "vanilla": sample([float(ok) for ok in right])}
     for name in ("l2-category", "category"):
-        samples |= by_tag(circular, [tags[base].tags[name] for base in groups], prefix=f"accuracy/{name}/")
-    unparsed = sum(found is None and bool(text) for found, text in zip(letters, answers, strict=True))
+        samples |= by_tag(
+            circular, [tags[base].tags[name] for base in groups], prefix=f"accuracy/{name}/"
+        )
+    unparsed = sum(
+        found is None and bool(text) for found, text in zip(letters, answers, strict=True)
+    )
     return Score(samples, unparsed=unparsed, facts={"questions": len(groups)})
 
 
 def export_mmbench(items: Sequence[Question], answers: Answers) -> dict[str, bytes]:
     """LLaVA's upload: the options and the prediction, without image, hint and categories."""
-    rows: list[list[str | int]] = [["index", "question", "answer", "A", "B", "C", "D", "prediction"]]
+    rows: list[list[str | int]] = [
+        ["index", "question", "answer", "A", "B", "C", "D", "prediction"]
+    ]
     for item, text in zip(items, answers, strict=True):
-        question = str(item.parts[-1]).removesuffix(LETTER).removesuffix("\n" + lettered(item.options))
+        question = (
+            str(item.parts[-1]).removesuffix(LETTER).removesuffix("\n" + lettered(item.options))
+        )
         options = [*item.options, "", "", "", ""][:4]
         rows.append([int(item.id), question, item.answer or "", *options, text or ""])
     return {"mmbench.xlsx": workbook(rows)}
@@ -172,22 +200,36 @@ def _seed_items(source: Source) -> list[Question]:
     items = []
     for row in file.each("questions"):
         if row["data_type"] == "image":
-            places = [f"seedbench/SEED-Bench-image/{row['data_id']}{s}" for s in ("", ".jpg", ".png")]
+            places = [
+                f"seedbench/SEED-Bench-image/{row['data_id']}{s}" for s in ("", ".jpg", ".png")
+            ]
         else:
-            places = [f"seedbench/SEED-Bench-video-image/{row['question_id']}{s}" for s in (".png", ".jpg")]
+            places = [
+                f"seedbench/SEED-Bench-video-image/{row['question_id']}{s}"
+                for s in (".png", ".jpg")
+            ]
         options = tuple(str(row[f"choice_{letter}"]) for letter in "abcd")
         text = f"{row['question']}\n{lettered(options)}{LETTER}"
         kind = names.get(str(row["question_type_id"]), str(row["question_type_id"]))
         tags = {"data": row["data_type"], "kind": kind, "question": row["question"]}
-        items.append(Question(str(row["question_id"]), (source.image(*places), text), row["answer"], tags, options))
+        items.append(
+            Question(
+                str(row["question_id"]), (source.image(*places), text), row["answer"], tags, options
+            )
+        )
     return items
 
 
 def score_seed(items: Sequence[Question], answers: Answers) -> Score:
     """Accuracy over all items, images, videos and each type of question."""
-    right = [float((text or "").strip() == item.answer) for item, text in zip(items, answers, strict=True)]
+    right = [
+        float((text or "").strip() == item.answer)
+        for item, text in zip(items, answers, strict=True)
+    ]
     samples = {"accuracy": sample(right)}
     samples |= by_tag(right, [item.tags["data"] for item in items], prefix="accuracy/")
     samples |= by_tag(right, [item.tags["kind"] for item in items], prefix="accuracy/type/")
-    unparsed = sum(text is not None and text.strip() not in ("A", "B", "C", "D") for text in answers)
+    unparsed = sum(
+        text is not None and text.strip() not in ("A", "B", "C", "D") for text in answers
+    )
     return Score(samples, unparsed=unparsed)

@@ -15,7 +15,16 @@ from vlduet.data.records import ImageRef
 from vlduet.errors import DataError
 from vlduet.eval.answers import mmbench_letter
 from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import Answers, Pair, Pairs, Question, Questions, Score, by_tag, sample
+from vlduet.eval.benchmarks.tasks import (
+    Answers,
+    Pair,
+    Pairs,
+    Question,
+    Questions,
+    Score,
+    by_tag,
+    sample,
+)
 
 Floats = NDArray[np.floating]
 
@@ -25,11 +34,17 @@ Floats = NDArray[np.floating]
 def winoground(source: Source) -> Pairs:
     """400 items of two captions with the same words and two images; chance 25, 25 and 16.7."""
     loose = source.has("winoground/examples.jsonl")
-    rows = source.lines("winoground/examples.jsonl") if loose else list(source.parquet("winoground/*.parquet"))
+    rows = (
+        source.lines("winoground/examples.jsonl")
+        if loose
+        else list(source.parquet("winoground/*.parquet"))
+    )
 
     def image(row: Fields, key: str) -> ImageRef:
         if loose:
-            return source.image(*(f"winoground/images/{row[key]}{ending}" for ending in ("", ".png")))
+            return source.image(
+                *(f"winoground/images/{row[key]}{ending}" for ending in ("", ".png"))
+            )
         return ImageRef(data=row.within(key)["bytes"])
 
     items = [
@@ -54,7 +69,15 @@ def winoground_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
 
 # ------------------------------------------------------------------ SugarCrepe
 
-SUBSETS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
+SUBSETS = (
+    "replace_obj",
+    "replace_att",
+    "replace_rel",
+    "swap_obj",
+    "swap_att",
+    "add_obj",
+    "add_att",
+)
 PLUS_SUBSETS = SUBSETS[:5]
 MEANS = {
     "mean": SUBSETS,
@@ -70,7 +93,12 @@ COCO_2017 = "coco/val2017"
 def sugarcrepe(source: Source) -> Pairs:
     """Seven subsets; right iff the image is nearer to its caption than to the hard negative."""
     items = [
-        Pair(f"{subset}/{key}", (row["caption"], row["negative_caption"]), (_coco(source, row),), subset)
+        Pair(
+            f"{subset}/{key}",
+            (row["caption"], row["negative_caption"]),
+            (_coco(source, row),),
+            subset,
+        )
         for subset in SUBSETS
         for key, row in source.entries(f"sugarcrepe/{subset}.json").items()
     ]
@@ -99,7 +127,10 @@ def sugarcrepe_plus(source: Source) -> Pairs:
 
 def sugarcrepe_plus_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
     """ITT: the image is nearer to both captions than to the negative; TOT: the captions are nearer to each other."""
-    first, second = bool(similarity[0, 0] > similarity[2, 0]), bool(similarity[1, 0] > similarity[2, 0])
+    first, second = (
+        bool(similarity[0, 0] > similarity[2, 0]),
+        bool(similarity[1, 0] > similarity[2, 0]),
+    )
     both = bool(texts[0, 1] > texts[0, 2] and texts[0, 1] > texts[1, 2])
     return {"ITT": first and second, "TOT": both, "image_caption1": first, "image_caption2": second}
 
@@ -148,20 +179,36 @@ def mmvp_questions(source: Source) -> Questions:
             f" which choice meets the first image:\n A.{first['statement']}\nB.{second['statement']}\n"
             ".please answer in A or B"
         )
-        parts = ("First Image:", _mmvp_image(source, a), "Second Image:", _mmvp_image(source, b), text)
+        parts = (
+            "First Image:",
+            _mmvp_image(source, a),
+            "Second Image:",
+            _mmvp_image(source, b),
+            text,
+        )
         options = (first["statement"], second["statement"])
         answer = "B" if turned else "A"
-        items.append(Question(f"{a['id']}-{b['id']}", parts, answer, {"pattern": a["pattern"]}, options))
+        items.append(
+            Question(f"{a['id']}-{b['id']}", parts, answer, {"pattern": a["pattern"]}, options)
+        )
     return Questions(tuple(items), score_letters("pattern"))
 
 
 def _mmvp_pairs(source: Source) -> list[tuple[Fields, Fields]]:
     rows = source.table("mmvp_vlm/Questions.csv")
-    lowered = [Fields({key.strip().lower(): value for key, value in row.items()}, row.place) for row in rows]
-    named = [Fields({_MMVP.get(key, key): value for key, value in row.items()}, row.place) for row in lowered]
+    lowered = [
+        Fields({key.strip().lower(): value for key, value in row.items()}, row.place)
+        for row in rows
+    ]
+    named = [
+        Fields({_MMVP.get(key, key): value for key, value in row.items()}, row.place)
+        for row in lowered
+    ]
     if len(named) % 2:
         raise DataError(
-            "an odd number of rows, pairs are two", place=source.path("mmvp_vlm/Questions.csv"), fix=UNCHANGED
+            "an odd number of rows, pairs are two",
+            place=source.path("mmvp_vlm/Questions.csv"),
+            fix=UNCHANGED,
         )
     return list(zip(named[::2], named[1::2], strict=True))
 
@@ -175,17 +222,31 @@ def _photo(row: Fields) -> str:
 
 
 def _mmvp_image(source: Source, row: Fields) -> ImageRef:
-    return source.image(*(f"{folder}/{row['pattern']}/{row['id']}{s}" for folder in FOLDERS for s in (".jpg", ".png")))
+    return source.image(
+        *(
+            f"{folder}/{row['pattern']}/{row['id']}{s}"
+            for folder in FOLDERS
+            for s in (".jpg", ".png")
+        )
+    )
 
 
 def score_letters(tag: str) -> Callable[[Any, Answers], Score]:
     """A scorer of letters by MMBench's rules, broken down by a tag."""
 
     def score(items: Any, answers: Answers) -> Score:
-        letters = [mmbench_letter(text or "", item.options) for item, text in zip(items, answers, strict=True)]
+        letters = [
+            mmbench_letter(text or "", item.options)
+            for item, text in zip(items, answers, strict=True)
+        ]
         right = [float(letter == item.answer) for item, letter in zip(items, letters, strict=True)]
-        samples = {"accuracy": sample(right)} | by_tag(right, [item.tags[tag] for item in items], prefix="accuracy/")
-        unparsed = sum(letter is None and text is not None for letter, text in zip(letters, answers, strict=True))
+        samples = {"accuracy": sample(right)} | by_tag(
+            right, [item.tags[tag] for item in items], prefix="accuracy/"
+        )
+        unparsed = sum(
+            letter is None and text is not None
+            for letter, text in zip(letters, answers, strict=True)
+        )
         return Score(samples, unparsed=unparsed)
 
     return score

@@ -50,7 +50,11 @@ def demon(*names: str, repaired: bool = False) -> Callable[[Source], Questions]:
         items: list[Question] = []
         for name in wanted:
             items += _task(source, name, category[name])
-        return Questions(tuple(items), lambda i, a: score_demon(i, a, repaired=repaired), facts={"repaired": repaired})
+        return Questions(
+            tuple(items),
+            lambda i, a: score_demon(i, a, repaired=repaired),
+            facts={"repaired": repaired},
+        )
 
     return load
 
@@ -68,7 +72,11 @@ def _task(source: Source, name: str, category: str) -> list[Question]:
             context += choice_text(choices)
         text = instructions[row["task_instruction_id"]] + context
         parts = _interleaved(source, text, name, instance)
-        kind = "multi-choice" if choices or metadata["question_type"] == "multi-choice" else "open-ended"
+        kind = (
+            "multi-choice"
+            if choices or metadata["question_type"] == "multi-choice"
+            else "open-ended"
+        )
         tags = {"task": name, "category": category, "kind": kind}
         items.append(Question(f"{name}/{row['sample_id']}", parts, row["response"], tags, choices))
     return items
@@ -112,7 +120,9 @@ def judged(item: Question, text: str, *, repaired: bool = False) -> float:
     prediction, reference = demon_process(text), demon_process(str(item.answer))
     if item.tags["kind"] == "open-ended":
         return rouge_l(prediction, reference) if prediction else 0.0
-    if item.tags["task"] in IMAGE_CHOICES or (repaired and item.tags["task"] == "RecipeQA_VisualCloze"):
+    if item.tags["task"] in IMAGE_CHOICES or (
+        repaired and item.tags["task"] == "RecipeQA_VisualCloze"
+    ):
         return float(image_letter_match(prediction, reference))
     choices = [demon_process(choice) for choice in item.options]
     if not choices:

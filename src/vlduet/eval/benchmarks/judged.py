@@ -12,11 +12,24 @@ import numpy as np
 
 from vlduet.data.records import Parts
 from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.tasks import Answers, Ask, Judged, Question, Sample, Score, by_tag, sample
+from vlduet.eval.benchmarks.tasks import (
+    Answers,
+    Ask,
+    Judged,
+    Question,
+    Sample,
+    Score,
+    by_tag,
+    sample,
+)
 
 # ------------------------------------------------------------------ LLaVA-Bench
 
-CATEGORIES = {"conv": "llava_bench_conv", "detail": "llava_bench_detail", "complex": "llava_bench_complex"}
+CATEGORIES = {
+    "conv": "llava_bench_conv",
+    "detail": "llava_bench_detail",
+    "complex": "llava_bench_complex",
+}
 LLAVA_JUDGE = {
     "model": "gpt-4-0314",
     "max_tokens": 1024,
@@ -27,7 +40,9 @@ LLAVA_JUDGE = {
 def llava_bench(source: Source) -> Judged:
     """60 questions on 24 images; the judge compares with GPT-4's text-only answers."""
     contexts = {row["image"]: row["caption"] for row in source.lines("llava_bench/context.jsonl")}
-    references = {row["question_id"]: row["text"] for row in source.lines("llava_bench/answers_gpt4.jsonl")}
+    references = {
+        row["question_id"]: row["text"] for row in source.lines("llava_bench/answers_gpt4.jsonl")
+    }
     rules = source.entries("llava_bench/rule.json")
     items = []
     for row in source.lines("llava_bench/questions.jsonl"):
@@ -40,7 +55,9 @@ def llava_bench(source: Source) -> Judged:
         parts: Parts = (source.image(f"llava_bench/images/{row['image']}"), row["text"])
         identity, tags = str(row["question_id"]), {"category": row["category"]}
         items.append(Question(identity, parts, told, tags, max_new_tokens=1024))
-    return Judged(tuple(items), llava_review, score_llava_bench, {**LLAVA_JUDGE, "temperature": 0.2})
+    return Judged(
+        tuple(items), llava_review, score_llava_bench, {**LLAVA_JUDGE, "temperature": 0.2}
+    )
 
 
 def llava_prompt(item: Question, answer: str) -> str:
@@ -85,8 +102,12 @@ def score_llava_bench(items: Sequence[Question], reviews: Sequence[str | None]) 
     for name, members in groups.items():
         samples[f"model/{name}"] = sample([pairs[n][1] for n in members], scale=10)
         samples[f"reference/{name}"] = sample([pairs[n][0] for n in members], scale=10)
-    unparsed = sum(pair == (-1.0, -1.0) and text is not None for pair, text in zip(pairs, reviews, strict=True))
-    return Score(samples, unparsed=unparsed, facts={"reviews": sum(text is not None for text in reviews)})
+    unparsed = sum(
+        pair == (-1.0, -1.0) and text is not None for pair, text in zip(pairs, reviews, strict=True)
+    )
+    return Score(
+        samples, unparsed=unparsed, facts={"reviews": sum(text is not None for text in reviews)}
+    )
 
 
 # ------------------------------------------------------------------ MM-Vet
@@ -132,7 +153,9 @@ def mmvet(source: Source) -> Judged:
     for key, row in source.entries("mmvet/mm-vet.json").items():
         image = source.image(f"mmvet/images/{row['imagename']}")
         tags = {"capabilities": "+".join(sorted(row["capability"])), "question": row["question"]}
-        items.append(Question(key, (image, row["question"]), row["answer"], tags, max_new_tokens=1024))
+        items.append(
+            Question(key, (image, row["question"]), row["answer"], tags, max_new_tokens=1024)
+        )
     return Judged(tuple(items), mmvet_review, score_mmvet, MMVET_JUDGE, export_mmvet)
 
 
@@ -169,12 +192,18 @@ def score_mmvet(items: Sequence[Question], reviews: Sequence[str | None]) -> Sco
     values = [grade or 0.0 for grade in grades]
     samples = {"total": sample(values)}
     for ability in ("rec", "ocr", "know", "gen", "spat", "math"):
-        members = [n for n, item in enumerate(items) if ability in item.tags["capabilities"].split("+")]
+        members = [
+            n for n, item in enumerate(items) if ability in item.tags["capabilities"].split("+")
+        ]
         if members:
             samples[ability] = sample([values[n] for n in members])
     samples |= by_tag(values, [item.tags["capabilities"] for item in items], prefix="needs/")
-    unparsed = sum(grade is None and text is not None for grade, text in zip(grades, reviews, strict=True))
-    return Score(samples, unparsed=unparsed, facts={"reviews": sum(text is not None for text in reviews)})
+    unparsed = sum(
+        grade is None and text is not None for grade, text in zip(grades, reviews, strict=True)
+    )
+    return Score(
+        samples, unparsed=unparsed, facts={"reviews": sum(text is not None for text in reviews)}
+    )
 
 
 def export_mmvet(items: Sequence[Question], answers: Answers) -> dict[str, bytes]:

@@ -22,7 +22,18 @@ from vlduet.errors import DataError
 from vlduet.eval.answers import ARTICLES, LETTERS, NUMBERS, evalai_accuracy, rouge_l
 from vlduet.eval.benchmarks import choice, vqa
 from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import Answers, Fact, Nats, Question, Questions, Rag, Sample, Score, by_tag, sample
+from vlduet.eval.benchmarks.tasks import (
+    Answers,
+    Fact,
+    Nats,
+    Question,
+    Questions,
+    Rag,
+    Sample,
+    Score,
+    by_tag,
+    sample,
+)
 
 REFERENCE = (
     "If the reference information is useful, please use it. Otherwise, please ignore the reference information. "
@@ -66,11 +77,19 @@ class WebQAImages:
         return ImageRef(data=base64.b64decode(data.strip()))
 
 
-def _webqa_rows(source: Source, count: int, wanted: Callable[[Fields], bool]) -> list[tuple[str, Fields]]:
+def _webqa_rows(
+    source: Source, count: int, wanted: Callable[[Fields], bool]
+) -> list[tuple[str, Fields]]:
     """Questions of the validation split, as many as `count`, drawn with the run's seed, in file order."""
-    rows = [(k, row) for k, row in source.entries(WEBQA).items() if row["split"] == "val" and wanted(row)]
+    rows = [
+        (k, row)
+        for k, row in source.entries(WEBQA).items()
+        if row["split"] == "val" and wanted(row)
+    ]
     if not rows:
-        raise DataError("no such question of the validation split", place=source.path(WEBQA), fix=UNCHANGED)
+        raise DataError(
+            "no such question of the validation split", place=source.path(WEBQA), fix=UNCHANGED
+        )
     drawn = np.random.default_rng(source.seed).permutation(len(rows))[:count]
     return [rows[i] for i in sorted(drawn)]
 
@@ -114,7 +133,10 @@ def _webqa_fact(fact: Fields, image_of: WebQAImages | None) -> Fact:
     if image_of is None:
         text = _unquoted(fact["fact"])
         return Fact(str(fact["snippet_id"]), ((text,), (text,)), (text + "\n",))
-    image, caption = image_of(int(fact["image_id"])), _unquoted(fact.get("caption") or fact["title"])
+    image, caption = (
+        image_of(int(fact["image_id"])),
+        _unquoted(fact.get("caption") or fact["title"]),
+    )
     return Fact(str(fact["image_id"]), ((image,), (caption,)), (image, caption + "\n"))
 
 
@@ -126,11 +148,18 @@ def _unquoted(text: str) -> str:
 def score_webqa(items: Sequence[Question], answers: Answers) -> Score:
     """ROUGE-L with the best reference, and WebQA's Acc with keywords, which lacks the official lemmas."""
     pairs = list(zip(items, answers, strict=True))
-    rouge = [max(rouge_l(text or "", reference) for reference in item.answer) for item, text in pairs]
-    accuracy = [webqa_accuracy(text or "", item.tags["keywords"], kind=item.tags["kind"]) for item, text in pairs]
+    rouge = [
+        max(rouge_l(text or "", reference) for reference in item.answer) for item, text in pairs
+    ]
+    accuracy = [
+        webqa_accuracy(text or "", item.tags["keywords"], kind=item.tags["kind"])
+        for item, text in pairs
+    ]
     kinds = [item.tags["kind"] for item in items]
     samples = {"ROUGE-L": sample(rouge), "Acc": sample(accuracy)}
-    return Score(samples | by_tag(rouge, kinds, prefix="ROUGE-L/") | by_tag(accuracy, kinds, prefix="Acc/"))
+    return Score(
+        samples | by_tag(rouge, kinds, prefix="ROUGE-L/") | by_tag(accuracy, kinds, prefix="Acc/")
+    )
 
 
 _COLOURS = (
@@ -156,7 +185,9 @@ def webqa_accuracy(text: str, keywords: str, *, kind: str) -> float:
     if kind in CLOSED:
         closed = CLOSED[kind]
         said, wanted = (
-            Counter({word for word in words if (word.isdigit() if closed is None else word in closed)})
+            Counter(
+                {word for word in words if (word.isdigit() if closed is None else word in closed)}
+            )
             for words in (said, wanted)
         )
     shared = (said & wanted).total()
@@ -203,19 +234,26 @@ def webqa_position(source: Source) -> Questions:
     image_of = WebQAImages(source)
 
     def fits(row: Fields) -> bool:
-        return row["Qcate"] == "YesNo" and len(row["img_posFacts"]) >= 1 and len(row["img_negFacts"]) >= 5
+        return (
+            row["Qcate"] == "YesNo"
+            and len(row["img_posFacts"]) >= 1
+            and len(row["img_negFacts"]) >= 5
+        )
 
     items = []
     for key, row in _webqa_rows(source, PROBES, fits):
         relevant, *others = [
-            _webqa_fact(fact, image_of) for fact in (row.each("img_posFacts")[0], *row.each("img_negFacts")[:5])
+            _webqa_fact(fact, image_of)
+            for fact in (row.each("img_posFacts")[0], *row.each("img_negFacts")[:5])
         ]
         answer = "yes" if "yes" in _webqa_words(row["A"][0]) else "no"
         for place in range(6):
             told = [*others[:place], relevant, *others[place:]]
             parts: list[Part] = [part for fact in told for part in fact.shown]
             prompt = (*parts, _unquoted(row["Q"]) + YES_NO)
-            items.append(Question(f"{key}/{place + 1}", prompt, answer, {"position": str(place + 1)}))
+            items.append(
+                Question(f"{key}/{place + 1}", prompt, answer, {"position": str(place + 1)})
+            )
     return Questions(tuple(items), score_yes_no("position"))
 
 
@@ -227,7 +265,9 @@ def score_yes_no(tag: str) -> Callable[[Sequence[Question], Answers], Score]:
         right = [float(words == {item.answer}) for item, words in zip(items, said, strict=True)]
         samples = {"accuracy": sample(right)}
         samples |= by_tag(right, [item.tags[tag] for item in items], prefix=f"accuracy/{tag} ")
-        unparsed = sum(len(words) != 1 and text is not None for words, text in zip(said, answers, strict=True))
+        unparsed = sum(
+            len(words) != 1 and text is not None for words, text in zip(said, answers, strict=True)
+        )
         return Score(samples, unparsed=unparsed)
 
     return score
@@ -246,14 +286,18 @@ def fvqa(source: Source) -> Rag:
     facts = []
     for key, row in triples.items():
         text = (
-            re.sub(r"\[\[|\]\]", "", str(row["surface"])).strip() or f"{row['e1_label']} {row['r']} {row['e2_label']}"
+            re.sub(r"\[\[|\]\]", "", str(row["surface"])).strip()
+            or f"{row['e1_label']} {row['r']} {row['e2_label']}"
         )
         facts.append(Fact(key, ((text,), (text,)), (text,)))
     items, queries, positives = [], [], []
     for key, row in source.entries(f"{FVQA}/all_qs_dict_release.json").items():
         if _spelled(row, "ans_source") != "KB":
             continue
-        image, question = source.image(f"{FVQA}/images/{_spelled(row, 'img_file')}"), row["question"]
+        image, question = (
+            source.image(f"{FVQA}/images/{_spelled(row, 'img_file')}"),
+            row["question"],
+        )
         named = _spelled(row, "fact")
         wanted = [named] if isinstance(named, str) else named
         items.append(Question(key, (image, question), [str(row["answer"])]))
@@ -306,13 +350,18 @@ def vizwiz_rag(source: Source) -> Rag:
         image, question = source.image(f"vizwiz/train/{row['image']}"), row["question"]
         answer = Counter(one["answer"] for one in row.each("answers")).most_common(1)[0][0]
         facts.append(_example(row["image"], image, question, answer))
-    questions = [str(item.parts[1]).removesuffix(vqa.SHORT).removesuffix(vqa.UNSURE) for item in asked]
+    questions = [
+        str(item.parts[1]).removesuffix(vqa.SHORT).removesuffix(vqa.UNSURE) for item in asked
+    ]
     return _with_examples(asked, questions, facts, score=vqa.scored(evalai_accuracy), k=source.k)
 
 
 def scienceqa_rag(source: Source) -> Rag:
     """ScienceQA's image questions with the training questions that have an image as knowledge base."""
-    problems, splits = source.entries("scienceqa/problems.json"), source.object("scienceqa/pid_splits.json")
+    problems, splits = (
+        source.entries("scienceqa/problems.json"),
+        source.object("scienceqa/pid_splits.json"),
+    )
     asked = choice.scienceqa(source).items
     facts = []
     for key in splits["train"]:
@@ -344,7 +393,9 @@ def _with_examples(
     images = [item.parts[0] for item in asked]
     return Rag(
         items=tuple(replace(item, tags={**item.tags}) for item in asked),
-        queries=tuple(((image,), (question,)) for image, question in zip(images, questions, strict=True)),
+        queries=tuple(
+            ((image,), (question,)) for image, question in zip(images, questions, strict=True)
+        ),
         facts=tuple(facts),
         prompt=referred,
         score=score,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vlduet.corpora.maps import PLACE_GRID
 from vlduet.data.records import Parts, Record
-from vlduet.data.sources.maps import PLACE_GRID
 from vlduet.eval.benchmarks.builtin import optioned, records, score_captions
 from vlduet.eval.benchmarks.knowledge import referred
 from vlduet.eval.benchmarks.source import Source
@@ -51,21 +51,37 @@ def questions(source: Source) -> Choices:
             options, at = optioned(random, right, others)
             if len(options) > 1:
                 assert record.image is not None
-                items.append(Question(f"{kind}/{record.id}", (record.image, text), at, {"kind": kind}, options))
+                items.append(
+                    Question(
+                        f"{kind}/{record.id}", (record.image, text), at, {"kind": kind}, options
+                    )
+                )
 
     where = "In which part of the picture is the red region?"
-    ask("place", [(r, where, r.metadata["place"], NINTHS) for r in regions if "place" in r.metadata])
+    ask(
+        "place", [(r, where, r.metadata["place"], NINTHS) for r in regions if "place" in r.metadata]
+    )
     which = "Which of the {divisions} of {territory} is shown in red?"
     ask(
         "region",
-        [(r, which.format(**r.metadata), r.metadata["name"], named[r.metadata["map"]]) for r in regions],
+        [
+            (r, which.format(**r.metadata), r.metadata["name"], named[r.metadata["map"]])
+            for r in regions
+        ],
     )
     lands = sorted({record.metadata["territory"] for record in maps})
     ask("map", [(r, "What is this a map of?", r.metadata["territory"], lands) for r in maps])
     names = [record.metadata["name"] for record in flags]
     ask("flag", [(r, "Whose flag is this?", r.metadata["name"], names) for r in flags])
     capitals = [record.metadata["capital"] for record in flags if "capital" in record.metadata]
-    ask("capital", [(r, CAPITAL_OF_FLAG, r.metadata["capital"], capitals) for r in flags if "capital" in r.metadata])
+    ask(
+        "capital",
+        [
+            (r, CAPITAL_OF_FLAG, r.metadata["capital"], capitals)
+            for r in flags
+            if "capital" in r.metadata
+        ],
+    )
     return Choices(tuple(items), "kind", blind=True)
 
 
@@ -96,7 +112,15 @@ def knowledge(source: Source) -> Rag:
             assert record.image is not None
             question = text.format(**record.metadata)
             prompt = (record.image, f"{question}\nAnswer with the name alone.")
-            items.append(Question(record.id, prompt, [record.metadata["capital"]], {"kind": kind}, max_new_tokens=12))
+            items.append(
+                Question(
+                    record.id,
+                    prompt,
+                    [record.metadata["capital"]],
+                    {"kind": kind},
+                    max_new_tokens=12,
+                )
+            )
             queries.append(((record.image,), (question,)))
             positives.append((number[sentence(record)],))
     return Rag(

@@ -1,6 +1,6 @@
 """Protocols by name: how a task is played with a model's functions, and what comes out of it.
 
-A `Player` gives vectors, answers, likelihoods and reviews, and remembers them (`vlduet.eval.store`). Nothing here knows a
+A `Player` gives vectors, answers, likelihoods and reviews, and remembers them (`vlduet.eval.predictions`). Nothing here knows a
 model, and every comparison is strict: a tie counts as a miss, so that an encoder which gives everything one vector scores
 nothing.
 """
@@ -48,13 +48,17 @@ class Player(Protocol):
     def embed(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors:
         """float32[N, D]; NaN where an item cannot be embedded. `name` is where they are kept."""
 
-    def embed_with_retriever(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors | None:
+    def embed_with_retriever(
+        self, items: Sequence[Parts], *, name: str, query: bool
+    ) -> Vectors | None:
         """The same by an independent retriever; None where there is none."""
 
     def answer(self, questions: Sequence[Question], *, name: str = "") -> list[str | None]:
         """Answers; None where there is none."""
 
-    def score_options(self, questions: Sequence[Question], *, name: str = "") -> list[list[tuple[float, int]] | None]:
+    def score_options(
+        self, questions: Sequence[Question], *, name: str = ""
+    ) -> list[list[tuple[float, int]] | None]:
         """(nats, tokens) of every option of every question."""
 
     def grade_answers(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
@@ -78,17 +82,26 @@ def retrieval(task: Search, player: Player) -> Score:
     documents = ensembled(documents, task.ensemble)
     samples: dict[str, Sample] = {}
     facts: dict[str, Any] = {}
-    sides: list[tuple[Vectors, Vectors, Indices, Indices]] = [(queries, documents, task.positives, task.excluded)]
+    sides: list[tuple[Vectors, Vectors, Indices, Indices]] = [
+        (queries, documents, task.positives, task.excluded)
+    ]
     if len(task.directions) > 1:
         sides.append((documents, queries, inverted(task.positives, len(documents)), ()))
     for name, (asking, asked, positives, excluded) in zip(task.directions, sides, strict=True):
         prefix = f"{name}/" if name else ""
         kept = [i for i, found in enumerate(positives) if found]
         ranks, ties = search_ranks(
-            asking[kept], asked, [positives[i] for i in kept], excluded=[excluded[i] for i in kept] if excluded else ()
+            asking[kept],
+            asked,
+            [positives[i] for i in kept],
+            excluded=[excluded[i] for i in kept] if excluded else (),
         )
         samples |= {f"{prefix}R@{k}": sample((ranks <= k).astype(np.float64)) for k in task.ks}
-        facts |= {f"{prefix}queries": len(kept), f"{prefix}gallery": len(asked), f"{prefix}ties": ties}
+        facts |= {
+            f"{prefix}queries": len(kept),
+            f"{prefix}gallery": len(asked),
+            f"{prefix}ties": ties,
+        }
     return Score(samples, missing=missing, facts={**task.facts, **facts})
 
 
@@ -168,7 +181,10 @@ def pairs(task: Pairs, player: Player) -> Score:
     groups = [item.group for item in task.items]
     samples: dict[str, Sample] = {}
     for name, values in right.items():
-        named = {key.rstrip("/"): value for key, value in by_tag(values, groups, prefix=f"{name}/").items()}
+        named = {
+            key.rstrip("/"): value
+            for key, value in by_tag(values, groups, prefix=f"{name}/").items()
+        }
         for mean, members in task.means.items():
             samples[f"{name}/{mean}"] = joined([named[f"{name}/{member}"] for member in members])
         if not task.means:
@@ -194,7 +210,9 @@ def answer(task: Questions, player: Player) -> Score:
         told = {**task.facts, "items": len(task.items), "needs": "server"}
         return Score({}, missing=missing, facts=told)
     score = task.score(task.items, answers)
-    return replace(score, missing=missing, facts={"items": len(task.items), **task.facts, **score.facts})
+    return replace(
+        score, missing=missing, facts={"items": len(task.items), **task.facts, **score.facts}
+    )
 
 
 def choose(task: Choices, player: Player, *, name: str = "") -> Score:
@@ -212,12 +230,18 @@ def choose(task: Choices, player: Player, *, name: str = "") -> Score:
     samples = {name: sample(values) for name, values in right.items()}
     if task.blind:
         bare = [replace(q, id=f"{q.id}/blind", parts=_words(q.parts)) for q in task.items]
-        samples["accuracy_blind"] = sample(_likeliest(bare, player.score_options(bare, name=name), weigh=True))
+        samples["accuracy_blind"] = sample(
+            _likeliest(bare, player.score_options(bare, name=name), weigh=True)
+        )
     if task.tag:
-        samples |= by_tag(right["accuracy"], [item.tags[task.tag] for item in task.items], prefix="accuracy/")
+        samples |= by_tag(
+            right["accuracy"], [item.tags[task.tag] for item in task.items], prefix="accuracy/"
+        )
     chance = float(np.mean([1 / len(item.options) for item in task.items]))
     facts = {"items": len(task.items), "chance": 100 * chance, "prior": 100 * _prior(task)}
-    return Score(samples, missing=sum(options is None for options in found), facts={**task.facts, **facts})
+    return Score(
+        samples, missing=sum(options is None for options in found), facts={**task.facts, **facts}
+    )
 
 
 def _likeliest(
@@ -241,7 +265,9 @@ def _prior(task: Choices) -> float:
     """What one scores who has never seen a picture but knows how often each option is right in the other questions: ties
     share the point. A question's own answer does not count, or an option that is asked of once would give itself away."""
     kind = [item.tags.get(task.tag, "") for item in task.items]
-    often = Counter((k, item.options[item.answer]) for k, item in zip(kind, task.items, strict=True))
+    often = Counter(
+        (k, item.options[item.answer]) for k, item in zip(kind, task.items, strict=True)
+    )
     shares = []
     for k, item in zip(kind, task.items, strict=True):
         counts = [often[k, option] - (n == item.answer) for n, option in enumerate(item.options)]
@@ -259,7 +285,11 @@ def judge(task: Judged, player: Player) -> Score:
     missing = sum(text is None for text in answers)
     reviews = player.grade_answers(task, answers)
     if reviews is None:
-        told = {"items": len(task.items), "needs": "judge", "official_judge": task.judge.get("model")}
+        told = {
+            "items": len(task.items),
+            "needs": "judge",
+            "official_judge": task.judge.get("model"),
+        }
         return Score({}, missing=missing, facts=told)
     score = task.score(task.items, reviews)
     return replace(score, missing=missing, facts={"items": len(task.items), **score.facts})
@@ -282,7 +312,9 @@ def rag(task: Rag, player: Player) -> Score:
             continue
         order = [_best(row, task, n) for n, row in enumerate(similarity)]
         if task.positives:
-            samples |= {f"{who}/{name}": found for name, found in _rag_retrieval(task, order).items()}
+            samples |= {
+                f"{who}/{name}": found for name, found in _rag_retrieval(task, order).items()
+            }
         told = [
             replace(item, parts=task.prompt(item, [task.facts[i] for i in found[: task.k]]))
             for item, found in zip(task.items, order, strict=True)
@@ -290,8 +322,16 @@ def rag(task: Rag, player: Player) -> Score:
         scores[who] = _rag_score(task, told, player, name=who)
     for who, score in scores.items():
         samples |= {f"{who}/{name}": found for name, found in score.samples.items()}
-    ordered = {key: samples[key] for key in sorted(samples, key=lambda key: not key.startswith("self/"))}
-    facts = {**scores["none"].facts, **task.told, "items": len(task.items), "facts": len(task.facts), "k": task.k}
+    ordered = {
+        key: samples[key] for key in sorted(samples, key=lambda key: not key.startswith("self/"))
+    }
+    facts = {
+        **scores["none"].facts,
+        **task.told,
+        "items": len(task.items),
+        "facts": len(task.facts),
+        "k": task.k,
+    }
     unparsed = scores["self"].unparsed
     return Score(ordered, missing=scores["self"].missing, unparsed=unparsed, facts=facts)
 
@@ -306,7 +346,9 @@ def _rag_score(task: Rag, items: Sequence[Question], player: Player, *, name: st
     return replace(score, samples={**score.samples, **more})
 
 
-def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -> Iterable[NDArray[np.float32]] | None:
+def _rag_similarity(
+    task: Rag, embed: Callable[..., Vectors | None], who: str
+) -> Iterable[NDArray[np.float32]] | None:
     """For every question its similarities with all facts, or with its own candidates (others are -inf).
 
     A view counts where both sides have a vector: a sentence encoder sees no image, and finds by words alone.
@@ -327,7 +369,9 @@ def _rag_similarity(task: Rag, embed: Callable[..., Vectors | None], who: str) -
         row = np.full(len(task.facts), -np.inf, dtype=np.float32)
         views = np.stack([left[n] @ right[wanted].T for left, right in sides])  # [views, wanted]
         seen = ~np.isnan(views)
-        row[wanted] = np.where(seen.any(0), np.where(seen, views, 0).sum(0) / seen.sum(0).clip(1), np.nan)
+        row[wanted] = np.where(
+            seen.any(0), np.where(seen, views, 0).sum(0) / seen.sum(0).clip(1), np.nan
+        )
         if task.excluded:
             row[list(task.excluded[n])] = -np.inf
         # nan_to_num would make -inf a number, and allowed.
@@ -340,20 +384,28 @@ def _best(row: NDArray[np.float32], task: Rag, n: int) -> list[int]:
     """The facts of a question that are looked at, best first; among equals the right ones last, so that ties help nobody."""
     positive = set(task.positives[n]) if task.positives else set()
     allowed, most = np.flatnonzero(row > -np.inf), max(10, task.k)
-    if len(allowed) > most:  # of two hundred thousand facts, a list a question would fill the memory
+    if (
+        len(allowed) > most
+    ):  # of two hundred thousand facts, a list a question would fill the memory
         allowed = allowed[row[allowed] >= np.partition(row[allowed], -most)[-most]]
     return sorted(map(int, allowed), key=lambda i: (-row[i], i in positive, i))[:most]
 
 
 def _rag_retrieval(task: Rag, order: Sequence[Sequence[int]]) -> dict[str, Sample]:
     """R@k and the F1 of the k facts that were put in the prompt."""
-    kept = [(found, set(right)) for found, right in zip(order, task.positives, strict=True) if right]
+    kept = [
+        (found, set(right)) for found, right in zip(order, task.positives, strict=True) if right
+    ]
     if not kept:
         return {}
     samples = {
-        f"retrieval/R@{k}": sample([float(bool(set(found[:k]) & right)) for found, right in kept]) for k in (1, 5, 10)
+        f"retrieval/R@{k}": sample([float(bool(set(found[:k]) & right)) for found, right in kept])
+        for k in (1, 5, 10)
     }
-    f1 = [2 * len(set(found[: task.k]) & right) / (len(found[: task.k]) + len(right)) for found, right in kept]
+    f1 = [
+        2 * len(set(found[: task.k]) & right) / (len(found[: task.k]) + len(right))
+        for found, right in kept
+    ]
     return samples | {"retrieval/F1": sample(f1)}
 
 

@@ -32,7 +32,10 @@ def karpathy(
         texts: list[tuple[int, str]] = []
         for row in source.object(name).each("images"):
             if row["split"] == "test":
-                places = [f"{f.format(filepath=row.get('filepath', ''))}/{row['filename']}" for f in folders]
+                places = [
+                    f"{f.format(filepath=row.get('filepath', ''))}/{row['filename']}"
+                    for f in folders
+                ]
                 sentences = [sentence["raw"].strip() for sentence in row.each("sentences")]
                 texts += [(len(images), text) for text in sentences[:captions] if text]
                 images.append(source.image(*places))
@@ -41,7 +44,9 @@ def karpathy(
     return load
 
 
-def both_ways(images: Sequence[ImageRef], texts: Sequence[tuple[int, str]], *, unique: bool) -> Search:
+def both_ways(
+    images: Sequence[ImageRef], texts: Sequence[tuple[int, str]], *, unique: bool
+) -> Search:
     """Texts against images and back; texts are (index of their image, text). Raises DataError for none."""
     if not images or not texts:
         raise DataError("no captioned images of the test split", fix=UNCHANGED)
@@ -49,7 +54,10 @@ def both_ways(images: Sequence[ImageRef], texts: Sequence[tuple[int, str]], *, u
         owners: dict[str, list[int]] = {}
         for image, text in texts:
             owners.setdefault(text, []).append(image)
-        queries, positives = list(owners), [tuple(dict.fromkeys(found)) for found in owners.values()]
+        queries, positives = (
+            list(owners),
+            [tuple(dict.fromkeys(found)) for found in owners.values()],
+        )
     else:
         queries, positives = [text for _, text in texts], [(image,) for image, _ in texts]
     return Search(
@@ -94,8 +102,15 @@ def vist(*, captions: int, context: bool, unseen: bool) -> Callable[[Source], Se
 
     def load(source: Source) -> Search:
         file = source.object(STORY)
-        places = {row["id"]: f"vist/images/val/{row['id']}" for row in file.each("images") if row.get("url_o")}
-        found = {key: [f"{place}{s}" for s in (".jpg", ".png", ".gif", ".jpeg")] for key, place in places.items()}
+        places = {
+            row["id"]: f"vist/images/val/{row['id']}"
+            for row in file.each("images")
+            if row.get("url_o")
+        }
+        found = {
+            key: [f"{place}{s}" for s in (".jpg", ".png", ".gif", ".jpeg")]
+            for key, place in places.items()
+        }
         gallery = {
             key: ImageRef(path=source.root / name)
             for key, names in found.items()
@@ -106,7 +121,9 @@ def vist(*, captions: int, context: bool, unseen: bool) -> Callable[[Source], Se
         kept = [story for story in stories if all(image in gallery for image, _ in story)]
         if not kept:
             raise DataError(
-                "no story has all its images", place=source.root / "vist/images/val", fix="Unpack them there"
+                "no story has all its images",
+                place=source.root / "vist/images/val",
+                fix="Unpack them there",
             )
         number = {key: i for i, key in enumerate(gallery)}
         queries: list[Parts] = []
@@ -120,7 +137,10 @@ def vist(*, captions: int, context: bool, unseen: bool) -> Callable[[Source], Se
             queries=tuple(queries),
             documents=tuple((image,) for image in gallery.values()),
             positives=tuple((number[story[-1][0]],) for story in kept),
-            excluded=tuple(tuple({number[image] for image, _ in story[:-1]} - {number[story[-1][0]]}) for story in kept)
+            excluded=tuple(
+                tuple({number[image] for image, _ in story[:-1]} - {number[story[-1][0]]})
+                for story in kept
+            )
             if unseen
             else (),
             facts={"stories": len(kept), "stories_without_an_image": len(stories) - len(kept)},
@@ -158,7 +178,11 @@ _OF_A = (
     "the plushie|a dark photo of a|itap of a|graffiti of the|a toy|itap of my|a photo of a cool|a photo of a small|"
     "a tattoo of the"
 )
-CLIP_80 = (*(f"{start} {{}}." for start in _OF_A.split("|")), "a {} in a video game.", "the {} in a video game.")
+CLIP_80 = (
+    *(f"{start} {{}}." for start in _OF_A.split("|")),
+    "a {} in a video game.",
+    "the {} in a video game.",
+)
 """CLIP's 80 templates; their order does not matter to their mean."""
 
 
@@ -189,11 +213,17 @@ def imagenet(templates: Sequence[str]) -> Callable[[Source], Search]:
 def _class_names(source: Source) -> dict[str, str]:
     """wnid -> name, in the order of labels."""
     if source.has("imagenet/classnames.txt"):
-        folders = sorted(path.name for path in source.path("imagenet/val").iterdir() if path.is_dir())
+        folders = sorted(
+            path.name for path in source.path("imagenet/val").iterdir() if path.is_dir()
+        )
         names = source.text("imagenet/classnames.txt").splitlines()
         if len(names) != len(folders):
             what = f"{len(names)} names for {len(folders)} folders"
-            raise DataError(what, place=source.root / "imagenet/classnames.txt", fix="One name a line, by sorted wnid")
+            raise DataError(
+                what,
+                place=source.root / "imagenet/classnames.txt",
+                fix="One name a line, by sorted wnid",
+            )
         return dict(zip(folders, names, strict=True))
     index = source.object("imagenet/imagenet_class_index.json")
     return {index[str(i)][0]: index[str(i)][1].replace("_", " ") for i in range(len(index))}

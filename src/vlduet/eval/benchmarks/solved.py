@@ -39,7 +39,14 @@ def thing(record: Record) -> str:
     return record.short[0].rstrip(".!? ")
 
 
-def examples(asked: Sequence[Record], solved: Sequence[Record], *, count: int, seed: int, k: int | None = None) -> Rag:
+def examples(
+    asked: Sequence[Record],
+    solved: Sequence[Record],
+    *,
+    count: int,
+    seed: int,
+    k: int | None = None,
+) -> Rag:
     """Held-out images, with solved questions to find.
 
     Args:
@@ -53,10 +60,16 @@ def examples(asked: Sequence[Record], solved: Sequence[Record], *, count: int, s
     items, chosen = _asked(asked, count=count, seed=seed)
     known = [record for record in solved if record.image is not None and record.short]
     if not known:
-        raise DataError("an empty knowledge base", fix="Put the training split beside the test split")
+        raise DataError(
+            "an empty knowledge base", fix="Put the training split beside the test split"
+        )
     pictures = [record.image for record in chosen if record.image is not None]
     facts = tuple(
-        Fact(record.id, ((record.image, QUESTION),), (f"Question: {QUESTION} Answer: {kind(record)}",))
+        Fact(
+            record.id,
+            ((record.image, QUESTION),),
+            (f"Question: {QUESTION} Answer: {kind(record)}",),
+        )
         for record in known
         if record.image is not None
     )
@@ -72,7 +85,8 @@ def examples(asked: Sequence[Record], solved: Sequence[Record], *, count: int, s
         score=None,
         excluded=tuple(same_images(pictures, [fact.keys[0][0] for fact in facts])),
         positives=tuple(
-            tuple(i for i, other in enumerate(known) if kind(other) == item.options[item.answer]) for item in items
+            tuple(i for i, other in enumerate(known) if kind(other) == item.options[item.answer])
+            for item in items
         ),
         k=k or 1,
     )
@@ -82,7 +96,9 @@ def documents(asked: Sequence[Record], *, count: int, seed: int, k: int | None =
     """Things that are named, with a sentence about each of them to find. Arguments and errors as in `examples`."""
     items, chosen = _asked(asked, count=count, seed=seed)
     told = list({normalized_caption(record): record for record in asked if record.short}.items())
-    facts = tuple(Fact(record.id, ((text,),), (text,)) for _, record in told for text in (_sentence(record),))
+    facts = tuple(
+        Fact(record.id, ((text,),), (text,)) for _, record in told for text in (_sentence(record),)
+    )
     number = {caption: i for i, (caption, _) in enumerate(told)}
     prompts = tuple((f"What kind of thing is this: {thing(record)}?",) for record in chosen)
     return Rag(
@@ -108,14 +124,19 @@ def _sentence(record: Record) -> str:
     return f"{thing(record)}: one of the {kind(record)}."
 
 
-def _asked(records: Sequence[Record], *, count: int, seed: int) -> tuple[list[Question], list[Record]]:
+def _asked(
+    records: Sequence[Record], *, count: int, seed: int
+) -> tuple[list[Question], list[Record]]:
     """Questions without prompts, and their records: one a thing, with the options of each."""
     random = np.random.default_rng(seed)
     usable = [record for record in records if record.image is not None and record.short]
     things = list({normalized_caption(record): record for record in usable}.values())
     kinds = sorted({kind(record) for record in things})
     if len(kinds) < 2:
-        raise DataError(f"{len(things)} things of {len(kinds)} kinds", fix="Ask about records of two kinds or more")
+        raise DataError(
+            f"{len(things)} things of {len(kinds)} kinds",
+            fix="Ask about records of two kinds or more",
+        )
     chosen = [things[i] for i in sorted(random.permutation(len(things))[:count])]
     items = []
     for record in chosen:
@@ -129,7 +150,11 @@ def _asked(records: Sequence[Record], *, count: int, seed: int) -> tuple[list[Qu
 def with_examples(source: Source) -> Rag:
     """The built-in suite's: the test split, with the training split to find."""
     return examples(
-        records(source, CORPUS), records(source, CORPUS, split="train"), count=ASKED, seed=source.seed, k=source.k
+        records(source, CORPUS),
+        records(source, CORPUS, split="train"),
+        count=ASKED,
+        seed=source.seed,
+        k=source.k,
     )
 
 

@@ -43,7 +43,9 @@ class Fields(dict[str, Any]):
 def fields(value: Any, place: Place) -> Fields:
     """A decoded object. Raises DataError for anything else."""
     if not isinstance(value, Mapping):
-        raise DataError(f"expected an object, got {type(value).__name__}", place=place, fix=UNCHANGED)
+        raise DataError(
+            f"expected an object, got {type(value).__name__}", place=place, fix=UNCHANGED
+        )
     return Fields(value, place)
 
 
@@ -68,7 +70,11 @@ class Source:
             if (self.root / name).exists():
                 return self.root / name
         other = f" (nor {', '.join(names[1:])})" if names[1:] else ""
-        raise DataError(f"'{names[0]}' is not there{other}", place=self.root, fix="Put the official file in that place")
+        raise DataError(
+            f"'{names[0]}' is not there{other}",
+            place=self.root,
+            fix="Put the official file in that place",
+        )
 
     def has(self, name: str) -> bool:
         """Whether a file or folder is there."""
@@ -86,7 +92,9 @@ class Source:
         try:
             return self.bytes(*names).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8 at byte {error.start}", place=self.path(*names), fix=UNCHANGED) from None
+            raise DataError(
+                f"not UTF-8 at byte {error.start}", place=self.path(*names), fix=UNCHANGED
+            ) from None
 
     def json(self, *names: str) -> Any:
         """A JSON file."""
@@ -94,7 +102,9 @@ class Source:
             return json.loads(self.text(*names))
         except json.JSONDecodeError as error:
             place = Place(str(self.path(*names)), error.lineno)
-            raise DataError(f"broken JSON ({error.msg})", place=place, fix="Copy the file again") from None
+            raise DataError(
+                f"broken JSON ({error.msg})", place=place, fix="Copy the file again"
+            ) from None
 
     def object(self, *names: str) -> Fields:
         """A JSON file that holds one object."""
@@ -109,7 +119,9 @@ class Source:
         """A JSON file that holds a list of objects."""
         value, place = self.json(*names), Place(str(self.path(*names)))
         if not isinstance(value, list):
-            raise DataError(f"expected a list, got {type(value).__name__}", place=place, fix=UNCHANGED)
+            raise DataError(
+                f"expected a list, got {type(value).__name__}", place=place, fix=UNCHANGED
+            )
         return [fields(item, place.with_field(f"[{i}]")) for i, item in enumerate(value)]
 
     def lines(self, *names: str) -> list[Fields]:
@@ -121,7 +133,9 @@ class Source:
                 try:
                     found.append(fields(json.loads(line), place))
                 except json.JSONDecodeError as error:
-                    raise DataError(f"broken JSON ({error.msg})", place=place, fix="Copy the file again") from None
+                    raise DataError(
+                        f"broken JSON ({error.msg})", place=place, fix="Copy the file again"
+                    ) from None
         return found
 
     def table(self, *names: str, delimiter: str = ",") -> list[Fields]:
@@ -130,15 +144,22 @@ class Source:
         csv.field_size_limit(2**31 - 1)  # images travel in base64 columns
         # Not splitlines: a quoted field may hold line ends, and universal ones at that.
         reader = csv.DictReader(io.StringIO(self.text(*names), newline=""), delimiter=delimiter)
-        return [Fields({k: v or "" for k, v in row.items() if k}, Place(str(path), reader.line_num)) for row in reader]
+        return [
+            Fields({k: v or "" for k, v in row.items() if k}, Place(str(path), reader.line_num))
+            for row in reader
+        ]
 
     def parquet(self, pattern: str) -> Iterator[Fields]:
         """The rows of all parquet files that match, in the order of their names."""
         paths = sorted(self.root.glob(pattern))
         if not paths:
-            raise DataError(f"no '{pattern}' there", place=self.root, fix="Put the official file in that place")
+            raise DataError(
+                f"no '{pattern}' there", place=self.root, fix="Put the official file in that place"
+            )
         for path in paths:
-            self.hashes[path.relative_to(self.root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            self.hashes[path.relative_to(self.root).as_posix()] = hashlib.sha256(
+                path.read_bytes()
+            ).hexdigest()
             for row in read_parquet_rows(path, self.root):
                 if row.error is not None:
                     raise row.error
@@ -151,7 +172,9 @@ class Source:
                 return ImageRef(path=self.root / name)
         other = f" (nor {', '.join(names[1:])})" if names[1:] else ""
         raise DataError(
-            f"image '{names[0]}' is not there{other}", place=self.root, fix="Unpack the images in that place"
+            f"image '{names[0]}' is not there{other}",
+            place=self.root,
+            fix="Unpack the images in that place",
         )
 
     def holds(self, name: str) -> bool:
@@ -166,4 +189,8 @@ class Source:
 
     def images_in(self, name: str) -> list[ImageRef]:
         """The images of a folder, by name."""
-        return [ImageRef(path=p) for p in sorted(self.path(name).iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+        return [
+            ImageRef(path=p)
+            for p in sorted(self.path(name).iterdir())
+            if p.suffix.lower() in IMAGE_SUFFIXES
+        ]

@@ -34,13 +34,19 @@ MMVP = ("mmvp_vlm/Questions.csv", "mmvp_vlm/MMVP_VLM_Images/")
 SCIENCEQA = ("scienceqa/problems.json", "scienceqa/pid_splits.json", "scienceqa/images/test/")
 TEXTVQA = ("textvqa/TextVQA_0.5.1_val.json", "textvqa/train_images/")
 OCR = "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json"
-SEED = ("seedbench/SEED-Bench.json", "seedbench/SEED-Bench-image/", "seedbench/SEED-Bench-video-image/")
+SEED = (
+    "seedbench/SEED-Bench.json",
+    "seedbench/SEED-Bench-image/",
+    "seedbench/SEED-Bench-video-image/",
+)
 WEBQA = (knowledge.WEBQA, "webqa/imgs.tsv + imgs.lineidx (or webqa/images/)")
 FVQA = tuple(
-    f"{knowledge.FVQA}/{name}" for name in ("all_qs_dict_release.json", "all_fact_triples_release.json", "images/")
+    f"{knowledge.FVQA}/{name}"
+    for name in ("all_qs_dict_release.json", "all_fact_triples_release.json", "images/")
 )
 LLAVA_BENCH = tuple(
-    f"llava_bench/{name}" for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "rule.json", "images/")
+    f"llava_bench/{name}"
+    for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "rule.json", "images/")
 )
 R = "R@1, R@5, R@10"
 
@@ -234,7 +240,13 @@ KNOWLEDGE = (
 
 
 def _ours(
-    name: str, title: str, *, corpora: tuple[str, ...], protocol: str, metric: str, load: Callable[[Any], Any]
+    name: str,
+    title: str,
+    *,
+    corpora: tuple[str, ...],
+    protocol: str,
+    metric: str,
+    load: Callable[[Any], Any],
 ) -> Benchmark:
     files = tuple(f"corpora/{corpus}/test.jsonl" for corpus in corpora)
     return Benchmark(f"builtin_{name}", title, (), "our test split", metric, files, protocol, load)
@@ -300,12 +312,19 @@ BUILTIN = (
     ),
 )  # fmt: skip
 
-SUITES = {"builtin": BUILTIN, "discriminative": DISCRIMINATIVE, "generative": GENERATIVE, "knowledge": KNOWLEDGE}
+SUITES = {
+    "builtin": BUILTIN,
+    "discriminative": DISCRIMINATIVE,
+    "generative": GENERATIVE,
+    "knowledge": KNOWLEDGE,
+}
 BENCHMARKS = {row.name: row for suite in SUITES.values() for row in suite}
 
 
 def known(name: str) -> Benchmark:
     """A benchmark by name. Raises ConfigError naming the closest one."""
     if name not in BENCHMARKS:
-        raise ConfigError(f"no benchmark '{name}'", place="eval", fix=suggest_name(name, BENCHMARKS))
+        raise ConfigError(
+            f"no benchmark '{name}'", place="eval", fix=suggest_name(name, BENCHMARKS)
+        )
     return BENCHMARKS[name]

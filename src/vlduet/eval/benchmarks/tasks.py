@@ -57,7 +57,9 @@ class Sample:
     @property
     def mean(self) -> float:
         """The number."""
-        return self.scale * float(self._combined([_ratio((v * w).sum(), w.sum()) for v, w in self.groups]))
+        return self.scale * float(
+            self._combined([_ratio((v * w).sum(), w.sum()) for v, w in self.groups])
+        )
 
     def draws(self, seed: int = 0) -> Values:
         """float[DRAWS], the number of resampled items; they are drawn within each group."""
@@ -103,7 +105,9 @@ def sample(values: ArrayLike, weights: ArrayLike | None = None, *, scale: float 
 def joined(samples: Sequence[Sample], *, total: bool = False) -> Sample:
     """The mean of several numbers (macro average), or their sum."""
     assert samples and len({s.scale for s in samples}) == 1
-    return Sample(tuple(group for s in samples for group in s.groups), scale=samples[0].scale, total=total)
+    return Sample(
+        tuple(group for s in samples for group in s.groups), scale=samples[0].scale, total=total
+    )
 
 
 def by_tag(values: Sequence[float], tags: Sequence[str], *, prefix: str = "") -> dict[str, Sample]:
@@ -306,4 +310,6 @@ class Benchmark:
     @property
     def corpora(self) -> tuple[str, ...]:
         """The corpora of ours among its files, which `vlduet data fetch` brings."""
-        return tuple(dict.fromkeys(name.split("/")[1] for name in self.files if name.startswith("corpora/")))
+        return tuple(
+            dict.fromkeys(name.split("/")[1] for name in self.files if name.startswith("corpora/"))
+        )

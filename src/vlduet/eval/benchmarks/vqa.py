@@ -9,7 +9,16 @@ from typing import Any
 from vlduet.errors import DataError
 from vlduet.eval.answers import evalai, evalai_accuracy, vqa_accuracy
 from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import Answers, Export, Question, Questions, Score, Scorer, by_tag, sample
+from vlduet.eval.benchmarks.tasks import (
+    Answers,
+    Export,
+    Question,
+    Questions,
+    Score,
+    Scorer,
+    by_tag,
+    sample,
+)
 
 SHORT = "\nAnswer the question using a single word or phrase."
 UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -19,7 +28,9 @@ def scored(metric: Callable[[str, Any], float], *tags: str) -> Scorer:
     """A scorer of one number an item, a missing answer being the empty text, broken down by tags."""
 
     def score(items: Sequence[Question], answers: Answers) -> Score:
-        values = [metric(text or "", item.answer) for item, text in zip(items, answers, strict=True)]
+        values = [
+            metric(text or "", item.answer) for item, text in zip(items, answers, strict=True)
+        ]
         samples = {"accuracy": sample(values)}
         for tag in tags:
             samples |= by_tag(values, [item.tags[tag] for item in items], prefix=f"accuracy/{tag}/")
@@ -60,13 +71,25 @@ def vqav2(split: str) -> Callable[[Source], Questions]:
             answer, tags = None, {}
             if split == "val":
                 if row["question_id"] not in known:
-                    raise DataError(f"question {row['question_id']} has no annotation", place=row.place, fix=UNCHANGED)
+                    raise DataError(
+                        f"question {row['question_id']} has no annotation",
+                        place=row.place,
+                        fix=UNCHANGED,
+                    )
                 told = known[row["question_id"]]
                 answer = [one["answer"] for one in told.each("answers")]
                 tags = {"answer_type": told["answer_type"], "question_type": told["question_type"]}
-            items.append(Question(str(row["question_id"]), (image, row["question"] + SHORT), answer, tags))
-        export = exported("vqav2.json", lambda item, text: {"question_id": int(item.id), "answer": evalai(text)})
-        score = scored(vqa_accuracy_of_llava, "answer_type", "question_type") if split == "val" else None
+            items.append(
+                Question(str(row["question_id"]), (image, row["question"] + SHORT), answer, tags)
+            )
+        export = exported(
+            "vqav2.json", lambda item, text: {"question_id": int(item.id), "answer": evalai(text)}
+        )
+        score = (
+            scored(vqa_accuracy_of_llava, "answer_type", "question_type")
+            if split == "val"
+            else None
+        )
         return Questions(tuple(items), score, export)
 
     return load
@@ -91,8 +114,12 @@ def gqa(source: Source) -> Questions:
         if row.get("isBalanced", True):
             image = source.image(f"gqa/images/{row['imageId']}.jpg")
             kind = "open" if row.within("types")["structural"] == "query" else "binary"
-            items.append(Question(key, (image, row["question"] + SHORT), row["answer"], {"kind": kind}))
-    export = exported("gqa.json", lambda item, text: {"questionId": item.id, "prediction": gqa_prediction(text)})
+            items.append(
+                Question(key, (image, row["question"] + SHORT), row["answer"], {"kind": kind})
+            )
+    export = exported(
+        "gqa.json", lambda item, text: {"questionId": item.id, "prediction": gqa_prediction(text)}
+    )
     return Questions(tuple(items), scored(gqa_match, "kind"), export)
 
 
@@ -118,9 +145,15 @@ def vizwiz(split: str) -> Callable[[Source], Questions]:
             image = source.image(f"vizwiz/{split}/{row['image']}")
             answers = [one["answer"] for one in row.each("answers")] if split == "val" else None
             tags = {"answer_type": row["answer_type"]} if split == "val" else {}
-            items.append(Question(row["image"], (image, row["question"] + UNSURE + SHORT), answers, tags))
-        export = exported("vizwiz.json", lambda item, text: {"image": item.id, "answer": evalai(text)})
-        return Questions(tuple(items), scored(evalai_accuracy, "answer_type") if split == "val" else None, export)
+            items.append(
+                Question(row["image"], (image, row["question"] + UNSURE + SHORT), answers, tags)
+            )
+        export = exported(
+            "vizwiz.json", lambda item, text: {"image": item.id, "answer": evalai(text)}
+        )
+        return Questions(
+            tuple(items), scored(evalai_accuracy, "answer_type") if split == "val" else None, export
+        )
 
     return load
 
@@ -138,14 +171,26 @@ def textvqa(*, ocr: bool) -> Callable[[Source], Questions]:
             tokens = {row["image_id"]: row["ocr_tokens"] for row in rows}
         items = []
         for row in source.object("textvqa/TextVQA_0.5.1_val.json").each("data"):
-            image = source.image(*(f"textvqa/train_images/{row['image_id']}{s}" for s in (".jpg", ".png")))
+            image = source.image(
+                *(f"textvqa/train_images/{row['image_id']}{s}" for s in (".jpg", ".png"))
+            )
             if len(row["answers"]) != 10:
                 raise DataError(
-                    f"{len(row['answers'])} answers, 10 needed", place=row.place.with_field("answers"), fix=UNCHANGED
+                    f"{len(row['answers'])} answers, 10 needed",
+                    place=row.place.with_field("answers"),
+                    fix=UNCHANGED,
                 )
-            reference = f"\nReference OCR token: {', '.join(tokens.get(row['image_id'], []))}" if ocr else ""
+            reference = (
+                f"\nReference OCR token: {', '.join(tokens.get(row['image_id'], []))}"
+                if ocr
+                else ""
+            )
             items.append(
-                Question(str(row["question_id"]), (image, row["question"] + reference + SHORT), row["answers"])
+                Question(
+                    str(row["question_id"]),
+                    (image, row["question"] + reference + SHORT),
+                    row["answers"],
+                )
             )
         return Questions(tuple(items), scored(evalai_accuracy), facts={"ocr": ocr})
 

@@ -23,7 +23,9 @@ def pope(source: Source) -> Questions:
             image = source.image(f"coco/val2014/{row['image']}")
             # question_id starts again in every file.
             identity = f"{split}/{row['question_id']}"
-            items.append(Question(identity, (image, row["text"] + SHORT), row["label"], {"split": split}))
+            items.append(
+                Question(identity, (image, row["text"] + SHORT), row["label"], {"split": split})
+            )
     return Questions(tuple(items), score_pope)
 
 
@@ -73,15 +75,27 @@ def mme(source: Source) -> Questions:
             beside = f"{ROOT}/{task}/images" if apart else f"{ROOT}/{task}"
             image = source.image(*(f"{beside}/{path.stem}{s}" for s in (".jpg", ".png", ".jpeg")))
             lines = [
-                text for text in source.text(path.relative_to(source.root).as_posix()).splitlines() if text.strip()
+                text
+                for text in source.text(path.relative_to(source.root).as_posix()).splitlines()
+                if text.strip()
             ]
             for number, text in enumerate(lines, 1):
                 question, tab, answer = text.partition("\t")
                 if not tab or len(lines) != 2:
-                    raise DataError("expected two lines 'question<TAB>answer'", place=f"{path}:{number}", fix=UNCHANGED)
+                    raise DataError(
+                        "expected two lines 'question<TAB>answer'",
+                        place=f"{path}:{number}",
+                        fix=UNCHANGED,
+                    )
                 prompt = question.replace(ASKED, "") + SHORT
-                tags = {"task": task, "image": image.path.name if image.path else "", "question": question}
-                items.append(Question(f"{task}/{path.stem}/{number}", (image, prompt), answer.strip(), tags))
+                tags = {
+                    "task": task,
+                    "image": image.path.name if image.path else "",
+                    "question": question,
+                }
+                items.append(
+                    Question(f"{task}/{path.stem}/{number}", (image, prompt), answer.strip(), tags)
+                )
     return Questions(tuple(items), score_mme, export_mme)
 
 
@@ -98,7 +112,9 @@ def score_mme(items: Sequence[Question], answers: Answers) -> Score:
         # Lines are paired as they stand; mean over images of the mean of the two, plus both.
         pairs = list(zip(right[::2], right[1::2], strict=True))
         tasks[task] = sample([(a + b) / 2 + a * b for a, b in pairs])
-    unparsed = sum(found == "other" and text is not None for found, text in zip(said, answers, strict=True))
+    unparsed = sum(
+        found == "other" and text is not None for found, text in zip(said, answers, strict=True)
+    )
     samples = {
         "perception": joined([tasks[task] for task in PERCEPTION if task in tasks], total=True),
         "cognition": joined([tasks[task] for task in COGNITION if task in tasks], total=True),

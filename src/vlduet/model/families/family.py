@@ -65,9 +65,13 @@ class Family:
     """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
     image_delimiters: Callable[[Any, Any], ImageDelimiters] = lambda config, tokenizer: ("", "")
     """config, tokenizer -> what stands around every image."""
-    image_placeholder: Callable[[Any, Any], str] = lambda config, tokenizer: token_string(tokenizer, config.image_token_id)
+    image_placeholder: Callable[[Any, Any], str] = lambda config, tokenizer: token_string(
+        tokenizer, config.image_token_id
+    )
     """config, tokenizer -> what the chat template writes for an image."""
-    interleaved_tokens: Callable[[Any, Any, ImageInputs], Mapping[int, int]] = lambda config, tokenizer, inputs: {}
+    interleaved_tokens: Callable[[Any, Any, ImageInputs], Mapping[int, int]] = (
+        lambda config, tokenizer, inputs: {}
+    )
     """config, tokenizer, prepared image -> the words that stand among its tokens: place in the image -> id."""
     attention_mask_kinds: Callable[[Any], Mapping[str, bool]] = lambda config: {}
     """config -> the kinds of the trunk's layers, where each takes a mask of its own, and whether the tokens of an image see

@@ -8,7 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from vlduet.errors import ModelError
-from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, token_string, run_image_processor
+from vlduet.model.families.family import (
+    Family,
+    ImageDelimiters,
+    ImageInputs,
+    run_image_processor,
+    token_string,
+)
 
 
 def gemma3() -> Family:
@@ -18,27 +24,38 @@ def gemma3() -> Family:
     """
 
     def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        states = model.model.vision_tower(inputs["pixel_values"].to(model.dtype)).last_hidden_state  # [N, patches, Dv]
+        states = model.model.vision_tower(
+            inputs["pixel_values"].to(model.dtype)
+        ).last_hidden_state  # [N, patches, Dv]
         projector = model.model.multi_modal_projector
         side = projector.patches_per_image
-        tokens: Tensor = projector.avg_pool(states.mT.unflatten(2, (side, side)))  # [N, Dv, rows, columns]
+        tokens: Tensor = projector.avg_pool(
+            states.mT.unflatten(2, (side, side))
+        )  # [N, Dv, rows, columns]
         return tokens.flatten(2).mT.flatten(0, 1)
 
     def project(inner: Any, projector: Any, features: Tensor) -> Tensor:
-        projected: Tensor = projector.mm_soft_emb_norm(features) @ projector.mm_input_projection_weight
+        projected: Tensor = (
+            projector.mm_soft_emb_norm(features) @ projector.mm_input_projection_weight
+        )
         return projected
 
     def width(projector: Any) -> int:
         return int(projector.mm_input_projection_weight.shape[0])
 
     def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
-        first, last = token_string(tokenizer, config.boi_token_id), token_string(tokenizer, config.eoi_token_id)
+        first, last = (
+            token_string(tokenizer, config.boi_token_id),
+            token_string(tokenizer, config.eoi_token_id),
+        )
         return f"\n\n{first}", f"{last}\n\n"
 
     return Family(
         num_image_tokens=lambda config, inputs: int(config.mm_tokens_per_image),
         vision_features=vision,
-        preprocess=lambda processor, picture: {"pixel_values": run_image_processor(processor, picture)["pixel_values"]},
+        preprocess=lambda processor, picture: {
+            "pixel_values": run_image_processor(processor, picture)["pixel_values"]
+        },
         project=project,
         image_delimiters=frame,
         image_placeholder=lambda config, tokenizer: token_string(tokenizer, config.boi_token_id),
@@ -77,14 +94,21 @@ def gemma4() -> Family:
     def masks(config: Any) -> Mapping[str, bool]:
         told = config.get_text_config().use_bidirectional_attention
         if told == "all":
-            raise ModelError("its words see those behind them: it cannot write", fix="Use a checkpoint that generates")
+            raise ModelError(
+                "its words see those behind them: it cannot write",
+                fix="Use a checkpoint that generates",
+            )
         return {"full_attention": False, "sliding_attention": told == "vision"}
 
     def beside(trunk: Any, ids: Tensor) -> Mapping[str, Tensor]:
         if not trunk.hidden_size_per_layer_input:
             return {}
         known = (ids >= 0) & (ids < trunk.embed_tokens_per_layer.num_embeddings)
-        return {"per_layer_inputs": trunk.get_per_layer_inputs(ids.where(known, trunk.config.pad_token_id), None)}
+        return {
+            "per_layer_inputs": trunk.get_per_layer_inputs(
+                ids.where(known, trunk.config.pad_token_id), None
+            )
+        }
 
     def grown(trunk: Any, known: int) -> None:
         if trunk.hidden_size_per_layer_input:
@@ -96,10 +120,15 @@ def gemma4() -> Family:
         vision_features=vision,
         projector_path="embed_vision",
         preprocess=lambda processor, picture: {
-            name: value for name, value in run_image_processor(processor, picture).items() if name != "num_soft_tokens_per_image"
+            name: value
+            for name, value in run_image_processor(processor, picture).items()
+            if name != "num_soft_tokens_per_image"
         },
         vision_tower_pixels=pixels,
-        image_delimiters=lambda config, tokenizer: (token_string(tokenizer, config.boi_token_id), token_string(tokenizer, config.eoi_token_id)),
+        image_delimiters=lambda config, tokenizer: (
+            token_string(tokenizer, config.boi_token_id),
+            token_string(tokenizer, config.eoi_token_id),
+        ),
         attention_mask_kinds=masks,
         extra_inputs=beside,
         on_vocab_resize=grown,

@@ -20,7 +20,9 @@ def idefics3() -> Family:
 
     def process(processor: Any, picture: Any) -> Mapping[str, Any]:
         made = processor(images=picture, return_tensors="pt", return_row_col_info=True)
-        tiles = torch.tensor([[made["rows"][0][0], made["cols"][0][0]]])  # 0, 0 of a picture that is not cut
+        tiles = torch.tensor(
+            [[made["rows"][0][0], made["cols"][0][0]]]
+        )  # 0, 0 of a picture that is not cut
         return {"pixel_values": made["pixel_values"], "tiles": tiles}
 
     def vision(model: Any, inputs: ImageInputs) -> Tensor:
@@ -38,13 +40,22 @@ def idefics3() -> Family:
         rows, columns = inputs["tiles"][0].tolist()
         fake, image = "<fake_token_around_image>", token_string(tokenizer, config.image_token_id)
         tokens = image * square(config, inputs)
-        cut = [[f"{fake}<row_{r}_col_{c}>{tokens}" for c in range(1, columns + 1)] for r in range(1, rows + 1)]
-        text = "".join("".join(row) + "\n" for row in cut) + "\n" * bool(cut) + f"{fake}<global-img>{tokens}{fake}"
+        cut = [
+            [f"{fake}<row_{r}_col_{c}>{tokens}" for c in range(1, columns + 1)]
+            for r in range(1, rows + 1)
+        ]
+        text = (
+            "".join("".join(row) + "\n" for row in cut)
+            + "\n" * bool(cut)
+            + f"{fake}<global-img>{tokens}{fake}"
+        )
         ids = tokenizer.encode(text, add_special_tokens=False)
         return {place: id for place, id in enumerate(ids) if id != config.image_token_id}
 
     return Family(
-        num_image_tokens=lambda config, inputs: len(inputs["pixel_values"]) * square(config, inputs),
+        num_image_tokens=lambda config, inputs: (
+            len(inputs["pixel_values"]) * square(config, inputs)
+        ),
         vision_features=vision,
         language_model_path="text_model",
         vision_tower_path="vision_model",

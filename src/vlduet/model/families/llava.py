@@ -28,10 +28,15 @@ def llava() -> Family:
     def count(config: Any, inputs: ImageInputs) -> int:
         if config.vision_config.model_type == "pixtral":
             fix = "Take a checkpoint of model_type 'mistral3'"
-            raise ModelError("LLaVA with a Pixtral tower is not supported", place="config.json", fix=fix)
+            raise ModelError(
+                "LLaVA with a Pixtral tower is not supported", place="config.json", fix=fix
+            )
         height, width = inputs["pixel_values"].shape[-2:]
         patch = config.vision_config.patch_size
-        return int((height // patch) * (width // patch) + (config.vision_feature_select_strategy != "default"))
+        return int(
+            (height // patch) * (width // patch)
+            + (config.vision_feature_select_strategy != "default")
+        )
 
     return Family(num_image_tokens=count, vision_features=vision)
 
@@ -55,12 +60,16 @@ def llava_next() -> Family:
 
     That one knows no projector, so among the features it is a row of zeros, which no picture makes.
     """
-    return _tiles_in_rows(lambda config: {"vision_feature_select_strategy": config.vision_feature_select_strategy})
+    return _tiles_in_rows(
+        lambda config: {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+    )
 
 
 def _tiles_in_rows(told: Callable[[Any], dict[str, Any]]) -> Family:
     """`llava_next`, of whose relatives each tells its geometry something else: config -> arguments."""
-    from transformers.models.llava_next import modeling_llava_next as geometry  # for who has such a checkpoint
+    from transformers.models.llava_next import (
+        modeling_llava_next as geometry,  # for who has such a checkpoint
+    )
 
     def tiles(config: Any, size: Tensor) -> tuple[int, int]:
         found: tuple[int, int] = geometry.get_anyres_image_grid_shape(
@@ -114,7 +123,8 @@ def llava_onevision() -> Family:
     def count(config: Any, inputs: ImageInputs) -> int:
         if config.vision_aspect_ratio != f"anyres_max_{MAX_TILES_PER_SIDE**2}":
             raise ModelError(
-                f"vision_aspect_ratio '{config.vision_aspect_ratio}' is not supported", place="config.json"
+                f"vision_aspect_ratio '{config.vision_aspect_ratio}' is not supported",
+                place="config.json",
             )
         return family.num_image_tokens(config, inputs)
 
@@ -129,9 +139,13 @@ def fast_vlm() -> Family:
         tower = model.model.vision_tower
         # Where the channels of a pixel lie together, convolutions take two thirds of the time.
         together = torch.channels_last
-        if not next(p for p in tower.parameters() if p.ndim == 4).is_contiguous(memory_format=together):
+        if not next(p for p in tower.parameters() if p.ndim == 4).is_contiguous(
+            memory_format=together
+        ):
             tower.to(memory_format=together)
-        out = tower(inputs["pixel_values"].to(model.dtype, memory_format=together)).last_hidden_state  # [N, Dv, h, w]
+        out = tower(
+            inputs["pixel_values"].to(model.dtype, memory_format=together)
+        ).last_hidden_state  # [N, Dv, h, w]
         tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
         return tokens
 

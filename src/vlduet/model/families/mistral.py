@@ -25,8 +25,13 @@ def mistral3() -> Family:
     def process(processor: Any, picture: Any) -> Mapping[str, Any]:
         made = run_image_processor(processor, picture)
         cell = processor.patch_size["height"]
-        parts = made["pixel_values"][0].unfold(1, cell, cell).unfold(2, cell, cell)  # [3, rows, columns, cell, cell]
-        return {"pixel_values": parts.permute(1, 2, 0, 3, 4).flatten(0, 1), "image_sizes": made["image_sizes"]}
+        parts = (
+            made["pixel_values"][0].unfold(1, cell, cell).unfold(2, cell, cell)
+        )  # [3, rows, columns, cell, cell]
+        return {
+            "pixel_values": parts.permute(1, 2, 0, 3, 4).flatten(0, 1),
+            "image_sizes": made["image_sizes"],
+        }
 
     def shape(config: Any, inputs: ImageInputs) -> tuple[int, int]:
         rows, columns = (inputs["image_sizes"][0] // side(config)).tolist()
@@ -41,14 +46,24 @@ def mistral3() -> Family:
         config, sizes = model.config, inputs["image_sizes"]
         counts = (sizes // side(config)).prod(1).tolist()
         cells = inputs["pixel_values"].to(model.dtype).split(counts)
-        each = [pixels(config, {"pixel_values": c, "image_sizes": s[None]}) for c, s in zip(cells, sizes, strict=True)]
+        each = [
+            pixels(config, {"pixel_values": c, "image_sizes": s[None]})
+            for c, s in zip(cells, sizes, strict=True)
+        ]
         height, width = sizes.amax(0).tolist()
-        padded = [nn.functional.pad(one, (0, width - one.shape[2], 0, height - one.shape[1])) for one in each]
-        out = model.model.vision_tower(torch.stack(padded), image_sizes=sizes, output_hidden_states=True)
+        padded = [
+            nn.functional.pad(one, (0, width - one.shape[2], 0, height - one.shape[1]))
+            for one in each
+        ]
+        out = model.model.vision_tower(
+            torch.stack(padded), image_sizes=sizes, output_hidden_states=True
+        )
         states = out.hidden_states[config.vision_feature_layer][0]  # [patches of all images, width]
         merge, patch = config.spatial_merge_size, config.vision_config.patch_size
         found = []
-        for one, (rows, columns) in zip(states.split((sizes // patch).prod(1).tolist()), sizes // patch, strict=True):
+        for one, (rows, columns) in zip(
+            states.split((sizes // patch).prod(1).tolist()), sizes // patch, strict=True
+        ):
             grid = one.view(rows // merge, merge, columns // merge, merge, -1)
             found.append(grid.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1))
         return torch.cat(found)  # [tokens, width * m * m]
@@ -74,5 +89,7 @@ def mistral3() -> Family:
         vision_tower_pixels=pixels,
         image_delimiters=lambda config, tokenizer: ("", "[IMG_END]"),
         interleaved_tokens=words,
-        processor_overrides=lambda config: {"patch_size": {"height": side(config), "width": side(config)}},
+        processor_overrides=lambda config: {
+            "patch_size": {"height": side(config), "width": side(config)}
+        },
     )

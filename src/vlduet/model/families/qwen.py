@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, token_string, project_once
+from vlduet.model.families.family import (
+    Family,
+    ImageDelimiters,
+    ImageInputs,
+    project_once,
+    token_string,
+)
 
 
 def qwen_vl() -> Family:
@@ -23,13 +29,17 @@ def qwen_vl() -> Family:
     def vision(model: Any, inputs: ImageInputs) -> Tensor:
         unit = model.model.visual.spatial_merge_size**2
         # Qwen2.5-VL brings the tokens into the picture's order then, for it attends in windows.
-        out = _without_merger(model, inputs, instead=nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1)))
+        out = _without_merger(
+            model, inputs, instead=nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1))
+        )
         # [tokens, m * m * width], and D more for each layer of the trunk that has features of its own
         return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], 1)
 
     def project(inner: Any, merger: nn.Module, features: Tensor) -> Tensor:
         norm: Any = merger.norm if hasattr(merger, "norm") else merger.ln_q
-        projected: Tensor = merger(features.reshape(-1, norm.weight.shape[0]))  # patches go in, tokens come out
+        projected: Tensor = merger(
+            features.reshape(-1, norm.weight.shape[0])
+        )  # patches go in, tokens come out
         return projected
 
     def grid(config: Any, inputs: ImageInputs) -> tuple[int, int]:
@@ -45,11 +55,17 @@ def qwen_vl() -> Family:
         shape = config.vision_config
         patch, merge, times = shape.patch_size, shape.spatial_merge_size, shape.temporal_patch_size
         rows, columns = grid(config, inputs)
-        patches = inputs["pixel_values"].view(rows, columns, merge, merge, -1, times, patch, patch)[..., 0, :, :]
-        return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(-1, rows * merge * patch, columns * merge * patch)
+        patches = inputs["pixel_values"].view(rows, columns, merge, merge, -1, times, patch, patch)[
+            ..., 0, :, :
+        ]
+        return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(
+            -1, rows * merge * patch, columns * merge * patch
+        )
 
     def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
-        return token_string(tokenizer, config.vision_start_token_id), token_string(tokenizer, config.vision_end_token_id)
+        return token_string(tokenizer, config.vision_start_token_id), token_string(
+            tokenizer, config.vision_end_token_id
+        )
 
     return Family(
         num_image_tokens=count,
@@ -71,7 +87,9 @@ def glm_vl() -> Family:
         return tokens
 
     def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
-        return token_string(tokenizer, config.image_start_token_id), token_string(tokenizer, config.image_end_token_id)
+        return token_string(tokenizer, config.image_start_token_id), token_string(
+            tokenizer, config.image_end_token_id
+        )
 
     return replace(qwen_vl(), vision_features=vision, project=project_once, image_delimiters=frame)
 

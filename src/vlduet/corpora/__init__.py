@@ -1,0 +1,1 @@
+"""Real data sets that are installed by package name and written as records."""

@@ -1,0 +1,1 @@
+"""Commands on files of records: check, find duplicates, write negatives and composed queries."""

@@ -1,0 +1,1 @@
+"""Adapters of a model to evaluation harnesses."""

@@ -1,0 +1,1 @@
+"""Analysis of a model or of a record."""

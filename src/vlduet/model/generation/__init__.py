@@ -1,0 +1,1 @@
+"""Text generation by a model: continuous batching, beam search, reranking of drafts."""

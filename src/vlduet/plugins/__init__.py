@@ -1,1 +1,0 @@
-"""Our models in other people's harnesses; each file needs that harness to be installed."""

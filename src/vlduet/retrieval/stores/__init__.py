@@ -1,0 +1,1 @@
+"""Storage of vectors and their rows on disk."""

@@ -1,0 +1,1 @@
+"""Jobs over files of records that combine training, retrieval and evaluation."""
