@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from vlduet.data.records import Record, read_jsonl
-from vlduet.logs import say
+from vlduet.data.formats import read_jsonl
+from vlduet.data.records import Record
+from vlduet.logs import install_log_handler, logger
 
 WORK = Path("runs/bench")
 logging.set_verbosity_error()
@@ -26,6 +27,7 @@ warnings.simplefilter("ignore")  # the peers' deprecations are not what one read
 
 def arguments(about: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
+    install_log_handler()
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument(
         "--model", type=Path, help="a model folder (default: nano, built in runs/bench)"
@@ -56,7 +58,7 @@ def pairs(given: Path | None) -> list[Record]:
     if given is None:
         from vlduet.corpora import catalog
 
-        given = catalog.fetch_corpus("stamps", WORK / "data", progress=say).folder / "train.jsonl"
+        given = catalog.fetch_corpus("stamps", WORK / "data").folder / "train.jsonl"
     return [record for record in read_jsonl(given) if record.image is not None and record.short]
 
 
@@ -75,7 +77,7 @@ def interleaved(
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
-            say(f"  {repeat + 1}/{repeats} {name}: {seconds[name][-1]:.2f} s")
+            logger.info(f"  {repeat + 1}/{repeats} {name}: {seconds[name][-1]:.2f} s")
     return seconds
 
 

@@ -40,6 +40,7 @@ from transformers import (
 from vlduet.data.records import Record
 from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.data.stream import Sample
+from vlduet.logs import install_log_handler
 from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.nano import PROMPTS
@@ -113,7 +114,7 @@ def count_useful_operations(folder: Path, records: list[Record]) -> float:
     model = DuetModel.from_pretrained(folder, check_golden=False)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
     sequences = [
-        s for sample in samples for s in vladva.layout(sample, model.renderer, vladva.Options())
+        s for sample in samples for s in vladva.layout(sample, model.renderer, vladva.VladvaOptions())
     ]
     trunk = model.backbone.language_model
     weights = sum(p.numel() for p in trunk.layers.parameters() if p.ndim == 2)
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    install_log_handler()
     device = select_device()
     if device.type != "cuda" and not options.tiny:
         print("not measured: there is no GPU; --tiny runs anywhere")

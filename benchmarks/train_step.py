@@ -43,9 +43,11 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from vlduet import config
 from vlduet.data import images
 from vlduet.data.batches import split_into_chunks
-from vlduet.data.records import Record, record_to_json
+from vlduet.data.record_json import record_to_json
+from vlduet.data.records import Record
 from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Sample
+from vlduet.logs import install_log_handler
 from vlduet.model.adapters import LORA_TARGET_PATTERNS, LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
@@ -99,7 +101,7 @@ def ours(folder: Path, records: list[Record], name: str, *, again: bool = False)
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=LEARNING_RATE, weight_decay=0.0)
     samples = [Sample(record, position, 0) for position, record in enumerate(records)]
-    options = vladva.Options()
+    options = vladva.VladvaOptions()
     packed = re.search(r"packed (\d+)", name)
     pack = int(packed[1]) if packed else None
 
@@ -132,7 +134,7 @@ def ours(folder: Path, records: list[Record], name: str, *, again: bool = False)
             told["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {loss: float(told[loss].detach()) for loss in vladva.OBJECTIVES}
+        return {loss: float(told[loss].detach()) for loss in vladva.RECIPE.objectives}
 
     return step
 
@@ -318,6 +320,7 @@ def main() -> None:
         help="measure the memory of this contender, or of this size of row c, and print it",
     )
     options = parser.parse_args()
+    install_log_handler()
     folder = _bench.model_folder(options.model)
     quick = options.quick
     pairs = _bench.pairs(options.data)

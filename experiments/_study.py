@@ -25,12 +25,13 @@ from vlduet.config import RunConfig
 from vlduet.eval.benchmarks.tasks import Sample, Score, Value, difference
 from vlduet.eval.run import read_samples, write_samples
 from vlduet.files import recover_folder, write_atomically, write_text_atomically
-from vlduet.logs import read_metrics, say
+from vlduet.logs import install_log_handler, logger, read_metrics
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
+from vlduet.recipes.registry import load_recipe
 from vlduet.train import checkpointing
 from vlduet.train.loop import train
-from vlduet.train.setup import bind, load_model
+from vlduet.train.setup import load_model
 
 START = "start"
 """The row that is measured and not trained."""
@@ -80,6 +81,7 @@ def main(study: Study) -> None:
         help="train nothing; write tables and a plot of what there is",
     )
     options = parser.parse_args()
+    install_log_handler()
     if options.tell is not None:
         tell(study, options.work, options.tell)
         return
@@ -103,7 +105,7 @@ def folder(work: Path, row: str, seed: int) -> Path:
 def trained(plan: RunConfig) -> None:
     """Train a run that is not finished."""
     if not (plan.out / "model").exists():
-        say(f"training {plan.out}")
+        logger.info(f"training {plan.out}")
         train(plan, resume=recover_folder(plan.out / checkpointing.STATE_FOLDER).exists())
 
 
@@ -113,13 +115,13 @@ def measured(study: Study, plan: RunConfig, data: Path) -> None:
         return
     own = plan.out / "model"
     model = (
-        DuetModel.from_pretrained(own) if own.exists() else load_model(plan, bind(plan), cache=None)
+        DuetModel.from_pretrained(own) if own.exists() else load_model(plan, load_recipe(plan), cache=None)
     )
     model.feature_cache = FeatureCache(plan.data.cache or None)
     found = study.measure(model, data)
     plan.out.mkdir(parents=True, exist_ok=True)
     write_atomically(plan.out / "samples.npz", lambda out: write_samples(out, Score(found)))
-    say(f"{plan.out}: " + ", ".join(f"{name} {sample.mean:.3g}" for name, sample in found.items()))
+    logger.info(f"{plan.out}: " + ", ".join(f"{name} {sample.mean:.3g}" for name, sample in found.items()))
 
 
 # ------------------------------------------------------------------ tell

@@ -29,15 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlduet.corpora import catalog, packages
-from vlduet.data.records import ImageRef, Message, Record, read_jsonl
+from vlduet.data.formats import read_jsonl
+from vlduet.data.records import ImageRef, Message, Record
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.demo.prepare import caption_key
 from vlduet.encoders.frozen import load_text_encoder
-from vlduet.logs import ProgressBar, say
+from vlduet.logs import ProgressBar, install_log_handler, logger
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
-from vlduet.model.generation import beam
+from vlduet.model.generation import continuous
 from vlduet.model.pooling import Readout, pool_hidden_states
 from vlduet.objectives.language import language_loss
 from vlduet.recipes.contrast import compute_contrastive_loss
@@ -84,7 +85,7 @@ def load_pictures(
     model: DuetModel, data: Path, name: str, held_out: set[str]
 ) -> tuple[list[str], list[PreparedImage], list[ImageRef]]:
     """Captions and prepared images of a training split, their features in the cache, and where the images are."""
-    folder = catalog.fetch_corpus(name, data, progress=say).folder
+    folder = catalog.fetch_corpus(name, data).folder
     records = [r for r in read_jsonl(folder / "train.jsonl") if is_usable_pair(r)]
     records = [r for r in records if not held_out & {caption_key(c) for c in r.short}]
     records = [
@@ -202,7 +203,7 @@ def prepare(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Material]:
         nano.build_checkpoint(out / "bare", untrained=True, seed=seed)
     model = DuetModel.from_pretrained(out / "bare")
     model.feature_cache = FeatureCache(out / "features")
-    stamps = catalog.fetch_corpus("stamps", data, progress=say).folder
+    stamps = catalog.fetch_corpus("stamps", data).folder
     held_out = {
         caption_key(c)
         for f in ("val", "test")
@@ -255,7 +256,7 @@ def prepare(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Material]:
         held_out,
         list(read_jsonl(stamps / "val.jsonl")),
     )
-    say(", ".join(f"{count} {name}" for name, count in material.counts().items()))
+    logger.info(", ".join(f"{count} {name}" for name, count in material.counts().items()))
     return model, material
 
 
@@ -398,7 +399,7 @@ def replay(model: DuetModel, names: list[str], *, count: int) -> list[Sequence]:
             start = model.prefill_inputs(
                 [model.renderer.render_chat(turns, add_generation_prompt=True) for turns in asked]
             )
-            answers += beam.generate_texts(model.backbone, start, 32)
+            answers += continuous.generate_texts(model.backbone, start, 32)
             bar.advance(len(asked))
     sentences = [re.match(r"[^.!?]{8,}[.!?]", " ".join(answer.split())) for answer in answers]
     return [
@@ -620,6 +621,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200)
     options = parser.parse_args()
+    install_log_handler()
     began = time.monotonic()
     torch.manual_seed(options.seed)
     random.seed(options.seed)
@@ -635,7 +637,7 @@ def main() -> None:
         warm_up(model, data.sources, steps=options.warm_up, noise=options.noise)
         fit_head(model, data.sources, texts=data.texts, count=500, ridge=100.0)
     start = compute_validation_metrics(model, data.validation, seed=0)
-    say(f"validation at the start: {start}")
+    logger.info(f"validation at the start: {start}")
     with_noise(model, data.sources, options.noise)
     model.train()
     log = train(
@@ -643,7 +645,7 @@ def main() -> None:
     )
     model.eval()
     found = compute_validation_metrics(model, data.validation, seed=0)
-    say(f"validation at the end: {found}")
+    logger.info(f"validation at the end: {found}")
     save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     facts = {
         "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},

@@ -18,8 +18,8 @@ from base import classifier, earlier, reading_classes
 from safetensors.torch import save_file
 
 from vlduet.corpora import catalog
-from vlduet.data.records import read_jsonl
-from vlduet.logs import say
+from vlduet.data.formats import read_jsonl
+from vlduet.logs import install_log_handler, logger
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
@@ -36,13 +36,14 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="nano.safetensors from before the classes")
     parser.add_argument("--out", type=Path, help="the same, reading them")
     options = parser.parse_args()
+    install_log_handler()
     if options.start is not None and options.out is not None:
         save_file(earlier(options.start), options.out)
         return
     if options.model is None or options.data is None:
         parser.error("--model and --data are needed, or --start and --out")
     model = DuetModel.from_pretrained(options.model)
-    folder = catalog.fetch_corpus("stamps", options.data, progress=say).folder
+    folder = catalog.fetch_corpus("stamps", options.data).folder
     validation = [record for record in read_jsonl(folder / "val.jsonl") if is_usable_pair(record)]
     tower, first = model.backbone.model.model.vision_tower, model.backbone.projector.linear_1
     _, bias = classifier()
@@ -54,7 +55,9 @@ def main() -> None:
             tower.encoder.blocks[17].projection.project_bn.bias[nano.CLASS_CHANNELS] = bias - doubt
             first.weight.copy_(reading_classes(first.weight, vote=vote))
         model.feature_cache = FeatureCache(None)  # another doubt, other features
-        say(f"doubt {doubt}, vote {vote}: {compute_validation_metrics(model, validation, seed=0)}")
+        logger.info(
+            f"doubt {doubt}, vote {vote}: {compute_validation_metrics(model, validation, seed=0)}"
+        )
 
 
 if __name__ == "__main__":

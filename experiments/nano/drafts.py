@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _captions import nearness
 
-from vlduet.data.records import read_jsonl
+from vlduet.data.formats import read_jsonl
 from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval.benchmarks.tasks import difference, sample
-from vlduet.logs import say
+from vlduet.logs import install_log_handler, logger
 from vlduet.model.duet import DuetModel
 from vlduet.workflows.captioning import known_texts
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("known", type=Path)
     options = parser.parse_args()
+    install_log_handler()
     model = DuetModel.from_pretrained(options.model)
     pairs = [
         (r.image, r.short[0])
@@ -60,14 +61,14 @@ def main() -> None:
         )
         near, rank = nearness(captions, [text for _, text in pairs])
         found[way] = {"near": near, **{f"hit@{k}": (rank <= k).astype(float) for k in (1, 5)}}
-        say(
+        logger.info(
             f"{way}: {sum(caption in vectors for caption in captions)} of {len(captions)} are known texts"
         )
         for name, values in found[way].items():
             gap = difference(sample(values), sample(found["greedy"][name]), seed=0)
             assert gap is not None, "the same images"
             more = f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})"
-            say(f"{way}, {name}: {100 * values.mean():.1f}, against greedy {more}")
+            logger.info(f"{way}, {name}: {100 * values.mean():.1f}, against greedy {more}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from vlduet.data.batches import Batch
 from vlduet.data.sequences import Sequence
 from vlduet.eval.metrics import HIT_CUTOFFS
 from vlduet.eval.protocols import measure_composed_retrieval
-from vlduet.logs import ProgressBar, say
+from vlduet.logs import ProgressBar, install_log_handler, logger
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import find_supervised_positions
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--weights", type=json.loads, default=weights)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    install_log_handler()
     began = time.monotonic()
     torch.manual_seed(options.seed)
     random.seed(options.seed)
@@ -197,12 +198,12 @@ def main() -> None:
         one.make_trainable(lora=nano.BASE_LORA, projector=True)
         nano.load_trained_tensors(one, load_file(options.start))
     start = judge(model, data)
-    say(f"validation at the start: {start}")
+    logger.info(f"validation at the start: {start}")
     model.train()
     log = train(model, teacher.eval(), data, replayed=replayed, options=options)
     model.eval()
     found = judge(model, data)
-    say(f"validation at the end: {found}")
+    logger.info(f"validation at the end: {found}")
     save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     facts = {
         "command": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},

@@ -1,12 +1,14 @@
-"""Ranks and the few collectives that the losses need; in one process every function is a no-op.
+"""Process group and the few collectives that the losses need; with one process they do nothing.
 
-The rule that keeps W processes equal to one (tests/distributed): every loss is *this rank's sum, divided by the global
-count, times W*; parameter gradients are averaged over ranks; what a loss needs of other ranks is gathered **with** its
-gradient. Then the average over ranks of the W-fold local shares is the gradient of the global mean.
+One rule makes W processes compute the same step as one process (see tests/distributed): every loss
+is *the sum over this rank's terms, divided by the global number of terms, times W*. Parameter
+gradients are averaged over the ranks. Tensors that a loss needs from other ranks are gathered *with*
+their gradient. The average over ranks of these W-fold shares is then the gradient of the global mean.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -15,64 +17,78 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from vlduet.logs import logger
+
 
 def init_process_group() -> None:
-    """Join the process group that torchrun describes; nothing to do without torchrun."""
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
+    """Join the process group that torchrun describes; without torchrun, do nothing.
+
+    Uses nccl and selects this process's GPU where CUDA is available, else gloo. All processes but
+    the main one log errors only from then on, because they all do the same work. A second call
+    does nothing.
+    """
+    if "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
+    if not is_main_process():
+        logger.setLevel(logging.ERROR)
 
 
 def get_world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank() -> int:
-    """This process's number, from 0."""
+    """Return the number of this process, from 0; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_main_process() -> bool:
-    """True in the one process that writes files and prints."""
+    """Return True in the one process (rank 0) that writes files and logs."""
     return get_rank() == 0
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Block until every rank has called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_reduce_sum(value: float) -> float:
-    """Sum of a number over all ranks."""
+    """Return the sum of a number over all ranks. Every rank must call it (collective)."""
     if get_world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    box = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(box)
-    return float(box.item())
+    total = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total.item())
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """One picklable value from every rank, in rank order."""
+    """Return the picklable values that all ranks passed, in rank order (collective)."""
     if get_world_size() == 1:
         return [value]
-    found: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Rows of all ranks, with gradient; ranks may have different numbers of rows.
+    """Concatenate the rows of all ranks; gradients flow back to the rank that a row came from.
+
+    Collective: every rank must call it, forward and backward. The numbers of rows may differ.
 
     Args:
-        rows: float[n, D], this rank's.
+        rows: float[n, D], the rows of this rank.
 
     Returns:
-        float[N, D] in rank order, and the index where this rank's rows begin.
+        float[N, D], the rows of all ranks in rank order, and the index of this rank's first row
+        among them. With one process, `rows` itself and 0.
     """
     if get_world_size() == 1:
         return rows, 0
@@ -82,13 +98,17 @@ def all_gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """all_gather whose backward sums what every rank's loss wants of these rows."""
+    """Autograd function of `all_gather_rows`.
+
+    Its backward pass sums the gradients that the losses of all ranks have for this rank's rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        """Gather float[counts[rank], D] from every rank into float[sum(counts), D]."""
         ctx.counts = counts
-        longest = max(counts)
-        padded = rows.new_zeros(longest, rows.shape[1])
+        # all_gather needs equal shapes, so every rank pads to the longest.
+        padded = rows.new_zeros(max(counts), rows.shape[1])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
@@ -96,6 +116,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return this rank's slice, float[n, D], of the gradient summed over ranks."""
         grad = grad.contiguous()
         dist.all_reduce(grad)
         begin = sum(ctx.counts[: get_rank()])
@@ -103,17 +124,23 @@ class _GatherRows(torch.autograd.Function):
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Average .grad over ranks in one flat buffer a dtype; a parameter that this rank did not use counts as zero."""
+    """Replace the ``.grad`` of every parameter, in place, by its average over all ranks.
+
+    Collective: every rank passes the same parameters in the same order. A parameter without a
+    gradient on this rank counts as zero and gets one. Gradients of one dtype are reduced in a
+    single flat buffer. With one process nothing happens.
+    """
     if get_world_size() == 1:
         return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    grads_by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-    for grads in by_dtype.values():
+        grads_by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+    for grads in grads_by_dtype.values():
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat)
         flat /= get_world_size()
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        parts = flat.split([grad.numel() for grad in grads])
+        for grad, average in zip(grads, parts, strict=True):
+            grad.copy_(average.view_as(grad))

@@ -1,16 +1,17 @@
-"""Every error a user can meet.
+"""Define every error that a user can cause.
 
-    VLDuetError            one clear line: what is wrong, where, what to do
-    ├── ConfigError        a key, a value or a combination in a config or an option
-    ├── DataError          a record, an image or a corpus
-    │   └── ImageError     one image that cannot or must not be decoded
-    ├── ModelError         a checkpoint, an adapter, a backbone
-    ├── TrainingError      a run that must stop (NaN, a checkpoint of another run)
-    ├── RetrievalError     an index, a search
-    ├── PackageError       a package that cannot be fetched or fails its hash
+    VLDuetError            base class: one line that says what is wrong, where, and what to do
+    ├── ConfigError        an invalid key, value or combination in a config file or a command option
+    ├── DataError          an unusable record, file of records or corpus
+    │   └── ImageError     an image that cannot or must not be decoded
+    ├── ModelError         an unusable checkpoint, adapter or backbone
+    ├── TrainingError      a run that must stop (NaN, or a checkpoint of another run)
+    ├── RetrievalError     an unusable index, or an impossible search
+    ├── PackageError       a package that cannot be downloaded or whose hash is wrong
     └── MissingExtraError  an optional dependency that is not installed
 
-The command line prints ``str(error)`` and exits with 1; ``--debug`` shows the traceback.
+The command line prints ``str(error)`` and exits with status 1; ``--debug`` shows the traceback.
+Mistakes of the program itself are assertions, not one of these errors.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 
 
 class VLDuetError(Exception):
-    """Base of all errors that a user can cause and mend.
+    """Base class of all errors that a user can cause and repair.
+
+    ``str(error)`` is one line, ``PLACE: MESSAGE. FIX``, without the parts that are missing.
 
     Args:
-        message: what is wrong, with the value as the user wrote it.
-        place: where, as ``file:line:field`` or the option's name.
-        fix: what to do about it, as an imperative sentence.
+        message: What is wrong, with the value as the user wrote it.
+        place: Location of the mistake, as ``file:line:field`` or the name of an option.
+        fix: What the user can do about it, as an imperative sentence.
     """
 
     def __init__(self, message: str, *, place: object | None = None, fix: str | None = None):
@@ -37,50 +40,63 @@ class VLDuetError(Exception):
         super().__init__(f"{text}. {fix}" if fix else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders (loader workers), and keyword arguments do not pickle by themselves.
+        # Loader workers send errors to the main process, and exceptions do not pickle their
+        # keyword arguments by themselves.
         return (_rebuild_error, (type(self), self.message, self.place, self.fix))
 
 
 def _rebuild_error(
-    kind: type[VLDuetError], message: str, place: str | None, fix: str | None
+    error_class: type[VLDuetError], message: str, place: str | None, fix: str | None
 ) -> VLDuetError:
-    return kind(message, place=place, fix=fix)
+    """Create an unpickled error from its class and the arguments of its constructor."""
+    return error_class(message, place=place, fix=fix)
 
 
 class ConfigError(VLDuetError):
-    """A key, a value or a combination in a config file or an option."""
+    """Error about an invalid key, value or combination in a config file or a command option."""
 
 
 class DataError(VLDuetError):
-    """A record, a file of records or a corpus."""
+    """Error about an unusable record, file of records or corpus."""
 
 
 class ImageError(DataError):
-    """One image that cannot or must not be decoded."""
+    """Error about one image that cannot be decoded, or must not be (too large, unsafe format)."""
 
 
 class ModelError(VLDuetError):
-    """A checkpoint, an adapter or a backbone."""
+    """Error about an unusable checkpoint, adapter or backbone."""
 
 
 class TrainingError(VLDuetError):
-    """A run that must stop: NaN, or a checkpoint that belongs to another run."""
+    """Error about a run that must stop: a loss of NaN, or a checkpoint of a different run."""
 
 
 class RetrievalError(VLDuetError):
-    """An index or a search."""
+    """Error about an unusable index or an impossible search."""
 
 
 class PackageError(VLDuetError):
-    """A package that cannot be fetched, or whose content is not what was pinned."""
+    """Error about a package that cannot be downloaded, or whose content is not the pinned one."""
 
 
 class MissingExtraError(VLDuetError):
-    """An optional dependency that is not installed."""
+    """Error about an optional dependency that is not installed."""
 
 
-def suggest_name(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: the closest known one, else all of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(known) or 'none'}"
+def suggest_name(name: str, known_names: Iterable[str]) -> str:
+    """Return the sentence that helps after an unknown name, for the `fix` of an error.
+
+    Args:
+        name: The name that the user wrote.
+        known_names: All valid names, in any order.
+
+    Returns:
+        ``Did you mean 'x'?`` with the single most similar known name. If none is similar (ratio
+        below 0.6), ``Known: a, b, c`` with all of them, sorted; ``Known: none`` if there are none.
+    """
+    candidates = sorted(known_names)
+    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    if matches:
+        return f"Did you mean '{matches[0]}'?"
+    return f"Known: {', '.join(candidates) or 'none'}"

@@ -1,4 +1,8 @@
-"""Files and folders that are there whole or not at all, whenever a process is killed or the power fails."""
+"""Write files and folders so that they are complete or absent, even if the process is killed.
+
+A file is written under a temporary name in its own folder, flushed to the disk and renamed. A folder
+is written beside its target; two renames then exchange the old and the new version.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,13 @@ from vlduet.errors import ConfigError
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file that either is there whole or not at all, power loss included."""
+    """Write one file so that it is complete or unchanged, also after a power failure.
+
+    Args:
+        path: The file to create or replace. Its folder must exist.
+        write: Function that writes the whole content into the open binary file that it receives.
+            If it raises, the exception propagates and `path` stays as it was.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with draft.open("wb") as file:
@@ -28,39 +38,52 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text as `atomic_write` does, making the folder where it is missing."""
+    """Write a UTF-8 text file with `write_atomically`; create its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Captions may hold lone surrogates, which UTF-8 has no bytes for.
+    # Captions may contain lone surrogates, which have no UTF-8 encoding.
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a JSON lines file that may not exist; a line that was cut short (kill -9) is left out."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in filter(None, text.split("\n")):  # splitlines knows more line ends than JSON does
+    """Return the parsed values of a JSON lines file, in file order.
+
+    Empty lines and lines that are not valid JSON are skipped silently: a killed process leaves an
+    incomplete last line. A file that does not exist gives an empty list.
+    """
+    if not path.exists():
+        return []
+    values = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # Not splitlines(): JSON strings may contain U+2028 and others that it takes for line ends.
+    for line in filter(None, text.split("\n")):
         try:
-            found.append(json.loads(line))
+            values.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return values
 
 
 def open_for_append(path: Path) -> TextIO:
-    """A file opened to add lines; half a line that a killed process left is closed first."""
-    half = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    out = path.open("a", encoding="utf-8")
-    if half:
-        out.write("\n")
-    return out
+    """Return a text file opened to append lines (UTF-8); the caller closes it.
+
+    The file is created if it is missing. If a killed process left a last line without a newline, a
+    newline is written first, so that the next line does not continue it.
+    """
+    is_incomplete = (
+        path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    )
+    file = path.open("a", encoding="utf-8")
+    if is_incomplete:
+        file.write("\n")
+    return file
 
 
 def fsync_paths(paths: Iterable[Path]) -> None:
-    """Ask the system to bring files and folders to the disk."""
+    """Ask the operating system to flush existing files and folders to the disk."""
     for path in paths:
         try:
             handle = os.open(path, os.O_RDONLY)
-        except PermissionError:  # Windows opens no folders
+        except PermissionError:  # Windows cannot open folders
             continue
         try:
             os.fsync(handle)
@@ -69,50 +92,60 @@ def fsync_paths(paths: Iterable[Path]) -> None:
 
 
 def require_empty_folder(folder: Path) -> None:
-    """Raises ConfigError where a folder is to be made and something stands already."""
+    """Raise ConfigError unless `folder` does not exist yet or is an empty folder."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(
-            "there is something here already", place=folder, fix="Name a new or an empty folder"
+            "the output folder is not empty", place=folder, fix="Name a new or an empty folder"
         )
 
 
 @contextmanager
 def replace_folder_atomically(folder: Path, *, marker: str) -> Iterator[Path]:
-    """A temporary folder that takes `folder`'s place at the end, or leaves it as it was.
+    """Yield an empty temporary folder that becomes `folder` when the ``with`` block ends.
 
-    Everything is flushed to disk before the swap, so after a crash one of the two versions opens.
+    The content is flushed to the disk before the exchange, so that after a crash either the old or
+    the new version is complete (`recover_folder` finishes an interrupted exchange). If the block
+    raises, the temporary folder is deleted and `folder` stays as it was.
 
     Args:
-        mark: a file of every version. What stands there without it is not ours to replace.
+        folder: The folder to create or replace; missing parent folders are created.
+        marker: Name of a file that every version of this folder contains. An existing folder
+            without it is not ours, and is replaced only if it is empty.
 
     Raises:
-        ConfigError: something else is there.
+        ConfigError: `folder` exists, is not empty and has no marker.
     """
-    folder = recover_folder(folder.resolve())  # of '.' and of 'x/..' there is no name to put beside
+    # Resolved, because '.' and 'x/..' have no name from which to derive a neighbour's name.
+    folder = recover_folder(folder.resolve())
     if not (folder / marker).is_file():
         require_empty_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.writing")
-    old = folder.with_name(f".{folder.name}.old")
+    previous = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         fsync_paths([temporary, *temporary.rglob("*")])
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
-            folder.rename(old)
+            folder.rename(previous)
         temporary.rename(folder)
         fsync_paths([folder.parent])
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> Path:
-    """`folder`, brought back where a kill fell between the two renames of `whole_folder`."""
-    whole = folder.resolve()
-    old = whole.with_name(f".{whole.name}.old")
-    if not whole.exists() and old.exists():
-        old.rename(whole)
+    """Restore a folder that a crash left under its backup name, and return `folder` itself.
+
+    A process killed between the two renames of `replace_folder_atomically` leaves only
+    ``.NAME.old``, which is renamed back. In all other cases nothing changes; the folder need not
+    exist.
+    """
+    resolved = folder.resolve()
+    previous = resolved.with_name(f".{resolved.name}.old")
+    if not resolved.exists() and previous.exists():
+        previous.rename(resolved)
     return folder

@@ -1,8 +1,14 @@
-"""What a person sees while something runs, and what is kept of it: progress, one-line messages, metrics and trackers."""
+"""Log messages, progress bars, and the metrics of training runs.
+
+The library logs to the logger ``vlduet`` and never prints. A program that wants to see its messages
+configures `logging`; the command line calls `install_log_handler`. Metrics go to ``metrics.jsonl``
+and, where it is installed, to tensorboard.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 import unicodedata
@@ -16,21 +22,72 @@ from vlduet.files import read_json_lines
 T = TypeVar("T")
 
 PROGRESS_LINE_SECONDS = 10.0
-"""Seconds between two progress lines when the output is not a terminal."""
+"""Seconds between two progress messages when standard error is not a terminal."""
+
+MIN_REPORTED_SECONDS = 2.0
+"""Loops that took less time than this, in seconds, end without a message."""
+
+logger = logging.getLogger("vlduet")
+"""Logger of the whole package. With several processes only the main one logs (`distributed`)."""
 
 
 def strip_control_characters(text: str, keep: str = "") -> str:
-    """Without control characters: what stands in a file must not steer the terminal."""
+    """Return `text` with every control character replaced by a blank, except those in `keep`.
+
+    Text from files must not be able to send escape sequences to the user's terminal.
+    """
     return "".join(c if c in keep or unicodedata.category(c) != "Cc" else " " for c in text)
 
 
-def say(text: str) -> None:
-    """One line to standard error, where messages never mix with printed results."""
-    print(strip_control_characters(text, keep="\n\t"), file=sys.stderr, flush=True)
+# --------------------------------------------------------------------- messages
+
+
+class ConsoleHandler(logging.Handler):
+    """Log handler that writes plain messages to standard error.
+
+    On a terminal rich prints them, above a running progress bar and with warnings in yellow.
+    Elsewhere (a pipe, a file) every message is written unwrapped.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message; a standard error that cannot be written to is not an error."""
+        try:
+            text = strip_control_characters(self.format(record), keep="\n\t")
+            if sys.stderr.isatty():
+                from rich.console import Console
+
+                style = "yellow" if record.levelno >= logging.WARNING else ""
+                console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+                console.print(text, style=style, highlight=False)
+            else:
+                sys.stderr.write(f"{text}\n")
+                sys.stderr.flush()
+        except (OSError, ValueError):  # a closed pipe, a closed file
+            self.handleError(record)
+
+
+def install_log_handler() -> None:
+    """Show the package's messages of level INFO and above on standard error.
+
+    For programs such as the command line; libraries configure `logging` as they like. Calling it
+    again changes nothing.
+    """
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
+
+
+# --------------------------------------------------------------------- progress
 
 
 def track_progress(items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
-    """Yield `items` under a progress bar on standard error; plain lines now and then when that is not a terminal."""
+    """Yield `items` one by one while a `ProgressBar` counts them.
+
+    Args:
+        items: The items to pass through, unchanged.
+        total: Number of items; by default ``len(items)``, or unknown for an iterator.
+        label: Text in front of the bar.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
     with ProgressBar(total=total, label=label) as bar:
@@ -40,12 +97,26 @@ def track_progress(items: Iterable[T], *, total: int | None = None, label: str =
 
 
 class ProgressBar:
-    """A progress bar that is advanced by hand, with a note beside it (a loss, an item's name)."""
+    """Progress of a loop, as a context manager whose `advance` is called by hand.
+
+    On a terminal it is a bar on standard error. Elsewhere it is a log message every
+    `PROGRESS_LINE_SECONDS`, and one at the end of a loop that took a while.
+
+    Args:
+        total: Number of items, or None if it is unknown.
+        label: Text in front of the bar.
+    """
 
     def __init__(self, *, total: int | None, label: str = ""):
-        self.total, self.label, self.count, self.note = total, label, 0, ""
+        self.total = total
+        self.label = label
+        self.count = 0
+        """Number of finished items."""
+        self.note = ""
+        """Text behind the bar, such as the current loss."""
         self._bar: Any = None
-        self._started = self._spoke = time.monotonic()
+        self._started = time.monotonic()
+        self._last_logged = self._started
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -66,51 +137,65 @@ class ProgressBar:
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """`count` more items are done."""
+        """Count `count` more finished items and update the display.
+
+        Args:
+            count: Number of items finished since the last call.
+            note: New text behind the bar; None keeps the present one.
+        """
         self.count += count
-        self.note = self.note if note is None else note
+        if note is not None:
+            self.note = note
         if self._bar is not None:
             self._bar.update(self._task, advance=count, note=self.note)
-        elif time.monotonic() - self._spoke > PROGRESS_LINE_SECONDS:
-            self._spoke = time.monotonic()
-            say(self._line())
+        elif time.monotonic() - self._last_logged > PROGRESS_LINE_SECONDS:
+            self._last_logged = time.monotonic()
+            logger.info(self._format_line())
 
-    def _line(self) -> str:
-        of = f"{self.count}/{self.total}" if self.total else str(self.count)
-        return f"{self.label}: {of} after {time.monotonic() - self._started:.0f} s {self.note}".rstrip()
+    def _format_line(self) -> str:
+        """Return the progress as text: ``LABEL: 3/10 after 12 s NOTE``."""
+        count = f"{self.count}/{self.total}" if self.total else str(self.count)
+        seconds = time.monotonic() - self._started
+        return f"{self.label}: {count} after {seconds:.0f} s {self.note}".rstrip()
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is None and time.monotonic() - self._started > 2.0:
-            say(self._line())
+        if exception_type is None and time.monotonic() - self._started > MIN_REPORTED_SECONDS:
+            logger.info(self._format_line())
+
+
+# --------------------------------------------------------------------- metrics
 
 
 class MetricsLog:
-    """`metrics.jsonl`, one object a line, and tensorboard where it is installed.
+    """Writer of a run's ``metrics.jsonl``, and of tensorboard's files where it is installed.
 
-    Lines at or past `resume_at` are dropped on opening: a resumed run writes them again.
+    Args:
+        folder: Existing folder of the run. Tensorboard's files go to ``folder/tensorboard``.
+        resume_at: First step that will be written. Existing rows of this and later steps are
+            deleted from the file, because a resumed run writes them again; 0 deletes all.
     """
 
     def __init__(self, folder: Path, *, resume_at: int = 0):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] < resume_at]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        rows = [row for row in read_metrics(self.path) if row["step"] < resume_at]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._file = self.path.open("a")
         self._board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # tensorboard is an extra; metrics.jsonl always holds everything
+        except ImportError:  # tensorboard is optional; metrics.jsonl always holds everything
             return
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of one step, flushed at once so that a killed run keeps them."""
+        """Append the values of one step by name, flushed so that a killed process keeps them."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -118,12 +203,15 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close both."""
+        """Close the file and tensorboard's writer."""
         self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a `metrics.jsonl`; a half-written last line (kill -9) is left out."""
+    """Return the rows of a ``metrics.jsonl``, each with its ``step``, in file order.
+
+    An incomplete last line (from a killed process) is skipped. A missing file gives an empty list.
+    """
     return read_json_lines(path)

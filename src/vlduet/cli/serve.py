@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlduet.logs import say
+from vlduet.logs import logger
 
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
 
@@ -61,9 +61,9 @@ def serve(
     worker = Worker(loaded)
     name = model.resolve().name
     at = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}/v1"
-    say(f"{name} answers and embeds at {at} (Ctrl-C ends it)")
+    logger.info(f"{name} answers and embeds at {at} (Ctrl-C ends it)")
     if known is None and host not in LOOPBACK:
-        say(f"anyone who reaches {host} may ask: give --keys, or keep others out by other means")
+        logger.info(f"anyone who reaches {host} may ask: give --keys, or keep others out by other means")
     service = Service(worker, name=name, index=opened)
     try:
         run_server(

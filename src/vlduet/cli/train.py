@@ -29,7 +29,7 @@ def train(
     import json
 
     from vlduet import config as settings_of
-    from vlduet.logs import read_metrics, say
+    from vlduet.logs import logger, read_metrics
 
     settings = settings_of.load_run_config(config, overrides or [])
     from vlduet.workflows.validation import make_validator
@@ -59,7 +59,7 @@ def train(
     if as_json:
         typer.echo(json.dumps({"model": str(folder), **last}))
     else:
-        say(f"trained: {folder} (metrics in {settings.out / 'metrics.jsonl'})")
+        logger.info(f"trained: {folder} (metrics in {settings.out / 'metrics.jsonl'})")
 
 
 def compare(
@@ -78,7 +78,7 @@ def compare(
 
     from vlduet import config as settings_of
     from vlduet import distributed
-    from vlduet.logs import say
+    from vlduet.logs import logger
     from vlduet.workflows import compare as comparison
 
     settings = settings_of.load_comparison_config(config, overrides or [])
@@ -89,4 +89,4 @@ def compare(
         typer.echo(json.dumps(found))
     else:
         typer.echo(comparison.format_table(found))
-        say(f"the same in {settings.out / 'table.md'} and table.json")
+        logger.info(f"the same in {settings.out / 'table.md'} and table.json")

@@ -1,1 +1,1 @@
-"""Real data sets that are installed by package name and written as records."""
+"""Real data sets, fetched by package name and written as records with fixed splits."""

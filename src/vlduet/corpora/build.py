@@ -1,14 +1,14 @@
-"""What all corpora share: samples with pictures, splits by content, SVG rendering, and the writing of the folder.
+"""Shared parts of all corpora: samples, splits by content, SVG rendering, and writing the folder.
 
-A builder turns unpacked packages into `Sample`s. `write` makes of them
+The builder of a corpus turns unpacked packages into `CorpusSample`s. `write_corpus` writes them as
 
-    train.jsonl  val.jsonl  test.jsonl    records, images by path relative to the file
-    images/...                            PNG or JPEG, at most MAX_SIDE pixels a side; SVG drawings rendered on white
-    COPYRIGHT-*.txt                       what the packages say of their artists and licences
-    README.md                             what it is, licence, attribution, source, counts, how it was split
+    train.jsonl  val.jsonl  test.jsonl    records; image paths are relative to the file
+    images/...                            PNG or JPEG, longer side at most MAX_IMAGE_SIDE pixels
+    COPYRIGHT-*.txt                       copyright files of the packages
+    README.md                             description, licence, attribution, sources, counts, splits
     manifest.json                         packages with their hashes, and the SHA-256 of every file
 
-with the same bytes every time.
+The same packages always give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,142 +21,183 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from vlduet.corpora.packages import Package
 from vlduet.data import images
 from vlduet.data.records import ImageRef
+from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, find_near_duplicates
 from vlduet.errors import ImageError, MissingExtraError
+from vlduet.logs import track_progress
 
 MAX_IMAGE_SIDE = 512
-DEFAULT_SVG_HEIGHT = 256
+"""Pixels of the longer side above which an image is scaled down."""
+SVG_HEIGHT = 256
+"""Pixels of the height that SVG drawings are rendered to, unless a corpus chooses another."""
 SPLITS = ("train", "val", "test")
+
+PackageFolders = Mapping[str, Path]
+"""Unpacked folder of each package by the package's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusImage:
-    """An image of a corpus that is still in its package."""
+    """An image of a corpus that has not been written yet."""
 
     name: str
-    """Its path in the corpus, ``images/....png``."""
+    """Path in the corpus folder, ``images/....png`` or ``.jpg``."""
     source: Path | bytes
-    """A file of the package, or encoded PNG."""
-    height: int = DEFAULT_SVG_HEIGHT
-    """Pixels that an SVG drawing is rendered to."""
+    """Image file of the package, or the finished PNG file as bytes."""
 
     def encode(self) -> bytes:
-        """PNG or JPEG bytes as they will be written."""
-        return (
-            self.source
-            if isinstance(self.source, bytes)
-            else encode_image(self.source, height=self.height)
-        )
+        """Return the PNG or JPEG file to write; see `encode_image`."""
+        if isinstance(self.source, bytes):
+            return self.source
+        return encode_image(self.source)
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusSample:
-    """One record in JSON form, with `Picture`s where paths will stand, and the split it belongs to."""
+    """A record and its split."""
 
     record: dict[str, Any]
+    """The record as in a records file, with a `CorpusImage` in place of every image path."""
     split: str
+    """``train``, ``val`` or ``test``."""
 
     def images(self) -> list[CorpusImage]:
-        """Every picture of the record."""
-        found: list[CorpusImage] = []
-
-        def walk(value: Any) -> None:
-            if isinstance(value, CorpusImage):
-                found.append(value)
-            elif isinstance(value, Mapping):
-                for item in value.values():
-                    walk(item)
-            elif isinstance(value, list | tuple):
-                for item in value:
-                    walk(item)
-
-        walk(self.record)
-        return found
+        """Return all images of the record, in reading order."""
+        return list(_find_images(self.record))
 
 
-PackageFolders = Mapping[str, Path]
-"""Package name -> its unpacked folder."""
-
-T = TypeVar("T")
-
-
-class Watch(Protocol):
-    """Wraps a long loop, for a progress bar: gives back the items it is given."""
-
-    def __call__(self, items: Sequence[T], label: str) -> Iterable[T]: ...
-
-
-def unwatched(items: Sequence[T], label: str) -> Iterable[T]:
-    """No progress bar."""
-    return items
+def _find_images(value: Any) -> Iterable[CorpusImage]:
+    """Yield the `CorpusImage`s inside nested dicts, lists and tuples, depth first."""
+    if isinstance(value, CorpusImage):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _find_images(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _find_images(item)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A real corpus and where it comes from."""
+    """Definition of a real corpus: its packages, its builder, and the texts of its README.
+
+    All fields but `build` come from corpora.json.
+    """
 
     name: str
     title: str
-    """What it is, in one sentence."""
+    """Content of the corpus in one sentence."""
     licence: str
     attribution: str
     packages: tuple[Package, ...]
+    """Packages without which the corpus cannot be built."""
     split_by: str
-    """How leakage between the splits is kept out, in one sentence."""
-    build: Callable[[PackageFolders, Watch], Iterable[CorpusSample]] = field(repr=False)
+    """Description of the splits: how leakage between them is avoided."""
+    build: Callable[[PackageFolders], Iterable[CorpusSample]] = field(repr=False)
+    """Function from the unpacked packages to all samples, in the order of their records."""
     version: int = 1
-    """Raised whenever the builder makes other bytes of the same packages."""
+    """Number to raise whenever the builder makes different bytes from the same packages."""
     optional: tuple[Package, ...] = ()
-    """Left out where they cannot be fetched."""
+    """Packages that are left out where they cannot be fetched."""
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusSummary:
-    """What `fetch` wrote."""
+    """Facts about a corpus folder that was written or found complete."""
 
     name: str
     folder: Path
     counts: Mapping[str, int]
-    """Records by split."""
+    """Number of records by split."""
     num_images: int
     licence: str
     reused: bool
-    """True when the folder was there, complete and made of the same packages."""
+    """True if the folder already existed, complete and made from the same packages."""
 
 
-# --- splits ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------- splits
 
 
-def assign_split(group: str, *, test: float, val: float) -> str:
-    """train, val or test for a whole group, from the hash of its name: no seed, no order, no neighbours matter."""
-    place = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-    return "test" if place < test else "val" if place < test + val else "train"
+def assign_split(group_name: str, *, test: float, val: float) -> str:
+    """Return the split of a whole group, from the hash of its name.
+
+    There is no seed, and other groups have no influence: a group keeps its split when the corpus
+    changes around it.
+
+    Args:
+        group_name: Name that depends on the group's content only.
+        test: Expected share of groups in ``test``.
+        val: Expected share of groups in ``val``; all others are in ``train``.
+    """
+    digest = hashlib.sha256(group_name.encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+    if position < test:
+        return "test"
+    return "val" if position < test + val else "train"
+
+
+def assign_group_splits(
+    groups: UnionFind, names: Sequence[str], *, corpus: str, test: float, val: float
+) -> list[str]:
+    """Return the split of every item, the same one for all items of a group.
+
+    Args:
+        groups: Groups over the item numbers 0 to N - 1.
+        names: Name of each of the N items. A group is named after the smallest of its names, not
+            after a position, so that other items can come and go without moving it.
+        corpus: Name of the corpus, which the hash includes.
+        test, val: Shares, see `assign_split`.
+    """
+    splits = [""] * len(names)
+    for members in groups.groups():
+        group_name = min(names[i] for i in members)
+        split = assign_split(f"{corpus}:{group_name}", test=test, val=val)
+        for i in members:
+            splits[i] = split
+    return splits
+
+
+def union_near_duplicates(groups: UnionFind, fingerprints: Sequence[ImageFingerprint]) -> None:
+    """Unite, in place, the items whose images are near-duplicates; item i has fingerprints[i]."""
+    for i, j in find_near_duplicates(fingerprints):
+        groups.union(i, j)
 
 
 def normalize_caption(text: str) -> str:
-    """A caption for comparing: case, punctuation and white space given up."""
+    """Return a caption for comparisons, without its case, punctuation and extra white space.
+
+    Currency and mathematical signs stay, because captions may differ in them only.
+    """
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.sub(r"[^\w$€£¥%+=<>≤≥≠÷×−-]+", " ", text).split())
 
 
 def slugify(text: str) -> str:
-    """A file name that every system takes: lower-case ASCII letters, digits, - and _."""
+    """Return a file name that every system accepts: lower-case ASCII letters, digits, - and _.
+
+    Accents are removed and other characters become ``-``; a text without any valid one gives
+    ``x``. Different texts can give the same name.
+    """
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9_]+", "-", text).strip("-") or "x"
 
 
-# --- pictures --------------------------------------------------------------------------------------
+# --------------------------------------------------------------------- images
 
 
-def render_svg(source: Path, *, height: int = DEFAULT_SVG_HEIGHT) -> bytes:
-    """An SVG drawing of a trusted package -> PNG bytes on white. System fonts are not used: equal bytes everywhere.
+def render_svg(source: Path, *, height: int) -> bytes:
+    """Return an SVG drawing of a trusted package as PNG bytes, on white, `height` pixels high.
+
+    System fonts are not used, so that every machine gives the same bytes.
 
     Raises:
-        ImageError: it cannot be rendered.
+        ImageError: The drawing cannot be rendered.
+        MissingExtraError: resvg-py is not installed.
     """
     try:
         import resvg_py
@@ -165,8 +206,8 @@ def render_svg(source: Path, *, height: int = DEFAULT_SVG_HEIGHT) -> bytes:
             "rendering SVG needs resvg-py", fix="pip install resvg-py"
         ) from None
     try:
-        # Without dpi, sizes in mm and pt come out as nothing and some drawings fail.
-        data = resvg_py.svg_to_bytes(
+        # Without dpi, lengths in mm and pt become zero and some drawings fail.
+        png = resvg_py.svg_to_bytes(
             svg_path=str(source),
             height=height,
             dpi=96,
@@ -175,23 +216,33 @@ def render_svg(source: Path, *, height: int = DEFAULT_SVG_HEIGHT) -> bytes:
         )
     except ValueError as error:
         raise ImageError(f"the drawing cannot be rendered ({error})", place=source) from None
-    return bytes(data)
+    return bytes(png)
 
 
-def encode_image(source: Path, *, height: int = DEFAULT_SVG_HEIGHT) -> bytes:
-    """A package's image as PNG or JPEG bytes: copied as it is where that is small enough, else scaled."""
+def encode_image(source: Path) -> bytes:
+    """Return an image file of a package as the bytes of a PNG or JPEG file.
+
+    An SVG drawing is rendered SVG_HEIGHT pixels high. A PNG or JPEG file with sides of at most
+    MAX_IMAGE_SIDE is returned unchanged. Other images are scaled down to that if they are larger;
+    JPEG stays JPEG, everything else becomes PNG.
+
+    Raises:
+        ImageError: The image cannot be decoded or rendered.
+    """
     if source.suffix == ".svg":
-        return render_svg(source, height=height)
+        return render_svg(source, height=SVG_HEIGHT)
     data = source.read_bytes()
     image = images.load_image(ImageRef(path=source))
-    kind = images.detect_image_format(data[:512])
-    if max(image.size) <= MAX_IMAGE_SIDE and kind in ("PNG", "JPEG"):
+    image_format = images.detect_image_format(data[:512])
+    if max(image.size) <= MAX_IMAGE_SIDE and image_format in ("PNG", "JPEG"):
         return data
-    small = images.scale_down(image, MAX_IMAGE_SIDE)
-    return images.encode_jpeg(small) if kind == "JPEG" else images.encode_png(small)
+    image = images.scale_down(image, MAX_IMAGE_SIDE)
+    if image_format == "JPEG":
+        return images.encode_jpeg(image)
+    return images.encode_png(image)
 
 
-# --- the folder ------------------------------------------------------------------------------------
+# --------------------------------------------------------------------- folder
 
 
 def write_corpus(
@@ -201,84 +252,86 @@ def write_corpus(
     packages: Sequence[Package],
     folder: Path,
     notices: Mapping[str, bytes] | None = None,
-    watch: Watch = unwatched,
 ) -> CorpusSummary:
-    """Write the whole folder.
+    """Write all files of a corpus.
 
     Args:
-        samples: in the order of their records.
-        packages: those that were really used.
-        folder: new or empty.
-        notices: more files, by name: the packages' own copyright files.
-        watch: wraps the loop over pictures.
+        samples: All samples, in the order of their records.
+        packages: The packages that were used.
+        folder: A new or empty folder.
+        notices: Further files by name: the copyright files of the packages.
     """
     hashes: dict[str, str] = {}
 
-    def put(name: str, data: bytes) -> None:
+    def write_file(name: str, data: bytes) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         hashes[name] = hashlib.sha256(data).hexdigest()
 
-    pictures = {picture.name: picture for sample in samples for picture in sample.images()}
-    assert len({name.lower() for name in pictures}) == len(pictures), (
-        "names differ in more than case"
-    )
-    for picture in watch(list(pictures.values()), f"writing {corpus.name}"):
-        put(picture.name, picture.encode())
-    counts = Counter(sample.split for sample in samples)
+    corpus_images = {image.name: image for sample in samples for image in sample.images()}
+    # Windows and macOS do not distinguish file names by case.
+    distinct_names = {name.lower() for name in corpus_images}
+    assert len(distinct_names) == len(corpus_images), "image names differ in case only"
+    for image in track_progress(list(corpus_images.values()), label=f"writing {corpus.name}"):
+        write_file(image.name, image.encode())
     for split in SPLITS:
-        lines = [_line(sample.record) for sample in samples if sample.split == split]
-        put(f"{split}.jsonl", "".join(lines).encode())
+        lines = [_format_record(sample.record) for sample in samples if sample.split == split]
+        write_file(f"{split}.jsonl", "".join(lines).encode())
     for name, data in (notices or {}).items():
-        put(name, data)
-    put("README.md", _readme(corpus, packages, counts, len(pictures)).encode())
+        write_file(name, data)
+    counts = Counter(sample.split for sample in samples)
+    write_file("README.md", _format_readme(corpus, packages, counts, len(corpus_images)).encode())
     manifest = {
         **describe_origin(corpus, packages),
         "records": {split: counts[split] for split in SPLITS},
-        "images": len(pictures),
+        "images": len(corpus_images),
         "files": dict(sorted(hashes.items())),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(manifest, indent=1) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
     return summarize_manifest(corpus, folder, manifest, reused=False)
 
 
 def describe_origin(corpus: Corpus, packages: Sequence[Package]) -> dict[str, Any]:
-    """The part of the manifest that says what a folder was made of."""
-    made_of = [
-        {"kind": p.kind, "name": p.name, "version": p.version, "sha256": p.sha256} for p in packages
-    ]
+    """Return the part of the manifest that identifies the corpus version and its packages."""
     return {
         "corpus": corpus.name,
         "version": corpus.version,
         "licence": corpus.licence,
-        "packages": made_of,
+        "packages": [
+            {"kind": p.kind, "name": p.name, "version": p.version, "sha256": p.sha256}
+            for p in packages
+        ],
     }
 
 
 def summarize_manifest(
     corpus: Corpus, folder: Path, manifest: Mapping[str, Any], *, reused: bool
 ) -> CorpusSummary:
-    """What a manifest says, for people and for --json."""
+    """Return the summary of a corpus folder from its manifest."""
     return CorpusSummary(
         corpus.name, folder, manifest["records"], manifest["images"], corpus.licence, reused
     )
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, default=lambda picture: picture.name) + "\n"
+def _format_record(record: Mapping[str, Any]) -> str:
+    """Return a record as one JSON line, with the file name of every image."""
+    return json.dumps(record, ensure_ascii=False, default=lambda image: image.name) + "\n"
 
 
-def _readme(
+def _format_readme(
     corpus: Corpus, packages: Sequence[Package], counts: Counter[str], num_images: int
 ) -> str:
+    """Return the text of the corpus's README.md."""
     rows = "\n".join(f"| {split} | {counts[split]} |" for split in SPLITS)
     sources = "\n".join(f"- {package} (SHA-256 `{package.sha256}`)" for package in packages)
     return f"""# {corpus.name}
 
 {corpus.title}
 
-Written by `vlduet data fetch {corpus.name}`; the same packages give the same bytes. `manifest.json` holds the
+Written by `vlduet data fetch {corpus.name}`; the same packages give the same bytes. \
+`manifest.json` holds the
 SHA-256 of every file.
 
 ## Licence

@@ -1,60 +1,58 @@
-"""campaigns: the illustrated stories of Wesnoth's campaigns, one interleaved record a scenario.
+"""Corpus campaigns: illustrated stories of Wesnoth, one interleaved record per scenario.
 
-Story screens with their backgrounds come first, then the dialogue, each speaker's portrait before his first line. A whole
-campaign stands in one split. Portraits that several campaigns or the `wesnoth` corpus share are shown in one split only:
-elsewhere the text stays and the picture is left out.
+Story screens with their backgrounds come first, then the dialogue, with each speaker's portrait
+before the first of his lines. A whole campaign is in one split. A picture that several campaigns or
+the corpus wesnoth share is shown in one split only; elsewhere the text stays without the picture.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora import wml
 from vlduet.corpora.build import (
-    Corpus,
     CorpusImage,
     CorpusSample,
     PackageFolders,
-    Watch,
     assign_split,
     slugify,
+    union_near_duplicates,
 )
 from vlduet.corpora.packages import PACKAGES
 from vlduet.corpora.wesnoth import (
-    ATTRIBUTION,
     DATA_FOLDER,
-    LICENCE,
     PACKAGE_NAME,
     assign_unit_splits,
     parse_image_path,
     read_units,
 )
+from vlduet.corpora.wml import WmlBlock, read_wml
 from vlduet.data.images import IMAGE_SUFFIXES
 from vlduet.data.records import ImageRef
-from vlduet.data.tools.duplicates import (
-    ImageFingerprint,
-    UnionFind,
-    find_near_duplicates,
-    fingerprint_image,
-)
+from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, fingerprint_image
 from vlduet.errors import ImageError
+from vlduet.logs import track_progress
 
 CAMPAIGN_PACKAGES = tuple(
-    p for name, p in PACKAGES.items() if name.startswith("wesnoth-1.16-") and name != PACKAGE_NAME
+    package
+    for name, package in PACKAGES.items()
+    if name.startswith("wesnoth-1.16-") and name != PACKAGE_NAME
 )
-TEST_SHARE, VAL_SHARE = 0.15, 0.12
+TEST_SHARE = 0.15
+VAL_SHARE = 0.12
 MIN_TEXTS = 3
+"""Number of texts below which a scenario is left out."""
 
-_NOBODY = frozenset({"", "narrator", "unit", "second_unit"})
+# Speakers without a name of their own.
+_ANONYMOUS = frozenset({"", "narrator", "unit", "second_unit"})
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One text, and what is seen with it."""
+    """One text, and the picture that the player sees with it."""
 
     text: str
     image: Path | None
@@ -62,198 +60,224 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """One scenario."""
+    """The story of one scenario of a campaign."""
 
     campaign: str
+    """Name of the campaign's folder."""
     name: str
+    """Name of the scenario's file without suffix."""
     title: str
     scenes: tuple[Scene, ...]
 
 
-def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
-    """All scenarios with pictures, campaign by campaign."""
+@dataclass(frozen=True, slots=True)
+class Character:
+    """A character who speaks in a campaign."""
+
+    name: str
+    """Name to show before his lines; may be empty."""
+    portrait: Path | None
+
+
+def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
+    """Yield a record for every scenario that has enough texts and a picture, by campaign."""
     core = folders[PACKAGE_NAME] / DATA_FOLDER / "core"
-    profiles = {unit.id: unit.source for unit in read_units(core)}
-    stories = [
-        story
-        for name in watch(sorted(folders), "reading campaigns")
-        for campaign in sorted((folders[name] / DATA_FOLDER / "campaigns").glob("*/_main.cfg"))
-        if campaign.parent.name != "tutorial"  # how to play, and no story
-        for story in read_campaign(campaign.parent, core, profiles)
-    ]
-    owners = _owners(stories, core)
-    for story in stories:
-        split = _split(story.campaign)
-        parts: list[dict[str, Any]] = [{"text": story.title}] if story.title else []
-        num_images, last = 0, None
-        for scene in story.scenes:
-            if scene.image is not None and scene.image != last and owners.get(scene.image) == split:
-                parts.append({"image": _picture(scene.image)})
-                num_images, last = num_images + 1, scene.image
+    portraits = {unit.id: unit.source for unit in read_units(core)}
+    scenarios: list[Scenario] = []
+    for name in track_progress(sorted(folders), label="reading campaigns"):
+        for main_file in sorted((folders[name] / DATA_FOLDER / "campaigns").glob("*/_main.cfg")):
+            if main_file.parent.name != "tutorial":  # it explains the game and tells no story
+                scenarios += read_campaign(main_file.parent, core, portraits)
+    image_splits = _assign_image_splits(scenarios, core)
+    for scenario in scenarios:
+        split = _campaign_split(scenario.campaign)
+        parts: list[dict[str, Any]] = [{"text": scenario.title}] if scenario.title else []
+        num_images = 0
+        previous_image = None
+        for scene in scenario.scenes:
+            image = scene.image
+            if image and image != previous_image and image_splits.get(image) == split:
+                parts.append({"image": _make_image(image)})
+                num_images += 1
+                previous_image = image
             parts.append({"text": scene.text})
-        if num_images and len(story.scenes) >= MIN_TEXTS:
-            metadata = {"campaign": story.campaign, "images": num_images}
-            yield CorpusSample(
-                {"id": f"{story.campaign}/{story.name}", "parts": parts, "metadata": metadata},
-                split,
-            )
+        if num_images and len(scenario.scenes) >= MIN_TEXTS:
+            metadata = {"campaign": scenario.campaign, "images": num_images}
+            record_id = f"{scenario.campaign}/{scenario.name}"
+            yield CorpusSample({"id": record_id, "parts": parts, "metadata": metadata}, split)
 
 
-def _split(campaign: str) -> str:
+def _campaign_split(campaign: str) -> str:
+    """Return the split of a whole campaign."""
     return assign_split(f"campaigns:{campaign}", test=TEST_SHARE, val=VAL_SHARE)
 
 
-def _picture(source: Path) -> CorpusImage:
-    inside = source.as_posix().rpartition("/images/")
-    campaign = Path(inside[0]).name
-    kind = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
-    return CorpusImage(
-        f"images/{slugify(campaign)}/{slugify(Path(inside[2]).with_suffix('').as_posix().replace('/', '__'))}{kind}",
-        source,
-    )
+def _make_image(source: Path) -> CorpusImage:
+    """Return a picture under its name in the corpus: ``images/CAMPAIGN/PATH``."""
+    folder, _, name = source.as_posix().rpartition("/images/")
+    stem = slugify(Path(name).with_suffix("").as_posix().replace("/", "__"))
+    suffix = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
+    return CorpusImage(f"images/{slugify(Path(folder).name)}/{stem}{suffix}", source)
 
 
-def read_campaign(folder: Path, core: Path, profiles: dict[str, Path]) -> Iterator[Scenario]:
-    """The stories of one campaign, by the names of its scenario files."""
-    files = sorted(folder.glob("scenarios/**/*.cfg"))
-    blocks = {path: wml.read_wml(path) for path in files}
+# --------------------------------------------------------------------- reading
+
+
+def read_campaign(folder: Path, core: Path, portraits: dict[str, Path]) -> Iterator[Scenario]:
+    """Yield the stories of one campaign, in the order of its scenario files.
+
+    Args:
+        folder: The campaign's folder.
+        core: The game's ``core`` folder, where images are looked up second.
+        portraits: Portrait of each unit type of the game by its id.
+    """
+    blocks = {path: read_wml(path) for path in sorted(folder.glob("scenarios/**/*.cfg"))}
     roots = (folder / "images", core / "images")
-    faces = _faces(folder, [*blocks.values()], roots, profiles)
+    characters = _read_characters(folder, list(blocks.values()), roots, portraits)
     for path, block in blocks.items():
-        titles = [b.get_text("name") for b in block.find_blocks("scenario", "cutscene")]
-        scenes = tuple(_scenes(block, roots, faces))
+        titles = [child.get_text("name") for child in block.find_blocks("scenario", "cutscene")]
+        scenes = tuple(_read_scenes(block, roots, characters))
         yield Scenario(folder.name, path.stem, titles[0] if titles else "", scenes)
 
 
-def _faces(
-    folder: Path, blocks: list[wml.WmlBlock], roots: tuple[Path, ...], profiles: dict[str, Path]
-) -> dict[str, tuple[str, Path | None]]:
-    """Character's id -> (name, portrait), from every side and unit of the campaign."""
-    portraits = {
-        p.stem.lower(): p
-        for p in sorted((folder / "images").glob("portraits/**/*"))
-        if p.suffix in IMAGE_SUFFIXES
-    }
-    kinds = dict(profiles)
+def _read_characters(
+    folder: Path,
+    blocks: Sequence[WmlBlock],
+    roots: tuple[Path, ...],
+    unit_portraits: Mapping[str, Path],
+) -> dict[str, Character]:
+    """Return the characters of a campaign by their ids, from every side and unit of it.
+
+    The portrait of a character is the first of: the profile of his block, a portrait file of the
+    campaign with his id as its name, the portrait of his unit type. Portrait files that belong to
+    nobody add a character with the file's name.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted((folder / "images").glob("portraits/**/*")):
+        if path.suffix in IMAGE_SUFFIXES:
+            files[path.stem.lower()] = path
+    type_portraits = dict(unit_portraits)
     for path in sorted(folder.glob("units/**/*.cfg")):
-        for unit in wml.read_wml(path).find_blocks("unit_type"):
-            if (own := _find(unit.attributes.get("profile", ""), roots)) is not None:
-                kinds.setdefault(unit.get_text("id"), own)
-    found: dict[str, tuple[str, Path | None]] = {}
-    for block in blocks:
-        for unit in _units(block):
-            identity = unit.get_text("id")
-            if not identity:
-                continue
-            face = _find(unit.attributes.get("profile", ""), roots) or portraits.get(
-                identity.lower().replace(" ", "-")
-            )
-            face = face or portraits.get(identity.lower()) or kinds.get(unit.get_text("type"))
-            name, known = found.get(identity, ("", None))
-            found[identity] = (name or unit.get_text("name"), known or face)
-    for stem, path in portraits.items():
-        found.setdefault(stem.capitalize(), (stem.capitalize(), path))
-    return found
-
-
-def _units(block: wml.WmlBlock) -> Iterator[wml.WmlBlock]:
-    """All blocks that may introduce a character, nested ones too."""
-    for inner in block.children:
-        if inner.name in ("side", "unit", "leader", "hero"):
-            yield inner
-        yield from _units(inner)
-
-
-def _scenes(
-    block: wml.WmlBlock, roots: tuple[Path, ...], faces: dict[str, tuple[str, Path | None]]
-) -> Iterator[Scene]:
-    told, spoken = set(), set()
-    for found in block.find_blocks("story", "message"):
-        if found.name == "story":
-            for part in found.find_blocks("part"):
-                text = part.get_text("story")
-                if text and text not in told and "$" not in text:
-                    told.add(text)
-                    yield Scene(text, _background(part, roots))
+        for unit in read_wml(path).find_blocks("unit_type"):
+            portrait = _find_image(unit.attributes.get("profile", ""), roots)
+            if portrait is not None:
+                type_portraits.setdefault(unit.get_text("id"), portrait)
+    characters: dict[str, Character] = {}
+    for unit in (unit for block in blocks for unit in _find_units(block)):
+        unit_id = unit.get_text("id")
+        if not unit_id:
             continue
-        text = found.get_text("message")
-        if not text or text in told or "$" in text:  # a variable is known to the game alone
-            continue
-        told.add(text)
-        speaker = found.get_text("speaker") or found.get_text("id")
-        name, face = faces.get(speaker, ("", None))
-        face = _find(found.attributes.get("image", ""), roots) or face
-        # A portrait belongs before the first line of its speaker, not before each.
-        seen = face in spoken
-        spoken.add(face)
-        name = (
-            found.get_text("caption")
-            or name
-            or ("" if speaker in _NOBODY or "$" in speaker else speaker)
+        portrait = (
+            _find_image(unit.attributes.get("profile", ""), roots)
+            or files.get(unit_id.lower().replace(" ", "-"))
+            or files.get(unit_id.lower())
+            or type_portraits.get(unit.get_text("type"))
         )
-        yield Scene(f"{name}: {text}" if name else text, None if seen else face)
+        earlier = characters.get(unit_id, Character("", None))
+        characters[unit_id] = Character(
+            earlier.name or unit.get_text("name"), earlier.portrait or portrait
+        )
+    for stem, path in files.items():
+        name = stem.capitalize()
+        characters.setdefault(name, Character(name, path))
+    return characters
 
 
-def _background(part: wml.WmlBlock, roots: tuple[Path, ...]) -> Path | None:
-    candidates = [part.attributes.get("background", "")]
-    candidates += [
-        inner.attributes.get("image", "") for inner in part.find_blocks("background_layer")
-    ]
-    candidates += [inner.attributes.get("file", "") for inner in part.find_blocks("image")]
-    found = (_find(value, roots) for value in candidates)
-    return next((path for path in found if path is not None), None)
+def _find_units(block: WmlBlock) -> Iterator[WmlBlock]:
+    """Yield all blocks that may introduce a character, at any depth, also inside each other."""
+    for child in block.children:
+        if child.name in ("side", "unit", "leader", "hero"):
+            yield child
+        yield from _find_units(child)
 
 
-def _find(value: str, roots: tuple[Path, ...]) -> Path | None:
+def _read_scenes(
+    block: WmlBlock, roots: tuple[Path, ...], characters: dict[str, Character]
+) -> Iterator[Scene]:
+    """Yield the story screens and messages of a scenario file, in file order.
+
+    Repeated texts are left out, and so are texts with a variable ($), whose value only the running
+    game knows. A portrait is given with the first line of its character only.
+    """
+    texts: set[str] = set()
+    introduced: set[Path | None] = set()
+    for child in block.find_blocks("story", "message"):
+        if child.name == "story":
+            for part in child.find_blocks("part"):
+                text = part.get_text("story")
+                if text and text not in texts and "$" not in text:
+                    texts.add(text)
+                    yield Scene(text, _find_background(part, roots))
+            continue
+        text = child.get_text("message")
+        if not text or text in texts or "$" in text:
+            continue
+        texts.add(text)
+        speaker = child.get_text("speaker") or child.get_text("id")
+        character = characters.get(speaker, Character("", None))
+        portrait = _find_image(child.attributes.get("image", ""), roots) or character.portrait
+        name = child.get_text("caption") or character.name
+        if not name and speaker not in _ANONYMOUS and "$" not in speaker:
+            name = speaker
+        line = f"{name}: {text}" if name else text
+        yield Scene(line, None if portrait in introduced else portrait)
+        introduced.add(portrait)
+
+
+def _find_background(part: WmlBlock, roots: tuple[Path, ...]) -> Path | None:
+    """Return the first picture of a story screen that exists, or None."""
+    values = [part.attributes.get("background", "")]
+    values += [c.attributes.get("image", "") for c in part.find_blocks("background_layer")]
+    values += [c.attributes.get("file", "") for c in part.find_blocks("image")]
+    paths = (_find_image(value, roots) for value in values)
+    return next((path for path in paths if path is not None), None)
+
+
+def _find_image(value: str, roots: tuple[Path, ...]) -> Path | None:
+    """Return the image file that an attribute names, below the first root that has it.
+
+    None if there is no such file, if it is no image, or if the path leads upwards.
+    """
     path = parse_image_path(value)
     if not path or Path(path).suffix.lower() not in IMAGE_SUFFIXES or ".." in path:
         return None
     return next((root / path for root in roots if (root / path).is_file()), None)
 
 
-def _owners(stories: list[Scenario], core: Path) -> dict[Path, str]:
-    """Image -> the one split that shows it: that of `wesnoth` where it is one of its portraits, else its campaign's.
+# --------------------------------------------------------------------- splits
 
-    Of images that look alike and would stand in several splits, the ones of the split that is listed first stay.
+
+def _assign_image_splits(scenarios: list[Scenario], core: Path) -> dict[Path, str]:
+    """Return the only split that may show each image.
+
+    A portrait of the corpus wesnoth has its split there, any other image that of its campaign.
+    Images that are equal or look alike share one split: that of a wesnoth portrait among them,
+    otherwise the first of test, val and train in which one of them occurs. Images that cannot be
+    decoded are missing.
     """
     units = list(read_units(core))
-    fixed = assign_unit_splits(units)
-    wanted: dict[Path, set[str]] = {unit.source: {fixed[unit.id]} for unit in units}
-    known = set(wanted)
-    for story in stories:
-        for scene in story.scenes:
-            if scene.image is not None and scene.image not in known:
-                wanted.setdefault(scene.image, set()).add(_split(story.campaign))
-    looks: dict[Path, ImageFingerprint] = {}
-    for path in sorted(wanted):
+    unit_splits = assign_unit_splits(units)
+    splits: dict[Path, set[str]] = {unit.source: {unit_splits[unit.id]} for unit in units}
+    unit_images = set(splits)
+    for scenario in scenarios:
+        for scene in scenario.scenes:
+            if scene.image is not None and scene.image not in unit_images:
+                splits.setdefault(scene.image, set()).add(_campaign_split(scenario.campaign))
+    fingerprints: dict[Path, ImageFingerprint] = {}
+    for path in sorted(splits):
         try:
-            looks[path] = fingerprint_image(ImageRef(path=path))
+            fingerprints[path] = fingerprint_image(ImageRef(path=path))
         except ImageError:
-            continue  # not a picture that anyone could show
-    paths = list(looks)
+            continue
+    paths = list(fingerprints)
     groups = UnionFind(len(paths))
     groups.union_equal(hashlib.sha256(path.read_bytes()).digest() for path in paths)
-    for one, other in find_near_duplicates(list(looks.values())):
-        groups.union(one, other)
-    owners: dict[Path, str] = {}
+    union_near_duplicates(groups, list(fingerprints.values()))
+    image_splits: dict[Path, str] = {}
     for members in groups.groups():
-        named = {split for i in members if paths[i] in known for split in wanted[paths[i]]}
-        named = named or {split for i in members for split in wanted[paths[i]]}
-        owner = next(split for split in ("test", "val", "train") if split in named)
-        owners |= {paths[i]: owner for i in members}
-    return owners
-
-
-CORPUS = Corpus(
-    name="campaigns",
-    title="Illustrated stories of The Battle for Wesnoth: story screens and dialogue with backgrounds and portraits.",
-    licence=LICENCE,
-    attribution=ATTRIBUTION,
-    packages=(PACKAGES[PACKAGE_NAME],),
-    optional=CAMPAIGN_PACKAGES,
-    split_by=(
-        "A campaign stands in one split. Pictures that several campaigns share, or that the corpus `wesnoth` holds too, "
-        "are shown in one split only (the one where `wesnoth` has them); elsewhere the text stays without the picture."
-    ),
-    build=build_samples,
-)
+        members_of_wesnoth = [i for i in members if paths[i] in unit_images]
+        candidates = set[str]().union(*(splits[paths[i]] for i in members_of_wesnoth or members))
+        split = next(split for split in ("test", "val", "train") if split in candidates)
+        for i in members:
+            image_splits[paths[i]] = split
+    return image_splits

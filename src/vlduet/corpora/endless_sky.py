@@ -1,6 +1,7 @@
-"""endless-sky: ships, outfits and planets of the space game, each a picture, a name and a description.
+"""Corpus endless-sky: ships, outfits and planets of the game, with picture, name and description.
 
-Entries that share a picture, whose pictures look alike, or whose texts are the same, stand in one split.
+Entries that share a picture, whose pictures look alike, or whose texts are the same, are in one
+split.
 """
 
 from __future__ import annotations
@@ -12,55 +13,48 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.corpora.build import (
-    Corpus,
     CorpusImage,
     CorpusSample,
     PackageFolders,
-    Watch,
-    assign_split,
+    assign_group_splits,
     normalize_caption,
     slugify,
+    union_near_duplicates,
 )
-from vlduet.corpora.packages import PACKAGES
 from vlduet.data.records import ImageRef
-from vlduet.data.tools.duplicates import UnionFind, find_near_duplicates, fingerprint_image
+from vlduet.data.tools.duplicates import UnionFind, fingerprint_image
+from vlduet.logs import track_progress
 
 PACKAGE_NAME = "endless-sky-data"
-TEST_SHARE, VAL_SHARE = 0.15, 0.08
+TEST_SHARE = 0.15
+VAL_SHARE = 0.08
 
-_WORD = re.compile(r"`([^`]*)`|\"([^\"]*)\"|(\S+)")
-_PICTURE = {"ship": ("thumbnail", "sprite"), "outfit": ("thumbnail",), "planet": ("landscape",)}
-# Sprites are animated: name.png, or name+0.png, name-0.png, name~0.png, ... with the blending mode between.
-_FRAMES = (
-    "{}.png",
-    "{}.jpg",
-    "{}+0.png",
-    "{}-0.png",
-    "{}~0.png",
-    "{}=0.png",
-    "{}+.png",
-    "{}-00.png",
+_TOKEN = re.compile(r"`([^`]*)`|\"([^\"]*)\"|(\S+)")
+# Keys that name the picture of each kind of entry, in the order of preference.
+_PICTURE_KEYS = {
+    "ship": ("thumbnail", "sprite"),
+    "outfit": ("thumbnail",),
+    "planet": ("landscape",),
+}
+# Sprites are animated: the first frame's number may follow the name, after the blending mode.
+_FIRST_FRAMES = (
+    "{}.png", "{}.jpg", "{}+0.png", "{}-0.png", "{}~0.png", "{}=0.png", "{}+.png", "{}-00.png",
     "{}+00.png",
-)
+)  # fmt: skip
 
 
 @dataclass(slots=True)
 class DataNode:
-    """One line and the lines indented below it."""
+    """One line of a data file, and the lines that are indented below it."""
 
     tokens: list[str]
+    """Words of the line, without the quotes around them."""
     children: list[DataNode] = field(default_factory=list)
 
     def first_value(self, key: str) -> str:
-        """The value of the first child that begins with `key`; empty if there is none."""
-        return next(
-            (
-                child.tokens[1]
-                for child in self.children
-                if child.tokens[0] == key and len(child.tokens) > 1
-            ),
-            "",
-        )
+        """Return the second token of the first child line with that key; empty if none has one."""
+        values = (c.tokens[1] for c in self.children if c.tokens[0] == key and len(c.tokens) > 1)
+        return next(values, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,133 +62,125 @@ class GameEntry:
     """A ship, an outfit or a planet."""
 
     kind: str
+    """``ship``, ``outfit`` or ``planet``."""
     name: str
     description: str
     source: Path
+    """Picture file."""
     metadata: dict[str, Any]
 
 
-def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
-    """All entries as pairs, in the order of their files."""
+def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
+    """Yield a pair for every entry, in the order of their files."""
     root = folders[PACKAGE_NAME] / "usr/share/games/endless-sky"
     entries = list(read_entries(root))
     groups = UnionFind(len(entries))
     groups.union_equal(entry.source for entry in entries)
     groups.union_equal(normalize_caption(entry.description) for entry in entries)
-    looks = [
-        fingerprint_image(ImageRef(path=entry.source)) for entry in watch(entries, "reading images")
+    # "Marauder Falcon" nearly equals "Falcon", in text and picture.
+    groups.union_equal((entry.kind, _strip_variant(entry.name)) for entry in entries)
+    fingerprints = [
+        fingerprint_image(ImageRef(path=entry.source))
+        for entry in track_progress(entries, label="reading images")
     ]
-    # "Marauder Falcon" nearly equals "Falcon", text and picture.
-    groups.union_equal((entry.kind, _model(entry.name)) for entry in entries)
-    for one, other in find_near_duplicates(looks):
-        groups.union(one, other)
-    split: dict[int, str] = {}
-    for members in groups.groups():
-        name = min(f"{entries[i].kind}:{entries[i].name}" for i in members)
-        split |= dict.fromkeys(
-            members, assign_split(f"endless-sky:{name}", test=TEST_SHARE, val=VAL_SHARE)
-        )
-    for i, entry in enumerate(entries):
-        yield CorpusSample(_record(entry, root), split[i])
+    union_near_duplicates(groups, fingerprints)
+    names = [f"{entry.kind}:{entry.name}" for entry in entries]
+    splits = assign_group_splits(
+        groups, names, corpus="endless-sky", test=TEST_SHARE, val=VAL_SHARE
+    )
+    for entry, split in zip(entries, splits, strict=True):
+        yield CorpusSample(_make_record(entry, root), split)
 
 
-def _record(entry: GameEntry, root: Path) -> dict[str, Any]:
-    inside = entry.source.relative_to(root / "images")
-    name = f"images/{slugify(inside.with_suffix('').as_posix().replace('/', '__'))}{inside.suffix}"
+def _make_record(entry: GameEntry, root: Path) -> dict[str, Any]:
+    """Return the pair record of one entry; `root` is the game's folder."""
+    path = entry.source.relative_to(root / "images")
+    image_name = slugify(path.with_suffix("").as_posix().replace("/", "__"))
     return {
         "id": f"{entry.kind}/{entry.name}",
-        "image": CorpusImage(name, entry.source),
+        "image": CorpusImage(f"images/{image_name}{path.suffix}", entry.source),
         "short": entry.name,
         "long": entry.description,
         "metadata": {"kind": entry.kind, **entry.metadata},
     }
 
 
-def _model(name: str) -> str:
+def _strip_variant(name: str) -> str:
+    """Return a ship's name without the prefix Marauder and without a variant in parentheses."""
     return re.sub(r"^Marauder | \([^)]*\)$", "", name)
 
 
 def read_entries(root: Path) -> Iterator[GameEntry]:
-    """Every ship, outfit and planet with a picture and a description; the first of a name."""
-    seen = set()
+    """Yield every ship, outfit and planet that has a picture and a description.
+
+    Args:
+        root: The game's folder, with ``data`` and ``images``. Of entries with the same kind and
+            name, only the first complete one is read.
+    """
+    names = set()
     for path in sorted((root / "data").rglob("*.txt")):
         for node in parse_nodes(path.read_text(encoding="utf-8", errors="replace")):
-            # Two names are a variant of a ship: the same picture and text under another outfit.
-            if (
-                node.tokens[0] not in _PICTURE
-                or len(node.tokens) != 2
-                or tuple(node.tokens) in seen
-            ):
+            # A ship with two names is a variant: the same picture and text with other outfits.
+            if node.tokens[0] not in _PICTURE_KEYS or len(node.tokens) != 2:
                 continue
             kind, name = node.tokens
-            texts = [
-                c.tokens[1]
-                for c in node.children
-                if c.tokens[0] == "description" and len(c.tokens) > 1
-            ]
-            description = "\n\n".join(" ".join(text.split()) for text in texts if text.strip())
-            source = _source(root / "images", node, kind)
-            if not description or source is None:
+            description = _read_description(node)
+            source = _find_picture(root / "images", node, kind)
+            if (kind, name) in names or not description or source is None:
                 continue
-            seen.add((kind, name))
-            yield GameEntry(kind, name, description, source, _metadata(node, kind))
+            names.add((kind, name))
+            yield GameEntry(kind, name, description, source, _read_metadata(node, kind))
 
 
-def _source(images: Path, node: DataNode, kind: str) -> Path | None:
-    names = [value for key in _PICTURE[kind] if (value := node.first_value(key))]
-    files = (images / pattern.format(name) for name in names for pattern in _FRAMES)
-    return next((path for path in files if path.is_file()), None)
+def _read_description(node: DataNode) -> str:
+    """Return the description lines of an entry as paragraphs; empty if there are none."""
+    lines = [c for c in node.children if c.tokens[0] == "description" and len(c.tokens) > 1]
+    paragraphs = [" ".join(line.tokens[1].split()) for line in lines]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _metadata(node: DataNode, kind: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
+def _find_picture(image_folder: Path, node: DataNode, kind: str) -> Path | None:
+    """Return the picture of an entry, the first frame of an animated one; None if it has none."""
+    for key in _PICTURE_KEYS[kind]:
+        value = node.first_value(key)
+        for pattern in _FIRST_FRAMES:
+            path = image_folder / pattern.format(value)
+            if value and path.is_file():
+                return path
+    return None
+
+
+def _read_metadata(node: DataNode, kind: str) -> dict[str, Any]:
+    """Return the facts that an entry states: attributes of a planet, else category and cost."""
+    metadata: dict[str, Any] = {}
+    attributes = [child for child in node.children if child.tokens[0] == "attributes"]
     if kind == "planet":
-        facts["attributes"] = [
-            w for c in node.children if c.tokens[0] == "attributes" for w in c.tokens[1:]
-        ]
-    inner = (
-        next((c for c in node.children if c.tokens[0] == "attributes"), node)
-        if kind == "ship"
-        else node
-    )
-    if category := inner.first_value("category"):
-        facts["category"] = category
-    if re.fullmatch(r"\d+", inner.first_value("cost")):
-        facts["cost"] = int(inner.first_value("cost"))
-    return {key: value for key, value in facts.items() if value}
+        metadata["attributes"] = [token for child in attributes for token in child.tokens[1:]]
+    facts = attributes[0] if kind == "ship" and attributes else node
+    metadata["category"] = facts.first_value("category")
+    cost = facts.first_value("cost")
+    if re.fullmatch(r"\d+", cost):
+        metadata["cost"] = int(cost)
+    return {key: value for key, value in metadata.items() if value}
 
 
 def parse_nodes(text: str) -> list[DataNode]:
-    """The top-level nodes of a data file. Depth is the number of leading white-space characters; # begins a comment."""
+    """Return the top-level nodes of a data file.
+
+    The depth of a line is the number of its leading white-space characters; empty lines and lines
+    that begin with # are ignored.
+    """
     root = DataNode([])
     stack: list[tuple[int, DataNode]] = [(-1, root)]
     for line in text.splitlines():
-        bare = line.lstrip()
-        if not bare or bare.startswith("#"):
+        content = line.lstrip()
+        if not content or content.startswith("#"):
             continue
-        depth = len(line) - len(bare)
-        words = [a or b or c for a, b, c in _WORD.findall(bare)]
+        depth = len(line) - len(content)
+        # Each match has one non-empty group: the text in backquotes, in quotes, or without.
+        node = DataNode([a or b or c for a, b, c in _TOKEN.findall(content)])
         while stack[-1][0] >= depth:
             stack.pop()
-        node = DataNode(words)
         stack[-1][1].children.append(node)
         stack.append((depth, node))
     return root.children
-
-
-CORPUS = Corpus(
-    name="endless-sky",
-    title="Ships, outfits and planets of Endless Sky: picture, name (`short`) and description (`long`).",
-    licence="CC BY-SA 4.0 and others (images), GPL-3 or later (texts)",
-    attribution=(
-        "Endless Sky, copyright Michael Zahniser and contributors. Pictures are under CC BY-SA 4.0, CC BY-SA 3.0 or in "
-        "the public domain; COPYRIGHT-endless-sky-data.txt names the artist and the licence of each file. "
-        "Texts: GNU General Public License, version 3 or later."
-    ),
-    packages=(PACKAGES[PACKAGE_NAME],),
-    split_by=(
-        "Entries that share a picture or a text, or whose pictures nearly look alike, stand in one split (many planets "
-        "share a landscape). `metadata.kind` is ship, outfit or planet."
-    ),
-    build=build_samples,
-)

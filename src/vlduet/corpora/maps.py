@@ -1,13 +1,13 @@
-"""maps: the maps of KGeography, their regions one by one, and flags, each with a caption and what the atlas knows of it.
+"""Corpus maps: KGeography's maps, their regions one by one, and flags, with captions and facts.
 
-Three kinds of records, told apart by `metadata.kind`:
+There are three kinds of records, distinguished by ``metadata.kind``:
 
 map      a whole map                         "A map of France, divided into departments"
-region   a map that shows one region in red  "Ain in France"                 with its capital and its place in the picture
-flag     a country's or a region's flag      "The flag of Norway"            with its capital
+region   a map that shows one region in red  "Ain in France"        with capital and place in the map
+flag     flag of a country or of a region    "The flag of Norway"   with capital
 
-Everything of one country stands in one split: its maps, their regions, its flags and its regions' flags. Maps of several
-countries are in train, and there show only countries of train.
+Everything of one country is in one split: its maps, their regions, its flags and its regions' flags.
+Maps of several countries are in train, and show single regions only of countries in train.
 """
 
 from __future__ import annotations
@@ -23,54 +23,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.corpora.build import (
-    Corpus,
     CorpusImage,
     CorpusSample,
     PackageFolders,
-    Watch,
-    assign_split,
+    assign_group_splits,
     normalize_caption,
     slugify,
 )
-from vlduet.corpora.packages import PACKAGES
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind, find_near_duplicates, fingerprint_image
+from vlduet.logs import track_progress
 
 PACKAGE_NAME = "kgeography-data"
 ROOT = "usr/share/kgeography"
-TEST_SHARE, VAL_SHARE = 0.2, 0.08
+TEST_SHARE = 0.2
+VAL_SHARE = 0.08
 
 MAX_SIDE = 256
-"""Pixels of the longer side of a map with a red region: thousands of them, and no finer detail is asked for."""
+"""Pixels of the longer side of a region's picture: there are thousands, and no need for detail."""
 MIN_REGION_SHARE = 0.001
-"""Of a map's pixels: a smaller region is not shown, because nobody could see it (about 300 pixels of 500 x 600)."""
+"""Share of a map's pixels below which a region is left out, because nobody could see it."""
 MIN_SHARE_IN_PLACE = 0.8
-"""Share of a region's pixels that must lie in one ninth of the picture for it to be called its place."""
+"""Share of a region's pixels that must be in one ninth of the picture to name that as its place."""
 RED = (214, 39, 40)
 FADED_CONTRAST = 0.3
-"""What is left of the contrast of everything that is not red."""
+"""Factor on the contrast of everything that is not red."""
 GREY_STEP = 8
-"""Steps between the greys: fewer shades make files of half the size."""
+"""Step between the grey values: with fewer of them, the files have half the size."""
 PLACE_GRID = (
     ("top left", "top", "top right"),
     ("left", "middle", "right"),
     ("bottom left", "bottom", "bottom right"),
 )
+"""Name of each ninth of a picture, by row and column."""
 
 MAPS_WITHOUT_COUNTRIES = frozenset({"waters_world-class", "world_continents"})
-"""Maps of the world whose regions are no countries, by file name."""
+"""File names of the maps of the world whose regions are not countries."""
 MULTI_COUNTRY_MAPS = MAPS_WITHOUT_COUNTRIES | {
-    "africa",
-    "asia",
-    "caribbean",
-    "europe",
-    "ncamerica",
-    "oceania",
-    "southamerica",
-    "world",
-}
-"""Maps of more than one country, by file name."""
+    "africa", "asia", "caribbean", "europe", "ncamerica", "oceania", "southamerica", "world",
+}  # fmt: skip
+"""File names of the maps of more than one country."""
 TERRITORY_NAMES = {
     "World": "the world",
     "World continents": "the world",
@@ -81,6 +74,7 @@ TERRITORY_NAMES = {
     "New-Zealand": "New Zealand",
     "Sri-Lanka": "Sri Lanka",
 }
+"""Territories whose name is written differently within a sentence."""
 COUNTRY_SYNONYMS = {
     "usa": "united states of america",
     "great britain": "united kingdom",
@@ -93,19 +87,20 @@ COUNTRY_SYNONYMS = {
     "bosnia herzegovina": "bosnia and herzegovina",
     "republic of china": "taiwan",
 }
-"""Names of one country, as `plain` writes them."""
+"""Other names of countries, normalised like captions, and the name that replaces them."""
 
 
 @dataclass(frozen=True, slots=True)
 class MapRegion:
-    """A division of a map."""
+    """One division of a map."""
 
     name: str
     capital: str
+    """Name of its capital; may be empty."""
     flag: str
-    """Path below flags/; empty without one."""
+    """Path of its flag below flags/; empty without one."""
     colour: int
-    """0xRRGGBB of all its pixels."""
+    """Colour 0xRRGGBB that all its pixels have on the map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,83 +108,29 @@ class AtlasMap:
     """One .kgm file: a picture in which every region has a colour of its own."""
 
     id: str
+    """File name without suffix."""
     name: str
     divisions: str
+    """Kind of the regions, such as ``Departments``."""
     picture: Path
     regions: tuple[MapRegion, ...]
-    """Those that the game asks for."""
+    """Regions that the game asks for, without water and borders."""
 
     @property
     def territory(self) -> str:
-        """What it is a map of, without the kind of its regions: "Greece (Prefectures)" -> "Greece"."""
+        """Name of the mapped territory: ``Greece (Prefectures)`` gives ``Greece``."""
         name = re.sub(r"\s*\(.*|\s+by\s.*|\s+(Districts|Provinces)\b.*", "", self.name)
         return name.removeprefix("The ")
 
     @property
     def display_name(self) -> str:
-        """The territory within a sentence."""
+        """Name of the territory within a sentence, with its article."""
         return TERRITORY_NAMES.get(self.territory, self.territory)
 
-
-def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
-    """Maps, regions and flags as pairs, in the order of their files."""
-    root = folders[PACKAGE_NAME] / ROOT
-    maps = read_maps(root)
-    flags = collect_flags(maps)
-    split = assign_country_splits(maps, flags, root)
-    for one in watch(maps, "reading maps"):
-        pixels = images.to_pixels(images.load_image(ImageRef(path=one.picture)))
-        labels, faded = encode_colours(pixels), fade_map(pixels)
-        several = one.id in MULTI_COUNTRY_MAPS
-        own = "train" if several else split[normalize_country(one.territory)]
-        yield CorpusSample(_map_record(one), own)
-        named: dict[str, int] = {}
-        for region in one.regions:
-            where = split.get(normalize_country(region.name), "train") if several else own
-            mask = labels == region.colour
-            if where == own and mask.mean() >= MIN_REGION_SHARE:
-                name = slugify(region.name)
-                named[name] = named.get(name, 0) + 1
-                identity = name if named[name] == 1 else f"{name}-{named[name]}"
-                yield CorpusSample(
-                    _region_record(
-                        one, region, mask, identity=identity, shown=render_region(faded, mask)
-                    ),
-                    own,
-                )
-    for flag in flags:
-        yield CorpusSample(_flag_record(flag, root), split[flag.country])
-
-
-# ------------------------------------------------------------------ reading
-
-
-def read_maps(root: Path) -> list[AtlasMap]:
-    """Every map of the package, by file name. Divisions that the game never asks for (water, borders) are left out."""
-    found = []
-    for path in sorted(root.glob("*.kgm")):
-        tree = ET.parse(path).getroot()  # a file of a package whose hash is pinned
-        regions = tuple(
-            MapRegion(_text(d, "name"), _text(d, "capital"), _text(d, "flag"), _colour(d))
-            for d in tree.findall("division")
-            if _text(d, "ignore") != "yes"
-        )
-        picture = root / _text(tree, "mapFile")
-        found.append(
-            AtlasMap(path.stem, _text(tree, "name"), _text(tree, "divisionsName"), picture, regions)
-        )
-    return found
-
-
-def _text(element: ET.Element, key: str) -> str:
-    return " ".join((element.findtext(key) or "").split())
-
-
-def _colour(division: ET.Element) -> int:
-    red, green, blue = (
-        int(division.findtext(f"color/{name}") or 0) for name in ("red", "green", "blue")
-    )
-    return red << 16 | green << 8 | blue
+    @property
+    def division_names(self) -> str:
+        """Kind of the regions in lower case and plural (the package has one ``District``)."""
+        return self.divisions.lower() + ("s" if self.divisions == "District" else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,188 +140,291 @@ class Flag:
     file: str
     """Path below flags/."""
     name: str
+    """Country or region."""
     country: str
-    """As `country` writes it."""
+    """Country that it belongs to, as `normalize_country` writes it."""
     capital: str
     within: str
-    """Where the region lies; empty for a country's flag."""
+    """Territory that the region is part of; empty for the flag of a country."""
+
+
+def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
+    """Yield pairs: each map with its regions, by file name, then the flags."""
+    root = folders[PACKAGE_NAME] / ROOT
+    maps = read_maps(root)
+    flags = collect_flags(maps)
+    splits = assign_country_splits(maps, flags, root)
+    for atlas_map in track_progress(maps, label="reading maps"):
+        if atlas_map.id in MULTI_COUNTRY_MAPS:
+            regions = [
+                region
+                for region in atlas_map.regions
+                if splits.get(normalize_country(region.name), "train") == "train"
+            ]
+            split = "train"
+        else:
+            regions = list(atlas_map.regions)
+            split = splits[normalize_country(atlas_map.territory)]
+        yield CorpusSample(_make_map_record(atlas_map), split)
+        for record in _make_region_records(atlas_map, regions):
+            yield CorpusSample(record, split)
+    for flag in flags:
+        yield CorpusSample(_make_flag_record(flag, root), splits[flag.country])
+
+
+# --------------------------------------------------------------------- reading
+
+
+def read_maps(root: Path) -> list[AtlasMap]:
+    """Return every map of the package, in the order of file names.
+
+    Divisions that the game never asks for (water, borders) are left out.
+    """
+    maps = []
+    for path in sorted(root.glob("*.kgm")):
+        # The file is part of a package with a pinned hash, so its XML is safe to parse.
+        tree = ET.parse(path).getroot()
+        regions = tuple(
+            MapRegion(
+                name=_read_text(division, "name"),
+                capital=_read_text(division, "capital"),
+                flag=_read_text(division, "flag"),
+                colour=_read_colour(division),
+            )
+            for division in tree.findall("division")
+            if _read_text(division, "ignore") != "yes"
+        )
+        atlas_map = AtlasMap(
+            id=path.stem,
+            name=_read_text(tree, "name"),
+            divisions=_read_text(tree, "divisionsName"),
+            picture=root / _read_text(tree, "mapFile"),
+            regions=regions,
+        )
+        maps.append(atlas_map)
+    return maps
+
+
+def _read_text(element: ET.Element, tag: str) -> str:
+    """Return the text of a child element on one line; empty if there is none."""
+    return " ".join((element.findtext(tag) or "").split())
+
+
+def _read_colour(division: ET.Element) -> int:
+    """Return the colour of a division as 0xRRGGBB; missing components are 0."""
+    channels = ("red", "green", "blue")
+    red, green, blue = (int(division.findtext(f"color/{name}") or 0) for name in channels)
+    return red << 16 | green << 8 | blue
 
 
 def collect_flags(maps: Sequence[AtlasMap]) -> list[Flag]:
-    """Every flag once, by file; where several territories fly one flag, it is named after the shortest name."""
-    found: dict[str, list[tuple[str, str, AtlasMap]]] = {}
-    for one in maps:
-        for region in one.regions:
+    """Return each flag of the maps' regions once, sorted by file.
+
+    If several territories have the same flag, it is named after the one with the shortest name.
+    """
+    owners: dict[str, list[tuple[MapRegion, AtlasMap]]] = {}
+    for atlas_map in maps:
+        for region in atlas_map.regions:
             if region.flag:
-                found.setdefault(region.flag, []).append((region.name, region.capital, one))
+                owners.setdefault(region.flag, []).append((region, atlas_map))
     flags = []
-    for file, named in sorted(found.items()):
-        name, capital, one = min(named, key=lambda told: (len(told[0]), told[0]))
-        national = any(map_.id in MULTI_COUNTRY_MAPS for _, _, map_ in named)
-        of = normalize_country(name if national else one.territory)
-        flags.append(
-            Flag(file, name.removeprefix("The "), of, capital, "" if national else one.display_name)
+    for file, pairs in sorted(owners.items()):
+        region, atlas_map = min(pairs, key=lambda pair: (len(pair[0].name), pair[0].name))
+        is_national = any(owner_map.id in MULTI_COUNTRY_MAPS for _, owner_map in pairs)
+        flag = Flag(
+            file=file,
+            name=region.name.removeprefix("The "),
+            country=normalize_country(region.name if is_national else atlas_map.territory),
+            capital=region.capital,
+            within="" if is_national else atlas_map.display_name,
         )
+        flags.append(flag)
     return flags
 
 
 def normalize_country(name: str) -> str:
-    """One spelling of a country's name: no article, and the land behind an island ("Hawaii (USA)" -> USA's)."""
-    inside = re.search(r"\(([^)]*)\)", name)
-    if inside is not None and not name.startswith("Republic of China"):
-        name = inside.group(1)
+    """Return the one spelling of a country's name, without its article.
+
+    A name in parentheses replaces the territory before it: ``Hawaii (USA)`` is ``united states of
+    america``. Case, hyphens and `COUNTRY_SYNONYMS` are unified.
+    """
+    parenthesis = re.search(r"\(([^)]*)\)", name)
+    if parenthesis is not None and not name.startswith("Republic of China"):
+        name = parenthesis.group(1)
     name = normalize_caption(re.sub(r"\(.*?\)|-", " ", name)).removeprefix("the ")
     return COUNTRY_SYNONYMS.get(name, name)
 
 
-# ------------------------------------------------------------------ splits
+# --------------------------------------------------------------------- splits
 
 
 def assign_country_splits(
     maps: Sequence[AtlasMap], flags: Sequence[Flag], root: Path
 ) -> dict[str, str]:
-    """Country -> split. Countries whose maps or flags look alike, or of which one is a region of the other, go together."""
-    alone = [one for one in maps if one.id not in MULTI_COUNTRY_MAPS]
-    own = {normalize_country(one.territory) for one in alone}
-    shown = {
+    """Return the split of every country by its normalised name.
+
+    Two countries are in the same split if one is a region of the other, or if maps or flags of them
+    look alike. `root` is the package's folder with the pictures.
+    """
+    country_maps = [m for m in maps if m.id not in MULTI_COUNTRY_MAPS]
+    mapped = {normalize_country(m.territory) for m in country_maps}
+    regions_of_world_maps = {
         normalize_country(region.name)
-        for one in maps
-        if one.id in MULTI_COUNTRY_MAPS - MAPS_WITHOUT_COUNTRIES
-        for region in one.regions
+        for m in maps
+        if m.id in MULTI_COUNTRY_MAPS - MAPS_WITHOUT_COUNTRIES
+        for region in m.regions
     }
-    names = sorted(own | shown | {flag.country for flag in flags})
-    number = {name: i for i, name in enumerate(names)}
+    names = sorted(mapped | regions_of_world_maps | {flag.country for flag in flags})
+    index_by_name = {name: i for i, name in enumerate(names)}
     groups = UnionFind(len(names))
-    for one in maps:
-        for region in one.regions:
-            # Goa is a region of India and has a map; so has "Puerto Rico (USA)" of the Caribbean.
-            outer = normalize_country(
-                region.name if one.id in MULTI_COUNTRY_MAPS else one.territory
-            )
-            if (
-                inner := normalize_caption(re.sub(r"\(.*?\)", "", region.name))
-            ) in own and outer in number:
-                groups.union(number[outer], number[inner])
-    pictures = [(normalize_country(one.territory), one.picture) for one in alone]
+    for atlas_map in maps:
+        for region in atlas_map.regions:
+            # Goa is a region of India and has its own map; so has "Puerto Rico (USA)" in the
+            # Caribbean.
+            is_country = atlas_map.id in MULTI_COUNTRY_MAPS
+            outer = normalize_country(region.name if is_country else atlas_map.territory)
+            inner = normalize_caption(re.sub(r"\(.*?\)", "", region.name))
+            if inner in mapped and outer in index_by_name:
+                groups.union(index_by_name[outer], index_by_name[inner])
+    pictures = [(normalize_country(m.territory), m.picture) for m in country_maps]
     pictures += [(flag.country, root / "flags" / flag.file) for flag in flags]
-    looks = [fingerprint_image(ImageRef(path=path)) for _, path in pictures]
-    for i, j in find_near_duplicates(looks):
-        groups.union(number[pictures[i][0]], number[pictures[j][0]])
-    found: dict[str, str] = {}
-    for members in groups.groups():
-        split = assign_split(f"maps:{names[members[0]]}", test=TEST_SHARE, val=VAL_SHARE)
-        found |= {names[i]: split for i in members}
-    return found
+    fingerprints = [fingerprint_image(ImageRef(path=path)) for _, path in pictures]
+    for i, j in find_near_duplicates(fingerprints):
+        groups.union(index_by_name[pictures[i][0]], index_by_name[pictures[j][0]])
+    splits = assign_group_splits(groups, names, corpus="maps", test=TEST_SHARE, val=VAL_SHARE)
+    return dict(zip(names, splits, strict=True))
 
 
-# ------------------------------------------------------------------ pictures and records
+# --------------------------------------------------------------------- pictures
 
 
 def encode_colours(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """uint8[H, W, 3] -> uint32[H, W], 0xRRGGBB: equal numbers are one region."""
-    wide = pixels.astype(np.uint32)
-    return np.asarray(wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2], dtype=np.uint32)
+    """Return the colour 0xRRGGBB of every pixel, uint32[H, W], from uint8[H, W, 3].
+
+    Pixels with the same number belong to the same region.
+    """
+    channels = pixels.astype(np.uint32)
+    colours = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+    return np.asarray(colours, dtype=np.uint32)
 
 
 def fade_map(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """uint8[h, w, 3]: a map in pale grey, its longer side at most SIDE."""
+    """Return a map in few pale greys, uint8[h, w, 3], from uint8[H, W, 3].
+
+    It is scaled down so that its longer side has at most MAX_SIDE pixels.
+    """
     grey = 255 - FADED_CONTRAST * (255 - pixels.mean(2, keepdims=True))
-    small = images.to_pixels(
-        images.scale_down(images.from_pixels(grey.repeat(3, 2).astype(np.uint8)), MAX_SIDE)
-    )
-    return small // GREY_STEP * GREY_STEP + GREY_STEP - 1
+    image = images.from_pixels(grey.repeat(3, 2).astype(np.uint8))
+    faded = images.to_pixels(images.scale_down(image, MAX_SIDE))
+    return faded // GREY_STEP * GREY_STEP + GREY_STEP - 1
 
 
 def render_region(faded: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
-    """PNG of a pale map with one region in red.
+    """Return a pale map with one region in red, as the bytes of a PNG file.
 
     Args:
-        faded: uint8[h, w, 3], from `pale`.
-        mask: bool[H, W], the region at the map's own size.
+        faded: uint8[h, w, 3], from `fade_map`.
+        mask: bool[H, W], the pixels of the region at the map's original size.
     """
-    whole = images.from_pixels(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255)
-    weight = images.resize_pixels(whole, faded.shape[1], faded.shape[0]) / 255  # [h, w, 3]
-    shown = weight * np.array(RED) + (1 - weight) * faded
-    return images.encode_png(images.from_pixels(shown.round().astype(np.uint8)))
+    mask_image = images.from_pixels(np.repeat(mask[..., None], 3, 2).astype(np.uint8) * 255)
+    height, width = faded.shape[:2]
+    # Scaling the mask smoothly gives the region an anti-aliased border.
+    weight = images.resize_pixels(mask_image, width, height) / 255  # [h, w, 3]
+    pixels = weight * np.array(RED) + (1 - weight) * faded
+    return images.encode_png(images.from_pixels(pixels.round().astype(np.uint8)))
 
 
 def locate_region(mask: NDArray[np.bool_]) -> str:
-    """The ninth of the picture that holds most of a region; empty where it holds less than MIN_INSIDE of it."""
+    """Return the ninth of the picture, from `PLACE_GRID`, that contains most of a region.
+
+    Args:
+        mask: bool[H, W], the pixels of the region; at least one.
+
+    Returns:
+        The name, or an empty string if less than MIN_SHARE_IN_PLACE of the pixels are in it.
+    """
     height, width = mask.shape
     rows, columns = np.nonzero(mask)
     counts = np.zeros((3, 3), dtype=np.int64)
     np.add.at(counts, (rows * 3 // height, columns * 3 // width), 1)
     row, column = divmod(int(counts.argmax()), 3)
-    return PLACE_GRID[row][column] if counts[row, column] >= MIN_SHARE_IN_PLACE * len(rows) else ""
+    if counts[row, column] < MIN_SHARE_IN_PLACE * len(rows):
+        return ""
+    return PLACE_GRID[row][column]
 
 
-def _told(facts: dict[str, str]) -> dict[str, str]:
-    """Facts without those that the package does not tell."""
-    return {key: value for key, value in facts.items() if value}
+# --------------------------------------------------------------------- records
 
 
-def _map_record(one: AtlasMap) -> dict[str, Any]:
-    facts = {"kind": "map", "territory": one.display_name, "divisions": _many(one.divisions)}
+def _make_map_record(atlas_map: AtlasMap) -> dict[str, Any]:
+    """Return the pair record of a whole map."""
+    territory = atlas_map.display_name
+    divisions = atlas_map.division_names
     return {
-        "id": f"map/{one.id}",
-        "image": CorpusImage(f"images/maps/{slugify(one.id)}.png", one.picture),
-        "short": f"A map of {one.display_name}, divided into {_many(one.divisions)}",
-        "metadata": facts | {"regions": [region.name for region in one.regions]},
+        "id": f"map/{atlas_map.id}",
+        "image": CorpusImage(f"images/maps/{slugify(atlas_map.id)}.png", atlas_map.picture),
+        "short": f"A map of {territory}, divided into {divisions}",
+        "metadata": {
+            "kind": "map",
+            "territory": territory,
+            "divisions": divisions,
+            "regions": [region.name for region in atlas_map.regions],
+        },
     }
 
 
-def _many(divisions: str) -> str:
-    """Departments -> departments; the package's District is meant as districts."""
-    return divisions.lower() + ("s" if divisions == "District" else "")
+def _make_region_records(
+    atlas_map: AtlasMap, regions: Sequence[MapRegion]
+) -> Iterator[dict[str, Any]]:
+    """Yield the pair record of each of the regions that is large enough to be seen."""
+    pixels = images.to_pixels(images.load_image(ImageRef(path=atlas_map.picture)))
+    colours = encode_colours(pixels)
+    faded = fade_map(pixels)
+    name_counts: dict[str, int] = {}
+    for region in regions:
+        mask = colours == region.colour
+        if mask.mean() < MIN_REGION_SHARE:
+            continue
+        name = slugify(region.name)
+        name_counts[name] = name_counts.get(name, 0) + 1
+        if name_counts[name] > 1:
+            name = f"{name}-{name_counts[name]}"
+        path = f"images/regions/{slugify(atlas_map.id)}/{name}.png"
+        metadata = {
+            "kind": "region",
+            "name": region.name,
+            "map": atlas_map.id,
+            "territory": atlas_map.display_name,
+            "divisions": atlas_map.division_names,
+            "capital": region.capital,
+            "place": locate_region(mask),
+        }
+        yield {
+            "id": f"region/{atlas_map.id}/{name}",
+            "image": CorpusImage(path, render_region(faded, mask)),
+            "short": f"{region.name} in {atlas_map.display_name}",
+            "metadata": _drop_empty(metadata),
+        }
 
 
-def _region_record(
-    one: AtlasMap, region: MapRegion, mask: NDArray[np.bool_], *, identity: str, shown: bytes
-) -> dict[str, Any]:
-    picture = CorpusImage(f"images/regions/{slugify(one.id)}/{identity}.png", shown)
-    facts = {"kind": "region", "name": region.name, "map": one.id, "territory": one.display_name}
-    facts |= {
-        "divisions": _many(one.divisions),
-        "capital": region.capital,
-        "place": locate_region(mask),
-    }
-    return {
-        "id": f"region/{one.id}/{identity}",
-        "image": picture,
-        "short": f"{region.name} in {one.display_name}",
-        "metadata": _told(facts),
-    }
-
-
-def _flag_record(flag: Flag, root: Path) -> dict[str, Any]:
+def _make_flag_record(flag: Flag, root: Path) -> dict[str, Any]:
+    """Return the pair record of a flag; `root` is the package's folder with the pictures."""
     name = flag.file.removesuffix(".png")
-    facts = {"kind": "flag", "name": flag.name, "territory": flag.within, "capital": flag.capital}
+    path = "/".join(slugify(part) for part in name.split("/"))
+    metadata = {
+        "kind": "flag",
+        "name": flag.name,
+        "territory": flag.within,
+        "capital": flag.capital,
+    }
     return {
         "id": f"flag/{name}",
-        "image": CorpusImage(
-            f"images/flags/{'/'.join(slugify(part) for part in name.split('/'))}.png",
-            root / "flags" / flag.file,
-        ),
+        "image": CorpusImage(f"images/flags/{path}.png", root / "flags" / flag.file),
         "short": f"The flag of {flag.name}" + (f" in {flag.within}" if flag.within else ""),
-        "metadata": _told(facts),
+        "metadata": _drop_empty(metadata),
     }
 
 
-CORPUS = Corpus(
-    name="maps",
-    title="Maps, their regions in red, and flags of KGeography, with capitals and places (`short` and `metadata`).",
-    licence="GPL-2 or later",
-    attribution=(
-        "KGeography, copyright 2004-2008 Albert Astals Cid and the authors of the maps, who are named in the package's "
-        "files and documentation; packaged for Debian as kgeography-data. The GNU General Public License, version 2 or "
-        "later, holds for maps, flags and names. Region pictures are made from the maps: one region red, the rest grey."
-    ),
-    packages=(PACKAGES[PACKAGE_NAME],),
-    split_by=(
-        "Everything of one country stands in one split: its maps, regions and flags, those of its regions, and those of "
-        "countries whose flags or maps look alike. Maps of several countries are in train and show only countries of "
-        "train. Regions under a thousandth of their map are left out. Names, borders and capitals are the package's, of "
-        "2022 and before. The flags of `emoji` are the same flags drawn otherwise: a model trained on them has met these."
-    ),
-    build=build_samples,
-)
+def _drop_empty(metadata: dict[str, str]) -> dict[str, str]:
+    """Return the metadata without the facts that the package does not state."""
+    return {key: value for key, value in metadata.items() if value}

@@ -1,149 +1,128 @@
-"""stamps: Tux Paint's clip art and photo cut-outs, each with a short English caption.
+"""Corpus stamps: Tux Paint's clip art and photo cut-outs, each with a short English caption.
 
-Drawings and photos of one caption, and near-duplicate images, always stand in one split. The letters of several
-alphabets are left out: hundreds of "The letter a." teach a captioner to say nothing else.
+Stamps with the same caption, and near-duplicate images, are always in one split. The letters of the
+alphabets are left out: with hundreds of "The letter a." a captioner learns to write nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlduet.corpora.build import (
-    Corpus,
     CorpusImage,
     CorpusSample,
     PackageFolders,
-    Watch,
-    assign_split,
+    assign_group_splits,
     encode_image,
     normalize_caption,
     slugify,
-    unwatched,
+    union_near_duplicates,
 )
-from vlduet.corpora.packages import PACKAGES
 from vlduet.data import images
 from vlduet.data.records import ImageRef
-from vlduet.data.tools.duplicates import (
-    ImageFingerprint,
-    UnionFind,
-    find_near_duplicates,
-    fingerprint_image,
-)
+from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, fingerprint_image
+from vlduet.logs import track_progress
 
 PACKAGE_NAME = "tuxpaint-stamps-default"
-TEST_SHARE, VAL_SHARE = 0.21, 0.08
-"""Shares of the groups; with this package's content they give at least 128 test images."""
+TEST_SHARE = 0.21
+VAL_SHARE = 0.08
+"""Expected shares of the groups; with this package they give at least 128 test images."""
 
-# A cut-out photo has noise: hardly any two neighbours are equal, and hundreds of colours.
+# A cut-out photo is noisy: it has hundreds of colours, and hardly any two neighbours are equal.
 PHOTO_MAX_EQUAL = 0.12
+"""Largest share of equal neighbouring pixels in a photo."""
 PHOTO_MIN_COLOURS = 400
+"""Smallest number of distinct colours in a photo."""
 
 
 @dataclass(frozen=True, slots=True)
 class TuxPaintStamp:
-    """One stamp as it stands in the package."""
+    """One stamp of the package."""
 
     name: str
-    """CATEGORY/SUB/NAME"""
+    """Path in the package without suffix, ``CATEGORY/.../NAME``."""
     caption: str
     png: bytes
-    """Encoded PNG."""
+    """PNG file."""
     is_drawing: bool
-    """Made as SVG."""
+    """True if the package has the stamp as SVG."""
     fingerprint: ImageFingerprint
 
     @property
     def category(self) -> str:
+        """Folder of the stamp in the package, such as ``animals/birds``."""
         return self.name.rpartition("/")[0]
 
 
-def build_samples(folders: PackageFolders, watch: Watch) -> Iterator[CorpusSample]:
-    """All stamps as pairs, in the order of their paths."""
-    stamps = list(
-        _distinct(read_stamps(folders[PACKAGE_NAME] / "usr/share/tuxpaint/stamps", watch))
-    )
+def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
+    """Yield a pair for every distinct stamp, in the order of their paths."""
+    root = folders[PACKAGE_NAME] / "usr/share/tuxpaint/stamps"
+    stamps = list(_drop_repeated(read_stamps(root)))
+    captions = [normalize_caption(stamp.caption) for stamp in stamps]
     groups = UnionFind(len(stamps))
-    groups.union_equal(normalize_caption(stamp.caption) for stamp in stamps)
-    for one, other in find_near_duplicates([stamp.fingerprint for stamp in stamps]):
-        groups.union(one, other)
-    split: dict[int, str] = {}
-    for members in groups.groups():
-        # The group's name is content, not a position: other stamps may come and go without moving it.
-        name = min(normalize_caption(stamps[i].caption) for i in members)
-        split |= dict.fromkeys(
-            members, assign_split(f"stamps:{name}", test=TEST_SHARE, val=VAL_SHARE)
-        )
-    for i, stamp in enumerate(stamps):
-        yield CorpusSample(_record(stamp), split[i])
+    groups.union_equal(captions)
+    union_near_duplicates(groups, [stamp.fingerprint for stamp in stamps])
+    splits = assign_group_splits(groups, captions, corpus="stamps", test=TEST_SHARE, val=VAL_SHARE)
+    for stamp, split in zip(stamps, splits, strict=True):
+        yield CorpusSample(_make_record(stamp), split)
 
 
-def _record(stamp: TuxPaintStamp) -> dict[str, Any]:
-    picture = CorpusImage(f"images/{slugify(stamp.name.replace('/', '__'))}.png", stamp.png)
+def _make_record(stamp: TuxPaintStamp) -> dict[str, Any]:
+    """Return the pair record of one stamp."""
+    image = CorpusImage(f"images/{slugify(stamp.name.replace('/', '__'))}.png", stamp.png)
     metadata = {"category": stamp.category, "photo": not stamp.is_drawing and is_photo(stamp)}
-    return {"id": stamp.name, "image": picture, "short": stamp.caption, "metadata": metadata}
+    return {"id": stamp.name, "image": image, "short": stamp.caption, "metadata": metadata}
 
 
-def read_stamps(root: Path, watch: Watch = unwatched) -> Iterator[TuxPaintStamp]:
-    """Every stamp with an English caption and an image, letters left out."""
-    for text in watch(
-        sorted(root.rglob("*.txt"), key=lambda path: path.as_posix()), "reading stamps"
-    ):
-        name = text.relative_to(root).with_suffix("").as_posix()
-        # The first line is English; the others are translations, one LANG.utf8=... each.
-        caption = text.read_text(encoding="utf-8").partition("\n")[0].strip()
-        source = _image_of(text)
+def read_stamps(root: Path) -> Iterator[TuxPaintStamp]:
+    """Yield every stamp that has an English caption and an image, without alphabets."""
+    paths = sorted(root.rglob("*.txt"), key=lambda path: path.as_posix())
+    for path in track_progress(paths, label="reading stamps"):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        # The first line is English; the others are translations, each with its language code.
+        caption = path.read_text(encoding="utf-8").partition("\n")[0].strip()
+        source = _find_image(path)
         if source is None or not caption or "/alphabets/" in f"/{name}":
             continue
-        data = encode_image(source)
-        yield TuxPaintStamp(
-            name, caption, data, source.suffix == ".svg", fingerprint_image(ImageRef(data=data))
-        )
+        png = encode_image(source)
+        fingerprint = fingerprint_image(ImageRef(data=png))
+        yield TuxPaintStamp(name, caption, png, source.suffix == ".svg", fingerprint)
 
 
-def _image_of(text: Path) -> Path | None:
-    """The drawing where there is one: it is sharper. But letters in it would need a font of the system."""
-    svg, png = text.with_suffix(".svg"), text.with_suffix(".png")
+def _find_image(caption_file: Path) -> Path | None:
+    """Return the image beside a caption file: the SVG, else the PNG, else None.
+
+    SVG is sharper, but a drawing with letters would need a system font, so it is used only where
+    there is no PNG.
+    """
+    svg = caption_file.with_suffix(".svg")
+    png = caption_file.with_suffix(".png")
     if svg.exists() and not (png.exists() and b"<text" in svg.read_bytes()):
         return svg
     return png if png.exists() else None
 
 
-def _distinct(stamps: Iterator[TuxPaintStamp]) -> Iterator[TuxPaintStamp]:
-    """Without the stamps that stand in two categories."""
-    seen = set()
+def _drop_repeated(stamps: Iterable[TuxPaintStamp]) -> Iterator[TuxPaintStamp]:
+    """Yield the stamps without repetitions of the same image with the same caption."""
+    keys = set()
     for stamp in stamps:
         key = (hashlib.sha256(stamp.png).digest(), normalize_caption(stamp.caption))
-        if key not in seen:
-            seen.add(key)
+        if key not in keys:
+            keys.add(key)
             yield stamp
 
 
 def is_photo(stamp: TuxPaintStamp) -> bool:
-    """A guess, right for about nine in ten: many colours, few equal neighbours, and not filed under cartoons."""
+    """Guess from the pixels whether a stamp is a photo; right for about nine stamps in ten.
+
+    A photo has many colours and few equal neighbouring pixels, and its category does not contain
+    ``cartoon``.
+    """
     if "cartoon" in stamp.category:
         return False
-    equal, colours = images.measure_texture(ImageRef(data=stamp.png))
-    return equal <= PHOTO_MAX_EQUAL and colours >= PHOTO_MIN_COLOURS
-
-
-CORPUS = Corpus(
-    name="stamps",
-    title="Clip art and photo cut-outs of Tux Paint, each with a short English caption (`short`).",
-    licence="GPL-2",
-    attribution=(
-        "Tux Paint Stamps, copyright 2002-2022 Bill Kendrick and the artists named in the package's documentation; "
-        "packaged for Debian as tuxpaint-stamps-default. The GNU General Public License, version 2, holds for the "
-        "images and the captions."
-    ),
-    packages=(PACKAGES[PACKAGE_NAME],),
-    split_by=(
-        "Stamps with the same caption (case and punctuation aside) or nearly the same image stand in one split; the "
-        "split is the hash of the group's caption. Letters of alphabets are left out. `metadata.category` is the "
-        "folder in the package, `metadata.photo` a guess from the pixels."
-    ),
-    build=build_samples,
-)
+    equal_share, num_colours = images.measure_texture(ImageRef(data=stamp.png))
+    return equal_share <= PHOTO_MAX_EQUAL and num_colours >= PHOTO_MIN_COLOURS

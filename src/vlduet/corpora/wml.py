@@ -1,7 +1,7 @@
-"""Wesnoth's markup language, as far as texts and portraits need it: blocks of attributes, in their order.
+"""Reader of WML, the Wesnoth markup language, as far as texts and portraits need it.
 
-Macros ({...}) are not expanded and preprocessor lines (#ifdef ...) are skipped: both branches are read. What a macro would
-have made is missing, never wrong.
+Macros (``{...}``) are not expanded, and preprocessor lines (``#ifdef ...``) are ignored, so both
+branches are read. What a macro would have added is missing, but nothing is wrong.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class WmlBlock:
-    """``[name] key=value ... [/name]``; nested blocks in their order."""
+    """A block ``[name] key=value ... [/name]``, with its nested blocks in file order."""
 
     name: str
     attributes: dict[str, str] = field(default_factory=dict)
-    """Texts without quotes; the first value of a key."""
+    """Text of each key without its quotes; of a repeated key, the first one."""
     children: list[WmlBlock] = field(default_factory=list)
 
     def find_blocks(self, *names: str) -> Iterator[WmlBlock]:
-        """All blocks below of these names, in reading order, none inside another one of them."""
+        """Yield the blocks below with one of these names, at any depth, in file order.
+
+        Blocks inside a matching block are not searched.
+        """
         for block in self.children:
             if block.name in names:
                 yield block
@@ -30,7 +33,7 @@ class WmlBlock:
                 yield from block.find_blocks(*names)
 
     def get_text(self, key: str) -> str:
-        """A text as a reader sees it: no translator's hints, no markup, white space collapsed; empty if missing."""
+        """Return a text as a player reads it (`clean_text`); empty if the key is missing."""
         return clean_text(self.attributes.get(key, ""))
 
 
@@ -38,32 +41,40 @@ _TOKEN = re.compile(
     r"""
       \#[^\n]*                                   # comment or preprocessor line
     | <<(?P<raw>.*?)>>                           # raw text
-    | \[(?P<close>/?)\+?(?P<tag>[a-z_0-9]+)\]    # a block begins or ends
+    | \[(?P<close>/?)\+?(?P<tag>[a-z_0-9]+)\]    # begin or end of a block
     | (?P<key>[A-Za-z_][\w,]*)[ \t]*=[ \t]*      # key=
     | "(?P<text>(?:[^"]|"")*)"                   # quoted text, "" is a quote
-    | \{(?:[^{}"]|"(?:[^"]|"")*"|\{(?:[^{}"]|"(?:[^"]|"")*")*\})*\}   # a macro, nested once
+    | \{(?:[^{}"]|"(?:[^"]|"")*"|\{(?:[^{}"]|"(?:[^"]|"")*")*\})*\}   # macro, nested once
     | \n
-    | [^\s"#\[{<\n]+ | [\[{<]                     # bare words
+    | [^\s"#\[{<\n]+ | [\[{<]                     # unquoted text
     """,
     re.VERBOSE | re.DOTALL,
 )
 
 
 def parse_wml(text: str) -> WmlBlock:
-    """The blocks of one file, under a root block without a name. Unbalanced tags close what they can."""
-    root = WmlBlock("")
-    stack, key, value, joined = [root], "", "", False
+    """Return the blocks of a WML text as children of a root block without a name.
 
-    def end() -> None:
+    Never raises: an end tag closes the innermost open block whatever its name, and blocks that are
+    open at the end are closed.
+    """
+    root = WmlBlock("")
+    stack = [root]
+    key = ""
+    value = ""
+    is_continued = False  # a + at the end of the line continues the value in the next one
+
+    def end_attribute() -> None:
         nonlocal key, value
         if key:
             stack[-1].attributes.setdefault(key, value.strip())
-        key, value = "", ""
+        key = ""
+        value = ""
 
     for match in _TOKEN.finditer(text):
-        word = match.group()
+        token = match.group()
         if match["tag"] is not None and (not key or not value.strip()):
-            end()
+            end_attribute()
             if not match["close"]:
                 block = WmlBlock(match["tag"])
                 stack[-1].children.append(block)
@@ -71,32 +82,34 @@ def parse_wml(text: str) -> WmlBlock:
             elif len(stack) > 1:
                 stack.pop()
         elif match["key"] is not None and not value.strip():
-            end()
+            end_attribute()
             key = match["key"]
         elif match["text"] is not None:
             value += match["text"].replace('""', '"')
-        elif word == "\n":
-            if not joined:
-                end()
-        elif key and not word.startswith(("#", "{")) and word not in ("_", "+"):
-            value += word if not value or value.endswith(" ") else f" {word}"
-        # A text goes on in the next line after a +, whatever comment stands behind it.
-        if word != "\n" and not word.startswith("#"):
-            joined = word == "+"
-    end()
+        elif token == "\n":
+            if not is_continued:
+                end_attribute()
+        elif key and not token.startswith(("#", "{")) and token not in ("_", "+"):
+            value += token if not value or value.endswith(" ") else f" {token}"
+        # A comment or the line break behind the + does not end the continuation.
+        if token != "\n" and not token.startswith("#"):
+            is_continued = token == "+"
+    end_attribute()
     return root
 
 
 def read_wml(path: Path) -> WmlBlock:
-    """Parse a .cfg file."""
+    """Return the blocks of a .cfg file, see `parse_wml`; invalid UTF-8 is replaced."""
     return parse_wml(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def clean_text(text: str) -> str:
-    """Drops translator's hints (``female^Elvish Archer``), Pango markup and line breaks."""
-    head, hint, rest = text.partition("^")
-    text = rest if hint and len(head) < 60 and "\n" not in head else text
-    text = re.sub(
-        r"</?(?:i|b|u|small|big|span|ref|bold|italic|header|img|format)\b[^>]*>", "", text
-    )
-    return " ".join(text.split())
+    """Return a text without translators' hints, Pango markup, line breaks and repeated blanks.
+
+    A hint is what stands before a caret: ``female^Elvish Archer``.
+    """
+    head, caret, tail = text.partition("^")
+    if caret and len(head) < 60 and "\n" not in head:
+        text = tail
+    tags = r"</?(?:i|b|u|small|big|span|ref|bold|italic|header|img|format)\b[^>]*>"
+    return " ".join(re.sub(tags, "", text).split())

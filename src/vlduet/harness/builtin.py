@@ -28,13 +28,13 @@ from vlduet.eval.benchmarks.tasks import Benchmark
 from vlduet.eval.llm_grader import open_grader
 from vlduet.eval.predictions import FluencyModel, ModelFunctions
 from vlduet.eval.run import evaluate
-from vlduet.logs import say, track_progress
+from vlduet.logs import logger, track_progress
 from vlduet.model.backbone import select_device
 from vlduet.model.checkpoint import MANIFEST_NAME
 from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
 from vlduet.model.feature_cache import FeatureCache
-from vlduet.model.generation import beam
+from vlduet.model.generation import continuous
 from vlduet.model.processing import IMAGE_BACKEND, read_config
 
 EmbedFunction = Callable[[list[Parts], bool], np.ndarray]
@@ -263,7 +263,7 @@ def generate_answers(
     for chosen in group_by_length([len(s) for s in sequences], BATCH_TOKENS):
         start = model.prefill_inputs([sequences[i] for i in chosen])
         for i, text in zip(
-            chosen, beam.generate_texts(model.backbone, start, longest), strict=True
+            chosen, continuous.generate_texts(model.backbone, start, longest), strict=True
         ):
             found[i] = text
     return found
@@ -321,11 +321,11 @@ def evaluate_model(
     maker = describe_provenance(folder.resolve(), facts, settings)
     done, failed = [], {}
     for benchmark in benchmarks:
-        say(f"{benchmark.name}: {benchmark.title}")
+        logger.info(f"{benchmark.name}: {benchmark.title}")
         source = Source(data, seed=settings.seed, k=settings.k)
         try:
             for corpus in benchmark.corpora:
-                catalog.fetch_corpus(corpus, data / "corpora", progress=say)
+                catalog.fetch_corpus(corpus, data / "corpora")
             done.append(
                 evaluate(
                     benchmark,
@@ -338,7 +338,7 @@ def evaluate_model(
             )
         except VLDuetError as error:
             failed[benchmark.name] = str(error)
-            say(f"{benchmark.name} is left out: {error}")
+            logger.info(f"{benchmark.name} is left out: {error}")
     return done, failed
 
 

@@ -30,7 +30,7 @@ from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.encoders.frozen import make_slice
 from vlduet.errors import ConfigError, DataError
-from vlduet.logs import say
+from vlduet.logs import logger
 from vlduet.model.pooling import Readout
 from vlduet.model.prompts import Renderer
 from vlduet.objectives.language import language_loss
@@ -43,14 +43,14 @@ from vlduet.objectives.sugar_targets import (
     compute_target_std,
 )
 from vlduet.recipes.frozen import slice_cosines
+from vlduet.recipes.recipe import Recipe
 
-OBJECTIVES = ("structure", "language")
 MIN_TARGET_STD = 0.02
 """Standard deviation of the targets below which there is hardly anything to learn."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SugarOptions:
     """What a config may set beside `recipe.name`; the paper's form is the default wherever it gives one."""
 
     k: int = 4
@@ -89,7 +89,7 @@ class Options:
                 )
 
 
-def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
+def select_encoder_roles(options: SugarOptions, weights: Mapping[str, float]) -> tuple[str, ...]:
     """Roles of the frozen encoders that these losses ask; none where `structure` has no weight."""
     if not weights.get("structure"):
         return ()
@@ -99,7 +99,7 @@ def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
 # ------------------------------------------------------------------ layout
 
 
-def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+def layout(sample: Sample, renderer: Renderer, options: SugarOptions) -> list[Sequence]:
     """One record -> its sequence (the figure above). Raises DataError for a record that this method cannot use."""
     record, draw = sample.record, sample.rng()
     if record.kind == "chat":
@@ -130,7 +130,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     return [builder.build(renderer.max_tokens)]
 
 
-def select_slices(record: Record, draw: random.Random, options: Options) -> Parts:
+def select_slices(record: Record, draw: random.Random, options: SugarOptions) -> Parts:
     """The record's images and sentences in order: (image, short caption) of a pair, its long one where it has no short."""
     if record.kind == "interleaved":
         return record.parts
@@ -160,7 +160,7 @@ def draw_anchor_positions(is_image: Many[bool], k: int, draw: random.Random) -> 
 # ------------------------------------------------------------------ losses
 
 
-def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+def objective(readout: Readout, logit_scale: Tensor, options: SugarOptions) -> dict[str, Tensor]:
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
     count = distributed.all_reduce_sum(len(readout.nll))
     return {
@@ -171,7 +171,7 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
     }
 
 
-def compute_structure_loss(readout: Readout, options: Options) -> Tensor:
+def compute_structure_loss(readout: Readout, options: SugarOptions) -> Tensor:
     """L_d between this rank's prefixes and those of all. 0 at no cost where no encoder was asked: alpha is 0."""
     anchors = [anchor for anchor in readout.anchors if anchor.slices]
     seen = sum(bool(one.features) for anchor in anchors for one in anchor.slices)
@@ -213,4 +213,14 @@ def compute_structure_loss(readout: Readout, options: Options) -> Tensor:
 
 @functools.cache
 def _warn_once(text: str) -> None:
-    say(text)
+    logger.info(text)
+
+
+RECIPE = Recipe(
+    name="sugar",
+    options=SugarOptions,
+    objectives=("structure", "language"),
+    layout=layout,
+    objective=objective,
+    encoder_roles=select_encoder_roles,
+)

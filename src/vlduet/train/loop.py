@@ -19,10 +19,10 @@ import torch
 
 from vlduet import __version__, config, distributed
 from vlduet.config import RunConfig
-from vlduet.data.records import record_to_json
+from vlduet.data.record_json import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError
-from vlduet.logs import MetricsLog, ProgressBar, say
+from vlduet.logs import MetricsLog, ProgressBar, logger
 from vlduet.train import checkpointing, setup
 from vlduet.train.setup import TrainableModel, TrainingRun
 from vlduet.train.step import all_finite, forward_backward, optimizer_step, seed_step
@@ -98,7 +98,7 @@ def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: boo
         checkpointing.save_state(run, steps)
         run.model.save_pretrained(out / "model", provenance=build_provenance(settings))
         if run.quarantine.count:
-            say(str(run.quarantine))
+            logger.info(str(run.quarantine))
     if log:
         log.close()
     distributed.barrier()

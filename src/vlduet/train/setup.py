@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,48 +21,21 @@ from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Mixture, Sample
 from vlduet.encoders.dual import DualEncoder, open_frozen_encoder
 from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders
-from vlduet.errors import ConfigError, DataError, suggest_name
-from vlduet.logs import say
+from vlduet.errors import ConfigError, DataError
+from vlduet.logs import logger
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import VISION_BATCH_IMAGES, FeatureCache, replace_pixels_by_features
 from vlduet.model.pooling import Readout
-from vlduet.model.prompts import Prompts, Renderer
-from vlduet.recipes import clip, fromage, sugar, vladva
-
-RECIPES: dict[str, ModuleType] = {
-    "vladva": vladva,
-    "sugar": sugar,
-    "fromage": fromage,
-    "clip": clip,
-}
-"""A new method is a module in recipes/ and a name here."""
-
+from vlduet.model.prompts import Prompts
+from vlduet.recipes.recipe import BoundRecipe
+from vlduet.recipes.registry import load_recipe
 
 MAX_PROBED_RECORDS = 256
 """Records of a source that are asked, at most, whether there is anything in it to learn from."""
 
 TrainableModel = DuetModel | DualEncoder
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe module with its options bound."""
-
-    name: str
-    layout: Callable[[Sample, Renderer], list[Sequence]]
-    objective: Callable[[Readout, Tensor], dict[str, Tensor]]
-    encoders: tuple[str, ...] = ()
-    """Roles of the frozen encoders that its losses ask."""
-    model: Callable[[RunConfig, FrozenEncoders], DualEncoder] | None = None
-    """Makes what is trained, where that is not the model at `model.path`."""
-    start: Callable[[DuetModel, RunConfig], None] | None = None
-    """Gives the model at `model.path` what the method needs, before anything is opened for training."""
-    moved: Callable[[DuetModel], None] | None = None
-    """What the method does to the model after every step."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Of Adam; a method that has its own says so in BETAS."""
 
 
 @dataclass
@@ -72,7 +44,7 @@ class TrainingRun:
 
     config: RunConfig
     model: TrainableModel
-    recipe: Recipe
+    recipe: BoundRecipe
     mixture: Mixture
     optimizer: torch.optim.Optimizer
     quarantine: Quarantine
@@ -98,42 +70,7 @@ class TrainingRun:
         return {"loss": total, **{name: found[name] for name in weights}}
 
 
-def bind(config: RunConfig) -> Recipe:
-    """The recipe that a config names, its options checked.
-
-    Raises:
-        ConfigError: an unknown recipe, option or objective.
-    """
-    values = dict(config.recipe)
-    name = str(values.pop("name", ""))
-    if name not in RECIPES:
-        raise ConfigError(
-            f"unknown recipe '{name}'", place="recipe.name", fix=suggest_name(name, RECIPES)
-        )
-    module = RECIPES[name]
-    for key in config.objectives:
-        if key not in module.OBJECTIVES:
-            raise ConfigError(
-                f"unknown loss '{key}' of {name}",
-                place="objectives",
-                fix=suggest_name(key, module.OBJECTIVES),
-            )
-    if not any(config.objectives.values()):
-        raise ConfigError(
-            "no loss has a weight", place="objectives", fix=f"Known: {', '.join(module.OBJECTIVES)}"
-        )
-    bound = parse_options(module.Options, values, place="recipe")
-    return Recipe(
-        name,
-        lambda sample, renderer: module.layout(sample, renderer, bound),
-        lambda readout, scale: module.objective(readout, scale, bound),
-        module.encoders(bound, config.objectives) if hasattr(module, "encoders") else (),
-        **{hook: getattr(module, hook, None) for hook in ("model", "start", "moved")},
-        betas=getattr(module, "BETAS", Recipe.betas),
-    )
-
-
-def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> DuetModel:
+def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) -> DuetModel:
     """The starting model, with what is to be trained opened; `cache` holds its vision features (None: memory)."""
     section = config.model
     if section.path is None:
@@ -184,7 +121,7 @@ def load_model(config: RunConfig, recipe: Recipe, *, cache: Path | None) -> Duet
 
 
 def load_encoders(
-    config: RunConfig, recipe: Recipe, *, own: DuetModel | None, cache: Path | None
+    config: RunConfig, recipe: BoundRecipe, *, own: DuetModel | None, cache: Path | None
 ) -> FrozenEncoders:
     """The frozen encoders that the recipe asks, opened when they are first needed.
 
@@ -194,7 +131,7 @@ def load_encoders(
     found: dict[str, FrozenEncoder] = {}
     store = FeatureCache(cache)
     device = own.backbone.device if own else select_device()
-    for role in recipe.encoders:
+    for role in recipe.encoder_roles:
         folder: Path | None = getattr(config.encoders, role)
         if folder is None:
             what = f"{recipe.name} compares slices with a frozen {role} encoder, and none is given"
@@ -243,19 +180,19 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
     Raises:
         ConfigError, DataError, ModelError: whatever is wrong, before anything is trained.
     """
-    recipe = bind(config)
+    recipe = load_recipe(config)
     suffix = f"-{distributed.get_rank()}" if distributed.get_world_size() > 1 else ""
     quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if write_files else None)
     mixture = load_mixture(config, quarantine)
     wanted = config.out / "features" if config.data.cache is None else config.data.cache
     cache = wanted if write_files and wanted is not False else None
     model: TrainableModel
-    if recipe.model is None:
+    if recipe.build_model is None:
         model = own = load_model(config, recipe, cache=cache)
         encoders = load_encoders(config, recipe, own=own, cache=cache)
     else:
         encoders = load_encoders(config, recipe, own=None, cache=cache)
-        model = recipe.model(config, encoders)
+        model = recipe.build_model(config, encoders)
     optimizer = build_optimizer(model, config, betas=recipe.betas)
     run = TrainingRun(config, model, recipe, mixture, optimizer, quarantine, encoders)
     check_sources(run)
@@ -275,7 +212,7 @@ def check_sources(run: TrainingRun) -> None:
         if all(sure) and sure[0] is not None:
             raise sure[0]
     for why in empty if distributed.is_main_process() else ():
-        say(f"warning: {why}")
+        logger.warning(f"warning: {why}")
 
 
 def _nothing_in(run: TrainingRun, number: int, *, every: bool) -> DataError | None:

@@ -18,7 +18,7 @@ from vlduet import config, distributed
 from vlduet.config import ComparisonConfig, RunConfig
 from vlduet.errors import ConfigError
 from vlduet.files import recover_folder, write_text_atomically
-from vlduet.logs import read_metrics, say
+from vlduet.logs import logger, read_metrics
 from vlduet.train import checkpointing, setup
 from vlduet.train.loop import train
 from vlduet.workflows.validation import make_validator
@@ -59,7 +59,7 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     evaluate = cache(make_validator)
     for number, plan in enumerate(every, 1):
         done = finished[plan.out]
-        say(f"[{number}/{len(every)}] {plan.out}{' is finished' if done else ''}")
+        logger.info(f"[{number}/{len(every)}] {plan.out}{' is finished' if done else ''}")
         if not done:
             assert plan.data.validation is not None
             stopped = recover_folder(plan.out / checkpointing.STATE_FOLDER).exists()

@@ -12,9 +12,9 @@ from vlduet.data.records import Record
 from vlduet.encoders.dual import DualEncoder
 from vlduet.errors import DataError
 from vlduet.eval import protocols
-from vlduet.logs import say
+from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation import beam
+from vlduet.model.generation import continuous
 from vlduet.reports.galleries import evenly_spaced
 
 MAX_VALIDATION_RECORDS = 256
@@ -40,7 +40,7 @@ def make_validator(
         DataError: no usable pair in the file.
     """
     records: list[Record] = []
-    for record in read_records(path, on_error=lambda error: say(f"validation: dropped {error}")):
+    for record in read_records(path, on_error=lambda error: logger.info(f"validation: dropped {error}")):
         if len(records) < limit and is_usable_pair(record):
             records.append(record)
     if not records:
@@ -59,7 +59,7 @@ def is_usable_pair(record: Record) -> bool:
     try:
         load_image(record.image)
     except DataError as error:
-        say(f"validation: dropped {error}")
+        logger.info(f"validation: dropped {error}")
         return False
     return True
 
@@ -100,7 +100,7 @@ def compute_caption_end_rate(
         for record in some
         if record.image is not None
     ]
-    written = beam.generate_with_finish_reason(
+    written = continuous.generate_with_finish_reason(
         model.backbone, model.prefill_inputs(open_), min(2 * max_caption_tokens, MAX_CAPTION_TOKENS)
     )
     return sum(end for _, end in written) / len(written)
