@@ -82,7 +82,7 @@ def contenders(folder: Path, records: list[Record]) -> dict[str, Callable[[], ob
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=1e-4, weight_decay=0.0)
     options, encoders = (
-        sugar.Options(n_ref=len(records) * sugar.Options().k),
+        sugar.SugarOptions(n_ref=len(records) * sugar.SugarOptions().k),
         build_random_encoders(),
     )
     bare = [
@@ -122,7 +122,7 @@ def main() -> None:
     for contender in found.values():
         contender()
     seconds = _bench.interleaved(found, options.repeats or repeats)
-    print(f"\n{count} sequences, {count * sugar.Options().k} prefixes")
+    print(f"\n{count} sequences, {count * sugar.SugarOptions().k} prefixes")
     for name, times in seconds.items():
         share = statistics.median(
             mine / whole for mine, whole in zip(times, seconds["joint step"], strict=True)

@@ -20,8 +20,8 @@ from vlduet.model.pooling import Readout, concatenate_readouts, create_empty_rea
 from vlduet.recipes import sugar, vladva
 from vlduet.train.gradcache import compute_cached_losses
 
-VLADVA = vladva, vladva.Options()
-GUIDED = vladva, vladva.Options(guide="triple")
+VLADVA = vladva, vladva.VladvaOptions()
+GUIDED = vladva, vladva.VladvaOptions(guide="triple")
 OURS = {
     "target": "awm",
     "same_sequence": "nested",
@@ -42,11 +42,11 @@ CASES = {
     "chunked, chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
     "guided": (*GUIDED, {"contrastive": 1.0, "language": 0.7}),
     "guided, empty rank": (*GUIDED, {"contrastive": 1.0, "language": 0.7}),
-    "structure": (sugar, sugar.Options(k=3), {"structure": 1.0, "language": 0.0}),
-    "sugar": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
-    "sugar, chunked": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
-    "sugar, empty rank": (sugar, sugar.Options(), {"structure": 1.0, "language": 0.7}),
-    "sugar, ours": (sugar, sugar.Options(**OURS), {"structure": 1.0, "language": 0.7}),
+    "structure": (sugar, sugar.SugarOptions(k=3), {"structure": 1.0, "language": 0.0}),
+    "sugar": (sugar, sugar.SugarOptions(), {"structure": 1.0, "language": 0.7}),
+    "sugar, chunked": (sugar, sugar.SugarOptions(), {"structure": 1.0, "language": 0.7}),
+    "sugar, empty rank": (sugar, sugar.SugarOptions(), {"structure": 1.0, "language": 0.7}),
+    "sugar, ours": (sugar, sugar.SugarOptions(**OURS), {"structure": 1.0, "language": 0.7}),
 }
 CHUNK_TOKENS = 60
 """Of the chunked cases: the two ranks then have different numbers of chunks."""

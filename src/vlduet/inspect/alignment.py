@@ -12,7 +12,7 @@ from torch import Tensor
 from vlduet.config import RunConfig
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
-from vlduet.data.show import iter_labelled_parts as slices_of
+from vlduet.data.records import iter_labelled_parts as slices_of
 from vlduet.encoders.dual import DualEncoder
 from vlduet.encoders.frozen import FrozenEncoders, get_modality, make_slice
 from vlduet.errors import DataError
@@ -24,6 +24,7 @@ from vlduet.objectives.sugar_targets import (
     compute_triple_cosines,
     cosines_to_squared_distances,
 )
+from vlduet.recipes.registry import load_recipe
 from vlduet.reports import pages
 from vlduet.train import setup
 
@@ -67,7 +68,7 @@ def config_encoder_cosines(parts: Parts, settings: RunConfig) -> Tensor:
     Raises:
         ConfigError, ModelError, DataError: as training with it does.
     """
-    recipe = setup.bind(settings)
+    recipe = load_recipe(settings)
     encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache or None)
     return encoder_cosines(parts, encoders)
 

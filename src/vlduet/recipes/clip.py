@@ -26,30 +26,29 @@ from vlduet.model.backbone import select_device
 from vlduet.model.pooling import Readout
 from vlduet.model.prompts import Renderer
 from vlduet.recipes.contrast import compute_contrastive_loss
-
-OBJECTIVES = ("contrastive",)
+from vlduet.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ClipOptions:
     """What a config may set beside `recipe.name`."""
 
     temperature_floor: float = 0.01
     """Lowest temperature of the contrastive loss."""
 
 
-def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
+def select_encoder_roles(options: ClipOptions, weights: Mapping[str, float]) -> tuple[str, ...]:
     """Roles of the frozen encoders below the towers."""
     return ("vision", "text")
 
 
-def model(config: RunConfig, encoders: FrozenEncoders) -> DualEncoder:
+def build_model(config: RunConfig, encoders: FrozenEncoders) -> DualEncoder:
     """What is trained: new towers of width `model.dim`."""
     torch.manual_seed(config.seed)
     return DualEncoder(encoders, dim=config.model.dim).to(select_device())
 
 
-def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+def layout(sample: Sample, renderer: Renderer, options: ClipOptions) -> list[Sequence]:
     """An image and a text of the record, each a sequence of one anchor. Raises DataError where there is no such two."""
     record, draw = sample.record, sample.rng()
     found: list[tuple[ImageRef, str]] = [
@@ -86,10 +85,21 @@ def _sequence(part: Part, role: str, record: str) -> Sequence:
     )
 
 
-def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+def objective(readout: Readout, logit_scale: Tensor, options: ClipOptions) -> dict[str, Tensor]:
     """Symmetric InfoNCE over the global batch."""
     return {
         "contrastive": compute_contrastive_loss(
             readout, logit_scale, min_temperature=options.temperature_floor
         )
     }
+
+
+RECIPE = Recipe(
+    name="clip",
+    options=ClipOptions,
+    objectives=("contrastive",),
+    layout=layout,
+    objective=objective,
+    encoder_roles=select_encoder_roles,
+    build_model=build_model,
+)

@@ -37,23 +37,21 @@ from vlduet.recipes.contrast import (
     layout_hard_negatives,
     layout_retrieval_record,
 )
+from vlduet.recipes.recipe import Recipe
 
-OBJECTIVES = ("contrastive", "language")
-BETAS = (0.9, 0.95)
-"""Of Adam, as in the paper."""
 RET_TOKEN = soft_prompt_token(0)
 """The learned token that ends every text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class FromageOptions:
     """What a config may set beside `recipe.name`."""
 
     temperature_floor: float = 0.01
     """Lowest temperature of the contrastive loss."""
 
 
-def start(model: DuetModel, config: RunConfig) -> None:
+def prepare_model(model: DuetModel, config: RunConfig) -> None:
     """Give the starting model [RET] and the two maps; one that an earlier run made has them.
 
     Raises:
@@ -92,13 +90,13 @@ def start(model: DuetModel, config: RunConfig) -> None:
     model.soft_prompts = SoftPrompts(
         model.backbone, model.backbone.token_embedding.weight.float().mean(0, keepdim=True)
     )
-    moved(model)
+    rescale_ret_token(model)
     torch.manual_seed(config.seed)
     model.reset_head("split", config.model.dim)
 
 
 @torch.no_grad()
-def moved(model: DuetModel) -> None:
+def rescale_ret_token(model: DuetModel) -> None:
     """After every step: [RET] is as long as the rows of the table are on average."""
     assert model.soft_prompts is not None
     rows = model.soft_prompts.rows
@@ -106,7 +104,7 @@ def moved(model: DuetModel) -> None:
     rows.mul_(length / rows.norm(dim=1, keepdim=True))
 
 
-def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+def layout(sample: Sample, renderer: Renderer, options: FromageOptions) -> list[Sequence]:
     """One record -> its sequences (the figure above). Raises DataError for a record that this method cannot use."""
     record = sample.record
     if record.kind == "retrieval":
@@ -124,7 +122,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
     ]
 
 
-def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+def objective(readout: Readout, logit_scale: Tensor, options: FromageOptions) -> dict[str, Tensor]:
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
     count = distributed.all_reduce_sum(len(readout.nll))
     return {
@@ -134,3 +132,15 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
             readout.nll, global_token_count=count, world_size=distributed.get_world_size()
         ),
     }
+
+
+RECIPE = Recipe(
+    name="fromage",
+    options=FromageOptions,
+    objectives=("contrastive", "language"),
+    layout=layout,
+    objective=objective,
+    start=prepare_model,
+    after_step=rescale_ret_token,
+    betas=(0.9, 0.95),
+)

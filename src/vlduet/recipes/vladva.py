@@ -33,12 +33,11 @@ from vlduet.recipes.contrast import (
     layout_retrieval_record,
 )
 from vlduet.recipes.frozen import GUIDE_ROLES, GuideKind, with_slices
-
-OBJECTIVES = ("contrastive", "language")
+from vlduet.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class VladvaOptions:
     """What a config may set beside `recipe.name`."""
 
     split: Literal["fields", "length"] = "fields"
@@ -55,12 +54,12 @@ class Options:
     `triple` kernel of Sugar."""
 
 
-def encoders(options: Options, weights: Mapping[str, float]) -> tuple[str, ...]:
+def select_encoder_roles(options: VladvaOptions, weights: Mapping[str, float]) -> tuple[str, ...]:
     """Roles of the frozen encoders that guide L_c."""
     return GUIDE_ROLES[options.guide] if weights.get("contrastive") else ()
 
 
-def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequence]:
+def layout(sample: Sample, renderer: Renderer, options: VladvaOptions) -> list[Sequence]:
     """One record -> its sequences (the figure above). Raises DataError for a record that this method cannot use."""
     record = sample.record
     if record.kind == "chat":
@@ -92,7 +91,7 @@ def layout(sample: Sample, renderer: Renderer, options: Options) -> list[Sequenc
 
 
 def split_captions(
-    record: Record, renderer: Renderer, options: Options
+    record: Record, renderer: Renderer, options: VladvaOptions
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The short and the long captions of a pair. Raises DataError where `split: length` leaves none of those it has."""
     longs = (record.long,) if record.long else ()
@@ -123,7 +122,7 @@ def _interleaved(record: Record, renderer: Renderer) -> list[Sequence]:
     return [builder.build(renderer.max_tokens)]
 
 
-def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[str, Tensor]:
+def objective(readout: Readout, logit_scale: Tensor, options: VladvaOptions) -> dict[str, Tensor]:
     """The two losses of this process's share of the batch, by name (see `vlduet.distributed` for the scaling)."""
     count = distributed.all_reduce_sum(len(readout.nll))
     return {
@@ -134,3 +133,13 @@ def objective(readout: Readout, logit_scale: Tensor, options: Options) -> dict[s
             readout.nll, global_token_count=count, world_size=distributed.get_world_size()
         ),
     }
+
+
+RECIPE = Recipe(
+    name="vladva",
+    options=VladvaOptions,
+    objectives=("contrastive", "language"),
+    layout=layout,
+    objective=objective,
+    encoder_roles=select_encoder_roles,
+)

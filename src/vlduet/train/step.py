@@ -75,7 +75,7 @@ def optimizer_step(run: TrainingRun, step: int) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * learning_rate_factor(step, train.steps, train.warmup)
     run.optimizer.step()
-    if run.recipe.moved is not None:
+    if run.recipe.after_step is not None:
         assert isinstance(run.model, DuetModel), "a recipe that makes its own model needs no hook"
-        run.recipe.moved(run.model)
+        run.recipe.after_step(run.model)
     run.optimizer.zero_grad(set_to_none=True)

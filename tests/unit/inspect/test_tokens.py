@@ -73,7 +73,7 @@ def test_it_is_what_training_lays_out(saved: Path) -> None:
     from vlduet.recipes import vladva
 
     model = DuetModel.from_pretrained(saved)
-    sequences = vladva.layout(Sample(PAIR, 0, 0), model.renderer, vladva.Options(language_on="any"))
+    sequences = vladva.layout(Sample(PAIR, 0, 0), model.renderer, vladva.VladvaOptions(language_on="any"))
     rows = list_record_tokens(PAIR, saved)
     for number, sequence in enumerate(sequences):
         mine = [r for r in rows if r.sequence == number]

@@ -24,7 +24,7 @@ from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import create_empty_readout
 from vlduet.recipes import fromage
-from vlduet.recipes.fromage import RET_TOKEN, Options, layout, objective
+from vlduet.recipes.fromage import RET_TOKEN, FromageOptions, layout, objective
 from vlduet.train import setup
 from vlduet.train.gradcache import compute_cached_losses
 from vlduet.train.loop import train
@@ -75,12 +75,12 @@ def pairs() -> list[Record]:
 
 def laid_out(model: DuetModel) -> list[Sequence]:
     return [
-        s for i, r in enumerate(pairs()) for s in layout(Sample(r, i, 0), model.renderer, Options())
+        s for i, r in enumerate(pairs()) for s in layout(Sample(r, i, 0), model.renderer, FromageOptions())
     ]
 
 
 def losses_of(model: DuetModel, readout: Any) -> dict[str, torch.Tensor]:
-    found = objective(readout, model.logit_scale, Options())
+    found = objective(readout, model.logit_scale, FromageOptions())
     return {"loss": found["contrastive"] + 0.7 * found["language"], **found}
 
 
@@ -333,7 +333,7 @@ def test_records_without_a_pair_are_refused(run: setup.TrainingRun) -> None:
         Record("p", image=tiny.random_image(0)),
     ):
         with pytest.raises(DataError, match="no image with a caption"):
-            layout(Sample(record, 0, 0), run.model.renderer, Options())
+            layout(Sample(record, 0, 0), run.model.renderer, FromageOptions())
 
 
 def test_ret_starts_as_the_mean_of_the_table(model: DuetModel) -> None:
@@ -345,4 +345,4 @@ def test_ret_starts_as_the_mean_of_the_table(model: DuetModel) -> None:
         atol=1e-6,
         rtol=0,
     )
-    fromage.moved(model)
+    fromage.rescale_ret_token(model)

@@ -23,7 +23,7 @@ from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import create_empty_readout
 from vlduet.recipes import sugar
-from vlduet.recipes.sugar import Options, draw_anchor_positions, layout, objective
+from vlduet.recipes.sugar import SugarOptions, draw_anchor_positions, layout, objective
 
 SUGAR = replace(tiny.PLAIN_PROMPTS, text="{text}", parts="{parts}")
 EOS = 2
@@ -45,7 +45,7 @@ def story(number: int = 0, *, name: str | None = None) -> Record:
 
 
 def lay(model: DuetModel, record: Record, *, position: int = 0, **options: Any) -> Sequence:
-    (sequence,) = layout(Sample(record, position, 0), model.renderer, Options(**options))
+    (sequence,) = layout(Sample(record, position, 0), model.renderer, SugarOptions(**options))
     return sequence
 
 
@@ -201,18 +201,18 @@ def test_what_does_not_fit_is_left_out_whole(model: DuetModel) -> None:
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        checked(Options, options, place="recipe")
+        checked(SugarOptions, options, place="recipe")
 
 
 def test_the_encoders_that_are_asked() -> None:
-    assert sugar.encoders(Options(), {"structure": 1.0, "language": 1.0}) == (
+    assert sugar.select_encoder_roles(SugarOptions(), {"structure": 1.0, "language": 1.0}) == (
         "vision",
         "text",
         "cross",
     )
-    assert sugar.encoders(Options(triple=False), {"structure": 1.0}) == ("cross",)
-    assert sugar.encoders(Options(), {"structure": 0.0, "language": 1.0}) == ()
-    assert sugar.encoders(Options(), {"language": 1.0}) == ()
+    assert sugar.select_encoder_roles(SugarOptions(triple=False), {"structure": 1.0}) == ("cross",)
+    assert sugar.select_encoder_roles(SugarOptions(), {"structure": 0.0, "language": 1.0}) == ()
+    assert sugar.select_encoder_roles(SugarOptions(), {"language": 1.0}) == ()
 
 
 # ---------------------------------------------------------------------- losses
@@ -256,7 +256,7 @@ def test_structure_is_the_paper_s_sum(model: DuetModel, options: dict[str, Any])
     from vlduet.objectives.sugar_targets import Prefixes, compute_target_matrix
 
     readout = batch(model, **options)
-    found = sugar.compute_structure_loss(readout, Options(**options))
+    found = sugar.compute_structure_loss(readout, SugarOptions(**options))
     prefixes = [(a.record, a.slices) for a in readout.anchors]
     flat = [one for _, slices in prefixes for one in slices]  # every slice as often as it occurs
 
@@ -313,7 +313,7 @@ def test_no_weight_costs_nothing(model: DuetModel, monkeypatch: pytest.MonkeyPat
     losses = objective(
         batch(model, frozen_encoders.FrozenEncoders({}, cache=frozen_encoders.FeatureCache(None))),
         model.logit_scale,
-        Options(),
+        SugarOptions(),
     )
     assert float(losses["structure"].detach()) == 0.0 and float(losses["language"].detach()) > 0
 
@@ -321,19 +321,19 @@ def test_no_weight_costs_nothing(model: DuetModel, monkeypatch: pytest.MonkeyPat
 def test_a_part_of_the_features_is_our_mistake(model: DuetModel) -> None:
     seen = frozen_encoders.build_random_encoders().attach_features([lay(model, story())])[0]
     with pytest.raises(AssertionError, match="a part of the slices"):
-        sugar.compute_structure_loss(model(model.collate([seen, lay(model, story(1))])), Options())
+        sugar.compute_structure_loss(model(model.collate([seen, lay(model, story(1))])), SugarOptions())
 
 
 def test_calibration_uses_the_batch(model: DuetModel) -> None:
     raw, scaled = (
-        sugar.compute_structure_loss(batch(model, calibrate=on), Options(calibrate=on))
+        sugar.compute_structure_loss(batch(model, calibrate=on), SugarOptions(calibrate=on))
         for on in (False, True)
     )
     assert bool(scaled.isfinite()) and float(scaled.detach()) != float(raw.detach())
 
 
 def test_nothing_usable_is_zero_and_part_of_the_graph() -> None:
-    losses = objective(create_empty_readout(4, like=torch.zeros(())), torch.zeros(()), Options())
+    losses = objective(create_empty_readout(4, like=torch.zeros(())), torch.zeros(()), SugarOptions())
     assert float(losses["structure"].detach()) == 0 and losses["structure"].requires_grad
 
 
@@ -345,10 +345,10 @@ def test_flat_targets_are_told_once(model: DuetModel, capsys: pytest.CaptureFixt
             ("image", "text"), lambda parts: torch.ones(len(parts), 3)
         )
     for _ in range(2):
-        sugar.compute_structure_loss(batch(model, encoders), Options(target="mean"))
+        sugar.compute_structure_loss(batch(model, encoders), SugarOptions(target="mean"))
     assert capsys.readouterr().err.count("nothing to learn") == 1
     sugar._warn_once.cache_clear()
-    sugar.compute_structure_loss(batch(model), Options(target="mean"))
+    sugar.compute_structure_loss(batch(model), SugarOptions(target="mean"))
     assert "nothing to learn" not in capsys.readouterr().err
 
 
@@ -360,7 +360,7 @@ def test_two_draws_of_a_record_are_one_sequence_and_two_files_are_not(model: Due
         Sample(record, 9, 0, "1.0"),
     ]
     names = [
-        {a.record_name for s in layout(one, model.renderer, Options()) for a in s.anchors}
+        {a.record_name for s in layout(one, model.renderer, SugarOptions()) for a in s.anchors}
         for one in samples
     ]
     assert all(len(name) == 1 for name in names)

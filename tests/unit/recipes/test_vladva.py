@@ -14,7 +14,7 @@ from vlduet.data.stream import Sample
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.recipes.contrast import find_positive_pairs
-from vlduet.recipes.vladva import Options, encoders, layout
+from vlduet.recipes.vladva import VladvaOptions, layout, select_encoder_roles
 
 SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
 
@@ -24,7 +24,7 @@ def told(
 ) -> tuple[str, str]:
     """(what is contrasted, what is learned to write)"""
     record = Record("1", image=tiny.random_image(0), short=short, long=long)
-    sequences = layout(Sample(record, 0, 0), model.renderer, Options(**options))
+    sequences = layout(Sample(record, 0, 0), model.renderer, VladvaOptions(**options))
     decode = model.backbone.tokenizer.decode
     contrasted = [decode(s.token_ids) for s in sequences for a in s.anchors if a.role == "text"]
     written = [decode([i for i in s.labels if i != IGNORE_INDEX]) for s in sequences]
@@ -62,7 +62,7 @@ def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> N
         anchor
         for position, record in enumerate(records)
         for sequence in layout(
-            Sample(record, position, 0, f"{position}.0"), model.renderer, Options()
+            Sample(record, position, 0, f"{position}.0"), model.renderer, VladvaOptions()
         )
         for anchor in sequence.anchors
     ]
@@ -75,7 +75,7 @@ def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> No
     anchors = [
         anchor
         for position in range(4)
-        for sequence in layout(Sample(record, position, 0), model.renderer, Options())
+        for sequence in layout(Sample(record, position, 0), model.renderer, VladvaOptions())
         for anchor in sequence.anchors
     ]
     images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
@@ -88,7 +88,7 @@ def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetMo
         Record("p", image=tiny.random_image(0), short=("a",)),
         Record("l", image=tiny.random_image(1), long=LONG),
     ]
-    by_record = [layout(Sample(record, 0, 0), model.renderer, Options()) for record in records]
+    by_record = [layout(Sample(record, 0, 0), model.renderer, VladvaOptions()) for record in records]
     assert [len(s.anchors) for s in by_record[0]] == [1, 1]
     assert [len(s.anchors) for s in by_record[1]] == [0]
     assert any(label != IGNORE_INDEX for label in by_record[1][0].labels)
@@ -103,7 +103,7 @@ def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> N
         positive=(("here",),),
         negative=((tiny.random_image(1),), ("there",)),
     )
-    options = Options(guide="triple")
+    options = VladvaOptions(guide="triple")
     found = {
         anchor.role + anchor.content_key[-6:]: tuple(one.part for one in anchor.slices)
         for record in (pair, asked)
@@ -114,14 +114,14 @@ def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> N
     assert list(found.values()) == [*shown, (tiny.random_image(1),), ("there",)]
     assert all(
         not a.slices
-        for s in layout(Sample(pair, 0, 0), model.renderer, Options())
+        for s in layout(Sample(pair, 0, 0), model.renderer, VladvaOptions())
         for a in s.anchors
     )
-    assert encoders(options, {"contrastive": 1.0}) == ("vision", "text", "cross")
-    assert encoders(Options(guide="cross"), {"contrastive": 0.5}) == ("cross",)
+    assert select_encoder_roles(options, {"contrastive": 1.0}) == ("vision", "text", "cross")
+    assert select_encoder_roles(VladvaOptions(guide="cross"), {"contrastive": 0.5}) == ("cross",)
     assert (
-        encoders(options, {"contrastive": 0.0, "language": 1.0})
-        == encoders(Options(), {"contrastive": 1.0})
+        select_encoder_roles(options, {"contrastive": 0.0, "language": 1.0})
+        == select_encoder_roles(VladvaOptions(), {"contrastive": 1.0})
         == ()
     )
 
@@ -131,7 +131,7 @@ def test_hard_negatives_of_a_pair_stand_beside_both_of_its_losses(model: DuetMod
     pair = Record(
         "1", image=tiny.random_image(0), short=("a cat",), long="a cat that sleeps", negative=wrong
     )
-    image, text, *negatives = layout(Sample(pair, 0, 0), model.renderer, Options())
+    image, text, *negatives = layout(Sample(pair, 0, 0), model.renderer, VladvaOptions())
     assert any(label != IGNORE_INDEX for label in image.labels)
     assert [a.role for s in (image, text, *negatives) for a in s.anchors] == [
         "image",
@@ -143,6 +143,6 @@ def test_hard_negatives_of_a_pair_stand_beside_both_of_its_losses(model: DuetMod
         Sample(pair, 0, 0).record_name
     }
     alone = replace(pair, short=())
-    assert len(layout(Sample(alone, 0, 0), model.renderer, Options())) == 1, (
+    assert len(layout(Sample(alone, 0, 0), model.renderer, VladvaOptions())) == 1, (
         "nothing asks, so nothing is wrong"
     )

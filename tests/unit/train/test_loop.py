@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vlduet.errors import ConfigError, DataError, TrainingError
 from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
 from vlduet.recipes import vladva
+from vlduet.recipes.recipe import BoundRecipe
 from vlduet.train import plan as planning
 from vlduet.train import setup
 from vlduet.train.loop import train
@@ -122,9 +124,9 @@ def test_a_bad_record_is_named_and_dropped(tmp_path: Path) -> None:
 
 def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.load_run_config(runs.write_run_config(tmp_path))
-    real = setup.bind
+    real = setup.load_recipe
 
-    def poisoned(config: object) -> setup.Recipe:
+    def poisoned(config: object) -> BoundRecipe:
         recipe = real(config)  # type: ignore[arg-type]
         calls = iter(range(100))
 
@@ -132,14 +134,14 @@ def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.Monk
             losses = recipe.objective(readout, scale)
             return {k: v * float("nan") if next(calls) >= 8 else v for k, v in losses.items()}
 
-        return setup.Recipe(recipe.name, recipe.layout, objective)
+        return replace(recipe, objective=objective)
 
-    monkeypatch.setattr(setup, "bind", poisoned)
+    monkeypatch.setattr(setup, "load_recipe", poisoned)
     with pytest.raises(TrainingError, match=r"step 4: .*not a number"):
         train(settings)
     saved = settings.out / "not-finite-4-rank0" / "records.jsonl"
     assert len(list(read_records(saved))) == 4
-    monkeypatch.setattr(setup, "bind", real)
+    monkeypatch.setattr(setup, "load_recipe", real)
     train(settings, resume=True)  # the model had not moved on the bad step
     steps = [row["step"] for row in read_metrics(settings.out / "metrics.jsonl")]
     assert steps == list(range(12))

@@ -13,8 +13,8 @@ import pytest
 
 from helpers import tiny
 from vlduet.data.formats import read_records
-from vlduet.data.questions import get_query_and_positives, split_into_queries
 from vlduet.data.records import ImageRef, Part, Parts, Record
+from vlduet.data.tools.queries import get_query_and_positives, split_into_queries
 from vlduet.errors import ConfigError, DataError, VLDuetError
 from vlduet.workflows import mining
 from vlduet.workflows.mining import mine_hard_negatives, select_hardest
@@ -346,7 +346,7 @@ def test_the_verb_with_a_real_model_and_training_on_what_it_wrote(tmp_path: Path
     roles = [
         anchor.role
         for record in records
-        for sequence in vladva.layout(Sample(record, 0, 0), model.renderer, vladva.Options())
+        for sequence in vladva.layout(Sample(record, 0, 0), model.renderer, vladva.VladvaOptions())
         for anchor in sequence.anchors
     ]
     assert (
