@@ -41,12 +41,10 @@ def measure_model(
     model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int
 ) -> Measurement:
     """The held-out measurements of one model; `captioned` are the records that it writes a caption for."""
-    known = dict(zip(data.captions, model.encode_query(data.captions), strict=True))
     write = partial(
         model.caption_images,
         max_new_tokens=MAX_CAPTION_TOKENS,
         num_drafts=NUM_CAPTION_DRAFTS,
-        known=known,
     )
     return Measurement(
         retrieval=protocols.measure_retrieval(

@@ -1,15 +1,15 @@
-"""What training does to a model beside its scores: the three analyses of VladVA (arXiv 2412.04378).
+"""Analyse a model beyond its scores: the three analyses of VladVA (arXiv 2412.04378).
 
-Everything is taken at the *reading token*: the token whose final hidden state is the embedding, so the summary token of
-a prompt that ends in one. Where an image is read as the mean of its tokens, it is the last of these, the only one that
-sees the whole image.
+Everything is measured at the *reading token*: the token whose final hidden state is the embedding,
+so the summary token of a prompt that ends in one. Where an image is embedded as the mean of its
+tokens, it is the last of these, the only one that sees the whole image.
 
     entropy     H = -sum_v p(v) log p(v) of the next token at the reading token, in nats
-    variance    sum_(i <= k) s_i^2 / sum_i s_i^2, with s the singular values of the embeddings as a matrix [N, E]
+    variance    sum_(i <= k) s_i^2 / sum_i s_i^2, s the singular values of the embeddings [N, E]
     attention   from the reading token to the tokens of the image, mean over heads and layers
 
-A model that is made to embed spreads out on all three: entropy rises (no single next word says it all), more components
-carry the variance, and attention becomes even over the image.
+A model that is trained to embed changes on all three: entropy rises (no single next token says it
+all), more components carry the variance, and attention becomes even over the image.
 """
 
 from __future__ import annotations
@@ -27,90 +27,95 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vlduet.data import images as pictures
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.content_keys import content_key
 from vlduet.data.formats import read_records
+from vlduet.data.images import Pixels, load_image
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.records import ImageRef, Part, Parts
-from vlduet.data.sequences import Sequence as Tokens
-from vlduet.data.show import iter_labelled_parts
+from vlduet.data.records import ImageRef, Part, Parts, iter_labelled_parts
+from vlduet.data.sequences import Sequence as TokenSequence
 from vlduet.errors import DataError
-from vlduet.eval.metrics import Interval, bootstrap_interval
-from vlduet.files import write_text_atomically
+from vlduet.eval.examples import evenly_spaced
+from vlduet.eval.metrics import bootstrap_interval
+from vlduet.files import write_text
 from vlduet.logs import ProgressBar
-from vlduet.model.duet import DuetModel
-from vlduet.model.generation.beam import eval_mode
-from vlduet.reports import pages as pages
-from vlduet.reports.charts import Series
-from vlduet.reports.galleries import evenly_spaced
+from vlduet.model.duet import DuetModel, eval_mode
 
 Floats = NDArray[np.float64]
 
 IMAGES_IN_MEMORY = 64
-"""Items whose images are in memory at a time."""
+"""Number of items whose images are decoded at once."""
 VARIANCE_SHARES = (0.5, 0.9, 0.99)
-"""Of the variance: how many components reach these."""
-CURVE_POINTS = 40
-"""Of a curve."""
-SIDE = 240
-"""Pixels of a picture on the page."""
+"""Shares of the variance for which the number of components is reported."""
 
 
-# ------------------------------------------------------------------ the three numbers: pure functions
+# ------------------------------------------------------------------ the three numbers
 
 
 def next_token_entropy(logits: Tensor) -> Tensor:
-    """float[N, V] -> float[N], nats: 0 for a model that knows the next token, log V for one that knows nothing."""
+    """Return the entropy in nats of float[N, V] logits as float[N].
+
+    It is 0 where the next token is certain, also with logits of -inf, and log V where all tokens
+    are equally likely. Logits of lower precision are converted to float32.
+    """
     log_p = logits.float().log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # 0 * -inf is nan
+    # A log probability of -inf would give 0 * -inf = NaN.
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
 
 
 def explained_variance(embeddings: ArrayLike) -> Floats:
-    """float[N, E] -> float[min(N, E)]: the share of the first k squared singular values in the sum of all, k = 1, 2, ...
+    """Return the cumulative explained variance of float[N, E] embeddings, float[min(N, E)].
 
-    Not centred, as in the paper: what all embeddings have in common counts as the first component. Only matrices of equal
-    N compare, because N bounds the number of components.
+    Entry k - 1 is the sum of the k largest squared singular values over the sum of all. The
+    embeddings are not centred, as in the paper: what all have in common is the first component.
+    N bounds the number of components, so only matrices with equal N can be compared.
     """
     energy = np.linalg.svd(np.asarray(embeddings, dtype=np.float64), compute_uv=False) ** 2
-    found: Floats = np.cumsum(energy) / energy.sum()
-    return found
+    curve: Floats = np.cumsum(energy) / energy.sum()
+    return curve
 
 
 def num_components(curve: Floats, share: float) -> int:
-    """The least k whose explained variance is `share` or more."""
+    """Return the smallest k whose explained variance in `curve` reaches `share`."""
     return int(np.searchsorted(curve, share - 1e-12) + 1)
 
 
 def attention_to_image(
     layers: Sequence[Tensor], *, query_index: int, image_tokens: slice
 ) -> Floats:
-    """Attention from one token to an image's tokens, float[n]: mean over layers and heads; sums to what the image gets of 1.
+    """Return the attention of one token to the tokens of an image, float[n].
+
+    It is the mean over layers and heads. The sum is the share of the attention that the image gets.
 
     Args:
-        layers: of one sequence, float[1, H, T, T] each, rows attend to columns.
-        at: the attending token; image: the image's tokens.
+        layers: attention of one sequence, float[1, H, T, T] per layer, rows attend to columns.
+        query_index: position of the attending token.
+        image_tokens: positions of the n tokens of the image.
     """
-    rows = torch.stack(
-        [layer[0, :, query_index, image_tokens].float().mean(0) for layer in layers]
-    )  # [L, n]
-    found: Floats = rows.mean(0).double().cpu().numpy()
-    return found
+    rows = [layer[0, :, query_index, image_tokens].float().mean(0) for layer in layers]
+    weights: Floats = torch.stack(rows).mean(0).double().cpu().numpy()  # [L, n] -> [n]
+    return weights
 
 
 def evenness(weights: ArrayLike) -> float:
-    """Entropy of weights as a share of the largest possible: 1 where all are equal, 0 where one has everything."""
+    """Return the entropy of weights as a share of the largest possible entropy.
+
+    It is 1 where all weights are equal, or where there is only one, and 0 where one weight has
+    everything. The weights, float[n], need not sum to 1 but must have a positive sum.
+    """
     values = np.asarray(weights, dtype=np.float64)
+    if len(values) == 1:
+        return 1.0
     p = values[values > 0] / values.sum()
-    return float(-(p * np.log(p)).sum() / math.log(len(values))) if len(values) > 1 else 1.0
+    return float(-(p * np.log(p)).sum() / math.log(len(values)))
 
 
-# ------------------------------------------------------------------ one model, measured
+# ------------------------------------------------------------------ the analysis of one model
 
 
 @dataclass(frozen=True, slots=True)
 class AnalysisItems:
-    """What is measured: distinct images and texts, in the order of the file."""
+    """Distinct images and texts on which models are analysed, in the order of the file."""
 
     images: tuple[ImageRef, ...]
     texts: tuple[str, ...]
@@ -118,320 +123,274 @@ class AnalysisItems:
 
 @dataclass(frozen=True, slots=True)
 class ContentReadings:
-    """One kind of content, read."""
+    """Values at the reading tokens of N items of one kind, images or texts."""
 
     embeddings: NDArray[np.float32]
     """float[N, E], unit length."""
     entropy: Floats
-    """nats[N]"""
+    """float[N], entropy of the next token in nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMap:
-    """Where the reading token of one image looks."""
+    """Attention of the reading token of one image to the tokens of that image."""
 
-    picture: str
-    """As the model sees it (scaled, cropped), as a data URL."""
+    pixels: Pixels
+    """uint8[H, W, 3], the image as the model sees it (scaled and cropped)."""
     weights: Floats
-    """float[h, w]"""
+    """float[h, w], attention to every token, in the layout of the image."""
     share: float
-    """Of the reading token's attention that goes to the image."""
+    """Share of the reading token's attention that goes to the image."""
     evenness: float
+    """Evenness of the attention over the image; see `evenness`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelAnalysis:
-    """One model."""
+    """Analysis of one model."""
 
     name: str
     fingerprint: str
     images: ContentReadings | None
-    """None where there are none."""
+    """Readings of the images; None where there were none."""
     texts: ContentReadings | None
+    """Readings of the texts; None where there were none."""
     attention_maps: tuple[AttentionMap, ...]
+
+    @property
+    def readings(self) -> dict[str, ContentReadings]:
+        """Readings by kind (``images``, ``texts``), for the kinds that there are."""
+        kinds = {"images": self.images, "texts": self.texts}
+        return {kind: readings for kind, readings in kinds.items() if readings is not None}
 
 
 def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisItems:
-    """The first `limit` distinct images and texts of records of any kind, or of a folder of images.
+    """Return the first `limit` distinct images and the first `limit` distinct texts of a source.
+
+    Args:
+        source: a file with records of any kind, or a folder of images.
+        limit: number of images and of texts.
+        dropped: modified in place: gets records and images that cannot be read.
 
     Raises:
-        DataError: the source cannot be read, or holds neither.
+        DataError: the source cannot be read, or contains neither an image nor a text.
     """
-    found: dict[bool, dict[str, Part]] = {True: {}, False: {}}
+    images: dict[str, ImageRef] = {}
+    texts: dict[str, str] = {}
+
+    def add(part: Part) -> None:
+        if isinstance(part, ImageRef):
+            if len(images) < limit:
+                load_image(part)  # a broken image must not take the place of another one
+                images.setdefault(content_key((part,)), part)
+        elif len(texts) < limit:
+            texts.setdefault(content_key((part,)), part)
+
     for record in read_records(source, on_error=lambda error: dropped.add(error.place, error)):
         for _, part in iter_labelled_parts(record):
-            kept = found[isinstance(part, ImageRef)]
-            if len(kept) < limit:
-                try:
-                    if isinstance(part, ImageRef):
-                        pictures.load_image(part)  # a broken one must not take the place of another
-                    kept.setdefault(content_key((part,)), part)
-                except DataError as error:
-                    dropped.add(record, error)
-        if min(len(kept) for kept in found.values()) == limit:
+            try:
+                add(part)
+            except DataError as error:
+                dropped.add(record, error)
+        if len(images) == len(texts) == limit:
             break
-    if not found[True] and not found[False]:
+    if not images and not texts:
         raise DataError(
             f"neither an image nor a text ({dropped})", place=source, fix="Name a file of records"
         )
-    images = tuple(part for part in found[True].values() if isinstance(part, ImageRef))
-    return AnalysisItems(
-        images, tuple(part for part in found[False].values() if isinstance(part, str))
-    )
+    return AnalysisItems(tuple(images.values()), tuple(texts.values()))
 
 
 def analyse_model(
     model: DuetModel, items: AnalysisItems, *, name: str, num_attention_maps: int
 ) -> ModelAnalysis:
-    """Read all items, and look at `examples` images, evenly spaced."""
-    with (
-        eval_mode(model),
-        ProgressBar(
-            total=len(items.images) + len(items.texts), label=f"reading with {name}"
-        ) as bar,
-    ):
-        images, texts = (
-            _read(model, [(item,) for item in some], bar) if some else None
-            for some in (items.images, items.texts)
-        )
-        shown = evenly_spaced(items.images, num_attention_maps)
+    """Read all items with a model, and map its attention on some evenly spaced images.
+
+    The model is in evaluation mode meanwhile and is left as it was.
+
+    Args:
+        name: name of the model in tables and charts.
+        num_attention_maps: number of images whose attention is mapped.
+    """
+    num_items = len(items.images) + len(items.texts)
+    images = [(image,) for image in items.images]
+    texts = [(text,) for text in items.texts]
+    with eval_mode(model), ProgressBar(total=num_items, label=f"reading with {name}") as bar:
+        image_readings = _read(model, images, bar) if images else None
+        text_readings = _read(model, texts, bar) if texts else None
         with eager_attention(model):
-            looks = tuple(attention_map(model, image) for image in shown)
-    return ModelAnalysis(name, model.fingerprint, images, texts, looks)
+            maps = [
+                attention_map(model, image)
+                for image in evenly_spaced(items.images, num_attention_maps)
+            ]
+    return ModelAnalysis(name, model.fingerprint, image_readings, text_readings, tuple(maps))
 
 
 @torch.no_grad()
 def _read(model: DuetModel, items: Sequence[Parts], bar: ProgressBar) -> ContentReadings:
+    """Return embedding and next-token entropy of every item, and advance the progress bar."""
     embeddings = np.empty((len(items), model.dim), dtype=np.float32)
     entropy = np.empty(len(items), dtype=np.float64)
     for begin in range(0, len(items), IMAGES_IN_MEMORY):
-        sequences = [
-            model.renderer.render_embedding(parts)
-            for parts in items[begin : begin + IMAGES_IN_MEMORY]
-        ]
-        for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
-            batch = model.collate([sequences[i] for i in chosen])
+        chunk = items[begin : begin + IMAGES_IN_MEMORY]
+        sequences = [model.renderer.render_embedding(parts) for parts in chunk]
+        for indices in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
+            batch = model.collate([sequences[i] for i in indices])
             hidden = model.hidden_states(batch)  # [B, T, D]
-            spans = batch.anchor_spans  # one anchor a sequence, in their order
-            at = [begin + i for i in chosen]
-            tower = model.vision_anchor_mask(batch)
-            vectors = model.embed_anchors(batch, hidden, spans if tower is None else spans[~tower])
-            embeddings[at] = vectors.float().cpu().numpy()
-            states = hidden[spans[:, 0], spans[:, 2] - 1]
-            logits = model.backbone.compute_logits(states)[:, : len(model.lm_head_weight)]  # [B, V]
-            entropy[at] = next_token_entropy(logits).double().cpu().numpy()
-            bar.advance(len(chosen))
+            spans = batch.anchor_spans  # one anchor per sequence, in the order of the sequences
+            rows = [begin + i for i in indices]
+            # Anchors that are read in the vision tower have no hidden state in the language model.
+            in_tower = model.vision_anchor_mask(batch)
+            embedding_spans = spans if in_tower is None else spans[~in_tower]
+            vectors = model.embed_anchors(batch, hidden, embedding_spans)
+            embeddings[rows] = vectors.float().cpu().numpy()
+            states = hidden[spans[:, 0], spans[:, 2] - 1]  # [B, D]
+            # Folded soft prompts are extra rows of the LM head that are no words.
+            logits = model.backbone.compute_logits(states)[:, : len(model.lm_head_weight)]
+            entropy[rows] = next_token_entropy(logits).double().cpu().numpy()
+            bar.advance(len(indices))
     return ContentReadings(embeddings, entropy)
 
 
 @contextmanager
 def eager_attention(model: DuetModel) -> Iterator[None]:
-    """Attention weights exist inside: fused kernels never write them down."""
-    trunk: Any = model.backbone.language_model
-    before = trunk.config._attn_implementation
-    trunk.set_attn_implementation("eager")
+    """Switch the language model to eager attention inside the block, and back afterwards.
+
+    Fused attention kernels never write the attention weights to memory.
+    """
+    language_model: Any = model.backbone.language_model
+    previous = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        trunk.set_attn_implementation(before)
+        language_model.set_attn_implementation(previous)
 
 
 @torch.no_grad()
-def attention_weights(model: DuetModel, sequence: Tokens) -> list[Tensor]:
-    """float[1, H, T, T] of every layer of the trunk, for one sequence. Call it inside `eager`."""
+def attention_weights(model: DuetModel, sequence: TokenSequence) -> list[Tensor]:
+    """Return the attention weights of one sequence, float[1, H, T, T] per language model layer.
+
+    Call it inside `eager_attention`; other implementations return no weights.
+    """
     batch = model.collate([sequence])
-    trunk: Any = model.backbone.language_model
-    out = trunk(
+    language_model: Any = model.backbone.language_model
+    outputs = language_model(
         **model.language_model_inputs(batch),
         position_ids=batch.position_ids,
         use_cache=False,
         output_attentions=True,
     )
-    return list(out.attentions)
+    return list(outputs.attentions)
 
 
 def attention_map(model: DuetModel, image: ImageRef) -> AttentionMap:
-    """Where the reading token of an image looks. Call it inside `eager`."""
+    """Return the attention of an image's reading token to the image's tokens.
+
+    Call it inside `eager_attention`. Where a family encodes an overview and tiles, the map shows
+    the overview, and share and evenness count all tokens of the image.
+    """
     sequence = model.renderer.render_embedding((image,))
     start, prepared = sequence.images[0]
     layers = attention_weights(model, sequence)
-    at = sequence.anchors[0].end - 1
     weights = attention_to_image(
-        layers, query_index=at, image_tokens=slice(start, start + prepared.num_tokens)
+        layers,
+        query_index=sequence.anchors[0].end - 1,
+        image_tokens=slice(start, start + prepared.num_tokens),
     )
     weights = np.delete(weights, list(prepared.interleaved_tokens))
-    whole = model.backbone.prepare_image(image)  # the renderer's may hold cached features alone
+    # The renderer's prepared image may hold cached features without pixels.
+    with_pixels = model.backbone.prepare_image(image)
     pixels = denormalize_pixels(
-        model.backbone.vision_tower_pixels(whole), model.backbone.image_processor
+        model.backbone.vision_tower_pixels(with_pixels), model.backbone.image_processor
     )
-    picture = pictures.encode_thumbnail_data_url(pictures.from_pixels(pixels), SIDE)
-    drawn = to_patch_grid(weights[model.backbone.overview_features(whole)], *pixels.shape[:2])
-    return AttentionMap(picture, drawn, float(weights.sum()), evenness(weights))
+    overview = weights[model.backbone.overview_features(with_pixels)]
+    return AttentionMap(
+        pixels,
+        to_patch_grid(overview, *pixels.shape[:2]),
+        share=float(weights.sum()),
+        evenness=evenness(weights),
+    )
 
 
-def denormalize_pixels(prepared: Tensor, processor: Any) -> pictures.Pixels:
-    """float[3, H, W] as it enters the vision tower -> uint8[H, W, 3], its normalisation undone."""
+def denormalize_pixels(prepared: Tensor, processor: Any) -> Pixels:
+    """Return the input of the vision tower, float[3, H, W], as a picture uint8[H, W, 3].
+
+    The normalisation of the image processor is undone where it has one.
+    """
     pixels = prepared.float().permute(1, 2, 0).numpy()  # [H, W, 3]
     if getattr(processor, "do_normalize", False):
         pixels = pixels * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-    found: pictures.Pixels = np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
-    return found
+    picture: Pixels = np.clip(np.rint(pixels * 255), 0, 255).astype(np.uint8)
+    return picture
 
 
 def to_patch_grid(weights: Floats, height: int, width: int) -> Floats:
-    """float[n] -> float[h, w] by the proportions of the picture; tokens that no grid explains (a class token) go first.
+    """Return float[n] token weights as float[h, w], in the proportions of a height x width picture.
 
-    Tokens that fit no grid at all stay one row.
+    The first weight is left out where only the others fill a grid (it is a class token's). Weights
+    that fit no grid are returned as one row, float[1, n].
     """
-    for extra in (0, 1):
-        count = len(weights) - extra
-        rows, columns = (
-            round(math.sqrt(count * height / width)),
-            round(math.sqrt(count * width / height)),
-        )
+    for num_class_tokens in (0, 1):
+        count = len(weights) - num_class_tokens
+        rows = round(math.sqrt(count * height / width))
+        columns = round(math.sqrt(count * width / height))
         if rows * columns == count > 0:
-            return weights[extra:].reshape(rows, columns)
+            return weights[num_class_tokens:].reshape(rows, columns)
     return weights[None]
 
 
-# ------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------ numbers
 
 
-def summarize(measured: Sequence[ModelAnalysis]) -> list[dict[str, Any]]:
-    """The numbers, a dict a model; intervals are 95 % bootstrap intervals over items."""
+def summarize(analyses: Sequence[ModelAnalysis]) -> list[dict[str, Any]]:
+    """Return the numbers of every model as plain values.
 
-    def reading(one: ContentReadings) -> dict[str, Any]:
-        curve = explained_variance(one.embeddings)
-        return {
-            "count": len(one.entropy),
-            "entropy": _interval(one.entropy),
-            "components": {f"{share:g}": num_components(curve, share) for share in VARIANCE_SHARES},
-            "explained_variance": [round(float(value), 6) for value in curve],
-        }
-
+    Returns:
+        One dict per model: ``name``, ``fingerprint``; ``images`` and ``texts`` (None where not
+        measured) with ``count``, ``entropy``, ``components`` (number by share of the variance) and
+        ``explained_variance``; ``attention`` (None without maps) with ``count``, ``share`` and
+        ``evenness``. Entropy, share and evenness are 95 % bootstrap intervals over items.
+    """
     return [
         {
-            "name": one.name,
-            "fingerprint": one.fingerprint,
-            "images": reading(one.images) if one.images else None,
-            "texts": reading(one.texts) if one.texts else None,
-            "attention": {
-                "count": len(one.attention_maps),
-                "share": _interval([seen.share for seen in one.attention_maps]),
-                "evenness": _interval([seen.evenness for seen in one.attention_maps]),
-            }
-            if one.attention_maps
-            else None,
+            "name": analysis.name,
+            "fingerprint": analysis.fingerprint,
+            "images": _summarize_readings(analysis.images),
+            "texts": _summarize_readings(analysis.texts),
+            "attention": _summarize_attention(analysis.attention_maps),
         }
-        for one in measured
+        for analysis in analyses
     ]
 
 
-def _interval(values: ArrayLike) -> dict[str, float]:
-    found: Interval = bootstrap_interval(values)
-    return asdict(found)
+def _summarize_readings(readings: ContentReadings | None) -> dict[str, Any] | None:
+    """Return the numbers of one kind of content, or None for no readings."""
+    if readings is None:
+        return None
+    curve = explained_variance(readings.embeddings)
+    return {
+        "count": len(readings.entropy),
+        "entropy": asdict(bootstrap_interval(readings.entropy)),
+        "components": {f"{share:g}": num_components(curve, share) for share in VARIANCE_SHARES},
+        "explained_variance": [round(float(value), 6) for value in curve],
+    }
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One number of every model."""
-
-    name: str
-    note: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AnalysisPage:
-    """Everything on the page."""
-
-    source: str
-    measured: tuple[ModelAnalysis, ...]
-    lines: tuple[Line, ...]
-    curves: tuple[pages.Curve, ...]
-    command: str
+def _summarize_attention(maps: Sequence[AttentionMap]) -> dict[str, Any] | None:
+    """Return the numbers of attention maps, or None for no maps."""
+    if not maps:
+        return None
+    return {
+        "count": len(maps),
+        "share": asdict(bootstrap_interval([item.share for item in maps])),
+        "evenness": asdict(bootstrap_interval([item.evenness for item in maps])),
+    }
 
 
-def write(
-    folder: Path, measured: Sequence[ModelAnalysis], *, source: Path, command: str
-) -> list[dict[str, Any]]:
-    """Write ``analysis.json`` and ``analysis.html`` into `folder`; returns the numbers.
-
-    Args:
-        measured: one model, or two in the order before, after.
-        command: what made them, for the page.
-    """
-    numbers = summarize(measured)
-    told = {"source": str(source), "command": command, "models": numbers}
-    write_text_atomically(folder / "analysis.json", json.dumps(told, indent=2) + "\n")
-    page = AnalysisPage(
-        str(source), tuple(measured), tuple(_lines(numbers)), tuple(_curves(measured)), command
-    )
-    pages.write_page(folder / "analysis.html", "analysis.html", {"report": page})
-    return numbers
-
-
-def _lines(numbers: Sequence[dict[str, Any]]) -> Iterator[Line]:
-    def row(
-        name: str, note: str, *path: str, form: str = "{mean:.2f} ({low:.2f} to {high:.2f})"
-    ) -> Iterator[Line]:
-        values = []
-        for one in numbers:
-            value: Any = one
-            for key in path:
-                value = None if value is None else value[key]
-            values.append(
-                ""
-                if value is None
-                else form.format(**value)
-                if isinstance(value, dict)
-                else str(value)
-            )
-        if any(values):
-            yield Line(name, note, tuple(values))
-
-    for kind in ("images", "texts"):
-        yield from row(f"Entropy, {kind}", "nats at the reading token", kind, "entropy")
-        for share in VARIANCE_SHARES:
-            note = f"for {100 * share:g} % of the squared singular values"
-            yield from row(f"Components, {kind}", note, kind, "components", f"{share:g}")
-    yield from row(
-        "Attention to the image", "share of all, mean over layers and heads", "attention", "share"
-    )
-    yield from row(
-        "Evenness of that attention", "1 where every part gets the same", "attention", "evenness"
-    )
-
-
-def _curves(measured: Sequence[ModelAnalysis]) -> Iterator[pages.Curve]:
-    for kind in ("images", "texts"):
-        readings = [
-            (one.name, getattr(one, kind)) for one in measured if getattr(one, kind) is not None
-        ]
-        if not readings:
-            continue
-        yield pages.Curve(
-            f"Explained variance, {kind}",
-            "Share of the first components. A lower curve is spread over more of them.",
-            tuple(
-                Series(name, _points(explained_variance(one.embeddings))) for name, one in readings
-            ),
-            x_label="components",
-            percent=True,
-        )
-        yield pages.Curve(
-            f"Next-token entropy, {kind}",
-            "Nats at the reading token, items in rising order.",
-            tuple(Series(name, _quantiles(one.entropy)) for name, one in readings),
-            x_label="percentile of items",
-        )
-
-
-def _points(curve: Floats) -> tuple[tuple[float, float], ...]:
-    chosen = np.unique(np.linspace(1, len(curve), CURVE_POINTS).round().astype(int))
-    return tuple((float(k), float(curve[k - 1])) for k in chosen)
-
-
-def _quantiles(values: Floats) -> tuple[tuple[float, float], ...]:
-    at = np.linspace(0, 100, CURVE_POINTS)
-    return tuple(zip(at.tolist(), np.percentile(values, at).tolist(), strict=True))
+def write_summary(
+    path: Path, summaries: Sequence[dict[str, Any]], *, source: Path, command: str
+) -> None:
+    """Write ``analysis.json``: the numbers of `summarize`, the analysed file and the command."""
+    content = {"source": str(source), "command": command, "models": summaries}
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,8 @@
-"""The door to transformers: a checkpoint folder -> `Backbone`, the five things that VLDuet needs of any VLM.
+"""Access to a transformers checkpoint: a folder is opened as a `Backbone`, the same for every VLM.
 
-A backbone says how many tokens an image takes, what the vision tower makes of it (`vision`, usually frozen), how that enters
-the language model (`projector`), and which modules are the trunk and the LM head. What differs between families is in
-`families`.
+A backbone tells how many tokens an image takes, computes vision features (the tower is usually
+frozen), projects them into the language model, and gives access to the language model and its LM
+head. Differences between architectures are in `vlduet.model.families`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter, signature
 from operator import attrgetter
@@ -40,16 +42,23 @@ from vlduet.model.processing import (
 from vlduet.objectives.language import softcap_logits
 
 ProjectorTraining: TypeAlias = bool | Literal["last"]
-"""What of a projector is trained: all, nothing, or its last linear layer alone."""
+"""Trained part of the projector: all of it, nothing, or its last linear layer only."""
+
+FINGERPRINT_SAMPLE_BYTES = 1 << 12
+"""Number of bytes that a fingerprint reads from every stride of a tensor."""
+FINGERPRINT_STRIDE_BYTES = 1 << 20
+"""Distance between the samples of a fingerprint within a tensor."""
 
 
 class Backbone(nn.Module):
-    """A loaded checkpoint, seen through the same five parts whatever its family.
+    """A loaded VLM checkpoint.
 
     Attributes:
         model: the transformers model, with its LM head.
-        tokenizer, image_processor, processing: of the same folder.
-        folder: where it was read from.
+        tokenizer, image_processor: loaded from the same folder.
+        folder: where the checkpoint was read from.
+        family: architecture-specific behaviour.
+        processor: what a renderer needs to know about the checkpoint.
     """
 
     def __init__(
@@ -60,91 +69,45 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.folder = folder
-        self.family = find_family(model.config.model_type, folder)
+        self.family = find_family(model.config.model_type, folder)(model.config)
         self.processor = Processor.build(
             self.family,
-            model.config,
             model.generation_config,
             tokenizer=tokenizer,
             prepare_image=self.prepare_image,
         )
 
+    # ---------------------------------------------------------------- parts of the model
+
     @property
     def language_model(self) -> nn.Module:
-        """The language model without its head: float[B, T, D] -> final hidden states, after the final norm."""
+        """Language model without its LM head; its hidden states follow the final norm."""
         return attrgetter(self.family.language_model_path)(self.model.model)  # type: ignore[no-any-return]
 
     @property
+    def vision_tower(self) -> nn.Module:
+        """Vision tower."""
+        return attrgetter(self.family.vision_tower_path)(self.model.model)  # type: ignore[no-any-return]
+
+    @property
     def projector(self) -> nn.Module:
-        """What `project` goes through."""
+        """Module that maps vision features to token embeddings."""
         return attrgetter(self.family.projector_path)(self.model.model)  # type: ignore[no-any-return]
 
-    def project_vision_features(self, features: Tensor) -> Tensor:
-        """Vision features float[tokens, Dv] -> float[tokens, D], in the projector's precision."""
-        read = features[:, : self.vision_width]
-        wide = read.to(next(self.projector.parameters()).dtype)
-        return self.family.project(self.model.model, self.projector, wide)
+    @property
+    def lm_head(self) -> nn.Linear:
+        """Linear layer from hidden states to logits, before the softcap."""
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
 
-    def attention_mask_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Attention masks for a trunk that would not make the right ones: of layers with a window, or whose images see each
-        other (`Family.masks`).
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """Embedding table of token ids, float[V, D]."""
+        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
 
-        A kind of layers each, float[B, 1, T, T], 0 or the lowest number; a window counts from a token back.
-        """
-        kinds = self.family.attention_mask_kinds(self.model.config)
-        if not kinds:
-            return {}
-        window = self.model.config.get_text_config().sliding_window
-        near = batch.position_ids[:, None, :, None] - batch.position_ids[:, None, None, :] < window
-        sees = {
-            mutual: batch.block_causal_mask(bidirectional_images=mutual)
-            for mutual in {*kinds.values()}
-        }
-        allowed = {
-            k: sees[m] & near if k == "sliding_attention" else sees[m] for k, m in kinds.items()
-        }
-        none = torch.zeros((), dtype=self.model.dtype, device=near.device)
-        lowest = torch.finfo(self.model.dtype).min
-        return {
-            "attention_mask": {
-                kind: torch.where(mask, none, lowest) for kind, mask in allowed.items()
-            }
-        }
-
-    def per_layer_inputs(self, ids: Tensor, image_mask: Tensor | None = None) -> dict[str, Any]:
-        """What the trunk takes of words beside their embeddings: Gemma 4's tables for its layers. Where `image_mask`,
-        bool[B, T], says so, there is none."""
-        return dict(
-            self.family.extra_inputs(
-                self.language_model, ids if image_mask is None else ids.masked_fill(image_mask, -1)
-            )
-        )
-
-    def deepstack_inputs(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
-        """What the trunk takes beside embeddings: features for its first layers, where the family has such (DeepStack)."""
-        more = features[:, self.vision_width :]
-        if not more.shape[1]:
-            return {}
-        return {
-            "visual_pos_masks": image_mask,
-            "deepstack_visual_embeds": list(more.split(self.hidden_size, 1)),
-        }
-
-    def resize_token_embeddings(self, min_rows: int) -> None:
-        """Give the tables of words at least so many rows; the new ones are random."""
-        known = len(self.token_embedding.weight)
-        if min_rows > known:
-            with silence_transformers():
-                self.model.resize_token_embeddings(min_rows, mean_resizing=False)
-            self.family.on_vocab_resize(self.language_model, known)
-
-    def unfreeze_projector(self, training: ProjectorTraining) -> None:
-        """Let it be trained or freeze it."""
-        linear = [m for m in self.projector.modules() if isinstance(m, nn.Linear)]
-        # Gemma's is a matrix and a norm: no layer of it is the last one.
-        (linear[-1] if training == "last" and linear else self.projector).requires_grad_(
-            bool(training)
-        )
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the language model."""
+        return int(self.token_embedding.weight.shape[1])
 
     @property
     def vision_width(self) -> int:
@@ -152,67 +115,203 @@ class Backbone(nn.Module):
         return self.family.vision_width(self.projector)
 
     @property
-    def vision_tower(self) -> nn.Module:
-        """The vision tower."""
-        return attrgetter(self.family.vision_tower_path)(self.model.model)  # type: ignore[no-any-return]
-
-    @property
-    def lm_head(self) -> nn.Linear:
-        """Hidden states -> logits, before they are capped."""
-        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
-
-    @property
-    def logit_softcap(self) -> float | None:
-        """c, where logits are c tanh(logits / c) behind the LM head."""
-        return self.family.logit_softcap(self.model.config)
-
-    def compute_logits(self, states: Tensor) -> Tensor:
-        """What may follow hidden states, float[..., D] -> float[..., V]."""
-        return softcap_logits(self.lm_head(states), self.logit_softcap)
-
-    @property
-    def token_embedding(self) -> nn.Embedding:
-        """Token ids -> float[D]."""
-        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
-
-    @property
-    def pad_token_id(self) -> int:
-        """The token that padding is made of; nothing sees it."""
-        found = self.tokenizer.pad_token_id
-        return 0 if found is None else int(found)
-
-    @property
-    def hidden_size(self) -> int:
-        """D, the width of the trunk."""
-        return int(self.token_embedding.weight.shape[1])
-
-    @property
     def context_length(self) -> int | None:
-        """The longest sequence that the trunk has positions for; None where its config does not say."""
+        """Largest number of positions of the language model; None if its config does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def logit_softcap(self) -> float | None:
+        """c if logits are c * tanh(logits / c) after the LM head, else None."""
+        return self.family.logit_softcap()
+
+    @property
+    def pad_token_id(self) -> int:
+        """Token id of padding, which nothing attends to; 0 if the tokenizer has none."""
+        token_id = self.tokenizer.pad_token_id
+        return 0 if token_id is None else int(token_id)
+
+    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.token_embedding.weight.device
 
+    # ---------------------------------------------------------------- images
+
+    def prepare_image(self, ref: ImageRef) -> PreparedImage:
+        """Decode and preprocess one image; its cache key also names the vision tower.
+
+        Raises:
+            ImageError: the image cannot or must not be decoded, or its shape is not supported.
+        """
+        inputs = preprocess_image(self.image_processor, ref, preprocess=self.family.preprocess)
+        key = f"{images.image_key(ref)}:{self.vision_fingerprint}"
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return build_prepared_image(self.family, self.tokenizer, inputs=inputs, cache_key=digest)
+
+    def vision_tower_pixels(self, prepared: PreparedImage) -> Tensor:
+        """Return a prepared image as the tower receives it, float[3, H, W], normalised."""
+        return self.family.vision_tower_pixels(prepared.inputs)
+
+    def overview_features(self, prepared: PreparedImage) -> slice:
+        """Return which feature rows of an image describe its `vision_tower_pixels`, not its tiles."""
+        return self.family.overview_features(prepared.inputs)
+
+    def compute_vision_features(self, prepared: list[PreparedImage]) -> Tensor:
+        """Run the vision tower on images and return float[tokens of all images, Dv], no gradient.
+
+        Families with DeepStack append D columns per layer. On a CPU, images are encoded one by
+        one, which is as fast: batching would change the last bits of the features, and a run whose
+        images meet other images (because some are cached) would not be reproducible.
+        """
+        if self.device.type != "cpu":
+            return self._run_vision_tower(prepared)
+        return torch.cat([self._run_vision_tower([image]) for image in prepared])
+
+    @torch.no_grad()
+    def _run_vision_tower(self, prepared: list[PreparedImage]) -> Tensor:
+        """Encode images in one batch; see `compute_vision_features`."""
+        inputs = {}
+        for name in prepared[0].inputs:
+            inputs[name] = torch.cat([image.inputs[name] for image in prepared]).to(self.device)
+        return self.family.vision_features(self.model, inputs)
+
+    def project_vision_features(self, features: Tensor) -> Tensor:
+        """Project features float[tokens, Dv (+ DeepStack)] to float[tokens, D].
+
+        The result has the precision of the projector. DeepStack columns are ignored.
+        """
+        dtype = next(self.projector.parameters()).dtype
+        features = features[:, : self.vision_width].to(dtype)
+        return self.family.project(self.model.model, self.projector, features)
+
+    @property
+    def vision_fingerprint(self) -> str:
+        """Hash of what decides the vision features, computed once; 16 hexadecimal digits.
+
+        It covers the settings of the image processor, the image backend, and the config and weights
+        of the tower. Of every tensor some twenty evenly spaced values are read: reading all of a
+        large tower takes seconds.
+        """
+        if not hasattr(self, "_vision_fingerprint"):
+            tower_config = self.model.config.vision_config.to_json_string()
+            settings = f"{IMAGE_BACKEND}:{self.image_processor.to_json_string()}:{tower_config}"
+            samples = []
+            for tensor in self.vision_tower.state_dict().values():
+                values = tensor.detach().flatten()
+                samples.append(values[:: max(1, len(values) // 16)].cpu().double())
+            content = settings.encode() + torch.cat(samples).numpy().tobytes()
+            self._vision_fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        return self._vision_fingerprint
+
+    # ---------------------------------------------------------------- inputs and outputs of the LLM
+
+    def attention_mask_inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return attention masks for language models that would not build the right ones.
+
+        These have layers with a sliding window, or images whose tokens see each other both ways.
+
+        Returns:
+            {"attention_mask": {layer type: float[B, 1, T, T]}} with 0 where attention is allowed
+            and the lowest number elsewhere; empty where the model's own masks are right.
+        """
+        kinds = self.family.attention_mask_kinds()
+        if not kinds:
+            return {}
+        positions = batch.position_ids
+        window = self.model.config.get_text_config().sliding_window
+        in_window = positions[:, None, :, None] - positions[:, None, None, :] < window
+        zero = torch.zeros((), dtype=self.model.dtype, device=positions.device)
+        lowest = torch.finfo(self.model.dtype).min
+        masks = {}
+        for layer_type, is_bidirectional in kinds.items():
+            allowed = batch.block_causal_mask(bidirectional_images=is_bidirectional)
+            if layer_type == "sliding_attention":
+                allowed = allowed & in_window
+            masks[layer_type] = torch.where(allowed, zero, lowest)
+        return {"attention_mask": masks}
+
+    def per_layer_inputs(
+        self, token_ids: Tensor, image_mask: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Return what the language model needs of tokens besides their embeddings (Gemma 4).
+
+        Args:
+            token_ids: int64[B, T].
+            image_mask: bool[B, T], True at feature tokens of images, which have no table entry.
+
+        Returns:
+            Keyword arguments of the language model; empty for families without such inputs.
+        """
+        if image_mask is not None:
+            token_ids = token_ids.masked_fill(image_mask, -1)
+        return dict(self.family.extra_inputs(self.language_model, token_ids))
+
+    def deepstack_inputs(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
+        """Return the image features of the first language-model layers as keyword arguments.
+
+        Args:
+            features: float[tokens, Dv + layers * D], as `compute_vision_features` returns them.
+            image_mask: bool[B, T], True at the positions of these tokens.
+
+        Returns:
+            Empty for families without DeepStack.
+        """
+        deepstack_features = features[:, self.vision_width :]
+        if not deepstack_features.shape[1]:
+            return {}
+        layers = list(deepstack_features.split(self.hidden_size, 1))
+        return {"visual_pos_masks": image_mask, "deepstack_visual_embeds": layers}
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Return next-token logits float[..., V] of hidden states float[..., D], softcapped."""
+        return softcap_logits(self.lm_head(hidden_states), self.logit_softcap)
+
+    # ---------------------------------------------------------------- training and saving
+
+    def resize_token_embeddings(self, min_rows: int) -> None:
+        """Grow the token embedding, in place, to at least `min_rows` rows; new rows are random."""
+        old_vocab_size = len(self.token_embedding.weight)
+        if min_rows > old_vocab_size:
+            with silence_transformers():
+                self.model.resize_token_embeddings(min_rows, mean_resizing=False)
+            self.family.on_vocab_resize(self.language_model, old_vocab_size)
+
+    def unfreeze_projector(self, training: ProjectorTraining) -> None:
+        """Set `requires_grad` of the projector: True or False for all of it.
+
+        With `last`, its last linear layer becomes trainable and the other parameters stay as they
+        are; a projector without linear layers (Gemma 3: a matrix and a norm) is trained whole.
+        """
+        module = self.projector
+        linear_layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        if training == "last" and linear_layers:
+            module = linear_layers[-1]
+        module.requires_grad_(bool(training))
+
     def train(self, mode: bool = True) -> Self:
-        """As any module's, but the frozen tower is left in eval: its batch norms must not learn from what passes. Not for a
-        moment is it in training, for the thread that lays out the next batch may be looking through it."""
-        frozen = set(self.vision_tower.modules())
+        """Set training mode of all modules except the vision tower, which stays in evaluation mode.
+
+        The batch norms of the frozen tower must not learn from what passes. The tower is never in
+        training mode, not even briefly: the thread that prepares the next batch may be using it.
+        """
+        tower_modules = set(self.vision_tower.modules())
         for module in self.modules():
-            module.training = mode and module not in frozen
+            module.training = mode and module not in tower_modules
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only what enters every layer of the trunk; its backward computes the layer again (dropout replayed)."""
-        trunk: Any = self.language_model
+        """Store only the inputs of language-model layers; the backward pass recomputes the rest."""
+        language_model: Any = self.language_model
         with silence_transformers():
-            # The reentrant variant gives no gradient where a layer's input has none: all of LoRA's (peft#2880).
-            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+            # The reentrant variant gives no gradient if a layer's input has none, as with LoRA
+            # (https://github.com/huggingface/peft/issues/2880).
+            language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the checkpoint's own files: weights as safetensors, config, tokenizer, image processor."""
+        """Write the checkpoint to a folder: safetensors, config, tokenizer, image processor.
+
+        The chat template and `processor_config.json` are copied from the original folder.
+        """
         with silence_transformers():
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -220,89 +319,56 @@ class Backbone(nn.Module):
         for name in ("processor_config.json", "chat_template.jinja"):
             if (self.folder / name).is_file() and not (folder / name).is_file():
                 shutil.copy(self.folder / name, folder / name)
-        processor = folder / "processor_config.json"
-        told = json.loads(processor.read_text()) if processor.is_file() else {}
-        if (
-            "image_processor" in told
-        ):  # it goes before preprocessor_config.json, which has our settings
-            ours = told | {"image_processor": self.image_processor.to_dict()}
-            processor.write_text(json.dumps(ours, indent=2) + "\n")
+        path = folder / "processor_config.json"
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        if "image_processor" in config:
+            # transformers reads it instead of preprocessor_config.json, which has our settings.
+            config["image_processor"] = self.image_processor.to_dict()
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
-    def prepare_image(self, ref: ImageRef) -> PreparedImage:
-        """Decode and preprocess one image. Raises ImageError where it cannot or must not be decoded."""
-        inputs = preprocess_image(self.image_processor, ref, preprocess=self.family.preprocess)
-        key = hashlib.sha256(
-            f"{images.image_key(ref)}:{self.vision_fingerprint}".encode()
-        ).hexdigest()
-        return build_prepared_image(
-            self.family, self.model.config, self.tokenizer, inputs=inputs, key=key
-        )
 
-    def vision_tower_pixels(self, prepared: PreparedImage) -> Tensor:
-        """A prepared image as the tower sees it, float[3, H, W]: scaled, cropped, normalised."""
-        return self.family.vision_tower_pixels(self.model.config, prepared.inputs)
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode inside the block and restore its mode afterwards.
 
-    def overview_features(self, prepared: PreparedImage) -> slice:
-        """Of an image's features those that stand for its `pixels`: not the ones of tiles that are cut out of it."""
-        return self.family.overview_features(self.model.config, prepared.inputs)
-
-    def compute_vision_features(self, prepared: list[PreparedImage]) -> Tensor:
-        """The vision tower on several images -> float[total tokens, Dv]. No gradient: the tower is frozen.
-
-        On a CPU one after the other, which is as fast: what is made of an image must not depend on its company in the last
-        bit, or a run would not be the same again, whose images meet others when some are cached.
-        """
-        together = [[one] for one in prepared] if self.device.type == "cpu" else [prepared]
-        return torch.cat([self._run_vision_tower(some) for some in together])
-
-    @torch.no_grad()
-    def _run_vision_tower(self, prepared: list[PreparedImage]) -> Tensor:
-        names = prepared[0].inputs.keys()
-        inputs = {
-            name: torch.cat([p.inputs[name] for p in prepared]).to(self.device) for name in names
-        }
-        return self.family.vision_features(self.model, inputs)
-
-    @property
-    def vision_fingerprint(self) -> str:
-        """Names what decides the vision features: processor settings, image backend, the tower's config and weights.
-
-        Of every tensor of the tower some twenty values, spread evenly: reading all of a large tower takes seconds.
-        """
-        if not hasattr(self, "_vision_fingerprint"):
-            tower = self.model.config.vision_config.to_json_string()
-            what = f"{IMAGE_BACKEND}:{self.image_processor.to_json_string()}:{tower}"
-            flat = [tensor.detach().flatten() for tensor in self.vision_tower.state_dict().values()]
-            some = torch.cat([each[:: max(1, len(each) // 16)].cpu().double() for each in flat])
-            self._vision_fingerprint = hashlib.sha256(
-                what.encode() + some.numpy().tobytes()
-            ).hexdigest()[:16]
-        return self._vision_fingerprint
+    A model already in evaluation mode is not touched: visiting its modules takes milliseconds.
+    """
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def select_device() -> torch.device:
-    """The GPU where there is one."""
-    # With its number: each thread has a current device of its own, and only the main one's is this process's.
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Return the current GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # With its index: the current device is a setting of each thread, and only the main thread's is
+    # the one of this process.
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def load_backbone(
     folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Backbone:
-    """Open a local checkpoint folder: safetensors only, no code of the checkpoint is ever run.
+    """Open a local checkpoint folder, frozen and in evaluation mode.
+
+    Only safetensors are read, and no code of the checkpoint is ever run.
 
     Args:
-        dtype: default is float32 on a CPU, and on a GPU bfloat16 for a checkpoint that was saved in half precision.
+        dtype: default is float32 on a CPU; on a GPU bfloat16 if the checkpoint was saved in half
+            precision, else float32.
 
     Raises:
-        ModelError: not a folder, an unknown family, remote code, pickled or broken files, or tensors that are missing.
+        ModelError: not a checkpoint folder, an unknown family, remote code, pickled or broken
+            files, or missing tensors.
     """
     config = read_config(folder)
-    family = find_family(config.get("model_type", ""), folder)
+    family_class = find_family(config.get("model_type", ""), folder)
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(
             "no .safetensors weights",
@@ -310,8 +376,10 @@ def load_backbone(
             fix="Convert the checkpoint: pickled weights are never read",
         )
     if dtype is None:
-        half = str(config.get("dtype") or config.get("torch_dtype")) in ("float16", "bfloat16")
-        dtype = torch.bfloat16 if half and torch.device(device).type != "cpu" else torch.float32
+        saved_dtype = str(config.get("dtype") or config.get("torch_dtype"))
+        is_half = saved_dtype in ("float16", "bfloat16")
+        is_gpu = torch.device(device).type != "cpu"
+        dtype = torch.bfloat16 if is_half and is_gpu else torch.float32
     with translate_load_errors(folder):
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -321,58 +389,64 @@ def load_backbone(
             use_safetensors=True,
             output_loading_info=True,
         )
-    tokenizer, processor = load_tokenizer_and_image_processor(folder, family, model.config)
-    if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ModelError(
-            f"{len(report['missing_keys'])} tensors are missing, such as {some}", place=folder
-        )
+    family = family_class(model.config)
+    tokenizer, image_processor = load_tokenizer_and_image_processor(folder, family)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3])
+        raise ModelError(f"{len(missing)} tensors are missing, such as {names}", place=folder)
     model.requires_grad_(False)
-    _take_embeddings(model)
-    return Backbone(model.to(device).eval(), tokenizer, processor, folder=folder)
+    _accept_inputs_embeds(model)
+    return Backbone(model.to(device).eval(), tokenizer, image_processor, folder=folder)
 
 
-def _take_embeddings(model: Any) -> None:
-    """transformers looks for `inputs_embeds` in a signature, where Gemma's has it among its `kwargs`."""
-    own = model.prepare_inputs_for_generation
-    told = signature(own)
-    if "inputs_embeds" not in told.parameters:
-        *named, rest = told.parameters.values()
-        taken = Parameter("inputs_embeds", Parameter.KEYWORD_ONLY, default=None)
-        model.prepare_inputs_for_generation = same = partial(own)
-        same.__signature__ = told.replace(parameters=[*named, taken, rest])  # type: ignore[attr-defined]
+def _accept_inputs_embeds(model: Any) -> None:
+    """Let transformers' `generate` start from embeddings; replaces a method of `model`.
 
-
-FINGERPRINT_SAMPLE_BYTES, FINGERPRINT_STRIDE_BYTES = 1 << 12, 1 << 20
-"""Bytes that a fingerprint reads of every tensor, and of each so many of it."""
+    `generate` looks for `inputs_embeds` in the signature of `prepare_inputs_for_generation`, where
+    Gemma's models have it among their `**kwargs`.
+    """
+    method = model.prepare_inputs_for_generation
+    method_signature = signature(method)
+    if "inputs_embeds" in method_signature.parameters:
+        return
+    *parameters, kwargs = method_signature.parameters.values()
+    inputs_embeds = Parameter("inputs_embeds", Parameter.KEYWORD_ONLY, default=None)
+    wrapper: Any = partial(method)
+    wrapper.__signature__ = method_signature.replace(
+        parameters=[*parameters, inputs_embeds, kwargs]
+    )
+    model.prepare_inputs_for_generation = wrapper
 
 
 def fingerprint_checkpoint(folder: Path) -> str:
-    """Names a checkpoint by its config and kilobytes of every megabyte of every tensor, without reading gigabytes.
+    """Return a hash of a checkpoint's config and weights, 16 hexadecimal digits.
 
-    Whatever trains a tensor moves nearly all of its numbers; merged adapters leave all other tensors as they were.
-    Raises ModelError for weights that are not safetensors.
+    Only some kilobytes of every megabyte of each tensor are read: training a tensor changes nearly
+    all of its numbers, and merging adapters leaves the other tensors as they were.
+
+    Raises:
+        ModelError: a weights file is not in safetensors format.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for weights in sorted(folder.glob("model*.safetensors")):
-        with weights.open("rb") as file:
-            digest.update(f"{weights.name}:{weights.stat().st_size}".encode())
-            size = file.read(8)
-            header = file.read(min(int.from_bytes(size, "little"), weights.stat().st_size))
+    for path in sorted(folder.glob("model*.safetensors")):
+        file_size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{file_size}".encode())
+            header_size = file.read(8)
+            header = file.read(min(int.from_bytes(header_size, "little"), file_size))
             digest.update(header)
-            start = len(size) + len(header)
+            data_start = len(header_size) + len(header)
             try:
-                spans = [
-                    facts["data_offsets"]
-                    for name, facts in json.loads(header).items()
-                    if name != "__metadata__"
-                ]
+                tensors = json.loads(header)
+                tensors.pop("__metadata__", None)
+                spans = sorted(tensor["data_offsets"] for tensor in tensors.values())
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ModelError(
-                    "not a safetensors file", place=weights, fix="Copy the checkpoint again"
+                    "not a safetensors file", place=path, fix="Copy the checkpoint again"
                 ) from error
-            for begin, end in sorted(spans):
-                for at in range(begin, end, FINGERPRINT_STRIDE_BYTES):
-                    file.seek(start + at)
-                    digest.update(file.read(min(end - at, FINGERPRINT_SAMPLE_BYTES)))
+            for begin, end in spans:
+                for offset in range(begin, end, FINGERPRINT_STRIDE_BYTES):
+                    file.seek(data_start + offset)
+                    digest.update(file.read(min(end - offset, FINGERPRINT_SAMPLE_BYTES)))
     return digest.hexdigest()[:16]

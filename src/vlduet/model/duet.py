@@ -36,6 +36,7 @@ from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lo
 from vlduet.model.backbone import (
     Backbone,
     ProjectorTraining,
+    eval_mode,
     fingerprint_checkpoint,
     load_backbone,
     select_device,
@@ -46,9 +47,8 @@ from vlduet.model.feature_cache import (
     compute_features,
     get_file_version,
 )
-from vlduet.model.generation import beam, continuous
-from vlduet.model.generation.beam import eval_mode
-from vlduet.model.generation.rerank import select_nearest_drafts
+from vlduet.model.generation import continuous, rerank
+from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
 from vlduet.model.pooling import (
     EmbeddingHead,
     Readout,
@@ -318,7 +318,9 @@ class DuetModel(nn.Module):
             return continuous.stream_text(
                 self.backbone, start, max_new_tokens, temperature=temperature
             )
-        return beam.generate_texts(self.backbone, start, max_new_tokens, temperature=temperature)[0]
+        return continuous.generate_texts(
+            self.backbone, start, max_new_tokens, temperature=temperature
+        )[0]
 
     def caption_images(
         self,
@@ -328,7 +330,6 @@ class DuetModel(nn.Module):
         max_new_tokens: int = 32,
         batch_size: int = 32,
         num_drafts: int = 1,
-        known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
         """Captions: the answer to `prompt`, or without one what follows the image's embedding prompt.
 
@@ -336,35 +337,18 @@ class DuetModel(nn.Module):
             drafts: 1 is greedy; of several, by a beam search, the one nearest to the image by embedding is taken; 0 is none.
             known: texts and their vectors (`encode_query`); the nearest of all is taken where no draft is as near.
         """
-        groups = (images[begin : begin + batch_size] for begin in range(0, len(images), batch_size))
-        starts = (
-            self.prefill_inputs(
-                [self.renderer.render_caption_request(image, prompt) for image in group]
-            )
-            for group in groups
-        )
-        written = [
-            one
-            for s in starts
-            for one in beam.generate_drafts(self.backbone, s, max_new_tokens, num_drafts=num_drafts)
-        ]
-        return select_nearest_drafts(
-            written,
-            embed_images=lambda: self.encode(images),
-            embed_texts=self.encode_query,
-            known=known or {},
+        return rerank.caption_images(
+            self,
+            images,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            num_drafts=num_drafts,
         )
 
-    @torch.no_grad()
-    def prefill_inputs(self, sequences: list[Sequence]) -> beam.PrefillInputs:
-        """Open sequences -> one batch of prompts to be continued."""
-        batch = self.collate(sequences, padding_side="left")
-        given = (
-            self.language_model_inputs(batch),
-            (batch.segment_ids > 0).long(),
-            batch.position_ids,
-        )
-        return beam.PrefillInputs(*given, self.renderer.eos_token_ids)
+    def prefill_inputs(self, sequences: list[Sequence]) -> PrefillInputs:
+        """Return one batch of left-padded prompts; see `build_prefill_inputs`."""
+        return build_prefill_inputs(self, sequences)
 
     def compute_caption_nll(
         self, pairs: Many[tuple[ImageRef, str]], *, batch_size: int = 32

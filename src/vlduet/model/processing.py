@@ -1,4 +1,4 @@
-"""A checkpoint folder without its weights: tokenizer and image processor, enough to lay out sequences."""
+"""Preprocessing side of a checkpoint: tokenizer and image processor, without the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as advice
+from transformers.utils import logging as transformers_logging
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef
@@ -29,149 +29,157 @@ from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, r
 from vlduet.model.families.registry import find_family
 
 IMAGE_BACKEND = "pil"
-"""The one image backend for training, indexing and serving: two backends give two embeddings of one picture."""
+"""Library that resizes images in training, indexing and serving: another one changes embeddings."""
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What a renderer knows of a checkpoint."""
+    """Everything that rendering records into token sequences needs to know about a checkpoint."""
 
     tokenizer: Tokenizer
     prepare_image: Callable[[ImageRef], PreparedImage]
-    """What becomes of an image."""
+    """Function that decodes and preprocesses an image; raises ImageError."""
     image_token_id: int
-    """What fills an image's place."""
+    """Token id at the positions that hold vision features."""
     image_delimiters: ImageDelimiters
-    """What stands around it."""
+    """Text before and after every image."""
     image_placeholder: str
-    """What the chat template writes for it."""
+    """Text that the chat template writes for an image."""
     eos_token_ids: tuple[int, ...]
-    """Tokens that end an answer; the first one ends a text."""
+    """Distinct token ids that end an answer; the first one ends a text."""
 
     @classmethod
     def build(
         cls,
         family: Family,
-        config: Any,
         generation_config: GenerationConfig,
         *,
         tokenizer: Tokenizer,
         prepare_image: Callable[[ImageRef], PreparedImage],
     ) -> Self:
-        """Of a family, and a checkpoint's own settings."""
-        told = (
-            generation_config.eos_token_id
-        )  # an answer's end, where that is not a text's (Gemma, GLM)
-        ends = [tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])]
+        """Return the processor of a checkpoint from its family, tokenizer and configs."""
+        # The generation config may end answers with another token than texts (Gemma, GLM).
+        answer_ends = generation_config.eos_token_id
+        if not isinstance(answer_ends, list):
+            answer_ends = [answer_ends]
+        end_ids = [i for i in (tokenizer.eos_token_id, *answer_ends) if i is not None]
         return cls(
             tokenizer,
             prepare_image,
-            image_token_id=int(config.image_token_id),
-            image_delimiters=family.image_delimiters(config, tokenizer),
-            image_placeholder=family.image_placeholder(config, tokenizer),
-            eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+            image_token_id=int(family.config.image_token_id),
+            image_delimiters=family.image_delimiters(tokenizer),
+            image_placeholder=family.image_placeholder(tokenizer),
+            eos_token_ids=tuple(dict.fromkeys(end_ids)),
         )
 
 
 def load_processor(folder: Path) -> Processor:
-    """Open a checkpoint folder without its weights; its images are keyed by content alone.
+    """Open a checkpoint folder without its weights.
+
+    The cache keys of its images are hashes of their content alone: no features can be cached.
 
     Raises:
-        ModelError: as `load_backbone` does.
+        ModelError: not a checkpoint folder, an unknown family, remote code, or broken files.
     """
-    family = find_family(read_config(folder).get("model_type", ""), folder)
+    family_class = find_family(read_config(folder).get("model_type", ""), folder)
     with translate_load_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        there = (folder / "generation_config.json").is_file()
-        generation = (
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-            if there
-            else GenerationConfig.from_model_config(config)
-        )
-    tokenizer, processor = load_tokenizer_and_image_processor(folder, family, config)
+        if (folder / "generation_config.json").is_file():
+            generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            generation_config = GenerationConfig.from_model_config(config)
+    family = family_class(config)
+    tokenizer, image_processor = load_tokenizer_and_image_processor(folder, family)
 
-    def prepare(ref: ImageRef) -> PreparedImage:
-        inputs = preprocess_image(processor, ref, preprocess=family.preprocess)
-        return build_prepared_image(
-            family, config, tokenizer, inputs=inputs, key=images.image_key(ref)
-        )
+    def prepare_image(ref: ImageRef) -> PreparedImage:
+        inputs = preprocess_image(image_processor, ref, preprocess=family.preprocess)
+        key = images.image_key(ref)
+        return build_prepared_image(family, tokenizer, inputs=inputs, cache_key=key)
 
-    return Processor.build(family, config, generation, tokenizer=tokenizer, prepare_image=prepare)
-
-
-def build_prepared_image(
-    family: Family, config: Any, tokenizer: Tokenizer, *, inputs: ImageInputs, key: str
-) -> PreparedImage:
-    """An image of which the processor made `inputs`."""
-    grid = None if family.token_grid is None else family.token_grid(config, inputs)
-    words = family.interleaved_tokens(config, tokenizer, inputs)
-    return PreparedImage(
-        inputs,
-        family.num_image_tokens(config, inputs) + len(words),
-        key,
-        grid=grid,
-        interleaved_tokens=words,
+    return Processor.build(
+        family, generation_config, tokenizer=tokenizer, prepare_image=prepare_image
     )
 
 
-def load_tokenizer_and_image_processor(
-    folder: Path, family: Family, config: Any
-) -> tuple[Tokenizer, Any]:
-    """Tokenizer and image processor of a folder. Raises ModelError."""
+def load_tokenizer_and_image_processor(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
+    """Return the tokenizer and the image processor of a checkpoint folder.
+
+    The image processor uses `IMAGE_BACKEND` and the overrides of the family.
+
+    Raises:
+        ModelError: the files are missing or broken.
+    """
     with translate_load_errors(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        processor = AutoImageProcessor.from_pretrained(
+        image_processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )
-    for name, value in family.processor_overrides(config).items():
-        setattr(processor, name, value)
-    return tokenizer, processor
+    for name, value in family.processor_overrides().items():
+        setattr(image_processor, name, value)
+    return tokenizer, image_processor
 
 
 def preprocess_image(
-    processor: Any,
+    image_processor: Any,
     ref: ImageRef,
     *,
     preprocess: Callable[[Any, Any], Mapping[str, Any]] = run_image_processor,
 ) -> dict[str, Tensor]:
-    """Decode an image and `run` the checkpoint's own preprocessing. Raises ImageError."""
+    """Decode an image and preprocess it for the vision tower.
+
+    Args:
+        preprocess: (image processor, PIL image) -> outputs; only tensors among them are returned.
+
+    Returns:
+        At least `pixel_values`, without a batch axis over images: tiles of an image are its rows.
+
+    Raises:
+        ImageError: the image cannot be decoded, or `preprocess` raises ValueError.
+    """
     picture = images.load_image(ref)
     try:
-        made = preprocess(processor, picture)
-    except ValueError as error:  # such as proportions that the checkpoint cannot read
+        outputs = preprocess(image_processor, picture)
+    except ValueError as error:  # for example an aspect ratio that the checkpoint cannot read
         raise ImageError(str(error), place=ref.name, fix="Crop it, or leave it out") from None
-    found = {name: value for name, value in made.items() if isinstance(value, Tensor)}
-    if (
-        found["pixel_values"].ndim == 5
-    ):  # images that have tiles: of this one image they are the rows
-        found["pixel_values"] = found["pixel_values"].flatten(0, 1)
-    return found
+    inputs = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+    if inputs["pixel_values"].ndim == 5:  # [1, tiles, 3, H, W]
+        inputs["pixel_values"] = inputs["pixel_values"].flatten(0, 1)
+    return inputs
 
 
-@contextmanager
-def translate_load_errors(folder: Path) -> Iterator[None]:
-    """Quiet inside; what transformers says of broken files becomes one line."""
-    try:
-        with silence_transformers():
-            yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ModelError(
-            f"broken checkpoint ({str(error).splitlines()[0]})",
-            place=folder,
-            fix="Copy the whole folder again",
-        ) from error
+def build_prepared_image(
+    family: Family, tokenizer: Tokenizer, *, inputs: ImageInputs, cache_key: str
+) -> PreparedImage:
+    """Return an image with its number of tokens, token grid and interleaved text tokens.
+
+    Args:
+        inputs: result of `preprocess_image`.
+        cache_key: key under which the vision features of the image may be cached.
+    """
+    interleaved_tokens = family.interleaved_tokens(tokenizer, inputs)
+    return PreparedImage(
+        inputs,
+        family.num_image_tokens(inputs) + len(interleaved_tokens),
+        cache_key,
+        grid=family.token_grid(inputs),
+        interleaved_tokens=interleaved_tokens,
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder, refused where it wants to run its own code. Raises ModelError."""
+    """Return the parsed config.json of a checkpoint folder.
+
+    Raises:
+        ModelError: there is none, it is broken, or it asks to run code of the checkpoint.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
-            "no config.json here",
+            "the folder has no config.json",
             place=folder,
             fix="Name a folder that holds a Hugging Face checkpoint",
         )
@@ -183,7 +191,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     if "auto_map" in config:
         raise ModelError(
-            "config.json has auto_map: it wants to run its own code",
+            "config.json has auto_map: it asks to run code of the checkpoint",
             place=path,
             fix="Use a converted checkpoint",
         )
@@ -191,16 +199,33 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def translate_load_errors(folder: Path) -> Iterator[None]:
+    """Silence transformers in the block and raise its errors about files as a one-line ModelError."""
+    try:
+        with silence_transformers():
+            yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"broken checkpoint ({reason})", place=folder, fix="Copy the whole folder again"
+        ) from error
+
+
+@contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Loading and adapting print pages of advice, bars, and deprecations between libraries; only errors are for users."""
-    level, bars = advice.get_verbosity(), advice.is_progress_bar_enabled()
-    advice.set_verbosity_error()
-    advice.disable_progress_bar()
+    """Hide log messages below errors, progress bars and FutureWarnings in the block.
+
+    Loading and adapting models prints advice that is not meant for users of this package.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    had_progress_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        advice.set_verbosity(level)
-        if bars:
-            advice.enable_progress_bar()
+        transformers_logging.set_verbosity(verbosity)
+        if had_progress_bars:
+            transformers_logging.enable_progress_bar()

@@ -12,7 +12,6 @@ from vlduet.data.records import Message, extract_images
 from vlduet.data.sequences import Sequence
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
-from vlduet.model.generation.beam import PrefillInputs
 from vlduet.model.generation.continuous import (
     ContinuousBatcher,
     Delta,
@@ -20,6 +19,7 @@ from vlduet.model.generation.continuous import (
     SamplingParams,
     StepOutputs,
 )
+from vlduet.model.generation.inputs import PrefillInputs
 
 MAX_CONCURRENT_CHATS = 8
 """Conversations that are answered side by side."""

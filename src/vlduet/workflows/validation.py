@@ -15,7 +15,7 @@ from vlduet.eval import protocols
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import continuous
-from vlduet.reports.galleries import evenly_spaced
+from vlduet.eval.examples import evenly_spaced
 
 MAX_VALIDATION_RECORDS = 256
 """Records that are measured; the first ones of the file, so that numbers of one run compare."""
@@ -103,4 +103,4 @@ def compute_caption_end_rate(
     written = continuous.generate_with_finish_reason(
         model.backbone, model.prefill_inputs(open_), min(2 * max_caption_tokens, MAX_CAPTION_TOKENS)
     )
-    return sum(end for _, end in written) / len(written)
+    return sum(reason == "stop" for _, reason in written) / len(written)

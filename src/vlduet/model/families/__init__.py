@@ -1,1 +1,1 @@
-"""What differs between families of checkpoints, a function each: they get loaded models and configs, and open nothing."""
+"""Differences between VLM families, one small class each; these modules open no files."""

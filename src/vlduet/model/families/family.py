@@ -1,88 +1,150 @@
-"""What a family of checkpoints is to the rest: how an image becomes vision features and how it stands among the words."""
+"""Base class of VLM families: everything that VLDuet must know about a checkpoint's architecture.
+
+A family says how an image is preprocessed, how many tokens it takes, what the vision tower and the
+projector compute, and which extra inputs the language model needs. To support another family,
+subclass `Family`, implement the two abstract methods, override what differs, and add the class to
+`registry.FAMILIES`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 ImageInputs = Mapping[str, Tensor]
-"""What the image processor made of one image or several; an image's tiles are rows of `pixel_values`."""
+"""Output of the image processor for one or several images; tiles of an image are `pixel_values` rows."""
 ImageDelimiters = tuple[str, str]
-"""What is written before and after an image's own tokens."""
+"""Text before and text after the tokens of an image; both may be empty."""
 
 
-def run_image_processor(processor: Any, picture: Any) -> Mapping[str, Any]:
-    """A picture as its processor makes it."""
-    made: Mapping[str, Any] = processor(images=picture, return_tensors="pt")
-    return made
+def run_image_processor(image_processor: Any, picture: Any) -> Mapping[str, Any]:
+    """Return the outputs of a transformers image processor for one PIL image, as PyTorch tensors."""
+    outputs: Mapping[str, Any] = image_processor(images=picture, return_tensors="pt")
+    return outputs
 
 
 def token_string(tokenizer: Any, token_id: int) -> str:
-    """How a token is written."""
+    """Return the vocabulary entry of a token id, for example `<image>`."""
     return str(tokenizer.convert_ids_to_tokens(token_id))
 
 
-def project_once(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
-    projected: Tensor = projector(features)
-    return projected
+class Family(ABC):
+    """Architecture-specific behaviour of a checkpoint.
 
+    Shapes: N images, Dv the width of vision features, D the hidden size of the language model.
+    `model` is the transformers model with its LM head; its inner model is `model.model`. `inputs`
+    are the `ImageInputs` of one image, except in `vision_features`, which takes several.
 
-def first_linear_width(projector: nn.Module) -> int:
-    return next(m.in_features for m in projector.modules() if isinstance(m, nn.Linear))
+    Args:
+        config: the transformers config of the checkpoint; read whenever a method is called.
+    """
 
+    language_model_path = "language_model"
+    """Dotted attribute path from the inner model to the language model without its LM head."""
+    vision_tower_path = "vision_tower"
+    """Dotted attribute path from the inner model to the vision tower."""
+    projector_path = "multi_modal_projector"
+    """Dotted attribute path from the inner model to the module between tower and language model."""
 
-def last_pixel_values(config: Any, inputs: ImageInputs) -> Tensor:
-    return inputs["pixel_values"][-1]  # behind its tiles, where there are any
+    def __init__(self, config: Any):
+        self.config = config
 
+    @abstractmethod
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of tokens of one image that hold vision features.
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """What differs between families of checkpoints; everything else is shared."""
+        Raises:
+            ModelError: the config asks for a variant of the architecture that is not supported.
+        """
 
-    num_image_tokens: Callable[[Any, ImageInputs], int]
-    """config, prepared image -> tokens that features fill."""
-    vision_features: Callable[[Any, ImageInputs], Tensor]
-    """model, inputs of several images -> float[tokens, Dv], what the projector reads; behind it, D numbers for each of the
-    trunk's first layers that has image features of its own."""
-    language_model_path: str = "language_model"
-    """Attribute of the inner model: the language model without its head."""
-    vision_tower_path: str = "vision_tower"
-    """The same, of the vision tower."""
-    projector_path: str = "multi_modal_projector"
-    """The same, of what stands between tower and language model; a dotted path."""
-    preprocess: Callable[[Any, Any], Mapping[str, Any]] = run_image_processor
-    """image processor, picture -> what it makes of it."""
-    project: Callable[[Any, nn.Module, Tensor], Tensor] = project_once
-    """inner model, projector, float[tokens, Dv] -> float[tokens, D]."""
-    vision_tower_pixels: Callable[[Any, ImageInputs], Tensor] = last_pixel_values
-    """config, prepared image -> float[3, H, W], the picture as it enters the tower."""
-    overview_features: Callable[[Any, ImageInputs], slice] = lambda config, inputs: slice(None)
-    """config, prepared image -> of its features those that stand for this picture."""
-    token_grid: Callable[[Any, ImageInputs], tuple[int, int]] | None = None
-    """config, prepared image -> rows and columns of its tokens, where the model counts positions in both directions."""
-    image_delimiters: Callable[[Any, Any], ImageDelimiters] = lambda config, tokenizer: ("", "")
-    """config, tokenizer -> what stands around every image."""
-    image_placeholder: Callable[[Any, Any], str] = lambda config, tokenizer: token_string(
-        tokenizer, config.image_token_id
-    )
-    """config, tokenizer -> what the chat template writes for an image."""
-    interleaved_tokens: Callable[[Any, Any, ImageInputs], Mapping[int, int]] = (
-        lambda config, tokenizer, inputs: {}
-    )
-    """config, tokenizer, prepared image -> the words that stand among its tokens: place in the image -> id."""
-    attention_mask_kinds: Callable[[Any], Mapping[str, bool]] = lambda config: {}
-    """config -> the kinds of the trunk's layers, where each takes a mask of its own, and whether the tokens of an image see
-    each other there, those behind them, too."""
-    extra_inputs: Callable[[Any, Tensor], Mapping[str, Tensor]] = lambda trunk, ids: {}
-    """trunk, int64[B, T] -> what it takes beside the embeddings of these tokens; -1 is an image's."""
-    on_vocab_resize: Callable[[Any, int], None] = lambda trunk, known: None
-    """trunk, how many words it knew before -> nothing; `beside` says of the new ones what it said before."""
-    logit_softcap: Callable[[Any], float | None] = lambda config: None
-    """config -> c, where logits are c tanh(logits / c)."""
-    vision_width: Callable[[nn.Module], int] = first_linear_width
-    """projector -> Dv."""
-    processor_overrides: Callable[[Any], Mapping[str, Any]] = lambda config: {}
-    """config -> of the image processor what is not the checkpoint's; an exported model keeps them."""
+    @abstractmethod
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Run the vision tower on the inputs of several images, concatenated along the batch axis.
+
+        Returns:
+            float[tokens of all images, Dv], the projector's input. Families with DeepStack append
+            D columns for each language-model layer that takes image features of its own.
+        """
+
+    def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        """Project vision features float[tokens, Dv] to token embeddings float[tokens, D]."""
+        projected: Tensor = projector(features)
+        return projected
+
+    def vision_width(self, projector: nn.Module) -> int:
+        """Return Dv, the input width of the projector: that of its first linear layer."""
+        return next(m.in_features for m in projector.modules() if isinstance(m, nn.Linear))
+
+    def processor_overrides(self) -> Mapping[str, Any]:
+        """Return image-processor attributes to set after loading; an exported model keeps them."""
+        return {}
+
+    def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        """Preprocess one PIL image; entries that are not tensors are dropped by the caller.
+
+        Raises:
+            ValueError: the checkpoint's image processor rejects the image, for example its shape.
+        """
+        return run_image_processor(image_processor, picture)
+
+    def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        """Return the preprocessed picture float[3, H, W] as the vision tower receives it.
+
+        For an image that is cut into tiles, this is the overview: the whole picture, downscaled.
+        """
+        return inputs["pixel_values"][-1]  # the overview follows the tiles
+
+    def overview_features(self, inputs: ImageInputs) -> slice:
+        """Return which of an image's feature rows describe `vision_tower_pixels`; tiles are not."""
+        return slice(None)
+
+    def token_grid(self, inputs: ImageInputs) -> tuple[int, int] | None:
+        """Return (rows, columns) of an image's tokens if the model uses 2-D positions, else None."""
+        return None
+
+    def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        """Return the text before and after every image."""
+        return "", ""
+
+    def image_placeholder(self, tokenizer: Any) -> str:
+        """Return the text that the checkpoint's chat template writes for an image."""
+        return token_string(tokenizer, self.config.image_token_id)
+
+    def interleaved_tokens(self, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
+        """Return text tokens between an image's feature tokens, as {offset in the image: token id}.
+
+        Offsets count all tokens of the image, feature tokens and text tokens.
+        """
+        return {}
+
+    def attention_mask_kinds(self) -> Mapping[str, bool]:
+        """Return the layer types of the language model that need an explicit attention mask.
+
+        Returns:
+            {layer type: whether the tokens of one image attend to each other in both directions}.
+            Empty if the language model builds correct causal masks itself.
+        """
+        return {}
+
+    def extra_inputs(self, language_model: Any, token_ids: Tensor) -> Mapping[str, Tensor]:
+        """Return keyword arguments of the language model besides the token embeddings.
+
+        Args:
+            token_ids: int64[B, T], with -1 at feature tokens of images.
+        """
+        return {}
+
+    def on_vocab_resize(  # noqa: B027 - a hook that few families need
+        self, language_model: Any, old_vocab_size: int
+    ) -> None:
+        """Initialise, in place, further per-token tables after the embedding table has grown.
+
+        `extra_inputs` must return for new tokens what it returned before for unknown ones.
+        """
+
+    def logit_softcap(self) -> float | None:
+        """Return c if the model's logits are c * tanh(logits / c), else None."""
+        return None

@@ -17,120 +17,110 @@ from vlduet.model.families.family import (
 )
 
 
-def gemma3() -> Family:
-    """Gemma 3: every picture becomes one square of tokens, means of n * n patches, which see each other both ways.
+class Gemma3(Family):
+    """Gemma 3: every image becomes a fixed number of tokens, which attend to each other both ways.
 
-    Pan-and-scan, which its processor can do and does not unless asked, is not done.
+    A token is the mean of n * n patches, taken before the projector. Pan-and-scan, an optional
+    feature of the image processor that is off by default, is switched off.
     """
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        states = model.model.vision_tower(
-            inputs["pixel_values"].to(model.dtype)
-        ).last_hidden_state  # [N, patches, Dv]
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        return int(self.config.mm_tokens_per_image)
+
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        pixel_values = inputs["pixel_values"].to(model.dtype)
+        states = model.model.vision_tower(pixel_values).last_hidden_state  # [N, patches, Dv]
         projector = model.model.multi_modal_projector
         side = projector.patches_per_image
-        tokens: Tensor = projector.avg_pool(
-            states.mT.unflatten(2, (side, side))
-        )  # [N, Dv, rows, columns]
-        return tokens.flatten(2).mT.flatten(0, 1)
+        patch_grid = states.mT.unflatten(2, (side, side))  # [N, Dv, rows, columns]
+        tokens: Tensor = projector.avg_pool(patch_grid)
+        return tokens.flatten(2).mT.flatten(0, 1)  # [N * tokens, Dv]
 
-    def project(inner: Any, projector: Any, features: Tensor) -> Tensor:
-        projected: Tensor = (
-            projector.mm_soft_emb_norm(features) @ projector.mm_input_projection_weight
-        )
+    def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        # The projector's own forward would pool patches again.
+        normed = projector.mm_soft_emb_norm(features)
+        projected: Tensor = normed @ projector.mm_input_projection_weight
         return projected
 
-    def width(projector: Any) -> int:
+    def vision_width(self, projector: Any) -> int:
         return int(projector.mm_input_projection_weight.shape[0])
 
-    def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
-        first, last = (
-            token_string(tokenizer, config.boi_token_id),
-            token_string(tokenizer, config.eoi_token_id),
-        )
-        return f"\n\n{first}", f"{last}\n\n"
+    def processor_overrides(self) -> Mapping[str, Any]:
+        return {"do_pan_and_scan": False}
 
-    return Family(
-        num_image_tokens=lambda config, inputs: int(config.mm_tokens_per_image),
-        vision_features=vision,
-        preprocess=lambda processor, picture: {
-            "pixel_values": run_image_processor(processor, picture)["pixel_values"]
-        },
-        project=project,
-        image_delimiters=frame,
-        image_placeholder=lambda config, tokenizer: token_string(tokenizer, config.boi_token_id),
-        attention_mask_kinds=lambda config: {"full_attention": True, "sliding_attention": True},
-        vision_width=width,
-        processor_overrides=lambda config: {"do_pan_and_scan": False},
-    )
+    def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        return {"pixel_values": run_image_processor(image_processor, picture)["pixel_values"]}
+
+    def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        begin = token_string(tokenizer, self.config.boi_token_id)
+        end = token_string(tokenizer, self.config.eoi_token_id)
+        return f"\n\n{begin}", f"{end}\n\n"
+
+    def image_placeholder(self, tokenizer: Any) -> str:
+        return token_string(tokenizer, self.config.boi_token_id)
+
+    def attention_mask_kinds(self) -> Mapping[str, bool]:
+        return {"full_attention": True, "sliding_attention": True}
 
 
-def gemma4() -> Family:
-    """Gemma 4: an image in its own proportions, k * k patches a token, up to as many tokens as its processor says.
+class Gemma4(Family):
+    """Gemma 4: an image keeps its proportions; k * k patches make a token.
 
-    Its small models have a table of words for every layer beside that of the embeddings; in its large ones the tokens of an
-    image see each other both ways, in the layers that have a window.
+    The number of tokens has a maximum, set by the image processor. Small models have an embedding
+    table for every layer besides that of the input (per-layer embeddings). In large models the
+    tokens of an image attend to each other both ways in layers with sliding-window attention.
     """
 
-    def places(inputs: ImageInputs) -> Tensor:
-        """bool[N, patches], which are no padding."""
-        return (inputs["image_position_ids"] >= 0).all(2)
+    projector_path = "embed_vision"
 
-    def count(config: Any, inputs: ImageInputs) -> int:
-        return int(places(inputs).sum() // config.vision_config.pooling_kernel_size**2)
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        is_patch = (inputs["image_position_ids"] >= 0).all(2)  # bool[N, patches], else padding
+        return int(is_patch.sum() // self.config.vision_config.pooling_kernel_size**2)
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        found: Tensor = model.model.vision_tower(
-            inputs["pixel_values"].to(model.dtype), inputs["image_position_ids"]
-        ).last_hidden_state
-        return found  # [tokens of all images, Dv]
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        pixel_values = inputs["pixel_values"].to(model.dtype)
+        outputs = model.model.vision_tower(pixel_values, inputs["image_position_ids"])
+        features: Tensor = outputs.last_hidden_state  # [tokens of all images, Dv], unpadded
+        return features
 
-    def pixels(config: Any, inputs: ImageInputs) -> Tensor:
-        size = config.vision_config.patch_size
+    def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        outputs = dict(run_image_processor(image_processor, picture))
+        outputs.pop("num_soft_tokens_per_image", None)
+        return outputs
+
+    def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        size = self.config.vision_config.patch_size
         columns, rows = (inputs["image_position_ids"][0].amax(0) + 1).tolist()
         patches = inputs["pixel_values"][0, : rows * columns].view(rows, columns, size, size, 3)
-        return patches.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+        return patches.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # [3, H, W]
 
-    def masks(config: Any) -> Mapping[str, bool]:
-        told = config.get_text_config().use_bidirectional_attention
-        if told == "all":
+    def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        begin = token_string(tokenizer, self.config.boi_token_id)
+        return begin, token_string(tokenizer, self.config.eoi_token_id)
+
+    def attention_mask_kinds(self) -> Mapping[str, bool]:
+        """Raise ModelError for a bidirectional model, which cannot generate; see `Family`."""
+        bidirectional = self.config.get_text_config().use_bidirectional_attention
+        if bidirectional == "all":
             raise ModelError(
-                "its words see those behind them: it cannot write",
+                "the model attends to later text tokens, so it cannot write",
                 fix="Use a checkpoint that generates",
             )
-        return {"full_attention": False, "sliding_attention": told == "vision"}
+        return {"full_attention": False, "sliding_attention": bidirectional == "vision"}
 
-    def beside(trunk: Any, ids: Tensor) -> Mapping[str, Tensor]:
-        if not trunk.hidden_size_per_layer_input:
+    def extra_inputs(self, language_model: Any, token_ids: Tensor) -> Mapping[str, Tensor]:
+        if not language_model.hidden_size_per_layer_input:
             return {}
-        known = (ids >= 0) & (ids < trunk.embed_tokens_per_layer.num_embeddings)
-        return {
-            "per_layer_inputs": trunk.get_per_layer_inputs(
-                ids.where(known, trunk.config.pad_token_id), None
-            )
-        }
+        table = language_model.embed_tokens_per_layer
+        is_known = (token_ids >= 0) & (token_ids < table.num_embeddings)
+        known_ids = token_ids.where(is_known, language_model.config.pad_token_id)
+        return {"per_layer_inputs": language_model.get_per_layer_inputs(known_ids, None)}
 
-    def grown(trunk: Any, known: int) -> None:
-        if trunk.hidden_size_per_layer_input:
-            table = trunk.embed_tokens_per_layer.weight.detach()
-            table[known:] = table[trunk.config.pad_token_id]
+    def on_vocab_resize(self, language_model: Any, old_vocab_size: int) -> None:
+        if language_model.hidden_size_per_layer_input:
+            table = language_model.embed_tokens_per_layer.weight.detach()
+            table[old_vocab_size:] = table[language_model.config.pad_token_id]
 
-    return Family(
-        num_image_tokens=count,
-        vision_features=vision,
-        projector_path="embed_vision",
-        preprocess=lambda processor, picture: {
-            name: value
-            for name, value in run_image_processor(processor, picture).items()
-            if name != "num_soft_tokens_per_image"
-        },
-        vision_tower_pixels=pixels,
-        image_delimiters=lambda config, tokenizer: (
-            token_string(tokenizer, config.boi_token_id),
-            token_string(tokenizer, config.eoi_token_id),
-        ),
-        attention_mask_kinds=masks,
-        extra_inputs=beside,
-        on_vocab_resize=grown,
-        logit_softcap=lambda config: config.get_text_config().final_logit_softcapping,
-    )
+    def logit_softcap(self) -> float | None:
+        softcap: float | None = self.config.get_text_config().final_logit_softcapping
+        return softcap

@@ -11,56 +11,54 @@ from torch import Tensor
 from vlduet.model.families.family import Family, ImageInputs, token_string
 
 
-def idefics3() -> Family:
-    """Idefics3 and SmolVLM: squares, in patches of which n * n neighbours make a token; words between and around them.
+class Idefics3(Family):
+    """Idefics3 and SmolVLM: squares in which n * n patches make a token; text between the squares.
 
-    Dv is the width of n * n patches. Whether a picture is cut into tiles, with itself as the last one, is what the
-    checkpoint's image processor says (`do_image_splitting`).
+    Dv is the width of n * n patches. The image processor of the checkpoint decides
+    (`do_image_splitting`) whether an image is cut into tiles, followed by the whole image.
     """
 
-    def process(processor: Any, picture: Any) -> Mapping[str, Any]:
-        made = processor(images=picture, return_tensors="pt", return_row_col_info=True)
-        tiles = torch.tensor(
-            [[made["rows"][0][0], made["cols"][0][0]]]
-        )  # 0, 0 of a picture that is not cut
-        return {"pixel_values": made["pixel_values"], "tiles": tiles}
+    language_model_path = "text_model"
+    vision_tower_path = "vision_model"
+    projector_path = "connector.modality_projection"
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        inner = model.model
-        states = inner.vision_model(inputs["pixel_values"].to(model.dtype)).last_hidden_state
-        tokens: Tensor = inner.connector.pixel_shuffle(states, model.config.scale_factor)
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        return len(inputs["pixel_values"]) * self._tokens_per_square(inputs)
+
+    def _tokens_per_square(self, inputs: ImageInputs) -> int:
+        """Return the number of feature tokens of one tile, or of an image that is not cut."""
+        height, width = inputs["pixel_values"].shape[-2:]
+        patch_size = self.config.vision_config.patch_size
+        num_patches = (height // patch_size) * (width // patch_size)
+        return int(num_patches // self.config.scale_factor**2)
+
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        pixel_values = inputs["pixel_values"].to(model.dtype)
+        states = model.model.vision_model(pixel_values).last_hidden_state
+        tokens: Tensor = model.model.connector.pixel_shuffle(states, self.config.scale_factor)
         return tokens.flatten(0, 1)  # [squares * tokens, Dv]
 
-    def square(config: Any, inputs: ImageInputs) -> int:
-        height, width = inputs["pixel_values"].shape[-2:]
-        patch = config.vision_config.patch_size
-        return int((height // patch) * (width // patch) // config.scale_factor**2)
+    def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        outputs = image_processor(images=picture, return_tensors="pt", return_row_col_info=True)
+        # (0, 0) for an image that is not cut
+        tiles = torch.tensor([[outputs["rows"][0][0], outputs["cols"][0][0]]])
+        return {"pixel_values": outputs["pixel_values"], "tiles": tiles}
 
-    def words(config: Any, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
+    def overview_features(self, inputs: ImageInputs) -> slice:
+        return slice(-self._tokens_per_square(inputs), None)
+
+    def interleaved_tokens(self, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
         rows, columns = inputs["tiles"][0].tolist()
-        fake, image = "<fake_token_around_image>", token_string(tokenizer, config.image_token_id)
-        tokens = image * square(config, inputs)
-        cut = [
-            [f"{fake}<row_{r}_col_{c}>{tokens}" for c in range(1, columns + 1)]
-            for r in range(1, rows + 1)
-        ]
-        text = (
-            "".join("".join(row) + "\n" for row in cut)
-            + "\n" * bool(cut)
-            + f"{fake}<global-img>{tokens}{fake}"
-        )
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        return {place: id for place, id in enumerate(ids) if id != config.image_token_id}
-
-    return Family(
-        num_image_tokens=lambda config, inputs: (
-            len(inputs["pixel_values"]) * square(config, inputs)
-        ),
-        vision_features=vision,
-        language_model_path="text_model",
-        vision_tower_path="vision_model",
-        projector_path="connector.modality_projection",
-        preprocess=process,
-        overview_features=lambda config, inputs: slice(-square(config, inputs), None),
-        interleaved_tokens=words,
-    )
+        boundary = "<fake_token_around_image>"
+        image_token_id = self.config.image_token_id
+        square = token_string(tokenizer, image_token_id) * self._tokens_per_square(inputs)
+        text = ""
+        for row in range(1, rows + 1):
+            for column in range(1, columns + 1):
+                text += f"{boundary}<row_{row}_col_{column}>{square}"
+            text += "\n"
+        if rows:
+            text += "\n"
+        text += f"{boundary}<global-img>{square}{boundary}"
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return {i: token_id for i, token_id in enumerate(token_ids) if token_id != image_token_id}

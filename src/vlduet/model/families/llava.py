@@ -1,155 +1,179 @@
-"""LLaVA and its relatives: 1.5, NeXT (1.6), OneVision; and FastVLM, which the default model is one of."""
+"""LLaVA 1.5, LLaVA-NeXT (1.6), LLaVA-OneVision, and FastVLM, the family of the default model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlduet.errors import ModelError
 from vlduet.model.families.family import Family, ImageInputs, run_image_processor
 
 MAX_SQUARES_PER_FORWARD = 8
-"""That go through a tower at once whose every layer is kept while they do."""
+"""Number of image squares encoded at once when all hidden states of the tower are kept in memory."""
 MAX_TILES_PER_SIDE = 3
-"""Of LLaVA-OneVision, a side: `anyres_max_9`."""
+"""Largest number of tiles along one side of a LLaVA-OneVision image: `anyres_max_9` is 3 * 3."""
 
 
-def llava() -> Family:
-    """LLaVA 1.5: one layer of the tower, without the class token when the strategy is `default`."""
+class Llava(Family):
+    """LLaVA 1.5: features of one or several layers of a CLIP or SigLIP tower.
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        return _layers(model, inputs["pixel_values"]).flatten(0, 1)  # [images * tokens, Dv]
+    The class token is dropped if `vision_feature_select_strategy` is `default`.
+    """
 
-    def count(config: Any, inputs: ImageInputs) -> int:
-        if config.vision_config.model_type == "pixtral":
-            fix = "Take a checkpoint of model_type 'mistral3'"
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        if self.config.vision_config.model_type == "pixtral":
             raise ModelError(
-                "LLaVA with a Pixtral tower is not supported", place="config.json", fix=fix
+                "LLaVA with a Pixtral tower is not supported",
+                place="config.json",
+                fix="Use a checkpoint of model_type 'mistral3'",
             )
         height, width = inputs["pixel_values"].shape[-2:]
-        patch = config.vision_config.patch_size
-        return int(
-            (height // patch) * (width // patch)
-            + (config.vision_feature_select_strategy != "default")
-        )
+        patch_size = self.config.vision_config.patch_size
+        num_patches = int((height // patch_size) * (width // patch_size))
+        if self.config.vision_feature_select_strategy != "default":
+            return num_patches + 1  # the class token stays
+        return num_patches
 
-    return Family(num_image_tokens=count, vision_features=vision)
-
-
-def _layers(model: Any, pixels: Tensor) -> Tensor:
-    """float[squares, 3, H, W] -> float[squares, tokens, Dv], the tower's layers that the config names, side by side."""
-    config = model.config
-    layers = config.vision_feature_layer
-    first = int(config.vision_feature_select_strategy == "default")
-    found = []
-    for some in pixels.to(model.dtype).split(MAX_SQUARES_PER_FORWARD):
-        states = model.model.vision_tower(some, output_hidden_states=True).hidden_states
-        chosen = [states[i][:, first:] for i in ([layers] if isinstance(layers, int) else layers)]
-        found.append(torch.cat(chosen, dim=-1))
-    return torch.cat(found)
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        features = _encode_squares(model, self.config, inputs["pixel_values"])
+        return features.flatten(0, 1)  # [images * tokens, Dv]
 
 
-def llava_next() -> Family:
-    """LLaVA 1.6 (NeXT): the picture whole and small, then large and cut into tiles, whose tokens are read across
-    them, row by row and without the padding; the same learned embedding ends every row.
+def _encode_squares(model: Any, config: Any, pixel_values: Tensor) -> Tensor:
+    """Encode squares float[squares, 3, H, W] with the vision tower, a few at a time.
 
-    That one knows no projector, so among the features it is a row of zeros, which no picture makes.
+    Returns:
+        float[squares, tokens, Dv]: the hidden states of the layers in
+        `config.vision_feature_layer`, concatenated; without the class token if the config says so.
     """
-    return _tiles_in_rows(
-        lambda config: {"vision_feature_select_strategy": config.vision_feature_select_strategy}
-    )
+    layers = config.vision_feature_layer
+    if isinstance(layers, int):
+        layers = [layers]
+    first_token = int(config.vision_feature_select_strategy == "default")
+    features = []
+    for squares in pixel_values.to(model.dtype).split(MAX_SQUARES_PER_FORWARD):
+        states = model.model.vision_tower(squares, output_hidden_states=True).hidden_states
+        features.append(torch.cat([states[layer][:, first_token:] for layer in layers], dim=-1))
+    return torch.cat(features)
 
 
-def _tiles_in_rows(told: Callable[[Any], dict[str, Any]]) -> Family:
-    """`llava_next`, of whose relatives each tells its geometry something else: config -> arguments."""
-    from transformers.models.llava_next import (
-        modeling_llava_next as geometry,  # for who has such a checkpoint
-    )
+class TiledImages:
+    """Image handling shared by LLaVA-NeXT and LLaVA-OneVision: an overview, then the image in tiles.
 
-    def tiles(config: Any, size: Tensor) -> tuple[int, int]:
-        found: tuple[int, int] = geometry.get_anyres_image_grid_shape(
-            size, config.image_grid_pinpoints, config.vision_config.image_size
+    Tokens of the tiles are read across tiles, row by row, without the padding of the image; a
+    learned embedding (`image_newline`) ends every row. It is a row of zeros among the features,
+    which the tower produces for no image, and it does not pass the projector.
+    """
+
+    config: Any
+
+    packing_option: str
+    """Config entry that transformers' `pack_image_features` takes as a keyword argument."""
+
+    def _tile_grid(self, image_size: Tensor) -> tuple[int, int]:
+        """Return (rows, columns) of the tiles of an image of int64[2] (height, width) pixels."""
+        # Imported lazily: only checkpoints of these families need the modelling code.
+        from transformers.models.llava_next import modeling_llava_next as llava_next
+
+        tile_size = self.config.vision_config.image_size
+        grid: tuple[int, int] = llava_next.get_anyres_image_grid_shape(
+            image_size, self.config.image_grid_pinpoints, tile_size
         )
-        return found
+        return grid
 
-    def whole(config: Any) -> int:
-        return int((config.vision_config.image_size // config.vision_config.patch_size) ** 2)
+    def _tokens_per_side(self) -> int:
+        """Return the number of tokens along one side of a tile."""
+        vision_config = self.config.vision_config
+        return int(vision_config.image_size // vision_config.patch_size)
 
-    def count(config: Any, inputs: ImageInputs) -> int:
-        size, side = inputs["image_sizes"][0], math.isqrt(whole(config))
-        rows, columns = tiles(config, size)
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        from transformers.models.llava_next import modeling_llava_next as llava_next
+
+        image_size = inputs["image_sizes"][0]
+        side = self._tokens_per_side()
+        rows, columns = self._tile_grid(image_size)
         padded = torch.empty(1, rows * side, columns * side)
-        _, height, width = geometry.unpad_image(padded, size).shape
-        return whole(config) + int(height) * (int(width) + 1)
+        _, height, width = llava_next.unpad_image(padded, image_size).shape
+        return side**2 + int(height) * (int(width) + 1)  # overview, then rows with their newline
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        config, sizes = model.config, inputs["image_sizes"]
-        states = _layers(model, inputs["pixel_values"])  # [tiles of all images, tokens, Dv]
-        each = states.split([1 + math.prod(tiles(config, size)) for size in sizes])
-        end = states.new_zeros(states.shape[-1])
-        packed, _ = model.model.pack_image_features(each, sizes, image_newline=end, **told(config))
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        image_sizes = inputs["image_sizes"]
+        states = _encode_squares(model, self.config, inputs["pixel_values"])
+        squares_per_image = [1 + math.prod(self._tile_grid(size)) for size in image_sizes]
+        newline = states.new_zeros(states.shape[-1])
+        packed, _ = model.model.pack_image_features(
+            states.split(squares_per_image),  # float[squares, tokens, Dv] of each image
+            image_sizes,
+            image_newline=newline,
+            **{self.packing_option: getattr(self.config, self.packing_option)},
+        )
         return torch.cat(packed)
 
-    def project(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
-        ends = ~features.any(1, keepdim=True)
-        return torch.where(ends, inner.image_newline.to(features.dtype), projector(features))
+    def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        is_newline = ~features.any(1, keepdim=True)
+        newline = model.model.image_newline.to(features.dtype)
+        return torch.where(is_newline, newline, projector(features))
 
-    return Family(
-        num_image_tokens=count,
-        vision_features=vision,
-        project=project,
-        vision_tower_pixels=lambda config, inputs: inputs["pixel_values"][0],
-        overview_features=lambda config, inputs: slice(whole(config)),
-    )
+    def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        return inputs["pixel_values"][0]  # the overview precedes the tiles
+
+    def overview_features(self, inputs: ImageInputs) -> slice:
+        return slice(self._tokens_per_side() ** 2)
 
 
-def llava_onevision() -> Family:
-    """LLaVA-OneVision: as NeXT, from up to nine tiles.
+class LlavaNext(TiledImages, Family):
+    """LLaVA-NeXT (1.6): `TiledImages` without the class token, if the config says so."""
 
-    Larger pictures are taken at more tiles by their own processor, and made smaller behind the projector. Features here end
-    in front of it, so a picture is made small enough before. Each is tiled, of several in one prompt, too.
+    packing_option = "vision_feature_select_strategy"
+
+
+class LlavaOneVision(TiledImages, Family):
+    """LLaVA-OneVision: `TiledImages` with at most nine tiles.
+
+    Its own processor cuts larger images into more tiles and downsamples behind the projector.
+    Features here end before the projector, so a large image is downscaled before it is cut. All
+    images of a prompt with several images are cut as well.
     """
 
-    def process(processor: Any, picture: Any) -> Mapping[str, Any]:
-        side = MAX_TILES_PER_SIDE * processor.size["height"]
-        picture.thumbnail((side, side))
-        return run_image_processor(processor, picture)
+    packing_option = "vision_aspect_ratio"
 
-    def count(config: Any, inputs: ImageInputs) -> int:
-        if config.vision_aspect_ratio != f"anyres_max_{MAX_TILES_PER_SIDE**2}":
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        aspect_ratio = self.config.vision_aspect_ratio
+        if aspect_ratio != f"anyres_max_{MAX_TILES_PER_SIDE**2}":
             raise ModelError(
-                f"vision_aspect_ratio '{config.vision_aspect_ratio}' is not supported",
-                place="config.json",
+                f"vision_aspect_ratio '{aspect_ratio}' is not supported", place="config.json"
             )
-        return family.num_image_tokens(config, inputs)
+        return super().num_image_tokens(inputs)
 
-    family = _tiles_in_rows(lambda config: {"vision_aspect_ratio": config.vision_aspect_ratio})
-    return replace(family, preprocess=process, num_image_tokens=count)
+    def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        """Downscale the PIL image in place to at most nine tiles, then preprocess it."""
+        side = MAX_TILES_PER_SIDE * image_processor.size["height"]
+        picture.thumbnail((side, side))
+        return run_image_processor(image_processor, picture)
 
 
-def fast_vlm() -> Family:
-    """FastVLM, and so the default model: a convolutional tower, every position of its last map is a token."""
+class FastVLM(Family):
+    """FastVLM: every position of a convolutional tower's last feature map is a token."""
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        return int(self.config.image_seq_length)
+
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Encode images; converts the tower's weights in place to the channels-last layout.
+
+        See `Family` for the result.
+        """
         tower = model.model.vision_tower
-        # Where the channels of a pixel lie together, convolutions take two thirds of the time.
-        together = torch.channels_last
-        if not next(p for p in tower.parameters() if p.ndim == 4).is_contiguous(
-            memory_format=together
-        ):
-            tower.to(memory_format=together)
-        out = tower(
-            inputs["pixel_values"].to(model.dtype, memory_format=together)
-        ).last_hidden_state  # [N, Dv, h, w]
-        tokens: Tensor = out.flatten(2).transpose(1, 2).flatten(0, 1)  # [N * h * w, Dv]
-        return tokens
-
-    def count(config: Any, inputs: ImageInputs) -> int:
-        return int(config.image_seq_length)
-
-    return Family(num_image_tokens=count, vision_features=vision)
+        # Convolutions take two thirds of the time where the channels of a pixel are adjacent.
+        layout = torch.channels_last
+        kernel = next(p for p in tower.parameters() if p.ndim == 4)
+        if not kernel.is_contiguous(memory_format=layout):
+            tower.to(memory_format=layout)
+        pixel_values = inputs["pixel_values"].to(model.dtype, memory_format=layout)
+        feature_map = tower(pixel_values).last_hidden_state  # [N, Dv, rows, columns]
+        tokens: Tensor = feature_map.flatten(2).transpose(1, 2).flatten(0, 1)
+        return tokens  # [N * rows * columns, Dv]

@@ -9,87 +9,94 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlduet.model.families.family import Family, ImageInputs, run_image_processor
+from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, run_image_processor
 
 
-def mistral3() -> Family:
-    """Mistral Small 3.1 and Ministral 3: an image in its own proportions, m * m patches a token, a word between its rows.
+class Mistral3(Family):
+    """Mistral 3: an image keeps its proportions; m * m patches make a token; text ends each row.
 
-    Dv is the width of m * m patches, each number of theirs side by side: the projector merges them. What is prepared of an
-    image are its cells of m * m patches, so that images of several sizes make one batch.
+    Dv is the width of m * m patches: the projector merges them. Preprocessed images are stored as
+    cells float[tokens, 3, side, side] of m * m patches, so that images of several sizes can be
+    concatenated.
     """
 
-    def side(config: Any) -> int:
-        return int(config.vision_config.patch_size * config.spatial_merge_size)
+    def _cell_side(self) -> int:
+        """Return the side of a cell in pixels: the patch size times m."""
+        return int(self.config.vision_config.patch_size * self.config.spatial_merge_size)
 
-    def process(processor: Any, picture: Any) -> Mapping[str, Any]:
-        made = run_image_processor(processor, picture)
-        cell = processor.patch_size["height"]
-        parts = (
-            made["pixel_values"][0].unfold(1, cell, cell).unfold(2, cell, cell)
-        )  # [3, rows, columns, cell, cell]
-        return {
-            "pixel_values": parts.permute(1, 2, 0, 3, 4).flatten(0, 1),
-            "image_sizes": made["image_sizes"],
-        }
-
-    def shape(config: Any, inputs: ImageInputs) -> tuple[int, int]:
-        rows, columns = (inputs["image_sizes"][0] // side(config)).tolist()
+    def _cell_grid(self, inputs: ImageInputs) -> tuple[int, int]:
+        """Return (rows, columns) of the cells of one image."""
+        rows, columns = (inputs["image_sizes"][0] // self._cell_side()).tolist()
         return rows, columns
 
-    def pixels(config: Any, inputs: ImageInputs) -> Tensor:
-        rows, columns = shape(config, inputs)
-        parts: Tensor = inputs["pixel_values"].unflatten(0, (rows, columns))
-        return parts.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        return math.prod(self._cell_grid(inputs))
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        config, sizes = model.config, inputs["image_sizes"]
-        counts = (sizes // side(config)).prod(1).tolist()
-        cells = inputs["pixel_values"].to(model.dtype).split(counts)
-        each = [
-            pixels(config, {"pixel_values": c, "image_sizes": s[None]})
-            for c, s in zip(cells, sizes, strict=True)
-        ]
-        height, width = sizes.amax(0).tolist()
-        padded = [
-            nn.functional.pad(one, (0, width - one.shape[2], 0, height - one.shape[1]))
-            for one in each
-        ]
-        out = model.model.vision_tower(
-            torch.stack(padded), image_sizes=sizes, output_hidden_states=True
+    def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        outputs = run_image_processor(image_processor, picture)
+        side = image_processor.patch_size["height"]  # of a cell; see `processor_overrides`
+        # [3, rows, columns, side, side]
+        cells = outputs["pixel_values"][0].unfold(1, side, side).unfold(2, side, side)
+        return {
+            "pixel_values": cells.permute(1, 2, 0, 3, 4).flatten(0, 1),
+            "image_sizes": outputs["image_sizes"],
+        }
+
+    def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        cells: Tensor = inputs["pixel_values"].unflatten(0, self._cell_grid(inputs))
+        return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [3, H, W]
+
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        image_sizes = inputs["image_sizes"]
+        pictures = self._pad_pictures(inputs["pixel_values"].to(model.dtype), image_sizes)
+        outputs = model.model.vision_tower(
+            pictures, image_sizes=image_sizes, output_hidden_states=True
         )
-        states = out.hidden_states[config.vision_feature_layer][0]  # [patches of all images, width]
-        merge, patch = config.spatial_merge_size, config.vision_config.patch_size
-        found = []
-        for one, (rows, columns) in zip(
-            states.split((sizes // patch).prod(1).tolist()), sizes // patch, strict=True
+        states = outputs.hidden_states[self.config.vision_feature_layer][0]  # patches of all images
+        merge = self.config.spatial_merge_size
+        patch_grids = image_sizes // self.config.vision_config.patch_size
+        features = []
+        for patches, (rows, columns) in zip(
+            states.split(patch_grids.prod(1).tolist()), patch_grids, strict=True
         ):
-            grid = one.view(rows // merge, merge, columns // merge, merge, -1)
-            found.append(grid.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1))
-        return torch.cat(found)  # [tokens, width * m * m]
+            grid = patches.view(rows // merge, merge, columns // merge, merge, -1)
+            features.append(grid.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1))
+        return torch.cat(features)  # [tokens, width * m * m]
 
-    def project(inner: Any, projector: nn.Module, features: Tensor) -> Tensor:
-        merger: Any = projector.patch_merger
+    def _pad_pictures(self, cells: Tensor, image_sizes: Tensor) -> Tensor:
+        """Assemble pictures from cells and pad them to one size, float[N, 3, H, W].
+
+        Args:
+            cells: float[cells of all images, 3, side, side].
+            image_sizes: int64[N, 2], (height, width) of each picture in pixels.
+        """
+        height, width = image_sizes.amax(0).tolist()
+        cells_per_image = (image_sizes // self._cell_side()).prod(1).tolist()
+        pictures = []
+        for image_cells, size in zip(cells.split(cells_per_image), image_sizes, strict=True):
+            inputs = {"pixel_values": image_cells, "image_sizes": size[None]}
+            picture = self.vision_tower_pixels(inputs)
+            missing = (0, width - picture.shape[2], 0, height - picture.shape[1])
+            pictures.append(nn.functional.pad(picture, missing))
+        return torch.stack(pictures)
+
+    def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        # As the projector's own forward, which would also bring patches into this order.
+        merger = projector.patch_merger
         patches = features.unflatten(1, (-1, merger.spatial_merge_size**2)).transpose(1, 2)
-        normed = projector.norm(patches).transpose(1, 2).flatten(1)  # type: ignore[operator]
-        hidden = projector.act(projector.linear_1(merger.merging_layer(normed)))  # type: ignore[operator]
-        projected: Tensor = projector.linear_2(hidden)  # type: ignore[operator]
+        normed = projector.norm(patches).transpose(1, 2).flatten(1)
+        hidden = projector.act(projector.linear_1(merger.merging_layer(normed)))
+        projected: Tensor = projector.linear_2(hidden)
         return projected
 
-    def words(config: Any, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
-        rows, columns = shape(config, inputs)
-        end = tokenizer.convert_tokens_to_ids("[IMG_BREAK]")
-        return {row * (columns + 1) - 1: end for row in range(1, rows)}
+    def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        return "", "[IMG_END]"
 
-    return Family(
-        num_image_tokens=lambda config, inputs: math.prod(shape(config, inputs)),
-        vision_features=vision,
-        preprocess=process,
-        project=project,
-        vision_tower_pixels=pixels,
-        image_delimiters=lambda config, tokenizer: ("", "[IMG_END]"),
-        interleaved_tokens=words,
-        processor_overrides=lambda config: {
-            "patch_size": {"height": side(config), "width": side(config)}
-        },
-    )
+    def interleaved_tokens(self, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
+        rows, columns = self._cell_grid(inputs)
+        row_end = tokenizer.convert_tokens_to_ids("[IMG_BREAK]")
+        return {row * (columns + 1) - 1: row_end for row in range(1, rows)}
+
+    def processor_overrides(self) -> Mapping[str, Any]:
+        # The processor then resizes to multiples of a cell, as PixtralProcessor makes it do.
+        return {"patch_size": {"height": self._cell_side(), "width": self._cell_side()}}

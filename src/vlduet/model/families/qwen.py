@@ -3,100 +3,91 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlduet.model.families.family import (
-    Family,
-    ImageDelimiters,
-    ImageInputs,
-    project_once,
-    token_string,
-)
+from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, token_string
 
 
-def qwen_vl() -> Family:
-    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: an image in its own proportions, in patches of which m * m neighbours make a token.
+class MergedPatchImages:
+    """Image handling shared by Qwen-VL and GLM-V: proportions are kept, m * m patches make a token.
 
-    Dv is the width of m * m patches: the projector (`merger`) is a part of the tower, and its weights are trained here. A
-    token's position is its image's place in time, its row and its column (multimodal rope). Qwen3-VL brings features of
-    earlier layers of its tower, too, for the first layers of the trunk (DeepStack).
+    A token has three position ids: the time of its image, its row and its column (multimodal RoPE).
     """
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        unit = model.model.visual.spatial_merge_size**2
-        # Qwen2.5-VL brings the tokens into the picture's order then, for it attends in windows.
-        out = _without_merger(
-            model, inputs, instead=nn.Sequential(nn.Unflatten(0, (-1, unit)), nn.Flatten(1))
-        )
-        # [tokens, m * m * width], and D more for each layer of the trunk that has features of its own
-        return torch.cat([out.pooler_output, *getattr(out, "deepstack_features", ())], 1)
+    config: Any
+    vision_tower_path = "visual"
+    projector_path = "visual.merger"
 
-    def project(inner: Any, merger: nn.Module, features: Tensor) -> Tensor:
-        norm: Any = merger.norm if hasattr(merger, "norm") else merger.ln_q
-        projected: Tensor = merger(
-            features.reshape(-1, norm.weight.shape[0])
-        )  # patches go in, tokens come out
-        return projected
-
-    def grid(config: Any, inputs: ImageInputs) -> tuple[int, int]:
+    def token_grid(self, inputs: ImageInputs) -> tuple[int, int]:
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        merge = config.vision_config.spatial_merge_size
+        merge = self.config.vision_config.spatial_merge_size
         return rows // merge, columns // merge
 
-    def count(config: Any, inputs: ImageInputs) -> int:
-        rows, columns = grid(config, inputs)
+    def num_image_tokens(self, inputs: ImageInputs) -> int:
+        rows, columns = self.token_grid(inputs)
         return rows * columns
 
-    def pixels(config: Any, inputs: ImageInputs) -> Tensor:
-        shape = config.vision_config
-        patch, merge, times = shape.patch_size, shape.spatial_merge_size, shape.temporal_patch_size
-        rows, columns = grid(config, inputs)
-        patches = inputs["pixel_values"].view(rows, columns, merge, merge, -1, times, patch, patch)[
-            ..., 0, :, :
-        ]
-        return patches.permute(4, 0, 2, 5, 1, 3, 6).reshape(
-            -1, rows * merge * patch, columns * merge * patch
-        )
-
-    def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
-        return token_string(tokenizer, config.vision_start_token_id), token_string(
-            tokenizer, config.vision_end_token_id
-        )
-
-    return Family(
-        num_image_tokens=count,
-        vision_features=vision,
-        vision_tower_path="visual",
-        projector_path="visual.merger",
-        project=project,
-        vision_tower_pixels=pixels,
-        token_grid=grid,
-        image_delimiters=frame,
-    )
+    def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        vision_config = self.config.vision_config
+        size = vision_config.patch_size
+        merge = vision_config.spatial_merge_size
+        rows, columns = self.token_grid(inputs)
+        shape = (rows, columns, merge, merge, -1, vision_config.temporal_patch_size, size, size)
+        patches = inputs["pixel_values"].view(shape)[..., 0, :, :]  # an image repeats over time
+        pixels = patches.permute(4, 0, 2, 5, 1, 3, 6)
+        return pixels.reshape(-1, rows * merge * size, columns * merge * size)  # [3, H, W]
 
 
-def glm_vl() -> Family:
-    """GLM-4.1V and GLM-4.6V: as Qwen2-VL, but the tower itself makes one token of m * m patches; Dv is the trunk's width."""
+def _run_tower(model: Any, inputs: ImageInputs, *, merger: nn.Module) -> Any:
+    """Return the outputs of the vision tower with `merger` in place of its own merger.
 
-    def vision(model: Any, inputs: ImageInputs) -> Tensor:
-        tokens: Tensor = _without_merger(model, inputs, instead=nn.Identity()).pooler_output
-        return tokens
-
-    def frame(config: Any, tokenizer: Any) -> ImageDelimiters:
-        return token_string(tokenizer, config.image_start_token_id), token_string(
-            tokenizer, config.image_end_token_id
-        )
-
-    return replace(qwen_vl(), vision_features=vision, project=project_once, image_delimiters=frame)
-
-
-def _without_merger(model: Any, inputs: ImageInputs, *, instead: nn.Module) -> Any:
-    """What the tower makes with another module for its merger; the model, which another thread may use, stays as it is."""
-    whole = model.model.visual
-    tower = copy.copy(whole)
-    tower._modules = whole._modules | {"merger": instead}
+    The tower itself stays as it is, because another thread may be using it.
+    """
+    tower = copy.copy(model.model.visual)
+    tower._modules = model.model.visual._modules | {"merger": merger}
     return tower(inputs["pixel_values"].to(model.dtype), grid_thw=inputs["image_grid_thw"])
+
+
+class QwenVL(MergedPatchImages, Family):
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the projector (`merger`) merges patches and is trained.
+
+    Dv is the width of m * m patches, although the projector is a part of the tower. Qwen3-VL adds
+    features of earlier tower layers to the first layers of the language model (DeepStack).
+    """
+
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        # In place of the merger, put the m * m patches of each token side by side. The tower of
+        # Qwen2.5-VL, which attends in windows, restores the order of the picture after the merger.
+        patches_per_token = self.config.vision_config.spatial_merge_size**2
+        concatenate = nn.Sequential(nn.Unflatten(0, (-1, patches_per_token)), nn.Flatten(1))
+        outputs = _run_tower(model, inputs, merger=concatenate)
+        # [tokens, m * m * width], and D columns for each language-model layer with own features
+        return torch.cat([outputs.pooler_output, *getattr(outputs, "deepstack_features", ())], 1)
+
+    def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        norm = projector.norm if hasattr(projector, "norm") else projector.ln_q
+        patches = features.reshape(-1, norm.weight.shape[0])
+        projected: Tensor = projector(patches)  # [tokens * m * m, width] -> [tokens, D]
+        return projected
+
+    def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        begin = token_string(tokenizer, self.config.vision_start_token_id)
+        return begin, token_string(tokenizer, self.config.vision_end_token_id)
+
+
+class GlmVL(MergedPatchImages, Family):
+    """GLM-4.1V and GLM-4.6V: the tower itself makes one token of m * m patches.
+
+    Dv is therefore the hidden size of the language model.
+    """
+
+    def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        tokens: Tensor = _run_tower(model, inputs, merger=nn.Identity()).pooler_output
+        return tokens  # [tokens, Dv]
+
+    def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        begin = token_string(tokenizer, self.config.image_start_token_id)
+        return begin, token_string(tokenizer, self.config.image_end_token_id)

@@ -1,46 +1,52 @@
-"""From a `model_type` to its `Family`."""
+"""Mapping from the `model_type` of a transformers config to its `Family` class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from vlduet.errors import ModelError, suggest_name
 from vlduet.model.families.family import Family
-from vlduet.model.families.gemma import gemma3, gemma4
-from vlduet.model.families.idefics import idefics3
-from vlduet.model.families.internvl import internvl
-from vlduet.model.families.llava import fast_vlm, llava, llava_next, llava_onevision
-from vlduet.model.families.mistral import mistral3
-from vlduet.model.families.qwen import glm_vl, qwen_vl
+from vlduet.model.families.gemma import Gemma3, Gemma4
+from vlduet.model.families.idefics import Idefics3
+from vlduet.model.families.internvl import InternVL
+from vlduet.model.families.llava import FastVLM, Llava, LlavaNext, LlavaOneVision
+from vlduet.model.families.mistral import Mistral3
+from vlduet.model.families.qwen import GlmVL, QwenVL
 
-FAMILIES: dict[str, Callable[[], Family]] = {
-    "llava": llava,
-    "llava_next": llava_next,
-    "llava_onevision": llava_onevision,
-    "fast_vlm": fast_vlm,
-    "gemma3": gemma3,
-    "gemma4": gemma4,
-    "glm4v": glm_vl,
-    "glm46v": glm_vl,
-    "qwen2_vl": qwen_vl,
-    "qwen2_5_vl": qwen_vl,
-    "qwen3_vl": qwen_vl,
-    "qwen3_vl_moe": qwen_vl,
-    "internvl": internvl,
-    "idefics3": idefics3,
-    "mistral3": mistral3,
-    "smolvlm": idefics3,
+FAMILIES: dict[str, type[Family]] = {
+    "llava": Llava,
+    "llava_next": LlavaNext,
+    "llava_onevision": LlavaOneVision,
+    "fast_vlm": FastVLM,
+    "gemma3": Gemma3,
+    "gemma4": Gemma4,
+    "glm4v": GlmVL,
+    "glm46v": GlmVL,
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+    "qwen3_vl": QwenVL,
+    "qwen3_vl_moe": QwenVL,
+    "internvl": InternVL,
+    "idefics3": Idefics3,
+    "mistral3": Mistral3,
+    "smolvlm": Idefics3,
 }
-"""model_type -> function that makes its `Family`."""
+"""Family class of each supported `model_type`."""
 
 
-def find_family(model_type: str, folder: Path) -> Family:
-    """The family of a `model_type`. Raises ModelError that lists the known ones."""
+def find_family(model_type: str, folder: Path) -> type[Family]:
+    """Return the family class of a `model_type`.
+
+    Args:
+        folder: the checkpoint folder, named in the error message.
+
+    Raises:
+        ModelError: the `model_type` is not supported; the message lists the supported ones.
+    """
     if model_type not in FAMILIES:
         raise ModelError(
-            f"no backbone for model_type '{model_type}'",
+            f"model_type '{model_type}' is not supported",
             place=folder / "config.json",
             fix=suggest_name(model_type, FAMILIES),
         )
-    return FAMILIES[model_type]()
+    return FAMILIES[model_type]

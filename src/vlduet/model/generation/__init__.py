@@ -1,1 +1,1 @@
-"""Text generation by a model: continuous batching, beam search, reranking of drafts."""
+"""Text generation: continuous batching of greedy and sampled answers, beam search, reranking."""

@@ -1,123 +1,87 @@
-"""Generation from input embeddings by transformers' own `generate`: a whole answer to every prompt, or several drafts."""
+"""Beam search from input embeddings by transformers' own `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlduet.model.backbone import Backbone
-
-MIN_SAMPLING_TEMPERATURE = 1e-3
-"""The temperature below which logits divided by it may leave their range."""
-
-
-class eval_mode:
-    """`model.eval()` inside, the former mode after. Walking a model takes milliseconds: not where it is in evaluation."""
-
-    def __init__(self, model: nn.Module):
-        self.model, self.was = model, model.training
-
-    def __enter__(self) -> None:
-        if self.was:
-            self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if self.was:
-            self.model.train()
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillInputs:
-    """Left-padded prompts, ready for the trunk."""
-
-    language_model_inputs: Mapping[str, Any]
-    """`inputs_embeds`, float[B, T, D], and what `Backbone.attention`, `Backbone.words` and `Backbone.deeper` add."""
-    attention_mask: Tensor
-    """int64[B, T], 0 on padding."""
-    position_ids: Tensor
-    """int64[B, T] or int64[3, B, T], as a batch has them."""
-    eos_token_ids: list[int]
-
-
-def suppressed_tokens(backbone: Backbone, eos_token_ids: Sequence[int]) -> list[int]:
-    """Tokens that no answer has: control tokens but its end, so no turn of its own and no image."""
-    special = (i for i, token in backbone.tokenizer.added_tokens_decoder.items() if token.special)
-    words = len(
-        backbone.lm_head.weight
-    )  # learned prompt tokens lie behind them until a model is merged
-    return [i for i in special if i < words and i not in eos_token_ids]
+from vlduet.model.backbone import Backbone, eval_mode
+from vlduet.model.generation.inputs import PrefillInputs, suppressed_tokens
 
 
 @contextmanager
 def generate_arguments(
-    backbone: Backbone,
-    start: PrefillInputs,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    num_beams: int = 1,
+    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int, *, num_beams: int
 ) -> Iterator[dict[str, Any]]:
-    """The arguments of transformers' `generate`. As the trunk reads the prompts it is given all that they have, each once:
-    `generate` cannot carry all of it, and has a row for every beam.
+    """Yield keyword arguments for transformers' `generate`, which must be called inside the block.
+
+    Inside, hooks on the language model replace the inputs of the prefill by `prefill_inputs`:
+    `generate` cannot carry all of them, and would compute each prompt once per beam instead of
+    once. The keys and values are repeated for the beams afterwards. Also inside, gradients are off
+    and the backbone is in evaluation mode.
 
     Args:
-        temperature: 0 is greedy, and so is what is colder than `COLD`.
-        beams: more than one is a beam search, whose finished beams are the drafts.
+        num_beams: 1 is greedy; with more, the finished beams of a prompt are returned, best first.
     """
-    here, reading = get_ident(), list[Any]()
-    sampling = temperature >= MIN_SAMPLING_TEMPERATURE
+    thread = get_ident()
+    caches: list[Any] = []  # the cache of the prefill while it runs
     arguments = {
-        "inputs_embeds": start.language_model_inputs["inputs_embeds"],
-        "attention_mask": start.attention_mask,
-        "position_ids": start.position_ids,
+        "inputs_embeds": prefill_inputs.language_model_inputs["inputs_embeds"],
+        "attention_mask": prefill_inputs.attention_mask,
+        "position_ids": prefill_inputs.position_ids,
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": 1,  # an answer has at least one token
-        "suppress_tokens": suppressed_tokens(backbone, start.eos_token_ids) or None,
-        "do_sample": sampling,
+        "suppress_tokens": suppressed_tokens(backbone, prefill_inputs.eos_token_ids) or None,
+        "do_sample": False,
         "num_beams": num_beams,
         "num_return_sequences": num_beams,
-        "temperature": float(temperature) if sampling else None,
+        "temperature": None,
         "top_p": None,
         "top_k": None,
         "pad_token_id": backbone.tokenizer.pad_token_id,
-        "eos_token_id": start.eos_token_ids,
+        "eos_token_id": prefill_inputs.eos_token_ids,
     }
+    per_layer_inputs = prefill_inputs.language_model_inputs.get("per_layer_inputs")
+    if per_layer_inputs is not None:
+        # Without any, Gemma 4 would search its table for the token of every embedding. The hook
+        # below passes all of them, so those of one token are enough.
+        arguments["per_layer_inputs"] = per_layer_inputs[:, :1]
 
-    if (
-        "per_layer_inputs" in start.language_model_inputs
-    ):  # one token's, for Gemma 4 would else look every embedding up in its table
-        arguments["per_layer_inputs"] = start.language_model_inputs["per_layer_inputs"][:, :1]
-
-    def give(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, ...] | None:
-        cache = given.get("past_key_values")
-        # Not a later token's pass, nor one without a cache (it embeds), nor another thread's (it answers something else).
-        if cache is None or cache.get_seq_length() or get_ident() != here:
+    def replace_prefill_inputs(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        cache = kwargs.get("past_key_values")
+        # Leave alone: later tokens, passes without a cache (embedding), passes of other threads.
+        if cache is None or cache.get_seq_length() or get_ident() != thread:
             return None
-        reading.append(cache)
-        return args, given | {
-            "attention_mask": start.attention_mask,
-            "position_ids": start.position_ids,
-            **start.language_model_inputs,
+        caches.append(cache)
+        prompt = {
+            "attention_mask": prefill_inputs.attention_mask,
+            "position_ids": prefill_inputs.position_ids,
+            **prefill_inputs.language_model_inputs,
         }
+        return args, kwargs | prompt
 
-    def spread(_: nn.Module, __: tuple[Any, ...], out: Any) -> Any:
-        if get_ident() == here and reading:
-            cache = reading.pop()
+    def repeat_for_beams(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> Any:
+        if get_ident() == thread and caches:
+            cache = caches.pop()
             if num_beams > 1:
                 cache.batch_repeat_interleave(num_beams)
-            # No more is asked for than the last one, which must not lie apart: a product of slices is a slow one.
-            out.last_hidden_state = out.last_hidden_state[:, -1:].repeat_interleave(num_beams, 0)
-        return out
+            # `generate` reads the last state only. Repeating makes it contiguous: the LM head is
+            # slow on a strided view.
+            last_state = outputs.last_hidden_state[:, -1:]
+            outputs.last_hidden_state = last_state.repeat_interleave(num_beams, 0)
+        return outputs
 
+    language_model = backbone.language_model
     handles = (
-        backbone.language_model.register_forward_pre_hook(give, with_kwargs=True),
-        backbone.language_model.register_forward_hook(spread),
+        language_model.register_forward_pre_hook(replace_prefill_inputs, with_kwargs=True),
+        language_model.register_forward_hook(repeat_for_beams),
     )
     try:
         with torch.no_grad(), eval_mode(backbone):
@@ -127,38 +91,16 @@ def generate_arguments(
             handle.remove()
 
 
-def generate_texts(
-    backbone: Backbone, start: PrefillInputs, max_new_tokens: int, *, temperature: float = 0.0
-) -> list[str]:
-    """Continue every prompt."""
-    return [
-        text
-        for text, _ in generate_with_finish_reason(
-            backbone, start, max_new_tokens, temperature=temperature
-        )
-    ]
-
-
-def generate_with_finish_reason(
-    backbone: Backbone, start: PrefillInputs, max_new_tokens: int, *, temperature: float = 0.0
-) -> list[tuple[str, bool]]:
-    """The continuation of every prompt, and whether it ended by itself: False where the limit cut it."""
-    with generate_arguments(backbone, start, max_new_tokens, temperature=temperature) as arguments:
-        ids = backbone.model.generate(**arguments)
-    ends = torch.isin(ids, torch.tensor(start.eos_token_ids, device=ids.device)).any(1).tolist()
-    return list(zip(_texts(backbone, ids), ends, strict=True))
-
-
-def generate_drafts(
-    backbone: Backbone, start: PrefillInputs, max_new_tokens: int, *, num_drafts: int
+def beam_search(
+    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int, *, num_beams: int
 ) -> list[list[str]]:
-    """As many continuations of every prompt as there are beams, the likeliest first; without beams an empty one."""
-    if not num_drafts:
-        return [[""] for _ in start.attention_mask]
-    with generate_arguments(backbone, start, max_new_tokens, num_beams=num_drafts) as arguments:
-        texts = _texts(backbone, backbone.model.generate(**arguments))
-    return [texts[begin : begin + num_drafts] for begin in range(0, len(texts), num_drafts)]
-
-
-def _texts(backbone: Backbone, ids: Tensor) -> list[str]:
-    return [text.strip() for text in backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    """Return `num_beams` continuations of every prompt, the most likely first, stripped."""
+    with generate_arguments(
+        backbone, prefill_inputs, max_new_tokens, num_beams=num_beams
+    ) as arguments:
+        token_ids = backbone.model.generate(**arguments)
+    decoded = backbone.tokenizer.batch_decode(
+        token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    texts = [text.strip() for text in decoded]
+    return [texts[begin : begin + num_beams] for begin in range(0, len(texts), num_beams)]

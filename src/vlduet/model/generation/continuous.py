@@ -1,11 +1,12 @@
-"""Answers under way in one batch: prompts join, and answers leave, between two tokens.
+"""Continuous batching: requests enter and leave the batch between two tokens.
 
-join   prompts are read in one forward, and have their first token; their keys and values are put beside those of the others,
-       all padded on the left
-step   one forward reads the last token of every answer, and each gets its next; those that end leave
+1. `ContinuousBatcher.add_requests` prefills prompts in one forward pass and samples their first
+   tokens. Their keys and values are concatenated with those of the running requests, left-padded.
+2. `ContinuousBatcher.step` runs the last token of every request through the language model in one
+   forward pass and samples the next one. Finished requests leave the batch.
 
-Each token is what transformers' `generate` would choose, which keeps a batch as it is until its last answer ends. Of a
-checkpoint's generation config `repetition_penalty` and `no_repeat_ngram_size` are followed.
+Each token is the one that transformers' `generate` would choose for the prompt alone. Of a
+checkpoint's generation config, `repetition_penalty` and `no_repeat_ngram_size` are applied.
 """
 
 from __future__ import annotations
@@ -27,48 +28,57 @@ from transformers import (
 )
 
 from vlduet.errors import ModelError
-from vlduet.model.backbone import Backbone
-from vlduet.model.generation.beam import (
-    MIN_SAMPLING_TEMPERATURE,
-    PrefillInputs,
-    eval_mode,
-    suppressed_tokens,
-)
+from vlduet.model.backbone import Backbone, eval_mode
+from vlduet.model.generation.detokenize import IncrementalDetokenizer, holdback_length
+from vlduet.model.generation.inputs import PrefillInputs, suppressed_tokens
+from vlduet.model.processing import Tokenizer
+
+MIN_SAMPLING_TEMPERATURE = 1e-3
+"""Temperature below which decoding is greedy: divided by it, logits could overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen."""
+    """Settings of how the next token is chosen."""
 
     temperature: float = 0.0
-    """0 is greedy, and so is what is colder than `COLD`."""
+    """Divisor of the logits; below `MIN_SAMPLING_TEMPERATURE` the most likely token is taken."""
     top_p: float = 1.0
-    """Only the likeliest tokens are sampled from, as many as have this much probability together."""
+    """Total probability of the most likely tokens that are sampled from."""
     seed: int | None = None
-    """None: whatever torch's own generator gives."""
+    """Seed of the request's own generator; None samples from torch's global generator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new of an answer; may be empty."""
+    """Text that one token added to an answer."""
 
     text: str
+    """New text; may be empty."""
     finish_reason: str | None = None
-    """Of the last piece: `stop` (the model ended, or wrote a stop string) or `length`."""
+    """None before the last delta, then `stop` (end token or stop string) or `length`."""
     prompt_tokens: int = 0
+    """Number of tokens of the prompt."""
     completion_tokens: int = 0
-    """Written so far."""
+    """Number of tokens generated so far."""
 
 
 class Request:
-    """One answer under way.
+    """One answer in progress.
 
     Args:
-        longest: tokens that it may have.
-        stop: strings before which it ends.
+        max_new_tokens: largest number of tokens of the answer.
+        sampling_params: default is greedy.
+        stop_strings: the answer ends before the first occurrence of any of them.
 
     Attributes:
-        over: it leaves with the next step; set when it ends, or by whoever wants no more of it.
+        token_ids: tokens generated so far.
+        prompt_tokens: number of tokens of the prompt; set when the request enters a batch.
+        is_finished: the request leaves the batch with the next step. Set when the answer ends;
+            callers set it to cancel the request.
+
+    Raises:
+        ValueError: `max_new_tokens` is less than 1.
     """
 
     def __init__(
@@ -79,247 +89,308 @@ class Request:
         stop_strings: Sequence[str] = (),
     ):
         if max_new_tokens < 1:
-            raise ValueError(f"an answer of {max_new_tokens} tokens")
-        self.max_new_tokens, self.sampling_params, self.stop_strings = (
-            max_new_tokens,
-            sampling_params or SamplingParams(),
-            stop_strings,
-        )
+            raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
+        self.sampling_params = sampling_params or SamplingParams()
+        self.stop_strings = stop_strings
         self.is_finished = False
         self.token_ids: list[int] = []
-        self.prompt_tokens = self.num_streamed_chars = 0
-        self.generator: torch.Generator | None = None
+        self.prompt_tokens = 0
+        self._unsent_text = ""  # held back, since it may begin a stop string
+        self._detokenizer: IncrementalDetokenizer | None = None
+        self._generator: torch.Generator | None = None
 
-    def sample_token(self, scores: Tensor) -> Tensor:
-        """Logits of what may follow, float32[1, V] -> int64[1], the next token."""
-        if self.sampling_params.temperature < MIN_SAMPLING_TEMPERATURE:
-            return scores.argmax(1)
-        if self.sampling_params.seed is not None and self.generator is None:
-            self.generator = torch.Generator(scores.device).manual_seed(self.sampling_params.seed)
-        so_far = torch.empty(0)  # what shapes a distribution does not ask for it
-        scores = TemperatureLogitsWarper(float(self.sampling_params.temperature))(so_far, scores)
-        if self.sampling_params.top_p < 1:
-            scores = TopPLogitsWarper(self.sampling_params.top_p)(so_far, scores)
-        return torch.multinomial(scores.softmax(1), 1, generator=self.generator)[:, 0]
+    def sample_token(self, logits: Tensor) -> Tensor:
+        """Choose the next token from float32[1, V] logits and return its id, int64[1]."""
+        params = self.sampling_params
+        if params.temperature < MIN_SAMPLING_TEMPERATURE:
+            return logits.argmax(1)
+        if params.seed is not None and self._generator is None:
+            self._generator = torch.Generator(logits.device).manual_seed(params.seed)
+        input_ids = torch.empty(0)  # required by the interface of the warpers, which ignore it
+        logits = TemperatureLogitsWarper(float(params.temperature))(input_ids, logits)
+        if params.top_p < 1:
+            logits = TopPLogitsWarper(params.top_p)(input_ids, logits)
+        return torch.multinomial(logits.softmax(1), 1, generator=self._generator)[:, 0]
 
-    def next_delta(self, text: str, *, ended: bool) -> Delta:
-        """What is new, and may be shown, of the text so far. `ended`: its last token says that it is whole."""
-        stops = [at for at in map(text.find, self.stop_strings) if at >= 0]
-        if stops or ended:
-            reason, until = "stop", min(stops, default=len(text))
-        elif len(self.token_ids) >= self.max_new_tokens:
-            reason, until = "length", len(text)
+    def append_token(self, token_id: int, tokenizer: Tokenizer, *, is_end: bool) -> Delta:
+        """Append a token and return the text that it adds; sets `is_finished` if it is the last.
+
+        Args:
+            tokenizer: the same in every call.
+            is_end: whether the token ends the answer.
+        """
+        if self._detokenizer is None:
+            self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self.token_ids.append(token_id)
+        text = self._unsent_text + self._detokenizer.add(token_id)
+        is_full = len(self.token_ids) >= self.max_new_tokens
+        if is_end or is_full:
+            text += self._detokenizer.flush()
+        stop_positions = [position for s in self.stop_strings if (position := text.find(s)) >= 0]
+        finish_reason = None
+        end = len(text)
+        if stop_positions or is_end:
+            finish_reason = "stop"
+            end = min(stop_positions, default=end)
+        elif is_full:
+            finish_reason = "length"
         else:
-            reason, until = (
-                None,
-                max(
-                    self.num_streamed_chars,
-                    len(text) - max(holdback_lengths(text, self.stop_strings), default=0),
-                ),
-            )
-        piece = Delta(
-            text[self.num_streamed_chars : until], reason, self.prompt_tokens, len(self.token_ids)
-        )
-        self.num_streamed_chars, self.is_finished = until, reason is not None
-        return piece
+            end -= holdback_length(text, self.stop_strings)
+        self._unsent_text = text[end:]
+        self.is_finished = finish_reason is not None
+        return Delta(text[:end], finish_reason, self.prompt_tokens, len(self.token_ids))
 
 
 StepOutputs = list[tuple[Request, Delta | Exception]]
-"""What rows have to tell of their next token. One with an error is over."""
+"""Result of one token of every request; a request with an exception is finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class _KVState:
-    """What the trunk has read, a row each, left-padded: all but the last token."""
+    """Keys and values of all tokens but the last of B requests, left-padded to T columns."""
 
     past_key_values: DynamicCache
     attention_mask: Tensor
-    """int64[B, T], 0 on padding."""
+    """int64[B, T], 0 at padding."""
     last_positions: Tensor
-    """int64[B], the position of what was read last."""
+    """int64[B], position id of the last token in the cache."""
 
     def concatenate(self, other: _KVState) -> _KVState:
-        """The rows of both."""
+        """Return a new state with the rows of `self`, then those of `other`."""
         width = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
-        cache = DynamicCache(
-            (
-                _concatenate_left_padded(a.keys, b.keys, width),
-                _concatenate_left_padded(a.values, b.values, width),
-            )
-            for a, b in zip(self.past_key_values.layers, other.past_key_values.layers, strict=True)
-        )
-        mask = torch.cat(
-            [
-                F.pad(each.attention_mask, (width - each.attention_mask.shape[1], 0))
-                for each in (self, other)
-            ]
-        )
-        return _KVState(cache, mask, torch.cat([self.last_positions, other.last_positions]))
+        layers = []
+        for a, b in zip(self.past_key_values.layers, other.past_key_values.layers, strict=True):
+            keys = _concatenate_left_padded(a.keys, b.keys, width)
+            layers.append((keys, _concatenate_left_padded(a.values, b.values, width)))
+        masks = [
+            F.pad(state.attention_mask, (width - state.attention_mask.shape[1], 0))
+            for state in (self, other)
+        ]
+        positions = torch.cat([self.last_positions, other.last_positions])
+        return _KVState(DynamicCache(layers), torch.cat(masks), positions)
 
     def select_rows(self, rows: list[int]) -> _KVState | None:
-        """Some rows, without the columns that are padding for all of them."""
+        """Return the state of some rows, without columns that are padding in all of them.
+
+        Returns `self` if `rows` are all rows, and None if `rows` is empty.
+        """
         if len(rows) == len(self.attention_mask):
             return self
         if not rows:
             return None
-        at = torch.tensor(rows, device=self.attention_mask.device)
-        begin = int(self.attention_mask[at].argmax(1).min())
+        index = torch.tensor(rows, device=self.attention_mask.device)
+        begin = int(self.attention_mask[index].argmax(1).min())
         cache = DynamicCache(
-            (layer.keys[at, :, begin:], layer.values[at, :, begin:])
+            (layer.keys[index, :, begin:], layer.values[index, :, begin:])
             for layer in self.past_key_values.layers
         )
-        return _KVState(cache, self.attention_mask[at, begin:], self.last_positions[at])
+        return _KVState(cache, self.attention_mask[index, begin:], self.last_positions[index])
+
+
+def _concatenate_left_padded(first: Tensor, second: Tensor, width: int) -> Tensor:
+    """Concatenate [A, H, T, d] and [B, H, U, d] to [A + B, H, width, d], zeros on the left."""
+    padded = [F.pad(tensor, (0, 0, width - tensor.shape[2], 0)) for tensor in (first, second)]
+    return torch.cat(padded)
 
 
 class ContinuousBatcher:
-    """A batch of answers, of which none waits for another to end.
+    """Running batch of requests; no request waits for another one to finish.
 
     Args:
-        eos_ids: tokens that end an answer.
+        eos_token_ids: token ids that end an answer.
 
     Attributes:
-        rows: the answers under way.
+        requests: the requests in progress, one per row of the batch.
     """
 
     def __init__(self, backbone: Backbone, eos_token_ids: Sequence[int]):
-        self.backbone, self.eos_token_ids = backbone, list(eos_token_ids)
+        self.backbone = backbone
+        self.eos_token_ids = list(eos_token_ids)
         self.requests: list[Request] = []
         self._kv_state: _KVState | None = None
-        self._forbidden = suppressed_tokens(backbone, eos_token_ids)
-        self._habits = LogitsProcessorList()
-        told = backbone.model.generation_config
-        if told.repetition_penalty not in (None, 1):
-            self._habits.append(RepetitionPenaltyLogitsProcessor(told.repetition_penalty))
-        if told.no_repeat_ngram_size:
-            self._habits.append(NoRepeatNGramLogitsProcessor(told.no_repeat_ngram_size))
+        self._suppressed_tokens = suppressed_tokens(backbone, eos_token_ids)
+        self._logits_processors = LogitsProcessorList()
+        config = backbone.model.generation_config
+        if config.repetition_penalty not in (None, 1):
+            penalty = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
+            self._logits_processors.append(penalty)
+        if config.no_repeat_ngram_size:
+            ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
+            self._logits_processors.append(ngrams)
 
     @torch.no_grad()
     def add_requests(
         self, prefill_inputs: PrefillInputs, requests: Sequence[Request]
     ) -> StepOutputs:
-        """Read prompts, one for each row, which gets its first token. Where that fails, those under way are as they were."""
-        cache = (
-            DynamicCache()
-        )  # not of the config: a layer that keeps its window alone could not be padded
-        logits = self._through(
-            cache,
-            prefill_inputs.attention_mask,
-            {**prefill_inputs.language_model_inputs, "position_ids": prefill_inputs.position_ids},
-        )
-        for row, tokens in zip(
-            requests, prefill_inputs.attention_mask.sum(1).tolist(), strict=True
-        ):
-            row.prompt_tokens = tokens
-        told = self._write(requests, logits)
-        axes = (0, 2) if prefill_inputs.position_ids.ndim == 3 else 1  # the furthest of three axes
-        going = [i for i, row in enumerate(requests) if not row.is_finished]
-        read = _KVState(
-            cache, prefill_inputs.attention_mask, prefill_inputs.position_ids.amax(axes)
-        ).select_rows(going)
-        if read is not None:
-            self._kv_state = read if self._kv_state is None else self._kv_state.concatenate(read)
-            self.requests = [*self.requests, *(requests[i] for i in going)]
-        return told
+        """Prefill one prompt per request and return the first delta of each.
+
+        Sets `prompt_tokens` of the requests. If the forward pass or the concatenation fails, the
+        exception propagates and the requests in progress stay as they were.
+        """
+        cache = DynamicCache()  # without the config: a sliding-window layer could not be padded
+        mask = prefill_inputs.attention_mask
+        positions = prefill_inputs.position_ids
+        inputs = {**prefill_inputs.language_model_inputs, "position_ids": positions}
+        logits = self._forward(cache, mask, inputs)
+        for request, num_tokens in zip(requests, mask.sum(1).tolist(), strict=True):
+            request.prompt_tokens = num_tokens
+        outputs = self._sample_tokens(requests, logits)
+        axes = (0, 2) if positions.ndim == 3 else 1  # the largest of three axes
+        running = [i for i, request in enumerate(requests) if not request.is_finished]
+        state = _KVState(cache, mask, positions.amax(axes)).select_rows(running)
+        if state is not None:
+            old_state = self._kv_state
+            self._kv_state = state if old_state is None else old_state.concatenate(state)
+            self.requests = [*self.requests, *(requests[i] for i in running)]
+        return outputs
 
     @torch.no_grad()
     def step(self) -> StepOutputs:
-        """One more token for every row. Those that are over, before or then, are gone."""
-        self._leave()
+        """Generate one token for every request; requests that are or become finished leave.
+
+        Returns one output per request that was not finished before; empty if there is none.
+        """
+        self._remove_finished()
         if self._kv_state is None:
             return []
-        cache, mask, last = (
-            self._kv_state.past_key_values,
-            F.pad(self._kv_state.attention_mask, (0, 1), value=1),
-            self._kv_state.last_positions + 1,
-        )
-        ids = torch.tensor(
-            [row.token_ids[-1:] for row in self.requests], device=mask.device
-        )  # [B, 1]
-        given = {"inputs_embeds": self.backbone.token_embedding(ids), "position_ids": last[:, None]}
-        logits = self._through(cache, mask, given | self.backbone.per_layer_inputs(ids))
-        self._kv_state = _KVState(cache, mask, last)
-        told = self._write(self.requests, logits)
-        self._leave()
-        return told
+        cache = self._kv_state.past_key_values
+        mask = F.pad(self._kv_state.attention_mask, (0, 1), value=1)
+        positions = self._kv_state.last_positions + 1
+        last_ids = [request.token_ids[-1:] for request in self.requests]
+        token_ids = torch.tensor(last_ids, device=mask.device)  # [B, 1]
+        inputs = {
+            "inputs_embeds": self.backbone.token_embedding(token_ids),
+            "position_ids": positions[:, None],
+            **self.backbone.per_layer_inputs(token_ids),
+        }
+        logits = self._forward(cache, mask, inputs)
+        self._kv_state = _KVState(cache, mask, positions)
+        outputs = self._sample_tokens(self.requests, logits)
+        self._remove_finished()
+        return outputs
 
-    def _leave(self) -> None:
-        going = [i for i, row in enumerate(self.requests) if not row.is_finished]
-        self._kv_state = self._kv_state and self._kv_state.select_rows(going)
-        self.requests = [self.requests[i] for i in going]
+    def _remove_finished(self) -> None:
+        """Drop finished requests and their keys and values."""
+        running = [i for i, request in enumerate(self.requests) if not request.is_finished]
+        if self._kv_state is not None:
+            self._kv_state = self._kv_state.select_rows(running)
+        self.requests = [self.requests[i] for i in running]
 
-    def _through(self, cache: DynamicCache, mask: Tensor, given: dict[str, Any]) -> Tensor:
-        """Logits after the last column, float[B, V]; the cache grows by what is read."""
+    def _forward(self, cache: DynamicCache, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Return the logits float[B, V] of the last column; appends keys and values to `cache`."""
         with eval_mode(self.backbone):
-            given = {"attention_mask": mask, **given}  # a prompt may bring its own
-            out = self.backbone.language_model(**given, past_key_values=cache, use_cache=True)
-            return self.backbone.compute_logits(out.last_hidden_state[:, -1])
+            inputs = {"attention_mask": mask, **inputs}  # a prompt may bring masks of its own
+            outputs = self.backbone.language_model(**inputs, past_key_values=cache, use_cache=True)
+            return self.backbone.compute_logits(outputs.last_hidden_state[:, -1])
 
-    def _write(self, rows: Sequence[Request], logits: Tensor) -> StepOutputs:
-        """The next token of every row, by float[B, V]; whatever goes wrong with one is told of it."""
+    def _sample_tokens(self, requests: Sequence[Request], logits: Tensor) -> StepOutputs:
+        """Sample and append the next token of every request from logits float[B, V].
+
+        An error of one request is returned as its output and finishes it; the others go on.
+        """
         scores = logits.float()
-        sound = scores.amax(1).isfinite()
-        scores = scores.masked_fill(~sound[:, None], 0.0)
-        scores[:, self._forbidden] = -torch.inf
-        chosen, wrong = [], dict[Request, Exception]()
-        for row, offered in zip(rows, scores.split(1), strict=True):
+        is_finite = scores.amax(1).isfinite()
+        scores = scores.masked_fill(~is_finite[:, None], 0.0)
+        scores[:, self._suppressed_tokens] = -torch.inf
+        sampled: list[Tensor] = []
+        errors: dict[Request, Exception] = {}
+        for request, row in zip(requests, scores.split(1), strict=True):
             try:
-                if not row.token_ids:
-                    offered[:, self.eos_token_ids] = -torch.inf  # an answer has at least one token
-                offered = self._habits(
-                    torch.tensor([row.token_ids], dtype=torch.long, device=offered.device), offered
+                sampled.append(self._sample_token(request, row))
+            except Exception as error:  # noqa: BLE001 - for example, a temperature that is a string
+                errors[request] = error
+                sampled.append(row.new_zeros(1, dtype=torch.long))
+        for request, finite in zip(requests, is_finite.tolist(), strict=True):
+            if not finite:
+                errors[request] = ModelError(
+                    "the model gave logits that are not finite",
+                    fix="Its weights or its precision are broken",
                 )
-                chosen.append(row.sample_token(offered))
-            except Exception as error:  # noqa: BLE001 - such as a temperature that is no number: the others go on
-                wrong[row] = error
-                chosen.append(offered.new_zeros(1, dtype=torch.long))
-        told: StepOutputs = []
-        for row, token, fine in zip(rows, torch.cat(chosen).tolist(), sound.tolist(), strict=True):
-            if not fine:
-                fix = "Its weights or its precision are broken"
-                wrong[row] = ModelError("the model gave logits that are not finite", fix=fix)
-            if row in wrong:
-                row.is_finished = True
-                told.append((row, wrong[row]))
+        outputs: StepOutputs = []
+        for request, token_id in zip(requests, torch.cat(sampled).tolist(), strict=True):
+            if request in errors:
+                request.is_finished = True
+                outputs.append((request, errors[request]))
                 continue
-            row.token_ids.append(token)
-            text = self.backbone.tokenizer.decode(row.token_ids, skip_special_tokens=True)
-            assert isinstance(text, str)
-            told.append((row, row.next_delta(text, ended=token in self.eos_token_ids)))
-        return told
+            is_end = token_id in self.eos_token_ids
+            tokenizer = self.backbone.tokenizer
+            outputs.append((request, request.append_token(token_id, tokenizer, is_end=is_end)))
+        return outputs
+
+    def _sample_token(self, request: Request, scores: Tensor) -> Tensor:
+        """Return the id of the request's next token, int64[1]; modifies scores float32[1, V]."""
+        if not request.token_ids:
+            scores[:, self.eos_token_ids] = -torch.inf  # an answer has at least one token
+        token_ids = torch.tensor([request.token_ids], dtype=torch.long, device=scores.device)
+        return request.sample_token(self._logits_processors(token_ids, scores))
+
+
+def _run_to_end(
+    backbone: Backbone, prefill_inputs: PrefillInputs, requests: Sequence[Request]
+) -> Iterator[tuple[Request, Delta]]:
+    """Yield the deltas of all requests until they are finished; raise the first error of any."""
+    batcher = ContinuousBatcher(backbone, prefill_inputs.eos_token_ids)
+    outputs = batcher.add_requests(prefill_inputs, requests)
+    while outputs:
+        for request, delta in outputs:
+            if isinstance(delta, Exception):
+                raise delta
+            yield request, delta
+        outputs = batcher.step()
 
 
 def stream_text(
-    backbone: Backbone, start: PrefillInputs, max_new_tokens: int, *, temperature: float = 0.0
+    backbone: Backbone,
+    prefill_inputs: PrefillInputs,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
 ) -> Iterator[str]:
-    """Continue one prompt, piece by piece. Raises ModelError for logits that are not finite."""
-    decoder = ContinuousBatcher(backbone, start.eos_token_ids)
-    told = decoder.add_requests(
-        start, [Request(max_new_tokens, sampling_params=SamplingParams(temperature))]
+    """Yield the continuation of a single prompt in non-empty pieces.
+
+    Raises:
+        ModelError: the model gave logits that are not finite.
+        ValueError: `max_new_tokens` is less than 1.
+    """
+    request = Request(max_new_tokens, sampling_params=SamplingParams(temperature))
+    for _, delta in _run_to_end(backbone, prefill_inputs, [request]):
+        if delta.text:
+            yield delta.text
+
+
+def generate_with_finish_reason(
+    backbone: Backbone,
+    prefill_inputs: PrefillInputs,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+) -> list[tuple[str, str]]:
+    """Continue every prompt and return (text, finish reason) of each, in order.
+
+    Text has no leading or trailing whitespace. The finish reason is `stop` if the model ended the
+    text and `length` if `max_new_tokens` did. Raises as `stream_text` does.
+    """
+    params = SamplingParams(temperature)
+    num_prompts = len(prefill_inputs.attention_mask)
+    requests = [Request(max_new_tokens, sampling_params=params) for _ in range(num_prompts)]
+    texts = dict.fromkeys(requests, "")
+    finish_reasons = dict.fromkeys(requests, "")
+    for request, delta in _run_to_end(backbone, prefill_inputs, requests):
+        texts[request] += delta.text
+        finish_reasons[request] = delta.finish_reason or ""
+    return [(texts[request].strip(), finish_reasons[request]) for request in requests]
+
+
+def generate_texts(
+    backbone: Backbone,
+    prefill_inputs: PrefillInputs,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Return the continuation of every prompt; see `generate_with_finish_reason`."""
+    results = generate_with_finish_reason(
+        backbone, prefill_inputs, max_new_tokens, temperature=temperature
     )
-    while told:
-        for _, piece in told:
-            if isinstance(piece, Exception):
-                raise piece
-            if piece.text:
-                yield piece.text
-        told = decoder.step()
-
-
-def holdback_lengths(text: str, stop_strings: Sequence[str]) -> Iterator[int]:
-    """Numbers of letters at the end that are not told yet: half a character, a blank that some tokenizers take back before a
-    comma, and what may become a stop string, with or without these."""
-    settled = text.rstrip(" \N{REPLACEMENT CHARACTER}")
-    loose = len(text) - len(settled)
-    yield loose
-    for each in stop_strings:
-        yield from (n for n in range(1, min(len(each), len(text) + 1)) if text.endswith(each[:n]))
-        yield from (
-            loose + n
-            for n in range(1, min(len(each), len(settled) + 1))
-            if settled.endswith(each[:n])
-        )
-
-
-def _concatenate_left_padded(a: Tensor, b: Tensor, width: int) -> Tensor:
-    """[A, H, T, d] and [B, H, U, d] -> [A + B, H, width, d], padded on the left."""
-    return torch.cat([F.pad(each, (0, 0, width - each.shape[2], 0)) for each in (a, b)])
+    return [text for text, _ in results]

@@ -1,10 +1,71 @@
-"""Which of several texts becomes an image's caption: the half that discriminates helps the half that writes."""
+"""Captions of images: drafts, reranked by the embeddings of the same model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from vlduet.model.backbone import Backbone
+from vlduet.model.generation.beam import beam_search
+from vlduet.model.generation.continuous import generate_texts
+from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
+
+if TYPE_CHECKING:
+    from vlduet.data.records import ImageRef
+    from vlduet.model.duet import DuetModel
+
+
+def caption_images(
+    model: DuetModel,
+    images: Sequence[ImageRef],
+    *,
+    prompt: str = "",
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    num_drafts: int = 1,
+) -> list[str]:
+    """Return one caption per image.
+
+    Args:
+        prompt: question to answer; if empty, the model continues the image's embedding prompt.
+        max_new_tokens: largest number of tokens of a caption.
+        batch_size: number of images generated for at once.
+        num_drafts: 1 is greedy. With more, a beam search writes drafts, and the one whose
+            embedding is nearest to that of the image becomes the caption.
+
+    Raises:
+        ImageError: an image cannot be decoded.
+        ValueError: `num_drafts` is less than 1.
+    """
+    drafts: list[list[str]] = []
+    for begin in range(0, len(images), batch_size):
+        sequences = [
+            model.renderer.render_caption_request(image, prompt)
+            for image in images[begin : begin + batch_size]
+        ]
+        prefill_inputs = build_prefill_inputs(model, sequences)
+        drafts += generate_drafts(
+            model.backbone, prefill_inputs, max_new_tokens, num_drafts=num_drafts
+        )
+    return select_nearest_drafts(
+        drafts, embed_images=lambda: model.encode(images), embed_texts=model.encode_query
+    )
+
+
+def generate_drafts(
+    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int, *, num_drafts: int
+) -> list[list[str]]:
+    """Return `num_drafts` continuations of every prompt, the most likely first.
+
+    One draft is greedy; several come from a beam search. Raises ValueError for less than one.
+    """
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
+    if num_drafts > 1:
+        return beam_search(backbone, prefill_inputs, max_new_tokens, num_beams=num_drafts)
+    return [[text] for text in generate_texts(backbone, prefill_inputs, max_new_tokens)]
 
 
 def select_nearest_drafts(
@@ -12,26 +73,23 @@ def select_nearest_drafts(
     *,
     embed_images: Callable[[], np.ndarray],
     embed_texts: Callable[[list[str]], np.ndarray],
-    known: Mapping[str, np.ndarray],
 ) -> list[str]:
-    """For every image the nearest of its drafts, or of the known texts if one is nearer still; of equals the first.
+    """Return the draft of each image with the largest cosine to the image; of equals the first.
+
+    An empty draft is chosen only if an image has no other. If no image has several drafts, or all
+    drafts are empty, nothing is embedded and the first drafts are returned.
 
     Args:
-        written: the drafts of N images. An empty one is nothing to choose, and is kept only where there is nothing else.
-        images: makes their unit vectors, float[N, D]. Not asked where there is nothing to choose, and nor is `embed`.
-        embed: distinct texts -> float[texts, D].
-        known: unit vectors of the known texts.
+        drafts: at least one draft for each of N images.
+        embed_images: returns unit vectors of the images, float[N, D].
+        embed_texts: distinct non-empty texts -> unit vectors, float[texts, D].
     """
-    texts = list(dict.fromkeys(text for some in drafts for text in some if text))
-    if not drafts or not (known or (texts and any(len(some) > 1 for some in drafts))):
-        return [some[0] for some in drafts]
-    vectors = dict(zip(texts, embed_texts(texts), strict=True)) if texts else {}
-    names, bank = list(known), np.stack(list(known.values())) if known else None
-    found = []
-    for image, some in zip(embed_images(), drafts, strict=True):
-        scores = {text: float(vectors[text] @ image) for text in some if text}
-        if bank is not None:
-            cosines = bank @ image
-            scores.setdefault(names[int(cosines.argmax())], float(cosines.max()))
-        found.append(max(scores, key=scores.__getitem__, default=some[0]))
-    return found
+    texts = list(dict.fromkeys(text for texts in drafts for text in texts if text))
+    if not texts or all(len(candidates) == 1 for candidates in drafts):
+        return [candidates[0] for candidates in drafts]
+    text_embeddings = dict(zip(texts, embed_texts(texts), strict=True))
+    selected = []
+    for image, candidates in zip(embed_images(), drafts, strict=True):
+        scores = {text: float(text_embeddings[text] @ image) for text in candidates if text}
+        selected.append(max(scores, key=scores.__getitem__, default=candidates[0]))
+    return selected
