@@ -2,7 +2,7 @@
 
     vlduet model nano models/nano && vlduet model minilm models/minilm
     vlduet data fetch stamps emoji gimp-help campaigns --to data
-    vlduet train configs/clip-nano.yaml
+    vlduet train clip-nano
     python experiments/sugar/study.py --work runs/sugar-study
     python experiments/sugar/study.py --work runs/sugar-study --tell docs/results
 
@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _captions import nearness
 from _study import Numbers, Study, main
 
+from vlduet.data.formats import read_jsonl
 from vlduet.data.images import image_key
-from vlduet.data.records import ImageRef, Parts, Record, read_jsonl
+from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.builtin import SHOWN, one_word_apart, shown_again
@@ -219,7 +220,7 @@ def per_token(nats: np.ndarray, tokens: np.ndarray) -> Sample:
 
 STUDY = Study(
     name="sugar",
-    base=Path("configs/sugar-nano.yaml"),
+    base=Path("sugar-nano"),
     overrides=(
         "data.train=[{path: data/gimp-help/train.jsonl, weight: 1}, {path: data/campaigns/train.jsonl, weight: 1}]",
         "data.validation=null",

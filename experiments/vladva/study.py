@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _study import Numbers, Study, main
 from PIL import Image, ImageOps
 
+from vlduet.data.formats import read_jsonl
 from vlduet.data.images import encode_png, load_image
-from vlduet.data.records import ImageRef, Record, read_jsonl
+from vlduet.data.records import ImageRef, Record
 from vlduet.data.tools.caption_negatives import generate_caption_negatives
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.protocols import search_ranks
@@ -186,7 +187,7 @@ def sources(name: str) -> str:
 CONTRASTIVE = "objectives={contrastive: 1}"
 STUDY = Study(
     name="vladva",
-    base=Path("configs/vladva-nano.yaml"),
+    base=Path("vladva-nano"),
     overrides=(
         sources("train"),
         "data.validation=null",

@@ -1,4 +1,16 @@
-"""VLDuet: one vision-language model that generates and embeds, and so retrieves for its own generation."""
+"""VLDuet: one vision-language model that both generates text and embeds images and texts.
+
+The public Python API. Names are imported on first use, so that ``import vlduet`` is fast:
+
+    model = vlduet.DuetModel.from_pretrained("models/nano")
+    index = vlduet.Index.open("my-index", model)
+    hits = vlduet.search(index, model, "a red car", k=5)
+    answer = vlduet.ask(index, model, "Which animal can fly?")
+
+`train_model` runs a `RunConfig` (it is not called ``train``, because that is the sub-package).
+Losses for other training loops are in `vlduet.objectives`. Errors that users can cause are
+`VLDuetError`s.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +18,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlduet.config import RunConfig
     from vlduet.data.records import ImageRef, Message, Record
     from vlduet.errors import VLDuetError
     from vlduet.model.duet import DuetModel
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.rag import Answer, ask
     from vlduet.retrieval.search import search
+    from vlduet.train.loop import train as train_model
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Answer": "vlduet.retrieval.rag",
-    "DuetModel": "vlduet.model.duet",
-    "ImageRef": "vlduet.data.records",
-    "Index": "vlduet.retrieval.index",
-    "Message": "vlduet.data.records",
-    "Record": "vlduet.data.records",
-    "VLDuetError": "vlduet.errors",
-    "ask": "vlduet.retrieval.rag",
-    "search": "vlduet.retrieval.search",
+_SOURCE_BY_NAME = {
+    "Answer": "vlduet.retrieval.rag:Answer",
+    "DuetModel": "vlduet.model.duet:DuetModel",
+    "ImageRef": "vlduet.data.records:ImageRef",
+    "Index": "vlduet.retrieval.index:Index",
+    "Message": "vlduet.data.records:Message",
+    "Record": "vlduet.data.records:Record",
+    "RunConfig": "vlduet.config:RunConfig",
+    "VLDuetError": "vlduet.errors:VLDuetError",
+    "ask": "vlduet.retrieval.rag:ask",
+    "search": "vlduet.retrieval.search:search",
+    "train_model": "vlduet.train.loop:train",
 }
+"""Module and object of each public name."""
 
 __all__ = [
     "Answer",
@@ -34,15 +51,20 @@ __all__ = [
     "Index",
     "Message",
     "Record",
+    "RunConfig",
     "VLDuetError",
     "__version__",
     "ask",
     "search",
+    "train_model",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `import vlduet` and `vlduet --help` do not load torch.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'vlduet' has no attribute '{name}'")
+    """Import and return a public name on its first use; raise AttributeError for other names."""
+    if name == "objectives":
+        return import_module("vlduet.objectives")
+    if name not in _SOURCE_BY_NAME:
+        raise AttributeError(f"module 'vlduet' has no attribute '{name}'")
+    module, _, attribute = _SOURCE_BY_NAME[name].partition(":")
+    return getattr(import_module(module), attribute)

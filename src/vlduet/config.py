@@ -1,4 +1,14 @@
-"""The config tree of a run: YAML plus `a.b=c` overrides, checked as a whole; an unknown key names the closest one."""
+"""Config files of training runs: YAML, overrides such as ``train.lr=1e-4``, and validation.
+
+1. find      the file: an existing path, or a preset that ships with the package (`find_config`)
+2. read      YAML, merged over the file that it names under ``extends``
+3. override  single keys from ``a.b=c`` texts
+4. validate  the whole tree; an unknown key raises an error that names the most similar valid key
+
+Relative paths inside a config (models, data, ``out``) are relative to the current folder, only
+``extends`` is relative to the config file. The classes below are the complete list of keys;
+docs/train.md explains each of them.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +23,17 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vlduet.errors import ConfigError, suggest_name
 
+PRESETS_FOLDER = Path(__file__).parent / "configs"
+"""Folder of the config files that ship with the package."""
+
 T = TypeVar("T")
 
 
+# --------------------------------------------------------------------- keys
+
+
 class Section(BaseModel):
-    """A part of the tree."""
+    """Base class of all config sections: immutable, without unknown keys, NaN or infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -26,54 +42,63 @@ S = TypeVar("S", bound=Section)
 
 
 class ModelSection(Section):
-    """Which checkpoint, and how it embeds."""
+    """Keys under ``model``: the checkpoint, and how it embeds."""
 
     path: Path | None = None
-    """A Hugging Face checkpoint or a model folder of VLDuet; recipes that start from nothing need none."""
+    """Hugging Face checkpoint or VLDuet model folder; None for recipes that start from nothing."""
     head: Literal["none", "linear", "mlp"] | None = None
-    """Between pooled hidden state and embedding; default: the model folder's own, `none` for a plain checkpoint."""
+    """Layer between the pooled hidden state and the embedding.
+
+    None: the head of the model folder, and ``none`` for a plain checkpoint.
+    """
     dim: int = Field(default=384, gt=0)
-    """Width of the embeddings, unless head is none."""
+    """Width of the embeddings; without effect if the head is ``none``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen weights. auto: float32 on a CPU; on a GPU, bfloat16 for a checkpoint saved in half precision."""
+    """Number format of the frozen weights.
+
+    ``auto``: float32 on a CPU; on a GPU, bfloat16 for a checkpoint saved in half precision.
+    """
     prompts: dict[str, Any] = {}
-    """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own."""
+    """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own values."""
 
 
 class EncodersSection(Section):
-    """Frozen encoders that a recipe asks how alike slices are: local folders."""
+    """Keys under ``encoders``: local folders of frozen encoders that compare slices of records."""
 
     vision: Path | None = None
-    """Compares two images."""
+    """Encoder that compares two images."""
     text: Path | None = None
-    """Compares two texts."""
+    """Encoder that compares two texts."""
     cross: Path | None = None
-    """Compares an image and a text."""
+    """Dual encoder that compares an image and a text."""
 
 
 class SourceSection(Section):
-    """One set of training records."""
+    """Keys of one item of ``data.train``: a set of training records."""
 
     path: Path
-    """Anything that `vlduet data check` accepts."""
+    """File or folder in any format that ``vlduet data check`` accepts."""
     weight: float = Field(default=1.0, gt=0)
-    """Its share of every batch is weight / sum of weights."""
+    """Relative share of every batch: weight divided by the sum of all weights."""
 
 
 class DataSection(Section):
-    """What is trained and validated on."""
+    """Keys under ``data``: the records to train on and to validate with."""
 
     train: list[SourceSection] = Field(min_length=1)
     validation: Path | None = None
-    """Pair records that are never trained on."""
+    """Pair records for validation, which are never trained on."""
     max_tokens: int = Field(default=2048, gt=0)
-    """Longest sequence; texts are cut to fit, images never."""
+    """Longest sequence in tokens; longer texts are truncated, images never."""
     cache: Path | Literal[False] | None = None
-    """Folder of what frozen encoders see; default: `features` inside the run. False keeps a little of it in memory."""
+    """Folder that caches the features of frozen encoders.
+
+    None: ``features`` inside the run's folder. False: a small cache in memory only.
+    """
 
 
 class LoraSection(Section):
-    """Low-rank adaptation of the language model."""
+    """Keys under ``train.lora``: low-rank adaptation of the language model."""
 
     rank: int = Field(default=16, gt=0)
     alpha: int = Field(default=16, gt=0)
@@ -82,50 +107,62 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
-    """What moves, how fast, and how long."""
+    """Keys under ``train``: which weights are trained, how fast, and for how long."""
 
     steps: int = Field(gt=0)
     batch_size: int = Field(default=32, gt=1)
-    """Records of one step, over all processes."""
+    """Number of records per step, summed over all processes."""
     lora: LoraSection | None = LoraSection()
     projector: Literal[False, True, "last"] = False
-    """Train the projector between vision tower and language model too; `last`: its last linear layer alone."""
+    """Train the projector between vision tower and language model.
+
+    ``last`` trains only its last linear layer.
+    """
     soft_prompts: bool = False
-    """Learn the prompts: every token of theirs becomes one that is trained, and starts as it is."""
+    """Train the prompts: each of their tokens gets an embedding of its own, initialised as it is."""
     temperature: float | None = Field(default=None, gt=0)
-    """Of the contrastive loss, fixed; default: learned, from the model's own (.07 in a plain checkpoint)."""
+    """Fixed temperature of the contrastive loss.
+
+    None: it is learned, starting from the model's own (0.07 for a plain checkpoint).
+    """
     lr: float = Field(default=1e-4, gt=0)
-    """Of LoRA; cosine to zero after the warm-up."""
+    """Learning rate of LoRA; it falls to zero as a cosine after the warm-up."""
     lr_new: float | None = Field(default=None, gt=0)
-    """Of projector, head, soft prompts and temperature; default: lr."""
+    """Learning rate of projector, head, soft prompts and temperature; None: same as ``lr``."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps."""
+    """Length of the linear warm-up, as a share of all steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm."""
+    """Largest norm of the gradient; larger ones are scaled down to it."""
     pack: int | None = Field(default=None, gt=0)
-    """Fill rows up to this many tokens with several sequences; default: one a row."""
+    """Number of tokens up to which one row is filled with several sequences; None: one per row."""
     chunk_tokens: int | None = Field(default=None, gt=0)
-    """Padded tokens that live at one time: the batch goes through the model in chunks (GradCache); default: all at once."""
+    """Number of padded tokens that pass through the model at once (GradCache); None: the batch."""
     checkpointing: bool = False
-    """Compute every layer of the language model again in the backward pass: less memory, up to half more time."""
+    """Recompute the language model's layers in the backward pass.
+
+    This takes less memory and up to half more time.
+    """
     fused: bool = True
-    """One pass of a sequence for all losses. False: one for each, as most joint trainers do; for comparisons."""
+    """Compute all losses from one forward pass of each sequence.
+
+    False runs one pass for each loss, as most joint trainers do; for comparisons.
+    """
     log_every: int = Field(default=10, gt=0)
     eval_every: int = Field(default=200, gt=0)
     save_every: int = Field(default=200, gt=0)
 
 
 class RunConfig(Section):
-    """Everything that decides a training run."""
+    """Everything that decides a training run: the top level of a config file."""
 
     out: Path
     """Folder of the run: config, metrics, checkpoints and the trained model."""
     seed: int = 0
     recipe: dict[str, Any]
-    """`name`, and the options of that recipe (docs/train.md)."""
+    """``name`` of the recipe, and the options of that recipe (docs/train.md)."""
     objectives: dict[str, Annotated[float, Field(ge=0)]]
-    """Weight of every loss by name; a recipe's loss that is left out is not computed."""
+    """Weight of each loss by name. A loss of the recipe that is not listed is not computed."""
     model: ModelSection
     encoders: EncodersSection = EncodersSection()
     data: DataSection
@@ -133,199 +170,270 @@ class RunConfig(Section):
 
 
 class ComparisonConfig(Section):
-    """Several runs that differ in what is said here and in nothing else."""
+    """Several training runs that differ in the listed settings only (``vlduet compare``)."""
 
     base: Path
-    """The config that all runs share."""
+    """Config file or preset name that all runs share."""
     out: Path
-    """Folder of the comparison: the runs, and the table."""
+    """Folder of the comparison: one sub-folder per run, and the table of results."""
     seeds: list[int] = Field(default=[0], min_length=1)
-    """Every run is made once with each."""
+    """Seeds; every run is trained once with each of them."""
     overrides: list[str] = []
-    """Settings of all runs that differ from the base, as `train.steps=100`."""
+    """Overrides of the base that all runs share, such as ``train.steps=100``."""
     runs: dict[str, list[str]] = Field(min_length=1)
-    """Name -> the settings that make it what it is."""
+    """Name of each run, and the overrides that distinguish it."""
 
 
-def load_run_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a config file, laid over the one that it `extends`; paths in it are relative to where the command runs.
+# --------------------------------------------------------------------- files
+
+
+def list_presets() -> list[str]:
+    """Return the names of the presets that ship with the package, sorted.
+
+    A name is the path below the presets' folder without its suffix: ``vladva-nano``,
+    ``ablations/sugar-alpha-0``.
+    """
+    paths = PRESETS_FOLDER.rglob("*.yaml")
+    return sorted(path.relative_to(PRESETS_FOLDER).with_suffix("").as_posix() for path in paths)
+
+
+def find_config(name: Path | str) -> Path:
+    """Return the path of a config file, given as a path or as the name of a preset.
+
+    Args:
+        name: Path of an existing file, which has priority, or a name from `list_presets`. The
+            forms ``NAME.yaml`` and ``configs/NAME.yaml`` of a preset's name are accepted too.
 
     Raises:
-        ConfigError: naming file and key, with the closest known key for an unknown one.
+        ConfigError: There is neither such a file nor such a preset. The error lists the presets.
     """
-    return validate_run_config(_read(path, overrides), place=str(path))
+    path = Path(name)
+    if path.is_file():
+        return path
+    presets = list_presets()
+    preset = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if preset in presets:
+        return PRESETS_FOLDER / f"{preset}.yaml"
+    raise ConfigError(
+        "no such file, and no preset of that name",
+        place=path,
+        fix=f"Name a YAML config file or one of the presets: {', '.join(presets)}",
+    )
 
 
-def load_comparison_config(path: Path, overrides: Iterable[str] = ()) -> ComparisonConfig:
-    """Read the config of a comparison. Raises ConfigError as `load` does; the runs' settings are not yet checked."""
-    return _checked(ComparisonConfig, _read(path, overrides), place=str(path))
+def load_run_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Return the validated config of a training run.
+
+    Args:
+        path: Config file or preset name, see `find_config`. Keys of the file that it names under
+            ``extends`` are the defaults.
+        overrides: ``a.b=c`` texts, applied in order; the values are YAML.
+
+    Raises:
+        ConfigError: No such file, broken YAML, or an invalid key or value, named with its file.
+    """
+    path = find_config(path)
+    return validate_run_config(_read_tree(path, overrides), place=str(path))
 
 
-def _read(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
-    """The tree of a YAML file, laid over the one that it `extends`, with its overrides. Raises ConfigError."""
+def load_comparison_config(path: Path | str, overrides: Iterable[str] = ()) -> ComparisonConfig:
+    """Return the validated config of a comparison; its runs' own settings are not checked yet.
+
+    The arguments and the errors are those of `load_run_config`.
+    """
+    path = find_config(path)
+    return _validate(ComparisonConfig, _read_tree(path, overrides), place=str(path))
+
+
+def save_run_config(config: RunConfig, path: Path) -> None:
+    """Write a config as YAML with every default value spelled out; replaces an existing file."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """Return a YAML file as nested dicts, merged over its ``extends`` file, with overrides applied.
+
+    Raises ConfigError for unreadable files, for a chain of two ``extends`` and for bad overrides.
+    """
     tree = _read_mapping(path)
-    if (base := tree.pop("extends", None)) is not None:
-        below = _read_mapping(path.parent / str(base))
-        if "extends" in below:
+    base_name = tree.pop("extends", None)
+    if base_name is not None:
+        sibling = path.parent / str(base_name)
+        base = _read_mapping(sibling if sibling.is_file() else find_config(str(base_name)))
+        if "extends" in base:
             raise ConfigError(
-                f"extends {base}, which extends another", place=path, fix="Extend the last one"
+                f"extends {base_name}, which itself extends another file",
+                place=path,
+                fix="Extend the last file of the chain, and copy the keys in between",
             )
-        tree = _over(below, tree)
+        tree = _merge(base, tree)
     for override in overrides:
-        _override(tree, override)
+        _apply_override(tree, override)
     return tree
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
+    """Return the top-level mapping of one YAML file; raise ConfigError if it is anything else."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            "no such file", place=path, fix="Name a YAML config, see configs/"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"cannot be read as text ({error})", place=path, fix="Name a YAML config"
+            f"cannot be read as text ({error})", place=path, fix="Name a YAML config file"
         ) from None
-    tree = _parse(text, place=str(path))
+    tree = _parse_yaml(text, place=str(path))
     if not isinstance(tree, dict):
-        raise ConfigError("not a mapping of keys", place=path, fix="See configs/ for examples")
+        raise ConfigError(
+            "the file is not a mapping of keys to values",
+            place=path,
+            fix="Start from a preset, such as vladva-nano",
+        )
     return tree
 
 
-def _over(below: Any, above: Any) -> Any:
-    """`above` laid over `below`: sections key by key, anything else whole."""
-    if not (isinstance(below, dict) and isinstance(above, dict)):
-        return above
-    return below | {
-        key: _over(below[key], value) if key in below else value for key, value in above.items()
-    }
+def _merge(base: Any, changes: Any) -> Any:
+    """Return `base` with `changes` applied: mappings key by key, any other value replaced."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    merged = dict(base)
+    for key, value in changes.items():
+        merged[key] = _merge(base[key], value) if key in base else value
+    return merged
+
+
+# --------------------------------------------------------------------- validation
 
 
 def validate_run_config(tree: dict[str, Any], *, place: str) -> RunConfig:
-    """A tree of plain values -> RunConfig. Raises ConfigError for the first thing that is wrong."""
-    return _checked(RunConfig, tree, place=place)
+    """Return nested dicts as a RunConfig.
 
-
-def _checked(kind: type[S], tree: dict[str, Any], *, place: str) -> S:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        # What is misspelt before what is missing: the one is often the other.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-        key = ".".join(str(x) for x in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _fields_at(kind, first["loc"][:-1])
-            raise ConfigError(
-                f"unknown key '{key}'", place=place, fix=suggest_name(str(first["loc"][-1]), known)
-            ) from None
-        said = (
-            "input should be a path: write it in quotes"
-            if first["type"] == "path_type"
-            else first["msg"].lower()
-        )
-        what = "is missing" if first["type"] == "missing" else f"= {first['input']!r}: {said}"
-        raise ConfigError(f"{key} {what}", place=place, fix="See docs/train.md") from None
-
-
-def parse_options(kind: type[T], values: Mapping[str, Any], *, place: str) -> T:
-    """Values -> a dataclass of options, such as a recipe's.
+    Args:
+        tree: Keys and plain values, as YAML gives them.
+        place: Where they come from, for error messages.
 
     Raises:
-        ConfigError: an unknown name, with the closest one, or a value of another type.
+        ConfigError: The first invalid key or value; a misspelt key is reported before others.
     """
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return _validate(RunConfig, tree, place=place)
+
+
+def _validate(section: type[S], tree: dict[str, Any], *, place: str) -> S:
+    """Return `tree` as an instance of `section`; turn pydantic's first error into a ConfigError."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        # A misspelt key comes first, because it is often the reason why another one is missing.
+        first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            fix = suggest_name(str(first["loc"][-1]), _keys_at(section, first["loc"][:-1]))
+            raise ConfigError(f"unknown key '{key}'", place=place, fix=fix) from None
+        reason = first["msg"].lower()
+        if first["type"] == "path_type":
+            reason = "input should be a path: write it in quotes"
+        problem = f"= {first['input']!r}: {reason}"
+        if first["type"] == "missing":
+            problem = "is missing"
+        raise ConfigError(f"{key} {problem}", place=place, fix="See docs/train.md") from None
+
+
+def _keys_at(section: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """Return the valid keys of the sub-section that pydantic's error `location` points to."""
+    for name in location:
+        if isinstance(name, int):  # an index of a list, whose items all have the same class
+            continue
+        section = _section_class(section.model_fields[name].annotation)
+    return list(section.model_fields)
+
+
+def _section_class(annotation: Any) -> type[Section]:
+    """Return the Section class in a field's annotation, such as ``LoraSection | None``."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+
+
+def parse_options(options_class: type[T], values: Mapping[str, Any], *, place: str) -> T:
+    """Return option values as an instance of a dataclass, such as a recipe's options.
+
+    Args:
+        options_class: Dataclass whose fields are the valid options.
+        values: Option names and their values; numbers are converted to the field's type.
+        place: Prefix of the option's name in error messages, such as ``recipe``.
+
+    Raises:
+        ConfigError: An unknown name, or a value of the wrong type.
+    """
+    names = [field.name for field in dataclasses.fields(options_class)]  # type: ignore[arg-type]
     for name in values:
-        if name not in known:
+        if name not in names:
             raise ConfigError(
-                f"unknown key '{name}'", place=f"{place}.{name}", fix=suggest_name(name, known)
+                f"unknown key '{name}'", place=f"{place}.{name}", fix=suggest_name(name, names)
             )
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return TypeAdapter(options_class).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(x) for x in (place, *first["loc"]))
-        what = f"{first['input']!r}: {first['msg'].lower()}"
-        raise ConfigError(what, place=where, fix="See docs/train.md") from None
-
-
-def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
-    """`a.b=c` texts alone -> a tree of plain values. Raises ConfigError for one that is not of this form."""
-    found: dict[str, Any] = {}
-    for text in overrides:
-        try:
-            _override(found, text)
-        except ConfigError as error:
-            raise ConfigError(error.message, place=place, fix=error.fix) from None
-    return found
-
-
-def save_run_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config, every default spelled out."""
-    path.write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-    )
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.1 takes 1e-4 for a string; ours takes it for the number that it is in YAML 1.2. A key that stands twice, of
-    which the first would be lost without a word, is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.composer.ComposerError(
-                        None, None, f"'{key.value}' stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse(text: str, *, place: str) -> Any:
-    """YAML -> plain values. Raises ConfigError with the line."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        what = f"broken YAML ({getattr(error, 'problem', error)})"
         raise ConfigError(
-            what, place=f"{place}:{mark.line + 1}" if mark else place, fix="Mend the line"
+            f"{first['input']!r}: {first['msg'].lower()}",
+            place=".".join(str(part) for part in (place, *first["loc"])),
+            fix="See docs/train.md",
         ) from None
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
+# --------------------------------------------------------------------- overrides
+
+
+def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
+    """Return ``a.b=c`` texts as nested dicts of plain values: ``{"a": {"b": c}}``.
+
+    Raises:
+        ConfigError: A text that does not have this form; `place` is the place in the message.
+    """
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        try:
+            _apply_override(tree, override)
+        except ConfigError as error:
+            raise ConfigError(error.message, place=place, fix=error.fix) from None
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one value in `tree`, in place, from a text ``key.subkey=value``.
+
+    Missing sections are created; items of lists have numbers, and the number after the last adds an
+    item. Raises ConfigError for a text without ``=``, a path through a plain value, a bad index or
+    a value that is not YAML.
+    """
+    key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{text}'", place="override", fix="Write key.subkey=value")
-    *path, last = key.split(".")
+        raise ConfigError(f"'{override}'", place="override", fix="Write key.subkey=value")
+    *sections, last = key.split(".")
     node: Any = tree
-    for name in path:
-        inner = (
-            node.setdefault(name, {}) if isinstance(node, dict) else node[_index(node, name, key)]
-        )
-        if not isinstance(inner, dict | list):
+    for name in sections:
+        position: str | int = name
+        if isinstance(node, list):
+            position = _item_index(node, name, key)
+        elif name not in node:
+            node[name] = {}
+        child = node[position]
+        if not isinstance(child, dict | list):
             raise ConfigError(
                 f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value"
             )
-        node = inner
-    node[last if isinstance(node, dict) else _index(node, last, key)] = _parse(value, place=key)
+        node = child
+    position = last if isinstance(node, dict) else _item_index(node, last, key)
+    node[position] = _parse_yaml(value, place=key)
 
 
-def _index(items: list[Any], name: str, key: str) -> int:
-    """`name` as an index of `items`; the first free one adds an item."""
+def _item_index(items: list[Any], name: str, key: str) -> int:
+    """Return `name` as an index of `items`; the index after the last item appends an empty dict.
+
+    Raises ConfigError, naming the whole `key`, if it is not a number from 0 to ``len(items)``.
+    """
     if not name.isdecimal() or int(name) > len(items):
         raise ConfigError(
-            f"'{key}': '{name}' is no item",
+            f"'{key}': '{name}' is not the number of an item",
             place="override",
             fix=f"Write a number, 0 to {len(items)}",
         )
@@ -334,13 +442,44 @@ def _index(items: list[Any], name: str, key: str) -> int:
     return int(name)
 
 
-def _fields_at(kind: type[Section], location: tuple[Any, ...]) -> list[str]:
-    """The known keys of the section at `location`."""
-    section: Any = kind
-    for name in location:
-        if isinstance(name, int):
-            continue
-        annotation = section.model_fields[name].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
-    return list(section.model_fields)
+# --------------------------------------------------------------------- YAML
+
+
+class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Safe YAML loader with two differences from PyYAML's.
+
+    A number such as 1e-4 is a float, as in YAML 1.2 (in YAML 1.1 it is a string). A key that
+    occurs twice in a mapping is an error, because the first value would be lost silently.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Return the node of one mapping; raise ComposerError for a repeated key."""
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    problem = f"the key '{key.value}' occurs twice"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                keys.add(key.value)
+        return node
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str, *, place: str) -> Any:
+    """Return the value of a YAML text; raise ConfigError with the line number if it is broken."""
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(
+            f"broken YAML ({getattr(error, 'problem', error)})",
+            place=f"{place}:{mark.line + 1}" if mark else place,
+            fix="Correct the line",
+        ) from None

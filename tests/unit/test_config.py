@@ -1,4 +1,4 @@
-"""Configs: what a user types wrong is answered with the place and the nearest right thing; overrides keep their types."""
+"""Config files: presets, overrides, and errors that name the place and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from vlduet import config
 from vlduet.config import RunConfig
 from vlduet.errors import ConfigError
 
+REPOSITORY = Path(__file__).parents[2]
+
 TREE: dict[str, Any] = {
     "out": "runs/x",
     "recipe": {"name": "vladva"},
@@ -26,34 +28,89 @@ TREE: dict[str, Any] = {
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return write(tmp_path, TREE)
+    """Path of a valid config file, run.yaml."""
+    return write_config(tmp_path, TREE)
 
 
-def write(folder: Path, tree: object) -> Path:
+def write_config(folder: Path, tree: object) -> Path:
+    """Write a tree, or a YAML text as it is, to run.yaml and return its path."""
     path = folder / "run.yaml"
     path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
     return path
 
 
-def says(*pieces: object) -> str:
-    """A pattern that wants all pieces, in order."""
-    return "(?s)" + ".*".join(re.escape(str(piece)) for piece in pieces)
+def in_order(*fragments: object) -> str:
+    """Return a pattern that matches all fragments in this order, with anything in between."""
+    return "(?s)" + ".*".join(re.escape(str(fragment)) for fragment in fragments)
 
 
-def get(settings: RunConfig, key: str) -> Any:
+def get_value(settings: RunConfig, key: str) -> Any:
+    """Return the value at a dotted key, with numbers for list items."""
     value: Any = settings
     for name in key.split("."):
-        value = (
-            value[int(name)]
-            if name.isdigit()
-            else value[name]
-            if isinstance(value, dict)
-            else getattr(value, name)
-        )
+        if name.isdigit():
+            value = value[int(name)]
+        elif isinstance(value, dict):
+            value = value[name]
+        else:
+            value = getattr(value, name)
     return value
 
 
-# ---------------------------------------------------------------------- unknown and wrong
+# --------------------------------------------------------------------- presets
+
+
+def test_presets_are_listed_by_name() -> None:
+    presets = config.list_presets()
+    assert {"vladva", "vladva-nano", "sugar-nano", "ablations/sugar-alpha-0"} <= set(presets)
+    assert presets == sorted(presets)
+
+
+@pytest.mark.parametrize("name", ["vladva", "vladva.yaml", "configs/vladva.yaml"])
+def test_a_preset_is_found_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.find_config(name) == config.PRESETS_FOLDER / "vladva.yaml"
+
+
+def test_an_existing_file_has_priority_over_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vladva.yaml").write_text(yaml.safe_dump(TREE | {"seed": 41}))
+    assert config.find_config("vladva.yaml") == Path("vladva.yaml")
+    assert config.load_run_config("vladva.yaml").seed == 41
+
+
+def test_an_unknown_config_name_lists_the_presets(tmp_path: Path) -> None:
+    pattern = in_order("none.yaml", "no such file", "clip-nano", "vladva-nano")
+    with pytest.raises(ConfigError, match=pattern):
+        config.load_run_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", config.list_presets())
+def test_every_preset_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not name.startswith("compare-"):
+        assert config.load_run_config(name).out.parts[:1] == ("runs",)
+        return
+    comparison = config.load_comparison_config(name)
+    assert comparison.runs
+    for overrides in comparison.runs.values():
+        run = config.load_run_config(comparison.base, [*comparison.overrides, *overrides])
+        assert run.data.train[0].path == Path("data/stamps/train.jsonl")
+
+
+def test_a_copy_of_a_preset_still_extends_the_shipped_one(tmp_path: Path) -> None:
+    preset = config.PRESETS_FOLDER / "ablations" / "sugar-without-gak.yaml"
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(preset.read_text())
+    assert config.load_run_config(copy) == config.load_run_config(preset)
+    assert config.load_run_config(copy).recipe["target"] == "mean"
+
+
+# --------------------------------------------------------------------- invalid keys and values
 
 
 @pytest.mark.parametrize(
@@ -67,22 +124,20 @@ def get(settings: RunConfig, key: str) -> Any:
         ("model.heads", "head"),
     ],
 )
-def test_an_unknown_key_names_the_closest_with_its_file(path: Path, key: str, nearest: str) -> None:
-    with pytest.raises(
-        ConfigError, match=says(path, f"unknown key '{key}'", f"Did you mean '{nearest}'")
-    ):
+def test_an_unknown_key_suggests_the_closest_one(path: Path, key: str, nearest: str) -> None:
+    pattern = in_order(path, f"unknown key '{key}'", f"Did you mean '{nearest}'")
+    with pytest.raises(ConfigError, match=pattern):
         config.load_run_config(path, [f"{key}=1"])
 
 
-def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=says("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")
-    ):
+def test_an_unknown_key_unlike_all_others_lists_the_valid_keys(path: Path) -> None:
+    pattern = in_order("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")
+    with pytest.raises(ConfigError, match=pattern):
         config.load_run_config(path, ["model.xyz=1"])
 
 
 @pytest.mark.parametrize(
-    ("override", "pieces"),
+    ("override", "fragments"),
     [
         ("train.steps=ten", ["train.steps = 'ten'", "integer"]),
         ("train.steps=0", ["train.steps = 0", "greater than 0"]),
@@ -99,66 +154,62 @@ def test_an_unknown_key_far_from_all_lists_the_known(path: Path) -> None:
         ("data.train=[]", ["data.train = []", "at least 1"]),
     ],
 )
-def test_a_wrong_value_is_shown_with_what_is_wanted(
-    path: Path, override: str, pieces: list[str]
+def test_an_invalid_value_is_shown_with_what_is_valid(
+    path: Path, override: str, fragments: list[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=says(path, *pieces)):
+    with pytest.raises(ConfigError, match=in_order(path, *fragments)):
         config.load_run_config(path, [override])
 
 
 @pytest.mark.parametrize("key", ["out", "recipe", "objectives", "model", "data", "train"])
 def test_a_missing_section_is_named(tmp_path: Path, key: str) -> None:
-    path = write(tmp_path, {name: value for name, value in TREE.items() if name != key})
-    with pytest.raises(ConfigError, match=says(path, f"{key} is missing", "docs/train.md")):
+    path = write_config(tmp_path, {name: value for name, value in TREE.items() if name != key})
+    with pytest.raises(ConfigError, match=in_order(path, f"{key} is missing", "docs/train.md")):
         config.load_run_config(path)
 
 
-def test_a_misspelt_section_is_named_before_the_missing_one(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, {{"recipe": "recip"}.get(name, name): value for name, value in TREE.items()}
-    )
-    with pytest.raises(
-        ConfigError, match=says(path, "unknown key 'recip'", "Did you mean 'recipe'")
-    ):
+def test_a_misspelt_section_is_reported_before_the_missing_one(tmp_path: Path) -> None:
+    names = {"recipe": "recip"}
+    tree = {names.get(name, name): value for name, value in TREE.items()}
+    path = write_config(tmp_path, tree)
+    pattern = in_order(path, "unknown key 'recip'", "Did you mean 'recipe'")
+    with pytest.raises(ConfigError, match=pattern):
         config.load_run_config(path)
 
 
-def test_a_missing_key_inside_a_section(tmp_path: Path) -> None:
-    path = write(tmp_path, TREE | {"train": {"lr": 1}})
-    with pytest.raises(ConfigError, match=says("train.steps is missing")):
+def test_a_missing_key_inside_a_section_is_named(tmp_path: Path) -> None:
+    path = write_config(tmp_path, TREE | {"train": {"lr": 1}})
+    with pytest.raises(ConfigError, match=in_order("train.steps is missing")):
         config.load_run_config(path)
 
 
 @pytest.mark.parametrize(
-    ("text", "pieces"),
+    ("text", "fragments"),
     [
         ("out: [1\nrecipe: x\n", ["run.yaml:", "broken YAML"]),
         ("- a\n- b\n", ["run.yaml", "not a mapping"]),
         ("", ["run.yaml", "not a mapping"]),
-        ("train: {steps: 2, lr: 1, steps: 9}\n", ["run.yaml:1", "'steps' stands twice"]),
-        ("out: a\nseed: 1\nout: b\n", ["run.yaml:3", "'out' stands twice"]),
+        ("train: {steps: 2, lr: 1, steps: 9}\n", ["run.yaml:1", "'steps' occurs twice"]),
+        ("out: a\nseed: 1\nout: b\n", ["run.yaml:3", "'out' occurs twice"]),
         ("out: !!python/object/apply:os.system ['true']\n", ["run.yaml:1", "broken YAML"]),
     ],
 )
-def test_a_broken_file(tmp_path: Path, text: str, pieces: list[str]) -> None:
-    with pytest.raises(ConfigError, match=says(*pieces)):
-        config.load_run_config(write(tmp_path, text))
+def test_a_broken_file_is_named_with_its_line(
+    tmp_path: Path, text: str, fragments: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=in_order(*fragments)):
+        config.load_run_config(write_config(tmp_path, text))
 
 
-def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=says("none.yaml", "no such file", "configs/")):
-        config.load_run_config(tmp_path / "none.yaml")
-
-
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
-    with pytest.raises(ConfigError, match=says("run.yaml")):
+    with pytest.raises(ConfigError, match=in_order("run.yaml", "cannot be read as text")):
         config.load_run_config(tmp_path / "run.yaml")
-    with pytest.raises(ConfigError, match=says(tmp_path)):
+    with pytest.raises(ConfigError, match=in_order(tmp_path, "no such file")):
         config.load_run_config(tmp_path)
 
 
-# ---------------------------------------------------------------------- overrides
+# --------------------------------------------------------------------- overrides
 
 
 @pytest.mark.parametrize(
@@ -188,62 +239,74 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
         ("data.validation=v.jsonl", "data.validation", Path("v.jsonl")),
     ],
 )
-def test_overrides(path: Path, override: str, key: str, value: object) -> None:
-    found = get(config.load_run_config(path, [override]), key)
-    assert found == value and type(found) is type(value)
+def test_an_override_sets_a_value_of_its_type(
+    path: Path, override: str, key: str, value: object
+) -> None:
+    loaded = get_value(config.load_run_config(path, [override]), key)
+    assert loaded == value
+    assert type(loaded) is type(value)
 
 
-def test_the_last_override_wins_and_the_rest_stays(path: Path) -> None:
+def test_the_last_override_wins_and_other_keys_are_unchanged(path: Path) -> None:
     settings = config.load_run_config(path, ["train.lr=1", "seed=3", "train.lr=2"])
     assert (settings.train.lr, settings.seed, settings.train.steps) == (2.0, 3, 10)
-    assert [(s.path, s.weight) for s in settings.data.train] == [
-        (Path("a.jsonl"), 1.0),
-        (Path("b.jsonl"), 2.0),
-    ]
+    sources = [(source.path, source.weight) for source in settings.data.train]
+    assert sources == [(Path("a.jsonl"), 1.0), (Path("b.jsonl"), 2.0)]
 
 
 @pytest.mark.parametrize(
-    ("override", "pieces"),
+    ("override", "fragments"),
     [
         ("train.lr", ["'train.lr'", "key.subkey=value"]),
         ("=1", ["'=1'", "key.subkey=value"]),
         ("train.steps.more=1", ["train.steps.more", "steps is not a section"]),
-        ("data.train.7.path=x", ["data.train.7.path", "'7'"]),
+        ("data.train.7.path=x", ["data.train.7.path", "'7'", "0 to 2"]),
         ("data.train.first.path=x", ["data.train.first.path", "'first'"]),
         ("data.train.-1=x", ["data.train.-1", "'-1'"]),
         ("train.lr=[1", ["train.lr", "broken"]),
         ("model.prompts.image={image}\n: x", ["model.prompts.image", "broken"]),
     ],
 )
-def test_a_wrong_override_is_shown(path: Path, override: str, pieces: list[str]) -> None:
-    with pytest.raises(ConfigError, match=says(*pieces)):
+def test_an_invalid_override_is_shown(path: Path, override: str, fragments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=in_order(*fragments)):
         config.load_run_config(path, [override])
 
 
-def test_scientific_notation_in_the_file_is_a_number_everywhere(tmp_path: Path) -> None:
-    """YAML 1.1 takes 1e-4 for a string; a recipe's options are not typed by the tree."""
-    text = yaml.safe_dump(TREE).replace("name: vladva", "name: vladva\n  temperature_floor: 1e-2")
-    settings = config.load_run_config(write(tmp_path, text + "seed: 1\n"))
+def test_overrides_alone_become_nested_values() -> None:
+    tree = config.parse_overrides(["a.b=1e-2", "a.c=[x]", "d=text"], place="--set")
+    assert tree == {"a": {"b": 0.01, "c": ["x"]}, "d": "text"}
+    with pytest.raises(ConfigError, match=in_order("--set", "'a'", "key.subkey=value")):
+        config.parse_overrides(["a"], place="--set")
+
+
+def test_scientific_notation_is_a_number_also_in_untyped_recipe_options(tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-4 as a string, and the config does not type a recipe's options."""
+    text = yaml.safe_dump(TREE)
+    text = text.replace("name: vladva", "name: vladva\n  temperature_floor: 1e-2")
+    settings = config.load_run_config(write_config(tmp_path, text + "seed: 1\n"))
     assert settings.recipe["temperature_floor"] == 0.01
 
 
+# --------------------------------------------------------------------- options of a recipe
+
+
 @dataclass(frozen=True, slots=True)
-class Options:
-    """As a recipe has them."""
+class ExampleOptions:
+    """Options like those of a recipe."""
 
     language_on: Literal["long", "any"] = "long"
     floor: float = 0.01
     triple: bool = False
 
 
-def test_options_of_a_recipe_are_typed() -> None:
-    assert config.parse_options(Options, {"floor": 1, "triple": True}, place="recipe") == Options(
-        floor=1.0, triple=True
-    )
+def test_options_are_converted_to_their_types() -> None:
+    options = config.parse_options(ExampleOptions, {"floor": 1, "triple": True}, place="recipe")
+    assert options == ExampleOptions(floor=1.0, triple=True)
+    assert type(options.floor) is float
 
 
 @pytest.mark.parametrize(
-    ("values", "pieces"),
+    ("values", "fragments"),
     [
         ({"flor": 1}, ["recipe.flor", "unknown key 'flor'", "Did you mean 'floor'"]),
         ({"floor": "low"}, ["recipe.floor", "'low'", "number"]),
@@ -251,98 +314,88 @@ def test_options_of_a_recipe_are_typed() -> None:
         ({"triple": "perhaps"}, ["recipe.triple", "'perhaps'", "boolean"]),
     ],
 )
-def test_wrong_options_of_a_recipe_are_shown(values: dict[str, Any], pieces: list[str]) -> None:
-    with pytest.raises(ConfigError, match=says(*pieces)):
-        config.parse_options(Options, values, place="recipe")
+def test_invalid_options_are_shown(values: dict[str, Any], fragments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=in_order(*fragments)):
+        config.parse_options(ExampleOptions, values, place="recipe")
 
 
-# ---------------------------------------------------------------------- saving
+# --------------------------------------------------------------------- saving and extending
 
 
-def test_a_saved_config_reloads_equal(path: Path, tmp_path: Path) -> None:
-    settings = config.load_run_config(
-        path, ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"]
-    )
+def test_a_saved_config_reloads_equal_with_every_default_written(
+    path: Path, tmp_path: Path
+) -> None:
+    overrides = ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"]
+    settings = config.load_run_config(path, overrides)
     config.save_run_config(settings, tmp_path / "saved.yaml")
     assert config.load_run_config(tmp_path / "saved.yaml") == settings
-    spelled = yaml.safe_load((tmp_path / "saved.yaml").read_text())
-    assert spelled["train"]["lora"]["rank"] == 16 and spelled["data"]["cache"] is None, (
-        "every default is written"
-    )
+    tree = yaml.safe_load((tmp_path / "saved.yaml").read_text())
+    assert tree["train"]["lora"]["rank"] == 16
+    assert tree["data"]["cache"] is None
 
 
-def test_no_lora_survives_saving(path: Path, tmp_path: Path) -> None:
+def test_disabled_lora_stays_disabled_after_saving(path: Path, tmp_path: Path) -> None:
     settings = config.load_run_config(path, ["train.lora=null"])
     config.save_run_config(settings, tmp_path / "saved.yaml")
     assert config.load_run_config(tmp_path / "saved.yaml").train.lora is None
 
 
-def test_a_config_does_not_change(path: Path) -> None:
+def test_a_config_is_immutable(path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.load_run_config(path).train.lr = 1.0
 
 
-def test_a_config_extends_another(path: Path) -> None:
-    above = path.with_name("above.yaml")
-    above.write_text(
-        "extends: run.yaml\nrecipe: {language_on: any}\nobjectives: {language: 0}\ntrain: {lr: 0.5}\n"
+def test_a_config_that_extends_another_changes_single_keys_and_whole_lists(path: Path) -> None:
+    child = path.with_name("child.yaml")
+    child.write_text(
+        "extends: run.yaml\nrecipe: {language_on: any}\nobjectives: {language: 0}\n"
+        "train: {lr: 0.5}\n"
     )
-    found = config.load_run_config(above, ["train.steps=3"])
-    assert found.recipe == {"name": "vladva", "language_on": "any"} and found.objectives == {
-        "contrastive": 1.0,
-        "language": 0.0,
-    }
-    assert (found.train.lr, found.train.steps, len(found.data.train)) == (0.5, 3, 2)
-    above.write_text("extends: run.yaml\ndata: {train: [{path: c.jsonl}]}\n")
-    assert [source.path.name for source in config.load_run_config(above).data.train] == ["c.jsonl"]
+    settings = config.load_run_config(child, ["train.steps=3"])
+    assert settings.recipe == {"name": "vladva", "language_on": "any"}
+    assert settings.objectives == {"contrastive": 1.0, "language": 0.0}
+    assert (settings.train.lr, settings.train.steps, len(settings.data.train)) == (0.5, 3, 2)
+    child.write_text("extends: run.yaml\ndata: {train: [{path: c.jsonl}]}\n")
+    assert [source.path.name for source in config.load_run_config(child).data.train] == ["c.jsonl"]
 
 
-def test_what_a_config_extends_must_be_there_and_the_last(path: Path) -> None:
-    above, top = path.with_name("above.yaml"), path.with_name("top.yaml")
-    above.write_text("extends: run.yaml\n")
-    top.write_text("extends: above.yaml\n")
-    with pytest.raises(ConfigError, match=says(top, "extends another")):
+def test_an_extended_file_must_exist_and_not_extend_another(path: Path) -> None:
+    middle = path.with_name("middle.yaml")
+    top = path.with_name("top.yaml")
+    middle.write_text("extends: run.yaml\n")
+    top.write_text("extends: middle.yaml\n")
+    with pytest.raises(ConfigError, match=in_order(top, "extends another")):
         config.load_run_config(top)
-    top.write_text("extends: gone.yaml\n")
-    with pytest.raises(ConfigError, match=says("gone.yaml", "no such file")):
+    top.write_text("extends: missing.yaml\n")
+    with pytest.raises(ConfigError, match=in_order("missing.yaml", "no such file")):
         config.load_run_config(top)
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")), ids=lambda p: p.name
-)
-def test_the_configs_that_come_with_it_load(file: Path) -> None:
-    if not file.name.startswith("compare-"):
-        config.load_run_config(file)
-        return
-    comparison = config.load_comparison_config(file)
-    for overrides in comparison.runs.values():
-        config.load_run_config(
-            file.parents[1] / comparison.base, [*comparison.overrides, *overrides]
-        )
-
-
-def test_docs_explain_every_key() -> None:
-    """docs/train.md is where the errors send people."""
-    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
-
-    def keys(section: type[config.Section], prefix: str) -> list[str]:
-        found = []
-        for name, field in section.model_fields.items():
-            options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-            inner = [o for o in options if isinstance(o, type) and issubclass(o, config.Section)]
-            found += keys(inner[0], f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-        return found
-
-    missing = [
-        key
-        for key in keys(RunConfig, "")
-        if f"`{key.replace('data.train.', 'data.train[].')}`" not in text
-    ]
-    assert not missing, f"docs/train.md does not explain {missing}"
-
-
-def test_anchors_and_merges_are_no_repeated_keys(tmp_path: Path) -> None:
+def test_yaml_anchors_and_merges_are_not_repeated_keys(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("b: &b {x: 1}\ns: {a: &a {<<: *b, x: 2}}\nc: {<<: *a, y: 3}\n")
     assert config._read_mapping(path)["c"] == {"x": 2, "y": 3}
+
+
+# --------------------------------------------------------------------- documentation
+
+
+def list_keys(section: type[config.Section], prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys of a section and of the sections in it."""
+    keys = []
+    for name, field in section.model_fields.items():
+        classes = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = [c for c in classes if isinstance(c, type) and issubclass(c, config.Section)]
+        if inner:
+            keys += list_keys(inner[0], f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def test_docs_explain_every_key() -> None:
+    """Error messages send users to docs/train.md."""
+    text = (REPOSITORY / "docs" / "train.md").read_text()
+    names = [key.replace("data.train.", "data.train[].") for key in list_keys(RunConfig)]
+    missing = [name for name in names if f"`{name}`" not in text]
+    assert not missing, f"docs/train.md does not explain {missing}"

@@ -43,7 +43,10 @@ _SKIPPED_CLASSES = frozenset(
     {"navheader", "navfooter", "toc", "indexterm", "note", "tip", "warning", "caution", "important"}
 )
 _SKIPPED_TAGS = frozenset({"script", "style", "head", "pre"})
-_BLOCK_TAGS = frozenset("p li dt dd h1 h2 h3 h4 h5 h6 td th div tr table dl ul ol".split())
+_BLOCK_TAGS = frozenset(
+    {"p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6", "td", "th", "div", "tr", "table"}
+    | {"dl", "ul", "ol"}
+)
 # Elements without an end tag.
 _VOID_TAGS = frozenset({"img", "br", "hr", "meta", "link", "input", "col"})
 

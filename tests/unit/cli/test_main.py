@@ -71,7 +71,7 @@ def test_no_verb_makes_a_model_where_something_stands(
     for words in (["merge", tmp_path / "model"], ["nano"], ["minilm"]):
         for target in (tmp_path / "photos", tmp_path / "photos" / "notes.txt", tmp_path / "model"):
             assert command(monkeypatch, "model", *words, target) == 1
-            assert f"{target}: there is something here already" in capsys.readouterr().err
+            assert f"{target}: the output folder is not empty" in capsys.readouterr().err
     assert (tmp_path / "photos" / "notes.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     assert command(monkeypatch, "model", "merge", tmp_path / "model", tmp_path / "empty") == 0

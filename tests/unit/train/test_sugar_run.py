@@ -27,7 +27,7 @@ from vlduet.train.loop import train
 from vlduet.train.plan import plan_run
 from vlduet.workflows.validation import make_validator
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = config.PRESETS_FOLDER
 
 
 @pytest.fixture(scope="module")
