@@ -18,8 +18,8 @@ from torch import Tensor
 from frozen import fixed
 from precision import compute_in_double
 from vlduet import config as configs
+from vlduet.data.formats import read_jsonl as records
 from vlduet.data.records import ImageRef, Message, Parts
-from vlduet.data.records import read_jsonl as records
 from vlduet.eval import metrics, protocols
 from vlduet.eval.benchmarks.source import Source
 from vlduet.eval.benchmarks.table import BUILTIN
@@ -29,8 +29,8 @@ from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
-from vlduet.model.generation.beam import suppressed_tokens
 from vlduet.model.generation.continuous import ContinuousBatcher, Request
+from vlduet.model.generation.inputs import suppressed_tokens
 from vlduet.model.prompts import Prompts
 from vlduet.objectives import contrastive, language, structure
 from vlduet.retrieval.build import build_index
@@ -225,7 +225,7 @@ def open_model(folder: Path) -> DuetModel:
 
 def write_index(model: Path, source: Path, folder: Path) -> None:
     """Write a search index of records."""
-    build_index(open_model(model), source, to=folder, side="image", store="lance", model_path=model)
+    build_index(open_model(model), source, to=folder, side="image", model_path=model)
 
 
 def hits(index: Path, query: Sequence[Item], *, k: int, where: str | None) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Documents, their vectors, the stores that keep them, and search."""
+"""Retrieval: documents, their embeddings, the index that stores them, search, and answers with sources."""

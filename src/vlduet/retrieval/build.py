@@ -1,11 +1,11 @@
-"""Build an index, or bring one up to date: one pass that may stop anywhere and be started again.
+"""Build an index or update one, in a single pass that may be interrupted anywhere and run again.
 
-1. lock      one writer
-2. read      documents, each with the hash of its content
-3. compare   with the stamps in the store: equal ones are done
-4. embed     content whose vector is nowhere in the index yet
-5. commit    chunk by chunk, each durable
-6. prune     on request, what the source no longer holds
+1. lock      allow one writer
+2. read      read the documents, each with the hash of its content
+3. compare   skip documents whose hashes equal those in the store
+4. embed     embed content whose vector is nowhere in the index yet
+5. commit    write chunk by chunk; each commit is durable
+6. prune     on request, remove documents that the source no longer contains
 """
 
 from __future__ import annotations
@@ -22,42 +22,39 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.records import ImageRef, Place, Record
+from vlduet.data.records import Place, Record
 from vlduet.errors import DataError, RetrievalError, suggest_name
 from vlduet.files import write_atomically
 from vlduet.logs import track_progress
 from vlduet.retrieval.documents import Document, Side, read_documents
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
 from vlduet.retrieval.filters import Scalar, scalar_kind, to_scalar
-from vlduet.retrieval.index import (
-    MANIFEST_FILENAME,
-    Index,
-    IndexManifest,
-    StoreKind,
-    absolute_and_relative_path,
-)
+from vlduet.retrieval.index import MANIFEST_FILENAME, Index, IndexManifest, path_pair
 from vlduet.retrieval.stores.base import IndexRow, RowHashes
 
 MAX_FILTER_KEYS = 64
-"""Metadata keys that can be filtered by; those beyond the first so many are kept and shown only."""
+"""Number of metadata keys that can be filtered by; further keys are only stored and returned."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What a build did, counted in documents."""
+    """Result of a build, counted in documents."""
 
     added: int
     updated: int
-    """Their content, text, metadata or path changed."""
+    """Documents whose content, text, metadata or image path changed."""
     kept: int
+    """Documents that were in the index already, unchanged."""
     embedded: int
-    """Forwards of the model; the other added and updated documents had content that the index knew."""
+    """Documents that the model embedded; the vectors of other added and updated ones were known."""
     removed: int
+    """Documents that `prune` removed."""
     absent: int
-    """No longer in the source, yet still in the index: `prune` removes them."""
+    """Documents of the index that the source no longer contains, and that `prune` would remove."""
     quarantined: int
+    """Records and documents that were left out."""
     count: int
-    """In the index now."""
+    """Documents in the index after the build."""
 
 
 def build_index(
@@ -66,106 +63,126 @@ def build_index(
     *,
     to: Path | str,
     side: Side | None = None,
-    store: StoreKind | None = None,
     prune: bool = False,
     model_path: Path | None = None,
     chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> BuildReport:
-    """Make an index, or bring one up to date with its source.
+    """Build an index, or update the existing one from its source.
+
+    Writes the index folder, and in it `quarantine.jsonl` with every record that was left out.
 
     Args:
-        model: embeds.
-        source: a file of records, or a folder of images.
-        to: the index folder; extended where there is one.
-        side: what of a record is embedded: "image" (a new index's default), "text" or "record".
-        store: "lance" (a new index's default) or "flat".
-        prune: remove what the source no longer holds.
-        model_path: remembered, so that a search needs no `--model`.
-        chunk: documents a commit; an interruption loses at most one chunk's work.
+        model: model that embeds.
+        source: file of records, or folder of images.
+        to: folder of the index; updated if it is an index already.
+        side: part of a record that is embedded: "image", "text" or "record". None keeps the side
+            of an existing index and is "image" for a new one.
+        prune: remove documents that the source no longer contains.
+        model_path: folder of the model, stored so that `vlduet search` finds it.
+        chunk_size: number of documents per commit; an interruption loses at most that much work.
 
     Raises:
-        RetrievalError: another writer, another model, a folder that is no index.
+        RetrievalError: another process is writing, another model or side built the index, the
+            folder is neither an index nor empty, or `prune` is set and the source is unreadable
+            in part.
         DataError: the source as a whole cannot be read.
     """
     path, source = Path(to), Path(source)
     if not source.exists():
-        raise DataError(
-            "no such file or folder",
-            place=source,
-            fix="Name a file of records or a folder of images",
-        )
-    with _writing(path):
-        manifest = replace(
-            _prepare(path, model, side=side, store=store), source=str(source.resolve())
-        )
+        fix = "Name a file of records or a folder of images"
+        raise DataError("no such file or folder", place=source, fix=fix)
+    with _lock_for_writing(path):
+        manifest = _read_or_create_manifest(path, model, side=side)
+        manifest = replace(manifest, source=str(source.resolve()), complete=False)
         if model_path is not None:
-            absolute, relative = absolute_and_relative_path(model_path, path)
+            absolute, relative = path_pair(model_path, path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
-        replace(manifest, complete=False).write(path)
+        manifest.write(path)
         with Index(path, manifest, write=True) as index:
-            job = _Build(index, model)
+            job = _BuildJob(index, model)
             job.run(source, chunk_size)
             report = job.finish(prune)
-        replace(manifest, fields=job.fields, count=report.count, complete=True).write(path)
+        manifest = replace(manifest, fields=job.fields, count=report.count, complete=True)
+        manifest.write(path)
     return report
 
 
-class _Build:
-    """The state of one build: what the store holds, what was seen, and what was done."""
+class _BuildJob:
+    """State of one build of an index that is open for writing.
+
+    Attributes:
+        hashes: hashes of every stored row by id.
+        row_by_content: id of a stored row for each content hash, whose vector can be reused.
+        fields: kinds of values of each metadata key that can be filtered by.
+        source_ids: ids of the documents that the source contains.
+        num_unreadable: rows of the source that could not be read at all.
+    """
 
     def __init__(self, index: Index, model: Embedder):
         self.index, self.store, self.model = index, index.store, model
-        self.stamps = self.store.read_hashes()
-        # A row that has this content, by the content's hash.
-        self.homes = {stamp.content_hash: identity for identity, stamp in self.stamps.items()}
+        self.hashes = self.store.read_hashes()
+        self.row_by_content = {h.content_hash: id_ for id_, h in self.hashes.items()}
         self.fields = {key: list(kinds) for key, kinds in index.manifest.fields.items()}
-        self.seen: set[str] = set()
-        self.added = self.updated = self.kept = self.embedded = self.unread = 0
+        self.source_ids: set[str] = set()
+        self.num_added = self.num_updated = self.num_unchanged = 0
+        self.num_embedded = self.num_unreadable = 0
         self.quarantine = Quarantine.create(index.path / "quarantine.jsonl")
 
-    def run(self, source: Path, chunk: int) -> None:
-        """Read, compare, embed, commit."""
-        found = read_documents(source, side=self.index.manifest.side, on_error=self.drop)
-        for group in batched(self.changed(track_progress(found, label="index")), chunk):
-            self.commit(group)
+    def run(self, source: Path, chunk_size: int) -> None:
+        """Read `source`, embed what is new, and commit the changed documents chunk by chunk."""
+        side = self.index.manifest.side
+        documents = read_documents(source, side=side, on_error=self._quarantine_record)
+        changed = self._select_changed(track_progress(documents, label="index"))
+        for chunk in batched(changed, chunk_size):
+            self._commit_chunk(chunk)
 
-    def drop(self, what: Record | Place | str | None, error: Exception) -> None:
-        """Left out of the index; a row that could not be read may be of any document."""
-        self.unread += what is None
-        self.quarantine.add(what, error)
+    def _quarantine_record(self, record: Record | Place | str | None, error: Exception) -> None:
+        """Count and list a record that is left out; None is a row that could not be read."""
+        if record is None:
+            self.num_unreadable += 1
+        self.quarantine.add(record, error)
 
-    def changed(self, found: Iterator[Document]) -> Iterator[tuple[Document, IndexRow]]:
-        """The documents that the store does not hold as they are."""
-        for document in found:
-            self.seen.add(document.id)
-            row = self.row(document)
-            if self.stamps.get(document.id) == row.hashes:
-                self.kept += 1
+    def _select_changed(self, documents: Iterator[Document]) -> Iterator[tuple[Document, IndexRow]]:
+        """Yield new and changed documents with their rows; count the unchanged ones.
+
+        The id of every document is added to `source_ids`.
+        """
+        for document in documents:
+            self.source_ids.add(document.id)
+            row = self._make_row(document)
+            if self.hashes.get(document.id) == row.hashes:
+                self.num_unchanged += 1
             else:
                 yield document, row
 
-    def row(self, document: Document) -> IndexRow:
-        """What is stored of a document."""
+    def _make_row(self, document: Document) -> IndexRow:
+        """Return the row of a document, and add its metadata keys to `fields`."""
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
-        absolute, relative = absolute_and_relative_path(
-            self.image_path(document.image), self.index.path
+        image = document.image
+        image_path = None if image is None else image.path
+        if image is not None and image.data is not None:
+            # An image that is only bytes gets a file in the index, written with the row.
+            image_path = self.index.path / "images" / hashlib.sha256(image.data).hexdigest()
+        absolute, relative = path_pair(image_path, self.index.path)
+        details = json.dumps([document.text, metadata, absolute], sort_keys=True)
+        details_hash = hashlib.sha256(details.encode()).hexdigest()
+        filter_values: dict[str, Scalar] = {}
+        for key, value in metadata.items():
+            scalar = to_scalar(value)
+            if scalar is not None and self._register_field(key, scalar):
+                filter_values[key] = scalar
+        return IndexRow(
+            id=document.id,
+            hashes=RowHashes(document.content_hash, details_hash),
+            text=document.text,
+            image_path=absolute,
+            relative_image_path=relative,
+            metadata=metadata,
+            filter_values=filter_values,
         )
-        told = json.dumps([document.text, metadata, absolute], sort_keys=True)
-        stamp = RowHashes(document.content_hash, hashlib.sha256(told.encode()).hexdigest())
-        filters = {
-            key: value for key, raw in metadata.items() if (value := to_scalar(raw)) is not None
-        }
-        filters = {key: value for key, value in filters.items() if self.know(key, value)}
-        return IndexRow(document.id, stamp, document.text, absolute, relative, metadata, filters)
 
-    def image_path(self, image: ImageRef | None) -> Path | None:
-        """The file of an image; one that came as bytes gets a place in the index, named by its content."""
-        if image is None or image.data is None:
-            return None if image is None else image.path
-        return self.index.path / "images" / hashlib.sha256(image.data).hexdigest()
-
-    def know(self, key: str, value: Scalar) -> bool:
-        """Note that `key` can be filtered by, as far as there is room."""
+    def _register_field(self, key: str, value: Scalar) -> bool:
+        """Add a key and its value's kind to `fields`; return False if there are too many keys."""
         if key not in self.fields and len(self.fields) >= MAX_FILTER_KEYS:
             return False
         kinds = self.fields.setdefault(key, [])
@@ -173,80 +190,89 @@ class _Build:
             kinds.append(scalar_kind(value))
         return True
 
-    def commit(self, group: list[tuple[Document, IndexRow]]) -> None:
-        """Embed what is new in a chunk and write all of it."""
-        known = {
-            d.content_hash: self.homes[d.content_hash]
-            for d, _ in group
-            if d.content_hash in self.homes
-        }
-        vectors = dict(zip(known, self.store.read_vectors(list(known.values())), strict=True))
-        failed: dict[str, DataError] = {}
-        new: dict[str, Document] = {}
-        for document, _ in group:
-            if document.content_hash not in known:
-                new.setdefault(document.content_hash, document)
-        encoded = encode_documents(
-            self.model,
-            new.values(),
-            on_error=lambda d, error: failed.update({d.content_hash: error}),
-        )
-        for done, found in encoded:
-            vectors |= {d.content_hash: vector for d, vector in zip(done, found, strict=True)}
-            self.embedded += len(done)
-        ready = []
-        for document, row in group:
-            if document.content_hash in failed:
-                self.quarantine.add(document.to_quarantine_record(), failed[document.content_hash])
-                self.seen.discard(document.id)
+    def _commit_chunk(self, chunk: list[tuple[Document, IndexRow]]) -> None:
+        """Embed the new content of a chunk and write its rows in one commit.
+
+        Documents that cannot be embedded are quarantined and not written.
+        """
+        vectors = self._read_known_vectors([document for document, _ in chunk])
+        new_content: dict[str, Document] = {}
+        for document, _ in chunk:
+            if document.content_hash not in vectors:
+                new_content.setdefault(document.content_hash, document)
+        errors: dict[str, DataError] = {}
+
+        def on_error(document: Document, error: DataError) -> None:
+            errors[document.content_hash] = error
+
+        for documents, embeddings in encode_documents(
+            self.model, new_content.values(), on_error=on_error
+        ):
+            vectors |= zip([d.content_hash for d in documents], embeddings, strict=True)
+            self.num_embedded += len(documents)
+        rows = []
+        for document, row in chunk:
+            if document.content_hash in errors:
+                error = errors[document.content_hash]
+                self.quarantine.add(document.to_quarantine_record(), error)
+                self.source_ids.discard(document.id)
             else:
-                self.keep_bytes(document, row)
-                ready.append(row)
-        if ready:
-            self.store.upsert(ready, np.stack([vectors[row.hashes.content_hash] for row in ready]))
-        for row in ready:
-            self.place(row.id, row.hashes)
+                self._write_image_bytes(document, row)
+                rows.append(row)
+        if rows:
+            self.store.upsert(rows, np.stack([vectors[row.hashes.content_hash] for row in rows]))
+        for row in rows:
+            self._record_write(row.id, row.hashes)
 
-    def keep_bytes(self, document: Document, row: IndexRow) -> None:
-        """An image without a file gets one."""
-        if document.image is None or document.image.data is None or row.image_path is None:
+    def _read_known_vectors(self, documents: list[Document]) -> dict[str, np.ndarray]:
+        """Return the vectors of those contents that the index holds already, by content hash."""
+        hashes = dict.fromkeys(document.content_hash for document in documents)
+        known = [content for content in hashes if content in self.row_by_content]
+        vectors = self.store.read_vectors([self.row_by_content[content] for content in known])
+        return dict(zip(known, vectors, strict=True))
+
+    def _write_image_bytes(self, document: Document, row: IndexRow) -> None:
+        """Write an image that exists only as bytes to the row's image path, unless it is there."""
+        data = None if document.image is None else document.image.data
+        if data is None or row.image_path is None or Path(row.image_path).exists():
             return
-        path, data = Path(row.image_path), document.image.data
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, lambda file: file.write(data))
+        Path(row.image_path).parent.mkdir(exist_ok=True)
+        write_atomically(Path(row.image_path), lambda file: file.write(data))
 
-    def place(self, identity: str, stamp: RowHashes) -> None:
-        """Note a row that was written."""
-        before = self.stamps.get(identity)
-        self.added, self.updated = (
-            self.added + (before is None),
-            self.updated + (before is not None),
-        )
-        if before is not None and self.homes.get(before.content_hash) == identity:
-            del self.homes[before.content_hash]
-        self.stamps[identity] = stamp
-        self.homes.setdefault(stamp.content_hash, identity)
+    def _record_write(self, row_id: str, hashes: RowHashes) -> None:
+        """Count a row that was written, and update `hashes` and `row_by_content` for it."""
+        previous = self.hashes.get(row_id)
+        if previous is None:
+            self.num_added += 1
+        else:
+            self.num_updated += 1
+            # The old content's vector was overwritten, so it can no longer be read from this row.
+            if self.row_by_content.get(previous.content_hash) == row_id:
+                del self.row_by_content[previous.content_hash]
+        self.hashes[row_id] = hashes
+        self.row_by_content.setdefault(hashes.content_hash, row_id)
 
     def finish(self, prune: bool) -> BuildReport:
-        """Prune and count."""
-        absent = sorted(self.stamps.keys() - self.seen)
-        if prune and absent and (self.unread or not self.seen):
-            read = (
-                f"{self.unread} rows of the source cannot be read"
-                if self.unread
-                else "nothing in the source can be indexed"
-            )
-            fix = f"Mend the source ({self.quarantine}), or delete the index"
-            raise RetrievalError(f"{read}, so nothing is pruned", place=self.index.path, fix=fix)
+        """Remove absent documents if `prune` is set, and return the report.
+
+        Raises RetrievalError instead if rows of the source, or all of it, could not be read.
+        """
+        absent = sorted(self.hashes.keys() - self.source_ids)
+        if prune and absent and (self.num_unreadable or not self.source_ids):
+            reason = "nothing in the source can be indexed"
+            if self.num_unreadable:
+                reason = f"{self.num_unreadable} rows of the source cannot be read"
+            reason += ", so nothing is pruned"
+            fix = f"Repair the source ({self.quarantine}), or delete the index"
+            raise RetrievalError(reason, place=self.index.path, fix=fix)
         if prune:
-            for group in batched(absent, 1000):
-                self.store.delete(group)
+            for ids in batched(absent, 1000):
+                self.store.delete(ids)
         return BuildReport(
-            added=self.added,
-            updated=self.updated,
-            kept=self.kept,
-            embedded=self.embedded,
+            added=self.num_added,
+            updated=self.num_updated,
+            kept=self.num_unchanged,
+            embedded=self.num_embedded,
             removed=len(absent) if prune else 0,
             absent=0 if prune else len(absent),
             quarantined=self.quarantine.count,
@@ -255,8 +281,11 @@ class _Build:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Hold the index's lock; the system lets go of it when the process dies, however it dies."""
+def _lock_for_writing(path: Path) -> Iterator[None]:
+    """Create the folder if it is missing and hold its lock; the system releases it after a kill.
+
+    Raises RetrievalError if `path` is a file or another process holds the lock.
+    """
     if path.exists() and not path.is_dir():
         raise RetrievalError("is a file", place=path, fix="Name a new or an empty folder: --to DIR")
     path.mkdir(parents=True, exist_ok=True)
@@ -264,31 +293,27 @@ def _writing(path: Path) -> Iterator[None]:
         with FileLock(path / ".lock", timeout=0):
             yield
     except Timeout:
-        raise RetrievalError(
-            "another process is writing this index", place=path, fix="Wait for it to end"
-        ) from None
+        message = "another process is writing this index"
+        raise RetrievalError(message, place=path, fix="Wait for it to end") from None
 
 
-def _prepare(
-    path: Path, model: Embedder, *, side: Side | None, store: StoreKind | None
-) -> IndexManifest:
-    """The manifest of the index at `path`, checked; or that of a new one."""
-    for name, value, known in (
-        ("--side", side, get_args(Side)),
-        ("--store", store, get_args(StoreKind)),
-    ):
-        if value is not None and value not in known:
-            raise RetrievalError(f"'{value}'", place=name, fix=suggest_name(value, known))
+def _read_or_create_manifest(path: Path, model: Embedder, *, side: Side | None) -> IndexManifest:
+    """Return the manifest of the index at `path`, or that of a new index if the folder is empty.
+
+    Raises RetrievalError for an unknown side, a folder that is neither an index nor empty, and an
+    index of another model or side.
+    """
+    if side is not None and side not in get_args(Side):
+        raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     if not (path / MANIFEST_FILENAME).exists():
         if any(file.name != ".lock" for file in path.iterdir()):
-            raise RetrievalError(
-                "is not an index", place=path, fix="Name a new or an empty folder: --to DIR"
-            )
-        return IndexManifest.for_new_index(model, store=store or "lance", side=side or "image")
+            fix = "Name a new or an empty folder: --to DIR"
+            raise RetrievalError("is not an index", place=path, fix=fix)
+        return IndexManifest.for_new_index(model, side=side or "image")
     manifest = IndexManifest.read(path)
     manifest.check_model(model, path)
-    for name, wanted, there in (("side", side, manifest.side), ("store", store, manifest.store)):
-        if wanted not in (None, there):
-            fix = f"Leave --{name} out, or build a new index with --to"
-            raise RetrievalError(f"built with --{name} {there}, not {wanted}", place=path, fix=fix)
+    if side not in (None, manifest.side):
+        message = f"built with --side {manifest.side}, not {side}"
+        fix = "Leave --side out, or build a new index with --to"
+        raise RetrievalError(message, place=path, fix=fix)
     return manifest

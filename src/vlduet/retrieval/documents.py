@@ -1,13 +1,14 @@
-"""Documents: what an index holds. One record gives one or several, depending on the side that is embedded.
+"""Documents, the units that an index holds. A record gives one or several, depending on the side.
 
-    side    pair                  interleaved  chat                            retrieval
-    image   its image             each image   each image of the question      each image of each candidate
-    text    each short caption,   each slice   the question's text             each text of each candidate
-            else the long one     of text
-    record  image, first caption  all slices   the question, images and text   each candidate
+    side    pair                  interleaved      chat                        retrieval
+    image   its image             each image       each image of the question  each candidate's images
+    text    each short caption,   each text slice  the question's text         each candidate's texts
+            else the long one
+    record  image, first caption  all slices       the question                each candidate
 
-The `text` of a document is what `ask` quotes: captions, slices of text, question and answer. The question of
-a chat is its first user turn. The candidates of a retrieval record are its positives, then its negatives.
+The table shows what is embedded. `Document.text` is what `ask` quotes: captions, text slices, or
+question and answer. The question of a chat is its first user turn. The candidates of a retrieval
+record are its positives, then its negatives.
 """
 
 from __future__ import annotations
@@ -24,43 +25,47 @@ from vlduet.data.records import ImageRef, Parts, Place, Record, extract_images
 from vlduet.errors import DataError, RetrievalError, suggest_name
 
 Side = Literal["image", "text", "record"]
+"""Part of a record that is embedded."""
 
 DocumentErrorCallback = Callable[[Record | None, DataError], object]
-"""Told of every record or document that is left out (None: it could not even be read), and why; `Quarantine.add` is one."""
+"""Function called with each record or document that is left out, and the reason. The record is None
+if it could not even be read. `Quarantine.add` is such a function."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One thing that can be found."""
+    """One unit that a search can return."""
 
     id: str
-    """The record's id where the record gives one document, else that id with ``#0``, ``#1``, ..."""
+    """Id of its record; with the suffix ``#0``, ``#1``, ... if the record gives several documents."""
     parts: Parts
-    """What is embedded."""
+    """Texts and images that are embedded."""
     text: str
-    """What `ask` quotes and `search` shows; may be empty."""
+    """Text that `ask` quotes and `search` shows; may be empty."""
     image: ImageRef | None = None
-    """What `search` shows; embedded only if it is one of the parts."""
+    """Image that `search` shows; embedded only if it is one of the parts."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     content_hash: str = ""
-    """Hash of the parts, image bytes included: equal keys have equal vectors."""
+    """Hash of the parts, image bytes included: equal hashes have equal embeddings."""
     place: Place | None = field(default=None, compare=False)
-    """Where its record stands."""
+    """File and line of its record."""
 
     def to_quarantine_record(self) -> Record:
-        """Id and place alone, as a quarantine wants them."""
+        """Return a record with only the id and the place, for `Quarantine.add`."""
         return Record(self.id, place=self.place)
 
 
 def read_documents(
     source: Path, *, side: Side, on_error: DocumentErrorCallback
 ) -> Iterator[Document]:
-    """The documents of a file of records, or of a folder of images, lazily and in order.
+    """Yield the documents of a file of records, or of a folder of images, lazily and in order.
+
+    A document whose id was yielded before, or whose image cannot be read, is left out.
 
     Args:
-        source: anything that `data.formats.read_records` reads.
-        side: what of a record is embedded.
-        on_error: told of every record or document that is left out; the rest goes on.
+        source: any file or folder that `data.formats.read_records` reads.
+        side: part of each record that is embedded.
+        on_error: called with every record or document that is left out, and the reason.
 
     Raises:
         RetrievalError: an unknown side.
@@ -68,122 +73,114 @@ def read_documents(
     """
     if side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
-    taken: set[str] = set()
+    ids: set[str] = set()
     for record in read_records(source, on_error=lambda error: on_error(None, error)):
         try:
-            found = split_record(record, side)
+            documents = split_record(record, side)
         except DataError as error:
             on_error(record, error)
             continue
-        for document in found:
+        for document in documents:
             try:
-                if document.id in taken:
+                if document.id in ids:
                     fix = "Give every record an id of its own"
                     raise DataError(
                         f"id '{document.id}' appears twice", place=record.place, fix=fix
                     )
-                key = hash_parts(document.parts)
+                content_hash = hash_parts(document.parts)
             except DataError as error:
                 on_error(document.to_quarantine_record(), error)
                 continue
-            taken.add(document.id)
-            yield replace(document, content_hash=key)
+            ids.add(document.id)
+            yield replace(document, content_hash=content_hash)
 
 
 def split_record(record: Record, side: Side) -> list[Document]:
-    """The documents of one record, their keys still empty.
+    """Return the documents of one record in order; their `content_hash` is empty.
 
-    Raises:
-        DataError: the record holds nothing of this side.
+    Raises DataError if the record contains nothing that this side embeds.
     """
-    found = []
-    for scope in _scopes(record):
-        shown = extract_images(scope.whole)
-        for parts in scope.embedded(side):
-            parts = tuple(replace_lone_surrogates(p) if isinstance(p, str) else p for p in parts)
-            text = (
-                parts[0]
-                if side == "text" and record.kind != "chat"
-                else replace_lone_surrogates(scope.quoted)
-            )
-            image = next(iter(extract_images(parts) or shown), None)
-            assert isinstance(text, str)
-            found.append(
-                Document(
-                    replace_lone_surrogates(record.id),
-                    parts,
-                    text,
-                    image,
-                    record.metadata,
-                    place=record.place,
-                )
-            )
-    if not found:
-        what = "image" if side == "image" else "text"
-        raise DataError(
-            f"a record without {what}",
-            place=record.place,
-            fix="Index another --side, or leave it out",
-        )
-    return found if len(found) == 1 else [replace(d, id=f"{d.id}#{i}") for i, d in enumerate(found)]
+    documents = []
+    for scope in _split_scopes(record):
+        for parts in scope.select_parts(side):
+            cleaned = [replace_lone_surrogates(p) if isinstance(p, str) else p for p in parts]
+            text = replace_lone_surrogates(scope.quote)
+            if side == "text" and record.kind != "chat":
+                text = str(cleaned[0])  # the embedded caption or slice itself
+            images = extract_images(parts) or extract_images(scope.parts)
+            image = images[0] if images else None
+            identity, metadata = replace_lone_surrogates(record.id), record.metadata
+            document = Document(identity, tuple(cleaned), text, image, metadata, place=record.place)
+            documents.append(document)
+    if not documents:
+        content = "image" if side == "image" else "text"
+        fix = "Index another --side, or remove the record"
+        raise DataError(f"a record without {content}", place=record.place, fix=fix)
+    if len(documents) == 1:
+        return documents
+    return [replace(document, id=f"{document.id}#{i}") for i, document in enumerate(documents)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What belongs together: a record, or one candidate of a retrieval record."""
+    """Parts that describe one subject: a whole record, or one candidate of a retrieval record.
 
-    whole: Parts
+    Side "record" embeds `parts`, "image" the images among them, "text" each of `texts`. `quote`
+    is what `ask` quotes.
+    """
+
+    parts: Parts
     texts: tuple[str, ...]
-    quoted: str
+    quote: str
 
-    def embedded(self, side: Side) -> list[Parts]:
-        """What each document embeds."""
+    def select_parts(self, side: Side) -> list[Parts]:
+        """Return the parts of each document that this scope gives; may be empty."""
         if side == "record":
-            return [self.whole] if self.whole else []
-        return [(part,) for part in (self.texts if side == "text" else extract_images(self.whole))]
+            return [self.parts] if self.parts else []
+        contents = self.texts if side == "text" else extract_images(self.parts)
+        return [(content,) for content in contents]
 
 
-def _scopes(record: Record) -> list[_Scope]:
+def _split_scopes(record: Record) -> list[_Scope]:
+    """Return the scopes of a record: its candidates for a retrieval record, otherwise one."""
     if record.kind == "pair":
         assert record.image is not None
         long = () if record.long is None else (record.long,)
         captions = record.short or long
-        return [_Scope((record.image, *captions[:1]), captions, "\n".join(record.short + long))]
+        parts: Parts = (record.image, *captions[:1])
+        return [_Scope(parts, captions, "\n".join(record.short + long))]
     if record.kind == "chat":
-        asked, answered = (
-            next((m.parts for m in record.messages if m.role == role), ())
-            for role in ("user", "assistant")
-        )
-        question, answer = " ".join(_texts(asked)), " ".join(_texts(answered))
-        return [
-            _Scope(
-                asked, (question,) if question else (), f"Question: {question}\nAnswer: {answer}"
-            )
-        ]
-    wholes = (
-        [record.parts] if record.kind == "interleaved" else [*record.positive, *record.negative]
-    )
-    return [_Scope(whole, _texts(whole), " ".join(_texts(whole))) for whole in wholes]
+        turns = {message.role: message.parts for message in reversed(record.messages)}
+        question_parts = turns.get("user", ())
+        question = " ".join(_texts_of(question_parts))
+        answer = " ".join(_texts_of(turns.get("assistant", ())))
+        texts = (question,) if question else ()
+        return [_Scope(question_parts, texts, f"Question: {question}\nAnswer: {answer}")]
+    if record.kind == "interleaved":
+        candidates: tuple[Parts, ...] = (record.parts,)
+    else:
+        candidates = (*record.positive, *record.negative)
+    return [_Scope(parts, _texts_of(parts), " ".join(_texts_of(parts))) for parts in candidates]
 
 
-def _texts(parts: Parts) -> tuple[str, ...]:
-    return tuple(p for p in parts if isinstance(p, str))
+def _texts_of(parts: Parts) -> tuple[str, ...]:
+    return tuple(part for part in parts if isinstance(part, str))
 
 
 def replace_lone_surrogates(text: str) -> str:
-    """Text without lone surrogates: JSON can spell them, but no tokenizer and no database takes them."""
+    """Return `text` with "?" for lone surrogates, which JSON can spell but tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def hash_parts(parts: Parts) -> str:
-    """Hash of content: texts and image bytes, in order.
+    """Return the SHA-256 of the texts and image bytes of `parts`, in order, as hex digits.
 
-    Raises:
-        DataError, ImageError: an image that cannot be read.
+    Raises DataError for an image that cannot be read.
     """
     digest = hashlib.sha256()
     for part in parts:
         name = f"text:{part}" if isinstance(part, str) else f"image:{image_key(part)}"
         encoded = name.encode("utf-8", "replace")
+        # The length comes first, so that ("ab", "c") and ("a", "bc") differ.
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From documents to vectors: in chunks, with broken items named and left out."""
+"""Embedding of documents: in chunks, with items that cannot be embedded reported and left out."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from vlduet.retrieval.documents import Document
 T = TypeVar("T")
 
 EncodingErrorCallback = Callable[[Document, DataError], object]
-"""Told of every document that could not be embedded, and why."""
+"""Function called with every document that could not be embedded, and the reason."""
 
 DOCUMENTS_PER_CHUNK = 256
-"""Documents that are embedded, and committed to an index, at a time."""
+"""Number of documents that are embedded, and committed to an index, at a time."""
 
 
 class Embedder(Protocol):
-    """What retrieval needs of a model; `DuetModel` and `DualEncoder` are such."""
+    """Model that embeds queries and documents; `DuetModel` and `DualEncoder` implement it."""
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that decides an embedding."""
+        """Identifier of everything that determines an embedding: weights, prompts and so on."""
 
     @property
     def image_backend(self) -> str:
-        """The library that decodes and resizes images."""
+        """Name of the library that decodes and resizes images."""
 
     @property
     def dim(self) -> int:
-        """D, the width of the vectors."""
+        """Width D of the embeddings."""
 
     def encode_query(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        """float32[N, D] unit vectors of what is asked."""
+        """Return the embeddings of N queries, float32[N, D] of unit length."""
 
     def encode_document(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        """float32[N, D] unit vectors of what is searched."""
+        """Return the embeddings of N documents, float32[N, D] of unit length."""
 
 
 def encode_documents(
@@ -53,48 +53,52 @@ def encode_documents(
     on_error: EncodingErrorCallback,
     chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> Iterator[tuple[list[Document], np.ndarray]]:
-    """Embed documents, lazily.
+    """Embed documents lazily, chunk by chunk.
 
     Args:
-        model: embeds.
-        documents: what is embedded, read as it is needed.
-        on_error: told of every document that the model cannot embed (a broken image); the rest goes on.
-        chunk: documents that are embedded at a time.
+        model: model that embeds.
+        documents: documents to embed, consumed as chunks are requested.
+        on_error: called with every document that the model cannot embed (a broken image).
+        chunk_size: number of documents that are embedded at a time.
 
     Yields:
-        (documents, float32[N, D] of unit length), in order; N may be smaller than `chunk`, never 0.
+        The documents of one chunk that could be embedded, at least one, and their embeddings,
+        float32[N, D] of unit length.
 
     Raises:
-        RetrievalError: vectors that are not finite.
+        RetrievalError: the model returned embeddings that are not finite.
     """
 
-    def encode(group: list[Document]) -> np.ndarray:
-        return check_vectors(model.encode_document([document.parts for document in group]), group)
+    def encode(chunk: list[Document]) -> np.ndarray:
+        return check_vectors(model.encode_document([document.parts for document in chunk]), chunk)
 
-    for group in batched(documents, chunk_size):
-        found = zip(group, bisect_failures(encode, group, on_error=on_error), strict=True)
-        kept = [(document, vector) for document, vector in found if vector is not None]
-        if kept:
-            yield [document for document, _ in kept], np.stack([vector for _, vector in kept])
+    for chunk in batched(documents, chunk_size):
+        vectors = bisect_failures(encode, chunk, on_error=on_error)
+        encoded = [document for document, v in zip(chunk, vectors, strict=True) if v is not None]
+        if encoded:
+            yield encoded, np.stack([vector for vector in vectors if vector is not None])
 
 
 def check_vectors(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
-    """The vectors, if they are finite: a NaN in an index would win or lose every search."""
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if bad.size:
+    """Return embeddings float[N, D] as float32 after checking that they are finite unit vectors.
+
+    Raises RetrievalError with the first document of which a value is not finite: a NaN in an index
+    would win or lose every search.
+    """
+    bad_rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad_rows.size:
+        message = f"the model gave a vector that is not finite for '{documents[bad_rows[0]].id}'"
         fix = "The model's weights or its precision are broken: try another checkpoint"
-        raise RetrievalError(
-            f"the model gave a vector that is not finite for '{documents[bad[0]].id}'", fix=fix
-        )
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3), "embeddings have unit length"
+        raise RetrievalError(message, fix=fix)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3), "not of unit length"
     return vectors.astype(np.float32, copy=False)
 
 
 def write_vectors(path: Path, *, ids: Sequence[str], vectors: np.ndarray) -> None:
-    """Write ``ids`` (str[N]) and ``vectors`` (float32[N, D], unit length) as ``.npz``, whole or not at all.
+    """Write ``ids`` (str[N]) and ``vectors`` (float32[N, D]) to an ``.npz`` file, atomically.
 
-    Raises:
-        RetrievalError: the file cannot be written.
+    A missing folder is created, an existing file replaced. Raises RetrievalError if the file cannot
+    be written; an existing file is then left as it was.
     """
     arrays: dict[str, Any] = {
         "ids": np.array(ids, dtype=np.str_),
@@ -104,13 +108,12 @@ def write_vectors(path: Path, *, ids: Sequence[str], vectors: np.ndarray) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: np.savez(file, **arrays))
     except OSError as error:
-        raise RetrievalError(
-            f"cannot be written ({error.strerror})", place=path, fix="Choose another --out"
-        ) from error
+        message = f"cannot be written ({error.strerror})"
+        raise RetrievalError(message, place=path, fix="Choose another --out") from error
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to `size`, as the items come."""
+    """Yield lists of `size` consecutive items lazily; the last list may be shorter, never empty."""
     source = iter(items)
-    while group := list(islice(source, size)):
-        yield group
+    while batch := list(islice(source, size)):
+        yield batch

@@ -1,8 +1,9 @@
-"""Filters on metadata, with one meaning in every store.
+"""Filters on metadata, with the same meaning in every store.
 
-A value is a text, a number or a flag, and is compared only with values of its own kind. A document without
-the key, or with a value of another kind, satisfies no condition but ``!=``, which is the exact opposite of
-``=``. Lists, objects and null in metadata are kept and shown, but never match.
+A value is a text, a number or a flag (true or false), and is compared only with values of its own
+kind. A document without the key, or with a value of another kind, satisfies no condition except
+``!=``, which is the exact opposite of ``=``. Lists, objects and null in metadata are stored and
+returned, but match no condition.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ OPERATORS = ("=", "!=", *ORDER_OPERATORS, "in")
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """``key operator value``; the value of ``in`` is a tuple.
+    """Condition ``key operator value`` on a document's metadata.
+
+    Construction converts `value` with `to_scalar`; the value of ``in`` becomes a tuple.
 
     Raises:
         RetrievalError: an unknown operator, or a value that cannot be compared.
@@ -37,83 +40,81 @@ class Condition:
     value: Any
 
     def __post_init__(self) -> None:
-        where = f"where: {self.key!r} {self.operator}"
+        place = f"where: {self.key!r} {self.operator}"
         if self.operator not in OPERATORS:
-            raise RetrievalError(
-                f"unknown operator '{self.operator}'", place=where, fix=f"Use {' '.join(OPERATORS)}"
-            )
-        many = self.operator == "in"
-        if many and (isinstance(self.value, str) or not isinstance(self.value, Iterable)):
-            raise RetrievalError(
-                f"{self.value!r} is not a list", place=where, fix="Give several values"
-            )
-        given = list(self.value) if many else [self.value]
-        values = [to_scalar(value) for value in given]
-        for raw, value in zip(given, values, strict=True):
-            if value is None or (self.operator in ORDER_OPERATORS and isinstance(value, bool)):
-                fix = (
-                    "Compare with a text or a number"
-                    if self.operator in ORDER_OPERATORS
-                    else "Use a text, a number or a flag"
-                )
-                raise RetrievalError(f"{raw!r} cannot be compared", place=where, fix=fix)
-        object.__setattr__(self, "value", tuple(values) if many else values[0])
+            fix = f"Use {' '.join(OPERATORS)}"
+            raise RetrievalError(f"unknown operator '{self.operator}'", place=place, fix=fix)
+        if self.operator != "in":
+            object.__setattr__(self, "value", self._convert(self.value, place))
+            return
+        if isinstance(self.value, str) or not isinstance(self.value, Iterable):
+            message = f"{self.value!r} is not a list"
+            raise RetrievalError(message, place=place, fix="Give several values")
+        values = tuple(self._convert(value, place) for value in self.value)
+        object.__setattr__(self, "value", values)
+
+    def _convert(self, value: Any, place: str) -> Scalar:
+        """Return `value` as a scalar that the operator can compare; otherwise raise."""
+        is_order = self.operator in ORDER_OPERATORS
+        converted = to_scalar(value)
+        if converted is None or (is_order and isinstance(converted, bool)):
+            kinds = "a text or a number" if is_order else "a text, a number or a flag"
+            message = f"{value!r} cannot be compared"
+            raise RetrievalError(message, place=place, fix=f"Compare with {kinds}")
+        return converted
 
     @property
     def values(self) -> tuple[Scalar, ...]:
-        """The value, or those of ``in``."""
-        found: tuple[Scalar, ...] = self.value if self.operator == "in" else (self.value,)
-        return found
+        """The values of ``in``, or the value of any other operator as a tuple of one."""
+        values: tuple[Scalar, ...] = self.value if self.operator == "in" else (self.value,)
+        return values
 
-    def matches(self, filters: Mapping[str, Scalar]) -> bool:
-        """Whether a document with these filter values satisfies the condition."""
-        own = filters.get(self.key)
+    def matches(self, filter_values: Mapping[str, Scalar]) -> bool:
+        """Return whether a document with these filter values satisfies the condition."""
+        value = filter_values.get(self.key)
         if self.operator in ORDER_OPERATORS:
-            return (
-                own is not None
-                and scalar_kind(own) == scalar_kind(self.value)
-                and bool(ORDER_OPERATORS[self.operator](own, self.value))
-            )
-        found = any(
-            own is not None and scalar_kind(own) == scalar_kind(value) and own == value
-            for value in self.values
+            if value is None or scalar_kind(value) != scalar_kind(self.value):
+                return False
+            return bool(ORDER_OPERATORS[self.operator](value, self.value))
+        is_equal = value is not None and any(
+            scalar_kind(value) == scalar_kind(other) and value == other for other in self.values
         )
-        return found is not (self.operator == "!=")
+        return is_equal is not (self.operator == "!=")
 
 
 Where = Mapping[str, Any] | Iterable[Condition | str] | None
-"""``{"category": "animals"}`` (equal), ``{"category": ["animals", "plants"]}`` (one of), or a list of
-Conditions and of texts as on the command line: ``["category=animals", "year>=1990"]``. All must hold."""
+"""Filter in any accepted form: ``{"category": "animals"}`` (equal), ``{"category": ["animals",
+"plants"]}`` (one of these), or a list of Conditions and of texts as on the command line:
+``["category=animals", "year>=1990"]``. All conditions must hold; None filters nothing."""
 
 FilterFields = Mapping[str, Iterable[str]]
-"""The metadata keys that an index can be filtered by, and the kinds of their values."""
+"""Metadata keys that an index can be filtered by, with the kinds of their values."""
 
 
 def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...]:
-    """Any form of filter -> conditions that must all hold.
+    """Return a filter in any accepted form as conditions that must all hold; () for None.
 
-    Raises:
-        RetrievalError: a condition that cannot be read, or a key that no document has: a misspelt filter must
-            not look like no hits.
+    Raises RetrievalError for a condition that cannot be parsed, and for a key that no document has:
+    a misspelt filter must not look like an empty result.
     """
+    conditions: list[Condition] = []
     if isinstance(where, Mapping):
-        found = [
-            Condition(key, "in" if _is_many(value) else "=", value) for key, value in where.items()
-        ]
+        for key, value in where.items():
+            is_collection = isinstance(value, list | tuple | set | frozenset)
+            conditions.append(Condition(key, "in" if is_collection else "=", value))
     else:
-        given = [where] if isinstance(where, str) else where or ()
-        found = [parse_condition(one, fields) if isinstance(one, str) else one for one in given]
-    for condition in found:
+        for item in [where] if isinstance(where, str) else where or ():
+            conditions.append(parse_condition(item, fields) if isinstance(item, str) else item)
+    for condition in conditions:
         _check_key(condition.key, fields)
-    return tuple(found)
-
-
-def _is_many(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | frozenset)
+    return tuple(conditions)
 
 
 def to_scalar(value: Any) -> Scalar | None:
-    """A metadata value as it is compared; None for what cannot be: lists, objects, null, infinities, NaN."""
+    """Return a metadata value as filters compare it: a text, a finite float or a bool.
+
+    Lists, objects, null, infinities and NaN cannot be compared and give None.
+    """
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -123,75 +124,78 @@ def to_scalar(value: Any) -> Scalar | None:
             number = float(value)
         except OverflowError:
             return None
-        return number + 0.0 if math.isfinite(number) else None  # -0.0 and 0.0 are one value
+        return number + 0.0 if math.isfinite(number) else None  # adding 0.0 turns -0.0 into 0.0
     return None
 
 
 def scalar_kind(value: Scalar) -> str:
-    """text, number or flag."""
-    return next(name for name, form in SCALAR_KINDS.items() if type(value) is form)
+    """Return the kind of a scalar: "text", "number" or "flag"."""
+    return next(name for name, cls in SCALAR_KINDS.items() if type(value) is cls)
 
 
 _CONDITION = re.compile(
-    r"\s*(?P<key>.+?)\s*(?P<operator>!=|<=|>=|=|<|>|(?<=\s)in(?=\s))\s*(?P<value>.*?)\s*", re.DOTALL
+    r"\s*(?P<key>.+?)\s*(?P<operator>!=|<=|>=|=|<|>|(?<=\s)in(?=\s))\s*(?P<value>.*?)\s*",
+    re.DOTALL,
 )
 
 
 def parse_condition(text: str, fields: FilterFields) -> Condition:
-    """A condition as typed: ``category=animals``, ``year>=1990``, ``category in animals,plants``.
+    """Parse a typed condition: ``category=animals``, ``year>=1990``, ``category in animals,plants``.
 
     Args:
-        text: the condition; a value is read as the kind that the index holds for its key.
-        fields: the kinds that the index holds for each key.
+        text: the condition.
+        fields: kinds of the values that the index holds for each key; the value is parsed as one
+            of the kinds of its key.
 
     Raises:
-        RetrievalError: not a condition, an unknown key, a value of no fitting kind.
+        RetrievalError: not a condition, an unknown key, or a value that fits no kind of its key.
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
-        raise RetrievalError(
-            f"'{text}'", place="--where", fix="Write key=value; operators: " + " ".join(OPERATORS)
-        )
-    key, sign, value = match["key"], match["operator"], match["value"]
+        fix = "Write key=value; operators: " + " ".join(OPERATORS)
+        raise RetrievalError(f"'{text}'", place="--where", fix=fix)
+    key, operator_name, value = match["key"], match["operator"], match["value"]
     _check_key(key, fields)
     kinds = set(fields[key])
-    if sign == "in":
-        return Condition(
-            key, sign, [_typed(item.strip(), kinds, text) for item in value.split(",")]
-        )
-    typed = _typed(value, kinds, text)
-    if (
-        sign in ORDER_OPERATORS and isinstance(typed, str) and _number(typed) is not None
-    ):  # '1000' comes before '9'
-        fix = "Write numbers as numbers, as JSON lines can and CSV cannot"
-        raise RetrievalError(f"'{value}': this key holds texts", place=f"--where '{text}'", fix=fix)
-    return Condition(key, sign, typed)
+    if operator_name == "in":
+        values = [_parse_value(item.strip(), kinds, text) for item in value.split(",")]
+        return Condition(key, operator_name, values)
+    scalar = _parse_value(value, kinds, text)
+    is_numeric_text = isinstance(scalar, str) and _parse_number(scalar) is not None
+    if operator_name in ORDER_OPERATORS and is_numeric_text:
+        # As texts, '1000' comes before '9'.
+        fix = "Write numbers as numbers, which JSON lines can hold and CSV cannot"
+        message = f"'{value}': this key holds texts"
+        raise RetrievalError(message, place=f"--where '{text}'", fix=fix)
+    return Condition(key, operator_name, scalar)
 
 
 def _check_key(key: str, fields: FilterFields) -> None:
+    """Raise RetrievalError, with the suggest_name known key, if no document has `key`."""
     if key not in fields:
-        raise RetrievalError(
-            f"no document has metadata '{key}'", place="where", fix=suggest_name(key, fields)
-        )
+        message = f"no document has metadata '{key}'"
+        raise RetrievalError(message, place="where", fix=suggest_name(key, fields))
 
 
-def _number(value: str) -> Scalar | None:
+def _parse_number(text: str) -> Scalar | None:
+    """Return `text` as a finite float, or None."""
     try:
-        return to_scalar(float(value))
+        return to_scalar(float(text))
     except ValueError:
         return None
 
 
-def _typed(value: str, kinds: set[str], text: str) -> Scalar:
-    if "number" in kinds and (number := _number(value)) is not None:
+def _parse_value(value: str, kinds: set[str], text: str) -> Scalar:
+    """Return a typed value as the first of number, flag and text that is in `kinds` and fits it.
+
+    Raises RetrievalError, which quotes the condition `text`, if none fits.
+    """
+    if "number" in kinds and (number := _parse_number(value)) is not None:
         return number
     if "flag" in kinds and value in ("true", "false"):
         return value == "true"
     if "text" in kinds:
         return value
-    held = " and ".join(f"{name}s" for name in sorted(kinds))
-    raise RetrievalError(
-        f"'{value}': this key holds {held}",
-        place=f"--where '{text}'",
-        fix=f"Compare with one of the {held}",
-    )
+    plural = " and ".join(f"{name}s" for name in sorted(kinds))
+    message, fix = f"'{value}': this key holds {plural}", f"Compare with one of the {plural}"
+    raise RetrievalError(message, place=f"--where '{text}'", fix=fix)

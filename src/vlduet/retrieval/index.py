@@ -1,11 +1,11 @@
-"""An index: a folder with a manifest, a store of rows and vectors, and images that have no file of their own.
+"""Index: a folder with a manifest, a vector store, and images that have no file of their own.
 
-    INDEX/manifest.json      which model, prompts and image backend made it, from which source, and its size
-          store/             LanceDB, or the flat store
-          images/            images that came as bytes
-          quarantine.jsonl   what the last build left out, and why
+    INDEX/manifest.json      model, prompts and image backend that built it, its source and its size
+          store/             LanceDB table of rows and embeddings
+          images/            images that the source contains as bytes
+          quarantine.jsonl   records that the last build left out, with reasons
 
-`build.build` writes one; everybody else reads.
+`build.build_index` writes an index; all other code only reads it.
 """
 
 from __future__ import annotations
@@ -15,148 +15,165 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
+from vlduet import __version__
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
 from vlduet.files import write_text_atomically
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
-from vlduet.retrieval.stores.base import FlatStore, IndexRow, VectorStore
-
-StoreKind = Literal["lance", "flat"]
+from vlduet.retrieval.stores.base import IndexRow, VectorStore
 
 MANIFEST_FORMAT = 1
+"""Version of the manifest's format; an index in another format is refused."""
 MANIFEST_FILENAME = "manifest.json"
+STORE = "lance"
+"""Kind of store that the manifest of every index names."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexManifest:
-    """What made an index, and what it holds."""
+    """Origin and content of an index; the fields are the keys of manifest.json."""
 
     format: int
-    store: StoreKind
+    store: str
     side: Side
     dim: int
     fingerprint: str
-    """The model's: weights, prompts and image backend."""
+    """Fingerprint of the model: weights, prompts and image backend."""
     image_backend: str
     model: str | None = None
-    """Absolute path of the model, where it was loaded from one."""
+    """Absolute path of the model folder; None if the model was not loaded from a folder."""
     model_relative: str | None = None
+    """The same path relative to the index folder."""
     source: str = ""
-    """What the last build read."""
+    """Absolute path of the source of the last build."""
     fields: Mapping[str, list[str]] = field(default_factory=dict)
-    """Metadata keys that can be filtered by, and the kinds of their values."""
+    """Metadata keys that can be filtered by, with the kinds of their values."""
     count: int = 0
+    """Number of documents."""
     complete: bool = False
-    """False while a build is under way or after it was interrupted."""
+    """Whether the last build finished; False during a build and after an interrupted one."""
     created: str = ""
     updated: str = ""
     vlduet: str = ""
-    """Version of the software that wrote this."""
+    """Version of vlduet that wrote the manifest."""
 
     @classmethod
-    def for_new_index(cls, model: Embedder, *, store: StoreKind, side: Side) -> Self:
-        """The manifest of an index that `model` is about to build."""
+    def for_new_index(cls, model: Embedder, *, side: Side) -> Self:
+        """Return the manifest of an empty index that `model` is about to build."""
         return cls(
             format=MANIFEST_FORMAT,
-            store=store,
+            store=STORE,
             side=side,
             dim=model.dim,
             fingerprint=model.fingerprint,
             image_backend=model.image_backend,
-            created=_now(),
+            created=_utc_now(),
         )
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The manifest of the index at `path`. Raises RetrievalError where there is none that can be read."""
+        """Return the manifest of the index at folder `path`.
+
+        Raises:
+            RetrievalError: no index, a broken manifest, one in another format, or an index in the
+                flat store of earlier versions.
+        """
+        rebuild = "Delete the index and build it again"
         try:
-            raw = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
-            if raw["format"] != MANIFEST_FORMAT:
-                newer = f"in format {raw['format']} of vlduet {raw.get('vlduet')}, this version reads {MANIFEST_FORMAT}"
-                raise RetrievalError(
-                    newer, place=path, fix="Update vlduet, or build the index again"
-                )
-            return cls(**raw)
+            values = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
+            if values["format"] != MANIFEST_FORMAT:
+                message = f"in format {values['format']}, this version reads {MANIFEST_FORMAT}"
+                fix = "Update vlduet, or build the index again"
+                raise RetrievalError(message, place=path, fix=fix)
+            manifest = cls(**values)
         except (FileNotFoundError, NotADirectoryError):
-            fix = "Make one: vlduet index MODEL SOURCE --to INDEX"
+            fix = "Build one: vlduet index MODEL SOURCE --to INDEX"
             raise RetrievalError("no index here", place=path, fix=fix) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            broken = f"broken manifest ({type(error).__name__}: {error})"
-            fix = "Delete the index and build it again"
-            raise RetrievalError(broken, place=path / MANIFEST_FILENAME, fix=fix) from None
+            message = f"broken manifest ({type(error).__name__}: {error})"
+            raise RetrievalError(message, place=path / MANIFEST_FILENAME, fix=rebuild) from None
+        if manifest.store != STORE:
+            message = f"its store '{manifest.store}' is no longer supported, only '{STORE}' is"
+            raise RetrievalError(message, place=path, fix=rebuild)
+        return manifest
 
     def write(self, path: Path) -> None:
-        """Write it, whole or not at all."""
-        told = asdict(replace(self, updated=_now(), vlduet=_version()))
-        write_text_atomically(
-            path / MANIFEST_FILENAME, json.dumps(told, indent=2, ensure_ascii=False) + "\n"
-        )
+        """Write the manifest, with the current time and version, to folder `path`, atomically."""
+        values = asdict(replace(self, updated=_utc_now(), vlduet=__version__))
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        write_text_atomically(path / MANIFEST_FILENAME, text + "\n")
 
     def check_model(self, model: Embedder, path: Path) -> None:
-        """Raises RetrievalError unless `model` gives the vectors that the index at `path` holds."""
-        theirs = model.fingerprint
-        if theirs != self.fingerprint:
-            built = self.fingerprint + (f" ({self.model})" if self.model else "")
-            what = (
-                f"built by model {built}, this is model {theirs}: their vectors cannot be compared"
-            )
-            fix = "Use that model (--model DIR), or build a new index with this one (vlduet index ... --to DIR)"
-            raise RetrievalError(what, place=path, fix=fix)
+        """Raise RetrievalError unless `model` is the one that built the index at `path`.
+
+        Models are compared by fingerprint: only vectors of the same model are comparable.
+        """
+        fingerprint = model.fingerprint
+        if fingerprint != self.fingerprint:
+            builder = self.fingerprint + (f" ({self.model})" if self.model else "")
+            message = f"built by model {builder}, this is model {fingerprint}"
+            fix = "Use that model (--model DIR), or build a new index (vlduet index ... --to DIR)"
+            raise RetrievalError(f"{message}: vectors differ", place=path, fix=fix)
 
 
 class Index:
-    """An open index. Use `Index.open` to search one and `build` to make or extend one.
+    """An open index. `Index.open` opens one for searching; `build_index` makes or extends one.
+
+    It is a context manager that closes the index at the end.
 
     Args:
-        path: the folder.
-        manifest: what stands in it.
-        write: whether this process holds the lock.
+        path: folder of the index.
+        manifest: content of its manifest.json.
+        write: whether this process holds the lock of the index and may write.
     """
 
     def __init__(self, path: Path, manifest: IndexManifest, *, write: bool = False):
+        # Here, not above: lancedb is slow to import, and reading a manifest does not need it.
+        from vlduet.retrieval.stores.lance import LanceStore
+
         self.path, self.manifest = path, manifest
-        self._checked: Embedder | None = None
-        self.store = _open_store(manifest.store, path / "store", dim=manifest.dim, write=write)
+        self.store: VectorStore = LanceStore(path / "store", dim=manifest.dim, write=write)
+        self._checked_model: Embedder | None = None
 
     @classmethod
     def open(cls, path: Path | str, model: Embedder | None = None) -> Self:
         """Open an index for searching.
 
         Args:
-            path: the folder.
-            model: checked against the model that built the index.
+            path: folder of the index.
+            model: model to check against the one that built the index; None checks nothing yet.
 
         Raises:
-            RetrievalError: no index, an unreadable one, or one of another model.
+            RetrievalError: no index, an unreadable one, or one that another model built.
         """
         path = Path(path)
         manifest = IndexManifest.read(path)
         if model is not None:
             manifest.check_model(model, path)
         index = cls(path, manifest)
-        index._checked = model
+        index._checked_model = model
         return index
 
     @property
     def model_path(self) -> Path:
-        """The folder of the model that built the index. Raises RetrievalError where it is gone."""
-        found = self._locate(self.manifest.model, self.manifest.model_relative)
-        if found is None or not found.exists():
-            what = f"its model {self.manifest.model or '(built from Python)'} is not there"
-            raise RetrievalError(what, place=self.path, fix="Name the model: --model DIR")
-        return found
+        """Folder of the model that built the index; RetrievalError if it does not exist."""
+        path = self._locate(self.manifest.model, self.manifest.model_relative)
+        if path is None or not path.exists():
+            message = f"its model {self.manifest.model or '(built from Python)'} is not there"
+            raise RetrievalError(message, place=self.path, fix="Name the model: --model DIR")
+        return path
 
     def row_image(self, row: IndexRow) -> ImageRef | None:
-        """The image of a row: at its absolute path, or beside the index where both moved."""
-        found = self._locate(row.image_path, row.relative_image_path)
-        return None if found is None else ImageRef(path=found)
+        """Return a reference to a row's image, whose file may be missing; None without image."""
+        path = self._locate(row.image_path, row.relative_image_path)
+        return None if path is None else ImageRef(path=path)
 
     def _locate(self, absolute: str | None, relative: str | None) -> Path | None:
+        """Return the absolute path, or the relative one if both were moved and only it exists."""
         if absolute is None:
             return None
         if relative is not None and not Path(absolute).exists():
@@ -166,17 +183,17 @@ class Index:
         return Path(absolute)
 
     def check_model(self, model: Embedder) -> None:
-        """Raises RetrievalError unless `model` gives the vectors that this index holds."""
-        if self._checked is not model:  # once: a fingerprint hashes every trained weight
+        """Raise RetrievalError unless `model` built this index; each model is checked once."""
+        if self._checked_model is not model:  # a fingerprint hashes every trained weight
             self.manifest.check_model(model, self.path)
-            self._checked = model
+            self._checked_model = model
 
     def count(self) -> int:
-        """Documents in the index."""
+        """Return the number of documents in the index."""
         return self.store.count()
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close the store; an index that is open for writing is compacted first."""
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -186,16 +203,8 @@ class Index:
         self.close()
 
 
-def _open_store(name: StoreKind, folder: Path, *, dim: int, write: bool) -> VectorStore:
-    if name == "flat":
-        return FlatStore(folder, dim=dim, write=write)
-    from vlduet.retrieval.stores.lance import LanceStore
-
-    return LanceStore(folder, dim=dim, write=write)
-
-
-def absolute_and_relative_path(target: Path | None, folder: Path) -> tuple[str | None, str | None]:
-    """A path, absolute and as seen from `folder`."""
+def path_pair(target: Path | None, folder: Path) -> tuple[str | None, str | None]:
+    """Return the absolute path of `target` and its path relative to `folder`; Nones for None."""
     if target is None:
         return None, None
     absolute = target.resolve()
@@ -205,12 +214,6 @@ def absolute_and_relative_path(target: Path | None, folder: Path) -> tuple[str |
         return str(absolute), None
 
 
-def _now() -> str:
+def _utc_now() -> str:
+    """Return the current time as ISO 8601 in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _version() -> str:
-    try:
-        return version("vlduet")
-    except PackageNotFoundError:
-        return "unknown"

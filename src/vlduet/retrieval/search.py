@@ -1,4 +1,4 @@
-"""Search: a text, an image or a mixture of them -> ranked hits."""
+"""Search: the documents of an index that are nearest to a text, an image, or a mixture of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlduet.retrieval.index import Index
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One found document."""
+    """One document that a search returned."""
 
     id: str
     score: float
@@ -24,24 +24,27 @@ class Hit:
     image: ImageRef | None
     metadata: Mapping[str, Any]
     rank: int
-    """From 1."""
+    """Position among the hits, from 1."""
 
 
 def search(
     index: Index, model: Embedder, query: Part | Parts, *, k: int = 10, where: Where = None
 ) -> list[Hit]:
-    """The k documents nearest to a query, best first; ties by id; all of them where there are fewer.
+    """Return the `k` documents nearest to a query, best first, ties in the order of ids.
+
+    Fewer hits are returned if fewer documents match; none if the index is empty.
 
     Args:
-        index: what is searched.
-        model: the model that built it.
+        index: index to search.
+        model: model that built the index; it embeds the query.
         query: a text, an image, or a tuple of both.
-        k: hits wanted.
-        where: a filter on metadata, see `filters.Where`.
+        k: number of hits.
+        where: filter on metadata, see `filters.Where`.
 
     Raises:
-        RetrievalError: an empty query, a k below 1, another model, a filter on metadata that no document has.
-        DataError, ImageError: a query that cannot be embedded.
+        RetrievalError: an empty query, `k` below 1, a model that did not build the index, or a
+            filter on metadata that no document has.
+        DataError: a query that cannot be embedded; ImageError for a broken image.
     """
     parts = (query,) if isinstance(query, str | ImageRef) else tuple(query)
     if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
@@ -50,10 +53,11 @@ def search(
         raise RetrievalError(f"{k} hits", place="k", fix="Ask for 1 or more")
     index.check_model(model)
     if where and not index.count():
-        return []  # an index that holds nothing knows no key either
-    wanted = parse_conditions(where, index.manifest.fields)
-    (found,) = index.store.search(model.encode_query([parts]), k=k, conditions=wanted)
+        return []  # an empty index knows no metadata key, so every filter would be an error
+    conditions = parse_conditions(where, index.manifest.fields)
+    query_vectors = model.encode_query([parts])  # [1, D]
+    (scored_rows,) = index.store.search(query_vectors, k=k, conditions=conditions)
     return [
         Hit(row.id, score, row.text, index.row_image(row), row.metadata, rank)
-        for rank, (row, score) in enumerate(found, 1)
+        for rank, (row, score) in enumerate(scored_rows, 1)
     ]

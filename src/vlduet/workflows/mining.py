@@ -1,19 +1,21 @@
-"""Hard negatives: what a model takes for right and is not.
+"""Hard negatives: candidates that a model takes for right, and that are not.
 
-1. read       pairs and retrieval records as questions (`data.questions`)
-2. embed      every distinct query and candidate once; the vectors are kept, so an interrupted run goes on
-3. rank       the candidates that are made of what the right answers are made of (text, image or both), by cosine
-4. leave out  what is right: known answers by content, and whatever scores higher than the positive minus a margin
-5. write      the records with the k nearest of the rest
+1. read       pairs and retrieval records as queries (`data.tools.queries`)
+2. embed      every distinct query and candidate once; the vectors stay on disk, so that an
+              interrupted run continues
+3. rank       the candidates of the same modalities as the positives (text, image or both) by cosine
+4. leave out  what is right: known positives by content, and whatever scores higher than the lowest
+              positive minus a margin
+5. write      the records with the nearest k of the others as negatives
 
-Step 4 is the "positive-aware" mining of NV-Retriever (arXiv 2407.15831), its TopK-MarginPos: a candidate that the
-model puts as near as the right answer is more often right and not labelled than wrong.
+Step 4 is the positive-aware mining of NV-Retriever (arXiv 2407.15831), its TopK-MarginPos: a
+candidate as near as the positive is more often right and not labelled than wrong.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,41 +25,66 @@ from numpy.typing import NDArray
 from vlduet.data import formats
 from vlduet.data.content_keys import content_key
 from vlduet.data.quarantine import Quarantine, quarantine_path
-from vlduet.data.questions import QuerySide, get_query_and_positives, split_into_queries
 from vlduet.data.records import ImageRef, Parts, Record
+from vlduet.data.tools.queries import QuerySide, get_query_and_positives, split_into_queries
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import ProgressBar, track_progress
 from vlduet.retrieval.documents import Document, hash_parts
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
-from vlduet.retrieval.stores.base import FlatStore, IndexRow, RowHashes
+from vlduet.retrieval.stores.base import IndexRow, RowHashes
 
 ScoreMatrix = NDArray[np.float64]
 
 QUERIES_PER_BLOCK = 256
-"""Questions whose scores are in memory at a time."""
+"""Number of queries whose scores are in memory at once."""
 SCORE_DECIMALS = 6
-"""Cosines are compared to so many decimals."""
+"""Decimals to which cosines are rounded before they are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class MiningReport:
-    """What a run found."""
+    """Counts of one run. The field names are the keys of ``--json``."""
 
     records: int
+    """Written records."""
     negatives: int
-    """New ones, over all records."""
+    """New negatives of all records together."""
     without: int
-    """Records that got none."""
+    """Records that received no new negative."""
     too_near: int
-    """Candidates that were left out because of the margin, over all records."""
+    """Candidates that the margin left out, of all records together."""
     embedded: int
-    """Queries and candidates that went through the model; the others' vectors were there."""
+    """Queries and candidates that were embedded in this run; the others' vectors were on disk."""
     positive_score: float | None
     """Mean cosine of a query and its lowest positive."""
     negative_score: float | None
-    """Mean cosine of a query and a new negative; None where there is none."""
+    """Mean cosine of a query and a new negative; None without any."""
     dropped: int
+    """Records that were left out, listed in the quarantine."""
     causes: dict[str, int]
+    """Number of dropped records by cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MiningQuery:
+    """A record with the content keys of its query and candidates."""
+
+    record: Record
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _MiningScores:
+    """Scores of one query."""
+
+    positive: float
+    """Lowest cosine of a positive."""
+    negatives: tuple[float, ...]
+    """Cosines of the new negatives, the highest first."""
+    num_too_near: int
+    """Number of candidates that the margin left out."""
 
 
 def mine_hard_negatives(
@@ -69,245 +96,275 @@ def mine_hard_negatives(
     num_negatives: int = 4,
     margin: float = 0.05,
 ) -> MiningReport:
-    """Write the records of `source` with the negatives that `model` finds hardest: pairs that ask with their image stay
-    pairs, long caption and all; the rest is retrieval records.
+    """Write the records of `source` with the negatives that `model` finds hardest.
 
-    Deterministic: equal scores are taken in the order of the file. Vectors are kept in ``<to>.vectors/``, by model and
-    content; a second run with another `k` or `margin` embeds nothing.
+    Pairs that are queried by their image stay pairs, with their long caption; all others become
+    retrieval records. Equal runs write equal files: equal scores are taken in the order of the
+    file. Vectors stay in ``<output>.vectors/`` by model and content, so that a second run with
+    another `num_negatives` or `margin` embeds nothing.
 
     Args:
-        model: embeds; the model that is to be trained, or a better one.
-        source: pairs with short captions and retrieval records; the candidates are what they hold.
-        to: the ``.jsonl`` to write, whole or not at all; what is left out is listed in ``<to>.quarantine.jsonl``.
-        asking: the side of a pair that is the query.
-        k: new negatives a record; fewer where the file has no more.
-        margin: cosine by which a negative must stay below the lowest of the record's positives.
+        model: model to embed with: the one that is to be trained, or a better one.
+        source: pairs with short captions, and retrieval records, which are also the candidates.
+        output: ``.jsonl`` to write, complete or not at all; records that are left out are listed in
+            ``<output>.quarantine.jsonl``.
+        query_side: side of a pair that is the query.
+        num_negatives: number of new negatives per record; fewer if the file has no more.
+        margin: cosine by which a negative must stay below the lowest positive of the record.
 
     Raises:
-        ConfigError: a bad option. DataError: a source without a usable record. RetrievalError: broken vectors.
+        ConfigError: an option is out of range.
+        DataError: the source has no usable record, or `output` is not a valid target.
+        RetrievalError: the stored vectors are broken.
     """
     if num_negatives < 1:
         raise ConfigError(f"{num_negatives} negatives", place="-k", fix="Ask for 1 or more")
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError(f"{margin}", place="--margin", fix="Give a cosine difference, 0 or more")
     formats.check_output_path(output, source)
-    dropped = Quarantine.create(quarantine_path(output))
-    pool = _Pool()
-    records = formats.read_records(source, on_error=lambda error: dropped.add(error.place, error))
+    quarantine = Quarantine.create(quarantine_path(output))
+    pool = _CandidatePool()
+    records = formats.read_records(source, on_error=lambda e: quarantine.add(e.place, e))
     for record in track_progress(records, label=f"reading {source.name}"):
         try:
-            for question in split_into_queries(record, query_side=query_side):
-                pool.add(question)
+            for query in split_into_queries(record, query_side=query_side):
+                pool.add(query)
         except DataError as error:
-            dropped.add(record, error)
-    embedded = pool.embed(model, output.with_suffix(".vectors") / model.fingerprint, dropped)
-    if not pool.asked:
-        raise DataError(
-            f"no usable record ({dropped})", place=source, fix="Give pairs or retrieval records"
-        )
-    found: list[_Found] = []
-    mined = _mined(pool, k=num_negatives, margin=margin, made_by=model.fingerprint, found=found)
-    for _ in track_progress(
-        formats.stream_to_jsonl(mined, output), total=len(pool.asked), label="ranking"
-    ):
-        pass
-    scores = [score for one in found for score in one.scores]
-    return MiningReport(
-        records=len(found),
-        negatives=len(scores),
-        without=sum(not one.scores for one in found),
-        too_near=sum(one.too_near for one in found),
-        embedded=embedded,
-        positive_score=_mean([one.positive for one in found]),
-        negative_score=_mean(scores),
-        dropped=dropped.count,
-        causes=dropped.count_by_cause(),
+            quarantine.add(record, error)
+    folder = output.with_suffix(".vectors") / model.fingerprint
+    num_embedded = pool.embed(model, folder, quarantine)
+    if not pool.queries:
+        message = f"no usable record ({quarantine})"
+        raise DataError(message, place=source, fix="Give pairs or retrieval records")
+    scores: list[_MiningScores] = []
+    mined = _add_negatives(
+        pool, k=num_negatives, margin=margin, model_name=model.fingerprint, scores=scores
     )
+    stored = formats.stream_to_jsonl(mined, output)
+    for _ in track_progress(stored, total=len(pool.queries), label="ranking"):
+        pass
+    negative_scores = np.concatenate([score.negatives for score in scores])
+    return MiningReport(
+        records=len(scores),
+        negatives=len(negative_scores),
+        without=sum(not score.negatives for score in scores),
+        too_near=sum(score.num_too_near for score in scores),
+        embedded=num_embedded,
+        positive_score=float(np.mean([score.positive for score in scores])),
+        negative_score=float(negative_scores.mean()) if len(negative_scores) else None,
+        dropped=quarantine.count,
+        causes=quarantine.count_by_cause(),
+    )
+
+
+class _CandidatePool:
+    """Queries of a file, with every distinct query and candidate content to embed.
+
+    Contents are distinguished by `content_key`, as the losses do.
+    """
+
+    def __init__(self) -> None:
+        self.queries: list[_MiningQuery] = []
+        self.query_documents: dict[str, Document] = {}
+        self.candidates: dict[str, Document] = {}
+        # Positives of an equal query in any record: the loss counts all of them as right.
+        self.positives: dict[str, set[str]] = {}
+        self.query_vectors: ScoreMatrix = np.empty((0, 0))  # [N, D]
+        self.candidate_vectors: ScoreMatrix = np.empty((0, 0))  # [C, D]
+
+    def add(self, record: Record) -> None:
+        """Add a query with its candidates.
+
+        Raises:
+            ImageError: an image cannot be read; the pool is not changed then.
+        """
+        query_parts, positive_parts = get_query_and_positives(record)
+        query, query_document = _make_document(record, query_parts)
+        positives = dict(_make_document(record, parts) for parts in positive_parts)
+        negatives = dict(_make_document(record, parts) for parts in record.negative)
+        self.query_documents.setdefault(query, query_document)
+        for key, document in (positives | negatives).items():
+            self.candidates.setdefault(key, document)
+        self.positives.setdefault(query, set()).update(positives)
+        self.queries.append(_MiningQuery(record, query, tuple(positives), tuple(negatives)))
+
+    def embed(self, model: Embedder, folder: Path, quarantine: Quarantine) -> int:
+        """Set `query_vectors` and `candidate_vectors`, in the order of their documents.
+
+        Documents that cannot be embedded, and the queries that need them, leave the pool.
+
+        Returns:
+            Number of documents that were not stored in `folder` yet.
+        """
+        as_queries = _QueryEmbedder(model)
+        self.query_vectors, num_queries, query_errors = _embed_documents(
+            as_queries, self.query_documents, folder / "queries"
+        )
+        self.candidate_vectors, num_candidates, errors = _embed_documents(
+            model, self.candidates, folder / "candidates"
+        )
+        usable = []
+        for query in self.queries:
+            keys = [key for key in query.positives + query.negatives if key in errors]
+            if query.query in query_errors:
+                quarantine.add(query.record, query_errors[query.query])
+            elif keys:
+                quarantine.add(query.record, errors[keys[0]])
+            else:
+                usable.append(query)
+        self.queries = usable
+        return num_queries + num_candidates
+
+
+class _QueryEmbedder:
+    """Model that embeds documents as queries, for `encode_documents`."""
+
+    def __init__(self, model: Embedder):
+        self.fingerprint = model.fingerprint
+        self.image_backend = model.image_backend
+        self.dim = model.dim
+        self.encode_query = model.encode_query
+        self.encode_document = model.encode_query
+
+
+def _make_document(record: Record, parts: Parts) -> tuple[str, Document]:
+    """Return the content key of some parts of a record, and the document to embed.
+
+    The hash of the document, unlike the key, tells upper from lower case.
+    """
+    content_hash = hash_parts(parts)
+    document = Document(record.id, parts, "", content_hash=content_hash, place=record.place)
+    return content_key(parts), document
+
+
+def _embed_documents(
+    model: Embedder, documents: dict[str, Document], folder: Path
+) -> tuple[ScoreMatrix, int, Mapping[str, DataError]]:
+    """Embed the documents whose vectors are not stored in `folder` yet, and store them there.
+
+    Args:
+        documents: documents by key. Those that cannot be embedded are removed.
+
+    Returns:
+        (vectors float[N, D] in the order of `documents`, number of new ones, errors of the removed
+        documents by key).
+    """
+    from vlduet.retrieval.stores.lance import LanceStore  # slow to import
+
+    store = LanceStore(folder, dim=model.dim, write=True)
+    stored = set(store.read_hashes())
+    num_new = 0
+    errors: dict[str, DataError] = {}  # by content hash
+
+    def add_error(document: Document, error: DataError) -> None:
+        errors[document.content_hash] = error
+
+    with ProgressBar(total=len(documents), label=f"embedding {folder.name}") as bar:
+        # By position, so that a continued run makes the same batches, and so the same vectors, as
+        # one without interruption.
+        for chunk in batched(documents.values(), DOCUMENTS_PER_CHUNK):
+            missing = [document for document in chunk if document.content_hash not in stored]
+            for embedded, vectors in encode_documents(model, missing, on_error=add_error):
+                hashes = [document.content_hash for document in embedded]
+                store.upsert([_make_row(content_hash) for content_hash in hashes], vectors)
+                stored.update(hashes)
+                num_new += len(hashes)
+            bar.advance(len(chunk))
+    failed = {
+        key: errors[document.content_hash]
+        for key, document in documents.items()
+        if document.content_hash in errors
+    }
+    for key in failed:
+        del documents[key]
+    vectors = store.read_vectors([document.content_hash for document in documents.values()])
+    store.close()
+    return vectors.astype(np.float64), num_new, failed
+
+
+def _make_row(content_hash: str) -> IndexRow:
+    return IndexRow(content_hash, RowHashes(content_hash, ""), "", None, None, {})
+
+
+def _add_negatives(
+    pool: _CandidatePool,
+    *,
+    k: int,
+    margin: float,
+    model_name: str,
+    scores: list[_MiningScores],
+) -> Iterator[Record]:
+    """Yield the records of an embedded pool with their new negatives.
+
+    Args:
+        scores: list to which the scores of each yielded record are appended.
+    """
+    row_of = {key: i for i, key in enumerate(pool.query_documents)}
+    column_of = {key: i for i, key in enumerate(pool.candidates)}
+    candidates = [document.parts for document in pool.candidates.values()]
+    modalities = np.array([_describe_modalities(parts) for parts in candidates])  # [C]
+    for block in batched(pool.queries, QUERIES_PER_BLOCK):
+        query_vectors = pool.query_vectors[[row_of[query.query] for query in block]]
+        # Rounded float64, so that equal contents tie exactly, whatever the blocks or the machine.
+        cosines = np.round(query_vectors @ pool.candidate_vectors.T, SCORE_DECIMALS)  # [B, C]
+        lowest = np.empty(len(block))  # [B]
+        allowed = np.empty(cosines.shape, dtype=bool)  # [B, C]
+        for i, query in enumerate(block):
+            positives = [column_of[key] for key in query.positives]
+            lowest[i] = cosines[i, positives].min()
+            allowed[i] = modalities == modalities[positives[0]]
+            known = pool.positives[query.query].union(query.negatives)
+            allowed[i, [column_of[key] for key in known if key in column_of]] = False
+        limits = np.round(lowest - margin, SCORE_DECIMALS)  # [B]
+        num_too_near = (allowed & (cosines >= limits[:, None])).sum(1)  # [B]
+        selected = select_hardest(cosines, allowed=allowed, limits=limits, k=k)
+        for i, columns in enumerate(selected):
+            positive_score = float(lowest[i])
+            negative_scores = [float(cosines[i, column]) for column in columns]
+            scores.append(
+                _MiningScores(positive_score, tuple(negative_scores), int(num_too_near[i]))
+            )
+            origin = {
+                "model": model_name,
+                "margin": margin,
+                "positive_score": positive_score,
+                "negative_scores": negative_scores,
+            }
+            record = block[i].record
+            yield replace(
+                record,
+                negative=(*record.negative, *(candidates[column] for column in columns)),
+                metadata={**record.metadata, "mined": origin},
+            )
 
 
 def select_hardest(
     scores: ScoreMatrix, *, allowed: NDArray[np.bool_], limits: ScoreMatrix, k: int
 ) -> list[list[int]]:
-    """The k highest allowed scores below each row's limit, best first, ties in the order of the columns.
+    """Return the columns of the k highest allowed scores below each row's limit, the best first.
+
+    Equal scores are taken in the order of the columns.
 
     Args:
-        scores: float[Q, C]; allowed: bool[Q, C]; limits: float[Q], which a score must stay below.
-    """
-    found = []
-    for row, eligible in zip(scores, allowed & (scores < limits[:, None]), strict=True):
-        at = np.flatnonzero(eligible)
-        if len(at) > k:
-            at = at[row[at] >= np.partition(row[at], -k)[-k]]
-        found.append([int(i) for i in at[np.argsort(-row[at], kind="stable")][:k]])
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A record, and the contents of its parts."""
-
-    record: Record
-    query: str
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What was found for one question."""
-
-    positive: float
-    scores: tuple[float, ...]
-    """Of its new negatives."""
-    too_near: int
-
-
-class _Pool:
-    """Every question, and every distinct query and candidate, by content as the losses compare it."""
-
-    def __init__(self) -> None:
-        self.asked: list[_Question] = []
-        self.queries: dict[str, Document] = {}
-        self.candidates: dict[str, Document] = {}
-        # What is paired with an equal query in any record: the loss takes all of that for right.
-        self.right: dict[str, set[str]] = {}
-
-    def add(self, record: Record) -> None:
-        """Raises ImageError for an image that cannot be read; nothing of the record is kept then."""
-        asking, answers = get_query_and_positives(record)
-        query, document = _keyed(record, asking)
-        right, wrong = (
-            dict(_keyed(record, parts) for parts in side) for side in (answers, record.negative)
-        )
-        self.queries.setdefault(query, document)
-        for key, document in (right | wrong).items():
-            self.candidates.setdefault(key, document)
-        self.right.setdefault(query, set()).update(right)
-        self.asked.append(_Question(record, query, tuple(right), tuple(wrong)))
-
-    def embed(self, model: Embedder, folder: Path, dropped: Quarantine) -> int:
-        """Set `vectors`, of queries and of candidates; questions with a part that cannot be embedded leave the pool.
-
-        Returns:
-            How many went through the model.
-        """
-        asking, new_queries, bad_queries = _embed(_Asked(model), self.queries, folder / "queries")
-        answers, new_candidates, bad_candidates = _embed(
-            model, self.candidates, folder / "candidates"
-        )
-        kept = []
-        for question in self.asked:
-            errors = [bad_candidates.get(key) for key in question.positive + question.negative]
-            error = next(
-                (e for e in [bad_queries.get(question.query), *errors] if e is not None), None
-            )
-            if error is None:
-                kept.append(question)
-            else:
-                dropped.add(question.record, error)
-        self.asked, self.vectors = kept, (asking, answers)
-        return new_queries + new_candidates
-
-
-class _Asked:
-    """A model whose documents are queries, for `encode_documents`."""
-
-    def __init__(self, model: Embedder):
-        self.fingerprint, self.image_backend, self.dim = (
-            model.fingerprint,
-            model.image_backend,
-            model.dim,
-        )
-        self.encode_query = self.encode_document = model.encode_query
-
-
-def _keyed(record: Record, parts: Parts) -> tuple[str, Document]:
-    """Content as the losses compare it, and what is embedded of it, whose own key tells upper from lower case too."""
-    return content_key(parts), Document(
-        record.id, parts, "", content_hash=hash_parts(parts), place=record.place
-    )
-
-
-def _embed(
-    model: Embedder, documents: dict[str, Document], folder: Path
-) -> tuple[ScoreMatrix, int, dict[str, DataError]]:
-    """Embed what does not lie in `folder` yet; what cannot be embedded leaves `documents`.
+        scores: float[Q, C].
+        allowed: bool[Q, C].
+        limits: float[Q]; a score must be lower than its row's limit.
 
     Returns:
-        float[N, D] in the order of `documents`; how many are new; errors of what left, by content.
+        Q lists of at most k columns; fewer if a row has no more.
     """
-    store = FlatStore(folder, dim=model.dim, write=True)
-    known, new, failed = set(store.read_hashes()), 0, dict[str, DataError]()
-    with ProgressBar(total=len(documents), label=f"embedding {folder.name}") as bar:
-        # By position, so that a run that goes on makes the same batches, and so the same vectors, as one without a stop.
-        for group in batched(documents.values(), DOCUMENTS_PER_CHUNK):
-            missing = [document for document in group if document.content_hash not in known]
-            for kept, vectors in encode_documents(
-                model, missing, on_error=lambda d, e: failed.update({d.content_hash: e})
-            ):
-                store.upsert(
-                    [
-                        IndexRow(d.content_hash, RowHashes(d.content_hash, ""), "", None, None, {})
-                        for d in kept
-                    ],
-                    vectors,
-                )
-                known.update(document.content_hash for document in kept)
-                new += len(kept)
-            bar.advance(len(group))
-    store.close()
-    gone = {
-        key: failed[document.content_hash]
-        for key, document in documents.items()
-        if document.content_hash in failed
-    }
-    for key in gone:
-        del documents[key]
-    return (
-        store.read_vectors([document.content_hash for document in documents.values()]).astype(
-            np.float64
-        ),
-        new,
-        gone,
-    )
+    selected = []
+    for row, eligible in zip(scores, allowed & (scores < limits[:, None]), strict=True):
+        columns = np.flatnonzero(eligible)
+        if len(columns) > k:
+            kth_score = np.partition(row[columns], -k)[-k]
+            columns = columns[row[columns] >= kth_score]  # ties included, for the stable sort
+        best_first = columns[np.argsort(-row[columns], kind="stable")][:k]
+        selected.append([int(column) for column in best_first])
+    return selected
 
 
-def _mined(
-    pool: _Pool, *, k: int, margin: float, made_by: str, found: list[_Found]
-) -> Iterator[Record]:
-    """The records with their new negatives; `found` gets what was found for each."""
-    queries, candidates = pool.vectors
-    row = {key: i for i, key in enumerate(pool.queries)}
-    column = {key: i for i, key in enumerate(pool.candidates)}
-    parts = [document.parts for document in pool.candidates.values()]
-    made_of = np.array([_made_of(one) for one in parts])
-    for block in batched(pool.asked, QUERIES_PER_BLOCK):
-        # Rounded float64: equal content ties exactly, whatever the blocks or the machine.
-        scores = np.round(
-            queries[[row[q.query] for q in block]] @ candidates.T, SCORE_DECIMALS
-        )  # [B, C]
-        right = [[column[key] for key in q.positive] for q in block]
-        lowest = np.array([scores[i, at].min() for i, at in enumerate(right)])  # [B]
-        limits = np.round(lowest - margin, SCORE_DECIMALS)
-        allowed = made_of[None, :] == made_of[[at[0] for at in right]][:, None]  # [B, C]
-        for i, question in enumerate(block):
-            known = pool.right[question.query].union(question.negative)
-            allowed[i, [column[key] for key in known if key in column]] = False
-        near = (allowed & (scores >= limits[:, None])).sum(1)
-        for i, chosen in enumerate(select_hardest(scores, allowed=allowed, limits=limits, k=k)):
-            record = block[i].record
-            found.append(
-                _Found(float(lowest[i]), tuple(float(scores[i, at]) for at in chosen), int(near[i]))
-            )
-            told = {"model": made_by, "margin": margin, "positive_score": float(lowest[i])}
-            told["negative_scores"] = list(found[-1].scores)
-            negative = (*record.negative, *(parts[at] for at in chosen))
-            yield replace(record, negative=negative, metadata={**record.metadata, "mined": told})
-
-
-def _made_of(parts: Parts) -> str:
-    return "+".join(sorted({"image" if isinstance(part, ImageRef) else "text" for part in parts}))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+def _describe_modalities(parts: Parts) -> str:
+    """Return ``image``, ``text`` or ``image+text``."""
+    names = {"image" if isinstance(part, ImageRef) else "text" for part in parts}
+    return "+".join(sorted(names))

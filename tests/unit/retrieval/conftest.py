@@ -1,4 +1,4 @@
-"""A model without weights, and small sources to index."""
+"""A fake model without weights, and small sources to index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yello
 
 
 class FakeModel:
-    """Texts are bags of hashed words, images their mean colour; the colours' names lie on the colours."""
+    """Model that embeds a text as a bag of hashed words and an image as its mean colour.
+
+    The name of a colour has the embedding of an image of that colour. `embedded` lists the
+    documents that were embedded, `conversations` the messages that were answered, and
+    `before_document` is called with the parts of each document before it is embedded.
+    """
 
     dim = 64
     image_backend = "pil"
@@ -26,7 +31,7 @@ class FakeModel:
     def __init__(self, fingerprint: str = "fake"):
         self.fingerprint = fingerprint
         self.embedded: list[Parts] = []
-        self.asked: list[tuple[Message, ...]] = []
+        self.conversations: list[tuple[Message, ...]] = []
         self.before_document: Callable[[Parts], object] = lambda parts: None
 
     def encode_query(self, items: Sequence[Part | Parts]) -> np.ndarray:
@@ -43,9 +48,9 @@ class FakeModel:
     def generate(
         self, messages: Sequence[Message], *, max_new_tokens: int = 128, stream: bool = False
     ) -> str | Iterator[str]:
-        self.asked.append(tuple(messages))
-        words = ["An ", "answer."]
-        return iter(words) if stream else "".join(words)
+        self.conversations.append(tuple(messages))
+        texts = ["An ", "answer."]
+        return iter(texts) if stream else "".join(texts)
 
     @staticmethod
     def _parts(item: Part | Parts) -> Parts:
@@ -53,7 +58,7 @@ class FakeModel:
 
     def _vector(self, parts: Parts) -> np.ndarray:
         total = np.zeros(self.dim)
-        total[-1] = 0.1  # nothing is at the origin
+        total[-1] = 0.1  # no embedding has zero length
         for part in parts:
             if isinstance(part, ImageRef):
                 total[:3] += images.to_pixels(images.load_image(part)).mean((0, 1)) / 255
@@ -77,20 +82,20 @@ def other_model() -> FakeModel:
 
 
 def paint(path: Path, colour: tuple[int, int, int]) -> Path:
-    """A small image of one colour."""
+    """Write a small image of one colour and return its path."""
     images.save_png(images.from_pixels(np.full((4, 4, 3), colour, dtype=np.uint8)), path)
     return path
 
 
 def write_records(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    """A file of records."""
+    """Write a file of records and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def write_pairs(folder: Path, colours: dict[str, tuple[int, int, int]] = COLOURS) -> Path:
-    """One captioned image a colour, with metadata of every kind: year counts from 2000."""
+    """Write a captioned image per colour, with metadata of every kind; `year` counts from 2000."""
     rows: list[dict[str, Any]] = []
     for i, (name, colour) in enumerate(colours.items()):
         paint(folder / "images" / f"{name}.png", colour)
@@ -110,15 +115,9 @@ def pairs(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "source")
 
 
-@pytest.fixture(params=["flat", "lance"])
-def store(request: pytest.FixtureRequest) -> Any:
-    """The name of a store."""
-    return request.param
-
-
 @pytest.fixture
 def tools() -> Any:
-    """The helpers of this file: conftest cannot be imported."""
+    """Return the helpers of this file, because conftest cannot be imported."""
     import types
 
     return types.SimpleNamespace(

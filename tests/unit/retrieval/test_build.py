@@ -1,4 +1,4 @@
-"""Building an index: only what is new is embedded, whatever happens in between."""
+"""Building an index: only new content is embedded, also after interruptions and changes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 
 
-def counts(report: Any) -> dict[str, int]:
+def nonzero_counts(report: Any) -> dict[str, int]:
     return {name: getattr(report, name) for name in report.__slots__ if getattr(report, name)}
 
 
-def test_build_and_search(pairs: Path, tmp_path: Path, model: Any, store: Any) -> None:
-    report = build_index(model, pairs, to=tmp_path / "index", store=store)
-    assert counts(report) == {"added": 4, "embedded": 4, "count": 4}
+def test_built_index_returns_documents_with_text_metadata_and_image(
+    pairs: Path, tmp_path: Path, model: Any
+) -> None:
+    report = build_index(model, pairs, to=tmp_path / "index")
+    assert nonzero_counts(report) == {"added": 4, "embedded": 4, "count": 4}
     with Index.open(tmp_path / "index", model) as index:
         assert index.manifest.complete and index.manifest.count == index.count() == 4
         assert index.manifest.fields == {"hue": ["text"], "year": ["number"], "warm": ["flag"]}
@@ -40,14 +42,17 @@ def test_build_and_search(pairs: Path, tmp_path: Path, model: Any, store: Any) -
 
 
 def test_only_new_content_is_embedded(
-    pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any
+    pairs: Path,
+    tmp_path: Path,
+    model: Any,
+    tools: Any,
 ) -> None:
     folder = pairs.parent
     to = tmp_path / "index"
-    build_index(model, pairs, to=to, store=store)
+    build_index(model, pairs, to=to)
     model.embedded.clear()
 
-    assert counts(build_index(model, pairs, to=to)) == {"kept": 4, "count": 4}
+    assert nonzero_counts(build_index(model, pairs, to=to)) == {"kept": 4, "count": 4}
 
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     rows[0]["short"] = "another caption"  # the image is what is embedded
@@ -55,27 +60,35 @@ def test_only_new_content_is_embedded(
     rows.append({"id": "twin", "image": "images/blue.png"})
     tools.write_records(pairs, rows)
     report = build_index(model, pairs, to=to)
-    assert counts(report) == {"added": 2, "updated": 1, "kept": 2, "absent": 1, "count": 6}
+    assert nonzero_counts(report) == {"added": 2, "updated": 1, "kept": 2, "absent": 1, "count": 6}
     assert model.embedded == []
 
     tools.paint(folder / "images" / "red.png", (9, 9, 9))
     report = build_index(model, pairs, to=to, prune=True)
-    assert counts(report) == {"updated": 1, "kept": 4, "embedded": 1, "removed": 1, "count": 5}
+    assert nonzero_counts(report) == {
+        "updated": 1,
+        "kept": 4,
+        "embedded": 1,
+        "removed": 1,
+        "count": 5,
+    }
     assert len(model.embedded) == 1
     with Index.open(to, model) as index:
-        found = {hit.id: hit for hit in search(index, model, "red", k=10)}
-        assert set(found) == {"red", "renamed", "blue", "yellow", "twin"}
-        assert found["red"].text == "another caption"
-        assert found["red"].score < found["yellow"].score
+        hits = {hit.id: hit for hit in search(index, model, "red", k=10)}
+        assert set(hits) == {"red", "renamed", "blue", "yellow", "twin"}
+        assert hits["red"].text == "another caption"
+        assert hits["red"].score < hits["yellow"].score
 
 
-def test_two_documents_swap_content(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
-    """Rows that lend each other their vectors while both are overwritten, also across chunks."""
+def test_documents_that_swap_their_content_swap_their_vectors(
+    tmp_path: Path, model: Any, tools: Any
+) -> None:
+    """Rows reuse each other's vectors while both are overwritten, also across chunks."""
     for chunk in (1, 9):
-        folder = tmp_path / f"{store}{chunk}"
+        folder = tmp_path / str(chunk)
         rows = [{"id": name, "parts": [{"text": name}]} for name in ("one", "two", "three")]
         source = tools.write_records(folder / "r.jsonl", rows)
-        build_index(model, source, to=folder / "index", side="text", store=store, chunk_size=chunk)
+        build_index(model, source, to=folder / "index", side="text", chunk_size=chunk)
         rows = [
             {"id": a, "parts": [{"text": b}]}
             for a, b in (("one", "two"), ("two", "three"), ("three", "one"))
@@ -89,16 +102,14 @@ def test_two_documents_swap_content(tmp_path: Path, model: Any, tools: Any, stor
                 assert (hit.id, hit.score, hit.text) == (a, 1.0, b)
 
 
-def test_equal_content_is_embedded_once(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_equal_content_is_embedded_once(tmp_path: Path, model: Any, tools: Any) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"text {i % 3}"}]} for i in range(10)]
     source = tools.write_records(tmp_path / "r.jsonl", rows)
-    report = build_index(
-        model, source, to=tmp_path / "index", side="text", store=store, chunk_size=4
-    )
+    report = build_index(model, source, to=tmp_path / "index", side="text", chunk_size=4)
     assert (report.added, report.embedded, len(model.embedded)) == (10, 3, 3)
 
 
-def many(tmp_path: Path, tools: Any, count: int = 20) -> Path:
+def write_text_records(tmp_path: Path, tools: Any, count: int = 20) -> Path:
     rows = [{"id": f"{i:02d}", "parts": [{"text": f"word{i} word{i + 1}"}]} for i in range(count)]
     path: Path = tools.write_records(tmp_path / "many.jsonl", rows)
     return path
@@ -108,8 +119,8 @@ class Interruption(BaseException):
     pass
 
 
-def test_an_interrupted_build_resumes(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
-    source, to = many(tmp_path, tools), tmp_path / "index"
+def test_interrupted_build_resumes_where_it_stopped(tmp_path: Path, model: Any, tools: Any) -> None:
+    source, to = write_text_records(tmp_path, tools), tmp_path / "index"
 
     def stop(parts: Any) -> None:
         if len(model.embedded) == 12:
@@ -117,7 +128,7 @@ def test_an_interrupted_build_resumes(tmp_path: Path, model: Any, tools: Any, st
 
     model.before_document = stop
     with pytest.raises(Interruption):
-        build_index(model, source, to=to, side="text", store=store, chunk_size=4)
+        build_index(model, source, to=to, side="text", chunk_size=4)
     with Index.open(to, model) as index:
         assert not index.manifest.complete
         assert index.count() == 12
@@ -125,149 +136,153 @@ def test_an_interrupted_build_resumes(tmp_path: Path, model: Any, tools: Any, st
 
     model.before_document = lambda parts: None
     report = build_index(model, source, to=to, chunk_size=4)
-    assert counts(report) == {"added": 8, "kept": 12, "embedded": 8, "count": 20}
+    assert nonzero_counts(report) == {"added": 8, "kept": 12, "embedded": 8, "count": 20}
     assert len(model.embedded) == 20
-    whole = tools.FakeModel()
-    build_index(whole, source, to=tmp_path / "whole", side="text", store=store)
-    with Index.open(to, model) as resumed, Index.open(tmp_path / "whole", whole) as at_once:
+    other = tools.FakeModel()
+    build_index(other, source, to=tmp_path / "whole", side="text")
+    with Index.open(to, model) as resumed, Index.open(tmp_path / "whole", other) as at_once:
         assert resumed.manifest.complete
         for query in ("word3", "word17 word2"):
-            assert search(resumed, model, query, k=20) == search(at_once, whole, query, k=20)
+            assert search(resumed, model, query, k=20) == search(at_once, other, query, k=20)
 
 
-KILLED = """
+SLOW_BUILD = """
     import importlib.util, pathlib, sys, time
     spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
     fakes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fakes)
-    from vlduet.retrieval.build import build
+    from vlduet.retrieval.build import build_index
     model = fakes.FakeModel()
     def slow(parts):
         if len(model.embedded) >= 8:
             print("ready", flush=True)
             time.sleep(600)
     model.before_document = slow
-    build(model, sys.argv[2], to=sys.argv[3], side="text", store=sys.argv[4], chunk=4)
+    build_index(model, sys.argv[2], to=sys.argv[3], side="text", chunk_size=4)
 """
 
 
-def test_kill_9_loses_one_chunk_and_no_lock(
-    tmp_path: Path, model: Any, tools: Any, store: Any
+def test_killed_build_loses_one_chunk_and_releases_the_lock(
+    tmp_path: Path,
+    model: Any,
+    tools: Any,
 ) -> None:
-    source, to = many(tmp_path, tools), tmp_path / "index"
+    source, to = write_text_records(tmp_path, tools), tmp_path / "index"
     fakes = Path(__file__).with_name("conftest.py")
-    command = [
-        sys.executable,
-        "-c",
-        textwrap.dedent(KILLED),
-        str(fakes),
-        str(source),
-        str(to),
-        store,
-    ]
+    script = textwrap.dedent(SLOW_BUILD)
+    command = [sys.executable, "-c", script, str(fakes), str(source), str(to)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         with pytest.raises(RetrievalError, match="another process is writing"):
-            build_index(model, source, to=to, store=store)
+            build_index(model, source, to=to)
         process.send_signal(signal.SIGKILL)
     report = build_index(model, source, to=to, chunk_size=4)
-    assert counts(report) == {"added": 12, "kept": 8, "embedded": 12, "count": 20}
+    assert nonzero_counts(report) == {"added": 12, "kept": 8, "embedded": 12, "count": 20}
     with Index.open(to, model) as index:
         assert search(index, model, "word5", k=1)[0].score > 0.5
 
 
-def test_one_writer(pairs: Path, tmp_path: Path, model: Any) -> None:
+def test_second_writer_is_refused(pairs: Path, tmp_path: Path, model: Any) -> None:
     to = tmp_path / "index"
     build_index(model, pairs, to=to)
     with FileLock(to / ".lock"), pytest.raises(RetrievalError, match="another process is writing"):
         build_index(model, pairs, to=to)
 
 
-def test_an_open_index_stays_readable_while_it_is_rebuilt(
-    tmp_path: Path, model: Any, tools: Any, store: Any
+def test_open_index_reads_the_rows_of_a_later_build(
+    tmp_path: Path,
+    model: Any,
+    tools: Any,
 ) -> None:
-    source = many(tmp_path, tools)
-    build_index(model, source, to=tmp_path / "index", side="text", store=store)
+    source = write_text_records(tmp_path, tools)
+    build_index(model, source, to=tmp_path / "index", side="text")
     with Index.open(tmp_path / "index", model) as reader:
         tools.write_records(source, [{"id": "new", "parts": [{"text": "word3"}]}])
         build_index(model, source, to=tmp_path / "index", prune=True)
         (hit,) = search(reader, model, "word3", k=1)
-        assert hit.id == ("new" if store == "lance" else "02")
+        assert hit.id == "new"
 
 
-def test_another_model_is_refused(
-    pairs: Path, tmp_path: Path, model: Any, other_model: Any, store: Any
+def test_index_of_another_model_is_refused(
+    pairs: Path,
+    tmp_path: Path,
+    model: Any,
+    other_model: Any,
 ) -> None:
     to = tmp_path / "index"
-    build_index(model, pairs, to=to, store=store, model_path=tmp_path / "the-model")
-    told = r"built by model fake \(.*the-model\), this is model another.*--model"
-    with pytest.raises(RetrievalError, match=told):
+    build_index(model, pairs, to=to, model_path=tmp_path / "the-model")
+    message = r"built by model fake \(.*the-model\), this is model another.*--model"
+    with pytest.raises(RetrievalError, match=message):
         Index.open(to, other_model)
-    with pytest.raises(RetrievalError, match=told):
+    with pytest.raises(RetrievalError, match=message):
         build_index(other_model, pairs, to=to)
-    with Index.open(to) as index, pytest.raises(RetrievalError, match=told):
+    with Index.open(to) as index, pytest.raises(RetrievalError, match=message):
         search(index, other_model, "red")
     assert other_model.embedded == []
 
 
-def test_side_and_store_are_kept(pairs: Path, tmp_path: Path, model: Any) -> None:
+def test_side_of_an_existing_index_is_the_default_and_cannot_change(
+    pairs: Path, tmp_path: Path, model: Any
+) -> None:
     to = tmp_path / "index"
-    build_index(model, pairs, to=to, side="text", store="flat")
-    assert counts(build_index(model, pairs, to=to)) == {"kept": 4, "count": 4}
+    build_index(model, pairs, to=to, side="text")
+    assert nonzero_counts(build_index(model, pairs, to=to)) == {"kept": 4, "count": 4}
     with pytest.raises(RetrievalError, match="built with --side text, not image"):
         build_index(model, pairs, to=to, side="image")
-    with pytest.raises(RetrievalError, match="built with --store flat, not lance"):
-        build_index(model, pairs, to=to, store="lance")
-    for wrong in ({"side": "pictures"}, {"store": "faiss"}):
-        with pytest.raises(RetrievalError, match=f"--{next(iter(wrong))}"):
-            build_index(model, pairs, to=tmp_path / "new", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(RetrievalError, match="--side: 'pictures'"):
+        build_index(model, pairs, to=tmp_path / "new", side="pictures")  # type: ignore[arg-type]
 
 
-def test_broken_images_are_quarantined(
-    pairs: Path, tmp_path: Path, model: Any, tools: Any, store: Any
+def test_broken_images_are_quarantined_and_indexed_once_repaired(
+    pairs: Path,
+    tmp_path: Path,
+    model: Any,
+    tools: Any,
 ) -> None:
     images = pairs.parent / "images"
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    whole = (images / "red.png").read_bytes()
-    (images / "cut.png").write_bytes(whole[: len(whole) // 2])
+    data = (images / "red.png").read_bytes()
+    (images / "cut.png").write_bytes(data[: len(data) // 2])
     rows.insert(1, {"id": "cut", "image": "images/cut.png"})
     rows.insert(3, {"id": "cut again", "image": "images/cut.png"})
-    rows.append({"id": "gone", "image": "images/gone.png"})
+    rows.append({"id": "missing", "image": "images/missing.png"})
     tools.write_records(pairs, rows)
-    report = build_index(model, pairs, to=tmp_path / "index", store=store)
-    assert counts(report) == {"added": 4, "embedded": 4, "quarantined": 3, "count": 4}
+    report = build_index(model, pairs, to=tmp_path / "index")
+    assert nonzero_counts(report) == {"added": 4, "embedded": 4, "quarantined": 3, "count": 4}
     lines = [
         json.loads(line)
         for line in (tmp_path / "index" / "quarantine.jsonl").read_text().splitlines()
     ]
-    assert sorted(line["id"] for line in lines) == ["cut", "cut again", "gone"]
+    assert sorted(line["id"] for line in lines) == ["cut", "cut again", "missing"]
 
     shutil.copy(images / "red.png", images / "cut.png")
     report = build_index(model, pairs, to=tmp_path / "index")
-    assert counts(report) == {"added": 2, "kept": 4, "quarantined": 1, "count": 6}, (
-        "red's vector serves"
+    assert nonzero_counts(report) == {"added": 2, "kept": 4, "quarantined": 1, "count": 6}, (
+        "the vector of red.png is reused"
     )
 
 
-def test_what_broke_after_it_was_indexed(
-    pairs: Path, tmp_path: Path, model: Any, store: Any
+def test_image_that_broke_after_indexing_counts_as_absent(
+    pairs: Path,
+    tmp_path: Path,
+    model: Any,
 ) -> None:
-    build_index(model, pairs, to=tmp_path / "index", store=store)
+    build_index(model, pairs, to=tmp_path / "index")
     (pairs.parent / "images" / "red.png").write_bytes(b"not an image")
     report = build_index(model, pairs, to=tmp_path / "index")
-    assert counts(report) == {"kept": 3, "absent": 1, "quarantined": 1, "count": 4}
+    assert nonzero_counts(report) == {"kept": 3, "absent": 1, "quarantined": 1, "count": 4}
     report = build_index(model, pairs, to=tmp_path / "index", prune=True)
-    assert counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
+    assert nonzero_counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
 
 
-def test_prune_refuses_where_a_part_of_the_source_cannot_be_read(
+def test_prune_is_refused_if_rows_of_the_source_cannot_be_read(
     tmp_path: Path, model: Any, tools: Any
 ) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"word{i}"}]} for i in range(6)]
     source, to = tmp_path / "r.json", tmp_path / "index"
     source.write_text(json.dumps(rows))
-    build_index(model, source, to=to, side="text", store="flat")
+    build_index(model, source, to=to, side="text")
     source.write_text(json.dumps(rows[:2])[:-1] + ', {"id": "2", broken]')
     with pytest.raises(
         RetrievalError, match=r"1 rows of the source cannot be read, so nothing is pruned"
@@ -276,7 +291,7 @@ def test_prune_refuses_where_a_part_of_the_source_cannot_be_read(
     assert build_index(model, source, to=to).count == 6
 
 
-def test_prune_refuses_to_empty_an_index_by_accident(
+def test_prune_is_refused_if_nothing_can_be_indexed(
     pairs: Path, tmp_path: Path, model: Any
 ) -> None:
     build_index(model, pairs, to=tmp_path / "index")
@@ -286,25 +301,27 @@ def test_prune_refuses_to_empty_an_index_by_accident(
     assert Index.open(tmp_path / "index").count() == 4
 
 
-def test_folder_of_images(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_folder_of_images_can_be_indexed(tmp_path: Path, model: Any, tools: Any) -> None:
     for name, colour in tools.COLOURS.items():
         tools.paint(tmp_path / "photos" / name / "0.png", colour)
-    report = build_index(model, tmp_path / "photos", to=tmp_path / "index", store=store)
-    assert counts(report) == {"added": 4, "embedded": 4, "count": 4}
+    report = build_index(model, tmp_path / "photos", to=tmp_path / "index")
+    assert nonzero_counts(report) == {"added": 4, "embedded": 4, "count": 4}
     with Index.open(tmp_path / "index", model) as index:
         (hit,) = search(index, model, "yellow", k=1)
         assert "yellow" in hit.id and hit.image is not None
 
 
-def test_images_that_come_as_bytes_are_kept_in_the_index(
-    tmp_path: Path, model: Any, tools: Any, store: Any
+def test_images_given_as_bytes_are_stored_in_the_index(
+    tmp_path: Path,
+    model: Any,
+    tools: Any,
 ) -> None:
     data = tools.paint(tmp_path / "a.png", (255, 0, 0)).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     source = tools.write_records(
         tmp_path / "r.jsonl", [{"id": str(i), "image": url} for i in range(2)]
     )
-    build_index(model, source, to=tmp_path / "index", store=store)
+    build_index(model, source, to=tmp_path / "index")
     (tmp_path / "index").rename(tmp_path / "moved")
     with Index.open(tmp_path / "moved", model) as index:
         hit = search(index, model, "red", k=1)[0]
@@ -313,9 +330,7 @@ def test_images_that_come_as_bytes_are_kept_in_the_index(
     assert len(list((tmp_path / "moved" / "images").iterdir())) == 1
 
 
-def test_a_project_that_is_moved_finds_its_images_and_model(
-    tmp_path: Path, model: Any, tools: Any
-) -> None:
+def test_moved_project_finds_its_images_and_model(tmp_path: Path, model: Any, tools: Any) -> None:
     source = tools.write_pairs(tmp_path / "old" / "source")
     (tmp_path / "old" / "model").mkdir()
     build_index(model, source, to=tmp_path / "old" / "index", model_path=tmp_path / "old" / "model")
@@ -327,23 +342,20 @@ def test_a_project_that_is_moved_finds_its_images_and_model(
         assert index.model_path.samefile(tmp_path / "new" / "model")
         hit = search(index, model, "red", k=1)[0]
         assert hit.image is not None and hit.image.path is not None and hit.image.path.is_file()
-    assert counts(
-        build_index(
-            model, tmp_path / "new" / "source" / "records.jsonl", to=tmp_path / "new" / "index"
-        )
-    ) == {
-        "updated": 4,
-        "count": 4,
-    }
+    source = tmp_path / "new" / "source" / "records.jsonl"
+    report = build_index(model, source, to=tmp_path / "new" / "index")
+    assert nonzero_counts(report) == {"updated": 4, "count": 4}
 
 
-def test_the_model_is_named_when_it_is_gone(pairs: Path, tmp_path: Path, model: Any) -> None:
+def test_missing_model_is_named_in_the_error(pairs: Path, tmp_path: Path, model: Any) -> None:
     build_index(model, pairs, to=tmp_path / "index", model_path=tmp_path / "model")
     with pytest.raises(RetrievalError, match=r"model .* is not there.*--model DIR"):
         _ = Index.open(tmp_path / "index").model_path
 
 
-def test_folders_that_are_no_index(pairs: Path, tmp_path: Path, model: Any) -> None:
+def test_path_that_is_not_an_index_is_refused_and_left_unchanged(
+    pairs: Path, tmp_path: Path, model: Any
+) -> None:
     with pytest.raises(RetrievalError, match=r"no index here.*vlduet index"):
         Index.open(tmp_path / "nothing")
     with pytest.raises(RetrievalError, match="is not an index"):
@@ -353,11 +365,11 @@ def test_folders_that_are_no_index(pairs: Path, tmp_path: Path, model: Any) -> N
         build_index(model, pairs, to=pairs)
     with pytest.raises(DataError, match="no such file or folder"):
         build_index(model, tmp_path / "no source", to=tmp_path / "index")
-    assert not (tmp_path / "index").exists(), "a misspelt source leaves nothing behind"
+    assert not (tmp_path / "index").exists(), "a misspelt source must not create the index folder"
 
 
 @pytest.mark.parametrize(
-    ("manifest", "told"),
+    ("manifest", "message"),
     [
         ("{", "broken manifest"),
         ("[]", "broken manifest"),
@@ -365,13 +377,29 @@ def test_folders_that_are_no_index(pairs: Path, tmp_path: Path, model: Any) -> N
         ('{"format": 1}', "broken"),
     ],
 )
-def test_broken_manifests(tmp_path: Path, manifest: str, told: str) -> None:
+def test_broken_manifest_is_refused(tmp_path: Path, manifest: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(RetrievalError, match=told):
+    with pytest.raises(RetrievalError, match=message):
         Index.open(tmp_path)
 
 
-def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_index_in_the_flat_store_of_earlier_versions_asks_to_rebuild(
+    pairs: Path, tmp_path: Path, model: Any
+) -> None:
+    to = tmp_path / "index"
+    build_index(model, pairs, to=to)
+    manifest = json.loads((to / "manifest.json").read_text())
+    (to / "manifest.json").write_text(json.dumps(manifest | {"store": "flat"}))
+    message = "store 'flat' is no longer supported.*Delete the index and build it again"
+    with pytest.raises(RetrievalError, match=message):
+        Index.open(to)
+    with pytest.raises(RetrievalError, match=message):
+        build_index(model, pairs, to=to)
+
+
+def test_metadata_of_any_kind_is_returned_and_the_first_keys_can_be_filtered(
+    tmp_path: Path, model: Any, tools: Any
+) -> None:
     rows = [
         {
             "id": "a",
@@ -385,7 +413,7 @@ def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any
         },
     ]
     source = tools.write_records(tmp_path / "r.jsonl", rows)
-    build_index(model, source, to=tmp_path / "index", side="text", store=store)
+    build_index(model, source, to=tmp_path / "index", side="text")
     with Index.open(tmp_path / "index", model) as index:
         assert index.manifest.fields["key0"] == ["number", "text"]
         assert len(index.manifest.fields) == MAX_FILTER_KEYS
@@ -393,22 +421,26 @@ def test_metadata_of_any_kind(tmp_path: Path, model: Any, tools: Any, store: Any
         assert [h.id for h in search(index, model, "x", where={"key0": 0})] == ["a"]
         hits = search(index, model, "x")
         assert hits[0].metadata == rows[0]["metadata"], (
-            "kept and shown, whether it can be filtered by or not"
+            "metadata is returned whether it can be filtered by or not"
         )
 
 
-def test_nan_never_enters_an_index(tmp_path: Path, model: Any, tools: Any) -> None:
+def test_vector_with_nan_is_refused(tmp_path: Path, model: Any, tools: Any) -> None:
     model.encode_document = lambda items: model.encode_query(items) * float("nan")
     with pytest.raises(RetrievalError, match="not finite for '00'"):
-        build_index(model, many(tmp_path, tools), to=tmp_path / "index", side="text")
+        build_index(model, write_text_records(tmp_path, tools), to=tmp_path / "index", side="text")
 
 
-def test_reading_ten_thousand_unchanged_documents_is_quick(
-    tmp_path: Path, model: Any, tools: Any, store: Any
+def test_unchanged_documents_are_not_embedded_again(
+    tmp_path: Path,
+    model: Any,
+    tools: Any,
 ) -> None:
-    source = many(tmp_path, tools, count=10_000)
-    build_index(model, source, to=tmp_path / "index", side="text", store=store, chunk_size=5000)
+    source = write_text_records(tmp_path, tools, count=10_000)
+    build_index(model, source, to=tmp_path / "index", side="text", chunk_size=5000)
+    embedded = len(model.embedded)
     started = time.monotonic()
     report = build_index(model, source, to=tmp_path / "index")
-    assert counts(report) == {"kept": 10_000, "count": 10_000}
-    assert time.monotonic() - started < 20
+    assert nonzero_counts(report) == {"kept": 10_000, "count": 10_000}
+    assert len(model.embedded) == embedded == 10_000
+    assert time.monotonic() - started < 20, "unchanged documents must be read quickly"

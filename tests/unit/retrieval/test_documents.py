@@ -1,4 +1,4 @@
-"""Which documents a record gives, and what their keys depend on."""
+"""Documents of records of every kind, and their content hashes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from vlduet.retrieval.documents import Document, Side, read_documents
 LEFT_OUT = list[tuple[Any, DataError]]
 
 
-def read(source: Path, side: Side) -> tuple[list[Document], LEFT_OUT]:
+def read_side(source: Path, side: Side) -> tuple[list[Document], LEFT_OUT]:
     left_out: LEFT_OUT = []
-    found = list(
-        read_documents(
-            source, side=side, on_error=lambda what, error: left_out.append((what, error))
-        )
+    documents = read_documents(
+        source, side=side, on_error=lambda record, error: left_out.append((record, error))
     )
-    return found, left_out
+    return list(documents), left_out
 
 
 @pytest.fixture
@@ -54,13 +52,13 @@ def source(tmp_path: Path, tools: Any) -> Path:
     return path
 
 
-def shown(document: Document) -> tuple[str, list[str]]:
+def id_and_parts(document: Document) -> tuple[str, list[str]]:
     return document.id, [p if isinstance(p, str) else Path(p.name).stem for p in document.parts]
 
 
-def test_image_side(source: Path) -> None:
-    found, left_out = read(source, "image")
-    assert [shown(d) for d in found] == [
+def test_image_side_embeds_each_image(source: Path) -> None:
+    documents, left_out = read_side(source, "image")
+    assert [id_and_parts(d) for d in documents] == [
         ("pair", ["red"]),
         ("long", ["red"]),
         ("story#0", ["red"]),
@@ -69,15 +67,15 @@ def test_image_side(source: Path) -> None:
         ("search", ["green"]),
     ]
     assert not left_out
-    texts = {d.id: d.text for d in found}
+    texts = {d.id: d.text for d in documents}
     assert texts["pair"] == "One.\nTwo.\nA long one."
     assert texts["story#0"] == texts["story#1"] == "It begins. It ends."
     assert texts["chat"] == "Question: What is it?\nAnswer: A square."
 
 
-def test_text_side(source: Path) -> None:
-    found, left_out = read(source, "text")
-    assert [shown(d) for d in found] == [
+def test_text_side_embeds_each_text(source: Path) -> None:
+    documents, left_out = read_side(source, "text")
+    assert [id_and_parts(d) for d in documents] == [
         ("pair#0", ["One."]),
         ("pair#1", ["Two."]),
         ("long", ["Only long."]),
@@ -88,17 +86,17 @@ def test_text_side(source: Path) -> None:
         ("search#1", ["bad"]),
     ]
     assert not left_out
-    by_id = {d.id: d for d in found}
+    by_id = {d.id: d for d in documents}
     assert by_id["pair#1"].text == "Two."
     assert by_id["pair#1"].image == ImageRef(path=source.parent / "red.png"), (
-        "shown, though not embedded"
+        "the image is shown although it is not embedded"
     )
     assert "A square." in by_id["chat"].text, "ask quotes the answer, which is never embedded"
 
 
-def test_record_side(source: Path) -> None:
-    found, _ = read(source, "record")
-    assert [shown(d) for d in found] == [
+def test_record_side_embeds_all_parts(source: Path) -> None:
+    documents, _ = read_side(source, "record")
+    assert [id_and_parts(d) for d in documents] == [
         ("pair", ["red", "One."]),
         ("long", ["red", "Only long."]),
         ("story", ["It begins.", "red", "It ends.", "green"]),
@@ -106,75 +104,75 @@ def test_record_side(source: Path) -> None:
         ("search#0", ["green", "good"]),
         ("search#1", ["bad"]),
     ]
-    assert all("A square." not in d.parts for d in found)
-    candidates = {d.id: d for d in found if d.id.startswith("search")}
+    assert all("A square." not in d.parts for d in documents)
+    candidates = {d.id: d for d in documents if d.id.startswith("search")}
     assert candidates["search#0"].image is not None
     assert candidates["search#1"].image is None, (
         "another candidate's image says nothing of this one"
     )
 
 
-def test_key_is_the_content(source: Path, tools: Any) -> None:
-    before = {d.id: d.content_hash for d in read(source, "record")[0]}
+def test_content_hash_depends_on_texts_and_image_bytes_only(source: Path, tools: Any) -> None:
+    before = {d.id: d.content_hash for d in read_side(source, "record")[0]}
     assert len(set(before.values())) == len(before)
-    images = {d.id: d.content_hash for d in read(source, "image")[0]}
+    images = {d.id: d.content_hash for d in read_side(source, "image")[0]}
     assert images["pair"] == images["long"] == images["story#0"], (
         "the same bytes, whatever the record"
     )
     tools.paint(source.parent / "red.png", tools.COLOURS["blue"])
-    after = {d.id: d.content_hash for d in read(source, "record")[0]}
+    after = {d.id: d.content_hash for d in read_side(source, "record")[0]}
     changed = {identity for identity in before if before[identity] != after[identity]}
     assert changed == {"pair", "long", "story", "chat"}
 
 
-def test_bytes_and_path_have_one_key(tmp_path: Path, tools: Any) -> None:
+def test_image_as_bytes_and_as_path_have_the_same_hash(tmp_path: Path, tools: Any) -> None:
     data = tools.paint(tmp_path / "a.png", (1, 2, 3)).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     rows = [{"id": "path", "image": "a.png"}, {"id": "bytes", "image": url}]
-    (path, encoded), _ = read(tools.write_records(tmp_path / "r.jsonl", rows), "image")
+    (path, encoded), _ = read_side(tools.write_records(tmp_path / "r.jsonl", rows), "image")
     assert path.content_hash == encoded.content_hash and path.text == encoded.text == ""
 
 
-def test_parts_do_not_run_together(tmp_path: Path, tools: Any) -> None:
+def test_hash_depends_on_the_borders_between_parts(tmp_path: Path, tools: Any) -> None:
     rows = [
-        {"id": str(i), "parts": [{"text": t} for t in texts]}
-        for i, texts in enumerate([["ab", "c"], ["a", "bc"]])
+        {"id": "first", "parts": [{"text": "ab"}, {"text": "c"}]},
+        {"id": "second", "parts": [{"text": "a"}, {"text": "bc"}]},
     ]
-    (one, two), _ = read(tools.write_records(tmp_path / "r.jsonl", rows), "record")
-    assert one.content_hash != two.content_hash
+    (first, second), _ = read_side(tools.write_records(tmp_path / "r.jsonl", rows), "record")
+    assert first.content_hash != second.content_hash
 
 
-def test_what_cannot_be_a_document_is_told_and_the_rest_goes_on(tmp_path: Path, tools: Any) -> None:
+def test_broken_records_and_duplicates_are_reported_and_left_out(
+    tmp_path: Path, tools: Any
+) -> None:
     tools.paint(tmp_path / "a.png", (1, 2, 3))
     path = tools.write_records(
         tmp_path / "r.jsonl",
         [
             {"id": "ok", "image": "a.png"},
             {"id": "ok", "image": "a.png"},
-            {"id": "gone", "image": "gone.png"},
-            {"id": "words", "parts": [{"text": "no image"}]},
+            {"id": "missing", "image": "missing.png"},
+            {"id": "text", "parts": [{"text": "no image"}]},
             {"id": "wrong", "image": 7},
             {"id": "last", "image": "a.png"},
         ],
     )
-    found, left_out = read(path, "image")
-    assert [d.id for d in found] == ["ok", "last"]
+    documents, left_out = read_side(path, "image")
+    assert [d.id for d in documents] == ["ok", "last"]
     messages = [str(error) for _, error in left_out]
-    assert [
-        "appears twice" in messages[0],
-        "gone.png" in messages[1],
-        "without image" in messages[2],
-    ] == [True] * 3
-    named = [what for what, _ in left_out if isinstance(what, Record)]
-    assert [(what.id, what.place and what.place.line) for what in named] == [
+    assert "appears twice" in messages[0]
+    assert "missing.png" in messages[1]
+    assert "without image" in messages[2]
+    dropped = [record for record, _ in left_out if isinstance(record, Record)]
+    assert [(record.id, record.place and record.place.line) for record in dropped] == [
         ("ok", 2),
-        ("gone", 3),
-        ("words", 4),
+        ("missing", 3),
+        ("text", 4),
     ]
     assert len(left_out) == 4
 
 
-def test_lone_surrogates_do_not_travel(tmp_path: Path) -> None:
+def test_record_with_lone_surrogates_is_left_out(tmp_path: Path) -> None:
     """JSON can spell half a character; no file, prompt or store can hold it, so the record is refused by name."""
     path = tmp_path / "r.jsonl"
     lines = [
@@ -182,11 +180,11 @@ def test_lone_surrogates_do_not_travel(tmp_path: Path) -> None:
         '{"id": "b", "parts": [{"text": "whole"}]}',
     ]
     path.write_text("\n".join(lines) + "\n")
-    documents, errors = read(path, "record")
+    documents, errors = read_side(path, "record")
     assert [document.id for document in documents] == ["b"]
     assert len(errors) == 1 and ":1" in str(errors[0])
 
 
-def test_unknown_side_names_the_known_ones(source: Path) -> None:
+def test_unknown_side_is_refused_with_the_known_ones(source: Path) -> None:
     with pytest.raises(RetrievalError, match="image"):
-        read(source, "images")  # type: ignore[arg-type]
+        read_side(source, "images")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Vectors for an index of one's own."""
+"""Embedding of documents, and vectors written for other programs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def texts(count: int) -> list[Document]:
     return [Document(str(i), (f"word{i}",), "") for i in range(count)]
 
 
-def test_vectors_stand_beside_their_documents(pairs: Path, model: Any) -> None:
-    found = list(read_documents(pairs, side="record", on_error=fail))
-    chunks = list(encode_documents(model, found, on_error=fail, chunk_size=3))
+def test_vectors_are_in_the_order_of_their_documents(pairs: Path, model: Any) -> None:
+    items = list(read_documents(pairs, side="record", on_error=fail))
+    chunks = list(encode_documents(model, items, on_error=fail, chunk_size=3))
     assert [len(group) for group, _ in chunks] == [3, 1]
     for group, vectors in chunks:
         np.testing.assert_array_equal(vectors, model.encode_query([d.parts for d in group]))
@@ -32,19 +32,19 @@ def test_vectors_stand_beside_their_documents(pairs: Path, model: Any) -> None:
 
 
 @pytest.mark.parametrize("broken", [{0}, {6}, {2, 3}, set(range(7)), {1, 4, 6}])
-def test_broken_documents_are_told_and_the_rest_goes_on(
+def test_broken_documents_are_reported_and_the_others_embedded(
     tmp_path: Path, model: Any, broken: set[int]
 ) -> None:
     items = texts(7)
     missing = ImageRef(path=tmp_path / "missing.png")
     items = [Document(d.id, (missing,), "") if i in broken else d for i, d in enumerate(items)]
-    told: list[str] = []
+    failed: list[str] = []
     chunks = list(
-        encode_documents(model, items, on_error=lambda d, error: told.append(d.id), chunk_size=5)
+        encode_documents(model, items, on_error=lambda d, error: failed.append(d.id), chunk_size=5)
     )
-    kept = [d.id for group, _ in chunks for d in group]
-    assert told == [str(i) for i in sorted(broken)]
-    assert kept == [str(i) for i in range(7) if i not in broken]
+    embedded = [d.id for group, _ in chunks for d in group]
+    assert failed == [str(i) for i in sorted(broken)]
+    assert embedded == [str(i) for i in range(7) if i not in broken]
     assert all(len(group) == len(vectors) > 0 for group, vectors in chunks)
 
 
@@ -60,24 +60,24 @@ def test_encoding_is_lazy(model: Any) -> None:
     assert len(read) == 8
 
 
-def test_our_own_mistakes_are_not_swallowed(model: Any) -> None:
+def test_errors_of_our_own_are_not_swallowed(model: Any) -> None:
     model.encode_document = lambda items: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(encode_documents(model, texts(3), on_error=fail))
 
 
-def test_write_vectors(tmp_path: Path, model: Any) -> None:
+def test_written_vectors_can_be_read_without_pickle(tmp_path: Path, model: Any) -> None:
     vectors = model.encode_document([("one",), ("two",)])
     path = tmp_path / "new" / "vectors.npz"
     write_vectors(path, ids=["é", "a b"], vectors=vectors)
-    with np.load(path) as arrays:  # no pickle needed
+    with np.load(path) as arrays:
         assert arrays["ids"].tolist() == ["é", "a b"]
         assert arrays["vectors"].dtype == np.float32
         np.testing.assert_array_equal(arrays["vectors"], vectors)
     assert [p.name for p in path.parent.iterdir()] == ["vectors.npz"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, model: Any, monkeypatch: Any) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, model: Any, monkeypatch: Any) -> None:
     path = tmp_path / "vectors.npz"
     write_vectors(path, ids=["a"], vectors=model.encode_document([("one",)]))
     before = path.read_bytes()

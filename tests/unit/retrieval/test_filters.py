@@ -1,4 +1,4 @@
-"""What a filter means, before any store is asked."""
+"""Meaning of filters, independent of a store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIELDS = {"category": ["text"], "year": ["number"], "new": ["flag"], "code": ["t
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("category=animals", ("category", "=", "animals")),
         (" category = big animals ", ("category", "=", "big animals")),
@@ -30,13 +30,13 @@ FIELDS = {"category": ["text"], "year": ["number"], "new": ["flag"], "code": ["t
         ("code=x7", ("code", "=", "x7")),
     ],
 )
-def test_parse(text: str, wanted: tuple[str, str, Any]) -> None:
-    assert parse_condition(text, FIELDS) == Condition(*wanted)
-    assert type(parse_condition(text, FIELDS).value) is type(wanted[2])
+def test_typed_condition_is_parsed(text: str, expected: tuple[str, str, Any]) -> None:
+    assert parse_condition(text, FIELDS) == Condition(*expected)
+    assert type(parse_condition(text, FIELDS).value) is type(expected[2])
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("animals", "Write key=value"),
         ("=animals", "Write key=value"),
@@ -46,13 +46,13 @@ def test_parse(text: str, wanted: tuple[str, str, Any]) -> None:
         ("new<true", "Compare with"),
     ],
 )
-def test_parse_names_the_mistake(text: str, told: str) -> None:
-    with pytest.raises(RetrievalError, match=told):
+def test_malformed_condition_is_refused(text: str, message: str) -> None:
+    with pytest.raises(RetrievalError, match=message):
         parse_condition(text, FIELDS)
 
 
 @pytest.mark.parametrize(
-    ("condition", "matched"),
+    ("condition", "matching"),
     [
         (Condition("x", "=", 1), [1, 1.0]),
         (Condition("x", "=", True), [True]),
@@ -64,46 +64,50 @@ def test_parse_names_the_mistake(text: str, told: str) -> None:
         (Condition("x", "in", []), []),
     ],
 )
-def test_values_are_compared_with_their_own_kind(condition: Condition, matched: list[Any]) -> None:
-    given = [None, "", "1", "2", True, False, 1, 1.0, 2, "é"]
-    found = [v for v in given if condition.matches({} if (s := to_scalar(v)) is None else {"x": s})]
-    assert [(type(v), v) for v in found] == [(type(v), v) for v in matched]
+def test_values_are_compared_with_their_own_kind(condition: Condition, matching: list[Any]) -> None:
+    values = [None, "", "1", "2", True, False, 1, 1.0, 2, "é"]
+    selected = []
+    for value in values:
+        scalar = to_scalar(value)
+        if condition.matches({} if scalar is None else {"x": scalar}):
+            selected.append(value)
+    assert [(type(v), v) for v in selected] == [(type(v), v) for v in matching]
 
 
 @pytest.mark.parametrize("value", [None, [], {}, math.nan, math.inf, 10**400])
-def test_what_cannot_be_compared(value: Any) -> None:
+def test_value_that_cannot_be_compared_is_refused(value: Any) -> None:
     assert to_scalar(value) is None
     with pytest.raises(RetrievalError, match="cannot be compared"):
         Condition("x", "=", value)
 
 
-def test_conditions_in_every_form() -> None:
-    wanted = (Condition("category", "=", "a"), Condition("year", "in", [1, 2]))
-    assert parse_conditions({"category": "a", "year": [1, 2]}, FIELDS) == wanted
-    assert parse_conditions(wanted, FIELDS) == wanted
-    assert parse_conditions(["category=a", "year in 1,2"], FIELDS) == wanted
-    assert parse_conditions("category=a", FIELDS) == wanted[:1]
+def test_every_form_of_filter_gives_the_same_conditions() -> None:
+    expected = (Condition("category", "=", "a"), Condition("year", "in", [1, 2]))
+    assert parse_conditions({"category": "a", "year": [1, 2]}, FIELDS) == expected
+    assert parse_conditions(expected, FIELDS) == expected
+    assert parse_conditions(["category=a", "year in 1,2"], FIELDS) == expected
+    assert parse_conditions("category=a", FIELDS) == expected[:1]
     assert parse_conditions(None, FIELDS) == ()
 
 
 @pytest.mark.parametrize(
     "where", [{"categroy": "a"}, [Condition("categroy", "=", "a")], ["categroy=a"]]
 )
-def test_misspelt_key_is_an_error_not_an_empty_answer(where: Any) -> None:
+def test_misspelt_key_is_an_error_and_not_an_empty_result(where: Any) -> None:
     with pytest.raises(RetrievalError, match="Did you mean 'category'"):
         parse_conditions(where, FIELDS)
     with pytest.raises(RetrievalError, match=r"no document has metadata 'categroy'\. Known: none"):
         parse_conditions(where, {})
 
 
-def test_unknown_operator() -> None:
+def test_unknown_operator_and_text_for_in_are_refused() -> None:
     with pytest.raises(RetrievalError, match="Use ="):
         Condition("x", "like", "a")
     with pytest.raises(RetrievalError, match="not a list"):
         Condition("x", "in", "abc")
 
 
-def test_numbers_of_a_table_are_texts_and_have_no_order() -> None:
+def test_numeric_texts_cannot_be_ordered() -> None:
     fields = {"price": ["text"], "day": ["text"]}
     with pytest.raises(RetrievalError, match=r"'100': this key holds texts"):
         parse_conditions(["price<100"], fields)

@@ -1,4 +1,4 @@
-"""Ask: what goes into the prompt, what cannot, and where the answer came from."""
+"""Retrieval-augmented generation: content of the prompt, quoting, and sources of the answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlduet.retrieval.search import Hit
 
 @pytest.fixture
 def index(pairs: Path, tmp_path: Path, model: Any) -> Iterator[Index]:
-    build_index(model, pairs, to=tmp_path / "index", store="flat")
+    build_index(model, pairs, to=tmp_path / "index")
     with Index.open(tmp_path / "index", model) as opened:
         yield opened
 
@@ -36,23 +36,25 @@ def hit(text: str, rank: int = 1, image: ImageRef | None = None) -> Hit:
     return Hit(f"id{rank}", 0.5, text, image, {}, rank)
 
 
-def written(*hits: Hit, question: str = "What?") -> str:
+def prompt_text(*hits: Hit, question: str = "What?") -> str:
     (message,) = build_messages(question, hits)
     assert message.role == "user"
     return "".join(part for part in message.parts if isinstance(part, str))
 
 
-def test_answer_with_its_sources(index: Index, model: Any) -> None:
+def test_answer_names_its_sources(index: Index, model: Any) -> None:
     answer = ask(index, model, "red", k=2)
     assert answer.text == "An answer."
     assert [source.rank for source in answer.sources] == [1, 2] and answer.sources[0].id == "red"
-    assert model.asked == [answer.prompt.messages]
+    assert model.conversations == [answer.prompt.messages]
     assert "[1] a red square" in str(answer.prompt)
-    shown = str(answer)
-    assert shown.startswith("An answer.\n\nSources:\n[1] red (") and "red.png" in shown
+    text = str(answer)
+    assert text.startswith("An answer.\n\nSources:\n[1] red (") and "red.png" in text
 
 
-def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> None:
+def test_prompt_has_references_then_image_then_question(
+    index: Index, model: Any, tmp_path: Path, tools: Any
+) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (255, 0, 0)))
     prompt = prepare_prompt(index, model, "What colour is it?", image=image, k=2)
     (message,) = prompt.messages
@@ -72,14 +74,14 @@ def test_the_prompt(index: Index, model: Any, tmp_path: Path, tools: Any) -> Non
     )
 
 
-def test_image_and_question_are_the_query(
+def test_query_consists_of_image_and_question(
     index: Index, model: Any, tmp_path: Path, tools: Any
 ) -> None:
     image = ImageRef(path=tools.paint(tmp_path / "q.png", (0, 0, 255)))
     assert prepare_prompt(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
 
 
-def test_an_excluded_item_never_retrieves_itself(index: Index, model: Any) -> None:
+def test_excluded_documents_are_never_sources(index: Index, model: Any) -> None:
     answer = ask(index, model, "red", k=2, exclude={"red"})
     assert [source.id for source in answer.sources][:1] == ["yellow"]
     assert [source.rank for source in answer.sources] == [1, 2]
@@ -87,38 +89,38 @@ def test_an_excluded_item_never_retrieves_itself(index: Index, model: Any) -> No
     assert ask(index, model, "red", k=9, exclude=["red", "green", "blue", "yellow"]).sources == ()
 
 
-def test_filters_reach_the_search(index: Index, model: Any) -> None:
+def test_filter_selects_sources(index: Index, model: Any) -> None:
     assert [s.id for s in ask(index, model, "red", where={"hue": "blue"}).sources] == ["blue"]
 
 
-def test_without_sources_the_question_stands_alone(index: Index, model: Any) -> None:
+def test_prompt_without_sources_is_the_question_alone(index: Index, model: Any) -> None:
     answer = ask(index, model, "red", where=["year>3000"])
     assert str(answer.prompt) == "red" and str(answer) == "An answer."
 
 
-def test_stream(index: Index, model: Any) -> None:
+def test_streamed_texts_join_to_the_answer(index: Index, model: Any) -> None:
     prompt = prepare_prompt(index, model, "red")
-    pieces = list(stream_answer(model, prompt))
-    assert len(pieces) > 1 and "".join(pieces) == ask(index, model, "red").text
+    texts = list(stream_answer(model, prompt))
+    assert len(texts) > 1 and "".join(texts) == ask(index, model, "red").text
 
 
-def test_images_of_the_references_are_shown_on_request(
+def test_images_of_references_are_in_the_prompt_on_request(
     index: Index, model: Any, tmp_path: Path
 ) -> None:
-    def shown(with_images: bool) -> list[Any]:
+    def prompt_images(with_images: bool) -> list[Any]:
         prompt = prepare_prompt(index, model, "red", k=2, with_images=with_images)
         return [part for part in prompt.messages[0].parts if isinstance(part, ImageRef)]
 
-    assert shown(False) == []
-    assert len(shown(True)) == 2
-    gone = build_messages(
-        "?", [hit("", image=ImageRef(path=tmp_path / "gone.png"))], with_images=True
+    assert prompt_images(False) == []
+    assert len(prompt_images(True)) == 2
+    messages = build_messages(
+        "?", [hit("", image=ImageRef(path=tmp_path / "missing.png"))], with_images=True
     )
-    assert not [part for part in gone[0].parts if isinstance(part, ImageRef)]
-    assert "[1] (an image)\n" in gone[0].parts
+    assert not [part for part in messages[0].parts if isinstance(part, ImageRef)]
+    assert "[1] (an image)\n" in messages[0].parts
 
 
-def test_empty_question(index: Index, model: Any) -> None:
+def test_empty_question_is_refused(index: Index, model: Any) -> None:
     with pytest.raises(RetrievalError, match="empty question"):
         ask(index, model, " ")
 
@@ -136,25 +138,25 @@ INJECTIONS = [
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_a_document_cannot_leave_its_quotes(text: str) -> None:
-    prompt = written(hit(text), hit("honest", 2))
+def test_document_cannot_escape_its_quotation(text: str) -> None:
+    prompt = prompt_text(hit(text), hit("honest", 2))
     lines = prompt.splitlines()
     assert lines[1] == "[references]" and lines[2].startswith("[1] ")
     assert lines[3:] == ["[2] honest", "[/references]", "What?"]
-    assert prompt.count("[") == prompt.count("]") == 4, "ours"
+    assert prompt.count("[") == prompt.count("]") == 4
     assert not set("<>{}|\x00\x1b\u200b\u202e") & set(prompt)
 
 
 @given(st.text())
-def test_any_document_is_one_harmless_line(text: str) -> None:
-    found = quote_text(text)
-    assert len(found.splitlines()) <= 1 and len(found) <= MAX_SOURCE_CHARS
-    assert not set("<>[]{}|") & set(found)
-    assert quote_text(found) == found
-    found.encode("utf-8")
+def test_any_document_is_quoted_as_one_harmless_line(text: str) -> None:
+    quoted = quote_text(text)
+    assert len(quoted.splitlines()) <= 1 and len(quoted) <= MAX_SOURCE_CHARS
+    assert not set("<>[]{}|") & set(quoted)
+    assert quote_text(quoted) == quoted
+    quoted.encode("utf-8")
 
 
-def test_plain_text_is_left_alone() -> None:
+def test_ordinary_text_is_quoted_unchanged() -> None:
     text = "Grüße, 日本 & co.: 3 + 4 = 7 (really)! «ok»"
     assert quote_text(text) == text
     assert (
@@ -163,5 +165,5 @@ def test_plain_text_is_left_alone() -> None:
     )
 
 
-def test_only_retrieved_text_is_changed() -> None:
-    assert written(hit("x"), question="Is a[0] < b?").endswith("Is a[0] < b?")
+def test_question_is_not_changed() -> None:
+    assert prompt_text(hit("x"), question="Is a[0] < b?").endswith("Is a[0] < b?")

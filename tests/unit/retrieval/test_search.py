@@ -1,4 +1,4 @@
-"""Queries of every form, and the questions that have no answer."""
+"""Searches with queries and filters of every form, and queries that are refused."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vlduet.retrieval.search import search
 
 
 @pytest.fixture
-def index(pairs: Path, tmp_path: Path, model: Any, store: Any) -> Iterator[Index]:
-    build_index(model, pairs, to=tmp_path / "index", store=store)
+def index(pairs: Path, tmp_path: Path, model: Any) -> Iterator[Index]:
+    build_index(model, pairs, to=tmp_path / "index")
     with Index.open(tmp_path / "index", model) as opened:
         yield opened
 
@@ -27,7 +27,9 @@ def ids(hits: Any) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def test_text_image_and_both(index: Index, model: Any, tools: Any, tmp_path: Path) -> None:
+def test_query_may_be_a_text_an_image_or_both(
+    index: Index, model: Any, tools: Any, tmp_path: Path
+) -> None:
     blue = ImageRef(path=tools.paint(tmp_path / "blue.png", (0, 0, 255)))
     assert ids(search(index, model, "green", k=1)) == ["green"]
     assert ids(search(index, model, blue, k=1)) == ["blue"]
@@ -36,7 +38,7 @@ def test_text_image_and_both(index: Index, model: Any, tools: Any, tmp_path: Pat
     assert ids(search(index, model, ("red", "green"), k=1)) == ["yellow"]
 
 
-def test_ranks_and_scores(index: Index, model: Any) -> None:
+def test_hits_are_ranked_by_score_and_all_returned_for_a_large_k(index: Index, model: Any) -> None:
     hits = search(index, model, "red", k=3)
     assert [hit.rank for hit in hits] == [1, 2, 3]
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
@@ -45,7 +47,7 @@ def test_ranks_and_scores(index: Index, model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "wanted"),
+    ("where", "expected"),
     [
         ({"hue": "red"}, {"red"}),
         ({"hue": ["red", "blue", "pink"]}, {"red", "blue"}),
@@ -59,17 +61,17 @@ def test_ranks_and_scores(index: Index, model: Any) -> None:
         ({"year": True}, set()),
     ],
 )
-def test_filters(index: Index, model: Any, where: Any, wanted: set[str]) -> None:
-    assert set(ids(search(index, model, "red", where=where))) == wanted
+def test_filters_select_documents(index: Index, model: Any, where: Any, expected: set[str]) -> None:
+    assert set(ids(search(index, model, "red", where=where))) == expected
 
 
 @pytest.mark.parametrize("query", ["", "  ", (), ("", "red")])
-def test_empty_queries(index: Index, model: Any, query: Any) -> None:
+def test_empty_query_is_refused(index: Index, model: Any, query: Any) -> None:
     with pytest.raises(RetrievalError, match="empty query"):
         search(index, model, query)
 
 
-def test_what_cannot_be_asked(index: Index, model: Any, tmp_path: Path) -> None:
+def test_invalid_k_image_and_filter_are_refused(index: Index, model: Any, tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="1 or more"):
         search(index, model, "red", k=0)
     with pytest.raises(ImageError, match="missing"):
@@ -78,28 +80,30 @@ def test_what_cannot_be_asked(index: Index, model: Any, tmp_path: Path) -> None:
         search(index, model, "red", where=["yaer=2000"])
 
 
-def test_an_empty_index(tmp_path: Path, model: Any, tools: Any, store: Any) -> None:
+def test_empty_index_gives_no_hits_for_any_filter(tmp_path: Path, model: Any, tools: Any) -> None:
     source = tools.write_records(tmp_path / "none.jsonl", [])
-    report = build_index(model, source, to=tmp_path / "empty", store=store)
+    report = build_index(model, source, to=tmp_path / "empty")
     assert report.count == 0
     with Index.open(tmp_path / "empty", model) as index:
         assert search(index, model, "red", where={"hue": "red"}) == []
 
 
-def test_the_model_is_checked_once(index: Index, model: Any) -> None:
-    class Counting(type(model)):  # type: ignore[misc]
-        asked = 0
+def test_model_is_checked_once_because_a_fingerprint_hashes_all_weights(
+    index: Index, model: Any
+) -> None:
+    class CountingModel(type(model)):  # type: ignore[misc]
+        num_reads = 0
 
         @property
         def fingerprint(self) -> str:
-            Counting.asked += 1
+            CountingModel.num_reads += 1
             return "fake"
 
         @fingerprint.setter
         def fingerprint(self, value: str) -> None:
             pass
 
-    counting = Counting()
+    counting = CountingModel()
     for _ in range(3):
         search(index, counting, "red")
-    assert Counting.asked == 1, "it hashes weights"
+    assert CountingModel.num_reads == 1

@@ -1,1 +1,1 @@
-"""Storage of vectors and their rows on disk."""
+"""Vector stores: the interface that an index uses, and its implementation with LanceDB."""

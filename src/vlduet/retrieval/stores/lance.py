@@ -1,7 +1,8 @@
-"""The store in a local LanceDB folder, where rows stay on disk. The one door to lancedb.
+"""Vector store in a local LanceDB folder. The only file that imports lancedb.
 
-Exact: no vector index is ever built. Metadata is kept twice, as JSON to give back and as typed columns to
-filter by. LanceDB's threads do not survive a fork: start processes that search with spawn.
+Search is exact: no approximate vector index is ever built. Metadata is stored twice, as JSON to
+return and as typed columns to filter by. LanceDB's threads do not survive a fork, so processes that
+search must be started with the spawn method.
 """
 
 from __future__ import annotations
@@ -29,24 +30,30 @@ from vlduet.retrieval.stores.base import (
     rank_candidates,
 )
 
-TABLE_NAME = "rows"
-ROW_COLUMNS = ["id", "key", "digest", "text", "image", "image_relative", "metadata", "vector"]
-MANIFEST_MAGIC = b"LANC"
-VERSION_RETENTION = timedelta(minutes=10)
-"""Older versions stay this long, for searches that are reading them; every new search reads the newest."""
-COMMITS_PER_COMPACTION = 64
-"""Commits; each leaves a small file that all later ones have to look at."""
+logger = logging.getLogger("vlduet")
 
+TABLE_NAME = "rows"
+ROW_COLUMNS = ["id", "key", "digest", "text", "image", "image_relative", "metadata"]
+"""Columns that every row has besides `vector` and the filter columns; part of the file format."""
+MANIFEST_MAGIC = b"LANC"
+"""Last bytes of a complete version manifest of Lance."""
+VERSION_RETENTION = timedelta(minutes=10)
+"""Time that older versions are kept for searches that still read them."""
+COMMITS_PER_COMPACTION = 64
+"""Number of commits after which files are merged; each commit leaves a file that reads must open."""
+MAX_IDS_IN_SQL = 1000
+"""Number of ids that are selected by SQL; for more the whole table is read."""
 ARROW_TYPES = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_()}
+"""Arrow type of a filter column by kind of value."""
 
 
 class LanceStore:
-    """See `Store`.
+    """Vector store that keeps its rows on disk in LanceDB; implements `VectorStore`.
 
     Args:
-        folder: made where it is missing and `write` is set.
+        folder: folder of the database; created if it is missing and `write` is set.
         dim: D, the width of the vectors.
-        write: whether this process holds the index's lock.
+        write: whether this process holds the lock of the index and may write.
 
     Raises:
         RetrievalError: the folder holds no readable table.
@@ -54,91 +61,86 @@ class LanceStore:
 
     def __init__(self, folder: Path, *, dim: int, write: bool):
         self.folder, self.dim, self.write = folder, dim, write
-        self._synced: set[Path] = set()
-        self._commits = 0
+        self._synced_paths: set[Path] = set()
+        self._num_commits = 0
         if write:
-            self._drop_torn_versions()
+            self._remove_incomplete_versions()
         try:
-            self._table: Any = self._open(
-                lancedb.connect(folder, read_consistency_interval=timedelta(0))
-            )
+            database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
+            self._table: Any = self._open_table(database)
         except (ValueError, RuntimeError, OSError) as error:
-            fix = "Run `vlduet index` on it again: what is there is kept"
-            raise RetrievalError(
-                f"the store cannot be opened ({_first_line(error)})", place=folder, fix=fix
-            ) from error
+            reason = str(error).partition("\n")[0][:200]
+            fix = "Run `vlduet index` on it again: stored rows are kept"
+            message = f"the store cannot be opened ({reason})"
+            raise RetrievalError(message, place=folder, fix=fix) from error
         if write:
-            self._sync()
+            self._sync_files()
 
-    def _open(self, database: Any) -> Any:
+    def _open_table(self, database: Any) -> Any:
+        """Open the table of rows; create it if it is missing and the store is open for writing."""
         try:
             return database.open_table(TABLE_NAME)
         except ValueError:
             if not self.write:
                 raise
-            return database.create_table(TABLE_NAME, schema=self._schema())
-
-    def _schema(self) -> pa.Schema:
-        texts = [pa.field(name, pa.string()) for name in ROW_COLUMNS[:-1]]
-        return pa.schema([*texts, pa.field("vector", pa.list_(pa.float32(), self.dim))])
+            fields = [pa.field(name, pa.string()) for name in ROW_COLUMNS]
+            vector = pa.field("vector", pa.list_(pa.float32(), self.dim))
+            return database.create_table(TABLE_NAME, schema=pa.schema([*fields, vector]))
 
     def read_hashes(self) -> dict[str, RowHashes]:
-        """What is there, by id."""
+        """Return the hashes of every stored row by id."""
         columns = self._table.search().select(["id", "key", "digest"]).to_arrow().to_pydict()
-        found = zip(columns["id"], columns["key"], columns["digest"], strict=True)
-        return {identity: RowHashes(key, digest) for identity, key, digest in found}
+        hashes = map(RowHashes, columns["key"], columns["digest"])
+        return dict(zip(columns["id"], hashes, strict=True))
 
     def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
-        """float32[N, D] of stored ids."""
+        """Return the vectors of stored ids, float32[N, D]; raise KeyError for an unknown id."""
         if not ids:
             return np.empty((0, self.dim), dtype=np.float32)
-        table = self._table.search().where(_one_of("id", ids)).select(["id", "vector"]).to_arrow()
-        at = {identity: i for i, identity in enumerate(table["id"].to_pylist())}
-        return self._matrix(table)[[at[identity] for identity in ids]]
+        request = self._table.search()
+        if len(ids) <= MAX_IDS_IN_SQL:
+            request = request.where(_id_predicate(ids))
+        table = request.select(["id", "vector"]).to_arrow()
+        positions = {identity: i for i, identity in enumerate(table["id"].to_pylist())}
+        return self._vector_matrix(table)[[positions[identity] for identity in ids]]
 
-    def _matrix(self, table: pa.Table) -> np.ndarray:
-        flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        matrix: np.ndarray = flat.reshape(-1, self.dim).astype(np.float32, copy=False)
+    def _vector_matrix(self, table: pa.Table) -> np.ndarray:
+        """Return the vector column of an Arrow table as float32[N, D]."""
+        values = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        matrix: np.ndarray = values.reshape(-1, self.dim).astype(np.float32, copy=False)
         return matrix
 
     def upsert(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> None:
-        """Write rows and their vectors in one commit."""
+        """Insert rows of distinct ids and their unit vectors float32[N, D], or replace them.
+
+        All rows are one durable commit. Filter columns that the table lacks are added first.
+        """
         assert vectors.shape == (len(rows), self.dim) and self.write
         if not rows:
             return
-        wanted = {
-            filter_column(name, scalar_kind(value)): scalar_kind(value)
-            for row in rows
-            for name, value in row.filter_values.items()
-        }
-        missing = sorted(wanted.keys() - set(self._table.schema.names))
-        if missing:
-            self._table.add_columns(
-                pa.schema([pa.field(name, ARROW_TYPES[wanted[name]]) for name in missing])
-            )
-        # Without use_index(False) a scalar index on the key makes it update nothing (lancedb #3515).
-        merge = (
-            self._table.merge_insert("id")
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .use_index(False)
-        )
-        merge.execute(self._arrow(rows, vectors))
-        self._commits += 1
-        if self._commits % COMMITS_PER_COMPACTION == 0:
+        columns = {}
+        for row in rows:
+            for key, value in row.filter_values.items():
+                columns[filter_column(key, scalar_kind(value))] = ARROW_TYPES[scalar_kind(value)]
+        new_columns = sorted(columns.keys() - set(self._table.schema.names))
+        if new_columns:
+            schema = pa.schema([pa.field(name, columns[name]) for name in new_columns])
+            self._table.add_columns(schema)
+        merge = self._table.merge_insert("id").when_matched_update_all()
+        # Without use_index(False) a scalar index on the id makes it update nothing (lancedb #3515).
+        merge = merge.when_not_matched_insert_all().use_index(False)
+        merge.execute(self._to_arrow(rows, vectors))
+        self._num_commits += 1
+        if self._num_commits % COMMITS_PER_COMPACTION == 0:
             self._compact()
-        self._sync()
+        self._sync_files()
 
-    def _arrow(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> pa.Table:
-        """All columns of the table: one that is left out would keep its old value in updated rows."""
-        filters = [
-            {
-                filter_column(key, scalar_kind(value)): value
-                for key, value in row.filter_values.items()
-            }
-            for row in rows
-        ]
-        given: dict[str, list[Any]] = {
+    def _to_arrow(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> pa.Table:
+        """Return rows and vectors as an Arrow table with every column of the stored table.
+
+        A column that is left out would keep its old value in replaced rows.
+        """
+        columns: dict[str, list[Any]] = {
             "id": [row.id for row in rows],
             "key": [row.hashes.content_hash for row in rows],
             "digest": [row.hashes.details_hash for row in rows],
@@ -148,132 +150,128 @@ class LanceStore:
             "metadata": [json.dumps(dict(row.metadata)) for row in rows],
         }
         schema: pa.Schema = self._table.schema
+        for name in schema.names:
+            columns.setdefault(name, [None] * len(rows))
+        for i, row in enumerate(rows):
+            for key, value in row.filter_values.items():
+                columns[filter_column(key, scalar_kind(value))][i] = value
         arrays = []
-        for part in schema:
-            if part.name == "vector":
+        for field in schema:
+            if field.name == "vector":
                 values = pa.array(vectors.astype(np.float32).reshape(-1))
                 arrays.append(pa.FixedSizeListArray.from_arrays(values, self.dim))
             else:
-                arrays.append(
-                    pa.array(
-                        given.get(part.name) or [f.get(part.name) for f in filters], type=part.type
-                    )
-                )
+                arrays.append(pa.array(columns[field.name], type=field.type))
         return pa.table(arrays, names=schema.names)
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove rows."""
+        """Remove rows; ignore unknown ids; durable on return."""
         assert self.write
         if ids:
-            self._table.delete(_one_of("id", ids))
-            self._sync()
+            self._table.delete(_id_predicate(ids))
+            self._sync_files()
 
     def search(
         self, queries: np.ndarray, *, k: int, conditions: Sequence[Condition] = ()
     ) -> list[list[ScoredRow]]:
-        """The k best rows for each query."""
-        columns = set(self._table.schema.names)
-        predicate = " AND ".join(
-            f"({condition_to_sql(condition, columns)})" for condition in conditions
-        )
-        return [self._search_one(query, k, predicate) for query in queries.astype(np.float32)]
+        """Return for each query of float32[Q, D] the `k` nearest rows that satisfy all conditions.
 
-    def _search_one(self, query: np.ndarray, k: int, predicate: str) -> list[ScoredRow]:
+        Rows come best first, ties in the order of ids; fewer than `k` if fewer rows match.
+        """
+        columns = set(self._table.schema.names)
+        predicate = " AND ".join(f"({condition_to_sql(c, columns)})" for c in conditions)
+        return [self._search_query(query, k, predicate) for query in queries.astype(np.float32)]
+
+    def _search_query(self, query: np.ndarray, k: int, predicate: str) -> list[ScoredRow]:
+        """Return the `k` nearest rows of one query float32[D] that satisfy an SQL predicate."""
         limit = k + 16
         while True:
-            asked = (
-                self._table.search(query, vector_column_name="vector")
-                .distance_type("dot")
-                .bypass_vector_index()
-            )
+            request = self._table.search(query, vector_column_name="vector")
+            request = request.distance_type("dot").bypass_vector_index()
             if predicate:
-                asked = asked.where(predicate, prefilter=True)
-            table = asked.select([*ROW_COLUMNS, "_distance"]).limit(limit).to_arrow()
-            far = table["_distance"].to_numpy()
-            # Ties at the k-th place are settled by id, so all that tie with it must be here.
-            if len(far) < limit or far[-1] > far[k - 1] + SCORE_TOLERANCE:
+                request = request.where(predicate, prefilter=True)
+            columns = [*ROW_COLUMNS, "vector", "_distance"]
+            table = request.select(columns).limit(limit).to_arrow()
+            distances = table["_distance"].to_numpy()
+            # Ties at the k-th place are resolved by id, so every row that ties with it is needed.
+            if len(distances) < limit or distances[-1] > distances[k - 1] + SCORE_TOLERANCE:
                 break
             limit *= 4
-        ranked = rank_candidates(query, k, ids=table["id"].to_pylist(), vectors=self._matrix(table))
-        rows = (
-            table.select(ROW_COLUMNS[:-1]).take([i for i, _ in ranked]).to_pylist()
-            if ranked
-            else []
-        )
-        return [ScoredRow(_row(row), score) for row, (_, score) in zip(rows, ranked, strict=True)]
+        ids = table["id"].to_pylist()
+        ranking = rank_candidates(query, k, ids=ids, vectors=self._vector_matrix(table))
+        if not ranking:
+            return []
+        stored_rows = table.select(ROW_COLUMNS).take([position for position, _ in ranking])
+        scores = [score for _, score in ranking]
+        return list(map(ScoredRow, map(_parse_row, stored_rows.to_pylist()), scores))
 
     def count(self) -> int:
-        """Rows."""
+        """Return the number of stored rows."""
         return int(self._table.count_rows())
 
     def close(self) -> None:
-        """Join the small files that many commits left."""
+        """Merge the files that many writes left; do nothing in a store that only reads."""
         if self.write:
             self._compact()
-            self._sync()
+            self._sync_files()
 
     def _compact(self) -> None:
         self._table.optimize(cleanup_older_than=VERSION_RETENTION)
 
-    def _sync(self) -> None:
-        """LanceDB writes without fsync: bring every file it made since the last call to the disk."""
-        now = {
-            path for path in self.folder.rglob("*") if path.suffix != ".json"
-        }  # a mere hint, written over
-        new = now - self._synced
-        fsync_paths(new | {path.parent for path in new})
-        self._synced = now
+    def _sync_files(self) -> None:
+        """Flush every file created since the last call to disk: LanceDB writes without fsync."""
+        # A .json file is only a hint about the newest version and is overwritten in place.
+        paths = {path for path in self.folder.rglob("*") if path.suffix != ".json"}
+        new_paths = paths - self._synced_paths
+        fsync_paths(new_paths | {path.parent for path in new_paths})
+        self._synced_paths = paths
 
-    def _drop_torn_versions(self) -> None:
-        """A version that a power loss cut short hides the whole table; the one before it is complete."""
+    def _remove_incomplete_versions(self) -> None:
+        """Delete version manifests that a power loss cut short: they hide the whole table."""
         for manifest in self.folder.glob(f"{TABLE_NAME}.lance/_versions/*.manifest"):
             with manifest.open("rb") as file:
                 size = file.seek(0, 2)
                 file.seek(max(0, size - len(MANIFEST_MAGIC)))
                 if file.read() != MANIFEST_MAGIC:
-                    logging.getLogger(__name__).warning(
-                        "dropped a half-written version: %s", manifest
-                    )
+                    logger.warning("removed an incomplete version of the index: %s", manifest)
                     manifest.unlink()
 
 
-def _row(raw: dict[str, Any]) -> IndexRow:
-    stamp = RowHashes(raw["key"], raw["digest"])
+def _parse_row(columns: dict[str, Any]) -> IndexRow:
+    """Return the row that the values of `ROW_COLUMNS` describe."""
     return IndexRow(
-        raw["id"],
-        stamp,
-        raw["text"],
-        raw["image"],
-        raw["image_relative"],
-        json.loads(raw["metadata"]),
+        id=columns["id"],
+        hashes=RowHashes(columns["key"], columns["digest"]),
+        text=columns["text"],
+        image_path=columns["image"],
+        relative_image_path=columns["image_relative"],
+        metadata=json.loads(columns["metadata"]),
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]
-
-
-def filter_column(key: str, form: str) -> str:
-    """The column of a metadata key: distinct keys have distinct names, made of a-z, 0-9 and _ only."""
-    return f"{form}__" + re.sub(r"[^a-z0-9]", lambda match: f"_{ord(match[0]):x}_", key)
+def filter_column(key: str, kind: str) -> str:
+    """Return the column of a metadata key and a kind; distinct for distinct keys, of [a-z0-9_]."""
+    return f"{kind}__" + re.sub(r"[^a-z0-9]", lambda match: f"_{ord(match[0]):x}_", key)
 
 
 def condition_to_sql(condition: Condition, columns: set[str]) -> str:
-    """A condition as a predicate over the table's columns; keys and values can spell no SQL of their own."""
+    """Return a condition as an SQL predicate; values whose column does not exist match no row.
 
-    def tests(value: Scalar) -> str:
-        name = filter_column(condition.key, scalar_kind(value))
-        if name not in columns:
-            return "false"
-        sign = condition.operator if condition.operator in ORDER_OPERATORS else "="
-        return f"({name} IS NOT NULL AND {name} {sign} {sql_literal(value)})"
-
-    found = " OR ".join(map(tests, condition.values)) or "false"
-    return f"NOT ({found})" if condition.operator == "!=" else found
+    Keys and values are encoded, so that no SQL can be injected through them.
+    """
+    operator = condition.operator if condition.operator in ORDER_OPERATORS else "="
+    comparisons = []
+    for value in condition.values:
+        column = filter_column(condition.key, scalar_kind(value))
+        if column in columns:
+            comparison = f"{column} {operator} {sql_literal(value)}"
+            comparisons.append(f"({column} IS NOT NULL AND {comparison})")
+    predicate = " OR ".join(comparisons) or "false"
+    return f"NOT ({predicate})" if condition.operator == "!=" else predicate
 
 
 def sql_literal(value: Scalar) -> str:
-    """A value as an SQL literal. Only the quote is special inside one, and is doubled."""
+    """Return a value as an SQL literal; a quote, the only special character, is doubled."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
@@ -281,5 +279,5 @@ def sql_literal(value: Scalar) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def _one_of(name: str, values: Sequence[str]) -> str:
-    return f"{name} IN ({', '.join(map(sql_literal, values))})"
+def _id_predicate(ids: Sequence[str]) -> str:
+    return f"id IN ({', '.join(map(sql_literal, ids))})"
