@@ -1,4 +1,4 @@
-# One word a chore; each does its own set-up in .venv. `make help` lists them.
+# Every target sets up .venv by itself. `make help` lists the targets.
 #
 #   PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer)
 #   TORCH='torch==2.13.0'  what pip installs as torch, with any pip options (docs/install.md)
@@ -15,15 +15,15 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench lock clean
+.PHONY: help setup demo test slow bench-quick lint format bench lock clean
 
-help: ## list the chores
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup: $(READY) ## make .venv with the locked dependencies (every other chore does it by itself)
+setup: $(READY) ## make .venv with the locked dependencies (every other target does it by itself)
 
-# The lock goes first: it holds all that torch needs besides its GPU libraries, so that torch's own step
-# adds only torch and, with a GPU build, the exact GPU libraries which that build names.
+# The lock is installed first: it holds all that torch needs besides its GPU libraries, so the step for
+# torch adds only torch and, with a GPU build, exactly the GPU libraries that this build names.
 $(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "VLDuet needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -1). Try: make PYTHON=python3.12"; exit 1; }
@@ -40,23 +40,31 @@ $(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
 demo: $(READY) ## train and evaluate the default model on real data; writes runs/demo/report.html
 	@$(BIN)/vlduet demo --to runs/demo
 
-# One thread a worker: more threads than cores would fight over them.
+# Every worker uses one thread: with more threads than cores all of them get slower.
 test: $(READY) ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-lint: $(READY) ## ruff and mypy
+slow: demo bench-quick ## run the longer jobs: the demo and a small run of every benchmark
+
+lint: $(READY) ## run ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: $(READY) ## let ruff rewrite the code
+format: $(READY) ## rewrite the code with ruff
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY) ## side-by-side timings against other libraries
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+# benchmarks/large.py is left out: it needs a GPU and has options of its own.
+BENCHMARKS := $(filter-out benchmarks/large.py,$(wildcard benchmarks/[a-z]*.py))
 
-# Keeps the pins that still fit; UPGRADE=1 moves all of them to the newest. GPU libraries belong to torch's build.
+bench: $(READY) ## time VLDuet against other libraries, side by side
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-quick: $(READY) ## the same with small inputs, to see that every benchmark runs
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file --quick || exit 1; done
+
+# Pins that still fit are kept; UPGRADE=1 renews all of them. GPU libraries belong to torch's build.
 lock: ## rewrite requirements/lock.txt from pyproject.toml
 	@test -x .lock-venv/bin/uv || $(PYTHON) -m venv .lock-venv
 	@.lock-venv/bin/python -m pip --disable-pip-version-check --quiet install uv==$(UV_VERSION)
