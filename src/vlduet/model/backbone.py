@@ -182,7 +182,7 @@ class Backbone(nn.Module):
         """
         dtype = next(self.projector.parameters()).dtype
         features = features[:, : self.vision_width].to(dtype)
-        return self.family.project(self.model.model, self.projector, features)
+        return self.family.project(self.model, self.projector, features)
 
     @property
     def vision_fingerprint(self) -> str:

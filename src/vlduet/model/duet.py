@@ -281,7 +281,7 @@ class DuetModel(nn.Module):
     ) -> Batch:
         """A batch on the model's device."""
         return collate(
-            sequences, pad_id=self.backbone.pad_token_id, padding_side=padding_side, pack_to=pack_to
+            sequences, pad_token_id=self.backbone.pad_token_id, padding_side=padding_side, pack_to=pack_to
         ).to(self.backbone.device)
 
     @property
@@ -370,7 +370,7 @@ class DuetModel(nn.Module):
         with eval_mode(self):
             for chosen, rows in prefix_sharing.group_rows(sequences, FORWARD_MAX_TOKENS):
                 batch = prefix_sharing.collate_shared_prefixes(
-                    rows, pad_id=self.backbone.pad_token_id
+                    rows, pad_token_id=self.backbone.pad_token_id
                 ).to(self.backbone.device)
                 counts = [
                     sum(label != IGNORE_INDEX for label in sequences[i].labels) for i in chosen
