@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,38 +194,18 @@ def show(
 ) -> None:
     """Look at one record: its slices, captions and images, and with --model what is trained of it."""
     record = read_record_at(file, index, format=format, root=root)
-    rows = []
-    if model is not None:
-        from vlduet.inspect.tokens import list_record_tokens
+    from vlduet.inspect.tokens import inspect_record
 
-        rows = list_record_tokens(record, model)
-    sequences = [  # a record becomes one or several
-        [(row.text, row.supervised, row.anchors) for row in group]
-        for _, group in groupby(rows, lambda row: row.sequence)
-    ]
+    inspection = inspect_record(record, model)
     if html is not None:
         from vlduet.reports import record_page
 
-        record_page.write(html, record, sequences)
+        record_page.write(html, inspection)
         print(html)
     elif as_json:
-        from vlduet.data.record_json import record_to_json
-
-        _print_json(
-            {
-                "record": record_to_json(record, root=Path()),
-                "kind": record.kind,
-                "tokens": [asdict(row) for row in rows],
-            }
-        )
+        _print_json(inspection.to_json())
     else:
-        from vlduet.data.show import format_record, format_tokens
-
-        colour = sys.stdout.isatty()
-        print(format_record(record, colour=colour))
-        for number, tokens in enumerate(sequences):
-            print(f"sequence {number}:")
-            print(format_tokens(tokens, colour=colour))
+        print(inspection.to_text(colour=sys.stdout.isatty()))
 
 
 @app.command()

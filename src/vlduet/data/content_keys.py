@@ -1,4 +1,4 @@
-"""When two contents are the same one: the rule that losses mask by, that mining leaves out by, and that metrics count by."""
+"""Keys of contents. Equal keys mean equal content, for losses, mining and metrics alike."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from vlduet.data.records import Parts
 
 
 def text_key(text: str) -> str:
-    """Names a text: those that differ only in case and white space have equal keys.
+    """Return `text` case-folded and with single blanks: equal for texts that differ only in that.
 
-    Case is folded as Unicode says (STRASSE is straße); punctuation counts.
+    Case is folded as Unicode defines (STRASSE is straße); punctuation counts.
     """
     return " ".join(text.casefold().split())
 
 
 def content_key(parts: Parts) -> str:
-    """Names content: equal texts by `text_key`, and images of equal bytes, in the same order.
+    """Return the `text_key` of each text and the SHA-256 of each image, in order, joined by ``|``.
 
     Raises:
         ImageError: an image cannot be read.

@@ -1,15 +1,14 @@
-"""Records out of whatever people already have, lazily, each error with its file, line and field.
+"""Records from the files that people have, read lazily, every error with its file, line and field.
 
-    source --container--> rows --schema--> records
+    source --container reader--> rows --record format--> records
 
-The container is told by the source's name (or what a folder holds), the schema by the keys of the first rows; `format`
-overrides the schema. A broken row goes to `on_error` and the rest goes on; a source that cannot be read at all raises at
-once.
+The container follows from the source's name (or from what a folder holds), the record format from
+the keys of the first rows; the argument `format` overrides the latter. A broken row goes to
+`on_error` and reading continues; a source that cannot be read at all raises at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -20,75 +19,71 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.data import arrow, images
+from vlduet.data import images
 from vlduet.data.quarantine import QUARANTINE_SUFFIX
-from vlduet.data.readers import containers, conversations, pairs
+from vlduet.data.readers import arrow, containers, conversations, pairs
 from vlduet.data.readers.rows import SourceRow
-from vlduet.data.records import (
-    COMMON_KEYS,
-    KEYS_BY_KIND,
-    ImageRef,
-    Parts,
-    Record,
-    is_utf8_encodable,
-    parse_record,
-    record_to_json,
-)
+from vlduet.data.record_json import COMMON_KEYS, KEYS_BY_KIND, parse_record, record_to_json
+from vlduet.data.records import ImageRef, Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError, suggest_name
 
 RowErrorHandler = Callable[[DataError], object]
+"""Function that receives the error of each row that is left out."""
 MAX_DETECTION_ROWS = 50
-"""Rows that are looked at, at most, to tell the schema."""
+"""Number of rows that are looked at, at most, to detect the record format."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordFormat:
-    """A schema: how to know a row of it, and how to read one."""
+    """Layout of a row's keys: how to recognise it, and how to make a record of it."""
 
     description: str
+    """Keys of the format, for messages and for ``vlduet data formats``."""
     parse_row: Callable[[SourceRow], Record]
+    """Return the record of a row; raise DataError if the row is wrong."""
     matches: Callable[[dict[str, Any]], bool]
+    """Return whether the keys of a row's value are of this format."""
 
 
-def _ours(row: SourceRow) -> Record:
+def _parse_own(row: SourceRow) -> Record:
     return parse_record(row.value, place=row.place, root=row.root)
 
 
-def _knows_ours(value: dict[str, Any]) -> bool:
+def _matches_own(value: dict[str, Any]) -> bool:
     if "id" not in value:
         return False
     for keys in KEYS_BY_KIND.values():
         known = keys | COMMON_KEYS
         # A misspelt key of ours is an error to report, not a column of somebody else's table.
-        if keys & value.keys() and all(
-            difflib.get_close_matches(key, known, cutoff=0.8) for key in value
-        ):
+        are_close = (difflib.get_close_matches(key, known, cutoff=0.8) for key in value)
+        if keys & value.keys() and all(are_close):
             return True
     return False
 
 
-def _knows_swift(value: dict[str, Any]) -> bool:
-    turns = value.get("messages")
-    tagged = isinstance(turns, list) and any(
-        isinstance(turn, dict)
-        and isinstance(turn.get("content"), str)
-        and conversations.IMAGE_TAG in turn["content"]
-        for turn in turns
-    )
-    return tagged or (isinstance(value.get("query"), str) and "response" in value)
+def _matches_swift(value: dict[str, Any]) -> bool:
+    if isinstance(value.get("query"), str) and "response" in value:
+        return True
+    messages = value.get("messages")
+    turns = messages if isinstance(messages, list) else []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    return any(isinstance(text, str) and conversations.IMAGE_TAG in text for text in contents)
 
 
-def _knows_messages(value: dict[str, Any]) -> bool:
+def _matches_messages(value: dict[str, Any]) -> bool:
     return "messages" in value or {"prompt", "completion"} <= value.keys()
+
+
+def _matches_mmeb(value: dict[str, Any]) -> bool:
+    has_query = bool(value.keys() & {"qry", "qry_text"})
+    return has_query and bool(value.keys() & set(pairs.MMEB_KEYS[2:]))
 
 
 FORMATS: dict[str, RecordFormat] = {
     "mmeb": RecordFormat(
         "MMEB: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path",
         pairs.parse_mmeb,
-        lambda value: bool(
-            value.keys() & {"qry", "qry_text"} and value.keys() & set(pairs.MMEB_KEYS[2:])
-        ),
+        _matches_mmeb,
     ),
     "llava": RecordFormat(
         "LLaVA: conversations of from and value, image",
@@ -98,15 +93,15 @@ FORMATS: dict[str, RecordFormat] = {
     "ms-swift": RecordFormat(
         "ms-swift: messages with <image>, or query and response; images",
         conversations.parse_swift,
-        _knows_swift,
+        _matches_swift,
     ),
     "records": RecordFormat(
-        "ours: id and one of image, parts, messages, query", _ours, _knows_ours
+        "ours: id and one of image, parts, messages, query", _parse_own, _matches_own
     ),
     "messages": RecordFormat(
         "OpenAI and TRL: messages, or prompt and completion; images",
         conversations.parse_messages,
-        _knows_messages,
+        _matches_messages,
     ),
     "captions": RecordFormat(
         f"captioned images: a column {', '.join(pairs.IMAGE_COLUMNS[:3])}, ... and any of "
@@ -115,9 +110,10 @@ FORMATS: dict[str, RecordFormat] = {
         lambda value: bool(pairs.find_image_columns(value)),
     ),
 }
-"""Asked in this order: the first that knows the keys of a row reads the source."""
+"""Record formats by name. The first one that matches a row reads the source: the order matters."""
 
 ContainerReader = Callable[[Path, Path], Iterator[SourceRow]]
+"""Function of (file, folder that relative image paths start from) that yields the file's rows."""
 
 CONTAINER_READERS: dict[str, ContainerReader] = {
     ".jsonl": containers.read_jsonl_rows,
@@ -132,10 +128,10 @@ CONTAINER_READERS: dict[str, ContainerReader] = {
     ".tar.gz": containers.read_tar_rows,
     ".tgz": containers.read_tar_rows,
 }
-"""By the end of the file's name."""
+"""Container readers by the end of the file's name."""
 
 RECORD_FILE_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz")
-"""Files that make a folder more than a folder of images."""
+"""Endings of files that are read as records if they lie in a folder that is the source."""
 
 
 def read_records(
@@ -145,60 +141,69 @@ def read_records(
     root: Path | None = None,
     on_error: RowErrorHandler | None = None,
 ) -> Iterator[Record]:
-    """The records of a file or a folder, lazily.
+    """Return an iterator over the records of a file or folder, which reads as it is advanced.
 
     Args:
-        source: a file of any name in `CONTAINERS`; a folder of images, of shards, or saved by Hugging Face `datasets`.
-        format: a key of `FORMATS`; None tells it by the keys.
-        root: where relative image paths start; None takes the file's folder.
-        on_error: gets each broken row's error and reading goes on; None raises at the first.
+        source: a file whose name ends as a key of `CONTAINER_READERS`, or a folder: of images, of
+            shards of one file, or saved by Hugging Face `datasets`.
+        format: a key of `FORMATS`; None detects it by the keys of the first rows.
+        root: folder that relative image paths start from; None means the folder of the file.
+        on_error: receives the error of each broken row, which is left out; None raises the first.
 
     Raises:
-        DataError: at once for a source or format that is unknown or unreadable; then, without `on_error`, for a row.
+        DataError: at once if the source or the format is unknown or unreadable; later, without
+            `on_error`, for a broken row.
     """
     if format is not None and format not in FORMATS:
-        known, near = f"Known: {', '.join(FORMATS)}", suggest_name(format, FORMATS)
-        fix = known if near.startswith("Known") else f"{near} {known}"
+        known, fix = f"Known: {', '.join(FORMATS)}", suggest_name(format, FORMATS)
+        if not fix.startswith("Known"):
+            fix = f"{fix} {known}"
         raise DataError(f"no format '{format}'", place=source, fix=fix)
-    rows = _rows(source, root)
+    rows = _read_rows(source, root)
     try:
-        name, rows = (format, rows) if format else _sniff(source, rows)
+        if format is None:
+            format, rows = _detect_format(source, rows)
     except OSError as error:
-        raise DataError(
-            f"cannot be read ({error.strerror})", place=source, fix="Check its permissions"
-        ) from None
-    return _records(rows, FORMATS[name], on_error)
+        message = f"cannot be read ({error.strerror})"
+        raise DataError(message, place=source, fix="Check its permissions") from None
+    return _parse_rows(rows, FORMATS[format], on_error)
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """Return an iterator over the records of one of our own ``.jsonl`` files.
+
+    Raises:
+        DataError: at the first broken line.
+    """
+    return read_records(path, format="records")
 
 
 def append_unlisted_images(
     records: Iterable[Record], folder: Path, *, on_error: RowErrorHandler
 ) -> Iterator[Record]:
-    """Records that lie in a folder of images, then those images that none of them names."""
-    known = set[Path]()
+    """Yield `records`, then a pair for every image below `folder` that no record refers to."""
+    listed = set[Path]()
     for record in records:
-        known |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
+        listed |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
         yield record
-    for record in _records(
-        containers.read_image_folder_rows(folder, folder), FORMATS["captions"], on_error
-    ):
-        if (
-            record.image is not None
-            and record.image.path is not None
-            and record.image.path.resolve() not in known
-        ):
+    rows = containers.read_image_folder_rows(folder, folder)
+    for record in _parse_rows(rows, FORMATS["captions"], on_error):
+        path = record.image.path if record.image else None
+        if path is not None and path.resolve() not in listed:
             yield record
 
 
-def _records(
+def _parse_rows(
     rows: Iterable[SourceRow], schema: RecordFormat, on_error: RowErrorHandler | None
 ) -> Iterator[Record]:
+    """Yield the record of each row. Errors go to `on_error`, or are raised if it is None."""
     for row in rows:
         try:
             if row.error is not None:
                 raise row.error
             if not isinstance(row.value, dict):
-                what = f"a row is an object, this is {type(row.value).__name__}"
-                raise DataError(what, place=row.place, fix="Write {...}")
+                message = f"a row is an object, this is {type(row.value).__name__}"
+                raise DataError(message, place=row.place, fix="Write {...}")
             record = schema.parse_row(row)
         except DataError as error:
             if on_error is None:
@@ -209,106 +214,98 @@ def _records(
 
 
 def detect_format(source: Path) -> str:
-    """The format's name. Raises DataError where it is not recognised."""
-    return _sniff(source, _rows(source, None))[0]
+    """Return the key of `FORMATS` that fits the first rows of a file or folder.
+
+    Raises:
+        DataError: no format fits, or the source cannot be read.
+    """
+    return _detect_format(source, _read_rows(source, None))[0]
 
 
-def _sniff(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterator[SourceRow]]:
-    """The format by the first row that one knows, and all the rows again."""
-    seen: list[SourceRow] = []
+def _detect_format(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterator[SourceRow]]:
+    """Return the name of the format of the first row that one matches, and all rows again."""
+    head: list[SourceRow] = []
     for row in itertools.islice(rows, MAX_DETECTION_ROWS):
-        seen.append(row)
+        head.append(row)
         if isinstance(row.value, dict):
             for name, schema in FORMATS.items():
                 if schema.matches(row.value):
-                    return name, itertools.chain(seen, rows)
-    objects = [row for row in seen if isinstance(row.value, dict)]
+                    return name, itertools.chain(head, rows)
+    objects = [row for row in head if isinstance(row.value, dict)]
     if not objects:
-        return "records", itertools.chain(
-            seen, rows
-        )  # nothing, or nothing that could be read: the rows' errors say it
+        # No row could be read: whatever the format, the errors of the rows say why.
+        return "records", itertools.chain(head, rows)
     keys = ", ".join(sorted(map(str, objects[0].value))[:12]) or "none"
     accepted = "; ".join(f"{name} ({schema.description})" for name, schema in FORMATS.items())
-    raise DataError(
-        f"not recognised by its keys: {keys}", place=objects[0].place, fix=f"Accepted: {accepted}"
-    )
+    message = f"not recognised by its keys: {keys}"
+    raise DataError(message, place=objects[0].place, fix=f"Accepted: {accepted}")
 
 
-# --- containers ------------------------------------------------------------------------------------
+# --- containers
 
 
-def _rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
+def _read_rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
+    """Return the rows of a file or folder; `root` None is the folder of the file."""
     if not source.exists():
         raise DataError("no such file or folder", place=source, fix="Check the path")
     if source.is_dir():
-        return _folder_rows(source, root)
-    container = _container(source)
-    if container is None:
-        what = (
-            f"a file of records does not end in '{source.suffix}'"
-            if source.suffix
-            else "a file without an ending"
-        )
-        raise DataError(
-            what,
-            place=source,
-            fix=f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images",
-        )
-    return container(source, source.parent if root is None else root)
+        return _read_folder_rows(source, root)
+    _, suffix = _split_suffix(source.name)
+    if not suffix:
+        message = "a file without an ending"
+        if source.suffix:
+            message = f"a file of records does not end in '{source.suffix}'"
+        fix = f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images"
+        raise DataError(message, place=source, fix=fix)
+    return CONTAINER_READERS[suffix](source, source.parent if root is None else root)
 
 
-def _container(source: Path) -> ContainerReader | None:
-    name = source.name.lower()
-    return next(
-        (container for ending, container in CONTAINER_READERS.items() if name.endswith(ending)),
-        None,
-    )
+def _split_suffix(name: str) -> tuple[str, str]:
+    """Return (stem, key of `CONTAINER_READERS`) of a file name; (name, "") for other endings."""
+    suffixes = (suffix for suffix in CONTAINER_READERS if name.lower().endswith(suffix))
+    suffix = max(suffixes, key=len, default="")
+    return name[: len(name) - len(suffix)], suffix
 
 
-def _folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
+def _read_folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
+    """Return the rows of a folder's files of records or, if it has none, of its images."""
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.parent.name for p in folder.glob("*/dataset_info.json"))
-        fix = f"Name one: {_some(folder / split for split in splits)}"
+        splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
+        fix = f"Name one: {_list_paths(folder / split for split in splits)}"
         raise DataError("several splits in one folder", place=folder, fix=fix)
-    files = _saved_dataset(folder)
+    files = _list_saved_dataset_files(folder) or _list_record_files(folder)
     if not files:
-        here = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
-        here = [
-            p for p in here if not p.name.endswith(QUARANTINE_SUFFIX)
-        ]  # what a verb left out, beside what it wrote
-        files = [
-            p for p in here if p.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-        ][:1]
-        files = files or [p for p in here if p.name.lower().endswith(RECORD_FILE_SUFFIXES)]
-    if not files:
-        return _some_images(folder)
-    endings = {p.suffix for p in files}
-    # Shards are numbered parts of one thing; `train.jsonl` and `test.jsonl`, or train-0.tar and test-0.tar, are not.
-    stems = {
-        re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$", "", _stem(p.name)) for p in files
-    }
-    if len(files) > 1 and (len(stems) > 1 or len(endings) > 1):
-        raise DataError(
-            "several files of records in one folder", place=folder, fix=f"Name one: {_some(files)}"
-        )
-    read = [container for p in files if (container := _container(p))]
+        return _read_image_rows(folder)
+    # Shards are numbered parts of one data set; `train.jsonl` and `test.jsonl`, or train-0.tar
+    # and test-0.tar, are not.
+    number = r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$"
+    stems = {re.sub(number, "", _split_suffix(path.name)[0]) for path in files}
+    if len(stems) > 1 or len({path.suffix for path in files}) > 1:
+        fix = f"Name one: {_list_paths(files)}"
+        raise DataError("several files of records in one folder", place=folder, fix=fix)
+    readers = [CONTAINER_READERS[_split_suffix(path.name)[1]] for path in files]
     start = folder if root is None else root
-    return itertools.chain.from_iterable(c(p, start) for c, p in zip(read, files, strict=True))
+    rows = (reader(path, start) for reader, path in zip(readers, files, strict=True))
+    return itertools.chain.from_iterable(rows)
 
 
-def _stem(name: str) -> str:
-    """A file's name without the ending that tells its container: of train.part.tar.gz, train.part."""
-    ending = max((e for e in CONTAINER_READERS if name.lower().endswith(e)), key=len, default="")
-    return name[: len(name) - len(ending)]
+def _list_record_files(folder: Path) -> list[Path]:
+    """Return the metadata file of a folder, else its files of records, sorted; [] without any."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    # A quarantine file lists what a command left out, beside the records that it wrote.
+    ignored = [p for p in files if p.name.startswith(".") or p.name.endswith(QUARANTINE_SUFFIX)]
+    files = [path for path in files if path not in ignored]
+    metadata = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+    named = [path for path in files if path.name in metadata]
+    return named[:1] or [p for p in files if p.name.lower().endswith(RECORD_FILE_SUFFIXES)]
 
 
-def _some(paths: Iterable[Path]) -> str:
-    names = [str(path) for path in paths]
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _list_saved_dataset_files(folder: Path) -> list[Path]:
+    """Return the files that `Dataset.save_to_disk` wrote, in order; [] for another folder.
 
-
-def _saved_dataset(folder: Path) -> list[Path]:
-    """The files of a folder that `Dataset.save_to_disk` wrote, in their order."""
+    Raises:
+        DataError: the list of files is broken, or names files outside the folder or a selection.
+    """
     state = folder / "state.json"
     if not (state.is_file() and (folder / "dataset_info.json").is_file()):
         return []
@@ -316,109 +313,96 @@ def _saved_dataset(folder: Path) -> list[Path]:
         saved = json.loads(state.read_text(encoding="utf-8"))
         names = [str(item["filename"]) for item in saved["_data_files"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"broken ({error})", place=state, fix="Save the dataset again with save_to_disk"
-        ) from None
+        fix = "Save the dataset again with save_to_disk"
+        raise DataError(f"broken ({error})", place=state, fix=fix) from None
     if saved.get("_indices_data_files") or any(Path(name).name != name for name in names):
-        raise DataError(
-            "an indexed view of other files",
-            place=state,
-            fix="Call flatten_indices() before save_to_disk",
-        )
+        fix = "Call flatten_indices() before save_to_disk"
+        raise DataError("an indexed view of other files", place=state, fix=fix)
     return [folder / name for name in names]
 
 
-def _some_images(folder: Path) -> Iterator[SourceRow]:
+def _read_image_rows(folder: Path) -> Iterator[SourceRow]:
+    """Return a row per image below a folder. Raise DataError at once if there is none."""
     rows = containers.read_image_folder_rows(folder, folder)
     first = next(rows, None)
     if first is None:
-        fix = f"Accepted: images ({', '.join(sorted(images.IMAGE_SUFFIXES))}), or files {', '.join(CONTAINER_READERS)}"
+        suffixes = ", ".join(sorted(images.IMAGE_SUFFIXES))
+        fix = f"Accepted: images ({suffixes}), or files {', '.join(CONTAINER_READERS)}"
         raise DataError("neither images nor records in this folder", place=folder, fix=fix)
     return itertools.chain([first], rows)
 
 
-# --- writing ---------------------------------------------------------------------------------------
+def _list_paths(paths: Iterable[Path]) -> str:
+    """Return up to six paths for a message, and how many more there are."""
+    names = [str(path) for path in paths]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+# --- writing
 
 
 def check_output_path(target: Path, source: Path, *, allow_existing: bool = False) -> None:
-    """Raises DataError for a target of `convert` that is no ``.jsonl``, or that is the source or a part of it.
+    """Check that `target` can be written while `source` is read.
 
     Args:
-        may_grow: the target may be what a folder holds already.
+        allow_existing: accept an existing file of the folder `source`, which is then replaced.
+
+    Raises:
+        DataError: `target` is no ``.jsonl``, is the source, or is an existing file inside it.
     """
     if target.suffix != ".jsonl":
-        raise DataError(
-            f"'{target}' is no .jsonl file",
-            place="--to",
-            fix=f"Write {target.with_suffix('.jsonl')}",
-        )
+        fix = f"Write {target.with_suffix('.jsonl')}"
+        raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=fix)
     if target.resolve() == source.resolve():
-        raise DataError(f"'{target}' is the source itself", place="--to", fix="Name another file")
+        fix = "Name another file"
+        raise DataError(f"'{target}' is the source itself", place="--to", fix=fix)
     if not allow_existing and is_file_inside(target, source):
-        fix = "Name a file outside, or a new one"
-        raise DataError(
-            f"'{target}' is there already, and is read as a part of {source}", place="--to", fix=fix
-        )
+        message = f"'{target}' is there already, and is read as a part of {source}"
+        raise DataError(message, place="--to", fix="Name a file outside, or a new one")
 
 
-def is_file_inside(target: Path, source: Path) -> bool:
-    """Whether there is such a file, and a folder that is read has it in it."""
-    return target.exists() and target.resolve().parent == source.resolve()
+def is_file_inside(path: Path, folder: Path) -> bool:
+    """Return whether `path` exists and lies directly in `folder`."""
+    return path.exists() and path.resolve().parent == folder.resolve()
 
 
 def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]:
-    """Write records as our ``.jsonl``, yielding each as it is written; the file appears when all are.
+    """Write records to a ``.jsonl`` file, and yield each one after it is written.
 
-    Images inside the source (archives, tables, data: URLs) are written to ``<target's stem>-images/``, named by content.
+    The generator must be exhausted: `target` appears, or is replaced, when all records are
+    written, and stays as it was if an error stops the generator. Images given as bytes are written
+    to ``<stem of target>-images/`` and referred to there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    partial_file = target.with_name(f".{target.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as out:
+        with partial_file.open("w", encoding="utf-8") as file:
             for record in records:
-                raw = record_to_json(_with_files(record, target), root=target.parent)
-                out.write(_readable(raw) + "\n")
+                stored = map_images(record, lambda ref: write_inline_image(ref, target))
+                raw = record_to_json(stored, root=target.parent)
+                line = json.dumps(raw, ensure_ascii=False)
+                # A lone surrogate has no bytes in UTF-8, but can be spelled in ASCII.
+                file.write((line if is_utf8_encodable(line) else json.dumps(raw)) + "\n")
                 yield record
-        partial.replace(target)
+        partial_file.replace(target)
     finally:
-        partial.unlink(missing_ok=True)
+        partial_file.unlink(missing_ok=True)
 
 
-def _readable(raw: dict[str, Any]) -> str:
-    """JSON with its letters as they are; in ASCII where one of them has no bytes in UTF-8."""
-    line = json.dumps(raw, ensure_ascii=False)
-    return line if is_utf8_encodable(line) else json.dumps(raw)
+def write_inline_image(ref: ImageRef, target: Path) -> ImageRef:
+    """Write an image that exists only as bytes to a file beside `target`; return its reference.
 
-
-def _with_files(record: Record, target: Path) -> Record:
-    """The record with every embedded image written to a file."""
-
-    def filed(ref: ImageRef) -> ImageRef:
-        if ref.data is None:
-            return ref
-        kind = images.detect_image_format(ref.data[:512])
-        ending = f".{kind.lower()}" if f".{kind.lower()}" in images.IMAGE_SUFFIXES else ".bin"
-        path = (
-            target.parent
-            / f"{target.stem}-images"
-            / f"{hashlib.sha256(ref.data).hexdigest()[:24]}{ending}"
-        )
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(ref.data)
-        return ImageRef(path=path)
-
-    def parts(items: Parts) -> Parts:
-        return tuple(filed(item) if isinstance(item, ImageRef) else item for item in items)
-
-    return dataclasses.replace(
-        record,
-        image=filed(record.image) if record.image else None,
-        parts=parts(record.parts),
-        messages=tuple(
-            dataclasses.replace(turn, parts=parts(turn.parts)) for turn in record.messages
-        ),
-        query=parts(record.query),
-        positive=tuple(map(parts, record.positive)),
-        negative=tuple(map(parts, record.negative)),
-    )
+    The file is ``<stem of target>-images/<24 hex digits of the SHA-256>.<format>``, and is not
+    written again if it exists. A `ref` with a path is returned unchanged.
+    """
+    if ref.data is None:
+        return ref
+    suffix = f".{images.detect_image_format(ref.data[:512]).lower()}"
+    if suffix not in images.IMAGE_SUFFIXES:
+        suffix = ".bin"
+    name = hashlib.sha256(ref.data).hexdigest()[:24] + suffix
+    path = target.parent / f"{target.stem}-images" / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(ref.data)
+    return ImageRef(path=path)

@@ -1,9 +1,11 @@
-"""Images: the only module that knows PIL. Everybody else sees an opaque image, bytes, or uint8[H, W, 3].
+"""Images: decoding, encoding and comparing. Only this module imports PIL; all others pass
+`DecodedImage` on, or use bytes and uint8[H, W, 3].
 
-`load` takes an untrusted image through four steps, and names the image, the cause and the fix when one fails:
+`load_image` takes an untrusted image through four steps. If one fails, the error names the image,
+the cause and the remedy:
 
-1. magic     the first bytes say what it is; SVG, EPS, PSD and all else are refused
-2. header    width and height are read and checked, before any pixel is decoded
+1. magic     the first bytes tell the format; SVG, EPS, PSD and all others are refused
+2. header    width and height are checked before any pixel is decoded
 3. decode    a truncated or broken file is an error, never a half-grey image
 4. to RGB    first frame, upright as EXIF says, 8 bits, transparency on white
 """
@@ -29,24 +31,25 @@ from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError
 
 DecodedImage = Image.Image
-"""A decoded image, which others pass on without importing PIL."""
+"""A decoded image, so that other modules need not import PIL for its type."""
 
 Pixels = NDArray[np.uint8]
-"""uint8[H, W, 3]"""
+"""uint8[H, W, 3], RGB."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-"""File names that are taken for images when a folder or an archive is read."""
+"""Endings of file names, in lower case, that mean an image in a folder or an archive."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What is decoded at all."""
+    """Limits that an image must keep to be decoded."""
 
     max_pixels: int = 64_000_000
-    """Width times height, as the header says."""
+    """Largest width times height, as the header states them."""
     min_side: int = 1
-    """Shorter side, in pixels."""
+    """Smallest shorter side, in pixels."""
     formats: frozenset[str] = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"})
+    """Accepted names of `detect_image_format`."""
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -66,8 +69,8 @@ _MAGIC = (
     (b"\x1f\x8b", "gzip"),
 )
 
-# Everything PIL's decoders raise on hostile bytes; anything else is our bug and shows its traceback.
-_BROKEN = (
+# Every exception that PIL's decoders raise on hostile bytes. Any other is our bug and propagates.
+_DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -81,7 +84,11 @@ _BROKEN = (
 
 
 def detect_image_format(head: bytes) -> str:
-    """The format that the first 512 bytes of a file announce: PNG, JPEG, ..., SVG, or 'unknown'."""
+    """Return the format that the first bytes of a file announce; 512 bytes are enough.
+
+    Returns:
+        A name such as ``PNG``, ``JPEG`` or ``SVG``; ``HEIC or AVIF``, ``XML`` or ``unknown``.
+    """
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name
@@ -90,15 +97,18 @@ def detect_image_format(head: bytes) -> str:
     if head[4:8] == b"ftyp":
         return "HEIC or AVIF"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith(b"<svg") or (
-        text.startswith((b"<?xml", b"<!doctype", b"<!--")) and b"<svg" in text
-    ):
+    is_markup = text.startswith((b"<?xml", b"<!doctype", b"<!--"))
+    if text.startswith(b"<svg") or (is_markup and b"<svg" in text):
         return "SVG"
     return "XML" if text.startswith((b"<?xml", b"<!doctype")) else "unknown"
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """The encoded bytes. Raises ImageError where the file is missing or unreadable."""
+    """Return the encoded bytes of an image: `ref.data`, or the content of the file at `ref.path`.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+    """
     if ref.data is not None:
         return ref.data
     assert ref.path is not None
@@ -108,101 +118,99 @@ def read_bytes(ref: ImageRef) -> bytes:
         fix = "Mend the path; relative paths start from the folder of the records' file"
         raise ImageError("no such image", place=ref.name, fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        what = getattr(error, "strerror", None) or error
-        raise ImageError(
-            f"cannot read the image ({what})", place=ref.name, fix="Check the path"
-        ) from None
+        cause = getattr(error, "strerror", None) or error
+        message = f"cannot read the image ({cause})"
+        raise ImageError(message, place=ref.name, fix="Check the path") from None
 
 
-def load_image(ref: ImageRef, *, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """One image, decoded, upright, RGB, 8 bits, on white.
+def load_image(ref: ImageRef, *, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
+    """Return an image decoded: first frame, upright, RGB with 8 bits, transparency on white.
 
     Args:
         ref: a path or encoded bytes.
-        limits: checked on the header, before any pixel is decoded.
+        limits: limits on format and size, checked before any pixel is decoded.
 
     Raises:
-        ImageError: missing, empty, refused, too large, truncated or broken; names the image, the cause and the fix.
+        ImageError: the image is missing, empty, refused, too large, too small or broken.
     """
     data = read_bytes(ref)
-    kind = _check_magic(data, ref.name, limits)
+    kind = _check_format(data, ref.name, limits)
     with warnings.catch_warnings():
-        # Broken EXIF and our own pixel limit are dealt with here; PIL's warnings would only repeat them.
+        # Broken EXIF and our own pixel limit are handled here; PIL's warnings would repeat them.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=[kind])
         except Image.DecompressionBombError:
-            raise _too_large("far more pixels than any photo", ref.name, limits) from None
-        except _BROKEN as error:
-            raise _broken(kind, error, ref.name) from None
+            raise _too_large_error("far more pixels than any photo", ref.name, limits) from None
+        except _DECODER_ERRORS as error:
+            raise _broken_image_error(kind, error, ref.name) from None
         _check_size(image.size, ref.name, limits)
         try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
         except Image.DecompressionBombError:
-            raise _too_large("a frame larger than its header says", ref.name, limits) from None
-        except _BROKEN as error:
-            raise _broken(kind, error, ref.name) from None
+            raise _too_large_error(
+                "a frame larger than its header says", ref.name, limits
+            ) from None
+        except _DECODER_ERRORS as error:
+            raise _broken_image_error(kind, error, ref.name) from None
 
 
-def _check_magic(data: bytes, name: str, limits: ImageLimits) -> str:
+def _check_format(data: bytes, name: str, limits: ImageLimits) -> str:
+    """Return the format of encoded bytes. Raise ImageError if there are none or it is refused."""
     if not data:
-        raise ImageError(
-            "the image is empty (0 bytes)", place=name, fix="Copy or download it again"
-        )
+        fix = "Copy or download it again"
+        raise ImageError("the image is empty (0 bytes)", place=name, fix=fix)
     kind = detect_image_format(data[:512])
     if kind not in limits.formats:
-        known = ", ".join(sorted(limits.formats))
-        what = "an unknown kind of file" if kind == "unknown" else kind
-        raise ImageError(
-            f"the image is {what}, which is refused",
-            place=name,
-            fix=f"Convert it to one of {known}",
-        )
+        description = "an unknown kind of file" if kind == "unknown" else kind
+        fix = f"Convert it to one of {', '.join(sorted(limits.formats))}"
+        raise ImageError(f"the image is {description}, which is refused", place=name, fix=fix)
     return kind
 
 
 def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
+    """Raise ImageError if (width, height) has too many pixels or too short a side."""
     width, height = size
     if width * height > limits.max_pixels:
-        raise _too_large(f"{width} x {height} pixels", name, limits)
+        raise _too_large_error(f"{width} x {height} pixels", name, limits)
     if min(size) < max(1, limits.min_side):
-        least = f"Leave it out, or use images of at least {limits.min_side} pixels a side"
-        raise ImageError(
-            f"the image is too small: {width} x {height} pixels", place=name, fix=least
-        )
+        message = f"the image is too small: {width} x {height} pixels"
+        fix = f"Leave it out, or use images of at least {limits.min_side} pixels a side"
+        raise ImageError(message, place=name, fix=fix)
 
 
-def _too_large(what: str, name: str, limits: ImageLimits) -> ImageError:
+def _too_large_error(cause: str, name: str, limits: ImageLimits) -> ImageError:
     fix = f"Scale it down: the limit is {limits.max_pixels / 1e6:g} megapixels"
-    return ImageError(f"the image is too large to decode: {what}", place=name, fix=fix)
+    return ImageError(f"the image is too large to decode: {cause}", place=name, fix=fix)
 
 
-def _broken(kind: str, error: BaseException, name: str) -> ImageError:
+def _broken_image_error(kind: str, error: BaseException, name: str) -> ImageError:
     # Pillow names its buffer by its address: the same image must give the same message every time.
     cause = re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", str(error))
-    return ImageError(
-        f"truncated or broken {kind} ({cause})", place=name, fix="Copy or download it again"
-    )
+    message = f"truncated or broken {kind} ({cause})"
+    return ImageError(message, place=name, fix="Copy or download it again")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any decoded mode -> RGB, transparency composited on white."""
+    """Return a new RGB image of any decoded mode, with transparency composited on white."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
-    # A palette or a grey image may name one colour transparent instead of carrying an alpha channel.
+    # A palette or a grey image may declare one colour transparent instead of having an alpha.
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    # A fresh image: no EXIF, no palette, no file handle travels on.
+    # Copying the pixels drops EXIF, the palette and the file handle.
     return Image.frombytes("RGB", image.size, image.convert("RGB").tobytes())
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16- and 32-bit grey, and float: 16 bits keep their scale, wider ones are stretched to their own range."""
-    values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    """Return a grey image of 16 bits, 32 bits or floats as a grey image of 8 bits.
+
+    Integers from 0 to 65535 keep that scale; all others are stretched to their own range.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if image.mode != "F" and low >= 0 and high <= 65535:
         values = values / 257.0
@@ -212,26 +220,30 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def image_key(ref: ImageRef) -> str:
-    """SHA-256 of the encoded bytes, in hex: equal keys are the same file. Raises ImageError where it cannot be read."""
+    """Return the SHA-256 of the encoded bytes in hexadecimal: equal keys mean equal files.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+    """
     return hashlib.sha256(read_bytes(ref)).hexdigest()
 
 
-# --- what others need of pixels, so that they never import PIL -------------------------------------
+# --- pixels and encoded bytes, so that other modules need not import PIL
 
 
-def to_pixels(image: Image.Image) -> Pixels:
-    """Image -> uint8[H, W, 3]."""
+def to_pixels(image: DecodedImage) -> Pixels:
+    """Return the pixels of an image, uint8[H, W, 3]."""
     return np.asarray(image.convert("RGB"))
 
 
-def from_pixels(pixels: Pixels) -> Image.Image:
-    """uint8[H, W, 3] -> image."""
+def from_pixels(pixels: Pixels) -> DecodedImage:
+    """Return uint8[H, W, 3] as an image; any other shape or type fails an assertion."""
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, "uint8[H, W, 3]"
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def scale_down(image: Image.Image, max_side: int) -> Image.Image:
-    """The image with its longer side at most `max_side`, never enlarged."""
+def scale_down(image: DecodedImage, max_side: int) -> DecodedImage:
+    """Return the image with its longer side at most `max_side` pixels; small ones unchanged."""
     factor = max_side / max(image.size)
     if factor >= 1:
         return image
@@ -239,50 +251,47 @@ def scale_down(image: Image.Image, max_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
-def resize_pixels(image: Image.Image, width: int, height: int) -> Pixels:
-    """uint8[height, width, 3], proportions given up."""
+def resize_pixels(image: DecodedImage, width: int, height: int) -> Pixels:
+    """Return uint8[height, width, 3], averaged over boxes; the proportions are not kept."""
     return to_pixels(image.resize((width, height), Image.Resampling.BOX, reducing_gap=2.0))
 
 
-def encode_png(image: Image.Image) -> bytes:
-    """PNG bytes; the same pixels give the same bytes."""
-    out = io.BytesIO()
-    image.save(out, "PNG", compress_level=6, pnginfo=PngImagePlugin.PngInfo())
-    return out.getvalue()
+def encode_png(image: DecodedImage) -> bytes:
+    """Return the image as PNG bytes; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=6, pnginfo=PngImagePlugin.PngInfo())
+    return buffer.getvalue()
 
 
-def encode_jpeg(image: Image.Image) -> bytes:
-    """JPEG bytes, at a quality where photos show no loss."""
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=90, optimize=True)
-    return out.getvalue()
+def encode_jpeg(image: DecodedImage) -> bytes:
+    """Return the image as JPEG bytes of quality 90, at which photos show no loss."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90, optimize=True)
+    return buffer.getvalue()
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG, with the folders it needs."""
+def save_png(image: DecodedImage, path: Path) -> None:
+    """Write the image as a PNG file, and create the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_png(image))
 
 
-def encode_thumbnail_data_url(image: Image.Image, side: int) -> str:
-    """A ``data:`` URL of the image, at most `side` pixels wide and high, for self-contained HTML pages."""
+def encode_thumbnail_data_url(image: DecodedImage, side: int) -> str:
+    """Return a ``data:`` URL of the image scaled to at most `side` pixels, for HTML pages."""
     small = scale_down(image, side)
-    out = io.BytesIO()
-    # Photos are ten times smaller as JPEG; drawings have few colours, and JPEG would smear their edges.
+    # Photos are ten times smaller as JPEG; drawings have few colours and blur as JPEG.
     kind = "PNG" if small.getcolors(256) is not None else "JPEG"
-    small.save(
-        out,
-        kind,
-        **cast("dict[str, Any]", {"quality": 85} if kind == "JPEG" else {"optimize": True}),
-    )
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+    options: dict[str, Any] = {"optimize": True} if kind == "PNG" else {"quality": 85}
+    buffer = io.BytesIO()
+    small.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# --- looking alike ---------------------------------------------------------------------------------
+# --- similarity of images, see data.tools.duplicates
 
 
 def _dct_rows(count: int, size: int) -> NDArray[np.float64]:
-    """float[count, size]: the first `count` rows of the DCT-II matrix."""
+    """Return float[count, size]: the first `count` rows of the DCT-II matrix."""
     k, n = np.arange(count)[:, None], np.arange(size)[None, :]
     return cast("NDArray[np.float64]", np.cos(np.pi * k * (2 * n + 1) / (2 * size)))
 
@@ -290,38 +299,43 @@ def _dct_rows(count: int, size: int) -> NDArray[np.float64]:
 _DCT = _dct_rows(8, 32)
 
 
-def compute_perceptual_hash(image: Image.Image) -> int:
-    """64 bits of how the image looks in grey: scaled or re-encoded copies differ in a few bits, others in about 32.
+def compute_perceptual_hash(image: DecodedImage) -> int:
+    """Return the pHash of an image: 64 bits that describe its appearance in grey.
 
-    The signs of its 8 x 8 lowest frequencies against their median (pHash). Unlike dHash it keeps its bits balanced on
-    drawings before a plain background.
+    The bits are the signs of its 8 x 8 lowest frequencies against their median. Scaled or
+    re-encoded copies differ in a few bits, unrelated images in about 32. Unlike dHash, it keeps
+    its bits balanced on drawings on a plain background.
     """
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), dtype=np.float64)
-    low = (_DCT @ grey @ _DCT.T).ravel()  # [64]
-    low[0] = 0.0  # the mean brightness says nothing of the shape
+    small = image.convert("L").resize((32, 32), Image.Resampling.BOX)
+    low = (_DCT @ np.asarray(small, dtype=np.float64) @ _DCT.T).ravel()  # [64]
+    low[0] = 0.0  # the mean brightness does not describe the shape
     bits = low > np.median(low)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def compute_thumbnail_colours(image: Image.Image) -> bytes:
-    """192 bytes, the image as 8 x 8 RGB: tells a red hat from the same hat in blue, which `perceptual_hash` does not."""
+def compute_thumbnail_colours(image: DecodedImage) -> bytes:
+    """Return the image as 8 x 8 RGB, 192 bytes.
+
+    It tells a red hat from the same hat in blue, which `compute_perceptual_hash` does not.
+    """
     return resize_pixels(image, 8, 8).tobytes()
 
 
 def measure_texture(ref: ImageRef) -> tuple[float, int]:
-    """How a cut-out was made: (share of equal horizontal neighbours, number of colours), both of its opaque pixels.
+    """Return two numbers that tell a drawn cut-out from a photographed one.
+
+    Returns:
+        (share of horizontal neighbours that are equal, number of distinct colours with 6 bits per
+        channel), both over opaque pixels; (0.0, 0) for a fully transparent image.
 
     Raises:
-        ImageError: as `load` does.
+        ImageError: as `load_image`.
     """
-    load_image(ref)  # all the checks
-    pixels = np.asarray(Image.open(io.BytesIO(read_bytes(ref))).convert("RGBA")).astype(
-        np.int32
-    )  # [H, W, 4]
-    opaque = pixels[..., 3] > 250
-    pairs = opaque[:, 1:] & opaque[:, :-1]
-    equal = (pixels[:, 1:, :3] == pixels[:, :-1, :3]).all(-1) & pairs
-    colour = (pixels[..., :3] >> 2)[opaque] @ np.array(
-        [1 << 12, 1 << 6, 1]
-    )  # 18 bits: nearly equal ones are one
-    return float(equal.sum() / max(1, pairs.sum())), len(np.unique(colour))
+    load_image(ref)  # for its checks
+    image = Image.open(io.BytesIO(read_bytes(ref))).convert("RGBA")
+    pixels = np.asarray(image).astype(np.int32)  # [H, W, 4]
+    opaque = pixels[..., 3] > 250  # [H, W]
+    neighbours = opaque[:, 1:] & opaque[:, :-1]  # [H, W - 1]
+    equal = (pixels[:, 1:, :3] == pixels[:, :-1, :3]).all(-1) & neighbours
+    colours = (pixels[..., :3] >> 2)[opaque] @ np.array([1 << 12, 1 << 6, 1])  # 18 bits each
+    return float(equal.sum() / max(1, neighbours.sum())), len(np.unique(colours))

@@ -1,4 +1,4 @@
-"""Where bad records go: a run never dies of one, and never hides that it dropped it."""
+"""Quarantine: the list of dropped records. A run does not stop at a bad record, nor hide it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from vlduet.files import read_json_lines
 T = TypeVar("T")
 U = TypeVar("U")
 
-_PARTICULAR = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
-
+# Quoted names, remarks in parentheses and numbers: messages that differ in these have one cause.
+_PARTICULARS = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
 
 QUARANTINE_SUFFIX = ".quarantine.jsonl"
+"""End of the name of every quarantine file."""
 
 
-def quarantine_path(out: Path) -> Path:
-    """Where the drops of a run that writes `out` are listed."""
-    return out.with_suffix(QUARANTINE_SUFFIX)
+def quarantine_path(output: Path) -> Path:
+    """Return the path of the quarantine file of a run that writes `output`."""
+    return output.with_suffix(QUARANTINE_SUFFIX)
 
 
 def bisect_failures(
@@ -34,9 +35,16 @@ def bisect_failures(
     *,
     on_error: Callable[[T, DataError], object],
 ) -> list[U | None]:
-    """`function` of all items at once, one result an item; None for an item that it cannot read, told to `on_error`.
+    """Apply a batch function to all items at once, and isolate the items that it cannot handle.
 
-    A batch that fails is halved until the broken item stands alone.
+    A batch that raises DataError is halved until the broken item is alone.
+
+    Args:
+        function: returns one result per item, in order.
+        on_error: receives every broken item with its error.
+
+    Returns:
+        One result per item; None for a broken one.
     """
     if not items:
         return []
@@ -47,103 +55,96 @@ def bisect_failures(
             on_error(items[0], error)
             return [None]
     middle = len(items) // 2
-    return [
-        found
-        for half in (items[:middle], items[middle:])
-        for found in bisect_failures(function, half, on_error=on_error)
-    ]
+    first_half = bisect_failures(function, items[:middle], on_error=on_error)
+    return first_half + bisect_failures(function, items[middle:], on_error=on_error)
 
 
 class Quarantine:
-    """Dropped records, one JSON line each: ``{"id", "place", "cause", "message", "fix"}``.
+    """List of dropped records, one JSON line each: ``{"id", "place", "cause", "message", "fix"}``.
 
-    Lines hold no times and come in the order of the drops, so that equal runs write equal files. The same drop is
-    written once, however many epochs or restarts meet it: a file that already exists is read first and continued.
+    A drop is listed once, however many epochs or restarts meet it: an existing file is read first
+    and continued. Lines hold no times, so that equal runs write equal files. Thread-safe.
 
     Args:
-        path: the file, made at the first drop; None keeps the drops in memory.
+        path: the file, created at the first drop; None keeps the list in memory only.
     """
 
     def __init__(self, path: Path | None = None):
         self.path = path
         self._lock = threading.Lock()
-        self._seen: set[tuple[str | None, str | None, str]] = set()
+        self._drops: set[tuple[str | None, str | None, str]] = set()  # id, place, message
         self._causes: Counter[str] = Counter()
-        for row in (
-            read_json_lines(path) if path else ()
-        ):  # of a line that was cut short, the record is dropped again
+        for row in read_json_lines(path) if path else ():
             try:
-                self._note(row["id"], row["place"], row["message"], row["cause"])
+                self._register(row["id"], row["place"], row["message"], row["cause"])
             except (KeyError, TypeError):
-                continue  # not a line of ours
+                continue  # not a line of ours, or one that a killed process left incomplete
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """One that tells of this run alone: what an earlier run listed in the file goes."""
+        """Return an empty quarantine; the file of an earlier run at `path` is deleted."""
         path.unlink(missing_ok=True)
         return cls(path)
 
-    def add(self, what: Record | Place | str | None, error: Exception) -> bool:
-        """Drop one record.
+    def add(self, dropped: Record | Place | str | None, error: Exception) -> bool:
+        """List one dropped record, and append it to the file.
 
         Args:
-            what: the record, or its place where it could not even be read.
-            error: why. Its own place (an image's path, say) goes before the message.
+            dropped: the record, or its place if it could not even be parsed.
+            error: the reason. Its own place, such as an image's path, precedes the message.
 
         Returns:
-            False when this very drop is known already.
+            True if the drop is new; False if the same one is listed already.
         """
-        identity = what.id if isinstance(what, Record) else None
-        where = what.place if isinstance(what, Record) else what
-        place = None if where is None else str(where)
-        message, inner, fix = str(error) or type(error).__name__, None, None
+        record_id = dropped.id if isinstance(dropped, Record) else None
+        position = dropped.place if isinstance(dropped, Record) else dropped
+        place = None if position is None else str(position)
+        message = str(error) or type(error).__name__
+        fix = None
         if isinstance(error, VLDuetError):
-            message, inner, fix = error.message, error.place, error.fix
-        cause = _PARTICULAR.sub("", message)
-        cause = (
-            re.sub(r"\s+([:,;.]|$)", r"\1", re.sub(r"\s+", " ", cause)).strip(" :,;.")
-            or type(error).__name__
-        )
-        place = place or inner
-        message = f"{inner}: {message}" if inner and inner != place else message
+            message, fix = error.message, error.fix
+        cause = _PARTICULARS.sub("", message)
+        cause = re.sub(r"\s+([:,;.]|$)", r"\1", re.sub(r"\s+", " ", cause)).strip(" :,;.")
+        cause = cause or type(error).__name__
+        if isinstance(error, VLDuetError) and error.place:
+            place = place or error.place
+            message = message if error.place == place else f"{error.place}: {message}"
         with self._lock:
-            if not self._note(identity, place, message, cause):
+            if not self._register(record_id, place, message, cause):
                 return False
             if self.path is not None:
-                row = {
-                    "id": identity,
-                    "place": place,
-                    "cause": cause,
-                    "message": message,
-                    "fix": fix,
-                }
+                row = {"id": record_id, "place": place, "cause": cause, "message": message}
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 # One write in append mode: processes that share the file never mix their lines.
+                # ASCII, because the letters themselves may be what is wrong.
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")  # ASCII: what is wrong may be its letters
+                    file.write(json.dumps(row | {"fix": fix}) + "\n")
         return True
 
-    def _note(self, identity: str | None, place: str | None, message: str, cause: str) -> bool:
-        key = (identity, place, message)
-        if key in self._seen:
+    def _register(self, record_id: str | None, place: str | None, message: str, cause: str) -> bool:
+        """Count a drop in memory. Return False, and count nothing, if it is known already."""
+        drop = (record_id, place, message)
+        if drop in self._drops:
             return False
-        self._seen.add(key)
+        self._drops.add(drop)
         self._causes[cause] += 1
         return True
 
     @property
     def count(self) -> int:
-        """How many drops there were, those found in the file included."""
-        return len(self._seen)
+        """Number of drops, those of an earlier run in the same file included."""
+        return len(self._drops)
 
     def count_by_cause(self) -> dict[str, int]:
-        """Drops by cause, names and numbers left out of it, the most frequent first."""
+        """Return the number of drops by cause, the most frequent first.
+
+        The cause is the message without quoted names, parentheses and numbers.
+        """
         return dict(sorted(self._causes.items(), key=lambda item: (-item[1], item[0])))
 
     def __str__(self) -> str:
         if not self.count:
             return "nothing dropped"
         causes = ", ".join(f"{count} x {cause}" for cause, count in self.count_by_cause().items())
-        return f"{self.count} dropped ({causes})" + (
-            f", listed in {self.path}" if self.path else ""
-        )
+        listing = f", listed in {self.path}" if self.path else ""
+        return f"{self.count} dropped ({causes}){listing}"

@@ -1,64 +1,68 @@
-"""A record: one training or retrieval sample as the user wrote it.
+"""Records: one training or retrieval sample each, as the user wrote it.
 
-One JSON object a line, in one of four kinds, told apart by their keys:
+    kind         filled fields                  trains or measures
+    pair         image, short, long, negative   an image and its captions
+    interleaved  parts                          sentences and images in reading order
+    chat         messages                       the answers of the assistant
+    retrieval    query, positive, negative      a query with right and wrong candidates
 
-    pair         {"id", "image", "short", "long"}          short may be a list; either caption may be missing
-    interleaved  {"id", "parts": [{"text"}, {"image"}, ...]}
-    chat         {"id", "messages": [{"role", "content"}, ...]}
-    retrieval    {"id", "query": [parts], "positive": [[parts], ...], "negative": [[parts], ...]}
-
-Any kind may carry "metadata": {...}. Images are written as a path relative to the file, a ``data:`` URL, or
-``{"bytes": base64}``; `parse` makes `ImageRef`s of them without touching the pixels.
+`record_json` reads and writes one JSON object per record, `formats` everything else.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import itertools
-import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
-
-from vlduet.errors import DataError, suggest_name
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands: printed as ``file:line:field``."""
+    """Position of a value in the user's files, printed as ``file:line:field`` in messages."""
 
     file: str
     line: int | None = None
+    """Line or row number, counted from 1; None where the file has no lines (an archive)."""
     field: str | None = None
+    """Path of the value in its row, such as ``messages[0].role``."""
 
     def with_field(self, field: str) -> Place:
-        """The same line, at `field`."""
+        """Return the place of `field` inside this place's field: ``a`` + ``b`` gives ``a.b``.
+
+        A `field` that starts with a bracket is appended without a dot: ``a`` + ``[0]`` = ``a[0]``.
+        """
         dot = "" if field.startswith("[") else "."
         return Place(self.file, self.line, f"{self.field}{dot}{field}" if self.field else field)
 
     def __str__(self) -> str:
-        return ":".join(str(x) for x in (self.file, self.line, self.field) if x is not None)
+        """Return ``file:line:field`` without the components that are None."""
+        components = (self.file, self.line, self.field)
+        return ":".join(str(component) for component in components if component is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """An image by path or by its encoded bytes; exactly one of the two is set."""
+    """Reference to an image that is not decoded yet: either its file or its encoded bytes.
+
+    Exactly one of the two fields is set; anything else fails an assertion.
+    `vlduet.data.images.load_image` decodes it.
+    """
 
     path: Path | None = None
+    """Image file. It need not exist: a missing file is reported when the image is loaded."""
     data: bytes | None = field(default=None, repr=False)
+    """Content of an image file (PNG, JPEG, ...), not pixels."""
 
     def __post_init__(self) -> None:
         assert (self.path is None) != (self.data is None), "an image is a path or bytes"
 
     @property
     def name(self) -> str:
-        """What to call this image in messages."""
+        """Name for messages: the path, or ``bytes:`` and 12 hex digits of the SHA-256 of `data`."""
         if self.path is not None:
             return str(self.path)
         assert self.data is not None
@@ -66,48 +70,73 @@ class ImageRef:
 
 
 Part = str | ImageRef
-"""One slice: a sentence or an image."""
+"""One part of a sequence, in the papers one slice: a text or an image."""
 
 Parts = tuple[Part, ...]
+"""Texts and images in reading order: a prompt, a document, the content of a message."""
 
 
 def as_parts(item: Part | Parts) -> Parts:
-    """A text or an image alone -> a tuple of one."""
+    """Return `item` as a tuple of parts; a single text or image becomes a tuple of one."""
     return (item,) if isinstance(item, str | ImageRef) else tuple(item)
 
 
 def extract_images(parts: Iterable[Part]) -> tuple[ImageRef, ...]:
-    """The images among parts, in their order."""
+    """Return the images among `parts` in their order, without the texts."""
     return tuple(part for part in parts if isinstance(part, ImageRef))
+
+
+ROLES = ("system", "user", "assistant")
+"""Roles that a message may have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a chat: role is system, user or assistant."""
+    """One turn of a chat."""
 
     role: str
+    """One of `ROLES`."""
     parts: Parts
+    """Texts and images of the turn, in reading order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample. Which fields are filled says its `kind`."""
+    """One training or retrieval sample. Its `kind` follows from the fields that are filled.
+
+    Two records are equal if all fields but `place` are equal.
+    """
 
     id: str
+    """Name of the record, unique in its file."""
     image: ImageRef | None = None
+    """Image of a pair."""
     short: tuple[str, ...] = ()
+    """Short captions of a pair, each of which describes `image`."""
     long: str | None = None
+    """Long caption of a pair."""
     parts: Parts = ()
+    """Interleaved sentences and images."""
     messages: tuple[Message, ...] = ()
+    """Turns of a chat, at least one of them by the assistant."""
     query: Parts = ()
+    """Query of a retrieval record."""
     positive: tuple[Parts, ...] = ()
+    """Right candidates for `query`, each a sequence of parts."""
     negative: tuple[Parts, ...] = ()
+    """Wrong candidates for `query`, or for the image of a pair: hard negatives."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values that searches can filter by and that results show."""
     place: Place | None = field(default=None, compare=False)
+    """File and line that the record was read from; None for a record made in Python."""
 
     @property
     def kind(self) -> str:
-        """pair, interleaved, chat or retrieval."""
+        """``chat``, ``retrieval``, ``interleaved`` or ``pair``.
+
+        The first of `messages`, `query` and `parts` that is not empty decides; a record without
+        any of them is a pair.
+        """
         if self.messages:
             return "chat"
         if self.query:
@@ -115,368 +144,75 @@ class Record:
         return "interleaved" if self.parts else "pair"
 
     def images(self) -> tuple[ImageRef, ...]:
-        """Every image of the record, in reading order."""
-        groups: list[Parts] = [self.parts, *(m.parts for m in self.messages), self.query]
-        groups += [*self.positive, *self.negative]
-        return ((self.image,) if self.image else ()) + extract_images(
-            itertools.chain.from_iterable(groups)
-        )
+        """Return every image of the record in reading order, repeated ones included."""
+        return extract_images(part for _, part in iter_labelled_parts(self))
 
 
-KEYS_BY_KIND: dict[str, frozenset[str]] = {
-    "pair": frozenset({"image", "short", "long", "negative"}),
-    "interleaved": frozenset({"parts"}),
-    "chat": frozenset({"messages"}),
-    "retrieval": frozenset({"query", "positive", "negative"}),
-}
-COMMON_KEYS = frozenset({"id", "metadata"})
-AMBIGUOUS_KEYS = frozenset({"negative"})
-"""Keys of two kinds, which tell neither."""
-ROLES = ("system", "user", "assistant")
+def iter_labelled_parts(record: Record) -> Iterator[tuple[str, Part]]:
+    """Yield (label, text or image) for every part of a record, in reading order.
 
-
-def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
-    """One JSON value -> Record.
-
-    Args:
-        raw: the decoded JSON.
-        place: file and line, for messages.
-        root: the folder that relative image paths start from.
-
-    Raises:
-        DataError: with file, line, field, and what to do.
+    The label is ``image``, ``short``, ``long``, ``part 1`` (counted from 1), a message's role,
+    ``query``, or ``positive 1`` and ``negative 1`` (the number of the candidate).
     """
-    if not isinstance(raw, dict):
-        raise DataError(f"a record is a JSON object, this is {_kind_of(raw)}", place=place)
-    kinds = [kind for kind, keys in KEYS_BY_KIND.items() if (keys - AMBIGUOUS_KEYS) & raw.keys()]
-    if len(kinds) != 1:
-        what = (
-            f"keys of {' and '.join(kinds)} in one record"
-            if kinds
-            else f"no known key among {sorted(raw)}"
-        )
-        raise DataError(
-            what,
-            place=place,
-            fix="A record is a pair, interleaved, chat or retrieval: see docs/data-format.md",
-        )
-    unknown = sorted(raw.keys() - KEYS_BY_KIND[kinds[0]] - COMMON_KEYS)
-    if unknown:
-        known = KEYS_BY_KIND[kinds[0]] | COMMON_KEYS
-        raise DataError(
-            f"unknown key '{unknown[0]}'",
-            place=place.with_field(unknown[0]),
-            fix=suggest_name(unknown[0], known),
-        )
-    identity = raw.get("id")
-    if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
-        raise DataError(
-            f"id is {_kind_of(identity)}",
-            place=place.with_field("id"),
-            fix="Give every record a string id of its own",
-        )
-    if not is_utf8_encodable(str(identity)):
-        raise DataError(
-            f"id is {identity!a}", place=place.with_field("id"), fix="Write it again as UTF-8"
-        )
-    metadata = raw.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise DataError(
-            f"metadata is {_kind_of(metadata)}",
-            place=place.with_field("metadata"),
-            fix="Write an object",
-        )
-    fields = {"pair": _pair, "interleaved": _interleaved, "chat": _chat, "retrieval": _retrieval}[
-        kinds[0]
-    ]
-    return Record(id=str(identity), metadata=metadata, place=place, **fields(raw, place, root))
+    if record.image is not None:
+        yield "image", record.image
+    for caption in record.short:
+        yield "short", caption
+    if record.long is not None:
+        yield "long", record.long
+    for i, part in enumerate(record.parts, 1):
+        yield f"part {i}", part
+    groups = [(message.role, message.parts) for message in record.messages]
+    groups.append(("query", record.query))
+    groups += [(f"positive {i}", parts) for i, parts in enumerate(record.positive, 1)]
+    groups += [(f"negative {i}", parts) for i, parts in enumerate(record.negative, 1)]
+    for label, parts in groups:
+        for part in parts:
+            yield label, part
 
 
-def _pair(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
-    if "image" not in raw:
-        raise DataError(
-            "a pair without image",
-            place=place.with_field("image"),
-            fix='Add "image": a path or a data: URL',
-        )
-    short = raw.get("short") or []
-    if not isinstance(short, str | list):
-        fix = "Write a string or a list of strings"
-        raise DataError(f"short is {_kind_of(short)}", place=place.with_field("short"), fix=fix)
-    if isinstance(short, str):
-        short = [parse_text(short, place.with_field("short"))]
-    for i, caption in enumerate(short):
-        parse_text(caption, place.with_field(f"short[{i}]"))
-    long = raw.get("long")
-    if long is not None:
-        parse_text(long, place.with_field("long"))
-    image = parse_image(raw["image"], place.with_field("image"), root)
-    return {
-        "image": image,
-        "short": tuple(short),
-        "long": long,
-        "negative": parse_candidates(raw, "negative", place, root=root),
-    }
+def map_images(record: Record, function: Callable[[ImageRef], ImageRef]) -> Record:
+    """Return a copy of `record` with every image replaced by ``function(image)``."""
 
+    def map_parts(parts: Parts) -> Parts:
+        return tuple(function(part) if isinstance(part, ImageRef) else part for part in parts)
 
-def _interleaved(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
-    parts = _parts(raw["parts"], place.with_field("parts"), root)
-    slices = [
-        s
-        for part in parts
-        for s in ([part] if isinstance(part, ImageRef) else split_sentences(part))
-    ]
-    return {"parts": tuple(slices)}
-
-
-def _chat(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
-    messages = raw["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            "messages is empty or not a list",
-            place=place.with_field("messages"),
-            fix="Write a list of turns",
-        )
-    turns = []
-    for i, message in enumerate(messages):
-        here = place.with_field(f"messages[{i}]")
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise DataError(
-                f"role {role!r}",
-                place=here.with_field("role"),
-                fix=f"Use one of {', '.join(ROLES)}",
-            )
-        content = message.get("content")
-        content = [{"text": content}] if isinstance(content, str) else content
-        turns.append(Message(message["role"], _parts(content, here.with_field("content"), root)))
-    if not any(turn.role == "assistant" for turn in turns):
-        raise DataError(
-            "no assistant turn, so nothing to learn",
-            place=place.with_field("messages"),
-            fix="Add the answer",
-        )
-    return {"messages": tuple(turns)}
-
-
-def _retrieval(raw: dict[str, Any], place: Place, root: Path) -> dict[str, Any]:
-    for key in ("query", "positive"):
-        if not raw.get(key):
-            raise DataError(
-                f"{key} is missing or empty",
-                place=place.with_field(key),
-                fix="Write a list of parts",
-            )
-    found: dict[str, Any] = {"query": _parts(raw["query"], place.with_field("query"), root)}
-    return found | {
-        key: parse_candidates(raw, key, place, root=root) for key in ("positive", "negative")
-    }
-
-
-def parse_candidates(
-    raw: dict[str, Any], key: str, place: Place, *, root: Path
-) -> tuple[Parts, ...]:
-    """The candidates under a key, each a list of parts. Raises DataError at `place`."""
-    items = raw.get(key, [])
-    if not isinstance(items, list) or any(not isinstance(item, list) for item in items):
-        raise DataError(
-            f"{key} is not a list of lists of parts",
-            place=place.with_field(key),
-            fix="Write [[{...}], ...]",
-        )
-    return tuple(
-        _parts(item, place.with_field(f"{key}[{i}]"), root) for i, item in enumerate(items)
+    return replace(
+        record,
+        image=function(record.image) if record.image else None,
+        parts=map_parts(record.parts),
+        messages=tuple(replace(turn, parts=map_parts(turn.parts)) for turn in record.messages),
+        query=map_parts(record.query),
+        positive=tuple(map_parts(parts) for parts in record.positive),
+        negative=tuple(map_parts(parts) for parts in record.negative),
     )
-
-
-def _parts(raw: Any, place: Place, root: Path) -> Parts:
-    if not isinstance(raw, list) or not raw:
-        raise DataError(
-            f"expected a list of parts, got {_kind_of(raw)}",
-            place=place,
-            fix='Write [{"text": ...}, {"image": ...}]',
-        )
-    parts: list[Part] = []
-    for i, part in enumerate(raw):
-        here = place.with_field(f"[{i}]")
-        part = _openai(part)
-        if not isinstance(part, dict) or len(part.keys() & {"text", "image"}) != 1:
-            raise DataError(
-                "a part needs exactly one of text and image",
-                place=here,
-                fix='Write {"text": ...} or {"image": ...}',
-            )
-        extra = sorted(part.keys() - {"text", "image", "type"})
-        if extra:
-            raise DataError(
-                f"unknown key '{extra[0]}' in a part",
-                place=here.with_field(extra[0]),
-                fix="Keep text or image",
-            )
-        if "text" in part:
-            parts.append(parse_text(part["text"], here.with_field("text")))
-        else:
-            parts.append(parse_image(part["image"], here.with_field("image"), root))
-    return tuple(parts)
-
-
-def _openai(part: Any) -> Any:
-    """The image_url form of the OpenAI content parts -> {"image": url}."""
-    if (
-        isinstance(part, dict)
-        and part.get("type") == "image_url"
-        and isinstance(part.get("image_url"), dict)
-    ):
-        return {"image": part["image_url"].get("url")}
-    return part
-
-
-def parse_text(value: Any, place: Place) -> str:
-    """A non-empty string that UTF-8 can hold. Raises DataError at `place`."""
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(
-            f"expected text, got {_kind_of(value)}",
-            place=place,
-            fix="Write a non-empty string or leave the key out",
-        )
-    if not is_utf8_encodable(value):
-        raise DataError(
-            "half a surrogate pair in the text", place=place, fix="Write it again as UTF-8"
-        )
-    return value
 
 
 def is_utf8_encodable(text: str) -> bool:
-    """Whether UTF-8 can hold it: JSON can spell half a character, and a file's name may be any bytes."""
+    """Return whether `text` holds no lone surrogate, which UTF-8 cannot encode.
+
+    JSON can spell half a character, and a file name may be any bytes.
+    """
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def parse_image(value: Any, place: Place, root: Path) -> ImageRef:
-    """A path, a data: URL, raw bytes or {bytes, path}. Raises DataError at `place`."""
-    if isinstance(value, bytes):
-        return ImageRef(data=value)
-    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-        value, data = value.get("path"), value.get("bytes")
-        if isinstance(data, bytes):
-            return ImageRef(data=data)
-        if isinstance(data, str):
-            return ImageRef(data=_base64(data, place))
-    if isinstance(value, str) and not is_utf8_encodable(value):
-        raise DataError(
-            f"not UTF-8: {value!a:.80}",
-            place=place,
-            fix="Rename the file, or encode the image again",
-        )
-    if not isinstance(value, str) or not value:
-        raise DataError(
-            f"expected an image, got {_kind_of(value)}",
-            place=place,
-            fix="Write a path or a data: URL",
-        )
-    if value.startswith("data:"):
-        head, comma, body = value.partition(",")
-        if not comma:
-            raise DataError(
-                "a data: URL without a comma", place=place, fix="Write data:image/png;base64,..."
-            )
-        return ImageRef(
-            data=_base64(body, place) if head.endswith(";base64") else unquote_to_bytes(body)
-        )
-    if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
-        raise DataError(
-            f"'{value}' is a URL",
-            place=place,
-            fix="Download it first: records never touch the network",
-        )
-    return ImageRef(path=root / value)
-
-
-def _base64(text: str, place: Place) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(
-            f"broken base64 ({error})", place=place, fix="Encode the image again"
-        ) from None
-
-
-def _kind_of(value: Any) -> str:
-    return (
-        "nothing" if value in (None, "", [], {}) else f"{type(value).__name__} {str(value)[:40]!r}"
-    )
-
-
 _SENTENCE_END = re.compile(
-    # Western: a mark, closing quotes, white space, and then no lower-case letter and no digit, even in a bracket.
+    # Western: a mark, closing quotes and white space; then, even after an opening bracket,
+    # neither a lower-case letter nor a digit.
     r"""(?<=[.!?…])["'”’)\]]*\s+(?=["'“‘(\[]*[^\s\da-zß-öø-ÿ"'“‘(\[])"""
     r"|\n\s*\n"
-    # Chinese and Japanese write no spaces; a closing quote or bracket belongs to the sentence before it.
+    # Chinese and Japanese write no spaces; a closing quote or bracket ends the sentence before it.
     r"|(?<=[。！？])(?![」』”’）)。！？])|(?<=[。！？][」』”’）)])"
 )
 
 
 def split_sentences(text: str) -> list[str]:
-    """Long text -> sentences, each one slice.
+    """Split `text` into sentences, stripped of surrounding white space; [] for a blank text.
 
-    The rule: cut after . ! ? … (and their full-width forms), closing quotes and brackets kept with the sentence, where
-    white space and something other than a lower-case letter or a digit follow; and at blank lines. Never inside a word.
+    A sentence ends at a blank line, and after ``. ! ? …`` with closing quotes and brackets where
+    white space follows and then neither a lower-case letter nor a digit (so ``3.5`` and ``e.g.
+    this`` stay whole). Full-width marks of Chinese and Japanese need no white space.
     """
-    cuts = [0, *(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]
-    pieces = (text[a:b].strip() for a, b in itertools.pairwise(cuts))
-    return [piece for piece in pieces if piece]
-
-
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """The records of one ``.jsonl`` file, lazily; blank lines are skipped.
-
-    Raises:
-        DataError: at the first broken line, with its number. (`formats.read_records` collects instead of stopping.)
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield parse_json_line(line, place=Place(str(path), number), root=path.parent)
-
-
-def parse_json_line(line: str | bytes, *, place: Place, root: Path) -> Record:
-    """One line of JSON -> Record. Raises DataError as `parse` does, and for broken JSON."""
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line"
-        ) from None
-    return parse_record(raw, place=place, root=root)
-
-
-def record_to_json(record: Record, *, root: Path) -> dict[str, Any]:
-    """Record -> the JSON object that `parse` reads back as an equal record; paths become relative to `root`."""
-
-    def image(ref: ImageRef) -> str:
-        if ref.data is not None:
-            return "data:;base64," + base64.b64encode(ref.data).decode()
-        assert ref.path is not None
-        return Path(os.path.relpath(ref.path.resolve(), root.resolve())).as_posix()
-
-    def parts(items: Parts) -> list[dict[str, str]]:
-        return [{"image": image(p)} if isinstance(p, ImageRef) else {"text": p} for p in items]
-
-    out: dict[str, Any] = {"id": record.id}
-    if record.kind == "pair":
-        assert record.image is not None
-        out["image"] = image(record.image)
-        if record.short:
-            out["short"] = record.short[0] if len(record.short) == 1 else list(record.short)
-        if record.long is not None:
-            out["long"] = record.long
-    elif record.kind == "interleaved":
-        out["parts"] = parts(record.parts)
-    elif record.kind == "chat":
-        out["messages"] = [{"role": m.role, "content": parts(m.parts)} for m in record.messages]
-    else:
-        out |= {"query": parts(record.query), "positive": [parts(p) for p in record.positive]}
-    if record.negative:
-        out["negative"] = [parts(p) for p in record.negative]
-    if record.metadata:
-        out["metadata"] = dict(record.metadata)
-    return out
+    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    sentences = (text[start:end].strip() for start, end in itertools.pairwise(cuts))
+    return [sentence for sentence in sentences if sentence]

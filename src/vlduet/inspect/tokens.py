@@ -1,111 +1,232 @@
-"""`vlduet data show`: a record as the model sees it, without loading the model's weights."""
+"""A record as the model sees it, for ``vlduet data show``; the model's weights are not loaded.
+
+1. lay out    the record becomes the sequences that training makes of it
+2. list       a `TokenRow` per token, one per image: text, loss, and where embeddings are read
+3. format     as text for a terminal; `reports` makes a page of the same `RecordInspection`
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlduet import config
-from vlduet.data.records import Record
+from vlduet.config import parse_options
+from vlduet.data import images
+from vlduet.data.record_json import record_to_json
+from vlduet.data.records import Record, iter_labelled_parts
 from vlduet.data.sequences import IGNORE_INDEX, Anchor, Sequence
 from vlduet.data.stream import Sample
+from vlduet.errors import ImageError
 from vlduet.files import recover_folder
+from vlduet.logs import strip_control_characters
 from vlduet.model import checkpoint
 from vlduet.model.processing import Tokenizer, load_processor
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, add_soft_prompt_tokens
-from vlduet.train.setup import RECIPES
+from vlduet.recipes.registry import find_recipe
+
+DEFAULT_MAX_TOKENS = 2048
+"""Longest sequence for a checkpoint that does not say what it was trained with."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One token, or one image with all its tokens."""
+    """One token of a sequence, or one image with all its tokens."""
 
     sequence: int
-    """A record becomes one sequence or several, from 0."""
+    """Number of the sequence, from 0: a record may become several."""
     position: int
-    """Of the first token in its sequence."""
+    """Position of the first token in its sequence, from 0."""
     text: str
+    """Decoded token, or ``[image, N tokens]``."""
     supervised: bool
-    """Carries next-token loss."""
+    """True if the token is a label of the next-token loss."""
     anchors: tuple[str, ...]
-    """Roles of the embeddings that are read here; `ROLE from here` and `ROLE to here` where a reading is longer."""
+    """Roles of the embeddings read here; ``ROLE from here`` and ``ROLE to here`` where the
+    pooled span is longer than this row."""
     image: str | None
-    """The image's name."""
+    """Name of the image; None for a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordInspection:
+    """A record and the tokens that it becomes."""
+
+    record: Record
+    tokens: tuple[TokenRow, ...]
+    """Rows of all sequences in order; empty if no model was given."""
+
+    @property
+    def sequences(self) -> list[list[TokenRow]]:
+        """Rows of each sequence."""
+        return [list(rows) for _, rows in groupby(self.tokens, key=lambda row: row.sequence)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record, its kind and its tokens as JSON types; paths are relative to here."""
+        return {
+            "record": record_to_json(self.record, root=Path()),
+            "kind": self.record.kind,
+            "tokens": [asdict(row) for row in self.tokens],
+        }
+
+    def to_text(self, *, colour: bool) -> str:
+        """Return the record and its sequences for a terminal; images are drawn only in colour."""
+        lines = [format_record(self.record, colour=colour)]
+        for number, rows in enumerate(self.sequences):
+            lines += [f"sequence {number}:", format_tokens(rows, colour=colour)]
+        return "\n".join(lines)
+
+
+def inspect_record(record: Record, model_folder: Path | None) -> RecordInspection:
+    """Return a record with the tokens that a model sees of it; without a model, with no tokens.
+
+    Raises:
+        DataError, ModelError: as `list_record_tokens`.
+    """
+    rows = [] if model_folder is None else list_record_tokens(record, model_folder)
+    return RecordInspection(record, tuple(rows))
 
 
 def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
-    """Lay a record out as training does.
+    """Lay a record out as training does, and return the rows of all its sequences in order.
 
     Args:
-        record: any kind.
-        folder: a model folder, which is shown with the recipe that it was trained with, or a plain checkpoint, with the
-            defaults of vladva.
-
-    Returns:
-        The rows of all sequences, in order.
+        record: a record of any kind.
+        folder: a model folder, whose recipe, prompts and length limit are used, or a plain
+            checkpoint, which gets the defaults of the recipe `vladva`.
 
     Raises:
-        DataError: a record that cannot be laid out, such as one with a broken image; ModelError: no model there.
+        DataError: the record cannot be laid out, for example because an image is broken.
+        ModelError: the folder holds no model.
     """
-    kept = checkpoint.read_checkpoint(recover_folder(folder))
-    made_by: dict[str, Any] = kept.manifest.get("provenance", {}).get("config", {})
-    values = dict(made_by.get("recipe", {"name": "vladva"}))
-    recipe = RECIPES[values.pop("name")]
-    processing = load_processor(kept.base_folder)
-    if ROWS_TENSOR_NAME in kept.tensors:
-        add_soft_prompt_tokens(processing.tokenizer, len(kept.tensors[ROWS_TENSOR_NAME]))
+    saved = checkpoint.read_checkpoint(recover_folder(folder))
+    run_config: dict[str, Any] = saved.manifest.get("provenance", {}).get("config", {})
+    recipe_config = dict(run_config.get("recipe", {"name": "vladva"}))
+    recipe = find_recipe(recipe_config.pop("name"))
+    processor = load_processor(saved.base_folder)
+    if ROWS_TENSOR_NAME in saved.tensors:
+        add_soft_prompt_tokens(processor.tokenizer, len(saved.tensors[ROWS_TENSOR_NAME]))
     renderer = Renderer(
-        processing,
-        prompts=Prompts(**kept.manifest.get("prompts", {})),
-        max_tokens=made_by.get("data", {}).get("max_tokens", 2048),
+        processor,
+        prompts=Prompts(**saved.manifest.get("prompts", {})),
+        max_tokens=run_config.get("data", {}).get("max_tokens", DEFAULT_MAX_TOKENS),
     )
-    sample = Sample(record, position=0, seed=0)
-    sequences = recipe.layout(
-        sample, renderer, config.parse_options(recipe.Options, values, place="recipe")
-    )
-    names = {processing.prepare_image(ref).cache_key: ref.name for ref in record.images()}
-    words = processing.tokenizer
-    return [
-        row
-        for number, sequence in enumerate(sequences)
-        for row in _list_sequence_tokens(number, sequence, words, names)
-    ]
+    options = parse_options(recipe.options, recipe_config, place="recipe")
+    sequences = recipe.layout(Sample(record, position=0, seed=0), renderer, options)
+    names = {processor.prepare_image(ref).cache_key: ref.name for ref in record.images()}
+    rows = []
+    for number, sequence in enumerate(sequences):
+        rows += _list_sequence_tokens(number, sequence, processor.tokenizer, names)
+    return rows
 
 
 def _list_sequence_tokens(
-    number: int, sequence: Sequence, tokenizer: Tokenizer, names: dict[str, str]
+    number: int, sequence: Sequence, tokenizer: Tokenizer, image_names: dict[str, str]
 ) -> list[TokenRow]:
-    inside = {at + i: (at, image) for at, image in sequence.images for i in range(image.num_tokens)}
+    """Return the rows of sequence `number`; `image_names` maps cache keys to names of images."""
+    image_starts = dict(sequence.images)  # position of the first token -> image
     rows = []
-    for first, group in groupby(
-        range(len(sequence)), key=lambda t: inside[t][0] if t in inside else t
-    ):
-        last = max(group)
-        image = inside[first][1] if first in inside else None
-        text = (
-            tokenizer.decode([sequence.token_ids[first]])
-            if image is None
-            else f"[image, {image.num_tokens} tokens]"
-        )
+    first = 0
+    while first < len(sequence):
+        image = image_starts.get(first)
+        length = 1 if image is None else image.num_tokens
+        last = first + length - 1
+        text = f"[image, {length} tokens]"
+        if image is None:
+            text = tokenizer.decode([sequence.token_ids[first]])
         rows.append(
             TokenRow(
                 sequence=number,
                 position=first,
                 text=text,
                 supervised=sequence.labels[first] != IGNORE_INDEX,
-                anchors=tuple(role for a in sequence.anchors for role in _roles(a, first, last)),
-                image=names.get(image.cache_key) if image else None,
+                anchors=_label_anchors(sequence.anchors, first, last),
+                image=None if image is None else image_names.get(image.cache_key),
             )
         )
+        first = last + 1
     return rows
 
 
-def _roles(anchor: Anchor, first: int, last: int) -> list[str]:
-    """What an anchor is called at the row of the tokens [first, last]."""
-    starts, ends = first <= anchor.start <= last, first < anchor.end <= last + 1
-    if starts and ends:
-        return [anchor.role]
-    return [f"{anchor.role} from here"] if starts else [f"{anchor.role} to here"] if ends else []
+def _label_anchors(anchors: Iterable[Anchor], first: int, last: int) -> tuple[str, ...]:
+    """Return the labels of the anchors whose span starts or ends in the tokens [first, last]."""
+    labels = []
+    for anchor in anchors:
+        starts = first <= anchor.start <= last
+        ends = first < anchor.end <= last + 1  # anchor.end is exclusive
+        if starts and ends:
+            labels.append(anchor.role)
+        elif starts:
+            labels.append(f"{anchor.role} from here")
+        elif ends:
+            labels.append(f"{anchor.role} to here")
+    return tuple(labels)
+
+
+# --- text for a terminal
+
+
+def format_record(record: Record, *, width: int = 48, colour: bool = True) -> str:
+    """Return a record for a terminal: a line per part with its label, then the metadata.
+
+    Args:
+        record: a record of any kind; a broken image is shown as its error.
+        width: largest width of an image in terminal cells.
+        colour: draw the images; False only names them.
+    """
+    details = f"{record.kind}, {record.place}" if record.place else record.kind
+    lines = [strip_control_characters(f"{record.id}  ({details})")]
+    for label, part in iter_labelled_parts(record):
+        if isinstance(part, str):
+            lines.append(f"{label:>12}  " + strip_control_characters(part, keep="\n"))
+            continue
+        line = f"{label:>12}  {strip_control_characters(part.name)}"
+        try:
+            image = images.load_image(part)
+        except ImageError as error:
+            lines += [line, f"{'':>12}  {strip_control_characters(str(error))}"]
+            continue
+        lines.append(f"{line}  {image.width} x {image.height}")
+        if colour:
+            lines += render_half_blocks(image, width)
+    for key, value in record.metadata.items():
+        lines.append(strip_control_characters(f"{key:>12}: {value}"))
+    return "\n".join(lines)
+
+
+def render_half_blocks(image: images.DecodedImage, width: int) -> list[str]:
+    """Return an image as lines of at most `width` terminal cells in 24-bit colour.
+
+    Every cell shows two pixels, one above the other. Very high images are compressed.
+    """
+    width = max(1, min(width, image.width))
+    height = max(2, round(image.height * width / image.width))
+    height = min(height + height % 2, 2 * width + 64)
+    pixels = images.resize_pixels(image, width, height - height % 2)  # [H, W, 3]
+    lines = []
+    for upper_row, lower_row in zip(pixels[::2].tolist(), pixels[1::2].tolist(), strict=True):
+        line = ""
+        for upper, lower in zip(upper_row, lower_row, strict=True):
+            foreground = ";".join(map(str, upper))
+            background = ";".join(map(str, lower))
+            line += f"\x1b[38;2;{foreground};48;2;{background}m▀"
+        lines.append(line + "\x1b[0m")
+    return lines
+
+
+def format_tokens(rows: Iterable[TokenRow], *, colour: bool = True) -> str:
+    """Return the rows of one sequence, one per line, numbered from 0.
+
+    ``*`` (and green with `colour`) marks a token with loss; the roles of its anchors follow.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        mark = "*" if row.supervised else " "
+        line = f"{number:>5} {mark} {row.text!r}"
+        if row.anchors:
+            line += f"  <- {', '.join(row.anchors)}"
+        lines.append(f"\x1b[32m{line}\x1b[0m" if colour and row.supervised else line)
+    return "\n".join(lines)

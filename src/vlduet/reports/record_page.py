@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from vlduet.data import images
-from vlduet.data.records import ImageRef, Record
-from vlduet.data.show import Token, iter_labelled_parts
+from vlduet.data.records import ImageRef, iter_labelled_parts
 from vlduet.errors import ImageError
+from vlduet.inspect.tokens import RecordInspection
 from vlduet.reports.pages import write_page
 
 THUMBNAIL = 320
 
 
-def write(path: Path, record: Record, sequences: Sequence[Sequence[Token]]) -> None:
+def write(path: Path, inspection: RecordInspection) -> None:
     """A page that needs no other file: the slices with their images, the metadata, and the sequences, if there are any."""
+    record = inspection.record
     parts = [_part(role, part) for role, part in iter_labelled_parts(record)]
     parts += [{"role": key, "text": str(value)} for key, value in record.metadata.items()]
-    write_page(path, "record.html", {"record": record, "parts": parts, "sequences": sequences})
+    write_page(path, "record.html", {"record": record, "parts": parts, "sequences": inspection.sequences})
 
 
 def _part(role: str, part: str | ImageRef) -> dict[str, str]:

@@ -10,17 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlduet.data.records import (
-    ImageRef,
-    Message,
-    Place,
-    Record,
-    parse_json_line,
-    parse_record,
-    read_jsonl,
-    record_to_json,
-    split_sentences,
-)
+from vlduet.data.formats import read_jsonl
+from vlduet.data.record_json import parse_record, record_to_json
+from vlduet.data.records import ImageRef, Message, Place, Record, split_sentences
 from vlduet.errors import DataError
 
 ROOT = Path("/data")
@@ -69,7 +61,7 @@ retrieval_records = st.builds(
 @given(pair_records | interleaved_records | chat_records | retrieval_records)
 def test_round_trip(record: Record) -> None:
     line = json.dumps(record_to_json(record, root=ROOT))
-    assert parse_json_line(line, place=PLACE, root=ROOT) == record
+    assert parse_record(json.loads(line), place=PLACE, root=ROOT) == record
 
 
 def test_the_four_kinds() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from helpers import pages, tiny
 from vlduet.data.records import ImageRef, Record
+from vlduet.inspect.tokens import RecordInspection, TokenRow
 from vlduet.reports import record_page
 
 RECORD = Record(
@@ -15,8 +16,13 @@ RECORD = Record(
 
 
 def test_a_record_and_what_a_model_sees_of_it(tmp_path: Path) -> None:
-    tokens = [("<s>", False, ()), (pages.HOSTILE, True, ()), (".", True, ["text 1", "text 2"])]
-    record_page.write(tmp_path / "a.html", RECORD, [tokens, tokens[:2]])
+    tokens = (
+        TokenRow(0, 0, "<s>", supervised=False, anchors=(), image=None),
+        TokenRow(0, 1, pages.HOSTILE, supervised=True, anchors=(), image=None),
+        TokenRow(0, 2, ".", supervised=True, anchors=("text 1", "text 2"), image=None),
+    )
+    second = tuple(replace(row, sequence=1) for row in tokens[:2])
+    record_page.write(tmp_path / "a.html", RecordInspection(RECORD, tokens + second))
     found = pages.parse_checked_page((tmp_path / "a.html").read_text())
     assert found.text.count(pages.SCRIPT) == 6, (
         "title, heading, both of the metadata, and two tokens"
@@ -33,7 +39,7 @@ def test_a_record_and_what_a_model_sees_of_it(tmp_path: Path) -> None:
 
 
 def test_without_a_model_there_are_no_sequences(tmp_path: Path) -> None:
-    record_page.write(tmp_path / "a.html", RECORD, [])
+    record_page.write(tmp_path / "a.html", RecordInspection(RECORD, ()))
     assert (
         "What the model sees"
         not in pages.parse_checked_page((tmp_path / "a.html").read_text()).text
@@ -42,9 +48,8 @@ def test_without_a_model_there_are_no_sequences(tmp_path: Path) -> None:
 
 def test_a_broken_image_is_told_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no image")
-    record_page.write(
-        tmp_path / "a.html", replace(RECORD, parts=(ImageRef(path=tmp_path / "x.png"),)), []
-    )
+    record = replace(RECORD, parts=(ImageRef(path=tmp_path / "x.png"),))
+    record_page.write(tmp_path / "a.html", RecordInspection(record, ()))
     found = pages.parse_checked_page((tmp_path / "a.html").read_text())
     assert len([a for _, a in found.tags if a.get("class") == "error"]) == 1
     assert "x.png" in found.text and not [t for t, _ in found.tags if t == "img"]

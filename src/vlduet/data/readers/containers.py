@@ -1,4 +1,4 @@
-"""Containers: a file -> its rows, lazily. A broken row is a `Row` with its error, and the rest goes on."""
+"""Container readers: a file -> its rows, lazily. A broken row is yielded with its error."""
 
 from __future__ import annotations
 
@@ -16,185 +16,189 @@ from vlduet.data.records import Place, is_utf8_encodable
 from vlduet.errors import DataError
 
 MAX_MEMBER_BYTES = 256 * 2**20
-"""Bytes of one archive member: a compressed archive may unfold into anything."""
+"""Largest size of one archive member: a compressed archive may unpack to any size."""
 UTF8_FIX = "Save the file as UTF-8"
 
 
 def read_jsonl_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """``.jsonl``: one object a line."""
+    """Yield the rows of a ``.jsonl`` file, one JSON value per line; blank lines are skipped."""
     with source.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _json_row(line, Place(str(source), number), root)
+                yield _parse_json_line(line, Place(str(source), number), root)
 
 
-def _json_row(data: bytes, place: Place, root: Path) -> SourceRow:
+def _parse_json_line(data: bytes, place: Place, root: Path) -> SourceRow:
+    """Return the row of one line of JSON, or a row with the error of the line."""
     name = f"{Path(place.file).name}:{place.line}"
     try:
         return SourceRow(place, root, name, json.loads(data.decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        broken = DataError(f"not UTF-8 at byte {error.start}", place=place, fix=UTF8_FIX)
-    except json.JSONDecodeError as error:
-        broken = DataError(
-            f"broken JSON at column {error.colno} ({error.msg})", place=place, fix="Mend the line"
-        )
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, lists in lists in lists
-        broken = DataError(f"JSON that cannot be held ({error})", place=place, fix="Mend the line")
+    except (ValueError, RecursionError) as error:
+        fix = UTF8_FIX if isinstance(error, UnicodeDecodeError) else "Mend the line"
+        broken = DataError(_describe_json_error(error), place=place, fix=fix)
     return SourceRow(place, root, name, error=broken)
 
 
+def _describe_json_error(error: Exception) -> str:
+    """Return what is wrong with a text that was to be decoded as JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"broken JSON at column {error.colno} ({error.msg})"
+    return f"JSON that cannot be held ({error})"  # thousands of digits, or of nested lists
+
+
 def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """``.json``: a list of objects, decoded one by one; JSON lines under a wrong name are taken too."""
+    """Yield the rows of a ``.json`` file: the items of one list, decoded one by one.
+
+    A file of JSON lines under this name is read too. What follows a syntax error is not read.
+
+    Raises:
+        DataError: the file is not UTF-8, or is neither a list nor lines of objects.
+    """
+    blanks = " \t\r\n"
     try:
         text = source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start}", place=source, fix=UTF8_FIX) from None
-    at = _skip(text, 0, " \t\r\n")
-    if text[at : at + 1] == "{":
+        raise DataError(_describe_json_error(error), place=source, fix=UTF8_FIX) from None
+    position = _skip(text, 0, blanks)
+    if text[position : position + 1] == "{":
         yield from read_jsonl_rows(source, root)
         return
-    if text[at : at + 1] != "[":
+    if text[position : position + 1] != "[":
         if text.strip():
-            raise DataError(
-                "neither a list nor lines of objects", place=source, fix="Write [{...}, {...}]"
-            )
+            fix = "Write [{...}, {...}]"
+            raise DataError("neither a list nor lines of objects", place=source, fix=fix)
         return
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = _skip(text, at + 1, " \t\r\n")
-    while text[at : at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
+    decoder = json.JSONDecoder()
+    line = 1  # of `position`
+    counted = 0  # characters whose line ends are in `line`
+    position = _skip(text, position + 1, blanks)
+    while text[position : position + 1] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
         place = Place(str(source), line)
         name = f"{source.name}:{line}"
         try:
-            value, at = decoder.raw_decode(text, at)
-            at = _skip(text, at, " \t\r\n")
-            if text[at : at + 1] not in (",", "]"):
-                raise json.JSONDecodeError("expected , or ]", text, at)
-        except json.JSONDecodeError as error:
-            place = Place(str(source), error.lineno)
+            value, position = decoder.raw_decode(text, position)
+            position = _skip(text, position, blanks)
+            if text[position : position + 1] not in (",", "]"):
+                raise json.JSONDecodeError("expected , or ]", text, position)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                place = Place(str(source), error.lineno)
             fix = "Mend the line; what follows it in the list was not read"
-            broken = DataError(
-                f"broken JSON at column {error.colno} ({error.msg})", place=place, fix=fix
-            )
+            broken = DataError(_describe_json_error(error), place=place, fix=fix)
             yield SourceRow(place, root, name, error=broken)
             return
-        except (ValueError, RecursionError) as error:
-            fix = "Mend it; what follows it in the list was not read"
-            yield SourceRow(
-                place,
-                root,
-                name,
-                error=DataError(f"JSON that cannot be held ({error})", place=place, fix=fix),
-            )
-            return
         yield SourceRow(place, root, name, value)
-        at = _skip(text, at, ", \t\r\n")
+        position = _skip(text, position, "," + blanks)
 
 
-def _skip(text: str, at: int, these: str) -> int:
-    while at < len(text) and text[at] in these:
-        at += 1
-    return at
+def _skip(text: str, position: int, characters: str) -> int:
+    """Return the first position from `position` on that holds none of `characters`."""
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
 
 
 def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """``.csv`` and ``.tsv`` with a header line. Empty cells are left out."""
+    """Yield the rows of a ``.csv`` or ``.tsv`` file with a header line, without empty cells.
+
+    A CSV may be separated by commas, semicolons or tabs: the most frequent one in the header.
+
+    Raises:
+        DataError: the header is broken or names a column twice.
+    """
     with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header = lines.readline()
         lines.seek(0)
-        delimiter = max("\t,;" if source.suffix.lower() == ".csv" else "\t", key=header.count)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        delimiters = "\t,;" if source.suffix.lower() == ".csv" else "\t"
+        reader = csv.reader(lines, delimiter=max(delimiters, key=header.count), strict=True)
+        place = Place(str(source), 1)
         try:
             columns = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
-            raise DataError(
-                f"broken header ({error})", place=Place(str(source), 1), fix="Mend the quotes"
-            ) from None
+            message = f"broken header ({error})"
+            raise DataError(message, place=place, fix="Mend the quotes") from None
         if len(set(columns)) != len(columns):
-            raise DataError(
-                f"a column twice: {', '.join(columns)}",
-                place=Place(str(source), 1),
-                fix="Rename one",
-            )
+            message = f"a column twice: {', '.join(columns)}"
+            raise DataError(message, place=place, fix="Rename one")
         while True:
             place = Place(str(source), reader.line_num + 1)
-            row = SourceRow(place, root, f"{source.name}:{place.line}")
+            name = f"{source.name}:{place.line}"
             try:
                 cells = next(reader)
                 if cells:
-                    yield SourceRow(row.place, root, row.default_id, _cells(columns, cells, place))
+                    yield SourceRow(place, root, name, _label_cells(columns, cells, place))
             except StopIteration:
                 return
             except csv.Error as error:
                 fix = "Double the quotes inside a quoted cell, and close it"
-                yield SourceRow(
-                    place,
-                    root,
-                    row.default_id,
-                    error=DataError(f"broken row ({error})", place=place, fix=fix),
-                )
-            except DataError as broken:
-                yield SourceRow(place, root, row.default_id, error=broken)
+                broken = DataError(f"broken row ({error})", place=place, fix=fix)
+                yield SourceRow(place, root, name, error=broken)
+            except DataError as error:
+                yield SourceRow(place, root, name, error=error)
 
 
-def _cells(columns: list[str], cells: list[str], place: Place) -> dict[str, str]:
+def _label_cells(columns: list[str], cells: list[str], place: Place) -> dict[str, str]:
+    """Return the non-empty cells of a row by column; raise DataError for too many or no UTF-8."""
     if len(cells) > len(columns):
-        what = f"{len(cells)} cells for {len(columns)} columns"
-        raise DataError(
-            what,
-            place=place.with_field(cells[len(columns)][:20]),
-            fix="Quote cells that hold the separator",
-        )
-    for column, cell in zip(columns, cells, strict=False):
+        message = f"{len(cells)} cells for {len(columns)} columns"
+        first_extra = place.with_field(cells[len(columns)][:20])
+        raise DataError(message, place=first_extra, fix="Quote cells that hold the separator")
+    values = dict(zip(columns, cells, strict=False))
+    for column, cell in values.items():
         if not is_utf8_encodable(cell):
             raise DataError("not UTF-8", place=place.with_field(column), fix=UTF8_FIX)
-    return {column: cell for column, cell in zip(columns, cells, strict=False) if cell.strip()}
+    return {column: cell for column, cell in values.items() if cell.strip()}
 
 
 def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """A folder of images, with all folders below: captions from a ``.txt`` of the same name, one a line."""
-    for folder, folders, files in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """Yield a row with ``image`` for every image file below a folder, in sorted order.
+
+    A ``.txt`` file of the same name gives ``captions``, one per line. Names that start with a dot
+    are skipped. `root` is not used: the paths start from `source`.
+    """
+    for folder, subfolders, files in os.walk(source):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
-            if path.suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
-                continue
-            identity = path.relative_to(source).as_posix()
-            if not is_utf8_encodable(identity):
-                wrong = DataError(
-                    "a file name that is not UTF-8", place=ascii(str(path)), fix="Rename it"
-                )
-                yield SourceRow(Place(ascii(str(path))), source, ascii(identity), error=wrong)
-                continue
-            row = SourceRow(Place(str(path)), source, identity, {"image": identity})
-            sidecar = path.with_suffix(".txt")
-            try:
-                if sidecar.is_file():
-                    captions = split_caption_lines(sidecar.read_text(encoding="utf-8"))
-                    row = SourceRow(
-                        row.place, source, identity, {"image": identity, "captions": captions}
-                    )
-            except (UnicodeDecodeError, OSError) as error:
-                what = (
-                    "not UTF-8"
-                    if isinstance(error, UnicodeDecodeError)
-                    else f"cannot be read ({error.strerror})"
-                )
-                row = SourceRow(
-                    row.place, source, identity, error=DataError(what, place=sidecar, fix=UTF8_FIX)
-                )
-            yield row
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                yield _read_image_row(path, source)
+
+
+def _read_image_row(path: Path, source: Path) -> SourceRow:
+    name = path.relative_to(source).as_posix()
+    if not is_utf8_encodable(name):
+        place = Place(ascii(str(path)))
+        error = DataError("a file name that is not UTF-8", place=place, fix="Rename it")
+        return SourceRow(place, source, ascii(name), error=error)
+    value: dict[str, Any] = {"image": name}
+    sidecar = path.with_suffix(".txt")
+    try:
+        if sidecar.is_file():
+            value["captions"] = split_caption_lines(sidecar.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        message = "not UTF-8"
+    except OSError as os_error:
+        message = f"cannot be read ({os_error.strerror})"
+    else:
+        return SourceRow(Place(str(path)), source, name, value)
+    error = DataError(message, place=sidecar, fix=UTF8_FIX)
+    return SourceRow(Place(str(path)), source, name, error=error)
 
 
 def read_tar_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """A webdataset ``.tar`` (also compressed), streamed: nothing is written to disk, links and devices are refused.
+    """Yield the rows of a webdataset ``.tar``, which may be compressed.
 
-    Members that share their path up to the first dot of the name are one row, as the format demands they stand together.
+    The archive is streamed and never unpacked; links and devices are refused. Neighbouring
+    members whose paths agree up to the first dot of the name form one row. A broken archive
+    yields what precedes the break, and one error.
     """
-    key, members, broken = "", dict[str, bytes](), None
+    key = ""
+    members: dict[str, bytes] = {}
+    row_error: DataError | None = None
     try:
         with tarfile.open(source, "r|*") as archive:
             for member in archive:
@@ -202,71 +206,84 @@ def read_tar_rows(source: Path, root: Path) -> Iterator[SourceRow]:
                     continue
                 path = PurePosixPath(member.name)
                 stem, _, extension = path.name.partition(".")
-                new = str(path.parent / stem)
-                if new != key and (members or broken):
-                    yield _member_row(key, members, broken, source=source, root=root)
-                    members, broken = {}, None
-                key = new
+                member_key = str(path.parent / stem)
+                if member_key != key and (members or row_error):
+                    yield _make_tar_row(key, members, row_error, source=source, root=root)
+                    members, row_error = {}, None
+                key = member_key
                 try:
-                    members[extension.lower()] = _member(archive, member, source)
+                    members[extension.lower()] = _read_member(archive, member, source)
                 except DataError as error:
-                    broken = error
+                    row_error = error
     except (tarfile.TarError, EOFError, OSError) as error:
+        message = f"truncated or broken archive ({error})"
         fix = "Copy or download the shard again; what follows in it was not read"
-        place = Place(str(source), None, key or None)
-        broken = DataError(f"truncated or broken archive ({error})", place=place, fix=fix)
-    if members or broken:
-        yield _member_row(key, members, broken, source=source, root=root)
+        row_error = DataError(message, place=Place(str(source), None, key or None), fix=fix)
+    if members or row_error:
+        yield _make_tar_row(key, members, row_error, source=source, root=root)
 
 
-def _member(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> bytes:
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> bytes:
+    """Return the content of one member; raise DataError if it is no file or too large."""
     place = Place(str(source), None, member.name)
     if not member.isreg():
-        raise DataError(
-            "a link or device in an archive, which is refused",
-            place=place,
-            fix="Pack the file itself",
-        )
+        message = "a link or device in an archive, which is refused"
+        raise DataError(message, place=place, fix="Pack the file itself")
     if member.size > MAX_MEMBER_BYTES:
-        raise DataError(
-            f"{member.size / 2**20:.0f} MiB in one member",
-            place=place,
-            fix="Keep members below 256 MiB",
-        )
+        message = f"{member.size / 2**20:.0f} MiB in one member"
+        fix = f"Keep members below {MAX_MEMBER_BYTES // 2**20} MiB"
+        raise DataError(message, place=place, fix=fix)
     file = archive.extractfile(member)
     assert file is not None
     return file.read()
 
 
-def _member_row(
-    key: str, members: dict[str, bytes], error: DataError | None, *, source: Path, root: Path
+def _make_tar_row(
+    key: str,
+    members: dict[str, bytes],
+    error: DataError | None,
+    *,
+    source: Path,
+    root: Path,
 ) -> SourceRow:
-    place, name = Place(str(source), None, key), f"{source.name.partition('.')[0]}/{key}"
-    if error is not None:
-        return SourceRow(place, root, name, error=error)
+    """Return the row of the members with one key, by extension; or a row with the error."""
+    place = Place(str(source), None, key)
+    name = f"{source.name.partition('.')[0]}/{key}"
+    try:
+        if error is not None:
+            raise error
+        value = _parse_members(members, place)
+    except DataError as row_error:
+        return SourceRow(place, root, name, error=row_error)
+    return SourceRow(place, root, name, value)
+
+
+def _parse_members(members: dict[str, bytes], place: Place) -> dict[str, Any]:
+    """Return the value of a row: the object in ``json`` with captions, class and images."""
     value: dict[str, Any] = {}
     try:
         if "json" in members:
             value = json.loads(members["json"].decode("utf-8-sig"))
             if not isinstance(value, dict):
-                raise DataError("not a JSON object", place=place.at("json"), fix="Write {...}")
-        texts = [members[e].decode("utf-8-sig") for e in ("txt", "text", "caption") if e in members]
+                json_place = place.with_field("json")
+                raise DataError("not a JSON object", place=json_place, fix="Write {...}")
+        captions: list[str] = []
+        for extension in ("txt", "text", "caption"):
+            text = members.get(extension, b"").decode("utf-8-sig")
+            captions += split_caption_lines(text)
         if "cls" in members:
             value["cls"] = members["cls"].decode().strip()
-    except (ValueError, RecursionError) as problem:  # of bytes, of JSON, of numbers
-        broken = DataError(
-            f"broken text or JSON ({problem})", place=place, fix="Write UTF-8, and one JSON object"
-        )
-        return SourceRow(place, root, name, error=broken)
-    except DataError as problem:
-        return SourceRow(place, root, name, error=problem)
-    if texts and (captions := [c for text in texts for c in split_caption_lines(text)]):
+    except (ValueError, RecursionError) as error:  # bytes, JSON, or numbers in it
+        message = f"broken text or JSON ({error})"
+        fix = "Write UTF-8, and one JSON object"
+        raise DataError(message, place=place, fix=fix) from None
+    if captions:
         value.pop("caption", None)  # img2dataset writes the same text into both
         value["captions"] = captions
     pictures = [
         {"bytes": data}
-        for e, data in members.items()
-        if "." + e.rpartition(".")[2] in IMAGE_SUFFIXES
+        for extension, data in members.items()
+        if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
     ]
     if len(pictures) == 1:
         value["image"] = pictures[0]
@@ -274,4 +291,4 @@ def _member_row(
     elif pictures:
         value["images"] = pictures
         value.pop("image", None)
-    return SourceRow(place, root, name, value)
+    return value

@@ -1,4 +1,4 @@
-"""Chats of others: LLaVA conversations, OpenAI and TRL messages, ms-swift."""
+"""Record formats of chats: LLaVA conversations, OpenAI and TRL messages, ms-swift."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from vlduet.data.readers.rows import (
     SourceRow,
     build_chat_record,
     interleave_images,
-    parse_image,
     parse_images,
-    parse_text,
 )
-from vlduet.data.records import ROLES, ImageRef, Message, Part, Place, Record
-from vlduet.errors import DataError, suggest_name
+from vlduet.data.record_json import JsonValue
+from vlduet.data.records import ROLES, ImageRef, Message, Part, Record
+from vlduet.errors import suggest_name
 
 IMAGE_TAG = "<image>"
+"""Text that stands for the next image of the row."""
 ROLE_BY_SPEAKER = {
     "human": "user",
     "user": "user",
@@ -23,229 +23,211 @@ ROLE_BY_SPEAKER = {
     "assistant": "assistant",
     "system": "system",
 }
-"""LLaVA's `from` -> our roles."""
+"""Role of a `Message` by LLaVA's value of ``from``."""
 LLAVA_KEYS = ("conversations", "image", "images")
 CHAT_KEYS = ("messages", "prompt", "completion", "images", "image")
 SWIFT_KEYS = ("messages", "query", "response", "history", "system", "images", "image")
 
 
 def parse_llava(row: SourceRow) -> Record:
-    """``{"id", "image": str or list, "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}``"""
-    _no_video(row)
+    """Return a chat record of a LLaVA row.
+
+    The row is ``{"id", "image": text or list, "conversations": [{"from": "human", "value":
+    "<image>\\n..."}, ...]}``.
+
+    Raises:
+        DataError: a turn is wrong, or images and tags are not equally many.
+    """
+    _refuse_video(row)
     images = parse_images(row, "image", "images")
-    turns = _list(row.value.get("conversations"), row.place.with_field("conversations"))
-    messages, num_images = [], len(images)
-    for i, turn in enumerate(turns):
-        here = row.place.with_field(f"conversations[{i}]")
-        speaker = turn.get("from") if isinstance(turn, dict) else None
+    num_images = len(images)
+    messages = []
+    for turn in row.field("conversations").items("turns"):
+        speaker = turn.value.get("from") if isinstance(turn.value, dict) else None
         if not isinstance(speaker, str) or speaker not in ROLE_BY_SPEAKER:
-            raise DataError(
-                f"from is {speaker!r}",
-                place=here.with_field("from"),
-                fix=f"Use one of {', '.join(ROLE_BY_SPEAKER)}",
-            )
-        here = here.with_field("value")
-        parts = interleave_images(
-            parse_text(turn.get("value"), here), IMAGE_TAG, images, place=here
-        )
+            from_value = JsonValue(speaker, turn.place.with_field("from"), row.root)
+            fix = f"Use one of {', '.join(ROLE_BY_SPEAKER)}"
+            raise from_value.error(f"from is {speaker!r}", fix=fix)
+        text = turn.field("value")
+        parts = interleave_images(text.text(), IMAGE_TAG, images, place=text.place)
         messages.append(Message(ROLE_BY_SPEAKER[speaker], tuple(parts)))
     if images:
-        what = (
-            f"{num_images} images, but {num_images - len(images)} {IMAGE_TAG} in the conversation"
-        )
+        message = f"{num_images} images, but {num_images - len(images)} {IMAGE_TAG}"
+        fix = f"Write one {IMAGE_TAG} where each image belongs"
         key = "image" if "image" in row.value else "images"
-        raise DataError(
-            what,
-            place=row.place.with_field(key),
-            fix=f"Write one {IMAGE_TAG} where each image belongs",
-        )
+        raise row.field(key).error(f"{message} in the conversation", fix=fix)
     return build_chat_record(row, messages, field="conversations", used=LLAVA_KEYS)
 
 
 def parse_messages(row: SourceRow) -> Record:
-    """OpenAI ``messages``, TRL ``messages`` + ``images``, or TRL ``prompt`` + ``completion`` + ``images``.
+    """Return a chat record of OpenAI or TRL messages.
 
-    Images of the column go to the ``{"type": "image"}`` placeholders and ``<image>`` tags in their order; where a row has
-    neither, they all stand before the first user turn.
+    The row has OpenAI ``messages``, TRL ``messages`` + ``images``, or TRL ``prompt`` +
+    ``completion`` + ``images``. Images of the column go to the ``{"type": "image"}`` placeholders
+    and ``<image>`` tags in their order; if a row has neither, all precede the first user turn.
+
+    Raises:
+        DataError: a turn is wrong, or images and their places are not equally many.
     """
-    _no_video(row)
+    _refuse_video(row)
     if "messages" in row.value:
-        turns, field = _list(row.value["messages"], row.place.with_field("messages")), "messages"
-        placed = [(turn, row.place.with_field(f"messages[{i}]")) for i, turn in enumerate(turns)]
-    else:
-        field = "completion"
-        placed = _side(row, "prompt", "user") + _side(row, "completion", "assistant")
-    return _build(row, placed, field=field, used=CHAT_KEYS)
+        turns = row.field("messages").items("turns")
+        return _build_record(row, turns, field="messages", used=CHAT_KEYS)
+    turns = _to_turns(row.field("prompt"), "user") + _to_turns(row.field("completion"), "assistant")
+    return _build_record(row, turns, field="completion", used=CHAT_KEYS)
 
 
 def parse_swift(row: SourceRow) -> Record:
-    """ms-swift: ``messages`` with ``<image>`` tags, or ``query``, ``response``, ``history`` and ``system``."""
-    _no_video(row)
+    """Return a chat record of an ms-swift row.
+
+    The row has ``messages`` with ``<image>`` tags, or ``query`` and ``response`` with optional
+    ``history`` and ``system``. Images are placed as in `parse_messages`.
+
+    Raises:
+        DataError: a turn is wrong, or images and tags are not equally many.
+    """
+    _refuse_video(row)
     if "messages" in row.value:
-        turns = _list(row.value["messages"], row.place.with_field("messages"))
-        placed = [(turn, row.place.with_field(f"messages[{i}]")) for i, turn in enumerate(turns)]
-        return _build(row, placed, field="messages", used=SWIFT_KEYS)
-    placed = []
+        turns = row.field("messages").items("turns")
+        return _build_record(row, turns, field="messages", used=SWIFT_KEYS)
+    turns = []
     if row.value.get("system"):
-        placed.append(
-            ({"role": "system", "content": row.value["system"]}, row.place.with_field("system"))
-        )
-    history = row.value.get("history")
-    for i, pair in enumerate(_list(history, row.place.with_field("history")) if history else []):
-        here = row.place.with_field(f"history[{i}]")
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(
-                "not a pair of question and answer", place=here, fix='Write ["question", "answer"]'
-            )
-        placed += [
-            ({"role": "user", "content": pair[0]}, here),
-            ({"role": "assistant", "content": pair[1]}, here),
-        ]
+        turns.append(_make_turn("system", row.field("system")))
+    history = row.field("history")
+    for pair in history.items("pairs of question and answer") if history.value else []:
+        if not isinstance(pair.value, list) or len(pair.value) != 2:
+            fix = 'Write ["question", "answer"]'
+            raise pair.error("not a pair of question and answer", fix=fix)
+        for role, text in zip(("user", "assistant"), pair.value, strict=True):
+            turns.append(_make_turn(role, JsonValue(text, pair.place, pair.root)))
     for key, role in (("query", "user"), ("response", "assistant")):
-        placed.append(
-            (
-                {
-                    "role": role,
-                    "content": parse_text(row.value.get(key), row.place.with_field(key)),
-                },
-                row.place.with_field(key),
-            )
-        )
-    return _build(row, placed, field="response", used=SWIFT_KEYS)
+        row.field(key).text()
+        turns.append(_make_turn(role, row.field(key)))
+    return _build_record(row, turns, field="response", used=SWIFT_KEYS)
 
 
-def _side(row: SourceRow, key: str, role: str) -> list[tuple[Any, Place]]:
-    """`prompt` or `completion`: text of `role`, or messages."""
-    value, place = row.value.get(key), row.place.with_field(key)
-    if isinstance(value, list):
-        return [
-            (turn, row.place.with_field(f"{key}[{i}]"))
-            for i, turn in enumerate(_list(value, place))
-        ]
-    return [({"role": role, "content": parse_text(value, place)}, place)]
+def _to_turns(field: JsonValue, role: str) -> list[JsonValue]:
+    """Return TRL's ``prompt`` or ``completion`` as turns: messages, or one text of `role`."""
+    if isinstance(field.value, list):
+        return field.items("turns")
+    field.text()
+    return [_make_turn(role, field)]
 
 
-def _build(
-    row: SourceRow, placed: list[tuple[Any, Place]], *, field: str, used: tuple[str, ...]
+def _make_turn(role: str, content: JsonValue) -> JsonValue:
+    """Return the message of a role whose content stands elsewhere, at the place of the content."""
+    return JsonValue({"role": role, "content": content.value}, content.place, content.root)
+
+
+def _build_record(
+    row: SourceRow, turns: list[JsonValue], *, field: str, used: tuple[str, ...]
 ) -> Record:
+    """Return the chat record of messages in the OpenAI form, with the row's images in place.
+
+    Args:
+        field: key of the source that holds the answers, for the error of a missing one.
+        used: columns that are not metadata.
+    """
     images = parse_images(row, "images", "image")
     num_images = len(images)
-    if images and not any(_has_slot(turn) for turn, _ in placed):
-        users = [
-            i
-            for i, (turn, _) in enumerate(placed)
-            if isinstance(turn, dict) and turn.get("role") == "user"
-        ]
-        first = min(users, default=0)
-        lead, images = list[Part](images), []
-    else:
-        first, lead = -1, []
-    turns = []
-    for i, (turn, place) in enumerate(placed):
-        parts = _content(turn, images, place=place, row=row)
-        turns.append(Message(_role(turn, place), tuple([*lead, *parts] if i == first else parts)))
+    leading: list[Part] = []  # images that precede the first user turn
+    if not any(_has_image_place(turn.value) for turn in turns):
+        leading += images
+        images = []
+    roles = [turn.value.get("role") if isinstance(turn.value, dict) else None for turn in turns]
+    first_user = roles.index("user") if "user" in roles else 0
+    messages = []
+    for i, turn in enumerate(turns):
+        parts = _parse_content(turn, images)
+        if i == first_user:
+            parts = [*leading, *parts]
+        messages.append(Message(_parse_role(turn), tuple(parts)))
     if images:
-        what = f"{num_images} images, but places for {num_images - len(images)}"
+        message = f"{num_images} images, but places for {num_images - len(images)}"
         fix = f'Write one {{"type": "image"}} or {IMAGE_TAG} where each image belongs'
-        raise DataError(
-            what,
-            place=row.place.with_field("images" if "images" in row.value else "image"),
-            fix=fix,
-        )
-    return build_chat_record(row, turns, field=field, used=used)
+        key = "images" if "images" in row.value else "image"
+        raise row.field(key).error(message, fix=fix)
+    return build_chat_record(row, messages, field=field, used=used)
 
 
-def _role(turn: Any, place: Place) -> str:
-    role = turn.get("role") if isinstance(turn, dict) else None
-    role = "system" if role == "developer" else role
-    if role not in ROLES:
-        fix = (
-            suggest_name(role, ROLES) if isinstance(role, str) else f"Use one of {', '.join(ROLES)}"
-        )
-        raise DataError(f"role is {role!r}", place=place.with_field("role"), fix=fix)
-    return str(role)
+def _parse_role(turn: JsonValue) -> str:
+    """Return the role of a message; OpenAI's ``developer`` is ``system``."""
+    role = turn.field("role")
+    if role.value == "developer":
+        return "system"
+    if role.value not in ROLES:
+        fix = f"Use one of {', '.join(ROLES)}"
+        if isinstance(role.value, str):
+            fix = suggest_name(role.value, ROLES)
+        raise role.error(f"role is {role.value!r}", fix=fix)
+    return str(role.value)
 
 
-def _has_slot(turn: Any) -> bool:
+def _has_image_place(turn: Any) -> bool:
+    """Return whether a message has a placeholder or a tag for an image of the row's column."""
     content = turn.get("content") if isinstance(turn, dict) else None
     if isinstance(content, str):
         return IMAGE_TAG in content
-    return isinstance(content, list) and any(
-        isinstance(part, dict) and (_is_placeholder(part) or IMAGE_TAG in str(part.get("text", "")))
-        for part in content
+    parts = content if isinstance(content, list) else []
+    return any(
+        _is_image_placeholder(part) or IMAGE_TAG in str(part.get("text", ""))
+        for part in parts
+        if isinstance(part, dict)
     )
 
 
-def _is_placeholder(part: dict[str, Any]) -> bool:
-    return part.get("type") == "image" and not part.keys() & {
-        "image",
-        "url",
-        "path",
-        "base64",
-        "image_url",
-    }
+def _is_image_placeholder(part: dict[str, Any]) -> bool:
+    sources = {"image", "url", "path", "base64", "image_url"}
+    return part.get("type") == "image" and not part.keys() & sources
 
 
-def _content(turn: Any, images: list[ImageRef], *, place: Place, row: SourceRow) -> list[Part]:
-    if not isinstance(turn, dict):
-        raise DataError(
-            f"a turn is {type(turn).__name__}",
-            place=place,
-            fix='Write {"role": ..., "content": ...}',
-        )
-    content, place = turn.get("content"), place.with_field("content")
-    if isinstance(content, str):
-        return interleave_images(parse_text(content, place), IMAGE_TAG, images, place=place)
+def _parse_content(turn: JsonValue, images: list[ImageRef]) -> list[Part]:
+    """Return the parts of a message; images that fill a place are removed from `images`."""
+    if not isinstance(turn.value, dict):
+        message = f"a turn is {type(turn.value).__name__}"
+        raise turn.error(message, fix='Write {"role": ..., "content": ...}')
+    content = turn.field("content")
+    if isinstance(content.value, str):
+        return interleave_images(content.text(), IMAGE_TAG, images, place=content.place)
     parts: list[Part] = []
-    for i, part in enumerate(_list(content, place)):
-        here = place.with_field(f"[{i}]")
-        kind = part.get("type") if isinstance(part, dict) else None
-        bare = isinstance(part, dict) and kind is None and "text" in part
-        if bare or kind in ("text", "input_text", "output_text"):
-            parts += interleave_images(
-                parse_text(part.get("text"), here.with_field("text")), IMAGE_TAG, images, place=here
-            )
-        elif isinstance(part, dict) and _is_placeholder(part):
+    for item in content.items("content parts"):
+        part = item.value if isinstance(item.value, dict) else {}
+        kind = part.get("type")
+        if kind in ("text", "input_text", "output_text") or (kind is None and "text" in part):
+            text = item.field("text").text()
+            parts += interleave_images(text, IMAGE_TAG, images, place=item.place)
+        elif _is_image_placeholder(part):
             if not images:
                 fix = "Add it to the images column, or write it here as image_url"
-                raise DataError("a place for an image, but no image left", place=here, fix=fix)
+                raise item.error("a place for an image, but no image left", fix=fix)
             parts.append(images.pop(0))
-        elif isinstance(part, dict) and (
-            kind in ("image", "image_url", "input_image") or "image" in part
-        ):
-            parts.append(_part_image(part, here, row))
+        elif kind in ("image", "image_url", "input_image") or "image" in part:
+            parts.append(_parse_image_part(item))
         else:
+            type_value = JsonValue(kind, item.place.with_field("type"), item.root)
             fix = "Keep text and image parts"
-            raise DataError(
-                f"a content part of type {kind!r}", place=here.with_field("type"), fix=fix
-            )
+            raise type_value.error(f"a content part of type {kind!r}", fix=fix)
     return parts
 
 
-def _part_image(part: dict[str, Any], place: Place, row: SourceRow) -> ImageRef:
+def _parse_image_part(part: JsonValue) -> ImageRef:
+    """Return the image of an OpenAI or TRL content part: an URL, a path or base64."""
     for key in ("image_url", "image", "url", "path"):
-        if key in part:
-            value = part[key]
-            if key == "image_url" and isinstance(value, dict):
-                value, key = value.get("url"), "image_url.url"
-            if isinstance(value, str):
-                value = value.removeprefix("file://")
-            return parse_image(value, place.with_field(key), row.root)
-    return parse_image({"bytes": part.get("base64")}, place.with_field("base64"), row.root)
+        if key in part.value:
+            source = part.field(key)
+            if key == "image_url" and isinstance(source.value, dict):
+                source = source.field("url")
+            if isinstance(source.value, str):
+                path = source.value.removeprefix("file://")
+                source = JsonValue(path, source.place, source.root)
+            return source.image()
+    source = part.field("base64")
+    return JsonValue({"bytes": source.value}, source.place, source.root).image()
 
 
-def _list(value: Any, place: Place) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{type(value).__name__} instead of a list with items",
-            place=place,
-            fix="Write [{...}, ...]",
-        )
-    return value
-
-
-def _no_video(row: SourceRow) -> None:
+def _refuse_video(row: SourceRow) -> None:
+    """Raise DataError if a column of video or audio is not empty."""
     for key in ("video", "videos", "audio", "audios"):
         if row.value.get(key):
             fix = "Leave the row out, or use frames as images"
-            raise DataError(f"{key} is not supported", place=row.place.with_field(key), fix=fix)
+            raise row.field(key).error(f"{key} is not supported", fix=fix)

@@ -1,36 +1,21 @@
-"""Captioned images in columns, and MMEB's queries with positives and negatives."""
+"""Record formats with columns: captioned images, and MMEB's queries with candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from vlduet.data.readers.rows import (
-    SourceRow,
-    collect_metadata,
-    interleave_images,
-    parse_id,
-    parse_image,
-    parse_text,
-)
-from vlduet.data.records import ImageRef, Parts, Place, Record, parse_candidates
+from vlduet.data.readers.rows import SourceRow, collect_metadata, interleave_images, parse_id
+from vlduet.data.record_json import JsonValue
+from vlduet.data.records import Parts, Record
 from vlduet.errors import DataError
 
 IMAGE_COLUMN = "image"
-ALTERNATIVE_IMAGE_COLUMNS = (
-    "image_path",
-    "image_file",
-    "img",
-    "img_path",
-    "file_name",
-    "filename",
-    "filepath",
-    "file",
-    "path",
-)
-ENCODED_IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp")
-IMAGE_COLUMNS = (IMAGE_COLUMN, *ALTERNATIVE_IMAGE_COLUMNS, *ENCODED_IMAGE_COLUMNS)
-"""`image` where it is there, else the only one of the others."""
+PATH_COLUMNS = ("image_path", "image_file", "img", "img_path")
+FILE_COLUMNS = ("file_name", "filename", "filepath", "file", "path")
+ENCODED_COLUMNS = ("jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS = (IMAGE_COLUMN, *PATH_COLUMNS, *FILE_COLUMNS, *ENCODED_COLUMNS)
+"""Names of columns that may hold the image, in lower case."""
 SHORT_COLUMNS = ("short", "short_caption", "caption", "captions", "text", "title", "alt_text")
 LONG_COLUMNS = ("long", "long_caption", "description", "detailed_caption")
 
@@ -42,80 +27,89 @@ MMEB_SIDES = {
     "qry (eval)": ("qry_text", "qry_img_path"),
     "tgt (eval)": ("tgt_text", "tgt_img_path"),
 }
-MMEB_KEYS = tuple(key for side in MMEB_SIDES.values() for key in side)
+"""Text column and image column of each side of a row."""
+MMEB_KEYS = tuple(key for columns in MMEB_SIDES.values() for key in columns)
 
 
-def find_image_columns(keys: Iterable[str]) -> list[str]:
-    """The columns that may hold the image; `image` goes before all."""
-    found = [key for key in keys if key.lower() in IMAGE_COLUMNS]
-    first = [key for key in found if key.lower() == IMAGE_COLUMN]
-    return first or found
+def find_image_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns that may hold the image: ``image`` alone if it is there, else all."""
+    candidates = [name for name in columns if name.lower() in IMAGE_COLUMNS]
+    return [name for name in candidates if name.lower() == IMAGE_COLUMN] or candidates
 
 
 def parse_captions(row: SourceRow) -> Record:
-    """An image column, and any columns of short and long captions; all others become metadata."""
+    """Return a pair of an image column and all caption columns; other columns become metadata.
+
+    Raises:
+        DataError: none or several image columns, several long captions, or a wrong value.
+    """
     columns = find_image_columns(row.value)
     if len(columns) != 1:
-        what = f"several image columns: {', '.join(columns)}" if columns else "no image"
-        fix = (
-            f"Name one column '{IMAGE_COLUMN}'"
-            if columns
-            else f"Fill one of {', '.join(IMAGE_COLUMNS)}"
-        )
-        raise DataError(what, place=row.place.with_field(IMAGE_COLUMN), fix=fix)
-    image = parse_image(row.value[columns[0]], row.place.with_field(columns[0]), row.root)
-    shorts, longs, used = list[str](), list[str](), set(columns)
-    for key, value in row.value.items():
-        names = key.lower()
-        if names in SHORT_COLUMNS or names in LONG_COLUMNS:
+        message = "no image"
+        fix = f"Fill one of {', '.join(IMAGE_COLUMNS)}"
+        if columns:
+            message = f"several image columns: {', '.join(columns)}"
+            fix = f"Name one column '{IMAGE_COLUMN}'"
+        raise row.field(IMAGE_COLUMN).error(message, fix=fix)
+    image = row.field(columns[0]).image()
+    short: list[str] = []
+    long: list[str] = []
+    used = set(columns)
+    for key in row.value:
+        if key.lower() in SHORT_COLUMNS:
+            short += _parse_texts(row.field(key))
             used.add(key)
-            (shorts if names in SHORT_COLUMNS else longs).extend(
-                _texts(value, row.place.with_field(key))
-            )
+        elif key.lower() in LONG_COLUMNS:
+            long += _parse_texts(row.field(key))
+            used.add(key)
     negative: tuple[Parts, ...] = ()
-    if isinstance(row.value.get("negative"), list):  # ours, of a record without an id
-        negative = parse_candidates(row.value, "negative", row.place, root=row.root)
+    if isinstance(row.value.get("negative"), list):  # a record of ours without an id
+        negative = row.field("negative").candidates()
         used.add("negative")
-    shorts = list(dict.fromkeys(shorts))
-    if len(longs) > 1:
+    if len(long) > 1:
         fix = f"Keep one of {', '.join(LONG_COLUMNS)}"
-        raise DataError("several long captions", place=row.place.with_field("long"), fix=fix)
+        raise row.field("long").error("several long captions", fix=fix)
     return Record(
         parse_id(row),
         image=image,
-        short=tuple(shorts),
-        long=longs[0] if longs else None,
+        short=tuple(dict.fromkeys(short)),
+        long=long[0] if long else None,
         negative=negative,
         metadata=collect_metadata(row, used),
         place=row.place,
     )
 
 
-def _texts(value: Any, place: Place) -> list[str]:
-    if value is None or value == []:
+def _parse_texts(field: JsonValue) -> list[str]:
+    """Return a text or a list of texts as a list; None and [] give []."""
+    if field.value is None or field.value == []:
         return []
-    if isinstance(value, list):
-        return [parse_text(item, place.with_field(f"[{i}]")) for i, item in enumerate(value)]
-    return [parse_text(value, place)]
+    if isinstance(field.value, list):
+        return [item.text() for item in field.items("texts")]
+    return [field.text()]
 
 
 def parse_mmeb(row: SourceRow) -> Record:
-    """``qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path``, with ``<|image_1|>`` tags.
+    """Return a retrieval record of a row of MMEB.
 
-    Of an evaluation file (``qry_text, qry_img_path, tgt_text, tgt_img_path``), the first target is the positive.
+    A training row has ``qry``, ``pos_text`` and ``neg_text``, each with an image path and
+    ``<|image_1|>`` tags. Of an evaluation row (``qry_text``, ``tgt_text``), the first target is
+    the positive.
+
+    Raises:
+        DataError: the query or the positive is empty, or texts and images do not match.
     """
     if "tgt_text" in row.value or "tgt_img_path" in row.value:
-        query, targets = _sides(row, "qry (eval)"), _sides(row, "tgt (eval)")
+        query = _parse_side(row, "qry (eval)")
+        targets = _parse_side(row, "tgt (eval)")
         positive, negative = targets[:1], targets[1:]
     else:
-        query, positive, negative = _sides(row, "qry"), _sides(row, "pos"), _sides(row, "neg")
-    for key, found in (("qry", query), ("pos_text", positive)):
-        if not found:
-            raise DataError(
-                f"{key} has neither text nor image",
-                place=row.place.with_field(key),
-                fix="Fill one of the two",
-            )
+        query = _parse_side(row, "qry")
+        positive, negative = _parse_side(row, "pos"), _parse_side(row, "neg")
+    for key, candidates in (("qry", query), ("pos_text", positive)):
+        if not candidates:
+            message = f"{key} has neither text nor image"
+            raise row.field(key).error(message, fix="Fill one of the two")
     return Record(
         parse_id(row),
         query=query[0],
@@ -126,37 +120,41 @@ def parse_mmeb(row: SourceRow) -> Record:
     )
 
 
-def _sides(row: SourceRow, side: str) -> list[Parts]:
-    """The items of one side: text and image columns hold one value, or lists of equal length."""
-    text_key, image_key = MMEB_SIDES[side]
-    texts, images = (_as_list(row.value.get(key)) for key in (text_key, image_key))
-    count = max(len(texts), len(images))
+def _parse_side(row: SourceRow, side: str) -> list[Parts]:
+    """Return the items of one key of `MMEB_SIDES` without empty ones.
+
+    The text column and the image column hold one value each, or lists of equal length.
+    """
+    text_column, image_column = MMEB_SIDES[side]
+    texts = _to_list(row.value.get(text_column))
+    images = _to_list(row.value.get(image_column))
     if texts and images and len(texts) != len(images):
-        what = f"{len(texts)} texts for {len(images)} images"
-        raise DataError(
-            what,
-            place=row.place.with_field(image_key),
-            fix="Write lists of equal length, '' for nothing",
-        )
+        message = f"{len(texts)} texts for {len(images)} images"
+        fix = "Write lists of equal length, '' for nothing"
+        raise row.field(image_column).error(message, fix=fix)
+    count = max(len(texts), len(images))
     items = []
     for i in range(count):
-        text = texts[i] if texts else ""
+        index = "" if count == 1 else f"[{i}]"
+        text = (texts[i] if texts else "") or ""
         image = images[i] if images else ""
-        place = row.place.with_field(text_key if count == 1 else f"{text_key}[{i}]")
-        at_image = row.place.with_field(image_key if count == 1 else f"{image_key}[{i}]")
-        refs: list[ImageRef] = (
-            [parse_image(image, at_image, row.root)] if image not in ("", None, {}) else []
-        )
-        if text and not isinstance(text, str):
-            raise DataError(
-                f"expected text, got {type(text).__name__}", place=place, fix="Write a string"
-            )
-        if refs and MMEB_TAG not in (text or ""):
-            text = f"{MMEB_TAG}\n{text or ''}"
-        if (text or "").strip():
+        place = row.place.with_field(text_column + index)
+        refs = []
+        if image not in ("", None, {}):
+            image_place = row.place.with_field(image_column + index)
+            refs = [JsonValue(image, image_place, row.root).image()]
+        if not isinstance(text, str):
+            message = f"expected text, got {type(text).__name__}"
+            raise DataError(message, place=place, fix="Write a string")
+        if refs and MMEB_TAG not in text:
+            text = f"{MMEB_TAG}\n{text}"
+        if text.strip():
             items.append(tuple(interleave_images(text, MMEB_TAG, refs, place=place)))
     return [item for item in items if item]
 
 
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _to_list(value: Any) -> list[Any]:
+    """Return a list unchanged, None as [], and any other value in a list of one."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

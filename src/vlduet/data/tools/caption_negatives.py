@@ -1,18 +1,19 @@
-"""Caption edits: a right caption -> one that is wrong by a word or two, the hard negatives of compositional benchmarks.
+"""Caption negatives: right captions made wrong by a word or two, as in compositional benchmarks.
 
-The seven kinds are SugarCrepe's (Hsieh et al. 2023, arXiv 2306.14610), made here by rules on short word lists:
+The seven kinds are those of SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610), made here by rules on
+short word lists:
 
-    replace_obj   a thing becomes another one of its class              a dog on a chair -> a horse on a chair
-    replace_att   a colour, size, number, ... becomes another one       two red birds    -> two blue birds
-    replace_rel   where or what it does becomes another one             a dog on a chair -> a dog under a chair
-    swap_obj      two things on either side of a relation trade places  a dog on a chair -> a chair on a dog
-    swap_att      two attributes of one class trade their nouns         red cup, blue bowl -> blue cup, red bowl
-    add_obj       a thing of a class that the caption does not name     a dog on a chair -> a dog on a chair and a truck
-    add_att       an unusual colour for a thing without any             a dog on a chair -> a green dog on a chair
+    replace_obj   a thing -> another one of its class              a dog on a chair -> a horse on ...
+    replace_att   a colour, size, number, ... -> another one       two red birds -> two blue birds
+    replace_rel   a place or action -> another one                 a dog on a chair -> a dog under ...
+    swap_obj      two things on either side of a relation swapped  a dog on a chair -> a chair on a dog
+    swap_att      two attributes of one class swapped              red cup, blue bowl -> blue cup, ...
+    add_obj       a thing of a class that is not named             a dog -> a dog and a truck
+    add_att       an unusual colour for a thing without any        a dog -> a green dog
 
-What the rules cannot do: they read English, know some 150 nouns and nothing of grammar beyond plurals and "a/an", and
-take the caption's word for what is in the picture. A replaced or swapped caption contradicts the right one. An *added*
-thing or colour is only very probably wrong: the caption may have left out that the dog is, for once, green.
+The rules read English, know some 150 nouns, no grammar beyond plurals and "a/an", and only what the
+caption says of the picture. A replaced or swapped caption contradicts the right one; an *added*
+thing or colour is only very probably wrong: the dog may be green, and the caption does not say so.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ import random
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from vlduet.data.content_keys import text_key
-from vlduet.data.questions import get_query_and_positives
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.data.tools.lexicon import (
     ATTRIBUTES,
@@ -34,42 +34,44 @@ from vlduet.data.tools.lexicon import (
     LexiconEntry,
     choose_article,
 )
+from vlduet.data.tools.queries import get_query_and_positives
 from vlduet.errors import ConfigError, suggest_name
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionNegative:
-    """A caption that is wrong."""
+    """A wrong caption, and the key of `EDIT_RULES` that made it."""
 
     kind: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """A listed word or phrase where it stands in a caption."""
+class _Match:
+    """Word or phrase of a lexicon at the characters [start, end) of a caption."""
 
     start: int
     end: int
     entry: LexiconEntry
 
 
-Change = tuple[int, int, str]
-"""Characters [start, end) of a caption, and what stands there instead."""
+Replacement = tuple[int, int, str]
+"""(start, end, text): the text replaces the characters [start, end) of a caption."""
 
-_SIDE_BY_SIDE = re.compile(r"\b(and|or|with|near|beside|next to|close to|far from)\b|[,;.]")
-"""Between two things that may trade places without a change of meaning."""
-# What shows that a noun is not the first half of a longer one ("dog park").
-_FOLLOWS_A_NOUN = re.compile(
+# Between two things that can be swapped without a change of meaning.
+_SYMMETRIC = re.compile(r"\b(and|or|with|near|beside|next to|close to|far from)\b|[,;.]")
+# After a noun that is not the first half of a longer one, as in "dog park".
+_AFTER_NOUN = re.compile(
     r"\s*($|[.,;:!?)]|(and|or|is|are|was|were|with|in|at|that|which|who|[a-z]+ing)\b)", re.I
 )
-# "a tie", not "a bow tie"
-_NOTHING_DESCRIBES = re.compile(
-    r"(^|[^\w\s-]\s*|\b(an?|the|this|that|these|those|some|and|or|with|of|his|her|its|their|two|three|four|five)\s+)$",
+# Before a noun that nothing describes: "a tie", not "a bow tie".
+_BEFORE_BARE_NOUN = re.compile(
+    r"(^|[^\w\s-]\s*|\b(an?|the|this|that|these|those|some|and|or|with|of"
+    r"|his|her|its|their|two|three|four|five)\s+)$",
     re.I,
 )
-_IS = re.compile(r"\b(is|are|was|were|looks?)\s+$", re.I)
-_NO_HEAD = re.compile(
+_COPULA = re.compile(r"\b(is|are|was|were|looks?)\s+$", re.I)
+_NO_NOUN = re.compile(
     r"\s+(and|or|of|in|at|with|is|are|was|were|to|from|that|which|who|while)\b", re.I
 )
 
@@ -81,168 +83,177 @@ def generate_caption_negatives(
     kinds: Sequence[str] | None = None,
     correct_captions: Collection[str] = (),
 ) -> list[CaptionNegative]:
-    """Wrong captions made of a right one: at most one of each kind, fewer where a rule finds nothing to work on.
+    """Return wrong captions made of a right one: at most one per kind, none where no rule fits.
 
-    A pure function: the same caption and seed give the same edits, whatever the other kinds.
+    Equal arguments give equal results, and the result of a kind does not depend on the other kinds
+    (unless two rules would give the same text).
 
     Args:
-        kinds: keys of `RULES`, in the order wanted; None takes all.
-        right: what is known to be right as well. Neither these nor the caption are returned, in any case and spacing.
+        seed: seed of the choice among possible edits.
+        kinds: keys of `EDIT_RULES`, in the order of the result; None means all.
+        correct_captions: further right captions. Neither they nor `caption` are returned, whatever
+            their case and spacing.
 
     Raises:
         ConfigError: an unknown kind.
     """
     check_edit_kinds(kinds or ())
-    taken, found = {text_key(text) for text in (caption, *correct_captions)}, []
+    used_keys = {text_key(text) for text in (caption, *correct_captions)}
+    negatives = []
     for kind in EDIT_RULES if kinds is None else kinds:
-        options = list(EDIT_RULES[kind](caption))
-        random.Random(f"{seed}:{kind}:{caption}").shuffle(options)
-        text = next(
-            (
-                t
-                for t in (_apply(caption, changes) for changes in options)
-                if text_key(t) not in taken
-            ),
-            None,
-        )
-        if text is not None:
-            taken.add(text_key(text))
-            found.append(CaptionNegative(kind, text))
-    return found
+        edits = list(EDIT_RULES[kind](caption))
+        random.Random(f"{seed}:{kind}:{caption}").shuffle(edits)
+        for replacements in edits:
+            text = _apply_replacements(caption, replacements)
+            if text_key(text) not in used_keys:
+                used_keys.add(text_key(text))
+                negatives.append(CaptionNegative(kind, text))
+                break
+    return negatives
 
 
 def add_caption_negatives(
     record: Record, *, seed: int = 0, kinds: Sequence[str] | None = None
 ) -> Record:
-    """A pair or a retrieval record with edited copies of its right answers as further negatives: at most one of each kind.
+    """Return a pair or retrieval record with edited copies of its right answers as negatives.
 
-    Of several answers, and several texts in one, the first that a kind's rule can work on is edited, in an order drawn
-    by seed and id. ``metadata["edits"]`` gets the kinds, in the order of the new negatives.
+    At most one negative per kind is appended: of the first text that the rule fits, where all texts
+    of all right answers are tried in an order drawn by `seed` and id. ``metadata["edits"]`` of the
+    copy lists the kinds in the order of the new negatives; without any, it is not set.
 
     Raises:
         ConfigError: an unknown kind.
     """
     check_edit_kinds(kinds or ())
-    _, positive = get_query_and_positives(record)
-    places = [
-        (parts, i) for parts in positive for i, part in enumerate(parts) if isinstance(part, str)
+    _, positives = get_query_and_positives(record)
+    texts = [
+        (parts, i) for parts in positives for i, part in enumerate(parts) if isinstance(part, str)
     ]
-    random.Random(f"{seed}:{record.id}").shuffle(places)
-    right = [part for parts in positive for part in parts if isinstance(part, str)]
-    known = {_parts_key(parts) for parts in (*positive, *record.negative)}
-    made: dict[str, Parts] = {}
+    correct_captions = [str(parts[i]) for parts, i in texts]
+    random.Random(f"{seed}:{record.id}").shuffle(texts)
+    known = {_parts_key(parts) for parts in (*positives, *record.negative)}
+    negatives: dict[str, Parts] = {}  # by kind
     for kind in EDIT_RULES if kinds is None else kinds:
-        for parts, i in places:
-            found = generate_caption_negatives(
-                str(parts[i]), seed=seed, kinds=[kind], correct_captions=right
+        for parts, i in texts:
+            edits = generate_caption_negatives(
+                str(parts[i]), seed=seed, kinds=[kind], correct_captions=correct_captions
             )
-            edited = (*parts[:i], *(edit.text for edit in found), *parts[i + 1 :])
-            if found and _parts_key(edited) not in known:
+            edited = (*parts[:i], *(edit.text for edit in edits), *parts[i + 1 :])
+            if edits and _parts_key(edited) not in known:
                 known.add(_parts_key(edited))
-                made[kind] = edited
+                negatives[kind] = edited
                 break
-    metadata = {**record.metadata, "edits": list(made)} if made else record.metadata
-    return replace(record, negative=(*record.negative, *made.values()), metadata=metadata)
+    metadata = {**record.metadata, "edits": list(negatives)} if negatives else record.metadata
+    negative = (*record.negative, *negatives.values())
+    return replace(record, negative=negative, metadata=metadata)
+
+
+def _parts_key(parts: Parts) -> tuple[str, ...]:
+    return tuple(part.name if isinstance(part, ImageRef) else text_key(part) for part in parts)
 
 
 def check_edit_kinds(kinds: Collection[str]) -> None:
-    """Raises ConfigError for a name that is none of `RULES`."""
+    """Raise ConfigError for a name that is no key of `EDIT_RULES`."""
     for kind in kinds:
         if kind not in EDIT_RULES:
-            raise ConfigError(
-                f"no edit '{kind}'", place="--kinds", fix=suggest_name(kind, EDIT_RULES)
-            )
+            fix = suggest_name(kind, EDIT_RULES)
+            raise ConfigError(f"no edit '{kind}'", place="--kinds", fix=fix)
 
 
-# ------------------------------------------------------------------ the rules: a caption -> ways to change it
+# --- rules: each yields the possible edits of a caption, as lists of replacements
 
 
-def replace_obj(caption: str) -> Iterator[list[Change]]:
-    """Another thing of the class, in the same number, that the caption does not name."""
-    yield from _replaced(caption, _things(caption), OBJECTS)
+def replace_obj(caption: str) -> Iterator[list[Replacement]]:
+    """Yield edits of one thing to another of its class, in the same number, not named yet."""
+    yield from _replace_by_class(caption, _find_objects(caption), OBJECTS)
 
 
-def replace_att(caption: str) -> Iterator[list[Change]]:
-    """Another attribute of the class that the caption does not name."""
-    yield from _replaced(caption, _attributes(caption), ATTRIBUTES)
+def replace_att(caption: str) -> Iterator[list[Replacement]]:
+    """Yield edits of one attribute to another of its class that the caption does not name."""
+    yield from _replace_by_class(caption, _find_attributes(caption), ATTRIBUTES)
 
 
-def replace_rel(caption: str) -> Iterator[list[Change]]:
-    """Another place or action of the class that the caption does not name."""
-    yield from _replaced(caption, list(_find(caption, RELATIONS)), RELATIONS)
+def replace_rel(caption: str) -> Iterator[list[Replacement]]:
+    """Yield edits of one place or action to another of its class that is not named yet."""
+    yield from _replace_by_class(caption, list(_find_matches(caption, RELATIONS)), RELATIONS)
 
 
-def swap_obj(caption: str) -> Iterator[list[Change]]:
-    """Two neighbouring things with a relation between them that changes when they trade places, each in the other's
-    number."""
-    relations = list(_find(caption, RELATIONS))
-    for one, other in pairwise(_things(caption)):
-        between = caption[one.end : other.start]
-        directed = any(one.end <= r.start and r.end <= other.start for r in relations)
-        if (
-            one.entry.lemma != other.entry.lemma
-            and directed
-            and not _SIDE_BY_SIDE.search(between.lower())
-        ):
+def _replace_by_class(
+    caption: str, matches: Sequence[_Match], lexicon: Lexicon
+) -> Iterator[list[Replacement]]:
+    named = {match.entry.lemma for match in _find_matches(caption, lexicon)}
+    for match in matches:
+        for lemma in lexicon.groups[match.entry.group]:
+            if lemma not in named:
+                form = lexicon.inflect(lemma, plural=match.entry.is_plural)
+                yield [(match.start, match.end, form)]
+
+
+def swap_obj(caption: str) -> Iterator[list[Replacement]]:
+    """Yield swaps of neighbouring things with a directed relation between them.
+
+    Each thing takes the number (singular or plural) of the place that it moves to.
+    """
+    relations = list(_find_matches(caption, RELATIONS))
+    for first, second in pairwise(_find_objects(caption)):
+        between = caption[first.end : second.start]
+        is_directed = any(
+            first.end <= relation.start and relation.end <= second.start for relation in relations
+        )
+        if not is_directed or _SYMMETRIC.search(between.lower()):
+            continue
+        if first.entry.lemma != second.entry.lemma:
+            new_first = OBJECTS.inflect(second.entry.lemma, plural=first.entry.is_plural)
+            new_second = OBJECTS.inflect(first.entry.lemma, plural=second.entry.is_plural)
+            yield [(first.start, first.end, new_first), (second.start, second.end, new_second)]
+
+
+def swap_att(caption: str) -> Iterator[list[Replacement]]:
+    """Yield swaps of two attributes of one class that precede different nouns."""
+    attributes = _find_attributes(caption)
+    for first, second in combinations(attributes, 2):
+        nouns = [_find_described_noun(caption, match, attributes) for match in (first, second)]
+        is_same_class = first.entry.group == second.entry.group
+        if not is_same_class or first.entry.lemma == second.entry.lemma:
+            continue
+        if None not in nouns and nouns[0] != nouns[1]:
             yield [
-                (
-                    one.start,
-                    one.end,
-                    OBJECTS.inflect(other.entry.lemma, plural=one.entry.is_plural),
-                ),
-                (
-                    other.start,
-                    other.end,
-                    OBJECTS.inflect(one.entry.lemma, plural=other.entry.is_plural),
-                ),
+                (first.start, first.end, second.entry.surface_form),
+                (second.start, second.end, first.entry.surface_form),
             ]
 
 
-def swap_att(caption: str) -> Iterator[list[Change]]:
-    """Two attributes of one class that stand before different nouns trade them."""
-    attributes = _attributes(caption)
-    for i, one in enumerate(attributes):
-        for other in attributes[i + 1 :]:
-            heads = _head(caption, one, attributes), _head(caption, other, attributes)
-            same_class = (
-                one.entry.group == other.entry.group and one.entry.lemma != other.entry.lemma
-            )
-            if same_class and None not in heads and heads[0] != heads[1]:
-                yield [
-                    (one.start, one.end, other.entry.surface_form),
-                    (other.start, other.end, one.entry.surface_form),
-                ]
+def add_obj(caption: str) -> Iterator[list[Replacement]]:
+    """Yield insertions of a thing after a named one, of a class of which nothing is named."""
+    objects = _find_objects(caption)
+    named_groups = {match.entry.group for match in objects}
+    new_lemmas = [
+        lemma
+        for group, lemmas in enumerate(OBJECTS.groups)
+        if group not in named_groups
+        for lemma in lemmas
+    ]
+    for match in objects:
+        following = caption[match.end :]
+        if _AFTER_NOUN.match(following) or _starts_with(following, RELATIONS):
+            for lemma in new_lemmas:
+                yield [(match.end, match.end, f" and {choose_article(lemma)} {lemma}")]
 
 
-def add_obj(caption: str) -> Iterator[list[Change]]:
-    """A thing beside a named one, of a class of which the caption names nothing."""
-    things = _things(caption)
-    named = {thing.entry.group for thing in things}
-    for thing in things:
-        if _FOLLOWS_A_NOUN.match(caption[thing.end :]) or _starts_with(
-            caption[thing.end :], RELATIONS
-        ):
-            for group, words in enumerate(OBJECTS.groups):
-                if group not in named:
-                    yield from (
-                        [(thing.end, thing.end, f" and {choose_article(word)} {word}")]
-                        for word in words
-                    )
+def add_att(caption: str) -> Iterator[list[Replacement]]:
+    """Yield insertions of an unusual colour, not named yet, before a thing without attributes."""
+    named = {match.entry.lemma for match in _find_matches(caption, ATTRIBUTES)}
+    colours = [colour for colour in ("green", "blue", "purple", "pink") if colour not in named]
+    for match in _find_objects(caption):
+        if _BEFORE_BARE_NOUN.search(caption[: match.start]):
+            noun = caption[match.start : match.end]
+            is_upper = len(noun) > 1 and noun.isupper()
+            noun = noun if is_upper else noun[:1].lower() + noun[1:]
+            for colour in colours:
+                yield [(match.start, match.end, f"{colour} {noun}")]
 
 
-def add_att(caption: str) -> Iterator[list[Change]]:
-    """A colour that few things have, for a thing that nothing describes, in a caption that does not name this colour."""
-    named = {one.entry.lemma for one in _find(caption, ATTRIBUTES)}
-    colours = [word for word in ("green", "blue", "purple", "pink") if word not in named]
-    for thing in _things(caption):
-        if _NOTHING_DESCRIBES.search(caption[: thing.start]):
-            shown = caption[thing.start : thing.end]
-            yield from (
-                [(thing.start, thing.end, f"{colour} {_lowered(shown)}")] for colour in colours
-            )
-
-
-EDIT_RULES: dict[str, Callable[[str], Iterator[list[Change]]]] = {
+EDIT_RULES: dict[str, Callable[[str], Iterator[list[Replacement]]]] = {
     "replace_obj": replace_obj,
     "replace_att": replace_att,
     "replace_rel": replace_rel,
@@ -251,75 +262,66 @@ EDIT_RULES: dict[str, Callable[[str], Iterator[list[Change]]]] = {
     "add_obj": add_obj,
     "add_att": add_att,
 }
-"""By the names of SugarCrepe's files."""
+"""Rules by the names of SugarCrepe's files."""
 
 
-# ------------------------------------------------------------------ reading and writing captions
+# --- reading and writing captions
 
 
-def _find(caption: str, vocabulary: Lexicon) -> Iterator[_Found]:
-    """The listed words and phrases of a caption, longest first where they overlap, in order."""
-    for match in vocabulary.pattern.finditer(caption):
-        yield _Found(match.start(), match.end(), vocabulary.lookup(match[0]))
+def _find_matches(caption: str, lexicon: Lexicon) -> Iterator[_Match]:
+    """Yield the words and phrases of a lexicon in order; of overlapping ones, the longest."""
+    for match in lexicon.pattern.finditer(caption):
+        yield _Match(match.start(), match.end(), lexicon.lookup(match[0]))
 
 
-def _things(caption: str) -> list[_Found]:
-    return list(_find(caption, OBJECTS))
+def _find_objects(caption: str) -> list[_Match]:
+    return list(_find_matches(caption, OBJECTS))
 
 
-def _attributes(caption: str) -> list[_Found]:
-    """Listed attributes that are used as such: before a noun, or after "is". In "a glass of milk" glass is a thing."""
-    every = list(_find(caption, ATTRIBUTES))
+def _find_attributes(caption: str) -> list[_Match]:
+    """Return the attributes before a noun or after "is"; "a glass of milk" has none."""
+    matches = list(_find_matches(caption, ATTRIBUTES))
     return [
-        a for a in every if _head(caption, a, every) is not None or _IS.search(caption[: a.start])
+        match
+        for match in matches
+        if _find_described_noun(caption, match, matches) is not None
+        or _COPULA.search(caption[: match.start])
     ]
 
 
-def _head(caption: str, attribute: _Found, attributes: Sequence[_Found]) -> str | None:
-    """The word that an attribute stands before, other attributes left out; None where there is none."""
-    rest, at = caption[attribute.end :], attribute.end
+def _find_described_noun(
+    caption: str, attribute: _Match, attributes: Sequence[_Match]
+) -> str | None:
+    """Return the word after an attribute, other attributes skipped; None if it is no noun."""
+    end = attribute.end
     for following in attributes:  # in order
-        if following.start > at and not caption[at : following.start].strip():
-            rest, at = caption[following.end :], following.end
-    if _NO_HEAD.match(rest) or _starts_with(rest, RELATIONS):
+        if following.start > end and not caption[end : following.start].strip():
+            end = following.end
+    text = caption[end:]
+    if _NO_NOUN.match(text) or _starts_with(text, RELATIONS):
         return None
-    word = re.match(r"\s+([A-Za-z][\w'-]*)", rest)
+    word = re.match(r"\s+([A-Za-z][\w'-]*)", text)
     return word[1].lower() if word else None
 
 
-def _starts_with(text: str, vocabulary: Lexicon) -> bool:
-    """Whether the next words are listed ones."""
-    return bool(text[:1].isspace() and vocabulary.pattern.match(text.lstrip()))
+def _starts_with(text: str, lexicon: Lexicon) -> bool:
+    """Return whether white space and then a form of the lexicon begin the text."""
+    return bool(text[:1].isspace() and lexicon.pattern.match(text.lstrip()))
 
 
-def _replaced(caption: str, found: Sequence[_Found], vocabulary: Lexicon) -> Iterator[list[Change]]:
-    named = {one.entry.lemma for one in _find(caption, vocabulary)}
-    for one in found:
-        for word in vocabulary.groups[one.entry.group]:
-            if word not in named:
-                yield [(one.start, one.end, vocabulary.inflect(word, plural=one.entry.is_plural))]
-
-
-def _apply(caption: str, changes: Sequence[Change]) -> str:
-    """The caption with its changes; "a" and "an" before them, and capitals, follow."""
-    for start, end, new in sorted(changes, reverse=True):
-        old, before = caption[start:end], caption[:start]
+def _apply_replacements(caption: str, replacements: Sequence[Replacement]) -> str:
+    """Return the edited caption; capitals, and "a" or "an" before an edit, are adapted."""
+    # From the end, so that the positions of the others stay valid.
+    for start, end, text in sorted(replacements, reverse=True):
+        old = caption[start:end]
+        before = caption[:start]
         if match := re.search(r"\b(an?)(\s+)$", before, re.I):
-            right = choose_article(new)
-            right = right.capitalize() if match[1][0].isupper() else right
-            before = f"{before[: match.start()]}{right}{match[2]}"
+            article = choose_article(text)
+            article = article.capitalize() if match[1][0].isupper() else article
+            before = f"{before[: match.start()]}{article}{match[2]}"
         if len(old) > 1 and old.isupper():
-            new = new.upper()
+            text = text.upper()
         elif old[:1].isupper():
-            new = new[:1].upper() + new[1:]
-        caption = before + new + caption[end:]
+            text = text[:1].upper() + text[1:]
+        caption = before + text + caption[end:]
     return caption
-
-
-def _lowered(word: str) -> str:
-    """A capital at the beginning goes; all capitals stay."""
-    return word if len(word) > 1 and word.isupper() else word[:1].lower() + word[1:]
-
-
-def _parts_key(parts: Parts) -> tuple[str, ...]:
-    return tuple(part.name if isinstance(part, ImageRef) else text_key(part) for part in parts)

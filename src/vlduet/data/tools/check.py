@@ -1,8 +1,9 @@
-"""What is wrong with files of records, and what is in them: ``vlduet data check train.jsonl test.jsonl``.
+"""Checks of files of records: ``vlduet data check train.jsonl test.jsonl``.
 
-1. read      every record; each broken row is a problem with its line, field, cause and fix
-2. look      every image decoded in threads: broken and refused ones are problems; the others leave a fingerprint
-3. compare   ids within a file; images and captions across the files given, for what leaks from one split into another
+1. read       every record; a broken row is a problem with its line, field, cause and remedy
+2. decode     every image, in threads; a broken or refused one is a problem, the others get a
+              fingerprint
+3. compare    ids within a file; images and captions across the files, for leaks between splits
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from vlduet.data import images
 from vlduet.data.formats import read_records
-from vlduet.data.records import ImageRef, Place, Record
+from vlduet.data.records import ImageRef, Place, Record, iter_labelled_parts
 from vlduet.data.tools import duplicates
 from vlduet.data.tools.duplicates import ImageFingerprint
 from vlduet.errors import DataError
@@ -26,16 +28,16 @@ from vlduet.logs import strip_control_characters
 
 NUM_THREADS = 4
 MAX_LISTED_LEAKS = 200
-"""Leaks of one kind that are kept, at most; they are counted all the same."""
+"""Largest number of leaks of one kind that a report lists; all are counted."""
 MAX_PRINTED_LEAKS = 20
-"""Leaks of one kind that are printed; --json has all that are kept."""
+"""Largest number of leaks of one kind that ``str(report)`` prints."""
 MIN_CAPTION_LENGTH = 12
-"""Characters below which a repeated caption says nothing ("a dog")."""
+"""Characters that a repeated caption must have to be a leak: "a dog" repeats by chance."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordProblem:
-    """A record that will be dropped, as things stand."""
+    """Error of one record, which training would leave out."""
 
     file: str
     line: int | None
@@ -50,64 +52,71 @@ class RecordProblem:
 
 @dataclass(frozen=True, slots=True)
 class SplitLeak:
-    """The same thing in two of the files."""
+    """Image or caption that occurs in two of the files."""
 
     kind: str
-    """same image, similar image or same caption."""
+    """``same image``, ``similar image`` or ``same caption``."""
     one: str
-    """Its place, as ``file:line``."""
+    """Place in the first file, as ``file:line``."""
     other: str
+    """Place in the second file."""
     what: str
-    """The image's name, or the caption."""
+    """Names of the images, or the caption."""
 
 
 @dataclass(slots=True)
 class FileReport:
-    """What one file holds."""
+    """Contents of one file. The field names are the keys of ``--json``."""
 
     file: str
     records: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
+    """Number of records by kind."""
     images: int = 0
-    """Mentions of images in records."""
+    """Number of references to images, repeated ones included."""
     distinct_images: int = 0
-    """By content, of those that can be read."""
+    """Number of readable images with different bytes."""
     captions: int = 0
+    """Number of short and long captions."""
     bare: int = 0
-    """Pairs without any caption."""
+    """Number of pairs without any caption."""
     words: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By role of the text (short, long, slice, turn, retrieval): min, median and max words."""
+    """``min``, ``median`` and ``max`` number of words, by role of the text: short, long, slice,
+    turn or retrieval."""
 
     def __str__(self) -> str:
-        kinds = (
-            ", ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items())) or "nothing"
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items())) or "nothing"
+        text = (
+            f"{self.file}: {self.records} records ({kinds}), {self.images} images "
+            f"({self.distinct_images} distinct), {self.captions} captions"
         )
-        facts = f"{self.file}: {self.records} records ({kinds}), {self.images} images ({self.distinct_images} distinct)"
+        if self.bare:
+            text += f" ({self.bare} pairs without any)"
         lengths = [
-            f"{role} {n['min']:g}-{n['median']:g}-{n['max']:g}" for role, n in self.words.items()
+            f"{role} {count['min']:g}-{count['median']:g}-{count['max']:g}"
+            for role, count in self.words.items()
         ]
-        words = f"; words min-median-max: {', '.join(lengths)}" if lengths else ""
-        bare = f" ({self.bare} pairs without any)" if self.bare else ""
-        return f"{facts}, {self.captions} captions{bare}{words}"
+        return f"{text}; words min-median-max: {', '.join(lengths)}" if lengths else text
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """All of it; `to_json` for machines."""
+    """Result of `check_files`. The field names are the keys of ``--json``."""
 
     files: list[FileReport]
     problems: list[RecordProblem]
     leaks: list[SplitLeak]
+    """At most `MAX_LISTED_LEAKS` of each kind."""
     num_leaks: dict[str, int]
-    """By kind, also those that are not listed."""
+    """Number of leaks by kind, those that are not listed included."""
 
     @property
     def ok(self) -> bool:
-        """Whether every record can be used. Leaks are for the user to judge."""
+        """True if every record can be used. Leaks are only warnings."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the report as plain JSON types, with the additional key ``ok``."""
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
@@ -115,27 +124,26 @@ class CheckReport:
         lines += [f"error: {problem}" for problem in self.problems]
         for kind, count in sorted(self.num_leaks.items()):
             lines.append(f"warning: {count} x {kind} in two of the files")
-            found = [leak for leak in self.leaks if leak.kind == kind]
-            lines += [
-                f"  {leak.one} and {leak.other}: {leak.what}" for leak in found[:MAX_PRINTED_LEAKS]
-            ]
+            leaks = [leak for leak in self.leaks if leak.kind == kind][:MAX_PRINTED_LEAKS]
+            lines += [f"  {leak.one} and {leak.other}: {leak.what}" for leak in leaks]
         lines.append(f"{len(self.problems)} errors, {sum(self.num_leaks.values())} warnings")
         return "\n".join(map(strip_control_characters, lines))
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What is remembered of one file for comparing."""
+class _FileContents:
+    """Images and captions of one file, for comparing it with another."""
 
-    prints: dict[str, ImageFingerprint] = field(default_factory=dict)
-    """Content key -> fingerprint."""
-    where: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Content key -> (first place, image's name)."""
+    fingerprints: dict[str, ImageFingerprint] = field(default_factory=dict)
+    """Fingerprint of every distinct readable image, by `images.image_key`."""
+    image_places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """(place of the first record, name of the image), by `images.image_key`."""
     captions: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Caption for comparing -> (first place, caption)."""
+    """(place of the first record, caption), by `_normalize`."""
 
 
 ProgressWrapper = Callable[[Iterable[Record], str], Iterable[Record]]
+"""Function of (records, label) that yields the records and shows progress."""
 
 
 def check_files(
@@ -145,154 +153,169 @@ def check_files(
     root: Path | None = None,
     progress: ProgressWrapper = lambda records, label: records,
 ) -> CheckReport:
-    """Read, look and compare.
+    """Read all records and images of some files, and compare the files with one another.
 
     Args:
-        paths: files or folders; given together, they are compared with one another.
-        format: of all of them, a key of `formats.FORMATS`; None tells each by its keys.
-        root: where relative image paths start; None takes each file's folder.
-        watch: wraps the loop over the records of a file, with a label, for a progress bar.
+        paths: files or folders, such as the splits of a data set.
+        format: key of `formats.FORMATS` of all of them; None detects it for each.
+        root: folder that relative image paths start from; None means the folder of each file.
+        progress: wraps the loop over the records of each file.
 
     Raises:
-        DataError: a source that cannot be read at all.
+        DataError: a source cannot be read at all. Errors of records are in the report.
     """
     problems: list[RecordProblem] = []
-    files, seen = [], []
+
+    def add_row_error(error: DataError) -> None:
+        problems.append(_to_problem(_parse_place(error.place), error.message, error.fix))
+
+    reports: list[FileReport] = []
+    contents: list[_FileContents] = []
     for path in paths:
-        records = read_records(
-            path, format=format, root=root, on_error=lambda error: problems.append(_problem(error))
-        )
-        report, memory = _one(path, progress(records, f"checking {path.name}"), problems)
-        files.append(report)
-        seen.append(memory)
+        records = read_records(path, format=format, root=root, on_error=add_row_error)
+        tracked = progress(records, f"checking {path.name}")
+        report, file_contents = _check_file(path, tracked, problems)
+        reports.append(report)
+        contents.append(file_contents)
     leaks: list[SplitLeak] = []
-    counts: Counter[str] = Counter()
-    for i, one in enumerate(seen):
-        for other in seen[i + 1 :]:
-            for leak in _compare(one, other):
-                counts[leak.kind] += 1
-                if counts[leak.kind] <= MAX_LISTED_LEAKS:
-                    leaks.append(leak)
-    return CheckReport(files, problems, leaks, dict(counts))
+    num_leaks: Counter[str] = Counter()
+    for first, second in combinations(contents, 2):
+        for leak in _find_leaks(first, second):
+            num_leaks[leak.kind] += 1
+            if num_leaks[leak.kind] <= MAX_LISTED_LEAKS:
+                leaks.append(leak)
+    return CheckReport(reports, problems, leaks, dict(num_leaks))
 
 
-def _one(
+def _check_file(
     path: Path, records: Iterable[Record], problems: list[RecordProblem]
-) -> tuple[FileReport, _Seen]:
-    report, seen, first = FileReport(str(path)), _Seen(), dict[str, str]()
-    lengths: dict[str, list[int]] = defaultdict(list)
-    looker = _Looker(seen, problems)
-    with looker.pool:
+) -> tuple[FileReport, _FileContents]:
+    """Return counts and contents of one file; append what is wrong to `problems`."""
+    report = FileReport(str(path))
+    contents = _FileContents()
+    first_place: dict[str, str] = {}  # by id
+    lengths: dict[str, list[int]] = defaultdict(list)  # words, by role of the text
+    checker = _ImageChecker(contents, problems)
+    with checker.executor:
         for record in records:
             place = record.place or Place(str(path))
             report.records += 1
             report.kinds[record.kind] = report.kinds.get(record.kind, 0) + 1
             report.bare += record.kind == "pair" and not record.short and record.long is None
-            if record.id in first:
-                cause = f"id '{record.id}' stands at {first[record.id]} already"
-                problems.append(
-                    _at(place.with_field("id"), cause, "Give every record an id of its own")
-                )
-            first.setdefault(record.id, str(place))
-            for role, text in _texts(record):
+            if record.id in first_place:
+                cause = f"id '{record.id}' stands at {first_place[record.id]} already"
+                fix = "Give every record an id of its own"
+                problems.append(_to_problem(place.with_field("id"), cause, fix))
+            first_place.setdefault(record.id, str(place))
+            for role, text in _iter_texts(record):
                 lengths[role].append(len(text.split()))
                 if role in ("short", "long"):
                     report.captions += 1
-                    seen.captions.setdefault(_comparable(text), (str(place), text))
+                    contents.captions.setdefault(_normalize(text), (str(place), text))
             for ref in record.images():
                 report.images += 1
-                looker.look(ref, place)
-        looker.finish()
-    report.distinct_images = len(seen.prints)
+                checker.submit(ref, place)
+        checker.finish()
+    report.distinct_images = len(contents.fingerprints)
     report.words = {
-        role: {"min": min(n), "median": statistics.median(n), "max": max(n)}
-        for role, n in sorted(lengths.items())
+        role: {"min": min(counts), "median": statistics.median(counts), "max": max(counts)}
+        for role, counts in sorted(lengths.items())
     }
-    return report, seen
+    return report, contents
 
 
-def _texts(record: Record) -> Iterator[tuple[str, str]]:
-    yield from (("short", text) for text in record.short)
-    if record.long:
-        yield "long", record.long
-    yield from (("slice", part) for part in record.parts if isinstance(part, str))
-    for turn in record.messages:
-        yield from (("turn", part) for part in turn.parts if isinstance(part, str))
-    for item in (record.query, *record.positive, *record.negative):
-        yield from (("retrieval", part) for part in item if isinstance(part, str))
+_TEXT_ROLES = {"short": "short", "long": "long", "part": "slice"}
+_TEXT_ROLES |= dict.fromkeys(("system", "user", "assistant"), "turn")
+_TEXT_ROLES |= dict.fromkeys(("query", "positive", "negative"), "retrieval")
 
 
-def _comparable(text: str) -> str:
+def _iter_texts(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield (role, text) for every text: short, long, slice, turn or retrieval."""
+    for label, part in iter_labelled_parts(record):
+        if isinstance(part, str):
+            yield _TEXT_ROLES[label.split()[0]], part
+
+
+def _normalize(text: str) -> str:
+    """Return a caption without case, punctuation and repeated white space."""
     return " ".join(re.sub(r"[^\w]+", " ", text.casefold()).split())
 
 
-class _Looker:
-    """Images fingerprinted in threads, a few dozen ahead; results are taken in order, so reports are equal every time."""
+class _ImageChecker:
+    """Fingerprints images in threads, a few dozen ahead of the records.
 
-    def __init__(self, seen: _Seen, problems: list[RecordProblem]):
-        self.seen, self.problems = seen, problems
-        self.pool = ThreadPoolExecutor(NUM_THREADS)
-        self._waiting: deque[tuple[Future[tuple[str, ImageFingerprint]], ImageRef, Place]] = deque()
-        self._asked: dict[Path, None] = {}
+    Results are taken in the order of submission, so that equal files give equal reports. They go
+    to `contents`, errors to `problems`.
+    """
 
-    def look(self, ref: ImageRef, place: Place) -> None:
-        """Ask for one image; a file that was looked at before is not decoded again."""
+    def __init__(self, contents: _FileContents, problems: list[RecordProblem]):
+        self.contents = contents
+        self.problems = problems
+        self.executor = ThreadPoolExecutor(NUM_THREADS)
+        self._pending: deque[tuple[Future[tuple[str, ImageFingerprint]], ImageRef, Place]] = deque()
+        self._submitted_paths: set[Path] = set()
+
+    def submit(self, ref: ImageRef, place: Place) -> None:
+        """Check one image of the record at `place`; a file is decoded only the first time."""
         if ref.path is not None:
-            if ref.path in self._asked:
+            if ref.path in self._submitted_paths:
                 return
-            self._asked[ref.path] = None
-        self._waiting.append((self.pool.submit(_fingerprint, ref), ref, place))
-        if len(self._waiting) > 8 * NUM_THREADS:
-            self._take()
+            self._submitted_paths.add(ref.path)
+        self._pending.append((self.executor.submit(_key_and_fingerprint, ref), ref, place))
+        if len(self._pending) > 8 * NUM_THREADS:
+            self._take_result()
 
     def finish(self) -> None:
-        """Wait for all."""
-        while self._waiting:
-            self._take()
+        """Wait for the images that are still in work."""
+        while self._pending:
+            self._take_result()
 
-    def _take(self) -> None:
-        future, ref, place = self._waiting.popleft()
+    def _take_result(self) -> None:
+        """Wait for the oldest image, and store its fingerprint or its problem."""
+        future, ref, place = self._pending.popleft()
         try:
-            key, print_ = future.result()
+            key, fingerprint = future.result()
         except DataError as error:
-            self.problems.append(
-                _at(place.with_field("image"), f"{ref.name}: {error.message}", error.fix)
-            )
+            cause = f"{ref.name}: {error.message}"
+            self.problems.append(_to_problem(place.with_field("image"), cause, error.fix))
             return
-        self.seen.prints.setdefault(key, print_)
-        self.seen.where.setdefault(key, (str(place), ref.name))
+        self.contents.fingerprints.setdefault(key, fingerprint)
+        self.contents.image_places.setdefault(key, (str(place), ref.name))
 
 
-def _fingerprint(ref: ImageRef) -> tuple[str, ImageFingerprint]:
+def _key_and_fingerprint(ref: ImageRef) -> tuple[str, ImageFingerprint]:
     data = ImageRef(data=images.read_bytes(ref))  # read once, for both
     return images.image_key(data), duplicates.fingerprint_image(data)
 
 
-def _compare(one: _Seen, other: _Seen) -> Iterator[SplitLeak]:
-    """What two files share. An image that is the same is not named as similar too."""
-    same = [key for key in one.prints if key in other.prints]
-    for key in same:
-        yield SplitLeak("same image", one.where[key][0], other.where[key][0], one.where[key][1])
-    shared = set(same)
-    rows, columns = ([key for key in seen.prints if key not in shared] for seen in (one, other))
-    near = duplicates.find_near_duplicates(
-        [one.prints[k] for k in rows], [other.prints[k] for k in columns]
+def _find_leaks(first: _FileContents, second: _FileContents) -> Iterator[SplitLeak]:
+    """Yield what two files share. Equal images are not reported as similar ones too."""
+    shared = {key for key in first.fingerprints if key in second.fingerprints}
+    for key in first.fingerprints:
+        if key in shared:
+            place, name = first.image_places[key]
+            yield SplitLeak("same image", place, second.image_places[key][0], name)
+    rows = [key for key in first.fingerprints if key not in shared]
+    columns = [key for key in second.fingerprints if key not in shared]
+    pairs = duplicates.find_near_duplicates(
+        [first.fingerprints[key] for key in rows], [second.fingerprints[key] for key in columns]
     )
-    for i, j in near:
-        a, b = one.where[rows[i]], other.where[columns[j]]
-        yield SplitLeak("similar image", a[0], b[0], f"{a[1]} and {b[1]}")
-    for text, (place, caption) in one.captions.items():
-        if len(text) >= MIN_CAPTION_LENGTH and text in other.captions:
-            yield SplitLeak("same caption", place, other.captions[text][0], caption)
+    for i, j in pairs:
+        place, name = first.image_places[rows[i]]
+        other_place, other_name = second.image_places[columns[j]]
+        yield SplitLeak("similar image", place, other_place, f"{name} and {other_name}")
+    for text, (place, caption) in first.captions.items():
+        if len(text) >= MIN_CAPTION_LENGTH and text in second.captions:
+            yield SplitLeak("same caption", place, second.captions[text][0], caption)
 
 
-def _problem(error: DataError) -> RecordProblem:
-    """An error's place, taken apart again."""
-    match = re.fullmatch(r"(.*?)(?::(\d+))?(?::([^:/\\]+))?", error.place or "?", re.DOTALL)
+def _parse_place(text: str | None) -> Place:
+    """Return the `Place` that was printed as `text`; file ``?`` for None."""
+    match = re.fullmatch(r"(.*?)(?::(\d+))?(?::([^:/\\]+))?", text or "?", re.DOTALL)
     assert match is not None
-    file, line, field = match.groups()
-    return RecordProblem(file, int(line) if line else None, field, error.message, error.fix)
+    file, line, field_name = match.groups()
+    return Place(file, int(line) if line else None, field_name)
 
 
-def _at(place: Place, cause: str, fix: str | None) -> RecordProblem:
+def _to_problem(place: Place, cause: str, fix: str | None) -> RecordProblem:
     return RecordProblem(place.file, place.line, place.field, cause, fix)

@@ -1,10 +1,11 @@
-"""Queries that join a picture with words about another thing, made of pairs: what a search with both is trained on.
+"""Composed queries: an image of one pair with a caption of another, to train such searches on.
 
-    pair 1  (image 1, "a dog")        query [image 1, "a hat"]      positive  "a dog", image 1, "a hat", image 2
-    pair 2  (image 2, "a hat")   ->
+    pair 1  (image 1, "a dog")        query [image 1, "a hat"]      positive  "a dog", image 1,
+    pair 2  (image 2, "a hat")   ->                                           "a hat", image 2
 
-What either half stands for is a right answer in both forms: in the other one, which is what there is to learn, and as it
-stands, because a batch that holds its own pair would else tell the model that it is wrong.
+Each half of the query has two positives: its counterpart in the other modality, which is what the
+model is to learn, and the half itself, because in a batch that also holds its own pair the half
+would otherwise count as a wrong answer.
 """
 
 from __future__ import annotations
@@ -20,36 +21,39 @@ from vlduet.errors import DataError
 def compose_queries(
     pairs: Sequence[Record], *, queries_per_image: int = 1, seed: int = 0
 ) -> list[Record]:
-    """Retrieval records whose query is the image of one pair and a short caption of another.
+    """Return retrieval records whose query is the image of one pair and a caption of another.
 
     Args:
         pairs: images with short captions.
-        times: how often each image asks, with another pair's words each time, and how often each pair lends its own. Pairs
-            that have an image or a caption in common are not joined, nor two of them twice, so there may be fewer.
-        seed: decides who is joined, and which of several captions is used.
+        queries_per_image: number of queries with each image, each with another pair's caption;
+            every pair also lends its caption this often.
+        seed: seed of the random choice of pairs, and of one of several captions.
 
     Returns:
-        At most ``times * len(pairs)`` records, named by both pairs.
+        At most ``queries_per_image * len(pairs)`` records, with the id ``ID1+ID2`` and both ids in
+        ``metadata["mixed"]``. Fewer, because two pairs are composed only once, and never if they
+        have an image or a caption in common.
 
     Raises:
-        DataError, ImageError: as `contents` does.
+        DataError, ImageError: as `collect_content_keys`.
     """
-    draw = random.Random(seed)
-    things = [collect_content_keys(record) for record in pairs]
-    found: dict[tuple[int, int], Record] = {}
+    rng = random.Random(seed)
+    keys = [collect_content_keys(record) for record in pairs]
+    queries: dict[tuple[int, int], Record] = {}
     for _ in range(queries_per_image):
-        others = draw.sample(range(len(pairs)), len(pairs))
-        for one, other in enumerate(others):
-            if (one, other) not in found and not things[one] & things[other]:
-                found[one, other] = _joined(pairs[one], pairs[other], draw)
-    return list(found.values())
+        partners = rng.sample(range(len(pairs)), len(pairs))
+        for i, j in enumerate(partners):
+            if (i, j) not in queries and not keys[i] & keys[j]:
+                queries[i, j] = _compose(pairs[i], pairs[j], rng)
+    return list(queries.values())
 
 
 def collect_content_keys(record: Record) -> set[str]:
-    """The keys of a pair's image and short captions.
+    """Return the content keys of a pair's image and of its short captions.
 
     Raises:
-        DataError: no image with a short caption. ImageError: the image cannot be read.
+        DataError: the record has no image or no short caption.
+        ImageError: the image cannot be read.
     """
     if record.image is None or not record.short:
         fix = (
@@ -59,12 +63,13 @@ def collect_content_keys(record: Record) -> set[str]:
     return {content_key((record.image,)), *(content_key((caption,)) for caption in record.short)}
 
 
-def _joined(one: Record, other: Record, draw: random.Random) -> Record:
-    assert one.image is not None and other.image is not None
-    seen, said = draw.choice(one.short), draw.choice(other.short)
+def _compose(image_pair: Record, text_pair: Record, rng: random.Random) -> Record:
+    assert image_pair.image is not None and text_pair.image is not None
+    image_caption = rng.choice(image_pair.short)
+    text = rng.choice(text_pair.short)
     return Record(
-        f"{one.id}+{other.id}",
-        query=(one.image, said),
-        positive=((seen,), (one.image,), (said,), (other.image,)),
-        metadata={"mixed": [one.id, other.id]},
+        f"{image_pair.id}+{text_pair.id}",
+        query=(image_pair.image, text),
+        positive=((image_caption,), (image_pair.image,), (text,), (text_pair.image,)),
+        metadata={"mixed": [image_pair.id, text_pair.id]},
     )

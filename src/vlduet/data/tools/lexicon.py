@@ -1,9 +1,14 @@
-"""Small English word lists for `edits`: classes of words that exclude each other, so that one for another makes a lie.
+"""Word lists for `caption_negatives`: classes of English words that exclude each other.
 
-A class is one string, its words apart by blanks. ``bicycle/bike`` are one thing by two names: both are found, the first
-is written. ``man=men`` gives an irregular plural, ``sheep=sheep`` none. ``_`` joins the words of a phrase. Kept out on
-purpose: words that are true together with another of their class ("child" beside "boy"), and words whose other meaning
-is as frequent ("light", "orange" as a fruit).
+A class is one string of words separated by blanks; replacing a word by another one of its class
+makes a true caption false. Notation:
+
+    bicycle/bike   two names of one thing: both are recognised, the first is written
+    man=men        irregular plural; ``sheep=sheep`` has none
+    next_to        a phrase
+
+Two sorts of words are left out on purpose: words that are true together with another one of their
+class ("child" with "boy"), and words whose other meaning is as frequent ("light").
 """
 
 from __future__ import annotations
@@ -13,13 +18,14 @@ from dataclasses import dataclass
 
 _OBJECTS = (
     "man=men woman=women boy girl",
-    "dog/puppy=puppies cat/kitten horse cow sheep=sheep pig goat elephant giraffe zebra bear lion tiger monkey rabbit"
-    " fox wolf=wolves mouse=mice squirrel deer=deer kangaroo camel frog turtle snake",
+    "dog/puppy=puppies cat/kitten horse cow sheep=sheep pig goat elephant giraffe zebra bear lion"
+    " tiger monkey rabbit fox wolf=wolves mouse=mice squirrel deer=deer kangaroo camel frog turtle"
+    " snake",
     "duck chicken eagle owl parrot penguin swan pigeon peacock flamingo",
     "shark whale dolphin octopus crab jellyfish=jellyfish",
     "bee butterfly ant spider ladybug snail",
-    "car/automobile bus truck/lorry bicycle/bike motorcycle/motorbike train airplane/plane/aeroplane boat/ship helicopter"
-    " tractor tram rocket",
+    "car/automobile bus truck/lorry bicycle/bike motorcycle/motorbike train"
+    " airplane/plane/aeroplane boat/ship helicopter tractor tram rocket",
     "apple banana pear strawberry lemon cherry grape pineapple watermelon peach=peaches",
     "pizza sandwich cake hamburger/burger donut/doughnut salad soup cookie pancake",
     "carrot tomato=tomatoes potato=potatoes onion mushroom cucumber pumpkin cabbage",
@@ -76,66 +82,67 @@ _VOWEL = re.compile(r"(?!uni|use|eu|one\b|ukulele)[aeiou]", re.IGNORECASE)
 
 
 def choose_article(word: str) -> str:
-    """a or an, by the first letter of what follows."""
+    """Return ``an`` before a word with a spoken vowel, else ``a``; guessed from its letters."""
     return "an" if _VOWEL.match(word) else "a"
 
 
 @dataclass(frozen=True, slots=True)
 class LexiconEntry:
-    """A word as it was found."""
+    """One form of a word that a lexicon recognises."""
 
     group: int
-    """Its class."""
+    """Number of its class, an index into `Lexicon.groups`."""
     lemma: str
-    """The first of its names, in the singular."""
+    """First name of the word, in the singular."""
     surface_form: str
-    """As it was found, in lower case."""
+    """Recognised form in lower case: any of the names, singular or plural."""
     is_plural: bool
 
 
 class Lexicon:
-    """Classes of words.
+    """Classes of words, and a pattern that finds their forms in a text.
 
     Args:
-        groups: one string a class, as above.
-        inflected: whether words have a plural.
+        groups: one string per class, in the notation of this module.
+        has_plurals: recognise the plurals of all words.
 
     Attributes:
-        groups: the first names of every class; pattern: finds any name, the longest first.
+        groups: lemmas of every class.
+        pattern: matches any form as a whole word in any case, the longest first.
     """
 
-    def __init__(self, groups: tuple[str, ...], *, inflected: bool = False):
+    def __init__(self, groups: tuple[str, ...], *, has_plurals: bool = False):
         self.groups: list[list[str]] = []
         self._entries: dict[str, LexiconEntry] = {}
         self._plurals: dict[str, str] = {}
-        for group, listed in enumerate(groups):
+        for group, words in enumerate(groups):
             self.groups.append([])
-            for item in listed.split():
-                names = [name.partition("=")[::2] for name in item.replace("_", " ").split("/")]
-                word = names[0][0]
-                self.groups[-1].append(word)
-                for name, irregular in names:
-                    if inflected:
-                        plural = irregular or _plural(name)
+            for word in words.split():
+                names = [name.partition("=")[::2] for name in word.replace("_", " ").split("/")]
+                lemma = names[0][0]
+                self.groups[-1].append(lemma)
+                for name, irregular_plural in names:
+                    if has_plurals:
+                        plural = irregular_plural or _pluralize(name)
                         self._plurals[name] = plural
-                        self._entries[plural] = LexiconEntry(group, word, plural, True)
-                    self._entries[name] = LexiconEntry(
-                        group, word, name, False
-                    )  # a sheep, unless it cannot be told
-        longest = sorted(self._entries, key=lambda name: (-len(name), name))
-        spelled = "|".join(re.escape(name).replace(r"\ ", r"\s+") for name in longest)
-        self.pattern = re.compile(rf"(?<![\w'-])(?:{spelled})(?![\w'-])", re.IGNORECASE)
+                        self._entries[plural] = LexiconEntry(group, lemma, plural, True)
+                    # Overwrites an equal plural: "sheep" counts as singular.
+                    self._entries[name] = LexiconEntry(group, lemma, name, False)
+        longest_first = sorted(self._entries, key=lambda form: (-len(form), form))
+        forms = "|".join(re.escape(form).replace(r"\ ", r"\s+") for form in longest_first)
+        self.pattern = re.compile(rf"(?<![\w'-])(?:{forms})(?![\w'-])", re.IGNORECASE)
 
-    def lookup(self, found: str) -> LexiconEntry:
-        """What `pattern` found."""
-        return self._entries[" ".join(found.lower().split())]
+    def lookup(self, text: str) -> LexiconEntry:
+        """Return the entry of a match of `pattern`; KeyError for any other text."""
+        return self._entries[" ".join(text.lower().split())]
 
-    def inflect(self, word: str, *, plural: bool) -> str:
-        """A first name in the number wanted."""
-        return self._plurals[word] if plural else word
+    def inflect(self, lemma: str, *, plural: bool) -> str:
+        """Return a lemma, or its plural; KeyError if the lexicon has no plurals."""
+        return self._plurals[lemma] if plural else lemma
 
 
-def _plural(noun: str) -> str:
+def _pluralize(noun: str) -> str:
+    """Return the regular English plural of a noun."""
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"
     if noun.endswith("y") and noun[-2] not in "aeiou":
@@ -143,6 +150,6 @@ def _plural(noun: str) -> str:
     return noun + "s"
 
 
-OBJECTS = Lexicon(_OBJECTS, inflected=True)
+OBJECTS = Lexicon(_OBJECTS, has_plurals=True)
 ATTRIBUTES = Lexicon(_ATTRIBUTES)
 RELATIONS = Lexicon(_RELATIONS)

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from helpers import tiny
 from vlduet.cli.data import app
 from vlduet.data.formats import read_records
-from vlduet.data.questions import split_into_queries
 from vlduet.data.records import Record
 from vlduet.data.tools.caption_negatives import (
     EDIT_RULES,
@@ -22,6 +21,7 @@ from vlduet.data.tools.caption_negatives import (
     generate_caption_negatives,
 )
 from vlduet.data.tools.lexicon import ATTRIBUTES, OBJECTS, RELATIONS, choose_article
+from vlduet.data.tools.queries import split_into_queries
 from vlduet.errors import ConfigError
 
 

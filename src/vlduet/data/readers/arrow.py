@@ -1,4 +1,4 @@
-"""Parquet and Arrow files, as Hugging Face `datasets` keeps them on disk -> rows, a few at a time, by pyarrow alone."""
+"""Container readers of Parquet and Arrow files, as Hugging Face `datasets` stores them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from vlduet.data.records import Place
 from vlduet.errors import DataError
 
 ROWS_PER_BATCH = 64
-"""Rows that are in memory at once: they may hold images."""
+"""Number of rows that are in memory at once; they may hold images."""
 
 
 def read_parquet_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """``.parquet``."""
-    return _rows(source, root, _parquet_batches(source))
+    """Yield the rows of a ``.parquet`` file; a broken file yields one error at its end."""
+    return _read_rows(source, root, _iter_parquet_batches(source))
 
 
 def read_arrow_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """``.arrow`` and ``.feather``: a stream (what `datasets` writes) or a file."""
-    return _rows(source, root, _arrow_batches(source))
+    """Yield the rows of an ``.arrow`` or ``.feather`` file, in the stream or the file format.
+
+    A broken file yields one error at its end.
+    """
+    return _read_rows(source, root, _iter_arrow_batches(source))
 
 
-def _parquet_batches(source: Path) -> Iterator[Any]:
+def _iter_parquet_batches(source: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(source) as file:
         yield from file.iter_batches(batch_size=ROWS_PER_BATCH)
 
 
-def _arrow_batches(source: Path) -> Iterator[Any]:
+def _iter_arrow_batches(source: Path) -> Iterator[Any]:
     import pyarrow as pa
 
     with pa.memory_map(str(source)) as data:
         try:
-            reader = pa.ipc.open_stream(data)
+            reader = pa.ipc.open_stream(data)  # `datasets` writes streams
         except pa.ArrowInvalid:
             data.seek(0)
             file = pa.ipc.open_file(data)
@@ -46,7 +49,8 @@ def _arrow_batches(source: Path) -> Iterator[Any]:
                 yield batch.slice(start, ROWS_PER_BATCH)
 
 
-def _rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRow]:
+def _read_rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRow]:
+    """Yield a row per table row, numbered from 1; `batches` are pyarrow record batches."""
     import pyarrow as pa
 
     number = 0
@@ -54,14 +58,13 @@ def _rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRo
         for batch in batches:
             for value in batch.to_pylist():
                 number += 1
-                yield SourceRow(
-                    Place(str(source), number),
-                    root,
-                    f"{source.name}:{number}",
-                    drop_null_fields(value),
-                )
+                place = Place(str(source), number)
+                name = f"{source.name}:{number}"
+                yield SourceRow(place, root, name, drop_null_fields(value))
     except (pa.ArrowException, OSError) as error:
         place = Place(str(source), number + 1)
-        what = f"truncated or broken {source.suffix[1:]} ({str(error).splitlines()[0][:120]})"
+        cause = str(error).splitlines()[0][:120]
+        message = f"truncated or broken {source.suffix[1:]} ({cause})"
         fix = "Copy or download the file again; what follows in it was not read"
-        yield SourceRow(place, root, source.name, error=DataError(what, place=place, fix=fix))
+        broken = DataError(message, place=place, fix=fix)
+        yield SourceRow(place, root, source.name, error=broken)
