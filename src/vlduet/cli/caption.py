@@ -17,8 +17,6 @@ def register(app: typer.Typer) -> None:
 
 PROMPT = "Instruction instead of ours; '' goes on from the model's own image prompt, as 'vlduet train' taught it."
 
-KNOWN = "Texts that a short caption may be as well, if one is nearer: a .txt with one a line, or records (their captions)."
-
 
 def caption(
     model: Annotated[
@@ -42,9 +40,8 @@ def caption(
     ] = 200,
     prompt: Annotated[str | None, typer.Option(help=PROMPT)] = None,
     drafts: Annotated[
-        int, typer.Option(min=0, help="Of so many, take the nearest to the image; 0 writes none.")
+        int, typer.Option(min=1, help="Of so many, take the nearest to the image.")
     ] = 1,
-    known: Annotated[Path | None, typer.Option(metavar="FILE", help=KNOWN)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a forward.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -53,10 +50,7 @@ def caption(
     from vlduet.errors import ConfigError
     from vlduet.workflows import captioning
 
-    names = captioning.known_texts(known) if known else []
-    wanted = captioning.build_caption_specs(
-        short=short, long=long, prompt=prompt, drafts=drafts, known=names
-    )
+    specs = captioning.build_caption_specs(short=short, long=long, prompt=prompt, drafts=drafts)
     from vlduet.model.duet import DuetModel
 
     loaded = DuetModel.from_pretrained(model)
@@ -65,7 +59,7 @@ def caption(
         fix = "Add --prompt '' to go on from its image prompt (and --long 0 or --short 0), or write an instruction"
         raise ConfigError("this model reads images outside its chat template", place=model, fix=fix)
     report = captioning.write_missing_captions(
-        loaded, source, output=to, specs=wanted, model_name=model.resolve().name, batch_size=batch
+        loaded, source, output=to, specs=specs, model_name=model.resolve().name, batch_size=batch
     )
     if as_json:
         print(json.dumps({"file": str(to), **asdict(report)}))
@@ -73,8 +67,6 @@ def caption(
         print(
             f"{to}: {report.records} records, {report.short} short and {report.long} long captions written"
         )
-        if known:
-            print(f"{report.known} of them are known texts")
         if report.empty:
             print(f"{report.empty} captions came out empty")
         if report.dropped:

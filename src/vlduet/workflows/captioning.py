@@ -1,11 +1,11 @@
-"""Captions for what has none, short or long, by any local model that generates.
+"""Captions for images that have none, short or long, by any local model that generates.
 
-1. read      records, or a folder of images; a pair that lacks a wanted caption is work
-2. ask       in batches: an instruction in the checkpoint's chat template, or the model's own image prompt; of several
-             drafts and of texts that are known the model's own embedding chooses
-3. keep      every batch in a journal beside the output, so that an interrupted run goes on
-4. tidy      what was written, to whole sentences on one line
-5. write     all records, whole or not at all, with what made a caption in their metadata
+1. read       records, or a folder of images; every pair that lacks a requested caption is work
+2. generate   in batches: an instruction in the checkpoint's chat template, or the model's own image
+              prompt; of several drafts, the one whose embedding is nearest to the image's
+3. journal    every batch, beside the output, so that an interrupted run continues
+4. tidy       the text to whole sentences on one line
+5. write      all records, or none, with the origin of each caption in the metadata
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
-
-import numpy as np
 
 from vlduet.data import formats
 from vlduet.data.images import image_key
@@ -34,19 +33,16 @@ DEFAULT_INSTRUCTIONS: dict[CaptionKind, str] = {
     "short": "Describe the image in one short sentence.",
     "long": "Describe the image in detail.",
 }
-EMBEDDED = 256
-"""Known texts that are embedded at a time."""
-
 NO_INSTRUCTION = ""
-"""The instruction that is none: go on from the model's own image prompt, as it was trained to."""
+"""Prompt without instruction: the model continues its own image prompt, as it was trained to."""
 
 
 class Captioner(Protocol):
-    """What is needed of a model; `DuetModel` is one."""
+    """Model that can caption images; `DuetModel` is one."""
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that decides what the model writes."""
+        """Hash of everything that decides what the model generates."""
 
     def caption_images(
         self,
@@ -56,119 +52,76 @@ class Captioner(Protocol):
         max_new_tokens: int = 32,
         batch_size: int = 32,
         num_drafts: int = 1,
-        known: Mapping[str, np.ndarray] | None = None,
     ) -> list[str]:
-        """A text for every image."""
-
-    def encode_query(self, items: Sequence[str]) -> np.ndarray:
-        """Unit vectors of texts, float32[N, E]."""
+        """Return one text per image. Raise DataError if an image cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionSpec:
-    """A caption that is wanted of every image."""
+    """Request for one kind of caption of every image."""
 
     kind: CaptionKind
     max_new_tokens: int
-    """Longest, in tokens of the model."""
+    """Length limit, in tokens of the model."""
     prompt: str
-    """The instruction; `OWN` for none."""
+    """Instruction; `NO_INSTRUCTION` for none."""
     num_drafts: int = 1
-    """Of so many, the nearest to the image is taken; 0 writes none."""
-    known: tuple[str, ...] = ()
-    """Texts that it may be as well, where one is nearer than every draft."""
+    """Number of drafts, of which the nearest to the image is taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionReport:
-    """What a run did."""
+    """Counts of one run. The field names are the keys of ``--json``."""
 
     records: int
-    """Written, those included that lacked nothing."""
+    """Written records, including those that lacked no caption."""
     short: int
-    """Records that got a short caption."""
+    """Records that received a short caption."""
     long: int
+    """Records that received a long caption."""
     generated: int
-    """Captions that the model wrote in this run; the others were in the journal, or of an image that had been seen."""
-    known: int
-    """Captions that are one of the known texts."""
+    """Captions generated in this run; others came from the journal or from an equal image."""
     empty: int
-    """Captions that came out empty; their records are written without."""
+    """Captions without text; their records are written without them."""
     dropped: int
+    """Records that were left out, listed in the quarantine."""
     causes: dict[str, int]
+    """Number of dropped records by cause."""
 
 
 def build_caption_specs(
-    *, short: int, long: int, prompt: str | None = None, drafts: int = 1, known: Sequence[str] = ()
+    *, short: int, long: int, prompt: str | None = None, drafts: int = 1
 ) -> list[CaptionSpec]:
-    """The wishes of the command line: longest short and long caption in tokens, 0 for none; one instruction for one length.
+    """Return the requests for captions that options of the command line describe.
+
+    Args:
+        short: length limit of short captions in tokens; 0 for none.
+        long: length limit of long captions in tokens; 0 for none.
+        prompt: instruction instead of the default of the kind; only for one kind of caption.
+        drafts: number of drafts per caption.
 
     Raises:
-        ConfigError: nothing wanted, a negative length, one instruction for two lengths, known texts without short captions,
-            no drafts where no known texts could stand in.
+        ConfigError: a value is out of range, no captions are requested, or one prompt for two kinds.
     """
-    lengths: dict[CaptionKind, int] = {"short": short, "long": long}
-    for kind, tokens in lengths.items():
-        if tokens < 0:
-            raise ConfigError(
-                f"{tokens} tokens", place=f"--{kind}", fix="Give a length, or 0 for none"
-            )
-    names: dict[CaptionKind, tuple[str, ...]] = {"short": tuple(dict.fromkeys(known)), "long": ()}
-    found = [
-        CaptionSpec(
-            kind,
-            tokens,
-            DEFAULT_INSTRUCTIONS[kind] if prompt is None else prompt,
-            num_drafts=drafts,
-            known=names[kind],
-        )
-        for kind, tokens in lengths.items()
-        if tokens
+    limits: dict[CaptionKind, int] = {"short": short, "long": long}
+    for kind, limit in limits.items():
+        if limit < 0:
+            fix = "Give a length, or 0 for none"
+            raise ConfigError(f"{limit} tokens", place=f"--{kind}", fix=fix)
+    if not short and not long:
+        message = "neither short nor long captions are wanted"
+        raise ConfigError(message, place="--short", fix="Give one of them a length")
+    if prompt is not None and short and long:
+        message = "one instruction for captions of two lengths"
+        fix = "Write one length at a time: add --long 0 or --short 0"
+        raise ConfigError(message, place="--prompt", fix=fix)
+    if drafts < 1:
+        raise ConfigError(f"{drafts} drafts", place="--drafts", fix="Give 1 or more")
+    return [
+        CaptionSpec(kind, limit, DEFAULT_INSTRUCTIONS[kind] if prompt is None else prompt, drafts)
+        for kind, limit in limits.items()
+        if limit
     ]
-    if not found:
-        raise ConfigError(
-            "neither short nor long captions are wanted",
-            place="--short",
-            fix="Give one of them a length",
-        )
-    if prompt is not None and len(found) == 2:
-        what = "one instruction for captions of two lengths"
-        raise ConfigError(
-            what, place="--prompt", fix="Write one length at a time: add --long 0 or --short 0"
-        )
-    if known and not short:
-        raise ConfigError(
-            "known texts are short captions", place="--known", fix="Give --short a length"
-        )
-    if not drafts and (long or not known):
-        raise ConfigError(
-            "nothing is written without drafts",
-            place="--drafts",
-            fix="Give --known texts, and --long 0",
-        )
-    return found
-
-
-def known_texts(path: Path) -> list[str]:
-    """The texts of a .txt, one a line, or the short captions of records. Raises DataError where there are none."""
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"cannot be read: {error}", place=path, fix="Give a text file in UTF-8"
-            ) from None
-        found = [" ".join(line.split()) for line in lines]
-    else:
-        found = [text for record in formats.read_records(path) for text in record.short]
-    found = [text for text in found if text]
-    if not found:
-        raise DataError(
-            "no texts",
-            place=path,
-            fix="Give a .txt with one a line, or records with short captions",
-        )
-    return found
 
 
 def write_missing_captions(
@@ -180,238 +133,225 @@ def write_missing_captions(
     model_name: str = "",
     batch_size: int = 16,
 ) -> CaptionReport:
-    """Write the records of `source` with the captions that they lack.
+    """Write the records of `source` to a file, with the captions that they lack.
+
+    Captions that a record has are never replaced. An interrupted run that is started again with the
+    same model and `specs` takes the captions that it generated before from a journal.
 
     Args:
-        model: writes them, greedily, so that equal runs give equal captions.
-        source: a file of records, or a folder of images. Records that are no pairs pass as they are.
-        to: the ``.jsonl`` to write; images that cannot be decoded are left out and listed in ``<to>.quarantine.jsonl``.
-        wanted: which captions; what a record has is never replaced.
-        name: of the model, for the metadata.
-        batch: images a forward.
+        model: generates the captions, greedily, so that equal runs give equal files.
+        source: file of records or folder of images. Records other than pairs are copied.
+        output: ``.jsonl`` to write, complete or not at all. Records whose image cannot be decoded
+            are left out and listed in ``<output>.quarantine.jsonl``. It may be a file of the folder
+            `source`, which is then extended by the captions of new images.
+        specs: kinds of captions to write.
+        model_name: name of the model for the metadata.
+        batch_size: number of images per forward pass.
 
     Raises:
-        ConfigError: a batch below 1. DataError: the source as a whole cannot be read, or `to` is no target.
+        ConfigError: `batch_size` is below 1.
+        DataError: the source cannot be read at all, `output` cannot be written while it is read, or
+            a record of an existing `output` would be lost.
     """
     if batch_size < 1:
         raise ConfigError(f"{batch_size}", place="--batch", fix="Give 1 or more")
     formats.check_output_path(output, source, allow_existing=True)
-    dropped = Quarantine.create(quarantine_path(output))
-    settings = json.dumps([model.fingerprint, [asdict(wish) for wish in specs]])
+    quarantine = Quarantine.create(quarantine_path(output))
     output.parent.mkdir(parents=True, exist_ok=True)
-    journal = _Journal(
-        output.with_name(
-            f".{output.name}.{hashlib.sha256(settings.encode()).hexdigest()[:12]}.captions"
-        )
-    )
-    job = _Job(model, specs, journal=journal, dropped=dropped, name=model_name, batch=batch_size)
+    settings = json.dumps([model.fingerprint, [asdict(spec) for spec in specs]])
+    settings_hash = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    journal = _Journal(output.with_name(f".{output.name}.{settings_hash}.captions"))
+    job = _CaptionJob(model, specs, journal, quarantine, model_name, batch_size)
 
-    def broken(error: DataError) -> None:
-        dropped.add(error.place, error)
+    def add_row_error(error: DataError) -> None:
+        quarantine.add(error.place, error)
 
-    records = formats.read_records(source, on_error=broken)
-    grows = formats.is_file_inside(output, source)
-    if grows:  # written into the folder of images by an earlier run; there may be new images since
-        records = formats.append_unlisted_images(records, source, on_error=broken)
-    found = _all_of(output, job.filled(records)) if grows else job.filled(records)
-    count = sum(
-        1
-        for _ in track_progress(
-            formats.stream_to_jsonl(found, output), label=f"captioning {source.name}"
-        )
-    )
+    records = formats.read_records(source, on_error=add_row_error)
+    if formats.is_file_inside(output, source):
+        # An earlier run wrote into the folder of images; there may be new images since.
+        records = formats.append_unlisted_images(records, source, on_error=add_row_error)
+        captioned = _require_all_records(output, job.add_captions(records))
+    else:
+        captioned = job.add_captions(records)
+    stored = formats.stream_to_jsonl(captioned, output)
+    num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.name}"))
     journal.path.unlink(missing_ok=True)
     return CaptionReport(
-        records=count,
-        short=job.written["short"],
-        long=job.written["long"],
-        generated=job.generated,
-        known=job.known,
-        empty=job.empty,
-        dropped=dropped.count,
-        causes=dropped.count_by_cause(),
+        records=num_records,
+        short=job.num_captions["short"],
+        long=job.num_captions["long"],
+        generated=job.num_generated,
+        empty=job.num_empty,
+        dropped=quarantine.count,
+        causes=quarantine.count_by_cause(),
     )
 
 
-def _all_of(old: Path, records: Iterable[Record]) -> Iterator[Record]:
-    """The records, if they hold every row of the file that they are to replace. Raises DataError at the end if not."""
+def _require_all_records(old: Path, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield the records; raise DataError at the end if a record of the file `old` is missing.
+
+    The file is about to be replaced, so a record that could not be read would be lost.
+    """
     with old.open("rb") as lines:
-        rows = sum(bool(line.strip()) for line in lines)
-    kept = 0
+        num_rows = sum(bool(line.strip()) for line in lines)
+    num_read = 0
     for record in records:
-        kept += record.place is not None and Path(record.place.file).resolve() == old.resolve()
+        place = record.place
+        num_read += place is not None and Path(place.file).resolve() == old.resolve()
         yield record
-    if kept < rows:
-        what = f"{rows - kept} of its {rows} records cannot be used (see {quarantine_path(old)}), and would be lost"
-        raise DataError(what, place=old, fix="Mend them, or write to another file")
+    if num_read < num_rows:
+        message = f"{num_rows - num_read} of its {num_rows} records cannot be used"
+        message = f"{message} (see {quarantine_path(old)}), and would be lost"
+        raise DataError(message, place=old, fix="Mend them, or write to another file")
 
 
 def tidy_caption(text: str, *, max_sentences: int | None = None) -> str:
-    """Whole sentences on one line: blanks joined, quotes around all of it gone, and a last sentence that the limit cut in
-    half gone too, unless it is the only one.
+    """Return a generated text as whole sentences on one line; "" for one without text.
+
+    White space is joined, and quotes around the whole text are dropped. So is a last sentence
+    without final mark, which the length limit cut, unless it is the only one.
 
     Args:
-        sentences: keep the first so many.
+        max_sentences: number of sentences to keep, from the first; None keeps all.
     """
     text = text.strip()
     if len(text) > 1 and text[0] in "\"“'‘" and text[-1] in "\"”'’":
         text = text[1:-1]
-    pieces = [" ".join(piece.split()) for piece in split_sentences(text)]
-    if len(pieces) > 1 and not pieces[-1].rstrip("\"'”’)]").endswith(
-        (".", "!", "?", "…", "。", "！", "？")
-    ):
-        pieces.pop()
-    return " ".join(pieces[:max_sentences])
+    sentences = [" ".join(sentence.split()) for sentence in split_sentences(text)]
+    final_marks = (".", "!", "?", "…", "。", "！", "？")
+    if len(sentences) > 1 and not sentences[-1].rstrip("\"'”’)]").endswith(final_marks):
+        sentences.pop()
+    return " ".join(sentences[:max_sentences])
 
 
 class _Journal:
-    """What a run has written so far: a line a caption, on the disk before the next batch begins."""
+    """Captions that a run has generated so far, one JSON line each.
+
+    A batch is on the disk before the next one begins. A line that was cut by a killed process is
+    ignored, and its caption generated again.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.texts: dict[tuple[str, str], str] = {}
-        for row in read_json_lines(path):  # one that was cut short is written again
+        """Text by kind of caption and key of the image."""
+        for row in read_json_lines(path):
             self.texts[row["kind"], row["image"]] = row["text"]
 
     def add(self, kind: CaptionKind, texts: dict[str, str]) -> None:
-        """Captions by the content of their image."""
-        rows = [
-            json.dumps({"kind": kind, "image": key, "text": text}) + "\n"
-            for key, text in texts.items()
-        ]
+        """Append captions, given by the key of their image, and wait for the disk."""
         with open_for_append(self.path) as file:
-            file.write("".join(rows))
+            for key, text in texts.items():
+                file.write(json.dumps({"kind": kind, "image": key, "text": text}) + "\n")
+                self.texts[kind, key] = text
             file.flush()
             os.fsync(file.fileno())
-        self.texts |= {(kind, key): text for key, text in texts.items()}
 
 
-class _Job:
-    """The state of one run."""
+@dataclass(slots=True)
+class _CaptionJob:
+    """Settings and counts of one run."""
 
-    def __init__(
-        self,
-        model: Captioner,
-        wanted: Sequence[CaptionSpec],
-        *,
-        journal: _Journal,
-        dropped: Quarantine,
-        name: str,
-        batch: int,
-    ):
-        self.model, self.wanted, self.journal, self.dropped = model, wanted, journal, dropped
-        self.name, self.batch = name, batch
-        self.written: dict[CaptionKind, int] = {"short": 0, "long": 0}
-        self.generated = self.known = self.empty = 0
-        self.vectors = {wish.kind: _embedded(model, wish.known) for wish in wanted}
+    model: Captioner
+    specs: Sequence[CaptionSpec]
+    journal: _Journal
+    quarantine: Quarantine
+    model_name: str
+    batch_size: int
+    num_captions: Counter[CaptionKind] = field(default_factory=Counter)
+    """Number of captions that were given to records, by kind."""
+    num_generated: int = 0
+    num_empty: int = 0
 
-    def filled(self, records: Iterable[Record]) -> Iterator[Record]:
-        """The records with their captions, without those whose image is broken.
+    def add_captions(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Yield the records with their captions; those with a broken image go to the quarantine.
 
-        In groups by position, so that a run that goes on makes the same batches as one without a stop.
+        Groups are formed by position, so that a continued run makes the same batches as one
+        without interruption.
         """
-        group: list[tuple[Record, str]] = []
+        group: list[tuple[Record, str]] = []  # with the key of the image, "" if not needed
         for record in records:
             try:
-                assert record.image is not None or not self._lacks(record)
-                group.append(
-                    (
-                        record,
-                        image_key(record.image) if record.image and self._lacks(record) else "",
-                    )
-                )
+                key = ""
+                if self._find_missing(record):
+                    assert record.image is not None, "a pair has an image"
+                    key = image_key(record.image)
+                group.append((record, key))
             except DataError as error:
-                self.dropped.add(record, error)
-            if len(group) == self.batch:
-                yield from self._group(group)
+                self.quarantine.add(record, error)
+            if len(group) == self.batch_size:
+                yield from self._caption_group(group)
                 group = []
-        yield from self._group(group)
+        yield from self._caption_group(group)
 
-    def _lacks(self, record: Record) -> list[CaptionSpec]:
-        return (
-            [w for w in self.wanted if not getattr(record, w.kind)] if record.kind == "pair" else []
-        )
+    def _find_missing(self, record: Record) -> list[CaptionSpec]:
+        """Return the requests for captions that a record lacks; [] if it is no pair."""
+        if record.kind != "pair":
+            return []
+        return [spec for spec in self.specs if not getattr(record, spec.kind)]
 
-    def _group(self, group: Sequence[tuple[Record, str]]) -> Iterator[Record]:
-        failed: dict[str, DataError] = {}
-        for wish in self.wanted:
-            missing: dict[str, ImageRef] = {}
+    def _caption_group(self, group: Sequence[tuple[Record, str]]) -> Iterator[Record]:
+        """Generate what is not in the journal, then yield the records of the group."""
+        errors: dict[str, DataError] = {}  # by key of the image
+        for spec in self.specs:
+            images: dict[str, ImageRef] = {}
             for record, key in group:
-                if (
-                    wish in self._lacks(record)
-                    and (wish.kind, key) not in self.journal.texts
-                    and key not in failed
-                ):
+                is_known = (spec.kind, key) in self.journal.texts or key in errors
+                if spec in self._find_missing(record) and not is_known:
                     assert record.image is not None
-                    missing[key] = record.image
-            texts = self._write(missing, wish, failed)
+                    images[key] = record.image
+            texts = self._generate(images, spec, errors)
             if texts:
-                self.journal.add(wish.kind, texts)
-            self.generated += len(texts)
+                self.journal.add(spec.kind, texts)
+            self.num_generated += len(texts)
         for record, key in group:
-            if key in failed:
-                self.dropped.add(record, failed[key])
+            if key in errors:
+                self.quarantine.add(record, errors[key])
             else:
-                yield self._with_captions(record, key)
+                yield self._store_captions(record, key)
 
-    def _write(
-        self, images: dict[str, ImageRef], wish: CaptionSpec, failed: dict[str, DataError]
+    def _generate(
+        self, images: dict[str, ImageRef], spec: CaptionSpec, errors: dict[str, DataError]
     ) -> dict[str, str]:
-        """Texts by key; what cannot be read goes to `failed`."""
+        """Return the generated texts by key of the image; add unreadable images to `errors`."""
 
-        def write(keys: list[str]) -> list[str]:
-            refs = [images[key] for key in keys]
+        def caption(keys: list[str]) -> list[str]:
             return self.model.caption_images(
-                refs,
-                prompt=wish.prompt,
-                max_new_tokens=wish.max_new_tokens,
-                batch_size=self.batch,
-                num_drafts=wish.num_drafts,
-                known=self.vectors[wish.kind],
+                [images[key] for key in keys],
+                prompt=spec.prompt,
+                max_new_tokens=spec.max_new_tokens,
+                batch_size=self.batch_size,
+                num_drafts=spec.num_drafts,
             )
 
         keys = list(images)
-        texts = bisect_failures(write, keys, on_error=failed.__setitem__)
+        texts = bisect_failures(caption, keys, on_error=errors.__setitem__)
         return {key: text for key, text in zip(keys, texts, strict=True) if text is not None}
 
-    def _with_captions(self, record: Record, key: str) -> Record:
-        found: dict[str, Any] = {}
-        told: dict[str, Any] = {}
-        for wish in self._lacks(record):
-            text = self.journal.texts[wish.kind, key]
-            known = text in self.vectors[wish.kind]
-            text = (
-                text
-                if known
-                else tidy_caption(text, max_sentences=1 if wish.kind == "short" else None)
-            )
+    def _store_captions(self, record: Record, key: str) -> Record:
+        """Return the record with the captions that it lacked and their origin as metadata."""
+        captions: dict[str, Any] = {}
+        origins: dict[str, Any] = {}
+        for spec in self._find_missing(record):
+            max_sentences = 1 if spec.kind == "short" else None
+            text = self.journal.texts[spec.kind, key]
+            text = tidy_caption(text, max_sentences=max_sentences)
             if not text:
-                self.empty += 1
+                self.num_empty += 1
                 continue
-            found[wish.kind] = (text,) if wish.kind == "short" else text
-            told[wish.kind] = {"model": self.name, "fingerprint": self.model.fingerprint}
-            told[wish.kind] |= {
-                "prompt": wish.prompt or "the model's own",
-                "tokens": wish.max_new_tokens,
+            captions[spec.kind] = (text,) if spec.kind == "short" else text
+            origins[spec.kind] = {
+                "model": self.model_name,
+                "fingerprint": self.model.fingerprint,
+                "prompt": spec.prompt or "the model's own",
+                "tokens": spec.max_new_tokens,
+                "drafts": spec.num_drafts,
             }
-            told[wish.kind] |= {"drafts": wish.num_drafts, "known": known}
-            self.written[wish.kind] += 1
-            self.known += known
-        if not found:
+            self.num_captions[spec.kind] += 1
+        if not captions:
             return record
-        before = record.metadata.get("captioned")
-        captioned = {**(before if isinstance(before, dict) else {}), **told}
-        return replace(record, **found, metadata={**record.metadata, "captioned": captioned})
-
-
-def _embedded(model: Captioner, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The texts with their vectors."""
-    groups = [texts[begin : begin + EMBEDDED] for begin in range(0, len(texts), EMBEDDED)]
-    vectors = (
-        model.encode_query(group) for group in track_progress(groups, label="known texts, groups")
-    )
-    return {
-        text: vector
-        for group, found in zip(groups, vectors, strict=True)
-        for text, vector in zip(group, found, strict=True)
-    }
+        earlier = record.metadata.get("captioned")
+        if isinstance(earlier, dict):
+            origins = earlier | origins
+        metadata = {**record.metadata, "captioned": origins}
+        return replace(record, **captions, metadata=metadata)

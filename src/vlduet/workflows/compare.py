@@ -1,8 +1,9 @@
-"""`vlduet compare`: several recipes on the same data, steps and seeds, and one table of what became of them.
+"""Comparison of several recipes on the same data, steps and seeds: ``vlduet compare``.
 
-1. check     the configs, models and records of all runs, before the first one costs anything
-2. train     every run with every seed, one after the other; finished ones are left as they are, stopped ones go on
-3. tell      the last validation of every run, mean and spread over the seeds: table.md, table.json
+1. check      configs, models and records of all runs, before the first one costs anything
+2. train      every run with every seed in turn; finished runs are skipped, stopped ones resumed
+3. tabulate   the last validation of every run, with mean and spread over the seeds: table.json and
+              table.md
 """
 
 from __future__ import annotations
@@ -23,147 +24,173 @@ from vlduet.train import checkpointing, setup
 from vlduet.train.loop import train
 from vlduet.workflows.validation import make_validator
 
-VALIDATION = "validation/"
-UNTRAINED = "before training"
-PACE = "seconds a step"
+VALIDATION_PREFIX = "validation/"
+"""Prefix of the metrics of a validation in ``metrics.jsonl``."""
+UNTRAINED_NAME = "before training"
+"""Row of the table that holds the first validation of the first run."""
+STEP_TIME_NAME = "seconds a step"
+"""Column of the table that holds `_median_step_seconds`."""
 
 
 def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
-    """Make every run that is not finished, and the table of all.
+    """Train every run that is not finished, then write and return the table of all runs.
 
     Returns:
-        The content of `table.json`: name -> what it changed, and per metric the values of all seeds, in their order.
+        Content of ``table.json``: ``base``, ``overrides``, ``seeds``, and ``runs``, which maps the
+        name of a run to its ``overrides`` and, per metric, its ``values`` in the order of the seeds.
 
     Raises:
-        ConfigError: a setting that is wrong, validation records that are not the same for all, or a run's folder that
-            holds one with other settings. TrainingError and the rest: as a run does.
+        ConfigError: a setting is wrong, the runs have different validation records, or the folder
+            of a run holds one with other settings.
+        DataError, ModelError, TrainingError: as `train`.
     """
     distributed.init_process_group()
-    plans = {
-        name: [_plan(settings, name, seed) for seed in settings.seeds] for name in settings.runs
+    configs = {
+        name: [_build_run_config(settings, name, seed) for seed in settings.seeds]
+        for name in settings.runs
     }
-    every = [plan for runs in plans.values() for plan in runs]
-    measured = {plan.data.validation for plan in every}
-    if len(measured) != 1 or None in measured:
-        raise ConfigError(
-            "the runs must be measured on the same records",
-            place="data.validation",
-            fix="Name one file",
-        )
-    finished = {plan.out: _is_finished(plan) for plan in every}
-    for first, *others in plans.values():
-        if not all(finished[plan.out] for plan in (first, *others)):
-            setup.prepare_run(
-                first, write_files=False
-            )  # seeds differ in nothing that could be wrong
-    evaluate = cache(make_validator)
-    for number, plan in enumerate(every, 1):
-        done = finished[plan.out]
-        logger.info(f"[{number}/{len(every)}] {plan.out}{' is finished' if done else ''}")
-        if not done:
-            assert plan.data.validation is not None
-            stopped = recover_folder(plan.out / checkpointing.STATE_FOLDER).exists()
-            # Seed 0 for all: the same wrong image beside each caption, so the same question.
-            train(plan, evaluate=evaluate(plan.data.validation, seed=0), resume=stopped)
-    found = _told(settings, plans)
+    all_configs = [run for runs in configs.values() for run in runs]
+    validation_files = {run.data.validation for run in all_configs}
+    if len(validation_files) != 1 or None in validation_files:
+        message = "the runs must be measured on the same records"
+        raise ConfigError(message, place="data.validation", fix="Name one file")
+    finished = {run.out: _is_finished(run) for run in all_configs}
+    for runs in configs.values():
+        if not all(finished[run.out] for run in runs):
+            # One seed is enough: runs that differ in the seed only have the same mistakes.
+            setup.prepare_run(runs[0], write_files=False)
+    load_validator = cache(make_validator)
+    for number, run in enumerate(all_configs, 1):
+        suffix = " is finished" if finished[run.out] else ""
+        logger.info(f"[{number}/{len(all_configs)}] {run.out}{suffix}")
+        if not finished[run.out]:
+            assert run.data.validation is not None
+            has_state = recover_folder(run.out / checkpointing.STATE_FOLDER).exists()
+            # Seed 0 for all: the same wrong image for each caption, so the same question.
+            validate = load_validator(run.data.validation, seed=0)
+            train(run, evaluate=validate, resume=has_state)
+    results = _collect_results(settings, configs)
     if distributed.is_main_process():
-        write_text_atomically(settings.out / "table.json", json.dumps(found, indent=1) + "\n")
-        write_text_atomically(settings.out / "table.md", format_table(found))
-    return found
+        write_text_atomically(settings.out / "table.json", json.dumps(results, indent=1) + "\n")
+        write_text_atomically(settings.out / "table.md", format_table(results))
+    return results
 
 
-def _plan(settings: ComparisonConfig, name: str, seed: int) -> RunConfig:
-    """The config of one run. Vision features are shared by all: the tower is frozen."""
+def _build_run_config(settings: ComparisonConfig, name: str, seed: int) -> RunConfig:
+    """Return the config of one run. All runs share the vision features: the tower is frozen."""
     run = config.load_run_config(settings.base, [*settings.overrides, *settings.runs[name]])
-    cache = settings.out / "features" if run.data.cache is None else run.data.cache
-    data = run.data.model_copy(update={"cache": cache})
-    return run.model_copy(
-        update={"out": settings.out / name / f"seed-{seed}", "seed": seed, "data": data}
-    )
+    feature_cache = settings.out / "features" if run.data.cache is None else run.data.cache
+    data = run.data.model_copy(update={"cache": feature_cache})
+    folder = settings.out / name / f"seed-{seed}"
+    return run.model_copy(update={"out": folder, "seed": seed, "data": data})
 
 
-def _is_finished(plan: RunConfig) -> bool:
-    """Whether the run's folder holds its trained model. Raises ConfigError where that is of a run with other settings."""
-    saved = plan.out / "config.yaml"
-    if not saved.is_file():
+def _is_finished(run: RunConfig) -> bool:
+    """Return whether the run's folder holds its trained model.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+    """
+    saved_config = run.out / "config.yaml"
+    if not saved_config.is_file():
         return False
-    if differs := checkpointing.describe_difference(
-        checkpointing.decisive_settings(config.load_run_config(saved)),
-        checkpointing.decisive_settings(plan),
-    ):
-        raise ConfigError(differs, place=plan.out, fix="Give another out=, or remove that folder")
-    return (plan.out / "model").is_dir()  # a model folder is there whole or not at all
+    difference = checkpointing.describe_difference(
+        checkpointing.decisive_settings(config.load_run_config(saved_config)),
+        checkpointing.decisive_settings(run),
+    )
+    if difference:
+        fix = "Give another out=, or remove that folder"
+        raise ConfigError(difference, place=run.out, fix=fix)
+    return (run.out / "model").is_dir()  # a model folder is complete or absent
 
 
-def _told(settings: ComparisonConfig, plans: Mapping[str, list[RunConfig]]) -> dict[str, Any]:
-    rows = {
-        name: [read_metrics(plan.out / "metrics.jsonl") for plan in runs]
-        for name, runs in plans.items()
-    }
-    values: dict[str, list[dict[str, float]]] = {
-        UNTRAINED: [_measured(one)[0] for one in next(iter(rows.values()))],
-        **{
-            name: [_measured(one)[-1] | {PACE: _pace(one)} for one in many]
-            for name, many in rows.items()
-        },
-    }
+def _collect_results(
+    settings: ComparisonConfig, configs: Mapping[str, list[RunConfig]]
+) -> dict[str, Any]:
+    """Return the content of ``table.json``, read from the metrics of all runs."""
+    results: dict[str, list[dict[str, float]]] = {}  # metrics of each seed, by name of the run
+    for name, runs in configs.items():
+        logs = [read_metrics(run.out / "metrics.jsonl") for run in runs]
+        if not results:
+            results[UNTRAINED_NAME] = [_select_validations(rows)[0] for rows in logs]
+        results[name] = [
+            _select_validations(rows)[-1] | {STEP_TIME_NAME: _median_step_seconds(rows)}
+            for rows in logs
+        ]
+    table: dict[str, Any] = {}
+    for name, seeds in results.items():
+        values = {metric: [metrics[metric] for metrics in seeds] for metric in seeds[0]}
+        table[name] = {"overrides": settings.runs.get(name, []), "values": values}
     return {
         "base": str(settings.base),
         "overrides": settings.overrides,
         "seeds": settings.seeds,
-        "runs": {
-            name: {
-                "overrides": settings.runs.get(name, []),
-                "values": {metric: [one[metric] for one in many] for metric in many[0]},
-            }
-            for name, many in values.items()
-        },
+        "runs": table,
     }
 
 
-def _measured(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The validations of a run, in order, without the prefix of their names."""
-    found = [
-        {k.removeprefix(VALIDATION): v for k, v in row.items() if k.startswith(VALIDATION)}
-        for row in rows
-    ]
-    return [row for row in found if row]
+def _select_validations(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return the metrics of each validation of a run, in order, without `VALIDATION_PREFIX`."""
+    validations = []
+    for row in rows:
+        metrics = {
+            name.removeprefix(VALIDATION_PREFIX): value
+            for name, value in row.items()
+            if name.startswith(VALIDATION_PREFIX)
+        }
+        if metrics:
+            validations.append(metrics)
+    return validations
 
 
-def _pace(rows: list[dict[str, float]]) -> float:
-    """Median seconds of a step, so that what came between (validation, a stop, another load) does not count."""
+def _median_step_seconds(rows: list[dict[str, float]]) -> float:
+    """Return the median duration of a training step; NaN for a run with fewer than two log rows.
+
+    A median, so that pauses between steps (validation, a stop, another load) do not count.
+    """
     logged = [row for row in rows if "loss" in row]
-    each = [
-        (b["seconds"] - a["seconds"]) / (b["step"] - a["step"])
-        for a, b in pairwise(logged)
-        if b["seconds"] > a["seconds"]
+    durations = [
+        (second["seconds"] - first["seconds"]) / (second["step"] - first["step"])
+        for first, second in pairwise(logged)
+        if second["seconds"] > first["seconds"]
     ]
-    return statistics.median(each) if each else float("nan")
+    return statistics.median(durations) if durations else float("nan")
 
 
-def format_table(found: Mapping[str, Any]) -> str:
-    """The comparison as Markdown: a row a run, mean ± standard deviation over the seeds."""
-    runs: Mapping[str, Any] = found["runs"]
+def format_table(results: Mapping[str, Any]) -> str:
+    """Return the content of ``table.json`` as Markdown: a table with a row per run, then settings.
+
+    A cell holds mean ± standard deviation over the seeds, and is empty for a missing metric.
+    """
+    runs: Mapping[str, Any] = results["runs"]
     metrics = list(dict.fromkeys(metric for run in runs.values() for metric in run["values"]))
     lines = ["| run | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, run in runs.items():
-        cells = [_cell(metric, run["values"].get(metric, [])) for metric in metrics]
+        cells = [_format_cell(metric, run["values"].get(metric, [])) for metric in metrics]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    seeds = ", ".join(map(str, found["seeds"]))
-    changed = [
-        f"- **{name}**: `{'` `'.join(run['overrides'])}`"
-        for name, run in runs.items()
-        if run["overrides"]
-    ]
-    shared = f", with `{'` `'.join(found['overrides'])}`" if found["overrides"] else ""
-    told = f"Base `{found['base']}`{shared}; seeds {seeds}; mean ± standard deviation over them."
-    return "\n".join([*lines, "", told, *([""] if changed else []), *changed, ""])
+    seeds = ", ".join(map(str, results["seeds"]))
+    shared = f", with {_quote(results['overrides'])}" if results["overrides"] else ""
+    summary = f"Base `{results['base']}`{shared}; seeds {seeds}"
+    lines += ["", f"{summary}; mean ± standard deviation over them."]
+    overrides = {name: run["overrides"] for name, run in runs.items() if run["overrides"]}
+    if overrides:
+        lines.append("")
+    lines += [f"- **{name}**: {_quote(values)}" for name, values in overrides.items()]
+    return "\n".join([*lines, ""])
 
 
-def _cell(metric: str, values: list[float]) -> str:
+def _quote(overrides: list[str]) -> str:
+    return f"`{'` `'.join(overrides)}`"
+
+
+def _format_cell(metric: str, values: list[float]) -> str:
+    """Return mean ± standard deviation, hit rates in per cent; the mean alone for one value."""
     if not values:
         return ""
-    percent = "hit@" in metric
-    scale, digits = (100, 1) if percent else (1, 3)
-    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{scale * statistics.fmean(values):.{digits}f}{spread}{' %' if percent else ''}"
+    is_rate = "hit@" in metric
+    scale = 100 if is_rate else 1
+    digits = 1 if is_rate else 3
+    text = f"{scale * statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
+    return f"{text} %" if is_rate else text

@@ -1,4 +1,4 @@
-"""Both sides of the bargain, measured on records that are never trained on: what training asks for now and then."""
+"""Validation during training: retrieval and captions, on records that are never trained on."""
 
 from __future__ import annotations
 
@@ -12,54 +12,55 @@ from vlduet.data.records import Record
 from vlduet.encoders.dual import DualEncoder
 from vlduet.errors import DataError
 from vlduet.eval import protocols
+from vlduet.eval.examples import evenly_spaced
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import continuous
-from vlduet.eval.examples import evenly_spaced
 
 MAX_VALIDATION_RECORDS = 256
-"""Records that are measured; the first ones of the file, so that numbers of one run compare."""
-
+"""Number of records that are used: the first of the file, so that all validations are comparable."""
 NUM_CAPTIONED_IMAGES = 16
-"""Of them, evenly spaced, whose images the model captions."""
-
+"""Number of these images, evenly spaced, that the model captions."""
 MAX_CAPTION_TOKENS = 256
-"""Tokens of such a caption, however long the file's own are."""
+"""Length limit of such a caption, however long the captions of the file are."""
 
 
 def make_validator(
     path: Path, *, seed: int, limit: int = MAX_VALIDATION_RECORDS
 ) -> Callable[[DuetModel | DualEncoder], dict[str, float]]:
-    """A function that measures a model on the pairs of `path`.
+    """Return a function that computes `compute_validation_metrics` of a model on a file.
 
-    It returns hit@1/5/10 of both directions on short captions, the cross entropy of captions (long where there are any) in
-    nats a token, with the right and with a wrong image, and the share of the model's own captions that end. Broken records
-    are named and left out.
+    Args:
+        path: file of records. Only pairs with a short caption and a readable image are used; broken
+            records are logged and left out.
+        seed: seed of the choice of the wrong image for each caption.
+        limit: number of pairs that are used, at most, from the beginning of the file.
 
     Raises:
-        DataError: no usable pair in the file.
+        DataError: the file has no usable pair, or cannot be read.
     """
     records: list[Record] = []
-    for record in read_records(path, on_error=lambda error: logger.info(f"validation: dropped {error}")):
+    for record in read_records(path, on_error=_log_dropped):
         if len(records) < limit and is_usable_pair(record):
             records.append(record)
     if not records:
-        raise DataError(
-            "no pair with an image and a short caption",
-            place=path,
-            fix="Name pair records in data.validation",
-        )
+        message = "no pair with an image and a short caption"
+        raise DataError(message, place=path, fix="Name pair records in data.validation")
     return lambda model: compute_validation_metrics(model, records, seed=seed)
 
 
+def _log_dropped(error: DataError) -> None:
+    logger.info(f"validation: dropped {error}")
+
+
 def is_usable_pair(record: Record) -> bool:
-    """A pair with a short caption whose image can be read; what is not is said once."""
+    """Return whether a record has a short caption and a readable image; log a broken image."""
     if record.image is None or not record.short:
         return False
     try:
         load_image(record.image)
     except DataError as error:
-        logger.info(f"validation: dropped {error}")
+        _log_dropped(error)
         return False
     return True
 
@@ -67,22 +68,31 @@ def is_usable_pair(record: Record) -> bool:
 def compute_validation_metrics(
     model: DuetModel | DualEncoder, records: Sequence[Record], *, seed: int
 ) -> dict[str, float]:
-    """The numbers of one measurement, by name."""
-    found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=records)
-    values = {
-        f"text_to_image/{name}": value for name, value in found.text_to_image.hit_rates().items()
-    }
-    values |= {
-        f"image_to_text/{name}": value for name, value in found.image_to_text.hit_rates().items()
-    }
-    if isinstance(model, DualEncoder):  # it has nothing to say
+    """Return the metrics of a model on pairs, by name.
+
+    Returns:
+        ``text_to_image/hit@1`` (5, 10) and ``image_to_text/hit@1`` (5, 10) on short captions. For a
+        `DuetModel` also ``caption_cross_entropy`` and ``caption_cross_entropy_wrong_image``, in
+        nats per token of the long caption, else the first short one, and ``captions_ended``, see
+        `compute_caption_end_rate`.
+    """
+    retrieval = protocols.measure_retrieval(
+        model.encode_document, model.encode_query, records=records
+    )
+    text_to_image = retrieval.text_to_image.hit_rates()
+    image_to_text = retrieval.image_to_text.hit_rates()
+    values = {f"text_to_image/{name}": rate for name, rate in text_to_image.items()}
+    values |= {f"image_to_text/{name}": rate for name, rate in image_to_text.items()}
+    if isinstance(model, DualEncoder):  # it cannot generate
         return values
-    told = [replace(record, short=(record.long or record.short[0],)) for record in records]
-    entropy = protocols.measure_caption_cross_entropy(model.compute_caption_nll, told, seed=seed)
+    captions = [replace(record, short=(record.long or record.short[0],)) for record in records]
+    entropy = protocols.measure_caption_cross_entropy(
+        model.compute_caption_nll, captions, seed=seed
+    )
     values["caption_cross_entropy"] = entropy.nats_right_image().mean
     values["caption_cross_entropy_wrong_image"] = entropy.nats_wrong_image().mean
     values["captions_ended"] = compute_caption_end_rate(
-        model, told, max_caption_tokens=int(max(entropy.num_tokens))
+        model, captions, max_caption_tokens=int(max(entropy.num_tokens))
     )
     return values
 
@@ -90,17 +100,23 @@ def compute_validation_metrics(
 def compute_caption_end_rate(
     model: DuetModel, records: Sequence[Record], *, max_caption_tokens: int
 ) -> float:
-    """The share of greedy captions that end by themselves within twice the tokens of the longest true one.
+    """Return the share of greedy captions that the model ends by itself, from 0 to 1.
 
-    No cross entropy tells: a model that knows its training captions by heart may not know where another one ends.
+    The cross entropy does not show this: a model that knows its training captions by heart may not
+    know where a new caption ends.
+
+    Args:
+        records: pairs; `NUM_CAPTIONED_IMAGES` of them are captioned.
+        max_caption_tokens: length of the longest true caption. A caption may become twice as long,
+            but not longer than `MAX_CAPTION_TOKENS`.
     """
-    some = evenly_spaced(records, NUM_CAPTIONED_IMAGES)
-    open_ = [
+    prompts = [
         model.renderer.render_caption_request(record.image, "")
-        for record in some
+        for record in evenly_spaced(records, NUM_CAPTIONED_IMAGES)
         if record.image is not None
     ]
-    written = continuous.generate_with_finish_reason(
-        model.backbone, model.prefill_inputs(open_), min(2 * max_caption_tokens, MAX_CAPTION_TOKENS)
+    limit = min(2 * max_caption_tokens, MAX_CAPTION_TOKENS)
+    generated = continuous.generate_with_finish_reason(
+        model.backbone, model.prefill_inputs(prompts), limit
     )
-    return sum(reason == "stop" for _, reason in written) / len(written)
+    return sum(finish_reason == "stop" for _, finish_reason in generated) / len(generated)
