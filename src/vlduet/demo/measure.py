@@ -19,7 +19,7 @@ from vlduet.demo.prepare import DemoData, build_model
 from vlduet.eval import protocols
 from vlduet.eval.ridge import evaluate_ridge_baseline
 from vlduet.logs import track_progress
-from vlduet.reports.compose import Measurement
+from vlduet.reports.demo_report import ModelResults
 
 if TYPE_CHECKING:
     from vlduet.encoders.frozen import FrozenEncoders
@@ -46,7 +46,7 @@ TEXT_ONLY_QUESTIONS = (
 
 def measure_model(
     model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int
-) -> Measurement:
+) -> ModelResults:
     """Return all held-out measurements of one model.
 
     Args:
@@ -56,19 +56,18 @@ def measure_model(
     write_captions = partial(
         model.caption_images, max_new_tokens=MAX_CAPTION_TOKENS, num_drafts=NUM_CAPTION_DRAFTS
     )
-    return Measurement(
+    return ModelResults(
         retrieval=protocols.measure_retrieval(
             model.encode_document, model.encode_query, records=data.held_out
         ),
-        mixed=protocols.measure_composed_retrieval(
+        composed=protocols.measure_composed_retrieval(
             model.encode_document, model.encode_query, data.held_out, seed=seed
         ),
-        entropy=protocols.measure_caption_cross_entropy(
+        cross_entropy=protocols.measure_caption_cross_entropy(
             model.compute_caption_nll, data.held_out, seed=seed
         ),
         captions=protocols.measure_captions(write_captions, captioned),
-        known=frozenset(),
-        plain=text_only_nll(model),
+        text_only_nats=text_only_nll(model),
     )
 
 

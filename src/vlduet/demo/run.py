@@ -28,7 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet import __version__
-from vlduet.demo.encoders import open_frozen_encoders, train_dual_encoder
+from vlduet.demo.encoders import (
+    align_demo_records,
+    measure_retrieval_augmented,
+    open_frozen_encoders,
+    train_dual_encoder,
+)
 from vlduet.demo.measure import fit_ridge_baseline, measure_model, measure_untrained_parts
 from vlduet.demo.prepare import (
     build_model,
@@ -40,9 +45,9 @@ from vlduet.demo.prepare import (
 )
 from vlduet.demo.use import use_model
 from vlduet.errors import ConfigError
+from vlduet.eval.examples import evenly_spaced
 from vlduet.logs import logger, read_metrics
-from vlduet.reports import galleries, pages
-from vlduet.reports.compose import Measured, Told, compose
+from vlduet.reports.demo_report import Report, summarize_report, write_report
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
@@ -89,40 +94,46 @@ def run_demo(
         base = build_model(to, "nano", seed=seed)
     with timer.step("before"):
         untrained = measure_untrained_parts(to, data, seed=seed)
-        start = measure_model(
-            base,
-            data,
-            captioned=galleries.evenly_spaced(data.held_out, NUM_CAPTION_EXAMPLES),
-            seed=seed,
-        )
+        captioned = evenly_spaced(data.held_out, NUM_CAPTION_EXAMPLES)
+        start = measure_model(base, data, captioned=captioned, seed=seed)
         ridge = fit_ridge_baseline(base, data, encoders=open_frozen_encoders(to, base))
     with timer.step("dual"):
         dual = train_dual_encoder(to, data, model=base, seed=seed)
-    del base
-    settings = training_config(to, data, seed=seed, steps=scale_training_steps(minutes))
+    del base  # frees its memory before training
+    config = training_config(to, data, seed=seed, steps=scale_training_steps(minutes))
     with timer.step("train"):
-        folder = train(settings, evaluate=make_validator(data.validation_file, seed=seed))
+        folder = train(config, evaluate=make_validator(data.validation_file, seed=seed))
     model = open_model(to, folder.name)
     with timer.step("after"):
-        after = measure_model(model, data, captioned=data.held_out, seed=seed)
+        trained = measure_model(model, data, captioned=data.held_out, seed=seed)
     with timer.step("use"):
-        shown = use_model(to, model, data, result=after.retrieval, dual=dual, seed=seed)
+        usage = use_model(to, model, data, retrieval=trained.retrieval)
+        encoders = open_frozen_encoders(to, model, cross=dual)
+        alignments = align_demo_records(data.held_out, encoders)
+        rag = measure_retrieval_augmented(to, model, data=data, encoders=encoders, seed=seed)
     with timer.step("report"):
-        told = Told(
-            command=command or f"vlduet demo --to {to} --seed {seed}",
+        report = Report(
+            trained=trained,
+            start=start,
+            untrained=untrained,
+            ridge=ridge,
+            galleries=usage.galleries,
+            answers=usage.answers,
+            alignments=alignments,
+            rag=rag,
             seed=seed,
+            command=command or f"vlduet demo --to {to} --seed {seed}",
             facts=describe_environment(model, seed),
             seconds=timer.seconds,
-            data=data.corpus_table,
+            corpus_table=data.corpus_table,
             metrics=read_metrics(to / "metrics.jsonl"),
             next_commands=suggest_commands(to),
         )
-        made = compose(Measured(untrained, start, after, ridge), shown, told=told)
-        pages.write_report(to / "report.html", made)
-        found = pages.summary(made)
-        (to / "summary.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    log_results(to, made)
-    return found
+        write_report(to / "report.html", report)
+        summary = summarize_report(report)
+        (to / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    log_results(to, report)
+    return summary
 
 
 # --------------------------------------------------------------------- steps
@@ -176,13 +187,10 @@ def clear_demo_folder(to: Path) -> None:
 
 def describe_environment(model: DuetModel, seed: int) -> dict[str, str]:
     """Return what the numbers depend on besides the command: seed, machine, versions, model."""
-    if hasattr(os, "sched_getaffinity"):
-        num_cores = len(os.sched_getaffinity(0))
-    else:
-        num_cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "seed": str(seed),
-        "machine": f"{platform.system()} {platform.machine()}, {num_cores} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {cores} cores",
         "device": str(model.backbone.device),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft", "numpy")},
@@ -201,17 +209,15 @@ def suggest_commands(to: Path) -> tuple[str, ...]:
     )
 
 
-def log_results(to: Path, made: pages.DemoReport) -> None:
-    """The end of the story: the numbers, the report, and what to try."""
-    for name, scores in (
-        ("text -> image", made.model.text_to_image),
-        ("image -> text", made.model.image_to_text),
-    ):
-        logger.info(
-            f"{name}  "
-            + "  ".join(f"{key} {100 * score.mean:.1f} %" for key, score in scores.items())
-        )
-    logger.info(
-        f"report: {to / 'report.html'}\nTry next:\n"
-        + "\n".join(f"  {line}" for line in made.next_commands)
-    )
+def log_results(to: Path, report: Report) -> None:
+    """Log the hit rates of the trained model, the path of the report, and what to try next."""
+    retrieval = report.trained.retrieval
+    directions = {
+        "text -> image": retrieval.text_to_image,
+        "image -> text": retrieval.image_to_text,
+    }
+    for name, direction in directions.items():
+        rates = [f"{key} {100 * rate:.1f} %" for key, rate in direction.hit_rates().items()]
+        logger.info("  ".join([name, *rates]))
+    commands = "\n".join(f"  {command}" for command in report.next_commands)
+    logger.info(f"report: {to / 'report.html'}\nTry next:\n{commands}")

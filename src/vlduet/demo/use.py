@@ -1,16 +1,15 @@
-"""The demo uses its model as a user would: an index of the held-out images, searches, questions, two documents aligned."""
+"""Use of the demo's trained model as by a user: an index, searches, and questions."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlduet.data.records import ImageRef
-from vlduet.demo import encoders
 from vlduet.demo.prepare import HELD_OUT_CORPUS, DemoData
-from vlduet.eval import protocols
-from vlduet.reports import galleries, pages
-from vlduet.reports.compose import Shown
+from vlduet.eval import examples
+from vlduet.eval.protocols import RetrievalResult
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
@@ -21,20 +20,30 @@ QUESTIONS = (
     "Which animal lives in the water?",
     "What could I play music with?",
 )
-"""Asked of the index as they stand; a fixed list, whatever the answers."""
-IMAGE_QUESTION, IMAGE_QUESTIONS = "What is this?", 2
+"""Questions to the index. The list is fixed, however good or bad the answers are."""
+IMAGE_QUESTION = "What is this?"
+NUM_IMAGE_QUESTIONS = 2
+"""Number of held-out images that `IMAGE_QUESTION` is asked about."""
+MAX_ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class UsageExamples:
+    """Searches and answers that the report shows."""
+
+    galleries: tuple[examples.Gallery, ...]
+    answers: tuple[examples.AnsweredQuestion, ...]
 
 
 def use_model(
-    to: Path,
-    model: DuetModel,
-    data: DemoData,
-    *,
-    result: protocols.RetrievalResult,
-    dual: Path,
-    seed: int,
-) -> Shown:
-    """Index the held-out images and use the index as a user would; `dual` is the trained dual encoder."""
+    to: Path, model: DuetModel, data: DemoData, *, retrieval: RetrievalResult
+) -> UsageExamples:
+    """Write an index of the held-out images to ``to/index``, then search it and ask it questions.
+
+    Args:
+        to: Folder of the demo, with the model in ``to/model``.
+        retrieval: Retrieval of `model` on the held-out records, which the examples are taken from.
+    """
     from vlduet.retrieval import rag
     from vlduet.retrieval.build import build_index
     from vlduet.retrieval.index import Index
@@ -42,39 +51,36 @@ def use_model(
 
     source = to / "data" / HELD_OUT_CORPUS / "test.jsonl"
     build_index(model, source, to=to / "index", model_path=to / "model")
-    index, album = Index.open(to / "index", model), galleries.Album(data.held_out)
+    index = Index.open(to / "index", model)
 
-    def find(*query: str | ImageRef) -> galleries.Found:
-        return [(hit.id, hit.score) for hit in search(index, model, query, k=galleries.SHOWN + 1)]
+    def find(*query: str | ImageRef) -> list[tuple[str, float]]:
+        """Return the ids and scores of the first hits, one more than an example shows."""
+        hits = search(index, model, query, k=examples.HITS_PER_EXAMPLE + 1)
+        return [(hit.id, hit.score) for hit in hits]
 
-    def ask(question: str, identity: str | None = None) -> pages.Asked:
-        image = None if identity is None else album.image(identity)
-        answer = rag.ask(
+    def answer(
+        question: str, record_id: str | None = None, image: ImageRef | None = None
+    ) -> examples.AnsweredQuestion:
+        """Return the model's answer from the index, without the document of the image itself."""
+        exclude = [] if record_id is None else [record_id]
+        reply = rag.ask(
             index,
             model,
             question,
             image=image,
-            exclude=[identity] if identity else (),
-            max_new_tokens=48,
+            exclude=exclude,
+            max_new_tokens=MAX_ANSWER_TOKENS,
         )
-        sources = album.hits([(hit.id, hit.score) for hit in answer.sources])
-        return pages.Asked(
-            question, answer.text, sources, image=album.picture(identity) if identity else ""
-        )
+        sources = [(hit.id, hit.score) for hit in reply.sources]
+        hits = examples.example_hits(sources, retrieval.records)
+        return examples.AnsweredQuestion(question, reply.text, hits, image=image)
 
-    frozen_encoders = encoders.open_frozen_encoders(to, model, cross=dual)
-    chosen = galleries.evenly_spaced(result.ids, IMAGE_QUESTIONS)
-    return Shown(
-        galleries=(
-            galleries.text_to_image_examples(result, album, find=find),
-            galleries.image_to_text_examples(result, album),
-            galleries.composed_query_examples(result, album, find=find),
-        ),
-        heat=galleries.heat(result, album),
-        asked=(*map(ask, QUESTIONS), *(ask(IMAGE_QUESTION, identity) for identity in chosen)),
-        album=album,
-        alignments=encoders.align_demo_records(data.held_out, frozen_encoders),
-        augmented=encoders.measure_retrieval_augmented(
-            to, model, data=data, encoders=frozen_encoders, seed=seed
-        ),
+    galleries = (
+        examples.text_to_image_examples(retrieval, search=find),
+        examples.image_to_text_examples(retrieval),
+        examples.composed_query_examples(retrieval, search=find),
     )
+    answers = [answer(question) for question in QUESTIONS]
+    for record in examples.evenly_spaced(retrieval.records, NUM_IMAGE_QUESTIONS):
+        answers.append(answer(IMAGE_QUESTION, record.id, record.image))
+    return UsageExamples(galleries, tuple(answers))
