@@ -1,1 +1,1 @@
-"""Global alignment kernel (GAK): all pairs of sequences, by one of several engines."""
+"""Global alignment kernel (GAK) of sequences of slices: public functions and engines."""

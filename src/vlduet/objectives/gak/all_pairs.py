@@ -1,7 +1,13 @@
-"""All pairs of ragged sequences: their squared distances by one matrix product a block, and the sweep over each block.
+"""Global alignment kernel of all pairs of two sets of ragged sequences, with its gradient.
 
-With the compiled sweep of a CPU, a block is multiplied and swept by one thread, and so are the products of its gradient: its
-cells stay near one core, and no core waits for another. Else torch shares out the product, and the sweep its pairs.
+1. `SliceTable`: the slices of all sequences of a side are the rows of one matrix, centred, with the
+   shortest sequence first.
+2. `_plan_blocks`: a block has a run of sequences x and B neighbouring sequences y.
+3. One matrix product gives the squared distances of a block, and the engine gives its log K.
+4. For the gradient, the engine also gives d log K / d distance of every cell.
+
+With an engine that uses one thread, every thread multiplies and sweeps whole blocks: their cells
+stay near one core, and no core waits for another. Otherwise torch parallelises each operation.
 """
 
 from __future__ import annotations
@@ -10,363 +16,332 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlduet.objectives.gak import log_space, threads
+from vlduet.objectives.gak import threads
+from vlduet.objectives.gak.engine import Engine, PairGrid
+from vlduet.objectives.gak.slice_table import SigmaRule, SliceTable, requires_gradient
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-BLOCK = 1 << 21
-"""Cells of one block of pairs on the CPU; what lives beside the result is a few times this."""
+MAX_CELLS_PER_BLOCK = 1 << 21
+"""Number of cells of a block on a CPU; a few times as much memory lives beside the result."""
 
-ENOUGH = 1 << 20
-"""Cells that are worth a thread."""
+GPU_BLOCK_FACTOR = 16
+"""Number of times that a block of another device may be larger."""
 
-
-@dataclass
-class Kernel:
-    """What K is of a pair besides its slices."""
-
-    width: float
-    by_length: bool
-    band: int | None
-
-    def scale(self, lengths_x: Tensor, lengths_y: Tensor) -> Tensor:
-        """1 / (2 sigma^2), broadcast."""
-        mean = (lengths_x + lengths_y).double() / 2
-        return 0.5 / (self.width**2 * (mean if self.by_length else torch.ones_like(mean)))
+MIN_CELLS_PER_THREAD = 1 << 20
+"""Number of cells that are worth starting a thread for."""
 
 
-@dataclass
-class Slices:
-    """Sequences, shortest first, as one matrix of slices."""
+def all_pairs(left: SliceTable, right: SliceTable, rule: SigmaRule, engine: Engine) -> Tensor:
+    """Return raw log K of all pairs of two centred tables, differentiable in their features.
 
-    features: Tensor
-    """float[S, d]; after `around` float[S, d + 2], with 1 and |x|^2 behind each."""
-    lengths: Tensor
-    """int64[n], rising."""
-    first: Tensor
-    """int64[n], row of the first slice."""
-    order: Tensor
-    """int64[n], where each stood in what was given."""
-    middle: Tensor
-    """float[d], the mean of all slices as they were given; no gradient."""
-    room: Tensor | None = None
-    """float[S, d + 2] that `features` is a view of: `around` copies nothing. None where they have a gradient."""
+    If both are the same object, only the upper triangle is computed, and mirrored.
 
-    @classmethod
-    def of(cls, sequences: Sequence[Tensor], name: str) -> Slices:
-        if not len(sequences):
-            raise ValueError(f"{name} holds no sequences")
-        shapes = [sequence.shape for sequence in sequences]
-        width = shapes[0][-1] if shapes[0] else 0
-        for i, shape in enumerate(shapes):
-            if len(shape) != 2 or not shape[0] or shape[1] != width:
-                raise ValueError(
-                    f"{name}[{i}] has the shape {tuple(shape)}: [slices, {width or 'd'}] with one slice or more is needed"
-                )
-        device = sequences[0].device
-        lengths, order = torch.sort(torch.tensor([shape[0] for shape in shapes]), stable=True)
-        ordered, room = [sequences[i] for i in order.tolist()], None
-        double = any(sequence.dtype == torch.float64 for sequence in sequences)
-        dtype = torch.float64 if double else torch.float32
-        if torch.is_grad_enabled() and any(sequence.requires_grad for sequence in sequences):
-            features = torch.cat(ordered).to(dtype)
-        else:
-            room = torch.empty(int(lengths.sum()), width + 2, dtype=dtype, device=device)
-            features = torch.cat(ordered, out=room[:, :-2])
-        first, middle = lengths.cumsum(0) - lengths, features.detach().mean(0)
-        # What is not finite makes the mean so: all slices are looked at only then.
-        if not bool(middle.isfinite().all()) and not bool(features.isfinite().all()):
-            row = int((~features.isfinite()).any(1).nonzero()[0])
-            wrong = int(order[int((first <= row).sum()) - 1])
-            raise ValueError(f"{name}[{wrong}] has features that are not finite")
-        return cls(features, lengths.to(device), first.to(device), order.to(device), middle, room)
-
-    def among(self, begin: int, wide: int) -> tuple[Tensor, Tensor]:
-        """`wide` sequences from `begin` on, the last one repeated: lengths int64[wide], rows int64[wide, longest].
-
-        Beyond a sequence's end stands any slice: a sweep does not look there.
-        """
-        which = torch.arange(begin, begin + wide, device=self.first.device).clamp(
-            max=len(self.first) - 1
-        )
-        inner = torch.arange(int(self.lengths[which[-1]]), device=self.first.device)
-        rows = self.first[which, None] + inner
-        return self.lengths[which], rows.clamp(max=len(self.features) - 1)
-
-    def around(self, middle: Tensor) -> None:
-        """Takes a point away from every slice, in place, and makes what a product needs to give distances."""
-        centred = self.features.sub_(middle)  # of a fresh tensor: see `of`
-        squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
-        if self.room is None:
-            self.features = torch.cat([centred, torch.ones_like(squares), squares], 1)
-        else:
-            self.room[:, -2:-1], self.room[:, -1:] = 1, squares
-            self.features = self.room
-
-
-def _facing(features: Tensor, index: Tensor, *, out: Tensor | None) -> Tensor:
-    """float[I, d + 2] of some rows of `Slices.features`: -2 times an inner product of these with them is a squared distance.
-
-    -2 (<x, y> - |x|^2 / 2 - |y|^2 / 2). Made where it is needed: a few rows fit into the cache, all of them do not.
+    Returns:
+        float64[n, m], in the user's order.
     """
-    found: Tensor = torch.index_select(features, 0, index, out=out)
-    found[:, -2] = found[:, -1] / -2
-    found[:, -1] = -0.5
-    return found
+    is_symmetric = left is right
+    blocks = list(_plan_blocks(left, right, rule, engine))
+    needs_gradient = requires_gradient(left.features, right.features)
+    log_k = _AllPairs.apply(  # type: ignore[no-untyped-call]
+        left.features, right.features, blocks, engine, needs_gradient
+    )
+    strips: dict[int, list[Tensor]] = {}
+    for block, block_log_k in zip(blocks, log_k, strict=True):
+        strips.setdefault(block.first_y, []).append(block_log_k)
+    num_rows = len(left.first_rows)
+    columns = []
+    for parts in strips.values():
+        strip = torch.cat(parts)  # in a symmetric matrix, it ends at the diagonal
+        columns.append(F.pad(strip, (0, 0, 0, num_rows - len(strip))))
+    matrix = torch.cat(columns, 1)[:, : len(right.first_rows)]
+    if is_symmetric:
+        matrix = matrix.triu() + matrix.triu(1).mT
+    return matrix[left.order.argsort()][:, right.order.argsort()]
+
+
+def self_terms(table: SliceTable, partners: SliceTable, rule: SigmaRule, engine: Engine) -> Tensor:
+    """Return raw log K(x, x) of the sequences of `table` with the sigma of every pair (x, y).
+
+    It depends on y only by its length, so that each distinct length is computed once.
+    Differentiable in the features of `table`, which must be centred.
+
+    Returns:
+        float64[n, m] for n sequences of `table` and m of `partners`, in the user's order.
+    """
+    lengths, length_index = torch.unique(partners.lengths, return_inverse=True)
+    if not rule.depends_on_length:
+        lengths = lengths[:1]
+        length_index = torch.zeros_like(length_index)
+    count = len(table.first_rows)
+    group_size = engine.choose_group_size(table.features.device, count)
+    groups = [table.select_group(begin, group_size) for begin in range(0, count, group_size)]
+    needs_gradient = requires_gradient(table.features)
+    log_k = _SelfTerms.apply(  # type: ignore[no-untyped-call]
+        table.features, groups, lengths, rule, engine, needs_gradient
+    )
+    terms = torch.cat(log_k, 1)[:, :count].T[table.order.argsort()]  # [n, U]
+    return terms[:, length_index[partners.order.argsort()]]
+
+
+# ------------------------------------------------------------------ blocks
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some sequences of x against those of y that lie side by side in a sweep."""
+    """Run of sequences x against B sequences y, swept at once."""
 
-    begin: int
-    """The first sequence of y."""
-    some: slice
-    """The sequences of x."""
+    first_y: int
+    """Index of the first sequence y."""
     rows: slice
-    """Their slices."""
-    index: Tensor
-    """int64[N * B], the slices of y: the first one of every sequence, then the second of every one ..."""
-    first: Tensor
-    """int64[A], where each x begins among `rows`."""
-    scale: Tensor
-    """float[A, B], 1 / (2 sigma^2)."""
-    lengths: tuple[Tensor, Tensor]
-    """int64[A, B] of x and of y."""
+    """Rows of the slices of the sequences x in their table."""
+    columns: Tensor
+    """int64[N * B], rows of the slices of y in theirs: first slices, then second ones, ..."""
+    grid: PairGrid
+    """The A x B pairs; its first rows count from `rows.start`."""
 
     @property
-    def cells(self) -> int:
-        """How many there are."""
-        return int(self.rows.stop - self.rows.start) * len(self.index)
+    def num_cells(self) -> int:
+        """Number of squared distances."""
+        return int(self.rows.stop - self.rows.start) * len(self.columns)
+
+
+def _plan_blocks(
+    left: SliceTable, right: SliceTable, rule: SigmaRule, engine: Engine
+) -> Iterator[_Block]:
+    """Yield blocks that cover all pairs, or the upper triangle if both tables are the same."""
+    is_symmetric = left is right
+    features = left.features
+    max_cells = MAX_CELLS_PER_BLOCK
+    if features.device.type != "cpu":
+        max_cells *= GPU_BLOCK_FACTOR
+    if engine.runs_in_one_thread:  # several blocks for every thread
+        all_cells = len(features) * len(right.features) // (2 if is_symmetric else 1)
+        share = all_cells // (2 * torch.get_num_threads())
+        max_cells = min(max_cells, max(MIN_CELLS_PER_THREAD // 2, share))
+    ends = [*left.first_rows.tolist(), len(features)]
+    group_size = engine.choose_group_size(features.device, len(right.first_rows))
+    for begin in range(0, len(right.first_rows), group_size):
+        lengths_y, rows_y = right.select_group(begin, group_size)
+        count = len(left.first_rows)
+        if is_symmetric:
+            count = min(begin + group_size, count)
+        for start, stop in _split_runs(ends, count, max_rows=max(1, max_cells // rows_y.numel())):
+            lengths_x = left.lengths[start:stop, None].expand(-1, group_size)
+            grid = PairGrid(
+                first_rows=left.first_rows[start:stop] - ends[start],
+                scale=rule.compute_scale(lengths_x, lengths_y).to(features.dtype),
+                lengths_x=lengths_x,
+                lengths_y=lengths_y.expand(stop - start, -1),
+            )
+            yield _Block(begin, slice(ends[start], ends[stop]), rows_y.T.flatten(), grid)
+
+
+def _split_runs(ends: list[int], count: int, *, max_rows: int) -> Iterator[tuple[int, int]]:
+    """Split sequences 0 to count - 1 into runs (start, stop) of at most `max_rows` slices.
+
+    Sequence i has the rows ends[i] to ends[i + 1]. A run has at least one sequence.
+    """
+    start = 0
+    while start < count:
+        stop = bisect_right(ends, ends[start] + max_rows, hi=count + 1) - 1
+        stop = max(start + 1, stop)
+        yield start, stop
+        start = stop
+
+
+def _map_items(
+    task: Callable[[Item], Result], items: Sequence[Item], engine: Engine, *, num_cells: int
+) -> list[Result]:
+    """Return [task(item) for item in items], by several threads where the cells are worth it.
+
+    The last items must be the costliest: they start first.
+    """
+    if engine.runs_in_one_thread and num_cells >= 2 * MIN_CELLS_PER_THREAD:
+        return threads.map_in_threads(task, items[::-1])[::-1]
+    return [task(item) for item in items]
 
 
 class _Scratch(threading.local):
-    """Memory of one thread, for all of its blocks: fresh pages cost as much as the sweep."""
+    """Memory of one thread for all its blocks: fresh pages would cost as much as the sweep."""
 
-    def __init__(self, like: Tensor, *, facing: int, cells: int = 0) -> None:
-        self.facing, self.cells = like.new_empty(facing, like.shape[1]), like.new_empty(cells)
-
-
-def all_pairs(left: Slices, right: Slices, kernel: Kernel) -> Tensor:
-    """Raw log K, float64[n, m] in the order given. If both are the same, of the upper triangle only, which is mirrored."""
-    rows, same = left.features, left is right
-    compiled, moving = _compiled(kernel, rows), _moving(rows, right.features)
-    wide = _lanes(kernel, rows, len(right.first))
-    blocks = [*_blocks(left, right, kernel, wide=wide, alone=compiled)]
-    if compiled and moving:
-        found = [*_Pairs.apply(rows, right.features, blocks)]  # type: ignore[no-untyped-call]
-    else:
-        found = _log_k(left, right, blocks, kernel, alone=compiled)
-    strips: dict[int, list[Tensor]] = {}
-    for block, part in zip(blocks, found, strict=True):
-        strips.setdefault(block.begin, []).append(part)
-    whole = [
-        torch.cat(parts) for parts in strips.values()
-    ]  # of both the same, the first ones are shorter
-    table = torch.cat([F.pad(strip, (0, 0, 0, len(left.first) - len(strip))) for strip in whole], 1)
-    table = table[:, : len(right.first)]
-    if same:
-        table = table.triu() + table.triu(1).mT
-    return table[left.order.argsort()][:, right.order.argsort()]
+    def __init__(self, like: Tensor, *, num_rows: int, num_cells: int = 0) -> None:
+        self.facing = like.new_empty(num_rows, like.shape[1])
+        self.cells = like.new_empty(num_cells)
 
 
-def _log_k(
-    left: Slices, right: Slices, blocks: list[_Block], kernel: Kernel, *, alone: bool
-) -> list[Tensor]:
-    """log K of every block, float64[A, B]; autograd follows where it must."""
-    rows, kept = left.features, None
-    nothing = rows.new_zeros(())
-    if alone:
-        longest = max(len(block.index) for block in blocks)
-        kept = _Scratch(rows, facing=longest, cells=max(block.cells for block in blocks))
+def _gather_facing(features: Tensor, rows: Tensor, *, out: Tensor) -> Tensor:
+    """Return rows y of a centred table as (y, -|y|^2 / 2, -1/2), written to `out`.
 
-    def log_k(block: _Block) -> Tensor:
-        some, (x, y) = rows[block.rows], block.lengths
-        facing = _facing(
-            right.features,
-            block.index,
-            out=None if kept is None else kept.facing[: len(block.index)],
-        )
-        out = None if kept is None else kept.cells[: block.cells].view(len(some), len(facing))
-        cells = torch.addmm(nothing, some, facing.T, beta=0, alpha=-2, out=out).view(
-            len(some), -1, x.shape[1]
-        )
-        if alone:
-            return log_space.log_gak_alone(
-                cells, block.first, block.scale, lengths_x=x, lengths_y=y
-            )
-        return log_space.log_gak_cells(
-            cells, block.first, block.scale, lengths_x=x, lengths_y=y, band=kernel.band
-        )
-
-    return _shared(log_k, blocks, cells=sum(block.cells for block in blocks) if alone else 0)
+    The inner product with a row (x, 1, |x|^2) is -|x - y|^2 / 2. They are gathered block by block,
+    since a few rows fit into the cache, and all of them do not.
+    """
+    torch.index_select(features, 0, rows, out=out)
+    out[:, -2] = out[:, -1] / -2
+    out[:, -1] = -0.5
+    return out
 
 
-class _Pairs(torch.autograd.Function):
-    """log K of every block, with a gradient: a weight a cell is kept, d log K / d sqdist, in the cell's own place."""
+class _AllPairs(torch.autograd.Function):
+    """Log K of every block, float64[A, B] each, as a function of the features of both tables.
+
+    If a gradient is needed, forward stores d log K / d distance of every cell.
+    """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
-        longest = max(len(block.index) for block in blocks)
-        kept, nothing = _Scratch(left, facing=longest), left.new_zeros(())
+    def forward(
+        ctx: Any,
+        left: Tensor,
+        right: Tensor,
+        blocks: list[_Block],
+        engine: Engine,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, ...]:
+        max_columns = max(len(block.columns) for block in blocks)
+        max_cells = max(block.num_cells for block in blocks)
+        # The weights of a block overwrite its cells and are kept, so they need memory of their own.
+        scratch = _Scratch(left, num_rows=max_columns, num_cells=0 if needs_gradient else max_cells)
+        zero = left.new_zeros(())
 
-        def log_k(block: _Block) -> tuple[Tensor, Tensor]:
-            facing = _facing(right, block.index, out=kept.facing[: len(block.index)])
+        def compute(block: _Block) -> tuple[Tensor, Tensor | None]:
+            rows = left[block.rows]
+            facing = scratch.facing[: len(block.columns)]
+            _gather_facing(right, block.columns, out=facing)
+            shape = (len(rows), -1, block.grid.scale.shape[1])  # [R, N, B]
+            if not needs_gradient:
+                out = scratch.cells[: block.num_cells].view(len(rows), len(facing))
+                torch.addmm(zero, rows, facing.T, beta=0, alpha=-2, out=out)
+                return engine.log_gak(out.view(shape), block.grid), None
 
-            def cells() -> Tensor:
-                product = torch.addmm(nothing, left[block.rows], facing.T, beta=0, alpha=-2)
-                return product.view(len(product), -1, block.scale.shape[1])  # [R, N, B]
+            def make_cells() -> Tensor:
+                return torch.addmm(zero, rows, facing.T, beta=0, alpha=-2).view(shape)
 
-            x, y = block.lengths
-            return log_space.weigh_alone(cells, block.first, block.scale, lengths_x=x, lengths_y=y)
+            return engine.log_gak_and_weights(make_cells, block.grid, kind="gradient")
 
-        found = _shared(log_k, blocks, cells=sum(block.cells for block in blocks))
-        ctx.blocks = blocks
-        ctx.save_for_backward(left, right, *(weights for _, weights in found))
-        return tuple(log_k for log_k, _ in found)
+        num_cells = sum(block.num_cells for block in blocks)
+        results = _map_items(compute, blocks, engine, num_cells=num_cells)
+        if needs_gradient:
+            ctx.blocks = blocks
+            ctx.engine = engine
+            ctx.save_for_backward(left, right, *(weights for _, weights in results))
+        return tuple(log_k for log_k, _ in results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         left, right, *weights = ctx.saved_tensors
-        # The columns behind the features follow from them: the gradient is of the distances, and goes to the features.
-        of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
-        longest = max(len(block.index) for block in ctx.blocks)
-        kept = _Scratch(left, facing=longest, cells=max(block.cells for block in ctx.blocks))
-        adding = threading.Lock()
+        blocks: list[_Block] = ctx.blocks
+        grad_left = torch.zeros_like(left)
+        grad_right = torch.zeros_like(right)
+        max_columns = max(len(block.columns) for block in blocks)
+        max_cells = max(block.num_cells for block in blocks)
+        scratch = _Scratch(left, num_rows=max_columns, num_cells=max_cells)
+        lock = threading.Lock()
 
-        def share(given: tuple[_Block, Tensor, Tensor]) -> None:
-            block, weight, grad = given
-            owner = torch.repeat_interleave(block.lengths[0][:, 0])
-            out = kept.cells[: block.cells].view_as(weight)
-            each = torch.mul(weight, grad.float()[owner, None, :], out=out).flatten(1)
-            some = left[block.rows]
-            others = torch.index_select(right, 0, block.index, out=kept.facing[: len(block.index)])
-            # d sum w |x - y|^2 / dx = 2 (x sum w - sum w y); the column of ones makes sum w of the same product.
-            near, far = each @ others, each.T @ some
-            with adding:
-                of_left[block.rows] += 2 * (near[:, -2:-1] * some - near)
-                of_right.index_add_(0, block.index, 2 * (far[:, -2:-1] * others - far))
+        def accumulate(item: tuple[_Block, Tensor, Tensor]) -> None:
+            block, weight, grad = item
+            row_owner = torch.repeat_interleave(block.grid.lengths_x[:, 0])
+            row_grad = grad.to(weight.dtype)[row_owner, None, :]  # [R, 1, B]
+            out = scratch.cells[: block.num_cells].view_as(weight)
+            cell_grad = torch.mul(weight, row_grad, out=out).flatten(1)  # w, [R, N * B]
+            x = left[block.rows]
+            facing = scratch.facing[: len(block.columns)]
+            y = torch.index_select(right, 0, block.columns, out=facing)
+            # d sum w |x - y|^2 / dx = 2 (x sum w - sum w y), and likewise for y. The column of ones
+            # makes sum w part of the same product.
+            product_x = cell_grad @ y
+            product_y = cell_grad.T @ x
+            with lock:
+                grad_left[block.rows] += 2 * (product_x[:, -2:-1] * x - product_x)
+                to_right = 2 * (product_y[:, -2:-1] * y - product_y)
+                grad_right.index_add_(0, block.columns, to_right)
 
-        _shared(
-            share,
-            list(zip(ctx.blocks, weights, grads, strict=True)),
-            cells=sum(block.cells for block in ctx.blocks),
-        )
-        of_left[:, -2:], of_right[:, -2:] = 0, 0
-        return of_left, of_right, None
-
-
-def self_terms(own: Slices, other: Slices, kernel: Kernel) -> Tensor:
-    """Raw log K(x, x) with the sigma of every pair, float64[n, m] in the order given: one a distinct length of the other."""
-    lengths, which = torch.unique(other.lengths, return_inverse=True)
-    if not kernel.by_length:
-        lengths, which = lengths[:1], torch.zeros_like(which)
-    rows, wide = own.features, _lanes(kernel, own.features, len(own.first))
-    alone = _compiled(kernel, rows) and not _moving(rows)
-    several = [(begin, *own.among(begin, wide)) for begin in range(0, len(own.first), wide)]
-    kept = _Scratch(rows, facing=several[-1][2].numel()) if alone else None
-
-    def log_k(some: tuple[int, Tensor, Tensor]) -> Tensor:
-        begin, mine, index = some
-        room = None if kept is None else kept.facing[: index.numel()]
-        slices = torch.index_select(rows, 0, index.flatten(), out=room).view(
-            *index.shape, -1
-        )  # [B, N, d + 2]
-        squares, centred = slices[..., -1], slices[..., :-2]
-        square = torch.baddbmm(
-            squares[:, :, None] + squares[:, None, :], centred, centred.mT, alpha=-2
-        )
-        square = square.permute(1, 2, 0).contiguous()  # [N, N, B]
-        parts = lengths.split(len(lengths) if alone else max(1, BLOCK // square.numel()))
-        found = torch.cat(
-            [_of_lengths(square, mine, part, kernel=kernel, alone=alone) for part in parts]
-        )
-        return found[:, : len(own.first) - begin]  # [U, B]
-
-    # A cell costs a quarter here, for there is hardly a product; and short calls of several threads wait for each other.
-    cells = len(rows) * int(own.lengths[-1]) * len(lengths) // 4
-    found = _shared(log_k, several, cells=cells if alone else 0)
-    terms = torch.cat(found, 1).T[own.order.argsort()]  # [n, U]
-    return terms[:, which[other.order.argsort()]]
+        items = list(zip(blocks, weights, grads, strict=True))
+        num_cells = sum(block.num_cells for block in blocks)
+        _map_items(accumulate, items, ctx.engine, num_cells=num_cells)
+        # The last two columns follow from the features, and the distances' gradient is complete.
+        grad_left[:, -2:] = 0
+        grad_right[:, -2:] = 0
+        return grad_left, grad_right, None, None, None
 
 
-def _of_lengths(
-    square: Tensor, mine: Tensor, others: Tensor, *, kernel: Kernel, alone: bool
-) -> Tensor:
-    """Raw log K(x, x) of B squares, float[N, N, B], with the sigma of every other length, int64[U]: float64[U, B]."""
-    both = mine.expand(len(others), -1)
-    scale = kernel.scale(both, others[:, None]).to(square.dtype)
-    first = torch.arange(len(others), device=square.device) * len(square)
-    if alone:  # all of them read the same cells
-        return log_space.log_gak_alone(
-            square, torch.zeros_like(first), scale, lengths_x=both, lengths_y=both
-        )
-    cells = square.expand(len(others), *square.shape).flatten(0, 1)  # [U * N, N, B]
-    return log_space.log_gak_cells(
-        cells, first, scale, lengths_x=both, lengths_y=both, band=kernel.band
-    )
+# ------------------------------------------------------------------ self terms
 
 
-def _shared(work: Callable[[Item], Result], items: Sequence[Item], *, cells: int) -> list[Result]:
-    """Of every item, in their order, of which the last ones are the largest; by threads of one core each where there is
-    enough to do."""
-    if cells < 2 * ENOUGH:
-        return [work(item) for item in items]
-    return threads.map_in_threads(work, items[::-1])[::-1]
+class _SelfTerms(torch.autograd.Function):
+    """Log K(x, x) of every group of sequences, float64[U, B] each, as a function of the features.
 
+    U is the number of distinct lengths of a partner.
+    """
 
-def _compiled(kernel: Kernel, like: Tensor) -> bool:
-    """Is the sweep compiled for the CPU, so that one thread can make a whole block?"""
-    return like.device.type == "cpu" and log_space.engine(like, kernel.band) is not None
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        groups: list[tuple[Tensor, Tensor]],
+        partner_lengths: Tensor,
+        rule: SigmaRule,
+        engine: Engine,
+        needs_gradient: bool,
+    ) -> tuple[Tensor, ...]:
+        def compute(group: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+            lengths, rows = group
+            slices = features[rows]  # [B, N, d + 2]
+            squares = slices[..., -1]
+            x = slices[..., :-2]
+            sums = squares[:, :, None] + squares[:, None, :]
+            cells = (
+                torch.baddbmm(sums, x, x.mT, alpha=-2).permute(1, 2, 0).contiguous()
+            )  # [N, N, B]
+            log_k = []
+            weights = [cells.new_empty(0)]
+            for part in partner_lengths.split(max(1, MAX_CELLS_PER_BLOCK // cells.numel())):
+                own_lengths = lengths.expand(len(part), -1)
+                # Weights overwrite cells, so that every partner length needs a copy of them.
+                num_copies = len(part) if needs_gradient else 1
+                copies = torch.arange(len(part), device=cells.device) % num_copies
+                grid = PairGrid(
+                    first_rows=copies * len(cells),
+                    scale=rule.compute_scale(own_lengths, part[:, None]).to(cells.dtype),
+                    lengths_x=own_lengths,
+                    lengths_y=own_lengths,
+                )
+                if not needs_gradient:
+                    log_k.append(engine.log_gak(cells, grid))
+                    continue
+                part_log_k, part_weights = engine.log_gak_and_weights(
+                    partial(cells.repeat, num_copies, 1, 1), grid, kind="gradient"
+                )
+                log_k.append(part_log_k)
+                weights.append(part_weights.flatten())
+            return torch.cat(log_k), torch.cat(weights).view(-1, *cells.shape)
 
+        # A cell costs about a quarter of one of `_AllPairs`, since its product is small.
+        num_cells = sum(rows.shape[0] * rows.shape[1] ** 2 for _, rows in groups)
+        cost = num_cells * len(partner_lengths) // 4
+        results = _map_items(compute, groups, engine, num_cells=cost)
+        if needs_gradient:
+            ctx.groups = groups
+            ctx.save_for_backward(features, *(weights for _, weights in results))
+        return tuple(log_k for log_k, _ in results)
 
-def _moving(*features: Tensor) -> bool:
-    """Will a gradient be asked for?"""
-    return torch.is_grad_enabled() and any(each.requires_grad for each in features)
-
-
-def _lanes(kernel: Kernel, like: Tensor, count: int) -> int:
-    """How many of `count` sequences y lie side by side."""
-    if like.device.type != "cpu":
-        return min(512, count)
-    engine = log_space.engine(like, kernel.band)
-    lanes: int = min(128, count) if engine is None else engine.LANES
-    return lanes
-
-
-def _blocks(
-    left: Slices, right: Slices, kernel: Kernel, *, wide: int, alone: bool
-) -> Iterator[_Block]:
-    rows, same = left.features, left is right
-    most = BLOCK if rows.device.type == "cpu" else 16 * BLOCK
-    if alone:  # some for every thread
-        all_cells = len(rows) * len(right.features) // (2 if same else 1)
-        most = min(most, max(ENOUGH // 2, all_cells // (2 * torch.get_num_threads())))
-    ends = torch.cat([left.first, left.first.new_tensor([len(rows)])]).tolist()
-    for begin in range(0, len(right.first), wide):
-        mine, index = right.among(begin, wide)
-        count = min(begin + wide, len(left.first)) if same else len(left.first)
-        for a, b in _runs(ends, count, most=max(1, most // index.numel())):
-            x, y = left.lengths[a:b, None].expand(-1, wide), mine.expand(b - a, -1)
-            scale = kernel.scale(x, y).to(rows.dtype)
-            first = left.first[a:b] - ends[a]
-            yield _Block(
-                begin, slice(a, b), slice(ends[a], ends[b]), index.T.flatten(), first, scale, (x, y)
-            )
-
-
-def _runs(ends: list[int], count: int, *, most: int) -> Iterator[tuple[int, int]]:
-    """Runs of the first `count` sequences with at most `most` slices, one sequence at least."""
-    begin = 0
-    while begin < count:
-        end = max(begin + 1, bisect_right(ends, ends[begin] + most, hi=count + 1) - 1)
-        yield begin, end
-        begin = end
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        features, *weights = ctx.saved_tensors
+        grad_features = torch.zeros_like(features)
+        for (_, rows), weight, grad in zip(ctx.groups, weights, grads, strict=True):
+            cell_grad = torch.einsum("uijb,ub->bij", weight, grad.to(weight.dtype))
+            cell_grad = cell_grad + cell_grad.mT  # a slice is on both sides
+            x = features[rows][..., :-2]
+            grad_x = 2 * (cell_grad.sum(2, keepdim=True) * x - cell_grad @ x)
+            grad_features[:, :-2].index_add_(0, rows.flatten(), grad_x.flatten(0, 1))
+        return grad_features, None, None, None, None, None

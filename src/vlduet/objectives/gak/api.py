@@ -1,28 +1,57 @@
-"""Global alignment kernel (GAK), its alignment posterior, soft-DTW and the alignment-weighted mean.
+"""Global alignment kernel (GAK), its alignment posterior, and the alignment-weighted mean.
 
-    z_ij   = -|x_i - y_j|^2 / (2 sigma^2)           sigma = delta sqrt((M + N) / 2)
-    s_ij   = w_ij exp(z_ij)                         w_ij = 1, or max(0, 1 - |i - j| / T) with a band T
-    kappa  = s / (2 - s)
-    G[0,0] = 1, G[i,0] = G[0,j] = 0
-    G[i,j] = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij            K(x, y) = G[M,N]
+    phi_ij   = |x_i - y_j|^2                         sigma = delta sqrt((M + N) / 2)
+    s_ij     = exp(-phi_ij / (2 sigma^2))            kappa_ij = s_ij / (2 - s_ij)
+    G[0,0]   = 1, G[i,0] = G[0,j] = 0
+    G[i,j]   = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij            K(x, y) = G[M,N]
 
-Sugar (arXiv 2411.00304) sec. 3.2; Cuturi et al. 2007 eq. 5, Cuturi 2011 eq. 8 for the band. All pairs of ragged sequences
-are in `slices`; the sweeps over G are in `sweeps` (log space, any device), `lanes` (compiled for the CPU) and `fused` (for
-CUDA). Gradients have a sweep of their own: d log K / d log kappa is the alignment posterior, the probability that an
-alignment drawn in proportion to its product of kappas passes through a cell (soft-DTW's expected alignment, Cuturi and
-Blondel 2017 alg. 2).
+Sugar (arXiv 2411.00304), section 3.2; Cuturi et al. 2007, eq. 5. The alignment posterior of a cell
+is d log K / d log kappa_ij: the probability that an alignment passes through the cell if alignments
+are drawn in proportion to their product of kappas (Cuturi and Blondel 2017, algorithm 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlduet.objectives.gak import log_space
-from vlduet.objectives.gak.all_pairs import Kernel, Slices, all_pairs, self_terms
+from vlduet.objectives.gak import threads
+from vlduet.objectives.gak.all_pairs import all_pairs, self_terms
+from vlduet.objectives.gak.engine import Engine, PairGrid
+from vlduet.objectives.gak.log_space import LogSpaceEngine, fill_outside
+from vlduet.objectives.gak.slice_table import SigmaRule, SliceTable
+
+MIN_CELLS_PER_SHARE = 1 << 17
+"""Number of cells that one thread sweeps before another could have started."""
+
+
+@cache
+def load_numba_engine() -> Engine | None:
+    """Return the compiled engine; None if numba is missing or has no folder for its cache."""
+    try:
+        from vlduet.objectives.gak.cpu_numba import NumbaEngine
+    except (ImportError, RuntimeError):
+        return None
+    return NumbaEngine()
+
+
+ENGINES: dict[tuple[str, torch.dtype], Callable[[], Engine | None]] = {
+    ("cpu", torch.float32): load_numba_engine,
+}
+"""Device type and dtype -> function that returns their engine, or None if it is not installed."""
+
+
+def select_engine(cells: Tensor) -> Engine:
+    """Return the engine for the device and dtype of a tensor: that of `ENGINES`, else log space."""
+    load_engine = ENGINES.get((cells.device.type, cells.dtype))
+    engine = load_engine() if load_engine else None
+    return engine or LogSpaceEngine()
 
 
 def gak_matrix(
@@ -32,236 +61,236 @@ def gak_matrix(
     sigma: float | None = None,
     delta: float = 1.0,
     normalize: bool = True,
-    band: int | None = None,
     log: bool = False,
 ) -> Tensor:
-    """K of every sequence of x with every one of y; differentiable.
+    """Return the global alignment kernel K of every sequence of x with every sequence of y.
+
+    Differentiable once in the slices. Half precision is computed in float32.
 
     Args:
-        x: float[n_i, d] each, n_i >= 1; the dtype of the first decides (half precision is swept in float32).
-        y: the same; None for x itself, whose matrix is symmetric and half the work.
-        sigma: one width for all pairs. None: delta sqrt((M + N) / 2), the paper's; without the length in it the
-            normalised kernel of long sequences of unit vectors degenerates to the identity.
-        normalize: K(x, y) / sqrt(K(x, x) K(y, y)), in (0, 1], all three with the sigma of the pair, so that the self terms
-            depend on the other's length, too. Raw K grows like Delannoy's numbers and leaves float32 at some 50 slices,
-            float16 at 9: ask for its logarithm.
-        band: keeps |i - j| < band with a triangular weight. It cuts prefixes off from what they are prefixes of.
-        log: the logarithm of what would be returned.
+        x: sequences of slices, float[n_i, d] each, n_i >= 1.
+        y: likewise, with the same d. None: x itself; the matrix is symmetric and half the work.
+        sigma: width of the kernel of all pairs. None: delta * sqrt((M + N) / 2), as in the paper;
+            without the lengths in it, the normalised kernel of long sequences of unit vectors
+            becomes the identity matrix.
+        delta: see sigma; not used if sigma is given.
+        normalize: return K(x, y) / sqrt(K(x, x) K(y, y)), in (0, 1], with the sigma of the pair in
+            all three terms. Raw K grows like the Delannoy numbers and overflows float32 at about 50
+            slices and float16 at 9: ask for its logarithm.
+        log: return the logarithm.
 
     Returns:
-        float[len(x), len(y)].
+        float[len(x), len(y)], of the dtype of x[0].
 
     Raises:
-        ValueError: an empty sequence, widths that differ, features that are not finite, a width or band not positive.
+        ValueError: no sequences, an empty one, different d, features that are not finite, or sigma
+            or delta not above 0.
+
+    Example:
+        >>> import torch
+        >>> from vlduet.objectives import gak_matrix
+        >>> a, b, c = torch.eye(3)  # three slices: orthogonal unit vectors
+        >>> story = torch.stack([a, b, c])
+        >>> shuffled = torch.stack([c, a, b])
+        >>> kernel = gak_matrix([story, shuffled, story[:2]], delta=0.5)
+        >>> kernel.shape
+        torch.Size([3, 3])
+        >>> bool(kernel[0, 1] < kernel[0, 0])  # the order of the slices matters
+        True
     """
-    width = float(delta if sigma is None else sigma)
-    _check_width(torch.tensor(width), band)
-    left = Slices.of(x, "x")
-    right = left if y is None else Slices.of(y, "y")
-    if left.features.shape[1] != right.features.shape[1]:
-        raise ValueError(
-            f"slices of {left.features.shape[1]} numbers in x and {right.features.shape[1]} in y"
-        )
-    # Around a common point: the distances are the same, and lose fewer digits in the product.
-    for each in (left,) if y is None else (left, right):
-        each.around(left.middle)
-    kernel = Kernel(width, sigma is None, band)
-    log_k = all_pairs(left, right, kernel)
+    factor = float(delta if sigma is None else sigma)
+    _check_sigma(torch.tensor(factor))
+    left = SliceTable.from_sequences(x, "x")
+    right = left if y is None else SliceTable.from_sequences(y, "y")
+    dim_x = left.features.shape[1]
+    dim_y = right.features.shape[1]
+    if dim_x != dim_y:
+        raise ValueError(f"the slices of x have {dim_x} features, those of y have {dim_y}")
+    center = left.mean
+    left.center(center)
+    if y is not None:
+        right.center(center)
+    rule = SigmaRule(factor, depends_on_length=sigma is None)
+    engine = select_engine(left.features)
+    log_k = all_pairs(left, right, rule, engine)
     if normalize:
-        own = self_terms(left, right, kernel)
-        log_k = log_k - (own + (own if y is None else self_terms(right, left, kernel)).T) / 2
+        self_x = self_terms(left, right, rule, engine)
+        self_y = self_x.T if y is None else self_terms(right, left, rule, engine).T
+        log_k = log_k - (self_x + self_y) / 2
         if y is None:
-            log_k = log_k - torch.diag(log_k.diagonal())  # K(x, x) is 1, not 1 to rounding
+            log_k = log_k - torch.diag(log_k.diagonal())  # K(x, x) = 1 exactly, without rounding
     return (log_k if log else log_k.exp()).to(x[0].dtype)
 
 
-def gak_pairs(
-    sqdist: Tensor,
-    lengths_x: Tensor,
-    lengths_y: Tensor,
-    *,
-    sigma: Tensor | float,
-    band: int | None = None,
+@torch.no_grad()
+def compute_log_gak(
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float
 ) -> Tensor:
-    """log K of every pair, raw, from the squared distances of its slices; differentiable in `sqdist`.
+    """Return raw log K of every pair from the squared distances of its slices, without gradient.
 
     Args:
-        sqdist: float[P, M, N]. What lies beyond a pair's lengths is never read.
-        lengths_x, lengths_y: int[P], 1..M and 1..N.
-        sigma: float[P] or a number.
-        band: keeps |i - j| < band, with the triangular weight; None for all.
+        squared_distances: float[P, M, N]. Entries beyond the lengths of a pair are not read. Half
+            precision is computed in float32.
+        lengths_x: int[P], from 1 to M.
+        lengths_y: int[P], from 1 to N.
+        sigma: width of the kernel, float[P] or a number.
 
     Returns:
-        float[P]; -inf where the band leaves no alignment.
+        float64[P], since logarithms of kernels are subtracted from each other.
 
     Raises:
-        ValueError: an empty sequence, a length beyond the matrix, sigma or band not positive, NaN in `sqdist`.
+        ValueError: lengths that do not fit, sigma not above 0, or NaN among the distances.
     """
-    found = compute_log_gak(sqdist, lengths_x, lengths_y, sigma=sigma, band=band)
-    return found if sqdist.dtype == torch.float64 else found.float()
+    pairs = _check_pairs(squared_distances, lengths_x, lengths_y, sigma)
+    if not len(pairs.cells):
+        return torch.zeros(0, dtype=torch.float64, device=pairs.cells.device)
+    return _map_shares(pairs, lambda engine, cells, grid: engine.log_gak(cells, grid).flatten())
 
 
-def compute_log_gak(
-    squared_distances: Tensor,
-    lengths_x: Tensor,
-    lengths_y: Tensor,
-    *,
-    sigma: Tensor | float,
-    band: int | None = None,
-) -> Tensor:
-    """`gak_pairs` with all digits that the sweep has, float64[P]: for logarithms that are subtracted from each other."""
-    cells, scale, x, y = _pairs(squared_distances, lengths_x, lengths_y, sigma=sigma, band=band)
-    if not len(cells):
-        return cells.sum((1, 2)).double()
-    engine = log_space.engine(cells, band)
-    if engine is None:
-        return log_space.log_gak(log_space.log_kappas(cells, scale, band), x, y)
-    lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
-    return log_space.log_gak_cells(lanes, first, scale, lengths_x=x, lengths_y=y).flatten()[
-        : len(cells)
-    ]
-
-
+@torch.no_grad()
 def compute_alignment_posterior(
-    squared_distances: Tensor,
-    lengths_x: Tensor,
-    lengths_y: Tensor,
-    *,
-    sigma: Tensor | float,
-    band: int | None = None,
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float
 ) -> Tensor:
-    """Probability of every cell to lie on the alignment, d log K / d log kappa: float[P, M, N], 0 beyond the lengths.
+    """Return the probability that an alignment passes through each cell, without gradient.
 
-    Arguments and errors as in `gak_pairs`. It is a target or a picture: no gradient flows through it.
+    Arguments and errors are those of `compute_log_gak`.
+
+    Returns:
+        float[P, M, N], 0 beyond the lengths; float64 for float64 distances, else float32.
     """
-    cells, scale, x, y = _pairs(
-        squared_distances.detach(), lengths_x, lengths_y, sigma=sigma, band=band
-    )
-    if not len(cells):
-        return cells
-    if (engine := log_space.engine(cells, band)) is not None:
-        lanes, first, scale, (x, y) = _as_lanes(cells, scale, (x, y), wide=engine.LANES)
-        _, weights = log_space.run(lanes, first, scale, lengths=(x, y), weigh="posterior")
-        apart = weights.view(len(first), -1, *weights.shape[1:]).permute(0, 3, 1, 2)  # [A, B, M, N]
-        return apart.flatten(0, 1)[: len(cells)]
-    with torch.enable_grad():
-        log_kappa = log_space.log_kappas(cells, scale, band).requires_grad_()
-        (posterior,) = torch.autograd.grad(log_space.log_gak(log_kappa, x, y).sum(), log_kappa)
-    return posterior
+    pairs = _check_pairs(squared_distances, lengths_x, lengths_y, sigma)
+    if not len(pairs.cells):
+        return pairs.cells
+
+    def compute_posterior(engine: Engine, cells: Tensor, grid: PairGrid) -> Tensor:
+        _, weights = engine.log_gak_and_weights(cells.clone, grid, kind="posterior")
+        by_row: Tensor = weights.unflatten(0, (len(grid.first_rows), -1))  # [A, M, N, B]
+        return by_row.permute(0, 3, 1, 2).flatten(0, 1)  # [A * B, M, N]
+
+    return _map_shares(pairs, compute_posterior)
 
 
-def alignment_posterior(
-    x: Tensor, y: Tensor, *, sigma: float | None = None, delta: float = 1.0, band: int | None = None
-) -> Tensor:
-    """The alignment posterior of one pair of sequences, float[m, d] and float[n, d]: float[m, n]. No gradient.
-
-    Widths, band and errors as in `gak_matrix`; many pairs at a time are `alignment_posterior_pairs`.
-    """
-    left, right = Slices.of([x.detach()], "x"), Slices.of([y.detach()], "y")
-    sqdist = (
-        torch.cdist(left.features, right.features, compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    )
-    width = compute_sigma(left.lengths, right.lengths, delta) if sigma is None else sigma
-    return compute_alignment_posterior(
-        sqdist[None], left.lengths, right.lengths, sigma=width, band=band
-    )[0]
-
-
+@torch.no_grad()
 def compute_alignment_weighted_mean(
-    squared_distances: Tensor,
-    lengths_x: Tensor,
-    lengths_y: Tensor,
-    *,
-    sigma: Tensor | float,
-    band: int | None = None,
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float
 ) -> Tensor:
-    """Alignment-weighted mean of the cosines of unit slices: sum_ij P_ij cos_ij / sum_ij P_ij, float[P] in [-1, 1].
+    """Return sum_ij P_ij cos_ij / sum_ij P_ij of every pair of sequences of unit vectors.
 
-    P is the alignment posterior and cos = 1 - sqdist / 2. It stays on the cosine's scale, does not fall with length, and
-    sees order. A target: no gradient flows through it. 0 where a band leaves no alignment.
+    P is the alignment posterior, and cos_ij = 1 - squared_distances_ij / 2. The mean stays on the
+    scale of cosines, does not fall with length, and depends on the order of the slices. It has no
+    gradient. Arguments and errors are those of `compute_log_gak`.
+
+    Returns:
+        float[P] in [-1, 1], 0 where infinite distances leave no alignment; float64 for float64
+        distances, else float32.
     """
-    weight = compute_alignment_posterior(
-        squared_distances, lengths_x, lengths_y, sigma=sigma, band=band
-    )
-    cells, *_ = _pairs(squared_distances.detach(), lengths_x, lengths_y, sigma=sigma, band=band)
-    return (weight * (1 - cells / 2)).sum((1, 2)) / weight.sum((1, 2)).clamp(
-        min=torch.finfo(weight.dtype).tiny
-    )
-
-
-def soft_dtw(cost: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Soft-DTW of every pair (Cuturi and Blondel 2017): float[P, M, N] costs to float[P]; differentiable.
-
-    The same sweep with log kappa = -cost / gamma: sdtw = -gamma log K.
-    """
-    cells, _, x, y = _pairs(cost, lengths_x, lengths_y, sigma=gamma, band=None)
-    return -gamma * log_space.log_gak(cells / -gamma, x, y).to(cells.dtype)
+    pairs = _check_pairs(squared_distances, lengths_x, lengths_y, sigma)
+    posterior = compute_alignment_posterior(pairs.cells, lengths_x, lengths_y, sigma=sigma)
+    weighted_sum = (posterior * (1 - pairs.cells / 2)).sum((1, 2))
+    # An infinite distance may leave no alignment, and no posterior to divide by.
+    return weighted_sum / posterior.sum((1, 2)).clamp(min=torch.finfo(posterior.dtype).tiny)
 
 
 def compute_sigma(lengths_x: Tensor, lengths_y: Tensor, delta: float = 1.0) -> Tensor:
-    """delta sqrt((M + N) / 2), the width that Sugar gives to a pair of lengths (broadcast, float64)."""
+    """Return delta * sqrt((M + N) / 2), the width that Sugar gives to a pair of M and N slices.
+
+    The lengths broadcast; the result is float64.
+    """
     return delta * ((lengths_x + lengths_y).double() / 2).sqrt()
 
 
 # ------------------------------------------------------------------ pairs
 
 
-def _pairs(
-    sqdist: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, sigma: Tensor | float, band: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Checked: cells, 0 beyond the lengths; 1 / (2 sigma^2), one a pair; both lengths. Half precision becomes float32."""
-    if sqdist.dim() != 3:
-        raise ValueError(
-            f"distances of shape {tuple(sqdist.shape)}: [pairs, slices of x, slices of y] is needed"
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """P pairs whose arguments have been checked."""
+
+    cells: Tensor
+    """float[P, M, N], squared distances; 0 beyond the lengths of a pair."""
+    scale: Tensor
+    """float[P], 1 / (2 sigma^2)."""
+    lengths_x: Tensor
+    """int64[P]."""
+    lengths_y: Tensor
+    """int64[P]."""
+
+    def arrange(self, share: slice, group_size: int) -> tuple[Tensor, PairGrid]:
+        """Return cells, float[A * M, N, group_size], and the grid of a share of the pairs.
+
+        The last row of the grid is filled with pairs of length 1 and distance 0.
+        """
+        cells = self.cells[share]
+        num_pairs, num_rows, num_columns = cells.shape
+        padding = -num_pairs % group_size
+        shape = (-1, group_size)
+        padded = F.pad(cells, (0, 0, 0, 0, 0, padding)).view(*shape, num_rows, num_columns)
+        lanes = padded.permute(0, 2, 3, 1).contiguous()  # [A, M, N, B]
+        grid = PairGrid(
+            first_rows=torch.arange(len(lanes), device=cells.device) * num_rows,
+            scale=F.pad(self.scale[share], (0, padding), value=1.0).view(shape),
+            lengths_x=F.pad(self.lengths_x[share], (0, padding), value=1).view(shape),
+            lengths_y=F.pad(self.lengths_y[share], (0, padding), value=1).view(shape),
         )
-    sqdist = sqdist if sqdist.dtype == torch.float64 else sqdist.float()
-    found = []
-    for name, lengths, most in (
-        ("x", lengths_x, sqdist.shape[1]),
-        ("y", lengths_y, sqdist.shape[2]),
-    ):
-        lengths = lengths.to(sqdist.device, torch.long)
-        if lengths.shape != sqdist.shape[:1]:
-            raise ValueError(f"{tuple(lengths.shape)} lengths of {name} for {len(sqdist)} pairs")
-        wrong = ((lengths < 1) | (lengths > most)).nonzero()
-        if len(wrong):
-            pair = int(wrong[0])
-            raise ValueError(
-                f"pair {pair}: {int(lengths[pair])} slices in {name}; 1 to {most} are possible"
-            )
-        found.append(lengths)
-    width = torch.as_tensor(sigma, dtype=sqdist.dtype, device=sqdist.device).expand(len(sqdist))
-    _check_width(width, band)
-    cells = log_space.inside(sqdist, *found)
+        return lanes.flatten(0, 1), grid
+
+
+def _check_pairs(
+    squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, sigma: Tensor | float
+) -> _Pairs:
+    """Check the arguments of `compute_log_gak` and return them on one device. Raises ValueError."""
+    if squared_distances.dim() != 3:
+        shape = tuple(squared_distances.shape)
+        raise ValueError(
+            f"squared_distances has the shape {shape}; expected [pairs, slices of x, slices of y]"
+        )
+    if squared_distances.dtype != torch.float64:
+        squared_distances = squared_distances.float()
+    num_pairs, num_rows, num_columns = squared_distances.shape
+    device = squared_distances.device
+    lengths_x = lengths_x.to(device, torch.long)
+    lengths_y = lengths_y.to(device, torch.long)
+    for name, lengths, longest in (("x", lengths_x, num_rows), ("y", lengths_y, num_columns)):
+        if lengths.shape != (num_pairs,):
+            raise ValueError(f"lengths_{name} has {tuple(lengths.shape)} for {num_pairs} pairs")
+        invalid = ((lengths < 1) | (lengths > longest)).nonzero()
+        if len(invalid):
+            pair = int(invalid[0])
+            count = int(lengths[pair])
+            raise ValueError(f"pair {pair}: {count} slices in {name}; expected 1 to {longest}")
+    sigmas = torch.as_tensor(sigma, dtype=squared_distances.dtype, device=device).expand(num_pairs)
+    _check_sigma(sigmas)
+    by_pair = squared_distances.permute(1, 2, 0)  # [M, N, P]
+    cells = fill_outside(by_pair, lengths_x, lengths_y, value=0.0).permute(2, 0, 1)
     if bool(cells.isnan().any()):
-        raise ValueError(
-            f"pair {int(cells.isnan().flatten(1).any(1).nonzero()[0])}: NaN among the distances"
-        )
-    return cells, 0.5 / width**2, found[0], found[1]
+        pair = int(cells.isnan().flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"pair {pair}: NaN among the squared distances")
+    return _Pairs(cells, 0.5 / sigmas**2, lengths_x, lengths_y)
 
 
-def _check_width(width: Tensor, band: int | None) -> None:
-    if not bool((width > 0).all()):
-        raise ValueError(f"a width of {float(width.min())}: sigma, delta and gamma are positive")
-    if band is not None and band < 1:
-        raise ValueError(f"band = {band}: at least 1, which keeps the diagonal")
+def _check_sigma(sigma: Tensor) -> None:
+    """Raise ValueError unless all widths are above 0."""
+    if not bool((sigma > 0).all()):
+        raise ValueError(f"sigma or delta is {float(sigma.min())}; expected a number above 0")
 
 
-def _as_lanes(
-    cells: Tensor, scale: Tensor, lengths: tuple[Tensor, Tensor], *, wide: int
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Pairs [P, M, N] as a compiled sweep takes them: [A * M, N, wide], the last ones filled up."""
-    pairs, m, n = cells.shape
-    more = -pairs % wide
-    rows = (pairs + more) // wide
-    apart = (
-        F.pad(cells, (0, 0, 0, 0, 0, more)).view(rows, wide, m, n).permute(0, 2, 3, 1).contiguous()
-    )
-    x, y = (F.pad(each, (0, more), value=1).view(rows, wide) for each in lengths)
-    first = torch.arange(rows, device=cells.device) * m
-    return (
-        apart.view(rows * m, n, wide),
-        first,
-        F.pad(scale, (0, more), value=1.0).view(rows, wide),
-        (x, y),
-    )
+def _map_shares(pairs: _Pairs, compute: Callable[[Engine, Tensor, PairGrid], Tensor]) -> Tensor:
+    """Return `compute` of all pairs, concatenated; by several threads if the engine uses one.
+
+    `compute(engine, cells, grid)` must return one row per pair of the grid.
+    """
+    num_pairs = len(pairs.cells)
+    engine = select_engine(pairs.cells)
+    num_shares = 1
+    if engine.runs_in_one_thread:
+        worthwhile = 1 + pairs.cells.numel() // MIN_CELLS_PER_SHARE
+        num_shares = min(torch.get_num_threads(), worthwhile, num_pairs)
+    edges = [num_pairs * i // num_shares for i in range(num_shares + 1)]
+    shares = [slice(begin, end) for begin, end in pairwise(edges)]
+
+    def compute_share(share: slice) -> Tensor:
+        count = share.stop - share.start
+        group_size = engine.choose_group_size(pairs.cells.device, count)
+        return compute(engine, *pairs.arrange(share, group_size))[:count]
+
+    return torch.cat(threads.map_in_threads(compute_share, shares))
