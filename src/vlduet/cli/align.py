@@ -53,6 +53,7 @@ def align(
     from vlduet import config as settings_of
     from vlduet.errors import ConfigError
     from vlduet.inspect import alignment as drawn
+    from vlduet.reports.terminal import format_alignment
 
     if (config is None) == (model is None):
         raise ConfigError(
@@ -79,14 +80,16 @@ def align(
             f"the embeddings of {model}",
         )
     found = drawn.align_records(
-        a, b, cosines=cosines, judge=judge, delta=1.0 if delta is None else delta
+        a, b, cosines=cosines, source=judge, delta=1.0 if delta is None else delta
     )
     if html is not None:
-        drawn.write_html(html, found, first=a, second=b)
+        from vlduet.reports.pages import write_alignment_page
+
+        write_alignment_page(html, found)
     if as_json:
-        typer.echo(json.dumps(drawn.as_json(found), ensure_ascii=False))
+        typer.echo(json.dumps(found.to_json(), ensure_ascii=False))
     else:
-        typer.echo(drawn.as_text(found) + (f"\n{html}" if html else ""))
+        typer.echo(format_alignment(found) + (f"\n{html}" if html else ""))
 
 
 def _record(which: str) -> Record:

@@ -48,6 +48,8 @@ def analyse(
     from vlduet.data.quarantine import Quarantine
     from vlduet.inspect import internals
     from vlduet.model.duet import DuetModel
+    from vlduet.reports.pages import write_analysis_page
+    from vlduet.reports.terminal import format_analysis
 
     dropped = Quarantine.create(to / "quarantine.jsonl")
     items = internals.collect_items(file, limit=limit, dropped=dropped)
@@ -70,25 +72,16 @@ def analyse(
         *(["--before", str(before)] if before else []),
     ]
     command = shlex.join([*words, "--limit", str(limit), "--examples", str(examples)])
-    numbers = internals.write(to, measured, source=file, command=command)
+    page = to / "analysis.html"
+    numbers = internals.summarize(measured)
+    internals.write_summary(to / "analysis.json", numbers, source=file, command=command)
+    write_analysis_page(page, measured, summaries=numbers, source=file, command=command)
     if as_json:
-        told = {
-            "page": str(to / "analysis.html"),
-            "dropped": dropped.count,
-            "causes": dropped.count_by_cause(),
-        }
-        print(json.dumps({**told, "models": numbers}))
+        facts = {"page": str(page), "dropped": dropped.count, "causes": dropped.count_by_cause()}
+        print(json.dumps({**facts, "models": numbers}))
         return
-    for one in numbers:
-        for kind in ("images", "texts"):
-            if found := one[kind]:
-                parts = f"90 % of the variance in {found['components']['0.9']} components"
-                print(
-                    f"{one['name']}, {found['count']} {kind}: entropy {found['entropy']['mean']:.2f} nats, {parts}"
-                )
-        if found := one["attention"]:
-            print(
-                f"{one['name']}, attention to the image: {found['share']['mean']:.2f} of all, "
-                f"evenness {found['evenness']['mean']:.2f}"
-            )
-    print(f"page: {to / 'analysis.html'}" + (f" ({dropped})" if dropped.count else ""))
+    lines = [
+        *format_analysis(numbers),
+        f"page: {page}" + (f" ({dropped})" if dropped.count else ""),
+    ]
+    print("\n".join(lines))

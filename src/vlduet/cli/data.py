@@ -198,9 +198,9 @@ def show(
 
     inspection = inspect_record(record, model)
     if html is not None:
-        from vlduet.reports import record_page
+        from vlduet.reports.pages import write_record_page
 
-        record_page.write(html, inspection)
+        write_record_page(html, inspection)
         print(html)
     elif as_json:
         _print_json(inspection.to_json())

@@ -143,23 +143,16 @@ def certify(
     as_json: Json = False,
 ) -> None:
     """Check the scorers: released predictions of others must give the published numbers."""
-    from dataclasses import asdict
-
     from vlduet.eval.certify import certify as compare
     from vlduet.eval.certify import load_targets
+    from vlduet.reports.terminal import format_certification
 
-    found = compare(answers, data=data, runs=to, targets=load_targets())
+    outcomes = compare(answers, data=data, runs=to, targets=load_targets())
     if as_json:
-        _print_json({"targets": [{**asdict(one), "verdict": one.verdict} for one in found]})
-    for one in found if not as_json else ():
-        target = one.target
-        came = "" if one.found is None else f"{one.found:.2f}"
-        print(
-            f"{target.model:14} {target.benchmark:14} {target.value:13} {target.target:8.2f} {came:>8} {one.verdict}"
-        )
-        if one.why:
-            print(f"    {one.why}")
-    if not found or any(one.verdict != "agrees" for one in found):
+        _print_json({"targets": [outcome.to_json() for outcome in outcomes]})
+    else:
+        print("\n".join(format_certification(outcomes)))
+    if not outcomes or any(outcome.verdict != "agrees" for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -182,33 +175,25 @@ def report(
     """Put runs beside the numbers of the papers, and tell what generation paid for retrieval."""
     from dataclasses import asdict
 
-    from vlduet.reports.results import page, read_run_scores, write_page
+    from vlduet.eval.comparison import before_and_after, read_run_scores
+    from vlduet.reports.papers import build_tables, write_results
+    from vlduet.reports.terminal import format_changes
 
-    made = page(
-        [read_run_scores(run) for run in runs],
-        before=None if before is None else read_run_scores(before),
-    )
-    written = write_page(out, made)
+    all_runs = [read_run_scores(run) for run in runs]
+    changes = []
+    if before is not None:
+        base = read_run_scores(before)
+        changes = before_and_after(base, all_runs[-1])
+        all_runs = [base, *all_runs]
+    tables = build_tables(all_runs)
+    written = [str(path) for path in write_results(out, runs=all_runs, tables=tables, changes=changes)]
     if as_json:
-        kept = [{**asdict(one), "verdict": one.verdict} for one in made.kept]
+        kept = [{**asdict(change), "verdict": change.verdict} for change in changes]
         _print_json(
-            {
-                "written": [str(path) for path in written],
-                "kept": kept,
-                "tables": [asdict(t) for t in made.tables],
-            }
+            {"written": written, "kept": kept, "tables": [table.to_json() for table in tables]}
         )
         return
-    for one in made.kept:
-        told = (
-            ""
-            if one.change is None
-            else f"{one.change.mean:+6.1f} ({one.change.low:+.1f} to {one.change.high:+.1f})"
-        )
-        print(
-            f"{one.benchmark:24} {one.number:16} {one.before.mean:8.1f} -> {one.after.mean:8.1f} {told} {one.verdict}"
-        )
-    print("\n".join(str(path) for path in written))
+    print("\n".join([*format_changes(changes), *written]))
 
 
 def _parse_settings(texts: list[str] | None) -> EvaluationSettings:

@@ -1,13 +1,15 @@
-"""Certification of the scorers: released predictions of others, scored by our rules, must give the published numbers.
+"""Certify the scorers: released predictions of others must give the published numbers.
 
-The numbers and where their predictions lie are data (``certification.json``); the official files and the predictions are
-the user's. A target whose files are not there is named and left out: only those that were compared count.
+The published numbers and the names of the prediction files are data (``certification.json``); the
+official files and the predictions are the user's. A target whose files are missing is left out and
+says why.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,95 +24,114 @@ TARGETS_FILE = Path(__file__).parent / "certification.json"
 
 @dataclass(frozen=True, slots=True)
 class CertificationTarget:
-    """One published number."""
+    """One published number that our scorers must reproduce."""
 
     model: str
     benchmark: str
     value: str
     """Name of the number in scores.json."""
     target: float
+    """The published number."""
     tolerance: float
+    """Largest difference that counts as agreement."""
     predictions: str
-    """Pattern of the file below the folder of predictions."""
+    """Glob pattern of the predictions file in the folder of released predictions."""
     questions: str = ""
+    """Glob pattern of LLaVA's question file, where its ids are needed; else empty."""
     reviews: str = ""
+    """Glob pattern of the file of grader reviews, where the benchmark needs them; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class CertificationOutcome:
-    """What a target came to."""
+    """A target with the number that our scorers give."""
 
     target: CertificationTarget
-    found: float | None
-    """The number by our rules; None where it could not be computed."""
-    why: str = ""
-    """Why it could not."""
+    value: float | None
+    """The number by our scorers; None where it could not be computed."""
+    problem: str = ""
+    """Why it could not be computed."""
 
     @property
     def verdict(self) -> str:
-        """agrees, differs, or left out."""
-        if self.found is None:
+        """Comparison with the target: ``agrees``, ``differs`` or ``left out``."""
+        if self.value is None:
             return "left out"
-        return (
-            "agrees" if abs(self.found - self.target.target) <= self.target.tolerance else "differs"
-        )
+        distance = abs(self.value - self.target.target)
+        return "agrees" if distance <= self.target.tolerance else "differs"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome for `vlduet certify --json`."""
+        return {
+            "target": asdict(self.target),
+            "found": self.value,
+            "why": self.problem,
+            "verdict": self.verdict,
+        }
 
 
 def load_targets(file: Path = TARGETS_FILE) -> list[CertificationTarget]:
-    """All published numbers that are known."""
-    return [
-        CertificationTarget(**row)
-        for row in json.loads(file.read_text(encoding="utf-8"))["targets"]
-    ]
+    """Return all published numbers of a targets file."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["targets"]
+    return [CertificationTarget(**row) for row in rows]
 
 
 def certify(
-    answers: Path, *, data: Path, runs: Path, targets: list[CertificationTarget]
+    predictions: Path, *, data: Path, runs: Path, targets: Sequence[CertificationTarget]
 ) -> list[CertificationOutcome]:
-    """Score the predictions of every target and compare.
+    """Score the released predictions of every target and compare with the published number.
 
     Args:
-        answers: the folder of released predictions.
-        data: the official files, as `vlduet eval --list` says.
-        runs: gets a folder a model and benchmark.
+        predictions: folder of released predictions.
+        data: folder of the official files that `vlduet eval --list` names.
+        runs: folder that gets a sub-folder per model and benchmark.
+
+    Returns:
+        One outcome per target; a target that cannot be scored has no value and says why.
     """
-    found = []
+    outcomes = []
     for target in targets:
         try:
-            found.append(CertificationOutcome(target, _scored(target, answers, data, runs)))
+            value = _score_target(target, predictions, data=data, runs=runs)
+            outcomes.append(CertificationOutcome(target, value))
         except VLDuetError as error:
-            found.append(CertificationOutcome(target, None, str(error)))
-    return found
+            outcomes.append(CertificationOutcome(target, None, str(error)))
+    return outcomes
 
 
-def _scored(target: CertificationTarget, answers: Path, data: Path, runs: Path) -> float:
-    benchmark, source, to = known(target.benchmark), Source(data), runs / target.model
-    questions = _file(answers, target.questions) if target.questions else None
-    import_predictions(
-        benchmark, _file(answers, target.predictions), source=source, runs=to, questions=questions
-    )
+def _score_target(target: CertificationTarget, folder: Path, *, data: Path, runs: Path) -> float:
+    """Import the released predictions of a target, score them and return its number.
+
+    Raises:
+        VLDuetError: a file is missing or ambiguous, or items have no prediction.
+    """
+    benchmark = known(target.benchmark)
+    source = Source(data)
+    model_runs = runs / target.model
+    file = _find_file(folder, target.predictions)
+    questions = _find_file(folder, target.questions) if target.questions else None
+    import_predictions(benchmark, file, source=source, runs=model_runs, questions=questions)
     if target.reviews:
-        import_reviews(benchmark, _file(answers, target.reviews), runs=to)
-    result: dict[str, Any] = evaluate(
-        benchmark, ModelFunctions(), source=source, runs=to, provenance={}
-    )
+        import_reviews(benchmark, _find_file(folder, target.reviews), runs=model_runs)
+    result = evaluate(benchmark, ModelFunctions(), source=source, runs=model_runs, provenance={})
     if result["missing"]:
-        what = f"{result['missing']} of {result['facts'].get('items')} items have no prediction"
+        num_items = result["facts"].get("items")
         raise ConfigError(
-            what,
-            place=answers / target.predictions,
+            f"{result['missing']} of {num_items} items have no prediction",
+            place=folder / target.predictions,
             fix="Take the whole file, and the official split",
         )
     return float(result["values"][target.value]["mean"])
 
 
-def _file(folder: Path, pattern: str) -> Path:
-    """The one file that matches. Raises ConfigError for none or several."""
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "nothing"
-        fix = "Put exactly one file there, under such a name"
+def _find_file(folder: Path, pattern: str) -> Path:
+    """Return the one file that matches a pattern. Raises ConfigError for none or several."""
+    files = sorted(folder.glob(pattern))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "nothing"
         raise ConfigError(
-            f"'{pattern}' should name one file, it names {names}", place=folder, fix=fix
+            f"'{pattern}' should name one file, it names {names}",
+            place=folder,
+            fix="Put exactly one file there, under such a name",
         )
-    return found[0]
+    return files[0]

@@ -1,7 +1,7 @@
-"""Metrics in plain numpy, so that anyone can check the judge.
+"""Retrieval and caption metrics in plain numpy, so that anyone can check how models are scored.
 
-Retrieval is judged strictly: a tie with something wrong counts as a miss, and NaN never helps. An encoder
-that gives every item the same vector therefore scores 0, not 100.
+Retrieval is scored strictly: a tie with a non-relevant item counts as a miss, and NaN never helps.
+An encoder that gives every item the same vector therefore scores 0, not 100.
 """
 
 from __future__ import annotations
@@ -21,90 +21,82 @@ Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 HIT_CUTOFFS = (1, 5, 10)
-"""The cut-offs that are reported everywhere."""
+"""Values of k for which hit@k is reported."""
 
 NUM_RESAMPLES = 2000
-"""Resamples of a bootstrap."""
+"""Number of bootstrap resamples."""
+
+RESAMPLES_PER_BLOCK = 50
+"""Number of resamples drawn at once; limits memory. Another value changes the random draws."""
 
 
 def first_hit_ranks(similarity: Floats, relevant: Bools) -> Ints:
-    """Rank of the best positive of each query.
+    """Return the rank of the best relevant item of every query, int[Q]; 1 is best.
+
+    The rank is 1 + the number of non-relevant items that score at least as high as the best
+    relevant item. A relevant item whose score is NaN loses to everything; a non-relevant item whose
+    score is NaN beats everything.
 
     Args:
         similarity: float[Q, G], higher is closer.
-        relevant: bool[Q, G], at least one positive a query.
-
-    Returns:
-        int[Q], 1 + the number of non-relevant items that score at least as high as the best positive. A
-        positive whose score is NaN loses to everything, a non-relevant item whose score is NaN beats
-        everything.
+        relevant: bool[Q, G]; a query without a relevant item raises AssertionError.
     """
-    positives, negatives = _worst_case_scores(similarity, relevant)
-    return np.asarray(
-        1 + (negatives >= positives.max(1, keepdims=True)).sum(1, where=~relevant), dtype=np.int64
-    )
+    positives, scores = _worst_case_scores(similarity, relevant)
+    beats_best = scores >= positives.max(1, keepdims=True)  # [Q, G]
+    return np.asarray(1 + beats_best.sum(1, where=~relevant), dtype=np.int64)
 
 
 def hit_at_k(
     similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS
 ) -> dict[str, float]:
-    """Fraction of queries with at least one positive among the first k: ``{"hit@1": ..., ...}``.
+    """Return the fraction of queries with a relevant item among the first k, keyed ``hit@k``.
 
-    What papers on image-text retrieval call R@k. Shapes and ties as in `first_hit_ranks`.
+    Papers on image-text retrieval call this number R@k. For shapes, ties and NaN see
+    `first_hit_ranks`.
     """
     return hit_rates(first_hit_ranks(similarity, relevant), ks)
 
 
 def hit_rates(ranks: Ints, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
-    """`hit_at_k` of ranks that are known: int[Q] -> ``{"hit@1": ..., ...}``."""
+    """Return the fraction of `ranks` (int[Q], 1 is best) that are at most k, keyed ``hit@k``."""
     return {f"hit@{k}": float((ranks <= k).mean()) for k in ks}
 
 
-def recall_at_k(
-    similarity: Floats, relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS
-) -> dict[str, float]:
-    """Fraction of a query's positives found among the first k, averaged over queries: ``{"recall@1": ...,
-    ...}``.
-
-    Equal to the hit rate only where every query has one positive. Ties as in `first_hit_ranks`: among equal
-    scores the non-relevant come first.
-    """
-    positives, negatives = _worst_case_scores(similarity, relevant)
-    scores = np.where(relevant, positives, negatives)
-    # A stable sort by score of (non-relevant, then relevant) puts the non-relevant first among equals.
-    first = np.argsort(relevant, axis=1, kind="stable")
-    by_score = np.argsort(-np.take_along_axis(scores, first, axis=1), axis=1, kind="stable")
-    order = np.take_along_axis(first, by_score, axis=1)
-    found = np.take_along_axis(relevant, order, axis=1).cumsum(
-        1
-    )  # [Q, G], positives among the first 1..G
-    total = relevant.sum(1)
-    return {f"recall@{k}": float((found[:, min(k, found.shape[1]) - 1] / total).mean()) for k in ks}
-
-
 def _worst_case_scores(similarity: Floats, relevant: Bools) -> tuple[Floats, Floats]:
-    """float[Q, G] twice: scores to read at positives (NaN and others: -inf), and at the others (NaN: inf)."""
-    assert similarity.shape == relevant.shape and similarity.ndim == 2, (
-        similarity.shape,
-        relevant.shape,
-    )
+    """Return two float[Q, G] arrays in which a missing score always counts against the model.
+
+    Returns:
+        The similarity at relevant items and -inf elsewhere, also where it is NaN.
+        The similarity everywhere (relevant items are not masked), with NaN replaced by +inf.
+    """
+    assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
+    assert similarity.ndim == 2, similarity.shape
     assert relevant.dtype == np.bool_, relevant.dtype
     assert relevant.any(1).all(), "a query without a positive has no rank"
-    missing = np.isnan(similarity)
-    positives = np.where(relevant & ~missing, similarity, -np.inf)
-    negatives = np.where(missing, np.inf, similarity)
-    return positives, negatives
+    is_missing = np.isnan(similarity)
+    positives = np.where(relevant & ~is_missing, similarity, -np.inf)
+    scores = np.where(is_missing, np.inf, similarity)
+    return positives, scores
 
 
 def chance_hit_at_k(relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
-    """Exact `hit_at_k` of a random order: 1 - C(G - p, k) / C(G, k) for a query with p positives."""
+    """Return the exact expectation of `hit_at_k` for a random order, keyed ``hit@k``.
+
+    A query with p relevant items of G has the probability 1 - C(G - p, k) / C(G, k).
+
+    Args:
+        relevant: bool[Q, G].
+    """
     num_gallery = relevant.shape[1]
-    counts = Counter(relevant.sum(1).tolist())
+    num_positives = Counter(relevant.sum(1).tolist())  # number of positives -> number of queries
 
     def chance(k: int) -> float:
         k = min(k, num_gallery)
-        miss = {p: math.comb(num_gallery - p, k) / math.comb(num_gallery, k) for p in counts}
-        return 1.0 - sum(miss[p] * n for p, n in counts.items()) / len(relevant)
+        num_draws = math.comb(num_gallery, k)
+        expected_misses = 0.0
+        for p, num_queries in num_positives.items():
+            expected_misses += math.comb(num_gallery - p, k) / num_draws * num_queries
+        return 1.0 - expected_misses / len(relevant)
 
     return {f"hit@{k}": chance(k) for k in ks}
 
@@ -120,17 +112,25 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def verdict(self) -> str:
+        """Sign of a difference that the interval resolves: ``above``, ``below`` or ``level``."""
+        if self.low > 0:
+            return "above"
+        return "below" if self.high < 0 else "level"
+
 
 def bootstrap_interval(
     values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None, level: float = 0.95
 ) -> Interval:
-    """Percentile bootstrap of a mean over items.
+    """Return a mean over items with its percentile bootstrap interval.
 
     Args:
-        values: float[N], one value an item (0 or 1 for a hit).
-        seed: the same seed gives the same interval.
-        weights: float[N]; the mean is then sum(w v) / sum(w), as for nats a token with w = tokens.
-        level: coverage.
+        values: float[N] with N > 0, one value per item (0 or 1 for a hit).
+        seed: seed of the resamples; equal seeds give equal intervals.
+        weights: float[N]; the mean is then sum(w v) / sum(w), as for nats per token with w = number
+            of tokens.
+        level: coverage of the interval.
     """
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -144,48 +144,63 @@ def bootstrap_interval(
 def paired_bootstrap(
     ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Interval of mean(ours - theirs) over the same items; one that excludes 0 resolves the difference."""
-    a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    """Return mean(ours - theirs) with its bootstrap interval over the same items.
+
+    An interval that excludes 0 resolves the difference.
+
+    Args:
+        ours, theirs: float[N] each; index i is the same item in both.
+    """
+    a = np.asarray(ours, dtype=np.float64)
+    b = np.asarray(theirs, dtype=np.float64)
     assert a.shape == b.shape, "pairs are of the same items"
     return bootstrap_interval(a - b, seed, level=level)
 
 
 def bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of `DRAWS` resamples, float[DRAWS]; the draws depend on the seed and on len(values) alone."""
+    """Return the means of `NUM_RESAMPLES` resamples of `values`, float[NUM_RESAMPLES].
+
+    The drawn indices depend on the seed and on len(values) alone, so two arrays of equal length are
+    resampled in pairs.
+    """
     random = np.random.default_rng(seed)
-    found = [
-        values[random.integers(0, len(values), (50, len(values)))].mean(1)
-        for _ in range(NUM_RESAMPLES // 50)
-    ]
-    return np.concatenate(found)
+    means = []
+    for _ in range(NUM_RESAMPLES // RESAMPLES_PER_BLOCK):
+        indices = random.integers(0, len(values), (RESAMPLES_PER_BLOCK, len(values)))
+        means.append(values[indices].mean(1))
+    return np.concatenate(means)
 
 
 # ------------------------------------------------------------------ captions
 
 
 def normalized_words(text: str) -> list[str]:
-    """Words as SQuAD's official script compares them: lower case, no ASCII punctuation, no articles."""
+    """Return the words of a text as SQuAD's official script compares them.
+
+    The text is lower-cased and loses ASCII punctuation and the articles a, an, the.
+    """
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction equals a reference after `normalized`, else 0."""
-    return float(
-        any(normalized_words(prediction) == normalized_words(reference) for reference in references)
-    )
+    """Return 1 if a prediction has the same `normalized_words` as some reference, else 0."""
+    words = normalized_words(prediction)
+    return float(any(words == normalized_words(reference) for reference in references))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of word precision and recall (SQuAD), the best over references; empty equals empty."""
-    return max(
-        _token_f1(normalized_words(prediction), normalized_words(reference))
-        for reference in references
-    )
+    """Return the harmonic mean of word precision and recall (SQuAD), the best over references.
+
+    Two texts without words score 1. No references raise ValueError.
+    """
+    words = normalized_words(prediction)
+    return max(_word_f1(words, normalized_words(reference)) for reference in references)
 
 
-def _token_f1(prediction: list[str], reference: list[str]) -> float:
+def _word_f1(prediction: list[str], reference: list[str]) -> float:
+    """Return the F1 of two bags of words; 1 if both are empty and 0 if only one is."""
     if not prediction or not reference:
         return float(prediction == reference)
-    shared = sum((Counter(prediction) & Counter(reference)).values())
-    return 2 * shared / (len(prediction) + len(reference))
+    num_common = sum((Counter(prediction) & Counter(reference)).values())
+    return 2 * num_common / (len(prediction) + len(reference))

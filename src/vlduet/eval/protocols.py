@@ -1,11 +1,11 @@
-"""Protocols: how a measurement is taken. They get functions, never models, so anything can be measured.
+"""Measurement protocols over held-out records. They take functions, so that any model fits.
 
-    retrieval              embed images and captions -> every caption against every image, both directions
-    mixed_retrieval        embed an image and another one's caption as one query -> where the things of both are found
-    caption_cross_entropy  nats a token of each caption after its own image, and after another one's
-    captions               what is generated, beside the references
+    measure_retrieval              every caption against every image, in both directions
+    measure_composed_retrieval     queries of an image and the caption of another record
+    measure_caption_cross_entropy  nats per token of captions after their own and a wrong image
+    measure_captions               generated captions compared with the references
 
-Every result keeps its values item by item, so that intervals and galleries can be made of it.
+Every result keeps its values item by item, so that intervals and examples can be computed from it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,25 @@ from vlduet.eval.metrics import (
     exact_match,
     first_hit_ranks,
     hit_rates,
+    paired_bootstrap,
     token_f1,
 )
 
 Vectors = NDArray[np.float32]
 
 EmbedImage = Callable[[list[ImageRef]], Vectors]
+"""Images -> float[N, D]."""
 EmbedText = Callable[[list[str]], Vectors]
+"""Texts -> float[N, D]."""
 EmbedComposed = Callable[[list[tuple[ImageRef, str]]], Vectors]
+"""(image, text) queries -> float[N, D]."""
 CaptionNLL = Callable[[list[tuple[ImageRef, str]]], Sequence[tuple[float, int]]]
+"""(image, caption) pairs -> (total nats of the caption, number of its tokens) each."""
 GenerateCaptions = Callable[[list[ImageRef]], Sequence[str]]
+"""Images -> one caption each."""
 
 QUERIES_PER_BLOCK = 1024
-"""Queries whose similarities are computed at a time."""
+"""Number of queries whose similarities are computed at once; limits memory."""
 
 
 # ------------------------------------------------------------------ retrieval
@@ -48,57 +54,88 @@ QUERIES_PER_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class RetrievalDirection:
-    """One direction of retrieval over a similarity matrix float32[Q, G]."""
+    """One direction of retrieval: Q queries against a gallery of G items."""
 
     similarity: Vectors
+    """float32[Q, G], cosines."""
     relevant: Bools
+    """bool[Q, G], at least one relevant item per query."""
     ranks: Ints
-    """int[Q], rank of the first hit, 1 is best; see `metrics.first_hit_ranks`."""
+    """int[Q], rank of the best relevant item, 1 is best; see `metrics.first_hit_ranks`."""
 
     @property
     def num_queries(self) -> int:
-        """Q"""
+        """Number of queries, Q."""
         return len(self.relevant)
 
     @property
     def num_gallery(self) -> int:
-        """G"""
+        """Number of gallery items, G."""
         return len(self.relevant[0])
 
     def hit_rates(self) -> dict[str, float]:
-        """``{"hit@1": fraction, "hit@5": ..., "hit@10": ...}``"""
+        """Return ``{"hit@1": fraction of queries, "hit@5": ..., "hit@10": ...}``."""
         return hit_rates(self.ranks)
 
     def hit_values(self, k: int) -> NDArray[np.float64]:
-        """float[Q], 1 where the query has a hit among the first k."""
+        """Return float[Q], 1 where a query has a relevant item among the first k, else 0."""
         return (self.ranks <= k).astype(np.float64)
 
     def hit_interval(self, k: int, seed: int = 0) -> Interval:
-        """hit@k with its bootstrap interval over queries."""
+        """Return hit@k (a fraction) with its bootstrap interval over queries."""
         return bootstrap_interval(self.hit_values(k), seed)
 
+    def hit_difference(self, other: RetrievalDirection, k: int, *, seed: int = 0) -> Interval:
+        """Return hit@k minus the hit@k of `other`, with its paired bootstrap interval.
+
+        `other` must be a result on the same queries in the same order.
+        """
+        return paired_bootstrap(self.hit_values(k), other.hit_values(k), seed=seed)
+
     def chance_hit_rates(self) -> dict[str, float]:
-        """What a random order scores."""
+        """Return the exact hit rates of a random order, with the keys of `hit_rates`."""
         return chance_hit_at_k(self.relevant)
 
     def top_indices(self, query: int, k: int) -> list[int]:
-        """The first k gallery items of a query, best first; NaN last, ties in gallery order."""
+        """Return the first k gallery indices of a query, best first.
+
+        NaN comes last, and equal scores in the order of the gallery.
+        """
         scores = np.nan_to_num(self.similarity[query], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         return [int(i) for i in np.argsort(-scores, kind="stable")[:k]]
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalResult:
-    """Every distinct caption against every image."""
+    """Retrieval of every distinct caption against every image, C captions and N images."""
 
     captions: tuple[str, ...]
-    """Distinct by `text_key`, in the form that comes first."""
-    ids: tuple[str, ...]
-    """Record of each image."""
+    """Captions with distinct `text_key`, each in the form that comes first."""
+    records: tuple[Record, ...]
+    """Record of every image, in the order of the images."""
     text_to_image: RetrievalDirection
-    """Queries are the captions, the gallery is the images."""
+    """Captions as queries, images as gallery."""
     image_to_text: RetrievalDirection
-    """Queries are the images, the gallery is the captions."""
+    """Images as queries, captions as gallery."""
+
+    def sample(self, indices: Sequence[int]) -> RetrievalResult:
+        """Return the result of some images and the first caption of each, in this order.
+
+        Captions that belong to several of these images occur several times.
+        """
+        images = list(indices)
+        records = tuple(self.records[i] for i in images)
+        caption_index = {text_key(caption): i for i, caption in enumerate(self.captions)}
+        captions = [caption_index[text_key(record.short[0])] for record in records]
+        grid = np.ix_(captions, images)
+        similarity = self.text_to_image.similarity[grid]
+        relevant = self.text_to_image.relevant[grid]
+        return RetrievalResult(
+            tuple(self.captions[i] for i in captions),
+            records,
+            _rank_direction(similarity, relevant),
+            _rank_direction(similarity.T, relevant.T),
+        )
 
 
 def measure_retrieval(
@@ -108,12 +145,12 @@ def measure_retrieval(
 
     Args:
         embed_image: images -> float[N, D].
-        embed_text: captions -> float[N, D].
-        records: pairs with an image and at least one short caption. A caption that several records carry is
-            one query with several positives, and one gallery item.
+        embed_text: captions -> float[C, D].
+        records: pairs with an image and at least one short caption. A caption that several records
+            carry is one query with several relevant images, and one gallery item.
 
     Raises:
-        DataError: a record that is no such pair, or no record.
+        DataError: no records, or a record without an image or a short caption.
     """
     pairs = [image_and_captions(record) for record in records]
     if not pairs:
@@ -122,35 +159,44 @@ def measure_retrieval(
     for _, short in pairs:
         for caption in short:
             captions.setdefault(text_key(caption), caption)
-    column = {key: i for i, key in enumerate(captions)}
+    caption_index = {key: i for i, key in enumerate(captions)}
     relevant = np.zeros((len(captions), len(pairs)), dtype=bool)  # [C, N]
-    for image, (_, short) in enumerate(pairs):
-        relevant[[column[text_key(caption)] for caption in short], image] = True
-    similarity = cosine(
-        embed_text(list(captions.values())), embed_image([image for image, _ in pairs])
-    )
+    for n, (_, short) in enumerate(pairs):
+        relevant[[caption_index[text_key(caption)] for caption in short], n] = True
+    text_vectors = embed_text(list(captions.values()))
+    image_vectors = embed_image([image for image, _ in pairs])
+    similarity = cosine(text_vectors, image_vectors)  # [C, N]
     assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
-    directions = [_direction(s, r) for s, r in ((similarity, relevant), (similarity.T, relevant.T))]
     return RetrievalResult(
-        tuple(captions.values()), tuple(record.id for record in records), *directions
+        tuple(captions.values()),
+        tuple(records),
+        _rank_direction(similarity, relevant),
+        _rank_direction(similarity.T, relevant.T),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class ComposedRetrievalResult:
-    """Queries of an image and the caption of another thing, one a record, against every image."""
+    """Retrieval with queries of an image and the caption of another record, one per record."""
 
     image_ranks: Ints
-    """int[N], rank of the first image with a caption of the query's image (itself among them)."""
+    """int[N], rank of the best image that has a caption of the query's image (itself included)."""
     text_ranks: Ints
-    """int[N], rank of the first image with the query's caption."""
+    """int[N], rank of the best image that has the query's caption."""
 
     def hit_values(self, k: int) -> dict[str, NDArray[np.float64]]:
-        """float[N], 1 where the first k have the thing of the query's `image`, that of its `text`, or `both`."""
-        image, text = (
-            (ranks <= k).astype(np.float64) for ranks in (self.image_ranks, self.text_ranks)
-        )
+        """Return float[N] arrays with 1 for a hit among the first k, keyed by what must be there.
+
+        The keys are ``image`` (the item of the query's image), ``text`` (that of its caption) and
+        ``both``.
+        """
+        image = (self.image_ranks <= k).astype(np.float64)
+        text = (self.text_ranks <= k).astype(np.float64)
         return {"image": image, "text": text, "both": image * text}
+
+    def hit_intervals(self, k: int, seed: int = 0) -> dict[str, Interval]:
+        """Return the means of `hit_values` with their bootstrap intervals, with the same keys."""
+        return {key: bootstrap_interval(hits, seed) for key, hits in self.hit_values(k).items()}
 
 
 def measure_composed_retrieval(
@@ -160,59 +206,70 @@ def measure_composed_retrieval(
     *,
     seed: int = 0,
 ) -> ComposedRetrievalResult:
-    """Search with two things at once; which caption an image is joined with, `wrong_images` says.
+    """Search the images of all records with an image and a caption of something else at once.
 
     Args:
         embed_image: images -> float[N, D].
-        embed_mixed: (image, caption) queries -> float[N, D].
-        records: pairs with an image and a short caption; the first caption is asked with.
+        embed_composed: (image, caption) queries -> float[N, D].
+        records: pairs with an image and a short caption; the first caption goes into queries.
+        seed: seed of `wrong_image_indices`, which says whose caption an image is joined with.
 
     Raises:
-        DataError: as `caption_cross_entropy`.
+        DataError: a record without an image or a short caption, or a shared caption as in
+            `wrong_image_indices`.
     """
     pairs = [image_and_captions(record) for record in records]
     images = [image for image, _ in pairs]
     keys = [{text_key(caption) for caption in short} for _, short in pairs]
-    same = np.array([[bool(one & other) for other in keys] for one in keys])  # [N, N]
-    other = wrong_image_indices([short for _, short in pairs], seed)
-    asked = [(image, pairs[j][1][0]) for image, j in zip(images, other, strict=True)]
-    similarity = cosine(embed_composed(asked), embed_image(images))
+    shares_caption = np.zeros((len(keys), len(keys)), dtype=bool)  # [N, N]
+    for i, own in enumerate(keys):
+        shares_caption[i] = [bool(own & other) for other in keys]
+    others = wrong_image_indices([short for _, short in pairs], seed)
+    queries = [(image, pairs[j][1][0]) for image, j in zip(images, others, strict=True)]
+    similarity = cosine(embed_composed(queries), embed_image(images))
     return ComposedRetrievalResult(
-        first_hit_ranks(similarity, same), first_hit_ranks(similarity, same[other])
+        image_ranks=first_hit_ranks(similarity, shares_caption),
+        text_ranks=first_hit_ranks(similarity, shares_caption[others]),
     )
 
 
 def cosine(queries: Vectors, documents: Vectors) -> Vectors:
-    """Cosine similarities float32[Q, G]; a row of zeros or with NaN gives NaN, which no metric rewards.
+    """Return the cosines of float[Q, D] and float[G, D] as float32[Q, G].
 
-    Multiplied in float64 and rounded: equal vectors get equal scores whatever blocks the matrix product is
-    cut into.
+    A row of zeros or with NaN gives NaN, which no metric rewards. Products are computed in float64
+    and rounded, so that equal vectors get equal scores however the matrix product is blocked.
     """
-    documents_64 = unit_rows(documents)
-    blocks = [
-        (unit_rows(queries[begin : begin + QUERIES_PER_BLOCK]) @ documents_64.T).astype(np.float32)
-        for begin in range(0, len(queries), QUERIES_PER_BLOCK)
-    ]
+    unit_documents = unit_rows(documents)
+    blocks = []
+    for begin in range(0, len(queries), QUERIES_PER_BLOCK):
+        unit_queries = unit_rows(queries[begin : begin + QUERIES_PER_BLOCK])
+        blocks.append((unit_queries @ unit_documents.T).astype(np.float32))
     return np.concatenate(blocks)
 
 
 def unit_rows(vectors: Vectors) -> NDArray[np.float64]:
-    """Rows of unit length, float64; a row of zeros becomes NaN, which no metric rewards."""
+    """Return the rows scaled to unit length, in float64; a row of zeros becomes NaN."""
     rows = np.asarray(vectors, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
 
 
-def _direction(similarity: Vectors, relevant: Bools) -> RetrievalDirection:
+def _rank_direction(similarity: Vectors, relevant: Bools) -> RetrievalDirection:
+    """Return the direction of float[Q, G] similarities with the rank of every query's first hit."""
     return RetrievalDirection(similarity, relevant, first_hit_ranks(similarity, relevant))
 
 
 def image_and_captions(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
-    """(image, short captions) of a record that has both; raises DataError for another one."""
+    """Return the image and the short captions of a pair.
+
+    Raises:
+        DataError: the record has no image or no short caption.
+    """
     if record.image is None or not record.short:
-        fix = "Evaluate on pairs with an image and a short caption"
         raise DataError(
-            f"record '{record.id}' has no image or no short caption", place=record.place, fix=fix
+            f"record '{record.id}' has no image or no short caption",
+            place=record.place,
+            fix="Evaluate on pairs with an image and a short caption",
         )
     return record.image, record.short
 
@@ -222,101 +279,114 @@ def image_and_captions(record: Record) -> tuple[ImageRef, tuple[str, ...]]:
 
 @dataclass(frozen=True, slots=True)
 class CaptionCrossEntropy:
-    """Negative log likelihood of each record's first caption."""
+    """Negative log likelihood of the first caption of every record."""
 
     ids: tuple[str, ...]
+    """Record ids."""
     total_nats_right_image: NDArray[np.float64]
-    """nats[N], after the record's own image."""
+    """float[N], nats of the whole caption after the record's own image."""
     total_nats_wrong_image: NDArray[np.float64]
-    """nats[N], the same caption after the image of another record with other captions."""
+    """float[N], nats of the same caption after the image of a record with other captions."""
     num_tokens: NDArray[np.float64]
-    """[N], predicted tokens of the caption."""
+    """float[N], number of predicted tokens of the caption."""
 
     def nats_right_image(self, seed: int = 0) -> Interval:
-        """Nats a token with the right image."""
-        return bootstrap_interval(
-            self.total_nats_right_image / self.num_tokens, seed, weights=self.num_tokens
-        )
+        """Return the nats per token after the right image, with the bootstrap interval."""
+        return self._nats_per_token(self.total_nats_right_image, seed)
 
     def nats_wrong_image(self, seed: int = 0) -> Interval:
-        """Nats a token with a wrong image."""
-        return bootstrap_interval(
-            self.total_nats_wrong_image / self.num_tokens, seed, weights=self.num_tokens
-        )
+        """Return the nats per token after a wrong image, with the bootstrap interval."""
+        return self._nats_per_token(self.total_nats_wrong_image, seed)
 
     def nats_gap(self, seed: int = 0) -> Interval:
-        """Nats a token by which the right image helps: wrong - right, 0 for a model that does not look."""
-        return bootstrap_interval(
-            (self.total_nats_wrong_image - self.total_nats_right_image) / self.num_tokens,
-            seed,
-            weights=self.num_tokens,
-        )
+        """Return the nats per token by which the right image helps: wrong minus right.
+
+        It is 0 for a model that does not look at the image.
+        """
+        return self._nats_per_token(self.total_nats_wrong_image - self.total_nats_right_image, seed)
+
+    def _nats_per_token(self, total_nats: NDArray[np.float64], seed: int) -> Interval:
+        """Return the mean of total nats (float[N]) over all tokens, resampled by caption."""
+        return bootstrap_interval(total_nats / self.num_tokens, seed, weights=self.num_tokens)
 
 
 def measure_caption_cross_entropy(
     nll: CaptionNLL, records: Sequence[Record], *, seed: int = 0
 ) -> CaptionCrossEntropy:
-    """Cross entropy of captions after the right and after a wrong image.
+    """Compute the cross entropy of captions after the right and after a wrong image.
 
     Args:
-        nll: (image, caption) pairs -> (sum of nats, number of tokens) each.
+        nll: (image, caption) pairs -> (total nats, number of tokens) each.
         records: pairs with an image and a short caption; the first caption is scored.
-        seed: chooses the wrong images.
+        seed: seed of `wrong_image_indices`.
 
     Raises:
-        DataError: as `retrieval`, and where all records share one caption.
+        DataError: a record without an image or a short caption, or a shared caption as in
+            `wrong_image_indices`.
     """
     pairs = [image_and_captions(record) for record in records]
-    other = wrong_image_indices([short for _, short in pairs], seed)
-    right = nll([(image, short[0]) for image, short in pairs])
-    wrong = nll([(pairs[j][0], short[0]) for (_, short), j in zip(pairs, other, strict=True)])
-    assert [n for _, n in right] == [n for _, n in wrong], (
-        "a caption's tokens do not depend on its image"
-    )
+    others = wrong_image_indices([short for _, short in pairs], seed)
+    captions = [short[0] for _, short in pairs]
+    right = nll([(image, caption) for (image, _), caption in zip(pairs, captions, strict=True)])
+    wrong = nll([(pairs[j][0], caption) for j, caption in zip(others, captions, strict=True)])
+    num_tokens = [n for _, n in right]
+    assert num_tokens == [n for _, n in wrong], "a caption's tokens do not depend on its image"
     return CaptionCrossEntropy(
         tuple(record.id for record in records),
         total_nats_right_image=np.array([nats for nats, _ in right], dtype=np.float64),
         total_nats_wrong_image=np.array([nats for nats, _ in wrong], dtype=np.float64),
-        num_tokens=np.array([n for _, n in right], dtype=np.float64),
+        num_tokens=np.array(num_tokens, dtype=np.float64),
     )
 
 
 def wrong_image_indices(captions: Sequence[Sequence[str]], seed: int = 0) -> list[int]:
-    """For each item the index of another one that shares no caption with it; deterministic.
+    """Return for every item the index of another item that shares no caption with it.
 
-    Items in a shuffled order, equal first captions side by side, are turned by half a round: every image is
-    then used once (a derangement) unless more than half of the items share a caption or items have several
-    captions in common; there the next item that fits is taken.
+    Items stand in a shuffled order with equal first captions side by side, and each takes the image
+    half a round further on. Every image is then used once (a derangement), unless more than half of
+    the items share a caption or items have several captions in common; there the next item that
+    fits is taken.
+
+    Args:
+        captions: the captions of every item, at least one each.
+        seed: seed of the shuffled order; equal seeds give equal indices.
 
     Raises:
-        DataError: an item that shares a caption with all others.
+        DataError: an item shares a caption with all others.
     """
-    keys = [{text_key(c) for c in group} for group in captions]
-    random = np.random.default_rng(seed)
-    names = sorted({text_key(group[0]) for group in captions})
-    place = {names[i]: at for at, i in enumerate(random.permutation(len(names)))}
-    order = sorted(range(len(captions)), key=lambda i: (place[text_key(captions[i][0])], i))
-    found = [0] * len(order)
-    for at, item in enumerate(order):
-        turned = (order[(at + len(order) // 2 + step) % len(order)] for step in range(len(order)))
-        other = next((j for j in turned if not keys[j] & keys[item]), None)
+    keys = [{text_key(caption) for caption in group} for group in captions]
+    first_keys = [text_key(group[0]) for group in captions]
+    names = sorted(set(first_keys))
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    position = {names[i]: n for n, i in enumerate(shuffled)}
+    order = sorted(range(len(captions)), key=lambda i: (position[first_keys[i]], i))
+    num_items = len(order)
+    wrong = [0] * num_items
+    for n, item in enumerate(order):
+        candidates = (order[(n + num_items // 2 + step) % num_items] for step in range(num_items))
+        other = next((j for j in candidates if not keys[j] & keys[item]), None)
         if other is None:
             raise DataError(
                 "all records share a caption, so no image is wrong", fix="Evaluate on more records"
             )
-        found[item] = other
-    return found
+        wrong[item] = other
+    return wrong
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedCaption:
-    """One generated caption and how it compares with the references."""
+    """One generated caption and its scores against the references."""
 
     id: str
+    """Record id."""
+    image: ImageRef
     generated: str
     references: tuple[str, ...]
+    """Short captions of the record."""
     exact_match: float
+    """1 for a caption equal to a reference but for case, punctuation and articles, else 0."""
     token_f1: float
+    """Harmonic mean of word precision and recall, the best over references."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,26 +396,45 @@ class CaptionResult:
     items: tuple[GeneratedCaption, ...]
 
     def token_f1(self, seed: int = 0) -> Interval:
-        """Mean word F1."""
+        """Return the mean word F1 with its bootstrap interval over captions."""
         return bootstrap_interval([item.token_f1 for item in self.items], seed)
 
     def exact_match(self, seed: int = 0) -> Interval:
-        """Fraction equal to a reference but for case, punctuation and articles."""
+        """Return the fraction of exact matches with its bootstrap interval over captions."""
         return bootstrap_interval([item.exact_match for item in self.items], seed)
 
     @property
     def num_distinct(self) -> int:
-        """Distinct captions: one caption for everything is 1, however low its cross entropy."""
+        """Number of distinct generated captions.
+
+        A model that gives every image the same caption has 1, however low its cross entropy.
+        """
         return len({text_key(item.generated) for item in self.items})
 
 
 def measure_captions(generate: GenerateCaptions, records: Sequence[Record]) -> CaptionResult:
-    """Caption the image of every record. Raises DataError as `retrieval`."""
+    """Generate a caption for the image of every record and compare it with the short captions.
+
+    Args:
+        generate: images -> one caption each.
+        records: pairs with an image and at least one short caption.
+
+    Raises:
+        DataError: a record without an image or a short caption.
+    """
     pairs = [image_and_captions(record) for record in records]
     texts = generate([image for image, _ in pairs])
     assert len(texts) == len(pairs), (len(texts), len(pairs))
-    items = [
-        GeneratedCaption(record.id, text, short, exact_match(text, short), token_f1(text, short))
-        for record, (_, short), text in zip(records, pairs, texts, strict=True)
-    ]
+    items = []
+    for record, (image, references), text in zip(records, pairs, texts, strict=True):
+        items.append(
+            GeneratedCaption(
+                record.id,
+                image,
+                text,
+                references,
+                exact_match=exact_match(text, references),
+                token_f1=token_f1(text, references),
+            )
+        )
     return CaptionResult(tuple(items))

@@ -1,18 +1,22 @@
-"""`vlduet align`: how two records align, slice by slice, as the structure loss of Sugar sees it or as a model does."""
+"""Align two records slice by slice, as the structure loss of Sugar or a model compares them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlduet.config import RunConfig
-from vlduet.data import images
-from vlduet.data.records import ImageRef, Part, Parts, Record, split_sentences
-from vlduet.data.records import iter_labelled_parts as slices_of
+from vlduet.data.records import (
+    ImageRef,
+    Part,
+    Parts,
+    Record,
+    iter_labelled_parts,
+    split_sentences,
+)
 from vlduet.encoders.dual import DualEncoder
 from vlduet.encoders.frozen import FrozenEncoders, get_modality, make_slice
 from vlduet.errors import DataError
@@ -20,183 +24,175 @@ from vlduet.model.duet import DuetModel
 from vlduet.objectives.gak.api import compute_alignment_posterior, compute_sigma
 from vlduet.objectives.sugar_targets import (
     Prefixes,
+    TargetKind,
     compute_target_matrix,
     compute_triple_cosines,
     cosines_to_squared_distances,
 )
 from vlduet.recipes.registry import load_recipe
-from vlduet.reports import pages
 from vlduet.train import setup
-
-THUMBNAIL = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Two records, compared slice by slice."""
+    """Comparison of two records of M and N slices."""
 
     first: str
+    """Id of the first record."""
     second: str
-    """Their ids."""
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    """Every slice as a text: a sentence, or an image's name in brackets."""
-    judge: str
-    """What compared them."""
+    """Id of the second record."""
+    rows: Parts
+    """The M slices of the first record, images and sentences."""
+    columns: Parts
+    """The N slices of the second record."""
+    source: str
+    """Name of whatever computed the cosines, for messages."""
     cosines: list[list[float]]
+    """float[M, N], cosine of every pair of slices."""
     posterior: list[list[float]]
-    """Probability that the alignment passes through a cell."""
+    """float[M, N], probability that the alignment passes through a cell."""
     gak: float
+    """Normalised global alignment kernel."""
     awm: float
+    """Alignment-weighted mean of the cosines."""
     mean: float
+    """Mean of all cosines, which does not depend on the order of slices."""
     sigma: float
+    """Width of the kernel for these lengths."""
+
+    @property
+    def row_labels(self) -> list[str]:
+        """Slices of the first record as texts: a sentence, or the name of an image in brackets."""
+        return [slice_label(part) for part in self.rows]
+
+    @property
+    def column_labels(self) -> list[str]:
+        """Slices of the second record as texts: a sentence, or the name of an image in brackets."""
+        return [slice_label(part) for part in self.columns]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as plain values; slices as their labels and `source` as ``judge``."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "rows": self.row_labels,
+            "columns": self.column_labels,
+            "judge": self.source,
+            "cosines": self.cosines,
+            "posterior": self.posterior,
+            "gak": self.gak,
+            "awm": self.awm,
+            "mean": self.mean,
+            "sigma": self.sigma,
+        }
+
+
+def slice_label(part: Part) -> str:
+    """Return a slice as a text: a sentence as it is, or the name of an image in brackets."""
+    return f"[{part.name}]" if isinstance(part, ImageRef) else part
 
 
 def split_into_slices(record: Record) -> Parts:
-    """The slices of any kind of record: images and sentences, in reading order."""
+    """Return the slices of a record of any kind: images and single sentences, in reading order.
+
+    Texts of interleaved records are slices already and are not split.
+    """
     if record.kind == "interleaved":
         return record.parts
-    found: list[Part] = []
-    for _, part in slices_of(record):
-        found += [part] if isinstance(part, ImageRef) else split_sentences(part)
-    return tuple(found)
+    slices: list[Part] = []
+    for _, part in iter_labelled_parts(record):
+        slices += [part] if isinstance(part, ImageRef) else split_sentences(part)
+    return tuple(slices)
 
 
-def config_encoder_cosines(parts: Parts, settings: RunConfig) -> Tensor:
-    """Cosines float[U, U] by the frozen encoders and the switches of a config whose recipe is sugar.
+def config_encoder_cosines(parts: Parts, config: RunConfig) -> Tensor:
+    """Return the cosines float[U, U] of U slices by the frozen encoders of a config.
+
+    Args:
+        config: a config whose recipe is sugar; its encoders are opened and its switches count.
 
     Raises:
-        ConfigError, ModelError, DataError: as training with it does.
+        ConfigError, ModelError, DataError: as training with this config does.
     """
-    recipe = load_recipe(settings)
-    encoders = setup.load_encoders(settings, recipe, own=None, cache=settings.data.cache or None)
+    recipe = load_recipe(config)
+    encoders = setup.load_encoders(config, recipe, own=None, cache=config.data.cache or None)
     return encoder_cosines(parts, encoders)
 
 
 def encoder_cosines(parts: Parts, encoders: FrozenEncoders) -> Tensor:
-    """Cosines float[U, U] by the triple kernel, or by `cross` alone where there is no `vision`. Raises as `look` does."""
+    """Return the cosines float[U, U] of U slices by the triple kernel.
+
+    Without an encoder in the role ``vision``, the encoder ``cross`` compares all pairs.
+
+    Raises:
+        DataError, ModelError: as `FrozenEncoders.encode_slices` does.
+    """
     slices = encoders.encode_slices([make_slice(part) for part in parts])
-    image = torch.tensor([get_modality(part) == "image" for part in parts])
-    cross = torch.stack([one.features["cross"] for one in slices])
+    is_image = torch.tensor([get_modality(part) == "image" for part in parts])
+    cross = torch.stack([item.features["cross"] for item in slices])
     if "vision" not in encoders.by_role:
-        return compute_triple_cosines(cross, cross, is_image=image, use_triple_kernel=False)
-    own = [
-        one.features["vision" if on else "text"]
-        for one, on in zip(slices, image.tolist(), strict=True)
-    ]
-    return compute_triple_cosines(
-        torch.nn.utils.rnn.pad_sequence(own, batch_first=True), cross, is_image=image
-    )
+        return compute_triple_cosines(cross, cross, is_image=is_image, use_triple_kernel=False)
+    roles = ["vision" if flag else "text" for flag in is_image.tolist()]
+    own = [item.features[role] for item, role in zip(slices, roles, strict=True)]
+    # Image and text vectors differ in width; padding with zeros leaves cosines as they are.
+    padded = torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
+    return compute_triple_cosines(padded, cross, is_image=is_image)
 
 
 def model_cosines(parts: Parts, model: DuetModel | DualEncoder) -> Tensor:
-    """Cosines float[U, U] of a model's own embeddings, each slice embedded alone."""
+    """Return the cosines float[U, U] of a model's own embeddings, each slice embedded alone."""
     vectors = torch.from_numpy(model.encode(parts))
     return (vectors @ vectors.T).clamp(-1.0, 1.0)
 
 
 def align_records(
-    first: Record, second: Record, *, cosines: Tensor, judge: str, delta: float
+    first: Record, second: Record, *, cosines: Tensor, source: str, delta: float
 ) -> Alignment:
-    """Compare two records.
+    """Align two records by the global alignment kernel.
 
     Args:
-        cosines: float[M + N, M + N] of the slices of both, one after the other.
-        judge: what made them, in words.
+        cosines: float[M + N, M + N] of the slices of the first record, then of the second.
+        source: name of whatever computed the cosines, for messages.
         delta: width of the kernel.
 
     Raises:
         DataError: a record without a slice.
     """
-    m, n = len(split_into_slices(first)), len(split_into_slices(second))
-    for record, count in ((first, m), (second, n)):
-        if not count:
+    rows = split_into_slices(first)
+    columns = split_into_slices(second)
+    for record, slices in ((first, rows), (second, columns)):
+        if not slices:
             raise DataError(
                 f"record '{record.id}' is an empty sequence",
                 place=record.place,
                 fix="Give it parts",
             )
+    m = len(rows)
+    n = len(columns)
     index = torch.zeros(2, max(m, n), dtype=torch.long)
-    index[0, :m], index[1, :n] = torch.arange(m), m + torch.arange(n)
+    index[0, :m] = torch.arange(m)
+    index[1, :n] = m + torch.arange(n)
     lengths = torch.tensor([m, n])
-    both = Prefixes(index, lengths, torch.arange(2))
+    prefixes = Prefixes(index, lengths, torch.arange(2))
     cosines = cosines.double()
-    block = cosines[:m, m:]
+    block = cosines[:m, m:]  # [M, N]
     sigma = compute_sigma(lengths[:1].double(), lengths[1:].double(), delta)
-    posterior = compute_alignment_posterior(
-        cosines_to_squared_distances(block)[None], lengths[:1], lengths[1:], sigma=sigma
-    )[0]
-    score = {
-        target: float(compute_target_matrix(cosines, both, target=target, delta=delta)[0, 1])
-        for target in ("gak", "awm", "mean")
-    }
+    distances = cosines_to_squared_distances(block)[None]
+    posterior = compute_alignment_posterior(distances, lengths[:1], lengths[1:], sigma=sigma)[0]
+
+    def similarity(target: TargetKind) -> float:
+        return float(compute_target_matrix(cosines, prefixes, target=target, delta=delta)[0, 1])
+
     return Alignment(
         first=first.id,
         second=second.id,
-        rows=tuple(map(_named, split_into_slices(first))),
-        columns=tuple(map(_named, split_into_slices(second))),
-        judge=judge,
+        rows=rows,
+        columns=columns,
+        source=source,
         cosines=block.tolist(),
         posterior=posterior.tolist(),
+        gak=similarity("gak"),
+        awm=similarity("awm"),
+        mean=similarity("mean"),
         sigma=float(sigma),
-        **score,
     )
-
-
-def _named(part: Part) -> str:
-    return f"[{part.name}]" if isinstance(part, ImageRef) else part
-
-
-def as_json(found: Alignment) -> dict[str, Any]:
-    """Everything, as plain values."""
-    return asdict(found)
-
-
-def as_text(found: Alignment, *, width: int = 36) -> str:
-    """A table for a terminal: cosines, with a star where the alignment passes likeliest in its row."""
-    lines = [f"{found.first} (rows) and {found.second} (columns), by {found.judge}", ""]
-    lines += [f"{c:>4}  {name}" for c, name in enumerate(found.columns, 1)]
-    lines += ["", " " * (width + 5) + "".join(f"{c:>7}" for c in range(1, len(found.columns) + 1))]
-    for r, (name, cosines, passes) in enumerate(
-        zip(found.rows, found.cosines, found.posterior, strict=True), 1
-    ):
-        short = name if len(name) <= width else name[: width - 1] + "…"
-        cells = "".join(
-            f"{v:>6.2f}{'*' if p == max(passes) else ' '}"
-            for v, p in zip(cosines, passes, strict=True)
-        )
-        lines.append(f"{r:>4} {short:<{width}}{cells}")
-    lines += ["", f"alignment kernel {found.gak:.3f} (normalised, sigma {found.sigma:.2f})"]
-    lines += [
-        f"alignment-weighted mean {found.awm:.3f}, mean {found.mean:.3f}; * likeliest in its row"
-    ]
-    return "\n".join(lines)
-
-
-def picture(found: Alignment, first: Record, second: Record) -> pages.Alignment:
-    """What a page shows of it: thumbnails and sentences on both axes, cosines as shades, the path as outlines."""
-
-    def labels(record: Record) -> tuple[str, ...]:
-        return tuple(
-            images.encode_thumbnail_data_url(images.load_image(part), THUMBNAIL)
-            if isinstance(part, ImageRef)
-            else part
-            for part in split_into_slices(record)
-        )
-
-    return pages.Alignment(
-        rows=labels(first),
-        columns=labels(second),
-        similarity=tuple(map(tuple, found.cosines)),
-        # A wide kernel spreads the path over many cells; beside the likeliest of its row one still sees it.
-        path=tuple(tuple(p / max(row) for p in row) for row in found.posterior),
-        gak=found.gak,
-        awm=found.awm,
-        mean=found.mean,
-        sigma=found.sigma,
-    )
-
-
-def write_html(path: Path, found: Alignment, *, first: Record, second: Record) -> None:
-    """A page that needs no other file."""
-    pages.write_page(path, "align.html", {"found": found, "drawn": picture(found, first, second)})

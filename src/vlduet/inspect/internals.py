@@ -37,9 +37,10 @@ from vlduet.data.sequences import Sequence as TokenSequence
 from vlduet.errors import DataError
 from vlduet.eval.examples import evenly_spaced
 from vlduet.eval.metrics import bootstrap_interval
-from vlduet.files import write_text
+from vlduet.files import write_text_atomically
 from vlduet.logs import ProgressBar
-from vlduet.model.duet import DuetModel, eval_mode
+from vlduet.model.backbone import eval_mode
+from vlduet.model.duet import DuetModel
 
 Floats = NDArray[np.float64]
 
@@ -393,4 +394,4 @@ def write_summary(
 ) -> None:
     """Write ``analysis.json``: the numbers of `summarize`, the analysed file and the command."""
     content = {"source": str(source), "command": command, "models": summaries}
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")

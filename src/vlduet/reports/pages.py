@@ -1,307 +1,53 @@
-"""The demo's report: one HTML file that needs nothing else, and the numbers of ``summary.json``.
+"""Write HTML pages: one file each, without script, that loads nothing from anywhere.
 
-The dataclasses below are everything that the page shows; `write_report` fills ``templates/report.html`` with them. Texts
-may come from anywhere (captions, generated text, file names): all of them are escaped. The page has no script, and its
-content security policy allows images from ``data:`` URLs alone.
+Templates are in ``templates/``; ``page.html`` is the frame with its content security policy. Every
+text is escaped (captions, generated text and file names may contain anything), and images are
+embedded as ``data:`` URLs that are encoded here.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup
+import numpy as np
 
-from vlduet.eval.metrics import HIT_CUTOFFS, Interval
+from vlduet.data.images import encode_thumbnail_data_url, from_pixels, load_image
+from vlduet.data.records import ImageRef, Part, iter_labelled_parts
+from vlduet.errors import ImageError
+from vlduet.eval.metrics import HIT_CUTOFFS
 from vlduet.files import write_text_atomically
 from vlduet.reports import charts
-from vlduet.reports.charts import Series
+from vlduet.reports.charts import LineChart, Series
+
+if TYPE_CHECKING:
+    from vlduet.inspect.alignment import Alignment
+    from vlduet.inspect.internals import ModelAnalysis
+    from vlduet.inspect.tokens import RecordInspection
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-Scores = Mapping[str, Interval]
-"""``{"hit@1": Interval, "hit@5": ..., "hit@10": ...}``, fractions."""
-
-_DATA_URL = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]*\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One competitor in the table of results."""
-
-    name: str
-    note: str
-    """What it is, in a few words."""
-    text_to_image: Scores
-    image_to_text: Scores
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """How much better one thing is than another, paired over queries; fractions."""
-
-    direction: str
-    metric: str
-    difference: Interval
-
-    @property
-    def verdict(self) -> str:
-        """above, level or below: what the interval resolves."""
-        if self.difference.low > 0:
-            return "above"
-        return "below" if self.difference.high < 0 else "level"
-
-
-@dataclass(frozen=True, slots=True)
-class CrossEntropy:
-    """Nats a token of held-out captions."""
-
-    before: Interval
-    """The model before training, right image."""
-    after: Interval
-    """The trained model, right image."""
-    wrong_image: Interval
-    """The trained model, another item's image."""
-    gap: Interval
-    """wrong_image - after, paired."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One thing that generation may have lost, before and after joint training."""
-
-    name: str
-    note: str
-    before: float
-    after: float
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """Something measured during training."""
-
-    title: str
-    note: str
-    series: tuple[Series, ...]
-    x_label: str = "minutes"
-    percent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Captioned:
-    """A held-out image with the captions generated for it. Images are data URLs here and below."""
-
-    image: str
-    reference: str
-    before: str
-    after: str
-    known: bool
-    """What stands after is a known text, not a written one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One result of a search."""
-
-    score: float
-    right: bool
-    text: str = ""
-    image: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """A query with its first results; a query may be text, image or both."""
-
-    hits: tuple[Hit, ...]
-    text: str = ""
-    image: str = ""
-    first_hit: int | None = None
-    """Rank of the first right result in the whole gallery, where there is a right one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gallery:
-    """Searches of one kind."""
-
-    title: str
-    note: str
-    searches: tuple[Search, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """Searches with an image and words about something else at once; the image itself may be found."""
-
-    queries: int
-    found: Mapping[str, Interval]
-    """Share of queries with the thing of the `image`, that of the `text`, or `both` among the first ten."""
-    start: Interval
-    """`both`, before training."""
-    gap: Gap
-    """`both` against the start."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heat:
-    """A piece of the similarity matrix: captions by images."""
-
-    captions: tuple[str, ...]
-    images: tuple[str, ...]
-    similarity: tuple[tuple[float, ...], ...]
-    relevant: tuple[tuple[bool, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A question, the answer and what it was drawn from."""
-
-    question: str
-    answer: str
-    sources: tuple[Hit, ...]
-    image: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Alignment:
-    """Two documents, slice by slice. A label is a sentence, or an image as a data URL."""
-
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    similarity: tuple[tuple[float, ...], ...]
-    """Cosines float[R, C]."""
-    path: tuple[tuple[float, ...], ...]
-    """float[R, C]: where the alignment passes, 1 at the likeliest cell of a row."""
-    gak: float
-    awm: float
-    mean: float
-    sigma: float
-    title: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RetrievalAugmented:
-    """Questions answered alone (`none`), with what the model finds (`self`), and with what another finds (`other`)."""
-
-    questions: int
-    solved: int
-    """Solved questions that may be found, one for each answer."""
-    chance: float
-    accuracy: Mapping[str, Interval]
-    found: Mapping[str, Interval]
-    """Share of questions for which the first thing found has the right answer: `self` and `other`."""
-    gaps: tuple[Gap, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """What made the numbers."""
-
-    command: str
-    facts: Mapping[str, str]
-    """Seed, versions, machine, model fingerprint: name -> value, in the order shown."""
-    phases: Mapping[str, float]
-    """Seconds by phase, in order."""
-    data: tuple[Mapping[str, str], ...]
-    """One row a corpus; all rows have the same keys, which are the columns."""
-    notes: tuple[str, ...] = ()
-    """How examples were chosen, what was dropped and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class DemoReport:
-    """Everything on the page."""
-
-    model: Row
-    ridge: Row
-    start: Row
-    untrained: Row
-    chance: Row
-    num_images: int
-    num_captions: int
-    """Distinct captions among the held-out items."""
-    gaps: tuple[Gap, ...]
-    cross_entropy: CrossEntropy
-    costs: tuple[Cost, ...]
-    cost_note: str
-    curves: tuple[Curve, ...]
-    captioned: tuple[Captioned, ...]
-    galleries: tuple[Gallery, ...]
-    mixed: Mixed
-    heat: Heat
-    asked: tuple[Asked, ...]
-    alignments: tuple[Alignment, ...]
-    augmented: RetrievalAugmented
-    provenance: Provenance
-    next_commands: tuple[str, ...]
-    training_seconds: float
-    minutes: float
-    """Of the whole run, downloads aside."""
-    title: str = "One model that speaks and searches"
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        """Competitors, best expected first."""
-        return self.model, self.ridge, self.start, self.untrained, self.chance
-
-
-def summary(report: DemoReport) -> dict[str, Any]:
-    """The content of ``summary.json``.
-
-    ``text_to_image`` and ``image_to_text`` are the trained model's; ``chance``, ``untrained`` (the bare parts), ``start``
-    (what training began with) and ``ridge_baseline`` are the mean of both directions. All are fractions by ``hit@1``,
-    ``hit@5`` and ``hit@10``. ``gallery`` is the number of held-out images; ``caption_cross_entropy`` is in nats a token,
-    ``before`` of the model at the start. ``mixed`` is of queries that join an image with words about something else: the
-    share that finds the one, the other and ``both`` among the first ten, and ``start``, both of them before training.
-    ``self_rag`` has the share of right answers without retrieval, with the model's own (``self``) and with the dual
-    encoder's (``other``), the number of questions, and chance.
-    """
-
-    def plain(scores: Scores) -> dict[str, float]:
-        return {f"hit@{k}": scores[f"hit@{k}"].mean for k in HIT_CUTOFFS}
-
-    def both(row: Row) -> dict[str, float]:
-        one, other = plain(row.text_to_image), plain(row.image_to_text)
-        return {key: (one[key] + other[key]) / 2 for key in one}
-
-    entropy = report.cross_entropy
-    return {
-        "text_to_image": plain(report.model.text_to_image),
-        "image_to_text": plain(report.model.image_to_text),
-        "chance": both(report.chance),
-        "untrained": both(report.untrained),
-        "start": both(report.start),
-        "ridge_baseline": both(report.ridge),
-        "gallery": report.num_images,
-        "caption_cross_entropy": {
-            "before": entropy.before.mean,
-            "after": entropy.after.mean,
-            "wrong_image": entropy.wrong_image.mean,
-        },
-        "mixed": {
-            **{what: interval.mean for what, interval in report.mixed.found.items()},
-            "start": report.mixed.start.mean,
-        },
-        "self_rag": {
-            **{who: interval.mean for who, interval in report.augmented.accuracy.items()},
-            "chance": report.augmented.chance,
-            "questions": report.augmented.questions,
-        },
-        "minutes": report.minutes,
-    }
-
-
-def write_report(path: Path, report: DemoReport) -> None:
-    """Write the page, whole or not at all."""
-    write_page(path, "report.html", {"report": report})
+CURVE_POINTS = 40
+"""Number of points of a curve of explained variance or entropy."""
 
 
 def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
-    """Fill a template of ours and write it, whole or not at all; every text in it is escaped."""
+    """Render a template of ``templates/`` and write it.
+
+    An older file is replaced only once the new one is complete; missing folders are created.
+
+    Args:
+        template: file name of the template.
+        content: its variables; a variable that the template lacks raises jinja2.UndefinedError.
+    """
+    write_text_atomically(path, _environment().get_template(template).render(content))
+
+
+def _environment() -> jinja2.Environment:
+    """Return the template environment; it remembers thumbnails, so it is made for every page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -310,91 +56,133 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "percent": lambda v: f"{100 * v:.1f}",
-        "signed": lambda v: f"{v:+.2f}".replace("-", "−"),
-        "points": lambda v: f"{100 * v:+.1f}".replace("-", "−"),
-        "duration": duration,
-        "picture": picture,
+        "percent": lambda fraction: f"{100 * fraction:.1f}",
+        "signed": lambda value: f"{value:+.2f}".replace("-", "−"),
+        "points": lambda fraction: f"{100 * fraction:+.1f}".replace("-", "−"),
+        "interval": lambda v: f"{v['mean']:.2f} ({v['low']:.2f} to {v['high']:.2f})",
+        "duration": format_duration,
+        "percent_of": charts.percent_of,
+        "thumbnail": cache(encode_thumbnail),
+        "pixels_url": lambda pixels, side: encode_thumbnail_data_url(from_pixels(pixels), side),
     }
     environment.filters.update(filters)
+    environment.tests["image"] = lambda part: isinstance(part, ImageRef)
     environment.globals |= {
-        "line_chart": line_chart,
-        "score_bar": score_bar,
-        "heatmap": heatmap,
-        "ks": HIT_CUTOFFS,
+        "hit_cutoffs": HIT_CUTOFFS,
+        "line_chart": charts.line_chart,
+        "cell_opacities": charts.cell_opacities,
+        "weight_opacities": charts.weight_opacities,
+        "finite_range": charts.finite_range,
+        "relative_to_row_maximum": charts.relative_to_row_maximum,
     }
-    environment.globals |= {
-        "nats_bar": nats_bar,
-        "overlay": overlay,
-        "alignment_map": alignment_map,
-    }
-    write_text_atomically(path, environment.get_template(template).render(content))
+    return environment
 
 
-def picture(url: str) -> str:
-    """A data URL, checked: anything else would make the page reach out or run."""
-    assert _DATA_URL.match(url), f"not an image as a data URL: {url[:40]!r}"
-    return url
+def encode_thumbnail(image: ImageRef, side: int) -> str:
+    """Return an image of at most `side` x `side` pixels as a ``data:`` URL.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    return encode_thumbnail_data_url(load_image(image), side)
 
 
-def duration(seconds: float) -> str:
-    """75 -> 1 min 15 s"""
-    minutes, rest = divmod(round(seconds), 60)
+def format_duration(seconds: float) -> str:
+    """Return a duration in words: 75 as ``1 min 15 s``, less than half a second as ``< 1 s``."""
+    minutes, seconds = divmod(round(seconds), 60)
     if not minutes:
-        return f"{rest} s" if rest else "< 1 s"
-    return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+        return f"{seconds} s" if seconds else "< 1 s"
+    return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
 
 
-def line_chart(curve: Curve) -> Markup:
-    """A curve's chart; with many points, the line is a moving average."""
-    series = [
-        Series(s.name, charts.smoothed(s.points, max(1, len(s.points) // 25)))
-        if len(s.points) > 50
-        else s
-        for s in curve.series
-    ]
-    return charts.line_chart(
-        series, title=curve.title, x_label=curve.x_label, percent=curve.percent
-    )
+# ------------------------------------------------------------------ pages of single commands
 
 
-def score_bar(score: Interval, *, label: str, colour: str) -> Markup:
-    """A hit rate's bar."""
-    told = f"{label}: {100 * score.mean:.1f} %, 95 % interval {100 * score.low:.1f} to {100 * score.high:.1f}"
-    return charts.bar(score.mean, low=score.low, high=score.high, label=told, colour=colour)
+def write_record_page(path: Path, inspection: RecordInspection) -> None:
+    """Write the page of one record: its parts, its metadata and the sequences of a model, if any.
+
+    An image that cannot be read is replaced by its error message.
+    """
+    record = inspection.record
+    parts = [(label, part, *_read_size(part)) for label, part in iter_labelled_parts(record)]
+    parts += [(key, str(value), "", "") for key, value in record.metadata.items()]
+    content = {"record": record, "parts": parts, "sequences": inspection.sequences}
+    write_page(path, "record.html", content)
 
 
-def nats_bar(entropy: Interval, *, label: str, colour: str, scale: float) -> Markup:
-    """A cross entropy's bar."""
-    told = f"{label}: {entropy.mean:.2f} nats a token, 95 % interval {entropy.low:.2f} to {entropy.high:.2f}"
-    return charts.bar(
-        entropy.mean, low=entropy.low, high=entropy.high, scale=scale, label=told, colour=colour
-    )
+def _read_size(part: Part) -> tuple[str, str]:
+    """Return (size of an image as ``W x H``, why it cannot be read); for a text both are empty."""
+    if isinstance(part, str):
+        return "", ""
+    try:
+        image = load_image(part)
+    except ImageError as error:
+        return "", str(error)
+    return f"{image.width} x {image.height}", ""
 
 
-def heatmap(heat: Heat) -> Markup:
-    """The similarity heatmap."""
-    columns = [picture(url) for url in heat.images]
-    return charts.heatmap(
-        heat.similarity,
-        rows=heat.captions,
-        columns=columns,
-        marked=heat.relevant,
-        title="Similarity",
-    )
+def write_alignment_page(path: Path, alignment: Alignment) -> None:
+    """Write the page of two aligned records: cosines as shades, the alignment path as outlines."""
+    write_page(path, "align.html", {"alignment": alignment})
 
 
-def alignment_map(one: Alignment) -> Markup:
-    """Similarities with the path that the alignment takes."""
-    rows, columns = (
-        [picture(x) if x.startswith("data:") else x for x in labels]
-        for labels in (one.rows, one.columns)
-    )
-    return charts.heatmap(
-        one.similarity, rows=rows, columns=columns, marked=one.path, title=one.title or "Alignment"
-    )
+def write_analysis_page(
+    path: Path,
+    analyses: Sequence[ModelAnalysis],
+    *,
+    summaries: Sequence[Mapping[str, Any]],
+    source: Path,
+    command: str,
+) -> None:
+    """Write the page of one analysed model, or of two in the order before, after.
+
+    Args:
+        summaries: numbers of each model, as `vlduet.inspect.internals.summarize` returns them.
+        source: the analysed file.
+        command: the command line that made the numbers.
+    """
+    content = {
+        "analyses": analyses,
+        "summaries": summaries,
+        "charts": list(_analysis_charts(analyses, summaries)),
+        "source": source,
+        "command": command,
+    }
+    write_page(path, "analysis.html", content)
 
 
-def overlay(url: str, weights: Sequence[Sequence[float]], *, title: str) -> Markup:
-    """A picture with what lies over it."""
-    return charts.overlay(picture(url), weights, title=title)
+def _analysis_charts(
+    analyses: Sequence[ModelAnalysis], summaries: Sequence[Mapping[str, Any]]
+) -> Iterable[LineChart]:
+    """Yield the charts of explained variance and entropy, for images and for texts where measured."""
+    for kind in ("images", "texts"):
+        curves = [(s["name"], s[kind]["explained_variance"]) for s in summaries if s[kind]]
+        if not curves:
+            continue
+        yield LineChart(
+            f"Explained variance, {kind}",
+            "Share of the first components. A lower curve is spread over more of them.",
+            tuple(Series(name, _thin_curve(curve)) for name, curve in curves),
+            x_label="components",
+            percent=True,
+        )
+        readings = [(a.name, a.readings[kind]) for a in analyses if kind in a.readings]
+        yield LineChart(
+            f"Next-token entropy, {kind}",
+            "Nats at the reading token, items in rising order.",
+            tuple(Series(name, _quantiles(reading.entropy)) for name, reading in readings),
+            x_label="percentile of items",
+        )
+
+
+def _thin_curve(curve: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Return at most `CURVE_POINTS` points (k, value of the first k components), evenly spaced."""
+    ks = np.unique(np.linspace(1, len(curve), CURVE_POINTS).round().astype(int))
+    return tuple((float(k), float(curve[k - 1])) for k in ks)
+
+
+def _quantiles(values: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """Return (percentile, value) points of a distribution."""
+    percentiles = np.linspace(0, 100, CURVE_POINTS)
+    quantiles = np.percentile(values, percentiles)
+    return tuple(zip(percentiles.tolist(), quantiles.tolist(), strict=True))

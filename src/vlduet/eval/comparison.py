@@ -1,0 +1,115 @@
+"""Read the scores of evaluation runs, and compare a model before and after joint training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlduet.errors import ConfigError
+from vlduet.eval.benchmarks.table import BENCHMARKS
+from vlduet.eval.benchmarks.tasks import Sample, Value, difference
+from vlduet.eval.run import SCORES_FILE, read_samples
+
+
+@dataclass(frozen=True, slots=True)
+class RunScores:
+    """All scores of one model, as `vlduet eval --to` wrote them."""
+
+    name: str
+    scores: dict[str, dict[str, Any]]
+    """Benchmark -> content of its ``scores.json``."""
+    samples: dict[str, dict[str, Sample]]
+    """Benchmark -> number -> its values item by item; empty where they were not stored."""
+
+    def find_value(self, benchmark: str, name: str) -> Value | None:
+        """Return one number of a benchmark, or None where it was not measured."""
+        value = self.scores.get(benchmark, {}).get("values", {}).get(name)
+        return None if value is None else Value(**value)
+
+
+def read_run_scores(folder: Path, *, name: str | None = None) -> RunScores:
+    """Read all scores of a folder that `vlduet eval --to` wrote.
+
+    Args:
+        name: name of the model; the folder's name if None.
+
+    Raises:
+        ConfigError: the folder contains no scores.
+    """
+    scores = {}
+    samples = {}
+    for path in sorted(folder.glob(f"*/{SCORES_FILE}")):
+        score = json.loads(path.read_text(encoding="utf-8"))
+        scores[score["benchmark"]] = score
+        samples[score["benchmark"]] = read_samples(path.parent)
+    if not scores:
+        fix = "Name a folder that 'vlduet eval --to' wrote"
+        raise ConfigError("no scores here", place=folder, fix=fix)
+    return RunScores(name or folder.name, scores, samples)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkChange:
+    """The main number of one benchmark before and after joint training."""
+
+    benchmark: str
+    number: str
+    """Name of the number that papers report."""
+    before: Value
+    after: Value
+    change: Value | None
+    """after - before, paired over items; None where the runs did not score the same items."""
+
+    @property
+    def verdict(self) -> str:
+        """Outcome that the paired interval resolves.
+
+        One of ``better``, ``level``, ``worse``, or ``not comparable`` without a paired change.
+        """
+        if self.change is None:
+            return "not comparable"
+        if self.change.low > 0:
+            return "better"
+        return "worse" if self.change.high < 0 else "level"
+
+
+def before_and_after(before: RunScores, after: RunScores) -> list[BenchmarkChange]:
+    """Return the change of every benchmark that both runs have, generation first, then retrieval.
+
+    The compared number is the first one of the benchmark, which papers report. Benchmarks without
+    a number in either run are left out.
+    """
+    discriminative = ("retrieval", "pairs")
+    names = sorted(BENCHMARKS, key=lambda name: BENCHMARKS[name].protocol in discriminative)
+    changes = []
+    for name in names:
+        if name not in before.scores or name not in after.scores:
+            continue
+        number = next(iter(after.scores[name]["values"]), "")
+        old = before.find_value(name, number)
+        new = after.find_value(name, number)
+        if old is None or new is None:
+            continue
+        change = _paired_change(before, after, benchmark=name, number=number)
+        changes.append(BenchmarkChange(name, number, old, new, change))
+    return changes
+
+
+def _paired_change(
+    before: RunScores, after: RunScores, *, benchmark: str, number: str
+) -> Value | None:
+    """Return after - before of one number, paired over items.
+
+    None is returned where the runs differ in official files or seed, or lack values per item.
+    """
+    old = before.scores[benchmark]
+    new = after.scores[benchmark]
+    if new["files"] != old["files"] or new["seed"] != old["seed"]:
+        return None
+    new_sample = after.samples[benchmark].get(number)
+    old_sample = before.samples[benchmark].get(number)
+    if new_sample is None or old_sample is None:
+        return None
+    return difference(new_sample, old_sample, seed=new["seed"])

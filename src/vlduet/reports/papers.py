@@ -1,0 +1,213 @@
+"""Tables of runs below the published numbers of the papers, as a page and as Markdown.
+
+Published numbers are data with their sources (``published.json``); the numbers of runs are read
+from the folders that `vlduet eval` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlduet.eval.benchmarks.table import SUITES
+from vlduet.eval.benchmarks.tasks import Value
+from vlduet.eval.comparison import BenchmarkChange, RunScores
+from vlduet.files import write_text_atomically
+from vlduet.reports.pages import write_page
+
+PUBLISHED_FILE = Path(__file__).parent / "published.json"
+
+Number = Value | float | None
+"""A measured number, a published one, or None for an empty cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One row of a table: a model and its numbers, one per column."""
+
+    model: str
+    values: tuple[Number, ...]
+    is_ours: bool = False
+    """Whether the row is a run below the published rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaperTable:
+    """One table of a paper, or the table of a benchmark suite."""
+
+    paper: str
+    title: str
+    source: str
+    """Reference of the published numbers."""
+    notes: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table with its cells as text, for `vlduet report --json`."""
+        lines = []
+        for row in self.rows:
+            cells = [{"text": cell_text(v), "told": cell_tooltip(v)} for v in row.values]
+            lines.append({"model": row.model, "cells": cells, "ours": row.is_ours})
+        return {
+            "paper": self.paper,
+            "title": self.title,
+            "source": self.source,
+            "notes": self.notes,
+            "columns": self.columns,
+            "lines": lines,
+        }
+
+
+def cell_text(value: Number) -> str:
+    """Return a number with one decimal, as papers print; empty for None."""
+    if value is None:
+        return ""
+    return f"{value.mean if isinstance(value, Value) else value:.1f}"
+
+
+def cell_tooltip(value: Number) -> str:
+    """Return interval and number of items of a measured number; empty for a published one or None."""
+    if not isinstance(value, Value):
+        return ""
+    return f"95 % interval {value.low:.1f} to {value.high:.1f}, n {value.n}"
+
+
+def build_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
+    """Return every table to which the runs have anything to add: papers first, then the suite."""
+    suite = suite_table(runs)
+    return [*paper_tables(runs), *([suite] if suite else [])]
+
+
+def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
+    """Return the tables of the papers to which these runs have a number to add.
+
+    Published rows come first, then one row per run that has any number of the table.
+    """
+    tables = []
+    for table in json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))["tables"]:
+        columns = table["columns"]
+        ours = []
+        for run in runs:
+            values = tuple(run.find_value(c["benchmark"], c["value"]) for c in columns)
+            if any(values):
+                ours.append(TableRow(run.name, values, is_ours=True))
+        if not ours:
+            continue
+        published = [TableRow(row["model"], tuple(row["values"])) for row in table["rows"]]
+        column_notes = [f"{c['name']}: {c['note']}." for c in columns if c.get("note")]
+        tables.append(
+            PaperTable(
+                table["paper"],
+                table["title"],
+                table["source"],
+                notes=tuple(note for note in (table["note"], *column_notes) if note),
+                columns=tuple(column["name"] for column in columns),
+                rows=(*published, *ours),
+            )
+        )
+    return tables
+
+
+def suite_table(runs: Sequence[RunScores], suite: str = "builtin") -> PaperTable | None:
+    """Return the table of a suite with a row per number and a column per run.
+
+    Numbers of subgroups (with a ``/`` in the name) are left out, except those of the two retrieval
+    directions. None is returned where no run has a number of the suite.
+    """
+    rows = []
+    for benchmark in SUITES[suite]:
+        names: dict[str, None] = {}
+        for run in runs:
+            names |= dict.fromkeys(run.scores.get(benchmark.name, {}).get("values", {}))
+        for name in names:
+            if "/" in name and name.split("/")[0] not in ("t2i", "i2t"):
+                continue
+            values = tuple(run.find_value(benchmark.name, name) for run in runs)
+            rows.append(TableRow(f"{benchmark.title}: {name}", values))
+    if not rows:
+        return None
+    return PaperTable(
+        "VLDuet",
+        "Built-in suite",
+        "Our test splits, strict comparisons; 95 % bootstrap intervals in the files.",
+        notes=(),
+        columns=tuple(run.name for run in runs),
+        rows=tuple(rows),
+    )
+
+
+def write_results(
+    path: Path,
+    *,
+    runs: Sequence[RunScores],
+    tables: Sequence[PaperTable],
+    changes: Sequence[BenchmarkChange],
+) -> list[Path]:
+    """Write the tables as an HTML page, and beside it as Markdown.
+
+    Args:
+        path: the HTML file; the Markdown file has the suffix ``.md``.
+        runs: all runs; with `changes`, the first one is before and the last one after training.
+
+    Returns:
+        Both paths.
+    """
+    content = {"runs": runs, "tables": tables, "changes": changes}
+    write_page(path, "results.html", {**content, "text": cell_text, "tooltip": cell_tooltip})
+    markdown = path.with_suffix(".md")
+    text = format_markdown(runs=runs, tables=tables, changes=changes)
+    write_text_atomically(markdown, text)
+    return [path, markdown]
+
+
+def format_markdown(
+    *,
+    runs: Sequence[RunScores],
+    tables: Sequence[PaperTable],
+    changes: Sequence[BenchmarkChange],
+) -> str:
+    """Return the tables and the facts of all runs as Markdown, for a README or a pull request."""
+    lines = ["# Results", ""]
+    if changes:
+        header = "| benchmark | number | before | after | change | |"
+        lines += ["## Before and after", "", header, "|---" * 6 + "|"]
+        lines += [_markdown_row(_change_cells(row)) for row in changes]
+        lines.append("")
+    for table in tables:
+        lines += [f"## {table.paper}: {table.title}", "", table.source, *table.notes, ""]
+        lines.append(f"| {_markdown_row(table.columns)}")
+        lines.append("|---" * (len(table.columns) + 1) + "|")
+        for row in table.rows:
+            name = f"**{row.model}**" if row.is_ours else row.model
+            lines.append(_markdown_row((name, *map(cell_text, row.values))))
+        lines.append("")
+    lines += ["## Runs", ""]
+    for run in runs:
+        for name, score in run.scores.items():
+            lines.append(f"- {run.name}, {name}: {_format_facts(score)}; seed {score['seed']}")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    """Return one row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def _change_cells(row: BenchmarkChange) -> tuple[str, ...]:
+    """Return the cells of one change: benchmark, number, before, after, change, verdict."""
+    change = ""
+    if row.change is not None:
+        change = f"{row.change.mean:+.1f} ({row.change.low:+.1f} to {row.change.high:+.1f})"
+    before = cell_text(row.before)
+    after = cell_text(row.after)
+    return row.benchmark, row.number, before, after, change, row.verdict
+
+
+def _format_facts(score: Mapping[str, Any]) -> str:
+    """Return the facts of a score as text; numbers of missing and unparsed items where not 0."""
+    problems = {key: score[key] for key in ("missing", "unparsed") if score[key]}
+    return ", ".join(f"{key} {value}" for key, value in (problems | score["facts"]).items())
