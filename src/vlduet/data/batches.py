@@ -1,9 +1,8 @@
-"""Sequences -> one batch: padded (one sequence a row) or packed (several a row, which cannot see each other)."""
+"""Batches: sequences padded (one in each row) or packed (several in each row, isolated by the mask)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections import abc
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -21,46 +20,51 @@ from vlduet.data.sequences import (
 )
 
 FORWARD_MAX_TOKENS = 4096
-"""Tokens of one forward where nothing is trained."""
+"""Number of padded tokens in one forward pass without gradients."""
 PACKED_ROW_TOKENS = 64
-"""Tokens of a row that short sequences share where nobody asks otherwise: attention costs a CPU as much for each row."""
+"""Default length of a row of packed short sequences; on a CPU attention has a cost for each row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows of T tokens. A row holds one sequence or several; `segments` tells them apart."""
+    """B rows of T tokens. A row holds one sequence, or several that `segment_ids` tell apart."""
 
     token_ids: Tensor
-    """int64[B, T]"""
+    """int64[B, T], token ids, the padding id after or before the sequences."""
     labels: Tensor
-    """int64[B, T], IGNORE where nothing is to be predicted."""
+    """int64[B, T], the token id where a token must be predicted, else IGNORE_INDEX."""
     segment_ids: Tensor
     """int64[B, T]: 0 on padding, else 1, 2, ... for the first, second, ... sequence of the row."""
     position_ids: Tensor
-    """int64[B, T]: position ids, from 0 in every sequence; int64[3, B, T] where images have a grid."""
+    """int64[B, T], from 0 in every sequence; int64[3, B, T] where images have a grid."""
     image_mask: Tensor
-    """bool[B, T]: tokens that image features fill, in row-major order."""
+    """bool[B, T], True at tokens that vision features fill, in row-major order."""
     images: tuple[PreparedImage, ...]
-    """In the order of `image_mask`."""
+    """Images in the order of `image_mask`."""
     anchors: tuple[Anchor, ...]
-    """In the order of the rows, and within a row of its sequences."""
+    """A anchors in the order of the rows, and within a row of its sequences."""
     anchor_spans: Tensor
-    """int64[A, 3]: row, start, end of every anchor in this batch."""
+    """int64[A, 3]: row, start and end of every anchor in this batch."""
     shares_prefix: bool = False
-    """The other sequences of a row go on from its first one, and see it (`data.branches`)."""
+    """True where the later sequences of a row continue its first one (`data.prefix_sharing`)."""
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that carry a language-modelling loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens that are not padding."""
         return int((self.segment_ids > 0).sum())
 
     def attention_mask(self) -> Tensor | None:
-        """What the trunk needs: None, int64[B, T] for right padding, or bool[B, 1, T, T] block-causal for the rest."""
+        """Return the cheapest mask that the language model needs for this batch.
+
+        Returns:
+            None where every row is one full sequence; int64[B, T] (1 on tokens, 0 on padding) for padded
+            rows of one sequence; bool[B, 1, T, T] of `block_causal_mask` for packed rows.
+        """
         if bool((self.segment_ids == 1).all()):
             return None
         if int(self.segment_ids.max()) <= 1:
@@ -68,168 +72,199 @@ class Batch:
         return self.block_causal_mask()
 
     def block_causal_mask(self, *, bidirectional_images: bool = False) -> Tensor:
-        """bool[B, 1, T, T]: what a token sees, of its own sequence what stands before it.
+        """Return bool[B, 1, T, T], True where token t (dimension 2) attends to token s (dimension 3).
+
+        A token attends to itself and to the earlier tokens of its own sequence; with `shares_prefix` also
+        to the row's first sequence.
 
         Args:
-            mutual: the tokens of an image see each other, too.
+            bidirectional_images: let the tokens of one image attend to each other in both directions.
         """
-        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        allowed = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]  # [B, T, T]
         if self.shares_prefix:
-            same |= self.segment_ids[:, None, :] == 1
+            allowed |= self.segment_ids[:, None, :] == 1
         length = self.segment_ids.shape[1]
-        order = torch.ones(length, length, dtype=torch.bool, device=same.device).tril()[None]
-        if bidirectional_images:  # images never touch: words stand around them
-            begins = self.image_mask & ~F.pad(self.image_mask, (1, 0))[:, :-1]
-            image = begins.cumsum(1) * self.image_mask  # 0 for words
-            order = order | ((image[:, :, None] == image[:, None, :]) & self.image_mask[:, :, None])
-        # A padding row would see nothing and softmax to NaN: every token sees at least itself.
-        itself = torch.eye(length, dtype=torch.bool, device=same.device)
-        return ((same & (self.segment_ids > 0)[:, :, None] & order) | itself)[:, None]
+        device = allowed.device
+        order = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None]
+        if bidirectional_images:
+            # Images are numbered by their first tokens: ordinary tokens always separate two images.
+            first_tokens = self.image_mask & ~F.pad(self.image_mask, (1, 0))[:, :-1]
+            image_number = first_tokens.cumsum(1) * self.image_mask  # [B, T], 0 on text
+            same_image = image_number[:, :, None] == image_number[:, None, :]
+            order = order | (same_image & self.image_mask[:, :, None])
+        allowed = allowed & (self.segment_ids > 0)[:, :, None] & order
+        # A padding row would attend to nothing, and its softmax would be NaN.
+        itself = torch.eye(length, dtype=torch.bool, device=device)
+        return (allowed | itself)[:, None]
 
-    def drop_anchors(self, anchors: Tensor) -> Batch:
-        """The batch without the anchors that bool[A] marks, and without the rows in which nothing else is read."""
-        if not anchors.any():
+    def drop_anchors(self, is_dropped: Tensor) -> Batch:
+        """Return the batch without some anchors, and without the rows that then have no output.
+
+        Args:
+            is_dropped: bool[A], True for the anchors to remove. If none is True, `self` is returned.
+        """
+        if not is_dropped.any():
             return self
-        left = ~anchors.to(self.token_ids.device)
-        spans = self.anchor_spans[left]
-        kept = (self.labels != IGNORE_INDEX).any(1)  # [B]
-        kept[spans[:, 0]] = True
-        starts = [0, *accumulate(image.num_features for image in self.images)][:-1]
-        homes = kept[self.image_mask.nonzero()[starts, 0]].tolist()
-        spans = torch.cat([(kept.cumsum(0) - 1)[spans[:, :1]], spans[:, 1:]], 1)
+        keep_anchor = ~is_dropped.to(self.token_ids.device)
+        spans = self.anchor_spans[keep_anchor]
+        keep_row = (self.labels != IGNORE_INDEX).any(1)  # [B]
+        keep_row[spans[:, 0]] = True
+        first_features = [0, *accumulate(image.num_features for image in self.images)][:-1]
+        image_rows = self.image_mask.nonzero()[first_features, 0]
+        keep_image = keep_row[image_rows].tolist()
+        new_rows = keep_row.cumsum(0) - 1
+        spans = torch.cat([new_rows[spans[:, :1]], spans[:, 1:]], 1)
+        anchors = zip(self.anchors, keep_anchor.tolist(), strict=True)
+        images = zip(self.images, keep_image, strict=True)
         return replace(
             self,
-            **{
-                name: getattr(self, name)[kept]
-                for name in ("ids", "labels", "segments", "image_mask")
-            },
-            position_ids=self.position_ids[..., kept, :],
-            images=tuple(image for image, stays in zip(self.images, homes, strict=True) if stays),
-            anchors=tuple(
-                anchor for anchor, stays in zip(self.anchors, left.tolist(), strict=True) if stays
-            ),
+            token_ids=self.token_ids[keep_row],
+            labels=self.labels[keep_row],
+            segment_ids=self.segment_ids[keep_row],
+            image_mask=self.image_mask[keep_row],
+            position_ids=self.position_ids[..., keep_row, :],
+            images=tuple(image for image, keep in images if keep),
+            anchors=tuple(anchor for anchor, keep in anchors if keep),
             anchor_spans=spans,
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`; the images move when the vision tower reads them."""
-        moved: dict[str, Any] = {}
+        """Return the batch with its tensors on `device`; images stay until the vision tower reads them."""
+        values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
-        return Batch(**moved)
+            values[field.name] = value.to(device) if isinstance(value, Tensor) else value
+        return Batch(**values)
 
 
 def collate(
     sequences: list[Sequence],
     *,
-    pad_id: int,
+    pad_token_id: int,
     padding_side: str = "right",
     pack_to: int | None = None,
 ) -> Batch:
-    """Make a batch.
+    """Return one batch of all sequences, on the CPU.
 
     Args:
-        sequences: at least one. Anchors, images and labels come in the order of the rows: that of the sequences, unless
-            they are packed, which may put a short one into an earlier row.
-        pad_id: the token id of padding; its value never matters.
-        side: right or left, where padding goes.
-        pack_to: fill rows up to this many tokens with several sequences each, first fit in order.
+        sequences: at least one sequence.
+        pad_token_id: token id of padding; no result depends on it.
+        padding_side: `right` or `left`.
+        pack_to: None gives every sequence a row of its own. A number fills rows up to so many tokens by
+            `pack`; labels, anchors and images then follow the order of the rows, not of `sequences`.
     """
-    rows = pack(sequences, pack_to) if pack_to else [[s] for s in sequences]
-    return collate_rows(
-        [[(s, compute_position_ids(s)) for s in row] for row in rows],
-        pad_id=pad_id,
-        padding_side=padding_side,
-    )
+    rows = pack(sequences, pack_to) if pack_to else [[sequence] for sequence in sequences]
+    rows_with_positions = [[(s, compute_position_ids(s)) for s in row] for row in rows]
+    return collate_rows(rows_with_positions, pad_token_id=pad_token_id, padding_side=padding_side)
 
 
 def collate_rows(
     rows: list[list[tuple[Sequence, Tensor]]],
     *,
-    pad_id: int,
+    pad_token_id: int,
     padding_side: str = "right",
     shares_prefix: bool = False,
 ) -> Batch:
-    """A batch of these rows, each of sequences and their position ids."""
-    width = max(sum(len(s) for s, _ in row) for row in rows)
-    shape = (len(rows), width)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
-    segments = torch.zeros(shape, dtype=torch.long)
-    places = torch.zeros(
-        max(len(found) for row in rows for _, found in row), *shape, dtype=torch.long
-    )
+    """Return the batch of rows that are already formed, on the CPU.
+
+    Args:
+        rows: at least one row; a row lists its sequences, each with its position ids int64[1 or 3, T].
+        pad_token_id: token id of padding.
+        padding_side: `right` or `left`.
+        shares_prefix: the later sequences of a row attend to its first one.
+    """
+    row_lengths = [sum(len(sequence) for sequence, _ in row) for row in rows]
+    shape = (len(rows), max(row_lengths))
+    token_ids = torch.full(shape, pad_token_id)
+    labels = torch.full(shape, IGNORE_INDEX)
+    segment_ids = torch.zeros(shape, dtype=torch.long)
     image_mask = torch.zeros(shape, dtype=torch.bool)
+    num_axes = max(len(positions) for row in rows for _, positions in row)
+    position_ids = torch.zeros(num_axes, *shape, dtype=torch.long)
     images: list[PreparedImage] = []
     anchors: list[Anchor] = []
     spans: list[tuple[int, int, int]] = []
     for r, row in enumerate(rows):
-        at = width - sum(len(s) for s, _ in row) if padding_side == "left" else 0
-        for number, (sequence, found) in enumerate(row, 1):
-            here = slice(at, at + len(sequence))
-            ids[r, here] = torch.tensor(sequence.token_ids)
-            labels[r, here] = torch.tensor(sequence.labels)
-            segments[r, here] = number
-            places[:, r, here] = found
+        offset = shape[1] - row_lengths[r] if padding_side == "left" else 0
+        for number, (sequence, positions) in enumerate(row, 1):
+            columns = slice(offset, offset + len(sequence))
+            token_ids[r, columns] = torch.tensor(sequence.token_ids)
+            labels[r, columns] = torch.tensor(sequence.labels)
+            segment_ids[r, columns] = number
+            position_ids[:, r, columns] = positions
             for start, image in sequence.images:
-                image_mask[r, at + start : at + start + image.num_tokens] = True
-                image_mask[r, [at + start + place for place in image.interleaved_tokens]] = False
+                first = offset + start
+                image_mask[r, first : first + image.num_tokens] = True
+                image_mask[r, [first + i for i in image.interleaved_tokens]] = False
                 images.append(image)
             anchors += sequence.anchors
-            spans += [(r, at + a.start, at + a.end) for a in sequence.anchors]
-            at += len(sequence)
-    spans_tensor = torch.tensor(spans, dtype=torch.long).reshape(-1, 3)
-    where = places if len(places) > 1 else places[0]
+            spans += [(r, offset + a.start, offset + a.end) for a in sequence.anchors]
+            offset += len(sequence)
     return Batch(
-        ids,
-        labels,
-        segments,
-        where,
-        image_mask,
-        tuple(images),
-        tuple(anchors),
-        spans_tensor,
-        shares_prefix,
+        token_ids=token_ids,
+        labels=labels,
+        segment_ids=segment_ids,
+        position_ids=position_ids if num_axes > 1 else position_ids[0],
+        image_mask=image_mask,
+        images=tuple(images),
+        anchors=tuple(anchors),
+        anchor_spans=torch.tensor(spans, dtype=torch.long).reshape(-1, 3),
+        shares_prefix=shares_prefix,
     )
 
 
-def pack(sequences: list[Sequence], size: int) -> list[list[Sequence]]:
-    """First fit, in order: rows of at most `size` tokens; a longer sequence gets a row of its own."""
+def pack(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
+    """Return rows of at most `max_tokens` tokens: each sequence joins the first row with room for it.
+
+    A sequence that is longer than `max_tokens` gets a row of its own. No sequence is cut.
+    """
     rows: list[list[Sequence]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for sequence in sequences:
-        for r, left in enumerate(room):
-            if len(sequence) <= left:
+        for r, free in enumerate(free_tokens):
+            if len(sequence) <= free:
                 rows[r].append(sequence)
-                room[r] -= len(sequence)
+                free_tokens[r] -= len(sequence)
                 break
         else:
             rows.append([sequence])
-            room.append(size - len(sequence))
+            free_tokens.append(max_tokens - len(sequence))
     return rows
 
 
 def split_into_chunks(
-    sequences: list[Sequence], budget: int, *, pack_to: int | None = None
-) -> Iterator[list[Sequence]]:
-    """Groups that `collate` makes batches of at most `budget` padded tokens of (at least one row a group).
+    sequences: list[Sequence], max_tokens: int, *, pack_to: int | None = None
+) -> abc.Iterator[list[Sequence]]:
+    """Yield groups of sequences that `collate` turns into batches of at most `max_tokens` tokens.
 
-    A sequence is whole in its group, its images with it. Those without an anchor make groups of their own, behind the
-    others: no embedding is read there (train/gradcache.py).
+    Padding counts. A group has at least one row, which may be longer than `max_tokens`. Sequences without
+    anchors form groups of their own, after all others: GradCache skips their first pass
+    (`train/gradcache.py`).
+
+    Args:
+        sequences: the sequences to divide; each is in exactly one group.
+        max_tokens: bound on rows x row length of a group.
+        pack_to: value that `collate` will get.
     """
-    for anchored in (True, False):
-        kind = [s for s in sequences if bool(s.anchors) == anchored]
-        rows = pack(kind, pack_to) if pack_to else [[s] for s in kind]
-        for group in group_by_length([sum(map(len, row)) for row in rows], budget):
-            # In the order of the rows, `collate` packs them as they are: what did not fit an earlier row does not now.
+    for has_anchors in (True, False):
+        subset = [s for s in sequences if bool(s.anchors) == has_anchors]
+        rows = pack(subset, pack_to) if pack_to else [[s] for s in subset]
+        row_lengths = [sum(map(len, row)) for row in rows]
+        for group in group_by_length(row_lengths, max_tokens):
+            # In this order `collate` forms the same rows again: a sequence that did not fit into an
+            # earlier row when all rows were formed does not fit into it now.
             yield [sequence for i in sorted(group) for sequence in rows[i]]
 
 
-def group_by_length(lengths: Many[int], budget: int) -> Iterator[list[int]]:
-    """Indices in groups of like length whose padded size stays within `budget` tokens (at least one a group)."""
+def group_by_length(lengths: abc.Sequence[int], max_tokens: int) -> abc.Iterator[list[int]]:
+    """Yield groups of indices of similar lengths whose padded size is at most `max_tokens`.
+
+    The groups go from short to long, and so do the indices of a group. A group has at least one index,
+    even one that is longer than `max_tokens`.
+    """
     group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and (len(group) + 1) * lengths[i] > budget:
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if group and (len(group) + 1) * lengths[i] > max_tokens:
             yield group
             group = []
         group.append(i)

@@ -1,17 +1,18 @@
-"""Sequences that begin alike, such as the options of a question: what they begin with is laid out, and read, once.
+"""Prefix sharing: sequences with a common beginning, such as the options of a question, read it once.
 
-    <image> What is this?  A cat.        trunk     <image> What is this?
-    <image> What is this?  A dog.   ->   branches  A cat.  A dog.             each sees the trunk and itself
+    <image> What is this?  A cat.        prefix         <image> What is this?
+    <image> What is this?  A dog.   ->   continuations  A cat.  A dog.      each attends to the prefix and itself
 
-Attention is causal: no token of the trunk depends on what follows, and a branch reads what it would have read alone. It
-begins at least one token before its first label, so the state that predicts the label is its own.
+Attention is causal, so no token of the prefix depends on a continuation, and a continuation gets the hidden
+states that it would have alone. It begins at least one token before its first label, so that the state
+that predicts the label is its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate
 
 from vlduet.data.batches import Batch, collate_rows, group_by_length
 from vlduet.data.sequences import IGNORE_INDEX, Sequence, compute_position_ids
@@ -19,88 +20,103 @@ from vlduet.data.sequences import IGNORE_INDEX, Sequence, compute_position_ids
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixRow:
-    """Neighbours that share a trunk; one sequence alone is all trunk."""
+    """Consecutive sequences that share a prefix; a single sequence is all prefix."""
 
     sequences: tuple[Sequence, ...]
+    """At least one sequence, each with its prefix."""
     prefix_length: int
-    """Tokens that all of them begin with."""
+    """Number of leading tokens that all sequences share."""
 
     def __len__(self) -> int:
-        return self.prefix_length + sum(
-            len(sequence) - self.prefix_length for sequence in self.sequences
-        )
+        """Return the number of tokens of the row: the prefix once, then every continuation."""
+        return self.prefix_length + sum(len(s) - self.prefix_length for s in self.sequences)
 
     def with_sequence(self, sequence: Sequence) -> SharedPrefixRow:
-        """The row with one more."""
-        return SharedPrefixRow(
-            (*self.sequences, sequence),
-            min(self.prefix_length, shared_prefix_length(self.sequences[0], sequence)),
-        )
+        """Return a new row with one more sequence, its prefix shortened to what all share."""
+        prefix_length = min(self.prefix_length, shared_prefix_length(self.sequences[0], sequence))
+        return SharedPrefixRow((*self.sequences, sequence), prefix_length)
 
 
-def build_rows(sequences: list[Sequence], budget: int) -> list[SharedPrefixRow]:
-    """Neighbours share a row of at most `budget` tokens where the trunk is at least half of each; the order stays."""
-    found: list[SharedPrefixRow] = []
+def build_rows(sequences: list[Sequence], max_tokens: int) -> list[SharedPrefixRow]:
+    """Return rows that hold all sequences in their order.
+
+    Neighbours share a row where it has at most `max_tokens` tokens and the prefix is at least half of each
+    of its sequences. A sequence that is longer than `max_tokens` has a row of its own.
+    """
+    rows: list[SharedPrefixRow] = []
     for sequence in sequences:
-        row = found[-1].with_sequence(sequence) if found else None
+        row = rows[-1].with_sequence(sequence) if rows else None
         if (
             row is not None
-            and len(row) <= budget
+            and len(row) <= max_tokens
             and 2 * row.prefix_length >= max(map(len, row.sequences))
         ):
-            found[-1] = row
+            rows[-1] = row
         else:
-            found.append(SharedPrefixRow((sequence,), len(sequence)))
-    return found
+            rows.append(SharedPrefixRow((sequence,), len(sequence)))
+    return rows
 
 
 def group_rows(
-    sequences: list[Sequence], budget: int
+    sequences: list[Sequence], max_tokens: int
 ) -> Iterator[tuple[list[int], list[SharedPrefixRow]]]:
-    """Groups of rows whose padded size stays within `budget` tokens (at least one a group), with their sequences."""
-    every = build_rows(sequences, budget)
-    ends = [0, *accumulate(len(row.sequences) for row in every)]
-    for group in group_by_length([len(row) for row in every], budget):
-        yield [i for n in group for i in range(ends[n], ends[n + 1])], [every[n] for n in group]
+    """Yield groups of rows for `collate_shared_prefixes`, of similar lengths.
+
+    Yields:
+        Indices into `sequences` in the order of the rows, and the rows. The padded size of a group is at
+        most `max_tokens`, unless one sequence alone is longer.
+    """
+    rows = build_rows(sequences, max_tokens)
+    first_index = [0, *accumulate(len(row.sequences) for row in rows)]
+    for group in group_by_length([len(row) for row in rows], max_tokens):
+        indices = [i for r in group for i in range(first_index[r], first_index[r + 1])]
+        yield indices, [rows[r] for r in group]
 
 
-def shared_prefix_length(one: Sequence, other: Sequence) -> int:
-    """Tokens that two have in common, images whole, up to the token that predicts the first label of either."""
-    end = (
-        min(
-            next((t for t, label in enumerate(s.labels) if label != IGNORE_INDEX), len(s))
-            for s in (one, other)
+def shared_prefix_length(first: Sequence, second: Sequence) -> int:
+    """Return how many leading tokens two sequences can share.
+
+    The prefix ends before the first token that differs, before the token that predicts the first label of
+    either sequence, and before the first image that is not the same or not completely inside. It may be 0.
+    """
+    end = min(_first_label(first), _first_label(second)) - 1
+    end = next((t for t in range(end) if first.token_ids[t] != second.token_ids[t]), end)
+    second_images = dict(second.images)
+    for start, image in first.images:
+        other = second_images.pop(start, None)
+        is_shared = (
+            other is not None
+            and other.cache_key == image.cache_key
+            and start + image.num_tokens <= end
         )
-        - 1
-    )
-    end = next((t for t in range(end) if one.token_ids[t] != other.token_ids[t]), end)
-    for mine, theirs in zip_longest(one.images, other.images):
-        start = min(found[0] for found in (mine, theirs) if found)
-        same = mine and theirs and (mine[0], mine[1].cache_key) == (theirs[0], theirs[1].cache_key)
-        if start < end and not (same and start + mine[1].num_tokens <= end):
-            return int(start)
-    return max(end, 0)
+        if not is_shared:
+            end = min(end, start)
+    return max(0, min([end, *second_images]))
 
 
-def collate_shared_prefixes(found: list[SharedPrefixRow], *, pad_id: int) -> Batch:
-    """A batch with one row each. It is read for its labels: anchors are left out."""
-    laid = []
-    for row in found:
-        parts = [(row.sequences[0], 0, row.prefix_length)] if row.prefix_length else []
-        parts += [
-            (sequence, row.prefix_length, len(sequence))
-            for sequence in row.sequences
-            if len(sequence) > row.prefix_length
-        ]
-        laid.append(
+def _first_label(sequence: Sequence) -> int:
+    """Return the index of the first token with a label, or the sequence's length where none has one."""
+    labelled = (t for t, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
+    return next(labelled, len(sequence))
+
+
+def collate_shared_prefixes(rows: list[SharedPrefixRow], *, pad_token_id: int) -> Batch:
+    """Return the batch of some rows. It keeps labels and drops anchors: it is for likelihoods only."""
+    segments_of_rows = []
+    for row in rows:
+        prefix = row.prefix_length
+        spans = [(row.sequences[0], 0, prefix)] if prefix else []
+        spans += [(s, prefix, len(s)) for s in row.sequences if len(s) > prefix]
+        segments_of_rows.append(
             [
-                (_cut(s, begin, end), compute_position_ids(s)[:, begin:end])
-                for s, begin, end in parts
+                (_slice_sequence(s, start, end), compute_position_ids(s)[:, start:end])
+                for s, start, end in spans
             ]
         )
-    return collate_rows(laid, pad_id=pad_id, shares_prefix=True)
+    return collate_rows(segments_of_rows, pad_token_id=pad_token_id, shares_prefix=True)
 
 
-def _cut(sequence: Sequence, begin: int, end: int) -> Sequence:
-    images = tuple((at - begin, image) for at, image in sequence.images if begin <= at < end)
-    return Sequence(sequence.token_ids[begin:end], sequence.labels[begin:end], images=images)
+def _slice_sequence(sequence: Sequence, start: int, end: int) -> Sequence:
+    """Return tokens, labels and images of [start, end), without anchors."""
+    images = tuple((at - start, image) for at, image in sequence.images if start <= at < end)
+    return Sequence(sequence.token_ids[start:end], sequence.labels[start:end], images=images)

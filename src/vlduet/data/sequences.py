@@ -1,12 +1,12 @@
-"""A sequence: tokens and images in order, the labels to predict and the anchors where embeddings are read.
+"""Sequences: tokens and images in order, labels to predict, and anchors where embeddings are read.
 
     tokens   <image> <image> <image>  A  red  apple  .  <eos>
     labels      -       -       -     A  red  apple  .  <eos>      -> language modelling
-    anchors  [------- mean -------]                                -> an embedding of the image
-             [---------------------------------- last -----]      -> an embedding of everything so far
+    anchors  [------- mean -------]                                -> embedding of the image
+             [---------------------------------- last -----]       -> embedding of the whole prefix
 
-A *prepared image* is what the model's processor makes of an `ImageRef`: tensors, the number of tokens they take, and a key
-that names the content. This module knows nothing of any model.
+A `PreparedImage` holds the output of the model's image processor for one `ImageRef`. This module does
+not depend on any model.
 """
 
 from __future__ import annotations
@@ -20,133 +20,163 @@ import torch
 from vlduet.data.records import Part
 
 IGNORE_INDEX = -100
-"""The label of a token that carries no loss."""
+"""Label of a token that carries no loss (the value that `torch.nn.functional.cross_entropy` ignores)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """What the processor made of one image."""
+    """Output of the image processor for one image, ready for the vision tower."""
 
     inputs: Mapping[str, torch.Tensor]
-    """The vision tower's inputs for this image alone, first dimension = its tiles or patches."""
+    """Inputs of the vision tower for this image alone; the first dimension counts tiles or patches."""
     num_tokens: int
-    """Tokens that the image takes in the sequence."""
+    """Number of tokens that the image takes in a sequence, `interleaved_tokens` included."""
     cache_key: str
-    """Hash of the content and of the processor: equal keys give equal features."""
+    """Hash of the image's content and of the processor; equal keys imply equal vision features."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of its tokens, for models that count positions in both directions."""
+    """Rows and columns of its tokens, for models with two-dimensional position ids; None for others."""
     interleaved_tokens: Mapping[int, int] = field(default_factory=dict)
-    """Tokens among them that are words, such as the ends of its rows: place in the image -> id. Features fill the others."""
+    """Ordinary tokens among the image's tokens, such as row ends: offset in the image -> token id.
+
+    Vision features fill all other tokens of the image."""
 
     @property
     def num_features(self) -> int:
-        """Tokens that features fill."""
+        """Number of tokens that vision features fill."""
         return self.num_tokens - len(self.interleaved_tokens)
 
     @property
     def feature_span(self) -> tuple[int, int]:
-        """Its tokens from the first feature to behind the last one, without the words that stand around them."""
-        places = [place for place in range(self.num_tokens) if place not in self.interleaved_tokens]
-        return places[0], places[-1] + 1
+        """Offsets [start, end) from the first feature token to the last one, relative to the image.
+
+        Interleaved tokens before the first and after the last feature are excluded.
+        """
+        offsets = [i for i in range(self.num_tokens) if i not in self.interleaved_tokens]
+        return offsets[0], offsets[-1] + 1
 
     def token_ids(self, image_token_id: int) -> list[int]:
-        """What stands in the sequence."""
-        return [
-            self.interleaved_tokens.get(place, image_token_id) for place in range(self.num_tokens)
-        ]
+        """Return the `num_tokens` token ids of the image; feature tokens get `image_token_id`."""
+        return [self.interleaved_tokens.get(i, image_token_id) for i in range(self.num_tokens)]
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One image or text that an anchor stands for, and what frozen encoders see in it."""
+    """One image or text of an anchor's prefix, with its embeddings by frozen encoders (Sugar)."""
 
     part: Part
+    """The image or the text itself."""
     content_key: str
-    """Names the content exactly."""
+    """Hash of the content: equal keys mean equal content."""
     features: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """Role of an encoder -> float32[d], unit length; empty until encoders have looked at it."""
+    """Role of a frozen encoder -> float32[d], unit length; empty before the encoders have run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """Where an embedding is read: the mean of the hidden states in [start, end). A last-token anchor has length one."""
+    """Span [start, end) of a sequence whose mean hidden state becomes an embedding.
+
+    Last-token pooling is a span of one token.
+    """
 
     start: int
+    """Index of the first token."""
     end: int
+    """Index after the last token."""
     role: str
-    """What the embedding stands for: image, text, query, positive, negative, ..."""
+    """Kind of content that the embedding stands for: image, text, query, positive, negative, ..."""
     record_name: str
-    """Names the record it belongs to (`Sample.name`): pairs are made of anchors of one record."""
+    """Name of the record (`Sample.record_name`); contrastive pairs are anchors of one record."""
     content_key: str
-    """Names the content: two anchors with one key are never each other's negatives."""
+    """Hash of the content; anchors with equal keys are never each other's negatives."""
     slices: tuple[Slice, ...] = ()
-    """What stands before the end of the anchor, for losses that compare contents; empty where none does."""
+    """Images and texts up to the anchor's end, for losses that compare contents; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One row of the forward pass, before padding."""
+    """One token sequence of the forward pass, before padding and packing."""
 
     token_ids: tuple[int, ...]
+    """T token ids; the tokens of an image hold the image token id and its interleaved tokens."""
     labels: tuple[int, ...]
-    """labels[t] = ids[t] where token t is to be predicted from what stands before it, else IGNORE."""
+    """T labels: `token_ids[t]` where token t must be predicted from its prefix, else IGNORE_INDEX."""
     anchors: tuple[Anchor, ...] = ()
+    """Spans where embeddings are read."""
     images: tuple[tuple[int, PreparedImage], ...] = ()
-    """(first token, image), in order; the image fills its num_tokens from there."""
+    """Pairs (index of the image's first token, image), in order of position."""
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.labels)
-        assert all(0 <= a.start < a.end <= len(self.token_ids) for a in self.anchors), (
-            "an anchor outside its sequence"
+        """Assert that labels, anchors and tokens fit together."""
+        length = len(self.token_ids)
+        assert length == len(self.labels)
+        assert all(0 <= a.start < a.end <= length for a in self.anchors), (
+            "an anchor lies outside its sequence"
         )
         assert not self.labels or self.labels[0] == IGNORE_INDEX, (
-            "nothing stands before the first token"
+            "the first token has no prefix that could predict it"
         )
 
     def __len__(self) -> int:
+        """Return T, the number of tokens."""
         return len(self.token_ids)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of tokens that carry a language-modelling loss."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 def trim(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
-    """The part of a sequence that decides what is asked of it; None where that is nothing.
+    """Return the shortest prefix of a sequence that yields the requested outputs.
 
-    Attention is causal, so what stands behind the last label and the last anchor changes neither.
+    Attention is causal, so tokens after the last label and the last anchor influence neither. An image is
+    never cut: it is kept as a whole or dropped.
 
     Args:
-        labels: its labels are wanted; anchors: its embeddings are.
+        sequence: the sequence; it is not modified.
+        labels: keep the labels; False replaces all of them by IGNORE_INDEX.
+        anchors: keep the anchors; False drops all of them.
+
+    Returns:
+        The prefix, or None where the sequence has none of the requested outputs.
     """
-    wanted = sequence.labels if labels else (IGNORE_INDEX,) * len(sequence)
-    kept = sequence.anchors if anchors else ()
-    end = max((i + 1 for i, label in enumerate(wanted) if label != IGNORE_INDEX), default=0)
-    end = max([end, *(anchor.end for anchor in kept)])
-    if end == 0:
+    kept_labels = sequence.labels if labels else (IGNORE_INDEX,) * len(sequence)
+    kept_anchors = sequence.anchors if anchors else ()
+    ends = [i + 1 for i, label in enumerate(kept_labels) if label != IGNORE_INDEX]
+    ends += [anchor.end for anchor in kept_anchors]
+    if not ends:
         return None
-    # An image that is cut through would not fill its place; it stands whole or not at all.
-    end = max([end, *(at + image.num_tokens for at, image in sequence.images if at < end)])
-    images = tuple((at, image) for at, image in sequence.images if at < end)
-    return Sequence(sequence.token_ids[:end], wanted[:end], kept, images)
+    end = max(ends)
+    for start, image in sequence.images:
+        if start < end:
+            end = max(end, start + image.num_tokens)
+    images = tuple((start, image) for start, image in sequence.images if start < end)
+    return Sequence(sequence.token_ids[:end], kept_labels[:end], kept_anchors, images)
 
 
 def compute_position_ids(sequence: Sequence) -> torch.Tensor:
-    """Position ids int64[1, T]: 0, 1, ...; int64[3, T] where images have a grid.
+    """Return the position ids of a sequence: int64[1, T], or int64[3, T] where images have a grid.
 
-    The three are time, row and column (the multimodal rope of Qwen2-VL, arXiv 2409.12191). On a text they are equal and
-    count on; an image is one moment, its tokens count rows and columns from there, and what follows goes on behind the
-    larger of both.
+    Without grids they count 0, 1, ..., T - 1. With grids the three rows are time, row and column of the
+    multimodal rotary embedding of Qwen2-VL (arXiv 2409.12191): equal and increasing on text; an image has
+    one time, its tokens count rows and columns from there, and the text after it continues after the
+    larger of both. Either all images of a sequence have a grid or none.
     """
     if not any(image.grid for _, image in sequence.images):
         return torch.arange(len(sequence))[None]
-    found = torch.empty(3, len(sequence), dtype=torch.long)
-    done = now = 0
+    position_ids = torch.empty(3, len(sequence), dtype=torch.long)
+    filled = 0  # tokens that have their position
+    next_position = 0
     for start, image in sequence.images:
         assert image.grid is not None and math.prod(image.grid) == image.num_tokens
         rows, columns = image.grid
-        found[:, done:start] = now + torch.arange(start - done)
-        now += start - done
-        done = start + image.num_tokens
-        found[0, start:done] = now
-        found[1, start:done] = now + torch.arange(rows).repeat_interleave(columns)
-        found[2, start:done] = now + torch.arange(columns).repeat(rows)
-        now += max(rows, columns)
-    found[:, done:] = now + torch.arange(len(sequence) - done)
-    return found
+        position_ids[:, filled:start] = next_position + torch.arange(start - filled)
+        next_position += start - filled
+        filled = start + image.num_tokens
+        position_ids[0, start:filled] = next_position
+        row_index = torch.arange(rows).repeat_interleave(columns)
+        position_ids[1, start:filled] = next_position + row_index
+        position_ids[2, start:filled] = next_position + torch.arange(columns).repeat(rows)
+        next_position += max(rows, columns)
+    position_ids[:, filled:] = next_position + torch.arange(len(sequence) - filled)
+    return position_ids

@@ -1,15 +1,17 @@
-"""The order of training, as a pure function of (seed, position): nothing to save, so a resume is exact.
+"""Order of training records as a pure function of (seed, position), so a resumed run needs no saved state.
 
-Position p = step * batch_size + i names the p-th record that training ever sees. Its source is given by a schedule that
-keeps the weights exactly in every block of positions; its record by a fresh permutation of the source in every epoch. Ranks
-take equal, contiguous shares of a step's positions, so W processes see together what one would.
+Position p = step * batch_size + i names the p-th sample that a run trains on.
+
+1. schedule   the source of a position; every block of positions has each source's exact share
+2. order      the record within the source: a new permutation of the source in every epoch
+3. ranks      each takes a contiguous share of a step's positions, so W processes see together what one would
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence as Many
+from collections import abc
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,96 +21,114 @@ from vlduet.data.records import Record
 from vlduet.errors import DataError
 
 SCHEDULE_BLOCK_SIZE = 1000
-"""Positions in which every source has its exact share; weights are rounded to thousandths."""
+"""Number of positions in which every source has its exact share; weights are rounded to thousandths."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record at its place in the order."""
+    """A record at a position of the training order."""
 
     record: Record
+    """The record itself."""
     position: int
+    """Position in the training order, from 0."""
     seed: int
+    """Seed of the run."""
     origin: str = ""
-    """Its source and its place there."""
+    """Number of the source and index of the record in it, as `0.17`; empty outside of training."""
 
     @property
     def record_name(self) -> str:
-        """Tells its record from all others, of which another file of the mixture may have one with the same id."""
+        """Name of the record, unique in the mixture: two sources may have records with equal ids."""
         return f"{self.origin}:{self.record.id}"
 
     def rng(self) -> random.Random:
-        """Randomness of this sample alone: the same whoever draws it, in whatever order."""
+        """Return a new random generator, seeded by seed and position; equal samples draw equal numbers."""
         return random.Random(f"{self.seed}:{self.position}")
 
 
 class Mixture:
-    """Several sets of records, mixed by weight.
+    """Endless sequence of samples from several sources, mixed by weight.
 
     Args:
-        sources: the records of every source.
-        weights: of every source, any positive scale.
-        seed: of the order.
+        sources: records of every source.
+        weights: positive weight of every source; only their ratios matter.
+        seed: seed of the order.
 
     Raises:
-        DataError: a source without records, or with a share below 1/1000.
+        DataError: a source has no records, or its share is below 1/1000.
     """
 
-    def __init__(self, sources: Many[Many[Record]], weights: Many[float], *, seed: int):
-        self.sources, self.seed = sources, seed
+    def __init__(
+        self,
+        sources: abc.Sequence[abc.Sequence[Record]],
+        weights: abc.Sequence[float],
+        *,
+        seed: int,
+    ):
+        self.sources = sources
+        self.seed = seed
         for i, records in enumerate(sources):
             if not records:
                 raise DataError(
-                    "no records",
+                    "the source has no records",
                     place=f"data.train[{i}]",
                     fix="Check the file with `vlduet data check`",
                 )
-        exact = np.array(weights) / sum(weights) * SCHEDULE_BLOCK_SIZE
-        counts = np.floor(exact).astype(int)
-        for i in np.argsort(counts - exact, kind="stable")[: SCHEDULE_BLOCK_SIZE - counts.sum()]:
-            counts[i] += 1  # largest remainders first
+        exact_counts = np.array(weights) / sum(weights) * SCHEDULE_BLOCK_SIZE
+        counts = np.floor(exact_counts).astype(int)
+        # The positions that rounding down left over go to the largest remainders.
+        by_remainder = np.argsort(counts - exact_counts, kind="stable")
+        for i in by_remainder[: SCHEDULE_BLOCK_SIZE - counts.sum()]:
+            counts[i] += 1
         if counts.min() == 0:
             raise DataError(
                 "a source's share is below 1/1000", place="data.train", fix="Raise its weight"
             )
         self.counts = counts
-        self._schedule = lru_cache(maxsize=4)(self._make_schedule)
-        self._order = lru_cache(maxsize=2 * len(sources))(self._make_order)
+        self._schedule = lru_cache(maxsize=4)(self._build_schedule)
+        self._order = lru_cache(maxsize=2 * len(sources))(self._build_order)
 
     def __getitem__(self, position: int) -> Sample:
-        """The sample at `position`, in constant time."""
-        block, within = divmod(position, SCHEDULE_BLOCK_SIZE)
-        sources, ranks = self._schedule(block)
-        source = int(sources[within])
-        nth = block * int(self.counts[source]) + int(
-            ranks[within]
-        )  # how often this source was picked before
-        epoch, i = divmod(nth, len(self.sources[source]))
-        at = int(self._order(source, epoch)[i])
-        return Sample(self.sources[source][at], position, self.seed, f"{source}.{at}")
+        """Return the sample at a position (from 0, without an upper bound), in constant time."""
+        block, offset = divmod(position, SCHEDULE_BLOCK_SIZE)
+        schedule, occurrences = self._schedule(block)
+        source = int(schedule[offset])
+        num_earlier_draws = block * int(self.counts[source]) + int(occurrences[offset])
+        epoch, i = divmod(num_earlier_draws, len(self.sources[source]))
+        index = int(self._order(source, epoch)[i])
+        return Sample(self.sources[source][index], position, self.seed, f"{source}.{index}")
 
     def step_samples(
         self, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1
     ) -> list[Sample]:
-        """This rank's samples of a step: a contiguous share of its `batch_size` positions."""
+        """Return one rank's samples of a step: a contiguous share of its `batch_size` positions."""
         begin = step * batch_size + rank * batch_size // world_size
         end = step * batch_size + (rank + 1) * batch_size // world_size
-        return [self[p] for p in range(begin, end)]
+        return [self[position] for position in range(begin, end)]
 
-    def _make_schedule(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of every position of a block, and how often it stood in the block before."""
+    def _build_schedule(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return two int[SCHEDULE_BLOCK_SIZE] arrays for the positions of a block.
+
+        First: the source of every position. Second: how often that source occurs earlier in the block.
+        """
         sources = np.repeat(np.arange(len(self.counts)), self.counts)
-        _generator(self.seed, "schedule", block).shuffle(sources)
-        ranks = np.empty(SCHEDULE_BLOCK_SIZE, dtype=int)
+        _create_generator(self.seed, "schedule", block).shuffle(sources)
+        occurrences = np.empty(SCHEDULE_BLOCK_SIZE, dtype=int)
         for source, count in enumerate(self.counts):
-            ranks[sources == source] = np.arange(count)
-        return sources, ranks
+            occurrences[sources == source] = np.arange(count)
+        return sources, occurrences
 
-    def _make_order(self, source: int, epoch: int) -> np.ndarray:
-        return _generator(self.seed, "order", source, epoch).permutation(len(self.sources[source]))
+    def _build_order(self, source: int, epoch: int) -> np.ndarray:
+        """Return the permutation of a source's record indices in an epoch, int[number of records]."""
+        generator = _create_generator(self.seed, "order", source, epoch)
+        return generator.permutation(len(self.sources[source]))
 
 
-def _generator(*key: object) -> np.random.Generator:
-    # Philox keyed by a hash: independent streams for neighbouring seeds, the same on every platform.
+def _create_generator(*key: object) -> np.random.Generator:
+    """Return a generator whose numbers depend on the key alone, equal on every platform.
+
+    Philox keyed by a hash gives independent streams for neighbouring seeds.
+    """
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "big")))

@@ -99,7 +99,7 @@ class DualEncoder(nn.Module):
 
     def collate(self, sequences: list[Sequence], *, pack_to: int | None = None) -> Batch:
         """A batch; its tokens mean nothing."""
-        return collate(sequences, pad_id=0, pack_to=pack_to).to(self.logit_scale.device)
+        return collate(sequences, pad_token_id=0, pack_to=pack_to).to(self.logit_scale.device)
 
     @torch.no_grad()
     def encode(self, items: Many[Part | Parts]) -> np.ndarray:

@@ -121,7 +121,7 @@ def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunc
 
 def room_for_many_images(model: DuetModel) -> None:
     """Let prompts be as long as the language model can read: DEMON's have up to ten images."""
-    model.renderer.max_tokens = max(model.renderer.max_tokens, model.backbone.context_length or 0)
+    model.renderer = model.renderer.with_options(max_tokens=max(model.renderer.max_tokens, model.backbone.context_length or 0))
 
 
 def can_generate(folder: Path) -> bool:

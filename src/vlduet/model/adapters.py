@@ -1,15 +1,13 @@
-"""The door to PEFT: LoRA on the language model, saved in PEFT's own layout so that any PEFT user can load it."""
+"""LoRA adapters by PEFT, the only importer of it; saved in PEFT's own layout for every PEFT user."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from vlduet.errors import ConfigError, ModelError
 from vlduet.model.backbone import Backbone
@@ -19,42 +17,52 @@ LORA_TARGET_PATTERNS = {
     "qv": "q_proj|v_proj",
     "all": "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|gate_up_proj|down_proj",
 }
-"""Which linear layers of the language model get LoRA: `qv` is Sugar's choice, `all` VladVA's. GLM has gate and up in one."""
+"""Linear layers of the language model that get LoRA: `qv` as in Sugar, `all` as in VladVA.
+
+`gate_up_proj` is GLM's fusion of the gate and the up projection."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """Low-rank adaptation of the trunk; the vision tower is never touched."""
+    """Low-rank adaptation of the language model; the vision tower never gets any."""
 
     rank: int = 16
+    """Rank r of the two factors of a layer's update."""
     alpha: int = 16
+    """Numerator of the update's scale alpha / rank."""
     targets: str = "all"
-    """qv or all."""
+    """Adapted layers, a key of LORA_TARGET_PATTERNS."""
     dropout: float = 0.0
+    """Dropout probability of the adapter's inputs during training."""
 
 
-def enable_lora(backbone: Backbone, lora: LoraSettings, there: PeftModel | None) -> PeftModel:
-    """The PEFT view of a model with its LoRA layers opened: those that are `there`, or new ones.
+def enable_lora(backbone: Backbone, lora: LoraSettings, existing: PeftModel | None) -> PeftModel:
+    """Make the LoRA matrices of a model trainable and all its other parameters frozen.
+
+    Args:
+        backbone: its model gets LoRA layers in place if it has none. They start as the identity.
+        lora: the requested adapter.
+        existing: PEFT's wrapper where the model has an adapter already, which is then trained further.
+
+    Returns:
+        PEFT's wrapper of the model.
 
     Raises:
-        ConfigError: what is there is not what is asked for, or see `_add_lora`.
+        ConfigError: the existing adapter has other settings, `lora.targets` is unknown, or the model has
+            none of its layers.
     """
-    if there is not None:
-        _check_lora(there, lora, backbone)
-    peft = there or _add_lora(backbone, lora)
+    if existing is None:
+        peft_model = _add_lora(backbone, lora)
+    else:
+        _check_settings(existing, lora, backbone)
+        peft_model = existing
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    return peft
+    return peft_model
 
 
 def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
-    """Inject LoRA layers in place and return the PEFT view of the model.
-
-    The base's weights stay frozen; B starts at zero, so the model's function is unchanged.
-
-    Raises:
-        ConfigError: unknown targets, or the checkpoint has none of them.
-    """
+    """Insert new LoRA layers in place and return PEFT's wrapper; raises as `enable_lora`."""
     if lora.targets not in LORA_TARGET_PATTERNS:
         raise ConfigError(
             f"'{lora.targets}'",
@@ -65,78 +73,84 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_pattern(lora.targets, backbone.family.language_model_path),
+        target_modules=_module_pattern(lora.targets, backbone),
     )
     try:
         with silence_transformers():
-            peft = get_peft_model(backbone.model, config)
+            peft_model = get_peft_model(backbone.model, config)
     except ValueError as error:
         raise ConfigError(
-            str(error).split(".")[0], place="train.lora.targets", fix="The trunk has no such layers"
+            str(error).split(".")[0],
+            place="train.lora.targets",
+            fix="The language model has no such layers",
         ) from None
-    backbone.train(
-        backbone.training
-    )  # the new layers, with their dropout, in the mode of all others
-    return peft
+    # The new layers, with their dropout, must be in the same mode as all others.
+    backbone.train(backbone.training)
+    return peft_model
 
 
-def _pattern(targets: str, trunk: str) -> str:
-    return rf".*{trunk}\..*\.({LORA_TARGET_PATTERNS[targets]})"
+def _module_pattern(targets: str, backbone: Backbone) -> str:
+    """Return the regular expression of the adapted modules' full names."""
+    language_model = backbone.family.language_model_path
+    return rf".*{language_model}\..*\.({LORA_TARGET_PATTERNS[targets]})"
 
 
-def _check_lora(peft: PeftModel, lora: LoraSettings, backbone: Backbone) -> None:
-    """The adapter that a model brings is the one that is asked for. Raises ConfigError."""
-    has, pattern = (
-        peft.peft_config["default"],
-        partial(_pattern, trunk=backbone.family.language_model_path),
-    )
-    names = [name for name, _ in backbone.model.named_modules()]
-    # By the layers, not by the words that named them: an adapter may have been made when fewer were known.
-    found = {
-        kind: {name for name in names if re.fullmatch(pattern(kind), name)}
-        for kind in LORA_TARGET_PATTERNS
-    }
-    tuner: Any = peft.base_model
-    carrying = set(tuner.targeted_module_names)
-    targets = next((kind for kind, layers in found.items() if layers == carrying), "others")
-    there = LoraSettings(
-        rank=has.r, alpha=has.lora_alpha, targets=targets, dropout=has.lora_dropout
+def _check_settings(peft_model: PeftModel, lora: LoraSettings, backbone: Backbone) -> None:
+    """Raise ConfigError unless a model's adapter has the requested settings."""
+    config = peft_model.peft_config["default"]
+    tuner: Any = peft_model.base_model
+    adapted = set(tuner.targeted_module_names)
+    module_names = [name for name, _ in backbone.model.named_modules()]
+    # Targets are compared by the layers that they select, not by the saved pattern: older versions
+    # wrote patterns that listed fewer layer names.
+    targets = "others"
+    for kind in LORA_TARGET_PATTERNS:
+        pattern = re.compile(_module_pattern(kind, backbone))
+        if adapted == {name for name in module_names if pattern.fullmatch(name)}:
+            targets = kind
+            break
+    existing = LoraSettings(
+        rank=config.r, alpha=config.lora_alpha, targets=targets, dropout=config.lora_dropout
     )
     for field in fields(LoraSettings):
-        wanted, brought = getattr(lora, field.name), getattr(there, field.name)
-        if wanted != brought:
+        requested_value = getattr(lora, field.name)
+        existing_value = getattr(existing, field.name)
+        if requested_value != existing_value:
             raise ConfigError(
-                f"{wanted!r}, but the model brings an adapter with {brought!r}",
+                f"{requested_value!r}, but the model brings an adapter with {existing_value!r}",
                 place=f"train.lora.{field.name}",
-                fix=f"Set it to {brought}, or merge the model first",
+                fix=f"Set it to {existing_value}, or merge the model first",
             )
 
 
-def load_lora(backbone: Backbone, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Attach a saved adapter. Raises ModelError where it is not there or not of this base."""
+def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
+    """Attach a saved adapter to a model, frozen, and return PEFT's wrapper.
+
+    Raises:
+        ModelError: the folder has no adapter, or it belongs to another base.
+    """
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             "no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout"
         )
     try:
         with silence_transformers():
-            return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=trainable)
+            return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base"
         ) from None
 
 
-def save_lora(peft: PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors."""
-    for config in peft.peft_config.values():
-        # PEFT would write this machine's absolute path.
+def save_lora(peft_model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into a folder, which is created."""
+    for config in peft_model.peft_config.values():
+        # PEFT would write an absolute path of this machine.
         config.base_model_name_or_path = Path(config.base_model_name_or_path or "").name
-    peft.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's model card template says nothing
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty template of a model card
 
 
-def merge_lora(peft: PeftModel) -> nn.Module:
-    """Fold the adapter into the weights, in place; the result is a plain checkpoint."""
-    merged: nn.Module = peft.merge_and_unload()
-    return merged
+def merge_lora(peft_model: PeftModel) -> None:
+    """Add the adapter to the base's weights in place and remove its layers."""
+    peft_model.merge_and_unload()

@@ -1,12 +1,13 @@
-"""What stands in a model folder, written whole or not at all.
+"""Format of a model folder: reading, writing and checking its files.
 
-    vlduet.json            the manifest: base, prompts, head, image backend, every trained tensor with shape and hash
+    vlduet.json            manifest: base, prompts, head, image backend, shape and hash of every trained tensor
     duet.safetensors       head, temperature, projector, soft prompts
-    adapter/               LoRA in PEFT's own layout, where there is one
+    adapter/               LoRA in PEFT's own layout, if there is an adapter
     golden.safetensors     embeddings of fixed inputs at the time of saving, compared at loading
-    config.json, ...       the checkpoint itself, where the folder is self-contained (base ".")
+    config.json, ...       the base checkpoint itself, if the folder is self-contained (base ".")
 
-The base is named relative to the folder, with its fingerprint; it is never copied unless the model is merged.
+The base is named relative to the folder, with its fingerprint. It is not copied unless the model is merged.
+`model/saving.py` applies this format to a `DuetModel`.
 """
 
 from __future__ import annotations
@@ -33,37 +34,52 @@ from vlduet.model.backbone import fingerprint_checkpoint
 from vlduet.model.processing import IMAGE_BACKEND
 
 FORMAT_VERSION = 1
+"""Version of the folder format; a folder of another version is refused."""
 MANIFEST_NAME = "vlduet.json"
-GOLDEN_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""Largest allowed 1 - cosine between saved and recomputed golden vectors; half precisions get 2e-2."""
+"""File name of the manifest."""
+GOLDEN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Largest accepted 1 - cosine between saved and recomputed golden vectors, by dtype of the weights."""
+HALF_PRECISION_TOLERANCE = 2e-2
+"""The same for all other dtypes."""
+MANIFEST_KEYS = frozenset(
+    ["format", "base", "base_fingerprint", "image_backend", "adapter", "trained", "prompts", "head"]
+)
+"""Keys that every manifest has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model folder, read."""
+    """Content of a model folder."""
 
     base_folder: Path
-    """The folder of the Hugging Face checkpoint."""
+    """Folder of the Hugging Face checkpoint that the model was trained from."""
     manifest: Mapping[str, Any]
-    """Empty for a plain checkpoint that VLDuet never saved."""
+    """Content of vlduet.json; empty for a plain checkpoint that VLDuet never saved."""
     tensors: Mapping[str, Tensor]
+    """Trained tensors by name, without the adapter's; empty for a plain checkpoint."""
     adapter_folder: Path | None
+    """Folder of the LoRA adapter; None without one."""
     golden_vectors: Tensor | None
+    """float32[3, E], embeddings of `make_golden_inputs`; None for a plain checkpoint."""
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a model folder, or a plain Hugging Face checkpoint folder.
+    """Read a model folder, or a plain Hugging Face checkpoint folder (then nothing but its path).
 
     Raises:
-        ModelError: nothing here, another format, another image backend, or the base is gone or changed.
+        ModelError: the folder holds no model, a file is broken, it has another format or image backend, or
+            its base is missing or has changed.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         if not (folder / "config.json").is_file():
-            fix = "Name a model folder; a dual encoder's is for what only embeds"
-            raise ModelError(f"neither {MANIFEST_NAME} nor config.json here", place=folder, fix=fix)
+            raise ModelError(
+                f"neither {MANIFEST_NAME} nor config.json here",
+                place=folder,
+                fix="Name a model folder; a dual encoder's is for what only embeds",
+            )
         return Checkpoint(folder, {}, {}, None, None)
-    manifest = _manifest(path)
+    manifest = _read_manifest(path)
     if manifest["format"] != FORMAT_VERSION:
         raise ModelError(
             f"format {manifest['format']}, this version reads {FORMAT_VERSION}",
@@ -75,53 +91,45 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"saved with image backend '{manifest['image_backend']}', this one is '{IMAGE_BACKEND}'",
             place=path,
         )
-    base = Path(os.path.normpath(folder / manifest["base"]))
-    if not (base / "config.json").is_file():
+    base_folder = Path(os.path.normpath(folder / manifest["base"]))
+    if not (base_folder / "config.json").is_file():
         raise ModelError(
-            f"the base '{base}' is gone",
+            f"the base '{base_folder}' is gone",
             place=path,
             fix="Bring it back, or edit base in vlduet.json",
         )
-    if (now := fingerprint_checkpoint(base)) != manifest["base_fingerprint"]:
+    base_fingerprint = fingerprint_checkpoint(base_folder)
+    if base_fingerprint != manifest["base_fingerprint"]:
         raise ModelError(
-            f"the base '{base}' is another one now ({now}, was {manifest['base_fingerprint']})",
+            f"the base '{base_folder}' has changed: its fingerprint is {base_fingerprint}, "
+            f"was {manifest['base_fingerprint']}",
             place=path,
             fix="Bring the original back or train again",
         )
     try:
         tensors = load_file(folder / "duet.safetensors")
-        golden = load_file(folder / "golden.safetensors")["vectors"]
+        golden_vectors = load_file(folder / "golden.safetensors")["vectors"]
     except (FileNotFoundError, SafetensorError, KeyError) as error:
         raise ModelError(
             f"broken model folder ({error})", place=folder, fix="Copy the whole folder again"
         ) from None
-    return Checkpoint(
-        base, manifest, tensors, folder / "adapter" if manifest["adapter"] else None, golden
-    )
+    adapter_folder = folder / "adapter" if manifest["adapter"] else None
+    return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """vlduet.json, with every key that `read` and its callers want. Raises ModelError."""
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Return the content of a manifest; ModelError unless it has all MANIFEST_KEYS.
+
+    The manifest of another format version may lack keys: the caller refuses it by its version.
+    """
+    fix = "Copy the whole folder again"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        absent = {
-            "format",
-            "base",
-            "base_fingerprint",
-            "image_backend",
-            "adapter",
-            "trained",
-            "prompts",
-            "head",
-        } - manifest.keys()
+        missing_keys = sorted(MANIFEST_KEYS - manifest.keys())
     except (ValueError, AttributeError) as error:
-        raise ModelError(
-            f"broken manifest ({error})", place=path, fix="Copy the whole folder again"
-        ) from None
-    if absent and manifest.get("format") in (None, FORMAT_VERSION):
-        raise ModelError(
-            f"'{sorted(absent)[0]}' is missing", place=path, fix="Copy the whole folder again"
-        )
+        raise ModelError(f"broken manifest ({error})", place=path, fix=fix) from None
+    if missing_keys and manifest.get("format") in (None, FORMAT_VERSION):
+        raise ModelError(f"'{missing_keys[0]}' is missing", place=path, fix=fix)
     return manifest
 
 
@@ -135,85 +143,114 @@ def write_checkpoint(
     golden_vectors: Tensor,
     save_adapter: Callable[[Path], None] | None,
 ) -> None:
-    """Write the files of a model into an existing folder (use `whole_folder` around it).
+    """Write the files of a model into an existing folder, for use within `replace_folder_atomically`.
 
     Args:
-        base: the base checkpoint's folder; None where its files are in `folder` itself.
-        described: prompts, head and provenance, as they go into the manifest.
-        own, adapter: every trained tensor, by name.
+        folder: folder to write into; with base None it already holds the checkpoint's files.
+        base: folder of the base checkpoint; None for a self-contained folder.
+        description: prompts, head and provenance, which become keys of the manifest.
+        own_tensors: trained tensors by name, without the adapter's.
+        adapter_tensors: LoRA matrices by name, for the manifest's list of trained tensors.
+        golden_vectors: float32[3, E], embeddings of `make_golden_inputs`.
+        save_adapter: writes the adapter into a given folder; None without an adapter.
     """
     manifest = {
         "format": FORMAT_VERSION,
         "vlduet": __version__,
-        "base": "." if base is None else os.path.relpath(base.resolve(), _final(folder)),
+        "base": "." if base is None else os.path.relpath(base.resolve(), _final_folder(folder)),
         "base_fingerprint": fingerprint_checkpoint(base or folder),
         "image_backend": IMAGE_BACKEND,
         "adapter": save_adapter is not None,
         "trained": describe_tensors({**own_tensors, **adapter_tensors}),
         **description,
     }
-    save_file(
-        {n: t.detach().cpu().contiguous() for n, t in own_tensors.items()},
-        folder / "duet.safetensors",
-    )
+    tensors = {name: t.detach().cpu().contiguous() for name, t in own_tensors.items()}
+    save_file(tensors, folder / "duet.safetensors")
     save_file({"vectors": golden_vectors.contiguous()}, folder / "golden.safetensors")
     if save_adapter is not None:
         save_adapter(folder / "adapter")
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
+def _final_folder(folder: Path) -> Path:
+    """Return the path that a folder within `replace_folder_atomically` will have in the end.
+
+    Relative paths in the manifest must hold there; the temporary name is `.NAME.writing`.
+    """
+    name = folder.name
+    if name.endswith(".writing"):
+        name = name.removeprefix(".").removesuffix(".writing")
+    return folder.resolve().with_name(name)
+
+
 def describe_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """name -> shape, dtype and content hash: the one manifest of everything trained."""
+    """Return shape, dtype and SHA-256 of the content of every tensor, by name in sorted order."""
     return {
         name: {
-            "shape": list(t.shape),
-            "dtype": str(t.dtype).removeprefix("torch."),
-            "sha256": _hash(t),
+            "shape": list(tensor.shape),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "sha256": _hash_tensor(tensor),
         }
-        for name, t in sorted(tensors.items())
+        for name, tensor in sorted(tensors.items())
     }
 
 
-def _hash(tensor: Tensor) -> str:
-    return hashlib.sha256(
-        tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
+def _hash_tensor(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def verify_tensors(
     manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], *, place: Path
 ) -> None:
-    """Every trained tensor came back, bit for bit. Raises ModelError that names the first that did not."""
+    """Check that all trained tensors of a manifest were loaded, bit for bit, and no others.
+
+    Raises:
+        ModelError: names the first tensor that is missing, unknown or different; `place` is the folder.
+    """
     saved = manifest["trained"]
-    lost = sorted(saved.keys() ^ tensors.keys())
-    if lost:
+    not_in_both = sorted(saved.keys() ^ tensors.keys())
+    if not_in_both:
         raise ModelError(
-            f"trained tensor '{lost[0]}' was not loaded",
+            f"trained tensor '{not_in_both[0]}' was not loaded",
             place=place,
             fix="The folder is not complete",
         )
-    for name, facts in describe_tensors(tensors).items():
-        if facts["sha256"] != saved[name]["sha256"]:
+    for name, description in describe_tensors(tensors).items():
+        if description["sha256"] != saved[name]["sha256"]:
             raise ModelError(
                 f"tensor '{name}' is not what was saved", place=place, fix="Copy the folder again"
             )
 
 
 def make_golden_inputs() -> list[Part | Parts]:
-    """What every saved model embeds, and embeds again when it is loaded: a text, an image, and both."""
+    """Return the fixed inputs that a model embeds when saved and again when loaded.
+
+    They are a text, an image of colour ramps, and a mixture of the image and a question.
+    """
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
-    pixels = np.stack(
-        [np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 128, np.uint8)],
-        -1,
-    )
-    picture = ImageRef(data=images.encode_png(images.from_pixels(pixels)))
-    return ["A red apple.", picture, (picture, "What is this?")]
+    red = np.tile(ramp, (64, 1))
+    pixels = np.stack([red, red.T, np.full((64, 64), 128, np.uint8)], -1)  # [64, 64, 3]
+    image = ImageRef(data=images.encode_png(images.from_pixels(pixels)))
+    return ["A red apple.", image, (image, "What is this?")]
 
 
 def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, place: Path) -> None:
-    """The loaded model embeds as the saved one did. Raises ModelError with the difference."""
-    worst = float((1 - torch.nn.functional.cosine_similarity(saved.double(), now.double())).max())
-    if not worst <= GOLDEN_TOLERANCE.get(dtype, 2e-2):
+    """Check that a loaded model embeds the golden inputs as the saved one did.
+
+    Args:
+        saved: float32[3, E], golden vectors in the folder.
+        now: float32[3, E], golden vectors of the loaded model.
+        dtype: dtype of the model's weights, which decides the tolerance.
+        place: folder that an error names.
+
+    Raises:
+        ModelError: a cosine is too low, or not a number.
+    """
+    cosines = torch.nn.functional.cosine_similarity(saved.double(), now.double())
+    worst = float((1 - cosines).max())
+    if not worst <= GOLDEN_TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE):  # also refuses NaN
         raise ModelError(
             f"embeddings differ from those at saving (1 - cosine = {worst:.1e})",
             place=place,
@@ -222,28 +259,21 @@ def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, plac
 
 
 def compute_fingerprint(
-    described: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]
+    description: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]
 ) -> str:
-    """Names everything that decides an embedding."""
-    parts = {
+    """Return 16 hexadecimal digits that identify everything an embedding depends on.
+
+    Args:
+        description: `prompts` and `head` as in the manifest; other keys are ignored.
+        base_fingerprint: fingerprint of the base checkpoint.
+        tensors: all trained tensors; the temperature, which no embedding depends on, is ignored.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "logit_scale"}
+    identity = {
         "base": base_fingerprint,
         "image_backend": IMAGE_BACKEND,
-        "prompts": described["prompts"],
-        "head": described["head"],
-        "tensors": {
-            name: facts["sha256"]
-            for name, facts in describe_tensors(tensors).items()
-            if name != "logit_scale"
-        },
+        "prompts": description["prompts"],
+        "head": description["head"],
+        "tensors": {name: _hash_tensor(tensor) for name, tensor in tensors.items()},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _final(folder: Path) -> Path:
-    """Where a folder under `whole_folder` will stand: relative paths must hold there."""
-    name = (
-        folder.name.removeprefix(".").removesuffix(".writing")
-        if folder.name.endswith(".writing")
-        else folder.name
-    )
-    return folder.resolve().with_name(name)
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

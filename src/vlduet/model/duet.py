@@ -1,17 +1,18 @@
-"""The model that both generates and embeds: one forward of the trunk, read at labels and at anchors.
+"""The model that both generates and embeds: one forward pass of the language model, two readings.
 
-ids, images -> token embeddings + projected vision features -> trunk -> hidden states
-                                                                  ├── at labels  -> negative log likelihoods
-                                                                  └── at anchors -> pool -> head -> embeddings
+token ids, images -> token embeddings + projected vision features -> language model -> hidden states
+                                                     ├── at labels  -> LM head -> negative log-likelihoods
+                                                     └── at anchors -> pool -> embedding head -> embeddings
+
+This file holds the forward pass, its two readings and the trainable state. The other public methods delegate
+to `embedding.py`, `likelihood.py`, `generation/` and `saving.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from collections.abc import Sequence as Many
+from collections import abc
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,28 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlduet.data import prefix_sharing
-from vlduet.data.batches import (
-    FORWARD_MAX_TOKENS,
-    PACKED_ROW_TOKENS,
-    Batch,
-    collate,
-    group_by_length,
-)
-from vlduet.data.records import ImageRef, Message, Part, Parts, as_parts
-from vlduet.data.sequences import IGNORE_INDEX, PreparedImage, Sequence
-from vlduet.errors import ModelError
-from vlduet.files import recover_folder, replace_folder_atomically
-from vlduet.model import checkpoint
-from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lora, save_lora
-from vlduet.model.backbone import (
-    Backbone,
-    ProjectorTraining,
-    eval_mode,
-    fingerprint_checkpoint,
-    load_backbone,
-    select_device,
-)
+from vlduet.data.batches import FORWARD_MAX_TOKENS, Batch, collate
+from vlduet.data.records import ImageRef, Message
+from vlduet.data.sequences import PreparedImage, Sequence
+from vlduet.model import embedding, likelihood, saving
+from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lora
+from vlduet.model.backbone import Backbone, ProjectorTraining
+from vlduet.model.embedding import Embeddable, ProgressCallback
 from vlduet.model.feature_cache import (
     FeatureCache,
     attach_cached_features,
@@ -57,232 +43,199 @@ from vlduet.model.pooling import (
     pool_hidden_states,
 )
 from vlduet.model.processing import IMAGE_BACKEND
-from vlduet.model.prompts import Prompts, Renderer
+from vlduet.model.prompts import DEFAULT_MAX_TOKENS, Prompts, Renderer
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts, init_soft_prompts
 from vlduet.objectives.language import compute_token_nll
 
-Embeddable = Part | Parts
-"""What can be embedded: a text, an image, or several of both in order."""
-
-ProgressCallback = Callable[[int], None] | None
-"""Is told how many items were done since the last call."""
-
 INITIAL_TEMPERATURE = 0.07
+"""Temperature of the contrastive loss before training."""
 
 
 class DuetModel(nn.Module):
-    """A backbone, an embedding head, a temperature, and the prompts that decide what is embedded.
+    """A vision-language checkpoint with an embedding head, a temperature and embedding prompts.
 
     Args:
         backbone: a loaded checkpoint.
-        prompts: how content is presented for an embedding.
-        head: `mlp`, `linear` or `none`; dim: width of the embeddings (ignored by `none`).
+        prompts: presentation of contents for an embedding.
+        head: kind of the embedding head, `mlp`, `linear`, `none` or `split` (see `EmbeddingHead`).
+        dim: E, width of the embeddings; the head `none` has the language model's width instead.
+        max_tokens: longest sequence; texts are cut to it, images never.
+
+    Attributes:
+        feature_cache: cache of vision features, in memory unless it is replaced.
+        renderer: renderer of sequences, used by recipes.
+        soft_prompts: trained prompt tokens; None without any.
+        logit_scale: log of 1 / temperature, float32[].
     """
 
-    def __init__(self, backbone: Backbone, *, prompts: Prompts, head: str = "none", dim: int = 384):
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        prompts: Prompts,
+        head: str = "none",
+        dim: int = 384,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+    ):
         super().__init__()
         self.backbone = backbone
         if backbone.model.dtype in (torch.float16, torch.bfloat16):
-            backbone.projector.float()  # what is trained is never in half precision: small steps would be lost
+            # Trained tensors are never in half precision: small optimizer steps would be lost.
+            backbone.projector.float()
         self.reset_head(head, dim)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device)
-        )
-        self.prompts = prompts
+        initial_scale = torch.tensor(math.log(1 / INITIAL_TEMPERATURE), device=backbone.device)
+        self.logit_scale = nn.Parameter(initial_scale)
         self.soft_prompts: SoftPrompts | None = None
-        self._peft: list[
-            Any
-        ] = []  # a list hides it from torch, which would see every layer of the backbone twice
+        # A list hides the wrapper from torch, which would see every layer of the backbone twice.
+        self._peft_model: list[Any] = []
         self.feature_cache = FeatureCache(None)
-        self.renderer = Renderer(
-            replace(backbone.processor, prepare_image=self.prepare_image), prompts=prompts
-        )
-        self._known: dict[tuple[str, int, int], PreparedImage] = {}
+        processor = replace(backbone.processor, prepare_image=self.prepare_image)
+        self.renderer = Renderer(processor, prompts=prompts, max_tokens=max_tokens)
+        self._prepared_images: dict[tuple[str, int, int], PreparedImage] = {}
 
-    def reset_head(self, kind: str, dim: int) -> None:
-        """A new embedding head, of random weights."""
-        head = EmbeddingHead(
-            kind, self.backbone.hidden_size, dim, vision_width=self.backbone.vision_width
-        )
-        self.head = head.to(self.backbone.device)
-
-    def set_prompts(self, prompts: Prompts) -> None:
-        """Present content otherwise from now on; embeddings of before and after do not compare."""
-        self.prompts = self.renderer.prompts = prompts
-
-    # ------------------------------------------------------------------ the forward and its two readings
+    # ------------------------------------------------------------------ forward pass and readings
 
     def forward(self, batch: Batch) -> Readout:
-        """One forward of the trunk over a padded or packed batch, read twice."""
-        tower = self.vision_anchor_mask(batch)
-        inner = batch if tower is None else batch.drop_anchors(tower)
-        hidden = self.hidden_states(inner)  # [B, T, D]
-        rows, at = find_supervised_positions(inner.labels)
-        hidden_at, wanted, cap = (
-            hidden[rows, at - 1],
-            inner.labels[rows, at],
-            self.backbone.logit_softcap,
-        )
+        """Run the language model once over a batch on its device, and read it at anchors and labels.
+
+        Returns:
+            The embeddings of all A anchors and the negative log-likelihoods of all S labels.
+        """
+        is_vision = self.vision_anchor_mask(batch)
+        text_batch = batch if is_vision is None else batch.drop_anchors(is_vision)
+        hidden = self.hidden_states(text_batch)  # [B, T, D]
+        embeddings = self.embed_anchors(batch, hidden, text_batch.anchor_spans)
+        rows, columns = find_supervised_positions(text_batch.labels)
         nll = compute_token_nll(
-            hidden_at, self.lm_head_weight, wanted, bias=self.lm_head_bias, logit_softcap=cap
+            hidden[rows, columns - 1],
+            self.lm_head_weight,
+            text_batch.labels[rows, columns],
+            bias=self.lm_head_bias,
+            logit_softcap=self.backbone.logit_softcap,
         )
-        return Readout(self.embed_anchors(batch, hidden, inner.anchor_spans), batch.anchors, nll)
-
-    def vision_anchor_mask(self, batch: Batch) -> Tensor | None:
-        """bool[A]: the anchors that are read from the vision tower, without the trunk; None where no prompt says so."""
-        rows, starts, _ = batch.anchor_spans.unbind(1)
-        return batch.image_mask[rows, starts] if self.prompts.image_pool == "vision" else None
-
-    def embed_anchors(self, batch: Batch, hidden: Tensor, spans: Tensor) -> Tensor:
-        """Embeddings of all anchors, float[A, E]; those that are not read in the tower stand at `spans` of `hidden`."""
-        tower = self.vision_anchor_mask(batch)
-        found: Tensor = self.head(pool_hidden_states(hidden, spans, dtype=self.logit_scale.dtype))
-        if tower is None or not tower.any():
-            return found
-        return merge_vision_embeddings(
-            found, self.head, batch, at=tower, features=self.vision_features(list(batch.images))
-        )
+        return Readout(embeddings, batch.anchors, nll)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states float[B, T, D], after the final norm: what a server of the same checkpoint computes."""
+        """Return the hidden states float[B, T, D] after the final norm; a batch may have no rows.
+
+        They equal `last_hidden_state` of the base model in transformers, so a server of the same checkpoint
+        computes the same embeddings.
+        """
         if not len(batch.token_ids):
             return self.logit_scale.new_zeros(*batch.token_ids.shape, self.backbone.hidden_size)
-        given = {
-            "attention_mask": batch.attention_mask(),
-            "position_ids": batch.position_ids,
-        } | self.language_model_inputs(batch)
-        return self.backbone.language_model(**given, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        inputs = {"attention_mask": batch.attention_mask(), "position_ids": batch.position_ids}
+        inputs |= self.language_model_inputs(batch)  # a family may replace the attention mask
+        outputs = self.backbone.language_model(**inputs, use_cache=False)
+        return outputs.last_hidden_state  # type: ignore[no-any-return]
 
     def language_model_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Token embeddings with the projected image features in their places, float[B, T, D], and what goes beside them."""
+        """Return keyword arguments of the language model for a batch, without its position ids.
+
+        Returns:
+            `inputs_embeds`, float[B, T, D]: token embeddings with projected vision features at image
+            tokens; and what the family adds, such as attention masks or DeepStack features.
+        """
         table = self.backbone.token_embedding
-        embeddings: Tensor = (
-            table(batch.token_ids)
-            if self.soft_prompts is None
-            else self.soft_prompts(batch.token_ids, table)
-        )
-        more = self.backbone.attention_mask_inputs(batch) | self.backbone.per_layer_inputs(
-            batch.token_ids, batch.image_mask
-        )
+        if self.soft_prompts is None:
+            embeddings: Tensor = table(batch.token_ids)
+        else:
+            embeddings = self.soft_prompts(batch.token_ids, table)
+        inputs = self.backbone.attention_mask_inputs(batch)
+        inputs |= self.backbone.per_layer_inputs(batch.token_ids, batch.image_mask)
         if batch.images:
             features = self.vision_features(list(batch.images))
             projected = self.backbone.project_vision_features(features).to(embeddings.dtype)
             embeddings = embeddings.masked_scatter(batch.image_mask[..., None], projected)
-            more |= self.backbone.deepstack_inputs(features, batch.image_mask)
-        return {"inputs_embeds": embeddings, **more}
+            inputs |= self.backbone.deepstack_inputs(features, batch.image_mask)
+        return {"inputs_embeds": embeddings, **inputs}
+
+    def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
+        """Return the projector's input float[tokens, Dv] for images, concatenated in order.
+
+        Each distinct image that is not cached goes through the vision tower once.
+        """
+        features = compute_features(
+            prepared, self.feature_cache, self.backbone.compute_vision_features
+        )
+        return torch.cat([image_features.to(self.backbone.device) for image_features in features])
+
+    def embed_anchors(self, batch: Batch, hidden: Tensor, spans: Tensor) -> Tensor:
+        """Return the embeddings float[A, E], unit length, of all anchors of a batch.
+
+        Args:
+            batch: the whole batch.
+            hidden: float[B', T, D], hidden states of the rows that the language model has read.
+            spans: int64[a, 3], spans in `hidden` of the anchors that are not read from the vision tower.
+        """
+        pooled = pool_hidden_states(hidden, spans, dtype=self.logit_scale.dtype)
+        embeddings: Tensor = self.head(pooled)
+        is_vision = self.vision_anchor_mask(batch)
+        if is_vision is None or not is_vision.any():
+            return embeddings
+        features = self.vision_features(list(batch.images))
+        return merge_vision_embeddings(
+            embeddings, self.head, batch, is_vision=is_vision, features=features
+        )
+
+    def vision_anchor_mask(self, batch: Batch) -> Tensor | None:
+        """Return bool[A], the anchors that are read from the vision tower, without the language model.
+
+        They are those on images if `prompts.image_pool` is `vision`; for all other prompts it returns None.
+        """
+        if self.prompts.image_pool != "vision":
+            return None
+        rows, starts, _ = batch.anchor_spans.unbind(1)
+        return batch.image_mask[rows, starts]
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """The LM head, float[V, D]; learned prompt tokens are no words that can follow."""
+        """Weight of the LM head, float[V, D], without soft prompt tokens, which are never generated."""
         weight = self.backbone.lm_head.weight
         return weight if self.soft_prompts is None else weight[: self.soft_prompts.first_token_id]
 
     @property
     def lm_head_bias(self) -> Tensor | None:
-        """Its bias, float[V]."""
-        return (
-            None
-            if (bias := self.backbone.lm_head.bias) is None
-            else bias[: len(self.lm_head_weight)]
-        )
+        """Bias of the LM head, float[V]; None without one."""
+        bias = self.backbone.lm_head.bias
+        return None if bias is None else bias[: len(self.lm_head_weight)]
 
-    def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
-        """What the projector reads, float[tokens, Dv]; each distinct image goes through the tower once."""
-        found = compute_features(
-            prepared, self.feature_cache, self.backbone.compute_vision_features
-        )
-        return torch.cat([features.to(self.backbone.device) for features in found])
+    # ------------------------------------------------------------------ inputs
 
     def prepare_image(self, ref: ImageRef) -> PreparedImage:
-        """An image for the renderer. One whose features are cached is neither decoded nor preprocessed again."""
-        version = get_file_version(ref.path)
-        known = self._known.get(version) if version else None
-        found = known and attach_cached_features(known, self.feature_cache)
-        prepared = found or self.backbone.prepare_image(ref)
-        if version:
-            self._known[version] = replace(prepared, inputs={})
-        return prepared
+        """Return an image ready for the vision tower; ImageError where it cannot be decoded.
 
-    # ------------------------------------------------------------------ embedding
-
-    @torch.no_grad()
-    def encode(
-        self,
-        items: Many[Embeddable],
-        *,
-        is_query: bool = False,
-        batch_tokens: int = FORWARD_MAX_TOKENS,
-        progress: ProgressCallback = None,
-    ) -> np.ndarray:
-        """Embed texts, images and mixtures.
-
-        Args:
-            items: each a text, an ImageRef, or a tuple of both.
-            query: True for the asking side, where the prompts distinguish it.
-            batch_tokens: tokens of one forward; items are batched by length, and short ones packed into rows.
-
-        Returns:
-            float32[N, E], unit length, in the order of `items`.
-
-        Raises:
-            DataError, ImageError: an item that cannot be embedded; nothing is skipped silently.
+        An unchanged file whose features are cached is neither decoded nor preprocessed again.
         """
-        vectors = np.empty((len(items), self.dim), dtype=np.float32)
-        with eval_mode(self):
-            for begin in range(
-                0, len(items), 512
-            ):  # bounds the decoded images that live at one time
-                rows = enumerate(items[begin : begin + 512], begin)
-                sequences = [
-                    self.renderer.render_embedding(
-                        as_parts(item), is_query=is_query, record_name=str(n)
-                    )
-                    for n, item in rows
-                ]
-                for chosen in group_by_length([len(s) for s in sequences], batch_tokens):
-                    batch = self.collate(
-                        [sequences[i] for i in chosen],
-                        pack_to=max(PACKED_ROW_TOKENS, len(sequences[chosen[-1]])),
-                    )
-                    vectors[[int(a.record_name) for a in batch.anchors]] = (
-                        self(batch).embeddings.float().cpu().numpy()
-                    )
-                    if progress:
-                        progress(len(chosen))
-        return vectors
-
-    def encode_query(
-        self,
-        items: Many[Embeddable],
-        *,
-        batch_tokens: int = FORWARD_MAX_TOKENS,
-        progress: ProgressCallback = None,
-    ) -> np.ndarray:
-        """`encode` for the asking side."""
-        return self.encode(items, is_query=True, batch_tokens=batch_tokens, progress=progress)
-
-    def encode_document(
-        self,
-        items: Many[Embeddable],
-        *,
-        batch_tokens: int = FORWARD_MAX_TOKENS,
-        progress: ProgressCallback = None,
-    ) -> np.ndarray:
-        """`encode` for what is searched."""
-        return self.encode(items, is_query=False, batch_tokens=batch_tokens, progress=progress)
-
-    @staticmethod
-    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Cosine of unit vectors, float32[Q, N]."""
-        return np.asarray(queries @ documents.T)
+        version = get_file_version(ref.path)
+        prepared = None
+        if version in self._prepared_images:
+            prepared = attach_cached_features(self._prepared_images[version], self.feature_cache)
+        if prepared is None:
+            prepared = self.backbone.prepare_image(ref)
+        if version:
+            self._prepared_images[version] = replace(prepared, inputs={})
+        return prepared
 
     def collate(
         self, sequences: list[Sequence], *, padding_side: str = "right", pack_to: int | None = None
     ) -> Batch:
-        """A batch on the model's device."""
-        return collate(
-            sequences, pad_token_id=self.backbone.pad_token_id, padding_side=padding_side, pack_to=pack_to
-        ).to(self.backbone.device)
+        """Return a batch of at least one sequence on the model's device (see `data.batches.collate`)."""
+        batch = collate(
+            sequences,
+            pad_token_id=self.backbone.pad_token_id,
+            padding_side=padding_side,
+            pack_to=pack_to,
+        )
+        return batch.to(self.backbone.device)
+
+    @property
+    def prompts(self) -> Prompts:
+        """Presentation of contents for an embedding; `set_prompts` changes it."""
+        return self.renderer.prompts
+
+    def set_prompts(self, prompts: Prompts) -> None:
+        """Replace the embedding prompts; embeddings from before cannot be compared with later ones."""
+        self.renderer = self.renderer.with_options(prompts=prompts)
 
     @property
     def dim(self) -> int:
@@ -291,52 +244,190 @@ class DuetModel(nn.Module):
 
     @property
     def image_backend(self) -> str:
-        """The library that decodes and resizes images."""
+        """Name of the library that decodes and resizes images."""
         return IMAGE_BACKEND
+
+    # ------------------------------------------------------------------ trainable state
+
+    def reset_head(self, kind: str, dim: int) -> None:
+        """Replace the embedding head by a new one with random weights (see `EmbeddingHead`)."""
+        head = EmbeddingHead(
+            kind, self.backbone.hidden_size, dim, vision_width=self.backbone.vision_width
+        )
+        self.head = head.to(self.backbone.device)
+
+    def make_trainable(
+        self,
+        *,
+        lora: LoraSettings | None,
+        projector: ProjectorTraining,
+        head: bool = True,
+        soft_prompts: bool = False,
+    ) -> None:
+        """Freeze all parameters but the requested ones, in place.
+
+        Args:
+            lora: train the adapter, which is added if there is none; None adds and trains none.
+            projector: train the projector, or only its `last` linear layer.
+            head: train the embedding head and the temperature.
+            soft_prompts: train soft prompts; without any, they replace the current prompts.
+
+        Raises:
+            ConfigError: the existing adapter has other settings than `lora`, the language model has none of
+                its layers, or the prompts have no tokens.
+        """
+        if soft_prompts and self.soft_prompts is None:
+            self.soft_prompts, prompts = init_soft_prompts(self.renderer, self.backbone)
+            self.set_prompts(prompts)
+        self.requires_grad_(False)
+        if self.soft_prompts is not None:
+            self.soft_prompts.requires_grad_(soft_prompts)
+        if lora is not None:
+            self._peft_model = [enable_lora(self.backbone, lora, self.peft_model)]
+        self.backbone.unfreeze_projector(projector)
+        self.head.requires_grad_(head)
+        self.logit_scale.requires_grad_(head)
+
+    @property
+    def peft_model(self) -> Any:
+        """PEFT's wrapper of the backbone's model; None without an adapter."""
+        return self._peft_model[0] if self._peft_model else None
+
+    def load_adapter(self, folder: Path) -> None:
+        """Attach a saved LoRA adapter, frozen; ModelError where the folder has none of this base."""
+        self._peft_model = [load_lora(self.backbone, folder)]
+
+    def merge_adapter(self) -> None:
+        """Merge the trained parts into the backbone's weights, in place.
+
+        The adapter is removed. Rows of soft prompts are copied into the embedding table.
+        """
+        if self.peft_model is not None:
+            merge_lora(self.peft_model)
+            self._peft_model = []
+        if self.soft_prompts is not None:
+            self.soft_prompts.fold_into_embedding(self.backbone)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return projector, head, temperature and soft prompts by their names in saved models.
+
+        The tensors are the parameters themselves. The base and the adapter are left out.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.backbone.projector.named_parameters():
+            tensors[f"projector.{name}"] = parameter
+        for name, parameter in self.head.named_parameters():
+            tensors[f"head.{name}"] = parameter
+        if self.soft_prompts is not None:
+            tensors[ROWS_TENSOR_NAME] = self.soft_prompts.rows
+        return tensors | {"logit_scale": self.logit_scale}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the LoRA matrices, the parameters themselves, by their names in the backbone's model."""
+        return {
+            name: parameter
+            for name, parameter in self.backbone.model.named_parameters()
+            if "lora_" in name
+        }
+
+    def embedding_settings(self) -> dict[str, Any]:
+        """Return prompts and head as in the manifest: what embeddings depend on beside tensors."""
+        return {
+            "prompts": self.prompts.to_dict(),
+            "head": {"kind": self.head.kind, "dim": self.head.dim},
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that an embedding depends on: base, trained tensors, prompts, head, image backend."""
+        return saving.compute_model_fingerprint(self)
+
+    # ------------------------------------------------------------------ embedding and likelihood
+
+    def encode(
+        self,
+        items: abc.Sequence[Embeddable],
+        *,
+        is_query: bool = False,
+        batch_tokens: int = FORWARD_MAX_TOKENS,
+        max_tokens: int | None = None,
+        progress: ProgressCallback = None,
+    ) -> np.ndarray:
+        """Return the embeddings float32[N, E] of texts, images and mixtures (see `embedding.encode`)."""
+        return embedding.encode(
+            self,
+            items,
+            is_query=is_query,
+            batch_tokens=batch_tokens,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+
+    def encode_query(self, items: abc.Sequence[Embeddable]) -> np.ndarray:
+        """Return the embeddings float32[N, E] of queries (see `embedding.encode`)."""
+        return embedding.encode(self, items, is_query=True)
+
+    def encode_document(self, items: abc.Sequence[Embeddable]) -> np.ndarray:
+        """Return the embeddings float32[N, E] of documents (see `embedding.encode`)."""
+        return embedding.encode(self, items)
+
+    @staticmethod
+    def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Return the cosines float32[Q, N] of unit vectors float32[Q, E] and float32[N, E]."""
+        return np.asarray(queries @ documents.T)
+
+    def compute_sequence_nll(self, sequences: list[Sequence]) -> list[tuple[float, int]]:
+        """Return (total nats, number of labels) of sequences (see `likelihood.compute_sequence_nll`)."""
+        return likelihood.compute_sequence_nll(self, sequences)
+
+    def compute_caption_nll(
+        self, pairs: abc.Sequence[tuple[ImageRef, str]], *, batch_size: int = 32
+    ) -> list[tuple[float, int]]:
+        """Return (total nats, number of tokens) of captions (see `likelihood.compute_caption_nll`)."""
+        return likelihood.compute_caption_nll(self, pairs, batch_size=batch_size)
 
     # ------------------------------------------------------------------ generation
 
     def generate(
         self,
-        messages: Many[Message],
+        messages: abc.Sequence[Message],
         *,
         max_new_tokens: int = 128,
         stream: bool = False,
         temperature: float = 0.0,
-    ) -> str | Iterator[str]:
-        """Answer a conversation.
+    ) -> str | abc.Iterator[str]:
+        """Return the model's answer to a conversation.
 
         Args:
-            messages: turns, the last one the user's.
-            stream: True returns an iterator of text pieces.
+            messages: turns in order, the last one of the user.
+            max_new_tokens: longest answer in tokens.
+            stream: return an iterator over pieces of the answer instead, as they are generated.
             temperature: 0 is greedy.
+
+        Raises:
+            DataError, ImageError, ConfigError: the conversation cannot be rendered (`Renderer.render_chat`).
         """
-        start = self.prefill_inputs(
-            [self.renderer.render_chat(tuple(messages), add_generation_prompt=True)]
-        )
+        prompt = self.renderer.render_chat(tuple(messages), add_generation_prompt=True)
+        inputs = self.prefill_inputs([prompt])
         if stream:
             return continuous.stream_text(
-                self.backbone, start, max_new_tokens, temperature=temperature
+                self.backbone, inputs, max_new_tokens, temperature=temperature
             )
-        return continuous.generate_texts(
-            self.backbone, start, max_new_tokens, temperature=temperature
-        )[0]
+        (answer,) = continuous.generate_texts(
+            self.backbone, inputs, max_new_tokens, temperature=temperature
+        )
+        return answer
 
     def caption_images(
         self,
-        images: Many[ImageRef],
+        images: abc.Sequence[ImageRef],
         *,
         prompt: str = "",
         max_new_tokens: int = 32,
         batch_size: int = 32,
         num_drafts: int = 1,
     ) -> list[str]:
-        """Captions: the answer to `prompt`, or without one what follows the image's embedding prompt.
-
-        Args:
-            drafts: 1 is greedy; of several, by a beam search, the one nearest to the image by embedding is taken; 0 is none.
-            known: texts and their vectors (`encode_query`); the nearest of all is taken where no draft is as near.
-        """
+        """Return one caption for each image (see `generation.rerank.caption_images`)."""
         return rerank.caption_images(
             self,
             images,
@@ -347,151 +438,22 @@ class DuetModel(nn.Module):
         )
 
     def prefill_inputs(self, sequences: list[Sequence]) -> PrefillInputs:
-        """Return one batch of left-padded prompts; see `build_prefill_inputs`."""
+        """Return open sequences as one batch of prompts to continue (see `generation.inputs`)."""
         return build_prefill_inputs(self, sequences)
 
-    def compute_caption_nll(
-        self, pairs: Many[tuple[ImageRef, str]], *, batch_size: int = 32
-    ) -> list[tuple[float, int]]:
-        """(negative log likelihood in nats, tokens) of each caption after its image, end of text included."""
-        groups = (pairs[begin : begin + batch_size] for begin in range(0, len(pairs), batch_size))
-        return [
-            one
-            for group in groups
-            for one in self.compute_sequence_nll(
-                [self.renderer.render_caption(*pair) for pair in group]
-            )
-        ]
-
-    @torch.no_grad()
-    def compute_sequence_nll(self, sequences: list[Sequence]) -> list[tuple[float, int]]:
-        """(negative log likelihood in nats, tokens) of what each sequence supervises. What neighbours share is read once."""
-        found = [(0.0, 0)] * len(sequences)
-        with eval_mode(self):
-            for chosen, rows in prefix_sharing.group_rows(sequences, FORWARD_MAX_TOKENS):
-                batch = prefix_sharing.collate_shared_prefixes(
-                    rows, pad_token_id=self.backbone.pad_token_id
-                ).to(self.backbone.device)
-                counts = [
-                    sum(label != IGNORE_INDEX for label in sequences[i].labels) for i in chosen
-                ]
-                for i, part in zip(
-                    chosen, self(batch).nll.double().cpu().split(counts), strict=True
-                ):
-                    found[i] = (float(part.sum()), len(part))
-        return found
-
-    # ------------------------------------------------------------------ what is trained, and keeping it
-
-    def make_trainable(
-        self,
-        *,
-        lora: LoraSettings | None,
-        projector: ProjectorTraining,
-        head: bool = True,
-        soft_prompts: bool = False,
-    ) -> None:
-        """Freeze everything, then open what is asked for; adds LoRA layers, and soft prompts, where there are none yet."""
-        if soft_prompts and self.soft_prompts is None:
-            self.soft_prompts = init_soft_prompts(self.renderer, self.backbone)
-            self.prompts = self.renderer.prompts
-        self.requires_grad_(False)
-        if self.soft_prompts is not None:
-            self.soft_prompts.requires_grad_(soft_prompts)
-        if lora is not None:
-            self._peft = [enable_lora(self.backbone, lora, self.peft_model)]
-        self.backbone.unfreeze_projector(projector)
-        self.head.requires_grad_(head)
-        self.logit_scale.requires_grad_(head)
-
-    @property
-    def peft_model(self) -> Any:
-        """PEFT's view of the model with its adapter; None without one."""
-        return self._peft[0] if self._peft else None
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Everything beside the base and the adapter: projector, head, temperature, soft prompts."""
-        named: dict[str, Tensor] = {
-            f"projector.{n}": p for n, p in self.backbone.projector.named_parameters()
-        }
-        named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
-        named |= {} if self.soft_prompts is None else {ROWS_TENSOR_NAME: self.soft_prompts.rows}
-        return named | {"logit_scale": self.logit_scale}
-
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """The LoRA matrices, by their name in the model."""
-        return {n: p for n, p in self.backbone.model.named_parameters() if "lora_" in n}
-
-    def embedding_settings(self) -> dict[str, Any]:
-        """What decides an embedding beside the tensors, as it stands in the manifest."""
-        return {
-            "prompts": self.prompts.to_dict(),
-            "head": {"kind": self.head.kind, "dim": self.head.dim},
-        }
-
-    @property
-    def fingerprint(self) -> str:
-        """Names everything that decides an embedding: base, trained tensors, prompts, head and image backend."""
-        base = fingerprint_checkpoint(self.backbone.folder)
-        return checkpoint.compute_fingerprint(
-            self.embedding_settings(), base, {**self.own_tensors(), **self.adapter_tensors()}
-        )
-
-    def compute_golden_vectors(self) -> Tensor:
-        """Embeddings float32[3, E] of a fixed text, image and mixture."""
-        return torch.from_numpy(self.encode(checkpoint.make_golden_inputs()))
+    # ------------------------------------------------------------------ saving and opening
 
     def save_pretrained(
-        self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None
+        self, folder: Path | str, *, provenance: abc.Mapping[str, Any] | None = None
     ) -> None:
-        """Write a model folder, whole or not at all: trained tensors and adapter beside a reference to the base.
-
-        Args:
-            provenance: what made this model (config, data, commit); kept in the manifest.
-
-        Raises ModelError for the base's own folder, ConfigError for one with something else in it.
-        """
-        if Path(folder).resolve() == self.backbone.folder.resolve():
-            raise ModelError(
-                "this folder is the model's base",
-                place=folder,
-                fix="Save elsewhere, or save it merged",
-            )
-        with replace_folder_atomically(Path(folder), marker=checkpoint.MANIFEST_NAME) as inside:
-            self._write(inside, base=self.backbone.folder, provenance=provenance or {})
+        """Write a model folder that refers to its base (see `saving.save_pretrained`)."""
+        saving.save_pretrained(self, folder, provenance=provenance)
 
     def save_merged(
-        self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None
+        self, folder: Path | str, *, provenance: abc.Mapping[str, Any] | None = None
     ) -> None:
-        """Write a self-contained folder with adapter and soft prompts folded into the weights: plain transformers opens it.
-
-        The model itself is merged by this; it has no adapter afterwards. It may be written over its own base.
-        """
-        mark = (
-            "config.json"
-            if Path(folder).resolve() == self.backbone.folder.resolve()
-            else checkpoint.MANIFEST_NAME
-        )
-        with replace_folder_atomically(Path(folder), marker=mark) as inside:
-            if self.peft_model is not None:
-                merge_lora(self.peft_model)
-                self._peft = []
-            if self.soft_prompts is not None:
-                self.soft_prompts.fold_into_embedding(self.backbone)
-            self.backbone.save_pretrained(inside)
-            self._write(inside, base=None, provenance=provenance or {})
-        self.backbone.folder = Path(folder)  # what is in memory is what lies there now
-
-    def _write(self, folder: Path, *, base: Path | None, provenance: Mapping[str, Any]) -> None:
-        checkpoint.write_checkpoint(
-            folder,
-            base=base,
-            description={**self.embedding_settings(), "provenance": dict(provenance)},
-            own_tensors=self.own_tensors(),
-            adapter_tensors=self.adapter_tensors(),
-            golden_vectors=self.compute_golden_vectors(),
-            save_adapter=None if self.peft_model is None else partial(save_lora, self.peft_model),
-        )
+        """Merge this model and write a folder for plain transformers (see `saving.save_merged`)."""
+        saving.save_merged(self, folder, provenance=provenance)
 
     @classmethod
     def from_pretrained(
@@ -502,50 +464,29 @@ class DuetModel(nn.Module):
         dtype: torch.dtype | None = None,
         check_golden: bool = True,
         prompts: Prompts | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
     ) -> Self:
-        """Open a model folder, or wrap a plain Hugging Face checkpoint (no head, VladVA's prompts).
+        """Open a model folder, or wrap a plain Hugging Face checkpoint, in evaluation mode.
 
         Args:
-            device: default is the GPU where there is one.
-            dtype: of trunk and tower; projector, head and adapter are in float32. Default: float32 on a CPU, and on a GPU
-                bfloat16 for a checkpoint that was saved in half precision.
-            check_golden: embed the golden inputs and compare with those saved.
-            prompts: for a plain checkpoint; a saved model has its own.
+            folder: a folder of `save_pretrained` or `save_merged`, or a checkpoint of a known family.
+            device: None is the GPU if there is one.
+            dtype: of language model and vision tower; projector, head and adapter have float32. None is
+                float32 on a CPU, and bfloat16 on a GPU for a checkpoint that was saved in half precision.
+            check_golden: compare embeddings of fixed inputs with those at saving.
+            prompts: prompts for a plain checkpoint, by default VladVA's; a saved model has its own.
+            max_tokens: longest sequence.
 
         Raises:
-            ModelError: see `checkpoint.read` and `backbones.load_backbone`; or golden vectors that differ.
+            ModelError: there is no model, a file is broken or was changed, its base is missing, or the
+                golden vectors differ.
         """
-        device = device or select_device()
-        kept = checkpoint.read_checkpoint(recover_folder(Path(folder)))
-        backbone = load_backbone(kept.base_folder, device=device, dtype=dtype)
-        if not kept.manifest:
-            return cls(backbone, prompts=prompts or Prompts()).eval()
-        head = kept.manifest["head"]
-        model = cls(
-            backbone,
-            prompts=Prompts(**kept.manifest["prompts"]),
-            head=head["kind"],
-            dim=head["dim"],
+        return saving.open_model(
+            cls,
+            folder,
+            device=device,
+            dtype=dtype,
+            check_golden=check_golden,
+            prompts=prompts,
+            max_tokens=max_tokens,
         )
-        if ROWS_TENSOR_NAME in kept.tensors:
-            model.soft_prompts = SoftPrompts(backbone, kept.tensors[ROWS_TENSOR_NAME])
-        with torch.no_grad():
-            for name, tensor in model.own_tensors().items():
-                if name not in kept.tensors or kept.tensors[name].shape != tensor.shape:
-                    raise ModelError(
-                        f"tensor '{name}' is missing or of another shape", place=Path(folder)
-                    )
-                tensor.copy_(kept.tensors[name])
-        if kept.adapter_folder is not None:
-            model._peft = [load_lora(backbone, kept.adapter_folder)]
-        checkpoint.verify_tensors(
-            kept.manifest, {**model.own_tensors(), **model.adapter_tensors()}, place=Path(folder)
-        )
-        if check_golden and kept.golden_vectors is not None:
-            checkpoint.check_golden_vectors(
-                kept.golden_vectors,
-                model.compute_golden_vectors(),
-                dtype=backbone.model.dtype,
-                place=Path(folder),
-            )
-        return model.eval()

@@ -1,4 +1,4 @@
-"""What one forward leaves to the losses: embeddings at the anchors, negative log likelihoods at the labels."""
+"""The two readings of a forward pass: embeddings at anchors, negative log-likelihoods at labels."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ from vlduet.data.sequences import IGNORE_INDEX, Anchor
 
 @dataclass(frozen=True, slots=True)
 class Readout:
-    """One forward, two readings."""
+    """Outputs of one forward pass, or of several that were concatenated."""
 
     embeddings: Tensor
     """float[A, E], unit length."""
     anchors: tuple[Anchor, ...]
-    """The A anchors' facts, in the same order."""
+    """The A anchors, in the order of `embeddings`."""
     nll: Tensor
-    """float[S], nats, one a supervised token, sequence after sequence."""
+    """float[S], negative log-likelihood in nats of every supervised token, sequence after sequence."""
 
     def select_roles(self, *roles: str) -> tuple[Tensor, list[Anchor]]:
-        """The embeddings and anchors of these roles."""
-        chosen = [i for i, anchor in enumerate(self.anchors) if anchor.role in roles]
-        index = torch.tensor(chosen, dtype=torch.long, device=self.embeddings.device)
-        return self.embeddings[index], [self.anchors[i] for i in chosen]
+        """Return the embeddings float[a, E] and the anchors whose role is one of `roles`, in order."""
+        indices = [i for i, anchor in enumerate(self.anchors) if anchor.role in roles]
+        index = torch.tensor(indices, dtype=torch.long, device=self.embeddings.device)
+        return self.embeddings[index], [self.anchors[i] for i in indices]
 
 
 def create_empty_readout(dim: int, *, like: Tensor) -> Readout:
-    """What a rank without a usable record contributes: nothing, in the right shapes, of the kind and place of `like`."""
-    # Both want a gradient: the backward of the gather is a collective in which every rank must take part, and a step of
-    # which this rank has nothing goes backward, too.
+    """Return the readout of a process that has no usable record: no embedding and no label.
+
+    Both tensors require a gradient: the backward pass of the gather is a collective in which every process
+    must take part, and a step must have a graph even if this process contributes nothing to it.
+
+    Args:
+        dim: E, width of the embeddings.
+        like: tensor whose dtype and device the readout gets.
+    """
     return Readout(like.new_zeros(0, dim).requires_grad_(), (), like.new_zeros(0).requires_grad_())
 
 
 def concatenate_readouts(readouts: list[Readout]) -> Readout:
-    """Several forwards' readings as one, in order; at least one of them (`empty_readout` counts)."""
+    """Return the readouts of several forward passes as one, in order; the list must not be empty."""
     return Readout(
         torch.cat([readout.embeddings for readout in readouts]),
         tuple(anchor for readout in readouts for anchor in readout.anchors),
@@ -48,90 +54,111 @@ def concatenate_readouts(readouts: list[Readout]) -> Readout:
 def pool_hidden_states(
     hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Mean of the hidden states of every span.
+    """Return the mean hidden state of every span, float[A, D].
 
     Args:
         hidden: float[B, T, D].
-        spans: int64[A, 3], row, start, end. A span of one token is last-token pooling by index.
-        dtype: of the result, and of the sum that it is: a mean in half precision loses digits.
-
-    Returns:
-        float[A, D]
+        spans: int64[A, 3], row, start and end. A span of one token is last-token pooling. Without spans
+            the result is empty but still part of the graph (see `create_empty_readout`).
+        dtype: dtype of the sum and of the result, by default that of `hidden`; a mean in half precision
+            would lose digits.
     """
     if len(spans) == 0:
-        return hidden[:0, 0].to(dtype or hidden.dtype)  # part of the graph: see `empty_readout`
-    found = hidden[spans[:, 0], spans[:, 1]].to(
-        dtype or hidden.dtype
-    )  # all that a span of one token needs
-    (several,) = (spans[:, 2] - spans[:, 1] > 1).nonzero(as_tuple=True)
-    if len(several) == 0:
-        return found
-    # Texts are read at one token: laid out as long as an image, a batch of them would take gigabytes.
-    long = spans[several]
-    at = long[:, 1, None] + torch.arange(
-        int((long[:, 2] - long[:, 1]).max()), device=spans.device
-    )  # [S, L]
-    inside = at < long[:, 2, None]
-    states = hidden[long[:, 0, None], at.clamp(max=hidden.shape[1] - 1)].to(
-        found.dtype
-    )  # [S, L, D]
-    return found.index_copy(
-        0, several, (states * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
-    )
+        return hidden[:0, 0].to(dtype or hidden.dtype)
+    rows, starts, ends = spans.unbind(1)
+    pooled = hidden[rows, starts].to(dtype or hidden.dtype)  # [A, D], the result for single tokens
+    (long_spans,) = (ends - starts > 1).nonzero(as_tuple=True)
+    if len(long_spans) == 0:
+        return pooled
+    # Only the long spans are gathered at full length: texts have one token, images hundreds, and padding
+    # all spans to the longest would take gigabytes.
+    rows, starts, ends = spans[long_spans].unbind(1)
+    max_length = int((ends - starts).max())
+    positions = starts[:, None] + torch.arange(max_length, device=spans.device)  # [S, L]
+    is_inside = positions < ends[:, None]
+    positions = positions.clamp(max=hidden.shape[1] - 1)
+    states = hidden[rows[:, None], positions].to(pooled.dtype)  # [S, L, D]
+    sums = (states * is_inside[..., None]).sum(1)  # [S, D]
+    return pooled.index_copy(0, long_spans, sums / is_inside.sum(1, keepdim=True))
 
 
 def find_supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and position of every supervised token; what predicts it stands one position before."""
-    rows, at = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
-    return rows, at
+    """Return the rows and the columns, int64[S] each, of all labels in int64[B, T], in row-major order.
+
+    The hidden state one position before a label predicts it.
+    """
+    rows, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows, columns
 
 
 class EmbeddingHead(nn.Module):
-    """r = MLP(d), unit length.
+    """Map from pooled hidden states to embeddings of unit length, r = norm(head(d)).
 
-    `kind`: mlp (Linear-GELU-Linear, Sugar), linear, none (VladVA reads d itself), or split: a linear map of d and another
-    of the vision tower's own features (FROMAGe).
+    Args:
+        kind: `mlp` (Linear-GELU-Linear, Sugar), `linear`, `none` (VladVA embeds d itself), or `split`: one
+            linear map of d and another of the vision tower's features (FROMAGe).
+        width: D, width of the hidden states.
+        dim: E, width of the embeddings; `none` has E = D instead.
+        vision_width: width of the vision features that `split` reads.
     """
 
     def __init__(self, kind: str, width: int, dim: int, *, vision_width: int = 0):
         super().__init__()
-        self.kind, self.dim = kind, width if kind == "none" else dim
+        self.kind = kind
+        self.dim = width if kind == "none" else dim
+        # All variants are created, whichever is used: the random numbers drawn after them stay the same.
         layers: dict[str, nn.Module] = {
             "none": nn.Identity(),
             "linear": nn.Linear(width, dim),
             "mlp": nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
         }
+        # Attribute names are tensor names in saved models.
         self.layers = nn.Linear(width, dim) if kind == "split" else layers[kind]
         self.vision = nn.Linear(vision_width, dim) if kind == "split" else None
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """float[A, D] -> float[A, E], unit length."""
-        found: Tensor = nn.functional.normalize(self.layers(pooled), dim=-1)
-        return found
+        """Return the embeddings float[A, E], unit length, of pooled hidden states float[A, D]."""
+        embeddings: Tensor = nn.functional.normalize(self.layers(pooled), dim=-1)
+        return embeddings
 
     def embed_vision_features(self, pooled: Tensor) -> Tensor:
-        """Vision features float[A, Dv] -> float[A, E], unit length."""
-        assert self.vision is not None, "only a split head reads the tower"
-        return nn.functional.normalize(self.vision(pooled[:, : self.vision.in_features]), dim=-1)
+        """Return the embeddings float[A, E], unit length, of pooled vision features float[A, Dv].
+
+        Only the first `vision_width` features are read. Only a `split` head has this map.
+        """
+        assert self.vision is not None, "only a split head embeds vision features"
+        pooled = pooled[:, : self.vision.in_features]
+        return nn.functional.normalize(self.vision(pooled), dim=-1)
 
 
 def merge_vision_embeddings(
-    of_trunk: Tensor, head: EmbeddingHead, batch: Batch, *, at: Tensor, features: Tensor
+    text_embeddings: Tensor,
+    head: EmbeddingHead,
+    batch: Batch,
+    *,
+    is_vision: Tensor,
+    features: Tensor,
 ) -> Tensor:
-    """Embeddings of all anchors, float[A, E]: those of the trunk, and the means of images' vision features.
+    """Return the embeddings float[A, E] of all anchors: from the language model or from vision features.
 
     Args:
-        of_trunk: float[n, E], of the other anchors in their order.
-        at: bool[A], the anchors that are read in the tower; each stands at an image's tokens.
-        features: float[tokens, Dv], of the batch's images.
+        text_embeddings: float[n, E], embeddings of the anchors that the language model embeds, in order.
+        head: head with a map for vision features.
+        batch: the whole batch with all A anchors.
+        is_vision: bool[A], the anchors that are embedded as the mean of their image's vision features; each
+            lies on image tokens.
+        features: float[tokens, Dv], vision features of all images of the batch.
     """
-    rows, starts, ends = batch.anchor_spans[at].unbind(1)
-    # Of the feature at a token, or the last one before it: row-major, as images fill their places.
-    order = batch.image_mask.flatten().cumsum(0) - 1
-    first, last = (order[rows * batch.token_ids.shape[1] + place] for place in (starts, ends - 1))
+    rows, starts, ends = batch.anchor_spans[is_vision].unbind(1)
+    # Index of the feature at every token, or of the last one before it: features fill the image tokens
+    # in row-major order.
+    feature_index = batch.image_mask.flatten().cumsum(0) - 1  # [B * T]
+    row_starts = rows * batch.token_ids.shape[1]
+    first = feature_index[row_starts + starts]
+    last = feature_index[row_starts + ends - 1]
     spans = torch.stack([torch.zeros_like(first), first, last + 1], 1)
-    seen = head.embed_vision_features(
-        pool_hidden_states(features[None], spans, dtype=of_trunk.dtype)
-    )
-    found = of_trunk.new_zeros(len(at), head.dim).masked_scatter(~at[:, None], of_trunk)
-    return found.masked_scatter(at[:, None], seen)
+    pooled = pool_hidden_states(features[None], spans, dtype=text_embeddings.dtype)
+    vision_embeddings = head.embed_vision_features(pooled)
+    embeddings = text_embeddings.new_zeros(len(is_vision), head.dim)  # [A, E]
+    embeddings = embeddings.masked_scatter(~is_vision[:, None], text_embeddings)
+    return embeddings.masked_scatter(is_vision[:, None], vision_embeddings)

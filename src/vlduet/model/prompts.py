@@ -63,7 +63,9 @@ class Prompts:
                 )
         if self.image_pool not in ("last", "mean", "vision"):
             raise ConfigError(
-                f"'{self.image_pool}'", place="prompts.image_pool", fix="Use last or mean (vision is for recipe fromage)"
+                f"'{self.image_pool}'",
+                place="prompts.image_pool",
+                fix="Use last or mean (vision is for recipe fromage)",
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,9 +202,7 @@ class Renderer:
         """Append `parts` in their embedding prompt and return the span of every part."""
         before, after = self._prompt_texts(parts)
         builder.append_control(before)
-        spans = [
-            self._append_part(builder, parts, i, is_query=is_query) for i in range(len(parts))
-        ]
+        spans = [self._append_part(builder, parts, i, is_query=is_query) for i in range(len(parts))]
         builder.append_control(after)
         return spans
 
@@ -243,7 +243,7 @@ class Renderer:
             )
             opening, closing = turn.split(marker)
             before = opening + before
-            after = closing if not after else after + closing
+            after = after + closing
         return before.removeprefix(self.bos_text), after
 
     def _append_part(
@@ -376,13 +376,14 @@ class Renderer:
                 for message in messages
             ]
             try:
-                rendered = self.tokenizer.apply_chat_template(
-                    rows, tokenize=False, add_generation_prompt=add_generation_prompt
+                rendered = str(
+                    self.tokenizer.apply_chat_template(
+                        rows, tokenize=False, add_generation_prompt=add_generation_prompt
+                    )
                 )
             except (TemplateError, TypeError) as error:
                 refusal = error
                 continue
-            rendered = str(rendered)
             is_complete = (
                 all(rendered.count(text) == 1 for text in texts)
                 and rendered.count(self.image_placeholder) == len(parts) - len(texts)

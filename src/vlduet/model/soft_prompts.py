@@ -1,13 +1,13 @@
-"""Soft prompts: the tokens of the written prompts become learned ones, trained beside LoRA (VladVA, arXiv 2412.04378).
+"""Soft prompts: trained embeddings replace those of the hand-written prompts (VladVA, arXiv 2412.04378).
 
-A learned token is an ordinary special token that the tokenizer gets, `<|soft_0|>`, `<|soft_1|>`, ...; its embedding is a row
-of ours instead of one of the checkpoint's table. The prompts are then written with such tokens,
+The tokenizer gets special tokens `<|soft_0|>`, `<|soft_1|>`, ...; their embeddings are rows of our own beside
+the checkpoint's embedding table. The prompts are then rewritten with these tokens,
 
     {image}\\nSummarize the provided image in one word:    ->    {image}<|soft_0|><|soft_1|> ... <|soft_9|>
 
-each row starting as the embedding of the token that it replaces. So attention mask, positions and layout are those of any
-token, the saved prompts say which row stands where, and a user's text cannot spell one. At export the rows go into the
-table, and whoever serves the checkpoint gets the same vectors from the same prompt.
+and every row starts as the embedding of the token that it replaces. Attention mask and position ids are those
+of ordinary tokens, the saved prompts say which row is where, and user text cannot spell the tokens. At export
+the rows become rows of the table, so that any server of the checkpoint computes the same embeddings.
 """
 
 from __future__ import annotations
@@ -21,96 +21,98 @@ from vlduet.model.processing import Tokenizer
 from vlduet.model.prompts import SLOT_PATTERN, Prompts, Renderer
 
 ROWS_TENSOR_NAME = "soft.rows"
-"""Name of the learned rows among a model's tensors."""
+"""Name of the rows among the tensors of a saved model."""
 
 
 class SoftPrompts(nn.Module):
-    """The learned tokens of a model.
+    """Trained embeddings of the soft prompt tokens.
 
     Args:
-        backbone: its tokenizer gets the tokens.
-        rows: float[N, D], what they start from.
+        backbone: checkpoint; its tokenizer gets the tokens (modified in place).
+        rows: float[N, D], initial embeddings, which are copied.
     """
 
     def __init__(self, backbone: Backbone, rows: Tensor):
         super().__init__()
         self.first_token_id = add_soft_prompt_tokens(backbone.tokenizer, len(rows))
-        # In single precision whatever the table has: small steps would be lost.
+        # float32 even if the table has half precision: small optimizer steps would be lost.
         self.rows = nn.Parameter(rows.detach().to(backbone.device, torch.float32, copy=True))
 
-    def forward(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
-        """int64[B, T] -> float[B, T, D], from the table or from the learned rows."""
-        learned = ids >= self.first_token_id
-        known: Tensor = embedding(ids.masked_fill(learned, 0))
-        return known.masked_scatter(
-            learned[..., None], self.rows[ids[learned] - self.first_token_id].to(known.dtype)
-        )
+    def forward(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Return the embeddings float[B, T, D] of int64[B, T], from the table or from the own rows."""
+        is_soft = token_ids >= self.first_token_id
+        embeddings: Tensor = embedding(token_ids.masked_fill(is_soft, 0))
+        rows = self.rows[token_ids[is_soft] - self.first_token_id]
+        return embeddings.masked_scatter(is_soft[..., None], rows.to(embeddings.dtype))
 
     @torch.no_grad()
     def fold_into_embedding(self, backbone: Backbone) -> None:
-        """Write the rows into the table, so that the checkpoint does without this module.
+        """Write the rows into the checkpoint's embedding table, which then works without this module.
 
-        Where the LM head is the table, the new rows would be words that can be generated: the checkpoint's generation
-        config forbids them, and `DuetModel.lm_weight` leaves them out.
+        Modifies the backbone in place: the table grows where it is too short, and the generation config
+        suppresses the new tokens, because with tied weights the rows are also rows of the LM head and would
+        be generated. An LM head of its own gets zeros.
         """
         end = self.first_token_id + len(self.rows)
         backbone.resize_token_embeddings(end)
-        if backbone.lm_head.weight is not backbone.token_embedding.weight:
+        table = backbone.token_embedding.weight
+        if backbone.lm_head.weight is not table:
             backbone.lm_head.weight[self.first_token_id : end] = 0.0
-        scale = getattr(
-            backbone.token_embedding, "embed_scale", 1.0
-        )  # Gemma makes its table larger as it reads it
-        backbone.token_embedding.weight[self.first_token_id : end] = (self.rows / scale).to(
-            backbone.token_embedding.weight.dtype
-        )
-        generation = backbone.model.generation_config
-        generation.suppress_tokens = sorted(
-            {*(generation.suppress_tokens or ()), *range(self.first_token_id, end)}
-        )
+        scale = getattr(backbone.token_embedding, "embed_scale", 1.0)  # Gemma scales its embeddings
+        table[self.first_token_id : end] = (self.rows / scale).to(table.dtype)
+        config = backbone.model.generation_config
+        new_tokens = range(self.first_token_id, end)
+        config.suppress_tokens = sorted({*(config.suppress_tokens or ()), *new_tokens})
 
 
 def add_soft_prompt_tokens(tokenizer: Tokenizer, count: int) -> int:
-    """Give the tokenizer `count` learned tokens, or find them there; the id of the first."""
+    """Add `count` soft prompt tokens to a tokenizer that lacks them and return the id of the first.
+
+    Their ids are consecutive and the highest of the vocabulary.
+    """
     tokens = [soft_prompt_token(i) for i in range(count)]
     tokenizer.add_tokens(tokens, special_tokens=True)
     ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)
-    assert ids == list(range(ids[0], ids[0] + count)) and ids[-1] == max(
-        tokenizer.get_vocab().values()
-    )
+    assert ids == list(range(ids[0], ids[0] + count))
+    assert ids[-1] == max(tokenizer.get_vocab().values())
     return ids[0]
 
 
-def init_soft_prompts(renderer: Renderer, backbone: Backbone) -> SoftPrompts:
-    """Learned tokens in place of every token of the renderer's prompts, which are rewritten; images, texts and mixtures
-    have tokens of their own. The chat template around a prompt stays as it is.
+def init_soft_prompts(renderer: Renderer, backbone: Backbone) -> tuple[SoftPrompts, Prompts]:
+    """Create soft prompts in place of all tokens of the renderer's image, text and parts prompts.
+
+    The tokenizer gets the new tokens; the renderer is not modified. The chat template around a prompt and a
+    begin-of-sequence token in it stay as they are.
+
+    Returns:
+        The soft prompts, initialised from the hand-written prompts, and the prompts spelled with their tokens.
 
     Raises:
-        ConfigError: the prompts have no tokens.
+        ConfigError: the prompts have no token to start from.
     """
-    ids: list[int] = []
-    written: dict[str, str] = {}
+    token_ids: list[int] = []
+    texts: dict[str, str] = {}
     for name in ("image", "text", "parts"):
         before, _, after = SLOT_PATTERN.split(getattr(renderer.prompts, name))
-        start = str(renderer.tokenizer.bos_token)
-        # Where every sequence begins with it, the start token is no part of the prompt.
-        kept = start if renderer.bos_ids and before.startswith(start) else ""
-        around = []
-        for piece in (before.removeprefix(kept), after):
-            found = renderer.tokenizer.encode(piece, add_special_tokens=False)
-            around.append("".join(soft_prompt_token(len(ids) + i) for i in range(len(found))))
-            ids += found
-        written[name] = f"{kept}{around[0]}{{{name}}}{around[1]}"
-    if not ids:
+        bos = renderer.bos_text if before.startswith(renderer.bos_text) else ""
+        soft_texts = []
+        for text in (before.removeprefix(bos), after):
+            ids = renderer.tokenizer.encode(text, add_special_tokens=False)
+            first = len(token_ids)
+            soft_texts.append("".join(soft_prompt_token(first + i) for i in range(len(ids))))
+            token_ids += ids
+        texts[name] = f"{bos}{soft_texts[0]}{{{name}}}{soft_texts[1]}"
+    if not token_ids:
         raise ConfigError(
             "the prompts have no tokens to start from",
             place="train.soft_prompts",
             fix="Write some in model.prompts",
         )
-    rows = backbone.token_embedding(torch.tensor(ids, device=backbone.device))
-    renderer.prompts = Prompts(**(renderer.prompts.to_dict() | written))
-    return SoftPrompts(backbone, rows)
+    rows = backbone.token_embedding(torch.tensor(token_ids, device=backbone.device))
+    prompts = Prompts(**(renderer.prompts.to_dict() | texts))
+    return SoftPrompts(backbone, rows), prompts
 
 
 def soft_prompt_token(index: int) -> str:
-    """How a learned token is written."""
+    """Return the text of the soft prompt token `index`, from 0."""
     return f"<|soft_{index}|>"

@@ -1,0 +1,62 @@
+"""Negative log-likelihoods of sequences and captions under a `DuetModel`."""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import TYPE_CHECKING
+
+import torch
+
+from vlduet.data import prefix_sharing
+from vlduet.data.batches import FORWARD_MAX_TOKENS
+from vlduet.data.records import ImageRef
+from vlduet.data.sequences import Sequence
+from vlduet.model.backbone import eval_mode
+
+if TYPE_CHECKING:
+    from vlduet.model.duet import DuetModel
+
+
+@torch.no_grad()
+def compute_sequence_nll(model: DuetModel, sequences: list[Sequence]) -> list[tuple[float, int]]:
+    """Return (total negative log-likelihood in nats, number of labels) of every sequence's labels.
+
+    The model is in evaluation mode meanwhile. Consecutive sequences with a common prefix, such as the
+    options of a question, read it once (`data.prefix_sharing`). A sequence without labels gives (0.0, 0).
+    """
+    results = [(0.0, 0)] * len(sequences)
+    with eval_mode(model):
+        for indices, rows in prefix_sharing.group_rows(sequences, FORWARD_MAX_TOKENS):
+            batch = prefix_sharing.collate_shared_prefixes(
+                rows, pad_token_id=model.backbone.pad_token_id
+            ).to(model.backbone.device)
+            counts = [sequences[i].num_labels for i in indices]
+            nll = model(batch).nll.double().cpu()
+            for i, sequence_nll in zip(indices, nll.split(counts), strict=True):
+                results[i] = (float(sequence_nll.sum()), len(sequence_nll))
+    return results
+
+
+def compute_caption_nll(
+    model: DuetModel, pairs: abc.Sequence[tuple[ImageRef, str]], *, batch_size: int = 32
+) -> list[tuple[float, int]]:
+    """Return (total negative log-likelihood in nats, number of tokens) of captions after their images.
+
+    The end-of-text token counts.
+
+    Args:
+        model: the model.
+        pairs: images with their captions.
+        batch_size: number of pairs that are rendered at once; bounds the decoded images in memory.
+
+    Raises:
+        DataError, ImageError: a pair cannot be rendered (`Renderer.render_caption`).
+    """
+    results: list[tuple[float, int]] = []
+    for begin in range(0, len(pairs), batch_size):
+        sequences = [
+            model.renderer.render_caption(image, caption)
+            for image, caption in pairs[begin : begin + batch_size]
+        ]
+        results += compute_sequence_nll(model, sequences)
+    return results

@@ -1,0 +1,154 @@
+"""Saving and opening of a `DuetModel` in the folder format of `model/checkpoint.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vlduet.errors import ModelError
+from vlduet.files import recover_folder, replace_folder_atomically
+from vlduet.model import checkpoint
+from vlduet.model.adapters import save_lora
+from vlduet.model.backbone import fingerprint_checkpoint, load_backbone, select_device
+from vlduet.model.embedding import encode
+from vlduet.model.prompts import DEFAULT_MAX_TOKENS, Prompts
+from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts
+
+if TYPE_CHECKING:
+    from vlduet.model.duet import DuetModel
+
+    ModelT = TypeVar("ModelT", bound=DuetModel)
+
+
+def compute_model_fingerprint(model: DuetModel) -> str:
+    """Return 16 hexadecimal digits that identify everything an embedding of the model depends on."""
+    return checkpoint.compute_fingerprint(
+        model.embedding_settings(),
+        fingerprint_checkpoint(model.backbone.folder),
+        _trained_tensors(model),
+    )
+
+
+def _trained_tensors(model: DuetModel) -> dict[str, Tensor]:
+    """Return everything that is trained, by name: the model's own tensors and its adapter."""
+    return {**model.own_tensors(), **model.adapter_tensors()}
+
+
+def compute_golden_vectors(model: DuetModel) -> Tensor:
+    """Return the embeddings float32[3, E] of the golden inputs, whatever the model's limit of tokens."""
+    inputs = checkpoint.make_golden_inputs()
+    return torch.from_numpy(encode(model, inputs, max_tokens=DEFAULT_MAX_TOKENS))
+
+
+def save_pretrained(
+    model: DuetModel, folder: Path | str, *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write a model folder atomically: trained tensors and adapter, and a reference to the base.
+
+    Args:
+        model: the model.
+        folder: new folder, or an earlier model folder, which is replaced.
+        provenance: facts about the model's origin (config, data, commit) for the manifest.
+
+    Raises:
+        ModelError: `folder` is the folder of the model's base.
+        ConfigError: `folder` exists and is no model folder.
+    """
+    base = model.backbone.folder
+    if Path(folder).resolve() == base.resolve():
+        raise ModelError(
+            "this folder is the model's base", place=folder, fix="Save elsewhere, or save it merged"
+        )
+    with replace_folder_atomically(Path(folder), marker=checkpoint.MANIFEST_NAME) as temporary:
+        _write_model(model, temporary, base=base, provenance=provenance or {})
+
+
+def save_merged(
+    model: DuetModel, folder: Path | str, *, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write a self-contained folder that plain transformers opens, atomically.
+
+    Modifies the model in place: the adapter is merged into the weights and removed, soft prompts are copied
+    into the embedding table, and the model's base becomes `folder`. That may be the former base.
+
+    Args:
+        model: the model.
+        folder: new folder, an earlier model folder, or the base's folder, which is replaced.
+        provenance: facts about the model's origin for the manifest.
+
+    Raises:
+        ConfigError: `folder` exists and is neither a model folder nor the base's.
+    """
+    is_own_base = Path(folder).resolve() == model.backbone.folder.resolve()
+    marker = "config.json" if is_own_base else checkpoint.MANIFEST_NAME
+    with replace_folder_atomically(Path(folder), marker=marker) as temporary:
+        model.merge_adapter()
+        model.backbone.save_pretrained(temporary)
+        _write_model(model, temporary, base=None, provenance=provenance or {})
+    model.backbone.folder = Path(folder)
+
+
+def _write_model(
+    model: DuetModel, folder: Path, *, base: Path | None, provenance: Mapping[str, Any]
+) -> None:
+    """Write a model's own files into a folder; `base` is None where it holds the base's files, too."""
+    has_adapter = model.peft_model is not None
+    checkpoint.write_checkpoint(
+        folder,
+        base=base,
+        description={**model.embedding_settings(), "provenance": dict(provenance)},
+        own_tensors=model.own_tensors(),
+        adapter_tensors=model.adapter_tensors(),
+        golden_vectors=compute_golden_vectors(model),
+        save_adapter=partial(save_lora, model.peft_model) if has_adapter else None,
+    )
+
+
+def open_model(
+    model_class: type[ModelT],
+    folder: Path | str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    check_golden: bool = True,
+    prompts: Prompts | None = None,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+) -> ModelT:
+    """Open a model folder, or wrap a plain Hugging Face checkpoint; see `DuetModel.from_pretrained`."""
+    saved = checkpoint.read_checkpoint(recover_folder(Path(folder)))
+    backbone = load_backbone(saved.base_folder, device=device or select_device(), dtype=dtype)
+    if not saved.manifest:
+        return model_class(backbone, prompts=prompts or Prompts(), max_tokens=max_tokens).eval()
+    head = saved.manifest["head"]
+    model = model_class(
+        backbone,
+        prompts=Prompts(**saved.manifest["prompts"]),
+        head=head["kind"],
+        dim=head["dim"],
+        max_tokens=max_tokens,
+    )
+    if ROWS_TENSOR_NAME in saved.tensors:
+        model.soft_prompts = SoftPrompts(backbone, saved.tensors[ROWS_TENSOR_NAME])
+    with torch.no_grad():
+        for name, tensor in model.own_tensors().items():
+            if name not in saved.tensors or saved.tensors[name].shape != tensor.shape:
+                raise ModelError(
+                    f"tensor '{name}' is missing or of another shape", place=Path(folder)
+                )
+            tensor.copy_(saved.tensors[name])
+    if saved.adapter_folder is not None:
+        model.load_adapter(saved.adapter_folder)
+    checkpoint.verify_tensors(saved.manifest, _trained_tensors(model), place=Path(folder))
+    if check_golden and saved.golden_vectors is not None:
+        checkpoint.check_golden_vectors(
+            saved.golden_vectors,
+            compute_golden_vectors(model),
+            dtype=backbone.model.dtype,
+            place=Path(folder),
+        )
+    return model.eval()
