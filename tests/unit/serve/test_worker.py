@@ -230,12 +230,20 @@ def test_an_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
 
 
 def test_an_answer_ends_before_its_stop_string(model, worker, monkeypatch):
-    def letters(ids, **_):
-        return "".join(
-            f"{chr(97 + i % 26)}{n % 10}" for n, i in enumerate(ids)
-        )  # no two tokens look alike
+    class DistinctPieces:
+        """Detokenizer that returns a letter and a digit per token, so that no two look alike."""
 
-    monkeypatch.setattr(model.backbone.tokenizer, "decode", letters)
+        def __init__(self, tokenizer):
+            self.num_tokens = 0
+
+        def add(self, token_id):
+            self.num_tokens += 1
+            return f"{chr(97 + token_id % 26)}{self.num_tokens % 10}"
+
+        def flush(self):
+            return ""
+
+    monkeypatch.setattr(continuous, "IncrementalDetokenizer", DistinctPieces)
     streamed = asked(worker, turn("say"), 9)[0].text()
     assert len(streamed) > 7, "a model that ends at once would prove nothing"
     stop = streamed[3:5]
@@ -429,7 +437,7 @@ def test_who_cannot_join_is_told_and_nobody_else(endless, worker, monkeypatch, b
         if isinstance(piece, Delta) and piece.completion_tokens == 2:
             place = {
                 "prompt": (endless, "start"),
-                "beside": (continuous, "_stacked"),
+                "beside": (continuous, "_concatenate_left_padded"),
                 "habits": (scheduler, "Continuation"),
             }
             monkeypatch.setattr(
