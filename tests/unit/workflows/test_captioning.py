@@ -1,16 +1,17 @@
-"""Captions are written where they lack, once an image, and an interrupted run goes on."""
+"""Missing captions are written, once per image, and an interrupted run continues."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from helpers import tiny
+from vlduet.cli.main import app
 from vlduet.data import images
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef
@@ -20,288 +21,240 @@ from vlduet.workflows.captioning import (
     NO_INSTRUCTION,
     CaptionSpec,
     build_caption_specs,
-    known_texts,
     tidy_caption,
     write_missing_captions,
 )
 
-BOTH = build_caption_specs(short=9, long=99)
+SHORT_AND_LONG = build_caption_specs(short=9, long=99)
 
 
-class FakeModel:
-    """Writes the width of the picture."""
+class WidthCaptioner:
+    """Captioner that writes the width of the image.
+
+    Args:
+        template: text of a caption, with ``{width}``.
+        max_calls: number of calls after which the next one raises KeyboardInterrupt.
+    """
 
     fingerprint = "fake"
 
-    def __init__(self, answer: str = "It is {width} wide. Really. And the") -> None:
-        self.answer = answer
-        self.asked: list[tuple[str, int, list[int]]] = []
-        self.stop_after: int | None = None
+    def __init__(
+        self, template: str = "It is {width} wide. Really. And the", max_calls: int | None = None
+    ) -> None:
+        self.template = template
+        self.max_calls = max_calls
+        self.calls: list[tuple[str, int, int]] = []
+        """(prompt, max_new_tokens, num_drafts) of each call."""
+        self.widths: list[list[int]] = []
+        """Widths of the images of each call."""
 
-    def encode_query(self, items: Sequence[str]) -> np.ndarray:
-        return np.array([[len(item)] for item in items], np.float32)
-
-    def caption(
+    def caption_images(
         self,
-        images_: Sequence[ImageRef],
+        refs: Sequence[ImageRef],
         *,
         prompt: str = NO_INSTRUCTION,
         max_new_tokens: int = 32,
-        batch: int = 32,
-        drafts: int = 1,
-        known: Mapping[str, np.ndarray] | None = None,
+        batch_size: int = 32,
+        num_drafts: int = 1,
     ) -> list[str]:
-        widths = [images.load_image(ref).width for ref in images_]
-        if self.stop_after is not None and len(self.asked) >= self.stop_after:
+        widths = [images.load_image(ref).width for ref in refs]
+        if self.max_calls is not None and len(self.calls) >= self.max_calls:
             raise KeyboardInterrupt
-        self.asked.append((prompt, max_new_tokens, widths))
-        self.drafts = drafts
-        # A known text is nearest to the picture that is as wide as it is long.
-        lengths = {int(vector[0]): text for text, vector in (known or {}).items()}
-        return [lengths.get(width, self.answer.format(width=width)) for width in widths]
+        self.calls.append((prompt, max_new_tokens, num_drafts))
+        self.widths.append(widths)
+        return [self.template.format(width=width) for width in widths]
 
 
-def write(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def photos(folder: Path, count: int) -> list[str]:
+def write_photos(folder: Path, count: int) -> list[str]:
+    """Write images 0.png, 1.png, ... that are 10, 11, ... pixels wide."""
     folder.mkdir(exist_ok=True)
-    for i in range(count):
-        (folder / f"{i}.png").write_bytes(tiny.random_image(i, side=10 + i).data or b"")
-    return [f"{i}.png" for i in range(count)]
+    names = [f"{i}.png" for i in range(count)]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(images.read_bytes(tiny.random_image(i, side=10 + i)))
+    return names
 
 
-def test_a_folder_of_images(tmp_path: Path) -> None:
-    photos(tmp_path / "photos", 3)
-    (tmp_path / "photos" / "2.txt").write_text("There already.")
-    model = FakeModel()
+def write_photo_rows(folder: Path, count: int) -> Path:
+    """Write photos, and a file of pairs without captions."""
+    return write_rows(folder, [{"id": name, "image": name} for name in write_photos(folder, count)])
+
+
+# --- what is written
+
+
+def test_images_of_a_folder_get_short_and_long_captions(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    write_photos(photos, 3)
+    (photos / "2.txt").write_text("There already.")
+    model = WidthCaptioner()
+    output = tmp_path / "out.jsonl"
     report = write_missing_captions(
-        model,
-        tmp_path / "photos",
-        output=tmp_path / "out.jsonl",
-        specs=BOTH,
-        model_name="m",
-        batch_size=2,
+        model, photos, output=output, specs=SHORT_AND_LONG, model_name="m", batch_size=2
     )
-    a, _, c = read_records(tmp_path / "out.jsonl")
-    assert a.short == ("It is 10 wide.",) and a.long == "It is 10 wide. Really."
-    assert c.short == ("There already.",) and c.long == "It is 12 wide. Really."
-    assert [asked[:2] for asked in model.asked[:2]] == [
-        (DEFAULT_INSTRUCTIONS["short"], 9),
-        (DEFAULT_INSTRUCTIONS["long"], 99),
+    first, _, third = read_records(output)
+    assert first.short == ("It is 10 wide.",) and first.long == "It is 10 wide. Really."
+    assert third.short == ("There already.",) and third.long == "It is 12 wide. Really."
+    assert model.calls[:2] == [
+        (DEFAULT_INSTRUCTIONS["short"], 9, 1),
+        (DEFAULT_INSTRUCTIONS["long"], 99, 1),
     ]
-    assert [widths for _, _, widths in model.asked] == [[10, 11], [10, 11], [12]]
-    told = {
+    assert model.widths == [[10, 11], [10, 11], [12]]
+    assert first.metadata["captioned"]["long"] == {
         "model": "m",
         "fingerprint": "fake",
         "prompt": DEFAULT_INSTRUCTIONS["long"],
         "tokens": 99,
         "drafts": 1,
-        "known": False,
     }
-    assert a.metadata["captioned"]["long"] == told and list(c.metadata["captioned"]) == ["long"]
-    assert (report.records, report.short, report.long, report.generated) == (
-        3,
-        2,
-        3,
-        5,
-    ) and report.dropped == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"photos", "out.jsonl"}, "nothing is left behind"
+    assert list(third.metadata["captioned"]) == ["long"]
+    assert (report.records, report.short, report.long, report.generated) == (3, 2, 3, 5)
+    assert report.dropped == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "out.jsonl"}
 
 
-def test_a_folder_that_holds_its_captions_may_grow(tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    photos(folder, 2)
-    write_missing_captions(FakeModel(), folder, output=folder / "train.jsonl", specs=BOTH)
-    photos(folder, 3)
-    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
-    model = FakeModel()
-    report = write_missing_captions(model, folder, output=folder / "train.jsonl", specs=BOTH)
-    assert [r.id for r in read_records(folder / "train.jsonl")] == ["0.png", "1.png", "2.png"]
-    assert [widths for _, _, widths in model.asked] == [[12], [12]]
-    assert (report.records, report.generated, report.dropped) == (3, 2, 1)
-
-
-def test_a_folder_s_captions_are_not_replaced_where_one_would_be_lost(tmp_path: Path) -> None:
-    photos(tmp_path, 1)
-    rows = '{"id": "0", "image": "0.png", "short": "by hand"}\n{"id": "1", "image": "gone.png", "long": "by hand, too"}\n'
-    (tmp_path / "train.jsonl").write_text(rows)
-    with pytest.raises(
-        DataError, match=r"train.jsonl: 1 of its 2 records cannot be used .* would be lost"
-    ):
-        write_missing_captions(FakeModel(), tmp_path, output=tmp_path / "train.jsonl", specs=BOTH)
-    assert (tmp_path / "train.jsonl").read_text() == rows
-
-
-def test_what_is_there_is_never_replaced_and_seen_images_are_not_asked_again(
-    tmp_path: Path,
-) -> None:
-    names = photos(tmp_path, 1)
+def test_present_captions_are_kept_and_equal_images_are_captioned_once(tmp_path: Path) -> None:
+    (name,) = write_photos(tmp_path, 1)
+    by_hand = {"captioned": {"long": "by hand"}}
+    question = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     rows = [
         {"id": "full", "image": "gone.png", "short": "s", "long": "l"},
-        {
-            "id": "first",
-            "image": names[0],
-            "long": "l",
-            "metadata": {"captioned": {"long": "by hand"}},
-        },
-        {"id": "again", "image": names[0]},
-        {
-            "id": "chat",
-            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
-        },
+        {"id": "first", "image": name, "long": "l", "metadata": by_hand},
+        {"id": "again", "image": name},
+        {"id": "chat", "messages": question},
     ]
-    model = FakeModel()
     report = write_missing_captions(
-        model,
-        write(tmp_path, rows),
+        WidthCaptioner(),
+        write_rows(tmp_path, rows),
         output=tmp_path / "out.jsonl",
         specs=build_caption_specs(short=9, long=0),
     )
-    found = {record.id: record for record in read_records(tmp_path / "out.jsonl")}
-    assert (
-        found["full"].short == ("s",)
-        and found["full"].metadata == {}
-        and found["chat"].kind == "chat"
-    )
-    assert found["first"].short == found["again"].short == ("It is 10 wide.",)
-    assert list(found["first"].metadata["captioned"]) == ["long", "short"]
-    assert report.generated == 1 and report.short == 2 and found["again"].long is None
+    records = {record.id: record for record in read_records(tmp_path / "out.jsonl")}
+    assert records["full"].short == ("s",) and records["full"].metadata == {}
+    assert records["chat"].kind == "chat"
+    assert records["first"].short == records["again"].short == ("It is 10 wide.",)
+    assert list(records["first"].metadata["captioned"]) == ["long", "short"]
+    assert report.generated == 1 and report.short == 2 and records["again"].long is None
 
 
-def test_broken_images_are_named_and_the_rest_goes_on(tmp_path: Path) -> None:
-    names = photos(tmp_path, 4)
+def test_broken_images_are_listed_and_the_others_captioned(tmp_path: Path) -> None:
+    names = write_photos(tmp_path, 4)
     (tmp_path / "broken.png").write_bytes((tmp_path / names[0]).read_bytes()[:60])
-    every = ["gone.png", *names[:2], "broken.png", *names[2:]]
-    rows = [{"id": str(i), "image": name} for i, name in enumerate(every)]
+    all_names = ["gone.png", *names[:2], "broken.png", *names[2:]]
+    rows = [{"id": str(i), "image": name} for i, name in enumerate(all_names)]
+    output = tmp_path / "out.jsonl"
+    source = write_rows(tmp_path, rows)
     report = write_missing_captions(
-        FakeModel(), write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=BOTH, batch_size=8
+        WidthCaptioner(), source, output=output, specs=SHORT_AND_LONG, batch_size=8
     )
-    assert [r.id for r in read_records(tmp_path / "out.jsonl")] == ["1", "2", "4", "5"]
+    assert [record.id for record in read_records(output)] == ["1", "2", "4", "5"]
     assert report.dropped == 2 and sum(report.causes.values()) == 2
-    listed = [
-        json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
-    ]
-    assert {row["id"] for row in listed} == {"0", "3"} and all(row["fix"] for row in listed)
-
-
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    rows = [{"id": name, "image": name} for name in photos(tmp_path, 5)]
-    source, out = write(tmp_path, rows), tmp_path / "out.jsonl"
-    whole = FakeModel()
-    write_missing_captions(whole, source, output=tmp_path / "whole.jsonl", specs=BOTH, batch_size=2)
-    stopped = FakeModel()
-    stopped.stop_after = 3
-    with pytest.raises(KeyboardInterrupt):
-        write_missing_captions(stopped, source, output=out, specs=BOTH, batch_size=2)
-    assert not out.exists()
-    (journal,) = tmp_path.glob(".out.jsonl.*.captions")
-    journal.write_bytes(journal.read_bytes()[:-7])  # a kill in the middle of a line
-    rest = FakeModel()
-    report = write_missing_captions(rest, source, output=out, specs=BOTH, batch_size=2)
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not journal.exists()
-    assert report.generated == 5, "four were kept, and one of a broken line is written again"
-    assert [asked[2] for asked in rest.asked] == [[13], [12, 13], [14], [14]]
-
-
-def test_captions_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
-    rows = [{"id": name, "image": name} for name in photos(tmp_path, 2)]
-    stopped = FakeModel()
-    stopped.stop_after = 1
-    with pytest.raises(KeyboardInterrupt):
-        write_missing_captions(
-            stopped, write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=BOTH, batch_size=1
-        )
-    wanted = [CaptionSpec("short", 9, "Otherwise.")]
-    assert (
-        write_missing_captions(
-            FakeModel(), tmp_path / "pairs.jsonl", output=tmp_path / "out.jsonl", specs=wanted
-        ).generated
-        == 2
-    )
+    listing = (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    drops = [json.loads(line) for line in listing]
+    assert {drop["id"] for drop in drops} == {"0", "3"} and all(drop["fix"] for drop in drops)
 
 
 def test_an_empty_caption_is_counted_and_left_out(tmp_path: Path) -> None:
-    rows = [{"id": name, "image": name} for name in photos(tmp_path, 1)]
-    report = write_missing_captions(
-        FakeModel(' " " '), write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=BOTH
-    )
+    source = write_photo_rows(tmp_path, 1)
+    output = tmp_path / "out.jsonl"
+    model = WidthCaptioner(' " " ')
+    report = write_missing_captions(model, source, output=output, specs=SHORT_AND_LONG)
+    (record,) = read_records(output)
+    assert report.empty == 2
+    assert record.short == () and record.long is None and record.metadata == {}
+
+
+def test_drafts_are_requested_from_the_model(tmp_path: Path) -> None:
+    source = write_photo_rows(tmp_path, 1)
+    model = WidthCaptioner()
+    specs = build_caption_specs(short=9, long=0, drafts=4)
+    write_missing_captions(model, source, output=tmp_path / "out.jsonl", specs=specs)
     (record,) = read_records(tmp_path / "out.jsonl")
-    assert (
-        report.empty == 2 and record.short == () and record.long is None and record.metadata == {}
-    )
+    assert model.calls == [(DEFAULT_INSTRUCTIONS["short"], 9, 4)]
+    assert record.metadata["captioned"]["short"]["drafts"] == 4
 
 
-def test_known_texts_are_short_captions_as_they_stand(tmp_path: Path) -> None:
-    rows = [{"id": name, "image": name} for name in photos(tmp_path, 3)]
-    known = [
-        "A barge.  Or",
-        "A boat. Say!",
-    ]  # as long as the first picture, and the third, are wide
-    known[0] = known[0][:10]
-    wanted = build_caption_specs(short=9, long=99, drafts=4, known=known)
-    model = FakeModel()
-    report = write_missing_captions(
-        model, write(tmp_path, rows), output=tmp_path / "out.jsonl", specs=wanted
-    )
-    found = list(read_records(tmp_path / "out.jsonl"))
-    assert [record.short for record in found] == [(known[0],), ("It is 11 wide.",), (known[1],)], (
-        "two sentences are kept"
-    )
-    assert [record.long for record in found] == [f"It is {n} wide. Really." for n in (10, 11, 12)]
-    told = [record.metadata["captioned"]["short"] for record in found]
-    assert [one["known"] for one in told] == [True, False, True] and all(
-        one["drafts"] == 4 for one in told
-    )
-    assert report.known == 2 and report.short == 3 and model.drafts == 4
+# --- an output inside the folder of images
 
 
-def test_captions_of_other_known_texts_are_not_taken_over(tmp_path: Path) -> None:
-    rows = [{"id": name, "image": name} for name in photos(tmp_path, 2)]
-    stopped = FakeModel()
-    stopped.stop_after = 1
+def test_new_images_of_a_captioned_folder_are_added(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    output = folder / "train.jsonl"
+    write_photos(folder, 2)
+    write_missing_captions(WidthCaptioner(), folder, output=output, specs=SHORT_AND_LONG)
+    write_photos(folder, 3)
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    model = WidthCaptioner()
+    report = write_missing_captions(model, folder, output=output, specs=SHORT_AND_LONG)
+    assert [record.id for record in read_records(output)] == ["0.png", "1.png", "2.png"]
+    assert model.widths == [[12], [12]]
+    assert (report.records, report.generated, report.dropped) == (3, 2, 1)
+
+
+def test_an_existing_file_is_not_replaced_if_a_record_would_be_lost(tmp_path: Path) -> None:
+    write_photos(tmp_path, 1)
+    output = tmp_path / "train.jsonl"
+    output.write_text(
+        '{"id": "0", "image": "0.png", "short": "by hand"}\n'
+        '{"id": "1", "image": "gone.png", "long": "by hand, too"}\n'
+    )
+    content = output.read_text()
+    expected = r"train.jsonl: 1 of its 2 records cannot be used .* would be lost"
+    with pytest.raises(DataError, match=expected):
+        write_missing_captions(WidthCaptioner(), tmp_path, output=output, specs=SHORT_AND_LONG)
+    assert output.read_text() == content
+
+
+# --- interruptions
+
+
+def test_an_interrupted_run_continues_with_the_same_result(tmp_path: Path) -> None:
+    source = write_photo_rows(tmp_path, 5)
+    output = tmp_path / "out.jsonl"
+    complete = tmp_path / "complete.jsonl"
+    write_missing_captions(
+        WidthCaptioner(), source, output=complete, specs=SHORT_AND_LONG, batch_size=2
+    )
+    interrupted = WidthCaptioner(max_calls=3)
     with pytest.raises(KeyboardInterrupt):
         write_missing_captions(
-            stopped,
-            write(tmp_path, rows),
-            output=tmp_path / "out.jsonl",
-            specs=build_caption_specs(short=9, long=0),
-            batch_size=1,
+            interrupted, source, output=output, specs=SHORT_AND_LONG, batch_size=2
         )
-    wanted = build_caption_specs(short=9, long=0, known=["A car."])
-    assert (
+    assert not output.exists()
+    (journal,) = tmp_path.glob(".out.jsonl.*.captions")
+    journal.write_bytes(journal.read_bytes()[:-7])  # a kill in the middle of a line
+    resumed = WidthCaptioner()
+    report = write_missing_captions(
+        resumed, source, output=output, specs=SHORT_AND_LONG, batch_size=2
+    )
+    assert output.read_bytes() == complete.read_bytes() and not journal.exists()
+    assert report.generated == 5, "five are in the journal, and the one of a cut line is repeated"
+    assert resumed.widths == [[13], [12, 13], [14], [14]]
+
+
+def test_a_journal_of_other_settings_is_not_used(tmp_path: Path) -> None:
+    source = write_photo_rows(tmp_path, 2)
+    output = tmp_path / "out.jsonl"
+    interrupted = WidthCaptioner(max_calls=1)
+    with pytest.raises(KeyboardInterrupt):
         write_missing_captions(
-            FakeModel(), tmp_path / "pairs.jsonl", output=tmp_path / "out.jsonl", specs=wanted
-        ).generated
-        == 2
-    )
+            interrupted, source, output=output, specs=SHORT_AND_LONG, batch_size=1
+        )
+    specs = [CaptionSpec("short", 9, "Otherwise.")]
+    report = write_missing_captions(WidthCaptioner(), source, output=output, specs=specs)
+    assert report.generated == 2
 
 
-def test_known_texts_are_read_from_lines_and_from_records(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text(" A  car.\n\nÄpfel\n", encoding="utf-8")
-    assert known_texts(tmp_path / "names.txt") == ["A car.", "Äpfel"]
-    (name,) = photos(tmp_path, 1)
-    both = write(
-        tmp_path,
-        [{"id": "a", "image": name, "short": ["a", "b"]}, {"id": "b", "image": name, "long": "c"}],
-    )
-    assert known_texts(both) == ["a", "b"]
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "latin.txt").write_bytes(b"\xc4pfel")
-    for name, said in [
-        ("empty.txt", "no texts"),
-        ("latin.txt", "cannot be read"),
-        ("gone.txt", "cannot be read"),
-    ]:
-        with pytest.raises(DataError, match=said):
-            known_texts(tmp_path / name)
+# --- texts and options
 
 
 @pytest.mark.parametrize(
-    ("text", "sentences", "wanted"),
+    ("text", "max_sentences", "expected"),
     [
         (" A  red\ncar. ", None, "A red car."),
         ('"A car."', None, "A car."),
@@ -315,106 +268,88 @@ def test_known_texts_are_read_from_lines_and_from_records(tmp_path: Path) -> Non
         ("", None, ""),
     ],
 )
-def test_tidy(text: str, sentences: int | None, wanted: str) -> None:
-    assert tidy_caption(text, max_sentences=sentences) == wanted
+def test_captions_become_complete_sentences_on_one_line(
+    text: str, max_sentences: int | None, expected: str
+) -> None:
+    assert tidy_caption(text, max_sentences=max_sentences) == expected
 
 
-def test_wishes_and_bad_options(tmp_path: Path) -> None:
-    assert build_caption_specs(short=5, long=0, prompt="") == [
-        CaptionSpec("short", 5, NO_INSTRUCTION)
-    ]
-    wrong: list[tuple[dict[str, Any], str]] = [
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"short": 0, "long": 0}, "neither"),
         ({"short": -1, "long": 5}, "--short"),
         ({"short": 5, "long": 5, "prompt": "x"}, "--long 0 or --short 0"),
-        ({"short": 0, "long": 5, "known": ["a"]}, "--known"),
-        ({"short": 5, "long": 5, "known": ["a"], "drafts": 0}, "--long 0"),
-        ({"short": 5, "long": 0, "drafts": 0}, "--known texts"),
-    ]
-    for options, said in wrong:
-        with pytest.raises(ConfigError, match=said):
-            build_caption_specs(**options)
-    source = write(tmp_path, [])
-    for options, said in [({"batch": 0}, "--batch"), ({"to": source}, "the source itself")]:
-        with pytest.raises(VLDuetError, match=said):
-            write_missing_captions(
-                FakeModel(), source, **{"to": tmp_path / "o.jsonl", "wanted": BOTH, **options}
-            )
+        ({"short": 5, "long": 5, "drafts": 0}, "--drafts: 0 drafts"),
+    ],
+)
+def test_wrong_caption_options_name_the_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_caption_specs(**options)
+
+
+def test_an_empty_prompt_means_no_instruction() -> None:
+    specs = build_caption_specs(short=5, long=0, prompt="")
+    assert specs == [CaptionSpec("short", 5, NO_INSTRUCTION)]
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    source = write_rows(tmp_path, [])
+    output = tmp_path / "out.jsonl"
+    model = WidthCaptioner()
+    with pytest.raises(VLDuetError, match="--batch"):
+        write_missing_captions(model, source, output=output, specs=SHORT_AND_LONG, batch_size=0)
+    with pytest.raises(VLDuetError, match="the source itself"):
+        write_missing_captions(model, source, output=source, specs=SHORT_AND_LONG)
     with pytest.raises(DataError, match="no such file"):
-        write_missing_captions(
-            FakeModel(), tmp_path / "none", output=tmp_path / "o.jsonl", specs=BOTH
-        )
+        write_missing_captions(model, tmp_path / "none", output=output, specs=SHORT_AND_LONG)
 
 
-def test_the_verb_with_a_real_model(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
+# --- the command, with a model
 
-    from vlduet.cli.main import app
 
-    photos(tmp_path / "photos", 2)
+def test_the_command_captions_a_folder_with_a_chat_model(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 2)
     tiny.build_llava(tmp_path / "base")
-    tokenizer_config = tmp_path / "base" / "tokenizer_config.json"
-    assert tokenizer_config.exists()
-    arguments = [
-        "caption",
-        str(tmp_path / "base"),
-        str(tmp_path / "photos"),
-        "--to",
-        str(tmp_path / "out.jsonl"),
-    ]
-    done = CliRunner().invoke(app, [*arguments, "--short", "3", "--long", "5", "--json"])
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert (
-        told["records"] == 2
-        and told["short"] + told["long"] + told["empty"] == 4
-        and told["generated"] == 4
-    )
-    for record in read_records(tmp_path / "out.jsonl"):
-        assert all(
-            made["model"] == "base" for made in record.metadata.get("captioned", {}).values()
-        )
-    # One that reads images outside its chat template is not asked in it, unless the user says so.
-    tiny.build_duet_model(tmp_path / "own").save_pretrained(tmp_path / "model")
-    arguments[1] = str(tmp_path / "model")
+    output = tmp_path / "out.jsonl"
+    arguments = ["caption", str(tmp_path / "base"), str(tmp_path / "photos"), "--to", str(output)]
+    result = CliRunner().invoke(app, [*arguments, "--short", "3", "--long", "5", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["records"] == 2 and report["generated"] == 4
+    assert report["short"] + report["long"] + report["empty"] == 4
+    origins = []
+    for record in read_records(output):
+        origins += record.metadata.get("captioned", {}).values()
+    assert len(origins) == report["short"] + report["long"]
+    assert all(origin["model"] == "base" for origin in origins)
+
+
+def test_the_command_asks_for_a_prompt_if_the_model_reads_images_outside_its_chat(
+    tmp_path: Path,
+) -> None:
+    write_photos(tmp_path / "photos", 2)
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
+    output = tmp_path / "out.jsonl"
+    arguments = ["caption", str(tmp_path / "model"), str(tmp_path / "photos"), "--to", str(output)]
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, ConfigError) and "--prompt ''" in str(refused.exception)
-    (tmp_path / "names.txt").write_text("red\na blue car\n")
-    words = [
-        "--long",
-        "0",
-        "--short",
-        "3",
-        "--prompt",
-        "",
-        "--drafts",
-        "2",
-        "--known",
-        str(tmp_path / "names.txt"),
-    ]
-    done = CliRunner().invoke(app, [*arguments, *words])
-    assert done.exit_code == 0 and " of them are known texts" in done.output, done.output
-    words[words.index("--drafts") + 1] = "0"
-    done = CliRunner().invoke(app, [*arguments, *words, "--json"])
-    told = json.loads(done.stdout)
-    assert told["known"] == told["short"] == 2, done.output
-    assert {r.short[0] for r in read_records(tmp_path / "out.jsonl")} <= {"red", "a blue car"}
+    options = ["--long", "0", "--short", "3", "--prompt", "", "--drafts", "2", "--json"]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["records"] == 2 and report["short"] + report["empty"] == 2
 
 
-def test_instructions_and_the_image_prompt_are_both_answered(tmp_path: Path) -> None:
+def test_a_caption_request_is_a_chat_turn_or_the_image_prompt(tmp_path: Path) -> None:
     model = tiny.build_duet_model(tmp_path / "base")
-    asked = model.renderer.render_caption_request(tiny.random_image(), "Describe.")
-    text = model.backbone.tokenizer.decode(asked.token_ids)
-    assert (
-        "<|user|>" in text
-        and "Describe." in text
-        and text.endswith("<|assistant|>")
-        and len(asked.images) == 1
-    )
+    image = tiny.random_image()
+    request = model.renderer.render_caption_request(image, "Describe.")
+    text = model.backbone.tokenizer.decode(request.token_ids)
+    assert "<|user|>" in text and "Describe." in text and text.endswith("<|assistant|>")
+    assert len(request.images) == 1
     model.backbone.tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
-        model.renderer.render_caption_request(tiny.random_image(), "Describe.")
-    assert (
-        model.renderer.render_caption_request(tiny.random_image(), NO_INSTRUCTION).token_ids
-        == model.renderer.render_embedding((tiny.random_image(),)).token_ids
-    )
+        model.renderer.render_caption_request(image, "Describe.")
+    request = model.renderer.render_caption_request(image, NO_INSTRUCTION)
+    assert request.token_ids == model.renderer.render_embedding((image,)).token_ids

@@ -1,4 +1,4 @@
-"""`vlduet compare`: every run is made once, a stopped comparison goes on, and the table tells what was measured."""
+"""A comparison trains every run once, resumes stopped ones, and tabulates their metrics."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import yaml
 
 from helpers import runs
 from vlduet import config
-from vlduet.config import ComparisonConfig
+from vlduet.config import ComparisonConfig, RunConfig
 from vlduet.errors import ConfigError, VLDuetError
 from vlduet.workflows import compare
+
+RUN_NAMES = ("joint", "generative")
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> ComparisonConfig:
-    path = tmp_path / "compare.yaml"
     tree = {
         "base": str(runs.write_run_config(tmp_path, steps=2, log_every=1)),
         "out": str(tmp_path / "compared"),
@@ -26,82 +27,100 @@ def settings(tmp_path: Path) -> ComparisonConfig:
         "overrides": ["train.batch_size=3"],
         "runs": {"joint": [], "generative": ["objectives={language: 1}"]},
     }
+    path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return config.load_comparison_config(path)
 
 
-def test_it_goes_on_where_it_was_stopped_and_tells(
+class RecordedTraining:
+    """Replacement of `train` that trains and records the folders of the runs.
+
+    After `max_runs` runs, the next one raises KeyboardInterrupt.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folders: list[Path] = []
+        self.max_runs: int | None = None
+        self._train = compare.train
+        monkeypatch.setattr(compare, "train", self)
+
+    def __call__(self, run: RunConfig, **options: Any) -> Path:
+        if len(self.folders) == self.max_runs:
+            raise KeyboardInterrupt
+        self.folders.append(run.out)
+        return self._train(run, **options)
+
+
+def test_a_stopped_comparison_continues_and_tabulates_all_runs(
     settings: ComparisonConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, made = compare.train, []
-
-    def stopping(plan: Any, **rest: Any) -> Path:
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append(plan.out)
-        return real(plan, **rest)
-
-    monkeypatch.setattr(compare, "train", stopping)
+    training = RecordedTraining(monkeypatch)
+    training.max_runs = 3
     with pytest.raises(KeyboardInterrupt):
         compare.run_comparison(settings)
-    monkeypatch.setattr(
-        compare, "train", lambda plan, **rest: made.append(plan.out) or real(plan, **rest)
-    )
-    found = compare.run_comparison(settings)
+    training.max_runs = None
+    table = compare.run_comparison(settings)
     out = settings.out
-    assert made == [
-        out / name / f"seed-{seed}" for name in ("joint", "generative") for seed in (0, 1)
-    ]
-    assert found == json.loads((out / "table.json").read_text())
-    assert list(found["runs"]) == ["before training", "joint", "generative"]
-    for name in ("joint", "generative"):
-        values = found["runs"][name]["values"]
+    folders = [out / name / f"seed-{seed}" for name in RUN_NAMES for seed in (0, 1)]
+    assert training.folders == folders
+    assert table == json.loads((out / "table.json").read_text())
+    assert list(table["runs"]) == ["before training", *RUN_NAMES]
+    for name in RUN_NAMES:
+        values = table["runs"][name]["values"]
+        assert all(len(seeds) == 2 for seeds in values.values())
+        assert values["seconds a step"][0] > 0
         for seed in (0, 1):
-            last = json.loads(
-                (out / name / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()[-1]
-            )
+            metrics = (out / name / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+            last = json.loads(metrics[-1])
             assert values["caption_cross_entropy"][seed] == last["validation/caption_cross_entropy"]
-        assert all(len(each) == 2 for each in values.values()) and values["seconds a step"][0] > 0
-    assert (
-        sorted(p.name for p in (out / "features").glob("*/*.npy"))
-        and not (made[0] / "features").exists()
-    )
+    assert list((out / "features").glob("*/*.npy")), "all runs share one feature cache"
+    assert not (folders[0] / "features").exists()
 
     compare.run_comparison(settings)
-    assert len(made) == 4, "everything is finished"
+    assert training.folders == folders, "finished runs are not trained again"
     lines = (out / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| run | text_to_image/hit@1 |") and lines[3].startswith("| joint |")
-    assert "±" in lines[3] and "- **generative**: `objectives={language: 1}`" in lines
+    assert lines[0].startswith("| run | text_to_image/hit@1 |")
+    assert lines[3].startswith("| joint |") and "±" in lines[3]
+    assert "- **generative**: `objectives={language: 1}`" in lines
 
     other = settings.model_copy(update={"overrides": ["train.batch_size=4"]})
     with pytest.raises(ConfigError, match=r"seed-0: train.batch_size was 3, is 4\. .*remove"):
         compare.run_comparison(other)
 
 
-def test_a_mistake_in_the_last_run_costs_nothing(settings: ComparisonConfig) -> None:
-    for wrong, message in (
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         ("train.stepz=1", "Did you mean 'steps'"),
         ("data.validation=null", "same records"),
         ("objectives.contrastve=1", "Did you mean 'contrastive'"),
         ("data.train=[{path: nope.jsonl}]", "no such file"),
         ("model.path=nope", "Name a model folder"),
-    ):
-        bad = settings.model_copy(update={"runs": {"joint": [], "bad": [wrong]}})
-        with pytest.raises(VLDuetError, match=message):
-            compare.run_comparison(bad)
+    ],
+)
+def test_a_mistake_in_the_last_run_is_found_before_the_first_one_starts(
+    settings: ComparisonConfig, override: str, message: str
+) -> None:
+    wrong = settings.model_copy(update={"runs": {"joint": [], "bad": [override]}})
+    with pytest.raises(VLDuetError, match=message):
+        compare.run_comparison(wrong)
     assert not settings.out.exists()
 
 
-def test_the_spread_is_over_seeds() -> None:
+def test_table_cells_hold_mean_and_spread_over_the_seeds() -> None:
     values = {"text_to_image/hit@1": [0.5, 0.7], "caption_cross_entropy": [2.0, 2.5]}
-    runs_of = {
-        "one": {"overrides": [], "values": values},
-        "two": {"overrides": ["a=1"], "values": {}},
+    table = {
+        "base": "b.yaml",
+        "overrides": [],
+        "seeds": [0, 1],
+        "runs": {
+            "one": {"overrides": [], "values": values},
+            "two": {"overrides": ["a=1"], "values": {}},
+        },
     }
-    told = compare.format_table(
-        {"base": "b.yaml", "overrides": [], "seeds": [0, 1], "runs": runs_of}
-    )
-    assert "| one | 60.0 ± 14.1 % | 2.250 ± 0.354 |" in told and "| two |  |  |" in told
+    text = compare.format_table(table)
+    assert "| one | 60.0 ± 14.1 % | 2.250 ± 0.354 |" in text and "| two |  |  |" in text
+    assert "Base `b.yaml`; seeds 0, 1; mean ±" in text and text.endswith("- **two**: `a=1`\n")
 
 
 def test_an_unknown_key_of_a_comparison_is_named(tmp_path: Path) -> None:
@@ -110,11 +129,11 @@ def test_an_unknown_key_of_a_comparison_is_named(tmp_path: Path) -> None:
         config.load_comparison_config(tmp_path / "c.yaml")
 
 
-def test_a_dual_encoder_is_finished_too(tmp_path: Path) -> None:
-    plan = config.load_run_config(runs.write_run_config(tmp_path))
-    plan.out.mkdir(parents=True)
-    config.save_run_config(plan, plan.out / "config.yaml")
-    assert not compare._is_finished(plan)
-    (plan.out / "model").mkdir()
-    (plan.out / "model" / "dual.json").write_text("{}")
-    assert compare._is_finished(plan)
+def test_a_run_is_finished_when_its_model_folder_exists(tmp_path: Path) -> None:
+    run = config.load_run_config(runs.write_run_config(tmp_path))
+    run.out.mkdir(parents=True)
+    config.save_run_config(run, run.out / "config.yaml")
+    assert not compare._is_finished(run)
+    (run.out / "model").mkdir()
+    (run.out / "model" / "dual.json").write_text("{}")  # a dual encoder counts too
+    assert compare._is_finished(run)

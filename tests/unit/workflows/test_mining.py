@@ -1,4 +1,4 @@
-"""Hard negatives: near the query, not near enough to be right, and never what is known to be right."""
+"""Hard negatives are near the query, not near enough to be right, and never known to be right."""
 
 from __future__ import annotations
 
@@ -10,189 +10,195 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from helpers import tiny
+from vlduet.cli.main import app
+from vlduet.data import images
 from vlduet.data.formats import read_records
-from vlduet.data.records import ImageRef, Part, Parts, Record
-from vlduet.data.tools.queries import get_query_and_positives, split_into_queries
-from vlduet.errors import ConfigError, DataError, VLDuetError
+from vlduet.data.records import ImageRef, Part, Parts, Record, as_parts
+from vlduet.data.stream import Sample
+from vlduet.errors import DataError, VLDuetError
+from vlduet.recipes import vladva
 from vlduet.workflows import mining
 from vlduet.workflows.mining import mine_hard_negatives, select_hardest
 
 
-class FakeModel:
-    """A text `12 any words` lies at 12 degrees, an image at its red; queries and documents alike."""
+class AngleEmbedder:
+    """Embedder on the unit circle: ``12 any words`` is at 12 degrees, an image at its mean red.
 
-    dim, image_backend, fingerprint = 2, "pil", "fake"
+    Queries and documents are embedded alike.
 
-    def __init__(self) -> None:
-        self.calls: list[int] = []
-        self.stop_after: int | None = None
+    Args:
+        max_calls: number of calls after which the next one raises KeyboardInterrupt.
+    """
+
+    dim = 2
+    image_backend = "pil"
+
+    def __init__(self, fingerprint: str = "fake", max_calls: int | None = None) -> None:
+        self.fingerprint = fingerprint
+        self.max_calls = max_calls
+        self.batch_sizes: list[int] = []
 
     def encode_document(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        if self.stop_after is not None and len(self.calls) >= self.stop_after:
+        if self.max_calls is not None and len(self.batch_sizes) >= self.max_calls:
             raise KeyboardInterrupt
-        angles = np.deg2rad([self._angle(item) for item in items])
-        self.calls.append(len(items))
+        angles = np.deg2rad([self._angle(as_parts(item)[0]) for item in items])
+        self.batch_sizes.append(len(items))
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
     encode_query = encode_document
 
-    def _angle(self, item: Part | Parts) -> float:
-        (part, *_) = (item,) if isinstance(item, str | ImageRef) else item
+    def _angle(self, part: Part) -> float:
         if isinstance(part, str):
             return float(part.split()[0])
-        from vlduet.data import images
-
         return float(images.to_pixels(images.load_image(part))[..., 0].mean())
 
 
-def image(folder: Path, angle: int, *, blue: int = 0) -> str:
-    from vlduet.data import images
+def write_image(folder: Path, angle: int) -> str:
+    """Write an image whose red is `angle`, and return its name."""
+    pixels = np.full((2, 2, 3), (angle, 0, 0), dtype=np.uint8)
+    images.save_png(images.from_pixels(pixels), folder / f"{angle}.png")
+    return f"{angle}.png"
 
-    pixels = np.full((2, 2, 3), (angle, 0, blue), dtype=np.uint8)
-    images.save_png(images.from_pixels(pixels), folder / f"{angle}-{blue}.png")
-    return f"{angle}-{blue}.png"
 
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def texts(found: Sequence[Parts]) -> list[str]:
-    return [str(parts[0]) for parts in found]
+def first_texts(candidates: Sequence[Parts]) -> list[str]:
+    return [str(parts[0]) for parts in candidates]
 
 
-# ------------------------------------------------------------------ picking
+def mine_records(
+    model: AngleEmbedder, source: Path, output: Path, **options: Any
+) -> dict[str, Record]:
+    """Mine, and return the written records by id."""
+    mine_hard_negatives(model, source, output=output, **options)
+    return {record.id: record for record in read_records(output)}
 
 
-def slow_hardest(
+# --- selection
+
+
+def select_hardest_by_sorting(
     scores: np.ndarray, allowed: np.ndarray, limits: np.ndarray, k: int
 ) -> list[list[int]]:
-    found = []
-    for q in range(len(scores)):
-        good = [c for c in range(scores.shape[1]) if allowed[q, c] and scores[q, c] < limits[q]]
-        found.append(sorted(good, key=lambda c: (-scores[q, c], c))[:k])
-    return found
+    selected = []
+    for row in range(len(scores)):
+        columns = np.flatnonzero(allowed[row] & (scores[row] < limits[row])).tolist()
+        columns.sort(key=lambda column: (-scores[row, column], column))
+        selected.append(columns[:k])
+    return selected
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
-def test_hardest_equals_its_slow_twin(k: int) -> None:
-    random = np.random.default_rng(k)
-    scores = np.round(random.uniform(-1, 1, (40, 23)), 1)  # many ties
-    allowed = random.uniform(size=scores.shape) < 0.7
-    limits = random.uniform(-1.2, 1.2, 40)
-    assert select_hardest(scores, allowed=allowed, limits=limits, k=k) == slow_hardest(
-        scores, allowed, limits, k
-    )
+def test_select_hardest_equals_sorting(k: int) -> None:
+    rng = np.random.default_rng(k)
+    scores = np.round(rng.uniform(-1, 1, (40, 23)), 1)  # many ties
+    allowed = rng.uniform(size=scores.shape) < 0.7
+    limits = rng.uniform(-1.2, 1.2, 40)
+    expected = select_hardest_by_sorting(scores, allowed, limits, k)
+    assert select_hardest(scores, allowed=allowed, limits=limits, k=k) == expected
 
 
-# ------------------------------------------------------------------ mining
+# --- mining
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Images at 0, 10, 40 and 80 degrees, each with its caption a little beside it."""
+    """Images at 0, 10, 40 and 80 degrees, each with its caption a few degrees away."""
     rows = [
         {
             "id": "a",
-            "image": image(tmp_path, 0),
+            "image": write_image(tmp_path, 0),
             "short": "5 a",
             "long": "A long one.",
             "metadata": {"from": "here"},
         },
-        {"id": "b", "image": image(tmp_path, 10), "short": ["12 b", "6 also b"]},
-        {"id": "c", "image": image(tmp_path, 40), "short": "45 c"},
-        {"id": "d", "image": image(tmp_path, 80), "short": "88 d"},
+        {"id": "b", "image": write_image(tmp_path, 10), "short": ["12 b", "6 also b"]},
+        {"id": "c", "image": write_image(tmp_path, 40), "short": "45 c"},
+        {"id": "d", "image": write_image(tmp_path, 80), "short": "88 d"},
     ]
-    return write(tmp_path / "pairs.jsonl", rows)
+    return write_rows(tmp_path / "pairs.jsonl", rows)
 
 
-def test_the_nearest_that_is_not_too_near(source: Path, tmp_path: Path) -> None:
+def test_the_nearest_candidates_below_the_positive_become_negatives(
+    source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
     report = mine_hard_negatives(
-        FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=2, margin=0.0
+        AngleEmbedder(), source, output=output, num_negatives=2, margin=0.0
     )
-    a, b, c, d = read_records(tmp_path / "out.jsonl")
-    assert [r.kind for r in (a, b, c, d)] == ["pair"] * 4
-    assert (
-        a.short == ("5 a",)
-        and a.long == "A long one."
-        and texts(a.negative) == ["6 also b", "12 b"]
-    )
-    # 5 degrees are further from the picture at 10 than both of its own captions.
-    assert b.short == ("12 b", "6 also b") and texts(b.negative) == ["5 a", "45 c"]
-    assert texts(d.negative) == ["45 c", "12 b"]
-    assert (
-        report.records == 4
-        and report.negatives == 8
-        and report.without == 0
-        and report.too_near == 0
-    )
-    told = a.metadata["mined"]
-    assert a.metadata["from"] == "here" and told["model"] == "fake" and told["margin"] == 0.0
-    assert told["negative_scores"] == [round(float(np.cos(np.deg2rad(x))), 6) for x in (6, 12)]
+    a, b, c, d = read_records(output)
+    assert [record.kind for record in (a, b, c, d)] == ["pair"] * 4
+    assert a.short == ("5 a",) and a.long == "A long one."
+    assert first_texts(a.negative) == ["6 also b", "12 b"]
+    # The text at 5 degrees is further from the image at 10 than both of its own captions.
+    assert b.short == ("12 b", "6 also b") and first_texts(b.negative) == ["5 a", "45 c"]
+    assert first_texts(d.negative) == ["45 c", "12 b"]
+    assert report.records == 4 and report.negatives == 8
+    assert report.without == 0 and report.too_near == 0
+    origin = a.metadata["mined"]
+    assert a.metadata["from"] == "here"
+    assert origin["model"] == "fake" and origin["margin"] == 0.0
+    expected = [round(float(np.cos(np.deg2rad(angle))), 6) for angle in (6, 12)]
+    assert origin["negative_scores"] == expected
     assert report.positive_score is not None and report.negative_score is not None
     assert report.negative_score < report.positive_score
 
 
-def test_the_margin_leaves_out_what_may_be_right(source: Path, tmp_path: Path) -> None:
+def test_the_margin_leaves_out_candidates_that_may_be_right(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
     # cos 5 = .9962, cos 6 = .9945, cos 12 = .9781, cos 45 = .7071
     report = mine_hard_negatives(
-        FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=0.02
+        AngleEmbedder(), source, output=output, num_negatives=1, margin=0.02
     )
-    a = next(read_records(tmp_path / "out.jsonl"))
-    assert texts(a.negative) == ["45 c"] and report.too_near >= 2
+    first = next(read_records(output))
+    assert first_texts(first.negative) == ["45 c"] and report.too_near >= 2
     strict = mine_hard_negatives(
-        FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=2.0
+        AngleEmbedder(), source, output=output, num_negatives=1, margin=2.0
     )
     assert strict.negatives == 0 and strict.without == 4 and strict.negative_score is None
 
 
 def test_equal_content_is_never_a_negative(tmp_path: Path) -> None:
     rows = [
-        {"id": "a", "image": image(tmp_path, 0), "short": "20 dog"},
-        {
-            "id": "b",
-            "image": image(tmp_path, 30),
-            "short": "20  DOG",
-        },  # the caption of a, written otherwise
-        {"id": "c", "image": image(tmp_path, 0), "short": "21 hound"},  # the picture of a again
-        {"id": "d", "image": image(tmp_path, 90), "short": "89 far"},
+        {"id": "a", "image": write_image(tmp_path, 0), "short": "20 dog"},
+        # The caption of a in other spelling, and the image of a once more.
+        {"id": "b", "image": write_image(tmp_path, 30), "short": "20  DOG"},
+        {"id": "c", "image": write_image(tmp_path, 0), "short": "21 hound"},
+        {"id": "d", "image": write_image(tmp_path, 90), "short": "89 far"},
     ]
-    mine_hard_negatives(
-        FakeModel(),
-        write(tmp_path / "p.jsonl", rows),
-        output=tmp_path / "o.jsonl",
-        num_negatives=9,
-        margin=0.0,
+    source = write_rows(tmp_path / "p.jsonl", rows)
+    output = tmp_path / "o.jsonl"
+    records = mine_records(AngleEmbedder(), source, output, num_negatives=9, margin=0.0)
+    assert first_texts(records["a"].negative) == first_texts(records["c"].negative) == ["89 far"]
+    assert first_texts(records["b"].negative) == ["89 far"], (
+        "21 degrees is nearer to b than its own caption"
     )
-    found = {r.id: texts(r.negative) for r in read_records(tmp_path / "o.jsonl")}
-    assert found["a"] == ["89 far"] and found["c"] == ["89 far"]
-    assert found["b"] == ["89 far"], "21 degrees is nearer to b than its own caption"
 
 
-def test_captions_ask_for_images(source: Path, tmp_path: Path) -> None:
-    mine_hard_negatives(
-        FakeModel(),
-        source,
-        output=tmp_path / "out.jsonl",
-        query_side="text",
-        num_negatives=1,
-        margin=0.0,
+def test_captions_can_be_the_queries(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    records = mine_records(
+        AngleEmbedder(), source, output, query_side="text", num_negatives=1, margin=0.0
     )
-    records = list(read_records(tmp_path / "out.jsonl"))
-    assert [r.id for r in records] == ["a", "b#0", "b#1", "c", "d"]
-    assert [r.query for r in records[:2]] == [("5 a",), ("12 b",)]
-    named = [
-        [ref.path.name for (ref,) in r.negative if isinstance(ref, ImageRef) and ref.path]
-        for r in records
-    ]
-    # 5 degrees lie as near to the picture at 10 as to their own at 0, which is too near.
-    assert named == [["40-0.png"], ["0-0.png"], ["0-0.png"], ["10-0.png"], ["40-0.png"]]
+    assert list(records) == ["a", "b#0", "b#1", "c", "d"]
+    assert records["a"].query == ("5 a",) and records["b#0"].query == ("12 b",)
+    names = []
+    for record in records.values():
+        ((image,),) = record.negative
+        assert isinstance(image, ImageRef) and image.path is not None
+        names.append(image.path.name)
+    # The text at 5 degrees is as near to the image at 10 as to its own at 0, which is too near.
+    assert names == ["40.png", "0.png", "0.png", "10.png", "40.png"]
 
 
-def test_retrieval_records_keep_what_they_have(tmp_path: Path) -> None:
+def test_retrieval_records_keep_their_negatives(tmp_path: Path) -> None:
+    image_and_text = [{"image": write_image(tmp_path, 3)}, {"text": "x"}]
     rows = [
         {
             "id": "r",
@@ -201,155 +207,116 @@ def test_retrieval_records_keep_what_they_have(tmp_path: Path) -> None:
             "negative": [[{"text": "30 n"}]],
         },
         {"id": "s", "query": [{"text": "40 q"}], "positive": [[{"text": "41 p"}]]},
-        # Only what is made of the same things competes: an image is no negative of a text.
-        {
-            "id": "t",
-            "query": [{"text": "2 q"}],
-            "positive": [[{"image": image(tmp_path, 3)}, {"text": "x"}]],
-        },
+        # Only candidates of the same modalities are negatives: a text is none of an image.
+        {"id": "t", "query": [{"text": "2 q"}], "positive": [image_and_text]},
     ]
-    mine_hard_negatives(
-        FakeModel(),
-        write(tmp_path / "r.jsonl", rows),
-        output=tmp_path / "o.jsonl",
-        num_negatives=5,
-        margin=0.0,
+    source = write_rows(tmp_path / "r.jsonl", rows)
+    records = mine_records(
+        AngleEmbedder(), source, tmp_path / "o.jsonl", num_negatives=5, margin=0.0
     )
-    found = {r.id: r for r in read_records(tmp_path / "o.jsonl")}
-    assert texts(found["r"].negative) == ["30 n", "41 p"]
-    assert texts(found["s"].negative) == ["30 n", "1 p"]
-    assert found["t"].negative == ()
+    assert first_texts(records["r"].negative) == ["30 n", "41 p"]
+    assert first_texts(records["s"].negative) == ["30 n", "1 p"]
+    assert records["t"].negative == ()
 
 
-def test_what_cannot_be_used_is_named_and_the_rest_goes_on(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes((tmp_path / "0-0.png").read_bytes()[:40])
-    more = [
+def test_unusable_records_are_listed_and_the_others_mined(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    unusable = [
         {"id": "gone", "image": "gone.png", "short": "1 x"},
         {"id": "broken", "image": "broken.png", "short": "2 y"},
-        {"id": "long", "image": "0-0.png", "long": "3 z"},
+        {"id": "long", "image": "0.png", "long": "3 z"},
         {"id": "story", "parts": [{"text": "4"}]},
     ]
     with source.open("a") as file:
-        file.write("{\n" + "".join(json.dumps(row) + "\n" for row in more))
+        file.write("{\n" + "".join(json.dumps(row) + "\n" for row in unusable))
     report = mine_hard_negatives(
-        FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=0.0
+        AngleEmbedder(), source, output=tmp_path / "out.jsonl", num_negatives=1, margin=0.0
     )
     assert report.records == 4 and report.dropped == 5
-    listed = [
-        json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
-    ]
-    assert {row["id"] for row in listed} == {None, "gone", "broken", "long", "story"}
-    assert "vlduet caption" in next(row["fix"] for row in listed if row["id"] == "long")
+    listing = (tmp_path / "out.quarantine.jsonl").read_text().splitlines()
+    drops = {drop["id"]: drop for drop in map(json.loads, listing)}
+    assert set(drops) == {None, "gone", "broken", "long", "story"}
+    assert "vlduet caption" in drops["long"]["fix"]
 
 
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_continues_with_the_same_result(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mining, "CHUNK", 2)
-    whole = FakeModel()
-    mine_hard_negatives(whole, source, output=tmp_path / "whole.jsonl", num_negatives=2)
-    stopped = FakeModel()
-    stopped.stop_after = 3
+    monkeypatch.setattr(mining, "DOCUMENTS_PER_CHUNK", 2)
+    complete, output = tmp_path / "complete.jsonl", tmp_path / "out.jsonl"
+    uninterrupted = AngleEmbedder()
+    mine_hard_negatives(uninterrupted, source, output=complete, num_negatives=2)
+    interrupted = AngleEmbedder(max_calls=3)
     with pytest.raises(KeyboardInterrupt):
-        mine_hard_negatives(stopped, source, output=tmp_path / "out.jsonl", num_negatives=2)
-    assert not (tmp_path / "out.jsonl").exists()
-    rest = FakeModel()
-    report = mine_hard_negatives(rest, source, output=tmp_path / "out.jsonl", num_negatives=2)
-    assert stopped.calls + rest.calls == whole.calls and report.embedded == sum(rest.calls)
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    again = mine_hard_negatives(FakeModel(), source, output=tmp_path / "out.jsonl", num_negatives=1)
-    assert again.embedded == 0 and again.negatives == 4
-    other = FakeModel()
-    other.fingerprint = "another"  # type: ignore[misc]
-    assert (
-        mine_hard_negatives(other, source, output=tmp_path / "out.jsonl", num_negatives=1).embedded
-        == 9
-    ), "vectors of another model are not ours"
+        mine_hard_negatives(interrupted, source, output=output, num_negatives=2)
+    assert not output.exists()
+    resumed = AngleEmbedder()
+    report = mine_hard_negatives(resumed, source, output=output, num_negatives=2)
+    assert interrupted.batch_sizes + resumed.batch_sizes == uninterrupted.batch_sizes
+    assert report.embedded == sum(resumed.batch_sizes)
+    assert output.read_bytes() == complete.read_bytes()
 
 
-def test_bad_options(source: Path, tmp_path: Path) -> None:
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"k": 0}, "-k"),
+def test_vectors_are_reused_by_the_same_model_only(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    first = mine_hard_negatives(AngleEmbedder(), source, output=output, num_negatives=2)
+    again = mine_hard_negatives(AngleEmbedder(), source, output=output, num_negatives=1)
+    assert first.embedded == 9 and again.embedded == 0 and again.negatives == 4
+    other_model = AngleEmbedder(fingerprint="another")
+    other = mine_hard_negatives(other_model, source, output=output, num_negatives=1)
+    assert other.embedded == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_negatives": 0}, "-k"),
         ({"margin": -0.1}, "--margin"),
         ({"margin": float("nan")}, "--margin"),
-        ({"asking": "texts"}, "Did you mean 'text'"),
-        ({"to": tmp_path / "out.json"}, "no .jsonl"),
-        ({"to": source}, "the source itself"),
-    ]
-    for options, said in wrong:
-        with pytest.raises(VLDuetError, match=said):
-            mine_hard_negatives(FakeModel(), source, **{"to": tmp_path / "out.jsonl", **options})
+        ({"query_side": "texts"}, "Did you mean 'text'"),
+        ({"output": Path("out.json")}, "no .jsonl"),
+    ],
+)
+def test_wrong_options_name_the_option(
+    source: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    options = {"output": tmp_path / "out.jsonl", **options}
+    with pytest.raises(VLDuetError, match=message):
+        mine_hard_negatives(AngleEmbedder(), source, **options)
+
+
+def test_sources_without_usable_records_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(VLDuetError, match="the source itself"):
+        mine_hard_negatives(AngleEmbedder(), source, output=source)
+    rows = [{"id": "s", "parts": [{"text": "4"}]}]
+    unusable = write_rows(tmp_path / "n.jsonl", rows)
     with pytest.raises(DataError, match="no usable record"):
-        mine_hard_negatives(
-            FakeModel(),
-            write(tmp_path / "n.jsonl", [{"id": "s", "parts": [{"text": "4"}]}]),
-            output=tmp_path / "o.jsonl",
-        )
+        mine_hard_negatives(AngleEmbedder(), unusable, output=tmp_path / "o.jsonl")
 
 
-# ------------------------------------------------------------------ questions
+# --- the command, with a model
 
 
-def test_questions() -> None:
-    picture = tiny.random_image()
-    pair = Record("p", image=picture, short=("one", "two"), long="A long one.", metadata={"m": 1})
-    assert split_into_queries(pair) == [pair] and get_query_and_positives(pair) == (
-        (picture,),
-        (("one",), ("two",)),
-    )
-    asked = split_into_queries(pair, query_side="text")
-    assert [q.id for q in asked] == ["p#0", "p#1"] and all(q.metadata == {"m": 1} for q in asked)
-    assert get_query_and_positives(asked[1]) == (("two",), ((picture,),))
-    retrieval = Record("r", query=("q",), positive=(("a",),))
-    assert split_into_queries(retrieval, query_side="text") == [retrieval]
-    with pytest.raises(ConfigError, match="--query"):
-        split_into_queries(pair, query_side="images")  # type: ignore[arg-type]
-
-
-# ------------------------------------------------------------------ the verb
-
-
-def test_the_verb_with_a_real_model_and_training_on_what_it_wrote(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from vlduet.cli.main import app
-    from vlduet.data.stream import Sample
-    from vlduet.recipes import vladva
-
+def test_the_command_writes_records_that_training_reads_negatives_from(tmp_path: Path) -> None:
     model = tiny.build_duet_model(tmp_path / "base")
     model.save_pretrained(tmp_path / "model")
+    rows = []
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
-    rows = [
-        {"id": str(i), "image": f"{i}.png", "short": f"number {zlib.crc32(bytes([i]))}"}
-        for i in range(4)
-    ]
-    source, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "mined" / "out.jsonl"
-    arguments = [
-        "mine",
-        str(tmp_path / "model"),
-        str(source),
-        "--to",
-        str(out),
-        "-k",
-        "1",
-        "--margin",
-        "0",
-        "--json",
-    ]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["file"] == str(out) and told["records"] == 4 and told["embedded"] == 8
-    records = list(read_records(out))
-    assert sum(len(r.negative) for r in records) == told["negatives"]
-    roles = [
-        anchor.role
-        for record in records
-        for sequence in vladva.layout(Sample(record, 0, 0), model.renderer, vladva.VladvaOptions())
-        for anchor in sequence.anchors
-    ]
-    assert (
-        roles.count("image") == roles.count("text") == 4
-        and roles.count("negative") == told["negatives"]
-    )
+        (tmp_path / f"{i}.png").write_bytes(images.read_bytes(tiny.random_image(i)))
+        caption = f"number {zlib.crc32(bytes([i]))}"
+        rows.append({"id": str(i), "image": f"{i}.png", "short": caption})
+    source = write_rows(tmp_path / "pairs.jsonl", rows)
+    output = tmp_path / "mined" / "out.jsonl"
+    arguments = ["mine", str(tmp_path / "model"), str(source), "--to", str(output)]
+    result = CliRunner().invoke(app, [*arguments, "-k", "1", "--margin", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["file"] == str(output) and report["records"] == 4 and report["embedded"] == 8
+    records = list(read_records(output))
+    assert sum(len(record.negative) for record in records) == report["negatives"]
+    roles = []
+    for record in records:
+        sequences = vladva.layout(Sample(record, 0, 0), model.renderer, vladva.VladvaOptions())
+        roles += [anchor.role for sequence in sequences for anchor in sequence.anchors]
+    assert roles.count("image") == roles.count("text") == 4
+    assert roles.count("negative") == report["negatives"]

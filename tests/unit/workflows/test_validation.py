@@ -1,51 +1,81 @@
-"""What training measures now and then, where no other test does."""
+"""Validation metrics that no other test covers."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers import tiny
+from vlduet.data import images
 from vlduet.data.records import Record
+from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.workflows import validation
 
 RECORDS = [Record(str(i), image=tiny.random_image(i), short=(f"thing {i}",)) for i in range(5)]
 
 
-def biased(model: DuetModel, monkeypatch: pytest.MonkeyPatch, by: float) -> None:
-    """Make the end of an answer likelier."""
-    bias = torch.zeros(model.lm_head_weight.shape[0])
-    bias[model.renderer.eos_token_ids] = by
-    real = model.backbone.lm_head.forward
-    monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: real(hidden) + bias)
+def bias_end_of_text(model: DuetModel, monkeypatch: pytest.MonkeyPatch, bias: float) -> None:
+    """Add `bias` to the logits of the tokens that end an answer, in generation only."""
+    biases = torch.zeros(model.lm_head_weight.shape[0])
+    biases[model.renderer.eos_token_ids] = bias
+    forward = model.backbone.lm_head.forward
+    monkeypatch.setattr(model.backbone.lm_head, "forward", lambda hidden: forward(hidden) + biases)
 
 
-@pytest.mark.parametrize(("by", "share"), [(100.0, 1.0), (-100.0, 0.0)])
-def test_captions_that_do_not_end_are_seen(
-    model: DuetModel, monkeypatch: pytest.MonkeyPatch, by: float, share: float
+@pytest.mark.parametrize(("bias", "rate"), [(100.0, 1.0), (-100.0, 0.0)])
+def test_captions_ended_is_the_share_of_captions_with_an_end(
+    model: DuetModel, monkeypatch: pytest.MonkeyPatch, bias: float, rate: float
 ) -> None:
     before = validation.compute_validation_metrics(model, RECORDS, seed=0)
-    biased(model, monkeypatch, by)
-    values = validation.compute_validation_metrics(model, RECORDS, seed=0)
-    assert 0.0 <= before["captions_ended"] <= 1.0 and values["captions_ended"] == share
-    entropy = "caption_cross_entropy"  # it reads the weights themselves
-    assert values[entropy] == pytest.approx(before[entropy])
+    bias_end_of_text(model, monkeypatch, bias)
+    metrics = validation.compute_validation_metrics(model, RECORDS, seed=0)
+    assert 0.0 <= before["captions_ended"] <= 1.0 and metrics["captions_ended"] == rate
+    # The cross entropy is computed from the weights, not by the biased forward.
+    name = "caption_cross_entropy"
+    assert metrics[name] == pytest.approx(before[name])
 
 
-def test_whether_a_caption_ends_is_measured_on_some_within_twice_the_longest(
+def test_the_end_rate_is_measured_on_evenly_spaced_images_and_within_a_limit(
     model: DuetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []  # number of prompts, length limit
 
-    def written(_: object, start: validation.generation.Start, most: int) -> list[tuple[str, bool]]:
-        asked.append((len(start.attention_mask), most))
-        return [("", i % 4 == 0) for i in range(len(start.attention_mask))]
+    def generate(_: object, inputs: Any, limit: int) -> list[tuple[str, str]]:
+        num_prompts = len(inputs.attention_mask)
+        calls.append((num_prompts, limit))
+        return [("", "stop" if i % 4 == 0 else "length") for i in range(num_prompts)]
 
-    monkeypatch.setattr(validation.generation, "generate_with_finish_reason", written)
-    many = [
-        Record(str(i), image=tiny.random_image(i % 3), short=(f"thing {i % 3}",)) for i in range(40)
-    ]
-    assert validation.compute_caption_end_rate(model, many, max_caption_tokens=9) == 0.25
-    assert validation.compute_caption_end_rate(model, many[:4], max_caption_tokens=900) == 0.25
-    assert asked == [(16, 18), (4, 256)]
+    monkeypatch.setattr(validation.continuous, "generate_with_finish_reason", generate)
+    records = [RECORDS[i % 3] for i in range(40)]
+    rate = validation.compute_caption_end_rate(model, records, max_caption_tokens=9)
+    rate_of_few = validation.compute_caption_end_rate(model, records[:4], max_caption_tokens=900)
+    assert rate == rate_of_few == 0.25
+    assert calls == [(16, 18), (4, 256)]
+
+
+def test_a_validator_uses_the_first_usable_pairs_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, Any]] = [{"id": "gone", "image": "gone.png", "short": "x"}]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(images.read_bytes(tiny.random_image(i)))
+        rows.append({"id": str(i), "image": f"{i}.png", "short": f"thing {i}"})
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    ids: list[str] = []
+
+    def compute(model: object, records: list[Record], *, seed: int) -> dict[str, float]:
+        ids.extend(record.id for record in records)
+        return {"seed": seed}
+
+    monkeypatch.setattr(validation, "compute_validation_metrics", compute)
+    validate = validation.make_validator(path, seed=3, limit=2)
+    assert validate(None) == {"seed": 3} and ids == ["0", "1"]  # type: ignore[arg-type]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(DataError, match="no pair with an image and a short caption"):
+        validation.make_validator(path, seed=0)
