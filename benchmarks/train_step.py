@@ -239,18 +239,18 @@ def contender(name: str, folder: Path, records: list[Record], *, again: bool = F
     if name == TRANSFORMERS:
         return Peer(folder, records, again=again).step
     if name == LIBRARIES:
-        return _libraries.Libraries(
+        return _libraries.TwoLibraries(
             folder, records, lora=LORA, lr=LEARNING_RATE, mini_batch=MINI_BATCH
-        ).step
+        ).train_step
     return ours(folder, records, name, again=again)
 
 
 def peak(step: Step, steps: int) -> tuple[float, float]:
     """(peak, of it beyond what was there before the first step) of this process, in GB."""
-    before = _bench.highest()
+    before = _bench.peak_memory_gb()
     for _ in range(steps):
         step()
-    return _bench.highest(), _bench.highest() - before
+    return _bench.peak_memory_gb(), _bench.peak_memory_gb() - before
 
 
 def contrastive_step(
@@ -305,13 +305,13 @@ def compare_contenders(
             f"  {name:28} first losses: "
             + ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
         )
-    seconds = _bench.interleaved(steps, repeats)
-    _bench.table(title, "records/s", seconds, work=len(records), ours=names[0])
+    seconds = _bench.time_in_turns(steps, repeats)
+    _bench.print_ratios(title, "records/s", seconds, work=len(records), ours=names[0])
     return seconds
 
 
 def main() -> None:
-    parser = _bench.arguments(__doc__)
+    parser = _bench.build_parser(__doc__)
     parser.add_argument(
         "--rows", default="abc", help="which of a, b and c to measure (default: all)"
     )
@@ -321,9 +321,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     install_log_handler()
-    folder = _bench.model_folder(options.model)
+    folder = _bench.find_model_folder(options.model)
     quick = options.quick
-    pairs = _bench.pairs(options.data)
+    pairs = _bench.load_pairs(options.data)
     records = select_records(pairs, 6 if quick else 12, options.seed)
     if options.peak:
         with tempfile.TemporaryDirectory() as scratch:
@@ -337,7 +337,7 @@ def main() -> None:
                 found = peak(contender(options.peak, folder, records), 2)
             print(json.dumps(found))
         return
-    _bench.facts(options, folder)
+    _bench.print_environment(options, folder)
     repeats = options.repeats or (2 if quick else 3)
     again = [sys.executable, __file__, *sys.argv[1:], "--peak"]
 
