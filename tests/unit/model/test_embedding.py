@@ -1,0 +1,61 @@
+"""Embedding of many items: order, repeated images and the limit of tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from helpers import tiny
+from vlduet.data.sequences import PreparedImage
+from vlduet.errors import DataError
+from vlduet.model.duet import DuetModel
+
+
+def test_embeddings_keep_the_order_of_items_of_any_length(model: DuetModel) -> None:
+    items = [
+        "a",
+        "a much longer text than the others",
+        tiny.random_image(3),
+        "bb",
+        (tiny.random_image(4), "cc"),
+    ]
+    embeddings = torch.from_numpy(model.encode(items, batch_tokens=16))
+    single = torch.cat([torch.from_numpy(model.encode([item])) for item in items])
+    assert_close(embeddings, single, atol=2e-6, rtol=1e-5)
+    assert_close(embeddings.norm(dim=1), torch.ones(5))
+
+
+def test_each_distinct_image_goes_through_the_vision_tower_once(
+    model: DuetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[PreparedImage] = []
+    compute_vision_features = model.backbone.compute_vision_features
+
+    def record(images: list[PreparedImage]) -> Tensor:
+        encoded.extend(images)
+        return compute_vision_features(images)
+
+    monkeypatch.setattr(model.backbone, "compute_vision_features", record)
+    model.encode([tiny.random_image(71), tiny.random_image(72), tiny.random_image(71)])
+    model.encode([tiny.random_image(71)])
+    assert len(encoded) == 2
+
+
+def test_a_limit_cuts_texts_of_one_call_only(model: DuetModel) -> None:
+    text = "one two three"
+    full = model.encode([text])
+    limit = len(model.renderer.render_embedding((text,)).token_ids) - 4
+    assert np.array_equal(model.encode([text], max_tokens=limit), model.encode([text[:-4]]))
+    assert np.array_equal(model.encode([text]), full)
+    with pytest.raises(DataError, match=r"the limit is 2\."):
+        model.encode([tiny.random_image(1)], max_tokens=2)
+
+
+def test_progress_counts_every_item(model: DuetModel) -> None:
+    counts: list[int] = []
+    model.encode(["a", "b", tiny.random_image(1)], progress=counts.append)
+    assert sum(counts) == 3
+    assert model.encode([]).shape == (0, model.dim)
