@@ -1,1 +1,1 @@
-"""The command line: thin verbs, and the only place that prints errors and exits."""
+"""Command line: thin commands, and the only place that prints results and exits."""

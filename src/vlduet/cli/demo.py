@@ -7,27 +7,22 @@ from typing import Annotated
 
 import typer
 
+from vlduet.cli._common import Json, print_json
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(demo)
+TO = "Folder of the demo; a previous demo in it is replaced."
 
 
 def demo(
-    to: Annotated[
-        Path, typer.Option(help="Folder of the demo; a former demo in it is replaced.")
-    ] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of the training order and its random numbers.")] = 0,
+    to: Annotated[Path, typer.Option(help=TO)] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of data order and random numbers.")] = 0,
     minutes: Annotated[
-        float | None, typer.Option(help="Wanted length on two cores; the usual one is about ten.")
+        float | None, typer.Option(help="Desired duration on two cores, by default about ten.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """The main job on real data: fetch, build, train, evaluate, index, search, ask, and a report of it all."""
-    import json
-
+    """Run the whole workflow on real data: fetch, train, evaluate, index, search, ask, report."""
     from vlduet.demo.run import run_demo
 
-    found = run_demo(to, seed=seed, minutes=minutes)
+    summary = run_demo(to, seed=seed, minutes=minutes)
     if as_json:
-        typer.echo(json.dumps(found))
+        print_json(summary)

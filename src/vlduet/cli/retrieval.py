@@ -1,8 +1,7 @@
-"""The verbs that embed and find: index, search, ask, encode."""
+"""`vlduet index`, `search`, `ask` and `encode`."""
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,22 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from vlduet.cli._common import Json, ModelFolder, Source, print_json
 from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
+    from vlduet.data.records import ImageRef
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import Hit
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-SIDE = "What of a record is embedded: image, text or record (all of it)."
-WHERE = "Filter on metadata: key=value, key!=value, key<value, 'key in a,b'. May be repeated; all must hold."
-MODEL = "The model's folder, where the index cannot find it."
+TO = "Folder of the index; updated if it exists."
+SIDE = "Part of a record that is embedded: image, text or record (all of it)."
+PRUNE = "Remove documents that the source no longer contains."
+WHERE = "Filter on metadata: key=value, key!=value, key<value, 'key in a,b'. Repeat it to combine."
+MODEL = "Folder of the model, if the index cannot find it."
 
-IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="The index's folder.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="The model's folder.")]
-Source = Annotated[
-    Path, typer.Argument(metavar="SOURCE", help="A file of records, or a folder of images.")
-]
+IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Folder of the index.")]
 ImageFile = Annotated[
     Path | None, typer.Option("--image", metavar="FILE", help="An image, part of the query.")
 ]
@@ -33,55 +31,43 @@ Filters = Annotated[list[str] | None, typer.Option("--where", metavar="CONDITION
 OtherModel = Annotated[Path | None, typer.Option("--model", metavar="DIR", help=MODEL)]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    app.command("index")(index)
-    app.command("search")(search)
-    app.command("ask")(ask)
-    app.command("encode")(encode)
-
-
 def index(
     model: ModelFolder,
     source: Source,
     *,
-    to: Annotated[
-        Path,
-        typer.Option("--to", metavar="INDEX", help="The index's folder, new or to be updated."),
-    ],
-    side: Annotated[str | None, typer.Option(help=f"{SIDE} A new index's default: image.")] = None,
-    store: Annotated[
-        str | None, typer.Option(help="lance (a new index's default) or flat.")
-    ] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Remove what the source no longer holds.")
-    ] = False,
+    to: Annotated[Path, typer.Option("--to", metavar="INDEX", help=TO)],
+    side: Annotated[str | None, typer.Option(help=f"{SIDE} A new index: image.")] = None,
+    store: Annotated[str | None, typer.Option(hidden=True)] = None,
+    prune: Annotated[bool, typer.Option("--prune", help=PRUNE)] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed SOURCE into an index; run it again after an interruption or a change: only new content is embedded."""
+    """Embed SOURCE into an index, or update the index; only new content is embedded.
+
+    An interrupted build continues when it is started again.
+    """
     from vlduet.encoders.dual import open_embedder
+    from vlduet.errors import RetrievalError
     from vlduet.retrieval.build import build_index
 
+    if store not in (None, "lance"):
+        fix = "Leave --store out: every index is stored in LanceDB"
+        raise RetrievalError(f"'{store}'", place="--store", fix=fix)
     report = build_index(
         open_embedder(model),
         source,
         to=to,
         side=cast("Any", side),
-        store=cast("Any", store),
         prune=prune,
         model_path=model,
     )
     if as_json:
-        _print_json({"index": str(to), **asdict(report)})
+        print_json({"index": str(to), **asdict(report)})
         return
-    done = {
-        "added": report.added,
-        "updated": report.updated,
-        "kept": report.kept,
-        "removed": report.removed,
-    }
-    told = ", ".join(f"{count} {name}" for name, count in done.items() if count)
-    print(f"{to}: {report.count} documents ({told or 'nothing to do'})")
+    changes = []
+    for name in ("added", "updated", "kept", "removed"):
+        if count := getattr(report, name):
+            changes.append(f"{count} {name}")
+    print(f"{to}: {report.count} documents ({', '.join(changes) or 'nothing to do'})")
     if report.quarantined:
         print(f"{report.quarantined} left out: see {to / 'quarantine.jsonl'}")
     if report.absent:
@@ -90,52 +76,54 @@ def index(
 
 def search(
     folder: IndexFolder,
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What to look for.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Text of the query.")] = None,
     *,
     image: ImageFile = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Hits wanted.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     where: Filters = None,
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Find what is nearest to a text, an image, or both."""
+    """Find the documents that are nearest to a text, an image, or both."""
     from vlduet.encoders.dual import open_embedder
-    from vlduet.retrieval.search import search as find
+    from vlduet.retrieval.search import search as find_hits
 
-    with _open(folder) as opened:
-        query = tuple(part for part in (_image(image), text) if part is not None)
-        hits = find(opened, open_embedder(model or opened.model_path), query, k=k, where=where)
+    with _open_index(folder) as opened:
+        query = tuple(part for part in (_image_ref(image), text) if part is not None)
+        embedder = open_embedder(model or opened.model_path)
+        hits = find_hits(opened, embedder, query, k=k, where=where)
     if as_json:
-        _print_json({"index": str(folder), "hits": [_hit(hit) for hit in hits]})
+        print_json({"index": str(folder), "hits": [_hit_fields(hit) for hit in hits]})
     else:
         _print_hits(hits)
 
 
 def ask(
     folder: IndexFolder,
-    question: Annotated[str, typer.Argument(help="What to answer.")],
+    question: Annotated[str, typer.Argument(help="The question.")],
     *,
     image: ImageFile = None,
     k: Annotated[int, typer.Option("-k", min=1, help="References put in the prompt.")] = 3,
     where: Filters = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 128,
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a question with what the index holds, and name the sources."""
+    """Answer a question with the documents of an index, and name the sources."""
     from vlduet.model.duet import DuetModel
     from vlduet.retrieval.rag import format_source, prepare_prompt, stream_answer
 
-    with _open(folder) as opened:
+    with _open_index(folder) as opened:
         loaded = DuetModel.from_pretrained(model or opened.model_path)
-        prompt = prepare_prompt(opened, loaded, question, image=_image(image), k=k, where=where)
-    pieces = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
+        prompt = prepare_prompt(opened, loaded, question, image=_image_ref(image), k=k, where=where)
+    texts = stream_answer(loaded, prompt, max_new_tokens=max_new_tokens)
     if as_json:
-        sources = [_hit(hit) for hit in prompt.sources]
-        _print_json({"answer": "".join(pieces).strip(), "sources": sources, "prompt": str(prompt)})
+        answer = "".join(texts).strip()
+        sources = [_hit_fields(hit) for hit in prompt.sources]
+        print_json({"answer": answer, "sources": sources, "prompt": str(prompt)})
         return
-    for piece in pieces:
-        sys.stdout.write(strip_control_characters(piece, keep="\n"))
+    for text in texts:
+        sys.stdout.write(strip_control_characters(text, keep="\n"))
         sys.stdout.flush()
     print("\n\nSources:" if prompt.sources else "\n\nNo sources: nothing in the index matches.")
     for hit in prompt.sources:
@@ -147,12 +135,12 @@ def encode(
     source: Source,
     *,
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.npz", help="Gets ids and float32 unit vectors.")
+        Path, typer.Option("--out", metavar="FILE.npz", help="Ids and float32 unit vectors.")
     ],
     side: Annotated[str, typer.Option(help=SIDE)] = "image",
     as_json: Json = False,
 ) -> None:
-    """Write embeddings for an index of your own."""
+    """Write embeddings to a file, for an index of another program."""
     import numpy as np
 
     from vlduet.data.quarantine import Quarantine, quarantine_path
@@ -163,71 +151,70 @@ def encode(
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
     dropped = Quarantine.create(quarantine_path(out))
-    found = track_progress(
-        read_documents(source, side=cast("Any", side), on_error=dropped.add), label="encode"
-    )
-    ids, vectors = [], []
+    documents = read_documents(source, side=cast("Any", side), on_error=dropped.add)
     encoded = encode_documents(
         open_embedder(model),
-        found,
-        on_error=lambda d, error: dropped.add(d.to_quarantine_record(), error),
+        track_progress(documents, label="encode"),
+        on_error=lambda document, error: dropped.add(document.to_quarantine_record(), error),
     )
-    for group, embedded in encoded:
-        ids += [document.id for document in group]
-        vectors.append(embedded)
+    ids, chunks = [], []
+    for chunk, vectors in encoded:
+        ids += [document.id for document in chunk]
+        chunks.append(vectors)
     if not ids:
-        raise RetrievalError(
-            f"nothing to embed ({dropped})", place=source, fix="Mend the source, or change --side"
-        )
-    write_vectors(out, ids=ids, vectors=np.concatenate(vectors))
-    dim = vectors[0].shape[1]
+        fix = "Repair the source, or change --side"
+        raise RetrievalError(f"nothing to embed ({dropped})", place=source, fix=fix)
+    embeddings = np.concatenate(chunks)  # [N, D]
+    write_vectors(out, ids=ids, vectors=embeddings)
+    dim = embeddings.shape[1]
     if as_json:
-        _print_json({"out": str(out), "count": len(ids), "dim": dim, "quarantined": dropped.count})
+        counts = {"count": len(ids), "dim": dim, "quarantined": dropped.count}
+        print_json({"out": str(out), **counts})
         return
     print(f"{out}: {len(ids)} vectors of {dim} numbers")
     if dropped.count:
         print(f"{dropped.count} left out: see {quarantine_path(out)}")
 
 
-def _open(folder: Path) -> Index:
+def _open_index(folder: Path) -> Index:
+    """Open an index for searching; log a warning if its last build did not finish."""
     from vlduet.retrieval.index import Index
 
     opened = Index.open(folder)
     if not opened.manifest.complete:
-        logger.info(
-            f"{folder} is incomplete: its last build was interrupted. Run `vlduet index` again, it resumes."
-        )
+        fix = "Run `vlduet index` again to complete it."
+        logger.warning(f"{folder} is incomplete: its last build was interrupted. {fix}")
     return opened
 
 
-def _image(path: Path | None) -> Any:
+def _image_ref(path: Path | None) -> ImageRef | None:
     from vlduet.data.records import ImageRef
 
     return None if path is None else ImageRef(path=path)
 
 
-def _hit(hit: Hit) -> dict[str, Any]:
-    image = None if hit.image is None else hit.image.name
-    found = {"rank": hit.rank, "score": hit.score, "id": hit.id, "text": hit.text, "image": image}
-    return {**found, "metadata": dict(hit.metadata)}
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    # ASCII: no byte of a document reaches the terminal as it is.
-    print(json.dumps(value, indent=2))
+def _hit_fields(hit: Hit) -> dict[str, Any]:
+    """Return a hit as JSON values."""
+    return {
+        "rank": hit.rank,
+        "score": hit.score,
+        "id": hit.id,
+        "text": hit.text,
+        "image": None if hit.image is None else hit.image.name,
+        "metadata": dict(hit.metadata),
+    }
 
 
 def _print_hits(hits: list[Hit]) -> None:
-    """A table for people; tab-separated lines for pipes."""
+    """Print hits as a table on a terminal, and as tab-separated lines otherwise."""
     if not hits:
         logger.info("nothing in the index matches")
         return
-    columns = ["rank", "score", "id", "text", "image"]
-    rows = [
-        [strip_control_characters(str(_hit(hit)[name] or "")) for name in columns] for hit in hits
-    ]
-    for row, hit in zip(rows, hits, strict=True):
-        row[1] = f"{hit.score:.3f}"
+    rows = []
+    for hit in hits:
+        fields = _hit_fields(hit) | {"score": f"{hit.score:.3f}"}
+        cells = [str(fields[name] or "") for name in ("rank", "score", "id", "text", "image")]
+        rows.append(list(map(strip_control_characters, cells)))
     if not sys.stdout.isatty():
         for row in rows:
             print("\t".join(row))
@@ -236,9 +223,8 @@ def _print_hits(hits: list[Hit]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns)
+    table = Table("rank", "score", "id", "text", "image")
     for row in rows:
-        table.add_row(
-            *[Text(cell if len(cell) <= 200 else cell[:199] + "…", overflow="fold") for cell in row]
-        )
+        shortened = [cell if len(cell) <= 200 else cell[:199] + "…" for cell in row]
+        table.add_row(*[Text(cell, overflow="fold") for cell in shortened])
     Console().print(table)

@@ -8,67 +8,60 @@ from typing import Annotated
 
 import typer
 
+from vlduet.cli._common import ModelFolder
 from vlduet.logs import logger
 
-LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(serve)
+LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]", "::1"]
+INDEX = "An index of this model; enables search and retrieval."
+HOST = "Address to listen at; 0.0.0.0 for all addresses of this machine."
+KEYS = "File of API keys, one per line; only requests with one of them are answered."
 
 
 def serve(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="The model's folder, or a supported checkpoint.")
-    ],
+    model: ModelFolder,
     *,
-    index: Annotated[
-        Path | None, typer.Option(metavar="INDEX", help="An index of this model, to answer from.")
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 for any that this machine has.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    keys: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Answer only who brings one of these API keys, one a line."
-        ),
-    ] = None,
+    index: Annotated[Path | None, typer.Option(metavar="INDEX", help=INDEX)] = None,
+    host: Annotated[str, typer.Option(help=HOST)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 selects a free one.")] = 8000,
+    keys: Annotated[Path | None, typer.Option(metavar="FILE", help=KEYS)] = None,
 ) -> None:
-    """Answer chats and embed with one copy of a model, over HTTP in OpenAI's forms."""
-    from vlduet.errors import ConfigError
-
-    try:  # before the model is read, which may take minutes
-        listening = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
-    except OSError as error:
-        what = (error.strerror or str(error)).partition(" (")[0]
-        raise ConfigError(
-            what, place=f"{host}:{port}", fix="Choose another --port or --host"
-        ) from None
+    """Chat and embed with one copy of a model, over HTTP in the format of OpenAI's API."""
+    # The port is claimed before the model is loaded, which may take minutes.
+    listening_socket = _listen(host, port)
     from vlduet.encoders.dual import open_embedder
     from vlduet.retrieval.index import Index
     from vlduet.serve.app import Service, run_server
     from vlduet.serve.auth import read_api_keys
     from vlduet.serve.worker import Worker
 
-    known = None if keys is None else read_api_keys(keys)
+    api_keys = None if keys is None else read_api_keys(keys)
     loaded = open_embedder(model)
-    opened = None if index is None else Index.open(index, loaded)
+    opened_index = None if index is None else Index.open(index, loaded)
     worker = Worker(loaded)
     name = model.resolve().name
-    at = f"http://{host if ':' not in host else f'[{host}]'}:{listening.getsockname()[1]}/v1"
-    logger.info(f"{name} answers and embeds at {at} (Ctrl-C ends it)")
-    if known is None and host not in LOOPBACK:
-        logger.info(f"anyone who reaches {host} may ask: give --keys, or keep others out by other means")
-    service = Service(worker, name=name, index=opened)
+    url_host = f"[{host}]" if ":" in host else host
+    url = f"http://{url_host}:{listening_socket.getsockname()[1]}/v1"
+    logger.info(f"{name} answers and embeds at {url} (Ctrl-C ends it)")
+    is_local = host in LOOPBACK_HOSTS
+    if api_keys is None and not is_local:
+        logger.warning(f"everyone who reaches {host} is served: give --keys, or use a firewall")
+    service = Service(worker, name=name, index=opened_index)
+    allowed_hosts = LOOPBACK_HOSTS if is_local else None
     try:
-        run_server(
-            service.build_app(allowed_hosts=LOOPBACK if host in LOOPBACK else None, api_keys=known),
-            listening,
-        )
-    finally:  # uvicorn hands Ctrl-C on
+        app = service.build_app(allowed_hosts=allowed_hosts, api_keys=api_keys)
+        run_server(app, listening_socket)
+    finally:  # uvicorn raises KeyboardInterrupt again after its own shutdown
         worker.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; raise ConfigError if it is not available."""
+    from vlduet.errors import ConfigError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        message = (error.strerror or str(error)).partition(" (")[0]
+        fix = "Choose another --port or --host"
+        raise ConfigError(message, place=f"{host}:{port}", fix=fix) from None

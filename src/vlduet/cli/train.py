@@ -2,91 +2,78 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vlduet.cli._common import Json, print_json
+from vlduet.logs import logger
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs."""
-    app.command()(train)
-    app.command()(compare)
+PRESET = "A preset (see 'vlduet config list') or a YAML file"
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Keys of the config to change, such as train.lr=1e-4.")
+]
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML config, see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change, as train.lr=1e-4.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the run's last saved state.")] = False,
+    config: Annotated[str, typer.Argument(help=f"{PRESET}.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the run's last saved state.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a model on one or several losses; with torchrun, on any number of processes."""
-    import json
+    from vlduet.config import load_run_config
 
-    from vlduet import config as settings_of
-    from vlduet.logs import logger, read_metrics
-
-    settings = settings_of.load_run_config(config, overrides or [])
+    run_config = load_run_config(config, overrides or [])
     from vlduet.workflows.validation import make_validator
 
-    evaluate = (
-        make_validator(settings.data.validation, seed=settings.seed)
-        if settings.data.validation
-        else None
-    )
+    evaluate = None
+    if run_config.data.validation:
+        evaluate = make_validator(run_config.data.validation, seed=run_config.seed)
     if dry_run:
         from vlduet.train.plan import plan_run
 
-        facts = plan_run(settings)
-        typer.echo(
-            json.dumps(facts)
-            if as_json
-            else "\n".join(f"{key:28} {value}" for key, value in facts.items())
-        )
+        plan = plan_run(run_config)
+        if as_json:
+            print_json(plan)
+        for key, value in plan.items() if not as_json else ():
+            print(f"{key:28} {value}")
         return
-    from vlduet import distributed
-    from vlduet.train.loop import train as run
+    from vlduet.distributed import is_main_process
+    from vlduet.logs import read_metrics
+    from vlduet.train import loop
 
-    folder = run(settings, evaluate=evaluate, resume=resume)
-    if not distributed.is_main_process():
+    folder = loop.train(run_config, evaluate=evaluate, resume=resume)
+    if not is_main_process():
         return
-    last = read_metrics(settings.out / "metrics.jsonl")[-1]
+    metrics = run_config.out / "metrics.jsonl"
     if as_json:
-        typer.echo(json.dumps({"model": str(folder), **last}))
+        print_json({"model": str(folder), **read_metrics(metrics)[-1]})
     else:
-        logger.info(f"trained: {folder} (metrics in {settings.out / 'metrics.jsonl'})")
+        logger.info(f"trained: {folder} (metrics in {metrics})")
 
 
 def compare(
-    config: Annotated[
-        Path, typer.Argument(help="A YAML config of a comparison, see configs/compare-nano.yaml.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Its keys to change, as out=runs/other.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    config: Annotated[str, typer.Argument(help=f"{PRESET} of a comparison.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
-    """Train several recipes on the same data, steps and seeds, and write one table; started again, it goes on."""
-    import json
+    """Train several recipes on the same data, steps and seeds, and write one table.
 
-    from vlduet import config as settings_of
-    from vlduet import distributed
-    from vlduet.logs import logger
-    from vlduet.workflows import compare as comparison
+    An interrupted comparison continues when it is started again.
+    """
+    from vlduet.config import load_comparison_config
+    from vlduet.distributed import is_main_process
+    from vlduet.workflows.compare import format_table, run_comparison
 
-    settings = settings_of.load_comparison_config(config, overrides or [])
-    found = comparison.run_comparison(settings)
-    if not distributed.is_main_process():
+    comparison = load_comparison_config(config, overrides or [])
+    results = run_comparison(comparison)
+    if not is_main_process():
         return
     if as_json:
-        typer.echo(json.dumps(found))
+        print_json(results)
     else:
-        typer.echo(comparison.format_table(found))
-        logger.info(f"the same in {settings.out / 'table.md'} and table.json")
+        print(format_table(results))
+        logger.info(f"also written to {comparison.out / 'table.md'} and table.json")

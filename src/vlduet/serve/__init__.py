@@ -1,1 +1,1 @@
-"""One process that answers chats and embeds, over HTTP in OpenAI's forms."""
+"""Server: one process that chats and embeds with one copy of a model, over HTTP as OpenAI does."""

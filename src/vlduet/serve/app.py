@@ -1,10 +1,11 @@
-"""HTTP: what comes in becomes work for the one worker, and what it tells goes out.
+"""HTTP application: requests become work for the one worker, and its results become responses.
 
 GET  /health
 GET  /v1/models, /v1/models/NAME
 POST /v1/embeddings
-POST /v1/chat/completions     streamed where `stream` is true; answered from the index where `retrieval` is given
-POST /v1/search               where an index is served
+POST /v1/chat/completions     streamed if `stream` is true; answered from the index if `retrieval`
+                              is given
+POST /v1/search               available if an index is served
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -40,32 +41,33 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ImportError as error:
-    raise MissingExtraError(
-        "serving needs starlette and uvicorn", fix="pip install 'vlduet[serve]'"
-    ) from error
+    message = "serving needs starlette and uvicorn"
+    raise MissingExtraError(message, fix="pip install 'vlduet[serve]'") from error
 
-log = logging.getLogger("uvicorn.error")
+# Not our logger: a server's errors belong in the log of the web server.
+logger = logging.getLogger("uvicorn.error")
 
 SHUTDOWN_GRACE_SECONDS = 3
-"""Seconds that answers have to end in when the server does."""
+"""Time that running answers have to end in when the server shuts down."""
 DISCONNECT_POLL_SECONDS = 1.0
-"""Seconds after which a request that still waits looks whether its client does."""
+"""Interval at which a waiting request checks whether its client is still connected."""
 MAX_REQUEST_BYTES = 64 << 20
-"""Bytes of one request."""
 DEFAULT_MAX_TOKENS = 256
-"""Tokens of an answer whose request does not say."""
+"""Length limit of an answer whose request gives none."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status, introduced by nginx, of a request whose client disconnected."""
 
-F = TypeVar("F", bound=schemas.RequestBody)
+Body = TypeVar("Body", bound=schemas.RequestBody)
 T = TypeVar("T")
 
 
 class Service:
-    """A model, perhaps with an index of its making, behind the routes above.
+    """A model, and optionally an index that it built, behind the routes of this module.
 
     Args:
-        worker: owns the model.
-        name: what clients call it.
-        index: what is searched; built by the same model.
+        worker: worker that owns the model.
+        name: name under which clients know the model.
+        index: index to search; must be built by the same model.
     """
 
     def __init__(self, worker: Worker, *, name: str, index: Index | None = None):
@@ -75,168 +77,172 @@ class Service:
     def build_app(
         self, *, allowed_hosts: list[str] | None = None, api_keys: list[str] | None = None
     ) -> Starlette:
-        """The application.
+        """Return the ASGI application.
 
         Args:
-            keys: of those who may ask; None for anyone.
-            hosts: names that requests may be addressed to; None for any. With it, no web page that the user of this machine
-                visits can talk to the server under a name of the page's own.
+            allowed_hosts: accepted host names of requests; None accepts any. With a list, no web
+                page that the user of this machine visits can reach the server under a host name
+                of its own (DNS rebinding).
+            api_keys: keys of which a request must carry one; None serves anyone.
         """
-        posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
-            "/v1/embeddings": self.create_embeddings,
-            "/v1/chat/completions": self.create_chat_completion,
-            "/v1/search": self.search_index,
-        }
-        routes = [Route("/health", self.health), Route("/v1/models", self.list_models)]
-        routes += [Route("/v1/models/{name}", self.get_model)]
-        routes += [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
-        guard = (
-            []
-            if allowed_hosts is None
-            else [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)]
-        )
-        guard += [] if api_keys is None else [Middleware(ApiKeyMiddleware, keys=api_keys)]
-        handlers: dict[Any, Any] = {
-            VLDuetError: _refused,
-            ModelError: _broken_model,
-            ClientDisconnect: _gone,
-            ValidationError: _misformed,
-            HTTPException: _http,
-            ServerBusyError: _busy,
-            Exception: _broken,
-        }
-        return Starlette(routes=routes, middleware=guard, exception_handlers=handlers)
+        routes = [
+            Route("/health", self.health),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name}", self.get_model),
+            Route("/v1/embeddings", self.create_embeddings, methods=["POST"]),
+            Route("/v1/chat/completions", self.create_chat_completion, methods=["POST"]),
+            Route("/v1/search", self.search_index, methods=["POST"]),
+        ]
+        middleware = []
+        if allowed_hosts is not None:
+            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts))
+        if api_keys is not None:
+            middleware.append(Middleware(ApiKeyMiddleware, api_keys=api_keys))
+        errors = [VLDuetError, ValidationError, HTTPException, ServerBusyError, ClientDisconnect]
+        handlers: dict[Any, Any] = dict.fromkeys([*errors, Exception], _handle_error)
+        return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
     # ------------------------------------------------------------------ routes
 
     async def health(self, _: Request) -> Response:
-        """It is up, and has its model."""
+        """Respond that the server is running and has loaded its model."""
         return JSONResponse({"status": "ok"})
 
     async def list_models(self, _: Request) -> Response:
-        """The one model."""
-        return JSONResponse({"object": "list", "data": [self._described()]})
+        """Respond with the list of models, which is the one model of this server."""
+        return JSONResponse({"object": "list", "data": [self._model_object()]})
 
     async def get_model(self, request: Request) -> Response:
-        """The same, by its name."""
-        self._check_name(request.path_params["name"])
-        return JSONResponse(self._described())
+        """Respond with the model of the name in the path, or with status 404."""
+        self._check_model_name(request.path_params["name"])
+        return JSONResponse(self._model_object())
 
     async def create_embeddings(self, request: Request) -> Response:
-        """Texts, images and mixtures -> unit vectors."""
-        form = await self._read(request, schemas.EmbeddingsBody)
+        """Respond with unit vectors of texts, images and mixtures of both."""
+        body = await self._read_body(request, schemas.EmbeddingsBody)
         dim = self.worker.model.dim
-        if form.dimensions not in (None, dim):
-            raise DataError(
-                f"{form.dimensions}: this model has {dim}", place="dimensions", fix="Leave it out"
-            )
-        future = self.worker.submit_embedding(
-            form.parse_inputs(), is_query=form.input_type == "query"
-        )
-        vectors = await _while_there(request, asyncio.wrap_future(future))
+        if body.dimensions not in (None, dim):
+            message = f"{body.dimensions}: this model has {dim}"
+            raise DataError(message, place="dimensions", fix="Leave it out")
+        is_query = body.input_type == "query"
+        future = self.worker.submit_embedding(body.parse_inputs(), is_query=is_query)
+        vectors = await _await_while_connected(request, asyncio.wrap_future(future))
+        as_base64 = body.encoding_format == "base64"
         return JSONResponse(
-            schemas.embeddings_response(
-                vectors, model=self.name, as_base64=form.encoding_format == "base64"
-            )
+            schemas.embeddings_response(vectors, model=self.name, as_base64=as_base64)
         )
 
     async def search_index(self, request: Request) -> Response:
-        """The nearest documents of the index."""
-        form, index = await self._read(request, schemas.SearchBody), self._index()
-        parts = form.parse_query()
-        asked = self.worker.submit_call(
-            lambda: schemas.hits_response(
-                search(index, self.worker.model, parts, k=form.k, where=form.where)
-            )
+        """Respond with the documents of the index that are nearest to a query."""
+        body = await self._read_body(request, schemas.SearchBody)
+        index = self._require_index()
+        query = body.parse_query()
+        hits = await self._call_worker(
+            request, lambda: search(index, self.worker.model, query, k=body.k, where=body.where)
         )
-        return JSONResponse(
-            {"object": "list", "data": await _while_there(request, asyncio.wrap_future(asked))}
-        )
+        return JSONResponse({"object": "list", "data": schemas.hits_response(hits)})
 
     async def create_chat_completion(self, request: Request) -> Response:
-        """Answer a conversation; with `retrieval`, from what its last turn finds."""
-        form = await self._read(request, schemas.ChatBody)
+        """Respond with the answer to a conversation, as a whole or as a stream of events.
+
+        With `retrieval`, the last message is answered from the hits that it finds in the index.
+        """
+        body = await self._read_body(request, schemas.ChatBody)
         if not self.worker.can_generate:
-            raise DataError(
-                "this model embeds and does not generate",
-                place="model",
-                fix="Serve a generative one",
+            message = "this model embeds and does not generate"
+            raise DataError(message, place="model", fix="Serve a generative one")
+        messages = body.parse_messages()
+        sources = None
+        if (options := body.retrieval) is not None:
+            question, image = schemas.split_question(messages[-1])
+            index, model = self._require_index(), self.worker.model
+            k, where = options.k, options.where
+            prompt = await self._call_worker(
+                request,
+                lambda: prepare_prompt(index, model, question, image=image, k=k, where=where),
             )
-        messages, sources = form.parse_messages(), list[Hit]()
-        if (wanted := form.retrieval) is not None:
-            (question, image), index = schemas.split_question(messages[-1]), self._index()
-            asked = self.worker.submit_call(
-                lambda: prepare_prompt(
-                    index, self.worker.model, question, image=image, k=wanted.k, where=wanted.where
-                )
-            )
-            prompt = await _while_there(request, asyncio.wrap_future(asked))
-            messages, sources = (*messages[:-1], *prompt.messages), list(prompt.sources)
-        listener = _DeltaQueue()
-        longest = form.max_completion_tokens or form.max_tokens or DEFAULT_MAX_TOKENS
-        talk = ChatRequest(
+            messages = (*messages[:-1], *prompt.messages)
+            sources = prompt.sources
+        queue = _DeltaQueue()
+        chat = ChatRequest(
             messages,
-            listener.tell,
-            longest,
-            sampling=form.sampling_options(),
-            stop=form.stop_strings(),
+            queue.put,
+            body.max_completion_tokens or body.max_tokens or DEFAULT_MAX_TOKENS,
+            sampling_params=body.sampling_params(),
+            stop_strings=body.stop_strings(),
         )
-        self.worker.submit_chat(talk)
-        try:  # what is refused before the first word is an error, not a stream
-            first = await _while_there(request, listener.next())
-        except BaseException:
-            talk.cancelled = True
-            raise
-        answer = _CompletionWriter(self.name, sources if wanted is not None else None)
-        if form.stream:
-            body = _events(answer, first, listener, talk)
-            return StreamingResponse(
-                body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-            )
-        return JSONResponse(answer.whole(await _all(first, listener, talk, request)))
-
-    # ------------------------------------------------------------------ help
-
-    async def _read(self, request: Request, kind: type[F]) -> F:
-        """The body as a form, checked. Only JSON: what a web page may send without asking is none."""
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise HTTPException(415, "Send Content-Type: application/json")
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_REQUEST_BYTES:
-                raise HTTPException(
-                    413, f"More than {MAX_REQUEST_BYTES >> 20} MiB. Send fewer or smaller images"
-                )
+        self.worker.submit_chat(chat)
+        # An error before the first token is an error response; later ones are part of the stream.
         try:
-            raw = json.loads(body)
+            first = await _await_while_connected(request, queue.get())
+        except BaseException:
+            chat.cancelled = True
+            raise
+        writer = _CompletionWriter(self.name, sources)
+        if body.stream:
+            events = _stream_events(writer, first, queue, chat)
+            headers = {"Cache-Control": "no-cache"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        deltas = await _collect_deltas(first, queue, chat, request)
+        return JSONResponse(writer.response(deltas))
+
+    # ------------------------------------------------------------------ helpers
+
+    async def _call_worker(self, request: Request, function: Callable[[], T]) -> T:
+        """Return `function()`, run in the worker's thread; cancelled if the client disconnects."""
+        future = self.worker.submit_call(function)
+        return await _await_while_connected(request, asyncio.wrap_future(future))
+
+    async def _read_body(self, request: Request, schema: type[Body]) -> Body:
+        """Return the validated JSON body of a request; null values count as missing.
+
+        Raises:
+            HTTPException: another content type (415), a body that is too large (413), or another
+                model than the one that is served (404).
+            DataError: not a JSON object, or a field that is unknown or not supported.
+            ValidationError: a field with an invalid value.
+        """
+        # A web page can send other content types without the permission of the server (CORS).
+        content_type = request.headers.get("content-type", "")
+        if content_type.partition(";")[0].strip() != "application/json":
+            raise HTTPException(415, "Send Content-Type: application/json")
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_REQUEST_BYTES:
+                text = f"More than {MAX_REQUEST_BYTES >> 20} MiB. Send fewer or smaller images"
+                raise HTTPException(413, text)
+        try:
+            values = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"the body is no JSON ({error})", fix="Mend it") from None
-        if not isinstance(raw, dict):
-            raise DataError("the body is no JSON object", fix="Send {...}")
-        form = kind.model_validate({key: value for key, value in raw.items() if value is not None})
-        form.check_extra_fields()
-        if form.model is not None:
-            self._check_name(form.model)
-        return form
+            raise DataError(f"the body is not JSON ({error})", fix="Send {...}") from None
+        if not isinstance(values, dict):
+            raise DataError("the body is not a JSON object", fix="Send {...}")
+        body = schema.model_validate({k: v for k, v in values.items() if v is not None})
+        body.check_extra_fields()
+        if body.model is not None:
+            self._check_model_name(body.model)
+        return body
 
-    def _check_name(self, model: str) -> None:
-        if model != self.name:
-            raise HTTPException(
-                404, f"The model {model!a:.80} is not served here, '{self.name}' is"
-            )
+    def _check_model_name(self, name: str) -> None:
+        """Raise HTTPException 404 unless `name` is the model that is served."""
+        if name != self.name:
+            text = f"The model {name!a:.80} is not served here, '{self.name}' is"
+            raise HTTPException(404, text)
 
-    def _described(self) -> dict[str, Any]:
+    def _model_object(self) -> dict[str, Any]:
+        """Return the model as an object of OpenAI's API."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "vlduet"}
 
-    def _index(self) -> Index:
+    def _require_index(self) -> Index:
+        """Return the index; raise DataError if the server has none."""
         if self.index is None:
             raise DataError("no index is served", fix="Start the server with --index INDEX")
         return self.index
 
 
 def build_server(app: Starlette) -> uvicorn.Server:
-    """What `run` runs, for whoever wants to end it."""
+    """Return a web server that is not running yet; setting its `should_exit` ends it."""
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -247,168 +253,159 @@ def build_server(app: Starlette) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def run_server(app: Starlette, listening: socket.socket) -> None:
-    """Serve until the process is told to end."""
-    build_server(app).run(sockets=[listening])
+def run_server(app: Starlette, listening_socket: socket.socket) -> None:
+    """Serve `app` on a listening socket until the process is interrupted."""
+    build_server(app).run(sockets=[listening_socket])
 
 
-async def _while_there(request: Request, awaited: Awaitable[T]) -> T:
-    """What is awaited; it is given up where the client no longer waits for it."""
-    task = asyncio.ensure_future(awaited)
+async def _await_while_connected(request: Request, awaitable: Awaitable[T]) -> T:
+    """Return the result of `awaitable`; if the client disconnects, cancel it and raise status 499."""
+    task = asyncio.ensure_future(awaitable)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=DISCONNECT_POLL_SECONDS)
             if not task.done() and await request.is_disconnected():
-                raise HTTPException(499, "The client went away")
+                raise HTTPException(CLIENT_CLOSED_REQUEST, "The client disconnected")
         return task.result()
     finally:
         task.cancel()
 
 
 class _DeltaQueue:
-    """From the worker's thread to a request's coroutine."""
+    """Queue from the worker's thread to the coroutine of one request, which creates it."""
 
     def __init__(self) -> None:
-        self.loop, self.told = asyncio.get_running_loop(), asyncio.Queue[Delta | Exception]()
+        self._loop = asyncio.get_running_loop()
+        self._queue = asyncio.Queue[Delta | Exception]()
 
-    def tell(self, piece: Delta | Exception) -> None:
-        self.loop.call_soon_threadsafe(self.told.put_nowait, piece)
+    def put(self, output: Delta | Exception) -> None:
+        """Append an output; may be called in any thread."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
 
-    async def next(self) -> Delta:
-        """Raises what the worker told."""
-        piece = await self.told.get()
-        if isinstance(piece, Exception):
-            raise piece
-        return piece
+    async def get(self) -> Delta:
+        """Wait for the next delta and return it; raise it if it is an error."""
+        output = await self._queue.get()
+        if isinstance(output, Exception):
+            raise output
+        return output
 
 
 class _CompletionWriter:
-    """One answer in OpenAI's two forms."""
+    """Formats one answer as OpenAI's response body or as its stream events.
 
-    def __init__(self, model: str, sources: list[Hit] | None):
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
+    Args:
+        model: name of the model.
+        sources: hits that the prompt quotes; None if the chat did not use the index.
+    """
+
+    def __init__(self, model: str, sources: Sequence[Hit] | None):
+        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.common = {"id": answer_id, "created": int(time.time()), "model": model}
         self.sources = {} if sources is None else {"sources": schemas.hits_response(sources)}
 
-    def whole(self, pieces: list[Delta]) -> dict[str, Any]:
-        last = pieces[-1]
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces).strip()}
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": last.finish_reason,
-            "logprobs": None,
-        }
-        told = {
-            "choices": [choice],
-            "usage": schemas.usage_response(last.prompt_tokens, last.completion_tokens),
-        }
-        return {**self.head, "object": "chat.completion", **told, **self.sources}
+    def response(self, deltas: list[Delta]) -> dict[str, Any]:
+        """Return the response body for all deltas of the answer."""
+        last = deltas[-1]
+        text = "".join(delta.text for delta in deltas).strip()
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "finish_reason": last.finish_reason}
+        choice["logprobs"] = None
+        usage = schemas.usage_response(last.prompt_tokens, last.completion_tokens)
+        body = {"object": "chat.completion", "choices": [choice], "usage": usage}
+        return {**self.common, **body, **self.sources}
 
-    def opening(self) -> str:
-        """The first event, which brings the sources."""
+    def opening_event(self) -> str:
+        """Return the first event of a stream, which contains the role and the sources."""
         return self._event({"role": "assistant", "content": ""}, None, self.sources)
 
-    def event(self, piece: Delta) -> str:
-        """What is new; the last one tells why it ended."""
-        told = (
-            {"usage": schemas.usage_response(piece.prompt_tokens, piece.completion_tokens)}
-            if piece.finish_reason
-            else {}
-        )
-        return self._event({"content": piece.text} if piece.text else {}, piece.finish_reason, told)
+    def delta_event(self, delta: Delta) -> str:
+        """Return the event of one delta; the last one has the finish reason and the usage."""
+        extra = {}
+        if delta.finish_reason:
+            usage = schemas.usage_response(delta.prompt_tokens, delta.completion_tokens)
+            extra = {"usage": usage}
+        content = {"content": delta.text} if delta.text else {}
+        return self._event(content, delta.finish_reason, extra)
 
-    def _event(self, delta: dict[str, str], reason: str | None, more: dict[str, Any]) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return _data({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
+    def _event(
+        self, delta: dict[str, str], finish_reason: str | None, extra: dict[str, Any]
+    ) -> str:
+        """Return a chunk with one choice, and the fields of `extra`, as a server-sent event."""
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        chunk = {**self.common, "object": "chat.completion.chunk", "choices": [choice], **extra}
+        return _server_sent_event(chunk)
 
 
-async def _all(
-    first: Delta, listener: _DeltaQueue, talk: ChatRequest, request: Request
+async def _collect_deltas(
+    first: Delta, queue: _DeltaQueue, chat: ChatRequest, request: Request
 ) -> list[Delta]:
-    """Every piece; an answer that nobody waits for any more is broken off."""
-    pieces = [first]
+    """Return all deltas of an answer; if the client disconnects, cancel it and raise status 499."""
+    deltas = [first]
     try:
-        while pieces[-1].finish_reason is None:
+        while deltas[-1].finish_reason is None:
             if await request.is_disconnected():
-                raise HTTPException(499, "The client went away")
-            pieces.append(await listener.next())
+                raise HTTPException(CLIENT_CLOSED_REQUEST, "The client disconnected")
+            deltas.append(await queue.get())
     finally:
-        talk.cancelled = True
-    return pieces
+        chat.cancelled = True
+    return deltas
 
 
-async def _events(
-    answer: _CompletionWriter, piece: Delta, listener: _DeltaQueue, talk: ChatRequest
+async def _stream_events(
+    writer: _CompletionWriter, delta: Delta, queue: _DeltaQueue, chat: ChatRequest
 ) -> AsyncIterator[str]:
-    """Server-sent events. A client that goes away ends them, and with them the answer."""
+    """Yield the server-sent events of an answer whose first delta is `delta`.
+
+    The chat is cancelled at the end, also if the client disconnects. An error becomes an event,
+    because the status has been sent long before.
+    """
     try:
-        yield answer.opening()
-        while piece.finish_reason is None:
-            if piece.text:
-                yield answer.event(piece)
-            piece = await listener.next()
-        yield answer.event(piece)
-    except Exception as error:  # the status is long sent: the error goes the way of the words
-        log.exception("an answer was broken off", exc_info=error)
-        yield _data(
-            schemas.error_response(
-                "the answer was broken off; the server's log tells more", error_type="server_error"
-            )
-        )
+        yield writer.opening_event()
+        while delta.finish_reason is None:
+            if delta.text:
+                yield writer.delta_event(delta)
+            delta = await queue.get()
+        yield writer.delta_event(delta)
+    except Exception as error:
+        logger.exception("an answer ended with an error", exc_info=error)
+        text = "the answer ended with an error; see the server's log"
+        yield _server_sent_event(schemas.error_response(text, error_type="server_error"))
     finally:
-        talk.cancelled = True
+        chat.cancelled = True
     yield "data: [DONE]\n\n"
 
 
-def _data(value: Mapping[str, Any]) -> str:
+def _server_sent_event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
 # ------------------------------------------------------------------ errors
 
 
-async def _refused(_: Request, error: VLDuetError) -> Response:
-    return JSONResponse(schemas.error_response(str(error), place=error.place), 400)
+async def _handle_error(_: Request, error: Exception) -> Response:
+    """Return the response for an error, with its status, in OpenAI's format.
 
-
-async def _broken_model(_: Request, error: ModelError) -> Response:
-    return JSONResponse(
-        schemas.error_response(str(error), error_type="server_error", place=error.place), 500
-    )
-
-
-async def _gone(_: Request, __: ClientDisconnect) -> Response:
-    return JSONResponse(schemas.error_response("the client went away"), 499)
-
-
-async def _misformed(_: Request, error: ValidationError) -> Response:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return JSONResponse(schemas.error_response(f"{place}: {first['msg']}", place=place), 400)
-
-
-async def _http(_: Request, error: HTTPException) -> Response:
-    return JSONResponse(
-        schemas.error_response(error.detail), error.status_code, headers=error.headers
-    )
-
-
-async def _busy(_: Request, __: ServerBusyError) -> Response:
-    told = schemas.error_response(
-        "too many requests wait. Try again later", error_type="server_error"
-    )
-    return JSONResponse(told, 503, headers={"Retry-After": "5"})
-
-
-async def _broken(_: Request, __: Exception) -> Response:
-    """Of our own mistakes and of memory that is not there; the log has the traceback."""
-    return JSONResponse(
-        schemas.error_response(
-            "an error inside the server; its log tells more", error_type="server_error"
-        ),
-        500,
-    )
+    An unexpected error is our own or a lack of memory: status 500 without details. The web server
+    logs its traceback.
+    """
+    error_type, place, headers = "invalid_request_error", None, None
+    if isinstance(error, HTTPException):
+        status, text, headers = error.status_code, error.detail, error.headers
+    elif isinstance(error, ClientDisconnect):
+        status, text = CLIENT_CLOSED_REQUEST, "the client disconnected"
+    elif isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        status, text = 400, f"{place}: {first['msg']}"
+    elif isinstance(error, VLDuetError):
+        status, text, place = 400, str(error), error.place
+        if isinstance(error, ModelError):
+            status, error_type = 500, "server_error"
+    elif isinstance(error, ServerBusyError):
+        status, text = 503, "too many requests are waiting. Try again later"
+        error_type, headers = "server_error", {"Retry-After": "5"}
+    else:
+        status, text = 500, "an error inside the server; see its log"
+        error_type = "server_error"
+    body = schemas.error_response(text, error_type=error_type, place=place)
+    return JSONResponse(body, status, headers=headers)

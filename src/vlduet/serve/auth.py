@@ -1,4 +1,7 @@
-"""Who may ask: requests bring one of the keys, as OpenAI's clients do (`Authorization: Bearer KEY`)."""
+"""API keys: requests must carry one of the known keys as OpenAI's clients send it.
+
+The header is `Authorization: Bearer KEY`.
+"""
 
 from __future__ import annotations
 
@@ -13,68 +16,72 @@ from vlduet.errors import ConfigError
 from vlduet.serve import schemas
 
 PUBLIC_PATHS = ("/health",)
-"""Paths that tell nothing and are asked by machines without a key."""
+"""Paths that need no key: they reveal nothing, and monitoring requests them without one."""
 
 
 def read_api_keys(path: Path) -> list[str]:
-    """The keys of a file, one a line; blank lines and those that begin with # are none.
+    """Return the keys of a text file, one per line; blank lines and lines starting with # are skipped.
 
     Raises:
-        ConfigError: it cannot be read, has no key, or one that no header can carry.
+        ConfigError: the file cannot be read, holds no key, or holds one that no header can carry.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot be read: {error}", place=path, fix="Give a text file with one key a line"
-        ) from None
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(
-            "no keys", place=path, fix="Write one a line, such as `openssl rand -hex 24` makes"
-        )
+        fix = "Give a text file with one key per line"
+        raise ConfigError(f"cannot be read: {error}", place=path, fix=fix) from None
+    keys = []
     for number, line in enumerate(lines, 1):
-        if line in keys and not (line.isascii() and line.isprintable() and " " not in line):
-            raise ConfigError(
-                "not a key: letters, digits and marks without blanks",
-                place=f"{path}:{number}",
-                fix="Mend the line",
-            )
+        if not line or line.startswith("#"):
+            continue
+        if not (line.isascii() and line.isprintable()) or " " in line:
+            message = "not a key: a key has ASCII letters, digits and punctuation, and no blanks"
+            raise ConfigError(message, place=f"{path}:{number}", fix="Correct the line")
+        keys.append(line)
+    if not keys:
+        fix = "Write one key per line, such as `openssl rand -hex 24` makes"
+        raise ConfigError("no keys", place=path, fix=fix)
     return keys
 
 
 class ApiKeyMiddleware:
-    """ASGI middleware: what brings no key that is known gets 401, in OpenAI's form, before anything is read of it."""
+    """ASGI middleware that answers requests without a known key with status 401.
 
-    def __init__(self, app: Any, keys: Sequence[str]):
-        self.app, self.known = app, [_digest(key.encode()) for key in keys]
+    The body of such a request is not read. The answer has the form of OpenAI's errors.
+
+    Args:
+        app: ASGI application that handles authorised requests.
+        api_keys: known keys; only their hashes are stored.
+    """
+
+    def __init__(self, app: Any, api_keys: Sequence[str]):
+        self.app = app
+        self.key_hashes = [_hash_key(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
-        if (
-            scope["type"] != "http"
-            or scope["path"] in PUBLIC_PATHS
-            or self._knows(scope["headers"])
-        ):
+        """Handle one ASGI event stream; non-HTTP scopes and public paths need no key."""
+        is_public = scope["type"] != "http" or scope["path"] in PUBLIC_PATHS
+        if is_public or self._is_authorised(scope["headers"]):
             await self.app(scope, receive, send)
             return
-        told = schemas.error_response(
-            "Incorrect API key: send Authorization: Bearer KEY", place="Authorization"
-        )
+        message = "Incorrect API key: send Authorization: Bearer KEY"
+        body = schemas.error_response(message, place="Authorization")
         headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
         await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
-    def _knows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        given = [value for name, value in headers if name == b"authorization"]
-        kind, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
-        found = _digest(key.strip())
-        # All of them, in equal time: how long a refusal takes must not tell how near a guess was.
-        return (
-            bool(sum(hmac.compare_digest(found, known) for known in self.known))
-            and kind.lower() == b"bearer"
-        )
+    def _is_authorised(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Return whether exactly one Authorization header is there and carries a known key."""
+        values = [value for name, value in headers if name == b"authorization"]
+        if len(values) != 1:
+            return False
+        auth_scheme, _, key = values[0].partition(b" ")
+        key_hash = _hash_key(key.strip())
+        # All keys are compared, each in constant time: the duration must not reveal anything.
+        matches = [hmac.compare_digest(key_hash, known) for known in self.key_hashes]
+        return any(matches) and auth_scheme.lower() == b"bearer"
 
 
-def _digest(key: bytes) -> bytes:
+def _hash_key(key: bytes) -> bytes:
+    """Return the SHA-256 of a key, so that keys of any length compare in constant time."""
     return hashlib.sha256(key).digest()

@@ -1,10 +1,12 @@
-"""Conversations: those that wait, those whose prompts are made, and those that are answered. All of one thread."""
+"""Scheduler of chats: waiting ones, ones whose prompt is being prepared, and running ones.
+
+All methods run in one thread, the worker's.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import dataclass, field
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
@@ -19,154 +21,167 @@ from vlduet.model.generation.continuous import (
     SamplingParams,
     StepOutputs,
 )
-from vlduet.model.generation.inputs import PrefillInputs
 
 MAX_CONCURRENT_CHATS = 8
-"""Conversations that are answered side by side."""
+"""Number of chats that are prepared or answered at the same time."""
+UNLIMITED_TOKENS = 1 << 40
 
 
 @dataclass(slots=True, eq=False)
 class ChatRequest:
-    """A conversation to be answered."""
+    """A conversation to answer."""
 
     messages: tuple[Message, ...]
     on_output: Callable[[Delta | Exception], None]
-    """Called with every piece; or with what went wrong, and then no more."""
+    """Function called in the worker's thread with every delta, or with an error, the last call."""
     max_new_tokens: int
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop: tuple[str, ...] = ()
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    stop_strings: tuple[str, ...] = ()
     cancelled: bool = False
-    """Set by whoever no longer listens; nothing is told then."""
+    """Set by any thread when nobody waits for the answer; `on_output` is not called afterwards."""
 
-    def deliver(self, piece: Delta | Exception) -> None:
-        """Tell it. Who cannot be told listens no longer."""
+    def deliver(self, output: Delta | Exception) -> None:
+        """Call `on_output` unless the request is cancelled; if the call fails, cancel the request."""
         try:
             if not self.cancelled:
-                self.on_output(piece)
-        except Exception:  # noqa: BLE001 - such as a loop that has ended
+                self.on_output(output)
+        except Exception:  # noqa: BLE001 - such as an event loop that has been closed
             self.cancelled = True
 
 
 class ChatScheduler:
-    """Answers conversations, all of them a token at a time.
+    """Answers chats concurrently: every step generates one token for each running chat.
 
     Args:
-        waiting: taken from the left; other threads may append.
+        model: model that generates.
+        waiting_requests: queue that is consumed from the left; other threads may append to it.
     """
 
-    def __init__(self, model: DuetModel, waiting: deque[ChatRequest]):
-        self.model, self.waiting_requests = model, waiting
+    def __init__(self, model: DuetModel, waiting_requests: deque[ChatRequest]):
+        self.model, self.waiting_requests = model, waiting_requests
+        # Requests whose prompts are being prepared, with the iterator that does it.
         self._prefilling: deque[tuple[ChatRequest, Iterator[Sequence | None]]] = deque()
-        """Whose prompts are being made."""
+        # Running requests by their entry in the batcher, which is None while there are none.
         self._running: dict[Request, ChatRequest] = {}
         self._batcher: ContinuousBatcher | None = None
-        """Of the answers of these talks."""
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something to `advance`."""
+        """Whether `step` has something to do."""
         return bool(self.waiting_requests or self._prefilling or self._running)
 
     def step(self) -> None:
-        """Write a token of every answer; then prepare an image for those that wait, and let those join that are ready."""
+        """Generate one token for each running chat, then prepare one image of the waiting chats.
+
+        Chats whose prompts are complete start to run. An error, such as a lack of memory, is
+        delivered to all running chats, which end.
+        """
         try:
             self._generate_tokens()
             self._admit_waiting_requests()
-        except Exception as error:  # noqa: BLE001 - such as memory that is not there: the next ones may fit
-            talks, self._running, self._batcher = (
-                self._running,
-                {},
-                None,
-            )  # first of all what they held is let go
-            for talk in talks.values():
-                talk.deliver(error)
+        except Exception as error:  # noqa: BLE001 - delivered to the chats that it ends
+            requests = list(self._running.values())
+            self._running, self._batcher = {}, None  # releases their memory before anything else
+            for request in requests:
+                request.deliver(error)
 
     def fail_all(self, error: Exception) -> None:
-        """Tell everybody that it is over."""
-        for talk in (
-            *self._running.values(),
-            *(talk for talk, _ in self._prefilling),
-            *self.waiting_requests,
-        ):
-            talk.deliver(error)
+        """Deliver `error` to every running and waiting chat; the scheduler is not usable after."""
+        preparing = [request for request, _ in self._prefilling]
+        for request in (*self._running.values(), *preparing, *self.waiting_requests):
+            request.deliver(error)
 
     def _generate_tokens(self) -> None:
-        for row, talk in self._running.items():
-            row.is_finished = talk.cancelled
+        """Generate one token for each running chat that is not cancelled, and deliver it."""
+        for entry, request in self._running.items():
+            entry.is_finished = request.cancelled
         if self._batcher is not None:
             self._deliver_outputs(self._batcher.step())
 
-    def _deliver_outputs(self, told: StepOutputs) -> None:
-        for row, piece in told:
-            self._running[row].deliver(piece)
-        self._running = {row: talk for row, talk in self._running.items() if not row.is_finished}
+    def _deliver_outputs(self, outputs: StepOutputs) -> None:
+        """Deliver the outputs of a step, and forget the chats that are finished."""
+        for entry, output in outputs:
+            self._running[entry].deliver(output)
+        self._running = {e: request for e, request in self._running.items() if not e.is_finished}
         if not self._running:
             self._batcher = None
 
     def _admit_waiting_requests(self) -> None:
-        ready = list(self._prepare_prompts())
-        for chosen in group_by_length([len(sequence) for _, sequence in ready], FORWARD_MAX_TOKENS):
-            talks = [ready[i][0] for i in chosen]
+        """Start the chats whose prompts are complete, prompts of similar length in one forward."""
+        prepared = list(self._prepare_prompts())
+        lengths = [len(sequence) for _, sequence in prepared]
+        for group in group_by_length(lengths, FORWARD_MAX_TOKENS):
+            requests = [prepared[i][0] for i in group]
             try:
-                self._start_decoding(
-                    talks, self.model.prefill_inputs([ready[i][1] for i in chosen])
-                )
-            except Exception as error:  # noqa: BLE001 - those under way have the memory that these lack
-                for talk in talks:
-                    talk.deliver(error)
+                self._start_decoding(requests, [prepared[i][1] for i in group])
+            except Exception as error:  # noqa: BLE001 - running chats use the memory that these lack
+                for request in requests:
+                    request.deliver(error)
 
-    def _start_decoding(self, talks: list[ChatRequest], start: PrefillInputs) -> None:
-        decoder = self._batcher or ContinuousBatcher(self.model.backbone, start.eos_token_ids)
-        rows = [
-            Request(talk.max_new_tokens, sampling_params=talk.sampling, stop_strings=talk.stop)
-            for talk in talks
+    def _start_decoding(self, requests: list[ChatRequest], sequences: list[Sequence]) -> None:
+        """Read the prompts, add the requests to the batch, and deliver their first tokens.
+
+        If this fails, the chats that run already are unaffected.
+        """
+        prefill_inputs = self.model.prefill_inputs(sequences)
+        batcher = self._batcher
+        if batcher is None:
+            batcher = ContinuousBatcher(self.model.backbone, prefill_inputs.eos_token_ids)
+        entries = [
+            Request(
+                r.max_new_tokens, sampling_params=r.sampling_params, stop_strings=r.stop_strings
+            )
+            for r in requests
         ]
-        told = decoder.add_requests(start, rows)
-        self._batcher = decoder
-        self._running |= zip(rows, talks, strict=True)
-        self._deliver_outputs(told)
+        outputs = batcher.add_requests(prefill_inputs, entries)
+        self._batcher = batcher
+        self._running |= zip(entries, requests, strict=True)
+        self._deliver_outputs(outputs)
 
     def _prepare_prompts(self) -> Iterator[tuple[ChatRequest, Sequence]]:
-        """Conversations whose prompts are made. One image is prepared, of all guests in rotation, which takes their turn."""
-        while (
-            len(self._running) + len(self._prefilling) < MAX_CONCURRENT_CHATS
-            and self.waiting_requests
-        ):
-            talk = self.waiting_requests.popleft()
-            self._prefilling.append((talk, prepare_prompt(self.model, talk)))
-        self._prefilling = deque(
-            (talk, prompt) for talk, prompt in self._prefilling if not talk.cancelled
-        )
+        """Yield the chats whose prompts are complete, with their prompts.
+
+        Waiting chats are admitted to preparation while there is room. Then chats take turns until
+        one image was prepared, so that running chats wait for one image at most.
+        """
+        num_chats = len(self._running) + len(self._prefilling)
+        while num_chats < MAX_CONCURRENT_CHATS and self.waiting_requests:
+            request = self.waiting_requests.popleft()
+            self._prefilling.append((request, prepare_prompt(self.model, request)))
+            num_chats += 1
+        self._prefilling = deque(pair for pair in self._prefilling if not pair[0].cancelled)
         while self._prefilling:
-            talk, prompt = self._prefilling.popleft()
+            request, preparation = self._prefilling.popleft()
             try:
-                sequence = next(prompt)
-            except Exception as error:  # noqa: BLE001 - it is this asker's
-                talk.deliver(error)
+                sequence = next(preparation)
+            except Exception as error:  # noqa: BLE001 - it concerns this request only
+                request.deliver(error)
                 continue
             if sequence is None:
-                self._prefilling.append((talk, prompt))
+                self._prefilling.append((request, preparation))
                 return
-            yield talk, sequence
+            yield request, sequence
 
 
-def prepare_prompt(model: DuetModel, talk: ChatRequest) -> Iterator[Sequence | None]:
-    """The prompt that a model continues, of which nothing is cut. Before it comes None for every image, whose decoding may
-    take a second.
+def prepare_prompt(model: DuetModel, request: ChatRequest) -> Iterator[Sequence | None]:
+    """Prepare the prompt of a chat, untruncated, and yield None after each image, then the prompt.
+
+    The caller can so do other work between two images, whose decoding may take a second each.
 
     Raises:
-        DataError: it and the longest answer do not fit into the model's window, or a broken image.
+        DataError: the prompt and the longest answer exceed the context length, or a broken image.
     """
-    renderer = copy(model.renderer)
-    renderer.max_tokens = 1 << 40
-    prepared = {}
-    for ref in extract_images(part for message in talk.messages for part in message.parts):
-        prepared[ref] = model.prepare_image(ref)
+    prepared_images = {}
+    for image in extract_images(part for message in request.messages for part in message.parts):
+        prepared_images[image] = model.prepare_image(image)
         yield None
-    renderer.prepare_image = prepared.__getitem__
-    sequence = renderer.render_chat(talk.messages, add_generation_prompt=True)
-    window = model.backbone.context_length
-    if window is not None and len(sequence) + talk.max_new_tokens > window:
-        what = f"{len(sequence)} tokens and an answer of up to {talk.max_new_tokens}: the model's window is {window}"
-        raise DataError(what, place="messages", fix="Send less, or a smaller max_tokens")
+    renderer = model.renderer.with_options(
+        max_tokens=UNLIMITED_TOKENS, prepare_image=prepared_images.__getitem__
+    )
+    sequence = renderer.render_chat(request.messages, add_generation_prompt=True)
+    context_length = model.backbone.context_length
+    if context_length is not None and len(sequence) + request.max_new_tokens > context_length:
+        lengths = f"{len(sequence)} tokens and an answer of up to {request.max_new_tokens}"
+        message = f"{lengths}: the model's window is {context_length}"
+        raise DataError(message, place="messages", fix="Send less, or a smaller max_tokens")
     yield sequence

@@ -1,13 +1,15 @@
-"""The one thread that owns the model. Who comes while others are answered joins them; nobody waits for an answer to end.
+"""Worker: the one thread that owns the model. New requests join those that are being served.
 
-Requests leave here what they want: items to embed, a conversation, a call such as a search. The thread goes round:
+Other threads submit work: items to embed, a chat, or a call such as a search. The thread loops over
 
 1. call     one call
-2. embed    in one batch up to `TURN` texts, or the eighth of it in images, of all requests in rotation
-3. answer   an image of the conversation that comes next, then a token of every answer under way
+2. embed    one batch of up to `TEXTS_PER_EMBEDDING_TURN` texts, or an eighth of that in images,
+            taken from all embedding requests in rotation
+3. chat     one image of a chat that is being prepared, then one token of every running chat
 
-Each request is told by its future or its callback, in this thread, and what fails fails alone. So an embedding waits for a
-token, not for an answer, and one copy of the weights does both.
+Results go to the request's future or callback, in this thread. A request that fails does not affect
+the others. An embedding thus waits for one token and not for a whole answer, and one copy of the
+weights does both.
 """
 
 from __future__ import annotations
@@ -32,55 +34,65 @@ from vlduet.serve.scheduler import ChatRequest, ChatScheduler
 Result = TypeVar("Result")
 
 TEXTS_PER_EMBEDDING_TURN = 32
-"""Texts that are embedded before the next token of whoever is answered."""
+"""Number of texts that are embedded before the next token of the running chats."""
 IMAGE_COST_IN_TEXTS = 8
-"""Texts that an image costs: it must be decoded, and goes through the tower."""
+"""Number of texts that an image counts as: it is decoded and passes the vision tower."""
 MAX_WAITING = 4096
-"""Items, conversations and calls that may wait; more are turned away."""
+"""Number of items, chats and calls that may wait; further requests are refused."""
 
 
 class ServerBusyError(Exception):
-    """Too much waits already, or the worker has been closed."""
+    """Too many requests are waiting, or the worker has been closed."""
 
 
 @dataclass(slots=True, eq=False)
 class _EmbeddingJob:
-    """Items of one request, embedded in turns."""
+    """Items of one embedding request, which may be embedded over several turns."""
 
     items: Sequence[Part | Parts]
     is_query: bool
     future: Future[np.ndarray] = field(default_factory=Future)
+    """Receives float32[N, D], or the error of the first item that failed."""
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
+    """Finished embeddings, float32[D], by position of the item."""
     num_started: int = 0
-    """Items that have had their turn."""
+    """Number of items that have been taken for embedding."""
 
-    def add_vector(self, i: int, vector: np.ndarray) -> None:
+    def add_vector(self, position: int, vector: np.ndarray) -> None:
+        """Store an item's embedding float32[D]; set the future's result after the last item.
+
+        A vector that is not finite fails the job.
+        """
         if not np.isfinite(vector).all():
-            what = f"the model gave a vector that is not finite for input[{i}]"
-            self.fail(ModelError(what, fix="Its weights or its precision are broken"))
+            message = f"the model gave a vector that is not finite for input[{position}]"
+            self.fail(ModelError(message, fix="Its weights or its precision are broken"))
             return
-        self.vectors[i] = vector
+        self.vectors[position] = vector
         if len(self.vectors) == len(self.items):
-            whole = np.stack([self.vectors[n] for n in range(len(self.items))])
-            with suppress(InvalidStateError):  # whoever asked is gone, or has been told of an error
-                self.future.set_result(whole)
+            embeddings = np.stack([self.vectors[i] for i in range(len(self.items))])
+            with suppress(InvalidStateError):  # the future was cancelled or has an error
+                self.future.set_result(embeddings)
 
     def fail(self, error: Exception) -> None:
+        """Set `error` as the outcome, unless the future has an outcome already."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
 
 
 class Worker:
-    """Owns a model from now on: nobody else may use it."""
+    """Owner of a model, which no other thread may use from now on; starts its thread.
+
+    A `DualEncoder` embeds and cannot chat.
+    """
 
     def __init__(self, model: DuetModel | DualEncoder):
         self.model = model
         self._embedding_jobs: deque[_EmbeddingJob] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._waiting_chats: deque[ChatRequest] = deque()
-        self._scheduler = (
-            ChatScheduler(model, self._waiting_chats) if isinstance(model, DuetModel) else None
-        )
+        self._scheduler: ChatScheduler | None = None
+        if isinstance(model, DuetModel):
+            self._scheduler = ChatScheduler(model, self._waiting_chats)
         self._work_available = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -91,64 +103,68 @@ class Worker:
     def submit_embedding(
         self, items: Sequence[Part | Parts], *, is_query: bool
     ) -> Future[np.ndarray]:
-        """float32[N, D] unit vectors, in the order of the items.
+        """Return a future of the embeddings of queries or documents, float32[N, D] of unit length.
 
-        Raises:
-            Busy: too much waits. The future: DataError for an item that cannot be embedded, with its number.
+        Raises ServerBusyError if too many requests are waiting. The future raises DataError with
+        the position of an item that cannot be embedded.
         """
-        request = _EmbeddingJob(items, is_query)
+        job = _EmbeddingJob(items, is_query)
         if not items:
-            request.future.set_result(np.empty((0, self.model.dim), np.float32))
-            return request.future
-        self._enqueue(self._embedding_jobs, request, count=len(items))
-        return request.future
+            job.future.set_result(np.empty((0, self.model.dim), np.float32))
+            return job.future
+        self._enqueue(self._embedding_jobs, job, count=len(items))
+        return job.future
 
-    def submit_chat(self, talk: ChatRequest) -> None:
-        """Have a conversation answered, piece by piece; it is told in the worker's thread. Raises Busy."""
+    def submit_chat(self, request: ChatRequest) -> None:
+        """Queue a chat, which outputs to its `on_output`; raise ServerBusyError if too many wait."""
         assert self.can_generate
-        self._enqueue(self._waiting_chats, talk)
+        self._enqueue(self._waiting_chats, request)
 
     def submit_call(self, function: Callable[[], Result]) -> Future[Result]:
-        """Run something short that uses the model, in the model's thread. Raises Busy."""
+        """Return a future of `function()`, which runs in the worker's thread and must be short.
+
+        Raises ServerBusyError if too many requests are waiting.
+        """
         future: Future[Result] = Future()
         self._enqueue(self._calls, (function, future))
         return future
 
     @property
     def can_generate(self) -> bool:
-        """Whether the model can generate."""
+        """Whether the model can generate text."""
         return self._scheduler is not None
 
     def close(self) -> None:
-        """Turn away what waits, and end; answers under way end with their next token."""
+        """Fail all waiting and running requests with ServerBusyError, and end the thread."""
         with self._work_available:
             self._closed = True
             self._work_available.notify()
         self._thread.join()
 
     def _enqueue(self, queue: deque[Any], work: Any, *, count: int = 1) -> None:
+        """Append `work`, which counts as `count` waiting items, and wake the thread.
+
+        Raises ServerBusyError if more than `MAX_WAITING` would wait, or the worker is closed.
+        """
         with self._work_available:
-            items = sum(
-                len(request.items) - request.num_started for request in self._embedding_jobs
-            )
-            if (
-                self._closed
-                or items + len(self._calls) + len(self._waiting_chats) + count > MAX_WAITING
-            ):
+            num_items = sum(len(job.items) - job.num_started for job in self._embedding_jobs)
+            num_waiting = num_items + len(self._calls) + len(self._waiting_chats)
+            if self._closed or num_waiting + count > MAX_WAITING:
                 raise ServerBusyError
             queue.append(work)
             self._work_available.notify()
 
-    # ------------------------------------------------------------------ the thread
+    # ------------------------------------------------------------------ in the worker's thread
 
     def _run(self) -> None:
+        """Serve until the worker is closed, then fail everything that is left."""
         while self._wait_for_work():
             self._run_next_call()
             self._run_embedding_turn()
             if self._scheduler is not None:
                 self._scheduler.step()
-        for request in self._embedding_jobs:
-            request.fail(ServerBusyError())
+        for job in self._embedding_jobs:
+            job.fail(ServerBusyError())
         for _, future in self._calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(ServerBusyError())
@@ -156,19 +172,17 @@ class Worker:
             self._scheduler.fail_all(ServerBusyError())
 
     def _wait_for_work(self) -> bool:
-        """Until there is something to do; False where there never will be."""
+        """Block until there is work; return False once the worker is closed."""
         with self._work_available:
             self._work_available.wait_for(lambda: self._closed or self._has_work())
             return not self._closed
 
     def _has_work(self) -> bool:
-        return bool(
-            self._embedding_jobs
-            or self._calls
-            or (self._scheduler is not None and self._scheduler.has_work)
-        )
+        has_chats = self._scheduler is not None and self._scheduler.has_work
+        return bool(self._embedding_jobs or self._calls or has_chats)
 
     def _run_next_call(self) -> None:
+        """Run the oldest call, if there is one that is not cancelled, and set its future."""
         with self._work_available:
             if not self._calls:
                 return
@@ -176,51 +190,59 @@ class Worker:
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - it is the asker's, and the thread must live on
+            except Exception as error:  # noqa: BLE001 - the caller's error must not end the thread
                 future.set_exception(error)
 
     def _run_embedding_turn(self) -> None:
+        """Embed one turn's items: documents in one batch, queries in another."""
         with self._work_available:
-            turn = self._select_items()
-        for query in (False, True):
-            if mine := [(request, i) for request, i in turn if request.is_query is query]:
-                self._embed_items(mine, query=query)
+            selected = self._select_items()
+        for is_query in (False, True):
+            batch = [(job, i) for job, i in selected if job.is_query is is_query]
+            if batch:
+                self._embed_items(batch, is_query=is_query)
 
     def _select_items(self) -> list[tuple[_EmbeddingJob, int]]:
-        """A turn's worth, one of every request in rotation: a long list does not keep a short one waiting."""
-        turn: list[tuple[_EmbeddingJob, int]] = []
+        """Take one turn's items, as (job, position), from the jobs in rotation.
+
+        Each job gives one item at a time, so that a long list does not delay a short one. Cancelled
+        and failed jobs are dropped.
+        """
+        selected: list[tuple[_EmbeddingJob, int]] = []
         cost = 0
         while self._embedding_jobs and cost < TEXTS_PER_EMBEDDING_TURN:
-            request = self._embedding_jobs.popleft()
-            if request.future.done():  # of an error, or nobody waits for it any more
+            job = self._embedding_jobs.popleft()
+            if job.future.done():
                 continue
-            turn.append((request, request.num_started))
-            cost += max(
-                1,
-                IMAGE_COST_IN_TEXTS
-                * len(extract_images(as_parts(request.items[request.num_started]))),
-            )
-            request.num_started += 1
-            if request.num_started < len(request.items):
-                self._embedding_jobs.append(request)
-        return turn
+            selected.append((job, job.num_started))
+            num_images = len(extract_images(as_parts(job.items[job.num_started])))
+            cost += max(1, IMAGE_COST_IN_TEXTS * num_images)
+            job.num_started += 1
+            if job.num_started < len(job.items):
+                self._embedding_jobs.append(job)
+        return selected
 
-    def _embed_items(self, turn: list[tuple[_EmbeddingJob, int]], *, query: bool) -> None:
-        encode = self.model.encode_query if query else self.model.encode_document
+    def _embed_items(self, batch: list[tuple[_EmbeddingJob, int]], *, is_query: bool) -> None:
+        """Embed items of several jobs in one batch and give each job its vectors.
 
-        def vectors(some: list[tuple[_EmbeddingJob, int]]) -> np.ndarray:
-            return encode([request.items[i] for request, i in some])
+        An item that cannot be embedded fails its own job; any other error, such as a lack of
+        memory, fails all jobs of the batch.
+        """
+        encode = self.model.encode_query if is_query else self.model.encode_document
 
-        def broken(one: tuple[_EmbeddingJob, int], error: DataError) -> None:
-            place = f"input[{one[1]}]"
-            one[0].fail(type(error)(error.message, place=place, fix=error.fix))
+        def encode_batch(entries: list[tuple[_EmbeddingJob, int]]) -> np.ndarray:
+            return encode([job.items[i] for job, i in entries])
+
+        def on_error(entry: tuple[_EmbeddingJob, int], error: DataError) -> None:
+            job, position = entry
+            job.fail(type(error)(error.message, place=f"input[{position}]", fix=error.fix))
 
         try:
-            found = bisect_failures(vectors, turn, on_error=broken)
-        except Exception as error:  # noqa: BLE001 - such as memory that is not there: the next turn may fit
-            for request, _ in turn:
-                request.fail(error)
+            vectors = bisect_failures(encode_batch, batch, on_error=on_error)
+        except Exception as error:  # noqa: BLE001 - delivered to the jobs that it fails
+            for job, _ in batch:
+                job.fail(error)
             return
-        for (request, i), vector in zip(turn, found, strict=True):
+        for (job, position), vector in zip(batch, vectors, strict=True):
             if vector is not None:
-                request.add_vector(i, vector)
+                job.add_vector(position, vector)

@@ -1,0 +1,60 @@
+"""`vlduet config`: list, show and copy the presets, configs that are part of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlduet.cli._common import Json, print_json
+
+app = typer.Typer(help="List, show and copy the presets.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A preset; see 'vlduet config list'.")]
+
+
+@app.command("list")
+def list_configs(*, as_json: Json = False) -> None:
+    """List the presets that 'vlduet train' and 'vlduet compare' accept by name."""
+    from vlduet.config import find_config, list_presets
+
+    summaries = {name: _read_summary(find_config(name)) for name in list_presets()}
+    if as_json:
+        print_json(summaries)
+        return
+    width = max(map(len, summaries))
+    for name, summary in summaries.items():
+        print(f"{name:{width}}  {summary}")
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a preset as it is written."""
+    from vlduet.config import find_config
+
+    print(find_config(name).read_text(encoding="utf-8"), end="")
+
+
+@app.command()
+def copy(
+    name: Name,
+    to: Annotated[Path, typer.Argument(metavar="TO", help="A new YAML file, or a folder.")],
+) -> None:
+    """Copy a preset to a file of your own, to change it and train with it."""
+    from vlduet.config import find_config
+    from vlduet.errors import ConfigError
+
+    preset = find_config(name)
+    target = to / preset.name if to.is_dir() else to
+    if target.exists():
+        raise ConfigError("exists already", place=target, fix="Name a new file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(preset.read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"{target}: train with 'vlduet train {target}'")
+
+
+def _read_summary(path: Path) -> str:
+    """Return the first line of a preset's leading comment, or an empty text."""
+    first_line = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first_line.removeprefix("#").strip() if first_line.startswith("#") else ""

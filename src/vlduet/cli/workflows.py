@@ -1,0 +1,104 @@
+"""`vlduet caption` and `vlduet mine`: new records from records, written by a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from vlduet.cli._common import Json, ModelFolder, QueryFile, Source, print_json
+
+PROMPT = "Instruction to use; '' continues the model's own image prompt, as it was trained."
+DRAFTS = "Number of drafts, of which the one nearest to the image is taken."
+MARGIN = "Minimum difference of cosine to the positive; nearer candidates may be correct."
+
+
+def caption(
+    model: ModelFolder,
+    source: Source,
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Records with captions.")],
+    short: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Length limit of short captions; 0 writes none.")
+    ] = 30,
+    long: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Length limit of long captions; 0 writes none.")
+    ] = 200,
+    prompt: Annotated[str | None, typer.Option(help=PROMPT)] = None,
+    drafts: Annotated[int, typer.Option(min=1, help=DRAFTS)] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Write the captions that SOURCE lacks. An interrupted run continues when it is started again."""
+    from vlduet.data.quarantine import quarantine_path
+    from vlduet.errors import ConfigError
+    from vlduet.workflows.captioning import build_caption_specs, write_missing_captions
+
+    specs = build_caption_specs(short=short, long=long, prompt=prompt, drafts=drafts)
+    from vlduet.model.duet import DuetModel
+
+    loaded = DuetModel.from_pretrained(model)
+    if prompt is None and not loaded.prompts.chat:
+        # Such a model (nano) never saw an image in a chat and would write noise.
+        fix = (
+            "Add --prompt '' to continue its image prompt (and --long 0 or --short 0), "
+            "or write an instruction"
+        )
+        message = "this model reads images outside its chat template"
+        raise ConfigError(message, place=model, fix=fix)
+    name = model.resolve().name
+    report = write_missing_captions(
+        loaded, source, output=to, specs=specs, model_name=name, batch_size=batch
+    )
+    if as_json:
+        print_json({"file": str(to), **asdict(report)})
+    else:
+        captions = f"{report.short} short and {report.long} long captions written"
+        print(f"{to}: {report.records} records, {captions}")
+        if report.empty:
+            print(f"{report.empty} captions came out empty")
+        if report.dropped:
+            print(f"{report.dropped} left out: see {quarantine_path(to)}")
+    if not report.records:
+        raise typer.Exit(1)
+
+
+def mine(
+    model: ModelFolder,
+    file: QueryFile,
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Records with negatives.")],
+    query: Annotated[str, typer.Option(help="Query side of a pair: image or text.")] = "image",
+    k: Annotated[int, typer.Option("-k", min=1, help="New negatives per record.")] = 4,
+    margin: Annotated[float, typer.Option(help=MARGIN)] = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Find hard negatives for FILE: wrong candidates that the model ranks near the correct ones.
+
+    An interrupted run continues when it is started again.
+    """
+    from vlduet.data.quarantine import quarantine_path
+    from vlduet.encoders.dual import open_embedder
+    from vlduet.workflows.mining import mine_hard_negatives
+
+    report = mine_hard_negatives(
+        open_embedder(model),
+        file,
+        output=to,
+        query_side=cast("Any", query),
+        num_negatives=k,
+        margin=margin,
+    )
+    if as_json:
+        print_json({"file": str(to), **asdict(report)})
+        return
+    negatives = f"{report.negatives} new negatives; {report.without} records without any"
+    print(f"{to}: {report.records} records, {negatives}")
+    print(f"{report.too_near} candidates left out as possibly correct: change --margin to adjust")
+    if report.negative_score is not None:
+        positive = f"{report.positive_score:.3f} to the positive"
+        print(f"mean cosine {positive}, {report.negative_score:.3f} to the negatives")
+    if report.dropped:
+        print(f"{report.dropped} left out: see {quarantine_path(to)}")
