@@ -15,8 +15,8 @@ from vlduet.data.content_keys import text_key
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import Part, Record
 from vlduet.demo.prepare import DemoData
-from vlduet.eval.benchmarks import protocols, solved
-from vlduet.eval.benchmarks.tasks import Score
+from vlduet.eval.benchmarks import builtin_rag, runners
+from vlduet.eval.benchmarks.scores import BenchmarkScore
 from vlduet.eval.examples import evenly_spaced
 from vlduet.eval.predictions import PredictionStore
 from vlduet.inspect.alignment import Alignment, align_records, encoder_cosines
@@ -157,7 +157,7 @@ def align_demo_records(
 
 def measure_retrieval_augmented(
     to: Path, model: DuetModel, *, data: DemoData, encoders: FrozenEncoders, seed: int
-) -> Score:
+) -> BenchmarkScore:
     """Return the score of questions about held-out stamps with and without retrieval.
 
     The model answers alone (``none/``), with the solved training questions that it retrieves itself
@@ -166,11 +166,11 @@ def measure_retrieval_augmented(
     """
     from vlduet.harness.builtin import EvaluationSettings, as_embedder, model_functions
 
-    (stamps,) = [path for path in data.train_files if path.parent.name == solved.CORPUS]
+    (stamps,) = [path for path in data.train_files if path.parent.name == builtin_rag.STAMPS_CORPUS]
     training_records = evenly_spaced(list(read_jsonl(stamps)), NUM_SOLVED_QUESTIONS)
-    task = solved.examples(data.held_out, training_records, count=NUM_QUESTIONS, seed=seed)
+    task = builtin_rag.make_solved_question_task(data.held_out, training_records, num_questions=NUM_QUESTIONS, seed=seed)
     functions = replace(
         model_functions(model, EvaluationSettings(seed=seed)),
         retriever_embed=as_embedder(encoders.by_role["cross"]),
     )
-    return protocols.rag(task, PredictionStore(to / "rag", functions, seed=seed))
+    return runners.run_rag(task, PredictionStore(to / "rag", functions, seed=seed))

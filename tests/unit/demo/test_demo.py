@@ -1,32 +1,37 @@
-"""The demo's own decisions: what is kept out of training, what is removed, and the config that it trains with."""
+"""Decisions of the demo: what is kept out of training, what is deleted, and how it measures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 import pytest
 
 from helpers import tiny
 from vlduet.corpora.build import CorpusSummary
-from vlduet.data.records import Record, read_jsonl
-from vlduet.demo import encoders, prepare, run
+from vlduet.data.formats import read_jsonl
+from vlduet.data.records import Record
+from vlduet.demo import encoders, measure, prepare, run, use
 from vlduet.errors import ConfigError
+from vlduet.eval import protocols
 
 
 def write_corpus(folder: Path, splits: dict[str, list[str]]) -> None:
+    """Write records with these captions for each split; their image files do not exist."""
     folder.mkdir(parents=True)
     for split, captions in splits.items():
         rows = [
-            {"id": f"{split}{i}", "image": f"{split}{i}.png", "short": text}
-            for i, text in enumerate(captions)
+            {"id": f"{split}{i}", "image": f"{split}{i}.png", "short": caption}
+            for i, caption in enumerate(captions)
         ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
 
 
 @pytest.fixture
-def fake_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_corpora(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the real corpora by a few captions without images."""
     content = {
         "stamps": {"train": ["A boat."], "val": ["A kite."], "test": ["A red apple.", "The horse"]},
         "emoji": {
@@ -36,127 +41,184 @@ def fake_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
         },
     }
 
-    def fetch(name: str, to: Path, *, progress: Callable[[str], None]) -> CorpusSummary:
+    def fetch(name: str, to: Path) -> CorpusSummary:
         write_corpus(to / name, content[name])
         counts = {split: len(captions) for split, captions in content[name].items()}
         return CorpusSummary(name, to / name, counts, 9, "free", reused=False)
 
-    monkeypatch.setattr(prepare.corpora, "fetch_corpus", fetch)
+    monkeypatch.setattr(prepare, "fetch_corpus", fetch)
 
 
-@pytest.mark.usefixtures("fake_fetch")
-def test_what_names_a_held_out_thing_is_kept_out_of_training(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_corpora")
+def test_records_with_the_caption_of_a_held_out_one_are_left_out_of_training(
+    tmp_path: Path,
+) -> None:
     data = prepare.prepare_data(tmp_path)
-    captions = [r.short[0] for path in data.train_files for r in read_jsonl(path)]
-    assert captions == ["A boat.", "green apple"] and data.captions == ("A boat.",)
+    captions = [record.short[0] for path in data.train_files for record in read_jsonl(path)]
+    assert captions == ["A boat.", "green apple"]
     assert [record.short for record in data.held_out] == [("A red apple.",), ("The horse",)]
-    assert [(row["trained on"], row["left out"]) for row in data.corpus_table] == [
-        ("1", "0"),
-        ("1", "3"),
-    ]
-    assert (data.corpus_table[0]["held out"], data.corpus_table[1]["held out"]) == ("2", "")
-    # The kept records still find their images, which lie beside the corpus' own file.
-    kept = next(read_jsonl(data.train_files[0]))
-    assert kept.image is not None and kept.image.path == tmp_path / "data" / "stamps" / "train0.png"
+    counts = [(row["trained on"], row["left out"]) for row in data.corpus_table]
+    assert counts == [("1", "0"), ("1", "3")]
+    assert [row["held out"] for row in data.corpus_table] == ["2", ""]
 
 
-@pytest.mark.usefixtures("fake_fetch")
-def test_the_training_config_is_valid_and_trains_on_nothing_held_out(tmp_path: Path) -> None:
-    settings = prepare.training_config(tmp_path, prepare.prepare_data(tmp_path), seed=3, steps=20)
-    assert settings.seed == 3 and settings.train.steps == 20 and settings.out == tmp_path
-    assert not [source for source in settings.data.train if source.path.name == "test.jsonl"]
+@pytest.mark.usefixtures("small_corpora")
+def test_training_records_find_the_images_of_their_corpus(tmp_path: Path) -> None:
+    data = prepare.prepare_data(tmp_path)
+    record = next(read_jsonl(data.train_files[0]))
+    assert record.image is not None
+    assert record.image.path == tmp_path / "data" / "stamps" / "train0.png"
 
 
-def test_a_former_demo_is_replaced_and_nothing_else_is_touched(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_corpora")
+def test_the_training_config_trains_on_training_records_only(tmp_path: Path) -> None:
+    data = prepare.prepare_data(tmp_path)
+    config = prepare.training_config(tmp_path, data, seed=3, steps=20)
+    assert (config.seed, config.train.steps, config.out) == (3, 20, tmp_path)
+    assert [source.path.name for source in config.data.train] == [prepare.TRAINING_FILE] * 2
+    assert [source.weight for source in config.data.train] == [3.0, 1.0]
+
+
+def test_an_earlier_demo_is_deleted_except_for_reusable_folders(tmp_path: Path) -> None:
     to = tmp_path / "runs" / "demo"
     run.clear_demo_folder(to)
     for name in ("model", "data", "features"):
         (to / name).mkdir()
     (to / "report.html").touch()
     run.clear_demo_folder(to)
-    assert sorted(path.name for path in to.iterdir()) == sorted(
-        [run.MARKER_FILE, "data", "features"]
-    )
+    assert {path.name for path in to.iterdir()} == {run.MARKER_FILE, "data", "features"}
 
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "cat.jpg").touch()
+
+def test_a_folder_without_a_demo_is_not_touched(tmp_path: Path) -> None:
+    photo = tmp_path / "photos" / "cat.jpg"
+    photo.parent.mkdir()
+    photo.touch()
     with pytest.raises(ConfigError, match="something else than a demo"):
-        run.clear_demo_folder(photos)
-    assert (photos / "cat.jpg").exists()
+        run.clear_demo_folder(photo.parent)
+    assert list(photo.parent.iterdir()) == [photo]
 
 
-def test_minutes_scale_the_steps() -> None:
+def test_minutes_scale_the_training_steps() -> None:
     assert prepare.scale_training_steps(None) == prepare.DEFAULT_STEPS
-    assert prepare.scale_training_steps(prepare.DEFAULT_MINUTES / 2) == prepare.DEFAULT_STEPS // 2
-    assert prepare.scale_training_steps(1e-9) >= 2
-    for wrong in (0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="minutes"):
-            prepare.scale_training_steps(wrong)
+    half = prepare.scale_training_steps(prepare.DEFAULT_MINUTES / 2)
+    assert half == prepare.DEFAULT_STEPS // 2
+    assert prepare.scale_training_steps(1e-9) == 2
 
 
-def test_steps_are_numbered_and_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    story = run.StepTimer(2)
-    for name in ("one", "two"):
-        with story.step(name):
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
+def test_minutes_must_be_above_zero(minutes: float) -> None:
+    with pytest.raises(ConfigError, match="minutes"):
+        prepare.scale_training_steps(minutes)
+
+
+def test_steps_are_numbered_and_timed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="vlduet")
+    timer = run.StepTimer(2)
+    for name in ("first", "second"):
+        with timer.step(name):
             pass
-    assert list(story.seconds) == ["one", "two"]
-    assert capsys.readouterr().err.splitlines() == ["[1/2] one", "[2/2] two"]
+    assert list(timer.seconds) == ["first", "second"]
+    assert all(seconds >= 0 for seconds in timer.seconds.values())
+    assert caplog.messages == ["[1/2] first", "[2/2] second"]
 
 
-def test_the_next_commands_are_verbs_of_the_command_line() -> None:
+def test_the_suggested_commands_exist() -> None:
     commands = run.suggest_commands(Path("runs/demo"))
-    assert len(commands) == 3
-    assert {command.split()[1] for command in commands} <= {"search", "ask", "index"}
+    assert [command.split()[1] for command in commands] == ["search", "ask", "index"]
+    assert all("runs/demo" in command for command in commands)
 
 
-def test_the_story_and_its_echo() -> None:
+def test_the_echo_has_one_half_of_each_item_of_the_story_except_the_middle_one() -> None:
     held_out = tuple(
         Record(f"r{i}", image=tiny.random_image(i), short=(f"Thing {i // 2}.",)) for i in range(20)
     )
-    story, echo, backwards = encoders.make_alignment_records(held_out)
-    assert (
-        len(story.parts) == 2 * encoders.NUM_STORY_ITEMS
-        and len(echo.parts) == encoders.NUM_STORY_ITEMS - 1
-    )
-    assert set(echo.parts) <= set(story.parts) and backwards.parts == echo.parts[::-1]
-    assert [story.parts.index(part) // 2 for part in echo.parts] == [0, 1, 3, 4]
+    story, echo, reversed_echo = encoders.make_alignment_records(held_out)
+    assert len(story.parts) == 2 * encoders.NUM_STORY_ITEMS
+    items = [story.parts.index(part) // 2 for part in echo.parts]
+    assert items == [0, 1, 3, 4]
+    assert [isinstance(part, str) for part in echo.parts] == [True, False, False, True]
+    assert reversed_echo.parts == echo.parts[::-1]
 
 
-def test_the_dual_encoder_sees_and_retrieves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The triple kernel and self-RAG of the demo, on a tiny model: training, both pictures, and the three conditions."""
+@pytest.fixture
+def tiny_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.DemoData:
+    """A tiny default model in nano, 8 training and 8 held-out stamps, and a few training steps."""
     tiny.build_duet_model(tmp_path / "nano")
-    text = tiny.build_frozen_encoders(tmp_path / "encoders")["text"]
-    for name, value in (("STEPS", 3), ("BATCH", 4), ("ASKED", 3), ("SOLVED", 4)):
-        monkeypatch.setattr(encoders, name, value)
-    monkeypatch.setattr(encoders, "fetch_minilm_folder", lambda: text)
+    text_encoder = tiny.build_frozen_encoders(tmp_path / "encoders")["text"]
+    monkeypatch.setattr(encoders, "fetch_minilm_folder", lambda: text_encoder)
+    monkeypatch.setattr(encoders, "DUAL_ENCODER_STEPS", 3)
+    monkeypatch.setattr(encoders, "DUAL_ENCODER_BATCH_SIZE", 4)
+    monkeypatch.setattr(encoders, "NUM_QUESTIONS", 3)
+    monkeypatch.setattr(encoders, "NUM_SOLVED_QUESTIONS", 4)
     folder = tmp_path / "data" / "stamps"
     folder.mkdir(parents=True)
     rows = []
     for i in range(16):
         (folder / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
-        kind = {"category": ("animals/birds", "food", "town/houses")[i % 3]}
-        rows.append({"id": str(i), "image": f"{i}.png", "short": f"Thing {i}.", "metadata": kind})
-    for split, chosen in (("train", rows[:8]), ("test", rows[8:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        metadata = {"category": ("animals/birds", "food", "town/houses")[i % 3]}
+        row = {"id": str(i), "image": f"{i}.png", "short": f"Thing {i}.", "metadata": metadata}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows[:8]))
+    (folder / "test.jsonl").write_text("".join(rows[8:]))
+    (folder / "val.jsonl").write_text("".join(rows[6:8]))
     held_out = tuple(read_jsonl(folder / "test.jsonl"))
-    data = prepare.DemoData(
-        (folder / "train.jsonl",), folder / "val.jsonl", held_out, corpus_table=(), captions=()
-    )
+    files = (folder / "train.jsonl",)
+    return prepare.DemoData(files, folder / "val.jsonl", held_out, corpus_table=())
 
+
+def test_the_dual_encoder_aligns_documents_and_retrieves_for_questions(
+    tmp_path: Path, tiny_demo: prepare.DemoData
+) -> None:
     model = prepare.open_model(tmp_path, "nano")
-    frozen_encoders = encoders.open_frozen_encoders(
-        tmp_path, model, cross=encoders.train_dual_encoder(tmp_path, data, model=model, seed=0)
+    dual = encoders.train_dual_encoder(tmp_path, tiny_demo, model=model, seed=0)
+    frozen = encoders.open_frozen_encoders(tmp_path, model, cross=dual)
+    forward, backward = encoders.align_demo_records(tiny_demo.held_out, frozen).values()
+    # The mean does not depend on the order of the slices, the alignment does.
+    assert forward.mean == pytest.approx(backward.mean, abs=1e-5)
+    assert forward.awm != pytest.approx(backward.awm)
+    assert len(forward.rows) == 2 * encoders.NUM_STORY_ITEMS
+    score = encoders.measure_retrieval_augmented(
+        tmp_path, model, data=tiny_demo, encoders=frozen, seed=0
     )
-    forth, back = encoders.align_demo_records(data.held_out, encoders)
-    assert forth.mean == pytest.approx(back.mean, abs=1e-5) and forth.awm != pytest.approx(back.awm)
-    assert len(forth.rows) == 2 * encoders.NUM_STORY_ITEMS and forth.rows[0].startswith(
-        "data:image/"
+    assert score.details["items"] == 3
+    assert score.details["chance"] == pytest.approx(100 / 3)
+    for name in ("none/accuracy", "self/accuracy", "other/accuracy", "self/retrieval/R@1"):
+        assert 0 <= score.samples[name].mean <= 100
+
+
+def test_the_model_is_measured_and_captions_are_its_own(
+    tmp_path: Path, tiny_demo: prepare.DemoData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "MAX_CAPTION_TOKENS", 3)
+    monkeypatch.setattr(measure, "NUM_CAPTION_DRAFTS", 2)
+    model = prepare.open_model(tmp_path, "nano")
+    results = measure.measure_model(model, tiny_demo, captioned=tiny_demo.held_out, seed=0)
+    assert len(results.captions.items) == len(tiny_demo.held_out)
+    images = [record.image for record in tiny_demo.held_out if record.image is not None]
+    captions = model.caption_images(images, max_new_tokens=3, num_drafts=2)
+    assert [item.generated for item in results.captions.items] == captions
+    assert results.retrieval.text_to_image.similarity.shape == (8, 8)
+    assert results.text_only_nats > 0
+    frozen = encoders.open_frozen_encoders(tmp_path, model)
+    ridge = measure.fit_ridge_baseline(model, tiny_demo, encoders=frozen)
+    assert ridge.captions == results.retrieval.captions
+
+
+def test_the_index_answers_questions_about_images_without_their_own_documents(
+    tmp_path: Path, tiny_demo: prepare.DemoData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(use, "MAX_ANSWER_TOKENS", 2)
+    model = prepare.open_model(tmp_path, "nano")
+    model.save_pretrained(tmp_path / "model")
+    retrieval = protocols.measure_retrieval(
+        model.encode_document, model.encode_query, records=tiny_demo.held_out
     )
-    found = encoders.measure_retrieval_augmented(
-        tmp_path, model, data=data, encoders=encoders, seed=0
-    )
-    assert (found.questions, found.solved) == (3, 4) and found.chance == pytest.approx(1 / 3)
-    assert set(found.accuracy) == {"none", "self", "other"} and len(found.gaps) == 2
+    usage = use.use_model(tmp_path, model, tiny_demo, retrieval=retrieval)
+    assert (tmp_path / "index").is_dir()
+    assert [answer.question for answer in usage.answers[:4]] == list(use.QUESTIONS)
+    about_images = usage.answers[4:]
+    assert len(about_images) == use.NUM_IMAGE_QUESTIONS
+    for answer in about_images:
+        assert answer.sources
+        assert answer.image not in [hit.image for hit in answer.sources]
+    assert [len(gallery.searches) for gallery in usage.galleries] == [6, 6, 4]
