@@ -1,43 +1,37 @@
-"""Shared fixtures."""
+"""Fixtures that all tests share."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a bug
+# No test may use the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+FAMILIES = [
+    "fast_vlm",
+    "gemma3",
+    "llava",
+    "mistral3",
+    "qwen2_vl",
+    "qwen3_vl",
+    "internvl",
+    "smolvlm",
+]
+"""Model families that most tests run on; test_families has those that differ in a detail only."""
 
-@pytest.fixture(
-    scope="session",
-    params=[
-        "fast_vlm",
-        "gemma3",
-        "llava",
-        "mistral3",
-        "qwen2_vl",
-        "qwen3_vl",
-        "internvl",
-        "smolvlm",
-    ],
-)
+
+@pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """Families of checkpoints with a tiny twin; test_families has those that are one of them but for a detail."""
+    """Name of a model family that has a tiny checkpoint; a test that uses it runs for each."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """A tiny DuetModel of every family; tests must not change it."""
+    """A tiny DuetModel of the family; tests must not modify it, because they share it."""
     from helpers import tiny
 
     return tiny.build_duet_model(tmp_path_factory.mktemp(family) / "base", family=family)
-
-
-@pytest.fixture(scope="session")
-def assets() -> Path:
-    """Small files that are committed."""
-    return Path(__file__).parent / "assets"
