@@ -1,67 +1,98 @@
-"""Dropped records are counted, named by cause, written once."""
+"""Dropped records are listed once, with their cause."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from vlduet.data.quarantine import Quarantine
+from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError, ImageError
 
 PLACE = Place("x.jsonl", 3)
+NO_IMAGE = ImageError("no such image", place="a.png", fix="Mend the path")
 
 
-def record(name: str) -> Record:
+def make_record(name: str) -> Record:
     return Record(name, image=ImageRef(path=Path(f"{name}.png")), place=PLACE)
 
 
-def test_each_drop_is_a_line_with_its_place_cause_and_fix(tmp_path: Path) -> None:
-    bad = Quarantine(tmp_path / "out" / "quarantine.jsonl")
-    assert not (tmp_path / "out").exists(), "nothing is made before the first drop"
-    assert bad.add(record("a"), ImageError("no such image", place="a.png", fix="Mend the path"))
-    assert bad.add(PLACE.with_field("id"), DataError("id is nothing", fix="Write one"))
-    assert bad.path is not None
-    rows = [json.loads(line) for line in bad.path.read_text().splitlines()]
-    assert rows[0] == {
+def test_each_drop_is_a_line_with_place_cause_and_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "quarantine.jsonl"
+    quarantine = Quarantine(path)
+    assert not path.parent.exists(), "nothing is created before the first drop"
+    assert quarantine.add(make_record("a"), NO_IMAGE)
+    no_id = DataError("id is nothing", fix="Write one")
+    assert quarantine.add(PLACE.with_field("id"), no_id)
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first == {
         "id": "a",
         "place": "x.jsonl:3",
         "cause": "no such image",
         "message": "a.png: no such image",
         "fix": "Mend the path",
     }
-    assert (rows[1]["id"], rows[1]["place"]) == (None, "x.jsonl:3:id")
+    assert (second["id"], second["place"]) == (None, "x.jsonl:3:id")
 
 
-def test_the_same_drop_is_counted_once_also_after_a_restart(tmp_path: Path) -> None:
-    path, error = tmp_path / "quarantine.jsonl", ImageError("no such image", place="a.png")
-    first = Quarantine(path)
-    assert first.add(record("a"), error) and not first.add(record("a"), error)
-    again = Quarantine(path)
-    assert not again.add(record("a"), error) and again.count == 1
-    assert again.add(record("b"), error) and len(path.read_text().splitlines()) == 2
+def test_an_equal_drop_is_listed_once_even_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path)
+    assert quarantine.add(make_record("a"), NO_IMAGE)
+    assert not quarantine.add(make_record("a"), NO_IMAGE)
+    restarted = Quarantine(path)
+    assert not restarted.add(make_record("a"), NO_IMAGE) and restarted.count == 1
+    assert restarted.add(make_record("b"), NO_IMAGE)
+    assert len(path.read_text().splitlines()) == 2
 
 
-def test_a_line_cut_short_is_written_again(tmp_path: Path) -> None:
-    path, error = tmp_path / "quarantine.jsonl", DataError("broken")
-    Quarantine(path).add(record("a"), error)
+def test_create_deletes_the_list_of_an_earlier_run(tmp_path: Path) -> None:
+    path = quarantine_path(tmp_path / "out.jsonl")
+    assert path == tmp_path / "out.quarantine.jsonl"
+    Quarantine(path).add(make_record("a"), NO_IMAGE)
+    assert Quarantine.create(path).count == 0 and not path.exists()
+
+
+def test_the_drop_of_an_incomplete_line_is_listed_again(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path).add(make_record("a"), NO_IMAGE)
     path.write_text(path.read_text() + '{"id": "b", "pl')
-    again = Quarantine(path)
-    assert again.count == 1 and again.add(record("b"), error)
+    restarted = Quarantine(path)
+    assert restarted.count == 1 and restarted.add(make_record("b"), NO_IMAGE)
 
 
 def test_causes_leave_out_names_and_numbers() -> None:
-    bad = Quarantine()
+    quarantine = Quarantine()
     for i in range(3):
-        bad.add(record(f"r{i}"), ImageError(f"the image is too small: {i} x 7 pixels"))
-    bad.add(record("other"), DataError("unknown key 'shrt'"))
-    counts = list(bad.count_by_cause().values())
-    assert counts == [3, 1] and bad.count == 4
-    assert str(bad).startswith("4 dropped (3 x ") and "shrt" not in str(bad)
+        error = ImageError(f"the image is too small: {i} x 7 pixels")
+        quarantine.add(make_record(f"r{i}"), error)
+    quarantine.add(make_record("other"), DataError("unknown key 'shrt'"))
+    assert quarantine.count_by_cause() == {"the image is too small: x pixels": 3, "unknown key": 1}
+    assert quarantine.count == 4
+    text = str(quarantine)
+    assert text == "4 dropped (3 x the image is too small: x pixels, 1 x unknown key)"
     assert str(Quarantine()) == "nothing dropped"
 
 
-def test_any_exception_can_be_the_cause() -> None:
-    bad = Quarantine()
-    bad.add("x.jsonl:1", ValueError())
-    assert bad.count_by_cause() == {"ValueError": 1}
+def test_an_exception_without_message_is_named_by_its_type() -> None:
+    quarantine = Quarantine()
+    quarantine.add("x.jsonl:1", ValueError())
+    assert quarantine.count_by_cause() == {"ValueError": 1}
+
+
+def test_bisection_isolates_broken_items() -> None:
+    batches: list[list[int]] = []
+
+    def square(numbers: list[int]) -> list[int]:
+        batches.append(numbers)
+        if any(number % 5 == 3 for number in numbers):
+            raise DataError("no squares of these")
+        return [number * number for number in numbers]
+
+    errors: list[int] = []
+    results = bisect_failures(
+        square, list(range(10)), on_error=lambda number, _: errors.append(number)
+    )
+    assert results == [0, 1, 4, None, 16, 25, 36, 49, None, 81] and errors == [3, 8]
+    assert batches[0] == list(range(10)), "all at once first"
+    assert bisect_failures(square, [], on_error=lambda number, _: None) == []
