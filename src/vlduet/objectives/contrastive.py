@@ -1,10 +1,11 @@
-"""Symmetric InfoNCE with several positives, hard negatives and masks by content (VladVA eq. for L_c; CLIP, SupCon).
+"""Symmetric InfoNCE with several positives, hard negatives and masks (L_c of VladVA; CLIP, SupCon).
 
-    s_ij = <a_i, b_j> / tau        L = (1/n) sum_i [ -log softmax_row(s)_i+ - log softmax_col(s)_i+ ]
+    s_ij = <a_i, b_j> / tau
+    L_c  = (1/n) sum_i [ -log softmax_row(s)_i+  -  log softmax_col(s)_i+ ]
 
-Where several columns are positives of a row (a repeated caption is a positive, not a false negative), the row's loss is the
-mean of its positives' -log p, each against *itself and the negatives*: another positive never stands in the denominator, so
-duplicates neither attract twice nor repel.
+A row may have several positives, for example because a caption occurs twice. Its loss is then the
+mean of -log p over them, where each positive competes with *itself and the negatives* only. No
+other positive is in the denominator, so that duplicates neither attract twice nor repel.
 """
 
 from __future__ import annotations
@@ -17,25 +18,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 SCORE_ROWS_PER_BLOCK = 512
-"""Rows of scores that live at a time: 4,096 pairs would take a gigabyte otherwise."""
+"""Number of rows of scores that exist at once; all of 4,096 pairs would take a gigabyte."""
 
 
-def compute_row_infonce(scores: Tensor, positive: Tensor, ignore: Tensor | None = None) -> Tensor:
-    """Mean over a row's positives of -log p(positive), one number a row.
+def compute_row_infonce(scores: Tensor, positive_mask: Tensor, ignore_mask: Tensor) -> Tensor:
+    """Return the mean of -log p over the positives of every row, float[n].
+
+    A row without a positive gives 0.
 
     Args:
         scores: float[n, m], cosine / temperature.
-        positive: bool[n, m].
-        ignore: bool[n, m], pairs that are neither positive nor negative (same content, unknown relevance).
-
-    Returns:
-        float[n]; rows without a positive give 0.
+        positive_mask: bool[n, m].
+        ignore_mask: bool[n, m], pairs that are neither positive nor negative.
     """
-    negative = ~positive if ignore is None else ~(positive | ignore)
-    rest = scores.masked_fill(~negative, float("-inf")).logsumexp(1, keepdim=True)  # [n, 1]
-    each = torch.logaddexp(scores, rest) - scores  # -log( e^s / (e^s + sum of negatives) )
-    count = positive.sum(1).clamp(min=1)
-    return each.masked_fill(~positive, 0.0).sum(1) / count
+    is_negative = ~(positive_mask | ignore_mask)
+    negatives = scores.masked_fill(~is_negative, float("-inf")).logsumexp(1, keepdim=True)  # [n, 1]
+    nll = torch.logaddexp(scores, negatives) - scores  # -log(e^s / (e^s + sum over negatives))
+    num_positives = positive_mask.sum(1).clamp(min=1)
+    return nll.masked_fill(~positive_mask, 0.0).sum(1) / num_positives
 
 
 def contrastive_loss(
@@ -43,37 +43,59 @@ def contrastive_loss(
     targets: Tensor,
     *,
     logit_scale: Tensor,
-    positive_mask: Tensor,
+    positive_mask: Tensor | None = None,
     ignore_mask: Tensor | None = None,
     rows: slice = slice(None),
     columns: slice = slice(None),
     world_size: int = 1,
 ) -> Tensor:
-    """L_c of the global batch; each rank computes its own rows and columns of it.
+    """Return L_c, the sum of the mean losses of rows and columns.
+
+    With several ranks, each one computes the rows and columns of its own embeddings.
 
     Args:
-        left: float[N, D] unit vectors of all ranks (images), gathered with gradient.
-        right: float[M, D] unit vectors of all ranks (texts, then hard negatives), gathered with gradient.
-        logit_scale: scalar, log(1 / temperature), already limited by the caller.
-        positive: bool[N, M]. A row or column without a positive takes part as a negative only.
-        ignore: bool[N, M], pairs that are neither positive nor negative.
-        rows: the rows of `left` that are this rank's; columns: the columns of `right` that are.
+        queries: float[N, D], unit vectors (images) of all ranks, gathered with their gradient.
+        targets: float[M, D], unit vectors (texts, then hard negatives) of all ranks, likewise.
+        logit_scale: scalar, log(1 / temperature); see `clamp_logit_scale`.
+        positive_mask: bool[N, M]. None: query i belongs to target i, and other targets are
+            negatives. A row or column without a positive only serves as a negative of the others.
+        ignore_mask: bool[N, M], pairs that are neither positive nor negative. None: there are none.
+        rows: range of the queries of this rank.
+        columns: range of the targets of this rank.
+        world_size: number of ranks.
 
     Returns:
-        This rank's share: sum over its rows and columns / global number of rows with a positive, times world_size.
+        A scalar, this rank's share: its rows / global number of rows with a positive + its columns
+        / global number of columns with a positive, times `world_size`. The mean of the shares of
+        all ranks is the loss.
+
+    Example:
+        >>> import torch
+        >>> from vlduet.objectives import contrastive_loss
+        >>> images = torch.nn.functional.normalize(torch.eye(3, 8), dim=1).requires_grad_()
+        >>> captions = torch.eye(3, 8)
+        >>> logit_scale = torch.tensor(1 / 0.07).log()
+        >>> matching = contrastive_loss(images, captions, logit_scale=logit_scale)
+        >>> shuffled = contrastive_loss(images, captions[[1, 2, 0]], logit_scale=logit_scale)
+        >>> matching.item() < 0.001 < 10 < shuffled.item()
+        True
+        >>> shuffled.backward()
     """
+    if positive_mask is None:
+        shape = (len(queries), len(targets))
+        positive_mask = torch.eye(*shape, dtype=torch.bool, device=queries.device)
+    if ignore_mask is None:
+        ignore_mask = torch.zeros_like(positive_mask)
     scale = logit_scale.exp()
-    pairs = max(int(positive_mask.any(1).sum()), 1)
-    captions = max(int(positive_mask.any(0).sum()), 1)
-    ignore_mask = torch.zeros_like(positive_mask) if ignore_mask is None else ignore_mask
-    forward = (
-        _summed(queries[rows] * scale, targets, positive_mask[rows], ignore_mask[rows]) / pairs
+    num_rows = max(int(positive_mask.any(1).sum()), 1)
+    num_columns = max(int(positive_mask.any(0).sum()), 1)
+    row_sum = _sum_row_infonce(
+        queries[rows] * scale, targets, positive_mask[rows], ignore_mask[rows]
     )
-    backward = (
-        _summed(targets[columns] * scale, queries, positive_mask.T[columns], ignore_mask.T[columns])
-        / captions
+    column_sum = _sum_row_infonce(
+        targets[columns] * scale, queries, positive_mask.T[columns], ignore_mask.T[columns]
     )
-    return (forward + backward) * world_size
+    return (row_sum / num_rows + column_sum / num_columns) * world_size
 
 
 def find_false_negatives(
@@ -83,82 +105,100 @@ def find_false_negatives(
     named_negatives: Tensor,
     content_kinds: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Pairs that a guide finds at least as alike as the pairs that both of the two have (as GISTEmbed, arXiv 2402.16829).
+    """Find negatives that a guide scores at least as high as the positives of both their sides.
+
+    The rule of GISTEmbed (arXiv 2402.16829), applied per kind of content: two texts score higher
+    than any image and its text, so that only pairs of the same kinds are compared.
 
     Args:
-        alike: float[N, M], how alike the guide finds what asks and what answers.
-        positive: bool[N, M].
-        told: bool[N, M], pairs that somebody said are wrong: no guide knows better.
-        kinds: int64[N] and int64[M]: what each is made of. Two texts are more alike than any image and its text, so only
-            pairs of the same kinds are compared.
+        guide_scores: float[N, M], similarity of query and target according to the guide.
+        positive_mask: bool[N, M].
+        named_negatives: bool[N, M], pairs that the data names as negatives; never returned.
+        content_kinds: int64[N] and int64[M], what queries and targets consist of.
 
     Returns:
-        bool[N, M], for `ignore`. Where neither has a pair of these kinds, nothing is said.
+        bool[N, M], for `ignore_mask`. A pair (i, j) needs a positive of i whose target has the kind
+        of j, or a positive of j whose query has the kind of i; without either, it is False.
     """
-    own = guide_scores.masked_fill(~positive_mask, float("-inf"))
-    demanded = torch.full_like(guide_scores, float("-inf"))
-    for side, kind in (
-        (1, content_kinds[1]),
-        (0, content_kinds[0]),
-    ):  # of a row its pairs by the other's kind, then of a column
-        for which in kind.unique():
-            same = kind == which
-            best = own.masked_fill(~(same[None, :] if side else same[:, None]), float("-inf")).amax(
-                side, keepdim=True
-            )
-            demanded = torch.where(
-                same[None, :] if side else same[:, None], torch.maximum(demanded, best), demanded
-            )
-    return (
-        (guide_scores >= demanded) & (demanded > float("-inf")) & ~positive_mask & ~named_negatives
+    query_kinds, target_kinds = content_kinds
+    positive_scores = guide_scores.masked_fill(~positive_mask, float("-inf"))
+    threshold = torch.full_like(guide_scores, float("-inf"))
+    for kind in target_kinds.unique():
+        is_kind = (target_kinds == kind)[None, :]
+        best = positive_scores.masked_fill(~is_kind, float("-inf")).amax(1, keepdim=True)
+        threshold = torch.where(is_kind, torch.maximum(threshold, best), threshold)
+    for kind in query_kinds.unique():
+        is_kind = (query_kinds == kind)[:, None]
+        best = positive_scores.masked_fill(~is_kind, float("-inf")).amax(0, keepdim=True)
+        threshold = torch.where(is_kind, torch.maximum(threshold, best), threshold)
+    is_as_high = (guide_scores >= threshold) & (threshold > float("-inf"))
+    return is_as_high & ~positive_mask & ~named_negatives
+
+
+def clamp_logit_scale(logit_scale: Tensor, min_temperature: float) -> Tensor:
+    """Return min(logit_scale, log(1 / min_temperature)), so that the softmax stays soft.
+
+    At the limit, the gradient passes only if descent leads away from it. That of `clamp` is zero in
+    both directions, and a scale that momentum has carried across the limit would never come back.
+    """
+    clamped: Tensor = _ClampMax.apply(  # type: ignore[no-untyped-call]
+        logit_scale, math.log(1 / min_temperature)
     )
+    return clamped
 
 
-def _summed(asking: Tensor, answers: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
-    """Sum of `directed_infonce` over all rows, of which BLOCK live at a time: backward computes a block's scores again."""
+def match_content_keys(left: list[str], right: list[str]) -> Tensor:
+    """Return bool[len(left), len(right)]: which keys are equal.
 
-    def block(some: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
-        return compute_row_infonce(some @ answers.T, positive, ignore).sum()
+    Keys become integers first: 4,096 x 4,096 comparisons of strings are slow.
+    """
+    numbers: dict[str, int] = {}
+    left_ids = torch.tensor([numbers.setdefault(key, len(numbers)) for key in left]).long()
+    right_ids = torch.tensor([numbers.setdefault(key, len(numbers)) for key in right]).long()
+    return left_ids[:, None] == right_ids[None, :]
 
-    parts = list(
-        zip(*(rows.split(SCORE_ROWS_PER_BLOCK) for rows in (asking, positive, ignore)), strict=True)
+
+def _sum_row_infonce(
+    scaled: Tensor, candidates: Tensor, positive_mask: Tensor, ignore_mask: Tensor
+) -> Tensor:
+    """Return the sum of `compute_row_infonce` over all rows, a scalar.
+
+    Only the scores of one block of rows exist at once; backward computes them again.
+
+    Args:
+        scaled: float[n, D], unit vectors / temperature.
+        candidates: float[m, D], unit vectors.
+        positive_mask: bool[n, m].
+        ignore_mask: bool[n, m].
+    """
+
+    def sum_block(block: Tensor, positive: Tensor, ignore: Tensor) -> Tensor:
+        return compute_row_infonce(block @ candidates.T, positive, ignore).sum()
+
+    if len(scaled) <= SCORE_ROWS_PER_BLOCK:
+        return sum_block(scaled, positive_mask, ignore_mask)
+    blocks = zip(
+        scaled.split(SCORE_ROWS_PER_BLOCK),
+        positive_mask.split(SCORE_ROWS_PER_BLOCK),
+        ignore_mask.split(SCORE_ROWS_PER_BLOCK),
+        strict=True,
     )
-    if len(parts) == 1:
-        return block(*parts[0])
     sums = [
-        checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+        checkpoint(sum_block, *block, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks
     ]
     return torch.stack(sums).sum()
 
 
-def clamp_logit_scale(logit_scale: Tensor, min_temperature: float) -> Tensor:
-    """log(1/tau) with tau >= floor, so that the softmax cannot sharpen without end.
-
-    At the floor only a gradient that leads away from it passes. A clamp's is zero there in both directions, and a
-    temperature that momentum has carried across would never come back.
-    """
-    limit: Tensor = _ClampMax.apply(logit_scale, math.log(1 / min_temperature))  # type: ignore[no-untyped-call]
-    return limit
-
-
 class _ClampMax(torch.autograd.Function):
-    """min(x, most), which can be left again."""
+    """min(x, limit) whose gradient beyond the limit is kept if descent makes x smaller."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
-        ctx.beyond = x >= most
-        return x.clamp(max=most)
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.is_beyond = x >= limit
+        return x.clamp(max=limit)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.masked_fill(
-            ctx.beyond & (grad < 0), 0.0
-        ), None  # descent would raise it further
-
-
-def match_content_keys(left: list[str], right: list[str]) -> Tensor:
-    """bool[len(left), len(right)]: equal keys. Integers by dictionary first: 4,096 x 4,096 string comparisons are slow."""
-    number: dict[str, int] = {}
-    a = torch.tensor([number.setdefault(k, len(number)) for k in left], dtype=torch.long)
-    b = torch.tensor([number.setdefault(k, len(number)) for k in right], dtype=torch.long)
-    return a[:, None] == b[None, :]
+        # Descent subtracts the gradient: a negative one would raise x further.
+        return grad.masked_fill(ctx.is_beyond & (grad < 0), 0.0), None

@@ -1,1 +1,1 @@
-"""A method each: how a record is laid out into sequences, and which losses the readings give."""
+"""Training methods, one per file: how a record becomes sequences, and which losses are computed."""

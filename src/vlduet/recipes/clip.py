@@ -1,9 +1,11 @@
-"""A dual encoder in the manner of CLIP (arXiv 2103.00020), from scratch over two frozen encoders: see encoders/dual.py.
+"""Dual encoder in the manner of CLIP (arXiv 2103.00020), trained over two frozen encoders.
 
-    image -> vision encoder -> tower -> a        text -> text encoder -> tower -> b        L_c = symmetric InfoNCE(a, b)
+    image -> vision encoder -> tower -> a
+    text  -> text encoder   -> tower -> b                  L_c = symmetric InfoNCE of a and b
 
-It is the baseline that only retrieves, and the `cross` encoder of Sugar where there is no CLIP for the data at hand. It
-learns of pairs, and of images in documents with the text that follows them.
+The frozen encoders and the towers are in `vlduet.encoders.dual`. It is the baseline that can only
+retrieve, and the `cross` encoder of Sugar if there is no CLIP for the data. It learns from pairs,
+and from images in documents with the text that follows each of them.
 """
 
 from __future__ import annotations
@@ -31,67 +33,66 @@ from vlduet.recipes.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class ClipOptions:
-    """What a config may set beside `recipe.name`."""
+    """Keys of `recipe` in a config beside `name`."""
 
     temperature_floor: float = 0.01
-    """Lowest temperature of the contrastive loss."""
+    """Lowest temperature of L_c."""
+
+
+def layout(sample: Sample, renderer: Renderer, options: ClipOptions) -> list[Sequence]:
+    """Return an image of the record, a text that belongs to it, and the record's hard negatives.
+
+    Each is a sequence of one anchor. The sample's own random generator draws one pair of several.
+    Hard negatives of several parts are left out.
+
+    Raises:
+        DataError: no image with a text; ImageError: an unreadable image.
+    """
+    record = sample.record
+    pairs: list[tuple[ImageRef, str]] = []
+    if record.image is not None:
+        pairs = [(record.image, text) for text in record.short]
+        if not pairs and record.long is not None:
+            pairs = [(record.image, record.long)]
+    for part, next_part in zip(record.parts, record.parts[1:], strict=False):
+        if isinstance(part, ImageRef) and isinstance(next_part, str):
+            pairs.append((part, next_part))
+    if not pairs:
+        fix = "Train a dual encoder on pairs or documents"
+        raise DataError("no image with a text of its own", fix=fix)
+    image, text = sample.rng().choice(pairs)
+    name = sample.record_name
+    sequences = [_layout_part(image, "image", name), _layout_part(text, "text", name)]
+    for parts in record.negative:
+        if len(parts) == 1:
+            sequences.append(_layout_part(parts[0], "negative", name))
+    return sequences
+
+
+def _layout_part(part: Part, role: str, record_name: str) -> Sequence:
+    """Return a sequence of one token, which no model reads, with the part at its anchor."""
+    anchor = Anchor(0, 1, role, record_name, content_key((part,)), (make_slice(part),))
+    return Sequence((0,), (IGNORE_INDEX,), (anchor,))
+
+
+def objective(readout: Readout, logit_scale: Tensor, options: ClipOptions) -> dict[str, Tensor]:
+    """Return this rank's share of L_c, `contrastive`."""
+    loss = compute_contrastive_loss(readout, logit_scale, min_temperature=options.temperature_floor)
+    return {"contrastive": loss}
 
 
 def select_encoder_roles(options: ClipOptions, weights: Mapping[str, float]) -> tuple[str, ...]:
-    """Roles of the frozen encoders below the towers."""
+    """Return the roles of the frozen encoders below the towers."""
     return ("vision", "text")
 
 
 def build_model(config: RunConfig, encoders: FrozenEncoders) -> DualEncoder:
-    """What is trained: new towers of width `model.dim`."""
+    """Return a dual encoder with new towers of width `model.dim`, on the default device.
+
+    Seeds torch's global random generator with the seed of the config.
+    """
     torch.manual_seed(config.seed)
     return DualEncoder(encoders, dim=config.model.dim).to(select_device())
-
-
-def layout(sample: Sample, renderer: Renderer, options: ClipOptions) -> list[Sequence]:
-    """An image and a text of the record, each a sequence of one anchor. Raises DataError where there is no such two."""
-    record, draw = sample.record, sample.rng()
-    found: list[tuple[ImageRef, str]] = [
-        (record.image, text) for text in record.short if record.image is not None
-    ]
-    if not found and record.image is not None and record.long is not None:
-        found = [(record.image, record.long)]
-    for part, following in zip(record.parts, record.parts[1:], strict=False):
-        if isinstance(part, ImageRef) and isinstance(following, str):
-            found.append((part, following))
-    if not found:
-        raise DataError(
-            "no image with a text of its own", fix="Train a dual encoder on pairs or documents"
-        )
-    image, text = draw.choice(found)
-    wrong = [
-        _sequence(parts[0], "negative", sample.record_name)
-        for parts in record.negative
-        if len(parts) == 1
-    ]
-    return [
-        _sequence(image, "image", sample.record_name),
-        _sequence(text, "text", sample.record_name),
-        *wrong,
-    ]
-
-
-def _sequence(part: Part, role: str, record: str) -> Sequence:
-    """One token that nobody reads, under an anchor."""
-    return Sequence(
-        (0,),
-        (IGNORE_INDEX,),
-        (Anchor(0, 1, role, record, content_key((part,)), (make_slice(part),)),),
-    )
-
-
-def objective(readout: Readout, logit_scale: Tensor, options: ClipOptions) -> dict[str, Tensor]:
-    """Symmetric InfoNCE over the global batch."""
-    return {
-        "contrastive": compute_contrastive_loss(
-            readout, logit_scale, min_temperature=options.temperature_floor
-        )
-    }
 
 
 RECIPE = Recipe(

@@ -59,7 +59,7 @@ class Recipe(Generic[OptionsT]):
     options: type[OptionsT]
     """Dataclass of the other keys of `recipe` in a config."""
     objectives: tuple[str, ...]
-    """Names of the losses that `objective` returns; `objectives` in a config gives their weights."""
+    """Names of the losses that `objective` returns; a config gives their weights."""
     layout: Callable[[Sample, Renderer, OptionsT], list[Sequence]]
     """See `BoundRecipe.layout`."""
     objective: Callable[[Readout, Tensor, OptionsT], dict[str, Tensor]]

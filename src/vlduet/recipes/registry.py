@@ -16,7 +16,11 @@ RECIPES: dict[str, Recipe[Any]] = {
 
 
 def find_recipe(name: str) -> Recipe[Any]:
-    """Return the recipe of a name. Raises ConfigError for an unknown one, and suggests known ones."""
+    """Return a recipe by name.
+
+    Raises:
+        ConfigError: an unknown name; the message suggests the closest known one, or lists them.
+    """
     if name not in RECIPES:
         fix = suggest_name(name, RECIPES)
         raise ConfigError(f"unknown recipe '{name}'", place="recipe.name", fix=fix)

@@ -164,7 +164,7 @@ def test_the_losses_are_the_paper_s_and_chunks_and_packing_change_nothing(model:
     grads = taken(model)
     assert (
         grads.keys() == slow.keys()
-        and {"logit_scale", "soft.rows", "head.vision.weight"} <= grads.keys()
+        and {"logit_scale", "soft_prompts.rows", "head.vision.weight"} <= grads.keys()
     )
     for pack_to in (None, 60):
         chunks = [
@@ -228,7 +228,7 @@ def test_a_step_moves_maps_ret_and_temperature_alone(run: setup.TrainingRun) -> 
     )  # Gemma's is one matrix and a norm
     assert of_projector and all(last in f".{name}" for name in of_projector)
     heads = {f"head.{kind}.{name}" for kind in ("layers", "vision") for name in ("weight", "bias")}
-    assert changed - of_projector == heads | {"soft.rows", "logit_scale"}
+    assert changed - of_projector == heads | {"soft_prompts.rows", "logit_scale"}
     mean = model.backbone.token_embedding.weight.norm(dim=1).mean()
     assert_close(model.soft_prompts.rows.norm(dim=1), mean[None], atol=1e-6, rtol=1e-5)
 
