@@ -1,13 +1,9 @@
 """Config files of training runs: YAML, overrides such as ``train.lr=1e-4``, and validation.
 
-1. find      the file: an existing path, or a preset that ships with the package (`find_config`)
-2. read      YAML, merged over the file that it names under ``extends``
-3. override  single keys from ``a.b=c`` texts
-4. validate  the whole tree; an unknown key raises an error that names the most similar valid key
-
-Relative paths inside a config (models, data, ``out``) are relative to the current folder, only
-``extends`` is relative to the config file. The classes below are the complete list of keys;
-docs/train.md explains each of them.
+A config is found (`find_config`: a path or a preset that ships with the package), read and merged
+over the file that it names under ``extends``, changed by overrides, and validated as a whole. Paths
+inside it are relative to the current folder; only ``extends`` is relative to the config file or
+names a preset. The classes below are the complete list of keys; docs/train.md explains each.
 """
 
 from __future__ import annotations
@@ -47,17 +43,11 @@ class ModelSection(Section):
     path: Path | None = None
     """Hugging Face checkpoint or VLDuet model folder; None for recipes that start from nothing."""
     head: Literal["none", "linear", "mlp"] | None = None
-    """Layer between the pooled hidden state and the embedding.
-
-    None: the head of the model folder, and ``none`` for a plain checkpoint.
-    """
+    """Layer after pooling; None: that of the model folder, and ``none`` for a checkpoint."""
     dim: int = Field(default=384, gt=0)
     """Width of the embeddings; without effect if the head is ``none``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the frozen weights.
-
-    ``auto``: float32 on a CPU; on a GPU, bfloat16 for a checkpoint saved in half precision.
-    """
+    """Format of frozen weights; auto: bfloat16 for half-precision checkpoints on a GPU, or float32."""
     prompts: dict[str, Any] = {}
     """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own values."""
 
@@ -91,10 +81,7 @@ class DataSection(Section):
     max_tokens: int = Field(default=2048, gt=0)
     """Longest sequence in tokens; longer texts are truncated, images never."""
     cache: Path | Literal[False] | None = None
-    """Folder that caches the features of frozen encoders.
-
-    None: ``features`` inside the run's folder. False: a small cache in memory only.
-    """
+    """Folder of cached features of frozen encoders; None: ``out/features``; False: memory only."""
 
 
 class LoraSection(Section):
@@ -114,17 +101,11 @@ class TrainSection(Section):
     """Number of records per step, summed over all processes."""
     lora: LoraSection | None = LoraSection()
     projector: Literal[False, True, "last"] = False
-    """Train the projector between vision tower and language model.
-
-    ``last`` trains only its last linear layer.
-    """
+    """Train the projector between vision tower and language model; last: its last layer only."""
     soft_prompts: bool = False
-    """Train the prompts: each of their tokens gets an embedding of its own, initialised as it is."""
+    """Train the prompts: each of their tokens gets an embedding of its own, initially the same."""
     temperature: float | None = Field(default=None, gt=0)
-    """Fixed temperature of the contrastive loss.
-
-    None: it is learned, starting from the model's own (0.07 for a plain checkpoint).
-    """
+    """Fixed temperature of the contrastive loss; None: learned, from the model's own or 0.07."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate of LoRA; it falls to zero as a cosine after the warm-up."""
     lr_new: float | None = Field(default=None, gt=0)
@@ -139,15 +120,9 @@ class TrainSection(Section):
     chunk_tokens: int | None = Field(default=None, gt=0)
     """Number of padded tokens that pass through the model at once (GradCache); None: the batch."""
     checkpointing: bool = False
-    """Recompute the language model's layers in the backward pass.
-
-    This takes less memory and up to half more time.
-    """
+    """Recompute layers in the backward pass, which saves memory and takes up to half more time."""
     fused: bool = True
-    """Compute all losses from one forward pass of each sequence.
-
-    False runs one pass for each loss, as most joint trainers do; for comparisons.
-    """
+    """Compute all losses from one forward pass; False runs one pass per loss, for comparisons."""
     log_every: int = Field(default=10, gt=0)
     eval_every: int = Field(default=200, gt=0)
     save_every: int = Field(default=200, gt=0)
@@ -188,11 +163,7 @@ class ComparisonConfig(Section):
 
 
 def list_presets() -> list[str]:
-    """Return the names of the presets that ship with the package, sorted.
-
-    A name is the path below the presets' folder without its suffix: ``vladva-nano``,
-    ``ablations/sugar-alpha-0``.
-    """
+    """Return the names of all shipped presets, sorted: ``ablations/sugar-alpha-0``, ``vladva``."""
     paths = PRESETS_FOLDER.rglob("*.yaml")
     return sorted(path.relative_to(PRESETS_FOLDER).with_suffix("").as_posix() for path in paths)
 

@@ -2,8 +2,8 @@
 
 One rule makes W processes compute the same step as one process (see tests/distributed): every loss
 is *the sum over this rank's terms, divided by the global number of terms, times W*. Parameter
-gradients are averaged over the ranks. Tensors that a loss needs from other ranks are gathered *with*
-their gradient. The average over ranks of these W-fold shares is then the gradient of the global mean.
+gradients are averaged over the ranks, and what a loss needs from other ranks is gathered *with* its
+gradient. The average of these W-fold shares is then the gradient of the global mean.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Define every error that a user can cause.
 
     VLDuetError            base class: one line that says what is wrong, where, and what to do
-    ├── ConfigError        an invalid key, value or combination in a config file or a command option
+    ├── ConfigError        an invalid key, value or combination in a config file or an option
     ├── DataError          an unusable record, file of records or corpus
     │   └── ImageError     an image that cannot or must not be decoded
     ├── ModelError         an unusable checkpoint, adapter or backbone

@@ -1,7 +1,7 @@
 """Write files and folders so that they are complete or absent, even if the process is killed.
 
-A file is written under a temporary name in its own folder, flushed to the disk and renamed. A folder
-is written beside its target; two renames then exchange the old and the new version.
+A file is written under a temporary name beside its target, flushed to the disk and renamed. A
+folder is written beside its target too; two renames then exchange the old and the new version.
 """
 
 from __future__ import annotations

@@ -67,19 +67,8 @@ class CorpusSample:
 
     def images(self) -> list[CorpusImage]:
         """Return all images of the record, in reading order."""
-        return list(_find_images(self.record))
-
-
-def _find_images(value: Any) -> Iterable[CorpusImage]:
-    """Yield the `CorpusImage`s inside nested dicts, lists and tuples, depth first."""
-    if isinstance(value, CorpusImage):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _find_images(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _find_images(item)
+        items = [self.record, *self.record.get("parts", [])]
+        return [item["image"] for item in items if "image" in item]
 
 
 @dataclass(frozen=True)
@@ -126,13 +115,8 @@ class CorpusSummary:
 def assign_split(group_name: str, *, test: float, val: float) -> str:
     """Return the split of a whole group, from the hash of its name.
 
-    There is no seed, and other groups have no influence: a group keeps its split when the corpus
-    changes around it.
-
-    Args:
-        group_name: Name that depends on the group's content only.
-        test: Expected share of groups in ``test``.
-        val: Expected share of groups in ``val``; all others are in ``train``.
+    A group keeps its split when the corpus changes around it: nothing else has an influence.
+    `test` and `val` are the expected shares of groups in these splits; all others are in train.
     """
     digest = hashlib.sha256(group_name.encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
@@ -147,11 +131,11 @@ def assign_group_splits(
     """Return the split of every item, the same one for all items of a group.
 
     Args:
-        groups: Groups over the item numbers 0 to N - 1.
-        names: Name of each of the N items. A group is named after the smallest of its names, not
-            after a position, so that other items can come and go without moving it.
-        corpus: Name of the corpus, which the hash includes.
-        test, val: Shares, see `assign_split`.
+        groups: Groups over the numbers of N items.
+        names: Name of each item. The smallest name in a group decides its split, together with
+            `corpus`, so that other items can come and go without moving it.
+        corpus: Name of the corpus.
+        test, val: Expected shares of groups, see `assign_split`.
     """
     splits = [""] * len(names)
     for members in groups.groups():
@@ -180,7 +164,7 @@ def normalize_caption(text: str) -> str:
 def slugify(text: str) -> str:
     """Return a file name that every system accepts: lower-case ASCII letters, digits, - and _.
 
-    Accents are removed and other characters become ``-``; a text without any valid one gives
+    Accents are dropped and other characters become ``-``; a text without any valid one gives
     ``x``. Different texts can give the same name.
     """
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()

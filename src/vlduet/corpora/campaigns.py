@@ -13,14 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_split,
-    slugify,
-    union_near_duplicates,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.corpora.packages import PACKAGES
 from vlduet.corpora.wesnoth import (
     DATA_FOLDER,
@@ -109,15 +103,15 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 def _campaign_split(campaign: str) -> str:
     """Return the split of a whole campaign."""
-    return assign_split(f"campaigns:{campaign}", test=TEST_SHARE, val=VAL_SHARE)
+    return build.assign_split(f"campaigns:{campaign}", test=TEST_SHARE, val=VAL_SHARE)
 
 
 def _make_image(source: Path) -> CorpusImage:
     """Return a picture under its name in the corpus: ``images/CAMPAIGN/PATH``."""
     folder, _, name = source.as_posix().rpartition("/images/")
-    stem = slugify(Path(name).with_suffix("").as_posix().replace("/", "__"))
+    stem = build.slugify(Path(name).with_suffix("").as_posix().replace("/", "__"))
     suffix = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
-    return CorpusImage(f"images/{slugify(Path(folder).name)}/{stem}{suffix}", source)
+    return CorpusImage(f"images/{build.slugify(Path(folder).name)}/{stem}{suffix}", source)
 
 
 # --------------------------------------------------------------------- reading
@@ -272,7 +266,7 @@ def _assign_image_splits(scenarios: list[Scenario], core: Path) -> dict[Path, st
     paths = list(fingerprints)
     groups = UnionFind(len(paths))
     groups.union_equal(hashlib.sha256(path.read_bytes()).digest() for path in paths)
-    union_near_duplicates(groups, list(fingerprints.values()))
+    build.union_near_duplicates(groups, list(fingerprints.values()))
     image_splits: dict[Path, str] = {}
     for members in groups.groups():
         members_of_wesnoth = [i for i in members if paths[i] in unit_images]

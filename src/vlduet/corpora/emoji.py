@@ -1,8 +1,8 @@
 """Corpus emoji: two vendors' drawings of every emoji, with its Unicode name as a short caption.
 
 The splits go by concept: all vendors and genders of one concept are in one split, and so are
-drawings that look alike (the flags of Norway and of Svalbard are the same flag). Skin tones are left
-out, because they would be half of the corpus.
+drawings that look alike (Norway and Svalbard have the same flag). Skin tones are left out, because
+they would be half of the corpus.
 """
 
 from __future__ import annotations
@@ -13,14 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_split,
-    render_svg,
-    union_near_duplicates,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.corpora.packages import Package
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind, fingerprint_image
@@ -83,10 +77,10 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     # A concept is what code points and names say; a split also unites what merely looks alike.
     concepts = [drawings[groups.find(i)].emoji.hexcode for i in range(len(drawings))]
     fingerprints = [fingerprint_image(ImageRef(data=drawing.png)) for drawing in drawings]
-    union_near_duplicates(groups, fingerprints)
+    build.union_near_duplicates(groups, fingerprints)
     for i, (drawing, concept) in enumerate(zip(drawings, concepts, strict=True)):
         group = drawings[groups.find(i)].emoji.hexcode
-        split = assign_split(f"emoji:{group}", test=TEST_SHARE, val=VAL_SHARE)
+        split = build.assign_split(f"emoji:{group}", test=TEST_SHARE, val=VAL_SHARE)
         yield CorpusSample(_make_record(drawing, concept), split)
 
 
@@ -99,7 +93,7 @@ def _render_drawings(emojis: list[Emoji], folders: PackageFolders) -> Iterator[E
     for emoji in track_progress(emojis, label="rendering emoji"):
         for vendor in VENDORS:
             if emoji.hexcode in files[vendor]:
-                png = render_svg(files[vendor][emoji.hexcode], height=RENDER_HEIGHT)
+                png = build.render_svg(files[vendor][emoji.hexcode], height=RENDER_HEIGHT)
                 yield EmojiDrawing(emoji, vendor, png)
 
 

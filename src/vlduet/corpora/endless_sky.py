@@ -12,15 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_group_splits,
-    normalize_caption,
-    slugify,
-    union_near_duplicates,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind, fingerprint_image
 from vlduet.logs import track_progress
@@ -76,16 +69,16 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     entries = list(read_entries(root))
     groups = UnionFind(len(entries))
     groups.union_equal(entry.source for entry in entries)
-    groups.union_equal(normalize_caption(entry.description) for entry in entries)
+    groups.union_equal(build.normalize_caption(entry.description) for entry in entries)
     # "Marauder Falcon" nearly equals "Falcon", in text and picture.
     groups.union_equal((entry.kind, _strip_variant(entry.name)) for entry in entries)
     fingerprints = [
         fingerprint_image(ImageRef(path=entry.source))
         for entry in track_progress(entries, label="reading images")
     ]
-    union_near_duplicates(groups, fingerprints)
+    build.union_near_duplicates(groups, fingerprints)
     names = [f"{entry.kind}:{entry.name}" for entry in entries]
-    splits = assign_group_splits(
+    splits = build.assign_group_splits(
         groups, names, corpus="endless-sky", test=TEST_SHARE, val=VAL_SHARE
     )
     for entry, split in zip(entries, splits, strict=True):
@@ -95,7 +88,7 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 def _make_record(entry: GameEntry, root: Path) -> dict[str, Any]:
     """Return the pair record of one entry; `root` is the game's folder."""
     path = entry.source.relative_to(root / "images")
-    image_name = slugify(path.with_suffix("").as_posix().replace("/", "__"))
+    image_name = build.slugify(path.with_suffix("").as_posix().replace("/", "__"))
     return {
         "id": f"{entry.kind}/{entry.name}",
         "image": CorpusImage(f"images/{image_name}{path.suffix}", entry.source),

@@ -1,8 +1,8 @@
 """Corpus gimp-help: pages of GIMP's user manual, paragraphs and screenshots in reading order.
 
 Pages that share an image, directly or through other pages, are in one split. Icons do not count as
-images, and neither do pictures on a great many pages: one photo of the Taj Mahal would put a third of
-the manual into one group.
+images, and neither do pictures on many pages: one photo of the Taj Mahal would put a third of the
+manual into one group.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_group_splits,
-    slugify,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind, find_near_duplicates, fingerprint_image
@@ -187,12 +182,14 @@ def _assign_page_splits(pages: list[ManualPage], hashes: dict[Path, str]) -> lis
     for i, j in find_near_duplicates(fingerprints):
         groups.union(first_page[keys[i]], first_page[keys[j]])
     names = [page.name for page in pages]
-    return assign_group_splits(groups, names, corpus="gimp-help", test=TEST_SHARE, val=VAL_SHARE)
+    return build.assign_group_splits(
+        groups, names, corpus="gimp-help", test=TEST_SHARE, val=VAL_SHARE
+    )
 
 
 def _make_image(path: Path, root: Path) -> CorpusImage:
     """Return an image of the manual under its name in the corpus; `root` is the manual's folder."""
     relative = path.relative_to(root).with_suffix("").as_posix()
-    name = slugify(relative.removeprefix("images/").replace("/", "__"))
+    name = build.slugify(relative.removeprefix("images/").replace("/", "__"))
     suffix = "jpg" if path.suffix in (".jpg", ".jpeg") else "png"
     return CorpusImage(f"images/{name}.{suffix}", path)

@@ -3,10 +3,10 @@
 There are three kinds of records, distinguished by ``metadata.kind``:
 
 map      a whole map                         "A map of France, divided into departments"
-region   a map that shows one region in red  "Ain in France"        with capital and place in the map
+region   a map that shows one region in red  "Ain in France"       with capital and place in it
 flag     flag of a country or of a region    "The flag of Norway"   with capital
 
-Everything of one country is in one split: its maps, their regions, its flags and its regions' flags.
+Everything of one country is in one split: its maps, their regions, and all of their flags.
 Maps of several countries are in train, and show single regions only of countries in train.
 """
 
@@ -22,14 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_group_splits,
-    normalize_caption,
-    slugify,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind, find_near_duplicates, fingerprint_image
@@ -251,7 +245,7 @@ def normalize_country(name: str) -> str:
     parenthesis = re.search(r"\(([^)]*)\)", name)
     if parenthesis is not None and not name.startswith("Republic of China"):
         name = parenthesis.group(1)
-    name = normalize_caption(re.sub(r"\(.*?\)|-", " ", name)).removeprefix("the ")
+    name = build.normalize_caption(re.sub(r"\(.*?\)|-", " ", name)).removeprefix("the ")
     return COUNTRY_SYNONYMS.get(name, name)
 
 
@@ -283,7 +277,7 @@ def assign_country_splits(
             # Caribbean.
             is_country = atlas_map.id in MULTI_COUNTRY_MAPS
             outer = normalize_country(region.name if is_country else atlas_map.territory)
-            inner = normalize_caption(re.sub(r"\(.*?\)", "", region.name))
+            inner = build.normalize_caption(re.sub(r"\(.*?\)", "", region.name))
             if inner in mapped and outer in index_by_name:
                 groups.union(index_by_name[outer], index_by_name[inner])
     pictures = [(normalize_country(m.territory), m.picture) for m in country_maps]
@@ -291,7 +285,7 @@ def assign_country_splits(
     fingerprints = [fingerprint_image(ImageRef(path=path)) for _, path in pictures]
     for i, j in find_near_duplicates(fingerprints):
         groups.union(index_by_name[pictures[i][0]], index_by_name[pictures[j][0]])
-    splits = assign_group_splits(groups, names, corpus="maps", test=TEST_SHARE, val=VAL_SHARE)
+    splits = build.assign_group_splits(groups, names, corpus="maps", test=TEST_SHARE, val=VAL_SHARE)
     return dict(zip(names, splits, strict=True))
 
 
@@ -362,7 +356,7 @@ def _make_map_record(atlas_map: AtlasMap) -> dict[str, Any]:
     divisions = atlas_map.division_names
     return {
         "id": f"map/{atlas_map.id}",
-        "image": CorpusImage(f"images/maps/{slugify(atlas_map.id)}.png", atlas_map.picture),
+        "image": CorpusImage(f"images/maps/{build.slugify(atlas_map.id)}.png", atlas_map.picture),
         "short": f"A map of {territory}, divided into {divisions}",
         "metadata": {
             "kind": "map",
@@ -385,11 +379,11 @@ def _make_region_records(
         mask = colours == region.colour
         if mask.mean() < MIN_REGION_SHARE:
             continue
-        name = slugify(region.name)
+        name = build.slugify(region.name)
         name_counts[name] = name_counts.get(name, 0) + 1
         if name_counts[name] > 1:
             name = f"{name}-{name_counts[name]}"
-        path = f"images/regions/{slugify(atlas_map.id)}/{name}.png"
+        path = f"images/regions/{build.slugify(atlas_map.id)}/{name}.png"
         metadata = {
             "kind": "region",
             "name": region.name,
@@ -410,7 +404,7 @@ def _make_region_records(
 def _make_flag_record(flag: Flag, root: Path) -> dict[str, Any]:
     """Return the pair record of a flag; `root` is the package's folder with the pictures."""
     name = flag.file.removesuffix(".png")
-    path = "/".join(slugify(part) for part in name.split("/"))
+    path = "/".join(build.slugify(part) for part in name.split("/"))
     metadata = {
         "kind": "flag",
         "name": flag.name,

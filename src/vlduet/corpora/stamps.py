@@ -12,16 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_group_splits,
-    encode_image,
-    normalize_caption,
-    slugify,
-    union_near_duplicates,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, fingerprint_image
@@ -62,18 +54,20 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     """Yield a pair for every distinct stamp, in the order of their paths."""
     root = folders[PACKAGE_NAME] / "usr/share/tuxpaint/stamps"
     stamps = list(_drop_repeated(read_stamps(root)))
-    captions = [normalize_caption(stamp.caption) for stamp in stamps]
+    captions = [build.normalize_caption(stamp.caption) for stamp in stamps]
     groups = UnionFind(len(stamps))
     groups.union_equal(captions)
-    union_near_duplicates(groups, [stamp.fingerprint for stamp in stamps])
-    splits = assign_group_splits(groups, captions, corpus="stamps", test=TEST_SHARE, val=VAL_SHARE)
+    build.union_near_duplicates(groups, [stamp.fingerprint for stamp in stamps])
+    splits = build.assign_group_splits(
+        groups, captions, corpus="stamps", test=TEST_SHARE, val=VAL_SHARE
+    )
     for stamp, split in zip(stamps, splits, strict=True):
         yield CorpusSample(_make_record(stamp), split)
 
 
 def _make_record(stamp: TuxPaintStamp) -> dict[str, Any]:
     """Return the pair record of one stamp."""
-    image = CorpusImage(f"images/{slugify(stamp.name.replace('/', '__'))}.png", stamp.png)
+    image = CorpusImage(f"images/{build.slugify(stamp.name.replace('/', '__'))}.png", stamp.png)
     metadata = {"category": stamp.category, "photo": not stamp.is_drawing and is_photo(stamp)}
     return {"id": stamp.name, "image": image, "short": stamp.caption, "metadata": metadata}
 
@@ -88,7 +82,7 @@ def read_stamps(root: Path) -> Iterator[TuxPaintStamp]:
         source = _find_image(path)
         if source is None or not caption or "/alphabets/" in f"/{name}":
             continue
-        png = encode_image(source)
+        png = build.encode_image(source)
         fingerprint = fingerprint_image(ImageRef(data=png))
         yield TuxPaintStamp(name, caption, png, source.suffix == ".svg", fingerprint)
 
@@ -110,7 +104,7 @@ def _drop_repeated(stamps: Iterable[TuxPaintStamp]) -> Iterator[TuxPaintStamp]:
     """Yield the stamps without repetitions of the same image with the same caption."""
     keys = set()
     for stamp in stamps:
-        key = (hashlib.sha256(stamp.png).digest(), normalize_caption(stamp.caption))
+        key = (hashlib.sha256(stamp.png).digest(), build.normalize_caption(stamp.caption))
         if key not in keys:
             keys.add(key)
             yield stamp

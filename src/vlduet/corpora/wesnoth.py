@@ -12,15 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora.build import (
-    CorpusImage,
-    CorpusSample,
-    PackageFolders,
-    assign_group_splits,
-    normalize_caption,
-    slugify,
-    union_near_duplicates,
-)
+from vlduet.corpora import build
+from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
 from vlduet.corpora.wml import WmlBlock, read_wml
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind, fingerprint_image
@@ -60,7 +53,7 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     units = list(read_units(folders[PACKAGE_NAME] / DATA_FOLDER / "core"))
     splits = assign_unit_splits(units)
     for unit in units:
-        image_name = slugify(unit.portrait.removesuffix(".png").replace("/", "__"))
+        image_name = build.slugify(unit.portrait.removesuffix(".png").replace("/", "__"))
         record = {
             "id": unit.id,
             "image": CorpusImage(f"images/{image_name}.png", unit.source),
@@ -135,13 +128,15 @@ def assign_unit_splits(units: list[WesnothUnit]) -> dict[str, str]:
     """
     groups = UnionFind(len(units))
     groups.union_equal(unit.portrait for unit in units)
-    groups.union_equal(normalize_caption(unit.description) for unit in units)
+    groups.union_equal(build.normalize_caption(unit.description) for unit in units)
     index_by_id = {unit.id: i for i, unit in enumerate(units)}
     for i, unit in enumerate(units):
         for target in unit.advances_to:
             if target in index_by_id:
                 groups.union(i, index_by_id[target])
-    union_near_duplicates(groups, [fingerprint_image(ImageRef(path=u.source)) for u in units])
+    build.union_near_duplicates(groups, [fingerprint_image(ImageRef(path=u.source)) for u in units])
     ids = [unit.id for unit in units]
-    splits = assign_group_splits(groups, ids, corpus="wesnoth", test=TEST_SHARE, val=VAL_SHARE)
+    splits = build.assign_group_splits(
+        groups, ids, corpus="wesnoth", test=TEST_SHARE, val=VAL_SHARE
+    )
     return dict(zip(ids, splits, strict=True))

@@ -1,7 +1,7 @@
 """Frozen encoders of the demo: EfficientNet, MiniLM, and a small dual encoder trained here.
 
-Together they are the encoders of Sugar's triple kernel (`vlduet.recipes.sugar`). The dual encoder is
-also the independent retriever that the model's own retrieval is compared with.
+They are the encoders of Sugar's triple kernel (`vlduet.recipes.sugar`). The dual encoder is also the
+independent retriever that the model's own retrieval is compared with.
 """
 
 from __future__ import annotations
@@ -168,7 +168,9 @@ def measure_retrieval_augmented(
 
     (stamps,) = [path for path in data.train_files if path.parent.name == builtin_rag.STAMPS_CORPUS]
     training_records = evenly_spaced(list(read_jsonl(stamps)), NUM_SOLVED_QUESTIONS)
-    task = builtin_rag.make_solved_question_task(data.held_out, training_records, num_questions=NUM_QUESTIONS, seed=seed)
+    task = builtin_rag.make_solved_question_task(
+        data.held_out, training_records, num_questions=NUM_QUESTIONS, seed=seed
+    )
     functions = replace(
         model_functions(model, EvaluationSettings(seed=seed)),
         retriever_embed=as_embedder(encoders.by_role["cross"]),

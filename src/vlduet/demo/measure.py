@@ -41,7 +41,7 @@ TEXT_ONLY_QUESTIONS = (
     ("What is ice?", "Ice is frozen water."),
     ("Why do people sleep?", "People sleep so that their body and mind can rest and recover."),
 )
-"""Questions without an image, with answers: they show what training on images makes a model forget."""
+"""Questions without an image, with answers: they show what training makes a model forget."""
 
 
 def measure_model(
