@@ -18,109 +18,117 @@ from vlduet.model.feature_cache import FeatureCache
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[ImageRef]:
+def image_files(tmp_path: Path) -> list[ImageRef]:
+    refs = []
     for i in range(6):
-        (tmp_path / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
-    return [ImageRef(path=tmp_path / f"{i}.png") for i in range(6)]
+        path = tmp_path / f"{i}.png"
+        path.write_bytes(tiny.random_image(i).data or b"")
+        refs.append(ImageRef(path=path))
+    return refs
 
 
-def test_memory_is_bounded_and_keeps_the_newest() -> None:
+def test_memory_is_bounded_and_holds_the_newest_features() -> None:
     cache = FeatureCache(None, memory_bytes=100)
     for i in range(5):
         cache.put(str(i), torch.full((4, 2), float(i)))  # 32 bytes
     assert [cache.get(str(i)) is not None for i in range(5)] == [False, False, True, True, True]
     cache.put("4", torch.zeros(4, 2))
-    assert cache.get("2") is not None and bool((cache.get("4") == 0).all())
+    replaced = cache.get("4")
+    assert cache.get("2") is not None and replaced is not None and bool((replaced == 0).all())
     cache.put("large", torch.zeros(4, 100))
     assert cache.get("large") is None
 
 
-@pytest.mark.parametrize("memory", [0, 400, 1 << 20])
-def test_embeddings_do_not_depend_on_what_the_cache_holds(
-    tmp_path: Path, pictures: list[ImageRef], memory: int
+@pytest.mark.parametrize("memory_bytes", [0, 400, 1 << 20])
+def test_embeddings_do_not_depend_on_the_content_of_the_cache(
+    tmp_path: Path, image_files: list[ImageRef], memory_bytes: int
 ) -> None:
     model = tiny.build_duet_model(tmp_path / "base")
-    wanted = model.encode(pictures)
-    model.feature_cache = FeatureCache(None, memory_bytes=memory)
+    expected = model.encode(image_files)
+    model.feature_cache = FeatureCache(None, memory_bytes=memory_bytes)
     for _ in range(3):
-        assert_close(model.encode(pictures[:3]), wanted[:3], atol=1e-6, rtol=0)
-        # Cached ones and new ones in one batch: the new ones push the cached ones out before they are read.
-        assert_close(model.encode(pictures), wanted, atol=1e-6, rtol=0)
+        assert_close(model.encode(image_files[:3]), expected[:3], atol=1e-6, rtol=0)
+        # Cached and new images in one batch: new features displace cached ones before they are read.
+        assert_close(model.encode(image_files), expected, atol=1e-6, rtol=0)
 
 
-def test_on_disk_an_image_is_decoded_once(
-    tmp_path: Path, pictures: list[ImageRef], monkeypatch: pytest.MonkeyPatch
+def test_features_on_disk_spare_decoding_and_the_vision_tower(
+    tmp_path: Path, image_files: list[ImageRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.build_duet_model(tmp_path / "base")
     model.feature_cache = FeatureCache(tmp_path / "features")
-    first = model.encode(pictures)
-    monkeypatch.setattr(
-        model.backbone, "prepare_image", lambda ref: pytest.fail(f"{ref.name} was decoded again")
-    )
-    monkeypatch.setattr(
-        model.backbone, "compute_vision_features", lambda chunk: pytest.fail("the tower ran again")
-    )
-    assert np.array_equal(model.encode(pictures), first)
+    expected = model.encode(image_files)
+
+    def decode_again(ref: ImageRef) -> None:
+        pytest.fail(f"{ref.name} was decoded again")
+
+    def encode_again(images: object) -> None:
+        pytest.fail("the vision tower ran again")
+
+    monkeypatch.setattr(model.backbone, "prepare_image", decode_again)
+    monkeypatch.setattr(model.backbone, "compute_vision_features", encode_again)
+    assert np.array_equal(model.encode(image_files), expected)
 
 
-def test_what_is_on_disk_is_read_when_it_is_needed(
-    tmp_path: Path, pictures: list[ImageRef]
+def test_features_on_disk_are_read_only_when_needed(
+    tmp_path: Path, image_files: list[ImageRef]
 ) -> None:
-    """A batch of any size holds no features: neither their memory nor a mapping a file, of which a process may have few."""
+    """A batch of any size holds no features: neither memory nor file mappings, whose number is limited."""
     model = tiny.build_duet_model(tmp_path / "base")
     model.feature_cache = FeatureCache(tmp_path / "features")
-    first = model.encode(pictures)
-    prepared = [model.prepare_image(picture) for picture in pictures]
+    expected = model.encode(image_files)
+    prepared = [model.prepare_image(ref) for ref in image_files]
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path / "features") not in maps.read_text()
     assert_close(model.vision_features(prepared)[:4], model.vision_features(prepared[:1]))
     shutil.rmtree(tmp_path / "features")
     with pytest.raises(
-        ModelError, match=r"features: features that were here are gone.*start again"
+        ModelError, match=r"features: cached features have disappeared.*start again"
     ):
         model.vision_features(prepared)
-    assert np.array_equal(model.encode(pictures), first), "and are made anew"
+    assert np.array_equal(model.encode(image_files), expected), "they are computed again"
 
 
-def test_another_content_under_the_same_name_is_another_image(
-    tmp_path: Path, pictures: list[ImageRef]
+def test_a_file_with_new_content_is_another_image(
+    tmp_path: Path, image_files: list[ImageRef]
 ) -> None:
     model = tiny.build_duet_model(tmp_path / "base")
-    before = model.encode(pictures[:1])
-    assert pictures[0].path is not None
-    pictures[0].path.write_bytes(tiny.random_image(99, side=25).data or b"")
-    assert abs(model.encode(pictures[:1]) - before).max() > 1e-6
+    before = model.encode(image_files[:1])
+    assert image_files[0].path is not None
+    image_files[0].path.write_bytes(tiny.random_image(99, side=25).data or b"")
+    assert abs(model.encode(image_files[:1]) - before).max() > 1e-6
 
 
-@pytest.mark.parametrize("place", [0, -1])
-def test_a_tower_with_other_weights_has_other_features(
-    tmp_path: Path, pictures: list[ImageRef], place: int
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_vision_tower_with_other_weights_has_other_cache_keys(
+    tmp_path: Path, image_files: list[ImageRef], index: int
 ) -> None:
-    before, after = (
-        tiny.build_duet_model(tmp_path / "base"),
-        DuetModel.from_pretrained(tmp_path / "base"),
+    model = tiny.build_duet_model(tmp_path / "base")
+    copy = DuetModel.from_pretrained(tmp_path / "base")
+    assert model.prepare_image(image_files[0]).cache_key == (
+        copy.prepare_image(image_files[0]).cache_key
     )
-    assert before.prepare_image(pictures[0]).cache_key == after.prepare_image(pictures[0]).cache_key
-    after = DuetModel.from_pretrained(tmp_path / "base")
+    changed = DuetModel.from_pretrained(tmp_path / "base")
     with torch.no_grad():
-        list(after.backbone.vision_tower.parameters())[place].add_(1)
-    assert before.prepare_image(pictures[0]).cache_key != after.prepare_image(pictures[0]).cache_key
+        list(changed.backbone.vision_tower.parameters())[index].add_(1)
+    assert model.prepare_image(image_files[0]).cache_key != (
+        changed.prepare_image(image_files[0]).cache_key
+    )
 
 
-@pytest.mark.parametrize("keep", [0, 10, 200])
-def test_a_broken_file_counts_as_missing(tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize("num_bytes", [0, 10, 200])
+def test_an_incomplete_file_counts_as_missing(tmp_path: Path, num_bytes: int) -> None:
     cache = FeatureCache(tmp_path)
     cache.put("abcd", torch.ones(4, 8))
     (file,) = tmp_path.rglob("*.npy")
-    file.write_bytes(file.read_bytes()[:keep])
+    file.write_bytes(file.read_bytes()[:num_bytes])
     assert cache.get("abcd") is None
 
 
-def test_what_is_made_of_an_image_does_not_depend_on_its_company(model: DuetModel) -> None:
-    """In the last bit: what a run has cached when it is resumed decides who meets whom in the tower."""
-    made = [model.prepare_image(tiny.random_image(i)) for i in range(5)]
-    alone = [model.backbone.compute_vision_features([image]) for image in made]
-    assert torch.equal(model.backbone.compute_vision_features(made), torch.cat(alone))
-    assert torch.equal(
-        model.backbone.compute_vision_features(made[3:0:-1]), torch.cat(alone[3:0:-1])
-    )
+def test_features_of_an_image_do_not_depend_on_its_batch(model: DuetModel) -> None:
+    """In the last bit: which images of a resumed run are cached decides which others are computed."""
+    prepared = [model.prepare_image(tiny.random_image(i)) for i in range(5)]
+    compute = model.backbone.compute_vision_features
+    single = [compute([image]) for image in prepared]
+    assert torch.equal(compute(prepared), torch.cat(single))
+    assert torch.equal(compute(prepared[3:0:-1]), torch.cat(single[3:0:-1]))

@@ -1,0 +1,118 @@
+"""Cutting a sequence to a limit keeps images, control text and the meaning of labels and anchors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helpers import tiny
+from vlduet.data.sequences import IGNORE_INDEX
+from vlduet.errors import DataError
+from vlduet.model.duet import DuetModel
+from vlduet.model.prompts import Renderer
+
+EOS_ID = 2
+
+
+def make_renderer(model: DuetModel, *, max_tokens: int | None = None) -> Renderer:
+    return model.renderer.with_options(prompts=tiny.PLAIN_PROMPTS, max_tokens=max_tokens)
+
+
+def decode(renderer: Renderer, token_ids: Any) -> str:
+    kept = [i for i in token_ids if i != IGNORE_INDEX]
+    return str(renderer.tokenizer.decode(kept, skip_special_tokens=False))
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    num_images=st.integers(0, 2),
+    limit=st.integers(14, 80),
+)
+def test_cutting_keeps_images_and_the_last_token(
+    model: DuetModel, lengths: list[int], num_images: int, limit: int
+) -> None:
+    images = tuple(tiny.random_image(i) for i in range(num_images))
+    parts: tuple[Any, ...] = (*images, *("x" * length for length in lengths))
+    full = make_renderer(model).render_embedding(parts)
+    renderer = make_renderer(model, max_tokens=limit)
+    # A space separates two texts; each text keeps at least one token.
+    num_fixed_tokens = len(full) - sum(lengths) - (len(lengths) - 1)
+    if num_fixed_tokens + len(lengths) > limit:
+        with pytest.raises(DataError, match=rf"{num_images} images.*the limit is {limit}"):
+            renderer.render_embedding(parts)
+        return
+    sequence = renderer.render_embedding(parts)
+    assert len(sequence) == min(len(full), limit)
+    assert [image.cache_key for _, image in sequence.images] == [
+        image.cache_key for _, image in full.images
+    ]
+    for start, image in sequence.images:
+        image_ids = sequence.token_ids[start : start + image.num_tokens]
+        assert list(image_ids) == image.token_ids(renderer.image_token_id)
+    (anchor,) = sequence.anchors
+    assert (anchor.start, anchor.end) == (len(sequence) - 1, len(sequence))
+    assert sequence.token_ids[-1] == EOS_ID
+
+
+def test_a_cut_caption_does_not_teach_the_model_to_stop(model: DuetModel) -> None:
+    caption = "abcdefghijklmnopqrstuvwxyz"
+    image_length = len(make_renderer(model).render_embedding((tiny.random_image(1),)))
+    renderer = make_renderer(model, max_tokens=image_length + 10)
+    sequence = renderer.render_caption(tiny.random_image(1), caption)
+    assert len(sequence) == image_length + 10
+    labels = decode(renderer, sequence.labels)
+    assert caption.startswith(labels) and len(labels) >= 8
+    (anchor,) = sequence.anchors
+    start, image = sequence.images[0]
+    assert (anchor.start - start, anchor.end - start) == image.feature_span
+
+
+def test_the_longest_text_is_cut_first(model: DuetModel) -> None:
+    renderer = make_renderer(model, max_tokens=24)
+    sequence = renderer.render_embedding(("short", "x" * 40))
+    text = decode(renderer, sequence.token_ids).removeprefix("<s>")
+    assert text.startswith("short x")
+
+
+def test_anchors_of_a_cut_text_move_to_its_new_end(model: DuetModel) -> None:
+    renderer = make_renderer(model)
+    builder = renderer.new_builder()
+    builder.append_text("ab")
+    start, end = builder.append_text("cdefghij")
+    spans = {"mean": (start, end), "last": (end - 1, end)}
+    spans["end"] = builder.append_control("</s>")
+    for role, span in spans.items():
+        builder.add_anchor(span, role=role, record_name="", content_key="")
+    sequence = builder.build(len(builder.token_ids) - 3)
+    texts = {
+        anchor.role: decode(renderer, sequence.token_ids[anchor.start : anchor.end])
+        for anchor in sequence.anchors
+    }
+    assert texts == {"mean": "cdefg", "last": "g", "end": "</s>"}
+
+
+def test_a_sequence_without_text_to_cut_is_refused(model: DuetModel) -> None:
+    renderer = make_renderer(model, max_tokens=10)
+    images = tuple(tiny.random_image(i) for i in range(3))
+    with pytest.raises(
+        DataError,
+        match=r"3 images and the prompt take \d+ tokens, the limit is 10.*data\.max_tokens",
+    ):
+        renderer.render_embedding(images)
+
+
+def test_a_copy_of_a_builder_is_independent(model: DuetModel) -> None:
+    builder = make_renderer(model).new_builder()
+    builder.append_text("ab", supervised=True)
+    copy = builder.copy()
+    copy.append_text("cd", supervised=True)
+    copy.add_anchor((0, 1), role="", record_name="", content_key="")
+    assert len(copy.token_ids) == len(builder.token_ids) + 2
+    assert len(builder.labels) == len(builder.token_ids) and not builder.anchors
+    assert len(builder.text_spans) == 1
