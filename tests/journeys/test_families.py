@@ -1,5 +1,7 @@
-"""From bare images to a searched model on families other than the default model's: captions, hard negatives, every recipe
-side by side, export, analysis."""
+"""Whole workflows on families other than the default model's.
+
+Captioning, mining, every recipe in one comparison, export, analysis.
+"""
 
 from __future__ import annotations
 
@@ -24,81 +26,100 @@ CHUNKED = "train.chunk_tokens=120"
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
-def test_everything_that_the_default_model_does(family: str, tmp_path: Path) -> None:
+def test_family_supports_every_workflow(family: str, tmp_path: Path) -> None:
     base = runs.write_run_config(
         tmp_path, family=family, count=6, steps=1, batch_size=4, eval_every=1
     )
     model = DuetModel.from_pretrained(tmp_path / "base")
+    check_captioning(model, tmp_path, family)
+    check_mining(model, tmp_path)
+    recipes = check_comparison(base, tmp_path)
+    check_export(recipes, tmp_path)
+    check_analysis(tmp_path)
 
-    photos = tmp_path / "photos"
+
+def check_captioning(model: DuetModel, folder: Path, family: str) -> None:
+    """Caption three bare images, each with a short and a long caption."""
+    photos = folder / "photos"
     photos.mkdir()
     for i, width in enumerate((16, 24, 40)):
         (photos / f"{i}.png").write_bytes(tiny.random_image(i, width=width).data or b"")
-    told = write_missing_captions(
+    report = write_missing_captions(
         model,
         photos,
-        output=tmp_path / "captioned.jsonl",
+        output=folder / "captioned.jsonl",
         specs=build_caption_specs(short=4, long=6),
         model_name=family,
     )
-    assert told.records == 3 and told.generated == 6 and told.dropped == 0
+    assert (report.records, report.generated, report.dropped) == (3, 6, 0)
 
-    mined = mine_hard_negatives(
-        model,
-        tmp_path / "train.jsonl",
-        output=tmp_path / "mined.jsonl",
-        num_negatives=1,
-        margin=0.0,
+
+def check_mining(model: DuetModel, folder: Path) -> None:
+    """Mine one hard negative for each of six training records."""
+    output = folder / "mined.jsonl"
+    report = mine_hard_negatives(
+        model, folder / "train.jsonl", output=output, num_negatives=1, margin=0.0
     )
-    assert mined.records == 6
-    assert all(record.kind == "pair" for record in read_records(tmp_path / "mined.jsonl"))
+    assert report.records == 6
+    assert {record.kind for record in read_records(output)} == {"pair"}
 
-    judges = [
-        f"encoders.{role}={folder}"
-        for role, folder in tiny.build_frozen_encoders(tmp_path / "judges").items()
-    ]
-    mean = "model.prompts.image_pool=mean"
-    written = [f"model.prompts.{kind}=<s>{{{kind}}} sum" for kind in ("image", "text", "parts")]
-    rows: dict[str, list[str]] = {
-        "vladva": ["train.soft_prompts=true", CHUNKED, *written],
+
+def check_comparison(base: Path, folder: Path) -> list[str]:
+    """Train every recipe for a step on the mined records and return the names of the runs."""
+    encoder_folders = tiny.build_frozen_encoders(folder / "encoders")
+    encoders = [f"encoders.{role}={path}" for role, path in encoder_folders.items()]
+    prompts = [f"model.prompts.{kind}=<s>{{{kind}}} sum" for kind in ("image", "text", "parts")]
+    overrides: dict[str, list[str]] = {
+        "vladva": ["train.soft_prompts=true", CHUNKED, *prompts],
         "joint-naive": ["train.fused=false"],
         "contrastive": ["objectives={contrastive: 1}", "train.pack=90"],
         "sft": ["objectives={language: 1}", "train.checkpointing=true"],
         "fromage": [*runs.FROMAGE_OVERRIDES, "train.projector=last", CHUNKED],
-        "sugar": ["recipe={name: sugar}", "objectives={structure: 1, language: 1}", mean, *judges],
+        "sugar": [
+            "recipe={name: sugar}",
+            "objectives={structure: 1, language: 1}",
+            "model.prompts.image_pool=mean",
+            *encoders,
+        ],
     }
-    tree: dict[str, Any] = {"base": str(base), "out": str(tmp_path / "compared"), "runs": rows}
-    tree["overrides"] = [f"data.train.1.path={tmp_path / 'mined.jsonl'}"]
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-    found = run_comparison(config.load_comparison_config(tmp_path / "compare.yaml"))
-    assert list(found["runs"]) == ["before training", *rows]
-    for name, run in found["runs"].items():
-        assert all(
-            np.isfinite(v)
-            for m, values in run["values"].items()
-            if "seconds" not in m
-            for v in values
-        ), name
-    assert not list((tmp_path / "compared").rglob("quarantine*.jsonl"))
+    comparison: dict[str, Any] = {
+        "base": str(base),
+        "out": str(folder / "compared"),
+        "runs": overrides,
+        "overrides": [f"data.train.1.path={folder / 'mined.jsonl'}"],
+    }
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(comparison, sort_keys=False))
+    results = run_comparison(config.load_comparison_config(path))["runs"]
+    assert list(results) == ["before training", *overrides]
+    for name, run in results.items():
+        for metric, values in run["values"].items():
+            if "seconds" not in metric:
+                assert np.isfinite(values).all(), f"{name}: {metric}"
+    assert not list((folder / "compared").rglob("quarantine*.jsonl"))
+    return list(overrides)
 
+
+def check_export(recipes: list[str], folder: Path) -> None:
+    """Compare the embeddings of each trained model with those of its merged export."""
     items = ["a text", tiny.random_image(7, width=40), (tiny.random_image(8), "both")]
-    for name in rows:
-        trained = DuetModel.from_pretrained(tmp_path / "compared" / name / "seed-0" / "model")
-        vectors = trained.encode(items)
-        trained.save_merged(tmp_path / "merged" / name)
-        np.testing.assert_allclose(
-            DuetModel.from_pretrained(tmp_path / "merged" / name).encode(items), vectors, atol=2e-5
-        )
+    for name in recipes:
+        trained = DuetModel.from_pretrained(folder / "compared" / name / "seed-0" / "model")
+        embeddings = trained.encode(items)
+        trained.save_merged(folder / "merged" / name)
+        merged = DuetModel.from_pretrained(folder / "merged" / name)
+        np.testing.assert_allclose(merged.encode(items), embeddings, atol=2e-5)
 
-    seen = internals.collect_items(tmp_path / "train.jsonl", limit=4, dropped=Quarantine(None))
+
+def check_analysis(folder: Path) -> None:
+    """Analyse two exported models on four training records."""
+    items = internals.collect_items(folder / "train.jsonl", limit=4, dropped=Quarantine(None))
     for name in ("vladva", "fromage"):
-        trained = DuetModel.from_pretrained(tmp_path / "merged" / name)
-        measured = internals.analyse_model(trained, seen, name=name, num_attention_maps=1)
-        assert (
-            measured.images is not None
-            and len(measured.images.entropy) == 4
-            and len(measured.attention_maps) == 1
-        )
+        model = DuetModel.from_pretrained(folder / "merged" / name)
+        analysis = internals.analyse_model(model, items, name=name, num_attention_maps=1)
+        assert analysis.images is not None
+        assert len(analysis.images.entropy) == 4
+        assert len(analysis.attention_maps) == 1
         np.testing.assert_allclose(
-            measured.images.embeddings, trained.encode(seen.images), atol=1e-5
+            analysis.images.embeddings, model.encode(items.images), atol=1e-5
         )
