@@ -1,4 +1,4 @@
-"""The verbs of `vlduet data`, on tiny files."""
+"""The commands of `vlduet data`, on tiny files."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from vlduet.corpora.build import CorpusSummary
 from vlduet.data.formats import FORMATS, read_records
 from vlduet.errors import DataError, PackageError
 
-runner = CliRunner()
+RUNNER = CliRunner()
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two good records, one broken line between them."""
+    """Write two good records with a broken line between them."""
     data = random_image().data
     assert data is not None
     (tmp_path / "a.png").write_bytes(data)
-    (tmp_path / "x.jsonl").write_text(
-        '{"id": "a", "image": "a.png", "short": "A <red> cat."}\n{"id": \n{"id": "b", "image": "a.png", "long": "Two."}\n'
-    )
+    lines = [
+        '{"id": "a", "image": "a.png", "short": "A <red> cat."}',
+        '{"id": ',
+        '{"id": "b", "image": "a.png", "long": "Two."}',
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path / "x.jsonl"
 
 
 def test_check_prints_problems_and_exits_with_1(source: Path) -> None:
-    result = runner.invoke(app, ["check", str(source)])
+    result = RUNNER.invoke(app, ["check", str(source)])
     assert result.exit_code == 1 and f"{source}:2: broken JSON" in result.stdout
-    result = runner.invoke(app, ["check", str(source), "--json"])
+    result = RUNNER.invoke(app, ["check", str(source), "--json"])
     report = json.loads(result.stdout)
     assert result.exit_code == 1 and not report["ok"] and report["files"][0]["records"] == 2
     assert report["problems"][0]["line"] == 2 and report["problems"][0]["fix"]
@@ -42,62 +45,66 @@ def test_check_prints_problems_and_exits_with_1(source: Path) -> None:
 
 def test_check_of_a_good_folder_exits_with_0(source: Path) -> None:
     source.unlink()
-    result = runner.invoke(app, ["check", str(source.parent)])
+    result = RUNNER.invoke(app, ["check", str(source.parent)])
     assert result.exit_code == 0 and "1 records" in result.stdout
 
 
-def test_convert_leaves_the_broken_out_and_lists_them(source: Path) -> None:
+def test_convert_leaves_broken_records_out_and_lists_them(source: Path) -> None:
     target = source.parent / "out" / "y.jsonl"
-    result = runner.invoke(app, ["convert", str(source), "--to", str(target), "--json"])
+    result = RUNNER.invoke(app, ["convert", str(source), "--to", str(target), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["records"] == 2 and json.loads(result.stdout)["dropped"] == 1
+    counts = json.loads(result.stdout)
+    assert counts["records"] == 2 and counts["dropped"] == 1
     assert [r.id for r in read_records(target)] == ["a", "b"]
     assert "broken JSON" in (target.parent / "y.quarantine.jsonl").read_text()
-    strict = runner.invoke(app, ["convert", str(source), "--to", str(target), "--strict"])
+    strict = RUNNER.invoke(app, ["convert", str(source), "--to", str(target), "--strict"])
     assert isinstance(strict.exception, DataError)
     assert [r.id for r in read_records(target)] == ["a", "b"], "a failed run leaves the old file"
 
 
-def test_show(source: Path) -> None:
-    result = runner.invoke(app, ["show", str(source), "--index", "1"])
+def test_show_as_text_json_and_page(source: Path) -> None:
+    result = RUNNER.invoke(app, ["show", str(source), "--index", "1"])
     assert result.exit_code == 0 and "Two." in result.stdout and "24 x 24" in result.stdout
-    shown = json.loads(runner.invoke(app, ["show", str(source), "--json"]).stdout)
-    assert shown["kind"] == "pair" and shown["record"]["short"] == "A <red> cat."
+    values = json.loads(RUNNER.invoke(app, ["show", str(source), "--json"]).stdout)
+    assert values["kind"] == "pair" and values["record"]["short"] == "A <red> cat."
     page = source.parent / "page.html"
-    assert runner.invoke(app, ["show", str(source), "--html", str(page)]).exit_code == 0
-    found = pages.parse_checked_page(page.read_text())
-    assert "A <red> cat." in found.text and [a["alt"] for t, a in found.tags if t == "img"] == [
-        f"{source.parent / 'a.png'}, 24 x 24"
-    ]
-    beyond = runner.invoke(app, ["show", str(source), "--index", "2"])
+    assert RUNNER.invoke(app, ["show", str(source), "--html", str(page)]).exit_code == 0
+    html = pages.parse_checked_page(page.read_text())
+    alternatives = [attributes["alt"] for tag, attributes in html.tags if tag == "img"]
+    image = str(source.parent / "a.png")
+    assert alternatives == [image]
+    assert f"{image}, 24 x 24" in html.text and "A <red> cat." in html.text
+    beyond = RUNNER.invoke(app, ["show", str(source), "--index", "2"])
     assert isinstance(beyond.exception, DataError) and "Use 0 to 1" in str(beyond.exception)
 
 
-def test_fetch_goes_on_without_what_cannot_be_had(
+def test_fetch_continues_without_a_corpus_that_is_not_available(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def fetch(name: str, to: Path, *, progress: object = None) -> CorpusSummary:
+    def fetch_corpus(name: str, to: Path) -> CorpusSummary:
         if name != "emoji":
             raise PackageError(f"{name} needs apt")
-        return CorpusSummary(
-            name, to / name, {"train": 2, "val": 1, "test": 1}, 4, "CC BY-SA 4.0", False
-        )
+        counts = {"train": 2, "val": 1, "test": 1}
+        return CorpusSummary(name, to / name, counts, 4, "CC BY-SA 4.0", False)
 
-    monkeypatch.setattr(catalog, "fetch_corpus", fetch)
-    some = runner.invoke(app, ["fetch", "stamps", "emoji", "--to", str(tmp_path), "--json"])
-    answer = json.loads(some.stdout)
-    assert some.exit_code == 0 and answer["fetched"][0]["counts"]["train"] == 2
-    assert answer["failed"] == {"stamps": "stamps needs apt"}
-    assert runner.invoke(app, ["fetch", "stamps", "--to", str(tmp_path)]).exit_code == 1
-    wrong = runner.invoke(app, ["fetch", "emoji", "stamp", "--to", str(tmp_path)])
-    assert isinstance(wrong.exception, DataError) and "Did you mean 'stamps'?" in str(
-        wrong.exception
-    )
+    monkeypatch.setattr(catalog, "fetch_corpus", fetch_corpus)
+    result = RUNNER.invoke(app, ["fetch", "stamps", "emoji", "--to", str(tmp_path), "--json"])
+    values = json.loads(result.stdout)
+    assert result.exit_code == 0 and values["fetched"][0]["counts"]["train"] == 2
+    assert values["failed"] == {"stamps": "stamps needs apt"}
+    assert RUNNER.invoke(app, ["fetch", "stamps", "--to", str(tmp_path)]).exit_code == 1
 
 
-def test_lists() -> None:
-    assert all(name in runner.invoke(app, ["formats"]).stdout for name in FORMATS)
-    listed = json.loads(runner.invoke(app, ["corpora", "--json"]).stdout)
-    assert {"emoji", "stamps"} <= listed.keys() and all(
-        corpus["licence"] for corpus in listed.values()
-    )
+def test_fetch_refuses_a_misspelt_name_before_the_first_download(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["fetch", "emoji", "stamp", "--to", str(tmp_path)])
+    assert isinstance(result.exception, DataError)
+    assert "Did you mean 'stamps'?" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_and_corpora_are_listed() -> None:
+    formats = RUNNER.invoke(app, ["formats"]).stdout
+    assert [name for name in FORMATS if name not in formats] == []
+    corpora = json.loads(RUNNER.invoke(app, ["corpora", "--json"]).stdout)
+    assert {"emoji", "stamps"} <= corpora.keys()
+    assert all(corpus["licence"] for corpus in corpora.values())

@@ -1,4 +1,4 @@
-"""What the command does for its own process, before any verb and where one fails."""
+"""The process of the command line: memory, errors, streams, and imports."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from helpers import tiny
-from vlduet.cli import main as cli
+from vlduet.cli import main as main_module
 
-FAULTS = """
+COUNT_PAGE_FAULTS = """
 import resource, sys
 from vlduet.cli.main import keep_freed_memory
 if sys.argv[1] == "keep":
@@ -25,73 +25,84 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def count_page_faults(mode: str) -> int:
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS, mode]
+    return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc of glibc")
-def test_freed_memory_is_used_again_without_asking_the_kernel() -> None:
-    faults = {
-        how: int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, how], capture_output=True, check=True
-            ).stdout
-        )
-        for how in ("keep", "let go")
-    }
+def test_freed_memory_is_reused_without_page_faults() -> None:
     pages = 10 * (64 << 20) // os.sysconf("SC_PAGE_SIZE")
-    assert faults["let go"] > pages // 2
-    assert faults["keep"] < pages // 5
+    assert count_page_faults("default") > pages // 2
+    assert count_page_faults("keep") < pages // 5
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """The exit status of `vlduet WORDS`, run as the entry point does."""
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Run `vlduet WORDS` as the entry point does and return the exit status."""
     monkeypatch.setattr(sys, "argv", ["vlduet", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+    with pytest.raises(SystemExit) as exit_info:
+        main_module.main()
+    return int(exit_info.value.code or 0)
 
 
-def test_a_path_that_cannot_be_written_is_one_line(
+@pytest.mark.parametrize("command", [[], ["train"], ["index"], ["serve"], ["data", "show"]])
+def test_help_imports_no_heavy_dependency(command: list[str]) -> None:
+    script = f"""
+import sys
+from vlduet.cli.main import main
+sys.argv = ["vlduet", *{command}, "--help"]
+try:
+    main()
+except SystemExit as exit:
+    assert exit.code in (0, None)
+heavy = ("torch", "transformers", "numpy", "lancedb", "PIL", "starlette")
+print("imported:", *(name for name in heavy if name in sys.modules))
+"""
+    command_line = [sys.executable, "-c", script]
+    process = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "Usage:" in process.stdout
+    assert process.stdout.splitlines()[-1] == "imported:"
+
+
+def test_path_that_cannot_be_written_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
     records = tmp_path / "r.jsonl"
     records.write_text('{"id": "a", "parts": [{"text": "hello"}]}\n')
-    assert command(monkeypatch, "analyse", "nowhere", records, "--to", tmp_path / "file") == 1
-    error = capsys.readouterr().err
-    assert error.startswith(
-        f"error: {tmp_path / 'file' / 'quarantine.jsonl'}: Not a directory. Check"
-    )
+    assert run_main(monkeypatch, "analyse", "nowhere", records, "--to", tmp_path / "file") == 1
+    path = tmp_path / "file" / "quarantine.jsonl"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {path}: Not a directory. Check")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_no_verb_makes_a_model_where_something_stands(
+def test_commands_that_write_a_model_never_replace_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "notes.txt").write_text("precious")
-    for words in (["merge", tmp_path / "model"], ["nano"], ["minilm"]):
+    for command in (["merge", tmp_path / "model"], ["nano"], ["minilm"]):
         for target in (tmp_path / "photos", tmp_path / "photos" / "notes.txt", tmp_path / "model"):
-            assert command(monkeypatch, "model", *words, target) == 1
+            assert run_main(monkeypatch, "model", *command, target) == 1
             assert f"{target}: the output folder is not empty" in capsys.readouterr().err
     assert (tmp_path / "photos" / "notes.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
-    assert command(monkeypatch, "model", "merge", tmp_path / "model", tmp_path / "empty") == 0
+    assert run_main(monkeypatch, "model", "merge", tmp_path / "model", tmp_path / "empty") == 0
     assert (tmp_path / "empty" / "vlduet.json").is_file()
 
 
-def test_a_record_does_not_steer_the_terminal(
+def test_control_characters_of_a_record_do_not_reach_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {
-        "id": "a\x1b]0;mine\x07",
-        "parts": [{"text": "a \x1b[2J b"}],
-        "metadata": {"k": "\x1b[31m"},
-    }
-    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    command(monkeypatch, "data", "show", tmp_path / "x.jsonl", "--index", "0")
-    command(monkeypatch, "data", "check", tmp_path / "x.jsonl")
-    told = capsys.readouterr()
-    assert (
-        "mine" in told.out
-        and "\x1b" not in told.out + told.err
-        and "\x07" not in told.out + told.err
-    )
+    row = {"id": "a\x1b]0;mine\x07", "parts": [{"text": "a \x1b[2J b"}]}
+    row["metadata"] = {"k": "\x1b[31m"}
+    file = tmp_path / "x.jsonl"
+    file.write_text(2 * (json.dumps(row) + "\n"))
+    run_main(monkeypatch, "data", "show", file, "--index", "0")
+    run_main(monkeypatch, "data", "check", file)
+    output = capsys.readouterr()
+    assert "mine" in output.out
+    assert "\x1b" not in output.out + output.err and "\x07" not in output.out + output.err

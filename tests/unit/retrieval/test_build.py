@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from helpers import fake_embedder
+from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_records
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError, RetrievalError
 from vlduet.retrieval.build import MAX_FILTER_KEYS, build_index
@@ -45,7 +47,6 @@ def test_only_new_content_is_embedded(
     pairs: Path,
     tmp_path: Path,
     model: Any,
-    tools: Any,
 ) -> None:
     folder = pairs.parent
     to = tmp_path / "index"
@@ -58,12 +59,12 @@ def test_only_new_content_is_embedded(
     rows[0]["short"] = "another caption"  # the image is what is embedded
     rows[1]["id"] = "renamed"
     rows.append({"id": "twin", "image": "images/blue.png"})
-    tools.write_records(pairs, rows)
+    write_records(pairs, rows)
     report = build_index(model, pairs, to=to)
     assert nonzero_counts(report) == {"added": 2, "updated": 1, "kept": 2, "absent": 1, "count": 6}
     assert model.embedded == []
 
-    tools.paint(folder / "images" / "red.png", (9, 9, 9))
+    paint(folder / "images" / "red.png", (9, 9, 9))
     report = build_index(model, pairs, to=to, prune=True)
     assert nonzero_counts(report) == {
         "updated": 1,
@@ -80,20 +81,18 @@ def test_only_new_content_is_embedded(
         assert hits["red"].score < hits["yellow"].score
 
 
-def test_documents_that_swap_their_content_swap_their_vectors(
-    tmp_path: Path, model: Any, tools: Any
-) -> None:
+def test_documents_that_swap_their_content_swap_their_vectors(tmp_path: Path, model: Any) -> None:
     """Rows reuse each other's vectors while both are overwritten, also across chunks."""
     for chunk in (1, 9):
         folder = tmp_path / str(chunk)
         rows = [{"id": name, "parts": [{"text": name}]} for name in ("one", "two", "three")]
-        source = tools.write_records(folder / "r.jsonl", rows)
+        source = write_records(folder / "r.jsonl", rows)
         build_index(model, source, to=folder / "index", side="text", chunk_size=chunk)
         rows = [
             {"id": a, "parts": [{"text": b}]}
             for a, b in (("one", "two"), ("two", "three"), ("three", "one"))
         ]
-        tools.write_records(source, rows)
+        write_records(source, rows)
         report = build_index(model, source, to=folder / "index", chunk_size=chunk)
         assert report.updated == 3 and report.embedded <= 1
         with Index.open(folder / "index", model) as index:
@@ -102,16 +101,16 @@ def test_documents_that_swap_their_content_swap_their_vectors(
                 assert (hit.id, hit.score, hit.text) == (a, 1.0, b)
 
 
-def test_equal_content_is_embedded_once(tmp_path: Path, model: Any, tools: Any) -> None:
+def test_equal_content_is_embedded_once(tmp_path: Path, model: Any) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"text {i % 3}"}]} for i in range(10)]
-    source = tools.write_records(tmp_path / "r.jsonl", rows)
+    source = write_records(tmp_path / "r.jsonl", rows)
     report = build_index(model, source, to=tmp_path / "index", side="text", chunk_size=4)
     assert (report.added, report.embedded, len(model.embedded)) == (10, 3, 3)
 
 
-def write_text_records(tmp_path: Path, tools: Any, count: int = 20) -> Path:
+def write_text_records(tmp_path: Path, count: int = 20) -> Path:
     rows = [{"id": f"{i:02d}", "parts": [{"text": f"word{i} word{i + 1}"}]} for i in range(count)]
-    path: Path = tools.write_records(tmp_path / "many.jsonl", rows)
+    path: Path = write_records(tmp_path / "many.jsonl", rows)
     return path
 
 
@@ -119,8 +118,8 @@ class Interruption(BaseException):
     pass
 
 
-def test_interrupted_build_resumes_where_it_stopped(tmp_path: Path, model: Any, tools: Any) -> None:
-    source, to = write_text_records(tmp_path, tools), tmp_path / "index"
+def test_interrupted_build_resumes_where_it_stopped(tmp_path: Path, model: Any) -> None:
+    source, to = write_text_records(tmp_path), tmp_path / "index"
 
     def stop(parts: Any) -> None:
         if len(model.embedded) == 12:
@@ -138,7 +137,7 @@ def test_interrupted_build_resumes_where_it_stopped(tmp_path: Path, model: Any, 
     report = build_index(model, source, to=to, chunk_size=4)
     assert nonzero_counts(report) == {"added": 8, "kept": 12, "embedded": 8, "count": 20}
     assert len(model.embedded) == 20
-    other = tools.FakeModel()
+    other = FakeModel()
     build_index(other, source, to=tmp_path / "whole", side="text")
     with Index.open(to, model) as resumed, Index.open(tmp_path / "whole", other) as at_once:
         assert resumed.manifest.complete
@@ -165,12 +164,10 @@ SLOW_BUILD = """
 def test_killed_build_loses_one_chunk_and_releases_the_lock(
     tmp_path: Path,
     model: Any,
-    tools: Any,
 ) -> None:
-    source, to = write_text_records(tmp_path, tools), tmp_path / "index"
-    fakes = Path(__file__).with_name("conftest.py")
+    source, to = write_text_records(tmp_path), tmp_path / "index"
     script = textwrap.dedent(SLOW_BUILD)
-    command = [sys.executable, "-c", script, str(fakes), str(source), str(to)]
+    command = [sys.executable, "-c", script, fake_embedder.__file__, str(source), str(to)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -193,12 +190,11 @@ def test_second_writer_is_refused(pairs: Path, tmp_path: Path, model: Any) -> No
 def test_open_index_reads_the_rows_of_a_later_build(
     tmp_path: Path,
     model: Any,
-    tools: Any,
 ) -> None:
-    source = write_text_records(tmp_path, tools)
+    source = write_text_records(tmp_path)
     build_index(model, source, to=tmp_path / "index", side="text")
     with Index.open(tmp_path / "index", model) as reader:
-        tools.write_records(source, [{"id": "new", "parts": [{"text": "word3"}]}])
+        write_records(source, [{"id": "new", "parts": [{"text": "word3"}]}])
         build_index(model, source, to=tmp_path / "index", prune=True)
         (hit,) = search(reader, model, "word3", k=1)
         assert hit.id == "new"
@@ -238,7 +234,6 @@ def test_broken_images_are_quarantined_and_indexed_once_repaired(
     pairs: Path,
     tmp_path: Path,
     model: Any,
-    tools: Any,
 ) -> None:
     images = pairs.parent / "images"
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
@@ -247,7 +242,7 @@ def test_broken_images_are_quarantined_and_indexed_once_repaired(
     rows.insert(1, {"id": "cut", "image": "images/cut.png"})
     rows.insert(3, {"id": "cut again", "image": "images/cut.png"})
     rows.append({"id": "missing", "image": "images/missing.png"})
-    tools.write_records(pairs, rows)
+    write_records(pairs, rows)
     report = build_index(model, pairs, to=tmp_path / "index")
     assert nonzero_counts(report) == {"added": 4, "embedded": 4, "quarantined": 3, "count": 4}
     lines = [
@@ -276,9 +271,7 @@ def test_image_that_broke_after_indexing_counts_as_absent(
     assert nonzero_counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
 
 
-def test_prune_is_refused_if_rows_of_the_source_cannot_be_read(
-    tmp_path: Path, model: Any, tools: Any
-) -> None:
+def test_prune_is_refused_if_rows_of_the_source_cannot_be_read(tmp_path: Path, model: Any) -> None:
     rows = [{"id": str(i), "parts": [{"text": f"word{i}"}]} for i in range(6)]
     source, to = tmp_path / "r.json", tmp_path / "index"
     source.write_text(json.dumps(rows))
@@ -301,9 +294,9 @@ def test_prune_is_refused_if_nothing_can_be_indexed(
     assert Index.open(tmp_path / "index").count() == 4
 
 
-def test_folder_of_images_can_be_indexed(tmp_path: Path, model: Any, tools: Any) -> None:
-    for name, colour in tools.COLOURS.items():
-        tools.paint(tmp_path / "photos" / name / "0.png", colour)
+def test_folder_of_images_can_be_indexed(tmp_path: Path, model: Any) -> None:
+    for name, colour in COLOURS.items():
+        paint(tmp_path / "photos" / name / "0.png", colour)
     report = build_index(model, tmp_path / "photos", to=tmp_path / "index")
     assert nonzero_counts(report) == {"added": 4, "embedded": 4, "count": 4}
     with Index.open(tmp_path / "index", model) as index:
@@ -314,13 +307,10 @@ def test_folder_of_images_can_be_indexed(tmp_path: Path, model: Any, tools: Any)
 def test_images_given_as_bytes_are_stored_in_the_index(
     tmp_path: Path,
     model: Any,
-    tools: Any,
 ) -> None:
-    data = tools.paint(tmp_path / "a.png", (255, 0, 0)).read_bytes()
+    data = paint(tmp_path / "a.png", (255, 0, 0)).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    source = tools.write_records(
-        tmp_path / "r.jsonl", [{"id": str(i), "image": url} for i in range(2)]
-    )
+    source = write_records(tmp_path / "r.jsonl", [{"id": str(i), "image": url} for i in range(2)])
     build_index(model, source, to=tmp_path / "index")
     (tmp_path / "index").rename(tmp_path / "moved")
     with Index.open(tmp_path / "moved", model) as index:
@@ -330,8 +320,8 @@ def test_images_given_as_bytes_are_stored_in_the_index(
     assert len(list((tmp_path / "moved" / "images").iterdir())) == 1
 
 
-def test_moved_project_finds_its_images_and_model(tmp_path: Path, model: Any, tools: Any) -> None:
-    source = tools.write_pairs(tmp_path / "old" / "source")
+def test_moved_project_finds_its_images_and_model(tmp_path: Path, model: Any) -> None:
+    source = write_pairs(tmp_path / "old" / "source")
     (tmp_path / "old" / "model").mkdir()
     build_index(model, source, to=tmp_path / "old" / "index", model_path=tmp_path / "old" / "model")
     assert (
@@ -398,7 +388,7 @@ def test_index_in_the_flat_store_of_earlier_versions_asks_to_rebuild(
 
 
 def test_metadata_of_any_kind_is_returned_and_the_first_keys_can_be_filtered(
-    tmp_path: Path, model: Any, tools: Any
+    tmp_path: Path, model: Any
 ) -> None:
     rows = [
         {
@@ -412,7 +402,7 @@ def test_metadata_of_any_kind_is_returned_and_the_first_keys_can_be_filtered(
             "metadata": {"key0": "text", "key1": {"deep": None}, "'": "\ud800"},
         },
     ]
-    source = tools.write_records(tmp_path / "r.jsonl", rows)
+    source = write_records(tmp_path / "r.jsonl", rows)
     build_index(model, source, to=tmp_path / "index", side="text")
     with Index.open(tmp_path / "index", model) as index:
         assert index.manifest.fields["key0"] == ["number", "text"]
@@ -425,18 +415,17 @@ def test_metadata_of_any_kind_is_returned_and_the_first_keys_can_be_filtered(
         )
 
 
-def test_vector_with_nan_is_refused(tmp_path: Path, model: Any, tools: Any) -> None:
+def test_vector_with_nan_is_refused(tmp_path: Path, model: Any) -> None:
     model.encode_document = lambda items: model.encode_query(items) * float("nan")
     with pytest.raises(RetrievalError, match="not finite for '00'"):
-        build_index(model, write_text_records(tmp_path, tools), to=tmp_path / "index", side="text")
+        build_index(model, write_text_records(tmp_path), to=tmp_path / "index", side="text")
 
 
 def test_unchanged_documents_are_not_embedded_again(
     tmp_path: Path,
     model: Any,
-    tools: Any,
 ) -> None:
-    source = write_text_records(tmp_path, tools, count=10_000)
+    source = write_text_records(tmp_path, count=10_000)
     build_index(model, source, to=tmp_path / "index", side="text", chunk_size=5000)
     embedded = len(model.embedded)
     started = time.monotonic()

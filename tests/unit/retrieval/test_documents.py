@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers.fake_embedder import COLOURS, paint, write_records
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError, RetrievalError
 from vlduet.retrieval.documents import Document, Side, read_documents
@@ -24,9 +25,9 @@ def read_side(source: Path, side: Side) -> tuple[list[Document], LEFT_OUT]:
 
 
 @pytest.fixture
-def source(tmp_path: Path, tools: Any) -> Path:
+def source(tmp_path: Path) -> Path:
     for name in ("red", "green"):
-        tools.paint(tmp_path / f"{name}.png", tools.COLOURS[name])
+        paint(tmp_path / f"{name}.png", COLOURS[name])
     red, green = {"image": "red.png"}, {"image": "green.png"}
     rows = [
         {"id": "pair", "image": "red.png", "short": ["One.", "Two."], "long": "A long one."},
@@ -48,7 +49,7 @@ def source(tmp_path: Path, tools: Any) -> Path:
             "negative": [[{"text": "bad"}]],
         },
     ]
-    path: Path = tools.write_records(tmp_path / "records.jsonl", rows)
+    path: Path = write_records(tmp_path / "records.jsonl", rows)
     return path
 
 
@@ -112,41 +113,39 @@ def test_record_side_embeds_all_parts(source: Path) -> None:
     )
 
 
-def test_content_hash_depends_on_texts_and_image_bytes_only(source: Path, tools: Any) -> None:
+def test_content_hash_depends_on_texts_and_image_bytes_only(source: Path) -> None:
     before = {d.id: d.content_hash for d in read_side(source, "record")[0]}
     assert len(set(before.values())) == len(before)
     images = {d.id: d.content_hash for d in read_side(source, "image")[0]}
     assert images["pair"] == images["long"] == images["story#0"], (
         "the same bytes, whatever the record"
     )
-    tools.paint(source.parent / "red.png", tools.COLOURS["blue"])
+    paint(source.parent / "red.png", COLOURS["blue"])
     after = {d.id: d.content_hash for d in read_side(source, "record")[0]}
     changed = {identity for identity in before if before[identity] != after[identity]}
     assert changed == {"pair", "long", "story", "chat"}
 
 
-def test_image_as_bytes_and_as_path_have_the_same_hash(tmp_path: Path, tools: Any) -> None:
-    data = tools.paint(tmp_path / "a.png", (1, 2, 3)).read_bytes()
+def test_image_as_bytes_and_as_path_have_the_same_hash(tmp_path: Path) -> None:
+    data = paint(tmp_path / "a.png", (1, 2, 3)).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     rows = [{"id": "path", "image": "a.png"}, {"id": "bytes", "image": url}]
-    (path, encoded), _ = read_side(tools.write_records(tmp_path / "r.jsonl", rows), "image")
+    (path, encoded), _ = read_side(write_records(tmp_path / "r.jsonl", rows), "image")
     assert path.content_hash == encoded.content_hash and path.text == encoded.text == ""
 
 
-def test_hash_depends_on_the_borders_between_parts(tmp_path: Path, tools: Any) -> None:
+def test_hash_depends_on_the_borders_between_parts(tmp_path: Path) -> None:
     rows = [
         {"id": "first", "parts": [{"text": "ab"}, {"text": "c"}]},
         {"id": "second", "parts": [{"text": "a"}, {"text": "bc"}]},
     ]
-    (first, second), _ = read_side(tools.write_records(tmp_path / "r.jsonl", rows), "record")
+    (first, second), _ = read_side(write_records(tmp_path / "r.jsonl", rows), "record")
     assert first.content_hash != second.content_hash
 
 
-def test_broken_records_and_duplicates_are_reported_and_left_out(
-    tmp_path: Path, tools: Any
-) -> None:
-    tools.paint(tmp_path / "a.png", (1, 2, 3))
-    path = tools.write_records(
+def test_broken_records_and_duplicates_are_reported_and_left_out(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", (1, 2, 3))
+    path = write_records(
         tmp_path / "r.jsonl",
         [
             {"id": "ok", "image": "a.png"},

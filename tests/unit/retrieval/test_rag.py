@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.fake_embedder import paint
 from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError
 from vlduet.retrieval.build import build_index
@@ -53,9 +54,9 @@ def test_answer_names_its_sources(index: Index, model: Any) -> None:
 
 
 def test_prompt_has_references_then_image_then_question(
-    index: Index, model: Any, tmp_path: Path, tools: Any
+    index: Index, model: Any, tmp_path: Path
 ) -> None:
-    image = ImageRef(path=tools.paint(tmp_path / "q.png", (255, 0, 0)))
+    image = ImageRef(path=paint(tmp_path / "q.png", (255, 0, 0)))
     prompt = prepare_prompt(index, model, "What colour is it?", image=image, k=2)
     (message,) = prompt.messages
     assert message.parts[-2:] == (image, "What colour is it?")
@@ -74,10 +75,8 @@ def test_prompt_has_references_then_image_then_question(
     )
 
 
-def test_query_consists_of_image_and_question(
-    index: Index, model: Any, tmp_path: Path, tools: Any
-) -> None:
-    image = ImageRef(path=tools.paint(tmp_path / "q.png", (0, 0, 255)))
+def test_query_consists_of_image_and_question(index: Index, model: Any, tmp_path: Path) -> None:
+    image = ImageRef(path=paint(tmp_path / "q.png", (0, 0, 255)))
     assert prepare_prompt(index, model, "hmm", image=image, k=1).sources[0].id == "blue"
 
 

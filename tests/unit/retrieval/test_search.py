@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers.fake_embedder import paint, write_records
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError, RetrievalError
 from vlduet.retrieval.build import build_index
@@ -27,10 +28,8 @@ def ids(hits: Any) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def test_query_may_be_a_text_an_image_or_both(
-    index: Index, model: Any, tools: Any, tmp_path: Path
-) -> None:
-    blue = ImageRef(path=tools.paint(tmp_path / "blue.png", (0, 0, 255)))
+def test_query_may_be_a_text_an_image_or_both(index: Index, model: Any, tmp_path: Path) -> None:
+    blue = ImageRef(path=paint(tmp_path / "blue.png", (0, 0, 255)))
     assert ids(search(index, model, "green", k=1)) == ["green"]
     assert ids(search(index, model, blue, k=1)) == ["blue"]
     assert ids(search(index, model, ImageRef(data=blue.path.read_bytes()), k=1)) == ["blue"]  # type: ignore[union-attr]
@@ -80,8 +79,8 @@ def test_invalid_k_image_and_filter_are_refused(index: Index, model: Any, tmp_pa
         search(index, model, "red", where=["yaer=2000"])
 
 
-def test_empty_index_gives_no_hits_for_any_filter(tmp_path: Path, model: Any, tools: Any) -> None:
-    source = tools.write_records(tmp_path / "none.jsonl", [])
+def test_empty_index_gives_no_hits_for_any_filter(tmp_path: Path, model: Any) -> None:
+    source = write_records(tmp_path / "none.jsonl", [])
     report = build_index(model, source, to=tmp_path / "empty")
     assert report.count == 0
     with Index.open(tmp_path / "empty", model) as index:

@@ -309,7 +309,7 @@ def test_request_of_a_disconnected_client_is_not_started(server, duet, chats, mo
     release.set()
     assert blocking_call.result(60)
     assert server.request(EMBED, {"input": "next"})[0] == 200
-    assert embedded == ["next"] and not prefilled
+    assert embedded == [("next",)] and not prefilled
 
 
 # ------------------------------------------------------------------ wrong requests
