@@ -1,7 +1,8 @@
-"""Untrusted images: refused or broken ones say why, all others come out upright, RGB, 8 bits, on white."""
+"""Untrusted images are refused with the reason, or come out upright, RGB, 8 bits, on white."""
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -12,64 +13,66 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.tiny import random_image
+from helpers import tiny
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.errors import ImageError
 
 
-def encoded(image: Image.Image, kind: str = "PNG", exif: Any = None) -> ImageRef:
-    out = io.BytesIO()
-    if exif is None:
-        image.save(out, kind)
-    else:
-        image.save(out, kind, exif=exif)
-    return ImageRef(data=out.getvalue())
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> ImageRef:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return ImageRef(data=buffer.getvalue())
 
 
-def error_of(ref: ImageRef, **limits: Any) -> ImageError:
+def load_error(ref: ImageRef, **limits: Any) -> ImageError:
+    """Return the error of loading an image, after checking its place and remedy."""
     with pytest.raises(ImageError) as caught:
         images.load_image(ref, limits=images.ImageLimits(**limits))
     assert caught.value.place == ref.name and caught.value.fix
     return caught.value
 
 
-def corner(ref: ImageRef) -> list[int]:
+def corner_pixel(ref: ImageRef) -> list[int]:
     return images.to_pixels(images.load_image(ref))[0, 0].tolist()
 
 
+# --- what is refused
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_all_formats_load_and_break_with_a_message(kind: str) -> None:
+def test_complete_images_load_and_truncated_ones_are_errors(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    ref = encoded(Image.fromarray(noise), kind)
-    assert ref.data is not None and images.detect_image_format(ref.data) == kind
-    assert images.to_pixels(images.load_image(ref)).shape == (40, 50, 3)
-    assert "truncated or broken" in error_of(ImageRef(data=ref.data[: len(ref.data) // 2])).message
+    data = images.read_bytes(encode(Image.fromarray(noise), kind))
+    assert images.detect_image_format(data) == kind
+    assert images.to_pixels(images.load_image(ImageRef(data=data))).shape == (40, 50, 3)
+    truncated = ImageRef(data=data[: len(data) // 2])
+    assert "truncated or broken" in load_error(truncated).message
 
 
 @pytest.mark.parametrize("size", range(0, 200, 7))
 def test_any_prefix_of_a_png_is_an_image_error(size: int) -> None:
-    data = random_image(side=8).data
-    assert data is not None
-    error_of(ImageRef(data=data[:size]))
+    data = images.read_bytes(tiny.random_image(side=8))
+    assert load_error(ImageRef(data=data[:size])).message
 
 
-def png_header(width: int, height: int) -> bytes:
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+def encode_png_chunk(kind: bytes, content: bytes) -> bytes:
+    chunk = kind + content
+    return struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
-@pytest.mark.parametrize("size", [(20_000, 20_000), (9_000, 9_000)])
-def test_a_bomb_is_refused_on_its_header(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("side", [20_000, 9_000])
+def test_a_decompression_bomb_is_refused_by_its_header(
+    side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("decoded")
+    def fail(*_: object) -> None:
+        raise AssertionError("pixels were decoded")
 
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", never)
-    body = b"IDAT" + zlib.compress(b"\0" * 100)
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    assert "too large" in error_of(ImageRef(data=png_header(*size) + chunk)).message
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    header = encode_png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    pixels = encode_png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    bomb = ImageRef(data=b"\x89PNG\r\n\x1a\n" + header + pixels)
+    assert "too large" in load_error(bomb).message
 
 
 @pytest.mark.parametrize(
@@ -86,54 +89,96 @@ def test_a_bomb_is_refused_on_its_header(
     ],
 )
 def test_other_formats_are_refused_by_name(data: bytes, name: str) -> None:
-    assert name in error_of(ImageRef(data=data)).message
+    assert name in load_error(ImageRef(data=data)).message
 
 
-def test_a_file_is_known_by_its_bytes_not_its_name(tmp_path: Path) -> None:
+def test_the_bytes_of_a_file_decide_and_not_its_name(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("<svg/>")
-    assert "SVG" in error_of(ImageRef(path=tmp_path / "x.png")).message
+    assert "SVG" in load_error(ImageRef(path=tmp_path / "x.png")).message
 
 
-def test_missing_files_and_small_images() -> None:
-    assert "no such image" in error_of(ImageRef(path=Path("gone.png"))).message
-    one = encoded(Image.new("RGB", (1, 1), (1, 2, 3)))
-    assert corner(one) == [1, 2, 3]
-    assert "too small: 1 x 1" in error_of(one, min_side=2).message
+def test_missing_files_and_small_images_are_errors() -> None:
+    assert "no such image" in load_error(ImageRef(path=Path("gone.png"))).message
+    pixel = encode(Image.new("RGB", (1, 1), (1, 2, 3)))
+    assert corner_pixel(pixel) == [1, 2, 3]
+    assert "too small: 1 x 1" in load_error(pixel, min_side=2).message
 
 
-def test_transparency_is_put_on_white() -> None:
-    assert corner(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))) == [255, 255, 255]
-    assert corner(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 255)))) == [255, 0, 0]
-    assert corner(encoded(Image.new("LA", (2, 2), (0, 0)))) == [255, 255, 255]
+# --- what is decoded
+
+
+def test_transparent_pixels_become_white() -> None:
+    assert corner_pixel(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))) == [255, 255, 255]
+    assert corner_pixel(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 255)))) == [255, 0, 0]
+    assert corner_pixel(encode(Image.new("LA", (2, 2), (0, 0)))) == [255, 255, 255]
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([9, 8, 7] + [0] * 765)
-    assert corner(encoded(palette)) == [9, 8, 7]
-    out = io.BytesIO()
-    palette.save(out, "PNG", transparency=0)
-    assert corner(ImageRef(data=out.getvalue())) == [255, 255, 255]
+    assert corner_pixel(encode(palette)) == [9, 8, 7]
+    assert corner_pixel(encode(palette, transparency=0)) == [255, 255, 255]
 
 
-def test_grey_sixteen_bits_and_cmyk() -> None:
+def test_grey_sixteen_bits_and_cmyk_become_rgb() -> None:
     grey = np.array([[0, 32768, 65535]], dtype=np.uint16)
-    assert images.to_pixels(images.load_image(encoded(Image.fromarray(grey))))[
-        0, :, 0
-    ].tolist() == [0, 128, 255]
-    assert corner(encoded(Image.new("L", (2, 2), 77))) == [77, 77, 77]
-    red, green, blue = corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    pixels = images.to_pixels(images.load_image(encode(Image.fromarray(grey))))
+    assert pixels[0, :, 0].tolist() == [0, 128, 255]
+    assert corner_pixel(encode(Image.new("L", (2, 2), 77))) == [77, 77, 77]
+    cmyk = encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")
+    red, green, blue = corner_pixel(cmyk)
     assert red > 230 and green < 40 and blue < 40
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_come_out_upright(orientation: int) -> None:
+def test_images_come_out_upright_and_without_exif(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    wide = encoded(Image.new("RGB", (20, 10)), "JPEG", exif)
-    assert images.load_image(wide).size == ((10, 20) if orientation >= 5 else (20, 10))
-    assert not images.load_image(wide).getexif()
+    image = images.load_image(encode(Image.new("RGB", (20, 10)), "JPEG", exif=exif))
+    assert image.size == ((10, 20) if orientation >= 5 else (20, 10))
+    assert not image.getexif()
 
 
-def test_the_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    out = io.BytesIO()
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
-    assert corner(ImageRef(data=out.getvalue())) == [255, 0, 0]
+def test_only_the_first_frame_of_an_animation_is_decoded() -> None:
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    animation = encode(red, "GIF", save_all=True, append_images=[blue])
+    assert corner_pixel(animation) == [255, 0, 0]
+
+
+# --- pixels and encoded bytes
+
+
+def test_png_keeps_pixels_and_equal_pixels_have_equal_bytes(tmp_path: Path) -> None:
+    image = images.load_image(tiny.random_image(3))
+    pixels = images.to_pixels(image)
+    copy = images.from_pixels(pixels)
+    assert images.encode_png(copy) == images.encode_png(image)
+    images.save_png(copy, tmp_path / "deep" / "x.png")
+    loaded = images.load_image(ImageRef(path=tmp_path / "deep" / "x.png"))
+    np.testing.assert_array_equal(images.to_pixels(loaded), pixels)
+
+
+def test_scaling_down_keeps_proportions_and_never_enlarges() -> None:
+    image = Image.new("RGB", (200, 50))
+    assert images.scale_down(image, 100).size == (100, 25)
+    assert images.scale_down(image, 200) is image
+    assert images.resize_pixels(image, 4, 8).shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize(("kind", "is_photo"), [("png", False), ("jpeg", True)])
+def test_thumbnails_are_png_for_drawings_and_jpeg_for_photos(kind: str, is_photo: bool) -> None:
+    pixels = np.zeros((100, 300, 3), dtype=np.uint8)
+    if is_photo:
+        pixels[:] = np.random.default_rng(0).integers(0, 256, pixels.shape)
+    url = images.encode_thumbnail_data_url(images.from_pixels(pixels), 90)
+    header, _, data = url.partition(",")
+    assert header == f"data:image/{kind};base64"
+    thumbnail = images.load_image(ImageRef(data=base64.b64decode(data)))
+    assert thumbnail.size == (90, 30)
+
+
+def test_texture_tells_flat_drawings_from_noise() -> None:
+    flat = encode(Image.new("RGBA", (8, 8), (255, 0, 0, 255)))
+    assert images.measure_texture(flat) == (1.0, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    equal_share, num_colours = images.measure_texture(encode(Image.fromarray(noise)))
+    assert equal_share < 0.01 and num_colours > 1000
+    transparent = encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
+    assert images.measure_texture(transparent) == (0.0, 0)

@@ -1,4 +1,4 @@
-"""The data check finds every broken record and image, and what two files share."""
+"""The check finds every broken record and image, and what two files share."""
 
 from __future__ import annotations
 
@@ -8,51 +8,71 @@ from typing import Any
 
 import numpy as np
 
-from helpers.tiny import random_image
+from helpers import tiny
 from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.check import check_files
 
 
-def write(path: Path, *rows: Any) -> Path:
+def write_rows(path: Path, *rows: Any) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def put(path: Path, seed: int) -> str:
-    data = random_image(seed).data
-    assert data is not None
-    path.write_bytes(data)
+def write_image(path: Path, seed: int) -> str:
+    """Write a random image, and return the name of the file."""
+    path.write_bytes(images.read_bytes(tiny.random_image(seed)))
     return path.name
 
 
-def smooth(side: int) -> ImageRef:
-    """The same scene at any size: near-duplicates of one another."""
+def smooth_scene(side: int) -> ImageRef:
+    """Return the same scene at any size: near-duplicates of one another."""
     y, x = np.mgrid[0 : 1 : side * 1j, 0 : 1 : side * 1j]
     pixels = np.stack([255 * x, 255 * y, 255 * x * y], -1).astype(np.uint8)
     pixels[side // 4 : side // 2, side // 4 : side // 2] = (200, 20, 20)
     return ImageRef(data=images.encode_png(images.from_pixels(pixels)))
 
 
-def test_a_clean_file(tmp_path: Path) -> None:
-    rows = [
-        {"id": str(i), "image": put(tmp_path / f"{i}.png", i), "short": f"caption number {i}"}
-        for i in range(3)
-    ]
+def test_the_report_of_a_correct_file_counts_its_contents(tmp_path: Path) -> None:
+    rows = []
+    for i in range(3):
+        name = write_image(tmp_path / f"{i}.png", i)
+        rows.append({"id": str(i), "image": name, "short": f"caption number {i}"})
     rows.append({"id": "again", "image": "0.png", "long": "The first one once more."})
-    report = check_files([write(tmp_path / "x.jsonl", *rows)])
+    rows.append({"id": "bare", "image": "0.png"})
+    report = check_files([write_rows(tmp_path / "x.jsonl", *rows)])
     (file,) = report.files
     assert report.ok and not report.leaks
-    assert (file.records, file.images, file.distinct_images, file.captions) == (4, 4, 3, 4)
-    assert file.kinds == {"pair": 4} and file.words["short"] == {"min": 3, "median": 3, "max": 3}
+    assert (file.records, file.images, file.distinct_images) == (5, 5, 3)
+    assert (file.captions, file.bare) == (4, 1)
+    assert file.kinds == {"pair": 5}
+    assert file.words == {
+        "short": {"min": 3, "median": 3, "max": 3},
+        "long": {"min": 5, "median": 5, "max": 5},
+    }
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
 
-def test_problems_name_line_field_cause_and_fix(tmp_path: Path) -> None:
-    good = put(tmp_path / "good.png", 0)
+def test_words_are_counted_by_role(tmp_path: Path) -> None:
+    text, pair = {"text": "one two"}, [[{"text": "one two three"}]]
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b c d"}]
+    source = write_rows(
+        tmp_path / "x.jsonl",
+        {"id": "i", "parts": [text]},
+        {"id": "c", "messages": chat},
+        {"id": "r", "query": [text], "positive": pair, "negative": pair},
+    )
+    (file,) = check_files([source]).files
+    assert file.kinds == {"interleaved": 1, "chat": 1, "retrieval": 1}
+    medians = {role: count["median"] for role, count in file.words.items()}
+    assert medians == {"slice": 2, "turn": 2.5, "retrieval": 3}
+
+
+def test_problems_name_line_field_cause_and_remedy(tmp_path: Path) -> None:
+    good = write_image(tmp_path / "good.png", 0)
     (tmp_path / "drawing.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (tmp_path / "cut.png").write_bytes((tmp_path / good).read_bytes()[:200])
-    source = write(
+    source = write_rows(
         tmp_path / "x.jsonl",
         {"id": "a", "image": good},
         {"id": "a", "image": good},
@@ -63,49 +83,50 @@ def test_problems_name_line_field_cause_and_fix(tmp_path: Path) -> None:
     )
     report = check_files([source])
     assert not report.ok and report.files[0].records == 5
-    found = {p.line: p for p in report.problems}
-    assert sorted(p.line or 0 for p in report.problems) == [2, 3, 4, 5, 6]
-    assert {p.file for p in report.problems} == {str(source)} and all(
-        p.fix for p in report.problems
-    )
-    assert found[2].field == "id" and found[3].field == "image" and found[6].field == "shrt"
-    assert "SVG" in found[4].cause and "truncated" in found[5].cause
+    assert {problem.file for problem in report.problems} == {str(source)}
+    assert all(problem.fix for problem in report.problems)
+    fields = {problem.line: problem.field for problem in report.problems}
+    assert len(report.problems) == 5
+    assert fields == {2: "id", 3: "image", 4: "image", 5: "image", 6: "shrt"}
+    causes = {problem.line: problem.cause for problem in report.problems}
+    assert "SVG" in causes[4] and "truncated" in causes[5]
     assert f"error: {source}:6:shrt: unknown key 'shrt'" in str(report)
 
 
-def test_what_two_files_share(tmp_path: Path) -> None:
-    put(tmp_path / "same.png", 1)
-    put(tmp_path / "copy.png", 1)
-    put(tmp_path / "own.png", 2)
+def test_shared_images_and_captions_are_warnings(tmp_path: Path) -> None:
+    write_image(tmp_path / "same.png", 1)
+    write_image(tmp_path / "copy.png", 1)
+    write_image(tmp_path / "own.png", 2)
     for name, side in (("large.png", 96), ("small.png", 64)):
-        data = smooth(side).data
-        assert data is not None
-        (tmp_path / name).write_bytes(data)
-    train = write(
+        (tmp_path / name).write_bytes(images.read_bytes(smooth_scene(side)))
+    train = write_rows(
         tmp_path / "train.jsonl",
         {"id": "1", "image": "same.png", "short": "A boat on the lake."},
         {"id": "2", "image": "large.png", "short": "a dog"},
     )
-    test = write(
+    test = write_rows(
         tmp_path / "test.jsonl",
         {"id": "3", "image": "copy.png", "short": "a dog"},
         {"id": "4", "image": "small.png", "short": "a boat, on the lake"},
         {"id": "5", "image": "own.png"},
     )
     report = check_files([train, test])
-    leaks = {leak.kind: (leak.one, leak.other) for leak in report.leaks}
-    assert leaks == {
+    assert {leak.kind: (leak.one, leak.other) for leak in report.leaks} == {
         "same image": (f"{train}:1", f"{test}:1"),
         "similar image": (f"{train}:2", f"{test}:2"),
         "same caption": (f"{train}:1", f"{test}:2"),
     }
-    assert report.ok and sum(report.num_leaks.values()) == 3, "leaks are warnings"
+    assert report.ok and sum(report.num_leaks.values()) == 3
+    assert "warning: 1 x same caption in two of the files" in str(report)
 
 
-def test_two_checks_are_equal(tmp_path: Path) -> None:
-    rows = [
-        {"id": str(i), "image": put(tmp_path / f"{i}.png", i) if i % 3 else "gone.png"}
-        for i in range(50)
-    ]
-    source = write(tmp_path / "x.jsonl", *rows)
-    assert check_files([source]).to_json() == check_files([source]).to_json()
+def test_equal_checks_give_equal_reports(tmp_path: Path) -> None:
+    rows = []
+    for i in range(50):
+        name = write_image(tmp_path / f"{i}.png", i) if i % 3 else "gone.png"
+        rows.append({"id": str(i), "image": name})
+    source = write_rows(tmp_path / "x.jsonl", *rows)
+    first, second = check_files([source]), check_files([source])
+    assert first.to_json() == second.to_json()
+    assert first.files[0].distinct_images == 33
+    assert len(first.problems) == 1, "a file that several records refer to is reported once"

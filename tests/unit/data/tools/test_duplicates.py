@@ -1,6 +1,8 @@
-"""Near-duplicates and groups: what must stand in one split."""
+"""Near-duplicates are found whatever the order of comparison; groups unite related items."""
 
 from __future__ import annotations
+
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -16,69 +18,71 @@ from vlduet.data.tools.duplicates import (
 )
 
 
-def _scene(seed: int, size: int = 96) -> np.ndarray:
-    """A drawing: coloured rectangles on white."""
+def draw_rectangles(seed: int, size: int = 96) -> np.ndarray:
+    """Return a drawing, uint8[size, size, 3]: coloured rectangles on white."""
     rng = np.random.default_rng(seed)
     pixels = np.full((size, size, 3), 255, dtype=np.uint8)
     for _ in range(6):
         top, left = rng.integers(0, size - 20, 2)
-        high, wide = rng.integers(12, size // 2, 2)
-        pixels[top : top + high, left : left + wide] = rng.integers(0, 255, 3)
+        height, width = rng.integers(12, size // 2, 2)
+        pixels[top : top + height, left : left + width] = rng.integers(0, 255, 3)
     return pixels
 
 
-def _print(pixels: np.ndarray) -> ImageFingerprint:
+def fingerprint_pixels(pixels: np.ndarray) -> ImageFingerprint:
     return fingerprint_image(ImageRef(data=images.encode_png(images.from_pixels(pixels))))
 
 
-def test_scaled_reencoded_and_slightly_changed_copies_look_alike() -> None:
-    for seed in range(10):
-        pixels = _scene(seed)
-        image = images.from_pixels(pixels)
-        original = _print(pixels)
-        assert is_near_duplicate(original, _print(images.to_pixels(images.scale_down(image, 60))))
-        assert is_near_duplicate(
-            original, fingerprint_image(ImageRef(data=images.encode_jpeg(image)))
-        )
-        touched = pixels.copy()
-        touched[40:46, 40:46] = 0
-        assert is_near_duplicate(original, _print(touched))
+@pytest.mark.parametrize("seed", range(10))
+def test_scaled_reencoded_and_slightly_changed_copies_are_near_duplicates(seed: int) -> None:
+    pixels = draw_rectangles(seed)
+    image = images.from_pixels(pixels)
+    original = fingerprint_pixels(pixels)
+    scaled = fingerprint_pixels(images.to_pixels(images.scale_down(image, 60)))
+    assert is_near_duplicate(original, scaled)
+    reencoded = fingerprint_image(ImageRef(data=images.encode_jpeg(image)))
+    assert is_near_duplicate(original, reencoded)
+    pixels[40:46, 40:46] = 0
+    assert is_near_duplicate(original, fingerprint_pixels(pixels))
 
 
-def test_other_drawings_and_other_colours_do_not() -> None:
-    prints = [_print(_scene(seed)) for seed in range(40)]
-    assert find_near_duplicates(prints) == []
-    pixels = _scene(1)
-    recoloured = np.where(pixels == 255, pixels, pixels[..., ::-1])
-    assert not is_near_duplicate(_print(pixels), _print(recoloured.astype(np.uint8)))
+def test_other_drawings_and_other_colours_are_not_near_duplicates() -> None:
+    fingerprints = [fingerprint_pixels(draw_rectangles(seed)) for seed in range(40)]
+    assert find_near_duplicates(fingerprints) == []
+    pixels = draw_rectangles(1)
+    recoloured = np.where(pixels == 255, pixels, pixels[..., ::-1]).astype(np.uint8)
+    assert not is_near_duplicate(fingerprint_pixels(pixels), fingerprint_pixels(recoloured))
 
 
-def test_pairs_agree_with_comparing_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blockwise_search_equals_comparing_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlduet.data.tools.duplicates._BLOCK_SIZE", 7)
     rng = np.random.default_rng(0)
-    base = [int(x) for x in rng.integers(0, 2**63, 5)]
-    prints = [
-        ImageFingerprint(base[i % 5] ^ (1 << int(rng.integers(0, 60))), bytes(192))
-        for i in range(30)
-    ]
-    slow = [
+    hashes = [int(value) for value in rng.integers(0, 2**63, 5)]
+    fingerprints = []
+    for i in range(30):
+        flipped_bit = 1 << int(rng.integers(0, 60))
+        fingerprints.append(ImageFingerprint(hashes[i % 5] ^ flipped_bit, bytes(192)))
+    within = [
         (i, j)
-        for i in range(30)
-        for j in range(i + 1, 30)
-        if is_near_duplicate(prints[i], prints[j])
+        for i, j in combinations(range(30), 2)
+        if is_near_duplicate(fingerprints[i], fingerprints[j])
     ]
-    assert find_near_duplicates(prints) == slow and slow
+    assert find_near_duplicates(fingerprints) == within and len(within) == 75
+    rows, columns = fingerprints[:10], fingerprints[10:]
     across = [
-        (i, j) for i in range(10) for j in range(20) if is_near_duplicate(prints[i], prints[10 + j])
+        (i, j) for i, j in product(range(10), range(20)) if is_near_duplicate(rows[i], columns[j])
     ]
-    assert find_near_duplicates(prints[:10], prints[10:]) == across
-    assert find_near_duplicates([]) == find_near_duplicates(prints, []) == []
+    assert find_near_duplicates(rows, columns) == across and across
+    assert find_near_duplicates([]) == find_near_duplicates(rows, []) == []
 
 
-def test_groups() -> None:
-    groups = UnionFind(6)
-    groups.union_equal(["a", "b", "a", "c", "b", "d"])
-    assert groups.groups() == [[0, 2], [1, 4], [3], [5]]
-    groups.union(4, 2)
-    assert groups.groups() == [[0, 1, 2, 4], [3], [5]]
-    assert groups.find(4) == 0
+def test_union_find_merges_groups_with_equal_keys() -> None:
+    items = UnionFind(6)
+    items.union_equal(["a", "b", "a", "c", "b", "d"])
+    assert items.groups() == [[0, 2], [1, 4], [3], [5]]
+    items.union(4, 2)
+    assert items.groups() == [[0, 1, 2, 4], [3], [5]]
+    assert items.find(4) == 0
+    ignoring = UnionFind(3)
+    ignoring.union_equal(["", "", "x"], ignore=lambda key: not key)
+    assert ignoring.groups() == [[0], [1], [2]]
