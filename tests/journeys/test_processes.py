@@ -17,7 +17,7 @@ from helpers import runs, tiny
 from vlduet.logs import read_metrics
 
 COMMAND = (
-    "from vlduet.model import dual; dual.DROPOUT = 0.0; from vlduet.cli.main import main; main()"
+    "from vlduet.encoders import dual; dual.DROPOUT = 0.0; from vlduet.cli.main import main; main()"
 )
 """`vlduet`; a dual encoder draws other random numbers on every rank, and cannot be compared."""
 CLIP = {"recipe": {"name": "clip"}, "objectives": {"contrastive": 1.0}, "model": {"dim": 8}}

@@ -1,1 +1,1 @@
-"""Frozen encoders that give Sugar its targets, and the models that score texts."""
+"""Models beside the trained one: frozen encoders of slices, dual encoders, and a fluency score."""

@@ -1,11 +1,12 @@
-"""A dual encoder in the manner of CLIP: two small towers that bring the vectors of frozen encoders into one space.
+"""Dual encoder in the manner of CLIP: two small towers over frozen encoders, with a common space.
 
     image -> vision encoder (frozen) -> tower -> unit vector
     text  -> text encoder (frozen)   -> tower -> unit vector
 
-Trained from scratch by `recipe: clip`; what `encoders.cross` can be where there is no CLIP. Its folder:
+`recipe: clip` trains it, and it can be `encoders.cross` where there is no CLIP. Its folder:
 
-    dual.json           the frozen encoders by relative path and fingerprint, widths, hashes, what made it
+    dual.json           path (relative) and fingerprint of each frozen encoder, dimensions, hashes
+                        of the tensors, provenance
     dual.safetensors    towers and temperature
 """
 
@@ -31,196 +32,207 @@ from vlduet import __version__
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import Part, Parts, as_parts
 from vlduet.data.sequences import Sequence, Slice
-from vlduet.encoders.frozen import (
-    FrozenEncoder,
-    FrozenEncoders,
-    get_modality,
-    make_slice,
-    open_encoder,
-)
+from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders, get_modality, make_slice
+from vlduet.encoders.loading import Device, open_encoder
 from vlduet.errors import DataError, ModelError
 from vlduet.files import replace_folder_atomically
 from vlduet.model import checkpoint
-from vlduet.model.backbone import select_device
+from vlduet.model.backbone import eval_mode, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
 
-MANIFEST_NAME, WEIGHTS_NAME = "dual.json", "dual.safetensors"
+MANIFEST_NAME = "dual.json"
+WEIGHTS_NAME = "dual.safetensors"
 FORMAT_VERSION = 1
-HIDDEN_DIM, DROPOUT = 512, 0.3
-"""Small, and much dropout: a few thousand pairs are all that a towers' space has to be learned from."""
 INITIAL_TEMPERATURE = 0.07
+
+# Small towers with much dropout, since there may be only a few thousand pairs to learn from.
+HIDDEN_DIM = 512
+DROPOUT = 0.3
+
 ROLE_BY_MODALITY = {"image": "vision", "text": "text"}
-"""Which frozen encoder reads what."""
+"""Modality -> role of the frozen encoder below its tower."""
 
 
 class DualEncoder(nn.Module):
-    """Two towers over frozen encoders; for the training loop it is a model like `DuetModel`.
+    """Two towers over frozen encoders; a model like `DuetModel` for the training loop.
 
     Args:
-        encoders: with the roles vision and text.
-        dim: width of the common space.
-        widths: of the encoders' vectors by role; default: asked of the encoders.
+        encoders: frozen encoders of the roles `vision` and `text`.
+        dim: dimension of the common space.
+        encoder_dims: role -> dimension of its encoder's vectors. None: measured, which loads the
+            encoders.
     """
 
     renderer: Any = None
-    """It reads no tokens."""
+    """Not used: a dual encoder reads no tokens."""
 
     def __init__(
         self, encoders: FrozenEncoders, *, dim: int, encoder_dims: Mapping[str, int] | None = None
     ):
         super().__init__()
-        self.encoders, self.dim = encoders, dim
-        self.encoder_dims = dict(
-            encoder_dims or {role: encoders.get_dim(role) for role in ROLE_BY_MODALITY.values()}
-        )
+        if not encoder_dims:
+            encoder_dims = {role: encoders.get_dim(role) for role in ROLE_BY_MODALITY.values()}
+        self.encoders = encoders
+        self.dim = dim
+        self.encoder_dims = dict(encoder_dims)
         self.towers = nn.ModuleDict(
             {role: build_tower(width, dim) for role, width in sorted(self.encoder_dims.items())}
         )
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / INITIAL_TEMPERATURE)))
 
     def forward(self, batch: Batch) -> Readout:
-        """Embeddings of the anchors' slices; there is nothing to generate."""
-        vectors = self.project_slices([anchor.slices[-1] for anchor in batch.anchors])
+        """Return the embedding of the last slice of every anchor; no token has a likelihood.
+
+        The slices must have features. The anchors of the readout have none, to save memory.
+        """
+        embeddings = self.project_slices([anchor.slices[-1] for anchor in batch.anchors])
         anchors = tuple(replace(anchor, slices=()) for anchor in batch.anchors)
-        return Readout(vectors, anchors, vectors.new_zeros(0))
+        return Readout(embeddings, anchors, embeddings.new_zeros(0))
 
     def project_slices(self, slices: Many[Slice]) -> Tensor:
-        """Slices that the frozen encoders have seen -> float[N, dim], unit length."""
-        found = self.logit_scale.new_zeros(len(slices), self.dim)
-        for kind, role in ROLE_BY_MODALITY.items():
-            rows = [i for i, one in enumerate(slices) if get_modality(one.part) == kind]
+        """Return the embeddings of slices with features, float[N, dim], unit length."""
+        embeddings = self.logit_scale.new_zeros(len(slices), self.dim)
+        for modality, role in ROLE_BY_MODALITY.items():
+            rows = [i for i, part in enumerate(slices) if get_modality(part.part) == modality]
             if rows:
-                read = torch.stack([slices[i].features[role] for i in rows]).to(found)
-                found[rows] = nn.functional.normalize(self.towers[role](read), dim=1)
-        return found
+                features = torch.stack([slices[i].features[role] for i in rows]).to(embeddings)
+                embeddings[rows] = nn.functional.normalize(self.towers[role](features), dim=1)
+        return embeddings
 
     def collate(self, sequences: list[Sequence], *, pack_to: int | None = None) -> Batch:
-        """A batch; its tokens mean nothing."""
+        """Return a batch on the model's device; its tokens have no meaning."""
         return collate(sequences, pad_token_id=0, pack_to=pack_to).to(self.logit_scale.device)
 
     @torch.no_grad()
     def encode(self, items: Many[Part | Parts]) -> np.ndarray:
-        """Images and texts -> float32[N, dim], unit length. Raises DataError for a mixture: it reads one slice."""
+        """Return the embeddings of images and texts, float32[N, dim], unit length.
+
+        Raises:
+            DataError: an item of several parts, or one that a frozen encoder cannot encode.
+        """
         rows = [as_parts(item) for item in items]
         if any(len(row) > 1 for row in rows):
-            raise DataError(
-                "a dual encoder reads one image or one text", fix="Use a model of another recipe"
-            )
+            fix = "Use a model of another recipe"
+            raise DataError("a dual encoder reads one image or one text", fix=fix)
         slices = self.encoders.encode_slices([make_slice(row[0]) for row in rows])
-        was = self.training
-        found: np.ndarray = self.eval().project_slices(slices).float().cpu().numpy()
-        self.train(was)
-        return found
+        with eval_mode(self):
+            embeddings: np.ndarray = self.project_slices(slices).float().cpu().numpy()
+        return embeddings
 
     encode_query = encode_document = encode
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides a vector."""
-        frozen = {role: one.fingerprint for role, one in self.encoders.by_role.items()}
-        return _compute_fingerprint(
-            frozen, checkpoint.describe_tensors(self.own_tensors()), self.dim
-        )
+        """Hash of everything that decides an embedding."""
+        fingerprints = {role: e.fingerprint for role, e in self.encoders.by_role.items()}
+        trained = checkpoint.describe_tensors(self.own_tensors())
+        return _compute_fingerprint(fingerprints, trained, self.dim)
 
     @property
     def image_backend(self) -> str:
-        """The library that decodes and resizes images."""
+        """Library that decodes and resizes images."""
         return IMAGE_BACKEND
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Everything trained."""
+        """Return all parameters by name: towers and temperature."""
         return dict(self.named_parameters())
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """None: there is no base to adapt."""
+        """Return {}: there is no base model to adapt."""
         return {}
 
     def save_pretrained(
         self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the folder, whole or not at all."""
+        """Write the folder of the module docstring, completely or not at all.
+
+        Args:
+            folder: replaced if it is a dual encoder's.
+            provenance: what made the model, for the manifest.
+        """
+        target = Path(folder).resolve()
+        encoders = {}
+        for role, encoder in self.encoders.by_role.items():
+            path = os.path.relpath(encoder.folder.resolve(), target)
+            encoders[role] = {"folder": path, "fingerprint": encoder.fingerprint}
         tensors = self.own_tensors()
-        final = Path(folder).resolve()
         manifest = {
             "format": FORMAT_VERSION,
             "vlduet": __version__,
-            "encoders": {
-                role: {
-                    "folder": os.path.relpath(one.folder.resolve(), final),
-                    "fingerprint": one.fingerprint,
-                }
-                for role, one in self.encoders.by_role.items()
-            },
+            "encoders": encoders,
             "widths": self.encoder_dims,
             "dim": self.dim,
             "trained": checkpoint.describe_tensors(tensors),
             "provenance": dict(provenance or {}),
         }
-        with replace_folder_atomically(Path(folder), marker=MANIFEST_NAME) as inside:
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
-                inside / WEIGHTS_NAME,
-            )
-            (inside / MANIFEST_NAME).write_text(
-                json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-            )
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        with replace_folder_atomically(Path(folder), marker=MANIFEST_NAME) as new_folder:
+            save_file(on_cpu, new_folder / WEIGHTS_NAME)
+            text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+            (new_folder / MANIFEST_NAME).write_text(text)
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, *, cache: FeatureCache | None = None, device: Any = "cpu"
+        cls, folder: Path | str, *, cache: FeatureCache | None = None, device: Device = "cpu"
     ) -> Self:
-        """Open a folder.
+        """Open a folder that `save_pretrained` has written, in evaluation mode.
+
+        Args:
+            folder: the folder; the frozen encoders must be where they were, relative to it.
+            cache: for the vectors of the frozen encoders. None: in memory.
+            device: for the towers and the frozen encoders.
 
         Raises:
-            ModelError: another format, tensors that are not what was saved, or frozen encoders that are gone or changed.
+            ModelError: another format, tensors that differ from the saved ones, or a frozen encoder
+                that is missing or has changed.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
-        found = {}
-        for role, told in manifest["encoders"].items():
-            found[role] = open_encoder(
-                Path(os.path.normpath(folder / told["folder"])), device=device
-            )
-            if found[role].fingerprint != told["fingerprint"]:
-                what = f"the {role} encoder '{found[role].folder}' is another one now"
-                raise ModelError(
-                    what, place=folder / MANIFEST_NAME, fix="Bring the original back or train again"
-                )
-        encoders = FrozenEncoders(found, cache=cache or FeatureCache(None))
-        model = cls(encoders, dim=manifest["dim"], encoder_dims=manifest["widths"])
+        encoders: dict[str, FrozenEncoder] = {}
+        for role, description in manifest["encoders"].items():
+            path = Path(os.path.normpath(folder / description["folder"]))
+            encoders[role] = open_encoder(path, device=device)
+            if encoders[role].fingerprint != description["fingerprint"]:
+                message = f"the {role} encoder '{path}' is another one now"
+                fix = "Bring the original back or train again"
+                raise ModelError(message, place=folder / MANIFEST_NAME, fix=fix)
+        frozen = FrozenEncoders(encoders, cache=cache or FeatureCache(None))
+        model = cls(frozen, dim=manifest["dim"], encoder_dims=manifest["widths"])
         try:
             model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         except (OSError, SafetensorError, RuntimeError) as error:
-            what = f"broken model folder ({str(error).splitlines()[0]})"
-            raise ModelError(what, place=folder, fix="Copy the whole folder again") from None
+            message = f"broken model folder ({str(error).splitlines()[0]})"
+            raise ModelError(message, place=folder, fix="Copy the whole folder again") from None
         checkpoint.verify_tensors(manifest, model.own_tensors(), place=folder)
         return model.to(device).eval()
 
 
-def build_tower(width: int, dim: int) -> nn.Module:
-    """float[N, width] unit vectors -> float[N, dim]."""
-    hidden = (nn.Linear(width, HIDDEN_DIM), nn.GELU(), nn.Dropout(DROPOUT))
-    return nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(HIDDEN_DIM, dim))
+def build_tower(encoder_dim: int, dim: int) -> nn.Module:
+    """Return a new tower: float[N, encoder_dim] unit vectors -> float[N, dim], not normalised."""
+    return nn.Sequential(
+        nn.LayerNorm(encoder_dim),
+        nn.Linear(encoder_dim, HIDDEN_DIM),
+        nn.GELU(),
+        nn.Dropout(DROPOUT),
+        nn.Linear(HIDDEN_DIM, dim),
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """dual.json. Raises ModelError."""
+    """Return the content of dual.json. Raises ModelError if it is missing or of another format."""
     path = folder / MANIFEST_NAME
+    required = {"encoders", "widths", "dim", "trained"}
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        assert manifest["format"] == FORMAT_VERSION and manifest.keys() >= {
-            "encoders",
-            "widths",
-            "dim",
-            "trained",
-        }
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise ModelError(
-            "no dual encoder of this version here", place=path, fix="Train it with recipe: clip"
-        ) from None
+        is_valid = manifest["format"] == FORMAT_VERSION and manifest.keys() >= required
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_valid = False
+    if not is_valid:
+        message = "no dual encoder of this version here"
+        raise ModelError(message, place=path, fix="Train it with recipe: clip")
     return manifest
 
 
@@ -229,22 +241,34 @@ def open_frozen_encoder(
     *,
     cache: FeatureCache,
     trained_model: DuetModel | None = None,
-    device: Any = "cpu",
+    device: Device = "cpu",
 ) -> FrozenEncoder:
-    """Any folder that fills a role: a dual encoder of ours, or what `open_encoder` takes. Raises ModelError as it does."""
+    """Return the encoder of any folder that can fill a role; its weights are not loaded yet.
+
+    Args:
+        folder: a dual encoder, or a checkpoint that `open_encoder` takes.
+        cache: for the vectors of the encoders below a dual encoder.
+        trained_model: see `open_encoder`.
+        device: where the encoder computes.
+
+    Raises:
+        ModelError: no such folder.
+    """
     if (folder / MANIFEST_NAME).is_file():
         return open_dual_as_encoder(folder, cache=cache, device=device)
     return open_encoder(folder, trained_model=trained_model, device=device)
 
 
 def open_dual_as_encoder(
-    folder: Path, *, cache: FeatureCache, device: Any = "cpu"
+    folder: Path, *, cache: FeatureCache, device: Device = "cpu"
 ) -> FrozenEncoder:
-    """A trained dual encoder as the frozen encoder of a role."""
-    manifest = read_manifest(folder)
-    frozen = {role: told["fingerprint"] for role, told in manifest["encoders"].items()}
+    """Return a trained dual encoder as a frozen encoder of images and texts.
 
-    def open_it() -> dict[str, Any]:
+    Its weights are not loaded yet. Raises ModelError as `read_manifest` does.
+    """
+    manifest = read_manifest(folder)
+
+    def load() -> dict[str, Any]:
         model = DualEncoder.from_pretrained(folder, cache=cache, device=device)
 
         def encode(parts: list[Part]) -> Tensor:
@@ -252,26 +276,35 @@ def open_dual_as_encoder(
 
         return {"image": encode, "text": encode}
 
-    return FrozenEncoder(
-        folder,
-        ("image", "text"),
-        open_it,
-        _compute_fingerprint(frozen, manifest["trained"], manifest["dim"]),
-    )
+    fingerprints = {role: e["fingerprint"] for role, e in manifest["encoders"].items()}
+    fingerprint = _compute_fingerprint(fingerprints, manifest["trained"], manifest["dim"])
+    return FrozenEncoder(folder, ("image", "text"), load, fingerprint)
 
 
 def open_embedder(folder: Path) -> DuetModel | DualEncoder:
-    """The model of a folder that embeds, whether it generates or not. Raises ModelError as their `from_pretrained` do."""
+    """Return the model of a folder, which embeds and perhaps generates, on the default device.
+
+    Raises:
+        ModelError: neither a dual encoder nor a model or checkpoint of `DuetModel`.
+    """
     if (folder / MANIFEST_NAME).is_file():
         return DualEncoder.from_pretrained(folder, device=select_device())
     return DuetModel.from_pretrained(folder)
 
 
-def _compute_fingerprint(frozen: Mapping[str, str], trained: Mapping[str, Any], dim: int) -> str:
-    """Fingerprint of all that decides a vector: the frozen encoders' own, by role, and what was trained."""
-    decides = {
-        "encoders": {role: {"fingerprint": name} for role, name in frozen.items()},
+def _compute_fingerprint(
+    encoder_fingerprints: Mapping[str, str], trained: Mapping[str, Any], dim: int
+) -> str:
+    """Return a hash, 16 hex digits, of everything that decides an embedding.
+
+    Args:
+        encoder_fingerprints: role -> fingerprint of its frozen encoder.
+        trained: description of the trained tensors, with their hashes.
+        dim: dimension of the common space.
+    """
+    content = {
+        "encoders": {role: {"fingerprint": name} for role, name in encoder_fingerprints.items()},
         "trained": trained,
         "dim": dim,
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 from helpers import official, tiny
 from vlduet.cli.main import app
 from vlduet.encoders.dual import DualEncoder
-from vlduet.encoders.frozen import FrozenEncoders, open_encoder
+from vlduet.encoders.frozen import FrozenEncoders
+from vlduet.encoders.loading import open_encoder
 from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark

@@ -26,13 +26,8 @@ from transformers import (
 from helpers import tiny
 from vlduet.data.images import load_image
 from vlduet.data.sequences import Anchor, Sequence, Slice
-from vlduet.encoders.frozen import (
-    FrozenEncoder,
-    FrozenEncoders,
-    load_text_encoder,
-    make_slice,
-    open_encoder,
-)
+from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders, make_slice
+from vlduet.encoders.loading import load_text_encoder, open_encoder
 from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.processing import preprocess_image
@@ -59,10 +54,10 @@ def vectors(made: FrozenEncoders, role: str, parts: list) -> torch.Tensor:
 
 
 def pixels(folder: Path) -> torch.Tensor:
-    from vlduet.encoders.frozen import _processor
+    from vlduet.encoders.loading import _load_image_processor
 
     return torch.cat(
-        [preprocess_image(_processor(folder), picture)["pixel_values"] for picture in PICTURES]
+        [preprocess_image(_load_image_processor(folder), picture)["pixel_values"] for picture in PICTURES]
     )
 
 
@@ -141,10 +136,10 @@ def test_timm_is_asked_for_by_name_and_fetches_nothing(
     config = {"architecture": "tf_efficientnet_lite0.in1k", "pretrained_cfg": {}, **more}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    monkeypatch.setattr("vlduet.encoders.frozen.find_spec", lambda name: None)
+    monkeypatch.setattr("vlduet.encoders.loading.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="timm and torchvision not installed"):
         open_encoder(tmp_path)
-    monkeypatch.setattr("vlduet.encoders.frozen.find_spec", lambda name: object())
+    monkeypatch.setattr("vlduet.encoders.loading.find_spec", lambda name: object())
     assert open_encoder(tmp_path).modalities == ("image",)
     for somewhere in ("hf-hub:someone/something", "local-dir:/tmp", "someone/something"):
         (tmp_path / "config.json").write_text(json.dumps(config | {"architecture": somewhere}))

@@ -14,7 +14,8 @@ from helpers import pages, tiny
 from vlduet import config
 from vlduet.cli.main import app
 from vlduet.data.records import Record
-from vlduet.encoders.frozen import FrozenEncoders, make_slice, open_encoder
+from vlduet.encoders.frozen import FrozenEncoders, make_slice
+from vlduet.encoders.loading import open_encoder
 from vlduet.errors import ConfigError, DataError
 from vlduet.inspect import alignment
 from vlduet.model.feature_cache import FeatureCache

@@ -414,7 +414,8 @@ def test_search_and_retrieval_without_an_index_are_refused(duet):
 
 def test_dual_encoder_embeds_and_refuses_to_chat(tmp_path):
     from vlduet.encoders.dual import DualEncoder
-    from vlduet.encoders.frozen import FrozenEncoders, open_encoder
+    from vlduet.encoders.frozen import FrozenEncoders
+    from vlduet.encoders.loading import open_encoder
     from vlduet.model.feature_cache import FeatureCache
 
     folders = tiny.build_frozen_encoders(tmp_path)

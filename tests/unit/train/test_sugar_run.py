@@ -17,7 +17,7 @@ from vlduet import config
 from vlduet.cli.main import app
 from vlduet.data.formats import read_records
 from vlduet.encoders.dual import DualEncoder, open_dual_as_encoder, open_embedder
-from vlduet.encoders.frozen import open_encoder
+from vlduet.encoders.loading import open_encoder
 from vlduet.errors import ConfigError, ModelError
 from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
@@ -155,7 +155,7 @@ def test_a_missing_encoder_is_named(encoders: dict[str, str], tmp_path: Path) ->
 def test_a_slice_that_an_encoder_cannot_see_costs_its_record_only(
     encoders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlduet.encoders import frozen as module
+    from vlduet.encoders import loading as module
 
     real = module.load_text_encoder
 

@@ -1,0 +1,323 @@
+"""Local checkpoints opened as frozen encoders: `open_encoder` tells their kind by config.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from vlduet.data.records import ImageRef
+from vlduet.encoders.frozen import EncodeFunction, FrozenEncoder
+from vlduet.errors import ModelError
+from vlduet.model.backbone import fingerprint_checkpoint, load_backbone
+from vlduet.model.duet import DuetModel
+from vlduet.model.families.registry import FAMILIES
+from vlduet.model.processing import (
+    IMAGE_BACKEND,
+    preprocess_image,
+    read_config,
+    translate_load_errors,
+)
+
+Device = str | torch.device
+
+UNLIMITED_TOKENS = 1 << 20
+"""Number of tokens from which a tokenizer's limit means none: such tokenizers state a number with
+thirty digits."""
+
+DEFAULT_MAX_TOKENS = 256
+"""Number of tokens of a text if neither the sentence encoder nor its tokenizer has a limit."""
+
+LOCAL_ONLY = {"local_files_only": True, "trust_remote_code": False}
+"""Arguments of every `from_pretrained`: no download, and no code from the folder."""
+
+FINGERPRINTED_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
+"""Files beside the weights that decide a vector."""
+
+
+def open_encoder(
+    folder: Path, *, trained_model: DuetModel | None = None, device: Device = "cpu"
+) -> FrozenEncoder:
+    """Return the encoder of a local checkpoint; its config.json tells the kind.
+
+    The weights are not loaded yet.
+
+    Args:
+        folder: any kind that the docstring of `vlduet.encoders.frozen` lists, except a dual
+            encoder.
+        trained_model: if `folder` is the checkpoint that it started from, its frozen vision tower
+            is used instead of a second copy.
+        device: where the encoder computes.
+
+    Raises:
+        ModelError: no checkpoint, one that needs its own code, or a timm checkpoint without timm.
+    """
+    config = read_config(folder)
+    modalities: tuple[str, ...] = ("image",)
+    load: Callable[[], Mapping[str, EncodeFunction]]
+    if config.get("model_type") in FAMILIES:
+        load = partial(_load_vision_tower, folder, trained_model, device)
+    elif {"vision_config", "text_config"} <= config.keys():
+        modalities = ("image", "text")
+        load = partial(_load_cross_encoder, folder, device)
+    elif "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper":
+        _check_timm(folder, config)
+        load = partial(_load_vision_model, folder, device)
+    elif (folder / "preprocessor_config.json").is_file():
+        load = partial(_load_vision_model, folder, device)
+    else:
+        modalities = ("text",)
+        load = partial(_load_sentence_encoder, folder, device)
+    return FrozenEncoder(folder, modalities, load, fingerprint_encoder(folder))
+
+
+def fingerprint_encoder(folder: Path) -> str:
+    """Return a hash, 16 hex digits, of weights, processors and pooling of a checkpoint folder."""
+    digest = hashlib.sha256(f"{fingerprint_checkpoint(folder)}:{IMAGE_BACKEND}".encode())
+    for name in FINGERPRINTED_FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _load_vision_tower(
+    folder: Path, trained_model: DuetModel | None, device: Device
+) -> Mapping[str, EncodeFunction]:
+    """Return the encoder by a VLM's vision tower: the mean over the features of an image."""
+    if trained_model is not None and fingerprint_checkpoint(
+        trained_model.backbone.folder
+    ) == fingerprint_checkpoint(folder):
+        backbone = trained_model.backbone
+        prepare_image = trained_model.prepare_image  # both use the model's feature cache
+        compute_features = trained_model.vision_features
+    else:
+        backbone = load_backbone(folder, device=device)
+        prepare_image = backbone.prepare_image
+        compute_features = backbone.compute_vision_features
+
+    def encode(refs: list[ImageRef]) -> Tensor:
+        prepared = [prepare_image(ref) for ref in refs]
+        # Further columns are DeepStack's, which the projector does not read.
+        features = compute_features(prepared)[:, : backbone.vision_width]
+        by_image = features.split([image.num_features for image in prepared])
+        return torch.stack([image_features.mean(0) for image_features in by_image])
+
+    return {"image": encode}
+
+
+def _check_timm(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError unless timm is installed and the folder names one of its architectures.
+
+    transformers opens such folders with timm, on which it does not depend.
+    """
+    missing = [name for name in ("timm", "torchvision") if find_spec(name) is None]
+    if missing:
+        fix = f"pip install {' '.join(missing)}, with the torchvision that your torch needs"
+        message = f"a timm checkpoint, and {' and '.join(missing)} not installed"
+        raise ModelError(message, place=folder, fix=fix)
+    architecture = str(config["architecture"])
+    if not re.fullmatch(r"\w+(\.\w+)?", architecture):  # timm would download hf-hub:NAME
+        message = f"'{architecture}' names no architecture"
+        raise ModelError(message, place=folder / "config.json")
+
+
+def _load_auto_model(folder: Path, device: Device) -> Any:
+    """Return the model of a folder in float32, frozen, in evaluation mode.
+
+    Raises:
+        ModelError: it cannot be loaded, or tensors are missing.
+    """
+    with translate_load_errors(folder):
+        config = AutoConfig.from_pretrained(folder, **LOCAL_ONLY)
+        if config.model_type == "timm_wrapper" and config.model_args:
+            # timm writes the number there, and the wrapper of transformers passes it itself.
+            config.model_args.pop("num_classes", None)
+        model, report = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,  # half precision, as saved, would not run on every device
+            **LOCAL_ONLY,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        message = f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}"
+        raise ModelError(message, place=folder)
+    return model.requires_grad_(False).to(device).eval()
+
+
+def _load_image_processor(folder: Path) -> Any:
+    """Return the image processor of a folder, by `IMAGE_BACKEND`. Raises ModelError."""
+    with translate_load_errors(folder):
+        return AutoImageProcessor.from_pretrained(folder, backend=IMAGE_BACKEND, **LOCAL_ONLY)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a folder. Raises ModelError."""
+    with translate_load_errors(folder):
+        return AutoTokenizer.from_pretrained(folder, **LOCAL_ONLY)
+
+
+def _preprocess_images(
+    image_processor: Any, refs: list[ImageRef], device: Device
+) -> dict[str, Tensor]:
+    """Return the inputs of a vision model for several images. Raises ImageError."""
+    rows = [preprocess_image(image_processor, ref) for ref in refs]
+    inputs = {}
+    for name in rows[0]:
+        inputs[name] = torch.cat([row[name] for row in rows]).to(device)
+    return inputs
+
+
+def _load_vision_model(folder: Path, device: Device) -> Mapping[str, EncodeFunction]:
+    """Return the encoder by a vision model's pooled output.
+
+    It is the class token of DINOv2, and the mean over the map of a convolutional network.
+    """
+    model = _load_auto_model(folder, device)
+    image_processor = _load_image_processor(folder)
+
+    @torch.no_grad()
+    def encode(refs: list[ImageRef]) -> Tensor:
+        outputs = model(**_preprocess_images(image_processor, refs, device))
+        pooled: Tensor | None = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            message = f"'{model.config.model_type}' gives no vector of an image"
+            fix = "Use one that pools, such as a DINOv2, or a VLM, whose tower is used"
+            raise ModelError(message, place=folder, fix=fix)
+        return pooled.flatten(1)
+
+    return {"image": encode}
+
+
+def _load_sentence_encoder(folder: Path, device: Device) -> Mapping[str, EncodeFunction]:
+    """Return the encoder by `load_text_encoder`, which is looked up at the call."""
+    return {"text": load_text_encoder(folder, device=device)}
+
+
+def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list[str]], Tensor]:
+    """Load a local sentence encoder, and return a function: texts -> float[N, D], unit length.
+
+    It pools as 1_Pooling/config.json says: the first token (BGE), or the mean over tokens
+    (all-MiniLM-L6-v2), which is the default. Texts are cut at the limit of
+    sentence_bert_config.json, else that of the tokenizer, else 256 tokens.
+
+    Raises:
+        ModelError: it cannot be loaded, pools otherwise, or its modules.json has more than a
+            transformer, its pooling and normalisation.
+    """
+    read_config(folder)
+    max_tokens = _read_max_tokens(folder)  # checks the modules before anything is loaded
+    tokenizer = _load_tokenizer(folder)
+    with translate_load_errors(folder):
+        model = AutoModel.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32, **LOCAL_ONLY
+        )
+    model.to(device).eval()
+    if not max_tokens:
+        max_tokens = tokenizer.model_max_length
+        if max_tokens >= UNLIMITED_TOKENS:
+            max_tokens = DEFAULT_MAX_TOKENS
+    pools_first_token = _read_pooling(folder) == "cls"
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        batch = tokenizer(
+            texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
+        ).to(device)
+        hidden = model(**batch).last_hidden_state  # [N, T, D]
+        if pools_first_token:
+            return F.normalize(hidden[:, 0], dim=1)
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+    return encode
+
+
+def _read_json(path: Path) -> Any:
+    """Return the content of a JSON file; {} if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _read_max_tokens(folder: Path) -> int | None:
+    """Return the limit of sentence_bert_config.json in tokens, or None.
+
+    Raises:
+        ModelError: modules.json lists a module that would change the vectors.
+    """
+    modules_path = folder / "modules.json"
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in _read_json(modules_path)]
+    unsupported = sorted({*kinds} - {"Transformer", "Pooling", "Normalize"})
+    if unsupported:
+        message = f"it asks for {', '.join(unsupported)}, which is not read"
+        fix = "Use an encoder of a transformer and its pooling alone"
+        raise ModelError(message, place=modules_path, fix=fix)
+    max_tokens: int | None = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    return max_tokens
+
+
+def _read_pooling(folder: Path) -> str:
+    """Return `cls` or `mean`, the default. Raises ModelError for another pooling."""
+    path = folder / "1_Pooling" / "config.json"
+    config: dict[str, Any] = _read_json(path)
+    names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    flags = [name for name, is_on in config.items() if name.startswith("pooling_mode_") and is_on]
+    default = names.get(flags[0], flags[0]) if len(flags) == 1 else "mean"
+    pooling = config.get("pooling_mode", default)
+    if pooling not in names.values() or len(flags) > 1:
+        fix = "Use an encoder that pools by cls or mean"
+        raise ModelError(f"pooling {flags or pooling}", place=path, fix=fix)
+    return str(pooling)
+
+
+def _load_cross_encoder(folder: Path, device: Device) -> Mapping[str, EncodeFunction]:
+    """Return the encoders by CLIP, SigLIP or similar: images and texts in one space."""
+    model = _load_auto_model(folder, device)
+    image_processor = _load_image_processor(folder)
+    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+        message = f"'{model.config.model_type}' has no space that images and texts share"
+        raise ModelError(message, place=folder, fix="Use CLIP, SigLIP or their like")
+    tokenizer = _load_tokenizer(folder)
+    max_tokens = model.config.text_config.max_position_embeddings
+    # SigLIP was trained on padded texts and reads the last position.
+    padding = "max_length" if model.config.model_type.startswith("siglip") else True
+
+    @torch.no_grad()
+    def encode_images(refs: list[ImageRef]) -> Tensor:
+        inputs = _preprocess_images(image_processor, refs, device)
+        return _get_pooled(model.get_image_features(**inputs))
+
+    @torch.no_grad()
+    def encode_texts(texts: list[str]) -> Tensor:
+        batch = tokenizer(
+            texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt"
+        ).to(device)
+        return _get_pooled(model.get_text_features(**batch))
+
+    return {"image": encode_images, "text": encode_texts}
+
+
+def _get_pooled(output: Any) -> Tensor:
+    """Return the vectors of an output, which is a tensor in some versions of transformers."""
+    pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return pooled
