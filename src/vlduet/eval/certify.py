@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.errors import ConfigError, VLDuetError
-from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.table import known
+from vlduet.eval.benchmarks.official_files import OfficialFiles
+from vlduet.eval.benchmarks.registry import get_benchmark
 from vlduet.eval.predictions import ModelFunctions
 from vlduet.eval.run import evaluate, import_predictions, import_reviews
 
@@ -105,8 +105,8 @@ def _score_target(target: CertificationTarget, folder: Path, *, data: Path, runs
     Raises:
         VLDuetError: a file is missing or ambiguous, or items have no prediction.
     """
-    benchmark = known(target.benchmark)
-    source = Source(data)
+    benchmark = get_benchmark(target.benchmark)
+    source = OfficialFiles(data)
     model_runs = runs / target.model
     file = _find_file(folder, target.predictions)
     questions = _find_file(folder, target.questions) if target.questions else None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.errors import ConfigError
-from vlduet.eval.benchmarks.table import BENCHMARKS
-from vlduet.eval.benchmarks.tasks import Sample, Value, difference
+from vlduet.eval.benchmarks.registry import BENCHMARKS
+from vlduet.eval.benchmarks.scores import MetricSample, MetricValue, paired_difference
 from vlduet.eval.run import SCORES_FILE, read_samples
 
 
@@ -20,13 +20,13 @@ class RunScores:
     name: str
     scores: dict[str, dict[str, Any]]
     """Benchmark -> content of its ``scores.json``."""
-    samples: dict[str, dict[str, Sample]]
+    samples: dict[str, dict[str, MetricSample]]
     """Benchmark -> number -> its values item by item; empty where they were not stored."""
 
-    def find_value(self, benchmark: str, name: str) -> Value | None:
+    def find_value(self, benchmark: str, name: str) -> MetricValue | None:
         """Return one number of a benchmark, or None where it was not measured."""
         value = self.scores.get(benchmark, {}).get("values", {}).get(name)
-        return None if value is None else Value(**value)
+        return None if value is None else MetricValue(**value)
 
 
 def read_run_scores(folder: Path, *, name: str | None = None) -> RunScores:
@@ -57,9 +57,9 @@ class BenchmarkChange:
     benchmark: str
     number: str
     """Name of the number that papers report."""
-    before: Value
-    after: Value
-    change: Value | None
+    before: MetricValue
+    after: MetricValue
+    change: MetricValue | None
     """after - before, paired over items; None where the runs did not score the same items."""
 
     @property
@@ -99,7 +99,7 @@ def before_and_after(before: RunScores, after: RunScores) -> list[BenchmarkChang
 
 def _paired_change(
     before: RunScores, after: RunScores, *, benchmark: str, number: str
-) -> Value | None:
+) -> MetricValue | None:
     """Return after - before of one number, paired over items.
 
     None is returned where the runs differ in official files or seed, or lack values per item.
@@ -112,4 +112,4 @@ def _paired_change(
     old_sample = before.samples[benchmark].get(number)
     if new_sample is None or old_sample is None:
         return None
-    return difference(new_sample, old_sample, seed=new["seed"])
+    return paired_difference(new_sample, old_sample, seed=new["seed"])

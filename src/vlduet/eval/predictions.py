@@ -1,13 +1,15 @@
-"""Predictions on disk: every output of a model is kept before the next is asked for, so a stopped run goes on.
+"""Predictions on disk: every output of a model is stored before the next one is computed.
 
-run.json             which benchmark, model, files and settings; another run may not write here
-predictions.jsonl    {"key", "prompt", "text"}, one line an answer, flushed at once; the last line of a key holds
-likelihoods.jsonl    {"key", "prompt", "options": [[nats, tokens], ...]}
-reviews.jsonl        {"key", "prompt", "text"}, what a judge wrote
-fluency.jsonl        {"by", "source", "target", "nats"}, nats a token by another model (WebQA's fluency)
-vectors/NAME.f32     float32 rows, appended; NAME.json says of what
-submission/...       files in the format that a server takes
-scores.json          what came out
+An interrupted run therefore continues where it stopped. The folder of a run contains:
+
+    run.json            benchmark, model, files and settings; another run may not write here
+    predictions.jsonl   {"key", "prompt", "text"} per answer; the last line of a key counts
+    likelihoods.jsonl   {"key", "prompt", "options": [[total nats, tokens], ...]}
+    reviews.jsonl       {"key", "answer", "text"}, reviews by the LLM grader
+    fluency.jsonl       {"by", "source", "target", "nats"}, nats per token by another model
+    vectors/NAME.f32    float32 rows, appended; NAME.json says which items they belong to
+    submission/...      files in the format that an evaluation server takes
+    scores.json         the result
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,59 +27,65 @@ from numpy.typing import NDArray
 from vlduet.data.quarantine import bisect_failures
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError
-from vlduet.eval.benchmarks.tasks import Ask, Judged, Question
+from vlduet.eval.benchmarks.tasks import AskGrader, LLMGradedTask, Question
 from vlduet.files import open_for_append, read_json_lines, write_text_atomically
 
 Vectors = NDArray[np.float32]
-T = TypeVar("T")
-U = TypeVar("U")
 
-EMBED_CHUNK, ANSWER_CHUNK = 128, 32
-"""Items after which what was computed is on disk."""
+EmbedFunction = Callable[[list[Parts], bool], Vectors]
+"""(items, whether they are queries) -> float32[N, D]."""
+GenerateFunction = Callable[[list[Parts], int], list[str]]
+"""(prompts, maximal number of new tokens) -> answers."""
+NLLFunction = Callable[[list[tuple[Parts, str]]], Sequence[tuple[float, int]]]
+"""(prompt, continuation) pairs -> (total nats, number of tokens) of each continuation."""
+GradeFunction = Callable[[Mapping[str, Any], str, float], str]
+"""(settings of the benchmark's official grader, prompt, temperature) -> review."""
+
+EMBED_CHUNK = 128
+"""Number of items whose vectors are computed before they are written to disk."""
+ANSWER_CHUNK = 32
+"""Number of questions that are answered before the answers are written to disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class FluencyModel:
-    """Another model that reads answers."""
+    """Another model that scores how fluent answers are."""
 
     name: str
-    """Names its weights: what another reader wrote is not taken for its own."""
+    """Identifies the weights; scores of a model with another name are not reused."""
     nats_per_token: Callable[[Sequence[tuple[str, str]]], Sequence[float]]
-    """(source, target) pairs -> nats a token of each target after its source."""
+    """(source, target) pairs -> nats per token of each target after its source."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFunctions:
-    """What a model can do; a function that is None is one that it cannot.
+    """Functions of the evaluated model and of its helpers; None where there is no such model."""
 
-    embed, other: (items, whether they are queries) -> float32[N, D]; `other` is an independent retriever's.
-    answer: (prompts, longest answer in tokens) -> texts.
-    loglikelihood: (prompt, continuation) pairs -> (nats, tokens), nats above 0.
-    judge: (task, prompt, temperature) -> text.
-    fluency: who reads how fluent an answer is.
-    """
-
-    embed: Callable[[list[Parts], bool], Vectors] | None = None
-    generate: Callable[[list[Parts], int], list[str]] | None = None
-    continuation_nll: Callable[[list[tuple[Parts, str]]], Sequence[tuple[float, int]]] | None = None
-    retriever_embed: Callable[[list[Parts], bool], Vectors] | None = None
-    grade: Callable[[Mapping[str, Any], str, float], str] | None = None
+    embed: EmbedFunction | None = None
+    generate: GenerateFunction | None = None
+    continuation_nll: NLLFunction | None = None
+    retriever_embed: EmbedFunction | None = None
+    """Embedding by an independent retriever."""
+    grade: GradeFunction | None = None
+    """Review of an answer by the LLM grader."""
     fluency_model: FluencyModel | None = None
 
 
-def prompt_text(parts: Parts) -> str:
-    """A prompt as one text: `<image>` and a line end for every image, as LLaVA's files write it."""
-    return "".join("<image>\n" if isinstance(part, ImageRef) else part for part in parts)
+def no_progress(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """Return `items` unchanged: the progress function of a run without a progress bar."""
+    return items
 
 
 class PredictionStore:
-    """A player that remembers; see `protocols.Player`.
+    """Outputs of a model for one benchmark, computed where they are not on disk yet.
+
+    It is the `PredictionSource` of the benchmark runners.
 
     Args:
-        folder: of this benchmark's run; made where it is missing.
-        functions: the model's; Functions() plays from what is kept alone.
-        seed: of the intervals.
-        watch: wraps the loops, for a progress bar.
+        folder: folder of the run; created if missing.
+        functions: the model's functions; with ``ModelFunctions()`` only stored outputs are read.
+        seed: seed of the bootstrap intervals.
+        progress: (iterable, label) -> iterable, wraps long loops to show a progress bar.
     """
 
     def __init__(
@@ -86,263 +94,329 @@ class PredictionStore:
         functions: ModelFunctions,
         *,
         seed: int = 0,
-        progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+        progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress,
     ):
-        self.folder, self.functions, self.seed, self.progress = folder, functions, seed, progress
+        self.folder = folder
+        self.functions = functions
+        self.seed = seed
+        self.progress = progress
         (folder / "vectors").mkdir(parents=True, exist_ok=True)
 
-    # -------------------------------------------------------------- whose folder this is
-
     def claim_folder(self, identity: Mapping[str, Any]) -> None:
-        """Write run.json, or check that it is the same run. Raises ConfigError naming what differs."""
+        """Write run.json, or check that the existing one is of the same run.
+
+        Args:
+            identity: JSON types that identify the run.
+
+        Raises:
+            ConfigError: the folder belongs to another run; the message names a difference.
+        """
         path = self.folder / "run.json"
-        mine = json.loads(json.dumps(identity))
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in mine if kept.get(key) != mine[key]]
-            if differing:
-                what = f"another run: {_difference(differing[0], kept.get(differing[0]), mine[differing[0]])}"
-                raise ConfigError(
-                    what, place=self.folder, fix="Give another --to, or remove that folder"
-                )
+        identity = json.loads(json.dumps(identity))  # tuples become lists, as in the file
+        if not path.exists():
+            write_text_atomically(path, json.dumps(identity, indent=1) + "\n")
             return
-        write_text_atomically(path, json.dumps(mine, indent=1) + "\n")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in identity.items():
+            if stored.get(key) != value:
+                raise ConfigError(
+                    f"another run: {_describe_difference(key, stored.get(key), value)}",
+                    place=self.folder,
+                    fix="Give another --to, or remove that folder",
+                )
 
     # -------------------------------------------------------------- vectors
 
     def embed(self, items: Sequence[Parts], *, name: str, query: bool) -> Vectors:
-        """float32[N, D]; rows of NaN where an item cannot be embedded."""
+        """Return the model's vectors of items, float32[N, D], with NaN for items that fail.
+
+        Args:
+            name: file name of the vectors.
+            query: whether the items are queries; otherwise they are documents.
+
+        Raises:
+            DataError: vectors are missing on disk and there is no model, or no item can be
+                embedded.
+        """
         return self._embed(self.functions.embed, items, name=name, query=query)
 
     def embed_with_retriever(
         self, items: Sequence[Parts], *, name: str, query: bool
     ) -> Vectors | None:
-        """By the independent retriever; None without one and without its vectors."""
-        if (
-            self.functions.retriever_embed is None
-            and not (self.folder / "vectors" / f"{name}.json").exists()
-        ):
+        """Return the independent retriever's vectors as `embed` does.
+
+        None is returned where there is neither a retriever nor a file of its vectors.
+        """
+        function = self.functions.retriever_embed
+        if function is None and not (self.folder / "vectors" / f"{name}.json").exists():
             return None
-        return self._embed(self.functions.retriever_embed, items, name=name, query=query)
+        return self._embed(function, items, name=name, query=query)
 
     def _embed(
-        self,
-        function: Callable[[list[Parts], bool], Vectors] | None,
-        items: Sequence[Parts],
-        *,
-        name: str,
-        query: bool,
+        self, function: EmbedFunction | None, items: Sequence[Parts], *, name: str, query: bool
     ) -> Vectors:
+        """Return the vectors of items; compute and append those that the file lacks."""
         path = self.folder / "vectors" / f"{name}.f32"
-        named = hashlib.sha256(
-            "\0".join(item_identity(parts) for parts in items).encode("utf-8", "replace")
-        ).hexdigest()
-        facts = {"items": named, "count": len(items), "query": query}
-        kept = _json(path.with_suffix(".json"))
-        if kept is None or any(kept.get(key) != value for key, value in facts.items()):
+        facts_path = path.with_suffix(".json")
+        facts = {"items": _hash_items(items), "count": len(items), "query": query}
+        stored_facts = _read_json(facts_path)
+        if stored_facts is None or any(stored_facts.get(key) != facts[key] for key in facts):
             if function is None:
                 raise DataError(
                     "vectors of these items are not there", place=path, fix="Run it with a model"
                 )
             path.unlink(missing_ok=True)
-            kept = {}
-        dim, found = int(kept.get("dim", 0)), np.zeros((0, 0), dtype=np.float32)
-        if dim and path.exists():
-            rows = path.stat().st_size // (4 * dim)
-            found = np.fromfile(path, dtype=np.float32, count=rows * dim).reshape(rows, dim)
-        if len(found) == len(items):
-            return found
+            stored_facts = {}
+        dim = int(stored_facts.get("dim", 0))
+        stored = _read_rows(path, dim)
+        if len(stored) == len(items):
+            return stored
         if function is None:
+            num_missing = len(items) - len(stored)
             raise DataError(
-                f"{len(items) - len(found)} vectors are not there",
-                place=path,
-                fix="Run it with a model",
+                f"{num_missing} vectors are not there", place=path, fix="Run it with a model"
             )
-        blocks = [found] if len(found) else []
-        starts = range(len(found), len(items), EMBED_CHUNK)
-        with path.open("r+b" if path.exists() else "wb") as out:
-            out.truncate(4 * dim * len(found))  # a killed run may have left half a row
-            out.seek(0, 2)
+        blocks = [stored] if len(stored) else []
+        starts = range(len(stored), len(items), EMBED_CHUNK)
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(4 * dim * len(stored))  # a killed run may have left half a row
+            file.seek(0, 2)
             for begin in self.progress(starts, f"embedding {name}, in {EMBED_CHUNK}s"):
-                block = embed_chunk(
-                    function, list(items[begin : begin + EMBED_CHUNK]), query=query, dim=dim
-                )
+                chunk = list(items[begin : begin + EMBED_CHUNK])
+                block = embed_chunk(function, chunk, query=query, dim=dim)
                 if not dim:
                     dim = block.shape[1]
-                    write_text_atomically(
-                        path.with_suffix(".json"), json.dumps({**facts, "dim": dim})
-                    )
-                out.write(block.astype(np.float32).tobytes())
-                out.flush()
+                    write_text_atomically(facts_path, json.dumps({**facts, "dim": dim}))
+                file.write(block.astype(np.float32).tobytes())
+                file.flush()
                 blocks.append(block)
         return np.concatenate(blocks)
 
     # -------------------------------------------------------------- answers
 
-    def answer(self, questions: Sequence[Question], *, name: str = "") -> list[str | None]:
-        """Answers in the order of the questions; None where there is none."""
+    def generate_answers(
+        self, questions: Sequence[Question], *, name: str = ""
+    ) -> list[str | None]:
+        """Return the answers in the order of the questions, None where there is none.
+
+        Args:
+            name: prefix of the stored keys, where the same questions are asked in several ways.
+        """
         function = self.functions.generate
 
-        def work(asked: list[Question]) -> list[str | None]:
+        def answer(group: list[Question]) -> list[str | None]:
             assert function is not None
+            generate = function
             return bisect_failures(
-                lambda qs: function([q.parts for q in qs], qs[0].max_new_tokens),
-                asked,
-                on_error=_missing,
+                lambda qs: generate([q.prompt for q in qs], qs[0].max_new_tokens),
+                group,
+                on_error=_ignore_failure,
             )
 
-        # Questions of one length of answer go together, the longest prompts last.
-        order = sorted(questions, key=lambda q: q.max_new_tokens)
-        kept = self._kept(order, "predictions.jsonl", name, work if function else None)
-        return [kept.get(_key(name, question)) for question in questions]
+        # Questions with equal length limits form groups, the longest answers last.
+        ordered = sorted(questions, key=lambda q: q.max_new_tokens)
+        stored = self._complete_file(
+            ordered,
+            "predictions.jsonl",
+            name=name,
+            field="text",
+            compute=answer if function else None,
+        )
+        return [stored.get(_question_key(name, question)) for question in questions]
 
     def score_options(
         self, questions: Sequence[Question], *, name: str = ""
     ) -> list[list[tuple[float, int]] | None]:
-        """(nats, tokens) of every option."""
+        """Return (total nats, number of tokens) of every option of every question.
+
+        None stands for a question that could not be scored. `name` is as for `generate_answers`.
+        """
         function = self.functions.continuation_nll
 
-        def work(asked: list[Question]) -> list[Any]:
+        def score(group: list[Question]) -> list[Any]:
             assert function is not None
-            return bisect_failures(lambda qs: _ranked(function, qs), asked, on_error=_missing)
+            nll = function
+            return bisect_failures(
+                lambda qs: _score_group(nll, qs), group, on_error=_ignore_failure
+            )
 
-        kept = self._kept(
-            questions, "likelihoods.jsonl", name, work if function else None, field="options"
+        stored = self._complete_file(
+            questions,
+            "likelihoods.jsonl",
+            name=name,
+            field="options",
+            compute=score if function else None,
         )
-        rows = [kept.get(_key(name, question)) for question in questions]
-        return [
-            None if row is None else [(float(nats), int(tokens)) for nats, tokens in row]
-            for row in rows
-        ]
+        scores: list[list[tuple[float, int]] | None] = []
+        for question in questions:
+            options = stored.get(_question_key(name, question))
+            if options is None:
+                scores.append(None)
+            else:
+                scores.append([(float(nats), int(tokens)) for nats, tokens in options])
+        return scores
 
-    def _kept(
+    def _complete_file(
         self,
         questions: Sequence[Question],
         file: str,
-        name: str,
-        work: Callable[[list[Question]], list[Any]] | None,
         *,
-        field: str = "text",
+        name: str,
+        field: str,
+        compute: Callable[[list[Question]], list[Any]] | None,
     ) -> dict[str, Any]:
-        """What a file holds for these questions, after adding what it lacks."""
+        """Return a field of a file by question key, after appending what the file lacks.
+
+        Args:
+            compute: returns the values of a group of questions; None leaves the file as it is.
+        """
         path = self.folder / file
         rows = {row["key"]: row for row in read_json_lines(path)}
-        prompts = {_key(name, question): prompt_identity(question) for question in questions}
-        # A line without a prompt was written by somebody else (imported predictions) and is taken as it is.
-        kept = {
-            key: rows[key][field]
-            for key, prompt in prompts.items()
-            if key in rows and rows[key].get("prompt", prompt) == prompt
+        prompts = {
+            _question_key(name, question): prompt_identity(question) for question in questions
         }
-        left = [question for question in questions if _key(name, question) not in kept]
-        if work is None or not left:
-            return kept
+        stored = {}
+        for key, prompt in prompts.items():
+            # A row without a prompt is an imported prediction and is taken as it is.
+            if key in rows and rows[key].get("prompt", prompt) == prompt:
+                stored[key] = rows[key][field]
+        missing = [
+            question for question in questions if _question_key(name, question) not in stored
+        ]
+        if compute is None or not missing:
+            return stored
+        groups = list(group_questions(missing))
         with open_for_append(path) as out:
-            for group in self.progress(
-                list(group_questions(left)), f"answering, in {ANSWER_CHUNK}s"
-            ):
-                for question, found in zip(group, work(group), strict=True):
-                    key = _key(name, question)
-                    kept[key] = found
-                    out.write(json_line({"key": key, "prompt": prompts[key], field: found}))
+            for group in self.progress(groups, f"answering, in {ANSWER_CHUNK}s"):
+                for question, value in zip(group, compute(group), strict=True):
+                    key = _question_key(name, question)
+                    stored[key] = value
+                    out.write(json_line({"key": key, "prompt": prompts[key], field: value}))
                 out.flush()
-        return kept
+        return stored
 
-    # -------------------------------------------------------------- reviews
+    # -------------------------------------------------------------- other models
 
-    def grade_answers(self, task: Judged, answers: Sequence[str | None]) -> list[str | None] | None:
-        """What the judge wrote of every answer, asked for what is not kept; None without a judge and anything kept."""
-        path, function = self.folder / "reviews.jsonl", self.functions.grade
+    def grade_answers(
+        self, task: LLMGradedTask, answers: Sequence[str | None]
+    ) -> list[str | None] | None:
+        """Return the grader's review of every answer; missing reviews are requested and stored.
+
+        A review is None where it is not stored and there is no grader. The whole result is None
+        where there is no grader and nothing is stored.
+        """
+        path = self.folder / "reviews.jsonl"
+        function = self.functions.grade
         rows = {row["key"]: row for row in read_json_lines(path)}
         if function is None and not rows:
             return None
-        found: list[str | None] = []
+        reviews: list[str | None] = []
+        pairs = list(zip(task.items, answers, strict=True))
         with open_for_append(path) as out:
-            for item, text in self.progress(list(zip(task.items, answers, strict=True)), "judging"):
+            for item, answer in self.progress(pairs, "grading"):
                 row = rows.get(item.id)
-                if row is not None and row.get("answer", text) == text:
-                    found.append(row["text"])
+                if row is not None and row.get("answer", answer) == answer:
+                    reviews.append(row["text"])
                 elif function is None:
-                    found.append(None)
+                    reviews.append(None)
                 else:
-                    found.append(task.review(item, text or "", bind_grader(function, task.judge)))
-                    out.write(json_line({"key": item.id, "answer": text, "text": found[-1]}))
+                    ask = bind_grader(function, task.grader_settings)
+                    review = task.grade_answer(item, answer or "", ask)
+                    reviews.append(review)
+                    out.write(json_line({"key": item.id, "answer": answer, "text": review}))
                     out.flush()
-        return found
+        return reviews
 
     def score_fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
-        """Nats a token of every target after its source, asked for what is not kept; None where that cannot be done."""
-        path, reader = self.folder / "fluency.jsonl", self.functions.fluency_model
-        rows = [row for row in read_json_lines(path) if reader is None or row["by"] == reader.name]
-        # Without a reader, what the last one wrote.
-        kept = {
-            (row["source"], row["target"]): float(row["nats"])
-            for row in rows
-            if row["by"] == rows[-1]["by"]
-        }
-        left = [pair for pair in dict.fromkeys(pairs) if pair not in kept]
-        if reader is None:
-            return None if left or not rows else [kept[pair] for pair in pairs]
+        """Return the nats per token of every target after its source, for (source, target) pairs.
+
+        Missing scores are computed and stored. Without a fluency model, the scores of the model
+        that wrote last are returned, or None where they do not cover all pairs.
+        """
+        path = self.folder / "fluency.jsonl"
+        model = self.functions.fluency_model
+        rows = read_json_lines(path)
+        name = model.name if model else next((row["by"] for row in reversed(rows)), None)
+        rows = [row for row in rows if row["by"] == name]
+        scores = {(row["source"], row["target"]): float(row["nats"]) for row in rows}
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in scores]
+        if model is None:
+            return None if missing or not rows else [scores[pair] for pair in pairs]
+        starts = range(0, len(missing), ANSWER_CHUNK)
         with open_for_append(path) as out:
-            for begin in self.progress(
-                range(0, len(left), ANSWER_CHUNK), f"reading answers, in {ANSWER_CHUNK}s"
-            ):
-                chunk = left[begin : begin + ANSWER_CHUNK]
-                for pair, nats in zip(chunk, reader.nats_per_token(chunk), strict=True):
-                    kept[pair] = float(nats)
-                    out.write(
-                        json_line(
-                            {
-                                "by": reader.name,
-                                "source": pair[0],
-                                "target": pair[1],
-                                "nats": kept[pair],
-                            }
-                        )
-                    )
+            for begin in self.progress(starts, f"reading answers, in {ANSWER_CHUNK}s"):
+                chunk = missing[begin : begin + ANSWER_CHUNK]
+                for pair, nats in zip(chunk, model.nats_per_token(chunk), strict=True):
+                    scores[pair] = float(nats)
+                    row = {"by": model.name, "source": pair[0], "target": pair[1]}
+                    out.write(json_line({**row, "nats": scores[pair]}))
                 out.flush()
-        return [kept[pair] for pair in pairs]
+        return [scores[pair] for pair in pairs]
 
     def write_submission(self, name: str, data: bytes) -> None:
-        """Write a file of the submission."""
+        """Write a file of the submission for an evaluation server, replacing an older one."""
         path = self.folder / "submission" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
 
-def bind_grader(
-    function: Callable[[Mapping[str, Any], str, float], str], judge: Mapping[str, Any]
-) -> Ask:
-    """The judge's function as a review asks it."""
-    return lambda prompt, temperature: function(judge, prompt, temperature)
+def bind_grader(function: GradeFunction, settings: Mapping[str, Any]) -> AskGrader:
+    """Return a function (prompt, temperature) -> review for one benchmark's grader settings."""
+    return lambda prompt, temperature: function(settings, prompt, temperature)
 
 
-# ------------------------------------------------------------------ small things
+# ------------------------------------------------------------------ identities
 
 
-def item_identity(parts: Parts) -> str:
-    """What identifies an item that is embedded: its text and the names of its images, wherever their folder is."""
-    return "|".join(Path(part.name).name if isinstance(part, ImageRef) else part for part in parts)
+def prompt_text(parts: Parts) -> str:
+    """Return a prompt as one text, with ``<image>`` and a line end per image as in LLaVA's files."""
+    return "".join("<image>\n" if isinstance(part, ImageRef) else part for part in parts)
 
 
 def prompt_identity(question: Question) -> str:
-    """A prompt with its images' names: the same prompt on another image is another prompt."""
-    images = [Path(part.name).name for part in question.parts if isinstance(part, ImageRef)]
+    """Return a text that differs for prompts with other text, options or image file names."""
+    images = [Path(part.name).name for part in question.prompt if isinstance(part, ImageRef)]
     options = "".join(f"\n[{option}]" for option in question.options)
-    return prompt_text(question.parts) + options + "".join(f"\n({name})" for name in images)
+    return prompt_text(question.prompt) + options + "".join(f"\n({name})" for name in images)
 
 
-def _key(name: str, question: Question) -> str:
+def item_identity(parts: Parts) -> str:
+    """Return a text that differs for items with other texts or image file names.
+
+    The folder of an image does not count, so that data folders can be moved.
+    """
+    return "|".join(Path(part.name).name if isinstance(part, ImageRef) else part for part in parts)
+
+
+def _hash_items(items: Sequence[Parts]) -> str:
+    """Return the SHA-256 of the identities of items, in hexadecimal."""
+    identities = "\0".join(item_identity(parts) for parts in items)
+    return hashlib.sha256(identities.encode("utf-8", "replace")).hexdigest()
+
+
+def _question_key(name: str, question: Question) -> str:
+    """Return the key of a question in files: its id, after ``name|`` where there is a name."""
     return f"{name}|{question.id}" if name else question.id
 
 
+def _describe_difference(key: str, stored: Any, current: Any) -> str:
+    """Return ``KEY was ..., is ...``; for two mappings, of the first inner key that differs."""
+    if isinstance(stored, Mapping) and isinstance(current, Mapping):
+        for inner in (*current, *stored):
+            if stored.get(inner) != current.get(inner):
+                return _describe_difference(f"{key}.{inner}", stored.get(inner), current.get(inner))
+    return f"{key} was {stored!r}, is {current!r}"
+
+
+# ------------------------------------------------------------------ chunks and files
+
+
 def group_questions(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Runs of at most ANSWER_CHUNK questions with one `max_new_tokens`."""
+    """Yield runs of at most `ANSWER_CHUNK` consecutive questions with equal `max_new_tokens`."""
     group: list[Question] = []
     for question in questions:
-        if group and (
-            len(group) == ANSWER_CHUNK or group[0].max_new_tokens != question.max_new_tokens
-        ):
+        is_full = len(group) == ANSWER_CHUNK
+        if group and (is_full or group[0].max_new_tokens != question.max_new_tokens):
             yield group
             group = []
         group.append(question)
@@ -350,60 +424,64 @@ def group_questions(questions: Sequence[Question]) -> Iterator[list[Question]]:
         yield group
 
 
-def embed_chunk(
-    function: Callable[[list[Parts], bool], Vectors], items: list[Parts], *, query: bool, dim: int
-) -> Vectors:
-    """Vectors of a chunk, with NaN for what cannot be embedded."""
+def embed_chunk(function: EmbedFunction, items: list[Parts], *, query: bool, dim: int) -> Vectors:
+    """Return the vectors of items, float32[N, D], with rows of NaN for items that fail.
+
+    Args:
+        dim: width of the vectors, or 0 where it is not known yet.
+
+    Raises:
+        DataError: all items fail and `dim` is 0.
+    """
     errors: list[DataError] = []
 
-    def embed(some: list[Parts]) -> Vectors:
-        return np.asarray(function(some, query), dtype=np.float32)
+    def embed(group: list[Parts]) -> Vectors:
+        return np.asarray(function(group, query), dtype=np.float32)
 
     rows = bisect_failures(embed, items, on_error=lambda _, error: errors.append(error))
     width = dim or next((len(row) for row in rows if row is not None), 0)
-    if not width:  # nothing yet says how wide a vector is
-        what = f"none of {len(items)} items can be embedded"
-        raise (
-            errors[0]
-            if len(items) == 1
-            else DataError(what, fix="Check the images with 'vlduet data check'")
+    if not width:
+        if len(items) == 1:
+            raise errors[0]
+        raise DataError(
+            f"none of {len(items)} items can be embedded",
+            fix="Check the images with 'vlduet data check'",
         )
-    return np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in rows])
+    failed = np.full(width, np.nan, np.float32)
+    return np.stack([failed if row is None else row for row in rows])
 
 
-def _missing(question: Question, error: DataError) -> None:
-    """A question that cannot be asked counts as missing in the score."""
+def _score_group(function: NLLFunction, questions: list[Question]) -> list[list[list[float]]]:
+    """Return [[total nats, tokens] of every option] of every question."""
+    pairs = [(question.prompt, option) for question in questions for option in question.options]
+    scores = iter(function(pairs))
+    return [[list(next(scores)) for _ in question.options] for question in questions]
 
 
-def _ranked(
-    function: Callable[..., Sequence[tuple[float, int]]], questions: list[Question]
-) -> list[list[list[float]]]:
-    """[[nats, tokens] of every option] of every question."""
-    found = iter(
-        function(
-            [(question.parts, option) for question in questions for option in question.options]
-        )
-    )
-    return [[list(next(found)) for _ in question.options] for question in questions]
-
-
-def _difference(key: str, was: Any, now: Any) -> str:
-    """In words; of two mappings, what they first differ in."""
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for inner in (*now, *was):
-            if was.get(inner) != now.get(inner):
-                return _difference(f"{key}.{inner}", was.get(inner), now.get(inner))
-    return f"{key} was {was!r}, is {now!r}"
+def _ignore_failure(question: Question, error: DataError) -> None:
+    """Do nothing: a question that cannot be asked has no prediction and counts as missing."""
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One line of JSON. ASCII: a generated text may hold line ends that splitlines knows, and lone surrogates."""
+    """Return one line of ASCII JSON.
+
+    Generated text may contain lone surrogates and characters that splitlines takes for line ends.
+    """
     return json.dumps(value) + "\n"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file, or None where it is missing or broken."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found
+    return content
+
+
+def _read_rows(path: Path, dim: int) -> Vectors:
+    """Return the complete rows of a file of vectors, float32[N, dim]; no rows where dim is 0."""
+    if not dim or not path.exists():
+        return np.zeros((0, 0), dtype=np.float32)
+    num_rows = path.stat().st_size // (4 * dim)
+    return np.fromfile(path, dtype=np.float32, count=num_rows * dim).reshape(num_rows, dim)

@@ -1,11 +1,11 @@
-"""One benchmark, start to end: read the official files, play the protocol, write the score.
+"""Evaluate a model on one benchmark, or score the predictions of others.
 
-1. load    the official files of the data folder, hashed
-2. claim   the run's folder: a run goes on where it stopped, and another run is refused
-3. play    the protocol with the model's functions; every output is on disk at once
-4. score   scores.json: numbers with intervals, and everything that says what made them
+1. load     the official files of the data folder, hashed
+2. claim    the folder of the run: an interrupted run continues, another run is refused
+3. predict  with the model's functions, as the benchmark's protocol asks; outputs are stored at once
+4. score    scores.json: numbers with intervals, and everything that says what made them
 
-Scoring again needs no model: with `Functions()` the same steps read what is kept.
+Scoring again needs no model: with ``ModelFunctions()`` the same steps read stored predictions.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ import numpy as np
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError
-from vlduet.eval.benchmarks.protocols import PROTOCOLS
-from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.tasks import Benchmark, Question, Sample, Score
-from vlduet.eval.predictions import ModelFunctions, PredictionStore, json_line
+from vlduet.eval.benchmarks.official_files import OfficialFiles
+from vlduet.eval.benchmarks.runners import PROTOCOL_RUNNERS
+from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample
+from vlduet.eval.benchmarks.tasks import Benchmark, Question
+from vlduet.eval.predictions import ModelFunctions, PredictionStore, json_line, no_progress
 from vlduet.files import read_json_lines, write_atomically, write_text_atomically
 
-SCORES_FILE, SAMPLES_FILE = "scores.json", "samples.npz"
+SCORES_FILE = "scores.json"
+SAMPLES_FILE = "samples.npz"
 
 
 def run_folder(runs: Path, benchmark: Benchmark) -> Path:
-    """Where the run of a benchmark stands."""
+    """Return the folder of a benchmark's run inside the folder of all runs."""
     return runs / benchmark.name.replace("/", "-")
 
 
@@ -38,134 +40,153 @@ def evaluate(
     benchmark: Benchmark,
     functions: ModelFunctions,
     *,
-    source: Source,
+    source: OfficialFiles,
     runs: Path,
     provenance: Mapping[str, Any],
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress,
 ) -> dict[str, Any]:
-    """Run or resume a benchmark, or score it again.
+    """Run a benchmark, resume it, or score it again, and write its scores.json and samples.npz.
 
     Args:
-        benchmark: a row of the table.
-        functions: the model's; an empty `Functions()` scores what is kept.
-        source: the data folder.
-        runs: gets a folder of the benchmark's name.
-        made_by: what made the predictions (model, fingerprint, prompts, versions); another value is another run.
-            Empty where nothing is made, as when scoring again.
-        watch: wraps long loops, for a progress bar.
+        benchmark: an entry of the registry.
+        functions: the model's functions; ``ModelFunctions()`` scores stored predictions.
+        source: the official files of the data folder.
+        runs: folder that gets a folder with the benchmark's name.
+        provenance: what makes the predictions (model, fingerprint, prompts, versions); another
+            value is another run. Empty where nothing is predicted, as when scoring again.
+        progress: (iterable, label) -> iterable, wraps long loops to show a progress bar.
 
     Returns:
         The content of scores.json.
 
     Raises:
-        DataError: a missing or broken official file, named; or predictions that are not there.
-        ConfigError: the folder holds another run.
+        DataError: an official file is missing or broken, or predictions are missing.
+        ConfigError: the folder belongs to another run.
     """
     task = benchmark.load(source)
     folder = run_folder(runs, benchmark)
     store = PredictionStore(folder, functions, seed=source.seed, progress=progress)
-    # Only a run that makes predictions claims the folder; scoring trusts what run.json says.
     identity = {
         "benchmark": benchmark.name,
         "files": source.hashes,
         "seed": source.seed,
         "k": source.k,
     }
+    # Only a run that makes predictions claims the folder; scoring trusts what run.json says.
     if provenance:
         store.claim_folder({**identity, "made_by": dict(provenance)})
     else:
-        _same_files(folder, identity)
-    score = PROTOCOLS[benchmark.protocol](task, store)
-    result = score_to_json(benchmark, score, seed=source.seed) | {
-        "files": source.hashes,
-        "made_by": provenance or _maker(folder),
-    }
+        _check_same_files(folder, identity)
+    score = PROTOCOL_RUNNERS[benchmark.protocol](task, store)
+    result = score_to_json(benchmark, score, seed=source.seed)
+    result["files"] = source.hashes
+    result["made_by"] = provenance or _read_provenance(folder)
     write_atomically(folder / SAMPLES_FILE, lambda out: write_samples(out, score))
     write_text_atomically(folder / SCORES_FILE, json.dumps(result, indent=1) + "\n")
     return result
 
 
-def write_samples(out: IO[bytes], score: Score) -> None:
-    """Every number item by item: `NUMBER|GROUP|v` and `|w`, and `NUMBER|how` with its scale and whether it is a sum."""
-    arrays: dict[str, Any] = {}
-    for name, found in score.samples.items():
-        arrays[f"{name}|how"] = np.array([found.scale, float(found.total)])
-        for i, (values, weights) in enumerate(found.groups):
-            arrays |= {f"{name}|{i}|v": values, f"{name}|{i}|w": weights}
-    np.savez_compressed(out, **arrays)
-
-
-def read_samples(folder: Path) -> dict[str, Sample]:
-    """What `write_samples` wrote; empty where there is nothing."""
-    if not (folder / SAMPLES_FILE).exists():
-        return {}
-    with np.load(folder / SAMPLES_FILE, allow_pickle=False) as file:
-        kept = dict(file)
-    found = {}
-    for key in [key for key in kept if key.endswith("|how")]:
-        name = key.removesuffix("|how")
-        count = sum(other.startswith(f"{name}|") and other.endswith("|v") for other in kept)
-        groups = tuple((kept[f"{name}|{i}|v"], kept[f"{name}|{i}|w"]) for i in range(count))
-        found[name] = Sample(groups, scale=float(kept[key][0]), total=bool(kept[key][1]))
-    return found
-
-
-def score_to_json(benchmark: Benchmark, score: Score, *, seed: int) -> dict[str, Any]:
-    """A score as it stands in scores.json: values in the unit of the papers, each with its interval and n."""
+def score_to_json(benchmark: Benchmark, score: BenchmarkScore, *, seed: int) -> dict[str, Any]:
+    """Return a score as in scores.json: numbers in the papers' units, each with interval and n."""
     return {
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "split": benchmark.split,
         "metric": benchmark.metric,
         "protocol": benchmark.protocol,
-        "values": {name: asdict(found.value(seed)) for name, found in score.samples.items()},
-        "missing": score.missing,
-        "unparsed": score.unparsed,
-        "facts": dict(score.facts),
+        "values": {name: asdict(item.estimate(seed)) for name, item in score.samples.items()},
+        "missing": score.num_missing,
+        "unparsed": score.num_unparsed,
+        "facts": dict(score.details),
         "seed": seed,
     }
 
 
-def _maker(folder: Path) -> Any:
+def write_samples(out: IO[bytes], score: BenchmarkScore) -> None:
+    """Write every number item by item as a compressed npz archive.
+
+    The arrays of a number are ``NUMBER|GROUP|v`` (values) and ``NUMBER|GROUP|w`` (weights) for
+    every group, and ``NUMBER|how`` (its scale, and 1 where groups are summed).
+    """
+    arrays: dict[str, Any] = {}
+    for name, sample in score.samples.items():
+        arrays[f"{name}|how"] = np.array([sample.scale, float(sample.sum_groups)])
+        for i, (values, weights) in enumerate(sample.groups):
+            arrays[f"{name}|{i}|v"] = values
+            arrays[f"{name}|{i}|w"] = weights
+    np.savez_compressed(out, **arrays)
+
+
+def read_samples(folder: Path) -> dict[str, MetricSample]:
+    """Return the numbers that `write_samples` wrote to a run's folder; empty without a file."""
+    if not (folder / SAMPLES_FILE).exists():
+        return {}
+    with np.load(folder / SAMPLES_FILE, allow_pickle=False) as file:
+        arrays = dict(file)
+    samples = {}
+    for key, how in arrays.items():
+        if not key.endswith("|how"):
+            continue
+        name = key.removesuffix("|how")
+        groups = []
+        while f"{name}|{len(groups)}|v" in arrays:
+            prefix = f"{name}|{len(groups)}"
+            groups.append((arrays[f"{prefix}|v"], arrays[f"{prefix}|w"]))
+        scale, sum_groups = how
+        samples[name] = MetricSample(tuple(groups), scale=float(scale), sum_groups=bool(sum_groups))
+    return samples
+
+
+def _read_provenance(folder: Path) -> Any:
+    """Return what made the stored predictions; without a run.json they were imported."""
     path = folder / "run.json"
-    return (
-        json.loads(path.read_text(encoding="utf-8"))["made_by"]
-        if path.exists()
-        else {"predictions": "imported"}
-    )
+    if not path.exists():
+        return {"predictions": "imported"}
+    return json.loads(path.read_text(encoding="utf-8"))["made_by"]
 
 
-def _same_files(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raises ConfigError where predictions were made of other files."""
+def _check_same_files(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Raise ConfigError where stored predictions were made with other files, seed or k."""
     path = folder / "run.json"
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("files", "seed", "k"):
-            if kept[key] != identity[key]:
-                what = f"the predictions are of other {key}: {kept[key]!r}, now {identity[key]!r}"
-                raise ConfigError(what, place=folder, fix="Give the same --data, --seed and --k")
+    if not path.exists():
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("files", "seed", "k"):
+        if stored[key] != identity[key]:
+            raise ConfigError(
+                f"the predictions are of other {key}: {stored[key]!r}, now {identity[key]!r}",
+                place=folder,
+                fix="Give the same --data, --seed and --k",
+            )
 
 
-# ------------------------------------------------------------------ others' predictions
+# ------------------------------------------------------------------ predictions of others
 
 
 def import_predictions(
-    benchmark: Benchmark, file: Path, *, source: Source, runs: Path, questions: Path | None = None
+    benchmark: Benchmark,
+    file: Path,
+    *,
+    source: OfficialFiles,
+    runs: Path,
+    questions: Path | None = None,
 ) -> dict[str, int]:
-    """Take predictions that another toolkit made, to be scored by the official rules.
+    """Import predictions of another toolkit into predictions.jsonl, replacing what it contains.
 
-    Accepted: JSON lines with "key" or "question_id" (or "id"), "text" and maybe "prompt", as LLaVA's answer files have;
-    or one object id -> text, as MM-Vet's results file. An id that is not ours is matched as LLaVA's need it: by the image
-    that it names and the first line of the prompt (MME, TextVQA), or through LLaVA's question file (POPE).
+    Accepted are JSON lines with "key", "question_id" or "id", with "text" and optionally "prompt",
+    as in LLaVA's answer files; or one object id -> text, as in MM-Vet's results file. A foreign id
+    is matched by the image that it names and the first line of the prompt (MME, TextVQA), or through
+    LLaVA's question file (POPE).
 
     Args:
-        questions: JSON lines with "question_id", "image", "text" and "category".
+        questions: LLaVA's question file: JSON lines with "question_id", "image", "text" and
+            "category".
 
     Returns:
-        How many were taken and how many fit no item.
+        Numbers of ``taken`` predictions and of ``unknown`` ones, which fit no item.
 
     Raises:
-        ConfigError: the benchmark asks nothing, or nothing fits.
+        ConfigError: the benchmark has no questions, or no prediction fits an item.
     """
     task = benchmark.load(source)
     items = getattr(task, "items", ())
@@ -175,60 +196,86 @@ def import_predictions(
         )
     folder = run_folder(runs, benchmark)
     folder.mkdir(parents=True, exist_ok=True)
-    keys = _keys(items)
-    asked = {
-        str(row.get("question_id", "")): row for row in (_answers(questions) if questions else ())
-    }
-    taken: dict[str, str] = {}
-    unknown = 0
-    for row in _answers(file):
-        identity = str(row.get("key", row.get("question_id", row.get("id", ""))))
-        told = asked.get(identity, {"image": identity, "text": row.get("prompt", "")})
-        first, image = _first_line(str(told.get("text", ""))), str(told.get("image", ""))
-        tries = (
-            (f"{told.get('category', '')}/{image}", first),
-            (image, first),
-            (Path(image).name, first),
-        )
-        key = keys.get((identity, "")) if identity not in asked else None
-        key = key or next((keys[one] for one in tries if one in keys), None)
-        if key is None:
-            unknown += 1
+    item_ids = _index_items(items)
+    question_rows = _read_answers(questions) if questions else []
+    foreign_questions = {str(row.get("question_id", "")): row for row in question_rows}
+    texts: dict[str, str] = {}
+    num_unknown = 0
+    for row in _read_answers(file):
+        item_id = _match_item(row, item_ids, foreign_questions)
+        if item_id is None:
+            num_unknown += 1
         else:
-            taken[key] = str(row.get("text", row.get("answer", "")))
-    if not taken:
+            texts[item_id] = str(row.get("text", row.get("answer", "")))
+    if not texts:
         raise ConfigError(
-            f"none of {unknown} predictions fits an item",
+            f"none of {num_unknown} predictions fits an item",
             place=file,
             fix="Check the ids in the file",
         )
-    rows = "".join(json_line({"key": key, "text": text}) for key, text in taken.items())
-    write_text_atomically(folder / "predictions.jsonl", rows)
-    return {"taken": len(taken), "unknown": unknown}
+    lines = [json_line({"key": key, "text": text}) for key, text in texts.items()]
+    write_text_atomically(folder / "predictions.jsonl", "".join(lines))
+    return {"taken": len(texts), "unknown": num_unknown}
+
+
+def _match_item(
+    row: Mapping[str, Any],
+    item_ids: Mapping[tuple[str, str], str],
+    foreign_questions: Mapping[str, Mapping[str, Any]],
+) -> str | None:
+    """Return the id of the item that a prediction answers, or None where none fits.
+
+    Args:
+        row: one row of the predictions file.
+        item_ids: index of the items, see `_index_items`.
+        foreign_questions: rows of LLaVA's question file by their id.
+    """
+    identity = str(row.get("key", row.get("question_id", row.get("id", ""))))
+    if identity in foreign_questions:
+        question = foreign_questions[identity]
+    else:
+        if (identity, "") in item_ids:
+            return item_ids[identity, ""]
+        question = {"image": identity, "text": row.get("prompt", "")}
+    image = str(question.get("image", ""))
+    prompt = _first_line(str(question.get("text", "")))
+    for name in (f"{question.get('category', '')}/{image}", image, Path(image).name):
+        if (name, prompt) in item_ids:
+            return item_ids[name, prompt]
+    return None
 
 
 def _first_line(text: str) -> str:
+    """Return the first line of a prompt without image marks, in lower case."""
     return text.replace("<image>", "").strip().split("\n", maxsplit=1)[0].strip().casefold()
 
 
-def _keys(items: Iterable[Question]) -> dict[tuple[str, str], str]:
-    """(id, "") and (what an image is called, first line of the prompt) -> id of the item.
+def _index_items(items: Iterable[Question]) -> dict[tuple[str, str], str]:
+    """Return the ids of items by (id, "") and by (name of an image, first line of the prompt).
 
-    An image is called by its file name, with and without its ending, and by those behind a tag of the item, as
-    ``existence/0001.jpg`` (LLaVA's MME) and ``random/COCO_val2014_....jpg``.
+    Names of an image are its file name with and without suffix, each also after every tag of the
+    item, as in ``existence/0001.jpg`` (LLaVA's MME) and ``random/COCO_val2014_....jpg``. Where
+    several items fit, the first one counts.
     """
-    found: dict[tuple[str, str], str] = {}
+    item_ids: dict[tuple[str, str], str] = {}
     for item in items:
-        found[item.id, ""] = item.id
-        first = _first_line("".join(part for part in item.parts if isinstance(part, str)))
-        for path in (part.path for part in item.parts if isinstance(part, ImageRef) and part.path):
+        item_ids[item.id, ""] = item.id
+        prompt = _first_line("".join(part for part in item.prompt if isinstance(part, str)))
+        paths = [part.path for part in item.prompt if isinstance(part, ImageRef) and part.path]
+        for path in paths:
             for name in (path.name, path.stem):
-                for called in (name, *(f"{tag}/{name}" for tag in item.tags.values())):
-                    found.setdefault((called, first), item.id)
-    return found
+                item_ids.setdefault((name, prompt), item.id)
+                for tag in item.tags.values():
+                    item_ids.setdefault((f"{tag}/{name}", prompt), item.id)
+    return item_ids
 
 
-def _answers(file: Path) -> list[dict[str, Any]]:
+def _read_answers(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of JSON lines, of a JSON list, or of one object id -> text.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -236,25 +283,35 @@ def _answers(file: Path) -> list[dict[str, Any]]:
             f"cannot be read ({error.strerror})", place=file, fix="Check the path"
         ) from None
     try:
-        whole = json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError:
         return read_json_lines(file)
-    if isinstance(whole, dict) and "text" not in whole:
-        return [{"key": key, "text": value} for key, value in whole.items()]
-    return whole if isinstance(whole, list) else [whole]
+    if isinstance(content, dict) and "text" not in content:
+        return [{"key": key, "text": value} for key, value in content.items()]
+    return content if isinstance(content, list) else [content]
 
 
 def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
-    """Take stored reviews of a judge: JSON lines with "key" (or "question_id") and "text" (or "content"), or MM-Vet's
-    grade file {id: {"content": [...], ...}}. Returns how many."""
+    """Import reviews of an LLM grader into reviews.jsonl, replacing what it contains.
+
+    Accepted are JSON lines with "key" or "question_id" and "text", "content" or "review", or
+    MM-Vet's grade file {id: {"content": [...], ...}}.
+
+    Returns:
+        Number of reviews.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     folder = run_folder(runs, benchmark)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in _answers(file):
-        value = row.get("text", row.get("content", row.get("review", "")))
-        if isinstance(value, Mapping):
-            value = value["content"]
-        value = value[0] if isinstance(value, list) else value
-        rows.append({"key": str(row.get("key", row.get("question_id", ""))), "text": str(value)})
+    for row in _read_answers(file):
+        review = row.get("text", row.get("content", row.get("review", "")))
+        if isinstance(review, Mapping):
+            review = review["content"]
+        if isinstance(review, list):
+            review = review[0]
+        rows.append({"key": str(row.get("key", row.get("question_id", ""))), "text": str(review)})
     write_text_atomically(folder / "reviews.jsonl", "".join(json_line(row) for row in rows))
     return len(rows)

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Point = tuple[float, float]
 
@@ -107,6 +111,7 @@ def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
         axes.set_xlabel(chart.x_label)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        _widen_flat_range(axes, [y for points in lines.values() for _, y in points])
         if chart.percent:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -116,6 +121,20 @@ def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=no_metadata)
     return svg.getvalue()
+
+
+def _widen_flat_range(axes: Axes, values: Sequence[float]) -> None:
+    """Give the y axis a range of the size of the values where these are (almost) equal.
+
+    Ticks would otherwise differ in digits that no label shows.
+    """
+    low = min(values)
+    high = max(values)
+    size = max(abs(low), abs(high))
+    if size <= 1e-6:
+        size = 1.0
+    if high - low < 1e-3 * size:
+        axes.set_ylim(low - size / 2, high + size / 2)
 
 
 def _as_inline_svg(document: str, *, description: str) -> Markup:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlduet.eval.benchmarks.tasks import Score, difference
+from vlduet.eval.benchmarks.scores import BenchmarkScore, paired_difference
 from vlduet.eval.examples import AnsweredQuestion, Gallery, evenly_spaced_indices
 from vlduet.eval.metrics import HIT_CUTOFFS, Interval, paired_bootstrap
 from vlduet.eval.protocols import (
@@ -60,7 +60,7 @@ class Report:
     answers: tuple[AnsweredQuestion, ...]
     alignments: Mapping[str, Alignment]
     """Title -> alignment of two documents."""
-    rag: Score
+    rag: BenchmarkScore
     """Score of the `rag` protocol with the prefixes ``none/``, ``self/`` and ``other/``."""
     seed: int
     """Seed of training and of all bootstrap intervals."""
@@ -122,7 +122,9 @@ class Report:
             Difference of fractions, paired over questions.
         """
         samples = self.rag.samples
-        gain = difference(samples["self/accuracy"], samples[f"{against}/accuracy"], seed=self.seed)
+        gain = paired_difference(
+            samples["self/accuracy"], samples[f"{against}/accuracy"], seed=self.seed
+        )
         assert gain is not None, "all settings answer the same questions"
         return Interval(gain.mean / 100, gain.low / 100, gain.high / 100)
 
@@ -189,7 +191,7 @@ def summarize_report(report: Report) -> dict[str, Any]:
     k = max(HIT_CUTOFFS)
     composed = report.trained.composed.hit_intervals(k, report.seed)
     composed_start = report.start.composed.hit_intervals(k, report.seed)["both"]
-    facts = report.rag.facts
+    facts = report.rag.details
     accuracies = {
         name: report.rag.samples[f"{name}/accuracy"].mean / 100
         for name in ("none", "self", "other")

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlduet.eval.benchmarks.table import SUITES
-from vlduet.eval.benchmarks.tasks import Value
+from vlduet.eval.benchmarks.registry import SUITES
+from vlduet.eval.benchmarks.scores import MetricValue
 from vlduet.eval.comparison import BenchmarkChange, RunScores
 from vlduet.files import write_text_atomically
 from vlduet.reports.pages import write_page
 
 PUBLISHED_FILE = Path(__file__).parent / "published.json"
 
-Number = Value | float | None
+Number = MetricValue | float | None
 """A measured number, a published one, or None for an empty cell."""
 
 
@@ -66,12 +66,12 @@ def cell_text(value: Number) -> str:
     """Return a number with one decimal, as papers print; empty for None."""
     if value is None:
         return ""
-    return f"{value.mean if isinstance(value, Value) else value:.1f}"
+    return f"{value.mean if isinstance(value, MetricValue) else value:.1f}"
 
 
 def cell_tooltip(value: Number) -> str:
     """Return interval and number of items of a measured number; empty for a published one or None."""
-    if not isinstance(value, Value):
+    if not isinstance(value, MetricValue):
         return ""
     return f"95 % interval {value.low:.1f} to {value.high:.1f}, n {value.n}"
 

@@ -1,4 +1,4 @@
-"""Every metric against a slow loop that says what it means, and the cases in which judges go wrong."""
+"""Every metric against a slow loop that says what it means, and cases in which scoring goes wrong."""
 
 from __future__ import annotations
 
@@ -18,120 +18,135 @@ SCORES = st.one_of(
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """A small similarity matrix full of ties, with NaN and infinities, and at least one positive a query."""
-    num_queries, num_gallery = draw(st.integers(1, 5)), draw(st.integers(1, 7))
-    cells = st.lists(SCORES, min_size=num_gallery, max_size=num_gallery)
+def retrieval_problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a small similarity matrix with many ties, NaN and infinities, and its relevance.
+
+    Every query has at least one relevant item.
+    """
+    num_queries = draw(st.integers(1, 5))
+    num_gallery = draw(st.integers(1, 7))
+    scores = st.lists(SCORES, min_size=num_gallery, max_size=num_gallery)
     flags = st.lists(st.booleans(), min_size=num_gallery, max_size=num_gallery).filter(any)
-    similarity = [draw(cells) for _ in range(num_queries)]
-    return np.array(similarity), np.array([draw(flags) for _ in range(num_queries)])
+    similarity = [draw(scores) for _ in range(num_queries)]
+    relevant = [draw(flags) for _ in range(num_queries)]
+    return np.array(similarity), np.array(relevant)
 
 
-def slow_order(scores: list[float], relevant: list[bool]) -> list[bool]:
-    """The gallery's relevance in the most pessimistic order that the scores allow."""
+def most_pessimistic_order(scores: list[float], relevant: list[bool]) -> list[bool]:
+    """Return the gallery's relevance in the worst order that the scores allow."""
 
-    def worst(i: int) -> tuple[float, bool]:
+    def sort_key(i: int) -> tuple[float, bool]:
         score = scores[i]
         if math.isnan(score):
             score = -math.inf if relevant[i] else math.inf
         return (-score, relevant[i])
 
-    return [relevant[i] for i in sorted(range(len(scores)), key=worst)]
+    return [relevant[i] for i in sorted(range(len(scores)), key=sort_key)]
 
 
-@given(problems())
+@given(retrieval_problems())
 @settings(max_examples=300, deadline=None)
-def test_hit_and_recall_equal_the_slow_loop(problem: tuple[np.ndarray, np.ndarray]) -> None:
+def test_ranks_and_hit_rates_equal_the_slow_loop(
+    problem: tuple[np.ndarray, np.ndarray],
+) -> None:
     similarity, relevant = problem
-    orders = [slow_order(s, r) for s, r in zip(similarity.tolist(), relevant.tolist(), strict=True)]
-    assert metrics.first_hit_ranks(similarity, relevant).tolist() == [
-        o.index(True) + 1 for o in orders
-    ]
+    orders = []
+    for scores, flags in zip(similarity.tolist(), relevant.tolist(), strict=True):
+        orders.append(most_pessimistic_order(scores, flags))
+    ranks = metrics.first_hit_ranks(similarity, relevant)
+    assert ranks.tolist() == [order.index(True) + 1 for order in orders]
     for k in (1, 2, 5, 10):
-        hit = sum(any(o[:k]) for o in orders) / len(orders)
-        recall = sum(sum(o[:k]) / sum(o) for o in orders) / len(orders)
-        assert metrics.hit_at_k(similarity, relevant, [k])[f"hit@{k}"] == pytest.approx(hit)
-        assert metrics.recall_at_k(similarity, relevant, [k])[f"recall@{k}"] == pytest.approx(
-            recall
-        )
+        expected = sum(any(order[:k]) for order in orders) / len(orders)
+        assert metrics.hit_at_k(similarity, relevant, [k])[f"hit@{k}"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, -math.inf])
-def test_a_constant_encoder_scores_zero(value: float) -> None:
+def test_constant_encoder_scores_zero(value: float) -> None:
     similarity = np.full((20, 20), value, dtype=np.float32)
     relevant = np.eye(20, dtype=bool)
     assert metrics.hit_at_k(similarity, relevant) == {"hit@1": 0.0, "hit@5": 0.0, "hit@10": 0.0}
-    assert metrics.recall_at_k(similarity, relevant) == {
-        "recall@1": 0.0,
-        "recall@5": 0.0,
-        "recall@10": 0.0,
-    }
 
 
-def test_the_perfect_encoder_scores_one_and_several_positives_tell_hit_from_recall() -> None:
+def test_one_of_several_relevant_items_is_a_hit() -> None:
     relevant = np.array([[True, True, False, False]])
     similarity = np.array([[0.9, 0.1, 0.5, 0.3]])
     assert metrics.hit_at_k(similarity, relevant, [1]) == {"hit@1": 1.0}
-    assert metrics.recall_at_k(similarity, relevant, [1, 4]) == {"recall@1": 0.5, "recall@4": 1.0}
 
 
-def test_one_nan_never_helps() -> None:
+def test_nan_never_helps() -> None:
     relevant = np.array([[True, False, False]])
-    assert metrics.first_hit_ranks(np.array([[0.5, 0.4, math.nan]]), relevant).tolist() == [2]
-    assert metrics.first_hit_ranks(np.array([[math.nan, 0.4, 0.3]]), relevant).tolist() == [3]
-    # Another positive that has a score still counts.
-    both = np.array([[True, True, False]])
-    assert metrics.first_hit_ranks(np.array([[math.nan, 0.4, 0.3]]), both).tolist() == [1]
+    similarity = np.array([[0.5, 0.4, math.nan]])
+    assert metrics.first_hit_ranks(similarity, relevant).tolist() == [2]
+    similarity = np.array([[math.nan, 0.4, 0.3]])
+    assert metrics.first_hit_ranks(similarity, relevant).tolist() == [3]
+    # Another relevant item that has a score still counts.
+    relevant = np.array([[True, True, False]])
+    assert metrics.first_hit_ranks(similarity, relevant).tolist() == [1]
 
 
-def test_a_query_without_a_positive_is_refused() -> None:
+def test_query_without_a_relevant_item_is_refused() -> None:
     with pytest.raises(AssertionError, match="without a positive"):
         metrics.hit_at_k(np.zeros((1, 2)), np.zeros((1, 2), dtype=bool))
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_chance_is_exact(positives: list[int], k: int) -> None:
+def test_chance_equals_the_mean_over_all_draws(num_positives: list[int], k: int) -> None:
     num_gallery = 5
-    relevant = np.array([[i < p for i in range(num_gallery)] for p in positives])
-    draws = list(itertools.combinations(range(num_gallery), min(k, num_gallery)))
-    slow = np.mean([[any(i < p for i in draw) for draw in draws] for p in positives])
-    assert metrics.chance_hit_at_k(relevant, [k])[f"hit@{k}"] == pytest.approx(float(slow))
+    relevant = np.arange(num_gallery)[None] < np.array(num_positives)[:, None]
+    hits = []
+    for draw in itertools.combinations(range(num_gallery), min(k, num_gallery)):
+        hits += [min(draw) < p for p in num_positives]
+    chance = metrics.chance_hit_at_k(relevant, [k])[f"hit@{k}"]
+    assert chance == pytest.approx(float(np.mean(hits)))
 
 
 def test_random_scores_come_near_chance() -> None:
     random = np.random.default_rng(0)
-    relevant = np.arange(100)[:, None] % 50 == np.arange(100) % 50  # two positives a query
-    found = [
+    relevant = np.arange(100)[:, None] % 50 == np.arange(100) % 50  # two relevant items per query
+    rates = [
         metrics.hit_at_k(random.normal(size=(100, 100)), relevant)["hit@10"] for _ in range(30)
     ]
-    assert np.mean(found) == pytest.approx(metrics.chance_hit_at_k(relevant)["hit@10"], abs=0.02)
+    chance = metrics.chance_hit_at_k(relevant)["hit@10"]
+    assert np.mean(rates) == pytest.approx(chance, abs=0.02)
 
 
-def test_intervals_hold_the_mean_and_repeat() -> None:
+def test_intervals_contain_the_mean_and_repeat() -> None:
     hits = np.repeat([0.0, 1.0], [60, 40])
-    found = metrics.bootstrap_interval(hits, seed=1)
-    assert found == metrics.bootstrap_interval(hits, seed=1)
-    assert found.mean == 0.4 and found.low < 0.4 < found.high
+    interval = metrics.bootstrap_interval(hits, seed=1)
+    assert interval == metrics.bootstrap_interval(hits, seed=1)
+    assert interval != metrics.bootstrap_interval(hits, seed=2)
+    assert interval.mean == 0.4 and interval.low < 0.4 < interval.high
     # The normal approximation of a fraction, to about a tenth of its width.
-    assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(0.4 * 0.6 / 100), rel=0.1)
+    width = 2 * 1.96 * math.sqrt(0.4 * 0.6 / 100)
+    assert interval.high - interval.low == pytest.approx(width, rel=0.1)
     assert metrics.bootstrap_interval(np.ones(5)) == metrics.Interval(1.0, 1.0, 1.0)
 
 
-def test_a_weighted_mean_is_a_ratio_of_sums() -> None:
-    nats, tokens = np.array([2.0, 9.0, 4.0]), np.array([1.0, 3.0, 2.0])
-    found = metrics.bootstrap_interval(nats / tokens, weights=tokens)
-    assert found.mean == pytest.approx(15 / 6)
-    assert 2.0 <= found.low <= found.high <= 3.0
+def test_weighted_mean_is_a_ratio_of_sums() -> None:
+    nats = np.array([2.0, 9.0, 4.0])
+    tokens = np.array([1.0, 3.0, 2.0])
+    interval = metrics.bootstrap_interval(nats / tokens, weights=tokens)
+    assert interval.mean == pytest.approx(15 / 6)
+    assert 2.0 <= interval.low <= interval.high <= 3.0
 
 
 def test_pairing_resolves_what_two_intervals_cannot() -> None:
     random = np.random.default_rng(0)
-    hard = random.normal(size=200)
-    ours, theirs = hard + 0.05 + 0.01 * random.normal(size=200), hard
-    alone = [metrics.bootstrap_interval(v) for v in (ours, theirs)]
-    assert alone[0].low < alone[1].high, "unpaired, the intervals overlap"
+    theirs = random.normal(size=200)
+    ours = theirs + 0.05 + 0.01 * random.normal(size=200)
+    our_interval = metrics.bootstrap_interval(ours)
+    their_interval = metrics.bootstrap_interval(theirs)
+    assert our_interval.low < their_interval.high, "unpaired, the intervals overlap"
     assert metrics.paired_bootstrap(ours, theirs).low > 0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.01, 0.1, "above"), (-0.1, 0.1, "level"), (-0.2, -0.1, "below"), (0.0, 0.1, "level")],
+)
+def test_verdict_says_what_the_interval_resolves(low: float, high: float, verdict: str) -> None:
+    assert metrics.Interval((low + high) / 2, low, high).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -145,6 +160,6 @@ def test_pairing_resolves_what_two_intervals_cannot() -> None:
         ("apple apple", ["apple"], 0.0, 2 / 3),
     ],
 )
-def test_captions(prediction: str, references: list[str], exact: float, f1: float) -> None:
+def test_caption_scores(prediction: str, references: list[str], exact: float, f1: float) -> None:
     assert metrics.exact_match(prediction, references) == exact
     assert metrics.token_f1(prediction, references) == pytest.approx(f1)
