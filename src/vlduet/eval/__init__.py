@@ -1,1 +1,1 @@
-"""Measuring: metrics, protocols that get functions, a baseline, and the report."""
+"""Evaluation: metrics, measurement protocols, benchmarks and baselines; nothing here draws."""

@@ -128,7 +128,7 @@ def read_samples(folder: Path) -> dict[str, MetricSample]:
         if not key.endswith("|how"):
             continue
         name = key.removesuffix("|how")
-        groups = []
+        groups: list[tuple[Any, Any]] = []
         while f"{name}|{len(groups)}|v" in arrays:
             prefix = f"{name}|{len(groups)}"
             groups.append((arrays[f"{prefix}|v"], arrays[f"{prefix}|w"]))

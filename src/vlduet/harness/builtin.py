@@ -1,10 +1,13 @@
-"""A model's functions for the benchmarks: what `vlduet eval` plays them with, and what it says of who made a number."""
+"""Functions of our models for the benchmark runners, and the evaluation behind `vlduet eval`.
+
+The runners (`vlduet.eval.benchmarks`) know no model. `open_model_functions` opens a folder and
+returns what they need; `evaluate_model` runs them.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -13,20 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from vlduet import __version__
 from vlduet.corpora import catalog
 from vlduet.data.batches import group_by_length
 from vlduet.data.records import ImageRef, Message, Part, Parts
-from vlduet.data.sequences import Sequence
+from vlduet.data.sequences import Sequence as TokenSequence
 from vlduet.encoders.dual import open_frozen_encoder
 from vlduet.encoders.fluency import BartScorer
-from vlduet.encoders.frozen import FrozenEncoder, fingerprint_encoder, get_modality
+from vlduet.encoders.frozen import FrozenEncoder, get_modality
+from vlduet.encoders.loading import fingerprint_encoder
 from vlduet.errors import ModelError, VLDuetError
-from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.tasks import Benchmark
 from vlduet.eval.llm_grader import open_grader
-from vlduet.eval.predictions import FluencyModel, ModelFunctions
+from vlduet.eval.predictions import EmbedFunction, FluencyModel, GradeFunction, ModelFunctions
 from vlduet.eval.run import evaluate
 from vlduet.logs import logger, track_progress
 from vlduet.model.backbone import select_device
@@ -37,266 +42,322 @@ from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.generation import continuous
 from vlduet.model.processing import IMAGE_BACKEND, read_config
 
-EmbedFunction = Callable[[list[Parts], bool], np.ndarray]
-"""(items, whether they are queries) -> float32[N, E]."""
-
 BATCH_TOKENS = 8192
-"""Padded prompt tokens of one batch."""
+"""Number of padded prompt tokens in one batch of generation."""
 
 
 @dataclass(frozen=True)
 class GraderSettings:
-    """Who reads the answers of LLaVA-Bench and MM-Vet."""
+    """LLM grader of LLaVA-Bench and MM-Vet."""
 
     url: str
-    """An OpenAI-compatible address, as ``http://localhost:8000/v1``."""
+    """OpenAI-compatible address, such as ``http://localhost:8000/v1``."""
     model: str | None = None
-    """Default: the official judge of each benchmark."""
+    """Name of the grader; None is the official one of each benchmark."""
     key_file: Path | None = None
-    """A file that holds the key."""
+    """File with the API key, if the server needs one."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What can be chosen for an evaluation."""
+    """Settings of an evaluation, the keys of ``--set``."""
 
     seed: int = 0
-    """Of intervals and of whatever a protocol draws."""
+    """Seed of the intervals and of random choices in protocols."""
     system: str | None = None
-    """A system message before every question; LLaVA-1.5's numbers were taken with one."""
+    """System message before every question; LLaVA-1.5's numbers were measured with one."""
     k: int | None = None
-    """Facts that a RAG benchmark shows; None is each one's default."""
+    """Number of knowledge entries in a RAG prompt; None is each benchmark's default."""
     retriever: Path | None = None
-    """A second model, CLIP, SigLIP, a dual or a sentence encoder: the independent retriever of the RAG benchmarks."""
+    """Independent retriever of the RAG benchmarks: CLIP, SigLIP, a dual or sentence encoder."""
     fluency: Path | None = None
-    """A BART checkpoint: WebQA's fluency and its QA number need one."""
+    """BART checkpoint for WebQA's fluency and its QA number."""
     judge: GraderSettings | None = None
+
+
+# ------------------------------------------------------------------ functions of a model
 
 
 def open_model_functions(
     folder: Path, settings: EvaluationSettings
 ) -> tuple[ModelFunctions, dict[str, Any]]:
-    """The functions of a model folder, and the facts about it. CLIP, SigLIP and dual encoders embed and do not speak.
+    """Open a model folder; return its functions, and the facts that identify it.
+
+    CLIP, SigLIP and dual encoders embed; their functions for generation raise ModelError.
 
     Raises:
-        ModelError: as `DuetModel.from_pretrained` and `open_encoder` do.
+        ModelError: the folder has no model that can be opened.
     """
-    if not can_generate(folder):
-        playing = ModelFunctions(
-            embed=open_two_tower_embedder(folder),
-            generate=unsupported(folder),
-            continuation_nll=unsupported(folder),
-            retriever_embed=_other(settings),
-            grade=open_settings_grader(settings),
-            fluency_model=open_fluency_model(settings),
-        )
-        return playing, {
-            "fingerprint": open_settings_encoder(folder).fingerprint,
-            "image_backend": IMAGE_BACKEND,
+    if can_generate(folder):
+        model = DuetModel.from_pretrained(folder)
+        facts = {
+            "fingerprint": model.fingerprint,
+            **model.embedding_settings(),
+            "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
+            "image_backend": model.image_backend,
         }
-    model = DuetModel.from_pretrained(folder)
-    facts = {
-        "fingerprint": model.fingerprint,
-        **model.embedding_settings(),
-        "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
-        "image_backend": model.image_backend,
-    }
-    return model_functions(model, settings), facts
+        return model_functions(model, settings), facts
+    functions = ModelFunctions(
+        embed=open_two_tower_embedder(folder),
+        generate=unsupported(folder),
+        continuation_nll=unsupported(folder),
+        retriever_embed=_open_retriever(settings.retriever),
+        grade=open_settings_grader(settings),
+        fluency_model=open_fluency_model(settings),
+    )
+    fingerprint = _open_encoder(folder).fingerprint
+    return functions, {"fingerprint": fingerprint, "image_backend": IMAGE_BACKEND}
 
 
 def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunctions:
-    """Everything that a model can do. The retriever, if one is set, is opened when it is first asked."""
-    room_for_many_images(model)
+    """Return everything that a model and the helpers of the settings can do.
+
+    Prompts may be as long as the language model's context, because some benchmarks have ten images
+    per prompt. A retriever is opened when it is first needed.
+    """
+    max_tokens = max(model.renderer.max_tokens, model.backbone.context_length or 0)
+
+    def embed(items: list[Parts], is_query: bool) -> np.ndarray:
+        return model.encode(items, is_query=is_query, max_tokens=max_tokens)
+
+    def generate(prompts: list[Parts], max_new_tokens: int) -> list[str]:
+        return generate_answers(
+            model, prompts, max_new_tokens, system=settings.system, max_tokens=max_tokens
+        )
+
+    def continuation_nll(pairs: list[tuple[Parts, str]]) -> list[tuple[float, int]]:
+        return answer_nlls(model, pairs, system=settings.system, max_tokens=max_tokens)
+
     return ModelFunctions(
-        embed=lambda items, query: model.encode(items, is_query=query),
-        generate=lambda prompts, longest: generate_answers(
-            model, prompts, longest, system=settings.system
-        ),
-        continuation_nll=lambda pairs: answer_nlls(model, pairs, system=settings.system),
-        retriever_embed=_other(settings),
+        embed=embed,
+        generate=generate,
+        continuation_nll=continuation_nll,
+        retriever_embed=_open_retriever(settings.retriever),
         grade=open_settings_grader(settings),
         fluency_model=open_fluency_model(settings),
     )
 
 
-def room_for_many_images(model: DuetModel) -> None:
-    """Let prompts be as long as the language model can read: DEMON's have up to ten images."""
-    model.renderer = model.renderer.with_options(max_tokens=max(model.renderer.max_tokens, model.backbone.context_length or 0))
-
-
 def can_generate(folder: Path) -> bool:
-    """Whether a folder holds a model that generates: one that VLDuet saved, or a checkpoint of a known family."""
-    return (folder / MANIFEST_NAME).is_file() or (
-        (folder / "config.json").is_file() and read_config(folder).get("model_type") in FAMILIES
-    )
+    """Return whether a folder has a generating model.
 
-
-def open_settings_encoder(folder: Path) -> FrozenEncoder:
-    """A folder's encoder; its weights are read when they are needed."""
-    return open_frozen_encoder(folder, cache=FeatureCache(None), device=select_device())
-
-
-def open_two_tower_embedder(folder: Path) -> EmbedFunction:
-    """A CLIP, SigLIP or dual encoder as (items, whether they are queries) -> float32[N, E]; see `reader`.
-
-    Raises:
-        ModelError: the folder's encoder does not read both images and texts.
+    That is a model that VLDuet saved, or a checkpoint of a known family.
     """
-    encoder = open_settings_encoder(folder)
-    if set(encoder.modalities) != {"image", "text"}:
-        fix = "Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder"
-        raise ModelError(f"reads {' and '.join(encoder.modalities)}s alone", place=folder, fix=fix)
-    return as_embedder(encoder)
-
-
-def as_embedder(encoder: FrozenEncoder) -> EmbedFunction:
-    """A frozen encoder as (items, whether they are queries) -> float32[N, E].
-
-    A mixture is the mean of the unit vectors of the parts that the encoder reads; an item without any is NaN.
-    """
-
-    def embed(items: list[Parts], query: bool) -> np.ndarray:
-        parts = list(dict.fromkeys(part for item in items for part in item))
-        vectors: dict[Part, torch.Tensor] = {}
-        for kind in encoder.modalities:
-            wanted = [part for part in parts if get_modality(part) == kind]
-            if wanted:
-                found = torch.nn.functional.normalize(
-                    encoder.encode_functions[kind](wanted).detach().float().cpu(), dim=1
-                )
-                vectors |= dict(zip(wanted, found, strict=True))
-        means = []
-        for item in items:
-            read = [vectors[part] for part in item if part in vectors]
-            means.append(
-                torch.stack(read).mean(0) if read else torch.full((encoder.dim,), torch.nan)
-            )
-        made: np.ndarray = torch.nn.functional.normalize(torch.stack(means), dim=1).numpy()
-        return made
-
-    return embed
+    if (folder / MANIFEST_NAME).is_file():
+        return True
+    has_config = (folder / "config.json").is_file()
+    return has_config and read_config(folder).get("model_type") in FAMILIES
 
 
 def unsupported(folder: Path) -> Callable[..., Any]:
-    """What an encoder answers: a ModelError that says that it does not generate."""
+    """Return a function that raises ModelError: the encoder in `folder` does not generate."""
 
     def refuse(*_: Any) -> Any:
-        what = "this model embeds images and texts and does not generate, so it has no number here"
         raise ModelError(
-            what, place=folder, fix="Evaluate it on benchmarks of the protocols retrieval and pairs"
+            "this model embeds images and texts and does not generate, so it has no number here",
+            place=folder,
+            fix="Evaluate it on benchmarks of the protocols retrieval and pairs",
         )
 
     return refuse
 
 
-def open_settings_grader(
-    settings: EvaluationSettings,
-) -> Callable[[Mapping[str, Any], str, float], str] | None:
-    """The judge's function; None without one."""
-    judge = settings.judge
-    return (
-        None
-        if judge is None
-        else open_grader(judge.url, model=judge.model, key_file=judge.key_file)
-    )
+# ------------------------------------------------------------------ encoders as embedders
 
 
-def open_fluency_model(settings: EvaluationSettings) -> FluencyModel | None:
-    """The reader of WebQA's answers, opened when it is first asked; None without one."""
-    folder = settings.fluency
-    if folder is None:
-        return None
-    opening = cache(BartScorer)
+def open_two_tower_embedder(folder: Path) -> EmbedFunction:
+    """Open a CLIP, SigLIP or dual encoder as an embedding function (see `as_embedder`).
 
-    def nats(pairs: Many[tuple[str, str]]) -> list[float]:
-        return opening(folder)(pairs)
+    Raises:
+        ModelError: the encoder does not read both images and texts.
+    """
+    encoder = _open_encoder(folder)
+    if set(encoder.modalities) != {"image", "text"}:
+        raise ModelError(
+            f"reads {' and '.join(encoder.modalities)}s alone",
+            place=folder,
+            fix="Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder",
+        )
+    return as_embedder(encoder)
 
-    return FluencyModel(f"{folder.name} {fingerprint_encoder(folder)}", nats)
 
+def as_embedder(encoder: FrozenEncoder) -> EmbedFunction:
+    """Return a function (items, whether they are queries) -> unit vectors float32[N, E].
 
-def _other(settings: EvaluationSettings) -> EmbedFunction | None:
-    """The independent retriever, opened when it is first asked."""
-    folder = settings.retriever
-    if folder is None:
-        return None
+    The vector of an item with several parts is the normalised mean of the unit vectors of those
+    parts that the encoder reads. An item without such a part gives NaN. Whether items are queries
+    makes no difference.
+    """
 
-    @cache
-    def retriever() -> EmbedFunction:
-        if not can_generate(folder):
-            return as_embedder(open_settings_encoder(folder))
-        model = DuetModel.from_pretrained(folder)
-        return lambda items, query: model.encode(items, is_query=query)
-
-    def embed(items: list[Parts], query: bool) -> np.ndarray:
-        return retriever()(items, query)
+    def embed(items: list[Parts], is_query: bool) -> np.ndarray:
+        distinct_parts: dict[Part, None] = {}
+        for item in items:
+            distinct_parts |= dict.fromkeys(item)
+        part_vectors: dict[Part, torch.Tensor] = {}
+        for modality in encoder.modalities:
+            parts = [part for part in distinct_parts if get_modality(part) == modality]
+            if parts:
+                vectors = encoder.encode_functions[modality](parts).detach().float().cpu()
+                part_vectors |= dict(zip(parts, normalize(vectors, dim=1), strict=True))
+        means = []
+        for item in items:
+            vectors_of_item = [part_vectors[part] for part in item if part in part_vectors]
+            if vectors_of_item:
+                means.append(torch.stack(vectors_of_item).mean(0))
+            else:
+                means.append(torch.full((encoder.dim,), torch.nan))
+        embeddings: np.ndarray = normalize(torch.stack(means), dim=1).numpy()
+        return embeddings
 
     return embed
 
 
+def _open_encoder(folder: Path) -> FrozenEncoder:
+    """Return a folder's encoder; its weights are read when they are first needed."""
+    return open_frozen_encoder(folder, cache=FeatureCache(None), device=select_device())
+
+
+def _open_retriever(folder: Path | None) -> EmbedFunction | None:
+    """Return the embedding function of the independent retriever, or None without a folder.
+
+    The model is opened at the first call.
+    """
+    if folder is None:
+        return None
+
+    @cache
+    def open_once() -> EmbedFunction:
+        if not can_generate(folder):
+            return as_embedder(_open_encoder(folder))
+        model = DuetModel.from_pretrained(folder)
+        return lambda items, is_query: model.encode(items, is_query=is_query)
+
+    def embed(items: list[Parts], is_query: bool) -> np.ndarray:
+        return open_once()(items, is_query)
+
+    return embed
+
+
+# ------------------------------------------------------------------ helpers that score answers
+
+
+def open_settings_grader(settings: EvaluationSettings) -> GradeFunction | None:
+    """Return the LLM grader of the settings (see `open_grader`), or None without one."""
+    judge = settings.judge
+    if judge is None:
+        return None
+    return open_grader(judge.url, model=judge.model, key_file=judge.key_file)
+
+
+def open_fluency_model(settings: EvaluationSettings) -> FluencyModel | None:
+    """Return the fluency model of the settings, or None without one.
+
+    Its weights are read at the first call.
+    """
+    folder = settings.fluency
+    if folder is None:
+        return None
+    open_once = cache(BartScorer)
+
+    def nats_per_token(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        return open_once(folder)(pairs)
+
+    return FluencyModel(f"{folder.name} {fingerprint_encoder(folder)}", nats_per_token)
+
+
+# ------------------------------------------------------------------ answers and likelihoods
+
+
 def chat_messages(prompt: Parts, *, system: str | None) -> tuple[Message, ...]:
-    """One user turn, after a system turn where there is one."""
-    before = (Message("system", (system,)),) if system else ()
-    return (*before, Message("user", prompt))
+    """Return a prompt as one user turn, after a system turn where there is a system message."""
+    user = Message("user", prompt)
+    return (Message("system", (system,)), user) if system else (user,)
 
 
 def is_single_image(prompt: Parts) -> bool:
-    """Whether a prompt is an image and nothing else."""
+    """Return whether a prompt is one image and nothing else."""
     return len(prompt) == 1 and isinstance(prompt[0], ImageRef)
 
 
 def generate_answers(
-    model: DuetModel, prompts: Many[Parts], longest: int, *, system: str | None = None
+    model: DuetModel,
+    prompts: Sequence[Parts],
+    max_new_tokens: int,
+    *,
+    system: str | None = None,
+    max_tokens: int | None = None,
 ) -> list[str]:
-    """Greedy answers of at most `longest` tokens, in the order of the prompts, batched by length.
+    """Return greedy answers in the order of the prompts, generated in batches of similar length.
 
-    An image alone asks for a caption in the way that the model was trained to write them.
+    A prompt of one image alone is continued as the model was trained to write captions.
+
+    Args:
+        system: system message before every prompt.
+        max_tokens: longest prompt; None is the model's own limit.
+
+    Raises:
+        DataError: an image cannot be read, or a prompt does not fit into the limit.
     """
-    sequences = [
-        model.renderer.render_embedding(prompt)
-        if is_single_image(prompt)
-        else model.renderer.render_chat(
-            chat_messages(prompt, system=system), add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    found = [""] * len(prompts)
-    for chosen in group_by_length([len(s) for s in sequences], BATCH_TOKENS):
-        start = model.prefill_inputs([sequences[i] for i in chosen])
-        for i, text in zip(
-            chosen, continuous.generate_texts(model.backbone, start, longest), strict=True
-        ):
-            found[i] = text
-    return found
+    renderer = model.renderer.with_options(max_tokens=max_tokens)
+    sequences = []
+    for prompt in prompts:
+        if is_single_image(prompt):
+            sequences.append(renderer.render_embedding(prompt))
+        else:
+            messages = chat_messages(prompt, system=system)
+            sequences.append(renderer.render_chat(messages, add_generation_prompt=True))
+    answers = [""] * len(prompts)
+    for indices in group_by_length([len(s) for s in sequences], BATCH_TOKENS):
+        inputs = model.prefill_inputs([sequences[i] for i in indices])
+        texts = continuous.generate_texts(model.backbone, inputs, max_new_tokens)
+        for i, text in zip(indices, texts, strict=True):
+            answers[i] = text
+    return answers
 
 
 def answer_nlls(
-    model: DuetModel, pairs: Many[tuple[Parts, str]], *, system: str | None = None
+    model: DuetModel,
+    pairs: Sequence[tuple[Parts, str]],
+    *,
+    system: str | None = None,
+    max_tokens: int | None = None,
 ) -> list[tuple[float, int]]:
-    """(nats, tokens) of each continuation as the answer to its prompt, its end of turn included.
+    """Return (total nats, number of tokens) of the answer in every (prompt, answer) pair.
 
-    After an image alone, the continuation is read as its caption.
+    The end of the turn counts as part of the answer. After a prompt of one image alone, the answer
+    is scored as its caption. Other arguments and errors are those of `generate_answers`.
     """
+    renderer = model.renderer.with_options(max_tokens=max_tokens)
 
-    def sequence(prompt: Parts, text: str) -> Sequence:
+    def render(prompt: Parts, answer: str) -> TokenSequence:
         if is_single_image(prompt):
             assert isinstance(prompt[0], ImageRef)
-            return model.renderer.render_caption(prompt[0], text)
-        turns = (*chat_messages(prompt, system=system), Message("assistant", (text,)))
-        return model.renderer.render_chat(turns, add_generation_prompt=False)
+            return renderer.render_caption(prompt[0], answer)
+        messages = (*chat_messages(prompt, system=system), Message("assistant", (answer,)))
+        return renderer.render_chat(messages, add_generation_prompt=False)
 
-    return model.compute_sequence_nll([sequence(prompt, text) for prompt, text in pairs])
+    return model.compute_sequence_nll([render(prompt, answer) for prompt, answer in pairs])
+
+
+# ------------------------------------------------------------------ evaluation of one model
 
 
 def describe_provenance(
     folder: Path, facts: Mapping[str, Any], settings: EvaluationSettings
 ) -> dict[str, Any]:
-    """What made the predictions: another value of any of these is another run."""
-    other, judge = settings.retriever, settings.judge
+    """Return what makes the predictions; another value of any entry is another run.
+
+    Args:
+        folder: folder of the model; only its name counts.
+        facts: facts that identify the model, from `open_model_functions`.
+    """
+    retriever = settings.retriever
+    judge = settings.judge
     return {
         "model": folder.name,
         **facts,
         "system": settings.system,
-        "retriever": None if other is None else other.name,
+        "retriever": None if retriever is None else retriever.name,
         "judge": None if judge is None else judge.model or "the official one",
         "python": platform.python_version(),
         "vlduet": __version__,
@@ -306,42 +367,53 @@ def describe_provenance(
 
 def evaluate_model(
     folder: Path,
-    benchmarks: Many[Benchmark],
+    benchmarks: Sequence[Benchmark],
     *,
     data: Path,
     runs: Path,
     settings: EvaluationSettings,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Evaluate one model on several benchmarks; what one of them lacks does not cost the others.
+    """Evaluate one model on several benchmarks; one that fails does not stop the others.
+
+    Corpora that benchmarks need are downloaded into ``data/corpora``.
+
+    Args:
+        folder: folder of the model.
+        data: folder of the official files.
+        runs: folder that gets a folder per benchmark.
 
     Returns:
-        The scores, and for every benchmark that could not run the reason.
+        The contents of scores.json of all benchmarks that ran.
+        The error message of every benchmark that could not run, by its name.
+
+    Raises:
+        ModelError: the model cannot be opened.
     """
-    playing, facts = open_model_functions(folder, settings)
-    maker = describe_provenance(folder.resolve(), facts, settings)
-    done, failed = [], {}
+    functions, facts = open_model_functions(folder, settings)
+    provenance = describe_provenance(folder.resolve(), facts, settings)
+    scores = []
+    failures = {}
     for benchmark in benchmarks:
         logger.info(f"{benchmark.name}: {benchmark.title}")
-        source = Source(data, seed=settings.seed, k=settings.k)
+        source = OfficialFiles(data, seed=settings.seed, k=settings.k)
         try:
             for corpus in benchmark.corpora:
                 catalog.fetch_corpus(corpus, data / "corpora")
-            done.append(
-                evaluate(
-                    benchmark,
-                    playing,
-                    source=source,
-                    runs=runs,
-                    provenance=maker,
-                    progress=with_progress_bar,
-                )
+            score = evaluate(
+                benchmark,
+                functions,
+                source=source,
+                runs=runs,
+                provenance=provenance,
+                progress=with_progress_bar,
             )
+            scores.append(score)
         except VLDuetError as error:
-            failed[benchmark.name] = str(error)
+            failures[benchmark.name] = str(error)
             logger.info(f"{benchmark.name} is left out: {error}")
-    return done, failed
+    return scores, failures
 
 
 def with_progress_bar(items: Iterable[Any], label: str) -> Iterable[Any]:
-    """A progress bar over a loop."""
+    """Yield items one by one and show a progress bar (see `track_progress`)."""
     return track_progress(items, label=label)

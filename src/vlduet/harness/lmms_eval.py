@@ -1,6 +1,8 @@
-"""A model in lmms-eval: `python -m lmms_eval --model vlduet --model_args pretrained=DIR --tasks ...`.
+"""Adapter of a model to lmms-eval.
 
-Found by the entry point of the group `lmms_eval.models`; a "simple" model there: the images come first, then the text.
+Usage: ``python -m lmms_eval --model vlduet --model_args pretrained=DIR --tasks ...``. lmms-eval finds
+`manifest` by the entry point of the group ``lmms_eval.models``. The model is a "simple" one in its
+terms: images come first, then the text.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vlduet.data import images
+from vlduet.data.images import encode_png
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import MissingExtraError
-from vlduet.harness.builtin import answer_nlls, generate_answers, room_for_many_images
+from vlduet.eval.predictions import ModelFunctions
+from vlduet.harness.builtin import EvaluationSettings, model_functions
 from vlduet.model.duet import DuetModel
 
 try:
@@ -23,23 +26,29 @@ except ImportError as error:
     ) from error
 
 DEFAULT_MAX_NEW_TOKENS = 128
-"""max_new_tokens where a task names none."""
+"""Longest answer, in tokens, where a task does not say."""
 MAX_REQUESTS_IN_MEMORY = 256
-"""Requests whose images are in memory at a time."""
+"""Number of requests whose images are in memory at once."""
 
 
 def manifest() -> Any:
-    """What lmms-eval registers."""
+    """Return the entry that lmms-eval registers: the name of the model and its class."""
     return ModelManifest(model_id="vlduet", simple_class_path=f"{__name__}.LmmsModel")
 
 
 class LmmsModel(lmms):  # type: ignore[misc]
-    """The model that lmms-eval calls.
+    """Model as lmms-eval calls it.
+
+    Prompts may be as long as the language model's context.
 
     Args:
-        pretrained: the model's folder.
-        system: a system message before every question.
-        batch_size, device: named by lmms-eval; ours are batched by length, and `device` is where the model goes.
+        pretrained: folder of the model.
+        system: system message before every question.
+        batch_size, max_batch_size: given by lmms-eval and not used; batches are formed by length.
+        device: device of the model, such as ``cuda:0``; None chooses one.
+
+    Raises:
+        ModelError: the folder has no model that can be opened.
     """
 
     is_simple = True
@@ -54,75 +63,79 @@ class LmmsModel(lmms):  # type: ignore[misc]
         device: str | None = None,
     ):
         super().__init__()
-        self.model, self.system = DuetModel.from_pretrained(pretrained, device=device), system
-        room_for_many_images(self.model)
+        self.model = DuetModel.from_pretrained(pretrained, device=device)
+        settings = EvaluationSettings(system=system)
+        self.functions: ModelFunctions = model_functions(self.model, settings)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Greedy answers, each cut where the task's `until` first occurs."""
-        found = [""] * len(requests)
-        asked: dict[int, list[int]] = {}
-        for n, request in enumerate(requests):
-            asked.setdefault(
-                int(request.args[1].get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)), []
-            ).append(n)
-        groups = [
-            (longest, m[at : at + MAX_REQUESTS_IN_MEMORY])
-            for longest, m in asked.items()
-            for at in range(0, len(m), MAX_REQUESTS_IN_MEMORY)
-        ]
-        for longest, members in groups:
-            prompts = [self._prompt(requests[n].args[0], requests[n].args[2:]) for n in members]
-            for n, text in zip(
-                members,
-                generate_answers(self.model, prompts, longest, system=self.system),
-                strict=True,
-            ):
-                found[n] = truncate_at_stop(text, requests[n].args[1].get("until") or ())
-        return found
+        """Return greedy answers, each cut at the first of the request's ``until`` strings."""
+        generate = self.functions.generate
+        assert generate is not None
+        indices_by_limit: dict[int, list[int]] = {}
+        for i, request in enumerate(requests):
+            limit = int(request.args[1].get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS))
+            indices_by_limit.setdefault(limit, []).append(i)
+        answers = [""] * len(requests)
+        for limit, all_indices in indices_by_limit.items():
+            for begin in range(0, len(all_indices), MAX_REQUESTS_IN_MEMORY):
+                indices = all_indices[begin : begin + MAX_REQUESTS_IN_MEMORY]
+                prompts = [
+                    self._build_prompt(requests[i].args[0], requests[i].args[2:]) for i in indices
+                ]
+                for i, text in zip(indices, generate(prompts, limit), strict=True):
+                    stops = requests[i].args[1].get("until") or ()
+                    answers[i] = truncate_at_stop(text, stops)
+        return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log probability of the continuation as the answer, False): whether it is the greedy one is not computed."""
-        found = []
-        for at in range(0, len(requests), MAX_REQUESTS_IN_MEMORY):
+        """Return (log probability of the continuation as the answer, False) for every request.
+
+        The second value should say whether the continuation is the greedy one; it is not computed.
+        """
+        continuation_nll = self.functions.continuation_nll
+        assert continuation_nll is not None
+        results = []
+        for begin in range(0, len(requests), MAX_REQUESTS_IN_MEMORY):
             pairs = []
-            for request in requests[at : at + MAX_REQUESTS_IN_MEMORY]:
-                context, target, *where = request.args
-                text = target if isinstance(target, str) else target(self._document(where))
-                pairs.append((self._prompt(context, where), text))
-            found += [
-                (-nats, False) for nats, _ in answer_nlls(self.model, pairs, system=self.system)
-            ]
-        return found
+            for request in requests[begin : begin + MAX_REQUESTS_IN_MEMORY]:
+                context, target, *location = request.args
+                if not isinstance(target, str):
+                    target = target(self._find_document(location))
+                pairs.append((self._build_prompt(context, location), target))
+            results += [(-total_nats, False) for total_nats, _ in continuation_nll(pairs)]
+        return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: conversations that the task continues."""
+        """Raise NotImplementedError: conversations that the task continues are not supported."""
         raise NotImplementedError(
             "vlduet answers one round; choose tasks of the type generate_until"
         )
 
-    def _document(self, where: Sequence[Any]) -> Any:
-        _, number, task, split = where
-        return self.task_dict[task][split][number]
+    def _find_document(self, location: Sequence[Any]) -> Any:
+        """Return the document of a request from (function to get its images, index, task, split)."""
+        _, index, task, split = location
+        return self.task_dict[task][split][index]
 
-    def _prompt(self, context: str, where: Sequence[Any]) -> Parts:
-        """The document's images, then the context."""
-        visuals = where[0](self._document(where)) if where[0] else []
-        pictures = tuple(ImageRef(data=images.encode_png(v.convert("RGB"))) for v in _flat(visuals))
-        return (*pictures, context)
+    def _build_prompt(self, context: str, location: Sequence[Any]) -> Parts:
+        """Return the images of a request's document, then its context."""
+        get_images = location[0]
+        visuals = get_images(self._find_document(location)) if get_images else []
+        images = [ImageRef(data=encode_png(v.convert("RGB"))) for v in _flatten(visuals)]
+        return (*images, context)
 
 
-def _flat(values: Any) -> Iterable[Any]:
-    """Images out of lists of lists."""
+def _flatten(values: Any) -> Iterable[Any]:
+    """Yield the images of nested lists and tuples; None is skipped."""
     if isinstance(values, list | tuple):
         for value in values:
-            yield from _flat(value)
+            yield from _flatten(value)
     elif values is not None:
         yield values
 
 
 def truncate_at_stop(text: str, until: str | Sequence[str]) -> str:
-    """The text before the first of these marks."""
-    for mark in [until] if isinstance(until, str) else until:
-        if mark:
-            text = text.split(mark, maxsplit=1)[0]
+    """Return the text before the first occurrence of a stop string; empty stops do not count."""
+    for stop in [until] if isinstance(until, str) else until:
+        if stop:
+            text = text.split(stop, maxsplit=1)[0]
     return text

@@ -1,6 +1,7 @@
-"""A model as an encoder of mteb: `mteb.evaluate(MTEBEncoder(folder), tasks=[...])`.
+"""Adapter of a model to mteb: ``mteb.evaluate(MTEBEncoder(folder), tasks=[...])``.
 
-mteb gives one image and one text an item, so tasks on interleaved sequences cannot be expressed there.
+mteb gives every item at most one image and one text, so tasks on interleaved sequences cannot be
+expressed there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlduet.data import images
+from vlduet.data.images import encode_png
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import MissingExtraError
 from vlduet.model.duet import DuetModel
@@ -23,28 +24,32 @@ except ImportError as error:
     raise MissingExtraError("mteb is not installed", fix="pip install 'vlduet[mteb]'") from error
 
 MAX_ITEMS_IN_MEMORY = 1024
-"""Items that are in memory at a time."""
+"""Number of items that are embedded at once."""
 PNG_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
-"""Modes of images that PNG keeps."""
+"""Image modes that PNG can store; others are converted to RGB."""
 
 
 class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
-    """The encoder that mteb calls.
+    """Encoder as mteb calls it.
 
     Args:
         model: an open model, or its folder.
+
+    Raises:
+        ModelError: the folder has no model that can be opened.
     """
 
     def __init__(self, model: DuetModel | Path | str):
         self.model = model if isinstance(model, DuetModel) else DuetModel.from_pretrained(model)
-        facts = {
-            "name": f"vlduet/{self.model.backbone.folder.name}",
-            "revision": self.model.fingerprint,
-            "embed_dim": self.model.dim,
-            "modalities": ["image", "text"],
-            "framework": ["PyTorch"],
-        }
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": f"vlduet/{self.model.backbone.folder.name}",
+                "revision": self.model.fingerprint,
+                "embed_dim": self.model.dim,
+                "modalities": ["image", "text"],
+                "framework": ["PyTorch"],
+            }
+        )
 
     def encode(
         self,
@@ -57,30 +62,34 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
         batch_size: int | None = None,
         show_progress_bar: bool = False,
     ) -> np.ndarray:
-        """Vectors float32[N, E] of every item of every batch; our own prompts, batched by length.
+        """Return the embeddings of every item of every batch, float32[N, E].
 
-        A batch has the keys `text` and `image`, or one of them; mteb's own prompts, its batch size and its progress bar
-        are not used.
+        The model's own prompts are used, and batches are formed by length; mteb's prompts, batch
+        size and progress bar are not used.
+
+        Args:
+            inputs: batches with the keys ``text`` and ``image``, or one of them.
+            prompt_type: mteb's query or document, which selects the prompt.
         """
-        asking = getattr(prompt_type, "value", prompt_type) == "query"
+        is_query = getattr(prompt_type, "value", prompt_type) == "query"
         items: list[Parts] = []
-        found: list[np.ndarray] = []
+        blocks: list[np.ndarray] = []
         for batch in inputs:
             keys = [key for key in ("image", "text") if key in batch]
-            for row in zip(*(batch[key] for key in keys), strict=True):
-                parts = [_part(value) for value in row if value is not None and value != ""]
-                items.append(tuple(parts) or (" ",))
+            for values in zip(*(batch[key] for key in keys), strict=True):
+                parts = [_to_part(v) for v in values if v is not None and v != ""]
+                items.append(tuple(parts) or (" ",))  # an item without content is a blank text
             if len(items) >= MAX_ITEMS_IN_MEMORY:
-                found.append(self.model.encode(items, is_query=asking))
+                blocks.append(self.model.encode(items, is_query=is_query))
                 items = []
-        if items or not found:
-            found.append(self.model.encode(items, is_query=asking))
-        return np.concatenate(found)
+        if items or not blocks:
+            blocks.append(self.model.encode(items, is_query=is_query))
+        return np.concatenate(blocks)
 
 
-def _part(value: Any) -> Part:
-    """A text, or an image that mteb has decoded, as bytes that our own image path reads."""
+def _to_part(value: Any) -> Part:
+    """Return a text as it is, and a decoded image as PNG bytes, which `data.images` checks."""
     if isinstance(value, str):
         return value
-    picture = value if value.mode in PNG_MODES else value.convert("RGB")
-    return ImageRef(data=images.encode_png(picture))
+    image = value if value.mode in PNG_MODES else value.convert("RGB")
+    return ImageRef(data=encode_png(image))
