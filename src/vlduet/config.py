@@ -257,7 +257,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(
             "the file is not a mapping of keys to values",
             place=path,
-            fix="Start from a preset, such as vladva-nano",
+            fix="Start from a preset, see vlduet config list",
         )
     return tree
 

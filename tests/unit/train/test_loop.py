@@ -148,7 +148,7 @@ def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_source_without_anything_to_learn_is_named_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = runs.write_run_config(tmp_path)
     typo = (
@@ -175,7 +175,7 @@ def test_a_source_without_anything_to_learn_is_named_before_training(
         setup.prepare_run(
             config.load_run_config(path, [f"data.train.1.path={file}"]), write_files=False
         )
-        assert f"warning: {file}: none of its" in capsys.readouterr().err
+        assert f"warning: {file}: none of its" in caplog.text
     short = config.load_run_config(
         path, ["objectives={language: 1}", "recipe.split=length", "recipe.short_below=1000"]
     )
