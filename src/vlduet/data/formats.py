@@ -53,9 +53,9 @@ def _matches_own(value: dict[str, Any]) -> bool:
     if "id" not in value:
         return False
     for keys in KEYS_BY_KIND.values():
-        known = keys | COMMON_KEYS
+        valid_keys = keys | COMMON_KEYS
         # A misspelt key of ours is an error to report, not a column of somebody else's table.
-        are_close = (difflib.get_close_matches(key, known, cutoff=0.8) for key in value)
+        are_close = (difflib.get_close_matches(key, valid_keys, cutoff=0.8) for key in value)
         if keys & value.keys() and all(are_close):
             return True
     return False
@@ -155,9 +155,9 @@ def read_records(
             `on_error`, for a broken row.
     """
     if format is not None and format not in FORMATS:
-        known, fix = f"Known: {', '.join(FORMATS)}", suggest_name(format, FORMATS)
+        fix = suggest_name(format, FORMATS)
         if not fix.startswith("Known"):
-            fix = f"{fix} {known}"
+            fix = f"{fix} Known: {', '.join(FORMATS)}"
         raise DataError(f"no format '{format}'", place=source, fix=fix)
     rows = _read_rows(source, root)
     try:

@@ -70,17 +70,8 @@ _MAGIC = (
 )
 
 # Every exception that PIL's decoders raise on hostile bytes. Any other is our bug and propagates.
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+_FORMAT_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError)
+_DECODER_ERRORS = (*_FORMAT_ERRORS, OverflowError, struct.error, zlib.error)
 
 
 def detect_image_format(head: bytes) -> str:

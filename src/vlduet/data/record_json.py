@@ -216,9 +216,9 @@ def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
             message = f"keys of {' and '.join(kinds)} in one record"
         fix = "A record is a pair, interleaved, chat or retrieval: see docs/data-format.md"
         raise row.error(message, fix=fix)
-    known = KEYS_BY_KIND[kinds[0]] | COMMON_KEYS
-    for key in sorted(raw.keys() - known):
-        raise row.field(key).error(f"unknown key '{key}'", fix=suggest_name(key, known))
+    valid_keys = KEYS_BY_KIND[kinds[0]] | COMMON_KEYS
+    for key in sorted(raw.keys() - valid_keys):
+        raise row.field(key).error(f"unknown key '{key}'", fix=suggest_name(key, valid_keys))
     record_id = row.field("id").record_id()
     metadata = raw.get("metadata", {})
     if not isinstance(metadata, dict):

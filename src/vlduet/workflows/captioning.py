@@ -101,7 +101,8 @@ def build_caption_specs(
         drafts: number of drafts per caption.
 
     Raises:
-        ConfigError: a value is out of range, no captions are requested, or one prompt for two kinds.
+        ConfigError: a value is out of range, no captions are requested, or there is one prompt for
+            two kinds of captions.
     """
     limits: dict[CaptionKind, int] = {"short": short, "long": long}
     for kind, limit in limits.items():

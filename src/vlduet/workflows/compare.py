@@ -36,8 +36,8 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     """Train every run that is not finished, then write and return the table of all runs.
 
     Returns:
-        Content of ``table.json``: ``base``, ``overrides``, ``seeds``, and ``runs``, which maps the
-        name of a run to its ``overrides`` and, per metric, its ``values`` in the order of the seeds.
+        Content of ``table.json``: ``base``, ``overrides``, ``seeds``, and ``runs``, which maps a
+        run's name to its ``overrides`` and, per metric, its ``values`` in the order of the seeds.
 
     Raises:
         ConfigError: a setting is wrong, the runs have different validation records, or the folder
@@ -45,10 +45,9 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
         DataError, ModelError, TrainingError: as `train`.
     """
     distributed.init_process_group()
-    configs = {
-        name: [_build_run_config(settings, name, seed) for seed in settings.seeds]
-        for name in settings.runs
-    }
+    configs: dict[str, list[RunConfig]] = {}
+    for name in settings.runs:
+        configs[name] = [_build_run_config(settings, name, seed) for seed in settings.seeds]
     all_configs = [run for runs in configs.values() for run in runs]
     validation_files = {run.data.validation for run in all_configs}
     if len(validation_files) != 1 or None in validation_files:
@@ -119,7 +118,9 @@ def _collect_results(
         ]
     table: dict[str, Any] = {}
     for name, seeds in results.items():
-        values = {metric: [metrics[metric] for metrics in seeds] for metric in seeds[0]}
+        values: dict[str, list[float]] = {}
+        for metric in seeds[0]:
+            values[metric] = [metrics[metric] for metrics in seeds]
         table[name] = {"overrides": settings.runs.get(name, []), "values": values}
     return {
         "base": str(settings.base),

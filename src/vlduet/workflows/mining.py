@@ -15,8 +15,8 @@ candidate as near as the positive is more often right and not labelled than wron
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from vlduet.data import formats
 from vlduet.data.content_keys import content_key
-from vlduet.data.quarantine import Quarantine, quarantine_path
+from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.data.tools.queries import QuerySide, get_query_and_positives, split_into_queries
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import ProgressBar, track_progress
 from vlduet.retrieval.documents import Document, hash_parts
-from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
+from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, check_vectors
 from vlduet.retrieval.stores.base import IndexRow, RowHashes
 
 ScoreMatrix = NDArray[np.float64]
@@ -73,18 +73,6 @@ class _MiningQuery:
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _MiningScores:
-    """Scores of one query."""
-
-    positive: float
-    """Lowest cosine of a positive."""
-    negatives: tuple[float, ...]
-    """Cosines of the new negatives, the highest first."""
-    num_too_near: int
-    """Number of candidates that the margin left out."""
 
 
 def mine_hard_negatives(
@@ -136,25 +124,36 @@ def mine_hard_negatives(
     if not pool.queries:
         message = f"no usable record ({quarantine})"
         raise DataError(message, place=source, fix="Give pairs or retrieval records")
-    scores: list[_MiningScores] = []
+    statistics = _MiningStatistics()
     mined = _add_negatives(
-        pool, k=num_negatives, margin=margin, model_name=model.fingerprint, scores=scores
+        pool, k=num_negatives, margin=margin, model_name=model.fingerprint, statistics=statistics
     )
     stored = formats.stream_to_jsonl(mined, output)
     for _ in track_progress(stored, total=len(pool.queries), label="ranking"):
         pass
-    negative_scores = np.concatenate([score.negatives for score in scores])
+    negative_scores = statistics.negative_scores
     return MiningReport(
-        records=len(scores),
+        records=len(statistics.positive_scores),
         negatives=len(negative_scores),
-        without=sum(not score.negatives for score in scores),
-        too_near=sum(score.num_too_near for score in scores),
+        without=statistics.num_without,
+        too_near=statistics.num_too_near,
         embedded=num_embedded,
-        positive_score=float(np.mean([score.positive for score in scores])),
-        negative_score=float(negative_scores.mean()) if len(negative_scores) else None,
+        positive_score=float(np.mean(statistics.positive_scores)),
+        negative_score=float(np.mean(negative_scores)) if negative_scores else None,
         dropped=quarantine.count,
         causes=quarantine.count_by_cause(),
     )
+
+
+@dataclass(slots=True)
+class _MiningStatistics:
+    """Counts and scores of all records together, collected while they are written."""
+
+    positive_scores: list[float] = field(default_factory=list)
+    """Cosine of the lowest positive of each record."""
+    negative_scores: list[float] = field(default_factory=list)
+    num_without: int = 0
+    num_too_near: int = 0
 
 
 class _CandidatePool:
@@ -196,12 +195,11 @@ class _CandidatePool:
         Returns:
             Number of documents that were not stored in `folder` yet.
         """
-        as_queries = _QueryEmbedder(model)
         self.query_vectors, num_queries, query_errors = _embed_documents(
-            as_queries, self.query_documents, folder / "queries"
+            model.encode_query, model.dim, self.query_documents, folder / "queries"
         )
         self.candidate_vectors, num_candidates, errors = _embed_documents(
-            model, self.candidates, folder / "candidates"
+            model.encode_document, model.dim, self.candidates, folder / "candidates"
         )
         usable = []
         for query in self.queries:
@@ -216,17 +214,6 @@ class _CandidatePool:
         return num_queries + num_candidates
 
 
-class _QueryEmbedder:
-    """Model that embeds documents as queries, for `encode_documents`."""
-
-    def __init__(self, model: Embedder):
-        self.fingerprint = model.fingerprint
-        self.image_backend = model.image_backend
-        self.dim = model.dim
-        self.encode_query = model.encode_query
-        self.encode_document = model.encode_query
-
-
 def _make_document(record: Record, parts: Parts) -> tuple[str, Document]:
     """Return the content key of some parts of a record, and the document to embed.
 
@@ -238,11 +225,15 @@ def _make_document(record: Record, parts: Parts) -> tuple[str, Document]:
 
 
 def _embed_documents(
-    model: Embedder, documents: dict[str, Document], folder: Path
-) -> tuple[ScoreMatrix, int, Mapping[str, DataError]]:
+    encode: Callable[[list[Parts]], np.ndarray],
+    dim: int,
+    documents: dict[str, Document],
+    folder: Path,
+) -> tuple[ScoreMatrix, int, dict[str, DataError]]:
     """Embed the documents whose vectors are not stored in `folder` yet, and store them there.
 
     Args:
+        encode: returns the unit vectors of some parts, float32[N, dim].
         documents: documents by key. Those that cannot be embedded are removed.
 
     Returns:
@@ -251,10 +242,13 @@ def _embed_documents(
     """
     from vlduet.retrieval.stores.lance import LanceStore  # slow to import
 
-    store = LanceStore(folder, dim=model.dim, write=True)
+    store = LanceStore(folder, dim=dim, write=True)
     stored = set(store.read_hashes())
     num_new = 0
     errors: dict[str, DataError] = {}  # by content hash
+
+    def encode_chunk(chunk: list[Document]) -> np.ndarray:
+        return check_vectors(encode([document.parts for document in chunk]), chunk)
 
     def add_error(document: Document, error: DataError) -> None:
         errors[document.content_hash] = error
@@ -264,11 +258,16 @@ def _embed_documents(
         # one without interruption.
         for chunk in batched(documents.values(), DOCUMENTS_PER_CHUNK):
             missing = [document for document in chunk if document.content_hash not in stored]
-            for embedded, vectors in encode_documents(model, missing, on_error=add_error):
-                hashes = [document.content_hash for document in embedded]
-                store.upsert([_make_row(content_hash) for content_hash in hashes], vectors)
-                stored.update(hashes)
-                num_new += len(hashes)
+            vectors = bisect_failures(encode_chunk, missing, on_error=add_error)
+            new = [
+                (_make_row(document.content_hash), vector)
+                for document, vector in zip(missing, vectors, strict=True)
+                if vector is not None
+            ]
+            if new:
+                store.upsert([row for row, _ in new], np.stack([vector for _, vector in new]))
+            stored.update(row.id for row, _ in new)
+            num_new += len(new)
             bar.advance(len(chunk))
     failed = {
         key: errors[document.content_hash]
@@ -277,9 +276,9 @@ def _embed_documents(
     }
     for key in failed:
         del documents[key]
-    vectors = store.read_vectors([document.content_hash for document in documents.values()])
+    matrix = store.read_vectors([document.content_hash for document in documents.values()])
     store.close()
-    return vectors.astype(np.float64), num_new, failed
+    return matrix.astype(np.float64), num_new, failed
 
 
 def _make_row(content_hash: str) -> IndexRow:
@@ -292,13 +291,9 @@ def _add_negatives(
     k: int,
     margin: float,
     model_name: str,
-    scores: list[_MiningScores],
+    statistics: _MiningStatistics,
 ) -> Iterator[Record]:
-    """Yield the records of an embedded pool with their new negatives.
-
-    Args:
-        scores: list to which the scores of each yielded record are appended.
-    """
+    """Yield the records of an embedded pool with their new negatives, and update `statistics`."""
     row_of = {key: i for i, key in enumerate(pool.query_documents)}
     column_of = {key: i for i, key in enumerate(pool.candidates)}
     candidates = [document.parts for document in pool.candidates.values()]
@@ -313,28 +308,25 @@ def _add_negatives(
             positives = [column_of[key] for key in query.positives]
             lowest[i] = cosines[i, positives].min()
             allowed[i] = modalities == modalities[positives[0]]
-            known = pool.positives[query.query].union(query.negatives)
-            allowed[i, [column_of[key] for key in known if key in column_of]] = False
+            labelled = pool.positives[query.query].union(query.negatives)
+            allowed[i, [column_of[key] for key in labelled if key in column_of]] = False
         limits = np.round(lowest - margin, SCORE_DECIMALS)  # [B]
-        num_too_near = (allowed & (cosines >= limits[:, None])).sum(1)  # [B]
+        statistics.num_too_near += int((allowed & (cosines >= limits[:, None])).sum())
         selected = select_hardest(cosines, allowed=allowed, limits=limits, k=k)
         for i, columns in enumerate(selected):
-            positive_score = float(lowest[i])
             negative_scores = [float(cosines[i, column]) for column in columns]
-            scores.append(
-                _MiningScores(positive_score, tuple(negative_scores), int(num_too_near[i]))
-            )
-            origin = {
-                "model": model_name,
-                "margin": margin,
-                "positive_score": positive_score,
-                "negative_scores": negative_scores,
-            }
+            statistics.positive_scores.append(float(lowest[i]))
+            statistics.negative_scores += negative_scores
+            statistics.num_without += not columns
+            origin = {"model": model_name, "margin": margin, "positive_score": float(lowest[i])}
             record = block[i].record
             yield replace(
                 record,
                 negative=(*record.negative, *(candidates[column] for column in columns)),
-                metadata={**record.metadata, "mined": origin},
+                metadata={
+                    **record.metadata,
+                    "mined": origin | {"negative_scores": negative_scores},
+                },
             )
 
 

@@ -18,7 +18,7 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.generation import continuous
 
 MAX_VALIDATION_RECORDS = 256
-"""Number of records that are used: the first of the file, so that all validations are comparable."""
+"""Number of records that are used: the first of the file, so that validations are comparable."""
 NUM_CAPTIONED_IMAGES = 16
 """Number of these images, evenly spaced, that the model captions."""
 MAX_CAPTION_TOKENS = 256

@@ -8,7 +8,6 @@ from typing import Any
 
 from vlduet.data.readers.rows import SourceRow, drop_null_fields
 from vlduet.data.records import Place
-from vlduet.errors import DataError
 
 ROWS_PER_BATCH = 64
 """Number of rows that are in memory at once; they may hold images."""
@@ -66,5 +65,4 @@ def _read_rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[Sou
         cause = str(error).splitlines()[0][:120]
         message = f"truncated or broken {source.suffix[1:]} ({cause})"
         fix = "Copy or download the file again; what follows in it was not read"
-        broken = DataError(message, place=place, fix=fix)
-        yield SourceRow(place, root, source.name, error=broken)
+        yield SourceRow.broken(place, root, source.name, message, fix=fix)

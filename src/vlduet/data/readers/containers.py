@@ -35,8 +35,7 @@ def _parse_json_line(data: bytes, place: Place, root: Path) -> SourceRow:
         return SourceRow(place, root, name, json.loads(data.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         fix = UTF8_FIX if isinstance(error, UnicodeDecodeError) else "Mend the line"
-        broken = DataError(_describe_json_error(error), place=place, fix=fix)
-    return SourceRow(place, root, name, error=broken)
+        return SourceRow.broken(place, root, name, _describe_json_error(error), fix=fix)
 
 
 def _describe_json_error(error: Exception) -> str:
@@ -88,8 +87,7 @@ def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
             if isinstance(error, json.JSONDecodeError):
                 place = Place(str(source), error.lineno)
             fix = "Mend the line; what follows it in the list was not read"
-            broken = DataError(_describe_json_error(error), place=place, fix=fix)
-            yield SourceRow(place, root, name, error=broken)
+            yield SourceRow.broken(place, root, name, _describe_json_error(error), fix=fix)
             return
         yield SourceRow(place, root, name, value)
         position = _skip(text, position, "," + blanks)
@@ -135,8 +133,7 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
                 return
             except csv.Error as error:
                 fix = "Double the quotes inside a quoted cell, and close it"
-                broken = DataError(f"broken row ({error})", place=place, fix=fix)
-                yield SourceRow(place, root, name, error=broken)
+                yield SourceRow.broken(place, root, name, f"broken row ({error})", fix=fix)
             except DataError as error:
                 yield SourceRow(place, root, name, error=error)
 
@@ -172,8 +169,8 @@ def _read_image_row(path: Path, source: Path) -> SourceRow:
     name = path.relative_to(source).as_posix()
     if not is_utf8_encodable(name):
         place = Place(ascii(str(path)))
-        error = DataError("a file name that is not UTF-8", place=place, fix="Rename it")
-        return SourceRow(place, source, ascii(name), error=error)
+        message = "a file name that is not UTF-8"
+        return SourceRow.broken(place, source, ascii(name), message, fix="Rename it")
     value: dict[str, Any] = {"image": name}
     sidecar = path.with_suffix(".txt")
     try:
@@ -249,13 +246,12 @@ def _make_tar_row(
     """Return the row of the members with one key, by extension; or a row with the error."""
     place = Place(str(source), None, key)
     name = f"{source.name.partition('.')[0]}/{key}"
+    if error is not None:
+        return SourceRow(place, root, name, error=error)
     try:
-        if error is not None:
-            raise error
-        value = _parse_members(members, place)
+        return SourceRow(place, root, name, _parse_members(members, place))
     except DataError as row_error:
         return SourceRow(place, root, name, error=row_error)
-    return SourceRow(place, root, name, value)
 
 
 def _parse_members(members: dict[str, bytes], place: Place) -> dict[str, Any]:

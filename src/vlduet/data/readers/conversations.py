@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlduet.data.readers.rows import (
-    SourceRow,
-    build_chat_record,
-    interleave_images,
-    parse_images,
-)
+from vlduet.data.readers.rows import SourceRow, build_chat_record, interleave_images, parse_images
 from vlduet.data.record_json import JsonValue
 from vlduet.data.records import ROLES, ImageRef, Message, Part, Record
-from vlduet.errors import suggest_name
+from vlduet.errors import DataError, suggest_name
 
 IMAGE_TAG = "<image>"
 """Text that stands for the next image of the row."""
-ROLE_BY_SPEAKER = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+ROLE_BY_SPEAKER = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
 """Role of a `Message` by LLaVA's value of ``from``."""
 LLAVA_KEYS = ("conversations", "image", "images")
 CHAT_KEYS = ("messages", "prompt", "completion", "images", "image")
@@ -45,9 +34,9 @@ def parse_llava(row: SourceRow) -> Record:
     for turn in row.field("conversations").items("turns"):
         speaker = turn.value.get("from") if isinstance(turn.value, dict) else None
         if not isinstance(speaker, str) or speaker not in ROLE_BY_SPEAKER:
-            from_value = JsonValue(speaker, turn.place.with_field("from"), row.root)
+            place = turn.place.with_field("from")
             fix = f"Use one of {', '.join(ROLE_BY_SPEAKER)}"
-            raise from_value.error(f"from is {speaker!r}", fix=fix)
+            raise DataError(f"from is {speaker!r}", place=place, fix=fix)
         text = turn.field("value")
         parts = interleave_images(text.text(), IMAGE_TAG, images, place=text.place)
         messages.append(Message(ROLE_BY_SPEAKER[speaker], tuple(parts)))
@@ -204,9 +193,9 @@ def _parse_content(turn: JsonValue, images: list[ImageRef]) -> list[Part]:
         elif kind in ("image", "image_url", "input_image") or "image" in part:
             parts.append(_parse_image_part(item))
         else:
-            type_value = JsonValue(kind, item.place.with_field("type"), item.root)
-            fix = "Keep text and image parts"
-            raise type_value.error(f"a content part of type {kind!r}", fix=fix)
+            place = item.place.with_field("type")
+            message = f"a content part of type {kind!r}"
+            raise DataError(message, place=place, fix="Keep text and image parts")
     return parts
 
 

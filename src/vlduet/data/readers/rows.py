@@ -26,14 +26,17 @@ class SourceRow:
     """Decoded value; None if `error` is set."""
     error: DataError | None = None
 
-    @property
-    def json(self) -> JsonValue:
-        """The value with its place, for parsing."""
-        return JsonValue(self.value, self.place, self.root)
+    @classmethod
+    def broken(
+        cls, place: Place, root: Path, default_id: str, message: str, *, fix: str
+    ) -> SourceRow:
+        """Return a row with an error at `place` instead of a value."""
+        error = DataError(message, place=place, fix=fix)
+        return cls(place, root, default_id, error=error)
 
     def field(self, key: str) -> JsonValue:
         """Return the value under `key` with its place; the value of a missing key is None."""
-        return self.json.field(key)
+        return JsonValue(self.value, self.place, self.root).field(key)
 
 
 def drop_null_fields(value: Any) -> Any:
@@ -48,8 +51,8 @@ def drop_null_fields(value: Any) -> Any:
 
 def parse_id(row: SourceRow) -> str:
     """Return the row's own id, else its default. Raise DataError if the own id is wrong."""
-    own = row.field("id")
-    return row.default_id if own.value is None or own.value == "" else own.record_id()
+    field = row.field("id")
+    return row.default_id if field.value in (None, "") else field.record_id()
 
 
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
@@ -57,8 +60,8 @@ def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
 
     Encoded bytes and None are left out; dates become ISO text, other types ``str(value)``.
     """
-    own = row.value.get("metadata")
-    columns = dict(own) if isinstance(own, Mapping) else {}
+    metadata = row.value.get("metadata")
+    columns = dict(metadata) if isinstance(metadata, Mapping) else {}
     parsed = {*used, "id", "metadata"}
     columns |= {key: value for key, value in row.value.items() if key not in parsed}
     return {

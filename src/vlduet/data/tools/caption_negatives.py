@@ -3,13 +3,13 @@
 The seven kinds are those of SugarCrepe (Hsieh et al. 2023, arXiv 2306.14610), made here by rules on
 short word lists:
 
-    replace_obj   a thing -> another one of its class              a dog on a chair -> a horse on ...
-    replace_att   a colour, size, number, ... -> another one       two red birds -> two blue birds
-    replace_rel   a place or action -> another one                 a dog on a chair -> a dog under ...
-    swap_obj      two things on either side of a relation swapped  a dog on a chair -> a chair on a dog
-    swap_att      two attributes of one class swapped              red cup, blue bowl -> blue cup, ...
-    add_obj       a thing of a class that is not named             a dog -> a dog and a truck
-    add_att       an unusual colour for a thing without any        a dog -> a green dog
+    replace_obj   a thing by another one of its class       a dog on a bed -> a horse on a bed
+    replace_att   a colour, size, number, ... by another    two red birds -> two blue birds
+    replace_rel   a place or action by another              a dog on a bed -> a dog under a bed
+    swap_obj      two things, a relation between them       a dog on a bed -> a bed on a dog
+    swap_att      two attributes of one class               red cup, blue hat -> blue cup, red hat
+    add_obj       a thing of a class that is not named      a dog -> a dog and a truck
+    add_att       an unusual colour                         a dog -> a green dog
 
 The rules read English, know some 150 nouns, no grammar beyond plurals and "a/an", and only what the
 caption says of the picture. A replaced or swapped caption contradicts the right one; an *added*
@@ -131,7 +131,7 @@ def add_caption_negatives(
     ]
     correct_captions = [str(parts[i]) for parts, i in texts]
     random.Random(f"{seed}:{record.id}").shuffle(texts)
-    known = {_parts_key(parts) for parts in (*positives, *record.negative)}
+    used_keys = {_parts_key(parts) for parts in (*positives, *record.negative)}
     negatives: dict[str, Parts] = {}  # by kind
     for kind in EDIT_RULES if kinds is None else kinds:
         for parts, i in texts:
@@ -139,8 +139,8 @@ def add_caption_negatives(
                 str(parts[i]), seed=seed, kinds=[kind], correct_captions=correct_captions
             )
             edited = (*parts[:i], *(edit.text for edit in edits), *parts[i + 1 :])
-            if edits and _parts_key(edited) not in known:
-                known.add(_parts_key(edited))
+            if edits and _parts_key(edited) not in used_keys:
+                used_keys.add(_parts_key(edited))
                 negatives[kind] = edited
                 break
     metadata = {**record.metadata, "edits": list(negatives)} if negatives else record.metadata

@@ -56,12 +56,17 @@ class SplitLeak:
 
     kind: str
     """``same image``, ``similar image`` or ``same caption``."""
-    one: str
+    first_place: str
     """Place in the first file, as ``file:line``."""
-    other: str
+    second_place: str
     """Place in the second file."""
-    what: str
+    content: str
     """Names of the images, or the caption."""
+
+    def to_json(self) -> dict[str, str]:
+        """Return the leak with the keys of ``--json``: kind, one, other and what."""
+        places = {"one": self.first_place, "other": self.second_place}
+        return {"kind": self.kind, **places, "what": self.content}
 
 
 @dataclass(slots=True)
@@ -101,7 +106,7 @@ class FileReport:
 
 @dataclass(slots=True)
 class CheckReport:
-    """Result of `check_files`. The field names are the keys of ``--json``."""
+    """Result of `check_files`."""
 
     files: list[FileReport]
     problems: list[RecordProblem]
@@ -117,7 +122,8 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON types, with the additional key ``ok``."""
-        return {"ok": self.ok, **asdict(self)}
+        leaks = [leak.to_json() for leak in self.leaks]
+        return {"ok": self.ok, **asdict(self), "leaks": leaks}
 
     def __str__(self) -> str:
         lines = [str(file) for file in self.files]
@@ -125,7 +131,8 @@ class CheckReport:
         for kind, count in sorted(self.num_leaks.items()):
             lines.append(f"warning: {count} x {kind} in two of the files")
             leaks = [leak for leak in self.leaks if leak.kind == kind][:MAX_PRINTED_LEAKS]
-            lines += [f"  {leak.one} and {leak.other}: {leak.what}" for leak in leaks]
+            for leak in leaks:
+                lines.append(f"  {leak.first_place} and {leak.second_place}: {leak.content}")
         lines.append(f"{len(self.problems)} errors, {sum(self.num_leaks.values())} warnings")
         return "\n".join(map(strip_control_characters, lines))
 

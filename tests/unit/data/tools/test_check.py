@@ -111,13 +111,20 @@ def test_shared_images_and_captions_are_warnings(tmp_path: Path) -> None:
         {"id": "5", "image": "own.png"},
     )
     report = check_files([train, test])
-    assert {leak.kind: (leak.one, leak.other) for leak in report.leaks} == {
+    assert {leak.kind: (leak.first_place, leak.second_place) for leak in report.leaks} == {
         "same image": (f"{train}:1", f"{test}:1"),
         "similar image": (f"{train}:2", f"{test}:2"),
         "same caption": (f"{train}:1", f"{test}:2"),
     }
     assert report.ok and sum(report.num_leaks.values()) == 3
     assert "warning: 1 x same caption in two of the files" in str(report)
+    (caption_leak,) = [leak for leak in report.to_json()["leaks"] if leak["kind"] == "same caption"]
+    assert caption_leak == {
+        "kind": "same caption",
+        "one": f"{train}:1",
+        "other": f"{test}:2",
+        "what": "A boat on the lake.",
+    }
 
 
 def test_equal_checks_give_equal_reports(tmp_path: Path) -> None:
