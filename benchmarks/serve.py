@@ -118,7 +118,7 @@ def measure_latency(
 
 
 def print_latencies(port: int, texts: list[str], send: Send, *, title: str, repeats: int) -> None:
-    """Print the latency of a request alone, during running chats, and if it waited for their end."""
+    """Print the latency of a request: alone, during chats, and if it waited for their end."""
     alone, during_chats, after_chats = [], [], []
     for _ in range(repeats):
         latency, _ = measure_latency(port, texts, send, num_chats=0)

@@ -53,7 +53,12 @@ def submit_chat(
 ) -> OutputRecorder:
     """Submit a chat and return the recorder of its outputs."""
     recorder = OutputRecorder()
-    request = ChatRequest(messages, recorder.outputs.put, max_new_tokens, **options)  # type: ignore[arg-type]
+    request = ChatRequest(
+        messages,
+        recorder.outputs.put,
+        max_new_tokens,
+        **options,  # type: ignore[arg-type]
+    )
     worker.submit_chat(request)
     return recorder
 

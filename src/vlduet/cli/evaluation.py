@@ -171,9 +171,9 @@ def report(
     paths = write_results(out, runs=all_runs, tables=tables, changes=changes)
     written = [str(path) for path in paths]
     if as_json:
-        kept = [{**asdict(change), "verdict": change.verdict} for change in changes]
-        table_values = [table.to_json() for table in tables]
-        print_json({"written": written, "kept": kept, "tables": table_values})
+        values: dict[str, Any] = {"written": written}
+        values["kept"] = [{**asdict(change), "verdict": change.verdict} for change in changes]
+        print_json({**values, "tables": [table.to_json() for table in tables]})
         return
     print("\n".join([*format_changes(changes), *written]))
 

@@ -1,4 +1,4 @@
-"""Entry point of `vlduet`: registers every command and turns errors into a line and an exit status."""
+"""Entry point of `vlduet`: registers the commands, turns errors into a line and an exit status."""
 
 from __future__ import annotations
 

@@ -31,7 +31,10 @@ def caption(
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Write the captions that SOURCE lacks. An interrupted run continues when it is started again."""
+    """Write the captions that SOURCE lacks.
+
+    An interrupted run continues when it is started again.
+    """
     from vlduet.data.quarantine import quarantine_path
     from vlduet.errors import ConfigError
     from vlduet.workflows.captioning import build_caption_specs, write_missing_captions

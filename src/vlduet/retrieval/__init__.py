@@ -1,1 +1,1 @@
-"""Retrieval: documents, their embeddings, the index that stores them, search, and answers with sources."""
+"""Retrieval: documents, their embeddings in an index, search, and answers with sources."""

@@ -227,9 +227,9 @@ class _BuildJob:
     def _read_known_vectors(self, documents: list[Document]) -> dict[str, np.ndarray]:
         """Return the vectors of those contents that the index holds already, by content hash."""
         hashes = dict.fromkeys(document.content_hash for document in documents)
-        known = [content for content in hashes if content in self.row_by_content]
-        vectors = self.store.read_vectors([self.row_by_content[content] for content in known])
-        return dict(zip(known, vectors, strict=True))
+        stored = [content for content in hashes if content in self.row_by_content]
+        vectors = self.store.read_vectors([self.row_by_content[content] for content in stored])
+        return dict(zip(stored, vectors, strict=True))
 
     def _write_image_bytes(self, document: Document, row: IndexRow) -> None:
         """Write an image that exists only as bytes to the row's image path, unless it is there."""

@@ -1,8 +1,8 @@
 """Documents, the units that an index holds. A record gives one or several, depending on the side.
 
     side    pair                  interleaved      chat                        retrieval
-    image   its image             each image       each image of the question  each candidate's images
-    text    each short caption,   each text slice  the question's text         each candidate's texts
+    image   its image             each image       each image of the question  candidates' images
+    text    each short caption,   each text slice  the question's text         candidates' texts
             else the long one
     record  image, first caption  all slices       the question                each candidate
 
@@ -37,7 +37,7 @@ class Document:
     """One unit that a search can return."""
 
     id: str
-    """Id of its record; with the suffix ``#0``, ``#1``, ... if the record gives several documents."""
+    """Id of its record, with the suffix ``#0``, ``#1``, ... if the record gives several."""
     parts: Parts
     """Texts and images that are embedded."""
     text: str

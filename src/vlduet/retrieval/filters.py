@@ -140,7 +140,7 @@ _CONDITION = re.compile(
 
 
 def parse_condition(text: str, fields: FilterFields) -> Condition:
-    """Parse a typed condition: ``category=animals``, ``year>=1990``, ``category in animals,plants``.
+    """Parse a typed condition such as ``year>=1990`` or ``category in animals,plants``.
 
     Args:
         text: the condition.

@@ -259,7 +259,7 @@ def run_server(app: Starlette, listening_socket: socket.socket) -> None:
 
 
 async def _await_while_connected(request: Request, awaitable: Awaitable[T]) -> T:
-    """Return the result of `awaitable`; if the client disconnects, cancel it and raise status 499."""
+    """Return the result of `awaitable`; if the client disconnects, cancel it and raise 499."""
     task = asyncio.ensure_future(awaitable)
     try:
         while not task.done():

@@ -20,7 +20,7 @@ PUBLIC_PATHS = ("/health",)
 
 
 def read_api_keys(path: Path) -> list[str]:
-    """Return the keys of a text file, one per line; blank lines and lines starting with # are skipped.
+    """Return the keys of a text file, one per line; skip blank lines and those that start with #.
 
     Raises:
         ConfigError: the file cannot be read, holds no key, or holds one that no header can carry.
@@ -78,7 +78,7 @@ class ApiKeyMiddleware:
         auth_scheme, _, key = values[0].partition(b" ")
         key_hash = _hash_key(key.strip())
         # All keys are compared, each in constant time: the duration must not reveal anything.
-        matches = [hmac.compare_digest(key_hash, known) for known in self.key_hashes]
+        matches = [hmac.compare_digest(key_hash, other_hash) for other_hash in self.key_hashes]
         return any(matches) and auth_scheme.lower() == b"bearer"
 
 

@@ -41,7 +41,7 @@ class ChatRequest:
     """Set by any thread when nobody waits for the answer; `on_output` is not called afterwards."""
 
     def deliver(self, output: Delta | Exception) -> None:
-        """Call `on_output` unless the request is cancelled; if the call fails, cancel the request."""
+        """Call `on_output` unless the request is cancelled; a failing call cancels the request."""
         try:
             if not self.cancelled:
                 self.on_output(output)
@@ -114,7 +114,7 @@ class ChatScheduler:
             requests = [prepared[i][0] for i in group]
             try:
                 self._start_decoding(requests, [prepared[i][1] for i in group])
-            except Exception as error:  # noqa: BLE001 - running chats use the memory that these lack
+            except Exception as error:  # noqa: BLE001 - such as memory that running chats use
                 for request in requests:
                     request.deliver(error)
 

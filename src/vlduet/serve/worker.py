@@ -116,7 +116,7 @@ class Worker:
         return job.future
 
     def submit_chat(self, request: ChatRequest) -> None:
-        """Queue a chat, which outputs to its `on_output`; raise ServerBusyError if too many wait."""
+        """Queue a chat, which outputs to its `on_output`; ServerBusyError if too many wait."""
         assert self.can_generate
         self._enqueue(self._waiting_chats, request)
 

@@ -1,4 +1,4 @@
-"""`vlduet eval` and `vlduet score` as a user calls them, on official mini files and a tiny model."""
+"""`vlduet eval` and `vlduet score` on miniature official files and a tiny model."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def test_broken_records_and_duplicates_are_reported_and_left_out(tmp_path: Path)
 
 
 def test_record_with_lone_surrogates_is_left_out(tmp_path: Path) -> None:
-    """JSON can spell half a character; no file, prompt or store can hold it, so the record is refused by name."""
+    """JSON can spell half a character, which no file, prompt or store can hold."""
     path = tmp_path / "r.jsonl"
     lines = [
         '{"id": "a\\ud800", "parts": [{"text": "b\\udfff"}]}',

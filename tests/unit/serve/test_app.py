@@ -1,4 +1,4 @@
-"""The HTTP server over a real socket: requests and responses of OpenAI's API, and wrong requests."""
+"""The HTTP server over a real socket: OpenAI's requests and responses, and wrong requests."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ again in float64."""
 
 
 class RowHashes(NamedTuple):
-    """Hashes of the document that a row was made from; equal hashes mean that the row is current."""
+    """Hashes of the document that a row was made from; a row with equal hashes is current."""
 
     content_hash: str
     """Hash of the parts that were embedded."""

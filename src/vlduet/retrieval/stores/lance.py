@@ -40,7 +40,7 @@ MANIFEST_MAGIC = b"LANC"
 VERSION_RETENTION = timedelta(minutes=10)
 """Time that older versions are kept for searches that still read them."""
 COMMITS_PER_COMPACTION = 64
-"""Number of commits after which files are merged; each commit leaves a file that reads must open."""
+"""Number of commits after which files are merged; each commit adds a file that reads open."""
 MAX_IDS_IN_SQL = 1000
 """Number of ids that are selected by SQL; for more the whole table is read."""
 ARROW_TYPES = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_()}
