@@ -141,7 +141,7 @@ def test_numbered_shards_are_read_as_one_source(tmp_path: Path) -> None:
     assert [record.id for record in read_records(tmp_path)] == ["0", "1", "2"]
 
 
-def test_a_quarantine_beside_images_is_ignored(tmp_path: Path) -> None:
+def test_a_quarantine_file_among_images_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(PNG)
     write_lines(tmp_path / "vectors.quarantine.jsonl", {"id": "b", "place": "c", "cause": "d"})
     assert read_single(tmp_path).id == "1.png"
@@ -159,7 +159,7 @@ def test_images_that_no_record_refers_to_are_appended(tmp_path: Path) -> None:
 # --- writing
 
 
-def test_inline_images_are_written_to_files_named_by_content(tmp_path: Path) -> None:
+def test_inline_images_become_files_named_by_content(tmp_path: Path) -> None:
     svg_url = "data:;base64," + base64.b64encode(b"<svg/>").decode()
     source = write_lines(
         tmp_path / "x.jsonl",

@@ -62,7 +62,7 @@ retrieval_records = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(pairs | interleaved_records | chats | retrieval_records)
-def test_a_written_record_is_read_as_an_equal_record(record: Record) -> None:
+def test_records_survive_a_json_round_trip(record: Record) -> None:
     line = json.dumps(record_to_json(record, root=ROOT))
     assert parse_record(json.loads(line), place=PLACE, root=ROOT) == record
 

@@ -96,7 +96,7 @@ def test_rows_equal_the_layout_of_training(model_folder: Path) -> None:
         assert roles == {anchor.role for anchor in sequence.anchors}
 
 
-def test_an_anchor_over_several_tokens_is_shown_at_both_ends(model_folder: Path) -> None:
+def test_an_anchor_over_several_tokens_is_labelled_at_both_ends(model_folder: Path) -> None:
     tokenizer = load_processor(model_folder.parent / "base").tokenizer
     token_ids = tuple(tokenizer.encode("abcd", add_special_tokens=False))
     anchor = Anchor(1, 3, "slice", "", "")
@@ -105,7 +105,7 @@ def test_an_anchor_over_several_tokens_is_shown_at_both_ends(model_folder: Path)
     assert [row.anchors for row in rows] == [(), ("slice from here",), ("slice to here",), ()]
 
 
-def test_chats_and_retrieval_records_are_laid_out(model_folder: Path) -> None:
+def test_chats_and_retrieval_records_become_rows(model_folder: Path) -> None:
     question = Message("user", (tiny.random_image(1), "q?"))
     chat = Record("c", messages=(question, Message("assistant", ("a!",))))
     rows = list_record_tokens(chat, model_folder)
@@ -116,7 +116,7 @@ def test_chats_and_retrieval_records_are_laid_out(model_folder: Path) -> None:
     assert roles == ["query", "positive", "negative", "negative"]
 
 
-def test_a_plain_checkpoint_is_shown_with_the_prompts_of_the_paper(model_folder: Path) -> None:
+def test_a_plain_checkpoint_uses_the_prompts_of_the_paper(model_folder: Path) -> None:
     record = Record("1", image=tiny.random_image(1), short=("red",))
     rows = list_record_tokens(record, model_folder.parent / "base")
     assert "Summarize the provided image in one word:" in join_text(rows, 0)
@@ -172,7 +172,7 @@ def test_an_inspection_becomes_text_with_its_sequences(tmp_path: Path) -> None:
     assert "no such image" in RecordInspection(broken, ()).to_text(colour=True)
 
 
-def test_without_a_model_only_the_record_is_shown() -> None:
+def test_without_a_model_there_are_no_tokens() -> None:
     inspection = inspect_record(Record("1", parts=("x",)), None)
     assert inspection.tokens == () and inspection.sequences == []
     value = json.loads(json.dumps(inspection.to_json()))

@@ -145,7 +145,7 @@ def test_every_word_is_in_one_class_with_others(lexicon: Lexicon) -> None:
     assert all(lexicon.lookup(lemma).lemma == lemma for lemma in lemmas)
 
 
-def test_words_are_found_and_written_in_both_numbers() -> None:
+def test_the_lexicon_knows_singular_and_plural() -> None:
     assert OBJECTS.inflect("wolf", plural=True) == "wolves"
     assert OBJECTS.inflect("cherry", plural=True) == "cherries"
     assert OBJECTS.lookup("Bikes").lemma == "bicycle" and OBJECTS.lookup("bikes").is_plural

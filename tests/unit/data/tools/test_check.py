@@ -53,7 +53,7 @@ def test_the_report_of_a_correct_file_counts_its_contents(tmp_path: Path) -> Non
     assert json.loads(json.dumps(report.to_json()))["ok"] is True
 
 
-def test_words_are_counted_by_role(tmp_path: Path) -> None:
+def test_text_lengths_are_reported_by_role(tmp_path: Path) -> None:
     text, pair = {"text": "one two"}, [[{"text": "one two three"}]]
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b c d"}]
     source = write_rows(

@@ -45,9 +45,9 @@ def test_a_query_joins_two_pairs_and_both_are_right(seed: int, queries_per_image
         image, text = query.query
         assert image == image_pair.image and text in text_pair.short
         assert not collect_content_keys(image_pair) & collect_content_keys(text_pair)
-        (image_caption,), *others = query.positive
+        (image_caption,), *other_positives = query.positive
         assert image_caption in image_pair.short
-        assert others == [(image_pair.image,), (text,), (text_pair.image,)]
+        assert other_positives == [(image_pair.image,), (text,), (text_pair.image,)]
     assert queries == compose_queries(PAIRS, queries_per_image=queries_per_image, seed=seed)
 
 
