@@ -21,8 +21,8 @@ from vlduet import config as configs
 from vlduet.data.formats import read_jsonl as records
 from vlduet.data.records import ImageRef, Message, Parts
 from vlduet.eval import metrics, protocols
-from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.table import BUILTIN
+from vlduet.eval.benchmarks.official_files import OfficialFiles
+from vlduet.eval.benchmarks.registry import SUITES, get_benchmark
 from vlduet.eval.predictions import ModelFunctions
 from vlduet.eval.run import evaluate
 from vlduet.model.adapters import LoraSettings
@@ -36,7 +36,7 @@ from vlduet.objectives import contrastive, language, structure
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
-from vlduet.train import setup, step
+from vlduet.train import loader, setup, step
 
 Item = str | Path
 """A text, or an image by its path."""
@@ -177,7 +177,7 @@ def one_step(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], di
     fixed.fill(run.model.adapter_tensors(), scale=0.5)
     if isinstance(run.model, DuetModel):
         run.model.feature_cache = FeatureCache(None)
-    (_, first), (_, second) = list(setup.iterate_batches(run, 0, 2))
+    (_, first), (_, second) = list(loader.iterate_batches(run, 0, 2))
     values = step.forward_backward(run, first)
     tensors = trained_tensors(run.model)
     gradients = {n: t.grad.clone() for n, t in tensors.items() if t.grad is not None}
@@ -261,7 +261,7 @@ def stored_vectors(index: Path) -> tuple[list[str], np.ndarray]:
 
 def benchmark_names() -> list[str]:
     """Return the names of the built-in suite."""
-    return [row.name for row in BUILTIN]
+    return [benchmark.name for benchmark in SUITES["builtin"]]
 
 
 def play(
@@ -283,8 +283,8 @@ def play(
         generate=lambda prompts, longest: [reply(prompt) for prompt in prompts],
         continuation_nll=lambda pairs: [nats(prompt, text) for prompt, text in pairs],
     )
-    row = next(row for row in BUILTIN if row.name == name)
-    return evaluate(row, functions, source=Source(folder), runs=runs, provenance={"fixed": True})
+    row = get_benchmark(name)
+    return evaluate(row, functions, source=OfficialFiles(folder), runs=runs, provenance={"fixed": True})
 
 
 def content(item: Parts) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: step, optimiser, state."""
+"""Training: `loop.py` reads from top to bottom, `setup.py` builds its objects, `step.py` is one step."""

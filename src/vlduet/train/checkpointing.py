@@ -1,6 +1,6 @@
-"""What a run must keep to go on as if nothing had happened: trained tensors, optimiser, step.
+"""State of an interrupted run: trained tensors, optimizer and step.
 
-Random numbers need no state: those of a step are a function of (seed, step, rank), see `vlduet.train.step.seeded`.
+Random numbers need no state: those of a step are a function of (seed, step, rank), see `step.seed_step`.
 """
 
 from __future__ import annotations
@@ -14,88 +14,98 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vlduet.config import RunConfig
 from vlduet.errors import TrainingError
 from vlduet.files import recover_folder, replace_folder_atomically
-from vlduet.train.setup import TrainingRun
+from vlduet.train.run import TrainingRun
 
-STATE_FOLDER, STATE_FILE = "state", "state.json"
+STATE_FOLDER = "state"
+"""Folder of the state within the folder of a run."""
+STATE_FILE = "state.json"
+"""File with the step and the decisive settings."""
 CHANGEABLE_SETTINGS = ("log_every", "eval_every", "save_every")
-"""Settings that a resumed run may have otherwise: they decide nothing that is learned."""
+"""Names of settings that may change when a run is resumed: nothing that is learned depends on them."""
 
 
 def save_state(run: TrainingRun, step: int) -> None:
-    """Write the state before `step`, whole or not at all; the previous one stays until the new one is complete."""
+    """Write the state of a run before `step` atomically, replacing the previous state."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _trained_tensors(run).items()}
+    facts = {"step": step, "decisive": decisive_settings(run.config)}
     with replace_folder_atomically(run.config.out / STATE_FOLDER, marker=STATE_FILE) as folder:
-        tensors = {**run.model.own_tensors(), **run.model.adapter_tensors()}
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
-            folder / "trained.safetensors",
-        )
+        save_file(tensors, folder / "trained.safetensors")
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / STATE_FILE).write_text(
-            json.dumps({"step": step, "decisive": decisive_settings(run.config)})
-        )
+        (folder / STATE_FILE).write_text(json.dumps(facts))
 
 
 def load_state(run: TrainingRun) -> int:
-    """Put the saved state into `run`; returns the step to go on with.
+    """Load the saved state into a run's model and optimizer in place, and return the next step.
 
     Raises:
-        TrainingError: there is no state, it is broken, or it belongs to a run with another config.
+        TrainingError: there is no state, it is broken, or it belongs to a run with other settings.
     """
     folder = recover_folder(run.config.out / STATE_FOLDER)
     if not (folder / STATE_FILE).is_file():
         raise TrainingError("nothing to resume", place=folder, fix="Start without --resume")
     try:
-        return _load(run, folder)
+        return _load_folder(run, folder)
     except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    ) as error:
-        what = f"broken state ({type(error).__name__}: {str(error).splitlines()[0]})"
+        OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError
+    ) as error:  # fmt: skip
         raise TrainingError(
-            what, place=folder, fix="Copy the whole run again, or start anew"
+            f"broken state ({type(error).__name__}: {str(error).splitlines()[0]})",
+            place=folder,
+            fix="Copy the whole run again, or start anew",
         ) from None
 
 
-def _load(run: TrainingRun, folder: Path) -> int:
+def _load_folder(run: TrainingRun, folder: Path) -> int:
+    """Load a state folder into a run and return the next step; other errors mean a broken folder."""
     facts = json.loads((folder / STATE_FILE).read_text())
-    if differs := describe_difference(facts["decisive"], decisive_settings(run.config)):
-        raise TrainingError(differs, place=folder, fix="Resume with the same config, or start anew")
+    difference = describe_difference(facts["decisive"], decisive_settings(run.config))
+    if difference:
+        raise TrainingError(
+            difference, place=folder, fix="Resume with the same config, or start anew"
+        )
     saved = load_file(folder / "trained.safetensors")
     with torch.no_grad():
-        for name, tensor in {**run.model.own_tensors(), **run.model.adapter_tensors()}.items():
+        for name, tensor in _trained_tensors(run).items():
             tensor.copy_(saved[name])
-    run.optimizer.load_state_dict(
-        torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    )
+    optimizer_state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    run.optimizer.load_state_dict(optimizer_state)
     return int(facts["step"])
 
 
-def describe_difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting, by name, that two runs do not share, in words; both are of `decisive`."""
-    for key in sorted(now.keys() | was.keys()):
-        if now.get(key) != was.get(key):
-            return f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
+def _trained_tensors(run: TrainingRun) -> dict[str, Tensor]:
+    """Return everything that training may change, by name."""
+    return {**run.model.own_tensors(), **run.model.adapter_tensors()}
+
+
+def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return a sentence about the first setting that differs, by name; None if all are equal.
+
+    Both arguments are results of `decisive_settings`, or one of them as read from JSON.
+    """
+    for key in sorted(now.keys() | before.keys()):
+        if now.get(key) != before.get(key):
+            return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
     return None
 
 
 def decisive_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide what is learned, flat: `train.lr` -> 1e-4."""
-    flat: dict[str, Any] = {}
+    """Return the settings that the learned weights depend on, flat, such as `train.lr` -> 1e-4.
 
-    def walk(prefix: str, value: Any) -> None:
+    The output folder, the feature cache and CHANGEABLE_SETTINGS are left out.
+    """
+    settings: dict[str, Any] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
+            for key, child in value.items():
+                flatten(f"{prefix}.{key}" if prefix else key, child)
         elif prefix.rpartition(".")[2] not in CHANGEABLE_SETTINGS:
-            flat[prefix] = value
+            settings[prefix] = value
 
-    walk("", config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}}))
-    return flat
+    flatten("", config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}}))
+    return settings

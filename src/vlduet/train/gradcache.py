@@ -1,14 +1,14 @@
-"""GradCache: the gradient of a batch of any size in the memory of one chunk (Gao et al. 2021, arXiv 2101.06983).
+"""GradCache: gradients of a batch of any size in the memory of one chunk (Gao et al. 2021, arXiv 2101.06983).
 
-1. first pass      every chunk without a graph; kept are its embeddings, and the random state that it began with
-2. the losses      of all embeddings of all processes together, and their gradient at each embedding
-3. second pass     every chunk again with a graph, its dropout replayed; backward from the gradients of its embeddings
+1. first pass      every chunk without a graph; its embeddings and its initial random state are kept
+2. losses          of all embeddings of all processes together, and their gradient at each embedding
+3. second pass     every chunk again with a graph and the same dropout; backward from those gradients
 
-A contrastive loss needs all embeddings before any has a gradient, hence two passes. The language loss does not: it is
-linear in the negative log likelihoods, and its denominator, the number of supervised tokens, is known beforehand. So it
-rides on the second pass: the first one has no LM head, and a chunk in which no embedding is read has no first pass at all.
+A contrastive loss needs all embeddings before any has a gradient, hence two passes. The language loss is linear
+in the negative log-likelihoods, and its denominator, the number of labels, is known beforehand. It therefore
+is computed in the second pass: the first one has no LM head, and a chunk without anchors has no first pass.
 
-Processes meet in step 2 alone, so they may have different numbers of chunks.
+Processes communicate in step 2 only, so their numbers of chunks may differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.model.pooling import Readout, concatenate_readouts
 
 RandomState = tuple[Tensor, Tensor | None]
-"""Of the CPU, and of the GPU where there is one."""
+"""States of the random generators of the CPU and of the current GPU (None without one)."""
 
 
 def compute_cached_losses(
@@ -35,84 +35,103 @@ def compute_cached_losses(
     compute_losses: Callable[[Readout], dict[str, Tensor]],
     empty: Readout,
 ) -> dict[str, Tensor]:
-    """Losses of all chunks together; their gradients are added to the `.grad` of what they depend on.
+    """Return the losses of all chunks together and add their gradients to the parameters' `.grad`.
 
     Args:
-        model: the forward.
-        chunks: cut by sequence (`vlduet.data.batches.chunked`).
-        losses: a readout of everything -> named losses, each linear in `nll`, and `loss`, the one to descend.
-        nothing: an empty readout, for a process without a chunk.
+        model: forward pass.
+        chunks: batches of `data.batches.split_into_chunks`; no sequence is divided between two.
+        compute_losses: maps the readout of everything to losses by name. Each must be linear in `nll`;
+            the gradient is that of the loss named `loss`.
+        empty: readout without content, for a process without a chunk.
 
     Returns:
-        The losses, by name, without gradient.
+        The losses by name, detached.
     """
-    embeddings, states = _first_pass(model, chunks, empty)
-    counts = [chunk.num_supervised_tokens for chunk in chunks]
-    nll = embeddings.new_zeros(sum(counts)).requires_grad_()
+    embeddings, random_states = _embed_chunks(model, chunks, empty)
+    label_counts = [chunk.num_supervised_tokens for chunk in chunks]
+    anchor_counts = [len(chunk.anchors) for chunk in chunks]
     anchors = tuple(anchor for chunk in chunks for anchor in chunk.anchors)
-    made = compute_losses(Readout(embeddings, anchors, nll))
-    slopes = {name: _slope(loss, nll) for name, loss in made.items()}
-    made["loss"].backward()
-    made = {
-        name: loss.detach() for name, loss in made.items()
-    }  # its graph holds masks of all pairs
-    wanted = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
-    found = [empty.nll.detach()]
-    parts = zip(
+
+    # Losses at nll = 0: being linear, they are this value plus gradient @ nll.
+    nll = embeddings.new_zeros(sum(label_counts)).requires_grad_()
+    losses = compute_losses(Readout(embeddings, anchors, nll))
+    nll_gradients = {name: _gradient(loss, nll) for name, loss in losses.items()}
+    losses["loss"].backward()
+    # Their graph holds masks of all pairs of embeddings.
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    embedding_gradient = embeddings.grad
+    if embedding_gradient is None:
+        embedding_gradient = torch.zeros_like(embeddings)
+
+    chunk_nlls = [empty.nll.detach()]
+    for chunk, random_state, embedding_part, nll_part in zip(
         chunks,
-        states,
-        wanted.split([len(c.anchors) for c in chunks]),
-        slopes["loss"].split(counts),
+        random_states,
+        embedding_gradient.split(anchor_counts),
+        nll_gradients["loss"].split(label_counts),
         strict=True,
-    )
-    for chunk, state, of_embeddings, of_nll in parts:
-        with _replayed(state):
+    ):
+        with _replay_random_state(random_state):
             readout = model(chunk)
-        total = (readout.embeddings * of_embeddings).sum() + (readout.nll * of_nll).sum()
-        if total.requires_grad:
-            total.backward()
-        found.append(readout.nll.detach())
-    told = torch.cat(found)
-    return {name: loss + slopes[name] @ told for name, loss in made.items()}
+        # A scalar whose gradient at the readout is the gradient of the loss.
+        surrogate = (readout.embeddings * embedding_part).sum() + (readout.nll * nll_part).sum()
+        if surrogate.requires_grad:
+            surrogate.backward()
+        chunk_nlls.append(readout.nll.detach())
+    nll = torch.cat(chunk_nlls)
+    return {name: loss + nll_gradients[name] @ nll for name, loss in losses.items()}
 
 
-def _first_pass(
-    model: Callable[[Batch], Readout], chunks: list[Batch], nothing: Readout
+def _embed_chunks(
+    model: Callable[[Batch], Readout], chunks: list[Batch], empty: Readout
 ) -> tuple[Tensor, list[RandomState | None]]:
-    """Embeddings of all chunks, a leaf float[A, E], and the random state of every chunk that must be replayed."""
-    states: list[RandomState | None] = []
-    readouts = [nothing]
+    """Run the first pass.
+
+    Returns:
+        The embeddings float[A, E] of all chunks, a leaf that requires a gradient; and the random state
+        before each chunk, None for chunks without anchors, which are not run.
+    """
+    random_states: list[RandomState | None] = []
+    readouts = [empty]
     with torch.no_grad():
         for chunk in chunks:
-            states.append(_random_state() if chunk.anchors else None)
-            if chunk.anchors:
-                readouts.append(
-                    model(replace(chunk, labels=torch.full_like(chunk.labels, IGNORE_INDEX)))
-                )
-    return concatenate_readouts(readouts).embeddings.detach().requires_grad_(), states
+            if not chunk.anchors:
+                random_states.append(None)
+                continue
+            random_states.append(_get_random_state())
+            no_labels = torch.full_like(chunk.labels, IGNORE_INDEX)
+            readouts.append(model(replace(chunk, labels=no_labels)))
+    embeddings = concatenate_readouts(readouts).embeddings
+    return embeddings.detach().requires_grad_(), random_states
 
 
-def _slope(loss: Tensor, nll: Tensor) -> Tensor:
-    """d loss / d nll, float[S]; zero for a loss that does not read it."""
-    slope = None
+def _gradient(loss: Tensor, nll: Tensor) -> Tensor:
+    """Return d loss / d nll, float[S], and keep the graph; zeros for a loss that does not use nll."""
+    gradient = None
     if loss.requires_grad:
-        (slope,) = torch.autograd.grad(loss, nll, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(nll) if slope is None else slope
+        (gradient,) = torch.autograd.grad(loss, nll, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(nll) if gradient is None else gradient
 
 
-def _random_state() -> RandomState:
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+def _get_random_state() -> RandomState:
+    """Return the present states of the random generators."""
+    gpu_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), gpu_state
 
 
 @contextmanager
-def _replayed(state: RandomState | None) -> Iterator[None]:
-    """Random numbers as they were at `state` inside, and as if nothing had been drawn after; None: as they come."""
+def _replay_random_state(state: RandomState | None) -> Iterator[None]:
+    """Draw random numbers from `state` inside the block, and go on after it as if none were drawn.
+
+    None changes nothing.
+    """
     if state is None:
         yield
         return
-    here = [torch.cuda.current_device()] if state[1] is not None else []
-    with torch.random.fork_rng(devices=here):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1])
+    cpu_state, gpu_state = state
+    devices = [] if gpu_state is None else [torch.cuda.current_device()]
+    with torch.random.fork_rng(devices=devices):
+        torch.set_rng_state(cpu_state)
+        if gpu_state is not None:
+            torch.cuda.set_rng_state(gpu_state)
         yield

@@ -1,8 +1,9 @@
-"""The training loop, top to bottom.
+"""The training loop, from top to bottom.
 
-1. set up        config -> model, recipe, data, optimiser; or the state of a run that was stopped
-2. every step    once in a while: validate, save; then lay out, one forward, two readings, losses, backward, move, log
-3. finish        validate, save the model
+1. set up        config -> model, recipe, data, optimizer; or the state of a run that was interrupted
+2. each step     now and then validate and save; then batches, one forward pass, two readings, losses,
+                 backward pass, optimizer, log
+3. finish        validate and save the model
 """
 
 from __future__ import annotations
@@ -17,130 +18,149 @@ from typing import Any
 
 import torch
 
-from vlduet import __version__, config, distributed
-from vlduet.config import RunConfig
+from vlduet import __version__, distributed
+from vlduet.config import RunConfig, save_run_config
 from vlduet.data.record_json import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError
 from vlduet.logs import MetricsLog, ProgressBar, logger
-from vlduet.train import checkpointing, setup
-from vlduet.train.setup import TrainableModel, TrainingRun
+from vlduet.train.checkpointing import STATE_FOLDER, load_state, save_state
+from vlduet.train.loader import iterate_batches
+from vlduet.train.run import TrainableModel, TrainingRun
+from vlduet.train.setup import prepare_run
 from vlduet.train.step import all_finite, forward_backward, optimizer_step, seed_step
 
 Evaluator = Callable[[TrainableModel], dict[str, float]]
+"""Function that measures the model on validation records and returns numbers by name."""
 
 
-def train(settings: RunConfig, *, evaluate: Evaluator | None = None, resume: bool = False) -> Path:
-    """Train, and write everything about it into `settings.out`.
+def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool = False) -> Path:
+    """Train a model and write config, metrics, state and model into the folder `config.out`.
+
+    Under torchrun every process must call it; rank 0 writes.
 
     Args:
-        settings: see `vlduet.config.RunConfig`.
-        evaluate: measures the model on validation records now and then; its numbers go to the metrics.
-        resume: go on from the last state; losses continue bit for bit as if the run had never stopped.
+        config: settings of the run (`vlduet.config.RunConfig`).
+        evaluate: called on rank 0 every `train.eval_every` steps and at the end; its numbers go to the
+            metrics as `validation/NAME`.
+        resume: continue from the last saved state. All losses then equal, bit for bit, those of a run that
+            was never interrupted.
 
     Returns:
         The folder of the trained model, `out/model`.
 
     Raises:
-        ConfigError, DataError, ModelError: before training starts.
-        TrainingError: a loss or gradient that is not a number (the batch is saved), or a state that does not fit.
+        ConfigError, DataError, ModelError: the config, the data or the model is unusable; before training.
+        TrainingError: the folder holds a run and `resume` is False, the state does not fit, or a loss or
+            gradient became infinite or NaN (the records of that step are saved).
     """
     # ---------------------------------------------------------------- set up
     distributed.init_process_group()
-    torch.manual_seed(settings.seed)
-    out = settings.out
+    torch.manual_seed(config.seed)
+    out = config.out
     if distributed.is_main_process():
         out.mkdir(parents=True, exist_ok=True)
-        if not resume and (out / checkpointing.STATE_FOLDER).exists():
+        if not resume and (out / STATE_FOLDER).exists():
             raise TrainingError(
                 "this folder holds a run already", place=out, fix="Use --resume, or another out="
             )
-    run = setup.prepare_run(settings)
-    first = checkpointing.load_state(run) if resume else 0
-    log = MetricsLog(out, resume_at=first) if distributed.is_main_process() else None
+    run = prepare_run(config)
+    first_step = load_state(run) if resume else 0
+    metrics = MetricsLog(out, resume_at=first_step) if distributed.is_main_process() else None
     if distributed.is_main_process():
-        config.save_run_config(settings, out / "config.yaml")
+        save_run_config(config, out / "config.yaml")
         if not resume:
-            checkpointing.save_state(run, 0)
-    began = time.monotonic()
-    steps, every = settings.train.steps, settings.train
-    laid_out = setup.iterate_batches(run, first)
+            save_state(run, 0)
+    start_time = time.monotonic()
+    settings = config.train
+    batches_of_steps = iterate_batches(run, first_step)
     distributed.barrier()
 
-    with ProgressBar(total=steps - first, label="train") as bar:
-        for step in range(first, steps):
-            # -------------------------------------------------------- once in a while
-            if evaluate and step % every.eval_every == 0:
-                _validate(run, evaluate, log, step, began)
-            if step > first and step % every.save_every == 0 and distributed.is_main_process():
-                checkpointing.save_state(run, step)
+    with ProgressBar(total=settings.steps - first_step, label="train") as progress_bar:
+        for step in range(first_step, settings.steps):
+            # -------------------------------------------------------- now and then
+            if evaluate and step % settings.eval_every == 0:
+                _validate(run, evaluate, metrics, step=step, start_time=start_time)
+            is_save_step = step > first_step and step % settings.save_every == 0
+            if is_save_step and distributed.is_main_process():
+                save_state(run, step)
 
-            # -------------------------------------------------------- the step
+            # -------------------------------------------------------- one step
             run.model.train()
-            seed_step(settings.seed, step)
-            samples, chunks = next(laid_out)
-            measured = forward_backward(run, chunks)
-            if not all_finite(measured):
-                _stop(run, samples, step, measured)
+            seed_step(config.seed, step)
+            samples, batches = next(batches_of_steps)
+            values = forward_backward(run, batches)
+            if not all_finite(values):
+                _stop_not_finite(run, samples, step, values)
             optimizer_step(run, step)
 
             # -------------------------------------------------------- log
-            bar.advance(note=f"loss {measured['loss']:.3f}")
-            if log and (step % every.log_every == 0 or step == steps - 1):
-                tokens = sum(chunk.num_tokens for chunk in chunks)
-                log.write(step, {**measured, "tokens": tokens, "seconds": time.monotonic() - began})
+            progress_bar.advance(note=f"loss {values['loss']:.3f}")
+            is_log_step = step % settings.log_every == 0 or step == settings.steps - 1
+            if metrics and is_log_step:
+                tokens = sum(batch.num_tokens for batch in batches)
+                seconds = time.monotonic() - start_time
+                metrics.write(step, {**values, "tokens": tokens, "seconds": seconds})
 
     # ---------------------------------------------------------------- finish
     if evaluate:
-        _validate(run, evaluate, log, steps, began)
+        _validate(run, evaluate, metrics, step=settings.steps, start_time=start_time)
     distributed.barrier()
     if distributed.is_main_process():
-        checkpointing.save_state(run, steps)
-        run.model.save_pretrained(out / "model", provenance=build_provenance(settings))
+        save_state(run, settings.steps)
+        run.model.save_pretrained(out / "model", provenance=build_provenance(config))
         if run.quarantine.count:
             logger.info(str(run.quarantine))
-    if log:
-        log.close()
+    if metrics:
+        metrics.close()
     distributed.barrier()
     return out / "model"
 
 
 def _validate(
-    run: TrainingRun, evaluate: Evaluator, log: MetricsLog | None, step: int, began: float
+    run: TrainingRun,
+    evaluate: Evaluator,
+    metrics: MetricsLog | None,
+    *,
+    step: int,
+    start_time: float,
 ) -> None:
-    """Measure on rank 0."""
-    if not log:
+    """Evaluate the model and write the numbers to the metrics; nothing on ranks without metrics."""
+    if not metrics:
         return
-    values = evaluate(run.model)
-    log.write(
-        step,
-        {f"validation/{name}": value for name, value in values.items()}
-        | {"seconds": time.monotonic() - began},
-    )
+    values = {f"validation/{name}": value for name, value in evaluate(run.model).items()}
+    metrics.write(step, {**values, "seconds": time.monotonic() - start_time})
 
 
-def _stop(run: TrainingRun, samples: list[Sample], step: int, measured: dict[str, float]) -> None:
-    """Keep what is needed to find the cause, then stop; the model in memory has not moved."""
+def _stop_not_finite(
+    run: TrainingRun, samples: list[Sample], step: int, values: dict[str, float]
+) -> None:
+    """Save the records and values of a step with an infinite or NaN value, and the state before it.
+
+    Raises:
+        TrainingError: always; it names the values and the folder.
+    """
     folder = run.config.out / f"not-finite-{step}-rank{distributed.get_rank()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     lines = [json.dumps(record_to_json(sample.record, root=folder)) for sample in samples]
     (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "measured.json").write_text(json.dumps(measured, indent=1))
+    (folder / "measured.json").write_text(json.dumps(values, indent=1))
     if distributed.is_main_process():
-        checkpointing.save_state(run, step)
-    bad = ", ".join(name for name, value in measured.items() if not all_finite({name: value}))
+        save_state(run, step)
+    names = [name for name, value in values.items() if not all_finite({name: value})]
     raise TrainingError(
-        f"step {step}: {bad} is not a number",
+        f"step {step}: {', '.join(names)} is not a number",
         place=folder,
-        fix="Its records are saved there: mend them and --resume, or start anew with a lower train.lr",
+        fix="Its records are saved there: correct them and --resume, "
+        "or start anew with a lower train.lr",
     )
 
 
-def build_provenance(settings: RunConfig) -> dict[str, Any]:
-    """What made a model: config and versions."""
+def build_provenance(config: RunConfig) -> dict[str, Any]:
+    """Return the facts about a model's origin for its manifest: config and versions."""
     return {
-        "config": settings.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "vlduet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a config would do, before it costs anything."""
+"""Dry run of a config: what a run would do and need, before it costs anything."""
 
 from __future__ import annotations
 
@@ -11,101 +11,112 @@ from vlduet.config import RunConfig
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import compute_features
-from vlduet.train import setup
+from vlduet.train.loader import iterate_batches
+from vlduet.train.run import TrainingRun
+from vlduet.train.setup import prepare_run
 
-MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE = 4, 512
-"""Batches that are laid out to measure tokens, and the records of them at most: what a larger one needs is scaled up."""
+MAX_PROBED_BATCHES = 4
+"""Number of steps that are laid out."""
+MAX_PROBED_BATCH_SIZE = 512
+"""Number of records that are laid out in all; the numbers of a larger batch are scaled up from them."""
+LOGIT_CHUNK = 1024
+"""Number of positions whose logits are in memory at once."""
 
 
 def plan_run(config: RunConfig) -> dict[str, Any]:
-    """Load model and data, lay out a few batches, train nothing.
+    """Load model and data and lay out a few batches; train nothing and write nothing.
 
     Returns:
-        Counts of records by kind, tokens of a batch, trainable parameters, and estimated memory of a step. The memory is an
-        estimate from layer shapes: weights + gradients + Adam's moments + activations of the largest probed batch.
+        A description for each of: recipe, records by kind, steps, sizes of a batch, parameters, memory and
+        disk. Memory is an estimate from layer shapes: weights, gradients, Adam's moments, and activations
+        of the largest batch that was laid out.
+
+    Raises:
+        ConfigError, DataError, ModelError: as `prepare_run`.
     """
-    size = min(config.train.batch_size, MAX_PROBED_BATCH_SIZE)
-    times = config.train.batch_size / size
-    part = config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
-    run = setup.prepare_run(part, write_files=False)
-    probe = min(config.train.steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // size)
-    laid_out = [chunks for _, chunks in setup.iterate_batches(run, 0, probe) if chunks]
-    kinds = Counter(record.kind for source in run.mixture.sources for record in source)
-    trainable = sum(p.numel() for p in run.trainable_parameters())
-    tokens = [sum(chunk.num_tokens for chunk in chunks) for chunks in laid_out]
-    padded = [sum(chunk.token_ids.numel() for chunk in chunks) for chunks in laid_out]
-    supervised = [sum(chunk.num_supervised_tokens for chunk in chunks) for chunks in laid_out]
-    # What lives at one time: a chunk, or the whole batch.
-    together = (
-        [[chunk] for chunks in laid_out for chunk in chunks]
-        if config.train.chunk_tokens
-        else laid_out
-    )
-    memory = max(
-        (_memory(run, chunks, 1 if config.train.chunk_tokens else times) for chunks in together),
-        default=0.0,
-    )
-    embeddings = max(
-        (sum(len(chunk.anchors) for chunk in chunks) for chunks in laid_out), default=0
-    )
-    pictures = sum(len(record.images()) for source in run.mixture.sources for record in source)
-    epochs = config.train.steps * config.train.batch_size / sum(len(s) for s in run.mixture.sources)
+    train = config.train
+    batch_size = min(train.batch_size, MAX_PROBED_BATCH_SIZE)
+    scale = train.batch_size / batch_size
+    probed_train = train.model_copy(update={"batch_size": batch_size})
+    run = prepare_run(config.model_copy(update={"train": probed_train}), write_files=False)
+    num_steps = min(train.steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // batch_size)
+    steps = [batches for _, batches in iterate_batches(run, 0, num_steps) if batches]
+
+    # Sums over the batches of every step.
+    tokens = [sum(batch.num_tokens for batch in batches) for batches in steps]
+    padded_tokens = [sum(batch.token_ids.numel() for batch in batches) for batches in steps]
+    labels = [sum(batch.num_supervised_tokens for batch in batches) for batches in steps]
+    embeddings = [sum(len(batch.anchors) for batch in batches) for batches in steps]
+
+    # With chunks, one batch is in memory at a time; without, all batches of a step.
+    if train.chunk_tokens:
+        memory = [_estimate_memory(run, [batch], 1) for batches in steps for batch in batches]
+        chunks = {"chunks a batch": round(scale * max(map(len, steps), default=0))}
+    else:
+        memory = [_estimate_memory(run, batches, scale) for batches in steps]
+        chunks = {}
+    records = [record for source in run.mixture.sources for record in source]
+    kinds = Counter(record.kind for record in records)
+    num_images = sum(len(record.images()) for record in records)
+    losses = ", ".join(f"{weight} x {name}" for name, weight in config.objectives.items())
     return {
-        "recipe": f"{run.recipe.name}, losses {', '.join(f'{w} x {n}' for n, w in config.objectives.items())}",
-        "records": sum(kinds.values()),
+        "recipe": f"{run.recipe.name}, losses {losses}",
+        "records": len(records),
         **{f"records: {kind}": count for kind, count in sorted(kinds.items())},
         "records dropped": run.quarantine.count,
-        "steps": config.train.steps,
-        "epochs": round(epochs, 2),
-        "tokens a batch": round(times * sum(tokens) / max(1, len(tokens))),
-        **(
-            {"chunks a batch": round(times * max(map(len, laid_out), default=0))}
-            if config.train.chunk_tokens
-            else {}
-        ),
-        "padding": f"{1 - sum(tokens) / max(1, sum(padded)):.0%} of what is computed",
-        "supervised tokens a batch": round(times * sum(supervised) / max(1, len(supervised))),
-        "embeddings a batch": round(times * embeddings),
+        "steps": train.steps,
+        "epochs": round(train.steps * train.batch_size / len(records), 2),
+        "tokens a batch": round(scale * sum(tokens) / max(1, len(steps))),
+        **chunks,
+        "padding": f"{1 - sum(tokens) / max(1, sum(padded_tokens)):.0%} of what is computed",
+        "supervised tokens a batch": round(scale * sum(labels) / max(1, len(steps))),
+        "embeddings a batch": round(scale * max(embeddings, default=0)),
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "trainable parameters": trainable,
-        "estimated memory (GB)": round(memory / 1e9, 2),
+        "trainable parameters": sum(p.numel() for p in run.trainable_parameters()),
+        "estimated memory (GB)": round(max(memory, default=0.0) / 1e9, 2),
         "vision features on disk, at most (GB)": round(
-            pictures * _features(run, laid_out) / 1e9, 2
+            num_images * _measure_feature_bytes(run, steps) / 1e9, 2
         ),
         "device": str(run.model.logit_scale.device),
         "out": str(config.out),
     }
 
 
-def _features(run: setup.TrainingRun, laid_out: list[list[Batch]]) -> int:
-    """Bytes of what the vision tower sees in one image; 0 where nothing of it is kept on disk."""
-    images = [image for chunks in laid_out for chunk in chunks for image in chunk.images]
+def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
+    """Return the bytes of the first image's vision features; 0 where no features are saved."""
+    images = [image for batches in steps for batch in batches for image in batch.images]
     if not images or not isinstance(run.model, DuetModel) or run.config.data.cache is False:
         return 0
-    return (
-        4
-        * compute_features(
-            images[:1], run.model.feature_cache, run.model.backbone.compute_vision_features
-        )[0].numel()
-    )
+    vision_tower = run.model.backbone.compute_vision_features
+    (features,) = compute_features(images[:1], run.model.feature_cache, vision_tower)
+    return 4 * features.numel()
 
 
-def _memory(run: setup.TrainingRun, together: list[Batch], times: float) -> float:
-    """Bytes: weights, then gradient and two moments of what is trained, then activations of so many times what is there, and
-    one chunk of logits."""
+def _estimate_memory(run: TrainingRun, batches: list[Batch], scale: float) -> float:
+    """Return the bytes of a forward and backward pass over batches whose graphs exist together.
+
+    They are weights, gradients and two moments of trained parameters in float32, activations, and one chunk
+    of logits with its gradient.
+
+    Args:
+        run: the run.
+        batches: batches that were laid out.
+        scale: ratio of the true batch size to that of `batches`.
+    """
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-    moving = sum(p.numel() for p in run.trainable_parameters()) * 4 * 3
+    optimizer_state = sum(p.numel() for p in run.trainable_parameters()) * 4 * 3
     if not isinstance(run.model, DuetModel):
-        return float(weights + moving)
-    tokens = times * sum(batch.token_ids.numel() for batch in together)
-    supervised = sum(batch.num_supervised_tokens for batch in together)
+        return float(weights + optimizer_state)
+    tokens = scale * sum(batch.token_ids.numel() for batch in batches)
+    labels = sum(batch.num_supervised_tokens for batch in batches)
     config = run.model.backbone.model.config.text_config
-    size = torch.finfo(run.model.backbone.model.dtype).bits // 8
-    # A block keeps about 12 tensors of the width and 3 of the intermediate width for its backward.
-    a_block = 12 * config.hidden_size + 3 * config.intermediate_size
-    kept = config.hidden_size if run.config.train.checkpointing else a_block
-    a_token = (
-        config.num_hidden_layers * kept + (a_block if run.config.train.checkpointing else 0)
-    ) * size
-    logits = min(supervised, 1024) * config.vocab_size * 4 * 2
-    return float(weights + moving + tokens * a_token + logits)
+    # A layer keeps about 12 tensors of the hidden and 3 of the intermediate size for its backward pass.
+    layer_values = 12 * config.hidden_size + 3 * config.intermediate_size
+    if run.config.train.checkpointing:
+        # Every layer keeps its input, and one layer at a time is computed again.
+        token_values = config.num_hidden_layers * config.hidden_size + layer_values
+    else:
+        token_values = config.num_hidden_layers * layer_values
+    value_bytes = torch.finfo(run.model.backbone.model.dtype).bits // 8
+    logits = min(labels, LOGIT_CHUNK) * config.vocab_size * 4 * 2
+    return float(weights + optimizer_state + tokens * token_values * value_bytes + logits)

@@ -27,7 +27,9 @@ from vlduet.recipes import fromage
 from vlduet.recipes.fromage import RET_TOKEN, FromageOptions, layout, objective
 from vlduet.train import setup
 from vlduet.train.gradcache import compute_cached_losses
+from vlduet.train.loader import iterate_batches
 from vlduet.train.loop import train
+from vlduet.train.run import TrainingRun
 from vlduet.train.step import forward_backward, optimizer_step
 from vlduet.workflows.validation import make_validator
 
@@ -35,7 +37,7 @@ EXACT = {"atol": 1e-11, "rtol": 1e-9}
 
 
 @pytest.fixture
-def run(family: str, tmp_path: Path) -> Iterator[setup.TrainingRun]:
+def run(family: str, tmp_path: Path) -> Iterator[TrainingRun]:
     path = runs.write_run_config(tmp_path, family=family)
     made = setup.prepare_run(
         config.load_run_config(path, [*runs.FROMAGE_OVERRIDES, "train.projector=last"]),
@@ -46,7 +48,7 @@ def run(family: str, tmp_path: Path) -> Iterator[setup.TrainingRun]:
 
 
 @pytest.fixture
-def model(run: setup.TrainingRun) -> DuetModel:
+def model(run: TrainingRun) -> DuetModel:
     """In double precision, one feature for all forwards: the cache keeps them in single."""
     assert isinstance(run.model, DuetModel)
     found = run.model.double()
@@ -209,11 +211,11 @@ def test_the_language_model_does_not_see_an_image_that_is_only_embedded(model: D
     assert_close(left.detach().float().numpy(), together[:2], atol=1e-6, rtol=0)
 
 
-def test_a_step_moves_maps_ret_and_temperature_alone(run: setup.TrainingRun) -> None:
+def test_a_step_moves_maps_ret_and_temperature_alone(run: TrainingRun) -> None:
     model = run.model
     assert isinstance(model, DuetModel) and model.soft_prompts is not None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for step, (_, chunks) in zip(range(2), setup.iterate_batches(run, 0), strict=False):
+    for step, (_, chunks) in zip(range(2), iterate_batches(run, 0), strict=False):
         forward_backward(run, chunks)
         optimizer_step(run, step)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -283,7 +285,7 @@ def test_d_alone_has_no_image_in_the_language_model(tmp_path: Path) -> None:
         config.load_run_config(path, [*runs.FROMAGE_OVERRIDES, "objectives={contrastive: 1}"]),
         write_files=False,
     )
-    (_, chunks), *_ = setup.iterate_batches(run, 0)
+    (_, chunks), *_ = iterate_batches(run, 0)
     assert isinstance(run.model, DuetModel)
     inner = [
         chunk.drop_anchors(tower)
@@ -325,7 +327,7 @@ def test_other_recipes_do_not_read_the_tower_by_a_prompt(tmp_path: Path) -> None
         )
 
 
-def test_records_without_a_pair_are_refused(run: setup.TrainingRun) -> None:
+def test_records_without_a_pair_are_refused(run: TrainingRun) -> None:
     chat = Record("c", messages=(Message("user", ("hi",)), Message("assistant", ("ho",))))
     for record in (
         chat,

@@ -1,0 +1,91 @@
+"""Batches of every training step, prepared one step ahead in a thread.
+
+1. samples    of this rank for a step (data/stream.py)
+2. sequences  by the recipe's layout; a record that cannot be laid out is quarantined
+3. trimmed    to what the losses need
+4. chunks     groups of sequences that go through the model at once
+5. batches    on the model's device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from vlduet import distributed
+from vlduet.data.batches import Batch, split_into_chunks
+from vlduet.data.sequences import Sequence, trim
+from vlduet.data.stream import Sample
+from vlduet.errors import DataError
+from vlduet.model.duet import DuetModel
+from vlduet.model.feature_cache import VISION_BATCH_IMAGES, replace_pixels_by_features
+from vlduet.train.run import RequiredOutputs, TrainingRun
+
+
+def iterate_batches(
+    run: TrainingRun, start: int, stop: int | None = None
+) -> Iterator[tuple[list[Sample], list[Batch]]]:
+    """Yield this rank's samples and batches for the steps `start` to `stop` (default: the last step).
+
+    Yields:
+        The samples of the step, and its batches: one, unless `train.chunk_tokens` or `train.fused` divides
+        it. It has none where no record of this rank is usable or needed by a loss with a weight.
+    """
+    stop = run.config.train.steps if stop is None else stop
+    with ThreadPoolExecutor(1) as executor:
+        upcoming = executor.submit(_prepare_step, run, start) if start < stop else None
+        for step in range(start, stop):
+            assert upcoming is not None
+            samples, groups = upcoming.result()
+            if step + 1 < stop:
+                upcoming = executor.submit(_prepare_step, run, step + 1)
+            batches = [run.model.collate(group, pack_to=run.config.train.pack) for group in groups]
+            del groups  # thousands of sequences, which must not wait for the end of the step
+            yield samples, batches
+
+
+def _prepare_step(run: TrainingRun, step: int) -> tuple[list[Sample], list[list[Sequence]]]:
+    """Return this rank's samples of a step, and its sequences in one group for each batch."""
+    train = run.config.train
+    samples = run.mixture.step_samples(
+        step,
+        train.batch_size,
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+    )
+    sequences: list[Sequence] = []
+    for begin in range(0, len(samples), VISION_BATCH_IMAGES):  # bounds the pixels in memory
+        sequences += _render_samples(run, samples[begin : begin + VISION_BATCH_IMAGES])
+    required = run.required_outputs()
+    passes = [required]
+    if not train.fused:
+        passes = [RequiredOutputs(False, required.anchors), RequiredOutputs(required.labels, False)]
+    groups: list[list[Sequence]] = []
+    for labels, anchors in passes:
+        trimmed = [trim(sequence, labels=labels, anchors=anchors) for sequence in sequences]
+        group = [sequence for sequence in trimmed if sequence is not None]
+        if train.chunk_tokens:
+            groups += split_into_chunks(group, train.chunk_tokens, pack_to=train.pack)
+        elif group:
+            groups.append(group)
+    return samples, groups
+
+
+def _render_samples(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
+    """Return the sequences of samples, with the features of the run's frozen encoders.
+
+    A sample that cannot be laid out is quarantined. In a run with chunks, images have vision features
+    instead of pixels, because all sequences of a step wait in memory for their chunk.
+    """
+    sequences: list[Sequence] = []
+    for sample in samples:
+        try:
+            layout = run.recipe.layout(sample, run.model.renderer)
+            sequences += run.encoders.attach_features(layout)
+        except DataError as error:
+            run.quarantine.add(sample.record, error)
+    if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
+        return replace_pixels_by_features(
+            sequences, run.model.feature_cache, run.model.backbone.compute_vision_features
+        )
+    return sequences

@@ -1,0 +1,55 @@
+"""Optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from vlduet.config import RunConfig
+from vlduet.train.run import TrainableModel
+
+
+def build_optimizer(
+    model: TrainableModel, config: RunConfig, *, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Return AdamW over all parameters that require a gradient.
+
+    LoRA matrices have the learning rate `train.lr`. All other parameters are new to the checkpoint and have
+    `train.lr_new` (default `train.lr`). The temperature has no weight decay.
+
+    Args:
+        model: its trained parameters must be selected already.
+        config: settings of the run.
+        betas: coefficients of Adam, which the recipe decides.
+    """
+    train = config.train
+    new_lr = train.lr_new or train.lr
+    lora = [p for p in model.adapter_tensors().values() if p.requires_grad]
+    trained = {name: p for name, p in model.own_tensors().items() if p.requires_grad}
+    temperature = [trained.pop("logit_scale")] if "logit_scale" in trained else []
+    groups: list[dict[str, Any]] = [
+        {"params": lora, "lr": train.lr},
+        {"params": list(trained.values()), "lr": new_lr},
+        {"params": temperature, "lr": new_lr, "weight_decay": 0.0},
+    ]
+    groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Return the factor of the learning rate in a step, between 0 and 1.
+
+    It rises linearly over the first `warmup * steps` steps and then falls to 0 as a cosine.
+
+    Args:
+        step: number of the step, from 0.
+        steps: number of steps of the run.
+        warmup: share of the steps that warm up; 0 has no warm-up, any other at least one step.
+    """
+    warmup_steps = max(1, round(warmup * steps)) if warmup else 0
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,75 @@
+"""State of a training run: what set-up, loop and steps share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vlduet.config import RunConfig
+from vlduet.data.quarantine import Quarantine
+from vlduet.data.stream import Mixture
+from vlduet.encoders.dual import DualEncoder
+from vlduet.encoders.frozen import FrozenEncoders
+from vlduet.model.duet import DuetModel
+from vlduet.model.pooling import Readout
+from vlduet.recipes.recipe import BoundRecipe
+
+TrainableModel: TypeAlias = DuetModel | DualEncoder
+"""A model that the training loop can train."""
+
+
+class RequiredOutputs(NamedTuple):
+    """Readings of the forward pass that the losses of a run need."""
+
+    labels: bool
+    """Negative log-likelihoods at labels, for the loss `language`."""
+    anchors: bool
+    """Embeddings at anchors, for any other loss."""
+
+
+@dataclass
+class TrainingRun:
+    """Everything that the training loop needs."""
+
+    config: RunConfig
+    """Settings of the run."""
+    model: TrainableModel
+    """The trained model; the trained parameters require gradients."""
+    recipe: BoundRecipe
+    """Training method with its options."""
+    mixture: Mixture
+    """Training samples by position."""
+    optimizer: torch.optim.Optimizer
+    """Optimizer of all trained parameters."""
+    quarantine: Quarantine
+    """Collector of the records that cannot be used."""
+    encoders: FrozenEncoders
+    """Frozen encoders for losses that compare contents; none for most recipes."""
+
+    def trainable_parameters(self) -> list[Tensor]:
+        """Return all trained parameters, in an order that is the same on every rank."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def loss_weights(self) -> dict[str, float]:
+        """Return the weights of the config's losses by name, without those that are 0."""
+        return {name: weight for name, weight in self.config.objectives.items() if weight}
+
+    def required_outputs(self) -> RequiredOutputs:
+        """Return which readings the losses with a weight need."""
+        losses = self.loss_weights().keys()
+        return RequiredOutputs(labels="language" in losses, anchors=bool(losses - {"language"}))
+
+    def compute_losses(self, readout: Readout) -> dict[str, Tensor]:
+        """Return every loss with a weight by name, and their weighted sum as `loss`.
+
+        Each is this rank's share of the loss of the global batch (see `vlduet.distributed`).
+        """
+        weights = self.loss_weights()
+        losses = self.recipe.objective(readout, self.model.logit_scale)
+        total = readout.nll.new_zeros(())
+        for name, weight in weights.items():
+            total = total + weight * losses[name]
+        return {"loss": total, **{name: losses[name] for name in weights}}
