@@ -1,13 +1,16 @@
-"""Embedding texts and images: vlduet against plain transformers and sentence-transformers, on the same weights.
+"""Embed texts and images: vlduet against transformers and sentence-transformers, same weights.
 
-    vlduet                  DuetModel.encode(items): batches of like length, by token budget, short items packed into rows
-    vlduet, padded          the same batches, an item a row
-    transformers            batches of 32 in the order given, padded to the longest; one `model.model(...)` a batch; the
-                            states are pooled by hand, then the head
-    sentence-transformers   SentenceTransformer([Transformer, Pooling, Dense]) over the same language model: encode(texts,
-                            batch_size=32), which sorts by length too; texts only
+    vlduet                  DuetModel.encode(items): batches of similar length by a token budget,
+                            short items packed into rows
+    vlduet, padded          the same batches, one item per row
+    transformers            batches of 32 in the given order, padded to the longest; one
+                            `model.model(...)` per batch; states pooled by hand, then the head
+    sentence-transformers   SentenceTransformer([Transformer, Pooling, Dense]) on the same language
+                            model: encode(texts, batch_size=32), which also sorts by length; texts
+                            only
 
-All give the same vectors, and the largest 1 - cosine is printed. What is timed begins with strings and image files.
+All give the same vectors; the largest 1 - cosine is printed. The time includes tokenization and
+decoding of image files.
 
     python benchmarks/encode.py [--quick] [--model DIR] [--data FILE]
 """
@@ -33,109 +36,115 @@ from vlduet.data.records import ImageRef, Record, as_parts
 from vlduet.model.duet import DuetModel, Embeddable
 from vlduet.model.feature_cache import FeatureCache
 
-BATCH = 32
+BATCH_SIZE = 32
 
 
-def texts_of(records: list[Record], count: int, longest: int, rng: random.Random) -> list[str]:
-    """Texts of 1 to `longest` captions each: short ones are common, long ones are there, as in real collections."""
+def sample_texts(
+    records: list[Record], count: int, max_captions: int, rng: random.Random
+) -> list[str]:
+    """Return texts of 1 to `max_captions` captions each; as in real collections, most are short."""
     captions = [caption for record in records for caption in record.short]
-    sizes = [
-        min(longest, 1 + int(rng.expovariate(3 / longest))) if longest > 1 else 1
-        for _ in range(count)
-    ]
-    return [" ".join(rng.sample(captions, size)) for size in sizes]
+    texts = []
+    for _ in range(count):
+        num_captions = 1
+        if max_captions > 1:
+            num_captions = min(max_captions, 1 + int(rng.expovariate(3 / max_captions)))
+        texts.append(" ".join(rng.sample(captions, num_captions)))
+    return texts
 
 
 # ------------------------------------------------------------------ vlduet
 
 
-def ours(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
+def encode_packed(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
+    """Return the embeddings of items, float32[N, E]."""
     model.feature_cache = FeatureCache(None)  # every repeat pays for the vision tower
     return model.encode(items)
 
 
 @torch.no_grad()
-def ours_padded(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
+def encode_padded(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
+    """Return the same with one item per row."""
     model.feature_cache = FeatureCache(None)
+    model.eval()
     sequences = [model.renderer.render_embedding(as_parts(item)) for item in items]
-    vectors = np.empty((len(items), model.dim), dtype=np.float32)
-    for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
-        vectors[chosen] = model.eval()(
-            model.collate([sequences[i] for i in chosen])
-        ).embeddings.numpy()
-    return vectors
+    embeddings = np.empty((len(items), model.dim), dtype=np.float32)
+    for indices in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
+        batch = model.collate([sequences[i] for i in indices])
+        embeddings[indices] = model(batch).embeddings.numpy()
+    return embeddings
 
 
 # ------------------------------------------------------------------ plain transformers
 
 
-class Plain:
-    """What one writes without a library: AutoModel, a processor, a loop."""
+class PlainTransformers:
+    """A loop as one would write it without a library: AutoModel and a processor."""
 
-    def __init__(self, folder: Path, model: DuetModel):
+    def __init__(self, folder: Path, duet: DuetModel):
         self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self.head, self.prompts = model.head, model.prompts
-        self.image_token = self.tokenizer.convert_ids_to_tokens(model.backbone.image_token_id)
-        self.image_tokens = (
-            len(model.renderer.render_embedding((pixel(),)).images)
-            and model.prepare_image(pixel()).num_tokens
-        )
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.head = duet.head
+        self.prompts = duet.prompts
+        image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        black = images.from_pixels(np.zeros((8, 8, 3), np.uint8))
+        prepared = duet.prepare_image(ImageRef(data=images.encode_png(black)))
+        image = image_token * prepared.num_tokens
+        self.image_prompt = self.prompts.image.replace("{image}", image)
 
     @torch.no_grad()
-    def texts(self, texts: list[str]) -> np.ndarray:
-        found = []
-        for begin in range(0, len(texts), BATCH):
-            prompts = [
-                self.prompts.text.replace("{text}", text) for text in texts[begin : begin + BATCH]
-            ]
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Return the embeddings of texts, float32[N, E], from their last tokens."""
+        embeddings = []
+        for begin in range(0, len(texts), BATCH_SIZE):
+            batch = texts[begin : begin + BATCH_SIZE]
+            prompts = [self.prompts.text.replace("{text}", text) for text in batch]
             inputs = self.tokenizer(
                 prompts, padding=True, padding_side="right", return_tensors="pt"
             )
             states = self.model.model(**inputs).last_hidden_state  # [B, T, D]
             last = inputs["attention_mask"].sum(1) - 1
-            found.append(self.head(states[torch.arange(len(states)), last]))
-        return torch.cat(found).numpy()
+            embeddings.append(self.head(states[torch.arange(len(states)), last]))
+        return torch.cat(embeddings).numpy()
 
     @torch.no_grad()
-    def images(self, refs: list[ImageRef]) -> np.ndarray:
-        found = []
-        for begin in range(0, len(refs), BATCH):
-            pictures = [images.load_image(ref) for ref in refs[begin : begin + BATCH]]
-            pixels = self.processor(images=pictures, return_tensors="pt")
-            prompt = self.prompts.image.replace("{image}", self.image_token * self.image_tokens)
-            inputs = self.tokenizer([prompt] * len(pictures), return_tensors="pt")
+    def encode_images(self, refs: list[ImageRef]) -> np.ndarray:
+        """Return the embeddings of images, float32[N, E]."""
+        embeddings = []
+        for begin in range(0, len(refs), BATCH_SIZE):
+            pictures = [images.load_image(ref) for ref in refs[begin : begin + BATCH_SIZE]]
+            pixels = self.image_processor(images=pictures, return_tensors="pt")
+            inputs = self.tokenizer([self.image_prompt] * len(pictures), return_tensors="pt")
             states = self.model.model(**inputs, **pixels).last_hidden_state  # [B, T, D]
-            found.append(self.head(self.pool(states, inputs["input_ids"])))
-        return torch.cat(found).numpy()
+            embeddings.append(self.head(self._pool(states, inputs["input_ids"])))
+        return torch.cat(embeddings).numpy()
 
-    def pool(self, states: Tensor, ids: Tensor) -> Tensor:
+    def _pool(self, states: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the last state, or the mean of those of image tokens, [B, T, D] -> [B, D]."""
         if self.prompts.image_pool == "last":
             return states[:, -1]
-        mask = (ids == self.model.config.image_token_id)[..., None].to(states.dtype)
+        is_image = token_ids == self.model.config.image_token_id
+        mask = is_image[..., None].to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1)
-
-
-def pixel() -> ImageRef:
-    return ImageRef(data=images.encode_png(images.from_pixels(np.zeros((8, 8, 3), np.uint8))))
 
 
 # ------------------------------------------------------------------ sentence-transformers
 
 
-def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]], np.ndarray]:
+def build_sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]], np.ndarray]:
+    """Save the language model to a folder and return the `encode` of a SentenceTransformer on it."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
     model.backbone.language_model.save_pretrained(folder)
     model.backbone.tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings.pop("processor_class", None)  # it stands alone now, without images
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "chat_template.jinja").unlink(
-        missing_ok=True
-    )  # or every text would become a chat turn
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("processor_class", None)  # there is no image processor in this folder
+    path.write_text(json.dumps(settings))
+    # With a template, every text would become a chat turn.
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     modules = [Transformer(str(folder)), Pooling(model.backbone.hidden_size, "lasttoken")]
     if model.head.kind == "linear":
         linear = model.head.layers
@@ -155,7 +164,7 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
     def encode(texts: list[str]) -> np.ndarray:
         prompts = [model.prompts.text.replace("{text}", text) for text in texts]
         return peer.encode(
-            prompts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
+            prompts, batch_size=BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
         )
 
     return encode
@@ -165,62 +174,68 @@ def sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]]
 
 
 def compare(
-    title: str, contenders: dict[str, Callable[[], np.ndarray]], *, count: int, repeats: int
+    title: str,
+    contenders: dict[str, Callable[[], np.ndarray]],
+    *,
+    unit: str,
+    count: int,
+    repeats: int,
 ) -> None:
-    """Warm up and compare the vectors, then the times."""
-    first = next(iter(contenders))
-    found = {name: contender() for name, contender in contenders.items()}
-    worst = {
-        name: float((1 - (vectors * found[first]).sum(1)).max()) for name, vectors in found.items()
-    }
-    seconds = _bench.interleaved(contenders, repeats)
-    _bench.table(
-        title, f"{title.split(maxsplit=1)[0].strip(',:')}/s", seconds, work=count, ours=first
-    )
-    agree = ", ".join(f"{name} {value:.0e}" for name, value in worst.items() if name != first)
-    print(f"  largest 1 - cosine to {first}: {agree}", flush=True)
+    """Compare the vectors of all contenders, then their times, and print both."""
+    first, *peers = contenders
+    embeddings = {name: contender() for name, contender in contenders.items()}
+    seconds = _bench.time_in_turns(contenders, repeats)
+    _bench.print_ratios(title, unit, seconds, work=count, ours=first)
+    differences = []
+    for name in peers:
+        cosines = (embeddings[name] * embeddings[first]).sum(1)
+        differences.append(f"{name} {float((1 - cosines).max()):.0e}")
+    print(f"  largest 1 - cosine to {first}: {', '.join(differences)}", flush=True)
 
 
 def main() -> None:
-    options = _bench.arguments(__doc__).parse_args()
-    folder = _bench.model_folder(options.model)
-    records = _bench.pairs(options.data)
-    _bench.facts(options, folder)
+    options = _bench.build_parser(__doc__).parse_args()
+    folder = _bench.find_model_folder(options.model)
+    records = _bench.load_pairs(options.data)
+    _bench.print_environment(options, folder)
     model = DuetModel.from_pretrained(folder, device="cpu")
-    if (
-        model.prompts.chat
-        or model.head.kind not in ("linear", "none")
-        or model.peft_model is not None
-    ):
+    has_plain_head = model.head.kind in ("linear", "none")
+    if model.prompts.chat or not has_plain_head or model.peft_model is not None:
         raise SystemExit(
-            "the peers are written for a merged model whose prompts are plain and whose head is linear or none"
+            "The peers need a merged model with plain prompts and a head that is linear or none."
         )
-    plain = Plain(folder, model)
+    plain = PlainTransformers(folder, model)
     rng = random.Random(options.seed)
-    count, pictures, repeats = (24, 24, 2) if options.quick else (96, 96, 3)
-    repeats = options.repeats or repeats
-    refs = [record.image for record in rng.sample(records, pictures) if record.image is not None]
+    count = 24 if options.quick else 96
+    repeats = options.repeats or (2 if options.quick else 3)
+    refs = [record.image for record in rng.sample(records, count) if record.image is not None]
     with tempfile.TemporaryDirectory() as scratch:
-        peer = sentence_transformer(model, Path(scratch))
-        for title, longest in [("texts, captions", 1), ("texts, 1 to 12 captions each", 12)]:
-            texts = texts_of(records, count, longest, rng)
+        peer = build_sentence_transformer(model, Path(scratch))
+        for title, max_captions in [("texts, captions", 1), ("texts, 1 to 12 captions each", 12)]:
+            texts = sample_texts(records, count, max_captions, rng)
             lengths = sorted(len(model.renderer.render_embedding((text,))) for text in texts)
-            what = f"{title}: {count}, {lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} in all"
             contenders: dict[str, Callable[[], np.ndarray]] = {
-                "vlduet": partial(ours, model, list(texts)),
-                "vlduet, padded": partial(ours_padded, model, list(texts)),
-            }
-            contenders |= {
-                "transformers": partial(plain.texts, texts),
+                "vlduet": partial(encode_packed, model, list(texts)),
+                "vlduet, padded": partial(encode_padded, model, list(texts)),
+                "transformers": partial(plain.encode_texts, texts),
                 "sentence-transformers": partial(peer, texts),
             }
-            compare(what, contenders, count=count, repeats=repeats)
+            span = f"{lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} in all"
+            compare(
+                f"{title}: {count}, {span}",
+                contenders,
+                unit="texts/s",
+                count=count,
+                repeats=repeats,
+            )
     contenders = {
-        "vlduet": partial(ours, model, list(refs)),
-        "vlduet, padded": partial(ours_padded, model, list(refs)),
-        "transformers": partial(plain.images, refs),
+        "vlduet": partial(encode_packed, model, list(refs)),
+        "vlduet, padded": partial(encode_padded, model, list(refs)),
+        "transformers": partial(plain.encode_images, refs),
     }
-    compare(f"images: {pictures}, from files", contenders, count=pictures, repeats=repeats)
+    compare(
+        f"images: {count}, from files", contenders, unit="images/s", count=count, repeats=repeats
+    )
 
 
 if __name__ == "__main__":

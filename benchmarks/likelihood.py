@@ -1,11 +1,13 @@
-"""Ranking the options of questions by likelihood: vlduet against plain transformers, on the same weights and tokens.
+"""Rank the options of questions by likelihood: vlduet against plain transformers, same weights.
 
-    vlduet                  DuetModel.nll: a question's pictures and words are read once, its options behind them
-    vlduet, each option     the same batches with every option behind its own copy of the question
-    transformers            batches of 16 in the order given, padded to the longest; `model(**inputs).logits` of the options'
-                            tokens (`logits_to_keep`), cross entropy
+    vlduet                  DuetModel.compute_sequence_nll: the images and the text of a question
+                            are read once, its options follow as branches
+    vlduet, each option     the same batches; every option follows its own copy of the question
+    transformers            batches of 16 in the given order, padded to the longest; cross entropy
+                            of `model(**inputs).logits` of the options' tokens (`logits_to_keep`)
 
-All give the same numbers, and the largest difference is printed. What is timed begins with strings and image files.
+All give the same numbers; the largest difference is printed. The time includes tokenization and
+decoding of image files.
 
     python benchmarks/likelihood.py [--quick] [--model DIR] [--data FILE]
 """
@@ -30,133 +32,164 @@ from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 
-BATCH = 16
+BATCH_SIZE = 16
+WORKLOADS = (
+    ("a picture, 4 captions to choose from", 0, 4, 48),
+    ("seven pictures, 6 captions", 6, 6, 12),
+)
+"""Title, number of example images, number of options, number of questions in a full run."""
 
-Pair = tuple[Parts, str]
+QuestionOption = tuple[Parts, str]
 """A question and one of its options."""
 
 
-def questions(
-    records: list[Record], count: int, *, shown: int, options: int, rng: random.Random
-) -> list[Pair]:
-    """Pairs of `count` questions: some captioned pictures, then one more whose caption is among the options."""
-    found: list[Pair] = []
-    for _ in range(count):
-        *told, asked = rng.sample(records, shown + 1)
-        parts = [
-            part for record in told for part in (record.image, f"This is: {record.short[0]}\n")
-        ]
-        prompt = (*parts, asked.image, "What is this?")
-        captions = [
-            asked.short[0],
-            *(record.short[0] for record in rng.sample(records, options - 1)),
-        ]
-        found += [
-            (tuple(part for part in prompt if part is not None), caption) for caption in captions
-        ]
-    return found
+def create_options(
+    records: list[Record],
+    num_questions: int,
+    *,
+    num_examples: int,
+    num_options: int,
+    rng: random.Random,
+) -> list[QuestionOption]:
+    """Return all options of all questions.
+
+    A question shows some captioned images, then one more whose caption is among the options.
+    """
+    pairs: list[QuestionOption] = []
+    for _ in range(num_questions):
+        *examples, target = rng.sample(records, num_examples + 1)
+        assert target.image is not None
+        prompt: list[str | ImageRef] = []
+        for example in examples:
+            assert example.image is not None
+            prompt += [example.image, f"This is: {example.short[0]}\n"]
+        prompt += [target.image, "What is this?"]
+        distractors = rng.sample(records, num_options - 1)
+        captions = [record.short[0] for record in (target, *distractors)]
+        pairs += [(tuple(prompt), caption) for caption in captions]
+    return pairs
 
 
-def rendered(model: DuetModel, pair: Pair) -> Sequence:
+def render(model: DuetModel, pair: QuestionOption) -> Sequence:
+    """Return the conversation in which the option is the answer, as tokens."""
     prompt, option = pair
-    return model.renderer.render_chat(
-        (Message("user", prompt), Message("assistant", (option,))), add_generation_prompt=False
-    )
+    messages = (Message("user", prompt), Message("assistant", (option,)))
+    return model.renderer.render_chat(messages, add_generation_prompt=False)
 
 
-def ours(model: DuetModel, pairs: list[Pair]) -> np.ndarray:
+def score_with_shared_prefixes(model: DuetModel, pairs: list[QuestionOption]) -> np.ndarray:
+    """Return the negative log likelihood of each option in nats, float64[options]."""
     model.feature_cache = FeatureCache(None)  # every repeat pays for the vision tower
-    return np.array(
-        [nats for nats, _ in model.compute_sequence_nll([rendered(model, pair) for pair in pairs])]
-    )
+    sequences = [render(model, pair) for pair in pairs]
+    return np.array([nats for nats, _ in model.compute_sequence_nll(sequences)])
 
 
-def ours_each(model: DuetModel, pairs: list[Pair]) -> np.ndarray:
+def score_each_option(model: DuetModel, pairs: list[QuestionOption]) -> np.ndarray:
+    """Return the same with a copy of the question before every option."""
     model.feature_cache = FeatureCache(None)
-    sequences = [rendered(model, pair) for pair in pairs]
-    found = np.empty(len(pairs))
-    for chosen in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
+    model.eval()
+    sequences = [render(model, pair) for pair in pairs]
+    nats = np.empty(len(pairs))
+    for indices in group_by_length([len(s) for s in sequences], FORWARD_MAX_TOKENS):
+        chosen = [sequences[i] for i in indices]
         with torch.no_grad():
-            nll = model.eval()(model.collate([sequences[i] for i in chosen])).nll
-        counts = [sum(label != IGNORE_INDEX for label in sequences[i].labels) for i in chosen]
-        found[chosen] = [float(part.double().sum()) for part in nll.split(counts)]
-    return found
+            nll = model(model.collate(chosen)).nll
+        counts = [sum(label != IGNORE_INDEX for label in s.labels) for s in chosen]
+        nats[indices] = [float(part.double().sum()) for part in nll.split(counts)]
+    return nats
 
 
-class Plain:
-    """What one writes without a library: the model, the image processor, a loop. The tokens are ours."""
+class PlainTransformers:
+    """A loop as one would write it without a library; only the token ids come from vlduet."""
 
-    def __init__(self, folder: Path, model: DuetModel):
+    def __init__(self, folder: Path, duet: DuetModel):
         self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        self.ours = model
+        self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self.duet = duet
 
     @torch.no_grad()
-    def __call__(self, pairs: list[Pair]) -> np.ndarray:
-        found = []
-        for begin in range(0, len(pairs), BATCH):
-            sequences = [rendered(self.ours, pair) for pair in pairs[begin : begin + BATCH]]
-            longest = max(map(len, sequences))
-            ids, labels, mask = (
-                torch.full((len(sequences), longest), fill) for fill in (0, IGNORE_INDEX, 0)
-            )
-            for n, sequence in enumerate(sequences):
-                here = slice(
-                    longest - len(sequence), None
-                )  # padding left, so that the options end together
-                ids[n, here] = torch.tensor(sequence.token_ids)
-                labels[n, here] = torch.tensor(sequence.labels)
-                mask[n, here] = 1
-            pictures = [
-                images.load_image(part)
-                for prompt, _ in pairs[begin : begin + BATCH]
-                for part in prompt
-                if isinstance(part, ImageRef)
-            ]
-            pixels = self.processor(images=pictures, return_tensors="pt")
-            kept = longest - int((labels != IGNORE_INDEX).any(0).nonzero()[0]) + 1
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, logits_to_keep=kept, **pixels
-            ).logits
-            wanted = labels[:, -kept + 1 :]
-            nll = F.cross_entropy(
-                logits[:, :-1].mT, wanted, ignore_index=IGNORE_INDEX, reduction="none"
-            )
-            found.append(nll.double().sum(1))
-        return torch.cat(found).numpy()
+    def score(self, pairs: list[QuestionOption]) -> np.ndarray:
+        """Return the negative log likelihood of each option in nats, float64[options]."""
+        scores = []
+        for begin in range(0, len(pairs), BATCH_SIZE):
+            scores.append(self._score_batch(pairs[begin : begin + BATCH_SIZE]))
+        return torch.cat(scores).numpy()
+
+    def _score_batch(self, pairs: list[QuestionOption]) -> torch.Tensor:
+        sequences = [render(self.duet, pair) for pair in pairs]
+        shape = (len(pairs), max(len(sequence) for sequence in sequences))
+        token_ids = torch.zeros(shape, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORE_INDEX)
+        for row, sequence in enumerate(sequences):
+            begin = shape[1] - len(sequence)  # left padding, so that the options end together
+            token_ids[row, begin:] = torch.tensor(sequence.token_ids)
+            labels[row, begin:] = torch.tensor(sequence.labels)
+            attention_mask[row, begin:] = 1
+        pictures = [
+            images.load_image(part)
+            for prompt, _ in pairs
+            for part in prompt
+            if isinstance(part, ImageRef)
+        ]
+        pixels = self.image_processor(images=pictures, return_tensors="pt")
+        first_label = int((labels != IGNORE_INDEX).any(0).nonzero()[0])
+        num_logits = shape[1] - first_label + 1
+        logits = self.model(
+            input_ids=token_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=num_logits,
+            **pixels,
+        ).logits
+        nll = F.cross_entropy(
+            logits[:, :-1].mT,
+            labels[:, first_label:],
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+        )
+        return nll.double().sum(1)
 
 
 def main() -> None:
-    options = _bench.arguments(__doc__).parse_args()
-    folder = _bench.model_folder(options.model)
-    records = _bench.pairs(options.data)
-    _bench.facts(options, folder)
+    options = _bench.build_parser(__doc__).parse_args()
+    folder = _bench.find_model_folder(options.model)
+    records = _bench.load_pairs(options.data)
+    _bench.print_environment(options, folder)
     model = DuetModel.from_pretrained(folder, device="cpu")
-    plain = Plain(folder, model)
+    plain = PlainTransformers(folder, model)
     rng = random.Random(options.seed)
     repeats = options.repeats or (1 if options.quick else 3)
-    for title, shown, among in [
-        ("a picture, 4 captions to choose from", 0, 4),
-        ("seven pictures, 6 captions", 6, 6),
-    ]:
-        count = 4 if options.quick else (48 if not shown else 12)
-        pairs = questions(records, count, shown=shown, options=among, rng=rng)
+    for title, num_examples, num_options, num_full in WORKLOADS:
+        num_questions = 4 if options.quick else num_full
+        pairs = create_options(
+            records,
+            num_questions,
+            num_examples=num_examples,
+            num_options=num_options,
+            rng=rng,
+        )
         contenders: dict[str, Callable[[], np.ndarray]] = {
-            "vlduet": partial(ours, model, pairs),
-            "vlduet, each option": partial(ours_each, model, pairs),
-            "transformers": partial(plain, pairs),
+            "vlduet": partial(score_with_shared_prefixes, model, pairs),
+            "vlduet, each option": partial(score_each_option, model, pairs),
+            "transformers": partial(plain.score, pairs),
         }
-        found = {name: contender() for name, contender in contenders.items()}
-        seconds = _bench.interleaved(contenders, repeats)
-        _bench.table(
-            f"{title}: {count} questions", "questions/s", seconds, work=count, ours="vlduet"
+        scores = {name: contender() for name, contender in contenders.items()}
+        seconds = _bench.time_in_turns(contenders, repeats)
+        _bench.print_ratios(
+            f"{title}: {num_questions} questions",
+            "questions/s",
+            seconds,
+            work=num_questions,
+            ours="vlduet",
         )
-        worst = ", ".join(
-            f"{n} {np.abs(v - found['vlduet']).max():.0e}"
-            for n, v in found.items()
-            if n != "vlduet"
+        reference = scores.pop("vlduet")
+        differences = [
+            f"{name} {np.abs(nats - reference).max():.0e}" for name, nats in scores.items()
+        ]
+        print(
+            f"  largest difference to vlduet, in nats of an option: {', '.join(differences)}",
+            flush=True,
         )
-        print(f"  largest difference to vlduet, in nats of an option: {worst}", flush=True)
 
 
 if __name__ == "__main__":
