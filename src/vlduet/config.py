@@ -47,7 +47,7 @@ class ModelSection(Section):
     dim: int = Field(default=384, gt=0)
     """Width of the embeddings; without effect if the head is ``none``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Format of frozen weights; auto: bfloat16 for half-precision checkpoints on a GPU, or float32."""
+    """Format of frozen weights; auto: bfloat16 for half-precision models on a GPU, else float32."""
     prompts: dict[str, Any] = {}
     """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own values."""
 

@@ -1,7 +1,7 @@
 """Frozen encoders of the demo: EfficientNet, MiniLM, and a small dual encoder trained here.
 
-They are the encoders of Sugar's triple kernel (`vlduet.recipes.sugar`). The dual encoder is also the
-independent retriever that the model's own retrieval is compared with.
+They are the encoders of Sugar's triple kernel (`vlduet.recipes.sugar`). The dual encoder is also
+the independent retriever that the model's own retrieval is compared with.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def open_frozen_encoders(
         cross: Folder of the trained dual encoder; None leaves out that role.
     """
     from vlduet.encoders.dual import open_dual_as_encoder
-    from vlduet.encoders.frozen import FrozenEncoders, open_encoder
+    from vlduet.encoders.frozen import FrozenEncoders
+    from vlduet.encoders.loading import open_encoder
     from vlduet.model.feature_cache import FeatureCache
 
     cache = FeatureCache(to / "features")
