@@ -50,6 +50,7 @@ def _parse_own(row: SourceRow) -> Record:
 
 
 def _matches_own(value: dict[str, Any]) -> bool:
+    """Return whether a row has an ``id`` and only keys of one kind of record, misspelt or not."""
     if "id" not in value:
         return False
     for keys in KEYS_BY_KIND.values():
@@ -62,6 +63,7 @@ def _matches_own(value: dict[str, Any]) -> bool:
 
 
 def _matches_swift(value: dict[str, Any]) -> bool:
+    """Return whether a row has ``query`` and ``response``, or a message with an ``<image>`` tag."""
     if isinstance(value.get("query"), str) and "response" in value:
         return True
     messages = value.get("messages")

@@ -143,6 +143,7 @@ class Quarantine:
         return dict(sorted(self._causes.items(), key=lambda item: (-item[1], item[0])))
 
     def __str__(self) -> str:
+        """Return the number of drops by cause and the path of the file, for a message."""
         if not self.count:
             return "nothing dropped"
         causes = ", ".join(f"{count} x {cause}" for cause, count in self.count_by_cause().items())

@@ -54,26 +54,31 @@ class JsonValue:
     """A decoded JSON value and its place, so that every error names file, line and field."""
 
     value: Any
+    """Object, list or scalar; bytes too, if the value comes from a table or an archive."""
     place: Place
     root: Path
     """Folder that relative image paths start from."""
 
-    def error(self, message: str, *, fix: str | None = None) -> DataError:
+    def make_error(self, message: str, *, fix: str | None = None) -> DataError:
         """Return, not raise, an error at this place with a remedy."""
         return DataError(message, place=self.place, fix=fix)
 
-    def field(self, key: str, default: Any = None) -> JsonValue:
-        """Return the value under `key` of an object; a missing key gives `default`."""
+    def get_field(self, key: str, default: Any = None) -> JsonValue:
+        """Return the value under `key`; a missing key gives `default`. Only for objects."""
         return JsonValue(self.value.get(key, default), self.place.with_field(key), self.root)
 
-    def items(self, noun: str, *, fix: str = "Write [{...}, ...]") -> list[JsonValue]:
-        """Return the items of a list; raise DataError if it is no list or empty.
+    def parse_items(self, noun: str, *, fix: str = "Write [{...}, ...]") -> list[JsonValue]:
+        """Return the items of a list with their places.
 
         Args:
-            noun: plural of an item, for the message.
+            noun: what the items are, in the plural, for the message of an error.
+            fix: remedy of the error.
+
+        Raises:
+            DataError: the value is no list, or an empty one.
         """
         if not isinstance(self.value, list) or not self.value:
-            raise self.error(f"expected a list of {noun}, got {self.describe()}", fix=fix)
+            raise self.make_error(f"expected a list of {noun}, got {self.describe()}", fix=fix)
         return [
             JsonValue(item, self.place.with_field(f"[{i}]"), self.root)
             for i, item in enumerate(self.value)
@@ -85,7 +90,7 @@ class JsonValue:
             return "nothing"
         return f"{type(self.value).__name__} {str(self.value)[:40]!r}"
 
-    def record_id(self) -> str:
+    def parse_record_id(self) -> str:
         """Return the value as the id of a record.
 
         Raises:
@@ -93,14 +98,14 @@ class JsonValue:
         """
         value = self.value
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-            raise self.error(
+            raise self.make_error(
                 f"id is {self.describe()}", fix="Give every record a string id of its own"
             )
         if not is_utf8_encodable(str(value)):
-            raise self.error(f"id is {value!a}", fix="Write it again as UTF-8")
+            raise self.make_error(f"id is {value!a}", fix="Write it again as UTF-8")
         return str(value)
 
-    def text(self) -> str:
+    def parse_text(self) -> str:
         """Return the value unchanged if it is a text that can be trained on.
 
         Raises:
@@ -108,19 +113,22 @@ class JsonValue:
         """
         if not isinstance(self.value, str) or not self.value.strip():
             fix = "Write a non-empty string or leave the key out"
-            raise self.error(f"expected text, got {self.describe()}", fix=fix)
+            raise self.make_error(f"expected text, got {self.describe()}", fix=fix)
         if not is_utf8_encodable(self.value):
-            raise self.error("half a surrogate pair in the text", fix="Write it again as UTF-8")
+            raise self.make_error(
+                "half a surrogate pair in the text", fix="Write it again as UTF-8"
+            )
         return self.value
 
-    def image(self) -> ImageRef:
+    def parse_image(self) -> ImageRef:
         """Return a reference to the image that the value names, without opening it.
 
         The value is a path relative to `root`, a ``data:`` URL, the encoded bytes, or an object
         of ``bytes`` (raw or base64) and ``path``, of which the bytes win.
 
         Raises:
-            DataError: another type, an empty or undecodable value, or a network URL.
+            DataError: another type, an empty or undecodable value, a path that is not UTF-8, or a
+                network URL. A missing file is no error here.
         """
         value = self.value
         data = value if isinstance(value, bytes) else None
@@ -133,30 +141,32 @@ class JsonValue:
             return ImageRef(data=self._decode_base64(data))
         if not isinstance(value, str) or not value:
             message = f"expected an image, got {JsonValue(value, self.place, self.root).describe()}"
-            raise self.error(message, fix="Write a path or a data: URL")
+            raise self.make_error(message, fix="Write a path or a data: URL")
         if not is_utf8_encodable(value):
             fix = "Rename the file, or encode the image again"
-            raise self.error(f"not UTF-8: {value!a:.80}", fix=fix)
+            raise self.make_error(f"not UTF-8: {value!a:.80}", fix=fix)
         if value.startswith("data:"):
             header, comma, body = value.partition(",")
             if not comma:
                 fix = "Write data:image/png;base64,..."
-                raise self.error("a data: URL without a comma", fix=fix)
+                raise self.make_error("a data: URL without a comma", fix=fix)
             if header.endswith(";base64"):
                 return ImageRef(data=self._decode_base64(body))
             return ImageRef(data=unquote_to_bytes(body))
         if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
             fix = "Download it first: records never touch the network"
-            raise self.error(f"'{value}' is a URL", fix=fix)
+            raise self.make_error(f"'{value}' is a URL", fix=fix)
         return ImageRef(path=self.root / value)
 
     def _decode_base64(self, text: str) -> bytes:
         try:
             return base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise self.error(f"broken base64 ({error})", fix="Encode the image again") from None
+            raise self.make_error(
+                f"broken base64 ({error})", fix="Encode the image again"
+            ) from None
 
-    def parts(self) -> Parts:
+    def parse_parts(self) -> Parts:
         """Return a non-empty list of ``{"text"}`` and ``{"image"}`` objects as parts.
 
         OpenAI's ``{"type": "image_url", "image_url": {"url"}}`` counts as an image.
@@ -165,24 +175,29 @@ class JsonValue:
             DataError: the list, one of the objects, or its text or image is wrong.
         """
         fix = 'Write [{"text": ...}, {"image": ...}]'
-        return tuple(item._part() for item in self.items("parts", fix=fix))
+        return tuple(item._parse_part() for item in self.parse_items("parts", fix=fix))
 
-    def _part(self) -> Part:
+    def _parse_part(self) -> Part:
+        """Return one item of `parts`: its text or its image; raise DataError for any other."""
         part = self.value
         openai_image = part.get("image_url") if isinstance(part, dict) else None
         if isinstance(openai_image, dict) and part.get("type") == "image_url":
             part = {"image": openai_image.get("url")}
         if not isinstance(part, dict) or len(part.keys() & {"text", "image"}) != 1:
             fix = 'Write {"text": ...} or {"image": ...}'
-            raise self.error("a part needs exactly one of text and image", fix=fix)
+            raise self.make_error("a part needs exactly one of text and image", fix=fix)
         extra = sorted(part.keys() - {"text", "image", "type"})
         if extra:
             message = f"unknown key '{extra[0]}' in a part"
-            raise self.field(extra[0]).error(message, fix="Keep text or image")
+            raise self.get_field(extra[0]).make_error(message, fix="Keep text or image")
         fields = JsonValue(part, self.place, self.root)
-        return fields.field("text").text() if "text" in part else fields.field("image").image()
+        return (
+            fields.get_field("text").parse_text()
+            if "text" in part
+            else fields.get_field("image").parse_image()
+        )
 
-    def candidates(self) -> tuple[Parts, ...]:
+    def parse_candidates(self) -> tuple[Parts, ...]:
         """Return a list of candidates, each a list of parts; () for an empty list.
 
         Raises:
@@ -191,8 +206,8 @@ class JsonValue:
         items = self.value
         if not isinstance(items, list) or not all(isinstance(item, list) for item in items):
             message = f"{self.place.field} is not a list of lists of parts"
-            raise self.error(message, fix="Write [[{...}], ...]")
-        return tuple(item.parts() for item in self.items("candidates")) if items else ()
+            raise self.make_error(message, fix="Write [[{...}], ...]")
+        return tuple(item.parse_parts() for item in self.parse_items("candidates")) if items else ()
 
 
 def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
@@ -208,70 +223,80 @@ def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
     """
     row = JsonValue(raw, place, root)
     if not isinstance(raw, dict):
-        raise row.error(f"a record is a JSON object, this is {row.describe()}")
+        raise row.make_error(f"a record is a JSON object, this is {row.describe()}")
     kinds = [kind for kind, keys in KEYS_BY_KIND.items() if (keys - AMBIGUOUS_KEYS) & raw.keys()]
     if len(kinds) != 1:
         message = f"no known key among {sorted(raw)}"
         if kinds:
             message = f"keys of {' and '.join(kinds)} in one record"
         fix = "A record is a pair, interleaved, chat or retrieval: see docs/data-format.md"
-        raise row.error(message, fix=fix)
+        raise row.make_error(message, fix=fix)
     valid_keys = KEYS_BY_KIND[kinds[0]] | COMMON_KEYS
     for key in sorted(raw.keys() - valid_keys):
-        raise row.field(key).error(f"unknown key '{key}'", fix=suggest_name(key, valid_keys))
-    record_id = row.field("id").record_id()
+        raise row.get_field(key).make_error(
+            f"unknown key '{key}'", fix=suggest_name(key, valid_keys)
+        )
+    record_id = row.get_field("id").parse_record_id()
     metadata = raw.get("metadata", {})
     if not isinstance(metadata, dict):
-        field = row.field("metadata")
-        raise field.error(f"metadata is {field.describe()}", fix="Write an object")
+        field = row.get_field("metadata")
+        raise field.make_error(f"metadata is {field.describe()}", fix="Write an object")
     fields = _FIELD_PARSERS[kinds[0]](row)
     return Record(id=record_id, metadata=metadata, place=place, **fields)
 
 
-# Each parser returns the fields of `Record` that its kind fills, by name.
-
-
 def _parse_pair(row: JsonValue) -> dict[str, Any]:
+    """Return the fields of `Record` that a pair fills: image, short, long and negative.
+
+    Raises:
+        DataError: the image is missing, or a value is wrong; missing captions are no error.
+    """
     if "image" not in row.value:
         fix = 'Add "image": a path or a data: URL'
-        raise row.field("image").error("a pair without image", fix=fix)
-    short = row.field("short")
+        raise row.get_field("image").make_error("a pair without image", fix=fix)
+    short = row.get_field("short")
     captions: list[str] = []
     if isinstance(short.value, str) and short.value:
-        captions = [short.text()]
+        captions = [short.parse_text()]
     elif isinstance(short.value, list) and short.value:
-        captions = [caption.text() for caption in short.items("captions")]
+        captions = [caption.parse_text() for caption in short.parse_items("captions")]
     elif short.value:
         fix = "Write a string or a list of strings"
-        raise short.error(f"short is {short.describe()}", fix=fix)
-    long = row.field("long")
+        raise short.make_error(f"short is {short.describe()}", fix=fix)
+    long = row.get_field("long")
     return {
-        "image": row.field("image").image(),
+        "image": row.get_field("image").parse_image(),
         "short": tuple(captions),
-        "long": None if long.value is None else long.text(),
-        "negative": row.field("negative", []).candidates(),
+        "long": None if long.value is None else long.parse_text(),
+        "negative": row.get_field("negative", []).parse_candidates(),
     }
 
 
 def _parse_interleaved(row: JsonValue) -> dict[str, Any]:
+    """Return the field `parts` of an interleaved record, its texts split into sentences."""
     slices: list[Part] = []
-    for part in row.field("parts").parts():
+    for part in row.get_field("parts").parse_parts():
         slices += [part] if isinstance(part, ImageRef) else split_sentences(part)
     return {"parts": tuple(slices)}
 
 
 def _parse_chat(row: JsonValue) -> dict[str, Any]:
+    """Return the field `messages` of a chat; content may be a text or a list of parts.
+
+    Raises:
+        DataError: a turn is wrong, there is none, or none is by the assistant.
+    """
     messages = []
-    for turn in row.field("messages").items("turns"):
+    for turn in row.get_field("messages").parse_items("turns"):
         role = turn.value.get("role") if isinstance(turn.value, dict) else turn.value
         if not isinstance(turn.value, dict) or role not in ROLES:
             place = turn.place.with_field("role")
             raise DataError(f"role {role!r}", place=place, fix=f"Use one of {', '.join(ROLES)}")
-        content = turn.field("content")
+        content = turn.get_field("content")
         if isinstance(content.value, str):
             content = JsonValue([{"text": content.value}], content.place, content.root)
-        messages.append(Message(role, content.parts()))
-    require_answer(messages, row.field("messages").place)
+        messages.append(Message(role, content.parse_parts()))
+    require_answer(messages, row.get_field("messages").place)
     return {"messages": tuple(messages)}
 
 
@@ -283,14 +308,15 @@ def require_answer(messages: list[Message], place: Place) -> None:
 
 
 def _parse_retrieval(row: JsonValue) -> dict[str, Any]:
+    """Return the fields query, positive and negative; raise DataError without query or positive."""
     for key in ("query", "positive"):
         if not row.value.get(key):
             fix = "Write a list of parts"
-            raise row.field(key).error(f"{key} is missing or empty", fix=fix)
+            raise row.get_field(key).make_error(f"{key} is missing or empty", fix=fix)
     return {
-        "query": row.field("query").parts(),
-        "positive": row.field("positive").candidates(),
-        "negative": row.field("negative", []).candidates(),
+        "query": row.get_field("query").parse_parts(),
+        "positive": row.get_field("positive").parse_candidates(),
+        "negative": row.get_field("negative", []).parse_candidates(),
     }
 
 

@@ -207,7 +207,7 @@ def _parse_text(value: Any, place: Place) -> str:
     if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
         fix = f"Send {MAX_TEXT_CHARS} at most"
         raise DataError(f"a text of {len(value)} characters", place=place, fix=fix)
-    return JsonValue(value, place, Path()).text()
+    return JsonValue(value, place, Path()).parse_text()
 
 
 def _parse_part(part: Any, place: Place) -> Part:
@@ -224,7 +224,7 @@ def _parse_part(part: Any, place: Place) -> Part:
     if not isinstance(url, str) or not url.startswith("data:"):
         fix = "Send data:image/png;base64,..."
         raise DataError("an image that is not a data: URL", place=url_place, fix=fix)
-    return JsonValue(url, url_place, Path()).image()
+    return JsonValue(url, url_place, Path()).parse_image()
 
 
 # ------------------------------------------------------------------ responses

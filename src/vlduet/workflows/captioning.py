@@ -233,6 +233,7 @@ class _Journal:
     """
 
     def __init__(self, path: Path):
+        """Read the captions of an earlier run from `path`, if the file exists."""
         self.path = path
         self.texts: dict[tuple[str, str], str] = {}
         """Text by kind of caption and key of the image."""

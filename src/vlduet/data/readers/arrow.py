@@ -34,6 +34,7 @@ def _iter_parquet_batches(source: Path) -> Iterator[Any]:
 
 
 def _iter_arrow_batches(source: Path) -> Iterator[Any]:
+    """Yield record batches of at most `ROWS_PER_BATCH` rows from an Arrow stream or file."""
     import pyarrow as pa
 
     with pa.memory_map(str(source)) as data:

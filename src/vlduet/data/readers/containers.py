@@ -166,6 +166,7 @@ def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 
 
 def _read_image_row(path: Path, source: Path) -> SourceRow:
+    """Return the row of one image below `source`; with an error if its captions are unreadable."""
     name = path.relative_to(source).as_posix()
     if not is_utf8_encodable(name):
         place = Place(ascii(str(path)))

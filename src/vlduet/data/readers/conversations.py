@@ -31,20 +31,20 @@ def parse_llava(row: SourceRow) -> Record:
     images = parse_images(row, "image", "images")
     num_images = len(images)
     messages = []
-    for turn in row.field("conversations").items("turns"):
+    for turn in row.get_field("conversations").parse_items("turns"):
         speaker = turn.value.get("from") if isinstance(turn.value, dict) else None
         if not isinstance(speaker, str) or speaker not in ROLE_BY_SPEAKER:
             place = turn.place.with_field("from")
             fix = f"Use one of {', '.join(ROLE_BY_SPEAKER)}"
             raise DataError(f"from is {speaker!r}", place=place, fix=fix)
-        text = turn.field("value")
-        parts = interleave_images(text.text(), IMAGE_TAG, images, place=text.place)
+        text = turn.get_field("value")
+        parts = interleave_images(text.parse_text(), IMAGE_TAG, images, place=text.place)
         messages.append(Message(ROLE_BY_SPEAKER[speaker], tuple(parts)))
     if images:
         message = f"{num_images} images, but {num_images - len(images)} {IMAGE_TAG}"
         fix = f"Write one {IMAGE_TAG} where each image belongs"
         key = "image" if "image" in row.value else "images"
-        raise row.field(key).error(f"{message} in the conversation", fix=fix)
+        raise row.get_field(key).make_error(f"{message} in the conversation", fix=fix)
     return build_chat_record(row, messages, field="conversations", used=LLAVA_KEYS)
 
 
@@ -60,9 +60,11 @@ def parse_messages(row: SourceRow) -> Record:
     """
     _refuse_video(row)
     if "messages" in row.value:
-        turns = row.field("messages").items("turns")
+        turns = row.get_field("messages").parse_items("turns")
         return _build_record(row, turns, field="messages", used=CHAT_KEYS)
-    turns = _to_turns(row.field("prompt"), "user") + _to_turns(row.field("completion"), "assistant")
+    turns = _to_turns(row.get_field("prompt"), "user") + _to_turns(
+        row.get_field("completion"), "assistant"
+    )
     return _build_record(row, turns, field="completion", used=CHAT_KEYS)
 
 
@@ -77,29 +79,29 @@ def parse_swift(row: SourceRow) -> Record:
     """
     _refuse_video(row)
     if "messages" in row.value:
-        turns = row.field("messages").items("turns")
+        turns = row.get_field("messages").parse_items("turns")
         return _build_record(row, turns, field="messages", used=SWIFT_KEYS)
     turns = []
     if row.value.get("system"):
-        turns.append(_make_turn("system", row.field("system")))
-    history = row.field("history")
-    for pair in history.items("pairs of question and answer") if history.value else []:
+        turns.append(_make_turn("system", row.get_field("system")))
+    history = row.get_field("history")
+    for pair in history.parse_items("pairs of question and answer") if history.value else []:
         if not isinstance(pair.value, list) or len(pair.value) != 2:
             fix = 'Write ["question", "answer"]'
-            raise pair.error("not a pair of question and answer", fix=fix)
+            raise pair.make_error("not a pair of question and answer", fix=fix)
         for role, text in zip(("user", "assistant"), pair.value, strict=True):
             turns.append(_make_turn(role, JsonValue(text, pair.place, pair.root)))
     for key, role in (("query", "user"), ("response", "assistant")):
-        row.field(key).text()
-        turns.append(_make_turn(role, row.field(key)))
+        row.get_field(key).parse_text()
+        turns.append(_make_turn(role, row.get_field(key)))
     return _build_record(row, turns, field="response", used=SWIFT_KEYS)
 
 
 def _to_turns(field: JsonValue, role: str) -> list[JsonValue]:
     """Return TRL's ``prompt`` or ``completion`` as turns: messages, or one text of `role`."""
     if isinstance(field.value, list):
-        return field.items("turns")
-    field.text()
+        return field.parse_items("turns")
+    field.parse_text()
     return [_make_turn(role, field)]
 
 
@@ -135,20 +137,20 @@ def _build_record(
         message = f"{num_images} images, but places for {num_images - len(images)}"
         fix = f'Write one {{"type": "image"}} or {IMAGE_TAG} where each image belongs'
         key = "images" if "images" in row.value else "image"
-        raise row.field(key).error(message, fix=fix)
+        raise row.get_field(key).make_error(message, fix=fix)
     return build_chat_record(row, messages, field=field, used=used)
 
 
 def _parse_role(turn: JsonValue) -> str:
     """Return the role of a message; OpenAI's ``developer`` is ``system``."""
-    role = turn.field("role")
+    role = turn.get_field("role")
     if role.value == "developer":
         return "system"
     if role.value not in ROLES:
         fix = f"Use one of {', '.join(ROLES)}"
         if isinstance(role.value, str):
             fix = suggest_name(role.value, ROLES)
-        raise role.error(f"role is {role.value!r}", fix=fix)
+        raise role.make_error(f"role is {role.value!r}", fix=fix)
     return str(role.value)
 
 
@@ -174,21 +176,21 @@ def _parse_content(turn: JsonValue, images: list[ImageRef]) -> list[Part]:
     """Return the parts of a message; images that fill a place are removed from `images`."""
     if not isinstance(turn.value, dict):
         message = f"a turn is {type(turn.value).__name__}"
-        raise turn.error(message, fix='Write {"role": ..., "content": ...}')
-    content = turn.field("content")
+        raise turn.make_error(message, fix='Write {"role": ..., "content": ...}')
+    content = turn.get_field("content")
     if isinstance(content.value, str):
-        return interleave_images(content.text(), IMAGE_TAG, images, place=content.place)
+        return interleave_images(content.parse_text(), IMAGE_TAG, images, place=content.place)
     parts: list[Part] = []
-    for item in content.items("content parts"):
+    for item in content.parse_items("content parts"):
         part = item.value if isinstance(item.value, dict) else {}
         kind = part.get("type")
         if kind in ("text", "input_text", "output_text") or (kind is None and "text" in part):
-            text = item.field("text").text()
+            text = item.get_field("text").parse_text()
             parts += interleave_images(text, IMAGE_TAG, images, place=item.place)
         elif _is_image_placeholder(part):
             if not images:
                 fix = "Add it to the images column, or write it here as image_url"
-                raise item.error("a place for an image, but no image left", fix=fix)
+                raise item.make_error("a place for an image, but no image left", fix=fix)
             parts.append(images.pop(0))
         elif kind in ("image", "image_url", "input_image") or "image" in part:
             parts.append(_parse_image_part(item))
@@ -203,15 +205,15 @@ def _parse_image_part(part: JsonValue) -> ImageRef:
     """Return the image of an OpenAI or TRL content part: an URL, a path or base64."""
     for key in ("image_url", "image", "url", "path"):
         if key in part.value:
-            source = part.field(key)
+            source = part.get_field(key)
             if key == "image_url" and isinstance(source.value, dict):
-                source = source.field("url")
+                source = source.get_field("url")
             if isinstance(source.value, str):
                 path = source.value.removeprefix("file://")
                 source = JsonValue(path, source.place, source.root)
-            return source.image()
-    source = part.field("base64")
-    return JsonValue({"bytes": source.value}, source.place, source.root).image()
+            return source.parse_image()
+    source = part.get_field("base64")
+    return JsonValue({"bytes": source.value}, source.place, source.root).parse_image()
 
 
 def _refuse_video(row: SourceRow) -> None:
@@ -219,4 +221,4 @@ def _refuse_video(row: SourceRow) -> None:
     for key in ("video", "videos", "audio", "audios"):
         if row.value.get(key):
             fix = "Leave the row out, or use frames as images"
-            raise row.field(key).error(f"{key} is not supported", fix=fix)
+            raise row.get_field(key).make_error(f"{key} is not supported", fix=fix)

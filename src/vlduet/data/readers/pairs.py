@@ -50,25 +50,25 @@ def parse_captions(row: SourceRow) -> Record:
         if columns:
             message = f"several image columns: {', '.join(columns)}"
             fix = f"Name one column '{IMAGE_COLUMN}'"
-        raise row.field(IMAGE_COLUMN).error(message, fix=fix)
-    image = row.field(columns[0]).image()
+        raise row.get_field(IMAGE_COLUMN).make_error(message, fix=fix)
+    image = row.get_field(columns[0]).parse_image()
     short: list[str] = []
     long: list[str] = []
     used = set(columns)
     for key in row.value:
         if key.lower() in SHORT_COLUMNS:
-            short += _parse_texts(row.field(key))
+            short += _parse_texts(row.get_field(key))
             used.add(key)
         elif key.lower() in LONG_COLUMNS:
-            long += _parse_texts(row.field(key))
+            long += _parse_texts(row.get_field(key))
             used.add(key)
     negative: tuple[Parts, ...] = ()
     if isinstance(row.value.get("negative"), list):  # a record of ours without an id
-        negative = row.field("negative").candidates()
+        negative = row.get_field("negative").parse_candidates()
         used.add("negative")
     if len(long) > 1:
         fix = f"Keep one of {', '.join(LONG_COLUMNS)}"
-        raise row.field("long").error("several long captions", fix=fix)
+        raise row.get_field("long").make_error("several long captions", fix=fix)
     return Record(
         parse_id(row),
         image=image,
@@ -81,12 +81,12 @@ def parse_captions(row: SourceRow) -> Record:
 
 
 def _parse_texts(field: JsonValue) -> list[str]:
-    """Return a text or a list of texts as a list; None and [] give []."""
+    """Return a text or a list of texts as a list, [] for None; raise DataError for others."""
     if field.value is None or field.value == []:
         return []
     if isinstance(field.value, list):
-        return [item.text() for item in field.items("texts")]
-    return [field.text()]
+        return [item.parse_text() for item in field.parse_items("texts")]
+    return [field.parse_text()]
 
 
 def parse_mmeb(row: SourceRow) -> Record:
@@ -109,7 +109,7 @@ def parse_mmeb(row: SourceRow) -> Record:
     for key, candidates in (("qry", query), ("pos_text", positive)):
         if not candidates:
             message = f"{key} has neither text nor image"
-            raise row.field(key).error(message, fix="Fill one of the two")
+            raise row.get_field(key).make_error(message, fix="Fill one of the two")
     return Record(
         parse_id(row),
         query=query[0],
@@ -131,7 +131,7 @@ def _parse_side(row: SourceRow, side: str) -> list[Parts]:
     if texts and images and len(texts) != len(images):
         message = f"{len(texts)} texts for {len(images)} images"
         fix = "Write lists of equal length, '' for nothing"
-        raise row.field(image_column).error(message, fix=fix)
+        raise row.get_field(image_column).make_error(message, fix=fix)
     count = max(len(texts), len(images))
     items = []
     for i in range(count):
@@ -142,7 +142,7 @@ def _parse_side(row: SourceRow, side: str) -> list[Parts]:
         refs = []
         if image not in ("", None, {}):
             image_place = row.place.with_field(image_column + index)
-            refs = [JsonValue(image, image_place, row.root).image()]
+            refs = [JsonValue(image, image_place, row.root).parse_image()]
         if not isinstance(text, str):
             message = f"expected text, got {type(text).__name__}"
             raise DataError(message, place=place, fix="Write a string")

@@ -34,9 +34,9 @@ class SourceRow:
         error = DataError(message, place=place, fix=fix)
         return cls(place, root, default_id, error=error)
 
-    def field(self, key: str) -> JsonValue:
+    def get_field(self, key: str) -> JsonValue:
         """Return the value under `key` with its place; the value of a missing key is None."""
-        return JsonValue(self.value, self.place, self.root).field(key)
+        return JsonValue(self.value, self.place, self.root).get_field(key)
 
 
 def drop_null_fields(value: Any) -> Any:
@@ -51,8 +51,8 @@ def drop_null_fields(value: Any) -> Any:
 
 def parse_id(row: SourceRow) -> str:
     """Return the row's own id, else its default. Raise DataError if the own id is wrong."""
-    field = row.field("id")
-    return row.default_id if field.value in (None, "") else field.record_id()
+    field = row.get_field("id")
+    return row.default_id if field.value in (None, "") else field.parse_record_id()
 
 
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
@@ -72,6 +72,7 @@ def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
 
 
 def _to_json_type(value: Any) -> Any:
+    """Return a value as JSON types, without bytes; dates as ISO text, other types as text."""
     if isinstance(value, dict):
         return {str(k): _to_json_type(v) for k, v in value.items() if not isinstance(v, bytes)}
     if isinstance(value, list | tuple):
@@ -88,11 +89,11 @@ def parse_images(row: SourceRow, *keys: str) -> list[ImageRef]:
         DataError: an image is wrong. Without any image, the list is empty.
     """
     for key in keys:
-        field = row.field(key)
+        field = row.get_field(key)
         if isinstance(field.value, list) and field.value:
-            return [item.image() for item in field.items("images")]
+            return [item.parse_image() for item in field.parse_items("images")]
         if field.value not in (None, "", []):
-            return [field.image()]
+            return [field.parse_image()]
     return []
 
 

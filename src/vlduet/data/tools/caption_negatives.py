@@ -181,6 +181,7 @@ def replace_rel(caption: str) -> Iterator[list[Replacement]]:
 def _replace_by_class(
     caption: str, matches: Sequence[_Match], lexicon: Lexicon
 ) -> Iterator[list[Replacement]]:
+    """Yield, for each match and each lemma of its class that is not in the caption, one edit."""
     named = {match.entry.lemma for match in _find_matches(caption, lexicon)}
     for match in matches:
         for lemma in lexicon.groups[match.entry.group]:

@@ -90,6 +90,7 @@ class FileReport:
     turn or retrieval."""
 
     def __str__(self) -> str:
+        """Return the counts on one line."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items())) or "nothing"
         text = (
             f"{self.file}: {self.records} records ({kinds}), {self.images} images "
@@ -126,6 +127,7 @@ class CheckReport:
         return {"ok": self.ok, **asdict(self), "leaks": leaks}
 
     def __str__(self) -> str:
+        """Return a line per file, problem and kind of leak with examples, and a summary."""
         lines = [str(file) for file in self.files]
         lines += [f"error: {problem}" for problem in self.problems]
         for kind, count in sorted(self.num_leaks.items()):
@@ -325,4 +327,5 @@ def _parse_place(text: str | None) -> Place:
 
 
 def _to_problem(place: Place, cause: str, fix: str | None) -> RecordProblem:
+    """Return the problem of the value at `place`."""
     return RecordProblem(place.file, place.line, place.field, cause, fix)
