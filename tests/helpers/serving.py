@@ -1,14 +1,19 @@
-"""Chats with recorded outputs, and a worker that is held until all requests of a test wait."""
+"""A running server with a client, chats with recorded outputs, and a worker that is held."""
 
 from __future__ import annotations
 
+import http.client
+import json
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from vlduet.data.records import Message, Part
 from vlduet.model.generation.continuous import Delta
+from vlduet.serve.app import Service, build_server
 from vlduet.serve.scheduler import ChatRequest
 from vlduet.serve.worker import Worker
 
@@ -73,3 +78,43 @@ def hold_worker(worker: Worker) -> Iterator[None]:
     finally:
         release.set()
     assert call.result(60)
+
+
+class RunningServer:
+    """A server in a thread, and a client for it; closes the worker at the end."""
+
+    def __init__(self, service: Service, api_keys: list[str] | None = None):
+        self.service = service
+        listening_socket = socket.create_server(("127.0.0.1", 0))
+        self.port = listening_socket.getsockname()[1]
+        app = service.build_app(allowed_hosts=["127.0.0.1"], api_keys=api_keys)
+        self.uvicorn = build_server(app)
+        self.thread = threading.Thread(
+            target=self.uvicorn.run, kwargs={"sockets": [listening_socket]}, daemon=True
+        )
+        self.thread.start()
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(30)
+        self.service.worker.close()
+
+    def send(
+        self, path: str, body: object = None, *, headers: dict[str, str] | None = None
+    ) -> http.client.HTTPResponse:
+        """Send a GET request, or a POST request with a body, and return the response."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        all_headers = {"Content-Type": "application/json"} | (headers or {})
+        connection.request("GET" if body is None else "POST", path, data, all_headers)
+        return connection.getresponse()
+
+    def request(
+        self, path: str, body: object = None, *, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Send a request and return the status and the JSON body of the response."""
+        response = self.send(path, body, headers=headers)
+        return response.status, json.loads(response.read())

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,6 +12,7 @@ import numpy as np
 import pytest
 
 from helpers import tiny
+from helpers.serving import RunningServer
 from vlduet.data.records import ImageRef, Message
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
@@ -28,42 +25,6 @@ from vlduet.serve.worker import Worker
 TEXTS = ["a red boat", "a dog in the snow", "three apples"]
 CHAT = "/v1/chat/completions"
 EMBED = "/v1/embeddings"
-
-
-class RunningServer:
-    """A server in a thread, and a client for it; closes the worker at the end."""
-
-    def __init__(self, service: Service, api_keys: list[str] | None = None):
-        self.service = service
-        listening_socket = socket.create_server(("127.0.0.1", 0))
-        self.port = listening_socket.getsockname()[1]
-        app = service.build_app(allowed_hosts=["127.0.0.1"], api_keys=api_keys)
-        self.uvicorn = app_module.build_server(app)
-        self.thread = threading.Thread(
-            target=self.uvicorn.run, kwargs={"sockets": [listening_socket]}, daemon=True
-        )
-        self.thread.start()
-
-    def __enter__(self) -> RunningServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join(30)
-        self.service.worker.close()
-
-    def send(self, path: str, body: object = None, *, headers: dict[str, str] | None = None):
-        """Send a GET request, or a POST request with a body, and return the response."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        all_headers = {"Content-Type": "application/json"} | (headers or {})
-        connection.request("GET" if body is None else "POST", path, data, all_headers)
-        return connection.getresponse()
-
-    def request(self, path: str, body: object = None, **options) -> tuple[int, dict]:
-        """Send a request and return the status and the JSON body of the response."""
-        response = self.send(path, body, **options)
-        return response.status, json.loads(response.read())
 
 
 @pytest.fixture(scope="module")
@@ -428,77 +389,3 @@ def test_dual_encoder_embeds_and_refuses_to_chat(tmp_path):
         np.testing.assert_allclose(vectors, model.encode(["a", image]), atol=1e-5)
         status, body = server.request(CHAT, chat_body("hi") | {"model": "towers"})
         assert status == 400 and "does not generate" in body["error"]["message"]
-
-
-# ------------------------------------------------------------------ API keys
-
-
-def test_without_a_known_key_only_health_is_answered(duet):
-    accepted = ["Bearer first-key", "Bearer second", "bearer second"]
-    refused = [None, "", "Bearer", "Bearer ", "second", "Bearer secon", "Bearer secondd"]
-    refused += ["Basic second", "Bearer \xff"]
-    requests = [("/v1/models", None, 200), (EMBED, {"input": "a"}, 200), ("/v1/none", None, 404)]
-    service = Service(Worker(duet), name="tiny")
-    with RunningServer(service, api_keys=["first-key", "second"]) as server:
-        assert server.request("/health") == (200, {"status": "ok"})
-        for authorization in accepted + refused:
-            headers = {} if authorization is None else {"Authorization": authorization}
-            for path, body, status in requests:
-                response = server.send(path, body, headers=headers)
-                data = response.read()
-                if authorization in accepted:
-                    assert response.status == status, (authorization, data)
-                    continue
-                assert response.status == 401, authorization
-                assert response.headers["WWW-Authenticate"] == "Bearer"
-                message = json.loads(data)["error"]["message"]
-                assert "Authorization: Bearer KEY" in message
-
-
-def test_two_authorization_headers_are_refused(duet):
-    service = Service(Worker(duet), name="tiny")
-    with RunningServer(service, api_keys=["first"]) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-        connection.putrequest("GET", "/v1/models")
-        connection.putheader("Authorization", "Bearer wrong")
-        connection.putheader("Authorization", "Bearer first")
-        connection.endheaders()
-        assert connection.getresponse().status == 401
-
-
-# ------------------------------------------------------------------ the command
-
-
-def test_command_serves_with_keys_and_ends_on_interrupt(duet, tmp_path):
-    duet.save_pretrained(tmp_path / "small")
-    (tmp_path / "keys").write_text("mine\n")
-    command = [sys.executable, "-W", "ignore", "-m", "vlduet.cli.main", "serve", tmp_path / "small"]
-    command += ["--keys", tmp_path / "keys", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            line = next(line for line in process.stderr if "answers and embeds at" in line)
-            port = int(line.partition("127.0.0.1:")[2].partition("/")[0])
-            second_command = [*command[:-1], str(port)]
-            second = subprocess.run(second_command, capture_output=True, text=True, check=False)
-            assert second.returncode == 1
-            assert "Address already in use. Choose another --port" in second.stderr
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            for key, status in (("theirs", 401), ("mine", 200)):
-                connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
-                response = connection.getresponse()
-                body = json.loads(response.read())
-                assert response.status == status
-            assert body["data"][0]["id"] == "small"
-        finally:
-            process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130)
-        assert "Traceback" not in process.stderr.read()
-
-
-def test_missing_extra_is_named_with_the_command_that_installs_it():
-    code = "import sys; sys.modules['starlette'] = None; sys.argv = ['vlduet', 'serve', 'x']; "
-    code += "from vlduet.cli.main import main; main()"
-    command = [sys.executable, "-c", code]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 1 and "pip install 'vlduet[serve]'" in process.stderr
