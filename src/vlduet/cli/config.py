@@ -16,7 +16,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A preset; see 'vlduet
 
 @app.command("list")
 def list_configs(*, as_json: Json = False) -> None:
-    """List the presets that 'vlduet train' and 'vlduet compare' accept by name."""
+    """List the presets that 'vlduet train' and 'vlduet compare' accept, with a summary of each."""
     from vlduet.config import find_config, list_presets
 
     summaries = {name: _read_summary(find_config(name)) for name in list_presets()}

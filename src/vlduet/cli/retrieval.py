@@ -84,7 +84,7 @@ def search(
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Find the documents that are nearest to a text, an image, or both."""
+    """Print the documents that are nearest to a text, an image, or both."""
     from vlduet.encoders.dual import open_embedder
     from vlduet.retrieval.search import search as find_hits
 
@@ -109,7 +109,7 @@ def ask(
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a question with the documents of an index, and name the sources."""
+    """Print the answer to a question from the documents of an index, and its sources."""
     from vlduet.model.duet import DuetModel
     from vlduet.retrieval.rag import format_source, prepare_prompt, stream_answer
 
@@ -140,7 +140,10 @@ def encode(
     side: Annotated[str, typer.Option(help=SIDE)] = "image",
     as_json: Json = False,
 ) -> None:
-    """Write embeddings to a file, for an index of another program."""
+    """Write the embeddings of SOURCE to a file, for an index of another program.
+
+    Documents that cannot be embedded are left out and listed beside the file.
+    """
     import numpy as np
 
     from vlduet.data.quarantine import Quarantine, quarantine_path

@@ -31,9 +31,10 @@ def caption(
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 16,
     as_json: Json = False,
 ) -> None:
-    """Write the captions that SOURCE lacks.
+    """Write the records of SOURCE with the captions that they lack, and print the counts.
 
-    An interrupted run continues when it is started again.
+    An interrupted run continues when it is started again. The exit status is 1 if SOURCE has no
+    usable record.
     """
     from vlduet.data.quarantine import quarantine_path
     from vlduet.errors import ConfigError
@@ -78,7 +79,7 @@ def mine(
     margin: Annotated[float, typer.Option(help=MARGIN)] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Find hard negatives for FILE: wrong candidates that the model ranks near the correct ones.
+    """Write FILE with hard negatives: wrong candidates that the model ranks near correct ones.
 
     An interrupted run continues when it is started again.
     """

@@ -156,7 +156,7 @@ class _BuildJob:
                 yield document, row
 
     def _make_row(self, document: Document) -> IndexRow:
-        """Return the row of a document, and add its metadata keys to `fields`."""
+        """Return the row of a document without storing it; add its metadata keys to `fields`."""
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
         image = document.image
         image_path = None if image is None else image.path
@@ -182,7 +182,10 @@ class _BuildJob:
         )
 
     def _register_field(self, key: str, value: Scalar) -> bool:
-        """Add a key and its value's kind to `fields`; return False if there are too many keys."""
+        """Add a key and its value's kind to `fields`.
+
+        Returns False, and adds nothing, for a new key beyond the first `MAX_FILTER_KEYS`.
+        """
         if key not in self.fields and len(self.fields) >= MAX_FILTER_KEYS:
             return False
         kinds = self.fields.setdefault(key, [])
@@ -193,7 +196,7 @@ class _BuildJob:
     def _commit_chunk(self, chunk: list[tuple[Document, IndexRow]]) -> None:
         """Embed the new content of a chunk and write its rows in one commit.
 
-        Documents that cannot be embedded are quarantined and not written.
+        Documents that cannot be embedded are quarantined, not written, and count as absent.
         """
         vectors = self._read_known_vectors([document for document, _ in chunk])
         new_content: dict[str, Document] = {}

@@ -98,7 +98,8 @@ def read_documents(
 def split_record(record: Record, side: Side) -> list[Document]:
     """Return the documents of one record in order; their `content_hash` is empty.
 
-    Raises DataError if the record contains nothing that this side embeds.
+    Several documents get the ids ``ID#0``, ``ID#1``, ... Raises DataError if the record contains
+    nothing that this side embeds.
     """
     documents = []
     for scope in _split_scopes(record):
@@ -134,7 +135,7 @@ class _Scope:
     quote: str
 
     def select_parts(self, side: Side) -> list[Parts]:
-        """Return the parts of each document that this scope gives; may be empty."""
+        """Return the parts of each document: all for "record", else one text or image each."""
         if side == "record":
             return [self.parts] if self.parts else []
         contents = self.texts if side == "text" else extract_images(self.parts)

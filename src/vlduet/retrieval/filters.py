@@ -40,6 +40,7 @@ class Condition:
     value: Any
 
     def __post_init__(self) -> None:
+        """Check the operator; replace `value` by its scalar, or for ``in`` by a tuple of them."""
         place = f"where: {self.key!r} {self.operator}"
         if self.operator not in OPERATORS:
             fix = f"Use {' '.join(OPERATORS)}"
@@ -54,7 +55,7 @@ class Condition:
         object.__setattr__(self, "value", values)
 
     def _convert(self, value: Any, place: str) -> Scalar:
-        """Return `value` as a scalar that the operator can compare; otherwise raise."""
+        """Return `value` as a scalar; raise RetrievalError if the operator cannot compare it."""
         is_order = self.operator in ORDER_OPERATORS
         converted = to_scalar(value)
         if converted is None or (is_order and isinstance(converted, bool)):

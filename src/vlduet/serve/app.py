@@ -118,7 +118,11 @@ class Service:
         return JSONResponse(self._model_object())
 
     async def create_embeddings(self, request: Request) -> Response:
-        """Respond with unit vectors of texts, images and mixtures of both."""
+        """Respond with the unit vector of each input: a text, an image or a mixture of both.
+
+        Raises DataError for `dimensions` other than the model's and for an input that is malformed
+        or cannot be embedded.
+        """
         body = await self._read_body(request, schemas.EmbeddingsBody)
         dim = self.worker.model.dim
         if body.dimensions not in (None, dim):
@@ -133,7 +137,10 @@ class Service:
         )
 
     async def search_index(self, request: Request) -> Response:
-        """Respond with the documents of the index that are nearest to a query."""
+        """Respond with the documents of the index that are nearest to a query.
+
+        Raises DataError without an index and for a malformed query; RetrievalError as `search`.
+        """
         body = await self._read_body(request, schemas.SearchBody)
         index = self._require_index()
         query = body.parse_query()
@@ -145,7 +152,9 @@ class Service:
     async def create_chat_completion(self, request: Request) -> Response:
         """Respond with the answer to a conversation, as a whole or as a stream of events.
 
-        With `retrieval`, the last message is answered from the hits that it finds in the index.
+        With `retrieval`, the last message is answered from the hits that it finds in the index, and
+        the response names these sources. Raises DataError for a model that cannot generate, a
+        malformed conversation, and `retrieval` without an index.
         """
         body = await self._read_body(request, schemas.ChatBody)
         if not self.worker.can_generate:
@@ -259,7 +268,10 @@ def run_server(app: Starlette, listening_socket: socket.socket) -> None:
 
 
 async def _await_while_connected(request: Request, awaitable: Awaitable[T]) -> T:
-    """Return the result of `awaitable`; if the client disconnects, cancel it and raise 499."""
+    """Return the result of `awaitable`; if the client disconnects, cancel it.
+
+    Raises HTTPException with status 499 in that case, and the errors of `awaitable`.
+    """
     task = asyncio.ensure_future(awaitable)
     try:
         while not task.done():
@@ -339,7 +351,10 @@ class _CompletionWriter:
 async def _collect_deltas(
     first: Delta, queue: _DeltaQueue, chat: ChatRequest, request: Request
 ) -> list[Delta]:
-    """Return all deltas of an answer; if the client disconnects, cancel it and raise status 499."""
+    """Return all deltas of an answer, `first` included; cancel the chat at the end.
+
+    Raises HTTPException with status 499 if the client disconnects, and the error of the chat.
+    """
     deltas = [first]
     try:
         while deltas[-1].finish_reason is None:

@@ -59,7 +59,10 @@ class ApiKeyMiddleware:
         self.key_hashes = [_hash_key(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Handle one ASGI event stream; non-HTTP scopes and public paths need no key."""
+        """Pass an authorised request to the application; answer any other with status 401.
+
+        Public paths and connections other than HTTP need no key.
+        """
         is_public = scope["type"] != "http" or scope["path"] in PUBLIC_PATHS
         if is_public or self._is_authorised(scope["headers"]):
             await self.app(scope, receive, send)

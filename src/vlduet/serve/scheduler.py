@@ -92,7 +92,7 @@ class ChatScheduler:
             request.deliver(error)
 
     def _generate_tokens(self) -> None:
-        """Generate one token for each running chat that is not cancelled, and deliver it."""
+        """Drop cancelled chats; generate and deliver one token for each other running chat."""
         for entry, request in self._running.items():
             entry.is_finished = request.cancelled
         if self._batcher is not None:
@@ -107,7 +107,10 @@ class ChatScheduler:
             self._batcher = None
 
     def _admit_waiting_requests(self) -> None:
-        """Start the chats whose prompts are complete, prompts of similar length in one forward."""
+        """Start the chats whose prompts are complete, prompts of similar length in one forward.
+
+        An error is delivered to the chats of that forward only.
+        """
         prepared = list(self._prepare_prompts())
         lengths = [len(sequence) for _, sequence in prepared]
         for group in group_by_length(lengths, FORWARD_MAX_TOKENS):
@@ -142,7 +145,8 @@ class ChatScheduler:
         """Yield the chats whose prompts are complete, with their prompts.
 
         Waiting chats are admitted to preparation while there is room. Then chats take turns until
-        one image was prepared, so that running chats wait for one image at most.
+        one image was prepared, so that running chats wait for one image at most. Cancelled chats
+        are dropped; an error is delivered to its own chat, which is dropped too.
         """
         num_chats = len(self._running) + len(self._prefilling)
         while num_chats < MAX_CONCURRENT_CHATS and self.waiting_requests:

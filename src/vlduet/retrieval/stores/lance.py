@@ -219,7 +219,10 @@ class LanceStore:
         self._table.optimize(cleanup_older_than=VERSION_RETENTION)
 
     def _sync_files(self) -> None:
-        """Flush every file created since the last call to disk: LanceDB writes without fsync."""
+        """Flush files created since the last call, and their folders, to disk.
+
+        LanceDB itself writes without fsync.
+        """
         # A .json file is only a hint about the newest version and is overwritten in place.
         paths = {path for path in self.folder.rglob("*") if path.suffix != ".json"}
         new_paths = paths - self._synced_paths
