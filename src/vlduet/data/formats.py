@@ -145,6 +145,8 @@ def read_records(
 ) -> Iterator[Record]:
     """Return an iterator over the records of a file or folder, which reads as it is advanced.
 
+    Without `format`, the first rows are read at once.
+
     Args:
         source: a file whose name ends as a key of `CONTAINER_READERS`, or a folder: of images, of
             shards of one file, or saved by Hugging Face `datasets`.
@@ -183,7 +185,10 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 def append_unlisted_images(
     records: Iterable[Record], folder: Path, *, on_error: RowErrorHandler
 ) -> Iterator[Record]:
-    """Yield `records`, then a pair for every image below `folder` that no record refers to."""
+    """Yield `records`, then a pair for every image below `folder` that none of them refers to.
+
+    `on_error` receives the error of each image whose name or caption file cannot be read.
+    """
     listed = set[Path]()
     for record in records:
         listed |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
@@ -216,7 +221,7 @@ def _parse_rows(
 
 
 def detect_format(source: Path) -> str:
-    """Return the key of `FORMATS` that fits the first rows of a file or folder.
+    """Return the key of `FORMATS` that fits the first rows; ``records`` if no row is an object.
 
     Raises:
         DataError: no format fits, or the source cannot be read.

@@ -37,7 +37,8 @@ def bisect_failures(
 ) -> list[U | None]:
     """Apply a batch function to all items at once, and isolate the items that it cannot handle.
 
-    A batch that raises DataError is halved until the broken item is alone.
+    A batch that raises DataError is halved until the broken item is alone. Other exceptions
+    propagate.
 
     Args:
         function: returns one result per item, in order.

@@ -137,7 +137,8 @@ def write_missing_captions(
     """Write the records of `source` to a file, with the captions that they lack.
 
     Captions that a record has are never replaced. An interrupted run that is started again with the
-    same model and `specs` takes the captions that it generated before from a journal.
+    same model and `specs` takes the captions that it generated before from a hidden journal beside
+    `output`, which is deleted at the end. The quarantine of an earlier run is deleted at the start.
 
     Args:
         model: generates the captions, greedily, so that equal runs give equal files.

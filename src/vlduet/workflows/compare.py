@@ -35,6 +35,9 @@ STEP_TIME_NAME = "seconds a step"
 def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     """Train every run that is not finished, then write and return the table of all runs.
 
+    The process group is initialised if the script runs on several devices. The main process writes
+    ``table.json`` and ``table.md`` into `settings.out`.
+
     Returns:
         Content of ``table.json``: ``base``, ``overrides``, ``seeds``, and ``runs``, which maps a
         run's name to its ``overrides`` and, per metric, its ``values`` in the order of the seeds.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ def mine_hard_negatives(
     Pairs that are queried by their image stay pairs, with their long caption; all others become
     retrieval records. Equal runs write equal files: equal scores are taken in the order of the
     file. Vectors stay in ``<output>.vectors/`` by model and content, so that a second run with
-    another `num_negatives` or `margin` embeds nothing.
+    another `num_negatives` or `margin` embeds nothing. The quarantine of an earlier run is deleted.
 
     Args:
         model: model to embed with: the one that is to be trained, or a better one.
@@ -124,36 +124,27 @@ def mine_hard_negatives(
     if not pool.queries:
         message = f"no usable record ({quarantine})"
         raise DataError(message, place=source, fix="Give pairs or retrieval records")
-    statistics = _MiningStatistics()
-    mined = _add_negatives(
-        pool, k=num_negatives, margin=margin, model_name=model.fingerprint, statistics=statistics
-    )
+    positive_scores: list[float] = []
+    negative_scores: list[float] = []
+    num_without = 0
+    mined = pool.add_negatives(k=num_negatives, margin=margin, model_name=model.fingerprint)
     stored = formats.stream_to_jsonl(mined, output)
-    for _ in track_progress(stored, total=len(pool.queries), label="ranking"):
-        pass
-    negative_scores = statistics.negative_scores
+    for record in track_progress(stored, total=len(pool.queries), label="ranking"):
+        origin = record.metadata["mined"]
+        positive_scores.append(origin["positive_score"])
+        negative_scores += origin["negative_scores"]
+        num_without += not origin["negative_scores"]
     return MiningReport(
-        records=len(statistics.positive_scores),
+        records=len(positive_scores),
         negatives=len(negative_scores),
-        without=statistics.num_without,
-        too_near=statistics.num_too_near,
+        without=num_without,
+        too_near=pool.num_too_near,
         embedded=num_embedded,
-        positive_score=float(np.mean(statistics.positive_scores)),
+        positive_score=float(np.mean(positive_scores)),
         negative_score=float(np.mean(negative_scores)) if negative_scores else None,
         dropped=quarantine.count,
         causes=quarantine.count_by_cause(),
     )
-
-
-@dataclass(slots=True)
-class _MiningStatistics:
-    """Counts and scores of all records together, collected while they are written."""
-
-    positive_scores: list[float] = field(default_factory=list)
-    """Cosine of the lowest positive of each record."""
-    negative_scores: list[float] = field(default_factory=list)
-    num_without: int = 0
-    num_too_near: int = 0
 
 
 class _CandidatePool:
@@ -170,6 +161,7 @@ class _CandidatePool:
         self.positives: dict[str, set[str]] = {}
         self.query_vectors: ScoreMatrix = np.empty((0, 0))  # [N, D]
         self.candidate_vectors: ScoreMatrix = np.empty((0, 0))  # [C, D]
+        self.num_too_near = 0  # candidates that the margin left out
 
     def add(self, record: Record) -> None:
         """Add a query with its candidates.
@@ -212,6 +204,43 @@ class _CandidatePool:
                 usable.append(query)
         self.queries = usable
         return num_queries + num_candidates
+
+    def add_negatives(self, *, k: int, margin: float, model_name: str) -> Iterator[Record]:
+        """Yield the record of every query with its new negatives, and count `num_too_near`.
+
+        The vectors must be set. ``metadata["mined"]`` of a record tells model, margin and scores.
+        """
+        row_of = {key: i for i, key in enumerate(self.query_documents)}
+        column_of = {key: i for i, key in enumerate(self.candidates)}
+        candidates = [document.parts for document in self.candidates.values()]
+        modalities = np.array([_describe_modalities(parts) for parts in candidates])  # [C]
+        for block in batched(self.queries, QUERIES_PER_BLOCK):
+            query_vectors = self.query_vectors[[row_of[query.query] for query in block]]
+            # Rounded float64, so that equal contents tie exactly, whatever the blocks or the
+            # machine.
+            cosines = np.round(query_vectors @ self.candidate_vectors.T, SCORE_DECIMALS)  # [B, C]
+            lowest = np.empty(len(block))  # [B], cosine of the lowest positive
+            allowed = np.empty(cosines.shape, dtype=bool)  # [B, C]
+            for i, query in enumerate(block):
+                positives = [column_of[key] for key in query.positives]
+                lowest[i] = cosines[i, positives].min()
+                allowed[i] = modalities == modalities[positives[0]]
+                labelled = self.positives[query.query].union(query.negatives)
+                allowed[i, [column_of[key] for key in labelled if key in column_of]] = False
+            limits = np.round(lowest - margin, SCORE_DECIMALS)  # [B]
+            self.num_too_near += int((allowed & (cosines >= limits[:, None])).sum())
+            selected = select_hardest(cosines, allowed=allowed, limits=limits, k=k)
+            for i, columns in enumerate(selected):
+                record = block[i].record
+                origin = {
+                    "model": model_name,
+                    "margin": margin,
+                    "positive_score": float(lowest[i]),
+                    "negative_scores": [float(cosines[i, column]) for column in columns],
+                }
+                negative = (*record.negative, *(candidates[column] for column in columns))
+                metadata = {**record.metadata, "mined": origin}
+                yield replace(record, negative=negative, metadata=metadata)
 
 
 def _make_document(record: Record, parts: Parts) -> tuple[str, Document]:
@@ -283,51 +312,6 @@ def _embed_documents(
 
 def _make_row(content_hash: str) -> IndexRow:
     return IndexRow(content_hash, RowHashes(content_hash, ""), "", None, None, {})
-
-
-def _add_negatives(
-    pool: _CandidatePool,
-    *,
-    k: int,
-    margin: float,
-    model_name: str,
-    statistics: _MiningStatistics,
-) -> Iterator[Record]:
-    """Yield the records of an embedded pool with their new negatives, and update `statistics`."""
-    row_of = {key: i for i, key in enumerate(pool.query_documents)}
-    column_of = {key: i for i, key in enumerate(pool.candidates)}
-    candidates = [document.parts for document in pool.candidates.values()]
-    modalities = np.array([_describe_modalities(parts) for parts in candidates])  # [C]
-    for block in batched(pool.queries, QUERIES_PER_BLOCK):
-        query_vectors = pool.query_vectors[[row_of[query.query] for query in block]]
-        # Rounded float64, so that equal contents tie exactly, whatever the blocks or the machine.
-        cosines = np.round(query_vectors @ pool.candidate_vectors.T, SCORE_DECIMALS)  # [B, C]
-        lowest = np.empty(len(block))  # [B]
-        allowed = np.empty(cosines.shape, dtype=bool)  # [B, C]
-        for i, query in enumerate(block):
-            positives = [column_of[key] for key in query.positives]
-            lowest[i] = cosines[i, positives].min()
-            allowed[i] = modalities == modalities[positives[0]]
-            labelled = pool.positives[query.query].union(query.negatives)
-            allowed[i, [column_of[key] for key in labelled if key in column_of]] = False
-        limits = np.round(lowest - margin, SCORE_DECIMALS)  # [B]
-        statistics.num_too_near += int((allowed & (cosines >= limits[:, None])).sum())
-        selected = select_hardest(cosines, allowed=allowed, limits=limits, k=k)
-        for i, columns in enumerate(selected):
-            negative_scores = [float(cosines[i, column]) for column in columns]
-            statistics.positive_scores.append(float(lowest[i]))
-            statistics.negative_scores += negative_scores
-            statistics.num_without += not columns
-            origin = {"model": model_name, "margin": margin, "positive_score": float(lowest[i])}
-            record = block[i].record
-            yield replace(
-                record,
-                negative=(*record.negative, *(candidates[column] for column in columns)),
-                metadata={
-                    **record.metadata,
-                    "mined": origin | {"negative_scores": negative_scores},
-                },
-            )
 
 
 def select_hardest(

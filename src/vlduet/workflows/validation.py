@@ -28,7 +28,9 @@ MAX_CAPTION_TOKENS = 256
 def make_validator(
     path: Path, *, seed: int, limit: int = MAX_VALIDATION_RECORDS
 ) -> Callable[[DuetModel | DualEncoder], dict[str, float]]:
-    """Return a function that computes `compute_validation_metrics` of a model on a file.
+    """Read a file, and return a function that computes the metrics of a model on its pairs.
+
+    The function calls `compute_validation_metrics`.
 
     Args:
         path: file of records. Only pairs with a short caption and a readable image are used; broken

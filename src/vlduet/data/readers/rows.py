@@ -58,7 +58,8 @@ def parse_id(row: SourceRow) -> str:
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
     """Return the row's own ``metadata`` and all columns but `used`, as JSON types.
 
-    Encoded bytes and None are left out; dates become ISO text, other types ``str(value)``.
+    Of equal keys, the column wins. Encoded bytes and None are left out; dates become ISO text,
+    other types ``str(value)``.
     """
     metadata = row.value.get("metadata")
     columns = dict(metadata) if isinstance(metadata, Mapping) else {}
@@ -103,7 +104,9 @@ def split_caption_lines(text: str) -> list[str]:
 
 
 def interleave_images(text: str, tag: str, images: list[ImageRef], *, place: Place) -> list[Part]:
-    """Split `text` at every `tag`, and put an image in place of each.
+    """Split `text` at every `tag`, and put an image in place of each tag.
+
+    The texts between the tags are stripped, and blank ones left out.
 
     Args:
         images: images to use in order; those that are used are removed from the list.
