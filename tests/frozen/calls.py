@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from frozen import fixed
-from precision import compute_in_double
+from helpers.precision import compute_in_double
 from vlduet import config as configs
 from vlduet.data.formats import read_jsonl as records
 from vlduet.data.records import ImageRef, Message, Parts

@@ -1,0 +1,42 @@
+"""Batches of a step: what they hold in memory, and which records are left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import runs
+from vlduet import config
+from vlduet.train.loader import iterate_batches
+from vlduet.train.loop import train
+from vlduet.train.setup import prepare_run
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "inputs"), [("null", {"pixel_values"}), ("60", {"features"})]
+)
+def test_images_wait_for_their_chunk_as_features_not_as_pixels(
+    tmp_path: Path, chunk_tokens: str, inputs: set[str]
+) -> None:
+    path = runs.write_run_config(tmp_path, steps=1, batch_size=8)
+    run = prepare_run(config.load_run_config(path, [f"train.chunk_tokens={chunk_tokens}"]))
+    ((_, batches),) = iterate_batches(run, 0)
+    images = [image for batch in batches for image in batch.images]
+    assert len(images) == 8
+    assert {name for image in images for name in image.inputs} == inputs
+
+
+def test_bad_records_are_left_out_by_name(tmp_path: Path) -> None:
+    path = runs.write_run_config(tmp_path, steps=6)
+    (tmp_path / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"id": "typo", "image": "0.png", "shrt": "x"}\n')
+    run_config = config.load_run_config(path)
+    train(run_config)
+    lines = (run_config.out / "quarantine.jsonl").read_text().splitlines()
+    parse_error, image_error = map(json.loads, lines)
+    assert parse_error["id"] is None and ":13" in parse_error["place"]
+    assert "shrt" in parse_error["message"]
+    assert image_error["id"] == "3" and "3.png" in image_error["message"]
