@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlduet.demo.encoders import fetch_minilm_folder
-from vlduet.encoders.frozen import open_encoder
+from vlduet.encoders.loading import open_encoder
 from vlduet.eval.metrics import first_hit_ranks
 from vlduet.harness.builtin import as_embedder
 

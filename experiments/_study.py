@@ -22,7 +22,7 @@ import numpy as np
 from vlduet import config
 from vlduet.cli.main import keep_freed_memory
 from vlduet.config import RunConfig
-from vlduet.eval.benchmarks.tasks import Sample, Score, Value, difference
+from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, MetricValue, paired_difference
 from vlduet.eval.run import read_samples, write_samples
 from vlduet.files import recover_folder, write_atomically, write_text_atomically
 from vlduet.logs import install_log_handler, logger, read_metrics
@@ -36,7 +36,7 @@ from vlduet.train.setup import load_model
 START = "start"
 """The row that is measured and not trained."""
 
-Numbers = dict[str, Sample]
+Numbers = dict[str, MetricSample]
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def measured(study: Study, plan: RunConfig, data: Path) -> None:
     model.feature_cache = FeatureCache(plan.data.cache or None)
     found = study.measure(model, data)
     plan.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan.out / "samples.npz", lambda out: write_samples(out, Score(found)))
+    write_atomically(plan.out / "samples.npz", lambda out: write_samples(out, BenchmarkScore(found)))
     logger.info(f"{plan.out}: " + ", ".join(f"{name} {sample.mean:.3g}" for name, sample in found.items()))
 
 
 # ------------------------------------------------------------------ tell
 
 
-def averaged(samples: Sequence[Sample]) -> Sample:
+def averaged(samples: Sequence[MetricSample]) -> MetricSample:
     """The mean over seeds, item by item: its interval is that of the items, and seeds do not count as items."""
     first = samples[0]
     assert all([len(v) for v, _ in s.groups] == [len(v) for v, _ in first.groups] for s in samples)
@@ -135,7 +135,7 @@ def averaged(samples: Sequence[Sample]) -> Sample:
         (np.mean([s.groups[i][0] for s in samples], axis=0), first.groups[i][1])
         for i in range(len(first.groups))
     )
-    return Sample(groups, scale=first.scale, total=first.total)
+    return MetricSample(groups, scale=first.scale, sum_groups=first.sum_groups)
 
 
 def tell(study: Study, work: Path, to: Path) -> None:
@@ -164,11 +164,11 @@ def tell(study: Study, work: Path, to: Path) -> None:
         }
         for row, seeds in runs.items()
     }
-    against: dict[str, dict[str, Value]] = {
+    against: dict[str, dict[str, MetricValue]] = {
         row: {
             n: value
             for n in numbers
-            if (value := difference(means[row][n], means[study.reference][n]))
+            if (value := paired_difference(means[row][n], means[study.reference][n]))
         }
         for row in runs
         if row != study.reference
@@ -192,7 +192,7 @@ def tell(study: Study, work: Path, to: Path) -> None:
     kept = {
         "rows": {
             row: {
-                n: {"mean": m.mean, "seeds": [s[n].mean for s in runs[row]], "items": m.value().n}
+                n: {"mean": m.mean, "seeds": [s[n].mean for s in runs[row]], "items": m.estimate().n}
                 for n, m in means[row].items()
             }
             for row in runs
@@ -217,7 +217,7 @@ def table(numbers: Sequence[str], cells: Mapping[str, Mapping[str, str]]) -> str
     return "\n".join(lines) + "\n"
 
 
-def mark(value: Value, lower: bool) -> str:
+def mark(value: MetricValue, lower: bool) -> str:
     """What stands behind a difference whose interval leaves out zero."""
     if value.low <= 0 <= value.high:
         return ""
@@ -233,7 +233,7 @@ def pace(run: Path) -> float:
     return statistics.median(each) if each else float("nan")
 
 
-def draw(study: Study, against: Mapping[str, Mapping[str, Value]], path: Path) -> None:
+def draw(study: Study, against: Mapping[str, Mapping[str, MetricValue]], path: Path) -> None:
     """Differences to the reference with their intervals: a panel a number, a line a row."""
     import matplotlib
 

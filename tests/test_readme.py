@@ -36,7 +36,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             rows[-1]["long"] = long_caption
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / "photos" / f"{name}.jsonl").write_text("".join(lines))
-    official.write(folder / "official")
+    official.write_official_files(folder / "official")
     before = Path.cwd()
     os.chdir(folder)
     yield folder

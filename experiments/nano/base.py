@@ -33,7 +33,7 @@ from vlduet.data.formats import read_jsonl
 from vlduet.data.records import ImageRef, Message, Record
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.demo.prepare import caption_key
-from vlduet.encoders.frozen import load_text_encoder
+from vlduet.encoders.loading import load_text_encoder
 from vlduet.logs import ProgressBar, install_log_handler, logger
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel

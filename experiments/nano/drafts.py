@@ -20,7 +20,7 @@ from _captions import nearness
 
 from vlduet.data.formats import read_jsonl
 from vlduet.demo.measure import MAX_CAPTION_TOKENS
-from vlduet.eval.benchmarks.tasks import difference, sample
+from vlduet.eval.benchmarks.scores import average, paired_difference
 from vlduet.logs import install_log_handler, logger
 from vlduet.model.duet import DuetModel
 from vlduet.workflows.captioning import known_texts
@@ -65,7 +65,7 @@ def main() -> None:
             f"{way}: {sum(caption in vectors for caption in captions)} of {len(captions)} are known texts"
         )
         for name, values in found[way].items():
-            gap = difference(sample(values), sample(found["greedy"][name]), seed=0)
+            gap = paired_difference(average(values), average(found["greedy"][name]), seed=0)
             assert gap is not None, "the same images"
             more = f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})"
             logger.info(f"{way}, {name}: {100 * values.mean():.1f}, against greedy {more}")

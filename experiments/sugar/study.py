@@ -38,9 +38,9 @@ from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval import protocols
-from vlduet.eval.benchmarks.builtin import SHOWN, one_word_apart, shown_again
-from vlduet.eval.benchmarks.protocols import search_ranks
-from vlduet.eval.benchmarks.tasks import Sample, sample
+from vlduet.eval.benchmarks.builtin import IMAGES_PER_PROMPT, find_one_word_pairs, make_position_questions
+from vlduet.eval.benchmarks.runners import best_positive_ranks
+from vlduet.eval.benchmarks.scores import MetricSample, average
 from vlduet.eval.protocols import unit_rows
 from vlduet.harness.builtin import answer_nlls
 from vlduet.model.duet import DuetModel
@@ -101,8 +101,8 @@ def next_image(model: DuetModel, documents: list[Record]) -> Numbers:
     ):
         vectors = model.encode_query(queries)
         for seen, excluded in (("", shown), (", seen ones too", [])):
-            ranks, _ = search_ranks(vectors, images, right, excluded=excluded)
-            found[f"next image by {name}{seen}"] = sample(1 / ranks)
+            ranks, _ = best_positive_ranks(vectors, images, right, excluded=excluded)
+            found[f"next image by {name}{seen}"] = average(1 / ranks)
     return found
 
 
@@ -134,12 +134,12 @@ def order(model: DuetModel, documents: list[Record]) -> Numbers:
         unit_rows(model.encode_document(rows)) for rows in (windows, ordered, shuffled)
     )
     own, other_order = (whole * kept_order).sum(1), (whole * lost_order).sum(1)
-    ranks, _ = search_ranks(
+    ranks, _ = best_positive_ranks(
         whole, np.concatenate([kept_order, lost_order]), [[n] for n in range(len(windows))]
     )
     return {
-        "order kept is nearer": sample(own > other_order),
-        "order kept is nearest of all": sample(ranks == 1),
+        "order kept is nearer": average(own > other_order),
+        "order kept is nearest of all": average(ranks == 1),
     }
 
 
@@ -154,19 +154,19 @@ def stamps(model: DuetModel, data: Path) -> Numbers:
     written = model.caption_images(images, max_new_tokens=MAX_CAPTION_TOKENS, batch_size=16)
     _, rank = nearness(written, [record.short[0] for record in records])
     return {
-        "stamps, text to image R@10": sample(found.text_to_image.ranks <= 10),
-        "stamps, image to text R@10": sample(found.image_to_text.ranks <= 10),
+        "stamps, text to image R@10": average(found.text_to_image.ranks <= 10),
+        "stamps, image to text R@10": average(found.image_to_text.ranks <= 10),
         "stamps, nats of captions": per_token(entropy.total_nats_right_image, entropy.num_tokens),
         "stamps, nats their image is worth": per_token(
             entropy.total_nats_wrong_image - entropy.total_nats_right_image, entropy.num_tokens
         ),
-        "stamps, captions like theirs": sample(rank <= 5),
+        "stamps, captions like theirs": average(rank <= 5),
     }
 
 
 def pairs(model: DuetModel, data: Path) -> Numbers:
     """Winoground's text and image score on emoji of one subgroup."""
-    items = one_word_apart(list(read_jsonl(data / "emoji" / "test.jsonl")), "subgroup")
+    items = find_one_word_pairs(list(read_jsonl(data / "emoji" / "test.jsonl")), "subgroup")
     texts = unit_rows(model.encode_query([text for item in items for text in item.texts])).reshape(
         len(items), 2, -1
     )
@@ -176,24 +176,24 @@ def pairs(model: DuetModel, data: Path) -> Numbers:
     same = np.einsum("nie,nje->nij", images, texts)  # [items, image, text]
     text = (same[:, 0, 0] > same[:, 0, 1]) & (same[:, 1, 1] > same[:, 1, 0])
     image = (same[:, 0, 0] > same[:, 1, 0]) & (same[:, 1, 1] > same[:, 0, 1])
-    return {"pairs, text score": sample(text), "pairs, image score": sample(image)}
+    return {"pairs, text score": average(text), "pairs, image score": average(image)}
 
 
 def places(model: DuetModel, data: Path) -> Numbers:
     """Whether the likeliest of six captions is the right one: over all places, and at the edges less in the middle."""
     path = data / "stamps" / "test.jsonl"
-    items = shown_again(list(read_jsonl(path)), prompts=PROMPTS, seed=0, place=path)
+    items = make_position_questions(list(read_jsonl(path)), num_prompts=PROMPTS, seed=0, place=path)
     losses = np.array(
         [
             nats / tokens
-            for nats, tokens in answer_nlls(model, [(q.parts, o) for q in items for o in q.options])
+            for nats, tokens in answer_nlls(model, [(q.prompt, o) for q in items for o in q.options])
         ]
     )
-    right = losses.reshape(PROMPTS, SHOWN, SHOWN).argmin(2) == np.arange(SHOWN)  # [prompts, places]
-    edge = np.isin(np.arange(SHOWN), (0, SHOWN - 1))
+    right = losses.reshape(PROMPTS, IMAGES_PER_PROMPT, IMAGES_PER_PROMPT).argmin(2) == np.arange(IMAGES_PER_PROMPT)  # [prompts, places]
+    edge = np.isin(np.arange(IMAGES_PER_PROMPT), (0, IMAGES_PER_PROMPT - 1))
     return {
-        "place, accuracy": sample(right.ravel()),
-        "place, edges less middle": sample(right[:, edge].mean(1) - right[:, ~edge].mean(1)),
+        "place, accuracy": average(right.ravel()),
+        "place, edges less middle": average(right[:, edge].mean(1) - right[:, ~edge].mean(1)),
     }
 
 
@@ -213,9 +213,9 @@ def texts(model: DuetModel, documents: list[Record]) -> Numbers:
     }
 
 
-def per_token(nats: np.ndarray, tokens: np.ndarray) -> Sample:
+def per_token(nats: np.ndarray, tokens: np.ndarray) -> MetricSample:
     """Mean nats a token, each item weighted by its tokens."""
-    return sample(nats / np.maximum(tokens, 1), tokens, scale=1.0)
+    return average(nats / np.maximum(tokens, 1), tokens, scale=1.0)
 
 
 STUDY = Study(

@@ -37,8 +37,8 @@ from vlduet.data.images import encode_png, load_image
 from vlduet.data.records import ImageRef, Record
 from vlduet.data.tools.caption_negatives import generate_caption_negatives
 from vlduet.eval import protocols
-from vlduet.eval.benchmarks.protocols import search_ranks
-from vlduet.eval.benchmarks.tasks import sample
+from vlduet.eval.benchmarks.runners import best_positive_ranks
+from vlduet.eval.benchmarks.scores import average
 from vlduet.eval.protocols import unit_rows
 from vlduet.inspect import internals
 from vlduet.model.duet import DuetModel
@@ -78,9 +78,9 @@ def short_captions(model: DuetModel, stamps: list[Record]) -> Numbers:
     found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=stamps)
     entropy = protocols.measure_caption_cross_entropy(model.compute_caption_nll, stamps)
     return {
-        "text to image": sample(1 / found.text_to_image.ranks),
-        "image to text": sample(1 / found.image_to_text.ranks),
-        "captions, nats": sample(
+        "text to image": average(1 / found.text_to_image.ranks),
+        "image to text": average(1 / found.image_to_text.ranks),
+        "captions, nats": average(
             entropy.total_nats_right_image / entropy.num_tokens, entropy.num_tokens, scale=1.0
         ),
     }
@@ -106,7 +106,7 @@ def edited(model: DuetModel, stamps: list[Record]) -> Numbers:
     )
     nearer = (images * right).sum(1) > (images * wrong).sum(1)
     return {
-        f"edits, {kind}": sample(
+        f"edits, {kind}": average(
             [bool(hit) for hit, (of, *_) in zip(nearer, asked, strict=True) if of == kind]
         )
         for kind in (*EDITS, "swap")
@@ -133,7 +133,7 @@ def long_captions(model: DuetModel, told: list[Record]) -> Numbers:
     """Descriptions as queries, and as what follows the image."""
     texts = [str(record.long) for record in told]
     images = [record.image for record in told if record.image is not None]
-    ranks, _ = search_ranks(
+    ranks, _ = best_positive_ranks(
         model.encode_query(texts), model.encode_document(images), [[n] for n in range(len(images))]
     )
     sequences = [
@@ -143,8 +143,8 @@ def long_captions(model: DuetModel, told: list[Record]) -> Numbers:
     losses = model.compute_sequence_nll(sequences)
     nats, tokens = np.array(losses, dtype=np.float64).T
     return {
-        "long text to image": sample(1 / ranks),
-        "long, nats": sample(nats / tokens, tokens, scale=1.0),
+        "long text to image": average(1 / ranks),
+        "long, nats": average(nats / tokens, tokens, scale=1.0),
     }
 
 
@@ -157,9 +157,9 @@ def reading(model: DuetModel, stamps: list[Record]) -> Numbers:
     assert found.images is not None
     spread = internals.num_components(internals.explained_variance(found.images.embeddings), 0.9)
     return {
-        "entropy, nats": sample(found.images.entropy, scale=1.0),
-        "components of 90 %": sample([float(spread)], scale=1.0),
-        "evenness of attention": sample([look.evenness for look in found.attention_maps]),
+        "entropy, nats": average(found.images.entropy, scale=1.0),
+        "components of 90 %": average([float(spread)], scale=1.0),
+        "evenness of attention": average([look.evenness for look in found.attention_maps]),
     }
 
 

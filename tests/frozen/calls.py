@@ -296,6 +296,6 @@ def content(item: Parts) -> Iterator[str]:
             yield part
 
 
-def normalized_words(text: str) -> list[str]:
+def tokenize_answer(text: str) -> list[str]:
     """Return a text's words as captions are compared."""
-    return metrics.normalized_words(text)
+    return metrics.tokenize_answer(text)

@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 LINE_END_MERGES = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("ĊĊ", "ĊĊ")]
-"""Merges that make one token of two, three or four adjacent line ends, as Gemma's tokenizer does."""
+"""Merges that make one token of two, three or four adjacent line ends, as Gemma's tokenizer."""
 
 
 def gemma_chat_template(line_end: str) -> str:

@@ -55,7 +55,7 @@ def files(folder: Path, family: str, *, half: bool) -> Path:
             n: t.bfloat16() if t.is_floating_point() else t for n, t in load_file(weights).items()
         }
         save_file(halved, weights, metadata={"format": "pt"})
-    official.write(folder / "official")
+    official.write_official_files(folder / "official")
     tiny.build_frozen_encoders(folder / "judges")
     (folder / "photos").mkdir()
     for i, width in enumerate((16, 24, 40)):

@@ -79,8 +79,6 @@ def no_progress(items: Iterable[Any], label: str) -> Iterable[Any]:
 class PredictionStore:
     """Outputs of a model for one benchmark, computed where they are not on disk yet.
 
-    It is the `PredictionSource` of the benchmark runners.
-
     Args:
         folder: folder of the run; created if missing.
         functions: the model's functions; with ``ModelFunctions()`` only stored outputs are read.

@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return official.write(tmp_path_factory.mktemp("official"))
+    return official.write_official_files(tmp_path_factory.mktemp("official"))
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from vlduet.eval import answers
 from vlduet.eval.benchmarks import choice, compositional, judged, knowledge, yes_no
-from vlduet.eval.benchmarks.demon import judged as demon_judged
-from vlduet.eval.benchmarks.protocols import inverted, search_ranks
-from vlduet.eval.benchmarks.tasks import Question, joined, sample
-from vlduet.eval.benchmarks.vqa import gqa_match, vqa_accuracy_of_llava
+from vlduet.eval.benchmarks.interleaved import score_demon_answer as demon_judged
+from vlduet.eval.benchmarks.runners import invert_positives, best_positive_ranks
+from vlduet.eval.benchmarks.scores import average, combine_samples
+from vlduet.eval.benchmarks.tasks import Question
+from vlduet.eval.benchmarks.vqa import is_gqa_match, llava_vqa_accuracy
 
 
 def item(
@@ -51,21 +52,21 @@ def test_vqa_accuracy(prediction: str, truth: list[str], value: float) -> None:
 
 
 def test_vqa_punctuation_keeps_the_official_mistakes() -> None:
-    assert answers.vqa_punctuation("3,000") == "3000"  # a comma between digits removes all marks
-    assert answers.vqa_punctuation("3,000-4,000") == "30004000"
-    assert answers.vqa_punctuation("black-white") == "black white"
-    assert answers.vqa_punctuation("black -white") == "black white"
-    assert answers.vqa_punctuation("it's") == "it's"  # the apostrophe is no mark
-    assert answers.vqa_punctuation("." * 40) == "." * 8  # re.UNICODE as count
-    assert answers.vqa_punctuation("1.5 m.") == "1.5 m"
-    assert answers.vqa_words("Dont know ten cats") == "don't know 10 cats"
-    assert answers.evalai("The dog's bone, yes?") == "dog 's bone yes"
-    assert vqa_accuracy_of_llava("Yes", ["yes"] * 10) == 1.0
+    assert answers.strip_vqa_punctuation("3,000") == "3000"  # a comma between digits removes all marks
+    assert answers.strip_vqa_punctuation("3,000-4,000") == "30004000"
+    assert answers.strip_vqa_punctuation("black-white") == "black white"
+    assert answers.strip_vqa_punctuation("black -white") == "black white"
+    assert answers.strip_vqa_punctuation("it's") == "it's"  # the apostrophe is no mark
+    assert answers.strip_vqa_punctuation("." * 40) == "." * 8  # re.UNICODE as count
+    assert answers.strip_vqa_punctuation("1.5 m.") == "1.5 m"
+    assert answers.normalize_vqa_words("Dont know ten cats") == "don't know 10 cats"
+    assert answers.normalize_evalai("The dog's bone, yes?") == "dog 's bone yes"
+    assert llava_vqa_accuracy("Yes", ["yes"] * 10) == 1.0
     assert len(answers.CONTRACTIONS) == 114  # of 120: four have capitals, two stand for themselves
 
 
 def test_gqa_takes_the_period_off_and_nothing_else() -> None:
-    assert [gqa_match(text, "no") for text in ("No", "no.", "no..", "no!", "")] == [1, 1, 1, 0, 0]
+    assert [is_gqa_match(text, "no") for text in ("No", "no.", "no..", "no!", "")] == [1, 1, 1, 0, 0]
 
 
 # ------------------------------------------------------------------ yes or no
@@ -77,20 +78,20 @@ def test_gqa_takes_the_period_off_and_nothing_else() -> None:
      ("No", False), ("no,", False), ("nothing", True)],
 )  # fmt: skip
 def test_pope(text: str, yes: bool) -> None:
-    assert answers.pope_yes(text) is yes
+    assert answers.is_pope_yes(text) is yes
 
 
 def test_pope_without_a_yes_is_0_and_no_crash() -> None:
     items = [item("no", split="random"), item("no", split="random")]
     samples = yes_no.score_pope(items, ["No", None]).samples
-    values = {name: found.value().mean for name, found in samples.items()}
+    values = {name: found.estimate().mean for name, found in samples.items()}
     assert values["F1"] == values["recall/random"] == 0.0  # no positive to find
     assert (values["yes/random"], values["accuracy/random"]) == (
         50.0,
         50.0,
     )  # nothing said counts as yes
     quiet = yes_no.score_pope(items, ["No", "No"]).samples
-    assert quiet["precision/random"].value().mean == quiet["F1"].value().high == 0.0
+    assert quiet["precision/random"].estimate().mean == quiet["F1"].estimate().high == 0.0
 
 
 @settings(deadline=None, max_examples=40)
@@ -100,7 +101,7 @@ def test_pope_f1_equals_the_definition(rows: list[tuple[bool, bool]]) -> None:
     found = (
         yes_no.score_pope(items, ["yes" if said else "no" for _, said in rows])
         .samples["F1/random"]
-        .value()
+        .estimate()
         .mean
     )
     hits, gold, said = (
@@ -123,7 +124,7 @@ def test_pope_f1_equals_the_definition(rows: list[tuple[bool, bool]]) -> None:
     ],
 )
 def test_mme_answers(text: str, found: str) -> None:
-    assert answers.mme_answer(text) == found
+    assert answers.parse_mme_answer(text) == found
 
 
 def test_mme_sums_accuracy_and_accuracy_plus() -> None:
@@ -134,10 +135,10 @@ def test_mme_sums_accuracy_and_accuracy_plus() -> None:
     ]
     said = ["yes", "yes", "yes", "no", *["yes", "no"] * 2, "no", "yes", None, "perhaps"]
     found = yes_no.score_mme(items, said)
-    values = {name: sample.value().mean for name, sample in found.samples.items()}
+    values = {name: sample.estimate().mean for name, sample in found.samples.items()}
     assert values["existence"] == pytest.approx(75 + 50)  # one pair with one right: acc 75, acc+ 50
     assert values["perception"] == pytest.approx(125 + 200)
-    assert values["cognition"] == 0.0 and found.unparsed == 1
+    assert values["cognition"] == 0.0 and found.num_unparsed == 1
     table = yes_no.export_mme(items, said)["existence.txt"].decode().splitlines()
     assert table[0] == "1.jpg\tq\tYes\tyes"
 
@@ -151,13 +152,13 @@ def test_mme_sums_accuracy_and_accuracy_plus() -> None:
      ("b", None), ("Because", None), ("", None), ("F", None), ("(B)", None)],
 )  # fmt: skip
 def test_scienceqa_letters(text: str, letter: str | None) -> None:
-    assert answers.scienceqa_letter(text) == letter
+    assert answers.parse_scienceqa_letter(text) == letter
 
 
 def test_scienceqa_counts_what_it_cannot_read_as_wrong() -> None:
     items = [item("B", subject="s", options=("a", "b")) for _ in range(4)]
     found = choice.score_scienceqa(items, ["B", "E", "perhaps", None])
-    assert found.samples["accuracy"].value().mean == 25.0 and found.unparsed == 1
+    assert found.samples["accuracy"].estimate().mean == 25.0 and found.num_unparsed == 1
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_scienceqa_counts_what_it_cannot_read_as_wrong() -> None:
 )  # fmt: skip
 def test_mmbench_letters(text: str, letter: str | None) -> None:
     """`A cat is sitting` names option A by its text, not by the article."""
-    assert answers.mmbench_letter(text, ("cat", "dog", "cow")) == letter
+    assert answers.parse_mmbench_letter(text, ("cat", "dog", "cow")) == letter
 
 
 def test_mmbench_is_circular() -> None:
@@ -181,9 +182,9 @@ def test_mmbench_is_circular() -> None:
 
     pairs = rows("1", ["A", "A", "B"]) + rows("2", ["A", "A", "A"]) + rows("3", ["A", None])
     found = choice.score_mmbench([p[0] for p in pairs], [p[1] for p in pairs])
-    assert found.samples["accuracy"].value().mean == pytest.approx(100 / 3)
-    assert found.samples["vanilla"].value().mean == pytest.approx(100 * 6 / 8)
-    assert found.facts["questions"] == 3
+    assert found.samples["accuracy"].estimate().mean == pytest.approx(100 / 3)
+    assert found.samples["vanilla"].estimate().mean == pytest.approx(100 * 6 / 8)
+    assert found.details["questions"] == 3
 
 
 def test_the_spreadsheet_opens() -> None:
@@ -201,21 +202,21 @@ def test_the_spreadsheet_opens() -> None:
 
 
 def test_llava_bench_is_a_ratio_of_means_and_keeps_what_it_cannot_read() -> None:
-    assert judged.llava_pair("8 9\nGood.") == (8, 9)
-    assert judged.llava_pair("8,9\n") == (8, 9)
-    assert judged.llava_pair("8, 9") == (-1, -1)  # a double blank, officially unreadable
-    assert judged.llava_pair("Both are good.") == (-1, -1)
+    assert judged.parse_llava_scores("8 9\nGood.") == (8, 9)
+    assert judged.parse_llava_scores("8,9\n") == (8, 9)
+    assert judged.parse_llava_scores("8, 9") == (-1, -1)  # a double blank, officially unreadable
+    assert judged.parse_llava_scores("Both are good.") == (-1, -1)
     items = [item({}, category="conv"), item({}, category="conv"), item({}, category="detail")]
     found = judged.score_llava_bench(items, ["8 4\n", "10 5\n", "free text"])
-    values = {name: sample.value().mean for name, sample in found.samples.items()}
+    values = {name: sample.estimate().mean for name, sample in found.samples.items()}
     assert values["relative/conv"] == pytest.approx(50.0)
     assert values["relative/all"] == pytest.approx(100 * (4 + 5 - 1) / (8 + 10 - 1))
     assert values["relative/detail"] == pytest.approx(0.0) or values[
         "relative/detail"
     ] == pytest.approx(100.0)
-    assert (values["model/conv"], values["reference/conv"], found.unparsed) == (45.0, 90.0, 1)
+    assert (values["model/conv"], values["reference/conv"], found.num_unparsed) == (45.0, 90.0, 1)
     told = {"context": "A hill.", "reference": "R.", "rule": "Rule."}
-    assert judged.llava_prompt(Question("0", ("Q?",), told), "M.") == (
+    assert judged.llava_grader_prompt(Question("0", ("Q?",), told), "M.") == (
         "[Context]\nA hill.\n\n[Question]\nQ?\n\n[Assistant 1]\nR.\n\n[End of Assistant 1]\n\n[Assistant 2]\nM.\n\n"
         "[End of Assistant 2]\n\n[System]\nRule.\n\n"
     )
@@ -235,15 +236,15 @@ def test_mmvet_asks_again_and_warmer() -> None:
         return ask
 
     one = item("-1<AND>-5", question="What is x?")
-    assert judged.mmvet_review(one, "x = -1", scripted("0.5 because")) == "0.5 because"
+    assert judged.request_mmvet_grade(one, "x = -1", scripted("0.5 because")) == "0.5 because"
     assert asked[0][0].endswith("characteristics. | 1.0\n\nWhat is x? | -1 <AND> -5 | x = -1 | ")
-    assert judged.mmvet_review(one, "x", scripted("junk", "1.5", "1.0")) == "1.0"
+    assert judged.request_mmvet_grade(one, "x", scripted("junk", "1.5", "1.0")) == "1.0"
     assert [temperature for _, temperature in asked] == [0.0, 0.0, 0.5]
     assert asked[1][0].endswith("\nPredict the correctness of the answer (digit): ")
-    assert judged.mmvet_review(one, "x", scripted(*["junk"] * 5)) == "0.0"
+    assert judged.request_mmvet_grade(one, "x", scripted(*["junk"] * 5)) == "0.0"
     items = [item(capabilities="math+ocr"), item(capabilities="rec")]
     values = {
-        n: s.value().mean for n, s in judged.score_mmvet(items, ["0.5 x", "1.0"]).samples.items()
+        n: s.estimate().mean for n, s in judged.score_mmvet(items, ["0.5 x", "1.0"]).samples.items()
     }
     assert (values["total"], values["math"], values["rec"], values["needs/math+ocr"]) == (
         75,
@@ -291,16 +292,16 @@ def test_tfidf_equals_scikit_learn(prediction: list[str], choices: list[list[str
     except ValueError:  # an empty vocabulary
         return
     cosines = rows[1:] @ rows[0]
-    found = answers.tfidf_choice(told[0], told[1:])
+    found = answers.best_tfidf_choice(told[0], told[1:])
     assert cosines[found] == pytest.approx(cosines.max(), abs=1e-12)
 
 
 def test_demon_choices() -> None:
     assert (
-        answers.tfidf_choice("nothing in common", ["two dogs", "a cat"]) == 0
+        answers.best_tfidf_choice("nothing in common", ["two dogs", "a cat"]) == 0
     )  # officially the first one
     assert (
-        answers.tfidf_choice("?", ["a", "?"]) == 1 and answers.tfidf_choice("!", ["a", "?"]) == -1
+        answers.best_tfidf_choice("?", ["a", "?"]) == 1 and answers.best_tfidf_choice("!", ["a", "?"]) == -1
     )
     panel = item(
         "image B", task="COMICS_Panel", kind="multi-choice", options=("image A", "image B")
@@ -319,7 +320,7 @@ def test_demon_choices() -> None:
     assert demon_judged(cloze, "image b, no doubt", repaired=True) == 1.0
     story = item("The cat sat.", task="AESOP", kind="open-ended")
     assert demon_judged(story, "the cat sat") == pytest.approx(1.0, abs=1e-6)
-    assert answers.demon_process("'It is\nRed!'") == "it is red"
+    assert answers.normalize_demon("'It is\nRed!'") == "it is red"
 
 
 # ------------------------------------------------------------------ WebQA
@@ -337,7 +338,7 @@ def test_demon_choices() -> None:
     ],
 )
 def test_webqa_accuracy(text: str, keywords: str, kind: str, value: float) -> None:
-    assert knowledge.webqa_accuracy(text, keywords, kind=kind) == pytest.approx(value)
+    assert knowledge.webqa_keyword_score(text, keywords, kind=kind) == pytest.approx(value)
 
 
 # ------------------------------------------------------------------ comparisons
@@ -379,7 +380,7 @@ def test_ranks_equal_the_definition(seed: int, num_queries: int, num_documents: 
         tuple(random.choice(num_documents, random.integers(1, 3), replace=False)) for _ in queries
     ]
     excluded = [tuple(set(range(0, num_documents, 3)) - set(right)) for right in positives]
-    ranks, _ = search_ranks(queries, documents, positives, excluded=excluded)
+    ranks, _ = best_positive_ranks(queries, documents, positives, excluded=excluded)
     for n, right in enumerate(positives):
         scores = (
             (queries[n] @ documents.T)
@@ -396,7 +397,7 @@ def test_ranks_equal_trec_eval_s_success() -> None:
     random = np.random.default_rng(3)
     queries, documents = (random.normal(size=(n, 8)).astype(np.float32) for n in (40, 60))
     positives = [tuple(random.choice(60, 5, replace=False)) for _ in range(40)]
-    ranks, ties = search_ranks(queries, documents, positives)
+    ranks, ties = best_positive_ranks(queries, documents, positives)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents)]
     scores = unit[0] @ unit[1].T
     judge = trec.RelevanceEvaluator(
@@ -411,15 +412,15 @@ def test_ranks_equal_trec_eval_s_success() -> None:
             float
         ).tolist()
     assert ties == 0
-    assert inverted([(1,), (0, 1)], 3) == [(1,), (0, 1), ()]
+    assert invert_positives([(1,), (0, 1)], 3) == [(1,), (0, 1), ()]
 
 
 def test_samples() -> None:
-    one, other = sample([1.0, 0.0]), sample([1.0] * 4)
-    assert joined([one, other]).value().mean == 75.0  # groups weigh the same
-    assert joined([one, other], total=True).value().mean == 150.0
-    weighted = sample([1.0, 0.5], [1.0, 3.0])
-    assert weighted.value().mean == pytest.approx(62.5)
-    assert sample([1.0, 1.0], [0.0, 0.0]).value().mean == 0.0
-    found = sample(np.random.default_rng(0).integers(0, 2, 400)).value(seed=1)
+    one, other = average([1.0, 0.0]), average([1.0] * 4)
+    assert combine_samples([one, other]).estimate().mean == 75.0  # groups weigh the same
+    assert combine_samples([one, other], sum_groups=True).estimate().mean == 150.0
+    weighted = average([1.0, 0.5], [1.0, 3.0])
+    assert weighted.estimate().mean == pytest.approx(62.5)
+    assert average([1.0, 1.0], [0.0, 0.0]).estimate().mean == 0.0
+    found = average(np.random.default_rng(0).integers(0, 2, 400)).estimate(seed=1)
     assert found.low < found.mean < found.high and found.n == 400 and found.high - found.low < 12

@@ -15,12 +15,13 @@ import pytest
 from helpers import official, tiny
 from vlduet.data.records import ImageRef, Parts
 from vlduet.errors import ConfigError, DataError, ModelError
-from vlduet.eval.benchmarks.protocols import choose
-from vlduet.eval.benchmarks.source import Source
-from vlduet.eval.benchmarks.table import BENCHMARKS, SUITES, known
-from vlduet.eval.benchmarks.tasks import Choices, Pairs, Question, Search
-from vlduet.eval.predictions import FluencyModel, ModelFunctions, prompt_text, read_lines
+from vlduet.eval.benchmarks.runners import run_choices
+from vlduet.eval.benchmarks.official_files import OfficialFiles
+from vlduet.eval.benchmarks.registry import BENCHMARKS, SUITES, get_benchmark
+from vlduet.eval.benchmarks.tasks import ChoiceTask, PairTask, Question, RetrievalTask
+from vlduet.eval.predictions import FluencyModel, ModelFunctions, prompt_text
 from vlduet.eval.run import evaluate, import_predictions, run_folder
+from vlduet.files import read_json_lines
 from vlduet.harness.builtin import (
     EvaluationSettings,
     describe_provenance,
@@ -61,7 +62,7 @@ def test_every_benchmark_runs_through_a_model_and_again_without_one(
     name: str, data: Path, playing: ModelFunctions, tmp_path: Path
 ) -> None:
     made = evaluate(
-        BENCHMARKS[name], playing, source=Source(data), runs=tmp_path, provenance={"model": "tiny"}
+        BENCHMARKS[name], playing, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "tiny"}
     )
     assert made["files"] or "val/WNID" in BENCHMARKS[name].files[0]
     assert made["missing"] == 0
@@ -69,7 +70,7 @@ def test_every_benchmark_runs_through_a_model_and_again_without_one(
         assert value["low"] <= value["mean"] <= value["high"] and value["n"] > 0, value
     assert bool(made["values"]) == ("export for the server" not in BENCHMARKS[name].metric)
     again = evaluate(
-        BENCHMARKS[name], ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+        BENCHMARKS[name], ModelFunctions(), source=OfficialFiles(data), runs=tmp_path, provenance={}
     )
     assert again["values"] == made["values"]
     assert json.loads((run_folder(tmp_path, BENCHMARKS[name]) / "scores.json").read_text()) == again
@@ -77,7 +78,7 @@ def test_every_benchmark_runs_through_a_model_and_again_without_one(
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name.startswith("demon/")])
 def test_every_task_of_demon_has_a_benchmark_of_its_own(name: str, data: Path) -> None:
-    assert len(BENCHMARKS[name].load(Source(data)).items) == 1  # type: ignore[union-attr]
+    assert len(BENCHMARKS[name].load(OfficialFiles(data)).items) == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_an_encoder_that_gives_everything_one_vector_scores_nothing(
     made = evaluate(
         BENCHMARKS[name],
         ModelFunctions(embed=constant),
-        source=Source(data),
+        source=OfficialFiles(data),
         runs=tmp_path,
         provenance={"model": "constant"},
     )
@@ -109,22 +110,22 @@ def test_an_encoder_that_gives_everything_one_vector_scores_nothing(
 def test_missing_files_and_images_are_named(data: Path, tmp_path: Path) -> None:
     for name, benchmark in BENCHMARKS.items():
         with pytest.raises(DataError, match=benchmark.files[0].split("/")[0]):
-            benchmark.load(Source(tmp_path))
+            benchmark.load(OfficialFiles(tmp_path))
         assert name == benchmark.name
     broken = tmp_path / "copy"
     shutil.copytree(data, broken)
     (broken / "gqa/images/n161313.jpg").unlink()
     with pytest.raises(DataError, match=r"image 'gqa/images/n161313\.jpg' is not there"):
-        known("gqa").load(Source(broken))
+        get_benchmark("gqa").load(OfficialFiles(broken))
     (broken / "gqa/testdev_balanced_questions.json").write_text(
         '{"1": {"question": "?", "isBalanced": true}}'
     )
     with pytest.raises(
         DataError, match=r"testdev_balanced_questions\.json:1\.imageId: no 'imageId' here"
     ):
-        known("gqa").load(Source(broken))
+        get_benchmark("gqa").load(OfficialFiles(broken))
     with pytest.raises(ConfigError, match="Did you mean 'pope'"):
-        known("popee")
+        get_benchmark("popee")
 
 
 def test_every_benchmark_stands_in_one_suite() -> None:
@@ -176,39 +177,39 @@ PROMPTS = {
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_are_the_official_ones_to_the_byte(name: str, data: Path) -> None:
     key, prompt = PROMPTS[name]
-    items = {item.id: item for item in known(name).load(Source(data)).items}  # type: ignore[union-attr]
-    assert prompt_text(items[key].parts) == prompt
+    items = {item.id: item for item in get_benchmark(name).load(OfficialFiles(data)).items}  # type: ignore[union-attr]
+    assert prompt_text(items[key].prompt) == prompt
 
 
 def test_without_a_hint_there_is_no_context(data: Path) -> None:
-    items = {item.id: item for item in known("scienceqa_img").load(Source(data)).items}  # type: ignore[union-attr]
+    items = {item.id: item for item in get_benchmark("scienceqa_img").load(OfficialFiles(data)).items}  # type: ignore[union-attr]
     assert set(items) == {"5", "6"}  # 7 has no image
     assert (
-        prompt_text(items["6"].parts)
+        prompt_text(items["6"].prompt)
         == f"<image>\nWhich of these is a plan?\nA. yes\nB. no{LETTER}"
     )
-    rows = {item.id: item for item in known("mmbench_dev").load(Source(data)).items}  # type: ignore[union-attr]
+    rows = {item.id: item for item in get_benchmark("mmbench_dev").load(OfficialFiles(data)).items}  # type: ignore[union-attr]
     assert (
-        prompt_text(rows["1000241"].parts)
+        prompt_text(rows["1000241"].prompt)
         == f"<image>\nWhat is it?\nA. a dog\nB. a cow\nC. a cat{LETTER}"
     )
 
 
 def test_rag_prompts(data: Path) -> None:
-    task: Any = known("fvqa").load(Source(data))
+    task: Any = get_benchmark("fvqa").load(OfficialFiles(data))
     assert [item.id for item in task.items] == ["1", "2"]  # 3 is answered by the image
     assert prompt_text(task.prompt(task.items[0], task.facts[:1])) == (
         "Please answer the questions based on the pictures. If the reference information is useful, please use it. "
         "Otherwise, please ignore the reference information. Reference information: Cats can climb trees <image>\n "
         "Which animal can climb trees."
     )
-    probe: Any = known("webqa_position").load(Source(data))
+    probe: Any = get_benchmark("webqa_position").load(OfficialFiles(data))
     first, last = probe.items[0], probe.items[5]
     assert prompt_text(first.parts).startswith("<image>\nCaption 6\n<image>\nCaption 1\n")
     assert prompt_text(last.parts).endswith(
         "<image>\nCaption 6\nIs the frog green? please answer the question in Yes or No."
     )
-    mmvp: Any = known("mmvp_vlm_qa").load(Source(data))
+    mmvp: Any = get_benchmark("mmvp_vlm_qa").load(OfficialFiles(data))
     a, b = mmvp.items[0].options
     assert prompt_text(mmvp.items[0].parts) == (
         f"First Image:<image>\nSecond Image:<image>\n which choice meets the first image:\n A.{a}\nB.{b}\n"
@@ -219,9 +220,9 @@ def test_rag_prompts(data: Path) -> None:
 # ------------------------------------------------------------------ galleries
 
 
-def search(name: str, data: Path) -> Search:
-    task = known(name).load(Source(data))
-    assert isinstance(task, Search)
+def search(name: str, data: Path) -> RetrievalTask:
+    task = get_benchmark(name).load(OfficialFiles(data))
+    assert isinstance(task, RetrievalTask)
     return task
 
 
@@ -236,12 +237,12 @@ def test_vist_skips_stories_without_an_image_and_hides_what_was_seen(data: Path)
     one, five, unseen = (
         search(name, data) for name in ("vist_1c", "vist_5c4i", "vist_5c4i_unseen")
     )
-    assert one.facts == {"stories": 2, "stories_without_an_image": 1}
+    assert one.details == {"stories": 2, "stories_without_an_image": 1}
     assert len(one.documents) == 13  # all images that are there, those of the story left out too
     assert one.queries[0] == ("story 0 sentence 4 .",)
     assert [isinstance(part, ImageRef) for part in five.queries[0]] == [False, True] * 4 + [False]
-    assert not five.excluded and len(unseen.excluded[0]) == 4
-    assert unseen.positives[0][0] not in unseen.excluded[0]
+    assert not five.excluded_documents and len(unseen.excluded_documents[0]) == 4
+    assert unseen.positives[0][0] not in unseen.excluded_documents[0]
 
 
 def test_nocaps_and_imagenet(data: Path) -> None:
@@ -250,7 +251,7 @@ def test_nocaps_and_imagenet(data: Path) -> None:
     ] == [30, 15, 3]
     plain, many = search("imagenet", data), search("imagenet_80", data)
     assert plain.documents[2] == ("a photo of a great white shark",)
-    assert len(many.documents) == 240 and many.ensemble == 80
+    assert len(many.documents) == 240 and many.documents_per_class == 80
     assert plain.positives == ((0,), (0,), (1,), (1,), (2,), (2,))
 
 
@@ -262,8 +263,8 @@ def test_winoground_from_parquet(data: Path, tmp_path: Path) -> None:
     row |= {f"image_{i}": [{"bytes": official.png(i), "path": None}] for i in (0, 1)}
     (tmp_path / "winoground").mkdir()
     pyarrow.parquet.write_table(pa.table(row), tmp_path / "winoground/test-00000.parquet")
-    task = known("winoground").load(Source(tmp_path))
-    assert isinstance(task, Pairs) and task.items[0].images[1].data == official.png(1)
+    task = get_benchmark("winoground").load(OfficialFiles(tmp_path))
+    assert isinstance(task, PairTask) and task.items[0].images[1].data == official.png(1)
 
 
 # ------------------------------------------------------------------ runs
@@ -280,13 +281,13 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
 
     from vlduet.eval import predictions
 
-    benchmark = known("mme")
+    benchmark = get_benchmark("mme")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(predictions, "ANSWER_CHUNK", 4)
         evaluate(
             benchmark,
             ModelFunctions(generate=answer),
-            source=Source(data),
+            source=OfficialFiles(data),
             runs=tmp_path,
             provenance={"model": "x"},
         )
@@ -304,12 +305,12 @@ def test_a_stopped_run_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
     made = evaluate(
         benchmark,
         ModelFunctions(generate=rest),
-        source=Source(data),
+        source=OfficialFiles(data),
         runs=tmp_path,
         provenance={"model": "x"},
     )
     assert before == 4 and count == 24 and made["missing"] == 0
-    assert len({row["key"] for row in read_lines(kept)}) == 28
+    assert len({row["key"] for row in read_json_lines(kept)}) == 28
 
 
 def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -> None:
@@ -319,23 +320,23 @@ def test_another_run_is_refused_and_vectors_resume(data: Path, tmp_path: Path) -
         calls.append(len(items))
         return np.random.default_rng(len(items)).normal(size=(len(items), 5)).astype(np.float32)
 
-    benchmark = known("coco")
+    benchmark = get_benchmark("coco")
     play = ModelFunctions(embed=embed)
-    first = evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"})
+    first = evaluate(benchmark, play, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "x"})
     path = tmp_path / "coco" / "vectors" / "queries.f32"
     path.write_bytes(path.read_bytes()[: 4 * 5 * 7 + 3])  # cut within a row
     second = evaluate(
-        benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+        benchmark, play, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "x"}
     )
     assert calls == [20, 4, 13] and first["facts"] == second["facts"]
     path.with_suffix(".json").write_text(
         path.with_suffix(".json").read_text().replace('"items": "', '"items": "0')
     )
     with pytest.raises(DataError, match="vectors of these items are not there"):
-        evaluate(benchmark, ModelFunctions(), source=Source(data), runs=tmp_path, provenance={})
+        evaluate(benchmark, ModelFunctions(), source=OfficialFiles(data), runs=tmp_path, provenance={})
     assert path.exists(), "what was embedded for other items is not thrown away by scoring"
     with pytest.raises(ConfigError, match=r"another run: made_by.model was 'x', is 'y'"):
-        evaluate(benchmark, play, source=Source(data), runs=tmp_path, provenance={"model": "y"})
+        evaluate(benchmark, play, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "y"})
 
 
 def test_a_broken_image_counts_as_missing_and_the_run_goes_on(
@@ -345,11 +346,11 @@ def test_a_broken_image_counts_as_missing_and_the_run_goes_on(
     shutil.copytree(data, copy)
     (copy / "coco/val2014/COCO_val2014_000000000001.jpg").write_bytes(b"\xff\xd8\xff broken")
     made = evaluate(
-        known("pope"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"}
+        get_benchmark("pope"), playing, source=OfficialFiles(copy), runs=tmp_path / "r", provenance={"model": "x"}
     )
     assert made["missing"] == 3 and made["values"]["F1"]["n"] == 6
     made = evaluate(
-        known("coco"), playing, source=Source(copy), runs=tmp_path / "r", provenance={"model": "x"}
+        get_benchmark("coco"), playing, source=OfficialFiles(copy), runs=tmp_path / "r", provenance={"model": "x"}
     )
     assert made["missing"] == 1
 
@@ -365,12 +366,12 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
     file.write_text(
         "".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "?", "text": ""}])
     )
-    assert import_predictions(known("mme"), file, source=Source(data), runs=tmp_path) == {
+    assert import_predictions(get_benchmark("mme"), file, source=OfficialFiles(data), runs=tmp_path) == {
         "taken": 4,
         "unknown": 1,
     }
     made = evaluate(
-        known("mme"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+        get_benchmark("mme"), ModelFunctions(), source=OfficialFiles(data), runs=tmp_path, provenance={}
     )
     assert made["values"]["perception"]["mean"] == 400.0 and made["missing"] == 24
     # POPE's answers have a running id, which only the question file explains; TextVQA's are called by their image.
@@ -391,31 +392,31 @@ def test_predictions_of_others(data: Path, tmp_path: Path) -> None:
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in said))
     taken = import_predictions(
-        known("pope"),
+        get_benchmark("pope"),
         file,
-        source=Source(data),
+        source=OfficialFiles(data),
         runs=tmp_path,
         questions=tmp_path / "questions.jsonl",
     )
     assert taken == {"taken": 6, "unknown": 0}
     made = evaluate(
-        known("pope"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+        get_benchmark("pope"), ModelFunctions(), source=OfficialFiles(data), runs=tmp_path, provenance={}
     )
     assert made["values"]["F1"]["mean"] == 100.0 and made["missing"] == 0
     prompt = f"What is the brand of this camera?\nReference{SHORT}"
     row = {"question_id": "003a8ae2ef43b901", "prompt": prompt, "text": "dakota"}
     file.write_text(json.dumps(row) + "\n")
     assert (
-        import_predictions(known("textvqa"), file, source=Source(data), runs=tmp_path)["taken"] == 1
+        import_predictions(get_benchmark("textvqa"), file, source=OfficialFiles(data), runs=tmp_path)["taken"] == 1
     )
     results = tmp_path / "mmvet.json"
     results.write_text(json.dumps({"v1_0": "x = -1", "v1_1": "a cat"}))
-    assert import_predictions(known("mmvet"), results, source=Source(data), runs=tmp_path) == {
+    assert import_predictions(get_benchmark("mmvet"), results, source=OfficialFiles(data), runs=tmp_path) == {
         "taken": 2,
         "unknown": 0,
     }
     made = evaluate(
-        known("mmvet"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+        get_benchmark("mmvet"), ModelFunctions(), source=OfficialFiles(data), runs=tmp_path, provenance={}
     )
     assert made["values"] == {} and made["facts"]["needs"] == "judge"
 
@@ -427,7 +428,7 @@ def test_submissions(data: Path, playing: ModelFunctions, tmp_path: Path) -> Non
         ("mmbench_test", "mmbench.xlsx"),
     ):
         made = evaluate(
-            known(name), playing, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+            get_benchmark(name), playing, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "x"}
         )
         assert made["facts"]["needs"] == "server"
         assert (tmp_path / name / "submission" / file).stat().st_size > 0
@@ -438,7 +439,7 @@ def test_submissions(data: Path, playing: ModelFunctions, tmp_path: Path) -> Non
 
 
 def test_rag_never_finds_the_question_s_own_image(data: Path) -> None:
-    task: Any = known("vizwiz_rag").load(Source(data))
+    task: Any = get_benchmark("vizwiz_rag").load(OfficialFiles(data))
     assert task.excluded == ((0,), ())
     assert task.facts[0].shown == ("Question: What is this? and what color is it? Answer: Blue.",)
 
@@ -462,11 +463,11 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
     playing, facts = open_model_functions(tmp_path / "clip", EvaluationSettings())
     assert facts["fingerprint"]
     made = evaluate(
-        known("winoground"), playing, source=Source(data), runs=tmp_path, provenance=facts
+        get_benchmark("winoground"), playing, source=OfficialFiles(data), runs=tmp_path, provenance=facts
     )
     assert set(made["values"]) >= {"text", "image", "group"}
     with pytest.raises(ModelError, match="does not generate"):
-        evaluate(known("gqa"), playing, source=Source(data), runs=tmp_path, provenance=facts)
+        evaluate(get_benchmark("gqa"), playing, source=OfficialFiles(data), runs=tmp_path, provenance=facts)
     assert playing.embed is not None
     image = ImageRef(data=official.png(1))
     one, other, both = playing.embed([(image,), ("a cat",), (image, "a cat")], False)
@@ -479,7 +480,7 @@ def test_a_clip_embeds_and_does_not_speak(data: Path, tmp_path: Path) -> None:
 
     mixed = ModelFunctions(play.embed, short, play.continuation_nll, play.retriever_embed)
     made = evaluate(
-        known("fvqa"), mixed, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+        get_benchmark("fvqa"), mixed, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "x"}
     )
     assert {"self/retrieval/R@1", "other/retrieval/R@1", "none/ROUGE-L", "other/ROUGE-L"} <= set(
         made["values"]
@@ -502,7 +503,7 @@ def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path
 
     play = ModelFunctions(embed=embed, generate=answer, fluency_model=FluencyModel("a bart", nats))
     made = evaluate(
-        known("webqa"), play, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+        get_benchmark("webqa"), play, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "x"}
     )
     fluent = np.exp(-np.array([19, 0, 6, 4]) / 10) * [
         1,
@@ -517,20 +518,20 @@ def test_webqa_s_fluency_is_that_of_its_formula_and_is_kept(data: Path, tmp_path
     assert got["none/QA"] == pytest.approx(50 * (fluent[2] + fluent[3]))
     count = len(asked)
     again = evaluate(
-        known("webqa"), ModelFunctions(), source=Source(data), runs=tmp_path, provenance={}
+        get_benchmark("webqa"), ModelFunctions(), source=OfficialFiles(data), runs=tmp_path, provenance={}
     )
     assert again["values"] == made["values"] and len(asked) == count
     other = replace(
         play, fluency_model=FluencyModel("another bart", lambda pairs: [0.5 for _ in pairs])
     )
     third = evaluate(
-        known("webqa"), other, source=Source(data), runs=tmp_path, provenance={"model": "x"}
+        get_benchmark("webqa"), other, source=OfficialFiles(data), runs=tmp_path, provenance={"model": "x"}
     )
     assert third["values"]["none/FL"]["mean"] == 100.0, "what another reader wrote is not taken"
     without = evaluate(
-        known("webqa"),
+        get_benchmark("webqa"),
         replace(play, fluency_model=None),
-        source=Source(data),
+        source=OfficialFiles(data),
         runs=tmp_path / "b",
         provenance={"m": 1},
     )
@@ -546,24 +547,24 @@ def test_next_image_shows_what_comes_before_and_hides_it(data: Path) -> None:
         len(task.queries) == 4 and len(task.documents) == 6
     )  # two documents a corpus, three images each
     assert [isinstance(part, ImageRef) for part in task.queries[0]] == [False, True, False]
-    assert task.positives[0] == (1,) and task.excluded[0] == (0,)
+    assert task.positives[0] == (1,) and task.excluded_documents[0] == (0,)
     assert task.queries[1] == ("Third.",)  # its second image is the first one again
 
 
 def test_minimal_pairs_and_templates(data: Path) -> None:
-    emoji: Any = known("builtin_pairs_emoji").load(Source(data))
+    emoji: Any = get_benchmark("builtin_pairs_emoji").load(OfficialFiles(data))
     assert [item.texts for item in emoji.items] == [("red heart", "blue heart")] * 2  # one a vendor
-    stamps: Any = known("builtin_pairs_stamps").load(Source(data))
+    stamps: Any = get_benchmark("builtin_pairs_stamps").load(OfficialFiles(data))
     assert ("A red apple.", "A green apple.") in [item.texts for item in stamps.items]
-    vqa: Any = known("builtin_vqa").load(Source(data))
+    vqa: Any = get_benchmark("builtin_vqa").load(OfficialFiles(data))
     races = [item for item in vqa.items if item.tags["kind"] == "wesnoth race"]
     assert [item.options[item.answer] for item in races] == ["elf", "orc", "elf"]
-    again: Any = known("builtin_vqa").load(Source(data, seed=1))
+    again: Any = get_benchmark("builtin_vqa").load(OfficialFiles(data, seed=1))
     assert [item.options for item in again.items] != [item.options for item in vqa.items]
 
 
 def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
-    task: Any = known("builtin_maps").load(Source(data))
+    task: Any = get_benchmark("builtin_maps").load(OfficialFiles(data))
     by_kind: dict[str, list[Any]] = {}
     for item in task.items:
         by_kind.setdefault(item.tags["kind"], []).append(item)
@@ -588,9 +589,9 @@ def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
         ]
 
     made = evaluate(
-        known("builtin_maps"),
+        get_benchmark("builtin_maps"),
         ModelFunctions(continuation_nll=by_words),
-        source=Source(data),
+        source=OfficialFiles(data),
         runs=tmp_path,
         provenance={"m": 1},
     )
@@ -603,7 +604,7 @@ def test_questions_on_maps_need_the_picture(data: Path, tmp_path: Path) -> None:
 
 
 def test_capitals_are_looked_up_by_what_the_picture_shows(data: Path) -> None:
-    task: Any = known("builtin_maps_rag").load(Source(data))
+    task: Any = get_benchmark("builtin_maps_rag").load(OfficialFiles(data))
     assert [item.tags["kind"] for item in task.items] == ["flag"] * 2 + ["region"] * 5
     assert (
         len(task.facts) == 9
@@ -631,13 +632,13 @@ def test_the_prior_is_what_the_frequency_in_other_questions_gives() -> None:
         ) -> list[list[tuple[float, int]] | None]:
             return [[(1.0, 1), (2.0, 1)] for _ in questions]
 
-    made = choose(Choices(items, "kind", blind=True), Player())  # type: ignore[arg-type]
-    assert made.facts["prior"] == pytest.approx(100 * (1 + 1 + 1 + 0 + 1 / 2) / 5)
+    made = run_choices(ChoiceTask(items, "kind", without_images_too=True), Player())  # type: ignore[arg-type]
+    assert made.details["prior"] == pytest.approx(100 * (1 + 1 + 1 + 0 + 1 / 2) / 5)
     assert made.samples["accuracy"].mean == made.samples["accuracy_blind"].mean == 80.0
 
 
 def test_the_position_probe_asks_of_every_place_of_a_prompt(data: Path) -> None:
-    probe: Any = known("builtin_position").load(Source(data))
+    probe: Any = get_benchmark("builtin_position").load(OfficialFiles(data))
     assert probe.blind and [item.answer for item in probe.items] == list(range(6)) * 8
     for first in range(0, len(probe.items), 6):
         prompt = probe.items[first].parts[:-2]

@@ -30,7 +30,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return official.write(tmp_path_factory.mktemp("official"))
+    return official.write_official_files(tmp_path_factory.mktemp("official"))
 
 
 def write_release(root: Path, data: Path, targets: Sequence[CertificationTarget]) -> None:

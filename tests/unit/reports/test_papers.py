@@ -24,7 +24,7 @@ from vlduet.reports import papers
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with two runs: `base` answers Yes and `joint` No to everything."""
     root = tmp_path_factory.mktemp("runs")
-    data = official.write(root / "official")
+    data = official.write_official_files(root / "official")
 
     def embed(items: list[Parts], query: bool) -> np.ndarray:
         return np.random.default_rng(len(items)).normal(size=(len(items), 6)).astype(np.float32)

@@ -1,285 +1,313 @@
-"""The held-out splits of the corpora that packages bring: both sides of the bargain with nothing to download by hand.
+"""Benchmarks of the held-out splits of the project's own corpora, which packages install.
 
-Retrieval, next image of a document, minimal pairs, questions made by template, captions, and a probe of positions. Options
-and distractors are drawn with the run's seed. Nobody else reports these numbers: they compare checkpoints.
+They test retrieval and generation without any download by hand: captions, the next image of a
+document, minimal pairs, questions by template, and a probe of positions. Options and distractors
+are drawn with the run's seed. Nobody else reports these numbers; they compare checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vlduet.data.formats import read_jsonl
 from vlduet.data.images import image_key
-from vlduet.data.records import ImageRef, Record, read_jsonl
+from vlduet.data.records import ImageRef, Part, Parts, Record
 from vlduet.errors import DataError
-from vlduet.eval.benchmarks.compositional import winoground_rule
-from vlduet.eval.benchmarks.retrieval import both_ways
-from vlduet.eval.benchmarks.source import Source
+from vlduet.eval.benchmarks.compositional import decide_winoground
+from vlduet.eval.benchmarks.official_files import OfficialFiles
+from vlduet.eval.benchmarks.retrieval import make_caption_retrieval
+from vlduet.eval.benchmarks.scores import BenchmarkScore, average
 from vlduet.eval.benchmarks.tasks import (
-    Answers,
-    Choices,
-    Pair,
-    Pairs,
+    AnswerTask,
+    AnswerTexts,
+    ChoiceTask,
+    PairItem,
+    PairTask,
     Question,
-    Questions,
-    Score,
-    Search,
-    sample,
+    RetrievalTask,
 )
-from vlduet.eval.metrics import exact_match, normalized_words, token_f1
+from vlduet.eval.metrics import exact_match, tokenize_answer, token_f1
 
-OPTIONS = 4
-CONTEXT = 6
-"""Parts of a document before the image that is looked for."""
-PROBED, SHOWN = 8, 6
-"""Prompts of the position probe, and images of one."""
-ASKED = 60
-"""Questions of one kind: the suite shall take minutes on a CPU."""
+NUM_OPTIONS = 4
+MAX_CONTEXT_PARTS = 6
+"""Number of parts before an image of a document that form the query for it."""
+NUM_PROBE_PROMPTS = 8
+IMAGES_PER_PROMPT = 6
+"""Number of captioned images in a prompt of the position probe."""
+QUESTIONS_PER_KIND = 60
+"""Maximum number of template questions of one kind; keeps the suite to minutes on a CPU."""
 
 
-def records(source: Source, corpus: str, *, split: str = "test") -> list[Record]:
-    """A split of a corpus, hashed. Raises DataError where it is not there or empty."""
+def read_split(files: OfficialFiles, corpus: str, *, split: str = "test") -> list[Record]:
+    """Return the records of a corpus; raise DataError where the split is missing or empty."""
     name = f"corpora/{corpus}/{split}.jsonl"
-    source.bytes(name)
-    found = list(read_jsonl(source.path(name)))
-    if not found:
-        raise DataError(
-            "no records", place=source.path(name), fix=f"Run 'vlduet data fetch {corpus}' again"
-        )
-    return found
+    files.read_bytes(name)  # stores the hash
+    path = files.find_path(name)
+    records = list(read_jsonl(path))
+    if not records:
+        raise DataError("no records", place=path, fix=f"Run 'vlduet data fetch {corpus}' again")
+    return records
 
 
-# ------------------------------------------------------------------ discriminative
+def read_splits(files: OfficialFiles, corpora: Sequence[str]) -> list[Record]:
+    """Return the test records of several corpora, in order."""
+    records = []
+    for corpus in corpora:
+        records += read_split(files, corpus)
+    return records
 
 
-def retrieval(*corpora: str, long: bool = False) -> Callable[[Source], Search]:
-    """A loader: captions against images and back; equal captions are one query with several right images."""
-
-    def load(source: Source) -> Search:
-        images: list[ImageRef] = []
-        texts: list[tuple[int, str]] = []
-        for record in (record for corpus in corpora for record in records(source, corpus)):
-            told = [record.long] if long else list(record.short)
-            if record.image is not None and told and told[0]:
-                texts += [(len(images), text) for text in told if text]
-                images.append(record.image)
-        return both_ways(images, texts, unique=True)
-
-    return load
+def captioned_images(records: Sequence[Record]) -> list[tuple[Record, ImageRef]]:
+    """Return the records with an image and a short caption, each with its image."""
+    return [(record, record.image) for record in records if record.image and record.short]
 
 
-def next_image(*corpora: str) -> Callable[[Source], Search]:
-    """A loader: the parts of a document before an image, against every image of the corpora.
+# ------------------------------------------------------------------ embeddings
 
-    One query a document: its last image that has not been seen before in it. What the query shows may not be found.
+
+def load_captioned_images(
+    files: OfficialFiles, *, corpora: Sequence[str], long_captions: bool = False
+) -> RetrievalTask:
+    """Read captions that search for images, and images that search for captions.
+
+    Equal captions are one query with several correct images.
+
+    Args:
+        files: data folder.
+        corpora: names of corpora that form one gallery.
+        long_captions: use the long caption of a record instead of its short ones.
     """
-
-    def load(source: Source) -> Search:
-        gallery: dict[str, int] = {}
-        documents: list[ImageRef] = []
-        queries, positives, excluded = [], [], []
-        for record in (record for corpus in corpora for record in records(source, corpus)):
-            keys = {n: image_key(p) for n, p in enumerate(record.parts) if isinstance(p, ImageRef)}
-            for n, key in keys.items():
-                if key not in gallery:
-                    gallery[key] = len(documents)
-                    documents.append(record.parts[n])  # type: ignore[arg-type]
-            fresh = [
-                n for n, key in keys.items() if n and key not in [keys[m] for m in keys if m < n]
-            ]
-            if fresh:
-                begin = max(0, fresh[-1] - CONTEXT)
-                queries.append(record.parts[begin : fresh[-1]])
-                positives.append((gallery[keys[fresh[-1]]],))
-                excluded.append(tuple({gallery[keys[n]] for n in keys if begin <= n < fresh[-1]}))
-        if not queries:
-            raise DataError(
-                "no document with an image after its beginning",
-                place=source.root,
-                fix="Fetch the corpora",
-            )
-        return Search(
-            tuple(queries), tuple((i,) for i in documents), tuple(positives), tuple(excluded)
-        )
-
-    return load
+    images: list[ImageRef] = []
+    captions: list[tuple[int, str]] = []
+    for record in read_splits(files, corpora):
+        texts = [record.long] if long_captions else list(record.short)
+        if record.image is not None and texts and texts[0]:
+            captions += [(len(images), text) for text in texts if text]
+            images.append(record.image)
+    return make_caption_retrieval(images, captions, merge_equal_captions=True)
 
 
-def minimal_pairs(corpus: str, group: str) -> Callable[[Source], Pairs]:
-    """A loader: two items of one group (`metadata`) whose captions differ in one word, judged as Winoground is."""
+def load_next_image(files: OfficialFiles, *, corpora: Sequence[str]) -> RetrievalTask:
+    """Read documents whose beginning searches for the next image among all images of the corpora.
 
-    def load(source: Source) -> Pairs:
-        items = one_word_apart(records(source, corpus), group)
-        if not items:
-            raise DataError(
-                "no two captions differ in one word", place=source.root, fix=f"Fetch {corpus}"
-            )
-        return Pairs(tuple(items), winoground_rule)
-
-    return load
-
-
-def one_word_apart(found: Sequence[Record], group: str) -> list[Pair]:
-    """Every two records of one group and vendor whose captions differ in one word.
-
-    Names with a colon ("flag: Norway") are left out: what they share is their kind and not their words.
+    A document gives one query: the parts before its last image that did not occur earlier in it.
+    Images in the query are excluded. No such document raises DataError.
     """
-    kept = [r for r in found if r.image is not None and r.short and ":" not in r.short[0]]
-    told = [(record, normalized_words(record.short[0])) for record in kept]
+    index_of: dict[str, int] = {}
+    gallery: list[Parts] = []
+    queries: list[Parts] = []
+    positives: list[tuple[int, ...]] = []
+    excluded: list[tuple[int, ...]] = []
+    for record in read_splits(files, corpora):
+        keys: dict[int, str] = {}
+        target = 0
+        for n, part in enumerate(record.parts):
+            if not isinstance(part, ImageRef):
+                continue
+            key = image_key(part)
+            if key not in index_of:
+                index_of[key] = len(gallery)
+                gallery.append((part,))
+            if n > 0 and key not in keys.values():
+                target = n
+            keys[n] = key
+        if target == 0:
+            continue
+        start = max(0, target - MAX_CONTEXT_PARTS)
+        queries.append(record.parts[start:target])
+        positives.append((index_of[keys[target]],))
+        excluded.append(tuple({index_of[key] for n, key in keys.items() if start <= n < target}))
+    if not queries:
+        message = "no document with an image after its beginning"
+        raise DataError(message, place=files.root, fix="Fetch the corpora")
+    return RetrievalTask(tuple(queries), tuple(gallery), tuple(positives), tuple(excluded))
+
+
+def load_minimal_pairs(files: OfficialFiles, *, corpus: str, group_key: str = "") -> PairTask:
+    """Read pairs of captioned images whose captions differ in one word, scored as Winoground.
+
+    Args:
+        files: data folder.
+        corpus: name of the corpus.
+        group_key: see `find_one_word_pairs`.
+
+    Raises:
+        DataError: no two captions differ in one word.
+    """
+    items = find_one_word_pairs(read_split(files, corpus), group_key)
+    if not items:
+        message = "no two captions differ in one word"
+        raise DataError(message, place=files.root, fix=f"Fetch {corpus}")
+    return PairTask(tuple(items), decide_winoground)
+
+
+def find_one_word_pairs(records: Sequence[Record], group_key: str) -> list[PairItem]:
+    """Return every two records whose first captions differ in one word.
+
+    Both have the same vendor and the same value of the metadata key `group_key`; a key that no
+    record has groups nothing. Names with a colon ("flag: Norway") are left out: they share the word
+    of their kind and nothing else.
+    """
+    usable = []
+    for record, image in captioned_images(records):
+        if ":" not in record.short[0]:
+            group = (record.metadata.get(group_key), record.metadata.get("vendor"))
+            usable.append((record, image, group, tokenize_answer(record.short[0])))
     items = []
-    for n, (one, words) in enumerate(told):
-        for other, others in told[n + 1 :]:
-            same = one.metadata.get(group) == other.metadata.get(group)
-            vendor = one.metadata.get("vendor") == other.metadata.get("vendor")
-            if same and vendor and differ_in_one(words, others):
-                assert one.image is not None and other.image is not None
-                texts, images = (one.short[0], other.short[0]), (one.image, other.image)
-                items.append(Pair(f"{one.id}|{other.id}", texts, images))
+    for n, (record, image, group, words) in enumerate(usable):
+        for other, other_image, other_group, other_words in usable[n + 1 :]:
+            if group == other_group and differ_in_one_word(words, other_words):
+                texts = (record.short[0], other.short[0])
+                items.append(PairItem(f"{record.id}|{other.id}", texts, (image, other_image)))
     return items
 
 
-def differ_in_one(words: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether two captions of equal length differ in exactly one word, and share one."""
-    return (
-        len(words) == len(others) > 1
-        and sum(a != b for a, b in zip(words, others, strict=True)) == 1
-    )
+def differ_in_one_word(words: Sequence[str], other_words: Sequence[str]) -> bool:
+    """Return whether two captions of equal length differ in exactly one word, and share one."""
+    if len(words) != len(other_words) or len(words) < 2:
+        return False
+    return sum(a != b for a, b in zip(words, other_words, strict=True)) == 1
 
 
-# ------------------------------------------------------------------ generative
+# ------------------------------------------------------------------ generation
 
 
-def template_questions(source: Source) -> Choices:
-    """Questions about one image with four options, ranked by likelihood: what the metadata of a corpus knows."""
-    random = np.random.default_rng(source.seed)
-    asked: list[tuple[str, str, ImageRef, str, list[str]]] = []
-
-    def ask(kind: str, text: str, told: list[tuple[Record, str]]) -> None:
-        values = sorted({value for _, value in told})
-        for n in sorted(random.permutation(len(told))[:ASKED]):
-            record, value = told[n]
-            assert record.image is not None
-            asked.append((kind, text, record.image, value, values))
-
-    units = records(source, "wesnoth")
-    for key, text in (
-        ("race", "Which race is this unit of?"),
-        ("alignment", "Which alignment does this unit have?"),
+def load_template_questions(files: OfficialFiles) -> ChoiceTask:
+    """Read questions about one image with four options, answered by the metadata of a corpus."""
+    random = np.random.default_rng(files.seed)
+    units = read_split(files, "wesnoth")
+    races = [(r, str(r.metadata["race"])) for r in units if "race" in r.metadata]
+    alignments = [(r, str(r.metadata["alignment"])) for r in units if "alignment" in r.metadata]
+    emoji = [r for r in read_split(files, "emoji") if r.metadata["vendor"] == "openmoji"]
+    groups = [(r, str(r.metadata["group"])) for r in emoji]
+    stamps = read_split(files, "stamps")
+    categories = [(r, r.metadata["category"].split("/")[0]) for r in stamps]
+    selected: list[tuple[str, str, Record, str, list[str]]] = []
+    for kind, question, answered in (
+        ("wesnoth race", "Which race is this unit of?", races),
+        ("wesnoth alignment", "Which alignment does this unit have?", alignments),
+        ("emoji group", "What kind of thing is this?", groups),
+        ("stamps category", "What kind of thing is this?", categories),
     ):
-        ask(f"wesnoth {key}", text, [(r, str(r.metadata[key])) for r in units if key in r.metadata])
-    emoji = [
-        record for record in records(source, "emoji") if record.metadata["vendor"] == "openmoji"
-    ]
-    ask("emoji group", "What kind of thing is this?", [(r, r.metadata["group"]) for r in emoji])
-    stamps = records(source, "stamps")
-    ask(
-        "stamps category",
-        "What kind of thing is this?",
-        [(r, r.metadata["category"].split("/")[0]) for r in stamps],
-    )
+        values = sorted({value for _, value in answered})
+        for n in sorted(random.permutation(len(answered))[:QUESTIONS_PER_KIND]):
+            record, value = answered[n]
+            selected.append((kind, question, record, value, values))
     items = []
-    for n, (kind, text, image, value, others) in enumerate(asked):
-        options, at = optioned(random, value, others)
+    # The options are drawn after all questions: another order would draw others.
+    for n, (kind, question, record, value, values) in enumerate(selected):
+        options, index = draw_options(random, value, values)
         if len(options) > 1:
-            items.append(Question(f"{kind}/{n}", (image, text), at, {"kind": kind}, options))
-    return Choices(tuple(items), "kind", blind=True)
-
-
-def optioned(
-    random: np.random.Generator, right: str, others: Sequence[str]
-) -> tuple[tuple[str, ...], int]:
-    """(at most OPTIONS distinct options in a random order, where the right one stands)."""
-    wrong = sorted(set(others) - {right})
-    drawn = [wrong[i] for i in random.permutation(len(wrong))[: OPTIONS - 1]]
-    at = int(random.integers(len(drawn) + 1))
-    return (*drawn[:at], right, *drawn[at:]), at
-
-
-def captions(corpus: str) -> Callable[[Source], Questions]:
-    """A loader: captions, written as the model was trained to (an image alone), compared with the references."""
-
-    def load(source: Source) -> Questions:
-        kept = [
-            record
-            for record in records(source, corpus)
-            if record.image is not None and record.short
-        ]
-        items = [
-            Question(r.id, (r.image,), list(r.short), max_new_tokens=24) for r in kept if r.image
-        ]
-        return Questions(tuple(items), score_captions)
-
-    return load
-
-
-def score_captions(items: Sequence[Question], answers: Answers) -> Score:
-    """Word F1 and exact match with the nearest reference; one caption for everything shows in `distinct`."""
-    pairs = [(text or "", item.answer) for item, text in zip(items, answers, strict=True)]
-    samples = {
-        "token_F1": sample([token_f1(text, references) for text, references in pairs]),
-        "exact": sample([exact_match(text, references) for text, references in pairs]),
-    }
-    return Score(
-        samples, facts={"distinct": len({" ".join(normalized_words(text)) for text, _ in pairs})}
-    )
-
-
-def caption_choice(corpus: str) -> Callable[[Source], Choices]:
-    """A loader: the own caption among three others, by likelihood after the image: what a captioner sees."""
-
-    def load(source: Source) -> Choices:
-        random = np.random.default_rng(source.seed)
-        kept = [
-            record
-            for record in records(source, corpus)
-            if record.image is not None and record.short
-        ]
-        every = sorted({record.short[0] for record in kept})
-        items = []
-        for record in kept:
             assert record.image is not None
-            others = [
-                caption
-                for caption in every
-                if normalized_words(caption) != normalized_words(record.short[0])
-            ]
-            options, at = optioned(random, record.short[0], others)
-            items.append(Question(record.id, (record.image,), at, {}, options))
-        return Choices(tuple(items))
-
-    return load
+            prompt = (record.image, question)
+            items.append(Question(f"{kind}/{n}", prompt, index, {"kind": kind}, options))
+    return ChoiceTask(tuple(items), "kind", without_images_too=True)
 
 
-def position_probe(source: Source) -> Choices:
-    """`shown_again` on stamps; without the images, too: all that is left is a liking for a caption or for its place."""
-    items = shown_again(
-        records(source, "stamps"), prompts=PROBED, seed=source.seed, place=source.root
+def draw_options(
+    random: np.random.Generator, correct: str, others: Sequence[str]
+) -> tuple[tuple[str, ...], int]:
+    """Draw the options of a question.
+
+    Args:
+        random: source of the draws.
+        correct: the correct option.
+        others: candidates for the wrong ones; may repeat and contain the correct one.
+
+    Returns:
+        At most `NUM_OPTIONS` distinct options in random order.
+        The index of the correct one.
+    """
+    wrong = sorted(set(others) - {correct})
+    drawn = [wrong[i] for i in random.permutation(len(wrong))[: NUM_OPTIONS - 1]]
+    index = int(random.integers(len(drawn) + 1))
+    return (*drawn[:index], correct, *drawn[index:]), index
+
+
+def load_captions(files: OfficialFiles, *, corpus: str) -> AnswerTask:
+    """Read images to be captioned, prompted as in training (an image alone)."""
+    items = []
+    for record, image in captioned_images(read_split(files, corpus)):
+        items.append(Question(record.id, (image,), list(record.short), max_new_tokens=24))
+    return AnswerTask(tuple(items), score_captions)
+
+
+def score_captions(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
+    """Score word F1 and exact match with the nearest reference.
+
+    The detail ``distinct`` counts distinct captions: 1 for a model that says the same of all.
+    """
+    texts = [text or "" for text in answers]
+    pairs = [(text, item.reference) for item, text in zip(items, texts, strict=True)]
+    samples = {
+        "token_F1": average([token_f1(text, references) for text, references in pairs]),
+        "exact": average([exact_match(text, references) for text, references in pairs]),
+    }
+    distinct = {" ".join(tokenize_answer(text)) for text in texts}
+    return BenchmarkScore(samples, details={"distinct": len(distinct)})
+
+
+def load_caption_choice(files: OfficialFiles, *, corpus: str) -> ChoiceTask:
+    """Read images whose own caption must be likelier than three captions of other images."""
+    random = np.random.default_rng(files.seed)
+    pairs = captioned_images(read_split(files, corpus))
+    words_of = {r.short[0]: tokenize_answer(r.short[0]) for r, _ in pairs}
+    items = []
+    for record, image in pairs:
+        caption = record.short[0]
+        others = [text for text, words in words_of.items() if words != words_of[caption]]
+        options, index = draw_options(random, caption, others)
+        items.append(Question(record.id, (image,), index, {}, options))
+    return ChoiceTask(tuple(items))
+
+
+def load_position_probe(files: OfficialFiles) -> ChoiceTask:
+    """Read `make_position_questions` of stamps.
+
+    Without its images a prompt shows only the preference for a caption or for its place.
+    """
+    stamps = read_split(files, "stamps")
+    items = make_position_questions(
+        stamps, num_prompts=NUM_PROBE_PROMPTS, seed=files.seed, place=files.root
     )
-    return Choices(tuple(items), "place", blind=True)
+    return ChoiceTask(tuple(items), "place", without_images_too=True)
 
 
-def shown_again(
-    records: Sequence[Record], *, prompts: int, seed: int, place: Path
+def make_position_questions(
+    records: Sequence[Record], *, num_prompts: int, seed: int, place: Path
 ) -> list[Question]:
-    """Six images with their captions, then one of them again: which of the six captions is it?
+    """Return questions which of six captions belongs to an image that is shown again.
 
-    All six of a prompt are asked of, so each place is right equally often. What accuracy loses by the place is what gets
-    lost in the middle. Raises DataError at `place` where there are fewer captions.
+    Every prompt shows six images with their captions and then one of them again; all six are asked
+    about, so that each place is correct equally often. The accuracy by place shows whether the
+    middle of a prompt is overlooked.
+
+    Args:
+        records: records with images and short captions.
+        num_prompts: number of draws of six images; each gives six questions.
+        seed: seed of the draws.
+        place: place that an error names.
+
+    Raises:
+        DataError: fewer than six distinct captions.
     """
     random = np.random.default_rng(seed)
-    kept = list({r.short[0]: r.image for r in records if r.image is not None and r.short}.items())
-    if len(kept) < SHOWN:
-        raise DataError(
-            f"only {len(kept)} captions, {SHOWN} needed", place=place, fix="Fetch stamps"
-        )
+    pairs = list({record.short[0]: image for record, image in captioned_images(records)}.items())
+    if len(pairs) < IMAGES_PER_PROMPT:
+        message = f"only {len(pairs)} captions, {IMAGES_PER_PROMPT} needed"
+        raise DataError(message, place=place, fix="Fetch stamps")
     items = []
-    for n in range(prompts):
-        told = [kept[i] for i in random.permutation(len(kept))[:SHOWN]]
-        parts = [part for caption, image in told for part in (image, f"This is: {caption}\n")]
-        captions = tuple(caption for caption, _ in told)
-        for at, (_, image) in enumerate(told):
-            asked = (*parts, image, "What is this?")
-            items.append(Question(f"{n}/{at + 1}", asked, at, {"place": str(at + 1)}, captions))
+    for n in range(num_prompts):
+        drawn = [pairs[i] for i in random.permutation(len(pairs))[:IMAGES_PER_PROMPT]]
+        captions = tuple(caption for caption, _ in drawn)
+        context: list[Part] = []
+        for caption, image in drawn:
+            context += [image, f"This is: {caption}\n"]
+        for index, (_, image) in enumerate(drawn):
+            prompt = (*context, image, "What is this?")
+            tags = {"place": str(index + 1)}
+            items.append(Question(f"{n}/{index + 1}", prompt, index, tags, captions))
     return items

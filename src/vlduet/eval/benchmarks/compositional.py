@@ -1,66 +1,66 @@
-"""Compositionality: Winoground, SugarCrepe, SugarCrepe++ and MMVP-VLM, where a small change turns the meaning.
+"""Compositionality: Winoground, SugarCrepe, SugarCrepe++ and MMVP-VLM.
 
-All comparisons are strict: a model that cannot tell two texts apart is wrong on them.
+A small change of a text or an image changes the meaning. All comparisons are strict: a model that
+gives two texts the same score is wrong on them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError
-from vlduet.eval.answers import mmbench_letter
-from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
-from vlduet.eval.benchmarks.tasks import (
-    Answers,
-    Pair,
-    Pairs,
-    Question,
-    Questions,
-    Score,
-    by_tag,
-    sample,
-)
+from vlduet.eval.answers import parse_mmbench_letter
+from vlduet.eval.benchmarks.multiple_choice import make_letter_scorer
+from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles, OfficialObject
+from vlduet.eval.benchmarks.tasks import AnswerTask, PairItem, PairTask, Question
 
 Floats = NDArray[np.floating]
 
 # ------------------------------------------------------------------ Winoground
 
 
-def winoground(source: Source) -> Pairs:
-    """400 items of two captions with the same words and two images; chance 25, 25 and 16.7."""
-    loose = source.has("winoground/examples.jsonl")
-    rows = (
-        source.lines("winoground/examples.jsonl")
-        if loose
-        else list(source.parquet("winoground/*.parquet"))
-    )
+def load_winoground(files: OfficialFiles) -> PairTask:
+    """Read 400 items of two captions with the same words and two images.
 
-    def image(row: Fields, key: str) -> ImageRef:
-        if loose:
-            return source.image(
-                *(f"winoground/images/{row[key]}{ending}" for ending in ("", ".png"))
-            )
-        return ImageRef(data=row.within(key)["bytes"])
-
-    items = [
-        Pair(
-            id=str(row["id"]),
+    Chance is 25 % for the text score, 25 % for the image score and 16.7 % for the group score. The
+    files are ``examples.jsonl`` with ``images/``, or parquet files that contain the images.
+    """
+    if files.has_file("winoground/examples.jsonl"):
+        rows = files.read_json_lines("winoground/examples.jsonl")
+    else:
+        rows = list(files.iter_parquet_rows("winoground/*.parquet"))
+    items = []
+    for row in rows:
+        item = PairItem(
+            str(row["id"]),
             texts=(row["caption_0"], row["caption_1"]),
-            images=(image(row, "image_0"), image(row, "image_1")),
+            images=tuple(_read_winoground_image(files, row, f"image_{i}") for i in (0, 1)),
             group=str(row.get("collapsed_tag", "")),
         )
-        for row in rows
-    ]
-    return Pairs(tuple(items), winoground_rule)
+        items.append(item)
+    return PairTask(tuple(items), decide_winoground)
 
 
-def winoground_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
-    """text: each image prefers its caption; image: each caption prefers its image; group: both."""
+def _read_winoground_image(files: OfficialFiles, row: OfficialObject, key: str) -> ImageRef:
+    """Return the image that a field names (examples.jsonl) or contains (parquet)."""
+    if isinstance(row[key], str):
+        stem = f"winoground/images/{row[key]}"
+        return files.find_image(stem, f"{stem}.png")
+    return ImageRef(data=row.get_object(key)["bytes"])
+
+
+def decide_winoground(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
+    """Return whether an item is correct by each of Winoground's scores.
+
+    ``text``: each image prefers its caption. ``image``: each caption prefers its image. ``group``:
+    both.
+
+    Args:
+        similarity: text-image cosines, float[2, 2].
+        text_similarity: not used.
+    """
     s = similarity
     text = bool(s[0, 0] > s[1, 0] and s[1, 1] > s[0, 1])
     image = bool(s[0, 0] > s[0, 1] and s[1, 1] > s[1, 0])
@@ -69,184 +69,155 @@ def winoground_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
 
 # ------------------------------------------------------------------ SugarCrepe
 
-SUBSETS = (
-    "replace_obj",
-    "replace_att",
-    "replace_rel",
-    "swap_obj",
-    "swap_att",
-    "add_obj",
-    "add_att",
-)
-PLUS_SUBSETS = SUBSETS[:5]
-MEANS = {
-    "mean": SUBSETS,
-    "replace": SUBSETS[:3],
-    "swap": SUBSETS[3:5],
-    "add": SUBSETS[5:],
+REPLACE_SUBSETS = ("replace_obj", "replace_att", "replace_rel")
+SWAP_SUBSETS = ("swap_obj", "swap_att")
+ADD_SUBSETS = ("add_obj", "add_att")
+SUGARCREPE_AVERAGES = {
+    "mean": REPLACE_SUBSETS + SWAP_SUBSETS + ADD_SUBSETS,
+    "replace": REPLACE_SUBSETS,
+    "swap": SWAP_SUBSETS,
+    "add": ADD_SUBSETS,
 }
-"""VladVA's ablations average subsets, not items."""
-PLUS_MEANS = {"mean": PLUS_SUBSETS, "replace": PLUS_SUBSETS[:3], "swap": PLUS_SUBSETS[3:]}
-COCO_2017 = "coco/val2017"
+"""Name -> averaged subsets. As in VladVA's ablations, subsets count equally, not items."""
+SUGARCREPE_PLUS_AVERAGES = {
+    "mean": REPLACE_SUBSETS + SWAP_SUBSETS,
+    "replace": REPLACE_SUBSETS,
+    "swap": SWAP_SUBSETS,
+}
 
 
-def sugarcrepe(source: Source) -> Pairs:
-    """Seven subsets; right iff the image is nearer to its caption than to the hard negative."""
-    items = [
-        Pair(
-            f"{subset}/{key}",
-            (row["caption"], row["negative_caption"]),
-            (_coco(source, row),),
-            subset,
-        )
-        for subset in SUBSETS
-        for key, row in source.entries(f"sugarcrepe/{subset}.json").items()
-    ]
-    return Pairs(tuple(items), sugarcrepe_rule, MEANS)
+def load_sugarcrepe(files: OfficialFiles) -> PairTask:
+    """Read SugarCrepe's seven subsets: an image, its caption and a hard negative."""
+    items = []
+    for subset in SUGARCREPE_AVERAGES["mean"]:
+        for key, row in files.read_named_objects(f"sugarcrepe/{subset}.json").items():
+            texts = (row["caption"], row["negative_caption"])
+            items.append(PairItem(f"{subset}/{key}", texts, _find_coco_image(files, row), subset))
+    return PairTask(tuple(items), decide_sugarcrepe, SUGARCREPE_AVERAGES)
 
 
-def sugarcrepe_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
-    """accuracy: image to caption above image to negative."""
+def decide_sugarcrepe(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
+    """Return ``accuracy``: the image is nearer to its caption than to the negative.
+
+    Args:
+        similarity: text-image cosines, float[2, 1].
+        text_similarity: not used.
+    """
     return {"accuracy": bool(similarity[0, 0] > similarity[1, 0])}
 
 
-def sugarcrepe_plus(source: Source) -> Pairs:
-    """Five subsets with two captions of one meaning and a negative."""
-    items = [
-        Pair(
-            f"{subset}/{row['id']}",
-            (row["caption"], row["caption2"], row["negative_caption"]),
-            (_coco(source, row),),
-            subset,
-        )
-        for subset in PLUS_SUBSETS
-        for row in source.items(f"sugarcrepe_pp/{subset}.json")
-    ]
-    return Pairs(tuple(items), sugarcrepe_plus_rule, PLUS_MEANS)
+def load_sugarcrepe_plus(files: OfficialFiles) -> PairTask:
+    """Read SugarCrepe++'s five subsets: two captions of one meaning and a negative."""
+    items = []
+    for subset in SUGARCREPE_PLUS_AVERAGES["mean"]:
+        for row in files.read_objects(f"sugarcrepe_pp/{subset}.json"):
+            texts = (row["caption"], row["caption2"], row["negative_caption"])
+            key = f"{subset}/{row['id']}"
+            items.append(PairItem(key, texts, _find_coco_image(files, row), subset))
+    return PairTask(tuple(items), decide_sugarcrepe_plus, SUGARCREPE_PLUS_AVERAGES)
 
 
-def sugarcrepe_plus_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
-    """ITT: the image is nearer to both captions than to the negative; TOT: the captions are nearer to each other."""
-    first, second = (
-        bool(similarity[0, 0] > similarity[2, 0]),
-        bool(similarity[1, 0] > similarity[2, 0]),
-    )
-    both = bool(texts[0, 1] > texts[0, 2] and texts[0, 1] > texts[1, 2])
-    return {"ITT": first and second, "TOT": both, "image_caption1": first, "image_caption2": second}
+def decide_sugarcrepe_plus(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
+    """Return whether an item is correct by each of SugarCrepe++'s scores.
+
+    ``ITT``: the image is nearer to both captions than to the negative. ``TOT``: the captions are
+    nearer to each other than to the negative.
+
+    Args:
+        similarity: text-image cosines, float[3, 1].
+        text_similarity: text-text cosines, float[3, 3].
+    """
+    first = bool(similarity[0, 0] > similarity[2, 0])
+    second = bool(similarity[1, 0] > similarity[2, 0])
+    paraphrase = text_similarity[0, 1]
+    text_only = bool(paraphrase > text_similarity[0, 2] and paraphrase > text_similarity[1, 2])
+    return {
+        "ITT": first and second,
+        "TOT": text_only,
+        "image_caption1": first,
+        "image_caption2": second,
+    }
 
 
-def _coco(source: Source, row: Fields) -> ImageRef:
-    return source.image(f"{COCO_2017}/{row['filename']}")
+def _find_coco_image(files: OfficialFiles, row: OfficialObject) -> tuple[ImageRef]:
+    """Return the only image of an item of SugarCrepe."""
+    return (files.find_image(f"coco/val2017/{row['filename']}"),)
 
 
 # ------------------------------------------------------------------ MMVP-VLM
 
-FOLDERS = ("mmvp_vlm/MMVP_VLM_Images", "mmvp_vlm/MLLM_VLM Images")
-"""The README's name and the official script's."""
+MMVP_QUESTIONS = "mmvp_vlm/Questions.csv"
+MMVP_FOLDERS = ("mmvp_vlm/MMVP_VLM_Images", "mmvp_vlm/MLLM_VLM Images")
+"""Image folder as the README and as the official script spell it."""
+MMVP_COLUMNS = {"question id": "id", "type": "pattern"}
+"""Lower-case column names of the file -> names used here."""
 
 
-def mmvp_vlm(source: Source) -> Pairs:
-    """Nine visual patterns of 15 pairs: each statement must pick its image (Winoground's image score)."""
-    items = [
-        Pair(
-            f"{a['id']}-{b['id']}",
-            (_photo(a), _photo(b)),
-            (_mmvp_image(source, a), _mmvp_image(source, b)),
-            a["pattern"],
-        )
-        for a, b in _mmvp_pairs(source)
-    ]
-    patterns = tuple(dict.fromkeys(item.group for item in items))
-    return Pairs(tuple(items), mmvp_rule, {"mean": patterns})
-
-
-def mmvp_rule(similarity: Floats, texts: Floats) -> dict[str, bool]:
-    """pair: both statements prefer their own image."""
-    return {"pair": winoground_rule(similarity, texts)["image"]}
-
-
-def mmvp_questions(source: Source) -> Questions:
-    """Sugar's question form of the same pairs: single questions, not to be compared with the pair accuracy of CLIPs.
-
-    Which statement comes first is drawn with the run's seed.
-    """
-    random = np.random.default_rng(source.seed)
+def load_mmvp_vlm(files: OfficialFiles) -> PairTask:
+    """Read nine visual patterns of 15 pairs: each statement must prefer its own image."""
     items = []
-    for a, b in _mmvp_pairs(source):
-        turned = bool(random.integers(2))
-        first, second = (b, a) if turned else (a, b)
-        text = (
-            f" which choice meets the first image:\n A.{first['statement']}\nB.{second['statement']}\n"
-            ".please answer in A or B"
-        )
-        parts = (
-            "First Image:",
-            _mmvp_image(source, a),
-            "Second Image:",
-            _mmvp_image(source, b),
-            text,
-        )
+    for first, second in _read_mmvp_pairs(files):
+        texts = tuple(f"a photo of {row['statement']}" for row in (first, second))
+        images = (_find_mmvp_image(files, first), _find_mmvp_image(files, second))
+        items.append(PairItem(_pair_id(first, second), texts, images, first["pattern"]))
+    patterns = tuple(dict.fromkeys(item.group for item in items))
+    return PairTask(tuple(items), decide_mmvp, {"mean": patterns})
+
+
+def decide_mmvp(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
+    """Return ``pair``: Winoground's image score, for text-image cosines float[2, 2]."""
+    return {"pair": decide_winoground(similarity, text_similarity)["image"]}
+
+
+def load_mmvp_questions(files: OfficialFiles) -> AnswerTask:
+    """Read the same pairs as questions, as Sugar asks them.
+
+    Single questions are scored, so that the accuracy does not compare with the pair accuracy of
+    CLIP models. The seed decides which statement is option A.
+    """
+    random = np.random.default_rng(files.seed)
+    items = []
+    for first, second in _read_mmvp_pairs(files):
+        is_swapped = bool(random.integers(2))
         options = (first["statement"], second["statement"])
-        answer = "B" if turned else "A"
-        items.append(
-            Question(f"{a['id']}-{b['id']}", parts, answer, {"pattern": a["pattern"]}, options)
+        if is_swapped:
+            options = options[::-1]
+        prompt = (
+            "First Image:",
+            _find_mmvp_image(files, first),
+            "Second Image:",
+            _find_mmvp_image(files, second),
+            f" which choice meets the first image:\n A.{options[0]}\nB.{options[1]}\n"
+            ".please answer in A or B",
         )
-    return Questions(tuple(items), score_letters("pattern"))
+        reference = "B" if is_swapped else "A"
+        tags = {"pattern": first["pattern"]}
+        items.append(Question(_pair_id(first, second), prompt, reference, tags, options))
+    return AnswerTask(tuple(items), make_letter_scorer(parse_mmbench_letter, "pattern"))
 
 
-def _mmvp_pairs(source: Source) -> list[tuple[Fields, Fields]]:
-    rows = source.table("mmvp_vlm/Questions.csv")
-    lowered = [
-        Fields({key.strip().lower(): value for key, value in row.items()}, row.place)
-        for row in rows
-    ]
-    named = [
-        Fields({_MMVP.get(key, key): value for key, value in row.items()}, row.place)
-        for row in lowered
-    ]
-    if len(named) % 2:
-        raise DataError(
-            "an odd number of rows, pairs are two",
-            place=source.path("mmvp_vlm/Questions.csv"),
-            fix=UNCHANGED,
-        )
-    return list(zip(named[::2], named[1::2], strict=True))
+def _read_mmvp_pairs(files: OfficialFiles) -> list[tuple[OfficialObject, OfficialObject]]:
+    """Return consecutive rows as pairs; raise DataError for an odd number of rows."""
+    rows = []
+    for row in files.read_table(MMVP_QUESTIONS):
+        cells = {}
+        for column, value in row.items():
+            name = column.strip().lower()
+            cells[MMVP_COLUMNS.get(name, name)] = value
+        rows.append(OfficialObject(cells, row.place))
+    if len(rows) % 2:
+        message = f"{len(rows)} rows, but every pair has two"
+        place = files.find_path(MMVP_QUESTIONS)
+        raise DataError(message, place=place, fix=USE_OFFICIAL_FILE)
+    return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-_MMVP = {"question id": "id", "type": "pattern"}
-"""Spellings of the header."""
+def _pair_id(first: OfficialObject, second: OfficialObject) -> str:
+    """Return the id of a pair of rows."""
+    return f"{first['id']}-{second['id']}"
 
 
-def _photo(row: Fields) -> str:
-    return f"a photo of {row['statement']}"
-
-
-def _mmvp_image(source: Source, row: Fields) -> ImageRef:
-    return source.image(
-        *(
-            f"{folder}/{row['pattern']}/{row['id']}{s}"
-            for folder in FOLDERS
-            for s in (".jpg", ".png")
-        )
-    )
-
-
-def score_letters(tag: str) -> Callable[[Any, Answers], Score]:
-    """A scorer of letters by MMBench's rules, broken down by a tag."""
-
-    def score(items: Any, answers: Answers) -> Score:
-        letters = [
-            mmbench_letter(text or "", item.options)
-            for item, text in zip(items, answers, strict=True)
-        ]
-        right = [float(letter == item.answer) for item, letter in zip(items, letters, strict=True)]
-        samples = {"accuracy": sample(right)} | by_tag(
-            right, [item.tags[tag] for item in items], prefix="accuracy/"
-        )
-        unparsed = sum(
-            letter is None and text is not None
-            for letter, text in zip(letters, answers, strict=True)
-        )
-        return Score(samples, unparsed=unparsed)
-
-    return score
+def _find_mmvp_image(files: OfficialFiles, row: OfficialObject) -> ImageRef:
+    """Return the image of a row, in either image folder."""
+    stems = [f"{folder}/{row['pattern']}/{row['id']}" for folder in MMVP_FOLDERS]
+    return files.find_image(*(f"{stem}{suffix}" for stem in stems for suffix in (".jpg", ".png")))

@@ -1,4 +1,7 @@
-"""Questions with short answers: VQAv2, GQA, VizWiz, TextVQA. Prompts are LLaVA-1.5's, which VILA and Sugar share."""
+"""Questions with short answers: VQAv2, GQA, VizWiz, TextVQA.
+
+The prompts are those of LLaVA-1.5, which VILA and Sugar share.
+"""
 
 from __future__ import annotations
 
@@ -7,191 +10,172 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlduet.errors import DataError
-from vlduet.eval.answers import evalai, evalai_accuracy, vqa_accuracy
-from vlduet.eval.benchmarks.source import UNCHANGED, Fields, Source
+from vlduet.eval.answers import evalai_accuracy, normalize_evalai, vqa_accuracy
+from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles
+from vlduet.eval.benchmarks.scores import BenchmarkScore, average, average_by_tag
 from vlduet.eval.benchmarks.tasks import (
-    Answers,
-    Export,
+    AnswerScorer,
+    AnswerTask,
+    AnswerTexts,
     Question,
-    Questions,
-    Score,
-    Scorer,
-    by_tag,
-    sample,
+    SubmissionExport,
 )
 
-SHORT = "\nAnswer the question using a single word or phrase."
-UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+SHORT_ANSWER_INSTRUCTION = "\nAnswer the question using a single word or phrase."
+UNANSWERABLE_INSTRUCTION = (
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+)
 
 
-def scored(metric: Callable[[str, Any], float], *tags: str) -> Scorer:
-    """A scorer of one number an item, a missing answer being the empty text, broken down by tags."""
+def make_accuracy_scorer(metric: Callable[[str, Any], float], *tags: str) -> AnswerScorer:
+    """Return a scorer of the mean of a metric, broken down by tags.
 
-    def score(items: Sequence[Question], answers: Answers) -> Score:
-        values = [
-            metric(text or "", item.answer) for item, text in zip(items, answers, strict=True)
-        ]
-        samples = {"accuracy": sample(values)}
+    Args:
+        metric: (answer, reference) -> value between 0 and 1; a missing answer is the empty text.
+        tags: tags of the questions; numbers are named ``accuracy`` and ``accuracy/TAG/VALUE``.
+    """
+
+    def score_answers(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
+        pairs = zip(items, answers, strict=True)
+        values = [metric(text or "", item.reference) for item, text in pairs]
+        samples = {"accuracy": average(values)}
         for tag in tags:
-            samples |= by_tag(values, [item.tags[tag] for item in items], prefix=f"accuracy/{tag}/")
-        return Score(samples)
+            tag_values = [item.tags[tag] for item in items]
+            samples |= average_by_tag(values, tag_values, prefix=f"accuracy/{tag}/")
+        return BenchmarkScore(samples)
 
-    return score
-
-
-def exported(name: str, row: Callable[[Question, str], dict[str, Any]]) -> Export:
-    """A submission file: a JSON list with one object an item; a missing answer is the empty text, as LLaVA submits it."""
-
-    def export(items: Sequence[Question], answers: Answers) -> dict[str, bytes]:
-        rows = [row(item, text or "") for item, text in zip(items, answers, strict=True)]
-        return {name: json.dumps(rows).encode()}
-
-    return export
+    return score_answers
 
 
-# ------------------------------------------------------------------ VQAv2
+def make_json_export(
+    file_name: str, make_row: Callable[[Question, str], dict[str, Any]]
+) -> SubmissionExport:
+    """Return an export to one JSON list with an object per question.
 
-VQAV2 = {
-    "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "val2014"),
-    "testdev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "test2015"),
-    "test": ("v2_OpenEnded_mscoco_test2015_questions.json", "test2015"),
-}
-VQAV2_ANSWERS = "vqav2/v2_mscoco_val2014_annotations.json"
+    A missing answer is submitted as the empty text, as LLaVA does.
+    """
 
+    def export_answers(items: Sequence[Question], answers: AnswerTexts) -> dict[str, bytes]:
+        pairs = zip(items, answers, strict=True)
+        rows = [make_row(item, text or "") for item, text in pairs]
+        return {file_name: json.dumps(rows).encode()}
 
-def vqav2(split: str) -> Callable[[Source], Questions]:
-    """A loader of val (scored), testdev or test (exported for the server)."""
-    file, images = VQAV2[split]
-
-    def load(source: Source) -> Questions:
-        known = _vqav2_answers(source) if split == "val" else {}
-        items = []
-        for row in source.object(f"vqav2/{file}").each("questions"):
-            image = source.image(f"coco/{images}/COCO_{images}_{row['image_id']:012d}.jpg")
-            answer, tags = None, {}
-            if split == "val":
-                if row["question_id"] not in known:
-                    raise DataError(
-                        f"question {row['question_id']} has no annotation",
-                        place=row.place,
-                        fix=UNCHANGED,
-                    )
-                told = known[row["question_id"]]
-                answer = [one["answer"] for one in told.each("answers")]
-                tags = {"answer_type": told["answer_type"], "question_type": told["question_type"]}
-            items.append(
-                Question(str(row["question_id"]), (image, row["question"] + SHORT), answer, tags)
-            )
-        export = exported(
-            "vqav2.json", lambda item, text: {"question_id": int(item.id), "answer": evalai(text)}
-        )
-        score = (
-            scored(vqa_accuracy_of_llava, "answer_type", "question_type")
-            if split == "val"
-            else None
-        )
-        return Questions(tuple(items), score, export)
-
-    return load
+    return export_answers
 
 
-def vqa_accuracy_of_llava(prediction: str, answers: Sequence[str]) -> float:
-    """The official accuracy of what LLaVA submits: the answer after the EvalAI processor."""
-    return vqa_accuracy(evalai(prediction), answers)
+def load_vqav2(
+    files: OfficialFiles, *, questions: str, images: str, annotations: str | None = None
+) -> AnswerTask:
+    """Read a split of VQAv2.
 
-
-def _vqav2_answers(source: Source) -> dict[int, Fields]:
-    return {row["question_id"]: row for row in source.object(VQAV2_ANSWERS).each("annotations")}
-
-
-# ------------------------------------------------------------------ GQA
-
-
-def gqa(source: Source) -> Questions:
-    """testdev_balanced: 12,578 questions, exact match after LLaVA's rstrip of periods and lower case."""
+    Args:
+        files: data folder.
+        questions: file of questions in ``vqav2/``.
+        images: name of the COCO image set in ``coco/``, such as ``val2014``.
+        annotations: file of answers in ``vqav2/``; None where only the server knows them.
+    """
+    answers_of: dict[int, list[str]] = {}
+    tags_of: dict[int, dict[str, str]] = {}
+    if annotations is not None:
+        for row in files.read_object(f"vqav2/{annotations}").get_objects("annotations"):
+            key = row["question_id"]
+            answers_of[key] = [answer["answer"] for answer in row.get_objects("answers")]
+            tags_of[key] = {tag: row[tag] for tag in ("answer_type", "question_type")}
     items = []
-    for key, row in source.entries("gqa/testdev_balanced_questions.json").items():
-        if row.get("isBalanced", True):
-            image = source.image(f"gqa/images/{row['imageId']}.jpg")
-            kind = "open" if row.within("types")["structural"] == "query" else "binary"
-            items.append(
-                Question(key, (image, row["question"] + SHORT), row["answer"], {"kind": kind})
-            )
-    export = exported(
-        "gqa.json", lambda item, text: {"questionId": item.id, "prediction": gqa_prediction(text)}
+    for row in files.read_object(f"vqav2/{questions}").get_objects("questions"):
+        key = row["question_id"]
+        if annotations is not None and key not in answers_of:
+            message = f"question {key} has no annotation"
+            raise DataError(message, place=row.place, fix=USE_OFFICIAL_FILE)
+        image = files.find_image(f"coco/{images}/COCO_{images}_{row['image_id']:012d}.jpg")
+        prompt = (image, row["question"] + SHORT_ANSWER_INSTRUCTION)
+        items.append(Question(str(key), prompt, answers_of.get(key), tags_of.get(key, {})))
+    scorer = make_accuracy_scorer(llava_vqa_accuracy, "answer_type", "question_type")
+    return AnswerTask(
+        tuple(items),
+        scorer if annotations is not None else None,
+        make_json_export(
+            "vqav2.json",
+            lambda item, text: {"question_id": int(item.id), "answer": normalize_evalai(text)},
+        ),
     )
-    return Questions(tuple(items), scored(gqa_match, "kind"), export)
 
 
-def gqa_prediction(text: str) -> str:
-    """LLaVA's: no period at the end, lower case; nothing else."""
+def llava_vqa_accuracy(answer: str, references: Sequence[str]) -> float:
+    """Return the official VQA accuracy of what LLaVA submits: the EvalAI-normalized answer."""
+    return vqa_accuracy(normalize_evalai(answer), references)
+
+
+def load_gqa(files: OfficialFiles) -> AnswerTask:
+    """Read GQA testdev_balanced: 12,578 questions, exact match as LLaVA compares."""
+    items = []
+    for key, row in files.read_named_objects("gqa/testdev_balanced_questions.json").items():
+        if not row.get("isBalanced", True):
+            continue
+        image = files.find_image(f"gqa/images/{row['imageId']}.jpg")
+        is_open = row.get_object("types")["structural"] == "query"
+        prompt = (image, row["question"] + SHORT_ANSWER_INSTRUCTION)
+        tags = {"kind": "open" if is_open else "binary"}
+        items.append(Question(key, prompt, row["answer"], tags))
+    export = make_json_export(
+        "gqa.json",
+        lambda item, text: {"questionId": item.id, "prediction": normalize_gqa(text)},
+    )
+    return AnswerTask(tuple(items), make_accuracy_scorer(gqa_exact_match, "kind"), export)
+
+
+def normalize_gqa(text: str) -> str:
+    """Return LLaVA's normalization: no periods at the end, lower case, nothing else."""
     return text.rstrip(".").lower()
 
 
-def gqa_match(prediction: str, answer: str) -> float:
-    """1 where the prediction equals the answer."""
-    return float(gqa_prediction(prediction) == answer)
+def gqa_exact_match(answer: str, reference: str) -> float:
+    """Return 1.0 where the normalized answer equals the reference, else 0.0."""
+    return float(normalize_gqa(answer) == reference)
 
 
-# ------------------------------------------------------------------ VizWiz
+def load_vizwiz(files: OfficialFiles, *, split: str) -> AnswerTask:
+    """Read VizWiz ``val`` (scored as TextVQA is) or ``test`` (exported for the server)."""
+    has_answers = split == "val"
+    items = []
+    for row in files.read_objects(f"vizwiz/Annotations/{split}.json"):
+        image = files.find_image(f"vizwiz/{split}/{row['image']}")
+        references, tags = None, {}
+        if has_answers:
+            references = [answer["answer"] for answer in row.get_objects("answers")]
+            tags = {"answer_type": row["answer_type"]}
+        text = row["question"] + UNANSWERABLE_INSTRUCTION + SHORT_ANSWER_INSTRUCTION
+        items.append(Question(row["image"], (image, text), references, tags))
+    scorer = make_accuracy_scorer(evalai_accuracy, "answer_type")
+    export = make_json_export(
+        "vizwiz.json", lambda item, text: {"image": item.id, "answer": normalize_evalai(text)}
+    )
+    return AnswerTask(tuple(items), scorer if has_answers else None, export)
 
 
-def vizwiz(split: str) -> Callable[[Source], Questions]:
-    """A loader of val (scored as TextVQA is) or test (exported for the server)."""
+def load_textvqa(files: OfficialFiles, *, with_ocr_tokens: bool) -> AnswerTask:
+    """Read TextVQA val.
 
-    def load(source: Source) -> Questions:
-        items = []
-        for row in source.items(f"vizwiz/Annotations/{split}.json"):
-            image = source.image(f"vizwiz/{split}/{row['image']}")
-            answers = [one["answer"] for one in row.each("answers")] if split == "val" else None
-            tags = {"answer_type": row["answer_type"]} if split == "val" else {}
-            items.append(
-                Question(row["image"], (image, row["question"] + UNSURE + SHORT), answers, tags)
-            )
-        export = exported(
-            "vizwiz.json", lambda item, text: {"image": item.id, "answer": evalai(text)}
-        )
-        return Questions(
-            tuple(items), scored(evalai_accuracy, "answer_type") if split == "val" else None, export
-        )
-
-    return load
-
-
-# ------------------------------------------------------------------ TextVQA
-
-
-def textvqa(*, ocr: bool) -> Callable[[Source], Questions]:
-    """A loader of val; the papers show the model the OCR tokens of Rosetta."""
-
-    def load(source: Source) -> Questions:
-        tokens: dict[str, list[str]] = {}
-        if ocr:
-            rows = source.object("textvqa/TextVQA_Rosetta_OCR_v0.2_val.json").each("data")
-            tokens = {row["image_id"]: row["ocr_tokens"] for row in rows}
-        items = []
-        for row in source.object("textvqa/TextVQA_0.5.1_val.json").each("data"):
-            image = source.image(
-                *(f"textvqa/train_images/{row['image_id']}{s}" for s in (".jpg", ".png"))
-            )
-            if len(row["answers"]) != 10:
-                raise DataError(
-                    f"{len(row['answers'])} answers, 10 needed",
-                    place=row.place.with_field("answers"),
-                    fix=UNCHANGED,
-                )
-            reference = (
-                f"\nReference OCR token: {', '.join(tokens.get(row['image_id'], []))}"
-                if ocr
-                else ""
-            )
-            items.append(
-                Question(
-                    str(row["question_id"]),
-                    (image, row["question"] + reference + SHORT),
-                    row["answers"],
-                )
-            )
-        return Questions(tuple(items), scored(evalai_accuracy), facts={"ocr": ocr})
-
-    return load
+    Args:
+        files: data folder.
+        with_ocr_tokens: add Rosetta's OCR tokens of the image to the prompt, as the papers do.
+    """
+    ocr_tokens: dict[str, list[str]] = {}
+    if with_ocr_tokens:
+        rows = files.read_object("textvqa/TextVQA_Rosetta_OCR_v0.2_val.json").get_objects("data")
+        ocr_tokens = {row["image_id"]: row["ocr_tokens"] for row in rows}
+    items = []
+    for row in files.read_object("textvqa/TextVQA_0.5.1_val.json").get_objects("data"):
+        stem = f"textvqa/train_images/{row['image_id']}"
+        image = files.find_image(f"{stem}.jpg", f"{stem}.png")
+        if len(row["answers"]) != 10:
+            message = f"{len(row['answers'])} answers, 10 needed"
+            place = row.place.with_field("answers")
+            raise DataError(message, place=place, fix=USE_OFFICIAL_FILE)
+        text = row["question"]
+        if with_ocr_tokens:
+            text += f"\nReference OCR token: {', '.join(ocr_tokens.get(row['image_id'], []))}"
+        prompt = (image, text + SHORT_ANSWER_INSTRUCTION)
+        items.append(Question(str(row["question_id"]), prompt, row["answers"]))
+    scorer = make_accuracy_scorer(evalai_accuracy)
+    return AnswerTask(tuple(items), scorer, details={"ocr": with_ocr_tokens})

@@ -1,132 +1,159 @@
-"""Yes-or-no questions: POPE (objects that are not there) and MME (fourteen abilities, each image asked twice)."""
+"""Yes-or-no questions: POPE (objects that are absent) and MME (fourteen abilities)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vlduet.errors import DataError
-from vlduet.eval.answers import mme_answer, pope_yes
-from vlduet.eval.benchmarks.source import UNCHANGED, Source
-from vlduet.eval.benchmarks.tasks import Answers, Question, Questions, Sample, Score, joined, sample
-from vlduet.eval.benchmarks.vqa import SHORT
+from vlduet.eval.answers import is_pope_yes, parse_mme_answer
+from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles
+from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, average, combine_samples
+from vlduet.eval.benchmarks.tasks import AnswerTask, AnswerTexts, Question
+from vlduet.eval.benchmarks.vqa import SHORT_ANSWER_INSTRUCTION
 
 # ------------------------------------------------------------------ POPE
 
-SPLITS = ("random", "popular", "adversarial")
+POPE_SPLITS = ("random", "popular", "adversarial")
 
 
-def pope(source: Source) -> Questions:
-    """Three splits over COCO val2014; papers print the mean of the three F1s."""
+def load_pope(files: OfficialFiles) -> AnswerTask:
+    """Read POPE's three splits over COCO val2014; papers print the mean of the three F1s."""
     items = []
-    for split in SPLITS:
-        for row in source.lines(f"pope/coco_pope_{split}.json"):
-            image = source.image(f"coco/val2014/{row['image']}")
+    for split in POPE_SPLITS:
+        for row in files.read_json_lines(f"pope/coco_pope_{split}.json"):
+            image = files.find_image(f"coco/val2014/{row['image']}")
             # question_id starts again in every file.
-            identity = f"{split}/{row['question_id']}"
-            items.append(
-                Question(identity, (image, row["text"] + SHORT), row["label"], {"split": split})
-            )
-    return Questions(tuple(items), score_pope)
+            key = f"{split}/{row['question_id']}"
+            prompt = (image, row["text"] + SHORT_ANSWER_INSTRUCTION)
+            items.append(Question(key, prompt, row["label"], {"split": split}))
+    return AnswerTask(tuple(items), score_pope)
 
 
-def score_pope(items: Sequence[Question], answers: Answers) -> Score:
-    """F1, accuracy, precision, recall and share of yes, by split; a missing answer is the empty text, which is a yes.
+def score_pope(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
+    """Score F1, accuracy, precision, recall and the share of yes, by split, and the mean F1.
 
-    Where a split has no predicted or no actual yes, the official code divides by zero; here the number is 0.
+    A missing answer is the empty text, which officially is a yes. Where a split has no predicted or
+    no actual yes, the official code divides by zero; here the number is 0.
     """
-    samples: dict[str, Sample] = {}
+    samples: dict[str, MetricSample] = {}
     for split in dict.fromkeys(item.tags["split"] for item in items):
-        rows = [
-            (item.answer == "yes", pope_yes(text or ""))
-            for item, text in zip(items, answers, strict=True)
-            if item.tags["split"] == split
-        ]
-        hit = [float(gold and said) for gold, said in rows]
-        samples[f"F1/{split}"] = sample(hit, [float(gold) + float(said) for gold, said in rows])
+        is_yes, said_yes = [], []
+        for item, text in zip(items, answers, strict=True):
+            if item.tags["split"] == split:
+                is_yes.append(float(item.reference == "yes"))
+                said_yes.append(float(is_pope_yes(text or "")))
+        pairs = list(zip(is_yes, said_yes, strict=True))
+        hits = [label * answer for label, answer in pairs]
         # F1 = 2 TP / (2 TP + FP + FN): a mean of hits with weights 2 (TP), 1 (FP, FN), 0 (TN).
-        samples[f"accuracy/{split}"] = sample([float(gold == said) for gold, said in rows])
-        samples[f"precision/{split}"] = sample(hit, [float(said) for _, said in rows])
-        samples[f"recall/{split}"] = sample(hit, [float(gold) for gold, _ in rows])
-        samples[f"yes/{split}"] = sample([float(said) for _, said in rows])
-    f1 = joined([found for name, found in samples.items() if name.startswith("F1/")])
-    return Score({"F1": f1} | samples)
+        samples[f"F1/{split}"] = average(hits, [label + answer for label, answer in pairs])
+        samples[f"accuracy/{split}"] = average([float(label == answer) for label, answer in pairs])
+        samples[f"precision/{split}"] = average(hits, said_yes)
+        samples[f"recall/{split}"] = average(hits, is_yes)
+        samples[f"yes/{split}"] = average(said_yes)
+    f1 = combine_samples([value for name, value in samples.items() if name.startswith("F1/")])
+    return BenchmarkScore({"F1": f1} | samples)
 
 
 # ------------------------------------------------------------------ MME
 
-PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
-)  # fmt: skip
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-ASKED = " Please answer yes or no."
-ROOT = "mme/MME_Benchmark_release_version"
+MME_PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+MME_COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
+MME_FOLDER = "mme/MME_Benchmark_release_version"
+MME_INSTRUCTION = " Please answer yes or no."
+"""MME's own instruction, which LLaVA replaces."""
 
 
-def mme(source: Source) -> Questions:
-    """Fourteen tasks; questions stand in ``TASK/*.txt`` or ``TASK/questions_answers_YN/*.txt``, two lines an image."""
+def load_mme(files: OfficialFiles) -> AnswerTask:
+    """Read MME's fourteen tasks, two questions per image.
+
+    Questions are in ``TASK/*.txt`` beside the images, or in ``TASK/questions_answers_YN/*.txt``
+    with the images in ``TASK/images``.
+    """
     items = []
-    for task in (*PERCEPTION, *COGNITION):
-        folder = source.path(f"{ROOT}/{task}")
-        apart = (folder / "questions_answers_YN").is_dir()
-        texts = sorted((folder / "questions_answers_YN" if apart else folder).glob("*.txt"))
-        if not texts:
-            raise DataError("no questions (*.txt) in this folder", place=folder, fix=UNCHANGED)
-        for path in texts:
-            beside = f"{ROOT}/{task}/images" if apart else f"{ROOT}/{task}"
-            image = source.image(*(f"{beside}/{path.stem}{s}" for s in (".jpg", ".png", ".jpeg")))
-            lines = [
-                text
-                for text in source.text(path.relative_to(source.root).as_posix()).splitlines()
-                if text.strip()
-            ]
-            for number, text in enumerate(lines, 1):
-                question, tab, answer = text.partition("\t")
-                if not tab or len(lines) != 2:
-                    raise DataError(
-                        "expected two lines 'question<TAB>answer'",
-                        place=f"{path}:{number}",
-                        fix=UNCHANGED,
-                    )
-                prompt = question.replace(ASKED, "") + SHORT
-                tags = {
-                    "task": task,
-                    "image": image.path.name if image.path else "",
-                    "question": question,
-                }
-                items.append(
-                    Question(f"{task}/{path.stem}/{number}", (image, prompt), answer.strip(), tags)
-                )
-    return Questions(tuple(items), score_mme, export_mme)
+    for task in (*MME_PERCEPTION, *MME_COGNITION):
+        folder = files.find_path(f"{MME_FOLDER}/{task}")
+        question_folder, image_folder = folder, f"{MME_FOLDER}/{task}"
+        if (folder / "questions_answers_YN").is_dir():
+            question_folder = folder / "questions_answers_YN"
+            image_folder += "/images"
+        paths = sorted(question_folder.glob("*.txt"))
+        if not paths:
+            message = "no questions (*.txt) in this folder"
+            raise DataError(message, place=folder, fix=USE_OFFICIAL_FILE)
+        for path in paths:
+            items += _read_mme_questions(files, path, task=task, image_folder=image_folder)
+    return AnswerTask(tuple(items), score_mme, export_mme)
 
 
-def score_mme(items: Sequence[Question], answers: Answers) -> Score:
-    """A task's score is 100 x accuracy + 100 x (share of images with both answers right); tasks are summed."""
-    tasks: dict[str, Sample] = {}
-    said = [mme_answer(text or "") for text in answers]
-    for task in dict.fromkeys(item.tags["task"] for item in items):
-        right = [
-            float(found == item.answer.lower())
-            for item, found in zip(items, said, strict=True)
-            if item.tags["task"] == task
-        ]
-        # Lines are paired as they stand; mean over images of the mean of the two, plus both.
-        pairs = list(zip(right[::2], right[1::2], strict=True))
-        tasks[task] = sample([(a + b) / 2 + a * b for a, b in pairs])
-    unparsed = sum(
-        found == "other" and text is not None for found, text in zip(said, answers, strict=True)
-    )
-    samples = {
-        "perception": joined([tasks[task] for task in PERCEPTION if task in tasks], total=True),
-        "cognition": joined([tasks[task] for task in COGNITION if task in tasks], total=True),
-    }
-    return Score(samples | tasks, unparsed=unparsed)
+def _read_mme_questions(
+    files: OfficialFiles, path: Path, *, task: str, image_folder: str
+) -> list[Question]:
+    """Return the two questions of one image; raise DataError for another number of lines."""
+    suffixes = (".jpg", ".png", ".jpeg")
+    image = files.find_image(*(f"{image_folder}/{path.stem}{suffix}" for suffix in suffixes))
+    text = files.read_text(path.relative_to(files.root).as_posix())
+    lines = [line for line in text.splitlines() if line.strip()]
+    items = []
+    for number, line in enumerate(lines, 1):
+        question, tab, answer = line.partition("\t")
+        if not tab or len(lines) != 2:
+            message = "expected two lines 'question<TAB>answer'"
+            raise DataError(message, place=f"{path}:{number}", fix=USE_OFFICIAL_FILE)
+        prompt = (image, question.replace(MME_INSTRUCTION, "") + SHORT_ANSWER_INSTRUCTION)
+        image_name = image.path.name if image.path else ""
+        tags = {"task": task, "image": image_name, "question": question}
+        items.append(Question(f"{task}/{path.stem}/{number}", prompt, answer.strip(), tags))
+    return items
 
 
-def export_mme(items: Sequence[Question], answers: Answers) -> dict[str, bytes]:
-    """The files that ``eval_tool/calculation.py`` reads: image, question, answer, prediction, by tabs."""
-    files: dict[str, list[str]] = {}
+def score_mme(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
+    """Score MME: the tasks of perception and of cognition, summed, and every task.
+
+    A task's score is 100 x accuracy + 100 x (share of images with both answers correct).
+    """
+    parsed = [parse_mme_answer(text or "") for text in answers]
+    correct_by_task: dict[str, list[float]] = {}
+    for item, answer in zip(items, parsed, strict=True):
+        is_correct = float(answer == item.reference.lower())
+        correct_by_task.setdefault(item.tags["task"], []).append(is_correct)
+    tasks = {}
+    for task, correct in correct_by_task.items():
+        # Questions of one image follow each other, in the order of the file.
+        pairs = zip(correct[::2], correct[1::2], strict=True)
+        tasks[task] = average([(first + second) / 2 + first * second for first, second in pairs])
+    samples = {}
+    for name, members in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION)):
+        scored_tasks = [tasks[task] for task in members if task in tasks]
+        samples[name] = combine_samples(scored_tasks, sum_groups=True)
+    answered = [answer for answer, text in zip(parsed, answers, strict=True) if text is not None]
+    return BenchmarkScore(samples | tasks, num_unparsed=answered.count("other"))
+
+
+def export_mme(items: Sequence[Question], answers: AnswerTexts) -> dict[str, bytes]:
+    """Return the files that ``eval_tool/calculation.py`` reads, one per task.
+
+    Columns are image, question, answer and prediction, separated by tabs.
+    """
+    rows: dict[str, list[str]] = {}
     for item, text in zip(items, answers, strict=True):
-        told = " ".join((text or "").split())  # a line end would break the table
-        row = (item.tags["image"], item.tags["question"], item.answer, told)
-        files.setdefault(f"{item.tags['task']}.txt", []).append("\t".join(row) + "\n")
-    return {name: "".join(rows).encode() for name, rows in files.items()}
+        prediction = " ".join((text or "").split())  # a line end would break the table
+        row = (item.tags["image"], item.tags["question"], item.reference, prediction)
+        rows.setdefault(f"{item.tags['task']}.txt", []).append("\t".join(row) + "\n")
+    return {name: "".join(lines).encode() for name, lines in rows.items()}

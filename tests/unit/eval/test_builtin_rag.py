@@ -54,15 +54,15 @@ def blind(items: list[Parts], query: bool) -> np.ndarray:
 
 
 def test_solved_questions(tmp_path: Path) -> None:
-    task = solved.examples(stamps(10), stamps(15, first=5), count=8, seed=0)
-    assert len(task.items) == 8 and len(task.facts) == 15
-    for item, excluded, right in zip(task.items, task.excluded, task.positives, strict=True):
+    task = solved.make_solved_question_task(stamps(10), stamps(15, first=5), num_questions=8, seed=0)
+    assert len(task.items) == 8 and len(task.entries) == 15
+    for item, excluded, right in zip(task.items, task.excluded_entries, task.positives, strict=True):
         number = int(item.id[1:])
         assert excluded == ((number - 5,) if number >= 5 else ())  # never a question's own image
-        assert item.options[item.answer] == KINDS[number % 5] and len(set(item.options)) == 4
-        assert all(item.options[item.answer] in str(task.facts[i].shown[0]) for i in right)
-    assert all("Answer" not in str(key) for fact in task.facts for key in fact.keys)
-    score = protocols.rag(
+        assert item.options[item.reference] == KINDS[number % 5] and len(set(item.options)) == 4
+        assert all(item.options[item.reference] in str(task.entries[i].prompt_parts[0]) for i in right)
+    assert all("Answer" not in str(key) for fact in task.entries for key in fact.search_views)
+    score = protocols.run_rag(
         task,
         PredictionStore(
             tmp_path, ModelFunctions(embed=embed, continuation_nll=copies, retriever_embed=blind)
@@ -73,17 +73,17 @@ def test_solved_questions(tmp_path: Path) -> None:
     assert (
         score.samples["other/retrieval/R@1"].mean == 0 == score.samples["other/accuracy"].mean
     )  # it finds nothing
-    assert score.facts["chance"] == 25 and score.facts["facts"] == 15
+    assert score.details["chance"] == 25 and score.details["facts"] == 15
 
 
 def test_documents(tmp_path: Path) -> None:
-    task = solved.documents([*stamps(10), *stamps(10)], count=6, seed=1)
-    assert len(task.facts) == 10, "one sentence a thing"
+    task = solved.make_document_task([*stamps(10), *stamps(10)], num_questions=6, seed=1)
+    assert len(task.entries) == 10, "one sentence a thing"
     for item, (right,) in zip(task.items, task.positives, strict=True):
-        assert task.facts[right].shown == (
-            f"Thing {item.id[1:]}: one of the {item.options[item.answer]}.",
+        assert task.entries[right].prompt_parts == (
+            f"Thing {item.id[1:]}: one of the {item.options[item.reference]}.",
         )
-        assert item.parts == (f"What kind of thing is this: Thing {item.id[1:]}?",)
+        assert item.prompt == (f"What kind of thing is this: Thing {item.id[1:]}?",)
 
 
 def test_a_view_that_a_retriever_cannot_read_does_not_count() -> None:
@@ -94,16 +94,16 @@ def test_a_view_that_a_retriever_cannot_read_does_not_count() -> None:
             assert isinstance(items[0][0], (str, ImageRef))
             return embed(items, query) if isinstance(items[0][0], str) else blind(items, query)
 
-    task = solved.documents(stamps(5), count=5, seed=0)
+    task = solved.make_document_task(stamps(5), num_questions=5, seed=0)
     views = tuple(((tiny.random_image(i),), (KINDS[i],)) for i in range(5))
-    facts = tuple(solved.Fact(str(i), view, ()) for i, view in enumerate(views))
-    both = solved.Rag(items=task.items, queries=views, facts=facts, prompt=task.prompt, score=None)
+    facts = tuple(solved.KnowledgeEntry(str(i), view, ()) for i, view in enumerate(views))
+    both = solved.RagTask(items=task.items, query_views=views, entries=facts, build_prompt=task.build_prompt, score=None)
     found = protocols._rag_similarity(both, Half().embed, "self")
     assert found is not None and [int(row.argmax()) for row in found] == [0, 1, 2, 3, 4]
 
 
 def test_nothing_to_ask_or_to_find() -> None:
     with pytest.raises(DataError, match="an empty knowledge base"):
-        solved.examples(stamps(5), [], count=5, seed=0)
+        solved.make_solved_question_task(stamps(5), [], num_questions=5, seed=0)
     with pytest.raises(DataError, match="1 things of 1 kinds"):
-        solved.documents(stamps(1), count=5, seed=0)
+        solved.make_document_task(stamps(1), num_questions=5, seed=0)
