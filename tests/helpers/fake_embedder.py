@@ -72,7 +72,9 @@ class FakeModel:
 
 def paint(path: Path, colour: tuple[int, int, int]) -> Path:
     """Write a small image of one colour and return its path."""
-    images.save_png(images.from_pixels(np.full((4, 4, 3), colour, dtype=np.uint8)), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((4, 4, 3), colour, dtype=np.uint8)
+    path.write_bytes(images.encode_png(images.from_pixels(pixels)))
     return path
 
 

@@ -22,7 +22,7 @@ def write_noise_png(path: Path, seed: int, size: int = 80) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     colours = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     squares = np.ones((size // 8, size // 8, 1), dtype=np.uint8)
-    images.save_png(images.from_pixels(np.kron(colours, squares)), path)
+    path.write_bytes(images.encode_png(images.from_pixels(np.kron(colours, squares))))
 
 
 def write_text(path: Path, text: str) -> None:

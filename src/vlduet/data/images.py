@@ -20,7 +20,6 @@ import struct
 import warnings
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -259,12 +258,6 @@ def encode_jpeg(image: DecodedImage) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90, optimize=True)
     return buffer.getvalue()
-
-
-def save_png(image: DecodedImage, path: Path) -> None:
-    """Write the image as a PNG file, and create the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_png(image))
 
 
 def encode_thumbnail_data_url(image: DecodedImage, side: int) -> str:

@@ -50,7 +50,7 @@ def write_map(root: Path, name: str, title: str, divisions: list[Division]) -> N
     colours = np.array([rgb for _, _, rgb in divisions], dtype=np.uint8)
     pixels = colours[squares].repeat(10, 0).repeat(10, 1)
     pixels[-1, -1] = (7, 7, 7)
-    images.save_png(images.from_pixels(pixels), root / f"{name}.png")
+    (root / f"{name}.png").write_bytes(images.encode_png(images.from_pixels(pixels)))
 
 
 def country_name(number: int) -> str:

@@ -59,7 +59,7 @@ class AngleEmbedder:
 def write_image(folder: Path, angle: int) -> str:
     """Write an image whose red is `angle`, and return its name."""
     pixels = np.full((2, 2, 3), (angle, 0, 0), dtype=np.uint8)
-    images.save_png(images.from_pixels(pixels), folder / f"{angle}.png")
+    (folder / f"{angle}.png").write_bytes(images.encode_png(images.from_pixels(pixels)))
     return f"{angle}.png"
 
 
