@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 
@@ -42,14 +43,7 @@ class VLDuetError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Loader workers send errors to the main process, and exceptions do not pickle their
         # keyword arguments by themselves.
-        return (_rebuild_error, (type(self), self.message, self.place, self.fix))
-
-
-def _rebuild_error(
-    error_class: type[VLDuetError], message: str, place: str | None, fix: str | None
-) -> VLDuetError:
-    """Create an unpickled error from its class and the arguments of its constructor."""
-    return error_class(message, place=place, fix=fix)
+        return partial(type(self), place=self.place, fix=self.fix), (self.message,)
 
 
 class ConfigError(VLDuetError):

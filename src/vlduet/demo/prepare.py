@@ -19,7 +19,7 @@ from vlduet.data.formats import read_jsonl
 from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record
 from vlduet.errors import ConfigError, PackageError
-from vlduet.eval.metrics import normalized_words
+from vlduet.eval.metrics import tokenize_answer
 
 if TYPE_CHECKING:
     from vlduet.config import RunConfig
@@ -134,7 +134,7 @@ def _collect_caption_keys(records: Iterable[Record]) -> set[str]:
 
 def caption_key(caption: str) -> str:
     """Return a caption for comparisons: without its case, articles and punctuation."""
-    return " ".join(normalized_words(caption))
+    return " ".join(tokenize_answer(caption))
 
 
 def build_model(to: Path, name: str, *, seed: int, untrained: bool = False) -> DuetModel:

@@ -107,7 +107,7 @@ def run_demo(
     with timer.step("after"):
         trained = measure_model(model, data, captioned=data.held_out, seed=seed)
     with timer.step("use"):
-        usage = use_model(to, model, data, retrieval=trained.retrieval)
+        galleries, answers = use_model(to, model, data, retrieval=trained.retrieval)
         encoders = open_frozen_encoders(to, model, cross=dual)
         alignments = align_demo_records(data.held_out, encoders)
         rag = measure_retrieval_augmented(to, model, data=data, encoders=encoders, seed=seed)
@@ -117,8 +117,8 @@ def run_demo(
             start=start,
             untrained=untrained,
             ridge=ridge,
-            galleries=usage.galleries,
-            answers=usage.answers,
+            galleries=galleries,
+            answers=answers,
             alignments=alignments,
             rag=rag,
             seed=seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,22 +26,17 @@ NUM_IMAGE_QUESTIONS = 2
 MAX_ANSWER_TOKENS = 48
 
 
-@dataclass(frozen=True, slots=True)
-class UsageExamples:
-    """Searches and answers that the report shows."""
-
-    galleries: tuple[examples.Gallery, ...]
-    answers: tuple[examples.AnsweredQuestion, ...]
-
-
 def use_model(
     to: Path, model: DuetModel, data: DemoData, *, retrieval: RetrievalResult
-) -> UsageExamples:
+) -> tuple[tuple[examples.Gallery, ...], tuple[examples.AnsweredQuestion, ...]]:
     """Write an index of the held-out images to ``to/index``, then search it and ask it questions.
 
     Args:
         to: Folder of the demo, with the model in ``to/model``.
         retrieval: Retrieval of `model` on the held-out records, which the examples are taken from.
+
+    Returns:
+        Example searches of three kinds, and the answers to all questions.
     """
     from vlduet.retrieval import rag
     from vlduet.retrieval.build import build_index
@@ -83,4 +77,4 @@ def use_model(
     answers = [answer(question) for question in QUESTIONS]
     for record in examples.evenly_spaced(retrieval.records, NUM_IMAGE_QUESTIONS):
         answers.append(answer(IMAGE_QUESTION, record.id, record.image))
-    return UsageExamples(galleries, tuple(answers))
+    return galleries, tuple(answers)

@@ -187,12 +187,12 @@ def test_the_index_answers_questions_about_images_without_their_own_documents(
     retrieval = protocols.measure_retrieval(
         model.encode_document, model.encode_query, records=tiny_demo.held_out
     )
-    usage = use.use_model(tmp_path, model, tiny_demo, retrieval=retrieval)
+    galleries, answers = use.use_model(tmp_path, model, tiny_demo, retrieval=retrieval)
     assert (tmp_path / "index").is_dir()
-    assert [answer.question for answer in usage.answers[:4]] == list(use.QUESTIONS)
-    about_images = usage.answers[4:]
+    assert [answer.question for answer in answers[:4]] == list(use.QUESTIONS)
+    about_images = answers[4:]
     assert len(about_images) == use.NUM_IMAGE_QUESTIONS
     for answer in about_images:
         assert answer.sources
         assert answer.image not in [hit.image for hit in answer.sources]
-    assert [len(gallery.searches) for gallery in usage.galleries] == [6, 6, 4]
+    assert [len(gallery.searches) for gallery in galleries] == [6, 6, 4]
