@@ -1,22 +1,26 @@
-"""What each part of Sugar is worth on real documents: gimp-help and campaigns, nano, two CPU cores.
+"""Measure the value of every part of Sugar on real documents: gimp-help and campaigns, nano, two CPU cores.
 
     vlduet model nano models/nano && vlduet model minilm models/minilm
     vlduet data fetch stamps emoji gimp-help campaigns --to data
     vlduet train clip-nano
     python experiments/sugar/study.py --work runs/sugar-study
-    python experiments/sugar/study.py --work runs/sugar-study --tell docs/results
+    python experiments/sugar/study.py --work runs/sugar-study --report docs/results
 
 Measured on the test splits, which share no image with the training splits:
 
-    next image    the last new image of a document, given up to three parts before it (their texts alone, or all): its
-                  reciprocal rank among all images, where those that the document has shown may be found or not
-    order         a window of a document against the same without one part, in order and in another order (with the same
-                  last part, which decides most of an embedding): how often the ordered one is nearer, and how often it is
-                  the nearest of all ordered and shuffled windows
-    stamps        retrieval of single images and captions, both ways; captions after the right and after a wrong image;
-                  written captions: is the reference among the five nearest of all, as a sentence encoder sees it
-    pairs         emoji whose names differ in one word, as Winoground judges them: its text and image score
-    place         which of six captioned stamps is shown again, by the place of the relevant one (WebQA's probe in small)
+    next image    the last new image of a document, queried with up to three parts before it (only
+                  their texts, or all of them): its reciprocal rank among all images, once with and
+                  once without the images that occur earlier in the document
+    order         a window of a document against the same window without one part, in order and in
+                  another order (with the same last part, which decides most of an embedding): how
+                  often the ordered one is nearer, and how often it is the nearest of all ordered and
+                  shuffled windows
+    stamps        retrieval of single images and captions in both directions; cross entropy of captions
+                  after the right and after a wrong image; generated captions: whether the reference is
+                  among the five nearest of all references, by a sentence encoder
+    pairs         emoji whose names differ in one word, scored as in Winoground: text and image score
+    place         which of six captioned stamps is repeated, by the place of the relevant one (a small
+                  version of WebQA's probe)
     text          cross entropy of documents from their first image on
 """
 
@@ -24,21 +28,27 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from _captions import nearness
-from _study import Numbers, Study, main
+from _captions import compare_captions
+from _study import Measurements, Study, run_study
 
 from vlduet.data.formats import read_jsonl
 from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval import protocols
-from vlduet.eval.benchmarks.builtin import IMAGES_PER_PROMPT, find_one_word_pairs, make_position_questions
+from vlduet.eval.benchmarks.builtin import (
+    IMAGES_PER_PROMPT,
+    find_one_word_pairs,
+    make_position_questions,
+)
 from vlduet.eval.benchmarks.runners import best_positive_ranks
 from vlduet.eval.benchmarks.scores import MetricSample, average
 from vlduet.eval.protocols import unit_rows
@@ -46,183 +56,243 @@ from vlduet.harness.builtin import answer_nlls
 from vlduet.model.duet import DuetModel
 
 CORPORA = ("gimp-help", "campaigns")
-CONTEXT = 3
-"""Parts before the image that is looked for."""
-WINDOW, LONGEST = 5, 25
-"""Parts of a window whose order is judged, and words of the longest text in one."""
-TOKENS = 96
-"""Of a document whose cross entropy is measured."""
-PROMPTS = 16
-"""Of the probe of places."""
+MAX_CONTEXT_PARTS = 3
+"""Number of parts before an image that are the query for it."""
+WINDOW_PARTS = 5
+"""Number of parts of a window whose order is tested."""
+MAX_WINDOW_WORDS = 25
+"""Number of words of the longest text in a window."""
+MAX_DOCUMENT_TOKENS = 96
+"""Number of tokens of a document whose cross entropy is measured."""
+NUM_POSITION_PROMPTS = 16
+"""Number of prompts of the probe of places."""
 
 
-def measure(model: DuetModel, data: Path) -> Numbers:
-    """All numbers of one model. What is drawn is the same for every model."""
-    documents = [
-        record for corpus in CORPORA for record in read_jsonl(data / corpus / "test.jsonl")
-    ]
+@dataclass(frozen=True)
+class NextImageQuery:
+    """A query for the last new image of a document."""
+
+    context: Parts
+    """Parts before the image."""
+    target: str
+    """Key of the image."""
+    earlier_images: frozenset[str]
+    """Keys of all images before it."""
+
+
+def measure(model: DuetModel, data: Path) -> Measurements:
+    """Return all numbers of one model; random choices are the same for every model."""
+    documents: list[Record] = []
+    for corpus in CORPORA:
+        documents += read_jsonl(data / corpus / "test.jsonl")
     return {
-        **next_image(model, documents),
-        **order(model, documents),
-        **stamps(model, data),
-        **pairs(model, data),
-        **places(model, data),
-        **texts(model, documents),
+        **measure_next_image(model, documents),
+        **measure_order(model, documents),
+        **measure_stamps(model, data),
+        **measure_pairs(model, data),
+        **measure_places(model, data),
+        **measure_texts(model, documents),
     }
 
 
-def next_image(model: DuetModel, documents: list[Record]) -> Numbers:
-    """Mean reciprocal rank (x 100) of every document's last new image, given what stands before it."""
+def make_next_image_query(record: Record) -> NextImageQuery | None:
+    """Return the query for the last image that does not occur earlier in a document.
+
+    None is returned if there is no such image, or no text among the parts before it.
+    """
+    keys: dict[int, str] = {}
+    last_new = 0
+    for position, part in enumerate(record.parts):
+        if isinstance(part, ImageRef):
+            key = image_key(part)
+            if position and key not in keys.values():
+                last_new = position
+            keys[position] = key
+    context = record.parts[max(0, last_new - MAX_CONTEXT_PARTS) : last_new]
+    if not any(isinstance(part, str) for part in context):
+        return None
+    earlier = frozenset(key for position, key in keys.items() if position < last_new)
+    return NextImageQuery(context, keys[last_new], earlier)
+
+
+def select_texts(parts: Parts) -> Parts:
+    """Return the texts among some parts, in order."""
+    return tuple(part for part in parts if isinstance(part, str))
+
+
+def measure_next_image(model: DuetModel, documents: list[Record]) -> Measurements:
+    """Return the mean reciprocal rank (x 100) of the last new image of every document."""
     gallery: dict[str, ImageRef] = {}
-    asked: list[tuple[Parts, str, set[str]]] = []
+    queries = []
     for record in documents:
-        keys = {
-            n: image_key(part) for n, part in enumerate(record.parts) if isinstance(part, ImageRef)
-        }
-        gallery |= {
-            key: part for n, key in keys.items() if isinstance(part := record.parts[n], ImageRef)
-        }
-        fresh = [n for n, key in keys.items() if n and key not in [keys[m] for m in keys if m < n]]
-        if fresh:
-            before = record.parts[max(0, fresh[-1] - CONTEXT) : fresh[-1]]
-            if any(isinstance(part, str) for part in before):
-                asked.append((before, keys[fresh[-1]], {keys[n] for n in keys if n < fresh[-1]}))
-    place = {key: i for i, key in enumerate(gallery)}
+        gallery |= {image_key(part): part for part in record.parts if isinstance(part, ImageRef)}
+        query = make_next_image_query(record)
+        if query is not None:
+            queries.append(query)
+    column = {key: position for position, key in enumerate(gallery)}
     images = model.encode_document(list(gallery.values()))
-    right = [[place[key]] for _, key, _ in asked]
-    shown = [[place[key] for key in seen] for _, _, seen in asked]
-    found: Numbers = {}
-    for name, queries in (
-        (
-            "texts",
-            [tuple(part for part in before if isinstance(part, str)) for before, _, _ in asked],
-        ),
-        ("texts and images", [before for before, _, _ in asked]),
-    ):
-        vectors = model.encode_query(queries)
-        for seen, excluded in (("", shown), (", seen ones too", [])):
-            ranks, _ = best_positive_ranks(vectors, images, right, excluded=excluded)
-            found[f"next image by {name}{seen}"] = average(1 / ranks)
-    return found
+    targets = [[column[query.target]] for query in queries]
+    earlier = [[column[key] for key in query.earlier_images] for query in queries]
+    contexts = {
+        "texts": [select_texts(query.context) for query in queries],
+        "texts and images": [query.context for query in queries],
+    }
+    numbers: Measurements = {}
+    for name, items in contexts.items():
+        vectors = model.encode_query(items)
+        for suffix, excluded in (("", earlier), (", seen ones too", [])):
+            ranks, _ = best_positive_ranks(vectors, images, targets, excluded=excluded)
+            numbers[f"next image by {name}{suffix}"] = average(1 / ranks)
+    return numbers
 
 
-def order(model: DuetModel, documents: list[Record]) -> Numbers:
-    """Whether a window without a part is nearer in order than shuffled: by itself, and among all windows."""
-    draw = random.Random(0)
+def draw_windows(documents: list[Record], rng: random.Random) -> list[Parts]:
+    """Return one window of distinct parts with an image for every document that has one."""
     windows: list[Parts] = []
     for record in documents:
-        parts = [p for p in record.parts if isinstance(p, ImageRef) or len(p.split()) <= LONGEST]
-        starts = [
-            n
-            for n in range(len(parts) - WINDOW + 1)
-            if any(isinstance(p, ImageRef) for p in parts[n : n + WINDOW])
-            and len(set(parts[n : n + WINDOW])) == WINDOW
+        parts = [
+            part
+            for part in record.parts
+            if isinstance(part, ImageRef) or len(part.split()) <= MAX_WINDOW_WORDS
         ]
-        if starts:
-            begin = draw.choice(starts)
-            windows.append(tuple(parts[begin : begin + WINDOW]))
-    ordered, shuffled = [], []
+        candidates = []
+        for start in range(len(parts) - WINDOW_PARTS + 1):
+            window = tuple(parts[start : start + WINDOW_PARTS])
+            has_image = any(isinstance(part, ImageRef) for part in window)
+            if has_image and len(set(window)) == WINDOW_PARTS:
+                candidates.append(window)
+        if candidates:
+            windows.append(rng.choice(candidates))
+    return windows
+
+
+def measure_order(model: DuetModel, documents: list[Record]) -> Measurements:
+    """Return how often a window without one part is nearer in order than shuffled.
+
+    It is compared with its own shuffled version, and with all ordered and shuffled windows.
+    """
+    rng = random.Random(0)
+    windows = draw_windows(documents, rng)
+    ordered: list[Parts] = []
+    shuffled: list[Parts] = []
     for window in windows:
-        dropped = draw.randrange(WINDOW - 1)
-        kept = [part for n, part in enumerate(window[:-1]) if n != dropped]
-        other = kept[:]
-        while other == kept:
-            draw.shuffle(other)
-        ordered.append((*kept, window[-1]))
-        shuffled.append((*other, window[-1]))
-    whole, kept_order, lost_order = (
-        unit_rows(model.encode_document(rows)) for rows in (windows, ordered, shuffled)
-    )
-    own, other_order = (whole * kept_order).sum(1), (whole * lost_order).sum(1)
-    ranks, _ = best_positive_ranks(
-        whole, np.concatenate([kept_order, lost_order]), [[n] for n in range(len(windows))]
-    )
+        dropped = rng.randrange(WINDOW_PARTS - 1)
+        parts = [part for position, part in enumerate(window[:-1]) if position != dropped]
+        permuted = parts[:]
+        while permuted == parts:
+            rng.shuffle(permuted)
+        ordered.append((*parts, window[-1]))
+        shuffled.append((*permuted, window[-1]))
+    window_vectors = unit_rows(model.encode_document(windows))
+    ordered_vectors = unit_rows(model.encode_document(ordered))
+    shuffled_vectors = unit_rows(model.encode_document(shuffled))
+    ordered_cosines = (window_vectors * ordered_vectors).sum(1)
+    shuffled_cosines = (window_vectors * shuffled_vectors).sum(1)
+    candidates = np.concatenate([ordered_vectors, shuffled_vectors])
+    targets = [[row] for row in range(len(windows))]
+    ranks, _ = best_positive_ranks(window_vectors, candidates, targets)
     return {
-        "order kept is nearer": average(own > other_order),
+        "order kept is nearer": average(ordered_cosines > shuffled_cosines),
         "order kept is nearest of all": average(ranks == 1),
     }
 
 
-def stamps(model: DuetModel, data: Path) -> Numbers:
-    """Single images and captions, which nothing in this study trains."""
+def measure_stamps(model: DuetModel, data: Path) -> Measurements:
+    """Return retrieval and captions of single images, which this study does not train."""
     records = [
-        r for r in read_jsonl(data / "stamps" / "test.jsonl") if r.image is not None and r.short
+        record
+        for record in read_jsonl(data / "stamps" / "test.jsonl")
+        if record.image is not None and record.short
     ]
-    found = protocols.measure_retrieval(model.encode_document, model.encode_query, records=records)
+    retrieval = protocols.measure_retrieval(
+        model.encode_document, model.encode_query, records=records
+    )
     entropy = protocols.measure_caption_cross_entropy(model.compute_caption_nll, records)
     images = [record.image for record in records if record.image is not None]
-    written = model.caption_images(images, max_new_tokens=MAX_CAPTION_TOKENS, batch_size=16)
-    _, rank = nearness(written, [record.short[0] for record in records])
+    captions = model.caption_images(images, max_new_tokens=MAX_CAPTION_TOKENS, batch_size=16)
+    _, ranks = compare_captions(captions, [record.short[0] for record in records])
+    increase = entropy.total_nats_wrong_image - entropy.total_nats_right_image
     return {
-        "stamps, text to image R@10": average(found.text_to_image.ranks <= 10),
-        "stamps, image to text R@10": average(found.image_to_text.ranks <= 10),
-        "stamps, nats of captions": per_token(entropy.total_nats_right_image, entropy.num_tokens),
-        "stamps, nats their image is worth": per_token(
-            entropy.total_nats_wrong_image - entropy.total_nats_right_image, entropy.num_tokens
+        "stamps, text to image R@10": average(retrieval.text_to_image.ranks <= 10),
+        "stamps, image to text R@10": average(retrieval.image_to_text.ranks <= 10),
+        "stamps, nats of captions": average_per_token(
+            entropy.total_nats_right_image, entropy.num_tokens
         ),
-        "stamps, captions like theirs": average(rank <= 5),
+        "stamps, nats their image is worth": average_per_token(increase, entropy.num_tokens),
+        "stamps, captions like theirs": average(ranks <= 5),
     }
 
 
-def pairs(model: DuetModel, data: Path) -> Numbers:
-    """Winoground's text and image score on emoji of one subgroup."""
+def measure_pairs(model: DuetModel, data: Path) -> Measurements:
+    """Return Winoground's text and image score on pairs of emoji of one subgroup."""
     items = find_one_word_pairs(list(read_jsonl(data / "emoji" / "test.jsonl")), "subgroup")
-    texts = unit_rows(model.encode_query([text for item in items for text in item.texts])).reshape(
-        len(items), 2, -1
-    )
-    images = unit_rows(
-        model.encode_document([image for item in items for image in item.images])
-    ).reshape(texts.shape)
-    same = np.einsum("nie,nje->nij", images, texts)  # [items, image, text]
-    text = (same[:, 0, 0] > same[:, 0, 1]) & (same[:, 1, 1] > same[:, 1, 0])
-    image = (same[:, 0, 0] > same[:, 1, 0]) & (same[:, 1, 1] > same[:, 0, 1])
-    return {"pairs, text score": average(text), "pairs, image score": average(image)}
+    texts: list[str] = []
+    images: list[ImageRef] = []
+    for item in items:
+        texts += item.texts
+        images += item.images
+    shape = (len(items), 2, -1)
+    text_vectors = unit_rows(model.encode_query(texts)).reshape(shape)
+    image_vectors = unit_rows(model.encode_document(images)).reshape(shape)
+    cosines = np.einsum("nie,nje->nij", image_vectors, text_vectors)  # [items, image, text]
+    right = (cosines[:, 0, 0], cosines[:, 1, 1])
+    wrong_text = (cosines[:, 0, 1], cosines[:, 1, 0])
+    text_score = (right[0] > wrong_text[0]) & (right[1] > wrong_text[1])
+    image_score = (right[0] > wrong_text[1]) & (right[1] > wrong_text[0])
+    return {"pairs, text score": average(text_score), "pairs, image score": average(image_score)}
 
 
-def places(model: DuetModel, data: Path) -> Numbers:
-    """Whether the likeliest of six captions is the right one: over all places, and at the edges less in the middle."""
+def measure_places(model: DuetModel, data: Path) -> Measurements:
+    """Return whether the likeliest of six captions is the right one.
+
+    The first number is over all places, the second the edges minus the middle.
+    """
     path = data / "stamps" / "test.jsonl"
-    items = make_position_questions(list(read_jsonl(path)), num_prompts=PROMPTS, seed=0, place=path)
-    losses = np.array(
-        [
-            nats / tokens
-            for nats, tokens in answer_nlls(model, [(q.prompt, o) for q in items for o in q.options])
-        ]
+    questions = make_position_questions(
+        list(read_jsonl(path)), num_prompts=NUM_POSITION_PROMPTS, seed=0, place=path
     )
-    right = losses.reshape(PROMPTS, IMAGES_PER_PROMPT, IMAGES_PER_PROMPT).argmin(2) == np.arange(IMAGES_PER_PROMPT)  # [prompts, places]
-    edge = np.isin(np.arange(IMAGES_PER_PROMPT), (0, IMAGES_PER_PROMPT - 1))
+    requests = []
+    for question in questions:
+        requests += [(question.prompt, option) for option in question.options]
+    losses = np.array([nats / tokens for nats, tokens in answer_nlls(model, requests)])
+    losses = losses.reshape(NUM_POSITION_PROMPTS, IMAGES_PER_PROMPT, IMAGES_PER_PROMPT)
+    is_right = losses.argmin(2) == np.arange(IMAGES_PER_PROMPT)  # [prompts, places]
+    is_edge = np.isin(np.arange(IMAGES_PER_PROMPT), (0, IMAGES_PER_PROMPT - 1))
+    difference = is_right[:, is_edge].mean(1) - is_right[:, ~is_edge].mean(1)
     return {
-        "place, accuracy": average(right.ravel()),
-        "place, edges less middle": average(right[:, edge].mean(1) - right[:, ~edge].mean(1)),
+        "place, accuracy": average(is_right.ravel()),
+        "place, edges less middle": average(difference),
     }
 
 
-def texts(model: DuetModel, documents: list[Record]) -> Numbers:
-    """Nats a token of documents, from their first image on."""
-    kept, model.renderer.max_tokens = model.renderer.max_tokens, TOKENS
+def measure_texts(model: DuetModel, documents: list[Record]) -> Measurements:
+    """Return the nats per token of documents, from their first image on."""
+    renderer = model.renderer.with_options(max_tokens=MAX_DOCUMENT_TOKENS)
     sequences = []
     for record in documents:
-        first = next(n for n, part in enumerate(record.parts) if isinstance(part, ImageRef))
-        sequences.append(model.renderer.render_document(record.parts[first:])[0].build(TOKENS))
-    model.renderer.max_tokens = kept
-    losses = model.compute_sequence_nll(sequences)
-    return {
-        "documents, nats": per_token(
-            np.array([nats for nats, _ in losses]), np.array([n for _, n in losses])
-        )
-    }
+        is_image = [isinstance(part, ImageRef) for part in record.parts]
+        builder, _ = renderer.render_document(record.parts[is_image.index(True) :])
+        sequences.append(builder.build(MAX_DOCUMENT_TOKENS))
+    losses = np.array(model.compute_sequence_nll(sequences), dtype=np.float64)
+    return {"documents, nats": average_per_token(losses[:, 0], losses[:, 1])}
 
 
-def per_token(nats: np.ndarray, tokens: np.ndarray) -> MetricSample:
-    """Mean nats a token, each item weighted by its tokens."""
-    return average(nats / np.maximum(tokens, 1), tokens, scale=1.0)
+def average_per_token(total_nats: np.ndarray, num_tokens: np.ndarray) -> MetricSample:
+    """Return the mean nats per token; each item counts by its number of tokens."""
+    return average(total_nats / np.maximum(num_tokens, 1), num_tokens, scale=1.0)
+
+
+def training_sources(corpora: Sequence[str]) -> str:
+    """Return the override that trains on the training splits of some corpora, equally weighted."""
+    sources = ", ".join(f"{{path: data/{corpus}/train.jsonl, weight: 1}}" for corpus in corpora)
+    return f"data.train=[{sources}]"
 
 
 STUDY = Study(
     name="sugar",
     base=Path("sugar-nano"),
     overrides=(
-        "data.train=[{path: data/gimp-help/train.jsonl, weight: 1}, {path: data/campaigns/train.jsonl, weight: 1}]",
+        training_sources(CORPORA),
         "data.validation=null",
         "train.batch_size=8",
         "train.steps=24",
@@ -243,8 +313,10 @@ STUDY = Study(
     },
     reference="joint",
     measure=measure,
-    lower=frozenset({"stamps, nats of captions", "place, edges less middle", "documents, nats"}),
+    lower_is_better=frozenset(
+        {"stamps, nats of captions", "place, edges less middle", "documents, nats"}
+    ),
 )
 
 if __name__ == "__main__":
-    main(STUDY)
+    run_study(STUDY)
