@@ -66,4 +66,4 @@ def _read_rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[Sou
         cause = str(error).splitlines()[0][:120]
         message = f"truncated or broken {source.suffix[1:]} ({cause})"
         fix = "Copy or download the file again; what follows in it was not read"
-        yield SourceRow.broken(place, root, source.name, message, fix=fix)
+        yield SourceRow.broken(place, root, source.name, message=message, fix=fix)

@@ -35,7 +35,7 @@ def _parse_json_line(data: bytes, place: Place, root: Path) -> SourceRow:
         return SourceRow(place, root, name, json.loads(data.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
         fix = UTF8_FIX if isinstance(error, UnicodeDecodeError) else "Mend the line"
-        return SourceRow.broken(place, root, name, _describe_json_error(error), fix=fix)
+        return SourceRow.broken(place, root, name, message=_describe_json_error(error), fix=fix)
 
 
 def _describe_json_error(error: Exception) -> str:
@@ -87,7 +87,7 @@ def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
             if isinstance(error, json.JSONDecodeError):
                 place = Place(str(source), error.lineno)
             fix = "Mend the line; what follows it in the list was not read"
-            yield SourceRow.broken(place, root, name, _describe_json_error(error), fix=fix)
+            yield SourceRow.broken(place, root, name, message=_describe_json_error(error), fix=fix)
             return
         yield SourceRow(place, root, name, value)
         position = _skip(text, position, "," + blanks)
@@ -133,7 +133,7 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
                 return
             except csv.Error as error:
                 fix = "Double the quotes inside a quoted cell, and close it"
-                yield SourceRow.broken(place, root, name, f"broken row ({error})", fix=fix)
+                yield SourceRow.broken(place, root, name, message=f"broken row ({error})", fix=fix)
             except DataError as error:
                 yield SourceRow(place, root, name, error=error)
 
@@ -171,7 +171,7 @@ def _read_image_row(path: Path, source: Path) -> SourceRow:
     if not is_utf8_encodable(name):
         place = Place(ascii(str(path)))
         message = "a file name that is not UTF-8"
-        return SourceRow.broken(place, source, ascii(name), message, fix="Rename it")
+        return SourceRow.broken(place, source, ascii(name), message=message, fix="Rename it")
     value: dict[str, Any] = {"image": name}
     sidecar = path.with_suffix(".txt")
     try:

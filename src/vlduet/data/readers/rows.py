@@ -28,7 +28,7 @@ class SourceRow:
 
     @classmethod
     def broken(
-        cls, place: Place, root: Path, default_id: str, message: str, *, fix: str
+        cls, place: Place, root: Path, default_id: str, *, message: str, fix: str
     ) -> SourceRow:
         """Return a row with an error at `place` instead of a value."""
         error = DataError(message, place=place, fix=fix)
