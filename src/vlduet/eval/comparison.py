@@ -29,11 +29,10 @@ class RunScores:
         return None if value is None else MetricValue(**value)
 
 
-def read_run_scores(folder: Path, *, name: str | None = None) -> RunScores:
+def read_run_scores(folder: Path) -> RunScores:
     """Read all scores of a folder that `vlduet eval --to` wrote.
 
-    Args:
-        name: name of the model; the folder's name if None.
+    The run is named after the folder.
 
     Raises:
         ConfigError: the folder contains no scores.
@@ -47,7 +46,7 @@ def read_run_scores(folder: Path, *, name: str | None = None) -> RunScores:
     if not scores:
         fix = "Name a folder that 'vlduet eval --to' wrote"
         raise ConfigError("no scores here", place=folder, fix=fix)
-    return RunScores(name or folder.name, scores, samples)
+    return RunScores(folder.name, scores, samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def evenly_spaced_indices(count: int, num: int) -> list[int]:
 
 
 def evenly_spaced(items: Sequence[Item], num: int) -> list[Item]:
-    """Return `num` items at the indices of `evenly_spaced_indices`, or all where there are fewer."""
+    """Return `num` evenly spaced items (see `evenly_spaced_indices`), or all if there are fewer."""
     return [items[i] for i in evenly_spaced_indices(len(items), num)]
 
 

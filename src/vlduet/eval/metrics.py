@@ -23,6 +23,9 @@ Ints = NDArray[np.int64]
 HIT_CUTOFFS = (1, 5, 10)
 """Values of k for which hit@k is reported."""
 
+INTERVAL_PERCENTILES = (2.5, 97.5)
+"""Percentiles of the resampled means that bound a 95 % bootstrap interval."""
+
 NUM_RESAMPLES = 2000
 """Number of bootstrap resamples."""
 
@@ -121,40 +124,36 @@ class Interval:
 
 
 def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None, level: float = 0.95
+    values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None
 ) -> Interval:
-    """Return a mean over items with its percentile bootstrap interval.
+    """Return a mean over items with its 95 % percentile bootstrap interval.
 
     Args:
         values: float[N] with N > 0, one value per item (0 or 1 for a hit).
         seed: seed of the resamples; equal seeds give equal intervals.
         weights: float[N]; the mean is then sum(w v) / sum(w), as for nats per token with w = number
             of tokens.
-        level: coverage of the interval.
     """
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
     assert v.ndim == 1 and v.shape == w.shape and len(v), (v.shape, w.shape)
     means = bootstrap_means(v * w, seed) / bootstrap_means(w, seed)
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
+    low, high = np.percentile(means, INTERVAL_PERCENTILES)
     return Interval(float((v * w).sum() / w.sum()), float(low), float(high))
 
 
-def paired_bootstrap(
-    ours: ArrayLike, theirs: ArrayLike, *, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Return mean(ours - theirs) with its bootstrap interval over the same items.
+def paired_bootstrap(values: ArrayLike, reference: ArrayLike, *, seed: int = 0) -> Interval:
+    """Return mean(values - reference) with its bootstrap interval over the same items.
 
     An interval that excludes 0 resolves the difference.
 
     Args:
-        ours, theirs: float[N] each; index i is the same item in both.
+        values, reference: float[N] each; index i is the same item in both.
     """
-    a = np.asarray(ours, dtype=np.float64)
-    b = np.asarray(theirs, dtype=np.float64)
+    a = np.asarray(values, dtype=np.float64)
+    b = np.asarray(reference, dtype=np.float64)
     assert a.shape == b.shape, "pairs are of the same items"
-    return bootstrap_interval(a - b, seed, level=level)
+    return bootstrap_interval(a - b, seed)
 
 
 def bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
@@ -174,7 +173,7 @@ def bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float6
 # ------------------------------------------------------------------ captions
 
 
-def normalized_words(text: str) -> list[str]:
+def tokenize_answer(text: str) -> list[str]:
     """Return the words of a text as SQuAD's official script compares them.
 
     The text is lower-cased and loses ASCII punctuation and the articles a, an, the.
@@ -184,9 +183,9 @@ def normalized_words(text: str) -> list[str]:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Return 1 if a prediction has the same `normalized_words` as some reference, else 0."""
-    words = normalized_words(prediction)
-    return float(any(words == normalized_words(reference) for reference in references))
+    """Return 1 if a prediction has the same `tokenize_answer` as some reference, else 0."""
+    words = tokenize_answer(prediction)
+    return float(any(words == tokenize_answer(reference) for reference in references))
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
@@ -194,8 +193,8 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
 
     Two texts without words score 1. No references raise ValueError.
     """
-    words = normalized_words(prediction)
-    return max(_word_f1(words, normalized_words(reference)) for reference in references)
+    words = tokenize_answer(prediction)
+    return max(_word_f1(words, tokenize_answer(reference)) for reference in references)
 
 
 def _word_f1(prediction: list[str], reference: list[str]) -> float:

@@ -367,7 +367,7 @@ def bind_grader(function: GradeFunction, settings: Mapping[str, Any]) -> AskGrad
 
 
 def prompt_text(parts: Parts) -> str:
-    """Return a prompt as one text, with ``<image>`` and a line end per image as in LLaVA's files."""
+    """Return a prompt as one text; an image is ``<image>`` and a line end, as in LLaVA's files."""
     return "".join("<image>\n" if isinstance(part, ImageRef) else part for part in parts)
 
 
@@ -452,8 +452,13 @@ def embed_chunk(function: EmbedFunction, items: list[Parts], *, query: bool, dim
 def _score_group(function: NLLFunction, questions: list[Question]) -> list[list[list[float]]]:
     """Return [[total nats, tokens] of every option] of every question."""
     pairs = [(question.prompt, option) for question in questions for option in question.options]
-    scores = iter(function(pairs))
-    return [[list(next(scores)) for _ in question.options] for question in questions]
+    scores = [list(score) for score in function(pairs)]
+    groups = []
+    begin = 0
+    for question in questions:
+        groups.append(scores[begin : begin + len(question.options)])
+        begin += len(question.options)
+    return groups
 
 
 def _ignore_failure(question: Question, error: DataError) -> None:

@@ -220,16 +220,16 @@ def measure_composed_retrieval(
     """
     pairs = [image_and_captions(record) for record in records]
     images = [image for image, _ in pairs]
-    keys = [{text_key(caption) for caption in short} for _, short in pairs]
+    keys = [_caption_keys(short) for _, short in pairs]
     shares_caption = np.zeros((len(keys), len(keys)), dtype=bool)  # [N, N]
-    for i, own in enumerate(keys):
-        shares_caption[i] = [bool(own & other) for other in keys]
-    others = wrong_image_indices([short for _, short in pairs], seed)
-    queries = [(image, pairs[j][1][0]) for image, j in zip(images, others, strict=True)]
+    for i, query_keys in enumerate(keys):
+        shares_caption[i] = [bool(query_keys & image_keys) for image_keys in keys]
+    partners = wrong_image_indices([short for _, short in pairs], seed)
+    queries = [(image, pairs[j][1][0]) for image, j in zip(images, partners, strict=True)]
     similarity = cosine(embed_composed(queries), embed_image(images))
     return ComposedRetrievalResult(
         image_ranks=first_hit_ranks(similarity, shares_caption),
-        text_ranks=first_hit_ranks(similarity, shares_caption[others]),
+        text_ranks=first_hit_ranks(similarity, shares_caption[partners]),
     )
 
 
@@ -325,10 +325,10 @@ def measure_caption_cross_entropy(
             `wrong_image_indices`.
     """
     pairs = [image_and_captions(record) for record in records]
-    others = wrong_image_indices([short for _, short in pairs], seed)
+    wrong_images = wrong_image_indices([short for _, short in pairs], seed)
     captions = [short[0] for _, short in pairs]
     right = nll([(image, caption) for (image, _), caption in zip(pairs, captions, strict=True)])
-    wrong = nll([(pairs[j][0], caption) for j, caption in zip(others, captions, strict=True)])
+    wrong = nll([(pairs[j][0], caption) for j, caption in zip(wrong_images, captions, strict=True)])
     num_tokens = [n for _, n in right]
     assert num_tokens == [n for _, n in wrong], "a caption's tokens do not depend on its image"
     return CaptionCrossEntropy(
@@ -354,7 +354,7 @@ def wrong_image_indices(captions: Sequence[Sequence[str]], seed: int = 0) -> lis
     Raises:
         DataError: an item shares a caption with all others.
     """
-    keys = [{text_key(caption) for caption in group} for group in captions]
+    keys = [_caption_keys(group) for group in captions]
     first_keys = [text_key(group[0]) for group in captions]
     names = sorted(set(first_keys))
     shuffled = np.random.default_rng(seed).permutation(len(names))
@@ -371,6 +371,11 @@ def wrong_image_indices(captions: Sequence[Sequence[str]], seed: int = 0) -> lis
             )
         wrong[item] = other
     return wrong
+
+
+def _caption_keys(captions: Sequence[str]) -> set[str]:
+    """Return the keys by which captions are compared."""
+    return {text_key(caption) for caption in captions}
 
 
 @dataclass(frozen=True, slots=True)

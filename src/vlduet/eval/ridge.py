@@ -6,8 +6,8 @@ It is fitted in seconds and cannot generate. A joint model should beat it.
                                                            ├── cosine
     text vectors [D]   -> unit length - mean ──────────────┘
 
-Both means are those of the training pairs. The penalty is chosen on validation records, never on the
-held-out ones.
+Both means are those of the training pairs. The penalty is chosen on validation records, never on
+the held-out ones.
 """
 
 from __future__ import annotations

@@ -175,8 +175,8 @@ def import_predictions(
 
     Accepted are JSON lines with "key", "question_id" or "id", with "text" and optionally "prompt",
     as in LLaVA's answer files; or one object id -> text, as in MM-Vet's results file. A foreign id
-    is matched by the image that it names and the first line of the prompt (MME, TextVQA), or through
-    LLaVA's question file (POPE).
+    is matched by the image that it names and the first line of the prompt (MME, TextVQA), or
+    through LLaVA's question file (POPE).
 
     Args:
         questions: LLaVA's question file: JSON lines with "question_id", "image", "text" and

@@ -176,7 +176,7 @@ def open_two_tower_embedder(folder: Path) -> EmbedFunction:
         raise ModelError(
             f"reads {' and '.join(encoder.modalities)}s alone",
             place=folder,
-            fix="Name a model of VLDuet, a checkpoint that it opens, CLIP, SigLIP or a dual encoder",
+            fix="Name a model of VLDuet, a known checkpoint, CLIP, SigLIP or a dual encoder",
         )
     return as_embedder(encoder)
 

@@ -1,8 +1,9 @@
 """Adapter of a model to lmms-eval.
 
-Usage: ``python -m lmms_eval --model vlduet --model_args pretrained=DIR --tasks ...``. lmms-eval finds
-`manifest` by the entry point of the group ``lmms_eval.models``. The model is a "simple" one in its
-terms: images come first, then the text.
+Usage: ``python -m lmms_eval --model vlduet --model_args pretrained=DIR --tasks ...``
+
+lmms-eval finds `manifest` by the entry point of the group ``lmms_eval.models``. The model is a
+"simple" one in its terms: images come first, then the text.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class LmmsModel(lmms):  # type: ignore[misc]
         )
 
     def _find_document(self, location: Sequence[Any]) -> Any:
-        """Return the document of a request from (function to get its images, index, task, split)."""
+        """Return the document at a location (function to get images, index, task, split)."""
         _, index, task, split = location
         return self.task_dict[task][split][index]
 

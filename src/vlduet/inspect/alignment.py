@@ -133,9 +133,9 @@ def encoder_cosines(parts: Parts, encoders: FrozenEncoders) -> Tensor:
     if "vision" not in encoders.by_role:
         return compute_triple_cosines(cross, cross, is_image=is_image, use_triple_kernel=False)
     roles = ["vision" if flag else "text" for flag in is_image.tolist()]
-    own = [item.features[role] for item, role in zip(slices, roles, strict=True)]
+    same_kind = [item.features[role] for item, role in zip(slices, roles, strict=True)]
     # Image and text vectors differ in width; padding with zeros leaves cosines as they are.
-    padded = torch.nn.utils.rnn.pad_sequence(own, batch_first=True)
+    padded = torch.nn.utils.rnn.pad_sequence(same_kind, batch_first=True)
     return compute_triple_cosines(padded, cross, is_image=is_image)
 
 

@@ -77,7 +77,7 @@ class Report:
 
     @property
     def competitors(self) -> tuple[tuple[str, str, RetrievalResult], ...]:
-        """(name, description, result) of every model in the retrieval table, best expected first."""
+        """(name, description, result) per row of the retrieval table, best expected first."""
         return (
             ("VLDuet", "generates and embeds", self.trained.retrieval),
             ("Ridge baseline", "frozen vision to MiniLM, cannot generate", self.ridge),

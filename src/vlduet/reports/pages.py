@@ -154,7 +154,7 @@ def write_analysis_page(
 def _analysis_charts(
     analyses: Sequence[ModelAnalysis], summaries: Sequence[Mapping[str, Any]]
 ) -> Iterable[LineChart]:
-    """Yield the charts of explained variance and entropy, for images and for texts where measured."""
+    """Yield the charts of explained variance and entropy of images and of texts."""
     for kind in ("images", "texts"):
         curves = [(s["name"], s[kind]["explained_variance"]) for s in summaries if s[kind]]
         if not curves:

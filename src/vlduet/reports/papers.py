@@ -70,7 +70,7 @@ def cell_text(value: Number) -> str:
 
 
 def cell_tooltip(value: Number) -> str:
-    """Return interval and number of items of a measured number; empty for a published one or None."""
+    """Return interval and n of a measured number; empty for a published number or None."""
     if not isinstance(value, MetricValue):
         return ""
     return f"95 % interval {value.low:.1f} to {value.high:.1f}, n {value.n}"
@@ -90,12 +90,12 @@ def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
     tables = []
     for table in json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))["tables"]:
         columns = table["columns"]
-        ours = []
+        run_rows = []
         for run in runs:
             values = tuple(run.find_value(c["benchmark"], c["value"]) for c in columns)
             if any(values):
-                ours.append(TableRow(run.name, values, is_ours=True))
-        if not ours:
+                run_rows.append(TableRow(run.name, values, is_ours=True))
+        if not run_rows:
             continue
         published = [TableRow(row["model"], tuple(row["values"])) for row in table["rows"]]
         column_notes = [f"{c['name']}: {c['note']}." for c in columns if c.get("note")]
@@ -106,7 +106,7 @@ def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
                 table["source"],
                 notes=tuple(note for note in (table["note"], *column_notes) if note),
                 columns=tuple(column["name"] for column in columns),
-                rows=(*published, *ours),
+                rows=(*published, *run_rows),
             )
         )
     return tables

@@ -29,7 +29,7 @@ from vlduet.eval.benchmarks.tasks import (
     Question,
     RetrievalTask,
 )
-from vlduet.eval.metrics import exact_match, tokenize_answer, token_f1
+from vlduet.eval.metrics import exact_match, token_f1, tokenize_answer
 
 NUM_OPTIONS = 4
 MAX_CONTEXT_PARTS = 6
