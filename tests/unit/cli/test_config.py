@@ -22,7 +22,7 @@ def test_list_names_every_preset_with_a_summary() -> None:
     assert list(summaries) == list_presets() and all(summaries.values())
 
 
-def test_show_prints_the_preset_as_it_is_written() -> None:
+def test_show_prints_the_text_of_the_preset() -> None:
     text = find_config("vladva").read_text(encoding="utf-8")
     assert RUNNER.invoke(app, ["config", "show", "vladva"]).stdout == text
 

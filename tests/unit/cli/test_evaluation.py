@@ -116,7 +116,7 @@ def test_dual_encoder_is_evaluated_on_retrieval_and_pairs_only(data: Path, tmp_p
     images = get_benchmark("coco").load(OfficialFiles(data)).documents  # type: ignore[union-attr]
     assert np.allclose(vectors.reshape(4, 8), model.encode(images), atol=1e-6)
     dataset = get_benchmark("vist_5c4i").load(OfficialFiles(data))
-    mean = model.encode(list(dataset.query_views[0])).mean(0)  # type: ignore[union-attr]
+    mean = model.encode(list(dataset.queries[0])).mean(0)  # type: ignore[union-attr]
     vectors = np.fromfile(tmp_path / "runs/vist_5c4i/vectors/queries.f32", dtype=np.float32)
     assert np.allclose(vectors[:8], mean / np.linalg.norm(mean), atol=1e-6)
 

@@ -65,7 +65,7 @@ print("imported:", *(name for name in heavy if name in sys.modules))
     assert process.stdout.splitlines()[-1] == "imported:"
 
 
-def test_path_that_cannot_be_written_is_reported_in_one_line(
+def test_unwritable_path_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")

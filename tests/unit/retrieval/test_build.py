@@ -320,7 +320,7 @@ def test_images_given_as_bytes_are_stored_in_the_index(
     assert len(list((tmp_path / "moved" / "images").iterdir())) == 1
 
 
-def test_moved_project_finds_its_images_and_model(tmp_path: Path, model: Any) -> None:
+def test_project_at_a_new_path_finds_its_images_and_model(tmp_path: Path, model: Any) -> None:
     source = write_pairs(tmp_path / "old" / "source")
     (tmp_path / "old" / "model").mkdir()
     build_index(model, source, to=tmp_path / "old" / "index", model_path=tmp_path / "old" / "model")

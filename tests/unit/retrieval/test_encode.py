@@ -14,8 +14,8 @@ from vlduet.retrieval.documents import Document, read_documents
 from vlduet.retrieval.encode import encode_documents, write_vectors
 
 
-def fail(what: Any, error: DataError) -> None:
-    raise AssertionError(f"{what}: {error}")
+def fail(document: Any, error: DataError) -> None:
+    raise AssertionError(f"{document}: {error}")
 
 
 def texts(count: int) -> list[Document]:
@@ -66,7 +66,7 @@ def test_errors_of_our_own_are_not_swallowed(model: Any) -> None:
         list(encode_documents(model, texts(3), on_error=fail))
 
 
-def test_written_vectors_can_be_read_without_pickle(tmp_path: Path, model: Any) -> None:
+def test_vector_file_can_be_read_without_pickle(tmp_path: Path, model: Any) -> None:
     vectors = model.encode_document([("one",), ("two",)])
     path = tmp_path / "new" / "vectors.npz"
     write_vectors(path, ids=["é", "a b"], vectors=vectors)

@@ -301,7 +301,7 @@ def test_version_cut_short_by_a_power_loss_is_dropped(tmp_path: Path) -> None:
     assert open_for_reading(tmp_path).count() == 2
 
 
-def test_first_version_cut_short_is_written_again(tmp_path: Path) -> None:
+def test_first_version_cut_short_is_replaced(tmp_path: Path) -> None:
     open_for_writing(tmp_path)
     (manifest,) = (tmp_path / "rows.lance" / "_versions").glob("*.manifest")
     manifest.write_bytes(manifest.read_bytes()[:-1])

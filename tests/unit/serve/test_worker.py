@@ -43,7 +43,8 @@ def is_image(item) -> bool:
 
 
 def test_simultaneous_requests_get_the_vectors_of_requests_alone(model, worker, document_batches):
-    texts = [[f"text {i} {j}" for j in range(i + 1)] for i in range(9)]
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    texts = [words[:length] for length in range(1, 10)]
     queries = []
     for i in range(3):
         image = tiny.random_image(i)
@@ -69,10 +70,10 @@ def test_turn_has_few_images_and_an_item_of_every_request(model, worker, documen
     with hold_worker(worker):
         many = worker.submit_embedding(images, is_query=False)
         many.add_done_callback(lambda _: finished.append("many"))
-        one = worker.submit_embedding(["one"], is_query=False)
-        one.add_done_callback(lambda _: finished.append("one"))
+        single = worker.submit_embedding(["one"], is_query=False)
+        single.add_done_callback(lambda _: finished.append("single"))
     np.testing.assert_allclose(many.result(60), model.encode(images), atol=1e-5)
-    assert one.result(60).shape == (1, model.dim) and finished == ["one", "many"]
+    assert single.result(60).shape == (1, model.dim) and finished == ["single", "many"]
     assert [sum(map(is_image, batch)) for batch in document_batches] == [4, 4, 1]
     assert "one" in document_batches[0]
 
