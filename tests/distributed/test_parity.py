@@ -1,5 +1,8 @@
-"""Two real processes, and four, compute the loss and the gradients of one: for every loss alone, and for both of a recipe;
-also where one of them has nothing to embed, or nothing at all, and where all cut their share into chunks."""
+"""Two and four real processes compute the loss and the gradients of one.
+
+For every loss alone and for both of a recipe; also where a process has nothing to embed or no record at all, and
+where all divide their share into chunks.
+"""
 
 from __future__ import annotations
 
@@ -14,52 +17,52 @@ import torch
 import worker
 from torch.testing import assert_close
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def find_free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_equal_one(tmp_path: Path, subtests: pytest.Subtests, world_size: int) -> None:
+def start_ranks(folder: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
+    """Start one worker for each rank; they save their results into the folder."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
     }
-    port = str(free_port())
-    # Starting processes costs more than any case, so the same ones run all cases.
-    ranks = [
+    port = str(find_free_port())
+    script = str(FOLDER / "worker.py")
+    return [
         subprocess.Popen(
-            [sys.executable, HERE / "worker.py", str(r), str(world_size), port, tmp_path],
+            [sys.executable, script, str(rank), str(world_size), port, str(folder)],
             env=environment,
         )
-        for r in range(world_size)
+        for rank in range(world_size)
     ]
-    model = worker.model_in_float64(tmp_path / "one")
-    alone = {
-        case: worker.share(model, case, 0, 1)
-        for case in (worker.CASES if world_size == 2 else worker.FOUR)
-    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_equal_one(tmp_path: Path, subtests: pytest.Subtests, world_size: int) -> None:
+    # Starting processes costs more than any case, so the same ones compute all cases.
+    ranks = start_ranks(tmp_path, world_size)
+    model = worker.build_double_model(tmp_path / "single")
+    names = worker.case_names(world_size)
+    expected_results = {name: worker.compute_share(model, name, 0, 1) for name in names}
     assert [rank.wait(timeout=480) for rank in ranks] == [0] * world_size
-    for case, one in alone.items():
-        with subtests.test(case):
-            found = [
-                torch.load(tmp_path / f"{case} {r}.pt", weights_only=True)
-                for r in range(world_size)
-            ]
-            assert one["loss"] != 0 and any(
-                g.abs().max() > 1e-6 for n, g in one.items() if "lora_A" in n
-            )
-            for name, value in one.items():
-                for rank in found:
+    for name, expected in expected_results.items():
+        with subtests.test(name):
+            lora = [value for key, value in expected.items() if "lora_A" in key]
+            assert expected["loss"] != 0 and any(value.abs().max() > 1e-6 for value in lora)
+            for rank in range(world_size):
+                results = torch.load(tmp_path / f"{name} {rank}.pt", weights_only=True)
+                for key, value in expected.items():
                     assert_close(
-                        rank[name],
+                        results[key],
                         value,
                         atol=1e-10,
                         rtol=1e-8,
-                        msg=lambda m, name=name: f"{name}: {m}",
+                        msg=lambda message, key=key: f"{key}: {message}",
                     )

@@ -1,4 +1,4 @@
-"""One rank of a gloo group: the loss and gradients of its share of a batch in every case, written to files.
+"""One rank of a gloo group: losses and gradients of its share of a batch, for every case, saved to files.
 
 python worker.py RANK WORLD_SIZE PORT FOLDER
 """
@@ -6,182 +6,197 @@ python worker.py RANK WORLD_SIZE PORT FOLDER
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from helpers import frozen_encoders, tiny
 from vlduet import distributed
 from vlduet.data.batches import split_into_chunks
 from vlduet.data.records import Message, Record
+from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
+from vlduet.model.adapters import LoraSettings
+from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import Readout, concatenate_readouts, create_empty_readout
 from vlduet.recipes import sugar, vladva
 from vlduet.train.gradcache import compute_cached_losses
 
-VLADVA = vladva, vladva.VladvaOptions()
-GUIDED = vladva, vladva.VladvaOptions(guide="triple")
-OURS = {
-    "target": "awm",
-    "same_sequence": "nested",
-    "calibrate": True,
-    "loss": "kl",
-    "triple": False,
-    "pair_order": "either",
-}
-CASES = {
-    "infonce": (*VLADVA, {"contrastive": 1.0, "language": 0.0}),
-    "language": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
-    "joint": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
-    "language, empty rank": (*VLADVA, {"contrastive": 0.0, "language": 1.0}),
-    "empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
-    "chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
-    "chunked": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
-    "chunked, empty rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
-    "chunked, chat-only rank": (*VLADVA, {"contrastive": 1.0, "language": 0.7}),
-    "guided": (*GUIDED, {"contrastive": 1.0, "language": 0.7}),
-    "guided, empty rank": (*GUIDED, {"contrastive": 1.0, "language": 0.7}),
-    "structure": (sugar, sugar.SugarOptions(k=3), {"structure": 1.0, "language": 0.0}),
-    "sugar": (sugar, sugar.SugarOptions(), {"structure": 1.0, "language": 0.7}),
-    "sugar, chunked": (sugar, sugar.SugarOptions(), {"structure": 1.0, "language": 0.7}),
-    "sugar, empty rank": (sugar, sugar.SugarOptions(), {"structure": 1.0, "language": 0.7}),
-    "sugar, ours": (sugar, sugar.SugarOptions(**OURS), {"structure": 1.0, "language": 0.7}),
-}
 CHUNK_TOKENS = 60
-"""Of the chunked cases: the two ranks then have different numbers of chunks."""
-CUTS = {
-    "empty rank": 0,
-    "language, empty rank": 0,
-    "chat-only rank": 1,
-    "chunked, empty rank": 0,
-    "chunked, chat-only rank": 1,
-    "guided, empty rank": 0,
-    "sugar, empty rank": 0,
+"""With chunks of so many tokens, the two ranks have different numbers of chunks."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe on a batch, and the share of rank 0."""
+
+    recipe: ModuleType = vladva
+    options: Any = field(default_factory=vladva.VladvaOptions)
+    weights: dict[str, float] = field(default_factory=lambda: {"contrastive": 1.0, "language": 0.7})
+    first_share: int = 3
+    """Number of records of rank 0 of two; 0 makes it an empty rank."""
+    starts_with_chat: bool = False
+    """Put a chat before the records."""
+    is_chunked: bool = False
+    """Let the ranks use GradCache; one process never does."""
+
+
+GUIDED = vladva.VladvaOptions(guide="triple")
+SUGAR = {
+    "recipe": sugar,
+    "options": sugar.SugarOptions(),
+    "weights": {"structure": 1.0, "language": 0.7},
 }
-"""Where the batch is cut in two, if not after three records."""
-FOUR = ("joint", "chunked", "sugar")
-"""Cases that four ranks compute too; the batch is cut so that one of them has nothing."""
+SUGAR_EXTENSIONS = sugar.SugarOptions(
+    target="awm",
+    same_sequence="nested",
+    calibrate=True,
+    loss="kl",
+    triple=False,
+    pair_order="either",
+)
+ONLY_LANGUAGE = {"contrastive": 0.0, "language": 1.0}
+CASES = {
+    "contrastive": Case(weights={"contrastive": 1.0, "language": 0.0}),
+    "language": Case(weights=ONLY_LANGUAGE),
+    "joint": Case(),
+    "language, empty rank": Case(weights=ONLY_LANGUAGE, first_share=0),
+    "empty rank": Case(first_share=0),
+    "chat-only rank": Case(first_share=1, starts_with_chat=True),
+    "chunked": Case(is_chunked=True),
+    "chunked, empty rank": Case(is_chunked=True, first_share=0),
+    "chunked, chat-only rank": Case(is_chunked=True, first_share=1, starts_with_chat=True),
+    "guided": Case(options=GUIDED),
+    "guided, empty rank": Case(options=GUIDED, first_share=0),
+    "structure": Case(
+        recipe=sugar,
+        options=sugar.SugarOptions(k=3),
+        weights={"structure": 1.0, "language": 0.0},
+    ),
+    "sugar": Case(**SUGAR),
+    "sugar, chunked": Case(**SUGAR, is_chunked=True),
+    "sugar, empty rank": Case(**SUGAR, first_share=0),
+    "sugar, extensions": Case(**{**SUGAR, "options": SUGAR_EXTENSIONS}),
+}
+CASES_OF_FOUR_RANKS = ("joint", "chunked", "sugar")
+"""Cases that four ranks compute too; the third rank has no record."""
 
 
-def cuts(case: str, world_size: int, count: int) -> list[int]:
-    """Where every rank's share begins, and the end."""
-    return {1: [0, count], 2: [0, CUTS.get(case, 3), count], 4: [0, 1, 4, 4, count]}[world_size]
+def case_names(world_size: int) -> tuple[str, ...]:
+    """Return the names of the cases that a group of this size computes."""
+    return tuple(CASES) if world_size == 2 else CASES_OF_FOUR_RANKS
 
 
-def records() -> list[Record]:
-    """Eight records: unequal answer lengths, hard negatives, a caption that repeats, captions of one kind only."""
-    captions = ["a flower", "a cat", "a flower", "two dogs", None, "the sea"]
-    longs = [
-        "x",
-        "a long text " * 4,
-        None,
-        "some words",
-        "only long, and much longer than the others " * 2,
-        None,
-    ]
-    pairs = [
-        Record(f"p{i}", image=tiny.random_image(i), short=(caption,) if caption else (), long=long)
-        for i, (caption, long) in enumerate(zip(captions, longs, strict=True))
-    ]
-    retrieval = [
-        Record(
-            "r0",
-            query=("where is the cat?",),
-            positive=(("a cat",),),
-            negative=(("no cat",), ("a dog",)),
-        ),
-        Record(
-            "r1",
-            query=(tiny.random_image(7), "what?"),
-            positive=(("a bird",), ("a wing",)),
-            negative=(),
-        ),
-    ]
-    return [*pairs[:3], retrieval[0], *pairs[3:], retrieval[1]]
+def share_boundaries(case: Case, world_size: int, count: int) -> list[int]:
+    """Return where the share of every rank begins among `count` records, and the end."""
+    boundaries = {
+        1: [0, count],
+        2: [0, case.first_share, count],
+        4: [0, 1, 4, 4, count],
+    }
+    return boundaries[world_size]
 
 
-def stories() -> list[Record]:
-    """Nine records: unequal lengths, slices that repeat across ranks, one record on both, and no image on the first."""
+def make_pairs() -> list[Record]:
+    """Return eight records: captions of one or both kinds, one twice, and hard negatives."""
+    shorts = ["a flower", "a cat", "a flower", "two dogs", None, "the sea"]
+    only_long = "only long, and much longer than the others " * 2
+    longs = ["x", "a long text " * 4, None, "some words", only_long, None]
+    pairs = []
+    for i, (short, long) in enumerate(zip(shorts, longs, strict=True)):
+        captions = () if short is None else (short,)
+        pairs.append(Record(f"p{i}", image=tiny.random_image(i), short=captions, long=long))
+    text_query = Record(
+        "r0",
+        query=("where is the cat?",),
+        positive=(("a cat",),),
+        negative=(("no cat",), ("a dog",)),
+    )
+    image_query = Record(
+        "r1", query=(tiny.random_image(7), "what?"), positive=(("a bird",), ("a wing",))
+    )
+    return [*pairs[:3], text_query, *pairs[3:], image_query]
 
-    def story(number: int, *tail: str) -> Record:
-        return Record(f"s{number}", parts=(tiny.random_image(number), f"Story {number}.", *tail))
+
+def make_documents() -> list[Record]:
+    """Return nine records of unequal length; slices and one record repeat across ranks.
+
+    The first three, the share of rank 0, have no image.
+    """
+
+    def make_story(number: int, *sentences: str) -> Record:
+        parts = (tiny.random_image(number), f"Story {number}.", *sentences)
+        return Record(f"s{number}", parts=parts)
 
     texts = Record("texts", parts=("Story 1.", "No picture here.", "None at all."))
     chat = Record("chat", messages=(Message("user", ("hi",)), Message("assistant", ("ho",))))
+    more_texts = Record("more", parts=("It rains.", "Story 2."))
+    first = make_story(1, "It rains.", "It stops.")
     pair = Record("pair", image=tiny.random_image(1), short=("Story 1.", "another"))
-    one, two = story(1, "It rains.", "It stops."), story(2)
-    three = story(3, "It rains.", "It stops.", "It rains.", "The end.")
-    return [
-        texts,
-        chat,
-        Record("more", parts=("It rains.", "Story 2.")),
-        one,
-        one,
-        pair,
-        two,
-        texts,
-        three,
-    ]
+    second = make_story(2)
+    third = make_story(3, "It rains.", "It stops.", "It rains.", "The end.")
+    return [texts, chat, more_texts, first, first, pair, second, texts, third]
 
 
-def share(model, case: str, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """Loss and gradients of this rank's part of the batch; ranks get unequal parts."""
-    recipe, options, weights = CASES[case]
-    model.zero_grad()
-    chat = Record("c0", messages=(Message("user", ("hello",)), Message("assistant", ("good day",))))
-    everything = (
-        stories()
-        if recipe is sugar
-        else [chat, *records()]
-        if "chat-only rank" in case
-        else records()
-    )
-    cut = cuts(case, world_size, len(everything))
-    rows = range(cut[rank], cut[rank + 1])
-    sequences = [
-        s for i in rows for s in recipe.layout(Sample(everything[i], i, 0), model.renderer, options)
-    ]
-    if recipe is sugar or options.guide != "none":
+def render_share(model: DuetModel, case: Case, rank: int, world_size: int) -> list[Sequence]:
+    """Return the sequences of one rank's records."""
+    records = make_documents() if case.recipe is sugar else make_pairs()
+    if case.starts_with_chat:
+        turns = (Message("user", ("hello",)), Message("assistant", ("good day",)))
+        records = [Record("c0", messages=turns), *records]
+    boundaries = share_boundaries(case, world_size, len(records))
+    sequences: list[Sequence] = []
+    for i in range(boundaries[rank], boundaries[rank + 1]):
+        sequences += case.recipe.layout(Sample(records[i], i, 0), model.renderer, case.options)
+    if case.recipe is sugar or case.options.guide != "none":
         sequences = frozen_encoders.build_random_encoders().attach_features(sequences)
+    return sequences
 
-    def losses(readout: Readout) -> dict[str, torch.Tensor]:
-        found = recipe.objective(readout, model.logit_scale, options)
-        return {"loss": sum((weights[n] * v for n, v in found.items()), torch.zeros(())), **found}
 
-    if pictured := [image for sequence in sequences for _, image in sequence.images]:
-        model.vision_features(
-            pictured
-        )  # the cache keeps them in single precision: the same ones for every pass
-    nothing = create_empty_readout(model.dim, like=model.logit_scale.detach())
-    if (
-        "chunked" in case and world_size > 1
-    ):  # one process, all at once, is what the ranks are compared with
-        chunks = [model.collate(part) for part in split_into_chunks(sequences, CHUNK_TOKENS)]
-        loss = compute_cached_losses(model, chunks, compute_losses=losses, empty=nothing)["loss"]
+def compute_share(model: DuetModel, name: str, rank: int, world_size: int) -> dict[str, Tensor]:
+    """Return the loss of the global batch and all gradients, averaged over ranks (collective)."""
+    case = CASES[name]
+    model.zero_grad()
+    sequences = render_share(model, case, rank, world_size)
+
+    def compute_losses(readout: Readout) -> dict[str, Tensor]:
+        losses = case.recipe.objective(readout, model.logit_scale, case.options)
+        total = torch.zeros(())
+        for loss_name, loss in losses.items():
+            total = total + case.weights[loss_name] * loss
+        return {"loss": total, **losses}
+
+    images = [image for sequence in sequences for _, image in sequence.images]
+    if images:
+        # The cache rounds vision features to float32: fill it, so that all passes read the same.
+        model.vision_features(images)
+    empty = create_empty_readout(model.dim, like=model.logit_scale.detach())
+    if case.is_chunked and world_size > 1:
+        chunks = [model.collate(chunk) for chunk in split_into_chunks(sequences, CHUNK_TOKENS)]
+        losses = compute_cached_losses(model, chunks, compute_losses=compute_losses, empty=empty)
     else:
-        loss = losses(
-            concatenate_readouts(
-                [nothing, model(model.collate(sequences))] if sequences else [nothing]
-            )
-        )["loss"]
-        loss.backward()
-    moved = [p for p in model.parameters() if p.requires_grad]
-    distributed.average_gradients(moved)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    grads = {name: p.grad for name, p in zip(names, moved, strict=True) if p.grad is not None}
-    return {
-        "loss": torch.tensor(
-            distributed.all_reduce_sum(float(loss.detach())) / distributed.get_world_size()
-        ),
-        **grads,
-    }
+        readouts = [empty]
+        if sequences:
+            readouts.append(model(model.collate(sequences)))
+        losses = compute_losses(concatenate_readouts(readouts))
+        losses["loss"].backward()
+    loss = float(losses["loss"].detach())
+    results = {"loss": torch.tensor(distributed.all_reduce_sum(loss) / world_size)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    distributed.average_gradients(list(trained.values()))
+    for parameter_name, parameter in trained.items():
+        if parameter.grad is not None:
+            results[parameter_name] = parameter.grad
+    return results
 
 
-def model_in_float64(folder: Path):
-    """A tiny model in double precision with something to train everywhere."""
-    from vlduet.model.adapters import LoraSettings
-
+def build_double_model(folder: Path) -> DuetModel:
+    """Return a tiny model in double precision whose trained parameters all have gradients."""
     model = tiny.build_duet_model(folder / "base").double()
     torch.manual_seed(3)
     model.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=True)
@@ -191,18 +206,17 @@ def model_in_float64(folder: Path):
     return model.double()
 
 
-if __name__ == "__main__":
-    rank, world_size, port, folder = (
-        int(sys.argv[1]),
-        int(sys.argv[2]),
-        sys.argv[3],
-        Path(sys.argv[4]),
-    )
+def main() -> None:
+    rank, world_size = int(sys.argv[1]), int(sys.argv[2])
+    port, folder = sys.argv[3], Path(sys.argv[4])
     torch.set_num_threads(1)
-    model = model_in_float64(
-        folder / f"rank{rank}"
-    )  # before the group: transformers saves on rank 0 only
+    # Before the group exists: transformers saves on rank 0 only.
+    model = build_double_model(folder / f"rank{rank}")
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    for case in CASES if world_size == 2 else FOUR:
-        torch.save(share(model, case, rank, world_size), folder / f"{case} {rank}.pt")
+    for name in case_names(world_size):
+        torch.save(compute_share(model, name, rank, world_size), folder / f"{name} {rank}.pt")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
