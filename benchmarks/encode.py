@@ -78,7 +78,7 @@ def encode_padded(model: DuetModel, items: list[Embeddable]) -> np.ndarray:
 # ------------------------------------------------------------------ plain transformers
 
 
-class PlainTransformers:
+class PlainEncoder:
     """A loop as one would write it without a library: AutoModel and a processor."""
 
     def __init__(self, folder: Path, duet: DuetModel):
@@ -133,7 +133,7 @@ class PlainTransformers:
 
 
 def build_sentence_transformer(model: DuetModel, folder: Path) -> Callable[[list[str]], np.ndarray]:
-    """Save the language model to a folder and return the `encode` of a SentenceTransformer on it."""
+    """Return the `encode` of a SentenceTransformer on the language model, saved to a folder."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
@@ -204,7 +204,7 @@ def main() -> None:
         raise SystemExit(
             "The peers need a merged model with plain prompts and a head that is linear or none."
         )
-    plain = PlainTransformers(folder, model)
+    plain = PlainEncoder(folder, model)
     rng = random.Random(options.seed)
     count = 24 if options.quick else 96
     repeats = options.repeats or (2 if options.quick else 3)

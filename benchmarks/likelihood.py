@@ -94,12 +94,12 @@ def score_each_option(model: DuetModel, pairs: list[QuestionOption]) -> np.ndarr
         chosen = [sequences[i] for i in indices]
         with torch.no_grad():
             nll = model(model.collate(chosen)).nll
-        counts = [sum(label != IGNORE_INDEX for label in s.labels) for s in chosen]
+        counts = [int((torch.tensor(s.labels) != IGNORE_INDEX).sum()) for s in chosen]
         nats[indices] = [float(part.double().sum()) for part in nll.split(counts)]
     return nats
 
 
-class PlainTransformers:
+class PlainScorer:
     """A loop as one would write it without a library; only the token ids come from vlduet."""
 
     def __init__(self, folder: Path, duet: DuetModel):
@@ -156,7 +156,7 @@ def main() -> None:
     records = _bench.load_pairs(options.data)
     _bench.print_environment(options, folder)
     model = DuetModel.from_pretrained(folder, device="cpu")
-    plain = PlainTransformers(folder, model)
+    plain = PlainScorer(folder, model)
     rng = random.Random(options.seed)
     repeats = options.repeats or (1 if options.quick else 3)
     for title, num_examples, num_options, num_full in WORKLOADS:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter, signature
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
@@ -82,17 +81,22 @@ class Backbone(nn.Module):
     @property
     def language_model(self) -> nn.Module:
         """Language model without its LM head; its hidden states follow the final norm."""
-        return attrgetter(self.family.language_model_path)(self.model.model)  # type: ignore[no-any-return]
+        return self._submodule(self.family.language_model_path)
 
     @property
     def vision_tower(self) -> nn.Module:
         """Vision tower."""
-        return attrgetter(self.family.vision_tower_path)(self.model.model)  # type: ignore[no-any-return]
+        return self._submodule(self.family.vision_tower_path)
 
     @property
     def projector(self) -> nn.Module:
         """Module that maps vision features to token embeddings."""
-        return attrgetter(self.family.projector_path)(self.model.model)  # type: ignore[no-any-return]
+        return self._submodule(self.family.projector_path)
+
+    def _submodule(self, path: str) -> nn.Module:
+        """Return a module of the inner model by its dotted attribute path."""
+        module: nn.Module = self.model.get_submodule(f"model.{path}")
+        return module
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -153,7 +157,7 @@ class Backbone(nn.Module):
         return self.family.vision_tower_pixels(prepared.inputs)
 
     def overview_features(self, prepared: PreparedImage) -> slice:
-        """Return which feature rows of an image describe its `vision_tower_pixels`, not its tiles."""
+        """Return the slice of an image's feature rows that describe its `vision_tower_pixels`."""
         return self.family.overview_features(prepared.inputs)
 
     def compute_vision_features(self, prepared: list[PreparedImage]) -> Tensor:

@@ -409,14 +409,10 @@ class DuetModel(nn.Module):
         """
         prompt = self.renderer.render_chat(tuple(messages), add_generation_prompt=True)
         inputs = self.prefill_inputs([prompt])
-        if stream:
-            return continuous.stream_text(
-                self.backbone, inputs, max_new_tokens, temperature=temperature
-            )
-        (answer,) = continuous.generate_texts(
+        pieces = continuous.stream_text(
             self.backbone, inputs, max_new_tokens, temperature=temperature
         )
-        return answer
+        return pieces if stream else "".join(pieces).strip()
 
     def caption_images(
         self,

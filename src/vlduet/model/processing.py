@@ -200,7 +200,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def translate_load_errors(folder: Path) -> Iterator[None]:
-    """Silence transformers in the block and raise its errors about files as a one-line ModelError."""
+    """Silence transformers in the block and turn its errors about files into a ModelError."""
     try:
         with silence_transformers():
             yield

@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 ImageInputs = Mapping[str, Tensor]
-"""Output of the image processor for one or several images; tiles of an image are `pixel_values` rows."""
+"""Tensors of the image processor for one or several images; tiles are rows of `pixel_values`."""
 ImageDelimiters = tuple[str, str]
 """Text before and text after the tokens of an image; both may be empty."""
 
 
 def run_image_processor(image_processor: Any, picture: Any) -> Mapping[str, Any]:
-    """Return the outputs of a transformers image processor for one PIL image, as PyTorch tensors."""
+    """Return the outputs of a transformers image processor for one PIL image, as tensors."""
     outputs: Mapping[str, Any] = image_processor(images=picture, return_tensors="pt")
     return outputs
 
@@ -102,7 +102,7 @@ class Family(ABC):
         return slice(None)
 
     def token_grid(self, inputs: ImageInputs) -> tuple[int, int] | None:
-        """Return (rows, columns) of an image's tokens if the model uses 2-D positions, else None."""
+        """Return (rows, columns) of the tokens if the model uses 2-D positions, else None."""
         return None
 
     def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:

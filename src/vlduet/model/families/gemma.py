@@ -28,16 +28,17 @@ class Gemma3(Family):
         return int(self.config.mm_tokens_per_image)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[N * tokens, Dv], the means of n * n patch features each."""
         pixel_values = inputs["pixel_values"].to(model.dtype)
         states = model.model.vision_tower(pixel_values).last_hidden_state  # [N, patches, Dv]
         projector = model.model.multi_modal_projector
         side = projector.patches_per_image
         patch_grid = states.mT.unflatten(2, (side, side))  # [N, Dv, rows, columns]
         tokens: Tensor = projector.avg_pool(patch_grid)
-        return tokens.flatten(2).mT.flatten(0, 1)  # [N * tokens, Dv]
+        return tokens.flatten(2).mT.flatten(0, 1)
 
     def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
-        # The projector's own forward would pool patches again.
+        """Project features without the pooling of the projector's own forward."""
         normed = projector.mm_soft_emb_norm(features)
         projected: Tensor = normed @ projector.mm_input_projection_weight
         return projected
@@ -49,14 +50,17 @@ class Gemma3(Family):
         return {"do_pan_and_scan": False}
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        """Return only the `pixel_values` of one PIL image."""
         return {"pixel_values": run_image_processor(image_processor, picture)["pixel_values"]}
 
     def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
+        """Return the begin and end tokens with two line ends outside of each."""
         begin = token_string(tokenizer, self.config.boi_token_id)
         end = token_string(tokenizer, self.config.eoi_token_id)
         return f"\n\n{begin}", f"{end}\n\n"
 
     def image_placeholder(self, tokenizer: Any) -> str:
+        """Return the token that begins an image: the template writes nothing else for one."""
         return token_string(tokenizer, self.config.boi_token_id)
 
     def attention_mask_kinds(self) -> Mapping[str, bool]:
@@ -74,32 +78,40 @@ class Gemma4(Family):
     projector_path = "embed_vision"
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
-        is_patch = (inputs["image_position_ids"] >= 0).all(2)  # bool[N, patches], else padding
+        """Return the number of patches that are not padding, divided by k * k."""
+        is_patch = (inputs["image_position_ids"] >= 0).all(2)  # bool[1, patches]
         return int(is_patch.sum() // self.config.vision_config.pooling_kernel_size**2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[tokens of all images, Dv] without padding."""
         pixel_values = inputs["pixel_values"].to(model.dtype)
         outputs = model.model.vision_tower(pixel_values, inputs["image_position_ids"])
-        features: Tensor = outputs.last_hidden_state  # [tokens of all images, Dv], unpadded
+        features: Tensor = outputs.last_hidden_state
         return features
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        """Return `pixel_values` (patches) and `image_position_ids` (-1 at padding) of one image."""
         outputs = dict(run_image_processor(image_processor, picture))
         outputs.pop("num_soft_tokens_per_image", None)
         return outputs
 
     def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        """Return the picture float[3, H, W], assembled from its patches."""
         size = self.config.vision_config.patch_size
         columns, rows = (inputs["image_position_ids"][0].amax(0) + 1).tolist()
         patches = inputs["pixel_values"][0, : rows * columns].view(rows, columns, size, size, 3)
-        return patches.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)  # [3, H, W]
+        return patches.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
 
     def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
         begin = token_string(tokenizer, self.config.boi_token_id)
         return begin, token_string(tokenizer, self.config.eoi_token_id)
 
     def attention_mask_kinds(self) -> Mapping[str, bool]:
-        """Raise ModelError for a bidirectional model, which cannot generate; see `Family`."""
+        """Return the two layer types; images are bidirectional in sliding layers of large models.
+
+        Raises:
+            ModelError: text attends to later text, so that the model cannot generate.
+        """
         bidirectional = self.config.get_text_config().use_bidirectional_attention
         if bidirectional == "all":
             raise ModelError(
@@ -109,6 +121,10 @@ class Gemma4(Family):
         return {"full_attention": False, "sliding_attention": bidirectional == "vision"}
 
     def extra_inputs(self, language_model: Any, token_ids: Tensor) -> Mapping[str, Tensor]:
+        """Return the per-layer embeddings of tokens; images and unknown tokens get the padding's.
+
+        Empty for large models, which have none.
+        """
         if not language_model.hidden_size_per_layer_input:
             return {}
         table = language_model.embed_tokens_per_layer
@@ -117,6 +133,7 @@ class Gemma4(Family):
         return {"per_layer_inputs": language_model.get_per_layer_inputs(known_ids, None)}
 
     def on_vocab_resize(self, language_model: Any, old_vocab_size: int) -> None:
+        """Set the per-layer embeddings of new tokens to that of padding, in place."""
         if language_model.hidden_size_per_layer_input:
             table = language_model.embed_tokens_per_layer.weight.detach()
             table[old_vocab_size:] = table[language_model.config.pad_token_id]

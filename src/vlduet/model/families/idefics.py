@@ -23,6 +23,7 @@ class Idefics3(Family):
     projector_path = "connector.modality_projection"
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of feature tokens of all squares of one image."""
         return len(inputs["pixel_values"]) * self._tokens_per_square(inputs)
 
     def _tokens_per_square(self, inputs: ImageInputs) -> int:
@@ -33,21 +34,27 @@ class Idefics3(Family):
         return int(num_patches // self.config.scale_factor**2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[squares * tokens, Dv]: n * n neighbouring patches side by side."""
         pixel_values = inputs["pixel_values"].to(model.dtype)
         states = model.model.vision_model(pixel_values).last_hidden_state
         tokens: Tensor = model.model.connector.pixel_shuffle(states, self.config.scale_factor)
-        return tokens.flatten(0, 1)  # [squares * tokens, Dv]
+        return tokens.flatten(0, 1)
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        """Return `pixel_values` and `tiles`, int64[1, 2]: rows and columns, (0, 0) if not cut."""
         outputs = image_processor(images=picture, return_tensors="pt", return_row_col_info=True)
-        # (0, 0) for an image that is not cut
         tiles = torch.tensor([[outputs["rows"][0][0], outputs["cols"][0][0]]])
         return {"pixel_values": outputs["pixel_values"], "tiles": tiles}
 
     def overview_features(self, inputs: ImageInputs) -> slice:
+        """Return the slice of the last square's rows, which is the whole image."""
         return slice(-self._tokens_per_square(inputs), None)
 
     def interleaved_tokens(self, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
+        """Return the tokens that name each square, line ends after rows, and the end of the image.
+
+        The result is {offset in the image: token id}.
+        """
         rows, columns = inputs["tiles"][0].tolist()
         boundary = "<fake_token_around_image>"
         image_token_id = self.config.image_token_id

@@ -18,12 +18,14 @@ class InternVL(Family):
     """
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of tokens of all tiles of one image."""
         num_tiles, _, height, width = inputs["pixel_values"].shape
         patch_height, patch_width = self.config.vision_config.patch_size
         num_patches = num_tiles * (height // patch_height) * (width // patch_width)
         return int(num_patches * self.config.downsample_ratio**2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[tiles * rows * columns, Dv]: n * n neighbouring patches side by side."""
         layer = self.config.vision_feature_layer
         pixel_values = inputs["pixel_values"].to(model.dtype)
         outputs = model.model.vision_tower(pixel_values, output_hidden_states=layer != -1)
@@ -34,9 +36,10 @@ class InternVL(Family):
         patch_grid = states.unflatten(1, (side, side))
         scale = self.config.downsample_ratio
         tokens: Tensor = model.model.pixel_shuffle(patch_grid, scale_factor=scale)
-        return tokens.flatten(0, 2)  # [tiles * rows * columns, Dv]
+        return tokens.flatten(0, 2)
 
     def overview_features(self, inputs: ImageInputs) -> slice:
+        """Return the slice of the last tile's rows, which is the whole image."""
         num_tiles = len(inputs["pixel_values"])
         return slice(-(self.num_image_tokens(inputs) // num_tiles), None)
 

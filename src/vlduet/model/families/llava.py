@@ -13,7 +13,7 @@ from vlduet.errors import ModelError
 from vlduet.model.families.family import Family, ImageInputs, run_image_processor
 
 MAX_SQUARES_PER_FORWARD = 8
-"""Number of image squares encoded at once when all hidden states of the tower are kept in memory."""
+"""Number of image squares encoded at once; limits memory, as the tower keeps all hidden states."""
 MAX_TILES_PER_SIDE = 3
 """Largest number of tiles along one side of a LLaVA-OneVision image: `anyres_max_9` is 3 * 3."""
 
@@ -25,6 +25,7 @@ class Llava(Family):
     """
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of patches, and one more if the class token is kept."""
         if self.config.vision_config.model_type == "pixtral":
             raise ModelError(
                 "LLaVA with a Pixtral tower is not supported",
@@ -39,8 +40,8 @@ class Llava(Family):
         return num_patches
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        features = _encode_squares(model, self.config, inputs["pixel_values"])
-        return features.flatten(0, 1)  # [images * tokens, Dv]
+        """Return float[images * tokens, Dv] of the layers in `config.vision_feature_layer`."""
+        return _encode_squares(model, self.config, inputs["pixel_values"]).flatten(0, 1)
 
 
 def _encode_squares(model: Any, config: Any, pixel_values: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def _encode_squares(model: Any, config: Any, pixel_values: Tensor) -> Tensor:
 
 
 class TiledImages:
-    """Image handling shared by LLaVA-NeXT and LLaVA-OneVision: an overview, then the image in tiles.
+    """Image handling of LLaVA-NeXT and LLaVA-OneVision: an overview, then the image in tiles.
 
     Tokens of the tiles are read across tiles, row by row, without the padding of the image; a
     learned embedding (`image_newline`) ends every row. It is a row of zeros among the features,
@@ -91,6 +92,7 @@ class TiledImages:
         return int(vision_config.image_size // vision_config.patch_size)
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of tokens of the overview and of the unpadded rows with newlines."""
         from transformers.models.llava_next import modeling_llava_next as llava_next
 
         image_size = inputs["image_sizes"][0]
@@ -98,9 +100,10 @@ class TiledImages:
         rows, columns = self._tile_grid(image_size)
         padded = torch.empty(1, rows * side, columns * side)
         _, height, width = llava_next.unpad_image(padded, image_size).shape
-        return side**2 + int(height) * (int(width) + 1)  # overview, then rows with their newline
+        return side**2 + int(height) * (int(width) + 1)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[tokens of all images, Dv]; the row of a newline is zero."""
         image_sizes = inputs["image_sizes"]
         states = _encode_squares(model, self.config, inputs["pixel_values"])
         squares_per_image = [1 + math.prod(self._tile_grid(size)) for size in image_sizes]
@@ -114,14 +117,17 @@ class TiledImages:
         return torch.cat(packed)
 
     def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        """Project features; rows of zeros become the learned newline embedding instead."""
         is_newline = ~features.any(1, keepdim=True)
         newline = model.model.image_newline.to(features.dtype)
         return torch.where(is_newline, newline, projector(features))
 
     def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
-        return inputs["pixel_values"][0]  # the overview precedes the tiles
+        """Return the overview float[3, H, W], which precedes the tiles."""
+        return inputs["pixel_values"][0]
 
     def overview_features(self, inputs: ImageInputs) -> slice:
+        """Return the slice of the first rows: those of the overview."""
         return slice(self._tokens_per_side() ** 2)
 
 
@@ -142,6 +148,7 @@ class LlavaOneVision(TiledImages, Family):
     packing_option = "vision_aspect_ratio"
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of tokens; raise ModelError unless the limit is nine tiles."""
         aspect_ratio = self.config.vision_aspect_ratio
         if aspect_ratio != f"anyres_max_{MAX_TILES_PER_SIDE**2}":
             raise ModelError(
@@ -160,12 +167,13 @@ class FastVLM(Family):
     """FastVLM: every position of a convolutional tower's last feature map is a token."""
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
+        """Return the number of positions of the feature map, as the config has it."""
         return int(self.config.image_seq_length)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Encode images; converts the tower's weights in place to the channels-last layout.
+        """Return float[N * rows * columns, Dv]: the positions of the last feature map, row by row.
 
-        See `Family` for the result.
+        Converts the tower's weights, in place, to the channels-last layout.
         """
         tower = model.model.vision_tower
         # Convolutions take two thirds of the time where the channels of a pixel are adjacent.
@@ -176,4 +184,4 @@ class FastVLM(Family):
         pixel_values = inputs["pixel_values"].to(model.dtype, memory_format=layout)
         feature_map = tower(pixel_values).last_hidden_state  # [N, Dv, rows, columns]
         tokens: Tensor = feature_map.flatten(2).transpose(1, 2).flatten(0, 1)
-        return tokens  # [N * rows * columns, Dv]
+        return tokens

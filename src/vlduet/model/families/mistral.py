@@ -33,6 +33,7 @@ class Mistral3(Family):
         return math.prod(self._cell_grid(inputs))
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
+        """Return `pixel_values`, the cells of one PIL image, and `image_sizes`, int64[1, 2]."""
         outputs = run_image_processor(image_processor, picture)
         side = image_processor.patch_size["height"]  # of a cell; see `processor_overrides`
         # [3, rows, columns, side, side]
@@ -43,10 +44,12 @@ class Mistral3(Family):
         }
 
     def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        """Return the picture float[3, H, W], assembled from its cells."""
         cells: Tensor = inputs["pixel_values"].unflatten(0, self._cell_grid(inputs))
-        return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [3, H, W]
+        return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[tokens of all images, width * m * m], each channel's m * m patches together."""
         image_sizes = inputs["image_sizes"]
         pictures = self._pad_pictures(inputs["pixel_values"].to(model.dtype), image_sizes)
         outputs = model.model.vision_tower(
@@ -61,7 +64,7 @@ class Mistral3(Family):
         ):
             grid = patches.view(rows // merge, merge, columns // merge, merge, -1)
             features.append(grid.permute(0, 2, 4, 1, 3).flatten(0, 1).flatten(1))
-        return torch.cat(features)  # [tokens, width * m * m]
+        return torch.cat(features)
 
     def _pad_pictures(self, cells: Tensor, image_sizes: Tensor) -> Tensor:
         """Assemble pictures from cells and pad them to one size, float[N, 3, H, W].
@@ -81,7 +84,7 @@ class Mistral3(Family):
         return torch.stack(pictures)
 
     def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
-        # As the projector's own forward, which would also bring patches into this order.
+        """Project features as the projector's forward does after it has merged patches."""
         merger = projector.patch_merger
         patches = features.unflatten(1, (-1, merger.spatial_merge_size**2)).transpose(1, 2)
         normed = projector.norm(patches).transpose(1, 2).flatten(1)
@@ -93,10 +96,11 @@ class Mistral3(Family):
         return "", "[IMG_END]"
 
     def interleaved_tokens(self, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
+        """Return the `[IMG_BREAK]` after every row but the last, {offset in the image: id}."""
         rows, columns = self._cell_grid(inputs)
         row_end = tokenizer.convert_tokens_to_ids("[IMG_BREAK]")
         return {row * (columns + 1) - 1: row_end for row in range(1, rows)}
 
     def processor_overrides(self) -> Mapping[str, Any]:
-        # The processor then resizes to multiples of a cell, as PixtralProcessor makes it do.
+        """Return the cell as patch size: images are then resized to multiples of a cell."""
         return {"patch_size": {"height": self._cell_side(), "width": self._cell_side()}}

@@ -12,7 +12,7 @@ from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, t
 
 
 class MergedPatchImages:
-    """Image handling shared by Qwen-VL and GLM-V: proportions are kept, m * m patches make a token.
+    """Image handling of Qwen-VL and GLM-V: proportions are kept, m * m patches make a token.
 
     A token has three position ids: the time of its image, its row and its column (multimodal RoPE).
     """
@@ -22,6 +22,7 @@ class MergedPatchImages:
     projector_path = "visual.merger"
 
     def token_grid(self, inputs: ImageInputs) -> tuple[int, int]:
+        """Return (rows, columns) of the tokens of one image."""
         _, rows, columns = inputs["image_grid_thw"][0].tolist()
         merge = self.config.vision_config.spatial_merge_size
         return rows // merge, columns // merge
@@ -31,6 +32,7 @@ class MergedPatchImages:
         return rows * columns
 
     def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
+        """Return the picture float[3, H, W], assembled from its patches."""
         vision_config = self.config.vision_config
         size = vision_config.patch_size
         merge = vision_config.spatial_merge_size
@@ -38,7 +40,7 @@ class MergedPatchImages:
         shape = (rows, columns, merge, merge, -1, vision_config.temporal_patch_size, size, size)
         patches = inputs["pixel_values"].view(shape)[..., 0, :, :]  # an image repeats over time
         pixels = patches.permute(4, 0, 2, 5, 1, 3, 6)
-        return pixels.reshape(-1, rows * merge * size, columns * merge * size)  # [3, H, W]
+        return pixels.reshape(-1, rows * merge * size, columns * merge * size)
 
 
 def _run_tower(model: Any, inputs: ImageInputs, *, merger: nn.Module) -> Any:
@@ -59,18 +61,22 @@ class QwenVL(MergedPatchImages, Family):
     """
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        # In place of the merger, put the m * m patches of each token side by side. The tower of
-        # Qwen2.5-VL, which attends in windows, restores the order of the picture after the merger.
+        """Return float[tokens, m * m * width + D * layers], the latter for DeepStack.
+
+        In place of the merger, the m * m patches of each token are put side by side.
+        """
+        # The tower of Qwen2.5-VL, which attends in windows, restores the order of tokens only
+        # after its merger; therefore the replacement is inside the tower.
         patches_per_token = self.config.vision_config.spatial_merge_size**2
         concatenate = nn.Sequential(nn.Unflatten(0, (-1, patches_per_token)), nn.Flatten(1))
         outputs = _run_tower(model, inputs, merger=concatenate)
-        # [tokens, m * m * width], and D columns for each language-model layer with own features
         return torch.cat([outputs.pooler_output, *getattr(outputs, "deepstack_features", ())], 1)
 
     def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
+        """Apply the merger, which takes the patches of a token one after the other."""
         norm = projector.norm if hasattr(projector, "norm") else projector.ln_q
-        patches = features.reshape(-1, norm.weight.shape[0])
-        projected: Tensor = projector(patches)  # [tokens * m * m, width] -> [tokens, D]
+        patches = features.reshape(-1, norm.weight.shape[0])  # [tokens * m * m, width]
+        projected: Tensor = projector(patches)
         return projected
 
     def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
@@ -85,8 +91,9 @@ class GlmVL(MergedPatchImages, Family):
     """
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
+        """Return float[tokens, D], what the tower gives to its merger."""
         tokens: Tensor = _run_tower(model, inputs, merger=nn.Identity()).pooler_output
-        return tokens  # [tokens, Dv]
+        return tokens
 
     def image_delimiters(self, tokenizer: Any) -> ImageDelimiters:
         begin = token_string(tokenizer, self.config.image_start_token_id)

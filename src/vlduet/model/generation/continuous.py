@@ -360,20 +360,15 @@ def stream_text(
 
 
 def generate_with_finish_reason(
-    backbone: Backbone,
-    prefill_inputs: PrefillInputs,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
+    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int
 ) -> list[tuple[str, str]]:
-    """Continue every prompt and return (text, finish reason) of each, in order.
+    """Continue every prompt greedily and return (text, finish reason) of each, in order.
 
     Text has no leading or trailing whitespace. The finish reason is `stop` if the model ended the
     text and `length` if `max_new_tokens` did. Raises as `stream_text` does.
     """
-    params = SamplingParams(temperature)
     num_prompts = len(prefill_inputs.attention_mask)
-    requests = [Request(max_new_tokens, sampling_params=params) for _ in range(num_prompts)]
+    requests = [Request(max_new_tokens) for _ in range(num_prompts)]
     texts = dict.fromkeys(requests, "")
     finish_reasons = dict.fromkeys(requests, "")
     for request, delta in _run_to_end(backbone, prefill_inputs, requests):
@@ -383,14 +378,8 @@ def generate_with_finish_reason(
 
 
 def generate_texts(
-    backbone: Backbone,
-    prefill_inputs: PrefillInputs,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
+    backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int
 ) -> list[str]:
-    """Return the continuation of every prompt; see `generate_with_finish_reason`."""
-    results = generate_with_finish_reason(
-        backbone, prefill_inputs, max_new_tokens, temperature=temperature
-    )
+    """Return the texts of `generate_with_finish_reason`."""
+    results = generate_with_finish_reason(backbone, prefill_inputs, max_new_tokens)
     return [text for text, _ in results]

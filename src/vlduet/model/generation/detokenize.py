@@ -69,11 +69,11 @@ class IncrementalDetokenizer:
         be incomplete at the end, so up to three tokens stay pending.
         """
         text = self._text_after(self._context, self._pending)
-        for num_kept in range(1, MAX_CHARACTER_BYTES):
-            settled, kept = self._pending[:-num_kept], self._pending[-num_kept:]
+        for num_open in range(1, MAX_CHARACTER_BYTES):
+            settled, unsettled = self._pending[:-num_open], self._pending[-num_open:]
             settled_text = self._text_after(self._context, settled)
-            if settled_text + self._text_after(settled, kept) == text:
-                self._context, self._pending = settled, kept
+            if settled_text + self._text_after(settled, unsettled) == text:
+                self._context, self._pending = settled, unsettled
                 self._stream = None  # it cannot start from a context that ends in invalid bytes
                 return settled_text
         return ""
