@@ -265,9 +265,9 @@ def _parse_pair(row: JsonValue) -> dict[str, Any]:
         raise short.make_error(f"short is {short.describe()}", fix=fix)
     long = row.get_field("long")
     return {
-        "image": row.get_field("image").parse_image(),
         "short": tuple(captions),
         "long": None if long.value is None else long.parse_text(),
+        "image": row.get_field("image").parse_image(),
         "negative": row.get_field("negative", []).parse_candidates(),
     }
 
