@@ -95,8 +95,7 @@ def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
     with matplotlib.style.context(STYLE_FILE):
         figure = Figure(layout="constrained")
         axes = figure.subplots()
-        # The last value of the lower line stands below its end, so that labels do not overlap.
-        lower = min(lines, key=lambda name: lines[name][-1][1]) if len(lines) > 1 else None
+        lowest = min(lines, key=lambda name: lines[name][-1][1])
         for name, points in lines.items():
             x, y = zip(*points, strict=True)
             # Clipping and markers need references by id, and ids repeat among charts of a page.
@@ -104,10 +103,9 @@ def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
             axes.annotate(
                 format_value(y[-1], percent=chart.percent),
                 (x[-1], y[-1]),
-                xytext=(0, -6 if name == lower else 6),
+                xytext=(5, 0),
                 textcoords="offset points",
-                ha="right",
-                va="top" if name == lower else "baseline",
+                va="top" if name == lowest else "bottom",  # so that labels do not overlap
                 weight="bold",
                 color=line.get_color(),
             )
