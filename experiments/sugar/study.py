@@ -1,4 +1,4 @@
-"""Measure the value of every part of Sugar on real documents: gimp-help and campaigns, nano, two CPU cores.
+"""Measure the value of every part of Sugar on documents of gimp-help and campaigns, with nano.
 
     vlduet model nano models/nano && vlduet model minilm models/minilm
     vlduet data fetch stamps emoji gimp-help campaigns --to data
@@ -9,19 +9,19 @@
 Measured on the test splits, which share no image with the training splits:
 
     next image    the last new image of a document, queried with up to three parts before it (only
-                  their texts, or all of them): its reciprocal rank among all images, once with and
-                  once without the images that occur earlier in the document
-    order         a window of a document against the same window without one part, in order and in
-                  another order (with the same last part, which decides most of an embedding): how
-                  often the ordered one is nearer, and how often it is the nearest of all ordered and
-                  shuffled windows
-    stamps        retrieval of single images and captions in both directions; cross entropy of captions
-                  after the right and after a wrong image; generated captions: whether the reference is
-                  among the five nearest of all references, by a sentence encoder
-    pairs         emoji whose names differ in one word, scored as in Winoground: text and image score
-    place         which of six captioned stamps is repeated, by the place of the relevant one (a small
-                  version of WebQA's probe)
-    text          cross entropy of documents from their first image on
+              their texts, or all of them): its reciprocal rank among all images, once with and
+              once without the images that occur earlier in the document
+    order     a window of a document against the same window without one part, in order and in
+              another order (with the same last part, which decides most of an embedding): how
+              often the ordered one is nearer, and how often it is the nearest of all ordered and
+              shuffled windows
+    stamps    retrieval of single images and captions in both directions; cross entropy of captions
+              after the right and after a wrong image; generated captions: whether the reference is
+              among the five nearest of all references, by a sentence encoder
+    pairs     emoji whose names differ in one word, scored as in Winoground: text and image score
+    place     which of six captioned stamps is repeated, by the place of the relevant one (a small
+              version of WebQA's probe)
+    text      cross entropy of documents from their first image on
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def measure_next_image(model: DuetModel, documents: list[Record]) -> Measurement
     column = {key: position for position, key in enumerate(gallery)}
     images = model.encode_document(list(gallery.values()))
     targets = [[column[query.target]] for query in queries]
-    earlier = [[column[key] for key in query.earlier_images] for query in queries]
+    earlier = [list(map(column.__getitem__, query.earlier_images)) for query in queries]
     contexts = {
         "texts": [select_texts(query.context) for query in queries],
         "texts and images": [query.context for query in queries],
