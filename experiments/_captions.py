@@ -20,9 +20,8 @@ def compare_captions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compare every caption with its reference, by all-MiniLM-L6-v2.
 
-    Returns:
-        float[N], the cosine of each caption and its reference; int64[N], the rank of that reference,
-        from 1, among all distinct references by their cosine to the caption.
+    Returns: float[N], the cosine of each caption and its reference; int64[N], the rank of that
+        reference, from 1, among all distinct references by their cosine to the caption.
     """
     embed = as_embedder(open_encoder(fetch_minilm_folder()))
     distinct = list(dict.fromkeys(references))

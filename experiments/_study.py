@@ -179,10 +179,9 @@ def read_runs(study: Study, work: Path) -> dict[str, list[Measurements]]:
 def write_results(study: Study, work: Path, folder: Path) -> None:
     """Write NAME.json with every number and NAME.svg, and print the tables in Markdown.
 
-    A row's number is the mean over its seeds, ± the standard deviation between them. A difference to
-    the reference has its 95 % bootstrap interval over the items; the same items are drawn on both
-    sides.
-    """
+    A row's number is the mean over its seeds, ± the standard deviation between them. A difference
+    to the reference has its 95 % bootstrap interval over the items; the same items are drawn on
+    both sides."""
     runs = read_runs(study, work)
     names = list(runs[START_ROW][0])
     means: dict[str, Measurements] = {}
@@ -217,7 +216,8 @@ def write_results(study: Study, work: Path, folder: Path) -> None:
 def compute_differences(
     study: Study, means: Mapping[str, Measurements]
 ) -> dict[str, dict[str, MetricValue]]:
-    """Return every row minus the reference, by row and number; numbers without pairs are left out."""
+    """Return every row minus the reference, by row and number; numbers without pairs are left
+    out."""
     differences: dict[str, dict[str, MetricValue]] = {}
     for row, samples in means.items():
         if row == study.reference:

@@ -1,23 +1,23 @@
-"""Measure the value of every part of VladVA: nano with a summary token, captions of two lengths, two CPU cores.
+"""Measure the value of every part of VladVA, with nano and captions of two lengths.
 
     vlduet model nano models/nano
     vlduet data fetch stamps emoji wesnoth endless-sky --to data
     python experiments/vladva/study.py --work runs/vladva-study
     python experiments/vladva/study.py --work runs/vladva-study --report docs/results
 
-Trained on stamps (only short captions) and on units, ships and planets (wesnoth, endless-sky: a name as
-the short caption, a description as the long one). The embedding is the hidden state of the last token
-of the prompt, without a head, as in the paper. Measured on the test splits:
+Trained on stamps (only short captions) and on units, ships and planets (wesnoth, endless-sky: a
+name as the short caption, a description as the long one). The embedding is the hidden state of the
+last token of the prompt, without a head, as in the paper. Measured on the test splits:
 
-    stamps        retrieval of images and captions in both directions: mean reciprocal rank; cross
-                  entropy of captions after their images
-    edits         the caption of a stamp against one that a rule made wrong
-                  (vlduet.data.tools.caption_negatives). Captions this short have nothing to swap, so two
-                  stamps in one image are "A on the left and B on the right" against the swapped text
-    long          descriptions: reciprocal rank of their image among 127, and their cross entropy after it
-    reading       at the summary token of stamps: entropy of the next token, number of components with
-                  90 % of the variance of the image embeddings, and how evenly the token attends to the
-                  tokens of the image (1: evenly)
+    stamps    retrieval of images and captions in both directions: mean reciprocal rank; cross
+              entropy of captions after their images
+    edits     the caption of a stamp against one that a rule made wrong
+              (vlduet.data.tools.caption_negatives). Captions this short have nothing to swap, so two
+              stamps in one image are "A on the left and B on the right" against the swapped text
+    long      descriptions: reciprocal rank of their image among 127, and their cross entropy after it
+    reading   at the summary token of stamps: entropy of the next token, number of components with
+              90 % of the variance of the image embeddings, and how evenly the token attends to
+              the tokens of the image (1: evenly)
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def make_caption_choices(stamps: list[Record]) -> list[CaptionChoice]:
 
 
 def make_swap_choice(left: Record, right: Record) -> CaptionChoice:
-    """Return two stamps as one image, with a text that names them and the text with them swapped."""
+    """Return two stamps as one image, with a text that names them and the text with them
+    swapped."""
     canvas = Image.new("RGB", (2 * STAMP_PIXELS, STAMP_PIXELS), "white")
     for position, record in enumerate((left, right)):
         assert record.image is not None
@@ -189,9 +190,8 @@ def measure_summary_token(model: DuetModel, stamps: list[Record]) -> Measurement
 def write_long_as_short(data: Path) -> None:
     """Write training records with the description in the place of the short caption.
 
-    VladVA advises against a contrastive loss on such captions. The files are train-long.jsonl beside
-    train.jsonl.
-    """
+    VladVA advises against a contrastive loss on such captions. The files are train-long.jsonl
+    beside train.jsonl."""
     for corpus in LONG_CORPORA:
         lines = []
         text = (data / corpus / "train.jsonl").read_text(encoding="utf-8")
