@@ -181,14 +181,11 @@ def compute_alignment_weighted_mean(
     gradient. Arguments and errors are those of `compute_log_gak`.
 
     Returns:
-        float[P] in [-1, 1], 0 where infinite distances leave no alignment; float64 for float64
-        distances, else float32.
+        float[P] in [-1, 1]; float64 for float64 distances, else float32.
     """
     pairs = _check_pairs(squared_distances, lengths_x, lengths_y, sigma)
     posterior = compute_alignment_posterior(pairs.cells, lengths_x, lengths_y, sigma=sigma)
-    weighted_sum = (posterior * (1 - pairs.cells / 2)).sum((1, 2))
-    # An infinite distance may leave no alignment, and no posterior to divide by.
-    return weighted_sum / posterior.sum((1, 2)).clamp(min=torch.finfo(posterior.dtype).tiny)
+    return (posterior * (1 - pairs.cells / 2)).sum((1, 2)) / posterior.sum((1, 2))
 
 
 def compute_sigma(lengths_x: Tensor, lengths_y: Tensor, delta: float = 1.0) -> Tensor:
@@ -281,16 +278,16 @@ def _map_shares(pairs: _Pairs, compute: Callable[[Engine, Tensor, PairGrid], Ten
     """
     num_pairs = len(pairs.cells)
     engine = select_engine(pairs.cells)
+    group_size = engine.choose_group_size(pairs.cells.device, num_pairs)
+    num_groups = -(-num_pairs // group_size)
     num_shares = 1
     if engine.runs_in_one_thread:
         worthwhile = 1 + pairs.cells.numel() // MIN_CELLS_PER_SHARE
-        num_shares = min(torch.get_num_threads(), worthwhile, num_pairs)
-    edges = [num_pairs * i // num_shares for i in range(num_shares + 1)]
+        num_shares = min(torch.get_num_threads(), worthwhile, num_groups)
+    edges = [num_groups * i // num_shares * group_size for i in range(num_shares + 1)]
     shares = [slice(begin, end) for begin, end in pairwise(edges)]
 
     def compute_share(share: slice) -> Tensor:
-        count = share.stop - share.start
-        group_size = engine.choose_group_size(pairs.cells.device, count)
-        return compute(engine, *pairs.arrange(share, group_size))[:count]
+        return compute(engine, *pairs.arrange(share, group_size))
 
-    return torch.cat(threads.map_in_threads(compute_share, shares))
+    return torch.cat(threads.map_in_threads(compute_share, shares))[:num_pairs]
