@@ -250,6 +250,7 @@ def write_corpus(
     hashes: dict[str, str] = {}
 
     def write_file(name: str, data: bytes) -> None:
+        """Write a file below `folder` and record its hash."""
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

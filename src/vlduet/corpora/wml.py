@@ -65,6 +65,7 @@ def parse_wml(text: str) -> WmlBlock:
     is_continued = False  # a + at the end of the line continues the value in the next one
 
     def end_attribute() -> None:
+        """Store the current key and value in the innermost block, and begin without a key."""
         nonlocal key, value
         if key:
             stack[-1].attributes.setdefault(key, value.strip())
