@@ -31,7 +31,7 @@ def vector(item: Any) -> np.ndarray:
 
 
 def _of_words(name: str) -> np.ndarray:
-    words = calls.normalized_words(name) or [name]
+    words = calls.tokenize_answer(name) or [name]
     return sum((fixed.numbers(word, 12) for word in words), np.zeros(12))
 
 
@@ -98,10 +98,10 @@ def protocols() -> dict[str, Any]:
 def _direction(measured: Any) -> dict[str, Any]:
     return {
         "ranks": measured.ranks,
-        "hits": measured.hits(),
-        "chance": measured.chance(),
-        "interval": asdict(measured.interval(1)),
-        "top": [measured.top(query, 3) for query in range(measured.num_queries)],
+        "hits": measured.hit_rates(),
+        "chance": measured.chance_hit_rates(),
+        "interval": asdict(measured.hit_interval(1)),
+        "top": [measured.top_indices(query, 3) for query in range(measured.num_queries)],
     }
 
 
@@ -121,12 +121,11 @@ def metrics() -> dict[str, Any]:
         {
             "ranks": calls.metrics.first_hit_ranks(scores, relevant),
             "hits": calls.metrics.hit_at_k(scores, relevant),
-            "recall": calls.metrics.recall_at_k(scores, relevant),
             "chance": calls.metrics.chance_hit_at_k(relevant),
             "interval": asdict(calls.metrics.bootstrap_interval(values, 7)),
             "weighted": asdict(calls.metrics.bootstrap_interval(values, 7, weights=weights)),
             "paired": asdict(calls.metrics.paired_bootstrap(values, weights, seed=2)),
-            "words": [calls.normalized_words(text) for text, _ in texts],
+            "words": [calls.tokenize_answer(text) for text, _ in texts],
             "exact": [calls.metrics.exact_match(*pair) for pair in texts],
             "f1": [calls.metrics.token_f1(*pair) for pair in texts],
         }
