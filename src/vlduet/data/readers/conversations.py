@@ -62,9 +62,8 @@ def parse_messages(row: SourceRow) -> Record:
     if "messages" in row.value:
         turns = row.get_field("messages").parse_items("turns")
         return _build_record(row, turns, field="messages", used=CHAT_KEYS)
-    turns = _to_turns(row.get_field("prompt"), "user") + _to_turns(
-        row.get_field("completion"), "assistant"
-    )
+    turns = _to_turns(row.get_field("prompt"), "user")
+    turns += _to_turns(row.get_field("completion"), "assistant")
     return _build_record(row, turns, field="completion", used=CHAT_KEYS)
 
 
@@ -85,7 +84,8 @@ def parse_swift(row: SourceRow) -> Record:
     if row.value.get("system"):
         turns.append(_make_turn("system", row.get_field("system")))
     history = row.get_field("history")
-    for pair in history.parse_items("pairs of question and answer") if history.value else []:
+    pairs = history.parse_items("pairs of question and answer") if history.value else []
+    for pair in pairs:
         if not isinstance(pair.value, list) or len(pair.value) != 2:
             fix = 'Write ["question", "answer"]'
             raise pair.make_error("not a pair of question and answer", fix=fix)
