@@ -43,6 +43,28 @@ def drop_counts(dropped: Quarantine) -> dict[str, Any]:
     return {"dropped": dropped.count, "causes": dropped.count_by_cause()}
 
 
+def print_written(
+    to: Path,
+    count: int,
+    dropped: Quarantine,
+    *,
+    as_json: bool,
+    details: str = "",
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Print how many records were written to a file; exit with status 1 if there are none.
+
+    `details` follows the number in the text; `fields` are further fields of the JSON object.
+    """
+    if as_json:
+        counts = {"file": str(to), "records": count}
+        print_json({**counts, **(fields or {}), **drop_counts(dropped)})
+    else:
+        print(f"{to}: {count} records{details}; {dropped}")
+    if not count:
+        raise typer.Exit(1)
+
+
 def quarantine_rows(dropped: Quarantine) -> Callable[[DataError], None]:
     """Return a function for `on_error` of a reader: it adds each error to `dropped`."""
 

@@ -15,8 +15,8 @@ from vlduet.cli._common import (
     Json,
     QueryFile,
     Root,
-    drop_counts,
     print_json,
+    print_written,
     quarantine_rows,
     read_record_at,
 )
@@ -158,12 +158,7 @@ def convert(
     records = formats.read_records(source, format=format, root=root, on_error=on_error)
     written = formats.stream_to_jsonl(records, to)
     count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
-    if as_json:
-        print_json({"file": str(to), "records": count, **drop_counts(dropped)})
-    else:
-        print(f"{to}: {count} records, {dropped}")
-    if not count:
-        raise typer.Exit(1)
+    print_written(to, count, dropped, as_json=as_json)
 
 
 @app.command()
@@ -254,14 +249,15 @@ def edit(
     written = formats.stream_to_jsonl(edit_records(), to)
     count = sum(1 for _ in track_progress(written, label=f"editing {file.name}"))
     negatives = dict(sorted(counts.items()))
-    if as_json:
-        fields = {"file": str(to), "records": count, "without": num_unchanged}
-        print_json({**fields, "negatives": negatives, **drop_counts(dropped)})
-    else:
-        edits = ", ".join(f"{number} {kind}" for kind, number in negatives.items()) or "no edits"
-        print(f"{to}: {count} records ({edits}), {num_unchanged} without any; {dropped}")
-    if not count:
-        raise typer.Exit(1)
+    edits = ", ".join(f"{number} {kind}" for kind, number in negatives.items()) or "no edits"
+    print_written(
+        to,
+        count,
+        dropped,
+        details=f" ({edits}), {num_unchanged} without any",
+        fields={"without": num_unchanged, "negatives": negatives},
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -298,10 +294,6 @@ def mix(
             compose_queries(pairs, queries_per_image=times, seed=seed), to
         )
     )
-    if as_json:
-        fields = {"file": str(to), "records": count, "pairs": len(pairs)}
-        print_json({**fields, **drop_counts(dropped)})
-    else:
-        print(f"{to}: {count} records of {len(pairs)} pairs; {dropped}")
-    if not count:
-        raise typer.Exit(1)
+    fields = {"pairs": len(pairs)}
+    details = f" of {len(pairs)} pairs"
+    print_written(to, count, dropped, details=details, fields=fields, as_json=as_json)
