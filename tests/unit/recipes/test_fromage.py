@@ -77,7 +77,9 @@ def pairs() -> list[Record]:
 
 def laid_out(model: DuetModel) -> list[Sequence]:
     return [
-        s for i, r in enumerate(pairs()) for s in layout(Sample(r, i, 0), model.renderer, FromageOptions())
+        s
+        for i, r in enumerate(pairs())
+        for s in layout(Sample(r, i, 0), model.renderer, FromageOptions())
     ]
 
 

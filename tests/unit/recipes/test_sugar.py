@@ -321,7 +321,9 @@ def test_no_weight_costs_nothing(model: DuetModel, monkeypatch: pytest.MonkeyPat
 def test_a_part_of_the_features_is_our_mistake(model: DuetModel) -> None:
     seen = frozen_encoders.build_random_encoders().attach_features([lay(model, story())])[0]
     with pytest.raises(AssertionError, match="a part of the slices"):
-        sugar.compute_structure_loss(model(model.collate([seen, lay(model, story(1))])), SugarOptions())
+        sugar.compute_structure_loss(
+            model(model.collate([seen, lay(model, story(1))])), SugarOptions()
+        )
 
 
 def test_calibration_uses_the_batch(model: DuetModel) -> None:
@@ -333,7 +335,9 @@ def test_calibration_uses_the_batch(model: DuetModel) -> None:
 
 
 def test_nothing_usable_is_zero_and_part_of_the_graph() -> None:
-    losses = objective(create_empty_readout(4, like=torch.zeros(())), torch.zeros(()), SugarOptions())
+    losses = objective(
+        create_empty_readout(4, like=torch.zeros(())), torch.zeros(()), SugarOptions()
+    )
     assert float(losses["structure"].detach()) == 0 and losses["structure"].requires_grad
 
 

@@ -88,7 +88,9 @@ def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetMo
         Record("p", image=tiny.random_image(0), short=("a",)),
         Record("l", image=tiny.random_image(1), long=LONG),
     ]
-    by_record = [layout(Sample(record, 0, 0), model.renderer, VladvaOptions()) for record in records]
+    by_record = [
+        layout(Sample(record, 0, 0), model.renderer, VladvaOptions()) for record in records
+    ]
     assert [len(s.anchors) for s in by_record[0]] == [1, 1]
     assert [len(s.anchors) for s in by_record[1]] == [0]
     assert any(label != IGNORE_INDEX for label in by_record[1][0].labels)
