@@ -154,10 +154,10 @@ def test_killed_evaluation_is_resumed_scored_and_reported(tmp_path: Path) -> Non
 
 def assert_equal_archives(first: Path, second: Path) -> None:
     """Assert that two runs stored the same numbers item by item."""
-    with np.load(first / "samples.npz") as ours, np.load(second / "samples.npz") as theirs:
-        assert set(ours) == set(theirs)
-        for key in ours:
-            np.testing.assert_array_equal(ours[key], theirs[key])
+    with np.load(first / "samples.npz") as expected, np.load(second / "samples.npz") as actual:
+        assert set(actual) == set(expected)
+        for key in expected:
+            np.testing.assert_array_equal(actual[key], expected[key])
 
 
 def assert_complete_score(score: dict[str, Any], data: Path) -> None:

@@ -1,9 +1,9 @@
 """Official rules that normalize a generated text and compare it: pure functions of strings.
 
 Each rule is the official one with its mistakes, named where it is one: a repaired rule would give
-numbers that compare with nobody's. Sources: GT-Vision-Lab/VQA vqaEval.py, Pythia's EvalAI processor,
-POPE evaluate.py, MME calculation.py, LLaVA eval_science_qa.py, VLMEvalKit can_infer, Cheetah
-scripts/evaluate.py.
+numbers that compare with nobody's. Sources: GT-Vision-Lab/VQA vqaEval.py, Pythia's EvalAI
+processor, POPE evaluate.py, MME calculation.py, LLaVA eval_science_qa.py, VLMEvalKit can_infer,
+Cheetah scripts/evaluate.py.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTIONS: dict[str, str] = json.loads(
     (Path(__file__).parent / "vqa_contractions.json").read_text(encoding="utf-8")
 )
-"""Official spelling repairs (``dont`` -> ``don't``), without the four entries with a capital letter,
-which cannot occur, because words are lower-case when they are looked up."""
+"""Official spelling repairs (``dont`` -> ``don't``). Four entries with a capital letter are left out:
+words are lower-case when they are looked up."""
 
 _COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
@@ -48,7 +48,7 @@ _MAX_PERIODS = 32
 """Value of re.UNICODE, which the official code passes where `sub` takes its count."""
 
 
-def strip_vqa_punctuation(text: str) -> str:
+def normalize_vqa_punctuation(text: str) -> str:
     """Apply the official processPunctuation.
 
     A punctuation mark is removed beside a blank, and everywhere in a text with a comma between
@@ -62,7 +62,7 @@ def strip_vqa_punctuation(text: str) -> str:
     return _PERIOD.sub("", result, count=_MAX_PERIODS)
 
 
-def normalize_vqa_words(text: str) -> str:
+def normalize_vqa_tokens(text: str) -> str:
     """Apply the official processDigitArticle.
 
     The text becomes lower-case, number words become digits, articles are removed, and missing
@@ -80,7 +80,7 @@ def replace_line_ends(text: str) -> str:
 def normalize_evalai(text: str) -> str:
     """Apply Pythia's EvalAI processor, which LLaVA applies to its submissions."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return normalize_vqa_words(strip_vqa_punctuation(replace_line_ends(text)))
+    return normalize_vqa_tokens(normalize_vqa_punctuation(replace_line_ends(text)))
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -92,13 +92,13 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     prediction = replace_line_ends(prediction)
     answers = [replace_line_ends(answer) for answer in answers]
     if len(set(answers)) > 1:
-        answers = [normalize_vqa_words(strip_vqa_punctuation(answer)) for answer in answers]
-        prediction = normalize_vqa_words(strip_vqa_punctuation(prediction))
+        answers = [normalize_vqa_tokens(normalize_vqa_punctuation(answer)) for answer in answers]
+        prediction = normalize_vqa_tokens(normalize_vqa_punctuation(prediction))
     return annotator_agreement(prediction, answers)
 
 
 def evalai_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return the accuracy of TextVQA and VizWiz (m4c), which always normalizes with EvalAI's rules."""
+    """Return the accuracy of TextVQA and VizWiz (m4c): both sides are always EvalAI-normalized."""
     return annotator_agreement(
         normalize_evalai(prediction), [normalize_evalai(answer) for answer in answers]
     )
@@ -110,7 +110,7 @@ def annotator_agreement(prediction: str, answers: Sequence[str]) -> float:
     An annotator agrees if the answer equals the prediction. No answers raise ZeroDivisionError.
     """
     matches = [answer == prediction for answer in answers]
-    return sum(min(1.0, (sum(matches) - own) / 3) for own in matches) / len(matches)
+    return sum(min(1.0, (sum(matches) - is_match) / 3) for is_match in matches) / len(matches)
 
 
 # ------------------------------------------------------------------ yes or no
@@ -196,7 +196,7 @@ def parse_mmbench_letter(text: str, options: Sequence[str]) -> str | None:
 
 def normalize_demon(text: str) -> str:
     """Apply Cheetah's `process`: VQA's punctuation, then lower case, without surrounding quotes."""
-    text = strip_vqa_punctuation(replace_line_ends(text)).lower()
+    text = normalize_vqa_punctuation(replace_line_ends(text)).lower()
     return text.strip("'").strip('"').strip()
 
 

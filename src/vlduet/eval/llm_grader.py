@@ -52,6 +52,7 @@ def open_grader(
         headers["Authorization"] = f"Bearer {key}"
 
     def grade(official: Mapping[str, Any], prompt: str, temperature: float) -> str:
+        """Send one prompt, after the official system message if any, and return the answer."""
         messages = [{"role": "user", "content": prompt}]
         if official.get("system"):
             messages = [{"role": "system", "content": official["system"]}, *messages]

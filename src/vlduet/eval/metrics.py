@@ -94,6 +94,7 @@ def chance_hit_at_k(relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[st
     num_positives = Counter(relevant.sum(1).tolist())  # number of positives -> number of queries
 
     def chance(k: int) -> float:
+        """Return the expected fraction of queries with a relevant item among k random ones."""
         k = min(k, num_gallery)
         num_draws = math.comb(num_gallery, k)
         expected_misses = 0.0

@@ -203,6 +203,7 @@ class PredictionStore:
         function = self.functions.generate
 
         def answer(group: list[Question]) -> list[str | None]:
+            """Return the answers to questions with one length limit; None for ones that fail."""
             assert function is not None
             generate = function
             return bisect_failures(
@@ -232,6 +233,7 @@ class PredictionStore:
         function = self.functions.continuation_nll
 
         def score(group: list[Question]) -> list[Any]:
+            """Return [[total nats, tokens] per option] per question; None for ones that fail."""
             assert function is not None
             nll = function
             return bisect_failures(

@@ -227,6 +227,7 @@ def _open_retriever(folder: Path | None) -> EmbedFunction | None:
 
     @cache
     def open_once() -> EmbedFunction:
+        """Open the retriever; later calls return the same function."""
         if not can_generate(folder):
             return as_embedder(_open_encoder(folder))
         model = DuetModel.from_pretrained(folder)
@@ -330,6 +331,7 @@ def answer_nlls(
     renderer = model.renderer.with_options(max_tokens=max_tokens)
 
     def render(prompt: Parts, answer: str) -> TokenSequence:
+        """Return the tokens of prompt and answer, with the answer as labels."""
         if is_single_image(prompt):
             assert isinstance(prompt[0], ImageRef)
             return renderer.render_caption(prompt[0], answer)

@@ -180,6 +180,7 @@ def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisI
     texts: dict[str, str] = {}
 
     def add(part: Part) -> None:
+        """Add a part to its dict unless that is full. Raises DataError for a broken image."""
         if isinstance(part, ImageRef):
             if len(images) < limit:
                 load_image(part)  # a broken image must not take the place of another one

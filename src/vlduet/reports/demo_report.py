@@ -136,6 +136,7 @@ def training_charts(rows: Sequence[Mapping[str, float]]) -> tuple[LineChart, ...
     """
 
     def series(name: str, key: str) -> Series:
+        """Return a number over minutes, from the rows that have it and the elapsed seconds."""
         points = [
             (row["seconds"] / 60, row[key]) for row in rows if key in row and "seconds" in row
         ]

@@ -1,1 +1,1 @@
-"""Published benchmarks: loaders of their official formats, their prompts and their official scoring."""
+"""Published benchmarks: loaders of their official formats, their prompts and scoring rules."""

@@ -208,20 +208,20 @@ def load_template_questions(files: OfficialFiles) -> ChoiceTask:
 
 
 def draw_options(
-    random: np.random.Generator, correct: str, others: Sequence[str]
+    random: np.random.Generator, correct: str, candidates: Sequence[str]
 ) -> tuple[tuple[str, ...], int]:
     """Draw the options of a question.
 
     Args:
         random: source of the draws.
         correct: the correct option.
-        others: candidates for the wrong ones; may repeat and contain the correct one.
+        candidates: possible wrong options; may repeat and contain the correct one.
 
     Returns:
         At most `NUM_OPTIONS` distinct options in random order.
         The index of the correct one.
     """
-    wrong = sorted(set(others) - {correct})
+    wrong = sorted(set(candidates) - {correct})
     drawn = [wrong[i] for i in random.permutation(len(wrong))[: NUM_OPTIONS - 1]]
     index = int(random.integers(len(drawn) + 1))
     return (*drawn[:index], correct, *drawn[index:]), index
@@ -258,8 +258,8 @@ def load_caption_choice(files: OfficialFiles, *, corpus: str) -> ChoiceTask:
     items = []
     for record, image in pairs:
         caption = record.short[0]
-        others = [text for text, words in words_of.items() if words != words_of[caption]]
-        options, index = draw_options(random, caption, others)
+        distractors = [text for text, words in words_of.items() if words != words_of[caption]]
+        options, index = draw_options(random, caption, distractors)
         items.append(Question(record.id, (image,), index, {}, options))
     return ChoiceTask(tuple(items))
 

@@ -69,12 +69,12 @@ def make_solved_question_task(
         DataError: nothing to ask about, or nothing to retrieve.
     """
     chosen = _draw_records(records, num_questions=num_questions, seed=seed)
-    known = captioned_images(solved_records)
-    if not known:
+    solved_pairs = captioned_images(solved_records)
+    if not solved_pairs:
         fix = "Put the training split beside the test split"
         raise DataError("an empty knowledge base", fix=fix)
     entries = []
-    for record, image in known:
+    for record, image in solved_pairs:
         shown_text = f"Question: {IMAGE_QUESTION} Answer: {kind_of_thing(record)}"
         entries.append(KnowledgeEntry(record.id, ((image, IMAGE_QUESTION),), (shown_text,)))
     items = []
@@ -83,7 +83,7 @@ def make_solved_question_task(
         assert record.image is not None
         items.append(Question(record.id, (record.image, IMAGE_QUESTION), index, {}, options))
         kind = options[index]
-        same_kind = [i for i, (other, _) in enumerate(known) if kind_of_thing(other) == kind]
+        same_kind = [i for i, (other, _) in enumerate(solved_pairs) if kind_of_thing(other) == kind]
         positives.append(tuple(same_kind))
     images = [item.prompt[0] for item in items]
     return RagTask(
@@ -92,7 +92,7 @@ def make_solved_question_task(
         entries=tuple(entries),
         build_prompt=prepend_references,
         score=None,
-        excluded_entries=tuple(find_identical_images(images, [image for _, image in known])),
+        excluded_entries=tuple(find_identical_images(images, [image for _, image in solved_pairs])),
         positives=tuple(positives),
         k=k or 1,
     )
@@ -155,13 +155,13 @@ def _draw_records(
     """
     random = np.random.default_rng(seed)
     usable = [record for record, _ in captioned_images(records)]
-    things = list({normalized_caption(record): record for record in usable}.values())
-    kinds = sorted({kind_of_thing(record) for record in things})
+    distinct = list({normalized_caption(record): record for record in usable}.values())
+    kinds = sorted({kind_of_thing(record) for record in distinct})
     if len(kinds) < 2:
-        message = f"{len(things)} things of {len(kinds)} kinds"
+        message = f"{len(distinct)} things of {len(kinds)} kinds"
         raise DataError(message, fix="Ask about records of two kinds or more")
     chosen = []
-    for i in sorted(random.permutation(len(things))[:num_questions]):
-        options, index = draw_options(random, kind_of_thing(things[i]), kinds)
-        chosen.append((things[i], options, index))
+    for i in sorted(random.permutation(len(distinct))[:num_questions]):
+        options, index = draw_options(random, kind_of_thing(distinct[i]), kinds)
+        chosen.append((distinct[i], options, index))
     return chosen

@@ -193,7 +193,9 @@ def load_mmvp_questions(files: OfficialFiles) -> AnswerTask:
         reference = "B" if is_swapped else "A"
         tags = {"pattern": first["pattern"]}
         items.append(Question(_pair_id(first, second), prompt, reference, tags, options))
-    return AnswerTask(tuple(items), make_letter_scorer(parse_mmbench_letter, "pattern"))
+    return AnswerTask(
+        tuple(items), make_letter_scorer(parse_mmbench_letter, {"accuracy/": "pattern"})
+    )
 
 
 def _read_mmvp_pairs(files: OfficialFiles) -> list[tuple[OfficialObject, OfficialObject]]:

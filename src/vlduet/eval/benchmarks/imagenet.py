@@ -51,7 +51,8 @@ def load_imagenet(files: OfficialFiles, *, all_templates: bool = False) -> Retri
 def _read_class_names(files: OfficialFiles) -> dict[str, str]:
     """Return wnid -> class name in the order of labels.
 
-    ``classnames.txt`` (one name per line, by sorted wnid) goes before ``imagenet_class_index.json``.
+    ``classnames.txt`` (one name per line, by sorted wnid) is preferred to
+    ``imagenet_class_index.json``.
     """
     if files.has_file("imagenet/classnames.txt"):
         folders = files.find_path("imagenet/val").iterdir()

@@ -1,4 +1,4 @@
-"""DEMON: 29 tasks in 7 categories whose instructions interleave many images (Cheetah's core set)."""
+"""DEMON: 29 tasks in 7 categories whose prompts interleave many images (Cheetah's core set)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from vlduet.data.records import Part
-from vlduet.errors import DataError
 from vlduet.eval.answers import (
     best_tfidf_choice,
     is_same_image_letter,
     normalize_demon,
     rouge_l,
 )
-from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles, OfficialObject
+from vlduet.eval.benchmarks.official_files import OfficialFiles, OfficialObject
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, average, combine_samples
 from vlduet.eval.benchmarks.tasks import AnswerTask, AnswerTexts, Benchmark, Question
 
@@ -127,9 +126,7 @@ def _insert_images(
             parts += [segment] if segment else []
             continue
         if not 1 <= int(segment) <= len(image_names):
-            message = f"image#{segment} of {len(image_names)} images"
-            place = instance.place.with_field("context")
-            raise DataError(message, place=place, fix=USE_OFFICIAL_FILE)
+            raise instance.make_error(f"image#{segment} of {len(image_names)} images", "context")
         parts.append(files.find_image(f"demon/{task}/core/images/{image_names[int(segment) - 1]}"))
     return tuple(parts)
 

@@ -6,12 +6,11 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vlduet.data.records import ImageRef
-from vlduet.errors import DataError
 from vlduet.eval.answers import LETTERS, parse_mmbench_letter, parse_scienceqa_letter
-from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles, OfficialObject
+from vlduet.eval.benchmarks.official_files import OfficialFiles, OfficialObject
 from vlduet.eval.benchmarks.scores import BenchmarkScore, average, average_by_tag
 from vlduet.eval.benchmarks.tasks import (
     AnswerScorer,
@@ -33,15 +32,15 @@ def format_options(options: Sequence[str]) -> str:
 
 
 def make_letter_scorer(
-    parse_letter: Callable[[str, Sequence[str]], str | None], tag: str
+    parse_letter: Callable[[str, Sequence[str]], str | None], breakdown: Mapping[str, str]
 ) -> AnswerScorer:
-    """Return a scorer of accuracy by letters, broken down by a tag.
+    """Return a scorer of accuracy by letters (or other short forms).
 
     A missing answer counts as wrong and not as unparsed.
 
     Args:
         parse_letter: (answer, options) -> letter, or None where it finds none.
-        tag: numbers are named ``accuracy`` and ``accuracy/VALUE`` for the values of this tag.
+        breakdown: prefix -> tag; every value of the tag has a number ``PREFIX + VALUE``.
     """
 
     def score_letters(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
@@ -52,7 +51,8 @@ def make_letter_scorer(
             correct.append(float(letter == item.reference))
             num_unparsed += letter is None and text is not None
         samples = {"accuracy": average(correct)}
-        samples |= average_by_tag(correct, [item.tags[tag] for item in items], prefix="accuracy/")
+        for prefix, tag in breakdown.items():
+            samples |= average_by_tag(correct, [item.tags[tag] for item in items], prefix=prefix)
         return BenchmarkScore(samples, num_unparsed=num_unparsed)
 
     return score_letters
@@ -89,7 +89,9 @@ def format_scienceqa(row: OfficialObject) -> str:
     return f"{context}{row['question']}\n{format_options(row['choices'])}"
 
 
-score_scienceqa = make_letter_scorer(lambda text, _: parse_scienceqa_letter(text), "subject")
+score_scienceqa = make_letter_scorer(
+    lambda text, _: parse_scienceqa_letter(text), {"accuracy/": "subject"}
+)
 """Scorer of ScienceQA; a letter that names no option is wrong."""
 
 # ------------------------------------------------------------------ MMBench
@@ -128,8 +130,7 @@ def _read_options(row: OfficialObject) -> tuple[str, ...]:
             break
         options.append(row[letter])
     if not options:
-        place = row.place.with_field("A")
-        raise DataError("no options", place=place, fix=USE_OFFICIAL_FILE)
+        raise row.make_error("no options", "A")
     return tuple(options)
 
 
@@ -143,9 +144,7 @@ def _decode_image(row: OfficialObject) -> ImageRef:
     try:
         return ImageRef(data=base64.b64decode(row["image"], validate=False))
     except (binascii.Error, ValueError) as error:
-        place = row.place.with_field("image")
-        message = f"broken base64 ({error})"
-        raise DataError(message, place=place, fix=USE_OFFICIAL_FILE) from None
+        raise row.make_error(f"broken base64 ({error})", "image") from None
 
 
 def score_mmbench(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
@@ -252,14 +251,13 @@ def _read_seedbench(files: OfficialFiles) -> list[Question]:
     return items
 
 
-def score_seedbench(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score accuracy over all items, over images, over videos, and by type of question."""
-    texts = [(text or "").strip() for text in answers]
-    pairs = zip(items, texts, strict=True)
-    correct = [float(text == item.reference) for item, text in pairs]
-    samples = {"accuracy": average(correct)}
-    for tag, prefix in (("data", "accuracy/"), ("kind", "accuracy/type/")):
-        samples |= average_by_tag(correct, [item.tags[tag] for item in items], prefix=prefix)
-    answered = [text for text, answer in zip(texts, answers, strict=True) if answer is not None]
-    num_unparsed = sum(text not in ("A", "B", "C", "D") for text in answered)
-    return BenchmarkScore(samples, num_unparsed=num_unparsed)
+def parse_bare_letter(text: str, options: Sequence[str]) -> str | None:
+    """Return an answer that is nothing but one of the letters A to D, or None."""
+    letter = text.strip()
+    return letter if letter in ("A", "B", "C", "D") else None
+
+
+score_seedbench = make_letter_scorer(
+    parse_bare_letter, {"accuracy/": "data", "accuracy/type/": "kind"}
+)
+"""Scorer of SEED-Bench over all items, images, videos, and types of question."""

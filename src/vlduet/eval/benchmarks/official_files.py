@@ -33,8 +33,12 @@ class OfficialObject(dict[str, Any]):
         self.place = place
 
     def __missing__(self, key: str) -> Any:
-        place = self.place.with_field(key)
-        raise DataError(f"no '{key}' here", place=place, fix=USE_OFFICIAL_FILE)
+        raise self.make_error(f"no '{key}' here", key)
+
+    def make_error(self, message: str, key: str | None = None) -> DataError:
+        """Return an error about this object, or about its value under `key`."""
+        place = self.place if key is None else self.place.with_field(key)
+        return DataError(message, place=place, fix=USE_OFFICIAL_FILE)
 
     def get_object(self, key: str) -> OfficialObject:
         """Return the object under `key`; raise DataError where there is none."""
@@ -193,8 +197,8 @@ class OfficialFiles:
 
     def _missing_error(self, *names: str, fix: str, kind: str = "") -> DataError:
         """Return the error that none of these names exists."""
-        others = f" (nor {', '.join(names[1:])})" if names[1:] else ""
-        return DataError(f"{kind}'{names[0]}' is not there{others}", place=self.root, fix=fix)
+        alternatives = f" (nor {', '.join(names[1:])})" if names[1:] else ""
+        return DataError(f"{kind}'{names[0]}' is not there{alternatives}", place=self.root, fix=fix)
 
 
 def _parse_json(text: str, place: Place) -> Any:

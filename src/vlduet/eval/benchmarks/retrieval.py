@@ -129,7 +129,7 @@ def load_vist(
     annotations = files.read_object(VIST_STORIES)
     gallery = _find_vist_images(files, annotations)
     all_stories = _read_stories(annotations)
-    stories = [story for story in all_stories if all(image in gallery for image, _ in story)]
+    stories = [story for story in all_stories if gallery.keys() >= dict(story).keys()]
     if not stories:
         place = files.root / VIST_IMAGES
         raise DataError("no story has all its images", place=place, fix="Unpack them there")

@@ -178,7 +178,7 @@ def run_pairs(task: PairTask, predictions: PredictionStore) -> BenchmarkScore:
             samples[f"{name}/{label}"] = combine_samples(parts)
         # Items without a group add nothing to the overall number.
         samples |= {key: sample for key, sample in by_group.items() if not key.endswith("/")}
-    details = {**task.details, "items": len(task.items)}
+    details = {"items": len(task.items)}
     return BenchmarkScore(samples, num_missing=num_missing, details=details)
 
 
@@ -261,7 +261,6 @@ def run_choices(
         samples |= average_by_tag(correct, tags, prefix="accuracy/")
     chance = float(np.mean([1 / len(item.options) for item in task.items]))
     details = {
-        **task.details,
         "items": len(task.items),
         "chance": 100 * chance,
         "prior": 100 * _frequency_prior(task),
@@ -430,8 +429,9 @@ def _score_rankings(task: RagTask, rankings: Sequence[Sequence[int]]) -> dict[st
         positives = set(indices)
         for k, values in hits.items():
             values.append(float(not positives.isdisjoint(ranking[:k])))
-        shown = ranking[: task.k]
-        f1.append(2 * len(positives.intersection(shown)) / (len(shown) + len(positives)))
+        prompted = ranking[: task.k]
+        num_correct = len(positives.intersection(prompted))
+        f1.append(2 * num_correct / (len(prompted) + len(positives)))
     if not f1:
         return {}
     samples = {f"retrieval/R@{k}": average(values) for k, values in hits.items()}

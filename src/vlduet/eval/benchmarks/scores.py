@@ -13,12 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlduet.eval.metrics import bootstrap_means
+from vlduet.eval.metrics import INTERVAL_PERCENTILES, bootstrap_means
 
 Values = NDArray[np.float64]
-
-INTERVAL_PERCENTILES = (2.5, 97.5)
-"""Bounds of the 95 % percentile interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +119,21 @@ def combine_samples(samples: Sequence[MetricSample], *, sum_groups: bool = False
 
 
 def paired_difference(
-    ours: MetricSample, theirs: MetricSample, *, seed: int = 0
+    first: MetricSample, second: MetricSample, *, seed: int = 0
 ) -> MetricValue | None:
-    """Return ours - theirs with its paired interval: the same items are drawn on both sides.
+    """Return first - second with its paired interval: the same items are drawn on both sides.
 
     None is returned where group sizes, scales or the way of combining groups differ.
     """
-    sizes = [len(values) for values, _ in ours.groups]
-    other_sizes = [len(values) for values, _ in theirs.groups]
-    same_form = (ours.scale, ours.sum_groups) == (theirs.scale, theirs.sum_groups)
+    sizes = [len(values) for values, _ in first.groups]
+    other_sizes = [len(values) for values, _ in second.groups]
+    same_form = (first.scale, first.sum_groups) == (second.scale, second.sum_groups)
     if sizes != other_sizes or not same_form:
         return None
     # Draws depend on the seed and the sizes alone, so equal sizes mean equal draws.
-    differences = ours.bootstrap_values(seed) - theirs.bootstrap_values(seed)
+    differences = first.bootstrap_values(seed) - second.bootstrap_values(seed)
     low, high = np.percentile(differences, INTERVAL_PERCENTILES)
-    return MetricValue(ours.mean - theirs.mean, float(low), float(high), sum(sizes))
+    return MetricValue(first.mean - second.mean, float(low), float(high), sum(sizes))
 
 
 @dataclass(frozen=True, slots=True)

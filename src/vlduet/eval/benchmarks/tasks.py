@@ -74,7 +74,6 @@ class ChoiceTask:
     """Tag by which scores are broken down; empty for no breakdown."""
     without_images_too: bool = False
     """Ask the questions a second time without their images, as a text-only control."""
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 AskGrader = Callable[[str, float], str]
@@ -140,7 +139,6 @@ class PairTask:
     decide: PairRule
     macro_averages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name -> groups whose numbers are averaged; papers report the first one."""
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------ retrieval-augmented generation
@@ -158,7 +156,7 @@ class KnowledgeEntry:
 
 
 NatsPerToken = Callable[[Sequence[tuple[str, str]]], "list[float] | None"]
-"""(source, target) pairs -> nats per token of each target after its source; None without a model."""
+"""(source, target) pairs -> nats per token of each target given its source, or None."""
 
 FluencyScorer = Callable[
     [Sequence[Question], AnswerTexts, NatsPerToken], Mapping[str, MetricSample]
@@ -200,7 +198,7 @@ BenchmarkTask = AnswerTask | ChoiceTask | RetrievalTask | PairTask | LLMGradedTa
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One entry of ``benchmarks.yaml``: what a benchmark is, and how its official files are read."""
+    """One entry of ``benchmarks.yaml``: facts about a benchmark, and the loader of its files."""
 
     name: str
     title: str

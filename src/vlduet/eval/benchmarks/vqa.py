@@ -9,9 +9,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlduet.errors import DataError
 from vlduet.eval.answers import evalai_accuracy, normalize_evalai, vqa_accuracy
-from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles
+from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.scores import BenchmarkScore, average, average_by_tag
 from vlduet.eval.benchmarks.tasks import (
     AnswerScorer,
@@ -85,8 +84,7 @@ def load_vqav2(
     for row in files.read_object(f"vqav2/{questions}").get_objects("questions"):
         key = row["question_id"]
         if annotations is not None and key not in answers_of:
-            message = f"question {key} has no annotation"
-            raise DataError(message, place=row.place, fix=USE_OFFICIAL_FILE)
+            raise row.make_error(f"question {key} has no annotation")
         image = files.find_image(f"coco/{images}/COCO_{images}_{row['image_id']:012d}.jpg")
         prompt = (image, row["question"] + SHORT_ANSWER_INSTRUCTION)
         items.append(Question(str(key), prompt, answers_of.get(key), tags_of.get(key, {})))
@@ -169,9 +167,7 @@ def load_textvqa(files: OfficialFiles, *, with_ocr_tokens: bool) -> AnswerTask:
         stem = f"textvqa/train_images/{row['image_id']}"
         image = files.find_image(f"{stem}.jpg", f"{stem}.png")
         if len(row["answers"]) != 10:
-            message = f"{len(row['answers'])} answers, 10 needed"
-            place = row.place.with_field("answers")
-            raise DataError(message, place=place, fix=USE_OFFICIAL_FILE)
+            raise row.make_error(f"{len(row['answers'])} answers, 10 needed", "answers")
         text = row["question"]
         if with_ocr_tokens:
             text += f"\nReference OCR token: {', '.join(ocr_tokens.get(row['image_id'], []))}"

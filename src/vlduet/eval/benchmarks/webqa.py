@@ -22,6 +22,7 @@ from vlduet.eval.benchmarks.knowledge import (
     best_rouge_values,
     prepend_references,
 )
+from vlduet.eval.benchmarks.multiple_choice import make_letter_scorer
 from vlduet.eval.benchmarks.official_files import USE_OFFICIAL_FILE, OfficialFiles, OfficialObject
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, average, average_by_tag
 from vlduet.eval.benchmarks.tasks import (
@@ -182,8 +183,8 @@ def webqa_keyword_score(text: str, keywords: str, *, kind: str) -> float:
     Kinds with closed answers (and numbers) are scored by F1 over the closed answers that occur in
     text and keywords; other kinds by the recall of the keywords.
     """
-    answer_words = _count_words(text)
-    keyword_words = _count_words(keywords)
+    answer_words = _count_tokens(text)
+    keyword_words = _count_tokens(keywords)
     is_closed = kind in CLOSED_ANSWERS or kind == "number"
     if is_closed:
         answer_words = _closed_answers_in(answer_words, kind)
@@ -196,7 +197,7 @@ def webqa_keyword_score(text: str, keywords: str, *, kind: str) -> float:
     return 2 * precision * recall / (precision + recall) if is_closed else recall
 
 
-def _count_words(text: str) -> Counter[str]:
+def _count_tokens(text: str) -> Counter[str]:
     """Return how often each word occurs: lower-case, digits for number words, no articles."""
     words = re.sub(r"[^\w\s]", "", text.lower()).split()
     return Counter(NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES)
@@ -251,11 +252,13 @@ def load_webqa_position(files: OfficialFiles) -> AnswerTask:
     items = []
     for key, row in _draw_questions(files, NUM_PROBE_QUESTIONS, _fits_position_probe):
         relevant = _read_image_entry(row.get_objects("img_posFacts")[0], images)
-        others = [_read_image_entry(fact, images) for fact in row.get_objects("img_negFacts")[:5]]
-        reference = "yes" if "yes" in _count_words(row["A"][0]) else "no"
+        distractors = [
+            _read_image_entry(fact, images) for fact in row.get_objects("img_negFacts")[:5]
+        ]
+        reference = "yes" if "yes" in _count_tokens(row["A"][0]) else "no"
         for place in range(6):
             prompt: list[Part] = []
-            for entry in (*others[:place], relevant, *others[place:]):
+            for entry in (*distractors[:place], relevant, *distractors[place:]):
                 prompt += entry.prompt_parts
             prompt.append(_strip_quotes(row["Q"]) + YES_NO_INSTRUCTION)
             tags = {"position": str(place + 1)}
@@ -270,15 +273,11 @@ def _fits_position_probe(row: OfficialObject) -> bool:
     return len(row["img_posFacts"]) >= 1 and len(row["img_negFacts"]) >= 5
 
 
-def score_webqa_position(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score accuracy overall and by place: an answer must contain exactly one of yes and no."""
-    correct = []
-    num_unparsed = 0
-    for item, text in zip(items, answers, strict=True):
-        yes_or_no = {"yes", "no"} & set(_count_words(text or ""))
-        correct.append(float(yes_or_no == {item.reference}))
-        num_unparsed += len(yes_or_no) != 1 and text is not None
-    places = [item.tags["position"] for item in items]
-    samples = {"accuracy": average(correct)}
-    samples |= average_by_tag(correct, places, prefix="accuracy/position ")
-    return BenchmarkScore(samples, num_unparsed=num_unparsed)
+def parse_yes_or_no(text: str, options: Sequence[str]) -> str | None:
+    """Return which of the words yes and no an answer contains; None for both or neither."""
+    named = {"yes", "no"} & set(_count_tokens(text))
+    return named.pop() if len(named) == 1 else None
+
+
+score_webqa_position = make_letter_scorer(parse_yes_or_no, {"accuracy/position ": "position"})
+"""Scorer of the position probe, overall and by place."""
