@@ -1,421 +1,375 @@
-"""The target matrix and L_d against float64 loops that follow the paper's formulas one pair at a time, for every switch."""
+"""Target matrix against float64 loops that follow the paper one pair at a time, for every switch."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
-import math
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vlduet.objectives import sugar_targets
-from vlduet.objectives.gak import log_space
-from vlduet.objectives.structure import structure_loss
+from helpers.gak_reference import compute_reference_kernel
+from vlduet.objectives.gak import api
 from vlduet.objectives.sugar_targets import (
     Prefixes,
     calibrate_cosines,
     compute_target_matrix,
     compute_target_std,
     compute_triple_cosines,
+    cosines_to_squared_distances,
     find_related_slices,
 )
 
+Distance = Callable[[int, int], float]
+"""Squared distance of two slices, given by index."""
 
-def unit(rows: int, seed: int, width: int = 6) -> torch.Tensor:
+# The package re-exports a function of the same name.
+sugar_targets_module = importlib.import_module("vlduet.objectives.sugar_targets")
+
+
+def draw_encoder_vectors(rows: int, seed: int, dim: int) -> Tensor:
+    """Return unit vectors with an offset: unrelated vectors of encoders are not orthogonal."""
     generator = torch.Generator().manual_seed(seed)
-    # An offset, as real encoders have it: unrelated things are not orthogonal.
-    return F.normalize(
-        torch.randn(rows, width, dtype=torch.float64, generator=generator) + 0.4, dim=1
-    )
+    vectors = torch.randn(rows, dim, dtype=torch.float64, generator=generator) + 0.4
+    return F.normalize(vectors, dim=1)
 
 
-class Stories:
-    """Sequences of slices, some of them in several sequences, and a few prefixes of each."""
+class Documents:
+    """Sequences of slices, some of them in several sequences, with a few prefixes of each."""
 
     def __init__(
-        self, seed: int = 0, *, lengths: tuple[int, ...] = (3, 1, 4, 2, 1), slices: int = 9
+        self, seed: int = 0, *, lengths: tuple[int, ...] = (3, 1, 4, 2, 1), num_slices: int = 9
     ):
-        draw = np.random.default_rng(seed)
-        self.image = torch.tensor(draw.random(slices) < 0.5)
-        self.vision, self.text = unit(slices, seed, 5), unit(slices, seed + 1, 7)
-        self.cross = unit(slices, seed + 2, 4)
-        self.same = torch.where(self.image[:, None], F.pad(self.vision, (0, 2)), self.text)
-        self.documents = [draw.choice(slices, size=n, replace=False).tolist() for n in lengths]
-        self.prefixes = [
-            (number, document[:end])
-            for number, document in enumerate(self.documents)
-            for end in sorted({1, (len(document) + 1) // 2, len(document)})
-        ]
+        rng = np.random.default_rng(seed)
+        self.is_image = torch.tensor(rng.random(num_slices) < 0.5)
+        self.vision = draw_encoder_vectors(num_slices, seed, 5)
+        self.text = draw_encoder_vectors(num_slices, seed + 1, 7)
+        self.cross = draw_encoder_vectors(num_slices, seed + 2, 4)
+        self.sequences = []
+        for length in lengths:
+            slices = rng.choice(num_slices, size=length, replace=False)
+            self.sequences.append(slices.tolist())
+        self.prefixes: list[tuple[int, list[int]]] = []
+        for number, slices in enumerate(self.sequences):
+            for end in sorted({1, (len(slices) + 1) // 2, len(slices)}):
+                self.prefixes.append((number, slices[:end]))
 
-    def tensors(self) -> Prefixes:
+    def pack_prefixes(self) -> Prefixes:
         longest = max(len(slices) for _, slices in self.prefixes)
-        return Prefixes(
-            torch.tensor([slices + [0] * (longest - len(slices)) for _, slices in self.prefixes]),
-            torch.tensor([len(slices) for _, slices in self.prefixes]),
-            torch.tensor([number for number, _ in self.prefixes]),
-        )
+        rows = [slices + [0] * (longest - len(slices)) for _, slices in self.prefixes]
+        lengths = [len(slices) for _, slices in self.prefixes]
+        sequence_ids = [number for number, _ in self.prefixes]
+        return Prefixes(torch.tensor(rows), torch.tensor(lengths), torch.tensor(sequence_ids))
 
-    def cosines(self, *, without_triple: bool = False) -> torch.Tensor:
+    def compute_cosines(self, *, use_triple_kernel: bool = True) -> Tensor:
+        padded_vision = F.pad(self.vision, (0, 2))
         return compute_triple_cosines(
-            self.same, self.cross, is_image=self.image, use_triple_kernel=not without_triple
+            torch.where(self.is_image[:, None], padded_vision, self.text),
+            self.cross,
+            is_image=self.is_image,
+            use_triple_kernel=use_triple_kernel,
         )
 
 
-# ---------------------------------------------------------------------- the slow twin
+# ------------------------------------------------------------------ slow references
 
 
-def phi(stories: Stories, a: int, b: int, *, without_triple: bool = False) -> float:
-    """|a1 - b1|^2 or |a2 - b2|^2."""
-    if without_triple or stories.image[a] != stories.image[b]:
-        first, second = stories.cross[a], stories.cross[b]
-    elif stories.image[a]:
-        first, second = stories.vision[a], stories.vision[b]
+def compute_phi(documents: Documents, a: int, b: int, *, use_triple_kernel: bool = True) -> float:
+    """Return |a1 - b1|^2 of one modality, and |a2 - b2|^2 of different ones."""
+    if not use_triple_kernel or documents.is_image[a] != documents.is_image[b]:
+        vectors = documents.cross
+    elif documents.is_image[a]:
+        vectors = documents.vision
     else:
-        first, second = stories.text[a], stories.text[b]
-    return sum((x - y) ** 2 for x, y in zip(first.tolist(), second.tolist(), strict=True))
+        vectors = documents.text
+    return float((vectors[a] - vectors[b]).square().sum())
 
 
-def kappa(distance: float, sigma: float) -> float:
-    s = math.exp(-distance / (2 * sigma**2))
-    return s / (2 - s)
+def compute_kernel(x: list[int], y: list[int], phi: Distance, sigma: float) -> float:
+    """Return raw K of two sequences of slices."""
+    rows = []
+    for a in x:
+        rows.append([phi(a, b) for b in y])
+    return compute_reference_kernel(rows, sigma)
 
 
-def kernel(x: list[int], y: list[int], distance, sigma: float) -> float:
-    grid = [[0.0] * (len(y) + 1) for _ in range(len(x) + 1)]
-    grid[0][0] = 1.0
-    for i, j in itertools.product(range(1, len(x) + 1), range(1, len(y) + 1)):
-        grid[i][j] = (grid[i][j - 1] + grid[i - 1][j - 1] + grid[i - 1][j]) * kappa(
-            distance(x[i - 1], y[j - 1]), sigma
-        )
-    return grid[-1][-1]
-
-
-def posterior(x: list[int], y: list[int], distance, sigma: float) -> list[list[float]]:
-    """Share of the total weight of all alignment paths that passes each cell, by walking every path."""
-    cells = [[0.0] * len(y) for _ in x]
+def compute_posterior(
+    x: list[int], y: list[int], phi: Distance, sigma: float
+) -> dict[tuple[int, int], float]:
+    """Return cell -> share of the weight of all alignments that pass it, by walking every one."""
+    weight_of_cell = dict.fromkeys(itertools.product(range(len(x)), range(len(y))), 0.0)
     total = 0.0
 
     def walk(path: list[tuple[int, int]], weight: float) -> None:
         nonlocal total
         i, j = path[-1]
-        weight *= kappa(distance(x[i], y[j]), sigma)
+        weight *= compute_kernel([x[i]], [y[j]], phi, sigma)  # kappa
         if (i, j) == (len(x) - 1, len(y) - 1):
             total += weight
-            for a, b in path:
-                cells[a][b] += weight
-        for a, b in ((i + 1, j), (i + 1, j + 1), (i, j + 1)):
-            if a < len(x) and b < len(y):
-                walk([*path, (a, b)], weight)
+            for cell in path:
+                weight_of_cell[cell] += weight
+        for cell in ((i + 1, j), (i + 1, j + 1), (i, j + 1)):
+            if cell in weight_of_cell:
+                walk([*path, cell], weight)
 
     walk([(0, 0)], 1.0)
-    return [[cell / total for cell in row] for row in cells]
+    return {cell: weight / total for cell, weight in weight_of_cell.items()}
 
 
-def slow_targets(
-    stories: Stories, distance, *, target="gak", same_sequence="all", single="cosine", delta=1.0
-):
-    def one(first: tuple[int, list[int]], second: tuple[int, list[int]]) -> float:
-        (p, x), (q, y) = first, second
-        if p == q:
-            contained = x if len(x) < len(y) else y
-            return 1.0 if same_sequence == "all" else len(contained) / max(len(x), len(y))
-        cosines = [[1 - distance(a, b) / 2 for b in y] for a in x]
-        if target == "mean" or (len(x) == len(y) == 1 and single == "cosine"):
-            return statistics.fmean(itertools.chain.from_iterable(cosines))
-        if target == "awm":
-            weights = posterior(x, y, distance, delta)
-            cells = list(itertools.product(range(len(x)), range(len(y))))
-            return sum(weights[i][j] * cosines[i][j] for i, j in cells) / sum(
-                weights[i][j] for i, j in cells
-            )
-        sigma = delta * math.sqrt((len(x) + len(y)) / 2)
-        own = kernel(x, x, distance, sigma) * kernel(y, y, distance, sigma)
-        return min(1.0, kernel(x, y, distance, sigma) / math.sqrt(own))
+def compute_reference_target(
+    first: tuple[int, list[int]],
+    second: tuple[int, list[int]],
+    phi: Distance,
+    *,
+    target: str = "gak",
+    same_sequence: str = "all",
+    single: str = "cosine",
+    delta: float = 1.0,
+) -> float:
+    """Return m^l of two prefixes, given as (sequence, slices)."""
+    (sequence_x, x), (sequence_y, y) = first, second
+    if sequence_x == sequence_y:
+        if same_sequence == "all":
+            return 1.0
+        return min(len(x), len(y)) / max(len(x), len(y))
+    cells = list(itertools.product(range(len(x)), range(len(y))))
+    cosines = {(i, j): 1 - phi(x[i], y[j]) / 2 for i, j in cells}
+    if target == "mean" or (len(cells) == 1 and single == "cosine"):
+        return statistics.fmean(cosines.values())
+    if target == "awm":
+        weights = compute_posterior(x, y, phi, delta)
+        return sum(weights[c] * cosines[c] for c in cells) / sum(weights.values())
+    sigma = delta * ((len(x) + len(y)) / 2) ** 0.5
+    self_terms = compute_kernel(x, x, phi, sigma) * compute_kernel(y, y, phi, sigma)
+    return min(1.0, compute_kernel(x, y, phi, sigma) / self_terms**0.5)
 
-    rows = [[one(a, b) for b in stories.prefixes] for a in stories.prefixes]
-    return torch.tensor(rows, dtype=torch.float64)
+
+# ------------------------------------------------------------------ cosines
 
 
-# ---------------------------------------------------------------------- targets
-
-
-@pytest.mark.parametrize("without_triple", [False, True])
-def test_the_triple_kernel_chooses_for_every_pair(without_triple: bool) -> None:
-    stories = Stories(1)
-    found = sugar_targets.cosines_to_squared_distances(
-        stories.cosines(without_triple=without_triple)
-    )
+@pytest.mark.parametrize("use_triple_kernel", [True, False])
+def test_the_encoder_is_chosen_for_every_pair_of_slices(use_triple_kernel: bool) -> None:
+    documents = Documents(1)
+    cosines = documents.compute_cosines(use_triple_kernel=use_triple_kernel)
+    distances = cosines_to_squared_distances(cosines)
     for a, b in itertools.product(range(9), range(9)):
-        assert float(found[a, b]) == pytest.approx(
-            phi(stories, a, b, without_triple=without_triple), abs=1e-12
-        )
+        expected = compute_phi(documents, a, b, use_triple_kernel=use_triple_kernel)
+        assert float(distances[a, b]) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("without_triple", [False, True])
+def test_related_slices_occur_in_one_sequence() -> None:
+    slice_indices = torch.tensor([[0, 1, 1], [2, 0, 3]])
+    prefixes = Prefixes(slice_indices, torch.tensor([2, 1]), torch.tensor([4, 9]))
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[:2, :2] = expected[2, 2] = True
+    assert torch.equal(find_related_slices(prefixes, 4), expected)
+
+
+def test_calibration_equals_the_loop() -> None:
+    documents = Documents(9, num_slices=40, lengths=(9, 8, 7, 8))
+    cosines = documents.compute_cosines()
+    is_related = find_related_slices(documents.pack_prefixes(), 40)
+    calibrated = calibrate_cosines(cosines, is_image=documents.is_image, is_related=is_related)
+    related = set()
+    for slices in documents.sequences:
+        related |= set(itertools.product(slices, slices))
+    for num_images in range(3):
+        block = []
+        for a, b in itertools.product(range(40), range(40)):
+            if int(documents.is_image[a]) + int(documents.is_image[b]) == num_images:
+                block.append((a, b))
+        unrelated = sorted(float(cosines[pair]) for pair in block if pair not in related)
+        median = unrelated[(len(unrelated) - 1) // 2]
+        high = float(np.quantile(unrelated, 0.995))
+        for pair in block:
+            expected = min(1.0, max(-1.0, (float(cosines[pair]) - median) / (high - median)))
+            assert float(calibrated[pair]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_block_with_too_few_or_equal_pairs_is_not_calibrated() -> None:
+    documents = Documents(10, num_slices=5)
+    cosines = documents.compute_cosines()
+    is_related = torch.eye(5, dtype=torch.bool)
+    calibrated = calibrate_cosines(cosines, is_image=documents.is_image, is_related=is_related)
+    assert torch.equal(calibrated, cosines)
+    equal = torch.ones(40, 40)
+    is_image = torch.ones(40, dtype=torch.bool)
+    assert torch.equal(calibrate_cosines(equal, is_image=is_image, is_related=equal < 0), equal)
+
+
+# ------------------------------------------------------------------ targets
+
+
+@pytest.mark.parametrize("use_triple_kernel", [True, False])
 @pytest.mark.parametrize("same_sequence", ["all", "nested"])
 @pytest.mark.parametrize("single", ["cosine", "gak"])
 @pytest.mark.parametrize("delta", [0.35, 1.0])
 @pytest.mark.parametrize("target", ["gak", "mean", "awm"])
-def test_targets_are_the_slow_loop(target, delta, single, same_sequence, without_triple) -> None:
-    stories = Stories(2)
-    rules = {"target": target, "same_sequence": same_sequence, "single": single, "delta": delta}
-    found = compute_target_matrix(
-        stories.cosines(without_triple=without_triple), stories.tensors(), **rules
-    )
-    wanted = slow_targets(
-        stories, lambda a, b: phi(stories, a, b, without_triple=without_triple), **rules
-    )
-    assert_close(found, wanted, atol=1e-10, rtol=1e-9)
-    assert bool(found.diagonal().eq(1).all()) and bool((found <= 1).all())
+def test_targets_equal_the_loop(target, delta, single, same_sequence, use_triple_kernel) -> None:
+    documents = Documents(2)
+    switches = {
+        "target": target,
+        "same_sequence": same_sequence,
+        "single": single,
+        "delta": delta,
+    }
+    cosines = documents.compute_cosines(use_triple_kernel=use_triple_kernel)
+    targets = compute_target_matrix(cosines, documents.pack_prefixes(), **switches)
+
+    def phi(a: int, b: int) -> float:
+        return compute_phi(documents, a, b, use_triple_kernel=use_triple_kernel)
+
+    for i, first in enumerate(documents.prefixes):
+        for j, second in enumerate(documents.prefixes):
+            expected = compute_reference_target(first, second, phi, **switches)
+            assert float(targets[i, j]) == pytest.approx(expected, abs=1e-10, rel=1e-9)
+    assert bool(targets.diagonal().eq(1).all())
+    assert bool((targets <= 1).all())
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("delta", [0.1, 0.35, 1.0])
 @pytest.mark.parametrize("target", ["gak", "awm"])
-def test_targets_in_single_precision_are_those_in_double(
-    target, delta, compiled, monkeypatch
+def test_targets_in_float32_equal_those_in_float64(
+    target, delta, is_compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the compiled sweep, where there is one, and without; long prefixes among short ones, and a kernel so narrow that
-    the compiled sweep runs out of range."""
-    if not compiled:
-        monkeypatch.setattr(log_space, "compiled", lambda: None)
-    stories = Stories(3, lengths=(40, 1, 17, 70, 2, 33), slices=80)
-    rules = {"target": target, "delta": delta, "single": "gak"}
-    found = compute_target_matrix(stories.cosines().float(), stories.tensors(), **rules)
-    wanted = compute_target_matrix(stories.cosines(), stories.tensors(), **rules)
-    assert found.dtype == torch.float32 and wanted.std() > 0.1
-    assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
+    """Long prefixes among short ones, and a kernel so narrow that numba runs out of range."""
+    if is_compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(api, "ENGINES", {})
+    documents = Documents(3, lengths=(40, 1, 17, 70, 2, 33), num_slices=80)
+    switches = {"target": target, "delta": delta, "single": "gak"}
+    cosines = documents.compute_cosines()
+    prefixes = documents.pack_prefixes()
+    targets = compute_target_matrix(cosines.float(), prefixes, **switches)
+    expected = compute_target_matrix(cosines, prefixes, **switches)
+    assert targets.dtype == torch.float32
+    assert expected.std() > 0.1
+    assert_close(targets.double(), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("target", ["gak", "mean", "awm"])
-def test_rows_of_a_rank_are_rows_of_the_whole(target) -> None:
-    stories = Stories(3)
-    cosines, prefixes = stories.cosines(), stories.tensors()
-    whole = compute_target_matrix(cosines, prefixes, target=target)
-    for begin, stop in ((0, 4), (4, 5), (5, len(prefixes)), (2, 2)):
-        assert_close(
-            compute_target_matrix(cosines, prefixes, target=target, rows=slice(begin, stop)),
-            whole[begin:stop],
-        )
-    assert_close(whole, whole.T)
+def test_targets_of_a_rank_are_rows_of_the_symmetric_matrix(target) -> None:
+    documents = Documents(3)
+    cosines = documents.compute_cosines()
+    prefixes = documents.pack_prefixes()
+    matrix = compute_target_matrix(cosines, prefixes, target=target)
+    assert_close(matrix, matrix.T)
+    for begin, end in ((0, 4), (4, 5), (5, len(prefixes)), (2, 2)):
+        rows = compute_target_matrix(cosines, prefixes, target=target, rows=slice(begin, end))
+        assert_close(rows, matrix[begin:end])
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    stories = Stories(4)
-    for target in ("gak", "awm"):
-        monkeypatch.setattr(sugar_targets, "MAX_CELLS_PER_CHUNK", 1 << 22)
-        whole = compute_target_matrix(stories.cosines(), stories.tensors(), target=target)
-        monkeypatch.setattr(sugar_targets, "MAX_CELLS_PER_CHUNK", 20)
-        assert_close(
-            compute_target_matrix(stories.cosines(), stories.tensors(), target=target), whole
-        )
+@pytest.mark.parametrize("target", ["gak", "awm"])
+def test_targets_do_not_depend_on_the_chunk_size(target, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = Documents(4)
+    cosines = documents.compute_cosines()
+    prefixes = documents.pack_prefixes()
+    expected = compute_target_matrix(cosines, prefixes, target=target)
+    monkeypatch.setattr(sugar_targets_module, "MAX_CELLS_PER_CHUNK", 20)
+    assert_close(compute_target_matrix(cosines, prefixes, target=target), expected)
 
 
-def test_what_fills_the_padding_changes_nothing() -> None:
-    stories = Stories(5)
-    prefixes = stories.tensors()
-    inside = torch.arange(prefixes.slice_indices.shape[1]) < prefixes.lengths[:, None]
-    other = Prefixes(
-        torch.where(inside, prefixes.slice_indices, 7), prefixes.lengths, prefixes.sequence_ids
+@pytest.mark.parametrize("target", ["gak", "mean", "awm"])
+@pytest.mark.parametrize("same_sequence", ["all", "nested"])
+def test_targets_do_not_depend_on_the_padding(target, same_sequence) -> None:
+    documents = Documents(5)
+    prefixes = documents.pack_prefixes()
+    indices = torch.where(prefixes.is_filled(), prefixes.slice_indices, 7)
+    other_padding = Prefixes(indices, prefixes.lengths, prefixes.sequence_ids)
+    cosines = documents.compute_cosines()
+    assert_close(
+        compute_target_matrix(cosines, prefixes, target=target, same_sequence=same_sequence),
+        compute_target_matrix(cosines, other_padding, target=target, same_sequence=same_sequence),
     )
-    for target in ("gak", "mean", "awm"):
-        for same in ("all", "nested"):
-            assert_close(
-                compute_target_matrix(
-                    stories.cosines(), prefixes, target=target, same_sequence=same
-                ),
-                compute_target_matrix(stories.cosines(), other, target=target, same_sequence=same),
-            )
-    assert torch.equal(find_related_slices(prefixes, 9), find_related_slices(other, 9))
+    assert torch.equal(find_related_slices(prefixes, 9), find_related_slices(other_padding, 9))
 
 
-def test_order_matters_to_the_alignment_and_not_to_the_mean() -> None:
-    """The reason for GAK: the same slices in another order."""
-    stories = Stories(6, slices=5)
-    stories.prefixes = [(0, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3, 4]), (2, [4, 2, 0, 3, 1])]
-    for target, blind in (("gak", False), ("awm", False), ("mean", True)):
-        found = compute_target_matrix(
-            stories.cosines(), stories.tensors(), target=target, delta=0.5
-        )
-        assert (abs(float(found[0, 1] - found[0, 2])) < 1e-9) == blind
-        assert float(found[0, 1]) >= float(found[0, 2]) - 1e-9
+@pytest.mark.parametrize(("target", "sees_order"), [("gak", True), ("awm", True), ("mean", False)])
+def test_alignment_sees_the_order_of_slices_and_the_mean_does_not(target, sees_order) -> None:
+    documents = Documents(6, num_slices=5)
+    ordered = [0, 1, 2, 3, 4]
+    documents.prefixes = [(0, ordered), (1, ordered), (2, [4, 2, 0, 3, 1])]
+    prefixes = documents.pack_prefixes()
+    targets = compute_target_matrix(documents.compute_cosines(), prefixes, target=target, delta=0.5)
+    assert (abs(float(targets[0, 1] - targets[0, 2])) > 1e-9) == sees_order
+    assert float(targets[0, 1]) >= float(targets[0, 2]) - 1e-9
 
 
-def test_one_prefix_and_one_long_one() -> None:
-    stories = Stories(7, lengths=(1,))
-    assert compute_target_matrix(stories.cosines(), stories.tensors()).tolist() == [[1.0]]
-    stories.prefixes = [
+def test_targets_of_one_prefix_are_1() -> None:
+    documents = Documents(7, lengths=(1,))
+    targets = compute_target_matrix(documents.compute_cosines(), documents.pack_prefixes())
+    assert targets.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("target", ["gak", "mean", "awm"])
+def test_targets_of_prefixes_of_500_slices_are_finite(target) -> None:
+    documents = Documents(7)
+    documents.prefixes = [
         (0, [i % 9 for i in range(500)]),
         (1, [3]),
         (2, [i % 7 for i in range(480)]),
     ]
-    for target in ("gak", "mean", "awm"):
-        found = compute_target_matrix(stories.cosines().float(), stories.tensors(), target=target)
-        assert bool(found.isfinite().all()), target
-
-
-MEMORY = """
-import resource, sys
-import torch
-from vlduet.objectives.triple import Prefixes, target_matrix, triple_cosines
-count, length, target = int(sys.argv[1]), 16, sys.argv[2]
-same, cross = (torch.nn.functional.normalize(torch.randn(count * length, 64), dim=1) for _ in range(2))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-prefixes = Prefixes(torch.arange(count * length).view(count, length), torch.full((count,), length), torch.arange(count))
-found = target_matrix(triple_cosines(same, cross, image=torch.arange(count * length) % 2 == 0), prefixes, target=target)
-assert found.isfinite().all()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="kilobytes of peak memory")
-@pytest.mark.parametrize("target", ["gak", "mean", "awm"])
-def test_the_memory_of_targets(target: str) -> None:
-    """1,024 sequences of 16 distinct slices are to fit in 4 GB; half as many take a fourth of it."""
-    ended = subprocess.run(
-        [sys.executable, "-c", MEMORY, "512", target], capture_output=True, check=True, timeout=300
-    )
-    assert int(ended.stdout) * 1024 < 1e9
+    cosines = documents.compute_cosines().float()
+    targets = compute_target_matrix(cosines, documents.pack_prefixes(), target=target)
+    assert bool(targets.isfinite().all())
+    assert bool((targets.abs() <= 1 + 1e-6).all())
 
 
 def test_targets_have_no_gradient() -> None:
-    stories = Stories(8)
-    assert not compute_target_matrix(
-        stories.cosines().requires_grad_(), stories.tensors()
-    ).requires_grad
+    documents = Documents(8)
+    cosines = documents.compute_cosines().requires_grad_()
+    assert not compute_target_matrix(cosines, documents.pack_prefixes()).requires_grad
 
 
-# ---------------------------------------------------------------------- calibration
-
-
-def test_calibration_is_the_slow_loop() -> None:
-    stories = Stories(9, slices=40, lengths=(9, 8, 7, 8))
-    cosines, prefixes = stories.cosines(), stories.tensors()
-    found = calibrate_cosines(
-        cosines, is_image=stories.image, is_related=find_related_slices(prefixes, 40)
-    )
-    together = {(a, b) for d in stories.documents for a in d for b in d}
-    for kinds in ({(True, True)}, {(False, False)}, {(True, False), (False, True)}):
-        block = [
-            (a, b)
-            for a, b in itertools.product(range(40), range(40))
-            if (bool(stories.image[a]), bool(stories.image[b])) in kinds
-        ]
-        chance = sorted(float(cosines[a, b]) for a, b in block if (a, b) not in together)
-        middle, high = chance[(len(chance) - 1) // 2], float(np.quantile(chance, 0.995))
-        for a, b in block:
-            wanted = min(1.0, max(-1.0, (float(cosines[a, b]) - middle) / (high - middle)))
-            assert float(found[a, b]) == pytest.approx(wanted, abs=1e-12)
-
-
-def test_a_block_with_too_few_pairs_stays_as_it_is() -> None:
-    stories = Stories(10, slices=5)
-    cosines = stories.cosines()
-    assert torch.equal(
-        calibrate_cosines(
-            cosines, is_image=stories.image, is_related=torch.eye(5, dtype=torch.bool)
-        ),
-        cosines,
-    )
-    equal = torch.ones(40, 40)
-    assert torch.equal(
-        calibrate_cosines(equal, is_image=torch.ones(40, dtype=torch.bool), is_related=equal < 0),
-        equal,
-    )
-
-
-def test_related_slices_stand_in_one_sequence() -> None:
-    prefixes = Prefixes(
-        torch.tensor([[0, 1, 1], [2, 0, 3]]), torch.tensor([2, 1]), torch.tensor([4, 9])
-    )
-    wanted = torch.zeros(4, 4, dtype=torch.bool)
-    wanted[:2, :2] = wanted[2, 2] = True
-    assert torch.equal(find_related_slices(prefixes, 4), wanted)
-
-
-def test_spread_is_over_different_sequences() -> None:
+def test_std_is_that_of_targets_between_sequences() -> None:
     prefixes = Prefixes(
         torch.zeros(3, 1, dtype=torch.long),
         torch.ones(3, dtype=torch.long),
         torch.tensor([0, 0, 1]),
     )
-    target = torch.tensor([[1.0, 1.0, 0.2], [1.0, 1.0, 0.4], [0.2, 0.4, 1.0]])
-    assert compute_target_std(target, prefixes) == pytest.approx(
-        statistics.stdev([0.2, 0.4, 0.2, 0.4])
-    )
-    assert compute_target_std(target[2:], prefixes, rows=slice(2, 3)) == pytest.approx(
-        statistics.stdev([0.2, 0.4])
-    )
+    targets = torch.tensor([[1.0, 1.0, 0.2], [1.0, 1.0, 0.4], [0.2, 0.4, 1.0]])
+    std = compute_target_std(targets, prefixes)
+    assert std == pytest.approx(statistics.stdev([0.2, 0.4, 0.2, 0.4]))
+    std = compute_target_std(targets[2:], prefixes, rows=slice(2, 3))
+    assert std == pytest.approx(statistics.stdev([0.2, 0.4]))
 
 
-# ---------------------------------------------------------------------- the loss
+MEMORY_PROGRAM = """
+import resource, sys
+import torch
+from vlduet.objectives.sugar_targets import (
+    Prefixes, compute_target_matrix, compute_triple_cosines)
+count, length, target = int(sys.argv[1]), 16, sys.argv[2]
+num_slices = count * length
+same, cross = (
+    torch.nn.functional.normalize(torch.randn(num_slices, 64), dim=1) for _ in range(2))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prefixes = Prefixes(
+    torch.arange(num_slices).view(count, length),
+    torch.full((count,), length),
+    torch.arange(count))
+cosines = compute_triple_cosines(same, cross, is_image=torch.arange(num_slices) % 2 == 0)
+targets = compute_target_matrix(cosines, prefixes, target=target)
+assert targets.isfinite().all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
 
 
-def slow_loss(vectors, target, *, loss="mse", temperature=0.1, n_ref=None) -> torch.Tensor:
-    n = len(vectors)
-    cosine = [[(vectors[i] * vectors[j]).sum() for j in range(n)] for i in range(n)]
-    if loss == "mse":
-        total = sum((cosine[i][j] - float(target[i][j])) ** 2 for i in range(n) for j in range(n))
-        return total / n if n_ref is None else total / n**2 * n_ref
-    rows = []
-    for i in range(n):
-        others = [j for j in range(n) if j != i]
-        q = [torch.exp(cosine[i][j] / temperature) for j in others]
-        p = [math.exp(float(target[i][j]) / temperature) for j in others]
-        q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
-        there = sum(a * (math.log(a) - torch.log(b)) for a, b in zip(p, q, strict=True))
-        back = sum(b * (torch.log(b) - math.log(a)) for a, b in zip(p, q, strict=True))
-        rows.append((there + back) / 2)
-    return sum(rows) / n
-
-
-FORMS = [{}, {"n_ref": 11}, {"loss": "kl"}, {"loss": "kl", "temperature": 0.5}]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_loss_is_the_slow_loop_with_its_gradient(form) -> None:
-    fast, slow = unit(5, 0).requires_grad_(), unit(5, 0).requires_grad_()
-    target = torch.rand(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found, wanted = (
-        structure_loss(fast, fast, target=target, **form),
-        slow_loss(slow, target, **form),
-    )
-    assert_close(found, wanted)
-    found.backward()
-    wanted.backward()
-    assert_close(fast.grad, slow.grad)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_shares_of_ranks_sum_to_the_whole(form) -> None:
-    vectors = unit(5, 1)
-    target = torch.rand(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    shares = [
-        structure_loss(vectors[a:b], vectors, target=target[a:b], first_row=a, world_size=3, **form)
-        for a, b in ((0, 2), (2, 2), (2, 5))
-    ]
-    assert_close(sum(shares) / 3, structure_loss(vectors, vectors, target=target, **form))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("count", [0, 1])
-def test_nothing_to_compare_is_zero_and_part_of_the_graph(form, count) -> None:
-    vectors = unit(count, 2).requires_grad_()
-    loss = structure_loss(vectors, vectors, target=torch.ones(count, count), **form)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
-    assert vectors.grad is not None and bool(vectors.grad.isfinite().all())
-
-
-def test_n_ref_is_the_paper_s_where_n_is_n_ref() -> None:
-    vectors, target = unit(4, 3), torch.zeros(4, 4, dtype=torch.float64)
-    assert_close(
-        structure_loss(vectors, vectors, target=target, n_ref=4),
-        structure_loss(vectors, vectors, target=target),
-    )
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize("target", ["gak", "mean", "awm"])
+def test_targets_of_512_sequences_take_less_than_1_gb(target: str) -> None:
+    """1,024 sequences of 16 distinct slices shall fit in 4 GB; half as many take a fourth."""
+    command = [sys.executable, "-c", MEMORY_PROGRAM, "512", target]
+    process = subprocess.run(command, capture_output=True, check=True, timeout=300)
+    kilobytes = int(process.stdout)
+    assert kilobytes * 1024 < 1e9
