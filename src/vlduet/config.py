@@ -227,11 +227,11 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
 
     Raises ConfigError for unreadable files, for a chain of two ``extends`` and for bad overrides.
     """
-    tree = _read_mapping(path)
+    tree = read_yaml_mapping(path)
     base_name = tree.pop("extends", None)
     if base_name is not None:
         sibling = path.parent / str(base_name)
-        base = _read_mapping(sibling if sibling.is_file() else find_config(str(base_name)))
+        base = read_yaml_mapping(sibling if sibling.is_file() else find_config(str(base_name)))
         if "extends" in base:
             raise ConfigError(
                 f"extends {base_name}, which itself extends another file",
@@ -244,7 +244,7 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """Return the top-level mapping of one YAML file; raise ConfigError if it is anything else."""
     try:
         text = path.read_text(encoding="utf-8")

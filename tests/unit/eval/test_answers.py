@@ -48,11 +48,11 @@ def test_llava_normalizes_before_it_submits() -> None:
     ],
 )
 def test_vqa_punctuation_keeps_the_official_mistakes(text: str, stripped: str) -> None:
-    assert answers.strip_vqa_punctuation(text) == stripped
+    assert answers.normalize_vqa_punctuation(text) == stripped
 
 
 def test_vqa_words_are_normalized() -> None:
-    assert answers.normalize_vqa_words("Dont know ten cats") == "don't know 10 cats"
+    assert answers.normalize_vqa_tokens("Dont know ten cats") == "don't know 10 cats"
     assert answers.normalize_evalai("The dog's bone, yes?") == "dog 's bone yes"
     # Of 120 official entries four have capitals, and two map a word to itself.
     assert len(answers.CONTRACTIONS) == 114

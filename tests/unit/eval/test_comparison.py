@@ -85,13 +85,13 @@ def test_benchmarks_of_one_run_alone_are_left_out() -> None:
 
 def test_paired_interval_is_narrower_than_that_of_one_run() -> None:
     difficulty = np.random.default_rng(0).random(300)
-    ours = average((difficulty + 0.05 > 0.5).astype(float))
-    theirs = average((difficulty > 0.5).astype(float))
-    difference = paired_difference(ours, theirs)
+    better = average((difficulty + 0.05 > 0.5).astype(float))
+    worse = average((difficulty > 0.5).astype(float))
+    difference = paired_difference(better, worse)
     assert difference is not None and difference.low > 0
-    unpaired = ours.estimate()
+    unpaired = better.estimate()
     assert difference.high - difference.low < (unpaired.high - unpaired.low) / 2
-    assert paired_difference(ours, average([1.0, 0.0])) is None
+    assert paired_difference(better, average([1.0, 0.0])) is None
 
 
 def test_folder_without_scores_is_an_error(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def test_indices_are_spaced_evenly() -> None:
 
 def test_three_times_as_many_indices_include_the_first_ones() -> None:
     for count in range(200):
-        few = set(examples.evenly_spaced_indices(count, 18))
-        assert few <= set(examples.evenly_spaced_indices(count, 54))
+        sample = set(examples.evenly_spaced_indices(count, 18))
+        assert sample <= set(examples.evenly_spaced_indices(count, 54))
 
 
 def test_image_queries_mark_relevant_captions_at_their_rank() -> None:

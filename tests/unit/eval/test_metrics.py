@@ -1,4 +1,4 @@
-"""Every metric against a slow loop that says what it means, and cases in which scoring goes wrong."""
+"""Every metric against a slow loop, and cases in which careless scoring goes wrong."""
 
 from __future__ import annotations
 
@@ -133,12 +133,12 @@ def test_weighted_mean_is_a_ratio_of_sums() -> None:
 
 def test_pairing_resolves_what_two_intervals_cannot() -> None:
     random = np.random.default_rng(0)
-    theirs = random.normal(size=200)
-    ours = theirs + 0.05 + 0.01 * random.normal(size=200)
-    our_interval = metrics.bootstrap_interval(ours)
-    their_interval = metrics.bootstrap_interval(theirs)
-    assert our_interval.low < their_interval.high, "unpaired, the intervals overlap"
-    assert metrics.paired_bootstrap(ours, theirs).low > 0
+    reference = random.normal(size=200)
+    values = reference + 0.05 + 0.01 * random.normal(size=200)
+    interval = metrics.bootstrap_interval(values)
+    reference_interval = metrics.bootstrap_interval(reference)
+    assert interval.low < reference_interval.high, "unpaired, the intervals overlap"
+    assert metrics.paired_bootstrap(values, reference).low > 0
 
 
 @pytest.mark.parametrize(

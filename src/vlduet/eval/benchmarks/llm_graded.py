@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from vlduet.config import read_yaml_mapping
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, average, average_by_tag
 from vlduet.eval.benchmarks.tasks import AnswerTexts, AskGrader, LLMGradedTask, Question
@@ -120,6 +119,8 @@ def score_llava_bench(items: Sequence[Question], reviews: AnswerTexts) -> Benchm
 # ------------------------------------------------------------------ MM-Vet
 
 MMVET_GRADER: dict[str, Any] = {"model": "gpt-4-0613", "max_tokens": 3, "temperature": 0.0}
+MMVET_PROMPT: str = read_yaml_mapping(Path(__file__).parent / "mmvet_prompt.yaml")["prompt"]
+"""Official few-shot prompt, a table of graded examples."""
 MMVET_REPEAT_INSTRUCTION = "\nPredict the correctness of the answer (digit): "
 MMVET_MAX_REQUESTS = 5
 MMVET_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -136,18 +137,11 @@ def load_mmvet(files: OfficialFiles) -> LLMGradedTask:
     return LLMGradedTask(tuple(items), request_mmvet_grade, score_mmvet, MMVET_GRADER, export_mmvet)
 
 
-@cache
-def _mmvet_few_shot_prompt() -> str:
-    """Return the official few-shot prompt."""
-    path = Path(__file__).parent / "mmvet_prompt.yaml"
-    return str(yaml.safe_load(path.read_text(encoding="utf-8"))["prompt"])
-
-
 def mmvet_grader_prompt(item: Question, answer: str) -> str:
     """Return the official few-shot table with a last row whose grade is left to the grader."""
     truth = item.reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     row = " | ".join([item.tags["question"], truth, answer, ""])
-    return f"{_mmvet_few_shot_prompt()}\n{row}"
+    return f"{MMVET_PROMPT}\n{row}"
 
 
 def request_mmvet_grade(item: Question, answer: str, ask: AskGrader) -> str:

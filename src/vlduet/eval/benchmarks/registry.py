@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from vlduet.config import read_yaml_mapping
 from vlduet.errors import ConfigError, suggest_name
 from vlduet.eval.benchmarks.interleaved import list_demon_benchmarks
 from vlduet.eval.benchmarks.tasks import Benchmark
+
+BENCHMARKS_FILE = Path(__file__).parent / "benchmarks.yaml"
 
 
 def _read_suites() -> dict[str, tuple[Benchmark, ...]]:
@@ -20,9 +21,8 @@ def _read_suites() -> dict[str, tuple[Benchmark, ...]]:
 
     The 29 tasks of DEMON, which differ in their folder only, are appended to their suite.
     """
-    text = (Path(__file__).parent / "benchmarks.yaml").read_text(encoding="utf-8")
     suites = {}
-    for suite, entries in yaml.safe_load(text).items():
+    for suite, entries in read_yaml_mapping(BENCHMARKS_FILE).items():
         suites[suite] = tuple(_parse_entry(name, entry) for name, entry in entries.items())
     suites["generative"] += tuple(list_demon_benchmarks())
     return suites
