@@ -83,21 +83,21 @@ def test_equal_documents_align_along_the_diagonal() -> None:
     cosines = torch.full((6, 6), 0.1)
     for i in range(6):
         cosines[i, i] = cosines[i, (i + 3) % 6] = 1.0
-    found = alignment.align_records(STORY, STORY, cosines=cosines, source="x", delta=0.4)
-    assert found.gak == pytest.approx(1.0)
-    assert found.mean == pytest.approx(0.4) and found.awm > 0.8
-    for i, row in enumerate(found.posterior):
+    aligned = alignment.align_records(STORY, STORY, cosines=cosines, source="x", delta=0.4)
+    assert aligned.gak == pytest.approx(1.0)
+    assert aligned.mean == pytest.approx(0.4) and aligned.awm > 0.8
+    for i, row in enumerate(aligned.posterior):
         assert row[i] > 0.9
-    text = format_alignment(found)
+    text = format_alignment(aligned)
     assert text.count("*") == 4, "one star per row, and the legend"
     assert "It rains." in text and "by x" in text
 
 
 def test_single_slice_aligns_with_every_slice() -> None:
     record = Record("a", parts=("x",))
-    found = alignment.align_records(record, OTHER, cosines=torch.eye(3), source="x", delta=1.0)
-    assert found.posterior == [pytest.approx([1.0, 1.0])]
-    assert 0 < found.gak <= 1
+    aligned = alignment.align_records(record, OTHER, cosines=torch.eye(3), source="x", delta=1.0)
+    assert aligned.posterior == [pytest.approx([1.0, 1.0])]
+    assert 0 < aligned.gak <= 1
 
 
 def test_record_without_slices_is_an_error() -> None:
@@ -118,13 +118,13 @@ def test_command_prints_json_and_writes_a_page(encoders: dict[str, str], tmp_pat
     arguments = ["align", f"{records}:0", f"{records}:1", "--config", str(config)]
     arguments += ["--html", str(path)]
     printed = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout
-    found = json.loads(printed)
-    assert (found["first"], found["second"]) == ("one", "two")
-    assert found["rows"][1:] == ["A <b>cat</b> sleeps.", "It rains."]
-    assert found["columns"] == [f"[{tmp_path / '0.png'}]", "A cat sleeps."]
-    assert found["judge"] == f"the encoders of {config}"
-    assert found["cosines"][0][0] == pytest.approx(1.0, abs=1e-5)
-    assert found["sigma"] == pytest.approx(0.5 * 2.5**0.5)
+    content = json.loads(printed)
+    assert (content["first"], content["second"]) == ("one", "two")
+    assert content["rows"][1:] == ["A <b>cat</b> sleeps.", "It rains."]
+    assert content["columns"] == [f"[{tmp_path / '0.png'}]", "A cat sleeps."]
+    assert content["judge"] == f"the encoders of {config}"
+    assert content["cosines"][0][0] == pytest.approx(1.0, abs=1e-5)
+    assert content["sigma"] == pytest.approx(0.5 * 2.5**0.5)
     html = path.read_text()
     pages.parse_checked_page(html)
     assert html.count("data:image/") == 2

@@ -175,7 +175,7 @@ def test_readings_are_those_of_encode_and_of_generation(model: DuetModel) -> Non
 
 
 def test_soft_prompt_rows_are_no_next_tokens_merged_or_not(tmp_path: Path) -> None:
-    """Where the LM head is the embedding table, merged soft prompts are rows among the words."""
+    """Merged soft prompts are rows of the LM head where it is tied to the embedding table."""
     prompts = Prompts(image="{image} sum:", text="{text} sum:", parts="{parts} sum:", chat=False)
     model = tiny.build_duet_model(tmp_path / "base", prompts=prompts)
     model.make_trainable(lora=None, projector=False, soft_prompts=True)
@@ -192,7 +192,7 @@ def test_soft_prompt_rows_are_no_next_tokens_merged_or_not(tmp_path: Path) -> No
     np.testing.assert_allclose(after.texts.entropy, before.texts.entropy, rtol=1e-5)
 
 
-def test_picture_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
+def test_pixels_are_those_that_the_model_sees(tmp_path: Path) -> None:
     model = tiny.build_duet_model(tmp_path / "base")
     colour = (200, 100, 0)
     image = images.from_pixels(np.full((20, 20, 3), colour, dtype=np.uint8))
@@ -230,8 +230,8 @@ def test_items_are_distinct_and_broken_images_are_dropped(source: Path) -> None:
     texts = [f"text {i}" for i in range(5)]
     assert items.texts == ("<b>broken</b>", "text 0", "Always the same.", *texts[1:])
     assert dropped.count == 1
-    few = internals.collect_items(source, limit=2, dropped=Quarantine(None))
-    assert (few.images, few.texts) == (items.images[:2], items.texts[:2])
+    limited = internals.collect_items(source, limit=2, dropped=Quarantine(None))
+    assert (limited.images, limited.texts) == (items.images[:2], items.texts[:2])
 
 
 def test_command_compares_a_model_before_and_after(source: Path, tmp_path: Path) -> None:

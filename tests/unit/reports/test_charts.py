@@ -121,5 +121,5 @@ def test_weight_opacities_are_relative_to_the_largest_weight() -> None:
 
 
 def test_values_are_relative_to_the_maximum_of_their_row() -> None:
-    found = charts.relative_to_row_maximum([[1.0, 2.0], [0.5, 0.25]])
-    assert found.tolist() == [[0.5, 1.0], [1.0, 0.5]]
+    shares = charts.relative_to_row_maximum([[1.0, 2.0], [0.5, 0.25]])
+    assert shares.tolist() == [[0.5, 1.0], [1.0, 0.5]]

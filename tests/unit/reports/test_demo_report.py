@@ -173,8 +173,8 @@ def test_summary_has_exactly_the_documented_keys(records: list[Record]) -> None:
     report = make_report(records, "x")
     summary = json.loads(json.dumps(summarize_report(report)))
     rates = ("text_to_image", "image_to_text", "chance", "untrained", "start", "ridge_baseline")
-    others = ("gallery", "caption_cross_entropy", "mixed", "self_rag", "minutes")
-    assert set(summary) == {*rates, *others}
+    sections = ("gallery", "caption_cross_entropy", "mixed", "self_rag", "minutes")
+    assert set(summary) == {*rates, *sections}
     assert set(summary["mixed"]) == {"image", "text", "both", "start"}
     assert summary["mixed"]["both"] == summary["mixed"]["start"] < summary["mixed"]["image"] == 1.0
     assert summary["self_rag"] == {
@@ -193,8 +193,8 @@ def test_summary_has_exactly_the_documented_keys(records: list[Record]) -> None:
     assert summary["minutes"] == pytest.approx(2.0), "downloads are not counted"
     untrained = report.untrained
     directions = (untrained.text_to_image, untrained.image_to_text)
-    both = [direction.hit_rates()["hit@1"] for direction in directions]
-    assert summary["untrained"]["hit@1"] == pytest.approx(sum(both) / 2)
+    hit_rates = [direction.hit_rates()["hit@1"] for direction in directions]
+    assert summary["untrained"]["hit@1"] == pytest.approx(sum(hit_rates) / 2)
 
 
 def test_gain_from_retrieval_is_paired_over_questions(records: list[Record]) -> None:

@@ -133,9 +133,13 @@ def test_analysis_page_compares_two_models(path: Path) -> None:
 
 
 def test_analysis_page_of_images_alone_has_no_rows_of_texts(path: Path) -> None:
-    one = replace(analysis("model", with_texts=False), attention_maps=())
+    images_only = replace(analysis("model", with_texts=False), attention_maps=())
     write_analysis_page(
-        path, [one], summaries=summarize([one]), source=Path("images"), command="vlduet analyse"
+        path,
+        [images_only],
+        summaries=summarize([images_only]),
+        source=Path("images"),
+        command="vlduet analyse",
     )
     text = read_page(path).text
     assert "Entropy, images" in text and "Entropy, texts" not in text

@@ -87,16 +87,16 @@ def test_runs_stand_below_the_published_rows(runs: Path) -> None:
 
 
 def test_suite_has_a_row_per_number_and_a_column_per_run(runs: Path) -> None:
-    both = [read_run_scores(runs / name) for name in ("base", "joint")]
-    table = papers.suite_table(both)
+    all_runs = [read_run_scores(runs / name) for name in ("base", "joint")]
+    table = papers.suite_table(all_runs)
     assert table is not None and table.columns == ("base", "joint")
     names = [row.model.split(": ")[1] for row in table.rows]
     assert "t2i/R@1" in names and "i2t/R@10" in names
     groups = {name.split("/")[0] for name in names if "/" in name}
     assert groups == {"t2i", "i2t"}
-    for run in both:
+    for run in all_runs:
         del run.scores["builtin_stamps"]
-    assert papers.suite_table(both) is None
+    assert papers.suite_table(all_runs) is None
 
 
 def test_changes_of_real_runs_are_paired(runs: Path) -> None:
