@@ -43,7 +43,7 @@ def drop_counts(dropped: Quarantine) -> dict[str, Any]:
     return {"dropped": dropped.count, "causes": dropped.count_by_cause()}
 
 
-def print_written(
+def print_output_summary(
     to: Path,
     count: int,
     dropped: Quarantine,

@@ -16,7 +16,7 @@ from vlduet.cli._common import (
     QueryFile,
     Root,
     print_json,
-    print_written,
+    print_output_summary,
     quarantine_rows,
     read_record_at,
 )
@@ -158,7 +158,7 @@ def convert(
     records = formats.read_records(source, format=format, root=root, on_error=on_error)
     written = formats.stream_to_jsonl(records, to)
     count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
-    print_written(to, count, dropped, as_json=as_json)
+    print_output_summary(to, count, dropped, as_json=as_json)
 
 
 @app.command()
@@ -250,7 +250,7 @@ def edit(
     count = sum(1 for _ in track_progress(written, label=f"editing {file.name}"))
     negatives = dict(sorted(counts.items()))
     edits = ", ".join(f"{number} {kind}" for kind, number in negatives.items()) or "no edits"
-    print_written(
+    print_output_summary(
         to,
         count,
         dropped,
@@ -296,4 +296,4 @@ def mix(
     )
     fields = {"pairs": len(pairs)}
     details = f" of {len(pairs)} pairs"
-    print_written(to, count, dropped, details=details, fields=fields, as_json=as_json)
+    print_output_summary(to, count, dropped, details=details, fields=fields, as_json=as_json)
