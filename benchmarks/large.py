@@ -1,18 +1,19 @@
-"""A joint step of a model as large as LLaVA-1.5-7B, of random weights, in bfloat16: vlduet against transformers + peft.
+"""A joint step of a model as large as LLaVA-1.5-7B, of random weights, in bfloat16.
 
 The contenders are those of `train_step.py`, row a, with every layer computed twice (gradient checkpointing):
 
-    vlduet, packed 1024           one forward, both losses read from it; vision features cached
+    vlduet, packed 1024           one forward pass, both losses read from it; vision features cached
     vlduet, a pass for each loss  train.fused=false
     transformers + peft           three padded passes, full logits
 
-MFU is the share of the device's speed that a step makes use of: the operations that the two losses need, each token once,
-by the time of a step, against a product of two matrices in the same precision, measured in the same run. Recomputed layers,
-padding, and a second pass over an image are no use.
+MFU (model FLOPs utilisation) is the share of the device's speed that a step makes use of: the operations that the
+two losses need, each token once, divided by the time of a step and by the speed of a product of two matrices in
+the same precision, measured in the same run. Recomputed layers, padding and a second pass over an image are no
+use.
 
     python benchmarks/large.py [--tiny] [--data FILE]
 
-Needs a GPU of 80 GB, and 30 GB on the disk until the model is built. --tiny: two layers, on whatever there is, for a look.
+It needs a GPU of 80 GB, and 30 GB of disk until the model is built. --tiny: two layers, on any device.
 """
 
 from __future__ import annotations
@@ -38,111 +39,119 @@ from transformers import (
 )
 
 from vlduet.data.records import Record
-from vlduet.data.sequences import IGNORE_INDEX
-from vlduet.data.stream import Sample
 from vlduet.logs import install_log_handler
 from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.nano import PROMPTS
-from vlduet.recipes import vladva
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Width, inner width, layers and heads of the language model and of the tower; pixels of an image's side."""
+    """Sizes of a model."""
 
     name: str
+    """Name of its folder."""
     text: tuple[int, int, int, int]
+    """Sizes of the language model, in the order of SIZE_NAMES."""
     vision: tuple[int, int, int, int]
-    pixels: int
+    """Sizes of the vision tower, in the order of SIZE_NAMES."""
+    image_size: int
+    """Width and height of an image in pixels."""
 
 
+SIZE_NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 LARGE = Shape("llava-7b", (4096, 11008, 32, 32), (1024, 4096, 24, 16), 336)
 TINY = Shape("llava-tiny", (64, 128, 2, 4), (32, 64, 2, 2), 56)
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-PATCH, DIM, PACK = 14, 768, 1024
+PATCH_SIZE = 14
+EMBEDDING_DIM = 768
+PACKED_ROW_LENGTH = 1024
 
 
-def build_model_folder(shape: Shape, words: Path) -> Path:
-    """A model folder of this shape, of random weights; its tokenizer and prompts are those of the folder `words`."""
-    folder = _bench.WORK / shape.name
+def build_model_folder(shape: Shape, tokenizer_folder: Path) -> Path:
+    """Write a model folder with random weights, unless it exists, and return it.
+
+    Args:
+        shape: sizes of the model.
+        tokenizer_folder: folder of a checkpoint whose tokenizer it gets.
+    """
+    folder = _bench.WORK_FOLDER / shape.name
     if folder.is_dir():
         return folder
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(words)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    vision_sizes = dict(zip(SIZE_NAMES, shape.vision, strict=True))
+    text_sizes = dict(zip(SIZE_NAMES, shape.text, strict=True))
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            **dict(zip(NAMES, shape.vision, strict=True)), image_size=shape.pixels, patch_size=PATCH
+            **vision_sizes, image_size=shape.image_size, patch_size=PATCH_SIZE
         ),
-        text_config=LlamaConfig(
-            **dict(zip(NAMES, shape.text, strict=True)), vocab_size=len(tokenizer)
-        ),
+        text_config=LlamaConfig(**text_sizes, vocab_size=len(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(shape.pixels // PATCH) ** 2,
+        image_seq_length=(shape.image_size // PATCH_SIZE) ** 2,
     )
     config.dtype = torch.bfloat16
     with torch.device(select_device()):
         model = LlavaForConditionalGeneration(config).to(torch.bfloat16)
-    side = {"height": shape.pixels, "width": shape.pixels}
+    size = {"height": shape.image_size, "width": shape.image_size}
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=side, crop_size=side),
+        CLIPImageProcessorPil(size=size, crop_size=size),
         tokenizer,
-        patch_size=PATCH,
+        patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
     )
-    with tempfile.TemporaryDirectory(dir=_bench.WORK) as base:
+    with tempfile.TemporaryDirectory(dir=_bench.WORK_FOLDER) as base:
         model.save_pretrained(base)
         processor.save_pretrained(base)
         del model
         backbone = load_backbone(Path(base), device=select_device(), dtype=torch.bfloat16)
-        DuetModel(backbone, prompts=PROMPTS, head="linear", dim=DIM).save_merged(folder)
+        duet = DuetModel(backbone, prompts=PROMPTS, head="linear", dim=EMBEDDING_DIM)
+        duet.save_merged(folder)
     return folder
 
 
-# ------------------------------------------------------------------ the share of the device
+# ------------------------------------------------------------------ utilisation
 
 
 def count_useful_operations(folder: Path, records: list[Record]) -> float:
-    """Operations of a step in which every token is read once, by a trunk whose own weights are frozen.
+    """Return the operations of a step that reads every token once, with frozen language-model weights.
 
-    A product with a weight takes two operations a token forward and two backward (towards the input; LoRA's own are left
-    out), attention 2 x 2 x T x D a token and layer (causal: half of it) forward and twice that backward. The tower's
-    features are cached, and logits are made of supervised tokens.
+    A product with a weight takes two operations for each token forward and two backward (towards its input; the
+    LoRA matrices are left out). Attention takes 2 x 2 x T x D for each token and layer, half of it because it is
+    causal, and twice that backward. Vision features are cached, and only labels have logits.
     """
     model = DuetModel.from_pretrained(folder, check_golden=False)
-    samples = [Sample(record, position, 0) for position, record in enumerate(records)]
-    sequences = [
-        s for sample in samples for s in vladva.layout(sample, model.renderer, vladva.VladvaOptions())
-    ]
-    trunk = model.backbone.language_model
-    weights = sum(p.numel() for p in trunk.layers.parameters() if p.ndim == 2)
-    tokens = sum(len(s) for s in sequences)
-    labels = sum(label != IGNORE_INDEX for s in sequences for label in s.labels)
-    attention = sum(len(s) ** 2 for s in sequences) * model.backbone.hidden_size * len(trunk.layers)
-    return (
-        4.0 * weights * tokens + 4.0 * model.lm_head_weight.numel() * labels + 3.0 * 2.0 * attention
-    )
+    sequences = train_step.layout_records(model, records)
+    language_model = model.backbone.language_model
+    num_layers = len(language_model.layers)
+    weights = sum(p.numel() for p in language_model.layers.parameters() if p.ndim == 2)
+    tokens = sum(len(sequence) for sequence in sequences)
+    labels = sum(sequence.num_labels for sequence in sequences)
+    squared_lengths = sum(len(sequence) ** 2 for sequence in sequences)
+    attention = squared_lengths * model.backbone.hidden_size * num_layers
+    head = model.lm_head_weight.numel()
+    return 4.0 * weights * tokens + 4.0 * head * labels + 3.0 * 2.0 * attention
 
 
 def measure_matmul_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of two square matrices: the best of ten."""
-    side = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    found = []
+    """Return the operations per second of a product of two square matrices, the best of ten."""
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    speeds = []
     for _ in range(11):
-        began = time.perf_counter()
+        start = time.perf_counter()
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize()
-        found.append(2.0 * side**3 / (time.perf_counter() - began))
-    return max(found[1:])
+        speeds.append(2.0 * size**3 / (time.perf_counter() - start))
+    return max(speeds[1:])  # the first one warms up
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="two layers, on whatever there is")
+    parser.add_argument("--tiny", action="store_true", help="two layers, on any device")
     parser.add_argument(
         "--data",
         type=Path,
@@ -158,23 +167,30 @@ def main() -> None:
         print("not measured: there is no GPU; --tiny runs anywhere")
         return
     shape = TINY if options.tiny else LARGE
-    folder = build_model_folder(shape, _bench.model_folder(None))
-    _bench.machine()
-    _bench.versions()
-    records = train_step.select_records(_bench.pairs(options.data), options.records, options.seed)
-    useful = count_useful_operations(folder, records)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    names = [f"vlduet, packed {PACK}", train_step.ONE_PASS_PER_LOSS, train_step.TRANSFORMERS]
-    title = f"{shape.name}: a step on {len(records)} records, seed {options.seed}, layers computed twice"
+    folder = build_model_folder(shape, _bench.find_model_folder(None))
+    _bench.print_machine()
+    _bench.print_versions()
+    pairs = _bench.load_pairs(options.data)
+    records = train_step.select_records(pairs, options.records, options.seed)
     seconds = train_step.compare_contenders(
-        title, names, folder, records, options.repeats, again=True
+        f"{shape.name}: a step on {len(records)} records, seed {options.seed}, layers computed twice",
+        [
+            f"vlduet, packed {PACKED_ROW_LENGTH}",
+            train_step.ONE_PASS_PER_LOSS,
+            train_step.TRANSFORMERS,
+        ],
+        folder=folder,
+        records=records,
+        repeats=options.repeats,
+        recompute_layers=True,
     )
-    most = measure_matmul_speed(device, dtype)
-    print(
-        f"\n{useful / 1e12:.2f} Tflop a step; a product in {dtype} reaches {most / 1e12:.1f} Tflop/s"
-    )
+    operations = count_useful_operations(folder, records)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    speed = measure_matmul_speed(device, dtype)
+    print(f"\n{operations / 1e12:.2f} Tflop a step", end="; ")
+    print(f"a product in {dtype} reaches {speed / 1e12:.1f} Tflop/s")
     for name, times in seconds.items():
-        print(f"  {name:32} MFU {useful / statistics.median(times) / most:.1%}")
+        print(f"  {name:32} MFU {operations / statistics.median(times) / speed:.1%}")
     if device.type == "cuda":
         print(f"peak memory of all together: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 

@@ -1,4 +1,4 @@
-"""`vlduet train` on two processes: what one would train, for every kind of recipe; and a kill of both loses nothing."""
+"""`vlduet train` on two processes trains what one would, and resumes after both are killed."""
 
 from __future__ import annotations
 
@@ -16,82 +16,92 @@ import yaml
 from helpers import runs, tiny
 from vlduet.logs import read_metrics
 
-COMMAND = (
+VLDUET_WITHOUT_DROPOUT = (
     "from vlduet.encoders import dual; dual.DROPOUT = 0.0; from vlduet.cli.main import main; main()"
 )
-"""`vlduet`; a dual encoder draws other random numbers on every rank, and cannot be compared."""
+"""`vlduet`, with dual encoders whose losses do not depend on the random numbers of a rank."""
 CLIP = {"recipe": {"name": "clip"}, "objectives": {"contrastive": 1.0}, "model": {"dim": 8}}
+"""Sections of a config that trains a dual encoder."""
 
 
-def start(config: Path, *arguments: str, world_size: int = 2) -> list[subprocess.Popen[bytes]]:
-    """The ranks, with what torchrun sets for them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    words = [sys.executable, "-c", COMMAND, "train", str(config), *arguments]
-    shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    of_rank = [
-        {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world_size)}
-        for r in range(world_size)
-    ]
-    return [
-        subprocess.Popen(words, env=shared | own) for own in (of_rank if world_size > 1 else [{}])
-    ]
+def start_ranks(
+    config: Path, *arguments: str, world_size: int = 2
+) -> list[subprocess.Popen[bytes]]:
+    """Start `vlduet train` on every rank, with the environment that torchrun would set."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    command = [sys.executable, "-c", VLDUET_WITHOUT_DROPOUT, "train", str(config), *arguments]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    if world_size == 1:
+        return [subprocess.Popen(command, env=environment)]
+    ranks = []
+    for rank in range(world_size):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        ranks.append(subprocess.Popen(command, env=environment | own))
+    return ranks
 
 
-def trained(config: Path, *arguments: str, world_size: int = 2) -> None:
-    ranks = start(config, *arguments, world_size=world_size)
+def train(config: Path, *arguments: str, world_size: int = 2) -> None:
+    ranks = start_ranks(config, *arguments, world_size=world_size)
     assert [rank.wait(timeout=300) for rank in ranks] == [0] * world_size
 
 
-def losses(folder: Path) -> dict[int, dict[str, float]]:
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return {
-        int(row["step"]): {k: v for k, v in row.items() if k not in ("seconds", "tokens")}
-        for row in rows
-    }
+def read_values(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the logged values of every step, without time and tokens of a rank."""
+    values = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        if "loss" in row:
+            step = int(row["step"])
+            values[step] = {k: v for k, v in row.items() if k not in ("seconds", "tokens")}
+    return values
+
+
+def write_clip_config(folder: Path) -> Path:
+    config = runs.write_run_config(folder, steps=5, lora=None, projector=False)
+    folders = tiny.build_frozen_encoders(folder / "encoders")
+    encoders = {role: str(folders[role]) for role in ("vision", "text")}
+    tree = yaml.safe_load(config.read_text()) | CLIP | {"encoders": encoders}
+    config.write_text(yaml.safe_dump(tree))
+    return config
 
 
 @pytest.mark.parametrize("recipe", ["vladva", "fromage", "clip"])
 def test_two_processes_train_what_one_would(tmp_path: Path, recipe: str) -> None:
-    config = runs.write_run_config(
-        tmp_path,
-        steps=5,
-        lora=None if recipe == "clip" else {"rank": 2, "alpha": 2, "dropout": 0.0},
-    )
     if recipe == "clip":
-        folders = tiny.build_frozen_encoders(tmp_path / "encoders")
-        encoders = {"encoders": {role: str(folders[role]) for role in ("vision", "text")}}
-        tree = yaml.safe_load(config.read_text()) | CLIP | encoders
-        tree["train"] |= {"projector": False}
-        config.write_text(yaml.safe_dump(tree))
-    changed = runs.FROMAGE_OVERRIDES if recipe == "fromage" else []
-    found = []
+        config = write_clip_config(tmp_path)
+    else:
+        lora = {"rank": 2, "alpha": 2, "dropout": 0.0}
+        config = runs.write_run_config(tmp_path, steps=5, lora=lora)
+    overrides = runs.FROMAGE_OVERRIDES if recipe == "fromage" else []
     for world_size in (1, 2):
-        out = tmp_path / f"on-{world_size}"
-        trained(config, *changed, f"out={out}", world_size=world_size)
-        found.append(losses(out))
-    one, two = found
-    assert list(one) == list(two) == list(range(5)) and one[4]["loss"] != one[0]["loss"]
-    for step, values in one.items():
-        assert two[step] == pytest.approx(values, rel=2e-3, abs=1e-5), step
+        out = f"out={tmp_path / str(world_size)}"
+        train(config, *overrides, out, world_size=world_size)
+    expected, values = read_values(tmp_path / "1"), read_values(tmp_path / "2")
+    assert list(expected) == list(values) == list(range(5))
+    assert expected[4]["loss"] != expected[0]["loss"]
+    for step, expected_values in expected.items():
+        assert values[step] == pytest.approx(expected_values, rel=2e-3, abs=1e-5), step
 
 
-def test_both_are_killed_and_resumed(tmp_path: Path) -> None:
+def test_two_killed_processes_resume(tmp_path: Path) -> None:
     """With dropout, whose random numbers differ between ranks."""
     config = runs.write_run_config(tmp_path, steps=30)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    trained(config, f"out={whole}")
-    ranks = start(config, f"out={killed}")
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    train(config, f"out={complete}")
+    ranks = start_ranks(config, f"out={killed}")
     deadline = time.monotonic() + 200
-    while (
-        time.monotonic() < deadline and len(losses(killed)) < 8
-    ):  # wait for the state of step 6, then some
+    # Wait for the state of step 6 and one more step.
+    while time.monotonic() < deadline and len(read_values(killed)) < 8:
         time.sleep(0.005)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
     for rank in ranks:
         rank.wait()
-    assert 7 < len(losses(killed)) < 30, "the run was to be killed in its middle"
-    trained(config, f"out={killed}", "--resume")
-    assert losses(killed) == losses(whole)
+    assert 7 < len(read_values(killed)) < 30, "the run had to be killed in its middle"
+    train(config, f"out={killed}", "--resume")
+    assert read_values(killed) == read_values(complete)

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL and resumed has the losses, bit for bit, of one that was never stopped."""
+"""A run that is killed with SIGKILL and resumed has the losses, bit for bit, of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -13,59 +13,56 @@ from helpers import runs
 from vlduet.logs import read_metrics
 
 
-def command(config: Path, *arguments: str) -> list[str]:
+def train_command(config: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "vlduet.cli.main", "train", str(config), *arguments]
 
 
-def losses(folder: Path) -> dict[int, tuple[float, ...]]:
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
-    return {
-        int(r["step"]): (r["loss"], r["contrastive"], r["language"], r["grad_norm"]) for r in rows
-    }
+def read_losses(folder: Path) -> dict[int, tuple[float, ...]]:
+    """Return losses and gradient norm of every logged step."""
+    losses = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        if "loss" in row:
+            names = ("loss", "contrastive", "language", "grad_norm")
+            losses[int(row["step"])] = tuple(row[name] for name in names)
+    return losses
 
 
-def test_kill_and_resume(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = runs.write_run_config(tmp_path, steps=40)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(config, f"out={whole}"), check=True, env=environment, timeout=300)
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    subprocess.run(
+        train_command(config, f"out={complete}"), check=True, env=environment, timeout=300
+    )
 
-    process = subprocess.Popen(command(config, f"out={killed}"), env=environment)
+    process = subprocess.Popen(train_command(config, f"out={killed}"), env=environment)
     deadline = time.monotonic() + 200
-    while (
-        time.monotonic() < deadline and len(losses(killed)) < 11
-    ):  # wait for the state of step 9, then some
+    # Wait for the state of step 9 and one more step.
+    while time.monotonic() < deadline and len(read_losses(killed)) < 11:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = losses(killed)
-    assert 10 < len(before) < 40, "the run was to be killed in its middle"
+    losses_before = read_losses(killed)
+    assert 10 < len(losses_before) < 40, "the run had to be killed in its middle"
 
-    subprocess.run(
-        command(config, f"out={killed}", "--resume"), check=True, env=environment, timeout=300
-    )
-    assert losses(killed) == losses(whole)
-    assert all(losses(whole)[step] == values for step, values in before.items())
-    one, other = (
-        (folder / "model" / "duet.safetensors").read_bytes() for folder in (whole, killed)
-    )
-    assert one == other
-    assert len({value[0] for value in losses(whole).values()}) > 30, "the loss must move"
+    resume = train_command(config, f"out={killed}", "--resume")
+    subprocess.run(resume, check=True, env=environment, timeout=300)
+    expected = read_losses(complete)
+    assert read_losses(killed) == expected
+    assert all(expected[step] == values for step, values in losses_before.items())
+    tensors = [folder / "model" / "duet.safetensors" for folder in (complete, killed)]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()
+    assert len({loss for loss, *_ in expected.values()}) > 30, "the loss must change"
 
 
-def test_resume_refuses_another_config(tmp_path: Path) -> None:
+def test_resuming_with_another_config_is_refused(tmp_path: Path) -> None:
     config = runs.write_run_config(tmp_path, steps=2)
-    subprocess.run(command(config), check=True, timeout=200)
-    found = subprocess.run(
-        command(config, "train.lr=0.5", "--resume"),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+    subprocess.run(train_command(config), check=True, timeout=200)
+    changed = train_command(config, "train.lr=0.5", "--resume")
+    refused = subprocess.run(changed, capture_output=True, text=True, timeout=200, check=False)
+    assert refused.returncode == 1
+    assert "train.lr was 0.01, is 0.5" in refused.stderr and "Traceback" not in refused.stderr
+    restarted = subprocess.run(
+        train_command(config), capture_output=True, text=True, timeout=200, check=False
     )
-    assert found.returncode == 1
-    assert "train.lr was 0.01, is 0.5" in found.stderr and "Traceback" not in found.stderr
-    again = subprocess.run(
-        command(config), capture_output=True, text=True, timeout=200, check=False
-    )
-    assert again.returncode == 1 and "--resume" in again.stderr
+    assert restarted.returncode == 1 and "--resume" in restarted.stderr
