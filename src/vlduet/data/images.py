@@ -19,7 +19,6 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -39,19 +38,10 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".
 """Endings of file names, in lower case, that mean an image in a folder or an archive."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """Limits that an image must keep to be decoded."""
-
-    max_pixels: int = 64_000_000
-    """Largest width times height, as the header states them."""
-    min_side: int = 1
-    """Smallest shorter side, in pixels."""
-    formats: frozenset[str] = frozenset({"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"})
-    """Accepted names of `detect_image_format`."""
-
-
-DEFAULT_LIMITS = ImageLimits()
+MAX_IMAGE_PIXELS = 64_000_000
+"""Largest width times height of an image that is decoded, as its header states them."""
+DECODED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Names of `detect_image_format` that are decoded; all others are refused."""
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -113,65 +103,50 @@ def read_bytes(ref: ImageRef) -> bytes:
         raise ImageError(message, place=ref.name, fix="Check the path") from None
 
 
-def load_image(ref: ImageRef, *, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
+def load_image(ref: ImageRef) -> DecodedImage:
     """Return an image decoded: first frame, upright, RGB with 8 bits, transparency on white.
 
-    Args:
-        ref: a path or encoded bytes.
-        limits: limits on format and size, checked before any pixel is decoded.
-
     Raises:
-        ImageError: the image is missing, empty, refused, too large, too small or broken.
+        ImageError: the image is missing, empty, of a refused format, too large or broken. Format
+            and size are checked before any pixel is decoded.
     """
     data = read_bytes(ref)
-    kind = _check_format(data, ref.name, limits)
+    kind = _check_format(data, ref.name)
     with warnings.catch_warnings():
         # Broken EXIF and our own pixel limit are handled here; PIL's warnings would repeat them.
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=[kind])
         except Image.DecompressionBombError:
-            raise _too_large_error("far more pixels than any photo", ref.name, limits) from None
+            raise _too_large_error("far more pixels than any photo", ref.name) from None
         except _DECODER_ERRORS as error:
             raise _broken_image_error(kind, error, ref.name) from None
-        _check_size(image.size, ref.name, limits)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise _too_large_error(f"{image.width} x {image.height} pixels", ref.name)
         try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
         except Image.DecompressionBombError:
-            raise _too_large_error(
-                "a frame larger than its header says", ref.name, limits
-            ) from None
+            raise _too_large_error("a frame larger than its header says", ref.name) from None
         except _DECODER_ERRORS as error:
             raise _broken_image_error(kind, error, ref.name) from None
 
 
-def _check_format(data: bytes, name: str, limits: ImageLimits) -> str:
+def _check_format(data: bytes, name: str) -> str:
     """Return the format of encoded bytes. Raise ImageError if there are none or it is refused."""
     if not data:
         fix = "Copy or download it again"
         raise ImageError("the image is empty (0 bytes)", place=name, fix=fix)
     kind = detect_image_format(data[:512])
-    if kind not in limits.formats:
+    if kind not in DECODED_FORMATS:
         description = "an unknown kind of file" if kind == "unknown" else kind
-        fix = f"Convert it to one of {', '.join(sorted(limits.formats))}"
+        fix = f"Convert it to one of {', '.join(DECODED_FORMATS)}"
         raise ImageError(f"the image is {description}, which is refused", place=name, fix=fix)
     return kind
 
 
-def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
-    """Raise ImageError if (width, height) has too many pixels or too short a side."""
-    width, height = size
-    if width * height > limits.max_pixels:
-        raise _too_large_error(f"{width} x {height} pixels", name, limits)
-    if min(size) < max(1, limits.min_side):
-        message = f"the image is too small: {width} x {height} pixels"
-        fix = f"Leave it out, or use images of at least {limits.min_side} pixels a side"
-        raise ImageError(message, place=name, fix=fix)
-
-
-def _too_large_error(cause: str, name: str, limits: ImageLimits) -> ImageError:
-    fix = f"Scale it down: the limit is {limits.max_pixels / 1e6:g} megapixels"
+def _too_large_error(cause: str, name: str) -> ImageError:
+    fix = f"Scale it down: the limit is {MAX_IMAGE_PIXELS / 1e6:g} megapixels"
     return ImageError(f"the image is too large to decode: {cause}", place=name, fix=fix)
 
 

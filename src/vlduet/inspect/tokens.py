@@ -30,6 +30,8 @@ from vlduet.recipes.registry import find_recipe
 
 DEFAULT_MAX_TOKENS = 2048
 """Longest sequence for a checkpoint that does not say what it was trained with."""
+TERMINAL_IMAGE_WIDTH = 48
+"""Largest width of an image in a terminal, in cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +171,10 @@ def _label_anchors(anchors: Iterable[Anchor], first: int, last: int) -> tuple[st
 # --- text for a terminal
 
 
-def format_record(record: Record, *, width: int = 48, colour: bool = True) -> str:
+def format_record(record: Record, *, colour: bool) -> str:
     """Return a record for a terminal: a line per part with its label, then the metadata.
 
-    Args:
-        record: a record of any kind; a broken image is shown as its error.
-        width: largest width of an image in terminal cells.
-        colour: draw the images; False only names them.
+    Images are named with their size or their error, and drawn only with `colour`.
     """
     details = f"{record.kind}, {record.place}" if record.place else record.kind
     lines = [strip_control_characters(f"{record.id}  ({details})")]
@@ -191,7 +190,7 @@ def format_record(record: Record, *, width: int = 48, colour: bool = True) -> st
             continue
         lines.append(f"{line}  {image.width} x {image.height}")
         if colour:
-            lines += render_half_blocks(image, width)
+            lines += render_half_blocks(image, TERMINAL_IMAGE_WIDTH)
     for key, value in record.metadata.items():
         lines.append(strip_control_characters(f"{key:>12}: {value}"))
     return "\n".join(lines)
@@ -217,7 +216,7 @@ def render_half_blocks(image: images.DecodedImage, width: int) -> list[str]:
     return lines
 
 
-def format_tokens(rows: Iterable[TokenRow], *, colour: bool = True) -> str:
+def format_tokens(rows: Iterable[TokenRow], *, colour: bool) -> str:
     """Return the rows of one sequence, one per line, numbered from 0.
 
     ``*`` (and green with `colour`) marks a token with loss; the roles of its anchors follow.

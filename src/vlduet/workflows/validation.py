@@ -26,24 +26,23 @@ MAX_CAPTION_TOKENS = 256
 
 
 def make_validator(
-    path: Path, *, seed: int, limit: int = MAX_VALIDATION_RECORDS
+    path: Path, *, seed: int
 ) -> Callable[[DuetModel | DualEncoder], dict[str, float]]:
     """Read a file, and return a function that computes the metrics of a model on its pairs.
 
     The function calls `compute_validation_metrics`.
 
     Args:
-        path: file of records. Only pairs with a short caption and a readable image are used; broken
-            records are logged and left out.
+        path: file of records. The first `MAX_VALIDATION_RECORDS` pairs with a short caption and a
+            readable image are used; broken records are logged and left out.
         seed: seed of the choice of the wrong image for each caption.
-        limit: number of pairs that are used, at most, from the beginning of the file.
 
     Raises:
         DataError: the file has no usable pair, or cannot be read.
     """
     records: list[Record] = []
     for record in read_records(path, on_error=_log_dropped):
-        if len(records) < limit and is_usable_pair(record):
+        if len(records) < MAX_VALIDATION_RECORDS and is_usable_pair(record):
             records.append(record)
     if not records:
         message = "no pair with an image and a short caption"

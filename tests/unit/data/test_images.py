@@ -25,10 +25,10 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> ImageRef:
     return ImageRef(data=buffer.getvalue())
 
 
-def load_error(ref: ImageRef, **limits: Any) -> ImageError:
+def load_error(ref: ImageRef) -> ImageError:
     """Return the error of loading an image, after checking its place and remedy."""
     with pytest.raises(ImageError) as caught:
-        images.load_image(ref, limits=images.ImageLimits(**limits))
+        images.load_image(ref)
     assert caught.value.place == ref.name and caught.value.fix
     return caught.value
 
@@ -61,6 +61,13 @@ def encode_png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
 
 
+def make_png(*, width: int, height: int) -> ImageRef:
+    """Return a PNG whose header states a size that its pixels do not have."""
+    header = encode_png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    pixels = encode_png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    return ImageRef(data=b"\x89PNG\r\n\x1a\n" + header + pixels)
+
+
 @pytest.mark.parametrize("side", [20_000, 9_000])
 def test_a_decompression_bomb_is_refused_by_its_header(
     side: int, monkeypatch: pytest.MonkeyPatch
@@ -69,10 +76,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(
         raise AssertionError("pixels were decoded")
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
-    header = encode_png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    pixels = encode_png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
-    bomb = ImageRef(data=b"\x89PNG\r\n\x1a\n" + header + pixels)
-    assert "too large" in load_error(bomb).message
+    assert "too large" in load_error(make_png(width=side, height=side)).message
 
 
 @pytest.mark.parametrize(
@@ -97,11 +101,13 @@ def test_the_bytes_of_a_file_decide_and_not_its_name(tmp_path: Path) -> None:
     assert "SVG" in load_error(ImageRef(path=tmp_path / "x.png")).message
 
 
-def test_missing_files_and_small_images_are_errors() -> None:
+def test_a_missing_file_is_an_error() -> None:
     assert "no such image" in load_error(ImageRef(path=Path("gone.png"))).message
-    pixel = encode(Image.new("RGB", (1, 1), (1, 2, 3)))
-    assert corner_pixel(pixel) == [1, 2, 3]
-    assert "too small: 1 x 1" in load_error(pixel, min_side=2).message
+
+
+def test_an_image_without_pixels_is_refused_and_one_pixel_is_enough() -> None:
+    assert corner_pixel(encode(Image.new("RGB", (1, 1), (1, 2, 3)))) == [1, 2, 3]
+    assert "broken PNG" in load_error(make_png(width=0, height=5)).message
 
 
 # --- what is decoded

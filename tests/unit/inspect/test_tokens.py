@@ -154,7 +154,7 @@ def test_tokens_are_numbered_marked_and_labelled() -> None:
         "    1 * 'red'",
         "    2   'red'  <- text, query",
     ]
-    assert "\x1b[32m    1 * 'red'\x1b[0m" in format_tokens(ROWS)
+    assert "\x1b[32m    1 * 'red'\x1b[0m" in format_tokens(ROWS, colour=True)
 
 
 def test_an_inspection_becomes_text_with_its_sequences(tmp_path: Path) -> None:

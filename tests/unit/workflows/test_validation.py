@@ -74,7 +74,8 @@ def test_a_validator_uses_the_first_usable_pairs_of_a_file(
         return {"seed": seed}
 
     monkeypatch.setattr(validation, "compute_validation_metrics", compute)
-    validate = validation.make_validator(path, seed=3, limit=2)
+    monkeypatch.setattr(validation, "MAX_VALIDATION_RECORDS", 2)
+    validate = validation.make_validator(path, seed=3)
     assert validate(None) == {"seed": 3} and ids == ["0", "1"]  # type: ignore[arg-type]
     path.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(DataError, match="no pair with an image and a short caption"):

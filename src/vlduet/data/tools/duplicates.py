@@ -8,9 +8,8 @@ variants of one drawing (eyes in three colours, five dreidels), and no others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -21,8 +20,6 @@ MAX_HASH_DISTANCE = 16
 """Largest number of differing bits of candidates."""
 MAX_DISTANCE = 26.0
 _BLOCK_SIZE = 2048  # rows and columns compared at once, to limit memory
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +96,11 @@ class UnionFind:
         low, high = sorted((self.find(first), self.find(second)))
         self._parent[high] = low
 
-    def union_equal(
-        self, keys: Iterable[Key], *, ignore: Callable[[Key], bool] = lambda _: False
-    ) -> None:
-        """Merge the groups of all items whose keys are equal; keys[i] belongs to item i.
-
-        Items whose key satisfies `ignore` are left alone.
-        """
-        first_item: dict[Key, int] = {}
+    def union_equal(self, keys: Iterable[Hashable]) -> None:
+        """Merge the groups of all items whose keys are equal; the i-th key belongs to item i."""
+        first_item: dict[Hashable, int] = {}
         for item, key in enumerate(keys):
-            if not ignore(key):
-                self.union(first_item.setdefault(key, item), item)
+            self.union(first_item.setdefault(key, item), item)
 
     def groups(self) -> list[list[int]]:
         """Return all groups, each sorted, in the order of their smallest members."""

@@ -83,6 +83,3 @@ def test_union_find_merges_groups_with_equal_keys() -> None:
     items.union(4, 2)
     assert items.groups() == [[0, 1, 2, 4], [3], [5]]
     assert items.find(4) == 0
-    ignoring = UnionFind(3)
-    ignoring.union_equal(["", "", "x"], ignore=lambda key: not key)
-    assert ignoring.groups() == [[0], [1], [2]]
