@@ -49,7 +49,7 @@ class Mistral3(Family):
         return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[tokens of all images, width * m * m], each channel's m * m patches together."""
+        """Return float[tokens of all images, width * m * m], channel by channel."""
         image_sizes = inputs["image_sizes"]
         pictures = self._pad_pictures(inputs["pixel_values"].to(model.dtype), image_sizes)
         outputs = model.model.vision_tower(

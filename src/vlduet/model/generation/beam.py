@@ -20,16 +20,12 @@ def generate_arguments(
 ) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for transformers' `generate`, which must be called inside the block.
 
-    Inside, hooks on the language model replace the inputs of the prefill by `prefill_inputs`:
-    `generate` cannot carry all of them, and would compute each prompt once per beam instead of
-    once. The keys and values are repeated for the beams afterwards. Also inside, gradients are off
-    and the backbone is in evaluation mode.
+    Inside, the language model's prefill gets all of `prefill_inputs` (see `_prefill_once`),
+    gradients are off, and the backbone is in evaluation mode.
 
     Args:
         num_beams: 1 is greedy; with more, the finished beams of a prompt are returned, best first.
     """
-    thread = get_ident()
-    caches: list[Any] = []  # the cache of the prefill while it runs
     arguments = {
         "inputs_embeds": prefill_inputs.language_model_inputs["inputs_embeds"],
         "attention_mask": prefill_inputs.attention_mask,
@@ -48,11 +44,27 @@ def generate_arguments(
     }
     per_layer_inputs = prefill_inputs.language_model_inputs.get("per_layer_inputs")
     if per_layer_inputs is not None:
-        # Without any, Gemma 4 would search its table for the token of every embedding. The hook
-        # below passes all of them, so those of one token are enough.
+        # Without any, Gemma 4 would search its table for the token of every embedding. The prefill
+        # gets all of them anyway, so those of one token are enough.
         arguments["per_layer_inputs"] = per_layer_inputs[:, :1]
+    prefill = _prefill_once(backbone.language_model, prefill_inputs, num_beams)
+    with torch.no_grad(), eval_mode(backbone), prefill:
+        yield arguments
 
-    def replace_prefill_inputs(
+
+@contextmanager
+def _prefill_once(
+    language_model: nn.Module, prefill_inputs: PrefillInputs, num_beams: int
+) -> Iterator[None]:
+    """Compute each prompt once instead of once per beam in this thread, by hooks in the block.
+
+    The inputs of the prefill are replaced by `prefill_inputs`, of which `generate` cannot carry
+    all. Its keys, values and last hidden states are repeated for the beams afterwards.
+    """
+    thread = get_ident()
+    caches: list[Any] = []  # the cache of the prefill while it runs
+
+    def replace_inputs(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...] | None:
         cache = kwargs.get("past_key_values")
@@ -67,7 +79,7 @@ def generate_arguments(
         }
         return args, kwargs | prompt
 
-    def repeat_for_beams(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> Any:
+    def repeat_outputs(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> Any:
         if get_ident() == thread and caches:
             cache = caches.pop()
             if num_beams > 1:
@@ -78,14 +90,12 @@ def generate_arguments(
             outputs.last_hidden_state = last_state.repeat_interleave(num_beams, 0)
         return outputs
 
-    language_model = backbone.language_model
     handles = (
-        language_model.register_forward_pre_hook(replace_prefill_inputs, with_kwargs=True),
-        language_model.register_forward_hook(repeat_for_beams),
+        language_model.register_forward_pre_hook(replace_inputs, with_kwargs=True),
+        language_model.register_forward_hook(repeat_outputs),
     )
     try:
-        with torch.no_grad(), eval_mode(backbone):
-            yield arguments
+        yield
     finally:
         for handle in handles:
             handle.remove()
