@@ -374,7 +374,7 @@ def test_an_extended_file_must_exist_and_not_extend_another(path: Path) -> None:
 def test_yaml_anchors_and_merges_are_not_repeated_keys(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("b: &b {x: 1}\ns: {a: &a {<<: *b, x: 2}}\nc: {<<: *a, y: 3}\n")
-    assert config._read_mapping(path)["c"] == {"x": 2, "y": 3}
+    assert config.read_yaml_mapping(path)["c"] == {"x": 2, "y": 3}
 
 
 # --------------------------------------------------------------------- documentation

@@ -193,7 +193,7 @@ def write_spreadsheet(rows: Sequence[Sequence[str | int]]) -> bytes:
     from openpyxl.cell import WriteOnlyCell  # type: ignore[import-untyped]
 
     workbook = Workbook(write_only=True)
-    sheet = workbook.create_sheet()
+    sheet = workbook.create_sheet("Sheet1")
     for row in rows:
         cells = []
         for value in row:
