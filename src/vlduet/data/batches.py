@@ -1,4 +1,4 @@
-"""Batches: sequences padded (one in each row) or packed (several in each row, isolated by the mask)."""
+"""Batches: sequences padded (one in each row) or packed (several, isolated by the mask)."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Batch:
         """Return the cheapest mask that the language model needs for this batch.
 
         Returns:
-            None where every row is one full sequence; int64[B, T] (1 on tokens, 0 on padding) for padded
-            rows of one sequence; bool[B, 1, T, T] of `block_causal_mask` for packed rows.
+            None where every row is one full sequence; int64[B, T] (1 on tokens, 0 on padding) for
+            padded rows of one sequence; bool[B, 1, T, T] of `block_causal_mask` for packed rows.
         """
         if bool((self.segment_ids == 1).all()):
             return None
@@ -72,13 +72,14 @@ class Batch:
         return self.block_causal_mask()
 
     def block_causal_mask(self, *, bidirectional_images: bool = False) -> Tensor:
-        """Return bool[B, 1, T, T], True where token t (dimension 2) attends to token s (dimension 3).
+        """Return bool[B, 1, T, T], True where the token in dimension 2 attends to that in 3.
 
-        A token attends to itself and to the earlier tokens of its own sequence; with `shares_prefix` also
-        to the row's first sequence.
+        A token attends to itself and to the earlier tokens of its own sequence; with
+        `shares_prefix` also to the row's first sequence.
 
         Args:
-            bidirectional_images: let the tokens of one image attend to each other in both directions.
+            bidirectional_images: let the tokens of one image attend to each other in both
+                directions.
         """
         allowed = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]  # [B, T, T]
         if self.shares_prefix:
@@ -101,7 +102,8 @@ class Batch:
         """Return the batch without some anchors, and without the rows that then have no output.
 
         Args:
-            is_dropped: bool[A], True for the anchors to remove. If none is True, `self` is returned.
+            is_dropped: bool[A], True for the anchors to remove. If none is True, `self` is
+                returned.
         """
         if not is_dropped.any():
             return self
@@ -129,7 +131,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with its tensors on `device`; images stay until the vision tower reads them."""
+        """Return the batch with its tensors on `device`; images stay where they are."""
         values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -150,8 +152,9 @@ def collate(
         sequences: at least one sequence.
         pad_token_id: token id of padding; no result depends on it.
         padding_side: `right` or `left`.
-        pack_to: None gives every sequence a row of its own. A number fills rows up to so many tokens by
-            `pack`; labels, anchors and images then follow the order of the rows, not of `sequences`.
+        pack_to: None gives every sequence a row of its own. A number fills rows up to so many
+            tokens by `pack`; labels, anchors and images then follow the order of the rows, not of
+            `sequences`.
     """
     rows = pack(sequences, pack_to) if pack_to else [[sequence] for sequence in sequences]
     rows_with_positions = [[(s, compute_position_ids(s)) for s in row] for row in rows]
@@ -168,7 +171,8 @@ def collate_rows(
     """Return the batch of rows that are already formed, on the CPU.
 
     Args:
-        rows: at least one row; a row lists its sequences, each with its position ids int64[1 or 3, T].
+        rows: at least one row; a row lists its sequences, each with its position ids int64[1 or 3,
+            T].
         pad_token_id: token id of padding.
         padding_side: `right` or `left`.
         shares_prefix: the later sequences of a row attend to its first one.
@@ -214,7 +218,7 @@ def collate_rows(
 
 
 def pack(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
-    """Return rows of at most `max_tokens` tokens: each sequence joins the first row with room for it.
+    """Return rows of at most `max_tokens` tokens; a sequence joins the first that has room.
 
     A sequence that is longer than `max_tokens` gets a row of its own. No sequence is cut.
     """
@@ -237,8 +241,8 @@ def split_into_chunks(
 ) -> abc.Iterator[list[Sequence]]:
     """Yield groups of sequences that `collate` turns into batches of at most `max_tokens` tokens.
 
-    Padding counts. A group has at least one row, which may be longer than `max_tokens`. Sequences without
-    anchors form groups of their own, after all others: GradCache skips their first pass
+    Padding counts. A group has at least one row, which may be longer than `max_tokens`. Sequences
+    without anchors form groups of their own, after all others: GradCache skips their first pass
     (`train/gradcache.py`).
 
     Args:
@@ -259,8 +263,8 @@ def split_into_chunks(
 def group_by_length(lengths: abc.Sequence[int], max_tokens: int) -> abc.Iterator[list[int]]:
     """Yield groups of indices of similar lengths whose padded size is at most `max_tokens`.
 
-    The groups go from short to long, and so do the indices of a group. A group has at least one index,
-    even one that is longer than `max_tokens`.
+    The groups go from short to long, and so do the indices of a group. A group has at least one
+    index, even one that is longer than `max_tokens`.
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -1,11 +1,12 @@
-"""Prefix sharing: sequences with a common beginning, such as the options of a question, read it once.
+"""Prefix sharing: sequences with a common beginning, such as options of a question, read it once.
 
-    <image> What is this?  A cat.        prefix         <image> What is this?
-    <image> What is this?  A dog.   ->   continuations  A cat.  A dog.      each attends to the prefix and itself
+    <image> What is this?  A cat.       prefix         <image> What is this?
+    <image> What is this?  A dog.  ->   continuations  A cat.  A dog.
 
-Attention is causal, so no token of the prefix depends on a continuation, and a continuation gets the hidden
-states that it would have alone. It begins at least one token before its first label, so that the state
-that predicts the label is its own.
+Each continuation attends to the prefix and to itself. Attention is causal, so no token of the
+prefix depends on a continuation, and a continuation gets the hidden states that it would have
+alone. It begins at least one token before its first label, so that the state that predicts the
+label is its own.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class SharedPrefixRow:
 def build_rows(sequences: list[Sequence], max_tokens: int) -> list[SharedPrefixRow]:
     """Return rows that hold all sequences in their order.
 
-    Neighbours share a row where it has at most `max_tokens` tokens and the prefix is at least half of each
-    of its sequences. A sequence that is longer than `max_tokens` has a row of its own.
+    Neighbours share a row where it has at most `max_tokens` tokens and the prefix is at least half
+    of each of its sequences. A sequence that is longer than `max_tokens` has a row of its own.
     """
     rows: list[SharedPrefixRow] = []
     for sequence in sequences:
@@ -63,8 +64,8 @@ def group_rows(
     """Yield groups of rows for `collate_shared_prefixes`, of similar lengths.
 
     Yields:
-        Indices into `sequences` in the order of the rows, and the rows. The padded size of a group is at
-        most `max_tokens`, unless one sequence alone is longer.
+        Indices into `sequences` in the order of the rows, and the rows. The padded size of a group
+        is at most `max_tokens`, unless one sequence alone is longer.
     """
     rows = build_rows(sequences, max_tokens)
     first_index = [0, *accumulate(len(row.sequences) for row in rows)]
@@ -76,8 +77,9 @@ def group_rows(
 def shared_prefix_length(first: Sequence, second: Sequence) -> int:
     """Return how many leading tokens two sequences can share.
 
-    The prefix ends before the first token that differs, before the token that predicts the first label of
-    either sequence, and before the first image that is not the same or not completely inside. It may be 0.
+    The prefix ends before the first token that differs, before the token that predicts the first
+    label of either sequence, and before the first image that is not the same or not completely
+    inside. It may be 0.
     """
     end = min(_first_label(first), _first_label(second)) - 1
     end = next((t for t in range(end) if first.token_ids[t] != second.token_ids[t]), end)
@@ -95,13 +97,13 @@ def shared_prefix_length(first: Sequence, second: Sequence) -> int:
 
 
 def _first_label(sequence: Sequence) -> int:
-    """Return the index of the first token with a label, or the sequence's length where none has one."""
+    """Return the index of the first label, or the sequence's length if it has none."""
     labelled = (t for t, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
     return next(labelled, len(sequence))
 
 
 def collate_shared_prefixes(rows: list[SharedPrefixRow], *, pad_token_id: int) -> Batch:
-    """Return the batch of some rows. It keeps labels and drops anchors: it is for likelihoods only."""
+    """Return the batch of rows, with labels and without anchors: it is for likelihoods."""
     segments_of_rows = []
     for row in rows:
         prefix = row.prefix_length

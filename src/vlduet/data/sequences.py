@@ -5,8 +5,8 @@
     anchors  [------- mean -------]                                -> embedding of the image
              [---------------------------------- last -----]       -> embedding of the whole prefix
 
-A `PreparedImage` holds the output of the model's image processor for one `ImageRef`. This module does
-not depend on any model.
+A `PreparedImage` holds the output of the model's image processor for one `ImageRef`. This module
+does not depend on any model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from vlduet.data.records import Part
 
 IGNORE_INDEX = -100
-"""Label of a token that carries no loss (the value that `torch.nn.functional.cross_entropy` ignores)."""
+"""Label of a token that carries no loss (the value that `torch.nn.functional.cross_entropy`
+ignores)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,15 @@ class PreparedImage:
     """Output of the image processor for one image, ready for the vision tower."""
 
     inputs: Mapping[str, torch.Tensor]
-    """Inputs of the vision tower for this image alone; the first dimension counts tiles or patches."""
+    """Inputs of the vision tower for this image alone; the first dimension counts tiles or
+    patches."""
     num_tokens: int
     """Number of tokens that the image takes in a sequence, `interleaved_tokens` included."""
     cache_key: str
     """Hash of the image's content and of the processor; equal keys imply equal vision features."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of its tokens, for models with two-dimensional position ids; None for others."""
+    """Rows and columns of its tokens, for models with two-dimensional position ids; None for
+    others."""
     interleaved_tokens: Mapping[int, int] = field(default_factory=dict)
     """Ordinary tokens among the image's tokens, such as row ends: offset in the image -> token id.
 
@@ -99,7 +102,8 @@ class Sequence:
     token_ids: tuple[int, ...]
     """T token ids; the tokens of an image hold the image token id and its interleaved tokens."""
     labels: tuple[int, ...]
-    """T labels: `token_ids[t]` where token t must be predicted from its prefix, else IGNORE_INDEX."""
+    """T labels: `token_ids[t]` where token t must be predicted from its prefix, else
+    IGNORE_INDEX."""
     anchors: tuple[Anchor, ...] = ()
     """Spans where embeddings are read."""
     images: tuple[tuple[int, PreparedImage], ...] = ()
@@ -129,8 +133,8 @@ class Sequence:
 def trim(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
     """Return the shortest prefix of a sequence that yields the requested outputs.
 
-    Attention is causal, so tokens after the last label and the last anchor influence neither. An image is
-    never cut: it is kept as a whole or dropped.
+    Attention is causal, so tokens after the last label and the last anchor influence neither. An
+    image is never cut: it is kept as a whole or dropped.
 
     Args:
         sequence: the sequence; it is not modified.
@@ -157,10 +161,10 @@ def trim(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
 def compute_position_ids(sequence: Sequence) -> torch.Tensor:
     """Return the position ids of a sequence: int64[1, T], or int64[3, T] where images have a grid.
 
-    Without grids they count 0, 1, ..., T - 1. With grids the three rows are time, row and column of the
-    multimodal rotary embedding of Qwen2-VL (arXiv 2409.12191): equal and increasing on text; an image has
-    one time, its tokens count rows and columns from there, and the text after it continues after the
-    larger of both. Either all images of a sequence have a grid or none.
+    Without grids they count 0, 1, ..., T - 1. With grids the three rows are time, row and column of
+    the multimodal rotary embedding of Qwen2-VL (arXiv 2409.12191): equal and increasing on text; an
+    image has one time, its tokens count rows and columns from there, and the text after it
+    continues after the larger of both. Either all images of a sequence have a grid or none.
     """
     if not any(image.grid for _, image in sequence.images):
         return torch.arange(len(sequence))[None]

@@ -1,10 +1,10 @@
-"""Order of training records as a pure function of (seed, position), so a resumed run needs no saved state.
+"""Order of training records as a pure function of (seed, position): a resume needs no saved state.
 
 Position p = step * batch_size + i names the p-th sample that a run trains on.
 
 1. schedule   the source of a position; every block of positions has each source's exact share
 2. order      the record within the source: a new permutation of the source in every epoch
-3. ranks      each takes a contiguous share of a step's positions, so W processes see together what one would
+3. ranks      each takes a contiguous share of a step's positions; together they see what one would
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from vlduet.data.records import Record
 from vlduet.errors import DataError
 
 SCHEDULE_BLOCK_SIZE = 1000
-"""Number of positions in which every source has its exact share; weights are rounded to thousandths."""
+"""Number of positions in which every source has its exact share; weights are rounded to
+thousandths."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Sample:
 
     @property
     def record_name(self) -> str:
-        """Name of the record, unique in the mixture: two sources may have records with equal ids."""
+        """Name of the record, unique in the mixture even if two sources have equal ids."""
         return f"{self.origin}:{self.record.id}"
 
     def rng(self) -> random.Random:
-        """Return a new random generator, seeded by seed and position; equal samples draw equal numbers."""
+        """Return a new random generator that depends on seed and position only."""
         return random.Random(f"{self.seed}:{self.position}")
 
 
@@ -110,7 +111,8 @@ class Mixture:
     def _build_schedule(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return two int[SCHEDULE_BLOCK_SIZE] arrays for the positions of a block.
 
-        First: the source of every position. Second: how often that source occurs earlier in the block.
+        First: the source of every position. Second: how often that source occurs earlier in the
+        block.
         """
         sources = np.repeat(np.arange(len(self.counts)), self.counts)
         _create_generator(self.seed, "schedule", block).shuffle(sources)
@@ -120,7 +122,7 @@ class Mixture:
         return sources, occurrences
 
     def _build_order(self, source: int, epoch: int) -> np.ndarray:
-        """Return the permutation of a source's record indices in an epoch, int[number of records]."""
+        """Return the permutation of a source's record indices in an epoch."""
         generator = _create_generator(self.seed, "order", source, epoch)
         return generator.permutation(len(self.sources[source]))
 

@@ -1,4 +1,4 @@
-"""LoRA adapters by PEFT, the only importer of it; saved in PEFT's own layout for every PEFT user."""
+"""LoRA adapters by PEFT, saved in its own layout so that any PEFT user can load them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ def enable_lora(backbone: Backbone, lora: LoraSettings, existing: PeftModel | No
     Args:
         backbone: its model gets LoRA layers in place if it has none. They start as the identity.
         lora: the requested adapter.
-        existing: PEFT's wrapper where the model has an adapter already, which is then trained further.
+        existing: PEFT's wrapper where the model has an adapter already, which is then trained
+            further.
 
     Returns:
         PEFT's wrapper of the model.
 
     Raises:
-        ConfigError: the existing adapter has other settings, `lora.targets` is unknown, or the model has
-            none of its layers.
+        ConfigError: the existing adapter has other settings, `lora.targets` is unknown, or the
+            model has none of its layers.
     """
     if existing is None:
         peft_model = _add_lora(backbone, lora)

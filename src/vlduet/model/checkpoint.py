@@ -1,13 +1,13 @@
 """Format of a model folder: reading, writing and checking its files.
 
-    vlduet.json            manifest: base, prompts, head, image backend, shape and hash of every trained tensor
+    vlduet.json            manifest: base, prompts, head, image backend, list of trained tensors
     duet.safetensors       head, temperature, projector, soft prompts
     adapter/               LoRA in PEFT's own layout, if there is an adapter
     golden.safetensors     embeddings of fixed inputs at the time of saving, compared at loading
     config.json, ...       the base checkpoint itself, if the folder is self-contained (base ".")
 
-The base is named relative to the folder, with its fingerprint. It is not copied unless the model is merged.
-`model/saving.py` applies this format to a `DuetModel`.
+The base is named relative to the folder, with its fingerprint. It is not copied unless the model is
+merged. `model/saving.py` applies this format to a `DuetModel`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "vlduet.json"
 """File name of the manifest."""
 GOLDEN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""Largest accepted 1 - cosine between saved and recomputed golden vectors, by dtype of the weights."""
+"""Largest accepted 1 - cosine between saved and recomputed golden vectors, by dtype of the
+weights."""
 HALF_PRECISION_TOLERANCE = 2e-2
 """The same for all other dtypes."""
 MANIFEST_KEYS = frozenset(
@@ -67,8 +68,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a model folder, or a plain Hugging Face checkpoint folder (then nothing but its path).
 
     Raises:
-        ModelError: the folder holds no model, a file is broken, it has another format or image backend, or
-            its base is missing or has changed.
+        ModelError: the folder holds no model, a file is broken, it has another format or image
+            backend, or its base is missing or has changed.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -88,7 +89,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     if manifest["image_backend"] != IMAGE_BACKEND:
         raise ModelError(
-            f"saved with image backend '{manifest['image_backend']}', this one is '{IMAGE_BACKEND}'",
+            f"saved with image backend '{manifest['image_backend']}', "
+            f"this one is '{IMAGE_BACKEND}'",
             place=path,
         )
     base_folder = Path(os.path.normpath(folder / manifest["base"]))
@@ -143,7 +145,7 @@ def write_checkpoint(
     golden_vectors: Tensor,
     save_adapter: Callable[[Path], None] | None,
 ) -> None:
-    """Write the files of a model into an existing folder, for use within `replace_folder_atomically`.
+    """Write the files of a model into an existing folder (in `replace_folder_atomically`).
 
     Args:
         folder: folder to write into; with base None it already holds the checkpoint's files.
@@ -207,7 +209,8 @@ def verify_tensors(
     """Check that all trained tensors of a manifest were loaded, bit for bit, and no others.
 
     Raises:
-        ModelError: names the first tensor that is missing, unknown or different; `place` is the folder.
+        ModelError: names the first tensor that is missing, unknown or different; `place` is the
+            folder.
     """
     saved = manifest["trained"]
     not_in_both = sorted(saved.keys() ^ tensors.keys())

@@ -1,11 +1,11 @@
 """The model that both generates and embeds: one forward pass of the language model, two readings.
 
 token ids, images -> token embeddings + projected vision features -> language model -> hidden states
-                                                     ├── at labels  -> LM head -> negative log-likelihoods
-                                                     └── at anchors -> pool -> embedding head -> embeddings
+                                             ├── at labels  -> LM head -> negative log-likelihoods
+                                             └── at anchors -> pool -> head -> embeddings
 
-This file holds the forward pass, its two readings and the trainable state. The other public methods delegate
-to `embedding.py`, `likelihood.py`, `generation/` and `saving.py`.
+This file holds the forward pass, its two readings and the trainable state. The other public methods
+delegate to `embedding.py`, `likelihood.py`, `generation/` and `saving.py`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class DuetModel(nn.Module):
     # ------------------------------------------------------------------ forward pass and readings
 
     def forward(self, batch: Batch) -> Readout:
-        """Run the language model once over a batch on its device, and read it at anchors and labels.
+        """Run the language model once over a batch and read it at anchors and labels.
 
         Returns:
             The embeddings of all A anchors and the negative log-likelihoods of all S labels.
@@ -118,8 +118,8 @@ class DuetModel(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """Return the hidden states float[B, T, D] after the final norm; a batch may have no rows.
 
-        They equal `last_hidden_state` of the base model in transformers, so a server of the same checkpoint
-        computes the same embeddings.
+        They equal `last_hidden_state` of the base model in transformers, so a server of the same
+        checkpoint computes the same embeddings.
         """
         if not len(batch.token_ids):
             return self.logit_scale.new_zeros(*batch.token_ids.shape, self.backbone.hidden_size)
@@ -132,8 +132,8 @@ class DuetModel(nn.Module):
         """Return keyword arguments of the language model for a batch, without its position ids.
 
         Returns:
-            `inputs_embeds`, float[B, T, D]: token embeddings with projected vision features at image
-            tokens; and what the family adds, such as attention masks or DeepStack features.
+            `inputs_embeds`, float[B, T, D]: token embeddings with projected vision features at
+            image tokens; and what the family adds, such as attention masks or DeepStack features.
         """
         table = self.backbone.token_embedding
         if self.soft_prompts is None:
@@ -165,7 +165,8 @@ class DuetModel(nn.Module):
         Args:
             batch: the whole batch.
             hidden: float[B', T, D], hidden states of the rows that the language model has read.
-            spans: int64[a, 3], spans in `hidden` of the anchors that are not read from the vision tower.
+            spans: int64[a, 3], spans in `hidden` of the anchors that are not read from the vision
+                tower.
         """
         pooled = pool_hidden_states(hidden, spans, dtype=self.logit_scale.dtype)
         embeddings: Tensor = self.head(pooled)
@@ -178,9 +179,10 @@ class DuetModel(nn.Module):
         )
 
     def vision_anchor_mask(self, batch: Batch) -> Tensor | None:
-        """Return bool[A], the anchors that are read from the vision tower, without the language model.
+        """Return bool[A], the anchors whose embedding comes from the vision tower alone.
 
-        They are those on images if `prompts.image_pool` is `vision`; for all other prompts it returns None.
+        They are those on images if `prompts.image_pool` is `vision`; for all other prompts it
+        returns None.
         """
         if self.prompts.image_pool != "vision":
             return None
@@ -189,7 +191,7 @@ class DuetModel(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """Weight of the LM head, float[V, D], without soft prompt tokens, which are never generated."""
+        """Weight of the LM head, float[V, D], without the soft prompt tokens."""
         weight = self.backbone.lm_head.weight
         return weight if self.soft_prompts is None else weight[: self.soft_prompts.first_token_id]
 
@@ -219,7 +221,7 @@ class DuetModel(nn.Module):
     def collate(
         self, sequences: list[Sequence], *, padding_side: str = "right", pack_to: int | None = None
     ) -> Batch:
-        """Return a batch of at least one sequence on the model's device (see `data.batches.collate`)."""
+        """Return a batch of sequences on the model's device (see `data.batches.collate`)."""
         batch = collate(
             sequences,
             pad_token_id=self.backbone.pad_token_id,
@@ -234,7 +236,7 @@ class DuetModel(nn.Module):
         return self.renderer.prompts
 
     def set_prompts(self, prompts: Prompts) -> None:
-        """Replace the embedding prompts; embeddings from before cannot be compared with later ones."""
+        """Replace the embedding prompts; earlier embeddings are not comparable with later ones."""
         self.renderer = self.renderer.with_options(prompts=prompts)
 
     @property
@@ -273,8 +275,8 @@ class DuetModel(nn.Module):
             soft_prompts: train soft prompts; without any, they replace the current prompts.
 
         Raises:
-            ConfigError: the existing adapter has other settings than `lora`, the language model has none of
-                its layers, or the prompts have no tokens.
+            ConfigError: the existing adapter has other settings than `lora`, the language model has
+                none of its layers, or the prompts have no tokens.
         """
         if soft_prompts and self.soft_prompts is None:
             self.soft_prompts, prompts = init_soft_prompts(self.renderer, self.backbone)
@@ -294,7 +296,7 @@ class DuetModel(nn.Module):
         return self._peft_model[0] if self._peft_model else None
 
     def load_adapter(self, folder: Path) -> None:
-        """Attach a saved LoRA adapter, frozen; ModelError where the folder has none of this base."""
+        """Attach a saved LoRA adapter, frozen; raises ModelError if it is of another base."""
         self._peft_model = [load_lora(self.backbone, folder)]
 
     def merge_adapter(self) -> None:
@@ -323,7 +325,7 @@ class DuetModel(nn.Module):
         return tensors | {"logit_scale": self.logit_scale}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """Return the LoRA matrices, the parameters themselves, by their names in the backbone's model."""
+        """Return the LoRA matrices (the parameters themselves) by name."""
         return {
             name: parameter
             for name, parameter in self.backbone.model.named_parameters()
@@ -339,7 +341,7 @@ class DuetModel(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that an embedding depends on: base, trained tensors, prompts, head, image backend."""
+        """Hash of everything that an embedding depends on (`saving.compute_model_fingerprint`)."""
         return saving.compute_model_fingerprint(self)
 
     # ------------------------------------------------------------------ embedding and likelihood
@@ -353,7 +355,7 @@ class DuetModel(nn.Module):
         max_tokens: int | None = None,
         progress: ProgressCallback = None,
     ) -> np.ndarray:
-        """Return the embeddings float32[N, E] of texts, images and mixtures (see `embedding.encode`)."""
+        """Return the embeddings float32[N, E] of items (see `embedding.encode`)."""
         return embedding.encode(
             self,
             items,
@@ -377,13 +379,13 @@ class DuetModel(nn.Module):
         return np.asarray(queries @ documents.T)
 
     def compute_sequence_nll(self, sequences: list[Sequence]) -> list[tuple[float, int]]:
-        """Return (total nats, number of labels) of sequences (see `likelihood.compute_sequence_nll`)."""
+        """Return (total nats, number of labels) of each sequence (see `likelihood`)."""
         return likelihood.compute_sequence_nll(self, sequences)
 
     def compute_caption_nll(
         self, pairs: abc.Sequence[tuple[ImageRef, str]], *, batch_size: int = 32
     ) -> list[tuple[float, int]]:
-        """Return (total nats, number of tokens) of captions (see `likelihood.compute_caption_nll`)."""
+        """Return (total nats, number of tokens) of each caption (see `likelihood`)."""
         return likelihood.compute_caption_nll(self, pairs, batch_size=batch_size)
 
     # ------------------------------------------------------------------ generation
@@ -405,7 +407,8 @@ class DuetModel(nn.Module):
             temperature: 0 is greedy.
 
         Raises:
-            DataError, ImageError, ConfigError: the conversation cannot be rendered (`Renderer.render_chat`).
+            DataError, ImageError, ConfigError: the conversation cannot be rendered
+                (`Renderer.render_chat`).
         """
         prompt = self.renderer.render_chat(tuple(messages), add_generation_prompt=True)
         inputs = self.prefill_inputs([prompt])
@@ -465,17 +468,19 @@ class DuetModel(nn.Module):
         """Open a model folder, or wrap a plain Hugging Face checkpoint, in evaluation mode.
 
         Args:
-            folder: a folder of `save_pretrained` or `save_merged`, or a checkpoint of a known family.
+            folder: a folder of `save_pretrained` or `save_merged`, or a checkpoint of a known
+                family.
             device: None is the GPU if there is one.
-            dtype: of language model and vision tower; projector, head and adapter have float32. None is
-                float32 on a CPU, and bfloat16 on a GPU for a checkpoint that was saved in half precision.
+            dtype: of language model and vision tower; projector, head and adapter have float32.
+                None is float32 on a CPU, and bfloat16 on a GPU for a checkpoint that was saved in
+                half precision.
             check_golden: compare embeddings of fixed inputs with those at saving.
             prompts: prompts for a plain checkpoint, by default VladVA's; a saved model has its own.
             max_tokens: longest sequence.
 
         Raises:
-            ModelError: there is no model, a file is broken or was changed, its base is missing, or the
-                golden vectors differ.
+            ModelError: there is no model, a file is broken or was changed, its base is missing, or
+                the golden vectors differ.
         """
         return saving.open_model(
             cls,

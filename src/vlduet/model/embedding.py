@@ -41,8 +41,8 @@ def encode(
         model: the model.
         items: each a text, an `ImageRef`, or a tuple of both; without items the result has no rows.
         is_query: embed the items as queries, whose texts get `prompts.query` as a prefix.
-        batch_tokens: bound on the padded tokens of a forward pass; items are grouped by length, and short
-            ones share packed rows.
+        batch_tokens: bound on the padded tokens of a forward pass; items are grouped by length, and
+            short ones share packed rows.
         max_tokens: longest sequence, to which texts are cut; None is the model's own limit.
         progress: called after every forward pass.
 

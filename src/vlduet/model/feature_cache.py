@@ -1,7 +1,8 @@
 """Cache of frozen features: outputs of the vision tower and of the frozen slice encoders.
 
-On disk it has one `.npy` file for each image or text, named by a hash of its content and of everything that
-the features depend on. A stale feature therefore cannot be read, and several processes can share a folder.
+On disk it has one `.npy` file for each image or text, named by a hash of its content and of
+everything that the features depend on. A stale feature therefore cannot be read, and several
+processes can share a folder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ModelError
 
 DEFAULT_MEMORY_BYTES = 256 << 20
-"""Size of a cache without a folder: enough for repeated images, harmless when a million are indexed."""
+"""Size of a cache without a folder: enough for repeated images, harmless when a million are
+indexed."""
 VISION_BATCH_IMAGES = 8
 """Number of images that the vision tower encodes at once on a GPU; limits memory."""
 FEATURES_INPUT = "features"
@@ -47,8 +49,8 @@ class FeatureCache:
     def get(self, key: str) -> Tensor | None:
         """Return the features of a key on the CPU, or None.
 
-        Features in a folder are memory-mapped and read when they are used. A file that a killed process
-        left incomplete counts as missing.
+        Features in a folder are memory-mapped and read when they are used. A file that a killed
+        process left incomplete counts as missing.
         """
         if self.folder is None:
             return self._memory.get(key)
@@ -94,7 +96,7 @@ class _LazyFeatures(Mapping[str, Tensor]):
         self.key = key
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the features; ModelError where their file has vanished, KeyError for another name."""
+        """Return the features; raises ModelError if their file has disappeared."""
         if name != FEATURES_INPUT:
             raise KeyError(name)
         features = self.cache.get(self.key)
@@ -129,8 +131,8 @@ def get_file_version(path: Path | None) -> tuple[str, int, int] | None:
 def attach_cached_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
     """Return the image with its cached features as inputs, or None where they are not cached.
 
-    Features of a cache in memory are held by the returned image, because the cache may drop them before
-    the batch is used.
+    Features of a cache in memory are held by the returned image, because the cache may drop them
+    before the batch is used.
     """
     features = cache.get(image.cache_key)
     if features is None:
@@ -147,8 +149,8 @@ def compute_features(
 ) -> list[Tensor]:
     """Return the vision features float[num_features, Dv] of every image.
 
-    Each distinct image that is neither cached nor has its features attached goes through the vision tower
-    once, and its features are stored in the cache.
+    Each distinct image that is neither cached nor has its features attached goes through the vision
+    tower once, and its features are stored in the cache.
     """
     distinct = {image.cache_key: image for image in images}
     features: dict[str, Tensor] = {}
@@ -174,8 +176,9 @@ def replace_pixels_by_features(
 ) -> list[Sequence]:
     """Return the sequences with vision features instead of pixels as inputs of their images.
 
-    The pixels of a batch that is processed in chunks would take more memory than any chunk; features on
-    disk take none until they are read. Features that are not cached are computed and stored.
+    The pixels of a batch that is processed in chunks would take more memory than any chunk;
+    features on disk take none until they are read. Features that are not cached are computed and
+    stored.
     """
     images = [image for sequence in sequences for _, image in sequence.images]
     by_key: dict[str, PreparedImage] = {}

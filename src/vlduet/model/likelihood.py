@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def compute_sequence_nll(model: DuetModel, sequences: list[Sequence]) -> list[tuple[float, int]]:
     """Return (total negative log-likelihood in nats, number of labels) of every sequence's labels.
 
-    The model is in evaluation mode meanwhile. Consecutive sequences with a common prefix, such as the
-    options of a question, read it once (`data.prefix_sharing`). A sequence without labels gives (0.0, 0).
+    The model is in evaluation mode meanwhile. Consecutive sequences with a common prefix, such as
+    the options of a question, read it once (`data.prefix_sharing`). A sequence without labels gives
+    (0.0, 0).
     """
     results = [(0.0, 0)] * len(sequences)
     with eval_mode(model):
@@ -40,9 +41,9 @@ def compute_sequence_nll(model: DuetModel, sequences: list[Sequence]) -> list[tu
 def compute_caption_nll(
     model: DuetModel, pairs: abc.Sequence[tuple[ImageRef, str]], *, batch_size: int = 32
 ) -> list[tuple[float, int]]:
-    """Return (total negative log-likelihood in nats, number of tokens) of captions after their images.
+    """Return (total negative log-likelihood in nats, number of tokens) of each caption.
 
-    The end-of-text token counts.
+    A caption follows its image, and its end-of-text token counts.
 
     Args:
         model: the model.

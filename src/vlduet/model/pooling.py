@@ -20,10 +20,11 @@ class Readout:
     anchors: tuple[Anchor, ...]
     """The A anchors, in the order of `embeddings`."""
     nll: Tensor
-    """float[S], negative log-likelihood in nats of every supervised token, sequence after sequence."""
+    """float[S], negative log-likelihood in nats of every supervised token, sequence after
+    sequence."""
 
     def select_roles(self, *roles: str) -> tuple[Tensor, list[Anchor]]:
-        """Return the embeddings float[a, E] and the anchors whose role is one of `roles`, in order."""
+        """Return embeddings float[a, E] and anchors whose role is one of `roles`, in order."""
         indices = [i for i, anchor in enumerate(self.anchors) if anchor.role in roles]
         index = torch.tensor(indices, dtype=torch.long, device=self.embeddings.device)
         return self.embeddings[index], [self.anchors[i] for i in indices]
@@ -32,8 +33,9 @@ class Readout:
 def create_empty_readout(dim: int, *, like: Tensor) -> Readout:
     """Return the readout of a process that has no usable record: no embedding and no label.
 
-    Both tensors require a gradient: the backward pass of the gather is a collective in which every process
-    must take part, and a step must have a graph even if this process contributes nothing to it.
+    Both tensors require a gradient: the backward pass of the gather is a collective in which every
+    process must take part, and a step must have a graph even if this process contributes nothing to
+    it.
 
     Args:
         dim: E, width of the embeddings.
@@ -43,7 +45,7 @@ def create_empty_readout(dim: int, *, like: Tensor) -> Readout:
 
 
 def concatenate_readouts(readouts: list[Readout]) -> Readout:
-    """Return the readouts of several forward passes as one, in order; the list must not be empty."""
+    """Return the readouts of several forward passes (at least one) as one, in order."""
     return Readout(
         torch.cat([readout.embeddings for readout in readouts]),
         tuple(anchor for readout in readouts for anchor in readout.anchors),
@@ -58,10 +60,10 @@ def pool_hidden_states(
 
     Args:
         hidden: float[B, T, D].
-        spans: int64[A, 3], row, start and end. A span of one token is last-token pooling. Without spans
-            the result is empty but still part of the graph (see `create_empty_readout`).
-        dtype: dtype of the sum and of the result, by default that of `hidden`; a mean in half precision
-            would lose digits.
+        spans: int64[A, 3], row, start and end. A span of one token is last-token pooling. Without
+            spans the result is empty but still part of the graph (see `create_empty_readout`).
+        dtype: dtype of the sum and of the result, by default that of `hidden`; a mean in half
+            precision would lose digits.
     """
     if len(spans) == 0:
         return hidden[:0, 0].to(dtype or hidden.dtype)
@@ -70,8 +72,8 @@ def pool_hidden_states(
     (long_spans,) = (ends - starts > 1).nonzero(as_tuple=True)
     if len(long_spans) == 0:
         return pooled
-    # Only the long spans are gathered at full length: texts have one token, images hundreds, and padding
-    # all spans to the longest would take gigabytes.
+    # Only the long spans are gathered at full length: texts have one token, images hundreds, and
+    # padding all spans to the longest would take gigabytes.
     rows, starts, ends = spans[long_spans].unbind(1)
     max_length = int((ends - starts).max())
     positions = starts[:, None] + torch.arange(max_length, device=spans.device)  # [S, L]
@@ -83,9 +85,9 @@ def pool_hidden_states(
 
 
 def find_supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows and the columns, int64[S] each, of all labels in int64[B, T], in row-major order.
+    """Return the rows and the columns of all labels in int64[B, T], int64[S] each.
 
-    The hidden state one position before a label predicts it.
+    They are in row-major order. The hidden state one position before a label predicts it.
     """
     rows, columns = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     return rows, columns
@@ -95,8 +97,8 @@ class EmbeddingHead(nn.Module):
     """Map from pooled hidden states to embeddings of unit length, r = norm(head(d)).
 
     Args:
-        kind: `mlp` (Linear-GELU-Linear, Sugar), `linear`, `none` (VladVA embeds d itself), or `split`: one
-            linear map of d and another of the vision tower's features (FROMAGe).
+        kind: `mlp` (Linear-GELU-Linear, Sugar), `linear`, `none` (VladVA embeds d itself), or
+            `split`: one linear map of d and another of the vision tower's features (FROMAGe).
         width: D, width of the hidden states.
         dim: E, width of the embeddings; `none` has E = D instead.
         vision_width: width of the vision features that `split` reads.
@@ -106,7 +108,8 @@ class EmbeddingHead(nn.Module):
         super().__init__()
         self.kind = kind
         self.dim = width if kind == "none" else dim
-        # All variants are created, whichever is used: the random numbers drawn after them stay the same.
+        # All variants are created, whichever is used: the random numbers drawn after them stay the
+        # same.
         layers: dict[str, nn.Module] = {
             "none": nn.Identity(),
             "linear": nn.Linear(width, dim),
@@ -139,19 +142,20 @@ def merge_vision_embeddings(
     is_vision: Tensor,
     features: Tensor,
 ) -> Tensor:
-    """Return the embeddings float[A, E] of all anchors: from the language model or from vision features.
+    """Return the embeddings float[A, E] of all anchors, from either of two sources.
 
     Args:
-        text_embeddings: float[n, E], embeddings of the anchors that the language model embeds, in order.
+        text_embeddings: float[n, E], embeddings of the anchors that the language model embeds, in
+            order.
         head: head with a map for vision features.
         batch: the whole batch with all A anchors.
-        is_vision: bool[A], the anchors that are embedded as the mean of their image's vision features; each
-            lies on image tokens.
+        is_vision: bool[A], the anchors that are embedded as the mean of their image's vision
+            features; each lies on image tokens.
         features: float[tokens, Dv], vision features of all images of the batch.
     """
     rows, starts, ends = batch.anchor_spans[is_vision].unbind(1)
-    # Index of the feature at every token, or of the last one before it: features fill the image tokens
-    # in row-major order.
+    # Index of the feature at every token, or of the last one before it: features fill the image
+    # tokens in row-major order.
     feature_index = batch.image_mask.flatten().cumsum(0) - 1  # [B * T]
     row_starts = rows * batch.token_ids.shape[1]
     first = feature_index[row_starts + starts]

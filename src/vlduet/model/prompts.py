@@ -1,7 +1,8 @@
 """Rendering of texts, images and chats into sequences, the same for training, indexing and serving.
 
-1. `Prompts` say which text surrounds a content that is to be embedded, and where its embedding is read.
-2. `Renderer` renders embeddings, documents, captions and chats for one checkpoint, by a `SequenceBuilder`.
+1. `Prompts` say which text surrounds a content that is to be embedded, and where its embedding is
+read. 2. `Renderer` renders embeddings, documents, captions and chats for one checkpoint, by a
+`SequenceBuilder`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SLOT_PATTERN = re.compile(r"\{(image|text|parts)\}")
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Presentation of contents for an embedding; saved with the model, because every vector depends on it.
+    """Presentation of contents for an embedding, saved with the model.
 
     Raises:
         ConfigError: a prompt does not have its slot exactly once, or `image_pool` is unknown.
@@ -45,13 +46,15 @@ class Prompts:
     query: str = ""
     """Prefix of the texts of a query: some models embed queries differently from documents."""
     chat: bool = True
-    """Put the prompt into a user turn of the chat template; an embedding is read where an answer begins."""
+    """Put the prompt into a user turn of the chat template; an embedding is read where an answer
+    begins."""
     image_pool: str = "last"
     """Position where the embedding of an image is read.
 
-    `last`: at the prompt's last token, the summary token of VladVA. `mean`: the mean over the image's
-    tokens (Sugar); this also holds for a mixture that ends with an image, if the prompt has nothing after
-    it. `vision`: an image alone is read from the vision tower (FROMAGe), a mixture at the last token."""
+    `last`: at the prompt's last token, the summary token of VladVA. `mean`: the mean over the
+    image's tokens (Sugar); this also holds for a mixture that ends with an image, if the prompt has
+    nothing after it. `vision`: an image alone is read from the vision tower (FROMAGe), a mixture at
+    the last token."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -113,7 +116,7 @@ class Renderer:
         return renderer
 
     def new_builder(self) -> SequenceBuilder:
-        """Return a sequence that has only the checkpoint's begin-of-sequence token, if it uses one."""
+        """Return a builder with only the begin-of-sequence token, if the checkpoint uses one."""
         builder = SequenceBuilder(self.tokenizer, self.image_token_id, self.image_delimiters)
         builder.append_tokens(list(self.bos_ids))
         return builder
@@ -139,7 +142,8 @@ class Renderer:
             content_key: hash of the content.
 
         Raises:
-            DataError: no part, an empty text, or more tokens than `max_tokens` without any text to cut.
+            DataError: no part, an empty text, or more tokens than `max_tokens` without any text to
+                cut.
             ImageError: an image cannot be decoded.
             ConfigError: `prompts.chat` is set and the checkpoint has no usable chat template.
         """
@@ -154,8 +158,8 @@ class Renderer:
     def render_caption(self, image: ImageRef, caption: str, *, record_name: str = "") -> Sequence:
         """Return an image with its caption: one pass over the image serves both losses of VladVA.
 
-        The image's prompt comes first, with the anchor of its embedding (role `image`). The caption and the
-        end-of-text token follow as labels. Raises what `render_embedding` raises.
+        The image's prompt comes first, with the anchor of its embedding (role `image`). The caption
+        and the end-of-text token follow as labels. Raises what `render_embedding` raises.
         """
         builder = self.new_builder()
         spans = self.append_prompt(builder, (image,))
@@ -170,12 +174,13 @@ class Renderer:
         return builder.build(self.max_tokens)
 
     def render_document(self, parts: Parts) -> tuple[SequenceBuilder, list[Span]]:
-        """Render the beginning of an interleaved document that fits into `max_tokens`; texts are labels.
+        """Render as much of an interleaved document as fits `max_tokens`; texts are labels.
 
         Returns:
-            The builder, to which the caller adds anchors, and the spans of the leading parts that fit: at
-            least one, even a longer one. A complete document whose last part is a text ends with the
-            end-of-text token. The prompt's closing text follows.
+            The builder, to which the caller adds anchors, and the spans of the leading parts that
+                fit: at
+            least one, even a longer one. A complete document whose last part is a text ends with
+            the end-of-text token. The prompt's closing text follows.
         """
         before, after = self._prompt_texts(parts)
         builder = self.new_builder()
@@ -270,7 +275,8 @@ class Renderer:
 
         Args:
             image: the image.
-            prompt: instruction in a user's turn; empty: the caption follows the image's embedding prompt.
+            prompt: instruction in a user's turn; empty: the caption follows the image's embedding
+                prompt.
 
         Raises:
             ConfigError: an instruction for a checkpoint without a chat template.
@@ -293,16 +299,17 @@ class Renderer:
 
         Args:
             messages: turns in order.
-            add_generation_prompt: True ends the sequence where the model's answer begins, without labels.
-                False makes the text and the end-of-turn token of every assistant turn labels.
+            add_generation_prompt: True ends the sequence where the model's answer begins, without
+                labels. False makes the text and the end-of-turn token of every assistant turn
+                labels.
 
         Raises:
             DataError: the sequence cannot be cut to `max_tokens`, or the template refuses the chat.
             ImageError: an image cannot be decoded.
             ConfigError: the checkpoint has no chat template, or it loses content.
         """
-        # Every user text is a numbered marker in the template's output, so that control text and user
-        # text stay apart.
+        # Every user text is a numbered marker in the template's output, so that control text and
+        # user text stay apart.
         texts: list[tuple[str, bool, bool]] = []  # text, is supervised, ends an answer
         marked_messages = []
         for message in messages:
@@ -341,7 +348,8 @@ class Renderer:
     ) -> None:
         """Append text of the chat template.
 
-        After an answer, its end-of-turn token becomes a label; it is added where the template has none.
+        After an answer, its end-of-turn token becomes a label; it is added where the template has
+        none.
         """
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if after_answer:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def compute_model_fingerprint(model: DuetModel) -> str:
-    """Return 16 hexadecimal digits that identify everything an embedding of the model depends on."""
+    """Return 16 hexadecimal digits that identify all that the model's embeddings depend on."""
     return checkpoint.compute_fingerprint(
         model.embedding_settings(),
         fingerprint_checkpoint(model.backbone.folder),
@@ -40,7 +40,7 @@ def _trained_tensors(model: DuetModel) -> dict[str, Tensor]:
 
 
 def compute_golden_vectors(model: DuetModel) -> Tensor:
-    """Return the embeddings float32[3, E] of the golden inputs, whatever the model's limit of tokens."""
+    """Return the embeddings float32[3, E] of the golden inputs, independent of `max_tokens`."""
     inputs = checkpoint.make_golden_inputs()
     return torch.from_numpy(encode(model, inputs, max_tokens=DEFAULT_MAX_TOKENS))
 
@@ -73,8 +73,9 @@ def save_merged(
 ) -> None:
     """Write a self-contained folder that plain transformers opens, atomically.
 
-    Modifies the model in place: the adapter is merged into the weights and removed, soft prompts are copied
-    into the embedding table, and the model's base becomes `folder`. That may be the former base.
+    Modifies the model in place: the adapter is merged into the weights and removed, soft prompts
+    are copied into the embedding table, and the model's base becomes `folder`. That may be the
+    former base.
 
     Args:
         model: the model.
@@ -96,7 +97,7 @@ def save_merged(
 def _write_model(
     model: DuetModel, folder: Path, *, base: Path | None, provenance: Mapping[str, Any]
 ) -> None:
-    """Write a model's own files into a folder; `base` is None where it holds the base's files, too."""
+    """Write a model's files into a folder; `base` None means it holds the base's, too."""
     has_adapter = model.peft_model is not None
     checkpoint.write_checkpoint(
         folder,
@@ -119,7 +120,7 @@ def open_model(
     prompts: Prompts | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
 ) -> ModelT:
-    """Open a model folder, or wrap a plain Hugging Face checkpoint; see `DuetModel.from_pretrained`."""
+    """Open a model folder or a plain checkpoint; see `DuetModel.from_pretrained`."""
     saved = checkpoint.read_checkpoint(recover_folder(Path(folder)))
     backbone = load_backbone(saved.base_folder, device=device or select_device(), dtype=dtype)
     if not saved.manifest:

@@ -1,8 +1,8 @@
 """Construction of one `Sequence` from parts that are tokenised one by one.
 
-A label or an anchor therefore is exactly where its text was appended; nothing is tokenised again to find
-offsets. Control text (prompts, chat templates) may contain special tokens. User text never does: a caption
-that spells `<|im_end|>` or `<image>` remains ordinary text.
+A label or an anchor therefore is exactly where its text was appended; nothing is tokenised again to
+find offsets. Control text (prompts, chat templates) may contain special tokens. User text never
+does: a caption that spells `<|im_end|>` or `<image>` remains ordinary text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Span = tuple[int, int]
 class SequenceBuilder:
     """Sequence under construction.
 
-    The `append_*` methods modify it in place and return the span of the new tokens. Spans stay valid until
-    `build`, which may cut user text.
+    The `append_*` methods modify it in place and return the span of the new tokens. Spans stay
+    valid until `build`, which may cut user text.
     """
 
     tokenizer: Tokenizer
@@ -69,8 +69,9 @@ class SequenceBuilder:
     def append_control(self, text: str) -> Span:
         """Append control text, in which special tokens are special, and return its span.
 
-        Directly after other control text both are tokenised again as one text, and the span covers both:
-        two line ends, for example, may be one token. Empty text changes nothing and gives an empty span.
+        Directly after other control text both are tokenised again as one text, and the span covers
+        both: two line ends, for example, may be one token. Empty text changes nothing and gives an
+        empty span.
         """
         if not text:
             return len(self.token_ids), len(self.token_ids)
@@ -96,7 +97,8 @@ class SequenceBuilder:
         """Append an image between its delimiters.
 
         Returns:
-            The span from its first to its last feature token, without delimiters and outer row ends.
+            The span from its first to its last feature token, without delimiters and outer row
+            ends.
         """
         before, after = self.image_delimiters
         # A chat template may have written the delimiters itself.
@@ -117,7 +119,7 @@ class SequenceBuilder:
         content_key: str,
         slices: tuple[Slice, ...] = (),
     ) -> None:
-        """Add an anchor at `span`: its mean hidden state is read; one token means last-token pooling.
+        """Add an anchor at `span`, where the mean hidden state will be read.
 
         The other arguments are the fields of `Anchor`.
         """
@@ -137,9 +139,9 @@ class SequenceBuilder:
     def build(self, max_tokens: int) -> Sequence:
         """Return the finished sequence of at most `max_tokens` tokens.
 
-        A longer sequence is cut in place: the longest user text loses tokens at its end, down to one, then
-        the next longest. Images and control text are never cut. Anchors move with their text, and the
-        token after a cut loses its label.
+        A longer sequence is cut in place: the longest user text loses tokens at its end, down to
+        one, then the next longest. Images and control text are never cut. Anchors move with their
+        text, and the token after a cut loses its label.
 
         Raises:
             DataError: images, control text and one token of each user text exceed `max_tokens`.

@@ -1,13 +1,15 @@
-"""Soft prompts: trained embeddings replace those of the hand-written prompts (VladVA, arXiv 2412.04378).
+"""Soft prompts: trained embeddings instead of hand-written prompts (VladVA, arXiv 2412.04378).
 
-The tokenizer gets special tokens `<|soft_0|>`, `<|soft_1|>`, ...; their embeddings are rows of our own beside
-the checkpoint's embedding table. The prompts are then rewritten with these tokens,
+The tokenizer gets special tokens `<|soft_0|>`, `<|soft_1|>`, ...; their embeddings are rows of our
+own beside the checkpoint's embedding table. The prompts are then rewritten with these tokens,
 
-    {image}\\nSummarize the provided image in one word:    ->    {image}<|soft_0|><|soft_1|> ... <|soft_9|>
+    {image}\\nSummarize the provided image in one word:
+    {image}<|soft_0|><|soft_1|> ... <|soft_9|>
 
-and every row starts as the embedding of the token that it replaces. Attention mask and position ids are those
-of ordinary tokens, the saved prompts say which row is where, and user text cannot spell the tokens. At export
-the rows become rows of the table, so that any server of the checkpoint computes the same embeddings.
+and every row starts as the embedding of the token that it replaces. Attention mask and position ids
+are those of ordinary tokens, the saved prompts say which row is where, and user text cannot spell
+the tokens. At export the rows become rows of the table, so that any server of the checkpoint
+computes the same embeddings.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class SoftPrompts(nn.Module):
         self.rows = nn.Parameter(rows.detach().to(backbone.device, torch.float32, copy=True))
 
     def forward(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
-        """Return the embeddings float[B, T, D] of int64[B, T], from the table or from the own rows."""
+        """Return the embeddings float[B, T, D] of token ids int64[B, T]."""
         is_soft = token_ids >= self.first_token_id
         embeddings: Tensor = embedding(token_ids.masked_fill(is_soft, 0))
         rows = self.rows[token_ids[is_soft] - self.first_token_id]
@@ -47,11 +49,11 @@ class SoftPrompts(nn.Module):
 
     @torch.no_grad()
     def fold_into_embedding(self, backbone: Backbone) -> None:
-        """Write the rows into the checkpoint's embedding table, which then works without this module.
+        """Write the rows into the embedding table, which then works without this module.
 
-        Modifies the backbone in place: the table grows where it is too short, and the generation config
-        suppresses the new tokens, because with tied weights the rows are also rows of the LM head and would
-        be generated. An LM head of its own gets zeros.
+        Modifies the backbone in place: the table grows where it is too short, and the generation
+        config suppresses the new tokens, because with tied weights the rows are also rows of the LM
+        head and would be generated. An LM head of its own gets zeros.
         """
         end = self.first_token_id + len(self.rows)
         backbone.resize_token_embeddings(end)
@@ -81,11 +83,12 @@ def add_soft_prompt_tokens(tokenizer: Tokenizer, count: int) -> int:
 def init_soft_prompts(renderer: Renderer, backbone: Backbone) -> tuple[SoftPrompts, Prompts]:
     """Create soft prompts in place of all tokens of the renderer's image, text and parts prompts.
 
-    The tokenizer gets the new tokens; the renderer is not modified. The chat template around a prompt and a
-    begin-of-sequence token in it stay as they are.
+    The tokenizer gets the new tokens; the renderer is not modified. The chat template around a
+    prompt and a begin-of-sequence token in it stay as they are.
 
     Returns:
-        The soft prompts, initialised from the hand-written prompts, and the prompts spelled with their tokens.
+        The soft prompts, initialised from the hand-written prompts, and the prompts spelled with
+        their tokens.
 
     Raises:
         ConfigError: the prompts have no token to start from.

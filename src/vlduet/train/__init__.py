@@ -1,1 +1,1 @@
-"""Training: `loop.py` reads from top to bottom, `setup.py` builds its objects, `step.py` is one step."""
+"""Training: start with `loop.py`; `setup.py` builds its objects, and `step.py` is one step."""

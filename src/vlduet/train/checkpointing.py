@@ -1,6 +1,7 @@
 """State of an interrupted run: trained tensors, optimizer and step.
 
-Random numbers need no state: those of a step are a function of (seed, step, rank), see `step.seed_step`.
+Random numbers need no state: those of a step are a function of (seed, step, rank), see
+`step.seed_step`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ STATE_FOLDER = "state"
 STATE_FILE = "state.json"
 """File with the step and the decisive settings."""
 CHANGEABLE_SETTINGS = ("log_every", "eval_every", "save_every")
-"""Names of settings that may change when a run is resumed: nothing that is learned depends on them."""
+"""Names of settings that may change when a run is resumed: nothing that is learned depends on
+them."""
 
 
 def save_state(run: TrainingRun, step: int) -> None:
@@ -61,7 +63,7 @@ def load_state(run: TrainingRun) -> int:
 
 
 def _load_folder(run: TrainingRun, folder: Path) -> int:
-    """Load a state folder into a run and return the next step; other errors mean a broken folder."""
+    """Load a state folder into a run and return the next step; other errors mean damage."""
     facts = json.loads((folder / STATE_FILE).read_text())
     difference = describe_difference(facts["decisive"], decisive_settings(run.config))
     if difference:

@@ -1,12 +1,13 @@
-"""GradCache: gradients of a batch of any size in the memory of one chunk (Gao et al. 2021, arXiv 2101.06983).
+"""GradCache: gradients of a batch of any size in the memory of one chunk (arXiv 2101.06983).
 
 1. first pass      every chunk without a graph; its embeddings and its initial random state are kept
 2. losses          of all embeddings of all processes together, and their gradient at each embedding
-3. second pass     every chunk again with a graph and the same dropout; backward from those gradients
+3. second pass     every chunk again with a graph and the same dropout; backward from them
 
-A contrastive loss needs all embeddings before any has a gradient, hence two passes. The language loss is linear
-in the negative log-likelihoods, and its denominator, the number of labels, is known beforehand. It therefore
-is computed in the second pass: the first one has no LM head, and a chunk without anchors has no first pass.
+A contrastive loss needs all embeddings before any has a gradient, hence two passes. The language
+loss is linear in the negative log-likelihoods, and its denominator, the number of labels, is known
+beforehand. It therefore is computed in the second pass: the first one has no LM head, and a chunk
+without anchors has no first pass.
 
 Processes communicate in step 2 only, so their numbers of chunks may differ.
 """
@@ -40,8 +41,8 @@ def compute_cached_losses(
     Args:
         model: forward pass.
         chunks: batches of `data.batches.split_into_chunks`; no sequence is divided between two.
-        compute_losses: maps the readout of everything to losses by name. Each must be linear in `nll`;
-            the gradient is that of the loss named `loss`.
+        compute_losses: maps the readout of everything to losses by name. Each must be linear in
+            `nll`; the gradient is that of the loss named `loss`.
         empty: readout without content, for a process without a chunk.
 
     Returns:
@@ -88,8 +89,8 @@ def _embed_chunks(
     """Run the first pass.
 
     Returns:
-        The embeddings float[A, E] of all chunks, a leaf that requires a gradient; and the random state
-        before each chunk, None for chunks without anchors, which are not run.
+        The embeddings float[A, E] of all chunks, a leaf that requires a gradient; and the random
+        state before each chunk, None for chunks without anchors, which are not run.
     """
     random_states: list[RandomState | None] = []
     readouts = [empty]
@@ -106,7 +107,7 @@ def _embed_chunks(
 
 
 def _gradient(loss: Tensor, nll: Tensor) -> Tensor:
-    """Return d loss / d nll, float[S], and keep the graph; zeros for a loss that does not use nll."""
+    """Return d loss / d nll, float[S], and keep the graph; zeros if loss does not use nll."""
     gradient = None
     if loss.requires_grad:
         (gradient,) = torch.autograd.grad(loss, nll, retain_graph=True, allow_unused=True)

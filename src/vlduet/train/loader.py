@@ -25,10 +25,16 @@ from vlduet.train.run import RequiredOutputs, TrainingRun
 def iterate_batches(
     run: TrainingRun, start: int, stop: int | None = None
 ) -> Iterator[tuple[list[Sample], list[Batch]]]:
-    """Yield this rank's samples and batches for the steps `start` to `stop` (default: the last step).
+    """Yield this rank's samples and batches for the steps from `start` up to `stop`.
+
+    Args:
+        run: the run.
+        start: first step.
+        stop: step after the last one, by default the end of the run.
 
     Yields:
-        The samples of the step, and its batches: one, unless `train.chunk_tokens` or `train.fused` divides
+        The samples of the step, and its batches: one, unless `train.chunk_tokens` or `train.fused`
+            divides
         it. It has none where no record of this rank is usable or needed by a loss with a weight.
     """
     stop = run.config.train.steps if stop is None else stop
@@ -74,8 +80,8 @@ def _prepare_step(run: TrainingRun, step: int) -> tuple[list[Sample], list[list[
 def _render_samples(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
     """Return the sequences of samples, with the features of the run's frozen encoders.
 
-    A sample that cannot be laid out is quarantined. In a run with chunks, images have vision features
-    instead of pixels, because all sequences of a step wait in memory for their chunk.
+    A sample that cannot be laid out is quarantined. In a run with chunks, images have vision
+    features instead of pixels, because all sequences of a step wait in memory for their chunk.
     """
     sequences: list[Sequence] = []
     for sample in samples:

@@ -1,8 +1,8 @@
 """The training loop, from top to bottom.
 
-1. set up        config -> model, recipe, data, optimizer; or the state of a run that was interrupted
-2. each step     now and then validate and save; then batches, one forward pass, two readings, losses,
-                 backward pass, optimizer, log
+1. set up        config -> model, recipe, data, optimizer; or the state of an interrupted run
+2. each step     now and then validate and save; then batches, one forward pass, two readings,
+                 losses, backward pass, optimizer, log
 3. finish        validate and save the model
 """
 
@@ -41,18 +41,19 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
 
     Args:
         config: settings of the run (`vlduet.config.RunConfig`).
-        evaluate: called on rank 0 every `train.eval_every` steps and at the end; its numbers go to the
-            metrics as `validation/NAME`.
-        resume: continue from the last saved state. All losses then equal, bit for bit, those of a run that
-            was never interrupted.
+        evaluate: called on rank 0 every `train.eval_every` steps and at the end; its numbers go to
+            the metrics as `validation/NAME`.
+        resume: continue from the last saved state. All losses then equal, bit for bit, those of a
+            run that was never interrupted.
 
     Returns:
         The folder of the trained model, `out/model`.
 
     Raises:
-        ConfigError, DataError, ModelError: the config, the data or the model is unusable; before training.
-        TrainingError: the folder holds a run and `resume` is False, the state does not fit, or a loss or
-            gradient became infinite or NaN (the records of that step are saved).
+        ConfigError, DataError, ModelError: the config, the data or the model is unusable; before
+            training.
+        TrainingError: the folder holds a run and `resume` is False, the state does not fit, or a
+            loss or gradient became infinite or NaN (the records of that step are saved).
     """
     # ---------------------------------------------------------------- set up
     distributed.init_process_group()

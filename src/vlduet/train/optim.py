@@ -16,8 +16,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW over all parameters that require a gradient.
 
-    LoRA matrices have the learning rate `train.lr`. All other parameters are new to the checkpoint and have
-    `train.lr_new` (default `train.lr`). The temperature has no weight decay.
+    LoRA matrices have the learning rate `train.lr`. All other parameters are new to the checkpoint
+    and have `train.lr_new` (default `train.lr`). The temperature has no weight decay.
 
     Args:
         model: its trained parameters must be selected already.

@@ -18,7 +18,8 @@ from vlduet.train.setup import prepare_run
 MAX_PROBED_BATCHES = 4
 """Number of steps that are laid out."""
 MAX_PROBED_BATCH_SIZE = 512
-"""Number of records that are laid out in all; the numbers of a larger batch are scaled up from them."""
+"""Number of records that are laid out in all; the numbers of a larger batch are scaled up from
+them."""
 LOGIT_CHUNK = 1024
 """Number of positions whose logits are in memory at once."""
 
@@ -27,9 +28,10 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     """Load model and data and lay out a few batches; train nothing and write nothing.
 
     Returns:
-        A description for each of: recipe, records by kind, steps, sizes of a batch, parameters, memory and
-        disk. Memory is an estimate from layer shapes: weights, gradients, Adam's moments, and activations
-        of the largest batch that was laid out.
+        A description for each of: recipe, records by kind, steps, sizes of a batch, parameters,
+            memory and
+        disk. Memory is an estimate from layer shapes: weights, gradients, Adam's moments, and
+        activations of the largest batch that was laid out.
 
     Raises:
         ConfigError, DataError, ModelError: as `prepare_run`.
@@ -42,15 +44,15 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     num_steps = min(train.steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // batch_size)
     steps = [batches for _, batches in iterate_batches(run, 0, num_steps) if batches]
 
-    # Sums over the batches of every step.
-    tokens = [sum(batch.num_tokens for batch in batches) for batches in steps]
-    padded_tokens = [sum(batch.token_ids.numel() for batch in batches) for batches in steps]
-    labels = [sum(batch.num_supervised_tokens for batch in batches) for batches in steps]
-    embeddings = [sum(len(batch.anchors) for batch in batches) for batches in steps]
+    all_batches = [batch for batches in steps for batch in batches]
+    tokens = sum(batch.num_tokens for batch in all_batches)
+    padded_tokens = sum(batch.token_ids.numel() for batch in all_batches)
+    labels = sum(batch.num_supervised_tokens for batch in all_batches)
+    step_sizes = [sum(map(_count_anchors, batches)) for batches in steps]
 
     # With chunks, one batch is in memory at a time; without, all batches of a step.
     if train.chunk_tokens:
-        memory = [_estimate_memory(run, [batch], 1) for batches in steps for batch in batches]
+        memory = [_estimate_memory(run, [batch], 1) for batch in all_batches]
         chunks = {"chunks a batch": round(scale * max(map(len, steps), default=0))}
     else:
         memory = [_estimate_memory(run, batches, scale) for batches in steps]
@@ -66,11 +68,11 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         "records dropped": run.quarantine.count,
         "steps": train.steps,
         "epochs": round(train.steps * train.batch_size / len(records), 2),
-        "tokens a batch": round(scale * sum(tokens) / max(1, len(steps))),
+        "tokens a batch": round(scale * tokens / max(1, len(steps))),
         **chunks,
-        "padding": f"{1 - sum(tokens) / max(1, sum(padded_tokens)):.0%} of what is computed",
-        "supervised tokens a batch": round(scale * sum(labels) / max(1, len(steps))),
-        "embeddings a batch": round(scale * max(embeddings, default=0)),
+        "padding": f"{1 - tokens / max(1, padded_tokens):.0%} of what is computed",
+        "supervised tokens a batch": round(scale * labels / max(1, len(steps))),
+        "embeddings a batch": round(scale * max(step_sizes, default=0)),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": sum(p.numel() for p in run.trainable_parameters()),
         "estimated memory (GB)": round(max(memory, default=0.0) / 1e9, 2),
@@ -80,6 +82,11 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         "device": str(run.model.logit_scale.device),
         "out": str(config.out),
     }
+
+
+def _count_anchors(batch: Batch) -> int:
+    """Return the number of embeddings of a batch."""
+    return len(batch.anchors)
 
 
 def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
@@ -95,8 +102,8 @@ def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
 def _estimate_memory(run: TrainingRun, batches: list[Batch], scale: float) -> float:
     """Return the bytes of a forward and backward pass over batches whose graphs exist together.
 
-    They are weights, gradients and two moments of trained parameters in float32, activations, and one chunk
-    of logits with its gradient.
+    They are weights, gradients and two moments of trained parameters in float32, activations, and
+    one chunk of logits with its gradient.
 
     Args:
         run: the run.
@@ -110,7 +117,8 @@ def _estimate_memory(run: TrainingRun, batches: list[Batch], scale: float) -> fl
     tokens = scale * sum(batch.token_ids.numel() for batch in batches)
     labels = sum(batch.num_supervised_tokens for batch in batches)
     config = run.model.backbone.model.config.text_config
-    # A layer keeps about 12 tensors of the hidden and 3 of the intermediate size for its backward pass.
+    # A layer keeps about 12 tensors of the hidden and 3 of the intermediate size for its backward
+    # pass.
     layer_values = 12 * config.hidden_size + 3 * config.intermediate_size
     if run.config.train.checkpointing:
         # Every layer keeps its input, and one layer at a time is computed again.

@@ -16,12 +16,12 @@ MAX_PROBED_RECORDS = 256
 def check_sources(run: TrainingRun) -> None:
     """Log a warning for every source without a record that a loss can use.
 
-    Such a source wastes its share of the steps; it is allowed, because a control run may have sources for
-    the losses that it leaves out.
+    Such a source wastes its share of the steps; it is allowed, because a control run may have
+    sources for the losses that it leaves out.
 
     Raises:
-        DataError: no source has a useful record (then all records are looked at): training would change
-            nothing.
+        DataError: no source has a useful record (then all records are looked at): training would
+            change nothing.
     """
     numbers = range(len(run.mixture.sources))
     problems = [
@@ -46,8 +46,8 @@ def _find_source_problem(
     Args:
         run: the run.
         number: number of the source.
-        max_records: bound on the records that are laid out (which decodes their images), evenly spaced;
-            None looks at all.
+        max_records: bound on the records that are laid out (which decodes their images), evenly
+            spaced; None looks at all.
     """
     required = run.required_outputs()
     records = run.mixture.sources[number]

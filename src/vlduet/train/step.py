@@ -1,4 +1,4 @@
-"""One training step: forward pass, losses, backward pass, average over ranks, clipping, optimizer."""
+"""One training step: forward and backward pass, average over ranks, clipping, optimizer."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ def forward_backward(run: TrainingRun, batches: list[Batch]) -> dict[str, float]
 
     Args:
         run: the run; its parameters are not changed.
-        batches: this rank's batches of the step, from `loader.iterate_batches`; their number may differ
-            between ranks.
+        batches: this rank's batches of the step, from `loader.iterate_batches`; their number may
+            differ between ranks.
 
     Returns:
         Every loss and their weighted sum `loss`, for the global batch; `grad_norm`, the norm of all
-        gradients before clipping; and `temperature`. Values may be infinite or NaN, which the caller checks
-        before the optimizer step.
+        gradients before clipping; and `temperature`. Values may be infinite or NaN, which the
+        caller checks before the optimizer step.
     """
-    # Even without a batch this rank takes part in all collectives, or the others would wait for ever.
+    # Even without a batch this rank takes part in all collectives, or the others would wait for
+    # ever.
     empty = create_empty_readout(run.model.dim, like=run.model.logit_scale.detach())
     if run.config.train.chunk_tokens:
         losses = compute_cached_losses(
@@ -72,7 +73,10 @@ def all_finite(values: Mapping[str, float]) -> bool:
 
 
 def optimizer_step(run: TrainingRun, step: int) -> None:
-    """Update the parameters at the learning rate of `step`, run the recipe's hook, and clear gradients."""
+    """Update the parameters at the learning rate of `step`, and clear the gradients.
+
+    The recipe's hook `after_step` runs after the update.
+    """
     train = run.config.train
     factor = learning_rate_factor(step, train.steps, train.warmup)
     for group in run.optimizer.param_groups:
