@@ -76,8 +76,6 @@ class Backbone(nn.Module):
             prepare_image=self.prepare_image,
         )
 
-    # ---------------------------------------------------------------- parts of the model
-
     @property
     def language_model(self) -> nn.Module:
         """Language model without its LM head; its hidden states follow the final norm."""
@@ -138,8 +136,6 @@ class Backbone(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.token_embedding.weight.device
-
-    # ---------------------------------------------------------------- images
 
     def prepare_image(self, ref: ImageRef) -> PreparedImage:
         """Decode and preprocess one image; its cache key also names the vision tower.
@@ -207,8 +203,6 @@ class Backbone(nn.Module):
             self._vision_fingerprint = hashlib.sha256(content).hexdigest()[:16]
         return self._vision_fingerprint
 
-    # ---------------------------------------------------------------- inputs and outputs of the LLM
-
     def attention_mask_inputs(self, batch: Batch) -> dict[str, Any]:
         """Return attention masks for language models that would not build the right ones.
 
@@ -269,8 +263,6 @@ class Backbone(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Return next-token logits float[..., V] of hidden states float[..., D], softcapped."""
         return softcap_logits(self.lm_head(hidden_states), self.logit_softcap)
-
-    # ---------------------------------------------------------------- training and saving
 
     def resize_token_embeddings(self, min_rows: int) -> None:
         """Grow the token embedding, in place, to at least `min_rows` rows; new rows are random."""

@@ -113,7 +113,7 @@ def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) ->
             shipped = (resources.files("vlduet.model") / "nano.safetensors").read_bytes()
             duet.make_trainable(lora=BASE_LORA, projector=True)
             load_trained_tensors(duet, load_safetensors(shipped))
-            provenance = {"made_by": "studies/nano"}
+            provenance = {"made_by": "experiments/nano"}
         duet.save_merged(folder, provenance=provenance)
 
 
