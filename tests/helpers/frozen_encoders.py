@@ -1,4 +1,7 @@
-"""Frozen encoders without weights: a vector is drawn from a content's key, so it is the same in every process."""
+"""Frozen encoders without weights.
+
+A vector is drawn from a hash of its content, so that it is the same in every process.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,32 @@ from pathlib import Path
 
 import torch
 
+from vlduet.data.records import Part
 from vlduet.encoders.frozen import ROLE_MODALITIES, FrozenEncoder, FrozenEncoders, make_slice
 from vlduet.model.feature_cache import FeatureCache
 
 ENCODER_DIMS = {"vision": 5, "text": 7, "cross": 4}
+"""Role -> number of elements of its vectors."""
 
 
-def draw_vector(part: object, role: str) -> torch.Tensor:
-    seed = int(
-        hashlib.sha256(f"{make_slice(part).content_key}:{role}".encode()).hexdigest()[:8], 16
-    )  # type: ignore[arg-type]
-    return torch.randn(ENCODER_DIMS[role], generator=torch.Generator().manual_seed(seed)) + 0.4
+def draw_vector(part: Part, role: str) -> torch.Tensor:
+    """Return the vector, not normalised, that the encoder of a role gives to a part."""
+    digest = hashlib.sha256(f"{make_slice(part).content_key}:{role}".encode()).hexdigest()
+    generator = torch.Generator().manual_seed(int(digest[:8], 16))
+    return torch.randn(ENCODER_DIMS[role], generator=generator) + 0.4
 
 
 def build_random_encoders(*roles: str, cache: Path | None = None) -> FrozenEncoders:
-    def make(role: str) -> FrozenEncoder:
-        def encode(parts: list[object]) -> torch.Tensor:
+    """Return encoders of the roles, by default of all, with a cache in a folder or in memory."""
+
+    def build_encoder(role: str) -> FrozenEncoder:
+        def encode(parts: list[Part]) -> torch.Tensor:
             return torch.stack([draw_vector(part, role) for part in parts])
 
+        modalities = ROLE_MODALITIES[role]
         return FrozenEncoder(
-            Path(role),
-            ROLE_MODALITIES[role],
-            lambda: dict.fromkeys(ROLE_MODALITIES[role], encode),
-            role,
+            Path(role), modalities, lambda: dict.fromkeys(modalities, encode), role
         )
 
-    return FrozenEncoders(
-        {role: make(role) for role in roles or ROLE_MODALITIES}, cache=FeatureCache(cache)
-    )
+    by_role = {role: build_encoder(role) for role in roles or ROLE_MODALITIES}
+    return FrozenEncoders(by_role, cache=FeatureCache(cache))

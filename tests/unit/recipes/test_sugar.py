@@ -1,7 +1,8 @@
-"""Sugar: where its anchors stand, what the encoders are asked, and that its losses are the loops of the paper."""
+"""Sugar: positions of anchors, needed encoders, and losses against the formulas of the paper."""
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import replace
 from typing import Any
@@ -10,183 +11,242 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from helpers import frozen_encoders, tiny
-from vlduet.config import parse_options as checked
+from vlduet.config import parse_options
 from vlduet.data.records import ImageRef, Message, Record
-from vlduet.data.sequences import IGNORE_INDEX, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, Sequence, Slice
 from vlduet.data.stream import Sample
-from vlduet.encoders.frozen import make_slice
+from vlduet.encoders.frozen import FrozenEncoders, make_slice
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
-from vlduet.model.pooling import create_empty_readout
+from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.pooling import Readout, create_empty_readout
+from vlduet.objectives.structure import structure_loss
+from vlduet.objectives.sugar_targets import Prefixes, compute_target_matrix
 from vlduet.recipes import sugar
 from vlduet.recipes.sugar import SugarOptions, draw_anchor_positions, layout, objective
 
-SUGAR = replace(tiny.PLAIN_PROMPTS, text="{text}", parts="{parts}")
+PROMPTS = replace(tiny.PLAIN_PROMPTS, text="{text}", parts="{parts}")
 EOS = 2
 
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> DuetModel:
-    made = tiny.build_duet_model(
-        tmp_path_factory.mktemp(family) / "base", family=family, prompts=SUGAR
-    )
-    return made
+    """A tiny model of every family with Sugar's prompts."""
+    folder = tmp_path_factory.mktemp(family) / "base"
+    return tiny.build_duet_model(folder, family=family, prompts=PROMPTS)
 
 
-def story(number: int = 0, *, name: str | None = None) -> Record:
-    a, b = tiny.random_image(2 * number), tiny.random_image(2 * number + 1)
-    return Record(
-        name or f"story{number}", parts=(a, f"First {number}.", "And then a bird.", b, "The end.")
-    )
+def make_story(number: int = 0) -> Record:
+    """Return an interleaved record of two images and three sentences."""
+    first, second = tiny.random_image(2 * number), tiny.random_image(2 * number + 1)
+    parts = (first, f"First {number}.", "And then a bird.", second, "The end.")
+    return Record(f"story{number}", parts=parts)
 
 
-def lay(model: DuetModel, record: Record, *, position: int = 0, **options: Any) -> Sequence:
-    (sequence,) = layout(Sample(record, position, 0), model.renderer, SugarOptions(**options))
+def make_chat() -> Record:
+    messages = (Message("user", ("hi",)), Message("assistant", ("ho",)))
+    return Record("chat", messages=messages)
+
+
+def layout_one(
+    model: DuetModel,
+    record: Record,
+    *,
+    position: int = 0,
+    max_tokens: int | None = None,
+    **options: Any,
+) -> Sequence:
+    """Return the sequence of a record at a position of the data stream."""
+    sample = Sample(record, position, 0)
+    renderer = model.renderer.with_options(max_tokens=max_tokens)
+    (sequence,) = layout(sample, renderer, SugarOptions(**options))
     return sequence
 
 
-def text_at(model: DuetModel, sequence: Sequence, start: int, end: int) -> str:
+def decode(model: DuetModel, sequence: Sequence, start: int, end: int) -> str:
     return str(model.backbone.tokenizer.decode(sequence.token_ids[start:end]))
 
 
-# ---------------------------------------------------------------------- layout
+# ------------------------------------------------------------------ layout
 
 
-def test_an_anchor_at_every_slice_s_end(model: DuetModel) -> None:
-    sequence = lay(model, story(), k=5)
-    assert [anchor.role for anchor in sequence.anchors] == [
-        "image",
-        "text",
-        "text",
-        "image",
-        "text",
-    ]
+def test_every_slice_gets_an_anchor_at_its_tokens(model: DuetModel) -> None:
+    sequence = layout_one(model, make_story(), k=5)
+    roles = [anchor.role for anchor in sequence.anchors]
+    assert roles == ["image", "text", "text", "image", "text"]
     assert [len(anchor.slices) for anchor in sequence.anchors] == [1, 2, 3, 4, 5]
-    images = [
-        (at + image.feature_span[0], at + image.feature_span[1]) for at, image in sequence.images
-    ]
-    assert [(a.start, a.end) for a in sequence.anchors if a.role == "image"] == images
+    image_spans = []
+    for first, image in sequence.images:
+        start, end = image.feature_span
+        image_spans.append((first + start, first + end))
+    anchors_at_images = [anchor for anchor in sequence.anchors if anchor.role == "image"]
+    assert [(anchor.start, anchor.end) for anchor in anchors_at_images] == image_spans
     for anchor in sequence.anchors:
         if anchor.role == "text":
-            assert anchor.end == anchor.start + 1
             text = anchor.slices[-1].part
-            assert isinstance(text, str)
-            assert (
-                text_at(model, sequence, anchor.end - len(text), anchor.end) == text
-            )  # a token is a byte
-    told = [i for i in sequence.labels if i != IGNORE_INDEX]
-    assert (
-        model.backbone.tokenizer.decode(told, skip_special_tokens=True)
-        == "First 0. And then a bird.The end."
-    )
+            assert anchor.end == anchor.start + 1
+            # A token of the tiny tokenizers is a byte.
+            assert decode(model, sequence, anchor.end - len(text), anchor.end) == text
+
+
+def test_all_texts_and_the_end_token_are_supervised(model: DuetModel) -> None:
+    sequence = layout_one(model, make_story(), k=5)
+    labels = [label for label in sequence.labels if label != IGNORE_INDEX]
+    text = model.backbone.tokenizer.decode(labels, skip_special_tokens=True)
+    assert text == "First 0. And then a bird.The end."
     assert sequence.labels[-1] == EOS
 
 
-def test_a_prefix_is_embedded_as_the_same_content_alone(model: DuetModel) -> None:
-    """What is trained is what `encode` computes of an image, a text, or a mixture that ends with either."""
-    record = story(1)
-    sequence = lay(model, record, k=5)
+def test_embedding_of_a_prefix_equals_that_of_the_same_content_alone(model: DuetModel) -> None:
+    record = make_story(1)
+    sequence = layout_one(model, record, k=5)
     with torch.no_grad():
-        trained = model(model.collate([sequence])).embeddings
+        in_sequence = model(model.collate([sequence])).embeddings
     alone = model.encode([record.parts[:n] for n in range(1, 6)])
-    assert_close(trained, torch.from_numpy(alone), atol=1e-5, rtol=1e-4)
+    assert_close(in_sequence, torch.from_numpy(alone), atol=1e-5, rtol=1e-4)
 
 
-def test_pool_last_reads_the_last_image_token(model: DuetModel) -> None:
-    model.set_prompts(replace(SUGAR, image_pool="last"))
+def test_pool_last_puts_the_anchor_at_the_last_image_token(model: DuetModel) -> None:
+    model.set_prompts(replace(PROMPTS, image_pool="last"))
     try:
-        sequence = lay(model, story(), k=5, pool="last")
-        at, image = sequence.images[0]
-        last = at + image.feature_span[1] - 1
+        sequence = layout_one(model, make_story(), k=5, pool="last")
+        first, image = sequence.images[0]
+        last = first + image.feature_span[1] - 1
         assert (sequence.anchors[0].start, sequence.anchors[0].end) == (last, last + 1)
         with pytest.raises(ConfigError, match=r"recipe.pool is mean.*image_pool is last"):
-            lay(model, story())
+            layout_one(model, make_story())
     finally:
-        model.set_prompts(SUGAR)
+        model.set_prompts(PROMPTS)
 
 
-def test_positions_are_drawn_by_the_sample_alone(model: DuetModel) -> None:
-    def ends(position: int) -> list[int]:
-        return [
-            len(anchor.slices) for anchor in lay(model, story(), position=position, k=2).anchors
-        ]
+def test_anchors_are_drawn_by_the_position_of_the_sample(model: DuetModel) -> None:
+    def draw_ends(position: int) -> tuple[int, ...]:
+        sequence = layout_one(model, make_story(), position=position, k=2)
+        return tuple(len(anchor.slices) for anchor in sequence.anchors)
 
-    assert [ends(p) for p in range(20)] == [ends(p) for p in range(20)]
-    assert len({tuple(ends(p)) for p in range(20)}) > 3
+    ends = [draw_ends(position) for position in range(20)]
+    assert ends == [draw_ends(position) for position in range(20)]
+    assert len(set(ends)) > 3
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 6), st.integers(0, 99))
-def test_positions(images: list[bool], k: int, seed: int) -> None:
-    chosen = draw_anchor_positions(images, k, random.Random(seed))
-    assert chosen == sorted(set(chosen)) and len(chosen) == min(k, len(images))
-    if k > 1 and len(set(images)) == 2:
-        assert {images[i] for i in chosen} == {True, False}
+def test_k_positions_are_drawn_in_order_with_both_modalities(
+    is_image: list[bool], k: int, seed: int
+) -> None:
+    positions = draw_anchor_positions(is_image, k, random.Random(seed))
+    assert positions == sorted(set(positions))
+    assert len(positions) == min(k, len(is_image))
+    if k > 1 and len(set(is_image)) == 2:
+        assert {is_image[i] for i in positions} == {True, False}
 
 
-def test_every_position_is_drawn() -> None:
-    images = [True, False, False, True, False]
-    drawn = {i for seed in range(50) for i in draw_anchor_positions(images, 2, random.Random(seed))}
+def test_every_position_can_be_drawn() -> None:
+    is_image = [True, False, False, True, False]
+    drawn = set()
+    for seed in range(50):
+        drawn |= set(draw_anchor_positions(is_image, 2, random.Random(seed)))
     assert drawn == set(range(5))
 
 
-def test_pairs_retrieval_records_and_chats(model: DuetModel) -> None:
-    pair = Record("p", image=tiny.random_image(1), short=("a flower",), long="Long one. And more.")
-    sequence = lay(model, pair)
-    assert [[type(one.part) for one in anchor.slices] for anchor in sequence.anchors] == [
-        [ImageRef],
-        [ImageRef, str],
-    ]
-    either = {lay(model, pair, position=p, pair_order="either").anchors[0].role for p in range(20)}
-    assert either == {"image", "text"}
-    long = lay(model, Record("p", image=tiny.random_image(1), long="Long one. And more."))
-    assert [len(anchor.slices) for anchor in long.anchors] == [1, 2, 3]
-    image = lay(model, Record("p", image=tiny.random_image(1)))
-    assert len(image.anchors) == 1 and set(image.labels) == {IGNORE_INDEX}
-    asked = lay(model, Record("r", query=(tiny.random_image(2), "what?"), positive=(("a bird",),)))
-    assert [anchor.slices[-1].part for anchor in asked.anchors][1:] == ["what?", "a bird"]
-    chat = lay(
-        model, Record("c", messages=(Message("user", ("hi",)), Message("assistant", ("ho",))))
-    )
-    assert chat.anchors == () and set(chat.labels) != {IGNORE_INDEX}
+def test_a_pair_gives_its_image_and_short_caption(model: DuetModel) -> None:
+    image = tiny.random_image(1)
+    pair = Record("p", image=image, short=("a flower",), long="Long one. And more.")
+    prefixes = []
+    for anchor in layout_one(model, pair).anchors:
+        prefixes.append([type(part.part) for part in anchor.slices])
+    assert prefixes == [[ImageRef], [ImageRef, str]]
+    first_roles = set()
+    for position in range(20):
+        sequence = layout_one(model, pair, position=position, pair_order="either")
+        first_roles.add(sequence.anchors[0].role)
+    assert first_roles == {"image", "text"}
+
+
+def test_a_pair_without_a_short_caption_gives_the_sentences_of_its_long_one(
+    model: DuetModel,
+) -> None:
+    image = tiny.random_image(1)
+    sequence = layout_one(model, Record("p", image=image, long="Long one. And more."))
+    assert [len(anchor.slices) for anchor in sequence.anchors] == [1, 2, 3]
+    without_text = layout_one(model, Record("p", image=image))
+    assert len(without_text.anchors) == 1
+    assert set(without_text.labels) == {IGNORE_INDEX}
+
+
+def test_a_retrieval_record_gives_its_query_and_a_positive(model: DuetModel) -> None:
+    record = Record("r", query=(tiny.random_image(2), "what?"), positive=(("a bird",),))
+    sequence = layout_one(model, record)
+    texts = [anchor.slices[-1].part for anchor in sequence.anchors][1:]
+    assert texts == ["what?", "a bird"]
+
+
+def test_a_chat_has_labels_and_no_anchors(model: DuetModel) -> None:
+    sequence = layout_one(model, make_chat())
+    assert sequence.anchors == ()
+    assert set(sequence.labels) != {IGNORE_INDEX}
+
+
+def test_a_record_without_content_is_refused(model: DuetModel) -> None:
     with pytest.raises(DataError, match="an empty sequence"):
-        lay(model, Record("none"))
+        layout_one(model, Record("none"))
 
 
-def test_what_does_not_fit_is_left_out_whole(model: DuetModel) -> None:
-    slices = tuple(f"sentence {i}." if i % 7 else tiny.random_image(i) for i in range(500))
-    model.renderer.max_tokens = 300
-    try:
-        begins = set()
-        for position in range(8):
-            sequence = lay(model, Record("long", parts=slices), k=400, position=position)
-            assert 250 < len(sequence) <= 300
-            assert [len(a.slices) for a in sequence.anchors] == list(
-                range(1, len(sequence.anchors) + 1)
-            )
-            window = tuple(one.part for one in sequence.anchors[-1].slices)
-            begin = slices.index(window[0])
-            assert window == slices[begin : begin + len(window)]
-            begins.add(begin)
-            assert (sequence.labels[-1] == EOS) == (
-                window[-1] is slices[-1]
-            )  # else it does not end here
-            last = sequence.anchors[-1]
-            if isinstance(text := window[-1], str):
-                assert text_at(model, sequence, last.end - len(text), last.end) == text
-        assert len(begins) > 5
-        long = Record("p", image=tiny.random_image(1), long="A sentence of a caption. " * 40)
-        assert {
-            lay(model, long, position=p).anchors[0].slices[0].content_key for p in range(4)
-        } == {make_slice(long.image).content_key}
-        alone = lay(model, Record("one", parts=("x" * 400,)))
-        assert len(alone) == 300 and alone.anchors[0].end == 299  # then the end-of-text token
-    finally:
-        model.renderer.max_tokens = 2048
-    assert len(lay(model, Record("long", parts=slices[:60]), k=100).anchors) == 60
+def test_another_window_of_a_long_document_is_used_each_time(model: DuetModel) -> None:
+    parts: list[Any] = []
+    for i in range(500):
+        parts.append(f"sentence {i}." if i % 7 else tiny.random_image(i))
+    record = Record("long", parts=tuple(parts))
+    window_starts = set()
+    for position in range(8):
+        sequence = layout_one(model, record, k=400, position=position, max_tokens=300)
+        assert 250 < len(sequence) <= 300
+        num_slices = [len(anchor.slices) for anchor in sequence.anchors]
+        assert num_slices == list(range(1, len(sequence.anchors) + 1))
+        last = sequence.anchors[-1]
+        window = [part.part for part in last.slices]
+        start = parts.index(window[0])
+        assert window == parts[start : start + len(window)], "slices are left out as a whole"
+        window_starts.add(start)
+        ends_document = window[-1] is parts[-1]
+        assert (sequence.labels[-1] == EOS) == ends_document
+        if isinstance(window[-1], str):
+            text = decode(model, sequence, last.end - len(window[-1]), last.end)
+            assert text == window[-1]
+    assert len(window_starts) > 5
+
+
+def test_a_long_caption_keeps_its_image(model: DuetModel) -> None:
+    image = tiny.random_image(1)
+    record = Record("p", image=image, long="A sentence of a caption. " * 40)
+    for position in range(4):
+        sequence = layout_one(model, record, position=position, max_tokens=300)
+        assert sequence.anchors[0].slices[0].content_key == make_slice(image).content_key
+
+
+def test_a_single_text_beyond_the_limit_is_cut(model: DuetModel) -> None:
+    sequence = layout_one(model, Record("one", parts=("x" * 400,)), max_tokens=300)
+    assert len(sequence) == 300
+    assert sequence.anchors[0].end == 299, "the end token follows"
+
+
+def test_a_record_has_one_name_in_all_its_draws_and_another_file_another_one(
+    model: DuetModel,
+) -> None:
+    record = Record("0", parts=("one", tiny.random_image(0), "two", tiny.random_image(1)))
+    names = []
+    for position, origin in ((3, "0.0"), (8, "0.0"), (9, "1.0")):
+        (sequence,) = layout(Sample(record, position, 0, origin), model.renderer, SugarOptions())
+        (name,) = {anchor.record_name for anchor in sequence.anchors}
+        names.append(name)
+    assert names[0] == names[1] != names[2]
+
+
+# ------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize(
@@ -195,179 +255,163 @@ def test_what_does_not_fit_is_left_out_whole(model: DuetModel) -> None:
         ({"target": "dtw"}, "recipe.target"),
         ({"taget": "gak"}, "Did you mean 'target'"),
         ({"k": 0}, "recipe.k"),
+        ({"n_ref": 0}, "recipe.n_ref"),
         ({"delta": 0}, "recipe.delta"),
         ({"temperature": -1}, "recipe.temperature"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        checked(SugarOptions, options, place="recipe")
+        parse_options(SugarOptions, options, place="recipe")
 
 
-def test_the_encoders_that_are_asked() -> None:
-    assert sugar.select_encoder_roles(SugarOptions(), {"structure": 1.0, "language": 1.0}) == (
-        "vision",
-        "text",
-        "cross",
-    )
-    assert sugar.select_encoder_roles(SugarOptions(triple=False), {"structure": 1.0}) == ("cross",)
-    assert sugar.select_encoder_roles(SugarOptions(), {"structure": 0.0, "language": 1.0}) == ()
-    assert sugar.select_encoder_roles(SugarOptions(), {"language": 1.0}) == ()
+@pytest.mark.parametrize(
+    ("options", "weights", "roles"),
+    [
+        ({}, {"structure": 1.0, "language": 1.0}, ("vision", "text", "cross")),
+        ({"triple": False}, {"structure": 1.0}, ("cross",)),
+        ({}, {"structure": 0.0, "language": 1.0}, ()),
+        ({}, {"language": 1.0}, ()),
+    ],
+)
+def test_encoders_are_needed_for_a_structure_loss_with_weight(
+    options: dict[str, Any], weights: dict[str, float], roles: tuple[str, ...]
+) -> None:
+    assert sugar.select_encoder_roles(SugarOptions(**options), weights) == roles
 
 
-# ---------------------------------------------------------------------- losses
+# ------------------------------------------------------------------ losses
 
 
-def records() -> list[Record]:
-    return [
-        story(0),
-        Record(
-            "pair", image=tiny.random_image(0), short=("First 0.",)
-        ),  # shares both slices with story0
-        Record("chat", messages=(Message("user", ("hi",)), Message("assistant", ("ho",)))),
-        story(3),
-        story(0),  # the same record at another place
+def read_batch(model: DuetModel, encoders: FrozenEncoders | None = None, **options: Any) -> Readout:
+    """Return the readout of six records, two of which are the same one."""
+    records = [
+        make_story(0),
+        Record("pair", image=tiny.random_image(0), short=("First 0.",)),  # slices of story 0
+        make_chat(),
+        make_story(3),
+        make_story(0),
         Record("text", parts=("Only one.",)),
     ]
+    sequences = []
+    for position, record in enumerate(records):
+        sequences.append(layout_one(model, record, position=position, **options))
+    encoders = encoders or frozen_encoders.build_random_encoders()
+    readout: Readout = model(model.collate(encoders.attach_features(sequences)))
+    return readout
 
 
-def batch(model: DuetModel, encoders: Any = None, **options: Any) -> Any:
-    sequences = [lay(model, record, position=i, **options) for i, record in enumerate(records())]
-    return model(
-        model.collate(
-            (encoders or frozen_encoders.build_random_encoders()).attach_features(sequences)
-        )
+def compute_expected_cosine(a: Slice, b: Slice, *, triple: bool) -> float:
+    """Return the cosine by the encoder that the paper uses for the two slices."""
+    num_images = sum(isinstance(part.part, ImageRef) for part in (a, b))
+    role = {0: "text", 1: "cross", 2: "vision"}[num_images] if triple else "cross"
+    vectors = [frozen_encoders.draw_vector(part.part, role) for part in (a, b)]
+    return float(F.cosine_similarity(*vectors, dim=0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"triple": False},
+        {"target": "mean", "n_ref": 7},
+        {"target": "awm", "delta": 0.5, "loss": "kl"},
+        {"single": "gak", "same_sequence": "nested", "k": 2},
+    ],
+)
+def test_structure_loss_compares_slices_by_content(
+    model: DuetModel, options: dict[str, Any]
+) -> None:
+    readout = read_batch(model, **options)
+    loss = sugar.compute_structure_loss(readout, SugarOptions(**options))
+    slices: dict[str, Slice] = {}
+    for anchor in readout.anchors:
+        slices.update((part.content_key, part) for part in anchor.slices)
+    keys = list(slices)
+    triple = options.get("triple", True)
+    rows = []
+    for a in slices.values():
+        rows.append([compute_expected_cosine(a, b, triple=triple) for b in slices.values()])
+    record_names = list(dict.fromkeys(anchor.record_name for anchor in readout.anchors))
+    longest = max(len(anchor.slices) for anchor in readout.anchors)
+    indices = []
+    for anchor in readout.anchors:
+        prefix = [keys.index(part.content_key) for part in anchor.slices]
+        indices.append(prefix + [0] * (longest - len(prefix)))
+    prefixes = Prefixes(
+        torch.tensor(indices),
+        torch.tensor([len(anchor.slices) for anchor in readout.anchors]),
+        torch.tensor([record_names.index(anchor.record_name) for anchor in readout.anchors]),
     )
-
-
-SWITCHES: list[dict[str, Any]] = [
-    {},
-    {"triple": False},
-    {"target": "mean", "n_ref": 7},
-    {"target": "awm", "delta": 0.5, "loss": "kl"},
-    {"single": "gak", "same_sequence": "nested", "k": 2},
-]
-
-
-@pytest.mark.parametrize("options", SWITCHES)
-def test_structure_is_the_paper_s_sum(model: DuetModel, options: dict[str, Any]) -> None:
-    """Targets are looked up by content, whatever order the slices are packed in."""
-    from vlduet.objectives.structure import structure_loss
-    from vlduet.objectives.sugar_targets import Prefixes, compute_target_matrix
-
-    readout = batch(model, **options)
-    found = sugar.compute_structure_loss(readout, SugarOptions(**options))
-    prefixes = [(a.record, a.slices) for a in readout.anchors]
-    flat = [one for _, slices in prefixes for one in slices]  # every slice as often as it occurs
-
-    def cosine(a: Any, b: Any) -> float:
-        kinds = {isinstance(one.part, ImageRef) for one in (a, b)}
-        role = (
-            "cross"
-            if len(kinds) == 2 or options.get("triple") is False
-            else "vision"
-            if True in kinds
-            else "text"
-        )
-        return float(
-            F.cosine_similarity(
-                frozen_encoders.draw_vector(a.part, role),
-                frozen_encoders.draw_vector(b.part, role),
-                dim=0,
-            )
-        )
-
-    # Equal slices get one number: the share that two prefixes have in common is counted by number.
-    keys = list(dict.fromkeys(one.key for one in flat))
-    by_key = {one.key: one for one in flat}
-    cosines = torch.tensor([[cosine(by_key[a], by_key[b]) for b in keys] for a in keys])
-    names = list(dict.fromkeys(record for record, _ in prefixes))
-    longest = max(len(slices) for _, slices in prefixes)
-    rows = [
-        [keys.index(one.key) for one in slices] + [0] * (longest - len(slices))
-        for _, slices in prefixes
-    ]
-    packed = Prefixes(
-        torch.tensor(rows),
-        torch.tensor([len(slices) for _, slices in prefixes]),
-        torch.tensor([names.index(record) for record, _ in prefixes]),
+    switches = ("target", "same_sequence", "single", "delta")
+    target_options = {key: value for key, value in options.items() if key in switches}
+    target = compute_target_matrix(torch.tensor(rows), prefixes, **target_options)
+    expected = structure_loss(
+        readout.embeddings,
+        target,
+        kind=options.get("loss", "mse"),
+        n_ref=options.get("n_ref"),
     )
-    rules = {
-        key: value
-        for key, value in options.items()
-        if key in ("target", "same_sequence", "single", "delta")
-    }
-    form = {key: value for key, value in options.items() if key in ("loss", "n_ref")}
-    target = compute_target_matrix(cosines, packed, **rules)
-    wanted = structure_loss(readout.embeddings, readout.embeddings, target=target, **form)
-    assert_close(found, wanted, atol=1e-5, rtol=1e-4)
-    found.backward()
-    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+    assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-def test_no_weight_costs_nothing(model: DuetModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sugar, "compared", lambda *_, **__: pytest.fail("the slices were compared"))
-    monkeypatch.setattr(
-        sugar, "target_matrix", lambda *_, **__: pytest.fail("targets were computed")
-    )
-    losses = objective(
-        batch(model, frozen_encoders.FrozenEncoders({}, cache=frozen_encoders.FeatureCache(None))),
-        model.logit_scale,
-        SugarOptions(),
-    )
-    assert float(losses["structure"].detach()) == 0.0 and float(losses["language"].detach()) > 0
+def test_slices_are_not_compared_if_the_structure_loss_has_no_weight(
+    model: DuetModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("slices were compared")
+
+    monkeypatch.setattr(sugar, "slice_cosines", fail)
+    monkeypatch.setattr(sugar, "compute_target_matrix", fail)
+    no_encoders = FrozenEncoders({}, cache=FeatureCache(None))
+    readout = read_batch(model, no_encoders)
+    losses = objective(readout, model.logit_scale, SugarOptions())
+    assert float(losses["structure"].detach()) == 0.0
+    assert float(losses["language"].detach()) > 0
 
 
-def test_a_part_of_the_features_is_our_mistake(model: DuetModel) -> None:
-    seen = frozen_encoders.build_random_encoders().attach_features([lay(model, story())])[0]
-    with pytest.raises(AssertionError, match="a part of the slices"):
-        sugar.compute_structure_loss(
-            model(model.collate([seen, lay(model, story(1))])), SugarOptions()
-        )
-
-
-def test_calibration_uses_the_batch(model: DuetModel) -> None:
-    raw, scaled = (
-        sugar.compute_structure_loss(batch(model, calibrate=on), SugarOptions(calibrate=on))
-        for on in (False, True)
-    )
-    assert bool(scaled.isfinite()) and float(scaled.detach()) != float(raw.detach())
-
-
-def test_nothing_usable_is_zero_and_part_of_the_graph() -> None:
-    losses = objective(
-        create_empty_readout(4, like=torch.zeros(())), torch.zeros(()), SugarOptions()
-    )
-    assert float(losses["structure"].detach()) == 0 and losses["structure"].requires_grad
-
-
-def test_flat_targets_are_told_once(model: DuetModel, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="vlduet")
-    sugar._warn_once.cache_clear()
+def test_features_of_only_some_slices_are_an_assertion_error(model: DuetModel) -> None:
     encoders = frozen_encoders.build_random_encoders()
-    for encoder in encoders.by_role.values():  # everything is like everything
+    (with_features,) = encoders.attach_features([layout_one(model, make_story())])
+    batch = model.collate([with_features, layout_one(model, make_story(1))])
+    with pytest.raises(AssertionError, match="only a part of the slices"):
+        sugar.compute_structure_loss(model(batch), SugarOptions())
+
+
+def test_calibration_changes_the_structure_loss(model: DuetModel) -> None:
+    losses: list[Tensor] = []
+    for calibrate in (False, True):
+        readout = read_batch(model, calibrate=calibrate)
+        losses.append(sugar.compute_structure_loss(readout, SugarOptions(calibrate=calibrate)))
+    assert bool(torch.stack(losses).isfinite().all())
+    assert float(losses[0].detach()) != float(losses[1].detach())
+
+
+def test_an_empty_readout_gives_0_that_is_part_of_the_graph() -> None:
+    readout = create_empty_readout(4, like=torch.zeros(()))
+    losses = objective(readout, torch.zeros(()), SugarOptions())
+    assert float(losses["structure"].detach()) == 0
+    assert losses["structure"].requires_grad
+
+
+def test_targets_that_hardly_differ_are_logged_once(
+    model: DuetModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="vlduet")
+    encoders = frozen_encoders.build_random_encoders()
+    for encoder in encoders.by_role.values():  # all contents get the same vector
         encoder.load = lambda: dict.fromkeys(
             ("image", "text"), lambda parts: torch.ones(len(parts), 3)
         )
+    sugar._log_once.cache_clear()
     for _ in range(2):
-        sugar.compute_structure_loss(batch(model, encoders), SugarOptions(target="mean"))
+        sugar.compute_structure_loss(read_batch(model, encoders), SugarOptions(target="mean"))
     assert caplog.text.count("nothing to learn") == 1
     caplog.clear()
-    sugar._warn_once.cache_clear()
-    sugar.compute_structure_loss(batch(model), SugarOptions(target="mean"))
+    sugar._log_once.cache_clear()
+    sugar.compute_structure_loss(read_batch(model), SugarOptions(target="mean"))
     assert "nothing to learn" not in caplog.text
-
-
-def test_two_draws_of_a_record_are_one_sequence_and_two_files_are_not(model: DuetModel) -> None:
-    record = Record("0", parts=("one", tiny.random_image(0), "two", tiny.random_image(1)))
-    samples = [
-        Sample(record, 3, 0, "0.0"),
-        Sample(record, 8, 0, "0.0"),
-        Sample(record, 9, 0, "1.0"),
-    ]
-    names = [
-        {a.record_name for s in layout(one, model.renderer, SugarOptions()) for a in s.anchors}
-        for one in samples
-    ]
-    assert all(len(name) == 1 for name in names)
-    assert names[0] == names[1] != names[2]

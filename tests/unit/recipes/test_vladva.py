@@ -1,4 +1,4 @@
-"""VladVA: which captions carry which loss."""
+"""VladVA: captions of each loss, names of records, and slices for a guide."""
 
 from __future__ import annotations
 
@@ -9,142 +9,173 @@ import pytest
 
 from helpers import tiny
 from vlduet.data.records import Record
-from vlduet.data.sequences import IGNORE_INDEX
+from vlduet.data.sequences import IGNORE_INDEX, Anchor, Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.recipes.contrast import find_positive_pairs
 from vlduet.recipes.vladva import VladvaOptions, layout, select_encoder_roles
 
-SHORT, MIDDLE, LONG, ENDLESS = "x" * 29, "y" * 30, "z" * 500, "w" * 501  # a token is a byte
+# A token of the tiny tokenizers is a byte.
+SHORT = "x" * 29
+MIDDLE = "y" * 30
+LONG = "z" * 500
+TOO_LONG = "w" * 501
 
 
-def told(
+def layout_at(
+    model: DuetModel, record: Record, *, position: int = 0, origin: str = "", **options: Any
+) -> list[Sequence]:
+    """Return the sequences of a record at a position of the data stream."""
+    sample = Sample(record, position, 0, origin)
+    return layout(sample, model.renderer, VladvaOptions(**options))
+
+
+def list_anchors(sequences: list[Sequence]) -> list[Anchor]:
+    return [anchor for sequence in sequences for anchor in sequence.anchors]
+
+
+def read_captions(
     model: DuetModel, *, short: tuple[str, ...] = (), long: str | None = None, **options: Any
 ) -> tuple[str, str]:
-    """(what is contrasted, what is learned to write)"""
+    """Return the contrasted and the supervised caption of a pair; empty without one."""
     record = Record("1", image=tiny.random_image(0), short=short, long=long)
-    sequences = layout(Sample(record, 0, 0), model.renderer, VladvaOptions(**options))
     decode = model.backbone.tokenizer.decode
-    contrasted = [decode(s.token_ids) for s in sequences for a in s.anchors if a.role == "text"]
-    written = [decode([i for i in s.labels if i != IGNORE_INDEX]) for s in sequences]
-    return "".join(contrasted).removeprefix("<s>").removesuffix("</s>"), "".join(
-        written
-    ).removesuffix("</s>")
+    contrasted = ""
+    supervised = ""
+    for sequence in layout_at(model, record, **options):
+        if any(anchor.role == "text" for anchor in sequence.anchors):
+            contrasted += decode(sequence.token_ids)
+        supervised += decode([label for label in sequence.labels if label != IGNORE_INDEX])
+    return contrasted.removeprefix("<s>").removesuffix("</s>"), supervised.removesuffix("</s>")
+
+
+# ------------------------------------------------------------------ captions
 
 
 @pytest.mark.parametrize(
-    ("short", "long", "contrasted", "written"),
+    ("short", "long", "contrasted", "supervised"),
     [
         ((SHORT,), LONG, SHORT, LONG),
         ((MIDDLE,), None, "", MIDDLE),
         ((LONG,), SHORT, SHORT, LONG),
-        ((SHORT, ENDLESS), None, SHORT, ""),
+        ((SHORT, TOO_LONG), None, SHORT, ""),
     ],
 )
-def test_captions_are_told_apart_by_their_tokens(
-    model: DuetModel, short: tuple[str, ...], long: str | None, contrasted: str, written: str
+def test_split_by_length_counts_tokens_and_split_by_fields_does_not(
+    model: DuetModel, short: tuple[str, ...], long: str | None, contrasted: str, supervised: str
 ) -> None:
-    assert told(model, short=short, long=long, split="length") == (contrasted, written)
-    assert told(model, short=short[:1], long=long) == (short[0], long or ""), (
-        "the fields say it, unless told otherwise"
-    )
+    captions = read_captions(model, short=short, long=long, split="length")
+    assert captions == (contrasted, supervised)
+    assert read_captions(model, short=short[:1], long=long) == (short[0], long or "")
 
 
-def test_a_record_without_a_caption_of_either_length_is_named(model: DuetModel) -> None:
+def test_language_on_any_supervises_the_short_caption_without_a_long_one(
+    model: DuetModel,
+) -> None:
+    assert read_captions(model, short=(SHORT,), language_on="any") == (SHORT, SHORT)
+    assert read_captions(model, short=(SHORT,), long=LONG, language_on="any") == (SHORT, LONG)
+
+
+def test_a_record_whose_captions_are_all_too_long_is_refused(model: DuetModel) -> None:
     with pytest.raises(DataError, match=r"501 tokens and more, recipe.long_up_to is 500"):
-        told(model, long=ENDLESS, split="length")
+        read_captions(model, long=TOO_LONG, split="length")
 
 
-def test_records_of_two_files_with_equal_ids_are_no_pairs(model: DuetModel) -> None:
-    records = [Record("0", image=tiny.random_image(i), short=(f"caption {i}",)) for i in range(2)]
-    anchors = [
-        anchor
-        for position, record in enumerate(records)
-        for sequence in layout(
-            Sample(record, position, 0, f"{position}.0"), model.renderer, VladvaOptions()
-        )
-        for anchor in sequence.anchors
-    ]
-    images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
-    assert find_positive_pairs(images, texts).tolist() == [[True, False], [False, True]]
+def test_a_pair_without_a_caption_is_refused(model: DuetModel) -> None:
+    with pytest.raises(DataError, match="an image without a caption"):
+        read_captions(model)
 
 
-def test_a_record_drawn_twice_keeps_both_of_its_captions(model: DuetModel) -> None:
-    record = Record("0", image=tiny.random_image(0), short=tuple(f"caption {i}" for i in range(9)))
-    anchors = [
-        anchor
-        for position in range(4)
-        for sequence in layout(Sample(record, position, 0), model.renderer, VladvaOptions())
-        for anchor in sequence.anchors
-    ]
-    images, texts = ([a for a in anchors if a.role == role] for role in ("image", "text"))
-    assert len({text.content_key for text in texts}) > 1, "another caption each time"
-    assert find_positive_pairs(images, texts).all(), "an image's captions are never its negatives"
+def test_a_pair_with_only_a_long_caption_has_no_anchor(model: DuetModel) -> None:
+    pair = Record("p", image=tiny.random_image(0), short=("a",))
+    assert [len(sequence.anchors) for sequence in layout_at(model, pair)] == [1, 1]
+    long_pair = Record("l", image=tiny.random_image(1), long=LONG)
+    (sequence,) = layout_at(model, long_pair)
+    assert sequence.anchors == ()
+    assert any(label != IGNORE_INDEX for label in sequence.labels)
 
 
-def test_a_record_with_a_long_caption_alone_takes_part_in_one_loss(model: DuetModel) -> None:
-    records = [
-        Record("p", image=tiny.random_image(0), short=("a",)),
-        Record("l", image=tiny.random_image(1), long=LONG),
-    ]
-    by_record = [
-        layout(Sample(record, 0, 0), model.renderer, VladvaOptions()) for record in records
-    ]
-    assert [len(s.anchors) for s in by_record[0]] == [1, 1]
-    assert [len(s.anchors) for s in by_record[1]] == [0]
-    assert any(label != IGNORE_INDEX for label in by_record[1][0].labels)
+# ------------------------------------------------------------------ positives and negatives
 
 
-def test_a_guide_is_shown_what_every_embedding_stands_for(model: DuetModel) -> None:
-    picture = tiny.random_image(0)
-    pair = Record("1", image=picture, short=("a cat",), long="a cat that sleeps")
-    asked = Record(
-        "2",
-        query=(picture, "where?"),
-        positive=(("here",),),
-        negative=((tiny.random_image(1),), ("there",)),
-    )
-    options = VladvaOptions(guide="triple")
-    found = {
-        anchor.role + anchor.content_key[-6:]: tuple(one.part for one in anchor.slices)
-        for record in (pair, asked)
-        for sequence in layout(Sample(record, 0, 0), model.renderer, options)
-        for anchor in sequence.anchors
-    }
-    shown = [(picture,), ("a cat",), (picture, "where?"), ("here",)]
-    assert list(found.values()) == [*shown, (tiny.random_image(1),), ("there",)]
-    assert all(
-        not a.slices
-        for s in layout(Sample(pair, 0, 0), model.renderer, VladvaOptions())
-        for a in s.anchors
-    )
-    assert select_encoder_roles(options, {"contrastive": 1.0}) == ("vision", "text", "cross")
-    assert select_encoder_roles(VladvaOptions(guide="cross"), {"contrastive": 0.5}) == ("cross",)
-    assert (
-        select_encoder_roles(options, {"contrastive": 0.0, "language": 1.0})
-        == select_encoder_roles(VladvaOptions(), {"contrastive": 1.0})
-        == ()
-    )
+def find_positives(anchors: list[Anchor]) -> list[list[bool]]:
+    images = [anchor for anchor in anchors if anchor.role == "image"]
+    texts = [anchor for anchor in anchors if anchor.role == "text"]
+    positives: list[list[bool]] = find_positive_pairs(images, texts).tolist()
+    return positives
 
 
-def test_hard_negatives_of_a_pair_stand_beside_both_of_its_losses(model: DuetModel) -> None:
-    wrong = (("a dog",), (tiny.random_image(3), "a cat"))
+def test_equal_ids_in_two_files_are_two_records(model: DuetModel) -> None:
+    anchors = []
+    for i in range(2):
+        record = Record("0", image=tiny.random_image(i), short=(f"caption {i}",))
+        anchors += list_anchors(layout_at(model, record, position=i, origin=f"{i}.0"))
+    assert find_positives(anchors) == [[True, False], [False, True]]
+
+
+def test_captions_of_a_record_that_is_drawn_again_are_positives(model: DuetModel) -> None:
+    captions = tuple(f"caption {i}" for i in range(9))
+    record = Record("0", image=tiny.random_image(0), short=captions)
+    anchors = []
+    for position in range(4):
+        anchors += list_anchors(layout_at(model, record, position=position))
+    texts = {anchor.content_key for anchor in anchors if anchor.role == "text"}
+    assert len(texts) > 1, "each draw takes one of the captions"
+    assert find_positives(anchors) == [[True] * 4] * 4
+
+
+def test_hard_negatives_of_a_pair_follow_its_two_sequences(model: DuetModel) -> None:
+    negatives = (("a dog",), (tiny.random_image(3), "a cat"))
     pair = Record(
-        "1", image=tiny.random_image(0), short=("a cat",), long="a cat that sleeps", negative=wrong
+        "1",
+        image=tiny.random_image(0),
+        short=("a cat",),
+        long="a cat that sleeps",
+        negative=negatives,
     )
-    image, text, *negatives = layout(Sample(pair, 0, 0), model.renderer, VladvaOptions())
-    assert any(label != IGNORE_INDEX for label in image.labels)
-    assert [a.role for s in (image, text, *negatives) for a in s.anchors] == [
-        "image",
-        "text",
-        "negative",
-        "negative",
-    ]
-    assert {a.record_name for s in (image, text, *negatives) for a in s.anchors} == {
-        Sample(pair, 0, 0).record_name
-    }
-    alone = replace(pair, short=())
-    assert len(layout(Sample(alone, 0, 0), model.renderer, VladvaOptions())) == 1, (
-        "nothing asks, so nothing is wrong"
+    sequences = layout_at(model, pair)
+    assert any(label != IGNORE_INDEX for label in sequences[0].labels)
+    anchors = list_anchors(sequences)
+    assert [anchor.role for anchor in anchors] == ["image", "text", "negative", "negative"]
+    assert {anchor.record_name for anchor in anchors} == {Sample(pair, 0, 0).record_name}
+
+
+def test_hard_negatives_need_a_short_caption(model: DuetModel) -> None:
+    pair = Record("1", image=tiny.random_image(0), long="a cat", negative=(("a dog",),))
+    assert len(layout_at(model, pair)) == 1
+    assert len(layout_at(model, replace(pair, short=("a cat",)))) == 3
+
+
+# ------------------------------------------------------------------ guide
+
+
+def test_anchors_get_the_slices_that_a_guide_compares(model: DuetModel) -> None:
+    image, other_image = tiny.random_image(0), tiny.random_image(1)
+    pair = Record("1", image=image, short=("a cat",), long="a cat that sleeps")
+    question = Record(
+        "2", query=(image, "where?"), positive=(("here",),), negative=((other_image,), ("there",))
     )
+    contents = []
+    for record in (pair, question):
+        for anchor in list_anchors(layout_at(model, record, guide="triple")):
+            contents.append(tuple(part.part for part in anchor.slices))
+    of_pair = [(image,), ("a cat",)]
+    of_question = [(image, "where?"), ("here",), (other_image,), ("there",)]
+    assert contents == of_pair + of_question
+    assert all(not anchor.slices for anchor in list_anchors(layout_at(model, pair)))
+
+
+@pytest.mark.parametrize(
+    ("guide", "weights", "roles"),
+    [
+        ("triple", {"contrastive": 1.0}, ("vision", "text", "cross")),
+        ("cross", {"contrastive": 0.5}, ("cross",)),
+        ("triple", {"contrastive": 0.0, "language": 1.0}, ()),
+        ("none", {"contrastive": 1.0}, ()),
+    ],
+)
+def test_encoders_are_needed_by_a_guide_of_a_loss_with_weight(
+    guide: Any, weights: dict[str, float], roles: tuple[str, ...]
+) -> None:
+    assert select_encoder_roles(VladvaOptions(guide=guide), weights) == roles
