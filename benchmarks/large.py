@@ -1,19 +1,20 @@
 """A joint step of a model as large as LLaVA-1.5-7B, of random weights, in bfloat16.
 
-The contenders are those of `train_step.py`, row a, with every layer computed twice (gradient checkpointing):
+The contenders are those of `train_step.py`, row a, with gradient checkpointing:
 
     vlduet, packed 1024           one forward pass, both losses read from it; vision features cached
     vlduet, a pass for each loss  train.fused=false
     transformers + peft           three padded passes, full logits
 
-MFU (model FLOPs utilisation) is the share of the device's speed that a step makes use of: the operations that the
-two losses need, each token once, divided by the time of a step and by the speed of a product of two matrices in
-the same precision, measured in the same run. Recomputed layers, padding and a second pass over an image are no
-use.
+MFU (model FLOPs utilisation) is the share of the device's speed that a step makes use of: the
+operations that the two losses need, each token once, divided by the time of a step and by the speed
+of a product of two matrices in the same precision, measured in the same run. Recomputed layers,
+padding and a second pass over an image are no use.
 
     python benchmarks/large.py [--tiny] [--data FILE]
 
-It needs a GPU of 80 GB, and 30 GB of disk until the model is built. --tiny: two layers, on any device.
+It needs a GPU of 80 GB, and 30 GB of disk until the model is built. --tiny: two layers, on any
+device.
 """
 
 from __future__ import annotations
@@ -115,11 +116,12 @@ def build_model_folder(shape: Shape, tokenizer_folder: Path) -> Path:
 
 
 def count_useful_operations(folder: Path, records: list[Record]) -> float:
-    """Return the operations of a step that reads every token once, with frozen language-model weights.
+    """Return the operations of a step that reads every token once, with frozen weights.
 
-    A product with a weight takes two operations for each token forward and two backward (towards its input; the
-    LoRA matrices are left out). Attention takes 2 x 2 x T x D for each token and layer, half of it because it is
-    causal, and twice that backward. Vision features are cached, and only labels have logits.
+    A product with a weight takes two operations for each token forward and two backward (towards
+    its input; the LoRA matrices are left out). Attention takes 2 x 2 x T x D for each token and
+    layer, half of it because it is causal, and twice that backward. Vision features are cached, and
+    only labels have logits.
     """
     model = DuetModel.from_pretrained(folder, check_golden=False)
     sequences = train_step.layout_records(model, records)
@@ -173,7 +175,8 @@ def main() -> None:
     pairs = _bench.load_pairs(options.data)
     records = train_step.select_records(pairs, options.records, options.seed)
     seconds = train_step.compare_contenders(
-        f"{shape.name}: a step on {len(records)} records, seed {options.seed}, layers computed twice",
+        f"{shape.name}: a step on {len(records)} records, seed {options.seed}, "
+        "layers computed twice",
         [
             f"vlduet, packed {PACKED_ROW_LENGTH}",
             train_step.ONE_PASS_PER_LOSS,

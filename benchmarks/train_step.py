@@ -1,23 +1,27 @@
 """One training step of two losses, InfoNCE on short captions and cross entropy on long ones.
 
-a   vlduet, padded | packed N     one forward pass, both losses read from it (recipe vladva): an image and its
-                                  long caption are one sequence, logits at labels only, vision features cached
-                                  from the first epoch on; `cold` runs the vision tower in the step, as in the
-                                  first epoch
-    vlduet, a pass for each loss  the same numbers as most joint trainers compute them (train.fused=false)
-    transformers + peft           the usual way, three passes of `model.model(...)`: images, short texts, and
-                                  image with long caption through `model(labels=...)`;
-                                  get_peft_model(LoraConfig(same rank and targets)), AdamW, padded batches, full
-                                  logits; the frozen tower runs without gradient in two of them
-b   vlduet, chunks                the step of a by GradCache, in chunks of about 16 images
-    sentence-transformers + TRL   a step of CachedMultipleNegativesRankingLoss with mini-batches of 16, and one
-                                  of SFTTrainer (pip install trl): _libraries.py, which is printed
-c   peak memory of a process that takes contrastive steps by GradCache (`vlduet train`, train.chunk_tokens=512: a
-    batch of 64 is more than one chunk) on the same 4,096 records (256 with --quick) in batches of 64 to 4,096,
-    from pixels on; each in a process of its own
+Row a
+    vlduet, padded | packed N     One forward pass, both losses read from it (vladva): an image
+                                  and its long caption are one sequence, logits at labels only,
+                                  vision features cached. `cold` runs the vision tower in the step,
+                                  as in the first epoch.
+    vlduet, a pass for each loss  The same numbers as most joint trainers compute them
+                                  (train.fused=false).
+    transformers + peft           The usual way, three passes of `model.model(...)`: images, short
+                                  texts, and image with long caption through `model(labels=...)`;
+                                  get_peft_model(LoraConfig(same rank and targets)), AdamW, padded
+                                  batches, full logits. The frozen tower runs in two of them.
+Row b
+    vlduet, chunks                The step of a by GradCache, in chunks of about 16 images.
+    sentence-transformers + TRL   A step of CachedMultipleNegativesRankingLoss with mini-batches of
+                                  16, and one of SFTTrainer (pip install trl): _libraries.py.
+Row c
+    Peak memory of a process that takes contrastive steps by GradCache (`vlduet train`,
+    train.chunk_tokens=512: a batch of 64 is more than one chunk) on the same 4,096 records (256
+    with --quick) in batches of 64 to 4,096, from pixels on; each in a process of its own.
 
-Same weights, records and trainable tensors in all; the losses of the first step are printed. A step is forward
-pass, backward pass and AdamW.
+Same weights, records and trainable tensors in all; the losses of the first step are printed. A step
+is forward pass, backward pass and AdamW.
 
     python benchmarks/train_step.py [--quick] [--rows abc] [--model DIR] [--data FILE]
 """
@@ -77,7 +81,7 @@ Step = Callable[[], dict[str, float]]
 
 
 def select_records(records: list[Record], count: int, seed: int) -> list[Record]:
-    """Return `count` pairs with distinct short captions, each with a long caption of 30 tokens and more.
+    """Return `count` pairs with distinct short captions, and long captions of 30 tokens and more.
 
     The corpus has no long captions: they are the short one and captions of the same category.
     """

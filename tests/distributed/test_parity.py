@@ -1,7 +1,7 @@
 """Two and four real processes compute the loss and the gradients of one.
 
-For every loss alone and for both of a recipe; also where a process has nothing to embed or no record at all, and
-where all divide their share into chunks.
+For every loss alone and for both of a recipe; also where a process has nothing to embed or no
+record at all, and where all divide their share into chunks.
 """
 
 from __future__ import annotations

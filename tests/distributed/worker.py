@@ -1,4 +1,4 @@
-"""One rank of a gloo group: losses and gradients of its share of a batch, for every case, saved to files.
+"""One rank of a gloo group: saves losses and gradients of its share of a batch, for every case.
 
 python worker.py RANK WORLD_SIZE PORT FOLDER
 """

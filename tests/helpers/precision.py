@@ -1,7 +1,8 @@
 """Double precision throughout, also where transformers computes in float32 by name.
 
-Norms of most families, rotary embeddings and some softmaxes cast to float32 whatever dtype the model has. Two
-doubles that differ in their last bit may round to different floats, and which bit that is depends on the CPU.
+Norms of most families, rotary embeddings and some softmaxes cast to float32 whatever dtype the
+model has. Two doubles that differ in their last bit may round to different floats, and which bit
+that is depends on the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class DoubleInsteadOfFloat(TorchFunctionMode):
 
 
 def compute_in_double(model: nn.Module) -> None:
-    """Make all norms and rotary embeddings of a model compute in float64, also in recomputed layers."""
+    """Make all norms and rotary embeddings of a model compute in float64."""
     for module in model.modules():
         if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding")):
             module.forward = _wrap_in_double(module.forward)

@@ -1,9 +1,10 @@
 """A pretended accelerator, to test on a CPU that tensors are on the right device.
 
-Its tensors claim to be on a device of their own, compute on the CPU, and refuse to mix with CPU tensors. What fails
-on a GPU because a tensor is on the wrong device, such as an index on the CPU added to one on the GPU, fails
-here too; everything else gives the CPU's numbers. It uses torch's experimental backends in Python, and must be
-registered before the first backward pass of the process, which counts the devices.
+Its tensors claim to be on a device of their own, compute on the CPU, and refuse to mix with CPU
+tensors. What fails on a GPU because a tensor is on the wrong device, such as an index on the CPU
+added to one on the GPU, fails here too; everything else gives the CPU's numbers. It uses torch's
+experimental backends in Python, and must be registered before the first backward pass of the
+process, which counts the devices.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def register_device() -> torch.library.Library:
         operator, _, overload = name.partition(".")
         factory = getattr(getattr(torch.ops.aten, operator), overload or "default")
         library.impl(name, _wrap_factory(factory), "PrivateUse1")
-    # Tied weights stay tied when a module moves: tensors of different types cannot exchange their data.
+    # Tied weights stay tied when a module moves: tensors of different types cannot exchange their
+    # data.
     torch.__future__.set_swap_module_params_on_conversion(True)
     backbone.select_device = lambda: torch.device(DEVICE)
     return library

@@ -38,7 +38,8 @@ def write_run_config(
     """Write a VladVA run with its data and checkpoint, and return the path of its config.
 
     Args:
-        folder: gets base/, train.jsonl, val.jsonl, images and config.yaml; the run is to be folder/run.
+        folder: gets base/, train.jsonl, val.jsonl, images and config.yaml; the run is to be
+            folder/run.
         count: number of records, each an image with a short and a long caption.
         steps: number of training steps.
         family: family of the tiny checkpoint.
@@ -79,7 +80,7 @@ def write_run_config(
 
 
 def write_documents(folder: Path) -> Path:
-    """Write two interleaved documents, a pair and a chat as folder/train.jsonl, and return its path."""
+    """Write two interleaved documents, a pair and a chat to train.jsonl; return its path."""
     for i in range(4):
         write_image(folder / f"{i}.png", i)
     first = [

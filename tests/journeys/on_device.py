@@ -1,6 +1,7 @@
 """All commands on one device, in a process of its own: python on_device.py cpu|pretend FOLDER.
 
-FOLDER holds the files of `test_device.write_inputs`; the output of every command goes to FOLDER/NAME.out.
+FOLDER holds the files of `test_device.write_inputs`; the output of every command goes to
+FOLDER/NAME.out.
 """
 
 from __future__ import annotations

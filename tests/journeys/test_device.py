@@ -155,7 +155,8 @@ def check_metrics(
 ) -> None:
     """Compare metrics; with `skips_counts` without shares of a few records.
 
-    Rounding changes the rank of one of 8 records, or the end of a caption, by much more than a tolerance.
+    Rounding changes the rank of one of 8 records, or the end of a caption, by much more than a
+    tolerance.
     """
     for row, expected_row in zip(metrics, expected, strict=True):
         assert row.keys() == expected_row.keys()

@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL and resumed has the losses, bit for bit, of an uninterrupted one."""
+"""A run that is killed and resumed has the losses, bit for bit, of an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Soft prompts: trained embeddings instead of hand-written prompts (VladVA, arXiv 2412.04378).
 
 The tokenizer gets special tokens `<|soft_0|>`, `<|soft_1|>`, ...; their embeddings are rows of our
-own beside the checkpoint's embedding table. The prompts are then rewritten with these tokens,
+own beside the checkpoint's embedding table. The prompts are then rewritten with these tokens:
 
-    {image}\\nSummarize the provided image in one word:
-    {image}<|soft_0|><|soft_1|> ... <|soft_9|>
+    before    {image}\\nSummarize the provided image in one word:
+    after     {image}<|soft_0|><|soft_1|> ... <|soft_9|>
 
-and every row starts as the embedding of the token that it replaces. Attention mask and position ids
+Every row starts as the embedding of the token that it replaces. Attention mask and position ids
 are those of ordinary tokens, the saved prompts say which row is where, and user text cannot spell
 the tokens. At export the rows become rows of the table, so that any server of the checkpoint
 computes the same embeddings.

@@ -14,7 +14,7 @@ from vlduet.model.duet import DuetModel
 
 @pytest.fixture
 def trained_model(family: str, tmp_path: Path) -> DuetModel:
-    """A model, based on tmp_path/base, whose trainable tensors all differ from their initial values."""
+    """A model, based on tmp_path/base, whose trainable tensors all have changed."""
     model = tiny.build_duet_model(tmp_path / "base", family=family)
     model.make_trainable(lora=LoraSettings(rank=2, alpha=4), projector=True)
     torch.manual_seed(5)

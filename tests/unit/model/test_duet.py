@@ -47,7 +47,7 @@ def render_sequences(model: DuetModel, items: list[Any]) -> list[Sequence]:
 
 
 def read_sorted(model: DuetModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return embeddings in the order of their record names, and negative log-likelihoods by size."""
+    """Return embeddings sorted by record name, and negative log-likelihoods sorted by value."""
     with torch.no_grad():
         readout = model(batch)
     names = [anchor.record_name for anchor in readout.anchors]

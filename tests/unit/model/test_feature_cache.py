@@ -48,7 +48,8 @@ def test_embeddings_do_not_depend_on_the_content_of_the_cache(
     model.feature_cache = FeatureCache(None, memory_bytes=memory_bytes)
     for _ in range(3):
         assert_close(model.encode(image_files[:3]), expected[:3], atol=1e-6, rtol=0)
-        # Cached and new images in one batch: new features displace cached ones before they are read.
+        # Cached and new images in one batch: new features displace cached ones before they are
+        # read.
         assert_close(model.encode(image_files), expected, atol=1e-6, rtol=0)
 
 
@@ -73,7 +74,7 @@ def test_features_on_disk_spare_decoding_and_the_vision_tower(
 def test_features_on_disk_are_read_only_when_needed(
     tmp_path: Path, image_files: list[ImageRef]
 ) -> None:
-    """A batch of any size holds no features: neither memory nor file mappings, whose number is limited."""
+    """A batch holds no features: neither their memory nor file mappings, which are limited."""
     model = tiny.build_duet_model(tmp_path / "base")
     model.feature_cache = FeatureCache(tmp_path / "features")
     expected = model.encode(image_files)
@@ -126,7 +127,7 @@ def test_an_incomplete_file_counts_as_missing(tmp_path: Path, num_bytes: int) ->
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch(model: DuetModel) -> None:
-    """In the last bit: which images of a resumed run are cached decides which others are computed."""
+    """In the last bit: the batches of a resumed run depend on which images are cached."""
     prepared = [model.prepare_image(tiny.random_image(i)) for i in range(5)]
     compute = model.backbone.compute_vision_features
     single = [compute([image]) for image in prepared]

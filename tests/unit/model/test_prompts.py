@@ -155,7 +155,7 @@ def test_the_prompts_of_the_paper_are_read_at_the_summary_token(model: DuetModel
 
 
 def test_a_caption_follows_the_prompt_that_embeds_its_image(model: DuetModel) -> None:
-    """The embedding cannot depend on the caption: the prefix is the same, and the anchor is its end."""
+    """The embedding does not depend on the caption: the anchor ends the same prefix."""
     renderer = make_renderer(model, prompts=PAPER_PROMPTS)
     image = renderer.render_embedding((tiny.random_image(1),))
     captioned = renderer.render_caption(tiny.random_image(1), "a red apple", record_name="7")

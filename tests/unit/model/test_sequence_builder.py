@@ -1,4 +1,4 @@
-"""Cutting a sequence to a limit keeps images, control text and the meaning of labels and anchors."""
+"""Cutting a sequence keeps images, control text and the meaning of labels and anchors."""
 
 from __future__ import annotations
 

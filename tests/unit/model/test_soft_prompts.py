@@ -1,4 +1,4 @@
-"""Soft prompts start as the hand-written prompts, train beside LoRA, and export as ordinary tokens."""
+"""Soft prompts start as hand-written prompts, train beside LoRA and export as ordinary tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def initial(family: str, tmp_path: Path) -> DuetModel:
 
 @pytest.fixture
 def trained(initial: DuetModel) -> DuetModel:
-    """A model whose soft prompts are so large that they would win every logit, were they in the LM head."""
+    """A model whose soft prompts would have the largest logits, were they in the LM head."""
     initial.make_trainable(lora=LORA, projector=True, soft_prompts=True)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_they_are_saved_with_the_adapter(trained: DuetModel, tmp_path: Path) -> 
 def test_plain_transformers_computes_the_same_embeddings_from_an_export(
     trained: DuetModel, tmp_path: Path
 ) -> None:
-    """With the export's tokenizer and prompt, the hidden state at the last token is the embedding."""
+    """With the export's own prompt, the hidden state at the last token is the embedding."""
     embeddings = trained.encode(ITEMS[:2])
     image = trained.renderer.render_embedding((tiny.random_image(1),)).images[0][1]
     trained.save_merged(tmp_path / "merged")
