@@ -11,7 +11,7 @@ __all__ = ["random_png", "write_official_files"]
 
 
 def write_official_files(root: Path) -> Path:
-    """Write the files of all benchmarks below `root`, with images of 8 x 8 pixels; return `root`."""
+    """Write the files of all benchmarks, with images of 8 x 8 pixels, and return `root`."""
     writer = OfficialWriter(root)
     official_retrieval.write_retrieval(writer)
     official_retrieval.write_compositional(writer)

@@ -125,9 +125,9 @@ def write_yes_no(writer: OfficialWriter) -> None:
     """Write POPE, and MME in both of its folder layouts."""
     for split in ("random", "popular", "adversarial"):
         rows = []
-        for n, (thing, label) in enumerate((("snowboard", "yes"), ("car", "no")), 1):
+        for n, (noun, label) in enumerate((("snowboard", "yes"), ("car", "no")), 1):
             image = f"COCO_val2014_{n:012d}.jpg"
-            text = f"Is there a {thing} in the image?"
+            text = f"Is there a {noun} in the image?"
             rows.append({"question_id": n, "image": image, "text": text, "label": label})
         writer.write_json_lines(f"pope/coco_pope_{split}.json", rows)
     for n, task in enumerate((*MME_PERCEPTION, *MME_COGNITION)):

@@ -155,8 +155,8 @@ def import_rows(
 def test_llava_answers_to_mme_are_matched_by_image_and_prompt(data: Path, tmp_path: Path) -> None:
     rows = []
     for task in ("existence", "count"):
-        for thing, text in (("cat", "Yes"), ("dog", "No")):
-            prompt = f"Is there a {thing}?{SHORT_ANSWER}"
+        for noun, text in (("cat", "Yes"), ("dog", "No")):
+            prompt = f"Is there a {noun}?{SHORT_ANSWER}"
             rows.append({"question_id": f"{task}/0001.jpg", "prompt": prompt, "text": text})
     rows.append({"question_id": "?", "text": ""})
     counts = import_rows("mme", rows, data=data, runs=tmp_path)
@@ -170,12 +170,12 @@ def test_llava_answers_to_pope_are_matched_by_the_question_file(data: Path, tmp_
     questions = []
     answers = []
     for s, split in enumerate(("adversarial", "popular", "random"), 1):
-        for n, thing in enumerate(("snowboard", "car"), 1):
+        for n, noun in enumerate(("snowboard", "car"), 1):
             image = f"COCO_val2014_{n:012d}.jpg"
-            text = f"Is there a {thing} in the image?{SHORT_ANSWER}"
+            text = f"Is there a {noun} in the image?{SHORT_ANSWER}"
             question = {"question_id": 10 * s + n, "image": image, "text": text}
             questions.append({**question, "category": split})
-            answer = "Yes" if thing == "snowboard" else "No"
+            answer = "Yes" if noun == "snowboard" else "No"
             answers.append({"question_id": 10 * s + n, "text": answer})
     question_file = tmp_path / "questions.jsonl"
     write_json_lines(question_file, questions)
