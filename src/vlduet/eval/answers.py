@@ -38,7 +38,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 CONTRACTIONS: dict[str, str] = json.loads(
     (Path(__file__).parent / "vqa_contractions.json").read_text(encoding="utf-8")
 )
-"""Official spelling repairs (``dont`` -> ``don't``). The four official entries with a capital letter
+"""Official spelling repairs (``dont`` -> ``don't``). Four official entries with a capital letter
 are left out: words are lower-case when they are looked up."""
 
 _COMMA_BETWEEN_DIGITS = re.compile(r"\d,\d")
