@@ -100,7 +100,9 @@ class Outputs:
 
     def metrics(self, run: str) -> list[dict[str, float]]:
         rows = read_metrics(self.folder / run / "metrics.jsonl")
-        return [{name: v for name, v in row.items() if name != "seconds"} for row in rows]
+        for row in rows:
+            row.pop("seconds", None)
+        return rows
 
     def benchmark_values(self) -> dict[str, Any]:
         return {score["benchmark"]: score["values"] for score in self.json("eval")["scores"]}

@@ -41,8 +41,12 @@ def start_ranks(
         return [subprocess.Popen(command, env=environment)]
     ranks = []
     for rank in range(world_size):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        ranks.append(subprocess.Popen(command, env=environment | own))
+        rank_environment = environment | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+        }
+        ranks.append(subprocess.Popen(command, env=rank_environment))
     return ranks
 
 

@@ -157,8 +157,16 @@ def collate(
             `sequences`.
     """
     rows = pack(sequences, pack_to) if pack_to else [[sequence] for sequence in sequences]
-    rows_with_positions = [[(s, compute_position_ids(s)) for s in row] for row in rows]
-    return collate_rows(rows_with_positions, pad_token_id=pad_token_id, padding_side=padding_side)
+    return collate_rows(
+        [_with_position_ids(row) for row in rows],
+        pad_token_id=pad_token_id,
+        padding_side=padding_side,
+    )
+
+
+def _with_position_ids(row: list[Sequence]) -> list[tuple[Sequence, Tensor]]:
+    """Return every sequence of a row with its position ids."""
+    return [(sequence, compute_position_ids(sequence)) for sequence in row]
 
 
 def collate_rows(
@@ -177,7 +185,9 @@ def collate_rows(
         padding_side: `right` or `left`.
         shares_prefix: the later sequences of a row attend to its first one.
     """
-    row_lengths = [sum(len(sequence) for sequence, _ in row) for row in rows]
+    row_lengths = []
+    for row in rows:
+        row_lengths.append(sum(len(sequence) for sequence, _ in row))
     shape = (len(rows), max(row_lengths))
     token_ids = torch.full(shape, pad_token_id)
     labels = torch.full(shape, IGNORE_INDEX)

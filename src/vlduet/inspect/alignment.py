@@ -115,7 +115,7 @@ def config_encoder_cosines(parts: Parts, config: RunConfig) -> Tensor:
         ConfigError, ModelError, DataError: as training with this config does.
     """
     recipe = load_recipe(config)
-    encoders = setup.load_encoders(config, recipe, own=None, cache=config.data.cache or None)
+    encoders = setup.load_encoders(config, recipe, trained_model=None, cache=config.data.cache or None)
     return encoder_cosines(parts, encoders)
 
 

@@ -163,7 +163,6 @@ class DuetModel(nn.Module):
         """Return the embeddings float[A, E], unit length, of all anchors of a batch.
 
         Args:
-            batch: the whole batch.
             hidden: float[B', T, D], hidden states of the rows that the language model has read.
             spans: int64[a, 3], spans in `hidden` of the anchors that are not read from the vision
                 tower.

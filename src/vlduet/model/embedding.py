@@ -38,7 +38,6 @@ def encode(
     The model is in evaluation mode meanwhile. Nothing is skipped: one unusable item raises.
 
     Args:
-        model: the model.
         items: each a text, an `ImageRef`, or a tuple of both; without items the result has no rows.
         is_query: embed the items as queries, whose texts get `prompts.query` as a prefix.
         batch_tokens: bound on the padded tokens of a forward pass; items are grouped by length, and

@@ -46,7 +46,6 @@ def compute_caption_nll(
     A caption follows its image, and its end-of-text token counts.
 
     Args:
-        model: the model.
         pairs: images with their captions.
         batch_size: number of pairs that are rendered at once; bounds the decoded images in memory.
 

@@ -51,7 +51,6 @@ def save_pretrained(
     """Write a model folder atomically: trained tensors and adapter, and a reference to the base.
 
     Args:
-        model: the model.
         folder: new folder, or an earlier model folder, which is replaced.
         provenance: facts about the model's origin (config, data, commit) for the manifest.
 
@@ -78,7 +77,6 @@ def save_merged(
     former base.
 
     Args:
-        model: the model.
         folder: new folder, an earlier model folder, or the base's folder, which is replaced.
         provenance: facts about the model's origin for the manifest.
 

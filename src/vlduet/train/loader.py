@@ -28,7 +28,6 @@ def iterate_batches(
     """Yield this rank's samples and batches for the steps from `start` up to `stop`.
 
     Args:
-        run: the run.
         start: first step.
         stop: step after the last one, by default the end of the run.
 

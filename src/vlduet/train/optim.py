@@ -20,8 +20,7 @@ def build_optimizer(
     and have `train.lr_new` (default `train.lr`). The temperature has no weight decay.
 
     Args:
-        model: its trained parameters must be selected already.
-        config: settings of the run.
+        model: its parameters must be selected for training already.
         betas: coefficients of Adam, which the recipe decides.
     """
     train = config.train

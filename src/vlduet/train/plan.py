@@ -106,7 +106,6 @@ def _estimate_memory(run: TrainingRun, batches: list[Batch], scale: float) -> fl
     one chunk of logits with its gradient.
 
     Args:
-        run: the run.
         batches: batches that were laid out.
         scale: ratio of the true batch size to that of `batches`.
     """

@@ -38,7 +38,6 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
     """Open everything that a config names and check it.
 
     Args:
-        config: settings of the run.
         write_files: False writes neither quarantined records nor features to disk (for a dry run).
 
     Raises:
@@ -53,10 +52,10 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
         cache = config.out / "features" if config.data.cache is None else config.data.cache
     model: TrainableModel
     if recipe.build_model is None:
-        model = own = load_model(config, recipe, cache=cache)
-        encoders = load_encoders(config, recipe, own=own, cache=cache)
+        model = duet = load_model(config, recipe, cache=cache)
+        encoders = load_encoders(config, recipe, trained_model=duet, cache=cache)
     else:
-        encoders = load_encoders(config, recipe, own=None, cache=cache)
+        encoders = load_encoders(config, recipe, trained_model=None, cache=cache)
         model = recipe.build_model(config, encoders)
     optimizer = build_optimizer(model, config, betas=recipe.betas)
     run = TrainingRun(config, model, recipe, mixture, optimizer, quarantine, encoders)
@@ -82,7 +81,6 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
     """Open the model at `model.path` and make the configured parameters trainable.
 
     Args:
-        config: settings of the run.
         recipe: its hook `start` may modify the model first.
         cache: folder of the vision features; None keeps them in memory.
 
@@ -137,14 +135,14 @@ def _open_start_model(config: RunConfig) -> DuetModel:
 
 
 def load_encoders(
-    config: RunConfig, recipe: BoundRecipe, *, own: DuetModel | None, cache: Path | None
+    config: RunConfig, recipe: BoundRecipe, *, trained_model: DuetModel | None, cache: Path | None
 ) -> FrozenEncoders:
     """Open the frozen encoders of the recipe's roles; their weights are read at first use.
 
     Args:
         config: its section `encoders` has a folder for every role.
         recipe: its `encoder_roles` are opened; without any the result is empty.
-        own: the trained model, whose vision tower is shared where an encoder is its checkpoint.
+        trained_model: model whose vision tower is shared where an encoder is its checkpoint.
         cache: folder of the features; None keeps them in memory.
 
     Raises:
@@ -153,7 +151,7 @@ def load_encoders(
     """
     encoders: dict[str, FrozenEncoder] = {}
     feature_cache = FeatureCache(cache)
-    device = own.backbone.device if own else select_device()
+    device = trained_model.backbone.device if trained_model else select_device()
     for role in recipe.encoder_roles:
         folder: Path | None = getattr(config.encoders, role)
         if folder is None:
@@ -164,6 +162,6 @@ def load_encoders(
                 "or leave out the loss that needs it",
             )
         encoders[role] = open_frozen_encoder(
-            folder, cache=feature_cache, trained_model=own, device=device
+            folder, cache=feature_cache, trained_model=trained_model, device=device
         )
     return FrozenEncoders(encoders, cache=feature_cache)

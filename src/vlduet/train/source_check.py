@@ -44,7 +44,6 @@ def _find_source_problem(
     """Return why a source has nothing to learn, or None as soon as a useful record is found.
 
     Args:
-        run: the run.
         number: number of the source.
         max_records: bound on the records that are laid out (which decodes their images), evenly
             spaced; None looks at all.

@@ -68,11 +68,11 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     tiny.build_fast_vlm(tmp_path)
     change_config(tmp_path, model_type="blip-2")
-    known = (
+    model_types = (
         "fast_vlm, gemma3, gemma4, glm46v, glm4v, idefics3, internvl, "
         "llava, llava_next, llava_onevision, mistral3"
     )
-    with pytest.raises(ModelError, match=rf"model_type 'blip-2'.*Known: {known}"):
+    with pytest.raises(ModelError, match=rf"model_type 'blip-2'.*Known: {model_types}"):
         DuetModel.from_pretrained(tmp_path)
     change_config(tmp_path, model_type="lava")
     with pytest.raises(ModelError, match="Did you mean 'llava'"):

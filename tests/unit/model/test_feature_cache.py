@@ -127,7 +127,7 @@ def test_an_incomplete_file_counts_as_missing(tmp_path: Path, num_bytes: int) ->
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch(model: DuetModel) -> None:
-    """In the last bit: the batches of a resumed run depend on which images are cached."""
+    """The batches of a resumed run depend on which images are cached: compare bit for bit."""
     prepared = [model.prepare_image(tiny.random_image(i)) for i in range(5)]
     compute = model.backbone.compute_vision_features
     single = [compute([image]) for image in prepared]

@@ -53,8 +53,8 @@ def make_renderer_with_template(
 
 def decode(renderer: Renderer, token_ids: Iterable[int]) -> str:
     """Return tokens as text with special tokens, without IGNORE_INDEX."""
-    kept = [i for i in token_ids if i != IGNORE_INDEX]
-    return str(renderer.tokenizer.decode(kept, skip_special_tokens=False))
+    tokens = [i for i in token_ids if i != IGNORE_INDEX]
+    return str(renderer.tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def decode_labels(renderer: Renderer, sequence: Sequence) -> str:
@@ -330,7 +330,7 @@ def test_a_template_that_loses_content_is_refused(model: DuetModel) -> None:
         renderer.render_chat(make_chat("q", "a"), add_generation_prompt=False)
 
 
-def test_the_reason_of_a_template_that_refuses_a_chat_is_shown(model: DuetModel) -> None:
+def test_a_refusing_template_is_quoted(model: DuetModel) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
     renderer = make_renderer_with_template(model, template)
     with pytest.raises(DataError, match="roles must alternate"):

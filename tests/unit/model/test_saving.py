@@ -68,7 +68,7 @@ def test_the_manifest_lists_every_trained_tensor(
     assert manifest["provenance"] == {"made_by": "a test"} and manifest["base"] == "../base"
 
 
-def test_a_folder_can_be_moved_with_its_base(
+def test_folder_and_base_can_be_relocated_together(
     trained_model: DuetModel, saved_folder: Path, tmp_path: Path
 ) -> None:
     new_parent = tmp_path / "elsewhere"

@@ -22,8 +22,8 @@ def make_renderer(model: DuetModel, *, max_tokens: int | None = None) -> Rendere
 
 
 def decode(renderer: Renderer, token_ids: Any) -> str:
-    kept = [i for i in token_ids if i != IGNORE_INDEX]
-    return str(renderer.tokenizer.decode(kept, skip_special_tokens=False))
+    tokens = [i for i in token_ids if i != IGNORE_INDEX]
+    return str(renderer.tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 @settings(
@@ -80,7 +80,7 @@ def test_the_longest_text_is_cut_first(model: DuetModel) -> None:
     assert text.startswith("short x")
 
 
-def test_anchors_of_a_cut_text_move_to_its_new_end(model: DuetModel) -> None:
+def test_anchors_of_a_cut_text_end_with_it(model: DuetModel) -> None:
     renderer = make_renderer(model)
     builder = renderer.new_builder()
     builder.append_text("ab")

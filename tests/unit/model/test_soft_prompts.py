@@ -58,7 +58,7 @@ def rows_of(model: DuetModel) -> torch.nn.Parameter:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_they_start_as_the_hand_written_prompts(initial: DuetModel, chat: bool) -> None:
+def test_they_start_as_the_prompts_they_replace(initial: DuetModel, chat: bool) -> None:
     initial.set_prompts(
         Prompts(HAND_WRITTEN.image, HAND_WRITTEN.text, HAND_WRITTEN.parts, chat=chat)
     )
@@ -134,13 +134,13 @@ def test_plain_transformers_computes_the_same_embeddings_from_an_export(
     image_text = tiny.image_as_text(trained.renderer, tiny.random_image(1))
     image_prompt = prompts["image"].replace("{image}", image_text)
     cases = ((text_prompt, [], embeddings[0]), (image_prompt, [image], embeddings[1]))
-    for prompt, images, ours in cases:
+    for prompt, images, expected in cases:
         token_ids = tokenizer(prompt, return_tensors="pt").input_ids
         inputs = tiny.transformers_inputs(trained, token_ids, images)
         with torch.no_grad():
             states = plain.model(**inputs).last_hidden_state
         theirs = torch.nn.functional.normalize(states[0, -1], dim=0)
-        assert_close(theirs, torch.from_numpy(ours), atol=1e-5, rtol=0)
+        assert_close(theirs, torch.from_numpy(expected), atol=1e-5, rtol=0)
 
 
 def test_our_own_loader_opens_the_same_model_from_an_export(

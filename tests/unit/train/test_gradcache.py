@@ -218,7 +218,9 @@ def test_chunks_and_separate_passes_of_a_run_equal_a_plain_step(
     assert values[1] == pytest.approx(values[0], rel=1e-4)
     assert_close(gradients[1], gradients[0], atol=2e-5, rtol=1e-3)
     assert len(steps[0]) == 1 < len(steps[1])
-    num_images = [sum(len(batch.images) for batch in batches) for batches in steps]
+    num_images = []
+    for batches in steps:
+        num_images.append(sum(len(batch.images) for batch in batches))
     if "fused" in settings:
         assert num_images[1] > num_images[0]
     else:

@@ -24,7 +24,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not run_config.out.exists()
 
 
-def test_a_part_of_a_large_batch_is_laid_out_and_scaled_up(
+def test_numbers_of_a_large_batch_are_scaled_up_from_a_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rendered: list[Sample] = []

@@ -37,7 +37,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     ],
     ids=["no caption", "no image"],
 )
-def test_a_useless_source_alone_is_refused_and_beside_another_a_warning(
+def test_a_useless_source_is_refused_alone_and_a_warning_with_another(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: list[dict[str, Any]], message: str
 ) -> None:
     path = runs.write_run_config(tmp_path)
@@ -49,9 +49,9 @@ def test_a_useless_source_alone_is_refused_and_beside_another_a_warning(
     with pytest.raises(DataError, match=message):
         train(alone)
     # A control run may have sources for a loss that it leaves out.
-    both = config.load_run_config(path, [f"data.train.1.path={source}"])
+    with_another = config.load_run_config(path, [f"data.train.1.path={source}"])
     with caplog.at_level(logging.WARNING, logger="vlduet"):
-        prepare_run(both, write_files=False)
+        prepare_run(with_another, write_files=False)
     assert f"warning: {source}: none of its" in caplog.text
 
 
