@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,14 @@ from vlduet.model.generation.continuous import ContinuousBatcher, Request
 from vlduet.model.generation.inputs import suppressed_tokens
 from vlduet.model.prompts import Prompts
 from vlduet.objectives import contrastive, language, structure
+from vlduet.objectives.gak import api as alignment
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 from vlduet.train import loader, setup, step
+
+# The function of this name, which the package exports, hides the module.
+sugar_targets = import_module("vlduet.objectives.sugar_targets")
 
 Item = str | Path
 """A text, or an image by its path."""
@@ -49,7 +54,7 @@ __all__ = [
     "protocols",
     "records",
     "structure",
-    "triple",
+    "sugar_targets",
 ]
 """Modules whose functions of plain arrays the tests call by name."""
 
@@ -191,7 +196,9 @@ def one_step(path: Path, overrides: Sequence[str]) -> tuple[dict[str, float], di
 def comparison(path: Path) -> tuple[Path, dict[str, list[str]]]:
     """Return the base config of a comparison, and the settings of every run by name."""
     read = configs.load_comparison_config(path)
-    return read.base, {name: [*read.overrides, *settings] for name, settings in read.runs.items()}
+    return configs.find_config(read.base), {
+        name: [*read.overrides, *settings] for name, settings in read.runs.items()
+    }
 
 
 def sources(path: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -284,7 +291,9 @@ def play(
         continuation_nll=lambda pairs: [nats(prompt, text) for prompt, text in pairs],
     )
     row = get_benchmark(name)
-    return evaluate(row, functions, source=OfficialFiles(folder), runs=runs, provenance={"fixed": True})
+    return evaluate(
+        row, functions, source=OfficialFiles(folder), runs=runs, provenance={"fixed": True}
+    )
 
 
 def content(item: Parts) -> Iterator[str]:

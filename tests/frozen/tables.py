@@ -40,7 +40,6 @@ def kernels() -> dict[str, Any]:
         "raw logarithm": {"normalize": False, "log": True},
         "narrow": {"delta": 0.35},
         "fixed width": {"sigma": 0.8},
-        "band": {"band": 3},
     }
     values: dict[str, Any] = {}
     for name, options in variants.items():
@@ -48,18 +47,25 @@ def kernels() -> dict[str, Any]:
             "with itself": calls.alignment.gak_matrix(x, **options),
             "with others": calls.alignment.gak_matrix(x, y, **options),
         }
-        if name != "band":
-            values[name]["gradients"] = with_gradient(
-                lambda *rows, options=options: calls.alignment.gak_matrix(
-                    rows[:5], rows[5:], **options
-                ),
-                *x,
-                *y,
-            )["gradients"]
+        values[name]["gradients"] = with_gradient(
+            lambda *rows, options=options: calls.alignment.gak_matrix(
+                rows[:5], rows[5:], **options
+            ),
+            *x,
+            *y,
+        )["gradients"]
     values["single precision"] = calls.alignment.gak_matrix([slices.float() for slices in x])
-    values["posterior"] = [calls.alignment.alignment_posterior(x[2], other) for other in x]
-    values["narrow posterior"] = calls.alignment.alignment_posterior(x[2], x[4], delta=0.35)
+    values["posterior"] = [posterior_of_pair(x[2], other) for other in x]
+    values["narrow posterior"] = posterior_of_pair(x[2], x[4], delta=0.35)
     return plain(values | pairs())
+
+
+def posterior_of_pair(x: Tensor, y: Tensor, *, delta: float = 1.0) -> Tensor:
+    """Compute the alignment posterior of two sequences of unit slices, float64[M, N]."""
+    lengths = torch.tensor([len(x)]), torch.tensor([len(y)])
+    squared = ((x[:, None] - y[None]) ** 2).sum(-1)
+    sigma = calls.alignment.compute_sigma(*lengths, delta)
+    return calls.alignment.compute_alignment_posterior(squared[None], *lengths, sigma=sigma)[0]
 
 
 def pairs() -> dict[str, Any]:
@@ -69,17 +75,12 @@ def pairs() -> dict[str, Any]:
     width = calls.alignment.compute_sigma(*lengths, 0.7)
     return {
         "widths": width,
-        "of pairs": with_gradient(
-            lambda d: calls.alignment.gak_pairs(d, *lengths, sigma=width), sqdist
-        ),
+        "of pairs": calls.alignment.compute_log_gak(sqdist, *lengths, sigma=width),
         "posteriors of pairs": calls.alignment.compute_alignment_posterior(
             sqdist, *lengths, sigma=width
         ),
         "weighted means of pairs": calls.alignment.compute_alignment_weighted_mean(
             sqdist, *lengths, sigma=0.5
-        ),
-        "soft warping": with_gradient(
-            lambda d: calls.alignment.soft_dtw(d, *lengths, gamma=0.3), sqdist
         ),
     }
 
@@ -89,17 +90,17 @@ def pairs() -> dict[str, Any]:
 
 IMAGES = torch.tensor([True, False, True, False, False, True, False, True, False])
 PREFIXES = {
-    "slices": torch.tensor(
+    "slice_indices": torch.tensor(
         [[0, 1, 2, 3], [0, 1, 0, 0], [4, 5, 6, 0], [4, 0, 0, 0], [7, 0, 0, 0], [8, 7, 1, 2]]
     ),
     "lengths": torch.tensor([4, 2, 3, 1, 1, 4]),
-    "sequence": torch.tensor([0, 0, 1, 1, 2, 3]),
+    "sequence_ids": torch.tensor([0, 0, 1, 1, 2, 3]),
 }
 
 
 def many_cosines(*, triple: bool) -> Tensor:
     """Return cosines of nine slices, float64[9, 9]."""
-    return calls.triple.compute_triple_cosines(
+    return calls.sugar_targets.compute_triple_cosines(
         fixed.unit("same kind", 9, 5),
         fixed.unit("any kind", 9, 4),
         is_image=IMAGES,
@@ -109,22 +110,22 @@ def many_cosines(*, triple: bool) -> Tensor:
 
 def targets() -> dict[str, Any]:
     """Compute the target matrices of every switch, and the losses that follow from them."""
-    prefixes = calls.triple.Prefixes(**PREFIXES)
-    related = calls.triple.find_related_slices(prefixes, 9)
+    prefixes = calls.sugar_targets.Prefixes(**PREFIXES)
+    related = calls.sugar_targets.find_related_slices(prefixes, 9)
     values: dict[str, Any] = {"related": related.long()}
-    wide = calls.triple.compute_triple_cosines(
+    wide = calls.sugar_targets.compute_triple_cosines(
         fixed.unit("many of a kind", 24, 5),
         fixed.unit("many", 24, 4),
         is_image=torch.arange(24) % 2 == 0,
     )
     alone = torch.eye(24, dtype=torch.bool)
-    values["calibrated"] = calls.triple.calibrate_cosines(
+    values["calibrated"] = calls.sugar_targets.calibrate_cosines(
         wide, is_image=torch.arange(24) % 2 == 0, is_related=alone
     )
     for triple, target, same, single in itertools.product(
         (True, False), ("gak", "mean", "awm"), ("all", "nested"), ("cosine", "gak")
     ):
-        matrix = calls.triple.compute_target_matrix(
+        matrix = calls.sugar_targets.compute_target_matrix(
             many_cosines(triple=triple),
             prefixes,
             target=target,
@@ -133,7 +134,9 @@ def targets() -> dict[str, Any]:
             delta=0.8,
         )
         values[f"triple {triple}, {target}, {same}, {single}"] = matrix
-    own = calls.triple.compute_target_matrix(many_cosines(triple=True), prefixes, rows=slice(2, 5))
+    own = calls.sugar_targets.compute_target_matrix(
+        many_cosines(triple=True), prefixes, rows=slice(2, 5)
+    )
     return plain(values | {"of some rows": own, "losses": structures(own)})
 
 
@@ -144,7 +147,7 @@ def structures(target: Tensor) -> dict[str, Any]:
     def loss(**options: Any) -> dict[str, Any]:
         return with_gradient(
             lambda rows: calls.structure.structure_loss(
-                rows, everything, target=target, first_row=2, **options
+                rows, target, all_embeddings=everything, first_row=2, **options
             ),
             everything[2:5],
         )
@@ -152,7 +155,7 @@ def structures(target: Tensor) -> dict[str, Any]:
     return {
         "squares": loss(),
         "squares of a reference": loss(n_ref=16),
-        "divergence": loss(loss="kl", temperature=0.2),
+        "divergence": loss(kind="kl", temperature=0.2),
     }
 
 
@@ -180,10 +183,10 @@ def losses() -> dict[str, Any]:
     values = {
         "contrastive": with_gradient(both, left, right, scale),
         "contrastive, ignoring": with_gradient(
-            lambda *t: both(*t, ignore=ignore), left, right, scale
+            lambda *t: both(*t, ignore_mask=ignore), left, right, scale
         ),
         "contrastive, a share": with_gradient(
-            lambda *t: both(*t, ignore=ignore, **shares), left, right, scale
+            lambda *t: both(*t, ignore_mask=ignore, **shares), left, right, scale
         ),
         "single direction": with_gradient(
             lambda s: calls.contrastive.compute_row_infonce(s, positive, ignore), 3 * left @ right.T
