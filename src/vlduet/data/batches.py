@@ -62,8 +62,9 @@ class Batch:
         """Return the cheapest mask that the language model needs for this batch.
 
         Returns:
-            None where every row is one full sequence; int64[B, T] (1 on tokens, 0 on padding) for
-            padded rows of one sequence; bool[B, 1, T, T] of `block_causal_mask` for packed rows.
+            None if every row is one sequence without padding; int64[B, T] (1 on tokens, 0 on
+            padding) for padded rows of one sequence; if any row holds several sequences,
+            bool[B, 1, T, T], the causal `block_causal_mask`.
         """
         if bool((self.segment_ids == 1).all()):
             return None
@@ -75,11 +76,11 @@ class Batch:
         """Return bool[B, 1, T, T], True where the token in dimension 2 attends to that in 3.
 
         A token attends to itself and to the earlier tokens of its own sequence; with
-        `shares_prefix` also to the row's first sequence.
+        `shares_prefix` also to the row's first sequence. Padding attends to itself only.
 
         Args:
-            bidirectional_images: let the tokens of one image attend to each other in both
-                directions.
+            bidirectional_images: let the neighbouring feature tokens of one image (a run of
+                `image_mask`) attend to each other in both directions.
         """
         allowed = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]  # [B, T, T]
         if self.shares_prefix:
@@ -99,11 +100,14 @@ class Batch:
         return (allowed | itself)[:, None]
 
     def drop_anchors(self, is_dropped: Tensor) -> Batch:
-        """Return the batch without some anchors, and without the rows that then have no output.
+        """Return a new batch without some anchors, and without the rows that then have no output.
+
+        A row is removed, with its images, if it has neither a label nor a remaining anchor; B may
+        become 0, T stays.
 
         Args:
-            is_dropped: bool[A], True for the anchors to remove. If none is True, `self` is
-                returned.
+            is_dropped: bool[A] on any device, True for the anchors to remove. If none is True,
+                `self` is returned and no row is removed.
         """
         if not is_dropped.any():
             return self
@@ -149,7 +153,7 @@ def collate(
     """Return one batch of all sequences, on the CPU.
 
     Args:
-        sequences: at least one sequence.
+        sequences: at least one sequence (ValueError for none).
         pad_token_id: token id of padding; no result depends on it.
         padding_side: `right` or `left`.
         pack_to: None gives every sequence a row of its own. A number fills rows up to so many
@@ -178,9 +182,13 @@ def collate_rows(
 ) -> Batch:
     """Return the batch of rows that are already formed, on the CPU.
 
+    Row r of the batch is ``rows[r]``, its sequences one after the other without gaps. Position ids
+    are int64[3, B, T] if any sequence has three rows of them (a single one is repeated), and 0 on
+    padding.
+
     Args:
-        rows: at least one row; a row lists its sequences, each with its position ids int64[1 or 3,
-            T].
+        rows: at least one row (ValueError for none); a row lists its sequences, each with its
+            position ids, int64[1, length] or int64[3, length].
         pad_token_id: token id of padding.
         padding_side: `right` or `left`.
         shares_prefix: the later sequences of a row attend to its first one.
@@ -230,7 +238,8 @@ def collate_rows(
 def pack(sequences: list[Sequence], max_tokens: int) -> list[list[Sequence]]:
     """Return rows of at most `max_tokens` tokens; a sequence joins the first that has room.
 
-    A sequence that is longer than `max_tokens` gets a row of its own. No sequence is cut.
+    A sequence that is longer than `max_tokens` gets a row of its own. No sequence is cut. Rows are
+    in the order in which they were opened; [] for no sequences.
     """
     rows: list[list[Sequence]] = []
     free_tokens: list[int] = []
@@ -253,10 +262,10 @@ def split_into_chunks(
 
     Padding counts. A group has at least one row, which may be longer than `max_tokens`. Sequences
     without anchors form groups of their own, after all others: GradCache skips their first pass
-    (`train/gradcache.py`).
+    (`train/gradcache.py`). Both go from short to long rows.
 
     Args:
-        sequences: the sequences to divide; each is in exactly one group.
+        sequences: the sequences to divide; each is in exactly one group. None yield nothing.
         max_tokens: bound on rows x row length of a group.
         pack_to: value that `collate` will get.
     """
@@ -273,8 +282,9 @@ def split_into_chunks(
 def group_by_length(lengths: abc.Sequence[int], max_tokens: int) -> abc.Iterator[list[int]]:
     """Yield groups of indices of similar lengths whose padded size is at most `max_tokens`.
 
-    The groups go from short to long, and so do the indices of a group. A group has at least one
-    index, even one that is longer than `max_tokens`.
+    The padded size is the number of indices times the largest length. Lengths ascend within and
+    across groups. An index whose length exceeds `max_tokens` is a group of its own. No lengths
+    yield nothing.
     """
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -50,7 +50,10 @@ def _parse_own(row: SourceRow) -> Record:
 
 
 def _matches_own(value: dict[str, Any]) -> bool:
-    """Return whether a row has an ``id`` and only keys of one kind of record, misspelt or not."""
+    """Return whether a row has an ``id``, a key of one kind of record, and no foreign keys.
+
+    A misspelt key of that kind (similarity at least 0.8) is not foreign.
+    """
     if "id" not in value:
         return False
     for keys in KEYS_BY_KIND.values():
@@ -145,7 +148,7 @@ def read_records(
 ) -> Iterator[Record]:
     """Return an iterator over the records of a file or folder, which reads as it is advanced.
 
-    Without `format`, the first rows are read at once.
+    Without `format`, up to `MAX_DETECTION_ROWS` rows are read at once. Images are not opened.
 
     Args:
         source: a file whose name ends as a key of `CONTAINER_READERS`, or a folder: of images, of
@@ -155,8 +158,11 @@ def read_records(
         on_error: receives the error of each broken row, which is left out; None raises the first.
 
     Raises:
-        DataError: at once if the source or the format is unknown or unreadable; later, without
-            `on_error`, for a broken row.
+        DataError: at once if the source is missing, of an unknown kind or, without `format`,
+            unreadable or not recognised, or if `format` is unknown; as the iterator is advanced,
+            for a file that is broken as a whole and, without `on_error`, for a broken row.
+        OSError: as the iterator is advanced, if a file cannot be read and `format` is given; at
+            once for an unreadable folder.
     """
     if format is not None and format not in FORMATS:
         fix = suggest_name(format, FORMATS)
@@ -187,7 +193,8 @@ def append_unlisted_images(
 ) -> Iterator[Record]:
     """Yield `records`, then a pair for every image below `folder` that none of them refers to.
 
-    `on_error` receives the error of each image whose name or caption file cannot be read.
+    Paths are compared with symbolic links resolved. `on_error` receives the error of each image
+    whose name or caption file cannot be read; errors of `records` propagate.
     """
     listed = set[Path]()
     for record in records:
@@ -203,7 +210,11 @@ def append_unlisted_images(
 def _parse_rows(
     rows: Iterable[SourceRow], schema: RecordFormat, on_error: RowErrorHandler | None
 ) -> Iterator[Record]:
-    """Yield the record of each row. Errors go to `on_error`, or are raised if it is None."""
+    """Yield the record of each row that has one.
+
+    The DataErrors of rows that are broken, no objects or not of the format go to `on_error`, or
+    the first is raised if it is None. Errors of `rows` itself propagate.
+    """
     for row in rows:
         try:
             if row.error is not None:
@@ -230,7 +241,15 @@ def detect_format(source: Path) -> str:
 
 
 def _detect_format(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterator[SourceRow]]:
-    """Return the name of the format of the first row that one matches, and all rows again."""
+    """Return (name of the first format that matches a row, all rows); no row is lost.
+
+    Up to `MAX_DETECTION_ROWS` are taken from `rows`, of which only the returned iterator may be
+    used afterwards. If none of them is an object, the name is ``records``.
+
+    Raises:
+        DataError: there are objects, but no format matches one; or reading the rows fails.
+        OSError: a file cannot be read.
+    """
     head: list[SourceRow] = []
     for row in itertools.islice(rows, MAX_DETECTION_ROWS):
         head.append(row)
@@ -252,7 +271,14 @@ def _detect_format(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterat
 
 
 def _read_rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
-    """Return the rows of a file or folder; `root` None is the folder of the file."""
+    """Return an iterator over the rows of a file or folder; a file is not opened yet.
+
+    `root` None is the folder of the file.
+
+    Raises:
+        DataError: the source is missing, has an unknown ending, or is a folder without records
+            and images or with several data sets.
+    """
     if not source.exists():
         raise DataError("no such file or folder", place=source, fix="Check the path")
     if source.is_dir():
@@ -275,7 +301,15 @@ def _split_suffix(name: str) -> tuple[str, str]:
 
 
 def _read_folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
-    """Return the rows of a folder's files of records or, if it has none, of its images."""
+    """Return an iterator over the rows of a folder's files of records, else of its images.
+
+    Several files are read one after the other if their names differ in a number only. `root` None
+    is the folder; image paths of a folder of images always start from it.
+
+    Raises:
+        DataError: the folder holds several splits or data sets, a broken or indexed saved dataset,
+            or neither records nor images.
+    """
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
         fix = f"Name one: {_list_paths(folder / split for split in splits)}"
@@ -297,7 +331,11 @@ def _read_folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
 
 
 def _list_record_files(folder: Path) -> list[Path]:
-    """Return the metadata file of a folder, else its files of records, sorted; [] without any."""
+    """Return the files of records that lie directly in a folder, sorted; [] if there are none.
+
+    If there is a ``metadata`` file (``.csv``, ``.jsonl`` or ``.parquet``, the first of these), it
+    alone is returned. Hidden files and quarantine files are ignored.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     # A quarantine file lists what a command left out, beside the records that it wrote.
     ignored = [p for p in files if p.name.startswith(".") or p.name.endswith(QUARANTINE_SUFFIX)]
@@ -329,7 +367,11 @@ def _list_saved_dataset_files(folder: Path) -> list[Path]:
 
 
 def _read_image_rows(folder: Path) -> Iterator[SourceRow]:
-    """Return a row per image below a folder. Raise DataError at once if there is none."""
+    """Return an iterator over a row per image below a folder, in the order of its reader.
+
+    Raises:
+        DataError: at once, if there is no image.
+    """
     rows = containers.read_image_folder_rows(folder, folder)
     first = next(rows, None)
     if first is None:
@@ -349,13 +391,14 @@ def _list_paths(paths: Iterable[Path]) -> str:
 
 
 def check_output_path(target: Path, source: Path, *, allow_existing: bool = False) -> None:
-    """Check that `target` can be written while `source` is read.
+    """Check that `target` can be written while `source` is read. Nothing is written.
 
     Args:
-        allow_existing: accept an existing file of the folder `source`, which is then replaced.
+        allow_existing: accept an existing file of the folder `source`, which the caller replaces.
 
     Raises:
-        DataError: `target` is no ``.jsonl``, is the source, or is an existing file inside it.
+        DataError: `target` is no ``.jsonl``, is the source, or (without `allow_existing`) exists
+            directly in the folder `source`.
     """
     if target.suffix != ".jsonl":
         fix = f"Write {target.with_suffix('.jsonl')}"
@@ -376,9 +419,10 @@ def is_file_inside(path: Path, folder: Path) -> bool:
 def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]:
     """Write records to a ``.jsonl`` file, and yield each one after it is written.
 
-    The generator must be exhausted: `target` appears, or is replaced, when all records are
-    written, and stays as it was if an error stops the generator. Images given as bytes are written
-    to ``<stem of target>-images/`` and referred to there.
+    The generator must be exhausted: nothing happens before it is advanced, `target` appears, or is
+    replaced, when all records are written, and stays as it was if an error stops the generator.
+    The folder of `target` is created. Images given as bytes are written by `write_inline_image`
+    and referred to there in the file; the yielded records are the unchanged ones.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial_file = target.with_name(f".{target.name}.partial")
@@ -399,8 +443,9 @@ def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]
 def write_inline_image(ref: ImageRef, target: Path) -> ImageRef:
     """Write an image that exists only as bytes to a file beside `target`; return its reference.
 
-    The file is ``<stem of target>-images/<24 hex digits of the SHA-256>.<format>``, and is not
-    written again if it exists. A `ref` with a path is returned unchanged.
+    The file is ``<stem of target>-images/<24 hex digits of the SHA-256>.<format>`` (``.bin`` for a
+    format that is not in `IMAGE_SUFFIXES`), and is not written again if it exists. Folders are
+    created. A `ref` with a path is returned unchanged.
     """
     if ref.data is None:
         return ref

@@ -67,7 +67,8 @@ def detect_image_format(head: bytes) -> str:
     """Return the format that the first bytes of a file announce; 512 bytes are enough.
 
     Returns:
-        A name such as ``PNG``, ``JPEG`` or ``SVG``; ``HEIC or AVIF``, ``XML`` or ``unknown``.
+        One of `DECODED_FORMATS`; ``PSD``, ``EPS``, ``PDF``, ``gzip``, ``HEIC or AVIF``, ``SVG`` or
+        ``XML``; ``unknown`` for anything else, no bytes included.
     """
     for magic, name in _MAGIC:
         if head.startswith(magic):
@@ -107,8 +108,9 @@ def load_image(ref: ImageRef) -> DecodedImage:
     """Return an image decoded: first frame, upright, RGB with 8 bits, transparency on white.
 
     Raises:
-        ImageError: the image is missing, empty, of a refused format, too large or broken. Format
-            and size are checked before any pixel is decoded.
+        ImageError: the image is missing, empty, not one of `DECODED_FORMATS`, larger than
+            `MAX_IMAGE_PIXELS`, truncated or broken. Format and size are checked before any pixel
+            is decoded.
     """
     data = read_bytes(ref)
     kind = _check_format(data, ref.name)
@@ -133,7 +135,11 @@ def load_image(ref: ImageRef) -> DecodedImage:
 
 
 def _check_format(data: bytes, name: str) -> str:
-    """Return the format of encoded bytes. Raise ImageError if there are none or it is refused."""
+    """Return the format of encoded bytes, one of `DECODED_FORMATS`.
+
+    Raises:
+        ImageError: at the place `name`, if there are no bytes or the format is another one.
+    """
     if not data:
         fix = "Copy or download it again"
         raise ImageError("the image is empty (0 bytes)", place=name, fix=fix)
@@ -158,7 +164,10 @@ def _broken_image_error(kind: str, error: BaseException, name: str) -> ImageErro
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return a new RGB image of any decoded mode, with transparency composited on white."""
+    """Return a new RGB image of any decoded mode, with transparency composited on white.
+
+    Modes of more than 8 bits are scaled as in `_to_8_bits`. The copy has no metadata.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image)
     # A palette or a grey image may declare one colour transparent instead of having an alpha.
@@ -173,7 +182,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Return a grey image of 16 bits, 32 bits or floats as a grey image of 8 bits.
 
-    Integers from 0 to 65535 keep that scale; all others are stretched to their own range.
+    Integers that are all from 0 to 65535 are divided by 257. Other values are stretched so that
+    the least is 0 and the greatest 255 (if all are equal, they are only clipped); NaN and infinity
+    count as 0.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
@@ -208,7 +219,10 @@ def from_pixels(pixels: Pixels) -> DecodedImage:
 
 
 def scale_down(image: DecodedImage, max_side: int) -> DecodedImage:
-    """Return the image with its longer side at most `max_side` pixels; small ones unchanged."""
+    """Return a copy with the longer side `max_side` pixels, in the same proportions.
+
+    An image that is not larger is returned itself, not copied. No side gets shorter than 1 pixel.
+    """
     factor = max_side / max(image.size)
     if factor >= 1:
         return image
@@ -236,7 +250,11 @@ def encode_jpeg(image: DecodedImage) -> bytes:
 
 
 def encode_thumbnail_data_url(image: DecodedImage, side: int) -> str:
-    """Return a ``data:`` URL of the image scaled to at most `side` pixels, for HTML pages."""
+    """Return a ``data:`` URL of an RGB image for HTML pages, as base64.
+
+    The image is scaled down to at most `side` pixels on its longer side, and encoded as PNG if it
+    then has at most 256 colours, else as JPEG of quality 85.
+    """
     small = scale_down(image, side)
     # Photos are ten times smaller as JPEG; drawings have few colours and blur as JPEG.
     kind = "PNG" if small.getcolors(256) is not None else "JPEG"
@@ -259,7 +277,7 @@ _DCT = _dct_rows(8, 32)
 
 
 def compute_perceptual_hash(image: DecodedImage) -> int:
-    """Return the pHash of an image: 64 bits that describe its appearance in grey.
+    """Return the pHash of an image, an integer of 64 bits that describe its appearance in grey.
 
     The bits are the signs of its 8 x 8 lowest frequencies against their median. Scaled or
     re-encoded copies differ in a few bits, unrelated images in about 32. Unlike dHash, it keeps
@@ -284,8 +302,9 @@ def measure_texture(ref: ImageRef) -> tuple[float, int]:
     """Return two numbers that tell a drawn cut-out from a photographed one.
 
     Returns:
-        (share of horizontal neighbours that are equal, number of distinct colours with 6 bits per
-        channel), both over opaque pixels; (0.0, 0) for a fully transparent image.
+        (share of horizontal neighbours that are equal, from 0 to 1; number of distinct colours
+        with 6 bits per channel), both over pixels with alpha above 250 only; (0.0, 0) for a fully
+        transparent image.
 
     Raises:
         ImageError: as `load_image`.

@@ -39,10 +39,11 @@ class SharedPrefixRow:
 
 
 def build_rows(sequences: list[Sequence], max_tokens: int) -> list[SharedPrefixRow]:
-    """Return rows that hold all sequences in their order.
+    """Return rows that hold all sequences in their order; [] for none.
 
-    Neighbours share a row where it has at most `max_tokens` tokens and the prefix is at least half
-    of each of its sequences. A sequence that is longer than `max_tokens` has a row of its own.
+    A sequence joins the row of its predecessor if the row then has at most `max_tokens` tokens and
+    its prefix is at least half of each of its sequences; otherwise it opens a row, even if it
+    alone is longer than `max_tokens`.
     """
     rows: list[SharedPrefixRow] = []
     for sequence in sequences:
@@ -61,11 +62,11 @@ def build_rows(sequences: list[Sequence], max_tokens: int) -> list[SharedPrefixR
 def group_rows(
     sequences: list[Sequence], max_tokens: int
 ) -> Iterator[tuple[list[int], list[SharedPrefixRow]]]:
-    """Yield groups of rows for `collate_shared_prefixes`, of similar lengths.
+    """Yield groups of rows for `collate_shared_prefixes`, of similar lengths, short ones first.
 
     Yields:
-        Indices into `sequences` in the order of the rows, and the rows. The padded size of a group
-        is at most `max_tokens`, unless one sequence alone is longer.
+        (indices into `sequences` in the order of the rows, the rows). The padded size of a group
+        is at most `max_tokens`, unless one sequence alone is longer. No sequences yield nothing.
     """
     rows = build_rows(sequences, max_tokens)
     first_index = [0, *accumulate(len(row.sequences) for row in rows)]
@@ -78,8 +79,8 @@ def shared_prefix_length(first: Sequence, second: Sequence) -> int:
     """Return how many leading tokens two sequences can share.
 
     The prefix ends before the first token that differs, before the token that predicts the first
-    label of either sequence, and before the first image that is not the same or not completely
-    inside. It may be 0.
+    label of either sequence (the last token if it has no label), and before the first image that
+    is not the same, at the same index, in the other, or not completely inside. It may be 0.
     """
     end = min(_first_label(first), _first_label(second)) - 1
     end = next((t for t in range(end) if first.token_ids[t] != second.token_ids[t]), end)
@@ -103,7 +104,11 @@ def _first_label(sequence: Sequence) -> int:
 
 
 def collate_shared_prefixes(rows: list[SharedPrefixRow], *, pad_token_id: int) -> Batch:
-    """Return the batch of rows, with labels and without anchors: it is for likelihoods."""
+    """Return the batch of rows, at least one, for likelihoods; on the CPU, padded on the right.
+
+    Segment 1 of row r is the prefix of ``rows[r]``, the later ones are its continuations, with the
+    position ids of their whole sequences. Labels and images are kept, anchors dropped.
+    """
     segments_of_rows = []
     for row in rows:
         prefix = row.prefix_length

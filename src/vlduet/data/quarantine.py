@@ -37,15 +37,16 @@ def bisect_failures(
 ) -> list[U | None]:
     """Apply a batch function to all items at once, and isolate the items that it cannot handle.
 
-    A batch that raises DataError is halved until the broken item is alone. Other exceptions
-    propagate.
+    A batch that raises DataError is halved until the broken item is alone. Other exceptions, and
+    those of `on_error`, propagate.
 
     Args:
-        function: returns one result per item, in order.
-        on_error: receives every broken item with its error.
+        function: returns one result per item, in order. It may get an item several times, and is
+            not called for no items.
+        on_error: receives every broken item with its error, in order.
 
     Returns:
-        One result per item; None for a broken one.
+        One result per item; None for a broken one, [] for no items.
     """
     if not items:
         return []
@@ -65,12 +66,14 @@ class Quarantine:
 
     A drop is listed once, however many epochs or restarts meet it: an existing file is read first
     and continued. Lines hold no times, so that equal runs write equal files. Thread-safe.
-
-    Args:
-        path: the file, created at the first drop; None keeps the list in memory only.
     """
 
     def __init__(self, path: Path | None = None):
+        """Read the drops that an earlier run listed at `path`; incomplete lines are ignored.
+
+        Args:
+            path: the file, not created before the first drop; None keeps the list in memory only.
+        """
         self.path = path
         self._lock = threading.Lock()
         self._drops: set[tuple[str | None, str | None, str]] = set()  # id, place, message
@@ -88,14 +91,16 @@ class Quarantine:
         return cls(path)
 
     def add(self, dropped: Record | Place | str | None, error: Exception) -> bool:
-        """List one dropped record, and append it to the file.
+        """List one dropped record, and append it to the file, whose folder is created if missing.
 
         Args:
             dropped: the record, or its place if it could not even be parsed.
-            error: the reason. Its own place, such as an image's path, precedes the message.
+            error: the reason, of any type. Its own place, such as an image's path, precedes the
+                message, or stands in for the place if `dropped` has none.
 
         Returns:
-            True if the drop is new; False if the same one is listed already.
+            True if the drop is new; False, and nothing is written, if one with the same id, place
+            and message is listed already.
         """
         record_id = dropped.id if isinstance(dropped, Record) else None
         position = dropped.place if isinstance(dropped, Record) else dropped
@@ -123,7 +128,7 @@ class Quarantine:
         return True
 
     def _register(self, record_id: str | None, place: str | None, message: str, cause: str) -> bool:
-        """Count a drop in memory. Return False, and count nothing, if it is known already."""
+        """Count a drop in memory and return True; return False, and do nothing, if it is known."""
         drop = (record_id, place, message)
         if drop in self._drops:
             return False
@@ -144,7 +149,10 @@ class Quarantine:
         return dict(sorted(self._causes.items(), key=lambda item: (-item[1], item[0])))
 
     def __str__(self) -> str:
-        """Return the number of drops by cause and the path of the file, for a message."""
+        """Return the number of drops, in all and by cause, and the path of the file if it has one.
+
+        Without drops, return ``nothing dropped``.
+        """
         if not self.count:
             return "nothing dropped"
         causes = ", ".join(f"{count} x {cause}" for cause, count in self.count_by_cause().items())

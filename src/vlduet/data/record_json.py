@@ -91,10 +91,11 @@ class JsonValue:
         return f"{type(self.value).__name__} {str(self.value)[:40]!r}"
 
     def parse_record_id(self) -> str:
-        """Return the value as the id of a record.
+        """Return the value as the id of a record; an integer becomes its decimal digits.
 
         Raises:
-            DataError: it is neither a string nor an integer, is empty, or is no valid UTF-8.
+            DataError: it is neither a string nor an integer (a boolean is not), is "", or cannot
+                be encoded as UTF-8.
         """
         value = self.value
         if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
@@ -123,12 +124,14 @@ class JsonValue:
     def parse_image(self) -> ImageRef:
         """Return a reference to the image that the value names, without opening it.
 
-        The value is a path relative to `root`, a ``data:`` URL, the encoded bytes, or an object
-        of ``bytes`` (raw or base64) and ``path``, of which the bytes win.
+        The value is a path (relative to `root`, or absolute), a ``data:`` URL (base64 or
+        percent-encoded), the encoded bytes, or an object of ``bytes`` (raw or base64) and ``path``
+        without other keys, of which the bytes win.
 
         Raises:
-            DataError: another type, an empty or undecodable value, a path that is not UTF-8, or a
-                network URL. A missing file is no error here.
+            DataError: another type, an empty text, broken base64, a ``data:`` URL without a comma,
+                a path that is not UTF-8, or a URL with ``://``. A missing file, empty bytes and
+                bytes that are no image are no errors here.
         """
         value = self.value
         data = value if isinstance(value, bytes) else None
@@ -178,7 +181,12 @@ class JsonValue:
         return tuple(item._parse_part() for item in self.parse_items("parts", fix=fix))
 
     def _parse_part(self) -> Part:
-        """Return one item of `parts`: its text or its image; raise DataError for any other."""
+        """Return the text or the image of one item of `parts`.
+
+        Raises:
+            DataError: the value is no object, has both or neither of ``text`` and ``image``, or a
+                key besides these and ``type``; or its text or image is wrong.
+        """
         part = self.value
         openai_image = part.get("image_url") if isinstance(part, dict) else None
         if isinstance(openai_image, dict) and part.get("type") == "image_url":
@@ -201,7 +209,7 @@ class JsonValue:
         """Return a list of candidates, each a list of parts; () for an empty list.
 
         Raises:
-            DataError: the value is not a list of lists of parts.
+            DataError: the value is not a list of lists of parts, or a candidate is empty.
         """
         items = self.value
         if not isinstance(items, list) or not all(isinstance(item, list) for item in items):
@@ -211,10 +219,13 @@ class JsonValue:
 
 
 def parse_record(raw: Any, *, place: Place, root: Path) -> Record:
-    """Return the record that a decoded JSON value describes.
+    """Return the record that a decoded JSON value describes; its keys decide the kind.
+
+    Texts under ``parts`` are split into sentences. Images are not opened.
 
     Args:
-        raw: the value; everything but an object in the documented form is an error.
+        raw: the value; everything but an object in the documented form is an error, and so is an
+            unknown key or a missing ``id``. It is not modified.
         place: file and line of the value, for error messages and for `Record.place`.
         root: folder that relative image paths start from.
 
@@ -249,7 +260,8 @@ def _parse_pair(row: JsonValue) -> dict[str, Any]:
     """Return the fields of `Record` that a pair fills: image, short, long and negative.
 
     Raises:
-        DataError: the image is missing, or a value is wrong; missing captions are no error.
+        DataError: the image is missing, or a value is wrong. Missing or empty short captions
+            give (), a missing long caption None, but an empty long caption is wrong.
     """
     if "image" not in row.value:
         fix = 'Add "image": a path or a data: URL'
@@ -281,10 +293,11 @@ def _parse_interleaved(row: JsonValue) -> dict[str, Any]:
 
 
 def _parse_chat(row: JsonValue) -> dict[str, Any]:
-    """Return the field `messages` of a chat; content may be a text or a list of parts.
+    """Return ``{"messages": (Message, ...)}``; ``content`` is a text or a list of parts.
 
     Raises:
-        DataError: a turn is wrong, there is none, or none is by the assistant.
+        DataError: there is no turn, one is no object or has another role than `ROLES` or a wrong
+            or empty content, or none is by the assistant.
     """
     messages = []
     for turn in row.get_field("messages").parse_items("turns"):
@@ -308,7 +321,11 @@ def require_answer(messages: list[Message], place: Place) -> None:
 
 
 def _parse_retrieval(row: JsonValue) -> dict[str, Any]:
-    """Return the fields query, positive and negative; raise DataError without query or positive."""
+    """Return the fields query, positive and negative; without the key, negative is ().
+
+    Raises:
+        DataError: query or positive is missing or empty, or a value is wrong.
+    """
     for key in ("query", "positive"):
         if not row.value.get(key):
             fix = "Write a list of parts"
@@ -329,10 +346,12 @@ _FIELD_PARSERS = {
 
 
 def record_to_json(record: Record, *, root: Path) -> dict[str, Any]:
-    """Return the JSON object that `parse_record` with the same `root` reads as an equal record.
+    """Return the JSON object that `parse_record` with the same `root` reads as the same record.
 
-    Image paths become relative to `root`; images given as bytes become ``data:`` URLs.
-    `Record.place` is not written.
+    Image paths become relative to `root`, with symbolic links resolved and ``/`` between folders;
+    images given as bytes become ``data:`` URLs. Empty optional fields have no key, and a single
+    short caption is a string. `Record.place` is not written. A pair without an image fails an
+    assertion.
     """
 
     def encode_image(ref: ImageRef) -> str:

@@ -149,10 +149,11 @@ class Record:
 
 
 def iter_labelled_parts(record: Record) -> Iterator[tuple[str, Part]]:
-    """Yield (label, text or image) for every part of a record, in reading order.
+    """Yield (label, text or image) for every part of a record, in the order of its fields.
 
-    The label is ``image``, ``short``, ``long``, ``part 1`` (counted from 1), a message's role,
-    ``query``, or ``positive 1`` and ``negative 1`` (the number of the candidate).
+    The label is ``image``, ``short`` (for each short caption), ``long``, ``part 1`` (counted from
+    1), a message's role, ``query``, or ``positive 1`` and ``negative 1`` (the number of the
+    candidate; all parts of a candidate or message have the same label). Empty fields yield nothing.
     """
     if record.image is not None:
         yield "image", record.image

@@ -164,7 +164,8 @@ def compute_position_ids(sequence: Sequence) -> torch.Tensor:
     Without grids they count 0, 1, ..., T - 1. With grids the three rows are time, row and column of
     the multimodal rotary embedding of Qwen2-VL (arXiv 2409.12191): equal and increasing on text; an
     image has one time, its tokens count rows and columns from there, and the text after it
-    continues after the larger of both. Either all images of a sequence have a grid or none.
+    continues after the larger of both. Either all images of a sequence have a grid or none, and a
+    grid has as many cells as its image has tokens; otherwise an assertion fails.
     """
     if not any(image.grid for _, image in sequence.images):
         return torch.arange(len(sequence))[None]

@@ -49,16 +49,7 @@ class Sample:
 
 
 class Mixture:
-    """Endless sequence of samples from several sources, mixed by weight.
-
-    Args:
-        sources: records of every source.
-        weights: positive weight of every source; only their ratios matter.
-        seed: seed of the order.
-
-    Raises:
-        DataError: a source has no records, or its share is below 1/1000.
-    """
+    """Endless sequence of samples from several sources, mixed by weight."""
 
     def __init__(
         self,
@@ -67,6 +58,16 @@ class Mixture:
         *,
         seed: int,
     ):
+        """Compute each source's share of a block of `SCHEDULE_BLOCK_SIZE` positions.
+
+        Args:
+            sources: records of every source, at least one source; they are not copied.
+            weights: positive weight of every source; only their ratios matter.
+            seed: seed of the order. Global random generators are not used.
+
+        Raises:
+            DataError: a source has no records, or its share rounds to less than 1/1000.
+        """
         self.sources = sources
         self.seed = seed
         for i, records in enumerate(sources):
@@ -91,7 +92,11 @@ class Mixture:
         self._order = lru_cache(maxsize=2 * len(sources))(self._build_order)
 
     def __getitem__(self, position: int) -> Sample:
-        """Return the sample at a position (from 0, without an upper bound), in constant time."""
+        """Return the sample at a position, from 0 without an upper bound.
+
+        It depends on the sources, the weights and the seed alone, not on earlier calls. The last
+        permutations are cached.
+        """
         block, offset = divmod(position, SCHEDULE_BLOCK_SIZE)
         schedule, occurrences = self._schedule(block)
         source = int(schedule[offset])

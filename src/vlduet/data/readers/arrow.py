@@ -34,7 +34,11 @@ def _iter_parquet_batches(source: Path) -> Iterator[Any]:
 
 
 def _iter_arrow_batches(source: Path) -> Iterator[Any]:
-    """Yield record batches of at most `ROWS_PER_BATCH` rows from an Arrow stream or file."""
+    """Yield record batches of at most `ROWS_PER_BATCH` rows from an Arrow stream or file.
+
+    Raises:
+        pyarrow.ArrowException, OSError: the file is missing or broken.
+    """
     import pyarrow as pa
 
     with pa.memory_map(str(source)) as data:
@@ -50,7 +54,14 @@ def _iter_arrow_batches(source: Path) -> Iterator[Any]:
 
 
 def _read_rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRow]:
-    """Yield a row per table row, numbered from 1; `batches` are pyarrow record batches."""
+    """Yield a row per table row, numbered from 1, without its null fields at any depth.
+
+    The default id is ``FILE NAME:NUMBER``. If reading fails, the last row has the error; nothing is
+    raised.
+
+    Args:
+        batches: pyarrow record batches of `source`, consumed one by one.
+    """
     import pyarrow as pa
 
     number = 0

@@ -29,7 +29,10 @@ def read_jsonl_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 
 
 def _parse_json_line(data: bytes, place: Place, root: Path) -> SourceRow:
-    """Return the row of one line of JSON, or a row with the error of the line."""
+    """Return the row of one line of JSON (any value), with ``FILE NAME:LINE`` as default id.
+
+    A line that is not UTF-8 or not JSON gives a row with a DataError; nothing is raised.
+    """
     name = f"{Path(place.file).name}:{place.line}"
     try:
         return SourceRow(place, root, name, json.loads(data.decode("utf-8-sig")))
@@ -39,7 +42,7 @@ def _parse_json_line(data: bytes, place: Place, root: Path) -> SourceRow:
 
 
 def _describe_json_error(error: Exception) -> str:
-    """Return what is wrong with a text that was to be decoded as JSON."""
+    """Return a message, without place, for an exception of decoding bytes or text as JSON."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"
     if isinstance(error, json.JSONDecodeError):
@@ -50,10 +53,13 @@ def _describe_json_error(error: Exception) -> str:
 def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """Yield the rows of a ``.json`` file: the items of one list, decoded one by one.
 
-    A file of JSON lines under this name is read too. What follows a syntax error is not read.
+    An item has the line where it starts, and ``FILE NAME:LINE`` as default id. A file that starts
+    with ``{`` is read as JSON lines. A syntax error gives a last row with the error; what follows
+    it is not read. An empty file or list yields nothing.
 
     Raises:
-        DataError: the file is not UTF-8, or is neither a list nor lines of objects.
+        DataError: before the first row, if the file is not UTF-8, or is neither a list nor lines
+            of objects.
     """
     blanks = " \t\r\n"
     try:
@@ -103,10 +109,12 @@ def _skip(text: str, position: int, characters: str) -> int:
 def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """Yield the rows of a ``.csv`` or ``.tsv`` file with a header line, without empty cells.
 
-    A CSV may be separated by commas, semicolons or tabs: the most frequent one in the header.
+    A CSV may be separated by commas, semicolons or tabs: the most frequent one in the header. A
+    value maps column names to texts. Blank lines are skipped. Broken quotes, more cells than
+    columns, and cells that are not UTF-8 give a row with an error. An empty file yields nothing.
 
     Raises:
-        DataError: the header is broken or names a column twice.
+        DataError: before the first row, if the header is broken or names a column twice.
     """
     with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header = lines.readline()
@@ -139,7 +147,13 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 
 
 def _label_cells(columns: list[str], cells: list[str], place: Place) -> dict[str, str]:
-    """Return the non-empty cells of a row by column; raise DataError for too many or no UTF-8."""
+    """Return the cells of a row that are not blank, unstripped, by column.
+
+    Columns without a cell are left out.
+
+    Raises:
+        DataError: there are more cells than columns, or a cell is not UTF-8.
+    """
     if len(cells) > len(columns):
         message = f"{len(cells)} cells for {len(columns)} columns"
         first_extra = place.with_field(cells[len(columns)][:20])
@@ -152,10 +166,12 @@ def _label_cells(columns: list[str], cells: list[str], place: Place) -> dict[str
 
 
 def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
-    """Yield a row with ``image`` for every image file below a folder, in sorted order.
+    """Yield a row with ``image`` for every image file below a folder, recursively.
 
-    A ``.txt`` file of the same name gives ``captions``, one per line. Names that start with a dot
-    are skipped. `root` is not used: the paths start from `source`.
+    Files are sorted, and those of a folder precede those of its subfolders. A ``.txt`` file of the
+    same name gives ``captions``, one per line; if it cannot be read, the row has an error. The path
+    below `source` is ``image`` and the default id. Names that start with a dot, linked folders and
+    unreadable folders are skipped. `root` is not used: the paths start from `source`.
     """
     for folder, subfolders, files in os.walk(source):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -166,7 +182,11 @@ def read_image_folder_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 
 
 def _read_image_row(path: Path, source: Path) -> SourceRow:
-    """Return the row of one image below `source`; with an error if its captions are unreadable."""
+    """Return the row of one image below `source`: ``image``, and ``captions`` of a ``.txt`` file.
+
+    The row has an error instead if the name of the image is not UTF-8, or its ``.txt`` file is not
+    or cannot be read. The image is not opened; nothing is raised.
+    """
     name = path.relative_to(source).as_posix()
     if not is_utf8_encodable(name):
         place = Place(ascii(str(path)))
@@ -190,9 +210,10 @@ def _read_image_row(path: Path, source: Path) -> SourceRow:
 def read_tar_rows(source: Path, root: Path) -> Iterator[SourceRow]:
     """Yield the rows of a webdataset ``.tar``, which may be compressed.
 
-    The archive is streamed and never unpacked; links and devices are refused. Neighbouring
-    members whose paths agree up to the first dot of the name form one row. A broken archive
-    yields what precedes the break, and one error.
+    The archive is streamed and never unpacked. Neighbouring members whose paths agree up to the
+    first dot of the name form one row, with the value of `_parse_members` and ``ARCHIVE/PATH`` as
+    default id. A member that is a link, a device, too large or malformed makes its row an error. A
+    missing or broken archive yields the complete rows before the break, and one error.
     """
     key = ""
     members: dict[str, bytes] = {}
@@ -222,7 +243,12 @@ def read_tar_rows(source: Path, root: Path) -> Iterator[SourceRow]:
 
 
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> bytes:
-    """Return the content of one member; raise DataError if it is no file or too large."""
+    """Return the content of one member of an archive that is read as a stream.
+
+    Raises:
+        DataError: the member is no regular file, or larger than `MAX_MEMBER_BYTES`.
+        tarfile.TarError, EOFError, OSError: the archive is broken.
+    """
     place = Place(str(source), None, member.name)
     if not member.isreg():
         message = "a link or device in an archive, which is refused"
@@ -244,7 +270,13 @@ def _make_tar_row(
     source: Path,
     root: Path,
 ) -> SourceRow:
-    """Return the row of the members with one key, by extension; or a row with the error."""
+    """Return the row of the members with one key, with ``ARCHIVE/KEY`` as default id.
+
+    Args:
+        members: contents by extension.
+        error: error of a member, which the row has instead of a value. An error of
+            `_parse_members` is treated in the same manner, not raised.
+    """
     place = Place(str(source), None, key)
     name = f"{source.name.partition('.')[0]}/{key}"
     if error is not None:
@@ -256,7 +288,15 @@ def _make_tar_row(
 
 
 def _parse_members(members: dict[str, bytes], place: Place) -> dict[str, Any]:
-    """Return the value of a row: the object in ``json`` with captions, class and images."""
+    """Return the value of a row: the object in the member ``json``, if any, and the other members.
+
+    Non-blank lines of ``txt``, ``text`` and ``caption`` become ``captions`` (and ``caption`` is
+    dropped), ``cls`` the text ``cls``. One image becomes ``image``, several the list ``images``,
+    each ``{"bytes": ...}``; they replace both of these keys. Other members are ignored.
+
+    Raises:
+        DataError: ``json`` is broken or no object, or a text is not UTF-8.
+    """
     value: dict[str, Any] = {}
     try:
         if "json" in members:

@@ -22,10 +22,11 @@ def parse_llava(row: SourceRow) -> Record:
     """Return a chat record of a LLaVA row.
 
     The row is ``{"id", "image": text or list, "conversations": [{"from": "human", "value":
-    "<image>\\n..."}, ...]}``.
+    "<image>\\n..."}, ...]}``. Each tag is replaced by the next image; other keys become metadata.
 
     Raises:
-        DataError: a turn is wrong, or images and tags are not equally many.
+        DataError: a turn, an image or the id is wrong, images and tags are not equally many, no
+            turn is by the assistant, or there is video or audio.
     """
     _refuse_video(row)
     images = parse_images(row, "image", "images")
@@ -54,9 +55,12 @@ def parse_messages(row: SourceRow) -> Record:
     The row has OpenAI ``messages``, TRL ``messages`` + ``images``, or TRL ``prompt`` +
     ``completion`` + ``images``. Images of the column go to the ``{"type": "image"}`` placeholders
     and ``<image>`` tags in their order; if a row has neither, all precede the first user turn.
+    ``prompt`` and ``completion`` are lists of messages, or texts of the user and the assistant.
+    Other keys become metadata.
 
     Raises:
-        DataError: a turn is wrong, or images and their places are not equally many.
+        DataError: a turn, an image or the id is wrong, images and their places are not equally
+            many, no turn is by the assistant, or there is video or audio.
     """
     _refuse_video(row)
     if "messages" in row.value:
@@ -71,10 +75,11 @@ def parse_swift(row: SourceRow) -> Record:
     """Return a chat record of an ms-swift row.
 
     The row has ``messages`` with ``<image>`` tags, or ``query`` and ``response`` with optional
-    ``history`` and ``system``. Images are placed as in `parse_messages`.
+    ``history`` (pairs of question and answer) and ``system``. Images are placed as in
+    `parse_messages`. Other keys become metadata.
 
     Raises:
-        DataError: a turn is wrong, or images and tags are not equally many.
+        DataError: as `parse_messages`; or ``query``, ``response`` or a pair is missing or wrong.
     """
     _refuse_video(row)
     if "messages" in row.value:
@@ -115,9 +120,16 @@ def _build_record(
 ) -> Record:
     """Return the chat record of messages in the OpenAI form, with the row's images in place.
 
+    If no message has a place for an image, all images precede the first user turn (without one,
+    the first turn).
+
     Args:
         field: key of the source that holds the answers, for the error of a missing one.
         used: columns that are not metadata.
+
+    Raises:
+        DataError: a turn, an image or the id is wrong, images and their places are not equally
+            many, or no turn is by the assistant.
     """
     images = parse_images(row, "images", "image")
     num_images = len(images)
@@ -142,7 +154,11 @@ def _build_record(
 
 
 def _parse_role(turn: JsonValue) -> str:
-    """Return the role of a message; OpenAI's ``developer`` is ``system``."""
+    """Return the role of a message, one of `ROLES`; OpenAI's ``developer`` becomes ``system``.
+
+    Raises:
+        DataError: the role is another one or missing.
+    """
     role = turn.get_field("role")
     if role.value == "developer":
         return "system"
@@ -155,7 +171,10 @@ def _parse_role(turn: JsonValue) -> str:
 
 
 def _has_image_place(turn: Any) -> bool:
-    """Return whether a message has a placeholder or a tag for an image of the row's column."""
+    """Return whether a message has a placeholder or a tag for an image of the row's column.
+
+    A malformed message has none.
+    """
     content = turn.get("content") if isinstance(turn, dict) else None
     if isinstance(content, str):
         return IMAGE_TAG in content
@@ -173,7 +192,14 @@ def _is_image_placeholder(part: dict[str, Any]) -> bool:
 
 
 def _parse_content(turn: JsonValue, images: list[ImageRef]) -> list[Part]:
-    """Return the parts of a message; images that fill a place are removed from `images`."""
+    """Return the parts of a message; images that fill a place are removed from `images`.
+
+    A content part may be a text with tags, a placeholder, or an image of its own.
+
+    Raises:
+        DataError: the message is no object, its content is empty or wrong, a part is neither text
+            nor image, or there are more places than images.
+    """
     if not isinstance(turn.value, dict):
         message = f"a turn is {type(turn.value).__name__}"
         raise turn.make_error(message, fix='Write {"role": ..., "content": ...}')
@@ -202,7 +228,14 @@ def _parse_content(turn: JsonValue, images: list[ImageRef]) -> list[Part]:
 
 
 def _parse_image_part(part: JsonValue) -> ImageRef:
-    """Return the image of an OpenAI or TRL content part: an URL, a path or base64."""
+    """Return the image of an OpenAI or TRL content part, without opening it.
+
+    The first key of ``image_url`` (a text or ``{"url"}``), ``image``, ``url`` and ``path`` that
+    exists names a path, a ``file://`` or a ``data:`` URL; without them, ``base64`` has the bytes.
+
+    Raises:
+        DataError: no key exists, or its value is wrong (as `JsonValue.parse_image`).
+    """
     for key in ("image_url", "image", "url", "path"):
         if key in part.value:
             source = part.get_field(key)

@@ -40,8 +40,12 @@ def find_image_columns(columns: Iterable[str]) -> list[str]:
 def parse_captions(row: SourceRow) -> Record:
     """Return a pair of an image column and all caption columns; other columns become metadata.
 
+    Names of columns count in any case. Repeated short captions are dropped, and there may be none.
+    A list under ``negative`` holds hard negatives in the form of our own records.
+
     Raises:
-        DataError: none or several image columns, several long captions, or a wrong value.
+        DataError: none or several image columns (``image`` precedes others), several long
+            captions, or a wrong value or id.
     """
     columns = find_image_columns(row.value)
     if len(columns) != 1:
@@ -81,7 +85,11 @@ def parse_captions(row: SourceRow) -> Record:
 
 
 def _parse_texts(field: JsonValue) -> list[str]:
-    """Return a text or a list of texts as a list, [] for None; raise DataError for others."""
+    """Return a text or a list of texts as a list; [] for None or an empty list.
+
+    Raises:
+        DataError: a text is blank, no string or not UTF-8.
+    """
     if field.value is None or field.value == []:
         return []
     if isinstance(field.value, list):
@@ -94,10 +102,12 @@ def parse_mmeb(row: SourceRow) -> Record:
 
     A training row has ``qry``, ``pos_text`` and ``neg_text``, each with an image path and
     ``<|image_1|>`` tags. Of an evaluation row (``qry_text``, ``tgt_text``), the first target is
-    the positive.
+    the positive, the others are negatives. Of several queries, all but the first are ignored.
+    Other columns become metadata.
 
     Raises:
-        DataError: the query or the positive is empty, or texts and images do not match.
+        DataError: the query or the positive is empty, texts and images do not match, or a value or
+            the id is wrong.
     """
     if "tgt_text" in row.value or "tgt_img_path" in row.value:
         query = _parse_side(row, "qry (eval)")
@@ -121,9 +131,14 @@ def parse_mmeb(row: SourceRow) -> Record:
 
 
 def _parse_side(row: SourceRow, side: str) -> list[Parts]:
-    """Return the items of one key of `MMEB_SIDES` without empty ones.
+    """Return the items of one key of `MMEB_SIDES` without empty ones; [] if there are none.
 
-    The text column and the image column hold one value each, or lists of equal length.
+    The text column and the image column hold one value each, or lists of equal length; either may
+    be missing. An image replaces the tag in its text, or precedes a text without a tag.
+
+    Raises:
+        DataError: lists of different lengths, a text that is no string, an image that is wrong, or
+            more tags than images.
     """
     text_column, image_column = MMEB_SIDES[side]
     texts = _to_list(row.value.get(text_column))

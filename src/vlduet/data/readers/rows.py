@@ -56,10 +56,11 @@ def parse_id(row: SourceRow) -> str:
 
 
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
-    """Return the row's own ``metadata`` and all columns but `used`, as JSON types.
+    """Return the row's own ``metadata``, if it is an object, and all columns but `used`.
 
-    Of equal keys, the column wins. Encoded bytes and None are left out; dates become ISO text,
-    other types ``str(value)``.
+    Of equal keys, the column wins; ``id`` is never included. Values become JSON types: dates and
+    times ISO text, tuples lists, other types ``str(value)``. Bytes are left out at any depth, None
+    only at the top. The result may be empty.
     """
     metadata = row.value.get("metadata")
     columns = dict(metadata) if isinstance(metadata, Mapping) else {}
@@ -73,7 +74,10 @@ def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
 
 
 def _to_json_type(value: Any) -> Any:
-    """Return a value as JSON types, without bytes; dates as ISO text, other types as text."""
+    """Return a value as JSON types: dates and times as ISO text, other types as ``str(value)``.
+
+    Bytes inside lists and objects are left out, None is kept, and keys become text.
+    """
     if isinstance(value, dict):
         return {str(k): _to_json_type(v) for k, v in value.items() if not isinstance(v, bytes)}
     if isinstance(value, list | tuple):
@@ -86,8 +90,10 @@ def _to_json_type(value: Any) -> Any:
 def parse_images(row: SourceRow, *keys: str) -> list[ImageRef]:
     """Return the image or the list of images under the first of `keys` that is not empty.
 
+    Images are not opened. The list is empty if all keys are.
+
     Raises:
-        DataError: an image is wrong. Without any image, the list is empty.
+        DataError: a value is no reference to an image, as in `JsonValue.parse_image`.
     """
     for key in keys:
         field = row.get_field(key)
@@ -106,7 +112,8 @@ def split_caption_lines(text: str) -> list[str]:
 def interleave_images(text: str, tag: str, images: list[ImageRef], *, place: Place) -> list[Part]:
     """Split `text` at every `tag`, and put an image in place of each tag.
 
-    The texts between the tags are stripped, and blank ones left out.
+    The texts between the tags are stripped, and blank ones left out; [] for a blank text. Images
+    without a tag are no error here.
 
     Args:
         images: images to use in order; those that are used are removed from the list.

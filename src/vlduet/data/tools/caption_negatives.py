@@ -86,7 +86,7 @@ def generate_caption_negatives(
     """Return wrong captions made of a right one: at most one per kind, none where no rule fits.
 
     Equal arguments give equal results, and the result of a kind does not depend on the other kinds
-    (unless two rules would give the same text).
+    (unless two rules would give the same text). Global random generators are not used.
 
     Args:
         seed: seed of the choice among possible edits.
@@ -118,8 +118,13 @@ def add_caption_negatives(
     """Return a pair or retrieval record with edited copies of its right answers as negatives.
 
     At most one negative per kind is appended: of the first text that the rule fits, where all texts
-    of all right answers are tried in an order drawn by `seed` and id. ``metadata["edits"]`` of the
-    copy lists the kinds in the order of the new negatives; without any, it is not set.
+    of all right answers are tried in an order drawn by `seed` and id; the other parts of its answer
+    are kept. No right answer or present negative is repeated. ``metadata["edits"]`` of the copy
+    lists the kinds in the order of the new negatives; without any, it is not set.
+
+    Args:
+        record: a pair or retrieval record; it is not modified.
+        kinds: keys of `EDIT_RULES`, in the order of the negatives; None means all.
 
     Raises:
         ConfigError: an unknown kind.
@@ -181,7 +186,10 @@ def replace_rel(caption: str) -> Iterator[list[Replacement]]:
 def _replace_by_class(
     caption: str, matches: Sequence[_Match], lexicon: Lexicon
 ) -> Iterator[list[Replacement]]:
-    """Yield, for each match and each lemma of its class that is not in the caption, one edit."""
+    """Yield, for each match and each lemma of its class that is not in the caption, one edit.
+
+    An edit has one replacement: of the match by the lemma, in the plural if the match is plural.
+    """
     named = {match.entry.lemma for match in _find_matches(caption, lexicon)}
     for match in matches:
         for lemma in lexicon.groups[match.entry.group]:
@@ -193,7 +201,8 @@ def _replace_by_class(
 def swap_obj(caption: str) -> Iterator[list[Replacement]]:
     """Yield swaps of neighbouring things with a directed relation between them.
 
-    Each thing takes the number (singular or plural) of the place that it moves to.
+    A relation is directed unless a comma or a word such as "and" or "with" stands there too. Each
+    thing takes the number (singular or plural) of the place that it moves to.
     """
     relations = list(_find_matches(caption, RELATIONS))
     for first, second in pairwise(_find_objects(caption)):
@@ -210,7 +219,7 @@ def swap_obj(caption: str) -> Iterator[list[Replacement]]:
 
 
 def swap_att(caption: str) -> Iterator[list[Replacement]]:
-    """Yield swaps of two attributes of one class that precede different nouns."""
+    """Yield swaps of two different attributes of one class that precede different nouns."""
     attributes = _find_attributes(caption)
     for first, second in combinations(attributes, 2):
         nouns = [_find_described_noun(caption, match, attributes) for match in (first, second)]
@@ -225,7 +234,10 @@ def swap_att(caption: str) -> Iterator[list[Replacement]]:
 
 
 def add_obj(caption: str) -> Iterator[list[Replacement]]:
-    """Yield insertions of a thing after a named one, of a class of which nothing is named."""
+    """Yield insertions, as " and a truck", of a thing of a class of which nothing is named.
+
+    Insertions follow each named thing that ends its noun phrase; without any, nothing is yielded.
+    """
     objects = _find_objects(caption)
     named_groups = {match.entry.group for match in objects}
     new_lemmas = [
@@ -242,7 +254,11 @@ def add_obj(caption: str) -> Iterator[list[Replacement]]:
 
 
 def add_att(caption: str) -> Iterator[list[Replacement]]:
-    """Yield insertions of an unusual colour, not named yet, before a thing without attributes."""
+    """Yield insertions of green, blue, purple or pink, if not named yet, before a bare thing.
+
+    A bare thing has no word but an article, number, pronoun, "and" or the like before it. The
+    replacement spans the thing, whose capital goes unless all letters are capitals.
+    """
     named = {match.entry.lemma for match in _find_matches(caption, ATTRIBUTES)}
     colours = [colour for colour in ("green", "blue", "purple", "pink") if colour not in named]
     for match in _find_objects(caption):
@@ -293,7 +309,13 @@ def _find_attributes(caption: str) -> list[_Match]:
 def _find_described_noun(
     caption: str, attribute: _Match, attributes: Sequence[_Match]
 ) -> str | None:
-    """Return the word after an attribute, other attributes skipped; None if it is no noun."""
+    """Return the word after an attribute in lower case, further attributes skipped.
+
+    Return None if no word follows, or a conjunction, preposition, verb or relation.
+
+    Args:
+        attributes: all attributes of the caption, in order.
+    """
     end = attribute.end
     for following in attributes:  # in order
         if following.start > end and not caption[end : following.start].strip():
@@ -311,7 +333,10 @@ def _starts_with(text: str, lexicon: Lexicon) -> bool:
 
 
 def _apply_replacements(caption: str, replacements: Sequence[Replacement]) -> str:
-    """Return the edited caption; capitals, and "a" or "an" before an edit, are adapted."""
+    """Return the caption after replacements that do not overlap, in any order.
+
+    A new text takes the capitals of the old one, and "a" or "an" before it is adapted.
+    """
     # From the end, so that the positions of the others stay valid.
     for start, end, text in sorted(replacements, reverse=True):
         old = caption[start:end]

@@ -90,7 +90,7 @@ class FileReport:
     turn or retrieval."""
 
     def __str__(self) -> str:
-        """Return the counts on one line."""
+        """Return the counts on one line; bare pairs and words only if there are any."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items())) or "nothing"
         text = (
             f"{self.file}: {self.records} records ({kinds}), {self.images} images "
@@ -127,7 +127,11 @@ class CheckReport:
         return {"ok": self.ok, **asdict(self), "leaks": leaks}
 
     def __str__(self) -> str:
-        """Return a line per file, problem and kind of leak with examples, and a summary."""
+        """Return a line per file, problem and kind of leak, and a summary as the last line.
+
+        At most `MAX_PRINTED_LEAKS` leaks follow the line of their kind, one per line. Control
+        characters are replaced by blanks.
+        """
         lines = [str(file) for file in self.files]
         lines += [f"error: {problem}" for problem in self.problems]
         for kind, count in sorted(self.num_leaks.items()):
@@ -170,8 +174,12 @@ def check_files(
         root: folder that relative image paths start from; None means the folder of each file.
         progress: wraps the loop over the records of each file.
 
+    Returns:
+        A report with the files in the order of `paths`. Leaks are those of each two files.
+
     Raises:
-        DataError: a source cannot be read at all. Errors of records are in the report.
+        DataError, OSError: a source cannot be read at all (as `read_records`). Errors of records
+            and images are in the report.
     """
     problems: list[RecordProblem] = []
 
@@ -199,7 +207,11 @@ def check_files(
 def _check_file(
     path: Path, records: Iterable[Record], problems: list[RecordProblem]
 ) -> tuple[FileReport, _FileContents]:
-    """Return counts and contents of one file; append what is wrong to `problems`."""
+    """Return counts and contents of one file, whose images are decoded in threads.
+
+    Repeated ids and images that cannot be decoded are appended to `problems`. Errors of the
+    iterator `records` propagate.
+    """
     report = FileReport(str(path))
     contents = _FileContents()
     first_place: dict[str, str] = {}  # by id
@@ -258,6 +270,12 @@ class _ImageChecker:
     """
 
     def __init__(self, contents: _FileContents, problems: list[RecordProblem]):
+        """Create the executor, which the caller must shut down.
+
+        Args:
+            contents: receives the fingerprint and the place of every readable image.
+            problems: list to which an error per unreadable image is appended.
+        """
         self.contents = contents
         self.problems = problems
         self.executor = ThreadPoolExecutor(NUM_THREADS)
@@ -265,7 +283,11 @@ class _ImageChecker:
         self._submitted_paths: set[Path] = set()
 
     def submit(self, ref: ImageRef, place: Place) -> None:
-        """Check one image of the record at `place`; a file is decoded only the first time."""
+        """Queue one image of the record at `place`; a path that was queued before is ignored.
+
+        If more than ``8 * NUM_THREADS`` images are pending, wait for the oldest and store its
+        result.
+        """
         if ref.path is not None:
             if ref.path in self._submitted_paths:
                 return
@@ -280,7 +302,11 @@ class _ImageChecker:
             self._take_result()
 
     def _take_result(self) -> None:
-        """Wait for the oldest image, and store its fingerprint or its problem."""
+        """Wait for the oldest pending image, of which there must be one, and store its result.
+
+        Its fingerprint and place go to `contents` by content key, unless an equal image is there
+        already; a DataError is appended to `problems` instead. Other exceptions propagate.
+        """
         future, ref, place = self._pending.popleft()
         try:
             key, fingerprint = future.result()
@@ -298,7 +324,11 @@ def _key_and_fingerprint(ref: ImageRef) -> tuple[str, ImageFingerprint]:
 
 
 def _find_leaks(first: _FileContents, second: _FileContents) -> Iterator[SplitLeak]:
-    """Yield what two files share. Equal images are not reported as similar ones too."""
+    """Yield the leaks between two files: same images, similar images, then same captions.
+
+    They are in the order of the first file. Equal images are not reported as similar ones too.
+    Captions shorter than `MIN_CAPTION_LENGTH` after `_normalize` are ignored.
+    """
     shared = {key for key in first.fingerprints if key in second.fingerprints}
     for key in first.fingerprints:
         if key in shared:

@@ -32,7 +32,7 @@ def compose_queries(
     Returns:
         At most ``queries_per_image * len(pairs)`` records, with the id ``ID1+ID2`` and both ids in
         ``metadata["mixed"]``. Fewer, because two pairs are composed only once, and never if they
-        have an image or a caption in common.
+        have an image or a caption in common; so [] for a single pair.
 
     Raises:
         DataError, ImageError: as `collect_content_keys`.

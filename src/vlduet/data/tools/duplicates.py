@@ -41,7 +41,11 @@ def fingerprint_image(ref: ImageRef) -> ImageFingerprint:
 
 
 def is_near_duplicate(first: ImageFingerprint, second: ImageFingerprint) -> bool:
-    """Return whether two images are near-duplicates, equal images included."""
+    """Return whether two images are near-duplicates, equal images included.
+
+    The hashes differ in at most `MAX_HASH_DISTANCE` bits, and these bits plus twice the mean
+    difference of the colours are at most `MAX_DISTANCE`.
+    """
     num_bits = (first.hash ^ second.hash).bit_count()
     if num_bits > MAX_HASH_DISTANCE:
         return False
@@ -55,8 +59,8 @@ def find_near_duplicates(
 ) -> list[tuple[int, int]]:
     """Return the sorted index pairs (i, j) for which rows[i] and columns[j] are near-duplicates.
 
-    Without `columns`, the rows are compared with one another, and i < j. Time grows with
-    len(rows) * len(columns), about 1 s for 20,000 x 10,000; memory does not.
+    Without `columns`, the rows are compared with one another, and i < j. No images give []. Time
+    grows with len(rows) * len(columns), about 1 s for 20,000 x 10,000; memory does not.
     """
     is_symmetric = columns is None
     columns = rows if columns is None else columns

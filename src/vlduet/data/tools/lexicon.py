@@ -102,16 +102,18 @@ class LexiconEntry:
 class Lexicon:
     """Classes of words, and a pattern that finds their forms in a text.
 
-    Args:
-        groups: one string per class, in the notation of this module.
-        has_plurals: recognise the plurals of all words.
-
     Attributes:
         groups: lemmas of every class.
         pattern: matches any form as a whole word in any case, the longest first.
     """
 
     def __init__(self, groups: tuple[str, ...], *, has_plurals: bool = False):
+        """Parse the classes and compile `pattern`.
+
+        Args:
+            groups: one string per class, in the notation of this module; it is not validated.
+            has_plurals: recognise the plurals of all words too.
+        """
         self.groups: list[list[str]] = []
         self._entries: dict[str, LexiconEntry] = {}
         self._plurals: dict[str, str] = {}
@@ -142,7 +144,10 @@ class Lexicon:
 
 
 def _pluralize(noun: str) -> str:
-    """Return the regular English plural of a noun."""
+    """Return a lower-case noun in the regular English plural.
+
+    It ends in -es after s, x, ch and sh, in -ies for -y after a consonant, and else in -s.
+    """
     if noun.endswith(("s", "x", "ch", "sh")):
         return noun + "es"
     if noun.endswith("y") and noun[-2] not in "aeiou":

@@ -22,11 +22,12 @@ def split_into_queries(record: Record, *, query_side: QuerySide = "image") -> li
     Args:
         record: a pair with a short caption, or a retrieval record, which is returned unchanged.
         query_side: ``image`` returns a pair unchanged; ``text`` returns a retrieval record for
-            each short caption, whose positive is the image.
+            each short caption, whose only positive is the image, without the pair's negatives. Its
+            id is ``ID#0``, ``ID#1``, ..., or that of the pair if it has one caption.
 
     Raises:
         DataError: a record of another kind, or a pair without a short caption.
-        ConfigError: an unknown side.
+        ConfigError: an unknown side, for any record.
     """
     if query_side not in get_args(QuerySide):
         fix = suggest_name(query_side, get_args(QuerySide))
