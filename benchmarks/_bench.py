@@ -1,4 +1,4 @@
-"""Common parts of the benchmarks: options, model and data, timing in turns, and a table of ratios."""
+"""Common parts of the benchmarks: options, model, data, timing in turns, and tables of ratios."""
 
 from __future__ import annotations
 
@@ -100,25 +100,23 @@ def time_in_turns(
 
 
 def print_ratios(
-    title: str, unit: str, seconds: Mapping[str, list[float]], *, work: float, ours: str
+    title: str, unit: str, seconds: Mapping[str, list[float]], *, work: float, reference: str
 ) -> None:
-    """Print the rate of every contender, and how many times faster `ours` is than it.
+    """Print the rate of every contender, and how many times faster `reference` is than it.
 
-    Args:
-        title: heading of the table.
-        unit: unit of the rates, such as "records/s".
-        seconds: the result of `time_in_turns`.
-        work: amount of work of one call, in that unit times seconds.
-        ours: name of the contender that the others are compared with. The ratio is the median over
+    Args: title: heading of the table. unit: unit of the rates, such as "records/s". seconds: the
+        result of `time_in_turns`. work: amount of work of one call, in that unit times seconds.
+        reference: name of the contender that the others are compared with. The ratio is the median
+        over
             the repeats; its smallest and its largest value follow in parentheses.
     """
     print(f"\n{title}")
-    print(f"  {'':42} {unit:>12}   {ours} is faster by (min - max)")
+    print(f"  {'':42} {unit:>12}   {reference} is faster by (min - max)")
     for name, times in seconds.items():
         rate = work / statistics.median(times)
         spread = ""
-        if name != ours:
-            pairs = zip(times, seconds[ours], strict=True)
+        if name != reference:
+            pairs = zip(times, seconds[reference], strict=True)
             ratios = [their_seconds / our_seconds for their_seconds, our_seconds in pairs]
             median = statistics.median(ratios)
             spread = f"{median:5.2f} x  ({min(ratios):.2f} - {max(ratios):.2f})"

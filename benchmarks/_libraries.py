@@ -11,14 +11,13 @@ It takes a contrastive step by sentence-transformers and a fine-tuning step by T
         SFTConfig(per_device_train_batch_size=B, gradient_checkpointing=False, max_length=None),
         train_dataset=[{"images", "prompt", "completion"}], processing_class=AutoProcessor)
 
-The temperature is fixed, because that loss learns none. An image is read from its last token, because
-that pooling does not know image tokens. Both libraries work on one model: TRL trains
-get_peft_model(AutoModelForImageTextToText, LoraConfig), sentence-transformers embeds with its inner
-model, and one AdamW updates LoRA, projector and Dense after both backward passes. The processor gets
-a chat template that writes our prompts and nothing else, so that all contenders have the same tokens.
-Both libraries get the image itself in every step, as their users pass it, and run the frozen vision
-tower on it.
-"""
+The temperature is fixed, because that loss learns none. An image is read from its last token,
+because that pooling does not know image tokens. Both libraries work on one model: TRL trains
+get_peft_model(AutoModelForImageTextToText, LoraConfig), sentence-transformers embeds with its
+inner model, and one AdamW updates LoRA, projector and Dense after both backward passes. The
+processor gets a chat template that writes our prompts and nothing else, so that all contenders
+have the same tokens. Both libraries get the image itself in every step, as their users pass it,
+and run the frozen vision tower on it."""
 
 from __future__ import annotations
 

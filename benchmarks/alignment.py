@@ -1,14 +1,17 @@
-"""All-pairs alignment kernel: `gak_matrix` against tslearn, and against the matrix product that bounds it.
+"""All-pairs alignment kernel: `gak_matrix` against tslearn, and against its lower bound.
 
-    gak_matrix              normalised, float32, the paper's sigma, which differs by the pair's lengths
-    gak_matrix, log space   the same without numba: what other devices and dtypes take
+    gak_matrix              normalised, float32, with the paper's sigma, which depends on the
+                            lengths of a pair
+    gak_matrix, log space   the same without numba, as on other devices and in other dtypes
     gak_matrix + backward   the same with the gradient of all slices
-    tslearn                 tslearn.metrics.cdist_gak(sequences, sigma=1, n_jobs=1), float64; two jobs are slower
-    triangle product        the inner products of all slices alone, upper triangle, in the plainest order: no kernel can
-                            do without them
+    tslearn                 tslearn.metrics.cdist_gak(sequences, sigma=1, n_jobs=1), in float64; two
+                            jobs are slower
+    triangle product        the inner products of all slices alone, upper triangle; no kernel can do
+                            without them
 
-The sequences are unit vectors of 384 numbers; their lengths are even between L/2 and L. The kernels are compared first, at
-one sigma, as tslearn knows no other. Memory is what a fresh process adds for 1,024 sequences.
+The sequences are unit vectors of 384 numbers, and their lengths are uniform between L/2 and L. The
+kernels are first compared with each other at one sigma, since tslearn has no other. Memory is what
+a new process adds for 1,024 sequences.
 
     python benchmarks/alignment.py [--quick] [--repeats N]
 """
@@ -25,126 +28,139 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlduet.objectives.gak import log_space
+from vlduet.objectives.gak import api
 from vlduet.objectives.gak.api import gak_matrix
 
 DIM = 384
-PANELS = 16
+NUM_PANELS = 16
+"""Number of column blocks of the triangle product."""
+QUICK_SIZES = [(64, 16)]
+SIZES = [(64, 16), (128, 16), (256, 8), (256, 16), (256, 32)]
+"""(number of sequences, largest length) of every comparison."""
+MEMORY_LENGTH = 16
 
 
-def sequences(count: int, longest: int, seed: int) -> list[Tensor]:
+def draw_sequences(count: int, max_length: int, seed: int) -> list[Tensor]:
+    """Return sequences of unit vectors, float32[n, 384] each, n from max_length / 2."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(longest // 2, longest + 1, (count,), generator=generator).tolist()
-    return [F.normalize(torch.randn(n, DIM, generator=generator), dim=1) for n in lengths]
+    lengths = torch.randint(max_length // 2, max_length + 1, (count,), generator=generator)
+    return [F.normalize(torch.randn(n, DIM, generator=generator), dim=1) for n in lengths.tolist()]
 
 
-def in_log_space(x: list[Tensor]) -> Tensor:
-    found = log_space.compiled
-    log_space.compiled = lambda: None
+def compute_in_log_space(x: list[Tensor]) -> Tensor:
+    """Return `gak_matrix(x)` as it is computed without numba."""
+    engines = dict(api.ENGINES)
+    api.ENGINES.clear()
     try:
         return gak_matrix(x)
     finally:
-        log_space.compiled = found
+        api.ENGINES.update(engines)
 
 
-def with_gradient(x: list[Tensor]) -> None:
-    leaves = [each.clone().requires_grad_() for each in x]
+def compute_with_gradient(x: list[Tensor]) -> None:
+    """Compute `gak_matrix(x)` and the gradient of its sum."""
+    leaves = [sequence.clone().requires_grad_() for sequence in x]
     gak_matrix(leaves).sum().backward()
 
 
-def triangle(x: list[Tensor]) -> Callable[[], None]:
-    """Products of panels with all that comes before them, into memory that is there already."""
-    slices = torch.cat(x)
-    edges = [len(slices) * i // PANELS for i in range(PANELS + 1)]
-    room = torch.empty(len(slices) * (len(slices) // PANELS + 1))
+def prepare_triangle_product(x: list[Tensor]) -> Callable[[], None]:
+    """Return a function that multiplies blocks of slices with all slices before them.
 
-    def run() -> None:
+    The products are written to memory that is allocated once.
+    """
+    slices = torch.cat(x)
+    edges = [len(slices) * i // NUM_PANELS for i in range(NUM_PANELS + 1)]
+    buffer = torch.empty(len(slices) * (len(slices) // NUM_PANELS + 1))
+
+    def multiply() -> None:
         for begin, end in pairwise(edges):
-            out = room[: end * (end - begin)].view(end, end - begin)
+            out = buffer[: end * (end - begin)].view(end, end - begin)
             torch.mm(slices[:end], slices[begin:end].T, out=out)
 
-    return run
+    return multiply
 
 
-def tslearn(x: list[Tensor]) -> Callable[[], object]:
+def prepare_tslearn(x: list[Tensor]) -> Callable[[], object]:
+    """Return a function that computes the kernel of all pairs by tslearn."""
     from tslearn.metrics import cdist_gak
 
-    plain = [each.numpy() for each in x]
-    return lambda: cdist_gak(plain, sigma=1.0, n_jobs=1)
+    arrays = [sequence.numpy() for sequence in x]
+    return lambda: cdist_gak(arrays, sigma=1.0, n_jobs=1)
 
 
-def compare(count: int, longest: int, *, repeats: int, seed: int) -> None:
-    x = sequences(count, longest, seed)
-    peer = tslearn(x)
-    worst = float(
-        (gak_matrix(x, sigma=1.0).double() - torch.as_tensor(peer())).abs().max()
-    )  # and all is warm
+def compare(count: int, max_length: int, *, repeats: int, seed: int) -> None:
+    """Measure all contenders on one size, and print their rates and the largest difference."""
+    x = draw_sequences(count, max_length, seed)
+    tslearn = prepare_tslearn(x)
+    difference = gak_matrix(x, sigma=1.0).double() - torch.as_tensor(tslearn())
     contenders: dict[str, Callable[[], object]] = {
         "gak_matrix": lambda: gak_matrix(x),
-        "gak_matrix, log space": lambda: in_log_space(x),
-        "gak_matrix + backward": lambda: with_gradient(x),
-        "triangle product": triangle(x),
-        "tslearn": peer,
+        "gak_matrix, log space": lambda: compute_in_log_space(x),
+        "gak_matrix + backward": lambda: compute_with_gradient(x),
+        "triangle product": prepare_triangle_product(x),
+        "tslearn": tslearn,
     }
     for name, contender in contenders.items():
-        if name != "tslearn":
+        if name != "tslearn":  # has run above
             contender()
-    seconds = _bench.interleaved(contenders, repeats)
-    pairs = count * (count + 1) / 2
-    _bench.table(
-        f"{count} sequences x {longest}", "pairs/s", seconds, work=pairs, ours="gak_matrix"
-    )
-    mine = statistics.median(seconds["gak_matrix"])
-    bound = mine / statistics.median(seconds["triangle product"])
+    seconds = _bench.time_in_turns(contenders, repeats)
+    title = f"{count} sequences x {max_length}"
+    num_pairs = count * (count + 1) / 2
+    _bench.print_ratios(title, "pairs/s", seconds, work=num_pairs, reference="gak_matrix")
+    gak_seconds = statistics.median(seconds["gak_matrix"])
+    bound = statistics.median(seconds["triangle product"])
     print(
-        f"  {mine * 1e3:.1f} ms: {bound:.2f} x the triangle product; largest difference to tslearn {worst:.0e}",
+        f"  {gak_seconds * 1e3:.1f} ms: {gak_seconds / bound:.2f} x the triangle product; largest difference to "
+        f"tslearn {float(difference.abs().max()):.0e}",
         flush=True,
     )
 
 
-def memory(count: int, longest: int, gradient: bool, answer: multiprocessing.Queue[float]) -> None:
-    """GB that a fresh process adds at its highest, after a small run has loaded what is loaded once."""
-    run = with_gradient if gradient else gak_matrix
-    run(sequences(8, 4, 0))
-    x = sequences(count, longest, 0)
-    before = _bench.highest()
-    run(x)
-    answer.put(_bench.highest() - before)
+def measure_memory(
+    count: int, max_length: int, has_gradient: bool, result: multiprocessing.Queue[float]
+) -> None:
+    """Put the GB that this process adds at its peak, after a small run has loaded all libraries."""
+    compute = compute_with_gradient if has_gradient else gak_matrix
+    compute(draw_sequences(8, 4, 0))
+    x = draw_sequences(count, max_length, 0)
+    before = _bench.peak_memory_gb()
+    compute(x)
+    result.put(_bench.peak_memory_gb() - before)
 
 
-def peak(count: int, longest: int, *, gradient: bool) -> float:
+def measure_memory_in_new_process(count: int, max_length: int, *, has_gradient: bool) -> float:
+    """Return the GB of `measure_memory`; exit if its process fails."""
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=memory, args=(count, longest, gradient, answer))
+    result = context.Queue()
+    arguments = (count, max_length, has_gradient, result)
+    process = context.Process(target=measure_memory, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
         raise SystemExit(f"the process that measures memory ended with {process.exitcode}")
-    return float(answer.get())
+    return float(result.get())
 
 
 def main() -> None:
-    options = _bench.arguments(__doc__).parse_args()
+    """Print the environment, the comparisons of all sizes, and the memory."""
+    options = _bench.build_parser(__doc__).parse_args()
     repeats = options.repeats or (3 if options.quick else 7)
-    _bench.machine()
-    names = ("torch", "numba", "tslearn", "vlduet")
-    print(f"versions  {', '.join(f'{name} {_bench.installed(name)}' for name in names)}")
+    _bench.print_machine()
+    packages = ("torch", "numba", "tslearn", "vlduet")
+    versions = [f"{name} {_bench.installed_version(name)}" for name in packages]
+    print(f"versions  {', '.join(versions)}")
     print(f"run       seed {options.seed}, {'quick' if options.quick else 'full'}", flush=True)
-    if log_space.compiled() is None:
-        print("numba is missing (extra `fast`): gak_matrix sweeps in log space throughout")
-    if _bench.installed("tslearn") == "missing":
+    if api.load_numba_engine() is None:
+        print("numba is missing (extra `fast`): gak_matrix is computed in log space throughout")
+    if _bench.installed_version("tslearn") == "missing":
         raise SystemExit("tslearn is missing: pip install 'vlduet[bench]'")
-    for count, longest in (
-        [(64, 16)] if options.quick else [(64, 16), (128, 16), (256, 8), (256, 16), (256, 32)]
-    ):
-        compare(count, longest, repeats=repeats, seed=options.seed)
+    for count, max_length in QUICK_SIZES if options.quick else SIZES:
+        compare(count, max_length, repeats=repeats, seed=options.seed)
     count = 256 if options.quick else 1024
-    print(f"\nmemory, {count} sequences x 16")
-    for gradient in (False, True):
-        print(
-            f"  {'with gradient' if gradient else 'values':42} {peak(count, 16, gradient=gradient):12.2f} GB",
-            flush=True,
-        )
+    print(f"\nmemory, {count} sequences x {MEMORY_LENGTH}")
+    for has_gradient in (False, True):
+        gb = measure_memory_in_new_process(count, MEMORY_LENGTH, has_gradient=has_gradient)
+        print(f"  {'with gradient' if has_gradient else 'values':42} {gb:12.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

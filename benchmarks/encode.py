@@ -185,7 +185,7 @@ def compare(
     first, *peers = contenders
     embeddings = {name: contender() for name, contender in contenders.items()}
     seconds = _bench.time_in_turns(contenders, repeats)
-    _bench.print_ratios(title, unit, seconds, work=count, ours=first)
+    _bench.print_ratios(title, unit, seconds, work=count, reference=first)
     differences = []
     for name in peers:
         cosines = (embeddings[name] * embeddings[first]).sum(1)

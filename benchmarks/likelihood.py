@@ -180,7 +180,7 @@ def main() -> None:
             "questions/s",
             seconds,
             work=num_questions,
-            ours="vlduet",
+            reference="vlduet",
         )
         reference = scores.pop("vlduet")
         differences = [

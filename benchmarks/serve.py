@@ -158,7 +158,7 @@ def main() -> None:
         }
         seconds = _bench.time_in_turns(contenders, repeats)
         title = "embeddings, one per request"
-        _bench.print_ratios(title, "requests/s", seconds, work=len(texts), ours="vlduet")
+        _bench.print_ratios(title, "requests/s", seconds, work=len(texts), reference="vlduet")
 
         requests = (port, texts[:8], chat)
         unbatched = {"module": scheduler_module, "constant": "MAX_CONCURRENT_CHATS"}
@@ -167,7 +167,9 @@ def main() -> None:
             "one chat after the other": partial(send_all_with_constant, *requests, **unbatched),
         }
         seconds = _bench.time_in_turns(contenders, repeats)
-        _bench.print_ratios("chats", "tokens/s", seconds, work=8 * ANSWER_TOKENS, ours="vlduet")
+        _bench.print_ratios(
+            "chats", "tokens/s", seconds, work=8 * ANSWER_TOKENS, reference="vlduet"
+        )
 
         print_latencies(port, texts, embed, title="one embedding", repeats=repeats)
         first_token = partial(chat, num_tokens=1)

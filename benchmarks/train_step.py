@@ -333,7 +333,7 @@ def compare_contenders(
         values = ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
         print(f"  {name:28} first losses: {values}")
     seconds = _bench.time_in_turns(steps, repeats)
-    _bench.print_ratios(title, "records/s", seconds, work=len(records), ours=names[0])
+    _bench.print_ratios(title, "records/s", seconds, work=len(records), reference=names[0])
     return seconds
 
 

@@ -203,8 +203,8 @@ def test_at_most_3_environment_variables_are_read() -> None:
             place = f"{package_name(path)}:{getattr(node, 'lineno', 0)}"
             assert isinstance(key, ast.Constant), f"{place}: the variable's name is computed"
             places.setdefault(str(key.value), place)
-    ours = {key: place for key, place in places.items() if key not in TORCHRUN_VARIABLES}
-    assert len(ours) <= MAX_ENVIRONMENT_VARIABLES, ours
+    options = {key: place for key, place in places.items() if key not in TORCHRUN_VARIABLES}
+    assert len(options) <= MAX_ENVIRONMENT_VARIABLES, options
 
 
 def environment_key(node: ast.AST) -> ast.expr | None:
@@ -238,8 +238,8 @@ def test_classes_inherit_at_most_twice_from_classes_of_ours() -> None:
 
     def depth(name: str) -> int:
         """Return the number of classes of ours above a class."""
-        ours = [base for base in bases.get(name, []) if base in bases]
-        return max((1 + depth(base) for base in ours), default=0)
+        parents = [base for base in bases.get(name, []) if base in bases]
+        return max((1 + depth(base) for base in parents), default=0)
 
     deep = [name for name in bases if depth(name) > MAX_INHERITANCE_DEPTH]
     assert not deep, f"more than {MAX_INHERITANCE_DEPTH} classes of ours above: {deep}"
@@ -261,7 +261,7 @@ def test_docstrings_are_clear_without_the_line_above(readability: Readability) -
     assert percent < MAX_UNCLEAR_DOCSTRINGS_PERCENT, readability.unclear_docstrings
 
 
-def test_identifiers_have_no_private_words(readability: Readability) -> None:
+def test_identifiers_use_the_vocabulary_of_the_field(readability: Readability) -> None:
     assert not readability.private_words
 
 

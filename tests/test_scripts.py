@@ -6,29 +6,14 @@ Otherwise a renamed function would be noticed hours later.
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 from pathlib import Path
 
 import pytest
 
+from helpers.source_names import defined_names, is_name_of_package
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("experiments/**/*.py")])
-
-
-def defined_names(path: Path) -> set[str]:
-    """Return the names that a file binds at its top level."""
-    names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in node.names}
-        else:
-            for child in ast.walk(node):
-                if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-                    names.add(child.id)
-    return names
 
 
 def find_sibling(script: Path, module: str) -> Path | None:
@@ -38,14 +23,6 @@ def find_sibling(script: Path, module: str) -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-def is_name_of_module(module: str, name: str) -> bool:
-    """Return whether a module of the package has an attribute or a submodule of that name."""
-    imported = importlib.import_module(module)
-    if hasattr(imported, name):
-        return True
-    return hasattr(imported, "__path__") and bool(importlib.util.find_spec(f"{module}.{name}"))
 
 
 def list_missing_names(script: Path, *, root: Path = ROOT) -> list[str]:
@@ -70,7 +47,7 @@ def list_missing_names(script: Path, *, root: Path = ROOT) -> list[str]:
         for alias in node.names:
             exists = True
             if node.module.split(".")[0] == "vlduet":
-                exists = is_name_of_module(node.module, alias.name)
+                exists = is_name_of_package(node.module, alias.name)
             elif sibling is not None:
                 exists = alias.name in defined_names(sibling)
             if not exists:
@@ -78,7 +55,8 @@ def list_missing_names(script: Path, *, root: Path = ROOT) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             names = siblings.get(node.value.id)
-            if names is not None and node.attr not in names:
+            is_special = node.attr.startswith("__")  # such as __doc__, which every module has
+            if names is not None and node.attr not in names and not is_special:
                 messages.append(f"{place}:{node.lineno}: {node.value.id} has no {node.attr}")
     return messages
 

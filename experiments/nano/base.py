@@ -299,6 +299,15 @@ def compute_losses(
     }
 
 
+def collect_targets(data: Material) -> dict[str, Tensor]:
+    """Return the teacher's vector of every caption and text, by its lower-case form."""
+    targets: dict[str, Tensor] = {}
+    for source in (*data.sources.values(), data.texts):
+        names = [caption.lower() for caption in source.captions]
+        targets |= dict(zip(names, source.targets, strict=True))
+    return targets
+
+
 def train(
     model: DuetModel, data: Material, *, replay: list[Sequence], options: argparse.Namespace
 ) -> list[dict[str, float]]:
@@ -307,10 +316,7 @@ def train(
     trainable = []
     for group in optimizer.param_groups:
         trainable += group["params"]
-    targets: dict[str, Tensor] = {}
-    for source in (*data.sources.values(), data.texts):
-        names = [caption.lower() for caption in source.captions]
-        targets |= dict(zip(names, source.targets, strict=True))
+    targets = collect_targets(data)
     sampler = Sampler(model, data, replay, options)
     log: list[dict[str, float]] = []
     num_tokens = 0

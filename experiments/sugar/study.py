@@ -8,7 +8,7 @@
 
 Measured on the test splits, which share no image with the training splits:
 
-    next image    the last new image of a document, queried with up to three parts before it (only
+    next      the last new image of a document, queried with up to three parts before it (only
               their texts, or all of them): its reciprocal rank among all images, once with and
               once without the images that occur earlier in the document
     order     a window of a document against the same window without one part, in order and in

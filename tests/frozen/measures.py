@@ -189,7 +189,7 @@ TURNS: tuple[tuple[calls.Item, ...], ...] = (
     ("what is a flower?",),
     (INPUTS / "1.png", "what is it?"),
 )
-"""What is answered: a text, and an image with a text."""
+"""Return the prompts that are answered: a text, and an image with a text."""
 TOKENS = 8
 MARGIN = 1e-3
 """Least difference of the two best logits of a greedy token that is stored."""

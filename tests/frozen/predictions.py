@@ -27,10 +27,11 @@ REPLIES = (
 
 def vector(item: Any) -> np.ndarray:
     """Return float64[12]: the sum of its parts' fixed numbers, so that alike items are near."""
-    return sum((_of_words(name) for name in calls.content(item)), np.zeros(12))
+    return sum((_sum_of_word_vectors(name) for name in calls.content(item)), np.zeros(12))
 
 
-def _of_words(name: str) -> np.ndarray:
+def _sum_of_word_vectors(name: str) -> np.ndarray:
+    """Return float64[12]: the sum of the fixed numbers of the words of a text."""
     words = calls.tokenize_answer(name) or [name]
     return sum((fixed.numbers(word, 12) for word in words), np.zeros(12))
 

@@ -58,7 +58,7 @@ def opened() -> dict[str, Any]:
     return values
 
 
-def written() -> dict[str, Any]:
+def rewrite_and_open() -> dict[str, Any]:
     """Write the folders anew, and open them."""
     folders.write()
     return opened()
@@ -74,7 +74,7 @@ WRITERS: dict[str, Callable[[], dict[str, Any]]] = {
     "protocols": predictions.protocols,
     "metrics": predictions.metrics,
     "benchmarks": benchmarks,
-    "folders": written,
+    "folders": rewrite_and_open,
     "opened": opened,
 }
 

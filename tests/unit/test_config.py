@@ -154,7 +154,7 @@ def test_an_unknown_key_unlike_all_others_lists_the_valid_keys(path: Path) -> No
         ("data.train=[]", ["data.train = []", "at least 1"]),
     ],
 )
-def test_an_invalid_value_is_shown_with_what_is_valid(
+def test_an_invalid_value_is_reported_with_the_valid_ones(
     path: Path, override: str, fragments: list[str]
 ) -> None:
     with pytest.raises(ConfigError, match=in_order(path, *fragments)):
@@ -267,7 +267,7 @@ def test_the_last_override_wins_and_other_keys_are_unchanged(path: Path) -> None
         ("model.prompts.image={image}\n: x", ["model.prompts.image", "broken"]),
     ],
 )
-def test_an_invalid_override_is_shown(path: Path, override: str, fragments: list[str]) -> None:
+def test_an_invalid_override_is_reported(path: Path, override: str, fragments: list[str]) -> None:
     with pytest.raises(ConfigError, match=in_order(*fragments)):
         config.load_run_config(path, [override])
 
@@ -314,7 +314,7 @@ def test_options_are_converted_to_their_types() -> None:
         ({"triple": "perhaps"}, ["recipe.triple", "'perhaps'", "boolean"]),
     ],
 )
-def test_invalid_options_are_shown(values: dict[str, Any], fragments: list[str]) -> None:
+def test_invalid_options_are_reported(values: dict[str, Any], fragments: list[str]) -> None:
     with pytest.raises(ConfigError, match=in_order(*fragments)):
         config.parse_options(ExampleOptions, values, place="recipe")
 
@@ -322,7 +322,7 @@ def test_invalid_options_are_shown(values: dict[str, Any], fragments: list[str])
 # --------------------------------------------------------------------- saving and extending
 
 
-def test_a_saved_config_reloads_equal_with_every_default_written(
+def test_a_saved_config_reloads_equal_with_every_default_in_the_file(
     path: Path, tmp_path: Path
 ) -> None:
     overrides = ["train.lora.dropout=0.1", "model.prompts.chat=false", "train.lr=1e-5", "seed=7"]

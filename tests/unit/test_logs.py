@@ -27,7 +27,7 @@ def clean_logger() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("clean_logger")
-def test_without_a_handler_messages_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_handler_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     logger.info("building")
     assert capsys.readouterr() == ("", "")
 

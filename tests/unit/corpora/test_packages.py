@@ -271,7 +271,7 @@ def test_npm_downloads_the_exact_version(bin_folder: Path, tmp_path: Path) -> No
     assert (arguments[0], arguments[-1]) == ("pack", "thing@1.0")
 
 
-def test_the_error_of_npm_is_shown(bin_folder: Path) -> None:
+def test_the_error_of_npm_is_reported(bin_folder: Path) -> None:
     write_program(bin_folder, "npm", 'echo "npm error code ETARGET" >&2; exit 1')
     with pytest.raises(PackageError, match=r"npm package thing 1\.0: npm error code ETARGET"):
         fetch_package(pin(b"", "npm"))
@@ -299,7 +299,7 @@ esac""",
     assert [call.split()[-1] for call in calls] == ["thing=1.0", "update", "thing=1.0"]
 
 
-def test_the_error_of_apt_is_shown(bin_folder: Path) -> None:
+def test_the_error_of_apt_is_reported(bin_folder: Path) -> None:
     script = 'echo "E: Unable to locate package thing" >&2; exit 100'
     write_program(bin_folder, "apt-get", script)
     pattern = r"debian package thing 1\.0: E: Unable to locate.*not fresh"

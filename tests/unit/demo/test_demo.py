@@ -50,7 +50,7 @@ def small_corpora(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_corpora")
-def test_records_with_the_caption_of_a_held_out_one_are_left_out_of_training(
+def test_training_has_no_caption_of_the_test_split(
     tmp_path: Path,
 ) -> None:
     data = prepare.prepare_data(tmp_path)
@@ -109,6 +109,24 @@ def test_minutes_scale_the_training_steps() -> None:
 def test_minutes_must_be_above_zero(minutes: float) -> None:
     with pytest.raises(ConfigError, match="minutes"):
         prepare.scale_training_steps(minutes)
+
+
+def test_wrong_minutes_leave_an_earlier_demo_unchanged(tmp_path: Path) -> None:
+    (tmp_path / run.MARKER_FILE).touch()
+    (tmp_path / "report.html").touch()
+    with pytest.raises(ConfigError, match="minutes"):
+        run.run_demo(tmp_path, minutes=0.0)
+    assert {path.name for path in tmp_path.iterdir()} == {run.MARKER_FILE, "report.html"}
+
+
+def test_the_text_only_measurement_restores_the_mode_of_the_model(tmp_path: Path) -> None:
+    tiny.build_duet_model(tmp_path / "tiny")
+    model = prepare.open_model(tmp_path, "tiny")
+    nats = measure.compute_text_only_nll(model)
+    assert not model.training
+    model.train()
+    assert measure.compute_text_only_nll(model) == nats
+    assert model.training
 
 
 def test_steps_are_numbered_and_timed(caplog: pytest.LogCaptureFixture) -> None:

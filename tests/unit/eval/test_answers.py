@@ -51,7 +51,7 @@ def test_vqa_punctuation_keeps_the_official_mistakes(text: str, stripped: str) -
     assert answers.normalize_vqa_punctuation(text) == stripped
 
 
-def test_vqa_words_are_normalized() -> None:
+def test_vqa_answers_are_normalized() -> None:
     assert answers.normalize_vqa_tokens("Dont know ten cats") == "don't know 10 cats"
     assert answers.normalize_evalai("The dog's bone, yes?") == "dog 's bone yes"
     # Of 120 official entries four have capitals, and two map a word to itself.
@@ -79,7 +79,7 @@ def test_gqa_removes_final_periods_and_nothing_else() -> None:
         ("nothing", True),
     ],
 )
-def test_pope_reads_everything_as_yes_but_three_words(text: str, is_yes: bool) -> None:
+def test_pope_reads_everything_as_yes_but_three_answers(text: str, is_yes: bool) -> None:
     assert answers.is_pope_yes(text) is is_yes
 
 
@@ -153,7 +153,7 @@ def test_demon_normalizes_punctuation_case_and_quotes() -> None:
     assert answers.normalize_demon("'It is\nRed!'") == "it is red"
 
 
-def test_rouge_works_on_sets_of_words() -> None:
+def test_rouge_works_on_sets_of_tokens() -> None:
     assert answers.rouge_l("the cat the cat sat", "the cat sat") == pytest.approx(1.0, abs=1e-6)
     assert answers.rouge_l("", "the cat") == answers.rouge_l("...", "the cat") == 0.0
     assert answers.rouge_l("a dog", "the cat") == 0.0
@@ -192,7 +192,7 @@ def test_tfidf_choice_equals_scikit_learn(words: list[str], choice_words: list[l
     assert cosines[index] == pytest.approx(cosines.max(), abs=1e-12)
 
 
-def test_tfidf_choice_without_common_words_is_the_first_or_an_exact_match() -> None:
+def test_tfidf_choice_without_common_tokens_is_the_first_or_an_exact_match() -> None:
     assert answers.best_tfidf_choice("nothing in common", ["two dogs", "a cat"]) == 0
     assert answers.best_tfidf_choice("?", ["a", "?"]) == 1
     assert answers.best_tfidf_choice("!", ["a", "?"]) == -1

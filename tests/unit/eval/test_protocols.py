@@ -123,6 +123,8 @@ def test_cosine_ignores_length_and_is_equal_in_blocks(monkeypatch: pytest.Monkey
     assert in_one_block.dtype == np.float32
     expected = (a @ b.T) / np.outer(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1))
     np.testing.assert_allclose(in_one_block, expected, atol=1e-6)
+    assert protocols.cosine(a[:0], b).shape == (0, 4)
+    assert protocols.cosine(a, b[:0]).shape == (7, 0)
 
 
 @pytest.mark.parametrize("record", [Record(id="x", short=("A cat.",)), make_record(1)])

@@ -1,4 +1,5 @@
-"""Target matrix against float64 loops that follow the paper one pair at a time, for every switch."""
+"""Target matrix against float64 loops that follow the paper one pair at a time, for every
+switch."""
 
 from __future__ import annotations
 

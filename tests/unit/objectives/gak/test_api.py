@@ -182,7 +182,7 @@ def test_alignment_weighted_mean_depends_on_the_order(engine):
     assert_close(torch.tensor(with_other), expected)
 
 
-def test_a_short_pair_beside_a_long_one_does_not_change_it(engine):
+def test_a_short_pair_does_not_change_a_long_one_of_the_same_batch(engine):
     distances = torch.rand(2, 300, 280, generator=torch.Generator().manual_seed(0)) * 2
     lengths_x = torch.tensor([1, 300])
     lengths_y = torch.tensor([280, 280])
