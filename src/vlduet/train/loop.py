@@ -56,22 +56,9 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
             loss or gradient became infinite or NaN (the records of that step are saved).
     """
     # ---------------------------------------------------------------- set up
-    distributed.init_process_group()
-    torch.manual_seed(config.seed)
+    run, first_step = _start_run(config, resume=resume)
     out = config.out
-    if distributed.is_main_process():
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume and (out / STATE_FOLDER).exists():
-            raise TrainingError(
-                "this folder holds a run already", place=out, fix="Use --resume, or another out="
-            )
-    run = prepare_run(config)
-    first_step = load_state(run) if resume else 0
     metrics = MetricsLog(out, resume_at=first_step) if distributed.is_main_process() else None
-    if distributed.is_main_process():
-        save_run_config(config, out / "config.yaml")
-        if not resume:
-            save_state(run, 0)
     start_time = time.monotonic()
     settings = config.train
     batches_of_steps = iterate_batches(run, first_step)
@@ -116,6 +103,34 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
         metrics.close()
     distributed.barrier()
     return out / "model"
+
+
+def _start_run(config: RunConfig, *, resume: bool) -> tuple[TrainingRun, int]:
+    """Join the process group, open the run, and write its config and first state on rank 0.
+
+    Returns:
+        The run and its first step: 0, or with `resume` the step of the state that was loaded.
+
+    Raises:
+        TrainingError: the folder holds a run and `resume` is False, or no state that fits.
+        ConfigError, DataError, ModelError: as `prepare_run`.
+    """
+    distributed.init_process_group()
+    torch.manual_seed(config.seed)
+    out = config.out
+    if distributed.is_main_process():
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume and (out / STATE_FOLDER).exists():
+            raise TrainingError(
+                "this folder holds a run already", place=out, fix="Use --resume, or another out="
+            )
+    run = prepare_run(config)
+    first_step = load_state(run) if resume else 0
+    if distributed.is_main_process():
+        save_run_config(config, out / "config.yaml")
+        if not resume:
+            save_state(run, 0)
+    return run, first_step
 
 
 def _validate(
