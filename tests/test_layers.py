@@ -73,7 +73,6 @@ ENTRY_POINTS: dict[str, set[str]] = {
     "uvicorn": {"serve/app.py"},
     "typer": {"cli/*"},
     "rich": {"cli/*", "logs.py"},
-    "tensorboard": {"logs.py"},
     "torch.utils.tensorboard": {"logs.py"},
     "matplotlib": {"reports/charts.py"},
     # Chat templates are jinja templates, and their errors are reported as errors of ours.

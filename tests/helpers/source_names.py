@@ -32,7 +32,8 @@ def is_name_of_package(module: str, name: str) -> bool:
     if module == "vlduet":
         import vlduet
 
-        return name in vlduet.__all__ or (path / name).is_dir()
+        is_part = (path / name).is_dir() or (path / f"{name}.py").is_file()
+        return name in vlduet.__all__ or is_part
     if path.is_dir():
         if (path / name).is_dir() or (path / f"{name}.py").is_file():
             return True
