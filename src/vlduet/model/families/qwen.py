@@ -73,7 +73,10 @@ class QwenVL(MergedPatchImages, Family):
         return torch.cat([outputs.pooler_output, *getattr(outputs, "deepstack_features", ())], 1)
 
     def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
-        """Apply the merger, which takes the patches of a token one after the other."""
+        """Merge features float[tokens, m * m * width] to token embeddings float[tokens, D].
+
+        The merger takes the patches in rows of their own, float[tokens * m * m, width].
+        """
         norm = projector.norm if hasattr(projector, "norm") else projector.ln_q
         patches = features.reshape(-1, norm.weight.shape[0])  # [tokens * m * m, width]
         projected: Tensor = projector(patches)
