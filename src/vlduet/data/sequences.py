@@ -20,8 +20,7 @@ import torch
 from vlduet.data.records import Part
 
 IGNORE_INDEX = -100
-"""Label of a token that carries no loss (the value that `torch.nn.functional.cross_entropy`
-ignores)."""
+"""Label of a token that carries no loss; `torch.nn.functional.cross_entropy` ignores it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +28,13 @@ class PreparedImage:
     """Output of the image processor for one image, ready for the vision tower."""
 
     inputs: Mapping[str, torch.Tensor]
-    """Inputs of the vision tower for this image alone; the first dimension counts tiles or
-    patches."""
+    """Inputs of the vision tower for this image alone, one row for each tile or patch."""
     num_tokens: int
     """Number of tokens that the image takes in a sequence, `interleaved_tokens` included."""
     cache_key: str
     """Hash of the image's content and of the processor; equal keys imply equal vision features."""
     grid: tuple[int, int] | None = None
-    """Rows and columns of its tokens, for models with two-dimensional position ids; None for
-    others."""
+    """Rows and columns of its tokens for two-dimensional position ids; None for other models."""
     interleaved_tokens: Mapping[int, int] = field(default_factory=dict)
     """Ordinary tokens among the image's tokens, such as row ends: offset in the image -> token id.
 

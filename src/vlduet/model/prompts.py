@@ -1,8 +1,7 @@
 """Rendering of texts, images and chats into sequences, the same for training, indexing and serving.
 
-1. `Prompts` say which text surrounds a content that is to be embedded, and where its embedding is
-read. 2. `Renderer` renders embeddings, documents, captions and chats for one checkpoint, by a
-`SequenceBuilder`.
+1. `Prompts` say which text surrounds a content, and where its embedding is read.
+2. `Renderer` renders embeddings, documents, captions and chats for one checkpoint.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ class Prompts:
     query: str = ""
     """Prefix of the texts of a query: some models embed queries differently from documents."""
     chat: bool = True
-    """Put the prompt into a user turn of the chat template; an embedding is read where an answer
-    begins."""
+    """Put the prompt into a user turn of the chat template, so that an answer would follow."""
     image_pool: str = "last"
     """Position where the embedding of an image is read.
 
