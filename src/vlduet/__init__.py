@@ -61,7 +61,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import and return a public name on its first use; raise AttributeError for other names."""
+    """Return the object of a public name, or the sub-package ``objectives``; import its module.
+
+    Raises AttributeError for any other name, and whatever the import raises.
+    """
     if name == "objectives":
         return import_module("vlduet.objectives")
     if name not in _SOURCE_BY_NAME:

@@ -175,6 +175,9 @@ def find_config(name: Path | str) -> Path:
         name: Path of an existing file, which has priority, or a name from `list_presets`. The
             forms ``NAME.yaml`` and ``configs/NAME.yaml`` of a preset's name are accepted too.
 
+    Returns:
+        `name` itself as a Path if it is a file, else the absolute path of the preset.
+
     Raises:
         ConfigError: There is neither such a file nor such a preset. The error lists the presets.
     """
@@ -225,7 +228,10 @@ def save_run_config(config: RunConfig, path: Path) -> None:
 def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     """Return a YAML file as nested dicts, merged over its ``extends`` file, with overrides applied.
 
-    Raises ConfigError for unreadable files, for a chain of two ``extends`` and for bad overrides.
+    The key ``extends`` is looked up beside `path`, then by `find_config`, and is removed.
+
+    Raises ConfigError as `read_yaml_mapping` does for either file, if the extended file is missing
+    or extends another one itself, and as `_apply_override` does.
     """
     tree = read_yaml_mapping(path)
     base_name = tree.pop("extends", None)
@@ -245,7 +251,11 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """Return the top-level mapping of one YAML file; raise ConfigError if it is anything else."""
+    """Return the top-level mapping of one YAML file; ``extends`` is not followed.
+
+    Raises:
+        ConfigError: The file is missing, not UTF-8, empty, broken, repeats a key, or is no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -263,7 +273,11 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
 
 
 def _merge(base: Any, changes: Any) -> Any:
-    """Return `base` with `changes` applied: mappings key by key, any other value replaced."""
+    """Return `base` with `changes` applied, without modifying either of them.
+
+    Two mappings are merged key by key, at every depth. Any other value, such as a list, is replaced
+    as a whole.
+    """
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     merged = dict(base)
@@ -289,7 +303,12 @@ def validate_run_config(tree: dict[str, Any], *, place: str) -> RunConfig:
 
 
 def _validate(section: type[S], tree: dict[str, Any], *, place: str) -> S:
-    """Return `tree` as an instance of `section`; turn pydantic's first error into a ConfigError."""
+    """Return `tree` as an instance of `section`.
+
+    Raises:
+        ConfigError: The first unknown key, with a suggestion; without one, pydantic's first error.
+            `place` precedes the dotted key in the message.
+    """
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -297,7 +316,7 @@ def _validate(section: type[S], tree: dict[str, Any], *, place: str) -> S:
         first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            fix = suggest_name(str(first["loc"][-1]), _keys_at(section, first["loc"][:-1]))
+            fix = suggest_name(str(first["loc"][-1]), _list_keys_at(section, first["loc"][:-1]))
             raise ConfigError(f"unknown key '{key}'", place=place, fix=fix) from None
         reason = first["msg"].lower()
         if first["type"] == "path_type":
@@ -308,8 +327,11 @@ def _validate(section: type[S], tree: dict[str, Any], *, place: str) -> S:
         raise ConfigError(f"{key} {problem}", place=place, fix="See docs/train.md") from None
 
 
-def _keys_at(section: type[Section], location: tuple[Any, ...]) -> list[str]:
-    """Return the valid keys of the sub-section that pydantic's error `location` points to."""
+def _list_keys_at(section: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """Return the keys, in declared order, of the sub-section at `location`, starting at `section`.
+
+    `location` is a path of keys and list indices, as in pydantic's errors; () is `section` itself.
+    """
     for name in location:
         if isinstance(name, int):  # an index of a list, whose items all have the same class
             continue
@@ -328,11 +350,13 @@ def parse_options(options_class: type[T], values: Mapping[str, Any], *, place: s
 
     Args:
         options_class: Dataclass whose fields are the valid options.
-        values: Option names and their values; numbers are converted to the field's type.
+        values: Option names and their values. Pydantic converts them to the field's type: ``"5"``
+            becomes 5.
         place: Prefix of the option's name in error messages, such as ``recipe``.
 
     Raises:
-        ConfigError: An unknown name, or a value of the wrong type.
+        ConfigError: An unknown name (reported before the others), a missing option that has no
+            default, or a value of the wrong type.
     """
     names = [field.name for field in dataclasses.fields(options_class)]  # type: ignore[arg-type]
     for name in values:
@@ -357,8 +381,10 @@ def parse_options(options_class: type[T], values: Mapping[str, Any], *, place: s
 def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
     """Return ``a.b=c`` texts as nested dicts of plain values: ``{"a": {"b": c}}``.
 
+    The values are YAML. Later texts overwrite earlier ones; no texts give {}.
+
     Raises:
-        ConfigError: A text that does not have this form; `place` is the place in the message.
+        ConfigError: A text that `_apply_override` rejects; `place` is the place in the message.
     """
     tree: dict[str, Any] = {}
     for override in overrides:
@@ -372,9 +398,9 @@ def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one value in `tree`, in place, from a text ``key.subkey=value``.
 
-    Missing sections are created; items of lists have numbers, and the number after the last adds an
-    item. Raises ConfigError for a text without ``=``, a path through a plain value, a bad index or
-    a value that is not YAML.
+    Missing sections are created, also if an error follows. Items of lists have numbers, and the
+    number after the last adds an item. Raises ConfigError for a text without key or ``=``, a path
+    through a plain value or null, a bad index or a value that is not YAML.
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
@@ -384,7 +410,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for name in sections:
         position: str | int = name
         if isinstance(node, list):
-            position = _item_index(node, name, key)
+            position = _locate_or_append_item(node, name, key)
         elif name not in node:
             node[name] = {}
         child = node[position]
@@ -393,12 +419,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
                 f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value"
             )
         node = child
-    position = last if isinstance(node, dict) else _item_index(node, last, key)
+    position = last if isinstance(node, dict) else _locate_or_append_item(node, last, key)
     node[position] = _parse_yaml(value, place=key)
 
 
-def _item_index(items: list[Any], name: str, key: str) -> int:
-    """Return `name` as an index of `items`; the index after the last item appends an empty dict.
+def _locate_or_append_item(items: list[Any], name: str, key: str) -> int:
+    """Return `name` as an index of `items`; for the index after the last, append an empty dict.
 
     Raises ConfigError, naming the whole `key`, if it is not a number from 0 to ``len(items)``.
     """
@@ -424,7 +450,10 @@ class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
     """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Return the node of one mapping; raise ComposerError for a repeated key."""
+        """Return PyYAML's node of the next mapping; raise ComposerError for a repeated scalar key.
+
+        Keys are compared as texts, so that ``1`` and ``"1"`` are the same.
+        """
         node = super().compose_mapping_node(anchor)
         keys: set[str] = set()
         for key, _ in node.value:

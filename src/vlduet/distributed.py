@@ -21,11 +21,11 @@ from vlduet.logs import logger
 
 
 def init_process_group() -> None:
-    """Join the process group that torchrun describes; without torchrun, do nothing.
+    """Join the process group that torchrun describes in the environment.
 
-    Uses nccl and selects this process's GPU where CUDA is available, else gloo. All processes but
-    the main one log errors only from then on, because they all do the same work. A second call
-    does nothing.
+    Uses nccl and selects GPU ``LOCAL_RANK`` as current device where CUDA is available, else gloo.
+    All processes but the main one log errors only from then on, because they all do the same work.
+    Without ``LOCAL_RANK``, or if a process group exists, nothing happens.
     """
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
@@ -60,7 +60,10 @@ def barrier() -> None:
 
 
 def all_reduce_sum(value: float) -> float:
-    """Return the sum of a number over all ranks. Every rank must call it (collective)."""
+    """Return the sum, in float64, of a number over all ranks; `value` itself with one process.
+
+    Collective: every rank must call it.
+    """
     if get_world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -70,7 +73,10 @@ def all_reduce_sum(value: float) -> float:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Return the picklable values that all ranks passed, in rank order (collective)."""
+    """Return a list of the picklable values that all ranks passed, in rank order.
+
+    Collective: every rank must call it. With one process it returns ``[value]``, without a copy.
+    """
     if get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * get_world_size()
@@ -105,7 +111,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        """Gather float[counts[rank], D] from every rank into float[sum(counts), D]."""
+        """Gather float[counts[rank], D] from every rank into float[sum(counts), D], in rank order.
+
+        `counts` has the number of rows of each rank, and is stored in `ctx` for the backward pass.
+        """
         ctx.counts = counts
         # all_gather needs equal shapes, so every rank pads to the longest.
         padded = rows.new_zeros(max(counts), rows.shape[1])
@@ -116,7 +125,10 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return this rank's slice, float[n, D], of the gradient summed over ranks."""
+        """Return this rank's slice, float[n, D], of the gradient summed over ranks.
+
+        The other value is the gradient of `counts`, None.
+        """
         grad = grad.contiguous()
         dist.all_reduce(grad)
         begin = sum(ctx.counts[: get_rank()])

@@ -25,15 +25,18 @@ from typing import Any
 class VLDuetError(Exception):
     """Base class of all errors that a user can cause and repair.
 
-    ``str(error)`` is one line, ``PLACE: MESSAGE. FIX``, without the parts that are missing.
-
-    Args:
-        message: What is wrong, with the value as the user wrote it.
-        place: Location of the mistake, as ``file:line:field`` or the name of an option.
-        fix: What the user can do about it, as an imperative sentence.
+    Its arguments are the attributes `message`, `place` and `fix`.
     """
 
     def __init__(self, message: str, *, place: object | None = None, fix: str | None = None):
+        """Set ``str(error)`` to ``PLACE: MESSAGE. FIX``, without the parts that are missing.
+
+        Args:
+            message: What is wrong, with the value as the user wrote it.
+            place: Location of the mistake, as ``file:line:field`` or the name of an option; stored
+                as ``str(place)``.
+            fix: What the user can do about it, as an imperative sentence.
+        """
         self.message = message
         self.place = None if place is None else str(place)
         self.fix = fix

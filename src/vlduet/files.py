@@ -23,7 +23,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Args:
         path: The file to create or replace. Its folder must exist.
         write: Function that writes the whole content into the open binary file that it receives.
-            If it raises, the exception propagates and `path` stays as it was.
+            If it raises, the exception propagates and `path` stays as it was. The temporary file
+            ``.NAME.PID`` beside `path` is deleted in every case.
+
+    Raises:
+        OSError: The folder is missing, or the file cannot be written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -48,7 +52,7 @@ def read_json_lines(path: Path) -> list[Any]:
     """Return the parsed values of a JSON lines file, in file order.
 
     Empty lines and lines that are not valid JSON are skipped silently: a killed process leaves an
-    incomplete last line. A file that does not exist gives an empty list.
+    incomplete last line. Invalid UTF-8 is replaced. A file that does not exist gives [].
     """
     if not path.exists():
         return []
@@ -67,7 +71,8 @@ def open_for_append(path: Path) -> TextIO:
     """Return a text file opened to append lines (UTF-8); the caller closes it.
 
     The file is created if it is missing. If a killed process left a last line without a newline, a
-    newline is written first, so that the next line does not continue it.
+    newline is written first, so that the next line does not continue it. Raises OSError if the
+    folder is missing or the file cannot be opened.
     """
     is_incomplete = (
         path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -79,7 +84,10 @@ def open_for_append(path: Path) -> TextIO:
 
 
 def fsync_paths(paths: Iterable[Path]) -> None:
-    """Ask the operating system to flush existing files and folders to the disk."""
+    """Ask the operating system to flush existing files and folders to the disk.
+
+    Paths that may not be opened are skipped; a missing one raises FileNotFoundError.
+    """
     for path in paths:
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -101,11 +109,12 @@ def require_empty_folder(folder: Path) -> None:
 
 @contextmanager
 def replace_folder_atomically(folder: Path, *, marker: str) -> Iterator[Path]:
-    """Yield an empty temporary folder that becomes `folder` when the ``with`` block ends.
+    """Yield the empty folder ``.NAME.writing`` beside `folder`, which replaces it after the block.
 
     The content is flushed to the disk before the exchange, so that after a crash either the old or
-    the new version is complete (`recover_folder` finishes an interrupted exchange). If the block
-    raises, the temporary folder is deleted and `folder` stays as it was.
+    the new version is complete. An exchange that a crash interrupted is finished first
+    (`recover_folder`). If the block raises, the temporary folder is deleted, `folder` stays as it
+    was, and the exception propagates.
 
     Args:
         folder: The folder to create or replace; missing parent folders are created.
@@ -113,7 +122,7 @@ def replace_folder_atomically(folder: Path, *, marker: str) -> Iterator[Path]:
             without it is not ours, and is replaced only if it is empty.
 
     Raises:
-        ConfigError: `folder` exists, is not empty and has no marker.
+        ConfigError: Before the block, if `folder` is a file, or is not empty and has no marker.
     """
     # Resolved, because '.' and 'x/..' have no name from which to derive a neighbour's name.
     folder = recover_folder(folder.resolve())

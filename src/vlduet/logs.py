@@ -50,7 +50,11 @@ class ConsoleHandler(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one message; a standard error that cannot be written to is not an error."""
+        """Write one message and a newline to standard error.
+
+        Control characters other than newlines and tabs become blanks. OSError and ValueError, such
+        as those of a closed pipe, go to `logging.Handler.handleError`, which does not raise.
+        """
         try:
             text = strip_control_characters(self.format(record), keep="\n\t")
             if sys.stderr.isatty():
@@ -81,10 +85,11 @@ def install_log_handler() -> None:
 
 
 def track_progress(items: Iterable[T], *, total: int | None = None, label: str = "") -> Iterator[T]:
-    """Yield `items` one by one while a `ProgressBar` counts them.
+    """Yield `items` one by one while a `ProgressBar` shows or logs how many are finished.
 
     Args:
-        items: The items to pass through, unchanged.
+        items: The items to pass through, unchanged. One counts as finished when the next is asked
+            for.
         total: Number of items; by default ``len(items)``, or unknown for an iterator.
         label: Text in front of the bar.
     """
@@ -101,13 +106,15 @@ class ProgressBar:
 
     On a terminal it is a bar on standard error. Elsewhere it is a log message every
     `PROGRESS_LINE_SECONDS`, and one at the end of a loop that took a while.
-
-    Args:
-        total: Number of items, or None if it is unknown.
-        label: Text in front of the bar.
     """
 
     def __init__(self, *, total: int | None, label: str = ""):
+        """Start the clock. The bar itself appears when the ``with`` block begins.
+
+        Args:
+            total: Number of items, or None if it is unknown.
+            label: Text in front of the bar.
+        """
         self.total = total
         self.label = label
         self.count = 0
@@ -119,6 +126,7 @@ class ProgressBar:
         self._last_logged = self._started
 
     def __enter__(self) -> Self:
+        """Show the bar if standard error is a terminal; return the object itself."""
         if sys.stderr.isatty():
             from rich import progress as rich
             from rich.console import Console
@@ -137,7 +145,9 @@ class ProgressBar:
         return self
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Count `count` more finished items and update the display.
+        """Count `count` more finished items, and update the bar.
+
+        Without a bar, log the progress if the last log line is `PROGRESS_LINE_SECONDS` old.
 
         Args:
             count: Number of items finished since the last call.
@@ -164,6 +174,10 @@ class ProgressBar:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Remove the bar; log a last line unless an error ended a loop or it was short.
+
+        Short is at most `MIN_REPORTED_SECONDS`. Exceptions propagate.
+        """
         if self._bar is not None:
             self._bar.stop()
         if exception_type is None and time.monotonic() - self._started > MIN_REPORTED_SECONDS:
@@ -174,15 +188,17 @@ class ProgressBar:
 
 
 class MetricsLog:
-    """Writer of a run's ``metrics.jsonl``, and of tensorboard's files where it is installed.
-
-    Args:
-        folder: Existing folder of the run. Tensorboard's files go to ``folder/tensorboard``.
-        resume_at: First step that will be written. Existing rows of this and later steps are
-            deleted from the file, because a resumed run writes them again; 0 deletes all.
-    """
+    """Writer of a run's ``metrics.jsonl``, and of tensorboard's files where it is installed."""
 
     def __init__(self, folder: Path, *, resume_at: int = 0):
+        """Open ``folder/metrics.jsonl``, and ``folder/tensorboard`` where it is installed.
+
+        Args:
+            folder: Existing folder of the run.
+            resume_at: First step that will be written. Existing rows of this and later steps are
+                deleted from the file, because a resumed run writes them again; 0 deletes all. Lines
+                that are not JSON are deleted too.
+        """
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["step"] < resume_at]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -195,7 +211,10 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the values of one step by name, flushed so that a killed process keeps them."""
+        """Append the row ``{"step": step, **values}``, and add each value to tensorboard if open.
+
+        The file is flushed, so that the row outlives a killed process.
+        """
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:

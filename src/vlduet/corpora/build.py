@@ -50,7 +50,7 @@ class CorpusImage:
     """Image file of the package, or the finished PNG file as bytes."""
 
     def encode(self) -> bytes:
-        """Return the PNG or JPEG file to write; see `encode_image`."""
+        """Return the bytes of the file to write: `source` if it is bytes, else `encode_image`."""
         if isinstance(self.source, bytes):
             return self.source
         return encode_image(self.source)
@@ -113,7 +113,7 @@ class CorpusSummary:
 
 
 def assign_split(group_name: str, *, test: float, val: float) -> str:
-    """Return the split of a whole group, from the hash of its name.
+    """Return ``train``, ``val`` or ``test`` for a whole group, from the hash of its name.
 
     A group keeps its split when the corpus changes around it: nothing else has an influence.
     `test` and `val` are the expected shares of groups in these splits; all others are in train.
@@ -128,10 +128,10 @@ def assign_split(group_name: str, *, test: float, val: float) -> str:
 def assign_group_splits(
     groups: UnionFind, names: Sequence[str], *, corpus: str, test: float, val: float
 ) -> list[str]:
-    """Return the split of every item, the same one for all items of a group.
+    """Return the N splits of N items, in their order, the same one for all items of a group.
 
     Args:
-        groups: Groups over the numbers of N items.
+        groups: Groups over the numbers of the items; not modified.
         names: Name of each item. The smallest name in a group decides its split, together with
             `corpus`, so that other items can come and go without moving it.
         corpus: Name of the corpus.
@@ -177,7 +177,8 @@ def slugify(text: str) -> str:
 def render_svg(source: Path, *, height: int) -> bytes:
     """Return an SVG drawing of a trusted package as PNG bytes, on white, `height` pixels high.
 
-    System fonts are not used, so that every machine gives the same bytes.
+    The width keeps the proportions. System fonts are not used, so that every machine
+    gives the same bytes.
 
     Raises:
         ImageError: The drawing cannot be rendered.
@@ -208,12 +209,14 @@ def render_svg(source: Path, *, height: int) -> bytes:
 def encode_image(source: Path) -> bytes:
     """Return an image file of a package as the bytes of a PNG or JPEG file.
 
-    An SVG drawing is rendered SVG_HEIGHT pixels high. A PNG or JPEG file with sides of at most
-    MAX_IMAGE_SIDE is returned unchanged. Other images are scaled down to that if they are larger;
-    JPEG stays JPEG, everything else becomes PNG.
+    A drawing (``.svg``) is rendered SVG_HEIGHT pixels high. A PNG or JPEG file with sides of at
+    most MAX_IMAGE_SIDE is returned unchanged. Other images are scaled down to that if they are
+    larger; JPEG stays JPEG, everything else becomes PNG.
 
     Raises:
         ImageError: The image cannot be decoded or rendered.
+        MissingExtraError: It is a drawing, and resvg-py is not installed.
+        OSError: The file is missing or cannot be read.
     """
     if source.suffix == ".svg":
         return render_svg(source, height=SVG_HEIGHT)
@@ -239,18 +242,25 @@ def write_corpus(
     folder: Path,
     notices: Mapping[str, bytes] | None = None,
 ) -> CorpusSummary:
-    """Write all files of a corpus.
+    """Write all files of a corpus (see the module) into `folder`, and return their summary.
+
+    Progress is logged.
 
     Args:
-        samples: All samples, in the order of their records.
+        samples: All samples, in the order of their records. Images with the same name are written
+            once. A split without samples has an empty file.
         packages: The packages that were used.
-        folder: A new or empty folder.
+        folder: A new or empty folder; created if it is missing.
         notices: Further files by name: the copyright files of the packages.
+
+    Raises:
+        ImageError, MissingExtraError, OSError: As `encode_image`; `folder` is then incomplete.
+        AssertionError: The names of two images differ in case only.
     """
     hashes: dict[str, str] = {}
 
     def write_file(name: str, data: bytes) -> None:
-        """Write a file below `folder` and record its hash."""
+        """Write a file below `folder`, replacing an existing one, and add its hash to `hashes`."""
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -296,7 +306,7 @@ def describe_origin(corpus: Corpus, packages: Sequence[Package]) -> dict[str, An
 def summarize_manifest(
     corpus: Corpus, folder: Path, manifest: Mapping[str, Any], *, reused: bool
 ) -> CorpusSummary:
-    """Return the summary of a corpus folder from its manifest."""
+    """Return the summary of a corpus folder from its manifest; nothing is read from disk."""
     return CorpusSummary(
         corpus.name, folder, manifest["records"], manifest["images"], corpus.licence, reused
     )
@@ -310,7 +320,7 @@ def _format_record(record: Mapping[str, Any]) -> str:
 def _format_readme(
     corpus: Corpus, packages: Sequence[Package], counts: Counter[str], num_images: int
 ) -> str:
-    """Return the text of the corpus's README.md."""
+    """Return the text of the corpus's README.md; `counts` has the number of records by split."""
     rows = "\n".join(f"| {split} | {counts[split]} |" for split in SPLITS)
     sources = "\n".join(f"- {package} (SHA-256 `{package.sha256}`)" for package in packages)
     return f"""# {corpus.name}

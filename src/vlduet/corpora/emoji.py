@@ -67,7 +67,17 @@ class EmojiDrawing:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield a pair for every emoji and vendor, in Unicode's order, without skin tones."""
+    """Yield a pair for every drawing, in the order of Unicode and then of `VENDORS`.
+
+    Emoji with a skin tone are left out, and so are those that a vendor lacks. Everything is
+    rendered before the first pair, and progress is logged.
+
+    Args:
+        folders: Unpacked packages of `EMOJI_DATA` and of all `VENDORS`; KeyError if one is missing.
+
+    Raises:
+        ImageError, MissingExtraError: As `build.render_svg`.
+    """
     table = folders[EMOJI_DATA.name] / "emoji_data/data/emoji-test.txt"
     emojis = [emoji for emoji in read_emoji_test(table) if not _has_skin_tone(emoji)]
     drawings = list(_render_drawings(emojis, folders))
@@ -85,7 +95,10 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 
 def _render_drawings(emojis: list[Emoji], folders: PackageFolders) -> Iterator[EmojiDrawing]:
-    """Yield the drawings of all emojis; a vendor that lacks one is skipped."""
+    """Yield the drawings of all emojis, those of one emoji in the order of `VENDORS`.
+
+    A vendor that lacks one is skipped. Raises as `build.render_svg`; progress is logged.
+    """
     files: dict[str, dict[str, Path]] = {}
     for vendor, (package, svg_folder) in VENDORS.items():
         paths = (folders[package] / svg_folder).glob("*.svg")
@@ -98,7 +111,10 @@ def _render_drawings(emojis: list[Emoji], folders: PackageFolders) -> Iterator[E
 
 
 def _make_record(drawing: EmojiDrawing, concept: str) -> dict[str, Any]:
-    """Return the pair record of one drawing."""
+    """Return the pair record of one drawing: id ``VENDOR/HEXCODE``, image ``images/ID.png``.
+
+    The hexcode is in lower case there. `concept` goes to the metadata.
+    """
     emoji = drawing.emoji
     name = f"{drawing.vendor}/{emoji.hexcode.lower()}"
     metadata = {
@@ -113,7 +129,10 @@ def _make_record(drawing: EmojiDrawing, concept: str) -> dict[str, Any]:
 
 
 def read_emoji_test(path: Path) -> Iterator[Emoji]:
-    """Yield the fully qualified emoji of Unicode's ``emoji-test.txt``, in file order."""
+    """Yield the fully qualified emoji of Unicode's ``emoji-test.txt``, in file order.
+
+    All other lines are skipped. Raises OSError if the file is missing.
+    """
     group = ""
     subgroup = ""
     for line in path.read_text(encoding="utf-8").splitlines():

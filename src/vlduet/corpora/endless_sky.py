@@ -64,7 +64,11 @@ class GameEntry:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield a pair for every entry, in the order of their files."""
+    """Yield a pair for every entry, in the order of `read_entries`.
+
+    All pictures are read before the first pair, and progress is logged. Raises ImageError for a
+    broken one, and KeyError if `folders` lacks the package.
+    """
     root = folders[PACKAGE_NAME] / "usr/share/games/endless-sky"
     entries = list(read_entries(root))
     groups = UnionFind(len(entries))
@@ -86,7 +90,11 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 
 def _make_record(entry: GameEntry, root: Path) -> dict[str, Any]:
-    """Return the pair record of one entry; `root` is the game's folder."""
+    """Return the pair record of one entry, with the id ``KIND/NAME``.
+
+    Its image is ``images/SLUG.SUFFIX``: the slug of the picture's path below ``root/images`` with
+    ``__`` for ``/``, and the picture's own suffix. `root` is the game's folder.
+    """
     path = entry.source.relative_to(root / "images")
     image_name = build.slugify(path.with_suffix("").as_posix().replace("/", "__"))
     return {
@@ -106,9 +114,12 @@ def _strip_variant(name: str) -> str:
 def read_entries(root: Path) -> Iterator[GameEntry]:
     """Yield every ship, outfit and planet that has a picture and a description.
 
+    The order is that of the sorted files. Variants of ships, which have two names, are left out.
+    Of entries with the same kind and name, only the first complete one is read. Invalid UTF-8 is
+    replaced; a missing folder gives nothing.
+
     Args:
-        root: The game's folder, with ``data`` and ``images``. Of entries with the same kind and
-            name, only the first complete one is read.
+        root: The game's folder, with ``data`` and ``images``.
     """
     names = set()
     for path in sorted((root / "data").rglob("*.txt")):
@@ -126,14 +137,21 @@ def read_entries(root: Path) -> Iterator[GameEntry]:
 
 
 def _read_description(node: DataNode) -> str:
-    """Return the description lines of an entry as paragraphs; empty if there are none."""
+    """Return the description lines of an entry as paragraphs, with an empty line in between.
+
+    An entry without any gives "".
+    """
     lines = [c for c in node.children if c.tokens[0] == "description" and len(c.tokens) > 1]
     paragraphs = [" ".join(line.tokens[1].split()) for line in lines]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 def _find_picture(image_folder: Path, node: DataNode, kind: str) -> Path | None:
-    """Return the picture of an entry, the first frame of an animated one; None if it has none."""
+    """Return the picture of an entry, the first frame of an animated one.
+
+    It is the first existing file for the keys that `_PICTURE_KEYS` lists for `kind`; None if there
+    is none.
+    """
     for key in _PICTURE_KEYS[kind]:
         value = node.first_value(key)
         for pattern in _FIRST_FRAMES:
@@ -144,7 +162,11 @@ def _find_picture(image_folder: Path, node: DataNode, kind: str) -> Path | None:
 
 
 def _read_metadata(node: DataNode, kind: str) -> dict[str, Any]:
-    """Return the facts that an entry states: attributes of a planet, else category and cost."""
+    """Return the facts that an entry states; what it does not state is missing.
+
+    The keys are ``category``, ``cost`` (int; only if it consists of digits) and, for a planet,
+    ``attributes`` (list of texts). A ship states them in its block ``attributes``.
+    """
     metadata: dict[str, Any] = {}
     attributes = [child for child in node.children if child.tokens[0] == "attributes"]
     if kind == "planet":
@@ -160,8 +182,9 @@ def _read_metadata(node: DataNode, kind: str) -> dict[str, Any]:
 def parse_nodes(text: str) -> list[DataNode]:
     """Return the top-level nodes of a data file.
 
-    The depth of a line is the number of its leading white-space characters; empty lines and lines
-    that begin with # are ignored.
+    The depth of a line is the number of its leading white-space characters; a line is a child of
+    the nearest line above that is less deep. Empty lines and lines that begin with # are ignored.
+    Never raises; an empty text gives [].
     """
     root = DataNode([])
     stack: list[tuple[int, DataNode]] = [(-1, root)]

@@ -60,10 +60,10 @@ class _PageParser(HTMLParser):
     """HTML parser that appends paragraphs and images to a page, without skipped elements."""
 
     def __init__(self, page: ManualPage, root: Path):
+        """Prepare for `feed`, which modifies `page`; image paths are relative to `root`."""
         super().__init__(convert_charrefs=True)
         self.page = page
         self.root = root
-        """Folder that the page's image paths are relative to."""
         self.open_tags: list[str] = []
         self.skip_depth = 0
         """Number of open elements, with the skipped one itself; 0 outside a skipped element."""
@@ -71,7 +71,11 @@ class _PageParser(HTMLParser):
         """Text of the current paragraph so far."""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin an element: end the paragraph at blocks, add images, note skipped elements."""
+        """Begin an element: end the paragraph at blocks and line breaks, append images.
+
+        An image is appended if its file exists, unless it is a button (class guiicon) or inside an
+        element of `_SKIPPED_TAGS` or `_SKIPPED_CLASSES`, whose content is ignored until it ends.
+        """
         attributes = {key: value or "" for key, value in attrs}
         classes = attributes.get("class", "")
         if tag in _BLOCK_TAGS or tag == "br":
@@ -89,7 +93,10 @@ class _PageParser(HTMLParser):
                 self.page.parts.append(path)
 
     def handle_endtag(self, tag: str) -> None:
-        """End an element, and all unclosed elements inside it; ignore an end without a begin."""
+        """End an element, and all unclosed elements inside it.
+
+        A block ends the paragraph. An end tag without a begin is otherwise ignored.
+        """
         if tag in _BLOCK_TAGS:
             self.end_paragraph()
         if tag in self.open_tags:
@@ -104,7 +111,7 @@ class _PageParser(HTMLParser):
             self.fragments.append(data)
 
     def end_paragraph(self) -> None:
-        """Append the current paragraph to the page unless it has fewer than two characters."""
+        """Append the paragraph to the page unless it has fewer than two characters; begin anew."""
         text = " ".join("".join(self.fragments).split())
         self.fragments.clear()
         if len(text) > 1:
@@ -112,7 +119,11 @@ class _PageParser(HTMLParser):
 
 
 def read_page(path: Path) -> ManualPage:
-    """Return the paragraphs and images of one HTML file."""
+    """Return the paragraphs and images of one HTML file, named after its stem.
+
+    Navigation, notes, code and images that do not exist are left out; an empty page has no parts.
+    Raises OSError for a missing file and UnicodeDecodeError for one that is not UTF-8.
+    """
     page = ManualPage(path.stem)
     parser = _PageParser(page, path.parent)
     parser.feed(path.read_text(encoding="utf-8"))
@@ -122,14 +133,19 @@ def read_page(path: Path) -> ManualPage:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield an interleaved record for every page with at least two images, in order of names."""
+    """Yield an interleaved record for every page with `MIN_IMAGES` distinct images, by file name.
+
+    Icons, broken images and images on more than `MAX_PAGES` pages do not count and are left out.
+    All pages and images are read before the first record, and progress is logged. Raises KeyError
+    if `folders` lacks the package.
+    """
     root = folders[PACKAGE_NAME] / "usr/share/gimp/2.0/help/en"
     pages = [read_page(path) for path in sorted(root.glob("*.html"))]
     hashes = _hash_images(pages)
-    num_pages = Counter(key for page in pages for key in _page_images(page, hashes))
+    num_pages = Counter(key for page in pages for key in _index_page_images(page, hashes))
     # Without the images that too many pages share.
     hashes = {path: key for path, key in hashes.items() if num_pages[key] <= MAX_PAGES}
-    pages = [page for page in pages if len(set(_page_images(page, hashes))) >= MIN_IMAGES]
+    pages = [page for page in pages if len(set(_index_page_images(page, hashes))) >= MIN_IMAGES]
     for page, split in zip(pages, _assign_page_splits(pages, hashes), strict=True):
         parts: list[dict[str, Any]] = []
         for part in page.parts:
@@ -143,7 +159,10 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 
 def _hash_images(pages: list[ManualPage]) -> dict[Path, str]:
-    """Return the SHA-256 of every image file, without icons and images that cannot be decoded."""
+    """Return the SHA-256 of every image file, without icons and images that cannot be decoded.
+
+    The files are in the order of their paths. Progress is logged.
+    """
     paths = {part for page in pages for part in page.parts if isinstance(part, Path)}
     hashes: dict[Path, str] = {}
     for path in track_progress(sorted(paths), label="reading images"):
@@ -156,8 +175,11 @@ def _hash_images(pages: list[ManualPage]) -> dict[Path, str]:
     return hashes
 
 
-def _page_images(page: ManualPage, hashes: dict[Path, str]) -> dict[str, Path]:
-    """Return one file for each distinct image of a page by its hash, without unlisted images."""
+def _index_page_images(page: ManualPage, hashes: dict[Path, str]) -> dict[str, Path]:
+    """Return the first file of each distinct image of a page by its hash, in reading order.
+
+    Files that are not in `hashes` are left out.
+    """
     paths: dict[str, Path] = {}
     for part in page.parts:
         if isinstance(part, Path) and part in hashes:
@@ -166,15 +188,16 @@ def _page_images(page: ManualPage, hashes: dict[Path, str]) -> dict[str, Path]:
 
 
 def _assign_page_splits(pages: list[ManualPage], hashes: dict[Path, str]) -> list[str]:
-    """Return the split of each page, the same for pages that are connected by their images.
+    """Return the split of each page, in their order, the same for pages that images connect.
 
-    Equal images and near-duplicate ones connect the pages that contain them.
+    Equal images and near-duplicate ones connect the pages that contain them. Images that are not in
+    `hashes` do not count.
     """
     groups = UnionFind(len(pages))
     first_page: dict[str, int] = {}
     first_path: dict[str, Path] = {}
     for i, page in enumerate(pages):
-        for key, path in _page_images(page, hashes).items():
+        for key, path in _index_page_images(page, hashes).items():
             groups.union(first_page.setdefault(key, i), i)
             first_path.setdefault(key, path)
     keys = sorted(first_path)
@@ -188,7 +211,11 @@ def _assign_page_splits(pages: list[ManualPage], hashes: dict[Path, str]) -> lis
 
 
 def _make_image(path: Path, root: Path) -> CorpusImage:
-    """Return an image of the manual under its name in the corpus; `root` is the manual's folder."""
+    """Return an image of the manual under its name in the corpus.
+
+    The name is ``images/SLUG.jpg`` for JPEG files, else ``images/SLUG.png``. SLUG is the slug of
+    the path below `root` (the manual's folder) without ``images/``, with ``__`` for ``/``.
+    """
     relative = path.relative_to(root).with_suffix("").as_posix()
     name = build.slugify(relative.removeprefix("images/").replace("/", "__"))
     suffix = "jpg" if path.suffix in (".jpg", ".jpeg") else "png"

@@ -143,7 +143,12 @@ class Flag:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield pairs: each map with its regions, by file name, then the flags."""
+    """Yield pairs: each map and then its regions, by file name of the map; then the flags.
+
+    A map of several countries is in train, and shows regions only of countries in train or of no
+    country. Progress is logged. Raises ImageError for a broken picture, and KeyError if `folders`
+    lacks the package.
+    """
     root = folders[PACKAGE_NAME] / ROOT
     maps = read_maps(root)
     flags = collect_flags(maps)
@@ -170,9 +175,10 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 
 def read_maps(root: Path) -> list[AtlasMap]:
-    """Return every map of the package, in the order of file names.
+    """Return every map (``root/*.kgm``) of the package, in the order of file names.
 
-    Divisions that the game never asks for (water, borders) are left out.
+    Divisions that the game never asks for (water, borders) are left out. Pictures are not opened.
+    Raises ElementTree.ParseError for a broken file.
     """
     maps = []
     for path in sorted(root.glob("*.kgm")):
@@ -214,7 +220,9 @@ def _read_colour(division: ET.Element) -> int:
 def collect_flags(maps: Sequence[AtlasMap]) -> list[Flag]:
     """Return each flag of the maps' regions once, sorted by file.
 
-    If several territories have the same flag, it is named after the one with the shortest name.
+    If several regions have the same flag, name and capital are those of the region with the
+    shortest name. It is the flag of a country if a map of `MULTI_COUNTRY_MAPS` shows it; else
+    `country` and `within` are the territory of that region's map.
     """
     owners: dict[str, list[tuple[MapRegion, AtlasMap]]] = {}
     for atlas_map in maps:
@@ -240,7 +248,8 @@ def normalize_country(name: str) -> str:
     """Return the one spelling of a country's name, without its article.
 
     A name in parentheses replaces the territory before it: ``Hawaii (USA)`` is ``united states of
-    america``. Case, hyphens and `COUNTRY_SYNONYMS` are unified.
+    america``; after ``Republic of China`` it is dropped. The result is in lower case, with blanks
+    for hyphens, and `COUNTRY_SYNONYMS` applied.
     """
     parenthesis = re.search(r"\(([^)]*)\)", name)
     if parenthesis is not None and not name.startswith("Republic of China"):
@@ -255,10 +264,17 @@ def normalize_country(name: str) -> str:
 def assign_country_splits(
     maps: Sequence[AtlasMap], flags: Sequence[Flag], root: Path
 ) -> dict[str, str]:
-    """Return the split of every country by its normalised name.
+    """Return the split of every country by its normalised name, in sorted order.
 
-    Two countries are in the same split if one is a region of the other, or if maps or flags of them
-    look alike. `root` is the package's folder with the pictures.
+    Countries are the territories of maps of one country, the regions of maps of several countries,
+    and the countries of flags. Two are in the same split if one is a region of the other, or if
+    maps or flags of them look alike.
+
+    Args:
+        root: The package's folder, with the pictures of the flags.
+
+    Raises:
+        ImageError: A map of one country or a flag cannot be decoded.
     """
     country_maps = [m for m in maps if m.id not in MULTI_COUNTRY_MAPS]
     mapped = {normalize_country(m.territory) for m in country_maps}
@@ -305,7 +321,7 @@ def encode_colours(pixels: NDArray[np.uint8]) -> NDArray[np.uint32]:
 def fade_map(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return a map in few pale greys, uint8[h, w, 3], from uint8[H, W, 3].
 
-    It is scaled down so that its longer side has at most MAX_SIDE pixels.
+    A larger map is scaled down so that its longer side has MAX_SIDE pixels.
     """
     grey = 255 - FADED_CONTRAST * (255 - pixels.mean(2, keepdims=True))
     image = images.from_pixels(grey.repeat(3, 2).astype(np.uint8))
@@ -314,7 +330,7 @@ def fade_map(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def render_region(faded: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
-    """Return a pale map with one region in red, as the bytes of a PNG file.
+    """Return a pale map with one region in red, as the bytes of a PNG file of w x h pixels.
 
     Args:
         faded: uint8[h, w, 3], from `fade_map`.
@@ -332,10 +348,11 @@ def locate_region(mask: NDArray[np.bool_]) -> str:
     """Return the ninth of the picture, from `PLACE_GRID`, that contains most of a region.
 
     Args:
-        mask: bool[H, W], the pixels of the region; at least one.
+        mask: bool[H, W], the pixels of the region; at least one (else ``top left``).
 
     Returns:
-        The name, or an empty string if less than MIN_SHARE_IN_PLACE of the pixels are in it.
+        The name, or an empty string if less than MIN_SHARE_IN_PLACE of the pixels are in it. Of
+        ninths with equal shares, the upper and left one counts.
     """
     height, width = mask.shape
     rows, columns = np.nonzero(mask)
@@ -351,7 +368,10 @@ def locate_region(mask: NDArray[np.bool_]) -> str:
 
 
 def _make_map_record(atlas_map: AtlasMap) -> dict[str, Any]:
-    """Return the pair record of a whole map."""
+    """Return the pair record ``map/ID`` of a whole map, with ``images/maps/SLUG.png``.
+
+    The metadata list the names of all regions, in the order of the file.
+    """
     territory = atlas_map.display_name
     divisions = atlas_map.division_names
     return {
@@ -370,7 +390,12 @@ def _make_map_record(atlas_map: AtlasMap) -> dict[str, Any]:
 def _make_region_records(
     atlas_map: AtlasMap, regions: Sequence[MapRegion]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pair record of each of the regions that is large enough to be seen."""
+    """Yield the pair record ``region/MAP/NAME`` of each region of `MIN_REGION_SHARE` or more.
+
+    NAME is the region's slug, with ``-2``, ``-3``, ... if it repeats; the image is
+    ``images/regions/MAP/NAME.png``. Empty facts are missing from the metadata. Raises ImageError if
+    the map's picture cannot be decoded.
+    """
     pixels = images.to_pixels(images.load_image(ImageRef(path=atlas_map.picture)))
     colours = encode_colours(pixels)
     faded = fade_map(pixels)
@@ -402,7 +427,11 @@ def _make_region_records(
 
 
 def _make_flag_record(flag: Flag, root: Path) -> dict[str, Any]:
-    """Return the pair record of a flag; `root` is the package's folder with the pictures."""
+    """Return the pair record ``flag/FILE`` of a flag, with ``images/flags/FILE.png``.
+
+    FILE is without ``.png``, and in slugs in the image's path. Empty facts are missing from the
+    metadata. `root` is the package's folder with the pictures, which are not opened.
+    """
     name = flag.file.removesuffix(".png")
     path = "/".join(build.slugify(part) for part in name.split("/"))
     metadata = {

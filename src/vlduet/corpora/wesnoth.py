@@ -49,7 +49,12 @@ class WesnothUnit:
 
 
 def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
-    """Yield a pair for every unit, in the order of their files."""
+    """Yield a pair for every unit, in the order of `read_units`.
+
+    The image is ``images/SLUG.png``, where SLUG is the slug of the portrait's path below
+    ``core/images`` with ``__`` for ``/``, so that units can share it. Raises ImageError for a
+    broken portrait, and KeyError if `folders` lacks the package.
+    """
     units = list(read_units(folders[PACKAGE_NAME] / DATA_FOLDER / "core"))
     splits = assign_unit_splits(units)
     for unit in units:
@@ -65,10 +70,12 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
 
 
 def read_units(core: Path) -> Iterator[WesnothUnit]:
-    """Yield every unit with a portrait, a name and a description, in the order of the files.
+    """Yield every unit with a portrait file, a name and a description, in the order of the files.
+
+    All others are left out. Of complete units with the same id, only the first is read.
 
     Args:
-        core: The game's ``core`` folder. Of units with the same id, only the first is read.
+        core: The game's ``core`` folder; one without units gives nothing.
     """
     ids = set()
     for path in sorted((core / "units").rglob("*.cfg")):
@@ -96,7 +103,12 @@ def read_units(core: Path) -> Iterator[WesnothUnit]:
 
 
 def _read_metadata(block: WmlBlock) -> dict[str, Any]:
-    """Return the facts of a unit that its block states: texts, numbers, and names of attacks."""
+    """Return the facts of a unit that its block states; the others are missing.
+
+    ``race``, ``alignment`` and ``usage`` are texts; ``level``, ``cost``, ``hitpoints`` and
+    ``movement`` are ints, missing if the block has anything but digits; ``attacks`` is the list of
+    the attacks' descriptions, else names, with "" for an attack with neither.
+    """
     texts = {key: block.get_text(key) for key in ("race", "alignment", "usage")}
     metadata: dict[str, Any] = {key: text for key, text in texts.items() if text}
     for key in ("level", "cost", "hitpoints", "movement"):
@@ -122,7 +134,10 @@ def parse_image_path(value: str) -> str:
 
 
 def assign_unit_splits(units: list[WesnothUnit]) -> dict[str, str]:
-    """Return the split of every unit by its id.
+    """Return the split of every unit by its id, in their order.
+
+    Units are in one split if they have the same portrait or description, portraits that look alike,
+    or if one advances to the other. Raises ImageError if a portrait cannot be decoded.
 
     The corpus campaigns calls it too, because it shows the same portraits.
     """

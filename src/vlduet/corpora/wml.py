@@ -55,6 +55,9 @@ _TOKEN = re.compile(
 def parse_wml(text: str) -> WmlBlock:
     """Return the blocks of a WML text as children of a root block without a name.
 
+    Keys outside blocks are attributes of the root. Values are joined over ``+``; macros, comments
+    and the translation mark ``_`` are dropped.
+
     Never raises: an end tag closes the innermost open block whatever its name, and blocks that are
     open at the end are closed.
     """
@@ -65,7 +68,10 @@ def parse_wml(text: str) -> WmlBlock:
     is_continued = False  # a + at the end of the line continues the value in the next one
 
     def end_attribute() -> None:
-        """Store the current key and value in the innermost block, and begin without a key."""
+        """Store the current key and value in the innermost block, and begin without a key.
+
+        Nothing is stored without a key, or if the block has that key already.
+        """
         nonlocal key, value
         if key:
             stack[-1].attributes.setdefault(key, value.strip())
@@ -100,14 +106,15 @@ def parse_wml(text: str) -> WmlBlock:
 
 
 def read_wml(path: Path) -> WmlBlock:
-    """Return the blocks of a .cfg file, see `parse_wml`; invalid UTF-8 is replaced."""
+    """Return the root block of a .cfg file, see `parse_wml`; invalid UTF-8 is replaced."""
     return parse_wml(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def clean_text(text: str) -> str:
     """Return a text without translators' hints, Pango markup, line breaks and repeated blanks.
 
-    A hint is what stands before a caret: ``female^Elvish Archer``.
+    A hint is what stands before the first caret: ``female^Elvish Archer``. Text of 60 characters or
+    more, or with a line break, before the caret is no hint and stays.
     """
     head, caret, tail = text.partition("^")
     if caret and len(head) < 60 and "\n" not in head:

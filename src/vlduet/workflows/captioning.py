@@ -97,8 +97,12 @@ def build_caption_specs(
     Args:
         short: length limit of short captions in tokens; 0 for none.
         long: length limit of long captions in tokens; 0 for none.
-        prompt: instruction instead of the default of the kind; only for one kind of caption.
+        prompt: instruction instead of the default of the kind, `NO_INSTRUCTION` for none; only for
+            one kind of caption.
         drafts: number of drafts per caption.
+
+    Returns:
+        One request per kind whose length is not 0, short before long.
 
     Raises:
         ConfigError: a value is out of range, no captions are requested, or there is one prompt for
@@ -139,21 +143,23 @@ def write_missing_captions(
     Captions that a record has are never replaced. An interrupted run that is started again with the
     same model and `specs` takes the captions that it generated before from a hidden journal beside
     `output`, which is deleted at the end. The quarantine of an earlier run is deleted at the start.
+    Progress is logged.
 
     Args:
         model: generates the captions, greedily, so that equal runs give equal files.
         source: file of records or folder of images. Records other than pairs are copied.
         output: ``.jsonl`` to write, complete or not at all. Records whose image cannot be decoded
-            are left out and listed in ``<output>.quarantine.jsonl``. It may be a file of the folder
-            `source`, which is then extended by the captions of new images.
+            are left out and listed in ``<stem of output>.quarantine.jsonl``; images that exist only
+            as bytes are written to ``<stem of output>-images/``. Its folder is created. It may be a
+            file of the folder `source`, which is then extended by the captions of new images.
         specs: kinds of captions to write.
         model_name: name of the model for the metadata.
         batch_size: number of images per forward pass.
 
     Raises:
         ConfigError: `batch_size` is below 1.
-        DataError: the source cannot be read at all, `output` cannot be written while it is read, or
-            a record of an existing `output` would be lost.
+        DataError: the source cannot be read at all, `output` is no ``.jsonl`` or the source itself,
+            or a record of an existing `output` would be lost.
     """
     if batch_size < 1:
         raise ConfigError(f"{batch_size}", place="--batch", fix="Give 1 or more")
@@ -192,7 +198,8 @@ def write_missing_captions(
 def _require_all_records(old: Path, records: Iterable[Record]) -> Iterator[Record]:
     """Yield the records; raise DataError at the end if a record of the file `old` is missing.
 
-    The file is about to be replaced, so a record that could not be read would be lost.
+    The file is about to be replaced, so a record that could not be read would be lost. Rows are
+    counted at the start, by lines that are not empty, and records by their place.
     """
     with old.open("rb") as lines:
         num_rows = sum(bool(line.strip()) for line in lines)
@@ -210,8 +217,9 @@ def _require_all_records(old: Path, records: Iterable[Record]) -> Iterator[Recor
 def tidy_caption(text: str, *, max_sentences: int | None = None) -> str:
     """Return a generated text as whole sentences on one line; "" for one without text.
 
-    White space is joined, and quotes around the whole text are dropped. So is a last sentence
-    without final mark, which the length limit cut, unless it is the only one.
+    White space is joined, and a quotation mark at the begin and one at the end are dropped if both
+    are there. So is a last sentence without final mark, which the length limit cut, unless it is
+    the only one.
 
     Args:
         max_sentences: number of sentences to keep, from the first; None keeps all.
@@ -234,7 +242,10 @@ class _Journal:
     """
 
     def __init__(self, path: Path):
-        """Read the captions of an earlier run from `path`, if the file exists."""
+        """Read the captions of an earlier run from `path`, if the file exists; it is not created.
+
+        Broken lines are ignored; a JSON line without the keys of `add` raises KeyError.
+        """
         self.path = path
         self.texts: dict[tuple[str, str], str] = {}
         """Text by kind of caption and key of the image."""
@@ -242,7 +253,10 @@ class _Journal:
             self.texts[row["kind"], row["image"]] = row["text"]
 
     def add(self, kind: CaptionKind, texts: dict[str, str]) -> None:
-        """Append captions, given by the key of their image, and wait for the disk."""
+        """Append captions, given by the key of their image, to `texts` and to the file.
+
+        The file is created if it is missing, and flushed to the disk.
+        """
         with open_for_append(self.path) as file:
             for key, text in texts.items():
                 file.write(json.dumps({"kind": kind, "image": key, "text": text}) + "\n")
@@ -267,10 +281,12 @@ class _CaptionJob:
     num_empty: int = 0
 
     def add_captions(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Yield the records with their captions; those with a broken image go to the quarantine.
+        """Yield the records in their order, with the captions that they lacked.
 
-        Groups are formed by position, so that a continued run makes the same batches as one
-        without interruption.
+        Captions are generated in groups of `batch_size` records, and stored in the journal before
+        any record of the group is yielded; counts are updated. Records with a broken image go to
+        the quarantine instead. Groups are formed by position, so that a continued run makes the
+        same batches as one without interruption.
         """
         group: list[tuple[Record, str]] = []  # with the key of the image, "" if not needed
         for record in records:
@@ -294,7 +310,14 @@ class _CaptionJob:
         return [spec for spec in self.specs if not getattr(record, spec.kind)]
 
     def _caption_group(self, group: Sequence[tuple[Record, str]]) -> Iterator[Record]:
-        """Generate what is not in the journal, then yield the records of the group."""
+        """Generate what is not in the journal and append it there, then yield the group's records.
+
+        Equal images are captioned once. `num_generated` grows. Records whose image cannot be read
+        go to the quarantine instead.
+
+        Args:
+            group: records with the key of their image, "" for those that lack no caption.
+        """
         errors: dict[str, DataError] = {}  # by key of the image
         for spec in self.specs:
             images: dict[str, ImageRef] = {}
@@ -316,7 +339,11 @@ class _CaptionJob:
     def _generate(
         self, images: dict[str, ImageRef], spec: CaptionSpec, errors: dict[str, DataError]
     ) -> dict[str, str]:
-        """Return the generated texts by key of the image; add unreadable images to `errors`."""
+        """Return the generated texts by key of the image, {} for no images.
+
+        Images that raise DataError are missing there and added to `errors`; any other exception
+        propagates.
+        """
 
         def caption(keys: list[str]) -> list[str]:
             return self.model.caption_images(
@@ -332,7 +359,13 @@ class _CaptionJob:
         return {key: text for key, text in zip(keys, texts, strict=True) if text is not None}
 
     def _store_captions(self, record: Record, key: str) -> Record:
-        """Return the record with the captions that it lacked and their origin as metadata."""
+        """Return a copy of the record with the captions that it lacked, from the journal.
+
+        Their origin goes to ``metadata["captioned"]`` by kind, beside that of earlier captions. A
+        caption without text after `tidy_caption` is left out and counted in `num_empty`, the others
+        in `num_captions`; without any, the record itself is returned. Raises KeyError if the
+        journal lacks a caption for `key`.
+        """
         captions: dict[str, Any] = {}
         origins: dict[str, Any] = {}
         for spec in self._find_missing(record):

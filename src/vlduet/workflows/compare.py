@@ -35,16 +35,19 @@ STEP_TIME_NAME = "seconds a step"
 def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     """Train every run that is not finished, then write and return the table of all runs.
 
-    The process group is initialised if the script runs on several devices. The main process writes
-    ``table.json`` and ``table.md`` into `settings.out`.
+    All configs, and the data and model of every unfinished run, are checked before the first is
+    trained. An interrupted run is resumed from its saved state. Under torchrun the process group is
+    initialised. The main process writes ``table.json`` and ``table.md`` into `settings.out`, beside
+    the folders ``NAME/seed-SEED`` of the runs. Torch's global seed is set by training.
 
     Returns:
         Content of ``table.json``: ``base``, ``overrides``, ``seeds``, and ``runs``, which maps a
         run's name to its ``overrides`` and, per metric, its ``values`` in the order of the seeds.
+        The first run is `UNTRAINED_NAME`: the first validation of the first one.
 
     Raises:
-        ConfigError: a setting is wrong, the runs have different validation records, or the folder
-            of a run holds one with other settings.
+        ConfigError: a setting is wrong, the runs have no or different validation files, or the
+            folder of a run holds one with other settings.
         DataError, ModelError, TrainingError: as `train`.
     """
     distributed.init_process_group()
@@ -79,7 +82,12 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
 
 
 def _build_run_config(settings: ComparisonConfig, name: str, seed: int) -> RunConfig:
-    """Return the config of one run. All runs share the vision features: the tower is frozen."""
+    """Return the config of one run: the base with the shared overrides and those of `name`.
+
+    Its folder is ``settings.out/NAME/seed-SEED``. Unless it sets ``data.cache``, that is
+    ``settings.out/features`` for all runs, because the vision tower is frozen. Raises ConfigError
+    as `load_run_config` does.
+    """
     run = config.load_run_config(settings.base, [*settings.overrides, *settings.runs[name]])
     feature_cache = settings.out / "features" if run.data.cache is None else run.data.cache
     data = run.data.model_copy(update={"cache": feature_cache})
@@ -88,10 +96,10 @@ def _build_run_config(settings: ComparisonConfig, name: str, seed: int) -> RunCo
 
 
 def _is_finished(run: RunConfig) -> bool:
-    """Return whether the run's folder holds its trained model.
+    """Return whether the run's folder holds its trained model; False without ``config.yaml``.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a run with other settings, or its config is broken.
     """
     saved_config = run.out / "config.yaml"
     if not saved_config.is_file():
@@ -109,7 +117,11 @@ def _is_finished(run: RunConfig) -> bool:
 def _collect_results(
     settings: ComparisonConfig, configs: Mapping[str, list[RunConfig]]
 ) -> dict[str, Any]:
-    """Return the content of ``table.json``, read from the metrics of all runs."""
+    """Return the content of ``table.json`` (see `run_comparison`), read from ``metrics.jsonl``.
+
+    Values are those of each run's last validation, and the step time. Raises IndexError for a run
+    without a validation, and KeyError if a metric is missing for a later seed of a run.
+    """
     results: dict[str, list[dict[str, float]]] = {}  # metrics of each seed, by name of the run
     for name, runs in configs.items():
         logs = [read_metrics(run.out / "metrics.jsonl") for run in runs]
@@ -134,7 +146,10 @@ def _collect_results(
 
 
 def _select_validations(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Return the metrics of each validation of a run, in order, without `VALIDATION_PREFIX`."""
+    """Return the metrics of each validation, in order, with names without `VALIDATION_PREFIX`.
+
+    Rows without such metrics are left out, and so are the other values of a row.
+    """
     validations = []
     for row in rows:
         metrics = {
@@ -148,7 +163,7 @@ def _select_validations(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _median_step_seconds(rows: list[dict[str, float]]) -> float:
-    """Return the median duration of a training step; NaN for a run with fewer than two log rows.
+    """Return the median duration of a training step; NaN if fewer than two rows have a loss.
 
     A median, so that pauses between steps (validation, a stop, another load) do not count.
     """
@@ -164,7 +179,9 @@ def _median_step_seconds(rows: list[dict[str, float]]) -> float:
 def format_table(results: Mapping[str, Any]) -> str:
     """Return the content of ``table.json`` as Markdown: a table with a row per run, then settings.
 
-    A cell holds mean ± standard deviation over the seeds, and is empty for a missing metric.
+    A cell holds mean ± standard deviation over the seeds (`_format_cell`), and is empty for a
+    missing metric. Rows and columns are in the order of `results`; overrides of single runs follow
+    as a list.
     """
     runs: Mapping[str, Any] = results["runs"]
     metrics = list(dict.fromkeys(metric for run in runs.values() for metric in run["values"]))
@@ -184,11 +201,16 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 
 def _quote(overrides: list[str]) -> str:
+    """Return the overrides as Markdown code, separated by blanks."""
     return f"`{'` `'.join(overrides)}`"
 
 
 def _format_cell(metric: str, values: list[float]) -> str:
-    """Return mean ± standard deviation, hit rates in per cent; the mean alone for one value."""
+    """Return ``mean ± standard deviation``, the mean alone for one value, and "" for none.
+
+    A hit rate (``hit@`` in `metric`) is in per cent with one decimal, and ends in `` %``; any other
+    metric has three decimals.
+    """
     if not values:
         return ""
     is_rate = "hit@" in metric

@@ -88,22 +88,24 @@ def mine_hard_negatives(
 
     Pairs that are queried by their image stay pairs, with their long caption; all others become
     retrieval records. Equal runs write equal files: equal scores are taken in the order of the
-    file. Vectors stay in ``<output>.vectors/`` by model and content, so that a second run with
-    another `num_negatives` or `margin` embeds nothing. The quarantine of an earlier run is deleted.
+    file. Vectors stay in ``<stem of output>.vectors/<fingerprint of model>/`` by content, so that a
+    second run with another `num_negatives` or `margin` embeds nothing. The quarantine of an earlier
+    run is deleted. Progress is logged.
 
     Args:
         model: model to embed with: the one that is to be trained, or a better one.
         source: pairs with short captions, and retrieval records, which are also the candidates.
         output: ``.jsonl`` to write, complete or not at all; records that are left out are listed in
-            ``<output>.quarantine.jsonl``.
+            ``<stem of output>.quarantine.jsonl``. Images that exist only as bytes are written to
+            ``<stem of output>-images/``.
         query_side: side of a pair that is the query.
-        num_negatives: number of new negatives per record; fewer if the file has no more.
+        num_negatives: number of new negatives per record; fewer, or none, if the file has no more.
         margin: cosine by which a negative must stay below the lowest positive of the record.
 
     Raises:
         ConfigError: an option is out of range.
         DataError: the source has no usable record, or `output` is not a valid target.
-        RetrievalError: the stored vectors are broken.
+        RetrievalError: the stored vectors are broken, or the model gives one that is not finite.
     """
     if num_negatives < 1:
         raise ConfigError(f"{num_negatives} negatives", place="-k", fix="Ask for 1 or more")
@@ -154,6 +156,7 @@ class _CandidatePool:
     """
 
     def __init__(self) -> None:
+        """Start without queries. `add` fills the pool; `embed` then sets the vectors."""
         self.queries: list[_MiningQuery] = []
         self.query_documents: dict[str, Document] = {}
         self.candidates: dict[str, Document] = {}
@@ -164,7 +167,9 @@ class _CandidatePool:
         self.num_too_near = 0  # candidates that the margin left out
 
     def add(self, record: Record) -> None:
-        """Add a query with its candidates.
+        """Add a record of `split_into_queries`: its query and its positives and negatives.
+
+        Contents that the pool has already are not stored again.
 
         Raises:
             ImageError: an image cannot be read; the pool is not changed then.
@@ -182,10 +187,15 @@ class _CandidatePool:
     def embed(self, model: Embedder, folder: Path, quarantine: Quarantine) -> int:
         """Set `query_vectors` and `candidate_vectors`, in the order of their documents.
 
-        Documents that cannot be embedded, and the queries that need them, leave the pool.
+        Vectors are read from the stores ``queries`` and ``candidates`` in `folder`, and missing
+        ones are added there. Documents that cannot be embedded, and the queries that need them,
+        leave the pool; each such query is listed in `quarantine`. Progress is logged.
 
         Returns:
             Number of documents that were not stored in `folder` yet.
+
+        Raises:
+            RetrievalError: a store is broken, or the model gives a vector that is not finite.
         """
         self.query_vectors, num_queries, query_errors = _embed_documents(
             model.encode_query, model.dim, self.query_documents, folder / "queries"
@@ -206,9 +216,13 @@ class _CandidatePool:
         return num_queries + num_candidates
 
     def add_negatives(self, *, k: int, margin: float, model_name: str) -> Iterator[Record]:
-        """Yield the record of every query with its new negatives, and count `num_too_near`.
+        """Yield a copy of the record of every query with its new negatives, in their order.
 
-        The vectors must be set. ``metadata["mined"]`` of a record tells model, margin and scores.
+        Up to `k` negatives are appended to those that the record has, the hardest first. They have
+        the modalities of the first positive, are no known positive or negative of the query, and
+        their rounded cosine is below that of the lowest positive minus `margin`; candidates that
+        fail the last condition alone are added to `num_too_near`. ``metadata["mined"]`` tells
+        model, margin and scores, also without a new negative. `embed` must have been called.
         """
         row_of = {key: i for i, key in enumerate(self.query_documents)}
         column_of = {key: i for i, key in enumerate(self.candidates)}
@@ -246,7 +260,8 @@ class _CandidatePool:
 def _make_document(record: Record, parts: Parts) -> tuple[str, Document]:
     """Return the content key of some parts of a record, and the document to embed.
 
-    The hash of the document, unlike the key, tells upper from lower case.
+    The hash of the document, unlike the key, tells upper from lower case. Raises ImageError if an
+    image cannot be read.
     """
     content_hash = hash_parts(parts)
     document = Document(record.id, parts, "", content_hash=content_hash, place=record.place)
@@ -261,13 +276,19 @@ def _embed_documents(
 ) -> tuple[ScoreMatrix, int, dict[str, DataError]]:
     """Embed the documents whose vectors are not stored in `folder` yet, and store them there.
 
+    Progress is logged.
+
     Args:
         encode: returns the unit vectors of some parts, float32[N, dim].
-        documents: documents by key. Those that cannot be embedded are removed.
+        documents: documents by key. Those for which `encode` raises DataError are removed in place.
+        folder: folder of the vector store; created if it is missing.
 
     Returns:
-        (vectors float[N, D] in the order of `documents`, number of new ones, errors of the removed
-        documents by key).
+        (vectors float64[N, D] in the order of `documents`, number of new ones, errors of the
+        removed documents by key).
+
+    Raises:
+        RetrievalError: the store is broken, or the model gives a vector that is not finite.
     """
     from vlduet.retrieval.stores.lance import LanceStore  # slow to import
 
@@ -311,6 +332,7 @@ def _embed_documents(
 
 
 def _make_row(content_hash: str) -> IndexRow:
+    """Return a row of the vector store that has no content but its id, `content_hash`."""
     return IndexRow(content_hash, RowHashes(content_hash, ""), "", None, None, {})
 
 
@@ -327,7 +349,7 @@ def select_hardest(
         limits: float[Q]; a score must be lower than its row's limit.
 
     Returns:
-        Q lists of at most k columns; fewer if a row has no more.
+        Q lists of at most k columns; fewer, or none, if a row has no more. NaN is never taken.
     """
     selected = []
     for row, eligible in zip(scores, allowed & (scores < limits[:, None]), strict=True):

@@ -33,8 +33,9 @@ def make_validator(
     The function calls `compute_validation_metrics`.
 
     Args:
-        path: file of records. The first `MAX_VALIDATION_RECORDS` pairs with a short caption and a
-            readable image are used; broken records are logged and left out.
+        path: file of records, which is read to its end. The first `MAX_VALIDATION_RECORDS` pairs
+            with a short caption and a readable image are used; broken records are logged and left
+            out.
         seed: seed of the choice of the wrong image for each caption.
 
     Raises:
@@ -51,11 +52,15 @@ def make_validator(
 
 
 def _log_dropped(error: DataError) -> None:
+    """Log that validation goes without a record, at level INFO."""
     logger.info(f"validation: dropped {error}")
 
 
 def is_usable_pair(record: Record) -> bool:
-    """Return whether a record has a short caption and a readable image; log a broken image."""
+    """Return whether a record has a short caption and an image that can be decoded.
+
+    A broken or missing image is logged, not raised.
+    """
     if record.image is None or not record.short:
         return False
     try:
@@ -69,13 +74,21 @@ def is_usable_pair(record: Record) -> bool:
 def compute_validation_metrics(
     model: DuetModel | DualEncoder, records: Sequence[Record], *, seed: int
 ) -> dict[str, float]:
-    """Return the metrics of a model on pairs, by name.
+    """Return the metrics of a model on pairs, by name. The model's mode is restored.
+
+    Args:
+        records: pairs with an image and a short caption.
+        seed: seed of the choice of the wrong image for each caption.
 
     Returns:
         ``text_to_image/hit@1`` (5, 10) and ``image_to_text/hit@1`` (5, 10) on short captions. For a
         `DuetModel` also ``caption_cross_entropy`` and ``caption_cross_entropy_wrong_image``, in
         nats per token of the long caption, else the first short one, and ``captions_ended``, see
-        `compute_caption_end_rate`.
+        `compute_caption_end_rate`. Hit rates are fractions.
+
+    Raises:
+        DataError: there are no records, one lacks image or short caption, an image cannot be read,
+            or (for a `DuetModel`) a record shares a caption with all others.
     """
     retrieval = protocols.measure_retrieval(
         model.encode_document, model.encode_query, records=records
@@ -107,7 +120,7 @@ def compute_caption_end_rate(
     know where a new caption ends.
 
     Args:
-        records: pairs; `NUM_CAPTIONED_IMAGES` of them are captioned.
+        records: pairs, at least one; `NUM_CAPTIONED_IMAGES` of them, evenly spaced, are captioned.
         max_caption_tokens: length of the longest true caption. A caption may become twice as long,
             but not longer than `MAX_CAPTION_TOKENS`.
     """
