@@ -166,8 +166,9 @@ def align_demo_records(
 ) -> dict[str, Alignment]:
     """Return the alignments of the story with its echo and with the reversed echo, by title.
 
-    Features are stored in the encoders' cache. Raises DataError if fewer than two distinct captions
-    are held out, or an image cannot be read, and ModelError for an unusable encoder.
+    At least two distinct captions must be held out, and `encoders` need all three roles. Features
+    are stored in their cache. Raises DataError for an image that cannot be read, and ModelError for
+    an unusable encoder.
     """
     story, *echoes = make_alignment_records(held_out)
     titles = ("The same things, one missing, each by half", "The same slices, backwards")
