@@ -49,10 +49,11 @@ _MAX_PERIODS = 32
 
 
 def normalize_vqa_punctuation(text: str) -> str:
-    """Apply the official processPunctuation.
+    """Return the text without punctuation, as the official processPunctuation does.
 
-    A punctuation mark is removed beside a blank, and everywhere in a text with a comma between
-    digits; elsewhere it becomes a blank.
+    Every mark of `PUNCTUATION` becomes a blank, or is removed everywhere if it stands beside a
+    blank anywhere, or if the text has a comma between digits. Then the first `_MAX_PERIODS` periods
+    that no digit follows are removed.
     """
     result = text
     has_number_comma = _COMMA_BETWEEN_DIGITS.search(text) is not None
@@ -84,10 +85,11 @@ def normalize_evalai(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Return VQAv2's accuracy of one question, from 0 to 1; see `annotator_agreement`.
+    """Return VQAv2's accuracy of one question, from 0 to 1.
 
-    Prediction and answers are normalized only if the annotators disagree; where all gave the same
-    answer, the texts are compared as they are.
+    It is the mean over annotators of min(1, number of other annotators who gave the prediction /
+    3). Line ends and tabs become blanks. Punctuation, case, number words and articles are
+    normalized only if the annotators disagree. No answers raise ZeroDivisionError.
     """
     prediction = replace_line_ends(prediction)
     answers = [replace_line_ends(answer) for answer in answers]
@@ -129,12 +131,10 @@ def is_pope_yes(text: str) -> bool:
 def parse_mme_answer(text: str) -> str:
     """Return ``yes``, ``no`` or ``other`` by MME's rule.
 
-    Unless the lower-case text is exactly yes or no, only its first four characters count.
+    Only the first four characters count, in any case: ``yes`` if they contain yes, else ``no`` if
+    they contain no.
     """
-    text = text.lower()
-    if text in ("yes", "no"):
-        return text
-    start = text[:4]
+    start = text[:4].lower()
     if "yes" in start:
         return "yes"
     return "no" if "no" in start else "other"
@@ -148,8 +148,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def parse_scienceqa_letter(text: str, letters: str = "ABCDE") -> str | None:
     """Return the letter that LLaVA's rule reads, or None.
 
-    The text is one of `letters` alone, or starts with "B. ", or contains "The answer is B."
-    exactly once.
+    The text is one of `letters` alone, or starts with one and ". ", or contains "The answer is X"
+    exactly once, where X is any capital letter and one more character follows (the official
+    pattern means a period, but takes all).
     """
     if len(text) == 1 and text in letters:
         return text
@@ -162,13 +163,18 @@ def parse_scienceqa_letter(text: str, letters: str = "ABCDE") -> str | None:
 def parse_mmbench_letter(text: str, options: Sequence[str]) -> str | None:
     """Return the letter of an option by MMBench's rules without a language model, or None.
 
-    The first rule that fits decides: "the answer is B"; one letter that stands alone; one option
-    whose text occurs. None is returned where the rules find no letter or several; officially a
-    language model or chance decides then.
+    The first rule that finds a letter of an option decides:
+
+    1. the first "answer is B"; a small letter counts only at the end of the text
+    2. capital letters that stand alone as words; in more than three words, A is an article
+    3. options whose text occurs, in any case
+
+    None is returned where the deciding rule finds several letters, or no rule finds one; officially
+    a language model or chance decides then.
 
     Args:
         text: the answer.
-        options: texts of A, B, ...
+        options: texts of A, B, ..., at most 26.
     """
     letters = LETTERS[: len(options)]
     # A small letter is one only where nothing follows: "the answer is a dog" states none.
@@ -220,8 +226,10 @@ def rouge_l(prediction: str, reference: str) -> float:
     the distinct words. So "the cat the cat sat" against "the cat sat" is 1.0, where a plain F1 of
     the longest common subsequence is 0.75.
 
+    Case and other punctuation count.
+
     Returns:
-        A number from 0 to 1; 0 where either side has no sentence.
+        A number from 0 to 1; 0 where either side is empty or has nothing but periods.
     """
     sentences = [" ".join(s.split()).split(" ") for s in prediction.split(".") if s]
     reference_sentences = [" ".join(s.split()).split(" ") for s in reference.split(".") if s]
@@ -237,7 +245,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 
 def _longest_common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """Return a longest common subsequence, reversed.
+    """Return the words of a longest common subsequence in reverse order; [] if there is none.
 
     Of several ones it is that of the official backtracking, because the score depends on it.
     """
@@ -273,9 +281,10 @@ def best_tfidf_choice(prediction: str, choices: Sequence[str]) -> int:
     """Return the index of the choice that is nearest to the prediction by TF-IDF (DEMON).
 
     Vectors are those of scikit-learn's TfidfVectorizer with its defaults, fitted on prediction and
-    choices alone; the highest cosine wins. Without any common word all cosines are 0 and the first
-    choice wins, as officially. Without any word of two letters, scikit-learn raises and the
-    official script falls back to an exact match; -1 is returned where no choice matches exactly.
+    choices alone, so that words have at least two characters; the first of the highest cosines
+    wins, also where no choice shares a word and all are 0. Where neither prediction nor choices
+    have a word, the first choice equal to the prediction is taken, as officially, or -1 returned.
+    No choices raise ValueError if the prediction has a word.
     """
     counts_by_text = [Counter(_TOKEN.findall(text.lower())) for text in (prediction, *choices)]
     vocabulary = sorted(set().union(*counts_by_text))

@@ -84,10 +84,13 @@ def certify(
     Args:
         predictions: folder of released predictions.
         data: folder of the official files that `vlduet eval --list` names.
-        runs: folder that gets a sub-folder per model and benchmark.
+        runs: its folder ``MODEL/BENCHMARK`` gets the predictions and reviews, replacing those that
+            are there, and the scores.
+        targets: published numbers.
 
     Returns:
-        One outcome per target; a target that cannot be scored has no value and says why.
+        One outcome per target, in order. Where a VLDuetError prevents the scoring, the value is
+        None and the problem is its message.
     """
     outcomes = []
     for target in targets:
@@ -102,8 +105,14 @@ def certify(
 def _score_target(target: CertificationTarget, folder: Path, *, data: Path, runs: Path) -> float:
     """Import the released predictions of a target, score them and return its number.
 
+    Args:
+        folder: folder of released predictions.
+        data, runs: see `certify`; predictions, reviews and scores are written.
+
     Raises:
-        VLDuetError: a file is missing or ambiguous, or items have no prediction.
+        VLDuetError: the benchmark is unknown, a file is missing, ambiguous or broken, or items have
+            no prediction.
+        KeyError: the benchmark has no number of the target's name.
     """
     benchmark = get_benchmark(target.benchmark)
     source = OfficialFiles(data)

@@ -30,12 +30,13 @@ class RunScores:
 
 
 def read_run_scores(folder: Path) -> RunScores:
-    """Read all scores of a folder that `vlduet eval --to` wrote.
+    """Read the scores and samples in the sub-folders of a folder that `vlduet eval --to` wrote.
 
     The run is named after the folder.
 
     Raises:
-        ConfigError: the folder contains no scores.
+        ConfigError: no sub-folder contains scores.
+        json.JSONDecodeError: a scores.json is broken.
     """
     scores = {}
     samples = {}
@@ -75,10 +76,11 @@ class BenchmarkChange:
 
 
 def before_and_after(before: RunScores, after: RunScores) -> list[BenchmarkChange]:
-    """Return the change of every benchmark that both runs have, generation first, then retrieval.
+    """Return the change of every registered benchmark that both runs have.
 
-    The compared number is the first one of the benchmark, which papers report. Benchmarks without
-    a number in either run are left out.
+    They are in the order of `BENCHMARKS`, but those of the protocols ``retrieval`` and ``pairs``
+    come last. The compared number is the first one in `after`, which papers report; a benchmark
+    that lacks it in either run is left out.
     """
     discriminative = ("retrieval", "pairs")
     names = sorted(BENCHMARKS, key=lambda name: BENCHMARKS[name].protocol in discriminative)
@@ -99,9 +101,10 @@ def before_and_after(before: RunScores, after: RunScores) -> list[BenchmarkChang
 def _paired_change(
     before: RunScores, after: RunScores, *, benchmark: str, number: str
 ) -> MetricValue | None:
-    """Return after - before of one number, paired over items.
+    """Return after - before of one number with its interval, paired over items.
 
-    None is returned where the runs differ in official files or seed, or lack values per item.
+    None is returned where the runs differ in official files, seed or number of items, or lack
+    values per item. Both runs must have the benchmark; otherwise KeyError is raised.
     """
     old = before.scores[benchmark]
     new = after.scores[benchmark]

@@ -84,12 +84,13 @@ class AnsweredQuestion:
 def example_hits(
     hits: ScoredIds, records: Sequence[Record], *, relevant_keys: frozenset[str] = frozenset()
 ) -> tuple[ExampleHit, ...]:
-    """Return hits with the first short caption and the image of their records.
+    """Return every hit, in order, with the first short caption and the image of its record.
 
     Args:
         hits: ids of `records` with their scores; an unknown id raises KeyError.
-        records: pairs with an image and a short caption.
-        relevant_keys: `text_key` of captions; a hit with one of these captions is relevant.
+        records: pairs with an image and a short caption; a hit without caption raises IndexError.
+        relevant_keys: `text_key` of captions; a hit with one of these captions is relevant, and
+            none is by default.
     """
     by_id = {record.id: record for record in records}
     examples = []
@@ -103,7 +104,15 @@ def example_hits(
 def text_to_image_examples(
     result: RetrievalResult, *, search: Callable[[str], ScoredIds], num: int = 6
 ) -> Gallery:
-    """Return `num` evenly spaced captions with the images that `search` finds for them."""
+    """Return evenly spaced captions with the images that `search` finds for them.
+
+    Args:
+        result: its captions are the queries and its records the gallery. It also gives the rank of
+            each caption's best image, and hits with this caption are relevant.
+        search: caption -> (record id, cosine) pairs, best first, of which `HITS_PER_EXAMPLE` are
+            shown; an id that `result` lacks raises KeyError.
+        num: number of captions; all are taken if there are fewer.
+    """
     searches = []
     for query in evenly_spaced_indices(len(result.captions), num):
         caption = result.captions[query]
@@ -122,7 +131,11 @@ def text_to_image_examples(
 
 
 def image_to_text_examples(result: RetrievalResult, *, num: int = 6) -> Gallery:
-    """Return `num` evenly spaced images with the captions that are ranked first for them."""
+    """Return evenly spaced images with the `HITS_PER_EXAMPLE` captions ranked first for them.
+
+    Scores, relevance and the rank of the best caption are those of `result`. If there are fewer
+    than `num` images, all are taken.
+    """
     direction = result.image_to_text
     searches = []
     for query in evenly_spaced_indices(len(result.records), num):
@@ -147,10 +160,16 @@ def image_to_text_examples(result: RetrievalResult, *, num: int = 6) -> Gallery:
 def composed_query_examples(
     result: RetrievalResult, *, search: Callable[[ImageRef, str], ScoredIds], num: int = 4
 ) -> Gallery:
-    """Return `num` queries of an image and another record's caption, with what `search` finds.
+    """Return evenly spaced queries of an image and another record's caption, with their hits.
 
-    The caption is the first one of the record half the corpus away. The query's own image is left
-    out of the hits. Hits with a caption of either record are relevant.
+    The caption is the first one of the record half the corpus away. Relevant are hits that have
+    this caption, or any caption of the image's record. Every record needs an image and a caption.
+
+    Args:
+        result: its records are queried and searched.
+        search: (image, caption) -> (record id, cosine) pairs, best first. Without the image's own
+            record, the first `HITS_PER_EXAMPLE` are shown; an unknown id raises KeyError.
+        num: number of queries; all records are taken if there are fewer.
     """
     searches = []
     num_records = len(result.records)

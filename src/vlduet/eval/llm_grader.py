@@ -52,7 +52,15 @@ def open_grader(
         headers["Authorization"] = f"Bearer {key}"
 
     def grade(official: Mapping[str, Any], prompt: str, temperature: float) -> str:
-        """Send one prompt, after the official system message if any, and return the answer."""
+        """Send one prompt, after the official system message if any, and return the answer.
+
+        Args:
+            official: the benchmark's ``max_tokens``, ``model`` (used unless `open_grader` got one)
+                and, optionally, ``system``.
+
+        Raises:
+            ConfigError: the server refuses, or all attempts fail.
+        """
         messages = [{"role": "user", "content": prompt}]
         if official.get("system"):
             messages = [{"role": "system", "content": official["system"]}, *messages]
@@ -70,10 +78,13 @@ def open_grader(
 
 
 def _send_request(request: urllib.request.Request, *, timeout: float) -> str:
-    """Return the text of the first choice; failed attempts are repeated after `RETRY_DELAYS`.
+    """Send a chat completion request and return the text of the first choice of the answer.
+
+    A failed attempt (no connection, HTTP 429 or 5xx, an answer of another form) is repeated after
+    the next of `RETRY_DELAYS`, for which the function sleeps.
 
     Raises:
-        ConfigError: all attempts failed, or the server refused with an error that will not pass.
+        ConfigError: all attempts failed, or one failed with another HTTP error.
     """
     problem = ""
     for delay in RETRY_DELAYS:

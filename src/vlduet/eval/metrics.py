@@ -71,6 +71,10 @@ def _worst_case_scores(similarity: Floats, relevant: Bools) -> tuple[Floats, Flo
     Returns:
         The similarity at relevant items and -inf elsewhere, also where it is NaN.
         The similarity everywhere (relevant items are not masked), with NaN replaced by +inf.
+
+    Raises:
+        AssertionError: the shapes differ or are not two-dimensional, `relevant` is not bool, or a
+            query has no relevant item.
     """
     assert similarity.shape == relevant.shape, (similarity.shape, relevant.shape)
     assert similarity.ndim == 2, similarity.shape
@@ -85,16 +89,21 @@ def _worst_case_scores(similarity: Floats, relevant: Bools) -> tuple[Floats, Flo
 def chance_hit_at_k(relevant: Bools, ks: Iterable[int] = HIT_CUTOFFS) -> dict[str, float]:
     """Return the exact expectation of `hit_at_k` for a random order, keyed ``hit@k``.
 
-    A query with p relevant items of G has the probability 1 - C(G - p, k) / C(G, k).
+    A query with p relevant items of G has the probability 1 - C(G - p, k) / C(G, k): 0 for p = 0,
+    and 1 for p > 0 and k >= G.
 
     Args:
-        relevant: bool[Q, G].
+        relevant: bool[Q, G]; Q = 0 raises ZeroDivisionError.
+        ks: cutoffs.
     """
     num_gallery = relevant.shape[1]
     num_positives = Counter(relevant.sum(1).tolist())  # number of positives -> number of queries
 
     def chance(k: int) -> float:
-        """Return the expected fraction of queries with a relevant item among k random ones."""
+        """Return the expected fraction of queries with a relevant item among k random ones.
+
+        It is 1 - mean of C(G - p, k) / C(G, k) over the queries; a larger k counts as k = G.
+        """
         k = min(k, num_gallery)
         num_draws = math.comb(num_gallery, k)
         expected_misses = 0.0
@@ -134,6 +143,9 @@ def bootstrap_interval(
         seed: seed of the resamples; equal seeds give equal intervals.
         weights: float[N]; the mean is then sum(w v) / sum(w), as for nats per token with w = number
             of tokens.
+
+    Raises:
+        AssertionError: no values, more than one dimension, or weights of another length.
     """
     v = np.asarray(values, dtype=np.float64)
     w = np.ones_like(v) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -161,7 +173,7 @@ def bootstrap_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float6
     """Return the means of `NUM_RESAMPLES` resamples of `values`, float[NUM_RESAMPLES].
 
     The drawn indices depend on the seed and on len(values) alone, so two arrays of equal length are
-    resampled in pairs.
+    resampled in pairs. No global random state is used. No values raise ValueError.
     """
     random = np.random.default_rng(seed)
     means = []

@@ -14,7 +14,6 @@ An interrupted run therefore continues where it stopped. The folder of a run con
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data.quarantine import bisect_failures
-from vlduet.data.records import ImageRef, Parts
+from vlduet.data.records import Parts
 from vlduet.errors import ConfigError, DataError
 from vlduet.eval.benchmarks.tasks import AskGrader, LLMGradedTask, Question
+from vlduet.eval.identities import (
+    describe_difference,
+    hash_items,
+    prompt_identity,
+    question_key,
+)
 from vlduet.files import open_for_append, read_json_lines, write_text_atomically
 
 Vectors = NDArray[np.float32]
@@ -77,14 +82,7 @@ def no_progress(items: Iterable[Any], label: str) -> Iterable[Any]:
 
 
 class PredictionStore:
-    """Outputs of a model for one benchmark, computed where they are not on disk yet.
-
-    Args:
-        folder: folder of the run; created if missing.
-        functions: the model's functions; with ``ModelFunctions()`` only stored outputs are read.
-        seed: seed of the bootstrap intervals.
-        progress: (iterable, label) -> iterable, wraps long loops to show a progress bar.
-    """
+    """Outputs of a model for one benchmark, computed where they are not on disk yet."""
 
     def __init__(
         self,
@@ -94,6 +92,14 @@ class PredictionStore:
         seed: int = 0,
         progress: Callable[[Iterable[Any], str], Iterable[Any]] = no_progress,
     ):
+        """Store the arguments, and create the folder and its sub-folder ``vectors`` if missing.
+
+        Args:
+            folder: folder of the run.
+            functions: the model's functions; ``ModelFunctions()`` only reads stored outputs.
+            seed: seed of the bootstrap intervals.
+            progress: (iterable, label) -> iterable, wraps long loops to show a progress bar.
+        """
         self.folder = folder
         self.functions = functions
         self.seed = seed
@@ -104,7 +110,7 @@ class PredictionStore:
         """Write run.json, or check that the existing one is of the same run.
 
         Args:
-            identity: JSON types that identify the run.
+            identity: JSON types that identify the run; other keys of the file do not count.
 
         Raises:
             ConfigError: the folder belongs to another run; the message names a difference.
@@ -118,7 +124,7 @@ class PredictionStore:
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise ConfigError(
-                    f"another run: {_describe_difference(key, stored.get(key), value)}",
+                    f"another run: {describe_difference(key, stored.get(key), value)}",
                     place=self.folder,
                     fix="Give another --to, or remove that folder",
                 )
@@ -133,8 +139,8 @@ class PredictionStore:
             query: whether the items are queries; otherwise they are documents.
 
         Raises:
-            DataError: vectors are missing on disk and there is no model, or no item can be
-                embedded.
+            DataError: vectors are missing on disk and there is no model, or none of the first
+                `EMBED_CHUNK` items can be embedded.
         """
         return self._embed(self.functions.embed, items, name=name, query=query)
 
@@ -153,10 +159,19 @@ class PredictionStore:
     def _embed(
         self, function: EmbedFunction | None, items: Sequence[Parts], *, name: str, query: bool
     ) -> Vectors:
-        """Return the vectors of items; compute and append those that the file lacks."""
+        """Return the vectors of items, float32[N, D], with rows of NaN for items that fail.
+
+        Vectors that ``vectors/NAME.f32`` lacks are computed and appended, `EMBED_CHUNK` at a time.
+        A file of other items, or with another `query`, is replaced. No items with a function give
+        float32[0, 0].
+
+        Raises:
+            DataError: vectors are missing and `function` is None, or the width of the vectors is
+                unknown because all items of the first chunk fail.
+        """
         path = self.folder / "vectors" / f"{name}.f32"
         facts_path = path.with_suffix(".json")
-        facts = {"items": _hash_items(items), "count": len(items), "query": query}
+        facts = {"items": hash_items(items), "count": len(items), "query": query}
         stored_facts = _read_json(facts_path)
         if stored_facts is None or any(stored_facts.get(key) != facts[key] for key in facts):
             if function is None:
@@ -197,6 +212,10 @@ class PredictionStore:
     ) -> list[str | None]:
         """Return the answers in the order of the questions, None where there is none.
 
+        Answers that ``predictions.jsonl`` lacks, or has for another prompt, are generated and
+        appended in groups; without a function for it they are None. A question that raises
+        DataError gets the answer None, which is stored too and not tried again.
+
         Args:
             name: prefix of the stored keys, where the same questions are asked in several ways.
         """
@@ -221,14 +240,15 @@ class PredictionStore:
             field="text",
             compute=answer if function else None,
         )
-        return [stored.get(_question_key(name, question)) for question in questions]
+        return [stored.get(question_key(name, question)) for question in questions]
 
     def score_options(
         self, questions: Sequence[Question], *, name: str = ""
     ) -> list[list[tuple[float, int]] | None]:
         """Return (total nats, number of tokens) of every option of every question.
 
-        None stands for a question that could not be scored. `name` is as for `generate_answers`.
+        None stands for a question that could not be scored. Stored in ``likelihoods.jsonl`` as
+        `generate_answers` stores answers, with the same `name`, failures and missing function.
         """
         function = self.functions.continuation_nll
 
@@ -249,7 +269,7 @@ class PredictionStore:
         )
         scores: list[list[tuple[float, int]] | None] = []
         for question in questions:
-            options = stored.get(_question_key(name, question))
+            options = stored.get(question_key(name, question))
             if options is None:
                 scores.append(None)
             else:
@@ -265,31 +285,36 @@ class PredictionStore:
         field: str,
         compute: Callable[[list[Question]], list[Any]] | None,
     ) -> dict[str, Any]:
-        """Return a field of a file by question key, after appending what the file lacks.
+        """Return the field `field` of the questions by key, after appending what the file lacks.
+
+        A row for another prompt counts as missing; one without a prompt (imported) is taken as it
+        is. Rows of other questions are not returned.
 
         Args:
-            compute: returns the values of a group of questions; None leaves the file as it is.
+            questions: questions; runs of equal `max_new_tokens` are computed together.
+            file: name of a JSON lines file in the folder of the run.
+            name: prefix of the keys; see `question_key`.
+            compute: returns the values of a group of questions. None leaves the file as it is, and
+                the result lacks the missing questions.
         """
         path = self.folder / file
         rows = {row["key"]: row for row in read_json_lines(path)}
         prompts = {
-            _question_key(name, question): prompt_identity(question) for question in questions
+            question_key(name, question): prompt_identity(question) for question in questions
         }
         stored = {}
         for key, prompt in prompts.items():
             # A row without a prompt is an imported prediction and is taken as it is.
             if key in rows and rows[key].get("prompt", prompt) == prompt:
                 stored[key] = rows[key][field]
-        missing = [
-            question for question in questions if _question_key(name, question) not in stored
-        ]
+        missing = [question for question in questions if question_key(name, question) not in stored]
         if compute is None or not missing:
             return stored
         groups = list(group_questions(missing))
         with open_for_append(path) as out:
             for group in self.progress(groups, f"answering, in {ANSWER_CHUNK}s"):
                 for question, value in zip(group, compute(group), strict=True):
-                    key = _question_key(name, question)
+                    key = question_key(name, question)
                     stored[key] = value
                     out.write(json_line({"key": key, "prompt": prompts[key], field: value}))
                 out.flush()
@@ -300,10 +325,16 @@ class PredictionStore:
     def grade_answers(
         self, task: LLMGradedTask, answers: Sequence[str | None]
     ) -> list[str | None] | None:
-        """Return the grader's review of every answer; missing reviews are requested and stored.
+        """Return the grader's review of the answer to every item of the task, in order.
 
-        A review is None where it is not stored and there is no grader. The whole result is None
-        where there is no grader and nothing is stored.
+        A review in ``reviews.jsonl`` is reused if it is of the same answer, or imported (without
+        an answer). The grader is asked for the others, a missing answer counting as an empty one,
+        and each is appended at once. Without a grader they are None, and the whole result is None
+        if the file has no review at all.
+
+        Raises:
+            ConfigError: the grader fails; the reviews so far are stored.
+            ValueError: there are not as many answers as items.
         """
         path = self.folder / "reviews.jsonl"
         function = self.functions.grade
@@ -330,8 +361,9 @@ class PredictionStore:
     def score_fluency(self, pairs: Sequence[tuple[str, str]]) -> list[float] | None:
         """Return the nats per token of every target after its source, for (source, target) pairs.
 
-        Missing scores are computed and stored. Without a fluency model, the scores of the model
-        that wrote last are returned, or None where they do not cover all pairs.
+        Scores that ``fluency.jsonl`` lacks of this fluency model are computed and appended. Without
+        a model, the scores of the one that wrote last are returned, or None where the file is empty
+        or does not cover all pairs.
         """
         path = self.folder / "fluency.jsonl"
         model = self.functions.fluency_model
@@ -365,49 +397,6 @@ def bind_grader(function: GradeFunction, settings: Mapping[str, Any]) -> AskGrad
     return lambda prompt, temperature: function(settings, prompt, temperature)
 
 
-# ------------------------------------------------------------------ identities
-
-
-def prompt_text(parts: Parts) -> str:
-    """Return a prompt as one text; an image is ``<image>`` and a line end, as in LLaVA's files."""
-    return "".join("<image>\n" if isinstance(part, ImageRef) else part for part in parts)
-
-
-def prompt_identity(question: Question) -> str:
-    """Return a text that differs for prompts with other text, options or image file names."""
-    images = [Path(part.name).name for part in question.prompt if isinstance(part, ImageRef)]
-    options = "".join(f"\n[{option}]" for option in question.options)
-    return prompt_text(question.prompt) + options + "".join(f"\n({name})" for name in images)
-
-
-def item_identity(parts: Parts) -> str:
-    """Return a text that differs for items with other texts or image file names.
-
-    The folder of an image does not count, so that data folders can be moved.
-    """
-    return "|".join(Path(part.name).name if isinstance(part, ImageRef) else part for part in parts)
-
-
-def _hash_items(items: Sequence[Parts]) -> str:
-    """Return the SHA-256 of the identities of items, in hexadecimal."""
-    identities = "\0".join(item_identity(parts) for parts in items)
-    return hashlib.sha256(identities.encode("utf-8", "replace")).hexdigest()
-
-
-def _question_key(name: str, question: Question) -> str:
-    """Return the key of a question in files: its id, after ``name|`` where there is a name."""
-    return f"{name}|{question.id}" if name else question.id
-
-
-def _describe_difference(key: str, stored: Any, current: Any) -> str:
-    """Return ``KEY was ..., is ...``; for two mappings, of the first inner key that differs."""
-    if isinstance(stored, Mapping) and isinstance(current, Mapping):
-        for inner in (*current, *stored):
-            if stored.get(inner) != current.get(inner):
-                return _describe_difference(f"{key}.{inner}", stored.get(inner), current.get(inner))
-    return f"{key} was {stored!r}, is {current!r}"
-
-
 # ------------------------------------------------------------------ chunks and files
 
 
@@ -425,13 +414,15 @@ def group_questions(questions: Sequence[Question]) -> Iterator[list[Question]]:
 
 
 def embed_chunk(function: EmbedFunction, items: list[Parts], *, query: bool, dim: int) -> Vectors:
-    """Return the vectors of items, float32[N, D], with rows of NaN for items that fail.
+    """Return the vectors of items, float32[N, D], with rows of NaN for items with a DataError.
 
     Args:
+        function: applied to all items, and again to ever smaller halves where it raises DataError.
         dim: width of the vectors, or 0 where it is not known yet.
 
     Raises:
-        DataError: all items fail and `dim` is 0.
+        DataError: all items fail, or there are none, and `dim` is 0. A single item raises its own
+            error.
     """
     errors: list[DataError] = []
 
@@ -452,7 +443,10 @@ def embed_chunk(function: EmbedFunction, items: list[Parts], *, query: bool, dim
 
 
 def _score_group(function: NLLFunction, questions: list[Question]) -> list[list[list[float]]]:
-    """Return [[total nats, tokens] of every option] of every question."""
+    """Return [[total nats, tokens] of every option] of every question, by one call of `function`.
+
+    Its errors propagate. A question without options gets [].
+    """
     pairs = [(question.prompt, option) for question in questions for option in question.options]
     scores = [list(score) for score in function(pairs)]
     groups = []

@@ -121,7 +121,9 @@ class RetrievalResult:
     def sample(self, indices: Sequence[int]) -> RetrievalResult:
         """Return the result of some images and the first caption of each, in this order.
 
-        Captions that belong to several of these images occur several times.
+        The similarities are those of this result, and ranks are computed anew within the sample.
+        Captions that belong to several of these images occur several times. No indices raise
+        ValueError.
         """
         images = list(indices)
         records = tuple(self.records[i] for i in images)
@@ -141,16 +143,18 @@ class RetrievalResult:
 def measure_retrieval(
     embed_image: EmbedImage, embed_text: EmbedText, *, records: Sequence[Record]
 ) -> RetrievalResult:
-    """Retrieve among held-out records in both directions.
+    """Retrieve among held-out records in both directions, with all short captions.
 
     Args:
-        embed_image: images -> float[N, D].
-        embed_text: captions -> float[C, D].
+        embed_image: images -> float[N, D]; called once with the images of all records.
+        embed_text: captions -> float[C, D]; called once with all distinct captions, in the order
+            of their first occurrence.
         records: pairs with an image and at least one short caption. A caption that several records
             carry is one query with several relevant images, and one gallery item.
 
     Raises:
         DataError: no records, or a record without an image or a short caption.
+        AssertionError: a function returns another number of rows.
     """
     pairs = [image_and_captions(record) for record in records]
     if not pairs:
@@ -215,8 +219,9 @@ def measure_composed_retrieval(
         seed: seed of `wrong_image_indices`, which says whose caption an image is joined with.
 
     Raises:
-        DataError: a record without an image or a short caption, or a shared caption as in
-            `wrong_image_indices`.
+        DataError: a record without an image or a short caption, or a record that shares a caption
+            with all others.
+        ValueError: no records.
     """
     pairs = [image_and_captions(record) for record in records]
     images = [image for image, _ in pairs]
@@ -237,14 +242,15 @@ def cosine(queries: Vectors, documents: Vectors) -> Vectors:
     """Return the cosines of float[Q, D] and float[G, D] as float32[Q, G].
 
     A row of zeros or with NaN gives NaN, which no metric rewards. Products are computed in float64
-    and rounded, so that equal vectors get equal scores however the matrix product is blocked.
+    and rounded to float32, so that equal vectors get equal scores however the matrix product is
+    blocked. Q or G may be 0.
     """
     unit_documents = unit_rows(documents)
-    blocks = []
+    cosines = np.empty((len(queries), len(documents)), dtype=np.float32)
     for begin in range(0, len(queries), QUERIES_PER_BLOCK):
-        unit_queries = unit_rows(queries[begin : begin + QUERIES_PER_BLOCK])
-        blocks.append((unit_queries @ unit_documents.T).astype(np.float32))
-    return np.concatenate(blocks)
+        block = slice(begin, begin + QUERIES_PER_BLOCK)
+        cosines[block] = unit_rows(queries[block]) @ unit_documents.T
+    return cosines
 
 
 def unit_rows(vectors: Vectors) -> NDArray[np.float64]:
@@ -315,14 +321,18 @@ def measure_caption_cross_entropy(
 ) -> CaptionCrossEntropy:
     """Compute the cross entropy of captions after the right and after a wrong image.
 
+    No records give a result without items.
+
     Args:
-        nll: (image, caption) pairs -> (total nats, number of tokens) each.
+        nll: (image, caption) pairs -> (total nats, number of tokens) each; called once with all
+            right and once with all wrong images.
         records: pairs with an image and a short caption; the first caption is scored.
-        seed: seed of `wrong_image_indices`.
+        seed: seed of `wrong_image_indices`, which chooses another record's image.
 
     Raises:
-        DataError: a record without an image or a short caption, or a shared caption as in
-            `wrong_image_indices`.
+        DataError: a record without an image or a short caption, or a record that shares a caption
+            with all others.
+        AssertionError: `nll` counts other tokens after a wrong image than after the right one.
     """
     pairs = [image_and_captions(record) for record in records]
     wrong_images = wrong_image_indices([short for _, short in pairs], seed)
@@ -348,11 +358,11 @@ def wrong_image_indices(captions: Sequence[Sequence[str]], seed: int = 0) -> lis
     fits is taken.
 
     Args:
-        captions: the captions of every item, at least one each.
+        captions: the captions of every item, at least one each; no items give [].
         seed: seed of the shuffled order; equal seeds give equal indices.
 
     Raises:
-        DataError: an item shares a caption with all others.
+        DataError: an item shares a caption with all others, as a single item does.
     """
     keys = [_caption_keys(group) for group in captions]
     first_keys = [text_key(group[0]) for group in captions]
@@ -421,11 +431,13 @@ def measure_captions(generate: GenerateCaptions, records: Sequence[Record]) -> C
     """Generate a caption for the image of every record and compare it with the short captions.
 
     Args:
-        generate: images -> one caption each.
-        records: pairs with an image and at least one short caption.
+        generate: images -> one caption each; called once with all images.
+        records: pairs with an image and at least one short caption; none give a result without
+            items.
 
     Raises:
         DataError: a record without an image or a short caption.
+        AssertionError: `generate` returns another number of captions.
     """
     pairs = [image_and_captions(record) for record in records]
     texts = generate([image for image, _ in pairs])

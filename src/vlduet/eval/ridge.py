@@ -72,9 +72,16 @@ class RidgeBaseline:
         the larger penalty.
 
         Args:
-            image_features: float[N, F] with N > 1, one row per training pair.
-            text_vectors: float[N, D], the caption of each pair.
-            grid: multiples of the mean squared singular value of the centred features.
+            image_features: float[N, F] with N > 1, one row per training pair, of any length.
+            text_vectors: float[N, D], the caption of each pair, of any length.
+            validation: data that every penalty is scored on; the result's `validation_hit_rates`
+                has the scores of all.
+            grid: penalties as multiples of the mean squared singular value of the features, scaled
+                to unit length and centred. An empty grid raises ValueError.
+
+        Raises:
+            AssertionError: fewer than two pairs, different numbers of rows, or a validation image
+                or caption without a partner.
         """
         assert len(image_features) == len(text_vectors) > 1, (
             len(image_features),
@@ -109,7 +116,10 @@ class RidgeBaseline:
         return _scale_to_unit(_scale_to_unit(text_vectors) - self.text_mean).astype(np.float32)
 
     def _validate(self, validation: RidgeValidation) -> tuple[float, float]:
-        """Return (hit@10, hit@1) on validation data, each the mean of both directions."""
+        """Return (hit@10, hit@1) on validation data, fractions, each the mean of both directions.
+
+        Raises AssertionError where an image or a caption has no partner. Nothing is stored.
+        """
         images = self.embed_image(validation.image_features)
         texts = self.embed_text(validation.text_vectors)
         similarity = cosine(texts, images)  # [C, N]
@@ -131,13 +141,15 @@ def evaluate_ridge_baseline(
     """Fit the baseline and measure its retrieval on the held-out records.
 
     Args:
-        embed_images: images -> float[N, F] features of a frozen vision tower.
-        embed_texts: captions -> float[N, D] vectors of a frozen text encoder.
-        train, validation: pairs with an image and a short caption; the first caption is used.
-        held_out: pairs with an image and a short caption.
+        embed_images: images -> float[N, F] features of a frozen vision tower; called once per set.
+        embed_texts: captions -> float[N, D] vectors of a frozen text encoder; called once per set.
+        train: at least two pairs with an image and a short caption, of which the first is used;
+            fewer raise AssertionError.
+        validation: at least one such pair, to choose the penalty; equal captions are one text.
+        held_out: such pairs, searched by all of their captions (see `measure_retrieval`).
 
     Raises:
-        DataError: a record without an image or a short caption.
+        DataError: a record without an image or a short caption, or no held-out records.
     """
     train_pairs = [image_and_captions(record) for record in train]
     validation_pairs = [image_and_captions(record) for record in validation]

@@ -52,16 +52,20 @@ def evaluate(
         functions: the model's functions; ``ModelFunctions()`` scores stored predictions.
         source: the official files of the data folder.
         runs: folder that gets a folder with the benchmark's name.
-        provenance: what makes the predictions (model, fingerprint, prompts, versions); another
-            value is another run. Empty where nothing is predicted, as when scoring again.
+        provenance: what makes the predictions (model, fingerprint, prompts, versions), written to
+            run.json; another value is another run. Empty where nothing is predicted, as when
+            scoring again; scores.json then says what run.json says, or that they were imported.
         progress: (iterable, label) -> iterable, wraps long loops to show a progress bar.
 
     Returns:
-        The content of scores.json.
+        The content of scores.json. An answer that cannot be made, or is not stored when scoring
+        again, counts in ``missing``.
 
     Raises:
-        DataError: an official file is missing or broken, or predictions are missing.
-        ConfigError: the folder belongs to another run.
+        DataError: an official file is missing or broken, or vectors are missing and there is no
+            model.
+        ConfigError: the folder belongs to another run, or its predictions are of other official
+            files, another seed or another k.
     """
     task = benchmark.load(source)
     folder = run_folder(runs, benchmark)
@@ -103,10 +107,10 @@ def score_to_json(benchmark: Benchmark, score: BenchmarkScore, *, seed: int) -> 
 
 
 def write_samples(out: IO[bytes], score: BenchmarkScore) -> None:
-    """Write every number item by item as a compressed npz archive.
+    """Write every number item by item as a compressed npz archive into the open file `out`.
 
     The arrays of a number are ``NUMBER|GROUP|v`` (values) and ``NUMBER|GROUP|w`` (weights) for
-    every group, and ``NUMBER|how`` (its scale, and 1 where groups are summed).
+    every group, counted from 0, and ``NUMBER|how`` (its scale, and 1 where groups are summed).
     """
     arrays: dict[str, Any] = {}
     for name, sample in score.samples.items():
@@ -118,7 +122,10 @@ def write_samples(out: IO[bytes], score: BenchmarkScore) -> None:
 
 
 def read_samples(folder: Path) -> dict[str, MetricSample]:
-    """Return the numbers that `write_samples` wrote to a run's folder; empty without a file."""
+    """Return number -> sample, as `write_samples` wrote them to samples.npz in a run's folder.
+
+    The result is empty without this file. A broken one raises ValueError or zipfile.BadZipFile.
+    """
     if not (folder / SAMPLES_FILE).exists():
         return {}
     with np.load(folder / SAMPLES_FILE, allow_pickle=False) as file:
@@ -146,7 +153,10 @@ def _read_provenance(folder: Path) -> Any:
 
 
 def _check_same_files(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Raise ConfigError where stored predictions were made with other files, seed or k."""
+    """Raise ConfigError where run.json has other official files, seed or k than `identity`.
+
+    Without a run.json (imported predictions), nothing is checked.
+    """
     path = folder / "run.json"
     if not path.exists():
         return
@@ -173,20 +183,26 @@ def import_predictions(
 ) -> dict[str, int]:
     """Import predictions of another toolkit into predictions.jsonl, replacing what it contains.
 
-    Accepted are JSON lines with "key", "question_id" or "id", with "text" and optionally "prompt",
-    as in LLaVA's answer files; or one object id -> text, as in MM-Vet's results file. A foreign id
-    is matched by the image that it names and the first line of the prompt (MME, TextVQA), or
-    through LLaVA's question file (POPE).
+    Accepted are JSON lines with "key", "question_id" or "id", with "text" or "answer", and
+    optionally "prompt", as in LLaVA's answer files; or one object id -> text, as in MM-Vet's
+    results file. A foreign id is matched by the image that it names and the first line of the
+    prompt (MME, TextVQA), or through LLaVA's question file (POPE). Of several predictions for an
+    item the last one counts.
 
     Args:
+        source: official files of the benchmark.
+        runs: folder of all runs; the benchmark's run folder is created if missing.
         questions: LLaVA's question file: JSON lines with "question_id", "image", "text" and
             "category".
 
     Returns:
-        Numbers of ``taken`` predictions and of ``unknown`` ones, which fit no item.
+        ``taken``, the number of items with a prediction, and ``unknown``, that of predictions that
+        fit no item.
 
     Raises:
-        ConfigError: the benchmark has no questions, or no prediction fits an item.
+        ConfigError: the benchmark has no questions, a file cannot be read, or no prediction fits an
+            item; then an older predictions.jsonl stays.
+        DataError: an official file is missing or broken.
     """
     task = benchmark.load(source)
     items = getattr(task, "items", ())
@@ -225,8 +241,12 @@ def _match_item(
 ) -> str | None:
     """Return the id of the item that a prediction answers, or None where none fits.
 
+    The row's id is looked up in `foreign_questions`, else among the ids of the items, else it is
+    taken as the name of an image. An image, of a foreign question or so named, is matched together
+    with the first line of the prompt: as ``CATEGORY/IMAGE``, ``IMAGE`` or its file name alone.
+
     Args:
-        row: one row of the predictions file.
+        row: one row of the predictions file, with "key", "question_id" or "id".
         item_ids: index of the items, see `_index_items`.
         foreign_questions: rows of LLaVA's question file by their id.
     """
@@ -273,8 +293,12 @@ def _index_items(items: Iterable[Question]) -> dict[tuple[str, str], str]:
 def _read_answers(file: Path) -> list[dict[str, Any]]:
     """Return the rows of JSON lines, of a JSON list, or of one object id -> text.
 
+    An entry of such an object becomes ``{"key": id, "text": text}``; an object with the key "text"
+    is a single row. Lines that are not JSON are skipped, so a file without JSON gives [].
+
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file is missing or cannot be opened.
+        UnicodeDecodeError: it is not UTF-8.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -295,10 +319,11 @@ def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
     """Import reviews of an LLM grader into reviews.jsonl, replacing what it contains.
 
     Accepted are JSON lines with "key" or "question_id" and "text", "content" or "review", or
-    MM-Vet's grade file {id: {"content": [...], ...}}.
+    MM-Vet's grade file {id: {"content": [...], ...}}, of whose list the first review is taken. Ids
+    are not compared with the benchmark's items. The run folder is created if missing.
 
     Returns:
-        Number of reviews.
+        Number of reviews, 0 for a file without rows.
 
     Raises:
         ConfigError: the file cannot be read.

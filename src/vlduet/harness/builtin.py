@@ -83,10 +83,18 @@ def open_model_functions(
 ) -> tuple[ModelFunctions, dict[str, Any]]:
     """Open a model folder; return its functions, and the facts that identify it.
 
-    CLIP, SigLIP and dual encoders embed; their functions for generation raise ModelError.
+    CLIP, SigLIP and dual encoders embed; their functions for generation raise ModelError, and their
+    weights are read at the first call. A generating model is read at once.
+
+    Returns:
+        The functions, with those of the helpers that the settings name (see `model_functions`).
+        ``fingerprint`` and ``image_backend``; of a generating model also its embedding settings and
+        ``dtype``.
 
     Raises:
-        ModelError: the folder has no model that can be opened.
+        ModelError: the folder has no model that can be opened, or one that reads only images or
+            only texts.
+        ConfigError: the grader's address or key file is not usable.
     """
     if can_generate(folder):
         model = DuetModel.from_pretrained(folder)
@@ -113,7 +121,13 @@ def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunc
     """Return everything that a model and the helpers of the settings can do.
 
     Prompts may be as long as the language model's context, because some benchmarks have ten images
-    per prompt. A retriever is opened when it is first needed.
+    per prompt. Answers are greedy; errors are those of `DuetModel.encode`, `generate_answers` and
+    `answer_nlls`. Retriever, grader and fluency model are None where the settings name none; the
+    weights of retriever and fluency model are read at their first call.
+
+    Raises:
+        ConfigError, ModelError, FileNotFoundError: as `open_settings_grader` and
+            `open_fluency_model`.
     """
     max_tokens = max(model.renderer.max_tokens, model.backbone.context_length or 0)
 
@@ -186,10 +200,12 @@ def as_embedder(encoder: FrozenEncoder) -> EmbedFunction:
 
     The vector of an item with several parts is the normalised mean of the unit vectors of those
     parts that the encoder reads. An item without such a part gives NaN. Whether items are queries
-    makes no difference.
+    makes no difference. The weights are read at the first call, which may raise ModelError; an
+    image that cannot be read raises ImageError, and no items raise RuntimeError.
     """
 
     def embed(items: list[Parts], is_query: bool) -> np.ndarray:
+        """Return unit vectors float32[N, E] as `as_embedder` says; `is_query` is not used."""
         distinct_parts: dict[Part, None] = {}
         for item in items:
             distinct_parts |= dict.fromkeys(item)
@@ -220,7 +236,8 @@ def _open_encoder(folder: Path) -> FrozenEncoder:
 def _open_retriever(folder: Path | None) -> EmbedFunction | None:
     """Return the embedding function of the independent retriever, or None without a folder.
 
-    The model is opened at the first call.
+    The retriever is a generating model or a frozen encoder (see `as_embedder`). It is opened at the
+    first call of the function, which raises ModelError where that fails, and stays in memory.
     """
     if folder is None:
         return None
@@ -253,7 +270,12 @@ def open_settings_grader(settings: EvaluationSettings) -> GradeFunction | None:
 def open_fluency_model(settings: EvaluationSettings) -> FluencyModel | None:
     """Return the fluency model of the settings, or None without one.
 
-    Its weights are read at the first call.
+    It is named by its folder and fingerprint. Its weights are read at the first call, which raises
+    ModelError if the folder has no sequence-to-sequence model.
+
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ModelError: its weights are not in safetensors format.
     """
     folder = settings.fluency
     if folder is None:
@@ -290,14 +312,17 @@ def generate_answers(
 ) -> list[str]:
     """Return greedy answers in the order of the prompts, generated in batches of similar length.
 
-    A prompt of one image alone is continued as the model was trained to write captions.
+    A prompt of one image alone is continued as the model was trained to write captions; all others
+    are user turns of a chat. No prompts give []. The model keeps its mode (training or evaluation).
 
     Args:
-        system: system message before every prompt.
+        max_new_tokens: longest answer, in tokens.
+        system: system message before every prompt but a single image.
         max_tokens: longest prompt; None is the model's own limit.
 
     Raises:
         DataError: an image cannot be read, or a prompt does not fit into the limit.
+        ConfigError: the checkpoint has no usable chat template.
     """
     renderer = model.renderer.with_options(max_tokens=max_tokens)
     sequences = []
@@ -326,12 +351,17 @@ def answer_nlls(
     """Return (total nats, number of tokens) of the answer in every (prompt, answer) pair.
 
     The end of the turn counts as part of the answer. After a prompt of one image alone, the answer
-    is scored as its caption. Other arguments and errors are those of `generate_answers`.
+    is scored as its caption, without system message. No pairs give []. The model keeps its mode.
+    Other arguments and errors are those of `generate_answers`.
     """
     renderer = model.renderer.with_options(max_tokens=max_tokens)
 
     def render(prompt: Parts, answer: str) -> TokenSequence:
-        """Return the tokens of prompt and answer, with the answer as labels."""
+        """Return the tokens of prompt and answer, with the answer and its end as labels.
+
+        A single image is laid out with the answer as its caption, any other prompt as a chat after
+        the system message. Raises DataError and ConfigError as `generate_answers` does.
+        """
         if is_single_image(prompt):
             assert isinstance(prompt[0], ImageRef)
             return renderer.render_caption(prompt[0], answer)
@@ -377,19 +407,22 @@ def evaluate_model(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Evaluate one model on several benchmarks; one that fails does not stop the others.
 
-    Corpora that benchmarks need are downloaded into ``data/corpora``.
+    Corpora that benchmarks need are downloaded into ``data/corpora``. Every benchmark and every
+    failure is logged, and progress bars are shown. Interrupted runs continue.
 
     Args:
         folder: folder of the model.
+        benchmarks: benchmarks in the order of their evaluation.
         data: folder of the official files.
-        runs: folder that gets a folder per benchmark.
+        runs: folder that gets a folder per benchmark, with predictions and scores.
 
     Returns:
-        The contents of scores.json of all benchmarks that ran.
-        The error message of every benchmark that could not run, by its name.
+        The contents of scores.json of all benchmarks that ran, in order.
+        The error message of every benchmark that raised VLDuetError, by its name.
 
     Raises:
-        ModelError: the model cannot be opened.
+        ModelError, ConfigError: the model or the grader cannot be opened, as in
+            `open_model_functions`.
     """
     functions, facts = open_model_functions(folder, settings)
     provenance = describe_provenance(folder.resolve(), facts, settings)

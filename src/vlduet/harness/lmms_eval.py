@@ -69,7 +69,11 @@ class LmmsModel(lmms):  # type: ignore[misc]
         self.functions: ModelFunctions = model_functions(self.model, settings)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return greedy answers, each cut at the first of the request's ``until`` strings."""
+        """Return greedy answers in the order of the requests, each cut at the first stop string.
+
+        Of a request's settings, ``max_new_tokens`` (or `DEFAULT_MAX_NEW_TOKENS`) and ``until``
+        count; sampling is not supported. Raises DataError as `generate_answers` does.
+        """
         generate = self.functions.generate
         assert generate is not None
         indices_by_limit: dict[int, list[int]] = {}
@@ -89,9 +93,11 @@ class LmmsModel(lmms):  # type: ignore[misc]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return (log probability of the continuation as the answer, False) for every request.
+        """Return (log probability in nats of the continuation, False) for every request, in order.
 
-        The second value should say whether the continuation is the greedy one; it is not computed.
+        The continuation, a text or a function of the document, is scored as an answer with its end
+        of turn. The second value should say whether it is the greedy one; it is not computed.
+        Raises DataError as `answer_nlls` does.
         """
         continuation_nll = self.functions.continuation_nll
         assert continuation_nll is not None
@@ -126,7 +132,7 @@ class LmmsModel(lmms):  # type: ignore[misc]
 
 
 def _flatten(values: Any) -> Iterable[Any]:
-    """Yield the images of nested lists and tuples; None is skipped."""
+    """Yield the values in nested lists and tuples in order, or a single value; None is skipped."""
     if isinstance(values, list | tuple):
         for value in values:
             yield from _flatten(value)

@@ -62,14 +62,18 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
         batch_size: int | None = None,
         show_progress_bar: bool = False,
     ) -> np.ndarray:
-        """Return the embeddings of every item of every batch, float32[N, E].
+        """Return the embeddings of every item of every batch in order, float32[N, E], unit length.
 
-        The model's own prompts are used, and batches are formed by length; mteb's prompts, batch
-        size and progress bar are not used.
+        The model's own prompts are used, and batches are formed by length; the other arguments of
+        mteb are not used. Without items the result has no rows.
 
         Args:
-            inputs: batches with the keys ``text`` and ``image``, or one of them.
+            inputs: batches with the keys ``text`` and ``image``, or one of them. The image of an
+                item comes before its text; an image that is None and an empty text are left out.
             prompt_type: mteb's query or document, which selects the prompt.
+
+        Raises:
+            DataError: an item has neither an image nor a text.
         """
         is_query = getattr(prompt_type, "value", prompt_type) == "query"
         items: list[Parts] = []

@@ -95,7 +95,8 @@ def slice_label(part: Part) -> str:
 def split_into_slices(record: Record) -> Parts:
     """Return the slices of a record of any kind: images and single sentences, in reading order.
 
-    Texts of interleaved records are slices already and are not split.
+    All texts are split, also captions, messages and candidates; only those of interleaved records
+    are slices already. A record without parts gives ().
     """
     if record.kind == "interleaved":
         return record.parts
@@ -115,17 +116,22 @@ def config_encoder_cosines(parts: Parts, config: RunConfig) -> Tensor:
         ConfigError, ModelError, DataError: as training with this config does.
     """
     recipe = load_recipe(config)
-    encoders = setup.load_encoders(config, recipe, trained_model=None, cache=config.data.cache or None)
+    encoders = setup.load_encoders(
+        config, recipe, trained_model=None, cache=config.data.cache or None
+    )
     return encoder_cosines(parts, encoders)
 
 
 def encoder_cosines(parts: Parts, encoders: FrozenEncoders) -> Tensor:
-    """Return the cosines float[U, U] of U slices by the triple kernel.
+    """Return the cosines float[U, U] of U > 0 slices by the triple kernel.
 
-    Without an encoder in the role ``vision``, the encoder ``cross`` compares all pairs.
+    Two images are compared by the encoder in the role ``vision``, two texts by ``text``, and an
+    image with a text by ``cross``; without ``vision``, ``cross`` compares all pairs. New vectors
+    are stored in the cache of the encoders. No slices raise RuntimeError.
 
     Raises:
         DataError, ModelError: as `FrozenEncoders.encode_slices` does.
+        KeyError: there is no encoder in the role ``cross``, or with ``vision`` none in ``text``.
     """
     slices = encoders.encode_slices([make_slice(part) for part in parts])
     is_image = torch.tensor([get_modality(part) == "image" for part in parts])
@@ -148,12 +154,13 @@ def model_cosines(parts: Parts, model: DuetModel | DualEncoder) -> Tensor:
 def align_records(
     first: Record, second: Record, *, cosines: Tensor, source: str, delta: float
 ) -> Alignment:
-    """Align two records by the global alignment kernel.
+    """Align two records by the global alignment kernel, in float64.
 
     Args:
-        cosines: float[M + N, M + N] of the slices of the first record, then of the second.
+        cosines: float[M + N, M + N] of the M slices of the first record by `split_into_slices`,
+            then the N of the second.
         source: name of whatever computed the cosines, for messages.
-        delta: width of the kernel.
+        delta: width of the kernel; sigma is delta * sqrt((M + N) / 2).
 
     Raises:
         DataError: a record without a slice.

@@ -102,7 +102,8 @@ def evenness(weights: ArrayLike) -> float:
     """Return the entropy of weights as a share of the largest possible entropy.
 
     It is 1 where all weights are equal, or where there is only one, and 0 where one weight has
-    everything. The weights, float[n], need not sum to 1 but must have a positive sum.
+    everything. The weights, float[n], need not sum to 1 but must not be negative and must have a
+    positive sum, which is not checked. No weights raise ValueError.
     """
     values = np.asarray(weights, dtype=np.float64)
     if len(values) == 1:
@@ -168,9 +169,12 @@ class ModelAnalysis:
 def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisItems:
     """Return the first `limit` distinct images and the first `limit` distinct texts of a source.
 
+    Parts are distinct if their `content_key` differs. All parts of a record count, in reading
+    order, and reading stops as soon as there are enough of both.
+
     Args:
         source: a file with records of any kind, or a folder of images.
-        limit: number of images and of texts.
+        limit: largest number of images and of texts; fewer are returned if there are fewer.
         dropped: modified in place: gets records and images that cannot be read.
 
     Raises:
@@ -180,7 +184,10 @@ def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisI
     texts: dict[str, str] = {}
 
     def add(part: Part) -> None:
-        """Add a part to its dict unless that is full. Raises DataError for a broken image."""
+        """Add a part to `images` or `texts` unless that is full or has the same content.
+
+        Raises DataError for a broken image, unless `images` is full.
+        """
         if isinstance(part, ImageRef):
             if len(images) < limit:
                 load_image(part)  # a broken image must not take the place of another one
@@ -208,11 +215,15 @@ def analyse_model(
 ) -> ModelAnalysis:
     """Read all items with a model, and map its attention on some evenly spaced images.
 
-    The model is in evaluation mode meanwhile and is left as it was.
+    The model is in evaluation mode, and for the maps in eager attention, and is left as it was. A
+    progress bar is shown. A kind without items has the readings None.
 
     Args:
         name: name of the model in tables and charts.
-        num_attention_maps: number of images whose attention is mapped.
+        num_attention_maps: number of images whose attention is mapped, all if there are fewer.
+
+    Raises:
+        DataError: an item cannot be embedded, for example because a text is empty.
     """
     num_items = len(items.images) + len(items.texts)
     images = [(image,) for image in items.images]
@@ -230,7 +241,11 @@ def analyse_model(
 
 @torch.no_grad()
 def _read(model: DuetModel, items: Sequence[Parts], bar: ProgressBar) -> ContentReadings:
-    """Return embedding and next-token entropy of every item, and advance the progress bar."""
+    """Return embedding and next-token entropy of every item in order, and advance the bar.
+
+    The caller puts the model in evaluation mode. Raises DataError for an item that cannot be
+    embedded.
+    """
     embeddings = np.empty((len(items), model.dim), dtype=np.float32)
     entropy = np.empty(len(items), dtype=np.float64)
     for begin in range(0, len(items), IMAGES_IN_MEMORY):
@@ -258,7 +273,8 @@ def _read(model: DuetModel, items: Sequence[Parts], bar: ProgressBar) -> Content
 def eager_attention(model: DuetModel) -> Iterator[None]:
     """Switch the language model to eager attention inside the block, and back afterwards.
 
-    Fused attention kernels never write the attention weights to memory.
+    It is switched back after an exception too. Fused attention kernels never write the attention
+    weights to memory.
     """
     language_model: Any = model.backbone.language_model
     previous = language_model.config._attn_implementation
@@ -287,10 +303,12 @@ def attention_weights(model: DuetModel, sequence: TokenSequence) -> list[Tensor]
 
 
 def attention_map(model: DuetModel, image: ImageRef) -> AttentionMap:
-    """Return the attention of an image's reading token to the image's tokens.
+    """Return the attention of an image's reading token to the image's tokens, mean of all layers.
 
-    Call it inside `eager_attention`. Where a family encodes an overview and tiles, the map shows
-    the overview, and share and evenness count all tokens of the image.
+    Call it inside `eager_attention` and with the model in evaluation mode. Where a family encodes
+    an overview and tiles, the map shows the overview, and share and evenness count all tokens of
+    the image. Text tokens between those of the image do not count. Raises ImageError for an image
+    that cannot be read.
     """
     sequence = model.renderer.render_embedding((image,))
     start, prepared = sequence.images[0]
@@ -316,9 +334,10 @@ def attention_map(model: DuetModel, image: ImageRef) -> AttentionMap:
 
 
 def denormalize_pixels(prepared: Tensor, processor: Any) -> Pixels:
-    """Return the input of the vision tower, float[3, H, W], as a picture uint8[H, W, 3].
+    """Return the input of the vision tower, float[3, H, W] on the CPU, as uint8[H, W, 3].
 
-    The normalisation of the image processor is undone where it has one.
+    The normalisation of the image processor is undone if its `do_normalize` is set; 0 to 1 then
+    becomes 0 to 255, rounded, and values beyond are clipped.
     """
     pixels = prepared.float().permute(1, 2, 0).numpy()  # [H, W, 3]
     if getattr(processor, "do_normalize", False):
@@ -331,7 +350,7 @@ def to_patch_grid(weights: Floats, height: int, width: int) -> Floats:
     """Return float[n] token weights as float[h, w], in the proportions of a height x width picture.
 
     The first weight is left out where only the others fill a grid (it is a class token's). Weights
-    that fit no grid are returned as one row, float[1, n].
+    that fit no grid are returned as one row, float[1, n]. No weights raise ValueError.
     """
     for num_class_tokens in (0, 1):
         count = len(weights) - num_class_tokens

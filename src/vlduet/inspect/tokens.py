@@ -86,7 +86,7 @@ def inspect_record(record: Record, model_folder: Path | None) -> RecordInspectio
     """Return a record with the tokens that a model sees of it; without a model, with no tokens.
 
     Raises:
-        DataError, ModelError: as `list_record_tokens`.
+        DataError, ModelError, ConfigError: as `list_record_tokens`.
     """
     rows = [] if model_folder is None else list_record_tokens(record, model_folder)
     return RecordInspection(record, tuple(rows))
@@ -95,6 +95,8 @@ def inspect_record(record: Record, model_folder: Path | None) -> RecordInspectio
 def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
     """Lay a record out as training does, and return the rows of all its sequences in order.
 
+    Weights are not loaded. A model folder that a crash left under its backup name is restored.
+
     Args:
         record: a record of any kind.
         folder: a model folder, whose recipe, prompts and length limit are used, or a plain
@@ -102,7 +104,8 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
 
     Raises:
         DataError: the record cannot be laid out, for example because an image is broken.
-        ModelError: the folder holds no model.
+        ModelError: the folder holds no model, or a file of it is broken.
+        ConfigError: this version does not know the model's recipe or one of its options.
     """
     saved = checkpoint.read_checkpoint(recover_folder(folder))
     run_config: dict[str, Any] = saved.manifest.get("provenance", {}).get("config", {})
@@ -128,7 +131,14 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
 def _list_sequence_tokens(
     number: int, sequence: Sequence, tokenizer: Tokenizer, image_names: dict[str, str]
 ) -> list[TokenRow]:
-    """Return the rows of sequence `number`; `image_names` maps cache keys to names of images."""
+    """Return one row per token and one per image (all of its tokens), in order.
+
+    Args:
+        number: number of the sequence, for the rows.
+        sequence: a sequence that a recipe laid out.
+        tokenizer: decodes the tokens, each alone.
+        image_names: cache key of an image -> its name; None is the name of an unknown image.
+    """
     image_starts = dict(sequence.images)  # position of the first token -> image
     rows = []
     first = 0
@@ -154,7 +164,11 @@ def _list_sequence_tokens(
 
 
 def _label_anchors(anchors: Iterable[Anchor], first: int, last: int) -> tuple[str, ...]:
-    """Return the labels of the anchors whose span starts or ends in the tokens [first, last]."""
+    """Return labels of the anchors whose span starts or ends in the tokens `first` to `last`.
+
+    ``ROLE`` does both, ``ROLE from here`` starts and ``ROLE to here`` ends in them. An anchor that
+    only passes through them has no label.
+    """
     labels = []
     for anchor in anchors:
         starts = first <= anchor.start <= last
@@ -174,7 +188,8 @@ def _label_anchors(anchors: Iterable[Anchor], first: int, last: int) -> tuple[st
 def format_record(record: Record, *, colour: bool) -> str:
     """Return a record for a terminal: a line per part with its label, then the metadata.
 
-    Images are named with their size or their error, and drawn only with `colour`.
+    Images are named with their size or their error, and drawn only with `colour`; a broken image
+    raises nothing. Control characters are removed, except line ends in texts of the record.
     """
     details = f"{record.kind}, {record.place}" if record.place else record.kind
     lines = [strip_control_characters(f"{record.id}  ({details})")]
@@ -197,9 +212,10 @@ def format_record(record: Record, *, colour: bool) -> str:
 
 
 def render_half_blocks(image: images.DecodedImage, width: int) -> list[str]:
-    """Return an image as lines of at most `width` terminal cells in 24-bit colour.
+    """Return an image as lines of terminal cells in 24-bit colour, at most `width` per line.
 
-    Every cell shows two pixels, one above the other. Very high images are compressed.
+    Every cell shows two pixels, one above the other. The image is scaled down to `width` pixels,
+    never up, in its proportions; one higher than 2 * width + 64 pixels is compressed to that.
     """
     width = max(1, min(width, image.width))
     height = max(2, round(image.height * width / image.width))
@@ -219,7 +235,9 @@ def render_half_blocks(image: images.DecodedImage, width: int) -> list[str]:
 def format_tokens(rows: Iterable[TokenRow], *, colour: bool) -> str:
     """Return the rows of one sequence, one per line, numbered from 0.
 
-    ``*`` (and green with `colour`) marks a token with loss; the roles of its anchors follow.
+    ``*`` (and with `colour` green, by ANSI codes) marks a token with loss; the labels of its
+    anchors follow. Texts are quoted as by `repr`, so that control characters are visible. No rows
+    give "".
     """
     lines = []
     for number, row in enumerate(rows):

@@ -67,8 +67,8 @@ def line_chart(chart: LineChart) -> Markup:
 
     The first line has the colour ``--a`` of the page and the second one ``--b``; each ends in its
     last value. A line of more than `MAX_UNSMOOTHED_POINTS` points is drawn as a moving average.
-    The ``aria-label`` gives the title and the first and last value of every line. All texts are
-    escaped. Equal charts give equal text.
+    The ``aria-label`` gives the title and the first and last value of every line; the title is
+    nowhere else, and the note is left out. All texts are escaped. Equal charts give equal text.
     """
     lines = {series.name: _smooth_line(series) for series in chart.series}
     lines = {name: points for name, points in lines.items() if points}
@@ -87,7 +87,14 @@ def line_chart(chart: LineChart) -> Markup:
 
 
 def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
-    """Return the SVG document that matplotlib writes for non-empty lines of finite points."""
+    """Return the SVG document that matplotlib writes: lines with their last values, and the axes.
+
+    Title and note are not drawn. matplotlib's global settings are left as they were.
+
+    Args:
+        lines: name -> points to draw, all finite and at least one each; without lines ValueError
+            is raised. They replace those of ``chart.series``.
+    """
     import matplotlib.style
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -125,9 +132,10 @@ def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
 
 
 def _widen_flat_range(axes: Axes, values: Sequence[float]) -> None:
-    """Give the y axis a range of the size of the values where these are (almost) equal.
+    """Set the y limits in place where the values span less than a thousandth of their size.
 
-    Ticks would otherwise differ in digits that no label shows.
+    The size is the largest absolute value, or 1 where all are (almost) 0; half of it is added below
+    and above. Ticks would otherwise differ in digits that no label shows.
     """
     low = min(values)
     high = max(values)
@@ -139,10 +147,12 @@ def _widen_flat_range(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _as_inline_svg(document: str, *, description: str) -> Markup:
-    """Return the ``<svg>`` element of an SVG document, ready to stand in an HTML page.
+    """Return the ``<svg>`` element of a matplotlib document, ready to stand in an HTML page.
 
-    Removed are: everything before the element, its style sheet (it would apply to the whole page),
-    ids (they repeat among the charts of a page) and font families (the page has its own).
+    Its tag gets the class ``chart`` and the escaped description as ``aria-label``, and keeps only
+    the view box. `CSS_COLOURS` become variables of the page. Removed are: everything before the
+    element, its style sheet (it would apply to the whole page), ids (they repeat among the charts
+    of a page) and font families (the page has its own).
     """
     body = document[document.index("<svg") :]
     body = body[body.index(">") + 1 :]
@@ -166,7 +176,10 @@ def _smooth_line(series: Series) -> list[Point]:
 
 
 def moving_average(points: Sequence[Point], width: int) -> list[Point]:
-    """Return points with the mean of y over `width` neighbours (fewer at both ends) and equal x."""
+    """Return points with the same x, and as y the mean over a window around the point.
+
+    The window has the point and ``width // 2`` neighbours on each side, fewer at both ends.
+    """
     half = width // 2
     averages = []
     for i, (x, _) in enumerate(points):
@@ -199,7 +212,7 @@ def finite_range(values: ArrayLike) -> tuple[float, float]:
 
 
 def cell_opacities(values: ArrayLike) -> NDArray[np.float64]:
-    """Return the opacity of every cell of a heatmap, float[R, C] from 0.04 to 1.
+    """Return the opacity of every cell of a heatmap, float[R, C] from 0.04 to 1; it may be empty.
 
     The lowest finite value gives 0.04 and the highest 1; values that are not finite give 0.04, and
     so do all values where they are equal. The scale is not linear (power 1.5), so that high values

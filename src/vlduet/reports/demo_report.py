@@ -130,9 +130,10 @@ class Report:
 
 
 def training_charts(rows: Sequence[Mapping[str, float]]) -> tuple[LineChart, ...]:
-    """Return the charts of losses and validation numbers over minutes, from rows of metrics.jsonl.
+    """Return three charts over minutes: training losses, validation hit@10 and cross entropy.
 
-    A number that no row has gives an empty line.
+    Each has two lines, from the rows of metrics.jsonl that have the number and ``seconds``. A
+    number that no row has gives a line without points.
     """
 
     def series(name: str, key: str) -> Series:
@@ -170,7 +171,7 @@ def training_charts(rows: Sequence[Mapping[str, float]]) -> tuple[LineChart, ...
 
 
 def summarize_report(report: Report) -> dict[str, Any]:
-    """Return the content of ``summary.json``.
+    """Return the content of ``summary.json``; nothing is written.
 
     Returns:
         ``text_to_image``, ``image_to_text``: hit rates (fractions) of the trained model, keyed

@@ -47,7 +47,11 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
 
 
 def _environment() -> jinja2.Environment:
-    """Return the template environment; it remembers thumbnails, so it is made for every page."""
+    """Return a new environment for ``templates/``, with the filters and functions they use.
+
+    It escapes every text, raises jinja2.UndefinedError for an unknown variable, and remembers
+    thumbnails, so that one environment per page keeps no memory.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -101,7 +105,8 @@ def format_duration(seconds: float) -> str:
 def write_record_page(path: Path, inspection: RecordInspection) -> None:
     """Write the page of one record: its parts, its metadata and the sequences of a model, if any.
 
-    An image that cannot be read is replaced by its error message.
+    An image that cannot be read is replaced by its error message. An older file is replaced, and
+    missing folders are created.
     """
     record = inspection.record
     parts = [(label, part, *_read_size(part)) for label, part in iter_labelled_parts(record)]
@@ -111,7 +116,10 @@ def write_record_page(path: Path, inspection: RecordInspection) -> None:
 
 
 def _read_size(part: Part) -> tuple[str, str]:
-    """Return (size of an image as ``W x H``, why it cannot be read); for a text both are empty."""
+    """Return (size of an image as ``W x H``, "") or ("", why it cannot be read).
+
+    A text gives two empty strings. Raises nothing for a missing or broken image.
+    """
     if isinstance(part, str):
         return "", ""
     try:
@@ -154,7 +162,10 @@ def write_analysis_page(
 def _analysis_charts(
     analyses: Sequence[ModelAnalysis], summaries: Sequence[Mapping[str, Any]]
 ) -> Iterable[LineChart]:
-    """Yield the charts of explained variance and entropy of images and of texts."""
+    """Yield the charts of explained variance and entropy of images, then of texts.
+
+    Each has a line per model that measured this kind; a kind that none measured has no charts.
+    """
     for kind in ("images", "texts"):
         curves = [(s["name"], s[kind]["explained_variance"]) for s in summaries if s[kind]]
         if not curves:

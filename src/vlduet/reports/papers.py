@@ -47,7 +47,10 @@ class PaperTable:
     rows: tuple[TableRow, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the table with its cells as text, for `vlduet report --json`."""
+        """Return the table for `vlduet report --json`: the fields, with ``lines`` for the rows.
+
+        A line is ``{"model", "cells": [{"text", "told"}], "ours"}``, where ``told`` is the tooltip.
+        """
         lines = []
         for row in self.rows:
             cells = [{"text": cell_text(v), "told": cell_tooltip(v)} for v in row.values]
@@ -83,9 +86,10 @@ def build_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
 
 
 def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
-    """Return the tables of the papers to which these runs have a number to add.
+    """Return the tables of ``published.json``, in its order, to which a run has a number to add.
 
-    Published rows come first, then one row per run that has any number of the table.
+    Published rows come first, then one row per run that has any number of the table; numbers that
+    it lacks are None. Notes of columns follow the note of the table.
     """
     tables = []
     for table in json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))["tables"]:
@@ -112,14 +116,15 @@ def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
     return tables
 
 
-def suite_table(runs: Sequence[RunScores], suite: str = "builtin") -> PaperTable | None:
-    """Return the table of a suite with a row per number and a column per run.
+def suite_table(runs: Sequence[RunScores]) -> PaperTable | None:
+    """Return the table of the built-in suite with a row per number and a column per run.
 
-    Numbers of subgroups (with a ``/`` in the name) are left out, except those of the two retrieval
-    directions. None is returned where no run has a number of the suite.
+    A row is named ``BENCHMARK TITLE: NUMBER`` and has None for runs without the number. Numbers of
+    subgroups (with a ``/`` in the name) are left out, except those of the two retrieval directions,
+    ``t2i/...`` and ``i2t/...``. None is returned where no run has a number of the suite.
     """
     rows = []
-    for benchmark in SUITES[suite]:
+    for benchmark in SUITES["builtin"]:
         names: dict[str, None] = {}
         for run in runs:
             names |= dict.fromkeys(run.scores.get(benchmark.name, {}).get("values", {}))
@@ -149,12 +154,16 @@ def write_results(
 ) -> list[Path]:
     """Write the tables as an HTML page, and beside it as Markdown.
 
+    Older files are replaced, and missing folders are created.
+
     Args:
-        path: the HTML file; the Markdown file has the suffix ``.md``.
+        path: the HTML file; the Markdown file has the suffix ``.md`` in place of its own.
         runs: all runs; with `changes`, the first one is before and the last one after training.
+        tables: tables in the order of the page.
+        changes: rows of the table of changes; without any there is no such table.
 
     Returns:
-        Both paths.
+        [path of the page, path of the Markdown file].
     """
     content = {"runs": runs, "tables": tables, "changes": changes}
     write_page(path, "results.html", {**content, "text": cell_text, "tooltip": cell_tooltip})
@@ -170,7 +179,11 @@ def format_markdown(
     tables: Sequence[PaperTable],
     changes: Sequence[BenchmarkChange],
 ) -> str:
-    """Return the tables and the facts of all runs as Markdown, for a README or a pull request."""
+    """Return the results as Markdown, for a README or a pull request.
+
+    Sections in order: the changes before and after training (if any), one per table, with the names
+    of our runs in bold, and the facts of every run and benchmark. Texts are not escaped.
+    """
     lines = ["# Results", ""]
     if changes:
         header = "| benchmark | number | before | after | change | |"
@@ -198,7 +211,10 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _change_cells(row: BenchmarkChange) -> tuple[str, ...]:
-    """Return the cells of one change: benchmark, number, before, after, change, verdict."""
+    """Return (benchmark, number, before, after, change, verdict) of one change as texts.
+
+    Numbers have one decimal. The change is ``MEAN (LOW to HIGH)`` with signs, or "" without one.
+    """
     change = ""
     if row.change is not None:
         change = f"{row.change.mean:+.1f} ({row.change.low:+.1f} to {row.change.high:+.1f})"

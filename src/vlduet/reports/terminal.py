@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def format_alignment(alignment: Alignment, *, width: int = 36) -> str:
-    """Return a table of cosines with a star at the likeliest cell of every row.
+    """Return lines of text: the numbered columns, the table of cosines, and the kernel and means.
+
+    A star marks the likeliest cell of every row by the alignment posterior, or several if equal.
 
     Args:
         width: number of characters of a row label; longer ones are shortened.
@@ -39,7 +41,10 @@ def format_alignment(alignment: Alignment, *, width: int = 36) -> str:
 
 
 def format_analysis(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return one line per model and measured quantity.
+    """Return lines for every model: one per measured kind of content, one for its attention.
+
+    A line of images or texts has their number, the mean entropy and the components for 90 % of the
+    variance; that of attention has mean share and evenness. What is None gets no line.
 
     Args:
         summaries: numbers of each model, as `vlduet.inspect.internals.summarize` returns them.
@@ -63,7 +68,10 @@ def format_analysis(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def format_changes(changes: Sequence[BenchmarkChange]) -> list[str]:
-    """Return one line per benchmark: number before -> after training, paired change and verdict."""
+    """Return one line per benchmark: number before -> after training, paired change and verdict.
+
+    The change is ``MEAN (LOW to HIGH)`` with signs, or left out where the runs cannot be paired.
+    """
     lines = []
     for row in changes:
         change = ""
@@ -77,7 +85,10 @@ def format_changes(changes: Sequence[BenchmarkChange]) -> list[str]:
 
 
 def format_certification(outcomes: Sequence[CertificationOutcome]) -> list[str]:
-    """Return one line per target, and below it why it was left out, if it was."""
+    """Return one line per target, and below it an indented line why it was left out, if it was.
+
+    A line has model, benchmark, number, published value, our value (blank if left out) and verdict.
+    """
     lines = []
     for outcome in outcomes:
         target = outcome.target

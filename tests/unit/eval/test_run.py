@@ -18,7 +18,8 @@ from vlduet.errors import ConfigError, DataError, ModelError
 from vlduet.eval import predictions
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark
-from vlduet.eval.predictions import FluencyModel, ModelFunctions, prompt_text
+from vlduet.eval.identities import prompt_text
+from vlduet.eval.predictions import FluencyModel, ModelFunctions
 from vlduet.eval.run import evaluate, import_predictions
 from vlduet.files import read_json_lines
 from vlduet.harness.builtin import (

@@ -10,7 +10,8 @@ import numpy as np
 from vlduet.data.records import ImageRef, Parts
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark
-from vlduet.eval.predictions import ModelFunctions, prompt_text
+from vlduet.eval.identities import prompt_text
+from vlduet.eval.predictions import ModelFunctions
 from vlduet.eval.run import evaluate
 
 

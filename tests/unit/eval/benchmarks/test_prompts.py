@@ -9,7 +9,7 @@ import pytest
 
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark
-from vlduet.eval.predictions import prompt_text
+from vlduet.eval.identities import prompt_text
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
