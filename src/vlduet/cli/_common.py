@@ -52,9 +52,17 @@ def print_output_summary(
     details: str = "",
     fields: dict[str, Any] | None = None,
 ) -> None:
-    """Print how many records were written to a file; exit with status 1 if there are none.
+    """Print how many records were written to a file, and how many were left out.
 
-    `details` follows the number in the text; `fields` are further fields of the JSON object.
+    Raises typer.Exit with status 1, after printing, if none were written.
+
+    Args:
+        to: file that was written.
+        count: number of its records.
+        dropped: records that were left out.
+        as_json: print one JSON object instead of a line of text.
+        details: text behind the number; not part of the JSON object.
+        fields: further fields of the JSON object; not part of the text.
     """
     if as_json:
         counts = {"file": str(to), "records": count}
@@ -77,9 +85,10 @@ def quarantine_rows(dropped: Quarantine) -> Callable[[DataError], None]:
 def read_record_at(
     file: Path, index: int, *, format: str | None = None, root: Path | None = None
 ) -> Record:
-    """Return record number `index` of a file, from 0; broken records are skipped and logged.
+    """Return the readable record number `index` of a file or folder, counted from 0.
 
-    Raises DataError if the file has too few records.
+    Broken records before it are logged as warnings and not counted. Raises DataError if the file
+    cannot be read or has too few readable records.
     """
     from vlduet.data.formats import read_records
     from vlduet.errors import DataError

@@ -16,7 +16,11 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A preset; see 'vlduet
 
 @app.command("list")
 def list_configs(*, as_json: Json = False) -> None:
-    """List the presets that 'vlduet train' and 'vlduet compare' accept, with a summary of each."""
+    """List the presets that 'vlduet train' and 'vlduet compare' accept, with a summary of each.
+
+    The summary is the first line of the preset if that is a comment. With --json, print one object
+    of names and summaries.
+    """
     from vlduet.config import find_config, list_presets
 
     summaries = {name: _read_summary(find_config(name)) for name in list_presets()}
@@ -41,7 +45,11 @@ def copy(
     name: Name,
     to: Annotated[Path, typer.Argument(metavar="TO", help="A new YAML file, or a folder.")],
 ) -> None:
-    """Copy a preset to a file of your own, to change it and train with it."""
+    """Copy a preset to a file of your own, to change it and train with it, and print its path.
+
+    In an existing folder TO, the copy keeps the preset's file name. Missing folders of TO are
+    created. An unknown preset and an existing file are errors.
+    """
     from vlduet.config import find_config
     from vlduet.errors import ConfigError
 

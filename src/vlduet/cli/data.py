@@ -49,7 +49,9 @@ def fetch(
 ) -> None:
     """Fetch real corpora by package name, split without leakage, with licence and hashes.
 
-    A corpus that is not available is left out. The exit status is 1 if none is.
+    Each is written to DIR/NAME, or reused if it is complete there, and printed with its counts. An
+    unknown name is an error before anything is fetched. A corpus whose packages are not available
+    is left out with a warning. The exit status is 1 if none is available.
     """
     from vlduet.corpora.catalog import fetch_corpus, get_corpus
     from vlduet.errors import PackageError
@@ -78,7 +80,7 @@ def fetch(
 
 @app.command("corpora")
 def list_corpora(*, as_json: Json = False) -> None:
-    """List the corpora that can be fetched."""
+    """List the corpora that can be fetched: name, title and licence."""
     from vlduet.corpora.catalog import CORPORA
 
     corpora = CORPORA.values()
@@ -90,7 +92,7 @@ def list_corpora(*, as_json: Json = False) -> None:
 
 @app.command("formats")
 def list_formats(*, as_json: Json = False) -> None:
-    """List the formats that can be read."""
+    """List the formats that can be read: name and description."""
     from vlduet.data.formats import FORMATS
 
     if as_json:
@@ -109,9 +111,10 @@ def check(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Find every broken record and image, and leaks between the files.
+    """Find every broken record and image, and leaks between the files; print a report.
 
-    The exit status is 1 if there are errors.
+    The exit status is 1 if there are broken ones; leaks are warnings. A file that cannot be read at
+    all is an error.
     """
     from vlduet.data.tools.check import check_files
     from vlduet.logs import track_progress
@@ -144,9 +147,11 @@ def convert(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write SOURCE as records. Broken ones are left out, counted, and listed beside the file.
+    """Write SOURCE as records to FILE.jsonl, which is replaced, and print their number.
 
-    The exit status is 1 if no record remains.
+    Broken records are left out, counted, and listed in FILE.quarantine.jsonl. With --strict, the
+    first one is an error, and FILE.jsonl stays as it was. The exit status is 1 if no record
+    remains.
     """
     from vlduet.data import formats
     from vlduet.data.quarantine import Quarantine, quarantine_path
@@ -178,7 +183,8 @@ def show(
 ) -> None:
     """Print one record: its parts and captions, and with --model its tokens and losses.
 
-    With --html, write a page and print its path instead.
+    With --html, write a page and print its path instead, also with --json. Broken records are
+    logged and not counted. A number beyond the last record is an error.
     """
     from vlduet.inspect.tokens import inspect_record
 
@@ -208,8 +214,10 @@ def edit(
 ) -> None:
     """Write hard negatives by rule: captions of FILE with a word or two made wrong.
 
-    The kinds of edits are those of SugarCrepe; English only. Broken records are left out and listed
-    beside the file. The exit status is 1 if no record remains.
+    The kinds of edits are those of SugarCrepe; English only. A record gets one negative of each
+    kind at most, and is written unchanged if no rule fits. An unknown kind is an error. Broken
+    records, and those of other kinds, are left out and listed in OUT.quarantine.jsonl. The exit
+    status is 1 if no record remains.
     """
     from collections import Counter
 
@@ -229,7 +237,7 @@ def edit(
     on_error = quarantine_rows(dropped)
 
     def edit_records() -> Iterator[Record]:
-        """Yield every query with its negatives; count these, and quarantine broken records."""
+        """Yield the records with new negatives, if any fit; update the counts and `dropped`."""
         nonlocal num_unchanged
         for record in formats.read_records(file, format=format, root=root, on_error=on_error):
             try:
@@ -273,8 +281,9 @@ def mix(
 ) -> None:
     """Write composed queries: an image of FILE with a text about another one.
 
-    They train searches that combine an image and a text. Broken records are left out and listed
-    beside the file. The exit status is 1 if no record remains.
+    They train searches that combine an image and a text. Broken records, and those that are no
+    pairs with short captions, are left out and listed in OUT.quarantine.jsonl. Two pairs with an
+    image or a caption in common are not combined. The exit status is 1 if no query can be written.
     """
     from vlduet.data import formats
     from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path

@@ -20,7 +20,11 @@ def demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the whole workflow on real data: fetch, train, evaluate, index, search, ask, report."""
+    """Run the whole workflow on real data: fetch, train, evaluate, index, search, ask, report.
+
+    Everything is written to the folder; one that is neither empty nor a demo's is an error. With
+    --json, print a summary at the end.
+    """
     from vlduet.demo.run import run_demo
 
     summary = run_demo(to, seed=seed, minutes=minutes)

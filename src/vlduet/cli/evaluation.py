@@ -53,8 +53,10 @@ def evaluate(
 ) -> None:
     """Measure a model by the official rules of benchmarks; print and store the scores.
 
-    An interrupted run continues when it is started again. The exit status is 1 if a benchmark
-    failed.
+    Results go to DIR/BENCHMARK; corpora that are needed are downloaded into corpora/ of the data
+    folder. An interrupted run continues when it is started again. A benchmark that fails is logged
+    and does not stop the others, but the exit status is 1. Without MODEL or any benchmark, or with
+    an unknown name or setting, nothing is run. With --list, only list the benchmarks.
     """
     if list_all:
         _print_benchmarks(as_json)
@@ -87,7 +89,12 @@ def score(
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Score stored predictions, or those of another toolkit, without a model."""
+    """Score stored predictions, or those of another toolkit, without a model.
+
+    The scores are printed, and stored in DIR/BENCHMARK. --predictions and --reviews replace what is
+    stored there, and need exactly one benchmark. The first benchmark that cannot be scored, such as
+    one without predictions, ends the command with an error.
+    """
     from vlduet.errors import ConfigError
     from vlduet.eval.benchmarks.official_files import OfficialFiles
     from vlduet.eval.predictions import ModelFunctions
@@ -129,7 +136,7 @@ def certify(
 ) -> None:
     """Check the scorers: released predictions of others must give the published numbers.
 
-    The exit status is 1 if a number differs.
+    Prints one outcome per number. The exit status is 1 if a number differs or cannot be computed.
     """
     from vlduet.eval.certify import certify as check_scorers
     from vlduet.eval.certify import load_targets
@@ -157,7 +164,8 @@ def report(
 ) -> None:
     """Write a page that compares runs with the papers, and with the model before training.
 
-    Prints the changes since the run `--before` and the paths of the page and its Markdown version.
+    Prints the changes from the run `--before` to the last RUN, and the paths of the page and its
+    Markdown version. A run without scores is an error.
     """
     from dataclasses import asdict
 
@@ -185,7 +193,8 @@ def report(
 def _parse_settings(texts: list[str] | None) -> EvaluationSettings:
     """Return the settings that ``key=value`` and ``judge.key=value`` texts describe.
 
-    Raises ConfigError for an unknown key or an invalid value.
+    Without texts, all are defaults. Raises ConfigError for a text of another form, an unknown key
+    or an invalid value.
     """
     from vlduet.config import parse_options, parse_overrides
     from vlduet.harness.builtin import EvaluationSettings
@@ -195,9 +204,9 @@ def _parse_settings(texts: list[str] | None) -> EvaluationSettings:
 
 
 def _select_benchmarks(names: list[str] | None, suite: str | None) -> list[Benchmark]:
-    """Return the benchmarks of a suite and the named ones, without repetitions.
+    """Return the benchmarks of a suite, then the named ones, without repetitions.
 
-    Raises ConfigError for an unknown name, or if there is none.
+    Raises ConfigError for an unknown name or suite, or if there is no benchmark.
     """
     from vlduet.errors import ConfigError, suggest_name
     from vlduet.eval.benchmarks.registry import SUITES, get_benchmark
@@ -212,6 +221,7 @@ def _select_benchmarks(names: list[str] | None, suite: str | None) -> list[Bench
 
 
 def _print_benchmarks(as_json: bool) -> None:
+    """Print every benchmark with suite, protocol, papers, split, metric and official files."""
     from vlduet.eval.benchmarks.registry import BENCHMARKS, SUITES
 
     suites = {benchmark.name: name for name, rows in SUITES.items() for benchmark in rows}
@@ -230,7 +240,10 @@ def _print_benchmarks(as_json: bool) -> None:
 
 
 def _print_scores(scores: list[dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
-    """Print results, up to 12 values per benchmark; exit with 1 if a benchmark failed."""
+    """Print results, as text (12 values per benchmark at most) or as JSON with the failures.
+
+    Raises typer.Exit with status 1, after printing, if a benchmark failed.
+    """
     if as_json:
         print_json({"scores": scores, "failed": failed})
     for result in scores if not as_json else ():

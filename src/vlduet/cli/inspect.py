@@ -38,7 +38,12 @@ def analyse(
     examples: Annotated[int, typer.Option(min=0, help="Number of attention maps.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Measure next-token entropy, explained variance, and attention from the summary token."""
+    """Measure next-token entropy, explained variance, and attention from the summary token.
+
+    Reads the first distinct images and texts of FILE with MODEL, and with --before with that model
+    too. Prints a summary, and writes analysis.html and analysis.json. Broken records are left out
+    and listed in DIR/quarantine.jsonl. A FILE without any image or text is an error.
+    """
     from vlduet.data.quarantine import Quarantine
     from vlduet.inspect import internals
     from vlduet.model.duet import DuetModel
@@ -85,7 +90,12 @@ def align(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show how two records align, slice by slice."""
+    """Show how two records align, slice by slice.
+
+    Slices, which are images and sentences, are compared by the encoders of --config or the
+    embeddings of --model; exactly one of them must be given. With --html, also write a page. A
+    record that does not exist or has no slice is an error.
+    """
     from vlduet.config import load_run_config
     from vlduet.errors import ConfigError
     from vlduet.inspect import alignment
@@ -130,7 +140,11 @@ def align(
 
 
 def _read_record(place: str) -> Record:
-    """Return the record that ``FILE:N`` names, or the first one of ``FILE``."""
+    """Return the record that ``FILE:N`` names, or the first one of ``FILE``.
+
+    A text behind the last colon that is no number belongs to the file's name. Raises DataError as
+    `read_record_at`: the file cannot be read, or has too few records.
+    """
     file, colon, number = place.rpartition(":")
     if colon and number.isdecimal():
         return read_record_at(Path(file), int(number))

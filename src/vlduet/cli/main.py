@@ -79,11 +79,12 @@ def common_options(
 
 
 def main() -> None:
-    """Run the command line and exit; print errors that the user can correct in one line.
+    """Run the command line of `sys.argv` and exit; print errors of the user in one line.
 
-    The exit status is 0 for success, 1 for such an error, 2 for wrong usage, and 130 after an
-    interruption. Our own mistakes, and with --debug all errors, are raised. Sets environment
-    variables and allocator options of the process.
+    Such errors are VLDuetError and OSError. The exit status is 0 for success, 1 for such an error,
+    2 for wrong usage, and 130 after an interruption. Our own mistakes, and with --debug all errors,
+    are raised. Sets HF_HUB_OFFLINE and TOKENIZERS_PARALLELISM, unless they are set, and changes how
+    the process keeps memory and how its output replaces characters that cannot be encoded.
     """
     # Nothing is downloaded from a model hub unless the user asks for it.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -121,10 +122,10 @@ M_MMAP_THRESHOLD = -3
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's malloc keep freed memory for the next tensor; do nothing on other C libraries.
+    """Make glibc's malloc, for the whole process, keep freed memory for the next tensor.
 
-    By default every large tensor is mapped anew and the kernel clears its pages, which takes more
-    than half of the time of a vision tower on a CPU.
+    Nothing is done with other C libraries. By default every large tensor is mapped anew and the
+    kernel clears its pages, which takes more than half of the time of a vision tower on a CPU.
     """
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     mallopt = getattr(libc, "mallopt", None)

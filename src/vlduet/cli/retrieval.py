@@ -43,7 +43,9 @@ def index(
 ) -> None:
     """Embed SOURCE into an index, or update the index; only new content is embedded.
 
-    An interrupted build continues when it is started again.
+    Prints the numbers of documents. Records that cannot be used are left out and listed in
+    INDEX/quarantine.jsonl. An interrupted build continues when it is started again. An index of
+    another model or --side is an error.
     """
     from vlduet.encoders.dual import open_embedder
     from vlduet.errors import RetrievalError
@@ -84,7 +86,11 @@ def search(
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Print the documents that are nearest to a text, an image, or both."""
+    """Print the documents that are nearest to a text, an image, or both, the best first.
+
+    The output is a table on a terminal and tab-separated lines elsewhere. An empty query, a model
+    that did not build the index, and a filter on metadata that no document has are errors.
+    """
     from vlduet.encoders.dual import open_embedder
     from vlduet.retrieval.search import search as find_hits
 
@@ -109,7 +115,11 @@ def ask(
     model: OtherModel = None,
     as_json: Json = False,
 ) -> None:
-    """Print the answer to a question from the documents of an index, and its sources."""
+    """Print the answer to a question from the documents of an index, and its sources.
+
+    The answer appears while it is generated, or with --json at the end together with the prompt. If
+    no document matches, the model answers without sources. The errors are those of 'vlduet search'.
+    """
     from vlduet.model.duet import DuetModel
     from vlduet.retrieval.rag import format_source, prepare_prompt, stream_answer
 
@@ -142,7 +152,9 @@ def encode(
 ) -> None:
     """Write the embeddings of SOURCE to a file, for an index of another program.
 
-    Documents that cannot be embedded are left out and listed beside the file.
+    FILE.npz holds ids and vectors in the order of SOURCE; an existing file is replaced. Documents
+    that cannot be embedded are left out and listed in FILE.quarantine.jsonl. It is an error if none
+    remains.
     """
     import numpy as np
 
@@ -180,7 +192,10 @@ def encode(
 
 
 def _open_index(folder: Path) -> Index:
-    """Open an index for searching; log a warning if its last build did not finish."""
+    """Open an index for searching; log a warning if its last build did not finish.
+
+    Raises RetrievalError if there is no index or it cannot be read. No model is checked.
+    """
     from vlduet.retrieval.index import Index
 
     opened = Index.open(folder)
@@ -209,7 +224,11 @@ def _hit_fields(hit: Hit) -> dict[str, Any]:
 
 
 def _print_hits(hits: list[Hit]) -> None:
-    """Print hits as a table on a terminal, and as tab-separated lines otherwise."""
+    """Print hits as a table on a terminal, and as tab-separated lines otherwise.
+
+    Columns are rank, score, id, text and image; cells of the table have 200 characters at most, and
+    control characters become blanks. Without hits, a message is logged instead.
+    """
     if not hits:
         logger.info("nothing in the index matches")
         return

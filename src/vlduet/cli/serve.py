@@ -25,7 +25,13 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 selects a free one.")] = 8000,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help=KEYS)] = None,
 ) -> None:
-    """Chat and embed with one copy of a model, over HTTP in the format of OpenAI's API."""
+    """Chat and embed with one copy of a model, over HTTP in the format of OpenAI's API.
+
+    The model is named like its folder. Runs until it is interrupted. On the default host, only
+    requests to this machine's local names are answered; any other host without --keys gives a
+    warning. An address that is taken, an unusable file of keys, and an index of another model are
+    errors.
+    """
     # The port is claimed before the model is loaded, which may take minutes.
     listening_socket = _listen(host, port)
     from vlduet.encoders.dual import open_embedder
@@ -55,7 +61,10 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address; raise ConfigError if it is not available."""
+    """Return a new socket that listens at an address, of IPv6 if the host contains a colon.
+
+    Port 0 selects a free port. Raises ConfigError if the address is not available.
+    """
     from vlduet.errors import ConfigError
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -23,7 +23,12 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model on one or several losses; with torchrun, on any number of processes."""
+    """Train a model on one or several losses; with torchrun, on any number of processes.
+
+    Config, metrics, saved state and model are written to the folder `out` of the config; one that
+    holds a run already is an error without --resume. If the config names validation data, the model
+    is measured on it. With --dry-run, nothing is written.
+    """
     from vlduet.config import load_run_config
 
     run_config = load_run_config(config, overrides or [])
@@ -60,9 +65,11 @@ def compare(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Train several recipes on the same data, steps and seeds, and write one table.
+    """Train several recipes on the same data, steps and seeds; print one table, and write it.
 
-    An interrupted comparison continues when it is started again.
+    All runs, table.md and table.json are written to the folder `out` of the config. An interrupted
+    comparison continues when it is started again. Runs without a common validation file are an
+    error.
     """
     from vlduet.config import load_comparison_config
     from vlduet.distributed import is_main_process

@@ -33,8 +33,10 @@ def caption(
 ) -> None:
     """Write the records of SOURCE with the captions that they lack, and print the counts.
 
-    An interrupted run continues when it is started again. The exit status is 1 if SOURCE has no
-    usable record.
+    Captions that exist are kept. Broken records are left out and listed in OUT.quarantine.jsonl. An
+    interrupted run continues when it is started again. A model that reads images outside its chat
+    template needs --prompt, and --prompt needs --short 0 or --long 0. The exit status is 1 if
+    SOURCE has no usable record.
     """
     from vlduet.data.quarantine import quarantine_path
     from vlduet.errors import ConfigError
@@ -81,7 +83,9 @@ def mine(
 ) -> None:
     """Write FILE with hard negatives: wrong candidates that the model ranks near correct ones.
 
-    An interrupted run continues when it is started again.
+    Prints the counts. Vectors stay in a folder OUT.vectors for the next run, so that an interrupted
+    run continues when it is started again. Broken records are left out and listed in
+    OUT.quarantine.jsonl; it is an error if no usable record remains.
     """
     from vlduet.data.quarantine import quarantine_path
     from vlduet.encoders.dual import open_embedder

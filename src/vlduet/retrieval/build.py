@@ -67,25 +67,28 @@ def build_index(
     model_path: Path | None = None,
     chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> BuildReport:
-    """Build an index, or update the existing one from its source.
+    """Build an index, or update the existing one from its source; only new content is embedded.
 
-    Writes the index folder, and in it `quarantine.jsonl` with every record that was left out.
+    Writes the index folder, and in it `quarantine.jsonl` with every record that was left out. A
+    progress bar is shown. A build that raises leaves the index open to searches and marked as
+    incomplete in its manifest; what was committed stays, and the next build continues from there.
 
     Args:
         model: model that embeds.
-        source: file of records, or folder of images.
-        to: folder of the index; updated if it is an index already.
-        side: part of a record that is embedded: "image", "text" or "record". None keeps the side
-            of an existing index and is "image" for a new one.
+        source: file of records, or folder of images. Without any document, an empty index results.
+        to: folder of the index; updated if it is an index already, created if it is missing.
+        side: part of a record that is embedded: "image", "text" or "record". None keeps the side of
+            an existing index and is "image" for a new one.
         prune: remove documents that the source no longer contains.
         model_path: folder of the model, stored so that `vlduet search` finds it.
         chunk_size: number of documents per commit; an interruption loses at most that much work.
 
     Raises:
-        RetrievalError: another process is writing, another model or side built the index, the
-            folder is neither an index nor empty, or `prune` is set and the source is unreadable
-            in part.
-        DataError: the source as a whole cannot be read.
+        RetrievalError: another process is writing, another model or side built the index, the side
+            is unknown, the folder is a file, a broken index, or neither an index nor empty, the
+            model returned a vector that is not finite, or `prune` is set and documents are absent
+            while rows of the source, or all of it, could not be read.
+        DataError: the source does not exist or cannot be read as a whole.
     """
     path, source = Path(to), Path(source)
     if not source.exists():
@@ -119,6 +122,12 @@ class _BuildJob:
     """
 
     def __init__(self, index: Index, model: Embedder):
+        """Read the hashes of all stored rows, and delete the quarantine file of an earlier build.
+
+        Args:
+            index: index that is open for writing; its manifest is not modified.
+            model: model that embeds.
+        """
         self.index, self.store, self.model = index, index.store, model
         self.hashes = self.store.read_hashes()
         self.row_by_content = {h.content_hash: id_ for id_, h in self.hashes.items()}
@@ -129,7 +138,12 @@ class _BuildJob:
         self.quarantine = Quarantine.create(index.path / "quarantine.jsonl")
 
     def run(self, source: Path, chunk_size: int) -> None:
-        """Read `source`, embed what is new, and commit the changed documents chunk by chunk."""
+        """Read `source`, embed what is new, and commit the changed documents chunk by chunk.
+
+        Updates the attributes and the counts, and shows a progress bar. Broken records are
+        quarantined. Raises DataError if the source cannot be read as a whole, and RetrievalError
+        for embeddings that are not finite; chunks that were committed before stay.
+        """
         side = self.index.manifest.side
         documents = read_documents(source, side=side, on_error=self._quarantine_record)
         changed = self._select_changed(track_progress(documents, label="index"))
@@ -143,9 +157,10 @@ class _BuildJob:
         self.quarantine.add(record, error)
 
     def _select_changed(self, documents: Iterator[Document]) -> Iterator[tuple[Document, IndexRow]]:
-        """Yield new and changed documents with their rows; count the unchanged ones.
+        """Yield new and changed documents in order, with their rows; count the unchanged ones.
 
-        The id of every document is added to `source_ids`.
+        A document has changed if either hash of its row differs from the stored one. Adds the id of
+        every document to `source_ids` and its metadata keys to `fields`; stores nothing.
         """
         for document in documents:
             self.source_ids.add(document.id)
@@ -156,7 +171,13 @@ class _BuildJob:
                 yield document, row
 
     def _make_row(self, document: Document) -> IndexRow:
-        """Return the row of a document without storing it; add its metadata keys to `fields`."""
+        """Return the row of a document without storing it; add its metadata keys to `fields`.
+
+        Metadata values that JSON lacks become texts. The filter values are the texts, finite
+        numbers and flags among the metadata whose keys `_register_field` accepts. An image that
+        exists only as bytes gets the path ``images/<SHA-256>`` in the index folder, where nothing
+        is written yet.
+        """
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
         image = document.image
         image_path = None if image is None else image.path
@@ -182,7 +203,7 @@ class _BuildJob:
         )
 
     def _register_field(self, key: str, value: Scalar) -> bool:
-        """Add a key and its value's kind to `fields`.
+        """Add a key and its value's kind to `fields`, unless they are there; return True.
 
         Returns False, and adds nothing, for a new key beyond the first `MAX_FILTER_KEYS`.
         """
@@ -196,7 +217,10 @@ class _BuildJob:
     def _commit_chunk(self, chunk: list[tuple[Document, IndexRow]]) -> None:
         """Embed the new content of a chunk and write its rows in one commit.
 
-        Documents that cannot be embedded are quarantined, not written, and count as absent.
+        Equal content is embedded once. Images that exist only as bytes are written to files, and
+        all counts and hashes are updated. Documents that cannot be embedded are quarantined, not
+        written, and removed from `source_ids`, so that they count as absent. Raises RetrievalError,
+        and writes nothing, for embeddings that are not finite.
         """
         vectors = self._read_known_vectors([document for document, _ in chunk])
         new_content: dict[str, Document] = {}
@@ -228,14 +252,20 @@ class _BuildJob:
             self._record_write(row.id, row.hashes)
 
     def _read_known_vectors(self, documents: list[Document]) -> dict[str, np.ndarray]:
-        """Return the vectors of those contents that the index holds already, by content hash."""
+        """Return the vectors, float32[D], of contents that the index holds, by content hash.
+
+        Other contents are left out.
+        """
         hashes = dict.fromkeys(document.content_hash for document in documents)
         stored = [content for content in hashes if content in self.row_by_content]
         vectors = self.store.read_vectors([self.row_by_content[content] for content in stored])
         return dict(zip(stored, vectors, strict=True))
 
     def _write_image_bytes(self, document: Document, row: IndexRow) -> None:
-        """Write an image that exists only as bytes to the row's image path, unless it is there."""
+        """Write an image that exists only as bytes to the row's image path, and create the folder.
+
+        Nothing is done for other documents, or if the file exists.
+        """
         data = None if document.image is None else document.image.data
         if data is None or row.image_path is None or Path(row.image_path).exists():
             return
@@ -243,7 +273,7 @@ class _BuildJob:
         write_atomically(Path(row.image_path), lambda file: file.write(data))
 
     def _record_write(self, row_id: str, hashes: RowHashes) -> None:
-        """Count a row that was written, and update `hashes` and `row_by_content` for it."""
+        """Count a written row as added or updated; update `hashes` and `row_by_content`."""
         previous = self.hashes.get(row_id)
         if previous is None:
             self.num_added += 1
@@ -258,7 +288,9 @@ class _BuildJob:
     def finish(self, prune: bool) -> BuildReport:
         """Remove absent documents if `prune` is set, and return the report.
 
-        Raises RetrievalError instead if rows of the source, or all of it, could not be read.
+        Absent are stored documents whose ids are not in `source_ids`. If there are some, `prune` is
+        set, and rows of the source were unreadable or no document of it was usable, raises
+        RetrievalError and removes nothing.
         """
         absent = sorted(self.hashes.keys() - self.source_ids)
         if prune and absent and (self.num_unreadable or not self.source_ids):
@@ -285,9 +317,10 @@ class _BuildJob:
 
 @contextmanager
 def _lock_for_writing(path: Path) -> Iterator[None]:
-    """Create the folder if it is missing and hold its lock; the system releases it after a kill.
+    """Create the folder if it is missing, and hold its file ``.lock`` locked inside the block.
 
-    Raises RetrievalError if `path` is a file or another process holds the lock.
+    The system releases the lock if the process is killed. Raises RetrievalError, without waiting,
+    if another process holds the lock, and if `path` is a file.
     """
     if path.exists() and not path.is_dir():
         raise RetrievalError("is a file", place=path, fix="Name a new or an empty folder: --to DIR")
@@ -303,8 +336,9 @@ def _lock_for_writing(path: Path) -> Iterator[None]:
 def _read_or_create_manifest(path: Path, model: Embedder, *, side: Side | None) -> IndexManifest:
     """Return the manifest of the index at `path`, or that of a new index if the folder is empty.
 
-    Raises RetrievalError for an unknown side, a folder that is neither an index nor empty, and an
-    index of another model or side.
+    Writes nothing. A new index has side "image" if `side` is None; a file ``.lock`` in the folder
+    is ignored. Raises RetrievalError for an unknown side, a folder that is neither an index nor
+    empty, a broken manifest, and an index of another model or side.
     """
     if side is not None and side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))

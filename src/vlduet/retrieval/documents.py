@@ -60,12 +60,15 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield the documents of a file of records, or of a folder of images, lazily and in order.
 
-    A document whose id was yielded before, or whose image cannot be read, is left out.
+    Their `content_hash` is set. Left out are broken records, records without anything that `side`
+    embeds, documents whose id was yielded before, and documents with an image that cannot be read.
 
     Args:
         source: any file or folder that `data.formats.read_records` reads.
         side: part of each record that is embedded.
-        on_error: called with every record or document that is left out, and the reason.
+        on_error: called with every record or document that is left out, and the reason: with None
+            for a row that could not be parsed, and for a document with a record of only its id and
+            place.
 
     Raises:
         RetrievalError: an unknown side.
@@ -98,8 +101,10 @@ def read_documents(
 def split_record(record: Record, side: Side) -> list[Document]:
     """Return the documents of one record in order; their `content_hash` is empty.
 
-    Several documents get the ids ``ID#0``, ``ID#1``, ... Raises DataError if the record contains
-    nothing that this side embeds.
+    Several documents get the ids ``ID#0``, ``ID#1``, ... Lone surrogates in ids and texts become
+    "?". For side "text", except of a chat, `text` is the embedded text itself. `image` is the first
+    embedded image, else the first one of the record (of the candidate in a retrieval record).
+    Images are not opened. Raises DataError if the record contains nothing that this side embeds.
     """
     documents = []
     for scope in _split_scopes(record):
@@ -135,7 +140,11 @@ class _Scope:
     quote: str
 
     def select_parts(self, side: Side) -> list[Parts]:
-        """Return the parts of each document: all for "record", else one text or image each."""
+        """Return the parts of each document; an empty list if there is nothing to embed.
+
+        "record" gives one document of all `parts`, "text" one per text of `texts`, and "image" one
+        per image of `parts`.
+        """
         if side == "record":
             return [self.parts] if self.parts else []
         contents = self.texts if side == "text" else extract_images(self.parts)
@@ -143,7 +152,14 @@ class _Scope:
 
 
 def _split_scopes(record: Record) -> list[_Scope]:
-    """Return the scopes of a record: its candidates for a retrieval record, otherwise one."""
+    """Return the scopes of a record: one, or in a retrieval record one per candidate.
+
+    Candidates are the positives, then the negatives. A pair has its image and first caption as
+    parts, and as texts its short captions, else the long one; all captions are quoted. A chat has
+    the parts of its first user turn, whose joined texts are the only text, and quotes this question
+    with the first answer. An interleaved record and a candidate have all their parts and texts, and
+    quote the joined texts.
+    """
     if record.kind == "pair":
         assert record.image is not None
         long = () if record.long is None else (record.long,)
@@ -174,9 +190,9 @@ def replace_lone_surrogates(text: str) -> str:
 
 
 def hash_parts(parts: Parts) -> str:
-    """Return the SHA-256 of the texts and image bytes of `parts`, in order, as hex digits.
+    """Return the SHA-256 of the texts and image bytes of `parts`, in order, as 64 hex digits.
 
-    Raises DataError for an image that cannot be read.
+    Image files are read, not decoded. Raises ImageError for one that is missing or unreadable.
     """
     digest = hashlib.sha256()
     for part in parts:

@@ -53,20 +53,22 @@ def encode_documents(
     on_error: EncodingErrorCallback,
     chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> Iterator[tuple[list[Document], np.ndarray]]:
-    """Embed documents lazily, chunk by chunk.
+    """Embed documents lazily, chunk by chunk, in order.
 
     Args:
         model: model that embeds.
         documents: documents to embed, consumed as chunks are requested.
-        on_error: called with every document that the model cannot embed (a broken image).
+        on_error: called with every document for which the model raises DataError (a broken image),
+            which is left out.
         chunk_size: number of documents that are embedded at a time.
 
     Yields:
         The documents of one chunk that could be embedded, at least one, and their embeddings,
-        float32[N, D] of unit length.
+        float32[N, D] of unit length. Nothing for a chunk without any.
 
     Raises:
         RetrievalError: the model returned embeddings that are not finite.
+        AssertionError: the model returned embeddings that are not of unit length.
     """
 
     def encode(chunk: list[Document]) -> np.ndarray:
@@ -82,8 +84,9 @@ def encode_documents(
 def check_vectors(vectors: np.ndarray, documents: Sequence[Document]) -> np.ndarray:
     """Return embeddings float[N, D] as float32 after checking that they are finite unit vectors.
 
-    Raises RetrievalError with the first document of which a value is not finite: a NaN in an index
-    would win or lose every search.
+    An array of float32 is returned itself. Raises RetrievalError that names the first document with
+    a value that is not finite, since a NaN in an index would win or lose every search, and
+    AssertionError for a vector that is not of unit length.
     """
     bad_rows = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad_rows.size:

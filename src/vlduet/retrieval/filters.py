@@ -40,7 +40,11 @@ class Condition:
     value: Any
 
     def __post_init__(self) -> None:
-        """Check the operator; replace `value` by its scalar, or for ``in`` by a tuple of them."""
+        """Check the operator; replace `value` by its scalar, or for ``in`` by a tuple of them.
+
+        Raises RetrievalError for an unknown operator, for a value that `_convert` refuses, and for
+        ``in`` with a value that is a text or no iterable.
+        """
         place = f"where: {self.key!r} {self.operator}"
         if self.operator not in OPERATORS:
             fix = f"Use {' '.join(OPERATORS)}"
@@ -55,7 +59,11 @@ class Condition:
         object.__setattr__(self, "value", values)
 
     def _convert(self, value: Any, place: str) -> Scalar:
-        """Return `value` as a scalar; raise RetrievalError if the operator cannot compare it."""
+        """Return `value` as a scalar; `place` is the place in an error message.
+
+        Raises RetrievalError for a value that is neither a text, a finite number nor a flag, and
+        for a flag with ``<``, ``<=``, ``>`` or ``>=``.
+        """
         is_order = self.operator in ORDER_OPERATORS
         converted = to_scalar(value)
         if converted is None or (is_order and isinstance(converted, bool)):
@@ -71,7 +79,10 @@ class Condition:
         return values
 
     def matches(self, filter_values: Mapping[str, Scalar]) -> bool:
-        """Return whether a document with these filter values satisfies the condition."""
+        """Return whether a document with these filter values satisfies the condition.
+
+        A missing key, or a value of another kind than the condition's, satisfies only ``!=``.
+        """
         value = filter_values.get(self.key)
         if self.operator in ORDER_OPERATORS:
             if value is None or scalar_kind(value) != scalar_kind(self.value):
@@ -93,10 +104,12 @@ FilterFields = Mapping[str, Iterable[str]]
 
 
 def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...]:
-    """Return a filter in any accepted form as conditions that must all hold; () for None.
+    """Return a filter in any accepted form as conditions that must all hold; () for an empty one.
 
-    Raises RetrievalError for a condition that cannot be parsed, and for a key that no document has:
-    a misspelt filter must not look like an empty result.
+    In a mapping, a list, tuple or set means ``in``, and any other value ``=``. A text alone is one
+    condition. Raises RetrievalError for a text that cannot be parsed, for a value that cannot be
+    compared, and for a key that is not in `fields`: a misspelt filter must not look like an empty
+    result.
     """
     conditions: list[Condition] = []
     if isinstance(where, Mapping):
@@ -114,7 +127,8 @@ def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...
 def to_scalar(value: Any) -> Scalar | None:
     """Return a metadata value as filters compare it: a text, a finite float or a bool.
 
-    Lists, objects, null, infinities and NaN cannot be compared and give None.
+    Integers become floats, and lone surrogates in texts become "?". Lists, objects, null,
+    infinities, NaN, and integers too large for a float cannot be compared and give None.
     """
     if isinstance(value, bool):
         return value
@@ -143,13 +157,17 @@ _CONDITION = re.compile(
 def parse_condition(text: str, fields: FilterFields) -> Condition:
     """Parse a typed condition such as ``year>=1990`` or ``category in animals,plants``.
 
+    White space around key and values is ignored; commas separate the values of ``in``.
+
     Args:
         text: the condition.
-        fields: kinds of the values that the index holds for each key; the value is parsed as one
-            of the kinds of its key.
+        fields: kinds of the values that the index holds for each key; the value is parsed as one of
+            the kinds of its key.
 
     Raises:
-        RetrievalError: not a condition, an unknown key, or a value that fits no kind of its key.
+        RetrievalError: not a condition, an unknown key, a value that fits no kind of its key or
+            cannot be compared by the operator, or an order comparison (``<`` and so on) of a number
+            with a key that holds it as a text.
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
@@ -172,7 +190,7 @@ def parse_condition(text: str, fields: FilterFields) -> Condition:
 
 
 def _check_key(key: str, fields: FilterFields) -> None:
-    """Raise RetrievalError, with the suggest_name known key, if no document has `key`."""
+    """Raise RetrievalError, with the most similar known key, if no document has `key`."""
     if key not in fields:
         message = f"no document has metadata '{key}'"
         raise RetrievalError(message, place="where", fix=suggest_name(key, fields))
@@ -189,7 +207,8 @@ def _parse_number(text: str) -> Scalar | None:
 def _parse_value(value: str, kinds: set[str], text: str) -> Scalar:
     """Return a typed value as the first of number, flag and text that is in `kinds` and fits it.
 
-    Raises RetrievalError, which quotes the condition `text`, if none fits.
+    A number becomes a float, and a flag is ``true`` or ``false``; a text always fits. Raises
+    RetrievalError, which quotes the condition `text`, if none fits.
     """
     if "number" in kinds and (number := _parse_number(value)) is not None:
         return number

@@ -76,7 +76,7 @@ class IndexManifest:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Return the manifest of the index at folder `path`.
+        """Return the manifest of the index at folder `path`; the store is not opened.
 
         Raises:
             RetrievalError: no index, a broken manifest, one in another format, or an index in the
@@ -141,7 +141,7 @@ class Index:
 
     @classmethod
     def open(cls, path: Path | str, model: Embedder | None = None) -> Self:
-        """Open an index for searching.
+        """Open an index for searching, also one whose last build was interrupted.
 
         Args:
             path: folder of the index.
@@ -160,7 +160,10 @@ class Index:
 
     @property
     def model_path(self) -> Path:
-        """Folder of the model that built the index; RetrievalError if it does not exist."""
+        """Existing folder of the model that built the index, at its old or its relative path.
+
+        Raises RetrievalError if neither exists, or if the index was built without a model folder.
+        """
         path = self._locate(self.manifest.model, self.manifest.model_relative)
         if path is None or not path.exists():
             message = f"its model {self.manifest.model or '(built from Python)'} is not there"
@@ -173,7 +176,11 @@ class Index:
         return None if path is None else ImageRef(path=path)
 
     def _locate(self, absolute: str | None, relative: str | None) -> Path | None:
-        """Return the absolute path, or the relative one if both were moved and only it exists."""
+        """Return the path `absolute`, or `relative` to the index folder if only that one exists.
+
+        The latter is so after both were moved together. Returns None if `absolute` is None; a path
+        that is returned may be missing.
+        """
         if absolute is None:
             return None
         if relative is not None and not Path(absolute).exists():
@@ -204,7 +211,11 @@ class Index:
 
 
 def path_pair(target: Path | None, folder: Path) -> tuple[str | None, str | None]:
-    """Return the absolute path of `target` and its path relative to `folder`; Nones for None."""
+    """Return the absolute path of `target` and its path relative to `folder`; Nones for None.
+
+    Links are resolved; neither needs to exist. The relative path is in POSIX form, may begin with
+    ``..``, and is None if both are on different drives.
+    """
     if target is None:
         return None, None
     absolute = target.resolve()

@@ -117,11 +117,23 @@ def prepare_prompt(
     where: Where = None,
     with_images: bool = False,
 ) -> RagPrompt:
-    """Search the index and return the prompt that quotes the hits; arguments and errors as `ask`.
+    """Search the index and return the prompt of one user message that quotes the hits.
 
     Args:
+        index: index to search.
+        model: model that built the index; it embeds the query.
+        question: question of the user, part of the query and of the prompt.
+        image: image of the user, likewise.
+        k: number of references; fewer if fewer documents match. Their ranks count from 1.
+        exclude: ids of documents that are not used.
+        where: filter on metadata, see `filters.Where`.
         with_images: add the images of the references to the prompt. Off by default: a small model
             that was trained with one image per question is confused by several.
+
+    Raises:
+        RetrievalError: a blank question, a model that did not build the index, or a filter that is
+            malformed or on metadata that no document has.
+        DataError: a query that cannot be embedded, such as a broken image.
     """
     if not question.strip():
         raise RetrievalError("an empty question", fix="Ask something")
@@ -144,8 +156,10 @@ def build_messages(
     """Return one user message: introduction, numbered references, image, question.
 
     Every reference is a part of its own, so that a renderer that must shorten the prompt cuts the
-    longest one. Without sources the message holds only the image and the question. `with_images`
-    adds the images of the sources whose files exist.
+    longest one. It is the source's rank and text, neutralised and shortened by `quote_text`, or
+    "(an image)" for one without text. Without sources the message holds only the image and the
+    question, which is not changed. `with_images` adds the image of a source, if its file exists,
+    behind its reference.
     """
     parts: list[Part] = []
     if sources:
@@ -168,12 +182,12 @@ _BRACKETS = str.maketrans("<>[]{}|", "‹›()()¦")
 
 
 def quote_text(text: str, *, max_chars: int = MAX_SOURCE_CHARS) -> str:
-    """Return retrieved text as one harmless line of at most `max_chars` characters.
+    """Return retrieved text as one harmless line of at most `max_chars` characters; may be empty.
 
-    Compatibility characters (a full-width <) are normalised first, so that no tokenizer can do it
-    later. Brackets are replaced, control and invisible characters are removed, and every run of
-    white space, line ends included, becomes one blank, so that no line can be forged. A text that
-    is too long ends with an ellipsis.
+    Compatibility characters (a full-width <) are normalised first (NFKC), so that no tokenizer can
+    do it later. ``<>[]{}|`` are replaced by look-alikes, control and invisible characters are
+    removed, and every run of white space, line ends included, becomes one blank, so that no line
+    can be forged. A text that is too long ends with an ellipsis.
     """
     normalised = unicodedata.normalize("NFKC", text).translate(_BRACKETS)
     visible = []
@@ -187,7 +201,10 @@ def quote_text(text: str, *, max_chars: int = MAX_SOURCE_CHARS) -> str:
 
 
 def format_source(hit: Hit) -> str:
-    """Return a source's line below an answer: number, id, score, start of the text, image path."""
+    """Return a source's line below an answer: number, id, score, start of the text, image path.
+
+    The text is quoted by `quote_text`, 80 characters at most. A missing text or path is left out.
+    """
     line = f"[{hit.rank}] {hit.id} ({hit.score:.3f})"
     text = quote_text(hit.text, max_chars=80)
     if text:

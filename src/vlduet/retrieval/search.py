@@ -32,7 +32,8 @@ def search(
 ) -> list[Hit]:
     """Return the `k` documents nearest to a query, best first, ties in the order of ids.
 
-    Fewer hits are returned if fewer documents match; none if the index is empty.
+    Fewer hits are returned if fewer documents match; none if the index is empty, in which case
+    `where` is not checked.
 
     Args:
         index: index to search.
@@ -42,8 +43,8 @@ def search(
         where: filter on metadata, see `filters.Where`.
 
     Raises:
-        RetrievalError: an empty query, `k` below 1, a model that did not build the index, or a
-            filter on metadata that no document has.
+        RetrievalError: an empty query or a blank text in it, `k` below 1, a model that did not
+            build the index, or a filter that is malformed or on metadata that no document has.
         DataError: a query that cannot be embedded; ImageError for a broken image.
     """
     parts = (query,) if isinstance(query, str | ImageRef) else tuple(query)

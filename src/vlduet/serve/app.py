@@ -77,13 +77,16 @@ class Service:
     def build_app(
         self, *, allowed_hosts: list[str] | None = None, api_keys: list[str] | None = None
     ) -> Starlette:
-        """Return the ASGI application.
+        """Return the ASGI application with the routes of this module.
+
+        Errors of a route become JSON responses in OpenAI's format (see `_handle_error`).
 
         Args:
             allowed_hosts: accepted host names of requests; None accepts any. With a list, no web
-                page that the user of this machine visits can reach the server under a host name
-                of its own (DNS rebinding).
-            api_keys: keys of which a request must carry one; None serves anyone.
+                page that the user of this machine visits can reach the server under a host name of
+                its own (DNS rebinding).
+            api_keys: keys of which a request must carry one, except for /health; None serves
+                anyone.
         """
         routes = [
             Route("/health", self.health),
@@ -120,8 +123,12 @@ class Service:
     async def create_embeddings(self, request: Request) -> Response:
         """Respond with the unit vector of each input: a text, an image or a mixture of both.
 
-        Raises DataError for `dimensions` other than the model's and for an input that is malformed
-        or cannot be embedded.
+        With `input_type` "query", inputs are embedded as queries, otherwise as documents; with
+        `encoding_format` "base64", vectors are base64 instead of lists. Raises DataError for
+        `dimensions` other than the model's and for an input that is malformed or cannot be
+        embedded, ModelError for a vector that is not finite, ServerBusyError if too many requests
+        wait, HTTPException 499 if the client disconnects, which drops the inputs that wait, and as
+        `_read_body`.
         """
         body = await self._read_body(request, schemas.EmbeddingsBody)
         dim = self.worker.model.dim
@@ -137,9 +144,11 @@ class Service:
         )
 
     async def search_index(self, request: Request) -> Response:
-        """Respond with the documents of the index that are nearest to a query.
+        """Respond with the documents of the index that are nearest to a query, best first.
 
-        Raises DataError without an index and for a malformed query; RetrievalError as `search`.
+        Raises DataError without an index and for a query that is malformed or cannot be embedded,
+        RetrievalError as `search` (an empty query, an invalid filter), ServerBusyError if too many
+        requests wait, HTTPException 499 if the client disconnects, and as `_read_body`.
         """
         body = await self._read_body(request, schemas.SearchBody)
         index = self._require_index()
@@ -153,8 +162,14 @@ class Service:
         """Respond with the answer to a conversation, as a whole or as a stream of events.
 
         With `retrieval`, the last message is answered from the hits that it finds in the index, and
-        the response names these sources. Raises DataError for a model that cannot generate, a
-        malformed conversation, and `retrieval` without an index.
+        the response names these sources. The answer has DEFAULT_MAX_TOKENS tokens at most unless
+        the body gives a limit. If the client disconnects, the chat is cancelled.
+
+        Raises, before the first token: DataError for a model that cannot generate, a malformed or
+        too long conversation, and `retrieval` without an index or with several images;
+        RetrievalError as `prepare_prompt`; ServerBusyError if too many requests wait; HTTPException
+        499 if the client disconnects; and as `_read_body`. A later error is raised too, or in a
+        stream becomes an event.
         """
         body = await self._read_body(request, schemas.ChatBody)
         if not self.worker.can_generate:
@@ -203,13 +218,14 @@ class Service:
         return await _await_while_connected(request, asyncio.wrap_future(future))
 
     async def _read_body(self, request: Request, schema: type[Body]) -> Body:
-        """Return the validated JSON body of a request; null values count as missing.
+        """Return the validated JSON body of a request; top-level null values count as missing.
 
         Raises:
             HTTPException: another content type (415), a body that is too large (413), or another
                 model than the one that is served (404).
-            DataError: not a JSON object, or a field that is unknown or not supported.
-            ValidationError: a field with an invalid value.
+            DataError: not JSON, no object, or a field that is unknown or not supported.
+            ValidationError: a field with an invalid value, or a required one that is missing.
+            ClientDisconnect: the client disconnects before the end of the body.
         """
         # A web page can send other content types without the permission of the server (CORS).
         content_type = request.headers.get("content-type", "")
@@ -268,9 +284,10 @@ def run_server(app: Starlette, listening_socket: socket.socket) -> None:
 
 
 async def _await_while_connected(request: Request, awaitable: Awaitable[T]) -> T:
-    """Return the result of `awaitable`; if the client disconnects, cancel it.
+    """Return the result of `awaitable`; cancel it if the client disconnects or the caller ends.
 
-    Raises HTTPException with status 499 in that case, and the errors of `awaitable`.
+    A disconnection is noticed within DISCONNECT_POLL_SECONDS and raises HTTPException with status
+    499. Errors of `awaitable` propagate.
     """
     task = asyncio.ensure_future(awaitable)
     try:
@@ -295,7 +312,7 @@ class _DeltaQueue:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, output)
 
     async def get(self) -> Delta:
-        """Wait for the next delta and return it; raise it if it is an error."""
+        """Wait for the next output; return it if it is a delta, and raise it if it is an error."""
         output = await self._queue.get()
         if isinstance(output, Exception):
             raise output
@@ -316,7 +333,11 @@ class _CompletionWriter:
         self.sources = {} if sources is None else {"sources": schemas.hits_response(sources)}
 
     def response(self, deltas: list[Delta]) -> dict[str, Any]:
-        """Return the response body for all deltas of the answer."""
+        """Return the response body for all deltas of the answer, which must be at least one.
+
+        The text is stripped of white space at both ends. Finish reason and usage are those of the
+        last delta; `sources` is a field only if the chat used the index.
+        """
         last = deltas[-1]
         text = "".join(delta.text for delta in deltas).strip()
         message = {"role": "assistant", "content": text}
@@ -331,7 +352,10 @@ class _CompletionWriter:
         return self._event({"role": "assistant", "content": ""}, None, self.sources)
 
     def delta_event(self, delta: Delta) -> str:
-        """Return the event of one delta; the last one has the finish reason and the usage."""
+        """Return one delta as a server-sent event, a text ``data: {...}`` with a blank line.
+
+        Only a delta with a finish reason, the last one, has the usage too.
+        """
         extra = {}
         if delta.finish_reason:
             usage = schemas.usage_response(delta.prompt_tokens, delta.completion_tokens)
@@ -351,9 +375,10 @@ class _CompletionWriter:
 async def _collect_deltas(
     first: Delta, queue: _DeltaQueue, chat: ChatRequest, request: Request
 ) -> list[Delta]:
-    """Return all deltas of an answer, `first` included; cancel the chat at the end.
+    """Wait for all deltas of an answer and return them, `first` included.
 
-    Raises HTTPException with status 499 if the client disconnects, and the error of the chat.
+    The chat is marked as cancelled at the end in every case. Raises HTTPException with status 499
+    if the client disconnects, and the error of the chat.
     """
     deltas = [first]
     try:
@@ -369,10 +394,11 @@ async def _collect_deltas(
 async def _stream_events(
     writer: _CompletionWriter, delta: Delta, queue: _DeltaQueue, chat: ChatRequest
 ) -> AsyncIterator[str]:
-    """Yield the server-sent events of an answer whose first delta is `delta`.
+    """Yield the server-sent events of an answer with first delta `delta`, then ``data: [DONE]``.
 
-    The chat is cancelled at the end, also if the client disconnects. An error becomes an event,
-    because the status has been sent long before.
+    Deltas without text are skipped, except the last one. An error is logged and becomes an event
+    without details, because the status has been sent long before. The chat is marked as cancelled
+    at the end, also if the client disconnects.
     """
     try:
         yield writer.opening_event()
@@ -400,8 +426,10 @@ def _server_sent_event(value: dict[str, Any]) -> str:
 async def _handle_error(_: Request, error: Exception) -> Response:
     """Return the response for an error, with its status, in OpenAI's format.
 
-    An unexpected error is our own or a lack of memory: status 500 without details. The web server
-    logs its traceback.
+    The status is 400 for invalid requests (VLDuetError, ValidationError), 500 for ModelError, 503
+    with Retry-After for ServerBusyError, 499 for a disconnected client, and an HTTPException's own.
+    Any other error is our own or a lack of memory: status 500 without details. The web server, not
+    this function, logs its traceback.
     """
     error_type, place, headers = "invalid_request_error", None, None
     if isinstance(error, HTTPException):

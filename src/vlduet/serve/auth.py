@@ -20,10 +20,13 @@ PUBLIC_PATHS = ("/health",)
 
 
 def read_api_keys(path: Path) -> list[str]:
-    """Return the keys of a text file, one per line; skip blank lines and those that start with #.
+    """Return the keys of a text file in order, one per line without white space at its ends.
+
+    Blank lines and those that start with # are skipped.
 
     Raises:
-        ConfigError: the file cannot be read, holds no key, or holds one that no header can carry.
+        ConfigError: the file cannot be read as UTF-8, holds no key, or holds one that no header can
+            carry (a blank inside, or a character that is not printable ASCII).
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -61,7 +64,8 @@ class ApiKeyMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass an authorised request to the application; answer any other with status 401.
 
-        Public paths and connections other than HTTP need no key.
+        Paths in PUBLIC_PATHS and connections other than HTTP need no key. The answer is sent as
+        JSON in the form of OpenAI's errors, without reading the request's body.
         """
         is_public = scope["type"] != "http" or scope["path"] in PUBLIC_PATHS
         if is_public or self._is_authorised(scope["headers"]):
@@ -74,7 +78,10 @@ class ApiKeyMiddleware:
         await send({"type": "http.response.body", "body": json.dumps(body).encode()})
 
     def _is_authorised(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Return whether exactly one Authorization header is there and carries a known key."""
+        """Return whether there is exactly one Authorization header, ``Bearer KEY`` of a known key.
+
+        The case of the scheme does not matter. Names of `headers` are in lower case, as in ASGI.
+        """
         values = [value for name, value in headers if name == b"authorization"]
         if len(values) != 1:
             return False

@@ -41,7 +41,10 @@ class ChatRequest:
     """Set by any thread when nobody waits for the answer; `on_output` is not called afterwards."""
 
     def deliver(self, output: Delta | Exception) -> None:
-        """Call `on_output` unless the request is cancelled; a failing call cancels the request."""
+        """Call `on_output` unless the request is cancelled.
+
+        An exception of the call is swallowed and sets `cancelled`.
+        """
         try:
             if not self.cancelled:
                 self.on_output(output)
@@ -73,8 +76,9 @@ class ChatScheduler:
     def step(self) -> None:
         """Generate one token for each running chat, then prepare one image of the waiting chats.
 
-        Chats whose prompts are complete start to run. An error, such as a lack of memory, is
-        delivered to all running chats, which end.
+        Outputs go to the chats' `on_output`. Chats whose prompts are complete start to run. Raises
+        nothing: an error of one chat is delivered to it, and one of the generation, such as a lack
+        of memory, to all running chats, which end.
         """
         try:
             self._generate_tokens()
@@ -92,14 +96,20 @@ class ChatScheduler:
             request.deliver(error)
 
     def _generate_tokens(self) -> None:
-        """Drop cancelled chats; generate and deliver one token for each other running chat."""
+        """Drop cancelled chats; generate and deliver one token for each other running chat.
+
+        Does nothing while no chat runs. Raises the error of the forward pass.
+        """
         for entry, request in self._running.items():
             entry.is_finished = request.cancelled
         if self._batcher is not None:
             self._deliver_outputs(self._batcher.step())
 
     def _deliver_outputs(self, outputs: StepOutputs) -> None:
-        """Deliver the outputs of a step, and forget the chats that are finished."""
+        """Deliver the outputs of a step, and forget the chats that are finished.
+
+        The batcher is released when no chat runs any more.
+        """
         for entry, output in outputs:
             self._running[entry].deliver(output)
         self._running = {e: request for e, request in self._running.items() if not e.is_finished}
@@ -109,7 +119,8 @@ class ChatScheduler:
     def _admit_waiting_requests(self) -> None:
         """Start the chats whose prompts are complete, prompts of similar length in one forward.
 
-        An error is delivered to the chats of that forward only.
+        Prepares one image at most for the others. An error is delivered to the chats of that
+        forward only, which end.
         """
         prepared = list(self._prepare_prompts())
         lengths = [len(sequence) for _, sequence in prepared]
@@ -122,9 +133,10 @@ class ChatScheduler:
                     request.deliver(error)
 
     def _start_decoding(self, requests: list[ChatRequest], sequences: list[Sequence]) -> None:
-        """Read the prompts, add the requests to the batch, and deliver their first tokens.
+        """Read the prompts, add the requests to the running ones, and deliver their first tokens.
 
-        If this fails, the chats that run already are unaffected.
+        A batcher is created if no chat runs. Raises the error of the forward pass; the chats that
+        run already are then unaffected.
         """
         prefill_inputs = self.model.prefill_inputs(sequences)
         batcher = self._batcher
@@ -142,11 +154,12 @@ class ChatScheduler:
         self._deliver_outputs(outputs)
 
     def _prepare_prompts(self) -> Iterator[tuple[ChatRequest, Sequence]]:
-        """Yield the chats whose prompts are complete, with their prompts.
+        """Yield the chats whose prompts are complete, with their prompts, and forget them here.
 
-        Waiting chats are admitted to preparation while there is room. Then chats take turns until
-        one image was prepared, so that running chats wait for one image at most. Cancelled chats
-        are dropped; an error is delivered to its own chat, which is dropped too.
+        Waiting chats are taken from the queue while fewer than MAX_CONCURRENT_CHATS are in work.
+        Then chats take turns until one image was prepared, so that running chats wait for one image
+        at most. Cancelled chats are dropped; an error is delivered to its own chat, which is
+        dropped too.
         """
         num_chats = len(self._running) + len(self._prefilling)
         while num_chats < MAX_CONCURRENT_CHATS and self.waiting_requests:
@@ -168,9 +181,10 @@ class ChatScheduler:
 
 
 def prepare_prompt(model: DuetModel, request: ChatRequest) -> Iterator[Sequence | None]:
-    """Prepare the prompt of a chat, untruncated, and yield None after each image, then the prompt.
+    """Prepare the prompt of a chat: yield None after each of its images, then the prompt, once.
 
-    The caller can so do other work between two images, whose decoding may take a second each.
+    The caller can so do other work between two images, whose decoding may take a second each. The
+    prompt is not truncated and ends where the answer begins.
 
     Raises:
         DataError: the prompt and the longest answer exceed the context length, or a broken image.

@@ -63,7 +63,11 @@ class RequestBody(BaseModel):
     """Name of the model as `/v1/models` lists it; most clients insist on sending one."""
 
     def check_extra_fields(self) -> None:
-        """Raise DataError for unknown fields, and for unsupported ones that request something."""
+        """Raise DataError for unknown fields, and for unsupported ones that request something.
+
+        IGNORED_FIELDS are accepted with any value, the keys of NEUTRAL_VALUES with the values
+        there.
+        """
         for key, value in (self.model_extra or {}).items():
             if key in IGNORED_FIELDS or value in NEUTRAL_VALUES.get(key, ()):
                 continue
@@ -83,7 +87,11 @@ class EmbeddingsBody(RequestBody):
     dimensions: int | None = None
 
     def parse_inputs(self) -> list[Part | Parts]:
-        """Return the items to embed; raise DataError for no, too many or malformed inputs."""
+        """Return the items to embed, each a tuple of parts; a text alone is one item.
+
+        Raises DataError for no input, more than MAX_INPUTS, and malformed ones (see
+        `parse_content`).
+        """
         if isinstance(self.input, str):
             return [parse_content(self.input, Place("input"))]
         if not 0 < len(self.input) <= MAX_INPUTS:
@@ -119,9 +127,10 @@ class ChatBody(RequestBody):
     def parse_messages(self) -> tuple[Message, ...]:
         """Return the messages of the conversation, of which the last must be the user's.
 
-        Empty system messages are dropped, and empty answers become a blank: clients send them, and
-        chat templates require alternating turns. Raises DataError for an unknown role, malformed or
-        too much content, and another last role.
+        Role "developer" becomes "system". Empty system messages are dropped, and empty answers
+        become a blank: clients send them, and chat templates require alternating turns. Raises
+        DataError for no message, an unknown role, malformed content, an empty one of the user, too
+        many parts or images in all messages together, and another last role.
         """
         messages = []
         for i, message in enumerate(self.messages):
@@ -148,7 +157,10 @@ class ChatBody(RequestBody):
         return SamplingParams(self.temperature, self.top_p, self.seed)
 
     def stop_strings(self) -> tuple[str, ...]:
-        """Return the strings that end the answer, except empty ones; DataError if too many."""
+        """Return the strings that end the answer, without empty ones; () if none are given.
+
+        Raises DataError for more than MAX_STOP_STRINGS.
+        """
         strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(strings) > MAX_STOP_STRINGS:
             fix = f"Send {MAX_STOP_STRINGS} at most"
@@ -157,7 +169,10 @@ class ChatBody(RequestBody):
 
 
 def split_question(message: Message) -> tuple[str, ImageRef | None]:
-    """Return the text and the image (or None) of a message; DataError for several images."""
+    """Return the text of a message, its parts joined by line ends, and its image or None.
+
+    The text is empty if there is none. Raises DataError for several images.
+    """
     images = extract_images(message.parts)
     if len(images) > 1:
         fix = "Ask about one image at a time"
@@ -182,8 +197,9 @@ class SearchBody(RequestBody):
 def parse_content(content: Any, place: Place) -> Parts:
     """Return a text or a list of OpenAI's content parts, the value at `place` of a body, as parts.
 
-    Raises DataError for any other value, an empty text, too many parts, and an image that is not a
-    data: URL: a path would name a file of the server.
+    Images are references to their bytes and are not decoded. Raises DataError for any other value,
+    an empty list, a malformed part, a blank or too long text, too many parts or images, and an
+    image that is not a data: URL: a path would name a file of the server.
     """
     if isinstance(content, str):
         return (_parse_text(content, place),)
@@ -203,7 +219,10 @@ def _check_size(num_parts: int, num_images: int, place: object) -> None:
 
 
 def _parse_text(value: Any, place: Place) -> str:
-    """Return `value` if it is a text that is neither empty nor too long; raise DataError if not."""
+    """Return `value` unchanged if it is a text, not blank, of at most MAX_TEXT_CHARS characters.
+
+    Raises DataError if not, and for a text that has no UTF-8 encoding.
+    """
     if isinstance(value, str) and len(value) > MAX_TEXT_CHARS:
         fix = f"Send {MAX_TEXT_CHARS} at most"
         raise DataError(f"a text of {len(value)} characters", place=place, fix=fix)
@@ -211,7 +230,11 @@ def _parse_text(value: Any, place: Place) -> str:
 
 
 def _parse_part(part: Any, place: Place) -> Part:
-    """Return one content part as a text or an image; raise DataError for any other."""
+    """Return one content part as a text or as a reference to an image, which is not decoded.
+
+    Raises DataError for a part of another type, for a text as `_parse_text`, and for an image whose
+    URL is not a valid data: URL.
+    """
     part_type = part.get("type") if isinstance(part, dict) else None
     if part_type == "text":
         return _parse_text(part.get("text"), Place(f"{place}.text"))
@@ -231,7 +254,7 @@ def _parse_part(part: Any, place: Place) -> Part:
 
 
 def embeddings_response(vectors: np.ndarray, *, model: str, as_base64: bool) -> dict[str, Any]:
-    """Return embeddings float32[N, D] as the response body of /v1/embeddings.
+    """Return embeddings float32[N, D] as the response body of /v1/embeddings, without usage.
 
     `as_base64` encodes each as base64 of little-endian float32 instead of a list of numbers.
     """
@@ -245,9 +268,10 @@ def embeddings_response(vectors: np.ndarray, *, model: str, as_base64: bool) -> 
 
 
 def hits_response(hits: Sequence[Hit]) -> list[dict[str, Any]]:
-    """Return hits as JSON values, without images: paths of the server's files stay private.
+    """Return hits as JSON objects of rank, score, id, text and metadata, in order.
 
-    NaN and infinities in metadata, which Python's JSON can spell and JSON cannot, become null.
+    Images are left out: paths of the server's files stay private. NaN and infinities in metadata,
+    which Python's JSON can spell and JSON cannot, become null.
     """
     rows = []
     for hit in hits:

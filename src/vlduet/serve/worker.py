@@ -61,7 +61,8 @@ class _EmbeddingJob:
     def add_vector(self, position: int, vector: np.ndarray) -> None:
         """Store an item's embedding float32[D]; set the future's result after the last item.
 
-        A vector that is not finite fails the job.
+        A vector that is not finite is not stored and fails the job with ModelError. A future that
+        was cancelled or has an error already stays as it is.
         """
         if not np.isfinite(vector).all():
             message = f"the model gave a vector that is not finite for input[{position}]"
@@ -86,6 +87,7 @@ class Worker:
     """
 
     def __init__(self, model: DuetModel | DualEncoder):
+        """Start the daemon thread, which alone uses `model` until `close`."""
         self.model = model
         self._embedding_jobs: deque[_EmbeddingJob] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -105,8 +107,10 @@ class Worker:
     ) -> Future[np.ndarray]:
         """Return a future of the embeddings of queries or documents, float32[N, D] of unit length.
 
-        Raises ServerBusyError if too many requests are waiting. The future raises DataError with
-        the position of an item that cannot be embedded.
+        Without items it is finished, with float32[0, D]. Raises ServerBusyError if too many
+        requests wait or the worker is closed. The future raises DataError with the position of an
+        item that cannot be embedded, ModelError for a vector that is not finite, any other error of
+        the model, or ServerBusyError if the worker is closed before the end.
         """
         job = _EmbeddingJob(items, is_query)
         if not items:
@@ -135,14 +139,17 @@ class Worker:
         return self._scheduler is not None
 
     def close(self) -> None:
-        """Fail all waiting and running requests with ServerBusyError, and end the thread."""
+        """Fail all waiting and running requests with ServerBusyError; wait until the thread ends.
+
+        The current turn (a call, a batch, a token) is finished first. Later requests are refused.
+        """
         with self._work_available:
             self._closed = True
             self._work_available.notify()
         self._thread.join()
 
     def _enqueue(self, queue: deque[Any], work: Any, *, count: int = 1) -> None:
-        """Append `work`, which counts as `count` waiting items, and wake the thread.
+        """Append `work`, which counts as `count` waiting items, to `queue` and wake the thread.
 
         Raises ServerBusyError if more than `MAX_WAITING` would wait, or the worker is closed.
         """
@@ -157,7 +164,10 @@ class Worker:
     # ------------------------------------------------------------------ in the worker's thread
 
     def _run(self) -> None:
-        """Serve until the worker is closed, then fail everything that is left."""
+        """Serve until the worker is closed, then fail everything that is left with ServerBusyError.
+
+        This is the body of the worker's thread.
+        """
         while self._wait_for_work():
             self._run_next_call()
             self._run_embedding_turn()
@@ -182,7 +192,10 @@ class Worker:
         return bool(self._embedding_jobs or self._calls or has_chats)
 
     def _run_next_call(self) -> None:
-        """Run the oldest call, if there is one that is not cancelled, and set its future."""
+        """Take the oldest call, if there is one, run it, and set its future to the result or error.
+
+        A call that was cancelled is taken but not run. Exceptions of the call are not raised here.
+        """
         with self._work_available:
             if not self._calls:
                 return
@@ -194,7 +207,10 @@ class Worker:
                 future.set_exception(error)
 
     def _run_embedding_turn(self) -> None:
-        """Embed one turn's items: documents in one batch, queries in another."""
+        """Embed one turn's items, if there are any: documents in one batch, queries in another.
+
+        Results and errors go to the jobs' futures.
+        """
         with self._work_available:
             selected = self._select_items()
         for is_query in (False, True):
@@ -205,8 +221,9 @@ class Worker:
     def _select_items(self) -> list[tuple[_EmbeddingJob, int]]:
         """Take one turn's items, as (job, position), from the jobs in rotation.
 
-        Each job gives one item at a time, so that a long list does not delay a short one. Cancelled
-        and failed jobs are dropped.
+        Each job gives one item at a time, so that a long list does not delay a short one, until the
+        items cost TEXTS_PER_EMBEDDING_TURN or none is left. Updates `num_started` of the jobs and
+        drops from the queue jobs that have no further items, were cancelled or failed.
         """
         selected: list[tuple[_EmbeddingJob, int]] = []
         cost = 0
@@ -225,8 +242,8 @@ class Worker:
     def _embed_items(self, batch: list[tuple[_EmbeddingJob, int]], *, is_query: bool) -> None:
         """Embed items of several jobs in one batch and give each job its vectors.
 
-        An item that cannot be embedded fails its own job; any other error, such as a lack of
-        memory, fails all jobs of the batch.
+        An item that cannot be embedded fails its own job with a DataError that names its position;
+        any other error, such as a lack of memory, fails all jobs of the batch. Raises nothing.
         """
         encode = self.model.encode_query if is_query else self.model.encode_document
 

@@ -87,8 +87,9 @@ def rank_candidates(
 ) -> list[tuple[int, float]]:
     """Return (position, cosine) of the `k` best candidates, best first, ties in the order of ids.
 
-    `query` is float32[D] and `vectors` float32[N, D], all of unit length. Cosines are computed in
-    float64 and rounded to six decimals, so that equal content ties exactly on every machine.
+    Fewer are returned if N is less than `k`. `query` is float32[D] and `vectors` float32[N, D], all
+    of unit length. Cosines are computed in float64 and rounded to six decimals, so that equal
+    content ties exactly on every machine.
     """
     cosines = vectors.astype(np.float64) @ query.astype(np.float64)  # [N]
     scores = np.round(cosines, 6) + 0.0  # adding 0.0 turns -0.0 into 0.0

@@ -60,6 +60,12 @@ class LanceStore:
     """
 
     def __init__(self, folder: Path, *, dim: int, write: bool):
+        """Open the database, and with `write` repair it, or create its table if it is missing.
+
+        The repair deletes incomplete versions, and all files are then flushed to the disk. Without
+        `write` nothing is changed but that LanceDB creates a missing folder. Raises RetrievalError
+        if the table cannot be read, or is missing without `write`.
+        """
         self.folder, self.dim, self.write = folder, dim, write
         self._synced_paths: set[Path] = set()
         self._num_commits = 0
@@ -77,7 +83,10 @@ class LanceStore:
             self._sync_files()
 
     def _open_table(self, database: Any) -> Any:
-        """Open the table of rows; create it if it is missing and the store is open for writing."""
+        """Return the table of rows; create it if it is missing and the store is for writing.
+
+        Raises ValueError for a missing table if the store only reads.
+        """
         try:
             return database.open_table(TABLE_NAME)
         except ValueError:
@@ -94,7 +103,10 @@ class LanceStore:
         return dict(zip(columns["id"], hashes, strict=True))
 
     def read_vectors(self, ids: Sequence[str]) -> np.ndarray:
-        """Return the vectors of stored ids, float32[N, D]; raise KeyError for an unknown id."""
+        """Return the vectors of stored ids in the given order, float32[N, D]; N may be 0.
+
+        Raises KeyError for an unknown id.
+        """
         if not ids:
             return np.empty((0, self.dim), dtype=np.float32)
         request = self._table.search()
@@ -113,7 +125,9 @@ class LanceStore:
     def upsert(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> None:
         """Insert rows of distinct ids and their unit vectors float32[N, D], or replace them.
 
-        All rows are one durable commit. Filter columns that the table lacks are added first.
+        All rows are one durable commit; nothing is done without rows. Filter columns that the table
+        lacks are added first. Every `COMMITS_PER_COMPACTION`-th commit merges the files. Raises
+        AssertionError for another shape, and if the store is not open for writing.
         """
         assert vectors.shape == (len(rows), self.dim) and self.write
         if not rows:
@@ -138,7 +152,8 @@ class LanceStore:
     def _to_arrow(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> pa.Table:
         """Return rows and vectors as an Arrow table with every column of the stored table.
 
-        A column that is left out would keep its old value in replaced rows.
+        Values that a row lacks are null: a column that is left out would keep its old value in
+        replaced rows. Raises KeyError if the stored table lacks the column of a filter value.
         """
         columns: dict[str, list[Any]] = {
             "id": [row.id for row in rows],
@@ -165,7 +180,10 @@ class LanceStore:
         return pa.table(arrays, names=schema.names)
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove rows; ignore unknown ids; durable on return."""
+        """Remove rows; ignore unknown ids; durable on return.
+
+        Raises AssertionError if the store is not open for writing.
+        """
         assert self.write
         if ids:
             self._table.delete(_id_predicate(ids))
@@ -183,7 +201,11 @@ class LanceStore:
         return [self._search_query(query, k, predicate) for query in queries.astype(np.float32)]
 
     def _search_query(self, query: np.ndarray, k: int, predicate: str) -> list[ScoredRow]:
-        """Return the `k` nearest rows of one query float32[D] that satisfy an SQL predicate."""
+        """Return the `k` >= 1 nearest rows of a query float32[D] that satisfy an SQL predicate.
+
+        Rows come best first, ties in the order of ids; fewer than `k` if fewer rows match. An empty
+        predicate holds for all rows.
+        """
         limit = k + 16
         while True:
             request = self._table.search(query, vector_column_name="vector")
@@ -221,7 +243,8 @@ class LanceStore:
     def _sync_files(self) -> None:
         """Flush files created since the last call, and their folders, to disk.
 
-        LanceDB itself writes without fsync.
+        LanceDB itself writes without fsync. Files ``.json`` are not flushed. Updates
+        `_synced_paths`.
         """
         # A .json file is only a hint about the newest version and is overwritten in place.
         paths = {path for path in self.folder.rglob("*") if path.suffix != ".json"}
@@ -230,7 +253,10 @@ class LanceStore:
         self._synced_paths = paths
 
     def _remove_incomplete_versions(self) -> None:
-        """Delete version manifests that a power loss cut short: they hide the whole table."""
+        """Delete version manifests that a power loss cut short, and log a warning for each.
+
+        They hide the whole table. An older version is the newest one then.
+        """
         for manifest in self.folder.glob(f"{TABLE_NAME}.lance/_versions/*.manifest"):
             with manifest.open("rb") as file:
                 size = file.seek(0, 2)
@@ -258,9 +284,11 @@ def filter_column(key: str, kind: str) -> str:
 
 
 def condition_to_sql(condition: Condition, columns: set[str]) -> str:
-    """Return a condition as an SQL predicate; values whose column does not exist match no row.
+    """Return a condition as an SQL predicate on the filter columns among `columns`.
 
-    Keys and values are encoded, so that no SQL can be injected through them.
+    A value whose column is not in `columns` equals no row; without any column the predicate is
+    ``false``, and ``NOT (false)`` for ``!=``. A row without the key satisfies only ``!=``. Keys and
+    values are encoded, so that no SQL can be injected through them.
     """
     operator = condition.operator if condition.operator in ORDER_OPERATORS else "="
     comparisons = []
@@ -274,7 +302,10 @@ def condition_to_sql(condition: Condition, columns: set[str]) -> str:
 
 
 def sql_literal(value: Scalar) -> str:
-    """Return a value as an SQL literal; a quote, the only special character, is doubled."""
+    """Return a value as an SQL literal: ``true``, ``CAST('1.5' AS DOUBLE)`` or a quoted text.
+
+    A quote in a text, the only special character, is doubled.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
