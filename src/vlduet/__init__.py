@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vlduet.retrieval.search import search
     from vlduet.train.loop import train as train_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _SOURCE_BY_NAME = {
     "Answer": "vlduet.retrieval.rag:Answer",
