@@ -98,7 +98,6 @@ NEVER_IMPORTED = {
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
-    "tokenizers": {"model/generation/detokenize.py"},
     "resvg_py": "resvg-py",
     "lmms_eval": "lmms-eval",
 }
