@@ -57,14 +57,7 @@ ROLE_BY_MODALITY = {"image": "vision", "text": "text"}
 
 
 class DualEncoder(nn.Module):
-    """Two towers over frozen encoders; a model like `DuetModel` for the training loop.
-
-    Args:
-        encoders: frozen encoders of the roles `vision` and `text`.
-        dim: dimension of the common space.
-        encoder_dims: role -> dimension of its encoder's vectors. None: measured, which loads the
-            encoders.
-    """
+    """Two towers over frozen encoders; a model like `DuetModel` for the training loop."""
 
     renderer: Any = None
     """Not used: a dual encoder reads no tokens."""
@@ -72,6 +65,14 @@ class DualEncoder(nn.Module):
     def __init__(
         self, encoders: FrozenEncoders, *, dim: int, encoder_dims: Mapping[str, int] | None = None
     ):
+        """Create new towers from torch's global random generator, on the CPU.
+
+        Args:
+            encoders: frozen encoders of the roles `vision` and `text`.
+            dim: dimension of the common space.
+            encoder_dims: role -> dimension of its encoder's vectors. None: measured, which loads
+                the encoders.
+        """
         super().__init__()
         if not encoder_dims:
             encoder_dims = {role: encoders.get_dim(role) for role in ROLE_BY_MODALITY.values()}
@@ -108,10 +109,13 @@ class DualEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, items: Many[Part | Parts]) -> np.ndarray:
-        """Return the embeddings of images and texts, float32[N, dim], unit length.
+        """Return the embeddings of images and texts, float32[N, dim], unit length, without dropout.
+
+        Vectors of the frozen encoders are taken from their cache and stored there.
 
         Raises:
             DataError: an item of several parts, or one that a frozen encoder cannot encode.
+            ImageError: an unreadable image.
         """
         rows = [as_parts(item) for item in items]
         if any(len(row) > 1 for row in rows):

@@ -25,17 +25,18 @@ PAIRS_PER_BATCH = 8
 
 
 class BartScorer:
-    """BARTScore by a local checkpoint, as a function of text pairs.
-
-    Args:
-        folder: with config, tokenizer, and weights in safetensors.
-        device: None: the accelerator if there is one, else the CPU.
-
-    Raises:
-        ModelError: no such folder, or no sequence-to-sequence model in it.
-    """
+    """BARTScore by a local checkpoint, as a function of text pairs."""
 
     def __init__(self, folder: Path, *, device: Device | None = None):
+        """Load the checkpoint.
+
+        Args:
+            folder: with config, tokenizer, and weights in safetensors.
+            device: None: the accelerator if there is one, else the CPU.
+
+        Raises:
+            ModelError: no such folder, or no sequence-to-sequence model in it.
+        """
         config = read_config(folder)
         if not config.get("is_encoder_decoder"):
             kind = config.get("model_type")

@@ -87,17 +87,18 @@ class FrozenEncoder:
 
 
 class FrozenEncoders:
-    """Frozen encoders of a run, by role, and the cache of their vectors.
-
-    Args:
-        encoders: role -> encoder; not every role needs one.
-        cache: where vectors are stored.
-
-    Raises:
-        ConfigError: an encoder lacks a modality of its role.
-    """
+    """Frozen encoders of a run, by role, and the cache of their vectors."""
 
     def __init__(self, encoders: Mapping[str, FrozenEncoder], *, cache: FeatureCache):
+        """Take encoders, whose weights stay unloaded.
+
+        Args:
+            encoders: role -> encoder; not every role needs one.
+            cache: where vectors are stored.
+
+        Raises:
+            ConfigError: an encoder lacks a modality of its role.
+        """
         self.by_role = encoders
         self.cache = cache
         self._dims: dict[str, int] = {}
@@ -151,7 +152,10 @@ class FrozenEncoders:
         return encoded
 
     def get_dim(self, role: str) -> int:
-        """Return the number of elements of a vector of this role's encoder."""
+        """Return the number of elements of a vector of this role's encoder.
+
+        Encodes something to measure it, unless a vector of the role has been seen.
+        """
         return self._dims.setdefault(role, self.by_role[role].dim)
 
     def compute_vectors(self, role: str, slices: list[Slice]) -> dict[str, Tensor]:
@@ -182,8 +186,8 @@ class FrozenEncoders:
         for vector in vectors.values():
             dim = self._dims.setdefault(role, len(vector))
             if len(vector) != dim:
-                message = f"a cached vector has {len(vector)} numbers, the others of this encoder"
-                message = f"{role}: {message} {dim}"
+                expected = f"the others of this encoder {dim}"
+                message = f"{role}: a cached vector has {len(vector)} numbers, {expected}"
                 fix = "Delete the folder data.cache"
                 raise ModelError(message, place=encoder.folder, fix=fix)
         return vectors

@@ -311,10 +311,10 @@ def _normalized_gak(
     dtype = cosines.dtype if cosines.device.type == "cpu" else torch.float64
 
     def compute_log_kernel(x: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        def compute(chunk: Tensor, distances: Tensor, m: Tensor, n: Tensor) -> Tensor:
+        def _compute(chunk: Tensor, distances: Tensor, m: Tensor, n: Tensor) -> Tensor:
             return compute_log_gak(distances, m, n, sigma=sigma[chunk])
 
-        return _map_chunks(compute, cosines, prefixes, x, y, dtype=dtype)
+        return _map_chunks(_compute, cosines, prefixes, x, y, dtype=dtype)
 
     # K(x, x) depends on the partner only by its length: there are far fewer kernels than pairs.
     # A table of flags finds the distinct ones; `unique` would sort all pairs.
@@ -339,11 +339,11 @@ def _alignment_weighted_means(
 ) -> Tensor:
     """Return the alignment-weighted mean cosine of prefixes x[p] and y[p], float[P]."""
 
-    def compute(chunk: Tensor, distances: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    def _compute(chunk: Tensor, distances: Tensor, m: Tensor, n: Tensor) -> Tensor:
         return compute_alignment_weighted_mean(distances, m, n, sigma=delta)
 
     # In float64: the posterior of a long alignment among short ones leaves the range of float32.
-    return _map_chunks(compute, cosines, prefixes, x, y, dtype=torch.float64).to(cosines)
+    return _map_chunks(_compute, cosines, prefixes, x, y, dtype=torch.float64).to(cosines)
 
 
 def _map_chunks(

@@ -38,7 +38,8 @@ def layout_retrieval_record(
     """Return the query of a record, its positives and its hard negatives, one sequence each.
 
     Raises:
-        DataError: one that does not fit the model's prompts; ImageError: an unreadable image.
+        DataError: content that `Renderer.render_embedding` cannot render, such as an empty one.
+        ImageError: an unreadable image.
     """
     record = sample.record
     sequences = [layout_embedding(sample, renderer, record.query, role="query", guide=guide)]
@@ -71,6 +72,8 @@ def layout_embedding(
         parts: images and texts.
         role: of the anchor; `query` selects the prompt for queries.
         guide: if it is not `none`, the anchor gets the parts as slices for the frozen encoders.
+
+    Raises DataError and ImageError as `layout_retrieval_record` does.
     """
     sequence = renderer.render_embedding(
         parts,
@@ -95,6 +98,8 @@ def compute_contrastive_loss(
     readout: Readout, logit_scale: Tensor, *, min_temperature: float, guide: GuideKind = "none"
 ) -> Tensor:
     """Return this rank's share of the symmetric InfoNCE of queries and targets; a collective call.
+
+    It is 0, still part of the graph, if no rank has a query with a positive.
 
     Queries are the anchors of `QUERY_ROLES`, targets those of `TARGET_ROLES`. Positives are anchors
     of one record. Equal content counts as one on both sides: a caption that a second image also has

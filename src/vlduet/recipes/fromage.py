@@ -100,7 +100,8 @@ def objective(readout: Readout, logit_scale: Tensor, options: FromageOptions) ->
 def prepare_model(model: DuetModel, config: RunConfig) -> None:
     """Add [RET] and the maps W_t and W_i to a starting model, in place.
 
-    A model that an earlier FROMAGe run has written has them already and is only checked.
+    Also sets torch's global seed to that of the config. A model that an earlier FROMAGe run has
+    written has all this already and is only checked.
 
     Raises:
         ConfigError: settings under which the result would not be FROMAGe, or a model with learned

@@ -95,7 +95,8 @@ def slice_cosines(
     A collective call; over all ranks, there must be an anchor.
 
     Args:
-        anchors: of this rank, with the features of their slices.
+        anchors: of this rank. Their slices need the features of `cross`, and for the triple kernel
+            also those of `vision` or `text`; KeyError otherwise.
         use_triple_kernel: compare each pair by the encoder for its kinds; False: all by `cross`.
         calibrate: bring the cosines to one scale, see `calibrate_cosines`.
         like: tensor whose device and dtype the cosines get.

@@ -89,6 +89,7 @@ class SugarOptions:
     same for every batch size."""
 
     def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
         for name, count in (("k", self.k), ("n_ref", self.n_ref)):
             if count is not None and count < 1:
                 raise ConfigError(f"{count}", place=f"recipe.{name}", fix="Use 1 or more")
@@ -195,8 +196,11 @@ def objective(readout: Readout, logit_scale: Tensor, options: SugarOptions) -> d
 def compute_structure_loss(readout: Readout, options: SugarOptions) -> Tensor:
     """Return this rank's share of L_d: its prefixes against those of all ranks. A collective call.
 
-    Where no rank has features, because alpha is 0, it is 0 and costs nothing. Logs once if the
-    targets hardly differ.
+    Where no rank has features, because alpha is 0, it is 0 and costs nothing. Logs once per process
+    if the targets hardly differ.
+
+    Raises:
+        AssertionError: only some of this rank's slices have features.
     """
     anchors = [anchor for anchor in readout.anchors if anchor.slices]
     slices = [part for anchor in anchors for part in anchor.slices]

@@ -61,14 +61,15 @@ class VladvaOptions:
 
 
 def layout(sample: Sample, renderer: Renderer, options: VladvaOptions) -> list[Sequence]:
-    """Return the sequences of a record: see the figure above, then those of its hard negatives.
+    """Return the sequences of a record.
 
-    The sample's own random generator draws one short caption of several. A record without a short
-    caption gives one sequence without an anchor: which of the other captions in the batch are true
-    of its image is not known, so that it must not be contrasted.
+    A pair: those of the figure above, then one per hard negative; the sample's own random generator
+    draws one short caption of several. A pair without a short caption: the image sequence without
+    its anchor, since the short captions of other records may be true of its image. A retrieval
+    record: see `layout_retrieval_record`. A chat or document: one sequence without anchors.
 
     Raises:
-        DataError: a pair without a caption of either length; ImageError: an unreadable image.
+        DataError: a pair without a usable caption; ImageError: an unreadable image.
     """
     record = sample.record
     if record.kind == "chat":

@@ -40,7 +40,7 @@ MIN_CELLS_PER_THREAD = 1 << 20
 """Number of cells that are worth starting a thread for."""
 
 
-def all_pairs(left: SliceTable, right: SliceTable, rule: SigmaRule, engine: Engine) -> Tensor:
+def all_pairs(left: SliceTable, right: SliceTable, rule: SigmaRule, *, engine: Engine) -> Tensor:
     """Return raw log K of all pairs of two centred tables, differentiable in their features.
 
     If both are the same object, only the upper triangle is computed, and mirrored.
@@ -68,7 +68,9 @@ def all_pairs(left: SliceTable, right: SliceTable, rule: SigmaRule, engine: Engi
     return matrix[left.order.argsort()][:, right.order.argsort()]
 
 
-def self_terms(table: SliceTable, partners: SliceTable, rule: SigmaRule, engine: Engine) -> Tensor:
+def self_terms(
+    table: SliceTable, partners: SliceTable, rule: SigmaRule, *, engine: Engine
+) -> Tensor:
     """Return raw log K(x, x) of the sequences of `table` with the sigma of every pair (x, y).
 
     It depends on y only by its length, so that each distinct length is computed once.
@@ -205,6 +207,16 @@ class _AllPairs(torch.autograd.Function):
         engine: Engine,
         needs_gradient: bool,
     ) -> tuple[Tensor, ...]:
+        """Return log K of every block, float64[A, B], in the order of the blocks.
+
+        Args:
+            ctx: receives what backward needs, if `needs_gradient`.
+            left: float[S, d + 2], features of a centred table, of the sequences x.
+            right: float[S', d + 2], likewise, of the sequences y.
+            blocks: from `_plan_blocks`.
+            engine: computes log K and the weights.
+            needs_gradient: store d log K / d distance of every cell.
+        """
         max_columns = max(len(block.columns) for block in blocks)
         max_cells = max(block.num_cells for block in blocks)
         # The weights of a block overwrite its cells and are kept, so they need memory of their own.
@@ -212,6 +224,7 @@ class _AllPairs(torch.autograd.Function):
         zero = left.new_zeros(())
 
         def compute(block: _Block) -> tuple[Tensor, Tensor | None]:
+            """Return log K of a block, and its weights [R, N, B] if a gradient is needed."""
             rows = left[block.rows]
             facing = scratch.facing[: len(block.columns)]
             _gather_facing(right, block.columns, out=facing)
@@ -237,6 +250,7 @@ class _AllPairs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `left` and `right` from those of every block's log K."""
         left, right, *weights = ctx.saved_tensors
         blocks: list[_Block] = ctx.blocks
         grad_left = torch.zeros_like(left)
@@ -247,6 +261,7 @@ class _AllPairs(torch.autograd.Function):
         lock = threading.Lock()
 
         def accumulate(item: tuple[_Block, Tensor, Tensor]) -> None:
+            """Add the gradient of (block, its weights, gradient of its log K) to both sums."""
             block, weight, grad = item
             row_owner = torch.repeat_interleave(block.grid.lengths_x[:, 0])
             row_grad = grad.to(weight.dtype)[row_owner, None, :]  # [R, 1, B]
@@ -292,7 +307,20 @@ class _SelfTerms(torch.autograd.Function):
         engine: Engine,
         needs_gradient: bool,
     ) -> tuple[Tensor, ...]:
-        def compute(group: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return log K(x, x) per group, float64[U, B]: row u for the partner length u.
+
+        Args:
+            ctx: receives what backward needs, if `needs_gradient`.
+            features: float[S, d + 2] of a centred table.
+            groups: lengths, int64[B], and rows, int64[B, N], of B sequences each.
+            partner_lengths: int64[U].
+            rule: gives the sigma of x and a partner.
+            engine: computes log K and the weights.
+            needs_gradient: store d log K / d distance of every cell.
+        """
+
+        def compute(group: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            """Return log K of a group, and its weights [U, N, N, B]; without gradient none."""
             lengths, rows = group
             slices = features[rows]  # [B, N, d + 2]
             squares = slices[..., -1]
@@ -336,6 +364,7 @@ class _SelfTerms(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the features from those of every group's log K."""
         features, *weights = ctx.saved_tensors
         grad_features = torch.zeros_like(features)
         for (_, rows), weight, grad in zip(ctx.groups, weights, grads, strict=True):

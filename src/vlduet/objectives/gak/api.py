@@ -112,10 +112,10 @@ def gak_matrix(
         right.center(center)
     rule = SigmaRule(factor, depends_on_length=sigma is None)
     engine = select_engine(left.features)
-    log_k = all_pairs(left, right, rule, engine)
+    log_k = all_pairs(left, right, rule, engine=engine)
     if normalize:
-        self_x = self_terms(left, right, rule, engine)
-        self_y = self_x.T if y is None else self_terms(right, left, rule, engine).T
+        self_x = self_terms(left, right, rule, engine=engine)
+        self_y = self_x.T if y is None else self_terms(right, left, rule, engine=engine).T
         log_k = log_k - (self_x + self_y) / 2
         if y is None:
             log_k = log_k - torch.diag(log_k.diagonal())  # K(x, x) = 1 exactly, without rounding
@@ -129,8 +129,8 @@ def compute_log_gak(
     """Return raw log K of every pair from the squared distances of its slices, without gradient.
 
     Args:
-        squared_distances: float[P, M, N]. Entries beyond the lengths of a pair are not read. Half
-            precision is computed in float32.
+        squared_distances: float[P, M, N]. Entries beyond the lengths of a pair are not read, and
+            negative ones count as 0. Half precision is computed in float32.
         lengths_x: int[P], from 1 to M.
         lengths_y: int[P], from 1 to N.
         sigma: width of the kernel, float[P] or a number.
@@ -235,7 +235,10 @@ class _Pairs:
 def _check_pairs(
     squared_distances: Tensor, lengths_x: Tensor, lengths_y: Tensor, sigma: Tensor | float
 ) -> _Pairs:
-    """Check the arguments of `compute_log_gak` and return them on one device. Raises ValueError."""
+    """Check the arguments of `compute_log_gak`, and return copies on the device of the distances.
+
+    Half precision becomes float32, and entries beyond the lengths 0. Raises ValueError.
+    """
     if squared_distances.dim() != 3:
         shape = tuple(squared_distances.shape)
         raise ValueError(
@@ -272,7 +275,7 @@ def _check_sigma(sigma: Tensor) -> None:
 
 
 def _map_shares(pairs: _Pairs, compute: Callable[[Engine, Tensor, PairGrid], Tensor]) -> Tensor:
-    """Return `compute` of all pairs, concatenated; by several threads if the engine uses one.
+    """Return `compute` of all pairs, in their order; by several threads if the engine uses one.
 
     `compute(engine, cells, grid)` must return one row per pair of the grid.
     """
