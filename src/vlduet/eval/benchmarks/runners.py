@@ -50,10 +50,15 @@ MIN_RANKED_ENTRIES = 10
 
 
 def run_retrieval(task: RetrievalTask, predictions: PredictionStore) -> BenchmarkScore:
-    """Score R@k of every direction.
+    """Return R@k x 100 of every direction, named ``R@k`` or ``DIRECTION/R@k``.
 
-    Details are the number of queries, the size of the gallery, and ``ties``: the number of queries
-    whose rank suffers from a tie with a wrong item. A query without a positive is left out.
+    The predictions store the vectors ``queries`` and ``documents``. Items that cannot be embedded
+    have NaN, count as missing, and are never in favour of the model. A query without a positive is
+    left out; a direction without any other raises AssertionError. Excluded documents concern the
+    first direction alone.
+
+    Details by direction are the number of ``queries``, the size of the ``gallery``, and ``ties``:
+    the number of queries whose rank suffers from a tie with a wrong item.
     """
     queries = predictions.embed(task.queries, name="queries", query=True)
     documents = predictions.embed(task.documents, name="documents", query=False)
@@ -97,12 +102,13 @@ def best_positive_ranks(
     Args:
         queries: float[Q, D].
         documents: float[G, D].
-        positives: for every query the indices of its correct documents, at least one.
+        positives: for every query the indices of its correct documents; none raise AssertionError.
         excluded: for every query the indices of documents that leave its gallery; empty for none.
 
     Returns:
-        int64[Q], 1 is best; documents that score as high as the best positive go before it.
-        The number of queries whose rank would be better without ties.
+        int64[Q], 1 is best; documents that score as high as the best positive go before it, and so
+        do wrong ones whose score is NaN, as that of a vector of zeros.
+        The number of queries whose rank would be better without ties and NaN.
     """
     unit_queries = unit_rows(queries)
     unit_documents = unit_rows(documents)
@@ -126,9 +132,10 @@ def best_positive_ranks(
 
 
 def average_consecutive(vectors: Vectors, size: int) -> Vectors:
-    """Return the means of `size` consecutive rows, scaled to unit length before.
+    """Return the means of `size` consecutive rows, each scaled to unit length before.
 
-    Vectors are returned unchanged for a size of 1.
+    The means, float32[N / size, D], are not scaled again. `vectors` is returned unchanged for a
+    size of 1; a number of rows that `size` does not divide raises ValueError.
     """
     if size == 1:
         return vectors
@@ -137,7 +144,10 @@ def average_consecutive(vectors: Vectors, size: int) -> Vectors:
 
 
 def invert_positives(positives: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
-    """Return for every of `count` documents the indices of the queries it is correct for."""
+    """Return for every of `count` documents the indices of the queries it is correct for.
+
+    They are in ascending order, () for none. An index of `count` or more raises IndexError.
+    """
     queries_of: list[list[int]] = [[] for _ in range(count)]
     for query, documents in enumerate(positives):
         for document in documents:
@@ -149,7 +159,15 @@ def invert_positives(positives: Sequence[Sequence[int]], count: int) -> list[tup
 
 
 def run_pairs(task: PairTask, predictions: PredictionStore) -> BenchmarkScore:
-    """Score the share of items that the rule decides correctly, by group and over groups."""
+    """Return the share x 100 of items that the rule decides correctly, by group and over groups.
+
+    Every name of the rule has a number ``NAME/GROUP`` per group. Before them stand ``NAME/AVERAGE``
+    for the macro averages of the task, or without these ``NAME`` over all items. An averaged group
+    without items raises KeyError.
+
+    The predictions store the vectors of the distinct ``texts`` and ``images``. An item for which a
+    vector is missing (NaN) counts as missing, and every comparison with it as false.
+    """
     texts = list(dict.fromkeys(text for item in task.items for text in item.texts))
     images = list(dict.fromkeys(image for item in task.items for image in item.images))
     text_vectors = unit_rows(predictions.embed([(t,) for t in texts], name="texts", query=True))
@@ -186,10 +204,11 @@ def run_pairs(task: PairTask, predictions: PredictionStore) -> BenchmarkScore:
 
 
 def run_answers(task: AnswerTask, predictions: PredictionStore) -> BenchmarkScore:
-    """Score answers by the official rule.
+    """Return the score of answers by the task's official rule.
 
-    Answers are exported where the task has an export. Where only a server can score them, there is
-    no number, and the detail ``needs`` is ``server``.
+    Answers are generated and stored, and submission files written where the task has an export.
+    Where only a server can score them, there is no number, and the detail ``needs`` is ``server``.
+    `num_missing` counts questions without answer.
     """
     answers = _generate_and_export(task, predictions)
     num_missing = sum(text is None for text in answers)
@@ -201,9 +220,14 @@ def run_answers(task: AnswerTask, predictions: PredictionStore) -> BenchmarkScor
 
 
 def run_llm_grading(task: LLMGradedTask, predictions: PredictionStore) -> BenchmarkScore:
-    """Score the reviews of answers by another language model.
+    """Return the score of a grader's reviews of the answers.
 
-    Without a grader the answers are stored and there is no number: ``needs`` is ``judge``.
+    Answers and reviews are generated and stored, and submission files written where the task has an
+    export. Where there is neither a grader nor a stored review, there is no number: the detail
+    ``needs`` is ``judge``. `num_missing` counts questions without answer.
+
+    Raises:
+        ConfigError: the grader fails; the reviews so far are stored.
     """
     answers = _generate_and_export(task, predictions)
     num_missing = sum(text is None for text in answers)
@@ -219,7 +243,7 @@ def run_llm_grading(task: LLMGradedTask, predictions: PredictionStore) -> Benchm
 def _generate_and_export(
     task: AnswerTask | LLMGradedTask, predictions: PredictionStore
 ) -> list[str | None]:
-    """Return the answers, after writing the submission files where the task has any."""
+    """Return the answers after storing them, and write the submission files of the task."""
     answers = predictions.generate_answers(task.items)
     if task.export is not None:
         for name, data in task.export(task.items, answers).items():
@@ -230,17 +254,19 @@ def _generate_and_export(
 def run_choices(
     task: ChoiceTask, predictions: PredictionStore, *, name: str = ""
 ) -> BenchmarkScore:
-    """Score the share of questions whose correct option is strictly the likeliest.
+    """Return the share x 100 of questions whose correct option is strictly the likeliest.
 
     ``accuracy`` compares nats per token, which favours long options; ``accuracy_sum`` compares
     their sum, which favours short ones; published protocols use either. ``accuracy_blind`` is the
-    accuracy without the images, where the task asks for it. The details contain two baselines:
-    ``chance``, and ``prior`` (see `_frequency_prior`).
+    accuracy without the images, where the task asks for it, and ``accuracy/TAG`` the accuracy by
+    its breakdown tag. The details contain two baselines x 100: ``chance``, and ``prior`` (see
+    `_frequency_prior`). A question without likelihoods is wrong and counts as missing. No items
+    raise AssertionError.
 
     Args:
         task: the questions.
-        predictions: supplier of likelihoods.
-        name: name under which the likelihoods are stored.
+        predictions: supplier of likelihoods, which stores them.
+        name: prefix of the keys under which they are stored; empty for none.
     """
     option_nats = predictions.score_options(task.items, name=name)
     correct = _is_likeliest(task.items, option_nats, per_token=True)
@@ -274,7 +300,8 @@ def _is_likeliest(
 ) -> list[float]:
     """Return 1.0 per question whose correct option has strictly the fewest nats, else 0.0.
 
-    A question without likelihoods gives 0.0.
+    Nats are compared per token, or in total. A question without likelihoods (None) gives 0.0, one
+    with a single option 1.0.
     """
     correct = []
     for item, options in zip(items, option_nats, strict=True):
@@ -288,10 +315,11 @@ def _is_likeliest(
 
 
 def _frequency_prior(task: ChoiceTask) -> float:
-    """Return the accuracy of always choosing the option that is most often correct elsewhere.
+    """Return the accuracy, 0 to 1, of choosing the option that is most often correct elsewhere.
 
-    Only the other questions of the same tag count: with its own answer, an option that is asked
-    about once would give itself away. Options that are correct equally often share the point.
+    Only the other questions with the same value of the breakdown tag count: with its own answer, an
+    option that is asked about once would give itself away. Options that are correct equally often
+    share the point, also if none ever is. No questions give NaN.
     """
     tags = [item.tags.get(task.breakdown_tag, "") for item in task.items]
     frequency: Counter[tuple[str, str]] = Counter()
@@ -310,11 +338,13 @@ def _frequency_prior(task: ChoiceTask) -> float:
 
 
 def run_rag(task: RagTask, predictions: PredictionStore) -> BenchmarkScore:
-    """Score the same questions without retrieval and with the entries of one or two retrievers.
+    """Return the scores of the same questions without retrieval and with one or two retrievers.
 
-    Names begin with ``none/`` (no retrieval), ``self/`` (the model's own retrieval) and ``other/``
-    (an independent retriever, where there is one). Where the correct entries are known, retrieval
-    is scored too.
+    Names begin with ``self/`` (the model's own retrieval; these come first), ``none/`` (no
+    retrieval) and ``other/`` (an independent retriever, where there is one). For each retriever,
+    ``retrieval/...`` scores the ranking where correct entries are known. `num_missing` and
+    `num_unparsed` are those of ``self``. Vectors, and answers or likelihoods, are computed and
+    stored by `predictions`; missing vectors without a model raise DataError.
     """
     bare_items = [replace(item, prompt=task.build_prompt(item, ())) for item in task.items]
     scores = {"none": _score_rag_prompts(task, bare_items, predictions, name="none")}
@@ -352,11 +382,16 @@ def run_rag(task: RagTask, predictions: PredictionStore) -> BenchmarkScore:
 def _score_rag_prompts(
     task: RagTask, items: Sequence[Question], predictions: PredictionStore, *, name: str
 ) -> BenchmarkScore:
-    """Return the score of these prompts: of free answers, or of options without a scorer."""
+    """Return the score of free answers, or of ranked options where the task has no scorer.
+
+    Answers or likelihoods to the prompts of `items` are computed and stored with `name` as prefix
+    of their keys. Numbers of the task's `score_fluency` are added to those of free answers.
+    """
     if task.score is None:
         return run_choices(ChoiceTask(tuple(items)), predictions, name=name)
     answers = predictions.generate_answers(items, name=name)
-    score = task.score(items, answers)
+    num_missing = sum(text is None for text in answers)
+    score = replace(task.score(items, answers), num_missing=num_missing)
     if task.score_fluency is None:
         return score
     fluency = task.score_fluency(items, answers, predictions.score_fluency)
@@ -368,7 +403,11 @@ Views = list[tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 def _embed_views(task: RagTask, embed: Callable[..., Vectors | None], name: str) -> Views | None:
-    """Return the embeddings of every view; None where `embed` has no retriever."""
+    """Return (queries, entries) as unit rows for every view, in order; None if `embed` gives None.
+
+    Vectors are stored as ``NAME-queries-VIEW`` and ``NAME-facts-VIEW``. Questions and entries with
+    different numbers of views raise AssertionError.
+    """
     query_views = list(zip(*task.query_views, strict=True))
     entry_views = list(zip(*(entry.search_views for entry in task.entries), strict=True))
     assert len(query_views) == len(entry_views), "questions and entries differ in their views"
@@ -385,8 +424,8 @@ def _embed_views(task: RagTask, embed: Callable[..., Vectors | None], name: str)
 def _rag_similarities(task: RagTask, views: Views) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield every question's index and its similarity to all entries, float32[E].
 
-    The similarity is the mean of the cosines of the views in which both sides have a vector: a
-    sentence encoder reads no image and so retrieves by text alone. Entries that may not be
+    The similarity is the mean of the cosines of the views in which both sides have a vector (no
+    NaN): a sentence encoder reads no image and so retrieves by text alone. Entries that may not be
     retrieved, or have no such view, are -inf.
     """
     for n in range(len(task.items)):
@@ -403,10 +442,16 @@ def _rag_similarities(task: RagTask, views: Views) -> Iterator[tuple[int, NDArra
 
 
 def rank_entries(similarity: NDArray[np.float32], task: RagTask, n: int) -> list[int]:
-    """Return the entries that question `n` may retrieve, best first, at most max(10, k).
+    """Return the indices of the entries that question `n` may retrieve, best first.
 
-    Among equal similarities, the correct entries come last, so that a tie never helps. An entry of
-    similarity -inf is left out.
+    They are at most max(`MIN_RANKED_ENTRIES`, k). Among equal similarities, the correct entries
+    come last, so that a tie never helps. An entry of similarity -inf is left out; if all are, the
+    list is empty.
+
+    Args:
+        similarity: float32[E], not NaN; see `_rag_similarities`.
+        task: supplies k and the correct entries.
+        n: index of the question.
     """
     positives = set(task.positives[n]) if task.positives else set()
     allowed = np.flatnonzero(similarity > -np.inf)
@@ -420,7 +465,11 @@ def rank_entries(similarity: NDArray[np.float32], task: RagTask, n: int) -> list
 
 
 def _score_rankings(task: RagTask, rankings: Sequence[Sequence[int]]) -> dict[str, MetricSample]:
-    """Return R@k, and the F1 of the entries in the prompt, over questions with known entries."""
+    """Return ``retrieval/R@1``, ``R@5``, ``R@10`` and ``retrieval/F1``, all x 100.
+
+    F1 compares the k entries in the prompt with the correct ones. Questions without known correct
+    entries are left out; {} is returned if there is no other.
+    """
     hits: dict[int, list[float]] = {1: [], 5: [], 10: []}
     f1 = []
     for ranking, indices in zip(rankings, task.positives, strict=True):

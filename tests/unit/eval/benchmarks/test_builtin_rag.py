@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from helpers import tiny
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks import builtin_rag, runners
+from vlduet.eval.benchmarks.builtin import score_captions
 from vlduet.eval.predictions import ModelFunctions, PredictionStore
 
 KINDS = ("animals", "food", "town", "plants", "sports")
@@ -124,6 +126,21 @@ def test_view_that_a_retriever_cannot_read_does_not_count(tmp_path: Path) -> Non
     functions = ModelFunctions(embed=embed_texts_only, continuation_nll=nll_of_a_believer)
     score = runners.run_rag(task, PredictionStore(tmp_path, functions))
     assert score.samples["self/retrieval/R@1"].mean == 100
+
+
+def test_question_that_cannot_be_answered_freely_counts_as_missing(tmp_path: Path) -> None:
+    def generate_except_for_thing_2(prompts: list[Parts], max_new_tokens: int) -> list[str]:
+        if any("Thing 2" in str(prompt[-1]) for prompt in prompts):
+            raise DataError("broken", fix="Replace it")
+        return ["answer"] * len(prompts)
+
+    documents = builtin_rag.make_document_task(make_stamps(5), num_questions=5, seed=0)
+    items = tuple(replace(item, reference=["answer"]) for item in documents.items)
+    task = replace(documents, items=items, score=score_captions)
+    functions = ModelFunctions(embed=embed, generate=generate_except_for_thing_2)
+    score = runners.run_rag(task, PredictionStore(tmp_path, functions))
+    assert score.num_missing == 1
+    assert score.samples["self/exact"].mean == score.samples["none/exact"].mean == 80
 
 
 def test_nothing_to_retrieve_is_refused() -> None:
