@@ -42,7 +42,11 @@ QUESTIONS_PER_KIND = 60
 
 
 def read_split(files: OfficialFiles, corpus: str, *, split: str = "test") -> list[Record]:
-    """Return the records of a corpus; raise DataError where the split is missing or empty."""
+    """Return the records of ``corpora/CORPUS/SPLIT.jsonl``, and store its hash in `files.hashes`.
+
+    Raises:
+        DataError: the file is missing, has a broken line, or contains no records.
+    """
     name = f"corpora/{corpus}/{split}.jsonl"
     files.read_bytes(name)  # stores the hash
     path = files.find_path(name)
@@ -53,7 +57,7 @@ def read_split(files: OfficialFiles, corpus: str, *, split: str = "test") -> lis
 
 
 def read_splits(files: OfficialFiles, corpora: Sequence[str]) -> list[Record]:
-    """Return the test records of several corpora, in order."""
+    """Return the test records of several corpora, in order; see `read_split`. None give []."""
     records = []
     for corpus in corpora:
         records += read_split(files, corpus)
@@ -71,14 +75,18 @@ def captioned_images(records: Sequence[Record]) -> list[tuple[Record, ImageRef]]
 def load_captioned_images(
     files: OfficialFiles, *, corpora: Sequence[str], long_captions: bool = False
 ) -> RetrievalTask:
-    """Read captions that search for images, and images that search for captions.
+    """Return the task of finding images by captions (``t2i``), and captions by images (``i2t``).
 
-    Equal captions are one query with several correct images.
+    Equal captions are one query with several correct images. Test records without an image, or
+    whose first caption is missing or empty, are left out.
 
     Args:
-        files: data folder.
+        files: data folder; the hashes of the splits are stored in `files.hashes`.
         corpora: names of corpora that form one gallery.
-        long_captions: use the long caption of a record instead of its short ones.
+        long_captions: use the long caption of a record instead of all its short ones.
+
+    Raises:
+        DataError: a test split is missing, broken or empty, or no record remains.
     """
     images: list[ImageRef] = []
     captions: list[tuple[int, str]] = []
@@ -91,10 +99,16 @@ def load_captioned_images(
 
 
 def load_next_image(files: OfficialFiles, *, corpora: Sequence[str]) -> RetrievalTask:
-    """Read documents whose beginning searches for the next image among all images of the corpora.
+    """Return the task of finding the next image of a document among all images of the corpora.
 
-    A document gives one query: the parts before its last image that did not occur earlier in it.
-    Images in the query are excluded. No such document raises DataError.
+    A test document gives one query: its at most `MAX_CONTEXT_PARTS` parts before the last image
+    that did not occur earlier in it. A document without such an image after its first part gives
+    none. The gallery contains every image of the documents once, by content; the images in a query
+    are excluded for it. File hashes are stored in `files.hashes`.
+
+    Raises:
+        DataError: a split is missing, broken or empty, or no document gives a query.
+        ImageError: an image cannot be read.
     """
     index_of: dict[str, int] = {}
     gallery: list[Parts] = []
@@ -127,7 +141,9 @@ def load_next_image(files: OfficialFiles, *, corpora: Sequence[str]) -> Retrieva
 
 
 def load_minimal_pairs(files: OfficialFiles, *, corpus: str, group_key: str = "") -> PairTask:
-    """Read pairs of captioned images whose captions differ in one word, scored as Winoground.
+    """Return the task of telling two images apart whose captions differ in one word.
+
+    Items are scored as Winoground's. The hash of the test split is stored in `files.hashes`.
 
     Args:
         files: data folder.
@@ -135,7 +151,7 @@ def load_minimal_pairs(files: OfficialFiles, *, corpus: str, group_key: str = ""
         group_key: see `find_one_word_pairs`.
 
     Raises:
-        DataError: no two captions differ in one word.
+        DataError: the split is missing, broken or empty, or no two captions differ in one word.
     """
     items = find_one_word_pairs(read_split(files, corpus), group_key)
     if not items:
@@ -145,11 +161,15 @@ def load_minimal_pairs(files: OfficialFiles, *, corpus: str, group_key: str = ""
 
 
 def find_one_word_pairs(records: Sequence[Record], group_key: str) -> list[PairItem]:
-    """Return every two records whose first captions differ in one word.
+    """Return an item for every two records whose first captions differ in one word, [] for none.
 
-    Both have the same vendor and the same value of the metadata key `group_key`; a key that no
-    record has groups nothing. Names with a colon ("flag: Norway") are left out: they share the word
-    of their kind and nothing else.
+    Both records have the same vendor and the same value of the metadata key `group_key`; a key that
+    no record has sets no condition. Captions are compared by `tokenize_answer` and
+    `differ_in_one_word`. Records without an image or a short caption are left out, and so are names
+    with a colon ("flag: Norway"), which share the word of their kind and nothing else.
+
+    An item ``ID|OTHER_ID`` contains the two first captions and the two images in the order of the
+    records. Its `group` is empty.
     """
     usable = []
     for record, image in captioned_images(records):
@@ -176,7 +196,18 @@ def differ_in_one_word(words: Sequence[str], other_words: Sequence[str]) -> bool
 
 
 def load_template_questions(files: OfficialFiles) -> ChoiceTask:
-    """Read questions about one image with four options, answered by the metadata of a corpus."""
+    """Return questions about one image with up to four options, from the metadata of three corpora.
+
+    The kinds are ``wesnoth race``, ``wesnoth alignment``, ``emoji group`` (OpenMoji only) and
+    ``stamps category``. At most `QUESTIONS_PER_KIND` per kind, and their wrong options, are drawn
+    with `files.seed`; a kind with a single value has no questions. Scores are broken down by the
+    tag ``kind``, and the questions are asked without images too. File hashes are stored in
+    `files.hashes`.
+
+    Raises:
+        DataError: a test split is missing, broken or empty.
+        AssertionError: a drawn record has no image.
+    """
     random = np.random.default_rng(files.seed)
     units = read_split(files, "wesnoth")
     races = [(r, str(r.metadata["race"])) for r in units if "race" in r.metadata]
@@ -210,7 +241,7 @@ def load_template_questions(files: OfficialFiles) -> ChoiceTask:
 def draw_options(
     random: np.random.Generator, correct: str, candidates: Sequence[str]
 ) -> tuple[tuple[str, ...], int]:
-    """Draw the options of a question.
+    """Draw the options of a question, up to three wrong ones and the correct one.
 
     Args:
         random: source of the draws.
@@ -218,7 +249,8 @@ def draw_options(
         candidates: possible wrong options; may repeat and contain the correct one.
 
     Returns:
-        At most `NUM_OPTIONS` distinct options in random order.
+        At most `NUM_OPTIONS` distinct options in random order; the correct one alone if there is no
+        other candidate.
         The index of the correct one.
     """
     wrong = sorted(set(candidates) - {correct})
@@ -228,7 +260,12 @@ def draw_options(
 
 
 def load_captions(files: OfficialFiles, *, corpus: str) -> AnswerTask:
-    """Read images to be captioned, prompted as in training (an image alone)."""
+    """Return the task of captioning the test images of a corpus, prompted by the image alone.
+
+    The references of an image are all its short captions; records without image or caption are left
+    out. Answers have at most 24 tokens and are scored by `score_captions`. The file hash is stored
+    in `files.hashes`; a missing or empty split raises DataError.
+    """
     items = []
     for record, image in captioned_images(read_split(files, corpus)):
         items.append(Question(record.id, (image,), list(record.short), max_new_tokens=24))
@@ -236,9 +273,10 @@ def load_captions(files: OfficialFiles, *, corpus: str) -> AnswerTask:
 
 
 def score_captions(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score word F1 and exact match with the nearest reference.
+    """Return word F1 (``token_F1``) and exact match (``exact``) with the best reference, x 100.
 
-    The detail ``distinct`` counts distinct captions: 1 for a model that says the same of all.
+    A missing answer is an empty one. The detail ``distinct`` counts distinct captions: 1 for a
+    model that says the same of all. No items raise AssertionError.
     """
     texts = [text or "" for text in answers]
     pairs = [(text, item.reference) for item, text in zip(items, texts, strict=True)]
@@ -251,7 +289,13 @@ def score_captions(items: Sequence[Question], answers: AnswerTexts) -> Benchmark
 
 
 def load_caption_choice(files: OfficialFiles, *, corpus: str) -> ChoiceTask:
-    """Read images whose own caption must be likelier than three captions of other images."""
+    """Return the task of choosing the caption of a test image among up to four.
+
+    Every record with an image and a short caption is one question. The correct option is its first
+    caption; the others, drawn with `files.seed`, are first captions of other records that differ in
+    their normalized words. The file hash is stored in `files.hashes`; a missing or empty split
+    raises DataError.
+    """
     random = np.random.default_rng(files.seed)
     pairs = captioned_images(read_split(files, corpus))
     words_of = {r.short[0]: tokenize_answer(r.short[0]) for r, _ in pairs}
@@ -265,9 +309,10 @@ def load_caption_choice(files: OfficialFiles, *, corpus: str) -> ChoiceTask:
 
 
 def load_position_probe(files: OfficialFiles) -> ChoiceTask:
-    """Read `make_position_questions` of stamps.
+    """Return the `make_position_questions` of the test split of stamps, scored by ``place``.
 
-    Without its images a prompt shows only the preference for a caption or for its place.
+    They are asked without their images too, which shows only the preference for a caption or for
+    its place. Errors are those of `read_split` and `make_position_questions`.
     """
     stamps = read_split(files, "stamps")
     items = make_position_questions(
@@ -281,13 +326,15 @@ def make_position_questions(
 ) -> list[Question]:
     """Return questions which of six captions belongs to an image that is shown again.
 
-    Every prompt shows six images with their captions and then one of them again; all six are asked
-    about, so that each place is correct equally often. The accuracy by place shows whether the
-    middle of a prompt is overlooked.
+    A prompt shows six images, each followed by its caption, and then one of them again. All six are
+    asked about, so that each place is correct equally often. The options are the six captions in
+    the order of the prompt; the tag ``place`` is "1" to "6". The accuracy by place shows whether
+    the middle of a prompt is overlooked.
 
     Args:
-        records: records with images and short captions.
-        num_prompts: number of draws of six images; each gives six questions.
+        records: records; those without an image or a short caption are left out. Of equal first
+            captions the last record counts.
+        num_prompts: number of draws of six images; each gives six consecutive questions.
         seed: seed of the draws.
         place: place that an error names.
 

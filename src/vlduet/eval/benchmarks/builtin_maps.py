@@ -31,7 +31,16 @@ AtlasQuestion = tuple[Record, str, str, Sequence[str]]
 
 
 def load_map_questions(files: OfficialFiles) -> ChoiceTask:
-    """Read five kinds of questions about one image, with up to four options each."""
+    """Return the questions of `_list_questions` on the test split, with up to four options each.
+
+    At most `QUESTIONS_PER_KIND` of a kind, and the wrong options, are drawn with `files.seed`; a
+    question without any wrong option is left out. Scores are broken down by the tag ``kind``, and
+    the questions are asked without images too. The file hash is stored in `files.hashes`.
+
+    Raises:
+        DataError: the split is missing, broken or empty.
+        AssertionError: a drawn record has no image.
+    """
     random = np.random.default_rng(files.seed)
     items = []
     for kind, questions in _list_questions(read_split(files, "maps")).items():
@@ -47,7 +56,13 @@ def load_map_questions(files: OfficialFiles) -> ChoiceTask:
 
 
 def _list_questions(records: Sequence[Record]) -> dict[str, list[AtlasQuestion]]:
-    """Return all questions of every kind."""
+    """Return all questions by kind: ``place``, ``region``, ``map``, ``flag`` and ``capital``.
+
+    Regions give ``place`` (where the position in the image is known) and ``region``, maps give
+    ``map``, and flags of countries give ``flag`` and, with a known capital, ``capital``. A kind
+    without questions has an empty list. The candidates of a question may contain its correct
+    answer. A region whose map is not among `records`, or a missing metadata key, raises KeyError.
+    """
     regions = _records_of_kind(records, "region")
     maps = _records_of_kind(records, "map")
     flags = _national_flags(records)
@@ -90,11 +105,18 @@ def _national_flags(records: Sequence[Record]) -> list[Record]:
 
 
 def load_capitals(files: OfficialFiles) -> RagTask:
-    """Read questions for the capital of a region or country that is shown in an image.
+    """Return questions for the capital of a region or country that is shown in an image.
 
-    The knowledge base is a sentence about every capital of the test split. A question has two equal
-    views, its image and its text; an entry is found by its sentence. The image says which region or
-    country is meant, the sentence says what its capital is.
+    The knowledge base is one sentence about every capital of the test split; the image says which
+    region or country is meant, the sentence what its capital is. A question has two views, its
+    image and its text; both views of an entry are its sentence. At most `QUESTIONS_PER_KIND` flags
+    of countries and as many regions are drawn with `files.seed`. Answers are scored by
+    `score_captions`; `files.k` entries are shown, 1 by default. The file hash is stored in
+    `files.hashes`.
+
+    Raises:
+        DataError: the split is missing, broken or empty.
+        AssertionError: a drawn record has no image.
     """
     random = np.random.default_rng(files.seed)
     records = [record for record in read_split(files, "maps") if "capital" in record.metadata]

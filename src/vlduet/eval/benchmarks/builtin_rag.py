@@ -55,18 +55,22 @@ def make_solved_question_task(
     seed: int,
     k: int | None = None,
 ) -> RagTask:
-    """Return questions about held-out images, with solved questions to retrieve.
+    """Return multiple-choice questions for the kind of thing in an image, with retrieval.
+
+    The knowledge base consists of such questions with their answers. Scores rank the options by
+    likelihood. An entry is found by its image and question, and the prompt shows its question and
+    answer as text. Entries with a question's correct kind are its positives; an entry with the same
+    image is excluded for it.
 
     Args:
-        records: stamps to ask about; `num_questions` of them are drawn with `seed`.
-        solved_records: stamps whose kind is shown. One with the image of a question is excluded
-            for it.
+        records: stamps to ask about; one question per distinct first caption (see `_draw_records`).
+        solved_records: stamps for the knowledge base; those without image or caption are left out.
         num_questions: maximum number of questions.
         seed: seed of the questions and their options.
         k: number of entries in a prompt; 1 for None.
 
     Raises:
-        DataError: nothing to ask about, or nothing to retrieve.
+        DataError: `records` have fewer than two kinds of things, or the knowledge base is empty.
     """
     chosen = _draw_records(records, num_questions=num_questions, seed=seed)
     solved_pairs = captioned_images(solved_records)
@@ -101,9 +105,21 @@ def make_solved_question_task(
 def make_document_task(
     records: Sequence[Record], *, num_questions: int, seed: int, k: int | None = None
 ) -> RagTask:
-    """Return questions about named things, with a sentence about every thing to retrieve.
+    """Return multiple-choice questions for the kind of a named thing, without images.
 
-    For arguments and errors see `make_solved_question_task`.
+    The knowledge base is one sentence about every distinct first caption of `records`, which names
+    the thing and its kind; the sentence about the thing in question is its only positive. Options
+    are ranked by likelihood.
+
+    Args:
+        records: stamps; questions are drawn among those with an image and a caption, entries need a
+            caption only.
+        num_questions: maximum number of questions.
+        seed: seed of the questions and their options.
+        k: number of entries in a prompt; 1 for None.
+
+    Raises:
+        DataError: records with an image and a caption have fewer than two kinds of things.
     """
     chosen = _draw_records(records, num_questions=num_questions, seed=seed)
     record_of = {normalized_caption(record): record for record in records if record.short}
@@ -145,10 +161,13 @@ def normalized_caption(record: Record) -> str:
 def _draw_records(
     records: Sequence[Record], *, num_questions: int, seed: int
 ) -> list[tuple[Record, tuple[str, ...], int]]:
-    """Draw records with an image, one per thing, and the options for each.
+    """Draw records with an image and a caption, one per thing, and options for their kind.
+
+    Things are the same if their `normalized_caption` is; the last record of a thing counts. At most
+    `num_questions` are drawn, and returned in the order of the records.
 
     Returns:
-        (record, kinds of things as options, index of the record's own kind) triples.
+        (record, up to four kinds of things as options, index of the record's own kind) triples.
 
     Raises:
         DataError: the records have fewer than two kinds of things.

@@ -22,10 +22,13 @@ Floats = NDArray[np.floating]
 
 
 def load_winoground(files: OfficialFiles) -> PairTask:
-    """Read 400 items of two captions with the same words and two images.
+    """Return Winoground's 400 items of two captions with the same words and two images.
 
     Chance is 25 % for the text score, 25 % for the image score and 16.7 % for the group score. The
-    files are ``examples.jsonl`` with ``images/``, or parquet files that contain the images.
+    group of an item is its ``collapsed_tag``, or empty. Rows are read from
+    ``winoground/examples.jsonl`` with ``images/``, or else from ``winoground/*.parquet``, which
+    contain the images. File hashes are stored in `files.hashes`; a missing file or image raises
+    DataError.
     """
     if files.has_file("winoground/examples.jsonl"):
         rows = files.read_json_lines("winoground/examples.jsonl")
@@ -44,7 +47,10 @@ def load_winoground(files: OfficialFiles) -> PairTask:
 
 
 def _read_winoground_image(files: OfficialFiles, row: OfficialObject, key: str) -> ImageRef:
-    """Return the image that a field names (examples.jsonl) or contains (parquet)."""
+    """Return the image that a field names (examples.jsonl) or contains as bytes (parquet).
+
+    A named image is searched with and without ``.png``; DataError is raised if it is missing.
+    """
     if isinstance(row[key], str):
         stem = f"winoground/images/{row[key]}"
         return files.find_image(stem, f"{stem}.png")
@@ -52,13 +58,13 @@ def _read_winoground_image(files: OfficialFiles, row: OfficialObject, key: str) 
 
 
 def decide_winoground(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
-    """Return whether an item is correct by each of Winoground's scores.
+    """Return whether an item is correct by the scores ``text``, ``image`` and ``group``.
 
     ``text``: each image prefers its caption. ``image``: each caption prefers its image. ``group``:
-    both.
+    both. Ties and NaN are wrong.
 
     Args:
-        similarity: text-image cosines, float[2, 2].
+        similarity: text-image cosines, float[2, 2]; caption i belongs to image i.
         text_similarity: not used.
     """
     s = similarity
@@ -87,7 +93,11 @@ SUGARCREPE_PLUS_AVERAGES = {
 
 
 def load_sugarcrepe(files: OfficialFiles) -> PairTask:
-    """Read SugarCrepe's seven subsets: an image, its caption and a hard negative."""
+    """Return SugarCrepe's seven subsets: an image, its caption and a hard negative per item.
+
+    The texts of an item are (caption, negative), its id is ``SUBSET/KEY`` and its group the subset.
+    File hashes are stored in `files.hashes`; a missing file or image raises DataError.
+    """
     items = []
     for subset in SUGARCREPE_AVERAGES["mean"]:
         for key, row in files.read_named_objects(f"sugarcrepe/{subset}.json").items():
@@ -107,7 +117,11 @@ def decide_sugarcrepe(similarity: Floats, text_similarity: Floats) -> dict[str, 
 
 
 def load_sugarcrepe_plus(files: OfficialFiles) -> PairTask:
-    """Read SugarCrepe++'s five subsets: two captions of one meaning and a negative."""
+    """Return SugarCrepe++'s five subsets: an image, two captions of one meaning and a negative.
+
+    The texts of an item are in this order, its id is ``SUBSET/ID`` and its group the subset. File
+    hashes are stored in `files.hashes`; a missing file or image raises DataError.
+    """
     items = []
     for subset in SUGARCREPE_PLUS_AVERAGES["mean"]:
         for row in files.read_objects(f"sugarcrepe_pp/{subset}.json"):
@@ -118,14 +132,15 @@ def load_sugarcrepe_plus(files: OfficialFiles) -> PairTask:
 
 
 def decide_sugarcrepe_plus(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
-    """Return whether an item is correct by each of SugarCrepe++'s scores.
+    """Return whether an item is correct by ``ITT``, ``TOT``, ``image_caption1``/``2``.
 
-    ``ITT``: the image is nearer to both captions than to the negative. ``TOT``: the captions are
-    nearer to each other than to the negative.
+    ``ITT``: the image is nearer to both captions than to the negative; the last two say it of each
+    caption alone. ``TOT``: the captions are nearer to each other than either is to the negative.
+    Ties and NaN are wrong.
 
     Args:
-        similarity: text-image cosines, float[3, 1].
-        text_similarity: text-text cosines, float[3, 3].
+        similarity: text-image cosines, float[3, 1], in the order caption, caption, negative.
+        text_similarity: text-text cosines, float[3, 3], in the same order.
     """
     first = bool(similarity[0, 0] > similarity[2, 0])
     second = bool(similarity[1, 0] > similarity[2, 0])
@@ -154,7 +169,12 @@ MMVP_COLUMNS = {"question id": "id", "type": "pattern"}
 
 
 def load_mmvp_vlm(files: OfficialFiles) -> PairTask:
-    """Read nine visual patterns of 15 pairs: each statement must prefer its own image."""
+    """Return MMVP-VLM's pairs, 15 for each of nine visual patterns, scored by `decide_mmvp`.
+
+    An item contains both statements, as "a photo of ...", and both images; its group is the
+    pattern. File hashes are stored in `files.hashes`; a missing file or image raises DataError. An
+    odd number of rows raises it too.
+    """
     items = []
     for first, second in _read_mmvp_pairs(files):
         texts = tuple(f"a photo of {row['statement']}" for row in (first, second))
@@ -170,10 +190,12 @@ def decide_mmvp(similarity: Floats, text_similarity: Floats) -> dict[str, bool]:
 
 
 def load_mmvp_questions(files: OfficialFiles) -> AnswerTask:
-    """Read the same pairs as questions, as Sugar asks them.
+    """Return the pairs of MMVP-VLM as questions with two options, as Sugar asks them.
 
-    Single questions are scored, so that the accuracy does not compare with the pair accuracy of
-    CLIP models. The seed decides which statement is option A.
+    Both images are shown, and the first statement of a pair is always correct; `files.seed` decides
+    whether it is option A or B. Letters are scored per question and by ``pattern``, so that the
+    accuracy does not compare with the pair accuracy of CLIP models. File hashes are stored in
+    `files.hashes`; a missing file or image raises DataError. An odd number of rows raises it too.
     """
     random = np.random.default_rng(files.seed)
     items = []
@@ -199,7 +221,11 @@ def load_mmvp_questions(files: OfficialFiles) -> AnswerTask:
 
 
 def _read_mmvp_pairs(files: OfficialFiles) -> list[tuple[OfficialObject, OfficialObject]]:
-    """Return consecutive rows as pairs; raise DataError for an odd number of rows."""
+    """Return consecutive rows of ``mmvp_vlm/Questions.csv`` as pairs.
+
+    Columns are in lower case, with ``id`` and ``pattern`` for two of them (see `MMVP_COLUMNS`). The
+    file hash is stored in `files.hashes`. A missing file or an odd number of rows raises DataError.
+    """
     rows = []
     for row in files.read_table(MMVP_QUESTIONS):
         cells = {}

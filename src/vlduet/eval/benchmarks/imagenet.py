@@ -16,14 +16,17 @@ CLIP_TEMPLATES = Path(__file__).parent / "clip_templates.json"
 
 
 def load_imagenet(files: OfficialFiles, *, all_templates: bool = False) -> RetrievalTask:
-    """Read ILSVRC2012 val from ``imagenet/val/WNID/*.JPEG``.
+    """Return the task of finding the class of every image of ``imagenet/val/WNID``, by R@1 and R@5.
+
+    Documents are the filled templates, class by class; those of a class are averaged. File hashes
+    are stored in `files.hashes`.
 
     Args:
         files: data folder.
         all_templates: average CLIP's 80 templates per class; otherwise "a photo of a {}" alone.
 
     Raises:
-        DataError: images or class names are missing.
+        DataError: class names or the folder of a class are missing; an empty folder is no error.
     """
     templates = [PLAIN_TEMPLATE]
     if all_templates:
@@ -49,10 +52,14 @@ def load_imagenet(files: OfficialFiles, *, all_templates: bool = False) -> Retri
 
 
 def _read_class_names(files: OfficialFiles) -> dict[str, str]:
-    """Return wnid -> class name in the order of labels.
+    """Return wnid -> class name in the order of labels, and store the file's hash.
 
-    ``classnames.txt`` (one name per line, by sorted wnid) is preferred to
-    ``imagenet_class_index.json``.
+    ``imagenet/classnames.txt`` (one name per line; wnids are the sorted folders of
+    ``imagenet/val``) is preferred to ``imagenet/imagenet_class_index.json``, in whose names ``_``
+    becomes a blank.
+
+    Raises:
+        DataError: a file or the folder is missing, or the numbers of names and folders differ.
     """
     if files.has_file("imagenet/classnames.txt"):
         folders = files.find_path("imagenet/val").iterdir()

@@ -50,7 +50,7 @@ _IMAGE_MARK = re.compile(r"\{(?:image|table)#(\d+)\}")
 
 
 def list_demon_benchmarks() -> list[Benchmark]:
-    """Return one benchmark ``demon/TASK`` per task."""
+    """Return a benchmark ``demon/TASK`` for each of DEMON's 29 tasks, without reading files."""
     benchmarks = []
     for category, tasks in DEMON_TASKS.items():
         metric = "ROUGE-L" if category in ROUGE_CATEGORIES else "accuracy"
@@ -72,11 +72,13 @@ def list_demon_benchmarks() -> list[Benchmark]:
 def load_demon(
     files: OfficialFiles, *, tasks: Sequence[str] = (), repaired: bool = False
 ) -> AnswerTask:
-    """Read tasks of DEMON.
+    """Return the questions of DEMON's tasks, scored by `score_demon`.
+
+    File hashes are stored in `files.hashes`; a missing file or image raises DataError.
 
     Args:
         files: data folder.
-        tasks: folders of the tasks; empty for all 29.
+        tasks: folders of the tasks; empty for all 29, and an unknown one is ignored.
         repaired: compare RecipeQA_VisualCloze by letter, which the official script means to do.
     """
     items: list[Question] = []
@@ -89,7 +91,12 @@ def load_demon(
 
 
 def _read_task(files: OfficialFiles, task: str, category: str) -> list[Question]:
-    """Return the questions of one task."""
+    """Return the questions of one task in file order, with ids ``TASK/SAMPLE_ID``.
+
+    A prompt is the task's instruction, the context with its images, and the choices if any. The tag
+    ``kind`` is ``multi-choice`` or ``open-ended``; ``task`` and `category` are tags too. The file's
+    hash is stored in `files.hashes`. A missing file, image or key raises DataError.
+    """
     content = files.read_object(f"demon/{task}/core/core.json")
     metadata = content.get_object("metadata")
     items = []
@@ -116,7 +123,10 @@ def _insert_images(
 ) -> tuple[Part, ...]:
     """Return a text with image k (from 1) in place of each ``{image#k}`` or ``{table#k}``.
 
-    A k without an image raises DataError.
+    Image k is the k-th of ``images_path`` in the task's folder. Empty texts are dropped.
+
+    Raises:
+        DataError: k is out of range, or the image is missing.
     """
     image_names = instance["images_path"]
     parts: list[Part] = []
@@ -134,7 +144,11 @@ def _insert_images(
 def score_demon(
     items: Sequence[Question], answers: AnswerTexts, *, repaired: bool = False
 ) -> BenchmarkScore:
-    """Score every task, and the mean over tasks of every category whose tasks are all present."""
+    """Return the mean value x 100 of every task, after those of complete categories.
+
+    A category is the mean over its tasks, and is reported if all of them are present. A missing
+    answer is an empty one. For `repaired` see `load_demon`. No items give no numbers.
+    """
     values: dict[str, list[float]] = {}
     for item, text in zip(items, answers, strict=True):
         value = score_demon_answer(item, text or "", repaired=repaired)
@@ -150,7 +164,10 @@ def score_demon(
 def score_demon_answer(item: Question, text: str, *, repaired: bool = False) -> float:
     """Return the value of one answer, from 0 to 1, by Cheetah's scripts/evaluate.py.
 
-    Open answers have their ROUGE-L F; choices are right or wrong. For `repaired` see `load_demon`.
+    Open answers have their ROUGE-L F. The others are 1 or 0: tasks with images as choices are
+    compared by letter, texts by the choice that is nearest by TF-IDF, and a question without listed
+    choices by equality. All texts are normalized by `normalize_demon`. For `repaired` see
+    `load_demon`.
     """
     prediction = normalize_demon(text)
     reference = normalize_demon(str(item.reference))

@@ -38,7 +38,10 @@ ROUGE_DETAILS = {"rouge": "ROUGE-L of the package rouge, as DEMON's"}
 
 
 def prepend_references(item: Question, entries: Sequence[KnowledgeEntry]) -> Parts:
-    """Return the entries, then the question's own prompt; the prompt alone without entries."""
+    """Return `REFERENCE_INSTRUCTION`, the entries, a line end, and the question's own prompt.
+
+    Without entries it is the question's prompt alone.
+    """
     if not entries:
         return item.prompt
     references = [part for entry in entries for part in entry.prompt_parts]
@@ -46,7 +49,10 @@ def prepend_references(item: Question, entries: Sequence[KnowledgeEntry]) -> Par
 
 
 def best_rouge_values(items: Sequence[Question], answers: AnswerTexts) -> list[float]:
-    """Return ROUGE-L of every answer with its best reference; a missing answer is empty."""
+    """Return ROUGE-L (0 to 1) of every answer with its best reference; a missing answer is empty.
+
+    A question without references, or another number of answers, raises ValueError.
+    """
     values = []
     for item, text in zip(items, answers, strict=True):
         values.append(max(rouge_l(text or "", reference) for reference in item.reference))
@@ -60,9 +66,12 @@ FVQA_INSTRUCTION = "Please answer the questions based on the pictures. "
 
 
 def load_fvqa(files: OfficialFiles) -> RagTask:
-    """Read the questions whose answer comes from the knowledge base (`ans_source` KB).
+    """Return FVQA's questions whose answer comes from the knowledge base (`ans_source` KB).
 
-    A question is its image and its text; an entry is a fact, found by its text.
+    The views of a question are its image and its text; both views of an entry are the text of its
+    fact. The facts of a question that the knowledge base has are its positives. Answers are scored
+    by ROUGE-L; `files.k` entries are shown, 1 by default. File hashes are stored in `files.hashes`;
+    a missing file or image raises DataError.
     """
     entries = []
     for key, row in files.read_named_objects(
@@ -98,7 +107,12 @@ def load_fvqa(files: OfficialFiles) -> RagTask:
 
 
 def build_fvqa_prompt(item: Question, entries: Sequence[KnowledgeEntry]) -> Parts:
-    """Return Sugar's prompt; without entries, its first sentence, the image and the question."""
+    """Return Sugar's prompt for a question whose prompt is (image, text).
+
+    It is an instruction, the texts of the entries (joined by blanks, after the instruction on
+    reference information), the image, and the question followed by a period. Without entries, their
+    part is left out.
+    """
     image, question = item.prompt
     if not entries:
         return (FVQA_INSTRUCTION, image, f" {question}.")
@@ -121,7 +135,13 @@ def _get_either_spelling(row: OfficialObject, key: str) -> Any:
 
 
 def load_vizwiz_rag(files: OfficialFiles) -> RagTask:
-    """Read VizWiz val, with the solved questions of the training set to retrieve."""
+    """Return VizWiz val, with the solved questions of the training set as knowledge base.
+
+    The answer of an entry is the most frequent one of its annotators; the first wins a tie.
+    Questions are those of `vqa.load_vizwiz`, scored by accuracy alone. `files.k` entries are shown,
+    1 by default. File hashes are stored in `files.hashes`; a missing file or image raises
+    DataError.
+    """
     items = vqa.load_vizwiz(files, split="val").items
     instructions = vqa.UNANSWERABLE_INSTRUCTION + vqa.SHORT_ANSWER_INSTRUCTION
     questions = [str(item.prompt[1]).removesuffix(instructions) for item in items]
@@ -136,7 +156,12 @@ def load_vizwiz_rag(files: OfficialFiles) -> RagTask:
 
 
 def load_scienceqa_rag(files: OfficialFiles) -> RagTask:
-    """Read ScienceQA-IMG, with the solved training questions that have an image to retrieve."""
+    """Return ScienceQA-IMG, with the solved training questions that have an image to retrieve.
+
+    Questions and scores are those of `multiple_choice.load_scienceqa`. An entry is answered by
+    letter and option. `files.k` entries are shown, 1 by default. File hashes are stored in
+    `files.hashes`; a missing file or image raises DataError.
+    """
     problems = files.read_named_objects("scienceqa/problems.json")
     items = multiple_choice.load_scienceqa(files).items
     questions = [multiple_choice.format_scienceqa(problems[item.id]) for item in items]
@@ -171,14 +196,18 @@ def _make_solved_question_task(
 ) -> RagTask:
     """Return the task of answering questions with solved questions as knowledge base.
 
-    An entry with the image of a question is excluded for it. No entries raise DataError.
+    The views of a question are its image and its text. An entry with the image of a question is
+    excluded for it. The correct entries are unknown, so that retrieval is not scored.
 
     Args:
         items: questions whose prompt starts with an image.
         questions: their bare texts, by which they search beside the image.
-        entries: solved questions.
+        entries: solved questions, whose first view is an image.
         score: scorer of the answers.
         k: number of entries in a prompt; 1 for None.
+
+    Raises:
+        DataError: there are no entries.
     """
     if not entries:
         fix = "Put the training set beside the test set"
@@ -200,9 +229,10 @@ def _make_solved_question_task(
 def find_identical_images(
     images: Sequence[Part], candidates: Sequence[Part]
 ) -> list[tuple[int, ...]]:
-    """Return for each image the indices of the candidates with equal content.
+    """Return for each image the indices of the candidates with equal bytes, () for none.
 
-    Only files of equal size are read. Texts among the arguments fail an assertion.
+    Only images of equal size are hashed. A text among the arguments raises AssertionError, a
+    missing file FileNotFoundError.
     """
     candidates_by_size: dict[int, list[int]] = {}
     for i, candidate in enumerate(candidates):

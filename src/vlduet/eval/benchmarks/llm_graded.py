@@ -32,7 +32,13 @@ UNREADABLE_SCORES = (-1.0, -1.0)
 
 
 def load_llava_bench(files: OfficialFiles) -> LLMGradedTask:
-    """Read 60 questions on 24 images, whose answers are compared with GPT-4's text-only answers."""
+    """Return 60 questions on 24 images; a grader compares answers with GPT-4's text-only answers.
+
+    A reference contains the captions of the image (``context``), GPT-4's answer (``reference``) and
+    the instruction of the category (``rule``). File hashes are stored in `files.hashes`; a missing
+    file or image raises DataError. A question without GPT-4's answer, or whose category has no
+    rule, raises KeyError.
+    """
     contexts = {
         row["image"]: row["caption"] for row in files.read_json_lines("llava_bench/context.jsonl")
     }
@@ -88,10 +94,12 @@ def parse_llava_scores(review: str) -> tuple[float, float]:
 
 
 def score_llava_bench(items: Sequence[Question], reviews: AnswerTexts) -> BenchmarkScore:
-    """Score the ratio of mean scores, model to GPT-4, x 100: over all questions and by category.
+    """Return the ratio of mean scores, model to GPT-4, x 100: over all questions and by category.
 
-    ``relative/...`` is the ratio; ``model/...`` and ``reference/...`` are mean scores x 10. As in
-    the official code, a review that cannot be parsed takes part as (-1, -1).
+    Numbers are ``relative/NAME``, the ratio, and ``model/NAME`` and ``reference/NAME``, mean scores
+    x 10, where NAME is ``all`` or a category. As in the official code, a missing review or one that
+    cannot be parsed takes part as (-1, -1); the latter are counted in `num_unparsed`. The detail
+    ``reviews`` counts the reviews. No items raise AssertionError.
     """
     pairs = [parse_llava_scores(text or "") for text in reviews]
     groups = {"all": list(range(len(items)))}
@@ -127,7 +135,12 @@ MMVET_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
 def load_mmvet(files: OfficialFiles) -> LLMGradedTask:
-    """Read 218 questions that need several capabilities at once, graded from 0 to 1."""
+    """Return MM-Vet's 218 questions, which need several capabilities at once, graded from 0 to 1.
+
+    The tag ``capabilities`` joins the sorted capabilities by ``+``; answers are exported by
+    `export_mmvet`. File hashes are stored in `files.hashes`; a missing file or image raises
+    DataError.
+    """
     items = []
     for key, row in files.read_named_objects("mmvet/mm-vet.json").items():
         image = files.find_image(f"mmvet/images/{row['imagename']}")
@@ -145,10 +158,10 @@ def mmvet_grader_prompt(item: Question, answer: str) -> str:
 
 
 def request_mmvet_grade(item: Question, answer: str, ask: AskGrader) -> str:
-    """Return the first review that starts with a number from 0 to 1, or "0.0" after five requests.
+    """Return the first whole review that starts with a number from 0 to 1, or "0.0" if none does.
 
-    As in the official code, the temperature is 0 for the first two requests and then rises by 0.5
-    per request.
+    The grader is asked at most five times. As in the official code, all requests after the first
+    append `MMVET_REPEAT_INSTRUCTION` to the prompt, and the temperatures are 0, 0, 0.5, 1 and 1.5.
     """
     prompt = mmvet_grader_prompt(item, answer)
     review = ask(prompt, 0.0)
@@ -169,9 +182,11 @@ def parse_mmvet_grade(review: str) -> float | None:
 
 
 def score_mmvet(items: Sequence[Question], reviews: AnswerTexts) -> BenchmarkScore:
-    """Score the mean grade x 100: total, by capability, and by set of needed capabilities.
+    """Return mean grades x 100: ``total``, by capability, and ``needs/SET`` by needed capabilities.
 
-    An answer without a readable grade counts as 0.
+    An answer without a readable grade counts as 0; `num_unparsed` counts the reviews among them,
+    and the detail ``reviews`` all reviews. A capability that no item needs has no number. No items
+    raise AssertionError.
     """
     grades = [parse_mmvet_grade(text or "") for text in reviews]
     values = [grade or 0.0 for grade in grades]

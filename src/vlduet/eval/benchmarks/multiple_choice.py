@@ -34,9 +34,10 @@ def format_options(options: Sequence[str]) -> str:
 def make_letter_scorer(
     parse_letter: Callable[[str, Sequence[str]], str | None], breakdown: Mapping[str, str]
 ) -> AnswerScorer:
-    """Return a scorer of accuracy by letters (or other short forms).
+    """Return a scorer of accuracy by letters (or other short forms), which compares exactly.
 
-    A missing answer counts as wrong and not as unparsed.
+    The scorer returns ``accuracy`` first. A missing answer counts as wrong and not as unparsed. No
+    items raise AssertionError, an item without a tag KeyError.
 
     Args:
         parse_letter: (answer, options) -> letter, or None where it finds none.
@@ -44,6 +45,7 @@ def make_letter_scorer(
     """
 
     def score_letters(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
+        """Return the accuracies x 100, and the number of answers without a letter."""
         correct = []
         num_unparsed = 0
         for item, text in zip(items, answers, strict=True):
@@ -62,7 +64,11 @@ def make_letter_scorer(
 
 
 def load_scienceqa(files: OfficialFiles) -> AnswerTask:
-    """Read the 2,017 test questions with an image, prompted in LLaVA's CQM-A form."""
+    """Return the 2,017 test questions with an image, prompted in LLaVA's CQM-A form.
+
+    The reference is the letter of the correct option, and the tag ``subject`` breaks scores down.
+    File hashes are stored in `files.hashes`; a missing file or image raises DataError.
+    """
     problems = files.read_named_objects("scienceqa/problems.json")
     items = []
     for key in files.read_object("scienceqa/pid_splits.json")["test"]:
@@ -104,9 +110,14 @@ _XML_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff
 
 
 def load_mmbench(files: OfficialFiles, *, file_names: Sequence[str]) -> AnswerTask:
-    """Read an MMBench file, the first of `file_names` that exists.
+    """Return the rows of an MMBench file (TSV), the first of `file_names` that exists.
 
-    A file without answers is exported for the server and not scored.
+    The tag ``base`` is the index of the question of which a row is one rotation. Answers are
+    exported for the server (`export_mmbench`), and are scored only if every row has its correct
+    letter. The file hash is stored in `files.hashes`.
+
+    Raises:
+        DataError: no file exists, or a row lacks a column or an option, or its image is no base64.
     """
     items = []
     for row in files.read_table(*file_names, delimiter="\t"):
@@ -123,7 +134,7 @@ def load_mmbench(files: OfficialFiles, *, file_names: Sequence[str]) -> AnswerTa
 
 
 def _read_options(row: OfficialObject) -> tuple[str, ...]:
-    """Return A, B, ... up to the first empty one; raise DataError where A is empty."""
+    """Return the texts of A to D up to the first empty one; raise DataError where A is empty."""
     options = []
     for letter in "ABCD":
         if not _has_content(row.get(letter, "")):
@@ -148,10 +159,13 @@ def _decode_image(row: OfficialObject) -> ImageRef:
 
 
 def score_mmbench(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score CircularEval: a question counts if it is correct in every rotation of its options.
+    """Return CircularEval: the share of questions that are correct in every rotation, x 100.
 
-    ``vanilla`` is the accuracy of single rows. Letters are read by rules alone; where the official
-    code asks a language model, the answer is wrong here.
+    It is ``accuracy``, also by ``accuracy/l2-category/VALUE`` and ``accuracy/category/VALUE`` of a
+    question's first row; ``vanilla`` is the accuracy of single rows. Letters are read by rules
+    alone; where the official code asks a language model, the answer is wrong here and counted in
+    `num_unparsed`. A missing or empty answer is wrong without being counted. The detail
+    ``questions`` counts questions. No items raise AssertionError.
     """
     letters = []
     for item, text in zip(items, answers, strict=True):
@@ -174,7 +188,12 @@ def score_mmbench(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkS
 
 
 def export_mmbench(items: Sequence[Question], answers: AnswerTexts) -> dict[str, bytes]:
-    """Return LLaVA's upload file: options and prediction, without image, hint and categories."""
+    """Return LLaVA's upload file ``mmbench.xlsx``, with a row per item after the header.
+
+    Columns are index, question (without hint where the file has none), answer, A to D, and
+    prediction; the image and the categories are left out. Only the first four options are written.
+    A missing answer is an empty cell. An id that is no integer raises ValueError.
+    """
     rows: list[list[str | int]] = [
         ["index", "question", "answer", "A", "B", "C", "D", "prediction"]
     ]
@@ -187,7 +206,10 @@ def export_mmbench(items: Sequence[Question], answers: AnswerTexts) -> dict[str,
 
 
 def write_spreadsheet(rows: Sequence[Sequence[str | int]]) -> bytes:
-    """Return the content of an .xlsx file with one sheet; control characters are removed."""
+    """Return the content of an .xlsx file with one sheet, "Sheet1"; nothing is written to disk.
+
+    Texts are never formulas, and lose characters that XML cannot hold.
+    """
     # Imported here, because it is slow to import and only this export needs it.
     from openpyxl import Workbook  # type: ignore[import-untyped]
     from openpyxl.cell import WriteOnlyCell  # type: ignore[import-untyped]
@@ -219,7 +241,11 @@ def load_seedbench(files: OfficialFiles) -> AnswerTask:
 
 
 def load_seedbench_likelihood(files: OfficialFiles) -> ChoiceTask:
-    """Read SEED-Bench by its own protocol: options ranked by likelihood after the bare question."""
+    """Return SEED-Bench by its own protocol: options ranked by likelihood after the bare question.
+
+    Scores are broken down by the tag ``kind``, the type of question. File hashes are stored in
+    `files.hashes`; a missing file or image raises DataError.
+    """
     items = []
     for item in _read_seedbench(files):
         prompt = (item.prompt[0], item.tags["question"])
@@ -231,7 +257,12 @@ def load_seedbench_likelihood(files: OfficialFiles) -> ChoiceTask:
 
 
 def _read_seedbench(files: OfficialFiles) -> list[Question]:
-    """Return all questions in the form by letter; a video is shown as its middle frame."""
+    """Return all questions in the form by letter; a video is shown as its middle frame.
+
+    The tags are ``data`` (image or video), ``kind`` (name of the type of question, or its number if
+    it has no name) and ``question`` (without options). File hashes are stored in `files.hashes`; a
+    missing file or image raises DataError.
+    """
     annotations = files.read_object("seedbench/SEED-Bench.json")
     kinds = {str(number): kind for kind, number in annotations.get_object("question_type").items()}
     items = []

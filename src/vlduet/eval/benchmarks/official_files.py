@@ -50,7 +50,7 @@ class OfficialObject(dict[str, Any]):
 
 
 def as_official_object(value: Any, place: Place) -> OfficialObject:
-    """Wrap a decoded mapping; raise DataError at `place` for any other value."""
+    """Return a decoded mapping with its place; raise DataError there for any other value."""
     if not isinstance(value, Mapping):
         message = f"expected an object, got {type(value).__name__}"
         raise DataError(message, place=place, fix=USE_OFFICIAL_FILE)
@@ -58,7 +58,11 @@ def as_official_object(value: Any, place: Place) -> OfficialObject:
 
 
 def _as_official_objects(value: Any, place: Place, *, field: str = "") -> list[OfficialObject]:
-    """Wrap every mapping of a decoded list; raise DataError for any other value."""
+    """Return the mappings of a decoded list as OfficialObjects, with their index in their place.
+
+    Raises:
+        DataError: the value is no list, at `field` of `place`; or an element of it is no mapping.
+    """
     if not isinstance(value, list):
         message = f"expected a list, got {type(value).__name__}"
         place = place.with_field(field) if field else place
@@ -69,19 +73,22 @@ def _as_official_objects(value: Any, place: Place, *, field: str = "") -> list[O
 
 
 class OfficialFiles:
-    """A data folder with the official files of benchmarks, and the settings of their loaders.
+    """Data folder with the official files of benchmarks, and the settings of their loaders.
 
     Methods that take several names use the first one that exists. They raise DataError where none
     exists or the content is broken.
-
-    Args:
-        root: Data folder (option ``--data``); all names are relative to it.
-        seed: Seed of everything that a loader draws, such as WebQA questions or the order of
-            options.
-        k: Number of retrieved entries in the prompt of a RAG benchmark; None for its own default.
     """
 
     def __init__(self, root: Path, *, seed: int = 0, k: int | None = None):
+        """Store the arguments; no file is read, and `root` need not exist.
+
+        Args:
+            root: data folder (option ``--data``); all names are relative to it.
+            seed: seed of everything that a loader draws, such as WebQA questions or the order of
+                options.
+            k: number of retrieved entries in the prompt of a RAG benchmark; None for its own
+                default.
+        """
         self.root = root
         self.seed = seed
         self.k = k
@@ -90,7 +97,7 @@ class OfficialFiles:
         self._file_names: dict[Path, frozenset[str]] = {}
 
     def find_path(self, *names: str) -> Path:
-        """Return the path of the first of these files or folders that exists."""
+        """Return the path of the first of these names that exists; raise DataError if none does."""
         for name in names:
             if (self.root / name).exists():
                 return self.root / name
@@ -101,14 +108,20 @@ class OfficialFiles:
         return (self.root / name).exists()
 
     def read_bytes(self, *names: str) -> bytes:
-        """Return the content of a file, and store its hash in `hashes`."""
+        """Return the content of the first of these files that exists; store its hash in `hashes`.
+
+        DataError is raised where none exists.
+        """
         path = self.find_path(*names)
         data = path.read_bytes()
         self.hashes[path.relative_to(self.root).as_posix()] = hashlib.sha256(data).hexdigest()
         return data
 
     def read_text(self, *names: str) -> str:
-        """Return the content of a UTF-8 file, without a byte order mark."""
+        """Return the content of a UTF-8 file without byte order mark; store its hash in `hashes`.
+
+        DataError is raised where none of the names exists or the file is not UTF-8.
+        """
         data = self.read_bytes(*names)
         try:
             return data.decode("utf-8-sig")
@@ -135,7 +148,10 @@ class OfficialFiles:
         return _as_official_objects(self.read_json(*names), Place(str(self.find_path(*names))))
 
     def read_json_lines(self, *names: str) -> list[OfficialObject]:
-        """Return the objects of a JSON lines file, whatever the ending of its name."""
+        """Return the objects of a JSON lines file of any suffix; store its hash in `hashes`.
+
+        Blank lines are skipped. A missing file, or a line that is no JSON object, raises DataError.
+        """
         path = str(self.find_path(*names))
         objects = []
         for number, line in enumerate(self.read_text(*names).splitlines(), 1):
@@ -145,7 +161,12 @@ class OfficialFiles:
         return objects
 
     def read_table(self, *names: str, delimiter: str = ",") -> list[OfficialObject]:
-        """Return the rows of a CSV or TSV file by its header line; empty cells are ``""``."""
+        """Return the rows of a CSV or TSV file by its header line, and store its hash in `hashes`.
+
+        Empty and missing cells are ``""``; cells without a column name are dropped. The limit of
+        the csv module on the size of a cell is raised for the whole process. DataError is raised
+        where none of the names exists or the file is not UTF-8.
+        """
         path = str(self.find_path(*names))
         csv.field_size_limit(2**31 - 1)  # MMBench stores images in base64 columns
         # Not splitlines: a quoted cell may contain line ends, even Unicode ones.
@@ -158,7 +179,11 @@ class OfficialFiles:
         return rows
 
     def iter_parquet_rows(self, pattern: str) -> Iterator[OfficialObject]:
-        """Yield the rows of all parquet files that match a glob pattern, in order of file names."""
+        """Yield the rows of all parquet files that match a glob pattern, in order of file names.
+
+        The hash of a file is stored in `hashes` when its first row is due. DataError is raised
+        during iteration, where no file matches, a file is broken, or a row is no object.
+        """
         paths = sorted(self.root.glob(pattern))
         if not paths:
             raise self._missing_error(pattern, fix="Put the official file in that place")
@@ -170,16 +195,20 @@ class OfficialFiles:
                 yield as_official_object(row.value, row.place)
 
     def find_image(self, *names: str) -> ImageRef:
-        """Return the first of these images that exists."""
+        """Return a reference to the first of these files that exists; raise DataError if none does.
+
+        Images are neither opened nor hashed.
+        """
         for name in names:
             if self.has_image(name):
                 return ImageRef(path=self.root / name)
         raise self._missing_error(*names, fix="Unpack the images in that place", kind="image ")
 
     def has_image(self, name: str) -> bool:
-        """Return whether a file exists.
+        """Return whether a file exists, whatever its type; a missing folder gives False.
 
-        Every folder is listed only once, because image folders contain up to 100,000 files.
+        Every folder is listed only once, because image folders contain up to 100,000 files; later
+        changes of it go unnoticed.
         """
         path = self.root / name
         if path.parent not in self._file_names:
@@ -202,7 +231,10 @@ class OfficialFiles:
 
 
 def _parse_json(text: str, place: Place) -> Any:
-    """Return decoded JSON; raise DataError at `place` (with the line of the error) if broken."""
+    """Return decoded JSON; raise DataError if it is broken.
+
+    The error is at `place`, with the line of the mistake where `place` has no line.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

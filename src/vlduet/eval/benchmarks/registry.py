@@ -19,7 +19,8 @@ BENCHMARKS_FILE = Path(__file__).parent / "benchmarks.yaml"
 def _read_suites() -> dict[str, tuple[Benchmark, ...]]:
     """Return the benchmarks of every suite of ``benchmarks.yaml``, in file order.
 
-    The 29 tasks of DEMON, which differ in their folder only, are appended to their suite.
+    The 29 tasks of DEMON, which differ in their folder only, are appended to the suite
+    ``generative``. The modules of all loaders are imported.
     """
     suites = {}
     for suite, entries in read_yaml_mapping(BENCHMARKS_FILE).items():
@@ -51,7 +52,11 @@ BENCHMARKS = {benchmark.name: benchmark for suite in SUITES.values() for benchma
 
 
 def get_benchmark(name: str) -> Benchmark:
-    """Return a benchmark by name; raise ConfigError that suggests the closest known name."""
+    """Return the benchmark of a name.
+
+    Raises:
+        ConfigError: no benchmark has this name; the error suggests the closest one, or lists all.
+    """
     if name not in BENCHMARKS:
         fix = suggest_name(name, BENCHMARKS)
         raise ConfigError(f"no benchmark '{name}'", place="eval", fix=fix)

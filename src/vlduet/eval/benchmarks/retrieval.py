@@ -24,15 +24,21 @@ def load_karpathy(
     max_captions: int | None = None,
     merge_equal_captions: bool = False,
 ) -> RetrievalTask:
-    """Read the test split of a Karpathy file.
+    """Return the task of finding images by captions, and the reverse, on a Karpathy test split.
+
+    Captions are stripped, and empty ones dropped; an image without any stays in the gallery. The
+    hash of the annotations is stored in `files.hashes`.
 
     Args:
         files: data folder.
         annotations: name of the file, such as ``coco/dataset_coco.json``.
-        image_folders: folders in which an image is searched; ``{filepath}`` stands for the
-            record's own field.
+        image_folders: folders in which an image is searched, in this order; ``{filepath}`` stands
+            for the record's own field.
         max_captions: number of captions used per image, in file order; None for all.
         merge_equal_captions: see `make_caption_retrieval`; gives 24,809 queries on COCO (UniIR).
+
+    Raises:
+        DataError: the file or an image is missing, or the test split is empty.
     """
     images: list[ImageRef] = []
     captions: list[tuple[int, str]] = []
@@ -53,12 +59,15 @@ def make_caption_retrieval(
     *,
     merge_equal_captions: bool = False,
 ) -> RetrievalTask:
-    """Return the task of finding images by captions, and captions by images.
+    """Return the task of finding images by captions (``t2i``), and captions by images (``i2t``).
+
+    Queries are the captions and documents the images, in the given order.
 
     Args:
-        images: the gallery.
+        images: the gallery; an image may have no caption.
         captions: (index of the image, caption) pairs.
-        merge_equal_captions: make equal captions one query with several correct images.
+        merge_equal_captions: make equal captions one query with several correct images, at the
+            place of the first.
 
     Raises:
         DataError: no images or no captions.
@@ -82,7 +91,11 @@ def make_caption_retrieval(
 
 
 def load_nocaps(files: OfficialFiles, *, max_captions: int | None = None) -> RetrievalTask:
-    """Read nocaps val with `max_captions` captions per image, in file order; None for all ten."""
+    """Return the task of finding images by captions, and the reverse, on nocaps val.
+
+    The first `max_captions` captions of every image are used, or all ten for None. File hashes are
+    stored in `files.hashes`; a missing file or image raises DataError.
+    """
     annotations = files.read_object("nocaps/nocaps_val_4500_captions.json")
     captions_of: dict[int, list[str]] = {}
     for row in annotations.get_objects("annotations"):
@@ -112,19 +125,22 @@ def load_vist(
     with_images: bool = False,
     exclude_seen: bool = False,
 ) -> RetrievalTask:
-    """Read VIST val as FROMAGe uses it: find the image of a story's last caption.
+    """Return VIST val as FROMAGe uses it: find the image of a story's last caption.
 
-    Stories that lack an image are left out; their other images stay in the gallery.
+    Documents are all images that exist, also of stories that are left out because they lack another
+    image. The details count used stories (``stories``) and the others
+    (``stories_without_an_image``). The hash of the annotations is stored in `files.hashes`.
 
     Args:
         files: data folder.
-        num_captions: 1 for the last caption alone, 5 for all.
-        with_images: put the four images before it into the query too, each after its caption.
-        exclude_seen: remove those four images from the query's gallery (the dagger in the papers'
-            tables).
+        num_captions: 1 for the last caption alone; any larger number, such as 5, for all.
+        with_images: put the images before it into the query too, each after its caption; without
+            effect if `num_captions` is 1.
+        exclude_seen: remove those images from the query's gallery (the dagger in the papers'
+            tables), whatever the query shows.
 
     Raises:
-        DataError: no story has all its images.
+        DataError: the annotations are missing or broken, or no story has all its images.
     """
     annotations = files.read_object(VIST_STORIES)
     gallery = _find_vist_images(files, annotations)
@@ -157,7 +173,10 @@ def load_vist(
 
 
 def _find_vist_images(files: OfficialFiles, annotations: OfficialObject) -> dict[str, ImageRef]:
-    """Return the images that exist among those with an original URL, by id, in file order."""
+    """Return image id -> image, in file order, for images with an original URL whose file exists.
+
+    Of files with several suffixes, the last of ``.jpg``, ``.png``, ``.gif``, ``.jpeg`` counts.
+    """
     images = {}
     for row in annotations.get_objects("images"):
         if not row.get("url_o"):
@@ -170,7 +189,10 @@ def _find_vist_images(files: OfficialFiles, annotations: OfficialObject) -> dict
 
 
 def _read_stories(annotations: OfficialObject) -> list[Story]:
-    """Return every story; as in the official code, its captions keep their file order."""
+    """Return every story; as in the official code, its captions keep their file order.
+
+    Stories are in the order of their first caption. A missing field raises DataError.
+    """
     stories: dict[str, Story] = {}
     for i, group in enumerate(annotations["annotations"]):
         row = OfficialObject(group[0], annotations.place.with_field(f"annotations[{i}][0]"))

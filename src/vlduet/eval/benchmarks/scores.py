@@ -53,9 +53,10 @@ class MetricSample:
         return MetricValue(self.mean, float(low), float(high), num_items)
 
     def bootstrap_values(self, seed: int = 0) -> Values:
-        """Return float[NUM_RESAMPLES]: the number on items redrawn within each group.
+        """Return float[NUM_RESAMPLES]: the scaled number on items redrawn within each group.
 
-        The draws depend only on `seed` and the sizes of the groups.
+        The draws depend only on `seed` and the sizes of the groups. An empty group raises
+        ValueError.
         """
         means = []
         for i, (values, weights) in enumerate(self.groups):
@@ -82,7 +83,7 @@ def average(
 
     Args:
         values: one number per item, float[N] with N >= 1; anything else raises AssertionError.
-        weights: float[N]; None for equal weights.
+        weights: float[N], or another length raises AssertionError; None for equal weights.
         scale: factor to the unit of the papers; the default turns shares into percent.
     """
     value_array = np.asarray(values, dtype=np.float64)
@@ -98,7 +99,10 @@ def average(
 def average_by_tag(
     values: Sequence[float], tags: Sequence[str], *, prefix: str = ""
 ) -> dict[str, MetricSample]:
-    """Return one mean per distinct tag, keyed ``PREFIX + TAG`` in the order of first occurrence."""
+    """Return one mean x 100 per distinct tag, keyed ``PREFIX + TAG`` in order of first occurrence.
+
+    No values give {}; another number of tags than of values raises ValueError.
+    """
     groups: dict[str, list[float]] = {}
     for value, tag in zip(values, tags, strict=True):
         groups.setdefault(tag, []).append(value)

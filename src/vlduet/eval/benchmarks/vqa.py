@@ -27,7 +27,9 @@ UNANSWERABLE_INSTRUCTION = (
 
 
 def make_accuracy_scorer(metric: Callable[[str, Any], float], *tags: str) -> AnswerScorer:
-    """Return a scorer of the mean of a metric, broken down by tags.
+    """Return a scorer of the mean of a metric x 100, broken down by tags.
+
+    In the scorer, no items raise AssertionError, and an item without one of the tags KeyError.
 
     Args:
         metric: (answer, reference) -> value between 0 and 1; a missing answer is the empty text.
@@ -35,6 +37,7 @@ def make_accuracy_scorer(metric: Callable[[str, Any], float], *tags: str) -> Ans
     """
 
     def score_answers(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
+        """Return the mean of the metric over all questions, and by every value of every tag."""
         pairs = zip(items, answers, strict=True)
         values = [metric(text or "", item.reference) for item, text in pairs]
         samples = {"accuracy": average(values)}
@@ -49,9 +52,10 @@ def make_accuracy_scorer(metric: Callable[[str, Any], float], *tags: str) -> Ans
 def make_json_export(
     file_name: str, make_row: Callable[[Question, str], dict[str, Any]]
 ) -> SubmissionExport:
-    """Return an export to one JSON list with an object per question.
+    """Return an export to one JSON list, `file_name`, with the `make_row` of every question.
 
-    A missing answer is submitted as the empty text, as LLaVA does.
+    `make_row` receives the question and its answer. A missing answer is submitted as the empty
+    text, as LLaVA does. The export returns the content and writes no file.
     """
 
     def export_answers(items: Sequence[Question], answers: AnswerTexts) -> dict[str, bytes]:
@@ -65,13 +69,20 @@ def make_json_export(
 def load_vqav2(
     files: OfficialFiles, *, questions: str, images: str, annotations: str | None = None
 ) -> AnswerTask:
-    """Read a split of VQAv2.
+    """Return a split of VQAv2, scored by VQA accuracy and by ``answer_type`` and ``question_type``.
+
+    Answers are exported as ``vqav2.json``, EvalAI-normalized. File hashes are stored in
+    `files.hashes`.
 
     Args:
         files: data folder.
         questions: file of questions in ``vqav2/``.
         images: name of the COCO image set in ``coco/``, such as ``val2014``.
-        annotations: file of answers in ``vqav2/``; None where only the server knows them.
+        annotations: file of answers in ``vqav2/``; None where only the server knows them, and the
+            task has no score.
+
+    Raises:
+        DataError: a file or image is missing, or a question has no annotation.
     """
     answers_of: dict[int, list[str]] = {}
     tags_of: dict[int, dict[str, str]] = {}
@@ -105,7 +116,12 @@ def llava_vqa_accuracy(answer: str, references: Sequence[str]) -> float:
 
 
 def load_gqa(files: OfficialFiles) -> AnswerTask:
-    """Read GQA testdev_balanced: 12,578 questions, exact match as LLaVA compares."""
+    """Return GQA testdev_balanced: 12,578 questions, exact match as LLaVA compares.
+
+    Rows that say they are not balanced are left out. The tag ``kind`` is ``open`` or ``binary``.
+    Answers are exported as ``gqa.json``. File hashes are stored in `files.hashes`; a missing file
+    or image raises DataError.
+    """
     items = []
     for key, row in files.read_named_objects("gqa/testdev_balanced_questions.json").items():
         if not row.get("isBalanced", True):
@@ -133,7 +149,12 @@ def gqa_exact_match(answer: str, reference: str) -> float:
 
 
 def load_vizwiz(files: OfficialFiles, *, split: str) -> AnswerTask:
-    """Read VizWiz ``val`` (scored as TextVQA is) or ``test`` (exported for the server)."""
+    """Return a split of VizWiz: ``val`` (scored as TextVQA is) or any other, which has no score.
+
+    Scores are broken down by ``answer_type``. Answers are exported as ``vizwiz.json``,
+    EvalAI-normalized. File hashes are stored in `files.hashes`; a missing file or image raises
+    DataError.
+    """
     has_answers = split == "val"
     items = []
     for row in files.read_objects(f"vizwiz/Annotations/{split}.json"):
@@ -152,11 +173,17 @@ def load_vizwiz(files: OfficialFiles, *, split: str) -> AnswerTask:
 
 
 def load_textvqa(files: OfficialFiles, *, with_ocr_tokens: bool) -> AnswerTask:
-    """Read TextVQA val.
+    """Return TextVQA val, scored by the accuracy of EvalAI-normalized answers.
+
+    File hashes are stored in `files.hashes`.
 
     Args:
         files: data folder.
-        with_ocr_tokens: add Rosetta's OCR tokens of the image to the prompt, as the papers do.
+        with_ocr_tokens: add Rosetta's OCR tokens of the image to the prompt, as the papers do; none
+            for an image that the file of tokens lacks.
+
+    Raises:
+        DataError: a file or image is missing, or a question does not have ten answers.
     """
     ocr_tokens: dict[str, list[str]] = {}
     if with_ocr_tokens:

@@ -55,13 +55,24 @@ class WebQAImages:
     """
 
     def __init__(self, files: OfficialFiles):
+        """Store `files`, and read the offsets of ``webqa/imgs.tsv`` where it exists.
+
+        The hash of ``imgs.lineidx`` is stored in `files.hashes`. DataError is raised where it is
+        missing.
+        """
         self.files = files
         self.offsets: list[int] = []
         if files.has_file("webqa/imgs.tsv"):
             self.offsets = [int(line) for line in files.read_text("webqa/imgs.lineidx").split()]
 
     def read_image(self, image_id: int) -> ImageRef:
-        """Return an image; raise DataError where it is missing or the table holds another one."""
+        """Return an image, as its bytes if it is in the table.
+
+        Raises:
+            DataError: its file is missing, or the table has another image in row `image_id` % 10^7.
+            IndexError: the table has no such row.
+            ValueError: the row is not ``ID<TAB>BASE64``.
+        """
         if not self.offsets:
             stem = f"webqa/images/{image_id}"
             return self.files.find_image(f"{stem}.jpg", f"{stem}.png")
@@ -77,11 +88,14 @@ class WebQAImages:
 
 
 def load_webqa(files: OfficialFiles) -> RagTask:
-    """Read 1,000 validation questions, each with its own 10 to 40 candidate entries.
+    """Return 1,000 validation questions, each with its own 10 to 40 candidate entries.
 
-    A question has two equal views. An image entry is found by its image and by its caption, a text
-    entry by its text: the mean of both similarities, Sugar's rule. Two entries are shown, as many
-    as a question has at most, unless `files.k` differs.
+    Questions are drawn with `files.seed`. Both views of a question are its text. The views of an
+    image entry are its image and its caption, of a text entry twice its text, so that an image is
+    found by the mean of both similarities, Sugar's rule. Positives are the ``posFacts``. `files.k`
+    entries are shown; the default of 2 is as many as a question needs at most. Answers are scored
+    by `score_webqa` and `score_webqa_fluency`. File hashes are stored in `files.hashes`; a missing
+    file or image raises DataError.
     """
     images = WebQAImages(files)
     items: list[Question] = []
@@ -116,9 +130,10 @@ def load_webqa(files: OfficialFiles) -> RagTask:
 def _draw_questions(
     files: OfficialFiles, count: int, is_usable: Callable[[OfficialObject], bool]
 ) -> list[tuple[str, OfficialObject]]:
-    """Return up to `count` usable validation questions, drawn with the seed, in file order.
+    """Return up to `count` usable validation questions as (id, row), drawn with `files.seed`.
 
-    No usable question raises DataError.
+    They are in file order. The file hash is stored in `files.hashes`. A missing file, or no usable
+    question, raises DataError.
     """
     rows = []
     for key, row in files.read_named_objects(WEBQA_FILE).items():
@@ -145,7 +160,10 @@ def _read_text_entry(fact: OfficialObject, images: WebQAImages) -> KnowledgeEntr
 
 
 def _read_image_entry(fact: OfficialObject, images: WebQAImages) -> KnowledgeEntry:
-    """Return an image entry, whose views are its image and its caption (or title)."""
+    """Return an image entry, whose views are its image and its caption, or title without a caption.
+
+    The prompt shows the image, then the caption. A missing image raises DataError.
+    """
     image = images.read_image(int(fact["image_id"]))
     caption = _strip_quotes(fact.get("caption") or fact["title"])
     views = ((image,), (caption,))
@@ -158,7 +176,11 @@ def _strip_quotes(text: str) -> str:
 
 
 def score_webqa(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score ROUGE-L with the best reference and the keyword score, overall and by kind."""
+    """Return ``ROUGE-L`` with the best reference and ``Acc``, the keyword score, both x 100.
+
+    They are also given by kind, as ``ROUGE-L/KIND`` and ``Acc/KIND``. A missing answer is an empty
+    one. No items raise AssertionError.
+    """
     rouge = best_rouge_values(items, answers)
     keyword_scores = _keyword_scores(items, answers)
     kinds = [item.tags["kind"] for item in items]
@@ -169,7 +191,7 @@ def score_webqa(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkSco
 
 
 def _keyword_scores(items: Sequence[Question], answers: AnswerTexts) -> list[float]:
-    """Return `webqa_keyword_score` of every answer."""
+    """Return `webqa_keyword_score` (0 to 1) of every answer; a missing answer is an empty one."""
     scores = []
     for item, text in zip(items, answers, strict=True):
         score = webqa_keyword_score(text or "", item.tags["keywords"], kind=item.tags["kind"])
@@ -180,8 +202,9 @@ def _keyword_scores(items: Sequence[Question], answers: AnswerTexts) -> list[flo
 def webqa_keyword_score(text: str, keywords: str, *, kind: str) -> float:
     """Return WebQA's Acc of one answer, from 0 to 1, without the official lemmatization.
 
-    Kinds with closed answers (and numbers) are scored by F1 over the closed answers that occur in
-    text and keywords; other kinds by the recall of the keywords.
+    Kinds with closed answers, and ``number``, are scored by F1 over the closed answers (or the
+    digits) that occur in text and keywords, each counted once; other kinds by the recall of the
+    keywords, which counts repetitions. Nothing in common gives 0.
     """
     answer_words = _count_tokens(text)
     keyword_words = _count_tokens(keywords)
@@ -213,11 +236,12 @@ def _closed_answers_in(words: Counter[str], kind: str) -> Counter[str]:
 def score_webqa_fluency(
     items: Sequence[Question], answers: AnswerTexts, nats_per_token: NatsPerToken
 ) -> dict[str, MetricSample]:
-    """Score WebQA's FL and QA = FL x Acc; empty without a BART (``--set fluency=DIR``).
+    """Return WebQA's FL and QA = FL x Acc, both x 100; {} if `nats_per_token` returns None.
 
     FL = min(1, max over references A of BARTScore(A -> answer) / BARTScore(A -> A)), BARTScore
-    being the geometric mean of the tokens' probabilities. An empty answer has FL 0. For Acc see
-    `webqa_keyword_score`.
+    being the geometric mean of the tokens' probabilities. An empty or missing answer has FL 0 and
+    is not passed to `nats_per_token`. For Acc see `webqa_keyword_score`. No items raise
+    AssertionError.
     """
     owners: list[int] = []
     pairs: list[tuple[str, str]] = []
@@ -243,10 +267,13 @@ def score_webqa_fluency(
 
 
 def load_webqa_position(files: OfficialFiles) -> AnswerTask:
-    """Read 500 yes-or-no questions, each asked with its relevant image at place 1 to 6.
+    """Return yes-or-no questions, each asked six times with its relevant image at place 1 to 6.
 
-    A prompt shows the relevant image and five others, all with captions. The accuracy by place
-    shows whether images in the middle of a prompt are overlooked.
+    At most 500 are drawn with `files.seed`. A prompt shows the relevant image and five others, all
+    with captions. The reference is ``yes`` if the first answer contains this word, else ``no``. The
+    accuracy by ``position`` shows whether images in the middle of a prompt are overlooked. File
+    hashes are stored in `files.hashes`; a missing file or image raises DataError. No such question
+    raises it too.
     """
     images = WebQAImages(files)
     items = []

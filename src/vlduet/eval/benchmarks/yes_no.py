@@ -18,7 +18,11 @@ POPE_SPLITS = ("random", "popular", "adversarial")
 
 
 def load_pope(files: OfficialFiles) -> AnswerTask:
-    """Read POPE's three splits over COCO val2014; papers print the mean of the three F1s."""
+    """Return POPE's three splits over COCO val2014; papers print the mean of the three F1s.
+
+    The tag ``split`` is the split; ids are ``SPLIT/QUESTION_ID``. File hashes are stored in
+    `files.hashes`; a missing file or image raises DataError.
+    """
     items = []
     for split in POPE_SPLITS:
         for row in files.read_json_lines(f"pope/coco_pope_{split}.json"):
@@ -31,10 +35,11 @@ def load_pope(files: OfficialFiles) -> AnswerTask:
 
 
 def score_pope(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score F1, accuracy, precision, recall and the share of yes, by split, and the mean F1.
+    """Return the mean F1 x 100, then F1, accuracy, precision, recall and share of yes by split.
 
-    A missing answer is the empty text, which officially is a yes. Where a split has no predicted or
-    no actual yes, the official code divides by zero; here the number is 0.
+    They are named ``F1``, ``F1/SPLIT``, ..., ``yes/SPLIT``. A missing answer is the empty text,
+    which officially is a yes. Where a split has no predicted or no actual yes, the official code
+    divides by zero; here the number is 0. No items raise AssertionError.
     """
     samples: dict[str, MetricSample] = {}
     for split in dict.fromkeys(item.tags["split"] for item in items):
@@ -81,10 +86,13 @@ MME_INSTRUCTION = " Please answer yes or no."
 
 
 def load_mme(files: OfficialFiles) -> AnswerTask:
-    """Read MME's fourteen tasks, two questions per image.
+    """Return MME's fourteen tasks, two questions per image, exported by `export_mme`.
 
     Questions are in ``TASK/*.txt`` beside the images, or in ``TASK/questions_answers_YN/*.txt``
-    with the images in ``TASK/images``.
+    with the images in ``TASK/images``. File hashes are stored in `files.hashes`.
+
+    Raises:
+        DataError: a task has no questions, an image is missing, or a file has another form.
     """
     items = []
     for task in (*MME_PERCEPTION, *MME_COGNITION):
@@ -105,7 +113,20 @@ def load_mme(files: OfficialFiles) -> AnswerTask:
 def _read_mme_questions(
     files: OfficialFiles, path: Path, *, task: str, image_folder: str
 ) -> list[Question]:
-    """Return the two questions of one image; raise DataError for another number of lines."""
+    """Return the two questions of one image, with MME's instruction replaced by LLaVA's.
+
+    Blank lines are skipped; a file without any other line gives no questions. The hash of the file
+    is stored in `files.hashes`.
+
+    Args:
+        files: data folder.
+        path: file of questions; its stem is the name of the image.
+        task: task for ids and tags.
+        image_folder: folder of the image in the data folder.
+
+    Raises:
+        DataError: the image is missing, or the file has not two lines ``question<TAB>answer``.
+    """
     suffixes = (".jpg", ".png", ".jpeg")
     image = files.find_image(*(f"{image_folder}/{path.stem}{suffix}" for suffix in suffixes))
     text = files.read_text(path.relative_to(files.root).as_posix())
@@ -124,9 +145,12 @@ def _read_mme_questions(
 
 
 def score_mme(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore:
-    """Score MME: the tasks of perception and of cognition, summed, and every task.
+    """Return ``perception`` and ``cognition``, the sums of their tasks, then every task's score.
 
-    A task's score is 100 x accuracy + 100 x (share of images with both answers correct).
+    A task's score is 100 x accuracy + 100 x (share of images with both answers correct); the two
+    questions of an image must follow each other, and an odd number raises ValueError. Tasks without
+    questions are left out, but a sum without any task raises AssertionError. A missing answer is
+    wrong; `num_unparsed` counts the others that are neither yes nor no.
     """
     parsed = [parse_mme_answer(text or "") for text in answers]
     correct_by_task: dict[str, list[float]] = {}
@@ -147,9 +171,10 @@ def score_mme(items: Sequence[Question], answers: AnswerTexts) -> BenchmarkScore
 
 
 def export_mme(items: Sequence[Question], answers: AnswerTexts) -> dict[str, bytes]:
-    """Return the files that ``eval_tool/calculation.py`` reads, one per task.
+    """Return the files ``TASK.txt`` that ``eval_tool/calculation.py`` reads, by name.
 
-    Columns are image, question, answer and prediction, separated by tabs.
+    A line per item contains image, question, answer and prediction, separated by tabs. White space
+    in a prediction becomes single blanks, and a missing answer is empty.
     """
     rows: dict[str, list[str]] = {}
     for item, text in zip(items, answers, strict=True):
