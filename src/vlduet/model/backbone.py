@@ -50,7 +50,7 @@ FINGERPRINT_STRIDE_BYTES = 1 << 20
 
 
 class Backbone(nn.Module):
-    """A loaded VLM checkpoint.
+    """A loaded VLM checkpoint; `load_backbone` opens one.
 
     Attributes:
         model: the transformers model, with its LM head.
@@ -63,6 +63,17 @@ class Backbone(nn.Module):
     def __init__(
         self, model: PreTrainedModel, tokenizer: Tokenizer, image_processor: Any, *, folder: Path
     ):
+        """Wrap a model, which is neither copied nor modified.
+
+        Args:
+            model: the transformers model, with its LM head.
+            tokenizer: the tokenizer of the checkpoint.
+            image_processor: with the `processor_overrides` of the family already set.
+            folder: the checkpoint's folder; not read here.
+
+        Raises:
+            ModelError: the `model_type` in the model's config is not supported.
+        """
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -138,10 +149,14 @@ class Backbone(nn.Module):
         return self.token_embedding.weight.device
 
     def prepare_image(self, ref: ImageRef) -> PreparedImage:
-        """Decode and preprocess one image; its cache key also names the vision tower.
+        """Return one image, decoded and preprocessed, on the CPU.
+
+        Its cache key is a hash of its content and of `vision_fingerprint`.
 
         Raises:
-            ImageError: the image cannot or must not be decoded, or its shape is not supported.
+            ImageError: the image is missing, cannot or must not be decoded, or its shape is not
+                supported.
+            ModelError: the config asks for an unsupported variant of the architecture.
         """
         inputs = preprocess_image(self.image_processor, ref, preprocess=self.family.preprocess)
         key = f"{images.image_key(ref)}:{self.vision_fingerprint}"
@@ -159,9 +174,10 @@ class Backbone(nn.Module):
     def compute_vision_features(self, prepared: list[PreparedImage]) -> Tensor:
         """Run the vision tower on images and return float[tokens of all images, Dv], no gradient.
 
-        Families with DeepStack append D columns per layer. On a CPU, images are encoded one by
-        one, which is as fast: batching would change the last bits of the features, and a run whose
-        images meet other images (because some are cached) would not be reproducible.
+        At least one image is required. Families with DeepStack append D columns per layer. On a
+        CPU, images are encoded one by one, which is as fast: batching would change the last bits of
+        the features, and a run whose images meet other images (because some are cached) would not
+        be reproducible.
         """
         if self.device.type != "cpu":
             return self._run_vision_tower(prepared)
@@ -169,7 +185,10 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def _run_vision_tower(self, prepared: list[PreparedImage]) -> Tensor:
-        """Encode images in one batch; see `compute_vision_features`."""
+        """Return float[tokens of all images, Dv (+ DeepStack)] of one or more images in one batch.
+
+        The features are on the backbone's device and have no gradient.
+        """
         inputs = {}
         for name in prepared[0].inputs:
             inputs[name] = torch.cat([image.inputs[name] for image in prepared]).to(self.device)
@@ -186,11 +205,12 @@ class Backbone(nn.Module):
 
     @property
     def vision_fingerprint(self) -> str:
-        """Hash of what decides the vision features, computed once; 16 hexadecimal digits.
+        """Hash of what decides the vision features, 16 hexadecimal digits.
 
         It covers the settings of the image processor, the image backend, and the config and weights
-        of the tower. Of every tensor some twenty evenly spaced values are read: reading all of a
-        large tower takes seconds.
+        of the tower. Of every tensor 16 to 31 evenly spaced values are read (all if it has fewer):
+        reading all of a large tower takes seconds. The first result is stored; weights or settings
+        that are changed later do not change it.
         """
         if not hasattr(self, "_vision_fingerprint"):
             tower_config = self.model.config.vision_config.to_json_string()
@@ -209,8 +229,13 @@ class Backbone(nn.Module):
         These have layers with a sliding window, or images whose tokens see each other both ways.
 
         Returns:
-            {"attention_mask": {layer type: float[B, 1, T, T]}} with 0 where attention is allowed
-            and the lowest number elsewhere; empty where the model's own masks are right.
+            {"attention_mask": {layer type: float[B, 1, T, T]}} in the model's dtype, with 0 where
+            attention is allowed and the lowest number elsewhere. They are `block_causal_mask` of
+            the batch, in sliding layers within the window. Empty for families whose models build
+            the right masks themselves.
+
+        Raises:
+            ModelError: the model attends to later text, so that it cannot generate (Gemma 4).
         """
         kinds = self.family.attention_mask_kinds()
         if not kinds:
@@ -245,14 +270,15 @@ class Backbone(nn.Module):
         return dict(self.family.extra_inputs(self.language_model, token_ids))
 
     def deepstack_inputs(self, features: Tensor, image_mask: Tensor) -> dict[str, Any]:
-        """Return the image features of the first language-model layers as keyword arguments.
+        """Return the DeepStack features as keyword arguments of the language model.
 
         Args:
             features: float[tokens, Dv + layers * D], as `compute_vision_features` returns them.
             image_mask: bool[B, T], True at the positions of these tokens.
 
         Returns:
-            Empty for families without DeepStack.
+            `visual_pos_masks`, which is `image_mask`, and `deepstack_visual_embeds`, a list with
+            float[tokens, D] for each of the first layers. Empty for families without DeepStack.
         """
         deepstack_features = features[:, self.vision_width :]
         if not deepstack_features.shape[1]:
@@ -265,7 +291,12 @@ class Backbone(nn.Module):
         return softcap_logits(self.lm_head(hidden_states), self.logit_softcap)
 
     def resize_token_embeddings(self, min_rows: int) -> None:
-        """Grow the token embedding, in place, to at least `min_rows` rows; new rows are random."""
+        """Grow the token embedding and the LM head, in place, to at least `min_rows` rows.
+
+        Does nothing if there are as many. New rows are random (torch's global generator), and the
+        vocabulary size in the model's config follows. Per-layer tables of Gemma 4 get new rows with
+        the embedding of padding.
+        """
         old_vocab_size = len(self.token_embedding.weight)
         if min_rows > old_vocab_size:
             with silence_transformers():
@@ -273,10 +304,12 @@ class Backbone(nn.Module):
             self.family.on_vocab_resize(self.language_model, old_vocab_size)
 
     def unfreeze_projector(self, training: ProjectorTraining) -> None:
-        """Set `requires_grad` of the projector: True or False for all of it.
+        """Set `requires_grad` of the projector's parameters, in place.
 
-        With `last`, its last linear layer becomes trainable and the other parameters stay as they
-        are; a projector without linear layers (Gemma 3: a matrix and a norm) is trained whole.
+        Args:
+            training: True or False sets all of them. With `last`, its last linear layer becomes
+                trainable and the other parameters stay as they are; a projector without linear
+                layers (Gemma 3: a matrix and a norm) is trained whole.
         """
         module = self.projector
         linear_layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
@@ -285,10 +318,11 @@ class Backbone(nn.Module):
         module.requires_grad_(bool(training))
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode of all modules except the vision tower, which stays in evaluation mode.
+        """Set all modules to training mode, or for False to evaluation mode; return `self`.
 
-        The batch norms of the frozen tower must not learn from what passes. The tower is never in
-        training mode, not even briefly: the thread that prepares the next batch may be using it.
+        The vision tower is always set to evaluation mode: the batch norms of the frozen tower must
+        not learn from what passes. It is never in training mode, not even briefly, because the
+        thread that prepares the next batch may be using it.
         """
         tower_modules = set(self.vision_tower.modules())
         for module in self.modules():
@@ -306,7 +340,9 @@ class Backbone(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write the checkpoint to a folder: safetensors, config, tokenizer, image processor.
 
-        The chat template and `processor_config.json` are copied from the original folder.
+        The folder is created if needed, and files of the same names are replaced. The chat template
+        and `processor_config.json` are copied from `self.folder` unless the new folder has them;
+        the latter then gets the present settings of the image processor. `self.folder` stays.
         """
         with silence_transformers():
             self.model.save_pretrained(folder)
@@ -327,7 +363,8 @@ class Backbone(nn.Module):
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode inside the block and restore its mode afterwards.
 
-    A model already in evaluation mode is not touched: visiting its modules takes milliseconds.
+    The mode is restored after an error, too, by `model.train()`: for all submodules alike. A model
+    already in evaluation mode is not touched: visiting its modules takes milliseconds.
     """
     was_training = model.training
     if was_training:
@@ -351,11 +388,14 @@ def select_device() -> torch.device:
 def load_backbone(
     folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Backbone:
-    """Open a local checkpoint folder, frozen and in evaluation mode.
+    """Open a local checkpoint folder and return its model, frozen and in evaluation mode.
 
-    Only safetensors are read, and no code of the checkpoint is ever run.
+    Only safetensors are read, no code of the checkpoint is ever run, and nothing is downloaded or
+    logged.
 
     Args:
+        folder: folder with config.json and model*.safetensors.
+        device: where the weights go; torch's own error if it is not available.
         dtype: default is float32 on a CPU; on a GPU bfloat16 if the checkpoint was saved in half
             precision, else float32.
 
@@ -397,10 +437,11 @@ def load_backbone(
 
 
 def _accept_inputs_embeds(model: Any) -> None:
-    """Let transformers' `generate` start from embeddings; replaces a method of `model`.
+    """Let transformers' `generate` start from embeddings, by a new method of `model` in place.
 
-    `generate` looks for `inputs_embeds` in the signature of `prepare_inputs_for_generation`, where
-    Gemma's models have it among their `**kwargs`.
+    Its `prepare_inputs_for_generation` becomes a wrapper with the same behaviour whose signature
+    names `inputs_embeds`; nothing is changed if it already does. `generate` looks for
+    `inputs_embeds` in that signature, where Gemma's models have it among their `**kwargs`.
     """
     method = model.prepare_inputs_for_generation
     method_signature = signature(method)
@@ -418,10 +459,12 @@ def _accept_inputs_embeds(model: Any) -> None:
 def fingerprint_checkpoint(folder: Path) -> str:
     """Return a hash of a checkpoint's config and weights, 16 hexadecimal digits.
 
+    Names and sizes of the files model*.safetensors are part of it; without any, the config is all.
     Only some kilobytes of every megabyte of each tensor are read: training a tensor changes nearly
     all of its numbers, and merging adapters leaves the other tensors as they were.
 
     Raises:
+        FileNotFoundError: the folder has no config.json.
         ModelError: a weights file is not in safetensors format.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())

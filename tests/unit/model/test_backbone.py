@@ -89,6 +89,14 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
         DuetModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "1", '"qwen2_vl"'])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
+    folder = tiny.build_fast_vlm(tmp_path)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json: broken JSON \(not an object\)"):
+        load_backbone(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"]
 )

@@ -28,7 +28,10 @@ class Gemma3(Family):
         return int(self.config.mm_tokens_per_image)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[N * tokens, Dv], the means of n * n patch features each."""
+        """Run the vision tower on N images and return float[N * tokens, Dv].
+
+        Each row is the mean of n * n patch features; the rows of an image are in reading order.
+        """
         pixel_values = inputs["pixel_values"].to(model.dtype)
         states = model.model.vision_tower(pixel_values).last_hidden_state  # [N, patches, Dv]
         projector = model.model.multi_modal_projector
@@ -78,12 +81,12 @@ class Gemma4(Family):
     projector_path = "embed_vision"
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
-        """Return the number of patches that are not padding, divided by k * k."""
+        """Return the number of patches of one image that are not padding, divided by k * k."""
         is_patch = (inputs["image_position_ids"] >= 0).all(2)  # bool[1, patches]
         return int(is_patch.sum() // self.config.vision_config.pooling_kernel_size**2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[tokens of all images, Dv] without padding."""
+        """Run the vision tower and return float[tokens of all images, Dv] without padding."""
         pixel_values = inputs["pixel_values"].to(model.dtype)
         outputs = model.model.vision_tower(pixel_values, inputs["image_position_ids"])
         features: Tensor = outputs.last_hidden_state
@@ -96,7 +99,7 @@ class Gemma4(Family):
         return outputs
 
     def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
-        """Return the picture float[3, H, W], assembled from its patches."""
+        """Return the preprocessed picture float[3, H, W], assembled from its patches."""
         size = self.config.vision_config.patch_size
         columns, rows = (inputs["image_position_ids"][0].amax(0) + 1).tolist()
         patches = inputs["pixel_values"][0, : rows * columns].view(rows, columns, size, size, 3)
@@ -107,7 +110,7 @@ class Gemma4(Family):
         return begin, token_string(tokenizer, self.config.eoi_token_id)
 
     def attention_mask_kinds(self) -> Mapping[str, bool]:
-        """Return the two layer types; images are bidirectional in sliding layers of large models.
+        """Return both layer types; only sliding layers of large models see images both ways.
 
         Raises:
             ModelError: text attends to later text, so that the model cannot generate.
@@ -121,9 +124,10 @@ class Gemma4(Family):
         return {"full_attention": False, "sliding_attention": bidirectional == "vision"}
 
     def extra_inputs(self, language_model: Any, token_ids: Tensor) -> Mapping[str, Tensor]:
-        """Return the per-layer embeddings of tokens; images and unknown tokens get the padding's.
+        """Return the per-layer embeddings of tokens as {"per_layer_inputs": float[B, T, L, d]}.
 
-        Empty for large models, which have none.
+        Image tokens (-1) and ids beyond the table get those of the padding token. Empty for large
+        models, which have none.
         """
         if not language_model.hidden_size_per_layer_input:
             return {}

@@ -27,14 +27,17 @@ class Idefics3(Family):
         return len(inputs["pixel_values"]) * self._tokens_per_square(inputs)
 
     def _tokens_per_square(self, inputs: ImageInputs) -> int:
-        """Return the number of feature tokens of one tile, or of an image that is not cut."""
+        """Return the number of feature tokens of one square, as all have the same size."""
         height, width = inputs["pixel_values"].shape[-2:]
         patch_size = self.config.vision_config.patch_size
         num_patches = (height // patch_size) * (width // patch_size)
         return int(num_patches // self.config.scale_factor**2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[squares * tokens, Dv]: n * n neighbouring patches side by side."""
+        """Run the vision tower on all squares and return float[squares * tokens, Dv].
+
+        Each row holds the features of n * n neighbouring patches side by side.
+        """
         pixel_values = inputs["pixel_values"].to(model.dtype)
         states = model.model.vision_model(pixel_values).last_hidden_state
         tokens: Tensor = model.model.connector.pixel_shuffle(states, self.config.scale_factor)
@@ -51,9 +54,13 @@ class Idefics3(Family):
         return slice(-self._tokens_per_square(inputs), None)
 
     def interleaved_tokens(self, tokenizer: Any, inputs: ImageInputs) -> Mapping[int, int]:
-        """Return the tokens that name each square, line ends after rows, and the end of the image.
+        """Return the text tokens before, between and after the squares of one image.
 
-        The result is {offset in the image: token id}.
+        They name each tile by row and column, end each row of tiles, name the whole image, and end
+        it. An image that is not cut has only the last two.
+
+        Returns:
+            {offset in the image: token id}, in increasing order. Offsets count feature tokens, too.
         """
         rows, columns = inputs["tiles"][0].tolist()
         boundary = "<fake_token_around_image>"

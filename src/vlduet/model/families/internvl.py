@@ -18,14 +18,19 @@ class InternVL(Family):
     """
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
-        """Return the number of tokens of all tiles of one image."""
+        """Return the number of feature tokens of all tiles of one image, the whole one included."""
         num_tiles, _, height, width = inputs["pixel_values"].shape
         patch_height, patch_width = self.config.vision_config.patch_size
         num_patches = num_tiles * (height // patch_height) * (width // patch_width)
         return int(num_patches * self.config.downsample_ratio**2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[tiles * rows * columns, Dv]: n * n neighbouring patches side by side."""
+        """Run the vision tower on all tiles and return float[tiles * rows * columns, Dv].
+
+        Each row holds n * n neighbouring patches side by side, of the tower's layer
+        `config.vision_feature_layer`. Patches must form a square; a class token is dropped if
+        `config.vision_feature_select_strategy` is `default`.
+        """
         layer = self.config.vision_feature_layer
         pixel_values = inputs["pixel_values"].to(model.dtype)
         outputs = model.model.vision_tower(pixel_values, output_hidden_states=layer != -1)

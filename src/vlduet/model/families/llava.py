@@ -25,7 +25,11 @@ class Llava(Family):
     """
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
-        """Return the number of patches, and one more if the class token is kept."""
+        """Return the number of patches of one image, and one more if the class token is kept.
+
+        Raises:
+            ModelError: the vision tower is a Pixtral.
+        """
         if self.config.vision_config.model_type == "pixtral":
             raise ModelError(
                 "LLaVA with a Pixtral tower is not supported",
@@ -40,7 +44,7 @@ class Llava(Family):
         return num_patches
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[images * tokens, Dv] of the layers in `config.vision_feature_layer`."""
+        """Run the vision tower and return float[images * tokens, Dv] (see `_encode_squares`)."""
         return _encode_squares(model, self.config, inputs["pixel_values"]).flatten(0, 1)
 
 
@@ -48,8 +52,9 @@ def _encode_squares(model: Any, config: Any, pixel_values: Tensor) -> Tensor:
     """Encode squares float[squares, 3, H, W] with the vision tower, a few at a time.
 
     Returns:
-        float[squares, tokens, Dv]: the hidden states of the layers in
-        `config.vision_feature_layer`, concatenated; without the class token if the config says so.
+        float[squares, tokens, Dv] in the model's dtype: the hidden states of the layer or layers
+        `config.vision_feature_layer`, concatenated along Dv. The first token (the class token) is
+        dropped if `config.vision_feature_select_strategy` is `default`.
     """
     layers = config.vision_feature_layer
     if isinstance(layers, int):
@@ -76,7 +81,11 @@ class TiledImages:
     """Config entry that transformers' `pack_image_features` takes as a keyword argument."""
 
     def _tile_grid(self, image_size: Tensor) -> tuple[int, int]:
-        """Return (rows, columns) of the tiles of an image of int64[2] (height, width) pixels."""
+        """Return (rows, columns) of the tiles of an image, without the overview.
+
+        Args:
+            image_size: int64[2], height and width of the picture in pixels before it was resized.
+        """
         # Imported lazily: only checkpoints of these families need the modelling code.
         from transformers.models.llava_next import modeling_llava_next as llava_next
 
@@ -92,7 +101,10 @@ class TiledImages:
         return int(vision_config.image_size // vision_config.patch_size)
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
-        """Return the number of tokens of the overview and of the unpadded rows with newlines."""
+        """Return the number of tokens of one image: overview and unpadded tiles with newlines.
+
+        Each row of tokens across the tiles counts one more, for its newline.
+        """
         from transformers.models.llava_next import modeling_llava_next as llava_next
 
         image_size = inputs["image_sizes"][0]
@@ -103,7 +115,11 @@ class TiledImages:
         return side**2 + int(height) * (int(width) + 1)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[tokens of all images, Dv]; the row of a newline is zero."""
+        """Run the vision tower on several images and return float[tokens of all images, Dv].
+
+        An image has the rows of its overview first, then those of its tiles without the padding;
+        a row of zeros stands for each newline.
+        """
         image_sizes = inputs["image_sizes"]
         states = _encode_squares(model, self.config, inputs["pixel_values"])
         squares_per_image = [1 + math.prod(self._tile_grid(size)) for size in image_sizes]
@@ -148,7 +164,11 @@ class LlavaOneVision(TiledImages, Family):
     packing_option = "vision_aspect_ratio"
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
-        """Return the number of tokens; raise ModelError unless the limit is nine tiles."""
+        """Return the number of tokens of one image, as `TiledImages` does.
+
+        Raises:
+            ModelError: `config.vision_aspect_ratio` is not `anyres_max_9`.
+        """
         aspect_ratio = self.config.vision_aspect_ratio
         if aspect_ratio != f"anyres_max_{MAX_TILES_PER_SIDE**2}":
             raise ModelError(
@@ -171,9 +191,10 @@ class FastVLM(Family):
         return int(self.config.image_seq_length)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[N * rows * columns, Dv]: the positions of the last feature map, row by row.
+        """Run the vision tower on N images and return float[N * rows * columns, Dv].
 
-        Converts the tower's weights, in place, to the channels-last layout.
+        These are the positions of its last feature map, row by row. Converts the tower's weights,
+        in place, to the channels-last memory layout; their values and shapes stay.
         """
         tower = model.model.vision_tower
         # Convolutions take two thirds of the time where the channels of a pixel are adjacent.

@@ -33,7 +33,12 @@ class Mistral3(Family):
         return math.prod(self._cell_grid(inputs))
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
-        """Return `pixel_values`, the cells of one PIL image, and `image_sizes`, int64[1, 2]."""
+        """Preprocess one PIL image and cut it into cells.
+
+        Returns:
+            `pixel_values`, float[tokens, 3, side, side], its cells row by row, and `image_sizes`,
+            int64[1, 2], height and width of the resized image in pixels.
+        """
         outputs = run_image_processor(image_processor, picture)
         side = image_processor.patch_size["height"]  # of a cell; see `processor_overrides`
         # [3, rows, columns, side, side]
@@ -49,7 +54,11 @@ class Mistral3(Family):
         return cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[tokens of all images, width * m * m], channel by channel."""
+        """Run the vision tower and return float[tokens of all images, width * m * m].
+
+        Each row holds a token's m * m patches for the first channel, then for the second, and so
+        on, of the tower's layer `config.vision_feature_layer`.
+        """
         image_sizes = inputs["image_sizes"]
         pictures = self._pad_pictures(inputs["pixel_values"].to(model.dtype), image_sizes)
         outputs = model.model.vision_tower(
@@ -67,7 +76,9 @@ class Mistral3(Family):
         return torch.cat(features)
 
     def _pad_pictures(self, cells: Tensor, image_sizes: Tensor) -> Tensor:
-        """Assemble pictures from cells and pad them to one size, float[N, 3, H, W].
+        """Assemble N pictures from cells and return them in one tensor, float[N, 3, H, W].
+
+        H and W are the largest height and width; zeros are on the right and at the bottom.
 
         Args:
             cells: float[cells of all images, 3, side, side].
@@ -84,7 +95,11 @@ class Mistral3(Family):
         return torch.stack(pictures)
 
     def project(self, model: Any, projector: Any, features: Tensor) -> Tensor:
-        """Project features as the projector's forward does after it has merged patches."""
+        """Project features float[tokens, width * m * m] to token embeddings float[tokens, D].
+
+        This is the projector's own forward, but for the search of the patches of a token: `norm`
+        for each patch, then the layer that merges m * m patches, then two linear layers.
+        """
         merger = projector.patch_merger
         patches = features.unflatten(1, (-1, merger.spatial_merge_size**2)).transpose(1, 2)
         normed = projector.norm(patches).transpose(1, 2).flatten(1)

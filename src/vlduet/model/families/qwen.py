@@ -32,7 +32,10 @@ class MergedPatchImages:
         return rows * columns
 
     def vision_tower_pixels(self, inputs: ImageInputs) -> Tensor:
-        """Return the picture float[3, H, W], assembled from its patches."""
+        """Return the preprocessed picture float[3, H, W], assembled from its patches.
+
+        Of the equal frames of which a patch consists, the first is taken.
+        """
         vision_config = self.config.vision_config
         size = vision_config.patch_size
         merge = vision_config.spatial_merge_size
@@ -61,9 +64,10 @@ class QwenVL(MergedPatchImages, Family):
     """
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
-        """Return float[tokens, m * m * width + D * layers], the latter for DeepStack.
+        """Run the vision tower and return float[tokens of all images, m * m * width + D * layers].
 
-        In place of the merger, the m * m patches of each token are put side by side.
+        In place of the merger, the m * m patches of each token are put side by side. The columns
+        after them are the DeepStack features of Qwen3-VL; other models have none.
         """
         # The tower of Qwen2.5-VL, which attends in windows, restores the order of tokens only
         # after its merger; therefore the replacement is inside the tower.

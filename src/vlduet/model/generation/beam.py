@@ -20,11 +20,18 @@ def generate_arguments(
 ) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments for transformers' `generate`, which must be called inside the block.
 
-    Inside, the language model's prefill gets all of `prefill_inputs` (see `_prefill_once`),
-    gradients are off, and the backbone is in evaluation mode.
+    In the block, gradients are off, the backbone is in evaluation mode, and hooks of
+    `_prefill_once` on the language model give it all of `prefill_inputs`. All three are undone at
+    the end, also after an error.
 
     Args:
-        num_beams: 1 is greedy; with more, the finished beams of a prompt are returned, best first.
+        prefill_inputs: B prompts.
+        max_new_tokens: largest number of tokens of an answer; the smallest is 1.
+        num_beams: 1 is greedy; with more, all beams of a prompt are returned, best first.
+
+    Yields:
+        Arguments with which `generate` returns the new tokens alone, int64[B * num_beams, length],
+        without sampling and without special tokens other than the end tokens and padding.
     """
     arguments = {
         "inputs_embeds": prefill_inputs.language_model_inputs["inputs_embeds"],
@@ -56,10 +63,12 @@ def generate_arguments(
 def _prefill_once(
     language_model: nn.Module, prefill_inputs: PrefillInputs, num_beams: int
 ) -> Iterator[None]:
-    """Compute each prompt once instead of once per beam in this thread, by hooks in the block.
+    """Make `generate` in this thread compute each prompt once instead of once per beam.
 
-    The inputs of the prefill are replaced by `prefill_inputs`, of which `generate` cannot carry
-    all. Its keys, values and last hidden states are repeated for the beams afterwards.
+    Registers two hooks on `language_model` and removes them after the block, also after an error.
+    They replace the inputs of the prefill by `prefill_inputs`, of which `generate` cannot carry
+    all, and then repeat its keys, values and last hidden states `num_beams` times. Forward passes
+    of later tokens, without a cache, or in other threads are left alone.
     """
     thread = get_ident()
     caches: list[Any] = []  # the cache of the prefill while it runs
@@ -67,6 +76,10 @@ def _prefill_once(
     def replace_inputs(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, ...] | None:
+        """Return a prefill's (args, kwargs) with `prefill_inputs`; None keeps those of others.
+
+        Appends the cache of the prefill to `caches`.
+        """
         cache = kwargs.get("past_key_values")
         # Leave alone: later tokens, passes without a cache (embedding), passes of other threads.
         if cache is None or cache.get_seq_length() or get_ident() != thread:
@@ -80,6 +93,11 @@ def _prefill_once(
         return args, kwargs | prompt
 
     def repeat_outputs(_: nn.Module, __: tuple[Any, ...], outputs: Any) -> Any:
+        """Return `outputs`, which after a prefill hold the last state of each beam only, in place.
+
+        The states become float[B * num_beams, 1, D]. The prefill's cache is removed from `caches`
+        and repeated in place. Outputs of other forward passes are not changed.
+        """
         if get_ident() == thread and caches:
             cache = caches.pop()
             if num_beams > 1:
@@ -104,7 +122,11 @@ def _prefill_once(
 def beam_search(
     backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int, *, num_beams: int
 ) -> list[list[str]]:
-    """Return `num_beams` continuations of every prompt, the most likely first, stripped."""
+    """Return `num_beams` continuations of every prompt, the most likely first.
+
+    Texts are stripped and have no special tokens; some may be equal or empty. The backbone's mode
+    is restored. Raises ValueError (of transformers) if `max_new_tokens` is less than 1.
+    """
     with generate_arguments(
         backbone, prefill_inputs, max_new_tokens, num_beams=num_beams
     ) as arguments:

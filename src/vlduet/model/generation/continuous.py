@@ -66,19 +66,11 @@ class Delta:
 class Request:
     """One answer in progress.
 
-    Args:
-        max_new_tokens: largest number of tokens of the answer.
-        sampling_params: default is greedy.
-        stop_strings: the answer ends before the first occurrence of any of them.
-
     Attributes:
         token_ids: tokens generated so far.
         prompt_tokens: number of tokens of the prompt; set when the request enters a batch.
         is_finished: the request leaves the batch with the next step. Set when the answer ends;
-            callers set it to cancel the request.
-
-    Raises:
-        ValueError: `max_new_tokens` is less than 1.
+            callers set it, between two steps, to cancel the request.
     """
 
     def __init__(
@@ -88,6 +80,16 @@ class Request:
         sampling_params: SamplingParams | None = None,
         stop_strings: Sequence[str] = (),
     ):
+        """Create a request without tokens, for one `ContinuousBatcher.add_requests`.
+
+        Args:
+            max_new_tokens: largest number of tokens of the answer.
+            sampling_params: default is greedy. They are not checked before a token is sampled.
+            stop_strings: non-empty; the answer ends before the first occurrence of any of them.
+
+        Raises:
+            ValueError: `max_new_tokens` is less than 1.
+        """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         self.max_new_tokens = max_new_tokens
@@ -101,7 +103,15 @@ class Request:
         self._generator: torch.Generator | None = None
 
     def sample_token(self, logits: Tensor) -> Tensor:
-        """Choose the next token from float32[1, V] logits and return its id, int64[1]."""
+        """Choose the next token from float32[1, V] logits and return its id, int64[1].
+
+        Nothing is appended, and `logits` is not modified. Sampling advances the request's
+        generator, which the first call seeds, or without a seed torch's global one.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: the temperature is not a finite number, or `top_p`
+                is negative or not a number.
+        """
         params = self.sampling_params
         if params.temperature < MIN_SAMPLING_TEMPERATURE:
             return logits.argmax(1)
@@ -114,9 +124,15 @@ class Request:
         return torch.multinomial(logits.softmax(1), 1, generator=self._generator)[:, 0]
 
     def append_token(self, token_id: int, tokenizer: Tokenizer, *, is_end: bool) -> Delta:
-        """Append a token and return the text that it adds; sets `is_finished` if it is the last.
+        """Append a token and return the text that it adds, with the token counts so far.
+
+        Text that may begin a stop string, and incomplete characters, are held back for a later
+        delta. The last delta holds all remaining text, up to the earliest stop string. Its finish
+        reason is `stop` after an end token or a stop string, else `length` at `max_new_tokens`.
+        `is_finished` becomes True for the last delta and False for any other.
 
         Args:
+            token_id: id of the token; special tokens add no text.
             tokenizer: the same in every call.
             is_end: whether the token ends the answer.
         """
@@ -157,7 +173,10 @@ class _KVState:
     """int64[B], position id of the last token in the cache."""
 
     def concatenate(self, other: _KVState) -> _KVState:
-        """Return a new state with the rows of `self`, then those of `other`."""
+        """Return a new state with the rows of `self`, then those of `other`.
+
+        The narrower state is padded on the left. Neither of both is modified.
+        """
         width = max(self.attention_mask.shape[1], other.attention_mask.shape[1])
         layers = []
         for a, b in zip(self.past_key_values.layers, other.past_key_values.layers, strict=True):
@@ -171,9 +190,11 @@ class _KVState:
         return _KVState(DynamicCache(layers), torch.cat(masks), positions)
 
     def select_rows(self, rows: list[int]) -> _KVState | None:
-        """Return the state of some rows, without columns that are padding in all of them.
+        """Return a new state of some rows, without leading columns that are padding in all of them.
 
-        Returns `self` if `rows` are all rows, and None if `rows` is empty.
+        Args:
+            rows: distinct indices in increasing order. For all rows `self` is returned, with all
+                its columns, and for none None.
         """
         if len(rows) == len(self.attention_mask):
             return self
@@ -197,14 +218,18 @@ def _concatenate_left_padded(first: Tensor, second: Tensor, width: int) -> Tenso
 class ContinuousBatcher:
     """Running batch of requests; no request waits for another one to finish.
 
-    Args:
-        eos_token_ids: token ids that end an answer.
-
     Attributes:
         requests: the requests in progress, one per row of the batch.
     """
 
     def __init__(self, backbone: Backbone, eos_token_ids: Sequence[int]):
+        """Create a batcher without requests.
+
+        Args:
+            backbone: its generation config is read here, once, for `repetition_penalty` and
+                `no_repeat_ngram_size`.
+            eos_token_ids: token ids that end an answer; other special tokens are never generated.
+        """
         self.backbone = backbone
         self.eos_token_ids = list(eos_token_ids)
         self.requests: list[Request] = []
@@ -223,10 +248,17 @@ class ContinuousBatcher:
     def add_requests(
         self, prefill_inputs: PrefillInputs, requests: Sequence[Request]
     ) -> StepOutputs:
-        """Prefill one prompt per request and return the first delta of each.
+        """Prefill one prompt per request in one forward pass; return the first delta of each.
 
-        Sets `prompt_tokens` of the requests. If the forward pass or the concatenation fails, the
-        exception propagates and the requests in progress stay as they were.
+        Sets `prompt_tokens` of the requests and appends their first token. Those that are not
+        finished by it join the batch: `self.requests` becomes a new list with them at the end. A
+        request whose token cannot be sampled has its exception as output and is finished, with
+        ModelError if its logits are not finite. If the forward pass or the concatenation fails,
+        the exception propagates and the requests in progress stay as they were.
+
+        Args:
+            prefill_inputs: B prompts, at least one.
+            requests: B new requests (ValueError for another number).
         """
         cache = DynamicCache()  # without the config: a sliding-window layer could not be padded
         mask = prefill_inputs.attention_mask
@@ -249,7 +281,12 @@ class ContinuousBatcher:
     def step(self) -> StepOutputs:
         """Generate one token for every request; requests that are or become finished leave.
 
-        Returns one output per request that was not finished before; empty if there is none.
+        An exception of the forward pass propagates, and the batcher is unusable after it: some
+        layers of its cache may have grown.
+
+        Returns:
+            One output per request that was not finished before, in their order: a delta, or an
+            exception as in `add_requests`. Empty, without a forward pass, if there is none.
         """
         self._remove_finished()
         if self._kv_state is None:
@@ -271,14 +308,21 @@ class ContinuousBatcher:
         return outputs
 
     def _remove_finished(self) -> None:
-        """Drop finished requests and their keys and values."""
+        """Drop finished requests from `requests`, and their keys and values."""
         running = [i for i, request in enumerate(self.requests) if not request.is_finished]
         if self._kv_state is not None:
             self._kv_state = self._kv_state.select_rows(running)
         self.requests = [self.requests[i] for i in running]
 
     def _forward(self, cache: DynamicCache, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Return the logits float[B, V] of the last column; appends keys and values to `cache`."""
+        """Run the language model and return the logits float[B, V] of the last column.
+
+        Appends keys and values to `cache`, in place. The backbone is in evaluation mode meanwhile.
+
+        Args:
+            mask: int64[B, T] over the cache and the new columns.
+            inputs: further arguments of the language model; its `attention_mask` replaces `mask`.
+        """
         with eval_mode(self.backbone):
             inputs = {"attention_mask": mask, **inputs}  # a prompt may bring masks of its own
             outputs = self.backbone.language_model(**inputs, past_key_values=cache, use_cache=True)
@@ -287,7 +331,9 @@ class ContinuousBatcher:
     def _sample_tokens(self, requests: Sequence[Request], logits: Tensor) -> StepOutputs:
         """Sample and append the next token of every request from logits float[B, V].
 
-        An error of one request is returned as its output and finishes it; the others go on.
+        Returns one output per request, in order. An exception while one is sampled becomes its
+        output and finishes it without a token, and so does a ModelError if its largest logit is
+        not finite; the others go on. `logits` is not modified.
         """
         scores = logits.float()
         is_finite = scores.amax(1).isfinite()
@@ -319,7 +365,11 @@ class ContinuousBatcher:
         return outputs
 
     def _sample_token(self, request: Request, scores: Tensor) -> Tensor:
-        """Return the id of the request's next token, int64[1]; modifies scores float32[1, V]."""
+        """Return the id of the request's next token, int64[1], which is not appended.
+
+        The generation config's processors are applied. Before the first token, the end tokens are
+        set to -inf in scores float32[1, V], in place. Raises as `Request.sample_token`.
+        """
         if not request.token_ids:
             scores[:, self.eos_token_ids] = -torch.inf  # an answer has at least one token
         token_ids = torch.tensor([request.token_ids], dtype=torch.long, device=scores.device)
@@ -329,7 +379,11 @@ class ContinuousBatcher:
 def _run_to_end(
     backbone: Backbone, prefill_inputs: PrefillInputs, requests: Sequence[Request]
 ) -> Iterator[tuple[Request, Delta]]:
-    """Yield the deltas of all requests until they are finished; raise the first error of any."""
+    """Yield the deltas of all requests, step by step, until all are finished.
+
+    The first exception of any request is raised, which abandons the others: ModelError if its
+    logits are not finite. ValueError for another number of requests than of prompts.
+    """
     batcher = ContinuousBatcher(backbone, prefill_inputs.eos_token_ids)
     outputs = batcher.add_requests(prefill_inputs, requests)
     while outputs:
@@ -347,11 +401,17 @@ def stream_text(
     *,
     temperature: float = 0.0,
 ) -> Iterator[str]:
-    """Yield the continuation of a single prompt in non-empty pieces.
+    """Yield the continuation of a single prompt in non-empty pieces, which are not stripped.
+
+    Nothing runs, and nothing is raised, before the first piece is requested.
+
+    Args:
+        temperature: below `MIN_SAMPLING_TEMPERATURE` greedy; else tokens are sampled from torch's
+            global generator.
 
     Raises:
         ModelError: the model gave logits that are not finite.
-        ValueError: `max_new_tokens` is less than 1.
+        ValueError: `max_new_tokens` is less than 1, or there are several prompts.
     """
     request = Request(max_new_tokens, sampling_params=SamplingParams(temperature))
     for _, delta in _run_to_end(backbone, prefill_inputs, [request]):
@@ -365,7 +425,11 @@ def generate_with_finish_reason(
     """Continue every prompt greedily and return (text, finish reason) of each, in order.
 
     Text has no leading or trailing whitespace. The finish reason is `stop` if the model ended the
-    text and `length` if `max_new_tokens` did. Raises as `stream_text` does.
+    text and `length` if `max_new_tokens` did. The backbone's mode is restored.
+
+    Raises:
+        ModelError: the model gave logits that are not finite for any prompt.
+        ValueError: `max_new_tokens` is less than 1.
     """
     num_prompts = len(prefill_inputs.attention_mask)
     requests = [Request(max_new_tokens) for _ in range(num_prompts)]
@@ -380,6 +444,6 @@ def generate_with_finish_reason(
 def generate_texts(
     backbone: Backbone, prefill_inputs: PrefillInputs, max_new_tokens: int
 ) -> list[str]:
-    """Return the texts of `generate_with_finish_reason`."""
+    """Return the texts of `generate_with_finish_reason`; raises as it does."""
     results = generate_with_finish_reason(backbone, prefill_inputs, max_new_tokens)
     return [text for text, _ in results]

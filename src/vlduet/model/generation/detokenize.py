@@ -37,7 +37,11 @@ class IncrementalDetokenizer:
         self._pending: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """Append a token and return the text that it completes; empty if there is none."""
+        """Append a token and return the text that it completes; empty if there is none.
+
+        After `MAX_PENDING_TOKENS` tokens without text, the part of them that no later token can
+        change is returned, with U+FFFD for invalid bytes.
+        """
         self._pending.append(token_id)
         text = self._step(token_id)
         if text:
@@ -47,13 +51,23 @@ class IncrementalDetokenizer:
         return text
 
     def flush(self) -> str:
-        """Return the text of the remaining tokens; incomplete characters become U+FFFD."""
+        """Return the text of the pending tokens, which are then no longer pending.
+
+        Incomplete characters become U+FFFD. Empty if no token is pending. `add` must not follow.
+        """
         text = self._text_after(self._context, self._pending)
         self._context, self._pending = self._pending, []
         return text
 
     def _step(self, token_id: int) -> str:
-        """Return the pending text if it is complete, else an empty string."""
+        """Return the text of the pending tokens if it is complete, else an empty string.
+
+        Pending tokens are not removed. An exception of the stream drops the stream for good; the
+        pending tokens are then decoded here.
+
+        Args:
+            token_id: the last pending token, new to the stream.
+        """
         if self._stream is not None:
             try:
                 return self._stream.step(self._tokenizer.backend_tokenizer, token_id) or ""
@@ -63,10 +77,11 @@ class IncrementalDetokenizer:
         return "" if text.endswith(REPLACEMENT_CHARACTER) else text
 
     def _take_settled_text(self) -> str:
-        """Return and drop the part of the pending text that no later token can change.
+        """Return the part of the pending text that no later token can change; "" if none is found.
 
-        This keeps an endless run of invalid bytes from making every step slower. A character may
-        be incomplete at the end, so up to three tokens stay pending.
+        This keeps an endless run of invalid bytes from making every step slower. Its tokens become
+        the context, the stream is dropped for good, and one to three tokens stay pending, which may
+        be an incomplete character. If none is found, nothing changes.
         """
         text = self._text_after(self._context, self._pending)
         for num_open in range(1, MAX_CHARACTER_BYTES):
@@ -79,7 +94,10 @@ class IncrementalDetokenizer:
         return ""
 
     def _text_after(self, context: list[int], token_ids: list[int]) -> str:
-        """Return the text that `token_ids` add to that of the tokens before them."""
+        """Return the text that `token_ids` add to that of the tokens `context` before them.
+
+        If they change the text of `context`, it is the text of `token_ids` decoded alone.
+        """
         context_text = self._decode(context)
         text = self._decode(context + token_ids)
         if text.startswith(context_text):
@@ -95,7 +113,10 @@ class IncrementalDetokenizer:
 
 
 def holdback_length(text: str, stop_strings: Sequence[str]) -> int:
-    """Return the number of characters at the end of `text` that may begin a stop string."""
+    """Return the length of the longest end of `text` that begins a stop string; 0 if none does.
+
+    A stop string that is complete at the end counts only if its end begins one again.
+    """
     lengths = [0]
     for stop_string in stop_strings:
         for length in range(1, min(len(stop_string), len(text) + 1)):

@@ -26,7 +26,7 @@ def caption_images(
     batch_size: int = 32,
     num_drafts: int = 1,
 ) -> list[str]:
-    """Return one caption per image.
+    """Return one caption per image, in order; [] for no images.
 
     Args:
         prompt: question to answer; if empty, the model continues the image's embedding prompt.
@@ -36,8 +36,11 @@ def caption_images(
             embedding is nearest to that of the image becomes the caption.
 
     Raises:
-        ImageError: an image cannot be decoded.
-        ValueError: `num_drafts` is less than 1.
+        ImageError: an image is missing or cannot be decoded.
+        ConfigError: a prompt for a checkpoint without a chat template.
+        DataError: an image with its prompt has more tokens than the model's `max_tokens`.
+        ModelError: a greedy caption has logits that are not finite.
+        ValueError: `num_drafts` or `max_new_tokens` is less than 1.
     """
     drafts: list[list[str]] = []
     for begin in range(0, len(images), batch_size):
@@ -59,7 +62,11 @@ def generate_drafts(
 ) -> list[list[str]]:
     """Return `num_drafts` continuations of every prompt, the most likely first.
 
-    One draft is greedy; several come from a beam search. Raises ValueError for less than one.
+    One draft is greedy; several come from a beam search. All are stripped.
+
+    Raises:
+        ModelError: a greedy draft has logits that are not finite.
+        ValueError: `num_drafts` or `max_new_tokens` is less than 1.
     """
     if num_drafts < 1:
         raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
@@ -80,9 +87,9 @@ def select_nearest_drafts(
     drafts are empty, nothing is embedded and the first drafts are returned.
 
     Args:
-        drafts: at least one draft for each of N images.
-        embed_images: returns unit vectors of the images, float[N, D].
-        embed_texts: distinct non-empty texts -> unit vectors, float[texts, D].
+        drafts: at least one draft for each of N images; N may be 0.
+        embed_images: returns unit vectors of all N images, float[N, D]; called once at most.
+        embed_texts: distinct non-empty texts -> unit vectors, float[texts, D]; called once at most.
     """
     texts = list(dict.fromkeys(text for texts in drafts for text in texts if text))
     if not texts or all(len(candidates) == 1 for candidates in drafts):
