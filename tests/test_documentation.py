@@ -15,6 +15,7 @@ from helpers.source_names import is_name_of_package
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS = [*sorted((ROOT / "docs/results").glob("*.md")), *ROOT.glob("experiments/*/*.md")]
 COMMANDS = read_commands(DOCUMENTS, program="vlduet")
 MAKE_COMMANDS = read_commands(DOCUMENTS, program="make")
 
@@ -123,7 +124,7 @@ def test_python_examples_import_existing_names(document: Path) -> None:
                     assert exists, f"{block}: no {node.module}.{alias.name}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *RESULTS], ids=lambda path: path.name)
 def test_every_link_leads_to_a_file(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
