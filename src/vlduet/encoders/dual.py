@@ -71,7 +71,7 @@ class DualEncoder(nn.Module):
             encoders: frozen encoders of the roles `vision` and `text`.
             dim: dimension of the common space.
             encoder_dims: role -> dimension of its encoder's vectors. None: measured, which loads
-                the encoders.
+                the encoders and raises ModelError if that fails.
         """
         super().__init__()
         if not encoder_dims:
@@ -94,7 +94,10 @@ class DualEncoder(nn.Module):
         return Readout(embeddings, anchors, embeddings.new_zeros(0))
 
     def project_slices(self, slices: Many[Slice]) -> Tensor:
-        """Return the embeddings of slices with features, float[N, dim], unit length."""
+        """Return the embeddings of slices with features, float[N, dim], unit length.
+
+        In training mode, the towers drop out. Raises KeyError for a slice without features.
+        """
         embeddings = self.logit_scale.new_zeros(len(slices), self.dim)
         for modality, role in ROLE_BY_MODALITY.items():
             rows = [i for i, part in enumerate(slices) if get_modality(part.part) == modality]
@@ -114,11 +117,13 @@ class DualEncoder(nn.Module):
         Vectors of the frozen encoders are taken from their cache and stored there.
 
         Raises:
-            DataError: an item of several parts, or one that a frozen encoder cannot encode.
+            DataError: an item that is not one image or one text, or whose vector by the frozen
+                encoder is not finite or zero.
+            ModelError: a frozen encoder cannot be loaded.
             ImageError: an unreadable image.
         """
         rows = [as_parts(item) for item in items]
-        if any(len(row) > 1 for row in rows):
+        if any(len(row) != 1 for row in rows):
             fix = "Use a model of another recipe"
             raise DataError("a dual encoder reads one image or one text", fix=fix)
         slices = self.encoders.encode_slices([make_slice(row[0]) for row in rows])
@@ -151,11 +156,16 @@ class DualEncoder(nn.Module):
     def save_pretrained(
         self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the folder of the module docstring, completely or not at all.
+        """Write dual.json and dual.safetensors (towers and temperature), completely or not at all.
+
+        The frozen encoders are not copied: their paths, relative to the folder, are stored.
 
         Args:
-            folder: replaced if it is a dual encoder's.
+            folder: created, or replaced if it is a dual encoder's.
             provenance: what made the model, for the manifest.
+
+        Raises:
+            ConfigError: the folder is a file, or has other content than a dual encoder.
         """
         target = Path(folder).resolve()
         encoders = {}
@@ -184,14 +194,16 @@ class DualEncoder(nn.Module):
     ) -> Self:
         """Open a folder that `save_pretrained` has written, in evaluation mode.
 
+        The frozen encoders are checked, but their weights are not loaded yet.
+
         Args:
             folder: the folder; the frozen encoders must be where they were, relative to it.
             cache: for the vectors of the frozen encoders. None: in memory.
             device: for the towers and the frozen encoders.
 
         Raises:
-            ModelError: another format, tensors that differ from the saved ones, or a frozen encoder
-                that is missing or has changed.
+            ModelError: no dual.json, one of another format, tensors that are broken or differ from
+                the saved ones, or a frozen encoder that is missing or has changed.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -226,7 +238,11 @@ def build_tower(encoder_dim: int, dim: int) -> nn.Module:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the content of dual.json. Raises ModelError if it is missing or of another format."""
+    """Return the content of dual.json.
+
+    Raises:
+        ModelError: it is missing or broken, lacks a key, or has another format.
+    """
     path = folder / MANIFEST_NAME
     required = {"encoders", "widths", "dim", "trained"}
     try:
@@ -268,7 +284,8 @@ def open_dual_as_encoder(
 ) -> FrozenEncoder:
     """Return a trained dual encoder as a frozen encoder of images and texts.
 
-    Its weights are not loaded yet. Raises ModelError as `read_manifest` does.
+    Its weights are not loaded yet: `DualEncoder.from_pretrained` does so at the first use, and may
+    raise ModelError then. Raises ModelError as `read_manifest` does.
     """
     manifest = read_manifest(folder)
 

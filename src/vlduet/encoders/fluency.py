@@ -28,11 +28,11 @@ class BartScorer:
     """BARTScore by a local checkpoint, as a function of text pairs."""
 
     def __init__(self, folder: Path, *, device: Device | None = None):
-        """Load the checkpoint.
+        """Load model and tokenizer, in evaluation mode; nothing is downloaded.
 
         Args:
             folder: with config, tokenizer, and weights in safetensors.
-            device: None: the accelerator if there is one, else the CPU.
+            device: None: the GPU if there is one, else the CPU.
 
         Raises:
             ModelError: no such folder, or no sequence-to-sequence model in it.
@@ -57,7 +57,9 @@ class BartScorer:
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Return the mean nats per token, >= 0, of the target of every (source, target) pair.
 
-        Lower is more likely; the score of the paper is its negative. Without pairs: [].
+        Special tokens of the target count. Source and target are cut at 1,024 tokens, or at a lower
+        limit of the model. Lower is more likely; the score of the paper is its negative. Without
+        pairs: [].
         """
         mean_nats: list[float] = []
         for begin in range(0, len(pairs), PAIRS_PER_BATCH):

@@ -78,7 +78,10 @@ class FrozenEncoder:
 
     @cached_property
     def dim(self) -> int:
-        """Number of elements of a vector; encodes a grey image or a dot to measure it."""
+        """Number of elements of a vector, measured once by encoding a grey image, else a dot.
+
+        Loads the weights. Raises ModelError if that fails.
+        """
         part: Part = "."
         if self.modalities[0] == "image":
             pixels = np.full((32, 32, 3), 128, np.uint8)
@@ -114,13 +117,16 @@ class FrozenEncoders:
                 raise ConfigError(message, place=f"encoders.{role}", fix=fix)
 
     def attach_features(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Return the sequences with the features of all roles at the slices of their anchors.
+        """Return copies of the sequences with features of all roles at the slices of their anchors.
 
-        Equal slices are encoded once. Without slices, the list itself is returned.
+        Equal slices are encoded once, and new vectors are stored in the cache. Without slices, the
+        list itself is returned.
 
         Raises:
             DataError: an encoder returns NaN, infinity or only zeros for a slice.
-            ModelError: a cached vector has another number of elements than the encoder's others.
+            ImageError: an image without a cached vector cannot be decoded.
+            ModelError: an encoder cannot be loaded, or a cached vector has another number of
+                elements than the encoder's others.
         """
         slices: dict[str, Slice] = {}
         for sequence in sequences:
@@ -136,9 +142,10 @@ class FrozenEncoders:
         return [replace(s, anchors=tuple(map(attach, s.anchors))) for s in sequences]
 
     def encode_slices(self, slices: list[Slice]) -> list[Slice]:
-        """Return the slices with the features of all roles that encode their modality.
+        """Return copies of the slices with the features of all roles that encode their modality.
 
-        Raises DataError and ModelError as `attach_features` does.
+        The vectors are those of `compute_vectors`, which stores new ones in the cache. Raises as
+        `attach_features` does.
         """
         with self._lock:
             vectors_of_role = {role: self.compute_vectors(role, slices) for role in self.by_role}
@@ -161,8 +168,8 @@ class FrozenEncoders:
     def compute_vectors(self, role: str, slices: list[Slice]) -> dict[str, Tensor]:
         """Return content key -> vector, float32[D] of unit length, from the cache where possible.
 
-        Only slices of the role's modalities get one. New vectors are stored in the cache. Raises
-        DataError and ModelError as `attach_features` does.
+        Only slices of the role's modalities get one. The weights are loaded only if a vector is not
+        in the cache; new ones are stored there. Raises as `attach_features` does.
         """
         encoder = self.by_role[role]
         vectors: dict[str, Tensor] = {}
@@ -193,10 +200,10 @@ class FrozenEncoders:
         return vectors
 
     def _normalize_and_store(self, role: str, part: Slice, vector: Tensor) -> Tensor:
-        """Return a vector in unit length, and store it in the cache.
+        """Return a new vector of unit length, and store that in the cache.
 
         Raises:
-            DataError: it is not usable; the message names the part.
+            DataError: `vector` is not finite, or zero; the message names encoder and part.
         """
         encoder = self.by_role[role]
         if not is_usable_vector(vector):

@@ -57,19 +57,20 @@ FINGERPRINTED_FILES = (
 def open_encoder(
     folder: Path, *, trained_model: DuetModel | None = None, device: Device = "cpu"
 ) -> FrozenEncoder:
-    """Return the encoder of a local checkpoint; its config.json tells the kind.
-
-    The weights are not loaded yet.
+    """Return the encoder of a local checkpoint; its files are hashed, its weights not loaded yet.
 
     Args:
-        folder: any kind that the docstring of `vlduet.encoders.frozen` lists, except a dual
-            encoder.
+        folder: by its config.json a VLM (encodes images), CLIP or similar (images and texts), or a
+            timm model (images). Any other with preprocessor_config.json is a vision model (images),
+            and without it a sentence encoder (texts).
         trained_model: if `folder` is the checkpoint that it started from, its frozen vision tower
             is used instead of a second copy.
         device: where the encoder computes.
 
     Raises:
-        ModelError: no checkpoint, one that needs its own code, or a timm checkpoint without timm.
+        ModelError: no checkpoint, one that needs its own code, weights that are no safetensors, or
+            a timm checkpoint without timm. The encoder's `load` raises ModelError for what only
+            loading shows.
     """
     config = read_config(folder)
     modalities: tuple[str, ...] = ("image",)
@@ -91,7 +92,11 @@ def open_encoder(
 
 
 def fingerprint_encoder(folder: Path) -> str:
-    """Return a hash, 16 hex digits, of weights, processors and pooling of a checkpoint folder."""
+    """Return a hash, 16 hex digits, of weights, processors and pooling of a checkpoint folder.
+
+    Of `FINGERPRINTED_FILES`, those that exist count. Raises as `fingerprint_checkpoint` does, and
+    FileNotFoundError without config.json.
+    """
     digest = hashlib.sha256(f"{fingerprint_checkpoint(folder)}:{IMAGE_BACKEND}".encode())
     for name in FINGERPRINTED_FILES:
         if (folder / name).is_file():
@@ -102,7 +107,11 @@ def fingerprint_encoder(folder: Path) -> str:
 def _load_vision_tower(
     folder: Path, trained_model: DuetModel | None, device: Device
 ) -> Mapping[str, EncodeFunction]:
-    """Return the encoder by a VLM's vision tower: the mean over the features of an image."""
+    """Return {"image": function}, which gives the mean over a VLM's features of an image.
+
+    The tower is that of `trained_model` (with its feature cache) if that started from the same
+    checkpoint, else it is loaded. Raises ModelError as `load_backbone` does.
+    """
     if trained_model is not None and fingerprint_checkpoint(
         trained_model.backbone.folder
     ) == fingerprint_checkpoint(folder):
@@ -125,9 +134,10 @@ def _load_vision_tower(
 
 
 def _check_timm(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise ModelError unless timm is installed and the folder names one of its architectures.
+    """Raise ModelError unless timm and torchvision are installed and the architecture is a name.
 
-    transformers opens such folders with timm, on which it does not depend.
+    `config` must have the key `architecture`. transformers opens such folders with timm, on which
+    it does not depend.
     """
     missing = [name for name in ("timm", "torchvision") if find_spec(name) is None]
     if missing:
@@ -181,7 +191,10 @@ def _load_tokenizer(folder: Path) -> Any:
 def _preprocess_images(
     image_processor: Any, refs: list[ImageRef], device: Device
 ) -> dict[str, Tensor]:
-    """Return the inputs of a vision model for several images. Raises ImageError."""
+    """Return the inputs of a vision model for at least one image, on the device.
+
+    Each input has the rows of all images, in order. Raises ImageError for an unreadable image.
+    """
     rows = [preprocess_image(image_processor, ref) for ref in refs]
     inputs = {}
     for name in rows[0]:
@@ -190,15 +203,17 @@ def _preprocess_images(
 
 
 def _load_vision_model(folder: Path, device: Device) -> Mapping[str, EncodeFunction]:
-    """Return the encoder by a vision model's pooled output.
+    """Return {"image": function}, which gives a vision model's pooled output.
 
-    It is the class token of DINOv2, and the mean over the map of a convolutional network.
+    It is the class token of DINOv2, and the mean over the map of a convolutional network. Raises
+    ModelError if the model cannot be loaded; the function, if it has no pooled output.
     """
     model = _load_auto_model(folder, device)
     image_processor = _load_image_processor(folder)
 
     @torch.no_grad()
     def encode(refs: list[ImageRef]) -> Tensor:
+        """Return float[N, D] of images. Raises ImageError, and ModelError without pooled output."""
         outputs = model(**_preprocess_images(image_processor, refs, device))
         pooled: Tensor | None = getattr(outputs, "pooler_output", None)
         if pooled is None:
@@ -242,6 +257,7 @@ def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list
 
     @torch.no_grad()
     def encode(texts: list[str]) -> Tensor:
+        """Return float32[N, D], unit length, of at least one text."""
         batch = tokenizer(
             texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
         ).to(device)
@@ -255,15 +271,16 @@ def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list
 
 
 def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file; {} if there is none."""
+    """Return the content of a JSON file; {} if there is none. Raises ValueError if it is broken."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _read_max_tokens(folder: Path) -> int | None:
-    """Return the limit of sentence_bert_config.json in tokens, or None.
+    """Return the limit of sentence_bert_config.json in tokens, or None if it has none.
 
     Raises:
-        ModelError: modules.json lists a module that would change the vectors.
+        ModelError: modules.json lists another kind than Transformer, Pooling and Normalize.
+        ValueError: a file is not JSON.
     """
     modules_path = folder / "modules.json"
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in _read_json(modules_path)]
@@ -277,7 +294,12 @@ def _read_max_tokens(folder: Path) -> int | None:
 
 
 def _read_pooling(folder: Path) -> str:
-    """Return `cls` or `mean`, the default. Raises ModelError for another pooling."""
+    """Return `cls` or `mean` from 1_Pooling/config.json; `mean` if it names none or is missing.
+
+    Raises:
+        ModelError: another pooling, or several.
+        ValueError: the file is not JSON.
+    """
     path = folder / "1_Pooling" / "config.json"
     config: dict[str, Any] = _read_json(path)
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
@@ -291,7 +313,13 @@ def _read_pooling(folder: Path) -> str:
 
 
 def _load_cross_encoder(folder: Path, device: Device) -> Mapping[str, EncodeFunction]:
-    """Return the encoders by CLIP, SigLIP or similar: images and texts in one space."""
+    """Return {"image": function, "text": function} by CLIP, SigLIP or similar, in one space.
+
+    Both give float32[N, D], not normalised; texts are cut at the model's limit.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no space that images and texts share.
+    """
     model = _load_auto_model(folder, device)
     image_processor = _load_image_processor(folder)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):

@@ -24,11 +24,12 @@ SCORE_ROWS_PER_BLOCK = 512
 def compute_row_infonce(scores: Tensor, positive_mask: Tensor, ignore_mask: Tensor) -> Tensor:
     """Return the mean of -log p over the positives of every row, float[n].
 
-    A row without a positive gives 0.
+    p is the softmax over this positive and the negatives of its row, which are in neither mask; the
+    other positives are left out. A row without a positive, or without a negative, gives 0.
 
     Args:
         scores: float[n, m], cosine / temperature.
-        positive_mask: bool[n, m].
+        positive_mask: bool[n, m]; wins where both masks are set.
         ignore_mask: bool[n, m], pairs that are neither positive nor negative.
     """
     is_negative = ~(positive_mask | ignore_mask)
@@ -49,8 +50,9 @@ def contrastive_loss(
     columns: slice = slice(None),
     world_size: int = 1,
 ) -> Tensor:
-    """Return L_c, the sum of the mean losses of rows and columns.
+    """Return L_c, symmetric InfoNCE: the mean loss of the rows plus that of the columns.
 
+    The loss of a row or column is that of `compute_row_infonce`; 0 if there is no positive at all.
     With several ranks, each one computes the rows and columns of its own embeddings.
 
     Args:
@@ -105,7 +107,7 @@ def find_false_negatives(
     named_negatives: Tensor,
     content_kinds: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Find negatives that a guide scores at least as high as the positives of both their sides.
+    """Find pairs that a guide scores at least as high as the best positives of row and column.
 
     The rule of GISTEmbed (arXiv 2402.16829), applied per kind of content: two texts score higher
     than any image and its text, so that only pairs of the same kinds are compared.
@@ -117,8 +119,9 @@ def find_false_negatives(
         content_kinds: int64[N] and int64[M], what queries and targets consist of.
 
     Returns:
-        bool[N, M], for `ignore_mask`. A pair (i, j) needs a positive of i whose target has the kind
-        of j, or a positive of j whose query has the kind of i; without either, it is False.
+        bool[N, M], for `ignore_mask`; False for positives. A pair (i, j) is compared with the
+        positives of i whose target has the kind of j and those of j whose query has the kind of i;
+        without either, it is False.
     """
     query_kinds, target_kinds = content_kinds
     positive_scores = guide_scores.masked_fill(~positive_mask, float("-inf"))
@@ -161,9 +164,10 @@ def match_content_keys(left: list[str], right: list[str]) -> Tensor:
 def _sum_row_infonce(
     scaled: Tensor, candidates: Tensor, positive_mask: Tensor, ignore_mask: Tensor
 ) -> Tensor:
-    """Return the sum of `compute_row_infonce` over all rows, a scalar.
+    """Return the sum of `compute_row_infonce` over all rows, a scalar; 0 without rows.
 
-    Only the scores of one block of rows exist at once; backward computes them again.
+    Beyond `SCORE_ROWS_PER_BLOCK` rows, the scores of one block exist at a time, and backward
+    computes them again.
 
     Args:
         scaled: float[n, D], unit vectors / temperature.

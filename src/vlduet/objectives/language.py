@@ -35,14 +35,18 @@ def compute_token_nll(
     Args:
         hidden: float[N, D], final hidden states at the positions *before* the targets.
         weight: float[V, D], the LM head.
-        targets: int64[N], token ids.
+        targets: int64[N], token ids; -100 gives 0.
         bias: float[V], of the LM head.
         logit_softcap: see `softcap_logits`.
-        chunk_size: number of positions whose logits exist at once.
+        chunk_size: number of positions whose logits exist at once; backward computes the logits of
+            several chunks again.
 
     Returns:
         float32[N]; float64 if the logits are. Without targets, an empty tensor that is part of the
         graph of `hidden`.
+
+    Raises:
+        ValueError: `hidden` and `targets` differ in length.
     """
 
     def compute_nll(states: Tensor, chunk_targets: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def compute_triple_cosines(
 ) -> Tensor:
     """Return the cosine of every two slices by the encoder for their kinds, float[U, U].
 
-    2 - 2 * cosine is phi of the paper.
+    2 - 2 * cosine is phi of the paper. Rounding beyond [-1, 1] is cut off. There is no gradient.
 
     Args:
         same_modality: float[U, D1], unit vectors by the vision encoder of images and by the text
@@ -144,7 +144,10 @@ def cosines_to_squared_distances(cosines: Tensor) -> Tensor:
 
 
 def find_related_slices(prefixes: Prefixes, num_slices: int) -> Tensor:
-    """Return bool[U, U]: which pairs of the U = `num_slices` slices occur in one sequence."""
+    """Return bool[U, U]: which pairs of the U = `num_slices` slices occur in one sequence.
+
+    A slice is related to itself if it is in any prefix.
+    """
     is_filled = prefixes.is_filled()
     ids, sequence_index = prefixes.sequence_ids.unique(return_inverse=True)
     membership = torch.zeros(len(ids), num_slices, device=prefixes.lengths.device)
@@ -158,8 +161,8 @@ def calibrate_cosines(cosines: Tensor, *, is_image: Tensor, is_related: Tensor) 
 
     Raw cosines teach that texts are closer to each other than to images. In each of the three
     blocks (two images, two texts, one of each), the median of unrelated pairs becomes 0 and their
-    99.5th percentile 1; values outside [-1, 1] are clamped. A block with fewer than
-    `MIN_CALIBRATION_PAIRS` unrelated pairs is returned unchanged.
+    99.5th percentile 1; values outside [-1, 1] are clamped. A block is returned unchanged if it has
+    fewer than `MIN_CALIBRATION_PAIRS` unrelated pairs, or if these two quantiles are equal.
 
     Args:
         cosines: float[U, U], not modified.
@@ -193,7 +196,7 @@ def compute_target_matrix(
     single: SingleSliceRule = "cosine",
     delta: float = 1.0,
 ) -> Tensor:
-    """Return m^l: the target similarity of the embeddings of every two prefixes.
+    """Return m^l: the target similarity of the embeddings of every two prefixes, without gradient.
 
     Args:
         cosines: float[U, U], of slices, from `compute_triple_cosines`, perhaps calibrated.
@@ -205,11 +208,12 @@ def compute_target_matrix(
         same_sequence: `all`: 1 for every two prefixes of one sequence (the paper). `nested`: the
             number of slices that both begin with, divided by the length of the longer one. It is 1
             only for equal prefixes, so that the first and last image of a story stay different.
-        single: two prefixes of one slice each get their `cosine` (the paper) or their `gak`.
+        single: two prefixes of one slice each, of different sequences, get their `cosine` (the
+            paper) or, with `gak`, what `target` says.
         delta: width of the kernel.
 
     Returns:
-        float[R, A] for R rows.
+        float[R, A] for R rows, of the dtype of the cosines.
     """
     begin, end, _ = rows.indices(len(prefixes))
     row_indices = torch.arange(begin, end, device=cosines.device)
@@ -280,10 +284,11 @@ def _compare_pairs(
 ) -> Tensor:
     """Return `compare(x, y)` of every needed pair of prefixes, float[R, A]; 0 elsewhere.
 
-    A pair whose prefixes both belong to the rows is computed once.
+    A pair whose prefixes both belong to the rows is computed once, and mirrored.
 
     Args:
-        compare: takes indices of prefixes, int64[P] twice, and returns float[P].
+        compare: takes indices of prefixes, int64[P] twice, and returns float[P]. It is called once
+            with all pairs, or not at all if no pair is needed.
         is_needed: bool[R, A].
         begin: index of the prefix of the first row.
         like: tensor whose device and dtype the result gets.
@@ -304,7 +309,10 @@ def _compare_pairs(
 def _normalized_gak(
     cosines: Tensor, prefixes: Prefixes, x: Tensor, y: Tensor, delta: float
 ) -> Tensor:
-    """Return the normalised alignment kernel of the prefixes x[p] and y[p], float[P], at most 1."""
+    """Return the normalised alignment kernel of the prefixes x[p] and y[p], float[P], at most 1.
+
+    Sigma is delta * sqrt((M + N) / 2), also in both self terms. The dtype is that of the cosines.
+    """
     lengths = prefixes.lengths
     # The compiled engine of the CPU keeps the digits of a logarithm in float32. Log space, used on
     # a GPU, needs float64 for it, at little cost.
@@ -355,10 +363,11 @@ def _map_chunks(
     *,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return `compute(chunk, distances, lengths_x, lengths_y)` of all pairs, float64[P].
+    """Return `compute(chunk, distances, lengths_x, lengths_y)` of pairs (x[i], y[i]), float64[P].
 
-    A chunk has pairs of similar length: indices int64[p] of pairs, and distances [p, M, N] in
-    `dtype`. Only those of one chunk exist at once, since all of them would take gigabytes.
+    A chunk has pairs of similar length: their indices i, int64[p], and squared distances [p, M, N]
+    in `dtype`, of which those beyond the lengths have no meaning. Only those of one chunk exist at
+    once, since all of them would take gigabytes.
     """
     longer = torch.maximum(prefixes.lengths[x], prefixes.lengths[y])
     order = longer.argsort(descending=True)

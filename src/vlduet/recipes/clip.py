@@ -42,8 +42,10 @@ class ClipOptions:
 def layout(sample: Sample, renderer: Renderer, options: ClipOptions) -> list[Sequence]:
     """Return an image of the record, a text that belongs to it, and the record's hard negatives.
 
-    Each is a sequence of one anchor. The sample's own random generator draws one pair of several.
-    Hard negatives of several parts are left out.
+    Each is a sequence of one anchor (role `image`, `text` or `negative`), whose slice has no
+    features yet. The sample's own random generator draws one of the record's pairs: the image with
+    each short caption (without any, with the long one), and in a document every image with the text
+    right after it. Hard negatives of several parts are left out.
 
     Raises:
         DataError: no image with a text; ImageError: an unreadable image.

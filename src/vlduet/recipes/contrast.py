@@ -40,6 +40,7 @@ def layout_retrieval_record(
     Raises:
         DataError: content that `Renderer.render_embedding` cannot render, such as an empty one.
         ImageError: an unreadable image.
+        ConfigError: the prompts need a chat template, and the checkpoint has no usable one.
     """
     record = sample.record
     sequences = [layout_embedding(sample, renderer, record.query, role="query", guide=guide)]
@@ -109,7 +110,11 @@ def compute_contrastive_loss(
         readout: of this rank; all ranks must call with theirs.
         logit_scale: scalar, log(1 / temperature), learnable.
         min_temperature: the scale is clamped to it.
-        guide: frozen encoders that remove likely false negatives (ours); `none` removes none.
+        guide: frozen encoders that remove likely false negatives (ours); `none` removes none. With
+            another one, the slices of the anchors must have features.
+
+    Returns:
+        A scalar; 0, still part of the graph, without positives.
     """
     queries, query_anchors = readout.select_roles(*QUERY_ROLES)
     targets, target_anchors = readout.select_roles(*TARGET_ROLES)
@@ -146,7 +151,10 @@ def compute_contrastive_loss(
 def _gather_anchors(
     queries: list[Anchor], targets: list[Anchor]
 ) -> tuple[list[Anchor], list[Anchor]]:
-    """Return queries and targets of all ranks, in rank order, without slices, to send less."""
+    """Return queries and targets of all ranks, in rank order; a collective call.
+
+    They are copies without slices, to send less.
+    """
     own_queries = [replace(anchor, slices=()) for anchor in queries]
     own_targets = [replace(anchor, slices=()) for anchor in targets]
     by_rank = distributed.all_gather_objects((own_queries, own_targets))
@@ -169,7 +177,7 @@ def find_positive_pairs(queries: list[Anchor], targets: list[Anchor]) -> Tensor:
     """Return bool[N, M]: which queries and targets belong together.
 
     Those of one record do, except its hard negatives. If two contents belong together in one place,
-    they do wherever they occur.
+    they do wherever they occur, even where the target is a hard negative.
     """
     query_contents = _number_contents(queries)
     target_contents = _number_contents(targets)

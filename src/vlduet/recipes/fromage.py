@@ -59,11 +59,15 @@ class FromageOptions:
 def layout(sample: Sample, renderer: Renderer, options: FromageOptions) -> list[Sequence]:
     """Return the sequences of a record.
 
-    A pair: its caption sequence with the anchor on the image, its text sequence, and its hard
-    negatives. The sample's own random generator draws one short caption of several.
+    A pair: the image (with the anchor) followed by a caption as labels, the same caption as text
+    sequence with an anchor, and its hard negatives. The sample's own random generator draws one of
+    the short captions; without any, it is the long one. A retrieval record: see
+    `layout_retrieval_record`.
 
     Raises:
-        DataError: neither an image with a caption nor a retrieval record.
+        DataError: another kind of record, a pair without image or caption, or content that cannot
+            be rendered.
+        ImageError: an unreadable image.
     """
     record = sample.record
     if record.kind == "retrieval":
@@ -100,12 +104,14 @@ def objective(readout: Readout, logit_scale: Tensor, options: FromageOptions) ->
 def prepare_model(model: DuetModel, config: RunConfig) -> None:
     """Add [RET] and the maps W_t and W_i to a starting model, in place.
 
-    Also sets torch's global seed to that of the config. A model that an earlier FROMAGe run has
-    written has all this already and is only checked.
+    [RET] is added to the tokenizer and at the end of the prompts of texts and mixtures; its
+    embedding starts as the mean of the table, scaled to the mean norm. Images are read from the
+    vision tower. The head becomes a new one of kind `split`, and torch's global seed is set to that
+    of the config. A model that an earlier FROMAGe run has written is only checked.
 
     Raises:
-        ConfigError: settings under which the result would not be FROMAGe, or a model with learned
-            prompts of another recipe.
+        ConfigError: `train.lora` or `model.head` is set, `train.soft_prompts` is off, the prompts
+            are in a chat turn, or the model has learned prompts of another recipe.
     """
     train = config.train
     has_chat_prompt = model.prompts.chat

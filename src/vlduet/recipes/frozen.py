@@ -166,7 +166,11 @@ def _stack_vectors(vectors: list[Tensor], dim: int, like: Tensor) -> Tensor:
 def _pack_prefixes(
     prefixes: list[tuple[str, list[str]]], keys: list[str], device: torch.device
 ) -> Prefixes:
-    """Return prefixes, given as record name and keys of their slices, as indices into `keys`."""
+    """Return prefixes, given as record name and keys of their slices, as indices into `keys`.
+
+    Prefixes of one record get one sequence id, numbered from 0 in order of appearance. Padding is
+    0. Raises ValueError without prefixes.
+    """
     index = {key: i for i, key in enumerate(keys)}
     number_of_record: dict[str, int] = {}
     longest = max(len(slice_keys) for _, slice_keys in prefixes)

@@ -77,7 +77,10 @@ class Recipe(Generic[OptionsT]):
     """Coefficients of AdamW."""
 
     def bind(self, options: OptionsT, weights: Mapping[str, float]) -> BoundRecipe:
-        """Return the recipe with its options and loss weights (name -> weight) set."""
+        """Return the recipe with its options and loss weights (name -> weight) set.
+
+        Its `layout` and `objective` take no options; the weights only select `encoder_roles`.
+        """
 
         def layout(sample: Sample, renderer: Renderer) -> list[Sequence]:
             return self.layout(sample, renderer, options)

@@ -31,7 +31,8 @@ def load_recipe(config: RunConfig) -> BoundRecipe:
     """Return the recipe that a config names, with the config's options and loss weights.
 
     Raises:
-        ConfigError: an unknown recipe, option or loss, or no loss with a weight above 0.
+        ConfigError: an unknown recipe, option or loss, an option with a wrong value or none that
+            must have one, or no loss with a weight other than 0.
     """
     values = dict(config.recipe)
     recipe = find_recipe(str(values.pop("name", "")))

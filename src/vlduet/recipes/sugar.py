@@ -89,7 +89,7 @@ class SugarOptions:
     same for every batch size."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a number out of range."""
+        """Raise ConfigError for k or n_ref below 1, and delta or temperature not above 0."""
         for name, count in (("k", self.k), ("n_ref", self.n_ref)):
             if count is not None and count < 1:
                 raise ConfigError(f"{count}", place=f"recipe.{name}", fix="Use 1 or more")
@@ -102,14 +102,18 @@ class SugarOptions:
 
 
 def layout(sample: Sample, renderer: Renderer, options: SugarOptions) -> list[Sequence]:
-    """Return the one sequence of a record: see the figure above.
+    """Return the one sequence of a record: its slices in order, with labels on all texts.
 
-    The sample's own random generator draws the slices and the anchors. Slices beyond the model's
-    token limit are left out; of a long document, another window is used each time.
+    The sample's own random generator draws the slices (see `select_slices`) and min(k, slices)
+    anchors, each with role `image` or `text` and all slices up to its own. Slices beyond the
+    model's token limit are left out; of a long document, a random window is used. A chat has labels
+    on its answers and no anchor.
 
     Raises:
-        DataError: a record without an image or text; ImageError: an unreadable image.
-        ConfigError: `recipe.pool` differs from the prompts of the model.
+        DataError: a record without an image or text, or an image beyond the token limit.
+        ImageError: an unreadable image.
+        ConfigError: `recipe.pool` differs from the prompts of the model, or there is no chat
+            template for a chat or the prompts.
     """
     record = sample.record
     draw = sample.rng()
@@ -146,11 +150,13 @@ def layout(sample: Sample, renderer: Renderer, options: SugarOptions) -> list[Se
 def select_slices(record: Record, draw: random.Random, options: SugarOptions) -> Parts:
     """Return images and sentences of a record, in order.
 
-    A pair gives its image and one short caption, drawn at random; without a short caption, the
-    sentences of its long one, if any. A retrieval record gives its query and one positive.
+    An interleaved record gives all parts, a retrieval record its query and one positive, drawn at
+    random. A pair gives its image and one short caption, drawn at random; without a short caption,
+    the sentences of its long one, if any. With `pair_order: either`, these texts come before the
+    image in half of the cases.
 
     Raises:
-        DataError: the record has no image, text or messages.
+        DataError: the record is neither interleaved nor for retrieval, and has no image.
     """
     if record.kind == "interleaved":
         return record.parts
@@ -196,8 +202,8 @@ def objective(readout: Readout, logit_scale: Tensor, options: SugarOptions) -> d
 def compute_structure_loss(readout: Readout, options: SugarOptions) -> Tensor:
     """Return this rank's share of L_d: its prefixes against those of all ranks. A collective call.
 
-    Where no rank has features, because alpha is 0, it is 0 and costs nothing. Logs once per process
-    if the targets hardly differ.
+    Prefixes are the anchors with slices. Where no rank has features, because alpha is 0, it is 0
+    and costs nothing. Logs an INFO message, once per process, if the targets hardly differ.
 
     Raises:
         AssertionError: only some of this rank's slices have features.

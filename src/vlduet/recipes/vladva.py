@@ -63,13 +63,17 @@ class VladvaOptions:
 def layout(sample: Sample, renderer: Renderer, options: VladvaOptions) -> list[Sequence]:
     """Return the sequences of a record.
 
-    A pair: those of the figure above, then one per hard negative; the sample's own random generator
-    draws one short caption of several. A pair without a short caption: the image sequence without
-    its anchor, since the short captions of other records may be true of its image. A retrieval
-    record: see `layout_retrieval_record`. A chat or document: one sequence without anchors.
+    A pair: its image with an anchor, then the supervised caption as labels (the long one, or see
+    `language_on`); a short caption with an anchor; one per hard negative. The sample's own random
+    generator draws one short and one long caption of several. A pair without a short caption: the
+    image sequence alone, without its anchor, since the short captions of other records may be true
+    of its image. A retrieval record: see `layout_retrieval_record`. A chat or document: one
+    sequence without anchors, with labels on its answers or on all texts.
 
     Raises:
-        DataError: a pair without a usable caption; ImageError: an unreadable image.
+        DataError: a pair without a usable caption, or content that cannot be rendered.
+        ImageError: an unreadable image.
+        ConfigError: the prompts or a chat need a chat template, and the checkpoint has none.
     """
     record = sample.record
     if record.kind == "chat":
@@ -105,6 +109,10 @@ def split_captions(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the short and the long captions of a pair, as `options.split` says.
 
+    With `fields`, they are `record.short` and `record.long`. With `length`, short ones have fewer
+    tokens than `short_below` and long ones up to `long_up_to`; longer ones are dropped, and equal
+    texts count once. Either result may be empty.
+
     Raises:
         DataError: `split: length`, and all captions of the record are too long.
     """
@@ -126,7 +134,11 @@ def split_captions(
 
 
 def _layout_document(record: Record, renderer: Renderer) -> Sequence:
-    """Return an interleaved record as one sequence, labels on all texts, without anchors."""
+    """Return an interleaved record as one sequence, labels on all texts, without anchors.
+
+    There is neither a prompt nor an end-of-text token. Texts are cut to the token limit. Raises
+    DataError if the images alone exceed it, and ImageError for an unreadable one.
+    """
     builder = renderer.new_builder()
     for part in record.parts:
         if isinstance(part, str):

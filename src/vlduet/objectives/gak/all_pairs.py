@@ -46,7 +46,7 @@ def all_pairs(left: SliceTable, right: SliceTable, rule: SigmaRule, *, engine: E
     If both are the same object, only the upper triangle is computed, and mirrored.
 
     Returns:
-        float64[n, m], in the user's order.
+        float64[n, m] for n sequences of `left` and m of `right`, in the user's order.
     """
     is_symmetric = left is right
     blocks = list(_plan_blocks(left, right, rule, engine))
@@ -119,7 +119,13 @@ class _Block:
 def _plan_blocks(
     left: SliceTable, right: SliceTable, rule: SigmaRule, engine: Engine
 ) -> Iterator[_Block]:
-    """Yield blocks that cover all pairs, or the upper triangle if both tables are the same."""
+    """Yield blocks that cover all pairs; at least the upper triangle if both tables are one object.
+
+    For each group of B sequences y, in the order of their table, runs of x follow one another. The
+    last group is filled up with its last sequence. A block has at most `MAX_CELLS_PER_BLOCK` cells,
+    `GPU_BLOCK_FACTOR` times as many on other devices than a CPU, and fewer for an engine that runs
+    in one thread; but it has at least one sequence x.
+    """
     is_symmetric = left is right
     features = left.features
     max_cells = MAX_CELLS_PER_BLOCK
@@ -165,7 +171,7 @@ def _map_items(
 ) -> list[Result]:
     """Return [task(item) for item in items], by several threads where the cells are worth it.
 
-    The last items must be the costliest: they start first.
+    The last items must be the costliest: they start first. Raises what `task` raises.
     """
     if engine.runs_in_one_thread and num_cells >= 2 * MIN_CELLS_PER_THREAD:
         return threads.map_in_threads(task, items[::-1])[::-1]
@@ -224,7 +230,10 @@ class _AllPairs(torch.autograd.Function):
         zero = left.new_zeros(())
 
         def compute(block: _Block) -> tuple[Tensor, Tensor | None]:
-            """Return log K of a block, and its weights [R, N, B] if a gradient is needed."""
+            """Return log K of a block, and its weights [R, N, B]; None if no gradient is needed.
+
+            Overwrites `scratch`.
+            """
             rows = left[block.rows]
             facing = scratch.facing[: len(block.columns)]
             _gather_facing(right, block.columns, out=facing)
@@ -250,7 +259,11 @@ class _AllPairs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of `left` and `right` from those of every block's log K."""
+        """Return the gradients of `left` and `right` from those of every block's log K.
+
+        They have the shapes of the features, with 0 in the last two columns. Three None follow, for
+        the other arguments.
+        """
         left, right, *weights = ctx.saved_tensors
         blocks: list[_Block] = ctx.blocks
         grad_left = torch.zeros_like(left)
@@ -261,7 +274,10 @@ class _AllPairs(torch.autograd.Function):
         lock = threading.Lock()
 
         def accumulate(item: tuple[_Block, Tensor, Tensor]) -> None:
-            """Add the gradient of (block, its weights, gradient of its log K) to both sums."""
+            """Add the gradient of (block, its weights, gradient of its log K) to both sums.
+
+            Overwrites `scratch`; the sums are changed under the lock.
+            """
             block, weight, grad = item
             row_owner = torch.repeat_interleave(block.grid.lengths_x[:, 0])
             row_grad = grad.to(weight.dtype)[row_owner, None, :]  # [R, 1, B]
@@ -364,7 +380,11 @@ class _SelfTerms(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the features from those of every group's log K."""
+        """Return the gradient of the features from those of every group's log K.
+
+        It has their shape, with 0 in the last two columns. Five None follow, for the other
+        arguments.
+        """
         features, *weights = ctx.saved_tensors
         grad_features = torch.zeros_like(features)
         for (_, rows), weight, grad in zip(ctx.groups, weights, grads, strict=True):

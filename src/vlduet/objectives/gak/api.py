@@ -69,7 +69,8 @@ def gak_matrix(
 
     Args:
         x: sequences of slices, float[n_i, d] each, n_i >= 1.
-        y: likewise, with the same d. None: x itself; the matrix is symmetric and half the work.
+        y: likewise, with the same d; float64 if and only if x has float64. None: x itself; the
+            matrix is symmetric and half the work.
         sigma: width of the kernel of all pairs. None: delta * sqrt((M + N) / 2), as in the paper;
             without the lengths in it, the normalised kernel of long sequences of unit vectors
             becomes the identity matrix.
@@ -215,7 +216,8 @@ class _Pairs:
     def arrange(self, share: slice, group_size: int) -> tuple[Tensor, PairGrid]:
         """Return cells, float[A * M, N, group_size], and the grid of a share of the pairs.
 
-        The last row of the grid is filled with pairs of length 1 and distance 0.
+        Each of the A rows of the grid has `group_size` consecutive pairs. The last one is filled
+        with pairs of length 1 and distance 0.
         """
         cells = self.cells[share]
         num_pairs, num_rows, num_columns = cells.shape
@@ -237,7 +239,8 @@ def _check_pairs(
 ) -> _Pairs:
     """Check the arguments of `compute_log_gak`, and return copies on the device of the distances.
 
-    Half precision becomes float32, and entries beyond the lengths 0. Raises ValueError.
+    Half precision becomes float32, and entries beyond the lengths 0. Raises ValueError for another
+    shape than [P, M, N], lengths of another shape or out of range, sigma not above 0, or NaN.
     """
     if squared_distances.dim() != 3:
         shape = tuple(squared_distances.shape)

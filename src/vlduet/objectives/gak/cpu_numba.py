@@ -56,7 +56,11 @@ class NumbaEngine:
         return LANES
 
     def log_gak(self, cells: Tensor, grid: PairGrid) -> Tensor:
-        """Return log K of every pair, float64[A, 32]; sequences x may share rows of the cells."""
+        """Return log K of every pair, float64[A, 32]; sequences x may share rows of the cells.
+
+        Pairs beyond the range of float64 are computed again in log space. The cells stay as they
+        are.
+        """
         first_rows, scale, ends_x, ends_y = _kernel_arguments(grid)
         log_k = np.empty(grid.scale.shape)
         _log_gak_kernel(cells.numpy(), first_rows, scale, ends_x, ends_y, log_k)
@@ -67,7 +71,11 @@ class NumbaEngine:
     def log_gak_and_weights(
         self, make_cells: Callable[[], Tensor], grid: PairGrid, *, kind: WeightKind
     ) -> tuple[Tensor, Tensor]:
-        """Return log K, float64[A, 32], and weights, written over the cells, float32[R, N, 32]."""
+        """Return log K, float64[A, 32], and weights, float32[R, N, 32].
+
+        The weights are written over the tensor that `make_cells` returns. It is called once more if
+        a pair is beyond the range of float64, which log space then computes.
+        """
         weights = make_cells()
         plain = weights.numpy()
         first_rows, scale, ends_x, ends_y = _kernel_arguments(grid)
@@ -170,7 +178,10 @@ def _compute_kappa(distances, scale, kappa, num_columns):
 
 @njit(inline="always")
 def _advance_row(kappa, row, carry, num_columns):
-    """Replace row i - 1 of G by row i: G[i,j] = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij."""
+    """Replace row i - 1 of G by row i: G[i,j] = (G[i,j-1] + G[i-1,j-1] + G[i-1,j]) kappa_ij.
+
+    `carry` must hold G[i,0] + G[i-1,0] of every lane, and is overwritten.
+    """
     for j in range(num_columns):
         for lane in range(LANES):
             up = row[j, lane]
@@ -181,9 +192,10 @@ def _advance_row(kappa, row, carry, num_columns):
 
 @njit(fastmath=VECTOR_MAXIMUM)
 def _row_range(row, lowest, peak, num_columns):
-    """Return the smallest and the largest cell of a row; write those of every lane.
+    """Return the smallest and the largest cell of a row, at most 1.0 and at least 0.0.
 
-    Lanes come first, since in one chain of minima each would wait for the one before it.
+    Those of every lane are written to `lowest` and `peak`. Lanes come first, since in one chain of
+    minima each would wait for the one before it.
     """
     for lane in range(LANES):
         lowest[lane] = 1.0
@@ -202,7 +214,7 @@ def _row_range(row, lowest, peak, num_columns):
 
 @njit(fastmath=VECTOR_MAXIMUM)
 def _row_peaks(row, peak, num_columns):
-    """Write the largest cell of a row, at least 0, of every lane."""
+    """Write the largest cell of every lane of a row, at least 0, to `peak`."""
     for lane in range(LANES):
         peak[lane] = 0.0
     for j in range(num_columns):
@@ -214,7 +226,7 @@ def _row_peaks(row, peak, num_columns):
 def _rescale(row, shift, peak, num_columns):
     """Divide the lanes whose peak is out of range by it, and add its logarithm to their shift.
 
-    Modifies row, shift and peak.
+    Modifies row and shift; `peak` becomes the factor of every lane, 1 where it is in range.
     """
     for lane in range(LANES):
         is_out = peak[lane] > RESCALE_ABOVE or 0.0 < peak[lane] < 1 / RESCALE_ABOVE
@@ -227,7 +239,11 @@ def _rescale(row, shift, peak, num_columns):
 
 @njit(inline="always")
 def _forward_row(distances, scale, kappa, state, i, ends_x, ends_y, log_k):
-    """Compute row i of G in `state`, and write log K of the lanes whose x ends with this row."""
+    """Replace row i - 1 of G in `state` by row i, rescaled if it leaves the range.
+
+    Writes kappa, the other arrays of the state, and log K of the lanes whose x ends with this row:
+    NaN if a cell of the lane was ever below `LOSES_DIGITS_BELOW`.
+    """
     row, carry, shift, peak, lowest, is_inexact, num_columns = state
     carry[:] = 1.0 if i == 0 else 0.0  # G[0,0] = 1, G[i,0] = 0
     _compute_kappa(distances, scale, kappa, num_columns)
@@ -280,7 +296,8 @@ def _weights_kernel(cells, first_rows, scale, ends_x, ends_y, log_k, weights, is
 
     Args:
         weights: float32[R, N, LANES], overwritten; may be the memory of the cells. Receives E if
-            `is_posterior`, else d log K / d distance = -scale E (1 + kappa).
+            `is_posterior`, else d log K / d distance = -scale E (1 + kappa). Cells beyond a lane's
+            lengths get 0, and those beyond the longest lane of their sequence x stay as they are.
     """
     max_rows = ends_x.max()
     max_columns = cells.shape[1]
@@ -326,7 +343,7 @@ def _weights_kernel(cells, first_rows, scale, ends_x, ends_y, log_k, weights, is
 def _start_row_backward(row, factor, row_shift, shift, i, ends_x, ends_y, log_k):
     """Start H of the lanes that end with row i, and write the factor that makes G H the posterior.
 
-    Sets log K of a lane to NaN if its factor is out of range.
+    Modifies row and factor, and sets log K of a lane to NaN if its factor is out of range.
     """
     for lane in range(LANES):
         if ends_x[lane] == i + 1:  # H = 1 at the end, as if a cell after it had handed it back
@@ -340,7 +357,10 @@ def _start_row_backward(row, factor, row_shift, shift, i, ends_x, ends_y, log_k)
 
 @njit
 def _clear_outside(kappa, table, ends_x, ends_y, num_rows, num_columns):
-    """Set kappa and G beyond the lengths of every lane to 0, so that nothing passes there."""
+    """Set kappa and G beyond the lengths of every lane to 0, so that nothing passes there.
+
+    Modifies kappa and `table` in the first `num_rows` rows and `num_columns` columns.
+    """
     for lane in range(LANES):
         for i in range(num_rows):
             for j in range(ends_y[lane] if i < ends_x[lane] else 0, num_columns):
@@ -350,7 +370,10 @@ def _clear_outside(kappa, table, ends_x, ends_y, num_rows, num_columns):
 
 @njit(inline="always")
 def _retreat_row(kappa, row, carry, table_row, num_columns):
-    """Replace kappa H of row i + 1 in `row` by that of row i; multiply `table_row`, G, by H."""
+    """Replace kappa H of row i + 1 in `row` by that of row i; multiply `table_row`, G, by H.
+
+    `carry` must hold kappa H of cell [i + 1, num_columns], and is overwritten.
+    """
     for j in range(num_columns - 1, -1, -1):
         for lane in range(LANES):
             down = row[j, lane]
@@ -363,7 +386,10 @@ def _retreat_row(kappa, row, carry, table_row, num_columns):
 
 @njit(inline="always")
 def _write_weights(products, factor, kappa, scale, weights, num_columns, is_posterior):
-    """Write the weights of one row from its products G H."""
+    """Write the first `num_columns` weights of one row from its products G H.
+
+    The posterior E is product * factor. Without `is_posterior`, the weight is -scale E (1 + kappa).
+    """
     if is_posterior:
         for j in range(num_columns):
             for lane in range(LANES):

@@ -44,7 +44,11 @@ class LogSpaceEngine:
     def log_gak_and_weights(
         self, make_cells: Callable[[], Tensor], grid: PairGrid, *, kind: WeightKind
     ) -> tuple[Tensor, Tensor]:
-        """Return log K of every pair, float64[A, B], and the weight of every cell, [R, N, B]."""
+        """Return log K of every pair, float64[A, B], and the weight of every cell, [R, N, B].
+
+        `make_cells` is called once, and its tensor stays as it is. Cells beyond the lengths of
+        their pair get the weight 0.
+        """
         cells = make_cells()
         log_kappa = _gather_log_kappa(cells, grid)
         ends_x = _flat(grid.lengths_x)

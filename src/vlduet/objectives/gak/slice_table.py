@@ -48,6 +48,9 @@ class SliceTable:
     def from_sequences(cls, sequences: Sequence[Tensor], name: str) -> SliceTable:
         """Copy sequences, float[n_i, d] each, into a table; float32 unless one is float64.
 
+        The tensors of the table are on the device of the first sequence. Equal lengths stay in the
+        user's order. The features are not centred yet.
+
         Raises:
             ValueError: no sequences, an empty one, different d, or features that are not finite.
                 The message calls the list `name`.
@@ -77,8 +80,9 @@ class SliceTable:
     def center(self, point: Tensor) -> None:
         """Subtract a point, float[d], from every slice in place, and append 1 and |x|^2.
 
-        The columns let one matrix product give distances, see `_gather_facing`. Distances do not
-        change, but those around a common centre lose fewer digits in the product.
+        Sets `features` to float[S, d + 2]; call it once. The columns let one matrix product give
+        distances, see `_gather_facing`. Distances do not change, but those around a common centre
+        lose fewer digits in the product.
         """
         centred = self.features.sub_(point)  # `from_sequences` has copied the user's tensors
         squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True) ** 2
@@ -110,7 +114,11 @@ def requires_gradient(*tensors: Tensor) -> bool:
 
 
 def _check_shapes(sequences: Sequence[Tensor], name: str) -> int:
-    """Return d of sequences of shape [n_i, d]. Raises ValueError as `from_sequences` does."""
+    """Return d of sequences of shape [n_i, d].
+
+    Raises:
+        ValueError: no sequences, or one of another shape or with n_i = 0, named as `name`[index].
+    """
     if not len(sequences):
         raise ValueError(f"{name} holds no sequences")
     first_shape = sequences[0].shape

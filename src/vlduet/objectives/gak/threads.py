@@ -39,7 +39,10 @@ def map_in_threads(task: Callable[[Item], Result], items: Sequence[Item]) -> lis
 
 @cache
 def _get_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Return the pool of `num_threads` threads, started at the first call and kept for ever.
+    """Return the pool of `num_threads` threads in which torch uses one core each.
+
+    Its threads start at the first call and are kept for ever. Torch's number of threads elsewhere
+    is `num_threads` afterwards.
 
     Raises:
         RuntimeError: the system starts no more threads; the number that torch uses is restored.

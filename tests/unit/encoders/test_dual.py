@@ -1,0 +1,44 @@
+"""Dual encoder: items that it embeds, and those that it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers import tiny
+from vlduet.data.records import Part, Parts
+from vlduet.encoders.dual import DualEncoder
+from vlduet.encoders.frozen import FrozenEncoders
+from vlduet.encoders.loading import open_encoder
+from vlduet.errors import DataError
+from vlduet.model.feature_cache import FeatureCache
+
+
+@pytest.fixture(scope="module")
+def dual(encoder_folders: dict[str, Path]) -> DualEncoder:
+    """Return an untrained dual encoder over the tiny frozen encoders, in training mode."""
+    frozen = {role: open_encoder(encoder_folders[role]) for role in ("vision", "text")}
+    return DualEncoder(FrozenEncoders(frozen, cache=FeatureCache(None)), dim=8)
+
+
+@pytest.mark.parametrize("item", [(), ("a", "b")], ids=["empty", "two parts"])
+def test_an_item_must_be_one_image_or_one_text(dual: DualEncoder, item: Part | Parts) -> None:
+    with pytest.raises(DataError, match="one image or one text"):
+        dual.encode(["a", item])
+
+
+def test_encoding_is_without_dropout_and_keeps_the_mode(dual: DualEncoder) -> None:
+    items: list[Part | Parts] = ["a", tiny.random_image(), ("a",)]
+    embeddings = dual.encode(items)
+    assert embeddings.dtype == np.float32
+    assert embeddings.shape == (3, 8)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(embeddings[0], embeddings[2])
+    np.testing.assert_array_equal(dual.encode(items), embeddings)
+    assert dual.training
+
+
+def test_no_items_give_no_rows(dual: DualEncoder) -> None:
+    assert dual.encode([]).shape == (0, 8)
