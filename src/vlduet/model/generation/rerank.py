@@ -38,7 +38,8 @@ def caption_images(
     Raises:
         ImageError: an image is missing or cannot be decoded.
         ConfigError: a prompt for a checkpoint without a chat template.
-        DataError: an image with its prompt has more tokens than the model's `max_tokens`.
+        DataError: an image exceeds the model's `max_tokens` (a long prompt is cut), or the chat
+            template refuses the message.
         ModelError: a greedy caption has logits that are not finite.
         ValueError: `num_drafts` or `max_new_tokens` is less than 1.
     """
