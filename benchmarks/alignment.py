@@ -110,8 +110,8 @@ def compare(count: int, max_length: int, *, repeats: int, seed: int) -> None:
     gak_seconds = statistics.median(seconds["gak_matrix"])
     bound = statistics.median(seconds["triangle product"])
     print(
-        f"  {gak_seconds * 1e3:.1f} ms: {gak_seconds / bound:.2f} x the triangle product; largest difference to "
-        f"tslearn {float(difference.abs().max()):.0e}",
+        f"  {gak_seconds * 1e3:.1f} ms: {gak_seconds / bound:.2f} x the triangle product; "
+        f"largest difference to tslearn {float(difference.abs().max()):.0e}",
         flush=True,
     )
 

@@ -3,8 +3,8 @@
     joint step   the step of `vlduet train` with recipe sugar on 64 sequences of two images and two
                  captions, k = 4: forward, L_g and L_d, backward, AdamW; vision features are cached
     L_d          part of it: targets of all prefixes, the loss, and its gradient in the embeddings
-    lookup       part of it: reading the frozen encoders' vectors from the cache. Training does it in
-                 a thread, one step ahead
+    lookup       part of it: reading the frozen encoders' vectors from the cache. Training does it
+                 in a thread, one step ahead
 
 L_d should take at most 3 % of the step. The frozen encoders return random vectors of the usual
 dimensions, since their values do not change the time.

@@ -7,7 +7,7 @@ The threshold says how sure EfficientNet-Lite0's classifier must be, the weight 
 counts in the projector. A weight of 0 is nano without classes. Nothing of the test split is read.
 The chosen values were written into the shipped part by
 
-    python experiments/nano/classes.py --start EARLIER.safetensors --out src/vlduet/model/nano.safetensors
+    python experiments/nano/classes.py --start EARLIER.safetensors --out nano.safetensors
 """
 
 from __future__ import annotations

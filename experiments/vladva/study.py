@@ -12,9 +12,9 @@ last token of the prompt, without a head, as in the paper. Measured on the test 
     stamps    retrieval of images and captions in both directions: mean reciprocal rank; cross
               entropy of captions after their images
     edits     the caption of a stamp against one that a rule made wrong
-              (vlduet.data.tools.caption_negatives). Captions this short have nothing to swap, so two
-              stamps in one image are "A on the left and B on the right" against the swapped text
-    long      descriptions: reciprocal rank of their image among 127, and their cross entropy after it
+              (vlduet.data.tools.caption_negatives). Captions this short have nothing to swap, so
+              two stamps in one image are "A on the left and B on the right" against the swap
+    long      descriptions: reciprocal rank of their image among 127, and their cross entropy
     reading   at the summary token of stamps: entropy of the next token, number of components with
               90 % of the variance of the image embeddings, and how evenly the token attends to
               the tokens of the image (1: evenly)
