@@ -386,7 +386,11 @@ def summarize(analyses: Sequence[ModelAnalysis]) -> list[dict[str, Any]]:
 
 
 def _summarize_readings(readings: ContentReadings | None) -> dict[str, Any] | None:
-    """Return the numbers of one kind of content, or None for no readings."""
+    """Return the numbers of one kind of content as JSON values; None for None.
+
+    They are the number of items, the mean entropy with its interval, the numbers of components and
+    the curve of explained variance. Readings of no items raise AssertionError.
+    """
     if readings is None:
         return None
     curve = explained_variance(readings.embeddings)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 
 from vlduet.errors import ConfigError, ModelError
 from vlduet.model.backbone import Backbone
@@ -37,10 +38,11 @@ class LoraSettings:
 
 
 def enable_lora(backbone: Backbone, lora: LoraSettings, existing: PeftModel | None) -> PeftModel:
-    """Make the LoRA matrices of a model trainable and all its other parameters frozen.
+    """Make the LoRA matrices of a model trainable and freeze all its other parameters, in place.
 
     Args:
-        backbone: its model gets LoRA layers in place if it has none. They start as the identity.
+        backbone: its model gets LoRA layers in place if it has none. They are initialised by
+            torch's global generator and change no output before they are trained.
         lora: the requested adapter.
         existing: PEFT's wrapper where the model has an adapter already, which is then trained
             further.
@@ -63,7 +65,13 @@ def enable_lora(backbone: Backbone, lora: LoraSettings, existing: PeftModel | No
 
 
 def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
-    """Insert new LoRA layers in place and return PEFT's wrapper; raises as `enable_lora`."""
+    """Insert new LoRA layers into the backbone's model in place and return PEFT's wrapper.
+
+    They are random (torch's global generator) and in the mode, train or eval, of the backbone.
+
+    Raises:
+        ConfigError: `lora.targets` is unknown, or the language model has no such layers.
+    """
     if lora.targets not in LORA_TARGET_PATTERNS:
         raise ConfigError(
             f"'{lora.targets}'",
@@ -97,7 +105,11 @@ def _module_pattern(targets: str, backbone: Backbone) -> str:
 
 
 def _check_settings(peft_model: PeftModel, lora: LoraSettings, backbone: Backbone) -> None:
-    """Raise ConfigError unless a model's adapter has the requested settings."""
+    """Raise ConfigError for the first of LoraSettings that differs from a model's adapter.
+
+    The adapter's `targets` are the key of LORA_TARGET_PATTERNS that selects exactly its layers in
+    `backbone`; if there is none, they differ from any request. Nothing is modified.
+    """
     config = peft_model.peft_config["default"]
     tuner: Any = peft_model.base_model
     adapted = set(tuner.targeted_module_names)
@@ -127,8 +139,10 @@ def _check_settings(peft_model: PeftModel, lora: LoraSettings, backbone: Backbon
 def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
     """Attach a saved adapter to a model, frozen, and return PEFT's wrapper.
 
+    The LoRA layers are inserted into `backbone.model` in place, which is then in evaluation mode.
+
     Raises:
-        ModelError: the folder has no adapter, or it belongs to another base.
+        ModelError: the folder has no adapter, or it is broken or belongs to another base.
     """
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
@@ -137,6 +151,10 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
     try:
         with silence_transformers():
             return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
+    except SafetensorError as error:
+        raise ModelError(
+            f"broken adapter ({error})", place=folder, fix="Copy the whole folder again"
+        ) from None
     except (RuntimeError, ValueError) as error:
         raise ModelError(
             str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base"
@@ -144,7 +162,11 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
 
 
 def save_lora(peft_model: PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into a folder, which is created."""
+    """Write adapter_config.json and adapter_model.safetensors into a folder, which is created.
+
+    In both the file and the adapter in memory, the path of the base model is reduced to its last
+    component. PEFT's README.md is deleted from the folder.
+    """
     for config in peft_model.peft_config.values():
         # PEFT would write an absolute path of this machine.
         config.base_model_name_or_path = Path(config.base_model_name_or_path or "").name

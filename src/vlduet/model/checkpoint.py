@@ -65,11 +65,14 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a model folder, or a plain Hugging Face checkpoint folder (then nothing but its path).
+    """Return the content of a model folder; weights of base and adapter are not read.
+
+    Of a plain Hugging Face checkpoint (config.json, but no vlduet.json) nothing is read: the result
+    has the folder as `base_folder` and everything else empty or None.
 
     Raises:
-        ModelError: the folder holds no model, a file is broken, it has another format or image
-            backend, or its base is missing or has changed.
+        ModelError: the folder holds no model, a file is broken or missing, it has another format or
+            image backend, or the fingerprint of its base differs or its base is missing.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -120,9 +123,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Return the content of a manifest; ModelError unless it has all MANIFEST_KEYS.
+    """Return the content of a manifest file.
 
-    The manifest of another format version may lack keys: the caller refuses it by its version.
+    Raises:
+        ModelError: it is not a JSON object, or lacks one of MANIFEST_KEYS. A manifest of another
+            format version may lack any: the caller refuses it by its version.
     """
     fix = "Copy the whole folder again"
     try:
@@ -146,6 +151,9 @@ def write_checkpoint(
     save_adapter: Callable[[Path], None] | None,
 ) -> None:
     """Write the files of a model into an existing folder (in `replace_folder_atomically`).
+
+    They are vlduet.json, duet.safetensors, golden.safetensors and perhaps ``adapter/``. Raises
+    FileNotFoundError if the base has no config.json.
 
     Args:
         folder: folder to write into; with base None it already holds the checkpoint's files.
@@ -175,9 +183,10 @@ def write_checkpoint(
 
 
 def _final_folder(folder: Path) -> Path:
-    """Return the path that a folder within `replace_folder_atomically` will have in the end.
+    """Return the absolute path that a folder within `replace_folder_atomically` will have at last.
 
-    Relative paths in the manifest must hold there; the temporary name is `.NAME.writing`.
+    Relative paths in the manifest must hold there. ``.NAME.writing`` becomes ``NAME`` in the same
+    parent folder; other names stay.
     """
     name = folder.name
     if name.endswith(".writing"):
@@ -208,8 +217,10 @@ def verify_tensors(
 ) -> None:
     """Check that all trained tensors of a manifest were loaded, bit for bit, and no others.
 
+    Contents are compared by SHA-256, so `tensors` must have the dtypes of saving.
+
     Raises:
-        ModelError: names the first tensor that is missing, unknown or different; `place` is the
+        ModelError: names the first tensor that is missing, unknown or different, and `place`, the
             folder.
     """
     saved = manifest["trained"]
@@ -230,7 +241,8 @@ def verify_tensors(
 def make_golden_inputs() -> list[Part | Parts]:
     """Return the fixed inputs that a model embeds when saved and again when loaded.
 
-    They are a text, an image of colour ramps, and a mixture of the image and a question.
+    They are a text, an image of colour ramps (64 x 64, as PNG bytes), and a tuple of that image and
+    a question.
     """
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     red = np.tile(ramp, (64, 1))
@@ -245,11 +257,12 @@ def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, plac
     Args:
         saved: float32[3, E], golden vectors in the folder.
         now: float32[3, E], golden vectors of the loaded model.
-        dtype: dtype of the model's weights, which decides the tolerance.
+        dtype: dtype of the model's weights, which decides the tolerance of 1 - cosine
+            (GOLDEN_TOLERANCES, else HALF_PRECISION_TOLERANCE).
         place: folder that an error names.
 
     Raises:
-        ModelError: a cosine is too low, or not a number.
+        ModelError: the cosine of a pair of vectors is too low, or not a number.
     """
     cosines = torch.nn.functional.cosine_similarity(saved.double(), now.double())
     worst = float((1 - cosines).max())

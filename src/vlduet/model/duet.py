@@ -23,16 +23,10 @@ from torch import Tensor, nn
 from vlduet.data.batches import FORWARD_MAX_TOKENS, Batch, collate
 from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import PreparedImage, Sequence
-from vlduet.model import embedding, likelihood, saving
+from vlduet.model import embedding, feature_cache, likelihood, saving
 from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lora
 from vlduet.model.backbone import Backbone, ProjectorTraining
 from vlduet.model.embedding import Embeddable, ProgressCallback
-from vlduet.model.feature_cache import (
-    FeatureCache,
-    attach_cached_features,
-    compute_features,
-    get_file_version,
-)
 from vlduet.model.generation import continuous, rerank
 from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
 from vlduet.model.pooling import (
@@ -54,19 +48,15 @@ INITIAL_TEMPERATURE = 0.07
 class DuetModel(nn.Module):
     """A vision-language checkpoint with an embedding head, a temperature and embedding prompts.
 
-    Args:
-        backbone: a loaded checkpoint.
-        prompts: presentation of contents for an embedding.
-        head: kind of the embedding head, `mlp`, `linear`, `none` or `split` (see `EmbeddingHead`).
-        dim: E, width of the embeddings; the head `none` has the language model's width instead.
-        max_tokens: longest sequence; texts are cut to it, images never.
-
     Attributes:
         feature_cache: cache of vision features, in memory unless it is replaced.
         renderer: renderer of sequences, used by recipes.
         soft_prompts: trained prompt tokens; None without any.
         logit_scale: log of 1 / temperature, float32[].
     """
+
+    image_backend = IMAGE_BACKEND
+    """Name of the library that decodes and resizes images."""
 
     def __init__(
         self,
@@ -77,6 +67,17 @@ class DuetModel(nn.Module):
         dim: int = 384,
         max_tokens: int = DEFAULT_MAX_TOKENS,
     ):
+        """Wrap a loaded checkpoint; no parameter is frozen or unfrozen.
+
+        Args:
+            backbone: the checkpoint, not copied. If it has half precision, its projector is
+                converted to float32 in place.
+            prompts: presentation of contents for an embedding.
+            head: kind of the embedding head, `mlp`, `linear`, `none` or `split` (see
+                `EmbeddingHead`), initialised by torch's global generator.
+            dim: E, width of the embeddings; the head `none` has the language model's width instead.
+            max_tokens: longest sequence; texts are cut to it, images never.
+        """
         super().__init__()
         self.backbone = backbone
         if backbone.model.dtype in (torch.float16, torch.bfloat16):
@@ -88,7 +89,7 @@ class DuetModel(nn.Module):
         self.soft_prompts: SoftPrompts | None = None
         # A list hides the wrapper from torch, which would see every layer of the backbone twice.
         self._peft_model: list[Any] = []
-        self.feature_cache = FeatureCache(None)
+        self.feature_cache = feature_cache.FeatureCache(None)
         processor = replace(backbone.processor, prepare_image=self.prepare_image)
         self.renderer = Renderer(processor, prompts=prompts, max_tokens=max_tokens)
         self._prepared_images: dict[tuple[str, int, int], PreparedImage] = {}
@@ -98,8 +99,12 @@ class DuetModel(nn.Module):
     def forward(self, batch: Batch) -> Readout:
         """Run the language model once over a batch and read it at anchors and labels.
 
+        It runs in the model's present mode (train or eval). Vision features carry no gradient; they
+        are taken from `feature_cache`, or computed and stored there.
+
         Returns:
-            The embeddings of all A anchors and the negative log-likelihoods of all S labels.
+            The embeddings of all A anchors, float[A, E], and the negative log-likelihoods of all S
+            labels, float[S], with their graph. Either may be empty.
         """
         is_vision = self.vision_anchor_mask(batch)
         text_batch = batch if is_vision is None else batch.drop_anchors(is_vision)
@@ -116,10 +121,11 @@ class DuetModel(nn.Module):
         return Readout(embeddings, batch.anchors, nll)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Return the hidden states float[B, T, D] after the final norm; a batch may have no rows.
+        """Return the hidden states float[B, T, D] after the final norm.
 
         They equal `last_hidden_state` of the base model in transformers, so a server of the same
-        checkpoint computes the same embeddings.
+        checkpoint computes the same embeddings. Without rows, the language model does not run and
+        the result is an empty float32 tensor. Raises as `language_model_inputs`.
         """
         if not len(batch.token_ids):
             return self.logit_scale.new_zeros(*batch.token_ids.shape, self.backbone.hidden_size)
@@ -134,6 +140,9 @@ class DuetModel(nn.Module):
         Returns:
             `inputs_embeds`, float[B, T, D]: token embeddings with projected vision features at
             image tokens; and what the family adds, such as attention masks or DeepStack features.
+
+        Raises:
+            ModelError: the language model attends to later text and cannot generate (Gemma 4).
         """
         table = self.backbone.token_embedding
         if self.soft_prompts is None:
@@ -152,20 +161,22 @@ class DuetModel(nn.Module):
     def vision_features(self, prepared: list[PreparedImage]) -> Tensor:
         """Return the projector's input float[tokens, Dv] for images, concatenated in order.
 
-        Each distinct image that is not cached goes through the vision tower once.
+        At least one image is required. Each distinct image that is not cached goes through the
+        vision tower once, and its features are stored in the cache.
         """
-        features = compute_features(
+        features = feature_cache.compute_features(
             prepared, self.feature_cache, self.backbone.compute_vision_features
         )
         return torch.cat([image_features.to(self.backbone.device) for image_features in features])
 
     def embed_anchors(self, batch: Batch, hidden: Tensor, spans: Tensor) -> Tensor:
-        """Return the embeddings float[A, E], unit length, of all anchors of a batch.
+        """Return the embeddings float[A, E], unit length, of all anchors of a batch, in order.
 
         Args:
+            batch: the whole batch. Its images are read only if some of its anchors are embedded by
+                the vision tower (`vision_anchor_mask`), which requires a `split` head.
             hidden: float[B', T, D], hidden states of the rows that the language model has read.
-            spans: int64[a, 3], spans in `hidden` of the anchors that are not read from the vision
-                tower.
+            spans: int64[a, 3], spans in `hidden` of the other anchors, in their order.
         """
         pooled = pool_hidden_states(hidden, spans, dtype=self.logit_scale.dtype)
         embeddings: Tensor = self.head(pooled)
@@ -178,10 +189,10 @@ class DuetModel(nn.Module):
         )
 
     def vision_anchor_mask(self, batch: Batch) -> Tensor | None:
-        """Return bool[A], the anchors whose embedding comes from the vision tower alone.
+        """Return bool[A], True at anchors whose embedding comes from the vision tower alone.
 
-        They are those on images if `prompts.image_pool` is `vision`; for all other prompts it
-        returns None.
+        They are those that start on an image token if `prompts.image_pool` is `vision`; for all
+        other prompts it returns None.
         """
         if self.prompts.image_pool != "vision":
             return None
@@ -203,14 +214,20 @@ class DuetModel(nn.Module):
     # ------------------------------------------------------------------ inputs
 
     def prepare_image(self, ref: ImageRef) -> PreparedImage:
-        """Return an image ready for the vision tower; ImageError where it cannot be decoded.
+        """Return an image ready for the vision tower.
 
-        An unchanged file whose features are cached is neither decoded nor preprocessed again.
+        A file with unchanged size and time of modification whose features are cached is neither
+        decoded nor preprocessed again; it has those features as inputs instead of pixels. Images
+        given as bytes are always decoded.
+
+        Raises:
+            ImageError, ModelError: as `Backbone.prepare_image`.
         """
-        version = get_file_version(ref.path)
+        version = feature_cache.get_file_version(ref.path)
         prepared = None
         if version in self._prepared_images:
-            prepared = attach_cached_features(self._prepared_images[version], self.feature_cache)
+            prepared_before = self._prepared_images[version]
+            prepared = feature_cache.attach_cached_features(prepared_before, self.feature_cache)
         if prepared is None:
             prepared = self.backbone.prepare_image(ref)
         if version:
@@ -221,12 +238,8 @@ class DuetModel(nn.Module):
         self, sequences: list[Sequence], *, padding_side: str = "right", pack_to: int | None = None
     ) -> Batch:
         """Return a batch of sequences on the model's device (see `data.batches.collate`)."""
-        batch = collate(
-            sequences,
-            pad_token_id=self.backbone.pad_token_id,
-            padding_side=padding_side,
-            pack_to=pack_to,
-        )
+        pad_id = self.backbone.pad_token_id
+        batch = collate(sequences, pad_token_id=pad_id, padding_side=padding_side, pack_to=pack_to)
         return batch.to(self.backbone.device)
 
     @property
@@ -243,15 +256,10 @@ class DuetModel(nn.Module):
         """E, the width of the embeddings."""
         return self.head.dim
 
-    @property
-    def image_backend(self) -> str:
-        """Name of the library that decodes and resizes images."""
-        return IMAGE_BACKEND
-
     # ------------------------------------------------------------------ trainable state
 
     def reset_head(self, kind: str, dim: int) -> None:
-        """Replace the embedding head by a new one with random weights (see `EmbeddingHead`)."""
+        """Replace the embedding head by a new `EmbeddingHead`, initialised by torch's generator."""
         head = EmbeddingHead(
             kind, self.backbone.hidden_size, dim, vision_width=self.backbone.vision_width
         )
@@ -265,17 +273,18 @@ class DuetModel(nn.Module):
         head: bool = True,
         soft_prompts: bool = False,
     ) -> None:
-        """Freeze all parameters but the requested ones, in place.
+        """Freeze all parameters but the requested ones, in place; the mode (train, eval) stays.
 
         Args:
             lora: train the adapter, which is added if there is none; None adds and trains none.
             projector: train the projector, or only its `last` linear layer.
             head: train the embedding head and the temperature.
-            soft_prompts: train soft prompts; without any, they replace the current prompts.
+            soft_prompts: train soft prompts. If the model has none, they are created from the
+                current prompts and replace them, and the tokenizer gets their tokens.
 
         Raises:
-            ConfigError: the existing adapter has other settings than `lora`, the language model has
-                none of its layers, or the prompts have no tokens.
+            ConfigError: the existing adapter has other settings than `lora`, its `targets` are
+                unknown, the language model has none of its layers, or the prompts have no tokens.
         """
         if soft_prompts and self.soft_prompts is None:
             self.soft_prompts, prompts = init_soft_prompts(self.renderer, self.backbone)
@@ -295,13 +304,14 @@ class DuetModel(nn.Module):
         return self._peft_model[0] if self._peft_model else None
 
     def load_adapter(self, folder: Path) -> None:
-        """Attach a saved LoRA adapter, frozen; raises ModelError if it is of another base."""
+        """Attach a saved LoRA adapter, frozen; effects and errors are those of `load_lora`."""
         self._peft_model = [load_lora(self.backbone, folder)]
 
     def merge_adapter(self) -> None:
         """Merge the trained parts into the backbone's weights, in place.
 
-        The adapter is removed. Rows of soft prompts are copied into the embedding table.
+        The adapter is removed. Rows of soft prompts are copied into the embedding table, which
+        grows if needed, and `soft_prompts` stays. Without either, nothing changes.
         """
         if self.peft_model is not None:
             merge_lora(self.peft_model)
@@ -312,24 +322,19 @@ class DuetModel(nn.Module):
     def own_tensors(self) -> dict[str, Tensor]:
         """Return projector, head, temperature and soft prompts by their names in saved models.
 
-        The tensors are the parameters themselves. The base and the adapter are left out.
+        Names are `projector.NAME`, `head.NAME`, ROWS_TENSOR_NAME (only with soft prompts) and
+        `logit_scale`. The tensors are the parameters themselves; base and adapter are left out.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.backbone.projector.named_parameters():
-            tensors[f"projector.{name}"] = parameter
-        for name, parameter in self.head.named_parameters():
-            tensors[f"head.{name}"] = parameter
+        tensors: dict[str, Tensor] = dict(self.backbone.projector.named_parameters("projector"))
+        tensors |= self.head.named_parameters("head")
         if self.soft_prompts is not None:
             tensors[ROWS_TENSOR_NAME] = self.soft_prompts.rows
         return tensors | {"logit_scale": self.logit_scale}
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """Return the LoRA matrices (the parameters themselves) by name."""
-        return {
-            name: parameter
-            for name, parameter in self.backbone.model.named_parameters()
-            if "lora_" in name
-        }
+        parameters = self.backbone.model.named_parameters()
+        return {name: parameter for name, parameter in parameters if "lora_" in name}
 
     def embedding_settings(self) -> dict[str, Any]:
         """Return prompts and head as in the manifest: what embeddings depend on beside tensors."""
@@ -397,17 +402,21 @@ class DuetModel(nn.Module):
         stream: bool = False,
         temperature: float = 0.0,
     ) -> str | abc.Iterator[str]:
-        """Return the model's answer to a conversation.
+        """Return the model's answer to a conversation, without surrounding whitespace.
+
+        It may be empty. The backbone is in evaluation mode, without gradients, meanwhile.
 
         Args:
             messages: turns in order, the last one of the user.
-            max_new_tokens: longest answer in tokens.
-            stream: return an iterator over pieces of the answer instead, as they are generated.
-            temperature: 0 is greedy.
+            max_new_tokens: longest answer in tokens, at which it is cut.
+            stream: return an iterator over non-empty pieces of the answer instead, not stripped.
+                The prompt's images are encoded at once; tokens are generated as it is advanced.
+            temperature: 0 is greedy; else tokens are sampled from torch's global generator.
 
         Raises:
-            DataError, ImageError, ConfigError: the conversation cannot be rendered
-                (`Renderer.render_chat`).
+            DataError, ImageError, ConfigError: as `Renderer.render_chat`.
+            ModelError, ValueError: by the iterator with `stream`; the logits are not finite, or
+                `max_new_tokens` is below 1.
         """
         prompt = self.renderer.render_chat(tuple(messages), add_generation_prompt=True)
         inputs = self.prefill_inputs([prompt])
@@ -467,8 +476,7 @@ class DuetModel(nn.Module):
         """Open a model folder, or wrap a plain Hugging Face checkpoint, in evaluation mode.
 
         Args:
-            folder: a folder of `save_pretrained` or `save_merged`, or a checkpoint of a known
-                family.
+            folder: folder of `save_pretrained` or `save_merged`, or checkpoint of a known family.
             device: None is the GPU if there is one.
             dtype: of language model and vision tower; projector, head and adapter have float32.
                 None is float32 on a CPU, and bfloat16 on a GPU for a checkpoint that was saved in

@@ -35,7 +35,8 @@ def encode(
 ) -> np.ndarray:
     """Return the embeddings of items, float32[N, E], unit length, in their order.
 
-    The model is in evaluation mode meanwhile. Nothing is skipped: one unusable item raises.
+    The model is in evaluation mode meanwhile; computed vision features are stored in its cache.
+    Nothing is skipped: one unusable item raises.
 
     Args:
         items: each a text, an `ImageRef`, or a tuple of both; without items the result has no rows.
@@ -43,11 +44,12 @@ def encode(
         batch_tokens: bound on the padded tokens of a forward pass; items are grouped by length, and
             short ones share packed rows.
         max_tokens: longest sequence, to which texts are cut; None is the model's own limit.
-        progress: called after every forward pass.
+        progress: called after every forward pass with the number of items embedded by it.
 
     Raises:
-        DataError: an item is empty, or longer than the limit without any text to cut.
+        DataError: an item is empty or blank, or longer than the limit without any text to cut.
         ImageError: an image cannot be decoded.
+        ConfigError: the prompts need a chat template that the checkpoint does not have.
     """
     renderer = model.renderer.with_options(max_tokens=max_tokens)
     embeddings = np.empty((len(items), model.dim), dtype=np.float32)

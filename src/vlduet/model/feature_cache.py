@@ -33,13 +33,17 @@ class FeatureCache:
     """Map from keys to float32 tensors: [tokens, Dv] of a vision tower, [D] of a slice encoder.
 
     It is safe for several threads, and with a folder also for several processes.
-
-    Args:
-        folder: folder of the features, created when the first is stored; None keeps them in memory.
-        memory_bytes: bound on the size in memory; the oldest features are dropped beyond it.
     """
 
     def __init__(self, folder: Path | None, *, memory_bytes: int = DEFAULT_MEMORY_BYTES):
+        """Create a cache; nothing is read or written yet.
+
+        Args:
+            folder: folder of the features, created when the first is stored, whose earlier content
+                is used; None keeps them in memory.
+            memory_bytes: bound on the size in memory, beyond which the features that were stored
+                first are dropped. It does not hold for a folder.
+        """
         self.folder = folder
         self.memory_bytes = memory_bytes
         self._memory: dict[str, Tensor] = {}
@@ -47,9 +51,10 @@ class FeatureCache:
         self._lock = threading.Lock()  # the thread that prepares the next batch runs encoders, too
 
     def get(self, key: str) -> Tensor | None:
-        """Return the features of a key on the CPU, or None.
+        """Return the features of a key, float32 on the CPU, or None where there are none.
 
-        Features in a folder are memory-mapped and read when they are used. A file that a killed
+        Features in a folder are memory-mapped and read when they are used; changing the tensor does
+        not change the file. Those in memory are the stored tensor itself. A file that a killed
         process left incomplete counts as missing.
         """
         if self.folder is None:
@@ -61,7 +66,12 @@ class FeatureCache:
             return None
 
     def put(self, key: str, features: Tensor) -> None:
-        """Store features as float32, replacing earlier ones of the key; atomic on disk."""
+        """Store features as float32 without their graph, replacing earlier ones of the key.
+
+        With a folder, they are written to a file there, atomically; raises OSError if that fails.
+        Without one, they are kept in memory on the CPU, and the features stored first are dropped
+        while all are larger than `memory_bytes`: the new ones themselves, if they alone are.
+        """
         features = features.detach().cpu().float().contiguous()
         if self.folder is None:
             with self._lock:
@@ -96,7 +106,12 @@ class _LazyFeatures(Mapping[str, Tensor]):
         self.key = key
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return the features; raises ModelError if their file has disappeared."""
+        """Return the features, read anew from their file.
+
+        Raises:
+            KeyError: `name` is not FEATURES_INPUT.
+            ModelError: the file has disappeared or is incomplete.
+        """
         if name != FEATURES_INPUT:
             raise KeyError(name)
         features = self.cache.get(self.key)
@@ -118,9 +133,9 @@ class _LazyFeatures(Mapping[str, Tensor]):
 
 
 def get_file_version(path: Path | None) -> tuple[str, int, int] | None:
-    """Return path, modification time in ns and size of a file, or None where there is no file.
+    """Return path, modification time in ns and size of a file; None for no file and for None.
 
-    Equal versions mean equal content, without reading it.
+    Equal versions are taken to mean equal content, without reading it.
     """
     if path is None or not path.is_file():
         return None
@@ -129,10 +144,10 @@ def get_file_version(path: Path | None) -> tuple[str, int, int] | None:
 
 
 def attach_cached_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
-    """Return the image with its cached features as inputs, or None where they are not cached.
+    """Return a copy of the image with its cached features as only input; None if none are cached.
 
-    Features of a cache in memory are held by the returned image, because the cache may drop them
-    before the batch is used.
+    Features of a cache in memory are held by the copy, because the cache may drop them before the
+    batch is used. Those of a cache on disk are read from their file at each access.
     """
     features = cache.get(image.cache_key)
     if features is None:
@@ -147,10 +162,17 @@ def compute_features(
     cache: FeatureCache,
     vision_tower: Callable[[list[PreparedImage]], Tensor],
 ) -> list[Tensor]:
-    """Return the vision features float[num_features, Dv] of every image.
+    """Return the vision features float[num_features, Dv] of every image, in order; [] for none.
 
     Each distinct image that is neither cached nor has its features attached goes through the vision
-    tower once, and its features are stored in the cache.
+    tower once, VISION_BATCH_IMAGES at a time, and its features are stored in the cache. These have
+    the device and dtype of the tower's output; cached ones are float32 on the CPU.
+
+    Args:
+        vision_tower: returns the features of several images, concatenated in order.
+
+    Raises:
+        ModelError: a file of attached features has disappeared.
     """
     distinct = {image.cache_key: image for image in images}
     features: dict[str, Tensor] = {}
@@ -174,11 +196,11 @@ def replace_pixels_by_features(
     cache: FeatureCache,
     vision_tower: Callable[[list[PreparedImage]], Tensor],
 ) -> list[Sequence]:
-    """Return the sequences with vision features instead of pixels as inputs of their images.
+    """Return copies of the sequences whose images have vision features as inputs, not pixels.
 
     The pixels of a batch that is processed in chunks would take more memory than any chunk;
     features on disk take none until they are read. Features that are not cached are computed and
-    stored.
+    stored, as by `compute_features`.
     """
     images = [image for sequence in sequences for _, image in sequence.images]
     by_key: dict[str, PreparedImage] = {}

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def compute_sequence_nll(model: DuetModel, sequences: list[Sequence]) -> list[tuple[float, int]]:
-    """Return (total negative log-likelihood in nats, number of labels) of every sequence's labels.
+    """Return (total negative log-likelihood in nats, number of labels) of every sequence, in order.
 
-    The model is in evaluation mode meanwhile. Consecutive sequences with a common prefix, such as
-    the options of a question, read it once (`data.prefix_sharing`). A sequence without labels gives
-    (0.0, 0).
+    No graph is built, and the model is in evaluation mode meanwhile. Consecutive sequences with a
+    common prefix, such as the options of a question, read it once (`data.prefix_sharing`). A
+    sequence without labels gives (0.0, 0); anchors are ignored.
     """
     results = [(0.0, 0)] * len(sequences)
     with eval_mode(model):
@@ -41,16 +41,17 @@ def compute_sequence_nll(model: DuetModel, sequences: list[Sequence]) -> list[tu
 def compute_caption_nll(
     model: DuetModel, pairs: abc.Sequence[tuple[ImageRef, str]], *, batch_size: int = 32
 ) -> list[tuple[float, int]]:
-    """Return (total negative log-likelihood in nats, number of tokens) of each caption.
+    """Return (total negative log-likelihood in nats, number of tokens) of each caption, in order.
 
-    A caption follows its image, and its end-of-text token counts.
+    A caption follows its image's embedding prompt, and its end-of-text token counts. The model is
+    in evaluation mode meanwhile. A caption that is too long is cut.
 
     Args:
         pairs: images with their captions.
         batch_size: number of pairs that are rendered at once; bounds the decoded images in memory.
 
     Raises:
-        DataError, ImageError: a pair cannot be rendered (`Renderer.render_caption`).
+        DataError, ImageError, ConfigError: a pair cannot be rendered (`Renderer.render_caption`).
     """
     results: list[tuple[float, int]] = []
     for begin in range(0, len(pairs), batch_size):

@@ -211,7 +211,9 @@ def convert_vision_weights(
 ) -> dict[str, Tensor]:
     """Return a state dict for the vision tower: Lite0, the averaging stages and the classifier.
 
-    Tensors of Lite0 with fewer channels than those of the tower are filled up with zeros.
+    Tensors of Lite0 with fewer channels than those of the tower are filled up with zeros, and
+    tensors that Lite0 lacks keep the values of `template`. `CLASS_LOGIT_THRESHOLD` is subtracted
+    from the biases of the classes. Raises KeyError if Lite0 has no classifier (``_fc``).
 
     Args:
         lite0: state dict of EfficientNet-Lite0, with the names of its package.

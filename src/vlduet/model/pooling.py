@@ -56,12 +56,13 @@ def concatenate_readouts(readouts: list[Readout]) -> Readout:
 def pool_hidden_states(
     hidden: Tensor, spans: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return the mean hidden state of every span, float[A, D].
+    """Return the mean hidden state of every span, float[A, D], in order.
 
     Args:
         hidden: float[B, T, D].
-        spans: int64[A, 3], row, start and end. A span of one token is last-token pooling. Without
-            spans the result is empty but still part of the graph (see `create_empty_readout`).
+        spans: int64[A, 3], row, start and end (exclusive), at least one token each. A span of one
+            token is last-token pooling. Without spans the result is empty but still part of the
+            graph (see `create_empty_readout`).
         dtype: dtype of the sum and of the result, by default that of `hidden`; a mean in half
             precision would lose digits.
     """
@@ -94,17 +95,19 @@ def find_supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class EmbeddingHead(nn.Module):
-    """Map from pooled hidden states to embeddings of unit length, r = norm(head(d)).
-
-    Args:
-        kind: `mlp` (Linear-GELU-Linear, Sugar), `linear`, `none` (VladVA embeds d itself), or
-            `split`: one linear map of d and another of the vision tower's features (FROMAGe).
-        width: D, width of the hidden states.
-        dim: E, width of the embeddings; `none` has E = D instead.
-        vision_width: width of the vision features that `split` reads.
-    """
+    """Map from pooled hidden states to embeddings of unit length, r = norm(head(d))."""
 
     def __init__(self, kind: str, width: int, dim: int, *, vision_width: int = 0):
+        """Create the layers, in float32 on the CPU, initialised by torch's global generator.
+
+        Args:
+            kind: `mlp` (Linear-GELU-Linear, Sugar), `linear`, `none` (VladVA embeds d itself), or
+                `split`: one linear map of d and another of the vision tower's features (FROMAGe).
+                Any other kind raises KeyError.
+            width: D, width of the hidden states.
+            dim: E, width of the embeddings; `none` has E = D instead.
+            vision_width: width of the vision features that `split` reads.
+        """
         super().__init__()
         self.kind = kind
         self.dim = width if kind == "none" else dim
@@ -142,16 +145,16 @@ def merge_vision_embeddings(
     is_vision: Tensor,
     features: Tensor,
 ) -> Tensor:
-    """Return the embeddings float[A, E] of all anchors, from either of two sources.
+    """Return the embeddings float[A, E], unit length, of all anchors, from either of two sources.
 
     Args:
         text_embeddings: float[n, E], embeddings of the anchors that the language model embeds, in
             order.
-        head: head with a map for vision features.
-        batch: the whole batch with all A anchors.
+        head: head with a map for vision features; any other kind fails an assertion.
+        batch: the whole batch with all A anchors, in whose order the result is.
         is_vision: bool[A], the anchors that are embedded as the mean of their image's vision
             features; each lies on image tokens.
-        features: float[tokens, Dv], vision features of all images of the batch.
+        features: float[tokens, Dv], vision features of all images of the batch, in order.
     """
     rows, starts, ends = batch.anchor_spans[is_vision].unbind(1)
     # Index of the feature at every token, or of the last one before it: features fill the image

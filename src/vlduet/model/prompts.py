@@ -55,7 +55,11 @@ class Prompts:
     the last token."""
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Raise ConfigError for the first invalid field; nothing is modified.
+
+        `image`, `text` and `parts` must each contain their own slot, such as ``{image}``, exactly
+        once and no slot of another. `image_pool` must be `last`, `mean` or `vision`.
+        """
         for name in ("image", "text", "parts"):
             prompt = getattr(self, name)
             if SLOT_PATTERN.findall(prompt) != [name]:
@@ -75,17 +79,18 @@ class Prompts:
 
 
 class Renderer:
-    """Renderer of sequences for one checkpoint. Its methods do not modify it.
-
-    Args:
-        processor: tokenizer, image preprocessing and special tokens of the checkpoint.
-        prompts: presentation of contents for an embedding.
-        max_tokens: longest sequence; user texts are cut to fit, images never.
-    """
+    """Renderer of sequences for one checkpoint. Its methods do not modify it."""
 
     def __init__(
         self, processor: Processor, *, prompts: Prompts, max_tokens: int = DEFAULT_MAX_TOKENS
     ):
+        """Store the options, and the begin-of-sequence token if the tokenizer adds one to texts.
+
+        Args:
+            processor: tokenizer, image preprocessing and special tokens of the checkpoint.
+            prompts: presentation of contents for an embedding.
+            max_tokens: longest sequence; user texts are cut to fit, images never.
+        """
         self.tokenizer = processor.tokenizer
         self.prepare_image = processor.prepare_image
         self.image_token_id = processor.image_token_id
@@ -106,7 +111,10 @@ class Renderer:
         max_tokens: int | None = None,
         prepare_image: Callable[[ImageRef], PreparedImage] | None = None,
     ) -> Self:
-        """Return a copy with some options replaced; None keeps an option."""
+        """Return a copy with some options replaced; None keeps an option.
+
+        The copy shares tokenizer and processor with the original, which is not modified.
+        """
         renderer = copy(self)
         renderer.prompts = prompts or self.prompts
         renderer.max_tokens = self.max_tokens if max_tokens is None else max_tokens
@@ -130,7 +138,9 @@ class Renderer:
         record_name: str = "",
         content_key: str = "",
     ) -> Sequence:
-        """Return the sequence with one anchor, the embedding of `parts` by the prompts.
+        """Return the sequence with one anchor, the embedding of `parts` by the prompts; no labels.
+
+        Texts are cut at their ends until the sequence fits `max_tokens`. Images are decoded.
 
         Args:
             parts: images and texts in order.
@@ -140,7 +150,7 @@ class Renderer:
             content_key: hash of the content.
 
         Raises:
-            DataError: no part, an empty text, or more tokens than `max_tokens` without any text to
+            DataError: no part, a blank text, or more tokens than `max_tokens` without any text to
                 cut.
             ImageError: an image cannot be decoded.
             ConfigError: `prompts.chat` is set and the checkpoint has no usable chat template.
@@ -156,8 +166,13 @@ class Renderer:
     def render_caption(self, image: ImageRef, caption: str, *, record_name: str = "") -> Sequence:
         """Return an image with its caption: one pass over the image serves both losses of VladVA.
 
-        The image's prompt comes first, with the anchor of its embedding (role `image`). The caption
-        and the end-of-text token follow as labels. Raises what `render_embedding` raises.
+        The image's prompt comes first, with the anchor of its embedding (role `image`, the image's
+        content key). The caption, which may be empty, and the end-of-text token follow as labels. A
+        caption that does not fit `max_tokens` is cut, and the token after it is no label.
+
+        Raises:
+            DataError: the image with its prompt leaves no room for one token of the caption.
+            ImageError, ConfigError: as `render_embedding`.
         """
         builder = self.new_builder()
         spans = self.append_prompt(builder, (image,))
@@ -172,13 +187,21 @@ class Renderer:
         return builder.build(self.max_tokens)
 
     def render_document(self, parts: Parts) -> tuple[SequenceBuilder, list[Span]]:
-        """Render as much of an interleaved document as fits `max_tokens`; texts are labels.
+        """Render as many leading parts of a document as fit `max_tokens`; texts are labels.
+
+        The prompt for their kinds surrounds them. After the last part, if all fit and it is a text,
+        the end-of-text token follows as a label.
+
+        Args:
+            parts: images and texts in order, at least one.
 
         Returns:
-            The builder, to which the caller adds anchors, and the spans of the leading parts that
-                fit: at
-            least one, even a longer one. A complete document whose last part is a text ends with
-            the end-of-text token. The prompt's closing text follows.
+            The builder, to which the caller adds anchors, and the span of every part that fits: at
+            least one, even if it alone is too long (`SequenceBuilder.build` cuts it).
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            DataError, ConfigError: as `append_prompt`.
         """
         before, after = self._prompt_texts(parts)
         builder = self.new_builder()
@@ -202,7 +225,18 @@ class Renderer:
     def append_prompt(
         self, builder: SequenceBuilder, parts: Parts, *, is_query: bool = False
     ) -> list[Span]:
-        """Append `parts` in their embedding prompt and return the span of every part."""
+        """Append `parts` in their embedding prompt to `builder`; return the span of every part.
+
+        Args:
+            builder: sequence so far, modified in place.
+            parts: images, which are decoded, and texts in order.
+            is_query: put `prompts.query` before every text.
+
+        Raises:
+            ImageError: an image cannot be decoded.
+            DataError: the chat template refuses a single turn of a user.
+            ConfigError: `prompts.chat` is set and the checkpoint has no usable chat template.
+        """
         before, after = self._prompt_texts(parts)
         builder.append_control(before)
         spans = [self._append_part(builder, parts, i, is_query=is_query) for i in range(len(parts))]
@@ -213,12 +247,14 @@ class Renderer:
         """Return the span where the embedding of a prompt that was just appended is read.
 
         Args:
-            builder: sequence that ends with the prompt.
-            parts: contents of the prompt.
+            builder: sequence that ends with the prompt; it is not modified.
+            parts: contents of the prompt, at least one.
             spans: result of `append_prompt`.
 
         Returns:
-            The tokens of the last image where `prompts.image_pool` says so, else the last token.
+            The span of the last part, an image, in two cases: it is the only part and
+            `prompts.image_pool` is not `last`; or the prompt has no text after it and `image_pool`
+            is `mean`. Else the last token of the sequence.
         """
         pool = self.prompts.image_pool
         is_single_image = len(parts) == 1 and isinstance(parts[0], ImageRef)
@@ -230,7 +266,13 @@ class Renderer:
         return len(builder.token_ids) - 1, len(builder.token_ids)
 
     def _prompt_texts(self, parts: Parts) -> tuple[str, str]:
-        """Return the control texts before and after contents that are embedded."""
+        """Return the control texts before and after contents that are embedded.
+
+        The prompt is `parts` for a mixture, `image` for a single image, else `text` (several images
+        included). With `prompts.chat` the texts include the chat template around a user turn, up to
+        where the answer begins. A begin-of-sequence token, which every builder has, is left out.
+        Raises DataError and ConfigError as `_apply_chat_template`.
+        """
         if len({isinstance(part, ImageRef) for part in parts}) > 1:
             template = self.prompts.parts
         elif len(parts) == 1 and isinstance(parts[0], ImageRef):
@@ -258,7 +300,11 @@ class Renderer:
         is_query: bool = False,
         supervised: bool = False,
     ) -> Span:
-        """Append part i and return its span; a space separates it from a text before it."""
+        """Append part i to `builder` in place and return its span; raises ImageError.
+
+        A text gets a space before it if it follows a text, then the query prompt if `is_query`;
+        `supervised` makes its tokens labels. An image is decoded, and takes none of these.
+        """
         part = parts[i]
         if isinstance(part, ImageRef):
             return builder.append_image(self.prepare_image(part))
@@ -277,8 +323,11 @@ class Renderer:
                 prompt.
 
         Raises:
-            ConfigError: an instruction for a checkpoint without a chat template.
-            DataError, ImageError: the image cannot be rendered.
+            ConfigError: an instruction, or `prompts.chat`, for a checkpoint without a usable chat
+                template.
+            DataError: the sequence has more tokens than `max_tokens`, even with the instruction
+                cut.
+            ImageError: the image cannot be decoded.
         """
         if not prompt:
             return self.render_embedding((image,))
@@ -293,13 +342,15 @@ class Renderer:
     def render_chat(
         self, messages: tuple[Message, ...], *, add_generation_prompt: bool
     ) -> Sequence:
-        """Return a conversation in the checkpoint's own chat template.
+        """Return a conversation in the checkpoint's own chat template, without anchors.
+
+        Images are decoded. Texts are cut at their ends until it fits `max_tokens`.
 
         Args:
             messages: turns in order.
             add_generation_prompt: True ends the sequence where the model's answer begins, without
-                labels. False makes the text and the end-of-turn token of every assistant turn
-                labels.
+                labels. False makes the texts and the end-of-turn token of every assistant turn
+                labels; the token is added where the template writes none.
 
         Raises:
             DataError: the sequence cannot be cut to `max_tokens`, or the template refuses the chat.
@@ -344,10 +395,10 @@ class Renderer:
     def _append_template_text(
         self, builder: SequenceBuilder, text: str, *, after_answer: bool
     ) -> None:
-        """Append text of the chat template.
+        """Append text of the chat template to `builder`, in place, as control text.
 
-        After an answer, its end-of-turn token becomes a label; it is added where the template has
-        none.
+        `after_answer` says that it follows an answer directly: then its tokens up to the first
+        end-of-turn token become labels. Where it has none, that token is put before it as a label.
         """
         token_ids = self.tokenizer.encode(text, add_special_tokens=False)
         if after_answer:
@@ -362,6 +413,9 @@ class Renderer:
 
     def _apply_chat_template(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
         """Return messages in the checkpoint's chat template, with `image_placeholder` for images.
+
+        Contents are passed as lists of typed parts, and as strings if the template does not take
+        these. Callers pass markers as texts: each must occur exactly once in the result.
 
         Raises:
             DataError: the template refuses the messages, for example roles that do not alternate.
@@ -409,7 +463,11 @@ class Renderer:
         )
 
     def _message_content(self, message: Message, *, as_list: bool) -> list[dict[str, str]] | str:
-        """Return a message's content for a chat template: a list of typed parts, or one string."""
+        """Return a message's content for a chat template: a list of typed parts, or one string.
+
+        The string joins the texts without separators, with `image_placeholder` and a newline for an
+        image.
+        """
         if as_list:
             return [
                 {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}

@@ -50,13 +50,15 @@ def save_pretrained(
 ) -> None:
     """Write a model folder atomically: trained tensors and adapter, and a reference to the base.
 
+    The model embeds the golden inputs, in evaluation mode meanwhile. Its weights do not change.
+
     Args:
         folder: new folder, or an earlier model folder, which is replaced.
         provenance: facts about the model's origin (config, data, commit) for the manifest.
 
     Raises:
         ModelError: `folder` is the folder of the model's base.
-        ConfigError: `folder` exists and is no model folder.
+        ConfigError: `folder` exists, is not empty and is no model folder.
     """
     base = model.backbone.folder
     if Path(folder).resolve() == base.resolve():
@@ -74,14 +76,15 @@ def save_merged(
 
     Modifies the model in place: the adapter is merged into the weights and removed, soft prompts
     are copied into the embedding table, and the model's base becomes `folder`. That may be the
-    former base.
+    former base. If writing fails, the model is merged all the same.
 
     Args:
         folder: new folder, an earlier model folder, or the base's folder, which is replaced.
         provenance: facts about the model's origin for the manifest.
 
     Raises:
-        ConfigError: `folder` exists and is neither a model folder nor the base's.
+        ConfigError: `folder` exists, is not empty and is neither a model folder nor the base's;
+            raised before the model is modified.
     """
     is_own_base = Path(folder).resolve() == model.backbone.folder.resolve()
     marker = "config.json" if is_own_base else checkpoint.MANIFEST_NAME
@@ -118,7 +121,25 @@ def open_model(
     prompts: Prompts | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
 ) -> ModelT:
-    """Open a model folder or a plain checkpoint; see `DuetModel.from_pretrained`."""
+    """Return the model of a model folder or of a plain checkpoint, in evaluation mode.
+
+    A folder that a crash left under its backup name is restored first (`recover_folder`).
+
+    Args:
+        model_class: class of the result.
+        folder: folder of `save_pretrained` or `save_merged`, or a Hugging Face checkpoint of a
+            known family.
+        device: None is the GPU if there is one.
+        dtype: see `DuetModel.from_pretrained`.
+        check_golden: embed the golden inputs and compare them with those at saving.
+        prompts: prompts for a plain checkpoint, by default those of `Prompts`; a model folder has
+            its own, and this argument is ignored.
+        max_tokens: longest sequence, for either; it is not saved.
+
+    Raises:
+        ModelError: there is no model, a file is broken or was changed, its base is missing or has
+            changed, or the golden vectors differ.
+    """
     saved = checkpoint.read_checkpoint(recover_folder(Path(folder)))
     backbone = load_backbone(saved.base_folder, device=device or select_device(), dtype=dtype)
     if not saved.manifest:

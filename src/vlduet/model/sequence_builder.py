@@ -69,9 +69,9 @@ class SequenceBuilder:
     def append_control(self, text: str) -> Span:
         """Append control text, in which special tokens are special, and return its span.
 
-        Directly after other control text both are tokenised again as one text, and the span covers
-        both: two line ends, for example, may be one token. Empty text changes nothing and gives an
-        empty span.
+        Its tokens are never labels. Directly after other control text both are tokenised again as
+        one text, and the span covers both: two line ends, for example, may be one token. Empty text
+        changes nothing and gives an empty span at the end.
         """
         if not text:
             return len(self.token_ids), len(self.token_ids)
@@ -94,7 +94,7 @@ class SequenceBuilder:
         return span
 
     def append_image(self, image: PreparedImage) -> Span:
-        """Append an image between its delimiters.
+        """Append an image between its delimiters; if control text wrote the first, without either.
 
         Returns:
             The span from its first to its last feature token, without delimiters and outer row
@@ -139,12 +139,13 @@ class SequenceBuilder:
     def build(self, max_tokens: int) -> Sequence:
         """Return the finished sequence of at most `max_tokens` tokens.
 
-        A longer sequence is cut in place: the longest user text loses tokens at its end, down to
-        one, then the next longest. Images and control text are never cut. Anchors move with their
-        text, and the token after a cut loses its label.
+        A longer sequence is cut, which modifies the builder: the longest user text loses tokens at
+        its end, down to one, then the next longest. Images and control text are never cut. Anchors
+        move with their text, and the token after a cut loses its label.
 
         Raises:
-            DataError: images, control text and one token of each user text exceed `max_tokens`.
+            DataError: images, control text and one token of each user text exceed `max_tokens`; the
+                builder then has been cut that far.
         """
         while (excess := len(self.token_ids) - max_tokens) > 0:
             start, end = max(self.text_spans, key=lambda span: span[1] - span[0], default=(0, 0))
@@ -160,7 +161,11 @@ class SequenceBuilder:
         )
 
     def _cut(self, start: int, end: int) -> None:
-        """Remove the tokens [start, end) and shift all spans behind them."""
+        """Remove the tokens [start, end), in place, and shift text spans, images and anchors.
+
+        Spans that reach into the removed tokens end at `start`; an anchor keeps at least one token.
+        The token that follows the removed ones is no label any more.
+        """
         del self.token_ids[start:end], self.labels[start:end]
         if start < len(self.labels):
             # The next token, often the end of the text, does not follow what is left of the text:

@@ -27,21 +27,27 @@ ROWS_TENSOR_NAME = "soft.rows"
 
 
 class SoftPrompts(nn.Module):
-    """Trained embeddings of the soft prompt tokens.
-
-    Args:
-        backbone: checkpoint; its tokenizer gets the tokens (modified in place).
-        rows: float[N, D], initial embeddings, which are copied.
-    """
+    """Trained embeddings of the soft prompt tokens."""
 
     def __init__(self, backbone: Backbone, rows: Tensor):
+        """Add N tokens to the backbone's tokenizer, in place, and create their embeddings.
+
+        Args:
+            backbone: checkpoint whose tokenizer lacks the tokens; its weights stay as they are.
+            rows: float[N, D], initial embeddings, copied as float32 to the backbone's device; at
+                least one.
+        """
         super().__init__()
         self.first_token_id = add_soft_prompt_tokens(backbone.tokenizer, len(rows))
         # float32 even if the table has half precision: small optimizer steps would be lost.
         self.rows = nn.Parameter(rows.detach().to(backbone.device, torch.float32, copy=True))
 
     def forward(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
-        """Return the embeddings float[B, T, D] of token ids int64[B, T]."""
+        """Return the embeddings float[B, T, D] of token ids int64[B, T], in the table's dtype.
+
+        Soft prompt tokens have their own rows, to which gradients flow; all others those of the
+        table `embedding`.
+        """
         is_soft = token_ids >= self.first_token_id
         embeddings: Tensor = embedding(token_ids.masked_fill(is_soft, 0))
         rows = self.rows[token_ids[is_soft] - self.first_token_id]
@@ -49,11 +55,12 @@ class SoftPrompts(nn.Module):
 
     @torch.no_grad()
     def fold_into_embedding(self, backbone: Backbone) -> None:
-        """Write the rows into the embedding table, which then works without this module.
+        """Copy the rows into the embedding table, which then works without this module.
 
-        Modifies the backbone in place: the table grows where it is too short, and the generation
-        config suppresses the new tokens, because with tied weights the rows are also rows of the LM
-        head and would be generated. An LM head of its own gets zeros.
+        Modifies the backbone in place, but not this module. The table and the LM head grow where
+        they are too short. The generation config suppresses the new tokens, because with tied
+        weights the rows are also rows of the LM head and would be generated; an LM head of its own
+        gets zeros for them.
         """
         end = self.first_token_id + len(self.rows)
         backbone.resize_token_embeddings(end)
@@ -68,9 +75,10 @@ class SoftPrompts(nn.Module):
 
 
 def add_soft_prompt_tokens(tokenizer: Tokenizer, count: int) -> int:
-    """Add `count` soft prompt tokens to a tokenizer that lacks them and return the id of the first.
+    """Add `count` soft prompt tokens to a tokenizer, in place, and return the id of the first.
 
-    Their ids are consecutive and the highest of the vocabulary.
+    Their ids are consecutive and the highest of the vocabulary, else an assertion fails. `count` is
+    at least 1 (IndexError for 0).
     """
     tokens = [soft_prompt_token(i) for i in range(count)]
     tokenizer.add_tokens(tokens, special_tokens=True)

@@ -32,7 +32,14 @@ them."""
 
 
 def save_state(run: TrainingRun, step: int) -> None:
-    """Write the state of a run before `step` atomically, replacing the previous state."""
+    """Write the state of a run before `step` to ``out/state``, atomically replacing the last one.
+
+    Files: state.json (step and decisive settings), trained.safetensors and optimizer.pt. `out` is
+    created if it is missing.
+
+    Raises:
+        ConfigError: ``out/state`` exists and is not empty, but has no state.json.
+    """
     tensors = {name: t.detach().cpu().contiguous() for name, t in _trained_tensors(run).items()}
     facts = {"step": step, "decisive": decisive_settings(run.config)}
     with replace_folder_atomically(run.config.out / STATE_FOLDER, marker=STATE_FILE) as folder:
@@ -42,10 +49,11 @@ def save_state(run: TrainingRun, step: int) -> None:
 
 
 def load_state(run: TrainingRun) -> int:
-    """Load the saved state into a run's model and optimizer in place, and return the next step.
+    """Load ``out/state`` into a run's model and optimizer in place, and return the next step.
 
     Raises:
-        TrainingError: there is no state, it is broken, or it belongs to a run with other settings.
+        TrainingError: there is no state, it is broken (tensors may then be loaded in part), or it
+            belongs to a run with other decisive settings (then nothing is loaded).
     """
     folder = recover_folder(run.config.out / STATE_FOLDER)
     if not (folder / STATE_FILE).is_file():
@@ -53,7 +61,8 @@ def load_state(run: TrainingRun) -> int:
     try:
         return _load_folder(run, folder)
     except (
-        OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError
+        OSError, ValueError, KeyError, RuntimeError, EOFError,
+        SafetensorError, pickle.UnpicklingError,
     ) as error:  # fmt: skip
         raise TrainingError(
             f"broken state ({type(error).__name__}: {str(error).splitlines()[0]})",
@@ -63,7 +72,13 @@ def load_state(run: TrainingRun) -> int:
 
 
 def _load_folder(run: TrainingRun, folder: Path) -> int:
-    """Load a state folder into a run and return the next step; other errors mean damage."""
+    """Load a state folder into a run's model and optimizer in place, and return the next step.
+
+    Raises:
+        TrainingError: a decisive setting differs; raised before anything is loaded.
+        OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError: a
+            file is missing or broken.
+    """
     facts = json.loads((folder / STATE_FILE).read_text())
     difference = describe_difference(facts["decisive"], decisive_settings(run.config))
     if difference:
@@ -85,9 +100,10 @@ def _trained_tensors(run: TrainingRun) -> dict[str, Tensor]:
 
 
 def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return a sentence about the first setting that differs, by name; None if all are equal.
+    """Return a sentence about the alphabetically first setting that differs; None if all are equal.
 
-    Both arguments are results of `decisive_settings`, or one of them as read from JSON.
+    Both arguments are results of `decisive_settings`, or such results read from JSON. A missing
+    setting equals one that is None.
     """
     for key in sorted(now.keys() | before.keys()):
         if now.get(key) != before.get(key):
@@ -98,11 +114,13 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
 def decisive_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that the learned weights depend on, flat, such as `train.lr` -> 1e-4.
 
-    The output folder, the feature cache and CHANGEABLE_SETTINGS are left out.
+    Values are those of JSON; lists stay lists. The output folder, the feature cache and
+    CHANGEABLE_SETTINGS are left out.
     """
     settings: dict[str, Any] = {}
 
     def flatten(prefix: str, value: Any) -> None:
+        """Add the leaves of nested dicts to `settings` under their dotted names."""
         if isinstance(value, dict):
             for key, child in value.items():
                 flatten(f"{prefix}.{key}" if prefix else key, child)

@@ -38,15 +38,18 @@ def compute_cached_losses(
 ) -> dict[str, Tensor]:
     """Return the losses of all chunks together and add their gradients to the parameters' `.grad`.
 
+    The second pass of a chunk with anchors repeats the random numbers of its first pass (dropout).
+
     Args:
-        model: forward pass.
+        model: forward pass; runs twice on every chunk with anchors, and once on the others.
         chunks: batches of `data.batches.split_into_chunks`; no sequence is divided between two.
-        compute_losses: maps the readout of everything to losses by name. Each must be linear in
-            `nll`; the gradient is that of the loss named `loss`.
+            May be empty: `compute_losses` then sees `empty`.
+        compute_losses: maps the readout of everything to scalar losses by name; called once. Each
+            must be linear in `nll`; the gradient is that of the loss named `loss`.
         empty: readout without content, for a process without a chunk.
 
     Returns:
-        The losses by name, detached.
+        The losses by name, `loss` included, as detached scalars.
     """
     embeddings, random_states = _embed_chunks(model, chunks, empty)
     label_counts = [chunk.num_supervised_tokens for chunk in chunks]
@@ -86,11 +89,12 @@ def compute_cached_losses(
 def _embed_chunks(
     model: Callable[[Batch], Readout], chunks: list[Batch], empty: Readout
 ) -> tuple[Tensor, list[RandomState | None]]:
-    """Run the first pass.
+    """Run the first pass: every chunk with anchors, without labels and without a graph.
 
     Returns:
-        The embeddings float[A, E] of all chunks, a leaf that requires a gradient; and the random
-        state before each chunk, None for chunks without anchors, which are not run.
+        The embeddings float[A, E] of all chunks (those of `empty` if none has an anchor), a leaf
+        that requires a gradient; and for each chunk the random state before it, None for chunks
+        without anchors, which are not run.
     """
     random_states: list[RandomState | None] = []
     readouts = [empty]
@@ -107,7 +111,10 @@ def _embed_chunks(
 
 
 def _gradient(loss: Tensor, nll: Tensor) -> Tensor:
-    """Return d loss / d nll, float[S], and keep the graph; zeros if loss does not use nll."""
+    """Return d loss / d nll, float[S]; zeros if loss does not use nll.
+
+    The graph is kept for another backward pass, and no `.grad` is written.
+    """
     gradient = None
     if loss.requires_grad:
         (gradient,) = torch.autograd.grad(loss, nll, retain_graph=True, allow_unused=True)
@@ -122,9 +129,10 @@ def _get_random_state() -> RandomState:
 
 @contextmanager
 def _replay_random_state(state: RandomState | None) -> Iterator[None]:
-    """Draw random numbers from `state` inside the block, and go on after it as if none were drawn.
+    """Set torch's global generators to `state` inside the block and restore them after it.
 
-    None changes nothing.
+    Those of the CPU and, if `state` has one for it, of the current GPU. They are restored after an
+    error, too. None changes nothing: the block draws from the generators as they are.
     """
     if state is None:
         yield

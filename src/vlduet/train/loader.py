@@ -25,16 +25,24 @@ from vlduet.train.run import RequiredOutputs, TrainingRun
 def iterate_batches(
     run: TrainingRun, start: int, stop: int | None = None
 ) -> Iterator[tuple[list[Sample], list[Batch]]]:
-    """Yield this rank's samples and batches for the steps from `start` up to `stop`.
+    """Yield this rank's samples and batches for every step from `start` to `stop` - 1.
+
+    A thread prepares the next step meanwhile. Records that cannot be laid out are added to the
+    run's quarantine. Nothing is yielded if `start` is not below `stop`.
 
     Args:
         start: first step.
         stop: step after the last one, by default the end of the run.
 
     Yields:
-        The samples of the step, and its batches: one, unless `train.chunk_tokens` or `train.fused`
-            divides
-        it. It has none where no record of this rank is usable or needed by a loss with a weight.
+        All samples of the step, quarantined ones included, and its batches on the model's device.
+        There is one batch; several with `train.chunk_tokens`; one for anchors and one for labels
+        without `train.fused`; none where no record of this rank is usable or needed by a loss with
+        a weight.
+
+    Raises:
+        ConfigError, ModelError: the recipe's layout or a frozen encoder fails for another reason
+            than the record; raised when the step is requested.
     """
     stop = run.config.train.steps if stop is None else stop
     with ThreadPoolExecutor(1) as executor:
@@ -50,7 +58,14 @@ def iterate_batches(
 
 
 def _prepare_step(run: TrainingRun, step: int) -> tuple[list[Sample], list[list[Sequence]]]:
-    """Return this rank's samples of a step, and its sequences in one group for each batch."""
+    """Return this rank's samples of a step, and its sequences in one group for each batch.
+
+    Sequences are trimmed to the outputs that losses with a weight need; those without any are left
+    out, and without sequences there is no group. Without `train.fused`, the sequences are grouped
+    for anchors alone and then, again, for labels alone. With `train.chunk_tokens`, a group is one
+    of `split_into_chunks`. Unusable records go to the run's quarantine; raises as
+    `iterate_batches`.
+    """
     train = run.config.train
     samples = run.mixture.step_samples(
         step,
@@ -77,10 +92,14 @@ def _prepare_step(run: TrainingRun, step: int) -> tuple[list[Sample], list[list[
 
 
 def _render_samples(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
-    """Return the sequences of samples, with the features of the run's frozen encoders.
+    """Return the sequences of samples in order, with the features of the run's frozen encoders.
 
-    A sample that cannot be laid out is quarantined. In a run with chunks, images have vision
-    features instead of pixels, because all sequences of a step wait in memory for their chunk.
+    A sample can give any number of sequences: the recipe's layout decides.
+
+    A sample that raises DataError (or ImageError) is left out and added to the run's quarantine;
+    other errors propagate. In a run with chunks, images have vision features instead of pixels,
+    because all sequences of a step wait in memory for their chunk; features that are not in the
+    model's cache are computed and stored there.
     """
     sequences: list[Sequence] = []
     for sample in samples:

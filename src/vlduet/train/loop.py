@@ -35,25 +35,28 @@ Evaluator = Callable[[TrainableModel], dict[str, float]]
 
 
 def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool = False) -> Path:
-    """Train a model and write config, metrics, state and model into the folder `config.out`.
+    """Train a model and write it, with everything about the run, into the folder `config.out`.
 
-    Under torchrun every process must call it; rank 0 writes.
+    Its content is config.yaml, metrics.jsonl, ``state/`` (every `train.save_every` steps), at the
+    end ``model/``, and where needed quarantine.jsonl (dropped records, whose number is logged at
+    the end) and features. Progress is shown or logged. Under torchrun every process must call it
+    and joins the process group; rank 0 writes. Torch's global seed is set.
 
     Args:
         config: settings of the run (`vlduet.config.RunConfig`).
-        evaluate: called on rank 0 every `train.eval_every` steps and at the end; its numbers go to
-            the metrics as `validation/NAME`.
+        evaluate: called on rank 0 before every step that `train.eval_every` divides (0 is one) and
+            at the end; its numbers go to the metrics as `validation/NAME`. None: no validation.
         resume: continue from the last saved state. All losses then equal, bit for bit, those of a
-            run that was never interrupted.
+            run that was never interrupted. A finished run is only validated and saved again.
 
     Returns:
         The folder of the trained model, `out/model`.
 
     Raises:
         ConfigError, DataError, ModelError: the config, the data or the model is unusable; before
-            training.
-        TrainingError: the folder holds a run and `resume` is False, the state does not fit, or a
-            loss or gradient became infinite or NaN (the records of that step are saved).
+            training, but for what the layout of a later record or a frozen encoder raises.
+        TrainingError: the folder holds a run and `resume` is False, there is no state that fits, or
+            a loss or gradient became infinite or NaN (`_stop_not_finite`).
     """
     # ---------------------------------------------------------------- set up
     run, first_step = _start_run(config, resume=resume)
@@ -106,13 +109,17 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
 
 
 def _start_run(config: RunConfig, *, resume: bool) -> tuple[TrainingRun, int]:
-    """Join the process group, open the run, and write its config and first state on rank 0.
+    """Join the process group, set torch's seed, open the run, and write its config on rank 0.
+
+    Rank 0 creates the folder `out`, replaces config.yaml, and without `resume` saves the state of
+    step 0.
 
     Returns:
         The run and its first step: 0, or with `resume` the step of the state that was loaded.
 
     Raises:
-        TrainingError: the folder holds a run and `resume` is False, or no state that fits.
+        TrainingError: `resume` is False and ``out/state`` exists (before anything is opened), or
+            `resume` is True and there is no state, or a broken one or one of other settings.
         ConfigError, DataError, ModelError: as `prepare_run`.
     """
     distributed.init_process_group()
@@ -141,7 +148,11 @@ def _validate(
     step: int,
     start_time: float,
 ) -> None:
-    """Evaluate the model and write the numbers to the metrics; nothing on ranks without metrics."""
+    """Evaluate the model and append a row with `validation/NAME` and `seconds` to the metrics.
+
+    `seconds` counts from `start_time` (`time.monotonic`). With metrics None, as on all ranks but 0,
+    nothing happens.
+    """
     if not metrics:
         return
     values = {f"validation/{name}": value for name, value in evaluate(run.model).items()}
@@ -152,6 +163,9 @@ def _stop_not_finite(
     run: TrainingRun, samples: list[Sample], step: int, values: dict[str, float]
 ) -> None:
     """Save the records and values of a step with an infinite or NaN value, and the state before it.
+
+    Every rank writes records.jsonl and measured.json into the folder ``not-finite-STEP-rankRANK``
+    of `out`, replacing an earlier one; rank 0 also saves the run's state, to resume at this step.
 
     Raises:
         TrainingError: always; it names the values and the folder.

@@ -17,11 +17,17 @@ def build_optimizer(
     """Return AdamW over all parameters that require a gradient.
 
     LoRA matrices have the learning rate `train.lr`. All other parameters are new to the checkpoint
-    and have `train.lr_new` (default `train.lr`). The temperature has no weight decay.
+    and have `train.lr_new` (default `train.lr`). The temperature has no weight decay, the others
+    have `train.weight_decay`. Each group also stores its rate as `initial_lr`, which
+    `step.optimizer_step` scales.
 
     Args:
-        model: its parameters must be selected for training already.
+        model: its parameters must be selected for training already; only `adapter_tensors` and
+            `own_tensors` are looked at.
         betas: coefficients of Adam, which the recipe decides.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
     """
     train = config.train
     new_lr = train.lr_new or train.lr
@@ -38,14 +44,16 @@ def build_optimizer(
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Return the factor of the learning rate in a step, between 0 and 1.
+    """Return the factor of the learning rate in a step, above 0 and at most 1.
 
-    It rises linearly over the first `warmup * steps` steps and then falls to 0 as a cosine.
+    With w warm-up steps, it rises as (step + 1) / w, which is 1 in step w - 1, and falls from 1 in
+    step w as half a cosine, which would reach 0 in step `steps`.
 
     Args:
-        step: number of the step, from 0.
+        step: number of the step, from 0 to `steps` - 1.
         steps: number of steps of the run.
-        warmup: share of the steps that warm up; 0 has no warm-up, any other at least one step.
+        warmup: w as a share of `steps`, rounded to whole steps; 0 has no warm-up, any other at
+            least one step.
     """
     warmup_steps = max(1, round(warmup * steps)) if warmup else 0
     if step < warmup_steps:

@@ -25,16 +25,20 @@ LOGIT_CHUNK = 1024
 
 
 def plan_run(config: RunConfig) -> dict[str, Any]:
-    """Load model and data and lay out a few batches; train nothing and write nothing.
+    """Load model and data and lay out a few batches; train nothing and write nothing to disk.
+
+    As `prepare_run`, it sets torch's global seed and may log warnings. Records that cannot be laid
+    out are only counted.
 
     Returns:
-        A description for each of: recipe, records by kind, steps, sizes of a batch, parameters,
-            memory and
-        disk. Memory is an estimate from layer shapes: weights, gradients, Adam's moments, and
-        activations of the largest batch that was laid out.
+        Numbers and texts by their labels, to be shown in this order: recipe and losses, records in
+        all and by kind, records dropped (among those looked at), steps, epochs, sizes of a batch,
+        parameters, memory, disk, device, out. Sizes are those of the whole `train.batch_size`, as
+        means over the probed steps with something to learn, 0 without any (embeddings and chunks:
+        the maximum). Memory is an estimate from layer shapes for the largest probed batch.
 
     Raises:
-        ConfigError, DataError, ModelError: as `prepare_run`.
+        ConfigError, DataError, ModelError: as `prepare_run` and `iterate_batches`.
     """
     train = config.train
     batch_size = min(train.batch_size, MAX_PROBED_BATCH_SIZE)
@@ -90,7 +94,11 @@ def _count_anchors(batch: Batch) -> int:
 
 
 def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
-    """Return the bytes of the first image's vision features; 0 where no features are saved."""
+    """Return the bytes of the first image's vision features in float32.
+
+    They are computed by the vision tower unless the model's cache has them. Return 0 where no
+    features are saved: no image in `steps`, `data.cache` off, or another model than a `DuetModel`.
+    """
     images = [image for batches in steps for batch in batches for image in batch.images]
     if not images or not isinstance(run.model, DuetModel) or run.config.data.cache is False:
         return 0
@@ -102,12 +110,14 @@ def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
 def _estimate_memory(run: TrainingRun, batches: list[Batch], scale: float) -> float:
     """Return the bytes of a forward and backward pass over batches whose graphs exist together.
 
-    They are weights, gradients and two moments of trained parameters in float32, activations, and
-    one chunk of logits with its gradient.
+    They are weights, gradients and two moments of trained parameters in float32, activations of the
+    language model (fewer with `train.checkpointing`), and up to LOGIT_CHUNK logits with their
+    gradients. For other models than `DuetModel`, activations and logits are left out.
 
     Args:
-        batches: batches that were laid out.
-        scale: ratio of the true batch size to that of `batches`.
+        run: the run; nothing is computed or modified.
+        batches: batches that were laid out; padding counts.
+        scale: ratio of the true batch size to that of `batches`; multiplies the activations.
     """
     weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
     optimizer_state = sum(p.numel() for p in run.trainable_parameters()) * 4 * 3

@@ -63,9 +63,11 @@ class TrainingRun:
         return RequiredOutputs(labels="language" in losses, anchors=bool(losses - {"language"}))
 
     def compute_losses(self, readout: Readout) -> dict[str, Tensor]:
-        """Return every loss with a weight by name, and their weighted sum as `loss`.
+        """Return every loss with a weight as a scalar by name, and their weighted sum as `loss`.
 
-        Each is this rank's share of the loss of the global batch (see `vlduet.distributed`).
+        Each is this rank's share of the loss of the global batch (see `vlduet.distributed`), with
+        its graph. Losses of the recipe whose weight is 0 are left out. Collective: every rank must
+        call it, even with an empty readout.
         """
         weights = self.loss_weights()
         losses = self.recipe.objective(readout, self.model.logit_scale)

@@ -35,13 +35,20 @@ from vlduet.train.source_check import check_sources
 
 
 def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
-    """Open everything that a config names and check it.
+    """Open everything that a config names and check it; return it as a run with a new optimizer.
+
+    Records are read into memory. The model is on the default device, with the trained parameters
+    selected. Sets torch's global seed, and logs a warning for a source with nothing to learn.
 
     Args:
-        write_files: False writes neither quarantined records nor features to disk (for a dry run).
+        config: settings of the run. No state is loaded, whatever its folder `out` holds.
+        write_files: write broken records to ``out/quarantine.jsonl`` (``quarantine-RANK.jsonl``
+            with several processes) and features to `data.cache`, by default ``out/features``. False
+            keeps both in memory (for a dry run).
 
     Raises:
-        ConfigError, DataError, ModelError: whatever is wrong, before anything is trained.
+        ConfigError, DataError, ModelError: as `load_recipe`, `load_mixture`, `load_model`,
+            `load_encoders` and `check_sources`.
     """
     recipe = load_recipe(config)
     suffix = f"-{distributed.get_rank()}" if distributed.get_world_size() > 1 else ""
@@ -64,10 +71,13 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
 
 
 def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
-    """Read the training records of all sources; broken ones go to `quarantine`.
+    """Read the training records of all sources into memory; list broken ones in `quarantine`.
+
+    Images are not opened.
 
     Raises:
-        DataError: a source has no usable record, or too many are broken.
+        DataError: a source is missing, cannot be read or recognised, or has no usable record, or
+            its weight gives it less than a thousandth of the samples.
     """
 
     def on_error(error: DataError) -> None:
@@ -78,15 +88,21 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
 
 
 def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) -> DuetModel:
-    """Open the model at `model.path` and make the configured parameters trainable.
+    """Return the model at `model.path` with the config's settings, ready to be trained.
+
+    It is in evaluation mode on the default device; all parameters that are not trained are frozen.
+    A `train.temperature` replaces the model's and is not trained. Sets torch's global seed to that
+    of the config, before new adapters are initialised.
 
     Args:
+        config: its sections `model` and `train` decide prompts, head and trained parameters.
         recipe: its hook `start` may modify the model first.
         cache: folder of the vision features; None keeps them in memory.
 
     Raises:
-        ConfigError: the config and the model, or the config and the recipe, do not fit together.
-        ModelError: there is no model at `model.path`.
+        ConfigError: `model.path` is missing, or the config does not fit the model (its adapter,
+            learned prompts, head, `image_pool`) or the recipe.
+        ModelError: there is no model at `model.path`, or it is broken.
     """
     model = _open_start_model(config)
     if recipe.start is not None:
@@ -110,7 +126,16 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
 
 
 def _open_start_model(config: RunConfig) -> DuetModel:
-    """Open the model at `model.path` with the config's prompts and head; raises as `load_model`."""
+    """Return the model at `model.path` with the config's dtype, `max_tokens`, prompts and head.
+
+    Prompts that the config names replace the model's, the others stay. With another kind or width
+    of head than the model's, torch's global seed is set and the head is new and random.
+
+    Raises:
+        ConfigError: there is no `model.path`, a prompt is invalid, or `train.soft_prompts` is set
+            and the config has prompts in place of the model's learned ones.
+        ModelError: as `DuetModel.from_pretrained`.
+    """
     section = config.model
     if section.path is None:
         raise ConfigError(
@@ -137,16 +162,18 @@ def _open_start_model(config: RunConfig) -> DuetModel:
 def load_encoders(
     config: RunConfig, recipe: BoundRecipe, *, trained_model: DuetModel | None, cache: Path | None
 ) -> FrozenEncoders:
-    """Open the frozen encoders of the recipe's roles; their weights are read at first use.
+    """Return the frozen encoders of the recipe's roles; their weights are read at first use.
 
     Args:
         config: its section `encoders` has a folder for every role.
         recipe: its `encoder_roles` are opened; without any the result is empty.
-        trained_model: model whose vision tower is shared where an encoder is its checkpoint.
+        trained_model: model whose vision tower is shared where an encoder is its checkpoint, and
+            whose device the encoders use; None: the default device.
         cache: folder of the features; None keeps them in memory.
 
     Raises:
-        ConfigError: the folder of a role is not given.
+        ConfigError: the folder of a role is not given, or its encoder does not read all that the
+            role needs, such as images.
         ModelError: a folder holds no encoder.
     """
     encoders: dict[str, FrozenEncoder] = {}

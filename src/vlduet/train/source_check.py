@@ -14,14 +14,15 @@ MAX_PROBED_RECORDS = 256
 
 
 def check_sources(run: TrainingRun) -> None:
-    """Log a warning for every source without a record that a loss can use.
+    """Log a warning, on the main process, for every source without a record that a loss can use.
 
     Such a source wastes its share of the steps; it is allowed, because a control run may have
-    sources for the losses that it leaves out.
+    sources for the losses that it leaves out. Up to MAX_PROBED_RECORDS records of a source are laid
+    out, which decodes their images; the run is not modified.
 
     Raises:
         DataError: no source has a useful record (then all records are looked at): training would
-            change nothing.
+            change nothing. The error describes the first source.
     """
     numbers = range(len(run.mixture.sources))
     problems = [
@@ -41,10 +42,13 @@ def check_sources(run: TrainingRun) -> None:
 def _find_source_problem(
     run: TrainingRun, number: int, *, max_records: int | None
 ) -> DataError | None:
-    """Return why a source has nothing to learn, or None as soon as a useful record is found.
+    """Return, not raise, why a source has nothing to learn; None once a useful record is found.
+
+    A record is useful if its layout has an output that a loss with a weight needs. One whose layout
+    raises DataError is not; the first such error is quoted. Other errors propagate.
 
     Args:
-        number: number of the source.
+        number: number of the source, from 0.
         max_records: bound on the records that are laid out (which decodes their images), evenly
             spaced; None looks at all.
     """

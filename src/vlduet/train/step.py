@@ -26,17 +26,19 @@ def seed_step(seed: int, step: int) -> None:
 def forward_backward(run: TrainingRun, batches: list[Batch]) -> dict[str, float]:
     """Compute L = sum of weight * loss and leave its gradients, averaged and clipped, in `.grad`.
 
-    Collective: every rank must call it, even one without a batch.
+    Collective: every rank must call it, even one without a batch. The model runs in its present
+    mode (train or eval), and gradients are added to those that `.grad` holds before.
 
     Args:
-        run: the run; its parameters are not changed.
+        run: the run; the values of its parameters are not changed.
         batches: this rank's batches of the step, from `loader.iterate_batches`; their number may
             differ between ranks.
 
     Returns:
-        Every loss and their weighted sum `loss`, for the global batch; `grad_norm`, the norm of all
-        gradients before clipping; and `temperature`. Values may be infinite or NaN, which the
-        caller checks before the optimizer step.
+        Every loss with a weight and their weighted sum `loss`, for the global batch; `grad_norm`,
+        the norm of all averaged gradients before they are clipped to `train.clip`; and
+        `temperature`. Equal on all ranks. Values may be infinite or NaN, which the caller checks
+        before the optimizer step.
     """
     # Even without a batch this rank takes part in all collectives, or the others would wait for
     # ever.
@@ -73,9 +75,10 @@ def all_finite(values: Mapping[str, float]) -> bool:
 
 
 def optimizer_step(run: TrainingRun, step: int) -> None:
-    """Update the parameters at the learning rate of `step`, and clear the gradients.
+    """Update the parameters at the learning rate of `step`, and set their gradients to None.
 
-    The recipe's hook `after_step` runs after the update.
+    The learning rate is stored in the optimizer's groups. The recipe's hook `after_step`, if it has
+    one, may then modify the model.
     """
     train = run.config.train
     factor = learning_rate_factor(step, train.steps, train.warmup)

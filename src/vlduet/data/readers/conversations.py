@@ -231,7 +231,8 @@ def _parse_image_part(part: JsonValue) -> ImageRef:
     """Return the image of an OpenAI or TRL content part, without opening it.
 
     The first key of ``image_url`` (a text or ``{"url"}``), ``image``, ``url`` and ``path`` that
-    exists names a path, a ``file://`` or a ``data:`` URL; without them, ``base64`` has the bytes.
+    exists names a path, a ``file://`` or a ``data:`` URL, or is another value that
+    `JsonValue.parse_image` takes; without these keys, ``base64`` has the bytes.
 
     Raises:
         DataError: no key exists, or its value is wrong (as `JsonValue.parse_image`).

@@ -56,9 +56,10 @@ def parse_id(row: SourceRow) -> str:
 
 
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
-    """Return the row's own ``metadata``, if it is an object, and all columns but `used`.
+    """Return the keys of the row's own ``metadata`` and all columns but `used`, as one dict.
 
-    Of equal keys, the column wins; ``id`` is never included. Values become JSON types: dates and
+    A ``metadata`` that is no object is left out, and so is the column ``id``. Of equal keys, the
+    column wins: a column that is None removes the key. Values become JSON types: dates and
     times ISO text, tuples lists, other types ``str(value)``. Bytes are left out at any depth, None
     only at the top. The result may be empty.
     """

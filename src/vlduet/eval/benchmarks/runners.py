@@ -385,7 +385,7 @@ def _score_rag_prompts(
     """Return the score of free answers, or of ranked options where the task has no scorer.
 
     Answers or likelihoods to the prompts of `items` are computed and stored with `name` as prefix
-    of their keys. Numbers of the task's `score_fluency` are added to those of free answers.
+    of their keys. Numbers of the task's `score_fluency`, which are stored too, are added.
     """
     if task.score is None:
         return run_choices(ChoiceTask(tuple(items)), predictions, name=name)

@@ -317,7 +317,8 @@ class ContinuousBatcher:
     def _forward(self, cache: DynamicCache, mask: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Run the language model and return the logits float[B, V] of the last column.
 
-        Appends keys and values to `cache`, in place. The backbone is in evaluation mode meanwhile.
+        Appends keys and values to `cache`, in place. The backbone is in evaluation mode meanwhile;
+        disabling gradients is left to the caller.
 
         Args:
             mask: int64[B, T] over the cache and the new columns.
