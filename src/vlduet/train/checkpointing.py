@@ -64,8 +64,9 @@ def load_state(run: TrainingRun) -> int:
         OSError, ValueError, KeyError, RuntimeError, EOFError,
         SafetensorError, pickle.UnpicklingError,
     ) as error:  # fmt: skip
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         raise TrainingError(
-            f"broken state ({type(error).__name__}: {str(error).splitlines()[0]})",
+            f"broken state ({reason})",
             place=folder,
             fix="Copy the whole run again, or start anew",
         ) from None

@@ -105,6 +105,13 @@ def test_half_a_file_is_refused(saved_folder: Path, name: str) -> None:
         DuetModel.from_pretrained(saved_folder)
 
 
+def test_half_an_adapter_is_refused(saved_folder: Path) -> None:
+    file = saved_folder / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"broken adapter.*Copy the whole folder again"):
+        DuetModel.from_pretrained(saved_folder)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"neither vlduet\.json nor config\.json"):
         DuetModel.from_pretrained(tmp_path)

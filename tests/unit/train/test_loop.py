@@ -113,15 +113,15 @@ def test_validation_leaves_out_an_image_that_cannot_be_decoded(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["state.json", "trained.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("damage", ["missing", "incomplete"])
+@pytest.mark.parametrize("damage", ["missing", "incomplete", "empty"])
 def test_a_broken_state_is_named(tmp_path: Path, name: str, damage: str) -> None:
     run_config = config.load_run_config(runs.write_run_config(tmp_path, steps=2))
     train(run_config)
     file = run_config.out / "state" / name
     content = file.read_bytes()
     file.unlink()
-    if damage == "incomplete":
-        file.write_bytes(content[: len(content) // 2])
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 2] if damage == "incomplete" else b"")
     message = f"{run_config.out}/state: (broken state|nothing to resume)"
     with pytest.raises(TrainingError, match=message):
         train(run_config, resume=True)
