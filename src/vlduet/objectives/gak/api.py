@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from vlduet.objectives.gak import threads
 from vlduet.objectives.gak.all_pairs import all_pairs, self_terms
 from vlduet.objectives.gak.engine import Engine, PairGrid
-from vlduet.objectives.gak.log_space import LogSpaceEngine, fill_outside
+from vlduet.objectives.gak.log_space import LogSpaceEngine
 from vlduet.objectives.gak.slice_table import SigmaRule, SliceTable
 
 MIN_CELLS_PER_SHARE = 1 << 17
@@ -263,8 +263,9 @@ def _check_pairs(
             raise ValueError(f"pair {pair}: {count} slices in {name}; expected 1 to {longest}")
     sigmas = torch.as_tensor(sigma, dtype=squared_distances.dtype, device=device).expand(num_pairs)
     _check_sigma(sigmas)
-    by_pair = squared_distances.permute(1, 2, 0)  # [M, N, P]
-    cells = fill_outside(by_pair, lengths_x, lengths_y, value=0.0).permute(2, 0, 1)
+    is_row = torch.arange(num_rows, device=device) < lengths_x[:, None]
+    is_column = torch.arange(num_columns, device=device) < lengths_y[:, None]
+    cells = squared_distances.masked_fill(~(is_row[:, :, None] & is_column[:, None, :]), 0.0)
     if bool(cells.isnan().any()):
         pair = int(cells.isnan().flatten(1).any(1).nonzero()[0])
         raise ValueError(f"pair {pair}: NaN among the squared distances")

@@ -77,7 +77,7 @@ def compute_log_kappa(squared_distances: Tensor, scale: Tensor) -> Tensor:
     return log_s - torch.log1p(-torch.expm1(log_s))  # log(2 - s), exact near s = 1
 
 
-def fill_outside(cells: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, value: float) -> Tensor:
+def _fill_outside(cells: Tensor, lengths_x: Tensor, lengths_y: Tensor, *, value: float) -> Tensor:
     """Return [M, N, P] cells with `value` beyond the lengths, int64[P], of every pair.
 
     The old content is not read, so that NaN in the padding reaches neither values nor gradients.
@@ -100,9 +100,9 @@ def _gather_log_kappa(cells: Tensor, grid: PairGrid) -> Tensor:
     pairs = cells[rows].permute(1, 2, 0, 3).flatten(2)  # [M, N, A * B]
     lengths_x = _flat(grid.lengths_x)
     lengths_y = _flat(grid.lengths_y)
-    distances = fill_outside(pairs, lengths_x, lengths_y, value=0.0)
+    distances = _fill_outside(pairs, lengths_x, lengths_y, value=0.0)
     log_kappa = compute_log_kappa(distances, _flat(grid.scale))
-    return fill_outside(log_kappa, lengths_x, lengths_y, value=-INF).contiguous()
+    return _fill_outside(log_kappa, lengths_x, lengths_y, value=-INF).contiguous()
 
 
 def _rows_of_diagonal(num_rows: int, num_columns: int, k: int) -> tuple[int, int]:
