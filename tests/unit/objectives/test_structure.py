@@ -34,9 +34,9 @@ def compute_reference_loss(
         return total / n if n_ref is None else total / n**2 * n_ref
     divergence = torch.zeros((), dtype=torch.float64)
     for i in range(n):
-        others = [j for j in range(n) if j != i]
-        q = torch.stack([torch.exp(cosine[i, j] / temperature) for j in others])
-        p = torch.tensor([math.exp(float(target[i, j]) / temperature) for j in others]).double()
+        columns = [j for j in range(n) if j != i]
+        q = torch.stack([torch.exp(cosine[i, j] / temperature) for j in columns])
+        p = torch.tensor([math.exp(float(target[i, j]) / temperature) for j in columns]).double()
         q = q / q.sum()
         p = p / p.sum()
         forward = (p * (p.log() - q.log())).sum()
