@@ -45,7 +45,7 @@ def index(
 
     Prints the numbers of documents. Records that cannot be used are left out and listed in
     INDEX/quarantine.jsonl. An interrupted build continues when it is started again. An index of
-    another model or --side is an error.
+    another model or --side is an error, and so is any --store but lance.
     """
     from vlduet.encoders.dual import open_embedder
     from vlduet.errors import RetrievalError

@@ -191,7 +191,7 @@ def _assign_page_splits(pages: list[ManualPage], hashes: dict[Path, str]) -> lis
     """Return the split of each page, in their order, the same for pages that images connect.
 
     Equal images and near-duplicate ones connect the pages that contain them. Images that are not in
-    `hashes` do not count.
+    `hashes` do not count; the others are opened, and a missing or broken one raises ImageError.
     """
     groups = UnionFind(len(pages))
     first_page: dict[str, int] = {}

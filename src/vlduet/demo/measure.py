@@ -133,7 +133,10 @@ def fit_ridge_baseline(
         return np.stack([vectors[text.content_key].numpy() for text in slices])
 
     def embed_images(refs: list[ImageRef]) -> np.ndarray:
-        """Return the mean vision feature of every image, float[N, F]; ValueError for none."""
+        """Return the mean vision feature of every image, float[N, F], and show the progress.
+
+        No images raise ValueError.
+        """
         means: list[np.ndarray] = []
         starts = range(0, len(refs), IMAGES_PER_BATCH)
         for begin in track_progress(starts, label="image features, batches"):

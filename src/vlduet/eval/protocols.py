@@ -325,7 +325,7 @@ def measure_caption_cross_entropy(
 
     Args:
         nll: (image, caption) pairs -> (total nats, number of tokens) each; called once with all
-            right and once with all wrong images.
+            right and once with all wrong images, also with [] for no records.
         records: pairs with an image and a short caption; the first caption is scored.
         seed: seed of `wrong_image_indices`, which chooses another record's image.
 

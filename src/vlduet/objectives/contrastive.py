@@ -107,7 +107,7 @@ def find_false_negatives(
     named_negatives: Tensor,
     content_kinds: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Find pairs that a guide scores at least as high as the best positives of row and column.
+    """Find pairs that a guide scores at least as high as both best positives: of row and column.
 
     The rule of GISTEmbed (arXiv 2402.16829), applied per kind of content: two texts score higher
     than any image and its text, so that only pairs of the same kinds are compared.
@@ -120,8 +120,8 @@ def find_false_negatives(
 
     Returns:
         bool[N, M], for `ignore_mask`; False for positives. A pair (i, j) is compared with the
-        positives of i whose target has the kind of j and those of j whose query has the kind of i;
-        without either, it is False.
+        positives of i whose target has the kind of j and those of j whose query has the kind of i:
+        its score must reach the higher of the two maxima. Without any such positive it is False.
     """
     query_kinds, target_kinds = content_kinds
     positive_scores = guide_scores.masked_fill(~positive_mask, float("-inf"))

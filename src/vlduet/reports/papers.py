@@ -211,9 +211,9 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def _change_cells(row: BenchmarkChange) -> tuple[str, ...]:
-    """Return (benchmark, number, before, after, change, verdict) of one change as texts.
+    """Return (benchmark, metric, before, after, change, verdict) of one change as texts.
 
-    Numbers have one decimal. The change is ``MEAN (LOW to HIGH)`` with signs, or "" without one.
+    Values have one decimal. The change is ``MEAN (LOW to HIGH)`` with signs, or "" without one.
     """
     change = ""
     if row.change is not None:

@@ -167,9 +167,10 @@ class _CandidatePool:
         self.num_too_near = 0  # candidates that the margin left out
 
     def add(self, record: Record) -> None:
-        """Add a record of `split_into_queries`: its query and its positives and negatives.
+        """Add a record of `split_into_queries`: its positives and negatives become candidates.
 
-        Contents that the pool has already are not stored again.
+        Contents that the pool has already are not stored again. The query itself is no candidate,
+        and positives of records with an equal query are united.
 
         Raises:
             ImageError: an image cannot be read; the pool is not changed then.

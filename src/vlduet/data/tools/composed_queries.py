@@ -31,8 +31,8 @@ def compose_queries(
 
     Returns:
         At most ``queries_per_image * len(pairs)`` records, with the id ``ID1+ID2`` and both ids in
-        ``metadata["mixed"]``. Fewer, because two pairs are composed only once, and never if they
-        have an image or a caption in common; so [] for a single pair.
+        ``metadata["mixed"]``. Fewer, because an ordered couple of pairs occurs only once, and never
+        if both have an image or a caption in common; so [] for a single pair.
 
     Raises:
         DataError, ImageError: as `collect_content_keys`.

@@ -281,7 +281,8 @@ def _check_sigma(sigma: Tensor) -> None:
 def _map_shares(pairs: _Pairs, compute: Callable[[Engine, Tensor, PairGrid], Tensor]) -> Tensor:
     """Return `compute` of all pairs, in their order; by several threads if the engine uses one.
 
-    `compute(engine, cells, grid)` must return one row per pair of the grid.
+    `compute(engine, cells, grid)` must return one row per pair of the grid. There must be at least
+    one pair.
     """
     num_pairs = len(pairs.cells)
     engine = select_engine(pairs.cells)
