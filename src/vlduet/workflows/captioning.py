@@ -284,9 +284,10 @@ class _CaptionJob:
         """Yield the records in their order, with the captions that they lacked.
 
         Captions are generated in groups of `batch_size` records, and stored in the journal before
-        any record of the group is yielded; counts are updated. Records that lack captions and
-        have a broken image go to the quarantine instead; images of others are not read. Groups are formed by position, so that a continued run makes the
-        same batches as one without interruption.
+        any record of the group is yielded; counts are updated. Records that lack captions and have
+        a broken image go to the quarantine instead; images of other records are not read. Groups
+        are formed by position, so that a continued run makes the same batches as one without
+        interruption.
         """
         group: list[tuple[Record, str]] = []  # with the key of the image, "" if not needed
         for record in records:
