@@ -147,7 +147,7 @@ def training_charts(rows: Sequence[Mapping[str, float]]) -> tuple[LineChart, ...
     return (
         LineChart(
             "Training losses",
-            "Of the batches, as a moving average.",
+            "The losses of the batches, as a moving average.",
             (series("language", "language"), series("contrastive", "contrastive")),
         ),
         LineChart(
