@@ -30,7 +30,6 @@ from material import (
     add_class_columns,
     compute_statistics,
     draw_noise,
-    get_cached_features,
     prepare_material,
     stack_cached_features,
 )
@@ -414,13 +413,17 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_record(path: Path, options: argparse.Namespace, facts: Mapping[str, Any]) -> None:
-    """Write the options and the facts of a run as JSON."""
+def save_run(
+    model: DuetModel, name: str, options: argparse.Namespace, *, facts: Mapping[str, Any]
+) -> None:
+    """Write nano.safetensors, and NAME.json with the options and the facts, to `options.out`."""
+    save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     command = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
+        option: str(value) if isinstance(value, Path) else value
+        for option, value in vars(options).items()
     }
-    path.write_text(json.dumps({"command": command, **facts}, indent=1) + "\n")
+    text = json.dumps({"command": command, **facts}, indent=1) + "\n"
+    (options.out / f"{name}.json").write_text(text)
 
 
 def main() -> None:
@@ -437,8 +440,7 @@ def main() -> None:
     if options.start:
         nano.load_trained_tensors(model, load_earlier_run(options.start))
     else:
-        stamps = [get_cached_features(model, image) for image in data.sources["stamps"].images]
-        fold_statistics(model, torch.stack(stamps))
+        fold_statistics(model, stack_cached_features(model, data.sources["stamps"].images))
         warm_up_projector(model, data.sources, steps=options.warm_up, noise=options.noise)
         fit_head(model, data.sources, texts=data.texts, count=500, ridge=100.0)
     before = compute_validation_metrics(model, data.validation, seed=0)
@@ -449,14 +451,13 @@ def main() -> None:
     model.eval()
     after = compute_validation_metrics(model, data.validation, seed=0)
     logger.info(f"validation at the end: {after}")
-    save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     facts = {
         "counts": data.counts() | {"replayed": len(replay)},
         "validation": {"start": before, "end": after},
         "minutes": round((time.monotonic() - start_time) / 60, 1),
         "log": log,
     }
-    write_record(options.out / "base.json", options, facts)
+    save_run(model, "base", options, facts=facts)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from base import KINDS, PACKED_ROW_TOKENS, learning_rate_factor, write_record
+from base import KINDS, PACKED_ROW_TOKENS, learning_rate_factor, save_run
 from material import Material, Source, prepare_material
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sequences import (
     Deck,
     composed_sequence,
@@ -235,14 +235,13 @@ def main() -> None:
     model.eval()
     after = validate(model, data)
     logger.info(f"validation at the end: {after}")
-    save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     facts = {
         "counts": data.counts() | {"replayed": len(replay)},
         "validation": {"start": before, "end": after},
         "minutes": round((time.monotonic() - start_time) / 60, 1),
         "log": log,
     }
-    write_record(options.out / "mixed.json", options, facts)
+    save_run(model, "mixed", options, facts=facts)
 
 
 if __name__ == "__main__":

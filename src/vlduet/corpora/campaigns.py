@@ -15,7 +15,6 @@ from typing import Any
 
 from vlduet.corpora import build
 from vlduet.corpora.build import CorpusImage, CorpusSample, PackageFolders
-from vlduet.corpora.packages import PACKAGES
 from vlduet.corpora.wesnoth import (
     DATA_FOLDER,
     PACKAGE_NAME,
@@ -30,11 +29,6 @@ from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, fingerprin
 from vlduet.errors import ImageError
 from vlduet.logs import track_progress
 
-CAMPAIGN_PACKAGES = tuple(
-    package
-    for name, package in PACKAGES.items()
-    if name.startswith("wesnoth-1.16-") and name != PACKAGE_NAME
-)
 TEST_SHARE = 0.15
 VAL_SHARE = 0.12
 MIN_TEXTS = 3
@@ -82,7 +76,7 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     progress is logged.
 
     Args:
-        folders: Unpacked `CAMPAIGN_PACKAGES` and the package of the corpus wesnoth.
+        folders: Unpacked packages of the campaigns, and the one of the corpus wesnoth.
 
     Raises:
         KeyError: The package of wesnoth is missing.

@@ -24,13 +24,6 @@ DATA_FOLDER = "usr/share/games/wesnoth/1.16/data"
 TEST_SHARE = 0.15
 VAL_SHARE = 0.08
 
-LICENCE = "GPL-2 or later"
-ATTRIBUTION = (
-    "The Battle for Wesnoth, copyright 2003-2022 David White and the contributors listed in the "
-    "game's credits and in the package's documentation. The GNU General Public License, version 2 "
-    "or later, holds for images and texts."
-)
-
 
 @dataclass(frozen=True, slots=True)
 class WesnothUnit:
