@@ -96,7 +96,7 @@ def read_bytes(ref: ImageRef) -> bytes:
     try:
         return ref.path.read_bytes()
     except FileNotFoundError:
-        fix = "Mend the path; relative paths start from the folder of the records' file"
+        fix = "Correct the path; relative paths start from the folder of the records' file"
         raise ImageError("no such image", place=ref.name, fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         cause = getattr(error, "strerror", None) or error

@@ -82,7 +82,8 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
             keys = [key for key in ("image", "text") if key in batch]
             for values in zip(*(batch[key] for key in keys), strict=True):
                 parts = [_to_part(v) for v in values if v is not None and v != ""]
-                items.append(tuple(parts) or (" ",))  # an item without content is a blank text
+                # A blank text, which `encode` refuses, so that the error names the item.
+                items.append(tuple(parts) or (" ",))
             if len(items) >= MAX_ITEMS_IN_MEMORY:
                 blocks.append(self.model.encode(items, is_query=is_query))
                 items = []

@@ -164,7 +164,7 @@ class ChatScheduler:
         num_chats = len(self._running) + len(self._prefilling)
         while num_chats < MAX_CONCURRENT_CHATS and self.waiting_requests:
             request = self.waiting_requests.popleft()
-            self._prefilling.append((request, prepare_prompt(self.model, request)))
+            self._prefilling.append((request, prepare_chat_sequence(self.model, request)))
             num_chats += 1
         self._prefilling = deque(pair for pair in self._prefilling if not pair[0].cancelled)
         while self._prefilling:
@@ -180,7 +180,7 @@ class ChatScheduler:
             yield request, sequence
 
 
-def prepare_prompt(model: DuetModel, request: ChatRequest) -> Iterator[Sequence | None]:
+def prepare_chat_sequence(model: DuetModel, request: ChatRequest) -> Iterator[Sequence | None]:
     """Prepare the prompt of a chat: yield None after each of its images, then the prompt, once.
 
     The caller can so do other work between two images, whose decoding may take a second each. The

@@ -211,7 +211,7 @@ def _require_all_records(old: Path, records: Iterable[Record]) -> Iterator[Recor
     if num_read < num_rows:
         message = f"{num_rows - num_read} of its {num_rows} records cannot be used"
         message = f"{message} (see {quarantine_path(old)}), and would be lost"
-        raise DataError(message, place=old, fix="Mend them, or write to another file")
+        raise DataError(message, place=old, fix="Correct them, or write to another file")
 
 
 def tidy_caption(text: str, *, max_sentences: int | None = None) -> str:

@@ -10,7 +10,7 @@ from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError, ImageError
 
 PLACE = Place("x.jsonl", 3)
-NO_IMAGE = ImageError("no such image", place="a.png", fix="Mend the path")
+NO_IMAGE = ImageError("no such image", place="a.png", fix="Correct the path")
 
 
 def make_record(name: str) -> Record:
@@ -30,7 +30,7 @@ def test_each_drop_is_a_line_with_place_cause_and_remedy(tmp_path: Path) -> None
         "place": "x.jsonl:3",
         "cause": "no such image",
         "message": "a.png: no such image",
-        "fix": "Mend the path",
+        "fix": "Correct the path",
     }
     assert (second["id"], second["place"]) == (None, "x.jsonl:3:id")
 

@@ -37,7 +37,7 @@ def _parse_json_line(data: bytes, place: Place, root: Path) -> SourceRow:
     try:
         return SourceRow(place, root, name, json.loads(data.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
-        fix = UTF8_FIX if isinstance(error, UnicodeDecodeError) else "Mend the line"
+        fix = UTF8_FIX if isinstance(error, UnicodeDecodeError) else "Correct the line"
         return SourceRow.broken(place, root, name, message=_describe_json_error(error), fix=fix)
 
 
@@ -92,7 +92,7 @@ def read_json_list_rows(source: Path, root: Path) -> Iterator[SourceRow]:
         except (ValueError, RecursionError) as error:
             if isinstance(error, json.JSONDecodeError):
                 place = Place(str(source), error.lineno)
-            fix = "Mend the line; what follows it in the list was not read"
+            fix = "Correct the line; what follows it in the list was not read"
             yield SourceRow.broken(place, root, name, message=_describe_json_error(error), fix=fix)
             return
         yield SourceRow(place, root, name, value)
@@ -126,7 +126,7 @@ def read_table_rows(source: Path, root: Path) -> Iterator[SourceRow]:
             columns = [name.strip() for name in next(reader, [])]
         except csv.Error as error:
             message = f"broken header ({error})"
-            raise DataError(message, place=place, fix="Mend the quotes") from None
+            raise DataError(message, place=place, fix="Correct the quotes") from None
         if len(set(columns)) != len(columns):
             message = f"a column twice: {', '.join(columns)}"
             raise DataError(message, place=place, fix="Rename one")

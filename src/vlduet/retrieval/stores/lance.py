@@ -51,7 +51,7 @@ class LanceStore:
     """Vector store that keeps its rows on disk in LanceDB; implements `VectorStore`.
 
     Args:
-        folder: folder of the database; created if it is missing and `write` is set.
+        folder: folder of the database; LanceDB creates it if it is missing.
         dim: D, the width of the vectors.
         write: whether this process holds the lock of the index and may write.
 
