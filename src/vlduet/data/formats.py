@@ -14,15 +14,23 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlduet.data import images
 from vlduet.data.quarantine import QUARANTINE_SUFFIX
-from vlduet.data.readers import arrow, containers, conversations, pairs
-from vlduet.data.readers.rows import SourceRow
+from vlduet.data.readers import (
+    archives,
+    arrow,
+    conversations,
+    image_folders,
+    json_files,
+    pairs,
+    tables,
+)
+from vlduet.data.readers.rows import IgnoredData, ReadContext, SourceRow
 from vlduet.data.record_json import COMMON_KEYS, KEYS_BY_KIND, parse_record, record_to_json
 from vlduet.data.records import ImageRef, Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError, suggest_name
@@ -117,21 +125,21 @@ FORMATS: dict[str, RecordFormat] = {
 }
 """Record formats by name. The first one that matches a row reads the source: the order matters."""
 
-ContainerReader = Callable[[Path, Path], Iterator[SourceRow]]
-"""Function of (file, folder that relative image paths start from) that yields the file's rows."""
+ContainerReader = Callable[[Path, ReadContext], Iterator[SourceRow]]
+"""Function of (file, settings of the source) that yields the file's rows."""
 
 CONTAINER_READERS: dict[str, ContainerReader] = {
-    ".jsonl": containers.read_jsonl_rows,
-    ".ndjson": containers.read_jsonl_rows,
-    ".json": containers.read_json_list_rows,
-    ".csv": containers.read_table_rows,
-    ".tsv": containers.read_table_rows,
+    ".jsonl": json_files.read_jsonl_rows,
+    ".ndjson": json_files.read_jsonl_rows,
+    ".json": json_files.read_json_list_rows,
+    ".csv": tables.read_table_rows,
+    ".tsv": tables.read_table_rows,
     ".parquet": arrow.read_parquet_rows,
     ".arrow": arrow.read_arrow_rows,
     ".feather": arrow.read_arrow_rows,
-    ".tar": containers.read_tar_rows,
-    ".tar.gz": containers.read_tar_rows,
-    ".tgz": containers.read_tar_rows,
+    ".tar": archives.read_tar_rows,
+    ".tar.gz": archives.read_tar_rows,
+    ".tgz": archives.read_tar_rows,
 }
 """Container readers by the end of the file's name."""
 
@@ -144,6 +152,8 @@ def read_records(
     *,
     format: str | None = None,
     root: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignored: IgnoredData | None = None,
     on_error: RowErrorHandler | None = None,
 ) -> Iterator[Record]:
     """Return an iterator over the records of a file or folder, which reads as it is advanced.
@@ -155,6 +165,8 @@ def read_records(
             shards of one file, or saved by Hugging Face `datasets`.
         format: a key of `FORMATS`; None detects it by the keys of the first rows.
         root: folder that relative image paths start from; None means the folder of the file.
+        columns: column of the source by role, such as ``{"caption": "text_en"}``.
+        ignored: counter that receives what is seen and not read, as the iterator is advanced.
         on_error: receives the error of each broken row, which is left out; None raises the first.
 
     Raises:
@@ -169,7 +181,10 @@ def read_records(
         if not fix.startswith("Known"):
             fix = f"{fix} Known: {', '.join(FORMATS)}"
         raise DataError(f"no format '{format}'", place=source, fix=fix)
-    rows = _read_rows(source, root)
+    if root is None:
+        root = source if source.is_dir() else source.parent
+    context = ReadContext(root, columns or {}, IgnoredData() if ignored is None else ignored)
+    rows = _read_rows(source, context)
     try:
         if format is None:
             format, rows = _detect_format(source, rows)
@@ -200,7 +215,7 @@ def append_unlisted_images(
     for record in records:
         listed |= {ref.path.resolve() for ref in record.images() if ref.path is not None}
         yield record
-    rows = containers.read_image_folder_rows(folder, folder)
+    rows = image_folders.read_image_folder_rows(folder, ReadContext(folder))
     for record in _parse_rows(rows, FORMATS["captions"], on_error):
         path = record.image.path if record.image else None
         if path is not None and path.resolve() not in listed:
@@ -237,7 +252,8 @@ def detect_format(source: Path) -> str:
     Raises:
         DataError: no format fits, or the source cannot be read.
     """
-    return _detect_format(source, _read_rows(source, None))[0]
+    root = source if source.is_dir() else source.parent
+    return _detect_format(source, _read_rows(source, ReadContext(root)))[0]
 
 
 def _detect_format(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterator[SourceRow]]:
@@ -270,10 +286,8 @@ def _detect_format(source: Path, rows: Iterator[SourceRow]) -> tuple[str, Iterat
 # --- containers
 
 
-def _read_rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
+def _read_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Return an iterator over the rows of a file or folder; a file is not opened yet.
-
-    `root` None is the folder of the file.
 
     Raises:
         DataError: the source is missing, has an unknown ending, or is a folder without records
@@ -282,7 +296,7 @@ def _read_rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
     if not source.exists():
         raise DataError("no such file or folder", place=source, fix="Check the path")
     if source.is_dir():
-        return _read_folder_rows(source, root)
+        return _read_folder_rows(source, context)
     _, suffix = _split_suffix(source.name)
     if not suffix:
         message = "a file without an ending"
@@ -290,7 +304,7 @@ def _read_rows(source: Path, root: Path | None) -> Iterator[SourceRow]:
             message = f"a file of records does not end in '{source.suffix}'"
         fix = f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images"
         raise DataError(message, place=source, fix=fix)
-    return CONTAINER_READERS[suffix](source, source.parent if root is None else root)
+    return CONTAINER_READERS[suffix](source, context)
 
 
 def _split_suffix(name: str) -> tuple[str, str]:
@@ -300,11 +314,11 @@ def _split_suffix(name: str) -> tuple[str, str]:
     return name[: len(name) - len(suffix)], suffix
 
 
-def _read_folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
+def _read_folder_rows(folder: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Return an iterator over the rows of a folder's files of records, else of its images.
 
-    Several files are read one after the other if their names differ in a number only. `root` None
-    is the folder; image paths of a folder of images always start from it.
+    Several files are read one after the other if their names differ in a number only. Paths
+    of a folder of images start from it, whatever the root of `context` is.
 
     Raises:
         DataError: the folder holds several splits or data sets, a broken or indexed saved dataset,
@@ -316,7 +330,7 @@ def _read_folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
         raise DataError("several splits in one folder", place=folder, fix=fix)
     files = _list_saved_dataset_files(folder) or _list_record_files(folder)
     if not files:
-        return _read_image_rows(folder)
+        return _read_image_rows(folder, context)
     # Shards are numbered parts of one data set; `train.jsonl` and `test.jsonl`, or train-0.tar
     # and test-0.tar, are not.
     number = r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$"
@@ -325,8 +339,7 @@ def _read_folder_rows(folder: Path, root: Path | None) -> Iterator[SourceRow]:
         fix = f"Name one: {_list_paths(files)}"
         raise DataError("several files of records in one folder", place=folder, fix=fix)
     readers = [CONTAINER_READERS[_split_suffix(path.name)[1]] for path in files]
-    start = folder if root is None else root
-    rows = (reader(path, start) for reader, path in zip(readers, files, strict=True))
+    rows = (reader(path, context) for reader, path in zip(readers, files, strict=True))
     return itertools.chain.from_iterable(rows)
 
 
@@ -366,13 +379,13 @@ def _list_saved_dataset_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_image_rows(folder: Path) -> Iterator[SourceRow]:
+def _read_image_rows(folder: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Return an iterator over a row per image below a folder, in the order of its reader.
 
     Raises:
         DataError: at once, if there is no image.
     """
-    rows = containers.read_image_folder_rows(folder, folder)
+    rows = image_folders.read_image_folder_rows(folder, context)
     first = next(rows, None)
     if first is None:
         suffixes = ", ".join(sorted(images.IMAGE_SUFFIXES))

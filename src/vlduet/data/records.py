@@ -98,6 +98,8 @@ class Message:
     """One of `ROLES`."""
     parts: Parts
     """Texts and images of the turn, in reading order."""
+    supervised: bool = True
+    """Learn the turn, if it is by the assistant; False: it is context only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from vlduet.data.formats import (
     read_records,
     stream_to_jsonl,
 )
-from vlduet.data.readers.rows import SourceRow
+from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError
 
@@ -106,7 +106,9 @@ def test_any_row_is_a_record_or_a_data_error(data: Any, row: dict[str, Any], nam
     keys = st.sampled_from(sorted(set().union(*FOREIGN_ROWS)))
     value = row | data.draw(st.dictionaries(keys, junk_values, max_size=2))
     try:
-        record = FORMATS[name].parse_row(SourceRow(Place("x", 1), Path(), "x:1", value))
+        record = FORMATS[name].parse_row(
+            SourceRow(Place("x", 1), ReadContext(Path()), "x:1", value)
+        )
         assert isinstance(record, Record)
     except DataError as error:
         assert error.place is not None and error.place.startswith("x:1") and error.fix

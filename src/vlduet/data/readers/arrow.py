@@ -6,24 +6,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.readers.rows import SourceRow, drop_null_fields
+from vlduet.data.readers.rows import ReadContext, SourceRow, drop_null_fields
 from vlduet.data.records import Place
 
 ROWS_PER_BATCH = 64
 """Number of rows that are in memory at once; they may hold images."""
 
 
-def read_parquet_rows(source: Path, root: Path) -> Iterator[SourceRow]:
+def read_parquet_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Yield the rows of a ``.parquet`` file; a broken file yields one error at its end."""
-    return _read_rows(source, root, _iter_parquet_batches(source))
+    return _read_rows(source, context, _iter_parquet_batches(source))
 
 
-def read_arrow_rows(source: Path, root: Path) -> Iterator[SourceRow]:
+def read_arrow_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Yield the rows of an ``.arrow`` or ``.feather`` file, in the stream or the file format.
 
     A broken file yields one error at its end.
     """
-    return _read_rows(source, root, _iter_arrow_batches(source))
+    return _read_rows(source, context, _iter_arrow_batches(source))
 
 
 def _iter_parquet_batches(source: Path) -> Iterator[Any]:
@@ -53,7 +53,7 @@ def _iter_arrow_batches(source: Path) -> Iterator[Any]:
                 yield batch.slice(start, ROWS_PER_BATCH)
 
 
-def _read_rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[SourceRow]:
+def _read_rows(source: Path, context: ReadContext, batches: Iterator[Any]) -> Iterator[SourceRow]:
     """Yield a row per table row, numbered from 1, without its null fields at any depth.
 
     The default id is ``FILE NAME:NUMBER``. If reading fails, the last row has the error; nothing is
@@ -71,10 +71,10 @@ def _read_rows(source: Path, root: Path, batches: Iterator[Any]) -> Iterator[Sou
                 number += 1
                 place = Place(str(source), number)
                 name = f"{source.name}:{number}"
-                yield SourceRow(place, root, name, drop_null_fields(value))
+                yield SourceRow(place, context, name, drop_null_fields(value))
     except (pa.ArrowException, OSError) as error:
         place = Place(str(source), number + 1)
         cause = str(error).splitlines()[0][:120]
         message = f"truncated or broken {source.suffix[1:]} ({cause})"
         fix = "Copy or download the file again; what follows in it was not read"
-        yield SourceRow.broken(place, root, source.name, message=message, fix=fix)
+        yield SourceRow.broken(place, context, source.name, message=message, fix=fix)

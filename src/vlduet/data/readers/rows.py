@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,68 @@ from vlduet.data.record_json import JsonValue, require_answer
 from vlduet.data.records import ImageRef, Message, Part, Place, Record
 from vlduet.errors import DataError
 
+UTF8_FIX = "Save the file as UTF-8"
+
+
+class IgnoredData:
+    """Counter of what a reader saw in a source and did not read: columns, members, files.
+
+    One counter is shared by all readers of a source. Thread-unsafe.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing ignored."""
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def add(self, kind: str, name: str, count: int = 1) -> None:
+        """Count one more occurrence of something that is not read.
+
+        Args:
+            kind: key of `IGNORED_KINDS`: ``column``, ``member`` or ``file``.
+            name: name of the column, ending of the members, or path of the file.
+            count: number of occurrences to add.
+        """
+        self._counts[kind, name] += count
+
+    def __bool__(self) -> bool:
+        """Return whether anything was counted."""
+        return bool(self._counts)
+
+    def messages(self) -> list[str]:
+        """Return a sentence per ignored name, in the order of first occurrence."""
+        return [
+            IGNORED_KINDS[kind].format(count=count, rows="row" if count == 1 else "rows", name=name)
+            for (kind, name), count in self._counts.items()
+        ]
+
+
+IGNORED_KINDS = {
+    "column": "{count:,} {rows} with a column `{name}` that is not read",
+    "member": "{count:,} archive members `{name}` that are not read",
+    "file": "the file {name} is not read",
+}
+"""Sentence of `IgnoredData.messages` by kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadContext:
+    """Settings and shared state of reading one source."""
+
+    root: Path
+    """Folder that relative image paths start from."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Name of the source's column by role (such as ``caption``), given by the user."""
+    ignored: IgnoredData = field(default_factory=IgnoredData)
+    """Counter of what is not read."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
     """One row of a container: a JSON-like value, or the error that took its place."""
 
     place: Place
-    root: Path
-    """Folder that relative image paths start from."""
+    context: ReadContext
+    """Settings of the source, and the counter of what is not read."""
     default_id: str
     """Id of the record if the value has none."""
     value: Any = None
@@ -28,11 +83,16 @@ class SourceRow:
 
     @classmethod
     def broken(
-        cls, place: Place, root: Path, default_id: str, *, message: str, fix: str
+        cls, place: Place, context: ReadContext, default_id: str, *, message: str, fix: str
     ) -> SourceRow:
         """Return a row with an error at `place` instead of a value."""
         error = DataError(message, place=place, fix=fix)
-        return cls(place, root, default_id, error=error)
+        return cls(place, context, default_id, error=error)
+
+    @property
+    def root(self) -> Path:
+        """Folder that relative image paths start from."""
+        return self.context.root
 
     def get_field(self, key: str) -> JsonValue:
         """Return the value under `key` with its place; the value of a missing key is None."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from vlduet.data.images import IMAGE_SUFFIXES
 from vlduet.data.readers.arrow import read_parquet_rows
+from vlduet.data.readers.rows import ReadContext
 from vlduet.data.records import ImageRef, Place
 from vlduet.errors import DataError
 
@@ -189,7 +190,7 @@ class OfficialFiles:
             raise self._missing_error(pattern, fix="Put the official file in that place")
         for path in paths:
             self.read_bytes(path.relative_to(self.root).as_posix())
-            for row in read_parquet_rows(path, self.root):
+            for row in read_parquet_rows(path, ReadContext(self.root)):
                 if row.error is not None:
                     raise row.error
                 yield as_official_object(row.value, row.place)
