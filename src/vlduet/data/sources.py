@@ -1,0 +1,91 @@
+"""Sources of records, with the settings that say how each is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlduet.data.formats import RowErrorHandler, read_records
+from vlduet.data.readers.rows import IgnoredData
+from vlduet.data.records import Record
+from vlduet.errors import DataError
+from vlduet.logs import logger
+
+STRICT_FIX = (
+    "Remove it from the source, or name its role (--columns caption=NAME), or leave --strict out"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSource:
+    """File or folder of records, and how it is read. The fields are those of `read_records`."""
+
+    path: Path
+    format: str | None = None
+    """Key of `formats.FORMATS`; None detects it."""
+    root: Path | None = None
+    """Folder that relative image paths start from; None means that of the file."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Column of the source by role."""
+    strict: bool = False
+    """Refuse broken rows, and whatever in the source is not read."""
+
+    def read(self, *, on_error: RowErrorHandler | None = None) -> Iterator[Record]:
+        """Return an iterator over the records, which logs what was seen and not read.
+
+        Each such thing is one warning, logged when the iterator ends or is closed.
+
+        Args:
+            on_error: receives the error of each broken row, which is left out; None, or `strict`,
+                raises the first.
+
+        Raises:
+            DataError, OSError: as `read_records`, at once or as the iterator is advanced; and, if
+                `strict`, behind the first record after which something was not read.
+        """
+        ignored = IgnoredData()
+        records = self.read_silently(ignored, on_error=None if self.strict else on_error)
+        return self._report_ignored(records, ignored)
+
+    def read_silently(
+        self, ignored: IgnoredData, *, on_error: RowErrorHandler | None
+    ) -> Iterator[Record]:
+        """Return an iterator over the records that counts in `ignored` what is not read.
+
+        As `read`, but nothing is logged, and `strict` has no effect.
+        """
+        return read_records(
+            self.path,
+            format=self.format,
+            root=self.root,
+            columns=self.columns,
+            ignored=ignored,
+            on_error=on_error,
+        )
+
+    def _report_ignored(self, records: Iterator[Record], ignored: IgnoredData) -> Iterator[Record]:
+        """Yield `records`; log or, if `strict`, raise what `ignored` has counted."""
+        try:
+            for record in records:
+                self._check_strict(ignored)
+                yield record
+            self._check_strict(ignored)
+        finally:
+            for message in ignored.messages() if not self.strict else ():
+                logger.warning(f"{self.path}: {message}")
+
+    def _check_strict(self, ignored: IgnoredData) -> None:
+        """Raise DataError if `strict` is set and something was not read."""
+        if self.strict and ignored:
+            message = "; ".join(ignored.messages())
+            raise DataError(message, place=self.path, fix=STRICT_FIX)
+
+
+SourceLike = RecordSource | Path | str
+"""Source, or the path of one that is read without settings."""
+
+
+def as_source(source: SourceLike) -> RecordSource:
+    """Return `source` itself, or a source with default settings at the path that it is."""
+    return source if isinstance(source, RecordSource) else RecordSource(Path(source))
