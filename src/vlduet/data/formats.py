@@ -30,7 +30,13 @@ from vlduet.data.readers import (
     pairs,
     tables,
 )
-from vlduet.data.readers.rows import IgnoredData, ReadContext, SourceRow
+from vlduet.data.readers.rows import (
+    IMAGE_COLUMNS,
+    IgnoredData,
+    ReadContext,
+    SourceRow,
+    find_image_columns,
+)
 from vlduet.data.record_json import COMMON_KEYS, KEYS_BY_KIND, parse_record, record_to_json
 from vlduet.data.records import ImageRef, Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError, suggest_name
@@ -117,10 +123,10 @@ FORMATS: dict[str, RecordFormat] = {
         _matches_messages,
     ),
     "captions": RecordFormat(
-        f"captioned images: a column {', '.join(pairs.IMAGE_COLUMNS[:3])}, ... and any of "
+        f"captioned images: a column {', '.join(IMAGE_COLUMNS[:3])}, ... and any of "
         f"{', '.join(pairs.SHORT_COLUMNS + pairs.LONG_COLUMNS)}",
         pairs.parse_captions,
-        lambda value: bool(pairs.find_image_columns(value)),
+        lambda value: bool(find_image_columns(value)),
     ),
 }
 """Record formats by name. The first one that matches a row reads the source: the order matters."""

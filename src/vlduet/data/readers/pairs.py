@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from vlduet.data.readers.rows import SourceRow, collect_metadata, interleave_images, parse_id
+from vlduet.data.readers.rows import (
+    IMAGE_COLUMN,
+    IMAGE_COLUMNS,
+    SourceRow,
+    collect_metadata,
+    find_image_columns,
+    interleave_images,
+    parse_id,
+)
 from vlduet.data.record_json import JsonValue
 from vlduet.data.records import Parts, Record
 from vlduet.errors import DataError
 
-IMAGE_COLUMN = "image"
-PATH_COLUMNS = ("image_path", "image_file", "img", "img_path")
-FILE_COLUMNS = ("file_name", "filename", "filepath", "file", "path")
-ENCODED_COLUMNS = ("jpg", "jpeg", "png", "webp")
-IMAGE_COLUMNS = (IMAGE_COLUMN, *PATH_COLUMNS, *FILE_COLUMNS, *ENCODED_COLUMNS)
-"""Names of columns that may hold the image, in lower case."""
 SHORT_COLUMNS = ("short", "short_caption", "caption", "captions", "text", "title", "alt_text")
 LONG_COLUMNS = ("long", "long_caption", "description", "detailed_caption")
 
@@ -29,12 +30,6 @@ MMEB_SIDES = {
 }
 """Text column and image column of each side of a row."""
 MMEB_KEYS = tuple(key for columns in MMEB_SIDES.values() for key in columns)
-
-
-def find_image_columns(columns: Iterable[str]) -> list[str]:
-    """Return the columns that may hold the image: ``image`` alone if it is there, else all."""
-    candidates = [name for name in columns if name.lower() in IMAGE_COLUMNS]
-    return [name for name in candidates if name.lower() == IMAGE_COLUMN] or candidates
 
 
 def parse_captions(row: SourceRow) -> Record:

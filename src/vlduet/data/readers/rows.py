@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,19 @@ from vlduet.data.records import ImageRef, Message, Part, Place, Record
 from vlduet.errors import DataError
 
 UTF8_FIX = "Save the file as UTF-8"
+
+IMAGE_COLUMN = "image"
+PATH_COLUMNS = ("image_path", "image_file", "img", "img_path", "picture", "photo")
+FILE_COLUMNS = ("file_name", "filename", "filepath", "file", "path")
+ENCODED_COLUMNS = ("jpg", "jpeg", "png", "webp")
+IMAGE_COLUMN_RANKS = (
+    (IMAGE_COLUMN,),
+    ("images", *PATH_COLUMNS, *FILE_COLUMNS, *ENCODED_COLUMNS),
+    ("image_url",),
+)
+"""Names of columns that may hold the images of a row in any format, the preferred ones first."""
+IMAGE_COLUMNS = tuple(itertools.chain(*IMAGE_COLUMN_RANKS))
+"""All names of `IMAGE_COLUMN_RANKS`; like these, in lower case."""
 
 
 class IgnoredData:
@@ -162,6 +176,19 @@ def parse_images(row: SourceRow, *keys: str) -> list[ImageRef]:
             return [item.parse_image() for item in field.parse_items("images")]
         if field.value not in (None, "", []):
             return [field.parse_image()]
+    return []
+
+
+def find_image_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns that may hold the image, of the first of `IMAGE_COLUMN_RANKS` present.
+
+    Names count in any case. The list is empty if there is none.
+    """
+    names = list(columns)
+    for rank in IMAGE_COLUMN_RANKS:
+        candidates = [name for name in names if name.lower() in rank]
+        if candidates:
+            return candidates
     return []
 
 
