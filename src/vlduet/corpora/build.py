@@ -26,7 +26,7 @@ from typing import Any
 from vlduet.corpora.packages import Package
 from vlduet.data import images
 from vlduet.data.records import ImageRef
-from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, find_near_duplicates
+from vlduet.data.tools.duplicates import UnionFind
 from vlduet.errors import ImageError, MissingExtraError
 from vlduet.logs import track_progress
 
@@ -144,12 +144,6 @@ def assign_group_splits(
         for i in members:
             splits[i] = split
     return splits
-
-
-def union_near_duplicates(groups: UnionFind, fingerprints: Sequence[ImageFingerprint]) -> None:
-    """Unite, in place, the items whose images are near-duplicates; item i has fingerprints[i]."""
-    for i, j in find_near_duplicates(fingerprints):
-        groups.union(i, j)
 
 
 def normalize_caption(text: str) -> str:

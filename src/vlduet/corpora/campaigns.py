@@ -294,7 +294,7 @@ def _assign_image_splits(scenarios: list[Scenario], core: Path) -> dict[Path, st
     paths = list(fingerprints)
     groups = UnionFind(len(paths))
     groups.union_equal(hashlib.sha256(path.read_bytes()).digest() for path in paths)
-    build.union_near_duplicates(groups, list(fingerprints.values()))
+    groups.union_near_duplicates(list(fingerprints.values()))
     image_splits: dict[Path, str] = {}
     for members in groups.groups():
         members_of_wesnoth = [i for i in members if paths[i] in unit_images]

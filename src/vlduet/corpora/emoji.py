@@ -87,7 +87,7 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     # A concept is what code points and names say; a split also unites what merely looks alike.
     concepts = [drawings[groups.find(i)].emoji.hexcode for i in range(len(drawings))]
     fingerprints = [fingerprint_image(ImageRef(data=drawing.png)) for drawing in drawings]
-    build.union_near_duplicates(groups, fingerprints)
+    groups.union_near_duplicates(fingerprints)
     for i, (drawing, concept) in enumerate(zip(drawings, concepts, strict=True)):
         group = drawings[groups.find(i)].emoji.hexcode
         split = build.assign_split(f"emoji:{group}", test=TEST_SHARE, val=VAL_SHARE)

@@ -80,7 +80,7 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
         fingerprint_image(ImageRef(path=entry.source))
         for entry in track_progress(entries, label="reading images")
     ]
-    build.union_near_duplicates(groups, fingerprints)
+    groups.union_near_duplicates(fingerprints)
     names = [f"{entry.kind}:{entry.name}" for entry in entries]
     splits = build.assign_group_splits(
         groups, names, corpus="endless-sky", test=TEST_SHARE, val=VAL_SHARE

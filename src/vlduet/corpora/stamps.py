@@ -61,7 +61,7 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     captions = [build.normalize_caption(stamp.caption) for stamp in stamps]
     groups = UnionFind(len(stamps))
     groups.union_equal(captions)
-    build.union_near_duplicates(groups, [stamp.fingerprint for stamp in stamps])
+    groups.union_near_duplicates([stamp.fingerprint for stamp in stamps])
     splits = build.assign_group_splits(
         groups, captions, corpus="stamps", test=TEST_SHARE, val=VAL_SHARE
     )

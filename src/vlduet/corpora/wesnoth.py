@@ -142,7 +142,7 @@ def assign_unit_splits(units: list[WesnothUnit]) -> dict[str, str]:
         for target in unit.advances_to:
             if target in index_by_id:
                 groups.union(i, index_by_id[target])
-    build.union_near_duplicates(groups, [fingerprint_image(ImageRef(path=u.source)) for u in units])
+    groups.union_near_duplicates([fingerprint_image(ImageRef(path=u.source)) for u in units])
     ids = [unit.id for unit in units]
     splits = build.assign_group_splits(
         groups, ids, corpus="wesnoth", test=TEST_SHARE, val=VAL_SHARE
