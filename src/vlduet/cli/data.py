@@ -153,15 +153,15 @@ def convert(
     first one is an error, and FILE.jsonl stays as it was. The exit status is 1 if no record
     remains.
     """
-    from vlduet.data import formats
+    from vlduet.data import formats, jsonl_output
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.logs import track_progress
 
-    formats.check_output_path(to, source)
+    jsonl_output.check_output_path(to, source)
     dropped = Quarantine.create(quarantine_path(to))
     on_error = None if strict else quarantine_rows(dropped)
     records = formats.read_records(source, format=format, root=root, on_error=on_error)
-    written = formats.stream_to_jsonl(records, to)
+    written = jsonl_output.stream_to_jsonl(records, to)
     count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
     print_output_summary(to, count, dropped, as_json=as_json)
 
@@ -221,14 +221,14 @@ def edit(
     """
     from collections import Counter
 
-    from vlduet.data import formats
+    from vlduet.data import formats, jsonl_output
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.data.tools import caption_negatives
     from vlduet.data.tools.queries import split_into_queries
     from vlduet.errors import DataError
     from vlduet.logs import track_progress
 
-    formats.check_output_path(to, file)
+    jsonl_output.check_output_path(to, file)
     kind_list = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
     caption_negatives.check_edit_kinds(kind_list or ())
     dropped = Quarantine.create(quarantine_path(to))
@@ -254,7 +254,7 @@ def edit(
             except DataError as error:
                 dropped.add(record, error)
 
-    written = formats.stream_to_jsonl(edit_records(), to)
+    written = jsonl_output.stream_to_jsonl(edit_records(), to)
     count = sum(1 for _ in track_progress(written, label=f"editing {file.name}"))
     negatives = dict(sorted(counts.items()))
     edits = ", ".join(f"{number} {kind}" for kind, number in negatives.items()) or "no edits"
@@ -285,11 +285,11 @@ def mix(
     pairs with short captions, are left out and listed in OUT.quarantine.jsonl. Two pairs with an
     image or a caption in common are not combined. The exit status is 1 if no query can be written.
     """
-    from vlduet.data import formats
+    from vlduet.data import formats, jsonl_output
     from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
     from vlduet.data.tools.composed_queries import collect_content_keys, compose_queries
 
-    formats.check_output_path(to, file)
+    jsonl_output.check_output_path(to, file)
     dropped = Quarantine.create(quarantine_path(to))
     on_error = quarantine_rows(dropped)
     records = list(formats.read_records(file, format=format, root=root, on_error=on_error))
@@ -299,7 +299,7 @@ def mix(
     pairs = [record for record, content in zip(records, usable, strict=True) if content]
     count = sum(
         1
-        for _ in formats.stream_to_jsonl(
+        for _ in jsonl_output.stream_to_jsonl(
             compose_queries(pairs, queries_per_image=times, seed=seed), to
         )
     )

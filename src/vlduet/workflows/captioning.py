@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vlduet.data import formats
+from vlduet.data import formats, jsonl_output
 from vlduet.data.images import image_key
 from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Record, split_sentences
@@ -163,7 +163,7 @@ def write_missing_captions(
     """
     if batch_size < 1:
         raise ConfigError(f"{batch_size}", place="--batch", fix="Give 1 or more")
-    formats.check_output_path(output, source, allow_existing=True)
+    jsonl_output.check_output_path(output, source, allow_existing=True)
     quarantine = Quarantine.create(quarantine_path(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = json.dumps([model.fingerprint, [asdict(spec) for spec in specs]])
@@ -175,13 +175,13 @@ def write_missing_captions(
         quarantine.add(error.place, error)
 
     records = formats.read_records(source, on_error=add_row_error)
-    if formats.is_file_inside(output, source):
+    if jsonl_output.is_file_inside(output, source):
         # An earlier run wrote into the folder of images; there may be new images since.
         records = formats.append_unlisted_images(records, source, on_error=add_row_error)
         captioned = _require_all_records(output, job.add_captions(records))
     else:
         captioned = job.add_captions(records)
-    stored = formats.stream_to_jsonl(captioned, output)
+    stored = jsonl_output.stream_to_jsonl(captioned, output)
     num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.name}"))
     journal.path.unlink(missing_ok=True)
     return CaptionReport(

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.data import formats
+from vlduet.data import formats, jsonl_output
 from vlduet.data.content_keys import content_key
 from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Parts, Record
@@ -96,7 +96,7 @@ def mine_hard_negatives(
         model: model to embed with: the one that is to be trained, or a better one.
         source: pairs with short captions, and retrieval records, which are also the candidates.
         output: ``.jsonl`` to write, complete or not at all; records that are left out are listed in
-            ``<stem of output>.quarantine.jsonl``. Images that exist only as bytes are written to
+            ``<stem of output>.quarantine.jsonl``. Images without files of their own are written to
             ``<stem of output>-images/``.
         query_side: side of a pair that is the query.
         num_negatives: number of new negatives per record; fewer, or none, if the file has no more.
@@ -111,7 +111,7 @@ def mine_hard_negatives(
         raise ConfigError(f"{num_negatives} negatives", place="-k", fix="Ask for 1 or more")
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError(f"{margin}", place="--margin", fix="Give a cosine difference, 0 or more")
-    formats.check_output_path(output, source)
+    jsonl_output.check_output_path(output, source)
     quarantine = Quarantine.create(quarantine_path(output))
     pool = _CandidatePool()
     records = formats.read_records(source, on_error=lambda e: quarantine.add(e.place, e))
@@ -130,7 +130,7 @@ def mine_hard_negatives(
     negative_scores: list[float] = []
     num_without = 0
     mined = pool.add_negatives(k=num_negatives, margin=margin, model_name=model.fingerprint)
-    stored = formats.stream_to_jsonl(mined, output)
+    stored = jsonl_output.stream_to_jsonl(mined, output)
     for record in track_progress(stored, total=len(pool.queries), label="ranking"):
         origin = record.metadata["mined"]
         positive_scores.append(origin["positive_score"])

@@ -1,0 +1,64 @@
+"""Records written to a ``.jsonl`` file, which appears when it is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vlduet.data import images
+from vlduet.data.record_json import record_to_json
+from vlduet.data.records import Record, is_utf8_encodable, map_images
+from vlduet.errors import DataError
+
+
+def check_output_path(target: Path, source: Path, *, allow_existing: bool = False) -> None:
+    """Check that `target` can be written while `source` is read. Nothing is written.
+
+    Args:
+        allow_existing: accept an existing file of the folder `source`, which the caller replaces.
+
+    Raises:
+        DataError: `target` is no ``.jsonl``, is the source, or (without `allow_existing`) exists
+            directly in the folder `source`.
+    """
+    if target.suffix != ".jsonl":
+        fix = f"Write {target.with_suffix('.jsonl')}"
+        raise DataError(f"'{target}' is no .jsonl file", place="--to", fix=fix)
+    if target.resolve() == source.resolve():
+        fix = "Name another file"
+        raise DataError(f"'{target}' is the source itself", place="--to", fix=fix)
+    if not allow_existing and is_file_inside(target, source):
+        message = f"'{target}' is there already, and is read as a part of {source}"
+        raise DataError(message, place="--to", fix="Name a file outside, or a new one")
+
+
+def is_file_inside(path: Path, folder: Path) -> bool:
+    """Return whether `path` exists and lies directly in `folder`."""
+    return path.exists() and path.resolve().parent == folder.resolve()
+
+
+def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]:
+    """Write records to a ``.jsonl`` file, and yield each one after it is written.
+
+    The generator must be exhausted: nothing happens before it is advanced, `target` appears, or is
+    replaced, when all records are written, and stays as it was if an error stops the generator.
+    The folder of `target` is created. Images without a file of their own are written to the folder
+    ``<stem of target>-images`` beside it (`images.write_image_file`) and referred to there in the
+    file; the yielded records are the unchanged ones.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f"{target.stem}-images"
+    partial_file = target.with_name(f".{target.name}.partial")
+    try:
+        with partial_file.open("w", encoding="utf-8") as file:
+            for record in records:
+                stored = map_images(record, lambda ref: images.write_image_file(ref, folder))
+                raw = record_to_json(stored, root=target.parent)
+                line = json.dumps(raw, ensure_ascii=False)
+                # A lone surrogate has no bytes in UTF-8, but can be spelled in ASCII.
+                file.write((line if is_utf8_encodable(line) else json.dumps(raw)) + "\n")
+                yield record
+        partial_file.replace(target)
+    finally:
+        partial_file.unlink(missing_ok=True)
