@@ -9,14 +9,31 @@ names a preset. The classes below are the complete list of keys; docs/train.md e
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
+from vlduet.config_files import (
+    apply_override,
+    merge_trees,
+    parse_overrides,
+    read_yaml_mapping,
+)
 from vlduet.errors import ConfigError, suggest_name
 
 PRESETS_FOLDER = Path(__file__).parent / "configs"
@@ -48,6 +65,10 @@ class ModelSection(Section):
     """Width of the embeddings; without effect if the head is ``none``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Format of frozen weights; auto: bfloat16 for half-precision models on a GPU, else float32."""
+    max_image_tokens: int | None = Field(default=None, gt=0)
+    """Most tokens of an image, which is downscaled to them, saved with the model.
+
+    None: that of the model folder; for a checkpoint 1536, but at most 3/4 of a sequence."""
     prompts: dict[str, Any] = {}
     """Fields of `vlduet.model.prompts.Prompts` that differ from the model's own values."""
 
@@ -64,24 +85,81 @@ class EncodersSection(Section):
 
 
 class SourceSection(Section):
-    """Keys of one item of ``data.train``: a set of training records."""
+    """Keys of ``data.validation``: a set of records, and how it is read."""
 
     path: Path
     """File or folder in any format that ``vlduet data check`` accepts."""
+    format: str | None = None
+    """Record format, see ``vlduet data formats``; None: detected from the rows."""
+    root: Path | None = None
+    """Folder that relative image paths start from; None: that of the file."""
+    columns: dict[str, str] = {}
+    """Column of the source by role, such as ``{caption: text_en}``."""
+    strict: bool = False
+    """Refuse broken rows, and whatever in the source is not read."""
+
+
+class TrainSourceSection(SourceSection):
+    """Keys of one item of ``data.train``: a set of training records."""
+
     weight: float = Field(default=1.0, gt=0)
     """Relative share of every batch: weight divided by the sum of all weights."""
+
+
+VALIDATION_TAGS = ("validation source", "validation share")
+"""Names of the two forms of ``data.validation``, which are part of the place of pydantic's errors.
+"""
+
+
+def _select_validation_tag(value: object) -> str:
+    """Return the tag of a value of ``data.validation``: a share is a float."""
+    return VALIDATION_TAGS[isinstance(value, float)]
 
 
 class DataSection(Section):
     """Keys under ``data``: the records to train on and to validate with."""
 
-    train: list[SourceSection] = Field(min_length=1)
-    validation: Path | None = None
-    """Pair records for validation, which are never trained on."""
-    max_tokens: int = Field(default=2048, gt=0)
-    """Longest sequence in tokens; longer texts are truncated, images never."""
+    train: list[TrainSourceSection] = Field(min_length=1)
+    validation: (
+        Annotated[
+            Annotated[SourceSection, Tag(VALIDATION_TAGS[0])]
+            | Annotated[float, Tag(VALIDATION_TAGS[1])],
+            Discriminator(_select_validation_tag),
+        ]
+        | None
+    ) = None
+    """Pair records for validation, which are never trained on: a source of their own (a section, or
+    its ``path`` alone), or a share of the training records, which a hash of their content selects.
+    """
+    max_dropped: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of a source's records that may be dropped or cut when training starts."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Longest sequence in tokens, saved with the model; longer texts are truncated, images never.
+
+    None: that of the model folder, and 2048 for a checkpoint."""
     cache: Path | Literal[False] | None = None
     """Folder of cached features of frozen encoders; None: ``out/features``; False: memory only."""
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _parse_validation(cls, value: Any) -> Any:
+        """Return a path as a section that has it, and None, a section or a share as it is.
+
+        Raises ValueError for other values.
+        """
+        if isinstance(value, str | Path):
+            return {"path": value}
+        is_share = isinstance(value, float) and 0 < value < 1
+        if value is None or is_share or isinstance(value, dict | SourceSection):
+            return value
+        raise ValueError("write a path, a section with path, or a share between 0 and 1")
+
+    @field_serializer("validation", mode="wrap")
+    def _dump_validation(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        """Return a source that has nothing but its path as this path, as it is usually written."""
+        if isinstance(value, SourceSection) and value == SourceSection(path=value.path):
+            return str(value.path)
+        return handler(value)
 
 
 class LoraSection(Section):
@@ -96,7 +174,10 @@ class LoraSection(Section):
 class TrainSection(Section):
     """Keys under ``train``: which weights are trained, how fast, and for how long."""
 
-    steps: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    """Number of optimizer steps; None: `epochs` decides."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Number of passes over as many records as are usable; None: `steps` decides."""
     batch_size: int = Field(default=32, gt=1)
     """Number of records per step, summed over all processes."""
     lora: LoraSection | None = LoraSection()
@@ -126,6 +207,15 @@ class TrainSection(Section):
     log_every: int = Field(default=10, gt=0)
     eval_every: int = Field(default=200, gt=0)
     save_every: int = Field(default=200, gt=0)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        """Raise ValueError unless exactly one of `steps` and `epochs` is set."""
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps is missing: set steps or epochs")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs exclude each other: leave one out")
+        return self
 
 
 class RunConfig(Section):
@@ -231,7 +321,7 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     The key ``extends`` is looked up beside `path`, then by `find_config`, and is removed.
 
     Raises ConfigError as `read_yaml_mapping` does for either file, if the extended file is missing
-    or extends another one itself, and as `_apply_override` does.
+    or extends another one itself, and as `apply_override` does.
     """
     tree = read_yaml_mapping(path)
     base_name = tree.pop("extends", None)
@@ -244,46 +334,24 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
                 place=path,
                 fix="Extend the last file of the chain, and copy the keys in between",
             )
-        tree = _merge(base, tree)
+        _remove_replaced_lengths(base, tree)
+        tree = merge_trees(base, tree)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
+        _remove_replaced_lengths(tree, parse_overrides([override], place="override"))
     return tree
 
 
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """Return the top-level mapping of one YAML file; ``extends`` is not followed.
+def _remove_replaced_lengths(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Remove from `tree`, in place, that of ``train.steps`` and ``train.epochs`` which is replaced.
 
-    Raises:
-        ConfigError: The file is missing, not UTF-8, empty, broken, repeats a key, or is no mapping.
+    A run has one of them. If `changes` set one and not the other, the other is replaced.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot be read as text ({error})", place=path, fix="Name a YAML config file"
-        ) from None
-    tree = _parse_yaml(text, place=str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            "the file is not a mapping of keys to values",
-            place=path,
-            fix="Start from a preset, see vlduet config list",
-        )
-    return tree
-
-
-def _merge(base: Any, changes: Any) -> Any:
-    """Return `base` with `changes` applied, without modifying either of them.
-
-    Two mappings are merged key by key, at every depth. Any other value, such as a list, is replaced
-    as a whole.
-    """
-    if not (isinstance(base, dict) and isinstance(changes, dict)):
-        return changes
-    merged = dict(base)
-    for key, value in changes.items():
-        merged[key] = _merge(base[key], value) if key in base else value
-    return merged
+    settings, changed = tree.get("train"), changes.get("train")
+    if isinstance(settings, dict) and isinstance(changed, dict):
+        for key, replaced_key in (("steps", "epochs"), ("epochs", "steps")):
+            if changed.get(key) is not None and changed.get(replaced_key) is None:
+                settings.pop(replaced_key, None)
 
 
 # --------------------------------------------------------------------- validation
@@ -314,17 +382,20 @@ def _validate(section: type[S], tree: dict[str, Any], *, place: str) -> S:
     except ValidationError as error:
         # A misspelt key comes first, because it is often the reason why another one is missing.
         first = min(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
+        location = tuple(part for part in first["loc"] if part not in VALIDATION_TAGS)
+        key = ".".join(str(part) for part in location)
         if first["type"] == "extra_forbidden":
-            fix = suggest_name(str(first["loc"][-1]), _list_keys_at(section, first["loc"][:-1]))
+            fix = suggest_name(str(location[-1]), _list_keys_at(section, location[:-1]))
             raise ConfigError(f"unknown key '{key}'", place=place, fix=fix) from None
-        reason = first["msg"].lower()
+        reason = first["msg"].lower().removeprefix("value error, ")
         if first["type"] == "path_type":
             reason = "input should be a path: write it in quotes"
-        problem = f"= {first['input']!r}: {reason}"
+        problem = f"{key} = {first['input']!r}: {reason}"
         if first["type"] == "missing":
-            problem = "is missing"
-        raise ConfigError(f"{key} {problem}", place=place, fix="See docs/train.md") from None
+            problem = f"{key} is missing"
+        elif isinstance(first["input"], dict):  # keys of a section that do not fit together
+            problem = f"{key}: {reason}"
+        raise ConfigError(problem, place=place, fix="See docs/train.md") from None
 
 
 def _list_keys_at(section: type[Section], location: tuple[Any, ...]) -> list[str]:
@@ -335,14 +406,18 @@ def _list_keys_at(section: type[Section], location: tuple[Any, ...]) -> list[str
     for name in location:
         if isinstance(name, int):  # an index of a list, whose items all have the same class
             continue
-        section = _section_class(section.model_fields[name].annotation)
+        child = _section_class(section.model_fields[name].annotation)
+        assert child is not None, "pydantic looks for keys in sections only"
+        section = child
     return list(section.model_fields)
 
 
-def _section_class(annotation: Any) -> type[Section]:
-    """Return the Section class in a field's annotation, such as ``LoraSection | None``."""
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+def _section_class(annotation: Any) -> type[Section] | None:
+    """Return the Section class in a field's annotation, such as ``LoraSection | None``, or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    classes = map(_section_class, getattr(annotation, "__args__", ()))
+    return next((c for c in classes if c is not None), None)
 
 
 def parse_options(options_class: type[T], values: Mapping[str, Any], *, place: str) -> T:
@@ -372,114 +447,4 @@ def parse_options(options_class: type[T], values: Mapping[str, Any], *, place: s
             f"{first['input']!r}: {first['msg'].lower()}",
             place=".".join(str(part) for part in (place, *first["loc"])),
             fix="See docs/train.md",
-        ) from None
-
-
-# --------------------------------------------------------------------- overrides
-
-
-def parse_overrides(overrides: Iterable[str], *, place: str) -> dict[str, Any]:
-    """Return ``a.b=c`` texts as nested dicts of plain values: ``{"a": {"b": c}}``.
-
-    The values are YAML. Later texts overwrite earlier ones; no texts give {}.
-
-    Raises:
-        ConfigError: A text that `_apply_override` rejects; `place` is the place in the message.
-    """
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        try:
-            _apply_override(tree, override)
-        except ConfigError as error:
-            raise ConfigError(error.message, place=place, fix=error.fix) from None
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one value in `tree`, in place, from a text ``key.subkey=value``.
-
-    Missing sections are created, also if an error follows. Items of lists have numbers, and the
-    number after the last adds an item. Raises ConfigError for a text without key or ``=``, a path
-    through a plain value or null, a bad index or a value that is not YAML.
-    """
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"'{override}'", place="override", fix="Write key.subkey=value")
-    *sections, last = key.split(".")
-    node: Any = tree
-    for name in sections:
-        position: str | int = name
-        if isinstance(node, list):
-            position = _locate_or_append_item(node, name, key)
-        elif name not in node:
-            node[name] = {}
-        child = node[position]
-        if not isinstance(child, dict | list):
-            raise ConfigError(
-                f"'{key}': {name} is not a section", place="override", fix="Write key.subkey=value"
-            )
-        node = child
-    position = last if isinstance(node, dict) else _locate_or_append_item(node, last, key)
-    node[position] = _parse_yaml(value, place=key)
-
-
-def _locate_or_append_item(items: list[Any], name: str, key: str) -> int:
-    """Return `name` as an index of `items`; for the index after the last, append an empty dict.
-
-    Raises ConfigError, naming the whole `key`, if it is not a number from 0 to ``len(items)``.
-    """
-    if not name.isdecimal() or int(name) > len(items):
-        raise ConfigError(
-            f"'{key}': '{name}' is not the number of an item",
-            place="override",
-            fix=f"Write a number, 0 to {len(items)}",
-        )
-    if int(name) == len(items):
-        items.append({})
-    return int(name)
-
-
-# --------------------------------------------------------------------- YAML
-
-
-class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
-    """Safe YAML loader with two differences from PyYAML's.
-
-    A number such as 1e-4 is a float, as in YAML 1.2 (in YAML 1.1 it is a string). A key that
-    occurs twice in a mapping is an error, because the first value would be lost silently.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        """Return PyYAML's node of the next mapping; raise ComposerError for a repeated scalar key.
-
-        Keys are compared as texts, so that ``1`` and ``"1"`` are the same.
-        """
-        node = super().compose_mapping_node(anchor)
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    problem = f"the key '{key.value}' occurs twice"
-                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-                keys.add(key.value)
-        return node
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str, *, place: str) -> Any:
-    """Return the value of a YAML text; raise ConfigError with the line number if it is broken."""
-    try:
-        return yaml.load(text, Loader=_YamlLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(
-            f"broken YAML ({getattr(error, 'problem', error)})",
-            place=f"{place}:{mark.line + 1}" if mark else place,
-            fix="Correct the line",
         ) from None

@@ -196,7 +196,8 @@ def _parse_settings(texts: list[str] | None) -> EvaluationSettings:
     Without texts, all are defaults. Raises ConfigError for a text of another form, an unknown key
     or an invalid value.
     """
-    from vlduet.config import parse_options, parse_overrides
+    from vlduet.config import parse_options
+    from vlduet.config_files import parse_overrides
     from vlduet.harness.builtin import EvaluationSettings
 
     values = parse_overrides(texts or [], place="--set")

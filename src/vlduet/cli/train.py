@@ -32,11 +32,11 @@ def train(
     from vlduet.config import load_run_config
 
     run_config = load_run_config(config, overrides or [])
-    from vlduet.workflows.validation import make_validator
+    from vlduet.workflows.validation import make_config_validator
 
     evaluate = None
-    if run_config.data.validation:
-        evaluate = make_validator(run_config.data.validation, seed=run_config.seed)
+    if run_config.data.validation is not None:
+        evaluate = make_config_validator(run_config, seed=run_config.seed)
     if dry_run:
         from vlduet.train.plan import plan_run
 

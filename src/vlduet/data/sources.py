@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
+from vlduet.config import SourceSection
 from vlduet.data.formats import RowErrorHandler, read_records
 from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import Record
@@ -30,6 +32,17 @@ class RecordSource:
     """Column of the source by role."""
     strict: bool = False
     """Refuse broken rows, and whatever in the source is not read."""
+
+    @classmethod
+    def from_config(cls, section: SourceSection) -> Self:
+        """Return the source that a section of a config names."""
+        return cls(
+            section.path,
+            format=section.format,
+            root=section.root,
+            columns=section.columns,
+            strict=section.strict,
+        )
 
     def read(self, *, on_error: RowErrorHandler | None = None) -> Iterator[Record]:
         """Return an iterator over the records, which logs what was seen and not read.

@@ -91,6 +91,11 @@ class Mixture:
         self._schedule = lru_cache(maxsize=4)(self._build_schedule)
         self._order = lru_cache(maxsize=2 * len(sources))(self._build_order)
 
+    @property
+    def num_records(self) -> int:
+        """Number of records of all sources, whatever their weights."""
+        return sum(map(len, self.sources))
+
     def __getitem__(self, position: int) -> Sample:
         """Return the sample at a position, from 0 without an upper bound.
 

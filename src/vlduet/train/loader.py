@@ -44,7 +44,7 @@ def iterate_batches(
         ConfigError, ModelError: the recipe's layout or a frozen encoder fails for another reason
             than the record; raised when the step is requested.
     """
-    stop = run.config.train.steps if stop is None else stop
+    stop = run.num_steps if stop is None else stop
     with ThreadPoolExecutor(1) as executor:
         upcoming = executor.submit(_prepare_step, run, start) if start < stop else None
         for step in range(start, stop):

@@ -67,8 +67,8 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
     batches_of_steps = iterate_batches(run, first_step)
     distributed.barrier()
 
-    with ProgressBar(total=settings.steps - first_step, label="train") as progress_bar:
-        for step in range(first_step, settings.steps):
+    with ProgressBar(total=run.num_steps - first_step, label="train") as progress_bar:
+        for step in range(first_step, run.num_steps):
             # -------------------------------------------------------- now and then
             if evaluate and step % settings.eval_every == 0:
                 _validate(run, evaluate, metrics, step=step, start_time=start_time)
@@ -87,7 +87,7 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
 
             # -------------------------------------------------------- log
             progress_bar.advance(note=f"loss {values['loss']:.3f}")
-            is_log_step = step % settings.log_every == 0 or step == settings.steps - 1
+            is_log_step = step % settings.log_every == 0 or step == run.num_steps - 1
             if metrics and is_log_step:
                 tokens = sum(batch.num_tokens for batch in batches)
                 seconds = time.monotonic() - start_time
@@ -95,10 +95,10 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
 
     # ---------------------------------------------------------------- finish
     if evaluate:
-        _validate(run, evaluate, metrics, step=settings.steps, start_time=start_time)
+        _validate(run, evaluate, metrics, step=run.num_steps, start_time=start_time)
     distributed.barrier()
     if distributed.is_main_process():
-        save_state(run, settings.steps)
+        save_state(run, run.num_steps)
         run.model.save_pretrained(out / "model", provenance=build_provenance(config))
         if run.quarantine.count:
             logger.info(str(run.quarantine))

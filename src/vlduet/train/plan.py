@@ -12,7 +12,7 @@ from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import compute_features
 from vlduet.train.loader import iterate_batches
-from vlduet.train.run import TrainingRun
+from vlduet.train.run import TrainingRun, count_steps
 from vlduet.train.setup import prepare_run
 
 MAX_PROBED_BATCHES = 4
@@ -45,8 +45,9 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     scale = train.batch_size / batch_size
     probed_train = train.model_copy(update={"batch_size": batch_size})
     run = prepare_run(config.model_copy(update={"train": probed_train}), write_files=False)
-    num_steps = min(train.steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // batch_size)
-    steps = [batches for _, batches in iterate_batches(run, 0, num_steps) if batches]
+    num_steps = count_steps(train, run.mixture.num_records)
+    num_probed_steps = min(num_steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // batch_size)
+    steps = [batches for _, batches in iterate_batches(run, 0, num_probed_steps) if batches]
 
     all_batches = [batch for batches in steps for batch in batches]
     tokens = sum(batch.num_tokens for batch in all_batches)
@@ -70,8 +71,8 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         "records": len(records),
         **{f"records: {kind}": count for kind, count in sorted(kinds.items())},
         "records dropped": run.quarantine.count,
-        "steps": train.steps,
-        "epochs": round(train.steps * train.batch_size / len(records), 2),
+        "steps": num_steps,
+        "epochs": round(num_steps * train.batch_size / len(records), 2),
         "tokens a batch": round(scale * tokens / max(1, len(steps))),
         **chunks,
         "padding": f"{1 - tokens / max(1, padded_tokens):.0%} of what is computed",

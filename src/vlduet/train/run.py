@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vlduet.config import RunConfig
+from vlduet.config import RunConfig, TrainSection
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.stream import Mixture
 from vlduet.encoders.dual import DualEncoder
@@ -30,6 +32,19 @@ class RequiredOutputs(NamedTuple):
     """Embeddings at anchors, for any other loss."""
 
 
+def count_steps(settings: TrainSection, num_records: int) -> int:
+    """Return the number of steps of a run, at least 1.
+
+    It is `settings.steps`, or that of `settings.epochs` passes over `num_records` records, rounded
+    up.
+    """
+    if settings.steps is not None:
+        return settings.steps
+    assert settings.epochs is not None, "a config has steps or epochs"
+    # A fraction of the decimal digits: 0.1 * 3000 / 100 is exactly 3, not a little more.
+    return math.ceil(Fraction(str(settings.epochs)) * num_records / settings.batch_size)
+
+
 @dataclass
 class TrainingRun:
     """Everything that the training loop needs."""
@@ -42,6 +57,8 @@ class TrainingRun:
     """Training method with its options."""
     mixture: Mixture
     """Training samples by position."""
+    num_steps: int
+    """Number of optimizer steps, of the present and of earlier sessions."""
     optimizer: torch.optim.Optimizer
     """Optimizer of all trained parameters."""
     quarantine: Quarantine

@@ -16,8 +16,8 @@ import torch
 
 from vlduet import distributed
 from vlduet.config import RunConfig, parse_options
-from vlduet.data.formats import read_records
 from vlduet.data.quarantine import Quarantine
+from vlduet.data.sources import RecordSource
 from vlduet.data.stream import Mixture
 from vlduet.encoders.dual import open_frozen_encoder
 from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders
@@ -30,7 +30,7 @@ from vlduet.model.prompts import Prompts
 from vlduet.recipes.recipe import BoundRecipe
 from vlduet.recipes.registry import load_recipe
 from vlduet.train.optim import build_optimizer
-from vlduet.train.run import TrainableModel, TrainingRun
+from vlduet.train.run import TrainableModel, TrainingRun, count_steps
 from vlduet.train.source_check import check_sources
 
 
@@ -65,7 +65,8 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
         encoders = load_encoders(config, recipe, trained_model=None, cache=cache)
         model = recipe.build_model(config, encoders)
     optimizer = build_optimizer(model, config, betas=recipe.betas)
-    run = TrainingRun(config, model, recipe, mixture, optimizer, quarantine, encoders)
+    num_steps = count_steps(config.train, mixture.num_records)
+    run = TrainingRun(config, model, recipe, mixture, num_steps, optimizer, quarantine, encoders)
     check_sources(run)
     return run
 
@@ -83,7 +84,10 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
     def on_error(error: DataError) -> None:
         quarantine.add(error.place, error)
 
-    sources = [list(read_records(source.path, on_error=on_error)) for source in config.data.train]
+    sources = [
+        list(RecordSource.from_config(section).read(on_error=on_error))
+        for section in config.data.train
+    ]
     return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
 
 
@@ -126,10 +130,10 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
 
 
 def _open_start_model(config: RunConfig) -> DuetModel:
-    """Return the model at `model.path` with the config's dtype, `max_tokens`, prompts and head.
+    """Return the model at `model.path` with the config's dtype, limits, prompts and head.
 
-    Prompts that the config names replace the model's, the others stay. With another kind or width
-    of head than the model's, torch's global seed is set and the head is new and random.
+    Prompts and limits that the config names replace the model's, the others stay. With another
+    kind or width of head than the model's, torch's global seed is set and the head is new and random.
 
     Raises:
         ConfigError: there is no `model.path`, a prompt is invalid, or `train.soft_prompts` is set
@@ -142,7 +146,12 @@ def _open_start_model(config: RunConfig) -> DuetModel:
             "model.path is missing", place="model", fix="Name the checkpoint to start from"
         )
     dtype = None if section.dtype == "auto" else getattr(torch, section.dtype)
-    model = DuetModel.from_pretrained(section.path, dtype=dtype, max_tokens=config.data.max_tokens)
+    model = DuetModel.from_pretrained(
+        section.path,
+        dtype=dtype,
+        max_tokens=config.data.max_tokens,
+        max_image_tokens=section.max_image_tokens,
+    )
     prompts = model.prompts.to_dict() | section.prompts
     model.set_prompts(parse_options(Prompts, prompts, place="model.prompts"))
     replaces_prompts = bool(section.prompts.keys() & {"image", "text", "parts"})

@@ -80,8 +80,7 @@ def optimizer_step(run: TrainingRun, step: int) -> None:
     The learning rate is stored in the optimizer's groups. The recipe's hook `after_step`, if it has
     one, may then modify the model.
     """
-    train = run.config.train
-    factor = learning_rate_factor(step, train.steps, train.warmup)
+    factor = learning_rate_factor(step, run.num_steps, run.config.train.warmup)
     for group in run.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     run.optimizer.step()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +21,7 @@ from vlduet.files import recover_folder, write_text_atomically
 from vlduet.logs import logger, read_metrics
 from vlduet.train import checkpointing, setup
 from vlduet.train.loop import train
-from vlduet.workflows.validation import make_validator
+from vlduet.workflows.validation import make_config_validator
 
 VALIDATION_PREFIX = "validation/"
 """Prefix of the metrics of a validation in ``metrics.jsonl``."""
@@ -55,8 +54,8 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     for name in settings.runs:
         configs[name] = [_build_run_config(settings, name, seed) for seed in settings.seeds]
     all_configs = [run for runs in configs.values() for run in runs]
-    validation_files = {run.data.validation for run in all_configs}
-    if len(validation_files) != 1 or None in validation_files:
+    validations = [_select_validation_settings(run) for run in all_configs]
+    if validations[0] is None or any(settings != validations[0] for settings in validations):
         message = "the runs must be measured on the same records"
         raise ConfigError(message, place="data.validation", fix="Name one file")
     finished = {run.out: _is_finished(run) for run in all_configs}
@@ -64,15 +63,14 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
         if not all(finished[run.out] for run in runs):
             # One seed is enough: runs that differ in the seed only have the same mistakes.
             setup.prepare_run(runs[0], write_files=False)
-    load_validator = cache(make_validator)
+    validate = None
     for number, run in enumerate(all_configs, 1):
         suffix = " is finished" if finished[run.out] else ""
         logger.info(f"[{number}/{len(all_configs)}] {run.out}{suffix}")
         if not finished[run.out]:
-            assert run.data.validation is not None
-            has_state = recover_folder(run.out / checkpointing.STATE_FOLDER).exists()
             # Seed 0 for all: the same wrong image for each caption, so the same question.
-            validate = load_validator(run.data.validation, seed=0)
+            validate = validate or make_config_validator(run, seed=0)
+            has_state = recover_folder(run.out / checkpointing.STATE_FOLDER).exists()
             train(run, evaluate=validate, resume=has_state)
     results = _collect_results(settings, configs)
     if distributed.is_main_process():
@@ -93,6 +91,15 @@ def _build_run_config(settings: ComparisonConfig, name: str, seed: int) -> RunCo
     data = run.data.model_copy(update={"cache": feature_cache})
     folder = settings.out / name / f"seed-{seed}"
     return run.model_copy(update={"out": folder, "seed": seed, "data": data})
+
+
+def _select_validation_settings(run: RunConfig) -> object:
+    """Return what decides the validation records: equal for runs that have the same; None for none.
+
+    A share of the training records depends on their sources, too.
+    """
+    validation = run.data.validation
+    return (validation, run.data.train) if isinstance(validation, float) else validation
 
 
 def _is_finished(run: RunConfig) -> bool:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlduet.data.formats import read_records
+from vlduet.config import RunConfig, SourceSection
+from vlduet.data.holdout import is_held_out
 from vlduet.data.images import load_image
+from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import Record
+from vlduet.data.sources import RecordSource, SourceLike, as_source
 from vlduet.encoders.dual import DualEncoder
-from vlduet.errors import DataError
+from vlduet.errors import ConfigError, DataError
 from vlduet.eval import protocols
 from vlduet.eval.examples import evenly_spaced
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import continuous
+
+Validator = Callable[[DuetModel | DualEncoder], dict[str, float]]
+"""Function that returns the metrics of a model, by name."""
 
 MAX_VALIDATION_RECORDS = 256
 """Number of records that are used: the first of the file, so that validations are comparable."""
@@ -25,30 +31,63 @@ MAX_CAPTION_TOKENS = 256
 """Length limit of such a caption, however long the captions of the file are."""
 
 
-def make_validator(
-    path: Path, *, seed: int
-) -> Callable[[DuetModel | DualEncoder], dict[str, float]]:
-    """Read a file, and return a function that computes the metrics of a model on its pairs.
+def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
+    """Return the validator of the records that `data.validation` of a config names.
+
+    They are those of a source, or, if it is a share, the training records that are held out from
+    all sources in turn. The other arguments and errors are those of `make_validator`.
+
+    Raises:
+        ConfigError: `data.validation` is not set.
+        DataError: there is no usable pair, or a source cannot be read.
+    """
+    section = config.data.validation
+    if section is None:
+        fix = "Name a source of pairs, or the share of the training records to hold out"
+        raise ConfigError("there are no records", place="data.validation", fix=fix)
+    if isinstance(section, SourceSection):
+        return make_validator(RecordSource.from_config(section), seed=seed)
+    sources = [RecordSource.from_config(source) for source in config.data.train]
+    # Training reads the same sources, and reports what is not read.
+    records = (
+        record
+        for source in sources
+        for record in source.read_silently(IgnoredData(), on_error=_log_dropped)
+        if is_held_out(record, section)
+    )
+    return _make_record_validator(records, place=sources[0].path, seed=seed)
+
+
+def make_validator(source: SourceLike, *, seed: int) -> Validator:
+    """Read a source, and return a function that computes the metrics of a model on its pairs.
 
     The function calls `compute_validation_metrics`.
 
     Args:
-        path: file of records, which is read to its end. The first `MAX_VALIDATION_RECORDS` pairs
-            with a short caption and a readable image are used; broken records are logged and left
-            out.
+        source: records, which are read to their end. The first `MAX_VALIDATION_RECORDS` pairs with
+            a short caption and a readable image are used; broken records are logged and left out.
         seed: seed of the choice of the wrong image for each caption.
 
     Raises:
-        DataError: the file has no usable pair, or cannot be read.
+        DataError: there is no usable pair, or the source cannot be read.
     """
-    records: list[Record] = []
-    for record in read_records(path, on_error=_log_dropped):
-        if len(records) < MAX_VALIDATION_RECORDS and is_usable_pair(record):
-            records.append(record)
-    if not records:
+    source = as_source(source)
+    return _make_record_validator(source.read(on_error=_log_dropped), place=source.path, seed=seed)
+
+
+def _make_record_validator(records: Iterable[Record], *, place: Path, seed: int) -> Validator:
+    """Return the validator of the first usable pairs among `records`, as `make_validator` does.
+
+    Raises DataError, at `place`, if there is none.
+    """
+    pairs: list[Record] = []
+    for record in records:
+        if len(pairs) < MAX_VALIDATION_RECORDS and is_usable_pair(record):
+            pairs.append(record)
+    if not pairs:
         message = "no pair with an image and a short caption"
-        raise DataError(message, place=path, fix="Name pair records in data.validation")
-    return lambda model: compute_validation_metrics(model, records, seed=seed)
+        raise DataError(message, place=place, fix="Name pair records in data.validation")
+    return lambda model: compute_validation_metrics(model, pairs, seed=seed)
 
 
 def _log_dropped(error: DataError) -> None:

@@ -31,7 +31,7 @@ from vlduet.train.loader import iterate_batches
 from vlduet.train.loop import train
 from vlduet.train.run import TrainingRun
 from vlduet.train.step import forward_backward, optimizer_step
-from vlduet.workflows.validation import make_validator
+from vlduet.workflows.validation import make_config_validator
 
 EXACT = {"atol": 1e-11, "rtol": 1e-9}
 LANGUAGE_WEIGHT = 0.7
@@ -283,8 +283,7 @@ def test_training_lowers_both_losses_and_its_model_can_be_opened_and_trained_fur
 ) -> None:
     path = runs.write_run_config(tmp_path, steps=24)
     run_config = load_config(path, "train.projector=last", "train.eval_every=24")
-    assert run_config.data.validation is not None
-    folder = train(run_config, evaluate=make_validator(run_config.data.validation, seed=0))
+    folder = train(run_config, evaluate=make_config_validator(run_config, seed=0))
     rows = read_metrics(run_config.out / "metrics.jsonl")
     for name in ("contrastive", "language"):
         # By little: a linear map can do little with a random language model.

@@ -21,13 +21,12 @@ from vlduet.model.pooling import Readout
 from vlduet.recipes.recipe import BoundRecipe
 from vlduet.train import setup
 from vlduet.train.loop import train
-from vlduet.workflows.validation import make_validator
+from vlduet.workflows.validation import make_config_validator
 
 
 def test_a_run_learns_validates_and_saves(tmp_path: Path) -> None:
     run_config = config.load_run_config(runs.write_run_config(tmp_path, steps=60, eval_every=30))
-    assert run_config.data.validation
-    folder = train(run_config, evaluate=make_validator(run_config.data.validation, seed=0))
+    folder = train(run_config, evaluate=make_config_validator(run_config, seed=0))
     rows = read_metrics(run_config.out / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 1
@@ -106,9 +105,8 @@ def test_validation_leaves_out_an_image_that_cannot_be_decoded(tmp_path: Path) -
     run_config = config.load_run_config(runs.write_run_config(tmp_path))
     content = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(content[: len(content) // 2])
-    assert run_config.data.validation
     model = setup.prepare_run(run_config, write_files=False).model
-    values = make_validator(run_config.data.validation, seed=0)(model)
+    values = make_config_validator(run_config, seed=0)(model)
     assert 0 <= values["text_to_image/hit@5"] <= 1
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlduet.config import read_yaml_mapping
+from vlduet.config_files import read_yaml_mapping
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample, average, average_by_tag
 from vlduet.eval.benchmarks.tasks import AnswerTexts, AskGrader, LLMGradedTask, Question

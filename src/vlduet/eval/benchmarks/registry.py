@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlduet.config import read_yaml_mapping
+from vlduet.config_files import read_yaml_mapping
 from vlduet.errors import ConfigError, suggest_name
 from vlduet.eval.benchmarks.interleaved import list_demon_benchmarks
 from vlduet.eval.benchmarks.tasks import Benchmark
