@@ -14,14 +14,21 @@ from vlduet.logs import logger
 if TYPE_CHECKING:
     from vlduet.data.quarantine import Quarantine
     from vlduet.data.records import Record
+    from vlduet.data.sources import RecordSource
     from vlduet.errors import DataError
 
-FORMAT = "Format, by default detected from the first row; see 'vlduet data formats'."
+FORMAT = "Format, by default detected from the first rows; see 'vlduet data formats'."
 ROOT = "Folder that relative image paths start from, by default the file's own."
+COLUMNS = "Column that has a role, such as caption=text_en; repeatable."
+STRICT = "Refuse broken rows, and whatever is not read."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Format = Annotated[str | None, typer.Option("--format", metavar="NAME", help=FORMAT)]
 Root = Annotated[Path | None, typer.Option("--root", metavar="DIR", help=ROOT)]
+Columns = Annotated[
+    list[str] | None, typer.Option("--columns", metavar="ROLE=COLUMN", help=COLUMNS)
+]
+Strict = Annotated[bool, typer.Option("--strict", help=STRICT)]
 ModelFolder = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model folder or a supported checkpoint.")
 ]
@@ -82,27 +89,49 @@ def quarantine_rows(dropped: Quarantine) -> Callable[[DataError], None]:
     return on_error
 
 
-def read_record_at(
-    file: Path, index: int, *, format: str | None = None, root: Path | None = None
-) -> Record:
-    """Return the readable record number `index` of a file or folder, counted from 0.
+def make_source(
+    path: Path,
+    *,
+    format: str | None = None,
+    root: Path | None = None,
+    columns: list[str] | None = None,
+    strict: bool = False,
+) -> RecordSource:
+    """Return the source that the path and the options of a command describe.
 
-    Broken records before it are logged as warnings and not counted. Raises DataError if the file
-    cannot be read or has too few readable records.
+    Raises ConfigError for a text of `columns` that is not ``ROLE=COLUMN``, and for a role that has
+    two columns. Nothing is opened, and names of roles and formats are not checked.
     """
-    from vlduet.data.formats import read_records
+    from vlduet.data.sources import RecordSource
+    from vlduet.errors import ConfigError
+
+    column_by_role: dict[str, str] = {}
+    for text in columns or ():
+        role, equals, column = (word.strip() for word in text.partition("="))
+        if not (role and equals and column):
+            fix = "Write ROLE=COLUMN, such as caption=text_en"
+            raise ConfigError(f"'{text}'", place="--columns", fix=fix)
+        if column_by_role.setdefault(role, column) != column:
+            message = f"two columns for '{role}': {column_by_role[role]} and {column}"
+            raise ConfigError(message, place="--columns", fix="Name one")
+    return RecordSource(path, format=format, root=root, columns=column_by_role, strict=strict)
+
+
+def read_record_at(source: RecordSource, index: int) -> Record:
+    """Return the readable record number `index` of a source, counted from 0.
+
+    Broken records before it, and what is not read up to it, are logged as warnings; the former are
+    not counted. Raises DataError if the source cannot be read or has too few readable records, or
+    as `RecordSource.read` if it is strict.
+    """
     from vlduet.errors import DataError
 
     count = 0
-    for record in read_records(
-        file,
-        format=format,
-        root=root,
-        on_error=lambda error: logger.warning(f"left out: {error}"),
-    ):
+    records = source.read(on_error=lambda error: logger.warning(f"left out: {error}"))
+    for record in records:
         if count == index:
             return record
         count += 1
     fix = f"Use 0 to {count - 1}" if count else "Run 'vlduet data check' on it"
     message = f"no record {index}, the file holds {count}"
-    raise DataError(message, place=file, fix=fix)
+    raise DataError(message, place=source.path, fix=fix)

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlduet.cli._common import (
+    Columns,
     Format,
     Json,
     QueryFile,
     Root,
+    Strict,
+    make_source,
     print_json,
     print_output_summary,
     quarantine_rows,
@@ -109,20 +112,23 @@ def check(
     *,
     format: Format = None,
     root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Find every broken record and image, and leaks between the files; print a report.
 
-    The exit status is 1 if there are broken ones; leaks are warnings. A file that cannot be read at
-    all is an error.
+    The exit status is 1 if there are broken ones. Leaks are warnings, and so is whatever is not
+    read, without --strict. A file that cannot be read at all is an error.
     """
     from vlduet.data.tools.check import check_files
     from vlduet.logs import track_progress
 
     report = check_files(
-        files,
-        format=format,
-        root=root,
+        [
+            make_source(file, format=format, root=root, columns=columns, strict=strict)
+            for file in files
+        ],
         progress=lambda records, label: track_progress(records, label=label),
     )
     if as_json:
@@ -142,25 +148,25 @@ def convert(
     to: Annotated[Path, typer.Option("--to", metavar="FILE.jsonl", help=CONVERTED)],
     format: Format = None,
     root: Root = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first broken record.")
-    ] = False,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Write SOURCE as records to FILE.jsonl, which is replaced, and print their number.
 
     Broken records are left out, counted, and listed in FILE.quarantine.jsonl. With --strict, the
-    first one is an error, and FILE.jsonl stays as it was. The exit status is 1 if no record
-    remains.
+    first one is an error, as is whatever is not read, and FILE.jsonl stays as it was. The exit
+    status is 1 if no record remains.
     """
-    from vlduet.data import formats, jsonl_output
+    from vlduet.data import jsonl_output
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.logs import track_progress
 
     jsonl_output.check_output_path(to, source)
     dropped = Quarantine.create(quarantine_path(to))
-    on_error = None if strict else quarantine_rows(dropped)
-    records = formats.read_records(source, format=format, root=root, on_error=on_error)
+    records = make_source(source, format=format, root=root, columns=columns, strict=strict).read(
+        on_error=quarantine_rows(dropped)
+    )
     written = jsonl_output.stream_to_jsonl(records, to)
     count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
     print_output_summary(to, count, dropped, as_json=as_json)
@@ -179,6 +185,8 @@ def show(
     ] = None,
     format: Format = None,
     root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Print one record: its parts and captions, and with --model its tokens and losses.
@@ -188,7 +196,8 @@ def show(
     """
     from vlduet.inspect.tokens import inspect_record
 
-    record = read_record_at(file, index, format=format, root=root)
+    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+    record = read_record_at(source, index)
     inspection = inspect_record(record, model)
     if html is not None:
         from vlduet.reports.pages import write_record_page
@@ -210,6 +219,8 @@ def edit(
     seed: Annotated[int, typer.Option(help="Seed of the choice among possible edits.")] = 0,
     format: Format = None,
     root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Write hard negatives by rule: captions of FILE with a word or two made wrong.
@@ -221,7 +232,7 @@ def edit(
     """
     from collections import Counter
 
-    from vlduet.data import formats, jsonl_output
+    from vlduet.data import jsonl_output
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.data.tools import caption_negatives
     from vlduet.data.tools.queries import split_into_queries
@@ -234,12 +245,12 @@ def edit(
     dropped = Quarantine.create(quarantine_path(to))
     counts: Counter[str] = Counter()
     num_unchanged = 0
-    on_error = quarantine_rows(dropped)
+    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
 
     def edit_records() -> Iterator[Record]:
         """Yield the records with new negatives, if any fit; update the counts and `dropped`."""
         nonlocal num_unchanged
-        for record in formats.read_records(file, format=format, root=root, on_error=on_error):
+        for record in source.read(on_error=quarantine_rows(dropped)):
             try:
                 for query in split_into_queries(record):
                     edited = caption_negatives.add_caption_negatives(
@@ -277,6 +288,8 @@ def mix(
     seed: Annotated[int, typer.Option(help="Seed of the choice of combinations.")] = 0,
     format: Format = None,
     root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Write composed queries: an image of FILE with a text about another one.
@@ -285,14 +298,14 @@ def mix(
     pairs with short captions, are left out and listed in OUT.quarantine.jsonl. Two pairs with an
     image or a caption in common are not combined. The exit status is 1 if no query can be written.
     """
-    from vlduet.data import formats, jsonl_output
+    from vlduet.data import jsonl_output
     from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
     from vlduet.data.tools.composed_queries import collect_content_keys, compose_queries
 
     jsonl_output.check_output_path(to, file)
     dropped = Quarantine.create(quarantine_path(to))
-    on_error = quarantine_rows(dropped)
-    records = list(formats.read_records(file, format=format, root=root, on_error=on_error))
+    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+    records = list(source.read(on_error=quarantine_rows(dropped)))
     usable = bisect_failures(
         lambda batch: map(collect_content_keys, batch), records, on_error=dropped.add
     )

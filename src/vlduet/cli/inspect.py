@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlduet.cli._common import Json, ModelFolder, drop_counts, print_json, read_record_at
+from vlduet.cli._common import (
+    Columns,
+    Format,
+    Json,
+    ModelFolder,
+    Root,
+    Strict,
+    drop_counts,
+    make_source,
+    print_json,
+    read_record_at,
+)
 
 if TYPE_CHECKING:
     from vlduet.data.records import Record
@@ -36,6 +47,10 @@ def analyse(
         int, typer.Option(min=2, help="Maximum number of images, and of texts.")
     ] = 512,
     examples: Annotated[int, typer.Option(min=0, help="Number of attention maps.")] = 8,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Measure next-token entropy, explained variance, and attention from the summary token.
@@ -51,7 +66,8 @@ def analyse(
     from vlduet.reports.terminal import format_analysis
 
     dropped = Quarantine.create(to / "quarantine.jsonl")
-    items = internals.collect_items(file, limit=limit, dropped=dropped)
+    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+    items = internals.collect_items(source, limit=limit, dropped=dropped)
     folders = {"before": before, "after": model} if before else {model.resolve().name: model}
     analyses = []
     for name, folder in folders.items():
@@ -147,5 +163,5 @@ def _read_record(place: str) -> Record:
     """
     file, colon, number = place.rpartition(":")
     if colon and number.isdecimal():
-        return read_record_at(Path(file), int(number))
-    return read_record_at(Path(place), 0)
+        return read_record_at(make_source(Path(file)), int(number))
+    return read_record_at(make_source(Path(place)), 0)

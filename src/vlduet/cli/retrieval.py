@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from vlduet.cli._common import Json, ModelFolder, Source, print_json
+from vlduet.cli._common import (
+    Columns,
+    Format,
+    Json,
+    ModelFolder,
+    Root,
+    Source,
+    Strict,
+    make_source,
+    print_json,
+)
 from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
@@ -39,6 +49,10 @@ def index(
     side: Annotated[str | None, typer.Option(help=f"{SIDE} A new index: image.")] = None,
     store: Annotated[str | None, typer.Option(hidden=True)] = None,
     prune: Annotated[bool, typer.Option("--prune", help=PRUNE)] = False,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Embed SOURCE into an index, or update the index; only new content is embedded.
@@ -56,7 +70,7 @@ def index(
         raise RetrievalError(f"'{store}'", place="--store", fix=fix)
     report = build_index(
         open_embedder(model),
-        source,
+        make_source(source, format=format, root=root, columns=columns, strict=strict),
         to=to,
         side=cast("Any", side),
         prune=prune,
@@ -148,6 +162,10 @@ def encode(
         Path, typer.Option("--out", metavar="FILE.npz", help="Ids and float32 unit vectors.")
     ],
     side: Annotated[str, typer.Option(help=SIDE)] = "image",
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Write the embeddings of SOURCE to a file, for an index of another program.
@@ -166,7 +184,8 @@ def encode(
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
     dropped = Quarantine.create(quarantine_path(out))
-    documents = read_documents(source, side=cast("Any", side), on_error=dropped.add)
+    records = make_source(source, format=format, root=root, columns=columns, strict=strict)
+    documents = read_documents(records, side=cast("Any", side), on_error=dropped.add)
     encoded = encode_documents(
         open_embedder(model),
         track_progress(documents, label="encode"),

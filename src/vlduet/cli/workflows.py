@@ -8,7 +8,18 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from vlduet.cli._common import Json, ModelFolder, QueryFile, Source, print_json
+from vlduet.cli._common import (
+    Columns,
+    Format,
+    Json,
+    ModelFolder,
+    QueryFile,
+    Root,
+    Source,
+    Strict,
+    make_source,
+    print_json,
+)
 
 PROMPT = "Instruction to use; '' continues the model's own image prompt, as it was trained."
 DRAFTS = "Number of drafts, of which the one nearest to the image is taken."
@@ -29,6 +40,10 @@ def caption(
     prompt: Annotated[str | None, typer.Option(help=PROMPT)] = None,
     drafts: Annotated[int, typer.Option(min=1, help=DRAFTS)] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 16,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Write the records of SOURCE with the captions that they lack, and print the counts.
@@ -56,7 +71,12 @@ def caption(
         raise ConfigError(message, place=model, fix=fix)
     name = model.resolve().name
     report = write_missing_captions(
-        loaded, source, output=to, specs=specs, model_name=name, batch_size=batch
+        loaded,
+        make_source(source, format=format, root=root, columns=columns, strict=strict),
+        output=to,
+        specs=specs,
+        model_name=name,
+        batch_size=batch,
     )
     if as_json:
         print_json({"file": str(to), **asdict(report)})
@@ -79,6 +99,10 @@ def mine(
     query: Annotated[str, typer.Option(help="Query side of a pair: image or text.")] = "image",
     k: Annotated[int, typer.Option("-k", min=1, help="New negatives per record.")] = 4,
     margin: Annotated[float, typer.Option(help=MARGIN)] = 0.05,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Write FILE with hard negatives: wrong candidates that the model ranks near correct ones.
@@ -93,7 +117,7 @@ def mine(
 
     report = mine_hard_negatives(
         open_embedder(model),
-        file,
+        make_source(file, format=format, root=root, columns=columns, strict=strict),
         output=to,
         query_side=cast("Any", query),
         num_negatives=k,

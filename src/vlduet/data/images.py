@@ -15,18 +15,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import os
 import re
 import struct
 import warnings
 import zlib
-from typing import Any, cast
+from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
-from vlduet.data.records import ImageRef
-from vlduet.errors import ImageError
+from vlduet.data.records import ByteRange, ImageRef
+from vlduet.errors import DataError, ImageError
 
 DecodedImage = Image.Image
 """A decoded image, so that other modules need not import PIL for its type."""
@@ -40,6 +42,8 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Largest width times height of an image that is decoded, as its header states them."""
+MISSING_IMAGE = "no such image"
+"""Message of the error of a file that does not exist."""
 DECODED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Names of `detect_image_format` that are decoded; all others are refused."""
 
@@ -85,23 +89,89 @@ def detect_image_format(head: bytes) -> str:
 
 
 def read_bytes(ref: ImageRef) -> bytes:
-    """Return the encoded bytes of an image: `ref.data`, or the content of the file at `ref.path`.
+    """Return the encoded bytes of an image: `ref.data`, or the content of its file or byte range.
 
     Raises:
-        ImageError: the file is missing or cannot be read.
+        ImageError: the file is missing, cannot be read, or (of a byte range) has changed.
     """
     if ref.data is not None:
         return ref.data
+    if ref.byte_range is not None:
+        return read_byte_range(ref.byte_range)
     assert ref.path is not None
     try:
         return ref.path.read_bytes()
     except FileNotFoundError:
         fix = "Correct the path; relative paths start from the folder of the records' file"
-        raise ImageError("no such image", place=ref.name, fix=fix) from None
+        raise ImageError(MISSING_IMAGE, place=ref.name, fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         cause = getattr(error, "strerror", None) or error
         message = f"cannot read the image ({cause})"
         raise ImageError(message, place=ref.name, fix="Check the path") from None
+
+
+def read_byte_range(byte_range: ByteRange) -> bytes:
+    """Return the bytes of a range, whose file is opened and closed again.
+
+    Raises:
+        ImageError: the file is missing, cannot be read, ends inside the range, or is of another
+            version, so that the range would hold something else.
+    """
+    try:
+        with byte_range.file.open("rb") as file:
+            file.seek(byte_range.offset)
+            data = file.read(byte_range.size)
+            version = stat_file_version(file)
+    except OSError as error:
+        message = f"cannot read the file that contains it ({error.strerror})"
+        fix = f"Leave {byte_range.file.name} alone while it is in use, and start again"
+        raise ImageError(message, place=byte_range.name, fix=fix) from None
+    if version != byte_range.version or len(data) != byte_range.size:
+        message = "the file that contains it has changed since it was listed"
+        fix = f"Leave {byte_range.file.name} alone while it is in use, and start again"
+        raise ImageError(message, place=byte_range.name, fix=fix)
+    return data
+
+
+def stat_file_version(file: IO[bytes]) -> tuple[int, int]:
+    """Return size and time of modification (ns) of an open file, as in `ByteRange.version`."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def write_image_file(ref: ImageRef, folder: Path) -> ImageRef:
+    """Write an image that has no file of its own to `folder`, and return the file's reference.
+
+    The name is 24 hex digits of the SHA-256 of its bytes, with the ending of its format (``.bin``
+    for a format that is not in `IMAGE_SUFFIXES`). The folder is created. A complete file of this
+    name is not written again, so that several processes can share the folder. A `ref` with a path
+    is returned unchanged.
+
+    Raises:
+        ImageError: a byte range cannot be read (`read_byte_range`).
+        DataError: the file cannot be written.
+    """
+    if ref.path is not None:
+        return ref
+    data = read_bytes(ref)
+    suffix = f".{detect_image_format(data[:512]).lower()}"
+    if suffix not in IMAGE_SUFFIXES:
+        suffix = ".bin"
+    path = folder / (hashlib.sha256(data).hexdigest()[:24] + suffix)
+    try:
+        # A power failure can leave an empty file under the final name.
+        if not (path.exists() and path.stat().st_size == len(data)):
+            folder.mkdir(parents=True, exist_ok=True)
+            partial_file = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                partial_file.write_bytes(data)
+                partial_file.replace(path)
+            finally:
+                partial_file.unlink(missing_ok=True)
+    except OSError as error:
+        message = f"cannot write an image ({error.strerror})"
+        raise DataError(message, place=folder, fix="Make room, or name another folder") from None
+    return ImageRef(path=path)
 
 
 def load_image(ref: ImageRef) -> DecodedImage:
@@ -199,7 +269,7 @@ def image_key(ref: ImageRef) -> str:
     """Return the SHA-256 of the encoded bytes in hexadecimal: equal keys mean equal files.
 
     Raises:
-        ImageError: the file is missing or cannot be read.
+        ImageError: as `read_bytes`.
     """
     return hashlib.sha256(read_bytes(ref)).hexdigest()
 

@@ -17,7 +17,6 @@ from vlduet.files import read_json_lines
 T = TypeVar("T")
 U = TypeVar("U")
 
-# Quoted names, remarks in parentheses and numbers: messages that differ in these have one cause.
 _PARTICULARS = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
 
 QUARANTINE_SUFFIX = ".quarantine.jsonl"
@@ -27,6 +26,15 @@ QUARANTINE_SUFFIX = ".quarantine.jsonl"
 def quarantine_path(output: Path) -> Path:
     """Return the path of the quarantine file of a run that writes `output`."""
     return output.with_suffix(QUARANTINE_SUFFIX)
+
+
+def generalize_cause(message: str) -> str:
+    """Return a message without quoted names, remarks in parentheses and numbers; it may be empty.
+
+    Messages of errors with one cause differ in these only.
+    """
+    cause = _PARTICULARS.sub("", message)
+    return re.sub(r"\s+([:,;.]|$)", r"\1", re.sub(r"\s+", " ", cause)).strip(" :,;.")
 
 
 def bisect_failures(
@@ -109,9 +117,7 @@ class Quarantine:
         fix = None
         if isinstance(error, VLDuetError):
             message, fix = error.message, error.fix
-        cause = _PARTICULARS.sub("", message)
-        cause = re.sub(r"\s+([:,;.]|$)", r"\1", re.sub(r"\s+", " ", cause)).strip(" :,;.")
-        cause = cause or type(error).__name__
+        cause = generalize_cause(message) or type(error).__name__
         if isinstance(error, VLDuetError) and error.place:
             place = place or error.place
             message = message if error.place == place else f"{error.place}: {message}"
@@ -144,7 +150,7 @@ class Quarantine:
     def count_by_cause(self) -> dict[str, int]:
         """Return the number of drops by cause, the most frequent first.
 
-        The cause is the message without quoted names, parentheses and numbers.
+        The cause is that of `generalize_cause`.
         """
         return dict(sorted(self._causes.items(), key=lambda item: (-item[1], item[0])))
 

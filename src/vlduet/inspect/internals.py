@@ -29,11 +29,11 @@ from torch import Tensor
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, group_by_length
 from vlduet.data.content_keys import content_key
-from vlduet.data.formats import read_records
 from vlduet.data.images import Pixels, load_image
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef, Part, Parts, iter_labelled_parts
 from vlduet.data.sequences import Sequence as TokenSequence
+from vlduet.data.sources import SourceLike, as_source
 from vlduet.errors import DataError
 from vlduet.eval.examples import evenly_spaced
 from vlduet.eval.metrics import bootstrap_interval
@@ -166,14 +166,15 @@ class ModelAnalysis:
         return {kind: readings for kind, readings in kinds.items() if readings is not None}
 
 
-def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisItems:
+def collect_items(source: SourceLike, *, limit: int, dropped: Quarantine) -> AnalysisItems:
     """Return the first `limit` distinct images and the first `limit` distinct texts of a source.
 
     Parts are distinct if their `content_key` differs. All parts of a record count, in reading
     order, and reading stops as soon as there are enough of both.
 
     Args:
-        source: a file with records of any kind, or a folder of images.
+        source: a file with records of any kind, or a folder of images, with any settings. What is
+            not read is logged.
         limit: largest number of images and of texts; fewer are returned if there are fewer.
         dropped: modified in place: gets records and images that cannot be read.
 
@@ -195,7 +196,8 @@ def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisI
         elif len(texts) < limit:
             texts.setdefault(content_key((part,)), part)
 
-    for record in read_records(source, on_error=lambda error: dropped.add(error.place, error)):
+    source = as_source(source)
+    for record in source.read(on_error=lambda error: dropped.add(error.place, error)):
         for _, part in iter_labelled_parts(record):
             try:
                 add(part)
@@ -204,9 +206,8 @@ def collect_items(source: Path, *, limit: int, dropped: Quarantine) -> AnalysisI
         if len(images) == len(texts) == limit:
             break
     if not images and not texts:
-        raise DataError(
-            f"neither an image nor a text ({dropped})", place=source, fix="Name a file of records"
-        )
+        message = f"neither an image nor a text ({dropped})"
+        raise DataError(message, place=source.path, fix="Name a file of records")
     return AnalysisItems(tuple(images.values()), tuple(texts.values()))
 
 

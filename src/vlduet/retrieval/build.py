@@ -21,8 +21,10 @@ from typing import get_args
 import numpy as np
 from filelock import FileLock, Timeout
 
+from vlduet.data.images import image_key, read_bytes
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import Place, Record
+from vlduet.data.sources import RecordSource, SourceLike, as_source
 from vlduet.errors import DataError, RetrievalError, suggest_name
 from vlduet.files import write_atomically
 from vlduet.logs import track_progress
@@ -59,7 +61,7 @@ class BuildReport:
 
 def build_index(
     model: Embedder,
-    source: Path | str,
+    source: SourceLike,
     *,
     to: Path | str,
     side: Side | None = None,
@@ -75,7 +77,8 @@ def build_index(
 
     Args:
         model: model that embeds.
-        source: file of records, or folder of images. Without any document, an empty index results.
+        source: file of records, or folder of images, with any settings. What is not read is
+            logged. Without any document, an empty index results.
         to: folder of the index; updated if it is an index already, created if it is missing.
         side: part of a record that is embedded: "image", "text" or "record". None keeps the side of
             an existing index and is "image" for a new one.
@@ -88,15 +91,16 @@ def build_index(
             is unknown, the folder is a file, a broken index, or neither an index nor empty, the
             model returned a vector that is not finite, or `prune` is set and documents are absent
             while rows of the source, or all of it, could not be read.
-        DataError: the source does not exist or cannot be read as a whole.
+        DataError: the source does not exist or cannot be read as a whole; or, if it is strict, it
+            has a broken row or holds something that is not read.
     """
-    path, source = Path(to), Path(source)
-    if not source.exists():
+    path, source = Path(to), as_source(source)
+    if not source.path.exists():
         fix = "Name a file of records or a folder of images"
-        raise DataError("no such file or folder", place=source, fix=fix)
+        raise DataError("no such file or folder", place=source.path, fix=fix)
     with _lock_for_writing(path):
         manifest = _read_or_create_manifest(path, model, side=side)
-        manifest = replace(manifest, source=str(source.resolve()), complete=False)
+        manifest = replace(manifest, source=str(source.path.resolve()), complete=False)
         if model_path is not None:
             absolute, relative = path_pair(model_path, path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
@@ -137,11 +141,11 @@ class _BuildJob:
         self.num_embedded = self.num_unreadable = 0
         self.quarantine = Quarantine.create(index.path / "quarantine.jsonl")
 
-    def run(self, source: Path, chunk_size: int) -> None:
+    def run(self, source: RecordSource, chunk_size: int) -> None:
         """Read `source`, embed what is new, and commit the changed documents chunk by chunk.
 
         Updates the attributes and the counts, and shows a progress bar. Broken records are
-        quarantined. Raises DataError if the source cannot be read as a whole, and RetrievalError
+        quarantined. Raises DataError as `read_documents`, and RetrievalError
         for embeddings that are not finite; chunks that were committed before stay.
         """
         side = self.index.manifest.side
@@ -175,15 +179,15 @@ class _BuildJob:
 
         Metadata values that JSON lacks become texts. The filter values are the texts, finite
         numbers and flags among the metadata whose keys `_register_field` accepts. An image that
-        exists only as bytes gets the path ``images/<SHA-256>`` in the index folder, where nothing
+        has no file of its own gets the path ``images/<SHA-256>`` in the index folder, where nothing
         is written yet.
         """
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
         image = document.image
         image_path = None if image is None else image.path
-        if image is not None and image.data is not None:
-            # An image that is only bytes gets a file in the index, written with the row.
-            image_path = self.index.path / "images" / hashlib.sha256(image.data).hexdigest()
+        if image is not None and image_path is None:
+            # An image without a file of its own gets one in the index, written with the row.
+            image_path = self.index.path / "images" / image_key(image)
         absolute, relative = path_pair(image_path, self.index.path)
         details = json.dumps([document.text, metadata, absolute], sort_keys=True)
         details_hash = hashlib.sha256(details.encode()).hexdigest()
@@ -217,7 +221,7 @@ class _BuildJob:
     def _commit_chunk(self, chunk: list[tuple[Document, IndexRow]]) -> None:
         """Embed the new content of a chunk and write its rows in one commit.
 
-        Equal content is embedded once. Images that exist only as bytes are written to files, and
+        Equal content is embedded once. Images without files of their own are written to some, and
         all counts and hashes are updated. Documents that cannot be embedded are quarantined, not
         written, and removed from `source_ids`, so that they count as absent. Raises RetrievalError,
         and writes nothing, for embeddings that are not finite.
@@ -262,13 +266,16 @@ class _BuildJob:
         return dict(zip(stored, vectors, strict=True))
 
     def _write_image_bytes(self, document: Document, row: IndexRow) -> None:
-        """Write an image that exists only as bytes to the row's image path, and create the folder.
+        """Write an image without a file of its own to the row's image path, and create the folder.
 
         Nothing is done for other documents, or if the file exists.
         """
-        data = None if document.image is None else document.image.data
-        if data is None or row.image_path is None or Path(row.image_path).exists():
+        image = document.image
+        if image is None or image.path is not None or row.image_path is None:
             return
+        if Path(row.image_path).exists():
+            return
+        data = read_bytes(image)
         Path(row.image_path).parent.mkdir(exist_ok=True)
         write_atomically(Path(row.image_path), lambda file: file.write(data))
 

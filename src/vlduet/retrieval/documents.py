@@ -16,12 +16,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vlduet.data.formats import read_records
 from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Place, Record, extract_images
+from vlduet.data.sources import SourceLike, as_source
 from vlduet.errors import DataError, RetrievalError, suggest_name
 
 Side = Literal["image", "text", "record"]
@@ -56,7 +55,7 @@ class Document:
 
 
 def read_documents(
-    source: Path, *, side: Side, on_error: DocumentErrorCallback
+    source: SourceLike, *, side: Side, on_error: DocumentErrorCallback
 ) -> Iterator[Document]:
     """Yield the documents of a file of records, or of a folder of images, lazily and in order.
 
@@ -64,7 +63,7 @@ def read_documents(
     embeds, documents whose id was yielded before, and documents with an image that cannot be read.
 
     Args:
-        source: any file or folder that `data.formats.read_records` reads.
+        source: file or folder with any settings. What is not read is logged.
         side: part of each record that is embedded.
         on_error: called with every record or document that is left out, and the reason: with None
             for a row that could not be parsed, and for a document with a record of only its id and
@@ -72,12 +71,13 @@ def read_documents(
 
     Raises:
         RetrievalError: an unknown side.
-        DataError: the source as a whole cannot be read.
+        DataError: the source as a whole cannot be read; or, if it is strict, it has a broken row or
+            holds something that is not read.
     """
     if side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     ids: set[str] = set()
-    for record in read_records(source, on_error=lambda error: on_error(None, error)):
+    for record in as_source(source).read(on_error=lambda error: on_error(None, error)):
         try:
             documents = split_record(record, side)
         except DataError as error:

@@ -23,6 +23,7 @@ from vlduet.data import formats, jsonl_output
 from vlduet.data.images import image_key
 from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Record, split_sentences
+from vlduet.data.sources import SourceLike, as_source
 from vlduet.errors import ConfigError, DataError
 from vlduet.files import open_for_append, read_json_lines
 from vlduet.logs import track_progress
@@ -131,7 +132,7 @@ def build_caption_specs(
 
 def write_missing_captions(
     model: Captioner,
-    source: Path,
+    source: SourceLike,
     *,
     output: Path,
     specs: Sequence[CaptionSpec],
@@ -163,7 +164,8 @@ def write_missing_captions(
     """
     if batch_size < 1:
         raise ConfigError(f"{batch_size}", place="--batch", fix="Give 1 or more")
-    jsonl_output.check_output_path(output, source, allow_existing=True)
+    source = as_source(source)
+    jsonl_output.check_output_path(output, source.path, allow_existing=True)
     quarantine = Quarantine.create(quarantine_path(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = json.dumps([model.fingerprint, [asdict(spec) for spec in specs]])
@@ -174,15 +176,15 @@ def write_missing_captions(
     def add_row_error(error: DataError) -> None:
         quarantine.add(error.place, error)
 
-    records = formats.read_records(source, on_error=add_row_error)
-    if jsonl_output.is_file_inside(output, source):
+    records = source.read(on_error=add_row_error)
+    if jsonl_output.is_file_inside(output, source.path):
         # An earlier run wrote into the folder of images; there may be new images since.
-        records = formats.append_unlisted_images(records, source, on_error=add_row_error)
+        records = formats.append_unlisted_images(records, source.path, on_error=add_row_error)
         captioned = _require_all_records(output, job.add_captions(records))
     else:
         captioned = job.add_captions(records)
     stored = jsonl_output.stream_to_jsonl(captioned, output)
-    num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.name}"))
+    num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.path.name}"))
     journal.path.unlink(missing_ok=True)
     return CaptionReport(
         records=num_records,

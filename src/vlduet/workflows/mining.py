@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.data import formats, jsonl_output
+from vlduet.data import jsonl_output
 from vlduet.data.content_keys import content_key
 from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
 from vlduet.data.records import ImageRef, Parts, Record
+from vlduet.data.sources import SourceLike, as_source
 from vlduet.data.tools.queries import QuerySide, get_query_and_positives, split_into_queries
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import ProgressBar, track_progress
@@ -77,7 +78,7 @@ class _MiningQuery:
 
 def mine_hard_negatives(
     model: Embedder,
-    source: Path,
+    source: SourceLike,
     *,
     output: Path,
     query_side: QuerySide = "image",
@@ -104,18 +105,20 @@ def mine_hard_negatives(
 
     Raises:
         ConfigError: an option is out of range.
-        DataError: the source has no usable record, or `output` is not a valid target.
+        DataError: the source has no usable record, or `output` is not a valid target; or as
+            `RecordSource.read`.
         RetrievalError: the stored vectors are broken, or the model gives one that is not finite.
     """
     if num_negatives < 1:
         raise ConfigError(f"{num_negatives} negatives", place="-k", fix="Ask for 1 or more")
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError(f"{margin}", place="--margin", fix="Give a cosine difference, 0 or more")
-    jsonl_output.check_output_path(output, source)
+    source = as_source(source)
+    jsonl_output.check_output_path(output, source.path)
     quarantine = Quarantine.create(quarantine_path(output))
     pool = _CandidatePool()
-    records = formats.read_records(source, on_error=lambda e: quarantine.add(e.place, e))
-    for record in track_progress(records, label=f"reading {source.name}"):
+    records = source.read(on_error=lambda e: quarantine.add(e.place, e))
+    for record in track_progress(records, label=f"reading {source.path.name}"):
         try:
             for query in split_into_queries(record, query_side=query_side):
                 pool.add(query)
@@ -125,7 +128,7 @@ def mine_hard_negatives(
     num_embedded = pool.embed(model, folder, quarantine)
     if not pool.queries:
         message = f"no usable record ({quarantine})"
-        raise DataError(message, place=source, fix="Give pairs or retrieval records")
+        raise DataError(message, place=source.path, fix="Give pairs or retrieval records")
     positive_scores: list[float] = []
     negative_scores: list[float] = []
     num_without = 0

@@ -8,6 +8,7 @@ variants of one drawing (eyes in three colours, five dreidels), and no others.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from vlduet.data.records import ImageRef
 MAX_HASH_DISTANCE = 16
 """Largest number of differing bits of candidates."""
 MAX_DISTANCE = 26.0
+MIN_CAPTION_LENGTH = 12
+"""Characters that a repeated caption must have to count: "a dog" repeats by chance."""
 _BLOCK_SIZE = 2048  # rows and columns compared at once, to limit memory
 _CHUNK_SIZE = 1 << 16  # candidates whose colours are compared at once
 
@@ -56,6 +59,15 @@ def is_near_duplicate(first: ImageFingerprint, second: ImageFingerprint) -> bool
     a = np.frombuffer(first.colours, np.uint8).astype(np.int16)
     b = np.frombuffer(second.colours, np.uint8).astype(np.int16)
     return num_bits + 2.0 * float(np.abs(a - b).mean()) <= MAX_DISTANCE
+
+
+def caption_key(caption: str) -> str | None:
+    """Return a caption without case, punctuation and repeated white space, to compare it by.
+
+    None for one of fewer than `MIN_CAPTION_LENGTH` characters then, which equals others by chance.
+    """
+    key = " ".join(re.sub(r"[^\w]+", " ", caption.casefold()).split())
+    return key if len(key) >= MIN_CAPTION_LENGTH else None
 
 
 def find_near_duplicates(
