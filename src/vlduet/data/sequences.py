@@ -105,6 +105,8 @@ class Sequence:
     """Spans where embeddings are read."""
     images: tuple[tuple[int, PreparedImage], ...] = ()
     """Pairs (index of the image's first token, image), in order of position."""
+    num_cut_tokens: int = field(default=0, compare=False)
+    """Number of tokens of texts that were cut off to keep to a length limit."""
 
     def __post_init__(self) -> None:
         """Assert that labels, anchors and tokens fit together."""
@@ -152,7 +154,9 @@ def trim(sequence: Sequence, *, labels: bool, anchors: bool) -> Sequence | None:
         if start < end:
             end = max(end, start + image.num_tokens)
     images = tuple((start, image) for start, image in sequence.images if start < end)
-    return Sequence(sequence.token_ids[:end], kept_labels[:end], kept_anchors, images)
+    return Sequence(
+        sequence.token_ids[:end], kept_labels[:end], kept_anchors, images, sequence.num_cut_tokens
+    )
 
 
 def compute_position_ids(sequence: Sequence) -> torch.Tensor:

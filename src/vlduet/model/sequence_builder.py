@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from vlduet.data.sequences import IGNORE_INDEX, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import DataError
+from vlduet.model.limits import LIMIT_REMEDY
 from vlduet.model.processing import Tokenizer
 
 Span = tuple[int, int]
@@ -147,17 +148,22 @@ class SequenceBuilder:
             DataError: images, control text and one token of each user text exceed `max_tokens`; the
                 builder then has been cut that far.
         """
+        full_length = len(self.token_ids)
         while (excess := len(self.token_ids) - max_tokens) > 0:
             start, end = max(self.text_spans, key=lambda span: span[1] - span[0], default=(0, 0))
             if end - start <= 1:
                 raise DataError(
                     f"{len(self.images)} images and the prompt take {len(self.token_ids)} tokens, "
                     f"the limit is {max_tokens}",
-                    fix="Raise data.max_tokens or give the record fewer images",
+                    fix=LIMIT_REMEDY,
                 )
             self._cut(max(start + 1, end - excess), end)
         return Sequence(
-            tuple(self.token_ids), tuple(self.labels), tuple(self.anchors), tuple(self.images)
+            tuple(self.token_ids),
+            tuple(self.labels),
+            tuple(self.anchors),
+            tuple(self.images),
+            num_cut_tokens=full_length - len(self.token_ids),
         )
 
     def _cut(self, start: int, end: int) -> None:
