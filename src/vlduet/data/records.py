@@ -45,10 +45,26 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRef:
-    """Reference to an image that is not decoded yet: either its file or its encoded bytes.
+class ByteRange:
+    """Bytes inside a file that are a file of their own, such as a member of an archive."""
 
-    Exactly one of the two fields is set; anything else fails an assertion.
+    file: Path
+    offset: int
+    """Position of the first byte."""
+    size: int
+    """Number of bytes."""
+    name: str
+    """Name for messages, such as ``ARCHIVE:MEMBER``."""
+    version: tuple[int, int]
+    """Size and time of modification (ns) of `file` when the range was determined. A file of another
+    version holds something else there."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Reference to an image that is not decoded yet: its file, its encoded bytes, or their range.
+
+    Exactly one of the three fields is set; anything else fails an assertion.
     `vlduet.data.images.load_image` decodes it.
     """
 
@@ -56,15 +72,23 @@ class ImageRef:
     """Image file. It need not exist: a missing file is reported when the image is loaded."""
     data: bytes | None = field(default=None, repr=False)
     """Content of an image file (PNG, JPEG, ...), not pixels."""
+    byte_range: ByteRange | None = None
+    """Range of a larger file that is the content of an image file. It is read when it is loaded."""
 
     def __post_init__(self) -> None:
-        assert (self.path is None) != (self.data is None), "an image is a path or bytes"
+        sources = (self.path, self.data, self.byte_range)
+        assert sources.count(None) == 2, "an image is a path, bytes, or a range of bytes"
 
     @property
     def name(self) -> str:
-        """Name for messages: the path, or ``bytes:`` and 12 hex digits of the SHA-256 of `data`."""
+        """Name for messages: the path, the name of the range, or ``bytes:`` and 12 hex digits.
+
+        The digits are the first of the SHA-256 of `data`.
+        """
         if self.path is not None:
             return str(self.path)
+        if self.byte_range is not None:
+            return self.byte_range.name
         assert self.data is not None
         return f"bytes:{hashlib.sha256(self.data).hexdigest()[:12]}"
 

@@ -1,141 +1,368 @@
-"""Container reader of webdataset archives. A broken row is yielded with its error."""
+"""Container reader of webdataset archives. A broken row is yielded with its error.
+
+1. list    the members: byte ranges of an uncompressed archive, else contents; others are counted
+2. group   members with one key to a row
+3. parse   the texts and the JSON of a row; images are referred to, not opened
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.images import IMAGE_SUFFIXES, read_byte_range, stat_file_version
 from vlduet.data.readers.rows import ReadContext, SourceRow, split_caption_lines
-from vlduet.data.records import Place
+from vlduet.data.records import ByteRange, ImageRef, Place, is_utf8_encodable
 from vlduet.errors import DataError
 
 MAX_MEMBER_BYTES = 256 * 2**20
 """Largest size of one archive member: a compressed archive may unpack to any size."""
+TEXT_ENDINGS = frozenset({"txt", "text", "caption", "captions"})
+"""Last endings of members that are texts, in lower case."""
+CAPTION_NAMES = TEXT_ENDINGS | {"output", "short", "title", "alt", "alt_text"}
+"""Names before the last ending of a text that leave it a caption, as in ``KEY.output.txt``."""
+LONG_NAMES = frozenset({"long", "description"})
+"""Names before the last ending of a text that make it the row's column of this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """File of an archive that is read."""
+
+    key: str
+    """Path up to the first dot of the file's name; members with one key are a row."""
+    ending: str
+    """Rest of the name, without the dot and in lower case."""
+    content: bytes | ByteRange | DataError
+    """Bytes, or where they are; or why the row cannot be read."""
 
 
 def read_tar_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
-    """Yield the rows of a webdataset ``.tar``, which may be compressed.
+    """Yield the rows of a webdataset ``.tar``, which may be compressed and is never unpacked.
 
-    The archive is streamed and never unpacked. Neighbouring members whose paths agree up to the
-    first dot of the name form one row, with the value of `_parse_members` and ``ARCHIVE/PATH`` as
-    default id. A member that is a link, a device, too large or malformed makes its row an error. A
-    missing or broken archive yields the complete rows before the break, and one error.
+    Members with one key form one row, with the value of `_parse_members` and ``ARCHIVE/KEY`` as
+    default id. A member that is a link, a device, too large, malformed or repeated makes its row an
+    error. A missing or broken archive yields the complete rows before the break, and one error.
+
+    An uncompressed archive is listed to its end first; members with one key may lie anywhere in it,
+    and images are byte ranges. A compressed one is streamed; images are bytes, and a key that
+    occurs again behind another one is an error. Members that are not read are counted in `context`,
+    but for those that archivers add (`_is_archiver_file`). A row without other members is none.
+    """
+    is_stream = not _is_seekable_archive(source)
+    members = _list_members(source, context, is_stream=is_stream)
+    for key, group in _group_neighbours(members) if is_stream else _group_by_key(members):
+        place = Place(str(source), None, key or None)
+        name = f"{source.name.partition('.')[0]}/{key}"
+        try:
+            value = _parse_members(_index_contents(group, place), place, context)
+        except DataError as error:
+            yield SourceRow(place, context, name, error=error)
+        else:
+            yield SourceRow(place, context, name, value)
+
+
+# --- list
+
+
+def _is_seekable_archive(source: Path) -> bool:
+    """Return whether a file starts like an uncompressed archive; False if it cannot be opened."""
+    try:
+        if source.is_file():  # not a pipe
+            tarfile.open(source, "r:").close()
+            return True
+    except (tarfile.TarError, OSError):
+        pass
+    return False
+
+
+def _list_members(source: Path, context: ReadContext, *, is_stream: bool) -> Iterator[_Member]:
+    """Yield the members of an archive that are read, and count the others in `context`.
+
+    A broken archive ends with an error under the key of the last member, "" without one; nothing is
+    raised.
+
+    Args:
+        is_stream: give contents instead of byte ranges, for a compressed archive.
     """
     key = ""
-    members: dict[str, bytes] = {}
-    row_error: DataError | None = None
     try:
-        with tarfile.open(source, "r|*") as archive:
-            for member in archive:
-                if member.isdir():
+        mode = "r|*" if is_stream else "r:"
+        with source.open("rb") as file, tarfile.open(fileobj=file, mode=mode) as archive:
+            version = None if is_stream else stat_file_version(file)
+            while (entry := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # a list of all headers
+                if archive.offset <= entry.offset:  # would be read again and again
+                    raise tarfile.ReadError("a member of negative size")
+                if entry.isdir() or not _is_read(entry, context):
                     continue
-                path = PurePosixPath(member.name)
-                stem, _, extension = path.name.partition(".")
-                member_key = str(path.parent / stem)
-                if member_key != key and (members or row_error):
-                    yield _make_tar_row(key, members, row_error, source=source, context=context)
-                    members, row_error = {}, None
-                key = member_key
-                try:
-                    members[extension.lower()] = _read_member(archive, member, source)
-                except DataError as error:
-                    row_error = error
+                path = PurePosixPath(entry.name)
+                stem, _, ending = path.name.partition(".")
+                key = str(path.parent / stem)
+                if not is_utf8_encodable(entry.name):
+                    key, ending = ascii(key), ascii(ending)
+                yield _Member(key, ending.lower(), _get_content(archive, entry, source, version))
+            if not is_stream:
+                file.seek(archive.offset)
+            _require_zeros(archive.fileobj)
     except (tarfile.TarError, EOFError, OSError) as error:
         message = f"truncated or broken archive ({error})"
         fix = "Copy or download the shard again; what follows in it was not read"
-        row_error = DataError(message, place=Place(str(source), None, key or None), fix=fix)
-    if members or row_error:
-        yield _make_tar_row(key, members, row_error, source=source, context=context)
+        place = Place(str(source), None, key or None)
+        yield _Member(key, "", DataError(message, place=place, fix=fix))
 
 
-def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, source: Path) -> bytes:
-    """Return the content of one member of an archive that is read as a stream.
+def _is_read(entry: tarfile.TarInfo, context: ReadContext) -> bool:
+    """Return whether a member is read, or refused as a part of its row; count it if not.
+
+    Those that archivers add, such as ``._a.jpg`` and ``__MACOSX``, are not counted. The others are
+    counted as ``*.ENDING``, by the whole name without an ending, or by the hidden file or folder.
+    """
+    path = PurePosixPath(entry.name)
+    hidden = [part for part in path.parts if part.startswith(".") and part != ".."]
+    ending = path.name.partition(".")[2].lower()
+    last = ending.rpartition(".")[2]
+    if any(re.match(r"\._|\.DS_Store$|__MACOSX$|PaxHeaders?\b", part) for part in path.parts):
+        return False
+    is_image_or_text = f".{last}" in IMAGE_SUFFIXES or last in TEXT_ENDINGS | {"json", "cls"}
+    if not hidden and (is_image_or_text or _find_column(ending, context)):
+        return True
+    label = hidden[0] if hidden else f"*.{ending}" if ending else path.name
+    context.ignored.add("member", label if is_utf8_encodable(label) else ascii(label))
+    return False
+
+
+def _get_content(
+    archive: tarfile.TarFile,
+    entry: tarfile.TarInfo,
+    source: Path,
+    version: tuple[int, int] | None,
+) -> bytes | ByteRange | DataError:
+    """Return where the content of a member lies in `source`, or without `version` the content.
+
+    The content of a sparse member, which has gaps, is returned too. The error, which is not raised,
+    is of a member that is no regular file, is larger than `MAX_MEMBER_BYTES`, or has a name that
+    is not UTF-8.
 
     Raises:
-        DataError: the member is no regular file, or larger than `MAX_MEMBER_BYTES`.
         tarfile.TarError, EOFError, OSError: the archive is broken.
     """
-    place = Place(str(source), None, member.name)
-    if not member.isreg():
+    is_utf8 = is_utf8_encodable(entry.name)
+    place = Place(str(source), None, entry.name if is_utf8 else ascii(entry.name))
+    if not is_utf8:
+        return DataError("a name that is not UTF-8", place=place, fix="Rename it and pack it again")
+    if not entry.isreg():
         message = "a link or device in an archive, which is refused"
-        raise DataError(message, place=place, fix="Pack the file itself")
-    if member.size > MAX_MEMBER_BYTES:
-        message = f"{member.size / 2**20:.0f} MiB in one member"
+        return DataError(message, place=place, fix="Pack the file itself")
+    if entry.size > MAX_MEMBER_BYTES:
+        message = f"{entry.size / 2**20:.0f} MiB in one member"
         fix = f"Keep members below {MAX_MEMBER_BYTES // 2**20} MiB"
-        raise DataError(message, place=place, fix=fix)
-    file = archive.extractfile(member)
-    assert file is not None
-    return file.read()
+        return DataError(message, place=place, fix=fix)
+    if version is None or entry.issparse():
+        file = archive.extractfile(entry)
+        assert file is not None, "a regular file"
+        return file.read()
+    return ByteRange(source, entry.offset_data, entry.size, str(place), version)
 
 
-def _make_tar_row(
-    key: str,
-    members: dict[str, bytes],
-    error: DataError | None,
-    *,
-    source: Path,
-    context: ReadContext,
-) -> SourceRow:
-    """Return the row of the members with one key, with ``ARCHIVE/KEY`` as default id.
-
-    Args:
-        members: contents by extension.
-        error: error of a member, which the row has instead of a value. An error of
-            `_parse_members` is treated in the same manner, not raised.
-    """
-    place = Place(str(source), None, key)
-    name = f"{source.name.partition('.')[0]}/{key}"
-    if error is not None:
-        return SourceRow(place, context, name, error=error)
-    try:
-        return SourceRow(place, context, name, _parse_members(members, place))
-    except DataError as row_error:
-        return SourceRow(place, context, name, error=row_error)
+def _require_zeros(file: Any) -> None:
+    """Raise tarfile.ReadError if anything but zeros follows in a file: tarfile would ignore it."""
+    while block := file.read(tarfile.RECORDSIZE):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("data behind the end of the archive")
 
 
-def _parse_members(members: dict[str, bytes], place: Place) -> dict[str, Any]:
-    """Return the value of a row: the object in the member ``json``, if any, and the other members.
+# --- group
 
-    Non-blank lines of ``txt``, ``text`` and ``caption`` become ``captions`` (and ``caption`` is
-    dropped), ``cls`` the text ``cls``. One image becomes ``image``, several the list ``images``,
-    each ``{"bytes": ...}``; they replace both of these keys. Other members are ignored.
+
+def _group_by_key(members: Iterable[_Member]) -> Iterator[tuple[str, list[_Member]]]:
+    """Yield (key, all its members) in the order of first occurrence."""
+    groups: dict[str, list[_Member]] = {}
+    for member in members:
+        groups.setdefault(member.key, []).append(member)
+    yield from groups.items()
+
+
+def _group_neighbours(members: Iterable[_Member]) -> Iterator[tuple[str, list[_Member]]]:
+    """Yield (key, members that follow one another); a key that occurs again has an error."""
+    keys = set[str]()
+    for key, neighbours in itertools.groupby(members, key=attrgetter("key")):
+        group = list(neighbours)
+        if key in keys:
+            fix = "Pack the archive sorted by name (tar --sort=name), or uncompressed"
+            message = f"members of '{key}' are no neighbours in a compressed archive"
+            group.insert(0, _Member(key, "", DataError(message, fix=fix)))
+        keys.add(key)
+        yield key, group
+
+
+def _index_contents(members: Iterable[_Member], place: Place) -> dict[str, bytes | ByteRange]:
+    """Return the contents of a row's members by ending, those with names behind the others.
+
+    Numbers in names are ordered by value.
 
     Raises:
-        DataError: ``json`` is broken or no object, or a text is not UTF-8.
+        DataError: the last error among the members, or there are two with the same ending.
     """
-    value: dict[str, Any] = {}
-    try:
-        if "json" in members:
-            value = json.loads(members["json"].decode("utf-8-sig"))
-            if not isinstance(value, dict):
-                json_place = place.with_field("json")
-                raise DataError("not a JSON object", place=json_place, fix="Write {...}")
-        captions: list[str] = []
-        for extension in ("txt", "text", "caption"):
-            text = members.get(extension, b"").decode("utf-8-sig")
-            captions += split_caption_lines(text)
-        if "cls" in members:
-            value["cls"] = members["cls"].decode().strip()
-    except (ValueError, RecursionError) as error:  # bytes, JSON, or numbers in it
-        message = f"broken text or JSON ({error})"
-        fix = "Write UTF-8, and one JSON object"
-        raise DataError(message, place=place, fix=fix) from None
+    contents: dict[str, bytes | ByteRange] = {}
+    row_error: DataError | None = None
+    for member in members:
+        if isinstance(member.content, DataError):
+            row_error = member.content
+        elif member.ending in contents:
+            message = f"two members '{member.ending}'"
+            fix = "Keep one of them; upper and lower case count as equal"
+            row_error = DataError(message, place=place, fix=fix)
+        else:
+            contents[member.ending] = member.content
+    if row_error is not None:
+        raise row_error
+
+    def order(ending: str) -> tuple[bool, list[str | int]]:
+        texts = re.split(r"([0-9]+)", ending)
+        return "." in ending, [int(text) if text.isdigit() else text for text in texts]
+
+    return {ending: contents[ending] for ending in sorted(contents, key=order)}
+
+
+# --- parse
+
+
+def _find_column(ending: str, context: ReadContext) -> str | None:
+    """Return the column that the user named for a member: its ending, or the name before it.
+
+    Case does not matter. None if there is no such column.
+    """
+    names = {ending, ending.rpartition(".")[0]}
+    return next((c for c in context.columns.values() if c and c.lower() in names), None)
+
+
+def _parse_members(
+    contents: dict[str, bytes | ByteRange], place: Place, context: ReadContext
+) -> dict[str, Any]:
+    """Return the value of a row: the object in ``json``, and the other members, which replace it.
+
+    What a member is follows from its last ending, in any case:
+
+    - An image becomes ``image``; several become the list ``images``. If there are images without a
+      name before the ending, or with a number as name, those with names are counted as not read.
+    - The non-blank lines of a text become ``captions``, if the name before its ending is empty, in
+      `CAPTION_NAMES`, a number, or that of an image (``photo.jpg`` and ``photo.txt``). A name in
+      `LONG_NAMES` makes it the column of that name. Other texts are counted as not read.
+    - ``NAME.json`` becomes the column ``NAME`` beside ``json``; alone, it takes its place.
+    - ``cls`` becomes the text ``cls``.
+    - A member that the user named as a column becomes that column (`_find_column`).
+
+    Raises:
+        DataError: ``json`` is broken or no object, a text is not UTF-8, or the archive has changed.
+    """
+    value = _parse_json_members(contents, place)
+    captions: list[str] = []
+    pictures: dict[str, ImageRef] = {}  # by ending
+    names = {ending.rpartition(".")[0] for ending in contents if _is_image(ending)} - {"input"}
+    for ending, content in contents.items():
+        name, _, last = ending.rpartition(".")
+        column = _find_column(ending, context)
+        if _is_image(ending):
+            if isinstance(content, ByteRange):
+                ref = ImageRef(byte_range=content)
+            else:
+                ref = ImageRef(data=content)
+            if column:
+                value[column] = ref
+            else:
+                pictures[ending] = ref
+        elif last != "json":
+            text = _read_text(content, place.with_field(ending))
+            if column or name in LONG_NAMES or ending == "cls":
+                if text.strip():
+                    value[column or name or ending] = text.strip()
+            elif name in names or _is_caption_name(name):
+                captions += split_caption_lines(text)
+            else:
+                context.ignored.add("member", f"*.{ending}")
     if captions:
         value.pop("caption", None)  # img2dataset writes the same text into both
         value["captions"] = captions
-    pictures = [
-        {"bytes": data}
-        for extension, data in members.items()
-        if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
-    ]
-    if len(pictures) == 1:
-        value["image"] = pictures[0]
-        value.pop("images", None)
-    elif pictures:
-        value["images"] = pictures
+    refs = _select_images(pictures, context)
+    if refs:
         value.pop("image", None)
+        value.pop("images", None)
+        value |= {"image": refs[0]} if len(refs) == 1 else {"images": refs}
     return value
+
+
+def _is_image(ending: str) -> bool:
+    """Return whether the last ending is one of `IMAGE_SUFFIXES`."""
+    return f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def _is_caption_name(name: str) -> bool:
+    """Return whether the name before a text's last ending leaves it a caption; true if empty."""
+    return all(
+        text in CAPTION_NAMES or text.isdigit() or _is_image(text)
+        for text in name.split(".")
+        if text
+    )
+
+
+def _read_text(content: bytes | ByteRange, place: Place) -> str:
+    """Return the text of a member without a byte order mark.
+
+    Raises:
+        DataError: it is not UTF-8, or the archive has changed.
+    """
+    data = read_byte_range(content) if isinstance(content, ByteRange) else content
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"broken text ({error})"
+        raise DataError(message, place=place, fix="Write UTF-8") from None
+
+
+def _parse_json_members(contents: dict[str, bytes | ByteRange], place: Place) -> dict[str, Any]:
+    """Return the object of ``json`` or of the only member of JSON; that of others as columns.
+
+    Without such members it is empty. Raises DataError for broken JSON, and for an object that is
+    none.
+    """
+    endings = [ending for ending in contents if ending.rpartition(".")[2] == "json"]
+    columns: dict[str, Any] = {}
+    for ending in endings:
+        json_place = place.with_field(ending)
+        text = _read_text(contents[ending], json_place)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:  # or numbers in it
+            message = f"broken JSON ({error})"
+            raise DataError(message, place=json_place, fix="Write one JSON object") from None
+        if ending != "json" and len(endings) > 1:
+            columns[ending.rpartition(".")[0]] = value
+        elif isinstance(value, dict):
+            columns |= value
+        else:
+            raise DataError("not a JSON object", place=json_place, fix="Write {...}")
+    return columns
+
+
+def _select_images(pictures: dict[str, ImageRef], context: ReadContext) -> list[ImageRef]:
+    """Return the images of a row in order; count those that are not read.
+
+    Args:
+        pictures: images by ending. If there are some without a name before the last ending, or with
+            a number as name, the others are not read.
+    """
+    names = {ending: ending.rpartition(".")[0] for ending in pictures}
+    named = [ending for ending, name in names.items() if not re.fullmatch(r"[0-9.]*", name)]
+    if len(named) == len(names):
+        return list(pictures.values())
+    for ending in named:
+        context.ignored.add("member", f"*.{ending}")
+    return [ref for ending, ref in pictures.items() if ending not in named]

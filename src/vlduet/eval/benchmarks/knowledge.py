@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.images import image_key
+from vlduet.data.images import image_key, read_bytes
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import DataError
 from vlduet.eval.answers import LETTERS, evalai_accuracy, rouge_l
@@ -248,7 +248,7 @@ def find_identical_images(
 def _size_in_bytes(image: Part) -> int:
     """Return the size of an encoded image."""
     assert isinstance(image, ImageRef)
-    return Path(image.path).stat().st_size if image.path else len(image.data or b"")
+    return Path(image.path).stat().st_size if image.path else len(read_bytes(image))
 
 
 def _content_key(image: Part) -> str:
