@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlduet.config import RunConfig
 from vlduet.data.content_keys import content_key
-from vlduet.data.records import ImageRef, Part
+from vlduet.data.records import ImageRef, Part, Record
 from vlduet.data.sequences import IGNORE_INDEX, Anchor, Sequence
 from vlduet.data.stream import Sample
 from vlduet.encoders.dual import DualEncoder
@@ -51,14 +51,7 @@ def layout(sample: Sample, renderer: Renderer, options: ClipOptions) -> list[Seq
         DataError: no image with a text; ImageError: an unreadable image.
     """
     record = sample.record
-    pairs: list[tuple[ImageRef, str]] = []
-    if record.image is not None:
-        pairs = [(record.image, text) for text in record.short]
-        if not pairs and record.long is not None:
-            pairs = [(record.image, record.long)]
-    for part, next_part in zip(record.parts, record.parts[1:], strict=False):
-        if isinstance(part, ImageRef) and isinstance(next_part, str):
-            pairs.append((part, next_part))
+    pairs = list_pairs(record)
     if not pairs:
         fix = "Train a dual encoder on pairs or documents"
         raise DataError("no image with a text of its own", fix=fix)
@@ -69,6 +62,24 @@ def layout(sample: Sample, renderer: Renderer, options: ClipOptions) -> list[Seq
         if len(parts) == 1:
             sequences.append(_layout_part(parts[0], "negative", name))
     return sequences
+
+
+def list_pairs(record: Record) -> list[tuple[ImageRef, str]]:
+    """Return the images of a record that have a text, each with one; see `layout`."""
+    pairs: list[tuple[ImageRef, str]] = []
+    if record.image is not None:
+        pairs = [(record.image, text) for text in record.short]
+        if not pairs and record.long is not None:
+            pairs = [(record.image, record.long)]
+    for part, next_part in zip(record.parts, record.parts[1:], strict=False):
+        if isinstance(part, ImageRef) and isinstance(next_part, str):
+            pairs.append((part, next_part))
+    return pairs
+
+
+def find_losses(record: Record, options: ClipOptions) -> tuple[str, ...]:
+    """Return ``contrastive`` if a record has an image with a text, else no loss."""
+    return ("contrastive",) if list_pairs(record) else ()
 
 
 def _layout_part(part: Part, role: str, record_name: str) -> Sequence:
@@ -103,6 +114,8 @@ RECIPE = Recipe(
     objectives=("contrastive",),
     layout=layout,
     objective=objective,
+    find_losses=find_losses,
+    requirements={"contrastive": "an image with a caption, or with a text right after it"},
     encoder_roles=select_encoder_roles,
     build_model=build_model,
 )

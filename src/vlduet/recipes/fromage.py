@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from vlduet.config import RunConfig
+from vlduet.data.records import Record
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ConfigError, DataError
@@ -82,6 +83,14 @@ def layout(sample: Sample, renderer: Renderer, options: FromageOptions) -> list[
         layout_embedding(sample, renderer, (caption,), role="text"),
         *layout_hard_negatives(sample, renderer),
     ]
+
+
+def find_losses(record: Record, options: FromageOptions) -> tuple[str, ...]:
+    """Return the names of the losses that a record may have something for, see `layout`."""
+    if record.kind == "retrieval":
+        return ("contrastive",)
+    has_caption = record.image is not None and bool(record.short or record.long)
+    return ("contrastive", "language") if has_caption else ()
 
 
 # ------------------------------------------------------------------ losses
@@ -160,6 +169,11 @@ RECIPE = Recipe(
     objectives=("contrastive", "language"),
     layout=layout,
     objective=objective,
+    find_losses=find_losses,
+    requirements={
+        "contrastive": "an image with a caption, or a query with a positive",
+        "language": "an image with a caption",
+    },
     start=prepare_model,
     after_step=rescale_ret_token,
     betas=(0.9, 0.95),  # of the paper

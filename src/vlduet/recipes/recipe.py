@@ -7,12 +7,13 @@ A recipe is one file of this package that ends with `RECIPE = Recipe(...)`, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from vlduet.config import RunConfig
+from vlduet.data.records import Parts, Record
 from vlduet.data.sequences import Sequence
 from vlduet.data.stream import Sample
 from vlduet.encoders.dual import DualEncoder
@@ -32,6 +33,19 @@ def select_no_encoders(options: object, weights: Mapping[str, float]) -> tuple[s
     return ()
 
 
+def has_answer(record: Record) -> bool:
+    """Return whether a chat has a turn of the assistant with a text that is learned."""
+    return any(
+        turn.role == "assistant" and turn.supervised and has_text(turn.parts)
+        for turn in record.messages
+    )
+
+
+def has_text(parts: Parts) -> bool:
+    """Return whether there is a text among parts."""
+    return any(isinstance(part, str) for part in parts)
+
+
 @dataclass(frozen=True)
 class BoundRecipe:
     """Recipe whose options are set: what a training run uses."""
@@ -42,6 +56,10 @@ class BoundRecipe:
     objective: Callable[[Readout, Tensor], dict[str, Tensor]]
     """Computes all losses, by name, from a readout and the logit scale (a scalar tensor). Each is
     this rank's share of the loss of the global batch (see `vlduet.distributed`)."""
+    find_losses: Callable[[Record], tuple[str, ...]]
+    """Returns the losses, by name, that a record may have something for, by its fields alone."""
+    requirements: Mapping[str, str] = field(default_factory=dict)
+    """What a record needs for a loss, by the loss's name, for messages."""
     encoder_roles: tuple[str, ...] = ()
     """Roles of the frozen encoders that the losses need."""
     build_model: BuildModel | None = None
@@ -64,6 +82,11 @@ class Recipe(Generic[OptionsT]):
     """See `BoundRecipe.layout`."""
     objective: Callable[[Readout, Tensor, OptionsT], dict[str, Tensor]]
     """See `BoundRecipe.objective`."""
+    find_losses: Callable[[Record, OptionsT], tuple[str, ...]] | None = None
+    """See `BoundRecipe.find_losses`. It opens no image and runs on every record before training,
+    which leaves out those without a loss. None: every record may have something for all losses."""
+    requirements: Mapping[str, str] = field(default_factory=dict)
+    """See `BoundRecipe.requirements`."""
     encoder_roles: Callable[[OptionsT, Mapping[str, float]], tuple[str, ...]] = select_no_encoders
     """Returns the roles of the frozen encoders that the losses need with these loss weights."""
     build_model: BuildModel | None = None
@@ -88,10 +111,17 @@ class Recipe(Generic[OptionsT]):
         def objective(readout: Readout, logit_scale: Tensor) -> dict[str, Tensor]:
             return self.objective(readout, logit_scale, options)
 
+        def find_losses(record: Record) -> tuple[str, ...]:
+            if self.find_losses is None:
+                return self.objectives
+            return self.find_losses(record, options)
+
         return BoundRecipe(
             name=self.name,
             layout=layout,
             objective=objective,
+            find_losses=find_losses,
+            requirements=self.requirements,
             encoder_roles=self.encoder_roles(options, weights),
             build_model=self.build_model,
             start=self.start,

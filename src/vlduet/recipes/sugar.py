@@ -45,7 +45,7 @@ from vlduet.objectives.sugar_targets import (
 )
 from vlduet.recipes.contrast import compute_language_loss
 from vlduet.recipes.frozen import slice_cosines
-from vlduet.recipes.recipe import Recipe
+from vlduet.recipes.recipe import Recipe, has_answer, has_text
 
 MIN_TARGET_STD = 0.02
 """Standard deviation of the targets below which there is hardly anything to learn."""
@@ -174,6 +174,17 @@ def select_slices(record: Record, draw: random.Random, options: SugarOptions) ->
     return (record.image, *texts)
 
 
+def find_losses(record: Record, options: SugarOptions) -> tuple[str, ...]:
+    """Return the names of the losses that a record may have something for, see `layout`."""
+    if record.kind == "chat":
+        return ("language",) if has_answer(record) else ()
+    texts = (*record.parts, *record.query, *record.short, *filter(None, (record.long,)))
+    texts += tuple(part for parts in record.positive for part in parts)
+    if not texts and record.image is None:
+        return ()
+    return ("structure", "language") if has_text(texts) else ("structure",)
+
+
 def draw_anchor_positions(is_image: Many[bool], k: int, draw: random.Random) -> list[int]:
     """Draw min(k, n) indices of n slices, ascending.
 
@@ -266,5 +277,11 @@ RECIPE = Recipe(
     objectives=("structure", "language"),
     layout=layout,
     objective=objective,
+    find_losses=find_losses,
+    requirements={
+        "structure": "images and texts in reading order, an image with a caption, or a query with "
+        "a positive",
+        "language": "a document with texts, an image with a caption, or a chat",
+    },
     encoder_roles=select_encoder_roles,
 )

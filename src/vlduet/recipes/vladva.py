@@ -33,7 +33,7 @@ from vlduet.recipes.contrast import (
     layout_retrieval_record,
 )
 from vlduet.recipes.frozen import GUIDE_ROLES, GuideKind, with_slices
-from vlduet.recipes.recipe import Recipe
+from vlduet.recipes.recipe import Recipe, has_answer, has_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +133,24 @@ def split_captions(
     return short, long
 
 
+def find_losses(record: Record, options: VladvaOptions) -> tuple[str, ...]:
+    """Return the names of the losses that a record may have something for, see `layout`.
+
+    With `split: length`, where tokens decide, a pair with any caption may have something for all.
+    """
+    if record.kind == "chat":
+        return ("language",) if has_answer(record) else ()
+    if record.kind == "retrieval":
+        return ("contrastive",)
+    if record.kind == "interleaved":
+        return ("language",) if has_text(record.parts) else ()
+    has_short, has_long = bool(record.short), bool(record.long)
+    if options.split == "length":
+        has_short = has_long = has_short or has_long
+    is_supervised = has_long or (has_short and options.language_on == "any")
+    return ("contrastive",) * has_short + ("language",) * is_supervised
+
+
 def _layout_document(record: Record, renderer: Renderer) -> Sequence:
     """Return an interleaved record as one sequence, labels on all texts, without anchors.
 
@@ -172,5 +190,11 @@ RECIPE = Recipe(
     objectives=("contrastive", "language"),
     layout=layout,
     objective=objective,
+    find_losses=find_losses,
+    requirements={
+        "contrastive": "an image with a short caption, or a query with a positive",
+        "language": "an image with a long caption (also a short one with recipe.language_on=any), "
+        "a chat or a document",
+    },
     encoder_roles=select_encoder_roles,
 )
