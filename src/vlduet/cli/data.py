@@ -16,6 +16,7 @@ from vlduet.cli._common import (
     Json,
     QueryFile,
     Root,
+    Source,
     Strict,
     make_source,
     print_json,
@@ -32,6 +33,7 @@ app = typer.Typer(no_args_is_help=True, help="Fetch, check, convert and show dat
 
 CONVERTED = "Records; images in tables and archives become files."
 KINDS = "Any of replace_obj|att|rel, swap_obj|att, add_obj|att; by default all."
+SHARES = "Share of each split, by default train=.8,val=.1,test=.1."
 MODEL = "Show the tokens that this model reads, with losses and anchors."
 
 File = Annotated[
@@ -170,6 +172,64 @@ def convert(
     written = jsonl_output.stream_to_jsonl(records, to)
     count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
     print_output_summary(to, count, dropped, as_json=as_json)
+
+
+@app.command()
+def split(
+    source: Source,
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Gets a file per split.")],
+    shares: Annotated[str | None, typer.Option(metavar="NAME=SHARE,...", help=SHARES)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the assignment.")] = 0,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Split SOURCE into train, val and test, so that equal and similar content is in one of them.
+
+    Records whose images look alike or whose captions are equal are not separated. Writes
+    DIR/train.jsonl, ..., with paths to the images where they are, and DIR/split.json. Records that
+    cannot be used are left out and listed in DIR/split.quarantine.jsonl. Too little different
+    content for all splits is an error.
+    """
+    from vlduet.data.tools.split import split_records
+
+    records = make_source(source, format=format, root=root, columns=columns, strict=strict)
+    report = split_records(records, to, shares=_parse_shares(shares), seed=seed)
+    if as_json:
+        print_json(asdict(report))
+        return
+    for name, file in report.files.items():
+        print(f"{file}: {report.records[name]} records in {report.groups[name]} groups")
+    print(f"the largest group of similar images or equal captions: {report.largest_group} records")
+    if report.dropped:
+        causes = ", ".join(f"{count} x {cause}" for cause, count in report.causes.items())
+        print(f"{report.dropped} left out ({causes}): see {to / 'split.quarantine.jsonl'}")
+
+
+def _parse_shares(text: str | None) -> dict[str, float] | None:
+    """Return the shares of ``train=.8,test=.2`` by name; None for None.
+
+    Raises ConfigError for another form, and for a name that is given twice.
+    """
+    from vlduet.errors import ConfigError
+
+    if text is None:
+        return None
+    shares: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, share = (word.strip() for word in item.partition("="))
+        try:
+            value = float(share)
+        except ValueError:
+            value = None
+        if value is None or name in shares:
+            fix = "Write train=.8,val=.1,test=.1"
+            raise ConfigError(f"'{item}' in '{text}'", place="--shares", fix=fix)
+        shares[name] = value
+    return shares
 
 
 @app.command()

@@ -68,7 +68,8 @@ class ProblemGroup:
         for problem in self.problems[:MAX_PRINTED_PROBLEMS]:
             name = problem.cause.removesuffix(f": {MISSING_IMAGE}")
             names.append(name if problem.line is None else f"{name} (line {problem.line})")
-        examples = ", ".join(names) + (", ..." if self.count > len(names) else "")
+        num_more = self.count - len(names)
+        examples = ", ".join(names) + (f" and {num_more:,} more" if num_more else "")
         fix = f". {self.problems[0].fix}" if self.problems[0].fix else ""
         return f"error: {self.source}: {self.count:,} images do not exist: {examples}{fix}"
 
