@@ -71,48 +71,34 @@ def _matches_own(value: dict[str, Any]) -> bool:
     return False
 
 
-def _matches_swift(value: dict[str, Any]) -> bool:
-    """Return whether a row has ``query`` and ``response``, or a message with an ``<image>`` tag."""
-    if isinstance(value.get("query"), str) and "response" in value:
-        return True
-    messages = value.get("messages")
-    turns = messages if isinstance(messages, list) else []
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
-    return any(isinstance(text, str) and conversations.IMAGE_TAG in text for text in contents)
-
-
-def _matches_messages(value: dict[str, Any]) -> bool:
-    return "messages" in value or {"prompt", "completion"} <= value.keys()
-
-
 def _matches_mmeb(value: dict[str, Any]) -> bool:
     has_query = bool(value.keys() & {"qry", "qry_text"})
     return has_query and bool(value.keys() & set(pairs.MMEB_KEYS[2:]))
 
 
 FORMATS: dict[str, RecordFormat] = {
+    "records": RecordFormat(
+        "ours: id and one of image, parts, messages, query", _parse_own, _matches_own
+    ),
     "mmeb": RecordFormat(
         "MMEB: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path",
         pairs.parse_mmeb,
         _matches_mmeb,
     ),
     "llava": RecordFormat(
-        "LLaVA: conversations of from and value, image",
-        conversations.parse_llava,
-        lambda value: "conversations" in value,
+        "LLaVA and ShareGPT: conversations of from and value; image",
+        conversations.parse_chat,
+        conversations.is_llava_row,
     ),
     "ms-swift": RecordFormat(
-        "ms-swift: messages with <image>, or query and response; images",
-        conversations.parse_swift,
-        _matches_swift,
-    ),
-    "records": RecordFormat(
-        "ours: id and one of image, parts, messages, query", _parse_own, _matches_own
+        "ms-swift: query and response, or messages and positive_messages; images",
+        conversations.parse_chat,
+        conversations.is_swift_row,
     ),
     "messages": RecordFormat(
-        "OpenAI and TRL: messages, or prompt and completion; images",
-        conversations.parse_messages,
-        _matches_messages,
+        "OpenAI, TRL and ms-swift: messages, or prompt and completion; images",
+        conversations.parse_chat,
+        conversations.is_messages_row,
     ),
     "captions": RecordFormat(
         f"captioned images: a column {', '.join(IMAGE_COLUMNS[:3])}, ... and any of "

@@ -5,8 +5,9 @@
     chat         {"id", "messages": [{"role", "content"}, ...]}
     retrieval    {"id", "query": [parts], "positive": [[parts], ...], "negative": [[parts], ...]}
 
-Every kind may carry "metadata": {...}; a pair may carry "negative" too. An image is a path relative
-to the file, a ``data:`` URL, or ``{"bytes": base64}``; it is referred to, not opened.
+Every kind may carry "metadata": {...}; a pair may carry "negative" too, and a turn of a chat
+"loss": false, which makes it context that is not learned. An image is a path relative to the file,
+a ``file:`` or ``data:`` URL, or ``{"bytes": base64}``; it is referred to, not opened.
 
 Values are checked by hand, not by a schema library: neither kinds nor parts have a tag to
 discriminate by, and every error names file, line, field and a remedy of its own.
@@ -21,8 +22,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
+from vlduet.data.images import read_bytes
 from vlduet.data.records import (
     ROLES,
     ImageRef,
@@ -31,6 +33,7 @@ from vlduet.data.records import (
     Parts,
     Place,
     Record,
+    extract_images,
     is_utf8_encodable,
     split_sentences,
 )
@@ -47,6 +50,12 @@ COMMON_KEYS = frozenset({"id", "metadata"})
 """JSON keys that every kind of record may have."""
 AMBIGUOUS_KEYS = frozenset({"negative"})
 """JSON keys of more than one kind, which therefore do not decide the kind."""
+SUPERVISION_KEYS = ("loss", "weight", "train", "loss_scale")
+"""JSON keys of a turn that say whether it is learned; ``loss`` is ours, the others are peers'."""
+TURN_KEYS = frozenset({"role", "content", *SUPERVISION_KEYS})
+"""JSON keys of a turn."""
+IMAGE_TAG = "<image>"
+"""Text that stands for the next image in the chats of others; it is a text like any in ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +134,8 @@ class JsonValue:
         """Return a reference to the image that the value names, without opening it.
 
         The value is a path (relative to `root`, or absolute), a ``data:`` URL (base64 or
-        percent-encoded), the encoded bytes, or an object of ``bytes`` (raw or base64) and ``path``
-        without other keys, of which the bytes win.
+        percent-encoded), the encoded bytes, an `ImageRef` of a container reader, or an object of
+        ``bytes`` (raw or base64) and ``path`` without other keys, of which the bytes win.
 
         Raises:
             DataError: another type, an empty text, broken base64, a ``data:`` URL without a comma,
@@ -134,6 +143,8 @@ class JsonValue:
                 bytes that are no image are no errors here.
         """
         value = self.value
+        if isinstance(value, ImageRef):
+            return value
         data = value if isinstance(value, bytes) else None
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
             data = value.get("bytes")
@@ -145,9 +156,6 @@ class JsonValue:
         if not isinstance(value, str) or not value:
             message = f"expected an image, got {JsonValue(value, self.place, self.root).describe()}"
             raise self.make_error(message, fix="Write a path or a data: URL")
-        if not is_utf8_encodable(value):
-            fix = "Rename the file, or encode the image again"
-            raise self.make_error(f"not UTF-8: {value!a:.80}", fix=fix)
         if value.startswith("data:"):
             header, comma, body = value.partition(",")
             if not comma:
@@ -156,10 +164,43 @@ class JsonValue:
             if header.endswith(";base64"):
                 return ImageRef(data=self._decode_base64(body))
             return ImageRef(data=unquote_to_bytes(body))
-        if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
+        return ImageRef(path=self.root / self._parse_path(value))
+
+    def _parse_path(self, text: str) -> str:
+        """Return the path of an image that is written as a path or as a ``file:`` URL.
+
+        A ``file:`` URL is percent-decoded; ``?`` and ``#`` are letters of its path. Outside
+        Windows, backslashes of a path that does not exist become ``/``.
+
+        Raises:
+            DataError: the path is not UTF-8, holds a null character, or starts with a drive of
+                Windows on another system; or it is a URL of the network or of another computer.
+        """
+        path = text
+        if re.match("file:", text, re.IGNORECASE):
+            path = unquote(text[len("file:") :], errors="surrogateescape")
+            if path.startswith("//"):
+                host, slash, path = path.removeprefix("//").partition("/")
+                if host.lower() not in ("", "localhost") or not slash:
+                    message = f"'{text}' names the computer '{host}', not a path"
+                    raise self.make_error(message, fix="Write file:///folder/image.png, or a path")
+                path = slash + path
+            if os.name == "nt":
+                path = re.sub("^/(?=[A-Za-z]:)", "", path)
+        elif re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE):
             fix = "Download it first: records never touch the network"
-            raise self.make_error(f"'{value}' is a URL", fix=fix)
-        return ImageRef(path=self.root / value)
+            raise self.make_error(f"'{text}' is a URL", fix=fix)
+        if not is_utf8_encodable(path) or "\0" in path:
+            fix = "Rename the file, or encode the image again"
+            raise self.make_error(f"not UTF-8, or a null character: {text!a:.80}", fix=fix)
+        if os.name == "nt":
+            return path
+        if re.match(r"/?[A-Za-z]:[/\\]|\\\\", path):
+            fix = "Write a path relative to the file of records, or to --root"
+            raise self.make_error(f"'{text}' is a path of Windows", fix=fix)
+        if "\\" in path and not (self.root / path).exists():
+            path = path.replace("\\", "/")
+        return path
 
     def _decode_base64(self, text: str) -> bytes:
         try:
@@ -204,6 +245,28 @@ class JsonValue:
             if "text" in part
             else fields.get_field("image").parse_image()
         )
+
+    def parse_supervision(self) -> bool | None:
+        """Return whether a turn is learned by its `SUPERVISION_KEYS`; None without one of them.
+
+        Only for objects. A key whose value is None counts as absent.
+
+        Raises:
+            DataError: a value is neither a boolean nor 0 or 1, or two keys contradict each other.
+        """
+        flags: dict[str, bool] = {}
+        for key in SUPERVISION_KEYS:
+            field = self.get_field(key)
+            if field.value is None:
+                continue
+            if field.value not in (0, 1):
+                fix = "Write true or false: a turn is learned with full weight, or not at all"
+                raise field.make_error(f"{key} is {field.value!r:.40}", fix=fix)
+            flags[key] = bool(field.value)
+        if len(set(flags.values())) > 1:
+            message = f"{' and '.join(flags)} contradict each other"
+            raise self.make_error(message, fix="Keep one of these keys")
+        return next(iter(flags.values()), None)
 
     def parse_candidates(self) -> tuple[Parts, ...]:
         """Return a list of candidates, each a list of parts; () for an empty list.
@@ -296,28 +359,49 @@ def _parse_chat(row: JsonValue) -> dict[str, Any]:
     """Return ``{"messages": (Message, ...)}``; ``content`` is a text or a list of parts.
 
     Raises:
-        DataError: there is no turn, one is no object or has another role than `ROLES` or a wrong
-            or empty content, or none is by the assistant.
+        DataError: there is no turn, one is no object or has another role than `ROLES`, an unknown
+            key, or a wrong or empty value, none is by the assistant, or all answers are not to be
+            learned; or the content of a prompt is a text with `IMAGE_TAG`, and the record has no
+            image: it may be a row of another format whose images were lost.
     """
     messages = []
+    tagged_texts = []
     for turn in row.get_field("messages").parse_items("turns"):
         role = turn.value.get("role") if isinstance(turn.value, dict) else turn.value
         if not isinstance(turn.value, dict) or role not in ROLES:
             place = turn.place.with_field("role")
             raise DataError(f"role {role!r}", place=place, fix=f"Use one of {', '.join(ROLES)}")
+        for key in sorted(turn.value.keys() - TURN_KEYS):
+            fix = suggest_name(key, TURN_KEYS)
+            raise turn.get_field(key).make_error(f"unknown key '{key}' in a turn", fix=fix)
         content = turn.get_field("content")
         if isinstance(content.value, str):
+            if role != "assistant" and IMAGE_TAG in content.value:
+                tagged_texts.append(content)
             content = JsonValue([{"text": content.value}], content.place, content.root)
-        messages.append(Message(role, content.parse_parts()))
+        supervised = turn.parse_supervision() is not False
+        messages.append(Message(role, content.parse_parts(), supervised=supervised))
+    if tagged_texts and not any(extract_images(message.parts) for message in messages):
+        fix = (
+            f'Write the image as a part {{"image": ...}}, or {IMAGE_TAG} as a part {{"text": ...}}'
+        )
+        raise tagged_texts[0].make_error(f"a {IMAGE_TAG}, but no image", fix=fix)
     require_answer(messages, row.get_field("messages").place)
     return {"messages": tuple(messages)}
 
 
 def require_answer(messages: list[Message], place: Place) -> None:
-    """Raise DataError at `place` if no message is by the assistant: only those are trained on."""
-    if not any(message.role == "assistant" for message in messages):
+    """Raise DataError at `place` if no message is by the assistant and supervised.
+
+    Only these are trained on.
+    """
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
         message = "no assistant turn, so nothing to learn"
         raise DataError(message, place=place, fix="Add the answer")
+    if not any(answer.supervised for answer in answers):
+        message = "every answer is excluded by loss, weight or train, so nothing to learn"
+        raise DataError(message, place=place, fix="Include one answer, or leave the record out")
 
 
 def _parse_retrieval(row: JsonValue) -> dict[str, Any]:
@@ -349,16 +433,20 @@ def record_to_json(record: Record, *, root: Path) -> dict[str, Any]:
     """Return the JSON object that `parse_record` with the same `root` reads as the same record.
 
     Image paths become relative to `root`, with symbolic links resolved and ``/`` between folders;
-    images given as bytes become ``data:`` URLs. Empty optional fields have no key, and a single
-    short caption is a string. `Record.place` is not written. A pair without an image fails an
-    assertion.
+    images without a file of their own are read and become ``data:`` URLs. Empty optional fields
+    have no key, and a single short caption is a string. `Record.place` is not written. A pair
+    without an image fails an assertion.
+
+    Raises:
+        ImageError: as `images.read_bytes`, for an image in an archive.
     """
 
     def encode_image(ref: ImageRef) -> str:
-        if ref.data is not None:
-            return "data:;base64," + base64.b64encode(ref.data).decode()
-        assert ref.path is not None
-        return Path(os.path.relpath(ref.path.resolve(), root.resolve())).as_posix()
+        if ref.path is None:
+            return "data:;base64," + base64.b64encode(read_bytes(ref)).decode()
+        path = Path(os.path.relpath(ref.path.resolve(), root.resolve())).as_posix()
+        # A name may look like a URL.
+        return f"./{path}" if re.match("(data|file):", path, re.IGNORECASE) else path
 
     def encode(parts: Parts) -> list[dict[str, str]]:
         return [
@@ -378,7 +466,9 @@ def record_to_json(record: Record, *, root: Path) -> dict[str, Any]:
         raw["parts"] = encode(record.parts)
     elif record.kind == "chat":
         raw["messages"] = [
-            {"role": turn.role, "content": encode(turn.parts)} for turn in record.messages
+            {"role": turn.role, "content": encode(turn.parts)}
+            | ({} if turn.supervised else {"loss": False})
+            for turn in record.messages
         ]
     else:
         raw["query"] = encode(record.query)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.readers.rows import ReadContext, SourceRow, drop_null_fields
+from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.data.records import Place
 
 ROWS_PER_BATCH = 64
@@ -54,7 +54,7 @@ def _iter_arrow_batches(source: Path) -> Iterator[Any]:
 
 
 def _read_rows(source: Path, context: ReadContext, batches: Iterator[Any]) -> Iterator[SourceRow]:
-    """Yield a row per table row, numbered from 1, without its null fields at any depth.
+    """Yield a row per table row, numbered from 1.
 
     The default id is ``FILE NAME:NUMBER``. If reading fails, the last row has the error; nothing is
     raised.
@@ -71,7 +71,7 @@ def _read_rows(source: Path, context: ReadContext, batches: Iterator[Any]) -> It
                 number += 1
                 place = Place(str(source), number)
                 name = f"{source.name}:{number}"
-                yield SourceRow(place, context, name, drop_null_fields(value))
+                yield SourceRow(place, context, name, value)
     except (pa.ArrowException, OSError) as error:
         place = Place(str(source), number + 1)
         cause = str(error).splitlines()[0][:120]

@@ -1,112 +1,145 @@
-"""Record formats of chats: LLaVA conversations, OpenAI and TRL messages, ms-swift."""
+"""Chats in the formats of others: LLaVA and ShareGPT, OpenAI and TRL, ms-swift.
+
+All formats share their turns, so one parser reads them; the column of the answers decides the
+form. Rows of ms-swift with ``positive_messages`` are queries with candidates instead.
+"""
 
 from __future__ import annotations
 
+import mimetypes
+from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
-from vlduet.data.readers.rows import SourceRow, build_chat_record, interleave_images, parse_images
-from vlduet.data.record_json import JsonValue
-from vlduet.data.records import ROLES, ImageRef, Message, Part, Record
-from vlduet.errors import DataError, suggest_name
-
-IMAGE_TAG = "<image>"
-"""Text that stands for the next image of the row."""
-ROLE_BY_SPEAKER = {"human": "user", "gpt": "assistant", **{role: role for role in ROLES}}
-"""Role of a `Message` by LLaVA's value of ``from``."""
-LLAVA_KEYS = ("conversations", "image", "images")
-CHAT_KEYS = ("messages", "prompt", "completion", "images", "image")
-SWIFT_KEYS = ("messages", "query", "response", "history", "system", "images", "image")
-
-
-def parse_llava(row: SourceRow) -> Record:
-    """Return a chat record of a LLaVA row.
-
-    The row is ``{"id", "image": text or list, "conversations": [{"from": "human", "value":
-    "<image>\\n..."}, ...]}``. Each tag is replaced by the next image; other keys become metadata.
-
-    Raises:
-        DataError: a turn, an image or the id is wrong, images and tags are not equally many, no
-            turn is by the assistant, or there is video or audio.
-    """
-    _refuse_video(row)
-    images = parse_images(row, "image", "images")
-    num_images = len(images)
-    messages = []
-    for turn in row.get_field("conversations").parse_items("turns"):
-        speaker = turn.value.get("from") if isinstance(turn.value, dict) else None
-        if not isinstance(speaker, str) or speaker not in ROLE_BY_SPEAKER:
-            place = turn.place.with_field("from")
-            fix = f"Use one of {', '.join(ROLE_BY_SPEAKER)}"
-            raise DataError(f"from is {speaker!r}", place=place, fix=fix)
-        text = turn.get_field("value")
-        parts = interleave_images(text.parse_text(), IMAGE_TAG, images, place=text.place)
-        messages.append(Message(ROLE_BY_SPEAKER[speaker], tuple(parts)))
-    if images:
-        message = f"{num_images} images, but {num_images - len(images)} {IMAGE_TAG}"
-        fix = f"Write one {IMAGE_TAG} where each image belongs"
-        key = "image" if "image" in row.value else "images"
-        raise row.get_field(key).make_error(f"{message} in the conversation", fix=fix)
-    return build_chat_record(row, messages, field="conversations", used=LLAVA_KEYS)
+from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.readers.chat_keys import (
+    ANSWER_FIELDS,
+    RETRIEVAL_FIELDS,
+    SYSTEM_FIELDS,
+    is_empty,
+    refuse_row_keys,
+)
+from vlduet.data.readers.chat_turns import parse_turns, place_images
+from vlduet.data.readers.rows import (
+    FILE_COLUMNS,
+    SourceRow,
+    collect_metadata,
+    find_image_columns,
+    parse_id,
+    parse_images,
+)
+from vlduet.data.record_json import JsonValue, require_answer
+from vlduet.data.records import ImageRef, Message, Parts, Record
 
 
-def parse_messages(row: SourceRow) -> Record:
-    """Return a chat record of OpenAI or TRL messages.
+def parse_chat(row: SourceRow) -> Record:
+    """Return the record of a chat, or a retrieval record of a row with ``positive_messages``.
 
-    The row has OpenAI ``messages``, TRL ``messages`` + ``images``, or TRL ``prompt`` +
-    ``completion`` + ``images``. Images of the column go to the ``{"type": "image"}`` placeholders
-    and ``<image>`` tags in their order; if a row has neither, all precede the first user turn.
-    ``prompt`` and ``completion`` are lists of messages, or texts of the user and the assistant.
-    Other keys become metadata.
+    The answers are those of one of:
+
+    - ``messages`` of ``role`` and ``content``, or ``conversations`` of ``from`` and ``value``;
+    - ``prompt`` and ``completion``, each a list of messages or a text;
+    - ``query`` and ``response``, with an optional ``history`` of pairs of question and answer.
+
+    A column ``system`` becomes the first turn. The images of a column go to their places in the
+    turns, as `chat_turns` describes. Columns that are not read become metadata.
 
     Raises:
-        DataError: a turn, an image or the id is wrong, images and their places are not equally
-            many, no turn is by the assistant, or there is video or audio.
+        DataError: a turn, an image or the id is wrong; answers or images stand in several columns;
+            images and their places are not equally many; nothing is to be learned; or a key that
+            changes what is learned is not supported.
     """
-    _refuse_video(row)
-    if "messages" in row.value:
-        turns = row.get_field("messages").parse_items("turns")
-        return _build_record(row, turns, field="messages", used=CHAT_KEYS)
-    turns = _to_turns(row.get_field("prompt"), "user")
-    turns += _to_turns(row.get_field("completion"), "assistant")
-    return _build_record(row, turns, field="completion", used=CHAT_KEYS)
+    row = _rename_columns(row)
+    refuse_row_keys(row)
+    if any(not is_empty(row.value.get(key)) for key in RETRIEVAL_FIELDS):
+        return _parse_retrieval(row)
+    field = _find_answer_field(row)
+    turns, used = _collect_turns(row, field)
+    turns, system_columns = _add_system_turn(row, turns)
+    images, column = _parse_image_column(row)
+    messages = place_images(parse_turns(row, turns), images, row.get_field(column))
+    require_answer(messages, row.place.with_field(field))
+    metadata = collect_metadata(row, {*used, *system_columns, column})
+    return Record(parse_id(row), messages=tuple(messages), metadata=metadata, place=row.place)
 
 
-def parse_swift(row: SourceRow) -> Record:
-    """Return a chat record of an ms-swift row.
+def _rename_columns(row: SourceRow) -> SourceRow:
+    """Return the row with the columns of the roles that the user gave under the roles' names.
 
-    The row has ``messages`` with ``<image>`` tags, or ``query`` and ``response`` with optional
-    ``history`` (pairs of question and answer) and ``system``. Images are placed as in
-    `parse_messages`. Other keys become metadata.
+    Roles without a meaning for chats, and columns that the row lacks, change nothing.
+    """
+    value = dict(row.value)
+    for role in ("id", "image", "messages"):
+        column = row.context.columns.get(role)
+        if column in row.value:
+            value[role] = value.pop(column)
+    return row if value == row.value else replace(row, value=value)
+
+
+def _find_answer_field(row: SourceRow) -> str:
+    """Return the only one of `ANSWER_FIELDS` that holds a value, else the first of the row's.
 
     Raises:
-        DataError: as `parse_messages`; or ``query``, ``response`` or a pair is missing or wrong.
+        DataError: the row has none of them, or several hold a value.
     """
-    _refuse_video(row)
-    if "messages" in row.value:
-        turns = row.get_field("messages").parse_items("turns")
-        return _build_record(row, turns, field="messages", used=SWIFT_KEYS)
+    present = [key for key in ANSWER_FIELDS if key in row.value]
+    filled = [key for key in present if not is_empty(row.value[key])]
+    if len(filled) > 1:
+        message = f"answers in several columns: {', '.join(filled)}"
+        fix = "Keep one of them, or rename the others to keep them as metadata"
+        raise row.get_field(filled[1]).make_error(message, fix=fix)
+    if not present:
+        fix = f"Write the turns under {', '.join(ANSWER_FIELDS)}"
+        raise row.get_field(ANSWER_FIELDS[0]).make_error("no turns", fix=fix)
+    return (filled or present)[0]
+
+
+def _collect_turns(row: SourceRow, field: str) -> tuple[list[JsonValue], set[str]]:
+    """Return (turns as lists of messages hold them, columns that were read).
+
+    Args:
+        field: one of `ANSWER_FIELDS`.
+
+    Raises:
+        DataError: a column is missing, of another type, or holds several answers.
+    """
+    if field == "completion":
+        turns = _to_turns(row.get_field("prompt"), "user")
+        return turns + _to_turns(row.get_field(field), "assistant"), {"prompt", field}
+    if field != "response":
+        return row.get_field(field).parse_items("turns"), {field}
     turns = []
-    if row.value.get("system"):
-        turns.append(_make_turn("system", row.get_field("system")))
     history = row.get_field("history")
-    pairs = history.parse_items("pairs of question and answer") if history.value else []
+    pairs = [] if is_empty(history.value) else history.parse_items("pairs of question and answer")
     for pair in pairs:
         if not isinstance(pair.value, list) or len(pair.value) != 2:
             fix = 'Write ["question", "answer"]'
             raise pair.make_error("not a pair of question and answer", fix=fix)
         for role, text in zip(("user", "assistant"), pair.value, strict=True):
             turns.append(_make_turn(role, JsonValue(text, pair.place, pair.root)))
-    for key, role in (("query", "user"), ("response", "assistant")):
-        row.get_field(key).parse_text()
+    for key, role in (("query", "user"), (field, "assistant")):
+        _check_text(row.get_field(key))
         turns.append(_make_turn(role, row.get_field(key)))
-    return _build_record(row, turns, field="response", used=SWIFT_KEYS)
+    return turns, {"query", field, "history"}
+
+
+def _check_text(field: JsonValue) -> None:
+    """Raise DataError if a value is no text; a list of texts would be several answers."""
+    if isinstance(field.value, list) and all(isinstance(item, str) for item in field.value):
+        fix = "Write one row per text"
+        raise field.make_error(f"{len(field.value)} texts instead of one", fix=fix)
+    field.parse_text()
 
 
 def _to_turns(field: JsonValue, role: str) -> list[JsonValue]:
-    """Return TRL's ``prompt`` or ``completion`` as turns: messages, or one text of `role`."""
-    if isinstance(field.value, list):
+    """Return TRL's ``prompt`` or ``completion`` as turns: messages, or one text of `role`.
+
+    Raises:
+        DataError: the value is neither, or a list of texts.
+    """
+    if isinstance(field.value, list) and not all(isinstance(item, str) for item in field.value):
         return field.parse_items("turns")
-    field.parse_text()
+    _check_text(field)
     return [_make_turn(role, field)]
 
 
@@ -115,144 +148,160 @@ def _make_turn(role: str, content: JsonValue) -> JsonValue:
     return JsonValue({"role": role, "content": content.value}, content.place, content.root)
 
 
-def _build_record(
-    row: SourceRow, turns: list[JsonValue], *, field: str, used: tuple[str, ...]
-) -> Record:
-    """Return the chat record of messages in the OpenAI form, with the row's images in place.
+def _add_system_turn(
+    row: SourceRow, turns: list[JsonValue]
+) -> tuple[list[JsonValue], tuple[str, ...]]:
+    """Return (turns that begin with the system prompt of a column, columns that were read).
 
-    If no message has a place for an image, all images precede the first user turn (without one,
-    the first turn).
-
-    Args:
-        field: key of the source that holds the answers, for the error of a missing one.
-        used: columns that are not metadata.
+    The turns are unchanged if no column of `SYSTEM_FIELDS` holds a value.
 
     Raises:
-        DataError: a turn, an image or the id is wrong, images and their places are not equally
-            many, or no turn is by the assistant.
+        DataError: several columns do, or a turn is by the system already; or the value is no text.
     """
-    images = parse_images(row, "images", "image")
-    num_images = len(images)
-    leading: list[Part] = []  # images that precede the first user turn
-    if not any(_has_image_place(turn.value) for turn in turns):
-        leading += images
-        images = []
-    roles = [turn.value.get("role") if isinstance(turn.value, dict) else None for turn in turns]
-    first_user = roles.index("user") if "user" in roles else 0
-    messages = []
-    for i, turn in enumerate(turns):
-        parts = _parse_content(turn, images)
-        if i == first_user:
-            parts = [*leading, *parts]
-        messages.append(Message(_parse_role(turn), tuple(parts)))
-    if images:
-        message = f"{num_images} images, but places for {num_images - len(images)}"
-        fix = f'Write one {{"type": "image"}} or {IMAGE_TAG} where each image belongs'
-        key = "images" if "images" in row.value else "image"
-        raise row.get_field(key).make_error(message, fix=fix)
-    return build_chat_record(row, messages, field=field, used=used)
+    columns = tuple(key for key in SYSTEM_FIELDS if not is_empty(row.value.get(key)))
+    if not columns:
+        return turns, SYSTEM_FIELDS
+    field = row.get_field(columns[0])
+    values = [turn.value for turn in turns if isinstance(turn.value, dict)]
+    speakers = [value.get("role", value.get("from")) for value in values]
+    if len(columns) > 1 or "system" in speakers or "developer" in speakers:
+        fix = "Keep one system prompt, or rename the column to keep it as metadata"
+        raise field.make_error("several system prompts", fix=fix)
+    field.parse_text()
+    return [_make_turn("system", field), *turns], columns
 
 
-def _parse_role(turn: JsonValue) -> str:
-    """Return the role of a message, one of `ROLES`; OpenAI's ``developer`` becomes ``system``.
+def _parse_image_column(row: SourceRow) -> tuple[list[ImageRef], str]:
+    """Return (images beside the turns, their column); without a column, ([], ``images``).
+
+    The column is ``image`` or ``images``, else one of `find_image_columns`. One of `FILE_COLUMNS`
+    counts only if it names image files: other files may be the source of a chat.
 
     Raises:
-        DataError: the role is another one or missing.
+        DataError: an image is wrong, or several columns hold different images.
     """
-    role = turn.get_field("role")
-    if role.value == "developer":
-        return "system"
-    if role.value not in ROLES:
-        fix = f"Use one of {', '.join(ROLES)}"
-        if isinstance(role.value, str):
-            fix = suggest_name(role.value, ROLES)
-        raise role.make_error(f"role is {role.value!r}", fix=fix)
-    return str(role.value)
+    columns = [
+        key
+        for key, value in row.value.items()
+        if not is_empty(value) and (key.lower() not in FILE_COLUMNS or _names_images(value))
+    ]
+    names = {key.lower(): key for key in columns}
+    preferred = [names[name] for name in ("image", "images") if name in names]
+    columns = preferred or find_image_columns(columns)
+    if not columns:
+        return [], "images"
+    images = parse_images(row.get_field(columns[0]))
+    for key in columns[1:]:
+        if parse_images(row.get_field(key)) != images:
+            message = f"different images in several columns: {', '.join(columns)}"
+            fix = "Keep one of them, or rename the others to keep them as metadata"
+            raise row.get_field(key).make_error(message, fix=fix)
+    return images, columns[0]
 
 
-def _has_image_place(turn: Any) -> bool:
-    """Return whether a message has a placeholder or a tag for an image of the row's column.
+def _names_images(value: Any) -> bool:
+    """Return whether a value, or each of a list, is the name of an image file or no text."""
+    if isinstance(value, list):
+        return all(_names_images(item) for item in value)
+    if not isinstance(value, str):
+        return not isinstance(value, int | float)
+    media_type, _ = mimetypes.guess_type(value)
+    is_image = media_type is not None and media_type.startswith("image/")
+    return is_image or PurePath(value).suffix.lower() in IMAGE_SUFFIXES
 
-    A malformed message has none.
+
+# --- detection
+
+
+def is_llava_row(value: dict[str, Any]) -> bool:
+    """Return whether a row's value has LLaVA's ``conversations``."""
+    return "conversations" in value
+
+
+def is_messages_row(value: dict[str, Any]) -> bool:
+    """Return whether a row's value has the turns of OpenAI or TRL."""
+    return "messages" in value or {"prompt", "completion"} <= value.keys()
+
+
+def is_swift_row(value: dict[str, Any]) -> bool:
+    """Return whether a row's value has keys of ms-swift alone: a response, or candidates."""
+    has_response = isinstance(value.get("query"), str) and "response" in value
+    return has_response or bool(value.keys() & {"positive_messages", "negative_messages"})
+
+
+# --- queries with candidates
+
+
+def _parse_retrieval(row: SourceRow) -> Record:
+    """Return the retrieval record of an embedding or reranker row of ms-swift.
+
+    ``messages`` and the row's images are the query, of which answers are not read, but counted.
+    Each item of ``positive_messages`` and ``negative_messages`` is a candidate: a list of messages
+    with the images of the same item of ``positive_images`` and ``negative_images``. A candidate's
+    messages are joined, whatever their roles.
+
+    Raises:
+        DataError: the query or the positives are missing or wrong, images and their places are not
+            equally many, or ``label`` does not say that the positives are right.
     """
-    content = turn.get("content") if isinstance(turn, dict) else None
-    if isinstance(content, str):
-        return IMAGE_TAG in content
-    parts = content if isinstance(content, list) else []
-    return any(
-        _is_image_placeholder(part) or IMAGE_TAG in str(part.get("text", ""))
-        for part in parts
-        if isinstance(part, dict)
+    label = row.value.get("label")
+    if label not in (None, 1):
+        fix = "Keep pairs of label 1, and write wrong candidates under negative_messages"
+        raise row.get_field("label").make_error(f"label is {label!r:.40}", fix=fix)
+    if is_empty(row.value.get("positive_messages")):
+        fix = "Add a list of candidates, each a list of messages"
+        raise row.get_field("positive_messages").make_error("no right candidate", fix=fix)
+    items, system_columns = _add_system_turn(row, row.get_field("messages").parse_items("turns"))
+    turns = parse_turns(row, items)
+    prompts = [turn for turn in turns if turn.role != "assistant"]
+    for _ in turns[len(prompts) :]:
+        row.context.ignored.add("turn", "an assistant turn of a query")
+    if not prompts:
+        fix = "Write the query as a user turn"
+        raise row.get_field("messages").make_error("no query", fix=fix)
+    images, column = _parse_image_column(row)
+    used = {"messages", "label", column, *system_columns, *RETRIEVAL_FIELDS}
+    query = _join_messages(place_images(prompts, images, row.get_field(column)))
+    return Record(
+        parse_id(row),
+        query=query,
+        positive=_parse_candidates(row, "positive"),
+        negative=_parse_candidates(row, "negative"),
+        metadata=collect_metadata(row, used),
+        place=row.place,
     )
 
 
-def _is_image_placeholder(part: dict[str, Any]) -> bool:
-    sources = {"image", "url", "path", "base64", "image_url"}
-    return part.get("type") == "image" and not part.keys() & sources
-
-
-def _parse_content(turn: JsonValue, images: list[ImageRef]) -> list[Part]:
-    """Return the parts of a message; images that fill a place are removed from `images`.
-
-    A content part may be a text with tags, a placeholder, or an image of its own.
+def _parse_candidates(row: SourceRow, side: str) -> tuple[Parts, ...]:
+    """Return the candidates of a side, ``positive`` or ``negative``; () if there are none.
 
     Raises:
-        DataError: the message is no object, its content is empty or wrong, a part is neither text
-            nor image, or there are more places than images.
+        DataError: a candidate is no list of messages or is wrong, or there are lists of images
+            for another number of candidates.
     """
-    if not isinstance(turn.value, dict):
-        message = f"a turn is {type(turn.value).__name__}"
-        raise turn.make_error(message, fix='Write {"role": ..., "content": ...}')
-    content = turn.get_field("content")
-    if isinstance(content.value, str):
-        return interleave_images(content.parse_text(), IMAGE_TAG, images, place=content.place)
-    parts: list[Part] = []
-    for item in content.parse_items("content parts"):
-        part = item.value if isinstance(item.value, dict) else {}
-        kind = part.get("type")
-        if kind in ("text", "input_text", "output_text") or (kind is None and "text" in part):
-            text = item.get_field("text").parse_text()
-            parts += interleave_images(text, IMAGE_TAG, images, place=item.place)
-        elif _is_image_placeholder(part):
-            if not images:
-                fix = "Add it to the images column, or write it here as image_url"
-                raise item.make_error("a place for an image, but no image left", fix=fix)
-            parts.append(images.pop(0))
-        elif kind in ("image", "image_url", "input_image") or "image" in part:
-            parts.append(_parse_image_part(item))
-        else:
-            place = item.place.with_field("type")
-            message = f"a content part of type {kind!r}"
-            raise DataError(message, place=place, fix="Keep text and image parts")
+    field = row.get_field(f"{side}_messages")
+    image_field = row.get_field(f"{side}_images")
+    items = [] if is_empty(field.value) else field.parse_items("candidates")
+    if not all(isinstance(item.value, list) for item in items):
+        raise field.make_error("not a list of lists of messages", fix="Write [[{...}], ...]")
+    image_items = [JsonValue([], image_field.place, image_field.root)] * len(items)
+    if isinstance(image_field.value, list) and image_field.value:
+        image_items = image_field.parse_items("lists of images")
+    if len(image_items) != len(items):
+        message = f"images for {len(image_items)} of {len(items)} candidates"
+        fix = "Write one list of images per candidate, [] for none"
+        raise image_field.make_error(message, fix=fix)
+    candidates = []
+    for item, image_item in zip(items, image_items, strict=True):
+        turns = parse_turns(row, item.parse_items("messages"))
+        messages = place_images(turns, parse_images(image_item), image_item)
+        candidates.append(_join_messages(messages))
+    return tuple(candidates)
+
+
+def _join_messages(messages: list[Message]) -> Parts:
+    """Return the parts of all messages, in order."""
+    parts: Parts = ()
+    for message in messages:
+        parts += message.parts
     return parts
-
-
-def _parse_image_part(part: JsonValue) -> ImageRef:
-    """Return the image of an OpenAI or TRL content part, without opening it.
-
-    The first key of ``image_url`` (a text or ``{"url"}``), ``image``, ``url`` and ``path`` that
-    exists names a path, a ``file://`` or a ``data:`` URL, or is another value that
-    `JsonValue.parse_image` takes; without these keys, ``base64`` has the bytes.
-
-    Raises:
-        DataError: no key exists, or its value is wrong (as `JsonValue.parse_image`).
-    """
-    for key in ("image_url", "image", "url", "path"):
-        if key in part.value:
-            source = part.get_field(key)
-            if key == "image_url" and isinstance(source.value, dict):
-                source = source.get_field("url")
-            if isinstance(source.value, str):
-                path = source.value.removeprefix("file://")
-                source = JsonValue(path, source.place, source.root)
-            return source.parse_image()
-    source = part.get_field("base64")
-    return JsonValue({"bytes": source.value}, source.place, source.root).parse_image()
-
-
-def _refuse_video(row: SourceRow) -> None:
-    """Raise DataError if a column of video or audio is not empty."""
-    for key in ("video", "videos", "audio", "audios"):
-        if row.value.get(key):
-            fix = "Leave the row out, or use frames as images"
-            raise row.get_field(key).make_error(f"{key} is not supported", fix=fix)

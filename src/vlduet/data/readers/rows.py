@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.record_json import JsonValue, require_answer
-from vlduet.data.records import ImageRef, Message, Part, Place, Record
+from vlduet.data.record_json import JsonValue
+from vlduet.data.records import ImageRef, Part, Place
 from vlduet.errors import DataError
 
 UTF8_FIX = "Save the file as UTF-8"
+_BINARY_TYPES = (bytes, ImageRef)  # no metadata
 
 IMAGE_COLUMN = "image"
-PATH_COLUMNS = ("image_path", "image_file", "img", "img_path", "picture", "photo")
-FILE_COLUMNS = ("file_name", "filename", "filepath", "file", "path")
+PATH_COLUMNS = (
+    *("image_path", "image_file", "image_name", "image_filename", "image_file_name"),
+    *("img", "img_path", "picture", "photo"),
+)
+FILE_COLUMNS = ("file_name", "filename", "filepath", "file_path", "file", "path")
 ENCODED_COLUMNS = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMN_RANKS = (
     (IMAGE_COLUMN,),
@@ -27,7 +32,15 @@ IMAGE_COLUMN_RANKS = (
 )
 """Names of columns that may hold the images of a row in any format, the preferred ones first."""
 IMAGE_COLUMNS = tuple(itertools.chain(*IMAGE_COLUMN_RANKS))
-"""All names of `IMAGE_COLUMN_RANKS`; like these, in lower case."""
+"""All names of `IMAGE_COLUMN_RANKS`; like these, as `normalize_column` writes them."""
+
+
+def normalize_column(name: str) -> str:
+    """Return the name of a column in lower case, with ``_`` for blanks, dots, hyphens and slashes.
+
+    ``Product Name`` and ``product-name`` become ``product_name``.
+    """
+    return re.sub(r"[\s\-./]+", "_", name.strip().lower())
 
 
 class IgnoredData:
@@ -44,8 +57,9 @@ class IgnoredData:
         """Count one more occurrence of something that is not read.
 
         Args:
-            kind: key of `IGNORED_KINDS`: ``column``, ``member`` or ``file``.
-            name: name of the column, ending of the members, or path of the file.
+            kind: key of `IGNORED_KINDS`.
+            name: name of the column or key, ending of the members, path of the file, or why a turn
+                is not read.
             count: number of occurrences to add.
         """
         self._counts[kind, name] += count
@@ -57,15 +71,24 @@ class IgnoredData:
     def messages(self) -> list[str]:
         """Return a sentence per ignored name, in the order of first occurrence."""
         return [
-            IGNORED_KINDS[kind].format(count=count, rows="row" if count == 1 else "rows", name=name)
+            IGNORED_KINDS[kind].format(count=count, s="" if count == 1 else "s", name=name)
             for (kind, name), count in self._counts.items()
         ]
 
 
 IGNORED_KINDS = {
-    "column": "{count:,} {rows} with a column `{name}` that is not read",
-    "member": "{count:,} archive members `{name}` that are not read",
+    "column": "{count:,} row{s} with a column `{name}` that is not read",
+    "member": "{count:,} archive member{s} `{name}`, not read",
     "file": "the file {name} is not read",
+    "ending": "{count:,} file{s} `{name}`, not read",
+    "key": "the key `{name}` of {count:,} JSON object{s} that is not read",
+    "annotation": "{count:,} annotation{s} that are not read: {name}",
+    "image": "{count:,} image{s} that {name} does not list",
+    "text": "{count:,} row{s} with a text in the column `{name}`, which is kept as metadata only; "
+    "to learn it, name its role (columns: caption={name})",
+    "turn key": "{count:,} chat turn{s} with a key `{name}` that is not read",
+    "part key": "{count:,} content part{s} with a key `{name}` that is not read",
+    "turn": "{count:,} chat turn{s} not read: {name}",
 }
 """Sentence of `IgnoredData.messages` by kind."""
 
@@ -80,6 +103,9 @@ class ReadContext:
     """Name of the source's column by role (such as ``caption``), given by the user."""
     ignored: IgnoredData = field(default_factory=IgnoredData)
     """Counter of what is not read."""
+    inspected_keys: dict[str, None] = field(default_factory=dict)
+    """Keys of the rows that were inspected to detect the format, in the order of occurrence. Where
+    another row lacks one, it is empty there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +118,23 @@ class SourceRow:
     default_id: str
     """Id of the record if the value has none."""
     value: Any = None
-    """Decoded value; None if `error` is set."""
+    """Decoded value without its null fields; None if `error` is set."""
     error: DataError | None = None
+    metadata_types: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+    """Function that converts the texts of a column, where they become metadata, by column."""
+    keys: tuple[str, ...] = field(init=False)
+    """Keys of the value, with those of null fields: all columns of a table."""
+
+    def __post_init__(self) -> None:
+        keys = tuple(self.value) if isinstance(self.value, dict) else ()
+        object.__setattr__(self, "keys", keys)
+        # Here, so that null means "absent" in every container, whatever the format.
+        try:
+            object.__setattr__(self, "value", drop_null_fields(self.value))
+        except RecursionError:
+            error = DataError("nested too deeply", place=self.place, fix="Write a flat object")
+            object.__setattr__(self, "value", None)
+            object.__setattr__(self, "error", error)
 
     @classmethod
     def broken(
@@ -108,19 +149,34 @@ class SourceRow:
         """Folder that relative image paths start from."""
         return self.context.root
 
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Columns of the row: the keys of the inspected rows, and its own ones."""
+        return tuple(dict.fromkeys((*self.context.inspected_keys, *self.keys)))
+
     def get_field(self, key: str) -> JsonValue:
         """Return the value under `key` with its place; the value of a missing key is None."""
         return JsonValue(self.value, self.place, self.root).get_field(key)
 
 
 def drop_null_fields(value: Any) -> Any:
-    """Return `value` without the keys that hold None, at any depth.
+    """Return `value` without the keys that hold None, or an object of None only, at any depth.
 
-    Tables give every row every column.
+    Tables give every row every column, and every object every key. Items of lists are kept.
+
+    Raises:
+        RecursionError: the value is nested too deeply.
     """
-    if isinstance(value, dict):
-        return {key: drop_null_fields(item) for key, item in value.items() if item is not None}
-    return [drop_null_fields(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [drop_null_fields(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    fields = {}
+    for key, item in value.items():
+        pruned = drop_null_fields(item)
+        if pruned is not None and (pruned != {} or item == {}):
+            fields[key] = pruned
+    return fields
 
 
 def parse_id(row: SourceRow) -> str:
@@ -134,59 +190,59 @@ def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
 
     A ``metadata`` that is no object is left out, and so is the column ``id``. Of equal keys, the
     column wins: a column that is None removes the key. Values become JSON types: dates and
-    times ISO text, tuples lists, other types ``str(value)``. Bytes are left out at any depth, None
-    only at the top. The result may be empty.
+    times ISO text, tuples lists, other types ``str(value)``. Images and bytes are left out at any
+    depth, None only at the top. The result may be empty.
     """
     metadata = row.value.get("metadata")
     columns = dict(metadata) if isinstance(metadata, Mapping) else {}
     parsed = {*used, "id", "metadata"}
-    columns |= {key: value for key, value in row.value.items() if key not in parsed}
+    for key, value in row.value.items():
+        if key not in parsed:
+            convert = row.metadata_types.get(key)
+            columns[key] = value if convert is None else convert(value)
     return {
         key: _to_json_type(value)
         for key, value in columns.items()
-        if not isinstance(value, bytes) and value is not None
+        if not isinstance(value, _BINARY_TYPES) and value is not None
     }
 
 
 def _to_json_type(value: Any) -> Any:
     """Return a value as JSON types: dates and times as ISO text, other types as ``str(value)``.
 
-    Bytes inside lists and objects are left out, None is kept, and keys become text.
+    Images and bytes inside lists and objects are left out, None is kept, and keys become text.
     """
     if isinstance(value, dict):
-        return {str(k): _to_json_type(v) for k, v in value.items() if not isinstance(v, bytes)}
+        items = {str(k): v for k, v in value.items() if not isinstance(v, _BINARY_TYPES)}
+        return {key: _to_json_type(item) for key, item in items.items()}
     if isinstance(value, list | tuple):
-        return [_to_json_type(item) for item in value if not isinstance(item, bytes)]
+        return [_to_json_type(item) for item in value if not isinstance(item, _BINARY_TYPES)]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)
 
 
-def parse_images(row: SourceRow, *keys: str) -> list[ImageRef]:
-    """Return the image or the list of images under the first of `keys` that is not empty.
+def parse_images(field: JsonValue) -> list[ImageRef]:
+    """Return the image or the list of images that a value names; [] for an empty one.
 
-    Images are not opened. The list is empty if all keys are.
+    Images are not opened.
 
     Raises:
         DataError: a value is no reference to an image, as in `JsonValue.parse_image`.
     """
-    for key in keys:
-        field = row.get_field(key)
-        if isinstance(field.value, list) and field.value:
-            return [item.parse_image() for item in field.parse_items("images")]
-        if field.value not in (None, "", []):
-            return [field.parse_image()]
-    return []
+    if isinstance(field.value, list) and field.value:
+        return [item.parse_image() for item in field.parse_items("images")]
+    return [] if field.value in (None, "", [], {}) else [field.parse_image()]
 
 
 def find_image_columns(columns: Iterable[str]) -> list[str]:
     """Return the columns that may hold the image, of the first of `IMAGE_COLUMN_RANKS` present.
 
-    Names count in any case. The list is empty if there is none.
+    Names are compared as `normalize_column` writes them. The list is empty if there is none.
     """
-    names = list(columns)
+    names = {name: normalize_column(name) for name in columns}
     for rank in IMAGE_COLUMN_RANKS:
-        candidates = [name for name in names if name.lower() in rank]
+        candidates = [name for name, normalized in names.items() if normalized in rank]
         if candidates:
             return candidates
     return []
@@ -219,20 +275,3 @@ def interleave_images(text: str, tag: str, images: list[ImageRef], *, place: Pla
         if segment.strip():
             parts.append(segment.strip())
     return parts
-
-
-def build_chat_record(
-    row: SourceRow, messages: list[Message], *, field: str, used: Iterable[str]
-) -> Record:
-    """Return a chat record of `messages`.
-
-    Args:
-        field: key of the source that holds the answers, for the error.
-        used: columns that are not metadata.
-
-    Raises:
-        DataError: no message is by the assistant, or the id is wrong.
-    """
-    require_answer(messages, row.place.with_field(field))
-    metadata = collect_metadata(row, used)
-    return Record(parse_id(row), messages=tuple(messages), metadata=metadata, place=row.place)
