@@ -20,6 +20,7 @@ import re
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -46,6 +47,12 @@ MISSING_IMAGE = "no such image"
 """Message of the error of a file that does not exist."""
 DECODED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Names of `detect_image_format` that are decoded; all others are refused."""
+
+TAIL_BYTES = 4096
+"""Number of bytes at the end of a file in which its end marker is looked for."""
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x00;"}
+"""Bytes that end a file of a format, where a truncated one hardly has them."""
+EXIF_ORIENTATION = 0x0112
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -101,13 +108,16 @@ def read_bytes(ref: ImageRef) -> bytes:
     assert ref.path is not None
     try:
         return ref.path.read_bytes()
-    except FileNotFoundError:
-        fix = "Correct the path; relative paths start from the folder of the records' file"
-        raise ImageError(MISSING_IMAGE, place=ref.name, fix=fix) from None
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        cause = getattr(error, "strerror", None) or error
-        message = f"cannot read the image ({cause})"
-        raise ImageError(message, place=ref.name, fix="Check the path") from None
+        raise _unreadable_file_error(error, ref.name) from None
+
+
+def _unreadable_file_error(error: Exception, name: str) -> ImageError:
+    if isinstance(error, FileNotFoundError):
+        fix = "Correct the path; relative paths start from the folder of the records' file"
+        return ImageError(MISSING_IMAGE, place=name, fix=fix)
+    message = f"cannot read the image ({getattr(error, 'strerror', None) or error})"
+    return ImageError(message, place=name, fix="Check the path")
 
 
 def read_byte_range(byte_range: ByteRange) -> bytes:
@@ -187,14 +197,7 @@ def load_image(ref: ImageRef) -> DecodedImage:
     with warnings.catch_warnings():
         # Broken EXIF and our own pixel limit are handled here; PIL's warnings would repeat them.
         warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=[kind])
-        except Image.DecompressionBombError:
-            raise _too_large_error("far more pixels than any photo", ref.name) from None
-        except _DECODER_ERRORS as error:
-            raise _broken_image_error(kind, error, ref.name) from None
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise _too_large_error(f"{image.width} x {image.height} pixels", ref.name)
+        image = _open_image(io.BytesIO(data), kind, ref.name)
         try:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
@@ -202,6 +205,67 @@ def load_image(ref: ImageRef) -> DecodedImage:
             raise _too_large_error("a frame larger than its header says", ref.name) from None
         except _DECODER_ERRORS as error:
             raise _broken_image_error(kind, error, ref.name) from None
+
+
+def _open_image(file: IO[bytes], kind: str, name: str) -> Image.Image:
+    """Return an image whose header is read and whose pixels are not.
+
+    Raises:
+        ImageError: at the place `name`, for a broken header or more than MAX_IMAGE_PIXELS.
+    """
+    try:
+        image = Image.open(file, formats=[kind])
+    except Image.DecompressionBombError:
+        raise _too_large_error("far more pixels than any photo", name) from None
+    except _DECODER_ERRORS as error:
+        raise _broken_image_error(kind, error, name) from None
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise _too_large_error(f"{image.width} x {image.height} pixels", name)
+    return image
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What can be said about an image without decoding it."""
+
+    size: tuple[int, int]
+    """Width and height in pixels, upright as EXIF says."""
+    has_end: bool
+    """Whether the file ends as its format does. Other files are truncated, or have data behind the
+    image: decoding tells."""
+
+
+def read_image_header(ref: ImageRef) -> ImageHeader:
+    """Return size and completeness of an image; only the start and the end of a file are read.
+
+    Raises:
+        ImageError: as `load_image`, for what the header shows.
+    """
+    try:
+        # A range of a larger file is read as a whole: it is small.
+        file = io.BytesIO(read_bytes(ref)) if ref.path is None else ref.path.open("rb")
+        with file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in load_image
+            head = file.read(512)
+            kind = _check_format(head, ref.name)
+            num_bytes = file.seek(0, os.SEEK_END)
+            file.seek(max(0, num_bytes - TAIL_BYTES))
+            has_end = kind in END_MARKERS and END_MARKERS[kind] in file.read()
+            if kind == "WEBP":  # it has no end marker, but states its length
+                has_end = int.from_bytes(head[4:8], "little") + 8 <= num_bytes
+            file.seek(0)
+            image = _open_image(file, kind, ref.name)
+            try:
+                # PIL decodes a PNG to look for EXIF behind the pixels.
+                has_exif = kind != "PNG" or "exif" in image.info
+                orientation = image.getexif().get(EXIF_ORIENTATION) if has_exif else None
+            except _DECODER_ERRORS as error:
+                raise _broken_image_error(kind, error, ref.name) from None
+            is_on_its_side = orientation in (5, 6, 7, 8)
+            size = (image.height, image.width) if is_on_its_side else image.size
+            return ImageHeader(size, has_end=has_end)
+    except (OSError, ValueError) as error:
+        raise _unreadable_file_error(error, ref.name) from None
 
 
 def _check_format(data: bytes, name: str) -> str:

@@ -187,3 +187,53 @@ def test_texture_tells_flat_drawings_from_noise() -> None:
     assert equal_share < 0.01 and num_colours > 1000
     transparent = encode(Image.new("RGBA", (8, 8), (255, 0, 0, 0)))
     assert images.measure_texture(transparent) == (0.0, 0)
+
+
+# --------------------------------------------------------------------- headers
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "bmp", "tiff"])
+def test_a_header_tells_the_size_and_a_cut_file_has_no_end(suffix: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(pixels).save(path)
+    header = images.read_image_header(ImageRef(path=path))
+    assert header.size == (50, 30)
+    assert header.has_end == (suffix not in ("bmp", "tiff"))  # unknown until they are decoded
+    data = path.read_bytes()
+    assert images.read_image_header(ImageRef(data=data)) == header
+    path.write_bytes(data[: len(data) * 3 // 4])
+    if suffix == "webp":  # its decoder looks at the length at once
+        with pytest.raises(ImageError, match="truncated or broken WEBP"):
+            images.read_image_header(ImageRef(path=path))
+    elif header.has_end:
+        assert not images.read_image_header(ImageRef(path=path)).has_end
+
+
+def test_the_size_in_a_header_is_that_of_the_upright_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[images.EXIF_ORIENTATION] = 6
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (40, 20)).save(path, exif=exif)
+    ref = ImageRef(path=path)
+    assert images.read_image_header(ref).size == images.load_image(ref).size == (20, 40)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such image"),
+        (b"", "0 bytes"),
+        (b"<svg></svg>", "SVG, which is refused"),
+        (b"\x89PNG\r\n\x1a\n broken", "truncated or broken PNG"),
+    ],
+)
+def test_a_header_that_cannot_be_read_is_an_error_as_in_decoding(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "x.png"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (images.read_image_header, images.load_image):
+        with pytest.raises(ImageError, match=message):
+            read(ImageRef(path=path))
