@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from vlduet.data.records import ImageRef
 from vlduet.encoders.frozen import EncodeFunction, FrozenEncoder
 from vlduet.errors import ModelError
-from vlduet.model.backbone import fingerprint_checkpoint, load_backbone
+from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
+from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.processing import (
     IMAGE_BACKEND,
     preprocess_image,

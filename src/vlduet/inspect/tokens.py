@@ -23,13 +23,12 @@ from vlduet.errors import ImageError
 from vlduet.files import recover_folder
 from vlduet.logs import strip_control_characters
 from vlduet.model import checkpoint
+from vlduet.model.limits import Limits
 from vlduet.model.processing import Tokenizer, load_processor
 from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, add_soft_prompt_tokens
 from vlduet.recipes.registry import find_recipe
 
-DEFAULT_MAX_TOKENS = 2048
-"""Longest sequence for a checkpoint that does not say what it was trained with."""
 TERMINAL_IMAGE_WIDTH = 48
 """Largest width of an image in a terminal, in cells."""
 
@@ -99,7 +98,7 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
 
     Args:
         record: a record of any kind.
-        folder: a model folder, whose recipe, prompts and length limit are used, or a plain
+        folder: a model folder, whose recipe, prompts and limits are used, or a plain
             checkpoint, which gets the defaults of the recipe `vladva`.
 
     Raises:
@@ -111,13 +110,21 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
     run_config: dict[str, Any] = saved.manifest.get("provenance", {}).get("config", {})
     recipe_config = dict(run_config.get("recipe", {"name": "vladva"}))
     recipe = find_recipe(recipe_config.pop("name"))
-    processor = load_processor(saved.base_folder)
+    # A model of an earlier version says only in its config what it was trained with.
+    is_earlier = "limits" not in saved.manifest
+    max_tokens = run_config.get("data", {}).get("max_tokens") if is_earlier else None
+    limits = Limits.from_manifest(saved.manifest, max_tokens=max_tokens)
+    processor = load_processor(
+        saved.base_folder,
+        image_settings=saved.manifest.get("image_processor"),
+        max_image_tokens=limits.max_image_tokens,
+    )
     if ROWS_TENSOR_NAME in saved.tensors:
         add_soft_prompt_tokens(processor.tokenizer, len(saved.tensors[ROWS_TENSOR_NAME]))
     renderer = Renderer(
         processor,
         prompts=Prompts(**saved.manifest.get("prompts", {})),
-        max_tokens=run_config.get("data", {}).get("max_tokens", DEFAULT_MAX_TOKENS),
+        max_tokens=limits.max_tokens,
     )
     options = parse_options(recipe.options, recipe_config, place="recipe")
     sequences = recipe.layout(Sample(record, position=0, seed=0), renderer, options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import Parameter, signature
@@ -43,11 +43,6 @@ from vlduet.objectives.language import softcap_logits
 ProjectorTraining: TypeAlias = bool | Literal["last"]
 """Trained part of the projector: all of it, nothing, or its last linear layer only."""
 
-FINGERPRINT_SAMPLE_BYTES = 1 << 12
-"""Number of bytes that a fingerprint reads from every stride of a tensor."""
-FINGERPRINT_STRIDE_BYTES = 1 << 20
-"""Distance between the samples of a fingerprint within a tensor."""
-
 
 class Backbone(nn.Module):
     """A loaded VLM checkpoint; `load_backbone` opens one.
@@ -56,6 +51,9 @@ class Backbone(nn.Module):
         model: the transformers model, with its LM head.
         tokenizer, image_processor: loaded from the same folder.
         folder: where the checkpoint was read from.
+        max_image_tokens: most tokens of an image; None: as many as the image processor's own
+            settings give.
+        image_settings: attributes of the image processor that differ from the checkpoint's own.
         family: architecture-specific behaviour.
         processor: what a renderer needs to know about the checkpoint.
     """
@@ -79,6 +77,9 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.folder = folder
+        self.max_image_tokens: int | None = None
+        self.image_settings: dict[str, Any] = {}
+        self._own_image_settings: dict[str, Any] = {}
         self.family = find_family(model.config.model_type, folder)(model.config)
         self.processor = Processor.build(
             self.family,
@@ -162,6 +163,27 @@ class Backbone(nn.Module):
         key = f"{images.image_key(ref)}:{self.vision_fingerprint}"
         digest = hashlib.sha256(key.encode()).hexdigest()
         return build_prepared_image(self.family, self.tokenizer, inputs=inputs, cache_key=digest)
+
+    def limit_image_tokens(
+        self, max_image_tokens: int | None, *, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """Limit the tokens of an image, in place, starting from the checkpoint's own settings.
+
+        Images that were prepared before must not be used any more. The settings become
+        `image_settings`; `save_pretrained` writes them, so that others give as many tokens.
+
+        Args:
+            max_image_tokens: most tokens of an image (`Family.bounded_settings`); None: no limit.
+            settings: attributes of the image processor to use instead of those that follow.
+        """
+        self.family.apply_settings(self.image_processor, self._own_image_settings)
+        if settings is None:
+            settings = {}
+            if max_image_tokens is not None:
+                settings = self.family.bounded_settings(self.image_processor, max_image_tokens)
+        self._own_image_settings = self.family.apply_settings(self.image_processor, settings)
+        self.max_image_tokens, self.image_settings = max_image_tokens, dict(settings)
+        vars(self).pop("_vision_fingerprint", None)
 
     def vision_tower_pixels(self, prepared: PreparedImage) -> Tensor:
         """Return a prepared image as the tower receives it, float[3, H, W], normalised."""
@@ -454,38 +476,3 @@ def _accept_inputs_embeds(model: Any) -> None:
         parameters=[*parameters, inputs_embeds, kwargs]
     )
     model.prepare_inputs_for_generation = wrapper
-
-
-def fingerprint_checkpoint(folder: Path) -> str:
-    """Return a hash of a checkpoint's config and weights, 16 hexadecimal digits.
-
-    Names and sizes of the files model*.safetensors are part of it; without any, the config is all.
-    Only some kilobytes of every megabyte of each tensor are read: training a tensor changes nearly
-    all of its numbers, and merging adapters leaves the other tensors as they were.
-
-    Raises:
-        FileNotFoundError: the folder has no config.json.
-        ModelError: a weights file is not in safetensors format.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("model*.safetensors")):
-        file_size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(f"{path.name}:{file_size}".encode())
-            header_size = file.read(8)
-            header = file.read(min(int.from_bytes(header_size, "little"), file_size))
-            digest.update(header)
-            data_start = len(header_size) + len(header)
-            try:
-                tensors = json.loads(header)
-                tensors.pop("__metadata__", None)
-                spans = sorted(tensor["data_offsets"] for tensor in tensors.values())
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    "not a safetensors file", place=path, fix="Copy the checkpoint again"
-                ) from error
-            for begin, end in spans:
-                for offset in range(begin, end, FINGERPRINT_STRIDE_BYTES):
-                    file.seek(data_start + offset)
-                    digest.update(file.read(min(end - offset, FINGERPRINT_SAMPLE_BYTES)))
-    return digest.hexdigest()[:16]

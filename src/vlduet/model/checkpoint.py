@@ -1,6 +1,6 @@
 """Format of a model folder: reading, writing and checking its files.
 
-    vlduet.json            manifest: base, prompts, head, image backend, list of trained tensors
+    vlduet.json            manifest: base, prompts, head, limits, image backend, trained tensors
     duet.safetensors       head, temperature, projector, soft prompts
     adapter/               LoRA in PEFT's own layout, if there is an adapter
     golden.safetensors     embeddings of fixed inputs at the time of saving, compared at loading
@@ -30,7 +30,7 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
-from vlduet.model.backbone import fingerprint_checkpoint
+from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.processing import IMAGE_BACKEND
 
 FORMAT_VERSION = 1
@@ -280,7 +280,8 @@ def compute_fingerprint(
     """Return 16 hexadecimal digits that identify everything an embedding depends on.
 
     Args:
-        description: `prompts` and `head` as in the manifest; other keys are ignored.
+        description: `prompts`, `head` and, unless empty, `image_processor` as in the manifest;
+            other keys are ignored.
         base_fingerprint: fingerprint of the base checkpoint.
         tensors: all trained tensors; the temperature, which no embedding depends on, is ignored.
     """
@@ -292,4 +293,6 @@ def compute_fingerprint(
         "head": description["head"],
         "tensors": {name: _hash_tensor(tensor) for name, tensor in tensors.items()},
     }
+    if description.get("image_processor"):  # models of earlier versions have no such key
+        identity["image_processor"] = description["image_processor"]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -29,6 +29,7 @@ from vlduet.model.backbone import Backbone, ProjectorTraining
 from vlduet.model.embedding import Embeddable, ProgressCallback
 from vlduet.model.generation import continuous, rerank
 from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
+from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
 from vlduet.model.pooling import (
     EmbeddingHead,
     Readout,
@@ -37,7 +38,7 @@ from vlduet.model.pooling import (
     pool_hidden_states,
 )
 from vlduet.model.processing import IMAGE_BACKEND
-from vlduet.model.prompts import DEFAULT_MAX_TOKENS, Prompts, Renderer
+from vlduet.model.prompts import Prompts, Renderer
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts, init_soft_prompts
 from vlduet.objectives.language import compute_token_nll
 
@@ -92,7 +93,7 @@ class DuetModel(nn.Module):
         self.feature_cache = feature_cache.FeatureCache(None)
         processor = replace(backbone.processor, prepare_image=self.prepare_image)
         self.renderer = Renderer(processor, prompts=prompts, max_tokens=max_tokens)
-        self._prepared_images: dict[tuple[str, int, int], PreparedImage] = {}
+        self._prepared_images: dict[feature_cache.ImageVersion, PreparedImage] = {}
 
     # ------------------------------------------------------------------ forward pass and readings
 
@@ -216,23 +217,17 @@ class DuetModel(nn.Module):
     def prepare_image(self, ref: ImageRef) -> PreparedImage:
         """Return an image ready for the vision tower.
 
-        A file with unchanged size and time of modification whose features are cached is neither
-        decoded nor preprocessed again; it has those features as inputs instead of pixels. Images
-        given as bytes are always decoded.
+        An image in a file with unchanged size and time of modification whose features are cached is
+        neither decoded nor preprocessed again; it has those features as inputs instead of pixels.
+        Images that are only bytes are always decoded.
 
         Raises:
             ImageError, ModelError: as `Backbone.prepare_image`.
         """
-        version = feature_cache.get_file_version(ref.path)
-        prepared = None
-        if version in self._prepared_images:
-            prepared_before = self._prepared_images[version]
-            prepared = feature_cache.attach_cached_features(prepared_before, self.feature_cache)
-        if prepared is None:
-            prepared = self.backbone.prepare_image(ref)
-        if version:
-            self._prepared_images[version] = replace(prepared, inputs={})
-        return prepared
+        versions, preprocess = self._prepared_images, self.backbone.prepare_image
+        return feature_cache.prepare_image(
+            ref, self.feature_cache, by_version=versions, preprocess=preprocess
+        )
 
     def collate(
         self, sequences: list[Sequence], *, padding_side: str = "right", pack_to: int | None = None
@@ -250,6 +245,11 @@ class DuetModel(nn.Module):
     def set_prompts(self, prompts: Prompts) -> None:
         """Replace the embedding prompts; earlier embeddings are not comparable with later ones."""
         self.renderer = self.renderer.with_options(prompts=prompts)
+
+    @property
+    def limits(self) -> Limits:
+        """Limits of sequences and images, which are saved with the model."""
+        return Limits(self.renderer.max_tokens, self.backbone.max_image_tokens)
 
     @property
     def dim(self) -> int:
@@ -337,11 +337,8 @@ class DuetModel(nn.Module):
         return {name: parameter for name, parameter in parameters if "lora_" in name}
 
     def embedding_settings(self) -> dict[str, Any]:
-        """Return prompts and head as in the manifest: what embeddings depend on beside tensors."""
-        return {
-            "prompts": self.prompts.to_dict(),
-            "head": {"kind": self.head.kind, "dim": self.head.dim},
-        }
+        """Return what embeddings depend on beside tensors (see `saving.describe_embedding`)."""
+        return saving.describe_embedding(self)
 
     @property
     def fingerprint(self) -> str:
@@ -471,7 +468,8 @@ class DuetModel(nn.Module):
         dtype: torch.dtype | None = None,
         check_golden: bool = True,
         prompts: Prompts | None = None,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_tokens: int | None = None,
+        max_image_tokens: int | None = None,
     ) -> Self:
         """Open a model folder, or wrap a plain Hugging Face checkpoint, in evaluation mode.
 
@@ -483,7 +481,8 @@ class DuetModel(nn.Module):
                 half precision.
             check_golden: compare embeddings of fixed inputs with those at saving.
             prompts: prompts for a plain checkpoint, by default VladVA's; a saved model has its own.
-            max_tokens: longest sequence.
+            max_tokens: longest sequence; None: as saved, or 2,048 (`Limits.from_manifest`).
+            max_image_tokens: most tokens of an image; None: as saved, or 1,536 for a checkpoint.
 
         Raises:
             ModelError: there is no model, a file is broken or was changed, its base is missing, or
@@ -497,4 +496,5 @@ class DuetModel(nn.Module):
             check_golden=check_golden,
             prompts=prompts,
             max_tokens=max_tokens,
+            max_image_tokens=max_image_tokens,
         )

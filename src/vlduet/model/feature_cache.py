@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ModelError
 
+ImageVersion = tuple[str | int, ...]
+"""Result of `get_image_version`: a file, its size and time, and a range in it."""
 DEFAULT_MEMORY_BYTES = 256 << 20
 """Size of a cache without a folder: enough for repeated images, harmless when a million are
 indexed."""
@@ -132,15 +135,19 @@ class _LazyFeatures(Mapping[str, Tensor]):
         return 1
 
 
-def get_file_version(path: Path | None) -> tuple[str, int, int] | None:
-    """Return path, modification time in ns and size of a file; None for no file and for None.
+def get_image_version(ref: ImageRef) -> ImageVersion | None:
+    """Return path, size and modification time in ns of an image's file, and its range inside it.
 
-    Equal versions are taken to mean equal content, without reading it.
+    Equal versions are taken to mean equal content, without reading it. None for a missing file and
+    for an image that is only bytes.
     """
-    if path is None or not path.is_file():
+    if ref.byte_range is not None:
+        span = ref.byte_range
+        return str(span.file), *span.version, span.offset, span.size
+    if ref.path is None or not ref.path.is_file():
         return None
-    status = path.stat()
-    return str(path), status.st_mtime_ns, status.st_size
+    status = ref.path.stat()
+    return str(ref.path), status.st_size, status.st_mtime_ns
 
 
 def attach_cached_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
@@ -155,6 +162,33 @@ def attach_cached_features(image: PreparedImage, cache: FeatureCache) -> Prepare
     if cache.folder is None:
         return replace(image, inputs={FEATURES_INPUT: features})
     return replace(image, inputs=_LazyFeatures(cache, image.cache_key))
+
+
+def prepare_image(
+    ref: ImageRef,
+    cache: FeatureCache,
+    *,
+    by_version: MutableMapping[ImageVersion, PreparedImage],
+    preprocess: Callable[[ImageRef], PreparedImage],
+) -> PreparedImage:
+    """Return an image with its cached features as inputs, or else preprocessed.
+
+    Args:
+        ref: the image; one without a version (`get_image_version`) is always preprocessed.
+        cache: cache of the features, which is only read.
+        by_version: earlier images without inputs, by version; this one is added.
+        preprocess: decodes and preprocesses an image; its errors propagate.
+    """
+    version = get_image_version(ref)
+    if version is None:
+        return preprocess(ref)
+    prepared = None
+    if version in by_version:
+        prepared = attach_cached_features(by_version[version], cache)
+    if prepared is None:
+        prepared = preprocess(ref)
+    by_version[version] = replace(prepared, inputs={})
+    return prepared
 
 
 def compute_features(

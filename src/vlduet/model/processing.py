@@ -79,10 +79,20 @@ class Processor:
         )
 
 
-def load_processor(folder: Path) -> Processor:
+def load_processor(
+    folder: Path,
+    *,
+    image_settings: Mapping[str, Any] | None = None,
+    max_image_tokens: int | None = None,
+) -> Processor:
     """Open a local checkpoint folder without its weights; nothing is downloaded.
 
     The cache keys of its images are hashes of their content alone: no features can be cached.
+
+    Args:
+        folder: folder of the checkpoint.
+        image_settings: attributes of the image processor in place of the checkpoint's own.
+        max_image_tokens: most tokens of an image, if `image_settings` is None; None has no limit.
 
     Raises:
         ModelError: not a checkpoint folder, an unknown family, remote code, or broken files. Later
@@ -97,6 +107,9 @@ def load_processor(folder: Path) -> Processor:
             generation_config = GenerationConfig.from_model_config(config)
     family = family_class(config)
     tokenizer, image_processor = load_tokenizer_and_image_processor(folder, family)
+    if image_settings is None and max_image_tokens is not None:
+        image_settings = family.bounded_settings(image_processor, max_image_tokens)
+    family.apply_settings(image_processor, image_settings or {})
 
     def prepare_image(ref: ImageRef) -> PreparedImage:
         """Decode and preprocess one image; its cache key is the SHA-256 of its content."""

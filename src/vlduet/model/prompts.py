@@ -19,11 +19,10 @@ from vlduet.data.records import ImageRef, Message, Parts, extract_images
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.families.family import token_string
+from vlduet.model.limits import DEFAULT_MAX_TOKENS
 from vlduet.model.processing import Processor
 from vlduet.model.sequence_builder import SequenceBuilder, Span
 
-DEFAULT_MAX_TOKENS = 2048
-"""Longest sequence where nothing else is configured."""
 SLOT_PATTERN = re.compile(r"\{(image|text|parts)\}")
 """Place of the content in a prompt."""
 
@@ -362,7 +361,8 @@ class Renderer:
         texts: list[tuple[str, bool, bool]] = []  # text, is supervised, ends an answer
         marked_messages = []
         for message in messages:
-            supervised = message.role == "assistant" and not add_generation_prompt
+            is_answer = message.role == "assistant" and message.supervised
+            supervised = is_answer and not add_generation_prompt
             parts: list[Any] = []
             for part in message.parts:
                 if isinstance(part, str):

@@ -14,15 +14,32 @@ from vlduet.errors import ModelError
 from vlduet.files import recover_folder, replace_folder_atomically
 from vlduet.model import checkpoint
 from vlduet.model.adapters import save_lora
-from vlduet.model.backbone import fingerprint_checkpoint, load_backbone, select_device
+from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.embedding import encode
-from vlduet.model.prompts import DEFAULT_MAX_TOKENS, Prompts
+from vlduet.model.fingerprints import fingerprint_checkpoint
+from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
+from vlduet.model.prompts import Prompts
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
     ModelT = TypeVar("ModelT", bound=DuetModel)
+
+
+def describe_embedding(model: DuetModel) -> dict[str, Any]:
+    """Return what the model's embeddings depend on beside tensors, as in the manifest.
+
+    These are `prompts`, `head` and, if the tokens of an image are limited by them,
+    `image_processor`: its attributes that differ from the checkpoint's.
+    """
+    description: dict[str, Any] = {
+        "prompts": model.prompts.to_dict(),
+        "head": {"kind": model.head.kind, "dim": model.head.dim},
+    }
+    if model.backbone.image_settings:
+        description["image_processor"] = model.backbone.image_settings
+    return description
 
 
 def compute_model_fingerprint(model: DuetModel) -> str:
@@ -100,10 +117,16 @@ def _write_model(
 ) -> None:
     """Write a model's files into a folder; `base` None means it holds the base's, too."""
     has_adapter = model.peft_model is not None
+    description = {
+        **model.embedding_settings(),
+        "image_processor": model.backbone.image_settings,
+        "limits": model.limits.to_dict(),
+        "provenance": dict(provenance),
+    }
     checkpoint.write_checkpoint(
         folder,
         base=base,
-        description={**model.embedding_settings(), "provenance": dict(provenance)},
+        description=description,
         own_tensors=model.own_tensors(),
         adapter_tensors=model.adapter_tensors(),
         golden_vectors=compute_golden_vectors(model),
@@ -119,7 +142,8 @@ def open_model(
     dtype: torch.dtype | None = None,
     check_golden: bool = True,
     prompts: Prompts | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
+    max_tokens: int | None = None,
+    max_image_tokens: int | None = None,
 ) -> ModelT:
     """Return the model of a model folder or of a plain checkpoint, in evaluation mode.
 
@@ -134,23 +158,30 @@ def open_model(
         check_golden: embed the golden inputs and compare them with those at saving.
         prompts: prompts for a plain checkpoint, by default those of `Prompts`; a model folder has
             its own, and this argument is ignored.
-        max_tokens: longest sequence, for either; it is not saved.
+        max_tokens: longest sequence; None: see `Limits.from_manifest`.
+        max_image_tokens: most tokens of an image; None: see `Limits.from_manifest`. Another limit
+            than the saved one changes the fingerprint where it changes the image processor.
 
     Raises:
         ModelError: there is no model, a file is broken or was changed, its base is missing or has
             changed, or the golden vectors differ.
     """
     saved = checkpoint.read_checkpoint(recover_folder(Path(folder)))
+    limits = Limits.from_manifest(saved.manifest, max_tokens=max_tokens)
     backbone = load_backbone(saved.base_folder, device=device or select_device(), dtype=dtype)
     if not saved.manifest:
-        return model_class(backbone, prompts=prompts or Prompts(), max_tokens=max_tokens).eval()
+        backbone.limit_image_tokens(max_image_tokens or limits.max_image_tokens)
+        prompts = prompts or Prompts()
+        return model_class(backbone, prompts=prompts, max_tokens=limits.max_tokens).eval()
+    image_settings = saved.manifest.get("image_processor")
+    backbone.limit_image_tokens(limits.max_image_tokens, settings=image_settings)
     head = saved.manifest["head"]
     model = model_class(
         backbone,
         prompts=Prompts(**saved.manifest["prompts"]),
         head=head["kind"],
         dim=head["dim"],
-        max_tokens=max_tokens,
+        max_tokens=limits.max_tokens,
     )
     if ROWS_TENSOR_NAME in saved.tensors:
         model.soft_prompts = SoftPrompts(backbone, saved.tensors[ROWS_TENSOR_NAME])
@@ -171,4 +202,6 @@ def open_model(
             dtype=backbone.model.dtype,
             place=Path(folder),
         )
+    if max_image_tokens is not None:
+        backbone.limit_image_tokens(max_image_tokens)
     return model.eval()

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import tiny
 from vlduet.errors import ModelError
-from vlduet.model.backbone import fingerprint_checkpoint, load_backbone
+from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
+from vlduet.model.fingerprints import fingerprint_checkpoint
 
 
 def change_config(folder: Path, **changes: object) -> None:

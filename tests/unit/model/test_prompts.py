@@ -16,7 +16,8 @@ from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
-from vlduet.model.prompts import DEFAULT_MAX_TOKENS, Prompts, Renderer
+from vlduet.model.limits import DEFAULT_MAX_TOKENS
+from vlduet.model.prompts import Prompts, Renderer
 
 PAPER_PROMPTS = Prompts()
 IMAGE_ID, ASSISTANT_ID = 3, 5

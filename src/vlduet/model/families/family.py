@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.image_utils import SizeDict
 
 ImageInputs = Mapping[str, Tensor]
 """Tensors of the image processor for one or several images; tiles are rows of `pixel_values`."""
@@ -24,6 +25,18 @@ def run_image_processor(image_processor: Any, picture: Any) -> Mapping[str, Any]
     """Return the outputs of a transformers image processor for one PIL image, as tensors."""
     outputs: Mapping[str, Any] = image_processor(images=picture, return_tensors="pt")
     return outputs
+
+
+def replace_attributes(image_processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Set attributes of an image processor, in place, and return their earlier values.
+
+    A dict in place of a `SizeDict` becomes one.
+    """
+    replaced = {name: getattr(image_processor, name) for name in settings}
+    for name, value in settings.items():
+        is_size = isinstance(replaced[name], SizeDict) and isinstance(value, dict)
+        setattr(image_processor, name, SizeDict(**value) if is_size else value)
+    return replaced
 
 
 def token_string(tokenizer: Any, token_id: int) -> str:
@@ -81,6 +94,19 @@ class Family(ABC):
     def processor_overrides(self) -> Mapping[str, Any]:
         """Return image-processor attributes to set after loading; an exported model keeps them."""
         return {}
+
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        """Return image-processor attributes with which no image takes more than `max_tokens`.
+
+        A bound is only ever lowered: the result is empty if the present settings keep to
+        `max_tokens`, or if the number of tokens is fixed. Where the fewest tokens that the family
+        can do are more than `max_tokens`, the result gives these. Nothing is modified.
+        """
+        return {}
+
+    def apply_settings(self, image_processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Set attributes of the image processor, in place, and return their earlier values."""
+        return replace_attributes(image_processor, settings)
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
         """Preprocess one PIL image; entries that are not tensors are dropped by the caller.

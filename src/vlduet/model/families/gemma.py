@@ -16,6 +16,9 @@ from vlduet.model.families.family import (
     token_string,
 )
 
+GEMMA4_MAX_TOKENS = (70, 140, 280, 560, 1120)
+"""Values of `max_soft_tokens` that the image processor of Gemma 4 accepts."""
+
 
 class Gemma3(Family):
     """Gemma 3: every image becomes a fixed number of tokens, which attend to each other both ways.
@@ -91,6 +94,12 @@ class Gemma4(Family):
         outputs = model.model.vision_tower(pixel_values, inputs["image_position_ids"])
         features: Tensor = outputs.last_hidden_state
         return features
+
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        if image_processor.max_soft_tokens <= max_tokens:
+            return {}
+        allowed = [count for count in GEMMA4_MAX_TOKENS if count <= max_tokens]
+        return {"max_soft_tokens": max(allowed, default=GEMMA4_MAX_TOKENS[0])}
 
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
         """Return `pixel_values` (patches) and `image_position_ids` (-1 at padding) of one image."""

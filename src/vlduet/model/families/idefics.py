@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,24 @@ class Idefics3(Family):
         patch_size = self.config.vision_config.patch_size
         num_patches = (height // patch_size) * (width // patch_size)
         return int(num_patches // self.config.scale_factor**2)
+
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        """Return a `size` of fewer tiles along the longest edge; texts between squares count."""
+        longest_edge = image_processor.size.longest_edge
+        if not (image_processor.do_image_splitting and longest_edge):
+            return {}
+        edge = image_processor.max_image_size["longest_edge"]
+        patches_per_side = edge // self.config.vision_config.patch_size
+        tokens_per_square = patches_per_side**2 // self.config.scale_factor**2
+        most_per_side = per_side = math.ceil(longest_edge / edge)
+        while per_side > 1:
+            num_tiles = per_side**2
+            # Two tokens before each tile, one after each row, four around the whole image.
+            num_text_tokens = 2 * num_tiles + per_side + 4
+            if (num_tiles + 1) * tokens_per_square + num_text_tokens <= max_tokens:
+                break
+            per_side -= 1
+        return {} if per_side == most_per_side else {"size": {"longest_edge": per_side * edge}}
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
         """Run the vision tower on all squares and return float[squares * tokens, Dv].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,20 @@ class InternVL(Family):
         patch_height, patch_width = self.config.vision_config.patch_size
         num_patches = num_tiles * (height // patch_height) * (width // patch_width)
         return int(num_patches * self.config.downsample_ratio**2)
+
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        """Return fewer `max_patches`, which are tiles; the whole image is one more square."""
+        if not image_processor.crop_to_patches:
+            return {}
+        patch_height, patch_width = self.config.vision_config.patch_size
+        size = image_processor.size
+        num_patches = (size.height // patch_height) * (size.width // patch_width)
+        tokens_per_square = int(num_patches * self.config.downsample_ratio**2)
+        most_tiles = max(1, max_tokens // tokens_per_square - 1)
+        if image_processor.max_patches <= most_tiles:
+            return {}
+        least_tiles = min(image_processor.min_patches, most_tiles)
+        return {"max_patches": most_tiles, "min_patches": least_tiles}
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
         """Run the vision tower on all tiles and return float[tiles * rows * columns, Dv].

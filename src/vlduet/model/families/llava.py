@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from vlduet.errors import ModelError
-from vlduet.model.families.family import Family, ImageInputs, run_image_processor
+from vlduet.model.families.family import (
+    Family,
+    ImageInputs,
+    replace_attributes,
+    run_image_processor,
+)
 
 MAX_SQUARES_PER_FORWARD = 8
 """Number of image squares encoded at once; limits memory, as the tower keeps all hidden states."""
@@ -99,6 +104,29 @@ class TiledImages:
         """Return the number of tokens along one side of a tile."""
         vision_config = self.config.vision_config
         return int(vision_config.image_size // vision_config.patch_size)
+
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        """Return the `image_grid_pinpoints` that keep to `max_tokens`, or else a single tile."""
+        tile_size = self.config.vision_config.image_size
+        side = self._tokens_per_side()
+        pinpoints = image_processor.image_grid_pinpoints
+        allowed = []
+        for height, width in pinpoints:
+            rows, columns = height // tile_size, width // tile_size
+            if side**2 + rows * side * (columns * side + 1) <= max_tokens:
+                allowed.append([height, width])
+        if len(allowed) == len(pinpoints):
+            return {}
+        return {"image_grid_pinpoints": allowed or [[tile_size, tile_size]]}
+
+    def apply_settings(self, image_processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Set attributes of the image processor, and pinpoints in the model's config, in place.
+
+        Returns the earlier values.
+        """
+        if "image_grid_pinpoints" in settings:  # the model finds the tiles of an image by them
+            self.config.image_grid_pinpoints = settings["image_grid_pinpoints"]
+        return replace_attributes(image_processor, settings)
 
     def num_image_tokens(self, inputs: ImageInputs) -> int:
         """Return the number of tokens of one image: overview and unpadded tiles with newlines.

@@ -32,6 +32,18 @@ class Mistral3(Family):
     def num_image_tokens(self, inputs: ImageInputs) -> int:
         return math.prod(self._cell_grid(inputs))
 
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        """Return a `size` of fewer cells along the longest edge; ends of rows count as tokens."""
+        longest_edge = image_processor.size.longest_edge
+        if longest_edge is None:
+            return {}
+        most_per_side = per_side = math.ceil(longest_edge / self._cell_side())
+        while per_side > 1 and per_side * (per_side + 1) - 1 > max_tokens:
+            per_side -= 1
+        if per_side == most_per_side:
+            return {}
+        return {"size": {"longest_edge": per_side * self._cell_side()}}
+
     def preprocess(self, image_processor: Any, picture: Any) -> Mapping[str, Any]:
         """Preprocess one PIL image and cut it into cells.
 

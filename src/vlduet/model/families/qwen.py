@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,23 @@ class MergedPatchImages:
     config: Any
     vision_tower_path = "visual"
     projector_path = "visual.merger"
+
+    def bounded_settings(self, image_processor: Any, max_tokens: int) -> Mapping[str, Any]:
+        """Return a `size` of fewer pixels; its edges are numbers of pixels, not lengths.
+
+        An image whose longer side is more than `max_tokens` times the other takes more tokens.
+        """
+        size = image_processor.size
+        most_pixels = max_tokens * self.pixels_per_token(image_processor)
+        if size.longest_edge <= most_pixels:
+            return {}
+        least_pixels = min(size.shortest_edge, most_pixels)
+        return {"size": {"shortest_edge": least_pixels, "longest_edge": most_pixels}}
+
+    def pixels_per_token(self, image_processor: Any) -> int:
+        """Return the number of pixels of a token, as the `size` of the image processor counts."""
+        side: int = image_processor.patch_size * image_processor.merge_size
+        return side**2
 
     def token_grid(self, inputs: ImageInputs) -> tuple[int, int]:
         """Return (rows, columns) of the tokens of one image."""
@@ -96,6 +114,11 @@ class GlmVL(MergedPatchImages, Family):
 
     Dv is therefore the hidden size of the language model.
     """
+
+    def pixels_per_token(self, image_processor: Any) -> int:
+        """Return the pixels of a token in all frames of which an image consists."""
+        frames: int = image_processor.temporal_patch_size
+        return frames * super().pixels_per_token(image_processor)
 
     def vision_features(self, model: Any, inputs: ImageInputs) -> Tensor:
         """Return float[tokens, D], what the tower gives to its merger."""

@@ -1,0 +1,60 @@
+"""Length limits of a model, saved with it: tokens of a sequence, and tokens of one image in it.
+
+`Limits` is what ``limits`` in vlduet.json holds. How a family keeps to `max_image_tokens` is said
+by its `bounded_settings`; the resulting settings of the image processor are saved beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+DEFAULT_MAX_TOKENS = 2048
+"""Longest sequence where nothing else is configured or saved."""
+DEFAULT_MAX_IMAGE_TOKENS = 1536
+"""Most tokens of an image where nothing else is configured or saved: three quarters of
+`DEFAULT_MAX_TOKENS`. SmolVLM and one tile of LLaVA-OneVision need up to 1,500."""
+
+
+LIMIT_REMEDY = (
+    "Give the record fewer images, or change the limits: data.max_tokens and "
+    "model.max_image_tokens in training, 'vlduet model limit' for a model"
+)
+"""Remedy for images that do not fit, in a form that holds wherever a model is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Length limits in tokens."""
+
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    """Longest sequence; texts are cut to it, images never."""
+    max_image_tokens: int | None = None
+    """Most tokens of an image, which is downscaled to them; None: as many as the checkpoint's own
+    image processor gives."""
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], *, max_tokens: int | None = None) -> Self:
+        """Return the limits of a model by the content of its vlduet.json.
+
+        A plain checkpoint (an empty manifest) gets the defaults, where an image takes three
+        quarters of a sequence and DEFAULT_MAX_IMAGE_TOKENS at most. A manifest of an earlier
+        version has no ``limits``: it gets DEFAULT_MAX_TOKENS and no limit of images.
+
+        Args:
+            manifest: the parsed file.
+            max_tokens: longest sequence in place of the saved one or the default.
+        """
+        if "limits" in manifest:
+            saved = cls(**manifest["limits"])
+        elif manifest:
+            saved = cls()
+        else:
+            longest = max_tokens or DEFAULT_MAX_TOKENS
+            saved = cls(max_image_tokens=max(1, min(DEFAULT_MAX_IMAGE_TOKENS, longest * 3 // 4)))
+        return cls(max_tokens or saved.max_tokens, saved.max_image_tokens)
+
+    def to_dict(self) -> dict[str, int | None]:
+        """Return the fields by name, as in vlduet.json."""
+        return asdict(self)
