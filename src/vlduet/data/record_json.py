@@ -143,12 +143,12 @@ class JsonValue:
                 bytes that are no image are no errors here.
         """
         value = self.value
-        if isinstance(value, ImageRef):
-            return value
-        data = value if isinstance(value, bytes) else None
+        data = value if isinstance(value, bytes | ImageRef) else None
         if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
             data = value.get("bytes")
             value = value.get("path")
+        if isinstance(data, ImageRef):
+            return data
         if isinstance(data, bytes):
             return ImageRef(data=data)
         if isinstance(data, str):

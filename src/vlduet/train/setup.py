@@ -10,18 +10,21 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 
 import torch
 
 from vlduet import distributed
 from vlduet.config import RunConfig, parse_options
+from vlduet.data.image_store import ImageStore
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.sources import RecordSource
 from vlduet.data.stream import Mixture
 from vlduet.encoders.dual import open_frozen_encoder
 from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders
 from vlduet.errors import ConfigError, DataError
+from vlduet.logs import logger
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import select_device
 from vlduet.model.duet import DuetModel
@@ -43,8 +46,9 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
     Args:
         config: settings of the run. No state is loaded, whatever its folder `out` holds.
         write_files: write broken records to ``out/quarantine.jsonl`` (``quarantine-RANK.jsonl``
-            with several processes) and features to `data.cache`, by default ``out/features``. False
-            keeps both in memory (for a dry run).
+            with several processes), and features and images without files of their own to
+            `data.cache`, by default ``out/features``. False (for a dry run) keeps features in
+            memory and such images in a folder for temporary files.
 
     Raises:
         ConfigError, DataError, ModelError: as `load_recipe`, `load_mixture`, `load_model`,
@@ -53,10 +57,11 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
     recipe = load_recipe(config)
     suffix = f"-{distributed.get_rank()}" if distributed.get_world_size() > 1 else ""
     quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if write_files else None)
-    mixture = load_mixture(config, quarantine)
     cache = None
     if write_files and config.data.cache is not False:
         cache = config.out / "features" if config.data.cache is None else config.data.cache
+    store = ImageStore(None if cache is None else cache / "images")
+    mixture = load_mixture(config, quarantine, store)
     model: TrainableModel
     if recipe.build_model is None:
         model = duet = load_model(config, recipe, cache=cache)
@@ -71,10 +76,11 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
     return run
 
 
-def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
+def load_mixture(config: RunConfig, quarantine: Quarantine, store: ImageStore) -> Mixture:
     """Read the training records of all sources into memory; list broken ones in `quarantine`.
 
-    Images are not opened.
+    Images are not opened. Those that are no files, nor in a file, are written to `store`, which is
+    closed with the mixture; their size is logged.
 
     Raises:
         DataError: a source is missing, cannot be read or recognised, or has no usable record, or
@@ -85,10 +91,15 @@ def load_mixture(config: RunConfig, quarantine: Quarantine) -> Mixture:
         quarantine.add(error.place, error)
 
     sources = [
-        list(RecordSource.from_config(section).read(on_error=on_error))
+        list(map(store.move_images, RecordSource.from_config(section).read(on_error=on_error)))
         for section in config.data.train
     ]
-    return Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
+    if store.num_bytes:
+        size = f"{store.num_bytes / 1e6:,.1f} MB"
+        logger.info(f"{size} of images inside the training sources are files in {store.folder}")
+    mixture = Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
+    weakref.finalize(mixture, store.close)
+    return mixture
 
 
 def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) -> DuetModel:
