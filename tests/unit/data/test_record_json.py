@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vlduet.data.formats import read_jsonl
 from vlduet.data.record_json import parse_record, record_to_json
-from vlduet.data.records import ImageRef, Message, Place, Record, split_sentences
+from vlduet.data.records import ROLES, ImageRef, Message, Place, Record, split_sentences
 from vlduet.errors import DataError
 
 ROOT = Path("/data")
@@ -44,11 +44,11 @@ pairs = st.builds(
 sentences = texts.flatmap(lambda text: st.sampled_from(split_sentences(text)))
 slices = st.lists(sentences | image_refs, min_size=1, max_size=3).map(tuple)
 interleaved_records = st.builds(Record, ids, parts=slices, metadata=metadata)
-prompts = st.builds(Message, st.sampled_from(["system", "user"]), parts)
+turns = st.builds(Message, st.sampled_from(ROLES), parts, st.booleans())
 chats = st.builds(
     lambda name, turns, answer: Record(name, messages=(*turns, Message("assistant", answer))),
     ids,
-    st.lists(prompts, max_size=2),
+    st.lists(turns, max_size=2),
     parts,
 )
 retrieval_records = st.builds(
@@ -97,6 +97,71 @@ def test_inline_images_are_decoded(image: Any) -> None:
     assert record.image == ImageRef(data=b"ab")
 
 
+ABSOLUTE = ImageRef(path=Path("/b/a image.png"))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("file:///b/a%20image.png", ABSOLUTE),
+        ("FILE://LOCALHOST/b/a image.png", ABSOLUTE),
+        ("file:/b/a%20image.png", ABSOLUTE),
+        ({"path": "file:///b/a%20image.png"}, ABSOLUTE),
+        ("file:///b/%C3%A9%231.png?", ImageRef(path=Path("/b/é#1.png?"))),
+        ("file:b/100%.png", ImageRef(path=ROOT / "b/100%.png")),
+        ("b%20c.png", ImageRef(path=ROOT / "b%20c.png")),
+        ("b\\c.png", ImageRef(path=ROOT / "b/c.png")),
+    ],
+)
+def test_file_urls_are_paths(image: Any, expected: ImageRef) -> None:
+    record = parse_record({"id": "a", "image": image}, place=PLACE, root=ROOT)
+    assert record.image == expected
+    part = {"type": "image_url", "image_url": {"url": image}}
+    assert parse_record({"id": "a", "parts": [part]}, place=PLACE, root=ROOT).parts == (expected,)
+
+
+@settings(max_examples=50, deadline=None)
+@given(file_names)
+def test_the_file_url_of_a_path_is_the_path(name: str) -> None:
+    for value in ((ROOT / name).as_uri(), str(ROOT / name), name):
+        record = parse_record({"id": "a", "image": value}, place=PLACE, root=ROOT)
+        assert record.image == ImageRef(path=ROOT / name)
+
+
+def test_an_existing_file_keeps_its_backslash(tmp_path: Path) -> None:
+    (tmp_path / "b\\c.png").write_bytes(b"")
+    record = parse_record({"id": "a", "image": "b\\c.png"}, place=PLACE, root=tmp_path)
+    assert record.image == ImageRef(path=tmp_path / "b\\c.png")
+
+
+@pytest.mark.parametrize("name", ["data:a.png", "File:a.png"])
+def test_names_that_look_like_urls_survive_a_round_trip(name: str) -> None:
+    record = Record("a", image=ImageRef(path=ROOT / name))
+    raw = record_to_json(record, root=ROOT)
+    assert parse_record(raw, place=PLACE, root=ROOT) == record
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<image>"}],
+        [
+            {"role": "user", "content": [{"image": "a.png"}]},
+            {"role": "assistant", "content": "y", "weight": 0},
+            {"role": "user", "content": "<image>"},
+            {"role": "assistant", "content": "y"},
+        ],
+        [
+            {"role": "user", "content": [{"text": "<image>"}]},
+            {"role": "assistant", "content": "y"},
+        ],
+    ],
+)
+def test_an_image_tag_is_text(messages: list[dict[str, Any]]) -> None:
+    record = parse_record({"id": "a", "messages": messages}, place=PLACE, root=ROOT)
+    assert sum("<image>" in message.parts for message in record.messages) == 1
+
+
 def test_openai_image_parts_are_images() -> None:
     part = {"type": "image_url", "image_url": {"url": "data:,ab"}}
     record = parse_record({"id": "a", "parts": [part]}, place=PLACE, root=ROOT)
@@ -107,6 +172,7 @@ def test_openai_image_parts_are_images() -> None:
 
 USER = {"role": "user", "content": "x"}
 ANSWER = {"role": "assistant", "content": "y"}
+TAGGED = {"role": "user", "content": "<image>x"}
 TOOL = {"role": "tool", "content": "x"}
 TEXT = {"text": "x"}
 
@@ -145,6 +211,18 @@ TEXT = {"text": "x"}
         ({"id": "a", "messages": ["x"]}, "messages[0].role"),
         ({"id": "a", "messages": [TOOL, ANSWER]}, "messages[0].role"),
         ({"id": "a", "messages": [{"role": "user"}, ANSWER]}, "messages[0].content"),
+        ({"id": "a", "messages": [TAGGED, ANSWER]}, "messages[0].content"),
+        ({"id": "a", "messages": [{**USER, "los": 0}, ANSWER]}, "messages[0].los"),
+        ({"id": "a", "messages": [USER, {**ANSWER, "loss": 0.5}]}, "messages[1].loss"),
+        ({"id": "a", "messages": [USER, {**ANSWER, "train": "no"}]}, "messages[1].train"),
+        ({"id": "a", "messages": [USER, {**ANSWER, "loss": False}]}, "messages"),
+        ({"id": "a", "image": "file://server/a.png"}, "image"),
+        ({"id": "a", "image": "file://a.png"}, "image"),
+        ({"id": "a", "image": "file:///a%00.png"}, "image"),
+        ({"id": "a", "image": "file:///a%ff.png"}, "image"),
+        ({"id": "a", "image": "C:\\a.png"}, "image"),
+        ({"id": "a", "image": "D:/a.png"}, "image"),
+        ({"id": "a", "image": "\\\\server\\a.png"}, "image"),
         ({"id": "a", "query": [TEXT]}, "positive"),
         ({"id": "a", "positive": [[TEXT]]}, "query"),
         ({"id": "a", "query": [TEXT], "positive": [TEXT]}, "positive"),

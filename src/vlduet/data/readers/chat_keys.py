@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import lru_cache
 from typing import Any
 
 from vlduet.data.readers.rows import SourceRow
 from vlduet.data.record_json import SUPERVISION_KEYS, JsonValue
-from vlduet.errors import suggest_name
 
 ANSWER_FIELDS = ("messages", "conversations", "completion", "response")
 """Columns that hold the answers of a chat, in the forms of OpenAI, LLaVA, TRL and ms-swift."""
@@ -88,8 +88,8 @@ NAME_KEY = "name"
 """Key of a turn that is left out without being counted: the name of a participant."""
 REFUSED_TURN_KEYS: dict[str, str] = {
     **dict.fromkeys(("tool_calls", "tool_call_id", "function_call", "tools"), _NO_TOOLS),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "channel"), _NO_REASONING),
-    **dict.fromkeys(("refusal", "recipient", "end_turn"), _NO_REASONING),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _NO_REASONING),
+    **dict.fromkeys(("channel", "refusal"), _NO_REASONING),
     **dict.fromkeys(("audio", "audios", "video", "videos"), _NO_VIDEO),
     **dict.fromkeys(("image", "images"), "Write images as parts of content: {'image': ...}"),
     **dict.fromkeys(("objects", "bbox"), _NO_BOXES),
@@ -118,9 +118,9 @@ REFUSED_TAGS: dict[str, str] = {
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a value holds nothing: None, false, a blank text or ``"[]"``, or only these.
+    """Return whether a value holds nothing: None, a blank text, or JSON's ``[]``, ``{}``, ``null``.
 
-    Lists and objects are empty if all their values are.
+    Lists and objects are empty if all their values are; false and 0 are values.
     """
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
@@ -128,7 +128,7 @@ def is_empty(value: Any) -> bool:
         return all(is_empty(item) for item in value.values())
     if isinstance(value, list):
         return all(is_empty(item) for item in value)
-    return value is None or value is False
+    return value is None
 
 
 def refuse_row_keys(row: SourceRow) -> None:
@@ -148,14 +148,22 @@ def check_turn_keys(row: SourceRow, turn: JsonValue) -> None:
             known one or matches `SUPERVISION_PATTERN`, so that a meaning may be lost.
     """
     _refuse_keys(turn, REFUSED_TURN_KEYS)
-    known_keys = {*TURN_KEYS, *REFUSED_TURN_KEYS}
-    for key in sorted(turn.value.keys() - known_keys - {NAME_KEY}):
+    for key in sorted(turn.value.keys() - {*TURN_KEYS, *REFUSED_TURN_KEYS, NAME_KEY}):
         message = f"unknown key '{key}' in a turn"
-        if difflib.get_close_matches(key, known_keys, n=1, cutoff=0.8):
-            raise turn.get_field(key).make_error(message, fix=suggest_name(key, known_keys))
+        similar_key = _find_similar_key(key)
+        if similar_key is not None:
+            fix = f"Did you mean '{similar_key}'?"
+            raise turn.get_field(key).make_error(message, fix=fix)
         if SUPERVISION_PATTERN.search(key) and not is_empty(turn.value[key]):
             raise turn.get_field(key).make_error(message, fix=_MASKS)
         row.context.ignored.add("turn key", key)
+
+
+@lru_cache(maxsize=1024)  # the turns of a source have the same keys
+def _find_similar_key(key: str) -> str | None:
+    """Return the key of a turn that `key` is perhaps a misspelling of; None without one."""
+    matches = difflib.get_close_matches(key, (*TURN_KEYS, *REFUSED_TURN_KEYS), n=1, cutoff=0.8)
+    return matches[0] if matches else None
 
 
 def check_part_keys(row: SourceRow, part: JsonValue) -> None:

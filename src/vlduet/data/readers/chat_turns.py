@@ -274,22 +274,18 @@ def _make_places_error(
 ) -> DataError:
     """Return the error of places that the images do not fill.
 
-    It stands at the first part without an image left, else at the column.
+    It is placed at the first part without an image left, else at the column.
     """
-    num_places = 0
-    num_answers = 0
-    for part in parts:
-        places = part.list_places()
-        num_places += len(places)
-        num_answers += places.count("answer")
-        if num_places > len(images):
-            message = f"more places for images ({IMAGE_TAG} or image parts) than images"
-            fix = f"{PLACES_FIX}. Images stand in the parts or in a column `images`"
-            return part.source.make_error(message, fix=fix)
-    message = f"{len(images)} images, but places for {num_places}"
-    if num_answers:
-        message += f", {num_answers} of them in answers"
-    if not num_places:
-        message = "images in this column and others in the content parts"
+    places = [(kind, part) for part in parts for kind in part.list_places()]
+    if places and all(kind == "answer" for kind, _ in places):
+        message = f"{len(images)} images, but {IMAGE_TAG} in answers only, where it may be text"
+        return column.make_error(message, fix=PLACES_FIX)
+    if len(places) > len(images):
+        message = f"more places for images ({IMAGE_TAG} or image parts) than images"
+        fix = f"{PLACES_FIX}. Images stand in the parts, or in a column such as images"
+        return places[len(images)][1].source.make_error(message, fix=fix)
+    if not places:
+        message = "images in this column, and others in the content parts"
         return column.make_error(message, fix="Keep them in one of the two")
+    message = f"{len(images)} images, but places for {len(places)}"
     return column.make_error(message, fix=PLACES_FIX)
