@@ -100,15 +100,14 @@ junk_values = st.recursive(
 def test_any_row_is_a_record_or_a_data_error(data: Any, row: dict[str, Any], name: str) -> None:
     keys = st.sampled_from(sorted(set().union(*FOREIGN_ROWS)))
     value = row | data.draw(st.dictionaries(keys, junk_values, max_size=2))
+    source_row = SourceRow(Place("x", 1), ReadContext(Path()), "x:1", value)
     try:
-        record = FORMATS[name].parse_row(
-            SourceRow(Place("x", 1), ReadContext(Path()), "x:1", value)
-        )
+        record = FORMATS[name].parse_row(source_row)
         assert isinstance(record, Record)
     except DataError as error:
         assert error.place is not None and error.place.startswith("x:1") and error.fix
     for schema in FORMATS.values():
-        assert schema.matches(value) in (True, False)
+        assert schema.matches(source_row) in (True, False)
 
 
 # --- folders of records

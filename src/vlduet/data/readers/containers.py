@@ -1,16 +1,21 @@
-"""Rows of a source: its name, or what a folder holds, says which container reader reads it."""
+"""Rows of a source: its name, or what a folder holds, says which container reader reads it.
+
+file     -> one group of rows
+pattern  -> its files, which are one data set
+folder   -> its files of records, or its images                          (readers/folders.py)
+"""
 
 from __future__ import annotations
 
+import glob
 import itertools
-import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlduet.data.images import IMAGE_SUFFIXES
-from vlduet.data.quarantine import QUARANTINE_SUFFIX
-from vlduet.data.readers import archives, arrow, image_folders, json_files, tables
+from vlduet.data.readers import archives, arrow, json_files, tables
 from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.errors import DataError
 
@@ -20,9 +25,10 @@ ContainerReader = Callable[[Path, ReadContext], Iterator[SourceRow]]
 CONTAINER_READERS: dict[str, ContainerReader] = {
     ".jsonl": json_files.read_jsonl_rows,
     ".ndjson": json_files.read_jsonl_rows,
-    ".json": json_files.read_json_list_rows,
+    ".json": json_files.read_json_rows,
     ".csv": tables.read_table_rows,
     ".tsv": tables.read_table_rows,
+    ".txt": tables.read_table_rows,
     ".parquet": arrow.read_parquet_rows,
     ".arrow": arrow.read_arrow_rows,
     ".feather": arrow.read_arrow_rows,
@@ -31,120 +37,149 @@ CONTAINER_READERS: dict[str, ContainerReader] = {
     ".tgz": archives.read_tar_rows,
 }
 """Container readers by the end of the file's name."""
-
-RECORD_FILE_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz")
-"""Endings of files that are read as records if they lie in a folder that is the source."""
-
-
-def read_source_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
-    """Return an iterator over the rows of a file or folder; a file is not opened yet.
-
-    Raises:
-        DataError: the source is missing, has an unknown ending, or is a folder without records
-            and images or with several data sets.
-    """
-    if not source.exists():
-        raise DataError("no such file or folder", place=source, fix="Check the path")
-    if source.is_dir():
-        return _read_folder_rows(source, context)
-    _, suffix = _split_suffix(source.name)
-    if not suffix:
-        message = "a file without an ending"
-        if source.suffix:
-            message = f"a file of records does not end in '{source.suffix}'"
-        fix = f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images"
-        raise DataError(message, place=source, fix=fix)
-    return CONTAINER_READERS[suffix](source, context)
+MAX_PATTERN_FILES = 100_000
+"""Largest number of names that the braces of a pattern may stand for."""
 
 
-def _split_suffix(name: str) -> tuple[str, str]:
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Rows that have their columns in common: those of a file, of its shards, or of a folder."""
+
+    place: Path
+    """File or folder that the first row is from."""
+    context: ReadContext
+    """Settings of all rows."""
+    rows: Iterator[SourceRow]
+    """The rows, to be iterated over once."""
+    has_fixed_columns: bool = False
+    """Whether the reader names the columns, so that those of the user need not be there."""
+    is_tracked: bool = False
+    """Whether the reader needs to know which images the records name."""
+
+
+def split_suffix(name: str) -> tuple[str, str]:
     """Return (stem, key of `CONTAINER_READERS`) of a file name; (name, "") for other endings."""
     suffixes = (suffix for suffix in CONTAINER_READERS if name.lower().endswith(suffix))
     suffix = max(suffixes, key=len, default="")
     return name[: len(name) - len(suffix)], suffix
 
 
-def _read_folder_rows(folder: Path, context: ReadContext) -> Iterator[SourceRow]:
-    """Return an iterator over the rows of a folder's files of records, else of its images.
+def is_pattern(source: Path) -> bool:
+    """Return whether a path does not exist and has ``*``, ``?``, ``[`` or ``{`` of a pattern."""
+    return re.search(r"[*?\[{]", str(source)) is not None and not source.exists()
 
-    Several files are read one after the other if their names differ in a number only. Paths
-    of a folder of images start from it, whatever the root of `context` is.
+
+def read_file_group(
+    files: list[Path], context: ReadContext, *, is_tracked: bool = False
+) -> RowGroup:
+    """Return the rows of files that are parts of one data set, one file after the other.
+
+    Args:
+        files: at least one file, each with an ending of `CONTAINER_READERS`.
+        context: settings of the rows; the keys of inspected rows are not those of other groups.
+        is_tracked: as in `RowGroup`.
 
     Raises:
-        DataError: the folder holds several splits or data sets, a broken or indexed saved dataset,
-            or neither records nor images.
+        DataError: a file has an unknown ending.
     """
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(path.parent.name for path in folder.glob("*/dataset_info.json"))
-        fix = f"Name one: {_list_paths(folder / split for split in splits)}"
-        raise DataError("several splits in one folder", place=folder, fix=fix)
-    files = _list_saved_dataset_files(folder) or _list_record_files(folder)
-    if not files:
-        return _read_image_rows(folder, context)
-    # Shards are numbered parts of one data set; `train.jsonl` and `test.jsonl`, or train-0.tar
-    # and test-0.tar, are not.
-    number = r"[-_.]?\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$"
-    stems = {re.sub(number, "", _split_suffix(path.name)[0]) for path in files}
-    if len(stems) > 1 or len({path.suffix for path in files}) > 1:
-        fix = f"Name one: {_list_paths(files)}"
-        raise DataError("several files of records in one folder", place=folder, fix=fix)
-    readers = [CONTAINER_READERS[_split_suffix(path.name)[1]] for path in files]
+    context = replace(context, inspected_keys={})
+    readers = [_find_reader(path) for path in files]
     rows = (reader(path, context) for reader, path in zip(readers, files, strict=True))
-    return itertools.chain.from_iterable(rows)
+    return RowGroup(files[0], context, itertools.chain.from_iterable(rows), is_tracked=is_tracked)
 
 
-def _list_record_files(folder: Path) -> list[Path]:
-    """Return the files of records that lie directly in a folder, sorted; [] if there are none.
-
-    If there is a ``metadata`` file (``.csv``, ``.jsonl`` or ``.parquet``, the first of these), it
-    alone is returned. Hidden files and quarantine files are ignored.
-    """
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    # A quarantine file lists what a command left out, beside the records that it wrote.
-    ignored = [p for p in files if p.name.startswith(".") or p.name.endswith(QUARANTINE_SUFFIX)]
-    files = [path for path in files if path not in ignored]
-    metadata = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-    named = [path for path in files if path.name in metadata]
-    return named[:1] or [p for p in files if p.name.lower().endswith(RECORD_FILE_SUFFIXES)]
+def _find_reader(path: Path) -> ContainerReader:
+    """Return the container reader of a file. Raise DataError for an unknown ending."""
+    _, suffix = split_suffix(path.name)
+    if suffix:
+        return CONTAINER_READERS[suffix]
+    message = "a file without an ending"
+    if path.suffix:
+        message = f"a file of records does not end in '{path.suffix}'"
+    fix = f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images"
+    raise DataError(message, place=path, fix=fix)
 
 
-def _list_saved_dataset_files(folder: Path) -> list[Path]:
-    """Return the files that `Dataset.save_to_disk` wrote, in order; [] for another folder.
-
-    Raises:
-        DataError: the list of files is broken, or names files outside the folder or a selection.
-    """
-    state = folder / "state.json"
-    if not (state.is_file() and (folder / "dataset_info.json").is_file()):
-        return []
-    try:
-        saved = json.loads(state.read_text(encoding="utf-8"))
-        names = [str(item["filename"]) for item in saved["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        fix = "Save the dataset again with save_to_disk"
-        raise DataError(f"broken ({error})", place=state, fix=fix) from None
-    if saved.get("_indices_data_files") or any(Path(name).name != name for name in names):
-        fix = "Call flatten_indices() before save_to_disk"
-        raise DataError("an indexed view of other files", place=state, fix=fix)
-    return [folder / name for name in names]
+# --- patterns
 
 
-def _read_image_rows(folder: Path, context: ReadContext) -> Iterator[SourceRow]:
-    """Return an iterator over a row per image below a folder, in the order of its reader.
+def read_pattern_groups(
+    source: Path, context: ReadContext, *, has_root: bool
+) -> Iterator[RowGroup]:
+    """Yield a group for each folder that a pattern has files in; the files are one data set.
+
+    Args:
+        has_root: keep the root of `context`; otherwise relative image paths start from the folder
+            of each file.
 
     Raises:
-        DataError: at once, if there is no image.
+        DataError: at the first group, if no file matches, a file that the braces name is missing,
+            one has an unknown ending, or the endings differ.
     """
-    rows = image_folders.read_image_folder_rows(folder, context)
-    first = next(rows, None)
-    if first is None:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        fix = f"Accepted: images ({suffixes}), or files {', '.join(CONTAINER_READERS)}"
-        raise DataError("neither images nor records in this folder", place=folder, fix=fix)
-    return itertools.chain([first], rows)
+    files = expand_pattern(source)
+    suffixes = {split_suffix(path.name)[1] for path in files}
+    for path in files:
+        _find_reader(path)
+    if len(suffixes) > 1:
+        fix = f"Name one: {source}{' or '.join(sorted(suffixes))}"
+        message = f"files of several kinds: {', '.join(sorted(suffixes))}"
+        raise DataError(message, place=source, fix=fix)
+    folders = {path.parent: None for path in files}
+    base = Path(os.path.commonpath(folders))
+    for folder in folders:
+        prefix = "" if folder == base else f"{folder.relative_to(base).as_posix()}/"
+        group_context = replace(
+            context, root=context.root if has_root else folder, id_prefix=prefix
+        )
+        yield read_file_group([path for path in files if path.parent == folder], group_context)
 
 
-def _list_paths(paths: Iterable[Path]) -> str:
-    """Return up to six paths for a message, and how many more there are."""
-    names = [str(path) for path in paths]
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def expand_pattern(source: Path) -> list[Path]:
+    """Return the files that a pattern stands for: braces in their order, else sorted.
+
+    ``{00000..00012}`` counts, with as many digits as the bounds have; ``{a,b}`` are alternatives;
+    ``*``, ``?``, ``[...]`` and ``**`` are those of `glob`. Folders are left out, and a file that
+    several alternatives match is returned once.
+
+    Raises:
+        DataError: a pattern matches nothing, a file without ``*`` is missing, or the braces stand
+            for more than `MAX_PATTERN_FILES` names.
+    """
+    files: dict[Path, None] = {}
+    for name in _expand_braces(str(source), source):
+        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        paths = [Path(match) for match in matches if os.path.isfile(match)]
+        if not paths:
+            message = f"no file matches '{name}'" if glob.has_magic(name) else f"no file '{name}'"
+            raise DataError(message, place=source, fix="Check the path, or name a folder")
+        files.update(dict.fromkeys(paths))
+    return list(files)
+
+
+def _expand_braces(pattern: str, source: Path) -> list[str]:
+    """Return the names that the braces of a pattern stand for; a brace without a pair is itself.
+
+    Args:
+        source: place of an error.
+
+    Raises:
+        DataError: there are more than `MAX_PATTERN_FILES`.
+    """
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    if match[3] is not None:
+        items: Iterable[str] = match[3].split(",")
+        count = match[3].count(",") + 1
+    else:
+        first, last = int(match[1]), int(match[2])
+        width = len(match[1]) if match[1].startswith("0") or len(match[1]) == len(match[2]) else 0
+        step = 1 if first <= last else -1
+        items = (f"{number:0{width}d}" for number in range(first, last + step, step))
+        count = abs(last - first) + 1
+    rest = _expand_braces(pattern[match.end() :], source)
+    if count * len(rest) > MAX_PATTERN_FILES:
+        message = f"braces that stand for more than {MAX_PATTERN_FILES:,} files"
+        raise DataError(message, place=source, fix="Name a folder, or use *")
+    prefix = pattern[: match.start()]
+    return [prefix + item + end for item in items for end in rest]

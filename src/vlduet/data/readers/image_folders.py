@@ -1,9 +1,10 @@
-"""Container reader of folders of images, with a text file beside each image or without."""
+"""Container reader of folders of images, with files of captions beside the images or without."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,93 @@ from vlduet.data.readers.rows import UTF8_FIX, ReadContext, SourceRow, split_cap
 from vlduet.data.records import Place, is_utf8_encodable
 from vlduet.errors import DataError
 
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Endings of the file beside an image that holds its captions; the first that exists is read."""
+SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
+"""Endings of the files beside an image that are read: captions, and an object of other columns."""
+
 
 def read_image_folder_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
-    """Yield a row with ``image`` for every image file below a folder, recursively.
+    """Yield the row of every image file below a folder, recursively, as `read_image_rows` does.
 
-    Files are sorted, and those of a folder precede those of its subfolders. A ``.txt`` file of the
-    same name gives ``captions``, one per line; if it cannot be read, the row has an error. The path
-    below `source` is ``image`` and the default id. Names that start with a dot, linked folders and
-    unreadable folders are skipped. Relative paths start from `source`, whatever
-    the root of `context` is.
+    Files are sorted, and those of a folder precede those of its subfolders. Names that start with a
+    dot, linked folders and unreadable folders are skipped. Relative paths start from `source`,
+    whatever the root of `context` is.
     """
+    context = replace(context, root=source)
     for folder, subfolders, files in os.walk(source):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield _read_image_row(path, replace(context, root=source))
+        images = [
+            name
+            for name in sorted(files)
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+        yield from read_image_rows(Path(folder), images, set(files), context)
 
 
-def _read_image_row(path: Path, context: ReadContext) -> SourceRow:
-    """Return the row of one image below the root: ``image``, and ``captions`` of a ``.txt`` file.
+def read_image_rows(
+    folder: Path, images: list[str], files: Collection[str], context: ReadContext
+) -> Iterator[SourceRow]:
+    """Yield a row with ``image`` for every image file of a folder.
 
-    The row has an error instead if the name of the image is not UTF-8, or its ``.txt`` file is not
-    or cannot be read. The image is not opened; nothing is raised.
+    The path below the root of `context` is ``image`` and the default id. Of files with the same
+    name, one of `CAPTION_SUFFIXES` gives ``captions``, one per line, and a ``.json`` with an object
+    gives other columns, as in a webdataset. If one of them cannot be read, the row has an error.
+
+    Args:
+        images: names of the image files.
+        files: names of all files of the folder.
     """
-    name = path.relative_to(context.root).as_posix()
-    if not is_utf8_encodable(name):
-        place = Place(ascii(str(path)))
-        message = "a file name that is not UTF-8"
-        return SourceRow.broken(place, context, ascii(name), message=message, fix="Rename it")
-    value: dict[str, Any] = {"image": name}
-    sidecar = path.with_suffix(".txt")
+    for name in images:
+        path = folder / name
+        image = path.relative_to(context.root).as_posix()
+        place = Place(str(path))
+        if not is_utf8_encodable(image):
+            message = "a file name that is not UTF-8"
+            place = Place(ascii(str(path)))
+            yield SourceRow.broken(place, context, ascii(image), message=message, fix="Rename it")
+            continue
+        try:
+            value = {**_read_sidecars(path, files), "image": image}
+        except DataError as error:
+            yield SourceRow(place, context, image, error=error)
+        else:
+            yield SourceRow(place, context, image, value)
+
+
+def _read_sidecars(path: Path, files: Collection[str]) -> dict[str, Any]:
+    """Return the columns that the files beside an image hold; {} without such files.
+
+    Captions of a text file replace a ``caption`` of the object, which img2dataset writes into both.
+
+    Raises:
+        DataError: a file is not UTF-8, no JSON object, or cannot be read.
+    """
+    names = {suffix: path.stem + suffix for suffix in SIDECAR_SUFFIXES}
+    value: dict[str, Any] = {}
+    if names[".json"] in files:
+        sidecar = path.with_name(names[".json"])
+        text = _read_text(sidecar)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"broken JSON ({error})", place=sidecar, fix="Correct it") from None
+        if not isinstance(value, dict):
+            raise DataError("not a JSON object", place=sidecar, fix="Write {...}, or rename it")
+    for suffix in CAPTION_SUFFIXES:
+        if names[suffix] in files:
+            value.pop("caption", None)
+            value["captions"] = split_caption_lines(_read_text(path.with_name(names[suffix])))
+            break
+    return value
+
+
+def _read_text(path: Path) -> str:
+    """Return the content of a text file. Raise DataError if it is not UTF-8 or cannot be read."""
     try:
-        if sidecar.is_file():
-            value["captions"] = split_caption_lines(sidecar.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        message = "not UTF-8"
-    except OSError as os_error:
-        message = f"cannot be read ({os_error.strerror})"
-    else:
-        return SourceRow(Place(str(path)), context, name, value)
-    error = DataError(message, place=sidecar, fix=UTF8_FIX)
-    return SourceRow(Place(str(path)), context, name, error=error)
+        raise DataError("not UTF-8", place=path, fix=UTF8_FIX) from None
+    except OSError as error:
+        message = f"cannot be read ({error.strerror})"
+        raise DataError(message, place=path, fix="Check its permissions") from None

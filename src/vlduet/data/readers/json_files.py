@@ -41,7 +41,7 @@ def _describe_json_error(error: Exception) -> str:
     return f"JSON that cannot be held ({error})"  # thousands of digits, or of nested lists
 
 
-def read_json_list_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
+def read_json_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Yield the rows of a ``.json`` file: the items of one list, decoded one by one.
 
     An item has the line where it starts, and ``FILE NAME:LINE`` as default id. A file that starts

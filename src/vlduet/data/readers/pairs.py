@@ -1,24 +1,31 @@
-"""Record formats with columns: captioned images, and MMEB's queries with candidates."""
+"""Record formats of tables: captioned images, queries with candidates, and rows of MMEB."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
+from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.readers.columns import (
+    RELEVANCE_COLUMNS,
+    ColumnPlan,
+    Group,
+    is_image_column,
+    plan_columns,
+)
 from vlduet.data.readers.rows import (
     IMAGE_COLUMN,
-    IMAGE_COLUMNS,
     SourceRow,
     collect_metadata,
     find_image_columns,
     interleave_images,
+    normalize_column,
     parse_id,
 )
 from vlduet.data.record_json import JsonValue
-from vlduet.data.records import Parts, Record
+from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError
-
-SHORT_COLUMNS = ("short", "short_caption", "caption", "captions", "text", "title", "alt_text")
-LONG_COLUMNS = ("long", "long_caption", "description", "detailed_caption")
 
 MMEB_TAG = "<|image_1|>"
 MMEB_SIDES = {
@@ -32,64 +39,264 @@ MMEB_SIDES = {
 MMEB_KEYS = tuple(key for columns in MMEB_SIDES.values() for key in columns)
 
 
+def plan_row(row: SourceRow) -> ColumnPlan:
+    """Return the roles of the columns of the table that a row is from."""
+    return plan_columns(row.column_names, row.context.columns)
+
+
+def has_captions(row: SourceRow) -> bool:
+    """Return whether a row fills a column of captions."""
+    plan = plan_row(row)
+    return any(name in row.value for name in {*plan.short, *plan.long}.union(*plan.positive))
+
+
+def is_caption_row(row: SourceRow) -> bool:
+    """Return whether a row has an image, and a caption unless the table has no query either."""
+    plan = plan_row(row)
+    return bool(_find_images(row, plan)) and (has_captions(row) or not plan.query)
+
+
+def is_retrieval_row(row: SourceRow) -> bool:
+    """Return whether a row has a query, and the table a column of candidates or images."""
+    plan = plan_row(row)
+    return any(name in row.value for name in plan.query) and bool(plan.positive or plan.image)
+
+
 def parse_captions(row: SourceRow) -> Record:
     """Return a pair of an image column and all caption columns; other columns become metadata.
 
-    Names of columns count in any case. Repeated short captions are dropped, and there may be none.
-    A list under ``negative`` holds hard negatives in the form of our own records.
+    `plan_columns` says which these are. Repeated short captions are dropped, and there may be none.
+    Right candidates are short captions too, and wrong ones hard negatives.
 
     Raises:
-        DataError: none or several image columns (``image`` precedes others), several long
-            captions, or a wrong value or id.
+        DataError: none or several image columns, several long captions, an image among the right
+            candidates, or a wrong value or id.
     """
-    columns = find_image_columns(row.value)
-    if len(columns) != 1:
-        message = "no image"
-        fix = f"Fill one of {', '.join(IMAGE_COLUMNS)}"
-        if columns:
-            message = f"several image columns: {', '.join(columns)}"
-            fix = f"Name one column '{IMAGE_COLUMN}'"
-        raise row.get_field(IMAGE_COLUMN).make_error(message, fix=fix)
-    image = row.get_field(columns[0]).parse_image()
+    plan = plan_row(row)
+    image_column = _require_image(row, plan)
     short: list[str] = []
-    long: list[str] = []
-    used = set(columns)
-    for key in row.value:
-        if key.lower() in SHORT_COLUMNS:
-            short += _parse_texts(row.get_field(key))
-            used.add(key)
-        elif key.lower() in LONG_COLUMNS:
-            long += _parse_texts(row.get_field(key))
-            used.add(key)
-    negative: tuple[Parts, ...] = ()
-    if isinstance(row.value.get("negative"), list):  # a record of ours without an id
-        negative = row.get_field("negative").parse_candidates()
-        used.add("negative")
+    for name in (*plan.short, *_flatten(plan.positive)):
+        field = row.get_field(name)
+        if name not in plan.short and is_image(field.value):
+            message = "a right candidate that is an image, and no query"
+            raise field.make_error(message, fix="Name the column of the query (columns: query=...)")
+        short += _parse_texts(field)
+    long = [text for name in plan.long for text in _parse_texts(row.get_field(name))]
     if len(long) > 1:
-        fix = f"Keep one of {', '.join(LONG_COLUMNS)}"
+        fix = "Keep one of " + ", ".join(plan.long)
         raise row.get_field("long").make_error("several long captions", fix=fix)
+    used = {image_column, *plan.short, *plan.long, *_flatten(plan.positive)}
+    unread = set(plan.unread)
+    if not plan.has_captions:
+        unread |= {name for name, value in row.value.items() if _is_prose(value)}
     return Record(
-        parse_id(row),
-        image=image,
+        _parse_id(row, plan),
+        image=row.get_field(image_column).parse_image(),
         short=tuple(dict.fromkeys(short)),
         long=long[0] if long else None,
-        negative=negative,
-        metadata=collect_metadata(row, used),
+        negative=_parse_candidates(row, plan.negative),
+        metadata=_collect_metadata(row, plan, used=used, unread=unread),
         place=row.place,
     )
 
 
+def parse_retrieval(row: SourceRow) -> Record:
+    """Return a retrieval record of a query and its candidates; other columns become metadata.
+
+    `plan_columns` says which columns these are. Without a column of right candidates, the image is
+    the right one. A cell is an image if it holds one, if the column is named as one
+    (``query_image``), or if its text is a data: URL or a file name of an image; else it is a text.
+
+    Raises:
+        DataError: the query or the right candidate is missing, the image might be either, or a
+            value or the id is wrong.
+    """
+    plan = plan_row(row)
+    used = {*plan.query, *_flatten(plan.positive)}
+    query = tuple(part for name in plan.query for part in _parse_item(row.get_field(name), name))
+    positive = list(_parse_candidates(row, plan.positive))
+    images = _find_images(row, plan)
+    if positive and images and plan.is_ambiguous:
+        message = f"is {images[0]} a part of the query, or a right candidate?"
+        fix = (
+            f"Name the role (columns: query='{images[0]}, {plan.query[0]}', or "
+            f"positive='{images[0]}')"
+        )
+        raise row.get_field(images[0]).make_error(message, fix=fix)
+    if not plan.positive or "image" in row.context.columns:
+        column = _require_image(row, plan)
+        positive.append((row.get_field(column).parse_image(),))
+        used.add(column)
+    for role, columns, items in (
+        ("query", plan.query, query),
+        ("positive", _flatten(plan.positive), positive),
+    ):
+        if not items:
+            fix = f"Fill {' or '.join(columns)}" if columns else f"Name it (columns: {role}=...)"
+            raise row.get_field(role).make_error(f"no {role}", fix=fix)
+    return Record(
+        _parse_id(row, plan),
+        query=query,
+        positive=tuple(positive),
+        negative=_parse_candidates(row, plan.negative),
+        metadata=_collect_metadata(
+            row, plan, used=used, unread={*plan.unread, *plan.short, *plan.long}
+        ),
+        place=row.place,
+    )
+
+
+def is_image(value: Any) -> bool:
+    """Return whether a cell holds an image: its bytes, a data: URL, or the name of an image file.
+
+    A name with white space is a text.
+    """
+    if isinstance(value, dict):
+        return bool(value) and value.keys() <= {"bytes", "path"}
+    if isinstance(value, str):
+        ending = re.search(r"^\S+(\.\w+)$", value.strip())
+        is_file = ending is not None and ending[1].lower() in IMAGE_SUFFIXES
+        return is_file or value.startswith("data:image/")
+    return isinstance(value, bytes | ImageRef)
+
+
+def _flatten(groups: Iterable[Group]) -> Group:
+    """Return the columns of all groups in their order."""
+    return tuple(name for group in groups for name in group)
+
+
+def _find_images(row: SourceRow, plan: ColumnPlan) -> list[str]:
+    """Return the image columns that a row fills: those of the plan, else others that it has."""
+    columns = [name for name in plan.image if row.value.get(name) not in (None, "", [])]
+    if columns or "image" in row.context.columns:
+        return columns
+    return find_image_columns(row.value)
+
+
+def _require_image(row: SourceRow, plan: ColumnPlan) -> str:
+    """Return the image column that a row fills. Raise DataError if there is none, or several."""
+    columns = _find_images(row, plan)
+    if len(columns) == 1:
+        return columns[0]
+    message = f"several image columns: {', '.join(columns)}"
+    fix = f"Name one (columns: image={columns[0]})" if columns else None
+    if not columns:
+        names = ", ".join(row.column_names)
+        message = f"no image; the columns are {names}"
+        fix = f"Fill {' or '.join(plan.image)}" if plan.image else "Name it (columns: image=...)"
+    raise row.get_field(IMAGE_COLUMN).make_error(message, fix=fix)
+
+
+def _parse_id(row: SourceRow, plan: ColumnPlan) -> str:
+    """Return the row's own id, else its default. Raise DataError if the own id is wrong."""
+    field = row.get_field(plan.id or "id")
+    return row.default_id if field.value in (None, "") else field.parse_record_id()
+
+
 def _parse_texts(field: JsonValue) -> list[str]:
     """Return a text or a list of texts as a list; [] for None or an empty list.
+
+    An item of a list may be an object with the text under ``raw``, as in Karpathy's splits.
 
     Raises:
         DataError: a text is blank, no string or not UTF-8.
     """
     if field.value is None or field.value == []:
         return []
-    if isinstance(field.value, list):
-        return [item.parse_text() for item in field.parse_items("texts")]
-    return [field.parse_text()]
+    if not isinstance(field.value, list):
+        return [field.parse_text()]
+    items = field.parse_items("texts")
+    return [
+        (item.get_field("raw") if isinstance(item.value, dict) else item).parse_text()
+        for item in items
+    ]
+
+
+def _parse_candidates(row: SourceRow, groups: Iterable[Group]) -> tuple[Parts, ...]:
+    """Return the candidates of columns; () without columns, and empty cells are left out.
+
+    A column alone holds a candidate or a list of them; columns of one group hold its parts.
+
+    Raises:
+        DataError: a cell is neither text nor image, or parts of one candidate are lists.
+    """
+    candidates: list[Parts] = []
+    for group in groups:
+        fields = [(row.get_field(name), name) for name in group]
+        fields = [(field, name) for field, name in fields if field.value not in (None, "", [])]
+        lists = [field for field, _ in fields if isinstance(field.value, list)]
+        if not lists:
+            parts = tuple(part for field, name in fields for part in _parse_item(field, name))
+            candidates += [parts] if parts else []
+        elif len(fields) > 1:
+            fix = f"Write one candidate per row into {' and '.join(group)}"
+            raise lists[0].make_error("a list for a part of one candidate", fix=fix)
+        elif all(isinstance(item, list) for item in lists[0].value):
+            candidates += lists[0].parse_candidates()
+        else:
+            candidates += [
+                _parse_item(item, group[0]) for item in lists[0].parse_items("candidates")
+            ]
+    return tuple(candidates)
+
+
+def _parse_item(field: JsonValue, column: str) -> Parts:
+    """Return the parts of a cell: an image, a text, an object of them, or a list of parts.
+
+    An empty cell has no parts.
+
+    Raises:
+        DataError: the value is none of these.
+    """
+    value = field.value
+    if value in (None, "", []):
+        return ()
+    if isinstance(value, list):
+        return field.parse_parts()
+    if isinstance(value, dict) and value and value.keys() <= {"text", "image"}:
+        return tuple(part for key in value for part in _parse_item(field.get_field(key), key))
+    if is_image(value) or is_image_column(column):
+        return (field.parse_image(),)
+    return (field.parse_text(),)
+
+
+def _collect_metadata(
+    row: SourceRow, plan: ColumnPlan, *, used: Iterable[str], unread: Iterable[str]
+) -> dict[str, Any]:
+    """Return the columns of a row that are not read as metadata, and count what is lost.
+
+    Args:
+        used: columns that are read; ids and wrong candidates of the plan are added.
+        unread: columns that are perhaps to be learned. They are counted if they hold a text.
+    """
+    ignored = row.context.ignored
+    parsed = {*used, *_flatten(plan.negative), *((plan.id,) if plan.id else ())}
+    for name, value in row.value.items():
+        if name in parsed:
+            continue
+        is_lost = name == "metadata" and not isinstance(value, dict)
+        if is_lost or name == "id" or _has_binary(value):
+            ignored.add("column", name)
+            parsed.add(name)
+        elif name in unread and isinstance(value, str | list):
+            ignored.add("text", name)
+        elif plan.query and normalize_column(name) in RELEVANCE_COLUMNS:
+            ignored.add("column", name)
+    return collect_metadata(row, parsed)
+
+
+def _has_binary(value: Any) -> bool:
+    """Return whether a value holds an image or other bytes, at any depth."""
+    if isinstance(value, dict):
+        return any(_has_binary(item) for item in value.values())
+    if isinstance(value, list):
+        return any(_has_binary(item) for item in value)
+    return isinstance(value, bytes | ImageRef)
+
+
+def _is_prose(value: Any) -> bool:
+    """Return whether a value is a text of two words or more."""
+    return isinstance(value, str) and re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}", value) is not None
 
 
 def parse_mmeb(row: SourceRow) -> Record:

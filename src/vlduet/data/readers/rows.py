@@ -69,11 +69,15 @@ class IgnoredData:
         return bool(self._counts)
 
     def messages(self) -> list[str]:
-        """Return a sentence per ignored name, in the order of first occurrence."""
-        return [
+        """Return a sentence per ignored name, in the order of first occurrence.
+
+        Half characters, which a file name may hold, are written as escapes.
+        """
+        messages = [
             IGNORED_KINDS[kind].format(count=count, s="" if count == 1 else "s", name=name)
             for (kind, name), count in self._counts.items()
         ]
+        return [message.encode("utf-8", "backslashreplace").decode() for message in messages]
 
 
 IGNORED_KINDS = {
@@ -103,6 +107,8 @@ class ReadContext:
     """Name of the source's column by role (such as ``caption``), given by the user."""
     ignored: IgnoredData = field(default_factory=IgnoredData)
     """Counter of what is not read."""
+    id_prefix: str = ""
+    """Beginning of the default ids: the folder of a file below the source."""
     inspected_keys: dict[str, None] = field(default_factory=dict)
     """Keys of the rows that were inspected to detect the format, in the order of occurrence. Where
     another row lacks one, it is empty there."""
@@ -128,6 +134,7 @@ class SourceRow:
     def __post_init__(self) -> None:
         keys = tuple(self.value) if isinstance(self.value, dict) else ()
         object.__setattr__(self, "keys", keys)
+        object.__setattr__(self, "default_id", self.context.id_prefix + self.default_id)
         # Here, so that null means "absent" in every container, whatever the format.
         try:
             object.__setattr__(self, "value", drop_null_fields(self.value))
