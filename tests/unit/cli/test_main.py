@@ -78,6 +78,14 @@ def test_unwritable_path_is_reported_in_one_line(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_control_characters_of_an_error_do_not_reach_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "config", "show", "bell\x07and\x9bcolour") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "bell and colour" in error
+
+
 def test_commands_that_write_a_model_never_replace_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

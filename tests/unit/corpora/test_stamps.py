@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers.small_corpora import build_samples, write_stamp_package
+from helpers.small_corpora import (
+    build_samples,
+    write_noise_png,
+    write_stamp_package,
+    write_text,
+)
 from vlduet.corpora import build, catalog, stamps
 from vlduet.corpora.build import CorpusSample
 from vlduet.data import images
@@ -43,6 +48,24 @@ def test_equal_captions_and_equal_images_are_in_one_split(
         splits_by_caption.setdefault(sample.record["short"], set()).add(sample.split)
     assert len(splits_by_caption) == 12
     assert all(len(splits) == 1 for splits in splits_by_caption.values())
+    assert len({sample.split for sample in samples.values()}) > 1
+
+
+def test_a_copy_under_another_caption_moves_all_stamps_of_its_caption(tmp_path: Path) -> None:
+    root = tmp_path / "usr/share/tuxpaint/stamps"
+    for i in range(12):
+        write_noise_png(root / f"{i}/first.png", i)
+        write_text(root / f"{i}/first.txt", f"Bird {i}.")
+        write_noise_png(root / f"{i}/second.png", 100 + i)
+        write_text(root / f"{i}/second.txt", f"Bird {i}.")
+        # The smallest name decides the split of a group: that of the copy.
+        write_noise_png(root / f"{i}/copy.png", i)
+        write_text(root / f"{i}/copy.txt", f"Ant {i}.")
+    samples = build_samples("stamps", {stamps.PACKAGE_NAME: tmp_path})
+    assert len(samples) == 36
+    for i in range(12):
+        names = (f"{i}/first", f"{i}/second", f"{i}/copy")
+        assert len({samples[name].split for name in names}) == 1, i
     assert len({sample.split for sample in samples.values()}) > 1
 
 

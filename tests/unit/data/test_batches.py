@@ -1,7 +1,9 @@
-"""Chunks of sequences: each sequence once, within the limit of tokens."""
+"""Chunks hold each sequence once within the limit; packed sequences are as if they were alone."""
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +23,33 @@ def make_sequence(number: int, length: int, *, has_anchor: bool, has_image: bool
         (anchor,) if has_anchor else (),
         ((0, image),) if has_image else (),
     )
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("pack_to", [None, 9])
+def test_packed_sequences_have_positions_and_attention_of_their_own(
+    padding_side: str, pack_to: int | None
+) -> None:
+    lengths = (4, 5, 3, 6, 2, 1)
+    sequences = [
+        make_sequence(i + 1, length, has_anchor=True, has_image=False)
+        for i, length in enumerate(lengths)
+    ]
+    batch = collate(sequences, pad_token_id=0, padding_side=padding_side, pack_to=pack_to)
+    assert len(batch.token_ids) == (6 if pack_to is None else 3)
+    mask = batch.attention_mask()
+    assert mask is not None and mask.dim() == (2 if pack_to is None else 4)
+    allowed = batch.block_causal_mask()[:, 0]
+    for number, length in enumerate(lengths, 1):
+        rows, columns = (batch.token_ids == number).nonzero(as_tuple=True)
+        assert len(set(rows.tolist())) == 1 and len(columns) == length
+        row = rows[0]
+        assert batch.position_ids[row, columns].tolist() == list(range(length))
+        expected = torch.zeros(length, allowed.shape[2], dtype=torch.bool)
+        expected[:, columns] = torch.ones(length, length, dtype=torch.bool).tril()
+        assert torch.equal(allowed[row, columns], expected)
+        if mask.dim() == 4:
+            assert torch.equal(mask[row, 0, columns], expected)
 
 
 @settings(max_examples=30, deadline=None)

@@ -14,6 +14,29 @@ from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
 
 ITEMS = [tiny.random_image(1), "a red apple"]
+LAYERS_BY_TARGETS = {
+    "qv": {"q_proj", "v_proj"},
+    "all": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+}
+"""Names of the linear layers in every decoder layer of the tiny checkpoints, by `targets`."""
+
+
+@pytest.mark.parametrize("targets", sorted(LAYERS_BY_TARGETS))
+@pytest.mark.parametrize("family", ["fast_vlm", "gemma3", "qwen3_vl"])
+def test_lora_is_trained_in_the_target_layers_of_the_language_model_alone(
+    tmp_path: Path, family: str, targets: str
+) -> None:
+    model = tiny.build_duet_model(tmp_path / "base", family=family)
+    layers = model.backbone.language_model.layers
+    model.make_trainable(lora=LoraSettings(rank=2, targets=targets), projector=False, head=False)
+    names = set()
+    for number, layer in enumerate(layers):
+        modules = {name.split(".")[-1] for name, m in layer.named_modules() if hasattr(m, "lora_A")}
+        assert modules == LAYERS_BY_TARGETS[targets], number
+        names |= {id(p) for name, p in layer.named_parameters() if "lora_" in name}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and {id(p) for p in trained.values()} == names
+    assert len(trained) == 2 * len(layers) * len(LAYERS_BY_TARGETS[targets])
 
 
 def test_a_saved_adapter_is_trained_further(trained_model: DuetModel, saved_folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +29,18 @@ def test_embeddings_keep_the_order_of_items_of_any_length(model: DuetModel) -> N
     single = torch.cat([torch.from_numpy(model.encode([item])) for item in items])
     assert_close(embeddings, single, atol=2e-6, rtol=1e-5)
     assert_close(embeddings.norm(dim=1), torch.ones(5))
+
+
+def test_queries_have_a_prompt_of_their_own(tmp_path: Path) -> None:
+    model = tiny.build_duet_model(tmp_path / "base")
+    items = ["a red apple", (tiny.random_image(4), "an apple")]
+    documents = model.encode_document(items)
+    assert np.array_equal(model.encode_query(items), documents)
+    model.set_prompts(replace(model.prompts, query="Find this: "))
+    assert np.array_equal(model.encode_document(items), documents)
+    queries = model.encode_query(items)
+    assert np.array_equal(model.encode(items, is_query=True), queries)
+    assert (np.abs(queries - documents).max(1) > 1e-4).all()
 
 
 def test_each_distinct_image_goes_through_the_vision_tower_once(

@@ -15,6 +15,7 @@ from helpers import tiny
 from helpers.infonce_reference import compute_reference_loss, draw_unit_vectors
 from vlduet.data.sequences import Anchor, Slice
 from vlduet.model.pooling import Readout
+from vlduet.recipes import clip, fromage, vladva
 from vlduet.recipes.contrast import compute_contrastive_loss, find_positive_pairs
 
 
@@ -107,6 +108,31 @@ def test_content_that_is_query_and_target_is_not_its_own_negative():
     column_loss = F.softplus((b - x) @ a * math.e)
     assert same == pytest.approx(float(row_loss / 2 + column_loss / 2))
     assert same != opposite, "x remains the positive of b"
+
+
+# ------------------------------------------------------------------ temperature
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (vladva, vladva.VladvaOptions(temperature_floor=0.2)),
+        (clip, clip.ClipOptions(temperature_floor=0.2)),
+        (fromage, fromage.FromageOptions(temperature_floor=0.2)),
+    ],
+)
+def test_below_the_floor_the_temperature_is_the_floor(recipe, options):
+    anchors = []
+    for name in ("a", "b", "c"):
+        anchors += [make_anchor("image", name, f"image {name}"), make_anchor("text", name, name)]
+    embeddings = draw_unit_vectors(6, 5)
+    readout = Readout(embeddings, tuple(anchors), embeddings.new_zeros(0))
+    losses = {}
+    for temperature in (0.02, 0.1, 0.2, 0.4):
+        scale = torch.tensor(-math.log(temperature), dtype=torch.float64)
+        losses[temperature] = recipe.objective(readout, scale, options)["contrastive"].item()
+    assert losses[0.02] == losses[0.1] == pytest.approx(losses[0.2], abs=1e-12)
+    assert abs(losses[0.4] - losses[0.2]) > 0.01
 
 
 # ------------------------------------------------------------------ guide

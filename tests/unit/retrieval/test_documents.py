@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from helpers.fake_embedder import COLOURS, paint, write_records
-from vlduet.data.records import ImageRef, Record
+from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError, RetrievalError
-from vlduet.retrieval.documents import Document, Side, read_documents
+from vlduet.retrieval.documents import Document, Side, hash_parts, read_documents
 
 LEFT_OUT = list[tuple[Any, DataError]]
 
@@ -187,3 +187,12 @@ def test_record_with_lone_surrogates_is_left_out(tmp_path: Path) -> None:
 def test_unknown_side_is_refused_with_the_known_ones(source: Path) -> None:
     with pytest.raises(RetrievalError, match="image"):
         read_side(source, "images")  # type: ignore[arg-type]
+
+
+def test_equal_characters_in_other_parts_have_another_hash(tmp_path: Path) -> None:
+    image = ImageRef(path=paint(tmp_path / "red.png", COLOURS["red"]))
+    contents: list[Parts] = [
+        ("a", "b"), ("atext:b",), ("b", "a"), ("ab",), (image, "a"), ("a", image),
+    ]  # fmt: skip
+    hashes = {hash_parts(parts) for parts in contents}
+    assert len(hashes) == len(contents)

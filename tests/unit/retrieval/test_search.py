@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helpers.fake_embedder import paint, write_records
@@ -36,6 +38,26 @@ def test_query_may_be_a_text_an_image_or_both(index: Index, model: Any, tmp_path
     assert ids(search(index, model, ImageRef(data=image_bytes), k=1)) == ["blue"]
     assert set(ids(search(index, model, (blue, "red"), k=2))) == {"blue", "red"}
     assert ids(search(index, model, ("red", "green"), k=1)) == ["yellow"]
+
+
+def test_the_query_is_embedded_as_a_query() -> None:
+    model: Any = SimpleNamespace(
+        encode_query=lambda items: np.full((len(items), 2), 1.0),
+        encode_document=lambda items: np.full((len(items), 2), 2.0),
+    )
+    vectors = []
+
+    def search_store(queries: Any, *, k: int, conditions: Any) -> list[list[Any]]:
+        vectors.append(queries.tolist())
+        return [[]]
+
+    index: Any = SimpleNamespace(
+        check_model=lambda model: None,
+        manifest=SimpleNamespace(fields={}),
+        store=SimpleNamespace(search=search_store),
+    )
+    assert search(index, model, "red") == []
+    assert vectors == [[[1.0, 1.0]]]
 
 
 def test_hits_are_ranked_by_score_and_all_returned_for_a_large_k(index: Index, model: Any) -> None:
