@@ -14,7 +14,8 @@ from vlduet.cli.data import app
 from vlduet.corpora import catalog
 from vlduet.corpora.build import CorpusSummary
 from vlduet.data.formats import FORMATS, read_records
-from vlduet.errors import DataError, PackageError
+from vlduet.data.readers.rows import IgnoredData
+from vlduet.errors import ConfigError, DataError, PackageError
 
 RUNNER = CliRunner()
 
@@ -108,3 +109,72 @@ def test_formats_and_corpora_are_listed() -> None:
     corpora = json.loads(RUNNER.invoke(app, ["corpora", "--json"]).stdout)
     assert {"emoji", "stamps"} <= corpora.keys()
     assert all(corpus["licence"] for corpus in corpora.values())
+
+
+@pytest.fixture
+def products(tmp_path: Path) -> Path:
+    """Write a table of 20 products, whose images are in another folder."""
+    lines = ["filename,name_en,price"]
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        data = random_image(i).data
+        assert data is not None
+        (tmp_path / "photos" / f"{i}.png").write_bytes(data)
+        lines.append(f"{i}.png,product number {i},{i}.5")
+    (tmp_path / "products.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "products.csv"
+
+
+def test_split_reads_a_table_with_the_options_of_every_source(products: Path) -> None:
+    folder = products.parent / "splits"
+    options = ["--root", str(products.parent / "photos"), "--columns", "caption=name_en"]
+    command = ["split", str(products), "--to", str(folder), *options]
+    result = RUNNER.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert f"{folder / 'train.jsonl'}: 16 records in 16 groups" in result.stdout
+    shares = ["--shares", "train=.5, dev=.5", "--seed", "3", "--json"]
+    report = json.loads(RUNNER.invoke(app, [*command, *shares]).stdout)
+    assert report["records"] == {"train": 10, "dev": 10} and report["dropped"] == 0
+    files = list(report["files"].values())
+    checked = RUNNER.invoke(app, ["check", *files])
+    assert checked.exit_code == 0 and checked.stdout.endswith("0 errors, 0 warnings\n")
+    assert all(record.short for file in files for record in read_records(Path(file)))
+
+
+@pytest.mark.parametrize("shares", ["train", "train=x,test=.5", "a=.5,a=.5", "a=.5,b=.6", ""])
+def test_split_refuses_shares_that_are_not_valid(products: Path, shares: str) -> None:
+    command = ["split", str(products), "--to", str(products.parent / "out"), "--shares", shares]
+    result = RUNNER.invoke(app, command)
+    assert isinstance(result.exception, ConfigError) and "--shares" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["caption"], "Write ROLE=COLUMN"),
+        (["=name_en"], "Write ROLE=COLUMN"),
+        (["caption=a", "caption=b"], "two columns for 'caption'"),
+    ],
+)
+def test_columns_that_are_not_valid_are_refused(
+    products: Path, columns: list[str], message: str
+) -> None:
+    options = [word for text in columns for word in ("--columns", text)]
+    result = RUNNER.invoke(app, ["check", str(products), *options])
+    assert isinstance(result.exception, ConfigError) and message in str(result.exception)
+
+
+def test_strict_turns_what_is_not_read_into_an_error(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[::2]))
+    monkeypatch.setattr(IgnoredData, "__bool__", lambda self: True)
+    monkeypatch.setattr(IgnoredData, "messages", lambda self: ["2 rows with a column `x`"])
+    assert RUNNER.invoke(app, ["check", str(source)]).exit_code == 0
+    result = RUNNER.invoke(app, ["check", str(source), "--strict"])
+    assert result.exit_code == 1 and "error: " in result.stdout and "`x`" in result.stdout
+    target = source.parent / "out.jsonl"
+    result = RUNNER.invoke(app, ["convert", str(source), "--to", str(target), "--strict"])
+    assert isinstance(result.exception, DataError) and "`x`" in str(result.exception)
+    assert not target.exists()
+    assert RUNNER.invoke(app, ["convert", str(source), "--to", str(target)]).exit_code == 0

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from helpers import tiny
 from vlduet.data import images
+from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import ImageRef
+from vlduet.data.sources import RecordSource
+from vlduet.data.tools import check_report
 from vlduet.data.tools.check import check_files
 
 
@@ -137,3 +141,75 @@ def test_equal_checks_give_equal_reports(tmp_path: Path) -> None:
     assert first.to_json() == second.to_json()
     assert first.files[0].distinct_images == 33
     assert len(first.problems) == 1, "a file that several records refer to is reported once"
+
+
+def test_missing_images_are_one_line_with_the_folder_that_has_them(tmp_path: Path) -> None:
+    lines = ["filename,caption"]
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        write_image(tmp_path / "photos" / f"{i}.png", i)
+        lines.append(f"{i}.png,caption number {i}")
+    source = tmp_path / "shop.csv"
+    source.write_text("\n".join(lines) + "\n")
+    report = check_files([source])
+    (line,) = [line for line in str(report).splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {source}: 40 images do not exist: ")
+    assert "0.png (line 2)" in line and "and 37 more" in line
+    assert f"--root {tmp_path / 'photos'}" in line
+    assert str(report).endswith("40 errors, 0 warnings")
+    values = report.to_json()
+    assert values["causes"] == [{"source": str(source), "cause": "no such image", "count": 40}]
+    assert all("--root" in problem["fix"] for problem in values["problems"])
+    assert check_files([RecordSource(source, root=tmp_path / "photos")]).ok
+
+
+def test_errors_of_one_cause_are_printed_thrice_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_report, "MAX_LISTED", 10)
+    name = write_image(tmp_path / "a.png", 0)
+    rows = []
+    for i in range(30):
+        key = "shrt" if i % 3 else "short"
+        rows.append({"id": str(i), "image": name, key: f"caption {i}"})
+    rows += [{"id": "0", "image": name}, {"id": "3", "image": name}]
+    source = write_rows(tmp_path / "x.jsonl", *rows)
+    report = check_files([source])
+    assert report.num_errors == 22 and len(report.problems) == 12
+    lines = [line for line in str(report).splitlines() if line.startswith("error: ")]
+    assert [line.startswith(f"error: {source}:") for line in lines[:3]] == [True] * 3
+    assert lines[3] == f"error: {source}: 17 more of this kind (unknown key)"
+    assert len(lines) == 6 and all("already" in line for line in lines[4:])
+    counts = {cause["cause"]: cause["count"] for cause in report.to_json()["causes"]}
+    assert counts == {"unknown key": 20, "an id stands twice": 2}
+
+
+def test_metadata_keys_are_listed_with_the_kinds_of_their_values(tmp_path: Path) -> None:
+    name = write_image(tmp_path / "a.png", 0)
+    rows = []
+    for i, colour in enumerate(("red", 7, None)):
+        metadata = {"price": 1.5 + i, "colour": colour, "new": True, "tags": ["a"], "shop": {}}
+        rows.append({"id": str(i), "image": name, "metadata": metadata})
+    report = check_files([write_rows(tmp_path / "x.jsonl", *rows)])
+    (file,) = report.files
+    assert file.metadata["colour"] == ["text", "number"] and file.metadata["new"] == ["flag"]
+    line = "  metadata: price (number), colour (text or number), new (flag), tags (list)"
+    assert f"{line}, shop (object)" in str(report).splitlines()
+    many_keys = {f"key{i}": i for i in range(check_report.MAX_PRINTED_KEYS + 5)}
+    source = write_rows(tmp_path / "y.jsonl", {"id": "0", "image": name, "metadata": many_keys})
+    assert str(check_files([source])).splitlines()[1].endswith("key19 (number) and 5 more")
+
+
+def test_what_is_not_read_is_a_warning_and_for_a_strict_source_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = write_image(tmp_path / "a.png", 0)
+    source = write_rows(tmp_path / "x.jsonl", {"id": "0", "image": name})
+    monkeypatch.setattr(IgnoredData, "messages", lambda self: ["3 rows with a column `colour`"])
+    report = check_files([source])
+    assert report.ok and report.files[0].ignored == ["3 rows with a column `colour`"]
+    assert f"warning: {source}: 3 rows with a column `colour`" in str(report)
+    assert str(report).endswith("0 errors, 1 warnings") and report.to_json()["warnings"] == 1
+    strict = check_files([RecordSource(source, strict=True)])
+    assert not strict.ok and strict.num_errors == 1 and not strict.files[0].ignored
+    assert f"error: {source}: 3 rows with a column `colour`. " in str(strict)

@@ -12,6 +12,7 @@ from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import (
     ImageFingerprint,
     UnionFind,
+    caption_key,
     find_near_duplicates,
     fingerprint_image,
     is_near_duplicate,
@@ -74,6 +75,39 @@ def test_the_blockwise_search_equals_comparing_every_pair(monkeypatch: pytest.Mo
     ]
     assert find_near_duplicates(rows, columns) == across and across
     assert find_near_duplicates([]) == find_near_duplicates(rows, []) == []
+
+
+@pytest.mark.parametrize("chunk_size", [3, 1 << 16])
+def test_groups_of_near_duplicates_equal_those_of_all_pairs(
+    monkeypatch: pytest.MonkeyPatch, chunk_size: int
+) -> None:
+    monkeypatch.setattr("vlduet.data.tools.duplicates._BLOCK_SIZE", 7)
+    monkeypatch.setattr("vlduet.data.tools.duplicates._CHUNK_SIZE", chunk_size)
+    rng = np.random.default_rng(1)
+    fingerprints = []
+    for _ in range(5):
+        # A chain: neighbours are near-duplicates, and its ends are not.
+        hash_bits = int(rng.integers(0, 2**63))
+        for _ in range(12):
+            for bit in rng.integers(0, 63, 9).tolist():
+                hash_bits ^= 1 << bit
+            colours = rng.integers(100, 110, 192, dtype=np.uint8)
+            fingerprints.append(ImageFingerprint(hash_bits, colours.tobytes()))
+    fingerprints = [fingerprints[i] for i in rng.permutation(60)]
+    expected = UnionFind(60)
+    for i, j in combinations(range(60), 2):
+        if is_near_duplicate(fingerprints[i], fingerprints[j]):
+            expected.union(i, j)
+    groups = UnionFind(60)
+    groups.union_near_duplicates(fingerprints)
+    assert groups.groups() == expected.groups() and len(groups.groups()) == 5
+    UnionFind(0).union_near_duplicates([])
+
+
+def test_captions_are_compared_without_case_and_punctuation() -> None:
+    assert caption_key("A boat, on the  LAKE.") == caption_key("a boat on the lake")
+    assert caption_key("a boat on the lake") != caption_key("a goat on the lake")
+    assert caption_key("A dog!!!!!!!!!!!!!") is None, "a short caption repeats by chance"
 
 
 def test_union_find_merges_groups_with_equal_keys() -> None:
