@@ -309,10 +309,13 @@ def load_comparison_config(path: Path | str, overrides: Iterable[str] = ()) -> C
     return _validate(ComparisonConfig, _read_tree(path, overrides), place=str(path))
 
 
-def save_run_config(config: RunConfig, path: Path) -> None:
-    """Write a config as YAML with every default value spelled out; replaces an existing file."""
+def save_run_config(config: RunConfig, path: Path, *, comment: str = "") -> None:
+    """Write a config as YAML with every default value spelled out; replaces an existing file.
+
+    `comment`, one line, precedes it.
+    """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(f"# {comment}\n{text}" if comment else text, encoding="utf-8")
 
 
 def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:

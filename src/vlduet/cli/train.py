@@ -43,8 +43,12 @@ def train(
         plan = plan_run(run_config)
         if as_json:
             print_json(plan)
-        for key, value in plan.items() if not as_json else ():
+            return
+        risks = plan.pop("warnings")
+        for key, value in plan.items():
             print(f"{key:28} {value}")
+        for risk in risks:
+            print(f"warning: {risk}")
         return
     from vlduet.distributed import is_main_process
     from vlduet.logs import read_metrics

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vlduet import __version__
 from vlduet.config import RunConfig
 from vlduet.errors import TrainingError
 from vlduet.files import recover_folder, replace_folder_atomically
+from vlduet.logs import logger
 from vlduet.train.run import TrainingRun
 
 STATE_FOLDER = "state"
 """Folder of the state within the folder of a run."""
 STATE_FILE = "state.json"
 """File with the step and the decisive settings."""
-CHANGEABLE_SETTINGS = ("log_every", "eval_every", "save_every")
+CHANGEABLE_SETTINGS = ("log_every", "eval_every", "save_every", "max_dropped")
 """Names of settings that may change when a run is resumed: nothing that is learned depends on
 them."""
 
@@ -34,14 +37,19 @@ them."""
 def save_state(run: TrainingRun, step: int) -> None:
     """Write the state of a run before `step` to ``out/state``, atomically replacing the last one.
 
-    Files: state.json (step and decisive settings), trained.safetensors and optimizer.pt. `out` is
-    created if it is missing.
+    Files: state.json (step, number of steps, fingerprints of the records, decisive settings),
+    trained.safetensors and optimizer.pt. `out` is created if it is missing.
 
     Raises:
         ConfigError: ``out/state`` exists and is not empty, but has no state.json.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in _trained_tensors(run).items()}
-    facts = {"step": step, "decisive": decisive_settings(run.config)}
+    facts = {
+        "step": step,
+        "num_steps": run.num_steps,
+        "records": [source.fingerprint for source in run.sources],
+        "decisive": decisive_settings(run.config),
+    }
     with replace_folder_atomically(run.config.out / STATE_FOLDER, marker=STATE_FILE) as folder:
         save_file(tensors, folder / "trained.safetensors")
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
@@ -50,6 +58,9 @@ def save_state(run: TrainingRun, step: int) -> None:
 
 def load_state(run: TrainingRun) -> int:
     """Load ``out/state`` into a run's model and optimizer in place, and return the next step.
+
+    The run gets the state's number of steps, which `train.epochs` may have computed from other
+    records. Records that are not those of the state are a warning: their order is another one.
 
     Raises:
         TrainingError: there is no state, it is broken (tensors may then be loaded in part), or it
@@ -73,7 +84,7 @@ def load_state(run: TrainingRun) -> int:
 
 
 def _load_folder(run: TrainingRun, folder: Path) -> int:
-    """Load a state folder into a run's model and optimizer in place, and return the next step.
+    """Load a state folder into a run, in place, as `load_state` does; return the next step.
 
     Raises:
         TrainingError: a decisive setting differs; raised before anything is loaded.
@@ -85,6 +96,13 @@ def _load_folder(run: TrainingRun, folder: Path) -> int:
     if difference:
         raise TrainingError(
             difference, place=folder, fix="Resume with the same config, or start anew"
+        )
+    run.num_steps = int(facts.get("num_steps", run.num_steps))  # states of old versions lack it
+    fingerprints = [source.fingerprint for source in run.sources]
+    if facts.get("records", fingerprints) != fingerprints:
+        logger.warning(
+            "warning: the training records have changed since the run began, so that the order of "
+            "those that follow is another one"
         )
     saved = load_file(folder / "trained.safetensors")
     with torch.no_grad():
@@ -98,6 +116,18 @@ def _load_folder(run: TrainingRun, folder: Path) -> int:
 def _trained_tensors(run: TrainingRun) -> dict[str, Tensor]:
     """Return everything that training may change, by name."""
     return {**run.model.own_tensors(), **run.model.adapter_tensors()}
+
+
+def build_provenance(run: TrainingRun) -> dict[str, Any]:
+    """Return the facts about a model's origin for its manifest: config, sizes and versions."""
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "steps": run.num_steps,
+        "records": [len(source.records) for source in run.sources],
+        "vlduet": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -116,7 +146,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that the learned weights depend on, flat, such as `train.lr` -> 1e-4.
 
     Values are those of JSON; lists stay lists. The output folder, the feature cache and
-    CHANGEABLE_SETTINGS are left out.
+    CHANGEABLE_SETTINGS are left out, and in training sources what is not set.
     """
     settings: dict[str, Any] = {}
 
@@ -128,5 +158,10 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
         elif prefix.rpartition(".")[2] not in CHANGEABLE_SETTINGS:
             settings[prefix] = value
 
-    flatten("", config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}}))
+    tree = config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}})
+    tree["data"]["train"] = [
+        {key: value for key, value in source.items() if value and key != "strict"}
+        for source in tree["data"]["train"]
+    ]
+    flatten("", tree)
     return settings

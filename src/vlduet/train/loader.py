@@ -17,9 +17,13 @@ from vlduet.data.batches import Batch, split_into_chunks
 from vlduet.data.sequences import Sequence, trim
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
+from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import VISION_BATCH_IMAGES, replace_pixels_by_features
 from vlduet.train.run import RequiredOutputs, TrainingRun
+
+USAGE_LOG_RECORDS = 1000
+"""Number of records after which the share of dropped and cut ones is logged."""
 
 
 def iterate_batches(
@@ -97,17 +101,27 @@ def _render_samples(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
     A sample can give any number of sequences: the recipe's layout decides.
 
     A sample that raises DataError (or ImageError) is left out and added to the run's quarantine;
-    other errors propagate. In a run with chunks, images have vision features instead of pixels,
-    because all sequences of a step wait in memory for their chunk; features that are not in the
-    model's cache are computed and stored there.
+    other errors propagate. What becomes of the samples is counted in the run's `usage`, and logged
+    every USAGE_LOG_RECORDS records if any was dropped or cut since.
+
+    In a run with chunks, images have vision features instead of pixels, because all sequences of a
+    step wait in memory for their chunk; features that are not in the model's cache are computed and
+    stored there.
     """
     sequences: list[Sequence] = []
+    required = run.required_outputs()
+    usage = run.usage
     for sample in samples:
         try:
             layout = run.recipe.layout(sample, run.model.renderer)
             sequences += run.encoders.attach_features(layout)
         except DataError as error:
             run.quarantine.add(sample.record, error)
+            usage.add_drop(error)
+        else:
+            usage.add_sequences(layout, labels=required.labels, anchors=required.anchors)
+        if usage.num_records % USAGE_LOG_RECORDS == 0 and usage.has_news():
+            logger.info(f"trained on so far: {usage}")
     if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
         return replace_pixels_by_features(
             sequences, run.model.feature_cache, run.model.backbone.compute_vision_features

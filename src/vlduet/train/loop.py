@@ -9,25 +9,29 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from vlduet import __version__, distributed
+from vlduet import distributed
 from vlduet.config import RunConfig, save_run_config
 from vlduet.data.record_json import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError
 from vlduet.logs import MetricsLog, ProgressBar, logger
-from vlduet.train.checkpointing import STATE_FOLDER, load_state, save_state
+from vlduet.train.checkpointing import STATE_FOLDER, build_provenance, load_state, save_state
 from vlduet.train.loader import iterate_batches
 from vlduet.train.run import TrainableModel, TrainingRun
 from vlduet.train.setup import prepare_run
+from vlduet.train.source_check import (
+    check_sources,
+    describe_data,
+    describe_length,
+    describe_risks,
+)
 from vlduet.train.step import all_finite, forward_backward, optimizer_step, seed_step
 
 Evaluator = Callable[[TrainableModel], dict[str, float]]
@@ -86,7 +90,8 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
             optimizer_step(run, step)
 
             # -------------------------------------------------------- log
-            progress_bar.advance(note=f"loss {values['loss']:.3f}")
+            loss = values.get("loss")
+            progress_bar.advance(note=f"loss {loss:.3f}" if loss is not None else "no loss")
             is_log_step = step % settings.log_every == 0 or step == run.num_steps - 1
             if metrics and is_log_step:
                 tokens = sum(batch.num_tokens for batch in batches)
@@ -99,7 +104,7 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
     distributed.barrier()
     if distributed.is_main_process():
         save_state(run, run.num_steps)
-        run.model.save_pretrained(out / "model", provenance=build_provenance(config))
+        run.model.save_pretrained(out / "model", provenance=build_provenance(run))
         if run.quarantine.count:
             logger.info(str(run.quarantine))
     if metrics:
@@ -111,8 +116,8 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
 def _start_run(config: RunConfig, *, resume: bool) -> tuple[TrainingRun, int]:
     """Join the process group, set torch's seed, open the run, and write its config on rank 0.
 
-    Rank 0 creates the folder `out`, replaces config.yaml, and without `resume` saves the state of
-    step 0.
+    What it trains on is logged, with warnings of what its records cannot give. Rank 0 creates the
+    folder `out`, replaces config.yaml, and without `resume` saves the state of step 0.
 
     Returns:
         The run and its first step: 0, or with `resume` the step of the state that was loaded.
@@ -120,7 +125,7 @@ def _start_run(config: RunConfig, *, resume: bool) -> tuple[TrainingRun, int]:
     Raises:
         TrainingError: `resume` is False and ``out/state`` exists (before anything is opened), or
             `resume` is True and there is no state, or a broken one or one of other settings.
-        ConfigError, DataError, ModelError: as `prepare_run`.
+        ConfigError, DataError, ModelError: as `prepare_run` and `check_sources`.
     """
     distributed.init_process_group()
     torch.manual_seed(config.seed)
@@ -131,10 +136,14 @@ def _start_run(config: RunConfig, *, resume: bool) -> tuple[TrainingRun, int]:
             raise TrainingError(
                 "this folder holds a run already", place=out, fix="Use --resume, or another out="
             )
-    run = prepare_run(config)
+    run = prepare_run(config, resume=resume)
+    check = check_sources(run)
     first_step = load_state(run) if resume else 0
+    logger.info(describe_data(run, check))
+    for risk in describe_risks(run, check):
+        logger.warning(f"warning: {risk}")
     if distributed.is_main_process():
-        save_run_config(config, out / "config.yaml")
+        save_run_config(config, out / "config.yaml", comment=describe_length(run))
         if not resume:
             save_state(run, 0)
     return run, first_step
@@ -185,13 +194,3 @@ def _stop_not_finite(
         fix="Its records are saved there: correct them and --resume, "
         "or start anew with a lower train.lr",
     )
-
-
-def build_provenance(config: RunConfig) -> dict[str, Any]:
-    """Return the facts about a model's origin for its manifest: config and versions."""
-    return {
-        "config": config.model_dump(mode="json"),
-        "vlduet": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }

@@ -12,8 +12,14 @@ from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import compute_features
 from vlduet.train.loader import iterate_batches
-from vlduet.train.run import TrainingRun, count_steps
+from vlduet.train.run import TrainingRun
 from vlduet.train.setup import prepare_run
+from vlduet.train.source_check import (
+    check_sources,
+    count_epochs,
+    describe_data,
+    describe_risks,
+)
 
 MAX_PROBED_BATCHES = 4
 """Number of steps that are laid out."""
@@ -32,21 +38,49 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         Numbers and texts by their labels, to be shown in this order: recipe and losses, records in
-        all and by kind, records dropped (among those looked at), steps, epochs, sizes of a batch,
-        parameters, memory, disk, device, out. Sizes are those of the whole `train.batch_size`, as
-        means over the probed steps with something to learn, 0 without any (embeddings and chunks:
-        the maximum). Memory is an estimate from layer shapes for the largest probed batch.
+        all and by kind, records held out, records dropped and a summary of the data (by those that
+        were looked at), steps, epochs, sizes of a batch, parameters, memory, disk, device, out; and
+        `warnings`, a list of texts. Sizes are those of the whole `train.batch_size`, as means over
+        the probed steps with something to learn, 0 without any (embeddings and chunks: the
+        maximum). Memory is an estimate from layer shapes for the largest probed batch.
 
     Raises:
-        ConfigError, DataError, ModelError: as `prepare_run` and `iterate_batches`.
+        ConfigError, DataError, ModelError: as `prepare_run`, `check_sources` and `iterate_batches`.
     """
+    run = prepare_run(config, write_files=False)
+    check = check_sources(run)
+    records = [record for source in run.mixture.sources for record in source]
+    kinds = Counter(record.kind for record in records)
+    num_images = sum(len(record.images()) for record in records)
+    losses = ", ".join(f"{weight} x {name}" for name, weight in config.objectives.items())
+    data = {
+        "recipe": f"{run.recipe.name}, losses {losses}",
+        "records": len(records),
+        **{f"records: {kind}": count for kind, count in sorted(kinds.items())},
+        "records held out": sum(source.num_held_out for source in run.sources),
+        "records dropped": run.quarantine.count,
+        "data": describe_data(run, check),
+        "steps": run.num_steps,
+        "epochs": round(count_epochs(run), 2),
+    }
+    risks = describe_risks(run, check)
+    sizes = _measure_batches(run, num_images=num_images)
+    return {**data, **sizes, "out": str(config.out), "warnings": risks}
+
+
+def _measure_batches(run: TrainingRun, *, num_images: int) -> dict[str, Any]:
+    """Lay out the first batches of a run, and return sizes of a batch, parameters, memory and disk.
+
+    The run gets the smaller batch size of the probed steps. `num_images` is the number of images of
+    all records.
+    """
+    config = run.config
     train = config.train
     batch_size = min(train.batch_size, MAX_PROBED_BATCH_SIZE)
     scale = train.batch_size / batch_size
     probed_train = train.model_copy(update={"batch_size": batch_size})
-    run = prepare_run(config.model_copy(update={"train": probed_train}), write_files=False)
-    num_steps = count_steps(train, run.mixture.num_records)
-    num_probed_steps = min(num_steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // batch_size)
+    run.config = config.model_copy(update={"train": probed_train})
+    num_probed_steps = min(run.num_steps, MAX_PROBED_BATCHES, MAX_PROBED_BATCH_SIZE // batch_size)
     steps = [batches for _, batches in iterate_batches(run, 0, num_probed_steps) if batches]
 
     all_batches = [batch for batches in steps for batch in batches]
@@ -62,17 +96,7 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     else:
         memory = [_estimate_memory(run, batches, scale) for batches in steps]
         chunks = {}
-    records = [record for source in run.mixture.sources for record in source]
-    kinds = Counter(record.kind for record in records)
-    num_images = sum(len(record.images()) for record in records)
-    losses = ", ".join(f"{weight} x {name}" for name, weight in config.objectives.items())
     return {
-        "recipe": f"{run.recipe.name}, losses {losses}",
-        "records": len(records),
-        **{f"records: {kind}": count for kind, count in sorted(kinds.items())},
-        "records dropped": run.quarantine.count,
-        "steps": num_steps,
-        "epochs": round(num_steps * train.batch_size / len(records), 2),
         "tokens a batch": round(scale * tokens / max(1, len(steps))),
         **chunks,
         "padding": f"{1 - tokens / max(1, padded_tokens):.0%} of what is computed",
@@ -85,7 +109,6 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
             num_images * _measure_feature_bytes(run, steps) / 1e9, 2
         ),
         "device": str(run.model.logit_scale.device),
-        "out": str(config.out),
     }
 
 

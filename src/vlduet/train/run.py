@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple, TypeAlias
 
@@ -18,6 +18,8 @@ from vlduet.encoders.frozen import FrozenEncoders
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import Readout
 from vlduet.recipes.recipe import BoundRecipe
+from vlduet.train.source_records import SourceRecords
+from vlduet.train.usage import UsageCounts
 
 TrainableModel: TypeAlias = DuetModel | DualEncoder
 """A model that the training loop can train."""
@@ -55,6 +57,8 @@ class TrainingRun:
     """The trained model; the trained parameters require gradients."""
     recipe: BoundRecipe
     """Training method with its options."""
+    sources: list[SourceRecords]
+    """Records of every source of the config, and counts of those left out."""
     mixture: Mixture
     """Training samples by position."""
     num_steps: int
@@ -65,6 +69,8 @@ class TrainingRun:
     """Collector of the records that cannot be used."""
     encoders: FrozenEncoders
     """Frozen encoders for losses that compare contents; none for most recipes."""
+    usage: UsageCounts = field(default_factory=UsageCounts)
+    """What became of the records that this process has laid out for training."""
 
     def trainable_parameters(self) -> list[Tensor]:
         """Return all trained parameters, in an order that is the same on every rank."""

@@ -1,10 +1,9 @@
 """Set-up of a training run: from a config to model, recipe, data and optimizer.
 
 1. `load_recipe`    the method and its options                           (recipes/registry.py)
-2. `load_mixture`   the records of all sources, mixed by weight
+2. `load_mixture`   the records of all sources, mixed by weight          (train/source_records.py)
 3. `load_model`     the model at `model.path`, its trained parameters selected
 4. `load_encoders`  frozen encoders, if the method compares contents
-5. `check_sources`  every source has something to learn                  (train/source_check.py)
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ from vlduet import distributed
 from vlduet.config import RunConfig, parse_options
 from vlduet.data.image_store import ImageStore
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.sources import RecordSource
 from vlduet.data.stream import Mixture
 from vlduet.encoders.dual import open_frozen_encoder
 from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders
-from vlduet.errors import ConfigError, DataError
+from vlduet.errors import ConfigError
 from vlduet.logs import logger
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import select_device
@@ -34,14 +32,17 @@ from vlduet.recipes.recipe import BoundRecipe
 from vlduet.recipes.registry import load_recipe
 from vlduet.train.optim import build_optimizer
 from vlduet.train.run import TrainableModel, TrainingRun, count_steps
-from vlduet.train.source_check import check_sources
+from vlduet.train.source_records import SourceRecords, read_source_records
 
 
-def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
-    """Open everything that a config names and check it; return it as a run with a new optimizer.
+def prepare_run(
+    config: RunConfig, *, write_files: bool = True, resume: bool = False
+) -> TrainingRun:
+    """Open everything that a config names; return it as a run with a new optimizer.
 
-    Records are read into memory. The model is on the default device, with the trained parameters
-    selected. Sets torch's global seed, and logs a warning for a source with nothing to learn.
+    Records are read into memory, and their images are not opened: `check_sources` looks at them.
+    The model is on the default device, with the trained parameters selected. Sets torch's global
+    seed.
 
     Args:
         config: settings of the run. No state is loaded, whatever its folder `out` holds.
@@ -49,19 +50,23 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
             with several processes), and features and images without files of their own to
             `data.cache`, by default ``out/features``. False (for a dry run) keeps features in
             memory and such images in a folder for temporary files.
+        resume: continue the list of broken records of an earlier session instead of replacing it.
 
     Raises:
         ConfigError, DataError, ModelError: as `load_recipe`, `load_mixture`, `load_model`,
-            `load_encoders` and `check_sources`.
+            `load_encoders`.
     """
     recipe = load_recipe(config)
     suffix = f"-{distributed.get_rank()}" if distributed.get_world_size() > 1 else ""
-    quarantine = Quarantine(config.out / f"quarantine{suffix}.jsonl" if write_files else None)
+    quarantine = Quarantine()
+    if write_files:
+        path = config.out / f"quarantine{suffix}.jsonl"
+        quarantine = Quarantine(path) if resume else Quarantine.create(path)
     cache = None
     if write_files and config.data.cache is not False:
         cache = config.out / "features" if config.data.cache is None else config.data.cache
     store = ImageStore(None if cache is None else cache / "images")
-    mixture = load_mixture(config, quarantine, store)
+    sources, mixture = load_mixture(config, recipe, quarantine=quarantine, store=store)
     model: TrainableModel
     if recipe.build_model is None:
         model = duet = load_model(config, recipe, cache=cache)
@@ -71,35 +76,33 @@ def prepare_run(config: RunConfig, *, write_files: bool = True) -> TrainingRun:
         model = recipe.build_model(config, encoders)
     optimizer = build_optimizer(model, config, betas=recipe.betas)
     num_steps = count_steps(config.train, mixture.num_records)
-    run = TrainingRun(config, model, recipe, mixture, num_steps, optimizer, quarantine, encoders)
-    check_sources(run)
-    return run
+    return TrainingRun(
+        config, model, recipe, sources, mixture, num_steps, optimizer, quarantine, encoders
+    )
 
 
-def load_mixture(config: RunConfig, quarantine: Quarantine, store: ImageStore) -> Mixture:
-    """Read the training records of all sources into memory; list broken ones in `quarantine`.
+def load_mixture(
+    config: RunConfig, recipe: BoundRecipe, *, quarantine: Quarantine, store: ImageStore
+) -> tuple[list[SourceRecords], Mixture]:
+    """Read the training records of all sources into memory; return them, and their order.
 
     Images are not opened. Those that are no files, nor in a file, are written to `store`, which is
-    closed with the mixture; their size is logged.
+    closed with the mixture; their size is logged. Broken rows, and records that no loss can use,
+    are left out and listed in `quarantine`.
 
     Raises:
-        DataError: a source is missing, cannot be read or recognised, or has no usable record, or
-            its weight gives it less than a thousandth of the samples.
+        DataError: a source is missing, cannot be read or recognised, or has no record; no source
+            has a record with something for the losses; or a weight gives a source less than a
+            thousandth of the samples.
     """
-
-    def on_error(error: DataError) -> None:
-        quarantine.add(error.place, error)
-
-    sources = [
-        list(map(store.move_images, RecordSource.from_config(section).read(on_error=on_error)))
-        for section in config.data.train
-    ]
+    sources = read_source_records(config, recipe, quarantine=quarantine, store=store)
     if store.num_bytes:
         size = f"{store.num_bytes / 1e6:,.1f} MB"
         logger.info(f"{size} of images inside the training sources are files in {store.folder}")
-    mixture = Mixture(sources, [source.weight for source in config.data.train], seed=config.seed)
+    weights = [source.section.weight for source in sources]
+    mixture = Mixture([source.records for source in sources], weights, seed=config.seed)
     weakref.finalize(mixture, store.close)
-    return mixture
+    return sources, mixture
 
 
 def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) -> DuetModel:
@@ -144,7 +147,8 @@ def _open_start_model(config: RunConfig) -> DuetModel:
     """Return the model at `model.path` with the config's dtype, limits, prompts and head.
 
     Prompts and limits that the config names replace the model's, the others stay. With another
-    kind or width of head than the model's, torch's global seed is set and the head is new and random.
+    kind or width of head than the model's, torch's global seed is set and the head is new and
+    random.
 
     Raises:
         ConfigError: there is no `model.path`, a prompt is invalid, or `train.soft_prompts` is set

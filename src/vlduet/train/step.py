@@ -37,8 +37,9 @@ def forward_backward(run: TrainingRun, batches: list[Batch]) -> dict[str, float]
     Returns:
         Every loss with a weight and their weighted sum `loss`, for the global batch; `grad_norm`,
         the norm of all averaged gradients before they are clipped to `train.clip`; and
-        `temperature`. Equal on all ranks. Values may be infinite or NaN, which the caller checks
-        before the optimizer step.
+        `temperature`. A loss without a label or anchor in the global batch is left out, since its
+        0 is no measurement, and so is the sum without any loss. Equal on all ranks. Values may be
+        infinite or NaN, which the caller checks before the optimizer step.
     """
     # Even without a batch this rank takes part in all collectives, or the others would wait for
     # ever.
@@ -54,8 +55,16 @@ def forward_backward(run: TrainingRun, batches: list[Batch]) -> dict[str, float]
     parameters = run.trainable_parameters()
     distributed.average_gradients(parameters)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.train.clip)
+    has_labels = distributed.all_reduce_sum(sum(b.num_supervised_tokens for b in batches)) > 0
+    has_anchors = distributed.all_reduce_sum(sum(len(b.anchors) for b in batches)) > 0
+    has_terms = {name: has_labels if name == "language" else has_anchors for name in losses}
+    has_terms["loss"] = has_labels or has_anchors
     return {
-        **{name: _average_over_ranks(float(loss.detach())) for name, loss in losses.items()},
+        **{
+            name: _average_over_ranks(float(loss.detach()))
+            for name, loss in losses.items()
+            if has_terms[name]
+        },
         "grad_norm": float(grad_norm),
         "temperature": float(torch.exp(-run.model.logit_scale.detach())),
     }

@@ -21,6 +21,7 @@ from vlduet.files import recover_folder, write_text_atomically
 from vlduet.logs import logger, read_metrics
 from vlduet.train import checkpointing, setup
 from vlduet.train.loop import train
+from vlduet.train.source_check import check_sources
 from vlduet.workflows.validation import make_config_validator
 
 VALIDATION_PREFIX = "validation/"
@@ -58,11 +59,18 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     if validations[0] is None or any(settings != validations[0] for settings in validations):
         message = "the runs must be measured on the same records"
         raise ConfigError(message, place="data.validation", fix="Name one file")
+    num_steps: dict[str, int] = {}
     finished = {run.out: _is_finished(run) for run in all_configs}
-    for runs in configs.values():
+    for name, runs in configs.items():
         if not all(finished[run.out] for run in runs):
             # One seed is enough: runs that differ in the seed only have the same mistakes.
-            setup.prepare_run(runs[0], write_files=False)
+            prepared = setup.prepare_run(runs[0], write_files=False)
+            check_sources(prepared)
+            num_steps[name] = prepared.num_steps
+    if len(set(num_steps.values())) > 1:
+        lengths = ", ".join(f"{name} {count}" for name, count in num_steps.items())
+        message = f"the runs must have the same number of steps, and have {lengths}"
+        raise ConfigError(message, place="train.epochs", fix="Set train.steps for all of them")
     validate = None
     for number, run in enumerate(all_configs, 1):
         suffix = " is finished" if finished[run.out] else ""

@@ -26,7 +26,9 @@ def make_stub_run(losses: dict[str, Tensor], weights: dict[str, float]) -> Train
     def objective(readout: Readout, logit_scale: Tensor) -> dict[str, Tensor]:
         return losses
 
-    parts: dict[str, Any] = dict.fromkeys(("mixture", "optimizer", "quarantine", "encoders"))
+    parts: dict[str, Any] = dict.fromkeys(
+        ("sources", "mixture", "num_steps", "optimizer", "quarantine", "encoders")
+    )
     parts |= {
         "config": SimpleNamespace(objectives=weights),
         "model": SimpleNamespace(logit_scale=torch.tensor(0.0)),
@@ -79,7 +81,8 @@ def test_a_step_has_the_scheduled_share_of_every_initial_rate() -> None:
         for p, rate in zip(parameters, (1.0, 0.1), strict=True)
     ]
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=SimpleNamespace(steps=4, warmup=0.5)),
+        config=SimpleNamespace(train=SimpleNamespace(warmup=0.5)),
+        num_steps=4,
         optimizer=torch.optim.SGD(groups),
         recipe=SimpleNamespace(after_step=None),
     )
