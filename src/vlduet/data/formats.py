@@ -70,10 +70,11 @@ def _is_own_row(row: SourceRow) -> bool:
     """Return whether a row has an ``id``, a key of one kind of record, and no foreign keys.
 
     A misspelt key of that kind (similarity at least 0.8) is not foreign. A query or wrong candidate
-    that is no list, as ours are, is a cell of somebody else's table.
+    that is no list, as ours are, is a cell of somebody else's table. Turns with other keys than
+    ours are somebody else's chat.
     """
     value = row.value
-    if "id" not in value:
+    if "id" not in value or conversations.has_foreign_turns(row):
         return False
     if any(key in value and not isinstance(value[key], list) for key in ("query", "negative")):
         return False
@@ -109,17 +110,17 @@ FORMATS: dict[str, RecordFormat] = {
     "llava": RecordFormat(
         "LLaVA and ShareGPT: conversations of from and value; image",
         conversations.parse_chat,
-        lambda row: conversations.is_llava_row(row.value),
+        conversations.is_llava_row,
     ),
     "ms-swift": RecordFormat(
         "ms-swift: query and response, or messages and positive_messages; images",
         conversations.parse_chat,
-        lambda row: conversations.is_swift_row(row.value),
+        conversations.is_swift_row,
     ),
     "messages": RecordFormat(
         "OpenAI, TRL and ms-swift: messages, or prompt and completion; images",
         conversations.parse_chat,
-        lambda row: conversations.is_messages_row(row.value),
+        conversations.is_messages_row,
     ),
     "retrieval": RecordFormat(
         f"queries with candidates: a column {' or '.join(QUERY_COLUMNS)}, one of "

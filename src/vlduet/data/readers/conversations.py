@@ -28,6 +28,7 @@ from vlduet.data.readers.rows import (
     parse_id,
     parse_images,
 )
+from vlduet.data.record_json import TURN_KEYS as OWN_TURN_KEYS
 from vlduet.data.record_json import JsonValue, require_answer
 from vlduet.data.records import ImageRef, Message, Parts, Record
 
@@ -213,20 +214,31 @@ def _names_images(value: Any) -> bool:
 # --- detection
 
 
-def is_llava_row(value: dict[str, Any]) -> bool:
+def is_llava_row(row: SourceRow) -> bool:
     """Return whether a row's value has LLaVA's ``conversations``."""
-    return "conversations" in value
+    return "conversations" in row.value
 
 
-def is_messages_row(value: dict[str, Any]) -> bool:
+def is_messages_row(row: SourceRow) -> bool:
     """Return whether a row's value has the turns of OpenAI or TRL."""
-    return "messages" in value or {"prompt", "completion"} <= value.keys()
+    keys = _rename_columns(row).value.keys()
+    return "messages" in keys or {"prompt", "completion"} <= keys
 
 
-def is_swift_row(value: dict[str, Any]) -> bool:
+def is_swift_row(row: SourceRow) -> bool:
     """Return whether a row's value has keys of ms-swift alone: a response, or candidates."""
-    has_response = isinstance(value.get("query"), str) and "response" in value
-    return has_response or bool(value.keys() & {"positive_messages", "negative_messages"})
+    has_response = isinstance(row.value.get("query"), str) and "response" in row.value
+    return has_response or bool(row.value.keys() & {"positive_messages", "negative_messages"})
+
+
+def has_foreign_turns(row: SourceRow) -> bool:
+    """Return whether a row's value has ``messages``, and a turn with a key that our records lack.
+
+    A malformed turn has none.
+    """
+    turns = row.value.get("messages")
+    turns = turns if isinstance(turns, list) else []
+    return any(isinstance(turn, dict) and not turn.keys() <= OWN_TURN_KEYS for turn in turns)
 
 
 # --- queries with candidates

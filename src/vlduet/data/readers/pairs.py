@@ -19,6 +19,7 @@ from vlduet.data.readers.rows import (
     SourceRow,
     collect_metadata,
     find_image_columns,
+    holds_bytes,
     interleave_images,
     normalize_column,
     parse_id,
@@ -263,7 +264,7 @@ def _parse_item(field: JsonValue, column: str) -> Parts:
 def _collect_metadata(
     row: SourceRow, plan: ColumnPlan, *, used: Iterable[str], unread: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the columns of a row that are not read as metadata, and count what is lost.
+    """Return the columns of a row that have no role as metadata, and count those to look at.
 
     Args:
         used: columns that are read; ids and wrong candidates of the plan are added.
@@ -274,24 +275,13 @@ def _collect_metadata(
     for name, value in row.value.items():
         if name in parsed:
             continue
-        is_lost = name == "metadata" and not isinstance(value, dict)
-        if is_lost or name == "id" or _has_binary(value):
+        if name == "id":  # the user has named another column
             ignored.add("column", name)
-            parsed.add(name)
-        elif name in unread and isinstance(value, str | list):
+        elif name in unread and isinstance(value, str | list) and not holds_bytes(value):
             ignored.add("text", name)
         elif plan.query and normalize_column(name) in RELEVANCE_COLUMNS:
             ignored.add("column", name)
     return collect_metadata(row, parsed)
-
-
-def _has_binary(value: Any) -> bool:
-    """Return whether a value holds an image or other bytes, at any depth."""
-    if isinstance(value, dict):
-        return any(_has_binary(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_has_binary(item) for item in value)
-    return isinstance(value, bytes | ImageRef)
 
 
 def _is_prose(value: Any) -> bool:
@@ -304,12 +294,11 @@ def parse_mmeb(row: SourceRow) -> Record:
 
     A training row has ``qry``, ``pos_text`` and ``neg_text``, each with an image path and
     ``<|image_1|>`` tags. Of an evaluation row (``qry_text``, ``tgt_text``), the first target is
-    the positive, the others are negatives. Of several queries, all but the first are ignored.
-    Other columns become metadata.
+    the positive, the others are negatives. Other columns become metadata.
 
     Raises:
-        DataError: the query or the positive is empty, texts and images do not match, or a value or
-            the id is wrong.
+        DataError: the query or the positive is empty, there are several queries, texts and images
+            do not match, or a value or the id is wrong.
     """
     if "tgt_text" in row.value or "tgt_img_path" in row.value:
         query = _parse_side(row, "qry (eval)")
@@ -322,6 +311,10 @@ def parse_mmeb(row: SourceRow) -> Record:
         if not candidates:
             message = f"{key} has neither text nor image"
             raise row.get_field(key).make_error(message, fix="Fill one of the two")
+    if len(query) > 1:
+        key = "qry" if "qry" in row.value else "qry_text"
+        fix = "Write one row per query"
+        raise row.get_field(key).make_error(f"{len(query)} queries in one row", fix=fix)
     return Record(
         parse_id(row),
         query=query[0],

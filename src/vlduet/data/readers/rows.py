@@ -195,23 +195,39 @@ def parse_id(row: SourceRow) -> str:
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
     """Return the keys of the row's own ``metadata`` and all columns but `used`, as one dict.
 
-    A ``metadata`` that is no object is left out, and so is the column ``id``. Of equal keys, the
-    column wins: a column that is None removes the key. Values become JSON types: dates and
-    times ISO text, tuples lists, other types ``str(value)``. Images and bytes are left out at any
-    depth, None only at the top. The result may be empty.
+    A ``metadata`` that is no object is left out and counted, the column ``id`` only left out. Of
+    equal keys, the column wins. Values become JSON types: dates and times ISO text, tuples lists,
+    other types ``str(value)``. Images and bytes are left out at any depth, and their columns
+    counted; None is left out at the top. The result may be empty.
     """
     metadata = row.value.get("metadata")
     columns = dict(metadata) if isinstance(metadata, Mapping) else {}
     parsed = {*used, "id", "metadata"}
+    if metadata is not None and not isinstance(metadata, Mapping):
+        row.context.ignored.add("column", "metadata")
     for key, value in row.value.items():
-        if key not in parsed:
-            convert = row.metadata_types.get(key)
-            columns[key] = value if convert is None else convert(value)
+        if key in parsed:
+            continue
+        if holds_bytes(value):
+            row.context.ignored.add("column", key)
+            if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+                continue
+        convert = row.metadata_types.get(key)
+        columns[key] = value if convert is None else convert(value)
     return {
         key: _to_json_type(value)
         for key, value in columns.items()
         if not isinstance(value, _BINARY_TYPES) and value is not None
     }
+
+
+def holds_bytes(value: Any) -> bool:
+    """Return whether a value holds an image or other bytes, at any depth."""
+    if isinstance(value, dict):
+        return any(holds_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(holds_bytes(item) for item in value)
+    return isinstance(value, _BINARY_TYPES)
 
 
 def _to_json_type(value: Any) -> Any:

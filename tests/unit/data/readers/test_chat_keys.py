@@ -44,7 +44,9 @@ PLAIN, _ = parse_row(make_row({}, {}))
 
 SYNONYMS = ["Loss", "lossy", "loss_mask", "no_loss", "trainable", "is_trained", "weights", "masks"]
 PEER_KEYS = [*chat_keys.REFUSED_ROW_KEYS, *chat_keys.REFUSED_PART_KEYS, *SYNONYMS]
-keys = st.sampled_from([*SUPERVISION_KEYS, *PEER_KEYS, "name", "id"]) | st.text("aeilmnorst_", min_size=1, max_size=9)
+keys = st.sampled_from([*SUPERVISION_KEYS, *PEER_KEYS, "name", "id"]) | st.text(
+    "aeilmnorst_", min_size=1, max_size=9
+)
 values = st.sampled_from([False, True, 0, 1, 0.5, -1, "", "false", "x", [], ["x"], {"a": 0}])
 
 

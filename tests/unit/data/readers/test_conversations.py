@@ -171,8 +171,18 @@ def test_the_columns_of_messages_and_image_can_be_named(tmp_path: Path) -> None:
     row = {"dialogue": make_chat("What?")["messages"], "screen": "a.png", "uid": "7"}
     source = write_lines(tmp_path / "x.jsonl", row)
     columns = {"messages": "dialogue", "image": "screen", "id": "uid"}
-    (record,) = read_records(source, format="messages", columns=columns)
+    (record,) = read_records(source, columns=columns)
     assert describe_messages(record) == CHAT and record.id == "7" and record.metadata == {}
+
+
+def test_turns_with_keys_that_are_not_ours_are_read_as_messages(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What?", "name": "Ann"}, {**ANSWER, "date": "today"}]
+    ignored = IgnoredData()
+    source = write_lines(tmp_path / "x.jsonl", OWN_CHAT, {"id": "2", "messages": turns})
+    records = list(read_records(source, ignored=ignored))
+    assert [record.id for record in records] == ["1", "2"]
+    assert ignored.messages() == ["1 chat turn with a key `date` that is not read"]
+    assert "unknown key 'name'" in str(read_error(source, format="records"))
 
 
 def test_a_system_column_becomes_the_first_turn(tmp_path: Path) -> None:

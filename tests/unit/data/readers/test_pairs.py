@@ -52,6 +52,7 @@ TWO_IMAGES = {"file": "a.png", "path": "b.png", "text": "x"}
     ("row", "field", "message"),
     [
         ({**MMEB, "pos_text": ""}, "pos_text", "neither text nor image"),
+        ({**MMEB, "qry": ["a", "b"], "qry_image_path": None}, "qry", "2 queries in one row"),
         ({**MMEB, "neg_image_path": [""]}, "neg_image_path", "2 texts for 1 images"),
         ({**MMEB, "qry_image_path": ""}, "qry", "more than there are images"),
         (TWO_IMAGES, "image", "several image columns: file, path"),
