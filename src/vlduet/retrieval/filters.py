@@ -108,8 +108,8 @@ def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...
 
     In a mapping, a list, tuple or set means ``in``, and any other value ``=``. A text alone is one
     condition. Raises RetrievalError for a text that cannot be parsed, for a value that cannot be
-    compared, and for a key that is not in `fields`: a misspelt filter must not look like an empty
-    result.
+    compared, for a key that is not in `fields`, and for a value of a kind that `fields` does not
+    list for its key: a mistake in a filter must not look like an empty result.
     """
     conditions: list[Condition] = []
     if isinstance(where, Mapping):
@@ -121,6 +121,10 @@ def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...
             conditions.append(parse_condition(item, fields) if isinstance(item, str) else item)
     for condition in conditions:
         _check_key(condition.key, fields)
+        for value in condition.values:
+            if scalar_kind(value) not in fields[condition.key]:
+                place = f"where: {condition.key!r} {condition.operator}"
+                raise _wrong_kind_error(repr(value), condition.key, fields, place=place)
     return tuple(conditions)
 
 
@@ -175,17 +179,20 @@ def parse_condition(text: str, fields: FilterFields) -> Condition:
         raise RetrievalError(f"'{text}'", place="--where", fix=fix)
     key, operator_name, value = match["key"], match["operator"], match["value"]
     _check_key(key, fields)
-    kinds = set(fields[key])
+    kinds, place = set(fields[key]), f"--where '{text}'"
     if operator_name == "in":
-        values = [_parse_value(item.strip(), kinds, text) for item in value.split(",")]
+        values = [_parse_value(item.strip(), kinds) for item in value.split(",")]
+        if None in values:
+            raise _wrong_kind_error(f"'{value}'", key, fields, place=place)
         return Condition(key, operator_name, values)
-    scalar = _parse_value(value, kinds, text)
+    scalar = _parse_value(value, kinds)
+    if scalar is None:
+        raise _wrong_kind_error(f"'{value}'", key, fields, place=place)
     is_numeric_text = isinstance(scalar, str) and _parse_number(scalar) is not None
     if operator_name in ORDER_OPERATORS and is_numeric_text:
         # As texts, '1000' comes before '9'.
-        fix = "Write numbers as numbers, which JSON lines can hold and CSV cannot"
-        message = f"'{value}': this key holds texts"
-        raise RetrievalError(message, place=f"--where '{text}'", fix=fix)
+        fix = "Write every value of it as a plain number, such as 12.5, and index the source again"
+        raise RetrievalError(f"'{value}': {key} holds texts", place=place, fix=fix)
     return Condition(key, operator_name, scalar)
 
 
@@ -204,18 +211,21 @@ def _parse_number(text: str) -> Scalar | None:
         return None
 
 
-def _parse_value(value: str, kinds: set[str], text: str) -> Scalar:
+def _parse_value(value: str, kinds: set[str]) -> Scalar | None:
     """Return a typed value as the first of number, flag and text that is in `kinds` and fits it.
 
-    A number becomes a float, and a flag is ``true`` or ``false``; a text always fits. Raises
-    RetrievalError, which quotes the condition `text`, if none fits.
+    A number becomes a float, and a flag is ``true`` or ``false``; a text always fits. None if none
+    fits.
     """
     if "number" in kinds and (number := _parse_number(value)) is not None:
         return number
     if "flag" in kinds and value in ("true", "false"):
         return value == "true"
-    if "text" in kinds:
-        return value
-    plural = " and ".join(f"{name}s" for name in sorted(kinds))
-    message, fix = f"'{value}': this key holds {plural}", f"Compare with one of the {plural}"
-    raise RetrievalError(message, place=f"--where '{text}'", fix=fix)
+    return value if "text" in kinds else None
+
+
+def _wrong_kind_error(value: str, key: str, fields: FilterFields, *, place: str) -> RetrievalError:
+    """Return the error of a value, as it is quoted, that is of no kind that `key` holds."""
+    plural = " and ".join(f"{name}s" for name in sorted(fields[key]))
+    fix = f"Compare with one of the {plural}"
+    return RetrievalError(f"{value}: {key} holds {plural}", place=place, fix=fix)

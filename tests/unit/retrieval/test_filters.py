@@ -41,8 +41,12 @@ def test_typed_condition_is_parsed(text: str, expected: tuple[str, str, Any]) ->
         ("animals", "Write key=value"),
         ("=animals", "Write key=value"),
         ("categroy=animals", "Did you mean 'category'"),
-        ("year=old", "holds numbers"),
-        ("year=nan", "holds numbers"),
+        ("year=old", "'old': year holds numbers"),
+        ("year<cheap", "'cheap': year holds numbers"),
+        ("year=nan", "year holds numbers"),
+        ("year in 1,x", "'1,x': year holds numbers"),
+        ("new=1", "new holds flags"),
+        ("category<5", "'5': category holds texts"),
         ("new<true", "Compare with"),
     ],
 )
@@ -109,7 +113,25 @@ def test_unknown_operator_and_text_for_in_are_refused() -> None:
 
 def test_numeric_texts_cannot_be_ordered() -> None:
     fields = {"price": ["text"], "day": ["text"]}
-    with pytest.raises(RetrievalError, match=r"'100': this key holds texts"):
+    with pytest.raises(
+        RetrievalError, match=r"'100': price holds texts. Write every value of it as a plain number"
+    ):
         parse_conditions(["price<100"], fields)
     (day,) = parse_conditions(["day<2026-05-01"], fields)
     assert day.value == "2026-05-01" and parse_conditions(["price=100"], fields)[0].value == "100"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"year": "1990"},
+        {"year": [1990, "1991"]},
+        [Condition("year", ">", "1990")],
+        [Condition("year", "!=", True)],
+    ],
+)
+def test_a_value_of_another_kind_than_the_key_is_an_error(where: Any) -> None:
+    with pytest.raises(RetrievalError, match="year holds numbers"):
+        parse_conditions(where, FIELDS)
+    (condition,) = parse_conditions({"code": "7"}, FIELDS)
+    assert condition.value == "7", "a key with texts and numbers takes both"
