@@ -59,13 +59,14 @@ def image_sequence(
     caption = source.captions[index]
     builder.add_anchor(
         builder.append_image(image),
+        is_last=False,
         role="image",
         record_name=caption.lower(),
         content_key=image.cache_key,
     )
     if with_caption:
         builder.append_text(caption, supervised=True)
-        builder.append_tokens(model.renderer.eos_token_ids[:1], supervised=True)
+        builder.append_token(model.renderer.eos_token_ids[0], supervised=True)
     return builder.build(NO_LIMIT)
 
 
@@ -86,10 +87,15 @@ def composed_sequence(model: DuetModel, source: Source, index: int, text: str) -
     builder.append_control(nano.START_TOKEN)
     image = source.images[index]
     builder.append_image(image)
-    _, end = builder.append_text(text, supervised=True)
-    builder.add_anchor((end - 1, end), role="mixed", record_name=text, content_key=image.cache_key)
+    builder.add_anchor(
+        builder.append_text(text, supervised=True),
+        is_last=True,
+        role="mixed",
+        record_name=text,
+        content_key=image.cache_key,
+    )
     # The teacher says how likely the end is at this place.
-    builder.append_tokens(model.renderer.eos_token_ids[:1], supervised=True)
+    builder.append_token(model.renderer.eos_token_ids[0], supervised=True)
     return builder.build(NO_LIMIT)
 
 

@@ -119,11 +119,16 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         image_settings=saved.manifest.get("image_processor"),
         max_image_tokens=limits.max_image_tokens,
     )
+    if saved.chat_template is not None:
+        processor.tokenizer.chat_template = saved.chat_template
     if ROWS_TENSOR_NAME in saved.tensors:
         add_soft_prompt_tokens(processor.tokenizer, len(saved.tensors[ROWS_TENSOR_NAME]))
+    prompts = Prompts()
+    if saved.manifest:
+        prompts = Prompts.from_manifest(saved.manifest["prompts"])
     renderer = Renderer(
         processor,
-        prompts=Prompts(**saved.manifest.get("prompts", {})),
+        prompts=prompts,
         max_tokens=limits.max_tokens,
     )
     options = parse_options(recipe.options, recipe_config, place="recipe")

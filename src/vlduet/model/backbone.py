@@ -362,22 +362,24 @@ class Backbone(nn.Module):
     def save_pretrained(self, folder: Path) -> None:
         """Write the checkpoint to a folder: safetensors, config, tokenizer, image processor.
 
-        The folder is created if needed, and files of the same names are replaced. The chat template
-        and `processor_config.json` are copied from `self.folder` unless the new folder has them;
-        the latter then gets the present settings of the image processor. `self.folder` stays.
+        The folder is created if needed, and files of the same names are replaced. The tokenizer's
+        chat template becomes the only one. `processor_config.json` is copied from `self.folder`
+        unless the new folder has one, and gets the present settings of the image processor.
+        `self.folder` stays.
         """
         with silence_transformers():
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
-        for name in ("processor_config.json", "chat_template.jinja"):
-            if (self.folder / name).is_file() and not (folder / name).is_file():
-                shutil.copy(self.folder / name, folder / name)
         path = folder / "processor_config.json"
+        if (self.folder / path.name).is_file() and not path.is_file():
+            shutil.copy(self.folder / path.name, path)
         config = json.loads(path.read_text()) if path.is_file() else {}
+        # transformers reads both keys instead of chat_template.jinja and preprocessor_config.json.
+        has_template = config.pop("chat_template", None) is not None
         if "image_processor" in config:
-            # transformers reads it instead of preprocessor_config.json, which has our settings.
             config["image_processor"] = self.image_processor.to_dict()
+        if has_template or "image_processor" in config:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
     vlduet.json            manifest: base, prompts, head, limits, image backend, trained tensors
     duet.safetensors       head, temperature, projector, soft prompts
+    chat_template.jinja    chat template in use, if there is one
     adapter/               LoRA in PEFT's own layout, if there is an adapter
     golden.safetensors     embeddings of fixed inputs at the time of saving, compared at loading
     config.json, ...       the base checkpoint itself, if the folder is self-contained (base ".")
@@ -30,6 +31,7 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
+from vlduet.model.chat_template import TEMPLATE_FILE, fix_date
 from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.processing import IMAGE_BACKEND
 
@@ -62,6 +64,8 @@ class Checkpoint:
     """Folder of the LoRA adapter; None without one."""
     golden_vectors: Tensor | None
     """float32[3, E], embeddings of `make_golden_inputs`; None for a plain checkpoint."""
+    chat_template: str | None = None
+    """Chat template that was saved with the model; None: that of the base."""
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -119,7 +123,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"broken model folder ({error})", place=folder, fix="Copy the whole folder again"
         ) from None
     adapter_folder = folder / "adapter" if manifest["adapter"] else None
-    return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors)
+    template_file = folder / TEMPLATE_FILE
+    chat_template = None
+    if template_file.is_file():
+        chat_template = fix_date(template_file.read_text(encoding="utf-8"))
+    return Checkpoint(
+        base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template
+    )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -148,6 +158,7 @@ def write_checkpoint(
     own_tensors: Mapping[str, Tensor],
     adapter_tensors: Mapping[str, Tensor],
     golden_vectors: Tensor,
+    chat_template: str | None,
     save_adapter: Callable[[Path], None] | None,
 ) -> None:
     """Write the files of a model into an existing folder (in `replace_folder_atomically`).
@@ -162,6 +173,7 @@ def write_checkpoint(
         own_tensors: trained tensors by name, without the adapter's.
         adapter_tensors: LoRA matrices by name, for the manifest's list of trained tensors.
         golden_vectors: float32[3, E], embeddings of `make_golden_inputs`.
+        chat_template: template in use; None without one.
         save_adapter: writes the adapter into a given folder; None without an adapter.
     """
     manifest = {
@@ -177,6 +189,8 @@ def write_checkpoint(
     tensors = {name: t.detach().cpu().contiguous() for name, t in own_tensors.items()}
     save_file(tensors, folder / "duet.safetensors")
     save_file({"vectors": golden_vectors.contiguous()}, folder / "golden.safetensors")
+    if chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     if save_adapter is not None:
         save_adapter(folder / "adapter")
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -25,6 +25,7 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
+from vlduet.model.chat_template import read_chat_template
 from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, run_image_processor
 from vlduet.model.families.registry import find_family
 
@@ -125,6 +126,7 @@ def load_processor(
 def load_tokenizer_and_image_processor(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
     """Return the tokenizer and the image processor of a checkpoint folder.
 
+    The tokenizer has the chat template that `read_chat_template` finds.
     The image processor uses `IMAGE_BACKEND` and the overrides of the family.
 
     Raises:
@@ -134,6 +136,7 @@ def load_tokenizer_and_image_processor(folder: Path, family: Family) -> tuple[To
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        tokenizer.chat_template = read_chat_template(folder, tokenizer.chat_template)
         image_processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )

@@ -7,21 +7,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Self
-
-from jinja2 import TemplateError
 
 from vlduet.data import content_keys
 from vlduet.data.records import ImageRef, Message, Parts, extract_images
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ConfigError, DataError
-from vlduet.model.families.family import token_string
+from vlduet.model.chat_layout import ChatLayouts
 from vlduet.model.limits import DEFAULT_MAX_TOKENS
 from vlduet.model.processing import Processor
-from vlduet.model.sequence_builder import SequenceBuilder, Span
+from vlduet.model.sequence_builder import SequenceBuilder
+from vlduet.model.text_tokenizer import TextTokenizer
 
 SLOT_PATTERN = re.compile(r"\{(image|text|parts)\}")
 """Place of the content in a prompt."""
@@ -52,6 +51,10 @@ class Prompts:
     image's tokens (Sugar); this also holds for a mixture that ends with an image, if the prompt has
     nothing after it. `vision`: an image alone is read from the vision tower (FROMAGe), a mixture at
     the last token."""
+    joined: bool = True
+    """Tokenise the prompt and its content as one text, as other servers do, and present several
+    images without a text by the prompt `image`. False, for models of early versions: tokenise every
+    text apart, and present them by `text`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for the first invalid field; nothing is modified.
@@ -73,8 +76,20 @@ class Prompts:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name, as in configs and manifests."""
+        """Return the fields by name, as in configs."""
         return asdict(self)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Return the fields by name, as in manifests: one of an early version has no `joined`."""
+        fields = asdict(self)
+        if not self.joined:
+            del fields["joined"]
+        return fields
+
+    @classmethod
+    def from_manifest(cls, fields: Mapping[str, Any]) -> Self:
+        """Return the prompts of a manifest; TypeError for an unknown field, ConfigError as above."""
+        return cls(**{"joined": False, **fields})
 
 
 class Renderer:
@@ -102,6 +117,8 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and start[:1] == [bos] else []
         self.bos_text = str(self.tokenizer.bos_token) if self.bos_ids else ""
+        # Shared by all copies. A list, as tokens or a template may be set later.
+        self._layouts: list[ChatLayouts] = []
 
     def with_options(
         self,
@@ -120,11 +137,32 @@ class Renderer:
         renderer.prepare_image = prepare_image or self.prepare_image
         return renderer
 
-    def new_builder(self) -> SequenceBuilder:
-        """Return a builder with only the begin-of-sequence token, if the checkpoint uses one."""
-        builder = SequenceBuilder(self.tokenizer, self.image_token_id, self.image_delimiters)
-        builder.append_tokens(list(self.bos_ids))
-        return builder
+    @property
+    def layouts(self) -> ChatLayouts:
+        """Layouts of chats by the tokenizer's template; new ones where it has changed."""
+        if not self._layouts or not self._layouts[0].tokenizer.is_current(self.tokenizer):
+            control_ids = (self.image_token_id, *self.bos_ids, *self.eos_token_ids)
+            layouts = ChatLayouts(
+                TextTokenizer(self.tokenizer, control_ids),
+                image_placeholder=self.image_placeholder,
+                eos_token_ids=self.eos_token_ids,
+            )
+            self._layouts[:] = [layouts]
+        return self._layouts[0]
+
+    def new_builder(self, *, joined: bool = True) -> SequenceBuilder:
+        """Return an empty builder; it begins with the begin-of-sequence token, if there is one.
+
+        Args:
+            joined: see `SequenceBuilder`; that of the prompts for contents that are embedded.
+        """
+        return SequenceBuilder(
+            self.layouts.tokenizer,
+            self.image_token_id,
+            self.image_delimiters,
+            bos_text=self.bos_text,
+            joined=joined,
+        )
 
     # ------------------------------------------------------------------ contents to embed
 
@@ -156,10 +194,15 @@ class Renderer:
         """
         if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
             raise DataError("nothing to embed", fix="Give a non-empty text or an image")
-        builder = self.new_builder()
-        spans = self.append_prompt(builder, parts, is_query=is_query)
-        span = self.pooling_span(builder, parts, spans)
-        builder.add_anchor(span, role=role, record_name=record_name, content_key=content_key)
+        builder = self.new_builder(joined=self.prompts.joined)
+        self._append_embedding(
+            builder,
+            parts,
+            is_query=is_query,
+            role=role,
+            record_name=record_name,
+            content_key=content_key,
+        )
         return builder.build(self.max_tokens)
 
     def render_caption(self, image: ImageRef, caption: str, *, record_name: str = "") -> Sequence:
@@ -173,122 +216,141 @@ class Renderer:
             DataError: the image with its prompt leaves no room for one token of the caption.
             ImageError, ConfigError: as `render_embedding`.
         """
-        builder = self.new_builder()
-        spans = self.append_prompt(builder, (image,))
-        builder.add_anchor(
-            self.pooling_span(builder, (image,), spans),
+        builder = self.new_builder(joined=self.prompts.joined)
+        space = self._append_embedding(
+            builder,
+            (image,),
             role="image",
             record_name=record_name,
             content_key=content_keys.content_key((image,)),
         )
-        builder.append_text(caption, supervised=True)
-        builder.append_tokens(self.eos_token_ids[:1], supervised=True)
+        if space:
+            builder.append_control(space, supervised=True, starts_answer=True)
+        builder.append_text(caption, supervised=True, starts_answer=not space)
+        self._append_end_of_text(builder)
         return builder.build(self.max_tokens)
 
-    def render_document(self, parts: Parts) -> tuple[SequenceBuilder, list[Span]]:
+    def render_document(
+        self, parts: Parts, *, has_prompt: bool = True
+    ) -> tuple[SequenceBuilder, list[int]]:
         """Render as many leading parts of a document as fit `max_tokens`; texts are labels.
 
-        The prompt for their kinds surrounds them. After the last part, if all fit and it is a text,
-        the end-of-text token follows as a label.
+        A text after a text gets a space before it. After the last part, if all fit and it is a
+        text, the end-of-text token follows as a label.
 
         Args:
             parts: images and texts in order, at least one.
+            has_prompt: surround them by the prompt for their kinds.
 
         Returns:
-            The builder, to which the caller adds anchors, and the span of every part that fits: at
-            least one, even if it alone is too long (`SequenceBuilder.build` cuts it).
+            The builder, to which the caller adds anchors, and the segment of every part that fits:
+            at least one, even if it alone is too long (`SequenceBuilder.build` cuts it).
 
         Raises:
             ImageError: an image cannot be decoded.
-            DataError, ConfigError: as `append_prompt`.
+            DataError, ConfigError: as `render_embedding`, with a prompt.
         """
-        before, after = self._prompt_texts(parts)
-        builder = self.new_builder()
+        before, after, _ = self._prompt_texts(parts) if has_prompt else ("", "", "")
+        builder = self.new_builder(joined=self.prompts.joined or not has_prompt)
         builder.append_control(before)
         closing_length = len(self.tokenizer.encode(after, add_special_tokens=False))
         limit = self.max_tokens - 1 - closing_length  # 1: the end-of-text token
-        spans: list[Span] = []
-        for i in range(len(parts)):
-            previous = builder.copy()
-            span = self._append_part(builder, parts, i, supervised=True)
-            if i and len(builder.token_ids) > limit:
-                builder = previous
+        segments: list[int] = []
+        part_ends: list[int] = []
+        for i, part in enumerate(parts):
+            # Images after the limit are not decoded.
+            if i and isinstance(part, ImageRef) and builder.count_tokens()[-1] > limit:
                 break
-            spans.append(span)
+            segments.append(self._append_part(builder, parts, i, supervised=True))
+            part_ends.append(len(builder.segments))
+        counts = builder.count_tokens()
+        while len(segments) > 1 and counts[part_ends[-1] - 1] > limit:
+            del segments[-1], part_ends[-1]
+        builder.drop_segments(part_ends[-1])
         # The end of text after an image would teach the model to leave images without a caption.
-        if len(spans) == len(parts) and isinstance(parts[-1], str):
-            builder.append_tokens(self.eos_token_ids[:1], supervised=True)
+        if len(segments) == len(parts) and isinstance(parts[-1], str):
+            self._append_end_of_text(builder)
         builder.append_control(after)
-        return builder, spans
+        return builder, segments
 
-    def append_prompt(
-        self, builder: SequenceBuilder, parts: Parts, *, is_query: bool = False
-    ) -> list[Span]:
-        """Append `parts` in their embedding prompt to `builder`; return the span of every part.
+    def _append_end_of_text(self, builder: SequenceBuilder) -> None:
+        """Append the end-of-text token, if there is one, to `builder`, in place, as a label."""
+        for token_id in self.eos_token_ids[:1]:
+            builder.append_token(token_id, supervised=True)
 
-        Args:
-            builder: sequence so far, modified in place.
-            parts: images, which are decoded, and texts in order.
-            is_query: put `prompts.query` before every text.
+    def _append_embedding(
+        self,
+        builder: SequenceBuilder,
+        parts: Parts,
+        *,
+        is_query: bool = False,
+        role: str,
+        record_name: str,
+        content_key: str,
+    ) -> str:
+        """Append `parts`, at least one, in their embedding prompt to `builder`, in place.
+
+        The anchor's embedding is read at the image's tokens in two cases: it is the only part and
+        `prompts.image_pool` is not `last`; or the prompt ends with it and `image_pool` is `mean`.
+        Else it is read at the last token.
+
+        Returns:
+            White space that the chat template writes next, and that the tokenizer merges into what
+            follows.
 
         Raises:
             ImageError: an image cannot be decoded.
             DataError: the chat template refuses a single turn of a user.
             ConfigError: `prompts.chat` is set and the checkpoint has no usable chat template.
         """
-        before, after = self._prompt_texts(parts)
+        before, after, space = self._prompt_texts(parts)
         builder.append_control(before)
-        spans = [self._append_part(builder, parts, i, is_query=is_query) for i in range(len(parts))]
-        builder.append_control(after)
-        return spans
-
-    def pooling_span(self, builder: SequenceBuilder, parts: Parts, spans: list[Span]) -> Span:
-        """Return the span where the embedding of a prompt that was just appended is read.
-
-        Args:
-            builder: sequence that ends with the prompt; it is not modified.
-            parts: contents of the prompt, at least one.
-            spans: result of `append_prompt`.
-
-        Returns:
-            The span of the last part, an image, in two cases: it is the only part and
-            `prompts.image_pool` is not `last`; or the prompt has no text after it and `image_pool`
-            is `mean`. Else the last token of the sequence.
-        """
+        for i in range(len(parts)):
+            segment = self._append_part(builder, parts, i, is_query=is_query)
         pool = self.prompts.image_pool
         is_single_image = len(parts) == 1 and isinstance(parts[0], ImageRef)
-        ends_with_image = (
-            isinstance(parts[-1], ImageRef) and builder.trailing_control == self.image_delimiters[1]
+        ends_with_image = isinstance(parts[-1], ImageRef) and not after
+        reads_image = (is_single_image and pool != "last") or (ends_with_image and pool == "mean")
+        closing = builder.append_control(after)
+        builder.add_anchor(
+            segment if reads_image else closing,
+            is_last=not reads_image,
+            role=role,
+            record_name=record_name,
+            content_key=content_key,
         )
-        if (is_single_image and pool != "last") or (ends_with_image and pool == "mean"):
-            return spans[-1]
-        return len(builder.token_ids) - 1, len(builder.token_ids)
+        return space
 
-    def _prompt_texts(self, parts: Parts) -> tuple[str, str]:
-        """Return the control texts before and after contents that are embedded.
+    def _prompt_texts(self, parts: Parts) -> tuple[str, str, str]:
+        """Return the control texts before and after contents that are embedded, and a space.
 
-        The prompt is `parts` for a mixture, `image` for a single image, else `text` (several images
-        included). With `prompts.chat` the texts include the chat template around a user turn, up to
-        where the answer begins. A begin-of-sequence token, which every builder has, is left out.
-        Raises DataError and ConfigError as `_apply_chat_template`.
+        The prompt is `parts` for a mixture, `text` for texts and `image` for images; with
+        `prompts.joined` off, `text` for several images, too. With `prompts.chat` the texts include
+        the chat template around a user turn, up to where the answer begins. White space at its end
+        that the tokenizer merges into an answer is the third result; with `joined` off it remains.
+
+        Raises DataError and ConfigError as `_append_embedding`.
         """
-        if len({isinstance(part, ImageRef) for part in parts}) > 1:
+        has_image = any(isinstance(part, ImageRef) for part in parts)
+        has_text = any(isinstance(part, str) for part in parts)
+        if has_image and has_text:
             template = self.prompts.parts
-        elif len(parts) == 1 and isinstance(parts[0], ImageRef):
+        elif has_image and (self.prompts.joined or len(parts) == 1):
             template = self.prompts.image
         else:
-            # Several images without a text are presented by this prompt, too.
             template = self.prompts.text
         before, _, after = SLOT_PATTERN.split(template)
+        space = ""
         if self.prompts.chat:
-            marker = "\ue000"  # a character for private use, where the content will be
-            turn = self._apply_chat_template(
-                [Message("user", (marker,))], add_generation_prompt=True
-            )
-            opening, closing = turn.split(marker)
+            opening, closing, space = self.layouts.user_turn()
+            if not self.prompts.joined:
+                closing += space
+                space = ""
             before = opening + before
             after = after + closing
-        return before.removeprefix(self.bos_text), after
+        if not self.prompts.joined:
+            before = before.removeprefix(self.bos_text)
+        return before, after, space
 
     def _append_part(
         self,
@@ -298,8 +360,8 @@ class Renderer:
         *,
         is_query: bool = False,
         supervised: bool = False,
-    ) -> Span:
-        """Append part i to `builder` in place and return its span; raises ImageError.
+    ) -> int:
+        """Append part i to `builder` in place and return its segment; raises ImageError.
 
         A text gets a space before it if it follows a text, then the query prompt if `is_query`;
         `supervised` makes its tokens labels. An image is decoded, and takes none of these.
@@ -348,132 +410,34 @@ class Renderer:
         Args:
             messages: turns in order.
             add_generation_prompt: True ends the sequence where the model's answer begins, without
-                labels. False makes the texts and the end-of-turn token of every assistant turn
-                labels; the token is added where the template writes none.
+                labels. False makes the texts and the end-of-turn token of every supervised turn of
+                the assistant labels (`ChatLayouts.layout`). The token is added, for either, where
+                the template writes none.
 
         Raises:
             DataError: the sequence cannot be cut to `max_tokens`, or the template refuses the chat.
             ImageError: an image cannot be decoded.
             ConfigError: the checkpoint has no chat template, or it loses content.
         """
-        # Every user text is a numbered marker in the template's output, so that control text and
-        # user text stay apart.
-        texts: list[tuple[str, bool, bool]] = []  # text, is supervised, ends an answer
-        marked_messages = []
-        for message in messages:
-            is_answer = message.role == "assistant" and message.supervised
-            supervised = is_answer and not add_generation_prompt
-            parts: list[Any] = []
-            for part in message.parts:
-                if isinstance(part, str):
-                    parts.append(f"\ue000{len(texts)}\ue001")
-                    texts.append((part, supervised, False))
-                else:
-                    parts.append(part)
-            if supervised and any(isinstance(part, str) for part in message.parts):
-                texts[-1] = (texts[-1][0], True, True)
-            marked_messages.append(Message(message.role, tuple(parts)))
+        texts = [p for message in messages for p in message.parts if isinstance(p, str)]
         images = extract_images(part for message in messages for part in message.parts)
-        rendered = self._apply_chat_template(
-            marked_messages, add_generation_prompt=add_generation_prompt
-        ).removeprefix(self.bos_text)
-
         builder = self.new_builder()
-        after_answer = False  # the last token belongs to an answer: its end of turn is a label, too
-        separators = rf"(\ue000\d+\ue001|{re.escape(self.image_placeholder)})"
-        for part in re.split(separators, rendered):
-            if part == self.image_placeholder:
-                builder.append_image(self.prepare_image(images[len(builder.images)]))
-            elif part.startswith("\ue000"):
-                text, supervised, after_answer = texts[int(part[1:-1])]
-                builder.append_text(text, supervised=supervised)
-            elif part or after_answer:
-                self._append_template_text(builder, part, after_answer=after_answer)
-                after_answer = False
-        return builder.build(self.max_tokens)
-
-    def _append_template_text(
-        self, builder: SequenceBuilder, text: str, *, after_answer: bool
-    ) -> None:
-        """Append text of the chat template to `builder`, in place, as control text.
-
-        `after_answer` says that it follows an answer directly: then its tokens up to the first
-        end-of-turn token become labels. Where it has none, that token is put before it as a label.
-        """
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if after_answer:
-            ends = [i for i, token_id in enumerate(token_ids) if token_id in self.eos_token_ids]
-            if not ends:
-                builder.append_tokens(self.eos_token_ids[:1], supervised=True)
-            else:
-                builder.append_tokens(token_ids[: ends[0] + 1], supervised=True)
-                _, _, text = text.partition(token_string(self.tokenizer, token_ids[ends[0]]))
-                token_ids = token_ids[ends[0] + 1 :]
-        builder.append_tokens(token_ids, control_text=text)
-
-    def _apply_chat_template(self, messages: list[Message], *, add_generation_prompt: bool) -> str:
-        """Return messages in the checkpoint's chat template, with `image_placeholder` for images.
-
-        Contents are passed as lists of typed parts, and as strings if the template does not take
-        these. Callers pass markers as texts: each must occur exactly once in the result.
-
-        Raises:
-            DataError: the template refuses the messages, for example roles that do not alternate.
-            ConfigError: there is no template, or no form of the messages keeps all content.
-        """
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                "the checkpoint has no chat template",
-                place="prompts.chat",
-                fix="Set prompts.chat to false",
-            )
-        parts = [part for message in messages for part in message.parts]
-        texts = [part for part in parts if isinstance(part, str)]
-        refusal: Exception | None = None
-        for as_list in (True, False):  # templates of text-only origin accept strings only
-            rows = [
-                {"role": message.role, "content": self._message_content(message, as_list=as_list)}
-                for message in messages
-            ]
-            try:
-                rendered = str(
-                    self.tokenizer.apply_chat_template(
-                        rows, tokenize=False, add_generation_prompt=add_generation_prompt
-                    )
-                )
-            except (TemplateError, TypeError) as error:
-                refusal = error
+        layout = self.layouts.layout(messages, add_generation_prompt=add_generation_prompt)
+        for part in layout:
+            if part.kind == "image":
+                builder.append_image(self.prepare_image(images[part.index]))
                 continue
-            is_complete = (
-                all(rendered.count(text) == 1 for text in texts)
-                and rendered.count(self.image_placeholder) == len(parts) - len(texts)
-                and "'type'" not in rendered  # the list itself, printed by a template for strings
-            )
-            if is_complete:
-                return rendered
-        if refusal is not None:
-            raise DataError(
-                f"the checkpoint's chat template refuses this chat ({refusal})",
-                fix="Correct the order of its turns",
-            )
-        raise ConfigError(
-            "the checkpoint's chat template drops or repeats content",
-            place="chat_template",
-            fix="Correct chat_template.jinja",
-        )
-
-    def _message_content(self, message: Message, *, as_list: bool) -> list[dict[str, str]] | str:
-        """Return a message's content for a chat template: a list of typed parts, or one string.
-
-        The string joins the texts without separators, with `image_placeholder` and a newline for an
-        image.
-        """
-        if as_list:
-            return [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in message.parts
-            ]
-        return "".join(
-            part if isinstance(part, str) else self.image_placeholder + "\n"
-            for part in message.parts
-        )
+            supervised, starts_answer = part.is_supervised, part.is_answer_start
+            if part.kind == "control":
+                builder.append_control(
+                    part.text, supervised=supervised, starts_answer=starts_answer
+                )
+                continue
+            text = texts[part.index]
+            text = text.lstrip() if part.strips[0] else text
+            text = text.rstrip() if part.strips[1] else text
+            builder.append_text(text, supervised=supervised, starts_answer=starts_answer)
+            if part.lacks_end:
+                for token_id in self.eos_token_ids[:1]:
+                    builder.append_token(token_id, supervised=supervised)
+        return builder.build(self.max_tokens)

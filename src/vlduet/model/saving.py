@@ -34,7 +34,7 @@ def describe_embedding(model: DuetModel) -> dict[str, Any]:
     `image_processor`: its attributes that differ from the checkpoint's.
     """
     description: dict[str, Any] = {
-        "prompts": model.prompts.to_dict(),
+        "prompts": model.prompts.to_manifest(),
         "head": {"kind": model.head.kind, "dim": model.head.dim},
     }
     if model.backbone.image_settings:
@@ -130,6 +130,7 @@ def _write_model(
         own_tensors=model.own_tensors(),
         adapter_tensors=model.adapter_tensors(),
         golden_vectors=compute_golden_vectors(model),
+        chat_template=model.backbone.tokenizer.chat_template,
         save_adapter=partial(save_lora, model.peft_model) if has_adapter else None,
     )
 
@@ -173,12 +174,14 @@ def open_model(
         backbone.limit_image_tokens(max_image_tokens or limits.max_image_tokens)
         prompts = prompts or Prompts()
         return model_class(backbone, prompts=prompts, max_tokens=limits.max_tokens).eval()
+    if saved.chat_template is not None:
+        backbone.tokenizer.chat_template = saved.chat_template
     image_settings = saved.manifest.get("image_processor")
     backbone.limit_image_tokens(limits.max_image_tokens, settings=image_settings)
     head = saved.manifest["head"]
     model = model_class(
         backbone,
-        prompts=Prompts(**saved.manifest["prompts"]),
+        prompts=Prompts.from_manifest(saved.manifest["prompts"]),
         head=head["kind"],
         dim=head["dim"],
         max_tokens=limits.max_tokens,

@@ -1,153 +1,284 @@
-"""Construction of one `Sequence` from parts that are tokenised one by one.
+"""Construction of one `Sequence` from segments: control texts, user texts and images.
 
-A label or an anchor therefore is exactly where its text was appended; nothing is tokenised again to
-find offsets. Control text (prompts, chat templates) may contain special tokens. User text never
-does: a caption that spells `<|im_end|>` or `<image>` remains ordinary text.
+All texts between two special tokens or images are tokenised as one string, as transformers does;
+labels and anchors follow from character offsets.
+
+    segments   "<|im_start|>assistant\\n"    "A red circle."    "<|im_end|>"
+    tokens      <|im_start|> assistant \\n    A Ġred Ġcircle .   <|im_end|>
+
+- A token belongs to the segment of its last character: `Ġred` to the text that begins with "red",
+  and a token of a full stop and the line end after it to what writes the line end.
+- Control text may contain special tokens. User text never does: a caption that spells `<|im_end|>`
+  remains ordinary text.
+- Before an answer the text is cut in two where a token would cross that place, or where the prompt
+  alone has other tokens: what precedes an answer has the tokens that the answer is prompted with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Literal
 
 from vlduet.data.sequences import IGNORE_INDEX, Anchor, PreparedImage, Sequence, Slice
 from vlduet.errors import DataError
 from vlduet.model.limits import LIMIT_REMEDY
-from vlduet.model.processing import Tokenizer
+from vlduet.model.text_tokenizer import TextTokenizer
 
 Span = tuple[int, int]
 """Token indices [start, end) of a sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Part of a sequence: control text, user text, or an image."""
+
+    kind: Literal["control", "text", "image"]
+    text: str
+    """Text with aliases of control tokens; the alias of the image token for an image."""
+    is_supervised: bool = False
+    """Make the tokens labels."""
+    is_answer_start: bool = False
+    """The model is prompted with what precedes."""
+    image: PreparedImage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorRequest:
+    """Anchor whose segment is not tokenised yet."""
+
+    segment: int
+    is_last: bool
+    anchor: Anchor
+    """The anchor with a span to be replaced."""
 
 
 @dataclass(slots=True)
 class SequenceBuilder:
     """Sequence under construction.
 
-    The `append_*` methods modify it in place and return the span of the new tokens. Spans stay
-    valid until `build`, which may cut user text.
+    The `append_*` methods modify it in place and return the index of the new segment. Nothing is
+    tokenised before `build` or `count_tokens`.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     """Tokenizer of the checkpoint."""
     image_token_id: int
     """Token id that image features replace."""
     image_delimiters: tuple[str, str]
     """Control texts that the checkpoint expects before and after an image; either may be empty."""
-    token_ids: list[int] = field(default_factory=list)
-    """Tokens so far."""
-    labels: list[int] = field(default_factory=list)
-    """Label of every token so far."""
-    images: list[tuple[int, PreparedImage]] = field(default_factory=list)
-    """Pairs (index of the image's first token, image)."""
-    anchors: list[Anchor] = field(default_factory=list)
-    """Anchors so far."""
-    text_spans: list[Span] = field(default_factory=list)
-    """Spans of the user texts: what `build` may cut."""
+    bos_text: str = ""
+    """Text of the begin-of-sequence token if every sequence begins with one."""
+    joined: bool = True
+    """Tokenise neighbouring texts together. False: every user text, and the control texts between,
+    apart, as in models of early versions."""
+    segments: list[Segment] = field(default_factory=list)
+    anchor_requests: list[AnchorRequest] = field(default_factory=list)
     trailing_control: str = ""
     """Control text that the sequence ends with; empty after user text and images."""
-    trailing_start: int = 0
-    """Index of the first token of the last appended part."""
 
-    def append_tokens(
-        self, token_ids: list[int], *, supervised: bool = False, control_text: str = ""
-    ) -> Span:
-        """Append tokens as they are and return their span.
+    def append_control(
+        self, text: str, *, supervised: bool = False, starts_answer: bool = False
+    ) -> int:
+        """Append control text, in which special tokens are special.
 
         Args:
-            token_ids: the tokens; the list is copied.
-            supervised: make them labels. The first token of a sequence is never a label.
-            control_text: control text that they encode, which a following control text may extend.
+            text: may be empty.
+            supervised: make its tokens labels.
+            starts_answer: as of `append_text`.
         """
-        start = len(self.token_ids)
-        labels = list(token_ids) if supervised else [IGNORE_INDEX] * len(token_ids)
-        if start == 0 and labels:
-            labels[0] = IGNORE_INDEX
-        self.token_ids += token_ids
-        self.labels += labels
-        self.trailing_control = control_text
-        self.trailing_start = start
-        return start, len(self.token_ids)
+        self.trailing_control += text
+        aliased = self.tokenizer.alias_control(text)
+        return self._append(Segment("control", aliased, supervised, starts_answer))
 
-    def append_control(self, text: str) -> Span:
-        """Append control text, in which special tokens are special, and return its span.
+    def append_token(self, token_id: int, *, supervised: bool = False) -> int:
+        """Append one special token. KeyError for an ordinary one."""
+        self.trailing_control = ""
+        alias = self.tokenizer.alias_token(token_id)
+        return self._append(Segment("control", alias, supervised))
 
-        Its tokens are never labels. Directly after other control text both are tokenised again as
-        one text, and the span covers both: two line ends, for example, may be one token. Empty text
-        changes nothing and gives an empty span at the end.
-        """
-        if not text:
-            return len(self.token_ids), len(self.token_ids)
-        if self.trailing_control:
-            text = self.trailing_control + text
-            del self.token_ids[self.trailing_start :], self.labels[self.trailing_start :]
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return self.append_tokens(token_ids, control_text=text)
-
-    def append_text(self, text: str, *, supervised: bool = False) -> Span:
-        """Append user text, in which special tokens are spelled out, and return its span.
+    def append_text(
+        self, text: str, *, supervised: bool = False, starts_answer: bool = False
+    ) -> int:
+        """Append user text, in which special tokens are spelled out.
 
         Args:
             text: the text; `build` may cut its end.
-            supervised: make its tokens labels.
+            supervised: make its tokens labels. The first token of a sequence is never a label.
+            starts_answer: the model is prompted with what precedes, whose tokens then do not depend
+                on the text.
         """
-        token_ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        span = self.append_tokens(token_ids, supervised=supervised)
-        self.text_spans.append(span)
-        return span
+        self.trailing_control = ""
+        return self._append(Segment("text", text, supervised, starts_answer))
 
-    def append_image(self, image: PreparedImage) -> Span:
+    def append_image(self, image: PreparedImage) -> int:
         """Append an image between its delimiters; if control text wrote the first, without either.
 
         Returns:
-            The span from its first to its last feature token, without delimiters and outer row
-            ends.
+            The index of the segment of the image alone.
         """
         before, after = self.image_delimiters
         # A chat template may have written the delimiters itself.
         is_delimited = bool(before) and self.trailing_control.endswith(before)
-        self.append_control("" if is_delimited else before)
-        start, _ = self.append_tokens(image.token_ids(self.image_token_id))
-        self.images.append((start, image))
-        self.append_control("" if is_delimited else after)
-        first, end = image.feature_span
-        return start + first, start + end
+        if before and not is_delimited:
+            self.append_control(before)
+        self.trailing_control = ""
+        alias = self.tokenizer.alias_token(self.image_token_id)
+        index = self._append(Segment("image", alias, image=image))
+        if after and not is_delimited:
+            self.append_control(after)
+        return index
+
+    def _append(self, segment: Segment) -> int:
+        """Append a segment and return its index."""
+        self.segments.append(segment)
+        return len(self.segments) - 1
 
     def add_anchor(
         self,
-        span: Span,
+        segment: int,
         *,
+        is_last: bool,
         role: str,
         record_name: str,
         content_key: str,
         slices: tuple[Slice, ...] = (),
     ) -> None:
-        """Add an anchor at `span`, where the mean hidden state will be read.
+        """Add an anchor, where a hidden state or the mean of several will be read.
+
+        Args:
+            segment: index of a segment. Of an image, the tokens between its first and its last
+                feature count.
+            is_last: read its last token, or the token before it if it has none; False: the mean of
+                all its tokens.
 
         The other arguments are the fields of `Anchor`.
         """
-        self.anchors.append(Anchor(span[0], span[1], role, record_name, content_key, slices))
+        anchor = Anchor(0, 1, role, record_name, content_key, slices)
+        self.anchor_requests.append(AnchorRequest(segment, is_last, anchor))
 
-    def copy(self) -> SequenceBuilder:
-        """Return an independent copy: appending to either does not change the other."""
-        return replace(
-            self,
-            token_ids=[*self.token_ids],
-            labels=[*self.labels],
-            images=[*self.images],
-            anchors=[*self.anchors],
-            text_spans=[*self.text_spans],
-        )
+    def drop_segments(self, count: int) -> None:
+        """Remove all segments but the first `count`, in place. No anchor may be in the others."""
+        del self.segments[count:]
+        self.trailing_control = ""
+
+    # ------------------------------------------------------------------ tokens
+
+    def count_tokens(self) -> list[int]:
+        """Return the number of tokens up to the end of every segment, as if nothing followed."""
+        num_tokens = self._num_bos_tokens()
+        counts = []
+        for token_ids, _ in self._tokenize():
+            num_tokens += len(token_ids)
+            counts.append(num_tokens)
+        return counts
+
+    def _num_bos_tokens(self) -> int:
+        """Return 1 if a begin-of-sequence token must be put before the segments, else 0."""
+        if not self.bos_text:
+            return 0
+        bos = self.tokenizer.alias_control(self.bos_text)
+        beginning = next((segment.text for segment in self.segments if segment.text), "")
+        return int(not beginning.startswith(bos))
+
+    def _tokenize(self) -> Iterator[tuple[list[int], int]]:
+        """Yield the token ids of every segment, and how many of them also cover the one before."""
+        if self.joined:
+            yield from self._tokenize_joined(self.segments, continues=False)
+            return
+        for is_control, segments in groupby(self.segments, lambda s: s.kind == "control"):
+            if is_control:
+                yield from self._tokenize_joined(list(segments), continues=False)
+            else:
+                for segment in segments:
+                    yield from self._tokenize_joined([segment], continues=False)
+
+    def _tokenize_joined(
+        self, segments: list[Segment], *, continues: bool
+    ) -> Iterator[tuple[list[int], int]]:
+        """Yield what `_tokenize` does for segments whose texts are one string.
+
+        `continues` says that they follow others, at whose end the string was cut.
+        """
+        text = "".join(segment.text for segment in segments)
+        encoding = self.tokenizer.encode(text, continues=continues)
+        spans = []
+        position = token = 0
+        for i, segment in enumerate(segments):
+            if segment.is_answer_start and position:
+                if not self.tokenizer.is_boundary(text, encoding, position):
+                    yield from self._tokenize_joined(segments[:i], continues=continues)
+                    yield from self._tokenize_joined(segments[i:], continues=True)
+                    return
+            num_shared = int(token < len(encoding.starts) and encoding.starts[token] < position)
+            position += len(segment.text)
+            end = encoding.num_tokens_before(position)
+            spans.append((token, end, min(num_shared, end - token)))
+            token = end
+        for segment, (start, end, num_shared) in zip(segments, spans, strict=True):
+            if segment.image is not None:
+                assert end - start == 1, "an image is one token of the text"
+                yield segment.image.token_ids(self.image_token_id), 0
+            else:
+                yield encoding.token_ids[start:end], num_shared
 
     def build(self, max_tokens: int) -> Sequence:
-        """Return the finished sequence of at most `max_tokens` tokens.
+        """Return the finished sequence of at most `max_tokens` tokens; the builder stays.
 
-        A longer sequence is cut, which modifies the builder: the longest user text loses tokens at
-        its end, down to one, then the next longest. Images and control text are never cut. Anchors
-        move with their text, and the token after a cut loses its label.
+        A longer sequence is cut: the longest user text loses tokens at its end, down to one, then
+        the next longest. Images, control text and tokens that cover both kinds of text are never
+        cut. Anchors move with their text, and what follows the cut up to the end of the answer is
+        no label.
 
         Raises:
-            DataError: images, control text and one token of each user text exceed `max_tokens`; the
-                builder then has been cut that far.
+            DataError: images, control text and one token of each user text exceed `max_tokens`.
         """
+        draft = _Draft()
+        if self._num_bos_tokens():
+            draft.append(
+                self.tokenizer.encode(self.tokenizer.alias_control(self.bos_text)).token_ids
+            )
+        spans: list[Span] = []
+        for segment, (token_ids, num_shared) in zip(self.segments, self._tokenize(), strict=True):
+            start, end = draft.append(token_ids, supervised=segment.is_supervised)
+            if segment.kind == "text":
+                draft.text_spans.append((start + num_shared, end))
+            elif segment.image is not None:
+                draft.images.append((start, segment.image))
+                first, last = segment.image.feature_span
+                start, end = start + first, start + last
+            spans.append((start, end))
+        for request in self.anchor_requests:
+            start, end = spans[request.segment]
+            if request.is_last or start == end:
+                end = max(end, 1)
+                start = end - 1
+            draft.anchors.append(replace(request.anchor, start=start, end=end))
+        return draft.build(max_tokens)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Tokens of a sequence that may be too long."""
+
+    token_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    images: list[tuple[int, PreparedImage]] = field(default_factory=list)
+    """Pairs (index of the image's first token, image)."""
+    anchors: list[Anchor] = field(default_factory=list)
+    text_spans: list[Span] = field(default_factory=list)
+    """Spans of the user texts: what may be cut."""
+
+    def append(self, token_ids: list[int], *, supervised: bool = False) -> Span:
+        """Append tokens in place and return their span."""
+        start = len(self.token_ids)
+        self.token_ids += token_ids
+        self.labels += token_ids if supervised else [IGNORE_INDEX] * len(token_ids)
+        return start, len(self.token_ids)
+
+    def build(self, max_tokens: int) -> Sequence:
+        """Return the sequence, cut in place as `SequenceBuilder.build` says. Raises DataError."""
         full_length = len(self.token_ids)
         while (excess := len(self.token_ids) - max_tokens) > 0:
             start, end = max(self.text_spans, key=lambda span: span[1] - span[0], default=(0, 0))
@@ -158,9 +289,12 @@ class SequenceBuilder:
                     fix=LIMIT_REMEDY,
                 )
             self._cut(max(start + 1, end - excess), end)
+        labels = self.labels
+        if labels:
+            labels = [IGNORE_INDEX, *labels[1:]]  # the first token has no prefix that predicts it
         return Sequence(
             tuple(self.token_ids),
-            tuple(self.labels),
+            tuple(labels),
             tuple(self.anchors),
             tuple(self.images),
             num_cut_tokens=full_length - len(self.token_ids),
@@ -170,13 +304,9 @@ class SequenceBuilder:
         """Remove the tokens [start, end), in place, and shift text spans, images and anchors.
 
         Spans that reach into the removed tokens end at `start`; an anchor keeps at least one token.
-        The token that follows the removed ones is no label any more.
+        The labels that follow, up to the next text or token without a label, are removed.
         """
         del self.token_ids[start:end], self.labels[start:end]
-        if start < len(self.labels):
-            # The next token, often the end of the text, does not follow what is left of the text:
-            # supervised, it would teach the model to stop early.
-            self.labels[start] = IGNORE_INDEX
 
         def shift(index: int) -> int:
             return index if index <= start else max(start, index - (end - start))
@@ -190,3 +320,11 @@ class SequenceBuilder:
             new_start = min(shift(anchor.start), new_end - 1)
             anchors.append(replace(anchor, start=new_start, end=new_end))
         self.anchors = anchors
+        # The end of the turn does not follow what is left of the text: supervised, it would teach
+        # the model to stop early.
+        text_starts = [first for first, last in self.text_spans if start <= first < last]
+        limit = min(text_starts, default=len(self.labels))
+        for i in range(start, limit):
+            if self.labels[i] == IGNORE_INDEX:
+                break
+            self.labels[i] = IGNORE_INDEX

@@ -125,20 +125,18 @@ def layout(sample: Sample, renderer: Renderer, options: SugarOptions) -> list[Se
         fix = "Set both alike: a model must be searched with the embeddings that it was trained for"
         raise ConfigError(message, place="recipe.pool", fix=fix)
     parts = select_slices(record, draw, options)
-    builder, spans = renderer.render_document(parts)
-    if record.kind == "interleaved" and len(spans) < len(parts):
-        first = draw.randrange(len(parts) - len(spans) + 1)
+    builder, segments = renderer.render_document(parts)
+    if record.kind == "interleaved" and len(segments) < len(parts):
+        first = draw.randrange(len(parts) - len(segments) + 1)
         parts = parts[first:]
-        builder, spans = renderer.render_document(parts)
-    slices = tuple(make_slice(part) for part in parts[: len(spans)])
-    is_image = [isinstance(part, ImageRef) for part in parts[: len(spans)]]
+        builder, segments = renderer.render_document(parts)
+    slices = tuple(make_slice(part) for part in parts[: len(segments)])
+    is_image = [isinstance(part, ImageRef) for part in parts[: len(segments)]]
     for i in draw_anchor_positions(is_image, options.k, draw):
-        start, end = spans[i]
-        if not is_image[i] or options.pool == "last":
-            start = end - 1
         prefix = slices[: i + 1]
         builder.add_anchor(
-            (start, end),
+            segments[i],
+            is_last=not is_image[i] or options.pool == "last",
             role="image" if is_image[i] else "text",
             record_name=sample.record_name,
             content_key="|".join(part.content_key for part in prefix),

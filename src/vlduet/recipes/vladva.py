@@ -154,15 +154,10 @@ def find_losses(record: Record, options: VladvaOptions) -> tuple[str, ...]:
 def _layout_document(record: Record, renderer: Renderer) -> Sequence:
     """Return an interleaved record as one sequence, labels on all texts, without anchors.
 
-    There is neither a prompt nor an end-of-text token. Texts are cut to the token limit. Raises
-    DataError if the images alone exceed it, and ImageError for an unreadable one.
+    There is no prompt. Parts beyond the token limit are left out (`Renderer.render_document`).
+    Raises DataError if the first part alone exceeds it, and ImageError for an unreadable image.
     """
-    builder = renderer.new_builder()
-    for part in record.parts:
-        if isinstance(part, str):
-            builder.append_text(part + " ", supervised=True)
-        else:
-            builder.append_image(renderer.prepare_image(part))
+    builder, _ = renderer.render_document(record.parts, has_prompt=False)
     return builder.build(renderer.max_tokens)
 
 
