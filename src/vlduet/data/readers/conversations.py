@@ -7,6 +7,7 @@ form. Rows of ms-swift with ``positive_messages`` are queries with candidates in
 from __future__ import annotations
 
 import mimetypes
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
@@ -25,12 +26,13 @@ from vlduet.data.readers.rows import (
     SourceRow,
     collect_metadata,
     find_image_columns,
+    normalize_column,
     parse_id,
     parse_images,
 )
 from vlduet.data.record_json import TURN_KEYS as OWN_TURN_KEYS
 from vlduet.data.record_json import JsonValue, require_answer
-from vlduet.data.records import ImageRef, Message, Parts, Record
+from vlduet.data.records import ImageRef, Message, Parts, Record, extract_images
 
 
 def parse_chat(row: SourceRow) -> Record:
@@ -43,7 +45,8 @@ def parse_chat(row: SourceRow) -> Record:
     - ``query`` and ``response``, with an optional ``history`` of pairs of question and answer.
 
     A column ``system`` becomes the first turn. The images of a column go to their places in the
-    turns, as `chat_turns` describes. Columns that are not read become metadata.
+    turns, as `chat_turns` describes. Columns that are not read become metadata; those of a chat
+    without images that name images are counted in the row's context.
 
     Raises:
         DataError: a turn, an image or the id is wrong; answers or images stand in several columns;
@@ -61,6 +64,8 @@ def parse_chat(row: SourceRow) -> Record:
     messages = place_images(parse_turns(row, turns), images, row.get_field(column))
     require_answer(messages, row.place.with_field(field))
     metadata = collect_metadata(row, {*used, *system_columns, column})
+    if not any(extract_images(message.parts) for message in messages):
+        _count_image_names(row, metadata)
     return Record(parse_id(row), messages=tuple(messages), metadata=metadata, place=row.place)
 
 
@@ -184,9 +189,10 @@ def _parse_image_column(row: SourceRow) -> tuple[list[ImageRef], str]:
     columns = [
         key
         for key, value in row.value.items()
-        if not is_empty(value) and (key.lower() not in FILE_COLUMNS or _names_images(value))
+        if not is_empty(value)
+        and (normalize_column(key) not in FILE_COLUMNS or not _names_other_files(value))
     ]
-    names = {key.lower(): key for key in columns}
+    names = {normalize_column(key): key for key in columns}
     preferred = [names[name] for name in ("image", "images") if name in names]
     columns = preferred or find_image_columns(columns)
     if not columns:
@@ -200,15 +206,28 @@ def _parse_image_column(row: SourceRow) -> tuple[list[ImageRef], str]:
     return images, columns[0]
 
 
-def _names_images(value: Any) -> bool:
-    """Return whether a value, or each of a list, is the name of an image file or no text."""
-    if isinstance(value, list):
-        return all(_names_images(item) for item in value)
-    if not isinstance(value, str):
-        return not isinstance(value, int | float)
-    media_type, _ = mimetypes.guess_type(value)
+def _names_other_files(value: Any) -> bool:
+    """Return whether a value, or one of a list, is a number or a name of no image file."""
+    items = value if isinstance(value, list) else [value]
+    return any(
+        isinstance(item, int | float) or (isinstance(item, str) and not _is_image_name(item))
+        for item in items
+    )
+
+
+def _is_image_name(text: str) -> bool:
+    """Return whether a text ends as the names of images do, those of unreadable ones included."""
+    media_type, _ = mimetypes.guess_type(text)
     is_image = media_type is not None and media_type.startswith("image/")
-    return is_image or PurePath(value).suffix.lower() in IMAGE_SUFFIXES
+    return is_image or PurePath(text).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _count_image_names(row: SourceRow, metadata: Mapping[str, Any]) -> None:
+    """Count the columns of metadata that name images; they are perhaps the images of the chat."""
+    for key, value in metadata.items():
+        names = value if isinstance(value, list) else [value]
+        if names and all(isinstance(name, str) and _is_image_name(name) for name in names):
+            row.context.ignored.add("image column", key)
 
 
 # --- detection

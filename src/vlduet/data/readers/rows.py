@@ -19,6 +19,7 @@ UTF8_FIX = "Save the file as UTF-8"
 _BINARY_TYPES = (bytes, ImageRef)  # no metadata
 
 IMAGE_COLUMN = "image"
+LIST_COLUMNS = ("images", "image_paths", "image_files", "image_list", "imgs", "pictures", "photos")
 PATH_COLUMNS = (
     *("image_path", "image_file", "image_name", "image_filename", "image_file_name"),
     *("img", "img_path", "picture", "photo"),
@@ -27,8 +28,8 @@ FILE_COLUMNS = ("file_name", "filename", "filepath", "file_path", "file", "path"
 ENCODED_COLUMNS = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMN_RANKS = (
     (IMAGE_COLUMN,),
-    ("images", *PATH_COLUMNS, *FILE_COLUMNS, *ENCODED_COLUMNS),
-    ("image_url",),
+    (*LIST_COLUMNS, *PATH_COLUMNS, *FILE_COLUMNS, *ENCODED_COLUMNS),
+    ("image_url", "image_urls"),
 )
 """Names of columns that may hold the images of a row in any format, the preferred ones first."""
 IMAGE_COLUMNS = tuple(itertools.chain(*IMAGE_COLUMN_RANKS))
@@ -90,6 +91,8 @@ IGNORED_KINDS = {
     "image": "{count:,} image{s} that {name} does not list",
     "text": "{count:,} row{s} with a text in the column `{name}`, which is kept as metadata only; "
     "to learn it, name its role (columns: caption={name})",
+    "image column": "{count:,} chat{s} without an image, but with names of images in the column "
+    "`{name}`, which is kept as metadata only; to read them, name it (columns: image={name})",
     "turn key": "{count:,} chat turn{s} with a key `{name}` that is not read",
     "part key": "{count:,} content part{s} with a key `{name}` that is not read",
     "turn": "{count:,} chat turn{s} not read: {name}",

@@ -149,7 +149,7 @@ def test_tags_in_answers_do_not_change_how_a_row_is_read(
     assert tagged_record.messages[-1].parts == (f"A cat. {TAGGED}",)
 
 
-@pytest.mark.parametrize("column", [*IMAGE_COLUMNS, "File_Name"])
+@pytest.mark.parametrize("column", [*IMAGE_COLUMNS, "File Name", "Image-Path"])
 @pytest.mark.parametrize("row", [make_chat("What?"), LLAVA], ids=["messages", "llava"])
 def test_images_of_any_image_column_are_read(
     row: dict[str, Any], column: str, tmp_path: Path
@@ -162,9 +162,21 @@ def test_images_of_any_image_column_are_read(
 
 
 def test_files_that_are_no_images_are_metadata(tmp_path: Path) -> None:
-    row = {**make_chat("What?"), "path": "src/a.py", "file": 3}
+    files = {"path": "src/a.py", "File Name": ["a.png", "b.txt"], "file": 3}
+    row = {**make_chat("What?"), **files}
     record = read_single(write_lines(tmp_path / "x.jsonl", row))
-    assert record.images() == () and record.metadata == {"path": "src/a.py", "file": 3}
+    assert record.images() == () and record.metadata == files
+
+
+@pytest.mark.parametrize("value", ["a.png", ["a.jpeg", "b.tif"], "file:///a.svg"])
+def test_names_of_images_under_other_names_are_counted(value: Any, tmp_path: Path) -> None:
+    row = {**make_chat("What?"), "media": value, "source": "a.txt", "pages": []}
+    for chat, num_sentences in ((row, 1), ({**row, "image": "a.png"}, 0)):
+        ignored = IgnoredData()
+        (record,) = read_records(write_lines(tmp_path / "x.jsonl", chat), ignored=ignored)
+        assert record.metadata["media"] == value
+        assert len(ignored.messages()) == num_sentences
+        assert all("columns: image=media" in sentence for sentence in ignored.messages())
 
 
 def test_the_columns_of_messages_and_image_can_be_named(tmp_path: Path) -> None:
