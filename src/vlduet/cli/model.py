@@ -1,4 +1,4 @@
-"""`vlduet model`: build, inspect and merge model folders."""
+"""`vlduet model`: build, inspect, limit and merge model folders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import typer
 from vlduet.cli._common import Json, print_json
 from vlduet.logs import logger
 
-app = typer.Typer(help="Build, inspect and merge models.", no_args_is_help=True)
+app = typer.Typer(help="Build, inspect, limit and merge models.", no_args_is_help=True)
 
 OUT = "Folder to write; must be new or empty."
 BARE = "Use a random projector and head instead of the trained ones that are shipped."
+MAX_TOKENS = "Longest sequence; texts are cut to it, images never."
+MAX_IMAGE_TOKENS = "Most tokens of an image, which is downscaled to them."
 
 Out = Annotated[Path, typer.Argument(help=OUT)]
 
@@ -75,6 +77,7 @@ def info(
         "trained": sum(tensor.numel() for tensor in trained),
         "adapter": model.peft_model is not None,
         **model.embedding_settings(),
+        "limits": model.limits.to_dict(),
         "image_backend": model.image_backend,
         "fingerprint": model.fingerprint,
     }
@@ -83,6 +86,34 @@ def info(
         return
     for name, value in facts.items():
         print(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+@app.command()
+def limit(
+    folder: Annotated[Path, typer.Argument(help="A model folder or a supported checkpoint.")],
+    out: Out,
+    *,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help=MAX_TOKENS)] = None,
+    max_image_tokens: Annotated[int | None, typer.Option(min=1, help=MAX_IMAGE_TOKENS)] = None,
+) -> None:
+    """Write a model with other length limits, which all commands then use.
+
+    OUT, which must be new or empty, refers to the base checkpoint of FOLDER, which stays as it is.
+    A limit that is not given stays; without any it is an error. An index that FOLDER built can be
+    used with OUT unless images take another number of tokens.
+    """
+    from vlduet.errors import ConfigError
+    from vlduet.files import require_empty_folder
+    from vlduet.model.duet import DuetModel
+
+    if max_tokens is None and max_image_tokens is None:
+        raise ConfigError("no limit", fix="Give --max-tokens or --max-image-tokens")
+    require_empty_folder(out)
+    model = DuetModel.from_pretrained(
+        folder, max_tokens=max_tokens, max_image_tokens=max_image_tokens
+    )
+    model.save_pretrained(out, provenance={"limits_of": str(folder)})
+    logger.info(f"{out} is ready: {json.dumps(model.limits.to_dict())}")
 
 
 @app.command()

@@ -65,7 +65,7 @@ def open_encoder(
             timm model (images). Any other with preprocessor_config.json is a vision model (images),
             and without it a sentence encoder (texts).
         trained_model: if `folder` is the checkpoint that it started from, its frozen vision tower
-            is used instead of a second copy.
+            is used instead of a second copy, and images are preprocessed with its limits.
         device: where the encoder computes.
 
     Raises:
@@ -74,10 +74,15 @@ def open_encoder(
             loading shows.
     """
     config = read_config(folder)
+    fingerprint = fingerprint_encoder(folder)
     modalities: tuple[str, ...] = ("image",)
     load: Callable[[], Mapping[str, EncodeFunction]]
     if config.get("model_type") in FAMILIES:
-        load = partial(_load_vision_tower, folder, trained_model, device)
+        shared_model = trained_model if _has_tower_of(trained_model, folder) else None
+        load = partial(_load_vision_tower, folder, shared_model, device)
+        if shared_model is not None and shared_model.backbone.image_settings:
+            settings = json.dumps(shared_model.backbone.image_settings, sort_keys=True)
+            fingerprint = hashlib.sha256(f"{fingerprint}:{settings}".encode()).hexdigest()[:16]
     elif {"vision_config", "text_config"} <= config.keys():
         modalities = ("image", "text")
         load = partial(_load_cross_encoder, folder, device)
@@ -89,7 +94,7 @@ def open_encoder(
     else:
         modalities = ("text",)
         load = partial(_load_sentence_encoder, folder, device)
-    return FrozenEncoder(folder, modalities, load, fingerprint_encoder(folder))
+    return FrozenEncoder(folder, modalities, load, fingerprint)
 
 
 def fingerprint_encoder(folder: Path) -> str:
@@ -105,20 +110,25 @@ def fingerprint_encoder(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def _has_tower_of(model: DuetModel | None, folder: Path) -> bool:
+    """Return whether a model started from the checkpoint in `folder`; False without a model."""
+    if model is None:
+        return False
+    return fingerprint_checkpoint(model.backbone.folder) == fingerprint_checkpoint(folder)
+
+
 def _load_vision_tower(
-    folder: Path, trained_model: DuetModel | None, device: Device
+    folder: Path, shared_model: DuetModel | None, device: Device
 ) -> Mapping[str, EncodeFunction]:
     """Return {"image": function}, which gives the mean over a VLM's features of an image.
 
-    The tower is that of `trained_model` (with its feature cache) if that started from the same
-    checkpoint, else it is loaded. Raises ModelError as `load_backbone` does.
+    The tower is that of `shared_model` (with its feature cache), or else it is loaded. Raises
+    ModelError as `load_backbone` does.
     """
-    if trained_model is not None and fingerprint_checkpoint(
-        trained_model.backbone.folder
-    ) == fingerprint_checkpoint(folder):
-        backbone = trained_model.backbone
-        prepare_image = trained_model.prepare_image  # both use the model's feature cache
-        compute_features = trained_model.vision_features
+    if shared_model is not None:
+        backbone = shared_model.backbone
+        prepare_image = shared_model.prepare_image  # both use the model's feature cache
+        compute_features = shared_model.vision_features
     else:
         backbone = load_backbone(folder, device=device)
         prepare_image = backbone.prepare_image
