@@ -31,6 +31,7 @@ from vlduet.data.readers.columns import (
 )
 from vlduet.data.readers.containers import RowGroup
 from vlduet.data.readers.folders import iter_row_groups
+from vlduet.data.readers.json_objects import LIST_KEYS
 from vlduet.data.readers.rows import (
     IMAGE_COLUMNS,
     IgnoredData,
@@ -306,7 +307,7 @@ class _SourceReader:
         if default is not None:
             return _InspectedGroup(group, rows, default.schema)
         if objects:
-            raise _make_format_error(objects[0], names)
+            raise _make_format_error(objects, names)
         # No row could be read: whatever the format, the errors of the rows say why.
         return _InspectedGroup(group, rows, FORMATS["records"])
 
@@ -391,13 +392,14 @@ def _rename_columns(row: SourceRow) -> SourceRow:
     return replace(row, value=value, default_id=default_id)
 
 
-def _make_format_error(row: SourceRow, names: Iterable[str]) -> DataError:
+def _make_format_error(objects: list[SourceRow], names: Iterable[str]) -> DataError:
     """Return the error of a source of which no row is of a format: what it has, and what it needs.
 
     Args:
-        row: first row that is an object.
+        objects: inspected rows that are objects, at least one.
         names: keys of all inspected rows.
     """
+    row = objects[0]
     plan = pairs.plan_row(row)
     missing = "no column of images, queries or messages"
     if plan.query:
@@ -407,6 +409,9 @@ def _make_format_error(row: SourceRow, names: Iterable[str]) -> DataError:
         fix += ", and make files of URLs first (img2dataset): nothing is downloaded"
     accepted = "; ".join(f"{name} ({schema.description})" for name, schema in FORMATS.items())
     message = f"not recognised by its keys: {_list_names(names)}; {missing}"
+    if len(objects) == 1 and row.place.file.lower().endswith(".json"):
+        message = f"one JSON object, {message}"
+        fix = f"Write a list of rows, also under {' or '.join(LIST_KEYS[:3])}. {fix}"
     return DataError(message, place=row.place, fix=f"{fix}. Accepted: {accepted}")
 
 

@@ -86,8 +86,8 @@ IGNORED_KINDS = {
     "member": "{count:,} archive member{s} `{name}`, not read",
     "file": "the file {name} is not read",
     "ending": "{count:,} file{s} `{name}`, not read",
-    "key": "the key `{name}` of {count:,} JSON object{s} that is not read",
-    "annotation": "{count:,} annotation{s} that are not read: {name}",
+    "key": "the key `{name}` of {count:,} JSON object{s}, not read",
+    "annotation": "{count:,} annotation{s} not read: {name}",
     "image": "{count:,} image{s} that {name} does not list",
     "text": "{count:,} row{s} with a text in the column `{name}`, which is kept as metadata only; "
     "to learn it, name its role (columns: caption={name})",
