@@ -17,7 +17,7 @@ from vlduet.files import read_json_lines
 T = TypeVar("T")
 U = TypeVar("U")
 
-_PARTICULARS = re.compile(r"'[^']*'|\([^()]*\)|\d[\d.,]*")
+_PARTICULARS = re.compile(r"'[^']*'|\([^()]*\)|(?<![A-Za-z]-)\d[\d.,]*")  # but not the 8 of UTF-8
 
 QUARANTINE_SUFFIX = ".quarantine.jsonl"
 """End of the name of every quarantine file."""

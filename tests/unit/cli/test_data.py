@@ -178,3 +178,11 @@ def test_strict_turns_what_is_not_read_into_an_error(
     assert isinstance(result.exception, DataError) and "`x`" in str(result.exception)
     assert not target.exists()
     assert RUNNER.invoke(app, ["convert", str(source), "--to", str(target)]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["Products 2024.xlsx", "old.XLS", "free.ods"])
+def test_a_spreadsheet_must_be_saved_as_csv(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\3\4")
+    result = RUNNER.invoke(app, ["check", str(tmp_path / name)])
+    assert isinstance(result.exception, DataError)
+    assert f"Save the sheet as {Path(name).stem}.csv" in str(result.exception)

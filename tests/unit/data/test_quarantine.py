@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
+from vlduet.data.quarantine import Quarantine, bisect_failures, generalize_cause, quarantine_path
 from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError, ImageError
 
@@ -96,3 +96,9 @@ def test_bisection_isolates_broken_items() -> None:
     assert results == [0, 1, 4, None, 16, 25, 36, 49, None, 81] and errors == [3, 8]
     assert batches[0] == list(range(10)), "all at once first"
     assert bisect_failures(square, [], on_error=lambda number, _: None) == []
+
+
+def test_the_general_cause_lacks_names_and_numbers_but_not_those_of_a_name() -> None:
+    assert generalize_cause("'a.png' has 24 x 24.5 pixels (line 7)") == "has x pixels"
+    assert generalize_cause("not UTF-8") == "not UTF-8"
+    assert generalize_cause("'x'") == ""

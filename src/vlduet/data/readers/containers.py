@@ -37,6 +37,8 @@ CONTAINER_READERS: dict[str, ContainerReader] = {
     ".tgz": archives.read_tar_rows,
 }
 """Container readers by the end of the file's name."""
+SPREADSHEET_SUFFIXES = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
+"""Endings of files that are tables, but must be saved as CSV first."""
 MAX_PATTERN_FILES = 100_000
 """Largest number of names that the braces of a pattern may stand for."""
 
@@ -97,6 +99,8 @@ def _find_reader(path: Path) -> ContainerReader:
     if path.suffix:
         message = f"a file of records does not end in '{path.suffix}'"
     fix = f"Accepted: {', '.join(CONTAINER_READERS)}, or a folder of images"
+    if path.suffix.lower() in SPREADSHEET_SUFFIXES:
+        fix = f"Save the sheet as {path.with_suffix('.csv').name} (CSV, UTF-8)"
     raise DataError(message, place=path, fix=fix)
 
 

@@ -31,6 +31,7 @@ from vlduet.data.tools.check_report import (
 )
 from vlduet.data.tools.duplicates import ImageFingerprint, caption_key, find_near_duplicates
 from vlduet.data.tools.image_contents import ImageContent, read_image_contents
+from vlduet.data.tools.metadata_texts import MetadataTexts
 from vlduet.data.tools.missing_images import suggest_remedy
 from vlduet.errors import DataError
 
@@ -100,6 +101,8 @@ class _FileCheck:
         self.lengths: dict[str, list[int]] = defaultdict(list)  # words, by role of the text
         self.missing_images: dict[Path, Place] = {}
         self.broken_images = set[str]()  # names
+        self.num_broken_rows = 0
+        self.texts = MetadataTexts()
 
     def run(self, progress: ProgressWrapper) -> None:
         """Read the file, and fill `report` and `contents`. Raises what `read_records` raises."""
@@ -119,6 +122,10 @@ class _FileCheck:
                     self.broken_images.add(ref.name)
                     self._add_image_error(ref.path, ref.name, place.with_field("image"), result)
         self._add_missing_images()
+        if not self.report.records and not self.num_broken_rows:
+            fix = "Write at least one; below the header of a table"
+            self._add(Place(str(self.source.path)), "there is no record", fix)
+        self.report.doubtful_metadata += self.texts.describe_numbers()
         for message in ignored.messages():
             if self.source.strict:
                 self._add(Place(str(self.source.path)), message, STRICT_FIX)
@@ -149,6 +156,7 @@ class _FileCheck:
                 key = caption_key(text)
                 if key is not None:
                     self.contents.captions.setdefault(key, (str(place), text))
+        self.texts.add(record.metadata, place)
         for key, value in record.metadata.items():
             kinds = report.metadata.setdefault(str(key), [])
             kind = _name_kind(value)
@@ -163,6 +171,7 @@ class _FileCheck:
         self.problems.add(str(self.source.path), problem, message=message or cause)
 
     def _add_row_error(self, error: DataError) -> None:
+        self.num_broken_rows += 1
         self._add(_parse_place(error.place), error.message, error.fix)
 
     def _add_image_error(

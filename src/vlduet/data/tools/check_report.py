@@ -138,9 +138,11 @@ class FileReport:
     """Kinds of the values of each key of metadata: text, number, flag, list or object."""
     ignored: list[str] = field(default_factory=list)
     """Sentences about what was seen and not read."""
+    doubtful_metadata: list[str] = field(default_factory=list)
+    """Sentences about texts in metadata that are probably meant as numbers."""
 
     def format_lines(self) -> list[str]:
-        """Return the counts on one line, the metadata if there is any, and a warning per sentence.
+        """Return the counts on one line, the metadata if there is any, and warnings.
 
         Bare pairs and words are named only if there are any.
         """
@@ -162,7 +164,8 @@ class FileReport:
             num_more = len(keys) - MAX_PRINTED_KEYS
             more = f" and {num_more} more" if num_more > 0 else ""
             lines.append(f"  metadata: {', '.join(keys[:MAX_PRINTED_KEYS])}{more}")
-        return lines + [f"warning: {self.file}: {sentence}" for sentence in self.ignored]
+        sentences = self.ignored + self.doubtful_metadata
+        return lines + [f"warning: {self.file}: {sentence}" for sentence in sentences]
 
 
 @dataclass(slots=True)
@@ -188,8 +191,9 @@ class CheckReport:
 
     @property
     def num_warnings(self) -> int:
-        """Number of leaks, and of sentences about what was not read."""
-        return sum(self.num_leaks.values()) + sum(len(file.ignored) for file in self.files)
+        """Number of leaks, and of sentences about what was not read and about metadata."""
+        sentences = [file.ignored + file.doubtful_metadata for file in self.files]
+        return sum(self.num_leaks.values()) + sum(map(len, sentences))
 
     @property
     def ok(self) -> bool:

@@ -213,3 +213,23 @@ def test_what_is_not_read_is_a_warning_and_for_a_strict_source_an_error(
     strict = check_files([RecordSource(source, strict=True)])
     assert not strict.ok and strict.num_errors == 1 and not strict.files[0].ignored
     assert f"error: {source}: 3 rows with a column `colour`. " in str(strict)
+
+
+@pytest.mark.parametrize("text", ["", "filename,caption\n", "\n\n"])
+def test_a_file_without_records_is_an_error(tmp_path: Path, text: str) -> None:
+    source = tmp_path / "shop.csv"
+    source.write_text(text)
+    report = check_files([source])
+    assert not report.ok and f"error: {source}: there is no record. Write" in str(report)
+
+
+def test_prices_that_are_kept_as_text_are_a_warning(tmp_path: Path) -> None:
+    name = write_image(tmp_path / "a.png", 0)
+    source = tmp_path / "shop.csv"
+    source.write_text(f"image;price\n{name};12,50\n{name};3,99\n")
+    report = check_files([source])
+    assert report.ok and report.num_warnings == 1
+    assert f"warning: {source}: `price` is kept as text" in str(report)
+    source.write_text(f"image;price\n{name};12.50\n{name};3\n")
+    report = check_files([source])
+    assert report.num_warnings == 0 and report.files[0].metadata == {"price": ["number"]}
