@@ -5,17 +5,22 @@ Images inside an Arrow file that is not compressed are byte ranges of it; others
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vlduet.data.images import stat_file_version
 from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.data.records import ByteRange, ImageRef, Place
 
-ROWS_PER_BATCH = 64
-"""Number of rows that are in memory at once; they may hold images."""
+BATCH_BYTES = 4 * 2**20
+"""Size of the rows of a Parquet file that are in memory at once, unless one row is larger."""
+MAX_BATCH_ROWS = 64
+"""Largest number of rows that are in memory at once."""
 
 
 def read_parquet_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
@@ -35,8 +40,12 @@ def _iter_parquet_values(source: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file. Raises as `_iter_arrow_values`."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(source) as file:
-        for batch in file.iter_batches(batch_size=ROWS_PER_BATCH):
+    # A mapped file takes half of the memory: pyarrow decodes at least a page at once.
+    with pyarrow.parquet.ParquetFile(source, memory_map=True) as file:
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        num_bytes = max(1, sum(group.total_byte_size for group in groups))
+        num_rows = BATCH_BYTES * file.metadata.num_rows // num_bytes
+        for batch in file.iter_batches(batch_size=min(max(num_rows, 1), MAX_BATCH_ROWS)):
             yield from batch.to_pylist()
 
 
@@ -60,11 +69,12 @@ def _iter_arrow_values(source: Path) -> Iterator[dict[str, Any]]:
             data.seek(0)
             file = pa.ipc.open_file(data)
             reader = (file.get_batch(i) for i in range(file.num_record_batches))
-        number = 0
         for batch in reader:
-            for start in range(0, batch.num_rows, ROWS_PER_BATCH):
-                yield from mapped.list_values(batch.slice(start, ROWS_PER_BATCH), number)
-                number += min(ROWS_PER_BATCH, batch.num_rows - start)
+            for start in range(0, batch.num_rows, MAX_BATCH_ROWS):
+                part = batch.slice(start, MAX_BATCH_ROWS)
+                columns = [mapped.list_values(column) for column in part.columns]
+                for values in zip(*columns, strict=True):
+                    yield dict(zip(batch.schema.names, values, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,38 +87,53 @@ class _MappedFile:
     version: tuple[int, int]
     """Size and time of modification, as `images.stat_file_version` returns them."""
 
-    def list_values(self, batch: Any, number: int) -> list[dict[str, Any]]:
-        """Return the rows of a record batch, with references in place of binary values.
+    def list_values(self, array: Any) -> list[Any]:
+        """Return the values of a pyarrow array, with references in place of binary ones.
 
-        Args:
-            number: number of rows of the file before the batch.
+        Binary values that are not in the file remain bytes.
         """
-        columns: dict[str, list[Any]] = {}
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            if "binary" not in str(column.type):
-                columns[name] = column.to_pylist()
-                continue
-            places = (f"{self.path}:{number + i}:{name}" for i in range(1, len(column) + 1))
-            columns[name] = list(map(self._refer, column, places))
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-    def _refer(self, scalar: Any, place: str) -> Any:
-        """Return a pyarrow scalar as Python value, with references in place of binary values."""
         import pyarrow as pa
 
-        if not scalar.is_valid:
-            return None
-        if isinstance(scalar, pa.StructScalar):
-            return {key: self._refer(item, f"{place}.{key}") for key, item in scalar.items()}
-        if isinstance(scalar, pa.ListScalar):
-            return [self._refer(item, f"{place}[{i}]") for i, item in enumerate(scalar.values)]
-        if pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-            buffer = scalar.as_buffer()
-            offset = buffer.address - self.address
-            if 0 <= offset <= self.version[0] - buffer.size:
-                span = ByteRange(self.path, offset, buffer.size, place, self.version)
-                return ImageRef(byte_range=span)
-        return scalar.as_py()
+        if not len(array):
+            return []
+        if pa.types.is_struct(array.type) and array.type.num_fields:
+            names = [field.name for field in array.type]
+            fields = [self.list_values(array.field(i)) for i in range(len(names))]
+            rows = zip(*fields, strict=True)
+            values: list[Any] = [dict(zip(names, row, strict=True)) for row in rows]
+        elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+            offsets = array.offsets.to_pylist()
+            items = self.list_values(array.values.slice(offsets[0], offsets[-1] - offsets[0]))
+            values = [
+                items[begin - offsets[0] : end - offsets[0]]
+                for begin, end in itertools.pairwise(offsets)
+            ]
+        elif pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
+            values = self._refer_to_values(array)
+        else:
+            return array.to_pylist()
+        is_valid = array.is_valid().to_pylist()
+        return [value if valid else None for value, valid in zip(values, is_valid, strict=True)]
+
+    def _refer_to_values(self, array: Any) -> list[Any]:
+        """Return references to the values of a binary array, or its bytes if it is not in the file.
+
+        What stands for a null value is undefined.
+        """
+        import pyarrow as pa
+
+        _, offsets_buffer, data = array.buffers()
+        begin = -1 if data is None else data.address - self.address
+        if begin < 0 or begin + data.size > self.version[0]:
+            return array.to_pylist()
+        dtype = np.int64 if pa.types.is_large_binary(array.type) else np.int32
+        offsets = np.frombuffer(offsets_buffer, dtype)[array.offset :][: len(array) + 1]
+        values = []
+        for start, stop in itertools.pairwise((offsets.astype(np.int64) + begin).tolist()):
+            name = f"{self.path}[{start}:{stop}]"
+            span = ByteRange(self.path, start, stop - start, name, self.version)
+            values.append(ImageRef(byte_range=span))
+        return values
 
 
 def _read_rows(
