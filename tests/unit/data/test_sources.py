@@ -97,7 +97,7 @@ def test_a_strict_source_refuses_what_is_not_read_before_the_next_record(
     assert not warnings_of(caplog), "the error says it already"
 
 
-def test_silent_reading_logs_nothing(
+def test_reading_without_a_report_has_no_log_messages(
     settings: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     ignored = IgnoredData()

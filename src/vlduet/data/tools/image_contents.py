@@ -18,7 +18,7 @@ NUM_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageContent:
-    """What identifies the content of a readable image."""
+    """Key and appearance of a readable image."""
 
     key: str
     """Key of its bytes, see `images.image_key`."""

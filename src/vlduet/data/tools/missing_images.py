@@ -30,7 +30,7 @@ def suggest_remedy(missing: Sequence[Path], root: Path) -> str | None:
     probed = missing[:MAX_PROBED_NAMES]
     relative = [path.relative_to(root) for path in probed if path.is_relative_to(root)]
     folders = list(itertools.islice(_iter_folders(root), MAX_SEARCHED_FOLDERS))
-    matches = [[name for name in relative if (folder / name).is_file()] for folder in folders]
+    matches = [_list_existing(folder, relative) for folder in folders]
     best = max(range(len(folders)), key=lambda i: len(matches[i]))  # the nearest of equal ones
     if matches[best]:
         return f"Add --root {folders[best]}, where '{matches[best][0]}' exists"
@@ -44,6 +44,11 @@ def suggest_remedy(missing: Sequence[Path], root: Path) -> str | None:
         if similar is not None:
             return f"'{file}' exists: correct folder, case or ending of '{_file_name(similar)}'"
     return None
+
+
+def _list_existing(folder: Path, names: Sequence[Path]) -> list[Path]:
+    """Return those of `names` that are files in `folder`."""
+    return [name for name in names if (folder / name).is_file()]
 
 
 def _file_name(path: Path) -> str:

@@ -55,6 +55,19 @@ def test_other_drawings_and_other_colours_are_not_near_duplicates() -> None:
     assert not is_near_duplicate(fingerprint_pixels(pixels), fingerprint_pixels(recoloured))
 
 
+@pytest.mark.parametrize(
+    ("num_bits", "colour_difference", "is_expected"),
+    [(0, 13, True), (0, 14, False), (6, 10, True), (7, 10, False), (16, 5, True), (17, 0, False)],
+)
+def test_bits_plus_twice_the_difference_of_colours_decide(
+    num_bits: int, colour_difference: int, is_expected: bool
+) -> None:
+    first = ImageFingerprint(0, bytes([100]) * 192)
+    second = ImageFingerprint((1 << num_bits) - 1, bytes([100 - colour_difference]) * 192)
+    assert is_near_duplicate(first, second) is is_expected
+    assert is_near_duplicate(second, first) is is_expected
+
+
 def test_the_blockwise_search_equals_comparing_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlduet.data.tools.duplicates._BLOCK_SIZE", 7)
     rng = np.random.default_rng(0)
@@ -89,8 +102,8 @@ def test_groups_of_near_duplicates_equal_those_of_all_pairs(
         # A chain: neighbours are near-duplicates, and its ends are not.
         hash_bits = int(rng.integers(0, 2**63))
         for _ in range(12):
-            for bit in rng.integers(0, 63, 9).tolist():
-                hash_bits ^= 1 << bit
+            for position in rng.integers(0, 63, 9).tolist():
+                hash_bits ^= 1 << position
             colours = rng.integers(100, 110, 192, dtype=np.uint8)
             fingerprints.append(ImageFingerprint(hash_bits, colours.tobytes()))
     fingerprints = [fingerprints[i] for i in rng.permutation(60)]

@@ -123,7 +123,7 @@ def test_unreadable_records_are_left_out_and_listed(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "split.quarantine.jsonl").read_text().splitlines()) == 3
 
 
-def test_images_without_files_are_written_beside_the_splits(tmp_path: Path) -> None:
+def test_images_without_files_get_files_next_to_the_splits(tmp_path: Path) -> None:
     rows = []
     for i in range(4):
         data = base64.b64encode(images.read_bytes(tiny.random_image(i))).decode()
@@ -153,7 +153,7 @@ def test_one_group_of_most_records_is_a_warning(
     assert "7 of 10 records are in one group" in caplog.text
 
 
-def test_too_few_groups_are_an_error_and_nothing_is_written(tmp_path: Path) -> None:
+def test_too_few_groups_are_an_error_and_leave_no_file(tmp_path: Path) -> None:
     rows = []
     for i in range(5):
         write_image(tmp_path / f"{i}.png", i)
