@@ -23,8 +23,8 @@ from vlduet.data.readers import conversations, image_folders, pairs
 from vlduet.data.readers.columns import (
     LONG_COLUMNS,
     NEGATIVE_COLUMNS,
-    POSITIVE_COLUMNS,
     QUERY_COLUMNS,
+    QUERY_POSITIVE_COLUMNS,
     SHORT_COLUMNS,
     check_roles,
     find_missing_columns,
@@ -45,6 +45,8 @@ from vlduet.errors import DataError, suggest_name
 
 RowErrorHandler = Callable[[DataError], object]
 """Function that receives the error of each row that is left out."""
+BARE_KEYS = {"id", "metadata", "image"}
+"""Keys of a pair of ours that has no caption."""
 MAX_DETECTION_ROWS = 50
 """Number of rows that are looked at, at most, to detect the record format."""
 
@@ -125,7 +127,7 @@ FORMATS: dict[str, RecordFormat] = {
     ),
     "retrieval": RecordFormat(
         f"queries with candidates: a column {' or '.join(QUERY_COLUMNS)}, one of "
-        f"{', '.join(POSITIVE_COLUMNS)} or an image, and {NEGATIVE_COLUMNS[0]}",
+        f"{', '.join(QUERY_POSITIVE_COLUMNS)} or an image, and {NEGATIVE_COLUMNS[0]}",
         pairs.parse_retrieval,
         pairs.is_retrieval_row,
         is_table=True,
@@ -364,7 +366,7 @@ def _match_format(row: SourceRow) -> _FormatMatch | None:
                 is_bare = name == "captions" and not pairs.has_captions(row)
                 return _FormatMatch(schema, is_bare)
         elif not is_table and schema.matches(renamed):
-            return _FormatMatch(schema, is_bare=False)
+            return _FormatMatch(schema, is_bare=renamed.value.keys() <= BARE_KEYS)
     return None
 
 

@@ -179,6 +179,6 @@ def check_part_keys(row: SourceRow, part: JsonValue) -> None:
 
 def _refuse_keys(value: JsonValue, remedies: dict[str, str]) -> None:
     """Raise DataError with the remedy of the first key of `remedies` that holds a value."""
-    for key, fix in remedies.items():
-        if not is_empty(value.value.get(key)):
-            raise value.get_field(key).make_error(f"{key} is not supported", fix=fix)
+    for key, item in value.value.items():
+        if key in remedies and not is_empty(item):
+            raise value.get_field(key).make_error(f"{key} is not supported", fix=remedies[key])

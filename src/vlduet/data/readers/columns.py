@@ -6,6 +6,7 @@ The names below are the complete list; docs/data-format.md repeats it. Names are
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,10 +48,14 @@ QUESTION_COLUMN = "question"
 """Column that is the query where the table has none of `ANSWER_COLUMNS`, which would make it a chat
 or a quiz."""
 ANSWER_COLUMNS = ("answer", "answers", "response", "responses")
-POSITIVE_COLUMNS = ("positive", "positives", "pos", "document", "passage")
+POSITIVE_COLUMNS = ("positive", "positives")
 """Columns of right candidates; ``positive_1`` and ``positive_image`` are of them too."""
-NEGATIVE_COLUMNS = ("negative", "negatives", "neg", "hard_negative", "hard_negatives")
+QUERY_POSITIVE_COLUMNS = (*POSITIVE_COLUMNS, "pos", "document", "passage")
+"""Columns of right candidates in a table with a query."""
+NEGATIVE_COLUMNS = ("negative", "negatives", "hard_negative", "hard_negatives")
 """Columns of wrong candidates; ``negative_0`` and ``negative_image`` are of them too."""
+QUERY_NEGATIVE_COLUMNS = (*NEGATIVE_COLUMNS, "neg")
+"""Columns of wrong candidates in a table with a query."""
 RELEVANCE_COLUMNS = ("label", "labels", "score", "scores", "similarity", "relevance")
 """Columns that say how right a candidate is, which nothing reads beside a query."""
 
@@ -104,9 +109,9 @@ class ColumnPlan:
     """Whether query, candidate and image are all guessed, so that the role of the image is open."""
 
     @property
-    def has_captions(self) -> bool:
-        """Whether a column may hold a caption of the image."""
-        return bool(self.short or self.long or self.positive)
+    def captions(self) -> Group:
+        """Columns that hold captions of the image, in a row without a query."""
+        return (*self.short, *self.long, *itertools.chain.from_iterable(self.positive))
 
 
 def check_roles(columns: Mapping[str, str]) -> None:
@@ -131,13 +136,19 @@ def find_missing_columns(columns: Mapping[str, str], names: Collection[str]) -> 
     return [name for group in groups for name in group if name not in names]
 
 
+@lru_cache(maxsize=1024)
 def is_image_column(name: str) -> bool:
     """Return whether the name of a column says that it holds images, such as ``query_image``."""
     normalized = normalize_column(name)
     return bool(find_image_columns([name]) or _IMAGE_SUFFIX.fullmatch(normalized))
 
 
-def plan_columns(names: tuple[str, ...], columns: Mapping[str, str]) -> ColumnPlan:
+def plan_columns(
+    names: Collection[str],
+    columns: Mapping[str, str],
+    *,
+    typed_columns: Collection[str] = frozenset(),
+) -> ColumnPlan:
     """Return the roles of the columns of a table.
 
     A role that the user names has these columns and no guessed ones. If the user names a caption or
@@ -147,17 +158,13 @@ def plan_columns(names: tuple[str, ...], columns: Mapping[str, str]) -> ColumnPl
         names: all columns of the table.
         columns: column by role, given by the user; several columns of a role are separated by
             commas, and those that the table lacks are left out.
+        typed_columns: columns of numbers, which are no guessed candidates (``positive`` may be a
+            score).
     """
-    return _plan_columns(names, tuple(columns.items()))
-
-
-@lru_cache(maxsize=1024)
-def _plan_columns(names: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -> ColumnPlan:
-    """Return the plan of `plan_columns`, which all rows with the same columns share."""
     roles: dict[str, Group] = {}
-    for role, text in columns:
-        role = "short" if role == "caption" else role
+    for role, text in columns.items():
         group = tuple(name for name in split_columns(text, names) if name in names)
+        role = "short" if role == "caption" else role
         roles[role] = roles.get(role, ()) + group
     assigned = {name for group in roles.values() for name in group}
     rest = {name: normalize_column(name) for name in names if name not in assigned}
@@ -173,8 +180,9 @@ def _plan_columns(names: tuple[str, ...], columns: tuple[tuple[str, str], ...]) 
 
     has_text_role = bool(roles.keys() & {"short", "long", "query"})
     query = take("query", () if has_text_role else _find_query(rest))
-    positive = _find_candidates(rest, POSITIVE_COLUMNS if query else POSITIVE_COLUMNS[:3])
-    negative = _find_candidates(rest, NEGATIVE_COLUMNS)
+    texts = {name: key for name, key in rest.items() if name not in typed_columns}
+    positive = _find_candidates(texts, QUERY_POSITIVE_COLUMNS if query else POSITIVE_COLUMNS)
+    negative = _find_candidates(texts, QUERY_NEGATIVE_COLUMNS if query else NEGATIVE_COLUMNS)
     candidates = {"positive": positive, "negative": negative}
     for role, groups in candidates.items():
         take(role, [name for group in groups for name in group])

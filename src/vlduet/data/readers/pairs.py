@@ -28,6 +28,9 @@ from vlduet.data.record_json import JsonValue
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError
 
+MAX_CACHED_PLANS = 1000
+"""Number of different sets of keys in a source whose plans are kept."""
+
 MMEB_TAG = "<|image_1|>"
 MMEB_SIDES = {
     "qry": ("qry", "qry_image_path"),
@@ -42,13 +45,21 @@ MMEB_KEYS = tuple(key for columns in MMEB_SIDES.values() for key in columns)
 
 def plan_row(row: SourceRow) -> ColumnPlan:
     """Return the roles of the columns of the table that a row is from."""
-    return plan_columns(row.column_names, row.context.columns)
+    plans = row.context.plans
+    key = (row.keys, *row.metadata_types)
+    if key not in plans:
+        if len(plans) >= MAX_CACHED_PLANS:
+            plans.clear()
+        plans[key] = plan_columns(
+            row.column_names, row.context.columns, typed_columns=row.metadata_types.keys()
+        )
+    plan: ColumnPlan = plans[key]
+    return plan
 
 
 def has_captions(row: SourceRow) -> bool:
     """Return whether a row fills a column of captions."""
-    plan = plan_row(row)
-    return any(name in row.value for name in {*plan.short, *plan.long}.union(*plan.positive))
+    return any(name in row.value for name in plan_row(row).captions)
 
 
 def is_caption_row(row: SourceRow) -> bool:
@@ -86,9 +97,9 @@ def parse_captions(row: SourceRow) -> Record:
     if len(long) > 1:
         fix = "Keep one of " + ", ".join(plan.long)
         raise row.get_field("long").make_error("several long captions", fix=fix)
-    used = {image_column, *plan.short, *plan.long, *_flatten(plan.positive)}
+    used = {image_column, *plan.captions}
     unread = set(plan.unread)
-    if not plan.has_captions:
+    if not plan.captions:
         unread |= {name for name, value in row.value.items() if _is_prose(value)}
     return Record(
         _parse_id(row, plan),
@@ -118,7 +129,7 @@ def parse_retrieval(row: SourceRow) -> Record:
     positive = list(_parse_candidates(row, plan.positive))
     images = _find_images(row, plan)
     if positive and images and plan.is_ambiguous:
-        message = f"is {images[0]} a part of the query, or a right candidate?"
+        message = f"{images[0]} may be a part of the query or a right candidate"
         fix = (
             f"Name the role (columns: query='{images[0]}, {plan.query[0]}', or "
             f"positive='{images[0]}')"

@@ -37,11 +37,11 @@ IMAGE_COLUMNS = tuple(itertools.chain(*IMAGE_COLUMN_RANKS))
 
 
 def normalize_column(name: str) -> str:
-    """Return the name of a column in lower case, with ``_`` for blanks, dots, hyphens and slashes.
+    """Return the letters and digits of a column's name in lower case, with ``_`` for all between.
 
-    ``Product Name`` and ``product-name`` become ``product_name``.
+    ``Product Name``, ``product-name`` and ``Product (name)`` become ``product_name``.
     """
-    return re.sub(r"[\s\-./]+", "_", name.strip().lower())
+    return re.sub(r"[\W_]+", "_", name.lower()).strip("_")
 
 
 class IgnoredData:
@@ -90,7 +90,7 @@ IGNORED_KINDS = {
     "annotation": "{count:,} annotation{s} not read: {name}",
     "image": "{count:,} image{s} that {name} does not list",
     "text": "{count:,} row{s} with a text in the column `{name}`, which is kept as metadata only; "
-    "to learn it, name its role (columns: caption={name})",
+    "to learn it, name its role in columns, such as caption={name}",
     "image column": "{count:,} chat{s} without an image, but with names of images in the column "
     "`{name}`, which is kept as metadata only; to read them, name it (columns: image={name})",
     "turn key": "{count:,} chat turn{s} with a key `{name}` that is not read",
@@ -115,6 +115,8 @@ class ReadContext:
     inspected_keys: dict[str, None] = field(default_factory=dict)
     """Keys of the rows that were inspected to detect the format, in the order of occurrence. Where
     another row lacks one, it is empty there."""
+    plans: dict[Any, Any] = field(default_factory=dict)
+    """Cache of the roles of columns, by the keys of rows, that the formats of tables share."""
 
 
 @dataclass(frozen=True, slots=True)
