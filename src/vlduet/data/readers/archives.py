@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import itertools
 import json
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from vlduet.data.images import IMAGE_SUFFIXES, read_byte_range, stat_file_version
+from vlduet.data.readers.columns import plan_columns
 from vlduet.data.readers.rows import ReadContext, SourceRow, split_caption_lines
 from vlduet.data.records import ByteRange, ImageRef, Place, is_utf8_encodable
 from vlduet.errors import DataError
 
+TEXT_ROLES = ("short", "long", "query", "positive", "negative", "unread")
+"""Fields of `ColumnPlan` that hold columns of texts; those of ``unread`` are reported."""
 MAX_MEMBER_BYTES = 256 * 2**20
 """Largest size of one archive member: a compressed archive may unpack to any size."""
 TEXT_ENDINGS = frozenset({"txt", "text", "caption", "captions"})
 """Last endings of members that are texts, in lower case."""
-CAPTION_NAMES = TEXT_ENDINGS | {"output", "short", "title", "alt", "alt_text"}
+CAPTION_NAMES = TEXT_ENDINGS | {"output"}
 """Names before the last ending of a text that leave it a caption, as in ``KEY.output.txt``."""
-LONG_NAMES = frozenset({"long", "description"})
-"""Names before the last ending of a text that make it the row's column of this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,8 @@ def _list_members(source: Path, context: ReadContext, *, is_stream: bool) -> Ite
     """
     key = ""
     try:
-        mode = "r|*" if is_stream else "r:"
+        # Not "r|*", which reads the first of several compressed streams and ignores the others.
+        mode: Literal["r:*", "r:"] = "r:*" if is_stream else "r:"
         with source.open("rb") as file, tarfile.open(fileobj=file, mode=mode) as archive:
             version = None if is_stream else stat_file_version(file)
             while (entry := archive.next()) is not None:
@@ -112,7 +117,7 @@ def _list_members(source: Path, context: ReadContext, *, is_stream: bool) -> Ite
             if not is_stream:
                 file.seek(archive.offset)
             _require_zeros(archive.fileobj)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         message = f"truncated or broken archive ({error})"
         fix = "Copy or download the shard again; what follows in it was not read"
         place = Place(str(source), None, key or None)
@@ -152,7 +157,7 @@ def _get_content(
     is not UTF-8.
 
     Raises:
-        tarfile.TarError, EOFError, OSError: the archive is broken.
+        tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError: the archive is broken.
     """
     is_utf8 = is_utf8_encodable(entry.name)
     place = Place(str(source), None, entry.name if is_utf8 else ascii(entry.name))
@@ -241,7 +246,8 @@ def _find_column(ending: str, context: ReadContext) -> str | None:
     Case does not matter. None if there is no such column.
     """
     names = {ending, ending.rpartition(".")[0]}
-    return next((c for c in context.columns.values() if c and c.lower() in names), None)
+    columns = (name.strip() for text in context.columns.values() for name in text.split(","))
+    return next((column for column in columns if column and column.lower() in names), None)
 
 
 def _parse_members(
@@ -253,9 +259,11 @@ def _parse_members(
 
     - An image becomes ``image``; several become the list ``images``. If there are images without a
       name before the ending, or with a number as name, those with names are counted as not read.
+      ``query.jpg`` and ``negative_0.jpg`` become the columns ``query_image`` and so on.
     - The non-blank lines of a text become ``captions``, if the name before its ending is empty, in
-      `CAPTION_NAMES`, a number, or that of an image (``photo.jpg`` and ``photo.txt``). A name in
-      `LONG_NAMES` makes it the column of that name. Other texts are counted as not read.
+      `CAPTION_NAMES`, a number, or that of an image (``photo.jpg`` and ``photo.txt``). Any other
+      name that has a role in a table makes it the column of that name (``long.txt``). Other texts
+      are counted as not read.
     - ``NAME.json`` becomes the column ``NAME`` beside ``json``; alone, it takes its place.
     - ``cls`` becomes the text ``cls``.
     - A member that the user named as a column becomes that column (`_find_column`).
@@ -275,16 +283,18 @@ def _parse_members(
                 ref = ImageRef(byte_range=content)
             else:
                 ref = ImageRef(data=content)
-            if column:
-                value[column] = ref
+            if column or _has_role(f"{name}_image", ("query", "positive", "negative")):
+                value[column or f"{name}_image"] = ref
             else:
                 pictures[ending] = ref
         elif last != "json":
             text = _read_text(content, place.with_field(ending))
-            if column or name in LONG_NAMES or ending == "cls":
+            if not column and last != "cls" and _is_caption_name(name):
+                captions += split_caption_lines(text)
+            elif column or ending == "cls" or _has_role(name, TEXT_ROLES):
                 if text.strip():
                     value[column or name or ending] = text.strip()
-            elif name in names or _is_caption_name(name):
+            elif name in names:
                 captions += split_caption_lines(text)
             else:
                 context.ignored.add("member", f"*.{ending}")
@@ -302,6 +312,13 @@ def _parse_members(
 def _is_image(ending: str) -> bool:
     """Return whether the last ending is one of `IMAGE_SUFFIXES`."""
     return f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+@lru_cache(maxsize=1024)
+def _has_role(column: str, roles: tuple[str, ...]) -> bool:
+    """Return whether a table's column of this name has one of some fields of `ColumnPlan`."""
+    plan = plan_columns((column,), {})
+    return any(getattr(plan, role) for role in roles)
 
 
 def _is_caption_name(name: str) -> bool:

@@ -1,9 +1,8 @@
-"""Members of webdataset archives are rows; whatever is not read is counted, and a break reported."""
+"""Members of webdataset archives are rows; what is not read is counted, and a break reported."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import tarfile
@@ -79,3 +78,239 @@ def test_the_json_of_a_member_may_have_any_format(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "x.tar", {"b.png": PNG, "b.json": row})
     chat = read_single(shard)
     assert chat.id == "b" and describe_messages(chat)[0] == ("user", ["bytes", "What?"])
+
+
+# --- which member is what
+
+TEXTS = [  # (ending, value of the row beside the image; None: not read)
+    ("txt", {"captions": ["a", "b"]}),
+    ("TXT", {"captions": ["a", "b"]}),
+    ("text", {"captions": ["a", "b"]}),
+    ("captions", {"captions": ["a", "b"]}),
+    ("output.txt", {"captions": ["a", "b"]}),
+    ("caption.txt", {"captions": ["a", "b"]}),
+    ("0.txt", {"captions": ["a", "b"]}),
+    ("png.txt", {"captions": ["a", "b"]}),
+    ("long.txt", {"long": "a\nb"}),
+    ("negative_0.txt", {"negative_0": "a\nb"}),
+    ("cls", {"cls": "a\nb"}),
+    ("label.txt", None),
+    ("input.txt", None),
+    ("x.cls", None),
+    ("npy", None),
+    ("tar.gz", None),
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("ending", "expected"), TEXTS)
+def test_a_member_is_read_by_its_ending_or_counted(
+    ending: str, expected: dict[str, Any] | None, suffix: str, tmp_path: Path
+) -> None:
+    members = {"s0.input.png": PNG, f"s0.{ending}": b"\xef\xbb\xbfa\nb\n"}
+    value, messages = read_value(write_tar(tmp_path / f"x{suffix}", members))
+    assert images.read_bytes(value.pop("image")) == PNG
+    assert value == (expected or {})
+    assert len(messages) == (expected is None) and all(f"`*.{ending}`" in m for m in messages)
+
+
+endings = st.lists(
+    st.sampled_from(["png", "JPG", "txt", "json", "caption", "npy", "0", "1", "input", "seg", "é"]),
+    min_size=1,
+    max_size=3,
+).map(".".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sets(endings, min_size=1, max_size=5), st.sampled_from(SUFFIXES))
+def test_every_member_is_in_the_row_or_counted(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str], suffix: str
+) -> None:
+    unique = {name.lower(): name for name in names}.values()
+    contents = {
+        name: b'{"v%d": "json %d"}' % (i, i) if name.lower().endswith("json") else b"text %d" % i
+        for i, name in enumerate(unique)
+    }
+    shard = tmp_path_factory.getbasetemp() / f"members{suffix}"
+    write_tar(shard, {f"k.{name}": data for name, data in contents.items()})
+    context = ReadContext(shard.parent)
+    rows = list(read_tar_rows(shard, context))
+    assert all(row.error is None for row in rows)
+    text = repr([_read_all(row.value) for row in rows])
+    counted = " ".join(context.ignored.messages())
+    for i, name in enumerate(contents):
+        marker = f"json {i}'" if name.lower().endswith("json") else f"text {i}'"
+        assert (marker in text) != (f"`*.{name.lower()}`" in counted), name
+
+
+def _read_all(value: Any) -> Any:
+    """Return the value of a row with the texts that its images hold instead of references."""
+    if isinstance(value, ImageRef):
+        return images.read_bytes(value).decode()
+    if isinstance(value, dict):
+        return {key: _read_all(item) for key, item in value.items()}
+    return [_read_all(item) for item in value] if isinstance(value, list) else value
+
+
+def test_numbered_images_are_ordered_by_number_and_named_ones_beside_them_counted(
+    tmp_path: Path,
+) -> None:
+    names = ["10.png", "2.png", "seg.png", "png"]
+    members = {f"k.{name}": name.encode() for name in names}
+    value, messages = read_value(write_tar(tmp_path / "x.tar", members))
+    assert [images.read_bytes(ref) for ref in value["images"]] == [b"png", b"2.png", b"10.png"]
+    assert messages == ["1 archive member `*.seg.png`, not read"]
+
+
+def test_equal_endings_are_one_line_of_the_report(tmp_path: Path) -> None:
+    members = {f"{i:04d}.{ending}": PNG for i in range(1000) for ending in ("png", "output.npy")}
+    records, errors, messages = read_counted(write_tar(tmp_path / "x.tar", members))
+    assert len(records) == 1000 and errors == []
+    assert messages == ["1,000 archive members `*.output.npy`, not read"]
+
+
+@pytest.mark.parametrize("column", ["label.txt", "label", "LABEL.TXT"])
+def test_a_member_can_be_named_as_a_column(column: str, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", {"k.png": PNG, "k.label.txt": b"A cat.", "k.txt": b"No."})
+    (record,), errors, messages = read_counted(shard, caption=column)
+    assert record.short == ("A cat.",) and errors == [] and "label" not in " ".join(messages)
+
+
+def test_images_and_texts_of_a_query_and_its_candidates(tmp_path: Path) -> None:
+    members = {
+        "k.query.png": PNG,
+        "k.query.txt": b"the same, but red",
+        "k.positive.png": PNG + b"1",
+        "k.negative_0.png": PNG + b"2",
+    }
+    (record,), errors, messages = read_counted(write_tar(tmp_path / "x.tar", members))
+    assert errors == [] and messages == [] and record.kind == "retrieval"
+    assert "the same, but red" in record.query and len(record.query) == 2
+    contents = [images.read_bytes(ref) for ref in record.images()]
+    assert contents == [PNG, PNG + b"1", PNG + b"2"]
+
+
+def test_json_beside_json_is_a_column_and_json_alone_the_row(tmp_path: Path) -> None:
+    members = {"k.png": PNG, "k.meta.json": b'{"price": 3}'}
+    value, _ = read_value(write_tar(tmp_path / "x.tar", members))
+    assert value["price"] == 3
+    value, _ = read_value(write_tar(tmp_path / "x.tar", {**members, "k.json": b'{"year": 1990}'}))
+    assert (value["year"], value["meta"]) == (1990, {"price": 3})
+
+
+def test_files_that_archivers_add_are_skipped_and_hidden_ones_counted(tmp_path: Path) -> None:
+    members = {
+        "./._k.png": b"resource fork",
+        "./k.png": PNG,
+        "./._k.txt": b"resource fork",
+        "./k.txt": b"A cat.",
+        "__MACOSX/k.png": b"x",
+        "PaxHeaders.12/k.png": b"x",
+        ".DS_Store": b"x",
+        ".cache/a.png": PNG,
+        ".cache/b.png": PNG,
+        "LICENSE": b"x",
+    }
+    (record,), errors, messages = read_counted(write_tar(tmp_path / "x.tar.gz", members))
+    assert (record.id, record.short) == ("x/k", ("A cat.",)) and errors == []
+    assert messages == [
+        "2 archive members `.cache`, not read",
+        "1 archive member `LICENSE`, not read",
+    ]
+
+
+# --- rows that are wrong
+
+SPLIT = [("a.png", PNG), ("b.png", PNG), ("a.txt", b"one"), ("b.txt", b"two")]
+
+
+def test_members_of_a_key_may_lie_apart_in_an_uncompressed_archive(tmp_path: Path) -> None:
+    records = list(read_records(write_tar(tmp_path / "x.tar", SPLIT)))
+    assert [(record.id, record.short) for record in records] == [
+        ("x/a", ("one",)),
+        ("x/b", ("two",)),
+    ]
+
+
+def test_members_of_a_key_that_lie_apart_in_a_compressed_archive_are_errors(
+    tmp_path: Path,
+) -> None:
+    _, errors = read_with_errors(write_tar(tmp_path / "x.tar.gz", SPLIT))
+    assert len(errors) == 2 and all("no neighbours" in error.message for error in errors)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.png", PNG), ("a.PNG", PNG)], "two members 'png'"),
+        ([("a.png", PNG), ("a.json", b"[1]")], "not a JSON object"),
+        ([("a.png", PNG), ("a.json", b"{")], "broken JSON"),
+        ([("a.png", PNG), ("a.txt", b"\xff")], "broken text"),
+        ([(os.fsdecode(b"a\xe9.png"), PNG)], "not UTF-8"),
+    ],
+)
+def test_a_wrong_member_is_the_error_of_its_row(
+    members: list[tuple[str, bytes]], message: str, suffix: str, tmp_path: Path
+) -> None:
+    shard = write_tar(tmp_path / f"x{suffix}", [*members, ("b.png", PNG)])
+    (record,), (error,) = read_with_errors(shard)
+    assert record.id == "x/b" and message in error.message and str(error).isascii()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_truncated_archive_gives_its_complete_rows_and_one_error(
+    suffix: str, tmp_path: Path
+) -> None:
+    noise = os.urandom(60_000)
+    members = {"a.png": PNG, "a.txt": b"one", "b.png": PNG + noise, "b.txt": b"two"}
+    shard = write_tar(tmp_path / f"x{suffix}", members)
+    shard.write_bytes(shard.read_bytes()[:40_000])
+    (record,), (error,) = read_with_errors(shard)
+    assert record.id == "x/a" and "truncated" in error.message
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_archive_behind_another_one_is_an_error_not_ignored(suffix: str, tmp_path: Path) -> None:
+    first, second = (write_tar(tmp_path / f"{name}{suffix}", {f"{name}.png": PNG}) for name in "ab")
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    _, errors = read_with_errors(first)
+    assert len(errors) == 1 and "data behind the end" in errors[0].message
+
+
+def test_a_member_of_negative_size_is_an_error(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", {"a.png": PNG})
+    info = tarfile.TarInfo("b.png")
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(-1024, 12, tarfile.GNU_FORMAT)
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    shard.write_bytes(shard.read_bytes()[:1024] + bytes(header) + bytes(10240))
+    _, errors = read_with_errors(shard)
+    assert len(errors) == 1 and "negative size" in errors[0].message
+
+
+# --- images in the archive
+
+
+def test_only_images_of_a_compressed_archive_are_in_memory(tmp_path: Path) -> None:
+    for suffix in SUFFIXES:
+        record = read_single(write_tar(tmp_path / f"x{suffix}", {"a.png": PNG, "a.txt": b"one"}))
+        assert record.image is not None and (record.image.data is None) == (suffix == ".tar")
+        assert images.load_image(record.image).size == (4, 4)
+
+
+def test_an_archive_that_changes_or_disappears_is_an_image_error(tmp_path: Path) -> None:
+    members = {"a.png": PNG, "b.png": PNG}
+    shard = write_tar(tmp_path / "x.tar", members)
+    ref, _ = (record.image for record in read_records(shard))
+    assert ref is not None and ref.name == f"{shard}:a.png"
+    content = shard.read_bytes()
+    for change in (content[:700], content + bytes(512), content.replace(b"a.png", b"c.png")):
+        shard.write_bytes(change)
+        os.utime(shard, ns=(1, 1))
+        with pytest.raises(ImageError, match=r"has changed") as caught:
+            images.load_image(ref)
+        assert caught.value.place == f"{shard}:a.png" and caught.value.fix
+    shard.unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        images.load_image(ref)
