@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,6 +79,25 @@ def print_output_summary(
         print(f"{to}: {count} records{details}; {dropped}")
     if not count:
         raise typer.Exit(1)
+
+
+def format_left_out(causes: Mapping[str, int], source: Path, *, listing: Path) -> str:
+    """Return the number of records that were left out, in all and by cause, and where they are.
+
+    A second line tells what helps against missing images, if there are any.
+
+    Args:
+        causes: number of records by cause, as of `Quarantine.count_by_cause`.
+        source: source as it was given.
+        listing: file that lists the records.
+    """
+    from vlduet.data.images import MISSING_IMAGE
+
+    counts = ", ".join(f"{count} x {cause}" for cause, count in causes.items())
+    text = f"{sum(causes.values())} left out ({counts}): see {listing}"
+    if MISSING_IMAGE in causes:
+        text += f"\nvlduet data check {shlex.quote(str(source))} looks for the missing images"
+    return text
 
 
 def quarantine_rows(dropped: Quarantine) -> Callable[[DataError], None]:

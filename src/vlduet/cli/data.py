@@ -18,6 +18,7 @@ from vlduet.cli._common import (
     Root,
     Source,
     Strict,
+    format_left_out,
     make_source,
     print_json,
     print_output_summary,
@@ -205,8 +206,7 @@ def split(
         print(f"{file}: {report.records[name]} records in {report.groups[name]} groups")
     print(f"the largest group of similar images or equal captions: {report.largest_group} records")
     if report.dropped:
-        causes = ", ".join(f"{count} x {cause}" for cause, count in report.causes.items())
-        print(f"{report.dropped} left out ({causes}): see {to / 'split.quarantine.jsonl'}")
+        print(format_left_out(report.causes, source, listing=to / "split.quarantine.jsonl"))
 
 
 def _parse_shares(text: str | None) -> dict[str, float] | None:

@@ -17,6 +17,7 @@ from vlduet.cli._common import (
     Root,
     Source,
     Strict,
+    format_left_out,
     make_source,
     print_json,
 )
@@ -85,7 +86,7 @@ def index(
             changes.append(f"{count} {name}")
     print(f"{to}: {report.count} documents ({', '.join(changes) or 'nothing to do'})")
     if report.quarantined:
-        print(f"{report.quarantined} left out: see {to / 'quarantine.jsonl'}")
+        print(format_left_out(report.causes, source, listing=to / "quarantine.jsonl"))
     if report.absent:
         print(f"{report.absent} are no longer in the source: --prune removes them")
 
@@ -207,7 +208,7 @@ def encode(
         return
     print(f"{out}: {len(ids)} vectors of {dim} numbers")
     if dropped.count:
-        print(f"{dropped.count} left out: see {quarantine_path(out)}")
+        print(format_left_out(dropped.count_by_cause(), source, listing=quarantine_path(out)))
 
 
 def _open_index(folder: Path) -> Index:

@@ -17,6 +17,7 @@ from vlduet.cli._common import (
     Root,
     Source,
     Strict,
+    format_left_out,
     make_source,
     print_json,
 )
@@ -86,7 +87,7 @@ def caption(
         if report.empty:
             print(f"{report.empty} captions came out empty")
         if report.dropped:
-            print(f"{report.dropped} left out: see {quarantine_path(to)}")
+            print(format_left_out(report.causes, source, listing=quarantine_path(to)))
     if not report.records:
         raise typer.Exit(1)
 
@@ -133,4 +134,4 @@ def mine(
         positive = f"{report.positive_score:.3f} to the positive"
         print(f"mean cosine {positive}, {report.negative_score:.3f} to the negatives")
     if report.dropped:
-        print(f"{report.dropped} left out: see {quarantine_path(to)}")
+        print(format_left_out(report.causes, file, listing=quarantine_path(to)))

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from vlduet.data.images import image_key, read_bytes
 from vlduet.data.quarantine import Quarantine
+from vlduet.data.readers.containers import is_pattern
 from vlduet.data.records import Place, Record
 from vlduet.data.sources import RecordSource, SourceLike, as_source
 from vlduet.errors import DataError, RetrievalError, suggest_name
@@ -55,6 +56,8 @@ class BuildReport:
     """Documents of the index that the source no longer contains, and that `prune` would remove."""
     quarantined: int
     """Records and documents that were left out."""
+    causes: dict[str, int]
+    """Number of these by cause."""
     count: int
     """Documents in the index after the build."""
 
@@ -95,7 +98,7 @@ def build_index(
             has a broken row or holds something that is not read.
     """
     path, source = Path(to), as_source(source)
-    if not source.path.exists():
+    if not source.path.exists() and not is_pattern(source.path):
         fix = "Name a file of records or a folder of images"
         raise DataError("no such file or folder", place=source.path, fix=fix)
     with _lock_for_writing(path):
@@ -318,6 +321,7 @@ class _BuildJob:
             removed=len(absent) if prune else 0,
             absent=0 if prune else len(absent),
             quarantined=self.quarantine.count,
+            causes=self.quarantine.count_by_cause(),
             count=self.store.count(),
         )
 

@@ -63,7 +63,8 @@ def test_index_is_updated_and_pruned(run: Run, folder: Path, pairs: Path, tmp_pa
     (pairs.parent / "images" / "red.png").write_bytes(b"?")
     command = ["index", tmp_path / "model", pairs, "--to", folder]
     text = run(*command).stdout
-    assert "2 kept" in text and "1 left out: see" in text and "--prune removes them" in text
+    assert "2 kept" in text and "1 left out (1 x the image is an unknown kind of file" in text
+    assert "--prune removes them" in text
     report = json.loads(run(*command, "--prune", "--json").stdout)
     expected = {"removed": 2, "kept": 2, "count": 2, "quarantined": 1}
     assert {name: report[name] for name in expected} == expected
@@ -117,7 +118,9 @@ def test_encode_writes_ids_and_unit_vectors(run: Run, pairs: Path, tmp_path: Pat
     write_records(pairs, [*rows, {"id": "missing", "image": "missing.png", "short": "missing"}])
     out = tmp_path / "vectors.npz"
     result = run("encode", tmp_path, pairs, "--out", out)
-    assert "4 vectors of 64 numbers" in result.stdout and "1 left out" in result.stdout
+    assert "4 vectors of 64 numbers" in result.stdout
+    assert "1 left out (1 x no such image): see" in result.stdout
+    assert f"vlduet data check {pairs}" in result.stdout
     with np.load(out) as arrays:
         assert arrays["ids"].tolist() == ["red", "green", "blue", "yellow"]
         np.testing.assert_allclose(np.linalg.norm(arrays["vectors"], axis=1), 1, rtol=1e-6)
@@ -147,3 +150,26 @@ def test_hits_are_a_table_on_a_terminal(
     retrieval.search(folder, "red", k=2)
     table = capsys.readouterr().out
     assert "rank" in table and "1.0" in table and "red" in table
+
+
+def test_a_table_is_indexed_by_its_ids_and_filtered_by_its_numbers(
+    run: Run, tmp_path: Path
+) -> None:
+    for name, colour in (("a", (255, 0, 0)), ("b", (0, 0, 255))):
+        paint(tmp_path / "photos" / f"{name}.png", colour)
+    table = tmp_path / "shop.csv"
+    table.write_text("id,file,name_en,price\nvase,a.png,red,9.5\nbowl,b.png,blue,30\n")
+    options = ["--root", tmp_path / "photos", "--columns", "short=name_en"]
+    command = ["index", tmp_path, table, "--to", tmp_path / "index", *options]
+    assert "2 documents (2 added)" in run(*command).stdout
+    rows = [
+        line.split("\t") for line in run("search", tmp_path / "index", "red").stdout.splitlines()
+    ]
+    assert [row[2:4] for row in rows] == [["vase", "red"], ["bowl", "blue"]]
+    cheap = run("search", tmp_path / "index", "blue", "--where", "price<20").stdout
+    assert cheap.splitlines()[0].split("\t")[2] == "vase" and "bowl" not in cheap
+    with pytest.raises(RetrievalError, match="'cheap': price holds numbers"):
+        run("search", tmp_path / "index", "blue", "--where", "price<cheap")
+    header, *body = table.read_text().splitlines()
+    table.write_text("\n".join([header, *reversed(body)]) + "\n")
+    assert "2 kept" in run(*command).stdout, "ids of their own survive a new order"
