@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12      the interpreter that makes .venv (3.11 or newer)
 #   TORCH='torch==2.13.0'  what pip installs as torch, with any pip options (docs/install.md)
-#   WORKERS=2              processes that `make test` uses
+#   WORKERS=2              processes that `make test` and `make mutants` use
 
 PYTHON ?= python3
 TORCH ?= -r requirements/torch.txt
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow bench-quick lint format bench lock clean
+.PHONY: help setup demo test mutants slow bench-quick lint format bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,10 @@ demo: $(READY) ## train and evaluate the default model on real data; writes runs
 # Every worker uses one thread: with more threads than cores all of them get slower.
 test: $(READY) ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Every test runs in a process of its own, with a copy of the package.
+mutants: $(READY) ## apply deliberate errors to copies of the package; a test must detect each of them
+	@PYTHONPATH=tests $(BIN)/python -m mutants.run --workers $(WORKERS) $(ARGS)
 
 slow: demo bench-quick ## run the longer jobs: the demo and a small run of every benchmark
 

@@ -10,6 +10,16 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_report_header() -> str:
+    """Print which mutants the tests include, so that a failure can be repeated."""
+    from mutants.mutation import count_dozens, current_dozen, load_mutants
+
+    mutants = load_mutants()
+    number = current_dozen(mutants)
+    return f"mutants: VLDUET_MUTANTS={number} of {count_dozens(mutants)} dozens"
+
+
 FAMILIES = [
     "fast_vlm",
     "gemma3",

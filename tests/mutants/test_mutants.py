@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
 from pathlib import Path
 
@@ -37,18 +36,13 @@ def test_the_test_of_a_mutant_detects_it(mutant: Mutant, tmp_path: Path) -> None
     assert run.outcome is Outcome.FAILED, f"dozen {DOZEN}: {mutant.test}\n{run.output}"
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_a_mutant_changes_code_and_names_a_test(mutant: Mutant) -> None:
-    source = (PACKAGE / mutant.file).read_text(encoding="utf-8")
-    tree = ast.dump(ast.parse(source))
-    assert ast.dump(ast.parse(mutant.change_source(source))) != tree
-    test_file, _, name = mutant.test.partition("::")
-    functions = [
-        node.name
-        for node in ast.walk(ast.parse((ROOT / test_file).read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
-    ]
-    assert name.partition("[")[0] in functions
+def test_every_mutant_fits_the_sources_and_names_a_test() -> None:
+    for mutant in MUTANTS:
+        source = mutant.change_source((PACKAGE / mutant.file).read_text(encoding="utf-8"))
+        compile(source, mutant.file, "exec")
+        test_file, _, name = mutant.test.partition("::")
+        functions = (ROOT / test_file).read_text(encoding="utf-8")
+        assert f"def {name.partition('[')[0]}(" in functions, mutant
 
 
 def test_there_are_sixty_mutants_and_two_of_every_area() -> None:

@@ -11,7 +11,7 @@ import pytest
 from helpers import tiny
 from vlduet.corpora.build import CorpusSummary
 from vlduet.data.formats import read_jsonl
-from vlduet.data.records import Record
+from vlduet.data.records import Message, Record
 from vlduet.demo import encoders, measure, prepare, run, use
 from vlduet.errors import ConfigError
 from vlduet.eval import protocols
@@ -119,10 +119,19 @@ def test_wrong_minutes_leave_an_earlier_demo_unchanged(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {run.MARKER_FILE, "report.html"}
 
 
-def test_the_text_only_measurement_restores_the_mode_of_the_model(tmp_path: Path) -> None:
+def test_the_text_only_measurement_is_a_mean_over_tokens_and_restores_the_mode(
+    tmp_path: Path,
+) -> None:
     tiny.build_duet_model(tmp_path / "tiny")
     model = prepare.open_model(tmp_path, "tiny")
     nats = measure.compute_text_only_nll(model)
+    chats = []
+    for question, answer in measure.TEXT_ONLY_QUESTIONS:
+        turns = (Message("user", (question,)), Message("assistant", (answer,)))
+        chats.append(model.renderer.render_chat(turns, add_generation_prompt=False))
+    results = model.compute_sequence_nll(chats)
+    total_nats, num_tokens = (sum(column) for column in zip(*results, strict=True))
+    assert nats == pytest.approx(total_nats / num_tokens, rel=1e-5)
     assert not model.training
     model.train()
     assert measure.compute_text_only_nll(model) == nats

@@ -15,7 +15,7 @@ from helpers import runs
 from vlduet import config
 from vlduet.model.pooling import Readout, create_empty_readout
 from vlduet.train.loader import iterate_batches
-from vlduet.train.run import TrainingRun
+from vlduet.train.run import TrainingRun, count_steps
 from vlduet.train.setup import prepare_run
 from vlduet.train.step import forward_backward, optimizer_step, seed_step
 
@@ -91,6 +91,20 @@ def test_a_step_has_the_scheduled_share_of_every_initial_rate() -> None:
     optimizer_step(run, 0)  # half of the rates: the first of two steps of the warm-up
     assert [parameter.item() for parameter in parameters] == pytest.approx([-0.5, -0.05])
     assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps"),
+    [
+        ({"epochs": 1, "batch_size": 4}, 3),
+        ({"epochs": 2, "batch_size": 4}, 5),
+        ({"epochs": 0.1, "batch_size": 2}, 1),
+        ({"epochs": 0.8, "batch_size": 4}, 2),
+        ({"steps": 7, "batch_size": 4}, 7),
+    ],
+)
+def test_epochs_are_rounded_up_to_whole_steps(settings: dict[str, Any], num_steps: int) -> None:
+    assert count_steps(config.TrainSection(**settings), 10) == num_steps
 
 
 def test_random_numbers_depend_on_seed_and_step() -> None:
