@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.image_utils import SizeDict
 
 ImageInputs = Mapping[str, Tensor]
 """Tensors of the image processor for one or several images; tiles are rows of `pixel_values`."""
@@ -30,12 +29,12 @@ def run_image_processor(image_processor: Any, picture: Any) -> Mapping[str, Any]
 def replace_attributes(image_processor: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Set attributes of an image processor, in place, and return their earlier values.
 
-    A dict in place of a `SizeDict` becomes one.
+    A dict in place of an object of a size, as transformers stores it, becomes such an object.
     """
     replaced = {name: getattr(image_processor, name) for name in settings}
     for name, value in settings.items():
-        is_size = isinstance(replaced[name], SizeDict) and isinstance(value, dict)
-        setattr(image_processor, name, SizeDict(**value) if is_size else value)
+        is_size = isinstance(value, dict) and not isinstance(replaced[name], dict)
+        setattr(image_processor, name, type(replaced[name])(**value) if is_size else value)
     return replaced
 
 

@@ -15,8 +15,8 @@ from vlduet.model.limits import DEFAULT_MAX_IMAGE_TOKENS, DEFAULT_MAX_TOKENS
 from vlduet.model.processing import load_tokenizer_and_image_processor
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "train.md"
-FEWEST_TOKENS = {"LLaVA-OneVision": 1485, "LLaVA-NeXT": 1176}
-"""Most tokens of an image with one tile, which is the least that a family can do."""
+FEWEST_TOKENS = {"LLaVA-OneVision": 1485, "LLaVA-NeXT": 1176, "LLaVA 1.5": 576}
+"""Most tokens of an image of one tile or square, which is the least that a family can do."""
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.label)
