@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from pathlib import Path
@@ -26,7 +27,9 @@ from vlduet.retrieval.search import search
 
 
 def nonzero_counts(report: Any) -> dict[str, int]:
-    return {name: getattr(report, name) for name in report.__slots__ if getattr(report, name)}
+    counts = {name: getattr(report, name) for name in report.__slots__ if name != "causes"}
+    assert sum(report.causes.values()) == report.quarantined
+    return {name: count for name, count in counts.items() if count}
 
 
 def test_built_index_returns_documents_with_text_metadata_and_image(
@@ -318,6 +321,19 @@ def test_images_given_as_bytes_are_stored_in_the_index(
         assert hit.image is not None and hit.image.path is not None
         assert hit.image.path.read_bytes() == data
     assert len(list((tmp_path / "moved" / "images").iterdir())) == 1
+
+
+def test_images_of_an_archive_are_stored_in_the_index(tmp_path: Path, model: Any) -> None:
+    source = tmp_path / "x.tar"
+    with tarfile.open(source, "w") as archive:
+        for name, colour in COLOURS.items():
+            archive.add(paint(tmp_path / f"{name}.png", colour), f"{name}.png")
+    build_index(model, source, to=tmp_path / "index")
+    source.unlink()
+    with Index.open(tmp_path / "index", model) as index:
+        hit = search(index, model, "red", k=1)[0]
+    assert hit.id == "x/red" and hit.image is not None and hit.image.path is not None
+    assert hit.image.path.read_bytes() == (tmp_path / "red.png").read_bytes()
 
 
 def test_project_at_a_new_path_finds_its_images_and_model(tmp_path: Path, model: Any) -> None:
