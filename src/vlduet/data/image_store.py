@@ -35,15 +35,15 @@ class ImageStore:
             self._delete = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder
 
-    def move_images(self, record: Record) -> Record:
+    def write_images(self, record: Record) -> Record:
         """Return a copy of a record with files in place of all images that are bytes in memory.
 
         Raises:
             DataError: a file cannot be written.
         """
-        return map_images(record, self._move_image)
+        return map_images(record, self._write_image)
 
-    def _move_image(self, ref: ImageRef) -> ImageRef:
+    def _write_image(self, ref: ImageRef) -> ImageRef:
         """Return the reference of an image's file, or `ref` itself if it holds no bytes."""
         if ref.data is None:
             return ref

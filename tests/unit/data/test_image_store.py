@@ -21,7 +21,7 @@ def test_bytes_become_files_and_other_images_stay(tmp_path: Path) -> None:
     others = (ImageRef(path=tmp_path / "a.png"), ImageRef(byte_range=span))
     record = Record("a", messages=(Message("user", ("Look.", DATA, *others, DATA)),))
     store = ImageStore(tmp_path / "deep" / "images")
-    moved = store.move_images(record)
+    moved = store.write_images(record)
     first, *same, last = moved.images()
     assert same == list(others) and first == last and first.path is not None
     assert first.path.parent == tmp_path / "deep" / "images" and images.read_bytes(first) == PNG
@@ -47,7 +47,7 @@ def test_a_complete_file_is_not_written_again_and_an_empty_one_is(tmp_path: Path
 def test_temporary_files_are_deleted_with_the_store(is_closed: bool) -> None:
     store = ImageStore(None)
     store.close()
-    path = store.move_images(Record("a", image=DATA)).images()[0].path
+    path = store.write_images(Record("a", image=DATA)).images()[0].path
     assert path is not None and path.read_bytes() == PNG
     if is_closed:
         store.close()
@@ -59,4 +59,4 @@ def test_temporary_files_are_deleted_with_the_store(is_closed: bool) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write an image"):
-        ImageStore(tmp_path / "file" / "images").move_images(Record("a", image=DATA))
+        ImageStore(tmp_path / "file" / "images").write_images(Record("a", image=DATA))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from helpers import tiny
 from vlduet.data import images
-from vlduet.data.records import ImageRef
+from vlduet.data.records import ByteRange, ImageRef
 from vlduet.errors import ImageError
 
 
@@ -103,6 +105,38 @@ def test_the_bytes_of_a_file_decide_and_not_its_name(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_an_error() -> None:
     assert "no such image" in load_error(ImageRef(path=Path("gone.png"))).message
+
+
+def place_in_file(path: Path, data: bytes) -> ImageRef:
+    """Write `data` between other bytes to a file, and return its range."""
+    path.write_bytes(b"before" + data + b"after")
+    with path.open("rb") as file:
+        version = images.stat_file_version(file)
+    return ImageRef(byte_range=ByteRange(path, 6, len(data), f"{path}:a.png", version))
+
+
+def test_an_image_inside_a_file_is_read_under_the_same_limits(tmp_path: Path) -> None:
+    data = images.read_bytes(encode(Image.new("RGB", (3, 2), (1, 2, 3))))
+    ref = place_in_file(tmp_path / "x.tar", data)
+    assert corner_pixel(ref) == [1, 2, 3] and images.read_image_header(ref).size == (3, 2)
+    assert images.image_key(ref) == images.image_key(ImageRef(data=data))
+    assert (
+        pickle.loads(pickle.dumps(ref)) == ref and len({ref, pickle.loads(pickle.dumps(ref))}) == 1
+    )
+    bomb = images.read_bytes(make_png(width=65_000, height=65_000))
+    for content, message in ((bomb, "too large"), (b"<svg/>", "SVG"), (b"", "0 bytes")):
+        error = load_error(place_in_file(tmp_path / "x.tar", content))
+        assert message in error.message and error.place == f"{tmp_path / 'x.tar'}:a.png"
+    truncated = place_in_file(tmp_path / "x.tar", data[: len(data) // 2])
+    assert "truncated or broken PNG" in load_error(truncated).message
+
+
+@pytest.mark.parametrize("offset", [0, 10, 10**9])
+def test_a_range_beyond_the_end_of_its_file_is_an_error(tmp_path: Path, offset: int) -> None:
+    span = place_in_file(tmp_path / "x.tar", b"data").byte_range
+    assert span is not None
+    ref = ImageRef(byte_range=replace(span, offset=offset, size=100))
+    assert "has changed" in load_error(ref).message
 
 
 def test_an_image_without_pixels_is_refused_and_one_pixel_is_enough() -> None:

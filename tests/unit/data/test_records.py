@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlduet.data.records import (
+    ByteRange,
     ImageRef,
     Message,
     Place,
@@ -32,10 +33,14 @@ def test_a_place_is_printed_with_the_components_it_has() -> None:
 def test_an_image_is_named_by_its_path_or_its_content() -> None:
     assert ImageRef(path=Path("a.png")).name == "a.png"
     assert ImageRef(data=b"x").name == "bytes:2d711642b726"
+    span = ByteRange(Path("x.tar"), 0, 1, "x.tar:a.png", (1, 1))
+    assert ImageRef(byte_range=span).name == "x.tar:a.png"
     with pytest.raises(AssertionError):
         ImageRef()
     with pytest.raises(AssertionError):
         ImageRef(path=Path("a.png"), data=b"x")
+    with pytest.raises(AssertionError):
+        ImageRef(data=b"x", byte_range=span)
 
 
 def test_a_single_part_becomes_a_tuple() -> None:

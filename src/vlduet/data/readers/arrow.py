@@ -111,7 +111,7 @@ class _MappedFile:
         elif pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type):
             values = self._refer_to_values(array)
         else:
-            return array.to_pylist()
+            return list(array.to_pylist())
         is_valid = array.is_valid().to_pylist()
         return [value if valid else None for value, valid in zip(values, is_valid, strict=True)]
 
@@ -125,7 +125,7 @@ class _MappedFile:
         _, offsets_buffer, data = array.buffers()
         begin = -1 if data is None else data.address - self.address
         if begin < 0 or begin + data.size > self.version[0]:
-            return array.to_pylist()
+            return list(array.to_pylist())
         dtype = np.int64 if pa.types.is_large_binary(array.type) else np.int32
         offsets = np.frombuffer(offsets_buffer, dtype)[array.offset :][: len(array) + 1]
         values = []

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from helpers.record_files import LLAVA, PNG, describe_messages, read_single, read_with_errors
 from vlduet.data import images
 from vlduet.data.formats import read_records
+from vlduet.data.jsonl_output import stream_to_jsonl
 from vlduet.data.readers.archives import read_tar_rows
 from vlduet.data.readers.rows import IgnoredData, ReadContext
-from vlduet.data.records import ImageRef, Record
+from vlduet.data.record_json import parse_record, record_to_json
+from vlduet.data.records import ImageRef, Place, Record
 from vlduet.errors import DataError, ImageError
 
 SUFFIXES = (".tar", ".tar.gz")
@@ -314,3 +316,19 @@ def test_an_archive_that_changes_or_disappears_is_an_image_error(tmp_path: Path)
     shard.unlink()
     with pytest.raises(ImageError, match="No such file"):
         images.load_image(ref)
+
+
+def test_images_of_an_archive_become_files_beside_converted_records(tmp_path: Path) -> None:
+    members = {"a.png": PNG, "a.txt": b"one", "b.png": PNG, "b.txt": b"two"}
+    records = list(read_records(write_tar(tmp_path / "x.tar", members)))
+    target = tmp_path / "out" / "y.jsonl"
+    assert list(stream_to_jsonl(records, target)) == records
+    converted = list(read_records(target))
+    assert [record.short for record in converted] == [("one",), ("two",)]
+    (image,) = (tmp_path / "out" / "y-images").iterdir()
+    assert image.read_bytes() == PNG and image.suffix == ".png"
+    assert {record.images()[0].path for record in converted} == {image}
+    inline = parse_record(
+        record_to_json(records[0], root=tmp_path), place=Place("x"), root=tmp_path
+    )
+    assert inline.image == ImageRef(data=PNG)
