@@ -14,6 +14,8 @@ from vlduet.data.records import Record
 from vlduet.errors import DataError
 from vlduet.logs import logger
 
+MAX_WARNINGS = 20
+"""Largest number of warnings about what is not read in a source; the others are counted."""
 STRICT_FIX = (
     "Remove it from the source, or name its role (--columns caption=NAME), or leave --strict out"
 )
@@ -47,7 +49,8 @@ class RecordSource:
     def read(self, *, on_error: RowErrorHandler | None = None) -> Iterator[Record]:
         """Return an iterator over the records, which logs what was seen and not read.
 
-        Each such thing is one warning, logged when the iterator ends or is closed.
+        Each column, file or the like is one warning, logged when the iterator ends or is closed, of
+        which there are `MAX_WARNINGS` at most.
 
         Args:
             on_error: receives the error of each broken row, which is left out; None, or `strict`,
@@ -85,13 +88,19 @@ class RecordSource:
                 yield record
             self._check_strict(ignored)
         finally:
-            for message in ignored.messages() if not self.strict else ():
+            messages = [] if self.strict else ignored.messages()
+            for message in messages[:MAX_WARNINGS]:
                 logger.warning(f"{self.path}: {message}")
+            if num_more := len(messages[MAX_WARNINGS:]):
+                more = f"{num_more:,} more columns, files or members are not read"
+                logger.warning(f"{self.path}: {more}; 'vlduet data check --json' lists all")
 
     def _check_strict(self, ignored: IgnoredData) -> None:
         """Raise DataError if `strict` is set and something was not read."""
         if self.strict and ignored:
-            message = "; ".join(ignored.messages())
+            messages = ignored.messages()
+            more = [f"{len(messages) - MAX_WARNINGS:,} more"] if messages[MAX_WARNINGS:] else []
+            message = "; ".join(messages[:MAX_WARNINGS] + more)
             raise DataError(message, place=self.path, fix=STRICT_FIX)
 
 

@@ -109,3 +109,20 @@ def test_reading_without_a_report_has_no_log_messages(
 def test_a_path_is_a_source_with_default_settings() -> None:
     assert as_source("a.jsonl") == as_source(Path("a.jsonl")) == RecordSource(Path("a.jsonl"))
     assert as_source(SOURCE) is SOURCE
+
+
+def test_many_unread_files_are_a_few_warnings_and_a_count(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_records(path: Path, **values: Any) -> Iterator[Record]:
+        for i in range(1000):
+            values["ignored"].add("file", f"{i}.txt")
+        yield Record("0")
+
+    monkeypatch.setattr(sources, "read_records", read_records)
+    assert len(list(as_source("x").read())) == 1
+    messages = warnings_of(caplog)
+    assert len(messages) == sources.MAX_WARNINGS + 1
+    assert "980 more" in messages[-1] and "980 more" not in messages[-2]
+    with pytest.raises(DataError, match="; 980 more"):
+        list(RecordSource(Path("x"), strict=True).read())

@@ -8,6 +8,7 @@ from typing import Any
 from vlduet.data.images import MISSING_IMAGE
 from vlduet.data.quarantine import generalize_cause
 from vlduet.data.records import Place
+from vlduet.data.sources import MAX_WARNINGS
 from vlduet.logs import strip_control_characters
 
 MAX_LISTED = 200
@@ -164,7 +165,10 @@ class FileReport:
             num_more = len(keys) - MAX_PRINTED_KEYS
             more = f" and {num_more} more" if num_more > 0 else ""
             lines.append(f"  metadata: {', '.join(keys[:MAX_PRINTED_KEYS])}{more}")
-        sentences = self.ignored + self.doubtful_metadata
+        sentences = self.ignored[:MAX_WARNINGS]
+        if num_more := len(self.ignored[MAX_WARNINGS:]):
+            sentences.append(f"{num_more:,} more are not read (--json lists all)")
+        sentences += self.doubtful_metadata
         return lines + [f"warning: {self.file}: {sentence}" for sentence in sentences]
 
 

@@ -233,3 +233,16 @@ def test_prices_that_are_kept_as_text_are_a_warning(tmp_path: Path) -> None:
     source.write_text(f"image;price\n{name};12.50\n{name};3\n")
     report = check_files([source])
     assert report.num_warnings == 0 and report.files[0].metadata == {"price": ["number"]}
+
+
+def test_many_unread_files_are_a_few_lines_and_a_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = write_image(tmp_path / "a.png", 0)
+    source = write_rows(tmp_path / "x.jsonl", {"id": "0", "image": name})
+    sentences = [f"the file {i}.txt is not read" for i in range(500)]
+    monkeypatch.setattr(IgnoredData, "messages", lambda self: sentences)
+    report = check_files([source])
+    assert len(str(report).splitlines()) < 30 and "480 more are not read" in str(report)
+    assert str(report).endswith("0 errors, 500 warnings")
+    assert report.to_json()["files"][0]["ignored"] == sentences
