@@ -1,4 +1,4 @@
-"""Images that are bytes in memory become files; all others stay where they are."""
+"""Images that are bytes in memory become files; all references stay where they are."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ DATA = ImageRef(data=PNG)
 
 def test_bytes_become_files_and_other_images_stay(tmp_path: Path) -> None:
     span = ByteRange(tmp_path / "x.tar", 0, 1, "x.tar:a.png", (1, 1))
-    others = (ImageRef(path=tmp_path / "a.png"), ImageRef(byte_range=span))
-    record = Record("a", messages=(Message("user", ("Look.", DATA, *others, DATA)),))
+    references = (ImageRef(path=tmp_path / "a.png"), ImageRef(byte_range=span))
+    record = Record("a", messages=(Message("user", ("Look.", DATA, *references, DATA)),))
     store = ImageStore(tmp_path / "deep" / "images")
     moved = store.write_images(record)
     first, *same, last = moved.images()
-    assert same == list(others) and first == last and first.path is not None
+    assert same == list(references) and first == last and first.path is not None
     assert first.path.parent == tmp_path / "deep" / "images" and images.read_bytes(first) == PNG
     assert store.num_bytes == 2 * len(PNG) and moved.messages[0].parts[0] == "Look."
     store.close()
     assert first.path.exists()
 
 
-def test_a_complete_file_is_not_written_again_and_an_empty_one_is(tmp_path: Path) -> None:
+def test_a_complete_file_is_not_replaced_and_an_empty_file_is(tmp_path: Path) -> None:
     ref = images.write_image_file(DATA, tmp_path)
     assert ref.path is not None
     ref.path.chmod(0o444)
@@ -56,7 +56,7 @@ def test_temporary_files_are_deleted_with_the_store(is_closed: bool) -> None:
     assert not path.parent.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write an image"):
         ImageStore(tmp_path / "file" / "images").write_images(Record("a", image=DATA))

@@ -154,7 +154,7 @@ def _read_all(value: Any) -> Any:
     return [_read_all(item) for item in value] if isinstance(value, list) else value
 
 
-def test_numbered_images_are_ordered_by_number_and_named_ones_beside_them_counted(
+def test_numbered_images_are_ordered_by_number_and_named_images_are_counted(
     tmp_path: Path,
 ) -> None:
     names = ["10.png", "2.png", "seg.png", "png"]
@@ -192,7 +192,7 @@ def test_images_and_texts_of_a_query_and_its_candidates(tmp_path: Path) -> None:
     assert contents == [PNG, PNG + b"1", PNG + b"2"]
 
 
-def test_json_beside_json_is_a_column_and_json_alone_the_row(tmp_path: Path) -> None:
+def test_a_single_json_is_the_row_and_a_second_one_a_column(tmp_path: Path) -> None:
     members = {"k.png": PNG, "k.meta.json": b'{"price": 3}'}
     value, _ = read_value(write_tar(tmp_path / "x.tar", members))
     assert value["price"] == 3
@@ -318,7 +318,7 @@ def test_an_archive_that_changes_or_disappears_is_an_image_error(tmp_path: Path)
         images.load_image(ref)
 
 
-def test_images_of_an_archive_become_files_beside_converted_records(tmp_path: Path) -> None:
+def test_images_of_an_archive_become_files_of_converted_records(tmp_path: Path) -> None:
     members = {"a.png": PNG, "a.txt": b"one", "b.png": PNG, "b.txt": b"two"}
     records = list(read_records(write_tar(tmp_path / "x.tar", members)))
     target = tmp_path / "out" / "y.jsonl"
