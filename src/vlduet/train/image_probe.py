@@ -15,9 +15,9 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef, Record, map_images
 from vlduet.data.sequences import PreparedImage
 
-MAX_DECODED_PIXELS = 100_000_000
-"""Number of pixels that are decoded, at most: eight photos of a phone or 1,500 small images, about
-five seconds. Depends on no clock, so that two runs decode the same."""
+MAX_DECODED_PIXELS = 50_000_000
+"""Number of pixels that are decoded, at most: four photos of a phone or 700 small images, a few
+seconds. It is no time limit, so that all runs decode the same."""
 
 
 class ImageProbe:

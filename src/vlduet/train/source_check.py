@@ -168,7 +168,7 @@ def _check_share(run: TrainingRun, source: SourceRecords, counts: UsageCounts) -
         f"{scope} ({format_causes(causes)}{where}), which is more than data.max_dropped allows "
         f"({limit:.0%})",
         place=source.section.path,
-        fix=f"{remedy.rstrip('.')}; or train without them: {setting}",
+        fix=f"{remedy.rstrip('.')}; or accept it: {setting}",
     )
 
 
