@@ -12,6 +12,7 @@ import pytest
 from helpers import tiny
 from vlduet.data import images
 from vlduet.data.formats import read_records
+from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 
@@ -101,6 +102,18 @@ def read_with_errors(path: Path, format: str | None = None) -> tuple[list[Record
     records = list(read_records(path, format=format, on_error=errors.append))
     assert all(error.fix for error in errors), "an error without a remedy"
     return records, errors
+
+
+def read_with_ignored(path: Path, **options: Any) -> tuple[list[Record], list[str]]:
+    """Return the records of a source, and the messages about what is not read."""
+    ignored = IgnoredData()
+    records = list(read_records(path, ignored=ignored, **options))
+    return records, ignored.messages()
+
+
+def relative_places(source: Path, errors: list[DataError]) -> list[str]:
+    """Return the places of errors without the path of the source."""
+    return [str(error.place).removeprefix(f"{source}:") for error in errors]
 
 
 def describe_messages(record: Record) -> list[tuple[str, list[str]]]:

@@ -45,6 +45,8 @@ from vlduet.errors import DataError, suggest_name
 
 RowErrorHandler = Callable[[DataError], object]
 """Function that receives the error of each row that is left out."""
+CHAT_ROLES = {"id", "image", "messages"}
+"""Roles of `columns` that rows of any format may have; with others, every row is of a table."""
 BARE_KEYS = {"id", "metadata", "image"}
 """Keys of a pair of ours that has no caption."""
 MAX_DETECTION_ROWS = 50
@@ -279,9 +281,9 @@ class _SourceReader:
         """Return a group with its default format; no row is lost.
 
         With a format for all rows and no columns of the user, no row is read. Else up to
-        `MAX_DETECTION_ROWS` are, whose keys are added to the group's context. The default is the
-        first format in the order of `FORMATS` that a row matches, but an image alone counts only if
-        nothing else matches; without any object, it is ``records``.
+        `MAX_DETECTION_ROWS` are, and the keys of tables are added to the group's context. The
+        default is the first format in the order of `FORMATS` that a row matches, but an image alone
+        counts only if nothing else matches; without any object, it is ``records``.
 
         Raises:
             DataError: there are objects, but no format matches one, or a column that the user names
@@ -295,7 +297,8 @@ class _SourceReader:
         rows = itertools.chain(head, group.rows)
         objects = [row for row in head if isinstance(row.value, dict)]
         names = dict.fromkeys(key for row in objects for key in row.keys)
-        group.context.inspected_keys.update(names)
+        tables = [row for row in objects if _match_own_keys(row) is None]
+        group.context.inspected_keys.update(dict.fromkeys(k for row in tables for k in row.keys))
         missing = find_missing_columns(columns, names)
         if missing and objects and not group.has_fixed_columns:
             message = f"no column '{missing[0]}'; the columns are {_list_names(names)}"
@@ -341,7 +344,12 @@ class _SourceReader:
             match = _match_format(row)
             is_default = match is None or (match.is_bare and not default.is_table)
             schema = default if match is None or is_default else match.schema
-        return schema.parse_row(row if schema.is_table else _rename_columns(row))
+        if schema.is_table:
+            return schema.parse_row(row)
+        for role, name in row.context.columns.items():
+            if name != role and {role, name} <= row.value.keys():
+                row.context.ignored.add("column", role)
+        return schema.parse_row(_rename_columns(row))
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,14 +366,23 @@ def _match_format(row: SourceRow) -> _FormatMatch | None:
 
     If the user names columns of texts, only tables count.
     """
-    renamed = _rename_columns(row)
-    is_table = bool(row.context.columns.keys() - {"id", "image", "messages"})
+    match = _match_own_keys(row)
+    if match is not None:
+        return match
     for name, schema in FORMATS.items():
-        if schema.is_table:
-            if schema.matches(row):
-                is_bare = name == "captions" and not pairs.has_captions(row)
-                return _FormatMatch(schema, is_bare)
-        elif not is_table and schema.matches(renamed):
+        if schema.is_table and schema.matches(row):
+            is_bare = name == "captions" and not pairs.has_captions(row)
+            return _FormatMatch(schema, is_bare)
+    return None
+
+
+def _match_own_keys(row: SourceRow) -> _FormatMatch | None:
+    """Return the first format with keys of its own, so no table, that a row has, or None."""
+    if row.context.columns.keys() - CHAT_ROLES:
+        return None
+    renamed = _rename_columns(row)
+    for schema in FORMATS.values():
+        if not schema.is_table and schema.matches(renamed):
             return _FormatMatch(schema, is_bare=renamed.value.keys() <= BARE_KEYS)
     return None
 
@@ -376,20 +393,17 @@ def _is_record_row(row: SourceRow) -> bool:
 
 
 def _rename_columns(row: SourceRow) -> SourceRow:
-    """Return a row whose columns of id, image and messages have these names, as chats need them.
+    """Return a row whose columns of `CHAT_ROLES` have these names, as chats need them.
 
-    A column in the place of one that the user names is left out, and counted.
+    A column in the place of one that the user names is left out.
     """
-    value = dict(row.value)
-    for role in ("id", "image", "messages"):
-        name = row.context.columns.get(role)
-        if name is None or name == role or name not in value:
-            continue
-        if role in value:
-            row.context.ignored.add("column", role)
-        value[role] = value.pop(name)
-    if value.keys() == row.value.keys():
+    columns = {role: name for role, name in row.context.columns.items() if role in CHAT_ROLES}
+    if not columns:
         return row
+    value = dict(row.value)
+    for role, name in columns.items():
+        if name in value:
+            value[role] = value.pop(name)
     default_id = row.default_id.removeprefix(row.context.id_prefix)
     return replace(row, value=value, default_id=default_id)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlduet.data import images
+from vlduet.data.readers.containers import expand_pattern, is_pattern
 from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError
@@ -34,7 +35,9 @@ def check_output_path(target: Path, source: Path, *, allow_existing: bool = Fals
 
 
 def is_file_inside(path: Path, folder: Path) -> bool:
-    """Return whether `path` exists and lies directly in `folder`."""
+    """Return whether `path` exists and lies directly in `folder`, or matches it as a pattern."""
+    if is_pattern(folder):
+        return path.resolve() in [file.resolve() for file in expand_pattern(folder)]
     return path.exists() and path.resolve().parent == folder.resolve()
 
 

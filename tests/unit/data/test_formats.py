@@ -11,11 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.record_files import (
+    CAPTIONS,
     FOREIGN_ROWS,
     LLAVA,
+    MMEB,
+    OPENAI,
     PNG,
+    SWIFT,
+    describe_messages,
     read_error,
     read_single,
+    read_with_errors,
+    read_with_ignored,
+    relative_places,
     write_lines,
 )
 from vlduet.data.formats import (
@@ -73,8 +81,10 @@ def test_unrecognised_keys_list_all_formats(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_source_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "x.pdf").write_bytes(b"")
+    assert ".parquet" in str(read_error(tmp_path / "x.pdf"))
     (tmp_path / "x.xlsx").write_bytes(b"")
-    assert ".parquet" in str(read_error(tmp_path / "x.xlsx"))
+    assert "x.csv" in str(read_error(tmp_path / "x.xlsx"))
     assert "no such file" in str(read_error(tmp_path / "gone.jsonl"))
     (tmp_path / "empty").mkdir()
     assert "neither images nor records" in str(read_error(tmp_path / "empty"))
@@ -84,6 +94,84 @@ def test_an_unreadable_source_is_an_error(tmp_path: Path) -> None:
 def test_an_empty_file_has_no_records(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
     assert list(read_records(tmp_path / name)) == []
+
+
+# --- the format of a row
+
+
+def test_rows_of_several_formats_are_each_read_by_their_keys(tmp_path: Path) -> None:
+    rows = [OPENAI, LLAVA, PARTS_ROW, CAPTIONS, {"query": "a cat", "image": "a.png"}, MMEB]
+    source = write_lines(tmp_path / "x.jsonl", *rows)
+    kinds = [record.kind for record in read_records(source)]
+    assert kinds == ["chat", "chat", "interleaved", "pair", "retrieval", "retrieval"]
+
+
+@pytest.mark.parametrize("num_rows", [3, 200])
+def test_first_rows_without_the_deciding_keys_do_not_hide_the_others(
+    num_rows: int, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    rows = [{"messages": turns, "images": None}] * num_rows
+    source = write_lines(tmp_path / "x.jsonl", *rows, SWIFT)
+    record = list(read_records(source))[-1]
+    assert describe_messages(record)[0] == ("user", ["a.png", "What?"])
+
+
+def test_a_row_without_the_keys_of_its_format_is_an_error(tmp_path: Path) -> None:
+    rows = [{"note": "x"}, {"image": "b.png"}, LLAVA, {"note": "x"}, {"image": None}, {}]
+    source = write_lines(tmp_path / "x.jsonl", *rows)
+    records, errors = read_with_errors(source)
+    assert [record.kind for record in records] == ["chat"], "an image alone is no chat"
+    assert relative_places(source, errors) == [f"{i}:messages" for i in (1, 2, 4, 5, 6)]
+
+
+def test_a_table_of_null_queries_has_no_pairs_without_captions(tmp_path: Path) -> None:
+    rows = [{"query": "a", "image": "a.png"}, {"query": None, "image": "b.png"}]
+    source = write_lines(tmp_path / "x.jsonl", *rows)
+    (record,), (error,) = read_with_errors(source)
+    assert record.query == ("a",) and error.place == f"{source}:2:query"
+
+
+def test_a_key_that_rare_rows_have_counts_for_all_rows(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "caption_en": "x"}, {"image": "a.png", "caption_de": "y"}]
+    records, ignored = read_with_ignored(write_lines(tmp_path / "x.jsonl", *rows))
+    assert [record.short for record in records] == [(), ()] and len(ignored) == 2
+    records, _ = read_with_ignored(tmp_path / "x.jsonl", columns={"caption": "caption_de"})
+    assert [record.short for record in records] == [(), ("y",)]
+
+
+def test_columns_of_the_user_give_chats_their_keys(tmp_path: Path) -> None:
+    row = {"dialog": SWIFT["messages"], "foto": "a.png", "image": "b.png", "nr": "7"}
+    source = write_lines(tmp_path / "x.jsonl", row)
+    columns = {"messages": "dialog", "image": "foto", "id": "nr"}
+    (record,), ignored = read_with_ignored(source, columns=columns)
+    assert record.id == "7" and describe_messages(record)[0] == ("user", ["a.png", "What?"])
+    assert ignored == ["1 row with a column `image` that is not read"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"captoin": "text"}, "no role 'captoin'.*Did you mean 'caption'"),
+        ({"caption": "text"}, "no column 'text'; the columns are foto, titel"),
+        ({"caption": "titel,text", "image": "foto"}, "no column 'text'"),
+    ],
+)
+def test_unknown_roles_and_columns_are_errors(
+    columns: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "x.jsonl", {"foto": "a.png", "titel": "x"})
+    with pytest.raises(DataError, match=message):
+        read_records(source, columns=columns)
+
+
+def test_the_error_of_an_unknown_table_says_what_it_has_and_lacks(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("url,caption\nhttp://a/b.png,x\n")
+    message = str(read_error(tmp_path / "x.csv"))
+    assert "by its keys: url, caption; no column of images" in message
+    assert "columns: image=NAME" in message and "img2dataset" in message
+    (tmp_path / "x.csv").write_text("query,note\na,x\n")
+    assert "a query (query), but no right candidate" in str(read_error(tmp_path / "x.csv"))
 
 
 JUNK_KEYS = ["role", "content", "type", "from", "value", "image_url", "bytes"]

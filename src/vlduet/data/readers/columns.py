@@ -181,11 +181,14 @@ def plan_columns(
     has_text_role = bool(roles.keys() & {"short", "long", "query"})
     query = take("query", () if has_text_role else _find_query(rest))
     texts = {name: key for name, key in rest.items() if name not in typed_columns}
-    positive = _find_candidates(texts, QUERY_POSITIVE_COLUMNS if query else POSITIVE_COLUMNS)
-    negative = _find_candidates(texts, QUERY_NEGATIVE_COLUMNS if query else NEGATIVE_COLUMNS)
-    candidates = {"positive": positive, "negative": negative}
-    for role, groups in candidates.items():
-        take(role, [name for group in groups for name in group])
+    bases = {
+        "positive": QUERY_POSITIVE_COLUMNS if query else POSITIVE_COLUMNS,
+        "negative": QUERY_NEGATIVE_COLUMNS if query else NEGATIVE_COLUMNS,
+    }
+    candidates: dict[str, tuple[Group, ...]] = {}
+    for role, names_of_role in bases.items():
+        candidates[role] = tuple(_group_columns(texts, names_of_role).values())
+        take(role, itertools.chain.from_iterable(candidates[role]))
         if role in roles:
             candidates[role] = tuple((name,) for name in roles[role])
     image = take("image", find_image_columns(rest))
@@ -195,7 +198,7 @@ def plan_columns(
     captions = ([], []) if has_text_role else _find_captions(rest)
     short, long = take("short", captions[0]), take("long", captions[1])
     unread = () if has_text_role else [n for n, key in rest.items() if _is_text_name(key)]
-    is_ambiguous = bool(query and image and positive) and not roles.keys() & {"query", "positive"}
+    is_ambiguous = not roles.keys() & {"query", "positive"}
     return ColumnPlan(
         id=id_columns[0] if id_columns else None,
         image=image,
@@ -205,7 +208,7 @@ def plan_columns(
         positive=candidates["positive"],
         negative=candidates["negative"],
         unread=tuple(unread),
-        is_ambiguous=is_ambiguous,
+        is_ambiguous=is_ambiguous and bool(query and image and candidates["positive"]),
     )
 
 
@@ -215,14 +218,15 @@ def _find_query(names: Mapping[str, str]) -> Group:
     Args:
         names: normalized name by column.
     """
-    groups = _find_candidates(names, QUERY_COLUMNS)
-    if not groups and not any(key in ANSWER_COLUMNS for key in names.values()):
-        groups = _find_candidates(names, (QUESTION_COLUMN,))
-    return groups[0] if groups else ()
+    bases: Group = QUERY_COLUMNS
+    if not any(key in ANSWER_COLUMNS for key in names.values()):
+        bases = (*bases, QUESTION_COLUMN)
+    groups = _group_columns(names, bases)
+    return next((groups[base] for base in bases if base in groups), ())
 
 
-def _find_candidates(names: Mapping[str, str], bases: Collection[str]) -> tuple[Group, ...]:
-    """Return the columns named after one of `bases`, those of one candidate together.
+def _group_columns(names: Mapping[str, str], bases: Collection[str]) -> dict[str, Group]:
+    """Return the columns of each text or candidate whose name is one of `bases`, by this name.
 
     A candidate has a text column (``negative_0`` or ``negative_0_text``), an image column
     (``negative_0_image``), which comes first, or both.
@@ -238,7 +242,7 @@ def _find_candidates(names: Mapping[str, str], bases: Collection[str]) -> tuple[
         if stem in bases or (number is not None and number[1] in bases):
             group = groups.setdefault(stem, [])
             group.insert(0 if image else len(group), name)
-    return tuple(tuple(group) for group in groups.values())
+    return {stem: tuple(group) for stem, group in groups.items()}
 
 
 def _find_captions(names: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -32,6 +32,7 @@ from vlduet.data.readers.containers import (
 )
 from vlduet.data.readers.image_folders import SIDECAR_SUFFIXES, read_image_rows
 from vlduet.data.readers.rows import IgnoredData, ReadContext, SourceRow
+from vlduet.data.records import Place
 from vlduet.errors import DataError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -165,7 +166,15 @@ class _FolderReader:
             table: file of a folder above that lists the images, or None.
             listed: absolute paths of the images that the groups so far have named.
         """
-        folder = self._scan(path, table)
+        try:
+            folder = self._scan(path, table)
+        except OSError as error:
+            # An error, not only a count: what cannot be read must not look deleted.
+            message = f"the folder cannot be read ({error.strerror})"
+            fix = "Check its permissions"
+            row = SourceRow.broken(Place(str(path)), self.context, "", message=message, fix=fix)
+            yield RowGroup(path, self.context, iter([row]), has_fixed_columns=True)
+            return
         if folder.tables:
             _check_shards(folder)
             yield self._read_tables(path, folder.tables)
@@ -192,22 +201,18 @@ class _FolderReader:
     def _scan(self, path: Path, table: Path | None) -> _Folder:
         """Return what a folder holds; names that start with a dot and quarantines are left out.
 
-        An unreadable folder and a link to a folder are counted, and empty.
+        A link to a folder is counted, and not followed. Raises OSError if the folder is unreadable.
         """
         folder = _Folder(path)
-        try:
-            with os.scandir(path) as iterator:
-                entries = sorted(iterator, key=lambda entry: entry.name)
-        except OSError as error:
-            self.context.ignored.add("file", f"{path}/ (it cannot be read: {error.strerror})")
-            return folder
+        with os.scandir(path) as iterator:
+            entries = sorted(iterator, key=lambda entry: entry.name)
         names = []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
                 if entry.is_symlink():
-                    self.context.ignored.add("file", f"{path / entry.name} (a link to a folder)")
+                    self.context.ignored.add("file", f"{path / entry.name} (linked folder)")
                 else:
                     folder.subfolders.append(entry.name)
             elif entry.is_file() and not entry.name.endswith(QUARANTINE_SUFFIX):
@@ -306,13 +311,11 @@ class _FolderReader:
 
 def _has_images(folder: _Folder) -> bool:
     """Return whether a folder, or one of its direct subfolders, holds an image."""
-    if folder.images:
-        return True
+    names = [*folder.images]
     for name in folder.subfolders:
-        for file in os.scandir(folder.path / name):
-            if Path(file.name).suffix.lower() in IMAGE_SUFFIXES:
-                return True
-    return False
+        # An unreadable subfolder is reported when it is reached.
+        names += next(os.walk(folder.path / name), ("", [], []))[2]
+    return any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in names)
 
 
 def _has_data(folder: Path) -> bool:

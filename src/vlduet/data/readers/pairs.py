@@ -182,7 +182,7 @@ def _find_images(row: SourceRow, plan: ColumnPlan) -> list[str]:
     columns = [name for name in plan.image if row.value.get(name) not in (None, "", [])]
     if columns or "image" in row.context.columns:
         return columns
-    return find_image_columns(row.value)
+    return find_image_columns(name for name, value in row.value.items() if value not in ("", []))
 
 
 def _require_image(row: SourceRow, plan: ColumnPlan) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ NUM_SAMPLE_LINES = 200
 """Number of lines that decide the separator."""
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,14})")
-_FLOAT = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,20})?([eE][+-]\d{1,2})?")
+_FLOAT = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,20})?([eE][+-]\d{1,3})?")
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -36,7 +37,7 @@ def _parse_boolean(text: str) -> bool:
 
 _TYPES: tuple[tuple[Callable[[str], bool], Callable[[str], Any]], ...] = (
     (lambda text: _INTEGER.fullmatch(text) is not None, int),
-    (lambda text: _FLOAT.fullmatch(text) is not None, float),
+    (lambda text: _FLOAT.fullmatch(text) is not None and math.isfinite(float(text)), float),
     (lambda text: text.lower() in _BOOLEANS, _parse_boolean),
 )
 """Test of a stripped cell and conversion for each type of a column that is no text. Numbers with
@@ -199,21 +200,24 @@ def _has_blanks(header: list[str], separator: str) -> bool:
     return bool(cells) and all(cell.startswith(" ") for cell in cells)
 
 
-def _rate_separator(separator: str, lines: list[str]) -> tuple[float, int]:
-    """Return (share of rows with as many cells as the header, number of columns).
+def _rate_separator(separator: str, lines: list[str]) -> tuple[float, bool, int]:
+    """Return (share of rows with as many cells as the header, no blanks, number of columns).
 
-    A single column rates worst. The last row may be cut, and does not count if there are others.
+    A single column rates worst, and blanks behind every separator of the header, as behind the
+    commas of a text, rate worse than none. The last row may be cut, and does not count if there
+    are others.
     """
+    has_no_blanks = not _has_blanks(lines[:1], separator)
     try:
         rows = [row for row in csv.reader(lines, delimiter=separator, strict=False) if row]
     except csv.Error:  # an overlong cell
         rows = []
     num_columns = len(rows[0]) if rows else 0
     if num_columns < 2:
-        return -1.0, num_columns
+        return -1.0, has_no_blanks, num_columns
     body = rows[1:-1] if len(lines) == NUM_SAMPLE_LINES else rows[1:]
     num_equal = sum(len(row) == num_columns for row in body)
-    return num_equal / len(body) if body else 1.0, num_columns
+    return num_equal / len(body) if body else 1.0, has_no_blanks, num_columns
 
 
 def _detect_types(

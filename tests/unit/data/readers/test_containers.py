@@ -1,9 +1,8 @@
-"""Rows of JSON, tables, archives and folders; a broken row does not stop the others."""
+"""Tables of Parquet and Arrow, and patterns of files."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,114 +12,13 @@ import pytest
 from helpers.record_files import (
     PNG,
     read_error,
-    read_single,
-    read_with_errors,
     write_lines,
 )
+from vlduet.data import images
 from vlduet.data.formats import read_records
+from vlduet.data.jsonl_output import check_output_path
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError
-
-
-def relative_places(source: Path, errors: list[DataError]) -> list[str]:
-    """Return the places of errors without the path of the source."""
-    return [str(error.place).removeprefix(f"{source}:") for error in errors]
-
-
-# --- JSON
-
-
-def test_broken_lines_do_not_stop_the_others(tmp_path: Path) -> None:
-    good = {"id": "a", "image": "a.png", "short": "x"}
-    misspelt = {**good, "extra": 1}
-    source = write_lines(tmp_path / "x.jsonl", "{broken", misspelt, "[1]", good, {"id": "b"})
-    source.write_bytes(source.read_bytes() + b'{"id": "\xff"}\n')
-    records, errors = read_with_errors(source, format="records")
-    assert [record.id for record in records] == ["a"]
-    assert relative_places(source, errors) == ["1", "2:extra", "3", "5", "6"]
-
-
-def test_errors_of_a_json_list_name_the_line(tmp_path: Path) -> None:
-    source = tmp_path / "x.json"
-    source.write_text(
-        '[\n{"id": "a", "image": "a.png"},\n{"id": "", "image": "b.png"},\n{"id": oops}]'
-    )
-    records, errors = read_with_errors(source)
-    assert [record.id for record in records] == ["a"]
-    assert relative_places(source, errors) == ["3:id", "4"]
-
-
-def test_json_lines_in_a_json_file_and_other_values(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "x.json", {"id": "a", "image": "a.png"})
-    assert read_single(source).id == "a"
-    source.write_text('"text"')
-    assert "neither a list nor lines" in str(read_error(source))
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json"])
-@pytest.mark.parametrize("number", ["9" * 5000, "[" * 100_000], ids=["long number", "deep list"])
-def test_json_beyond_the_decoder_s_limits_is_a_broken_row(
-    suffix: str, number: str, tmp_path: Path
-) -> None:
-    row = '{"id": "a", "metadata": {"n": ' + number + "}}"
-    source = tmp_path / f"x.{suffix}"
-    source.write_text(f"[{row}]" if suffix == "json" else row)
-    records, errors = read_with_errors(source)
-    assert records == [] and len(errors) == 1
-
-
-def test_reading_is_lazy(tmp_path: Path) -> None:
-    good = {"id": "a", "image": "a.png", "short": "x"}
-    source = write_lines(tmp_path / "x.jsonl", *[good] * 100, "{broken")
-    assert next(read_records(source)).id == "a"
-
-
-# --- tables
-
-
-@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
-def test_tables_have_a_header_and_any_usual_delimiter(
-    suffix: str, delimiter: str, tmp_path: Path
-) -> None:
-    source = tmp_path / f"x.{suffix}"
-    rows = [
-        ["file_name", "caption", "title", "year"],
-        ["a.png", '"one\ntwo"', "T", "1990"],
-        ["b.png", "", "", ""],
-    ]
-    source.write_text("\ufeff" + "\n".join(delimiter.join(row) for row in rows))
-    first, second = read_records(source)
-    assert first.image == ImageRef(path=tmp_path / "a.png") and first.short == ("one\ntwo", "T")
-    assert first.metadata == {"year": 1990}
-    assert (first.id, second.id) == (f"x.{suffix}:2", f"x.{suffix}:4")
-    assert second.short == () and second.place is not None and second.place.line == 4
-
-
-def test_broken_rows_of_a_table_do_not_stop_the_others(tmp_path: Path) -> None:
-    source = tmp_path / "x.csv"
-    lines = [
-        b"image,caption",
-        b"a.png,one",
-        b"b.png,two,three",
-        b"c.png,\xff",
-        b'd.png,"x" y',
-        b",no image",
-        b"e.png,five",
-    ]
-    source.write_bytes(b"\n".join(lines) + b"\n")
-    records, errors = read_with_errors(source)
-    assert [record.short for record in records] == [("one",), ("five",)]
-    assert relative_places(source, errors) == ["3:three", "4:caption", "5", "6:image"]
-
-
-def test_a_header_with_equal_columns_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("image,text,text\na.png,b,c\n")
-    assert "a column twice: image, text, text" in str(read_error(tmp_path / "x.csv"))
-
-
-def test_the_case_of_a_file_s_suffix_does_not_matter(tmp_path: Path) -> None:
-    (tmp_path / "T.CSV").write_text("image,caption\na.png,a boat\n")
-    assert read_single(tmp_path / "T.CSV").short == ("a boat",)
 
 
 def image_table() -> pa.Table:
@@ -134,7 +32,8 @@ def image_table() -> pa.Table:
 
 def check_image_table(source: Path, root: Path) -> None:
     first, second = read_records(source)
-    assert first.image == ImageRef(data=PNG) and first.short == ("one",)
+    assert first.image is not None and first.short == ("one",)
+    assert images.read_bytes(first.image) == PNG
     assert second.image == ImageRef(path=root / "b.png") and second.short == ()
 
 
@@ -167,26 +66,66 @@ def test_a_broken_table_is_an_error(tmp_path: Path) -> None:
     assert "broken parquet" in str(read_error(tmp_path / "x.parquet"))
 
 
-# --- folders of images
+# --- patterns
 
 
-def test_images_below_a_folder_are_rows_with_captions_of_text_files(tmp_path: Path) -> None:
-    for name in ("b.png", "deep/a.PNG", ".hidden/c.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(PNG)
-    (tmp_path / "deep" / "a.txt").write_text("A cat.\n\nTwo cats.\n")
-    (tmp_path / "notes.md").write_text("no image")
-    records = list(read_records(tmp_path))
-    assert [record.id for record in records] == ["b.png", "deep/a.PNG"]
-    assert [record.short for record in records] == [(), ("A cat.", "Two cats.")]
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
-    (record,), (error,) = read_with_errors(tmp_path)
-    assert record.id == "deep/a.PNG" and error.place == str(tmp_path / "b.txt")
+def write_shards(folder: Path, *names: str) -> None:
+    """Write files of one record each, whose caption is the file's name."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        write_lines(folder / name, {"image": "a.png", "caption": name})
 
 
-def test_file_names_that_are_not_utf8_are_errors(tmp_path: Path) -> None:
-    for name in (b"good.png", b"caf\xe9.png"):
-        (tmp_path / os.fsdecode(name)).write_bytes(PNG)
-    (record,), (error,) = read_with_errors(tmp_path)
-    assert record.id == "good.png"
-    assert "not UTF-8" in str(error) and str(error).isascii()
+def read_captions(source: Path) -> list[str]:
+    return [record.short[0] for record in read_records(source)]
+
+
+def test_patterns_name_the_files_of_one_data_set(tmp_path: Path) -> None:
+    write_shards(tmp_path, "s-08.jsonl", "s-09.jsonl", "s-10.jsonl", "t.jsonl")
+    shards = ["s-08.jsonl", "s-09.jsonl", "s-10.jsonl"]
+    assert read_captions(tmp_path / "s-*.jsonl") == shards
+    assert read_captions(tmp_path / "s-{08..10}.jsonl") == shards
+    assert read_captions(tmp_path / "s-{10..08}.jsonl") == shards[::-1]
+    assert read_captions(tmp_path / "{t,s-0[89]}.jsonl") == ["t.jsonl", *shards[:2]]
+    assert read_captions(tmp_path / "**" / "s-1?.jsonl") == shards[2:]
+
+
+def test_images_of_a_pattern_start_from_the_folder_of_each_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, "x.jsonl")
+    first, second = read_records(tmp_path / "*" / "x.jsonl")
+    assert second.image == ImageRef(path=tmp_path / "b" / "a.png")
+    assert (first.id, second.id) == ("a/x.jsonl:1", "b/x.jsonl:1"), "ids are distinct"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("z*.jsonl", "no file matches"),
+        ("s-{1..3}.jsonl", "no file '.*s-2.jsonl'"),
+        ("*", "several kinds: .csv, .jsonl"),
+        ("{0..99999999}.tar", "more than 100,000 files"),
+        ("s-1.{jsonl,xyz}", r"does not end in '.xyz'"),
+    ],
+)
+def test_a_pattern_that_is_no_data_set_is_an_error(
+    pattern: str, message: str, tmp_path: Path
+) -> None:
+    write_shards(tmp_path, "s-1.jsonl", "s-3.jsonl")
+    for name in ("t.csv", "s-1.xyz"):
+        if not pattern.startswith("*") or name == "t.csv":
+            (tmp_path / name).write_text("image,caption\n")
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / pattern)
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read_itself(tmp_path: Path) -> None:
+    write_shards(tmp_path, "s[1].jsonl", "s1.jsonl")
+    assert read_captions(tmp_path / "s[1].jsonl") == ["s[1].jsonl"]
+
+
+def test_records_are_not_written_into_a_pattern_that_is_read(tmp_path: Path) -> None:
+    write_shards(tmp_path, "a.jsonl", "b.jsonl")
+    with pytest.raises(DataError, match="is there already"):
+        check_output_path(tmp_path / "a.jsonl", tmp_path / "*.jsonl")
+    check_output_path(tmp_path / "c.jsonl", tmp_path / "*.jsonl")

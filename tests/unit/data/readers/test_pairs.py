@@ -1,13 +1,24 @@
-"""Captioned images in columns, and rows of MMEB."""
+"""Captioned images and queries with candidates in columns, and rows of MMEB."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
-from helpers.record_files import CAPTIONS, MMEB, read_error, read_single, write_lines
+from helpers.record_files import (
+    CAPTIONS,
+    MMEB,
+    PNG,
+    PNG_URL,
+    read_error,
+    read_single,
+    read_with_ignored,
+    write_lines,
+)
 from vlduet.data.records import ImageRef
 
 
@@ -45,6 +56,66 @@ def test_negatives_of_a_pair_without_an_id_are_kept(tmp_path: Path) -> None:
     assert record.negative == (("a buoy",),) and record.metadata == {}
 
 
+# --- queries with candidates
+
+
+def test_the_image_is_the_right_candidate_of_a_query(tmp_path: Path) -> None:
+    row = {"query": "a boat", "image": "a.png", "negative_0": "b.png", "negative_1": "a car"}
+    record = read_single(write_lines(tmp_path / "x.jsonl", {**row, "page": 3}))
+    first, second = ImageRef(path=tmp_path / "a.png"), ImageRef(path=tmp_path / "b.png")
+    assert record.query == ("a boat",) and record.positive == ((first,),)
+    assert record.negative == ((second,), ("a car",)) and record.metadata == {"page": 3}
+
+
+def test_an_image_may_be_the_query(tmp_path: Path) -> None:
+    row = {"anchor": PNG_URL, "positive": ["a boat", "a ship"], "negative": [["not"], "x"]}
+    row["negative"] = ["a car", "a bus"]
+    record = read_single(write_lines(tmp_path / "x.jsonl", row))
+    assert record.query == (ImageRef(data=PNG),)
+    assert record.positive == (("a boat",), ("a ship",))
+    assert record.negative == (("a car",), ("a bus",))
+
+
+def test_text_and_image_of_a_candidate_are_its_parts(tmp_path: Path) -> None:
+    row = {
+        "query": {"image": "a.png", "text": "the same in red"},
+        "positive_text": "a red boat",
+        "positive_image": "red boat.png",
+        "negative": [{"text": "a car"}, {"image": "c.png"}],
+    }
+    record = read_single(write_lines(tmp_path / "x.jsonl", row))
+    image, positive, negative = (
+        ImageRef(path=tmp_path / name) for name in ("a.png", "red boat.png", "c.png")
+    )
+    assert record.query == (image, "the same in red")
+    assert record.positive == ((positive, "a red boat"),)
+    assert record.negative == (("a car",), (negative,))
+
+
+def test_right_and_wrong_texts_of_an_image_are_captions_and_negatives(tmp_path: Path) -> None:
+    row = {"image": "a.png", "caption": "x", "positive": "y", "negative": "z"}
+    record = read_single(write_lines(tmp_path / "x.jsonl", row))
+    assert record.kind == "pair" and record.short == ("x", "y") and record.negative == (("z",),)
+
+
+def test_columns_that_nothing_learns_are_counted(tmp_path: Path) -> None:
+    row = {"query": "a", "image": "a.png", "answer": "b", "label": 1, "page": "c d"}
+    (record,), ignored = read_with_ignored(write_lines(tmp_path / "x.jsonl", row))
+    assert record.metadata == {"answer": "b", "label": 1, "page": "c d"}
+    assert len(ignored) == 2 and "`answer`" in ignored[0] and "`label`" in ignored[1]
+    row = {"image": "a.png", "notes": "a red boat", "colour": "red"}
+    (record,), (message,) = read_with_ignored(write_lines(tmp_path / "x.jsonl", row))
+    assert record.metadata == {"notes": "a red boat", "colour": "red"}
+    assert "`notes`" in message and "caption=notes" in message
+
+
+def test_embedded_images_without_a_role_are_counted(tmp_path: Path) -> None:
+    row = {"image": {"bytes": PNG, "path": "a.png"}, "mask": {"bytes": PNG, "path": "b.png"}}
+    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    (record,), ignored = read_with_ignored(tmp_path / "x.parquet")
+    assert record.metadata == {} and ignored == ["1 row with a column `mask` that is not read"]
+
+
 TWO_IMAGES = {"file": "a.png", "path": "b.png", "text": "x"}
 
 
@@ -57,6 +128,10 @@ TWO_IMAGES = {"file": "a.png", "path": "b.png", "text": "x"}
         ({**MMEB, "qry_image_path": ""}, "qry", "more than there are images"),
         (TWO_IMAGES, "image", "several image columns: file, path"),
         ({"image": "a.png", "caption": 7}, "caption", "expected text"),
+        ({"query": "x", "image": "a.png", "positive": "y"}, "image", "query or a right candidate"),
+        ({"image": "a.png", "positive": "b.png"}, "positive", "an image, and no query"),
+        ({"query": "x", "positive": None}, "positive", "no positive"),
+        ({"query": "x", "negative": "y", "image": ""}, "image", "no image"),
         ({**CAPTIONS, "description": "z"}, "long", "several long captions"),
         ({"image": "a.png", "text": "x", "id": True}, "id", "id is bool"),
     ],
