@@ -18,6 +18,7 @@ import io
 import os
 import re
 import struct
+import uuid
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def write_image_file(ref: ImageRef, folder: Path) -> ImageRef:
         # A power failure can leave an empty file under the final name.
         if not (path.exists() and path.stat().st_size == len(data)):
             folder.mkdir(parents=True, exist_ok=True)
-            partial_file = path.with_name(f".{path.name}.{os.getpid()}")
+            partial_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             try:
                 partial_file.write_bytes(data)
                 partial_file.replace(path)

@@ -62,7 +62,7 @@ def read_tar_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """
     is_stream = not _is_seekable_archive(source)
     members = _list_members(source, context, is_stream=is_stream)
-    for key, group in _group_neighbours(members) if is_stream else _group_by_key(members):
+    for key, group in _group_neighbours(members, source) if is_stream else _group_by_key(members):
         place = Place(str(source), None, key or None)
         name = f"{source.name.partition('.')[0]}/{key}"
         try:
@@ -192,10 +192,13 @@ def _group_by_key(members: Iterable[_Member]) -> Iterator[tuple[str, list[_Membe
     groups: dict[str, list[_Member]] = {}
     for member in members:
         groups.setdefault(member.key, []).append(member)
-    yield from groups.items()
+    for key in list(groups):
+        yield key, groups.pop(key)  # which frees the memory
 
 
-def _group_neighbours(members: Iterable[_Member]) -> Iterator[tuple[str, list[_Member]]]:
+def _group_neighbours(
+    members: Iterable[_Member], source: Path
+) -> Iterator[tuple[str, list[_Member]]]:
     """Yield (key, members that follow one another); a key that occurs again has an error."""
     keys = set[str]()
     for key, neighbours in itertools.groupby(members, key=attrgetter("key")):
@@ -203,7 +206,8 @@ def _group_neighbours(members: Iterable[_Member]) -> Iterator[tuple[str, list[_M
         if key in keys:
             fix = "Pack the archive sorted by name (tar --sort=name), or uncompressed"
             message = f"members of '{key}' are no neighbours in a compressed archive"
-            group.insert(0, _Member(key, "", DataError(message, fix=fix)))
+            error = DataError(message, place=Place(str(source), None, key), fix=fix)
+            group.insert(0, _Member(key, "", error))
         keys.add(key)
         yield key, group
 

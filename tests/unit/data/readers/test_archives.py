@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.record_files import LLAVA, PNG, describe_messages, read_single, read_with_errors
+from helpers.record_files import (
+    LLAVA,
+    PNG,
+    describe_messages,
+    read_error,
+    read_single,
+    read_with_errors,
+)
 from vlduet.data import images
 from vlduet.data.formats import read_records
 from vlduet.data.jsonl_output import stream_to_jsonl
@@ -238,7 +245,8 @@ def test_members_of_a_key_that_lie_apart_in_a_compressed_archive_are_errors(
     tmp_path: Path,
 ) -> None:
     _, errors = read_with_errors(write_tar(tmp_path / "x.tar.gz", SPLIT))
-    assert len(errors) == 2 and all("no neighbours" in error.message for error in errors)
+    assert [error.place for error in errors] == [f"{tmp_path / 'x.tar.gz'}:{key}" for key in "ab"]
+    assert all("no neighbours" in error.message for error in errors)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -332,3 +340,10 @@ def test_images_of_an_archive_become_files_of_converted_records(tmp_path: Path) 
         record_to_json(records[0], root=tmp_path), place=Place("x"), root=tmp_path
     )
     assert inline.image == ImageRef(data=PNG)
+
+
+def test_an_archive_without_known_images_names_the_members_that_are_not_read(
+    tmp_path: Path,
+) -> None:
+    shard = write_tar(tmp_path / "x.tar", {"a.heic": b"x", "a.txt": b"one"})
+    assert "1 archive member `*.heic`, not read" in str(read_error(shard))
