@@ -425,6 +425,8 @@ def _make_format_error(objects: list[SourceRow], names: Iterable[str]) -> DataEr
         fix += ", and make files of URLs first (img2dataset): nothing is downloaded"
     accepted = "; ".join(f"{name} ({schema.description})" for name, schema in FORMATS.items())
     message = f"not recognised by its keys: {_list_names(names)}; {missing}"
+    for unread in row.context.ignored.messages()[:3]:
+        message = f"{message}; {unread}"
     if len(objects) == 1 and row.place.file.lower().endswith(".json"):
         message = f"one JSON object, {message}"
         fix = f"Write a list of rows, also under {' or '.join(LIST_KEYS[:3])}. {fix}"

@@ -167,20 +167,20 @@ def plan_columns(
         role = "short" if role == "caption" else role
         roles[role] = roles.get(role, ()) + group
     assigned = {name for group in roles.values() for name in group}
-    rest = {name: normalize_column(name) for name in names if name not in assigned}
+    free = {name: normalize_column(name) for name in names if name not in assigned}
 
     def take(role: str, group: Iterable[str]) -> Group:
-        """Return the columns of a role: those of the user, else `group`, which leaves `rest`."""
+        """Return the columns of a role: those of the user, else `group`, which leaves `free`."""
         if role in roles:
             return roles[role]
         columns_of_role = tuple(group)
         for name in columns_of_role:
-            del rest[name]
+            del free[name]
         return columns_of_role
 
     has_text_role = bool(roles.keys() & {"short", "long", "query"})
-    query = take("query", () if has_text_role else _find_query(rest))
-    texts = {name: key for name, key in rest.items() if name not in typed_columns}
+    query = take("query", () if has_text_role else _find_query(free))
+    texts = {name: key for name, key in free.items() if name not in typed_columns}
     bases = {
         "positive": QUERY_POSITIVE_COLUMNS if query else POSITIVE_COLUMNS,
         "negative": QUERY_NEGATIVE_COLUMNS if query else NEGATIVE_COLUMNS,
@@ -191,13 +191,13 @@ def plan_columns(
         take(role, itertools.chain.from_iterable(candidates[role]))
         if role in roles:
             candidates[role] = tuple((name,) for name in roles[role])
-    image = take("image", find_image_columns(rest))
+    image = take("image", find_image_columns(free))
     if "image" not in roles and not image:
-        image = take("image", [n for n, key in rest.items() if key.endswith("_file_name")])
-    id_columns = take("id", [name for name, key in rest.items() if key == "id"][:1])
-    captions = ([], []) if has_text_role else _find_captions(rest)
+        image = take("image", [n for n, key in free.items() if key.endswith("_file_name")])
+    id_columns = take("id", [name for name, key in free.items() if key == "id"][:1])
+    captions = ([], []) if has_text_role else _find_captions(free)
     short, long = take("short", captions[0]), take("long", captions[1])
-    unread = () if has_text_role else [n for n, key in rest.items() if _is_text_name(key)]
+    unread = () if has_text_role else [n for n, key in free.items() if _is_text_name(key)]
     is_ambiguous = not roles.keys() & {"query", "positive"}
     return ColumnPlan(
         id=id_columns[0] if id_columns else None,

@@ -181,9 +181,9 @@ def _expand_braces(pattern: str, source: Path) -> list[str]:
         step = 1 if first <= last else -1
         items = (f"{number:0{width}d}" for number in range(first, last + step, step))
         count = abs(last - first) + 1
-    rest = _expand_braces(pattern[match.end() :], source)
-    if count * len(rest) > MAX_PATTERN_FILES:
+    suffixes = _expand_braces(pattern[match.end() :], source)
+    if count * len(suffixes) > MAX_PATTERN_FILES:
         message = f"braces that stand for more than {MAX_PATTERN_FILES:,} files"
         raise DataError(message, place=source, fix="Name a folder, or use *")
     prefix = pattern[: match.start()]
-    return [prefix + item + end for item in items for end in rest]
+    return [prefix + item + end for item in items for end in suffixes]

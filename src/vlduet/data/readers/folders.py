@@ -114,7 +114,7 @@ class _Folder:
     images: list[str] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     """Files of records that are one data set, or several by mistake."""
-    rest: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     """Names of files that are not read, without those that are `UNCOUNTED_FILES`."""
 
     @property
@@ -183,10 +183,10 @@ class _FolderReader:
             self._check_splits(folder)
             if folder.images:
                 context = replace(self.context, root=self.source, inspected_keys={}, id_prefix="")
-                names = {*folder.images, *folder.rest}
-                rows = read_image_rows(path, folder.images, names, context)
+                names = {*folder.images, *folder.unread}
+                rows = read_image_rows(path, folder.images, context, files=names)
                 yield RowGroup(path, context, rows, has_fixed_columns=True)
-        self._count_rest(folder, table, listed)
+        self._count_unread(folder, table, listed)
         for name in folder.subfolders:
             yield from self._walk(path / name, table, listed)
 
@@ -221,7 +221,7 @@ class _FolderReader:
         folder.tables = self._select_tables(folder, names, table)
         is_read = {*folder.images, *(file.name for file in folder.tables)}
         is_read |= _find_shard_side_files(names, folder.subfolders)
-        folder.rest = [n for n in names if n not in is_read and not UNCOUNTED_FILES.fullmatch(n)]
+        folder.unread = [n for n in names if n not in is_read and not UNCOUNTED_FILES.fullmatch(n)]
         return folder
 
     def _select_tables(self, folder: _Folder, names: list[str], table: Path | None) -> list[Path]:
@@ -248,16 +248,16 @@ class _FolderReader:
                 if not path.name.lower().endswith(ARCHIVE_SUFFIXES) and self._is_table(path)
             ]
         sidecar_stems = {Path(name).stem for name in folder.images}
-        others = [
+        candidates = [
             path
             for path in files
             if path.suffix.lower() in (".csv", ".tsv", ".json", ".txt")
             and path.stem not in sidecar_stems
             and not UNCOUNTED_FILES.fullmatch(path.name)
         ]
-        counts = Counter(path.suffix.lower() for path in others)
-        others = [p for p in others if counts[p.suffix.lower()] <= MAX_LISTED_FILES]
-        return sorted([*tables, *(path for path in others if self._is_table(path))])
+        counts = Counter(path.suffix.lower() for path in candidates)
+        candidates = [p for p in candidates if counts[p.suffix.lower()] <= MAX_LISTED_FILES]
+        return sorted([*tables, *(path for path in candidates if self._is_table(path))])
 
     def _is_table(self, path: Path) -> bool:
         """Return whether the first rows of a file are records; a broken CSV or TSV counts as well.
@@ -281,7 +281,7 @@ class _FolderReader:
         if len(splits) > 1:
             raise _make_split_error(folder.path, itertools.chain(*splits.values()))
 
-    def _count_rest(self, folder: _Folder, table: Path | None, listed: set[str]) -> None:
+    def _count_unread(self, folder: _Folder, table: Path | None, listed: set[str]) -> None:
         """Count the files of a folder that are not read.
 
         Args:
@@ -289,18 +289,18 @@ class _FolderReader:
             listed: absolute paths of the images that records name.
         """
         ignored = self.context.ignored
-        rest = folder.rest
+        unread = folder.unread
         if table is None:
             stems = {Path(name).stem for name in folder.images}
             sidecars = {stem + suffix for stem in stems for suffix in SIDECAR_SUFFIXES}
-            rest = [name for name in rest if name not in sidecars]
+            unread = [name for name in unread if name not in sidecars]
         else:
             root = os.path.abspath(folder.path)
             missing = [name for name in folder.images if os.path.join(root, name) not in listed]
             if missing:
                 ignored.add("image", str(table), len(missing))
-        endings = Counter(Path(name).suffix.lower() for name in rest)
-        for name in rest:
+        endings = Counter(Path(name).suffix.lower() for name in unread)
+        for name in unread:
             ending = Path(name).suffix.lower()
             is_data = split_suffix(name)[1] != ""
             if is_data and endings[ending] <= MAX_LISTED_FILES:

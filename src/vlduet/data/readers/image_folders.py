@@ -35,11 +35,11 @@ def read_image_folder_rows(source: Path, context: ReadContext) -> Iterator[Sourc
             for name in sorted(files)
             if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
         ]
-        yield from read_image_rows(Path(folder), images, set(files), context)
+        yield from read_image_rows(Path(folder), images, context, files=set(files))
 
 
 def read_image_rows(
-    folder: Path, images: list[str], files: Collection[str], context: ReadContext
+    folder: Path, images: list[str], context: ReadContext, *, files: Collection[str]
 ) -> Iterator[SourceRow]:
     """Yield a row with ``image`` for every image file of a folder.
 

@@ -45,11 +45,7 @@ def iter_object_rows(
         DataError: before the first row, if the object holds several lists of rows, or images of
             several splits.
     """
-    lists = {
-        key: items
-        for key, items in value.items()
-        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
-    }
+    lists = {key: items for key, items in value.items() if _is_row_list(items)}
     if _is_coco(value):
         rows = list(_join_annotations(value, source, context))
         _count_keys(value, ("images", "annotations"), context)
@@ -71,6 +67,11 @@ def iter_object_rows(
     for number, row in enumerate(rows, 1):
         place = Place(str(source), None, f"{key}[{number - 1}]" if key else str(row["image"]))
         yield SourceRow(place, context, f"{source.name}:{number}", row)
+
+
+def _is_row_list(items: Any) -> bool:
+    """Return whether a value is a list of objects that is not empty."""
+    return isinstance(items, list) and items != [] and all(isinstance(i, dict) for i in items)
 
 
 def _count_keys(value: dict[str, Any], used: tuple[str, ...], context: ReadContext) -> None:
@@ -137,8 +138,8 @@ def _to_sentence_row(row: dict[str, Any]) -> dict[str, Any]:
     if not ({"filename", "sentences"} <= row.keys() and isinstance(row["sentences"], list)):
         return row
     folder = row.get("filepath") or ""
-    rest = {key: item for key, item in row.items() if key not in ("filename", "filepath")}
-    return {"image": f"{folder}/{row['filename']}" if folder else row["filename"], **rest}
+    columns = {key: item for key, item in row.items() if key not in ("filename", "filepath")}
+    return {"image": f"{folder}/{row['filename']}" if folder else row["filename"], **columns}
 
 
 def _check_splits(rows: list[dict[str, Any]], source: Path) -> None:

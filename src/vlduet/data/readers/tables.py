@@ -47,7 +47,7 @@ be codes, so they are texts."""
 
 @dataclass(frozen=True, slots=True)
 class _Dialect:
-    """How a table is written."""
+    """Encoding and separators of a table."""
 
     encoding: str
     separator: str

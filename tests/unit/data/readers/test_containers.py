@@ -124,7 +124,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_read_itself(tmp_path: Path) -
     assert read_captions(tmp_path / "s[1].jsonl") == ["s[1].jsonl"]
 
 
-def test_records_are_not_written_into_a_pattern_that_is_read(tmp_path: Path) -> None:
+def test_an_output_must_not_match_the_pattern_of_its_source(tmp_path: Path) -> None:
     write_shards(tmp_path, "a.jsonl", "b.jsonl")
     with pytest.raises(DataError, match="is there already"):
         check_output_path(tmp_path / "a.jsonl", tmp_path / "*.jsonl")

@@ -97,7 +97,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_beside_images_is_read_and_other_files_are_counted(
+def test_a_table_in_a_folder_of_images_is_read_and_other_files_are_counted(
     name: str, tmp_path: Path
 ) -> None:
     write_files(tmp_path, "images/a.png", "images/b.png")
@@ -112,7 +112,7 @@ def test_a_table_beside_images_is_read_and_other_files_are_counted(
     ]
 
 
-def test_two_tables_beside_images_are_named(tmp_path: Path) -> None:
+def test_two_tables_in_a_folder_of_images_are_named(tmp_path: Path) -> None:
     write_files(tmp_path, "a.png")
     write_files(tmp_path, "captions.csv", "more.csv", text="image,caption\na.png,x\n")
     assert "captions.csv" in str(read_error(tmp_path)) and "more.csv" in str(read_error(tmp_path))
@@ -121,7 +121,7 @@ def test_two_tables_beside_images_are_named(tmp_path: Path) -> None:
     assert record.short == ("y",) and len(ignored) == 2, "a metadata file precedes others"
 
 
-def test_a_broken_table_beside_images_is_an_error(tmp_path: Path) -> None:
+def test_a_broken_table_in_a_folder_of_images_is_an_error(tmp_path: Path) -> None:
     write_files(tmp_path, "a.png")
     write_files(tmp_path, "captions.csv", text="image,image\na.png,x\n")
     assert "a column twice" in str(read_error(tmp_path))
@@ -136,7 +136,7 @@ def test_metadata_of_subfolders_has_ids_of_its_own(tmp_path: Path) -> None:
     assert ignored == [f"1 image that {tmp_path / 'y' / 'metadata.csv'} does not list"]
 
 
-def test_files_beside_an_image_hold_its_captions_and_columns(tmp_path: Path) -> None:
+def test_files_with_the_name_of_an_image_hold_its_captions_and_columns(tmp_path: Path) -> None:
     write_files(tmp_path, "00000/0.jpg", "00000/1.png")
     value = {"caption": "one", "url": "http://a", "width": 4}
     write_files(tmp_path, "00000/0.json", text=json.dumps(value))

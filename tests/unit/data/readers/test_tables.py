@@ -80,7 +80,7 @@ CELLS = st.text(st.sampled_from("ab ,;|\t\"\n'ü"), min_size=1, max_size=8).filt
     st.sampled_from([",", ";", "\t", "|"]),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
-def test_cells_are_read_as_they_were_written(
+def test_cells_of_a_csv_writer_are_read_unchanged(
     tmp_path_factory: pytest.TempPathFactory,
     captions: list[str],
     separator: str,
