@@ -118,9 +118,8 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         saved.base_folder,
         image_settings=saved.manifest.get("image_processor"),
         max_image_tokens=limits.max_image_tokens,
+        chat_template=saved.chat_template,
     )
-    if saved.chat_template is not None:
-        processor.tokenizer.chat_template = saved.chat_template
     if ROWS_TENSOR_NAME in saved.tensors:
         add_soft_prompt_tokens(processor.tokenizer, len(saved.tensors[ROWS_TENSOR_NAME]))
     prompts = Prompts()

@@ -410,18 +410,22 @@ def select_device() -> torch.device:
 
 
 def load_backbone(
-    folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
 ) -> Backbone:
     """Open a local checkpoint folder and return its model, frozen and in evaluation mode.
 
-    Only safetensors are read, no code of the checkpoint is ever run, and nothing is downloaded or
-    logged.
+    Only safetensors are read, no code of the checkpoint is ever run, and nothing is downloaded.
 
     Args:
         folder: folder with config.json and model*.safetensors.
         device: where the weights go; torch's own error if it is not available.
         dtype: default is float32 on a CPU; on a GPU bfloat16 if the checkpoint was saved in half
             precision, else float32.
+        chat_template: chat template in place of the checkpoint's own.
 
     Raises:
         ModelError: not a checkpoint folder, an unknown family, remote code, pickled or broken
@@ -450,7 +454,9 @@ def load_backbone(
             output_loading_info=True,
         )
     family = family_class(model.config)
-    tokenizer, image_processor = load_tokenizer_and_image_processor(folder, family)
+    tokenizer, image_processor = load_tokenizer_and_image_processor(
+        folder, family, chat_template=chat_template
+    )
     missing = sorted(report["missing_keys"])
     if missing:
         names = ", ".join(missing[:3])

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -174,12 +176,11 @@ class ChatLayouts:
         position = _find_text(output, first_text).start()
         prompt = output[:position]
         if turn:
-            try:
+            # Where it is refused, nobody can be prompted with this beginning of a chat.
+            with suppress(ConfigError, DataError):
                 prompt, _ = self._apply(
                     structure[:turn], add_generation_prompt=True, forms=(as_list,)
                 )
-            except (ConfigError, DataError):
-                pass  # refused: nobody can be prompted with this beginning of a chat
         start = len(prompt) - self.tokenizer.count_merged_space(prompt)
         if output.startswith(prompt[:start]) and not output[start:position].strip():
             return output, start
@@ -191,8 +192,8 @@ class ChatLayouts:
         """Return the parts of an output."""
         places = list(self._places.finditer(output))
         spans, ends = self._find_labels(output, answers)
-        starts = {answer.start for answer in answers}
-        edges = sorted({edge for span in spans for edge in span} | (starts - {None}))
+        starts = {answer.start for answer in answers if answer.start is not None}
+        edges = sorted({edge for span in spans for edge in span} | starts)
 
         def is_supervised(position: int) -> bool:
             return any(begin <= position < end for begin, end in spans)
@@ -201,7 +202,7 @@ class ChatLayouts:
 
         def append_control(begin: int, end: int) -> None:
             bounds = [begin, *(edge for edge in edges if begin < edge < end), end]
-            for first, last in zip(bounds, bounds[1:], strict=False):
+            for first, last in pairwise(bounds):
                 if first < last:
                     parts.append(
                         LayoutPart(
@@ -245,10 +246,8 @@ class ChatLayouts:
         missing_ends = set()
         for answer in answers:
             matches = [_find_text(output, number) for number in answer.texts]
-            begin = answer.start
-            if begin is None or begin > matches[0].start():
-                begin = matches[0].start()
-            for match, next_match in zip(matches, matches[1:], strict=False):
+            begin = matches[0].start() if answer.start is None else answer.start
+            for match, next_match in pairwise(matches):
                 between = output[match.end() : next_match.start()]
                 is_plain = self.tokenizer.alias_control(between) == between
                 if answer.is_supervised and not (is_plain and self._places.search(between) is None):

@@ -406,7 +406,7 @@ class DuetModel(nn.Module):
         Args:
             messages: turns in order, the last one of the user.
             max_new_tokens: longest answer in tokens, at which it is cut.
-            stream: return an iterator over non-empty pieces of the answer instead, not stripped.
+            stream: return an iterator over non-empty pieces instead, not stripped at the end.
                 The prompt's images are encoded at once; tokens are generated as it is advanced.
             temperature: 0 is greedy; else tokens are sampled from torch's global generator.
 

@@ -85,6 +85,7 @@ def load_processor(
     *,
     image_settings: Mapping[str, Any] | None = None,
     max_image_tokens: int | None = None,
+    chat_template: str | None = None,
 ) -> Processor:
     """Open a local checkpoint folder without its weights; nothing is downloaded.
 
@@ -94,6 +95,7 @@ def load_processor(
         folder: folder of the checkpoint.
         image_settings: attributes of the image processor in place of the checkpoint's own.
         max_image_tokens: most tokens of an image, if `image_settings` is None; None has no limit.
+        chat_template: chat template in place of the checkpoint's own.
 
     Raises:
         ModelError: not a checkpoint folder, an unknown family, remote code, or broken files. Later
@@ -107,7 +109,9 @@ def load_processor(
         else:
             generation_config = GenerationConfig.from_model_config(config)
     family = family_class(config)
-    tokenizer, image_processor = load_tokenizer_and_image_processor(folder, family)
+    tokenizer, image_processor = load_tokenizer_and_image_processor(
+        folder, family, chat_template=chat_template
+    )
     if image_settings is None and max_image_tokens is not None:
         image_settings = family.bounded_settings(image_processor, max_image_tokens)
     family.apply_settings(image_processor, image_settings or {})
@@ -123,10 +127,12 @@ def load_processor(
     )
 
 
-def load_tokenizer_and_image_processor(folder: Path, family: Family) -> tuple[Tokenizer, Any]:
+def load_tokenizer_and_image_processor(
+    folder: Path, family: Family, *, chat_template: str | None = None
+) -> tuple[Tokenizer, Any]:
     """Return the tokenizer and the image processor of a checkpoint folder.
 
-    The tokenizer has the chat template that `read_chat_template` finds.
+    The tokenizer has the given chat template, else the one that `read_chat_template` finds.
     The image processor uses `IMAGE_BACKEND` and the overrides of the family.
 
     Raises:
@@ -136,7 +142,9 @@ def load_tokenizer_and_image_processor(folder: Path, family: Family) -> tuple[To
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        tokenizer.chat_template = read_chat_template(folder, tokenizer.chat_template)
+        if chat_template is None:
+            chat_template = read_chat_template(folder, tokenizer.chat_template)
+        tokenizer.chat_template = chat_template
         image_processor = AutoImageProcessor.from_pretrained(
             folder, backend=IMAGE_BACKEND, local_files_only=True, trust_remote_code=False
         )

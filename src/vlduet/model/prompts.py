@@ -88,7 +88,7 @@ class Prompts:
 
     @classmethod
     def from_manifest(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the prompts of a manifest; TypeError for an unknown field, ConfigError as above."""
+        """Return the prompts of a manifest; TypeError for an unknown field."""
         return cls(**{"joined": False, **fields})
 
 
@@ -253,23 +253,26 @@ class Renderer:
         before, after, _ = self._prompt_texts(parts) if has_prompt else ("", "", "")
         builder = self.new_builder(joined=self.prompts.joined or not has_prompt)
         builder.append_control(before)
-        closing_length = len(self.tokenizer.encode(after, add_special_tokens=False))
-        limit = self.max_tokens - 1 - closing_length  # 1: the end-of-text token
         segments: list[int] = []
         part_ends: list[int] = []
         for i, part in enumerate(parts):
             # Images after the limit are not decoded.
-            if i and isinstance(part, ImageRef) and builder.count_tokens()[-1] > limit:
+            is_image = isinstance(part, ImageRef)
+            if i and is_image and builder.count_tokens()[-1] >= self.max_tokens:
                 break
             segments.append(self._append_part(builder, parts, i, supervised=True))
             part_ends.append(len(builder.segments))
-        counts = builder.count_tokens()
-        while len(segments) > 1 and counts[part_ends[-1] - 1] > limit:
-            del segments[-1], part_ends[-1]
-        builder.drop_segments(part_ends[-1])
         # The end of text after an image would teach the model to leave images without a caption.
         if len(segments) == len(parts) and isinstance(parts[-1], str):
             self._append_end_of_text(builder)
+        builder.append_control(after)
+        counts = builder.count_tokens()
+        if len(segments) == len(parts) and counts[-1] <= self.max_tokens:
+            return builder, segments
+        closing_length = counts[-1] - counts[part_ends[-1] - 1]
+        while len(segments) > 1 and counts[part_ends[-1] - 1] + closing_length > self.max_tokens:
+            del segments[-1], part_ends[-1]
+        builder.drop_segments(part_ends[-1])
         builder.append_control(after)
         return builder, segments
 

@@ -169,13 +169,16 @@ def open_model(
     """
     saved = checkpoint.read_checkpoint(recover_folder(Path(folder)))
     limits = Limits.from_manifest(saved.manifest, max_tokens=max_tokens)
-    backbone = load_backbone(saved.base_folder, device=device or select_device(), dtype=dtype)
+    backbone = load_backbone(
+        saved.base_folder,
+        device=device or select_device(),
+        dtype=dtype,
+        chat_template=saved.chat_template,
+    )
     if not saved.manifest:
         backbone.limit_image_tokens(max_image_tokens or limits.max_image_tokens)
         prompts = prompts or Prompts()
         return model_class(backbone, prompts=prompts, max_tokens=limits.max_tokens).eval()
-    if saved.chat_template is not None:
-        backbone.tokenizer.chat_template = saved.chat_template
     image_settings = saved.manifest.get("image_processor")
     backbone.limit_image_tokens(limits.max_image_tokens, settings=image_settings)
     head = saved.manifest["head"]

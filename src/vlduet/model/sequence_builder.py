@@ -16,7 +16,6 @@ labels and anchors follow from character offsets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
@@ -77,6 +76,8 @@ class SequenceBuilder:
     anchor_requests: list[AnchorRequest] = field(default_factory=list)
     trailing_control: str = ""
     """Control text that the sequence ends with; empty after user text and images."""
+    _tokens: list[tuple[list[int], int]] = field(default_factory=list)
+    """Result of `_tokenize` for the present segments; empty if it is unknown."""
 
     def append_control(
         self, text: str, *, supervised: bool = False, starts_answer: bool = False
@@ -132,6 +133,7 @@ class SequenceBuilder:
 
     def _append(self, segment: Segment) -> int:
         """Append a segment and return its index."""
+        self._tokens = []
         self.segments.append(segment)
         return len(self.segments) - 1
 
@@ -160,6 +162,7 @@ class SequenceBuilder:
 
     def drop_segments(self, count: int) -> None:
         """Remove all segments but the first `count`, in place. No anchor may be in the others."""
+        self._tokens = []
         del self.segments[count:]
         self.trailing_control = ""
 
@@ -182,46 +185,44 @@ class SequenceBuilder:
         beginning = next((segment.text for segment in self.segments if segment.text), "")
         return int(not beginning.startswith(bos))
 
-    def _tokenize(self) -> Iterator[tuple[list[int], int]]:
-        """Yield the token ids of every segment, and how many of them also cover the one before."""
-        if self.joined:
-            yield from self._tokenize_joined(self.segments, continues=False)
-            return
-        for is_control, segments in groupby(self.segments, lambda s: s.kind == "control"):
-            if is_control:
-                yield from self._tokenize_joined(list(segments), continues=False)
+    def _tokenize(self) -> list[tuple[list[int], int]]:
+        """Return the token ids of every segment, and how many of them also cover the one before."""
+        if not self._tokens:
+            if self.joined:
+                self._tokens = self._tokenize_joined(self.segments, continues=False)
             else:
-                for segment in segments:
-                    yield from self._tokenize_joined([segment], continues=False)
+                for is_control, group in groupby(self.segments, lambda s: s.kind == "control"):
+                    segments = list(group)
+                    for apart in [segments] if is_control else [[s] for s in segments]:
+                        self._tokens += self._tokenize_joined(apart, continues=False)
+        return self._tokens
 
     def _tokenize_joined(
         self, segments: list[Segment], *, continues: bool
-    ) -> Iterator[tuple[list[int], int]]:
-        """Yield what `_tokenize` does for segments whose texts are one string.
+    ) -> list[tuple[list[int], int]]:
+        """Return the same for segments whose texts are one string.
 
         `continues` says that they follow others, at whose end the string was cut.
         """
         text = "".join(segment.text for segment in segments)
         encoding = self.tokenizer.encode(text, continues=continues)
-        spans = []
-        position = token = 0
+        tokens = []
+        position = start = 0
         for i, segment in enumerate(segments):
-            if segment.is_answer_start and position:
-                if not self.tokenizer.is_boundary(text, encoding, position):
-                    yield from self._tokenize_joined(segments[:i], continues=continues)
-                    yield from self._tokenize_joined(segments[i:], continues=True)
-                    return
-            num_shared = int(token < len(encoding.starts) and encoding.starts[token] < position)
+            is_cut = segment.is_answer_start and position > 0
+            if is_cut and not self.tokenizer.is_boundary(text, encoding, position):
+                before = self._tokenize_joined(segments[:i], continues=continues)
+                return before + self._tokenize_joined(segments[i:], continues=True)
+            is_shared = start < len(encoding.starts) and encoding.starts[start] < position
             position += len(segment.text)
             end = encoding.num_tokens_before(position)
-            spans.append((token, end, min(num_shared, end - token)))
-            token = end
-        for segment, (start, end, num_shared) in zip(segments, spans, strict=True):
+            token_ids = encoding.token_ids[start:end]
             if segment.image is not None:
                 assert end - start == 1, "an image is one token of the text"
-                yield segment.image.token_ids(self.image_token_id), 0
-            else:
-                yield encoding.token_ids[start:end], num_shared
+                token_ids = segment.image.token_ids(self.image_token_id)
+            tokens.append((token_ids, int(is_shared and end > start)))
+            start = end
+        return tokens
 
     def build(self, max_tokens: int) -> Sequence:
         """Return the finished sequence of at most `max_tokens` tokens; the builder stays.

@@ -16,7 +16,7 @@ import secrets
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from unicodedata import normalize
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
@@ -24,8 +24,9 @@ from tokenizers import Tokenizer as BackendTokenizer
 from vlduet.errors import ModelError
 from vlduet.model.processing import Tokenizer
 
-PROBE = "A"
-"""Beginning of an answer, in place of all: a tokenizer that merges a space merges it with this."""
+PROBES = ("A", "a", "The", "the", "It", "Yes", "1")
+"""Beginnings of answers: a tokenizer that merges a space with answers merges it with one of these.
+"""
 MAX_CACHED_TEXTS = 10_000
 """Number of short texts whose aliases or last tokens are remembered."""
 
@@ -73,43 +74,39 @@ class TextTokenizer:
             )
         self.tokenizer = tokenizer
         self._version = _version(tokenizer)
-        shared = tokenizer.backend_tokenizer
-        # The model is shared. Without a post-processor, offsets include the spaces of a token.
-        self._backend = BackendTokenizer(shared.model)
-        if shared.normalizer is not None:
-            self._backend.normalizer = shared.normalizer
-        if shared.pre_tokenizer is not None:
-            self._backend.pre_tokenizer = shared.pre_tokenizer
+        self._backend = _copy_backend(tokenizer.backend_tokenizer)
         nonce = secrets.token_hex(8)
+        self._context = f"<|{nonce}|>"
         template = str(tokenizer.chat_template)
         tokens = dict(tokenizer.added_tokens_decoder)
         for token_id in extra_ids:
             content = str(tokenizer.convert_ids_to_tokens(token_id))
             tokens.setdefault(token_id, AddedToken(content, special=True, normalized=False))
         self._aliases: dict[str, str] = {}
-        content_of_id: dict[int, str] = {}
-        added = []
+        self._alias_of_id: dict[int, str] = {}
+        added = {}
         for token_id, token in tokens.items():
             content = token.content
             is_written = content in template and not content.isspace()
             if token.special or is_written or token_id in extra_ids:
-                alias = f"<|{nonce}-{token_id}|>"
-                self._aliases[content] = alias
-                content = alias
-            content_of_id[token_id] = content
-            added.append(_copy_added_token(token, content))
-        self._context = f"<|{nonce}|>"
-        self._backend.add_tokens([*added, AddedToken(self._context, normalized=False)])
-        self._id_of_added = {
-            self._backend.token_to_id(content): token_id
-            for token_id, content in content_of_id.items()
-        }
-        self._first_added_id = min(self._id_of_added, default=0)
+                content = f"<|{nonce}-{token_id}|>"
+                self._aliases[token.content] = self._alias_of_id[token_id] = content
+            added[token_id] = _copy_added_token(token, content)
+        num_model_tokens = self._backend.get_vocab_size()
+        self._backend.add_tokens([*added.values(), AddedToken(self._context, normalized=False)])
+        self._id_of_added: dict[int, int] = {}
+        for token_id, token in added.items():
+            own_id = self._backend.token_to_id(token.content)
+            if own_id is not None and own_id != token_id:
+                self._id_of_added[own_id] = token_id
+        self._first_added_id = min(self._id_of_added, default=num_model_tokens)
+        # Aliases stand for control tokens: with ids of the model itself they are spelled by a text.
+        self._model_control_ids = {i for i in self._alias_of_id if i < num_model_tokens}
         self._control_texts: dict[str, str] = {}
         self._tails: dict[str, list[int]] = {}
 
     def is_current(self, tokenizer: Tokenizer) -> bool:
-        """Return whether this is the tokenizer, without tokens or a template that were set later."""
+        """Return whether this is the tokenizer, and no token or template was set later."""
         return tokenizer is self.tokenizer and _version(tokenizer) == self._version
 
     @cached_property
@@ -129,7 +126,7 @@ class TextTokenizer:
 
     def alias_token(self, token_id: int) -> str:
         """Return the alias of a control token. KeyError for any other token."""
-        return self._aliases[str(self.tokenizer.convert_ids_to_tokens(token_id))]
+        return self._alias_of_id[token_id]
 
     def encode(self, text: str, *, continues: bool = False) -> Encoding:
         """Return the tokens of a text of user text and aliases.
@@ -143,18 +140,38 @@ class TextTokenizer:
         encoding = self._backend.encode(context + text, add_special_tokens=False)
         token_ids, offsets = encoding.ids, encoding.offsets
         if continues:
-            token_ids, offsets = token_ids[1:], offsets[1:]
-        starts = [max(0, start - len(context)) for start, _ in offsets]
-        ends = [end - len(context) for _, end in offsets]
-        for i, token_id in enumerate(token_ids):
-            if token_id >= self._first_added_id and token_id in self._id_of_added:
-                token_ids[i] = self._id_of_added[token_id]
-                # A token that takes the white space around it is at its own place nevertheless.
-                content = text[starts[i] : ends[i]]
-                if content[:1].isspace() or content[-1:].isspace():
-                    starts[i] += len(content) - len(content.lstrip())
-                    ends[i] -= len(content) - len(content.rstrip())
-        return Encoding(token_ids, starts, list(accumulate(ends, max)))
+            token_ids = token_ids[1:]
+            offsets = [(start - len(context), end - len(context)) for start, end in offsets[1:]]
+        starts = [start for start, _ in offsets]
+        ends = [end for _, end in offsets]
+        if not self._model_control_ids.isdisjoint(token_ids):
+            token_ids, starts, ends = self._spell_control_tokens(token_ids, starts, ends, text)
+        first_added_id = self._first_added_id
+        for i in [i for i, token_id in enumerate(token_ids) if token_id >= first_added_id]:
+            token_ids[i] = self._id_of_added.get(token_ids[i], token_ids[i])
+            # A token that takes the white space around it is at its own place nevertheless.
+            content = text[starts[i] : ends[i]]
+            if content[:1].isspace() or content[-1:].isspace():
+                starts[i] += len(content) - len(content.lstrip())
+                ends[i] -= len(content) - len(content.rstrip())
+        return Encoding(token_ids, starts, ends)
+
+    def _spell_control_tokens(
+        self, token_ids: list[int], starts: list[int], ends: list[int], text: str
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Return tokens and offsets with those of single characters in place of control tokens.
+
+        Some models have their control tokens among the pieces of ordinary text, too.
+        """
+        tokens: list[tuple[int, int, int]] = []
+        for token_id, start, end in zip(token_ids, starts, ends, strict=True):
+            if token_id not in self._model_control_ids:
+                tokens.append((token_id, start, end))
+                continue
+            for i in range(start, end):
+                pieces = self._backend.model.tokenize(text[i])
+                tokens += [(piece.id, i, i + 1) for piece in pieces]
+        return tuple(map(list, zip(*tokens, strict=True)))  # type: ignore[return-value]
 
     def is_boundary(self, text: str, encoding: Encoding, position: int) -> bool:
         """Return whether the text before a position has the tokens that it has alone.
@@ -163,6 +180,10 @@ class TextTokenizer:
         """
         count = encoding.num_tokens_before(position)
         if count < len(encoding.starts) and encoding.starts[count] < position:
+            return False
+        # A normalizer may make one character of two, such as a letter and its accent.
+        left, right = text[max(0, position - 4) : position], text[position : position + 4]
+        if normalize("NFC", left + right) != normalize("NFC", left) + normalize("NFC", right):
             return False
         # Without a token across the position, only white space depends on what follows.
         tail = _find_tail(text[:position])
@@ -186,10 +207,13 @@ class TextTokenizer:
         if not tail:
             return 0
         aliased = self.alias_control(tail)
-        encoding = self.encode(aliased + PROBE)
-        start = encoding.starts[encoding.num_tokens_before(len(aliased))]
-        merged = aliased[start:]
-        return len(merged) if merged.isspace() else 0
+        start = len(aliased)
+        for probe in PROBES:
+            encoding = self.encode(aliased + probe)
+            first = encoding.starts[encoding.num_tokens_before(len(aliased))]
+            if aliased[first:].isspace():
+                start = min(start, first)
+        return len(aliased) - start
 
 
 def _find_tail(text: str) -> str:
@@ -204,6 +228,23 @@ def _find_tail(text: str) -> str:
 def _version(tokenizer: Tokenizer) -> tuple[int, str]:
     """Return what changes where a tokenizer gets tokens or another chat template."""
     return len(tokenizer), str(tokenizer.chat_template)
+
+
+def _copy_backend(backend: BackendTokenizer) -> BackendTokenizer:
+    """Return a tokenizer without added tokens and post-processor that shares the model of another.
+
+    Without a post-processor, the offsets of a token include its space.
+    """
+    copy = BackendTokenizer(backend.model)
+    if backend.normalizer is not None:
+        copy.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        copy.pre_tokenizer = backend.pre_tokenizer
+    # New tokens get ids from the size of the vocabulary on, which some vocabularies exceed.
+    highest_id = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
+    num_missing = highest_id + 1 - copy.get_vocab_size()
+    copy.add_tokens([f"<|missing-{secrets.token_hex(8)}|>" for _ in range(num_missing)])
+    return copy
 
 
 def _copy_added_token(token: AddedToken, content: str) -> AddedToken:

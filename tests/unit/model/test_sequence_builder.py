@@ -84,12 +84,11 @@ def test_anchors_of_a_cut_text_end_with_it(model: DuetModel) -> None:
     renderer = make_renderer(model)
     builder = renderer.new_builder()
     builder.append_text("ab")
-    start, end = builder.append_text("cdefghij")
-    spans = {"mean": (start, end), "last": (end - 1, end)}
-    spans["end"] = builder.append_control("</s>")
-    for role, span in spans.items():
-        builder.add_anchor(span, role=role, record_name="", content_key="")
-    sequence = builder.build(len(builder.token_ids) - 3)
+    text = builder.append_text("cdefghij")
+    end = builder.append_control("</s>")
+    for role, segment, is_last in (("mean", text, False), ("last", text, True), ("end", end, True)):
+        builder.add_anchor(segment, is_last=is_last, role=role, record_name="", content_key="")
+    sequence = builder.build(builder.count_tokens()[-1] - 3)
     texts = {
         anchor.role: decode(renderer, sequence.token_ids[anchor.start : anchor.end])
         for anchor in sequence.anchors
@@ -105,14 +104,3 @@ def test_a_sequence_without_text_to_cut_is_refused(model: DuetModel) -> None:
         match=r"3 images and the prompt take \d+ tokens, the limit is 10.*data\.max_tokens",
     ):
         renderer.render_embedding(images)
-
-
-def test_a_copy_of_a_builder_is_independent(model: DuetModel) -> None:
-    builder = make_renderer(model).new_builder()
-    builder.append_text("ab", supervised=True)
-    copy = builder.copy()
-    copy.append_text("cd", supervised=True)
-    copy.add_anchor((0, 1), role="", record_name="", content_key="")
-    assert len(copy.token_ids) == len(builder.token_ids) + 2
-    assert len(builder.labels) == len(builder.token_ids) and not builder.anchors
-    assert len(builder.text_spans) == 1

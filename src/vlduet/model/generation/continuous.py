@@ -99,6 +99,7 @@ class Request:
         self.token_ids: list[int] = []
         self.prompt_tokens = 0
         self._unsent_text = ""  # held back, since it may begin a stop string
+        self._has_text = False  # something of the answer was returned
         self._detokenizer: IncrementalDetokenizer | None = None
         self._generator: torch.Generator | None = None
 
@@ -129,7 +130,9 @@ class Request:
         Text that may begin a stop string, and incomplete characters, are held back for a later
         delta. The last delta holds all remaining text, up to the earliest stop string. Its finish
         reason is `stop` after an end token or a stop string, else `length` at `max_new_tokens`.
-        `is_finished` becomes True for the last delta and False for any other.
+        White space at the beginning of the answer is left out: where a prompt ends before a space,
+        the first token begins with it. `is_finished` becomes True for the last delta and False for
+        any other.
 
         Args:
             token_id: id of the token; special tokens add no text.
@@ -155,7 +158,9 @@ class Request:
             end -= holdback_length(text, self.stop_strings)
         self._unsent_text = text[end:]
         self.is_finished = finish_reason is not None
-        return Delta(text[:end], finish_reason, self.prompt_tokens, len(self.token_ids))
+        delta_text = text[:end] if self._has_text else text[:end].lstrip()
+        self._has_text = self._has_text or bool(delta_text)
+        return Delta(delta_text, finish_reason, self.prompt_tokens, len(self.token_ids))
 
 
 StepOutputs = list[tuple[Request, Delta | Exception]]
@@ -402,7 +407,7 @@ def stream_text(
     *,
     temperature: float = 0.0,
 ) -> Iterator[str]:
-    """Yield the continuation of a single prompt in non-empty pieces, which are not stripped.
+    """Yield the continuation of a single prompt in non-empty pieces, without leading white space.
 
     Nothing runs, and nothing is raised, before the first piece is requested.
 

@@ -121,12 +121,18 @@ def test_every_image_is_between_its_delimiters(model: DuetModel) -> None:
 
 def test_document_is_cut_before_an_image_that_does_not_fit(model: DuetModel) -> None:
     parts = (WIDE, "one", SMALL)
-    complete, _ = model.renderer.render_document(parts)
-    renderer = model.renderer.with_options(max_tokens=len(complete.token_ids))
-    builder, spans = renderer.render_document(parts)
-    assert len(complete.images) == 2
-    assert len(spans) == 2 and len(builder.images) == 1
-    text = "".join(model.backbone.tokenizer.convert_ids_to_tokens(builder.token_ids))
+    limit = model.renderer.max_tokens
+    builder, segments = model.renderer.render_document(parts)
+    complete = builder.build(limit)
+    assert len(complete.images) == 2 and len(segments) == 3
+    exact_fit = model.renderer.with_options(max_tokens=len(complete))
+    same = exact_fit.render_document(parts)[0].build(limit)
+    assert same.token_ids == complete.token_ids
+    renderer = model.renderer.with_options(max_tokens=len(complete) - 1)
+    builder, segments = renderer.render_document(parts)
+    sequence = builder.build(limit)
+    assert len(segments) == 2 and len(sequence.images) == 1
+    text = "".join(model.backbone.tokenizer.convert_ids_to_tokens(list(sequence.token_ids)))
     assert text.partition("<|vision_end|>")[2].startswith("one")
 
 

@@ -177,6 +177,12 @@ def test_endless_invalid_bytes_are_decoded_at_a_constant_cost(decoded_ids):
     assert sum(decoded_ids[480:]) <= sum(decoded_ids[64:96]) + 16 * MAX_PENDING_TOKENS
 
 
+def test_white_space_before_an_answer_is_not_returned(decoded_ids):
+    """A prompt that ends in "Assistant:" leaves the space to the first token of the answer."""
+    token_ids = BYTE_LEVEL.encode(" \n a  b ", add_special_tokens=False)
+    assert append_tokens(None, token_ids, decoded_ids) == "a  b "
+
+
 LETTERS = "ab \N{RIGHTWARDS ARROW}"
 
 
@@ -194,6 +200,7 @@ def test_streamed_text_never_contains_part_of_a_stop_string(text, stop_strings):
         if positions:
             expected = text[: min(positions)]
             break
+    expected = expected.lstrip()
     streamed = ""
     for token_id in token_ids:
         delta = request.append_token(token_id, BYTE_LEVEL, is_end=False)
