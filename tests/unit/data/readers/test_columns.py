@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 
 from vlduet.data.formats import FORMATS
 from vlduet.data.readers.columns import (
+    ANSWER_COLUMNS,
     COLUMN_ROLES,
     FALLBACK_SHORT_COLUMNS,
     LONG_COLUMNS,
     NEGATIVE_COLUMNS,
     QUERY_COLUMNS,
+    QUERY_NEGATIVE_COLUMNS,
     QUERY_POSITIVE_COLUMNS,
+    QUESTION_COLUMN,
     SHORT_COLUMNS,
     ColumnPlan,
     plan_columns,
@@ -161,3 +165,32 @@ def test_the_order_of_columns_does_not_decide_their_roles(
     for role in ("id", "image", "short", "long", "query", "positive", "negative", "unread"):
         groups = [getattr(result, role) or () for result in (first, second)]
         assert sorted(map(sorted, groups[0])) == sorted(map(sorted, groups[1])), role
+
+
+# --- documentation
+
+
+def test_the_documentation_lists_every_column() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "data-format.md").read_text(encoding="utf-8")
+    table = re.search(
+        r"^\| role in `columns` \|.*\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE
+    )
+    assert table is not None
+    documented = {}
+    for line in table[1].splitlines():
+        roles, names = line.strip("|").split(" | ")
+        for role in re.findall("`([^`]+)`", roles):
+            documented[role] = set(re.findall("`([a-z_]+)`", names))
+    short = {*SHORT_COLUMNS, *FALLBACK_SHORT_COLUMNS}
+    assert documented == {
+        "id": {"id"},
+        "image": {*IMAGE_COLUMNS},
+        "caption": short,
+        "short": short,
+        "long": {*LONG_COLUMNS},
+        "query": {*QUERY_COLUMNS, QUESTION_COLUMN, *ANSWER_COLUMNS},
+        "positive": {*QUERY_POSITIVE_COLUMNS},
+        "negative": {*QUERY_NEGATIVE_COLUMNS},
+        "messages": set(),
+    }
+    assert documented.keys() == COLUMN_ROLES.keys()
