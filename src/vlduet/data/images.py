@@ -292,8 +292,8 @@ def _too_large_error(cause: str, name: str) -> ImageError:
 
 
 def _broken_image_error(kind: str, error: BaseException, name: str) -> ImageError:
-    # Pillow names its buffer by its address: the same image must give the same message every time.
-    cause = re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", str(error))
+    # Pillow names its buffer or file: the same image must give the same message every time.
+    cause = re.sub(r"\s*<_io\.[^>]*>", "", str(error))
     message = f"truncated or broken {kind} ({cause})"
     return ImageError(message, place=name, fix="Copy or download it again")
 

@@ -43,6 +43,11 @@ def build_optimizer(
     return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
 
 
+def count_warmup_steps(steps: int, warmup: float) -> int:
+    """Return the share `warmup` of `steps` in whole steps: 0 without warm-up, else at least 1."""
+    return max(1, round(warmup * steps)) if warmup else 0
+
+
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     """Return the factor of the learning rate in a step, above 0 and at most 1.
 
@@ -52,10 +57,9 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     Args:
         step: number of the step, from 0 to `steps` - 1.
         steps: number of steps of the run.
-        warmup: w as a share of `steps`, rounded to whole steps; 0 has no warm-up, any other at
-            least one step.
+        warmup: w as a share of `steps`, see `count_warmup_steps`.
     """
-    warmup_steps = max(1, round(warmup * steps)) if warmup else 0
+    warmup_steps = count_warmup_steps(steps, warmup)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)

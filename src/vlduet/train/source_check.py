@@ -19,6 +19,7 @@ from vlduet.errors import DataError, VLDuetError
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
 from vlduet.train.image_probe import ImageProbe
+from vlduet.train.optim import count_warmup_steps
 from vlduet.train.run import TrainingRun
 from vlduet.train.source_records import SourceRecords, build_unusable_source_error
 from vlduet.train.usage import NOTHING_TO_LEARN, UsageCounts, format_causes
@@ -238,9 +239,10 @@ def describe_risks(run: TrainingRun, check: SourceCheck) -> list[str]:
             f"{epochs:,.0f} epochs: every record is trained on {epochs:,.0f} times. Set "
             "train.epochs instead of train.steps, such as train.epochs=10"
         )
-    if train.warmup and round(train.warmup * run.num_steps) >= run.num_steps:
+    if count_warmup_steps(run.num_steps, train.warmup) >= run.num_steps:
         warnings.append(
-            f"all {run.num_steps} steps are warm-up: lower train.warmup or train longer"
+            f"the warm-up takes all of the {run.num_steps} steps: train longer, or lower "
+            "train.warmup"
         )
     num_held_out = sum(source.num_held_out for source in run.sources)
     if isinstance(run.config.data.validation, float) and num_held_out < MIN_VALIDATION_RECORDS:

@@ -115,7 +115,7 @@ def _read_source(
         if share and is_held_out(record, share):
             source.num_held_out += 1
             continue
-        record = store.move_images(record)
+        record = store.write_images(record)
         if losses.isdisjoint(recipe.find_losses(record)):
             unusable.append((record, describe_unusable_record(record, losses)))
         else:
