@@ -42,11 +42,14 @@ def _iter_parquet_values(source: Path) -> Iterator[dict[str, Any]]:
 
     # A mapped file takes half of the memory: pyarrow decodes at least a page at once.
     with pyarrow.parquet.ParquetFile(source, memory_map=True) as file:
-        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-        num_bytes = max(1, sum(group.total_byte_size for group in groups))
-        num_rows = BATCH_BYTES * file.metadata.num_rows // num_bytes
-        for batch in file.iter_batches(batch_size=min(max(num_rows, 1), MAX_BATCH_ROWS)):
-            yield from batch.to_pylist()
+        for i in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(i)
+            num_rows = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+            num_rows = min(max(num_rows, 1), MAX_BATCH_ROWS)
+            for batch in file.iter_batches(num_rows, row_groups=[i]):
+                yield from batch.to_pylist()
+            batch = None
+            pyarrow.default_memory_pool().release_unused()  # it would keep the largest page
 
 
 def _iter_arrow_values(source: Path) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,31 @@ def test_a_truncated_file_is_one_error(name: str, tmp_path: Path) -> None:
     records, errors = read_with_errors(path)
     assert len(errors) == 1 and "truncated or broken" in errors[0].message
     assert len(records) == (100 if name == "x.arrow" else 0)
+
+
+def test_an_empty_table_has_no_records_and_row_groups_are_joined(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"image": f"{i}.png", "text": "x" * i} for i in range(1, 8)])
+    pa.parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    assert list(read_records(tmp_path / "empty.parquet")) == []
+    pa.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=3)
+    records = list(read_records(tmp_path / "x.parquet"))
+    assert [record.id for record in records] == [f"x.parquet:{i}" for i in range(1, 8)]
+    assert [len(record.short[0]) for record in records] == list(range(1, 8))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_parquet_file_is_free_after_reading(tmp_path: Path) -> None:
+    images_of_rows = [os.urandom(500_000) for _ in range(100)]
+    table = pa.table({"image": pa.array(images_of_rows), "text": ["x"] * 100})
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    del table
+    pa.default_memory_pool().release_unused()
+    before = measure_memory_mb()
+    assert sum(1 for _ in read_records(tmp_path / "x.parquet")) == 100
+    assert measure_memory_mb() - before < 25
+
+
+def measure_memory_mb() -> float:
+    """Return the memory of this process that is no mapped file, in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
