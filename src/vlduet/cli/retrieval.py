@@ -25,6 +25,7 @@ from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
     from vlduet.data.records import ImageRef
+    from vlduet.retrieval.build import BuildReport
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import Hit
 
@@ -59,8 +60,9 @@ def index(
     """Embed SOURCE into an index, or update the index; only new content is embedded.
 
     Prints the numbers of documents. Records that cannot be used are left out and listed in
-    INDEX/quarantine.jsonl. An interrupted build continues when it is started again. An index of
-    another model or --side is an error, and so is any --store but lance.
+    INDEX/quarantine.jsonl; the exit status is 1 if none remains. An interrupted build continues
+    when it is started again. An index of another model or --side is an error, and so is any --store
+    but lance.
     """
     from vlduet.encoders.dual import open_embedder
     from vlduet.errors import RetrievalError
@@ -79,7 +81,14 @@ def index(
     )
     if as_json:
         print_json({"index": str(to), **asdict(report)})
-        return
+    else:
+        _print_build_report(report, source, to)
+    if report.quarantined and not report.count:
+        raise typer.Exit(1)
+
+
+def _print_build_report(report: BuildReport, source: Path, to: Path) -> None:
+    """Print the numbers of documents of a build, why others were left out, and what is absent."""
     changes = []
     for name in ("added", "updated", "kept", "removed"):
         if count := getattr(report, name):
