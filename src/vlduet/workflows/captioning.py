@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from vlduet.data import formats, jsonl_output
 from vlduet.data.images import image_key
 from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
+from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import ImageRef, Record, split_sentences
 from vlduet.data.sources import SourceLike, as_source
 from vlduet.errors import ConfigError, DataError
@@ -176,13 +177,15 @@ def write_missing_captions(
     def add_row_error(error: DataError) -> None:
         quarantine.add(error.place, error)
 
-    records = source.read(on_error=add_row_error)
     if jsonl_output.is_file_inside(output, source.path):
-        # An earlier run wrote into the folder of images; there may be new images since.
+        # An earlier run wrote into the folder of images; there may be new images since, which are
+        # read as well, so that they must not be reported as unread.
+        on_error = None if source.strict else add_row_error
+        records = source.read_silently(IgnoredData(), on_error=on_error)
         records = formats.append_unlisted_images(records, source.path, on_error=add_row_error)
         captioned = _require_all_records(output, job.add_captions(records))
     else:
-        captioned = job.add_captions(records)
+        captioned = job.add_captions(source.read(on_error=add_row_error))
     stored = jsonl_output.stream_to_jsonl(captioned, output)
     num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.path.name}"))
     journal.path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from vlduet.data.readers.rows import find_image_columns, normalize_column
 from vlduet.errors import DataError, suggest_name
@@ -70,6 +71,10 @@ TEXT_WORDS = (
     "responses?|anchor|positives?|negatives?|passage|document|prompt|instruction"
 )
 """Words in the name of a column that is perhaps to be learned; a pattern."""
+DESCRIPTION_WORDS = (
+    "names?|labels?|class(?:es)?|category|categories|tags?|keywords?|summary|notes?|concepts?|body"
+)
+"""Words in the name of a column that may describe an image without captions; a pattern."""
 NO_TEXT_WORDS = (
     "ids?|no|number|num|count|index|length|len|size|score|source|url|link|file|path|image|lang|"
     "language|model|type|author|date|time|tokens|label|similarity|split"
@@ -282,9 +287,22 @@ def _is_numbered(key: str, bases: Collection[str]) -> bool:
     return key in bases or (number is not None and number[1] in bases)
 
 
+def is_description(name: str, value: Any) -> bool:
+    """Return whether a cell may describe the image of its row, in a table without captions.
+
+    It is a text of two words or more, or a text in a column with one of `DESCRIPTION_WORDS`.
+    """
+    if not isinstance(value, str) or find_image_columns([name]):
+        return False
+    two_words = re.search(r"[^\W\d_]{2,}\S*\s(?:.*\s)?\S*[^\W\d_]{2,}", value)
+    return two_words is not None or _has_word(normalize_column(name), DESCRIPTION_WORDS)
+
+
 def _is_text_name(key: str) -> bool:
     """Return whether a normalized name has one of `TEXT_WORDS` and no `NO_TEXT_WORDS`."""
-    text_words, no_text_words = (
-        re.search(rf"(?:^|_)(?:{words})\d*(?:_|$)", key) for words in (TEXT_WORDS, NO_TEXT_WORDS)
-    )
-    return text_words is not None and no_text_words is None
+    return _has_word(key, TEXT_WORDS) and not _has_word(key, NO_TEXT_WORDS)
+
+
+def _has_word(key: str, words: str) -> bool:
+    """Return whether a normalized name has one of `words`, a pattern, perhaps with a number."""
+    return re.search(rf"(?:^|_)(?:{words})\d*(?:_|$)", key) is not None

@@ -335,7 +335,7 @@ def _find_shard_side_files(names: list[str], subfolders: list[str]) -> set[str]:
         stem, suffix = split_suffix(name)
         shard = stem.removesuffix("_stats")
         has_shard = f"{shard}.tar" in present or shard in subfolders
-        is_metadata = suffix == ".parquet" and stem.isdigit()
+        is_metadata = suffix == ".parquet" and (f"{stem}.tar" in present or stem.isdigit())
         if name.endswith("_stats.json"):
             is_metadata = True
             has_shard |= f"{shard}.parquet" in present

@@ -11,6 +11,7 @@ from vlduet.data.readers.columns import (
     RELEVANCE_COLUMNS,
     ColumnPlan,
     Group,
+    is_description,
     is_image_column,
     plan_columns,
 )
@@ -23,11 +24,14 @@ from vlduet.data.readers.rows import (
     interleave_images,
     normalize_column,
     parse_id,
+    parse_images,
 )
 from vlduet.data.record_json import JsonValue
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.errors import DataError
 
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
+"""Values of a cell that holds nothing."""
 MAX_CACHED_PLANS = 1000
 """Number of different sets of keys in a source whose plans are kept."""
 
@@ -77,15 +81,20 @@ def is_retrieval_row(row: SourceRow) -> bool:
 def parse_captions(row: SourceRow) -> Record:
     """Return a pair of an image column and all caption columns; other columns become metadata.
 
-    `plan_columns` says which these are. Repeated short captions are dropped, and there may be none.
-    Right candidates are short captions too, and wrong ones hard negatives.
+    `plan_columns` says which these are. The image may be a list of one. Repeated short captions are
+    dropped, and there may be none. Right candidates are short captions too, and wrong ones hard
+    negatives.
 
     Raises:
-        DataError: none or several image columns, several long captions, an image among the right
-            candidates, or a wrong value or id.
+        DataError: none or several image columns or images, several long captions, an image among
+            the right candidates, or a wrong value or id.
     """
     plan = plan_row(row)
     image_column = _require_image(row, plan)
+    images = parse_images(row.get_field(image_column))
+    if len(images) > 1:
+        fix = "Write a row per image, or use interleaved records"
+        raise row.get_field(image_column).make_error(f"{len(images)} images in a pair", fix=fix)
     short: list[str] = []
     for name in (*plan.short, *_flatten(plan.positive)):
         field = row.get_field(name)
@@ -100,10 +109,10 @@ def parse_captions(row: SourceRow) -> Record:
     used = {image_column, *plan.captions}
     unread = set(plan.unread)
     if not plan.captions:
-        unread |= {name for name, value in row.value.items() if _is_prose(value)}
+        unread |= {name for name, value in row.value.items() if is_description(name, value)}
     return Record(
         _parse_id(row, plan),
-        image=row.get_field(image_column).parse_image(),
+        image=images[0],
         short=tuple(dict.fromkeys(short)),
         long=long[0] if long else None,
         negative=_parse_candidates(row, plan.negative),
@@ -115,9 +124,10 @@ def parse_captions(row: SourceRow) -> Record:
 def parse_retrieval(row: SourceRow) -> Record:
     """Return a retrieval record of a query and its candidates; other columns become metadata.
 
-    `plan_columns` says which columns these are. Without a column of right candidates, the image is
-    the right one. A cell is an image if it holds one, if the column is named as one
-    (``query_image``), or if its text is a data: URL or a file name of an image; else it is a text.
+    `plan_columns` says which columns these are. Without a column of right candidates, the image, or
+    each of a list of images, is a right one. A cell is an image if it holds one, if the column is
+    named as one (``query_image``), or if its text is a data: URL or a file name of an image; else
+    it is a text.
 
     Raises:
         DataError: the query or the right candidate is missing, the image might be either, or a
@@ -137,7 +147,7 @@ def parse_retrieval(row: SourceRow) -> Record:
         raise row.get_field(images[0]).make_error(message, fix=fix)
     if not plan.positive or "image" in row.context.columns:
         column = _require_image(row, plan)
-        positive.append((row.get_field(column).parse_image(),))
+        positive += [(image,) for image in parse_images(row.get_field(column))]
         used.add(column)
     for role, columns, items in (
         ("query", plan.query, query),
@@ -179,10 +189,12 @@ def _flatten(groups: Iterable[Group]) -> Group:
 
 def _find_images(row: SourceRow, plan: ColumnPlan) -> list[str]:
     """Return the image columns that a row fills: those of the plan, else others that it has."""
-    columns = [name for name in plan.image if row.value.get(name) not in (None, "", [])]
+    columns = [name for name in plan.image if row.value.get(name) not in EMPTY_VALUES]
     if columns or "image" in row.context.columns:
         return columns
-    return find_image_columns(name for name, value in row.value.items() if value not in ("", []))
+    return find_image_columns(
+        name for name, value in row.value.items() if value not in EMPTY_VALUES
+    )
 
 
 def _require_image(row: SourceRow, plan: ColumnPlan) -> str:
@@ -235,7 +247,7 @@ def _parse_candidates(row: SourceRow, groups: Iterable[Group]) -> tuple[Parts, .
     candidates: list[Parts] = []
     for group in groups:
         fields = [(row.get_field(name), name) for name in group]
-        fields = [(field, name) for field, name in fields if field.value not in (None, "", [])]
+        fields = [(field, name) for field, name in fields if field.value not in EMPTY_VALUES]
         lists = [field for field, _ in fields if isinstance(field.value, list)]
         if not lists:
             parts = tuple(part for field, name in fields for part in _parse_item(field, name))
@@ -261,7 +273,7 @@ def _parse_item(field: JsonValue, column: str) -> Parts:
         DataError: the value is none of these.
     """
     value = field.value
-    if value in (None, "", []):
+    if value in EMPTY_VALUES:
         return ()
     if isinstance(value, list):
         return field.parse_parts()
@@ -293,11 +305,6 @@ def _collect_metadata(
         elif plan.query and normalize_column(name) in RELEVANCE_COLUMNS:
             ignored.add("column", name)
     return collect_metadata(row, parsed)
-
-
-def _is_prose(value: Any) -> bool:
-    """Return whether a value is a text of two words or more."""
-    return isinstance(value, str) and re.search(r"[^\W\d_]{2,}\s+[^\W\d_]{2,}", value) is not None
 
 
 def parse_mmeb(row: SourceRow) -> Record:

@@ -103,10 +103,29 @@ def test_columns_that_nothing_learns_are_counted(tmp_path: Path) -> None:
     (record,), ignored = read_with_ignored(write_lines(tmp_path / "x.jsonl", row))
     assert record.metadata == {"answer": "b", "label": 1, "page": "c d"}
     assert len(ignored) == 2 and "`answer`" in ignored[0] and "`label`" in ignored[1]
-    row = {"image": "a.png", "notes": "a red boat", "colour": "red"}
+
+
+@pytest.mark.parametrize(
+    ("column", "text"), [("details", "a red boat"), ("Tags", "boat"), ("x", "boat, red; sea")]
+)
+def test_texts_of_a_table_without_captions_are_reported(
+    column: str, text: str, tmp_path: Path
+) -> None:
+    row = {"image": "a.png", column: text, "colour": "red", "code": "A1 77", "price": "12 EUR"}
     (record,), (message,) = read_with_ignored(write_lines(tmp_path / "x.jsonl", row))
-    assert record.metadata == {"notes": "a red boat", "colour": "red"}
-    assert "`notes`" in message and "caption=notes" in message
+    assert record.metadata[column] == text
+    assert f"`{column}`" in message and f"caption={column}" in message
+    _, ignored = read_with_ignored(tmp_path / "x.jsonl", columns={"caption": column})
+    assert ignored == []
+
+
+def test_a_list_of_images_is_a_list_of_candidates_but_no_pair(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "x.jsonl", {"query": "a", "images": ["a.png", "b.png"]})
+    assert len(read_single(source).positive) == 2
+    write_lines(source, {"caption": "a", "images": ["a.png"]})
+    assert read_single(source).image == ImageRef(path=tmp_path / "a.png")
+    write_lines(source, {"caption": "a", "images": ["a.png", "b.png"]})
+    assert "2 images in a pair" in str(read_error(source))
 
 
 def test_embedded_images_without_a_role_are_counted(tmp_path: Path) -> None:
