@@ -2,7 +2,7 @@
 
 1. `load_mutants`  the errors, entries of the YAML files beside this one
 2. `apply_mutant`  a copy of the package with one error; the sources themselves are never changed
-3. `run_test`      one test alone, in a process that imports the copy
+3. `run_test`      one test alone, in a process that imports the copy       (run_test.py)
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ import yaml
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 PACKAGE = ROOT / "src" / "vlduet"
-TEST_SECONDS = 300
-"""Seconds after which a test is stopped; it then counts as an error, not as a detection."""
 MUTANTS_PER_DOZEN = 12
 
 
@@ -61,24 +57,6 @@ class Mutant:
         return source.replace(self.old, self.new)
 
 
-class Outcome(Enum):
-    """Result of one test."""
-
-    PASSED = "passed"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-    NOT_RUN = "did not run"
-    """There is no such test, the package cannot be imported, or the time is over."""
-
-
-@dataclass(frozen=True)
-class TestRun:
-    """Outcome of one test with the output of pytest."""
-
-    outcome: Outcome
-    output: str
-
-
 def load_mutants(folder: Path = FOLDER) -> list[Mutant]:
     """Return all mutants, file by file in the order of the file names."""
     mutants = []
@@ -105,38 +83,6 @@ def apply_mutant(mutant: Mutant | None, folder: Path, *, package: Path = PACKAGE
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
             compiled.unlink()
     return folder
-
-
-def run_test(test: str, source_folder: Path) -> TestRun:
-    """Run one test alone in a process that imports the package in `source_folder`.
-
-    Args:
-        test: node id; without parameters in brackets, the test runs with each of them.
-        source_folder: folder that contains the package, such as `src`.
-    """
-    environment = {name: os.environ[name] for name in os.environ if not name.startswith("PYTEST_")}
-    environment |= {
-        "PYTHONPATH": str(source_folder),
-        "OMP_NUM_THREADS": "1",
-        # Examples that an earlier run stored must not decide what is detected.
-        "HYPOTHESIS_STORAGE_DIRECTORY": str(source_folder / "hypothesis"),
-    }
-    command = [sys.executable, str(FOLDER / "run_test.py"), str(source_folder), test]
-    try:
-        process = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=TEST_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return TestRun(Outcome.NOT_RUN, f"stopped after {TEST_SECONDS} s")
-    outcomes = {10: Outcome.PASSED, 11: Outcome.FAILED, 12: Outcome.SKIPPED}
-    outcome = outcomes.get(process.returncode, Outcome.NOT_RUN)
-    return TestRun(outcome, process.stdout + process.stderr)
 
 
 def count_dozens(mutants: list[Mutant]) -> int:

@@ -21,16 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants.mutation import (
-    Mutant,
-    MutantError,
-    Outcome,
-    TestRun,
-    apply_mutant,
-    load_mutants,
-    run_test,
-    select_dozen,
-)
+from mutants.mutation import Mutant, MutantError, apply_mutant, load_mutants, select_dozen
+from mutants.run_test import Outcome, TestRun, run_test
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ from mutants.mutation import (
     ROOT,
     Mutant,
     MutantError,
-    Outcome,
     apply_mutant,
     count_dozens,
     current_dozen,
     load_mutants,
-    run_test,
     select_dozen,
 )
+from mutants.run_test import Outcome, run_test
 
 MUTANTS = load_mutants()
 DOZEN = current_dozen(MUTANTS)

@@ -163,6 +163,8 @@ class JsonValue:
                 raise self.make_error("a data: URL without a comma", fix=fix)
             if header.endswith(";base64"):
                 return ImageRef(data=self._decode_base64(body))
+            if not is_utf8_encodable(body):
+                raise self.make_error(f"not UTF-8: {value!a:.80}", fix="Encode the image again")
             return ImageRef(data=unquote_to_bytes(body))
         return ImageRef(path=self.root / self._parse_path(value))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import struct
 import threading
 import time
 
@@ -19,6 +20,7 @@ from vlduet.retrieval.index import Index
 from vlduet.retrieval.rag import ask
 from vlduet.retrieval.search import search
 from vlduet.serve import app as app_module
+from vlduet.serve import schemas
 from vlduet.serve.app import Service
 from vlduet.serve.worker import Worker
 
@@ -117,6 +119,14 @@ def test_embeddings_of_texts_images_and_mixtures_equal_the_model_s(server, duet)
     _, body = server.request(EMBED, {"input": "a dog", **options})
     vector = np.frombuffer(base64.b64decode(body["data"][0]["embedding"]), "<f4")
     np.testing.assert_allclose(vector[None], duet.encode_query(["a dog"]), atol=1e-5)
+
+
+def test_vectors_in_base64_are_little_endian_float32():
+    vectors = np.array([[1.0, -2.5], [0.5, 3.0]], np.float32)
+    body = schemas.embeddings_response(vectors, model="tiny", as_base64=True)
+    decoded = [struct.unpack("<2f", base64.b64decode(row["embedding"])) for row in body["data"]]
+    assert decoded == [(1.0, -2.5), (0.5, 3.0)]
+    assert [row["index"] for row in body["data"]] == [0, 1]
 
 
 def test_whole_and_streamed_answers_equal_the_model_s(server, duet):

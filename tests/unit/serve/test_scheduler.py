@@ -11,7 +11,7 @@ from vlduet.errors import DataError, ImageError
 from vlduet.model.generation import continuous
 from vlduet.model.generation.continuous import Delta, SamplingParams
 from vlduet.serve import scheduler as scheduler_module
-from vlduet.serve.scheduler import ChatRequest
+from vlduet.serve.scheduler import ChatRequest, prepare_chat_sequence
 
 QUESTIONS = ["what?", "tell me a long story, and then another one", "a"]
 BROKEN_IMAGE = ImageRef(data=b"no picture")
@@ -41,6 +41,17 @@ def test_concurrent_answers_equal_those_of_a_chat_alone(model, worker):
         assert last.finish_reason == ("length" if is_full else "stop")
         prompt = model.renderer.render_chat(messages, add_generation_prompt=True)
         assert last.prompt_tokens == len(prompt)
+
+
+def test_prompt_and_longest_answer_must_fit_into_the_context(model):
+    messages = user_message("what?")
+    num_tokens = len(model.renderer.render_chat(messages, add_generation_prompt=True))
+    limit = model.backbone.context_length - num_tokens
+    request = ChatRequest(messages, print, limit)
+    (sequence,) = prepare_chat_sequence(model, request)
+    assert len(sequence) == num_tokens
+    with pytest.raises(DataError, match=f"and an answer of up to {limit + 1}: the model's window"):
+        next(prepare_chat_sequence(model, ChatRequest(messages, print, limit + 1)))
 
 
 def test_answer_ends_before_its_stop_string(model, worker, monkeypatch):
