@@ -54,7 +54,7 @@ class _Dialect:
     skips_blanks: bool
     """Whether blanks after a separator do not belong to the cell."""
     num_skipped_lines: int
-    """Number of lines before the header: 1 for Excel's ``sep=;``."""
+    """Number of lines before the header: blank ones, and Excel's ``sep=;``."""
 
 
 def read_table_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
@@ -185,13 +185,21 @@ def _detect_dialect(source: Path) -> _Dialect:
     encoding = detect_encoding(source)
     with _open_text(source, encoding) as file:
         lines = list(itertools.islice(file, NUM_SAMPLE_LINES))
-    if lines and (match := re.fullmatch(r"sep=(.)\s*", lines[0])):
-        return _Dialect(encoding, match[1], _has_blanks(lines[1:2], match[1]), 1)
-    default = "\t" if source.suffix.lower() == ".tsv" else ","
-    header = lines[0] if lines else ""
-    candidates = [separator for separator in SEPARATORS if separator in header] or [default]
-    separator = max(candidates, key=lambda item: _rate_separator(item, lines))
-    return _Dialect(encoding, separator, _has_blanks(lines[:1], separator), 0)
+    num_skipped = 0
+    separator = None
+    for line in lines:
+        if match := re.fullmatch(r"sep=(.)\s*", line):
+            separator = match[1]
+        elif line.strip(SEPARATORS + " \r\n"):
+            break
+        num_skipped += 1
+    lines = lines[num_skipped:]
+    if separator is None:
+        default = "\t" if source.suffix.lower() == ".tsv" else ","
+        header = lines[0] if lines else ""
+        candidates = [item for item in SEPARATORS if item in header] or [default]
+        separator = max(candidates, key=lambda item: _rate_separator(item, lines))
+    return _Dialect(encoding, separator, _has_blanks(lines[:1], separator), num_skipped)
 
 
 def _has_blanks(header: list[str], separator: str) -> bool:
@@ -215,7 +223,7 @@ def _rate_separator(separator: str, lines: list[str]) -> tuple[float, bool, int]
     num_columns = len(rows[0]) if rows else 0
     if num_columns < 2:
         return -1.0, has_no_blanks, num_columns
-    body = rows[1:-1] if len(lines) == NUM_SAMPLE_LINES else rows[1:]
+    body = rows[1:-1] or rows[1:]
     num_equal = sum(len(row) == num_columns for row in body)
     return num_equal / len(body) if body else 1.0, has_no_blanks, num_columns
 

@@ -100,6 +100,7 @@ def test_cells_of_a_csv_writer_are_read_unchanged(
         ("image;caption, short\na.png;x, y\n", "x, y"),
         ("image\tcaption\na.png\tx; y, z | w\n", "x; y, z | w"),
         ("image,caption,\na.png,x,\nb.png,y,\n", "x"),
+        ("\n,,\nimage,caption\na.png,x\n", "x"),
     ],
 )
 def test_separators_that_spreadsheets_and_flickr_write(
