@@ -257,7 +257,10 @@ def _find_column(ending: str, context: ReadContext) -> str | None:
 def _parse_members(
     contents: dict[str, bytes | ByteRange], place: Place, context: ReadContext
 ) -> dict[str, Any]:
-    """Return the value of a row: the object in ``json``, and the other members, which replace it.
+    """Return the value of a row: the object in ``json``, and the other members.
+
+    Members replace keys of the object, which are counted as not read if they differ; but captions
+    are added to those of the object, and images replace ``image`` and ``images``.
 
     What a member is follows from its last ending, in any case:
 
@@ -275,7 +278,7 @@ def _parse_members(
     Raises:
         DataError: ``json`` is broken or no object, a text is not UTF-8, or the archive has changed.
     """
-    value = _parse_json_members(contents, place)
+    value = _parse_json_members(contents, place, context)
     captions: list[str] = []
     pictures: dict[str, ImageRef] = {}  # by ending
     names = {ending.rpartition(".")[0] for ending in contents if _is_image(ending)} - {"input"}
@@ -288,7 +291,7 @@ def _parse_members(
             else:
                 ref = ImageRef(data=content)
             if column or _has_role(f"{name}_image", ("query", "positive", "negative")):
-                value[column or f"{name}_image"] = ref
+                _set_column(value, column or f"{name}_image", ref, context)
             else:
                 pictures[ending] = ref
         elif last != "json":
@@ -297,13 +300,20 @@ def _parse_members(
                 captions += split_caption_lines(text)
             elif column or ending == "cls" or _has_role(name, TEXT_ROLES):
                 if text.strip():
-                    value[column or name or ending] = text.strip()
+                    _set_column(value, column or name or ending, text.strip(), context)
             elif name in names:
                 captions += split_caption_lines(text)
             else:
                 context.ignored.add("member", f"*.{ending}")
     if captions:
-        value.pop("caption", None)  # img2dataset writes the same text into both
+        caption = value.get("caption")
+        if isinstance(caption, str) and set(split_caption_lines(caption)) <= set(captions):
+            del value["caption"]  # img2dataset writes the same text into both
+        other_captions = value.pop("captions", [])
+        if isinstance(other_captions, list | str):
+            captions += [other_captions] if isinstance(other_captions, str) else other_captions
+        else:
+            context.ignored.add("column", "captions")
         value["captions"] = captions
     refs = _select_images(pictures, context)
     if refs:
@@ -348,7 +358,16 @@ def _read_text(content: bytes | ByteRange, place: Place) -> str:
         raise DataError(message, place=place, fix="Write UTF-8") from None
 
 
-def _parse_json_members(contents: dict[str, bytes | ByteRange], place: Place) -> dict[str, Any]:
+def _set_column(value: dict[str, Any], column: str, content: Any, context: ReadContext) -> None:
+    """Set a column of a row, in place; if it replaces another value, count that as not read."""
+    if value.get(column) not in (None, content):
+        context.ignored.add("column", column)
+    value[column] = content
+
+
+def _parse_json_members(
+    contents: dict[str, bytes | ByteRange], place: Place, context: ReadContext
+) -> dict[str, Any]:
     """Return the object of ``json`` or of the only member of JSON; that of others as columns.
 
     Without such members it is empty. Raises DataError for broken JSON, and for an object that is
@@ -365,7 +384,7 @@ def _parse_json_members(contents: dict[str, bytes | ByteRange], place: Place) ->
             message = f"broken JSON ({error})"
             raise DataError(message, place=json_place, fix="Write one JSON object") from None
         if ending != "json" and len(endings) > 1:
-            columns[ending.rpartition(".")[0]] = value
+            _set_column(columns, ending.rpartition(".")[0], value, context)
         elif isinstance(value, dict):
             columns |= value
         else:

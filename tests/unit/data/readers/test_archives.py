@@ -207,6 +207,21 @@ def test_a_single_json_is_the_row_and_a_second_one_a_column(tmp_path: Path) -> N
     assert (value["year"], value["meta"]) == (1990, {"price": 3})
 
 
+def test_captions_of_json_and_text_are_joined_and_replaced_keys_counted(tmp_path: Path) -> None:
+    row = {"caption": "Other.", "captions": ["Third."], "long": "L", "cls": "7"}
+    members = {
+        "k.png": PNG,
+        "k.txt": b"A cat.",
+        "k.json": json.dumps(row).encode(),
+        "k.long.txt": b"M",
+        "k.cls": b"7",
+    }
+    value, messages = read_value(write_tar(tmp_path / "x.tar", members))
+    assert value["captions"] == ["A cat.", "Third."] and value["caption"] == "Other."
+    assert value["long"] == "M" and value["cls"] == "7"
+    assert messages == ["1 row with a column `long` that is not read"]
+
+
 def test_files_that_archivers_add_are_skipped_and_hidden_ones_counted(tmp_path: Path) -> None:
     members = {
         "./._k.png": b"resource fork",
