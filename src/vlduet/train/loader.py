@@ -121,7 +121,7 @@ def _render_samples(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
         else:
             usage.add_sequences(layout, labels=required.labels, anchors=required.anchors)
         if usage.num_records % USAGE_LOG_RECORDS == 0 and usage.has_news():
-            logger.info(f"trained on so far: {usage}")
+            logger.info(f"so far, {usage}")
     if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):
         return replace_pixels_by_features(
             sequences, run.model.feature_cache, run.model.backbone.compute_vision_features

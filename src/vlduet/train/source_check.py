@@ -12,16 +12,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vlduet import distributed
+from vlduet.data.images import MISSING_IMAGE
 from vlduet.data.stream import SCHEDULE_BLOCK_SIZE, Sample
+from vlduet.data.tools.missing_images import suggest_remedy
 from vlduet.errors import DataError, VLDuetError
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
 from vlduet.train.image_probe import ImageProbe
 from vlduet.train.optim import count_warmup_steps
 from vlduet.train.run import TrainingRun
-from vlduet.train.source_records import SourceRecords, build_unusable_source_error
+from vlduet.train.source_records import build_unusable_source_error
 from vlduet.train.usage import NOTHING_TO_LEARN, UsageCounts, format_causes
 
 MAX_PROBED_RECORDS = 2000
@@ -99,9 +102,9 @@ def _check_sources(run: TrainingRun) -> SourceCheck:
     unusable = [source for source in run.sources if source.unusable_reason]
     if len(unusable) == len(run.sources):
         raise build_unusable_source_error(unusable[0], run.recipe, run.config)
-    for source, counts in zip(run.sources, check.by_source, strict=True):
-        if not source.unusable_reason:
-            _check_share(run, source, counts)
+    for number, counts in enumerate(check.by_source):
+        if not run.sources[number].unusable_reason:
+            _check_share(run, number, counts)
     return check
 
 
@@ -145,11 +148,12 @@ def _probe_sample(
         counts.add_sequences(sequences, labels=required.labels, anchors=required.anchors)
 
 
-def _check_share(run: TrainingRun, source: SourceRecords, counts: UsageCounts) -> None:
-    """Raise DataError if a source loses more than `data.max_dropped` of its records.
+def _check_share(run: TrainingRun, number: int, counts: UsageCounts) -> None:
+    """Raise DataError if source `number` loses more than `data.max_dropped` of its records.
 
     The share is exact if all records were laid out, else an estimate by those that were.
     """
+    source = run.sources[number]
     left_out_share = source.left_out.total() / max(1, source.num_rows)
     problem_share = counts.num_problems / max(1, counts.num_records)
     share = left_out_share + (1 - left_out_share) * problem_share
@@ -163,7 +167,14 @@ def _check_share(run: TrainingRun, source: SourceRecords, counts: UsageCounts) -
         scope = f"about {share:.0%} of {source.num_rows:,} records would be dropped or cut"
     listing = run.quarantine.path
     where = f", listed in {listing}" if listing is not None and listing.exists() else ""
-    remedy = (source.remedies | counts.remedies).get(causes.most_common(1)[0][0], "Correct them")
+    main_cause = causes.most_common(1)[0][0]
+    remedy = (source.remedies | counts.remedies).get(main_cause, "Correct them")
+    if main_cause == MISSING_IMAGE:
+        section = source.section
+        root = section.root or (section.path if section.path.is_dir() else section.path.parent)
+        missing = [Path(place) for place in counts.places[main_cause]]
+        key = f"data.train.{number}.root="
+        remedy = suggest_remedy(missing, root, setting=f"Set {key}") or f"Set {key}FOLDER"
     setting = f"data.max_dropped={math.ceil(share * 100) / 100:g}"
     raise DataError(
         f"{scope} ({format_causes(causes)}{where}), which is more than data.max_dropped allows "

@@ -15,6 +15,9 @@ NOTHING_TO_LEARN = "nothing for the losses"
 CUT_TEXT = "a text cut to the limit of tokens"
 """Cause of a record that is used without a part of its texts."""
 
+MAX_PLACES = 20
+"""Number of places that are remembered for a cause."""
+
 
 @dataclass
 class UsageCounts:
@@ -30,6 +33,8 @@ class UsageCounts:
     """Number of records that were dropped or cut, by cause; a record counts once."""
     remedies: dict[str, str] = field(default_factory=dict)
     """What can be done about a cause, where there is something."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """First places of the errors of a cause, up to MAX_PLACES."""
     num_reported: int = 0
     """Value of `num_problems` when `has_news` was last called."""
 
@@ -50,6 +55,9 @@ class UsageCounts:
         self.causes[cause] += 1
         if error.fix:
             self.remedies.setdefault(cause, error.fix)
+        places = self.places.setdefault(cause, [])
+        if error.place and len(places) < MAX_PLACES:
+            places.append(error.place)
 
     def add_sequences(self, sequences: Many[Sequence], *, labels: bool, anchors: bool) -> None:
         """Count a record by its sequences; `labels` and `anchors` say which the losses need."""

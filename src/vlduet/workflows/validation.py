@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vlduet.config import RunConfig, SourceSection
+from vlduet.data.formats import RowErrorHandler
 from vlduet.data.holdout import is_held_out
-from vlduet.data.images import load_image
+from vlduet.data.images import MISSING_IMAGE, load_image
+from vlduet.data.quarantine import Quarantine
 from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import Record
 from vlduet.data.sources import RecordSource, SourceLike, as_source
@@ -48,14 +50,15 @@ def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
     if isinstance(section, SourceSection):
         return make_validator(RecordSource.from_config(section), seed=seed)
     sources = [RecordSource.from_config(source) for source in config.data.train]
-    # Training reads the same sources, and reports what is not read.
-    records = (
-        record
-        for source in sources
-        for record in source.read_silently(IgnoredData(), on_error=_log_dropped)
-        if is_held_out(record, section)
-    )
-    return _make_record_validator(records, place=sources[0].path, seed=seed)
+
+    def read(on_error: RowErrorHandler) -> Iterator[Record]:
+        """Yield the records of all sources that are held out."""
+        for source in sources:  # training reads them too, and reports what is not read
+            for record in source.read_silently(IgnoredData(), on_error=on_error):
+                if is_held_out(record, section):
+                    yield record
+
+    return _make_record_validator(read, place=sources[0].path, seed=seed)
 
 
 def make_validator(source: SourceLike, *, seed: int) -> Validator:
@@ -71,41 +74,64 @@ def make_validator(source: SourceLike, *, seed: int) -> Validator:
     Raises:
         DataError: there is no usable pair, or the source cannot be read.
     """
-    source = as_source(source)
-    return _make_record_validator(source.read(on_error=_log_dropped), place=source.path, seed=seed)
+    named_source = as_source(source)
+
+    def read(on_error: RowErrorHandler) -> Iterator[Record]:
+        """Return an iterator over the records of the source."""
+        return named_source.read(on_error=on_error)
+
+    return _make_record_validator(read, place=named_source.path, seed=seed)
 
 
-def _make_record_validator(records: Iterable[Record], *, place: Path, seed: int) -> Validator:
-    """Return the validator of the first usable pairs among `records`, as `make_validator` does.
+def _make_record_validator(
+    read: Callable[[RowErrorHandler], Iterator[Record]], *, place: Path, seed: int
+) -> Validator:
+    """Return the validator of the first usable pairs of a source, as `make_validator` does.
 
-    Raises DataError, at `place`, if there is none.
+    Args:
+        read: returns all records; calls its argument with the error of every broken row.
+        place: place of the DataError that is raised if there is no usable pair.
+        seed: see `make_validator`.
     """
+    dropped = Quarantine()
+    first_error: DataError | None = None
+
+    def on_error(error: DataError) -> None:
+        nonlocal first_error
+        first_error = first_error or error
+        dropped.add(error.place, error)
+
     pairs: list[Record] = []
-    for record in records:
-        if len(pairs) < MAX_VALIDATION_RECORDS and is_usable_pair(record):
+    for record in read(on_error):
+        if len(pairs) < MAX_VALIDATION_RECORDS and is_usable_pair(record, on_error=on_error):
             pairs.append(record)
     if not pairs:
         message = "no pair with an image and a short caption"
-        raise DataError(message, place=place, fix="Name pair records in data.validation")
+        fix = "Name pair records in data.validation"
+        if first_error:
+            message += f" ({dropped}; the first: {first_error.place}: {first_error.message})"
+            if first_error.message == MISSING_IMAGE:
+                fix = "Name the folder of the images as `root` of the source"
+        raise DataError(message, place=place, fix=fix)
+    if first_error:
+        logger.info(f"validation: {dropped}; the first: {first_error}")
     return lambda model: compute_validation_metrics(model, pairs, seed=seed)
 
 
-def _log_dropped(error: DataError) -> None:
-    """Log that validation goes without a record, at level INFO."""
-    logger.info(f"validation: dropped {error}")
-
-
-def is_usable_pair(record: Record) -> bool:
+def is_usable_pair(record: Record, *, on_error: RowErrorHandler | None = None) -> bool:
     """Return whether a record has a short caption and an image that can be decoded.
 
-    A broken or missing image is logged, not raised.
+    The error of a broken or missing image goes to `on_error`; by default it is logged.
     """
     if record.image is None or not record.short:
         return False
     try:
         load_image(record.image)
     except DataError as error:
-        _log_dropped(error)
+        if on_error is None:
+            logger.info(f"left out: {error}")
+        else:
+            on_error(error)
         return False
     return True
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,17 @@ from torch import Tensor
 
 from helpers import runs
 from vlduet import config
-from vlduet.config import RunConfig
+from vlduet.config import RunConfig, TrainSection
 from vlduet.data.formats import read_records
 from vlduet.errors import TrainingError
 from vlduet.logs import read_metrics
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import Readout
 from vlduet.recipes.recipe import BoundRecipe
-from vlduet.train import setup
+from vlduet.train import loop, setup
 from vlduet.train.loop import train
+from vlduet.train.run import TrainingRun, count_steps
+from vlduet.train.step import optimizer_step
 from vlduet.workflows.validation import make_config_validator
 
 
@@ -72,21 +76,125 @@ def test_nan_stops_with_the_batch_saved(tmp_path: Path, monkeypatch: pytest.Monk
     assert steps == list(range(12))
 
 
-def test_a_step_without_anything_for_the_only_loss_passes(tmp_path: Path) -> None:
-    """Without chunks, in a control run on data for another loss."""
+def write_control_run(folder: Path, *overrides: str) -> RunConfig:
+    """Write a run on the language loss alone, with a chat beside a source of eight queries."""
     rows: list[dict[str, Any]] = [
         {"id": f"q{i}", "query": [{"text": f"q {i}"}], "positive": [[{"text": f"a {i}"}]]}
         for i in range(8)
     ]
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    rows.append({"id": "c", "messages": turns})
-    path = runs.write_run_config(tmp_path, batch_size=2, steps=5, lora={"rank": 2, "alpha": 2})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = ["objectives={language: 1}", "data.validation=null"]
-    run_config = config.load_run_config(path, overrides)
+    queries = runs.write_rows(folder / "queries.jsonl", rows)
+    chats = runs.write_rows(folder / "chats.jsonl", [{"id": "c", "messages": turns}])
+    path = runs.write_run_config(folder, batch_size=2, steps=8, lora={"rank": 2, "alpha": 2})
+    sources = f"data.train=[{{path: {queries}, weight: 3}}, {{path: {chats}}}]"
+    overrides = (sources, "objectives={language: 1}", "data.validation=null", *overrides)
+    return config.load_run_config(path, overrides)
+
+
+@pytest.mark.parametrize("chunk_tokens", ["null", "64"])
+def test_a_step_without_anything_for_the_only_loss_has_no_loss(
+    tmp_path: Path, chunk_tokens: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a control run, a source for another loss keeps its share of the steps."""
+    run_config = write_control_run(tmp_path, f"train.chunk_tokens={chunk_tokens}")
+    with caplog.at_level(logging.WARNING, logger="vlduet"):
+        train(run_config)
+    assert "75% of every batch stay empty" in caplog.text
+    rows = read_metrics(run_config.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(8))
+    empty = [row for row in rows if not row["tokens"]]
+    assert empty and not any({"loss", "language"} & row.keys() for row in empty)
+    losses = [row["loss"] for row in rows if row["tokens"]]
+    assert losses and min(losses) > 0
+
+
+def test_a_loss_that_has_nothing_in_a_step_is_left_out_of_its_row(tmp_path: Path) -> None:
+    overrides = ["objectives={language: 1, contrastive: 1}", "train.batch_size=2"]
+    run_config = write_control_run(tmp_path, *overrides)
     train(run_config)
-    losses = [row["loss"] for row in read_metrics(run_config.out / "metrics.jsonl")]
-    assert losses.count(0.0) >= 3 and max(losses) > 0
+    rows = read_metrics(run_config.out / "metrics.jsonl")
+    assert {frozenset(row.keys() & {"loss", "language", "contrastive"}) for row in rows} >= {
+        frozenset({"loss", "contrastive"}),
+        frozenset({"loss", "language", "contrastive"}),
+    }
+
+
+# --------------------------------------------------------------------- epochs
+
+
+def test_epochs_decide_the_steps_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for a run that is resumed on other records: state and schedule keep the number."""
+    path = runs.write_run_config(tmp_path, save_every=2)  # 12 records, 4 of them in a batch
+    run_config = config.load_run_config(path, ["train.epochs=1.5"])
+
+    def stop(run: TrainingRun, step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        optimizer_step(run, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "optimizer_step", stop)
+        train(run_config)
+    assert json.loads((run_config.out / "state" / "state.json").read_text())["num_steps"] == 5
+    text = (run_config.out / "config.yaml").read_text()
+    assert text.startswith("# 5 steps, 1.67 epochs of 12 records\n")
+    saved_config = config.load_run_config(run_config.out / "config.yaml")
+    assert saved_config.train.epochs == 1.5 and saved_config == run_config
+
+    records = (tmp_path / "train.jsonl").read_text()
+    longer = records + json.dumps({"id": "new", "image": "0.png", "short": "new"}) + "\n"
+    (tmp_path / "train.jsonl").write_text(longer)
+    with caplog.at_level(logging.WARNING, logger="vlduet"):
+        folder = train(run_config, resume=True)
+    assert "the training records have changed" in caplog.text
+    rows = read_metrics(run_config.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    provenance = json.loads((folder / "vlduet.json").read_text())["provenance"]
+    assert (provenance["steps"], provenance["records"]) == (5, [13])
+
+
+def test_a_run_of_epochs_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = runs.write_run_config(tmp_path, save_every=2)
+    losses = {}
+    for name in ("straight", "stopped"):
+        run_config = config.load_run_config(path, ["train.epochs=2", f"out={tmp_path / name}"])
+        if name == "stopped":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(loop, "all_finite", _interrupt_after(4))
+                train(run_config)
+        train(run_config, resume=name == "stopped")
+        rows = read_metrics(run_config.out / "metrics.jsonl")
+        losses[name] = [row["loss"] for row in rows]
+    assert len(losses["straight"]) == 6 and losses["straight"] == losses["stopped"]
+
+
+def _interrupt_after(num_steps: int) -> Callable[[object], bool]:
+    """Return a function that is True `num_steps` times, and then raises KeyboardInterrupt."""
+    calls: list[object] = []
+
+    def check(values: object) -> bool:
+        calls.append(values)
+        if len(calls) > num_steps:
+            raise KeyboardInterrupt
+        return True
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_records", "batch_size", "num_steps"),
+    [(1, 10, 5, 2), (1, 11, 5, 3), (0.1, 3000, 100, 3), (0.001, 10, 5, 1), (2.5, 521, 32, 41)],
+)
+def test_epochs_are_rounded_up_to_whole_steps(
+    epochs: float, num_records: int, batch_size: int, num_steps: int
+) -> None:
+    settings = TrainSection(epochs=epochs, batch_size=batch_size)
+    assert count_steps(settings, num_records) == num_steps
+
+
+# --------------------------------------------------------------------- files
 
 
 def test_features_are_not_saved_if_the_cache_is_off(tmp_path: Path) -> None:

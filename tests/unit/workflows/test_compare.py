@@ -107,6 +107,27 @@ def test_a_mistake_in_the_last_run_is_found_before_the_first_one_starts(
     assert not settings.out.exists()
 
 
+def test_runs_of_epochs_must_have_the_same_number_of_steps(
+    settings: ComparisonConfig, tmp_path: Path
+) -> None:
+    """A run that cannot use all records has shorter epochs."""
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"id": "new", "image": "0.png", "long": "a long text alone"}\n')
+    shared = ["train.epochs=1", "train.batch_size=4", "data.max_dropped=1"]
+    names = {"joint": [], "contrastive": ["objectives={contrastive: 1}"]}
+    changed = settings.model_copy(update={"overrides": shared, "runs": names})
+    with pytest.raises(ConfigError, match=r"joint 4, contrastive 3\. Set train\.steps"):
+        compare.run_comparison(changed)
+    assert not settings.out.exists()
+
+
+def test_runs_on_other_sources_hold_out_other_records(settings: ComparisonConfig) -> None:
+    names = {"joint": [], "weighted": ["data.train.0.weight=2"], "other": ["data.train.0.root=x"]}
+    changed = settings.model_copy(update={"overrides": ["data.validation=0.2"], "runs": names})
+    with pytest.raises(ConfigError, match="same records"):
+        compare.run_comparison(changed)
+
+
 def test_table_cells_hold_mean_and_spread_over_the_seeds() -> None:
     values = {"text_to_image/hit@1": [0.5, 0.7], "caption_cross_entropy": [2.0, 2.5]}
     table = {

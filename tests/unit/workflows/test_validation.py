@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from helpers import tiny
+from vlduet import config
 from vlduet.data import images
 from vlduet.data.records import Record
-from vlduet.errors import DataError
+from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
 from vlduet.workflows import validation
 
@@ -80,3 +81,20 @@ def test_a_validator_uses_the_first_usable_pairs_of_a_file(
     path.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(DataError, match="no pair with an image and a short caption"):
         validation.make_validator(path, seed=0)
+
+
+def test_a_config_without_validation_records_is_refused() -> None:
+    section = {"path": "x.jsonl"}
+    run_config = config.validate_run_config(
+        {
+            "out": "x",
+            "recipe": {"name": "vladva"},
+            "objectives": {"language": 1},
+            "model": {},
+            "data": {"train": [section]},
+            "train": {"steps": 1},
+        },
+        place="test",
+    )
+    with pytest.raises(ConfigError, match=r"data.validation: there are no records\. Name a source"):
+        validation.make_config_validator(run_config, seed=0)

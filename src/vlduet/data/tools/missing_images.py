@@ -16,7 +16,9 @@ MAX_PROBED_NAMES = 20
 """Number of missing images that are looked for; the others probably have the same cause."""
 
 
-def suggest_remedy(missing: Sequence[Path], root: Path) -> str | None:
+def suggest_remedy(
+    missing: Sequence[Path], root: Path, *, setting: str = "Add --root "
+) -> str | None:
     """Return the sentence that helps against missing images; None if nothing similar exists.
 
     The first `MAX_PROBED_NAMES` images are looked for in some folders below `root`, beside it and
@@ -26,6 +28,7 @@ def suggest_remedy(missing: Sequence[Path], root: Path) -> str | None:
     Args:
         missing: paths of the images, as they were looked for.
         root: folder that relative paths started from.
+        setting: how the right folder is set; the sentence begins with it and the folder.
     """
     probed = missing[:MAX_PROBED_NAMES]
     relative = [path.relative_to(root) for path in probed if path.is_relative_to(root)]
@@ -33,7 +36,7 @@ def suggest_remedy(missing: Sequence[Path], root: Path) -> str | None:
     matches = [_list_existing(folder, relative) for folder in folders]
     best = max(range(len(folders)), key=lambda i: len(matches[i]))  # the nearest of equal ones
     if matches[best]:
-        return f"Add --root {folders[best]}, where '{matches[best][0]}' exists"
+        return f"{setting}{folders[best]}, where '{matches[best][0]}' exists"
     path_by_name: dict[str, Path] = {}
     for path in reversed(probed):
         name = _file_name(path).lower()
