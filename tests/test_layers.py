@@ -78,10 +78,10 @@ ENTRY_POINTS: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"logs.py"},
     "matplotlib": {"reports/charts.py"},
     # Chat templates are jinja templates, and their errors are reported as errors of ours.
-    "jinja2": {"reports/pages.py", "model/prompts.py"},
+    "jinja2": {"reports/pages.py", "model/chat_layout.py"},
     "markupsafe": {"reports/charts.py"},
     "openpyxl": {"eval/benchmarks/multiple_choice.py"},
-    "tokenizers": {"model/generation/detokenize.py"},
+    "tokenizers": {"model/generation/detokenize.py", "model/text_tokenizer.py"},
     "resvg_py": {"corpora/build.py"},
 }
 # Peers to compare with in tests and benchmarks, and packages that would pull in CUDA builds

@@ -113,12 +113,7 @@ class ChatLayouts:
             ConfigError: there is no template, or no form of the messages keeps all content.
         """
         structure = tuple(
-            (
-                message.role,
-                tuple(isinstance(part, str) for part in message.parts),
-                message.role == "assistant" and message.supervised and not add_generation_prompt,
-            )
-            for message in messages
+            _describe_turn(message, supervised=not add_generation_prompt) for message in messages
         )
         key = (structure, add_generation_prompt)
         if key not in self._layouts:
@@ -349,6 +344,12 @@ class ChatLayouts:
                 content = "".join(part.get("text", image) for part in parts)
             messages.append({"role": role, "content": content})
         return messages
+
+
+def _describe_turn(message: Message, *, supervised: bool) -> TurnStructure:
+    """Return the structure of a turn; `supervised` False makes no turn supervised."""
+    is_text = tuple(isinstance(part, str) for part in message.parts)
+    return message.role, is_text, supervised and message.supervised and message.role == "assistant"
 
 
 def _find_text(output: str, number: int) -> re.Match[str]:

@@ -127,9 +127,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     chat_template = None
     if template_file.is_file():
         chat_template = fix_date(template_file.read_text(encoding="utf-8"))
-    return Checkpoint(
-        base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template
-    )
+    return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -253,12 +253,13 @@ class Renderer:
         before, after, _ = self._prompt_texts(parts) if has_prompt else ("", "", "")
         builder = self.new_builder(joined=self.prompts.joined or not has_prompt)
         builder.append_control(before)
+        limit = self.max_tokens
         segments: list[int] = []
         part_ends: list[int] = []
         for i, part in enumerate(parts):
             # Images after the limit are not decoded.
             is_image = isinstance(part, ImageRef)
-            if i and is_image and builder.count_tokens()[-1] >= self.max_tokens:
+            if i and is_image and builder.count_tokens()[-1] >= limit:
                 break
             segments.append(self._append_part(builder, parts, i, supervised=True))
             part_ends.append(len(builder.segments))
@@ -267,14 +268,14 @@ class Renderer:
             self._append_end_of_text(builder)
         builder.append_control(after)
         counts = builder.count_tokens()
-        if len(segments) == len(parts) and counts[-1] <= self.max_tokens:
-            return builder, segments
         closing_length = counts[-1] - counts[part_ends[-1] - 1]
-        while len(segments) > 1 and counts[part_ends[-1] - 1] + closing_length > self.max_tokens:
-            del segments[-1], part_ends[-1]
-        builder.drop_segments(part_ends[-1])
-        builder.append_control(after)
-        return builder, segments
+        num_fitting = len(segments)
+        while num_fitting > 1 and counts[part_ends[num_fitting - 1] - 1] + closing_length > limit:
+            num_fitting -= 1
+        if num_fitting < len(segments):
+            builder.drop_segments(part_ends[num_fitting - 1])
+            builder.append_control(after)
+        return builder, segments[:num_fitting]
 
     def _append_end_of_text(self, builder: SequenceBuilder) -> None:
         """Append the end-of-text token, if there is one, to `builder`, in place, as a label."""

@@ -12,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import tiny
+from helpers.word_tokenizers import build_word_tokenizer
 from vlduet.data.records import ImageRef, Message
-from vlduet.data.sequences import IGNORE_INDEX, Sequence
+from vlduet.data.sequences import IGNORE_INDEX, PreparedImage, Sequence
 from vlduet.errors import ConfigError, DataError
 from vlduet.model.duet import DuetModel
 from vlduet.model.limits import DEFAULT_MAX_TOKENS
+from vlduet.model.processing import Processor
 from vlduet.model.prompts import Prompts, Renderer
 
 PAPER_PROMPTS = Prompts()
@@ -346,3 +348,47 @@ def test_a_missing_template_is_named(model: DuetModel) -> None:
     renderer = make_renderer_with_template(model, None, prompts=PAPER_PROMPTS)
     with pytest.raises(ConfigError, match=r"no chat template.*prompts\.chat to false"):
         renderer.render_embedding(("x",))
+
+
+# ---------------------------------------------------------------------- models of early versions
+
+
+def test_early_models_tokenise_prompt_and_content_apart() -> None:
+    tokenizer = build_word_tokenizer("SentencePiece, first")
+    image = PreparedImage({}, 2, "")
+    processor = Processor(
+        tokenizer,
+        lambda ref: image,
+        image_token_id=IMAGE_ID,
+        image_delimiters=("", ""),
+        image_placeholder="<image>",
+        eos_token_ids=(2,),
+    )
+    prompts = Prompts.from_manifest(
+        {"image": "See {image} one", "text": "one {text} red", "parts": "{parts}", "chat": False}
+    )
+    assert not prompts.joined and "joined" not in prompts.to_manifest()
+
+    def encode(*texts: str) -> list[int]:
+        return [i for text in texts for i in tokenizer.encode(text, add_special_tokens=False)]
+
+    renderer = Renderer(processor, prompts=prompts)
+    text = renderer.render_embedding(("red circle", "is"))
+    assert list(text.token_ids) == encode("one ", "red circle", " is", " red")
+    picture = tiny.random_image(1)
+    caption = renderer.render_caption(picture, "red circle")
+    ids = [*encode("See "), IMAGE_ID, IMAGE_ID, *encode(" one"), *encode("red circle"), 2]
+    assert list(caption.token_ids) == ids
+    joined = Renderer(processor, prompts=replace(prompts, joined=True))
+    assert joined.render_embedding(("red circle", "is")).token_ids != text.token_ids
+    assert replace(prompts, joined=True).to_manifest()["joined"] is True
+
+
+@pytest.mark.parametrize(("joined", "prompt"), [(True, "image"), (False, "text")])
+def test_several_images_without_text_get_the_image_prompt(
+    model: DuetModel, joined: bool, prompt: str
+) -> None:
+    renderer = make_renderer(model, prompts=replace(PAPER_PROMPTS, joined=joined))
+    sequence = renderer.render_embedding((tiny.random_image(1), tiny.random_image(2)))
+    check_images(sequence)
+    assert f"Summarize the provided {prompt} in" in decode(renderer, sequence.token_ids)
