@@ -45,6 +45,8 @@ MMEB_SIDES = {
 }
 """Text column and image column of each side of a row."""
 MMEB_KEYS = tuple(key for columns in MMEB_SIDES.values() for key in columns)
+MMEB_INSTRUCTIONS = ("qry_inst", "pos_inst", "neg_inst", "tgt_inst")
+"""Columns of instructions, which are metadata and counted as not read."""
 
 
 def plan_row(row: SourceRow) -> ColumnPlan:
@@ -329,6 +331,9 @@ def parse_mmeb(row: SourceRow) -> Record:
         if not candidates:
             message = f"{key} has neither text nor image"
             raise row.get_field(key).make_error(message, fix="Fill one of the two")
+    for key in MMEB_INSTRUCTIONS:
+        if row.value.get(key) not in EMPTY_VALUES:
+            row.context.ignored.add("column", key)
     if len(query) > 1:
         key = "qry" if "qry" in row.value else "qry_text"
         fix = "Write one row per query"

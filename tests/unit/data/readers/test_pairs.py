@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.record_files import (
     read_with_ignored,
     write_lines,
 )
+from vlduet.data.readers.pairs import MMEB_INSTRUCTIONS, MMEB_KEYS
 from vlduet.data.records import ImageRef
 
 
@@ -28,6 +30,16 @@ def test_an_mmeb_training_row_becomes_a_retrieval_record(tmp_path: Path) -> None
     assert record.kind == "retrieval" and record.query == (first, "Find its caption.")
     assert record.positive == (("A cat.",),)
     assert record.negative == (("A dog.",), (second, "A bird."))
+
+
+def test_instructions_of_mmeb_are_counted_and_its_columns_documented(tmp_path: Path) -> None:
+    row = {**MMEB, "qry_inst": "Find it.", "neg_inst": ""}
+    (record,), ignored = read_with_ignored(write_lines(tmp_path / "x.jsonl", row))
+    assert record.metadata == {"qry_inst": "Find it.", "neg_inst": ""}
+    assert ignored == ["1 row with a column `qry_inst` that is not read"]
+    text = (Path(__file__).parents[4] / "docs" / "data-format.md").read_text(encoding="utf-8")
+    section = text.partition("### MMEB")[2].partition("###")[0]
+    assert {*re.findall("`([a-z_]+)`", section)} == {*MMEB_KEYS, *MMEB_INSTRUCTIONS}
 
 
 def test_the_first_target_of_an_mmeb_evaluation_row_is_the_positive(tmp_path: Path) -> None:
