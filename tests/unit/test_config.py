@@ -132,7 +132,7 @@ def test_an_unknown_key_suggests_the_closest_one(path: Path, key: str, nearest: 
 
 
 def test_an_unknown_key_unlike_all_others_lists_the_valid_keys(path: Path) -> None:
-    pattern = in_order("unknown key 'model.xyz'", "Known: dim, dtype, head, path, prompts")
+    pattern = in_order("unknown key 'model.xyz'", "Known: dim, dtype, head, max_image_tokens, path")
     with pytest.raises(ConfigError, match=pattern):
         config.load_run_config(path, ["model.xyz=1"])
 
