@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,20 @@ def test_gain_from_retrieval_is_paired_over_questions(records: list[Record]) -> 
     assert gain.mean == pytest.approx(0.25) and gain.low == 0.0, "no question got worse"
     assert report.rag_gain("other").mean == pytest.approx(-0.25)
     assert report.composed_gain.mean == 0.0
+
+
+def test_gain_of_composed_queries_is_after_minus_before(records: list[Record]) -> None:
+    report = make_report(records, "x")
+    hits = np.ones(len(records), dtype=np.int64)
+    better = protocols.ComposedRetrievalResult(hits, hits)
+    # Three of four queries find the text among the first ten hits, none of them the image.
+    worse = protocols.ComposedRetrievalResult(hits * 11, np.where(np.arange(len(hits)) % 4, 1, 11))
+    trained = replace(report.trained, composed=better)
+    start = replace(report.start, composed=worse)
+    gain = replace(report, trained=trained, start=start).composed_gain
+    assert (gain.mean, gain.low, gain.high) == (1.0, 1.0, 1.0)
+    loss = replace(report, trained=start, start=trained).composed_gain
+    assert (loss.mean, loss.low, loss.high) == (-1.0, -1.0, -1.0)
 
 
 def test_similarity_sample_has_the_pairs_on_its_diagonal(records: list[Record]) -> None:

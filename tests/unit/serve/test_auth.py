@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 
@@ -11,7 +12,7 @@ from helpers import tiny
 from helpers.serving import RunningServer
 from vlduet.errors import ConfigError
 from vlduet.serve.app import Service
-from vlduet.serve.auth import read_api_keys
+from vlduet.serve.auth import ApiKeyMiddleware, read_api_keys
 from vlduet.serve.worker import Worker
 
 
@@ -71,6 +72,34 @@ def test_without_a_known_key_only_health_is_answered(duet):
                 assert response.headers["WWW-Authenticate"] == "Bearer"
                 message = json.loads(data)["error"]["message"]
                 assert "Authorization: Bearer KEY" in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_accepted"),
+    [
+        (["first"], True),
+        (["wrong"], False),
+        ([], False),
+        (["first", "wrong"], False),
+        (["wrong", "first"], False),
+        (["first", "first"], False),
+    ],
+)
+def test_exactly_one_header_with_a_known_key_is_accepted(keys, is_accepted):
+    served = []
+    statuses = []
+
+    async def app(scope, receive, send):
+        served.append(scope["path"])
+
+    async def send(message):
+        statuses.append(message.get("status"))
+
+    headers = [(b"authorization", f"Bearer {key}".encode()) for key in keys]
+    scope = {"type": "http", "path": "/v1/models", "headers": headers}
+    asyncio.run(ApiKeyMiddleware(app, ["first", "second"])(scope, None, send))
+    assert served == (["/v1/models"] if is_accepted else [])
+    assert statuses[:1] == ([] if is_accepted else [401])
 
 
 def test_two_authorization_headers_are_refused(duet):

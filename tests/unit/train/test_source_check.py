@@ -68,7 +68,7 @@ def test_a_useless_source_is_refused(tmp_path: Path, row: dict[str, Any], messag
 
 
 @pytest.mark.parametrize("recipe", ["split=fields", "split=length"])
-def test_a_source_without_a_use_is_a_warning_beside_another(tmp_path: Path, recipe: str) -> None:
+def test_a_source_without_a_use_is_a_warning_next_to_another(tmp_path: Path, recipe: str) -> None:
     """A control run may have sources for a loss that it leaves out."""
     caption = {"short": "x" * 40, "long": "y" * 40}
     useless = runs.write_rows(tmp_path / "x.jsonl", [{"id": "c", "image": "0.png", "long": "x"}])
@@ -123,7 +123,19 @@ def test_broken_rows_and_cut_texts_count(tmp_path: Path) -> None:
     assert f"of 9 looked at, 1 are dropped or cut (1 x {CUT_TEXT})" in text
 
 
-def test_a_chat_whose_answer_is_cut_off_counts_as_dropped(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read_count_in_the_share_of_all_rows(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"short": "x", "long": "y"} for _ in range(10)]
+    rows[0] = {"shrt": "x"}
+    text, _ = check(write_run(tmp_path, rows))  # one tenth, which is allowed
+    assert "1 left out (1 x unknown key" in text
+    with pytest.raises(DataError, match="1 of 9 records would be dropped"):
+        check(write_run(tmp_path, rows[:-1]))
+    rows[1]["long"] = "y" * 400
+    with pytest.raises(DataError, match="2 of 10 records would be dropped"):
+        check(write_run(tmp_path, rows, "data.max_tokens=100", "data.max_dropped=0.19"))
+
+
+def test_a_record_without_a_long_caption_counts_as_dropped(tmp_path: Path) -> None:
     """`split: length` is decided by tokens, so that fields do not show it."""
     rows = [{"short": "x" * 50} for _ in range(9)] + [{"short": "x"}]
     overrides = ["recipe.split=length", "objectives={language: 1}"]

@@ -41,6 +41,21 @@ def test_captions_ended_is_the_share_of_captions_with_an_end(
     assert metrics[name] == pytest.approx(before[name])
 
 
+def test_the_cross_entropy_is_that_of_the_long_caption_or_else_the_short_one(
+    tmp_path: Path,
+) -> None:
+    model = tiny.build_duet_model(tmp_path / "base")
+    records = [
+        Record("a", image=tiny.random_image(1), short=("thing",), long="A long text of it."),
+        Record("b", image=tiny.random_image(2), short=("another", "second caption")),
+    ]
+    metrics = validation.compute_validation_metrics(model, records, seed=0)
+    assert records[0].image is not None and records[1].image is not None
+    pairs = [(records[0].image, "A long text of it."), (records[1].image, "another")]
+    total_nats, num_tokens = map(sum, zip(*model.compute_caption_nll(pairs), strict=True))
+    assert metrics["caption_cross_entropy"] == pytest.approx(total_nats / num_tokens, rel=1e-5)
+
+
 def test_the_end_rate_is_measured_on_evenly_spaced_images_and_within_a_limit(
     model: DuetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
