@@ -3,7 +3,8 @@
 A value is a text, a number or a flag (true or false), and is compared only with values of its own
 kind. A document without the key, or with a value of another kind, satisfies no condition except
 ``!=``, which is the exact opposite of ``=``. Lists, objects and null in metadata are stored and
-returned, but match no condition.
+returned, but match no condition. A condition on a key that no document has, or of a kind that no
+document has under its key, is an error.
 """
 
 from __future__ import annotations

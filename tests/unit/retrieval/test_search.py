@@ -79,12 +79,26 @@ def test_hits_are_ranked_by_score_and_all_returned_for_a_large_k(index: Index, m
         (["hue in red, green"], {"red", "green"}),
         ([Condition("year", ">", 2002), "warm=true"], {"yellow"}),
         ({"warm": False}, {"green", "blue"}),
-        ({"warm": "false"}, set()),
-        ({"year": True}, set()),
     ],
 )
 def test_filters_select_documents(index: Index, model: Any, where: Any, expected: set[str]) -> None:
     assert set(ids(search(index, model, "red", where=where))) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"warm": "false"}, "warm holds flags"),
+        ({"year": True}, "year holds numbers"),
+        (["year<new"], "'new': year holds numbers"),
+        ([Condition("hue", "!=", 7)], "hue holds texts"),
+    ],
+)
+def test_a_filter_by_a_value_of_another_kind_is_refused(
+    index: Index, model: Any, where: Any, message: str
+) -> None:
+    with pytest.raises(RetrievalError, match=message):
+        search(index, model, "red", where=where)
 
 
 @pytest.mark.parametrize("query", ["", "  ", (), ("", "red")])
