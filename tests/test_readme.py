@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import os
 import shlex
 import sys
@@ -17,7 +17,7 @@ from helpers.documents import CodeBlock, read_code_blocks, split_commands
 README = Path(__file__).parents[1] / "README.md"
 MAX_BLOCKS_NOT_RUN = 5
 BLOCKS = read_code_blocks(README)
-NUM_RECORDS = 12
+NUM_RECORDS = 30
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("readme")
     tiny.FAMILY_BUILDERS["fast_vlm"](folder / "models" / "base")
     (folder / "photos" / "images").mkdir(parents=True)
-    for name in ("train", "test"):
-        rows = []
-        for number in range(NUM_RECORDS):
-            image = f"images/{number}.png"
-            (folder / "photos" / image).write_bytes(tiny.random_image(number).data or b"")
-            long_caption = f"A longer text about photo {number}, " + "with many more details " * 8
-            rows.append({"id": str(number), "image": image, "short": f"photo {number}"})
-            rows[-1]["long"] = long_caption
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / "photos" / f"{name}.jsonl").write_text("".join(lines))
+    lines = ["filename,caption,price\n"]
+    for number in range(NUM_RECORDS):
+        name = f"{number}.png"
+        (folder / "photos" / "images" / name).write_bytes(tiny.random_image(number).data or b"")
+        lines.append(f"{name},a photo with the number {number},{number * 1.5}\n")
+    (folder / "photos.csv").write_text("".join(lines))
     official.write_official_files(folder / "official")
     before = Path.cwd()
     os.chdir(folder)
@@ -62,9 +58,10 @@ def run_block(block: CodeBlock) -> None:
     """Run a block in the working directory; fail at the first command that fails."""
     if block.language == "python":
         exec(compile(block.code, str(block), "exec"), {"__name__": "__main__"})
-    elif block.language == "json":
-        record = json.loads(block.code)
-        assert {"id", "image", "short", "long"} <= set(record)
+    elif block.language == "csv":
+        header, *rows = csv.reader(block.code.splitlines())
+        assert header == ["filename", "caption", "price"]
+        assert {len(row) for row in rows} == {len(header)}
     else:
         commands = split_commands(block)
         assert commands, f"{block}: no command, or an unknown language '{block.language}'"
