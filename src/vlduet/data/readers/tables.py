@@ -28,11 +28,16 @@ NUM_SAMPLE_LINES = 200
 
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,14})")
 _FLOAT = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,20})?([eE][+-]\d{1,3})?")
+_PRICE = re.compile(r"-?(0|[1-9]\d{0,14})(,\d{2})?")
 _BOOLEANS = {"true": True, "false": False}
 
 
 def _parse_boolean(text: str) -> bool:
     return _BOOLEANS[text.strip().lower()]
+
+
+def _parse_price(text: str) -> float:
+    return float(text.replace(",", "."))
 
 
 _TYPES: tuple[tuple[Callable[[str], bool], Callable[[str], Any]], ...] = (
@@ -43,6 +48,10 @@ _TYPES: tuple[tuple[Callable[[str], bool], Callable[[str], Any]], ...] = (
 """Test of a stripped cell and conversion for each type of a column that is no text. Numbers with
 leading zeros, thousands separators, decimal commas, unsigned exponents or more than 15 digits may
 be codes, so they are texts."""
+
+_SEMICOLON_TYPES = (*_TYPES, (lambda text: _PRICE.fullmatch(text) is not None, _parse_price))
+"""The types in a table separated by semicolons. Spreadsheets write it where the comma is decimal:
+there, numbers with two digits after a comma are prices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +242,11 @@ def _detect_types(
 ) -> dict[str, Callable[[str], Any]]:
     """Return the conversion of each column all of whose cells are of one type of `_TYPES`.
 
-    Columns of texts and columns without cells are left out. Broken rows do not count.
+    With semicolons as separators, the types are `_SEMICOLON_TYPES`. Columns of texts and columns
+    without cells are left out. Broken rows do not count.
     """
-    candidates = {column: list(_TYPES) for column in columns}
+    all_types = _SEMICOLON_TYPES if dialect.separator == ";" else _TYPES
+    candidates = {column: list(all_types) for column in columns}
     filled: set[str] = set()
     with _open_text(source, dialect.encoding) as lines:
         reader = _make_reader(lines, dialect)

@@ -152,6 +152,14 @@ def test_a_column_of_numbers_is_numbers_and_all_others_are_texts(tmp_path: Path)
     assert third.metadata["count"] == -3 and third.metadata["price"] == 1e-5
 
 
+def test_prices_with_a_decimal_comma_are_numbers_in_a_table_of_semicolons(tmp_path: Path) -> None:
+    source = tmp_path / "shop.csv"
+    source.write_text("image;caption;price;size\na.png;red;12,50;1,5\na.png;blue;-3;2,5\n")
+    records = list(read_records(source))
+    assert [record.metadata["price"] for record in records] == [12.5, -3.0]
+    assert [record.metadata["size"] for record in records] == ["1,5", "2,5"]
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(-(10**14), 10**14) | st.floats(-1e6, 1e6), min_size=1, max_size=5),

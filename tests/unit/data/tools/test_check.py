@@ -226,7 +226,7 @@ def test_a_file_without_records_is_an_error(tmp_path: Path, text: str) -> None:
 def test_prices_that_are_kept_as_text_are_a_warning(tmp_path: Path) -> None:
     name = write_image(tmp_path / "a.png", 0)
     source = tmp_path / "shop.csv"
-    source.write_text(f"image;price\n{name};12,50\n{name};3,99\n")
+    source.write_text(f"image;price\n{name};12,5\n{name};3,99\n")
     report = check_files([source])
     assert report.ok and report.num_warnings == 1
     assert f"warning: {source}: `price` is kept as text" in str(report)
