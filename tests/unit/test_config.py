@@ -295,7 +295,7 @@ def test_steps_and_epochs_in_one_file_are_refused(tmp_path: Path) -> None:
         ("data.validation={path: v.jsonl, root: r}", {"path": "v.jsonl", "root": "r"}),
     ],
 )
-def test_a_saved_config_names_validation_as_it_was_written(
+def test_a_saved_config_names_validation_as_the_user_did(
     path: Path, override: str, text: object
 ) -> None:
     settings = config.load_run_config(path, [override])

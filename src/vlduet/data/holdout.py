@@ -17,7 +17,7 @@ HASHED_BYTES = 65536
 """
 
 
-def is_held_out(record: Record, share: float) -> bool:
+def is_in_holdout(record: Record, share: float) -> bool:
     """Return whether a record belongs to the share that is held out.
 
     Args:

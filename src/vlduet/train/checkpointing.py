@@ -159,9 +159,8 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
             settings[prefix] = value
 
     tree = config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}})
-    tree["data"]["train"] = [
-        {key: value for key, value in source.items() if value and key != "strict"}
-        for source in tree["data"]["train"]
-    ]
+    for source in tree["data"]["train"]:
+        for key in [key for key, value in source.items() if not value or key == "strict"]:
+            del source[key]
     flatten("", tree)
     return settings

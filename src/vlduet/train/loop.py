@@ -90,8 +90,9 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
             optimizer_step(run, step)
 
             # -------------------------------------------------------- log
-            loss = values.get("loss")
-            progress_bar.advance(note=f"loss {loss:.3f}" if loss is not None else "no loss")
+            progress_bar.advance(
+                note=f"loss {values['loss']:.3f}" if "loss" in values else "no loss"
+            )
             is_log_step = step % settings.log_every == 0 or step == run.num_steps - 1
             if metrics and is_log_step:
                 tokens = sum(batch.num_tokens for batch in batches)

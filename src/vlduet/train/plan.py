@@ -57,7 +57,7 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         "recipe": f"{run.recipe.name}, losses {losses}",
         "records": len(records),
         **{f"records: {kind}": count for kind, count in sorted(kinds.items())},
-        "records held out": sum(source.num_held_out for source in run.sources),
+        "records held out": sum(source.num_holdout for source in run.sources),
         "records dropped": run.quarantine.count,
         "data": describe_data(run, check),
         "steps": run.num_steps,

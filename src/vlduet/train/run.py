@@ -70,7 +70,7 @@ class TrainingRun:
     encoders: FrozenEncoders
     """Frozen encoders for losses that compare contents; none for most recipes."""
     usage: UsageCounts = field(default_factory=UsageCounts)
-    """What became of the records that this process has laid out for training."""
+    """Counts of the records that this process has laid out for training."""
 
     def trainable_parameters(self) -> list[Tensor]:
         """Return all trained parameters, in an order that is the same on every rank."""

@@ -40,7 +40,7 @@ class SourceCheck:
     """Result of looking at the records of a run, by source."""
 
     by_source: list[UsageCounts] = field(default_factory=list)
-    """What becomes of the records that were laid out, for every source; nothing of unusable ones.
+    """Counts of the records that were laid out, for every source; all 0 for unusable ones.
     """
     num_images: int = 0
     """Number of images that were looked at."""
@@ -202,10 +202,10 @@ def describe_data(run: TrainingRun, check: SourceCheck) -> str:
     """Return one line: what a run trains on, and what became of the records that were looked at."""
     left_out: Counter[str] = sum((source.left_out for source in run.sources), start=Counter())
     causes: Counter[str] = sum((counts.causes for counts in check.by_source), start=Counter())
-    num_held_out = sum(source.num_held_out for source in run.sources)
+    num_holdout = sum(source.num_holdout for source in run.sources)
     clauses = [describe_length(run)]
-    if num_held_out:
-        clauses.append(f"{num_held_out:,} held out for validation")
+    if num_holdout:
+        clauses.append(f"{num_holdout:,} held out for validation")
     if left_out:
         clauses.append(f"{left_out.total():,} left out ({format_causes(left_out)})")
     looked_at = f"of {check.num_records:,} looked at, {causes.total():,} are dropped or cut"
@@ -255,10 +255,10 @@ def describe_risks(run: TrainingRun, check: SourceCheck) -> list[str]:
             f"the warm-up takes all of the {run.num_steps} steps: train longer, or lower "
             "train.warmup"
         )
-    num_held_out = sum(source.num_held_out for source in run.sources)
-    if isinstance(run.config.data.validation, float) and num_held_out < MIN_VALIDATION_RECORDS:
+    num_holdout = sum(source.num_holdout for source in run.sources)
+    if isinstance(run.config.data.validation, float) and num_holdout < MIN_VALIDATION_RECORDS:
         warnings.append(
-            f"{num_held_out} records are held out for validation, whose numbers will say little: "
+            f"{num_holdout} records are held out for validation, whose numbers will say little: "
             "raise data.validation"
         )
     return warnings

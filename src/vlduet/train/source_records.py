@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from vlduet.config import RunConfig, TrainSourceSection
-from vlduet.data.holdout import is_held_out
+from vlduet.data.holdout import is_in_holdout
 from vlduet.data.image_store import ImageStore
 from vlduet.data.quarantine import Quarantine, generalize_cause
 from vlduet.data.records import Record
@@ -42,12 +42,12 @@ class SourceRecords:
     control run without some of the losses, such a source keeps its share of the steps."""
     unusable_reason: str = ""
     """Why none of the records has anything for the losses; empty if one has."""
-    num_held_out: int = 0
+    num_holdout: int = 0
     """Number of records that are held out for validation."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of broken rows and of records that are left out of `records`, by cause."""
     remedies: dict[str, str] = field(default_factory=dict)
-    """What can be done about a cause, where there is something."""
+    """Remedy of a cause, as an imperative sentence; not every cause has one."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,8 +112,8 @@ def _read_source(
     unusable: list[tuple[Record, DataError]] = []
     records: list[Record] = []
     for record in RecordSource.from_config(section).read(on_error=leave_out):
-        if share and is_held_out(record, share):
-            source.num_held_out += 1
+        if share and is_in_holdout(record, share):
+            source.num_holdout += 1
             continue
         record = store.write_images(record)
         if losses.isdisjoint(recipe.find_losses(record)):

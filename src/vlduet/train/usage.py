@@ -32,7 +32,7 @@ class UsageCounts:
     causes: Counter[str] = field(default_factory=Counter)
     """Number of records that were dropped or cut, by cause; a record counts once."""
     remedies: dict[str, str] = field(default_factory=dict)
-    """What can be done about a cause, where there is something."""
+    """Remedy of a cause, as an imperative sentence; not every cause has one."""
     places: dict[str, list[str]] = field(default_factory=dict)
     """First places of the errors of a cause, up to MAX_PLACES."""
     num_reported: int = 0

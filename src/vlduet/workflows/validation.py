@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlduet.config import RunConfig, SourceSection
 from vlduet.data.formats import RowErrorHandler
-from vlduet.data.holdout import is_held_out
+from vlduet.data.holdout import is_in_holdout
 from vlduet.data.images import MISSING_IMAGE, load_image
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.readers.rows import IgnoredData
@@ -55,7 +55,7 @@ def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
         """Yield the records of all sources that are held out."""
         for source in sources:  # training reads them too, and reports what is not read
             for record in source.read_silently(IgnoredData(), on_error=on_error):
-                if is_held_out(record, section):
+                if is_in_holdout(record, section):
                     yield record
 
     return _make_record_validator(read, place=sources[0].path, seed=seed)

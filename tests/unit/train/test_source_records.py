@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers import runs, tiny
 from vlduet import config
 from vlduet.config import RunConfig
-from vlduet.data.holdout import is_held_out
+from vlduet.data.holdout import is_in_holdout
 from vlduet.data.image_store import ImageStore
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.records import ImageRef, Record
@@ -88,7 +88,7 @@ def test_the_cause_says_what_a_record_lacks(
     assert count == 1 and cause in message
 
 
-def test_a_source_without_any_use_keeps_its_place_beside_another(tmp_path: Path) -> None:
+def test_a_source_without_any_use_keeps_its_share_of_the_steps(tmp_path: Path) -> None:
     """A control run leaves out a loss, and all other records keep their share of the steps."""
     other = runs.write_rows(tmp_path / "chats.jsonl", [{"id": "chat", "messages": TURNS}])
     overrides = ["objectives={contrastive: 1}", f"data.train.1.path={other}"]
@@ -115,7 +115,7 @@ def write_pairs(folder: Path, count: int, *, captions: int = 1) -> list[dict[str
     return [{"image": f"{i}.png", "short": f"thing {n}"} for n, i in enumerate(names)]
 
 
-def test_held_out_records_are_validated_with_and_never_trained_on(
+def test_validation_records_are_never_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = write_pairs(tmp_path, 40, captions=2)
@@ -129,14 +129,15 @@ def test_held_out_records_are_validated_with_and_never_trained_on(
 
     monkeypatch.setattr(validation, "compute_validation_metrics", compute)
     validation.make_config_validator(run_config, seed=0)(None)  # type: ignore[arg-type]
-    trained_ids, held_out_ids = ({r.id for r in records} for records in (source.records, measured))
-    assert not trained_ids & held_out_ids and len(trained_ids | held_out_ids) == 80
-    assert source.num_held_out == len(held_out_ids) and 8 <= len(held_out_ids) <= 32
+    trained_ids = {record.id for record in source.records}
+    holdout_ids = {record.id for record in measured}
+    assert not trained_ids & holdout_ids and len(trained_ids | holdout_ids) == 80
+    assert source.num_holdout == len(holdout_ids) and 8 <= len(holdout_ids) <= 32
     # Both captions of an image are on the same side.
-    assert {str(int(record_id) ^ 1) for record_id in held_out_ids} == held_out_ids
+    assert {str(int(record_id) ^ 1) for record_id in holdout_ids} == holdout_ids
 
 
-def test_the_held_out_records_do_not_depend_on_order_names_or_other_records(
+def test_the_holdout_does_not_depend_on_order_names_or_other_records(
     tmp_path: Path,
 ) -> None:
     rows = write_pairs(tmp_path, 30)
@@ -158,7 +159,7 @@ def test_a_larger_share_holds_out_what_a_smaller_one_does(contents: list[bytes])
     records = [Record(str(i), image=ImageRef(data=data)) for i, data in enumerate(contents)]
 
     def count(share: float) -> set[str]:
-        return {record.id for record in records if is_held_out(record, share)}
+        return {record.id for record in records if is_in_holdout(record, share)}
 
     assert count(0.0) == set() and count(1.0) == {record.id for record in records}
     assert count(0.1) <= count(0.4) <= count(0.9)
@@ -177,5 +178,5 @@ def test_a_larger_share_holds_out_what_a_smaller_one_does(contents: list[bytes])
 def test_the_share_is_about_the_one_that_is_asked_for(
     make_record: Callable[[int], Record],
 ) -> None:
-    count = sum(is_held_out(make_record(i), 0.3) for i in range(300))
+    count = sum(is_in_holdout(make_record(i), 0.3) for i in range(300))
     assert 60 < count < 120
