@@ -117,5 +117,4 @@ def _run_and_exit(test: str, source_folder: str, output: str) -> None:
         status = EXIT_STATUSES[Outcome.FAILED]
     elif status == pytest.ExitCode.OK:
         status = EXIT_STATUSES[Outcome.PASSED if counter.count else Outcome.SKIPPED]
-    # Threads that a test has left must not keep the process alive.
-    os._exit(int(status))
+    sys.exit(int(status))

@@ -164,6 +164,20 @@ def test_the_margin_leaves_out_candidates_that_may_be_right(source: Path, tmp_pa
     assert strict.negatives == 0 and strict.without == 4 and strict.negative_score is None
 
 
+def test_negatives_are_below_the_lowest_of_several_positives(tmp_path: Path) -> None:
+    texts = {"near": "40 near", "far": "75 far"}
+    rows: list[dict[str, Any]] = [
+        {"id": name, "query": [{"text": text}], "positive": [[{"text": f"{text} away"}]]}
+        for name, text in texts.items()
+    ]
+    positive = [[{"text": "20 first"}], [{"text": "60 second"}]]
+    rows.append({"id": "x", "query": [{"text": "0 query"}], "positive": positive})
+    source = write_rows(tmp_path / "x.jsonl", rows)
+    record = mine_records(AngleEmbedder(), source, tmp_path / "out.jsonl", margin=0.0)["x"]
+    assert first_texts(record.negative) == ["75 far away"]
+    assert record.metadata["mined"]["positive_score"] == pytest.approx(0.5, abs=1e-5)
+
+
 def test_equal_content_is_never_a_negative(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "image": write_image(tmp_path, 0), "short": "20 dog"},
