@@ -2,7 +2,7 @@
 
 1. `load_mutants`  the errors, entries of the YAML files beside this one
 2. `apply_mutant`  a copy of the package with one error; the sources themselves are never changed
-3. `run_test`      one test alone, in a process that imports the copy       (run_test.py)
+3. `run_test`      one test alone, in a process that imports the copy       (processes.py)
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mutants.mutation import Mutant, MutantError, apply_mutant, load_mutants, select_dozen
-from mutants.run_test import Outcome, TestRun, run_test
+from mutants.processes import Outcome, PytestRun, run_test
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Verdict:
     """Explanation of an error."""
 
 
-def run_unchanged(test: str) -> TestRun:
+def run_unchanged(test: str) -> PytestRun:
     """Run a test with a copy of the package as it is."""
     with tempfile.TemporaryDirectory() as folder:
         return run_test(test, apply_mutant(None, Path(folder)))

@@ -21,7 +21,7 @@ from mutants.mutation import (
     load_mutants,
     select_dozen,
 )
-from mutants.run_test import Outcome, run_test
+from mutants.processes import Outcome, run_test
 
 MUTANTS = load_mutants()
 DOZEN = current_dozen(MUTANTS)

@@ -27,7 +27,7 @@ PRELOADED_MODULES = (
     "pytest",
     "pydantic",
     "PIL.Image",
-    "mutants.run_test",
+    "mutants.processes",
 )
 
 
@@ -46,7 +46,7 @@ EXIT_STATUSES = {Outcome.PASSED: 10, Outcome.FAILED: 11, Outcome.SKIPPED: 12}
 
 
 @dataclass(frozen=True)
-class TestRun:
+class PytestRun:
     """Outcome of one test with the output of pytest."""
 
     outcome: Outcome
@@ -65,7 +65,7 @@ class PassCounter:
         self.count += is_body and getattr(report, "outcome", "") == "passed"
 
 
-def run_test(test: str, source_folder: Path) -> TestRun:
+def run_test(test: str, source_folder: Path) -> PytestRun:
     """Run one test alone in a process that imports the package in `source_folder`.
 
     Args:
@@ -82,10 +82,10 @@ def run_test(test: str, source_folder: Path) -> TestRun:
         if process.is_alive():
             process.kill()
             process.join()
-            return TestRun(Outcome.NOT_RUN, f"stopped after {TEST_SECONDS} s")
+            return PytestRun(Outcome.NOT_RUN, f"stopped after {TEST_SECONDS} s")
         outcomes = {status: outcome for outcome, status in EXIT_STATUSES.items()}
         outcome = outcomes.get(process.exitcode or 0, Outcome.NOT_RUN)
-        return TestRun(outcome, output.read())
+        return PytestRun(outcome, output.read())
 
 
 def _run_and_exit(test: str, source_folder: str, output: str) -> None:
