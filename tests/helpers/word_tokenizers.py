@@ -49,34 +49,39 @@ def build_word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _build_byte_level(*, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+def _build_byte_level() -> Tokenizer:
     """Return a BPE over bytes as of GPT-2."""
-    backend = Tokenizer(models.BPE())
-    if normalizer is not None:
-        backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        initial_alphabet=alphabet,
-        special_tokens=SPECIAL_TOKENS,
-        show_progress=False,
-    )
-    backend.train_from_iterator(SENTENCES, trainer)
-    return backend
+    return _train_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
 
 
 def _build_single_digits() -> Tokenizer:
-    """Return a BPE over bytes as of Qwen: digits take no space, line ends follow punctuation."""
-    backend = _build_byte_level(normalizer=normalizers.NFC())
+    """Return a BPE over bytes as of Qwen: digits take no space, punctuation takes line ends."""
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
+    pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    return _train_byte_level(pre_tokenizer, normalizers.NFC())
+
+
+def _train_byte_level(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, normalizer: normalizers.Normalizer | None = None
+) -> Tokenizer:
+    """Return a BPE over bytes that was trained on SENTENCES."""
+    backend = Tokenizer(models.BPE())
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
     return backend
 
 

@@ -90,11 +90,24 @@ def read_chat_template(folder: Path, tokenizer_template: Any) -> str | None:
     return None
 
 
+def read_early_template(folder: Path) -> str | None:
+    """Return the chat template that models of early versions had: that of the tokenizer alone.
+
+    Its date is fixed. None where the tokenizer has none; raises as `read_chat_template`.
+    """
+    sources = (_read_named_files(folder), _read_key(folder / "tokenizer_config.json"))
+    templates = [template for source in sources if (template := _select_template(source))]
+    return fix_date(templates[0]) if templates else None
+
+
 def _read_processor_template(folder: Path) -> Any:
     """Return the template, or the templates by name, of a folder's processor; None without any."""
     template = _read_key(folder / PROCESSOR_FILE) or _read_key(folder / LEGACY_FILE)
-    if template is not None:
-        return template
+    return _read_named_files(folder) if template is None else template
+
+
+def _read_named_files(folder: Path) -> dict[str, str]:
+    """Return the templates of a folder that have files of their own, by name."""
     paths = {path.stem: path for path in sorted(folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
         paths[DEFAULT_NAME] = folder / TEMPLATE_FILE

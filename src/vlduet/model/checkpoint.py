@@ -31,9 +31,9 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError
-from vlduet.model.chat_template import TEMPLATE_FILE, fix_date
+from vlduet.model.chat_template import TEMPLATE_FILE, fix_date, read_early_template
 from vlduet.model.fingerprints import fingerprint_checkpoint
-from vlduet.model.processing import IMAGE_BACKEND
+from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors
 
 FORMAT_VERSION = 1
 """Version of the folder format; a folder of another version is refused."""
@@ -127,6 +127,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     chat_template = None
     if template_file.is_file():
         chat_template = fix_date(template_file.read_text(encoding="utf-8"))
+    elif "joined" not in manifest["prompts"]:
+        with translate_load_errors(base_folder):
+            chat_template = read_early_template(base_folder)
     return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template)
 
 

@@ -142,6 +142,12 @@ def load_tokenizer_and_image_processor(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        if not tokenizer.is_fast:
+            raise ModelError(
+                "the tokenizer has no Rust backend, which tells where tokens begin",
+                place=folder,
+                fix="Save the checkpoint with a tokenizer.json",
+            )
         if chat_template is None:
             chat_template = read_chat_template(folder, tokenizer.chat_template)
         tokenizer.chat_template = chat_template

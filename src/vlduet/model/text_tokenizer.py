@@ -21,7 +21,6 @@ from unicodedata import normalize
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 
-from vlduet.errors import ModelError
 from vlduet.model.processing import Tokenizer
 
 PROBES = ("A", "a", "The", "the", "It", "Yes", "1")
@@ -61,17 +60,9 @@ class TextTokenizer:
         tokenizer: with a Rust backend, which is shared and not modified. Tokens that are added to
             it later are not known here (see `is_current`).
         extra_ids: further token ids that control text may contain.
-
-    Raises:
-        ModelError: the tokenizer has no Rust backend, and so no offsets.
     """
 
     def __init__(self, tokenizer: Tokenizer, extra_ids: tuple[int, ...] = ()):
-        if not tokenizer.is_fast:
-            raise ModelError(
-                "the tokenizer has no Rust backend, which tells where a token begins",
-                fix="Save the checkpoint with a tokenizer.json",
-            )
         self.tokenizer = tokenizer
         self._version = _version(tokenizer)
         self._backend = _copy_backend(tokenizer.backend_tokenizer)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, TokenizersBackend
 
 from helpers import tiny
 from helpers.tiny_tokenizers import CHAT_TEMPLATE
 from vlduet.data.records import Message
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, ModelError
 from vlduet.model import chat_template
 from vlduet.model.chat_template import FIXED_TIMES, fix_date
+from vlduet.model.checkpoint import read_checkpoint
 from vlduet.model.duet import DuetModel
 from vlduet.model.processing import load_processor
 from vlduet.model.prompts import Prompts, Renderer
@@ -153,6 +154,32 @@ def test_an_export_has_the_template_in_use_alone(base: Path, tmp_path: Path) -> 
     for reader in (AutoTokenizer, AutoProcessor):
         assert reader.from_pretrained(tmp_path / "merged").chat_template == CHAT_TEMPLATE
     assert load_processor(tmp_path / "merged").tokenizer.chat_template == CHAT_TEMPLATE
+
+
+def test_a_model_of_an_early_version_keeps_the_template_of_its_tokenizer(
+    base: Path, tmp_path: Path
+) -> None:
+    """The one of the processor, which early versions did not find, would change its vectors."""
+    write_json(base)
+    write_tokenizer(base, OTHER_TEMPLATE)
+    DuetModel.from_pretrained(base).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    manifest_path = tmp_path / "model" / "vlduet.json"
+    manifest = json.loads(manifest_path.read_text())
+    assert read_checkpoint(tmp_path / "model").chat_template is None
+    assert manifest["prompts"].pop("joined") is True
+    manifest_path.write_text(json.dumps(manifest))
+    model = DuetModel.from_pretrained(tmp_path / "model", check_golden=False)
+    assert model.backbone.tokenizer.chat_template == OTHER_TEMPLATE
+    assert not model.prompts.joined
+
+
+def test_a_tokenizer_without_offsets_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TokenizersBackend, "is_fast", False)
+    with pytest.raises(ModelError, match=r"Save the checkpoint with a tokenizer\.json"):
+        load_processor(base)
 
 
 # ---------------------------------------------------------------------- dates

@@ -9,10 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import tiny
+from helpers.word_tokenizers import build_word_tokenizer
 from vlduet.data.sequences import IGNORE_INDEX
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
+from vlduet.model.sequence_builder import SequenceBuilder
+from vlduet.model.text_tokenizer import TextTokenizer
 
 EOS_ID = 2
 
@@ -94,6 +97,29 @@ def test_anchors_of_a_cut_text_end_with_it(model: DuetModel) -> None:
         for anchor in sequence.anchors
     }
     assert texts == {"mean": "cdefg", "last": "g", "end": "</s>"}
+
+
+def test_tokens_that_cover_text_and_prompt_are_not_cut() -> None:
+    tokenizer = TextTokenizer(build_word_tokenizer("byte-level BPE, digits apart"))
+    builder = SequenceBuilder(tokenizer, 3, ("", ""))
+    builder.append_control("Text: ")
+    text = builder.append_text("red circle is a red circle:")
+    closing = builder.append_control("\nSummarize:")
+    for segment in (text, closing):
+        builder.add_anchor(segment, is_last=True, role="", record_name="", content_key="")
+    complete = builder.build(100)
+
+    def decode_all(token_ids: Any) -> str:
+        return str(tokenizer.tokenizer.decode(list(token_ids)))
+
+    tokens = [decode_all([i]) for i in complete.token_ids]
+    assert ":\n" in tokens and " red" in tokens, "both cover control text and user text"
+    cut = builder.build(len(complete) - 4)
+    assert decode_all(cut.token_ids) == "Text: red circle:\nSummarize:"
+    assert cut.num_cut_tokens == 4
+    last_tokens = [decode_all(cut.token_ids[: anchor.end]) for anchor in cut.anchors]
+    assert last_tokens == ["Text: red circle", "Text: red circle:\nSummarize:"]
+    assert builder.build(100) == complete
 
 
 def test_a_sequence_without_text_to_cut_is_refused(model: DuetModel) -> None:
