@@ -1,4 +1,4 @@
-"""State of an interrupted run: trained tensors, optimizer and step.
+"""State of an interrupted run: trained tensors, optimizer and step; records of a failed step.
 
 Random numbers need no state: those of a step are a function of (seed, step, rank), see
 `step.seed_step`.
@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 import pickle
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlduet import __version__
+from vlduet import __version__, distributed
 from vlduet.config import RunConfig
-from vlduet.errors import TrainingError
-from vlduet.files import recover_folder, replace_folder_atomically
+from vlduet.data.record_json import record_to_json
+from vlduet.data.stream import Sample
+from vlduet.errors import TrainingError, quote_value
+from vlduet.files import recover_folder, replace_folder_atomically, write_text_atomically
 from vlduet.logs import logger
+from vlduet.structured_files import read_json_object
 from vlduet.train.run import TrainingRun
+from vlduet.train.step import all_finite
 
+ResumeMode = bool | Literal["auto"]
+"""Whether a run continues from its saved state; "auto": if there is one."""
 STATE_FOLDER = "state"
 """Folder of the state within the folder of a run."""
 STATE_FILE = "state.json"
@@ -32,6 +39,21 @@ STATE_FILE = "state.json"
 CHANGEABLE_SETTINGS = ("log_every", "eval_every", "save_every", "max_dropped")
 """Names of settings that may change when a run is resumed: nothing that is learned depends on
 them."""
+
+
+def select_resumption(out: Path, resume: ResumeMode) -> bool:
+    """Return whether the run in the folder `out` continues from its state.
+
+    A state that a killed process left under its backup name is restored first (`recover_folder`).
+
+    Raises:
+        TrainingError: `resume` is False and there is a state.
+    """
+    folder = recover_folder(out / STATE_FOLDER)
+    if folder.exists() and not resume:
+        fix = "Use --resume, or another out="
+        raise TrainingError("this folder holds a run already", place=out, fix=fix)
+    return resume is True or folder.exists()
 
 
 def save_state(run: TrainingRun, step: int) -> None:
@@ -91,7 +113,13 @@ def _load_folder(run: TrainingRun, folder: Path) -> int:
         OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError: a
             file is missing or broken.
     """
-    facts = json.loads((folder / STATE_FILE).read_text())
+    facts = read_json_object(
+        folder / STATE_FILE,
+        {"decisive": dict, "step": int},
+        error_class=TrainingError,
+        fix="Copy the whole run again, or start anew",
+        optional={"num_steps": int, "records": list},
+    )
     difference = describe_difference(facts["decisive"], decisive_settings(run.config))
     if difference:
         raise TrainingError(
@@ -138,7 +166,7 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
     """
     for key in sorted(now.keys() | before.keys()):
         if now.get(key) != before.get(key):
-            return f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            return f"{key} was {quote_value(before.get(key))}, is {quote_value(now.get(key))}"
     return None
 
 
@@ -164,3 +192,31 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
             del source[key]
     flatten("", tree)
     return settings
+
+
+def stop_not_finite(
+    run: TrainingRun, samples: list[Sample], step: int, values: dict[str, float]
+) -> None:
+    """Save the records and values of a step with an infinite or NaN value, and the state before it.
+
+    Every rank writes records.jsonl and measured.json into the folder ``not-finite-STEP-rankRANK``
+    of `out`, replacing an earlier one; rank 0 also saves the run's state, to resume at this step.
+
+    Raises:
+        TrainingError: always; it names the values and the folder.
+    """
+    folder = run.config.out / f"not-finite-{step}-rank{distributed.get_rank()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    lines = [json.dumps(record_to_json(sample.record, root=folder)) for sample in samples]
+    write_text_atomically(folder / "records.jsonl", "\n".join(lines) + "\n")
+    write_text_atomically(folder / "measured.json", json.dumps(values, indent=1))
+    if distributed.is_main_process():
+        save_state(run, step)
+    names = [name for name, value in values.items() if not all_finite({name: value})]
+    raise TrainingError(
+        f"step {step}: {', '.join(names)} is not a number",
+        place=folder,
+        fix="Its records are saved there: correct them and --resume, "
+        "or start anew with a lower train.lr",
+    )

@@ -112,14 +112,18 @@ def _render_samples(run: TrainingRun, samples: list[Sample]) -> list[Sequence]:
     required = run.required_outputs()
     usage = run.usage
     for sample in samples:
+        # Samples of unusable sources are not counted: a warning has named their source.
+        is_counted = not run.find_source(sample).unusable_reason
         try:
             layout = run.recipe.layout(sample, run.model.renderer)
             sequences += run.encoders.attach_features(layout)
         except DataError as error:
             run.quarantine.add(sample.record, error)
-            usage.add_drop(error)
+            if is_counted:
+                usage.add_drop(error)
         else:
-            usage.add_sequences(layout, labels=required.labels, anchors=required.anchors)
+            if is_counted:
+                usage.add_sequences(layout, labels=required.labels, anchors=required.anchors)
         if usage.num_records % USAGE_LOG_RECORDS == 0 and usage.has_news():
             logger.info(f"so far, {usage}")
     if run.config.train.chunk_tokens and isinstance(run.model, DuetModel):

@@ -8,21 +8,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from vlduet import distributed
 from vlduet.config import RunConfig, save_run_config
-from vlduet.data.record_json import record_to_json
-from vlduet.data.stream import Sample
-from vlduet.errors import TrainingError
+from vlduet.locks import lock_folder
 from vlduet.logs import MetricsLog, ProgressBar, logger
-from vlduet.train.checkpointing import STATE_FOLDER, build_provenance, load_state, save_state
+from vlduet.train.checkpointing import (
+    ResumeMode,
+    build_provenance,
+    load_state,
+    save_state,
+    select_resumption,
+    stop_not_finite,
+)
 from vlduet.train.loader import iterate_batches
 from vlduet.train.run import TrainableModel, TrainingRun
 from vlduet.train.setup import prepare_run
@@ -38,7 +42,9 @@ Evaluator = Callable[[TrainableModel], dict[str, float]]
 """Function that measures the model on validation records and returns numbers by name."""
 
 
-def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool = False) -> Path:
+def train(
+    config: RunConfig, *, evaluate: Evaluator | None = None, resume: ResumeMode = False
+) -> Path:
     """Train a model and write it, with everything about the run, into the folder `config.out`.
 
     Its content is config.yaml, metrics.jsonl, ``state/`` (every `train.save_every` steps), at the
@@ -51,19 +57,29 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
         evaluate: called on rank 0 before every step that `train.eval_every` divides (0 is one) and
             at the end; its numbers go to the metrics as `validation/NAME`. None: no validation.
         resume: continue from the last saved state. All losses then equal, bit for bit, those of a
-            run that was never interrupted. A finished run is only validated and saved again.
+            run that was never interrupted. A finished run is only validated and saved again. With
+            "auto", start if the folder has no saved state, and continue otherwise.
 
     Returns:
         The folder of the trained model, `out/model`.
 
     Raises:
+        LockError: another process trains in this folder.
         ConfigError, DataError, ModelError: the config, the data or the model is unusable; before
             training, but for what the layout of a later record or a frozen encoder raises.
         TrainingError: the folder holds a run and `resume` is False, there is no state that fits, or
-            a loss or gradient became infinite or NaN (`_stop_not_finite`).
+            a loss or gradient became infinite or NaN (`stop_not_finite`).
     """
+    distributed.init_process_group()
+    with ExitStack() as stack:
+        distributed.call_on_main(lambda: stack.enter_context(lock_folder(config.out)))
+        return _train(config, evaluate, resume)
+
+
+def _train(config: RunConfig, evaluate: Evaluator | None, resume: ResumeMode) -> Path:
+    """Train as `train` does, in the process group and with the locked folder."""
     # ---------------------------------------------------------------- set up
-    run, first_step = _start_run(config, resume=resume)
+    run, first_step = _start_run(config, resume)
     out = config.out
     metrics = MetricsLog(out, resume_at=first_step) if distributed.is_main_process() else None
     start_time = time.monotonic()
@@ -86,7 +102,7 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
             samples, batches = next(batches_of_steps)
             values = forward_backward(run, batches)
             if not all_finite(values):
-                _stop_not_finite(run, samples, step, values)
+                stop_not_finite(run, samples, step, values)
             optimizer_step(run, step)
 
             # -------------------------------------------------------- log
@@ -114,38 +130,31 @@ def train(config: RunConfig, *, evaluate: Evaluator | None = None, resume: bool 
     return out / "model"
 
 
-def _start_run(config: RunConfig, *, resume: bool) -> tuple[TrainingRun, int]:
-    """Join the process group, set torch's seed, open the run, and write its config on rank 0.
+def _start_run(config: RunConfig, resume: ResumeMode) -> tuple[TrainingRun, int]:
+    """Set torch's seed, open the run, and write its config on rank 0.
 
-    What it trains on is logged, with warnings of what its records cannot give. Rank 0 creates the
-    folder `out`, replaces config.yaml, and without `resume` saves the state of step 0.
+    What it trains on is logged, with warnings of what its records cannot give. Rank 0 replaces
+    config.yaml, and saves the state of step 0 if the run is not resumed.
 
     Returns:
-        The run and its first step: 0, or with `resume` the step of the state that was loaded.
+        The run and its first step: 0, or the step of the state that was loaded.
 
     Raises:
-        TrainingError: `resume` is False and ``out/state`` exists (before anything is opened), or
-            `resume` is True and there is no state, or a broken one or one of other settings.
+        TrainingError: as `select_resumption` (before anything is opened); or there is no state, or
+            a broken one or one of other settings.
         ConfigError, DataError, ModelError: as `prepare_run` and `check_sources`.
     """
-    distributed.init_process_group()
     torch.manual_seed(config.seed)
-    out = config.out
-    if distributed.is_main_process():
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume and (out / STATE_FOLDER).exists():
-            raise TrainingError(
-                "this folder holds a run already", place=out, fix="Use --resume, or another out="
-            )
-    run = prepare_run(config, resume=resume)
+    is_resumed = distributed.call_on_main(lambda: select_resumption(config.out, resume))
+    run = prepare_run(config, resume=is_resumed)
     check = check_sources(run)
-    first_step = load_state(run) if resume else 0
+    first_step = load_state(run) if is_resumed else 0
     logger.info(describe_data(run, check))
     for risk in describe_risks(run, check):
         logger.warning(f"warning: {risk}")
     if distributed.is_main_process():
-        save_run_config(config, out / "config.yaml", comment=describe_length(run))
-        if not resume:
+        save_run_config(config, config.out / "config.yaml", comment=describe_length(run))
+        if not is_resumed:
             save_state(run, 0)
     return run, first_step
 
@@ -167,31 +176,3 @@ def _validate(
         return
     values = {f"validation/{name}": value for name, value in evaluate(run.model).items()}
     metrics.write(step, {**values, "seconds": time.monotonic() - start_time})
-
-
-def _stop_not_finite(
-    run: TrainingRun, samples: list[Sample], step: int, values: dict[str, float]
-) -> None:
-    """Save the records and values of a step with an infinite or NaN value, and the state before it.
-
-    Every rank writes records.jsonl and measured.json into the folder ``not-finite-STEP-rankRANK``
-    of `out`, replacing an earlier one; rank 0 also saves the run's state, to resume at this step.
-
-    Raises:
-        TrainingError: always; it names the values and the folder.
-    """
-    folder = run.config.out / f"not-finite-{step}-rank{distributed.get_rank()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    lines = [json.dumps(record_to_json(sample.record, root=folder)) for sample in samples]
-    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "measured.json").write_text(json.dumps(values, indent=1))
-    if distributed.is_main_process():
-        save_state(run, step)
-    names = [name for name, value in values.items() if not all_finite({name: value})]
-    raise TrainingError(
-        f"step {step}: {', '.join(names)} is not a number",
-        place=folder,
-        fix="Its records are saved there: correct them and --resume, "
-        "or start anew with a lower train.lr",
-    )

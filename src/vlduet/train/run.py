@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlduet.config import RunConfig, TrainSection
 from vlduet.data.quarantine import Quarantine
-from vlduet.data.stream import Mixture
+from vlduet.data.stream import Mixture, Sample
 from vlduet.encoders.dual import DualEncoder
 from vlduet.encoders.frozen import FrozenEncoders
 from vlduet.model.duet import DuetModel
@@ -71,6 +71,10 @@ class TrainingRun:
     """Frozen encoders for losses that compare contents; none for most recipes."""
     usage: UsageCounts = field(default_factory=UsageCounts)
     """Counts of the records that this process has laid out for training."""
+
+    def find_source(self, sample: Sample) -> SourceRecords:
+        """Return the source that a sample of the run's mixture comes from."""
+        return self.sources[int(sample.origin.partition(".")[0])]
 
     def trainable_parameters(self) -> list[Tensor]:
         """Return all trained parameters, in an order that is the same on every rank."""

@@ -62,3 +62,13 @@ def test_the_share_of_dropped_and_cut_records_is_logged_as_training_goes_on(
     assert run.usage.causes["no such image"] == 2
     run.usage.num_records = 36
     assert not run.usage.has_news()
+
+
+def test_samples_of_a_source_for_another_loss_are_not_counted_as_dropped(tmp_path: Path) -> None:
+    path = runs.write_run_config(tmp_path)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    chats = runs.write_rows(tmp_path / "chats.jsonl", [{"id": "c", "messages": turns}])
+    overrides = ["objectives={contrastive: 1}", f"data.train.1.path={chats}"]
+    run = prepare_run(config.load_run_config(path, overrides), write_files=False)
+    list(iterate_batches(run, 0))
+    assert 12 < run.usage.num_records < 36 and not run.usage.causes
