@@ -174,7 +174,10 @@ class TextTokenizer:
             return False
         # A normalizer may make one character of two, such as a letter and its accent.
         left, right = text[max(0, position - 4) : position], text[position : position + 4]
-        if normalize("NFC", left + right) != normalize("NFC", left) + normalize("NFC", right):
+        if not right.isascii() and any(
+            normalize(form, left + right) != normalize(form, left) + normalize(form, right)
+            for form in ("NFC", "NFKC")
+        ):
             return False
         # Without a token across the position, only white space depends on what follows.
         tail = _find_tail(text[:position])
