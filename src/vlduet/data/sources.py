@@ -12,6 +12,7 @@ from vlduet.data.formats import RowErrorHandler, read_records
 from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import Record
 from vlduet.errors import DataError
+from vlduet.hub import resolve_dataset
 from vlduet.logs import logger
 
 MAX_WARNINGS = 20
@@ -26,6 +27,7 @@ class RecordSource:
     """File or folder of records, and how it is read. The fields are those of `read_records`."""
 
     path: Path
+    """The file or folder, or the name of a data set on the hub (`hub.resolve_dataset`)."""
     format: str | None = None
     """Key of `formats.FORMATS`; None detects it."""
     root: Path | None = None
@@ -72,7 +74,7 @@ class RecordSource:
         As `read`, but nothing is logged, and `strict` has no effect.
         """
         return read_records(
-            self.path,
+            resolve_dataset(self.path),
             format=self.format,
             root=self.root,
             columns=self.columns,

@@ -17,7 +17,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from vlduet.encoders.loading import Device
 from vlduet.errors import ModelError
+from vlduet.hub import resolve_model
 from vlduet.model.backbone import select_device
+from vlduet.model.folder_checks import check_checkpoint
 from vlduet.model.processing import read_config
 
 MAX_TEXT_TOKENS = 1024
@@ -37,7 +39,9 @@ class BartScorer:
         Raises:
             ModelError: no such folder, or no sequence-to-sequence model in it.
         """
+        folder = resolve_model(folder)
         config = read_config(folder)
+        check_checkpoint(folder, config)
         if not config.get("is_encoder_decoder"):
             kind = config.get("model_type")
             message = f"a model of type '{kind}' is no sequence-to-sequence model"

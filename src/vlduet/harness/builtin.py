@@ -33,6 +33,7 @@ from vlduet.eval.benchmarks.tasks import Benchmark
 from vlduet.eval.llm_grader import open_grader
 from vlduet.eval.predictions import EmbedFunction, FluencyModel, GradeFunction, ModelFunctions
 from vlduet.eval.run import evaluate
+from vlduet.hub import resolve_model
 from vlduet.logs import logger, track_progress
 from vlduet.model.backbone import select_device
 from vlduet.model.checkpoint import MANIFEST_NAME
@@ -96,6 +97,7 @@ def open_model_functions(
             only texts.
         ConfigError: the grader's address or key file is not usable.
     """
+    folder = resolve_model(folder)
     if can_generate(folder):
         model = DuetModel.from_pretrained(folder)
         facts = {
@@ -245,9 +247,10 @@ def _open_retriever(folder: Path | None) -> EmbedFunction | None:
     @cache
     def open_once() -> EmbedFunction:
         """Open the retriever; later calls return the same function."""
-        if not can_generate(folder):
-            return as_embedder(_open_encoder(folder))
-        model = DuetModel.from_pretrained(folder)
+        path = resolve_model(folder)
+        if not can_generate(path):
+            return as_embedder(_open_encoder(path))
+        model = DuetModel.from_pretrained(path)
         return lambda items, is_query: model.encode(items, is_query=is_query)
 
     def embed(items: list[Parts], is_query: bool) -> np.ndarray:
@@ -277,9 +280,9 @@ def open_fluency_model(settings: EvaluationSettings) -> FluencyModel | None:
         FileNotFoundError: the folder has no config.json.
         ModelError: its weights are not in safetensors format.
     """
-    folder = settings.fluency
-    if folder is None:
+    if settings.fluency is None:
         return None
+    folder = resolve_model(settings.fluency)
     open_once = cache(BartScorer)
 
     def nats_per_token(pairs: Sequence[tuple[str, str]]) -> list[float]:

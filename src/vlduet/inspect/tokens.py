@@ -21,6 +21,7 @@ from vlduet.data.sequences import IGNORE_INDEX, Anchor, Sequence
 from vlduet.data.stream import Sample
 from vlduet.errors import ImageError
 from vlduet.files import recover_folder
+from vlduet.hub import resolve_model
 from vlduet.logs import strip_control_characters
 from vlduet.model import checkpoint
 from vlduet.model.limits import Limits
@@ -106,7 +107,7 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         ModelError: the folder holds no model, or a file of it is broken.
         ConfigError: this version does not know the model's recipe or one of its options.
     """
-    saved = checkpoint.read_checkpoint(recover_folder(folder))
+    saved = checkpoint.read_checkpoint(resolve_model(recover_folder(folder)))
     run_config: dict[str, Any] = saved.manifest.get("provenance", {}).get("config", {})
     recipe_config = dict(run_config.get("recipe", {"name": "vladva"}))
     recipe = find_recipe(recipe_config.pop("name"))

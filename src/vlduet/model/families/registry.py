@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlduet.errors import ModelError, suggest_name
 from vlduet.model.families.family import Family
 from vlduet.model.families.gemma import Gemma3, Gemma4
 from vlduet.model.families.idefics import Idefics3
@@ -12,6 +11,7 @@ from vlduet.model.families.internvl import InternVL
 from vlduet.model.families.llava import FastVLM, Llava, LlavaNext, LlavaOneVision
 from vlduet.model.families.mistral import Mistral3
 from vlduet.model.families.qwen import GlmVL, QwenVL
+from vlduet.model.folder_checks import describe_unknown_type
 
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
@@ -41,12 +41,8 @@ def find_family(model_type: str, folder: Path) -> type[Family]:
         folder: the checkpoint folder, named in the error message.
 
     Raises:
-        ModelError: the `model_type` is not supported; the message lists the supported ones.
+        ModelError: the `model_type` is not supported; the message says what to use instead.
     """
     if model_type not in FAMILIES:
-        raise ModelError(
-            f"model_type '{model_type}' is not supported",
-            place=folder / "config.json",
-            fix=suggest_name(model_type, FAMILIES),
-        )
+        raise describe_unknown_type(str(model_type), folder, supported=FAMILIES)
     return FAMILIES[model_type]
