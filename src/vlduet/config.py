@@ -34,7 +34,8 @@ from vlduet.config_files import (
     parse_overrides,
     read_yaml_mapping,
 )
-from vlduet.errors import ConfigError, suggest_name
+from vlduet.errors import ConfigError, quote_value, suggest_name
+from vlduet.files import write_text_atomically
 
 PRESETS_FOLDER = Path(__file__).parent / "configs"
 """Folder of the config files that ship with the package."""
@@ -58,7 +59,8 @@ class ModelSection(Section):
     """Keys under ``model``: the checkpoint, and how it embeds."""
 
     path: Path | None = None
-    """Hugging Face checkpoint or VLDuet model folder; None for recipes that start from nothing."""
+    """Hugging Face checkpoint or VLDuet model folder, or its name on a hub (``ORG/NAME``); None for
+    recipes that start from nothing."""
     head: Literal["none", "linear", "mlp"] | None = None
     """Layer after pooling; None: that of the model folder, and ``none`` for a checkpoint."""
     dim: int = Field(default=384, gt=0)
@@ -74,7 +76,7 @@ class ModelSection(Section):
 
 
 class EncodersSection(Section):
-    """Keys under ``encoders``: local folders of frozen encoders that compare slices of records."""
+    """Keys under ``encoders``: frozen encoders that compare slices, folders or names on a hub."""
 
     vision: Path | None = None
     """Encoder that compares two images."""
@@ -88,7 +90,7 @@ class SourceSection(Section):
     """Keys of ``data.validation``: a set of records, and how it is read."""
 
     path: Path
-    """File or folder in any format that ``vlduet data check`` accepts."""
+    """File or folder in any format that ``vlduet data check`` accepts, or a name on a hub."""
     format: str | None = None
     """Record format, see ``vlduet data formats``; None: detected from the rows."""
     root: Path | None = None
@@ -310,12 +312,12 @@ def load_comparison_config(path: Path | str, overrides: Iterable[str] = ()) -> C
 
 
 def save_run_config(config: RunConfig, path: Path, *, comment: str = "") -> None:
-    """Write a config as YAML with every default value spelled out; replaces an existing file.
+    """Write a config as YAML with every default value spelled out; replaces a file atomically.
 
     `comment`, one line, precedes it.
     """
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path.write_text(f"# {comment}\n{text}" if comment else text, encoding="utf-8")
+    write_text_atomically(path, f"# {comment}\n{text}" if comment else text)
 
 
 def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
@@ -389,11 +391,11 @@ def _validate(section: type[S], tree: dict[str, Any], *, place: str) -> S:
         key = ".".join(str(part) for part in location)
         if first["type"] == "extra_forbidden":
             fix = suggest_name(str(location[-1]), _list_keys_at(section, location[:-1]))
-            raise ConfigError(f"unknown key '{key}'", place=place, fix=fix) from None
+            raise ConfigError(f"unknown key {quote_value(key)}", place=place, fix=fix) from None
         reason = first["msg"].lower().removeprefix("value error, ")
         if first["type"] == "path_type":
             reason = "input should be a path: write it in quotes"
-        problem = f"{key} = {first['input']!r}: {reason}"
+        problem = f"{key} = {quote_value(first['input'])}: {reason}"
         if first["type"] == "missing":
             problem = f"{key} is missing"
         elif isinstance(first["input"], dict):  # keys of a section that do not fit together
@@ -447,7 +449,7 @@ def parse_options(options_class: type[T], values: Mapping[str, Any], *, place: s
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
-            f"{first['input']!r}: {first['msg'].lower()}",
+            f"{quote_value(first['input'])}: {first['msg'].lower()}",
             place=".".join(str(part) for part in (place, *first["loc"])),
             fix="See docs/train.md",
         ) from None

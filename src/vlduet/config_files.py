@@ -14,7 +14,13 @@ from typing import Any
 
 import yaml
 
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, quote_value
+from vlduet.structured_files import require_regular_file
+
+MAX_CONFIG_BYTES = 16 * 2**20
+"""Size of the largest YAML file that is read."""
+MAX_CONFIG_VALUES = 100_000
+"""Largest number of values of a YAML text whose aliases are unfolded."""
 
 # --------------------------------------------------------------------- files
 
@@ -23,8 +29,10 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """Return the top-level mapping of one YAML file; ``extends`` is not followed.
 
     Raises:
-        ConfigError: The file is missing, not UTF-8, empty, broken, repeats a key, or is no mapping.
+        ConfigError: The file is missing, no regular file, larger than `MAX_CONFIG_BYTES`, not
+            UTF-8, empty, broken, repeats a key, or is no mapping.
     """
+    require_regular_file(path, error_class=ConfigError, max_bytes=MAX_CONFIG_BYTES)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -84,7 +92,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"'{override}'", place="override", fix="Write key.subkey=value")
+        raise ConfigError(quote_value(override), place="override", fix="Write key.subkey=value")
     *sections, last = key.split(".")
     node: Any = tree
     for name in sections:
@@ -97,7 +105,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict | list):
             section = key[: key.index(name) + len(name)]
             fix = f"Set it as a whole: {section}={{{last}: ...}}"
-            raise ConfigError(f"'{key}': {name} is not a section", place="override", fix=fix)
+            message = f"{quote_value(key)}: {name} is not a section"
+            raise ConfigError(message, place="override", fix=fix)
         node = child
     position = last if isinstance(node, dict) else _locate_or_append_item(node, last, key)
     node[position] = parse_yaml(value, place=key)
@@ -110,7 +119,7 @@ def _locate_or_append_item(items: list[Any], name: str, key: str) -> int:
     """
     if not name.isdecimal() or int(name) > len(items):
         raise ConfigError(
-            f"'{key}': '{name}' is not the number of an item",
+            f"{quote_value(key)}: {quote_value(name)} is not the number of an item",
             place="override",
             fix=f"Write a number, 0 to {len(items)}",
         )
@@ -144,6 +153,13 @@ class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]
                 keys.add(key.value)
         return node
 
+    def flatten_mapping(self, node: Any) -> None:
+        """Replace the keys ``<<`` of a node, in place; ConstructorError for too many values."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_CONFIG_VALUES:
+            problem = f"more than {MAX_CONFIG_VALUES} keys are merged"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
 
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -153,13 +169,55 @@ _YamlLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, *, place: str) -> Any:
-    """Return the value of a YAML text; raise ConfigError with the line number if it is broken."""
+    """Return the value of a YAML text.
+
+    Raises:
+        ConfigError: It is broken, nested too deeply, or has aliases that unfold to more than
+            `MAX_CONFIG_VALUES` values or contain themselves. The error has the line number where
+            PyYAML knows it.
+    """
     try:
-        return yaml.load(text, Loader=_YamlLoader)
+        value = yaml.load(text, Loader=_YamlLoader)
+        _count_values(value, {}, place=place)
+        return value
+    except RecursionError:
+        first_line = quote_value(text.strip().partition("\n")[0])
+        message = f"lists or sections are nested too deeply in a text that begins {first_line}"
+        raise ConfigError(message, place=place, fix="Write fewer levels") from None
+    except (ValueError, OverflowError) as error:  # dates and times that are none, huge integers
+        message = f"broken YAML ({error})"
+        raise ConfigError(message, place=place, fix="Write texts in quotes") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ConfigError(
-            f"broken YAML ({getattr(error, 'problem', error)})",
+            f"broken YAML ({str(getattr(error, 'problem', error)).splitlines()[0]})",
             place=f"{place}:{mark.line + 1}" if mark else place,
             fix="Correct the line",
         ) from None
+
+
+def _count_values(value: Any, counts: dict[int, int], *, place: str) -> int:
+    """Return the number of values within a value and itself, with all aliases unfolded.
+
+    Args:
+        value: result of `parse_yaml`.
+        counts: results by ``id`` of a list or dict, which are added to; 0 while one is counted.
+        place: place of an error.
+
+    Raises:
+        ConfigError: A value contains itself, or there are more than `MAX_CONFIG_VALUES`.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counts:
+        counts[id(value)] = 0
+        total = 1
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            total += _count_values(child, counts, place=place)
+            if total > MAX_CONFIG_VALUES:
+                message = f"{quote_value(key)} unfolds to more than {MAX_CONFIG_VALUES} values"
+                raise ConfigError(message, place=place, fix="Write the values without aliases")
+        counts[id(value)] = total
+    if counts[id(value)] == 0:
+        raise ConfigError("an alias contains itself", place=place, fix="Write it without aliases")
+    return counts[id(value)]

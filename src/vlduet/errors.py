@@ -7,6 +7,7 @@
     ├── ModelError         an unusable checkpoint, adapter or backbone
     ├── TrainingError      a run that must stop (NaN, or a checkpoint of another run)
     ├── RetrievalError     an unusable index, or an impossible search
+    ├── LockError          a folder or file that another process is writing
     ├── PackageError       a package that cannot be downloaded or whose hash is wrong
     └── MissingExtraError  an optional dependency that is not installed
 
@@ -17,9 +18,15 @@ Mistakes of the program itself are assertions, not one of these errors.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
+
+MAX_VALUE_CHARS = 80
+"""Number of characters of a value that an error quotes (`quote_value`)."""
+MAX_MESSAGE_CHARS = 600
+"""Number of characters of each part of an error (message, place, remedy)."""
 
 
 class VLDuetError(Exception):
@@ -36,10 +43,12 @@ class VLDuetError(Exception):
             place: Location of the mistake, as ``file:line:field`` or the name of an option; stored
                 as ``str(place)``.
             fix: What the user can do about it, as an imperative sentence.
+
+        Each of them is shortened to `MAX_MESSAGE_CHARS`.
         """
-        self.message = message
-        self.place = None if place is None else str(place)
-        self.fix = fix
+        message = self.message = shorten(message, MAX_MESSAGE_CHARS)
+        self.place = None if place is None else shorten(str(place), MAX_MESSAGE_CHARS)
+        fix = self.fix = None if fix is None else shorten(fix, MAX_MESSAGE_CHARS)
         text = f"{self.place}: {message}" if self.place else message
         super().__init__(f"{text}. {fix}" if fix else text)
 
@@ -73,6 +82,10 @@ class RetrievalError(VLDuetError):
     """Error about an unusable index or an impossible search."""
 
 
+class LockError(VLDuetError):
+    """Error about a folder or file that another process is writing."""
+
+
 class PackageError(VLDuetError):
     """Error about a package that cannot be downloaded, or whose content is not the pinned one."""
 
@@ -97,3 +110,34 @@ def suggest_name(name: str, known_names: Iterable[str]) -> str:
     if matches:
         return f"Did you mean '{matches[0]}'?"
     return f"Known: {', '.join(candidates) or 'none'}"
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Return a text of at most `max_chars` >= 5 characters, with ``...`` in place of its middle."""
+    if len(text) <= max_chars:
+        return text
+    num_last = (max_chars - 3) // 2
+    return f"{text[: max_chars - 3 - num_last]}...{text[-num_last:]}"
+
+
+def _make_short_repr() -> reprlib.Repr:
+    """Return a formatter that looks at a bounded number of the items of nested values."""
+    short_repr = reprlib.Repr()
+    short_repr.maxlevel = 3
+    short_repr.maxlist = short_repr.maxtuple = short_repr.maxdict = short_repr.maxset = 12
+    short_repr.maxstring = short_repr.maxlong = short_repr.maxother = MAX_VALUE_CHARS
+    return short_repr
+
+
+_SHORT_REPR = _make_short_repr()
+
+
+def quote_value(value: object) -> str:
+    """Return ``repr(value)`` shortened to `MAX_VALUE_CHARS`, for the message of an error.
+
+    Time and memory are bounded for nested lists and dicts of any size.
+    """
+    try:
+        return shorten(_SHORT_REPR.repr(value), MAX_VALUE_CHARS)
+    except ValueError:  # an integer of thousands of digits has no text
+        return "an integer of thousands of digits"

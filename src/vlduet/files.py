@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from vlduet.errors import ConfigError
+from vlduet.library_errors import name_full_disk
+from vlduet.locks import lock_output
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -27,11 +29,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             ``.NAME.PID`` beside `path` is deleted in every case.
 
     Raises:
-        OSError: The folder is missing, or the file cannot be written.
+        OSError: The folder is missing, or the file cannot be written; a full disk names `path`.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with draft.open("wb") as file:
+        with name_full_disk(path), draft.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -39,6 +41,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     finally:
         draft.unlink(missing_ok=True)
     fsync_paths([path.parent])
+
+
+def remove_drafts(path: Path) -> None:
+    """Delete the temporary files that killed processes left of `write_atomically` for `path`.
+
+    Only the holder of a lock that all writers of `path` take may call this function.
+    """
+    prefix = f".{path.name}."
+    for file in path.parent.iterdir():
+        if file.name.startswith(prefix) and file.name.removeprefix(prefix).isdigit():
+            file.unlink(missing_ok=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -62,7 +75,7 @@ def read_json_lines(path: Path) -> list[Any]:
     for line in filter(None, text.split("\n")):
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return values
 
@@ -122,28 +135,32 @@ def replace_folder_atomically(folder: Path, *, marker: str) -> Iterator[Path]:
             without it is not ours, and is replaced only if it is empty.
 
     Raises:
+        LockError: Before the block, if another process is writing the same folder.
         ConfigError: Before the block, if `folder` is a file, or is not empty and has no marker.
+        OSError: The disk is full (the error names `folder`), or a file cannot be written.
     """
     # Resolved, because '.' and 'x/..' have no name from which to derive a neighbour's name.
-    folder = recover_folder(folder.resolve())
-    if not (folder / marker).is_file():
-        require_empty_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.writing")
     previous = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        fsync_paths([temporary, *temporary.rglob("*")])
-        shutil.rmtree(previous, ignore_errors=True)
-        if folder.exists():
-            folder.rename(previous)
-        temporary.rename(folder)
-        fsync_paths([folder.parent])
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
+    with lock_output(folder):
+        recover_folder(folder)
+        if not (folder / marker).is_file():
+            require_empty_folder(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            with name_full_disk(folder):
+                yield temporary
+                fsync_paths([temporary, *temporary.rglob("*")])
+            shutil.rmtree(previous, ignore_errors=True)
+            if folder.exists():
+                folder.rename(previous)
+            temporary.rename(folder)
+            fsync_paths([folder.parent])
+            shutil.rmtree(previous, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from vlduet.files import read_json_lines
+from vlduet.files import read_json_lines, remove_drafts, write_text_atomically
 
 T = TypeVar("T")
 
@@ -27,16 +27,30 @@ PROGRESS_LINE_SECONDS = 10.0
 MIN_REPORTED_SECONDS = 2.0
 """Loops that took less time than this, in seconds, end without a message."""
 
+CONTROL_CATEGORIES = frozenset({"Cc", "Zl", "Zp"})
+"""Unicode categories of control characters and of separators of lines and paragraphs."""
+BIDI_CONTROLS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+"""Characters that change the direction of the text behind them."""
+
 logger = logging.getLogger("vlduet")
 """Logger of the whole package. With several processes only the main one logs (`distributed`)."""
 
 
 def strip_control_characters(text: str, keep: str = "") -> str:
-    """Return `text` with every control character replaced by a blank, except those in `keep`.
+    """Return `text` with blanks in place of control characters, except those in `keep`.
 
-    Text from files must not be able to send escape sequences to the user's terminal.
+    Control characters are those of Unicode's category Cc, the line and paragraph separators, and
+    `BIDI_CONTROLS`. Text from files must not be able to send escape sequences to the user's
+    terminal, nor to reorder what is shown.
     """
-    return "".join(c if c in keep or unicodedata.category(c) != "Cc" else " " for c in text)
+    return "".join(
+        " "
+        if c not in keep and (unicodedata.category(c) in CONTROL_CATEGORIES or c in BIDI_CONTROLS)
+        else c
+        for c in text
+    )
 
 
 # --------------------------------------------------------------------- messages
@@ -197,11 +211,13 @@ class MetricsLog:
             folder: Existing folder of the run.
             resume_at: First step that will be written. Existing rows of this and later steps are
                 deleted from the file, because a resumed run writes them again; 0 deletes all. Lines
-                that are not JSON are deleted too.
+                that are not JSON are deleted too. The file is replaced at once, so that an error
+                (OSError, such as a full disk) leaves it as it was.
         """
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["step"] < resume_at]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        remove_drafts(self.path)
+        write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self.path.open("a")
         self._board: Any = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlduet import logs
+from vlduet import files, logs
 from vlduet.logs import MetricsLog, logger, read_metrics
 
 
@@ -77,6 +78,7 @@ def test_a_closed_pipe_does_not_stop_the_program(monkeypatch: pytest.MonkeyPatch
 def test_control_characters_become_blanks() -> None:
     assert logs.strip_control_characters("a\x1b[2Jb\tc\n") == "a [2Jb c "
     assert logs.strip_control_characters("a\tb\nc\x07", keep="\n\t") == "a\tb\nc "
+    assert logs.strip_control_characters("a\u202eb\u2066c\u2028d\u200de") == "a b c d\u200de"
 
 
 def test_progress_without_a_terminal_is_logged_from_time_to_time(
@@ -111,3 +113,25 @@ def test_a_resumed_run_rewrites_the_metrics_from_its_first_step(tmp_path: Path) 
     log.close()
     steps = [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert steps == [(0, 0.0), (1, 1.0), (2, 9.0)]
+
+
+def test_an_error_while_metrics_are_rewritten_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricsLog(tmp_path)
+    for step in range(4):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / ".metrics.jsonl.4711").write_text("")  # what a killed process leaves
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(files.os, "fsync", fail)
+        MetricsLog(tmp_path, resume_at=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+    MetricsLog(tmp_path, resume_at=2).close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert not list(tmp_path.glob(".metrics*"))

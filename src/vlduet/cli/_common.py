@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlduet.logs import logger
+from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
     from vlduet.data.quarantine import Quarantine
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = "Format, by default detected from the first rows; see 'vlduet data formats'."
 ROOT = "Folder that relative image paths start from, by default the file's own."
 COLUMNS = "Column that has a role, such as caption=text_en; repeatable."
+MODEL = "A model folder or a supported checkpoint, or its name on a hub: ORG/NAME[@REVISION]."
 STRICT = "Refuse broken rows, and whatever is not read."
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -30,9 +31,7 @@ Columns = Annotated[
     list[str] | None, typer.Option("--columns", metavar="ROLE=COLUMN", help=COLUMNS)
 ]
 Strict = Annotated[bool, typer.Option("--strict", help=STRICT)]
-ModelFolder = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A model folder or a supported checkpoint.")
-]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help=MODEL)]
 Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="A file of records, or a folder of images.")
 ]
@@ -41,9 +40,18 @@ QueryFile = Annotated[
 ]
 
 
+def print_text(value: object, *, end: str = "\n") -> None:
+    """Print ``str(value)`` without control characters, but for newlines and tabs; `end` follows it.
+
+    All commands print by this function, because texts of records may hold escape sequences. Without
+    a newline as `end`, what was printed is shown at once.
+    """
+    print(strip_control_characters(str(value), keep="\n\t"), end=end, flush=not end)
+
+
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON, in ASCII so that no text can control the terminal."""
-    print(json.dumps(value, default=str))
+    print_text(json.dumps(value, default=str))
 
 
 def drop_counts(dropped: Quarantine) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def print_output_summary(
         counts = {"file": str(to), "records": count}
         print_json({**counts, **(fields or {}), **drop_counts(dropped)})
     else:
-        print(f"{to}: {count} records{details}; {dropped}")
+        print_text(f"{to}: {count} records{details}; {dropped}")
     if not count:
         raise typer.Exit(1)
 

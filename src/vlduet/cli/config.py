@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlduet.cli._common import Json, print_json
+from vlduet.cli._common import Json, print_json, print_text
 
 app = typer.Typer(help="List, show and copy the presets.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def list_configs(*, as_json: Json = False) -> None:
         return
     width = max(map(len, summaries))
     for name, summary in summaries.items():
-        print(f"{name:{width}}  {summary}")
+        print_text(f"{name:{width}}  {summary}")
 
 
 @app.command()
@@ -37,7 +37,7 @@ def show(name: Name) -> None:
     """Print a preset as it is written."""
     from vlduet.config import find_config
 
-    print(find_config(name).read_text(encoding="utf-8"), end="")
+    print_text(find_config(name).read_text(encoding="utf-8"), end="")
 
 
 @app.command()
@@ -59,7 +59,7 @@ def copy(
         raise ConfigError("exists already", place=target, fix="Name a new file")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(preset.read_text(encoding="utf-8"), encoding="utf-8")
-    print(f"{target}: train with 'vlduet train {target}'")
+    print_text(f"{target}: train with 'vlduet train {target}'")
 
 
 def _read_summary(path: Path) -> str:

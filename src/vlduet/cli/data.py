@@ -22,6 +22,7 @@ from vlduet.cli._common import (
     make_source,
     print_json,
     print_output_summary,
+    print_text,
     quarantine_rows,
     read_record_at,
 )
@@ -79,7 +80,7 @@ def fetch(
         counts = ", ".join(f"{count} {split}" for split, count in summary.counts.items())
         note = " (already there)" if summary.reused else ""
         images = f"{summary.num_images} images"
-        print(f"{summary.folder}: {counts}; {images}; {summary.licence}{note}")
+        print_text(f"{summary.folder}: {counts}; {images}; {summary.licence}{note}")
     if not summaries:
         raise typer.Exit(1)
 
@@ -93,7 +94,7 @@ def list_corpora(*, as_json: Json = False) -> None:
     if as_json:
         print_json({c.name: {"title": c.title, "licence": c.licence} for c in corpora})
     for corpus in corpora if not as_json else ():
-        print(f"{corpus.name:12} {corpus.title} [{corpus.licence}]")
+        print_text(f"{corpus.name:12} {corpus.title} [{corpus.licence}]")
 
 
 @app.command("formats")
@@ -104,7 +105,7 @@ def list_formats(*, as_json: Json = False) -> None:
     if as_json:
         print_json({name: format_.description for name, format_ in FORMATS.items()})
     for name, format_ in FORMATS.items() if not as_json else ():
-        print(f"{name:12} {format_.description}")
+        print_text(f"{name:12} {format_.description}")
 
 
 @app.command()
@@ -137,7 +138,7 @@ def check(
     if as_json:
         print_json(report.to_json())
     else:
-        print(report)
+        print_text(report)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -162,16 +163,14 @@ def convert(
     status is 1 if no record remains.
     """
     from vlduet.data import jsonl_output
-    from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.logs import track_progress
 
-    jsonl_output.check_output_path(to, source)
-    dropped = Quarantine.create(quarantine_path(to))
-    records = make_source(source, format=format, root=root, columns=columns, strict=strict).read(
-        on_error=quarantine_rows(dropped)
-    )
-    written = jsonl_output.stream_to_jsonl(records, to)
-    count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
+    with jsonl_output.lock_jsonl_output(to, source) as dropped:
+        records = make_source(
+            source, format=format, root=root, columns=columns, strict=strict
+        ).read(on_error=quarantine_rows(dropped))
+        written = jsonl_output.stream_to_jsonl(records, to)
+        count = sum(1 for _ in track_progress(written, label=f"converting {source.name}"))
     print_output_summary(to, count, dropped, as_json=as_json)
 
 
@@ -203,10 +202,12 @@ def split(
         print_json(asdict(report))
         return
     for name, file in report.files.items():
-        print(f"{file}: {report.records[name]} records in {report.groups[name]} groups")
-    print(f"the largest group of similar images or equal captions: {report.largest_group} records")
+        print_text(f"{file}: {report.records[name]} records in {report.groups[name]} groups")
+    print_text(
+        f"the largest group of similar images or equal captions: {report.largest_group} records"
+    )
     if report.dropped:
-        print(format_left_out(report.causes, source, listing=to / "split.quarantine.jsonl"))
+        print_text(format_left_out(report.causes, source, listing=to / "split.quarantine.jsonl"))
 
 
 def _parse_shares(text: str | None) -> dict[str, float] | None:
@@ -263,7 +264,7 @@ def show(
         from vlduet.reports.pages import write_record_page
 
         write_record_page(html, inspection)
-        print(html)
+        print_text(html)
     elif as_json:
         print_json(inspection.to_json())
     else:
@@ -293,40 +294,38 @@ def edit(
     from collections import Counter
 
     from vlduet.data import jsonl_output
-    from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.data.tools import caption_negatives
     from vlduet.data.tools.queries import split_into_queries
     from vlduet.errors import DataError
     from vlduet.logs import track_progress
 
-    jsonl_output.check_output_path(to, file)
     kind_list = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
     caption_negatives.check_edit_kinds(kind_list or ())
-    dropped = Quarantine.create(quarantine_path(to))
-    counts: Counter[str] = Counter()
-    num_unchanged = 0
-    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+    with jsonl_output.lock_jsonl_output(to, file) as dropped:
+        counts: Counter[str] = Counter()
+        num_unchanged = 0
+        source = make_source(file, format=format, root=root, columns=columns, strict=strict)
 
-    def edit_records() -> Iterator[Record]:
-        """Yield the records with new negatives, if any fit; update the counts and `dropped`."""
-        nonlocal num_unchanged
-        for record in source.read(on_error=quarantine_rows(dropped)):
-            try:
-                for query in split_into_queries(record):
-                    edited = caption_negatives.add_caption_negatives(
-                        query, seed=seed, kinds=kind_list
-                    )
-                    num_new = len(edited.negative) - len(query.negative)
-                    if num_new:
-                        counts.update(edited.metadata["edits"][-num_new:])
-                    else:
-                        num_unchanged += 1
-                    yield edited
-            except DataError as error:
-                dropped.add(record, error)
+        def edit_records() -> Iterator[Record]:
+            """Yield the records with new negatives, if any fit; update the counts and `dropped`."""
+            nonlocal num_unchanged
+            for record in source.read(on_error=quarantine_rows(dropped)):
+                try:
+                    for query in split_into_queries(record):
+                        edited = caption_negatives.add_caption_negatives(
+                            query, seed=seed, kinds=kind_list
+                        )
+                        num_new = len(edited.negative) - len(query.negative)
+                        if num_new:
+                            counts.update(edited.metadata["edits"][-num_new:])
+                        else:
+                            num_unchanged += 1
+                        yield edited
+                except DataError as error:
+                    dropped.add(record, error)
 
-    written = jsonl_output.stream_to_jsonl(edit_records(), to)
-    count = sum(1 for _ in track_progress(written, label=f"editing {file.name}"))
+        written = jsonl_output.stream_to_jsonl(edit_records(), to)
+        count = sum(1 for _ in track_progress(written, label=f"editing {file.name}"))
     negatives = dict(sorted(counts.items()))
     edits = ", ".join(f"{number} {kind}" for kind, number in negatives.items()) or "no edits"
     print_output_summary(
@@ -359,23 +358,22 @@ def mix(
     image or a caption in common are not combined. The exit status is 1 if no query can be written.
     """
     from vlduet.data import jsonl_output
-    from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
+    from vlduet.data.quarantine import bisect_failures
     from vlduet.data.tools.composed_queries import collect_content_keys, compose_queries
 
-    jsonl_output.check_output_path(to, file)
-    dropped = Quarantine.create(quarantine_path(to))
-    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
-    records = list(source.read(on_error=quarantine_rows(dropped)))
-    usable = bisect_failures(
-        lambda batch: map(collect_content_keys, batch), records, on_error=dropped.add
-    )
-    pairs = [record for record, content in zip(records, usable, strict=True) if content]
-    count = sum(
-        1
-        for _ in jsonl_output.stream_to_jsonl(
-            compose_queries(pairs, queries_per_image=times, seed=seed), to
+    with jsonl_output.lock_jsonl_output(to, file) as dropped:
+        source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+        records = list(source.read(on_error=quarantine_rows(dropped)))
+        usable = bisect_failures(
+            lambda batch: map(collect_content_keys, batch), records, on_error=dropped.add
         )
-    )
+        pairs = [record for record, content in zip(records, usable, strict=True) if content]
+        count = sum(
+            1
+            for _ in jsonl_output.stream_to_jsonl(
+                compose_queries(pairs, queries_per_image=times, seed=seed), to
+            )
+        )
     fields = {"pairs": len(pairs)}
     details = f" of {len(pairs)} pairs"
     print_output_summary(to, count, dropped, details=details, fields=fields, as_json=as_json)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlduet.cli._common import Json, print_json
+from vlduet.cli._common import Json, print_json, print_text
 from vlduet.logs import logger
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def certify(
     if as_json:
         print_json({"targets": [outcome.to_json() for outcome in outcomes]})
     else:
-        print("\n".join(format_certification(outcomes)))
+        print_text("\n".join(format_certification(outcomes)))
     if not outcomes or any(outcome.verdict != "agrees" for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -187,7 +187,7 @@ def report(
         values["kept"] = [{**asdict(change), "verdict": change.verdict} for change in changes]
         print_json({**values, "tables": [table.to_json() for table in tables]})
         return
-    print("\n".join([*format_changes(changes), *written]))
+    print_text("\n".join([*format_changes(changes), *written]))
 
 
 def _parse_settings(texts: list[str] | None) -> EvaluationSettings:
@@ -235,9 +235,9 @@ def _print_benchmarks(as_json: bool) -> None:
         print_json(values)
         return
     for row in BENCHMARKS.values():
-        print(f"{row.name}: {row.title} [{suites[row.name]}, {row.protocol}]")
-        print(f"    papers {', '.join(row.papers) or 'none'}; split {row.split}; {row.metric}")
-        print(f"    files  {', '.join(row.files) or 'none'}")
+        print_text(f"{row.name}: {row.title} [{suites[row.name]}, {row.protocol}]")
+        print_text(f"    papers {', '.join(row.papers) or 'none'}; split {row.split}; {row.metric}")
+        print_text(f"    files  {', '.join(row.files) or 'none'}")
 
 
 def _print_scores(scores: list[dict[str, Any]], failed: dict[str, str], as_json: bool) -> None:
@@ -248,14 +248,16 @@ def _print_scores(scores: list[dict[str, Any]], failed: dict[str, str], as_json:
     if as_json:
         print_json({"scores": scores, "failed": failed})
     for result in scores if not as_json else ():
-        print(f"{result['benchmark']} ({result['split']})")
+        print_text(f"{result['benchmark']} ({result['split']})")
         for name, value in list(result["values"].items())[:12]:
             interval = f"{value['low']:.2f} to {value['high']:.2f}"
-            print(f"    {name:28} {value['mean']:8.2f}   95 % interval {interval}, n {value['n']}")
+            print_text(
+                f"    {name:28} {value['mean']:8.2f}   95 % interval {interval}, n {value['n']}"
+            )
         if not result["values"]:
-            print(f"    no number here: needs {result['facts'].get('needs')}")
+            print_text(f"    no number here: needs {result['facts'].get('needs')}")
         facts = {key: result[key] for key in ("missing", "unparsed") if result[key]}
         facts |= result["facts"]
-        print(f"    {', '.join(f'{key} {value}' for key, value in facts.items())}")
+        print_text(f"    {', '.join(f'{key} {value}' for key, value in facts.items())}")
     if failed:
         raise typer.Exit(1)

@@ -18,6 +18,7 @@ from vlduet.cli._common import (
     drop_counts,
     make_source,
     print_json,
+    print_text,
     read_record_at,
 )
 
@@ -61,34 +62,38 @@ def analyse(
     """
     from vlduet.data.quarantine import Quarantine
     from vlduet.inspect import internals
+    from vlduet.locks import lock_folder
     from vlduet.model.duet import DuetModel
     from vlduet.reports.pages import write_analysis_page
     from vlduet.reports.terminal import format_analysis
 
-    dropped = Quarantine.create(to / "quarantine.jsonl")
-    source = make_source(file, format=format, root=root, columns=columns, strict=strict)
-    items = internals.collect_items(source, limit=limit, dropped=dropped)
-    folders = {"before": before, "after": model} if before else {model.resolve().name: model}
-    analyses = []
-    for name, folder in folders.items():
-        assert folder is not None
-        loaded = DuetModel.from_pretrained(folder)
-        analysis = internals.analyse_model(loaded, items, name=name, num_attention_maps=examples)
-        analyses.append(analysis)
-        del loaded  # two models need not fit in memory at once
-    words = ["vlduet", "analyse", str(model), str(file), "--to", str(to)]
-    if before:
-        words += ["--before", str(before)]
-    command = shlex.join([*words, "--limit", str(limit), "--examples", str(examples)])
-    page = to / "analysis.html"
-    summaries = internals.summarize(analyses)
-    internals.write_summary(to / "analysis.json", summaries, source=file, command=command)
-    write_analysis_page(page, analyses, summaries=summaries, source=file, command=command)
+    with lock_folder(to):
+        dropped = Quarantine.create(to / "quarantine.jsonl")
+        source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+        items = internals.collect_items(source, limit=limit, dropped=dropped)
+        folders = {"before": before, "after": model} if before else {model.resolve().name: model}
+        analyses = []
+        for name, folder in folders.items():
+            assert folder is not None
+            loaded = DuetModel.from_pretrained(folder)
+            analysis = internals.analyse_model(
+                loaded, items, name=name, num_attention_maps=examples
+            )
+            analyses.append(analysis)
+            del loaded  # two models need not fit in memory at once
+        words = ["vlduet", "analyse", str(model), str(file), "--to", str(to)]
+        if before:
+            words += ["--before", str(before)]
+        command = shlex.join([*words, "--limit", str(limit), "--examples", str(examples)])
+        page = to / "analysis.html"
+        summaries = internals.summarize(analyses)
+        internals.write_summary(to / "analysis.json", summaries, source=file, command=command)
+        write_analysis_page(page, analyses, summaries=summaries, source=file, command=command)
     if as_json:
         print_json({"page": str(page), **drop_counts(dropped), "models": summaries})
         return
-    print("\n".join(format_analysis(summaries)))
-    print(f"page: {page}" + (f" ({dropped})" if dropped.count else ""))
+    print_text("\n".join(format_analysis(summaries)))
+    print_text(f"page: {page}" + (f" ({dropped})" if dropped.count else ""))
 
 
 def align(
@@ -150,9 +155,9 @@ def align(
     if as_json:
         print_json(result.to_json())
         return
-    print(format_alignment(result))
+    print_text(format_alignment(result))
     if html is not None:
-        print(html)
+        print_text(html)
 
 
 def _read_record(place: str) -> Record:

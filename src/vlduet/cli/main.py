@@ -6,9 +6,10 @@ import ctypes
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vlduet import __version__
 from vlduet.cli import (
@@ -24,9 +25,38 @@ from vlduet.cli import (
     workflows,
 )
 from vlduet.errors import VLDuetError
+from vlduet.library_errors import describe_library_error
 from vlduet.logs import install_log_handler, strip_control_characters
 
+
+class TranslatingGroup(TyperGroup):
+    """Group of commands that turns exceptions which files have caused into errors of ours.
+
+    Here, not in `main`: click takes an EOFError for the end of the user's input.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and return what it returns.
+
+        Raises:
+            VLDuetError: for an exception that `describe_library_error` describes, without
+                ``--debug``.
+        """
+        try:
+            return super().invoke(ctx)
+        except VLDuetError:
+            raise
+        except Exception as error:
+            described = None if "--debug" in sys.argv else describe_library_error(error)
+            if described is None:
+                raise
+            message, fix = described
+            place = getattr(error, "filename", None)
+            raise VLDuetError(message, place=place, fix=fix) from error
+
+
 app = typer.Typer(
+    cls=TranslatingGroup,
     name="vlduet",
     help="One vision-language model that generates and embeds, and retrieves for its answers.",
     no_args_is_help=True,
@@ -37,8 +67,8 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(config.app, name="config")
+app.command(cls=train.TrainCommand)(train.train)
 for command in (
-    train.train,
     train.compare,
     retrieval.index,
     retrieval.search,
@@ -81,13 +111,12 @@ def common_options(
 def main() -> None:
     """Run the command line of `sys.argv` and exit; print errors of the user in one line.
 
-    Such errors are VLDuetError and OSError. The exit status is 0 for success, 1 for such an error,
-    2 for wrong usage, and 130 after an interruption. Our own mistakes, and with --debug all errors,
-    are raised. Sets HF_HUB_OFFLINE and TOKENIZERS_PARALLELISM, unless they are set, and changes how
-    the process keeps memory and how its output replaces characters that cannot be encoded.
+    Such errors are VLDuetError, OSError, and those of `TranslatingGroup`. The exit status is 0 for
+    success, 1 for such an error, 2 for wrong usage, and 130 after an interruption. Our own
+    mistakes, and with --debug all errors, are raised. Sets TOKENIZERS_PARALLELISM, unless it is
+    set, and changes how the process keeps memory and how its output replaces characters that cannot
+    be encoded.
     """
-    # Nothing is downloaded from a model hub unless the user asks for it.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):

@@ -11,7 +11,7 @@ import typer
 from vlduet.cli._common import Json, print_json, print_text
 from vlduet.logs import logger
 
-app = typer.Typer(help="Build, download, inspect, limit and merge models.", no_args_is_help=True)
+app = typer.Typer(help="Build, download, check, limit and merge models.", no_args_is_help=True)
 
 OUT = "Folder to write; must be new or empty."
 BARE = "Use a random projector and head instead of the trained ones that are shipped."
@@ -108,6 +108,32 @@ def info(
         return
     for name, value in facts.items():
         print_text(f"{name:14} {json.dumps(value) if isinstance(value, dict) else value}")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A model folder, or the name of one on a hub.")],
+) -> None:
+    """Read every file of a model and its base, and compare it with what was written.
+
+    Damaged files are printed, one a line, and are an error. Other commands compare sizes, and read
+    a file again only if its size or time of modification has changed.
+    """
+    from vlduet.errors import ModelError
+    from vlduet.hub import resolve_model
+    from vlduet.model.checkpoint import find_damage
+
+    folder = resolve_model(folder)
+    damage, num_files = find_damage(folder)
+    for line in damage:
+        print_text(line)
+    if damage:
+        message = f"{len(damage)} of {num_files} files are damaged" if num_files else "damaged"
+        raise ModelError(message, place=folder, fix="Copy these files again")
+    if num_files:
+        logger.info(f"{folder}: {num_files} files are as they were written")
+    else:
+        logger.info(f"{folder}: nothing to compare with; only folders of this version list files")
 
 
 @app.command()

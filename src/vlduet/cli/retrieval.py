@@ -20,6 +20,7 @@ from vlduet.cli._common import (
     format_left_out,
     make_source,
     print_json,
+    print_text,
 )
 from vlduet.logs import logger, strip_control_characters
 
@@ -93,11 +94,11 @@ def _print_build_report(report: BuildReport, source: Path, to: Path) -> None:
     for name in ("added", "updated", "kept", "removed"):
         if count := getattr(report, name):
             changes.append(f"{count} {name}")
-    print(f"{to}: {report.count} documents ({', '.join(changes) or 'nothing to do'})")
+    print_text(f"{to}: {report.count} documents ({', '.join(changes) or 'nothing to do'})")
     if report.quarantined:
-        print(format_left_out(report.causes, source, listing=to / "quarantine.jsonl"))
+        print_text(format_left_out(report.causes, source, listing=to / "quarantine.jsonl"))
     if report.absent:
-        print(f"{report.absent} are no longer in the source: --prune removes them")
+        print_text(f"{report.absent} are no longer in the source: --prune removes them")
 
 
 def search(
@@ -157,11 +158,12 @@ def ask(
         print_json({"answer": answer, "sources": sources, "prompt": str(prompt)})
         return
     for text in texts:
-        sys.stdout.write(strip_control_characters(text, keep="\n"))
-        sys.stdout.flush()
-    print("\n\nSources:" if prompt.sources else "\n\nNo sources: nothing in the index matches.")
+        print_text(text, end="")
+    print_text(
+        "\n\nSources:" if prompt.sources else "\n\nNo sources: nothing in the index matches."
+    )
     for hit in prompt.sources:
-        print(strip_control_characters(format_source(hit)))
+        print_text(format_source(hit))
 
 
 def encode(
@@ -189,35 +191,37 @@ def encode(
     from vlduet.data.quarantine import Quarantine, quarantine_path
     from vlduet.encoders.dual import open_embedder
     from vlduet.errors import RetrievalError
+    from vlduet.locks import lock_output
     from vlduet.logs import track_progress
     from vlduet.retrieval.documents import read_documents
     from vlduet.retrieval.encode import encode_documents, write_vectors
 
-    dropped = Quarantine.create(quarantine_path(out))
-    records = make_source(source, format=format, root=root, columns=columns, strict=strict)
-    documents = read_documents(records, side=cast("Any", side), on_error=dropped.add)
-    encoded = encode_documents(
-        open_embedder(model),
-        track_progress(documents, label="encode"),
-        on_error=lambda document, error: dropped.add(document.to_quarantine_record(), error),
-    )
-    ids, chunks = [], []
-    for chunk, vectors in encoded:
-        ids += [document.id for document in chunk]
-        chunks.append(vectors)
-    if not ids:
-        fix = "Repair the source, or change --side"
-        raise RetrievalError(f"nothing to embed ({dropped})", place=source, fix=fix)
-    embeddings = np.concatenate(chunks)  # [N, D]
-    write_vectors(out, ids=ids, vectors=embeddings)
+    with lock_output(out):
+        dropped = Quarantine.create(quarantine_path(out))
+        records = make_source(source, format=format, root=root, columns=columns, strict=strict)
+        documents = read_documents(records, side=cast("Any", side), on_error=dropped.add)
+        encoded = encode_documents(
+            open_embedder(model),
+            track_progress(documents, label="encode"),
+            on_error=lambda document, error: dropped.add(document.to_quarantine_record(), error),
+        )
+        ids, chunks = [], []
+        for chunk, vectors in encoded:
+            ids += [document.id for document in chunk]
+            chunks.append(vectors)
+        if not ids:
+            fix = "Repair the source, or change --side"
+            raise RetrievalError(f"nothing to embed ({dropped})", place=source, fix=fix)
+        embeddings = np.concatenate(chunks)  # [N, D]
+        write_vectors(out, ids=ids, vectors=embeddings)
     dim = embeddings.shape[1]
     if as_json:
         counts = {"count": len(ids), "dim": dim, "quarantined": dropped.count}
         print_json({"out": str(out), **counts})
         return
-    print(f"{out}: {len(ids)} vectors of {dim} numbers")
+    print_text(f"{out}: {len(ids)} vectors of {dim} numbers")
     if dropped.count:
-        print(format_left_out(dropped.count_by_cause(), source, listing=quarantine_path(out)))
+        print_text(format_left_out(dropped.count_by_cause(), source, listing=quarantine_path(out)))
 
 
 def _open_index(folder: Path) -> Index:
@@ -268,7 +272,7 @@ def _print_hits(hits: list[Hit]) -> None:
         rows.append(list(map(strip_control_characters, cells)))
     if not sys.stdout.isatty():
         for row in rows:
-            print("\t".join(row))
+            print_text("\t".join(row))
         return
     from rich.console import Console
     from rich.table import Table

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
-from vlduet.cli._common import Json, print_json
+from vlduet.cli._common import Json, print_json, print_text
 from vlduet.logs import logger
 
 PRESET = "A preset (see 'vlduet config list') or a YAML file"
+RESUME = "Continue from the run's last saved state; with auto, start if there is none."
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Keys of the config to change, such as train.lr=1e-4.")
 ]
 
 
+class TrainCommand(TyperCommand):
+    """Command with an option ``--resume`` whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command line after ``--resume`` has got its value.
+
+        Without ``auto`` behind it, it is ``state``: a parser would take the next word.
+        """
+        words = []
+        is_value = False
+        for word, following in zip(args, [*args[1:], ""], strict=True):
+            if word == "--resume":
+                word = "--resume=auto" if following == "auto" else "--resume=state"
+            if not is_value:
+                words.append(word)
+            is_value = word == "--resume=auto" and following == "auto"
+        return super().parse_args(ctx, words)
+
+
 def train(
     config: Annotated[str, typer.Argument(help=f"{PRESET}.")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the run's last saved state.")] = False,
+    resume: Annotated[
+        Literal["auto", "state"] | None, typer.Option(metavar="[auto]", help=RESUME)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -46,15 +69,17 @@ def train(
             return
         risks = plan.pop("warnings")
         for key, value in plan.items():
-            print(f"{key:28} {value}")
+            print_text(f"{key:28} {value}")
         for risk in risks:
-            print(f"warning: {risk}")
+            print_text(f"warning: {risk}")
         return
     from vlduet.distributed import is_main_process
     from vlduet.logs import read_metrics
     from vlduet.train import loop
+    from vlduet.train.checkpointing import ResumeMode
 
-    folder = loop.train(run_config, evaluate=evaluate, resume=resume)
+    mode: ResumeMode = "auto" if resume == "auto" else resume is not None
+    folder = loop.train(run_config, evaluate=evaluate, resume=mode)
     if not is_main_process():
         return
     metrics = run_config.out / "metrics.jsonl"
@@ -86,5 +111,5 @@ def compare(
     if as_json:
         print_json(results)
     else:
-        print(format_table(results))
+        print_text(format_table(results))
         logger.info(f"also written to {comparison.out / 'table.md'} and table.json")

@@ -20,6 +20,7 @@ from vlduet.cli._common import (
     format_left_out,
     make_source,
     print_json,
+    print_text,
 )
 
 PROMPT = "Instruction to use; '' continues the model's own image prompt, as it was trained."
@@ -83,11 +84,11 @@ def caption(
         print_json({"file": str(to), **asdict(report)})
     else:
         captions = f"{report.short} short and {report.long} long captions written"
-        print(f"{to}: {report.records} records, {captions}")
+        print_text(f"{to}: {report.records} records, {captions}")
         if report.empty:
-            print(f"{report.empty} captions came out empty")
+            print_text(f"{report.empty} captions came out empty")
         if report.dropped:
-            print(format_left_out(report.causes, source, listing=quarantine_path(to)))
+            print_text(format_left_out(report.causes, source, listing=quarantine_path(to)))
     if not report.records:
         raise typer.Exit(1)
 
@@ -128,10 +129,12 @@ def mine(
         print_json({"file": str(to), **asdict(report)})
         return
     negatives = f"{report.negatives} new negatives; {report.without} records without any"
-    print(f"{to}: {report.records} records, {negatives}")
-    print(f"{report.too_near} candidates left out as possibly correct: change --margin to adjust")
+    print_text(f"{to}: {report.records} records, {negatives}")
+    print_text(
+        f"{report.too_near} candidates left out as possibly correct: change --margin to adjust"
+    )
     if report.negative_score is not None:
         positive = f"{report.positive_score:.3f} to the positive"
-        print(f"mean cosine {positive}, {report.negative_score:.3f} to the negatives")
+        print_text(f"mean cosine {positive}, {report.negative_score:.3f} to the negatives")
     if report.dropped:
-        print(format_left_out(report.causes, file, listing=quarantine_path(to)))
+        print_text(format_left_out(report.causes, file, listing=quarantine_path(to)))

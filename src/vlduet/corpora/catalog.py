@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from vlduet.corpora import build, campaigns, emoji, endless_sky, gimp_help, maps
 from vlduet.corpora.build import Corpus, CorpusSummary, PackageFolders
 from vlduet.corpora.packages import PACKAGES, fetch_package
 from vlduet.errors import DataError, PackageError, suggest_name
+from vlduet.integrity import hash_files
 from vlduet.logs import logger
+from vlduet.structured_files import FieldTypes, read_json_object
 
 _BUILDERS = {
     "stamps": stamps.build_samples,
@@ -62,10 +64,10 @@ def get_corpus(name: str) -> Corpus:
 def fetch_corpus(name: str, to: Path) -> CorpusSummary:
     """Write a corpus into the folder ``to/name``, or reuse the complete one that is there.
 
-    The same packages give the same bytes. A folder of this corpus is replaced if a file is missing,
-    or if it was made from other packages or without an optional one. Packages are downloaded into
-    the cache if they are not there. Steps and progress are logged. After an error, ``to/name`` is
-    as before.
+    The same packages give the same bytes. A folder of this corpus is replaced if a file is missing
+    or damaged, or if it was made from other packages or without an optional one. Packages are
+    downloaded into the cache if they are not there. Steps and progress are logged. After an error,
+    ``to/name`` is as before.
 
     Args:
         name: A key of `CORPORA`.
@@ -128,11 +130,20 @@ def _read_notices(folders: PackageFolders) -> Iterator[tuple[str, bytes]]:
                 yield f"COPYRIGHT-{name}.txt", (folder / path).read_bytes()
 
 
+def _has_files(folder: Path, hashes: Mapping[str, str]) -> bool:
+    """Return whether a folder has files with these SHA-256 by name; others are ignored."""
+    try:
+        files = hash_files(folder, hashes)
+    except OSError:
+        return False
+    return all(files[name]["sha256"] == sha256 for name, sha256 in hashes.items())
+
+
 def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
     """Return the summary of a complete folder made from today's packages, with `reused` set.
 
-    Complete means that every file of its manifest exists. None is returned for a missing, empty,
-    incomplete or outdated folder.
+    Complete means that every file of its manifest has the hash that it has there. None is returned
+    for a missing, empty, incomplete or outdated folder.
 
     Raises:
         DataError: The folder holds anything else than this corpus, or is a file.
@@ -140,9 +151,11 @@ def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        fields: FieldTypes = {"corpus": str, "files": dict}
+        path = folder / "manifest.json"
+        manifest = read_json_object(path, fields, error_class=DataError, fix="Build it again")
         is_same_corpus = manifest["corpus"] == corpus.name
-    except (OSError, ValueError, KeyError, TypeError):
+    except DataError:
         is_same_corpus = False
     if not is_same_corpus:
         raise DataError(
@@ -152,6 +165,6 @@ def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
         )
     origin = build.describe_origin(corpus, (*corpus.packages, *corpus.optional))
     is_current = origin.items() <= manifest.items()
-    if not is_current or not all((folder / name).is_file() for name in manifest["files"]):
+    if not is_current or not _has_files(folder, manifest["files"]):
         return None
     return build.summarize_manifest(corpus, folder, manifest, reused=True)

@@ -31,6 +31,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from vlduet.data.records import ByteRange, ImageRef
 from vlduet.errors import DataError, ImageError
+from vlduet.structured_files import require_regular_file
 
 DecodedImage = Image.Image
 """A decoded image, so that other modules need not import PIL for its type."""
@@ -44,6 +45,8 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Largest width times height of an image that is decoded, as its header states them."""
+MAX_IMAGE_BYTES = 512 * 2**20
+"""Size of the largest encoded image that is read: `MAX_IMAGE_PIXELS` of 8 bytes are not larger."""
 MISSING_IMAGE = "no such image"
 """Message of the error of a file that does not exist."""
 DECODED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -54,6 +57,8 @@ TAIL_BYTES = 4096
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x00;"}
 """Bytes that end a file of a format, where a truncated one hardly has them."""
 EXIF_ORIENTATION = 0x0112
+STRIP_ROWS = 64
+"""Number of rows of pixels that are scaled to 8 bits at a time."""
 
 _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -100,13 +105,15 @@ def read_bytes(ref: ImageRef) -> bytes:
     """Return the encoded bytes of an image: `ref.data`, or the content of its file or byte range.
 
     Raises:
-        ImageError: the file is missing, cannot be read, or (of a byte range) has changed.
+        ImageError: the file is missing, no regular file, larger than `MAX_IMAGE_BYTES`, cannot be
+            read, or (of a byte range) has changed.
     """
     if ref.data is not None:
         return ref.data
     if ref.byte_range is not None:
         return read_byte_range(ref.byte_range)
     assert ref.path is not None
+    require_regular_file(ref.path, error_class=ImageError, max_bytes=MAX_IMAGE_BYTES)
     try:
         return ref.path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -154,9 +161,9 @@ def write_image_file(ref: ImageRef, folder: Path) -> ImageRef:
     """Write an image that has no file of its own to `folder`, and return the file's reference.
 
     The name is 24 hex digits of the SHA-256 of its bytes, with the ending of its format (``.bin``
-    for a format that is not in `IMAGE_SUFFIXES`). The folder is created. A complete file of this
-    name is not written again, so that several processes can share the folder. A `ref` with a path
-    is returned unchanged.
+    for a format that is not in `IMAGE_SUFFIXES`). The folder is created. A file of this name is
+    read, and replaced unless it has these bytes; several processes can share the folder. A `ref`
+    with a path is returned unchanged.
 
     Raises:
         ImageError: a byte range cannot be read (`read_byte_range`).
@@ -170,8 +177,8 @@ def write_image_file(ref: ImageRef, folder: Path) -> ImageRef:
         suffix = ".bin"
     path = folder / (hashlib.sha256(data).hexdigest()[:24] + suffix)
     try:
-        # A power failure can leave an empty file under the final name.
-        if not (path.exists() and path.stat().st_size == len(data)):
+        # A power failure or a full disk can leave zeros or less under the final name.
+        if not (path.is_file() and path.read_bytes() == data):
             folder.mkdir(parents=True, exist_ok=True)
             partial_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             try:
@@ -201,7 +208,9 @@ def load_image(ref: ImageRef) -> DecodedImage:
         image = _open_image(io.BytesIO(data), kind, ref.name)
         try:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            # In place, and scaled to 8 bits first: fewer copies of large images are in memory.
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
         except Image.DecompressionBombError:
             raise _too_large_error("a frame larger than its header says", ref.name) from None
         except _DECODER_ERRORS as error:
@@ -242,6 +251,8 @@ def read_image_header(ref: ImageRef) -> ImageHeader:
     Raises:
         ImageError: as `load_image`, for what the header shows.
     """
+    if ref.path is not None:
+        require_regular_file(ref.path, error_class=ImageError, max_bytes=MAX_IMAGE_BYTES)
     try:
         # A range of a larger file is read as a whole: it is small.
         file = io.BytesIO(read_bytes(ref)) if ref.path is None else ref.path.open("rb")
@@ -321,13 +332,26 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     the least is 0 and the greatest 255 (if all are equal, they are only clipped); NaN and infinity
     count as 0.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode != "F" and low >= 0 and high <= 65535:
-        values = values / 257.0
-    elif high > low:
-        values = (values - low) * (255.0 / (high - low))
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    pixels = np.asarray(image)
+    strips = [
+        pixels[start : start + STRIP_ROWS] for start in range(0, len(pixels), STRIP_ROWS)
+    ]  # float64 values of one strip at a time are in memory
+    ranges = [(values.min(), values.max()) for values in map(_to_finite, strips)]
+    low, high = float(min(low for low, _ in ranges)), float(max(high for _, high in ranges))
+    scaled = np.empty(pixels.shape, dtype=np.uint8)
+    for start, strip in zip(range(0, len(pixels), STRIP_ROWS), strips, strict=True):
+        values = _to_finite(strip)
+        if image.mode != "F" and low >= 0 and high <= 65535:
+            values = values / 257.0
+        elif high > low:
+            values = (values - low) * (255.0 / (high - low))
+        scaled[start : start + STRIP_ROWS] = np.clip(np.rint(values), 0, 255)
+    return Image.fromarray(scaled)
+
+
+def _to_finite(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Return values of any type as float64, with 0 for NaN and infinity."""
+    return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def image_key(ref: ImageRef) -> str:

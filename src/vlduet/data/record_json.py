@@ -37,7 +37,7 @@ from vlduet.data.records import (
     is_utf8_encodable,
     split_sentences,
 )
-from vlduet.errors import DataError, suggest_name
+from vlduet.errors import DataError, quote_value, suggest_name
 
 KEYS_BY_KIND: dict[str, frozenset[str]] = {
     "pair": frozenset({"image", "short", "long", "negative"}),
@@ -372,7 +372,8 @@ def _parse_chat(row: JsonValue) -> dict[str, Any]:
         role = turn.value.get("role") if isinstance(turn.value, dict) else turn.value
         if not isinstance(turn.value, dict) or role not in ROLES:
             place = turn.place.with_field("role")
-            raise DataError(f"role {role!r}", place=place, fix=f"Use one of {', '.join(ROLES)}")
+            fix = f"Use one of {', '.join(ROLES)}"
+            raise DataError(f"role {quote_value(role)}", place=place, fix=fix)
         for key in sorted(turn.value.keys() - TURN_KEYS):
             fix = suggest_name(key, TURN_KEYS)
             raise turn.get_field(key).make_error(f"unknown key '{key}' in a turn", fix=fix)

@@ -24,7 +24,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,12 +35,15 @@ from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders, get_modality, 
 from vlduet.encoders.loading import Device, open_encoder
 from vlduet.errors import DataError, ModelError
 from vlduet.files import replace_folder_atomically
+from vlduet.hub import describe_snapshot, find_base, resolve_model
+from vlduet.library_errors import translate_library_errors
 from vlduet.model import checkpoint
 from vlduet.model.backbone import eval_mode, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
+from vlduet.structured_files import check_fields, read_json_object
 
 MANIFEST_NAME = "dual.json"
 WEIGHTS_NAME = "dual.safetensors"
@@ -171,7 +173,9 @@ class DualEncoder(nn.Module):
         encoders = {}
         for role, encoder in self.encoders.by_role.items():
             path = os.path.relpath(encoder.folder.resolve(), target)
-            encoders[role] = {"folder": path, "fingerprint": encoder.fingerprint}
+            name = describe_snapshot(encoder.folder)
+            fields = {"folder": path, "fingerprint": encoder.fingerprint}
+            encoders[role] = fields if name is None else {**fields, "name": name}
         tensors = self.own_tensors()
         manifest = {
             "format": FORMAT_VERSION,
@@ -210,18 +214,18 @@ class DualEncoder(nn.Module):
         encoders: dict[str, FrozenEncoder] = {}
         for role, description in manifest["encoders"].items():
             path = Path(os.path.normpath(folder / description["folder"]))
-            encoders[role] = open_encoder(path, device=device)
-            if encoders[role].fingerprint != description["fingerprint"]:
+            path = find_base(path, description.get("name"))
+            saved = description["fingerprint"]
+            encoders[role] = open_encoder(path, device=device, saved_fingerprint=saved)
+            if encoders[role].fingerprint != saved:
                 message = f"the {role} encoder '{path}' is another one now"
                 fix = "Bring the original back or train again"
                 raise ModelError(message, place=folder / MANIFEST_NAME, fix=fix)
         frozen = FrozenEncoders(encoders, cache=cache or FeatureCache(None))
-        model = cls(frozen, dim=manifest["dim"], encoder_dims=manifest["widths"])
-        try:
+        with translate_library_errors(folder / MANIFEST_NAME, subject="dim or widths"):
+            model = cls(frozen, dim=manifest["dim"], encoder_dims=manifest["widths"])
+        with translate_library_errors(folder, subject="model folder"):
             model.load_state_dict(load_file(folder / WEIGHTS_NAME))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            message = f"broken model folder ({str(error).splitlines()[0]})"
-            raise ModelError(message, place=folder, fix="Copy the whole folder again") from None
         checkpoint.verify_tensors(manifest, model.own_tensors(), place=folder)
         return model.to(device).eval()
 
@@ -244,15 +248,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ModelError: it is missing or broken, lacks a key, or has another format.
     """
     path = folder / MANIFEST_NAME
-    required = {"encoders", "widths", "dim", "trained"}
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        is_valid = manifest["format"] == FORMAT_VERSION and manifest.keys() >= required
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        is_valid = False
-    if not is_valid:
+    fix = "Copy the folder again, or train it with recipe: clip"
+    manifest = read_json_object(path, {"format": int}, error_class=ModelError, fix=fix)
+    if manifest["format"] != FORMAT_VERSION:
         message = "no dual encoder of this version here"
         raise ModelError(message, place=path, fix="Train it with recipe: clip")
+    fields = {"encoders": dict, "widths": dict, "dim": int, "trained": dict}
+    check_fields(manifest, fields, place=path, error_class=ModelError, fix=fix)
+    roles = dict.fromkeys(ROLE_BY_MODALITY.values(), int)
+    check_fields(manifest["widths"], roles, place=path, error_class=ModelError, fix=fix)
+    for encoder in manifest["encoders"].values():
+        names = {"folder": str, "fingerprint": str}
+        check_fields(encoder, names, place=path, error_class=ModelError, fix=fix)
     return manifest
 
 
@@ -274,6 +281,7 @@ def open_frozen_encoder(
     Raises:
         ModelError: no such folder.
     """
+    folder = resolve_model(folder)
     if (folder / MANIFEST_NAME).is_file():
         return open_dual_as_encoder(folder, cache=cache, device=device)
     return open_encoder(folder, trained_model=trained_model, device=device)
@@ -308,6 +316,7 @@ def open_embedder(folder: Path) -> DuetModel | DualEncoder:
     Raises:
         ModelError: neither a dual encoder nor a model or checkpoint of `DuetModel`.
     """
+    folder = resolve_model(folder)
     if (folder / MANIFEST_NAME).is_file():
         return DualEncoder.from_pretrained(folder, device=select_device())
     return DuetModel.from_pretrained(folder)

@@ -19,16 +19,19 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from vlduet.data.records import ImageRef
 from vlduet.encoders.frozen import EncodeFunction, FrozenEncoder
 from vlduet.errors import ModelError
+from vlduet.library_errors import COPY_AGAIN
 from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
 from vlduet.model.fingerprints import fingerprint_checkpoint
+from vlduet.model.folder_checks import check_checkpoint
 from vlduet.model.processing import (
     IMAGE_BACKEND,
     preprocess_image,
     read_config,
     translate_load_errors,
 )
+from vlduet.structured_files import FieldTypes, read_json, read_json_object
 
 Device = str | torch.device
 
@@ -56,7 +59,11 @@ FINGERPRINTED_FILES = (
 
 
 def open_encoder(
-    folder: Path, *, trained_model: DuetModel | None = None, device: Device = "cpu"
+    folder: Path,
+    *,
+    trained_model: DuetModel | None = None,
+    device: Device = "cpu",
+    saved_fingerprint: str | None = None,
 ) -> FrozenEncoder:
     """Return the encoder of a local checkpoint; its files are hashed, its weights not loaded yet.
 
@@ -67,6 +74,7 @@ def open_encoder(
         trained_model: if `folder` is the checkpoint that it started from, its frozen vision tower
             is used instead of a second copy, and images are preprocessed with its limits.
         device: where the encoder computes.
+        saved_fingerprint: fingerprint to compare with, see `fingerprint_checkpoint`.
 
     Raises:
         ModelError: no checkpoint, one that needs its own code, weights that are no safetensors, or
@@ -74,7 +82,8 @@ def open_encoder(
             loading shows.
     """
     config = read_config(folder)
-    fingerprint = fingerprint_encoder(folder)
+    check_checkpoint(folder, config)
+    fingerprint = fingerprint_encoder(folder, like=saved_fingerprint)
     modalities: tuple[str, ...] = ("image",)
     load: Callable[[], Mapping[str, EncodeFunction]]
     if config.get("model_type") in FAMILIES:
@@ -82,7 +91,8 @@ def open_encoder(
         load = partial(_load_vision_tower, folder, shared_model, device)
         if shared_model is not None and shared_model.backbone.image_settings:
             settings = json.dumps(shared_model.backbone.image_settings, sort_keys=True)
-            fingerprint = hashlib.sha256(f"{fingerprint}:{settings}".encode()).hexdigest()[:16]
+            digest = hashlib.sha256(f"{fingerprint}:{settings}".encode()).hexdigest()
+            fingerprint = digest[: len(fingerprint)]
     elif {"vision_config", "text_config"} <= config.keys():
         modalities = ("image", "text")
         load = partial(_load_cross_encoder, folder, device)
@@ -97,17 +107,18 @@ def open_encoder(
     return FrozenEncoder(folder, modalities, load, fingerprint)
 
 
-def fingerprint_encoder(folder: Path) -> str:
-    """Return a hash, 16 hex digits, of weights, processors and pooling of a checkpoint folder.
+def fingerprint_encoder(folder: Path, *, like: str | None = None) -> str:
+    """Return a hash, hex digits, of weights, processors and pooling of a checkpoint folder.
 
-    Of `FINGERPRINTED_FILES`, those that exist count. Raises as `fingerprint_checkpoint` does, and
-    FileNotFoundError without config.json.
+    Of `FINGERPRINTED_FILES`, those that exist count. `like` and the number of digits are as those
+    of `fingerprint_checkpoint`. Raises as that does, and FileNotFoundError without config.json.
     """
-    digest = hashlib.sha256(f"{fingerprint_checkpoint(folder)}:{IMAGE_BACKEND}".encode())
+    checkpoint_fingerprint = fingerprint_checkpoint(folder, like=like)
+    digest = hashlib.sha256(f"{checkpoint_fingerprint}:{IMAGE_BACKEND}".encode())
     for name in FINGERPRINTED_FILES:
         if (folder / name).is_file():
             digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[: len(checkpoint_fingerprint)]
 
 
 def _has_tower_of(model: DuetModel | None, folder: Path) -> bool:
@@ -252,7 +263,7 @@ def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list
         ModelError: it cannot be loaded, pools otherwise, or its modules.json has more than a
             transformer, its pooling and normalisation.
     """
-    read_config(folder)
+    check_checkpoint(folder, read_config(folder))
     max_tokens = _read_max_tokens(folder)  # checks the modules before anything is loaded
     tokenizer = _load_tokenizer(folder)
     with translate_load_errors(folder):
@@ -281,26 +292,38 @@ def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list
     return encode
 
 
-def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file; {} if there is none. Raises ValueError if it is broken."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _read_settings(path: Path, types: FieldTypes) -> dict[str, Any]:
+    """Return the object of a JSON file; {} if there is none.
+
+    Raises ModelError if it is broken, or a value is not of the type that its key has in `types`.
+    """
+    if not path.exists():
+        return {}
+    return read_json_object(path, error_class=ModelError, fix=COPY_AGAIN, optional=types)
 
 
 def _read_max_tokens(folder: Path) -> int | None:
     """Return the limit of sentence_bert_config.json in tokens, or None if it has none.
 
     Raises:
-        ModelError: modules.json lists another kind than Transformer, Pooling and Normalize.
-        ValueError: a file is not JSON.
+        ModelError: modules.json lists another kind than Transformer, Pooling and Normalize, or
+            a file is broken.
     """
     modules_path = folder / "modules.json"
-    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in _read_json(modules_path)]
+    modules: Any = []
+    if modules_path.exists():
+        modules = read_json(modules_path, error_class=ModelError, fix=COPY_AGAIN)
+    if not (isinstance(modules, list) and all(isinstance(module, dict) for module in modules)):
+        raise ModelError("not a list of objects", place=modules_path, fix=COPY_AGAIN)
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     unsupported = sorted({*kinds} - {"Transformer", "Pooling", "Normalize"})
     if unsupported:
         message = f"it asks for {', '.join(unsupported)}, which is not read"
         fix = "Use an encoder of a transformer and its pooling alone"
         raise ModelError(message, place=modules_path, fix=fix)
-    max_tokens: int | None = _read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    types: FieldTypes = {"max_seq_length": (int, type(None))}
+    settings = _read_settings(folder / "sentence_bert_config.json", types)
+    max_tokens: int | None = settings.get("max_seq_length")
     return max_tokens
 
 
@@ -308,11 +331,10 @@ def _read_pooling(folder: Path) -> str:
     """Return `cls` or `mean` from 1_Pooling/config.json; `mean` if it names none or is missing.
 
     Raises:
-        ModelError: another pooling, or several.
-        ValueError: the file is not JSON.
+        ModelError: another pooling, or several, or the file is broken.
     """
     path = folder / "1_Pooling" / "config.json"
-    config: dict[str, Any] = _read_json(path)
+    config = _read_settings(path, {"pooling_mode": str})
     names = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     flags = [name for name, is_on in config.items() if name.startswith("pooling_mode_") and is_on]
     default = names.get(flags[0], flags[0]) if len(flags) == 1 else "mean"

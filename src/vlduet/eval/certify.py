@@ -7,7 +7,6 @@ says why.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark
 from vlduet.eval.predictions import ModelFunctions
 from vlduet.eval.run import evaluate, import_predictions, import_reviews
+from vlduet.structured_files import read_json_object
 
 TARGETS_FILE = Path(__file__).parent / "certification.json"
 
@@ -71,8 +71,10 @@ class CertificationOutcome:
 
 
 def load_targets(file: Path = TARGETS_FILE) -> list[CertificationTarget]:
-    """Return all published numbers of a targets file."""
-    rows = json.loads(file.read_text(encoding="utf-8"))["targets"]
+    """Return all published numbers of a targets file; raise ConfigError if it is broken."""
+    rows = read_json_object(file, {"targets": list}, error_class=ConfigError, fix="Correct it")[
+        "targets"
+    ]
     return [CertificationTarget(**row) for row in rows]
 
 

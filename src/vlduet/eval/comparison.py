@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.registry import BENCHMARKS
 from vlduet.eval.benchmarks.scores import MetricSample, MetricValue, paired_difference
 from vlduet.eval.run import SCORES_FILE, read_samples
+from vlduet.structured_files import read_json_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,14 @@ def read_run_scores(folder: Path) -> RunScores:
 
     Raises:
         ConfigError: no sub-folder contains scores.
-        json.JSONDecodeError: a scores.json is broken.
+            A scores.json is broken.
     """
     scores = {}
     samples = {}
     for path in sorted(folder.glob(f"*/{SCORES_FILE}")):
-        score = json.loads(path.read_text(encoding="utf-8"))
+        fields = {"benchmark": str}
+        fix = "Score the predictions again"
+        score = read_json_object(path, fields, error_class=ConfigError, fix=fix)
         scores[score["benchmark"]] = score
         samples[score["benchmark"]] = read_samples(path.parent)
     if not scores:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.data.records import ImageRef, Parts
+from vlduet.errors import quote_value
 from vlduet.eval.benchmarks.tasks import Question
 
 
@@ -52,4 +53,4 @@ def describe_difference(key: str, stored: Any, current: Any) -> str:
         for inner in (*current, *stored):
             if stored.get(inner) != current.get(inner):
                 return describe_difference(f"{key}.{inner}", stored.get(inner), current.get(inner))
-    return f"{key} was {stored!r}, is {current!r}"
+    return f"{key} was {quote_value(stored)}, is {quote_value(current)}"

@@ -34,6 +34,7 @@ from vlduet.eval.identities import (
     question_key,
 )
 from vlduet.files import open_for_append, read_json_lines, write_text_atomically
+from vlduet.structured_files import read_json_object
 
 Vectors = NDArray[np.float32]
 
@@ -120,7 +121,8 @@ class PredictionStore:
         if not path.exists():
             write_text_atomically(path, json.dumps(identity, indent=1) + "\n")
             return
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        fix = "Give another --to, or remove that folder"
+        stored = read_json_object(path, error_class=ConfigError, fix=fix)
         for key, value in identity.items():
             if stored.get(key) != value:
                 raise ConfigError(
@@ -472,10 +474,9 @@ def json_line(value: Mapping[str, Any]) -> str:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the content of a JSON file, or None where it is missing or broken."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path, error_class=DataError, fix="Delete it")
+    except DataError:
         return None
-    return content
 
 
 def _read_rows(path: Path, dim: int) -> Vectors:

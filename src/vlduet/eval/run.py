@@ -19,13 +19,20 @@ from typing import IO, Any
 import numpy as np
 
 from vlduet.data.records import ImageRef
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, quote_value
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.runners import PROTOCOL_RUNNERS
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample
 from vlduet.eval.benchmarks.tasks import Benchmark, Question
 from vlduet.eval.predictions import ModelFunctions, PredictionStore, json_line, no_progress
 from vlduet.files import read_json_lines, write_atomically, write_text_atomically
+from vlduet.locks import lock_folder
+from vlduet.structured_files import (
+    FieldTypes,
+    check_fields,
+    read_json_object,
+    require_regular_file,
+)
 
 SCORES_FILE = "scores.json"
 SAMPLES_FILE = "samples.npz"
@@ -66,27 +73,29 @@ def evaluate(
             model.
         ConfigError: the folder belongs to another run, or its predictions are of other official
             files, another seed or another k.
+        LockError: another process evaluates into the same folder.
     """
     task = benchmark.load(source)
     folder = run_folder(runs, benchmark)
-    store = PredictionStore(folder, functions, seed=source.seed, progress=progress)
-    identity = {
-        "benchmark": benchmark.name,
-        "files": source.hashes,
-        "seed": source.seed,
-        "k": source.k,
-    }
-    # Only a run that makes predictions claims the folder; scoring trusts what run.json says.
-    if provenance:
-        store.claim_folder({**identity, "made_by": dict(provenance)})
-    else:
-        _check_same_files(folder, identity)
-    score = PROTOCOL_RUNNERS[benchmark.protocol](task, store)
-    result = score_to_json(benchmark, score, seed=source.seed)
-    result["files"] = source.hashes
-    result["made_by"] = provenance or _read_provenance(folder)
-    write_atomically(folder / SAMPLES_FILE, lambda out: write_samples(out, score))
-    write_text_atomically(folder / SCORES_FILE, json.dumps(result, indent=1) + "\n")
+    with lock_folder(folder):
+        store = PredictionStore(folder, functions, seed=source.seed, progress=progress)
+        identity = {
+            "benchmark": benchmark.name,
+            "files": source.hashes,
+            "seed": source.seed,
+            "k": source.k,
+        }
+        # Only a run that makes predictions claims the folder; scoring trusts what run.json says.
+        if provenance:
+            store.claim_folder({**identity, "made_by": dict(provenance)})
+        else:
+            _check_same_files(folder, identity)
+        score = PROTOCOL_RUNNERS[benchmark.protocol](task, store)
+        result = score_to_json(benchmark, score, seed=source.seed)
+        result["files"] = source.hashes
+        result["made_by"] = provenance or _read_provenance(folder)
+        write_atomically(folder / SAMPLES_FILE, lambda out: write_samples(out, score))
+        write_text_atomically(folder / SCORES_FILE, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -149,7 +158,7 @@ def _read_provenance(folder: Path) -> Any:
     path = folder / "run.json"
     if not path.exists():
         return {"predictions": "imported"}
-    return json.loads(path.read_text(encoding="utf-8"))["made_by"]
+    return _read_identity(path)["made_by"]
 
 
 def _check_same_files(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -160,14 +169,24 @@ def _check_same_files(folder: Path, identity: Mapping[str, Any]) -> None:
     path = folder / "run.json"
     if not path.exists():
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = _read_identity(path)
     for key in ("files", "seed", "k"):
         if stored[key] != identity[key]:
+            values = f"{quote_value(stored[key])}, now {quote_value(identity[key])}"
             raise ConfigError(
-                f"the predictions are of other {key}: {stored[key]!r}, now {identity[key]!r}",
+                f"the predictions are of other {key}: {values}",
                 place=folder,
                 fix="Give the same --data, --seed and --k",
             )
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    """Return the content of a run.json; raise ConfigError if it is broken or lacks a key."""
+    fields: FieldTypes = {"made_by": dict, "files": (dict, list), "seed": int}
+    fix = "Give another --to, or remove that folder"
+    return read_json_object(
+        path, {**fields, "k": (int, type(None))}, error_class=ConfigError, fix=fix
+    )
 
 
 # ------------------------------------------------------------------ predictions of others
@@ -202,6 +221,7 @@ def import_predictions(
     Raises:
         ConfigError: the benchmark has no questions, a file cannot be read, or no prediction fits an
             item; then an older predictions.jsonl stays.
+        LockError: another process evaluates into the same folder.
         DataError: an official file is missing or broken.
     """
     task = benchmark.load(source)
@@ -211,7 +231,6 @@ def import_predictions(
             f"'{benchmark.name}' takes no answers", place="--predictions", fix="Name another one"
         )
     folder = run_folder(runs, benchmark)
-    folder.mkdir(parents=True, exist_ok=True)
     item_ids = _index_items(items)
     question_rows = _read_answers(questions) if questions else []
     foreign_questions = {str(row.get("question_id", "")): row for row in question_rows}
@@ -230,7 +249,8 @@ def import_predictions(
             fix="Check the ids in the file",
         )
     lines = [json_line({"key": key, "text": text}) for key, text in texts.items()]
-    write_text_atomically(folder / "predictions.jsonl", "".join(lines))
+    with lock_folder(folder):
+        write_text_atomically(folder / "predictions.jsonl", "".join(lines))
     return {"taken": len(texts), "unknown": num_unknown}
 
 
@@ -298,21 +318,27 @@ def _read_answers(file: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: the file is missing or cannot be opened.
-        UnicodeDecodeError: it is not UTF-8.
+            It is no regular file or not UTF-8, or a row is no object.
     """
+    require_regular_file(file, error_class=ConfigError)
     try:
         text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("not UTF-8", place=file, fix="Save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(
             f"cannot be read ({error.strerror})", place=file, fix="Check the path"
         ) from None
     try:
         content = json.loads(text)
-    except json.JSONDecodeError:
-        return read_json_lines(file)
+    except (ValueError, RecursionError):
+        content = read_json_lines(file)
     if isinstance(content, dict) and "text" not in content:
         return [{"key": key, "text": value} for key, value in content.items()]
-    return content if isinstance(content, list) else [content]
+    rows: list[Any] = content if isinstance(content, list) else [content]
+    for row in rows:
+        check_fields(row, place=file, error_class=ConfigError, fix="Write one object per answer")
+    return rows
 
 
 def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
@@ -327,9 +353,9 @@ def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
 
     Raises:
         ConfigError: the file cannot be read.
+        LockError: another process evaluates into the same folder.
     """
     folder = run_folder(runs, benchmark)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in _read_answers(file):
         review = row.get("text", row.get("content", row.get("review", "")))
@@ -338,5 +364,6 @@ def import_reviews(benchmark: Benchmark, file: Path, *, runs: Path) -> int:
         if isinstance(review, list):
             review = review[0]
         rows.append({"key": str(row.get("key", row.get("question_id", ""))), "text": str(review)})
-    write_text_atomically(folder / "reviews.jsonl", "".join(json_line(row) for row in rows))
+    with lock_folder(folder):
+        write_text_atomically(folder / "reviews.jsonl", "".join(json_line(row) for row in rows))
     return len(rows)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 
-from vlduet.errors import ConfigError, ModelError
+from vlduet.errors import ConfigError, ModelError, quote_value
+from vlduet.library_errors import COPY_AGAIN, is_lack_of_memory, translate_library_errors
 from vlduet.model.backbone import Backbone
 from vlduet.model.processing import silence_transformers
+from vlduet.structured_files import FieldTypes, read_json_object
 
 LORA_TARGET_PATTERNS = {
     "qv": "q_proj|v_proj",
@@ -70,7 +71,8 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
     They are random (torch's global generator) and in the mode, train or eval, of the backbone.
 
     Raises:
-        ConfigError: `lora.targets` is unknown, or the language model has no such layers.
+        ConfigError: `lora.targets` is unknown, the language model has no such layers, or there is
+            too little memory for `lora.rank`.
     """
     if lora.targets not in LORA_TARGET_PATTERNS:
         raise ConfigError(
@@ -93,6 +95,11 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
             place="train.lora.targets",
             fix="The language model has no such layers",
         ) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        message = f"too little memory for rank {lora.rank}"
+        raise ConfigError(message, place="train.lora.rank", fix="Use a smaller rank") from error
     # The new layers, with their dropout, must be in the same mode as all others.
     backbone.train(backbone.training)
     return peft_model
@@ -148,17 +155,15 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
         raise ModelError(
             "no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout"
         )
-    try:
-        with silence_transformers():
-            return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
-    except SafetensorError as error:
-        raise ModelError(
-            f"broken adapter ({error})", place=folder, fix="Copy the whole folder again"
-        ) from None
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            str(error).splitlines()[0], place=folder, fix="The adapter belongs to another base"
-        ) from None
+    config_path = folder / "adapter_config.json"
+    fields: FieldTypes = {"peft_type": str, "r": int, "lora_alpha": (int, float)}
+    config = read_json_object(config_path, fields, error_class=ModelError, fix=COPY_AGAIN)
+    if config["peft_type"] != "LORA" or config["r"] < 1:
+        message = f"peft_type is {quote_value(config['peft_type'])}, r is {config['r']}"
+        raise ModelError(message, place=config_path, fix="Name a LoRA adapter")
+    fix = "Copy the whole folder again, or name the base that the adapter was trained on"
+    with translate_library_errors(folder, subject="adapter", fix=fix), silence_transformers():
+        return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
 
 
 def save_lora(peft_model: PeftModel, folder: Path) -> None:

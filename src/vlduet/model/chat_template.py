@@ -8,11 +8,13 @@ model uses, too.
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
+from vlduet.errors import ModelError
+from vlduet.library_errors import COPY_AGAIN
 from vlduet.logs import logger
+from vlduet.structured_files import read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 LEGACY_FILE = "chat_template.json"
@@ -118,7 +120,7 @@ def _read_key(path: Path) -> Any:
     """Return the value of `chat_template` in a JSON file; None without the file or the key."""
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, error_class=ModelError, fix=COPY_AGAIN)
     return content.get("chat_template") if isinstance(content, dict) else None
 
 

@@ -1,6 +1,7 @@
 """Format of a model folder: reading, writing and checking its files.
 
-    vlduet.json            manifest: base, prompts, head, limits, image backend, trained tensors
+    vlduet.json            manifest: base, prompts, head, limits, image backend, trained tensors,
+                           and size and hash of every file (`verification.py`)
     duet.safetensors       head, temperature, projector, soft prompts
     chat_template.jinja    chat template in use, if there is one
     adapter/               LoRA in PEFT's own layout, if there is an adapter
@@ -23,17 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
-from vlduet.errors import ModelError
+from vlduet.errors import ModelError, quote_value
+from vlduet.hub import describe_snapshot, find_base
+from vlduet.library_errors import COPY_AGAIN, translate_library_errors
+from vlduet.model import verification
 from vlduet.model.chat_template import TEMPLATE_FILE, fix_date, read_early_template
 from vlduet.model.fingerprints import fingerprint_checkpoint
+from vlduet.model.folder_checks import describe_folder_without_config
+from vlduet.model.pooling import HEAD_KINDS
 from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors
+from vlduet.model.prompts import Prompts
+from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
 FORMAT_VERSION = 1
 """Version of the folder format; a folder of another version is refused."""
@@ -44,10 +51,25 @@ GOLDEN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
 weights."""
 HALF_PRECISION_TOLERANCE = 2e-2
 """The same for all other dtypes."""
-MANIFEST_KEYS = frozenset(
-    ["format", "base", "base_fingerprint", "image_backend", "adapter", "trained", "prompts", "head"]
-)
+MANIFEST_FIELDS: FieldTypes = {
+    "format": int,
+    "base": str,
+    "base_fingerprint": str,
+    "image_backend": str,
+    "adapter": bool,
+    "trained": dict,
+    "prompts": dict,
+    "head": dict,
+    "head.kind": str,
+    "head.dim": int,
+}
 """Keys that every manifest has."""
+OPTIONAL_FIELDS: FieldTypes = {
+    "image_processor": (dict, type(None)),
+    "limits.max_image_tokens": (int, type(None)),
+    "limits.max_tokens": int,
+}
+"""Keys that manifests of earlier versions lack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,52 +98,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         ModelError: the folder holds no model, a file is broken or missing, it has another format or
-            image backend, or the fingerprint of its base differs or its base is missing.
+            image backend, a file differs from the one that was saved, or its base does or is
+            missing.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"neither {MANIFEST_NAME} nor config.json here",
-                place=folder,
-                fix="Name a model folder; a dual encoder's is for what only embeds",
-            )
+            raise describe_folder_without_config(folder)
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _read_manifest(path)
-    if manifest["format"] != FORMAT_VERSION:
-        raise ModelError(
-            f"format {manifest['format']}, this version reads {FORMAT_VERSION}",
-            place=path,
-            fix="Update vlduet",
-        )
-    if manifest["image_backend"] != IMAGE_BACKEND:
-        raise ModelError(
-            f"saved with image backend '{manifest['image_backend']}', "
-            f"this one is '{IMAGE_BACKEND}'",
-            place=path,
-        )
-    base_folder = Path(os.path.normpath(folder / manifest["base"]))
-    if not (base_folder / "config.json").is_file():
-        raise ModelError(
-            f"the base '{base_folder}' is gone",
-            place=path,
-            fix="Bring it back, or edit base in vlduet.json",
-        )
-    base_fingerprint = fingerprint_checkpoint(base_folder)
-    if base_fingerprint != manifest["base_fingerprint"]:
-        raise ModelError(
-            f"the base '{base_folder}' has changed: its fingerprint is {base_fingerprint}, "
-            f"was {manifest['base_fingerprint']}",
-            place=path,
-            fix="Bring the original back or train again",
-        )
-    try:
+    verification.verify_files(folder, manifest, place=path)
+    base_folder = _locate_base(folder, manifest)
+    verification.verify_base(base_folder, manifest, place=path)
+    with translate_library_errors(folder, subject="model folder"):
         tensors = load_file(folder / "duet.safetensors")
         golden_vectors = load_file(folder / "golden.safetensors")["vectors"]
-    except (FileNotFoundError, SafetensorError, KeyError) as error:
-        raise ModelError(
-            f"broken model folder ({error})", place=folder, fix="Copy the whole folder again"
-        ) from None
     adapter_folder = folder / "adapter" if manifest["adapter"] else None
     template_file = folder / TEMPLATE_FILE
     chat_template = None
@@ -133,21 +124,78 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template)
 
 
+def find_damage(folder: Path) -> tuple[list[str], int]:
+    """Return a line for each damaged file of a model folder, and the number of verified files.
+
+    All of them are read, with those of the base. Of a plain checkpoint or a model of an earlier
+    version, which have no list of files, the result is ([], 0) unless the base differs.
+
+    Raises:
+        ModelError: the folder holds no model, or its manifest is broken or its base missing.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        read_checkpoint(folder)  # refuses what is no checkpoint
+        return [], 0
+    manifest = _read_manifest(path)
+    base_folder = _locate_base(folder, manifest)
+    return verification.find_model_damage(folder, base_folder, manifest, manifest_name=path.name)
+
+
+def _locate_base(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """Return the folder of a model's base; raise ModelError if it is missing."""
+    base_folder = Path(os.path.normpath(folder / manifest["base"]))
+    base_name = manifest.get("base_name")
+    base_folder = find_base(base_folder, base_name)
+    if not (base_folder / "config.json").is_file():
+        bring = f" (vlduet model pull {base_name})" if base_name else ""
+        raise ModelError(
+            f"the base '{base_folder}' is gone",
+            place=folder / MANIFEST_NAME,
+            fix=f"Bring it back{bring}, or edit base in vlduet.json",
+        )
+    return base_folder
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Return the content of a manifest file.
 
     Raises:
-        ModelError: it is not a JSON object, or lacks one of MANIFEST_KEYS. A manifest of another
-            format version may lack any: the caller refuses it by its version.
+        ModelError: it is not a JSON object, or a key is missing or of another type, or the kind of
+            head is unknown, or the format or the image backend is another one.
+        ConfigError: a prompt is unknown or invalid.
     """
-    fix = "Copy the whole folder again"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        missing_keys = sorted(MANIFEST_KEYS - manifest.keys())
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"broken manifest ({error})", place=path, fix=fix) from None
-    if missing_keys and manifest.get("format") in (None, FORMAT_VERSION):
-        raise ModelError(f"'{missing_keys[0]}' is missing", place=path, fix=fix)
+    manifest = read_json_object(path, {"format": int}, error_class=ModelError, fix=COPY_AGAIN)
+    if manifest["format"] != FORMAT_VERSION:
+        raise ModelError(
+            f"format {manifest['format']}, this version reads {FORMAT_VERSION}",
+            place=path,
+            fix="Update vlduet",
+        )
+    check_fields(
+        manifest,
+        MANIFEST_FIELDS,
+        place=path,
+        error_class=ModelError,
+        fix=COPY_AGAIN,
+        optional=OPTIONAL_FIELDS,
+    )
+    for name, description in manifest["trained"].items():
+        place = f"{path}: trained.{name}"
+        fields = {"sha256": str}
+        check_fields(description, fields, place=place, error_class=ModelError, fix=COPY_AGAIN)
+    head = manifest["head"]
+    if head["kind"] not in HEAD_KINDS or head["dim"] < 1:
+        message = f"head.kind is {quote_value(head['kind'])}, head.dim {head['dim']}"
+        fix = f"Update vlduet, which knows {', '.join(HEAD_KINDS)}, or copy the folder again"
+        raise ModelError(message, place=path, fix=fix)
+    Prompts.from_manifest(manifest["prompts"], place=path)
+    if manifest["image_backend"] != IMAGE_BACKEND:
+        raise ModelError(
+            f"saved with image backend '{manifest['image_backend']}', "
+            f"this one is '{IMAGE_BACKEND}'",
+            place=path,
+        )
     return manifest
 
 
@@ -182,6 +230,7 @@ def write_checkpoint(
         "vlduet": __version__,
         "base": "." if base is None else os.path.relpath(base.resolve(), _final_folder(folder)),
         "base_fingerprint": fingerprint_checkpoint(base or folder),
+        "base_name": None if base is None else describe_snapshot(base),
         "image_backend": IMAGE_BACKEND,
         "adapter": save_adapter is not None,
         "trained": describe_tensors({**own_tensors, **adapter_tensors}),
@@ -194,6 +243,7 @@ def write_checkpoint(
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     if save_adapter is not None:
         save_adapter(folder / "adapter")
+    manifest = verification.seal_manifest(manifest, folder, base=base)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
@@ -277,8 +327,14 @@ def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, plac
         place: folder that an error names.
 
     Raises:
-        ModelError: the cosine of a pair of vectors is too low, or not a number.
+        ModelError: the shapes differ, or the cosine of a pair is too low, or not a number.
     """
+    if saved.shape != now.shape:
+        raise ModelError(
+            f"golden.safetensors has vectors {list(saved.shape)}, the model {list(now.shape)}",
+            place=place,
+            fix=COPY_AGAIN,
+        )
     cosines = torch.nn.functional.cosine_similarity(saved.double(), now.double())
     worst = float((1 - cosines).max())
     if not worst <= GOLDEN_TOLERANCES.get(dtype, HALF_PRECISION_TOLERANCE):  # also refuses NaN
@@ -292,7 +348,9 @@ def check_golden_vectors(saved: Tensor, now: Tensor, *, dtype: torch.dtype, plac
 def compute_fingerprint(
     description: Mapping[str, Any], base_fingerprint: str, tensors: Mapping[str, Tensor]
 ) -> str:
-    """Return 16 hexadecimal digits that identify everything an embedding depends on.
+    """Return hexadecimal digits that identify everything an embedding depends on.
+
+    There are as many as in `base_fingerprint`, so that those of earlier versions can be told apart.
 
     Args:
         description: `prompts`, `head` and, unless empty, `image_processor` as in the manifest;
@@ -310,4 +368,5 @@ def compute_fingerprint(
     }
     if description.get("image_processor"):  # models of earlier versions have no such key
         identity["image_processor"] = description["image_processor"]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    content = json.dumps(identity, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()[: len(base_fingerprint)]

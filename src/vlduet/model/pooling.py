@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vlduet.data.batches import Batch
 from vlduet.data.sequences import IGNORE_INDEX, Anchor
+from vlduet.errors import ConfigError
+from vlduet.library_errors import is_lack_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,10 @@ def find_supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
+HEAD_KINDS = ("none", "linear", "mlp", "split")
+"""Kinds of `EmbeddingHead`."""
+
+
 class EmbeddingHead(nn.Module):
     """Map from pooled hidden states to embeddings of unit length, r = norm(head(d))."""
 
@@ -107,10 +113,23 @@ class EmbeddingHead(nn.Module):
             width: D, width of the hidden states.
             dim: E, width of the embeddings; `none` has E = D instead.
             vision_width: width of the vision features that `split` reads.
+
+        Raises:
+            ConfigError: there is too little memory for `dim`.
         """
         super().__init__()
         self.kind = kind
         self.dim = width if kind == "none" else dim
+        try:
+            self._create_layers(kind, width, dim, vision_width=vision_width)
+        except (RuntimeError, MemoryError) as error:
+            if not is_lack_of_memory(error):
+                raise
+            message = f"too little memory for dim {dim}"
+            raise ConfigError(message, place="model.dim", fix="Use a smaller dim") from error
+
+    def _create_layers(self, kind: str, width: int, dim: int, *, vision_width: int) -> None:
+        """Set the layers; the arguments are those of `__init__`."""
         # All variants are created, whichever is used: the random numbers drawn after them stay the
         # same.
         layers: dict[str, nn.Module] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -25,9 +23,12 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
+from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model.chat_template import read_chat_template
 from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, run_image_processor
 from vlduet.model.families.registry import find_family
+from vlduet.model.folder_checks import TYPE_REMEDIES, describe_folder_without_config
+from vlduet.structured_files import read_json_object
 
 IMAGE_BACKEND = "pil"
 """Library that resizes images in training, indexing and serving: another one changes embeddings."""
@@ -218,24 +219,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(
-            "the folder has no config.json",
-            place=folder,
-            fix="Name a folder that holds a Hugging Face checkpoint",
-        )
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise ModelError(
-            f"broken JSON ({error})", place=path, fix="Copy the whole folder again"
-        ) from None
+        raise describe_folder_without_config(folder)
+    config = read_json_object(path, error_class=ModelError, fix=COPY_AGAIN)
     if "auto_map" in config:
         raise ModelError(
             "config.json has auto_map: it asks to run code of the checkpoint",
             place=path,
-            fix="Use a converted checkpoint",
+            fix=TYPE_REMEDIES.get(str(config.get("model_type")), "Use a converted checkpoint"),
         )
     return config
 
@@ -244,17 +234,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def translate_load_errors(folder: Path) -> Iterator[None]:
     """Silence transformers in the block and turn its errors about files into a ModelError.
 
-    Every OSError, RuntimeError, ValueError or SafetensorError of the block becomes a ModelError at
-    `folder` with the first line of its message; other exceptions propagate.
+    Every exception of READ_ERRORS becomes a ModelError, as `translate_library_errors` says.
     """
-    try:
-        with silence_transformers():
-            yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"broken checkpoint ({reason})", place=folder, fix="Copy the whole folder again"
-        ) from error
+    with translate_library_errors(folder, subject="checkpoint"), silence_transformers():
+        yield
 
 
 @contextmanager

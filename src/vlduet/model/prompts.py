@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from vlduet.data import content_keys
 from vlduet.data.records import ImageRef, Message, Parts, extract_images
 from vlduet.data.sequences import PreparedImage, Sequence
-from vlduet.errors import ConfigError, DataError
+from vlduet.errors import ConfigError, DataError, quote_value, suggest_name
 from vlduet.model.chat_layout import ChatLayouts
 from vlduet.model.limits import DEFAULT_MAX_TOKENS
 from vlduet.model.processing import Processor
 from vlduet.model.sequence_builder import SequenceBuilder
 from vlduet.model.text_tokenizer import TextTokenizer
+from vlduet.structured_files import check_fields
 
 SLOT_PATTERN = re.compile(r"\{(image|text|parts)\}")
 """Place of the content in a prompt."""
@@ -65,9 +66,8 @@ class Prompts:
         for name in ("image", "text", "parts"):
             prompt = getattr(self, name)
             if SLOT_PATTERN.findall(prompt) != [name]:
-                raise ConfigError(
-                    f"{prompt!r}", place=f"prompts.{name}", fix=f"Write {{{name}}} in it once"
-                )
+                fix = f"Write {{{name}}} in it once"
+                raise ConfigError(quote_value(prompt), place=f"prompts.{name}", fix=fix)
         if self.image_pool not in ("last", "mean", "vision"):
             raise ConfigError(
                 f"'{self.image_pool}'",
@@ -87,9 +87,25 @@ class Prompts:
         return fields
 
     @classmethod
-    def from_manifest(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the prompts of a manifest; TypeError for an unknown field."""
-        return cls(**{"joined": False, **fields})
+    def from_manifest(cls, values: Mapping[str, Any], *, place: object = "prompts") -> Self:
+        """Return the prompts of a manifest.
+
+        Args:
+            values: the manifest's key ``prompts``.
+            place: place of an error.
+
+        Raises:
+            ConfigError: a field is unknown, of another type, or invalid as in `Prompts`.
+        """
+        types = {field.name: type(field.default) for field in fields(cls)}
+        for name in values:
+            if name not in types:
+                fix = f"{suggest_name(name, types)} Or update vlduet"
+                raise ConfigError(f"unknown prompt {quote_value(name)}", place=place, fix=fix)
+        check_fields(
+            dict(values), place=place, error_class=ConfigError, fix="Correct it", optional=types
+        )
+        return cls(**{"joined": False, **values})
 
 
 class Renderer:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlduet.errors import ModelError
 from vlduet.files import recover_folder, replace_folder_atomically
+from vlduet.hub import resolve_model
 from vlduet.model import checkpoint
 from vlduet.model.adapters import save_lora
 from vlduet.model.backbone import load_backbone, select_device
@@ -42,12 +43,19 @@ def describe_embedding(model: DuetModel) -> dict[str, Any]:
     return description
 
 
-def compute_model_fingerprint(model: DuetModel) -> str:
-    """Return 16 hexadecimal digits that identify all that the model's embeddings depend on."""
+def compute_model_fingerprint(model: DuetModel, *, like: str | None = None) -> str:
+    """Return hexadecimal digits that identify all that the model's embeddings depend on.
+
+    Args:
+        model: the model, whose base is hashed if its files have changed.
+        like: fingerprint to compare the result with, see `fingerprint_checkpoint`. None: that of
+            the base in the folder that the model was opened from.
+    """
+    base_fingerprint = fingerprint_checkpoint(
+        model.backbone.folder, like=like or model.backbone.saved_fingerprint
+    )
     return checkpoint.compute_fingerprint(
-        model.embedding_settings(),
-        fingerprint_checkpoint(model.backbone.folder),
-        _trained_tensors(model),
+        model.embedding_settings(), base_fingerprint, _trained_tensors(model)
     )
 
 
@@ -110,6 +118,7 @@ def save_merged(
         model.backbone.save_pretrained(temporary)
         _write_model(model, temporary, base=None, provenance=provenance or {})
     model.backbone.folder = Path(folder)
+    model.backbone.saved_fingerprint = None
 
 
 def _write_model(
@@ -153,7 +162,7 @@ def open_model(
     Args:
         model_class: class of the result.
         folder: folder of `save_pretrained` or `save_merged`, or a Hugging Face checkpoint of a
-            known family.
+            known family; or its name on the hub (`hub.resolve_model`).
         device: None is the GPU if there is one.
         dtype: see `DuetModel.from_pretrained`.
         check_golden: embed the golden inputs and compare them with those at saving.
@@ -167,7 +176,8 @@ def open_model(
         ModelError: there is no model, a file is broken or was changed, its base is missing or has
             changed, or the golden vectors differ.
     """
-    saved = checkpoint.read_checkpoint(recover_folder(Path(folder)))
+    folder = resolve_model(recover_folder(Path(folder)))
+    saved = checkpoint.read_checkpoint(folder)
     limits = Limits.from_manifest(saved.manifest, max_tokens=max_tokens)
     backbone = load_backbone(
         saved.base_folder,
@@ -179,12 +189,14 @@ def open_model(
         backbone.limit_image_tokens(max_image_tokens or limits.max_image_tokens)
         prompts = prompts or Prompts()
         return model_class(backbone, prompts=prompts, max_tokens=limits.max_tokens).eval()
+    backbone.saved_fingerprint = saved.manifest["base_fingerprint"]
     image_settings = saved.manifest.get("image_processor")
     backbone.limit_image_tokens(limits.max_image_tokens, settings=image_settings)
     head = saved.manifest["head"]
+    manifest_path = Path(folder) / checkpoint.MANIFEST_NAME
     model = model_class(
         backbone,
-        prompts=Prompts.from_manifest(saved.manifest["prompts"]),
+        prompts=Prompts.from_manifest(saved.manifest["prompts"], place=manifest_path),
         head=head["kind"],
         dim=head["dim"],
         max_tokens=limits.max_tokens,

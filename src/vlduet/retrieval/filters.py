@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlduet.errors import RetrievalError, suggest_name
+from vlduet.errors import RetrievalError, quote_value, suggest_name
 from vlduet.retrieval.documents import replace_lone_surrogates
 
 Scalar = str | float | bool
@@ -46,7 +46,7 @@ class Condition:
         Raises RetrievalError for an unknown operator, for a value that `_convert` refuses, and for
         ``in`` with a value that is a text or no iterable.
         """
-        place = f"where: {self.key!r} {self.operator}"
+        place = f"where: {quote_value(self.key)} {self.operator}"
         if self.operator not in OPERATORS:
             fix = f"Use {' '.join(OPERATORS)}"
             raise RetrievalError(f"unknown operator '{self.operator}'", place=place, fix=fix)
@@ -54,7 +54,7 @@ class Condition:
             object.__setattr__(self, "value", self._convert(self.value, place))
             return
         if isinstance(self.value, str) or not isinstance(self.value, Iterable):
-            message = f"{self.value!r} is not a list"
+            message = f"{quote_value(self.value)} is not a list"
             raise RetrievalError(message, place=place, fix="Give several values")
         values = tuple(self._convert(value, place) for value in self.value)
         object.__setattr__(self, "value", values)
@@ -69,7 +69,7 @@ class Condition:
         converted = to_scalar(value)
         if converted is None or (is_order and isinstance(converted, bool)):
             kinds = "a text or a number" if is_order else "a text, a number or a flag"
-            message = f"{value!r} cannot be compared"
+            message = f"{quote_value(value)} cannot be compared"
             raise RetrievalError(message, place=place, fix=f"Compare with {kinds}")
         return converted
 
@@ -124,7 +124,7 @@ def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...
         _check_key(condition.key, fields)
         for value in condition.values:
             if scalar_kind(value) not in fields[condition.key]:
-                place = f"where: {condition.key!r} {condition.operator}"
+                place = f"where: {quote_value(condition.key)} {condition.operator}"
                 raise _wrong_kind_error(repr(value), condition.key, fields, place=place)
     return tuple(conditions)
 
@@ -177,30 +177,30 @@ def parse_condition(text: str, fields: FilterFields) -> Condition:
     match = _CONDITION.fullmatch(text)
     if match is None:
         fix = "Write key=value; operators: " + " ".join(OPERATORS)
-        raise RetrievalError(f"'{text}'", place="--where", fix=fix)
+        raise RetrievalError(quote_value(text), place="--where", fix=fix)
     key, operator_name, value = match["key"], match["operator"], match["value"]
     _check_key(key, fields)
-    kinds, place = set(fields[key]), f"--where '{text}'"
+    kinds, place = set(fields[key]), f"--where {quote_value(text)}"
     if operator_name == "in":
         values = [_parse_value(item.strip(), kinds) for item in value.split(",")]
         if None in values:
-            raise _wrong_kind_error(f"'{value}'", key, fields, place=place)
+            raise _wrong_kind_error(quote_value(value), key, fields, place=place)
         return Condition(key, operator_name, values)
     scalar = _parse_value(value, kinds)
     if scalar is None:
-        raise _wrong_kind_error(f"'{value}'", key, fields, place=place)
+        raise _wrong_kind_error(quote_value(value), key, fields, place=place)
     is_numeric_text = isinstance(scalar, str) and _parse_number(scalar) is not None
     if operator_name in ORDER_OPERATORS and is_numeric_text:
         # As texts, '1000' comes before '9'.
         fix = "Write every value of it as a plain number, such as 12.5, and index the source again"
-        raise RetrievalError(f"'{value}': {key} holds texts", place=place, fix=fix)
+        raise RetrievalError(f"{quote_value(value)}: {key} holds texts", place=place, fix=fix)
     return Condition(key, operator_name, scalar)
 
 
 def _check_key(key: str, fields: FilterFields) -> None:
     """Raise RetrievalError, with the most similar known key, if no document has `key`."""
     if key not in fields:
-        message = f"no document has metadata '{key}'"
+        message = f"no document has metadata {quote_value(key)}"
         raise RetrievalError(message, place="where", fix=suggest_name(key, fields))
 
 

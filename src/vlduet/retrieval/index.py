@@ -20,17 +20,40 @@ from typing import Self
 
 from vlduet import __version__
 from vlduet.data.records import ImageRef
-from vlduet.errors import RetrievalError
+from vlduet.errors import RetrievalError, quote_value
 from vlduet.files import write_text_atomically
+from vlduet.hub import describe_snapshot
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.stores.base import IndexRow, VectorStore
+from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
 MANIFEST_FORMAT = 1
 """Version of the manifest's format; an index in another format is refused."""
 MANIFEST_FILENAME = "manifest.json"
 STORE = "lance"
 """Kind of store that the manifest of every index names."""
+REQUIRED_FIELDS: FieldTypes = {
+    "format": int,
+    "store": str,
+    "side": str,
+    "dim": int,
+    "fingerprint": str,
+    "image_backend": str,
+}
+"""Keys that every manifest has."""
+OPTIONAL_FIELDS: FieldTypes = {
+    "model": (str, type(None)),
+    "model_relative": (str, type(None)),
+    "source": str,
+    "fields": dict,
+    "count": int,
+    "complete": bool,
+    "created": str,
+    "updated": str,
+    "vlduet": str,
+}
+"""Keys that manifests of earlier versions may lack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +106,28 @@ class IndexManifest:
                 flat store of earlier versions.
         """
         rebuild = "Delete the index and build it again"
-        try:
-            values = json.loads((path / MANIFEST_FILENAME).read_text(encoding="utf-8"))
-            if values["format"] != MANIFEST_FORMAT:
-                message = f"in format {values['format']}, this version reads {MANIFEST_FORMAT}"
-                fix = "Update vlduet, or build the index again"
-                raise RetrievalError(message, place=path, fix=fix)
-            manifest = cls(**values)
-        except (FileNotFoundError, NotADirectoryError):
+        file = path / MANIFEST_FILENAME
+        if not file.exists():
             fix = "Build one: vlduet index MODEL SOURCE --to INDEX"
-            raise RetrievalError("no index here", place=path, fix=fix) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            message = f"broken manifest ({type(error).__name__}: {error})"
-            raise RetrievalError(message, place=path / MANIFEST_FILENAME, fix=rebuild) from None
+            raise RetrievalError("no index here", place=path, fix=fix)
+        values = read_json_object(file, {"format": int}, error_class=RetrievalError, fix=rebuild)
+        if values["format"] != MANIFEST_FORMAT:
+            message = f"in format {values['format']}, this version reads {MANIFEST_FORMAT}"
+            fix = "Update vlduet, or build the index again"
+            raise RetrievalError(message, place=path, fix=fix)
+        check_fields(
+            values,
+            REQUIRED_FIELDS,
+            place=file,
+            error_class=RetrievalError,
+            fix=rebuild,
+            optional=OPTIONAL_FIELDS,
+        )
+        unknown_keys = sorted(values.keys() - {*REQUIRED_FIELDS, *OPTIONAL_FIELDS})
+        if unknown_keys or values["dim"] < 1:
+            problem = f"unknown key {quote_value(unknown_keys[0])}" if unknown_keys else "dim < 1"
+            raise RetrievalError(f"broken manifest ({problem})", place=file, fix=rebuild)
+        manifest = cls(**values)
         if manifest.store != STORE:
             message = f"its store '{manifest.store}' is no longer supported, only '{STORE}' is"
             raise RetrievalError(message, place=path, fix=rebuild)
@@ -112,11 +144,20 @@ class IndexManifest:
 
         Models are compared by fingerprint: only vectors of the same model are comparable.
         """
+        from vlduet.model.duet import DuetModel
+        from vlduet.model.saving import compute_model_fingerprint
+
         fingerprint = model.fingerprint
+        if fingerprint != self.fingerprint and isinstance(model, DuetModel):
+            # An earlier version computed fingerprints of plain checkpoints in another way.
+            fingerprint = compute_model_fingerprint(model, like=self.fingerprint)
         if fingerprint != self.fingerprint:
             builder = self.fingerprint + (f" ({self.model})" if self.model else "")
             message = f"built by model {builder}, this is model {fingerprint}"
-            fix = "Use that model (--model DIR), or build a new index (vlduet index ... --to DIR)"
+            fix = (
+                "Use that model (--model DIR), copy it again if a file of it is damaged, "
+                "or build a new index (vlduet index ... --to DIR)"
+            )
             raise RetrievalError(f"{message}: vectors differ", place=path, fix=fix)
 
 
@@ -167,7 +208,8 @@ class Index:
         path = self._locate(self.manifest.model, self.manifest.model_relative)
         if path is None or not path.exists():
             message = f"its model {self.manifest.model or '(built from Python)'} is not there"
-            raise RetrievalError(message, place=self.path, fix="Name the model: --model DIR")
+            name = describe_snapshot(Path(self.manifest.model or "")) or "DIR"
+            raise RetrievalError(message, place=self.path, fix=f"Name the model: --model {name}")
         return path
 
     def row_image(self, row: IndexRow) -> ImageRef | None:

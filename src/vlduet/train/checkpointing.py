@@ -7,7 +7,6 @@ Random numbers need no state: those of a step are a function of (seed, step, ran
 from __future__ import annotations
 
 import json
-import pickle
 import platform
 import shutil
 from collections.abc import Mapping
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlduet import __version__, distributed
-from vlduet.config import RunConfig
+from vlduet.config import RunConfig, SourceSection
 from vlduet.data.record_json import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError, quote_value
 from vlduet.files import recover_folder, replace_folder_atomically, write_text_atomically
+from vlduet.hub import Kind, list_commits
+from vlduet.library_errors import translate_library_errors
 from vlduet.logs import logger
 from vlduet.structured_files import read_json_object
 from vlduet.train.run import TrainingRun
@@ -91,18 +91,9 @@ def load_state(run: TrainingRun) -> int:
     folder = recover_folder(run.config.out / STATE_FOLDER)
     if not (folder / STATE_FILE).is_file():
         raise TrainingError("nothing to resume", place=folder, fix="Start without --resume")
-    try:
+    fix = "Copy the whole run again, or start anew"
+    with translate_library_errors(folder, error_class=TrainingError, subject="state", fix=fix):
         return _load_folder(run, folder)
-    except (
-        OSError, ValueError, KeyError, RuntimeError, EOFError,
-        SafetensorError, pickle.UnpicklingError,
-    ) as error:  # fmt: skip
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-        raise TrainingError(
-            f"broken state ({reason})",
-            place=folder,
-            fix="Copy the whole run again, or start anew",
-        ) from None
 
 
 def _load_folder(run: TrainingRun, folder: Path) -> int:
@@ -110,8 +101,7 @@ def _load_folder(run: TrainingRun, folder: Path) -> int:
 
     Raises:
         TrainingError: a decisive setting differs; raised before anything is loaded.
-        OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError: a
-            file is missing or broken.
+        READ_ERRORS: a file is missing or broken.
     """
     facts = read_json_object(
         folder / STATE_FILE,
@@ -152,10 +142,21 @@ def build_provenance(run: TrainingRun) -> dict[str, Any]:
         "config": run.config.model_dump(mode="json"),
         "steps": run.num_steps,
         "records": [len(source.records) for source in run.sources],
+        "hub": list_commits(_list_names(run.config)),
         "vlduet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _list_names(config: RunConfig) -> list[tuple[Path | None, Kind]]:
+    """Return the paths and names of all models and data sets of a config, with their kinds."""
+    encoders = config.encoders
+    models = [config.model.path, encoders.vision, encoders.text, encoders.cross]
+    sources = [source.path for source in config.data.train]
+    if isinstance(config.data.validation, SourceSection):
+        sources.append(config.data.validation.path)
+    return [*((path, "model") for path in models), *((path, "dataset") for path in sources)]
 
 
 def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

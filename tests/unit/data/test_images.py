@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
 import struct
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,3 +274,46 @@ def test_a_header_that_cannot_be_read_is_an_error_as_in_decoding(
     for read in (images.read_image_header, images.load_image):
         with pytest.raises(ImageError, match=message):
             read(ImageRef(path=path))
+
+
+@pytest.mark.parametrize("read", [images.load_image, images.read_image_header, images.image_key])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "sparse"])
+def test_only_regular_files_of_bounded_size_are_read(
+    tmp_path: Path, kind: str, read: Callable[[ImageRef], object]
+) -> None:
+    path = tmp_path / "a.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(50 << 30)
+    with pytest.raises(ImageError, match=r"a\.png.*(regular file|MiB)"):
+        read(ImageRef(path=path))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("offset", [0, -70_000])
+def test_strips_of_pixels_are_scaled_as_one(dtype: type, offset: int) -> None:
+    rows = np.arange(3 * images.STRIP_ROWS + 5)[:, None] * 300 + np.arange(7)
+    values = np.clip(rows + offset, 0 if dtype is np.uint16 else None, 65535).astype(dtype)
+    pixels = images.to_pixels(images.load_image(encode(Image.fromarray(values), "TIFF")))[..., 0]
+    numbers = values.astype(np.float64)
+    if dtype is np.float32 or numbers.min() < 0:
+        numbers = (numbers - numbers.min()) / (numbers.max() - numbers.min()) * 65535
+    assert np.abs(pixels - numbers / 257).max() <= 0.51
+
+
+def test_sixteen_bits_take_little_more_memory_than_eight() -> None:
+    side = 1500
+    deep = Image.fromarray(np.full((side, side), 40_000, np.uint16))
+    sizes = {}
+    for name, ref in (("deep", encode(deep)), ("rgb", encode(Image.new("RGB", (side, side))))):
+        tracemalloc.start()
+        images.load_image(ref)
+        sizes[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert sizes["deep"] < 1.5 * sizes["rgb"]  # numpy's arrays are traced, Pillow's are not

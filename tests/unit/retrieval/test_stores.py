@@ -325,3 +325,28 @@ def test_every_file_is_synced_before_a_write_returns(
 def test_missing_store_cannot_be_opened_for_reading(tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="cannot be opened"):
         open_for_reading(tmp_path / "none")
+
+
+READS = {
+    "search": lambda store: store.search(np.eye(1, DIM, dtype=np.float32), k=1),
+    "read_hashes": lambda store: store.read_hashes(),
+    "read_vectors": lambda store: store.read_vectors(["a"]),
+}
+
+
+@pytest.mark.parametrize("size", [None, 0, 100, 200])
+@pytest.mark.parametrize("read", READS)
+def test_data_files_that_are_cut_or_lost_are_named_errors(
+    tmp_path: Path, read: str, size: int | None
+) -> None:
+    """`size` is the number of bytes that are left of each file; None: it is deleted."""
+    store = open_for_writing(tmp_path)
+    store.upsert([make_row("a"), make_row("b")], normalize(np.eye(2, DIM)))
+    for path in data_files(tmp_path):
+        if size is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(RetrievalError, match=r"broken index.*build it again") as caught:
+        READS[read](open_for_reading(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import lzma
 import re
 import tarfile
@@ -25,6 +24,7 @@ from vlduet.data.readers.columns import plan_columns
 from vlduet.data.readers.rows import ReadContext, SourceRow, split_caption_lines
 from vlduet.data.records import ByteRange, ImageRef, Place, is_utf8_encodable
 from vlduet.errors import DataError
+from vlduet.structured_files import parse_json
 
 TEXT_ROLES = ("short", "long", "query", "positive", "negative", "unread")
 """Fields of `ColumnPlan` that hold columns of texts; those of ``unread`` are reported."""
@@ -34,6 +34,33 @@ TEXT_ENDINGS = frozenset({"txt", "text", "caption", "captions"})
 """Last endings of members that are texts, in lower case."""
 CAPTION_NAMES = TEXT_ENDINGS | {"output"}
 """Names before the last ending of a text that leave it a caption, as in ``KEY.output.txt``."""
+
+
+MAX_EXTENDED_HEADER_BYTES = 2**20
+"""Largest size of a header that holds a long name or attributes of a member."""
+EXTENDED_HEADER_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+"""Types of headers that tarfile reads as a whole."""
+
+
+class _BoundedTarInfo(tarfile.TarInfo):
+    """Header of a member that refuses extended headers of any size."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+        """Return the header of a block of 512 bytes, as tarfile does.
+
+        Raises:
+            DataError: it announces more than `MAX_EXTENDED_HEADER_BYTES`; tarfile would ignore its
+                own exceptions.
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENDED_HEADER_TYPES and header.size > MAX_EXTENDED_HEADER_BYTES:
+            message = f"an archive with a header of {header.size / 2**20:.0f} MiB"
+            raise DataError(message, fix="Pack the files again; what follows in it was not read")
+        return header
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +106,9 @@ def read_tar_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
 def _is_seekable_archive(source: Path) -> bool:
     """Return whether a file starts like an uncompressed archive; False if it cannot be opened."""
     try:
-        if source.is_file():  # not a pipe
-            tarfile.open(source, "r:").close()
-            return True
-    except (tarfile.TarError, OSError):
+        tarfile.open(source, "r:", tarinfo=_BoundedTarInfo).close()
+        return True
+    except (tarfile.TarError, OSError, DataError):
         pass
     return False
 
@@ -100,7 +126,10 @@ def _list_members(source: Path, context: ReadContext, *, is_stream: bool) -> Ite
     try:
         # Not "r|*", which reads the first of several compressed streams and ignores the others.
         mode: Literal["r:*", "r:"] = "r:*" if is_stream else "r:"
-        with source.open("rb") as file, tarfile.open(fileobj=file, mode=mode) as archive:
+        with (
+            source.open("rb") as file,
+            tarfile.open(fileobj=file, mode=mode, tarinfo=_BoundedTarInfo) as archive,
+        ):
             version = None if is_stream else stat_file_version(file)
             while (entry := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # a list of all headers
@@ -117,6 +146,9 @@ def _list_members(source: Path, context: ReadContext, *, is_stream: bool) -> Ite
             if not is_stream:
                 file.seek(archive.offset)
             _require_zeros(archive.fileobj)
+    except DataError as error:
+        place = Place(str(source), None, key or None)
+        yield _Member(key, "", DataError(error.message, place=place, fix=error.fix))
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         message = f"truncated or broken archive ({error})"
         fix = "Copy or download the shard again; what follows in it was not read"
@@ -378,11 +410,8 @@ def _parse_json_members(
     for ending in endings:
         json_place = place.with_field(ending)
         text = _read_text(contents[ending], json_place)
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:  # or numbers in it
-            message = f"broken JSON ({error})"
-            raise DataError(message, place=json_place, fix="Write one JSON object") from None
+        fix = "Write one JSON object"
+        value = parse_json(text, place=json_place, error_class=DataError, fix=fix)
         if ending != "json" and len(endings) > 1:
             _set_column(columns, ending.rpartition(".")[0], value, context)
         elif isinstance(value, dict):

@@ -16,9 +16,16 @@ import numpy as np
 from vlduet.data.images import stat_file_version
 from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.data.records import ByteRange, ImageRef, Place
+from vlduet.errors import DataError
 
 BATCH_BYTES = 4 * 2**20
 """Size of the rows of a Parquet file that are in memory at once, unless one row is larger."""
+MAX_TEXT_BYTES = 16 * 2**20
+"""Size of the longest text of a row of a Parquet file."""
+MAX_UNFOLDED_BYTES = 256 * 2**20
+"""Size of a group of rows from which on its compression is checked."""
+MAX_COMPRESSION = 1000
+"""Largest factor by which a group of more than `MAX_UNFOLDED_BYTES` is compressed."""
 MAX_BATCH_ROWS = 64
 """Largest number of rows that are in memory at once."""
 
@@ -36,20 +43,52 @@ def read_arrow_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     return _read_rows(source, context, _iter_arrow_values(source))
 
 
-def _iter_parquet_values(source: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file. Raises as `_iter_arrow_values`."""
+def _iter_parquet_values(source: Path) -> Iterator[dict[str, Any] | DataError]:
+    """Yield the rows of a Parquet file, and an error for rows with a longer text than allowed.
+
+    Raises as `_iter_arrow_values`, and DataError for a group of rows that `_check_compression`
+    refuses.
+    """
     import pyarrow.parquet
 
     # A mapped file takes half of the memory: pyarrow decodes at least a page at once.
     with pyarrow.parquet.ParquetFile(source, memory_map=True) as file:
         for i in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(i)
+            _check_compression(group, Place(str(source)))
             num_rows = BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
             num_rows = min(max(num_rows, 1), MAX_BATCH_ROWS)
             for batch in file.iter_batches(num_rows, row_groups=[i]):
-                yield from batch.to_pylist()
+                yield from [_too_long_error(source)] if _has_long_text(batch) else batch.to_pylist()
             batch = None
             pyarrow.default_memory_pool().release_unused()  # it would keep the largest page
+
+
+def _check_compression(group: Any, place: Place) -> None:
+    """Raise DataError for a group of rows that is large and compressed like no real data."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    stored = max(1, sum(column.total_compressed_size for column in columns))
+    unfolded = sum(column.total_uncompressed_size for column in columns)
+    if unfolded > MAX_UNFOLDED_BYTES and unfolded > MAX_COMPRESSION * stored:
+        message = f"{stored / 2**10:.0f} KiB of rows unfold to {unfolded / 2**20:.0f} MiB"
+        raise DataError(message, place=place, fix="Write it again; what follows was not read")
+
+
+def _has_long_text(batch: Any) -> bool:
+    """Return whether a column of texts has one of more than `MAX_TEXT_BYTES`."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for column in batch.columns:
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        if is_text and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
+            return True
+    return False
+
+
+def _too_long_error(source: Path) -> DataError:
+    message = f"a text of more than {MAX_TEXT_BYTES // 2**20} MiB"
+    return DataError(message, place=source, fix="Shorten it, or leave its column out")
 
 
 def _iter_arrow_values(source: Path) -> Iterator[dict[str, Any]]:
@@ -140,7 +179,7 @@ class _MappedFile:
 
 
 def _read_rows(
-    source: Path, context: ReadContext, values: Iterator[dict[str, Any]]
+    source: Path, context: ReadContext, values: Iterator[dict[str, Any] | DataError]
 ) -> Iterator[SourceRow]:
     """Yield a row per table row, numbered from 1.
 
@@ -156,7 +195,14 @@ def _read_rows(
     try:
         for value in values:
             number += 1
-            yield SourceRow(Place(str(source), number), context, f"{source.name}:{number}", value)
+            place, name = Place(str(source), number), f"{source.name}:{number}"
+            if isinstance(value, DataError):
+                error = DataError(value.message, place=place, fix=value.fix)
+                yield SourceRow(place, context, name, error=error)
+            else:
+                yield SourceRow(place, context, name, value)
+    except DataError as error:
+        yield SourceRow(Place(str(source), number + 1), context, source.name, error=error)
     except (pa.ArrowException, OSError) as error:
         place = Place(str(source), number + 1)
         cause = str(error).splitlines()[0][:120]

@@ -18,6 +18,7 @@ from pathlib import Path
 from vlduet.data.readers import archives, arrow, json_files, tables
 from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.errors import DataError
+from vlduet.structured_files import require_regular_file
 
 ContainerReader = Callable[[Path, ReadContext], Iterator[SourceRow]]
 """Function of (file, settings of the source) that yields the file's rows."""
@@ -82,8 +83,10 @@ def read_file_group(
         is_tracked: as in `RowGroup`.
 
     Raises:
-        DataError: a file has an unknown ending.
+        DataError: a file has an unknown ending, or is a pipe, socket or device.
     """
+    for path in files:
+        require_regular_file(path, error_class=DataError)
     context = replace(context, inspected_keys={})
     readers = [_find_reader(path) for path in files]
     rows = (reader(path, context) for reader, path in zip(readers, files, strict=True))

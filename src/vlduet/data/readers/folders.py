@@ -12,7 +12,6 @@ What is not read is counted.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -34,6 +33,7 @@ from vlduet.data.readers.image_folders import SIDECAR_SUFFIXES, read_image_rows
 from vlduet.data.readers.rows import IgnoredData, ReadContext, SourceRow
 from vlduet.data.records import Place
 from vlduet.errors import DataError
+from vlduet.structured_files import read_json_object
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Files that list the images of a folder and of its subfolders; the first that exists is read."""
@@ -366,11 +366,11 @@ def _list_saved_dataset_files(folder: Path) -> list[Path]:
     state = folder / "state.json"
     if not (state.is_file() and (folder / "dataset_info.json").is_file()):
         return []
+    fix = "Save the dataset again with save_to_disk"
+    saved = read_json_object(state, {"_data_files": list}, error_class=DataError, fix=fix)
     try:
-        saved = json.loads(state.read_text(encoding="utf-8"))
         names = [str(item["filename"]) for item in saved["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        fix = "Save the dataset again with save_to_disk"
+    except (KeyError, TypeError) as error:
         raise DataError(f"broken ({error})", place=state, fix=fix) from None
     if saved.get("_indices_data_files") or any(Path(name).name != name for name in names):
         fix = "Call flatten_indices() before save_to_disk"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from vlduet.data.images import IMAGE_SUFFIXES
 from vlduet.data.readers.rows import UTF8_FIX, ReadContext, SourceRow, split_caption_lines
 from vlduet.data.records import Place, is_utf8_encodable
 from vlduet.errors import DataError
+from vlduet.structured_files import read_json_object, require_regular_file
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Endings of the file beside an image that holds its captions; the first that exists is read."""
@@ -80,13 +80,8 @@ def _read_sidecars(path: Path, files: Collection[str]) -> dict[str, Any]:
     value: dict[str, Any] = {}
     if names[".json"] in files:
         sidecar = path.with_name(names[".json"])
-        text = _read_text(sidecar)
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"broken JSON ({error})", place=sidecar, fix="Correct it") from None
-        if not isinstance(value, dict):
-            raise DataError("not a JSON object", place=sidecar, fix="Write {...}, or rename it")
+        fix = "Write {...}, or rename it"
+        value = read_json_object(sidecar, error_class=DataError, fix=fix)
     for suffix in CAPTION_SUFFIXES:
         if names[suffix] in files:
             value.pop("caption", None)
@@ -97,6 +92,7 @@ def _read_sidecars(path: Path, files: Collection[str]) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     """Return the content of a text file. Raise DataError if it is not UTF-8 or cannot be read."""
+    require_regular_file(path, error_class=DataError)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

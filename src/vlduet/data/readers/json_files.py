@@ -22,6 +22,8 @@ from vlduet.errors import DataError
 
 NUM_BROKEN_LINES = 20
 """Number of first lines that must all be broken for a file to be no JSON lines at all."""
+MAX_LINE_BYTES = 1 << 28
+"""Size of the longest line that is read."""
 _BLANKS = " \t\r\n"
 
 
@@ -36,7 +38,8 @@ def read_jsonl_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """
     encoding = detect_encoding(source)
     with _open_lines(source, encoding) as lines:
-        head = list(itertools.islice((line for line in lines if line.strip()), 2))
+        filled_lines = (line for line in _iter_lines(lines, source) if line.strip())
+        head = list(itertools.islice(filled_lines, 2))
     text = b"".join(head).decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if text.startswith("[") or _spans_lines(text):
         yield from read_json_rows(source, context)
@@ -53,6 +56,15 @@ def _open_lines(source: Path, encoding: str) -> IO[bytes]:
     if encoding == "utf-8-sig":
         return source.open("rb")
     return io.BytesIO(_read_text(source).encode("utf-8", "surrogatepass"))
+
+
+def _iter_lines(lines: IO[bytes], source: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; raise DataError for one of more than `MAX_LINE_BYTES`."""
+    while line := lines.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            message = f"a line of more than {MAX_LINE_BYTES // 2**20} MiB"
+            raise DataError(message, place=source, fix="Write one JSON object per line")
+        yield line
 
 
 def _spans_lines(text: str) -> bool:
@@ -80,7 +92,7 @@ def _read_lines(source: Path, context: ReadContext, encoding: str) -> Iterator[S
     with _open_lines(source, encoding) as lines:
         rows = (
             _parse_json_line(line, Place(str(source), number), context)
-            for number, line in enumerate(lines, 1)
+            for number, line in enumerate(_iter_lines(lines, source), 1)
             if line.strip()
         )
         head: list[SourceRow] = []

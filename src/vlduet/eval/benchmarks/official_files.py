@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vlduet.data.readers.arrow import read_parquet_rows
 from vlduet.data.readers.rows import ReadContext
 from vlduet.data.records import ImageRef, Place
 from vlduet.errors import DataError
+from vlduet.structured_files import parse_json
 
 USE_OFFICIAL_FILE = "Take the official file, unchanged"
 
@@ -236,10 +236,4 @@ def _parse_json(text: str, place: Place) -> Any:
 
     The error is at `place`, with the line of the mistake where `place` has no line.
     """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        if place.line is None:
-            place = Place(place.file, error.lineno)
-        message = f"broken JSON ({error.msg})"
-        raise DataError(message, place=place, fix="Copy the file again") from None
+    return parse_json(text, place=place, error_class=DataError, fix="Copy the file again")

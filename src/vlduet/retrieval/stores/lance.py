@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pyarrow as pa
 
 from vlduet.errors import RetrievalError
 from vlduet.files import fsync_paths
+from vlduet.library_errors import translate_library_errors
 from vlduet.retrieval.filters import ORDER_OPERATORS, Condition, Scalar, scalar_kind
 from vlduet.retrieval.stores.base import (
     SCORE_TOLERANCE,
@@ -29,6 +31,7 @@ from vlduet.retrieval.stores.base import (
     ScoredRow,
     rank_candidates,
 )
+from vlduet.structured_files import parse_json
 
 logger = logging.getLogger("vlduet")
 
@@ -98,7 +101,8 @@ class LanceStore:
 
     def read_hashes(self) -> dict[str, RowHashes]:
         """Return the hashes of every stored row by id."""
-        columns = self._table.search().select(["id", "key", "digest"]).to_arrow().to_pydict()
+        with self._translate_errors():
+            columns = self._table.search().select(["id", "key", "digest"]).to_arrow().to_pydict()
         hashes = map(RowHashes, columns["key"], columns["digest"])
         return dict(zip(columns["id"], hashes, strict=True))
 
@@ -112,7 +116,8 @@ class LanceStore:
         request = self._table.search()
         if len(ids) <= MAX_IDS_IN_SQL:
             request = request.where(_id_predicate(ids))
-        table = request.select(["id", "vector"]).to_arrow()
+        with self._translate_errors():
+            table = request.select(["id", "vector"]).to_arrow()
         positions = {identity: i for i, identity in enumerate(table["id"].to_pylist())}
         return self._vector_matrix(table)[[positions[identity] for identity in ids]]
 
@@ -139,11 +144,14 @@ class LanceStore:
         new_columns = sorted(columns.keys() - set(self._table.schema.names))
         if new_columns:
             schema = pa.schema([pa.field(name, columns[name]) for name in new_columns])
-            self._table.add_columns(schema)
+            with self._translate_errors():
+                self._table.add_columns(schema)
         merge = self._table.merge_insert("id").when_matched_update_all()
         # Without use_index(False) a scalar index on the id makes it update nothing (lancedb #3515).
         merge = merge.when_not_matched_insert_all().use_index(False)
-        merge.execute(self._to_arrow(rows, vectors))
+        new_rows = self._to_arrow(rows, vectors)
+        with self._translate_errors():
+            merge.execute(new_rows)
         self._num_commits += 1
         if self._num_commits % COMMITS_PER_COMPACTION == 0:
             self._compact()
@@ -186,7 +194,8 @@ class LanceStore:
         """
         assert self.write
         if ids:
-            self._table.delete(_id_predicate(ids))
+            with self._translate_errors():
+                self._table.delete(_id_predicate(ids))
             self._sync_files()
 
     def search(
@@ -213,7 +222,8 @@ class LanceStore:
             if predicate:
                 request = request.where(predicate, prefilter=True)
             columns = [*ROW_COLUMNS, "vector", "_distance"]
-            table = request.select(columns).limit(limit).to_arrow()
+            with self._translate_errors():
+                table = request.select(columns).limit(limit).to_arrow()
             distances = table["_distance"].to_numpy()
             # Ties at the k-th place are resolved by id, so every row that ties with it is needed.
             if len(distances) < limit or distances[-1] > distances[k - 1] + SCORE_TOLERANCE:
@@ -229,7 +239,8 @@ class LanceStore:
 
     def count(self) -> int:
         """Return the number of stored rows."""
-        return int(self._table.count_rows())
+        with self._translate_errors():
+            return int(self._table.count_rows())
 
     def close(self) -> None:
         """Merge the files that many writes left; do nothing in a store that only reads."""
@@ -238,7 +249,15 @@ class LanceStore:
             self._sync_files()
 
     def _compact(self) -> None:
-        self._table.optimize(cleanup_older_than=VERSION_RETENTION)
+        with self._translate_errors():
+            self._table.optimize(cleanup_older_than=VERSION_RETENTION)
+
+    def _translate_errors(self) -> AbstractContextManager[None]:
+        """Turn what LanceDB raises in a block into a RetrievalError at the folder."""
+        fix = "Copy the index again, or delete it and build it again"
+        return translate_library_errors(
+            self.folder, error_class=RetrievalError, subject="index", fix=fix
+        )
 
     def _sync_files(self) -> None:
         """Flush files created since the last call, and their folders, to disk.
@@ -274,7 +293,12 @@ def _parse_row(columns: dict[str, Any]) -> IndexRow:
         text=columns["text"],
         image_path=columns["image"],
         relative_image_path=columns["image_relative"],
-        metadata=json.loads(columns["metadata"]),
+        metadata=parse_json(
+            columns["metadata"],
+            place=f"index row {columns['id']}",
+            error_class=RetrievalError,
+            fix="Delete the index and build it again",
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -362,3 +363,23 @@ def test_an_archive_without_known_images_names_the_members_that_are_not_read(
 ) -> None:
     shard = write_tar(tmp_path / "x.tar", {"a.heic": b"x", "a.txt": b"one"})
     assert "1 archive member `*.heic`, not read" in str(read_error(shard))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_an_extended_header_of_any_size_is_refused(
+    suffix: str, is_first: bool, kind: bytes, tmp_path: Path
+) -> None:
+    header = tarfile.TarInfo("PaxHeaders/a")
+    header.type, header.size = kind, 2 * 2**20
+    bomb = header.tobuf(tarfile.USTAR_FORMAT) + b"10 a=bcde\n".ljust(2 * 2**20, b"\0")
+    text = tarfile.TarInfo("a.txt")
+    text.size = 1
+    member = text.tobuf(tarfile.USTAR_FORMAT) + b"x".ljust(512, b"\0")
+    content = (bomb + member if is_first else member + bomb) + bytes(1024)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    rows = list(read_tar_rows(path, ReadContext(tmp_path, {}, IgnoredData())))
+    errors = [row.error for row in rows if row.error is not None]
+    assert len(errors) == 1 and "header of 2 MiB" in str(errors[0]) and path.name in str(errors[0])

@@ -147,3 +147,28 @@ def measure_memory_mb() -> float:
     """Return the memory of this process that is no mapped file, in MB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+def test_a_text_of_any_length_is_an_error_of_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrow, "MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr(arrow, "MAX_BATCH_ROWS", 1)
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": ["a", "b" * 101, "c" * 100, None]}), path)
+    rows = list(arrow.read_parquet_rows(path, ReadContext(tmp_path)))
+    assert [row.error is None for row in rows] == [True, False, True, True]
+    assert "a.parquet:2" in str(rows[1].error) and rows[2].value == {"text": "c" * 100}
+
+
+def test_rows_that_unfold_a_thousandfold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"data": [bytes(2**20), b"x"]})
+    pa.parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    context = ReadContext(tmp_path)
+    assert [row.error for row in arrow.read_parquet_rows(path, context)] == [None, None]
+    monkeypatch.setattr(arrow, "MAX_UNFOLDED_BYTES", 2**20)
+    (row,) = arrow.read_parquet_rows(path, context)
+    assert "unfold to" in str(row.error) and str(path) in str(row.error)

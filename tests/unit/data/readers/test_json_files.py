@@ -19,6 +19,9 @@ from helpers.record_files import (
     write_lines,
 )
 from vlduet.data.formats import read_records
+from vlduet.data.readers import json_files
+from vlduet.data.readers.rows import ReadContext
+from vlduet.errors import DataError
 
 ROWS = [{"image": "a.png", "caption": "one"}, {"image": "b.png", "caption": "zwölf", "n": 3}]
 
@@ -223,3 +226,11 @@ def test_one_object_is_a_record_or_one_error(indent: int | None, tmp_path: Path)
     write_json(source, {"foo": 1, "bar": [{"x": 1}]}, indent=indent)
     message = str(read_error(source))
     assert "one JSON object, not recognised by its keys: foo, bar" in message
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "' + "x" * 5000)
+    monkeypatch.setattr(json_files, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(DataError, match=r"a\.jsonl: a line of more than"):
+        list(json_files.read_jsonl_rows(path, ReadContext(tmp_path)))
