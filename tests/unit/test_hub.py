@@ -59,7 +59,7 @@ PART = st.from_regex(r"[A-Za-z0-9_](-?[A-Za-z0-9_]|\.[A-Za-z0-9_]){0,12}", fullm
 
 
 @given(organisation=PART, name=PART, revision=st.none() | st.sampled_from(["main", "refs/pr/3"]))
-def test_a_name_is_read_as_it_is_written(
+def test_a_name_is_parsed_into_its_parts(
     organisation: str, name: str, revision: str | None
 ) -> None:
     expected = HubName(f"{organisation}/{name}", revision)
@@ -125,7 +125,7 @@ def test_pull_fetches_a_new_commit_and_names_keep_to_the_cache(
 def test_an_existing_folder_has_priority(fake_hub: FakeHub) -> None:
     Path("acme/tiny").mkdir(parents=True)
     assert hub.resolve_model("acme/tiny") == Path("acme/tiny")
-    with pytest.raises(ModelError, match="an empty folder"):
+    with pytest.raises(ModelError, match="the folder is empty"):
         open_embedder(Path("acme/tiny"))
     assert not fake_hub.requests
 

@@ -27,6 +27,7 @@ from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ModelError
 from vlduet.model.families.registry import find_family
+from vlduet.model.folder_checks import check_checkpoint
 from vlduet.model.processing import (
     IMAGE_BACKEND,
     Processor,
@@ -77,6 +78,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.folder = folder
+        self.saved_fingerprint: str | None = None  # of `folder`, in the manifest of a model
         self.max_image_tokens: int | None = None
         self.image_settings: dict[str, Any] = {}
         self._own_image_settings: dict[str, Any] = {}
@@ -433,12 +435,7 @@ def load_backbone(
     """
     config = read_config(folder)
     family_class = find_family(config.get("model_type", ""), folder)
-    if not list(folder.glob("model*.safetensors")):
-        raise ModelError(
-            "no .safetensors weights",
-            place=folder,
-            fix="Convert the checkpoint: pickled weights are never read",
-        )
+    check_checkpoint(folder, config)
     if dtype is None:
         saved_dtype = str(config.get("dtype") or config.get("torch_dtype"))
         is_half = saved_dtype in ("float16", "bfloat16")

@@ -89,7 +89,7 @@ def _recognise_folder(folder: Path) -> tuple[str, str]:
         return "no model itself, but there is one below", f"Name {sorted(models)[0]}"
     fix = "Name a model folder or a checkpoint of transformers"
     if not any(folder.iterdir()):
-        return "an empty folder", fix
+        return "neither vlduet.json nor config.json here: the folder is empty", fix
     return "neither vlduet.json nor config.json here", fix
 
 

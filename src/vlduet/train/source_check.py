@@ -19,6 +19,7 @@ from vlduet.data.images import MISSING_IMAGE
 from vlduet.data.stream import SCHEDULE_BLOCK_SIZE, Sample
 from vlduet.data.tools.missing_images import suggest_remedy
 from vlduet.errors import DataError, VLDuetError
+from vlduet.hub import resolve_dataset
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
 from vlduet.train.image_probe import ImageProbe
@@ -171,7 +172,8 @@ def _check_share(run: TrainingRun, number: int, counts: UsageCounts) -> None:
     remedy = (source.remedies | counts.remedies).get(main_cause, "Correct them")
     if main_cause == MISSING_IMAGE:
         section = source.section
-        root = section.root or (section.path if section.path.is_dir() else section.path.parent)
+        path = resolve_dataset(section.path)
+        root = section.root or (path if path.is_dir() else path.parent)
         missing = [Path(place) for place in counts.places[main_cause]]
         key = f"data.train.{number}.root="
         remedy = suggest_remedy(missing, root, setting=f"Set {key}") or f"Set {key}FOLDER"

@@ -73,9 +73,9 @@ def test_an_unknown_model_type_is_answered_with_the_known_ones(tmp_path: Path) -
         "fast_vlm, gemma3, gemma4, glm46v, glm4v, idefics3, internvl, "
         "llava, llava_next, llava_onevision, mistral3"
     )
-    with pytest.raises(ModelError, match=rf"model_type 'blip-2'.*Known: {model_types}"):
+    with pytest.raises(ModelError, match=rf"model_type 'blip-2'.*one of these: {model_types}"):
         DuetModel.from_pretrained(tmp_path)
-    change_config(tmp_path, model_type="lava")
+    change_config(tmp_path, model_type="LLaVA")
     with pytest.raises(ModelError, match="Did you mean 'llava'"):
         DuetModel.from_pretrained(tmp_path)
 
