@@ -12,6 +12,7 @@ UV_VERSION := 0.13.9
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INCOMPLETE := $(VENV)/.incomplete
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -24,18 +25,19 @@ setup: $(READY) ## make .venv with the locked dependencies (every other target d
 
 # The lock is installed first: it holds all that torch needs besides its GPU libraries, so the step for
 # torch adds only torch and, with a GPU build, exactly the GPU libraries that this build names.
+# A killed pip leaves packages that look installed: what is incomplete is made anew. An error of pip
+# leaves complete packages, which the next attempt keeps.
 $(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "VLDuet needs Python 3.11 or newer; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -1). Try: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@echo "Setting up $(VENV); this takes a few minutes, once."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) install --require-hashes --no-deps -r requirements/lock.txt
-	@$(PIP) install $(TORCH)
-	@$(PIP) install --no-deps --no-build-isolation -e .
-	@$(PIP) check
-	@touch $@
+	@test ! -e $(INCOMPLETE) && $(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@touch $(INCOMPLETE)
+	@$(PIP) install --require-hashes --no-deps -r requirements/lock.txt && $(PIP) install $(TORCH) && \
+	  $(PIP) install --no-deps --no-build-isolation -e . && $(PIP) check || { rm -f $(INCOMPLETE); exit 1; }
+	@mv $(INCOMPLETE) $@
 
 demo: $(READY) ## train and evaluate the default model on real data; writes runs/demo/report.html
 	@$(BIN)/vlduet demo --to runs/demo
@@ -70,7 +72,7 @@ bench-quick: $(READY) ## the same with small inputs, to see that every benchmark
 
 # Pins that still fit are kept; UPGRADE=1 renews all of them. GPU libraries belong to torch's build.
 lock: ## rewrite requirements/lock.txt from pyproject.toml
-	@test -x .lock-venv/bin/uv || $(PYTHON) -m venv .lock-venv
+	@test -x .lock-venv/bin/uv || $(PYTHON) -m venv --clear .lock-venv
 	@.lock-venv/bin/python -m pip --disable-pip-version-check --quiet install uv==$(UV_VERSION)
 	@cp requirements/lock.txt .lock-venv/lock.txt 2>/dev/null || true
 	@.lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \

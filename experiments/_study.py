@@ -31,13 +31,12 @@ from vlduet.eval.benchmarks.scores import (
     paired_difference,
 )
 from vlduet.eval.run import read_samples, write_samples
-from vlduet.files import recover_folder, write_atomically, write_text_atomically
+from vlduet.files import write_atomically, write_text_atomically
 from vlduet.logs import install_log_handler, logger, read_metrics
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.prompts import DEFAULT_MAX_TOKENS
 from vlduet.recipes.registry import load_recipe
-from vlduet.train import checkpointing
 from vlduet.train.loop import train
 from vlduet.train.setup import load_model
 
@@ -124,7 +123,7 @@ def train_unless_finished(run: RunConfig) -> None:
     """Train a run, or resume it, unless its model exists."""
     if not (run.out / "model").exists():
         logger.info(f"training {run.out}")
-        train(run, resume=recover_folder(run.out / checkpointing.STATE_FOLDER).exists())
+        train(run, resume="auto")
 
 
 def measure_unless_finished(study: Study, run: RunConfig, data: Path) -> None:

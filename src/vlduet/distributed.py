@@ -10,14 +10,26 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from vlduet.errors import VLDuetError
 from vlduet.logs import logger
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""Longest time that a rank waits for the others, which then counts as an error.
+
+torchrun notices at once when a process ends; the limit is for processes and connections that hang.
+It must exceed the time in which the main process validates or saves while the others wait, for
+which torch's 10 minutes with nccl are too short.
+"""
 
 
 def init_process_group() -> None:
@@ -25,15 +37,16 @@ def init_process_group() -> None:
 
     Uses nccl and selects GPU ``LOCAL_RANK`` as current device where CUDA is available, else gloo.
     All processes but the main one log errors only from then on, because they all do the same work.
-    Without ``LOCAL_RANK``, or if a process group exists, nothing happens.
+    Without ``LOCAL_RANK``, or if a process group exists, nothing happens. Here and in collectives,
+    torch raises an error after `COLLECTIVE_TIMEOUT`.
     """
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     if not is_main_process():
         logger.setLevel(logging.ERROR)
 
@@ -57,6 +70,24 @@ def barrier() -> None:
     """Block until every rank has called this function."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def call_on_main(function: Callable[[], T]) -> T:
+    """Call a function in the main process only; return its picklable result on all ranks.
+
+    Collective: every rank must call it. A VLDuetError or OSError of the function is raised on all
+    ranks, so that none waits for a process that has ended.
+    """
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if is_main_process():
+        try:
+            outcome = (function(), None)
+        except (VLDuetError, OSError) as error:
+            outcome = (None, error)
+    result, main_error = all_gather_objects(outcome)[0]
+    if main_error is not None:
+        raise main_error
+    return cast("T", result)
 
 
 def all_reduce_sum(value: float) -> float:

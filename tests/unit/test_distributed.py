@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vlduet import distributed
+from vlduet.errors import DataError
 
 
 class SimulatedGroup:
@@ -87,3 +91,35 @@ def test_gathered_rows_get_the_gradient_of_all_ranks(
 def test_numbers_are_summed_over_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     join(monkeypatch, 1, {0: torch.tensor([2.5]), 2: torch.tensor([4.0])})
     assert distributed.all_reduce_sum(1.0) == 7.5
+
+
+def test_a_process_group_gives_up_after_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (variables | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "COLLECTIVE_TIMEOUT", timedelta(seconds=1))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+        distributed.init_process_group()  # rank 1 does not come
+    assert time.monotonic() - began < 60
+    assert not distributed.dist.is_initialized()
+
+
+def test_a_function_runs_on_the_main_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.call_on_main(lambda: 7) == 7
+    error = DataError("no such file", place="x")
+
+    def fail() -> int:
+        raise error
+
+    with pytest.raises(DataError, match="x: no such file"):
+        distributed.call_on_main(fail)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [(7, None), value])
+    assert distributed.call_on_main(fail) == 7
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [(None, error), value])
+    with pytest.raises(DataError, match="x: no such file"):
+        distributed.call_on_main(lambda: 7)

@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlduet.data import images
+from vlduet.data.quarantine import Quarantine, quarantine_path
 from vlduet.data.readers.containers import expand_pattern, is_pattern
 from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError
+from vlduet.locks import lock_output
+
+
+@contextmanager
+def lock_jsonl_output(
+    target: Path, source: Path, *, allow_existing: bool = False
+) -> Iterator[Quarantine]:
+    """Check and lock `target` for the block, and yield an empty quarantine of what it leaves out.
+
+    The folder of `target` is created, and the quarantine file of an earlier run deleted.
+
+    Args:
+        allow_existing: as `check_output_path`.
+
+    Raises:
+        DataError: as `check_output_path`; nothing is written then.
+        LockError: another process is writing `target`.
+    """
+    check_output_path(target, source, allow_existing=allow_existing)
+    with lock_output(target):
+        yield Quarantine.create(quarantine_path(target))
 
 
 def check_output_path(target: Path, source: Path, *, allow_existing: bool = False) -> None:

@@ -46,6 +46,8 @@ from vlduet.demo.prepare import (
 from vlduet.demo.use import use_model
 from vlduet.errors import ConfigError
 from vlduet.eval.examples import evenly_spaced
+from vlduet.files import write_text_atomically
+from vlduet.locks import LOCK_NAME, lock_folder
 from vlduet.logs import logger, read_metrics
 from vlduet.reports.demo_report import Report, summarize_report, write_report
 
@@ -81,16 +83,24 @@ def run_demo(
         The content of summary.json.
 
     Raises:
-        ConfigError: `to` is not empty and not the folder of a demo, or `minutes` is not above 0;
-            nothing is changed then.
+        ConfigError: `to` is a file, or not empty and not the folder of a demo, or `minutes` is not
+            above 0; nothing is changed then.
+        LockError: Another process writes this demo.
         PackageError, DataError, ModelError, TrainingError, RetrievalError, MissingExtraError: A
             step failed; the files of earlier steps stay.
     """
+    num_training_steps = scale_training_steps(minutes)
+    with lock_folder(to):
+        clear_demo_folder(to)
+        command = command or f"vlduet demo --to {to} --seed {seed}"
+        return _run_steps(to, seed=seed, num_training_steps=num_training_steps, command=command)
+
+
+def _run_steps(to: Path, *, seed: int, num_training_steps: int, command: str) -> dict[str, Any]:
+    """Run all steps in an empty folder as `run_demo` does; return the content of summary.json."""
     from vlduet.train.loop import train
     from vlduet.workflows.validation import make_validator
 
-    num_training_steps = scale_training_steps(minutes)
-    clear_demo_folder(to)
     timer = StepTimer(NUM_STEPS)
     with timer.step("download"):
         download_packages()
@@ -128,7 +138,7 @@ def run_demo(
             alignments=alignments,
             rag=rag,
             seed=seed,
-            command=command or f"vlduet demo --to {to} --seed {seed}",
+            command=command,
             facts=describe_environment(model, seed),
             seconds=timer.seconds,
             corpus_table=data.corpus_table,
@@ -137,7 +147,7 @@ def run_demo(
         )
         write_report(to / "report.html", report)
         summary = summarize_report(report)
-        (to / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_text_atomically(to / "summary.json", json.dumps(summary, indent=2) + "\n")
     log_results(to, report)
     return summary
 
@@ -171,8 +181,10 @@ def clear_demo_folder(to: Path) -> None:
 
     `REUSED_FOLDERS` stay, and missing parent folders are created. Raises ConfigError, without
     deleting anything, if the folder is neither empty nor marked, and NotADirectoryError for a file.
+    The lock of the folder stays.
     """
-    if to.exists() and any(to.iterdir()) and not (to / MARKER_FILE).exists():
+    names = {path.name for path in to.iterdir()} if to.exists() else set()
+    if names - {LOCK_NAME} and MARKER_FILE not in names:
         raise ConfigError(
             "the folder holds something else than a demo",
             place=to,
@@ -180,7 +192,7 @@ def clear_demo_folder(to: Path) -> None:
         )
     to.mkdir(parents=True, exist_ok=True)
     for path in to.iterdir():
-        if path.name not in (*REUSED_FOLDERS, MARKER_FILE):
+        if path.name not in (*REUSED_FOLDERS, MARKER_FILE, LOCK_NAME):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from vlduet.data.images import image_key, read_bytes
 from vlduet.data.quarantine import Quarantine
@@ -27,7 +25,9 @@ from vlduet.data.readers.containers import is_pattern
 from vlduet.data.records import Place, Record
 from vlduet.data.sources import RecordSource, SourceLike, as_source
 from vlduet.errors import DataError, RetrievalError, suggest_name
-from vlduet.files import write_atomically
+from vlduet.files import remove_drafts, write_atomically
+from vlduet.hub import resolve_dataset, resolve_model
+from vlduet.locks import LOCK_NAME, lock_folder
 from vlduet.logs import track_progress
 from vlduet.retrieval.documents import Document, Side, read_documents
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
@@ -90,10 +90,12 @@ def build_index(
         chunk_size: number of documents per commit; an interruption loses at most that much work.
 
     Raises:
-        RetrievalError: another process is writing, another model or side built the index, the side
-            is unknown, the folder is a file, a broken index, or neither an index nor empty, the
-            model returned a vector that is not finite, or `prune` is set and documents are absent
-            while rows of the source, or all of it, could not be read.
+        LockError: another process is writing the index.
+        ConfigError: the folder is a file.
+        RetrievalError: another model or side built the index, the side is unknown, the folder is a
+            broken index, or neither an index nor empty, the model returned a vector that is not
+            finite, or `prune` is set and documents are absent while rows of the source, or all of
+            it, could not be read.
         DataError: the source does not exist or cannot be read as a whole; or, if it is strict, it
             has a broken row or holds something that is not read.
     """
@@ -101,11 +103,12 @@ def build_index(
     if not source.path.exists() and not is_pattern(source.path):
         fix = "Name a file of records or a folder of images"
         raise DataError("no such file or folder", place=source.path, fix=fix)
-    with _lock_for_writing(path):
+    with lock_folder(path):
         manifest = _read_or_create_manifest(path, model, side=side)
-        manifest = replace(manifest, source=str(source.path.resolve()), complete=False)
+        source_path = resolve_dataset(source.path).resolve()
+        manifest = replace(manifest, source=str(source_path), complete=False)
         if model_path is not None:
-            absolute, relative = path_pair(model_path, path)
+            absolute, relative = path_pair(resolve_model(model_path), path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
         manifest.write(path)
         with Index(path, manifest, write=True) as index:
@@ -326,35 +329,19 @@ class _BuildJob:
         )
 
 
-@contextmanager
-def _lock_for_writing(path: Path) -> Iterator[None]:
-    """Create the folder if it is missing, and hold its file ``.lock`` locked inside the block.
-
-    The system releases the lock if the process is killed. Raises RetrievalError, without waiting,
-    if another process holds the lock, and if `path` is a file.
-    """
-    if path.exists() and not path.is_dir():
-        raise RetrievalError("is a file", place=path, fix="Name a new or an empty folder: --to DIR")
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path / ".lock", timeout=0):
-            yield
-    except Timeout:
-        message = "another process is writing this index"
-        raise RetrievalError(message, place=path, fix="Wait for it to end") from None
-
-
 def _read_or_create_manifest(path: Path, model: Embedder, *, side: Side | None) -> IndexManifest:
     """Return the manifest of the index at `path`, or that of a new index if the folder is empty.
 
-    Writes nothing. A new index has side "image" if `side` is None; a file ``.lock`` in the folder
-    is ignored. Raises RetrievalError for an unknown side, a folder that is neither an index nor
-    empty, a broken manifest, and an index of another model or side.
+    No manifest is written. A new index has side "image" if `side` is None. The lock in the folder
+    is ignored, and drafts of the manifest that killed builds left are deleted. Raises
+    RetrievalError for an unknown side, a folder that is neither an index nor empty, a broken
+    manifest, and an index of another model or side.
     """
     if side is not None and side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     if not (path / MANIFEST_FILENAME).exists():
-        if any(file.name != ".lock" for file in path.iterdir()):
+        remove_drafts(path / MANIFEST_FILENAME)
+        if any(file.name != LOCK_NAME for file in path.iterdir()):
             fix = "Name a new or an empty folder: --to DIR"
             raise RetrievalError("is not an index", place=path, fix=fix)
         return IndexManifest.for_new_index(model, side=side or "image")

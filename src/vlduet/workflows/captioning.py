@@ -162,42 +162,41 @@ def write_missing_captions(
         ConfigError: `batch_size` is below 1.
         DataError: the source cannot be read at all, `output` is no ``.jsonl`` or the source itself,
             or a record of an existing `output` would be lost.
+        LockError: another process is writing `output`.
     """
     if batch_size < 1:
         raise ConfigError(f"{batch_size}", place="--batch", fix="Give 1 or more")
     source = as_source(source)
-    jsonl_output.check_output_path(output, source.path, allow_existing=True)
-    quarantine = Quarantine.create(quarantine_path(output))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps([model.fingerprint, [asdict(spec) for spec in specs]])
-    settings_hash = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    journal = _Journal(output.with_name(f".{output.name}.{settings_hash}.captions"))
-    job = _CaptionJob(model, specs, journal, quarantine, model_name, batch_size)
+    with jsonl_output.lock_jsonl_output(output, source.path, allow_existing=True) as quarantine:
+        settings = json.dumps([model.fingerprint, [asdict(spec) for spec in specs]])
+        settings_hash = hashlib.sha256(settings.encode()).hexdigest()[:12]
+        journal = _Journal(output.with_name(f".{output.name}.{settings_hash}.captions"))
+        job = _CaptionJob(model, specs, journal, quarantine, model_name, batch_size)
 
-    def add_row_error(error: DataError) -> None:
-        quarantine.add(error.place, error)
+        def add_row_error(error: DataError) -> None:
+            quarantine.add(error.place, error)
 
-    if jsonl_output.is_file_inside(output, source.path):
-        # An earlier run wrote into the folder of images; there may be new images since, which are
-        # read as well, so that they must not be reported as unread.
-        on_error = None if source.strict else add_row_error
-        records = source.read_silently(IgnoredData(), on_error=on_error)
-        records = formats.append_unlisted_images(records, source.path, on_error=add_row_error)
-        captioned = _require_all_records(output, job.add_captions(records))
-    else:
-        captioned = job.add_captions(source.read(on_error=add_row_error))
-    stored = jsonl_output.stream_to_jsonl(captioned, output)
-    num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.path.name}"))
-    journal.path.unlink(missing_ok=True)
-    return CaptionReport(
-        records=num_records,
-        short=job.num_captions["short"],
-        long=job.num_captions["long"],
-        generated=job.num_generated,
-        empty=job.num_empty,
-        dropped=quarantine.count,
-        causes=quarantine.count_by_cause(),
-    )
+        if jsonl_output.is_file_inside(output, source.path):
+            # An earlier run wrote into the folder of images; there may be new images since, which
+            # are read as well, so that they must not be reported as unread.
+            on_error = None if source.strict else add_row_error
+            records = source.read_silently(IgnoredData(), on_error=on_error)
+            records = formats.append_unlisted_images(records, source.path, on_error=add_row_error)
+            captioned = _require_all_records(output, job.add_captions(records))
+        else:
+            captioned = job.add_captions(source.read(on_error=add_row_error))
+        stored = jsonl_output.stream_to_jsonl(captioned, output)
+        num_records = sum(1 for _ in track_progress(stored, label=f"captioning {source.path.name}"))
+        journal.path.unlink(missing_ok=True)
+        return CaptionReport(
+            records=num_records,
+            short=job.num_captions["short"],
+            long=job.num_captions["long"],
+            generated=job.num_generated,
+            empty=job.num_empty,
+            dropped=quarantine.count,
+            causes=quarantine.count_by_cause(),
+        )
 
 
 def _require_all_records(old: Path, records: Iterable[Record]) -> Iterator[Record]:

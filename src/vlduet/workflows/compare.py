@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
 from vlduet import config, distributed
 from vlduet.config import ComparisonConfig, RunConfig
 from vlduet.errors import ConfigError
-from vlduet.files import recover_folder, write_text_atomically
+from vlduet.files import write_text_atomically
+from vlduet.locks import lock_folder
 from vlduet.logs import logger, read_metrics
 from vlduet.train import checkpointing, setup
 from vlduet.train.loop import train
@@ -48,9 +50,17 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting is wrong, the runs have no or different validation files, or the
             folder of a run holds one with other settings.
+        LockError: another process writes this comparison.
         DataError, ModelError, TrainingError: as `train`.
     """
     distributed.init_process_group()
+    with ExitStack() as stack:
+        distributed.call_on_main(lambda: stack.enter_context(lock_folder(settings.out)))
+        return _train_runs(settings)
+
+
+def _train_runs(settings: ComparisonConfig) -> dict[str, Any]:
+    """Check, train and tabulate the runs as `run_comparison` does, with the locked folder."""
     configs: dict[str, list[RunConfig]] = {}
     for name in settings.runs:
         configs[name] = [_build_run_config(settings, name, seed) for seed in settings.seeds]
@@ -78,8 +88,7 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
         if not finished[run.out]:
             # Seed 0 for all: the same wrong image for each caption, so the same question.
             validate = validate or make_config_validator(run, seed=0)
-            has_state = recover_folder(run.out / checkpointing.STATE_FOLDER).exists()
-            train(run, evaluate=validate, resume=has_state)
+            train(run, evaluate=validate, resume="auto")
     results = _collect_results(settings, configs)
     if distributed.is_main_process():
         write_text_atomically(settings.out / "table.json", json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from vlduet.data import jsonl_output
 from vlduet.data.content_keys import content_key
-from vlduet.data.quarantine import Quarantine, bisect_failures, quarantine_path
+from vlduet.data.quarantine import Quarantine, bisect_failures
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.data.sources import SourceLike, as_source
 from vlduet.data.tools.queries import QuerySide, get_query_and_positives, split_into_queries
@@ -107,6 +107,7 @@ def mine_hard_negatives(
         ConfigError: an option is out of range.
         DataError: the source has no usable record, or `output` is not a valid target; or as
             `RecordSource.read`.
+        LockError: another process is writing `output`.
         RetrievalError: the stored vectors are broken, or the model gives one that is not finite.
     """
     if num_negatives < 1:
@@ -114,42 +115,41 @@ def mine_hard_negatives(
     if not (math.isfinite(margin) and margin >= 0):
         raise ConfigError(f"{margin}", place="--margin", fix="Give a cosine difference, 0 or more")
     source = as_source(source)
-    jsonl_output.check_output_path(output, source.path)
-    quarantine = Quarantine.create(quarantine_path(output))
-    pool = _CandidatePool()
-    records = source.read(on_error=lambda e: quarantine.add(e.place, e))
-    for record in track_progress(records, label=f"reading {source.path.name}"):
-        try:
-            for query in split_into_queries(record, query_side=query_side):
-                pool.add(query)
-        except DataError as error:
-            quarantine.add(record, error)
-    folder = output.with_suffix(".vectors") / model.fingerprint
-    num_embedded = pool.embed(model, folder, quarantine)
-    if not pool.queries:
-        message = f"no usable record ({quarantine})"
-        raise DataError(message, place=source.path, fix="Give pairs or retrieval records")
-    positive_scores: list[float] = []
-    negative_scores: list[float] = []
-    num_without = 0
-    mined = pool.add_negatives(k=num_negatives, margin=margin, model_name=model.fingerprint)
-    stored = jsonl_output.stream_to_jsonl(mined, output)
-    for record in track_progress(stored, total=len(pool.queries), label="ranking"):
-        origin = record.metadata["mined"]
-        positive_scores.append(origin["positive_score"])
-        negative_scores += origin["negative_scores"]
-        num_without += not origin["negative_scores"]
-    return MiningReport(
-        records=len(positive_scores),
-        negatives=len(negative_scores),
-        without=num_without,
-        too_near=pool.num_too_near,
-        embedded=num_embedded,
-        positive_score=float(np.mean(positive_scores)),
-        negative_score=float(np.mean(negative_scores)) if negative_scores else None,
-        dropped=quarantine.count,
-        causes=quarantine.count_by_cause(),
-    )
+    with jsonl_output.lock_jsonl_output(output, source.path) as quarantine:
+        pool = _CandidatePool()
+        records = source.read(on_error=lambda e: quarantine.add(e.place, e))
+        for record in track_progress(records, label=f"reading {source.path.name}"):
+            try:
+                for query in split_into_queries(record, query_side=query_side):
+                    pool.add(query)
+            except DataError as error:
+                quarantine.add(record, error)
+        folder = output.with_suffix(".vectors") / model.fingerprint
+        num_embedded = pool.embed(model, folder, quarantine)
+        if not pool.queries:
+            message = f"no usable record ({quarantine})"
+            raise DataError(message, place=source.path, fix="Give pairs or retrieval records")
+        positive_scores: list[float] = []
+        negative_scores: list[float] = []
+        num_without = 0
+        mined = pool.add_negatives(k=num_negatives, margin=margin, model_name=model.fingerprint)
+        stored = jsonl_output.stream_to_jsonl(mined, output)
+        for record in track_progress(stored, total=len(pool.queries), label="ranking"):
+            origin = record.metadata["mined"]
+            positive_scores.append(origin["positive_score"])
+            negative_scores += origin["negative_scores"]
+            num_without += not origin["negative_scores"]
+        return MiningReport(
+            records=len(positive_scores),
+            negatives=len(negative_scores),
+            without=num_without,
+            too_near=pool.num_too_near,
+            embedded=num_embedded,
+            positive_score=float(np.mean(positive_scores)),
+            negative_score=float(np.mean(negative_scores)) if negative_scores else None,
+            dropped=quarantine.count,
+            causes=quarantine.count_by_cause(),
+        )
 
 
 class _CandidatePool:

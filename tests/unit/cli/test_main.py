@@ -71,8 +71,8 @@ def test_unwritable_path_is_reported_in_one_line(
     (tmp_path / "file").write_text("mine")
     records = tmp_path / "r.jsonl"
     records.write_text('{"id": "a", "parts": [{"text": "hello"}]}\n')
-    assert run_main(monkeypatch, "analyse", "nowhere", records, "--to", tmp_path / "file") == 1
-    path = tmp_path / "file" / "quarantine.jsonl"
+    path = tmp_path / "file" / "new"
+    assert run_main(monkeypatch, "analyse", "nowhere", records, "--to", path) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {path}: Not a directory. Check")
     assert (tmp_path / "file").read_text() == "mine"

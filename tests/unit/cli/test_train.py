@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from helpers import runs, tiny
 from vlduet.cli.main import app
+from vlduet.config import RunConfig
 from vlduet.logs import read_metrics
+from vlduet.train import loop
 
 RUNNER = CliRunner()
 COUNT = 30
@@ -94,3 +97,40 @@ def test_images_elsewhere_are_refused_with_the_remedy(shop: Path) -> None:
     result = run_train("small", *overrides)
     assert result.exit_code == 1 and "as `root` of the source" in str(result.exception)
     assert result.output.count("no such image") <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "resume", "steps"),
+    [
+        ([], False, 4),
+        (["--resume"], True, 4),
+        (["--resume", "train.steps=5"], True, 5),
+        (["--resume", "auto"], "auto", 4),
+        (["--resume", "auto", "train.steps=5"], "auto", 5),
+        (["train.steps=5", "--resume=auto"], "auto", 5),
+    ],
+)
+def test_resume_takes_an_optional_word(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    resume: bool | str,
+    steps: int,
+) -> None:
+    tree = "{out: run, recipe: {name: vladva}, objectives: {language: 1}, model: {path: base}, "
+    (tmp_path / "x.yaml").write_text(tree + "data: {train: [{path: x}]}, train: {steps: 4}}")
+    calls = []
+
+    def record_call(config: RunConfig, **settings: Any) -> Path:
+        calls.append((settings["resume"], config.train.steps))
+        return tmp_path
+
+    monkeypatch.setattr(loop, "train", record_call)
+    result = run_train(str(tmp_path / "x.yaml"), *options)
+    assert result.exit_code == 0, result.output
+    assert calls == [(resume, steps)]
+
+
+def test_resume_refuses_another_word() -> None:
+    result = run_train("small", *OVERRIDES, "--resume=yes")
+    assert result.exit_code == 2 and "'auto'" in result.output

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from helpers import official, tiny
 from vlduet.data.records import ImageRef, Parts
-from vlduet.errors import ConfigError, DataError, ModelError
+from vlduet.errors import ConfigError, DataError, LockError, ModelError
 from vlduet.eval import predictions
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark
 from vlduet.eval.identities import prompt_text
 from vlduet.eval.predictions import FluencyModel, ModelFunctions
-from vlduet.eval.run import evaluate, import_predictions
+from vlduet.eval.run import evaluate, import_predictions, import_reviews
 from vlduet.files import read_json_lines
 from vlduet.harness.builtin import (
     EvaluationSettings,
@@ -46,6 +47,20 @@ def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 # ------------------------------------------------------------------ resuming
+
+
+def test_one_process_at_a_time_writes_a_run(data: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    write_json_lines(answers, [{"key": "x", "text": "yes"}])
+    folder = tmp_path / "mme"
+    folder.mkdir()
+    functions = ModelFunctions(generate=lambda prompts, max_new_tokens: ["no"] * len(prompts))
+    with FileLock(folder / ".lock"):
+        with pytest.raises(LockError, match="another process is writing here"):
+            run("mme", functions, data=data, runs=tmp_path)
+        with pytest.raises(LockError, match="another process is writing here"):
+            import_reviews(get_benchmark("mme"), answers, runs=tmp_path)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_interrupted_run_continues_where_it_stopped(

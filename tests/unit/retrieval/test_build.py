@@ -20,7 +20,7 @@ from filelock import FileLock
 from helpers import fake_embedder
 from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_records
 from vlduet.data.records import ImageRef
-from vlduet.errors import DataError, RetrievalError
+from vlduet.errors import ConfigError, DataError, LockError, RetrievalError
 from vlduet.retrieval.build import MAX_FILTER_KEYS, build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
@@ -174,7 +174,7 @@ def test_killed_build_loses_one_chunk_and_releases_the_lock(
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        with pytest.raises(RetrievalError, match="another process is writing"):
+        with pytest.raises(LockError, match="another process is writing"):
             build_index(model, source, to=to)
         process.send_signal(signal.SIGKILL)
     report = build_index(model, source, to=to, chunk_size=4)
@@ -186,7 +186,7 @@ def test_killed_build_loses_one_chunk_and_releases_the_lock(
 def test_second_writer_is_refused(pairs: Path, tmp_path: Path, model: Any) -> None:
     to = tmp_path / "index"
     build_index(model, pairs, to=to)
-    with FileLock(to / ".lock"), pytest.raises(RetrievalError, match="another process is writing"):
+    with FileLock(to / ".lock"), pytest.raises(LockError, match="another process is writing"):
         build_index(model, pairs, to=to)
 
 
@@ -353,6 +353,21 @@ def test_project_at_a_new_path_finds_its_images_and_model(tmp_path: Path, model:
     assert nonzero_counts(report) == {"updated": 4, "count": 4}
 
 
+def test_build_continues_in_a_folder_where_another_was_killed_at_its_start(
+    pairs: Path, tmp_path: Path, model: Any
+) -> None:
+    to = tmp_path / "index"
+    to.mkdir()
+    leftovers = (".lock", ".manifest.json.4711", ".manifest.json.4712")
+    for name in (*leftovers, ".manifest.json.bak"):
+        (to / name).touch()
+    with pytest.raises(RetrievalError, match="is not an index"):
+        build_index(model, pairs, to=to)
+    (to / ".manifest.json.bak").unlink()  # this file is none of a build
+    assert build_index(model, pairs, to=to).count
+    assert not {path.name for path in to.iterdir()} & {*leftovers}
+
+
 def test_missing_model_is_named_in_the_error(pairs: Path, tmp_path: Path, model: Any) -> None:
     build_index(model, pairs, to=tmp_path / "index", model_path=tmp_path / "model")
     with pytest.raises(RetrievalError, match=r"model .* is not there.*--model DIR"):
@@ -367,7 +382,7 @@ def test_path_that_is_not_an_index_is_refused_and_left_unchanged(
     with pytest.raises(RetrievalError, match="is not an index"):
         build_index(model, pairs, to=pairs.parent)
     assert not (pairs.parent / "manifest.json").exists()
-    with pytest.raises(RetrievalError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         build_index(model, pairs, to=pairs)
     with pytest.raises(DataError, match="no such file or folder"):
         build_index(model, tmp_path / "no source", to=tmp_path / "index")

@@ -170,6 +170,23 @@ def test_a_run_of_epochs_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(losses["straight"]) == 6 and losses["straight"] == losses["stopped"]
 
 
+def test_a_run_that_was_killed_between_two_renames_is_kept_and_resumed(tmp_path: Path) -> None:
+    run_config = config.load_run_config(runs.write_run_config(tmp_path, steps=4, save_every=2))
+    train(run_config, resume="auto")  # starts, because there is no run
+    state = run_config.out / "state"
+    metrics = (run_config.out / "metrics.jsonl").read_bytes()
+    state.rename(run_config.out / ".state.old")
+    with pytest.raises(TrainingError, match="this folder holds a run already"):
+        train(run_config)
+    assert (run_config.out / "metrics.jsonl").read_bytes() == metrics
+    assert state.exists()
+    state.rename(run_config.out / ".state.old")
+    train(run_config, resume="auto")
+    steps = [row["step"] for row in read_metrics(run_config.out / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]
+    assert not list(run_config.out.glob(".*"))
+
+
 def _interrupt_after(num_steps: int) -> Callable[[object], bool]:
     """Return a function that is True `num_steps` times, and then raises KeyboardInterrupt."""
     calls: list[object] = []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from helpers import tiny
@@ -15,7 +16,7 @@ from vlduet.cli.main import app
 from vlduet.data import images
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef
-from vlduet.errors import ConfigError, DataError, VLDuetError
+from vlduet.errors import ConfigError, DataError, LockError, VLDuetError
 from vlduet.workflows.captioning import (
     DEFAULT_INSTRUCTIONS,
     NO_INSTRUCTION,
@@ -235,6 +236,16 @@ def test_an_interrupted_run_continues_with_the_same_result(tmp_path: Path) -> No
     assert output.read_bytes() == complete.read_bytes() and not journal.exists()
     assert report.generated == 5, "five are in the journal, and the one of a cut line is repeated"
     assert resumed.widths == [[13], [12, 13], [14], [14]]
+
+
+def test_one_process_at_a_time_writes_an_output(tmp_path: Path) -> None:
+    source, output = write_photo_rows(tmp_path, 5), tmp_path / "out.jsonl"
+    with (
+        FileLock(tmp_path / ".out.jsonl.lock"),
+        pytest.raises(LockError, match=r"out\.jsonl: another process is writing here"),
+    ):
+        write_missing_captions(WidthCaptioner(), source, output=output, specs=SHORT_AND_LONG)
+    assert [path.name for path in tmp_path.glob("*out*")] == [".out.jsonl.lock"]
 
 
 def test_a_journal_of_other_settings_is_not_used(tmp_path: Path) -> None:

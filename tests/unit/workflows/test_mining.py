@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from helpers import tiny
@@ -18,7 +19,7 @@ from vlduet.data import images
 from vlduet.data.formats import read_records
 from vlduet.data.records import ImageRef, Part, Parts, Record, as_parts
 from vlduet.data.stream import Sample
-from vlduet.errors import DataError, VLDuetError
+from vlduet.errors import DataError, LockError, VLDuetError
 from vlduet.recipes import vladva
 from vlduet.workflows import mining
 from vlduet.workflows.mining import mine_hard_negatives, select_hardest
@@ -306,6 +307,17 @@ def test_sources_without_usable_records_are_refused(source: Path, tmp_path: Path
     unusable = write_rows(tmp_path / "n.jsonl", rows)
     with pytest.raises(DataError, match="no usable record"):
         mine_hard_negatives(AngleEmbedder(), unusable, output=tmp_path / "o.jsonl")
+
+
+def test_one_process_at_a_time_writes_an_output(source: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "o.quarantine.jsonl"
+    listing.write_text("{}\n")  # of the other process
+    with (
+        FileLock(tmp_path / ".o.jsonl.lock"),
+        pytest.raises(LockError, match=r"o\.jsonl: another process is writing here"),
+    ):
+        mine_hard_negatives(AngleEmbedder(), source, output=tmp_path / "o.jsonl")
+    assert listing.exists() and not (tmp_path / "o.jsonl").exists()
 
 
 # --- the command, with a model

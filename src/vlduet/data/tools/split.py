@@ -25,6 +25,7 @@ from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, caption_ke
 from vlduet.data.tools.image_contents import ImageContent, ImageResult, read_image_contents
 from vlduet.errors import ConfigError, DataError
 from vlduet.files import write_text_atomically
+from vlduet.locks import lock_folder
 from vlduet.logs import logger, track_progress
 
 DEFAULT_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -82,6 +83,7 @@ def split_records(
         ConfigError: `shares` are not valid, see `check_shares`.
         DataError: there are too few groups for the splits, a file is not a valid target, or the
             source cannot be read. No split is written then.
+        LockError: another process is writing `folder`.
     """
     shares = dict(DEFAULT_SHARES if shares is None else shares)
     check_shares(shares)
@@ -89,36 +91,39 @@ def split_records(
     files = {name: folder / f"{name}.jsonl" for name in shares}
     for file in files.values():
         check_output_path(file, source.path)
-    dropped = Quarantine.create(folder / "split.quarantine.jsonl")
-    grouping = _read_groups(source, dropped)
-    groups = grouping.list_groups()
-    splits = assign_splits(groups, grouping.ids, shares=shares, seed=seed, place=source.path)
-    largest = max(groups, key=len)
-    if len(largest) > MAX_GROUP_SHARE * len(grouping.ids):
-        examples = ", ".join(grouping.ids[i] for i in largest[:3])
-        logger.warning(
-            f"{source.path}: {len(largest):,} of {len(grouping.ids):,} records are in one group, "
-            f"because images look alike or captions are equal: {examples}, ..."
+    with lock_folder(folder):
+        dropped = Quarantine.create(folder / "split.quarantine.jsonl")
+        grouping = _read_groups(source, dropped)
+        groups = grouping.list_groups()
+        splits = assign_splits(groups, grouping.ids, shares=shares, seed=seed, place=source.path)
+        largest = max(groups, key=len)
+        if len(largest) > MAX_GROUP_SHARE * len(grouping.ids):
+            examples = ", ".join(grouping.ids[i] for i in largest[:3])
+            logger.warning(
+                f"{source.path}: {len(largest):,} of {len(grouping.ids):,} records are in one "
+                f"group, because images look alike or captions are equal: {examples}, ..."
+            )
+        split_by_position = dict(zip(grouping.positions, splits, strict=True))
+        for name, file in files.items():
+            selected = _select_records(source, split_by_position, name)
+            written = stream_to_jsonl(selected, file)
+            for _ in track_progress(
+                written, total=splits.count(name), label=f"writing {file.name}"
+            ):
+                pass
+        report = SplitReport(
+            source=str(source.path),
+            seed=seed,
+            shares=shares,
+            files={name: str(file) for name, file in files.items()},
+            records={name: splits.count(name) for name in shares},
+            groups=dict(Counter(splits[members[0]] for members in groups)),
+            largest_group=len(largest),
+            group_sizes=dict(sorted(Counter(map(len, groups)).items())),
+            dropped=dropped.count,
+            causes=dropped.count_by_cause(),
         )
-    split_by_position = dict(zip(grouping.positions, splits, strict=True))
-    for name, file in files.items():
-        selected = _select_records(source, split_by_position, name)
-        written = stream_to_jsonl(selected, file)
-        for _ in track_progress(written, total=splits.count(name), label=f"writing {file.name}"):
-            pass
-    report = SplitReport(
-        source=str(source.path),
-        seed=seed,
-        shares=shares,
-        files={name: str(file) for name, file in files.items()},
-        records={name: splits.count(name) for name in shares},
-        groups=dict(Counter(splits[members[0]] for members in groups)),
-        largest_group=len(largest),
-        group_sizes=dict(sorted(Counter(map(len, groups)).items())),
-        dropped=dropped.count,
-        causes=dropped.count_by_cause(),
-    )
-    write_text_atomically(folder / REPORT_FILENAME, json.dumps(asdict(report), indent=1) + "\n")
+        write_text_atomically(folder / REPORT_FILENAME, json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
