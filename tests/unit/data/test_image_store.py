@@ -43,6 +43,15 @@ def test_a_complete_file_is_not_replaced_and_an_empty_file_is(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == [ref.path.name]
 
 
+@pytest.mark.parametrize("content", [bytes(len(PNG)), PNG[:-1], PNG[:-1] + b"x", PNG + b"x"])
+def test_a_damaged_file_is_replaced(content: bytes, tmp_path: Path) -> None:
+    """The right size is no proof: a full disk or a power failure may leave zeros."""
+    path = images.write_image_file(DATA, tmp_path).path
+    assert path is not None
+    path.write_bytes(content)
+    assert images.read_bytes(images.write_image_file(DATA, tmp_path)) == PNG
+
+
 @pytest.mark.parametrize("is_closed", [True, False])
 def test_temporary_files_are_deleted_with_the_store(is_closed: bool) -> None:
     store = ImageStore(None)
