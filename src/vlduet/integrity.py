@@ -106,10 +106,10 @@ def hash_files(
     """
     versions = {name: _stat_version(folder / name) for name in names}
     memory = _read_memory(folder)
-    hashes = {}
-    if not reread:
-        known = ((name, memory.get(name)) for name in versions)
-        hashes = {n: e[1] for n, e in known if e is not None and e[0] == versions[n]}
+    hashes: dict[str, str] = {}
+    for name, version in versions.items():
+        if not reread and name in memory and memory[name][0] == version:
+            hashes[name] = memory[name][1]
     unread = [name for name in versions if name not in hashes]
     if unread:
         with ThreadPoolExecutor(min(MAX_HASH_THREADS, os.cpu_count() or 1)) as pool:
