@@ -41,7 +41,7 @@ def test_a_change_of_any_tensor_changes_the_fingerprint(tmp_path: Path) -> None:
 def test_a_file_that_is_not_safetensors_has_no_fingerprint(tmp_path: Path, content: bytes) -> None:
     folder = tiny.build_llava(tmp_path)
     next(folder.glob("model*.safetensors")).write_bytes(content)
-    with pytest.raises(ModelError, match=r"not a safetensors file"):
+    with pytest.raises(ModelError, match=r"not a safetensors file|an object is needed"):
         fingerprint_checkpoint(folder)
 
 
@@ -94,7 +94,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path: Path) -> None:
 def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None:
     folder = tiny.build_fast_vlm(tmp_path)
     (folder / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json: broken JSON \(not an object\)"):
+    with pytest.raises(ModelError, match=r"config\.json: an object is needed"):
         load_backbone(folder)
 
 
