@@ -392,8 +392,8 @@ def test_path_that_is_not_an_index_is_refused_and_left_unchanged(
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ("{", "broken manifest"),
-        ("[]", "broken manifest"),
+        ("{", "broken JSON"),
+        ("[]", "an object is needed"),
         ('{"format": 9}', "this version reads 1"),
         ('{"format": 1}', "broken"),
     ],

@@ -245,6 +245,6 @@ def test_a_broken_state_is_named(tmp_path: Path, name: str, damage: str) -> None
     file.unlink()
     if damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "incomplete" else b"")
-    message = f"{run_config.out}/state: (broken state|nothing to resume)"
+    message = f"{run_config.out}/state(/state.json)?: (broken|nothing to resume)"
     with pytest.raises(TrainingError, match=message):
         train(run_config, resume=True)

@@ -95,7 +95,7 @@ def test_a_stopped_comparison_continues_and_tabulates_all_runs(
         ("data.validation=null", "same records"),
         ("objectives.contrastve=1", "Did you mean 'contrastive'"),
         ("data.train=[{path: nope.jsonl}]", "no such file"),
-        ("model.path=nope", "Name a model folder"),
+        ("model.path=nope", "no such folder"),
     ],
 )
 def test_a_mistake_in_the_last_run_is_found_before_the_first_one_starts(
