@@ -196,7 +196,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def stop_not_finite(
-    run: TrainingRun, samples: list[Sample], step: int, values: dict[str, float]
+    run: TrainingRun, samples: list[Sample], step: int, *, values: dict[str, float]
 ) -> None:
     """Save the records and values of a step with an infinite or NaN value, and the state before it.
 

@@ -102,7 +102,7 @@ def _train(config: RunConfig, evaluate: Evaluator | None, resume: ResumeMode) ->
             samples, batches = next(batches_of_steps)
             values = forward_backward(run, batches)
             if not all_finite(values):
-                stop_not_finite(run, samples, step, values)
+                stop_not_finite(run, samples, step, values=values)
             optimizer_step(run, step)
 
             # -------------------------------------------------------- log
