@@ -142,7 +142,7 @@ def test_a_content_of_the_same_size_and_time_is_found(folder: Path, read_names: 
     assert [damage.name for damage in find_damage(folder, files)] == ["a.bin"]
 
 
-def test_a_file_that_was_just_written_is_read_again(folder: Path, read_names: list[str]) -> None:
+def test_a_file_younger_than_two_seconds_is_hashed_again(folder: Path, read_names: list[str]) -> None:
     """The clock of a file system may not tell apart two changes within its resolution."""
     files = hash_files(folder, CONTENTS)
     read_names.clear()
@@ -176,7 +176,7 @@ def test_a_wrong_remembered_hash_is_corrected(
     assert find_damage(folder, files) == []
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
+def test_a_read_only_cache_of_hashes_is_no_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")

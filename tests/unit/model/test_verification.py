@@ -134,7 +134,7 @@ def test_a_file_that_was_added_to_the_base_is_noticed(damaged: Path) -> None:
     assert lines == [f"{damaged / 'base'}: is not the base that the model was trained from"]
 
 
-def test_a_base_that_was_moved_may_be_named_anew(damaged: Path) -> None:
+def test_a_base_at_another_path_may_be_named_in_the_manifest(damaged: Path) -> None:
     (damaged / "base").rename(damaged / "elsewhere")
     path = damaged / "model" / "vlduet.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base": "../elsewhere"}))
