@@ -142,7 +142,9 @@ def test_a_content_of_the_same_size_and_time_is_found(folder: Path, read_names: 
     assert [damage.name for damage in find_damage(folder, files)] == ["a.bin"]
 
 
-def test_a_file_younger_than_two_seconds_is_hashed_again(folder: Path, read_names: list[str]) -> None:
+def test_a_file_younger_than_two_seconds_is_hashed_again(
+    folder: Path, read_names: list[str]
+) -> None:
     """The clock of a file system may not tell apart two changes within its resolution."""
     files = hash_files(folder, CONTENTS)
     read_names.clear()

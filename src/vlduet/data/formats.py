@@ -420,17 +420,17 @@ def _make_format_error(objects: list[SourceRow], names: Iterable[str]) -> DataEr
     missing = "no column of images, queries or messages"
     if plan.query:
         missing = f"a query ({', '.join(plan.query)}), but no right candidate"
-    fix = "Name the columns (columns: image=NAME, caption=NAME, query=NAME, ...)"
+    fix = "Name the columns (--columns image=NAME, or columns in a config)"
     if any(re.search("(^|_)ur[il]s?$", normalize_column(name)) for name in names):
         fix += ", and make files of URLs first (img2dataset): nothing is downloaded"
-    accepted = "; ".join(f"{name} ({schema.description})" for name, schema in FORMATS.items())
     message = f"not recognised by its keys: {_list_names(names)}; {missing}"
     for unread in row.context.ignored.messages()[:3]:
         message = f"{message}; {unread}"
     if len(objects) == 1 and row.place.file.lower().endswith(".json"):
         message = f"one JSON object, {message}"
         fix = f"Write a list of rows, also under {' or '.join(LIST_KEYS[:3])}. {fix}"
-    return DataError(message, place=row.place, fix=f"{fix}. Accepted: {accepted}")
+    fix += f". `vlduet data formats` explains the formats: {', '.join(FORMATS)}"
+    return DataError(message, place=row.place, fix=fix)
 
 
 def _list_names(names: Iterable[str]) -> str:

@@ -169,7 +169,7 @@ def test_the_error_of_an_unknown_table_says_what_it_has_and_lacks(tmp_path: Path
     (tmp_path / "x.csv").write_text("url,caption\nhttp://a/b.png,x\n")
     message = str(read_error(tmp_path / "x.csv"))
     assert "by its keys: url, caption; no column of images" in message
-    assert "columns: image=NAME" in message and "img2dataset" in message
+    assert "--columns image=NAME" in message and "img2dataset" in message
     (tmp_path / "x.csv").write_text("query,note\na,x\n")
     assert "a query (query), but no right candidate" in str(read_error(tmp_path / "x.csv"))
 

@@ -250,5 +250,5 @@ def test_the_fingerprint_depends_on_weights_and_pooling(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"nor config\.json here: the folder is empty"):
         open_encoder(tmp_path)
