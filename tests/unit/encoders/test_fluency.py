@@ -52,5 +52,5 @@ def test_a_model_without_a_decoder_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     folder = tiny.build_bart(tmp_path / "bart")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no .safetensors weights"):
+    with pytest.raises(ModelError, match=r"no \.safetensors weights"):
         BartScorer(folder)
