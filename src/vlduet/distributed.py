@@ -17,6 +17,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from vlduet.errors import VLDuetError
 from vlduet.logs import logger
@@ -36,19 +38,37 @@ def init_process_group() -> None:
     """Join the process group that torchrun describes in the environment.
 
     Uses nccl and selects GPU ``LOCAL_RANK`` as current device where CUDA is available, else gloo.
+    On one node it also works after torchrun has restarted the processes (see `_open_store`).
     All processes but the main one log errors only from then on, because they all do the same work.
     Without ``LOCAL_RANK``, or if a process group exists, nothing happens. Here and in collectives,
     torch raises an error after `COLLECTIVE_TIMEOUT`.
     """
     if "LOCAL_RANK" not in os.environ or dist.is_initialized():
         return
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        backend = "nccl"
+    store, rank, world_size = _open_store()
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
     if not is_main_process():
         logger.setLevel(logging.ERROR)
+
+
+def _open_store() -> tuple[Store, int, int]:
+    """Return the store of torchrun in which ranks find each other, this rank, and their number.
+
+    torchrun keeps the store when it restarts the processes, with the addresses of the dead ones,
+    which a new process would wait for. On one node the keys therefore have the number of restarts
+    in front. With several nodes this number may differ between them, so their keys have no prefix.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restarts is not None and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = PrefixStore(f"restart-{restarts}", store)
+    return store, rank, world_size
 
 
 def get_world_size() -> int:
