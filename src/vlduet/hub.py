@@ -11,7 +11,6 @@ huggingface_hub, which also reads HF_HUB_OFFLINE. Pickled weights and code are n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from typing import Literal, Self, TypeAlias
 
 from vlduet.errors import DataError, ModelError
 from vlduet.logs import logger
+from vlduet.structured_files import list_indexed_weights
 
 Kind: TypeAlias = Literal["model", "dataset"]
 """Kind of a repository, as huggingface_hub calls it."""
@@ -195,34 +195,42 @@ def _find_in_cache(hub_name: HubName, kind: Kind) -> Path | None:
     An incomplete snapshot is one whose list of files, stored with it by a download, has more; of a
     model also one without all weights, as other programs leave behind that read configs alone.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(
-                hub_name.repository,
-                repo_type=kind,
-                revision=hub_name.revision,
-                allow_patterns=PATTERNS[kind],
-                ignore_patterns=IGNORED_PATTERNS,
-                local_files_only=True,
-            )
-        )
+        folder = _fetch_snapshot(hub_name, kind, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         return None
     is_complete = kind == "dataset" or _has_weights(folder)
     return folder if is_complete else None
 
 
+def _fetch_snapshot(
+    hub_name: HubName, kind: Kind, *, folder: Path | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the folder of a snapshot, in `folder` or in the cache, after downloading its files.
+
+    With `local_files_only` nothing is downloaded. Raises the errors of huggingface_hub.
+    """
+    from huggingface_hub import snapshot_download
+
+    path = snapshot_download(
+        hub_name.repository,
+        repo_type=kind,
+        revision=hub_name.revision,
+        allow_patterns=PATTERNS[kind],
+        ignore_patterns=IGNORED_PATTERNS,
+        local_dir=folder,
+        local_files_only=local_files_only,
+    )
+    return Path(path)
+
+
 def _has_weights(folder: Path) -> bool:
     """Return whether a folder has weights, and every file that an index of weights names."""
     for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return False
-        if not all((folder / file).is_file() for file in files):
+        files = list_indexed_weights(index)
+        if files is None or not all((folder / file).is_file() for file in files):
             return False
     return any(folder.rglob("*.safetensors"))
 
@@ -233,20 +241,9 @@ def _download(hub_name: HubName, kind: Kind, *, folder: Path | None = None) -> P
     Raises:
         ModelError, DataError: by kind, if it cannot be downloaded; a model also without weights.
     """
-    from huggingface_hub import snapshot_download
-
     logger.info(f"{hub_name}: downloading from the hub")
     with _translate_errors(hub_name, kind):
-        path = Path(
-            snapshot_download(
-                hub_name.repository,
-                repo_type=kind,
-                revision=hub_name.revision,
-                allow_patterns=PATTERNS[kind],
-                ignore_patterns=IGNORED_PATTERNS,
-                local_dir=folder,
-            )
-        )
+        path = _fetch_snapshot(hub_name, kind, folder=folder)
     if kind == "model" and not _has_weights(path):
         message = "no .safetensors weights on the hub (pickled and GGUF weights are never read)"
         fix = "Use a version of the model in safetensors format"

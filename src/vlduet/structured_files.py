@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlduet.errors import VLDuetError, quote_value
+from vlduet.errors import ModelError, VLDuetError, quote_value
 
 MAX_JSON_BYTES = 256 * 2**20
 """Size of the largest JSON file that is read; tokenizers of large vocabularies have 30 MB."""
@@ -136,6 +136,17 @@ def read_json_object(
     value = read_json(path, error_class=error_class, fix=fix)
     check_fields(value, fields, place=path, error_class=error_class, fix=fix, optional=optional)
     return dict(value)
+
+
+def list_indexed_weights(index: Path) -> set[str] | None:
+    """Return the weight files that ``model.safetensors.index.json`` names; None if it is broken."""
+    try:
+        content = read_json_object(
+            index, {"weight_map": dict}, error_class=ModelError, fix="Copy it again"
+        )
+    except ModelError:
+        return None
+    return {str(name) for name in content["weight_map"].values()}
 
 
 def check_fields(

@@ -404,8 +404,7 @@ def _rename_columns(row: SourceRow) -> SourceRow:
     for role, name in columns.items():
         if name in value:
             value[role] = value.pop(name)
-    default_id = row.default_id.removeprefix(row.context.id_prefix)
-    return replace(row, value=value, default_id=default_id)
+    return replace(row, value=value)
 
 
 def _make_format_error(objects: list[SourceRow], names: Iterable[str]) -> DataError:

@@ -26,6 +26,7 @@ from vlduet.data.batches import Batch
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ModelError
+from vlduet.library_errors import COPY_AGAIN
 from vlduet.model.families.registry import find_family
 from vlduet.model.folder_checks import check_checkpoint
 from vlduet.model.processing import (
@@ -40,6 +41,7 @@ from vlduet.model.processing import (
     translate_load_errors,
 )
 from vlduet.objectives.language import softcap_logits
+from vlduet.structured_files import read_json_object
 
 ProjectorTraining: TypeAlias = bool | Literal["last"]
 """Trained part of the projector: all of it, nothing, or its last linear layer only."""
@@ -376,7 +378,9 @@ class Backbone(nn.Module):
         path = folder / "processor_config.json"
         if (self.folder / path.name).is_file() and not path.is_file():
             shutil.copy(self.folder / path.name, path)
-        config = json.loads(path.read_text()) if path.is_file() else {}
+        config = {}
+        if path.is_file():
+            config = read_json_object(path, error_class=ModelError, fix=COPY_AGAIN)
         # transformers reads both keys instead of chat_template.jinja and preprocessor_config.json.
         has_template = config.pop("chat_template", None) is not None
         if "image_processor" in config:

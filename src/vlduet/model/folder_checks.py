@@ -6,13 +6,14 @@ loaded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from vlduet.errors import ModelError
 from vlduet.hub import describe_missing_path
+from vlduet.library_errors import COPY_AGAIN
+from vlduet.structured_files import list_indexed_weights, read_json_object
 
 PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Weights that run code when they are read."""
@@ -104,10 +105,13 @@ def _list_snapshots(folder: Path) -> list[Path]:
 
 def _describe_adapter(folder: Path) -> tuple[str, str]:
     """Return what a folder with adapter_config.json is, with the name of its base, and a remedy."""
+    key = "base_model_name_or_path"
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        base = str(config["base_model_name_or_path"])[:80]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        config = read_json_object(
+            folder / "adapter_config.json", {key: str}, error_class=ModelError, fix=COPY_AGAIN
+        )
+        base = config[key][:80]
+    except ModelError:
         base = "an unknown model"
     return (
         f"an adapter of PEFT for '{base}', without that model's weights",
@@ -208,11 +212,8 @@ def _list_missing_shards(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():
         return []
-    try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(str(name) for name in files if not (folder / str(name)).is_file())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return []
+    files = list_indexed_weights(index) or ()
+    return sorted(name for name in files if not (folder / name).is_file())
 
 
 def describe_unknown_type(

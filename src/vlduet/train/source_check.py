@@ -18,7 +18,7 @@ from vlduet import distributed
 from vlduet.data.images import MISSING_IMAGE
 from vlduet.data.stream import SCHEDULE_BLOCK_SIZE, Sample
 from vlduet.data.tools.missing_images import suggest_remedy
-from vlduet.errors import DataError, VLDuetError
+from vlduet.errors import DataError
 from vlduet.hub import resolve_dataset
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
@@ -41,8 +41,7 @@ class SourceCheck:
     """Result of looking at the records of a run, by source."""
 
     by_source: list[UsageCounts] = field(default_factory=list)
-    """Counts of the records that were laid out, for every source; all 0 for unusable ones.
-    """
+    """Counts of the records that were laid out, for every source; all 0 for unusable ones."""
     num_images: int = 0
     """Number of images that were looked at."""
     num_decoded: int = 0
@@ -67,18 +66,11 @@ def check_sources(run: TrainingRun) -> SourceCheck:
             out when it was read included; or no source has anything for the losses.
         ConfigError, ModelError: the layout of a record fails for another reason than the record.
     """
-    result: tuple[SourceCheck, list[str]] | VLDuetError | None = None
-    if distributed.is_main_process():
-        # An error goes to all ranks, which would wait for this one for ever.
-        try:
-            result = _check_sources(run), [source.unusable_reason for source in run.sources]
-        except VLDuetError as error:
-            result = error
-    result = distributed.all_gather_objects(result)[0]
-    if isinstance(result, VLDuetError):
-        raise result
-    assert result is not None, "the main process has a result"
-    check, reasons = result
+
+    def check_on_main() -> tuple[SourceCheck, list[str]]:
+        return _check_sources(run), [source.unusable_reason for source in run.sources]
+
+    check, reasons = distributed.call_on_main(check_on_main)
     for source, reason in zip(run.sources, reasons, strict=True):
         source.unusable_reason = reason
     return check

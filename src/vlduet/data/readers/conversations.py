@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mimetypes
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -53,7 +52,6 @@ def parse_chat(row: SourceRow) -> Record:
             images and their places are not equally many; nothing is to be learned; or a key that
             changes what is learned is not supported.
     """
-    row = _rename_columns(row)
     refuse_row_keys(row)
     if any(not is_empty(row.value.get(key)) for key in RETRIEVAL_FIELDS):
         return _parse_retrieval(row)
@@ -67,19 +65,6 @@ def parse_chat(row: SourceRow) -> Record:
     if not any(extract_images(message.parts) for message in messages):
         _count_image_names(row, metadata)
     return Record(parse_id(row), messages=tuple(messages), metadata=metadata, place=row.place)
-
-
-def _rename_columns(row: SourceRow) -> SourceRow:
-    """Return the row with the columns of the roles that the user gave under the roles' names.
-
-    Roles without a meaning for chats, and columns that the row lacks, change nothing.
-    """
-    value = dict(row.value)
-    for role in ("id", "image", "messages"):
-        column = row.context.columns.get(role)
-        if column in row.value:
-            value[role] = value.pop(column)
-    return row if value == row.value else replace(row, value=value)
 
 
 def _find_answer_field(row: SourceRow) -> str:
@@ -240,7 +225,7 @@ def is_llava_row(row: SourceRow) -> bool:
 
 def is_messages_row(row: SourceRow) -> bool:
     """Return whether a row's value has the turns of OpenAI or TRL."""
-    keys = _rename_columns(row).value.keys()
+    keys = row.value.keys()
     return "messages" in keys or {"prompt", "completion"} <= keys
 
 

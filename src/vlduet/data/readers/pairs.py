@@ -113,7 +113,7 @@ def parse_captions(row: SourceRow) -> Record:
     if not plan.captions:
         unread |= {name for name, value in row.value.items() if is_description(name, value)}
     return Record(
-        _parse_id(row, plan),
+        parse_id(row, plan.id or "id"),
         image=images[0],
         short=tuple(dict.fromkeys(short)),
         long=long[0] if long else None,
@@ -159,7 +159,7 @@ def parse_retrieval(row: SourceRow) -> Record:
             fix = f"Fill {' or '.join(columns)}" if columns else f"Name it (columns: {role}=...)"
             raise row.get_field(role).make_error(f"no {role}", fix=fix)
     return Record(
-        _parse_id(row, plan),
+        parse_id(row, plan.id or "id"),
         query=query,
         positive=tuple(positive),
         negative=_parse_candidates(row, plan.negative),
@@ -211,12 +211,6 @@ def _require_image(row: SourceRow, plan: ColumnPlan) -> str:
         message = f"no image; the columns are {names}"
         fix = f"Fill {' or '.join(plan.image)}" if plan.image else "Name it (columns: image=...)"
     raise row.get_field(IMAGE_COLUMN).make_error(message, fix=fix)
-
-
-def _parse_id(row: SourceRow, plan: ColumnPlan) -> str:
-    """Return the row's own id, else its default. Raise DataError if the own id is wrong."""
-    field = row.get_field(plan.id or "id")
-    return row.default_id if field.value in (None, "") else field.parse_record_id()
 
 
 def _parse_texts(field: JsonValue) -> list[str]:

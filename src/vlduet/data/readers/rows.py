@@ -127,7 +127,7 @@ class SourceRow:
     context: ReadContext
     """Settings of the source, and the counter of what is not read."""
     default_id: str
-    """Id of the record if the value has none."""
+    """Id of the record if the value has none, without `ReadContext.id_prefix`."""
     value: Any = None
     """Decoded value without its null fields; None if `error` is set."""
     error: DataError | None = None
@@ -139,7 +139,6 @@ class SourceRow:
     def __post_init__(self) -> None:
         keys = tuple(self.value) if isinstance(self.value, dict) else ()
         object.__setattr__(self, "keys", keys)
-        object.__setattr__(self, "default_id", self.context.id_prefix + self.default_id)
         # Here, so that null means "absent" in every container, whatever the format.
         try:
             object.__setattr__(self, "value", drop_null_fields(self.value))
@@ -191,10 +190,16 @@ def drop_null_fields(value: Any) -> Any:
     return fields
 
 
-def parse_id(row: SourceRow) -> str:
-    """Return the row's own id, else its default. Raise DataError if the own id is wrong."""
-    field = row.get_field("id")
-    return row.default_id if field.value in (None, "") else field.parse_record_id()
+def parse_id(row: SourceRow, column: str = "id") -> str:
+    """Return the row's own id, else its default behind the prefix of the source.
+
+    Raises:
+        DataError: the value of `column` is no id.
+    """
+    field = row.get_field(column)
+    if field.value in (None, ""):
+        return row.context.id_prefix + row.default_id
+    return field.parse_record_id()
 
 
 def collect_metadata(row: SourceRow, used: Iterable[str]) -> dict[str, Any]:
