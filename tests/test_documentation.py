@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.documents import DocumentedCommand, read_code_blocks, read_commands
+from helpers.processes import run_process
 from helpers.source_names import is_name_of_package
 
 ROOT = Path(__file__).parents[1]
@@ -155,13 +155,8 @@ def test_paths_named_in_the_documents_exist() -> None:
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     extraction = next(line for line in script.splitlines() if line.startswith("test_command="))
-    process = subprocess.run(
-        ["bash", "-c", f'{extraction}; printf "%s" "$test_command"'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = ["bash", "-c", f'{extraction}; printf "%s" "$test_command"']
+    process = run_process(command, cwd=ROOT, check=True)
     assert process.stdout == "make test"
 
 
@@ -169,7 +164,5 @@ def test_the_figure_is_the_one_that_its_script_draws() -> None:
     import sys
 
     script = ROOT / "docs" / "figures" / "draw_forward_pass.py"
-    process = subprocess.run(
-        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
-    )
+    process = run_process([sys.executable, str(script), "--check"])
     assert process.returncode == 0, process.stderr

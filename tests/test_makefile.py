@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from helpers.processes import run_process
 
 MAKEFILE = Path(__file__).parents[1] / "Makefile"
 
@@ -43,7 +44,7 @@ def run_setup(folder: Path) -> tuple[int, int]:
     command = ["make", "setup", f"PYTHON={folder / 'with-pip'}"]
     # A make around the tests must not pass on its options.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
-    status = subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+    status = run_process(command, env=environment).returncode
     calls = (folder / "calls").read_text() if (folder / "calls").exists() else ""
     return status, calls.count("-m venv")
 

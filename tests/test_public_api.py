@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import vlduet
+from helpers.processes import run_process
 
 HEAVY_MODULES = (
     "torch",
@@ -45,7 +46,7 @@ def test_the_version_equals_that_of_the_package() -> None:
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own and return its output."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return run_process([sys.executable, "-c", code])
 
 
 HELP = (

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
 import pytest
 import torch
 import worker
 from torch.testing import assert_close
+
+from helpers.processes import MAX_SECONDS, start_process
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -27,7 +32,8 @@ def find_free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start_ranks(folder: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
+@contextmanager
+def start_ranks(folder: Path, world_size: int) -> Iterator[list[Popen[Any]]]:
     """Start one worker for each rank; they save their results into the folder."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
@@ -35,23 +41,22 @@ def start_ranks(folder: Path, world_size: int) -> list[subprocess.Popen[bytes]]:
     }
     port = str(find_free_port())
     script = str(FOLDER / "worker.py")
-    return [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(world_size), port, str(folder)],
-            env=environment,
-        )
-        for rank in range(world_size)
-    ]
+    with ExitStack() as stack:
+        ranks = []
+        for rank in range(world_size):
+            command = [sys.executable, script, str(rank), str(world_size), port, str(folder)]
+            ranks.append(stack.enter_context(start_process(command, env=environment)))
+        yield ranks
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_equal_one(tmp_path: Path, subtests: pytest.Subtests, world_size: int) -> None:
     # Starting processes costs more than any case, so the same ones compute all cases.
-    ranks = start_ranks(tmp_path, world_size)
-    model = worker.build_double_model(tmp_path / "single")
-    names = worker.case_names(world_size)
-    expected_results = {name: worker.compute_share(model, name, 0, 1) for name in names}
-    assert [rank.wait(timeout=480) for rank in ranks] == [0] * world_size
+    with start_ranks(tmp_path, world_size) as ranks:
+        model = worker.build_double_model(tmp_path / "single")
+        names = worker.case_names(world_size)
+        expected_results = {name: worker.compute_share(model, name, 0, 1) for name in names}
+        assert [rank.wait(timeout=MAX_SECONDS) for rank in ranks] == [0] * world_size
     for name, expected in expected_results.items():
         with subtests.test(name):
             lora = [value for key, value in expected.items() if "lora_A" in key]

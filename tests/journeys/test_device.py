@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from helpers import official, runs, tiny
+from helpers.processes import MAX_SECONDS, start_process
 from vlduet.data.formats import read_records
 from vlduet.logs import read_metrics
 
@@ -50,9 +52,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def start_python(*arguments: str | Path) -> subprocess.Popen[bytes]:
+def start_python(*arguments: str | Path) -> AbstractContextManager[Popen[Any]]:
     environment = os.environ | {"PYTHONPATH": PYTHON_PATH, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-W", "ignore", *arguments], env=environment)
+    return start_process([sys.executable, "-W", "ignore", *arguments], env=environment)
 
 
 def write_inputs(folder: Path, family: str, *, half_precision: bool) -> Path:
@@ -109,7 +111,8 @@ class Outputs:
 
 
 def test_the_pretended_device_does_not_mix_with_the_cpu() -> None:
-    assert start_python("-c", MIX_DEVICES).wait(timeout=120) == 0
+    with start_python("-c", MIX_DEVICES) as process:
+        assert process.wait(timeout=MAX_SECONDS) == 0
 
 
 @pytest.mark.parametrize(("family", "half_precision"), [("qwen2_vl", False), ("internvl", True)])
@@ -117,11 +120,13 @@ def test_every_command_gives_the_numbers_of_the_cpu(
     tmp_path: Path, family: str, half_precision: bool
 ) -> None:
     """Checkpoints saved in half precision are opened so on a GPU, and in float32 on a CPU."""
-    processes = []
-    for device in ("cpu", "pretend"):
-        folder = write_inputs(tmp_path / device, family, half_precision=half_precision)
-        processes.append(start_python(FOLDER / "on_device.py", device, folder))
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    with ExitStack() as stack:
+        processes = []
+        for device in ("cpu", "pretend"):
+            folder = write_inputs(tmp_path / device, family, half_precision=half_precision)
+            process = start_python(FOLDER / "on_device.py", device, folder)
+            processes.append(stack.enter_context(process))
+        assert [process.wait(timeout=MAX_SECONDS) for process in processes] == [0, 0]
     expected, outputs = Outputs(tmp_path / "cpu"), Outputs(tmp_path / "pretend")
 
     vector_tolerance = 0.08 if half_precision else 1e-4

@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from helpers import runs, tiny
+from helpers.processes import MAX_SECONDS, start_process
 from vlduet.logs import read_metrics
 
 VLDUET_WITHOUT_DROPOUT = (
@@ -25,9 +28,10 @@ CLIP = {"recipe": {"name": "clip"}, "objectives": {"contrastive": 1.0}, "model":
 """Sections of a config that trains a dual encoder."""
 
 
+@contextmanager
 def start_ranks(
     config: Path, *arguments: str, world_size: int = 2
-) -> list[subprocess.Popen[bytes]]:
+) -> Iterator[list[subprocess.Popen[Any]]]:
     """Start `vlduet train` on every rank, with the environment that torchrun would set."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -38,22 +42,19 @@ def start_ranks(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    if world_size == 1:
-        return [subprocess.Popen(command, env=environment)]
-    ranks = []
-    for rank in range(world_size):
-        rank_environment = environment | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-        }
-        ranks.append(subprocess.Popen(command, env=rank_environment))
-    return ranks
+    with ExitStack() as stack:
+        ranks = []
+        for rank in range(world_size):
+            if world_size > 1:
+                names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+                environment |= {name: str(value) for name, value in names.items()}
+            ranks.append(stack.enter_context(start_process(command, env=environment)))
+        yield ranks
 
 
 def train(config: Path, *arguments: str, world_size: int = 2) -> None:
-    ranks = start_ranks(config, *arguments, world_size=world_size)
-    assert [rank.wait(timeout=300) for rank in ranks] == [0] * world_size
+    with start_ranks(config, *arguments, world_size=world_size) as ranks:
+        assert [rank.wait(timeout=MAX_SECONDS) for rank in ranks] == [0] * world_size
 
 
 def read_values(folder: Path) -> dict[int, dict[str, float]]:
@@ -93,6 +94,13 @@ def test_two_processes_train_what_one_would(tmp_path: Path, recipe: str) -> None
         assert values[step] == pytest.approx(expected_values, rel=2e-3, abs=1e-5), step
 
 
+def wait_for_steps(folder: Path) -> None:
+    """Wait until a run has logged the step after the state of step 6, at most 200 seconds."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and len(read_values(folder)) < 8:
+        time.sleep(0.005)
+
+
 def find_rank(launcher: int, rank: int) -> int:
     """Return the process id of a rank that torchrun has started; 0 if it is not running."""
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
@@ -106,15 +114,8 @@ def test_two_killed_processes_resume(tmp_path: Path) -> None:
     config = runs.write_run_config(tmp_path, steps=30)
     complete, killed = tmp_path / "complete", tmp_path / "killed"
     train(config, f"out={complete}")
-    ranks = start_ranks(config, f"out={killed}")
-    deadline = time.monotonic() + 200
-    # Wait for the state of step 6 and one more step.
-    while time.monotonic() < deadline and len(read_values(killed)) < 8:
-        time.sleep(0.005)
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
-    for rank in ranks:
-        rank.wait()
+    with start_ranks(config, f"out={killed}"):
+        wait_for_steps(killed)  # the end of the block kills the ranks
     assert 7 < len(read_values(killed)) < 30, "the run had to be killed in its middle"
     train(config, f"out={killed}", "--resume")
     assert read_values(killed) == read_values(complete)
@@ -128,19 +129,12 @@ def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node=2", "--max-restarts=2", "-m", "vlduet", "train", str(config)]
     command = [*torchrun, f"out={killed}", "--resume", "auto"]
-    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as launcher:
-        # Without this, an assertion that fails would wait for the launcher for ever.
-        watchdog = threading.Timer(500, launcher.kill)
-        watchdog.start()
-        deadline = time.monotonic() + 200
-        # Wait for the state of step 6 and one more step.
-        while time.monotonic() < deadline and len(read_values(killed)) < 8:
-            time.sleep(0.005)
+    with start_process(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) as launcher:
+        wait_for_steps(killed)
         rank = find_rank(launcher.pid, 0)
         assert rank, "rank 0 had to run"
         os.kill(rank, signal.SIGKILL)
         assert 7 < len(read_values(killed)) < 30, "the run had to be killed in its middle"
-        assert launcher.wait(timeout=200) == 0
-        watchdog.cancel()
+        assert launcher.wait(timeout=MAX_SECONDS) == 0
     assert read_values(killed) == read_values(complete)
     assert not (killed / ".lock").exists()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from helpers import runs
+from helpers.processes import run_process, start_process
 from vlduet.logs import read_metrics
 
 
@@ -31,22 +30,17 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     config = runs.write_run_config(tmp_path, steps=40)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     complete, killed = tmp_path / "complete", tmp_path / "killed"
-    subprocess.run(
-        train_command(config, f"out={complete}"), check=True, env=environment, timeout=300
-    )
-
-    process = subprocess.Popen(train_command(config, f"out={killed}"), env=environment)
-    deadline = time.monotonic() + 200
-    # Wait for the state of step 9 and one more step.
-    while time.monotonic() < deadline and len(read_losses(killed)) < 11:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_process(train_command(config, f"out={complete}"), check=True, env=environment)
+    with start_process(train_command(config, f"out={killed}"), env=environment):
+        deadline = time.monotonic() + 200
+        # Wait for the state of step 9 and one more step; the end of the block is the kill.
+        while time.monotonic() < deadline and len(read_losses(killed)) < 11:
+            time.sleep(0.005)
     losses_before = read_losses(killed)
     assert 10 < len(losses_before) < 40, "the run had to be killed in its middle"
 
     resume = train_command(config, f"out={killed}", "--resume")
-    subprocess.run(resume, check=True, env=environment, timeout=300)
+    run_process(resume, check=True, env=environment)
     expected = read_losses(complete)
     assert read_losses(killed) == expected
     assert all(expected[step] == values for step, values in losses_before.items())
@@ -57,12 +51,10 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_resuming_with_another_config_is_refused(tmp_path: Path) -> None:
     config = runs.write_run_config(tmp_path, steps=2)
-    subprocess.run(train_command(config), check=True, timeout=200)
+    run_process(train_command(config), check=True)
     changed = train_command(config, "train.lr=0.5", "--resume")
-    refused = subprocess.run(changed, capture_output=True, text=True, timeout=200, check=False)
+    refused = run_process(changed)
     assert refused.returncode == 1
     assert "train.lr was 0.01, is 0.5" in refused.stderr and "Traceback" not in refused.stderr
-    restarted = subprocess.run(
-        train_command(config), capture_output=True, text=True, timeout=200, check=False
-    )
+    restarted = run_process(train_command(config))
     assert restarted.returncode == 1 and "--resume" in restarted.stderr

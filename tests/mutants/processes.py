@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TEST_SECONDS = 300
+TEST_SECONDS = 240
 """Seconds after which a test is stopped; it then counts as an error, not as a detection."""
 PRELOADED_MODULES = (
     "torch",
@@ -81,7 +81,7 @@ def run_test(test: str, source_folder: Path) -> PytestRun:
         process.join(TEST_SECONDS)
         if process.is_alive():
             process.kill()
-            process.join()
+            process.join(10)
             return PytestRun(Outcome.NOT_RUN, f"stopped after {TEST_SECONDS} s")
         outcomes = {status: outcome for outcome, status in EXIT_STATUSES.items()}
         outcome = outcomes.get(process.exitcode or 0, Outcome.NOT_RUN)

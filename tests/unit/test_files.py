@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers.processes import run_process
 from vlduet.errors import ConfigError
 from vlduet.files import (
     open_for_append,
@@ -79,7 +79,7 @@ def test_a_killed_writer_leaves_the_old_version(tmp_path: Path, rename: int) -> 
     folder.mkdir()
     (folder / "old.txt").write_text("old")
     command = [sys.executable, "-c", KILLED_WRITER, folder, str(rename)]
-    process = subprocess.run(command, check=False, timeout=120)
+    process = run_process(command)
     assert process.returncode == 9
     assert folder.exists() == (rename == 1)
     assert read_files(recover_folder(folder)) == {"old.txt": b"old"}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.processes import start_process
 from vlduet.errors import ConfigError, LockError
 from vlduet.locks import lock_folder, lock_output
 
@@ -29,7 +30,7 @@ with getattr(locks, "lock_" + sys.argv[1])(Path(sys.argv[2])):
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path, name: str) -> None:
     target = tmp_path / "new" / "x"
     command = [sys.executable, "-c", HOLDER, name, str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start_process(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         # A symbolic link leads to the same lock.

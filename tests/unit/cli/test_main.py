@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import tiny
+from helpers.processes import run_process
 from vlduet.cli import main as main_module
 
 COUNT_PAGE_FAULTS = """
@@ -27,7 +27,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def count_page_faults(mode: str) -> int:
     command = [sys.executable, "-c", COUNT_PAGE_FAULTS, mode]
-    return int(subprocess.run(command, capture_output=True, check=True).stdout)
+    return int(run_process(command, check=True).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc of glibc")
@@ -59,7 +59,7 @@ heavy = ("torch", "transformers", "numpy", "lancedb", "PIL", "starlette")
 print("imported:", *(name for name in heavy if name in sys.modules))
 """
     command_line = [sys.executable, "-c", script]
-    process = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    process = run_process(command_line)
     assert process.returncode == 0, process.stderr
     assert "Usage:" in process.stdout
     assert process.stdout.splitlines()[-1] == "imported:"

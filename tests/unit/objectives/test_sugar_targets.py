@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from helpers.gak_reference import compute_reference_kernel
+from helpers.processes import run_process
 from vlduet.objectives.gak import api
 from vlduet.objectives.sugar_targets import (
     Prefixes,
@@ -371,6 +371,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_targets_of_512_sequences_take_less_than_1_gb(target: str) -> None:
     """1,024 sequences of 16 distinct slices shall fit in 4 GB; half as many take a fourth."""
     command = [sys.executable, "-c", MEMORY_PROGRAM, "512", target]
-    process = subprocess.run(command, capture_output=True, check=True, timeout=300)
+    process = run_process(command, check=True)
     kilobytes = int(process.stdout)
     assert kilobytes * 1024 < 1e9

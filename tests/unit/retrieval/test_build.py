@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from helpers import fake_embedder
 from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_records
+from helpers.processes import start_process
 from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError, DataError, LockError, RetrievalError
 from vlduet.retrieval.build import MAX_FILTER_KEYS, build_index
@@ -171,7 +172,7 @@ def test_killed_build_loses_one_chunk_and_releases_the_lock(
     source, to = write_text_records(tmp_path), tmp_path / "index"
     script = textwrap.dedent(SLOW_BUILD)
     command = [sys.executable, "-c", script, fake_embedder.__file__, str(source), str(to)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start_process(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         with pytest.raises(LockError, match="another process is writing"):
