@@ -45,6 +45,8 @@ TORCHRUN_VARIABLES = {
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "GROUP_WORLD_SIZE",
+    "TORCHELASTIC_RESTART_COUNT",
 }
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef

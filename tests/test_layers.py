@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors", "library_errors", "locks"},
     "integrity": {"files"},
     "logs": {"errors", "files"},
-    "hub": {"errors", "logs"},
+    "hub": {"errors", "logs", "structured_files"},
     "config_files": {"errors", "structured_files"},
     "config": {"errors", "files", "config_files"},
     "distributed": {"errors", "logs"},

@@ -170,7 +170,7 @@ def test_all_ranks_raise_the_error_of_the_main_process(
     run = prepare_run(write_run(tmp_path, [{"short": "x"}] * 3), write_files=False)
     error = DataError("none is usable")
     monkeypatch.setattr(distributed, "is_main_process", lambda: False)
-    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [error, value])
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda outcome: [(None, error), outcome])
     with pytest.raises(DataError, match="none is usable"):
         check_sources(run)
 
