@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "structured_files": {"errors"},
     "locks": {"errors"},
     "files": {"errors", "library_errors", "locks"},
-    "integrity": {"files"},
+    "integrity": {"errors", "files", "structured_files"},
     "logs": {"errors", "files"},
     "hub": {"errors", "logs", "structured_files"},
     "config_files": {"errors", "structured_files"},
@@ -61,7 +61,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reports": BASE | {"data", "eval", "inspect"},
     "harness": BASE | {"data", "corpora", "model", "encoders", "eval"},
     "workflows": BASE
-    | {"data", "objectives", "model", "encoders", "recipes", "train", "retrieval", "eval"},
+    | {
+        "data",
+        "corpora",
+        "objectives",
+        "model",
+        "encoders",
+        "recipes",
+        "train",
+        "retrieval",
+        "eval",
+    },
 }
 MAY_IMPORT["demo"] = set(MAY_IMPORT)
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

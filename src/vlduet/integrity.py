@@ -16,8 +16,9 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
+from vlduet.errors import ModelError, VLDuetError
 from vlduet.files import write_atomically
 
 MIN_REMEMBERED_BYTES = 1 << 24
@@ -26,6 +27,9 @@ MIN_AGE_NS = 2 * 10**9
 """Age of a file before its hash is remembered: a clock may not tell two later changes apart."""
 MAX_HASH_THREADS = 8
 """Number of files that are hashed at a time."""
+CHANGED = "has another content than the one that was written"
+UNSEALED_KEYS = ("base", "manifest_sha256")
+"""Keys of a manifest that its hash leaves out: the path of a model's base may be edited."""
 
 
 class FileDigest(TypedDict):
@@ -161,11 +165,7 @@ def find_damage(
     except OSError as error:
         name = Path(error.filename or "a file").name
         return [Damage(name, f"cannot be read ({error.strerror or error})")]
-    return [
-        Damage(name, "has another content than the one that was written")
-        for name in different
-        if actual[name] != files[name]
-    ]
+    return [Damage(name, CHANGED) for name in different if actual[name] != files[name]]
 
 
 def _compare_sizes(folder: Path, files: Mapping[str, FileDigest]) -> Iterable[Damage]:
@@ -200,6 +200,81 @@ def _stat_version(path: Path) -> _FileVersion:
     return _FileVersion(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
+# --------------------------------------------------------------------- manifests
+
+
+def seal_manifest(
+    manifest: Mapping[str, Any], folder: Path, *, names: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Return a manifest with a list of files (``files``) and its own hash (``manifest_sha256``).
+
+    Args:
+        manifest: content of the manifest, which will be the last file that is written.
+        folder: folder of the manifest.
+        names: files to list, in POSIX form; None: all that the folder holds.
+    """
+    sealed = json.loads(json.dumps(manifest))  # as it will be read: tuples become lists
+    sealed["files"] = hash_files(folder, list_files(folder) if names is None else names)
+    return {**sealed, "manifest_sha256": _hash_manifest(sealed)}
+
+
+def find_manifest_damage(
+    folder: Path, manifest: Mapping[str, Any], *, name: str, reread: bool = False
+) -> list[Damage]:
+    """Return the damage of a manifest and of the files of its list; [] if there is none.
+
+    One of an earlier version, without list and hash, has nothing to compare with.
+
+    Args:
+        folder: folder of the manifest.
+        manifest: its content.
+        name: name of its file.
+        reread: see `find_damage`.
+    """
+    damage = [] if is_intact(manifest) else [Damage(name, CHANGED)]
+    return damage + find_damage(folder, get_listed_files(manifest), reread=reread)
+
+
+def verify_manifest(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    name: str,
+    error_class: type[VLDuetError] = ModelError,
+    fix: str = "Copy the folder again",
+) -> None:
+    """Check a folder against its manifest, as `find_manifest_damage` does.
+
+    Raises:
+        VLDuetError: of `error_class`, at the first damaged file.
+    """
+    for damage in find_manifest_damage(folder, manifest, name=name):
+        raise error_class(damage.reason, place=folder / damage.name, fix=fix)
+
+
+def is_intact(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a manifest has the hash of its content, or is of an earlier version."""
+    is_sealed = "files" in manifest or "manifest_sha256" in manifest
+    return not is_sealed or manifest.get("manifest_sha256") == _hash_manifest(manifest)
+
+
+def get_listed_files(manifest: Mapping[str, Any], key: str = "files") -> dict[str, FileDigest]:
+    """Return a list of files of a manifest, {} if it is broken or of an earlier version.
+
+    A broken one is damage of the manifest, which its hash shows.
+    """
+    try:
+        return parse_files(manifest.get(key, {}))
+    except ValueError:
+        return {}
+
+
+def _hash_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content without UNSEALED_KEYS, in any layout."""
+    content = {key: value for key, value in manifest.items() if key not in UNSEALED_KEYS}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 # --------------------------------------------------------------------- remembered hashes
 
 
@@ -228,8 +303,15 @@ def _read_memory(folder: Path) -> dict[str, tuple[_FileVersion, str]]:
 
 
 def _write_memory(folder: Path, memory: Mapping[str, tuple[_FileVersion, str]]) -> None:
-    """Write the remembered hashes of a folder; a cache that cannot be written is left as it is."""
-    rows = {name: [*version, sha256] for name, (version, sha256) in memory.items()}
+    """Write the remembered hashes of a folder, without those of files that were deleted since.
+
+    A cache that cannot be written is left as it is.
+    """
+    rows = {
+        name: [*version, sha256]
+        for name, (version, sha256) in memory.items()
+        if (folder / name).exists()
+    }
     path = _memory_path(folder)
     content = json.dumps(rows).encode()
     try:

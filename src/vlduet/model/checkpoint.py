@@ -33,10 +33,11 @@ from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError, quote_value
 from vlduet.hub import describe_snapshot, find_base
+from vlduet.integrity import seal_manifest, verify_manifest
 from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model import verification
 from vlduet.model.chat_template import TEMPLATE_FILE, fix_date, read_early_template
-from vlduet.model.fingerprints import fingerprint_checkpoint
+from vlduet.model.fingerprints import fingerprint_checkpoint, hash_checkpoint
 from vlduet.model.folder_checks import describe_folder_without_config
 from vlduet.model.pooling import HEAD_KINDS
 from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors
@@ -112,7 +113,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise describe_folder_without_config(folder)
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _read_manifest(path)
-    verification.verify_files(folder, manifest, place=path)
+    verify_manifest(folder, manifest, name=path.name)
     base_folder = _locate_base(folder, manifest)
     verification.verify_base(base_folder, manifest, place=path)
     with translate_library_errors(folder, subject="model folder"):
@@ -233,7 +234,7 @@ def write_checkpoint(
         chat_template: template in use; None without one.
         save_adapter: writes the adapter into a given folder; None without an adapter.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "vlduet": __version__,
         "base": "." if base is None else os.path.relpath(base.resolve(), _final_folder(folder)),
@@ -253,7 +254,8 @@ def write_checkpoint(
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     if save_adapter is not None:
         save_adapter(folder / "adapter")
-    manifest = verification.seal_manifest(manifest, folder, base=base)
+    manifest["base_files"] = {} if base is None else hash_checkpoint(base)
+    manifest = seal_manifest(manifest, folder)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 

@@ -25,14 +25,20 @@ from vlduet.data.readers.containers import is_pattern
 from vlduet.data.records import Place, Record
 from vlduet.data.sources import RecordSource, SourceLike, as_source
 from vlduet.errors import DataError, RetrievalError, suggest_name
-from vlduet.files import remove_drafts, write_atomically
+from vlduet.files import write_atomically
 from vlduet.hub import resolve_dataset, resolve_model
-from vlduet.locks import LOCK_NAME, lock_folder
+from vlduet.locks import LOCK_NAME, lock_folder, remove_drafts
 from vlduet.logs import track_progress
 from vlduet.retrieval.documents import Document, Side, read_documents
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
 from vlduet.retrieval.filters import Scalar, scalar_kind, to_scalar
-from vlduet.retrieval.index import MANIFEST_FILENAME, Index, IndexManifest, path_pair
+from vlduet.retrieval.index import (
+    IMAGE_FOLDER,
+    MANIFEST_FILENAME,
+    Index,
+    IndexManifest,
+    path_pair,
+)
 from vlduet.retrieval.stores.base import IndexRow, RowHashes
 
 MAX_FILTER_KEYS = 64
@@ -104,6 +110,7 @@ def build_index(
         fix = "Name a file of records or a folder of images"
         raise DataError("no such file or folder", place=source.path, fix=fix)
     with lock_folder(path):
+        remove_drafts(path / IMAGE_FOLDER)
         manifest = _read_or_create_manifest(path, model, side=side)
         source_path = resolve_dataset(source.path).resolve()
         manifest = replace(manifest, source=str(source_path), complete=False)
@@ -193,7 +200,7 @@ class _BuildJob:
         image_path = None if image is None else image.path
         if image is not None and image_path is None:
             # An image without a file of its own gets one in the index, written with the row.
-            image_path = self.index.path / "images" / image_key(image)
+            image_path = self.index.path / IMAGE_FOLDER / image_key(image)
         absolute, relative = path_pair(image_path, self.index.path)
         details = json.dumps([document.text, metadata, absolute], sort_keys=True)
         details_hash = hashlib.sha256(details.encode()).hexdigest()
@@ -258,6 +265,7 @@ class _BuildJob:
                 rows.append(row)
         if rows:
             self.store.upsert(rows, np.stack([vectors[row.hashes.content_hash] for row in rows]))
+            self.index.manifest.write(self.index.path)
         for row in rows:
             self._record_write(row.id, row.hashes)
 
@@ -274,16 +282,16 @@ class _BuildJob:
     def _write_image_bytes(self, document: Document, row: IndexRow) -> None:
         """Write an image without a file of its own to the row's image path, and create the folder.
 
-        Nothing is done for other documents, or if the file exists.
+        Nothing is done for other documents, or if the file exists with these bytes.
         """
         image = document.image
         if image is None or image.path is not None or row.image_path is None:
             return
-        if Path(row.image_path).exists():
-            return
+        path = Path(row.image_path)
         data = read_bytes(image)
-        Path(row.image_path).parent.mkdir(exist_ok=True)
-        write_atomically(Path(row.image_path), lambda file: file.write(data))
+        if not (path.is_file() and path.read_bytes() == data):
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, lambda file: file.write(data))
 
     def _record_write(self, row_id: str, hashes: RowHashes) -> None:
         """Count a written row as added or updated; update `hashes` and `row_by_content`."""
@@ -333,19 +341,18 @@ def _read_or_create_manifest(path: Path, model: Embedder, *, side: Side | None) 
     """Return the manifest of the index at `path`, or that of a new index if the folder is empty.
 
     No manifest is written. A new index has side "image" if `side` is None. The lock in the folder
-    is ignored, and drafts of the manifest that killed builds left are deleted. Raises
-    RetrievalError for an unknown side, a folder that is neither an index nor empty, a broken
-    manifest, and an index of another model or side.
+    is ignored. Raises RetrievalError for an unknown side, a folder that is neither an index nor
+    empty, a broken manifest, a damaged store, and an index of another model or side.
     """
     if side is not None and side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     if not (path / MANIFEST_FILENAME).exists():
-        remove_drafts(path / MANIFEST_FILENAME)
         if any(file.name != LOCK_NAME for file in path.iterdir()):
             fix = "Name a new or an empty folder: --to DIR"
             raise RetrievalError("is not an index", place=path, fix=fix)
         return IndexManifest.for_new_index(model, side=side or "image")
     manifest = IndexManifest.read(path)
+    manifest.verify_files(path)
     manifest.check_model(model, path)
     if side not in (None, manifest.side):
         message = f"built with --side {manifest.side}, not {side}"

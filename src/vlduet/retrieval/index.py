@@ -1,8 +1,9 @@
 """Index: a folder with a manifest, a vector store, and images that have no file of their own.
 
-    INDEX/manifest.json      model, prompts and image backend that built it, its source and its size
+    INDEX/manifest.json      model, prompts and image backend that built it, its source and its
+                             size, and size and hash of every file of the store
           store/             LanceDB table of rows and embeddings
-          images/            images that the source contains as bytes
+          images/            images that the source contains as bytes, named by their SHA-256
           quarantine.jsonl   records that the last build left out, with reasons
 
 `build.build_index` writes an index; all other code only reads it.
@@ -23,6 +24,17 @@ from vlduet.data.records import ImageRef
 from vlduet.errors import RetrievalError, quote_value
 from vlduet.files import write_text_atomically
 from vlduet.hub import describe_snapshot
+from vlduet.integrity import (
+    CHANGED,
+    Damage,
+    FileDigest,
+    find_damage,
+    get_listed_files,
+    hash_files,
+    is_intact,
+    list_files,
+    seal_manifest,
+)
 from vlduet.retrieval.documents import Side
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.stores.base import IndexRow, VectorStore
@@ -31,6 +43,9 @@ from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 MANIFEST_FORMAT = 1
 """Version of the manifest's format; an index in another format is refused."""
 MANIFEST_FILENAME = "manifest.json"
+STORE_FOLDER = "store"
+IMAGE_FOLDER = "images"
+DAMAGE_REMEDY = "Copy the index again, or delete it and build it again"
 STORE = "lance"
 """Kind of store that the manifest of every index names."""
 REQUIRED_FIELDS: FieldTypes = {
@@ -52,6 +67,8 @@ OPTIONAL_FIELDS: FieldTypes = {
     "created": str,
     "updated": str,
     "vlduet": str,
+    "files": dict,
+    "manifest_sha256": str,
 }
 """Keys that manifests of earlier versions may lack."""
 
@@ -83,6 +100,10 @@ class IndexManifest:
     updated: str = ""
     vlduet: str = ""
     """Version of vlduet that wrote the manifest."""
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
+    """Size and hash of the store's files at the last commit; of earlier versions empty."""
+    manifest_sha256: str = ""
+    """Hash of the other fields; "" before writing and in indexes of earlier versions."""
 
     @classmethod
     def for_new_index(cls, model: Embedder, *, side: Side) -> Self:
@@ -102,8 +123,8 @@ class IndexManifest:
         """Return the manifest of the index at folder `path`; the store is not opened.
 
         Raises:
-            RetrievalError: no index, a broken manifest, one in another format, or an index in the
-                flat store of earlier versions.
+            RetrievalError: no index, a broken or changed manifest, one in another format, or an
+                index in the flat store of earlier versions.
         """
         rebuild = "Delete the index and build it again"
         file = path / MANIFEST_FILENAME
@@ -127,17 +148,42 @@ class IndexManifest:
         if unknown_keys or values["dim"] < 1:
             problem = f"unknown key {quote_value(unknown_keys[0])}" if unknown_keys else "dim < 1"
             raise RetrievalError(f"broken manifest ({problem})", place=file, fix=rebuild)
-        manifest = cls(**values)
+        manifest = cls(**{**values, "files": get_listed_files(values)})
         if manifest.store != STORE:
             message = f"its store '{manifest.store}' is no longer supported, only '{STORE}' is"
             raise RetrievalError(message, place=path, fix=rebuild)
+        if not is_intact(values):
+            raise RetrievalError(CHANGED, place=file, fix=DAMAGE_REMEDY)
         return manifest
 
     def write(self, path: Path) -> None:
-        """Write the manifest, with the current time and version, to folder `path`, atomically."""
+        """Write the manifest to folder `path`, atomically.
+
+        It gets the current time and version, and the list of the files that the store has now.
+        Files ``.json``, which LanceDB only takes hints from, and its locks are not listed.
+        """
         values = asdict(replace(self, updated=_utc_now(), vlduet=__version__))
-        text = json.dumps(values, indent=2, ensure_ascii=False)
+        names = [f"{STORE_FOLDER}/{name}" for name in list_files(path / STORE_FOLDER)]
+        names = [name for name in names if not name.endswith(".json")]
+        text = json.dumps(seal_manifest(values, path, names=names), indent=2, ensure_ascii=False)
         write_text_atomically(path / MANIFEST_FILENAME, text + "\n")
+
+    def find_damage(self, path: Path, *, reread: bool = False) -> list[Damage]:
+        """Return the files of the store at folder `path` that are not as listed; [] if all are.
+
+        After an interrupted build, files that are missing do not count: it may have merged them
+        into others, and LanceDB misses those that it needs. `reread`: see `integrity.find_damage`.
+        """
+        files = self.files
+        if not self.complete:
+            files = {name: digest for name, digest in files.items() if (path / name).exists()}
+        return find_damage(path, files, reread=reread)
+
+    def verify_files(self, path: Path) -> None:
+        """Raise RetrievalError at the first damaged file of the store at folder `path`."""
+        for damage in self.find_damage(path):
+            place = path / damage.name
+            raise RetrievalError(damage.reason, place=place, fix=DAMAGE_REMEDY)
 
     def check_model(self, model: Embedder, path: Path) -> None:
         """Raise RetrievalError unless `model` is the one that built the index at `path`.
@@ -177,7 +223,7 @@ class Index:
         from vlduet.retrieval.stores.lance import LanceStore
 
         self.path, self.manifest = path, manifest
-        self.store: VectorStore = LanceStore(path / "store", dim=manifest.dim, write=write)
+        self.store: VectorStore = LanceStore(path / STORE_FOLDER, dim=manifest.dim, write=write)
         self._checked_model: Embedder | None = None
 
     @classmethod
@@ -189,10 +235,10 @@ class Index:
             model: model to check against the one that built the index; None checks nothing yet.
 
         Raises:
-            RetrievalError: no index, an unreadable one, or one that another model built.
+            RetrievalError: no index, an unreadable or damaged one, or one that another model built.
         """
         path = Path(path)
-        manifest = IndexManifest.read(path)
+        manifest = _read_verified_manifest(path)
         if model is not None:
             manifest.check_model(model, path)
         index = cls(path, manifest)
@@ -250,6 +296,39 @@ class Index:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _read_verified_manifest(path: Path) -> IndexManifest:
+    """Return the manifest of the index at folder `path` after its store was compared with it.
+
+    A build that another process begins meanwhile may merge files: then the new manifest counts.
+    Raises RetrievalError as `IndexManifest.read` and `IndexManifest.verify_files`.
+    """
+    manifest = IndexManifest.read(path)
+    while manifest.find_damage(path):
+        newer_manifest = IndexManifest.read(path)
+        if newer_manifest == manifest:
+            manifest.verify_files(path)
+        manifest = newer_manifest
+    return manifest
+
+
+def find_index_damage(path: Path) -> tuple[list[str], int]:
+    """Return a line for each damaged file of an index, and the number of files. All are read.
+
+    These are the files of its store, and its images, whose names are their hashes. Raises
+    RetrievalError as `IndexManifest.read`.
+    """
+    manifest = IndexManifest.read(path)
+    images = path / IMAGE_FOLDER
+    names = [name for name in list_files(images) if len(name) == 64]
+    hashes = hash_files(images, names, reread=True)
+    damage = manifest.find_damage(path, reread=True)
+    for name, digest in hashes.items():
+        if digest["sha256"] != name:
+            damage.append(Damage(f"{IMAGE_FOLDER}/{name}", CHANGED))
+    lines = [f"{path / name}: {reason}" for name, reason in damage]
+    return lines, len(manifest.files) + len(hashes)
 
 
 def path_pair(target: Path | None, folder: Path) -> tuple[str | None, str | None]:

@@ -24,6 +24,12 @@ from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError, quote_value
 from vlduet.files import recover_folder, replace_folder_atomically, write_text_atomically
 from vlduet.hub import Kind, list_commits
+from vlduet.integrity import (
+    find_manifest_damage,
+    get_listed_files,
+    seal_manifest,
+    verify_manifest,
+)
 from vlduet.library_errors import translate_library_errors
 from vlduet.logs import logger
 from vlduet.structured_files import read_json_object
@@ -35,7 +41,8 @@ ResumeMode = bool | Literal["auto"]
 STATE_FOLDER = "state"
 """Folder of the state within the folder of a run."""
 STATE_FILE = "state.json"
-"""File with the step and the decisive settings."""
+"""File with the step, the decisive settings, and size and hash of the other files."""
+DAMAGE_REMEDY = "Copy the whole run again, or start anew"
 CHANGEABLE_SETTINGS = ("log_every", "eval_every", "save_every", "max_dropped")
 """Names of settings that may change when a run is resumed: nothing that is learned depends on
 them."""
@@ -59,8 +66,9 @@ def select_resumption(out: Path, resume: ResumeMode) -> bool:
 def save_state(run: TrainingRun, step: int) -> None:
     """Write the state of a run before `step` to ``out/state``, atomically replacing the last one.
 
-    Files: state.json (step, number of steps, fingerprints of the records, decisive settings),
-    trained.safetensors and optimizer.pt. `out` is created if it is missing.
+    Files: trained.safetensors, optimizer.pt and, at last, state.json (step, number of steps,
+    fingerprints of the records, decisive settings, size and hash of the files). `out` is created if
+    it is missing.
 
     Raises:
         ConfigError: ``out/state`` exists and is not empty, but has no state.json.
@@ -75,7 +83,7 @@ def save_state(run: TrainingRun, step: int) -> None:
     with replace_folder_atomically(run.config.out / STATE_FOLDER, marker=STATE_FILE) as folder:
         save_file(tensors, folder / "trained.safetensors")
         torch.save(run.optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / STATE_FILE).write_text(json.dumps(facts))
+        (folder / STATE_FILE).write_text(json.dumps(seal_manifest(facts, folder)))
 
 
 def load_state(run: TrainingRun) -> int:
@@ -85,14 +93,16 @@ def load_state(run: TrainingRun) -> int:
     records. Records that are not those of the state are a warning: their order is another one.
 
     Raises:
-        TrainingError: there is no state, it is broken (tensors may then be loaded in part), or it
-            belongs to a run with other decisive settings (then nothing is loaded).
+        TrainingError: there is no state, a file of it is damaged, or it belongs to a run with other
+            decisive settings (then nothing is loaded); or one of an earlier version is broken
+            (tensors may then be loaded in part).
     """
     folder = recover_folder(run.config.out / STATE_FOLDER)
     if not (folder / STATE_FILE).is_file():
         raise TrainingError("nothing to resume", place=folder, fix="Start without --resume")
-    fix = "Copy the whole run again, or start anew"
-    with translate_library_errors(folder, error_class=TrainingError, subject="state", fix=fix):
+    with translate_library_errors(
+        folder, error_class=TrainingError, subject="state", fix=DAMAGE_REMEDY
+    ):
         return _load_folder(run, folder)
 
 
@@ -100,16 +110,18 @@ def _load_folder(run: TrainingRun, folder: Path) -> int:
     """Load a state folder into a run, in place, as `load_state` does; return the next step.
 
     Raises:
-        TrainingError: a decisive setting differs; raised before anything is loaded.
+        TrainingError: a file is damaged or a decisive setting differs; raised before anything is
+            loaded.
         READ_ERRORS: a file is missing or broken.
     """
     facts = read_json_object(
         folder / STATE_FILE,
         {"decisive": dict, "step": int},
         error_class=TrainingError,
-        fix="Copy the whole run again, or start anew",
+        fix=DAMAGE_REMEDY,
         optional={"num_steps": int, "records": list},
     )
+    verify_manifest(folder, facts, name=STATE_FILE, error_class=TrainingError, fix=DAMAGE_REMEDY)
     difference = describe_difference(facts["decisive"], decisive_settings(run.config))
     if difference:
         raise TrainingError(
@@ -129,6 +141,16 @@ def _load_folder(run: TrainingRun, folder: Path) -> int:
     optimizer_state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     run.optimizer.load_state_dict(optimizer_state)
     return int(facts["step"])
+
+
+def find_state_damage(folder: Path) -> tuple[list[str], int]:
+    """Return a line for each damaged file of a state folder, and the number of listed files.
+
+    All of them are read. Raises TrainingError if state.json is missing or broken.
+    """
+    facts = read_json_object(folder / STATE_FILE, error_class=TrainingError, fix=DAMAGE_REMEDY)
+    damage = find_manifest_damage(folder, facts, name=STATE_FILE, reread=True)
+    return [f"{folder / name}: {reason}" for name, reason in damage], len(get_listed_files(facts))
 
 
 def _trained_tensors(run: TrainingRun) -> dict[str, Tensor]:
@@ -174,8 +196,8 @@ def describe_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
 def decisive_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that the learned weights depend on, flat, such as `train.lr` -> 1e-4.
 
-    Values are those of JSON; lists stay lists. The output folder, the feature cache and
-    CHANGEABLE_SETTINGS are left out, and in training sources what is not set.
+    Values are those of JSON; lists stay lists. The output folder, the name of the preset, the
+    feature cache and CHANGEABLE_SETTINGS are left out, and in training sources what is not set.
     """
     settings: dict[str, Any] = {}
 
@@ -187,7 +209,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
         elif prefix.rpartition(".")[2] not in CHANGEABLE_SETTINGS:
             settings[prefix] = value
 
-    tree = config.model_dump(mode="json", exclude={"out": True, "data": {"cache"}})
+    tree = config.model_dump(mode="json", exclude={"out": True, "preset": True, "data": {"cache"}})
     for source in tree["data"]["train"]:
         for key in [key for key, value in source.items() if not value or key == "strict"]:
             del source[key]

@@ -56,8 +56,10 @@ def test_a_corpus_folder_holds_records_images_notices_and_their_hashes(
     summary = catalog.fetch_corpus("stamps", tmp_path)
     files = read_files(summary.folder)
     manifest = json.loads(files.pop("manifest.json"))
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    assert manifest["files"] == hashes
+    assert manifest["files"] == {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
     pin = packages.get_package(stamps.PACKAGE_NAME)
     assert manifest["packages"] == [
         {"kind": pin.kind, "name": pin.name, "version": pin.version, "sha256": pin.sha256}

@@ -68,12 +68,33 @@ def test_a_changed_encoder_and_a_broken_manifest_are_refused(dual: Path) -> None
     changed = shutil.copytree(dual, dual.with_name("changed"))
     manifest = json.loads((changed / "dual.json").read_text())
     manifest["encoders"]["text"]["fingerprint"] = "other"
+    for key in ("files", "manifest_sha256"):  # an earlier version wrote none
+        del manifest[key]
     (changed / "dual.json").write_text(json.dumps(manifest))
     with pytest.raises(ModelError, match=r"the text encoder .* is another one now"):
         DualEncoder.from_pretrained(changed)
     (changed / "dual.json").write_text("{}")
     with pytest.raises(ModelError, match="'format' is missing"):
         DualEncoder.from_pretrained(changed)
+
+
+@pytest.mark.parametrize("name", ["dual.json", "dual.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "half", "flipped"])
+def test_a_damaged_file_of_a_dual_encoder_is_named(
+    dual: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    folder = shutil.copytree(dual, tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    (folder / name).unlink()
+    if damage == "half":
+        (folder / name).write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        position = content.index(b'"dim": 256') + 9 if name == "dual.json" else len(content) - 1
+        content[position] ^= 1
+        (folder / name).write_bytes(content)
+    with pytest.raises(ModelError, match=f"copy/{name}: ") as error_info:
+        DualEncoder.from_pretrained(folder)
+    assert "Copy the folder again" in str(error_info.value)
 
 
 def test_sugar_accepts_it_as_cross_encoder(

@@ -22,6 +22,7 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import Readout
 from vlduet.recipes.recipe import BoundRecipe
 from vlduet.train import loop, setup
+from vlduet.train.checkpointing import load_state
 from vlduet.train.loop import train
 from vlduet.train.run import TrainingRun, count_steps
 from vlduet.train.step import optimizer_step
@@ -236,15 +237,34 @@ def test_validation_leaves_out_an_image_that_cannot_be_decoded(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["state.json", "trained.safetensors", "optimizer.pt"])
-@pytest.mark.parametrize("damage", ["missing", "incomplete", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "incomplete", "empty", "flipped"])
 def test_a_broken_state_is_named(tmp_path: Path, name: str, damage: str) -> None:
     run_config = config.load_run_config(runs.write_run_config(tmp_path, steps=2))
     train(run_config)
     file = run_config.out / "state" / name
     content = file.read_bytes()
     file.unlink()
-    if damage != "missing":
+    if damage == "flipped":  # a digit of the step, or a value
+        position = content.find(b'"step": ') + 8 if name == "state.json" else len(content) // 2
+        flipped = bytes([content[position] ^ 1])
+        file.write_bytes(content[:position] + flipped + content[position + 1 :])
+    elif damage != "missing":
         file.write_bytes(content[: len(content) // 2] if damage == "incomplete" else b"")
-    message = f"{run_config.out}/state(/state.json)?: (broken|nothing to resume)"
+    if name == "state.json" and damage == "missing":
+        message = "state: nothing to resume"
+    else:
+        message = f"state/{name}: (broken JSON|is missing|has )"
     with pytest.raises(TrainingError, match=message):
         train(run_config, resume=True)
+
+
+def test_a_state_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    """It has no list of files."""
+    run_config = config.load_run_config(runs.write_run_config(tmp_path, steps=2))
+    train(run_config)
+    path = run_config.out / "state" / "state.json"
+    facts = json.loads(path.read_text())
+    assert set(facts.pop("files")) == {"optimizer.pt", "trained.safetensors"}
+    del facts["manifest_sha256"]
+    path.write_text(json.dumps(facts))
+    assert load_state(setup.prepare_run(run_config, write_files=False)) == 2
