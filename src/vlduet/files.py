@@ -16,7 +16,7 @@ from typing import IO, Any, TextIO
 
 from vlduet.errors import ConfigError
 from vlduet.library_errors import name_full_disk
-from vlduet.locks import lock_output
+from vlduet.locks import draft_path, lock_output
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -26,12 +26,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path: The file to create or replace. Its folder must exist.
         write: Function that writes the whole content into the open binary file that it receives.
             If it raises, the exception propagates and `path` stays as it was. The temporary file
-            ``.NAME.PID`` beside `path` is deleted in every case.
+            (`vlduet.locks.draft_path`) is deleted in every case.
 
     Raises:
         OSError: The folder is missing, or the file cannot be written; a full disk names `path`.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = draft_path(path)
     try:
         with name_full_disk(path), draft.open("wb") as file:
             write(file)
@@ -41,17 +41,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     finally:
         draft.unlink(missing_ok=True)
     fsync_paths([path.parent])
-
-
-def remove_drafts(path: Path) -> None:
-    """Delete the temporary files that killed processes left of `write_atomically` for `path`.
-
-    Only the holder of a lock that all writers of `path` take may call this function.
-    """
-    prefix = f".{path.name}."
-    for file in path.parent.iterdir():
-        if file.name.startswith(prefix) and file.name.removeprefix(prefix).isdigit():
-            file.unlink(missing_ok=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

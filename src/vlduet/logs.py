@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from vlduet.files import read_json_lines, remove_drafts, write_text_atomically
+from vlduet.files import read_json_lines, write_text_atomically
 
 T = TypeVar("T")
 
@@ -216,7 +216,6 @@ class MetricsLog:
         """
         self.path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["step"] < resume_at]
-        remove_drafts(self.path)
         write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self.path.open("a")
         self._board: Any = None

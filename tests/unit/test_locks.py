@@ -111,3 +111,33 @@ def test_a_file_is_no_folder_to_lock(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     with pytest.raises(ConfigError, match="is a file"), lock_folder(tmp_path / "x"):
         pass
+
+
+def test_drafts_of_killed_writers_are_deleted_by_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "below").mkdir(parents=True)
+    for name in (".a.json.17.draft", ".b.5.draft", "below/.a.json.17.draft", ".a.json.17", "c"):
+        (folder / name).touch()
+    neighbours = [tmp_path / ".run.17.draft", tmp_path / ".other.17.draft"]
+    for neighbour in neighbours:
+        neighbour.touch()
+    with lock_folder(folder):
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+        assert names == [".a.json.17", ".lock", "below", "below/.a.json.17.draft", "c"]
+    assert all(neighbour.exists() for neighbour in neighbours)
+    with lock_output(folder):
+        assert [neighbour.exists() for neighbour in neighbours] == [False, True]
+
+
+def test_a_draft_of_another_writer_stays_while_it_holds_the_lock(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    with start_process(
+        [sys.executable, "-c", HOLDER, "output", str(target)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        draft = tmp_path / f".x.{process.pid}.draft"
+        draft.touch()
+        with pytest.raises(LockError), lock_output(target):
+            pass
+        assert draft.exists()

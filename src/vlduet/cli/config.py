@@ -52,13 +52,15 @@ def copy(
     """
     from vlduet.config import find_config
     from vlduet.errors import ConfigError
+    from vlduet.files import write_text_atomically
+    from vlduet.locks import lock_output
 
     preset = find_config(name)
     target = to / preset.name if to.is_dir() else to
     if target.exists():
         raise ConfigError("exists already", place=target, fix="Name a new file")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(preset.read_text(encoding="utf-8"), encoding="utf-8")
+    with lock_output(target):
+        write_text_atomically(target, preset.read_text(encoding="utf-8"))
     print_text(f"{target}: train with 'vlduet train {target}'")
 
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from vlduet.corpora import build, campaigns, emoji, endless_sky, gimp_help, maps
 from vlduet.corpora.build import Corpus, CorpusSummary, PackageFolders
 from vlduet.corpora.packages import PACKAGES, fetch_package
 from vlduet.errors import DataError, PackageError, suggest_name
+from vlduet.files import recover_folder, replace_folder_atomically
 from vlduet.integrity import find_manifest_damage, get_listed_files
 from vlduet.logs import logger
 from vlduet.structured_files import FieldTypes, read_json_object
@@ -78,32 +78,25 @@ def fetch_corpus(name: str, to: Path) -> CorpusSummary:
 
     Raises:
         PackageError: A required package cannot be fetched on this system.
+        LockError: Another process is writing ``to/name``.
         DataError: The name is unknown, ``to/name`` holds something else than this corpus, or an
             image of a package is broken.
         MissingExtraError: The corpus renders SVG, and resvg-py is not installed.
     """
     corpus = get_corpus(name)
     folder = to / name
-    summary = _read_summary(corpus, folder)
+    summary = _read_summary(corpus, recover_folder(folder))
     if summary is not None:
         return summary
     package_folders = _fetch_packages(corpus)
     packages = [p for p in (*corpus.packages, *corpus.optional) if p.name in package_folders]
     logger.info(f"building {name}")
     samples = list(corpus.build(package_folders))
-    staging = to / f".{name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
-    staging.mkdir(parents=True)
-    try:
+    with replace_folder_atomically(folder, marker=MANIFEST_NAME) as draft:
         notices = dict(_read_notices(package_folders))
         summary = build.write_corpus(
-            corpus, samples, packages=packages, folder=staging, notices=notices
+            corpus, samples, packages=packages, folder=draft, notices=notices
         )
-        if folder.exists():
-            shutil.rmtree(folder)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return replace(summary, folder=folder)
 
 

@@ -180,12 +180,13 @@ def write_image_file(ref: ImageRef, folder: Path) -> ImageRef:
         # A power failure or a full disk can leave zeros or less under the final name.
         if not (path.is_file() and path.read_bytes() == data):
             folder.mkdir(parents=True, exist_ok=True)
-            partial_file = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            # Other threads may be writing the same image.
+            draft = path.with_name(f".{path.name}.{uuid.uuid4().int}.draft")
             try:
-                partial_file.write_bytes(data)
-                partial_file.replace(path)
+                draft.write_bytes(data)
+                draft.replace(path)
             finally:
-                partial_file.unlink(missing_ok=True)
+                draft.unlink(missing_ok=True)
     except OSError as error:
         message = f"cannot write an image ({error.strerror})"
         raise DataError(message, place=folder, fix="Make room, or name another folder") from None

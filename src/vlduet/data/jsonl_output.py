@@ -13,7 +13,7 @@ from vlduet.data.readers.containers import expand_pattern, is_pattern
 from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError
-from vlduet.locks import lock_output
+from vlduet.locks import lock_output, remove_drafts
 
 
 @contextmanager
@@ -22,7 +22,8 @@ def lock_jsonl_output(
 ) -> Iterator[Quarantine]:
     """Check and lock `target` for the block, and yield an empty quarantine of what it leaves out.
 
-    The folder of `target` is created, and the quarantine file of an earlier run deleted.
+    The folder of `target` is created, and the quarantine file of an earlier run deleted, as are
+    drafts that killed runs left of its images.
 
     Args:
         allow_existing: as `check_output_path`.
@@ -33,7 +34,13 @@ def lock_jsonl_output(
     """
     check_output_path(target, source, allow_existing=allow_existing)
     with lock_output(target):
+        remove_drafts(image_folder(target))
         yield Quarantine.create(quarantine_path(target))
+
+
+def image_folder(target: Path) -> Path:
+    """Return the folder of the images that a ``.jsonl`` file refers to: ``<stem>-images``."""
+    return target.parent / f"{target.stem}-images"
 
 
 def check_output_path(target: Path, source: Path, *, allow_existing: bool = False) -> None:
@@ -74,7 +81,7 @@ def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]
     file; the yielded records are the unchanged ones.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f"{target.stem}-images"
+    folder = image_folder(target)
     partial_file = target.with_name(f".{target.name}.partial")
     try:
         with partial_file.open("w", encoding="utf-8") as file:

@@ -20,6 +20,7 @@ from vlduet.data.records import ImageRef, Part, iter_labelled_parts
 from vlduet.errors import ImageError
 from vlduet.eval.metrics import HIT_CUTOFFS
 from vlduet.files import write_text_atomically
+from vlduet.locks import lock_output
 from vlduet.reports import charts
 from vlduet.reports.charts import LineChart, Series
 
@@ -42,8 +43,13 @@ def write_page(path: Path, template: str, content: Mapping[str, Any]) -> None:
     Args:
         template: file name of the template.
         content: its variables; a variable that the template lacks raises jinja2.UndefinedError.
+
+    Raises:
+        LockError: another process is writing this file.
     """
-    write_text_atomically(path, _environment().get_template(template).render(content))
+    text = _environment().get_template(template).render(content)
+    with lock_output(path):
+        write_text_atomically(path, text)
 
 
 def _environment() -> jinja2.Environment:

@@ -16,6 +16,7 @@ from vlduet.eval.benchmarks.registry import SUITES
 from vlduet.eval.benchmarks.scores import MetricValue
 from vlduet.eval.comparison import BenchmarkChange, RunScores
 from vlduet.files import write_text_atomically
+from vlduet.locks import lock_output
 from vlduet.reports.pages import write_page
 
 PUBLISHED_FILE = Path(__file__).parent / "published.json"
@@ -169,7 +170,8 @@ def write_results(
     write_page(path, "results.html", {**content, "text": cell_text, "tooltip": cell_tooltip})
     markdown = path.with_suffix(".md")
     text = format_markdown(runs=runs, tables=tables, changes=changes)
-    write_text_atomically(markdown, text)
+    with lock_output(markdown):
+        write_text_atomically(markdown, text)
     return [path, markdown]
 
 

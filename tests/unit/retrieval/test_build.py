@@ -359,7 +359,7 @@ def test_build_continues_in_a_folder_where_another_was_killed_at_its_start(
 ) -> None:
     to = tmp_path / "index"
     to.mkdir()
-    leftovers = (".lock", ".manifest.json.4711", ".manifest.json.4712")
+    leftovers = (".lock", ".manifest.json.4711.draft", ".manifest.json.4712.draft")
     for name in (*leftovers, ".manifest.json.bak"):
         (to / name).touch()
     with pytest.raises(RetrievalError, match="is not an index"):
