@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlduet.errors import ConfigError, ModelError, quote_value
 from vlduet.library_errors import COPY_AGAIN, is_lack_of_memory, translate_library_errors
@@ -36,6 +39,42 @@ class LoraSettings:
     """Adapted layers, a key of LORA_TARGET_PATTERNS."""
     dropout: float = 0.0
     """Dropout probability of the adapter's inputs during training."""
+
+
+class MixedPrecisionLinear(nn.Linear):
+    """Linear layer that multiplies in the dtype of its input, whatever that of its parameters.
+
+    The gradients are added to the parameters in their own dtype: a float32 factor of LoRA in a
+    bfloat16 model is trained in float32 and costs a product in bfloat16.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> MixedPrecisionLinear:
+        """Return a layer with the parameters of another, which are shared and not copied."""
+        layer = cls(linear.in_features, linear.out_features, device="meta")
+        layer.weight, layer.bias = linear.weight, linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return float[..., out_features] in the dtype of the input, float[..., in_features]."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+def _multiply_in_input_dtype(peft_model: PeftModel) -> None:
+    """Let the LoRA layers of a model multiply in the dtype of their inputs, in place.
+
+    PEFT casts the input of every layer to the float32 of its factors, and autograd keeps that copy:
+    as much memory as all other activations of a layer in bfloat16. The factors stay the same
+    parameters under the same names.
+    """
+    for layer in peft_model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.cast_input_dtype_enabled = False
+            for factors in (layer.lora_A, layer.lora_B):
+                for name, factor in factors.items():
+                    assert isinstance(factor, nn.Linear)
+                    factors[name] = MixedPrecisionLinear.from_linear(factor)
 
 
 def enable_lora(backbone: Backbone, lora: LoraSettings, existing: PeftModel | None) -> PeftModel:
@@ -100,6 +139,7 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
             raise
         message = f"too little memory for rank {lora.rank}"
         raise ConfigError(message, place="train.lora.rank", fix="Use a smaller rank") from error
+    _multiply_in_input_dtype(peft_model)
     # The new layers, with their dropout, must be in the same mode as all others.
     backbone.train(backbone.training)
     return peft_model
@@ -163,7 +203,9 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
         raise ModelError(message, place=config_path, fix="Name a LoRA adapter")
     fix = "Copy the whole folder again, or name the base that the adapter was trained on"
     with translate_library_errors(folder, subject="adapter", fix=fix), silence_transformers():
-        return PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
+        peft_model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)
+    _multiply_in_input_dtype(peft_model)
+    return peft_model
 
 
 def save_lora(peft_model: PeftModel, folder: Path) -> None:

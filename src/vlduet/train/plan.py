@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
-
 from vlduet.config import RunConfig
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import compute_features
 from vlduet.train.loader import iterate_batches
+from vlduet.train.memory import count_batch, count_state_bytes, measure_activations
 from vlduet.train.run import TrainingRun
 from vlduet.train.setup import prepare_run
 from vlduet.train.source_check import (
@@ -26,8 +25,6 @@ MAX_PROBED_BATCHES = 4
 MAX_PROBED_BATCH_SIZE = 512
 """Number of records that are laid out in all; the numbers of a larger batch are scaled up from
 them."""
-LOGIT_CHUNK = 1024
-"""Number of positions whose logits are in memory at once."""
 
 
 def plan_run(config: RunConfig) -> dict[str, Any]:
@@ -42,7 +39,7 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         were looked at), steps, epochs, sizes of a batch, parameters, memory, disk, device, out; and
         `warnings`, a list of texts. Sizes are those of the whole `train.batch_size`, as means over
         the probed steps with something to learn, 0 without any (embeddings and chunks: the
-        maximum). Memory is an estimate from layer shapes for the largest probed batch.
+        maximum). Memory is that of the largest probed step, measured by `train.memory`.
 
     Raises:
         ConfigError, DataError, ModelError: as `prepare_run`, `check_sources` and `iterate_batches`.
@@ -89,13 +86,9 @@ def _measure_batches(run: TrainingRun, *, num_images: int) -> dict[str, Any]:
     labels = sum(batch.num_supervised_tokens for batch in all_batches)
     step_sizes = [sum(map(_count_anchors, batches)) for batches in steps]
 
-    # With chunks, one batch is in memory at a time; without, all batches of a step.
+    chunks = {}
     if train.chunk_tokens:
-        memory = [_estimate_memory(run, [batch], 1) for batch in all_batches]
         chunks = {"chunks a batch": round(scale * max(map(len, steps), default=0))}
-    else:
-        memory = [_estimate_memory(run, batches, scale) for batches in steps]
-        chunks = {}
     return {
         "tokens a batch": round(scale * tokens / max(1, len(steps))),
         **chunks,
@@ -104,7 +97,7 @@ def _measure_batches(run: TrainingRun, *, num_images: int) -> dict[str, Any]:
         "embeddings a batch": round(scale * max(step_sizes, default=0)),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": sum(p.numel() for p in run.trainable_parameters()),
-        "estimated memory (GB)": round(max(memory, default=0.0) / 1e9, 2),
+        **_estimate_memory(run, steps, scale),
         "vision features on disk, at most (GB)": round(
             num_images * _measure_feature_bytes(run, steps) / 1e9, 2
         ),
@@ -131,33 +124,46 @@ def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
     return 4 * features.numel()
 
 
-def _estimate_memory(run: TrainingRun, batches: list[Batch], scale: float) -> float:
-    """Return the bytes of a forward and backward pass over batches whose graphs exist together.
+def _estimate_memory(run: TrainingRun, steps: list[list[Batch]], scale: float) -> dict[str, float]:
+    """Return the memory of the largest step in GB (three digits), in all and by its parts.
 
-    They are weights, gradients and two moments of trained parameters in float32, activations of the
-    language model (fewer with `train.checkpointing`), and up to LOGIT_CHUNK logits with their
-    gradients. For other models than `DuetModel`, activations and logits are left out.
+    State is the weights (frozen encoders as large as their files), and gradients and moments of
+    trained parameters. Activations are those that `train.memory` measures; for other models than
+    `DuetModel`, which have small ones, they are left out.
 
     Args:
-        run: the run; nothing is computed or modified.
-        batches: batches that were laid out; padding counts.
-        scale: ratio of the true batch size to that of `batches`; multiplies the activations.
+        run: the run; its model reads a few tokens, and nothing is modified.
+        steps: batches that were laid out, by step.
+        scale: ratio of the true batch size to that of `steps`.
     """
-    weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-    optimizer_state = sum(p.numel() for p in run.trainable_parameters()) * 4 * 3
-    if not isinstance(run.model, DuetModel):
-        return float(weights + optimizer_state)
-    tokens = scale * sum(batch.token_ids.numel() for batch in batches)
-    labels = sum(batch.num_supervised_tokens for batch in batches)
-    config = run.model.backbone.model.config.text_config
-    # A layer keeps about 12 tensors of the hidden and 3 of the intermediate size for its backward
-    # pass.
-    layer_values = 12 * config.hidden_size + 3 * config.intermediate_size
-    if run.config.train.checkpointing:
-        # Every layer keeps its input, and one layer at a time is computed again.
-        token_values = config.num_hidden_layers * config.hidden_size + layer_values
-    else:
-        token_values = config.num_hidden_layers * layer_values
-    value_bytes = torch.finfo(run.model.backbone.model.dtype).bits // 8
-    logits = min(labels, LOGIT_CHUNK) * config.vocab_size * 4 * 2
-    return float(weights + optimizer_state + tokens * token_values * value_bytes + logits)
+    state = count_state_bytes(run.model) + _count_encoder_bytes(run)
+    saved, backward = 0.0, 0.0
+    if isinstance(run.model, DuetModel) and steps:
+        profile = measure_activations(run.model, [batch for batches in steps for batch in batches])
+        for batches in steps:
+            sizes = [count_batch(run.model, batch) for batch in batches]
+            if run.config.train.chunk_tokens:  # one batch is in memory at a time
+                step_saved = max(map(profile.count_saved_bytes, sizes))
+            else:
+                sizes = [size.scale(scale) for size in sizes]
+                step_saved = sum(map(profile.count_saved_bytes, sizes))
+            saved = max(saved, step_saved)
+            backward = max(backward, *map(profile.count_backward_bytes, sizes))
+    parts = {
+        "estimated memory (GB)": state + saved + backward,
+        "weights and optimizer (GB)": state,
+        "activations (GB)": saved,
+    }
+    return {label: float(f"{num_bytes / 1e9:.3g}") for label, num_bytes in parts.items()}
+
+
+def _count_encoder_bytes(run: TrainingRun) -> int:
+    """Return the bytes of the weight files of the run's frozen encoders.
+
+    An encoder in the folder of the trained model shares its vision tower, and does not count.
+    """
+    folders = {encoder.folder for encoder in run.encoders.by_role.values()}
+    if isinstance(run.model, DuetModel):
+        folders.discard(run.model.backbone.folder)
+    weight_files = [file for folder in folders for file in folder.glob("*.safetensors")]
+    return sum(file.stat().st_size for file in weight_files)

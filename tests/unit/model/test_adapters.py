@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from helpers import tiny
 from vlduet.errors import ConfigError
+from vlduet.model import adapters
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
+from vlduet.train.memory import measure_saved_bytes
 
 ITEMS = [tiny.random_image(1), "a red apple"]
 LAYERS_BY_TARGETS = {
@@ -97,3 +102,93 @@ def test_new_lora_layers_are_in_the_mode_of_their_model(tmp_path: Path, training
     model.make_trainable(lora=LoraSettings(rank=2, alpha=4, dropout=0.5), projector=False)
     dropouts = [m for name, m in model.named_modules() if "lora_dropout.default" in name]
     assert dropouts and all(module.training is training for module in dropouts)
+
+
+# ------------------------------------------------------------------ dtype of the products
+
+
+def train_layer(
+    dtype: torch.dtype, *, adapter_dtype: torch.dtype = torch.float32, own: bool, rank: int = 8
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Run a LoRA layer with fixed weights forward and backward.
+
+    Args:
+        dtype: dtype of the frozen weights and of the input, whose values are those of bfloat16.
+        adapter_dtype: dtype of the factors.
+        own: multiply in the dtype of the input, as the models of this package; else as PEFT does.
+        rank: of the adapter.
+
+    Returns:
+        The output, the gradients of the factors and of the input, and the bytes kept for backward.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    config = LoraConfig(r=rank, lora_alpha=4, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 48, dtype=dtype)), config)
+    if own:
+        adapters._multiply_in_input_dtype(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(draw(*parameter.shape) / 8)
+    factors = {n.split(".")[-3]: p for n, p in model.named_parameters() if "lora_" in n}
+    for factor in factors.values():
+        factor.data = factor.data.to(adapter_dtype)
+    x = draw(2, 50, 64).to(dtype).requires_grad_()
+    outputs: list[Tensor] = []
+    saved = measure_saved_bytes(lambda: outputs.append(model(x)), model)
+    (outputs[0] * draw(2, 50, 48).to(dtype)).sum().backward()
+    gradients = {name: factor.grad for name, factor in factors.items()} | {"input": x.grad}
+    assert all(gradient is not None for gradient in gradients.values())
+    return outputs[0].detach(), gradients, saved  # type: ignore[return-value]
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference over that of the reference."""
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+def test_adapters_of_a_float32_model_compute_what_those_of_peft_compute() -> None:
+    output, gradients, _ = train_layer(torch.float32, own=True)
+    expected, expected_gradients, _ = train_layer(torch.float32, own=False)
+    assert torch.equal(output, expected)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, expected_gradients[name]), name
+
+
+@pytest.mark.parametrize("rank", [1, 8, 128])
+def test_adapters_of_a_bfloat16_model_round_to_bfloat16_alone(rank: int) -> None:
+    double = torch.float64
+    reference, reference_gradients, _ = train_layer(
+        double, adapter_dtype=double, own=False, rank=rank
+    )
+    output, gradients, saved = train_layer(torch.bfloat16, own=True, rank=rank)
+    assert output.dtype == torch.bfloat16 and relative_error(output, reference) < 2**-7
+    for name, gradient in gradients.items():
+        assert gradient.dtype == (torch.bfloat16 if name == "input" else torch.float32)
+        assert relative_error(gradient, reference_gradients[name]) < 2**-6, name
+    # The input and its product with the first factor for each of 100 tokens, and both factors.
+    assert saved == 2 * (100 * (64 + rank) + rank * (64 + 48))
+    assert train_layer(torch.bfloat16, own=False, rank=rank)[2] == 4 * 100 * (64 + rank)
+
+
+def test_adapters_of_a_bfloat16_model_are_saved_in_float32(tmp_path: Path) -> None:
+    tiny.FAMILY_BUILDERS["llava"](tmp_path / "base")
+    model = DuetModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model.make_trainable(lora=LoraSettings(rank=2), projector=False)
+    with torch.no_grad():
+        for tensor in model.adapter_tensors().values():
+            tensor.normal_(std=0.1)
+    expected = model.encode(["a red apple"])
+    model.save_pretrained(tmp_path / "model")
+    (path,) = (tmp_path / "model").rglob("adapter_model.safetensors")
+    saved = load_file(path)
+    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(saved) == len(trained)
+    assert {tensor.dtype for tensor in (*saved.values(), *trained.values())} == {torch.float32}
+    loaded = DuetModel.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert_close(loaded.encode(["a red apple"]), expected, atol=0, rtol=0)
+    layers = [m for m in loaded.modules() if isinstance(m, adapters.MixedPrecisionLinear)]
+    assert len(layers) == len(trained)
