@@ -106,6 +106,9 @@ class TrainSourceSection(SourceSection):
 
     weight: float = Field(default=1.0, gt=0)
     """Relative share of every batch: weight divided by the sum of all weights."""
+    max_records: int | None = Field(default=None, gt=0)
+    """Number of records that are trained on: a random subset of the usable ones, which is the same
+    for every seed. None: all."""
 
 
 VALIDATION_TAGS = ("validation source", "validation share")
@@ -225,6 +228,9 @@ class RunConfig(Section):
 
     out: Path
     """Folder of the run: config, metrics, checkpoints and the trained model."""
+    preset: str | None = None
+    """Name of the preset that the config was loaded from or extends, which `load_run_config`
+    writes; for reports. It decides nothing."""
     seed: int = 0
     recipe: dict[str, Any]
     """``name`` of the recipe, and the options of that recipe (docs/train.md)."""
@@ -299,7 +305,9 @@ def load_run_config(path: Path | str, overrides: Iterable[str] = ()) -> RunConfi
         ConfigError: No such file, broken YAML, or an invalid key or value, named with its file.
     """
     path = find_config(path)
-    return validate_run_config(_read_tree(path, overrides), place=str(path))
+    tree = _read_tree(path, overrides)
+    tree["preset"] = _find_preset_name(path) or tree.get("preset")
+    return validate_run_config(tree, place=str(path))
 
 
 def load_comparison_config(path: Path | str, overrides: Iterable[str] = ()) -> ComparisonConfig:
@@ -331,8 +339,7 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
     tree = read_yaml_mapping(path)
     base_name = tree.pop("extends", None)
     if base_name is not None:
-        sibling = path.parent / str(base_name)
-        base = read_yaml_mapping(sibling if sibling.is_file() else find_config(str(base_name)))
+        base = read_yaml_mapping(_find_base(path, str(base_name)))
         if "extends" in base:
             raise ConfigError(
                 f"extends {base_name}, which itself extends another file",
@@ -345,6 +352,28 @@ def _read_tree(path: Path, overrides: Iterable[str]) -> dict[str, Any]:
         apply_override(tree, override)
         _remove_replaced_lengths(tree, parse_overrides([override], place="override"))
     return tree
+
+
+def _find_base(path: Path, name: str) -> Path:
+    """Return the path of the file that a config extends by name: beside it, or by `find_config`."""
+    sibling = path.parent / name
+    return sibling if sibling.is_file() else find_config(name)
+
+
+def _find_preset_name(path: Path) -> str | None:
+    """Return the name of the preset that a config file is, or else the one that it extends, if any.
+
+    Raises ConfigError as `read_yaml_mapping` and `find_config` do.
+    """
+    if not path.resolve().is_relative_to(PRESETS_FOLDER.resolve()):
+        base_name = read_yaml_mapping(path).get("extends")
+        if base_name is None:
+            return None
+        path = _find_base(path, str(base_name))
+    preset = path.resolve()
+    if not preset.is_relative_to(PRESETS_FOLDER.resolve()):
+        return None
+    return preset.relative_to(PRESETS_FOLDER.resolve()).with_suffix("").as_posix()
 
 
 def _remove_replaced_lengths(tree: dict[str, Any], changes: dict[str, Any]) -> None:

@@ -59,17 +59,27 @@ def read_code_blocks(path: Path) -> list[CodeBlock]:
 
 
 def split_commands(block: CodeBlock) -> list[DocumentedCommand]:
-    """Return the commands of a shell block; [] for a block in another language."""
+    """Return the commands of a shell block; [] for a block in another language.
+
+    A command in a loop ``for NAME in A B; do``, which ends with a line ``done``, is returned for
+    every value of its variable.
+    """
     if block.language not in SHELL_LANGUAGES:
         return []
     commands = []
+    variable, values = "", [""]
     # A backslash at the end of a line continues the command on the next line.
     for offset, row in enumerate(block.code.replace("\\\n", " ").splitlines()):
         arguments = shlex.split(row.removeprefix("$ "), comments=True)
-        if arguments:
-            commands.append(
-                DocumentedCommand(block.document, block.line + offset, tuple(arguments))
-            )
+        if arguments[:1] == ["for"]:
+            variable, values = f"${arguments[1]}", [word.rstrip(";") for word in arguments[3:-1]]
+        elif arguments == ["done"]:
+            variable, values = "", [""]
+        elif arguments:
+            for value in values:
+                words = [word.replace(variable, value) if variable else word for word in arguments]
+                place = (block.document, block.line + offset)
+                commands.append(DocumentedCommand(*place, tuple(words)))
     return commands
 
 

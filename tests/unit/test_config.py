@@ -106,8 +106,25 @@ def test_a_copy_of_a_preset_still_extends_the_shipped_one(tmp_path: Path) -> Non
     preset = config.PRESETS_FOLDER / "ablations" / "sugar-without-gak.yaml"
     copy = tmp_path / "mine.yaml"
     copy.write_text(preset.read_text())
-    assert config.load_run_config(copy) == config.load_run_config(preset)
-    assert config.load_run_config(copy).recipe["target"] == "mean"
+    copied_config, preset_config = config.load_run_config(copy), config.load_run_config(preset)
+    assert copied_config == preset_config.model_copy(update={"preset": "sugar-nano"})
+    assert copied_config.recipe["target"] == "mean"
+
+
+def test_a_config_names_the_preset_that_it_is_or_extends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = config.load_run_config("ablations/sugar-without-gak", ["preset=other", "seed=3"])
+    assert loaded.preset == "ablations/sugar-without-gak"
+    # The resolved config of a run still names it.
+    config.save_run_config(loaded, tmp_path / "config.yaml")
+    assert config.load_run_config(tmp_path / "config.yaml") == loaded
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(TREE))
+    (tmp_path / "derived.yaml").write_text("extends: own.yaml\n")
+    assert config.load_run_config(own).preset is None
+    assert config.load_run_config(tmp_path / "derived.yaml").preset is None
 
 
 # --------------------------------------------------------------------- invalid keys and values

@@ -9,6 +9,7 @@ from typing import Any
 from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.registry import BENCHMARKS
 from vlduet.eval.benchmarks.scores import MetricSample, MetricValue, paired_difference
+from vlduet.eval.paper_rows import Training
 from vlduet.eval.run import SCORES_FILE, read_samples
 from vlduet.structured_files import read_json_object
 
@@ -22,6 +23,8 @@ class RunScores:
     """Benchmark -> content of its ``scores.json``."""
     samples: dict[str, dict[str, MetricSample]]
     """Benchmark -> number -> its values item by item; empty where they were not stored."""
+    training: Training | None = None
+    """How the model was trained; None where its scores do not say it, or not all the same."""
 
     def find_value(self, benchmark: str, name: str) -> MetricValue | None:
         """Return one number of a benchmark, or None where it was not measured."""
@@ -40,16 +43,20 @@ def read_run_scores(folder: Path) -> RunScores:
     """
     scores = {}
     samples = {}
+    trainings: list[Training | None] = []
     for path in sorted(folder.glob(f"*/{SCORES_FILE}")):
         fields = {"benchmark": str}
         fix = "Score the predictions again"
         score = read_json_object(path, fields, error_class=ConfigError, fix=fix)
         scores[score["benchmark"]] = score
         samples[score["benchmark"]] = read_samples(path.parent)
+        facts = score.get("made_by", {}).get("training")
+        trainings.append(Training.from_json(facts, place=path) if facts else None)
     if not scores:
         fix = "Name a folder that 'vlduet eval --to' wrote"
         raise ConfigError("no scores here", place=folder, fix=fix)
-    return RunScores(folder.name, scores, samples)
+    is_equal = all(training == trainings[0] for training in trainings)
+    return RunScores(folder.name, scores, samples, trainings[0] if is_equal else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from vlduet.eval.run import evaluate
 from vlduet.hub import resolve_model
 from vlduet.logs import logger, track_progress
 from vlduet.model.backbone import select_device
-from vlduet.model.checkpoint import MANIFEST_NAME
+from vlduet.model.checkpoint import MANIFEST_NAME, read_checkpoint
 from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
 from vlduet.model.feature_cache import FeatureCache
@@ -45,6 +45,13 @@ from vlduet.model.processing import IMAGE_BACKEND, read_config
 
 BATCH_TOKENS = 8192
 """Number of padded prompt tokens in one batch of generation."""
+
+
+UNIMPORTANT_SETTINGS = {
+    "data": ("cache", "validation"),
+    "train": ("log_every", "eval_every", "save_every"),
+}
+"""Settings of training by section that do not decide the weights."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ def open_model_functions(
 
     Returns:
         The functions, with those of the helpers that the settings name (see `model_functions`).
-        ``fingerprint`` and ``image_backend``; of a generating model also its embedding settings and
-        ``dtype``.
+        ``fingerprint`` and ``image_backend``; of a generating model also its embedding settings,
+        ``dtype`` and what `read_training` returns.
 
     Raises:
         ModelError: the folder has no model that can be opened, or one that reads only images or
@@ -105,6 +112,7 @@ def open_model_functions(
             **model.embedding_settings(),
             "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
             "image_backend": model.image_backend,
+            **read_training(folder),
         }
         return model_functions(model, settings), facts
     functions = ModelFunctions(
@@ -117,6 +125,26 @@ def open_model_functions(
     )
     fingerprint = _open_encoder(folder).fingerprint
     return functions, {"fingerprint": fingerprint, "image_backend": IMAGE_BACKEND}
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """Return how the model in a folder was trained, as `vlduet.eval.paper_rows.Training` reads it.
+
+    The result is ``{"training": {"config", "options", "steps", "records"}}``, or {} for a
+    checkpoint and for a model whose manifest does not say it. In the config, what does not decide
+    the weights is left out: the folder of the run, caches, validation and intervals.
+
+    Raises ModelError as `read_checkpoint` does.
+    """
+    provenance = read_checkpoint(folder).manifest.get("provenance", {})
+    if not provenance.keys() >= {"config", "steps", "records"}:
+        return {}
+    config = {key: value for key, value in provenance["config"].items() if key != "out"}
+    for section, names in UNIMPORTANT_SETTINGS.items():
+        config[section] = {k: v for k, v in config[section].items() if k not in names}
+    facts = {key: provenance[key] for key in ("steps", "records")}
+    # Models of earlier versions have no list of all options.
+    return {"training": {"config": config, "options": provenance.get("options", {}), **facts}}
 
 
 def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunctions:

@@ -47,9 +47,11 @@ class VladvaOptions:
     """With `split: length`, a caption with fewer tokens is short."""
     long_up_to: int = 500
     """With `split: length`, a caption with more tokens is not used."""
-    language_on: Literal["long", "any"] = "long"
-    """Captions with next-token loss: the long one (the paper), or, with `any`, the short one if
-    there is no long one."""
+    contrastive_on: Literal["short", "long"] = "short"
+    """Captions of L_c: the short ones (the paper), or the long one (its control)."""
+    language_on: Literal["long", "any", "short"] = "long"
+    """Captions of L_CE: the long one (the paper); with `any`, the short one if there is no long
+    one; with `short` (a control of the paper), the short one alone."""
     temperature_floor: float = 0.01
     """Lowest temperature of L_c."""
     guide: GuideKind = "none"
@@ -64,11 +66,12 @@ def layout(sample: Sample, renderer: Renderer, options: VladvaOptions) -> list[S
     """Return the sequences of a record.
 
     A pair: its image with an anchor, then the supervised caption as labels (the long one, or see
-    `language_on`); a short caption with an anchor; one per hard negative. The sample's own random
-    generator draws one short and one long caption of several. A pair without a short caption: the
-    image sequence alone, without its anchor, since the short captions of other records may be true
-    of its image. A retrieval record: see `layout_retrieval_record`. A chat or document: one
-    sequence without anchors, with labels on its answers or on all texts.
+    `language_on`); a short caption (or see `contrastive_on`) with an anchor; one per hard negative.
+    The sample's own random generator draws one short and one long caption of several, so that both
+    losses of one length have the same one. A pair without a caption for L_c: the image sequence
+    alone, without its anchor, since the captions of other records may be true of its image; []
+    without one for L_CE, too. A retrieval record: see `layout_retrieval_record`. A chat or
+    document: one sequence without anchors, with labels on its answers or on all texts.
 
     Raises:
         DataError: a pair without a usable caption, or content that cannot be rendered.
@@ -88,19 +91,23 @@ def layout(sample: Sample, renderer: Renderer, options: VladvaOptions) -> list[S
         raise DataError("an image without a caption", fix="`vlduet caption` writes what is missing")
     draw = sample.rng()
     short = draw.choice(short_captions) if short_captions else None
-    supervised = draw.choice(long_captions) if long_captions else None
+    long = draw.choice(long_captions) if long_captions else None
+    contrasted = short if options.contrastive_on == "short" else long
+    supervised = short if options.language_on == "short" else long
     if supervised is None and options.language_on == "any":
         supervised = short
     guide = options.guide
+    if contrasted is None and supervised is None:
+        return []
     if supervised is None:
         image = layout_embedding(sample, renderer, (record.image,), role="image", guide=guide)
     else:
         image = renderer.render_caption(record.image, supervised, record_name=sample.record_name)
         if guide != "none":
             image = with_slices(image, (record.image,))
-    if short is None:
+    if contrasted is None:
         return [replace(image, anchors=())]
-    text = layout_embedding(sample, renderer, (short,), role="text", guide=guide)
+    text = layout_embedding(sample, renderer, (contrasted,), role="text", guide=guide)
     return [image, text, *layout_hard_negatives(sample, renderer, guide=guide)]
 
 
@@ -147,8 +154,9 @@ def find_losses(record: Record, options: VladvaOptions) -> tuple[str, ...]:
     has_short, has_long = bool(record.short), bool(record.long)
     if options.split == "length":
         has_short = has_long = has_short or has_long
-    is_supervised = has_long or (has_short and options.language_on == "any")
-    return ("contrastive",) * has_short + ("language",) * is_supervised
+    is_contrasted = has_short if options.contrastive_on == "short" else has_long
+    has_caption = {"short": has_short, "long": has_long, "any": has_short or has_long}
+    return ("contrastive",) * is_contrasted + ("language",) * has_caption[options.language_on]
 
 
 def _layout_document(record: Record, renderer: Renderer) -> Sequence:
@@ -187,9 +195,10 @@ RECIPE = Recipe(
     objective=objective,
     find_losses=find_losses,
     requirements={
-        "contrastive": "an image with a short caption, or a query with a positive",
-        "language": "an image with a long caption (also a short one with recipe.language_on=any), "
-        "a chat or a document",
+        "contrastive": "an image with a short caption (a long one with "
+        "recipe.contrastive_on=long), or a query with a positive",
+        "language": "an image with a long caption (also a short one with recipe.language_on=any, "
+        "only a short one with short), a chat or a document",
     },
     encoder_roles=select_encoder_roles,
 )

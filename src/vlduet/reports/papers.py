@@ -1,7 +1,8 @@
-"""Tables of runs below the published numbers of the papers, as a page and as Markdown.
+"""Tables of runs beside the published numbers of the papers, as a page and as Markdown.
 
 Published numbers are data with their sources (``published.json``); the numbers of runs are read
-from the folders that `vlduet eval` wrote.
+from the folders that `vlduet eval` wrote. A run that was trained as a row of a paper stands below
+this row, the others stand at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from vlduet.eval.benchmarks.registry import SUITES
 from vlduet.eval.benchmarks.scores import MetricValue
 from vlduet.eval.comparison import BenchmarkChange, RunScores
+from vlduet.eval.paper_rows import Training, find_row, list_other_settings
 from vlduet.files import write_text_atomically
 from vlduet.locks import lock_output
 from vlduet.reports.pages import write_page
@@ -32,7 +34,7 @@ class TableRow:
     model: str
     values: tuple[Number, ...]
     is_ours: bool = False
-    """Whether the row is a run below the published rows."""
+    """Whether the row is a run of ours, not a published row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class PaperTable:
     notes: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[TableRow, ...]
+    run_notes: tuple[str, ...] = ()
+    """Sentences on the training of our runs, and on that of the rows which they stand below."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the table for `vlduet report --json`: the fields, with ``lines`` for the rows.
@@ -63,6 +67,7 @@ class PaperTable:
             "notes": self.notes,
             "columns": self.columns,
             "lines": lines,
+            "run_notes": self.run_notes,
         }
 
 
@@ -89,20 +94,22 @@ def build_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
 def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
     """Return the tables of ``published.json``, in its order, to which a run has a number to add.
 
-    Published rows come first, then one row per run that has any number of the table; numbers that
-    it lacks are None. Notes of columns follow the note of the table.
+    There is one row per run that has any number of the table; numbers that it lacks are None. It
+    follows the published row whose presets have the run's settings (`find_row`), or else the last
+    row. Notes of columns follow the note of the table.
     """
+    content = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
     tables = []
-    for table in json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))["tables"]:
+    for table in content["tables"]:
         columns = table["columns"]
-        run_rows = []
+        values_by_run: list[tuple[RunScores, tuple[Number, ...]]] = []
         for run in runs:
             values = tuple(run.find_value(c["benchmark"], c["value"]) for c in columns)
             if any(values):
-                run_rows.append(TableRow(run.name, values, is_ours=True))
-        if not run_rows:
+                values_by_run.append((run, values))
+        if not values_by_run:
             continue
-        published = [TableRow(row["model"], tuple(row["values"])) for row in table["rows"]]
+        rows, run_notes = _place_runs(values_by_run, table, content["methods"][table["paper"]])
         column_notes = [f"{c['name']}: {c['note']}." for c in columns if c.get("note")]
         tables.append(
             PaperTable(
@@ -111,10 +118,72 @@ def paper_tables(runs: Sequence[RunScores]) -> list[PaperTable]:
                 table["source"],
                 notes=tuple(note for note in (table["note"], *column_notes) if note),
                 columns=tuple(column["name"] for column in columns),
-                rows=(*published, *run_rows),
+                rows=tuple(rows),
+                run_notes=tuple(run_notes),
             )
         )
     return tables
+
+
+def _place_runs(
+    values_by_run: Sequence[tuple[RunScores, tuple[Number, ...]]],
+    table: Mapping[str, Any],
+    method: Mapping[str, Any],
+) -> tuple[list[TableRow], list[str]]:
+    """Return the published rows with our runs among them, and sentences on the runs' training.
+
+    There are none on a run without a row, unless the table is an ablation (``unpublished``).
+
+    Args:
+        values_by_run: runs, each with its numbers of the table.
+        table: item of ``tables`` in ``published.json``.
+        method: item of ``methods``, of the table's paper.
+    """
+    published = [*table["rows"], *table.get("unpublished", ())]
+    runs_of_row: dict[str, list[TableRow]] = {row["model"]: [] for row in table["rows"]}
+    last_rows: list[TableRow] = []
+    notes = []
+    for run, values in values_by_run:
+        row = None
+        if run.training is not None and run.training.config.recipe["name"] == method["preset"]:
+            row = find_row(run.training, published)
+            if row is not None or "unpublished" in table:
+                notes.append(_describe_run(run.name, run.training, row, table=table, method=method))
+        name = run.name if row is None else f"{run.name}, as '{row['model']}'"
+        place = last_rows if row is None else runs_of_row.get(row["model"], last_rows)
+        place.append(TableRow(name, values, is_ours=True))
+    rows = []
+    for row in table["rows"]:
+        rows.append(TableRow(row["model"], tuple(row["values"])))
+        rows += runs_of_row[row["model"]]
+    return rows + last_rows, notes
+
+
+def _describe_run(
+    name: str,
+    training: Training,
+    row: Mapping[str, Any] | None,
+    *,
+    table: Mapping[str, Any],
+    method: Mapping[str, Any],
+) -> str:
+    """Return sentences on how a run was trained, and what differs from its row of the paper.
+
+    `row` None says that no row has its settings; a row with a ``remark`` has no published numbers.
+    The other arguments are those of `_place_runs`.
+    """
+    own = f"Ours: {training.describe()}."
+    if row is None:
+        return f"No row has the settings of {name}. {own}"
+    if "remark" in row:
+        return f"{name} was trained as '{row['model']}': {row['remark']}. {own}"
+    setting = row.get("setting") or table.get("setting") or method["setting"]
+    text = f"{name} was trained as the row '{row['model']}'. {own} The paper's: {setting}."
+    differences = list_other_settings(training, method["preset"])
+    if differences:
+        listing = ", ".join(differences)
+        text += f" Settings that differ from the preset {method['preset']}: {listing}."
+    return text
 
 
 def suite_table(runs: Sequence[RunScores]) -> PaperTable | None:
@@ -199,7 +268,8 @@ def format_markdown(
         for row in table.rows:
             name = f"**{row.model}**" if row.is_ours else row.model
             lines.append(_markdown_row((name, *map(cell_text, row.values))))
-        lines.append("")
+        lines += ["", *(f"- {note}" for note in table.run_notes)]
+        lines += [""] * bool(table.run_notes)
     lines += ["## Runs", ""]
     for run in runs:
         for name, score in run.scores.items():

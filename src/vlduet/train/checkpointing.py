@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlduet import __version__, distributed
-from vlduet.config import RunConfig, SourceSection
+from vlduet.config import RunConfig, SourceSection, parse_options
 from vlduet.data.record_json import record_to_json
 from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError, quote_value
@@ -32,6 +33,7 @@ from vlduet.integrity import (
 )
 from vlduet.library_errors import translate_library_errors
 from vlduet.logs import logger
+from vlduet.recipes.registry import find_recipe
 from vlduet.structured_files import read_json_object
 from vlduet.train.run import TrainingRun
 from vlduet.train.step import all_finite
@@ -159,9 +161,15 @@ def _trained_tensors(run: TrainingRun) -> dict[str, Tensor]:
 
 
 def build_provenance(run: TrainingRun) -> dict[str, Any]:
-    """Return the facts about a model's origin for its manifest: config, sizes and versions."""
+    """Return the facts about a model's origin for its manifest: config, sizes and versions.
+
+    ``options`` are all options of the recipe, those that the config leaves out included.
+    """
+    values = {name: value for name, value in run.config.recipe.items() if name != "name"}
+    options = parse_options(find_recipe(run.recipe.name).options, values, place="recipe")
     return {
         "config": run.config.model_dump(mode="json"),
+        "options": asdict(options),
         "steps": run.num_steps,
         "records": [len(source.records) for source in run.sources],
         "hub": list_commits(_list_names(run.config)),

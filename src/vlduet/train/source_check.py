@@ -198,6 +198,9 @@ def describe_data(run: TrainingRun, check: SourceCheck) -> str:
     causes: Counter[str] = sum((counts.causes for counts in check.by_source), start=Counter())
     num_holdout = sum(source.num_holdout for source in run.sources)
     clauses = [describe_length(run)]
+    num_not_drawn = sum(source.num_not_drawn for source in run.sources)
+    if num_not_drawn:
+        clauses.append(f"{num_not_drawn:,} more are not drawn (max_records)")
     if num_holdout:
         clauses.append(f"{num_holdout:,} held out for validation")
     if left_out:

@@ -3,6 +3,7 @@
 1. read        every source with its settings; broken rows are left out and listed
 2. held out    the share of `data.validation`, selected by a hash of the content
 3. left out    records with nothing for a loss that has a weight, judged by their fields alone
+4. drawn       `max_records` of the others at random, if there are more
 
 What is left is the data set that the order of training is a function of.
 """
@@ -10,9 +11,12 @@ What is left is the data set that the order of training is a function of.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 
 from vlduet.config import RunConfig, TrainSourceSection
 from vlduet.data.holdout import is_in_holdout
@@ -44,6 +48,8 @@ class SourceRecords:
     """Why none of the records has anything for the losses; empty if one has."""
     num_holdout: int = 0
     """Number of records that are held out for validation."""
+    num_not_drawn: int = 0
+    """Number of records that `max_records` excludes at random."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Number of broken rows and of records that are left out of `records`, by cause."""
     remedies: dict[str, str] = field(default_factory=dict)
@@ -60,7 +66,7 @@ class SourceRecords:
     @property
     def num_rows(self) -> int:
         """Number of rows of the source that are not held out."""
-        return len(self.records) + self.left_out.total()
+        return len(self.records) + self.num_not_drawn + self.left_out.total()
 
     def leave_out(self, error: DataError) -> None:
         """Count a row that is left out for a reason."""
@@ -110,25 +116,55 @@ def _read_source(
     share = config.data.validation if isinstance(config.data.validation, float) else 0.0
     losses = select_losses(config)
     unusable: list[tuple[Record, DataError]] = []
-    records: list[Record] = []
-    for record in RecordSource.from_config(section).read(on_error=leave_out):
-        if share and is_in_holdout(record, share):
-            source.num_holdout += 1
-            continue
-        record = store.write_images(record)
-        if losses.isdisjoint(recipe.find_losses(record)):
-            unusable.append((record, describe_unusable_record(record, losses)))
-        else:
-            records.append(record)
-    if unusable and not records:
-        source.records = [record for record, _ in unusable]
+
+    def read_usable_records() -> Iterator[Record]:
+        for record in RecordSource.from_config(section).read(on_error=leave_out):
+            if share and is_in_holdout(record, share):
+                source.num_holdout += 1
+            elif losses.isdisjoint(recipe.find_losses(record)):
+                error = describe_unusable_record(record, losses)
+                unusable.append((store.write_images(record), error))
+            else:
+                yield record
+
+    max_records = section.max_records
+    drawn, source.num_not_drawn = draw_records(read_usable_records(), max_records, store=store)
+    if unusable and not drawn:
+        candidates = (record for record, _ in unusable)
+        source.records, source.num_not_drawn = draw_records(candidates, max_records, store=store)
         source.unusable_reason = str(unusable[0][1])
         return source
-    source.records = records
+    source.records = drawn
     for record, error in unusable:
         quarantine.add(record, error)
         source.leave_out(error)
     return source
+
+
+def draw_records(
+    records: Iterable[Record], max_records: int | None, *, store: ImageStore
+) -> tuple[list[Record], int]:
+    """Draw up to `max_records` of the records; None: all of them.
+
+    The choice depends on both numbers alone, so that runs with other seeds have the same. Images
+    that are no files, nor in a file, are written to `store` when their record is drawn, also if a
+    later one takes its place. No more than `max_records` records are in memory.
+
+    Returns:
+        The drawn records in their order, and the number of the others.
+    """
+    if max_records is None:
+        return [store.write_images(record) for record in records], 0
+    generator = random.Random(0)
+    drawn: list[tuple[int, Record]] = []
+    num_records = 0
+    for index, record in enumerate(records):  # reservoir sampling: every subset is as likely
+        num_records += 1
+        slot = index if index < max_records else generator.randrange(index + 1)
+        if slot < max_records:
+            drawn[slot : slot + 1] = [(index, store.write_images(record))]
+    drawn.sort(key=itemgetter(0))
+    return [record for _, record in drawn], num_records - len(drawn)
 
 
 def select_losses(config: RunConfig) -> set[str]:

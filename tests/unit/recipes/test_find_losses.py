@@ -29,7 +29,13 @@ RECORDS = {
     "a retrieval record": Record("10", query=("a cat",), positive=((IMAGE,),)),
 }
 OPTIONS = {
-    "vladva": [{}, {"language_on": "any"}],
+    "vladva": [
+        {},
+        {"language_on": "any"},
+        {"language_on": "short"},
+        {"contrastive_on": "long"},
+        {"contrastive_on": "long", "language_on": "short"},
+    ],
     "sugar": [{}],
     "fromage": [{}],
     "clip": [{}],

@@ -77,6 +77,33 @@ def test_language_on_any_supervises_the_short_caption_without_a_long_one(
     assert read_captions(model, short=(SHORT,), long=LONG, language_on="any") == (SHORT, LONG)
 
 
+def test_language_on_short_supervises_the_short_caption_that_is_contrasted(
+    model: DuetModel,
+) -> None:
+    captions = ("one caption", "two captions", "three captions")
+    drawn = read_captions(model, short=captions, long=LONG, language_on="short")
+    assert drawn[0] == drawn[1] and drawn[0] in captions
+    assert read_captions(model, long=LONG, language_on="short") == ("", "")
+
+
+def test_contrastive_on_long_contrasts_the_long_caption_alone(model: DuetModel) -> None:
+    options = {"contrastive_on": "long"}
+    assert read_captions(model, short=(SHORT,), long=LONG, **options) == (LONG, LONG)
+    assert read_captions(model, short=(SHORT,), **options) == ("", "")
+    options["language_on"] = "short"
+    assert read_captions(model, short=(SHORT,), long=LONG, **options) == (LONG, SHORT)
+    # The image of a record without a long caption is no query; its text is learned all the same.
+    assert read_captions(model, short=(SHORT,), **options) == ("", SHORT)
+    pair = Record("1", image=tiny.random_image(0), short=(SHORT,), negative=(("a dog",),))
+    (sequence,) = layout_at(model, pair, **options)
+    assert sequence.anchors == ()
+
+
+def test_a_pair_without_a_caption_for_any_loss_has_no_sequences(model: DuetModel) -> None:
+    pair = Record("1", image=tiny.random_image(0), short=(SHORT,))
+    assert layout_at(model, pair, contrastive_on="long") == []
+
+
 def test_a_record_whose_captions_are_all_too_long_is_refused(model: DuetModel) -> None:
     with pytest.raises(DataError, match=r"501 tokens and more, recipe.long_up_to is 500"):
         read_captions(model, long=TOO_LONG, split="length")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from vlduet.data.records import ImageRef, Record
 from vlduet.errors import DataError
 from vlduet.recipes.registry import load_recipe
 from vlduet.train.setup import load_mixture
-from vlduet.train.source_records import SourceRecords
+from vlduet.train.source_records import SourceRecords, draw_records
 from vlduet.workflows import validation
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -51,6 +52,43 @@ def load(run_config: RunConfig) -> tuple[list[SourceRecords], list[str]]:
         run_config, load_recipe(run_config), quarantine=Quarantine(), store=ImageStore(None)
     )
     return sources, [mixture[position].record.id for position in range(30)]
+
+
+@pytest.mark.parametrize("max_records", [1, 7, 20, 21])
+def test_max_records_are_a_subset_in_order_that_no_seed_changes(
+    tmp_path: Path, max_records: int
+) -> None:
+    rows = [PAIR for _ in range(20)]
+    override = f"data.train.0.max_records={max_records}"
+    (source,), _ = load(make_config(tmp_path, rows, override))
+    (other_source,), _ = load(make_config(tmp_path, rows, override, "seed=5"))
+    ids = [int(record.id) for record in source.records]
+    assert ids == sorted(set(ids)) and len(ids) == min(max_records, 20)
+    assert ids == [int(record.id) for record in other_source.records]
+    assert source.num_not_drawn == 20 - len(ids) and source.num_rows == 20
+
+
+def test_max_records_counts_usable_records(tmp_path: Path) -> None:
+    rows = [PAIR if i % 3 else {"image": "x.png"} for i in range(9)]
+    (source,), _ = load(make_config(tmp_path, rows, "data.train.0.max_records=4"))
+    assert len(source.records) == 4 and all(int(record.id) % 3 for record in source.records)
+    assert source.left_out.total() == 3 and source.num_not_drawn == 2 and source.num_rows == 9
+
+
+def test_a_source_without_anything_for_the_losses_is_drawn_from_too(tmp_path: Path) -> None:
+    run_config = make_config(
+        tmp_path, [{"messages": TURNS}] * 5, "data.train.0.max_records=2", "objectives.language=0"
+    )
+    with pytest.raises(DataError, match="none of its 2 records has anything"):
+        load(run_config)
+
+
+def test_all_parts_of_a_source_are_drawn_from_equally() -> None:
+    records = [Record(str(i), parts=("a", "b")) for i in range(3000)]
+    drawn, num_others = draw_records(iter(records), 1000, store=ImageStore(None))
+    assert num_others == 2000
+    thirds = Counter(int(record.id) // 1000 for record in drawn)
+    assert all(abs(count - 333) < 60 for count in thirds.values()) and len(thirds) == 3
 
 
 def test_the_order_is_that_of_a_file_without_the_unusable_records(tmp_path: Path) -> None:
