@@ -124,9 +124,9 @@ class ActivationProfile:
 def measure_activations(model: DuetModel, batches: list[Batch]) -> ActivationProfile:
     """Return the activations of a model that is set up for training, for batches like `batches`.
 
-    Less than a hundred tokens pass through the language model, and an image through the vision tower if
-    the features of the first one are not cached. The mode (train, eval) is restored; torch's
-    global generators advance if the model has dropout.
+    Less than two hundred tokens pass through the language model, and an image through the vision
+    tower if the features of the first one are not cached. The mode (train, eval) is restored;
+    torch's global generators advance if the model has dropout.
 
     Args:
         model: it runs in training mode.
@@ -213,13 +213,13 @@ class _Probe:
         base = self.measure(length)
         num_bytes = {}
         for name, number in self.extras.items():
-            larger = self.measure(length, **{name: 2 * number}) if number else base
+            larger = self.measure(length, {name: 2 * number}) if number else base
             num_bytes[name] = (larger - base) / PROBE_TOKENS
         return num_bytes
 
-    def measure(self, length: int, **extras: int) -> int:
+    def measure(self, length: int, extras: dict[str, int] | None = None) -> int:
         """Return the bytes that the forward pass of a row keeps; `extras` replace its own."""
-        batch = self._build_batch(length, **(self.extras | extras))
+        batch = self._build_batch(length, **(self.extras | (extras or {})))
         batch = batch.to(self.model.backbone.device)
         return measure_saved_bytes(lambda: self.model(batch), self.model)
 
