@@ -80,7 +80,7 @@ def test_settings_decide_and_not_the_name(
     assert find_row_name(make_training(preset, *overrides), "VladVA", "Ablation") == row
 
 
-def test_rows_that_differ_in_data_are_told_apart_by_data_and_then_by_preset() -> None:
+def test_data_and_then_the_preset_select_a_row_of_several_with_one_method() -> None:
     pairs = "data.train=[{path: data/stamps/train.jsonl}, {path: data/emoji/train.jsonl}]"
     own = "data.train=[{path: own.jsonl}]"
     table = ("Sugar", "Ablation")
@@ -103,7 +103,7 @@ def test_default_values_of_a_method_are_those_of_its_recipe(recipe: str) -> None
             assert config.TrainSection.model_fields[name].default == default
 
 
-def test_a_training_is_described_in_words() -> None:
+def test_description_of_a_training() -> None:
     training = make_training("vladva-nano", "data.train.1.path=b.jsonl", "train.batch_size=1000")
     assert training.describe() == (
         "models/nano trained on 500 records of data/stamps/train.jsonl, b.jsonl "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,8 +16,7 @@ from helpers.infonce_reference import compute_reference_loss
 from helpers.precision import compute_in_double
 from vlduet import config
 from vlduet.config import RunConfig
-from vlduet.data.records import Record
-from vlduet.data.sequences import Sequence
+from vlduet.data.records import ImageRef, Part, Record
 from vlduet.model.duet import DuetModel
 from vlduet.recipes.registry import RECIPES
 from vlduet.train.loader import iterate_batches
@@ -158,9 +158,24 @@ def test_a_preset_trains_its_parts_by_its_losses(name: str, folder: Path) -> Non
     assert others == {"logit_scale"}
 
 
-def pooled_embedding(model: DuetModel, sequence: Sequence) -> Tensor:
-    """Return the unit hidden state of the last token of one sequence alone."""
-    return F.normalize(model.hidden_states(model.collate([sequence]))[0, -1], dim=0)
+def embed_one_by_one(model: DuetModel, contents: list[Part]) -> Tensor:
+    """Return the unit hidden states of the last tokens of contents, each alone: float64[N, D]."""
+    states = []
+    for content in contents:
+        sequence = model.renderer.render_embedding((content,))
+        with torch.no_grad():
+            states.append(model.hidden_states(model.collate([sequence]))[0, -1])
+    return F.normalize(torch.stack(states), dim=1)
+
+
+def list_captioned(records: list[Record], length: str) -> list[tuple[ImageRef, str]]:
+    """Return (image, caption) of the pairs with a caption of a length, `short` or `long`."""
+    captioned = []
+    for record in records:
+        caption = record.long if length == "long" else " ".join(record.short)
+        if caption and record.image is not None:
+            captioned.append((record.image, caption))
+    return captioned
 
 
 @pytest.mark.parametrize(
@@ -174,23 +189,13 @@ def test_the_contrastive_loss_is_that_of_captions_of_one_length(
     values = first_step_values(run)
     model = run.model
     assert isinstance(model, DuetModel)
-    captioned = []
-    for record in first_step_records(run):
-        caption = record.long if length == "long" else " ".join(record.short)
-        if caption and record.image is not None:
-            captioned.append((record.image, caption))
-    with torch.no_grad():
-        images, texts = (
-            torch.stack([
-                pooled_embedding(model, model.renderer.render_embedding((content,)))
-                for content in contents
-            ])
-            for contents in zip(*captioned, strict=True)
-        )  # fmt: skip
+    captioned = list_captioned(first_step_records(run), length)
+    images = embed_one_by_one(model, [image for image, _ in captioned])
+    texts = embed_one_by_one(model, [caption for _, caption in captioned])
     # A picture is in the data twice, and both of its captions are positives of both.
-    keys = [image.path for image, _ in captioned]
-    positive_mask = torch.tensor([[key == other for other in keys] for key in keys])
-    assert len(keys) == 7 and positive_mask.sum() == 9
+    names = np.array([str(image.path) for image, _ in captioned])
+    positive_mask = torch.from_numpy(names[:, None] == names)
+    assert len(names) == 7 and positive_mask.sum() == 9
     expected = compute_reference_loss(images, texts, model.logit_scale.item(), positive_mask)
     assert values["contrastive"] == pytest.approx(expected, rel=1e-9)
 
@@ -207,12 +212,9 @@ def test_the_language_loss_is_that_of_captions_of_one_length(
     model = run.model
     assert isinstance(model, DuetModel)
     nats: list[Tensor] = []
-    for record in first_step_records(run):
-        caption = record.long if length == "long" else " ".join(record.short)
-        if not caption or record.image is None:
-            continue
-        prompt = model.renderer.render_embedding((record.image,)).token_ids
-        sequence = model.renderer.render_caption(record.image, caption)
+    for image, caption in list_captioned(first_step_records(run), length):
+        prompt = model.renderer.render_embedding((image,)).token_ids
+        sequence = model.renderer.render_caption(image, caption)
         assert sequence.token_ids[: len(prompt)] == prompt
         num_tokens = len(sequence) - len(prompt)
         with torch.no_grad():
