@@ -180,7 +180,7 @@ def test_a_row_of_another_base_model_names_it(runs: Path) -> None:
     assert "model.max_image_tokens 576 (not set)" in table.run_notes[0]
 
 
-def test_commands_place_a_run_of_a_preset_beside_the_paper(
+def test_commands_place_a_run_of_a_preset_below_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From training to the page, by the commands of the documentation."""
