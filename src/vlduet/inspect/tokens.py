@@ -24,9 +24,11 @@ from vlduet.files import recover_folder
 from vlduet.hub import resolve_model
 from vlduet.logs import strip_control_characters
 from vlduet.model import checkpoint
+from vlduet.model.embedding_layout import drop_unused_system
 from vlduet.model.limits import Limits
 from vlduet.model.processing import Tokenizer, load_processor
 from vlduet.model.prompts import Prompts, Renderer
+from vlduet.model.saving import find_published_model
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, add_soft_prompt_tokens
 from vlduet.recipes.registry import find_recipe
 
@@ -107,7 +109,9 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         ModelError: the folder holds no model, or a file of it is broken.
         ConfigError: this version does not know the model's recipe or one of its options.
     """
-    saved = checkpoint.read_checkpoint(resolve_model(recover_folder(folder)))
+    folder = resolve_model(recover_folder(folder))
+    published = find_published_model(folder)
+    saved = checkpoint.read_checkpoint(folder if published is None else published.folder)
     run_config: dict[str, Any] = saved.manifest.get("provenance", {}).get("config", {})
     recipe_config = dict(run_config.get("recipe", {"name": "vladva"}))
     recipe = find_recipe(recipe_config.pop("name"))
@@ -120,10 +124,13 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         image_settings=saved.manifest.get("image_processor"),
         max_image_tokens=limits.max_image_tokens,
         chat_template=saved.chat_template,
+        ignores_code=bool(saved.manifest) or (published is not None and published.ignores_code),
     )
     if ROWS_TENSOR_NAME in saved.tensors:
         add_soft_prompt_tokens(processor.tokenizer, len(saved.tensors[ROWS_TENSOR_NAME]))
     prompts = Prompts()
+    if published is not None:
+        prompts = published.complete_prompts(processor.tokenizer.chat_template)
     if saved.manifest:
         prompts = Prompts.from_manifest(saved.manifest["prompts"])
     renderer = Renderer(
@@ -131,6 +138,7 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         prompts=prompts,
         max_tokens=limits.max_tokens,
     )
+    renderer = renderer.with_options(prompts=drop_unused_system(renderer))
     options = parse_options(recipe.options, recipe_config, place="recipe")
     sequences = recipe.layout(Sample(record, position=0, seed=0), renderer, options)
     names = {processor.prepare_image(ref).cache_key: ref.name for ref in record.images()}

@@ -45,6 +45,8 @@ from vlduet.structured_files import read_json_object
 
 ProjectorTraining: TypeAlias = bool | Literal["last"]
 """Trained part of the projector: all of it, nothing, or its last linear layer only."""
+LM_HEAD_NAME = "lm_head.weight"
+"""Name of the LM head's tensor."""
 
 
 class Backbone(nn.Module):
@@ -54,6 +56,7 @@ class Backbone(nn.Module):
         model: the transformers model, with its LM head.
         tokenizer, image_processor: loaded from the same folder.
         folder: where the checkpoint was read from.
+        has_lm_head: False for a checkpoint that was saved to embed only: its LM head is random.
         max_image_tokens: most tokens of an image; None: as many as the image processor's own
             settings give.
         image_settings: attributes of the image processor that differ from the checkpoint's own.
@@ -80,6 +83,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.folder = folder
+        self.has_lm_head = True
         self.saved_fingerprint: str | None = None  # of `folder`, in the manifest of a model
         self.max_image_tokens: int | None = None
         self.image_settings: dict[str, Any] = {}
@@ -371,8 +375,11 @@ class Backbone(nn.Module):
         unless the new folder has one, and gets the present settings of the image processor.
         `self.folder` stays.
         """
+        tensors = None if self.has_lm_head else self.model.state_dict()
         with silence_transformers():
-            self.model.save_pretrained(folder)
+            if tensors is not None:
+                del tensors[LM_HEAD_NAME]
+            self.model.save_pretrained(folder, state_dict=tensors)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         path = folder / "processor_config.json"
@@ -421,6 +428,7 @@ def load_backbone(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
+    ignores_code: bool = False,
 ) -> Backbone:
     """Open a local checkpoint folder and return its model, frozen and in evaluation mode.
 
@@ -432,12 +440,13 @@ def load_backbone(
         dtype: default is float32 on a CPU; on a GPU bfloat16 if the checkpoint was saved in half
             precision, else float32.
         chat_template: chat template in place of the checkpoint's own.
+        ignores_code: as of `read_config`.
 
     Raises:
         ModelError: not a checkpoint folder, an unknown family, remote code, pickled or broken
-            files, or missing tensors.
+            files, or missing tensors other than the LM head.
     """
-    config = read_config(folder)
+    config = read_config(folder, ignores_code=ignores_code)
     family_class = find_family(config.get("model_type", ""), folder)
     check_checkpoint(folder, config)
     if dtype is None:
@@ -458,13 +467,15 @@ def load_backbone(
     tokenizer, image_processor = load_tokenizer_and_image_processor(
         folder, family, chat_template=chat_template
     )
-    missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"] - {LM_HEAD_NAME})
     if missing:
         names = ", ".join(missing[:3])
         raise ModelError(f"{len(missing)} tensors are missing, such as {names}", place=folder)
     model.requires_grad_(False)
     _accept_inputs_embeds(model)
-    return Backbone(model.to(device).eval(), tokenizer, image_processor, folder=folder)
+    backbone = Backbone(model.to(device).eval(), tokenizer, image_processor, folder=folder)
+    backbone.has_lm_head = LM_HEAD_NAME not in report["missing_keys"]
+    return backbone
 
 
 def _accept_inputs_embeds(model: Any) -> None:

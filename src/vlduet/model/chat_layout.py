@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -74,7 +74,13 @@ class ChatLayouts:
     """Layouts of chats by the chat template of one tokenizer; they are remembered."""
 
     def __init__(
-        self, tokenizer: TextTokenizer, *, image_placeholder: str, eos_token_ids: Sequence[int]
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        image_placeholder: str,
+        eos_token_ids: Sequence[int],
+        template: str = "",
+        variables: Mapping[str, str] | None = None,
     ):
         """Store the arguments.
 
@@ -82,8 +88,12 @@ class ChatLayouts:
             tokenizer: with the chat template.
             image_placeholder: text that the template writes for an image.
             eos_token_ids: tokens that end an answer.
+            template: chat template in place of the tokenizer's own.
+            variables: further variables of the template.
         """
         self.tokenizer = tokenizer
+        self._template = template or None
+        self._variables = dict(variables or {})
         self._image_placeholder = image_placeholder
         ends = [token_string(tokenizer.tokenizer, token_id) for token_id in eos_token_ids]
         self._end_of_turn = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
@@ -277,7 +287,7 @@ class ChatLayouts:
             ConfigError: there is no template, or no form of the messages keeps all content.
         """
         tokenizer = self.tokenizer.tokenizer
-        if not tokenizer.chat_template:
+        if not (self._template or tokenizer.chat_template):
             raise ConfigError(
                 f"the checkpoint has no chat template ({TEMPLATE_PLACES})",
                 place="prompts.chat",
@@ -291,7 +301,11 @@ class ChatLayouts:
             try:
                 raw_output = str(
                     tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                        messages,
+                        chat_template=self._template,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        **self._variables,
                     )
                 )
             except (TemplateError, TypeError) as error:

@@ -28,7 +28,7 @@ from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lo
 from vlduet.model.backbone import Backbone, ProjectorTraining
 from vlduet.model.embedding import Embeddable, ProgressCallback
 from vlduet.model.generation import continuous, rerank
-from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
+from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs, require_lm_head
 from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
 from vlduet.model.pooling import (
     EmbeddingHead,
@@ -105,13 +105,15 @@ class DuetModel(nn.Module):
 
         Returns:
             The embeddings of all A anchors, float[A, E], and the negative log-likelihoods of all S
-            labels, float[S], with their graph. Either may be empty.
+            labels, float[S], with their graph. Either may be empty; labels need an LM head.
         """
         is_vision = self.vision_anchor_mask(batch)
         text_batch = batch if is_vision is None else batch.drop_anchors(is_vision)
         hidden = self.hidden_states(text_batch)  # [B, T, D]
         embeddings = self.embed_anchors(batch, hidden, text_batch.anchor_spans)
         rows, columns = find_supervised_positions(text_batch.labels)
+        if len(rows):
+            require_lm_head(self.backbone)
         nll = compute_token_nll(
             hidden[rows, columns - 1],
             self.lm_head_weight,
@@ -192,8 +194,7 @@ class DuetModel(nn.Module):
     def vision_anchor_mask(self, batch: Batch) -> Tensor | None:
         """Return bool[A], True at anchors whose embedding comes from the vision tower alone.
 
-        They are those that start on an image token if `prompts.image_pool` is `vision`; for all
-        other prompts it returns None.
+        They start on an image token. None unless `prompts.image_pool` is `vision`.
         """
         if self.prompts.image_pool != "vision":
             return None
@@ -471,22 +472,21 @@ class DuetModel(nn.Module):
         max_tokens: int | None = None,
         max_image_tokens: int | None = None,
     ) -> Self:
-        """Open a model folder, or wrap a plain Hugging Face checkpoint, in evaluation mode.
+        """Open a model folder, or wrap a Hugging Face checkpoint, in evaluation mode.
 
         Args:
-            folder: folder of `save_pretrained` or `save_merged`, or checkpoint of a known family.
+            folder: model folder, checkpoint of a known family, or published embedding model.
             device: None is the GPU if there is one.
             dtype: of language model and vision tower; projector, head and adapter have float32.
                 None is float32 on a CPU, and bfloat16 on a GPU for a checkpoint that was saved in
                 half precision.
             check_golden: compare embeddings of fixed inputs with those at saving.
-            prompts: prompts for a plain checkpoint, by default VladVA's; a saved model has its own.
+            prompts: prompts for a checkpoint, by default VladVA's; a model folder has its own.
             max_tokens: longest sequence; None: as saved, or 2,048 (`Limits.from_manifest`).
             max_image_tokens: most tokens of an image; None: as saved, or 1,536 for a checkpoint.
 
         Raises:
-            ModelError: there is no model, a file is broken or was changed, its base is missing, or
-                the golden vectors differ.
+            ModelError: no model, a broken or changed file, a missing base, or other golden vectors.
         """
         return saving.open_model(
             cls,

@@ -51,6 +51,8 @@ class Processor:
     """Text that the chat template writes for an image."""
     eos_token_ids: tuple[int, ...]
     """Distinct token ids that end an answer; the first one ends a text."""
+    template_delimits_images: bool = False
+    """A template writes the delimiters of its images; False: the processor of transformers does."""
 
     @classmethod
     def build(
@@ -77,6 +79,7 @@ class Processor:
             image_token_id=int(family.config.image_token_id),
             image_delimiters=family.image_delimiters(tokenizer),
             image_placeholder=family.image_placeholder(tokenizer),
+            template_delimits_images=family.template_delimits_images,
             eos_token_ids=tuple(dict.fromkeys(end_ids)),
         )
 
@@ -87,6 +90,7 @@ def load_processor(
     image_settings: Mapping[str, Any] | None = None,
     max_image_tokens: int | None = None,
     chat_template: str | None = None,
+    ignores_code: bool = False,
 ) -> Processor:
     """Open a local checkpoint folder without its weights; nothing is downloaded.
 
@@ -97,12 +101,14 @@ def load_processor(
         image_settings: attributes of the image processor in place of the checkpoint's own.
         max_image_tokens: most tokens of an image, if `image_settings` is None; None has no limit.
         chat_template: chat template in place of the checkpoint's own.
+        ignores_code: as of `read_config`.
 
     Raises:
         ModelError: not a checkpoint folder, an unknown family, remote code, or broken files. Later
             calls of its `prepare_image` raise ImageError, or ModelError for an unsupported variant.
     """
-    family_class = find_family(read_config(folder).get("model_type", ""), folder)
+    model_type = read_config(folder, ignores_code=ignores_code).get("model_type", "")
+    family_class = find_family(model_type, folder)
     with translate_load_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if (folder / "generation_config.json").is_file():
@@ -210,8 +216,12 @@ def build_prepared_image(
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, ignores_code: bool = False) -> dict[str, Any]:
     """Return the parsed config.json of a checkpoint folder.
+
+    Args:
+        folder: folder of the checkpoint.
+        ignores_code: accept `auto_map`, whose code is not run: it adds nothing to the architecture.
 
     Raises:
         ModelError: there is none, it is not a JSON object, or it asks to run code of the
@@ -221,7 +231,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise describe_folder_without_config(folder)
     config = read_json_object(path, error_class=ModelError, fix=COPY_AGAIN)
-    if "auto_map" in config:
+    if "auto_map" in config and not ignores_code:
         raise ModelError(
             "config.json has auto_map: it asks to run code of the checkpoint",
             place=path,

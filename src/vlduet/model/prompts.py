@@ -17,6 +17,7 @@ from vlduet.data.records import ImageRef, Message, Parts, extract_images
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ConfigError, DataError, quote_value, suggest_name
 from vlduet.model.chat_layout import ChatLayouts
+from vlduet.model.embedding_layout import append_embedding, append_part, find_prompt_texts
 from vlduet.model.limits import DEFAULT_MAX_TOKENS
 from vlduet.model.processing import Processor
 from vlduet.model.sequence_builder import SequenceBuilder
@@ -25,6 +26,10 @@ from vlduet.structured_files import check_fields
 
 SLOT_PATTERN = re.compile(r"\{(image|text|parts)\}")
 """Place of the content in a prompt."""
+POOLS = ("last", "mean", "first")
+"""Values of `Prompts.pool`."""
+PUBLISHED_FIELDS = ("template", "system", "query_system", "pool", "pool_system")
+"""Fields of `Prompts` that published embedding models set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +61,25 @@ class Prompts:
     """Tokenise the prompt and its content as one text, as other servers do, and present several
     images without a text by the prompt `image`. False, for models of early versions: tokenise every
     text apart, and present them by `text`."""
+    template: str = ""
+    """Chat template that lays a content out as the turn of a user, in place of the texts above;
+    empty: they do. Published embedding models have one."""
+    system: str = ""
+    """Text of a system turn before a content that `template` lays out: the model's instruction."""
+    query_system: str = ""
+    """The same for a query."""
+    pool: str = "last"
+    """Tokens over which an embedding is the mean: the `last`, all (`mean`) or the `first`; those of
+    an image by `image_pool` come first."""
+    pool_system: bool = True
+    """Count the tokens up to the end of the system text among those of `pool`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for the first invalid field; nothing is modified.
 
         `image`, `text` and `parts` must each contain their own slot, such as ``{image}``, exactly
-        once and no slot of another. `image_pool` must be `last`, `mean` or `vision`.
+        once and no slot of another. `image_pool` must be `last`, `mean` or `vision`, and `pool` one
+        of `POOLS`.
         """
         for name in ("image", "text", "parts"):
             prompt = getattr(self, name)
@@ -74,17 +92,32 @@ class Prompts:
                 place="prompts.image_pool",
                 fix="Use last or mean (vision is for recipe fromage)",
             )
+        if self.pool not in POOLS:
+            fix = f"Use {', '.join(POOLS)}"
+            raise ConfigError(f"'{self.pool}'", place="prompts.pool", fix=fix)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as in configs."""
         return asdict(self)
 
     def to_manifest(self) -> dict[str, Any]:
-        """Return the fields by name, as in manifests: one of an early version has no `joined`."""
-        fields = asdict(self)
+        """Return the fields by name, as in manifests.
+
+        Those that only published models set are left out where they have their defaults, and
+        `joined` for a model of an early version: the fingerprints of earlier models stay.
+        """
+        values = asdict(self)
+        for field in fields(self):
+            if field.name in PUBLISHED_FIELDS and values[field.name] == field.default:
+                del values[field.name]
         if not self.joined:
-            del fields["joined"]
-        return fields
+            del values["joined"]
+        return values
+
+    def split(self, text: str) -> tuple[str, str]:
+        """Return what is before and after the slot of `image`, `text` or `parts`."""
+        before, _, after = SLOT_PATTERN.split(text)
+        return before, after
 
     @classmethod
     def from_manifest(cls, values: Mapping[str, Any], *, place: object = "prompts") -> Self:
@@ -126,6 +159,7 @@ class Renderer:
         self.image_token_id = processor.image_token_id
         self.image_delimiters = processor.image_delimiters
         self.image_placeholder = processor.image_placeholder
+        self.template_delimits_images = processor.template_delimits_images
         self.eos_token_ids = [*processor.eos_token_ids]
         self.prompts = prompts
         self.max_tokens = max_tokens
@@ -133,8 +167,10 @@ class Renderer:
         bos = self.tokenizer.bos_token_id
         self.bos_ids = [bos] if bos is not None and start[:1] == [bos] else []
         self.bos_text = str(self.tokenizer.bos_token) if self.bos_ids else ""
+        self.end_ids = start[len(self.bos_ids) :]  # special tokens that end every text
         # Shared by all copies. A list, as tokens or a template may be set later.
         self._layouts: list[ChatLayouts] = []
+        self._template_layouts: dict[tuple[str, bool], ChatLayouts] = {}
 
     def with_options(
         self,
@@ -164,7 +200,25 @@ class Renderer:
                 eos_token_ids=self.eos_token_ids,
             )
             self._layouts[:] = [layouts]
+            self._template_layouts.clear()
         return self._layouts[0]
+
+    def template_layouts(self, *, is_query: bool) -> ChatLayouts:
+        """Return the layouts of queries, or else of documents, by `prompts.template`."""
+        tokenizer = self.layouts.tokenizer
+        key = (self.prompts.template, is_query)
+        if key not in self._template_layouts:
+            self._template_layouts[key] = ChatLayouts(
+                tokenizer,
+                image_placeholder=self.image_placeholder,
+                eos_token_ids=self.eos_token_ids,
+                template=self.prompts.template,
+                variables={
+                    "task": "query" if is_query else "document",
+                    "image_placeholder": self.image_placeholder,
+                },
+            )
+        return self._template_layouts[key]
 
     def new_builder(self, *, joined: bool = True) -> SequenceBuilder:
         """Return an empty builder; it begins with the begin-of-sequence token, if there is one.
@@ -211,7 +265,8 @@ class Renderer:
         if not parts or any(isinstance(part, str) and not part.strip() for part in parts):
             raise DataError("nothing to embed", fix="Give a non-empty text or an image")
         builder = self.new_builder(joined=self.prompts.joined)
-        self._append_embedding(
+        append_embedding(
+            self,
             builder,
             parts,
             is_query=is_query,
@@ -233,7 +288,8 @@ class Renderer:
             ImageError, ConfigError: as `render_embedding`.
         """
         builder = self.new_builder(joined=self.prompts.joined)
-        space = self._append_embedding(
+        space = append_embedding(
+            self,
             builder,
             (image,),
             role="image",
@@ -266,7 +322,7 @@ class Renderer:
             ImageError: an image cannot be decoded.
             DataError, ConfigError: as `render_embedding`, with a prompt.
         """
-        before, after, _ = self._prompt_texts(parts) if has_prompt else ("", "", "")
+        before, after, _ = find_prompt_texts(self, parts) if has_prompt else ("", "", "")
         builder = self.new_builder(joined=self.prompts.joined or not has_prompt)
         builder.append_control(before)
         limit = self.max_tokens
@@ -277,7 +333,7 @@ class Renderer:
             is_image = isinstance(part, ImageRef)
             if i and is_image and builder.count_tokens()[-1] >= limit:
                 break
-            segments.append(self._append_part(builder, parts, i, supervised=True))
+            segments.append(append_part(self, builder, parts, index=i, supervised=True))
             part_ends.append(len(builder.segments))
         # The end of text after an image would teach the model to leave images without a caption.
         if len(segments) == len(parts) and isinstance(parts[-1], str):
@@ -297,101 +353,6 @@ class Renderer:
         """Append the end-of-text token, if there is one, to `builder`, in place, as a label."""
         for token_id in self.eos_token_ids[:1]:
             builder.append_token(token_id, supervised=True)
-
-    def _append_embedding(
-        self,
-        builder: SequenceBuilder,
-        parts: Parts,
-        *,
-        is_query: bool = False,
-        role: str,
-        record_name: str,
-        content_key: str,
-    ) -> str:
-        """Append `parts`, at least one, in their embedding prompt to `builder`, in place.
-
-        The anchor's embedding is read at the image's tokens in two cases: it is the only part and
-        `prompts.image_pool` is not `last`; or the prompt ends with it and `image_pool` is `mean`.
-        Else it is read at the last token.
-
-        Returns:
-            White space that the chat template writes next, and that the tokenizer merges into what
-            follows.
-
-        Raises:
-            ImageError: an image cannot be decoded.
-            DataError: the chat template refuses a single turn of a user.
-            ConfigError: `prompts.chat` is set and the checkpoint has no usable chat template.
-        """
-        before, after, space = self._prompt_texts(parts)
-        builder.append_control(before)
-        for i in range(len(parts)):
-            segment = self._append_part(builder, parts, i, is_query=is_query)
-        pool = self.prompts.image_pool
-        is_single_image = len(parts) == 1 and isinstance(parts[0], ImageRef)
-        ends_with_image = isinstance(parts[-1], ImageRef) and not after
-        reads_image = (is_single_image and pool != "last") or (ends_with_image and pool == "mean")
-        closing = builder.append_control(after)
-        builder.add_anchor(
-            segment if reads_image else closing,
-            is_last=not reads_image,
-            role=role,
-            record_name=record_name,
-            content_key=content_key,
-        )
-        return space
-
-    def _prompt_texts(self, parts: Parts) -> tuple[str, str, str]:
-        """Return the control texts before and after contents that are embedded, and a space.
-
-        The prompt is `parts` for a mixture, `text` for texts and `image` for images; with
-        `prompts.joined` off, `text` for several images, too. With `prompts.chat` the texts include
-        the chat template around a user turn, up to where the answer begins. White space at its end
-        that the tokenizer merges into an answer is the third result; with `joined` off it remains.
-
-        Raises DataError and ConfigError as `_append_embedding`.
-        """
-        has_image = any(isinstance(part, ImageRef) for part in parts)
-        has_text = any(isinstance(part, str) for part in parts)
-        if has_image and has_text:
-            template = self.prompts.parts
-        elif has_image and (self.prompts.joined or len(parts) == 1):
-            template = self.prompts.image
-        else:
-            template = self.prompts.text
-        before, _, after = SLOT_PATTERN.split(template)
-        space = ""
-        if self.prompts.chat:
-            opening, closing, space = self.layouts.user_turn()
-            if not self.prompts.joined:
-                closing += space
-                space = ""
-            before = opening + before
-            after = after + closing
-        if not self.prompts.joined:
-            before = before.removeprefix(self.bos_text)
-        return before, after, space
-
-    def _append_part(
-        self,
-        builder: SequenceBuilder,
-        parts: Parts,
-        i: int,
-        *,
-        is_query: bool = False,
-        supervised: bool = False,
-    ) -> int:
-        """Append part i to `builder` in place and return its segment; raises ImageError.
-
-        A text gets a space before it if it follows a text, then the query prompt if `is_query`;
-        `supervised` makes its tokens labels. An image is decoded, and takes none of these.
-        """
-        part = parts[i]
-        if isinstance(part, ImageRef):
-            return builder.append_image(self.prepare_image(part))
-        separator = " " if i and not isinstance(parts[i - 1], ImageRef) else ""
-        prefix = self.prompts.query if is_query else ""
-        return builder.append_text(separator + prefix + part, supervised=supervised)
 
     # ------------------------------------------------------------------ chats
 

@@ -13,13 +13,16 @@ from torch import Tensor
 from vlduet.errors import ModelError
 from vlduet.files import recover_folder, replace_folder_atomically
 from vlduet.hub import resolve_model
+from vlduet.library_errors import translate_library_errors
 from vlduet.model import checkpoint
 from vlduet.model.adapters import save_lora
 from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.embedding import encode
+from vlduet.model.embedding_layout import drop_unused_system
 from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
 from vlduet.model.prompts import Prompts
+from vlduet.model.sentence_transformers_format import PublishedModel, read_published_model
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts
 
 if TYPE_CHECKING:
@@ -155,7 +158,7 @@ def open_model(
     max_tokens: int | None = None,
     max_image_tokens: int | None = None,
 ) -> ModelT:
-    """Return the model of a model folder or of a plain checkpoint, in evaluation mode.
+    """Return the model of a model folder, plain checkpoint or published model, in evaluation mode.
 
     A folder that a crash left under its backup name is restored first (`recover_folder`).
 
@@ -166,8 +169,9 @@ def open_model(
         device: None is the GPU if there is one.
         dtype: see `DuetModel.from_pretrained`.
         check_golden: embed the golden inputs and compare them with those at saving.
-        prompts: prompts for a plain checkpoint, by default those of `Prompts`; a model folder has
-            its own, and this argument is ignored.
+        prompts: prompts for a plain checkpoint, by default those of `Prompts`, or for that of a
+            published model, in place of its own settings. A model folder has its own, and this
+            argument is ignored.
         max_tokens: longest sequence; None: see `Limits.from_manifest`.
         max_image_tokens: most tokens of an image; None: see `Limits.from_manifest`. Another limit
             than the saved one changes the fingerprint where it changes the image processor.
@@ -177,6 +181,16 @@ def open_model(
             changed, or the golden vectors differ.
     """
     folder = resolve_model(recover_folder(Path(folder)))
+    published = find_published_model(folder)
+    if published is not None and prompts is None:
+        return _open_published(
+            model_class,
+            published,
+            device=device,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            max_image_tokens=max_image_tokens,
+        )
     saved = checkpoint.read_checkpoint(folder)
     limits = Limits.from_manifest(saved.manifest, max_tokens=max_tokens)
     backbone = load_backbone(
@@ -184,6 +198,7 @@ def open_model(
         device=device or select_device(),
         dtype=dtype,
         chat_template=saved.chat_template,
+        ignores_code=bool(saved.manifest),  # the code was not needed when the model was saved
     )
     if not saved.manifest:
         backbone.limit_image_tokens(max_image_tokens or limits.max_image_tokens)
@@ -203,13 +218,7 @@ def open_model(
     )
     if ROWS_TENSOR_NAME in saved.tensors:
         model.soft_prompts = SoftPrompts(backbone, saved.tensors[ROWS_TENSOR_NAME])
-    with torch.no_grad():
-        for name, tensor in model.own_tensors().items():
-            if name not in saved.tensors or saved.tensors[name].shape != tensor.shape:
-                raise ModelError(
-                    f"tensor '{name}' is missing or of another shape", place=Path(folder)
-                )
-            tensor.copy_(saved.tensors[name])
+    _copy_tensors(saved.tensors, model, place=Path(folder))
     if saved.adapter_folder is not None:
         model.load_adapter(saved.adapter_folder)
     checkpoint.verify_tensors(saved.manifest, _trained_tensors(model), place=Path(folder))
@@ -222,4 +231,62 @@ def open_model(
         )
     if max_image_tokens is not None:
         backbone.limit_image_tokens(max_image_tokens)
+    return model.eval()
+
+
+@torch.no_grad()
+def _copy_tensors(tensors: Mapping[str, Tensor], model: DuetModel, *, place: Path) -> None:
+    """Copy saved tensors into a model's own, in place; raise ModelError if they do not fit."""
+    for name, tensor in model.own_tensors().items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise ModelError(f"tensor '{name}' is missing or of another shape", place=place)
+        tensor.copy_(tensors[name])
+
+
+def find_published_model(folder: Path) -> PublishedModel | None:
+    """Return the settings of a published embedding model; None for a model folder and all others.
+
+    Raises ModelError as `read_published_model`.
+    """
+    if (folder / checkpoint.MANIFEST_NAME).is_file():
+        return None
+    return read_published_model(folder)
+
+
+def _open_published(
+    model_class: type[ModelT],
+    published: PublishedModel,
+    *,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    max_tokens: int | None,
+    max_image_tokens: int | None,
+) -> ModelT:
+    """Return the model with a published model's settings; the arguments are as of `open_model`.
+
+    Images have as many tokens as in sentence-transformers, up to three quarters of a sequence.
+    """
+    backbone = load_backbone(
+        published.folder,
+        device=device or select_device(),
+        dtype=dtype,
+        ignores_code=published.ignores_code,
+    )
+    max_tokens = published.find_max_tokens(max_tokens, context_length=backbone.context_length)
+    settings = published.find_image_settings(backbone.image_processor)
+    backbone.limit_image_tokens(None, settings=settings)
+    max_image_tokens = max_image_tokens or max(1, max_tokens * 3 // 4)
+    bounded = backbone.family.bounded_settings(backbone.image_processor, max_image_tokens)
+    backbone.limit_image_tokens(max_image_tokens, settings={**settings, **bounded})
+    model = model_class(
+        backbone,
+        prompts=published.complete_prompts(backbone.tokenizer.chat_template),
+        head=published.head,
+        dim=published.dim,
+        max_tokens=max_tokens,
+    )
+    model.set_prompts(drop_unused_system(model.renderer))
+    if published.head_tensors:
+        with translate_library_errors(published.folder, subject="Dense layers"):
+            model.head.load_state_dict(published.head_tensors)
     return model.eval()

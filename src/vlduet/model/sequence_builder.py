@@ -51,6 +51,8 @@ class AnchorRequest:
     is_last: bool
     anchor: Anchor
     """The anchor with a span to be replaced."""
+    span: tuple[int, int | None] | None = None
+    """Tokens to read in place of those of the segment; None as their end: the segment's."""
 
 
 @dataclass(slots=True)
@@ -146,6 +148,7 @@ class SequenceBuilder:
         record_name: str,
         content_key: str,
         slices: tuple[Slice, ...] = (),
+        span: tuple[int, int | None] | None = None,
     ) -> None:
         """Add an anchor, where a hidden state or the mean of several will be read.
 
@@ -154,11 +157,13 @@ class SequenceBuilder:
                 feature count.
             is_last: read its last token, or the token before it if it has none; False: the mean of
                 all its tokens.
+            span: read the mean of the tokens from an index to another, or for None to the end of
+                the segment, instead; of at least one.
 
         The other arguments are the fields of `Anchor`.
         """
         anchor = Anchor(0, 1, role, record_name, content_key, slices)
-        self.anchor_requests.append(AnchorRequest(segment, is_last, anchor))
+        self.anchor_requests.append(AnchorRequest(segment, is_last, anchor, span))
 
     def drop_segments(self, count: int) -> None:
         """Remove all segments but the first `count`, in place. No anchor may be in the others."""
@@ -252,7 +257,10 @@ class SequenceBuilder:
             spans.append((start, end))
         for request in self.anchor_requests:
             start, end = spans[request.segment]
-            if request.is_last or start == end:
+            if request.span is not None:
+                end = max(request.span[1] or end, 1)
+                start = min(request.span[0], end - 1)
+            elif request.is_last or start == end:
                 end = max(end, 1)
                 start = end - 1
             draft.anchors.append(replace(request.anchor, start=start, end=end))

@@ -26,6 +26,7 @@ from vlduet.logs import logger
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import select_device
 from vlduet.model.duet import DuetModel
+from vlduet.model.embedding_presets import find_preset
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.prompts import Prompts
 from vlduet.recipes.recipe import BoundRecipe
@@ -146,13 +147,15 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
 def _open_start_model(config: RunConfig) -> DuetModel:
     """Return the model at `model.path` with the config's dtype, limits, prompts and head.
 
-    Prompts and limits that the config names replace the model's, the others stay. With another
-    kind or width of head than the model's, torch's global seed is set and the head is new and
-    random.
+    Prompts and limits that the config names replace the model's, the others stay; one of `image`,
+    `text`, `parts` and `chat` replaces the template of a published model with its pooling. With
+    another kind or width of head than the model's, torch's global seed is set and the head is new
+    and random.
 
     Raises:
-        ConfigError: there is no `model.path`, a prompt is invalid, or `train.soft_prompts` is set
-            and the config has prompts in place of the model's learned ones.
+        ConfigError: there is no `model.path`, the preset is unknown, a prompt is invalid, or
+            `train.soft_prompts` is set and the config has prompts in place of the model's learned
+            ones.
         ModelError: as `DuetModel.from_pretrained`.
     """
     section = config.model
@@ -167,9 +170,13 @@ def _open_start_model(config: RunConfig) -> DuetModel:
         max_tokens=config.data.max_tokens,
         max_image_tokens=section.max_image_tokens,
     )
-    prompts = model.prompts.to_dict() | section.prompts
+    prompts = model.prompts.to_dict()
+    if section.prompts.keys() & {"image", "text", "parts", "chat"}:
+        prompts |= {"template": "", "system": "", "query_system": "", "pool": "last"}
+    prompts |= section.prompts
     model.set_prompts(parse_options(Prompts, prompts, place="model.prompts"))
     replaces_prompts = bool(section.prompts.keys() & {"image", "text", "parts"})
+        prompts=None if section.preset is None else find_preset(section.preset).prompts,
     if config.train.soft_prompts and model.soft_prompts is not None and replaces_prompts:
         raise ConfigError(
             "the model brings learned prompts",

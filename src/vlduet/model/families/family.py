@@ -54,6 +54,8 @@ class Family(ABC):
         config: the transformers config of the checkpoint; read whenever a method is called.
     """
 
+    template_delimits_images = False
+    """A chat template writes the `image_delimiters`; False: the processor of transformers does."""
     language_model_path = "language_model"
     """Dotted attribute path from the inner model to the language model without its LM head."""
     vision_tower_path = "vision_tower"

@@ -19,6 +19,7 @@ class MergedPatchImages:
     """
 
     config: Any
+    template_delimits_images = True
     vision_tower_path = "visual"
     projector_path = "visual.merger"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlduet.errors import ModelError
 from vlduet.model.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ class PrefillInputs:
 def build_prefill_inputs(model: DuetModel, sequences: list[TokenSequence]) -> PrefillInputs:
     """Collate sequences whose end is to be continued into one left-padded batch, B = their number.
 
-    Images run through the vision tower and the projector here, without gradients.
+    Images run through the vision tower and the projector here, without gradients. Raises ModelError
+    as `require_lm_head`.
     """
+    require_lm_head(model.backbone)
     batch = model.collate(sequences, padding_side="left")
     return PrefillInputs(
         language_model_inputs=model.language_model_inputs(batch),
@@ -43,6 +46,14 @@ def build_prefill_inputs(model: DuetModel, sequences: list[TokenSequence]) -> Pr
         position_ids=batch.position_ids,
         eos_token_ids=model.renderer.eos_token_ids,
     )
+
+
+def require_lm_head(backbone: Backbone) -> None:
+    """Raise ModelError for a checkpoint without an LM head: it embeds and cannot generate."""
+    if not backbone.has_lm_head:
+        message = "the checkpoint was saved without its LM head: it embeds and cannot generate"
+        fix = "Use one with lm_head.weight, or train with objectives.language=0"
+        raise ModelError(message, place=backbone.folder, fix=fix)
 
 
 def suppressed_tokens(backbone: Backbone, eos_token_ids: Sequence[int]) -> list[int]:
