@@ -61,10 +61,10 @@ class ModelSection(Section):
     path: Path | None = None
     """Hugging Face checkpoint or VLDuet model folder, or its name on a hub (``ORG/NAME``); None for
     recipes that start from nothing."""
-    head: Literal["none", "linear", "mlp"] | None = None
     preset: str | None = None
     """Prompts of a published embedding model (`vlduet.model.embedding_presets`) for a checkpoint
     that is not recognised by its name."""
+    head: Literal["none", "linear", "mlp"] | None = None
     """Layer after pooling; None: that of the model folder, and ``none`` for a checkpoint."""
     dim: int = Field(default=384, gt=0)
     """Width of the embeddings; without effect if the head is ``none``."""

@@ -167,6 +167,7 @@ def _open_start_model(config: RunConfig) -> DuetModel:
     model = DuetModel.from_pretrained(
         section.path,
         dtype=dtype,
+        prompts=None if section.preset is None else find_preset(section.preset).prompts,
         max_tokens=config.data.max_tokens,
         max_image_tokens=section.max_image_tokens,
     )
@@ -176,7 +177,6 @@ def _open_start_model(config: RunConfig) -> DuetModel:
     prompts |= section.prompts
     model.set_prompts(parse_options(Prompts, prompts, place="model.prompts"))
     replaces_prompts = bool(section.prompts.keys() & {"image", "text", "parts"})
-        prompts=None if section.preset is None else find_preset(section.preset).prompts,
     if config.train.soft_prompts and model.soft_prompts is not None and replaces_prompts:
         raise ConfigError(
             "the model brings learned prompts",
