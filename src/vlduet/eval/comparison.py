@@ -11,6 +11,7 @@ from vlduet.eval.benchmarks.registry import BENCHMARKS
 from vlduet.eval.benchmarks.scores import MetricSample, MetricValue, paired_difference
 from vlduet.eval.paper_rows import Training
 from vlduet.eval.run import SCORES_FILE, read_samples
+from vlduet.logs import logger
 from vlduet.structured_files import read_json_object
 
 
@@ -50,13 +51,27 @@ def read_run_scores(folder: Path) -> RunScores:
         score = read_json_object(path, fields, error_class=ConfigError, fix=fix)
         scores[score["benchmark"]] = score
         samples[score["benchmark"]] = read_samples(path.parent)
-        facts = score.get("made_by", {}).get("training")
-        trainings.append(Training.from_json(facts, place=path) if facts else None)
+        trainings.append(_read_training(score, place=path))
     if not scores:
         fix = "Name a folder that 'vlduet eval --to' wrote"
         raise ConfigError("no scores here", place=folder, fix=fix)
     is_equal = all(training == trainings[0] for training in trainings)
     return RunScores(folder.name, scores, samples, trainings[0] if is_equal else None)
+
+
+def _read_training(score: dict[str, Any], *, place: Path) -> Training | None:
+    """Return how the model of a scores.json was trained, or None where the file does not say it.
+
+    A training that this version does not understand is None, too, and a warning names `place`.
+    """
+    facts = score.get("made_by", {}).get("training")
+    if facts is None:
+        return None
+    try:
+        return Training.from_json(facts, place=place)
+    except ConfigError as error:
+        logger.warning(f"warning: the run is compared with no row of a paper: {error}")
+        return None
 
 
 @dataclass(frozen=True, slots=True)

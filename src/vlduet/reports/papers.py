@@ -72,10 +72,10 @@ class PaperTable:
 
 
 def cell_text(value: Number) -> str:
-    """Return a number with one decimal, as papers print; empty for None."""
+    """Return a measured number with one decimal, a published one as printed; empty for None."""
     if value is None:
         return ""
-    return f"{value.mean if isinstance(value, MetricValue) else value:.1f}"
+    return f"{value.mean:.1f}" if isinstance(value, MetricValue) else str(float(value))
 
 
 def cell_tooltip(value: Number) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vlduet.config import load_run_config
 from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.scores import MetricSample, average, paired_difference
 from vlduet.eval.comparison import BenchmarkChange, RunScores, before_and_after, read_run_scores
+from vlduet.eval.run import SCORES_FILE
 
 
 def make_run(name: str, *, accuracy: list[float], files: str = "hash", seed: int = 0) -> RunScores:
@@ -97,3 +100,27 @@ def test_paired_interval_is_narrower_than_that_of_one_run() -> None:
 def test_folder_without_scores_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no scores here"):
         read_run_scores(tmp_path)
+
+
+def test_a_run_has_a_training_if_all_of_its_scores_have_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = load_run_config("vladva-nano").model_dump(mode="json")
+    facts = {"config": tree, "options": {}, "steps": 3, "records": [4]}
+
+    def read(*trainings: object) -> RunScores:
+        for i, training in enumerate(trainings):
+            path = tmp_path / str(i) / SCORES_FILE
+            path.parent.mkdir(exist_ok=True)
+            made_by = {} if training is None else {"training": training}
+            path.write_text(json.dumps({"benchmark": str(i), "made_by": made_by}))
+        return read_run_scores(tmp_path)
+
+    training = read(facts, facts).training
+    assert training is not None and training.config.preset == "vladva-nano"
+    assert read(facts, {**facts, "steps": 5}).training is None
+    assert read(facts, None).training is None
+    assert not caplog.records
+    assert read(facts, {**facts, "config": {**tree, "key of a later version": 1}}).training is None
+    (record,) = caplog.records
+    assert "key of a later version" in record.message and "no row of a paper" in record.message

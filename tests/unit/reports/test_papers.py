@@ -111,6 +111,7 @@ def test_runs_stand_below_the_published_rows(runs: Path) -> None:
     assert papers.cell_tooltip(values["POPE"]).endswith("n 6")
     assert values["GQA"] is None and papers.cell_text(None) == papers.cell_tooltip(None) == ""
     assert papers.cell_tooltip(76.0) == "" and papers.cell_text(76.0) == "76.0"
+    assert papers.cell_text(13.25) == "13.25", "Sugar prints two decimals of ViLLA"
 
 
 def make_training(preset: str, *overrides: str) -> Training:
