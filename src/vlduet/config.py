@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    ByteSize,
     ConfigDict,
     Discriminator,
     Field,
@@ -147,6 +148,9 @@ class DataSection(Section):
     None: that of the model folder, and 2048 for a checkpoint."""
     cache: Path | Literal[False] | None = None
     """Folder of cached features of frozen encoders; None: ``out/features``; False: memory only."""
+    cache_limit: Annotated[ByteSize, Field(ge=0)] = ByteSize(64 * 10**9)
+    """Largest size of the features in the folder, such as ``64 GB``, or a number of bytes. Vision
+    features that would take more are not stored at all."""
 
     @field_validator("validation", mode="before")
     @classmethod

@@ -53,6 +53,16 @@ def strip_control_characters(text: str, keep: str = "") -> str:
     )
 
 
+def format_bytes(num_bytes: float) -> str:
+    """Return a size with three digits, such as ``2.36 MB``, in a unit from bytes to TB (1e12)."""
+    size, unit = num_bytes, "bytes"
+    for larger_unit in ("KB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger_unit
+    return f"{size:,.0f} {unit}" if size >= 999.5 else f"{size:.3g} {unit}"
+
+
 # --------------------------------------------------------------------- messages
 
 

@@ -134,3 +134,19 @@ def test_an_error_while_metrics_are_rewritten_loses_no_row(
     MetricsLog(tmp_path, resume_at=2).close()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
     assert not list(tmp_path.glob(".metrics*"))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (999.6, "1 KB"),
+        (2_359_296, "2.36 MB"),
+        (64e9, "64 GB"),
+        (19.11e12, "19.1 TB"),
+        (7.1234e15, "7,123 TB"),
+    ],
+)
+def test_sizes_have_three_digits_and_a_unit(num_bytes: float, text: str) -> None:
+    assert logs.format_bytes(num_bytes) == text

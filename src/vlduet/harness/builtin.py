@@ -48,7 +48,7 @@ BATCH_TOKENS = 8192
 
 
 UNIMPORTANT_SETTINGS = {
-    "data": ("cache", "validation"),
+    "data": ("cache", "cache_limit", "validation"),
     "train": ("log_every", "eval_every", "save_every"),
 }
 """Settings of training by section that do not decide the weights."""

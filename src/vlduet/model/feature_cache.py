@@ -7,6 +7,7 @@ processes can share a folder.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ModelError
+from vlduet.logs import format_bytes, logger
 
 ImageVersion = tuple[str | int, ...]
 """Result of `get_image_version`: a file, its size and time, and a range in it."""
@@ -38,7 +40,13 @@ class FeatureCache:
     It is safe for several threads, and with a folder also for several processes.
     """
 
-    def __init__(self, folder: Path | None, *, memory_bytes: int = DEFAULT_MEMORY_BYTES):
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        limit_bytes: float = math.inf,
+    ):
         """Create a cache; nothing is read or written yet.
 
         Args:
@@ -46,9 +54,14 @@ class FeatureCache:
                 is used; None keeps them in memory.
             memory_bytes: bound on the size in memory, beyond which the features that were stored
                 first are dropped. It does not hold for a folder.
+            limit_bytes: bound on the size of the features that are written to the folder; further
+                ones are kept in memory, as without a folder.
         """
         self.folder = folder
         self.memory_bytes = memory_bytes
+        self.limit_bytes = limit_bytes
+        self._written_bytes = 0
+        self._is_full = folder is None
         self._memory: dict[str, Tensor] = {}
         self._used_bytes = 0
         self._lock = threading.Lock()  # the thread that prepares the next batch runs encoders, too
@@ -60,23 +73,29 @@ class FeatureCache:
         not change the file. Those in memory are the stored tensor itself. A file that a killed
         process left incomplete counts as missing.
         """
-        if self.folder is None:
-            return self._memory.get(key)
+        features = self.get_from_memory(key)
+        if features is not None or self.folder is None:
+            return features
         try:
             # Copy on write: torch wants writable memory, and the file must never change.
             return torch.from_numpy(np.load(self._path(key), mmap_mode="c"))
         except (FileNotFoundError, ValueError, EOFError):
             return None
 
+    def get_from_memory(self, key: str) -> Tensor | None:
+        """Return the features of a key that are in memory, not in a file; None if they are not."""
+        return self._memory.get(key)
+
     def put(self, key: str, features: Tensor) -> None:
         """Store features as float32 without their graph, replacing earlier ones of the key.
 
         With a folder, they are written to a file there, atomically; raises OSError if that fails.
-        Without one, they are kept in memory on the CPU, and the features stored first are dropped
-        while all are larger than `memory_bytes`: the new ones themselves, if they alone are.
+        Without one, and from the first ones on that exceed `limit_bytes` (which is logged), they
+        are kept in memory on the CPU. The features stored first are then dropped while all are
+        larger than `memory_bytes`: the new ones themselves, if they alone are.
         """
         features = features.detach().cpu().float().contiguous()
-        if self.folder is None:
+        if not self._reserve(features.nbytes):
             with self._lock:
                 replaced = self._memory.get(key)
                 self._used_bytes += features.nbytes - (0 if replaced is None else replaced.nbytes)
@@ -91,6 +110,25 @@ class FeatureCache:
         with temporary.open("wb") as file:
             np.save(file, features.numpy())
         temporary.replace(path)
+
+    def stop_writing(self) -> None:
+        """Keep further features in memory; those in the folder are still read."""
+        self._is_full = True
+
+    def _reserve(self, num_bytes: int) -> bool:
+        """Return whether features of a size are to be written to the folder, and count them."""
+        with self._lock:
+            if self._is_full:
+                return False
+            self._is_full = self._written_bytes + num_bytes > self.limit_bytes
+            if not self._is_full:
+                self._written_bytes += num_bytes
+                return True
+        logger.warning(
+            f"cached features have reached data.cache_limit: {format_bytes(self._written_bytes)} "
+            f"are in {self.folder}, and further ones are computed again in every epoch"
+        )
+        return False
 
     def _path(self, key: str) -> Path:
         """Return the file of a key."""
@@ -153,14 +191,14 @@ def get_image_version(ref: ImageRef) -> ImageVersion | None:
 def attach_cached_features(image: PreparedImage, cache: FeatureCache) -> PreparedImage | None:
     """Return a copy of the image with its cached features as only input; None if none are cached.
 
-    Features of a cache in memory are held by the copy, because the cache may drop them before the
-    batch is used. Those of a cache on disk are read from their file at each access.
+    Features in memory are held by the copy, because the cache may drop them before the batch is
+    used. Those on disk are read from their file at each access.
     """
-    features = cache.get(image.cache_key)
-    if features is None:
-        return None
-    if cache.folder is None:
+    features = cache.get_from_memory(image.cache_key)
+    if features is not None:
         return replace(image, inputs={FEATURES_INPUT: features})
+    if cache.get(image.cache_key) is None:
+        return None
     return replace(image, inputs=_LazyFeatures(cache, image.cache_key))
 
 

@@ -217,7 +217,10 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
         elif prefix.rpartition(".")[2] not in CHANGEABLE_SETTINGS:
             settings[prefix] = value
 
-    tree = config.model_dump(mode="json", exclude={"out": True, "preset": True, "data": {"cache"}})
+    cache_settings = {"cache", "cache_limit"}
+    tree = config.model_dump(
+        mode="json", exclude={"out": True, "preset": True, "data": cache_settings}
+    )
     for source in tree["data"]["train"]:
         for key in [key for key, value in source.items() if not value or key == "strict"]:
             del source[key]

@@ -19,6 +19,7 @@ from vlduet import distributed
 from vlduet.config import RunConfig, save_run_config
 from vlduet.locks import lock_folder
 from vlduet.logs import MetricsLog, ProgressBar, logger
+from vlduet.train.cache_size import limit_feature_cache
 from vlduet.train.checkpointing import (
     ResumeMode,
     build_provenance,
@@ -152,6 +153,7 @@ def _start_run(config: RunConfig, resume: ResumeMode) -> tuple[TrainingRun, int]
     logger.info(describe_data(run, check))
     for risk in describe_risks(run, check):
         logger.warning(f"warning: {risk}")
+    limit_feature_cache(run)
     if distributed.is_main_process():
         save_run_config(config, config.out / "config.yaml", comment=describe_length(run))
         if not is_resumed:

@@ -8,7 +8,7 @@ from typing import Any
 from vlduet.config import RunConfig
 from vlduet.data.batches import Batch
 from vlduet.model.duet import DuetModel
-from vlduet.model.feature_cache import compute_features
+from vlduet.train.cache_size import measure_cache_size
 from vlduet.train.loader import iterate_batches
 from vlduet.train.memory import count_batch, count_state_bytes, measure_activations
 from vlduet.train.run import TrainingRun
@@ -48,7 +48,6 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
     check = check_sources(run)
     records = [record for source in run.mixture.sources for record in source]
     kinds = Counter(record.kind for record in records)
-    num_images = sum(len(record.images()) for record in records)
     losses = ", ".join(f"{weight} x {name}" for name, weight in config.objectives.items())
     data = {
         "recipe": f"{run.recipe.name}, losses {losses}",
@@ -61,15 +60,27 @@ def plan_run(config: RunConfig) -> dict[str, Any]:
         "epochs": round(count_epochs(run), 2),
     }
     risks = describe_risks(run, check)
-    sizes = _measure_batches(run, num_images=num_images)
-    return {**data, **sizes, "out": str(config.out), "warnings": risks}
+    cache_size = measure_cache_size(run)
+    cached_bytes = 0.0
+    if cache_size is not None:
+        cached_bytes = cache_size.num_bytes
+        if cache_size.exceeds_limit:
+            risks.append(str(cache_size))
+            cached_bytes = 0.0
+    return {
+        **data,
+        **_measure_batches(run),
+        "vision features on disk, at most (GB)": round(cached_bytes / 1e9, 2),
+        "device": str(run.model.logit_scale.device),
+        "out": str(config.out),
+        "warnings": risks,
+    }
 
 
-def _measure_batches(run: TrainingRun, *, num_images: int) -> dict[str, Any]:
-    """Lay out the first batches of a run, and return sizes of a batch, parameters, memory and disk.
+def _measure_batches(run: TrainingRun) -> dict[str, Any]:
+    """Lay out the first batches of a run, and return sizes of a batch, parameters and memory.
 
-    The run gets the smaller batch size of the probed steps. `num_images` is the number of images of
-    all records.
+    The run gets the smaller batch size of the probed steps.
     """
     config = run.config
     train = config.train
@@ -98,30 +109,12 @@ def _measure_batches(run: TrainingRun, *, num_images: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "trainable parameters": sum(p.numel() for p in run.trainable_parameters()),
         **_estimate_memory(run, steps, scale),
-        "vision features on disk, at most (GB)": round(
-            num_images * _measure_feature_bytes(run, steps) / 1e9, 2
-        ),
-        "device": str(run.model.logit_scale.device),
     }
 
 
 def _count_anchors(batch: Batch) -> int:
     """Return the number of embeddings of a batch."""
     return len(batch.anchors)
-
-
-def _measure_feature_bytes(run: TrainingRun, steps: list[list[Batch]]) -> int:
-    """Return the bytes of the first image's vision features in float32.
-
-    They are computed by the vision tower unless the model's cache has them. Return 0 where no
-    features are saved: no image in `steps`, `data.cache` off, or another model than a `DuetModel`.
-    """
-    images = [image for batches in steps for batch in batches for image in batch.images]
-    if not images or not isinstance(run.model, DuetModel) or run.config.data.cache is False:
-        return 0
-    vision_tower = run.model.backbone.compute_vision_features
-    (features,) = compute_features(images[:1], run.model.feature_cache, vision_tower)
-    return 4 * features.numel()
 
 
 def _estimate_memory(run: TrainingRun, steps: list[list[Batch]], scale: float) -> dict[str, float]:

@@ -132,7 +132,7 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
             place="model.prompts.image_pool",
             fix="Only recipe fromage makes models that read vision",
         )
-    model.feature_cache = FeatureCache(cache)
+    model.feature_cache = _create_feature_cache(config, cache)
     torch.manual_seed(config.seed)
     train = config.train
     lora = None if train.lora is None else LoraSettings(**train.lora.model_dump())
@@ -142,6 +142,12 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
     if train.checkpointing:
         model.backbone.enable_gradient_checkpointing()
     return model
+
+
+def _create_feature_cache(config: RunConfig, folder: Path | None) -> FeatureCache:
+    """Return a cache in a folder (None: in memory) with this process's share of its limit."""
+    limit_bytes = config.data.cache_limit / distributed.get_world_size()
+    return FeatureCache(folder, limit_bytes=limit_bytes)
 
 
 def _open_start_model(config: RunConfig) -> DuetModel:
@@ -208,7 +214,7 @@ def load_encoders(
         ModelError: a folder holds no encoder.
     """
     encoders: dict[str, FrozenEncoder] = {}
-    feature_cache = FeatureCache(cache)
+    feature_cache = _create_feature_cache(config, cache)
     device = trained_model.backbone.device if trained_model else select_device()
     for role in recipe.encoder_roles:
         folder: Path | None = getattr(config.encoders, role)

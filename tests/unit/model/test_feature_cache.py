@@ -39,6 +39,48 @@ def test_memory_is_bounded_and_holds_the_newest_features() -> None:
     assert cache.get("large") is None
 
 
+@pytest.mark.parametrize(("limit_bytes", "num_files"), [(0, 0), (95, 2), (96, 3), (1e6, 5)])
+def test_files_end_at_the_limit_and_memory_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit_bytes: float, num_files: int
+) -> None:
+    """How many features come is not known beforehand."""
+    cache = FeatureCache(tmp_path, memory_bytes=64, limit_bytes=limit_bytes)
+    for i in range(5):
+        cache.put(f"key {i}", torch.full((4, 2), float(i)))  # 32 bytes
+    assert len(list(tmp_path.rglob("*.npy"))) == num_files
+    values = [cache.get(f"key {i}") for i in range(5)]
+    in_reach = set(range(num_files)) | {3, 4}
+    assert {i for i, value in enumerate(values) if value is not None} == in_reach
+    assert all(bool((values[i] == i).all()) for i in in_reach)
+    assert len(caplog.messages) == (num_files < 5)
+    if num_files < 5:
+        assert f"data.cache_limit: {32 * num_files} bytes are in {tmp_path}" in caplog.text
+    again = FeatureCache(tmp_path, limit_bytes=0)
+    assert sum(again.get(f"key {i}") is not None for i in range(5)) == num_files
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 500, 1000])
+def test_embeddings_do_not_depend_on_the_limit_of_files(
+    tmp_path: Path, image_files: list[ImageRef], limit_bytes: float
+) -> None:
+    model = tiny.build_duet_model(tmp_path / "base")
+    expected = model.encode(image_files)
+    model.feature_cache = FeatureCache(
+        tmp_path / "features", memory_bytes=6000, limit_bytes=limit_bytes
+    )
+    for _ in range(2):
+        prepared = [model.prepare_image(ref) for ref in image_files]
+        assert_close(model.encode(image_files), expected, atol=1e-6, rtol=0)
+        assert_close(
+            model.vision_features(prepared),
+            model.backbone.compute_vision_features(
+                [model.backbone.prepare_image(ref) for ref in image_files]
+            ),
+        )
+    size = sum(file.stat().st_size - 128 for file in (tmp_path / "features").rglob("*.npy"))
+    assert size <= limit_bytes
+
+
 @pytest.mark.parametrize("memory_bytes", [0, 400, 1 << 20])
 def test_embeddings_do_not_depend_on_the_content_of_the_cache(
     tmp_path: Path, image_files: list[ImageRef], memory_bytes: int
