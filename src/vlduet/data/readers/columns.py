@@ -84,6 +84,7 @@ NO_TEXT_WORDS = (
 Group = tuple[str, ...]
 """Columns that together hold one query or one candidate."""
 
+_TWO_LETTERS = re.compile(r"[^\W\d_]{2}")
 _LANGUAGE_SUFFIX = re.compile(rf"(.+)_({LANGUAGES})")
 _NUMBER_SUFFIX = re.compile(r"(.+?)_?\d{1,3}")
 _IMAGE_SUFFIX = re.compile(r"(.+)_(?:image|img|image_path|image_file|file_name|path)(_?\d+)?")
@@ -290,12 +291,14 @@ def _is_numbered(key: str, bases: Collection[str]) -> bool:
 def is_description(name: str, value: Any) -> bool:
     """Return whether a cell may describe the image of its row, in a table without captions.
 
-    It is a text of two words or more, or a text in a column with one of `DESCRIPTION_WORDS`.
+    It is a text of two words of letters or more, or a text in a column with one of
+    `DESCRIPTION_WORDS`.
     """
     if not isinstance(value, str) or find_image_columns([name]):
         return False
-    two_words = re.search(r"[^\W\d_]{2,}\S*\s(?:.*\s)?\S*[^\W\d_]{2,}", value)
-    return two_words is not None or _has_word(normalize_column(name), DESCRIPTION_WORDS)
+    words = (word for word in value.split() if _TWO_LETTERS.search(word))
+    num_words = len(list(itertools.islice(words, 2)))
+    return num_words == 2 or _has_word(normalize_column(name), DESCRIPTION_WORDS)
 
 
 def _is_text_name(key: str) -> bool:
