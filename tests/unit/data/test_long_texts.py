@@ -18,7 +18,7 @@ from vlduet.data.readers.columns import is_description
 from vlduet.data.records import Record
 
 LENGTH = 20_000
-UNITS = ("a", "a b ", "1,", "a.", "_", "'", "(", "{", "<|", ":", "\\", "\n", "is ", "\ue000", "猫")
+UNITS = ("a", "a b ", "1,", "a.", "_", "'", "(", "{", "<|", ":", "\\", "a\n", "is ", "\ue000", "猫")
 """Texts that are repeated up to `LENGTH`."""
 
 
