@@ -22,6 +22,7 @@ from vlduet.model.embedding_layout import drop_unused_system
 from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
 from vlduet.model.prompts import Prompts
+from vlduet.model.sentence_transformers_export import write_published_files
 from vlduet.model.sentence_transformers_format import PublishedModel, read_published_model
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts
 
@@ -102,6 +103,8 @@ def save_merged(
 ) -> None:
     """Write a self-contained folder that plain transformers opens, atomically.
 
+    A published embedding model is one for sentence-transformers, too (`write_published_files`).
+
     Modifies the model in place: the adapter is merged into the weights and removed, soft prompts
     are copied into the embedding table, and the model's base becomes `folder`. That may be the
     former base. If writing fails, the model is merged all the same.
@@ -119,6 +122,7 @@ def save_merged(
     with replace_folder_atomically(Path(folder), marker=marker) as temporary:
         model.merge_adapter()
         model.backbone.save_pretrained(temporary)
+        write_published_files(model, temporary)
         _write_model(model, temporary, base=None, provenance=provenance or {})
     model.backbone.folder = Path(folder)
     model.backbone.saved_fingerprint = None
@@ -191,7 +195,7 @@ def open_model(
             max_tokens=max_tokens,
             max_image_tokens=max_image_tokens,
         )
-    saved = checkpoint.read_checkpoint(folder)
+    saved = checkpoint.read_checkpoint(published.folder if published else folder)
     limits = Limits.from_manifest(saved.manifest, max_tokens=max_tokens)
     backbone = load_backbone(
         saved.base_folder,
@@ -223,15 +227,17 @@ def open_model(
         model.load_adapter(saved.adapter_folder)
     checkpoint.verify_tensors(saved.manifest, _trained_tensors(model), place=Path(folder))
     if check_golden and saved.golden_vectors is not None:
-        checkpoint.check_golden_vectors(
-            saved.golden_vectors,
-            compute_golden_vectors(model),
-            dtype=backbone.model.dtype,
-            place=Path(folder),
-        )
+        _check_golden_vectors(saved.golden_vectors, model, place=Path(folder))
     if max_image_tokens is not None:
         backbone.limit_image_tokens(max_image_tokens)
     return model.eval()
+
+
+def _check_golden_vectors(saved: Tensor, model: DuetModel, *, place: Path) -> None:
+    """Raise ModelError if the model embeds the golden inputs otherwise than when it was saved."""
+    vectors = compute_golden_vectors(model)
+    dtype = model.backbone.model.dtype
+    checkpoint.check_golden_vectors(saved, vectors, dtype=dtype, place=place)
 
 
 @torch.no_grad()

@@ -66,6 +66,7 @@ ACTIVATIONS = {
 NOT_FOR_IMAGES = {
     *("model_max_length", "padding_side", "truncation_side", "chat_template", "use_fast"),
     *("backend", "device", "return_tensors", "revision", "token", "local_files_only"),
+    "trust_remote_code",
 }
 """Arguments of a processor that do not concern its images, or do not change them."""
 CALL_ARGUMENTS = {"padding", "truncation", "max_length", "return_tensors", "restore_suffix"}
@@ -73,6 +74,7 @@ CALL_ARGUMENTS = {"padding", "truncation", "max_length", "return_tensors", "rest
 HARMLESS_TEXT_ARGUMENTS = CALL_ARGUMENTS | {"padding_side", "truncation_side", "logits_to_keep"}
 """Arguments of a tokenizer's call that change no token of a text that fits."""
 TRANSFORMER_FIELDS: FieldTypes = {
+    "config_args": dict,
     "config_kwargs": dict,
     "do_lower_case": bool,
     "max_seq_length": (int, type(None)),
@@ -81,11 +83,16 @@ TRANSFORMER_FIELDS: FieldTypes = {
     "processing_kwargs.chat_template": dict,
     "processing_kwargs.common": dict,
     "processing_kwargs.image": dict,
+    "processing_kwargs.image.max_pixels": int,
+    "processing_kwargs.image.min_pixels": int,
     "processing_kwargs.text": dict,
     "processing_kwargs.text.max_length": (int, type(None)),
     "processor_kwargs": dict,
     "processor_kwargs.chat_template": str,
+    "processor_kwargs.max_pixels": int,
+    "processor_kwargs.min_pixels": int,
     "processor_kwargs.model_max_length": (int, type(None)),
+    "tokenizer_args": dict,
     "transformer_task": str,
 }
 """Keys of sentence_bert_config.json that are read."""
@@ -146,7 +153,7 @@ class PublishedModel:
         """Return `image_arguments` as attributes of the checkpoint's image processor.
 
         Raises:
-            ModelError: it has no such attribute.
+            ModelError: it has no such attribute, or one of another type.
         """
         settings = dict(self.image_arguments)
         pixels = [settings.pop(name, None) for name in ("min_pixels", "max_pixels")]
@@ -154,9 +161,14 @@ class PublishedModel:
             size = image_processor.size
             least, most = pixels[0] or size.shortest_edge, pixels[1] or size.longest_edge
             settings["size"] = {"shortest_edge": least, "longest_edge": most}
-        for name in settings:
-            if not hasattr(image_processor, name):
-                raise _refuse(f"argument {quote_value(name)} of the processor", place=self.folder)
+        attributes = image_processor.to_dict()
+        for name, value in settings.items():
+            default = attributes.get(name)
+            if name not in attributes or not isinstance(
+                value, type(default) if default else object
+            ):
+                message = f"argument {quote_value(name)} of the processor"
+                raise _refuse(f"{message}, {quote_value(value)}", place=self.folder)
         return settings
 
 
@@ -172,7 +184,7 @@ def read_published_model(folder: Path) -> PublishedModel | None:
     """
     path = folder / MODULES_FILE
     modules: Any = []
-    if path.is_file():
+    if path.exists():
         modules = read_json(path, error_class=ModelError, fix=COPY_AGAIN)
         if not isinstance(modules, list):
             raise ModelError("not a list of modules", place=path, fix=COPY_AGAIN)
@@ -181,7 +193,7 @@ def read_published_model(folder: Path) -> PublishedModel | None:
         preset = recognise_preset(folder, config.get("model_type"))
         if preset is not None:
             return PublishedModel(folder, preset.prompts, ignores_code=True)
-    if not path.is_file():
+    if not path.exists():
         return None
     kinds, folders = _list_modules(folder, modules, place=path)
     checkpoint = folders[0]
@@ -250,7 +262,7 @@ def _refuse(message: str, *, place: Path) -> ModelError:
 
 def _read_settings(path: Path, types: FieldTypes) -> dict[str, Any]:
     """Return the object of a JSON file whose keys have these types if they exist; {} without it."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     return read_json_object(path, error_class=ModelError, fix=COPY_AGAIN, optional=types)
 
