@@ -172,6 +172,8 @@ def _download_and_unpack(package: Package, target: Path) -> None:
             ) from error
         files = hash_files(tree, list_files(tree, exclude=[MANIFEST_NAME]))
         (tree / MANIFEST_NAME).write_text(json.dumps(files), encoding="utf-8")
+        # Before the rename: of a complete package nobody looks for the archive of a killed process.
+        shutil.rmtree(downloads)
         if target.exists():
             target.rename(staging / "damaged")
         tree.rename(target)

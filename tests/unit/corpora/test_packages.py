@@ -250,6 +250,23 @@ def exchange_files(first: Path, second: Path) -> None:
     first.with_name("third").rename(second)
 
 
+def test_the_archive_is_deleted_before_the_package_appears(
+    registry: Registry, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = make_wheel({"a": b"x"})
+    registry.serve(content, "thing-1.0.whl")
+    rename = Path.rename
+    archives: list[list[Path]] = []
+
+    def record_archives(path: Path, target: Path) -> Path:
+        archives.append(list(cache.rglob("*.whl")))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", record_archives)
+    fetch_package(pin(content))
+    assert archives == [[]], "a process that is killed after the rename leaves no archive"
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_package_is_fetched_again_or_an_error(
     registry: Registry, damage: str, caplog: pytest.LogCaptureFixture
