@@ -19,15 +19,19 @@ Row c
     Peak memory of a process that takes contrastive steps by GradCache (`vlduet train`,
     train.chunk_tokens=512: a batch of 64 is more than one chunk) on the same 4,096 records (256
     with --quick) in batches of 64 to 4,096, from pixels on; each in a process of its own.
+Row d
+    Bytes that a layer of the language model keeps for its backward pass, for a token and with the
+    frozen weights in bfloat16: its LoRA multiplies in bfloat16 (vlduet), or in float32 (PEFT).
 
 Same weights, records and trainable tensors in all; the losses of the first step are printed. A step
 is forward pass, backward pass and AdamW.
 
-    python benchmarks/train_step.py [--quick] [--rows abc] [--model DIR] [--data FILE]
+    python benchmarks/train_step.py [--quick] [--rows abcd] [--model DIR] [--data FILE]
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -37,6 +41,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import _bench
 import _libraries
@@ -54,6 +59,7 @@ from vlduet.data.records import Record
 from vlduet.data.sequences import IGNORE_INDEX, Sequence, trim
 from vlduet.data.stream import Sample
 from vlduet.logs import install_log_handler
+from vlduet.model import adapters
 from vlduet.model.adapters import LORA_TARGET_PATTERNS, LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
@@ -61,6 +67,7 @@ from vlduet.model.pooling import EmbeddingHead, Readout, concatenate_readouts, c
 from vlduet.recipes import vladva
 from vlduet.train.gradcache import compute_cached_losses
 from vlduet.train.loader import iterate_batches
+from vlduet.train.memory import measure_activations
 from vlduet.train.setup import prepare_run
 from vlduet.train.step import forward_backward, optimizer_step
 
@@ -357,7 +364,7 @@ def print_peak(
 def main() -> None:
     parser = _bench.build_parser(__doc__)
     parser.add_argument(
-        "--rows", default="abc", help="which of a, b and c to measure (default: all)"
+        "--rows", default="abcd", help="which of a, b, c and d to measure (default: all)"
     )
     parser.add_argument(
         "--peak",
@@ -380,6 +387,8 @@ def main() -> None:
         print_row_b(folder, many, repeats=repeats)
     if "c" in options.rows:
         print_row_c(quick=options.quick)
+    if "d" in options.rows:
+        print_row_d(folder)
 
 
 def print_row_a(folder: Path, records: list[Record], *, repeats: int, quick: bool) -> None:
@@ -413,6 +422,27 @@ def print_row_c(*, quick: bool) -> None:
         smallest = peak if smallest is None else smallest
         growth = f"{peak / smallest - 1:+.0%}"
         print(f"  batch {batch_size:6} {peak:6.2f}  ({added:.2f})  {growth}", flush=True)
+
+
+def measure_layer_bytes(folder: Path, lora: LoraSettings) -> float:
+    """Return the bytes that a layer of a model in bfloat16 keeps for a token of a text."""
+    model = DuetModel.from_pretrained(folder, dtype=torch.bfloat16, check_golden=False)
+    model.make_trainable(lora=lora, projector=False)
+    sequences = [model.renderer.render_embedding((text,)) for text in ("a short text", "a text")]
+    return measure_activations(model, [model.collate(sequences)]).layer.tokens
+
+
+def print_row_d(folder: Path) -> None:
+    """Print the memory of a layer with LoRA of two ranks, and that of PEFT's own products."""
+    print("\nd: bytes a token and layer, and against vlduet")
+    for rank in (LORA.rank, 8 * LORA.rank):
+        lora = dataclasses.replace(LORA, rank=rank)
+        vlduet_bytes = measure_layer_bytes(folder, lora)
+        with mock.patch.object(adapters, "_multiply_in_input_dtype"):
+            peft_bytes = measure_layer_bytes(folder, lora)
+        ratio = peft_bytes / vlduet_bytes
+        print(f"  {f'vlduet, rank {rank}':28} {vlduet_bytes:8,.0f}")
+        print(f"  {f'PEFT, rank {rank}':28} {peft_bytes:8,.0f}  {ratio:.2f} x", flush=True)
 
 
 if __name__ == "__main__":

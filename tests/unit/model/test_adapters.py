@@ -108,14 +108,19 @@ def test_new_lora_layers_are_in_the_mode_of_their_model(tmp_path: Path, training
 
 
 def train_layer(
-    dtype: torch.dtype, *, adapter_dtype: torch.dtype = torch.float32, own: bool, rank: int = 8
+    dtype: torch.dtype,
+    *,
+    adapter_dtype: torch.dtype = torch.float32,
+    casts_factors: bool,
+    rank: int = 8,
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """Run a LoRA layer with fixed weights forward and backward.
 
     Args:
         dtype: dtype of the frozen weights and of the input, whose values are those of bfloat16.
         adapter_dtype: dtype of the factors.
-        own: multiply in the dtype of the input, as the models of this package; else as PEFT does.
+        casts_factors: multiply in the dtype of the input, as the models of this package do; else
+            in that of the factors, as PEFT does.
         rank: of the adapter.
 
     Returns:
@@ -128,7 +133,7 @@ def train_layer(
 
     config = LoraConfig(r=rank, lora_alpha=4, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(64, 48, dtype=dtype)), config)
-    if own:
+    if casts_factors:
         adapters._multiply_in_input_dtype(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,8 +156,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def test_adapters_of_a_float32_model_compute_what_those_of_peft_compute() -> None:
-    output, gradients, _ = train_layer(torch.float32, own=True)
-    expected, expected_gradients, _ = train_layer(torch.float32, own=False)
+    output, gradients, _ = train_layer(torch.float32, casts_factors=True)
+    expected, expected_gradients, _ = train_layer(torch.float32, casts_factors=False)
     assert torch.equal(output, expected)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, expected_gradients[name]), name
@@ -162,16 +167,16 @@ def test_adapters_of_a_float32_model_compute_what_those_of_peft_compute() -> Non
 def test_adapters_of_a_bfloat16_model_round_to_bfloat16_alone(rank: int) -> None:
     double = torch.float64
     reference, reference_gradients, _ = train_layer(
-        double, adapter_dtype=double, own=False, rank=rank
+        double, adapter_dtype=double, casts_factors=False, rank=rank
     )
-    output, gradients, saved = train_layer(torch.bfloat16, own=True, rank=rank)
+    output, gradients, saved = train_layer(torch.bfloat16, casts_factors=True, rank=rank)
     assert output.dtype == torch.bfloat16 and relative_error(output, reference) < 2**-7
     for name, gradient in gradients.items():
         assert gradient.dtype == (torch.bfloat16 if name == "input" else torch.float32)
         assert relative_error(gradient, reference_gradients[name]) < 2**-6, name
     # The input and its product with the first factor for each of 100 tokens, and both factors.
     assert saved == 2 * (100 * (64 + rank) + rank * (64 + 48))
-    assert train_layer(torch.bfloat16, own=False, rank=rank)[2] == 4 * 100 * (64 + rank)
+    assert train_layer(torch.bfloat16, casts_factors=False, rank=rank)[2] == 4 * 100 * (64 + rank)
 
 
 def test_adapters_of_a_bfloat16_model_are_saved_in_float32(tmp_path: Path) -> None:
