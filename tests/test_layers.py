@@ -92,7 +92,7 @@ ENTRY_POINTS: dict[str, set[str]] = {
     },
     "peft": {"model/adapters.py"},
     # Names on a model hub: all that may use the network for a model.
-    "huggingface_hub": {"hub.py"},
+    "huggingface_hub": {"hub.py", "library_errors.py"},
     "PIL": {"data/images.py"},
     "lancedb": {"retrieval/stores/lance.py"},
     "pyarrow": {"retrieval/stores/lance.py", "data/readers/arrow.py"},

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from vlduet.errors import ModelError, VLDuetError, shorten
@@ -30,7 +31,7 @@ FORMAT_ERRORS: tuple[type[Exception], ...] = (
 """Exceptions that only a broken or truncated file causes."""
 READ_ERRORS: tuple[type[Exception], ...] = (
     *FORMAT_ERRORS, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
-    MemoryError, OSError, RuntimeError, TypeError, ValueError,
+    MemoryError, OSError, RuntimeError, StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
 """What libraries raise on files that are broken, or hold values of other types."""
 MEMORY_MESSAGES = (

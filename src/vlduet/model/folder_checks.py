@@ -13,6 +13,7 @@ from typing import Any
 from vlduet.errors import ModelError
 from vlduet.hub import describe_missing_path
 from vlduet.library_errors import COPY_AGAIN
+from vlduet.model.config_limits import check_config_numbers
 from vlduet.structured_files import list_indexed_weights, read_json_object
 
 PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -137,7 +138,8 @@ def check_checkpoint(folder: Path, config: Mapping[str, Any]) -> None:
 
     Raises:
         ModelError: it is quantised; files are pointers of Git LFS; there are no files
-            ``model*.safetensors``, or one that the index names is missing.
+            ``model*.safetensors``, or one that the index names is missing; a config has a size that
+            the weights or images cannot have.
     """
     method = _find_quantisation(folder, config)
     if method is not None:
@@ -154,6 +156,7 @@ def check_checkpoint(folder: Path, config: Mapping[str, Any]) -> None:
     if missing:
         message = f"{len(missing)} files of the weights are missing, such as {missing[0]}"
         raise ModelError(message, place=folder, fix="Copy or download the whole folder again")
+    check_config_numbers(folder, config)
 
 
 def _find_quantisation(folder: Path, config: Mapping[str, Any]) -> str | None:

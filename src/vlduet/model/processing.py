@@ -25,6 +25,7 @@ from vlduet.data.sequences import PreparedImage
 from vlduet.errors import ImageError, ModelError
 from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model.chat_template import read_chat_template
+from vlduet.model.config_limits import check_token_ids
 from vlduet.model.families.family import Family, ImageDelimiters, ImageInputs, run_image_processor
 from vlduet.model.families.registry import find_family
 from vlduet.model.folder_checks import TYPE_REMEDIES, describe_folder_without_config
@@ -155,6 +156,8 @@ def load_tokenizer_and_image_processor(
                 place=folder,
                 fix="Save the checkpoint with a tokenizer.json",
             )
+        vocab_size = family.config.get_text_config().vocab_size
+        check_token_ids(tokenizer.backend_tokenizer, vocab_size, path=folder / "tokenizer.json")
         if chat_template is None:
             chat_template = read_chat_template(folder, tokenizer.chat_template)
         tokenizer.chat_template = chat_template

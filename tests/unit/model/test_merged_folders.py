@@ -74,7 +74,7 @@ def test_vllm_reads_the_weights_of_the_base_and_nothing_else(
     assert read_tensor_names(list_vllm_files(folder)) == read_tensor_names(base_files)
 
 
-def test_the_weights_are_the_only_safetensors_in_the_folder_itself(merged: tuple[DuetModel, Path]) -> None:
+def test_the_weights_are_the_only_safetensors_in_the_folder(merged: tuple[DuetModel, Path]) -> None:
     """Loaders that do not read the index take every file, too."""
     _, folder = merged
     assert all(path.name.startswith("model") for path in folder.glob("*.safetensors"))
