@@ -24,7 +24,6 @@ from vlduet.files import recover_folder
 from vlduet.hub import resolve_model
 from vlduet.logs import strip_control_characters
 from vlduet.model import checkpoint
-from vlduet.model.embedding_layout import drop_unused_system
 from vlduet.model.limits import Limits
 from vlduet.model.processing import Tokenizer, load_processor
 from vlduet.model.prompts import Prompts, Renderer
@@ -138,7 +137,6 @@ def list_record_tokens(record: Record, folder: Path) -> list[TokenRow]:
         prompts=prompts,
         max_tokens=limits.max_tokens,
     )
-    renderer = renderer.with_options(prompts=drop_unused_system(renderer))
     options = parse_options(recipe.options, recipe_config, place="recipe")
     sequences = recipe.layout(Sample(record, position=0, seed=0), renderer, options)
     names = {processor.prepare_image(ref).cache_key: ref.name for ref in record.images()}

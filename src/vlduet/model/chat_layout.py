@@ -80,6 +80,7 @@ class ChatLayouts:
         image_placeholder: str,
         eos_token_ids: Sequence[int],
         template: str = "",
+        system: str = "",
         variables: Mapping[str, str] | None = None,
     ):
         """Store the arguments.
@@ -89,10 +90,12 @@ class ChatLayouts:
             image_placeholder: text that the template writes for an image.
             eos_token_ids: tokens that end an answer.
             template: chat template in place of the tokenizer's own.
+            system: text of a system turn before all chats, which is control text; "" for none.
             variables: further variables of the template.
         """
         self.tokenizer = tokenizer
         self._template = template or None
+        self._system = system
         self._variables = dict(variables or {})
         self._image_placeholder = image_placeholder
         ends = [token_string(tokenizer.tokenizer, token_id) for token_id in eos_token_ids]
@@ -341,7 +344,10 @@ class ChatLayouts:
         Contents are lists of typed parts, or strings, which join the texts without separators, with
         the image placeholder and a line end for an image.
         """
-        messages = []
+        messages: list[dict[str, Any]] = []
+        if self._system:
+            text: Any = [{"type": "text", "text": self._system}] if as_list else self._system
+            messages.append({"role": "system", "content": text})
         number = 0
         for role, is_text, _ in structure:
             parts: list[dict[str, str]] = []

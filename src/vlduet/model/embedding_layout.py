@@ -7,17 +7,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vlduet.data.records import ImageRef, Message, Parts, extract_images
-from vlduet.errors import ConfigError
-from vlduet.logs import logger
 from vlduet.model.sequence_builder import SequenceBuilder
 
 if TYPE_CHECKING:
-    from vlduet.model.chat_layout import LayoutPart
-    from vlduet.model.prompts import Prompts, Renderer
+    from vlduet.model.prompts import Renderer
 
 
 def append_embedding(
@@ -47,9 +43,9 @@ def append_embedding(
     """
     prompts = renderer.prompts
     reads_image = False
-    num_system_tokens = 0
+    num_tokens_before = 0
     if prompts.template:
-        segment, num_system_tokens = _append_turn(renderer, builder, parts, is_query=is_query)
+        segment, num_tokens_before = _append_turn(renderer, builder, parts, is_query=is_query)
         closing = segment
         space = ""
     else:
@@ -64,7 +60,7 @@ def append_embedding(
         closing = builder.append_control(after)
     span = None
     if prompts.pool != "last" and not reads_image:
-        first = 0 if prompts.pool_system else num_system_tokens
+        first = 0 if prompts.pool_system else num_tokens_before
         span = (first, first + 1 if prompts.pool == "first" else None)
     builder.add_anchor(
         segment if reads_image else closing,
@@ -86,65 +82,33 @@ def _append_turn(
     the beginning.
 
     Returns:
-        The last segment, and the number of tokens up to the end of the system text, 0 without one.
+        The last segment, and the number of tokens before the first part, which is 0 if
+        `prompts.pool_system` has no use for it.
     """
-    system, layout = _find_turn_layout(renderer, parts, is_query=is_query)
+    layouts = renderer.template_layouts(is_query=is_query)
+    layout = layouts.layout([Message("user", parts)], add_generation_prompt=False)
     images = extract_images(parts)
     texts = [_join_text(parts, i) for i, part in enumerate(parts) if isinstance(part, str)]
-    segment = num_system_tokens = 0
+    segment = num_tokens_before = 0
     if renderer.template_delimits_images:
         builder.image_delimiters = ("", "")
     for part in layout:
         if part.kind == "image":
             builder.append_image(renderer.prepare_image(images[part.index]))
             segment = len(builder.segments) - 1
-            continue
-        text = part.text
-        is_system = part.kind == "text" and bool(system) and part.index == 0
-        if part.kind == "text":
-            text = system if is_system else texts[part.index - bool(system)]
+        elif part.kind == "text":
+            text = texts[part.index]
             text = text.lstrip() if part.strips[0] else text
-            text = text.rstrip() if part.strips[1] else text
-        if part.kind == "text" and not is_system:
-            segment = builder.append_text(text)
+            segment = builder.append_text(text.rstrip() if part.strips[1] else text)
         else:
-            segment = builder.append_control(text)
-        if is_system:
-            num_system_tokens = builder.count_tokens()[-1]
+            segment = builder.append_control(part.text)
+            if part is layout[0] and not renderer.prompts.pool_system:
+                num_tokens_before = builder.count_tokens()[-1]
     bos = renderer.tokenizer.bos_token
     if bos is None or not layout[0].text.startswith(str(bos)):
         for token_id in renderer.end_ids:
             segment = builder.append_token(token_id)
-    return segment, num_system_tokens
-
-
-def _find_turn_layout(
-    renderer: Renderer, parts: Parts, *, is_query: bool
-) -> tuple[str, list[LayoutPart]]:
-    """Return the text of the system turn, perhaps empty, and the layout by `prompts.template`."""
-    prompts = renderer.prompts
-    system = prompts.query_system if is_query else prompts.system
-    messages = [Message("system", (system,))] if system else []
-    layouts = renderer.template_layouts(is_query=is_query)
-    messages.append(Message("user", parts))
-    return system, layouts.layout(messages, add_generation_prompt=False)
-
-
-def drop_unused_system(renderer: Renderer) -> Prompts:
-    """Return the renderer's prompts, without system texts that their template never writes.
-
-    sentence-transformers passes such texts to the template, too, without effect.
-    """
-    prompts = renderer.prompts
-    if not (prompts.system or prompts.query_system):
-        return prompts
-    try:
-        for is_query in (False, True):
-            _find_turn_layout(renderer, ("text",), is_query=is_query)
-    except ConfigError:
-        logger.warning("the chat template writes no system turn: the model's prompts are not used")
-        return replace(prompts, system="", query_system="")
-    return prompts
+    return segment, num_tokens_before
 
 
 def find_prompt_texts(renderer: Renderer, parts: Parts) -> tuple[str, str, str]:
@@ -160,13 +124,11 @@ def find_prompt_texts(renderer: Renderer, parts: Parts) -> tuple[str, str, str]:
     """
     prompts = renderer.prompts
     if prompts.template:
-        system, layout = _find_turn_layout(renderer, parts, is_query=False)
-        texts = [
-            system if part.kind == "text" and system and part.index == 0 else part.text
-            for part in layout
-        ]
-        contents = [i for i, text in enumerate(texts) if not text]
-        return "".join(texts[: contents[0]]), "".join(texts[contents[-1] + 1 :]), ""
+        layouts = renderer.template_layouts(is_query=False)
+        layout = layouts.layout([Message("user", parts)], add_generation_prompt=False)
+        texts = [part.text if part.kind == "control" else None for part in layout]
+        first, last = texts.index(None), len(texts) - texts[::-1].index(None)
+        return "".join(map(str, texts[:first])), "".join(map(str, texts[last:])), ""
     has_image = any(isinstance(part, ImageRef) for part in parts)
     has_text = any(isinstance(part, str) for part in parts)
     if has_image and has_text:

@@ -72,7 +72,7 @@ class Prompts:
     """Tokens over which an embedding is the mean: the `last`, all (`mean`) or the `first`; those of
     an image by `image_pool` come first."""
     pool_system: bool = True
-    """Count the tokens up to the end of the system text among those of `pool`."""
+    """Count the tokens before the content among those of `pool`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for the first invalid field; nothing is modified.
@@ -170,7 +170,7 @@ class Renderer:
         self.end_ids = start[len(self.bos_ids) :]  # special tokens that end every text
         # Shared by all copies. A list, as tokens or a template may be set later.
         self._layouts: list[ChatLayouts] = []
-        self._template_layouts: dict[tuple[str, bool], ChatLayouts] = {}
+        self._template_layouts: dict[tuple[str, str, bool], ChatLayouts] = {}
 
     def with_options(
         self,
@@ -206,13 +206,16 @@ class Renderer:
     def template_layouts(self, *, is_query: bool) -> ChatLayouts:
         """Return the layouts of queries, or else of documents, by `prompts.template`."""
         tokenizer = self.layouts.tokenizer
-        key = (self.prompts.template, is_query)
+        prompts = self.prompts
+        system = prompts.query_system if is_query else prompts.system
+        key = (prompts.template, system, is_query)
         if key not in self._template_layouts:
             self._template_layouts[key] = ChatLayouts(
                 tokenizer,
                 image_placeholder=self.image_placeholder,
                 eos_token_ids=self.eos_token_ids,
-                template=self.prompts.template,
+                template=prompts.template,
+                system=system,
                 variables={
                     "task": "query" if is_query else "document",
                     "image_placeholder": self.image_placeholder,

@@ -18,7 +18,6 @@ from vlduet.model import checkpoint
 from vlduet.model.adapters import save_lora
 from vlduet.model.backbone import load_backbone, select_device
 from vlduet.model.embedding import encode
-from vlduet.model.embedding_layout import drop_unused_system
 from vlduet.model.fingerprints import fingerprint_checkpoint
 from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
 from vlduet.model.prompts import Prompts
@@ -291,7 +290,6 @@ def _open_published(
         dim=published.dim,
         max_tokens=max_tokens,
     )
-    model.set_prompts(drop_unused_system(model.renderer))
     if published.head_tensors:
         with translate_library_errors(published.folder, subject="Dense layers"):
             model.head.load_state_dict(published.head_tensors)

@@ -176,11 +176,24 @@ def test_templates_that_the_call_names_or_spells(
     assert isinstance(model.generate([Message("user", ("hi",))], max_new_tokens=3), str)
 
 
+def test_a_template_may_read_the_text_of_the_prompt(tmp_path: Path) -> None:
+    template = (
+        "{% set prompt = messages[0]['content'][0]['text'] %}{% if prompt not in ('q', 'd') %}"
+        "{{ raise_exception('a prompt is q or d') }}{% endif %}"
+        "{{ 'Search: <|user|>' if prompt == 'q' else '<|assistant|>' }}"
+        "{% for p in messages[1]['content'] %}{{ p['text'] or '<image>' }}{% endfor %}</s>"
+    )
+    transformer = {"processing_kwargs": {"chat_template": {"chat_template": template}}}
+    prompts = {"query": "q", "document": "d"}
+    folder = build_published(tmp_path / "model", transformer=transformer, prompts=prompts)
+    assert_equal_vectors(folder)
+
+
 def test_a_template_without_system_turns_ignores_the_prompts(tmp_path: Path) -> None:
     template = "{% for p in messages[-1]['content'] %}{{ p['text'] or '<image>' }}{% endfor %}</s>"
     transformer = {"processing_kwargs": {"chat_template": {"chat_template": template}}}
     model = assert_equal_vectors(build_published(tmp_path / "model", transformer=transformer))
-    assert model.prompts.query_system == ""
+    assert np.abs(model.encode(["x"]) - model.encode(["x"], is_query=True)).max() < 1e-6
 
 
 @pytest.mark.parametrize("include_prompt", [True, False])
@@ -289,6 +302,17 @@ def test_a_transformer_in_a_folder_of_its_own(tmp_path: Path) -> None:
     assert model.backbone.folder == folder / "0_Transformer"
     expected = DuetModel.from_pretrained(build_published(tmp_path / "flat"), device="cpu")
     assert np.abs(model.encode(ITEMS) - expected.encode(ITEMS)).max() < 1e-6
+
+
+def test_documents_are_between_the_texts_of_the_template(tmp_path: Path) -> None:
+    """Recipes of documents put their own anchors into what an embedding reads."""
+    folder = build_published(tmp_path / "model", transformer=GENERATION_PROMPT)
+    renderer = DuetModel.from_pretrained(folder, device="cpu").renderer
+    builder, segments = renderer.render_document(("A text.", WIDE))
+    embedded = renderer.render_embedding(("A text.", WIDE))
+    assert builder.build(500).token_ids == embedded.token_ids and len(segments) == 2
+    builder, _ = renderer.render_document(("A text.", WIDE), has_prompt=False)
+    assert len(builder.build(500).token_ids) < len(embedded.token_ids)
 
 
 # -------------------------------------------------------------------- saved and trained further
