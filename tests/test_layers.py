@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "library_errors": {"errors"},
     "structured_files": {"errors"},
     "locks": {"errors"},
-    "files": {"errors", "library_errors", "locks"},
+    "files": {"errors", "library_errors", "locks", "structured_files"},
     "integrity": {"errors", "files", "structured_files"},
     "logs": {"errors", "files"},
     "hub": {"errors", "logs", "structured_files"},

@@ -6,7 +6,6 @@ folder is written beside its target too; two renames then exchange the old and t
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import IO, Any, TextIO
 from vlduet.errors import ConfigError
 from vlduet.library_errors import name_full_disk
 from vlduet.locks import draft_path, lock_output
+from vlduet.structured_files import parse_json, require_regular_file
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -53,18 +53,20 @@ def write_text_atomically(path: Path, text: str) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """Return the parsed values of a JSON lines file, in file order.
 
-    Empty lines and lines that are not valid JSON are skipped silently: a killed process leaves an
-    incomplete last line. Invalid UTF-8 is replaced. A file that does not exist gives [].
+    Empty lines and lines that are not valid JSON (`parse_json`) are skipped silently: a killed
+    process leaves an incomplete last line. Invalid UTF-8 is replaced. A file that does not exist
+    gives []. Raises ConfigError for a folder, pipe or device.
     """
     if not path.exists():
         return []
+    require_regular_file(path, error_class=ConfigError)
     values = []
     text = path.read_text(encoding="utf-8", errors="replace")
     # Not splitlines(): JSON strings may contain U+2028 and others that it takes for line ends.
     for line in filter(None, text.split("\n")):
         try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError):
+            values.append(parse_json(line, place=path, error_class=ConfigError, fix=""))
+        except ConfigError:
             continue
     return values
 
@@ -74,8 +76,9 @@ def open_for_append(path: Path) -> TextIO:
 
     The file is created if it is missing. If a killed process left a last line without a newline, a
     newline is written first, so that the next line does not continue it. Raises OSError if the
-    folder is missing or the file cannot be opened.
+    folder is missing or the file cannot be opened, and ConfigError for a folder, pipe or device.
     """
+    require_regular_file(path, error_class=ConfigError)
     is_incomplete = (
         path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
     )

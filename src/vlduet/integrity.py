@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypedDict
 
 from vlduet.errors import ModelError, VLDuetError
 from vlduet.files import write_atomically
+from vlduet.structured_files import read_json_object
 
 MIN_REMEMBERED_BYTES = 1 << 24
 """Number of bytes from which on a process remembers their hashes for the next one."""
@@ -292,12 +293,12 @@ def _read_memory(folder: Path) -> dict[str, tuple[_FileVersion, str]]:
     path = _memory_path(folder)
     if path not in _memories:
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = read_json_object(path, error_class=ModelError, fix="Delete it")
             _memories[path] = {
                 str(name): (_FileVersion(size, modified, changed), str(sha256))
                 for name, (size, modified, changed, sha256) in rows.items()
             }
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        except (ModelError, ValueError, TypeError):
             _memories[path] = {}
     return _memories[path]
 

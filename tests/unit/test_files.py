@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def test_json_lines_end_at_newlines_only_and_broken_ones_are_skipped(tmp_path: P
     assert read_json_lines(path) == []
     path.write_text('{"a": "one\u2028line"}\n{"half": \n')
     assert read_json_lines(path) == [{"a": "one\u2028line"}]
+
+
+def test_a_pipe_is_neither_read_nor_appended_to(tmp_path: Path) -> None:
+    """Both would wait forever."""
+    os.mkfifo(tmp_path / "pipe")
+    for use in (read_json_lines, open_for_append):
+        with pytest.raises(ConfigError, match="not a regular file"):
+            use(tmp_path / "pipe")
 
 
 def test_appending_starts_a_new_line_after_an_incomplete_one(tmp_path: Path) -> None:

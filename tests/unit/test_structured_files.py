@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlduet.config_files import read_yaml_mapping
+from vlduet.corpora.catalog import find_corpus_damage
 from vlduet.data.readers.folders import _list_saved_dataset_files
 from vlduet.data.readers.image_folders import _read_sidecars
 from vlduet.encoders.dual import read_manifest
@@ -23,9 +24,11 @@ from vlduet.errors import ConfigError, ModelError, VLDuetError
 from vlduet.eval.certify import load_targets
 from vlduet.eval.comparison import read_run_scores
 from vlduet.eval.run import _read_provenance
+from vlduet.model import sentence_transformers_format as published
 from vlduet.model.adapters import load_lora
 from vlduet.model.chat_template import _read_key
 from vlduet.model.checkpoint import read_checkpoint
+from vlduet.model.config_limits import check_config_numbers
 from vlduet.model.processing import read_config
 from vlduet.retrieval.index import IndexManifest
 from vlduet.structured_files import (
@@ -69,15 +72,30 @@ READERS: dict[str, tuple[str, ReadFunction]] = {
     "predictions": ("run.json", lambda path: _read_provenance(path.parent)),
     "scores": ("x/scores.json", lambda path: read_run_scores(path.parent.parent)),
     "targets": ("targets.json", load_targets),
+    "corpus": ("manifest.json", lambda path: find_corpus_damage(path.parent)),
+    "published model": ("modules.json", lambda path: published.read_published_model(path.parent)),
+    "published pooling": ("1_Pooling/config.json", published._read_pooling),
+    "published head": ("2_Dense/config.json", lambda path: published._read_dense(path.parent)),
     # Their keys are all optional.
     "template": ("chat_template.json", _read_key),
     "pooling": ("1_Pooling/config.json", lambda path: _read_pooling(path.parent.parent)),
     "limit": ("sentence_bert_config.json", lambda path: _read_max_tokens(path.parent)),
     "modules": ("modules.json", lambda path: _read_max_tokens(path.parent)),
+    "image processor": (
+        "preprocessor_config.json",
+        lambda path: check_config_numbers(path.parent, {}),
+    ),
+    "published prompts": (
+        "config_sentence_transformers.json",
+        lambda path: published._read_prompts(path, is_normalized=True),
+    ),
     "sidecar": ("a.json", lambda path: _read_sidecars(path.with_suffix(".png"), [path.name])),
     "config": ("run.yaml", read_yaml_mapping),
 }
-OPTIONAL = {"checkpoint", "template", "pooling", "limit", "modules", "sidecar", "config"}
+OPTIONAL = {
+    "checkpoint", "template", "pooling", "limit", "modules", "image processor", "sidecar", "config",
+    "published pooling", "published prompts",
+}  # fmt: skip
 """Readers whose keys may all be missing."""
 FREE_TYPES = {"template", "modules"}
 """Readers that read a list as if there were no key, or expect one."""

@@ -32,6 +32,7 @@ from filelock import FileLock
 from vlduet.errors import PackageError, suggest_name
 from vlduet.integrity import cache_dir, find_damage, hash_files, list_files, parse_files
 from vlduet.logs import logger
+from vlduet.structured_files import read_json_object
 
 PackageKind = Literal["pypi", "debian", "npm"]
 
@@ -129,13 +130,16 @@ def _find_package_damage(folder: Path) -> str | None:
 
     The first damaged file stands for all. The folder may be missing.
     """
-    try:
-        text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
-        damage = find_damage(folder, parse_files(json.loads(text)))
-    except FileNotFoundError:
+    path = folder / MANIFEST_NAME
+    if not path.exists():
         return "it has no list of its files"
-    except (OSError, ValueError, RecursionError):
+    try:
+        files = parse_files(read_json_object(path, error_class=PackageError, fix=RETRY_HINT))
+    except (PackageError, ValueError):
+        files = {}
+    if not files:
         return "the list of its files is broken"
+    damage = find_damage(folder, files)
     return str(damage[0]) if damage else None
 
 

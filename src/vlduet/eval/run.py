@@ -30,6 +30,7 @@ from vlduet.locks import lock_folder
 from vlduet.structured_files import (
     FieldTypes,
     check_fields,
+    parse_json,
     read_json_object,
     require_regular_file,
 )
@@ -330,8 +331,8 @@ def _read_answers(file: Path) -> list[dict[str, Any]]:
             f"cannot be read ({error.strerror})", place=file, fix="Check the path"
         ) from None
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text, place=file, error_class=ConfigError, fix="Write JSON lines")
+    except ConfigError:
         content = read_json_lines(file)
     if isinstance(content, dict) and "text" not in content:
         return [{"key": key, "text": value} for key, value in content.items()]

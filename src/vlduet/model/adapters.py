@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vlduet.errors import ConfigError, ModelError, quote_value
 from vlduet.library_errors import COPY_AGAIN, is_lack_of_memory, translate_library_errors
 from vlduet.model.backbone import Backbone
+from vlduet.model.machine_memory import measure_memory
 from vlduet.model.processing import silence_transformers
 from vlduet.structured_files import FieldTypes, read_json_object
 
@@ -125,6 +126,7 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=_module_pattern(lora.targets, backbone),
     )
+    _require_memory(backbone, lora)
     try:
         with silence_transformers():
             peft_model = get_peft_model(backbone.model, config)
@@ -143,6 +145,25 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
     # The new layers, with their dropout, must be in the same mode as all others.
     backbone.train(backbone.training)
     return peft_model
+
+
+def _require_memory(backbone: Backbone, lora: LoraSettings) -> None:
+    """Raise ConfigError if the factors of an adapter and their gradients exceed all memory.
+
+    They are many tensors, each of which the system grants: it ends the process when they are
+    filled.
+    """
+    pattern = re.compile(_module_pattern(lora.targets, backbone))
+    num_values = sum(
+        lora.rank * (module.in_features + module.out_features)
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Linear) and pattern.fullmatch(name)
+    )
+    required, available = 2 * 4 * num_values, measure_memory(backbone.device)
+    if required > available:
+        sizes = f"{required / 2**30:,.0f} GiB of {available / 2**30:,.0f}"
+        message = f"too little memory for rank {lora.rank}: {sizes}"
+        raise ConfigError(message, place="train.lora.rank", fix="Use a smaller rank")
 
 
 def _module_pattern(targets: str, backbone: Backbone) -> str:

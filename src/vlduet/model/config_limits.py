@@ -99,7 +99,7 @@ def check_config_numbers(folder: Path, config: Mapping[str, Any]) -> None:
             raise _describe_number(number, reason, path=folder / "config.json")
     _check_mrope(folder, config)
     for name in PROCESSOR_FILES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             _check_image_processor(folder / name, config)
 
 

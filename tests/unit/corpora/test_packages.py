@@ -238,6 +238,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda folder: (folder / packages.MANIFEST_NAME).unlink(),
     "half a manifest": lambda folder: (folder / packages.MANIFEST_NAME).write_text('{"a": {"si'),
     "another list": lambda folder: (folder / packages.MANIFEST_NAME).write_text('{"a": 4}'),
+    "an empty list": lambda folder: (folder / packages.MANIFEST_NAME).write_text("{}"),
+    "a list of lists": lambda folder: (folder / packages.MANIFEST_NAME).write_text("[" * 2000),
     "an empty folder": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
     "a file in its place": lambda folder: [shutil.rmtree(folder), folder.write_text("")],
 }

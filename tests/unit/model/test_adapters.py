@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from helpers import tiny
 from vlduet.errors import ConfigError
-from vlduet.model import adapters
+from vlduet.model import adapters, machine_memory
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.train.memory import measure_saved_bytes
@@ -42,6 +42,29 @@ def test_lora_is_trained_in_the_target_layers_of_the_language_model_alone(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained and {id(p) for p in trained.values()} == names
     assert len(trained) == 2 * len(layers) * len(LAYERS_BY_TARGETS[targets])
+
+
+def test_a_rank_that_does_not_fit_the_memory_is_refused_before_it_is_allocated(
+    tmp_path: Path,
+) -> None:
+    """Each factor fits, but not all of them: the system would end the process."""
+    model = tiny.build_duet_model(tmp_path / "base")
+    names = {name for name, _ in model.named_parameters()}
+    with pytest.raises(ConfigError, match=r"^train\.lora\.rank: too little memory for rank .* GiB"):
+        model.make_trainable(lora=LoraSettings(rank=10**9), projector=False)
+    assert {name for name, _ in model.named_parameters()} == names
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    machine = machine_memory.measure_memory(cpu)
+    assert 2**28 < machine < 2**50
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine_memory, "CGROUP_FILES", (limit, tmp_path / "none"))
+    limit.write_text("1000000\n")
+    assert machine_memory.measure_memory(cpu) == 1_000_000
+    limit.write_text("max\n")
+    assert machine_memory.measure_memory(cpu) >= machine
 
 
 def test_a_saved_adapter_is_trained_further(trained_model: DuetModel, saved_folder: Path) -> None:
