@@ -7,8 +7,8 @@ processes can share a folder.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
@@ -21,6 +21,7 @@ from torch import Tensor
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ModelError
+from vlduet.locks import draft_path, remove_drafts
 from vlduet.logs import format_bytes, logger
 
 ImageVersion = tuple[str | int, ...]
@@ -62,6 +63,7 @@ class FeatureCache:
         self.limit_bytes = limit_bytes
         self._written_bytes = 0
         self._is_full = folder is None
+        self._clean_folders: set[Path] = set()
         self._memory: dict[str, Tensor] = {}
         self._used_bytes = 0
         self._lock = threading.Lock()  # the thread that prepares the next batch runs encoders, too
@@ -104,12 +106,26 @@ class FeatureCache:
                     oldest = next(iter(self._memory))
                     self._used_bytes -= self._memory.pop(oldest).nbytes
             return
-        path = self._path(key)
+        self._write(self._path(key), features)
+
+    def _write(self, path: Path, features: Tensor) -> None:
+        """Write features to a file, atomically, without waiting for the disk.
+
+        Before the first file of a folder, drafts that killed processes left there are deleted.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, features.numpy())
-        temporary.replace(path)
+        if path.parent not in self._clean_folders:
+            remove_drafts(path.parent)
+            self._clean_folders.add(path.parent)
+        draft = draft_path(path)
+        try:
+            with draft.open("wb") as file:
+                np.save(file, features.numpy())
+            # Another process that has just begun may have deleted it: the features are missing.
+            with contextlib.suppress(FileNotFoundError):
+                draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def stop_writing(self) -> None:
         """Keep further features in memory; those in the folder are still read."""

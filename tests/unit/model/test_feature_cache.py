@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,3 +176,39 @@ def test_features_of_an_image_do_not_depend_on_its_batch(model: DuetModel) -> No
     single = [compute([image]) for image in prepared]
     assert torch.equal(compute(prepared), torch.cat(single))
     assert torch.equal(compute(prepared[3:0:-1]), torch.cat(single[3:0:-1]))
+
+
+def test_drafts_of_killed_processes_and_failed_writes_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = torch.ones(2, 2)
+    FeatureCache(tmp_path).put("a" * 64, features)
+    (file,) = tmp_path.rglob("*.npy")
+    draft = file.with_name(f".{file.name}.4711.draft")
+    draft.write_bytes(b"half")
+    cache = FeatureCache(tmp_path)
+    cache.put("a" * 64, features)
+    assert not draft.exists() and cache.get("a" * 64) is not None
+
+    def fail(file: object, array: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        cache.put("a" * 64, features)
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_draft_that_another_process_deletes_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = np.save
+
+    def save_and_delete(file: Any, array: object) -> None:
+        save(file, array)
+        Path(file.name).unlink()
+
+    monkeypatch.setattr(np, "save", save_and_delete)
+    cache = FeatureCache(tmp_path)
+    cache.put("key", torch.ones(2))
+    assert cache.get("key") is None
