@@ -33,7 +33,13 @@ from vlduet.eval.identities import (
     prompt_identity,
     question_key,
 )
-from vlduet.files import open_for_append, read_json_lines, write_text_atomically
+from vlduet.files import (
+    open_for_append,
+    read_json_lines,
+    write_atomically,
+    write_text_atomically,
+)
+from vlduet.locks import remove_drafts
 from vlduet.structured_files import read_json_object
 
 Vectors = NDArray[np.float32]
@@ -191,6 +197,7 @@ class PredictionStore:
             raise DataError(
                 f"{num_missing} vectors are not there", place=path, fix="Run it with a model"
             )
+        remove_drafts(path.parent)  # of a killed run; `evaluate` holds the lock
         blocks = [stored] if len(stored) else []
         starts = range(len(stored), len(items), EMBED_CHUNK)
         with path.open("r+b" if path.exists() else "wb") as file:
@@ -391,7 +398,7 @@ class PredictionStore:
         """Write a file of the submission for an evaluation server, replacing an older one."""
         path = self.folder / "submission" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_atomically(path, lambda file: file.write(data))
 
 
 def bind_grader(function: GradeFunction, settings: Mapping[str, Any]) -> AskGrader:
