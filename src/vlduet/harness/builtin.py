@@ -42,6 +42,7 @@ from vlduet.model.families.registry import FAMILIES
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.generation import continuous
 from vlduet.model.processing import IMAGE_BACKEND, read_config
+from vlduet.model.saving import find_published_model
 
 BATCH_TOKENS = 8192
 """Number of padded prompt tokens in one batch of generation."""
@@ -185,12 +186,14 @@ def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunc
 def can_generate(folder: Path) -> bool:
     """Return whether a folder has a generating model.
 
-    That is a model that VLDuet saved, or a checkpoint of a known family.
+    That is a model that VLDuet saved, or a checkpoint of a known family, perhaps of a published
+    embedding model.
     """
     if (folder / MANIFEST_NAME).is_file():
         return True
-    has_config = (folder / "config.json").is_file()
-    return has_config and read_config(folder).get("model_type") in FAMILIES
+    if not (folder / "config.json").is_file():
+        return find_published_model(folder) is not None
+    return read_config(folder, ignores_code=True).get("model_type") in FAMILIES
 
 
 def unsupported(folder: Path) -> Callable[..., Any]:

@@ -42,6 +42,7 @@ from vlduet.model.folder_checks import describe_folder_without_config
 from vlduet.model.pooling import HEAD_KINDS
 from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors
 from vlduet.model.prompts import Prompts
+from vlduet.model.sentence_transformers_format import read_published_model
 from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
 FORMAT_VERSION = 1
@@ -143,7 +144,8 @@ def find_damage(folder: Path) -> tuple[list[str], int]:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        read_checkpoint(folder)  # refuses what is no checkpoint
+        published = read_published_model(folder)
+        read_checkpoint(published.folder if published else folder)  # refuses what is no checkpoint
         return [], 0
     manifest = _read_manifest(path)
     base_folder = _locate_base(folder, manifest)

@@ -28,7 +28,7 @@ from vlduet.errors import ModelError, quote_value
 from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model.chat_template import TEMPLATE_FOLDER, fix_date
 from vlduet.model.embedding_presets import recognise_preset
-from vlduet.model.families.registry import FAMILIES
+from vlduet.model.families.registry import FAMILIES, find_family
 from vlduet.model.prompts import Prompts
 from vlduet.structured_files import FieldTypes, check_fields, read_json, read_json_object
 
@@ -197,7 +197,6 @@ def read_published_model(folder: Path) -> PublishedModel | None:
         return None
     kinds, folders = _list_modules(folder, modules, place=path)
     checkpoint = folders[0]
-    _check_generates(checkpoint)
     place = checkpoint / "sentence_bert_config.json"
     settings = _read_settings(place, TRANSFORMER_FIELDS)
     has_messages = _check_transformer(settings, place=place)
@@ -235,7 +234,8 @@ def read_published_model(folder: Path) -> PublishedModel | None:
 def _list_modules(folder: Path, modules: list[Any], *, place: Path) -> tuple[list[str], list[Path]]:
     """Return the kinds of the modules that change an embedding, and their folders.
 
-    Raises ModelError for one that is not read, or another order than that of the module docstring.
+    Raises ModelError for one that is not read, a transformer that cannot generate, or another order
+    than that of the module docstring.
     """
     kinds, folders = [], []
     for module in modules:
@@ -248,6 +248,8 @@ def _list_modules(folder: Path, modules: list[Any], *, place: Path) -> tuple[lis
         if kind != "Dropout":
             kinds.append(kind)
             folders.append(folder / path)
+    if kinds[:1] == ["Transformer"]:
+        _check_generates(folders[0])
     order = ", ".join(kinds)
     if not re.fullmatch("Transformer, Pooling(, Dense)*(, Normalize)?", order):
         raise _refuse(f"a model of {order or 'no modules'}", place=place)
@@ -279,7 +281,7 @@ def _read_kind(type_name: str, *, place: Path) -> str:
 
 
 def _check_generates(folder: Path) -> None:
-    """Raise ModelError if a checkpoint embeds texts only, or reads texts in both directions."""
+    """Raise ModelError for an encoder, an unknown family, or attention in both directions."""
     path = folder / "config.json"
     config = read_json_object(path, error_class=ModelError, fix=COPY_AGAIN)
     model_type = str(config.get("model_type"))
@@ -290,6 +292,7 @@ def _check_generates(folder: Path) -> None:
             place=folder,
             fix="Name it under encoders.text (docs/train.md), or use a vision-language model",
         )
+    find_family(model_type, folder)
     for section in (config, config.get("text_config")):
         if isinstance(section, dict) and section.get("is_causal") is False:
             raise _refuse("attention in both directions (is_causal: false)", place=path)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from helpers import tiny
 from helpers.tiny_published import IDENTITY, build_published
 from vlduet.cli.main import app
+from vlduet.harness.builtin import can_generate
 from vlduet.model.duet import DuetModel
 
 RUNNER = CliRunner()
@@ -36,6 +37,13 @@ def write_photos(folder: Path) -> Path:
     with (folder / "photos.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     return folder / "photos.csv"
+
+
+def test_a_transformer_below_the_folder_is_checked(tmp_path: Path) -> None:
+    folder = build_published(tmp_path / "model", path="0_Transformer")
+    run_command("model", "check", folder)
+    assert can_generate(folder) and can_generate(folder / "0_Transformer")
+    assert not can_generate(tmp_path)
 
 
 def test_a_published_model_is_indexed_searched_trained_and_saved(tmp_path: Path) -> None:

@@ -191,6 +191,20 @@ def test_a_text_encoder_says_what_it_is(tmp_path: Path) -> None:
         DuetModel.from_pretrained(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("siglip", "name it under encoders"), ("qwen9_vl", "'qwen9_vl' is not supported")],
+)
+def test_another_architecture_says_what_to_do(
+    tmp_path: Path, model_type: str, message: str
+) -> None:
+    write_json(tmp_path / "config.json", {"model_type": model_type, "vision_config": {}})
+    modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
+    write_json(tmp_path / "modules.json", modules)
+    with pytest.raises(ModelError, match=message):
+        DuetModel.from_pretrained(tmp_path, device="cpu")
+
+
 def test_a_dot_product_without_normalisation_is_refused(tmp_path: Path) -> None:
     folder = build_published(tmp_path / "model")
     modules = json.loads((folder / "modules.json").read_text())
