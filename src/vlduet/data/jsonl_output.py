@@ -11,9 +11,14 @@ from vlduet.data import images
 from vlduet.data.quarantine import Quarantine, quarantine_path
 from vlduet.data.readers.containers import expand_pattern, is_pattern
 from vlduet.data.record_json import record_to_json
-from vlduet.data.records import Record, is_utf8_encodable, map_images
+from vlduet.data.records import ImageRef, Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError
+from vlduet.files import fsync_paths, write_text_atomically
+from vlduet.integrity import find_manifest_damage, seal_manifest
 from vlduet.locks import lock_output, remove_drafts
+from vlduet.structured_files import read_json_object
+
+LIST_REMEDY = "Write it again, or delete the list .NAME.files.json beside it if you edited it"
 
 
 @contextmanager
@@ -78,20 +83,57 @@ def stream_to_jsonl(records: Iterable[Record], target: Path) -> Iterator[Record]
     replaced, when all records are written, and stays as it was if an error stops the generator.
     The folder of `target` is created. Images without a file of their own are written to the folder
     ``<stem of target>-images`` beside it (`images.write_image_file`) and referred to there in the
-    file; the yielded records are the unchanged ones.
+    file; the yielded records are the unchanged ones. At last, size and hash of `target` and of the
+    images are written to a list beside it, which `find_output_damage` reads.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = image_folder(target)
     partial_file = target.with_name(f".{target.name}.partial")
+    names = {target.name: None}
+
+    def store_image(ref: ImageRef) -> ImageRef:
+        """Return the reference of an image's file, which is written and listed if it is new."""
+        stored = images.write_image_file(ref, folder)
+        if stored is not ref and stored.path is not None:
+            names[f"{folder.name}/{stored.path.name}"] = None
+        return stored
+
     try:
         with partial_file.open("w", encoding="utf-8") as file:
             for record in records:
-                stored = map_images(record, lambda ref: images.write_image_file(ref, folder))
+                stored = map_images(record, store_image)
                 raw = record_to_json(stored, root=target.parent)
                 line = json.dumps(raw, ensure_ascii=False)
                 # A lone surrogate has no bytes in UTF-8, but can be spelled in ASCII.
                 file.write((line if is_utf8_encodable(line) else json.dumps(raw)) + "\n")
                 yield record
+        fsync_paths([partial_file])
+        _list_path(target).unlink(missing_ok=True)  # that of an earlier version of `target`
         partial_file.replace(target)
+        manifest = seal_manifest({}, target.parent, names=names)
+        write_text_atomically(_list_path(target), json.dumps(manifest))
     finally:
         partial_file.unlink(missing_ok=True)
+
+
+def _list_path(target: Path) -> Path:
+    """Return the path of the list of an output's files; names with a dot are no records."""
+    return target.with_name(f".{target.name}.files.json")
+
+
+def find_output_damage(path: Path) -> list[str]:
+    """Return a sentence for each file of an output of `stream_to_jsonl` that is not as written.
+
+    The result is [] without a list beside `path`: the file was made by others or an earlier
+    version. A file that was edited counts as well.
+    """
+    list_path = _list_path(path)
+    if not list_path.exists():
+        return []
+    try:
+        manifest = read_json_object(list_path, error_class=DataError, fix=LIST_REMEDY)
+    except DataError as error:
+        return [error.message]
+    return [
+        str(damage) for damage in find_manifest_damage(path.parent, manifest, name=list_path.name)
+    ]

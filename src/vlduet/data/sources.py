@@ -9,6 +9,7 @@ from typing import Self
 
 from vlduet.config import SourceSection
 from vlduet.data.formats import RowErrorHandler, read_records
+from vlduet.data.jsonl_output import LIST_REMEDY, find_output_damage
 from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import Record
 from vlduet.errors import DataError
@@ -52,7 +53,8 @@ class RecordSource:
         """Return an iterator over the records, which logs what was seen and not read.
 
         Each column, file or the like is one warning, logged when the iterator ends or is closed, of
-        which there are `MAX_WARNINGS` at most.
+        which there are `MAX_WARNINGS` at most. So is each file of an output of ours that is not as
+        it was written (`find_output_damage`), at once.
 
         Args:
             on_error: receives the error of each broken row, which is left out; None, or `strict`,
@@ -60,8 +62,10 @@ class RecordSource:
 
         Raises:
             DataError, OSError: as `read_records`, at once or as the iterator is advanced; and, if
-                `strict`, behind the first record after which something was not read.
+                `strict`, for a file that is not as it was written, and behind the first record
+                after which something was not read.
         """
+        self._report_damage()
         ignored = IgnoredData()
         records = self.read_silently(ignored, on_error=None if self.strict else on_error)
         return self._report_ignored(records, ignored)
@@ -81,6 +85,14 @@ class RecordSource:
             ignored=ignored,
             on_error=on_error,
         )
+
+    def _report_damage(self) -> None:
+        """Log or, if `strict`, raise which files of an output of ours are not as written."""
+        messages = find_output_damage(self.path)
+        if messages and self.strict:
+            raise DataError(messages[0], place=self.path, fix=LIST_REMEDY)
+        for message in messages[:MAX_WARNINGS]:
+            logger.warning(f"{self.path}: {message}. {LIST_REMEDY}")
 
     def _report_ignored(self, records: Iterator[Record], ignored: IgnoredData) -> Iterator[Record]:
         """Yield `records`; log or, if `strict`, raise what `ignored` has counted."""

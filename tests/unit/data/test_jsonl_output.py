@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 
 import pytest
 
 from helpers.record_files import PNG, PNG_URL, read_single, read_with_errors, write_lines
 from vlduet.data.formats import read_records
-from vlduet.data.jsonl_output import check_output_path, stream_to_jsonl
+from vlduet.data.jsonl_output import check_output_path, find_output_damage, stream_to_jsonl
+from vlduet.data.sources import RecordSource
 from vlduet.errors import DataError
 
 PARTS_ROW = {"id": "a", "parts": [{"text": "x"}]}
@@ -33,7 +35,8 @@ def test_inline_images_become_files_named_by_content(tmp_path: Path) -> None:
     assert paths[0].read_bytes() == PNG and paths[0] == paths[2]
     assert paths[1] == (tmp_path / "b.png").resolve()
     assert paths[3].name.endswith(".bin"), "not one of the image formats that are read"
-    assert sorted(path.name for path in target.parent.iterdir()) == ["y-images", "y.jsonl"]
+    names = {path.name for path in target.parent.iterdir()}
+    assert names == {"y-images", "y.jsonl", ".y.jsonl.files.json"}
 
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
@@ -44,6 +47,51 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         list(stream_to_jsonl(read_records(source), target))
     assert target.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.jsonl", "y.jsonl"]
+
+
+def write_output(folder: Path) -> Path:
+    """Write two records with one image to a new output in a folder, and return its path."""
+    rows = [{"id": name, "image": PNG_URL, "short": name} for name in ("one", "two")]
+    source = write_lines(folder / "source.jsonl", *rows)
+    list(stream_to_jsonl(read_records(source), folder / "out" / "x.jsonl"))
+    return folder / "out" / "x.jsonl"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "image cut", "image missing", "list cut"])
+def test_an_output_that_is_not_as_written_is_a_warning_and_an_error_if_strict(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_output(tmp_path)
+    assert len(list(RecordSource(path, strict=True).read())) == 2
+    (image,) = (path.parent / "x-images").iterdir()
+    content = path.read_bytes()
+    if damage == "cut":  # between two records
+        path.write_bytes(content[: content.index(b"\n") + 1])
+    elif damage == "flipped":
+        path.write_bytes(content.replace(b"one", b"ons"))
+    elif damage == "image cut":
+        image.write_bytes(image.read_bytes()[:-1])
+    elif damage == "image missing":
+        image.unlink()
+    else:
+        (path.parent / ".x.jsonl.files.json").write_text('{"files": {')
+    names = {"cut": "x.jsonl has", "flipped": "x.jsonl has", "list cut": "broken JSON"}
+    message = names.get(damage, f"x-images/{image.name} ")
+    list(RecordSource(path).read())
+    (warning,) = [text for text in caplog.messages if "Write it again" in text]
+    assert message in warning and str(path) in warning
+    with pytest.raises(DataError, match=re.escape(message)):
+        RecordSource(path, strict=True).read()
+
+
+def test_a_new_output_gets_a_new_list_and_a_copy_without_list_is_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_output(tmp_path)
+    write_output(tmp_path)
+    assert find_output_damage(path) == []
+    (tmp_path / "copy.jsonl").write_bytes(path.read_bytes()[:-5])
+    assert find_output_damage(tmp_path / "copy.jsonl") == [] and not caplog.messages
 
 
 def test_lone_surrogates_are_errors_except_in_metadata(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def test_images_of_a_folder_get_short_and_long_captions(tmp_path: Path) -> None:
     assert list(third.metadata["captioned"]) == ["long"]
     assert (report.records, report.short, report.long, report.generated) == (3, 2, 3, 5)
     assert report.dropped == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"photos", "out.jsonl"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"photos", "out.jsonl", ".out.jsonl.files.json"}
 
 
 def test_present_captions_are_kept_and_equal_images_are_captioned_once(tmp_path: Path) -> None:
