@@ -6,6 +6,7 @@ import ctypes
 import io
 import os
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ from vlduet.cli import (
 )
 from vlduet.errors import VLDuetError
 from vlduet.library_errors import describe_library_error
-from vlduet.logs import install_log_handler, strip_control_characters
+from vlduet.logs import install_log_handler, logger, strip_control_characters
 
 
 class TranslatingGroup(TyperGroup):
@@ -114,11 +115,12 @@ def main() -> None:
     Such errors are VLDuetError, OSError, and those of `TranslatingGroup`. The exit status is 0 for
     success, 1 for such an error, 2 for wrong usage, and 130 after an interruption. Our own
     mistakes, and with --debug all errors, are raised. Sets TOKENIZERS_PARALLELISM, unless it is
-    set, and changes how the process keeps memory and how its output replaces characters that cannot
-    be encoded.
+    set, and changes how the process keeps memory, how errors of threads are reported
+    (`log_thread_error`), and how its output replaces characters that cannot be encoded.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    threading.excepthook = log_thread_error
     for stream in (sys.stdout, sys.stderr):
         # File names may hold bytes that are not valid text.
         if isinstance(stream, io.TextIOWrapper):
@@ -139,6 +141,21 @@ def main() -> None:
         fix = "Check the path, its permissions, and the free space"
         _print_error(f"{place}{error.strerror}. {fix}")
         raise SystemExit(1) from None
+
+
+def log_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Log the exception that ended a thread of a library, such as a writer's on a full disk.
+
+    One that `describe_library_error` does not describe, and every one with ``--debug``, is printed
+    with its traceback.
+    """
+    described = None
+    if error.exc_value is not None and "--debug" not in sys.argv:
+        described = describe_library_error(error.exc_value)
+    if described is None:
+        threading.__excepthook__(error)
+    else:
+        logger.warning(f"warning: a thread has ended: {described[0]}")
 
 
 def _print_error(message: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 def test_help_imports_no_heavy_dependency(command: list[str]) -> None:
     script = f"""
 import sys
+import threading
 from vlduet.cli.main import main
 sys.argv = ["vlduet", *{command}, "--help"]
 try:
@@ -114,3 +117,34 @@ def test_control_characters_of_a_record_do_not_reach_the_terminal(
     output = capsys.readouterr()
     assert "mine" in output.out
     assert "\x1b" not in output.out + output.err and "\x07" not in output.out + output.err
+
+
+@pytest.mark.parametrize(
+    ("error", "is_traced"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("file write failed: os error 28"), False),
+        (KeyError("mistake"), True),
+    ],
+)
+def test_a_full_disk_in_a_thread_is_logged_in_one_line(
+    error: Exception,
+    is_traced: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(threading, "excepthook", main_module.log_thread_error)
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join(60)
+    assert ("Traceback" in capsys.readouterr().err) == is_traced
+    if is_traced:
+        assert not caplog.messages
+    else:
+        assert caplog.messages == [
+            f"warning: a thread has ended: no space left on the disk ({error})"
+        ]
