@@ -41,9 +41,9 @@ MEMORY_MESSAGES = (
 """Parts of messages, in lower case, of a lack of memory: torch's allocators, numpy, mmap."""
 DISK_MESSAGES = (
     "disk quota exceeded", "file too large", "iostream error", "no space left", "os error 27",
-    "os error 28", "pytorchstreamwriter failed", "unexpected pos",
+    "os error 28", "pytorchstreamwriter failed", "requested and", "unexpected pos",
 )  # fmt: skip
-"""Parts of messages, in lower case, of a lack of space: torch.save, safetensors, LanceDB."""
+"""Parts of messages, in lower case, of a lack of space: torch, numpy, safetensors, LanceDB."""
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of a lack of space."""
 COPY_AGAIN = "Copy the whole folder again"

@@ -26,6 +26,7 @@ from vlduet.model.pooling import EmbeddingHead
 DISK_ERRORS = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EFBIG, "File too large"),
+    OSError("1280 requested and 0 written"),  # numpy's tofile
     RuntimeError("basic_ios::clear: iostream error"),
     RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1 vs 2"),
     SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),

@@ -21,6 +21,7 @@ from torch import Tensor
 from vlduet.data.records import ImageRef
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ModelError
+from vlduet.library_errors import name_full_disk
 from vlduet.locks import draft_path, remove_drafts
 from vlduet.logs import format_bytes, logger
 
@@ -119,7 +120,7 @@ class FeatureCache:
             self._clean_folders.add(path.parent)
         draft = draft_path(path)
         try:
-            with draft.open("wb") as file:
+            with name_full_disk(path), draft.open("wb") as file:
                 np.save(file, features.numpy())
             # Another process that has just begun may have deleted it: the features are missing.
             with contextlib.suppress(FileNotFoundError):
