@@ -58,7 +58,7 @@ def write_output(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "image cut", "image missing", "list cut"])
-def test_an_output_that_is_not_as_written_is_a_warning_and_an_error_if_strict(
+def test_an_output_that_was_changed_is_a_warning_and_an_error_if_strict(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_output(tmp_path)
