@@ -69,5 +69,5 @@ def test_long_values_are_read_whole(tmp_path: Path, unit: str) -> None:
     ],
     ids=["long word", "long words", "word", "letters", "two words", "lines", "empty"],
 )
-def test_a_text_without_two_words_is_no_description(value: str, is_expected: bool) -> None:
+def test_a_single_term_is_no_description(value: str, is_expected: bool) -> None:
     assert is_description("x", value) == is_expected
