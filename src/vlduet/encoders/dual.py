@@ -51,7 +51,7 @@ from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.fingerprints import hash_checkpoint
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
-from vlduet.structured_files import check_fields, read_json_object
+from vlduet.structured_files import check_fields, read_json_object, read_safetensors_header
 
 MANIFEST_NAME = "dual.json"
 WEIGHTS_NAME = "dual.safetensors"
@@ -230,6 +230,7 @@ class DualEncoder(nn.Module):
                 fix = "Bring the original back or train again"
                 raise ModelError(message, place=folder / MANIFEST_NAME, fix=fix)
         frozen = FrozenEncoders(encoders, cache=cache or FeatureCache(None))
+        _check_sizes(folder, manifest)
         with translate_library_errors(folder / MANIFEST_NAME, subject="dim or widths"):
             model = cls(frozen, dim=manifest["dim"], encoder_dims=manifest["widths"])
         with translate_library_errors(folder, subject="model folder"):
@@ -265,6 +266,18 @@ def find_damage(folder: Path) -> tuple[list[str], int]:
         if fingerprint_encoder(encoder_folder, like=saved) != saved:
             lines.append(f"{encoder_folder}: is not the encoder of the training")
     return lines, len(get_listed_files(manifest))
+
+
+def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise ModelError if the manifest has a size that the tensors in the folder do not have."""
+    _, tensors = read_safetensors_header(
+        folder / WEIGHTS_NAME, error_class=ModelError, fix="Copy the folder again"
+    )
+    axes = {axis for tensor in tensors.values() for axis in tensor["shape"]}
+    for name, size in {"dim": manifest["dim"], **manifest["widths"]}.items():
+        if size not in axes:
+            message = f"'{name}' is {size}, which no tensor in {WEIGHTS_NAME} has"
+            raise ModelError(message, place=folder / MANIFEST_NAME, fix="Copy the folder again")
 
 
 def _locate_encoder(folder: Path, description: Mapping[str, Any]) -> Path:

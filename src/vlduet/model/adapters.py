@@ -17,7 +17,11 @@ from vlduet.library_errors import COPY_AGAIN, is_lack_of_memory, translate_libra
 from vlduet.model.backbone import Backbone
 from vlduet.model.machine_memory import measure_memory
 from vlduet.model.processing import silence_transformers
-from vlduet.structured_files import FieldTypes, read_json_object
+from vlduet.structured_files import (
+    FieldTypes,
+    read_json_object,
+    read_safetensors_header,
+)
 
 LORA_TARGET_PATTERNS = {
     "qv": "q_proj|v_proj",
@@ -218,10 +222,21 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
         )
     config_path = folder / "adapter_config.json"
     fields: FieldTypes = {"peft_type": str, "r": int, "lora_alpha": (int, float)}
-    config = read_json_object(config_path, fields, error_class=ModelError, fix=COPY_AGAIN)
+    optional: FieldTypes = {"rank_pattern": (dict, type(None))}
+    config = read_json_object(
+        config_path, fields, error_class=ModelError, fix=COPY_AGAIN, optional=optional
+    )
     if config["peft_type"] != "LORA" or config["r"] < 1:
         message = f"peft_type is {quote_value(config['peft_type'])}, r is {config['r']}"
         raise ModelError(message, place=config_path, fix="Name a LoRA adapter")
+    path = folder / "adapter_model.safetensors"
+    _, tensors = read_safetensors_header(path, error_class=ModelError, fix=COPY_AGAIN)
+    axes = [axis for tensor in tensors.values() for axis in tensor["shape"]]
+    patterns = config.get("rank_pattern") or {}
+    rank = max([config["r"], *(value for value in patterns.values() if isinstance(value, int))])
+    if rank > max(axes, default=0):  # before factors of this size are made
+        message = f"the rank is {rank}, which the adapter's weights do not have"
+        raise ModelError(message, place=config_path, fix=COPY_AGAIN)
     fix = "Copy the whole folder again, or name the base that the adapter was trained on"
     with translate_library_errors(folder, subject="adapter", fix=fix), silence_transformers():
         peft_model = PeftModel.from_pretrained(backbone.model, str(folder), is_trainable=False)

@@ -122,6 +122,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         own_folder = own_folder if own_folder.is_dir() else folder
         tensors = load_file(own_folder / TENSORS_NAME)
         golden_vectors = load_file(own_folder / GOLDEN_NAME)["vectors"]
+    if manifest["head"]["dim"] > max(golden_vectors.shape):  # before a head of this size is made
+        message = f"head.dim is {manifest['head']['dim']}, {GOLDEN_NAME} has vectors "
+        raise ModelError(f"{message}{[*golden_vectors.shape]}", place=path, fix=COPY_AGAIN)
     adapter_folder = folder / "adapter" if manifest["adapter"] else None
     template_file = folder / TEMPLATE_FILE
     chat_template = None

@@ -57,6 +57,26 @@ def test_a_changed_adapter_is_refused(early_folder: Path) -> None:
         DuetModel.from_pretrained(early_folder)
 
 
+def test_a_head_that_is_wider_than_the_vectors_is_refused(early_folder: Path) -> None:
+    """Before the head is made, which would take four terabytes."""
+    path = early_folder / "vlduet.json"
+    change_json(path, head=json.loads(path.read_text())["head"] | {"dim": 10**11})
+    with pytest.raises(ModelError, match=r"head\.dim is 100000000000, golden\.safetensors has"):
+        DuetModel.from_pretrained(early_folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}, {"rank_pattern": [1]}]
+)
+def test_a_rank_that_the_weights_do_not_have_is_refused(
+    early_folder: Path, changes: dict[str, object]
+) -> None:
+    path = early_folder / "adapter" / "adapter_config.json"
+    change_json(path, **changes)
+    with pytest.raises(ModelError, match=r"adapter_config\.json: .*rank"):
+        DuetModel.from_pretrained(early_folder)
+
+
 def test_a_missing_tensor_is_named(early_folder: Path) -> None:
     tensors = load_file(early_folder / "duet.safetensors")
     name = next(name for name in tensors if name.startswith("projector."))
@@ -115,7 +135,7 @@ def test_half_a_file_is_refused(early_folder: Path, name: str) -> None:
 def test_half_an_adapter_is_refused(early_folder: Path) -> None:
     file = early_folder / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r"broken adapter.*Copy the whole folder again"):
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: not a safeten.* Copy the whole"):
         DuetModel.from_pretrained(early_folder)
 
 

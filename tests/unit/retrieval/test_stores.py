@@ -322,6 +322,13 @@ def test_every_file_is_synced_before_a_write_returns(
     assert tmp_path / "rows.lance" / "_versions" in synced
 
 
+def test_a_store_of_another_width_is_refused(tmp_path: Path) -> None:
+    open_for_writing(tmp_path).upsert([make_row("a")], AXES[:1])
+    for write in (False, True):
+        with pytest.raises(RetrievalError, match=f"'dim' is {DIM + 1} .*, the vectors have {DIM}"):
+            LanceStore(tmp_path, dim=DIM + 1, write=write)
+
+
 def test_missing_store_cannot_be_opened_for_reading(tmp_path: Path) -> None:
     with pytest.raises(RetrievalError, match="cannot be opened"):
         open_for_reading(tmp_path / "none")

@@ -97,6 +97,17 @@ def test_a_damaged_file_of_a_dual_encoder_is_named(
     assert "Copy the folder again" in str(error_info.value)
 
 
+@pytest.mark.parametrize("changes", [{"dim": 10**10}, {"widths": {"vision": 10**10, "text": 16}}])
+def test_a_size_that_no_tensor_has_is_refused(dual: Path, changes: dict[str, object]) -> None:
+    folder = shutil.copytree(dual, dual.with_name(f"changed-{next(iter(changes))}"))
+    manifest = json.loads((folder / "dual.json").read_text()) | changes
+    for key in ("files", "manifest_sha256"):
+        del manifest[key]
+    (folder / "dual.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="is 10000000000, which no tensor in dual"):
+        DualEncoder.from_pretrained(folder)
+
+
 def test_sugar_accepts_it_as_cross_encoder(
     dual: Path, encoders: dict[str, str], tmp_path: Path
 ) -> None:

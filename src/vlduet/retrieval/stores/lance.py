@@ -82,6 +82,11 @@ class LanceStore:
             fix = "Run `vlduet index` on it again: stored rows are kept"
             message = f"the store cannot be opened ({reason})"
             raise RetrievalError(message, place=folder, fix=fix) from error
+        width = getattr(self._table.schema.field("vector").type, "list_size", None)
+        if width != dim:
+            message = f"'dim' is {dim} in the manifest, the vectors have {width}"
+            fix = "Copy the index again, or delete it and build it again"
+            raise RetrievalError(message, place=folder, fix=fix)
         if write:
             self._sync_files()
 
