@@ -28,7 +28,7 @@ def lock_jsonl_output(
     """Check and lock `target` for the block, and yield an empty quarantine of what it leaves out.
 
     The folder of `target` is created, and the quarantine file of an earlier run deleted, as are
-    drafts that killed runs left of its images.
+    drafts that killed runs left of its images and of the list of its files.
 
     Args:
         allow_existing: as `check_output_path`.
@@ -40,6 +40,7 @@ def lock_jsonl_output(
     check_output_path(target, source, allow_existing=allow_existing)
     with lock_output(target):
         remove_drafts(image_folder(target))
+        remove_drafts(target.parent, _list_path(target).name)
         yield Quarantine.create(quarantine_path(target))
 
 

@@ -10,7 +10,12 @@ import pytest
 
 from helpers.record_files import PNG, PNG_URL, read_single, read_with_errors, write_lines
 from vlduet.data.formats import read_records
-from vlduet.data.jsonl_output import check_output_path, find_output_damage, stream_to_jsonl
+from vlduet.data.jsonl_output import (
+    check_output_path,
+    find_output_damage,
+    lock_jsonl_output,
+    stream_to_jsonl,
+)
 from vlduet.data.sources import RecordSource
 from vlduet.errors import DataError
 
@@ -118,3 +123,15 @@ def test_an_output_must_not_be_a_part_of_its_source(tmp_path: Path) -> None:
         check_output_path(tmp_path / "x.json", tmp_path)
     check_output_path(existing, tmp_path, allow_existing=True)
     check_output_path(tmp_path / "new.jsonl", tmp_path)
+
+
+def test_drafts_of_a_killed_run_are_deleted_by_the_next_one(tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    (tmp_path / "out-images").mkdir()
+    names = ("out.jsonl.files.json", "out-images/a.png", "other.jsonl.files.json")
+    drafts = []
+    for path in map(tmp_path.joinpath, names):
+        drafts.append(path.with_name(f".{path.name}.4711.draft"))
+        drafts[-1].touch()
+    with lock_jsonl_output(target, tmp_path / "source.jsonl"):
+        assert [draft.exists() for draft in drafts] == [False, False, True]
