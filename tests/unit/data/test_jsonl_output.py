@@ -128,7 +128,7 @@ def test_an_output_must_not_be_a_part_of_its_source(tmp_path: Path) -> None:
 def test_drafts_of_a_killed_run_are_deleted_by_the_next_one(tmp_path: Path) -> None:
     target = tmp_path / "out.jsonl"
     (tmp_path / "out-images").mkdir()
-    names = ("out.jsonl.files.json", "out-images/a.png", "other.jsonl.files.json")
+    names = (".out.jsonl.files.json", "out-images/a.png", ".other.jsonl.files.json")
     drafts = []
     for path in map(tmp_path.joinpath, names):
         drafts.append(path.with_name(f".{path.name}.4711.draft"))
