@@ -12,16 +12,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlduet.errors import ConfigError, ModelError, quote_value
+from vlduet.errors import ConfigError, ModelError
 from vlduet.library_errors import COPY_AGAIN, is_lack_of_memory, translate_library_errors
 from vlduet.model.backbone import Backbone
+from vlduet.model.folder_checks import read_adapter_config
 from vlduet.model.machine_memory import measure_memory
 from vlduet.model.processing import silence_transformers
-from vlduet.structured_files import (
-    FieldTypes,
-    read_json_object,
-    read_safetensors_header,
-)
+from vlduet.structured_files import read_safetensors_header
 
 LORA_TARGET_PATTERNS = {
     "qv": "q_proj|v_proj",
@@ -221,14 +218,7 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
             "no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout"
         )
     config_path = folder / "adapter_config.json"
-    fields: FieldTypes = {"peft_type": str, "r": int, "lora_alpha": (int, float)}
-    optional: FieldTypes = {"rank_pattern": (dict, type(None))}
-    config = read_json_object(
-        config_path, fields, error_class=ModelError, fix=COPY_AGAIN, optional=optional
-    )
-    if config["peft_type"] != "LORA" or config["r"] < 1:
-        message = f"peft_type is {quote_value(config['peft_type'])}, r is {config['r']}"
-        raise ModelError(message, place=config_path, fix="Name a LoRA adapter")
+    config = read_adapter_config(config_path)
     path = folder / "adapter_model.safetensors"
     _, tensors = read_safetensors_header(path, error_class=ModelError, fix=COPY_AGAIN)
     axes = [axis for tensor in tensors.values() for axis in tensor["shape"]]

@@ -38,7 +38,7 @@ from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model import verification
 from vlduet.model.chat_template import TEMPLATE_FILE, fix_date, read_early_template
 from vlduet.model.fingerprints import fingerprint_checkpoint, hash_checkpoint
-from vlduet.model.folder_checks import describe_folder_without_config
+from vlduet.model.folder_checks import describe_folder_without_config, read_adapter_config
 from vlduet.model.pooling import HEAD_KINDS
 from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors
 from vlduet.model.prompts import Prompts
@@ -114,6 +114,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise describe_folder_without_config(folder)
         return Checkpoint(folder, {}, {}, None, None)
     manifest = _read_manifest(path)
+    adapter_config = folder / "adapter" / "adapter_config.json"
+    if manifest["adapter"] and adapter_config.exists():
+        read_adapter_config(adapter_config)  # names the key, where hashes name the file alone
     verify_manifest(folder, manifest, name=path.name)
     base_folder = _locate_base(folder, manifest)
     verification.verify_base(base_folder, manifest, place=path)

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlduet.errors import ModelError
+from vlduet.errors import ModelError, quote_value
 from vlduet.hub import describe_missing_path
 from vlduet.library_errors import COPY_AGAIN
 from vlduet.model.config_limits import check_config_numbers
-from vlduet.structured_files import list_indexed_weights, read_json_object
+from vlduet.structured_files import FieldTypes, list_indexed_weights, read_json_object
 
 PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 """Weights that run code when they are read."""
@@ -118,6 +118,23 @@ def _describe_adapter(folder: Path) -> tuple[str, str]:
         f"an adapter of PEFT for '{base}', without that model's weights",
         f"Merge it into '{base}' with PEFT and name the result, or name '{base}' itself",
     )
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Return the content of an adapter_config.json of PEFT.
+
+    Raises:
+        ModelError: it is missing or broken, or not that of a LoRA adapter.
+    """
+    fields: FieldTypes = {"peft_type": str, "r": int, "lora_alpha": (int, float)}
+    optional: FieldTypes = {"rank_pattern": (dict, type(None))}
+    config = read_json_object(
+        path, fields, error_class=ModelError, fix=COPY_AGAIN, optional=optional
+    )
+    if config["peft_type"] != "LORA" or config["r"] < 1:
+        message = f"peft_type is {quote_value(config['peft_type'])}, r is {config['r']}"
+        raise ModelError(message, place=path, fix="Name a LoRA adapter")
+    return config
 
 
 def _describe_other_weights(folder: Path) -> str | None:
