@@ -28,6 +28,7 @@ from vlduet.model.backbone import select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.embedding_presets import find_preset
 from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.generation.inputs import require_lm_head
 from vlduet.model.prompts import Prompts
 from vlduet.recipes.recipe import BoundRecipe
 from vlduet.recipes.registry import load_recipe
@@ -121,9 +122,12 @@ def load_model(config: RunConfig, recipe: BoundRecipe, *, cache: Path | None) ->
     Raises:
         ConfigError: `model.path` is missing, or the config does not fit the model (its adapter,
             learned prompts, head, `image_pool`) or the recipe.
-        ModelError: there is no model at `model.path`, or it is broken.
+        ModelError: there is no model at `model.path`, or it is broken, or has no LM head for the
+            loss `language`.
     """
     model = _open_start_model(config)
+    if config.objectives.get("language"):
+        require_lm_head(model.backbone)
     if recipe.start is not None:
         recipe.start(model, config)
     if (model.prompts.image_pool == "vision") != (model.head.kind == "split"):

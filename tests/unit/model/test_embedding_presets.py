@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional
 
 from helpers import runs, tiny
+from helpers.tiny_published import remove_lm_head
 from vlduet import config
 from vlduet.data.records import Parts, Record
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, ModelError
 from vlduet.inspect.tokens import list_record_tokens
 from vlduet.model.backbone import load_backbone
 from vlduet.model.duet import DuetModel
@@ -107,6 +108,16 @@ def test_a_config_names_the_preset_of_another_folder(tmp_path: Path) -> None:
     run_config = config.load_run_config(path, ["model.preset=e5v", "model.prompts={}"])
     with pytest.raises(ConfigError, match=r"unknown preset 'e5v'.*'e5-v'"):
         load_model(run_config, load_recipe(run_config), cache=None)
+
+
+def test_a_run_without_an_lm_head_needs_no_language_loss(tmp_path: Path) -> None:
+    path = runs.write_run_config(tmp_path, family="llava")
+    remove_lm_head(tmp_path / "base")
+    run_config = config.load_run_config(path)
+    with pytest.raises(ModelError, match=r"without its LM head.*objectives\.language=0"):
+        load_model(run_config, load_recipe(run_config), cache=None)
+    run_config = config.load_run_config(path, ["objectives.language=0"])
+    assert not load_model(run_config, load_recipe(run_config), cache=None).backbone.has_lm_head
 
 
 def test_prompts_of_the_caller_replace_a_preset(tmp_path: Path) -> None:
