@@ -20,7 +20,7 @@ MAX_IMAGE_TOKENS = "Most tokens of an image, which is downscaled to them."
 
 NAME = "A model on the hub; every command that takes a model takes such a name, too."
 PULL_TO = "Folder that gets the files, by default the hub's cache, which names refer to."
-CHECKED = "Folder of a model, an index, a run or a corpus, or the name of a model on a hub."
+CHECKED = "Folder of a model, index, run or corpus, records of ours, or a model's name on a hub."
 
 Out = Annotated[Path, typer.Argument(help=OUT)]
 

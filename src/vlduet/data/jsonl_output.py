@@ -14,7 +14,7 @@ from vlduet.data.record_json import record_to_json
 from vlduet.data.records import ImageRef, Record, is_utf8_encodable, map_images
 from vlduet.errors import DataError
 from vlduet.files import fsync_paths, write_text_atomically
-from vlduet.integrity import find_manifest_damage, seal_manifest
+from vlduet.integrity import find_manifest_damage, get_listed_files, seal_manifest
 from vlduet.locks import lock_output, remove_drafts
 from vlduet.structured_files import read_json_object
 
@@ -122,19 +122,19 @@ def _list_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.files.json")
 
 
-def find_output_damage(path: Path) -> list[str]:
+def find_output_damage(path: Path, *, reread: bool = False) -> tuple[list[str], int]:
     """Return a sentence for each file of an output of `stream_to_jsonl` that is not as written.
 
-    The result is [] without a list beside `path`: the file was made by others or an earlier
-    version. A file that was edited counts as well.
+    A file that was edited counts as well. The second result is the number of listed files; ([], 0)
+    without a list beside `path`, which was made by others or an earlier version. `reread`: see
+    `integrity.find_damage`.
     """
     list_path = _list_path(path)
     if not list_path.exists():
-        return []
+        return [], 0
     try:
         manifest = read_json_object(list_path, error_class=DataError, fix=LIST_REMEDY)
     except DataError as error:
-        return [error.message]
-    return [
-        str(damage) for damage in find_manifest_damage(path.parent, manifest, name=list_path.name)
-    ]
+        return [f"{list_path.name}: {error.message}"], 1
+    damage = find_manifest_damage(path.parent, manifest, name=list_path.name, reread=reread)
+    return [str(file_damage) for file_damage in damage], len(get_listed_files(manifest))

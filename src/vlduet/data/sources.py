@@ -88,7 +88,7 @@ class RecordSource:
 
     def _report_damage(self) -> None:
         """Log or, if `strict`, raise which files of an output of ours are not as written."""
-        messages = find_output_damage(self.path)
+        messages, _ = find_output_damage(self.path)
         if messages and self.strict:
             raise DataError(messages[0], place=self.path, fix=LIST_REMEDY)
         for message in messages[:MAX_WARNINGS]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlduet.corpora.catalog import find_corpus_damage
+from vlduet.data.jsonl_output import find_output_damage
 from vlduet.encoders import dual
 from vlduet.errors import DataError
 from vlduet.files import recover_folder
@@ -25,8 +26,9 @@ def find_folder_damage(folder: Path) -> tuple[list[str], int]:
     """Return a line for each damaged file of a folder, and the number of files that are compared.
 
     All listed files are read. The folder holds a model (with its base), a dual encoder, an index, a
-    corpus of `vlduet data fetch`, or a run with its model and its state. Where no list exists, as
-    in a plain checkpoint or a folder of an earlier version, the number is 0.
+    corpus of `vlduet data fetch`, or a run with its model and its state; or `folder` is a file of
+    records of ours. Where no list exists, as in a plain checkpoint or a folder of an earlier
+    version, the number is 0.
 
     Raises:
         VLDuetError: the folder holds none of these, or a manifest is broken.
@@ -41,6 +43,8 @@ def find_folder_damage(folder: Path) -> tuple[list[str], int]:
 
 def _select_checks(folder: Path) -> list[tuple[Path, Callable[[Path], tuple[list[str], int]]]]:
     """Return the folders to check, `folder` or those of a run within it, with their functions."""
+    if folder.suffix == ".jsonl" and folder.is_file():
+        return [(folder, _find_output_damage)]
     if (folder / dual.MANIFEST_NAME).is_file():
         return [(folder, dual.find_damage)]
     if (folder / STATE_FILE).is_file():
@@ -50,6 +54,12 @@ def _select_checks(folder: Path) -> list[tuple[Path, Callable[[Path], tuple[list
     parts = [folder / name for name in (MODEL_FOLDER, STATE_FOLDER)]
     checks = [check for part in parts if part.is_dir() for check in _select_checks(part)]
     return checks or [(folder, checkpoint.find_damage)]
+
+
+def _find_output_damage(path: Path) -> tuple[list[str], int]:
+    """Return the damage of a file of records of ours and its images."""
+    sentences, num_files = find_output_damage(path, reread=True)
+    return [f"{path.parent / sentence}" for sentence in sentences], num_files
 
 
 def _find_manifest_damage(folder: Path) -> tuple[list[str], int]:

@@ -94,9 +94,9 @@ def test_a_new_output_gets_a_new_list_and_a_copy_without_list_is_not_compared(
 ) -> None:
     path = write_output(tmp_path)
     write_output(tmp_path)
-    assert find_output_damage(path) == []
+    assert find_output_damage(path) == ([], 2)
     (tmp_path / "copy.jsonl").write_bytes(path.read_bytes()[:-5])
-    assert find_output_damage(tmp_path / "copy.jsonl") == [] and not caplog.messages
+    assert find_output_damage(tmp_path / "copy.jsonl") == ([], 0) and not caplog.messages
 
 
 def test_lone_surrogates_are_errors_except_in_metadata(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from helpers import runs, tiny
 from helpers.fake_embedder import FakeModel, write_pairs
 from vlduet import config, integrity
 from vlduet.cli.main import app
+from vlduet.data.formats import read_records
+from vlduet.data.jsonl_output import stream_to_jsonl
 from vlduet.encoders.dual import DualEncoder
 from vlduet.encoders.frozen import FrozenEncoders
 from vlduet.encoders.loading import open_encoder
@@ -80,6 +82,16 @@ def test_another_frozen_encoder_is_damage_of_a_dual_encoder(folders: Path, tmp_p
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (line,) = find_folder_damage(tmp_path / "dual")[0]
     assert line.startswith(str(tmp_path / "encoders" / "text"))
+
+
+def test_a_file_of_records_is_compared_with_its_list(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    list(stream_to_jsonl(read_records(write_pairs(tmp_path / "pairs")), path))
+    assert find_folder_damage(path) == ([], 1)
+    path.write_text(path.read_text().replace("red", "bed"))
+    assert find_folder_damage(path)[0] == [
+        f"{path} has another content than the one that was written"
+    ]
 
 
 @pytest.mark.parametrize(
