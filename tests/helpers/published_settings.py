@@ -274,8 +274,6 @@ FAMILIES = (
 def write_checkpoint(family: PublishedFamily, folder: Path) -> Path:
     """Write config, tokenizer and image processor of a family to a new folder and return it."""
     folder.mkdir(parents=True)
-    config = family.build_config().to_dict()
-    (folder / "config.json").write_text(json.dumps(config, default=str))
     statistics = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
     (folder / "preprocessor_config.json").write_text(json.dumps(family.settings | statistics))
     special = [*VISION_TOKENS, *PIXTRAL_ENDS, *TILE_NAMES, "<fake_token_around_image>"]
@@ -283,6 +281,9 @@ def write_checkpoint(family: PublishedFamily, folder: Path) -> Path:
     tokenizer = build_tokenizer(
         bos=False, more=[*special, "<global-img>"], names=names, merges=LINE_END_MERGES
     )
+    config = family.build_config()
+    config.get_text_config().vocab_size = len(tokenizer)
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), default=str))
     return save_tokenizer(folder, tokenizer)
 
 
