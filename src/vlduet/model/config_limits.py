@@ -1,6 +1,6 @@
 """Numbers of config files that decide sizes: each is compared before anything is allocated by it.
 
-A config that was damaged or made by a stranger may ask for a milliard layers, which never ends, or
+A config that was damaged or made by a stranger may ask for a billion layers, which never ends, or
 for pictures of a terabyte. The weights say which numbers are possible: a layer has at least a
 tensor, and a width is an axis of one.
 """
