@@ -109,18 +109,6 @@ def find_rank(launcher: int, rank: int) -> int:
     return 0
 
 
-def test_two_killed_processes_resume(tmp_path: Path) -> None:
-    """With dropout, whose random numbers differ between ranks."""
-    config = runs.write_run_config(tmp_path, steps=30)
-    complete, killed = tmp_path / "complete", tmp_path / "killed"
-    train(config, f"out={complete}")
-    with start_ranks(config, f"out={killed}"):
-        wait_for_steps(killed)  # the end of the block kills the ranks
-    assert 7 < len(read_values(killed)) < 30, "the run had to be killed in its middle"
-    train(config, f"out={killed}", "--resume")
-    assert read_values(killed) == read_values(complete)
-
-
 def test_torchrun_restarts_after_a_killed_rank(tmp_path: Path) -> None:
     """With dropout, whose random numbers differ between ranks; rank 0 holds the lock."""
     config = runs.write_run_config(tmp_path, steps=30)

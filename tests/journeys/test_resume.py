@@ -7,8 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from helpers import runs
 from helpers.processes import run_process, start_process
+from vlduet.cli.main import app
+from vlduet.errors import VLDuetError
 from vlduet.logs import read_metrics
 
 
@@ -50,11 +54,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_resuming_with_another_config_is_refused(tmp_path: Path) -> None:
-    config = runs.write_run_config(tmp_path, steps=2)
-    run_process(train_command(config), check=True)
-    changed = train_command(config, "train.lr=0.5", "--resume")
-    refused = run_process(changed)
-    assert refused.returncode == 1
-    assert "train.lr was 0.01, is 0.5" in refused.stderr and "Traceback" not in refused.stderr
-    restarted = run_process(train_command(config))
-    assert restarted.returncode == 1 and "--resume" in restarted.stderr
+    command = ["train", str(runs.write_run_config(tmp_path, steps=2))]
+    runner = CliRunner()
+    assert runner.invoke(app, command).exit_code == 0
+    changed = runner.invoke(app, [*command, "train.lr=0.5", "--resume"])
+    assert isinstance(changed.exception, VLDuetError)
+    assert "train.lr was 0.01, is 0.5" in str(changed.exception)
+    restarted = runner.invoke(app, command)
+    assert isinstance(restarted.exception, VLDuetError)
+    assert "--resume" in str(restarted.exception)
