@@ -9,8 +9,7 @@
     config.json, ...       the base checkpoint itself, if the folder is self-contained (base ".")
 
 The base is named relative to the folder, with its fingerprint. It is not copied unless the model is
-merged. The two ``.safetensors`` of ours are then in the subfolder ``vlduet/``: vLLM and others load
-all that lie beside the weights. `model/saving.py` applies this format to a `DuetModel`.
+merged. `model/saving.py` applies this format to a `DuetModel`.
 """
 
 from __future__ import annotations
@@ -51,8 +50,6 @@ MANIFEST_NAME = "vlduet.json"
 """File name of the manifest."""
 TENSORS_NAME = "duet.safetensors"
 GOLDEN_NAME = "golden.safetensors"
-MERGED_SUBFOLDER = "vlduet"
-"""Subfolder with both of these in a self-contained folder; earlier versions had none."""
 GOLDEN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
 """Largest accepted 1 - cosine between saved and recomputed golden vectors, by dtype of the
 weights."""
@@ -121,10 +118,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     base_folder = _locate_base(folder, manifest)
     verification.verify_base(base_folder, manifest, place=path)
     with translate_library_errors(folder, subject="model folder"):
-        own_folder = folder / MERGED_SUBFOLDER  # that it is complete has been verified
-        own_folder = own_folder if own_folder.is_dir() else folder
-        tensors = load_file(own_folder / TENSORS_NAME)
-        golden_vectors = load_file(own_folder / GOLDEN_NAME)["vectors"]
+        tensors = load_file(folder / TENSORS_NAME)
+        golden_vectors = load_file(folder / GOLDEN_NAME)["vectors"]
     if manifest["head"]["dim"] > max(golden_vectors.shape):  # before a head of this size is made
         message = f"head.dim is {manifest['head']['dim']}, {GOLDEN_NAME} has vectors "
         raise ModelError(f"{message}{[*golden_vectors.shape]}", place=path, fix=COPY_AGAIN)
@@ -228,9 +223,8 @@ def write_checkpoint(
 ) -> None:
     """Write the files of a model into an existing folder (in `replace_folder_atomically`).
 
-    They are vlduet.json, duet.safetensors and golden.safetensors, both in the subfolder ``vlduet``
-    if `base` is None, and perhaps ``adapter/``. Raises FileNotFoundError if the base has no
-    config.json.
+    They are vlduet.json, duet.safetensors, golden.safetensors, and perhaps ``adapter/``. Raises
+    FileNotFoundError if the base has no config.json.
 
     Args:
         folder: folder to write into; with base None it already holds the checkpoint's files.
@@ -254,10 +248,8 @@ def write_checkpoint(
         **description,
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in own_tensors.items()}
-    own_folder = folder if base is not None else folder / MERGED_SUBFOLDER
-    own_folder.mkdir(exist_ok=True)
-    save_file(tensors, own_folder / TENSORS_NAME)
-    save_file({"vectors": golden_vectors.contiguous()}, own_folder / GOLDEN_NAME)
+    save_file(tensors, folder / TENSORS_NAME)
+    save_file({"vectors": golden_vectors.contiguous()}, folder / GOLDEN_NAME)
     if chat_template is not None:
         (folder / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
     if save_adapter is not None:

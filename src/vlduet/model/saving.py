@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from vlduet.errors import ModelError
 from vlduet.files import recover_folder, replace_folder_atomically
 from vlduet.hub import resolve_model
-from vlduet.library_errors import translate_library_errors
+from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model import checkpoint
 from vlduet.model.adapters import save_lora
 from vlduet.model.backbone import load_backbone, select_device
@@ -24,11 +25,17 @@ from vlduet.model.prompts import Prompts
 from vlduet.model.sentence_transformers_export import write_published_files
 from vlduet.model.sentence_transformers_format import PublishedModel, read_published_model
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts
+from vlduet.structured_files import read_safetensors_header
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
     ModelT = TypeVar("ModelT", bound=DuetModel)
+
+WEIGHTS_NAME = "model.safetensors"
+"""File of the weights of a checkpoint that has a single one."""
+WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+"""File in which transformers names the file of every weight."""
 
 
 def describe_embedding(model: DuetModel) -> dict[str, Any]:
@@ -121,10 +128,26 @@ def save_merged(
     with replace_folder_atomically(Path(folder), marker=marker) as temporary:
         model.merge_adapter()
         model.backbone.save_pretrained(temporary)
+        _write_weights_index(temporary)
         write_published_files(model, temporary)
         _write_model(model, temporary, base=None, provenance=provenance or {})
     model.backbone.folder = Path(folder)
     model.backbone.saved_fingerprint = None
+
+
+def _write_weights_index(folder: Path) -> None:
+    """Write the index of a checkpoint with one file of weights; one with several has it already.
+
+    Without an index, vLLM loads every ``.safetensors`` in the folder, ours included.
+    """
+    index_path = folder / WEIGHTS_INDEX_NAME
+    if index_path.exists():
+        return
+    path = folder / WEIGHTS_NAME
+    _, tensors = read_safetensors_header(path, error_class=ModelError, fix=COPY_AGAIN)
+    weight_map = dict.fromkeys(tensors, WEIGHTS_NAME)
+    index = {"metadata": {"total_size": path.stat().st_size}, "weight_map": weight_map}
+    index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_model(
