@@ -157,7 +157,7 @@ def limit(
     from vlduet.files import require_empty_folder
     from vlduet.hub import resolve_model
     from vlduet.locks import lock_output
-    from vlduet.model.checkpoint import read_checkpoint
+    from vlduet.model.checkpoint import read_provenance
     from vlduet.model.duet import DuetModel
 
     if max_tokens is None and max_image_tokens is None:
@@ -167,7 +167,7 @@ def limit(
         model = DuetModel.from_pretrained(
             folder, max_tokens=max_tokens, max_image_tokens=max_image_tokens
         )
-        provenance = read_checkpoint(resolve_model(folder)).manifest.get("provenance", {})
+        provenance = read_provenance(resolve_model(folder))
         model.save_pretrained(out, provenance={**provenance, "limits_of": str(folder)})
     logger.info(f"{out} is ready: {json.dumps(model.limits.to_dict())}")
 
@@ -183,12 +183,12 @@ def merge(
     from vlduet.files import require_empty_folder
     from vlduet.hub import resolve_model
     from vlduet.locks import lock_output
-    from vlduet.model.checkpoint import read_checkpoint
+    from vlduet.model.checkpoint import read_provenance
     from vlduet.model.duet import DuetModel
 
     with lock_output(out):
         require_empty_folder(out)
         model = DuetModel.from_pretrained(folder)
-        provenance = read_checkpoint(resolve_model(folder)).manifest.get("provenance", {})
+        provenance = read_provenance(resolve_model(folder))
         model.save_merged(out, provenance={**provenance, "merged_from": str(folder)})
     logger.info(f"{out} is ready")

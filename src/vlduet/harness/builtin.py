@@ -36,7 +36,7 @@ from vlduet.eval.run import evaluate
 from vlduet.hub import resolve_model
 from vlduet.logs import logger, track_progress
 from vlduet.model.backbone import select_device
-from vlduet.model.checkpoint import MANIFEST_NAME, read_checkpoint
+from vlduet.model.checkpoint import MANIFEST_NAME, read_provenance
 from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
 from vlduet.model.feature_cache import FeatureCache
@@ -135,9 +135,9 @@ def read_training(folder: Path) -> dict[str, Any]:
     checkpoint and for a model whose manifest does not say it. In the config, what does not decide
     the weights is left out: the folder of the run, caches, validation and intervals.
 
-    Raises ModelError as `read_checkpoint` does.
+    Raises ModelError as `read_provenance` does.
     """
-    provenance = read_checkpoint(folder).manifest.get("provenance", {})
+    provenance = read_provenance(folder)
     if not provenance.keys() >= {"config", "steps", "records"}:
         return {}
     config = {key: value for key, value in provenance["config"].items() if key != "out"}

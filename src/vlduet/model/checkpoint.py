@@ -134,6 +134,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template)
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return the facts about the origin of a model folder; {} for all other folders.
+
+    No file but the manifest is read. Raises as `read_checkpoint` does for the manifest alone.
+    """
+    path = folder / MANIFEST_NAME
+    return dict(_read_manifest(path).get("provenance", {})) if path.is_file() else {}
+
+
 def find_damage(folder: Path) -> tuple[list[str], int]:
     """Return a line for each damaged file of a model folder, and the number of verified files.
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from helpers import tiny
 from helpers.tiny_published import IDENTITY, build_published
 from vlduet.cli.main import app
-from vlduet.harness.builtin import can_generate
+from vlduet.harness.builtin import can_generate, read_training
+from vlduet.model.checkpoint import read_provenance
 from vlduet.model.duet import DuetModel
 
 RUNNER = CliRunner()
@@ -44,6 +45,19 @@ def test_a_transformer_below_the_folder_is_checked(tmp_path: Path) -> None:
     run_command("model", "check", folder)
     assert can_generate(folder) and can_generate(folder / "0_Transformer")
     assert not can_generate(tmp_path)
+
+
+def test_a_transformer_below_the_folder_is_merged_limited_and_evaluated(tmp_path: Path) -> None:
+    folder = build_published(tmp_path / "model", path="0_Transformer")
+    assert read_training(folder) == {}
+    run_command("model", "limit", folder, tmp_path / "limited", "--max-tokens", 200)
+    run_command("model", "merge", tmp_path / "limited", tmp_path / "merged")
+    run_command("model", "merge", folder, tmp_path / "direct")
+    assert read_provenance(tmp_path / "direct") == {"merged_from": str(folder)}
+    assert read_provenance(tmp_path / "merged") == {
+        "limits_of": str(folder),
+        "merged_from": str(tmp_path / "limited"),
+    }
 
 
 def test_a_published_model_is_indexed_searched_trained_and_saved(tmp_path: Path) -> None:
