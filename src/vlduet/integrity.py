@@ -236,6 +236,18 @@ def find_manifest_damage(
     return damage + find_damage(folder, get_listed_files(manifest), reread=reread)
 
 
+def describe_damage(
+    folder: Path, manifest: Mapping[str, Any], *, name: str
+) -> tuple[list[str], int]:
+    """Return a line for each file that `find_manifest_damage` finds, and the number of listed ones.
+
+    All of them are read.
+    """
+    damage = find_manifest_damage(folder, manifest, name=name, reread=True)
+    lines = [f"{folder / file_name}: {reason}" for file_name, reason in damage]
+    return lines, len(get_listed_files(manifest))
+
+
 def verify_manifest(
     folder: Path,
     manifest: Mapping[str, Any],

@@ -20,7 +20,7 @@ from vlduet.corpora.build import Corpus, CorpusSummary, PackageFolders
 from vlduet.corpora.packages import PACKAGES, fetch_package
 from vlduet.errors import DataError, PackageError, suggest_name
 from vlduet.files import recover_folder, replace_folder_atomically
-from vlduet.integrity import find_manifest_damage, get_listed_files
+from vlduet.integrity import describe_damage, find_manifest_damage, get_listed_files
 from vlduet.logs import logger
 from vlduet.structured_files import FieldTypes, read_json_object
 
@@ -131,11 +131,7 @@ def find_corpus_damage(folder: Path) -> tuple[list[str], int]:
 
     All of them are read. Raises DataError if manifest.json is missing or broken.
     """
-    manifest = _read_manifest(folder)
-    damage = find_manifest_damage(folder, manifest, name=MANIFEST_NAME, reread=True)
-    return [f"{folder / name}: {reason}" for name, reason in damage], len(
-        get_listed_files(manifest)
-    )
+    return describe_damage(folder, _read_manifest(folder), name=MANIFEST_NAME)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

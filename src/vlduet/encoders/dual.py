@@ -36,13 +36,7 @@ from vlduet.encoders.loading import Device, fingerprint_encoder, open_encoder
 from vlduet.errors import DataError, ModelError
 from vlduet.files import replace_folder_atomically
 from vlduet.hub import describe_snapshot, find_base, resolve_model
-from vlduet.integrity import (
-    find_manifest_damage,
-    get_listed_files,
-    hash_files,
-    seal_manifest,
-    verify_manifest,
-)
+from vlduet.integrity import describe_damage, hash_files, seal_manifest, verify_manifest
 from vlduet.library_errors import translate_library_errors
 from vlduet.model import checkpoint
 from vlduet.model.backbone import eval_mode, select_device
@@ -257,15 +251,14 @@ def find_damage(folder: Path) -> tuple[list[str], int]:
     ModelError if the manifest is broken or an encoder is missing.
     """
     manifest = _read_manifest_file(folder)
-    damage = find_manifest_damage(folder, manifest, name=MANIFEST_NAME, reread=True)
-    lines = [f"{folder / name}: {reason}" for name, reason in damage]
+    lines, num_files = describe_damage(folder, manifest, name=MANIFEST_NAME)
     for description in manifest["encoders"].values():
         encoder_folder = _locate_encoder(folder, description)
         saved = description["fingerprint"]
         hash_files(encoder_folder, hash_checkpoint(encoder_folder), reread=True)
         if fingerprint_encoder(encoder_folder, like=saved) != saved:
             lines.append(f"{encoder_folder}: is not the encoder of the training")
-    return lines, len(get_listed_files(manifest))
+    return lines, num_files
 
 
 def _check_sizes(folder: Path, manifest: Mapping[str, Any]) -> None:

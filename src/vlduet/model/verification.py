@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlduet.errors import ModelError
-from vlduet.integrity import find_damage, find_manifest_damage, get_listed_files
+from vlduet.integrity import describe_damage, find_damage, get_listed_files
 from vlduet.model.fingerprints import fingerprint_checkpoint
 
 
@@ -46,12 +46,11 @@ def find_model_damage(
         base_folder: folder of its base, perhaps the same.
         manifest: content of the manifest, which is in a file `manifest_name`.
     """
-    damage = find_manifest_damage(folder, manifest, name=manifest_name, reread=True)
-    lines = [f"{folder / name}: {reason}" for name, reason in damage]
+    lines, num_files = describe_damage(folder, manifest, name=manifest_name)
     base_files = get_listed_files(manifest, "base_files")
     for name, reason in find_damage(base_folder, base_files, reread=True):
         lines.append(f"{base_folder / name}: {reason}")
     saved = manifest["base_fingerprint"]
     if not lines and fingerprint_checkpoint(base_folder, like=saved) != saved:
         lines.append(f"{base_folder}: is not the base that the model was trained from")
-    return lines, len(get_listed_files(manifest, "files")) + len(base_files)
+    return lines, num_files + len(base_files)

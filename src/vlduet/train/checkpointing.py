@@ -25,12 +25,7 @@ from vlduet.data.stream import Sample
 from vlduet.errors import TrainingError, quote_value
 from vlduet.files import recover_folder, replace_folder_atomically, write_text_atomically
 from vlduet.hub import Kind, list_commits
-from vlduet.integrity import (
-    find_manifest_damage,
-    get_listed_files,
-    seal_manifest,
-    verify_manifest,
-)
+from vlduet.integrity import describe_damage, seal_manifest, verify_manifest
 from vlduet.library_errors import translate_library_errors
 from vlduet.logs import logger
 from vlduet.recipes.registry import find_recipe
@@ -151,8 +146,7 @@ def find_state_damage(folder: Path) -> tuple[list[str], int]:
     All of them are read. Raises TrainingError if state.json is missing or broken.
     """
     facts = read_json_object(folder / STATE_FILE, error_class=TrainingError, fix=DAMAGE_REMEDY)
-    damage = find_manifest_damage(folder, facts, name=STATE_FILE, reread=True)
-    return [f"{folder / name}: {reason}" for name, reason in damage], len(get_listed_files(facts))
+    return describe_damage(folder, facts, name=STATE_FILE)
 
 
 def _trained_tensors(run: TrainingRun) -> dict[str, Tensor]:
