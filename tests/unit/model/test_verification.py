@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from helpers import tiny
+from helpers.restored_folders import restore_folder
 from vlduet.cli.main import app
 from vlduet.errors import ConfigError, ModelError
 from vlduet.model.backbone import load_backbone
@@ -41,10 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def damaged(folders: Path) -> Iterator[Path]:
     """The folders, which are restored at the end."""
-    shutil.copytree(folders, folders.with_name("copy"))
-    yield folders
-    shutil.rmtree(folders)
-    folders.with_name("copy").rename(folders)
+    with restore_folder(folders):
+        yield folders
 
 
 def flip(path: Path, position: int) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.fake_embedder import FakeModel, paint, write_records
+from helpers.restored_folders import restore_folder
 from vlduet.errors import RetrievalError
 from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index, IndexManifest, find_index_damage
@@ -41,10 +41,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def index(built: Path) -> Iterator[Path]:
     """The same index, which is restored at the end."""
-    shutil.copytree(built, built.with_name("copy"))
-    yield built
-    shutil.rmtree(built)
-    built.with_name("copy").rename(built)
+    with restore_folder(built):
+        yield built
 
 
 def list_names(index: Path) -> list[str]:
