@@ -3,6 +3,7 @@
 The builder of a corpus turns unpacked packages into `CorpusSample`s. `write_corpus` writes them as
 
     train.jsonl  val.jsonl  test.jsonl    records; image paths are relative to the file
+    base.jsonl                            in some corpora: records that only nano is made of
     images/...                            PNG or JPEG, longer side at most MAX_IMAGE_SIDE pixels
     COPYRIGHT-*.txt                       copyright files of the packages
     README.md                             description, licence, attribution, sources, counts, splits
@@ -36,6 +37,8 @@ MAX_IMAGE_SIDE = 512
 SVG_HEIGHT = 256
 """Pixels of the height that SVG drawings are rendered to, unless a corpus chooses another."""
 SPLITS = ("train", "val", "test")
+BASE_SPLIT = "base"
+"""Split of which only the default model is made (`experiments/nano`); few corpora have one."""
 
 PackageFolders = Mapping[str, Path]
 """Unpacked folder of each package by the package's name."""
@@ -64,7 +67,7 @@ class CorpusSample:
     record: dict[str, Any]
     """The record as in a records file, with a `CorpusImage` in place of every image path."""
     split: str
-    """``train``, ``val`` or ``test``."""
+    """``train``, ``val``, ``test`` or ``base``."""
 
     def images(self) -> list[CorpusImage]:
         """Return all images of the record, in reading order."""
@@ -113,16 +116,19 @@ class CorpusSummary:
 # --------------------------------------------------------------------- splits
 
 
-def assign_split(group_name: str, *, test: float, val: float) -> str:
-    """Return ``train``, ``val`` or ``test`` for a whole group, from the hash of its name.
+def assign_split(group_name: str, *, test: float, val: float, base: float = 0.0) -> str:
+    """Return ``train``, ``val``, ``test`` or ``base`` for a group, from the hash of its name.
 
     A group keeps its split when the corpus changes around it: nothing else has an influence.
-    `test` and `val` are the expected shares of groups in these splits; all others are in train.
+    `test`, `val` and `base` are the expected shares of groups in these splits; all others are in
+    train.
     """
     digest = hashlib.sha256(group_name.encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
     if position < test:
         return "test"
+    if position >= 1 - base:
+        return BASE_SPLIT
     return "val" if position < test + val else "train"
 
 
@@ -265,16 +271,17 @@ def write_corpus(
     assert len(distinct_names) == len(corpus_images), "image names differ in case only"
     for image in track_progress(list(corpus_images.values()), label=f"writing {corpus.name}"):
         write_file(image.name, image.encode())
-    for split in SPLITS:
+    counts = Counter(sample.split for sample in samples)
+    splits = list(dict.fromkeys((*SPLITS, *counts)))
+    for split in splits:
         lines = [_format_record(sample.record) for sample in samples if sample.split == split]
         write_file(f"{split}.jsonl", "".join(lines).encode())
     for name, data in (notices or {}).items():
         write_file(name, data)
-    counts = Counter(sample.split for sample in samples)
     write_file("README.md", _format_readme(corpus, packages, counts, len(corpus_images)).encode())
     manifest: dict[str, Any] = {
         **describe_origin(corpus, packages),
-        "records": {split: counts[split] for split in SPLITS},
+        "records": {split: counts[split] for split in splits},
         "images": len(corpus_images),
     }
     manifest = seal_manifest(manifest, folder)
@@ -314,7 +321,8 @@ def _format_readme(
     corpus: Corpus, packages: Sequence[Package], counts: Counter[str], num_images: int
 ) -> str:
     """Return the text of the corpus's README.md; `counts` has the number of records by split."""
-    rows = "\n".join(f"| {split} | {counts[split]} |" for split in SPLITS)
+    splits = dict.fromkeys((*SPLITS, *counts))
+    rows = "\n".join(f"| {split} | {counts[split]} |" for split in splits)
     sources = "\n".join(f"- {package} (SHA-256 `{package.sha256}`)" for package in packages)
     return f"""# {corpus.name}
 

@@ -22,6 +22,8 @@ from vlduet.logs import track_progress
 
 TEST_SHARE = 0.10
 VAL_SHARE = 0.05
+BASE_SHARE = 0.60
+"""Share of the concepts that the default model is made of, and that nothing else uses."""
 RENDER_HEIGHT = 160
 """Pixels of the height of all drawings: enough for the encoders, a third of the work of 256."""
 
@@ -90,7 +92,9 @@ def build_samples(folders: PackageFolders) -> Iterator[CorpusSample]:
     groups.union_near_duplicates(fingerprints)
     for i, (drawing, concept) in enumerate(zip(drawings, concepts, strict=True)):
         group = drawings[groups.find(i)].emoji.hexcode
-        split = build.assign_split(f"emoji:{group}", test=TEST_SHARE, val=VAL_SHARE)
+        split = build.assign_split(
+            f"emoji:{group}", test=TEST_SHARE, val=VAL_SHARE, base=BASE_SHARE
+        )
         yield CorpusSample(_make_record(drawing, concept), split)
 
 
