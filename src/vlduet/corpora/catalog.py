@@ -15,7 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlduet.corpora import build, campaigns, emoji, endless_sky, gimp_help, maps, stamps, wesnoth
+from vlduet.corpora import (
+    build,
+    campaigns,
+    clipart,
+    emoji,
+    endless_sky,
+    gimp_help,
+    maps,
+    stamps,
+    wesnoth,
+)
 from vlduet.corpora.build import Corpus, CorpusSummary, PackageFolders
 from vlduet.corpora.packages import PACKAGES, fetch_package
 from vlduet.errors import DataError, PackageError, suggest_name
@@ -34,6 +44,7 @@ _BUILDERS = {
     "endless-sky": endless_sky.build_samples,
     "gimp-help": gimp_help.build_samples,
     "maps": maps.build_samples,
+    "clipart": clipart.build_samples,
 }
 
 
