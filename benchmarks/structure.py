@@ -32,7 +32,7 @@ from vlduet.model import nano
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
-from vlduet.recipes import sugar
+from vlduet.recipes import prefixes, sugar
 
 ENCODER_DIMS = {"vision": 2 * nano.NUM_FEATURES, "text": 384, "cross": 256}
 LORA = LoraSettings(rank=16, alpha=32, targets="qv")
@@ -98,7 +98,8 @@ def prepare_contenders(folder: Path, records: list[Record]) -> dict[str, Callabl
     def compute_structure_loss() -> None:
         embeddings = fixed_readout.embeddings.detach().requires_grad_()
         readout = replace(fixed_readout, embeddings=embeddings)
-        sugar.compute_structure_loss(readout, options).backward()
+        loss = prefixes.compute_structure_loss(readout, options, roles=sugar.PREFIX_ROLES)
+        loss.backward()
 
     return {
         "joint step": run_step,

@@ -24,7 +24,7 @@ from vlduet.data.stream import Sample
 from vlduet.model.adapters import LoraSettings
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import Readout, concatenate_readouts, create_empty_readout
-from vlduet.recipes import sugar, vladva
+from vlduet.recipes import duet, sugar, vladva
 from vlduet.train.gradcache import compute_cached_losses
 
 CHUNK_TOKENS = 60
@@ -60,6 +60,10 @@ SUGAR_EXTENSIONS = sugar.SugarOptions(
     triple=False,
     pair_order="either",
 )
+DUET = {
+    "recipe": duet,
+    "weights": {"contrastive": 1.0, "language": 0.7, "structure": 0.3},
+}
 ONLY_LANGUAGE = {"contrastive": 0.0, "language": 1.0}
 CASES = {
     "contrastive": Case(weights={"contrastive": 1.0, "language": 0.0}),
@@ -82,8 +86,11 @@ CASES = {
     "sugar, chunked": Case(**SUGAR, is_chunked=True),
     "sugar, empty rank": Case(**SUGAR, first_share=0),
     "sugar, extensions": Case(**{**SUGAR, "options": SUGAR_EXTENSIONS}),
+    # Rank 0 has pairs alone.
+    "duet": Case(**DUET, options=duet.DuetOptions(guide="cross")),
+    "duet, chunked": Case(**DUET, options=duet.DuetOptions(loss="kl", k=2), is_chunked=True),
 }
-CASES_OF_FOUR_RANKS = ("joint", "chunked", "sugar")
+CASES_OF_FOUR_RANKS = ("joint", "chunked", "sugar", "duet")
 """Cases that four ranks compute too; the third rank has no record."""
 
 
@@ -146,6 +153,8 @@ def make_documents() -> list[Record]:
 def render_share(model: DuetModel, case: Case, rank: int, world_size: int) -> list[Sequence]:
     """Return the sequences of one rank's records."""
     records = make_documents() if case.recipe is sugar else make_pairs()
+    if case.recipe is duet:
+        records += make_documents()
     if case.starts_with_chat:
         turns = (Message("user", ("hello",)), Message("assistant", ("good day",)))
         records = [Record("c0", messages=turns), *records]
@@ -153,7 +162,7 @@ def render_share(model: DuetModel, case: Case, rank: int, world_size: int) -> li
     sequences: list[Sequence] = []
     for i in range(boundaries[rank], boundaries[rank + 1]):
         sequences += case.recipe.layout(Sample(records[i], i, 0), model.renderer, case.options)
-    if case.recipe is sugar or case.options.guide != "none":
+    if case.recipe is not vladva or case.options.guide != "none":
         sequences = frozen_encoders.build_random_encoders().attach_features(sequences)
     return sequences
 

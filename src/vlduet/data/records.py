@@ -240,6 +240,16 @@ def split_sentences(text: str) -> list[str]:
     white space follows and then neither a lower-case letter nor a digit (so ``3.5`` and ``e.g.
     this`` stay whole). Full-width marks of Chinese and Japanese need no white space.
     """
+    return [text[start:end] for start, end in find_sentences(text)]
+
+
+def find_sentences(text: str) -> list[tuple[int, int]]:
+    """Return the indices [start, end) of the sentences that `split_sentences` returns, in order."""
     cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    sentences = (text[start:end].strip() for start, end in itertools.pairwise(cuts))
-    return [sentence for sentence in sentences if sentence]
+    spans = []
+    for start, end in itertools.pairwise(cuts):
+        sentence = text[start:end].strip()
+        if sentence:
+            first = text.index(sentence, start)
+            spans.append((first, first + len(sentence)))
+    return spans

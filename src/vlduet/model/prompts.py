@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from vlduet.data import content_keys
-from vlduet.data.records import ImageRef, Message, Parts, extract_images
+from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.errors import ConfigError, DataError, quote_value, suggest_name
 from vlduet.model.chat_layout import ChatLayouts
@@ -139,6 +139,20 @@ class Prompts:
             dict(values), place=place, error_class=ConfigError, fix="Correct it", optional=types
         )
         return cls(**{"joined": False, **values})
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPart:
+    """Text or image of a chat in a sequence under construction."""
+
+    segment: int
+    """Index of its segment in the builder."""
+    part: Part
+    """The image, or the text as it is in the sequence: some templates strip it."""
+    role: str
+    """Role of its turn."""
+    is_supervised: bool = False
+    """The tokens of the text are labels."""
 
 
 class Renderer:
@@ -306,7 +320,7 @@ class Renderer:
         return builder.build(self.max_tokens)
 
     def render_document(
-        self, parts: Parts, *, has_prompt: bool = True
+        self, parts: Parts, *, has_prompt: bool = True, has_end_token: bool = True
     ) -> tuple[SequenceBuilder, list[int]]:
         """Render as many leading parts of a document as fit `max_tokens`; texts are labels.
 
@@ -316,6 +330,7 @@ class Renderer:
         Args:
             parts: images and texts in order, at least one.
             has_prompt: surround them by the prompt for their kinds.
+            has_end_token: False writes no end-of-text token.
 
         Returns:
             The builder, to which the caller adds anchors, and the segment of every part that fits:
@@ -339,7 +354,7 @@ class Renderer:
             segments.append(append_part(self, builder, parts, index=i, supervised=True))
             part_ends.append(len(builder.segments))
         # The end of text after an image would teach the model to leave images without a caption.
-        if len(segments) == len(parts) and isinstance(parts[-1], str):
+        if has_end_token and len(segments) == len(parts) and isinstance(parts[-1], str):
             self._append_end_of_text(builder)
         builder.append_control(after)
         counts = builder.count_tokens()
@@ -403,13 +418,32 @@ class Renderer:
             ImageError: an image cannot be decoded.
             ConfigError: the checkpoint has no chat template, or it loses content.
         """
-        texts = [p for message in messages for p in message.parts if isinstance(p, str)]
-        images = extract_images(part for message in messages for part in message.parts)
+        builder, _ = self.render_chat_parts(messages, add_generation_prompt=add_generation_prompt)
+        return builder.build(self.max_tokens)
+
+    def render_chat_parts(
+        self, messages: tuple[Message, ...], *, add_generation_prompt: bool
+    ) -> tuple[SequenceBuilder, list[ChatPart]]:
+        """Render a conversation as `render_chat` does, for a caller that adds anchors.
+
+        Returns:
+            The builder, whose `build` cuts texts, and all texts and images in order.
+
+        Raises:
+            ImageError, ConfigError: as `render_chat`.
+            DataError: the template refuses the chat.
+        """
+        places = [(message.role, part) for message in messages for part in message.parts]
+        texts = [(role, part) for role, part in places if isinstance(part, str)]
+        images = [(role, part) for role, part in places if isinstance(part, ImageRef)]
         builder = self.new_builder()
+        parts = []
         layout = self.layouts.layout(messages, add_generation_prompt=add_generation_prompt)
         for part in layout:
             if part.kind == "image":
-                builder.append_image(self.prepare_image(images[part.index]))
+                role, image = images[part.index]
+                segment = builder.append_image(self.prepare_image(image))
+                parts.append(ChatPart(segment, image, role))
                 continue
             supervised, starts_answer = part.is_supervised, part.is_answer_start
             if part.kind == "control":
@@ -417,11 +451,12 @@ class Renderer:
                     part.text, supervised=supervised, starts_answer=starts_answer
                 )
                 continue
-            text = texts[part.index]
+            role, text = texts[part.index]
             text = text.lstrip() if part.strips[0] else text
             text = text.rstrip() if part.strips[1] else text
-            builder.append_text(text, supervised=supervised, starts_answer=starts_answer)
+            segment = builder.append_text(text, supervised=supervised, starts_answer=starts_answer)
+            parts.append(ChatPart(segment, text, role, supervised))
             if part.lacks_end:
                 for token_id in self.eos_token_ids[:1]:
                     builder.append_token(token_id, supervised=supervised)
-        return builder.build(self.max_tokens)
+        return builder, parts

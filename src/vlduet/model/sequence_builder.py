@@ -16,6 +16,7 @@ labels and anchors follow from character offsets.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
@@ -53,6 +54,21 @@ class AnchorRequest:
     """The anchor with a span to be replaced."""
     span: tuple[int, int | None] | None = None
     """Tokens to read in place of those of the segment; None as their end: the segment's."""
+    text_end: int | None = None
+    """Read the token that covers the character before this index of the segment's text instead."""
+    needs_prefix: bool = False
+    """Leave the anchor out if text at or before its end is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SegmentTokens:
+    """Tokens of a segment."""
+
+    token_ids: list[int]
+    num_shared: int
+    """Number of leading tokens that also cover the segment before, 0 or 1."""
+    starts: list[int]
+    """Index in the segment's text of the first character of every token; negative before it."""
 
 
 @dataclass(slots=True)
@@ -78,7 +94,7 @@ class SequenceBuilder:
     anchor_requests: list[AnchorRequest] = field(default_factory=list)
     trailing_control: str = ""
     """Control text that the sequence ends with; empty after user text and images."""
-    _tokens: list[tuple[list[int], int]] = field(default_factory=list)
+    _tokens: list[_SegmentTokens] = field(default_factory=list)
     """Result of `_tokenize` for the present segments; empty if it is unknown."""
 
     def append_control(
@@ -165,6 +181,35 @@ class SequenceBuilder:
         anchor = Anchor(0, 1, role, record_name, content_key, slices)
         self.anchor_requests.append(AnchorRequest(segment, is_last, anchor, span))
 
+    def add_prefix_anchor(
+        self,
+        segment: int,
+        *,
+        role: str,
+        record_name: str,
+        slices: tuple[Slice, ...],
+        text_end: int | None = None,
+        is_mean: bool = False,
+    ) -> None:
+        """Add an anchor that stands for everything up to it.
+
+        If a text at or before it is cut, it is left out of the sequence, for its content would be
+        another one.
+
+        Args:
+            segment: index of a segment with tokens.
+            role: field of the anchor, as `record_name` and `slices`. Its `content_key` is made of
+                the keys of the slices.
+            text_end: read the token that covers the character before this index of the segment's
+                text, even one that also covers what follows; None: the segment's last token.
+            is_mean: read the mean of all tokens of the segment instead.
+        """
+        content_key = "|".join(part.content_key for part in slices)
+        anchor = Anchor(0, 1, role, record_name, content_key, slices)
+        self.anchor_requests.append(
+            AnchorRequest(segment, not is_mean, anchor, text_end=text_end, needs_prefix=True)
+        )
+
     def drop_segments(self, count: int) -> None:
         """Remove all segments but the first `count`, in place. No anchor may be in the others."""
         self._tokens = []
@@ -177,8 +222,8 @@ class SequenceBuilder:
         """Return the number of tokens up to the end of every segment, as if nothing followed."""
         num_tokens = self._num_bos_tokens()
         counts = []
-        for token_ids, _ in self._tokenize():
-            num_tokens += len(token_ids)
+        for tokens in self._tokenize():
+            num_tokens += len(tokens.token_ids)
             counts.append(num_tokens)
         return counts
 
@@ -190,8 +235,8 @@ class SequenceBuilder:
         beginning = next((segment.text for segment in self.segments if segment.text), "")
         return int(not beginning.startswith(bos))
 
-    def _tokenize(self) -> list[tuple[list[int], int]]:
-        """Return the token ids of every segment, and how many of them also cover the one before."""
+    def _tokenize(self) -> list[_SegmentTokens]:
+        """Return the tokens of every segment."""
         if not self._tokens:
             if self.joined:
                 self._tokens = self._tokenize_joined(self.segments, continues=False)
@@ -202,9 +247,7 @@ class SequenceBuilder:
                         self._tokens += self._tokenize_joined(apart, continues=False)
         return self._tokens
 
-    def _tokenize_joined(
-        self, segments: list[Segment], *, continues: bool
-    ) -> list[tuple[list[int], int]]:
+    def _tokenize_joined(self, segments: list[Segment], *, continues: bool) -> list[_SegmentTokens]:
         """Return the same for segments whose texts are one string.
 
         `continues` says that they follow others, at whose end the string was cut.
@@ -219,23 +262,38 @@ class SequenceBuilder:
                 before = self._tokenize_joined(segments[:i], continues=continues)
                 return before + self._tokenize_joined(segments[i:], continues=True)
             is_shared = start < len(encoding.starts) and encoding.starts[start] < position
-            position += len(segment.text)
-            end = encoding.num_tokens_before(position)
+            end = encoding.num_tokens_before(position + len(segment.text))
             token_ids = encoding.token_ids[start:end]
+            starts = [first - position for first in encoding.starts[start:end]]
             if segment.image is not None:
                 assert end - start == 1, "an image is one token of the text"
                 token_ids = segment.image.token_ids(self.image_token_id)
-            tokens.append((token_ids, int(is_shared and end > start)))
+                starts = [0] * len(token_ids)
+            tokens.append(_SegmentTokens(token_ids, int(is_shared and end > start), starts))
+            position += len(segment.text)
             start = end
         return tokens
+
+    def _find_token(self, segment: int, text_end: int) -> int:
+        """Return the index of the token that covers the character before an index of a text.
+
+        The first token of the sequence is 0. A character of several tokens has the last of them.
+        """
+        position = text_end - 1 + sum(len(before.text) for before in self.segments[:segment])
+        starts: list[int] = []  # of all tokens, in the text of all segments
+        segment_start = 0
+        for other, tokens in zip(self.segments, self._tokenize(), strict=True):
+            starts += [segment_start + start for start in tokens.starts]
+            segment_start += len(other.text)
+        return self._num_bos_tokens() + max(bisect_right(starts, position) - 1, 0)
 
     def build(self, max_tokens: int) -> Sequence:
         """Return the finished sequence of at most `max_tokens` tokens; the builder stays.
 
         A longer sequence is cut: the longest user text loses tokens at its end, down to one, then
         the next longest. Images, control text and tokens that cover both kinds of text are never
-        cut. Anchors move with their text, and what follows the cut up to the end of the answer is
-        no label.
+        cut. Anchors move with their text (those of `add_prefix_anchor` are left out), and what
+        follows the cut up to the end of the answer is no label.
 
         Raises:
             DataError: images, control text and one token of each user text exceed `max_tokens`.
@@ -246,10 +304,10 @@ class SequenceBuilder:
                 self.tokenizer.encode(self.tokenizer.alias_control(self.bos_text)).token_ids
             )
         spans: list[Span] = []
-        for segment, (token_ids, num_shared) in zip(self.segments, self._tokenize(), strict=True):
-            start, end = draft.append(token_ids, supervised=segment.is_supervised)
+        for segment, tokens in zip(self.segments, self._tokenize(), strict=True):
+            start, end = draft.append(tokens.token_ids, supervised=segment.is_supervised)
             if segment.kind == "text":
-                draft.text_spans.append((start + num_shared, end))
+                draft.text_spans.append((start + tokens.num_shared, end))
             elif segment.image is not None:
                 draft.images.append((start, segment.image))
                 first, last = segment.image.feature_span
@@ -257,13 +315,17 @@ class SequenceBuilder:
             spans.append((start, end))
         for request in self.anchor_requests:
             start, end = spans[request.segment]
-            if request.span is not None:
+            if request.text_end is not None:
+                start = self._find_token(request.segment, request.text_end)
+                end = start + 1
+            elif request.span is not None:
                 end = max(request.span[1] or end, 1)
                 start = min(request.span[0], end - 1)
             elif request.is_last or start == end:
                 end = max(end, 1)
                 start = end - 1
-            draft.anchors.append(replace(request.anchor, start=start, end=end))
+            anchor = replace(request.anchor, start=start, end=end)
+            draft.anchors.append((anchor, request.needs_prefix))
         return draft.build(max_tokens)
 
 
@@ -275,7 +337,8 @@ class _Draft:
     labels: list[int] = field(default_factory=list)
     images: list[tuple[int, PreparedImage]] = field(default_factory=list)
     """Pairs (index of the image's first token, image)."""
-    anchors: list[Anchor] = field(default_factory=list)
+    anchors: list[tuple[Anchor, bool]] = field(default_factory=list)
+    """Anchors, and which of them are left out if a text before their end is cut."""
     text_spans: list[Span] = field(default_factory=list)
     """Spans of the user texts: what may be cut."""
 
@@ -304,7 +367,7 @@ class _Draft:
         return Sequence(
             tuple(self.token_ids),
             tuple(labels),
-            tuple(self.anchors),
+            tuple(anchor for anchor, _ in self.anchors),
             tuple(self.images),
             num_cut_tokens=full_length - len(self.token_ids),
         )
@@ -312,7 +375,8 @@ class _Draft:
     def _cut(self, start: int, end: int) -> None:
         """Remove the tokens [start, end), in place, and shift text spans, images and anchors.
 
-        Spans that reach into the removed tokens end at `start`; an anchor keeps at least one token.
+        Spans that reach into the removed tokens end at `start`; an anchor keeps at least one token,
+        unless it needs what precedes: then it is removed if it ends after `start`.
         The labels that follow, up to the next text or token without a label, are removed.
         """
         del self.token_ids[start:end], self.labels[start:end]
@@ -323,11 +387,13 @@ class _Draft:
         self.text_spans = [(shift(first), shift(last)) for first, last in self.text_spans]
         self.images = [(shift(first), image) for first, image in self.images]
         anchors = []
-        for anchor in self.anchors:
+        for anchor, needs_prefix in self.anchors:
+            if needs_prefix and anchor.end > start:
+                continue
             new_end = shift(anchor.end)
             # A last-token anchor inside the cut moves to the last token that is left.
             new_start = min(shift(anchor.start), new_end - 1)
-            anchors.append(replace(anchor, start=new_start, end=new_end))
+            anchors.append((replace(anchor, start=new_start, end=new_end), needs_prefix))
         self.anchors = anchors
         # The end of the turn does not follow what is left of the text: supervised, it would teach
         # the model to stop early.

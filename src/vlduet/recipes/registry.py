@@ -6,11 +6,12 @@ from typing import Any
 
 from vlduet.config import RunConfig, parse_options
 from vlduet.errors import ConfigError, suggest_name
-from vlduet.recipes import clip, fromage, sugar, vladva
+from vlduet.recipes import clip, duet, fromage, sugar, vladva
 from vlduet.recipes.recipe import BoundRecipe, Recipe
 
 RECIPES: dict[str, Recipe[Any]] = {
-    recipe.name: recipe for recipe in (vladva.RECIPE, sugar.RECIPE, fromage.RECIPE, clip.RECIPE)
+    recipe.name: recipe
+    for recipe in (vladva.RECIPE, sugar.RECIPE, duet.RECIPE, fromage.RECIPE, clip.RECIPE)
 }
 """Name -> recipe. A new method is a file of this package and an entry here."""
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import tiny
 from helpers.word_tokenizers import build_word_tokenizer
-from vlduet.data.sequences import IGNORE_INDEX
+from vlduet.data.sequences import IGNORE_INDEX, Sequence
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
 from vlduet.model.prompts import Renderer
@@ -120,6 +120,31 @@ def test_tokens_that_cover_text_and_prompt_are_not_cut() -> None:
     last_tokens = [decode_all(cut.token_ids[: anchor.end]) for anchor in cut.anchors]
     assert last_tokens == ["Text: red circle", "Text: red circle:\nSummarize:"]
     assert builder.build(100) == complete
+
+
+def test_an_anchor_of_a_prefix_is_read_at_the_token_of_its_last_character() -> None:
+    tokenizer = TextTokenizer(build_word_tokenizer("byte-level BPE, digits apart"))
+    builder = SequenceBuilder(tokenizer, 3, ("", ""), bos_text="<s>")
+    builder.append_control("Text: ")
+    answer = "a red circle:\nit is 12: it is red:"
+    text = builder.append_text(answer, supervised=True)
+    builder.append_control("\nEnd")
+    ends = [answer.index(":") + 1, answer.index("12") + 2, len(answer)]
+    for end in ends:
+        builder.add_prefix_anchor(text, role="", record_name="", slices=(), text_end=end)
+
+    def decode_until(sequence: Sequence, index: int) -> str:
+        token_ids = sequence.token_ids[: sequence.anchors[index].end]
+        return str(tokenizer.tokenizer.decode(list(token_ids)))
+
+    sequence = builder.build(100)
+    texts = [decode_until(sequence, i) for i in range(3)]
+    # The token of a colon also covers the line end after it, the last one the control text's.
+    expected = [f"<s>Text: {answer[:end]}" for end in ends]
+    assert texts == [expected[0] + "\n", expected[1], expected[2] + "\n"]
+    assert all(anchor.end == anchor.start + 1 for anchor in sequence.anchors)
+    cut = builder.build(len(sequence) - 4)
+    assert [decode_until(cut, i) for i in range(len(cut.anchors))] == texts[:2]
 
 
 def test_a_sequence_without_text_to_cut_is_refused(model: DuetModel) -> None:

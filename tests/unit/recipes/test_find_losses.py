@@ -10,6 +10,7 @@ from vlduet.data.records import Message, Record
 from vlduet.data.stream import Sample
 from vlduet.errors import DataError
 from vlduet.model.prompts import Renderer
+from vlduet.recipes.duet import PREFIX_ROLE
 from vlduet.recipes.registry import RECIPES
 
 IMAGE = tiny.random_image(0)
@@ -37,6 +38,7 @@ OPTIONS = {
         {"contrastive_on": "long", "language_on": "short"},
     ],
     "sugar": [{}],
+    "duet": [{}, {"structure_on": "documents"}, {"structure_on": "chats"}],
     "fromage": [{}],
     "clip": [{}],
 }
@@ -59,13 +61,14 @@ def test_losses_by_fields_are_those_with_labels_or_anchors(
             sequences = bound.layout(Sample(record, 0, 0), renderer)
         except DataError:
             sequences = []
-        has_labels = any(sequence.num_labels for sequence in sequences)
-        has_anchors = any(sequence.anchors for sequence in sequences)
-        losses = {
-            loss
-            for loss in recipe.objectives
-            if (has_labels if loss == "language" else has_anchors)
-        }
+        roles = {anchor.role for sequence in sequences for anchor in sequence.anchors}
+        losses = set()
+        if any(sequence.num_labels for sequence in sequences):
+            losses.add("language")
+        if name == "sugar" and roles:
+            losses.add("structure")
+        elif roles:
+            losses.add("structure" if roles == {PREFIX_ROLE} else "contrastive")
         assert set(bound.find_losses(record)) == losses
 
 

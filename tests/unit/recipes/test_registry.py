@@ -14,7 +14,7 @@ from vlduet.recipes.sugar import SugarOptions
 
 
 def test_every_recipe_is_found_by_its_name() -> None:
-    assert sorted(RECIPES) == ["clip", "fromage", "sugar", "vladva"]
+    assert sorted(RECIPES) == ["clip", "duet", "fromage", "sugar", "vladva"]
     for name in RECIPES:
         assert find_recipe(name).name == name
 
@@ -23,7 +23,7 @@ def test_every_recipe_is_found_by_its_name() -> None:
     ("name", "message"),
     [
         ("vladwa", r"recipe.name: unknown recipe 'vladwa'.*Did you mean 'vladva'"),
-        ("", "Known: clip, fromage, sugar, vladva"),
+        ("", "Known: clip, duet, fromage, sugar, vladva"),
     ],
 )
 def test_an_unknown_recipe_is_refused_with_the_known_ones(name: str, message: str) -> None:

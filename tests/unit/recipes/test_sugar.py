@@ -27,8 +27,9 @@ from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.pooling import Readout, create_empty_readout
 from vlduet.objectives.structure import structure_loss
 from vlduet.objectives.sugar_targets import Prefixes, compute_target_matrix
-from vlduet.recipes import sugar
-from vlduet.recipes.sugar import SugarOptions, draw_anchor_positions, layout, objective
+from vlduet.recipes import prefixes
+from vlduet.recipes.prefixes import draw_anchor_positions, select_structure_roles
+from vlduet.recipes.sugar import PREFIX_ROLES, SugarOptions, layout, objective
 
 PROMPTS = replace(tiny.PLAIN_PROMPTS, text="{text}", parts="{parts}")
 EOS = 2
@@ -138,7 +139,8 @@ def test_anchors_are_drawn_by_the_position_of_the_sample(model: DuetModel) -> No
 def test_k_positions_are_drawn_in_order_with_both_modalities(
     is_image: list[bool], k: int, seed: int
 ) -> None:
-    positions = draw_anchor_positions(is_image, k, random.Random(seed))
+    kinds = ["image" if flag else "text" for flag in is_image]
+    positions = draw_anchor_positions(kinds, k, random.Random(seed))
     assert positions == sorted(set(positions))
     assert len(positions) == min(k, len(is_image))
     if k > 1 and len(set(is_image)) == 2:
@@ -146,10 +148,10 @@ def test_k_positions_are_drawn_in_order_with_both_modalities(
 
 
 def test_every_position_can_be_drawn() -> None:
-    is_image = [True, False, False, True, False]
+    kinds = ["image", "text", "text", "image", "text"]
     drawn = set()
     for seed in range(50):
-        drawn |= set(draw_anchor_positions(is_image, 2, random.Random(seed)))
+        drawn |= set(draw_anchor_positions(kinds, 2, random.Random(seed)))
     assert drawn == set(range(5))
 
 
@@ -277,10 +279,14 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_encoders_are_needed_for_a_structure_loss_with_weight(
     options: dict[str, Any], weights: dict[str, float], roles: tuple[str, ...]
 ) -> None:
-    assert sugar.select_encoder_roles(SugarOptions(**options), weights) == roles
+    assert select_structure_roles(SugarOptions(**options), weights) == roles
 
 
 # ------------------------------------------------------------------ losses
+
+
+def compute_loss(readout: Readout, options: SugarOptions) -> Tensor:
+    return prefixes.compute_structure_loss(readout, options, roles=PREFIX_ROLES)
 
 
 def read_batch(model: DuetModel, encoders: FrozenEncoders | None = None, **options: Any) -> Readout:
@@ -323,7 +329,7 @@ def test_structure_loss_compares_slices_by_content(
     model: DuetModel, options: dict[str, Any]
 ) -> None:
     readout = read_batch(model, **options)
-    loss = sugar.compute_structure_loss(readout, SugarOptions(**options))
+    loss = compute_loss(readout, SugarOptions(**options))
     slices: dict[str, Slice] = {}
     for anchor in readout.anchors:
         slices.update((part.content_key, part) for part in anchor.slices)
@@ -365,8 +371,8 @@ def test_slices_are_not_compared_if_the_structure_loss_has_no_weight(
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("slices were compared")
 
-    monkeypatch.setattr(sugar, "slice_cosines", fail)
-    monkeypatch.setattr(sugar, "compute_target_matrix", fail)
+    monkeypatch.setattr(prefixes, "slice_cosines", fail)
+    monkeypatch.setattr(prefixes, "compute_target_matrix", fail)
     no_encoders = FrozenEncoders({}, cache=FeatureCache(None))
     readout = read_batch(model, no_encoders)
     losses = objective(readout, model.logit_scale, SugarOptions())
@@ -379,14 +385,14 @@ def test_features_of_only_some_slices_are_an_assertion_error(model: DuetModel) -
     (with_features,) = encoders.attach_features([layout_one(model, make_story())])
     batch = model.collate([with_features, layout_one(model, make_story(1))])
     with pytest.raises(AssertionError, match="only a part of the slices"):
-        sugar.compute_structure_loss(model(batch), SugarOptions())
+        compute_loss(model(batch), SugarOptions())
 
 
 def test_calibration_changes_the_structure_loss(model: DuetModel) -> None:
     losses: list[Tensor] = []
     for calibrate in (False, True):
         readout = read_batch(model, calibrate=calibrate)
-        losses.append(sugar.compute_structure_loss(readout, SugarOptions(calibrate=calibrate)))
+        losses.append(compute_loss(readout, SugarOptions(calibrate=calibrate)))
     assert bool(torch.stack(losses).isfinite().all())
     assert float(losses[0].detach()) != float(losses[1].detach())
 
@@ -407,11 +413,11 @@ def test_targets_that_hardly_differ_are_logged_once(
         encoder.load = lambda: dict.fromkeys(
             ("image", "text"), lambda parts: torch.ones(len(parts), 3)
         )
-    sugar._log_once.cache_clear()
+    prefixes._log_once.cache_clear()
     for _ in range(2):
-        sugar.compute_structure_loss(read_batch(model, encoders), SugarOptions(target="mean"))
+        compute_loss(read_batch(model, encoders), SugarOptions(target="mean"))
     assert caplog.text.count("nothing to learn") == 1
     caplog.clear()
-    sugar._log_once.cache_clear()
-    sugar.compute_structure_loss(read_batch(model), SugarOptions(target="mean"))
+    prefixes._log_once.cache_clear()
+    compute_loss(read_batch(model), SugarOptions(target="mean"))
     assert "nothing to learn" not in caplog.text
