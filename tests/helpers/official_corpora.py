@@ -94,6 +94,8 @@ def write_builtin(writer: OfficialWriter) -> None:
     """Write all corpora of the built-in suite."""
     write_stamps(writer)
     write_emoji(writer)
+    titles = ("Bee.", "Dog on leash.", "Eiffel tower.", "Red kettle.", "Bee.")
+    write_corpus(writer, "clipart", [{"image": n, "short": t} for n, t in enumerate(titles)])
     for name in ("wesnoth", "endless-sky"):
         units = (("elf", "lawful"), ("orc", "chaotic"), ("elf", "neutral"))
         rows = []

@@ -29,6 +29,7 @@ from vlduet.eval.benchmarks.tasks import (
     Question,
     RetrievalTask,
 )
+from vlduet.eval.examples import evenly_spaced
 from vlduet.eval.metrics import exact_match, token_f1, tokenize_answer
 
 NUM_OPTIONS = 4
@@ -73,7 +74,11 @@ def captioned_images(records: Sequence[Record]) -> list[tuple[Record, ImageRef]]
 
 
 def load_captioned_images(
-    files: OfficialFiles, *, corpora: Sequence[str], long_captions: bool = False
+    files: OfficialFiles,
+    *,
+    corpora: Sequence[str],
+    long_captions: bool = False,
+    max_records: int | None = None,
 ) -> RetrievalTask:
     """Return the task of finding images by captions (``t2i``), and captions by images (``i2t``).
 
@@ -84,13 +89,17 @@ def load_captioned_images(
         files: data folder; the hashes of the splits are stored in `files.hashes`.
         corpora: names of corpora that form one gallery.
         long_captions: use the long caption of a record instead of all its short ones.
+        max_records: number of evenly spaced records to use; None uses all.
 
     Raises:
         DataError: a test split is missing, broken or empty, or no record remains.
     """
     images: list[ImageRef] = []
     captions: list[tuple[int, str]] = []
-    for record in read_splits(files, corpora):
+    records = read_splits(files, corpora)
+    if max_records is not None:
+        records = evenly_spaced(records, max_records)
+    for record in records:
         texts = [record.long] if long_captions else list(record.short)
         if record.image is not None and texts and texts[0]:
             captions += [(len(images), text) for text in texts if text]

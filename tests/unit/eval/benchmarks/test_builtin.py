@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vlduet.data.records import ImageRef, Parts
+from vlduet.eval.benchmarks.builtin import load_captioned_images
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.registry import get_benchmark
 from vlduet.eval.identities import prompt_text
@@ -28,6 +29,14 @@ def test_next_image_query_shows_what_comes_before_and_excludes_it(data: Path) ->
     assert task.positives[0] == (1,)
     assert task.excluded_documents[0] == (0,)
     assert task.queries[1] == ("Third.",)  # its second image repeats the first one
+
+
+def test_a_gallery_of_evenly_spaced_drawings_unites_equal_titles(data: Path) -> None:
+    everything = load_captioned_images(OfficialFiles(data), corpora=["clipart"], max_records=600)
+    assert [len(task) for task in (everything.queries, everything.documents)] == [4, 5]
+    few = load_captioned_images(OfficialFiles(data), corpora=["clipart"], max_records=2)
+    texts = [query[0] for query in few.queries if isinstance(query[0], str)]
+    assert texts == ["Dog on leash.", "Red kettle."]
 
 
 def test_minimal_pairs_differ_in_one_word_within_a_vendor(data: Path) -> None:
