@@ -6,6 +6,7 @@ The public Python API. Names are imported on first use, so that ``import vlduet`
     index = vlduet.Index.open("my-index", model)
     hits = vlduet.search(index, model, "a red car", k=5)
     answer = vlduet.ask(index, model, "Which animal can fly?")
+    names = vlduet.classify(model, images, ["a cat", "a dog"]).predicted_labels
 
 `train_model` runs a `RunConfig` (it is not called ``train``, because that is the sub-package).
 Losses for other training loops are in `vlduet.objectives`. Errors that users can cause are
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vlduet.config import RunConfig
     from vlduet.data.records import ImageRef, Message, Record
     from vlduet.errors import VLDuetError
+    from vlduet.eval.classification import Classification, classify
     from vlduet.model.duet import DuetModel
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.rag import Answer, ask
@@ -31,6 +33,7 @@ __version__ = "0.2.0"
 
 _SOURCE_BY_NAME = {
     "Answer": "vlduet.retrieval.rag:Answer",
+    "Classification": "vlduet.eval.classification:Classification",
     "DuetModel": "vlduet.model.duet:DuetModel",
     "ImageRef": "vlduet.data.records:ImageRef",
     "Index": "vlduet.retrieval.index:Index",
@@ -39,6 +42,7 @@ _SOURCE_BY_NAME = {
     "RunConfig": "vlduet.config:RunConfig",
     "VLDuetError": "vlduet.errors:VLDuetError",
     "ask": "vlduet.retrieval.rag:ask",
+    "classify": "vlduet.eval.classification:classify",
     "search": "vlduet.retrieval.search:search",
     "train_model": "vlduet.train.loop:train",
 }
@@ -46,6 +50,7 @@ _SOURCE_BY_NAME = {
 
 __all__ = [
     "Answer",
+    "Classification",
     "DuetModel",
     "ImageRef",
     "Index",
@@ -55,6 +60,7 @@ __all__ = [
     "VLDuetError",
     "__version__",
     "ask",
+    "classify",
     "search",
     "train_model",
 ]

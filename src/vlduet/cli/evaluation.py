@@ -22,6 +22,7 @@ DATA = "Folder of the official files; 'vlduet eval --list' names them."
 PREDICTIONS = "Answers that another toolkit generated."
 REVIEWS = "Grades that an LLM wrote in another run."
 QUESTIONS = "Question file of LLaVA, for predictions with its ids."
+PAGE = "File of the page of the suite abilities; by default abilities.md in --to."
 BEFORE = "Run of the model before joint training, to show the change of generation."
 
 BenchmarkNames = Annotated[
@@ -43,8 +44,10 @@ def evaluate(
     data: Data = Path("data"),
     to: Runs = Path("runs/eval"),
     suite: Annotated[
-        str | None, typer.Option(help="All of: builtin, discriminative, generative, knowledge.")
+        str | None,
+        typer.Option(help="All of: builtin, abilities, discriminative, generative, knowledge."),
     ] = None,
+    page: Annotated[Path | None, typer.Option("--page", metavar="FILE", help=PAGE)] = None,
     settings: Set = None,
     list_all: Annotated[
         bool, typer.Option("--list", help="List the benchmarks and the files that they need.")
@@ -57,6 +60,8 @@ def evaluate(
     folder. An interrupted run continues when it is started again. A benchmark that fails is logged
     and does not stop the others, but the exit status is 1. Without MODEL or any benchmark, or with
     an unknown name or setting, nothing is run. With --list, only list the benchmarks.
+
+    The suite abilities is printed as one table, and written as a page in Markdown.
     """
     if list_all:
         _print_benchmarks(as_json)
@@ -71,7 +76,28 @@ def evaluate(
     from vlduet.harness.builtin import evaluate_model
 
     scores, failed = evaluate_model(model, benchmarks, data=data, runs=to, settings=parsed_settings)
+    if suite == "abilities":
+        _write_abilities(scores, model, page or to / "abilities.md", as_json)
+        if not as_json:
+            scores = [row for row in scores if row["benchmark"] in (names or ())]
     _print_scores(scores, failed, as_json)
+
+
+def _write_abilities(scores: list[dict[str, Any]], model: Path, page: Path, as_json: bool) -> None:
+    """Write the page of the suite ``abilities``, and print its table unless JSON is printed.
+
+    An older file is replaced. Without scores, nothing is written or printed.
+    """
+    from vlduet.files import write_text_atomically
+    from vlduet.locks import lock_output
+    from vlduet.reports.abilities import format_abilities_page, format_abilities_table
+
+    if not scores:
+        return
+    with lock_output(page):
+        write_text_atomically(page, format_abilities_page(scores, model=str(model)))
+    if not as_json:
+        print_text("\n".join([*format_abilities_table(scores), str(page)]))
 
 
 def score(

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from vlduet import __version__
 from vlduet.cli import (
+    classification,
     config,
     data,
     demo,
@@ -75,6 +76,7 @@ for command in (
     retrieval.search,
     retrieval.ask,
     retrieval.encode,
+    classification.classify,
     evaluation.score,
     evaluation.certify,
     evaluation.report,

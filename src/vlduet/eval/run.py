@@ -20,6 +20,7 @@ import numpy as np
 
 from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError, quote_value
+from vlduet.eval.benchmarks.control_runners import CONTROL_RUNNERS
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.runners import PROTOCOL_RUNNERS
 from vlduet.eval.benchmarks.scores import BenchmarkScore, MetricSample
@@ -91,7 +92,7 @@ def evaluate(
             store.claim_folder({**identity, "made_by": dict(provenance)})
         else:
             _check_same_files(folder, identity)
-        score = PROTOCOL_RUNNERS[benchmark.protocol](task, store)
+        score = (PROTOCOL_RUNNERS | CONTROL_RUNNERS)[benchmark.protocol](task, store)
         result = score_to_json(benchmark, score, seed=source.seed)
         result["files"] = source.hashes
         result["made_by"] = provenance or _read_provenance(folder)

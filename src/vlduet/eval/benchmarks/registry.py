@@ -41,6 +41,7 @@ def _parse_entry(name: str, entry: Mapping[str, Any]) -> Benchmark:
         files=tuple(entry["files"]),
         protocol=entry["protocol"],
         load=partial(load, **entry.get("arguments", {})),
+        question=entry.get("question", ""),
     )
 
 

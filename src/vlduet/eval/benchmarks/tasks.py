@@ -1,13 +1,15 @@
 """The kinds of tasks that a benchmark can be. Tasks and their scorers know no model.
 
     RetrievalTask   queries against a gallery                        protocol ``retrieval``
+    SearchTask      the same search with several forms of queries    protocol ``search``
     PairTask        a few texts and images to be distinguished       protocol ``pairs``
     AnswerTask      prompts answered in text, scored by a rule       protocol ``answer``
     ChoiceTask      prompts with options, ranked by likelihood       protocol ``choose``
     LLMGradedTask   prompts whose answers another model grades       protocol ``judge``
     RagTask         questions with a knowledge base                  protocol ``rag``
 
-A loader reads official files into one task; `vlduet.eval.benchmarks.runners` runs it.
+A loader reads official files into one task; `vlduet.eval.benchmarks.runners` runs it, or
+`vlduet.eval.benchmarks.control_runners` with its chance level and a text-only control.
 """
 
 from __future__ import annotations
@@ -116,6 +118,29 @@ class RetrievalTask:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+WeightedParts = tuple[tuple[float, Parts], ...]
+"""Contents with weights. Their vector is the weighted sum of the unit vectors of the contents."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTask:
+    """The same searches with queries in several forms, such as whole and in part."""
+
+    queries: Mapping[str, tuple[WeightedParts, ...]]
+    """Queries by the name of their form, equally many each: first the form that is reported."""
+    documents: tuple[WeightedParts, ...]
+    positives: tuple[tuple[tuple[int, ...], ...], ...]
+    """For every query, sets of documents. A search is a hit if each set has one among the first k.
+    Sets of one query have no document in common."""
+    excluded_documents: tuple[tuple[int, ...], ...] = ()
+    """For every query the indices of documents that leave its gallery; empty for none at all."""
+    k: int = 10
+    """Cutoff of the reported R@k."""
+    tags: tuple[str, ...] = ()
+    """For every query the name by which scores are broken down; empty for no breakdown."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class PairItem:
     """The texts and images of one item that must be matched."""
@@ -193,7 +218,9 @@ class RagTask:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-BenchmarkTask = AnswerTask | ChoiceTask | RetrievalTask | PairTask | LLMGradedTask | RagTask
+BenchmarkTask = (
+    AnswerTask | ChoiceTask | RetrievalTask | SearchTask | PairTask | LLMGradedTask | RagTask
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +236,11 @@ class Benchmark:
     files: tuple[str, ...]
     """Files and folders that must be in the data folder, relative to it."""
     protocol: str
-    """Key of `runners.PROTOCOL_RUNNERS`; fits the kind of task that `load` returns."""
+    """Key of `runners.PROTOCOL_RUNNERS` or of `control_runners.CONTROL_RUNNERS`; fits the kind of
+    task that `load` returns."""
     load: Callable[[OfficialFiles], BenchmarkTask] = field(repr=False)
+    question: str = ""
+    """Question that its items ask, for the page of the suite ``abilities``; empty elsewhere."""
 
     @property
     def corpora(self) -> tuple[str, ...]:

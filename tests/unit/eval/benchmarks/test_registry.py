@@ -20,7 +20,9 @@ from vlduet.eval.run import evaluate, run_folder
 
 ONE_PER_FAMILY = [name for name in BENCHMARKS if "/" not in name] + ["demon/VIST"]
 EMBEDDING_BENCHMARKS = [
-    name for name, entry in BENCHMARKS.items() if entry.protocol in ("retrieval", "pairs")
+    name
+    for name, entry in BENCHMARKS.items()
+    if entry.protocol in ("retrieval", "pairs", "search", "controlled")
 ]
 
 
@@ -102,6 +104,6 @@ def test_unknown_benchmark_suggests_the_closest_name() -> None:
 def test_every_benchmark_is_in_one_suite_under_its_own_name() -> None:
     names = [benchmark.name for suite in SUITES.values() for benchmark in suite]
     assert names == list(BENCHMARKS)
-    assert list(SUITES) == ["builtin", "discriminative", "generative", "knowledge"]
+    assert list(SUITES) == ["builtin", "abilities", "discriminative", "generative", "knowledge"]
     assert all(benchmark.name == name for name, benchmark in BENCHMARKS.items())
     assert BENCHMARKS["builtin_long"].corpora == ("wesnoth", "endless-sky")
