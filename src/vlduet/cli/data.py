@@ -35,6 +35,8 @@ app = typer.Typer(no_args_is_help=True, help="Fetch, check, convert and show dat
 
 CONVERTED = "Records; images in tables and archives become files."
 KINDS = "Any of replace_obj|att|rel, swap_obj|att, add_obj|att; by default all."
+QUESTIONS = "Any of describe, choose, exists, exists_in_two, which, differ; by default all."
+NEAR = "Metadata key whose value near neighbours share; without one, they share a word."
 SHARES = "Share of each split, by default train=.8,val=.1,test=.1."
 MODEL = "Show the tokens that this model reads, with losses and anchors."
 
@@ -334,6 +336,55 @@ def edit(
         dropped,
         details=f" ({edits}), {num_unchanged} without any",
         fields={"without": num_unchanged, "negatives": negatives},
+        as_json=as_json,
+    )
+
+
+@app.command()
+def instruct(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Pairs with names as captions.")],
+    *,
+    to: Annotated[Path, typer.Option("--to", metavar="OUT.jsonl", help="Chats.")],
+    kinds: Annotated[str | None, typer.Option(metavar="A,B", help=QUESTIONS)] = None,
+    near: Annotated[str, typer.Option(metavar="KEY", help=NEAR)] = "",
+    seed: Annotated[int, typer.Option(help="Seed of distractors and of the order.")] = 0,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Write instruction data by rule: questions about the images of FILE that captions answer.
+
+    Every pair whose first short caption is a name, such as "A frog.", gives a chat of each kind.
+    Wrong options are names of the same file, half of them near neighbours. Half of the questions
+    whether there is something have the answer yes. The exit status is 1 if there is no name.
+    """
+    from collections import Counter
+
+    from vlduet.data import jsonl_output
+    from vlduet.data.tools.instructions import check_question_kinds, generate_instructions
+    from vlduet.logs import track_progress
+
+    kind_list = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
+    check_question_kinds(kind_list or ())
+    with jsonl_output.lock_jsonl_output(to, file) as dropped:
+        source = make_source(file, format=format, root=root, columns=columns, strict=strict)
+        records = list(source.read(on_error=quarantine_rows(dropped)))
+        chats = generate_instructions(records, seed=seed, kinds=kind_list, group_key=near)
+        written = jsonl_output.stream_to_jsonl(chats, to)
+        counts = Counter(
+            chat.metadata["instruction"]
+            for chat in track_progress(written, label=f"questions about {file.name}")
+        )
+    fields = {"questions": dict(sorted(counts.items()))}
+    details = "".join(f", {number} {kind}" for kind, number in sorted(counts.items()))
+    print_output_summary(
+        to,
+        counts.total(),
+        dropped,
+        details=f" about the names of {len(records)} records{details}",
+        fields=fields,
         as_json=as_json,
     )
 

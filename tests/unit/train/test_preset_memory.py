@@ -115,7 +115,12 @@ def measure_profiles(
 
 @pytest.mark.parametrize(
     ("preset", "size", "encoder_bytes"),
-    [("vladva", "7b", 0), ("vladva-llava-13b", "13b", 0), ("sugar", "7b", ENCODER_BYTES)],
+    [
+        ("vladva", "7b", 0),
+        ("vladva-llava-13b", "13b", 0),
+        ("sugar", "7b", ENCODER_BYTES),
+        ("duet", "7b", ENCODER_BYTES),
+    ],
 )
 def test_a_preset_fits_the_gpu_that_it_names(
     tmp_path: Path, preset: str, size: str, encoder_bytes: int
