@@ -15,12 +15,13 @@ from typer.testing import CliRunner, Result
 
 from helpers import official, tiny
 from vlduet.cli.main import app
+from vlduet.corpora import catalog
 from vlduet.encoders.dual import DualEncoder
 from vlduet.encoders.frozen import FrozenEncoders
 from vlduet.encoders.loading import open_encoder
 from vlduet.errors import ConfigError
 from vlduet.eval.benchmarks.official_files import OfficialFiles
-from vlduet.eval.benchmarks.registry import get_benchmark
+from vlduet.eval.benchmarks.registry import SUITES, get_benchmark
 from vlduet.model.feature_cache import FeatureCache
 
 RUNNER = CliRunner()
@@ -84,6 +85,25 @@ def test_stored_predictions_are_scored_as_at_the_evaluation(
     again = json.loads(invoke("score", "winoground", *options, "--json").stdout)
     assert again["scores"][0]["values"] == results["scores"][0]["values"]
     assert "95 % interval" in invoke("score", "winoground", *options).stdout
+
+
+def test_abilities_are_printed_as_a_table_and_written_as_a_page(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmarks = tuple(get_benchmark(f"ability_{name}") for name in ("detail", "odd_one"))
+    monkeypatch.setitem(SUITES, "abilities", benchmarks)
+    monkeypatch.setattr(catalog, "fetch_corpus", lambda name, folder: None)
+    command = ["eval", model, "winoground", "--suite", "abilities", "--data", data]
+    result = invoke(*command, "--to", tmp_path / "runs")
+    page = tmp_path / "runs/abilities.md"
+    assert result.stdout.startswith("ability") and f"{page}\nwinoground (" in result.stdout
+    assert page.read_text().startswith(f"# Abilities of {model}\n")
+    other = tmp_path / "docs/page.md"
+    options = ["--to", tmp_path / "runs", "--page", other, "--json"]
+    scores = json.loads(invoke(*command, *options).stdout)["scores"]
+    names = ["ability_detail", "ability_odd_one", "winoground"]
+    assert [score["benchmark"] for score in scores] == names
+    assert other.read_text() == page.read_text()
 
 
 def test_benchmark_without_its_files_is_left_out(model: Path, data: Path, tmp_path: Path) -> None:

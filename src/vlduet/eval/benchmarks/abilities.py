@@ -269,7 +269,7 @@ def load_composition(files: OfficialFiles) -> SearchTask:
 
 
 def load_arithmetic(files: OfficialFiles) -> SearchTask:
-    """Return the task of finding a picture by picture + word - word, by R@10.
+    """Return the task of finding a picture by picture + word - word, by R@1.
 
     Emoji of one vendor and subgroup whose names differ in one word give two queries: the image of
     the first, plus the second one's word, minus the first one's; and the reverse. The gallery are
@@ -303,6 +303,7 @@ def load_arithmetic(files: OfficialFiles) -> SearchTask:
         tuple(single(image) for _, image in pictures),
         tuple(positives),
         tuple(excluded),
+        k=1,
     )
 
 

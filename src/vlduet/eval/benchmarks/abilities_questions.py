@@ -160,7 +160,7 @@ def _draw_pairs(objects: Sequence[NamedObject]) -> list[tuple[NamedObject, Named
 
 
 def load_odd_one(files: OfficialFiles) -> ChoiceTask:
-    """Return questions which of four stamps differs, `MAX_QUESTIONS` at most, by its ``position``.
+    """Return questions which of four stamps differs, `MAX_QUESTIONS` at most.
 
     `NUM_ALIKE` stamps with distinct names are of one kind (the first folder), the odd one of
     another; kinds take turns. Everything is drawn with `files.seed`. The file hash is stored in
@@ -189,10 +189,9 @@ def load_odd_one(files: OfficialFiles) -> ChoiceTask:
         for ordinal, image in zip(ORDINALS, images, strict=True):
             prompt += [f"The {ordinal} picture: ", image, "\n"]
         prompt.append("Three of these pictures show the same kind of thing. Which one differs?")
-        tags = {"position": ORDINALS[position]}
-        items.append(Question(str(number), tuple(prompt), position, tags, options))
+        items.append(Question(str(number), tuple(prompt), position, {}, options))
     require_items(items, files, missing="stamps of two kinds")
-    return ChoiceTask(tuple(items), "position", without_images_too=True)
+    return ChoiceTask(tuple(items), without_images_too=True)
 
 
 def _draw_images(
@@ -225,7 +224,8 @@ def load_change(files: OfficialFiles) -> ChoiceTask:
         if random.integers(2):
             images, change = images[::-1], change[::-1]
         options = [change, change[::-1]]
-        other_changes = sorted({other for _, other in changes if set(other).isdisjoint(change)})
+        # With repetitions, so that a frequent change is as often wrong as it is right.
+        other_changes = [other for _, other in changes if set(other).isdisjoint(change)]
         if other_changes:
             other = other_changes[random.integers(len(other_changes))]
             options += [other, other[::-1]]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -202,7 +202,7 @@ def run_controlled_pairs(task: PairTask, predictions: PredictionStore) -> Benchm
     """Return the score of `run_pairs`, with the control and chance of its first number.
 
     The control gives every image the vector of the grey image, which is stored as ``grey``; chance
-    is the mean of the rule over random similarities.
+    is that of `compute_pair_chance`.
     """
     score = run_pairs(task, predictions)
     grey = unit_rows(predictions.embed([(make_grey_image(),)], name="grey", query=False))
@@ -218,22 +218,25 @@ def run_controlled_pairs(task: PairTask, predictions: PredictionStore) -> Benchm
         correct.append(float(decisions[first]))
     samples = dict(score.samples)
     samples = {first: samples.pop(first), f"{TEXT_ONLY}{first}": average(correct)} | samples
-    chance = {first: 100 * simulate_pair_chance(task, name=first)}
+    chance = {first: 100 * compute_pair_chance(task, name=first)}
     return replace(score, samples=samples, details={**score.details, "chance": chance})
 
 
-def simulate_pair_chance(task: PairTask, *, name: str) -> float:
-    """Return the share, 0 to 1, of random similarities that the rule decides correctly by `name`.
+def compute_pair_chance(task: PairTask, *, name: str) -> float:
+    """Return the exact share, 0 to 1, of random similarities that the rule decides correctly.
 
-    The form of the first item counts: `CHANCE_DRAWS` matrices [T, I] of independent normal numbers
-    are drawn with `CHANCE_SEED`.
+    All orders of the text-image similarities [T, I] of the first item are tried, of which there are
+    (T I)! for its T texts and I images. The rule must not depend on text-text similarities.
+
+    Args:
+        task: the pairs, of one form.
+        name: number of the rule.
     """
-    random = np.random.default_rng(CHANCE_SEED)
-    num_texts, num_images = len(task.items[0].texts), len(task.items[0].images)
+    shape = (len(task.items[0].texts), len(task.items[0].images))
+    text_similarity = np.zeros((shape[0], shape[0]))
     correct = []
-    for _ in range(CHANCE_DRAWS):
-        similarity = random.standard_normal((num_texts, num_images))
-        text_similarity = random.standard_normal((num_texts, num_texts))
+    for order in permutations(range(shape[0] * shape[1])):
+        similarity = np.array(order, dtype=np.float64).reshape(shape)
         correct.append(float(task.decide(similarity, text_similarity)[name]))
     return float(np.mean(correct))
 

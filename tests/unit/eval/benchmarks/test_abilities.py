@@ -25,6 +25,7 @@ from vlduet.eval.benchmarks.abilities import (
     shorten_prefix,
 )
 from vlduet.eval.benchmarks.abilities_questions import (
+    ORDINALS,
     YES_NO,
     format_existence_question,
     list_named_objects,
@@ -299,7 +300,7 @@ def test_the_odd_one_is_of_another_kind(data: Path) -> None:
         kinds = [kind_of[name] for name in images]
         odd_kind = kinds.pop(item.reference)
         assert len(set(kinds)) == 1 and odd_kind not in kinds and len(set(images)) == 4
-        assert item.options[item.reference] == f"The {item.tags['position']} picture"
+        assert item.options == tuple(f"The {ordinal} picture" for ordinal in ORDINALS)
 
 
 def test_a_change_has_its_reverse_and_another_pair_as_options(tmp_path: Path) -> None:
