@@ -72,13 +72,19 @@ def compare_captions(
         choices: number -> (index of the image, right caption, wrong caption) triples.
     """
     vectors = unit_rows(subject.embed_document(list(images)))
+    texts: dict[str, int] = {}
+    for triples in choices.values():
+        for _, right, wrong in triples:
+            texts.setdefault(right, len(texts))
+            texts.setdefault(wrong, len(texts))
+    text_vectors = unit_rows(subject.embed_query(list(texts)))
     numbers: Measurements = {}
     for name, triples in choices.items():
         image_vectors = vectors[[index for index, _, _ in triples]]
-        right = unit_rows(subject.embed_query([text for _, text, _ in triples]))
-        wrong = unit_rows(subject.embed_query([text for _, _, text in triples]))
-        is_nearer = (image_vectors * right).sum(1) > (image_vectors * wrong).sum(1)
-        numbers[name] = percent(is_nearer)
+        right_vectors = text_vectors[[texts[text] for _, text, _ in triples]]
+        wrong_vectors = text_vectors[[texts[text] for _, _, text in triples]]
+        right_cosines = (image_vectors * right_vectors).sum(1)
+        numbers[name] = percent(right_cosines > (image_vectors * wrong_vectors).sum(1))
     return numbers
 
 
