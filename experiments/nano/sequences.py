@@ -31,7 +31,7 @@ IMAGE_QUESTIONS = (
     "Describe the picture.",
     "What is in the picture?",
 )
-"""Questions about an image; the caption is the answer."""
+"""Questions about an image; the caption is the answer. They name nothing, so no list has them."""
 
 
 class Deck:
@@ -42,8 +42,7 @@ class Deck:
         self._remaining: list[int] = []
 
     def draw(self, count: int) -> list[int]:
-        """Remove and return the next `count` indices; the deck is shuffled anew when it runs
-        out."""
+        """Remove and return the next `count` indices; shuffle the deck anew when it runs out."""
         while len(self._remaining) < count:
             self._remaining = random.sample(range(self.size), self.size) + self._remaining
         return [self._remaining.pop() for _ in range(count)]
@@ -57,9 +56,10 @@ def image_sequence(
     builder.append_control(nano.START_TOKEN)
     image = source.images[index]
     caption = source.captions[index]
+    builder.append_image(image)
     builder.add_anchor(
-        builder.append_image(image),
-        is_last=False,
+        builder.append_control(nano.IMAGE_END),
+        is_last=True,
         role="image",
         record_name=caption.lower(),
         content_key=image.cache_key,
@@ -78,24 +78,25 @@ def text_sequence(model: DuetModel, source: Source, index: int, *, role: str = "
     )
 
 
-def composed_sequence(model: DuetModel, source: Source, index: int, text: str) -> Sequence:
-    """Return an image and a text with an anchor at the last token of the text.
+def composed_sequence(
+    model: DuetModel, source: Source, index: int, *, text: str, key: str
+) -> Sequence:
+    """Return an image and a text with an anchor of role ``composed`` at the last token.
 
-    Nano renders a query of both in the same way. The text and the end are labels.
+    Nano renders a query of an image and a text in the same way. There are no labels, because the
+    text is no caption of the image. `key` is the anchor's record name.
     """
     builder = model.renderer.new_builder()
     builder.append_control(nano.START_TOKEN)
     image = source.images[index]
     builder.append_image(image)
     builder.add_anchor(
-        builder.append_text(text, supervised=True),
+        builder.append_text(text),
         is_last=True,
-        role="mixed",
-        record_name=text,
+        role="composed",
+        record_name=key,
         content_key=image.cache_key,
     )
-    # The teacher says how likely the end is at this place.
-    builder.append_token(model.renderer.eos_token_ids[0], supervised=True)
     return builder.build(NO_LIMIT)
 
 
@@ -106,8 +107,10 @@ def image_question_sequence(model: DuetModel, image: ImageRef, caption: str) -> 
     return model.renderer.render_chat(turns, add_generation_prompt=False)
 
 
-def generate_replay_sequences(model: DuetModel, names: list[str], *, count: int) -> list[Sequence]:
-    """Return chats about random names with the model's own answers, before any training.
+def generate_replay_chats(
+    model: DuetModel, names: list[str], *, count: int
+) -> list[tuple[str, str]]:
+    """Return questions about random names with the model's own answers, before any training.
 
     They keep the language model from forgetting how to answer. Every answer is cut to its first
     sentence; a question whose answer has none is left out, so there may be fewer than `count`.
@@ -127,11 +130,15 @@ def generate_replay_sequences(model: DuetModel, names: list[str], *, count: int)
             prefill = model.prefill_inputs(prompts)
             answers += continuous.generate_texts(model.backbone, prefill, MAX_ANSWER_TOKENS)
             bar.advance(len(chunk))
-    sequences = []
+    chats = []
     for question, answer in zip(questions, answers, strict=True):
         sentence = re.match(r"[^.!?]{8,}[.!?]", " ".join(answer.split()))
         if sentence is not None:
-            reply = Message("assistant", (sentence.group(),))
-            turns = (Message("user", (question,)), reply)
-            sequences.append(model.renderer.render_chat(turns, add_generation_prompt=False))
-    return sequences
+            chats.append((question, sentence.group()))
+    return chats
+
+
+def chat_sequence(model: DuetModel, question: str, answer: str) -> Sequence:
+    """Return a chat without an image, with labels on the answer."""
+    turns = (Message("user", (question,)), Message("assistant", (answer,)))
+    return model.renderer.render_chat(turns, add_generation_prompt=False)

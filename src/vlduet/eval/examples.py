@@ -72,13 +72,17 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True)
 class AnsweredQuestion:
-    """A question, the generated answer, and the documents that were put into the prompt."""
+    """A question about an image, with the answers without and with retrieval."""
 
     question: str
+    image: ImageRef
+    reference: str
+    """The right answer."""
+    answer_alone: str
+    """Generated answer without retrieval."""
     answer: str
+    """Generated answer with `sources` in the prompt."""
     sources: tuple[ExampleHit, ...]
-    image: ImageRef | None = None
-    """Image of the question, where it has one."""
 
 
 def example_hits(

@@ -311,9 +311,39 @@ class CaptionCrossEntropy:
         """
         return self._nats_per_token(self.total_nats_wrong_image - self.total_nats_right_image, seed)
 
+    def nats_differences(self, other: CaptionCrossEntropy, seed: int = 0) -> dict[str, Interval]:
+        """Return what this model has above `other`, in nats per token, paired over captions.
+
+        Keys are ``right image``, ``wrong image`` and ``gap``. Both must have scored the same
+        captions with the same wrong images.
+        """
+        right = self.total_nats_right_image - other.total_nats_right_image
+        wrong = self.total_nats_wrong_image - other.total_nats_wrong_image
+        differences = {"right image": right, "wrong image": wrong, "gap": wrong - right}
+        return {name: self._nats_per_token(nats, seed) for name, nats in differences.items()}
+
     def _nats_per_token(self, total_nats: NDArray[np.float64], seed: int) -> Interval:
         """Return the mean of total nats (float[N]) over all tokens, resampled by caption."""
         return bootstrap_interval(total_nats / self.num_tokens, seed, weights=self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCrossEntropy:
+    """Negative log likelihood of N answers to questions."""
+
+    total_nats: NDArray[np.float64]
+    """float[N], nats of the whole answer."""
+    num_tokens: NDArray[np.float64]
+    """float[N], number of predicted tokens of the answer."""
+
+    def nats(self, seed: int = 0) -> Interval:
+        """Return the nats per token with the bootstrap interval over answers."""
+        return bootstrap_interval(self.total_nats / self.num_tokens, seed, weights=self.num_tokens)
+
+    def nats_difference(self, other: AnswerCrossEntropy, seed: int = 0) -> Interval:
+        """Return nats per token minus those of `other`, which scored the same answers."""
+        difference = AnswerCrossEntropy(self.total_nats - other.total_nats, self.num_tokens)
+        return difference.nats(seed)
 
 
 def measure_caption_cross_entropy(

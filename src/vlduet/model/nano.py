@@ -6,9 +6,9 @@
                                                `experiments/nano`
 
 The result is an ordinary FastVLM checkpoint, which `AutoModelForImageTextToText` opens without any
-code of this package. Two stages are added to the vision tower that only average, 7 x 7 -> 3 x 3 ->
-2 x 2, so an image takes 4 tokens instead of 49: on a CPU, the number of tokens decides the cost.
-The tower also keeps the classifier of Lite0: besides 1,280 features, an image token has evidence
+code of this package. A stage is added to the vision tower that only averages, 7 x 7 -> 3 x 3, so an
+image takes 9 tokens instead of 49: on a CPU, the number of tokens decides the cost. A second added
+stage holds the classifier of Lite0: besides 1,280 features, an image token has evidence
 for each of ImageNet's 1,000 classes, which a projector cannot learn from a thousand captions.
 Lite0 has no squeeze-excite layers, so the weights of those are set to the identity.
 """
@@ -60,7 +60,7 @@ translate_package_errors = partial(
 """Context that names the folder of a package, its argument, of which a file cannot be read."""
 IMAGE_SIZE = 224
 """Side of an input image in pixels."""
-TOKENS_PER_SIDE = 2
+TOKENS_PER_SIDE = 3
 """Number of image tokens along one side of an image."""
 TOKENS_PER_IMAGE = TOKENS_PER_SIDE * TOKENS_PER_SIDE
 NUM_FEATURES = 1280
@@ -74,16 +74,18 @@ IMAGE_TOKEN_ID = 16
 """A reserved token of SmolLM2 (<empty_output>) that is renamed, so no embedding is added."""
 PAD_TOKEN = "<|endoftext|>"
 START_TOKEN = "<|im_start|>"
+IMAGE_END = "\n"
+"""Text after an image; the embedding of an image is read from its token, which is the last."""
 PROMPTS = Prompts(
-    image=f"{START_TOKEN}{{image}}",
+    image=f"{START_TOKEN}{{image}}{IMAGE_END}",
     text=f"{START_TOKEN}{{text}}",
     parts=f"{START_TOKEN}{{parts}}",
     chat=False,
-    image_pool="mean",
+    image_pool="last",
 )
-"""Embedding prompts: an image is read from the mean of its tokens and a text from its last token.
+"""Embedding prompts: image and text are read from the last token, as other servers do it.
 
-Ten prompt tokens would double the work. The start token comes first because SmolLM2 parks
+Ten prompt tokens would nearly double the work. The start token comes first because SmolLM2 parks
 attention on the first position (attention sink): an image token there would be lost.
 """
 HEAD_KIND = "linear"
@@ -213,7 +215,7 @@ def export_trained_tensors(model: DuetModel) -> dict[str, Tensor]:
 
 
 def build_vision_config() -> EfficientNetConfig:
-    """Return the config of EfficientNet-Lite0 with two averaging stages and channels for classes.
+    """Return the config of EfficientNet-Lite0 with an averaging stage and channels for classes.
 
     transformers fixes the channels of the first layer at 32 and of the last at 1,280, times the
     width coefficient. A width of 2 makes room for the classes. Therefore the channels of the
@@ -223,10 +225,10 @@ def build_vision_config() -> EfficientNetConfig:
         image_size=IMAGE_SIZE,
         width_coefficient=2.0,
         depth_coefficient=1.0,
-        kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3, 4),
+        kernel_sizes=(3, 3, 5, 3, 5, 5, 3, 3, 3),
         in_channels=(32, 8, 12, 20, 40, 56, 96, 160, 640),
         out_channels=(8, 12, 20, 40, 56, 96, 160, 640, 1280),
-        strides=(1, 2, 2, 2, 1, 2, 1, 2, 2),
+        strides=(1, 2, 2, 2, 1, 2, 1, 2, 1),
         num_block_repeats=(1, 2, 2, 3, 3, 4, 1, 1, 1),
         expand_ratios=(1, 6, 6, 6, 6, 6, 6, 4, 1),
         hidden_act="relu6",
@@ -241,7 +243,7 @@ def build_vision_config() -> EfficientNetConfig:
 def convert_vision_weights(
     lite0: dict[str, Tensor], template: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a state dict for the vision tower: Lite0, the averaging stages and the classifier.
+    """Return a state dict for the vision tower: Lite0, the averaging stage and the classifier.
 
     Tensors of Lite0 with fewer channels than those of the tower are filled up with zeros, and
     tensors that Lite0 lacks keep the values of `template`. `CLASS_LOGIT_THRESHOLD` is subtracted
@@ -262,7 +264,7 @@ def convert_vision_weights(
             f"{target}.projection.project_conv": f"{source}._project_conv",
             f"{target}.projection.project_bn": f"{source}._bn2",
         }
-    # The original top layer (320 -> 1280) becomes the expansion of the first averaging stage.
+    # The original top layer (320 -> 1280) becomes the expansion of the averaging stage.
     modules["encoder.blocks.16.expansion.expand_conv"] = "_conv_head"
     modules["encoder.blocks.16.expansion.expand_bn"] = "_bn1"
     state: dict[str, Tensor] = {}
@@ -289,8 +291,8 @@ def _pad_with_zeros(tensor: Tensor, template: Tensor) -> Tensor:
 def _fill_added_tensor(name: str, template: Tensor) -> Tensor:
     """Return the value of a tower tensor that Lite0 lacks, in the shape of `template`.
 
-    Squeeze-excite passes everything (sigmoid(30) = 1), depthwise convolutions average, pointwise
-    ones are the identity, and batch norms change nothing. The counter `num_batches_tracked` is
+    Squeeze-excite passes everything (sigmoid(30) = 1), depthwise convolutions average (block 16) or
+    are the identity, as pointwise ones are, and batch norms change nothing. The counter `num_batches_tracked` is
     `template` itself; all others are new tensors.
 
     Args:
@@ -303,10 +305,9 @@ def _fill_added_tensor(name: str, template: Tensor) -> Tensor:
     if "squeeze_excite" in name:
         return torch.full_like(template, 30.0 if name.endswith("expand.bias") else 0.0)
     if module.endswith("depthwise_conv.depthwise_conv"):
-        # 3 x 3 windows of the 7 x 7 map. Then the kernel is 4 x 4, for the padding of the 3 x 3
-        # map, and averages its four overlapping 2 x 2 windows.
-        is_first_stage = template.shape[-1] == 3
-        row = torch.full((3,), 1 / 3) if is_first_stage else torch.tensor([0.5, 0.5, 0.5, 0.0])
+        # Block 16 averages 3 x 3 windows of the 7 x 7 map; block 17 keeps every cell as it is.
+        averages = module.startswith("encoder.blocks.16.")
+        row = torch.full((3,), 1 / 3) if averages else torch.tensor([0.0, 1.0, 0.0])
         return torch.outer(row, row).expand_as(template).clone()
     if module.endswith(("project_conv", "top_conv")):
         return torch.eye(*template.shape[:2])[:, :, None, None]

@@ -15,7 +15,8 @@ MAX_TITLE = 50
 HOW_TO_READ = (
     "Values are x 100, on held-out records, with 95 % bootstrap intervals over items. *Chance* is"
     " that of random scores. *Text-only* is the same model on the same items without their images."
-    " *Above* says whether the interval lies above both. A tie counts as a miss."
+    " *Above* says whether the interval lies above both, and above a part of the query alone where a"
+    " query has parts. A tie counts as a miss."
 )
 
 
@@ -31,11 +32,14 @@ class AbilityRow:
     """``mean``, ``low``, ``high`` and ``n``, as in scores.json."""
     chance: float
     text_only: float
+    gains: tuple[Mapping[str, float], ...] = ()
+    """Gains over parts of the query alone, with the keys of `value`."""
 
     @property
     def is_above_controls(self) -> bool:
-        """Whether the interval lies above chance and above the text-only control."""
-        return self.value["low"] > max(self.chance, self.text_only)
+        """Whether the intervals lie above chance, the text-only control, and parts of the query."""
+        is_above_levels = self.value["low"] > max(self.chance, self.text_only)
+        return is_above_levels and all(gain["low"] > 0 for gain in self.gains)
 
     def cells(self) -> tuple[str, ...]:
         """Return the texts of the columns `COLUMNS`, numbers with one decimal."""
@@ -67,6 +71,8 @@ def list_ability_rows(scores: Sequence[Mapping[str, Any]]) -> list[AbilityRow]:
         benchmark = get_benchmark(score["benchmark"])
         if not benchmark.question:
             continue
+        forms = score["facts"].get("partial_forms", ())
+        gains = tuple(score["values"][f"gain over {form}"] for form in forms)
         for number, chance in _chance_levels(score).items():
             row = AbilityRow(
                 benchmark.title,
@@ -75,6 +81,7 @@ def list_ability_rows(scores: Sequence[Mapping[str, Any]]) -> list[AbilityRow]:
                 score["values"][number],
                 chance,
                 score["values"][_text_only_name(number)]["mean"],
+                gains,
             )
             rows.append(row)
     return rows
@@ -124,7 +131,8 @@ def _format_parts(score: Mapping[str, Any]) -> str:
         if name not in levels and name not in controls:
             interval = f"{value['low']:.1f} to {value['high']:.1f}"
             parts.append(f"{name} {value['mean']:.1f} ({interval})")
-    facts = {key: fact for key, fact in score["facts"].items() if key != "chance"}
+    omitted = ("chance", "partial_forms")
+    facts = {key: fact for key, fact in score["facts"].items() if key not in omitted}
     facts |= {key: score[key] for key in ("missing", "unparsed") if score[key]}
     texts = [f"{key.replace('_', ' ')} {_format_fact(fact)}" for key, fact in facts.items()]
     return "; ".join([*parts, *texts]) + "."

@@ -1,4 +1,4 @@
-"""Draw line charts as SVG with matplotlib, and compute the shades of heatmap cells.
+"""Draw line and scatter charts as SVG with matplotlib, and compute shades of heatmap cells.
 
 This is the only module that imports matplotlib, and it does so inside a function, because the
 import takes more than a second. The look of a chart is in ``charts.mplstyle``.
@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Point = tuple[float, float]
 
@@ -60,6 +61,76 @@ class LineChart:
     x_label: str = "minutes"
     percent: bool = False
     """Whether y values are fractions, to be labelled in percent on an axis that starts at 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScatterPoint:
+    """One labelled point of a scatter chart."""
+
+    name: str
+    x: float
+    y: float
+    is_hollow: bool = False
+    """Draw only the outline, for what another run measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScatterChart:
+    """A chart of labelled points. Its x values are fractions, labelled in percent."""
+
+    title: str
+    note: str
+    """Sentence below the chart that says what is drawn."""
+    points: tuple[ScatterPoint, ...]
+    """At least one, with finite coordinates."""
+    x_label: str
+    y_label: str
+
+
+def scatter_chart(chart: ScatterChart) -> Markup:
+    """Return a chart of points as an ``<svg>`` element; lower y values are further up.
+
+    The ``aria-label`` gives the title and both values of every point. All texts are escaped. Equal
+    charts give equal text, and matplotlib's global settings are left as they were.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    with matplotlib.style.context(STYLE_FILE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for point in chart.points:
+            # A marker would be a reference by id, and ids repeat among charts of a page.
+            mark = "○" if point.is_hollow else "●"
+            weight = "normal" if point.is_hollow else "bold"
+            axes.text(point.x, point.y, mark, ha="center", va="center", color="#4f46c8")
+            axes.annotate(
+                point.name,
+                (point.x, point.y),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                weight=weight,
+            )
+        # Texts do not widen the limits of the axes.
+        axes.update_datalim([(point.x, point.y) for point in chart.points])
+        axes.autoscale_view()
+        axes.margins(x=0.25, y=0.2)
+        axes.invert_yaxis()
+        axes.set_xlabel(chart.x_label)
+        axes.set_ylabel(chart.y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+        for grid_line in axes.get_ygridlines():
+            grid_line.set_clip_on(False)
+        svg = _save_svg(figure)
+    values = [
+        f"{point.name} {format_value(point.x, percent=True)} and {format_value(point.y)}"
+        for point in chart.points
+    ]
+    return _as_inline_svg(svg, description=f"{chart.title}: {'; '.join(values)}")
 
 
 def line_chart(chart: LineChart) -> Markup:
@@ -125,9 +196,14 @@ def _plot(chart: LineChart, lines: dict[str, list[Point]]) -> str:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         for grid_line in axes.get_ygridlines():
             grid_line.set_clip_on(False)
-        svg = io.StringIO()
-        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(svg, format="svg", metadata=no_metadata)
+        return _save_svg(figure)
+
+
+def _save_svg(figure: Figure) -> str:
+    """Return a figure as an SVG document without metadata, so that equal charts are equal."""
+    svg = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(svg, format="svg", metadata=no_metadata)
     return svg.getvalue()
 
 

@@ -6,27 +6,30 @@ directly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlduet.eval.benchmarks.scores import BenchmarkScore, paired_difference
-from vlduet.eval.examples import AnsweredQuestion, Gallery, evenly_spaced_indices
+from vlduet.eval.examples import AnsweredQuestion, Gallery, evenly_spaced, evenly_spaced_indices
 from vlduet.eval.metrics import HIT_CUTOFFS, Interval, paired_bootstrap
 from vlduet.eval.protocols import (
+    AnswerCrossEntropy,
     CaptionCrossEntropy,
     CaptionResult,
     ComposedRetrievalResult,
     GeneratedCaption,
     RetrievalResult,
 )
-from vlduet.reports.charts import LineChart, Series
+from vlduet.reports.charts import LineChart, ScatterChart, ScatterPoint, Series
 from vlduet.reports.pages import write_page
 
 if TYPE_CHECKING:
     from vlduet.inspect.alignment import Alignment
 
+NUM_CAPTION_EXAMPLES = 18
+"""Number of held-out images whose captions the page shows, before and after training."""
 SIMILARITY_SIZE = 24
 """Number of captions and of images in the heatmap of similarities."""
 
@@ -39,9 +42,57 @@ class ModelResults:
     composed: ComposedRetrievalResult
     cross_entropy: CaptionCrossEntropy
     captions: CaptionResult
-    """Generated captions of some held-out records."""
-    text_only_nats: float
-    """Nats per token of answers to questions without an image."""
+    """Generated captions of all held-out records."""
+    answers: AnswerCrossEntropy
+    """Answers to questions without an image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A number before and after training, as a row of the first table of the page."""
+
+    name: str
+    note: str
+    before: Interval
+    after: Interval
+    change: Interval
+    """after - before, paired over items."""
+    is_rate: bool = True
+    """The number is a fraction; otherwise nats per token."""
+    lower_is_better: bool = False
+    ridge: Interval | None = None
+    """The same number of the ridge baseline; None where it has none."""
+    ridge_difference: Interval | None = None
+    """after - ridge, paired over items."""
+    chance: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``better``, ``worse`` or ``level``: what the interval of the change resolves."""
+        if self.change.verdict == "level":
+            return "level"
+        is_better = (self.change.mean > 0) != self.lower_is_better
+        return "better" if is_better else "worse"
+
+
+@dataclass(frozen=True, slots=True)
+class TradeOffPoint:
+    """A model between retrieval and captioning, for the chart of both."""
+
+    name: str
+    hit_rate: float
+    """Mean hit@10 of both directions, a fraction."""
+    nats: float
+    """Nats per token of held-out captions after the right image."""
+    is_of_this_run: bool
+    """False for a published point, which is drawn hollow."""
+
+
+def measure_trade_off(name: str, results: ModelResults) -> TradeOffPoint:
+    """Return the point of a model that this run has measured."""
+    rates = _mean_hit_rates(results.retrieval)
+    nats = results.cross_entropy.nats_right_image().mean
+    return TradeOffPoint(name, rates[f"hit@{max(HIT_CUTOFFS)}"], nats, is_of_this_run=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +103,10 @@ class Report:
     """Results of the model after training."""
     start: ModelResults
     """Results of the model that training began with."""
-    untrained: RetrievalResult
-    """Result of the same model with random weights where its parts meet."""
+    single_losses: tuple[TradeOffPoint, ...]
+    """Models trained with one of the losses: of this run, or published."""
+    num_copied_captions: int
+    """Number of generated captions that equal a caption of the training records."""
     ridge: RetrievalResult
     """Result of the ridge baseline."""
     galleries: tuple[Gallery, ...]
@@ -81,17 +134,86 @@ class Report:
         return (
             ("VLDuet", "generates and embeds", self.trained.retrieval),
             ("Ridge baseline", "frozen vision to MiniLM, cannot generate", self.ridge),
-            ("Start", "nano as it is shipped, before this run", self.start.retrieval),
-            ("Untrained", "its parts, never trained together", self.untrained),
+            ("Start", "the base model, before this run", self.start.retrieval),
         )
 
     @property
-    def caption_pairs(self) -> list[tuple[GeneratedCaption, GeneratedCaption]]:
-        """(caption at the start, caption after training) of every record that has both."""
-        trained = {item.id: item for item in self.trained.captions.items}
-        return [
-            (item, trained[item.id]) for item in self.start.captions.items if item.id in trained
-        ]
+    def changes(self) -> tuple[Change, ...]:
+        """Rows of the first table: retrieval, captions and plain answers before and after."""
+        return (
+            *self._retrieval_changes("text → image", "text_to_image"),
+            *self._retrieval_changes("image → text", "image_to_text"),
+            *self._caption_changes(),
+            Change(
+                "Plain answers, nats per token",
+                "questions without an image, nothing like it in training",
+                self.start.answers.nats(self.seed),
+                self.trained.answers.nats(self.seed),
+                self.trained.answers.nats_difference(self.start.answers, self.seed),
+                is_rate=False,
+                lower_is_better=True,
+            ),
+        )
+
+    def _retrieval_changes(self, title: str, direction: str) -> Iterator[Change]:
+        """Yield hit@10 and hit@1 of a direction, an attribute of `RetrievalResult`."""
+        results = (self.start.retrieval, self.trained.retrieval, self.ridge)
+        before, after, ridge = (getattr(result, direction) for result in results)
+        for k in (max(HIT_CUTOFFS), min(HIT_CUTOFFS)):
+            yield Change(
+                f"{title}, hit@{k}",
+                f"share of queries with a relevant item among the first {k}",
+                before.hit_interval(k, self.seed),
+                after.hit_interval(k, self.seed),
+                after.hit_difference(before, k, seed=self.seed),
+                ridge=ridge.hit_interval(k, self.seed),
+                ridge_difference=after.hit_difference(ridge, k, seed=self.seed),
+                chance=after.chance_hit_rates()[f"hit@{k}"],
+            )
+
+    def _caption_changes(self) -> Iterator[Change]:
+        """Yield the numbers of captions: cross entropy, what a wrong image costs, and word F1."""
+        seed = self.seed
+        before = self.start.cross_entropy
+        after = self.trained.cross_entropy
+        differences = after.nats_differences(before, seed)
+        yield Change(
+            "Captions, nats per token",
+            "held-out captions after their own image",
+            before.nats_right_image(seed),
+            after.nats_right_image(seed),
+            differences["right image"],
+            is_rate=False,
+            lower_is_better=True,
+        )
+        yield Change(
+            "Cost of a wrong image, nats per token",
+            "the same captions after another item's image, minus the row above",
+            before.nats_gap(seed),
+            after.nats_gap(seed),
+            differences["gap"],
+            is_rate=False,
+        )
+        values = [[i.token_f1 for i in m.captions.items] for m in (self.trained, self.start)]
+        yield Change(
+            "Generated captions, word F1",
+            "compared with the reference captions",
+            self.start.captions.token_f1(seed),
+            self.trained.captions.token_f1(seed),
+            paired_bootstrap(values[0], values[1], seed=seed),
+        )
+
+    @property
+    def caption_examples(self) -> list[tuple[GeneratedCaption, GeneratedCaption]]:
+        """(caption at the start, caption after training) of evenly spaced records."""
+        pairs = zip(self.start.captions.items, self.trained.captions.items, strict=True)
+        return evenly_spaced(list(pairs), NUM_CAPTION_EXAMPLES)
+
+    @property
+    def trade_off(self) -> tuple[TradeOffPoint, ...]:
+        """Points of the chart: the start, each loss alone, and both losses."""
+        start = measure_trade_off("start", self.start)
+        return (start, *self.single_losses, measure_trade_off("both losses", self.trained))
 
     @property
     def minutes(self) -> float:
@@ -170,26 +292,39 @@ def training_charts(rows: Sequence[Mapping[str, float]]) -> tuple[LineChart, ...
     )
 
 
+def draw_trade_off(points: Sequence[TradeOffPoint]) -> ScatterChart:
+    """Return the chart of retrieval against captions with a point per model."""
+    return ScatterChart(
+        "Retrieval and captions of each training",
+        "Up and to the right is better. Each loss alone teaches one of the two; both together "
+        "teach both. Hollow points are published results of the same training (docs/results).",
+        tuple(
+            ScatterPoint(point.name, point.hit_rate, point.nats, not point.is_of_this_run)
+            for point in points
+        ),
+        x_label="retrieval: hit@10, mean of both directions",
+        y_label="captions: nats per token",
+    )
+
+
 def summarize_report(report: Report) -> dict[str, Any]:
     """Return the content of ``summary.json``; nothing is written.
 
     Returns:
-        ``text_to_image``, ``image_to_text``: hit rates (fractions) of the trained model, keyed
-            ``hit@1``, ``hit@5``, ``hit@10``.
-        ``chance``, ``untrained``, ``start``, ``ridge_baseline``: hit rates as the mean of both
-            directions.
+        ``changes``: row of the first table by its name, with ``before``, ``after`` and ``change``
+            (``mean``, ``low``, ``high``), and for retrieval ``ridge``, ``ridge_difference`` and
+            ``chance``. Rates are fractions; other numbers are nats per token.
+        ``wrong_image_nats``: nats per token of captions after a wrong image, after training.
+        ``trade_off``: ``hit@10`` and ``nats`` of every point of the chart by its name, and whether
+            it ``is_of_this_run``.
         ``gallery``: number of held-out images.
-        ``caption_cross_entropy``: nats per token ``before`` and ``after`` training, and after
-            training with the ``wrong_image``.
+        ``captions``: number of ``distinct`` generated captions, and how many are ``copied``.
         ``mixed``: share of composed queries whose first ten hits contain the item of the ``image``,
             that of the ``text``, or ``both``; ``start`` is ``both`` before training.
         ``self_rag``: share of right answers without retrieval (``none``), with the model's own
             (``self``) and with the dual encoder's (``other``), ``chance``, number of ``questions``.
         ``minutes``: duration without downloads.
     """
-    retrieval = report.trained.retrieval
-    start = report.start.cross_entropy
-    trained = report.trained.cross_entropy
     k = max(HIT_CUTOFFS)
     composed = report.trained.composed.hit_intervals(k, report.seed)
     composed_start = report.start.composed.hit_intervals(k, report.seed)["both"]
@@ -198,20 +333,22 @@ def summarize_report(report: Report) -> dict[str, Any]:
         name: report.rag.samples[f"{name}/accuracy"].mean / 100
         for name in ("none", "self", "other")
     }
+    wrong_image = report.trained.cross_entropy.nats_wrong_image(report.seed)
     return {
-        "text_to_image": retrieval.text_to_image.hit_rates(),
-        "image_to_text": retrieval.image_to_text.hit_rates(),
-        "chance": _mean_rates(
-            retrieval.text_to_image.chance_hit_rates(), retrieval.image_to_text.chance_hit_rates()
-        ),
-        "untrained": _mean_hit_rates(report.untrained),
-        "start": _mean_hit_rates(report.start.retrieval),
-        "ridge_baseline": _mean_hit_rates(report.ridge),
-        "gallery": len(retrieval.records),
-        "caption_cross_entropy": {
-            "before": start.nats_right_image(report.seed).mean,
-            "after": trained.nats_right_image(report.seed).mean,
-            "wrong_image": trained.nats_wrong_image(report.seed).mean,
+        "changes": {change.name: _summarize_change(change) for change in report.changes},
+        "wrong_image_nats": asdict(wrong_image),
+        "trade_off": {
+            point.name: {
+                f"hit@{k}": point.hit_rate,
+                "nats": point.nats,
+                "is_of_this_run": point.is_of_this_run,
+            }
+            for point in report.trade_off
+        },
+        "gallery": len(report.trained.retrieval.records),
+        "captions": {
+            "distinct": report.trained.captions.num_distinct,
+            "copied": report.num_copied_captions,
         },
         "mixed": {
             **{name: interval.mean for name, interval in composed.items()},
@@ -226,17 +363,23 @@ def summarize_report(report: Report) -> dict[str, Any]:
     }
 
 
+def _summarize_change(change: Change) -> dict[str, Any]:
+    """Return the intervals and the chance level of a change; what it lacks is left out."""
+    names = ("before", "after", "change", "ridge", "ridge_difference", "chance")
+    row = asdict(change)
+    return {name: row[name] for name in names if row[name] is not None}
+
+
 def _mean_hit_rates(result: RetrievalResult) -> dict[str, float]:
     """Return the mean hit rates of both directions, by cut-off."""
-    return _mean_rates(result.text_to_image.hit_rates(), result.image_to_text.hit_rates())
-
-
-def _mean_rates(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean of two rates for every key."""
+    first = result.text_to_image.hit_rates()
+    second = result.image_to_text.hit_rates()
     return {key: (first[key] + second[key]) / 2 for key in first}
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page, replacing an older one only once the new one is complete."""
     charts = training_charts(report.metrics)
-    write_page(path, "report.html", {"report": report, "charts": charts})
+    trade_off = draw_trade_off(report.trade_off)
+    content = {"report": report, "charts": charts, "trade_off": trade_off}
+    write_page(path, "report.html", content)

@@ -80,6 +80,7 @@ def _environment() -> jinja2.Environment:
     environment.globals |= {
         "hit_cutoffs": HIT_CUTOFFS,
         "line_chart": charts.line_chart,
+        "scatter_chart": charts.scatter_chart,
         "cell_opacities": charts.cell_opacities,
         "weight_opacities": charts.weight_opacities,
         "finite_range": charts.finite_range,

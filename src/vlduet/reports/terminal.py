@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vlduet.eval.certify import CertificationOutcome
     from vlduet.eval.comparison import BenchmarkChange
     from vlduet.inspect.alignment import Alignment
+    from vlduet.reports.demo_report import Change
 
 
 def format_alignment(alignment: Alignment, *, width: int = 36) -> str:
@@ -64,6 +65,32 @@ def format_analysis(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
                 f" {numbers['share']['mean']:.2f} of all,"
                 f" evenness {numbers['evenness']['mean']:.2f}"
             )
+    return lines
+
+
+def format_demo_changes(changes: Sequence[Change]) -> list[str]:
+    """Return a title and a line per number of the demo: before, after, change, ridge and chance.
+
+    Rates are in percent. The change and the difference to ridge have their paired 95 % intervals.
+    """
+    title = f"{'held-out records':38}{'before':>8}{'after':>8}   change (95 % interval)"
+    lines = [title]
+    for row in changes:
+        scale, digits = (100, 1) if row.is_rate else (1, 2)
+
+        def number(value: float, *, scale: int = scale, digits: int = digits) -> str:
+            return f"{scale * value:+.{digits}f}"
+
+        line = f"{row.name:38}{number(row.before.mean)[1:]:>8}{number(row.after.mean)[1:]:>8}"
+        line += f"   {number(row.change.mean)} ({number(row.change.low)} to"
+        line += f" {number(row.change.high)}) {row.verdict}"
+        if row.ridge is not None and row.ridge_difference is not None:
+            line += f"; against ridge ({number(row.ridge.mean)[1:]})"
+            line += f" {number(row.ridge_difference.mean)}"
+            line += f" ({number(row.ridge_difference.low)} to {number(row.ridge_difference.high)})"
+        if row.chance is not None:
+            line += f"; chance {number(row.chance)[1:]}"
+        lines.append(line)
     return lines
 
 

@@ -28,7 +28,7 @@ def tiny_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.DemoDa
     for i in range(16):
         (folder / f"{i}.png").write_bytes(tiny.random_image(i).data or b"")
         metadata = {"category": ("animals/birds", "food", "town/houses")[i % 3]}
-        row = {"id": str(i), "image": f"{i}.png", "short": f"Thing {i}.", "metadata": metadata}
+        row = {"id": str(i), "image": f"{i}.png", "short": f"A thing {i}.", "metadata": metadata}
         rows.append(json.dumps(row) + "\n")
     (folder / "train.jsonl").write_text("".join(rows[:8]))
     (folder / "test.jsonl").write_text("".join(rows[8:]))

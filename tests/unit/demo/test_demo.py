@@ -119,22 +119,22 @@ def test_wrong_minutes_leave_an_earlier_demo_unchanged(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {run.MARKER_FILE, "report.html"}
 
 
-def test_the_text_only_measurement_is_a_mean_over_tokens_and_restores_the_mode(
+def test_plain_answers_are_scored_by_token_and_restore_the_mode(
     tmp_path: Path,
 ) -> None:
     tiny.build_duet_model(tmp_path / "tiny")
     model = prepare.open_model(tmp_path, "tiny")
-    nats = measure.compute_text_only_nll(model)
+    answers = measure.measure_plain_answers(model)
     chats = []
     for question, answer in measure.TEXT_ONLY_QUESTIONS:
         turns = (Message("user", (question,)), Message("assistant", (answer,)))
         chats.append(model.renderer.render_chat(turns, add_generation_prompt=False))
-    results = model.compute_sequence_nll(chats)
-    total_nats, num_tokens = (sum(column) for column in zip(*results, strict=True))
-    assert nats == pytest.approx(total_nats / num_tokens, rel=1e-5)
+    totals, counts = map(list, zip(*model.compute_sequence_nll(chats), strict=True))
+    assert answers.nats().mean == pytest.approx(sum(totals) / sum(counts), rel=1e-5)
+    assert answers.nats_difference(answers).mean == 0
     assert not model.training
     model.train()
-    assert measure.compute_text_only_nll(model) == nats
+    assert measure.measure_plain_answers(model).total_nats.tolist() == answers.total_nats.tolist()
     assert model.training
 
 
@@ -193,19 +193,19 @@ def test_the_model_is_measured_and_captions_are_its_own(
     monkeypatch.setattr(measure, "MAX_CAPTION_TOKENS", 3)
     monkeypatch.setattr(measure, "NUM_CAPTION_DRAFTS", 2)
     model = prepare.open_model(tmp_path, "nano")
-    results = measure.measure_model(model, tiny_demo, captioned=tiny_demo.held_out, seed=0)
+    results = measure.measure_model(model, tiny_demo, seed=0)
     assert len(results.captions.items) == len(tiny_demo.held_out)
     images = [record.image for record in tiny_demo.held_out if record.image is not None]
     captions = model.caption_images(images, max_new_tokens=3, num_drafts=2)
     assert [item.generated for item in results.captions.items] == captions
     assert results.retrieval.text_to_image.similarity.shape == (8, 8)
-    assert results.text_only_nats > 0
+    assert results.answers.nats().mean > 0
     frozen = encoders.open_frozen_encoders(tmp_path, model)
     ridge = measure.fit_ridge_baseline(model, tiny_demo, encoders=frozen)
     assert ridge.captions == results.retrieval.captions
 
 
-def test_the_index_answers_questions_about_images_without_their_own_documents(
+def test_questions_are_answered_without_and_with_training_records(
     tmp_path: Path, tiny_demo: prepare.DemoData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(use, "MAX_ANSWER_TOKENS", 2)
@@ -216,10 +216,10 @@ def test_the_index_answers_questions_about_images_without_their_own_documents(
     )
     galleries, answers = use.use_model(tmp_path, model, tiny_demo, retrieval=retrieval)
     assert (tmp_path / "index").is_dir()
-    assert [answer.question for answer in answers[:4]] == list(use.QUESTIONS)
-    about_images = answers[4:]
-    assert len(about_images) == use.NUM_IMAGE_QUESTIONS
-    for answer in about_images:
+    assert len(answers) == len(use.QUESTION_KINDS) * use.NUM_QUESTIONS_PER_KIND
+    held_out_images = [record.image for record in tiny_demo.held_out]
+    for answer in answers:
+        assert answer.image in held_out_images and answer.reference
         assert answer.sources
-        assert answer.image not in [hit.image for hit in answer.sources]
+        assert not {hit.image for hit in answer.sources} & set(held_out_images)
     assert [len(gallery.searches) for gallery in galleries] == [6, 6, 4]

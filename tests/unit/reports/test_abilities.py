@@ -44,6 +44,15 @@ def test_a_row_has_chance_control_and_whether_it_is_above_them() -> None:
     assert odd_one.cells()[1:] == ("accuracy", "27.0", "23.0 to 31.0", "25.0", "24.0", "50", "no")
 
 
+def test_a_query_must_exceed_its_parts() -> None:
+    dialog = make_scores()[0]
+    dialog["facts"]["partial_forms"] = ["turn 1"]
+    dialog["values"] |= {"gain over turn 1": value(5.0)}
+    assert list_ability_rows([dialog])[0].is_above_controls
+    dialog["values"] |= {"gain over turn 1": value(3.0)}
+    assert not list_ability_rows([dialog])[0].is_above_controls
+
+
 def test_the_page_has_the_table_the_questions_and_the_parts() -> None:
     page = format_abilities_page(make_scores(), model="runs/x")
     lines = page.splitlines()

@@ -18,10 +18,12 @@ from vlduet.inspect.alignment import Alignment
 from vlduet.reports.demo_report import (
     ModelResults,
     Report,
+    TradeOffPoint,
     summarize_report,
     training_charts,
     write_report,
 )
+from vlduet.reports.terminal import format_demo_changes
 
 NUM_RECORDS = 30
 
@@ -50,8 +52,11 @@ def embed_images(refs: Sequence[ImageRef]) -> np.ndarray:
     return np.array([make_vector(grey // 8) for grey in greys])
 
 
-def make_results(records: list[Record], text: str, *, num_captions: int) -> ModelResults:
-    """Measure a toy model that finds an image by its first record and captions with `text`."""
+def make_results(records: list[Record], text: str, *, nats: float = 3.0) -> ModelResults:
+    """Measure a toy model that finds an image by its first record and captions with `text`.
+
+    A caption costs `nats` per token after its own image, and one more after another image.
+    """
     first_index: dict[str, int] = {}
     for i, record in enumerate(records):
         first_index.setdefault(record.short[0], i)
@@ -62,16 +67,23 @@ def make_results(records: list[Record], text: str, *, num_captions: int) -> Mode
     def embed_composed(queries: list[tuple[ImageRef, str]]) -> np.ndarray:
         return embed_images([image for image, _ in queries])
 
+    own_pairs = {(record.image, record.short[0]) for record in records}
+
+    def nll(pairs: list[tuple[ImageRef, str]]) -> list[tuple[float, int]]:
+        values = []
+        for image, caption in pairs:
+            cost = nats if (image, caption) in own_pairs else nats + 1
+            values.append((cost * len(caption), len(caption)))
+        return values
+
     return ModelResults(
         retrieval=protocols.measure_retrieval(embed_images, embed_text, records=records),
         composed=protocols.measure_composed_retrieval(embed_images, embed_composed, records),
-        cross_entropy=protocols.measure_caption_cross_entropy(
-            lambda pairs: [(3.0 * len(caption), len(caption)) for _, caption in pairs], records
-        ),
+        cross_entropy=protocols.measure_caption_cross_entropy(nll, records),
         captions=protocols.measure_captions(
-            lambda refs: [text, *["A thing."] * (len(refs) - 1)], records[:num_captions]
+            lambda refs: [text, *["A thing."] * (len(refs) - 1)], records
         ),
-        text_only_nats=2.0,
+        answers=protocols.AnswerCrossEntropy(np.array([2.0, 6.0]), np.array([2.0, 2.0])),
     )
 
 
@@ -84,8 +96,8 @@ def make_score() -> BenchmarkScore:
 
 def make_report(records: list[Record], text: str) -> Report:
     """Return a report in which every free text is `text`."""
-    start = make_results(records, text, num_captions=4)
-    trained = make_results(records, text, num_captions=8)
+    start = make_results(records, text, nats=5.0)
+    trained = make_results(records, text)
     retrieval = trained.retrieval
     hits = [(record.id, 0.5) for record in records[:6]]
     sources = examples.example_hits(hits[:2], records)
@@ -98,7 +110,8 @@ def make_report(records: list[Record], text: str) -> Report:
     return Report(
         trained=trained,
         start=start,
-        untrained=retrieval,
+        single_losses=(TradeOffPoint("language loss alone", 0.2, 3.1, is_of_this_run=False),),
+        num_copied_captions=2,
         ridge=retrieval,
         galleries=(
             examples.text_to_image_examples(retrieval, search=lambda _: hits),
@@ -106,8 +119,8 @@ def make_report(records: list[Record], text: str) -> Report:
             examples.composed_query_examples(retrieval, search=lambda *_: hits),
         ),
         answers=(
-            examples.AnsweredQuestion(text, text, sources),
-            examples.AnsweredQuestion(text, "", (), image=image),
+            examples.AnsweredQuestion(text, image, text, text, text, sources),
+            examples.AnsweredQuestion(text, image, text, "", "", ()),
         ),
         alignments={text: alignment},
         rag=make_score(),
@@ -139,10 +152,11 @@ def test_hostile_texts_are_escaped_and_the_page_loads_nothing(page: str) -> None
     assert "{{ 7*7 }}" in parsed.text, "it is never a template of its own"
 
 
-def test_page_shows_the_captions_of_records_captioned_before_and_after(page: str) -> None:
-    assert page.count("<dt>after training</dt>") == page.count("<dt>at the start</dt>") == 4
+def test_page_shows_captions_before_and_after_by_a_fixed_rule(page: str) -> None:
+    assert page.count("<dt>after training</dt>") == page.count("<dt>at the start</dt>") == 18
     text = " ".join(pages.Page(page).text.split())
-    assert "2 distinct captions for 8 held-out images" in text
+    assert f"2 distinct captions for {NUM_RECORDS} images" in text
+    assert "2 of them equal a caption of the training records" in text
 
 
 def test_page_shows_every_competitor_with_intervals_and_chance(
@@ -151,7 +165,7 @@ def test_page_shows_every_competitor_with_intervals_and_chance(
     report = make_report(records, "x")
     parsed = pages.Page(page)
     labels = [a["aria-label"] or "" for _, a in parsed.tags if a.get("role") == "img"]
-    for name in ("VLDuet", "Ridge baseline", "Start", "Untrained", "Chance"):
+    for name in ("VLDuet", "Ridge baseline", "Start", "Chance"):
         assert len([label for label in labels if label.startswith(f"{name}, ")]) == 6
     score = report.trained.retrieval.text_to_image.hit_interval(5, 0)
     low, high = 100 * score.low, 100 * score.high
@@ -159,23 +173,77 @@ def test_page_shows_every_competitor_with_intervals_and_chance(
     assert f"VLDuet, Text → image, hit@5: {expected}" in labels
 
 
+def test_first_table_has_paired_changes_with_their_direction(records: list[Record]) -> None:
+    report = make_report(records, "x")
+    changes = {change.name: change for change in report.changes}
+    assert list(changes) == [
+        "text → image, hit@10",
+        "text → image, hit@1",
+        "image → text, hit@10",
+        "image → text, hit@1",
+        "Captions, nats per token",
+        "Cost of a wrong image, nats per token",
+        "Generated captions, word F1",
+        "Plain answers, nats per token",
+    ]
+    captions = changes["Captions, nats per token"]
+    assert (captions.before.mean, captions.after.mean) == pytest.approx((5.0, 3.0))
+    assert (captions.change.low, captions.change.high) == pytest.approx((-2.0, -2.0))
+    assert captions.verdict == "better"
+    assert changes["Cost of a wrong image, nats per token"].after.mean == pytest.approx(1.0)
+    assert changes["Plain answers, nats per token"].after.mean == pytest.approx(2.0)
+    retrieval = changes["text → image, hit@10"]
+    assert retrieval.change.mean == 0.0 and retrieval.verdict == "level"
+    assert retrieval.ridge == retrieval.after and retrieval.ridge_difference is not None
+    assert 0 < (retrieval.chance or 0) < 1
+    worse = replace(report, trained=report.start, start=report.trained)
+    assert {c.name: c.verdict for c in worse.changes}["Captions, nats per token"] == "worse"
+
+
+def test_first_table_is_printed_with_intervals(records: list[Record]) -> None:
+    title, *lines = format_demo_changes(make_report(records, "x").changes)
+    assert "before" in title and "95 % interval" in title
+    assert len(lines) == 8
+    (captions,) = [line for line in lines if line.startswith("Captions")]
+    assert captions.split()[4:] == ["5.00", "3.00", "-2.00", "(-2.00", "to", "-2.00)", "better"]
+    assert "against ridge" in lines[0] and "chance" in lines[0]
+
+
 def test_navigation_targets_exist_and_images_are_described(page: str) -> None:
     tags = pages.Page(page).tags
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids)), "ids are unique"
     targets = {str(a["href"]).removeprefix("#") for tag, a in tags if tag == "a"}
-    assert targets <= set(ids) and len(targets) == 10
+    assert targets <= set(ids) and len(targets) == 11
     assert all(attributes.get("alt") for tag, attributes in tags if tag == "img")
     assert all(attributes.get("aria-label") for tag, attributes in tags if tag == "svg")
-    assert len([tag for tag, _ in tags if tag == "svg"]) == 1, "only the losses were measured"
+    assert len([tag for tag, _ in tags if tag == "svg"]) == 2, "the losses and the trade-off"
 
 
 def test_summary_has_exactly_the_documented_keys(records: list[Record]) -> None:
     report = make_report(records, "x")
     summary = json.loads(json.dumps(summarize_report(report)))
-    rates = ("text_to_image", "image_to_text", "chance", "untrained", "start", "ridge_baseline")
-    sections = ("gallery", "caption_cross_entropy", "mixed", "self_rag", "minutes")
-    assert set(summary) == {*rates, *sections}
+    assert set(summary) == {
+        "changes",
+        "wrong_image_nats",
+        "trade_off",
+        "gallery",
+        "captions",
+        "mixed",
+        "self_rag",
+        "minutes",
+    }
+    assert list(summary["changes"]) == [change.name for change in report.changes]
+    retrieval = summary["changes"]["text → image, hit@10"]
+    assert set(retrieval) == {"before", "after", "change", "ridge", "ridge_difference", "chance"}
+    captions = summary["changes"]["Captions, nats per token"]
+    assert set(captions) == {"before", "after", "change"}
+    assert captions["after"]["mean"] == pytest.approx(3.0)
+    assert summary["wrong_image_nats"]["mean"] == pytest.approx(4.0)
+    assert list(summary["trade_off"]) == ["start", "language loss alone", "both losses"]
+    published = {"hit@10": 0.2, "nats": 3.1, "is_of_this_run": False}
+    assert summary["trade_off"]["language loss alone"] == published
+    assert summary["captions"] == {"distinct": 2, "copied": 2}
     assert set(summary["mixed"]) == {"image", "text", "both", "start"}
     assert summary["mixed"]["both"] == summary["mixed"]["start"] < summary["mixed"]["image"] == 1.0
     assert summary["self_rag"] == {
@@ -185,17 +253,8 @@ def test_summary_has_exactly_the_documented_keys(records: list[Record]) -> None:
         "chance": 0.25,
         "questions": 4,
     }
-    for name in rates:
-        assert set(summary[name]) == {"hit@1", "hit@5", "hit@10"}
-        assert all(0 <= value <= 1 for value in summary[name].values())
-    entropy = {"before": 3.0, "after": 3.0, "wrong_image": 3.0}
-    assert summary["caption_cross_entropy"] == pytest.approx(entropy)
     assert summary["gallery"] == NUM_RECORDS
     assert summary["minutes"] == pytest.approx(2.0), "downloads are not counted"
-    untrained = report.untrained
-    directions = (untrained.text_to_image, untrained.image_to_text)
-    hit_rates = [direction.hit_rates()["hit@1"] for direction in directions]
-    assert summary["untrained"]["hit@1"] == pytest.approx(sum(hit_rates) / 2)
 
 
 def test_gain_from_retrieval_is_paired_over_questions(records: list[Record]) -> None:
