@@ -15,8 +15,8 @@ MAX_TITLE = 50
 HOW_TO_READ = (
     "Values are x 100, on held-out records, with 95 % bootstrap intervals over items. *Chance* is"
     " that of random scores. *Text-only* is the same model on the same items without their images."
-    " *Above* says whether the interval lies above both, and above a part of the query alone where a"
-    " query has parts. A tie counts as a miss."
+    " *Above* says whether the interval lies above both, and above a part of the query alone where"
+    " it has parts. A tie counts as a miss."
 )
 
 

@@ -265,6 +265,7 @@ def load_composition(files: OfficialFiles) -> SearchTask:
         {"together": tuple(together), "sum": tuple(summed), "image alone": tuple(alone)},
         tuple(single(image) for _, image in gallery),
         tuple(positives),
+        partial_forms=("image alone",),
     )
 
 
@@ -304,6 +305,7 @@ def load_arithmetic(files: OfficialFiles) -> SearchTask:
         tuple(positives),
         tuple(excluded),
         k=1,
+        partial_forms=("A",),
     )
 
 
@@ -348,6 +350,7 @@ def load_dialog(files: OfficialFiles) -> SearchTask:
         {form: tuple(queries) for form, queries in forms.items()},
         tuple(single(image) for image in images),
         tuple(positives),
+        partial_forms=("last turn alone",),
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlduet.data.records import ImageRef, Part, Record
+from vlduet.data.tools.instructions import format_existence_question, present_pictures
 from vlduet.eval.benchmarks.abilities import kinds_of, name_of, require_items
 from vlduet.eval.benchmarks.builtin import captioned_images, find_one_word_pairs, read_split
 from vlduet.eval.benchmarks.composites import join_side_by_side
@@ -35,6 +36,8 @@ NUM_ALIKE = 3
 """Number of images of one kind beside the one that differs."""
 NUM_POPULAR = 10
 """Number of the most frequent names that are popular; they take turns."""
+ODD_ONE_QUESTION = "Three of these pictures show the same kind of thing. Which one differs?"
+CHANGE_QUESTION = "What has changed from the first picture to the second?"
 YES_NO = ("Yes", "No")
 ARTICLES = ("a ", "an ")
 ORDINALS = ("first", "second", "third", "fourth")
@@ -135,11 +138,6 @@ def make_existence_questions(objects: Sequence[NamedObject], *, seed: int) -> li
     return items
 
 
-def format_existence_question(name: str) -> str:
-    """Return the question whether an image shows an object, named with its article."""
-    return f"Is there {name} in the picture?"
-
-
 def _draw_pairs(objects: Sequence[NamedObject]) -> list[tuple[NamedObject, NamedObject]]:
     """Return up to `MAX_IMAGES` pairs of objects without a common word, of different folders.
 
@@ -188,7 +186,7 @@ def load_odd_one(files: OfficialFiles) -> ChoiceTask:
         prompt: list[Part] = []
         for ordinal, image in zip(ORDINALS, images, strict=True):
             prompt += [f"The {ordinal} picture: ", image, "\n"]
-        prompt.append("Three of these pictures show the same kind of thing. Which one differs?")
+        prompt.append(ODD_ONE_QUESTION)
         items.append(Question(str(number), tuple(prompt), position, {}, options))
     require_items(items, files, missing="stamps of two kinds")
     return ChoiceTask(tuple(items), without_images_too=True)
@@ -230,10 +228,7 @@ def load_change(files: OfficialFiles) -> ChoiceTask:
             other = other_changes[random.integers(len(other_changes))]
             options += [other, other[::-1]]
         order = random.permutation(len(options))
-        prompt = (
-            "The first picture: ", images[0], "\nThe second picture: ", images[1],
-            "\nWhat has changed from the first picture to the second?",
-        )  # fmt: skip
+        prompt = present_pictures(images, CHANGE_QUESTION)
         reference = int(np.flatnonzero(order == 0)[0])
         shuffled = tuple(format_change(*options[i]) for i in order)
         items.append(Question(f"{n}/{pair.id}", prompt, reference, {}, shuffled))

@@ -58,8 +58,9 @@ def run_search(task: SearchTask, predictions: PredictionStore) -> BenchmarkScore
     predictions store the vectors ``queries`` and ``documents`` of the distinct contents. Contents
     that cannot be embedded have NaN and count as missing; a search with one is a miss.
 
-    Details: number of ``queries``, size of the smallest ``gallery``, ``chance``, and ``ties``, the
-    number of searches of the first form whose rank suffers from a tie.
+    Details: number of ``queries``, size of the smallest ``gallery``, ``chance``, ``partial_forms``
+    of the task, and ``ties``, the number of searches of the first form whose rank suffers from a
+    tie.
     """
     forms = list(task.queries)
     text_queries, text_documents = remove_images(task.queries[forms[0]], task.documents)
@@ -91,6 +92,7 @@ def run_search(task: SearchTask, predictions: PredictionStore) -> BenchmarkScore
         "gallery": min(sizes),
         "chance": {number: 100 * compute_search_chance(task)},
         "ties": ties[forms[0]],
+        "partial_forms": list(task.partial_forms),
     }
     vectors = [*query_of.values(), *document_of.values()]
     num_missing = sum(bool(np.isnan(vector).any()) for vector in vectors)

@@ -136,6 +136,8 @@ class SearchTask:
     """For every query the indices of documents that leave its gallery; empty for none at all."""
     k: int = 10
     """Cutoff of the reported R@k."""
+    partial_forms: tuple[str, ...] = ()
+    """Forms that are a part of the first one, which it must exceed to be worth its other parts."""
     tags: tuple[str, ...] = ()
     """For every query the name by which scores are broken down; empty for no breakdown."""
     details: Mapping[str, Any] = field(default_factory=dict)

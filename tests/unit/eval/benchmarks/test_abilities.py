@@ -12,6 +12,7 @@ import pytest
 
 from vlduet.data.images import encode_png, from_pixels, image_key
 from vlduet.data.records import ImageRef, Parts, Record
+from vlduet.data.tools.instructions import format_existence_question
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks import abilities
 from vlduet.eval.benchmarks.abilities import (
@@ -27,7 +28,6 @@ from vlduet.eval.benchmarks.abilities import (
 from vlduet.eval.benchmarks.abilities_questions import (
     ORDINALS,
     YES_NO,
-    format_existence_question,
     list_named_objects,
     make_existence_questions,
 )
