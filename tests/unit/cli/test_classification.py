@@ -13,9 +13,13 @@ from helpers import tiny
 from helpers.fake_embedder import COLOURS, paint
 from vlduet.cli.main import app
 from vlduet.data.records import ImageRef
+from vlduet.encoders.dual import DualEncoder
+from vlduet.encoders.frozen import FrozenEncoders
+from vlduet.encoders.loading import open_encoder
 from vlduet.errors import DataError, ImageError
 from vlduet.eval.classification import classify
 from vlduet.model.duet import DuetModel
+from vlduet.model.feature_cache import FeatureCache
 
 RUNNER = CliRunner()
 
@@ -64,6 +68,15 @@ def test_templates_replace_the_default_ones(model: Path, photos: Path) -> None:
     default = json.loads(invoke(*command).stdout)["images"][0]
     other = json.loads(invoke(*command, "--template", "photo {} photo").stdout)["images"][0]
     assert default["probabilities"] != other["probabilities"]
+
+
+def test_a_dual_encoder_classifies_too(photos: Path, tmp_path: Path) -> None:
+    frozen = tiny.build_frozen_encoders(tmp_path / "frozen")
+    roles = {role: open_encoder(frozen[role]) for role in ("vision", "text")}
+    encoders = FrozenEncoders(roles, cache=FeatureCache(None))
+    DualEncoder(encoders, dim=8).eval().save_pretrained(tmp_path / "dual")
+    lines = invoke("classify", tmp_path / "dual", photos, "--labels", "a cat,a dog").stdout
+    assert len(lines.splitlines()) == 2
 
 
 def test_unusable_labels_and_images_are_named(model: Path, photos: Path) -> None:
