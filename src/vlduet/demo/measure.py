@@ -110,10 +110,7 @@ def measure_plain_answers(model: DuetModel) -> protocols.AnswerCrossEntropy:
 def count_copied_captions(captions: protocols.CaptionResult, data: DemoData) -> int:
     """Return how many generated captions equal a caption of the training records (`text_key`)."""
     known = {
-        text_key(caption)
-        for path in data.train_files
-        for record in read_jsonl(path)
-        for caption in record.short
+        text_key(caption) for record in read_jsonl(data.train_file) for caption in record.short
     }
     return sum(text_key(item.generated) in known for item in captions.items)
 
@@ -188,10 +185,7 @@ def fit_ridge_baseline(
         return np.stack(means)
 
     training_records = [
-        record
-        for path in data.train_files
-        for record in read_jsonl(path)
-        if record.image and record.short
+        record for record in read_jsonl(data.train_file) if record.image and record.short
     ]
     return evaluate_ridge_baseline(
         embed_images,

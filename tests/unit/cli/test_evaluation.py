@@ -87,7 +87,7 @@ def test_stored_predictions_are_scored_as_at_the_evaluation(
     assert "95 % interval" in invoke("score", "winoground", *options).stdout
 
 
-def test_abilities_are_printed_as_a_table_and_written_as_a_page(
+def test_abilities_are_printed_as_a_table_and_saved_as_a_page(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmarks = tuple(get_benchmark(f"ability_{name}") for name in ("detail", "odd_one"))

@@ -75,7 +75,7 @@ def test_an_equal_and_a_nearly_equal_image_are_noticed(lists: Any, tmp_path: Pat
     assert (num_equal_files, len(overlaps)) == (1, 3), overlaps
 
 
-def test_a_list_is_read_as_it_was_written(lists: Any, tmp_path: Path) -> None:
+def test_a_list_is_read_back_unchanged(lists: Any, tmp_path: Path) -> None:
     texts = ("The Red Fox!", "a red fox", "", "An", "Blue\nboat")
     path, refs = write_list(lists, tmp_path, seeds=range(3), texts=texts)
     files = {file.name: file.read_bytes() for file in tmp_path.glob("list.*")}

@@ -9,6 +9,8 @@ import pytest
 
 from helpers import tiny
 from vlduet.data.formats import read_jsonl
+from vlduet.data.record_json import record_to_json
+from vlduet.data.tools.instructions import generate_instructions
 from vlduet.demo import encoders, prepare
 
 
@@ -34,5 +36,9 @@ def tiny_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> prepare.DemoDa
     (folder / "test.jsonl").write_text("".join(rows[8:]))
     (folder / "val.jsonl").write_text("".join(rows[6:8]))
     held_out = tuple(read_jsonl(folder / "test.jsonl"))
-    files = (folder / "train.jsonl",)
-    return prepare.DemoData(files, folder / "val.jsonl", held_out, corpus_table=())
+    chats = list(generate_instructions(list(read_jsonl(folder / "train.jsonl"))))
+    lines = [json.dumps(record_to_json(chat, root=folder)) + "\n" for chat in chats]
+    (folder / "instructions.jsonl").write_text("".join(lines))
+    names = ("train.jsonl", "instructions.jsonl", "val.jsonl")
+    train, instructions, validation = (folder / name for name in names)
+    return prepare.DemoData(train, instructions, validation, held_out, corpus_table=())

@@ -33,17 +33,14 @@ def write_corpus(folder: Path, splits: dict[str, list[str]]) -> None:
 def small_corpora(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the real corpora by a few captions without images."""
     content = {
-        "stamps": {"train": ["A boat."], "val": ["A kite."], "test": ["A red apple.", "The horse"]},
-        "emoji": {
-            "train": ["red apple", "horse", "a kite!", "green apple"],
-            "val": ["x"],
-            "test": ["y"],
-        },
+        "train": ["A boat.", "A kite", "The horse.", "A big red apple."],
+        "val": ["a kite!"],
+        "test": ["A red apple.", "The horse"],
     }
 
     def fetch(name: str, to: Path) -> CorpusSummary:
-        write_corpus(to / name, content[name])
-        counts = {split: len(captions) for split, captions in content[name].items()}
+        write_corpus(to / name, content)
+        counts = {split: len(captions) for split, captions in content.items()}
         return CorpusSummary(name, to / name, counts, 9, "free", reused=False)
 
     monkeypatch.setattr(prepare, "fetch_corpus", fetch)
@@ -54,18 +51,19 @@ def test_training_has_no_caption_of_the_test_split(
     tmp_path: Path,
 ) -> None:
     data = prepare.prepare_data(tmp_path)
-    captions = [record.short[0] for path in data.train_files for record in read_jsonl(path)]
-    assert captions == ["A boat.", "green apple"]
+    captions = [record.short[0] for record in read_jsonl(data.train_file)]
+    assert captions == ["A boat.", "A big red apple."]
     assert [record.short for record in data.held_out] == [("A red apple.",), ("The horse",)]
-    counts = [(row["trained on"], row["left out"]) for row in data.corpus_table]
-    assert counts == [("1", "0"), ("1", "3")]
-    assert [row["held out"] for row in data.corpus_table] == ["2", ""]
+    texts = [turn.parts[-1] for r in read_jsonl(data.instruction_file) for turn in r.messages]
+    assert texts and not any("kite" in str(text) or "horse" in str(text) for text in texts)
+    (row,) = data.corpus_table
+    assert (row["pairs trained on"], row["left out"], row["held out"]) == ("2", "2", "2")
 
 
 @pytest.mark.usefixtures("small_corpora")
 def test_training_records_find_the_images_of_their_corpus(tmp_path: Path) -> None:
     data = prepare.prepare_data(tmp_path)
-    record = next(read_jsonl(data.train_files[0]))
+    record = next(read_jsonl(data.train_file))
     assert record.image is not None
     assert record.image.path == tmp_path / "data" / "stamps" / "train0.png"
 
@@ -73,10 +71,12 @@ def test_training_records_find_the_images_of_their_corpus(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("small_corpora")
 def test_the_training_config_trains_on_training_records_only(tmp_path: Path) -> None:
     data = prepare.prepare_data(tmp_path)
-    config = prepare.training_config(tmp_path, data, seed=3, steps=20)
+    folders = {role: tmp_path / role for role in ("vision", "text", "cross")}
+    config = prepare.training_config(tmp_path, data, encoders=folders, seed=3, steps=20)
     assert (config.seed, config.train.steps, config.out) == (3, 20, tmp_path)
-    assert [source.path.name for source in config.data.train] == [prepare.TRAINING_FILE] * 2
-    assert [source.weight for source in config.data.train] == [3.0, 1.0]
+    names = [source.path.name for source in config.data.train]
+    assert names == [prepare.TRAINING_FILE, prepare.INSTRUCTION_FILE]
+    assert config.encoders.cross == folders["cross"]
 
 
 def test_an_earlier_demo_is_deleted_except_for_reusable_folders(tmp_path: Path) -> None:

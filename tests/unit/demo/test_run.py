@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
 
 
-def build_tiny_model(to: Path, name: str, *, seed: int, untrained: bool = False) -> DuetModel:
-    """Build the tiny model in place of the default one; `untrained` makes no difference."""
-    tiny.build_duet_model(to / name)
-    return prepare.open_model(to, name)
+def build_tiny_model(to: Path, *, seed: int) -> DuetModel:
+    """Build the tiny model in place of the default one."""
+    tiny.build_duet_model(to / "nano")
+    return prepare.open_model(to, "nano")
 
 
 def test_the_demo_writes_model_index_and_report(
