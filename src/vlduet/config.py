@@ -262,6 +262,12 @@ class ComparisonConfig(Section):
     """Overrides of the base that all runs share, such as ``train.steps=100``."""
     runs: dict[str, list[str]] = Field(min_length=1)
     """Name of each run, and the overrides that distinguish it."""
+    reference: str | None = None
+    """Name of a run whose differences to the others are measured item by item; None: of none."""
+    benchmarks: list[str] = []
+    """Names of benchmarks that all trained models are measured on."""
+    benchmark_data: Path = Path("data")
+    """Folder of the official files of benchmarks."""
 
 
 # --------------------------------------------------------------------- files

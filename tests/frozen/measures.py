@@ -145,13 +145,13 @@ def _replaced(path: Path, settings: list[str], family: str) -> list[str]:
         changed += _embedding(read)
     changed.append(f"model.dim={WIDTH}")
     guided = read.recipe.get("guide", "none") != "none"
-    if recipe in ("sugar", "clip") or guided:
+    if recipe in ("sugar", "duet", "clip") or guided:
         nano = "nano" in str(read.encoders.vision)
         changed += [
             f"encoders.vision={base if nano else checkpoint('encoder_vision')}",
             f"encoders.text={checkpoint('encoder_text')}",
         ]
-    if recipe == "sugar" or guided:
+    if recipe in ("sugar", "duet") or guided:
         changed.append(f"encoders.cross={checkpoint('encoder_cross')}")
     return changed
 
@@ -160,6 +160,8 @@ def _records(path: str) -> Path:
     """Return the fixed records that take the place of a source."""
     if Path(path).parent == INPUTS:
         return Path(path)
+    if Path(path).stem == "instructions":
+        return INPUTS / "others.jsonl"
     return INPUTS / SOURCES.get(Path(path).parent.name, "pairs.jsonl")
 
 
