@@ -6,9 +6,13 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlduet.config import RunConfig
 from vlduet.train.run import TrainableModel
+
+REFERENCE_RMS = 0.02
+"""Root mean square of the weights of a new layer in most language models."""
 
 
 def build_optimizer(
@@ -17,9 +21,9 @@ def build_optimizer(
     """Return AdamW over all parameters that require a gradient.
 
     LoRA matrices have the learning rate `train.lr`. All other parameters are new to the checkpoint
-    and have `train.lr_new` (default `train.lr`). The temperature has no weight decay, the others
-    have `train.weight_decay`. Each group also stores its rate as `initial_lr`, which
-    `step.optimizer_step` scales.
+    and have `train.lr_new` (default `train.lr`), times `relative_rate` in a projector. The
+    temperature has no weight decay, the others have `train.weight_decay`. Each group also stores
+    its rate as `initial_lr`, which `step.optimizer_step` scales.
 
     Args:
         model: its parameters must be selected for training already; only `adapter_tensors` and
@@ -36,11 +40,31 @@ def build_optimizer(
     temperature = [trained.pop("logit_scale")] if "logit_scale" in trained else []
     groups: list[dict[str, Any]] = [
         {"params": lora, "lr": train.lr},
-        {"params": list(trained.values()), "lr": new_lr},
         {"params": temperature, "lr": new_lr, "weight_decay": 0.0},
     ]
+    by_rate: dict[float, list[Tensor]] = {}
+    for name, parameter in trained.items():
+        layer = name.rpartition(".")[0]
+        # The bias of a layer is as large as its weights.
+        weight = trained.get(f"{layer}.weight", parameter)
+        rate = relative_rate(weight) if name.startswith("projector.") else 1.0
+        by_rate.setdefault(rate, []).append(parameter)
+    groups += [{"params": group, "lr": new_lr * rate} for rate, group in by_rate.items()]
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
+
+
+def relative_rate(weight: Tensor) -> float:
+    """Return the factor of the learning rate of a projector's layer, at least 1.
+
+    Adam moves every weight by about the rate, however large the weight is, so a matrix with large
+    weights would hardly change: nano's last one is 300 times larger than usual. The factor is the
+    root mean square of a matrix divided by `REFERENCE_RMS`; a vector, as of a norm, has 1.
+    """
+    if weight.ndim < 2:
+        return 1.0
+    rms = float(weight.detach().float().pow(2).mean().sqrt())
+    return max(1.0, rms / REFERENCE_RMS)
 
 
 def count_warmup_steps(steps: int, warmup: float) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlduet import config
-from vlduet.train.optim import build_optimizer, learning_rate_factor
+from vlduet.train.optim import REFERENCE_RMS, build_optimizer, learning_rate_factor
 
 
 class StubModel:
@@ -50,6 +50,30 @@ def test_new_parameters_have_their_own_rate_and_the_temperature_has_no_decay() -
     assert rate_and_decay(optimizer, model.head) == (0.02, 0.5)
     assert rate_and_decay(optimizer, model.temperature) == (0.02, 0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
+
+
+def test_large_projector_matrices_have_a_proportional_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parameters = {
+        "projector.large.weight": torch.full((4, 3), 2.0),
+        "projector.large.bias": torch.zeros(4),
+        "projector.usual.weight": torch.full((4, 3), -0.01),
+        "projector.norm.weight": torch.ones(3),
+        "head.layers.weight": torch.full((4, 3), 2.0),
+    }
+    tensors = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
+    monkeypatch.setattr(StubModel, "own_tensors", lambda self: tensors)
+    _, optimizer = build_stub_optimizer(lr=0.1, lr_new=0.01)
+    rates = {name: rate_and_decay(optimizer, tensor)[0] for name, tensor in tensors.items()}
+    large = pytest.approx(0.01 * 2.0 / REFERENCE_RMS)
+    assert rates == {
+        "projector.large.weight": large,
+        "projector.large.bias": large,
+        "projector.usual.weight": 0.01,
+        "projector.norm.weight": 0.01,
+        "head.layers.weight": 0.01,
+    }
 
 
 def test_without_a_rate_of_their_own_new_parameters_have_that_of_lora() -> None:
