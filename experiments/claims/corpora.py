@@ -48,6 +48,8 @@ SETS_PER_SPLIT = {"train": 12, "test": 40}
 ORDERS_PER_SET = {"train": 8, "test": 6}
 """Number of orders of every set."""
 SEQUENCE_LENGTH = 4
+TRAIN_MODALITIES = ["texts", "mixed", "named end"]
+"""Forms of every training sequence; see `make_sequence_parts`."""
 SEEDS = {"train": 20, "test": 21}
 """Seed of the draws of a split."""
 WINDOW_PARTS = 5
@@ -270,12 +272,18 @@ def make_sequence_parts(sequence: StampSequence, modality: str) -> tuple[ImageRe
     """Return the parts of a sequence.
 
     Args:
-        modality: ``images``; ``texts`` (``A frog.``); or ``mixed``, which begins with an image and
-            alternates.
+        modality: ``images``; ``texts`` (``A frog.``); ``mixed``, which begins with an image and
+            alternates; or ``named end``, images with a text at the end, so that a language loss has
+            something to learn.
     """
     parts: list[ImageRef | str] = []
     for index, stamp in enumerate(sequence.stamps):
-        is_image = modality == "images" or (modality == "mixed" and index % 2 == 0)
+        is_image = {
+            "images": True,
+            "texts": False,
+            "mixed": index % 2 == 0,
+            "named end": index < len(sequence.stamps) - 1,
+        }[modality]
         parts.append(stamp.image if is_image else f"{stamp.name[0].upper()}{stamp.name[1:]}.")
     return tuple(parts)
 
@@ -336,6 +344,7 @@ def build_corpora(data: Path, folder: Path) -> None:
         "documents": [record.id for record in documents],
         "counts": [SCENES_PER_SPLIT, SETS_PER_SPLIT, ORDERS_PER_SET, NUM_STORIES, ORDERS_PER_STORY],
         "seeds": SEEDS,
+        "modalities": TRAIN_MODALITIES,
     }
     writers = {
         "scenes": lambda draft: _write_scenes(named, draft),
@@ -375,7 +384,7 @@ def _write_sequences(stamps: Sequence[NamedStamp], folder: Path) -> None:
     )
     documents = []
     for sequence in sequences:
-        for modality in ("images", "texts", "mixed"):
+        for modality in TRAIN_MODALITIES:
             documents.append(make_sequence_parts(sequence, modality))
     _write_documents(documents, folder)
 

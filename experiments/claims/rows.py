@@ -100,12 +100,14 @@ def build_config(protocol: Protocol, run: RowRun, substitutions: Mapping[str, An
 def describe_settings(protocol: Protocol, run: RowRun) -> dict[str, Any]:
     """Return what decides the numbers of a row: config, kind, base model and corpora.
 
-    Folders of this machine do not occur in it. A base model or corpus that does not exist yet is
+    Folders of this machine do not occur in it, and neither do default values, so that a new option
+    of a later version makes no difference. A base model or corpus that does not exist yet is
     described as missing.
     """
-    config = build_config(protocol, run, CANONICAL_PATHS).model_dump(mode="json")
-    config.pop("out")
-    config.pop("preset")
+    config = build_config(protocol, run, CANONICAL_PATHS).model_dump(
+        mode="json", exclude={"out", "preset"}, exclude_defaults=True
+    )
+    config["seed"] = run.seed
     for section, names in UNIMPORTANT_SETTINGS.items():
         config[section] = {k: v for k, v in config[section].items() if k not in names}
     return {

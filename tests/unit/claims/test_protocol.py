@@ -173,6 +173,8 @@ def test_sequences_of_a_set_are_different_orders_of_the_same_stamps(data: Path) 
         assert len({frozenset(order) for order in names}) == 1
     parts = corpora.make_sequence_parts(sequences[0], "mixed")
     assert [isinstance(part, ImageRef) for part in parts] == [True, False, True, False]
+    parts = corpora.make_sequence_parts(sequences[0], "named end")
+    assert [isinstance(part, ImageRef) for part in parts] == [True, True, True, False]
 
 
 def test_training_stories_are_orders_of_the_same_parts(built: Path) -> None:
@@ -183,3 +185,4 @@ def test_training_stories_are_orders_of_the_same_parts(built: Path) -> None:
     sequences = list(read_jsonl(built / "sequences" / "train.jsonl"))
     assert len(sequences) == 4 * 8 * 3
     assert sum(not record.images() for record in sequences) == 32
+    assert all(any(isinstance(part, str) for part in record.parts) for record in sequences)
