@@ -166,6 +166,8 @@ def collect_terms(protocol: Protocol, comparison: Comparison, results: SeedResul
             seeds &= results.get(row, {}).keys()
     terms: list[tuple[float, RowValues]] = []
     for (row, number), factor in factors.items():
+        if factor == 0:
+            continue
         row_seeds = sorted(seeds) if protocol.rows[row].is_seeded else protocol.seeds[:1]
         row_results = [results[row][seed] for seed in row_seeds if seed in results.get(row, {})]
         values = stack_seeds(row_results, number)

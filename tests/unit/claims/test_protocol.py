@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,14 @@ def test_the_page_is_the_one_that_the_results_give() -> None:
     results = claims.analysis.read_results(PROTOCOL, folder / "claims")
     pilots = claims.report.read_pilots(PROTOCOL, folder / "claims")
     page = claims.report.format_page(PROTOCOL, results, pilots)
-    assert (folder / "claims.md").read_text(encoding="utf-8") == page
+    published = (folder / "claims.md").read_text(encoding="utf-8")
+    number = re.compile(r"(?<![\w.])[+-]?\d+\.\d\d\b")
+    assert number.sub("#", published) == number.sub("#", page)
+    # Another processor may round the last digit otherwise.
+    values, published_values = (
+        [float(text) for text in number.findall(content)] for content in (page, published)
+    )
+    assert values == pytest.approx(published_values, abs=0.0101)
 
 
 # --------------------------------------------------------------------- corpora by rule
