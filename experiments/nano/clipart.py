@@ -3,10 +3,10 @@
     vlduet data fetch clipart --to runs/clipart/data
     python experiments/nano/clipart.py --work runs/clipart --to clipart.json NAME=FOLDER ...
 
-measures every model folder under its name, beside the ridge baseline, which is fitted on the
-training records of the demo, and chance. The gallery is every n-th record of the corpus, so that
-it has `MAX_RECORDS`. The file keeps the rank of every query: models can be added later, and
-are compared in pairs with all that it has. `vlduet data fetch` writes what is missing.
+measures every model folder under its name, beside chance and the ridge baseline, which is fitted
+on the training records of the demo, and on these and those of emoji. The gallery has `MAX_RECORDS`
+records, evenly spaced in the corpus. The file keeps the rank of every query: models can be added
+later, and are compared in pairs with all that it has. `--work` gets the corpora that it lacks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 
 from vlduet.corpora.catalog import fetch_corpus
 from vlduet.data.formats import read_jsonl
+from vlduet.data.record_json import record_to_json
 from vlduet.data.records import Record
 from vlduet.demo.encoders import fetch_minilm_folder
 from vlduet.demo.measure import fit_ridge_baseline
@@ -38,8 +39,9 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 
 MAX_RECORDS = 600
-RIDGE = "ridge"
-"""Name of the baseline's row."""
+RIDGE_ROWS = {"ridge, stamps": False, "ridge, stamps and emoji": True}
+"""Name of each baseline's row, and whether it is fitted on emoji too."""
+EMOJI_VENDOR = "openmoji"
 DIRECTIONS = ("text_to_image", "image_to_text")
 
 Ranks = dict[str, list[int]]
@@ -57,15 +59,33 @@ def collect_ranks(result: RetrievalResult) -> Ranks:
     return {name: getattr(result, name).ranks.tolist() for name in DIRECTIONS}
 
 
-def measure_ridge(model: DuetModel, records: list[Record], work: Path) -> RetrievalResult:
+def measure_ridge(
+    model: DuetModel, records: list[Record], work: Path, *, with_emoji: bool
+) -> RetrievalResult:
     """Fit the ridge baseline as the demo does, and measure it on other records.
 
-    The demo's corpora, and the features of the frozen encoders, are written into `work`.
+    The corpora, and the features of the frozen encoders, are written into `work`.
+
+    Args:
+        model: Model whose vision tower the baseline reads.
+        records: Records to retrieve.
+        work: Folder of the command line.
+        with_emoji: Fit it on one vendor's training emoji too, not only on the demo's stamps.
     """
     encoders = FrozenEncoders(
         {"text": open_encoder(fetch_minilm_folder())}, cache=FeatureCache(work / "features")
     )
     data = replace(prepare_data(work), held_out=tuple(records))
+    if with_emoji:
+        emoji = read_jsonl(fetch_corpus("emoji", work / "data").folder / "train.jsonl")
+        pairs = [record for record in emoji if record.metadata["vendor"] == EMOJI_VENDOR]
+        rows = [
+            record_to_json(record, root=work / "data")
+            for record in (*read_jsonl(data.train_file), *pairs)
+        ]
+        data = replace(data, train_file=work / "data/stamps-and-emoji.jsonl")
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        data.train_file.write_text("".join(lines), encoding="utf-8")
     return fit_ridge_baseline(model, data, encoders=encoders)
 
 
@@ -128,9 +148,11 @@ def main() -> None:
         name, _, model_folder = argument.partition("=")
         model = DuetModel.from_pretrained(model_folder)
         model.feature_cache = FeatureCache(options.work / "features")
-        if RIDGE not in results["ranks"]:
-            ridge = measure_ridge(model, records, options.work)
-            results["ranks"][RIDGE] = collect_ranks(ridge)
+        for row, with_emoji in RIDGE_ROWS.items():
+            if row in results["ranks"]:
+                continue
+            ridge = measure_ridge(model, records, options.work, with_emoji=with_emoji)
+            results["ranks"][row] = collect_ranks(ridge)
             for direction in DIRECTIONS:
                 for key, rate in chance_hit_at_k(getattr(ridge, direction).relevant).items():
                     results["chance"][f"{direction}/{key}"] = rate
