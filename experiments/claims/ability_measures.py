@@ -18,10 +18,12 @@ from vlduet.harness.builtin import EvaluationSettings, model_functions
 
 ABILITIES = {"dialog": "ability_dialog", "places": "ability_places", "exists": "ability_existence"}
 """Name of a benchmark by the prefix of its numbers."""
+LEFT_OUT = ("text_only/", "F1/", "precision/", "recall/")
+"""Starts of the names of numbers that are not taken over: of the controls, and ratios of items."""
 
 
 def measure_abilities(subject: Subject) -> Measurements:
-    """Return the numbers of the three benchmarks, without those of their text-only controls.
+    """Return the numbers of the three benchmarks that are means over items.
 
     Raises:
         ConfigError: this version has no such benchmark.
@@ -42,6 +44,6 @@ def measure_abilities(subject: Subject) -> Measurements:
                 provenance={"study": "claims"},
             )
             for number, sample in read_samples(run_folder(runs, benchmark)).items():
-                if len(sample.groups) == 1 and not number.startswith("text_only/"):
+                if len(sample.groups) == 1 and not number.startswith(LEFT_OUT):
                     numbers[f"{prefix}, {number}"] = sample
     return numbers

@@ -59,7 +59,7 @@ class ClaimReport:
     verdict: Verdict
     comparisons: list[ComparisonReport]
     missing: dict[str, list[int]]
-    """Seeds without complete results, by the name of the row."""
+    """Seeds without the numbers of the claim, by the name of the row."""
     minutes: float
     """Estimated minutes of one core for the missing runs."""
 
@@ -185,15 +185,17 @@ def take_seeds(row: RowValues, count: int) -> RowValues:
 def list_missing_seeds(
     protocol: Protocol, claim: Claim, results: SeedResults
 ) -> dict[str, list[int]]:
-    """Return the seeds of a claim's rows that lack a result or a group of measures, by row."""
+    """Return the seeds of a claim's rows that lack a number that the claim compares, by row."""
+    numbers: dict[str, set[str]] = {}
+    for comparison in claim.comparisons:
+        for _, row, number in comparison.signed_terms:
+            numbers.setdefault(row, set()).add(number)
     missing = {}
     for name in protocol.list_claim_rows(claim):
-        row = protocol.rows[name]
-        groups = set(protocol.get_measures(row))
         seeds = []
-        for seed in protocol.get_seeds(row):
+        for seed in protocol.get_seeds(protocol.rows[name]):
             result = results.get(name, {}).get(seed)
-            if result is None or groups - set(result.measures):
+            if result is None or numbers[name] - result.numbers.keys():
                 seeds.append(seed)
         if seeds:
             missing[name] = seeds
@@ -241,10 +243,14 @@ def describe_needs(protocol: Protocol, report: ClaimReport) -> list[str]:
     return needs
 
 
-def summarise_row(results: Sequence[RowResult], number: str) -> tuple[float, float] | None:
-    """Return mean over seeds and standard deviation between them (0 for one seed), or None."""
+def summarise_row(results: Sequence[RowResult], number: str) -> list[float]:
+    """Return mean over seeds and standard deviation between them.
+
+    The deviation is left out for one seed, and the list is empty where the number is missing.
+    """
     values = stack_seeds(results, number)
     if values is None:
-        return None
+        return []
     means = values.seed_means
-    return float(means.mean()), float(means.std(ddof=1)) if len(means) > 1 else 0.0
+    summary = [float(means.mean())]
+    return [*summary, float(means.std(ddof=1))] if len(means) > 1 else summary

@@ -143,9 +143,9 @@ def format_rows(protocol: Protocol, report: ClaimReport, results: SeedResults) -
     return "\n".join(lines) + "\n"
 
 
-def format_cell(summary: tuple[float, float] | None) -> str:
-    """Return mean ± deviation with two digits, and an empty cell for None."""
-    return "" if summary is None else f"{summary[0]:.2f} ± {summary[1]:.2f}"
+def format_cell(summary: Sequence[float]) -> str:
+    """Return mean ± deviation with two digits; without a deviation the mean alone."""
+    return " ± ".join(f"{value:.2f}" for value in summary)
 
 
 def format_comparisons(report: ClaimReport) -> str:

@@ -30,7 +30,7 @@ from vlduet.cli.main import keep_freed_memory
 from vlduet.errors import ConfigError
 from vlduet.logs import install_log_handler, logger
 
-MEASURE_MINUTES = 2.0
+MEASURE_MINUTES = 4.0
 """Estimated minutes of one core to measure further groups of a trained row."""
 RESULTS_FOLDER = Path(__file__).parents[2] / "docs" / "results" / "claims"
 
