@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -98,14 +99,28 @@ def compare(
 
     All runs, table.md and table.json are written to the folder `out` of the config. An interrupted
     comparison continues when it is started again. Runs without a common validation file are an
-    error.
+    error. With `reference` or `benchmarks` in the config, the trained models are measured too.
     """
     from vlduet.config import load_comparison_config
+    from vlduet.demo.measure import TEXT_ONLY_QUESTIONS
     from vlduet.distributed import is_main_process
+    from vlduet.eval.benchmarks.registry import get_benchmark
+    from vlduet.harness.builtin import EvaluationSettings, evaluate_model
     from vlduet.workflows.compare import format_table, run_comparison
+    from vlduet.workflows.comparison_measures import ComparisonMeasures
 
     comparison = load_comparison_config(config, overrides or [])
-    results = run_comparison(comparison)
+
+    def run_benchmarks(model: Path, folder: Path) -> None:
+        """Measure a model on the benchmarks of the comparison, and write the scores to a folder."""
+        benchmarks = [get_benchmark(name) for name in comparison.benchmarks]
+        if benchmarks:
+            data = comparison.benchmark_data
+            settings = EvaluationSettings()
+            evaluate_model(model, benchmarks, data=data, runs=folder, settings=settings)
+
+    measures = ComparisonMeasures(TEXT_ONLY_QUESTIONS, run_benchmarks)
+    results = run_comparison(comparison, measures=measures)
     if not is_main_process():
         return
     if as_json:

@@ -2,8 +2,9 @@
 
 1. check      configs, models and records of all runs, before the first one costs anything
 2. train      every run with every seed in turn; finished runs are skipped, stopped ones resumed
-3. tabulate   the last validation of every run, with mean and spread over the seeds: table.json and
-              table.md
+3. measure    the trained models on benchmarks, and item by item, where the comparison asks for it
+4. tabulate   the last validation of every run, with mean and spread over the seeds, and the
+              differences of the reference to the others: table.json and table.md
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import Any
 
 from vlduet import config, distributed
 from vlduet.config import ComparisonConfig, RunConfig
-from vlduet.errors import ConfigError
+from vlduet.errors import ConfigError, suggest_name
+from vlduet.eval.benchmarks.registry import get_benchmark
+from vlduet.eval.benchmarks.scores import MetricSample
 from vlduet.files import write_text_atomically
 from vlduet.locks import lock_folder
 from vlduet.logs import logger, read_metrics
 from vlduet.train import checkpointing, setup
 from vlduet.train.loop import train
 from vlduet.train.source_check import check_sources
+from vlduet.workflows.comparison_measures import ComparisonMeasures, compare_with_reference
 from vlduet.workflows.validation import make_config_validator
 
 VALIDATION_PREFIX = "validation/"
@@ -32,9 +36,13 @@ UNTRAINED_NAME = "before training"
 """Row of the table that holds the first validation of the first run."""
 STEP_TIME_NAME = "seconds a step"
 """Column of the table that holds `_median_step_seconds`."""
+TOKENS_NAME = "tokens a step"
+"""Column of the table that holds the mean number of tokens of a logged step."""
 
 
-def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
+def run_comparison(
+    settings: ComparisonConfig, *, measures: ComparisonMeasures | None = None
+) -> dict[str, Any]:
     """Train every run that is not finished, then write and return the table of all runs.
 
     All configs, and the data and model of every unfinished run, are checked before the first is
@@ -42,25 +50,36 @@ def run_comparison(settings: ComparisonConfig) -> dict[str, Any]:
     initialised. The main process writes ``table.json`` and ``table.md`` into `settings.out`, beside
     the folders ``NAME/seed-SEED`` of the runs. Torch's global seed is set by training.
 
+    Args:
+        settings: the comparison.
+        measures: measurements of the trained models, where `settings` has a reference or
+            benchmarks; None: only what training has validated.
+
     Returns:
         Content of ``table.json``: ``base``, ``overrides``, ``seeds``, and ``runs``, which maps a
         run's name to its ``overrides`` and, per metric, its ``values`` in the order of the seeds.
-        The first run is `UNTRAINED_NAME`: the first validation of the first one.
+        The first run is `UNTRAINED_NAME`: the first validation of the first one. With a reference
+        also ``reference``, its name, and ``differences`` (see `compare_with_reference`).
 
     Raises:
-        ConfigError: a setting is wrong, the runs have no or different validation files, or the
-            folder of a run holds one with other settings.
+        ConfigError: a setting is wrong, a benchmark or the reference is unknown, the runs have no
+            or different validation files, or the folder of a run holds one with other settings.
         LockError: another process writes this comparison.
         DataError, ModelError, TrainingError: as `train`.
     """
     distributed.init_process_group()
     with ExitStack() as stack:
         distributed.call_on_main(lambda: stack.enter_context(lock_folder(settings.out)))
-        return _train_runs(settings)
+        return _train_runs(settings, measures)
 
 
-def _train_runs(settings: ComparisonConfig) -> dict[str, Any]:
+def _train_runs(settings: ComparisonConfig, measures: ComparisonMeasures | None) -> dict[str, Any]:
     """Check, train and tabulate the runs as `run_comparison` does, with the locked folder."""
+    if settings.reference is not None and settings.reference not in settings.runs:
+        fix = suggest_name(settings.reference, settings.runs)
+        raise ConfigError(f"no run '{settings.reference}'", place="reference", fix=fix)
+    for benchmark in settings.benchmarks:
+        get_benchmark(benchmark)
     configs: dict[str, list[RunConfig]] = {}
     for name in settings.runs:
         configs[name] = [_build_run_config(settings, name, seed) for seed in settings.seeds]
@@ -91,9 +110,31 @@ def _train_runs(settings: ComparisonConfig) -> dict[str, Any]:
             train(run, evaluate=validate, resume="auto")
     results = _collect_results(settings, configs)
     if distributed.is_main_process():
+        if measures is not None and (settings.reference or settings.benchmarks):
+            _add_measures(results, settings, configs, measures)
         write_text_atomically(settings.out / "table.json", json.dumps(results, indent=1) + "\n")
         write_text_atomically(settings.out / "table.md", format_table(results))
     return results
+
+
+def _add_measures(
+    results: dict[str, Any],
+    settings: ComparisonConfig,
+    configs: Mapping[str, list[RunConfig]],
+    measures: ComparisonMeasures,
+) -> None:
+    """Measure all trained models, and add what validation lacks and the differences, in place."""
+    samples: dict[str, list[dict[str, MetricSample]]] = {}
+    for name, runs in configs.items():
+        samples[name] = [measures.measure(run) for run in runs]
+        values = results["runs"][name]["values"]
+        for metric in samples[name][0]:
+            # Validation has the hit rates and captions of the same pairs.
+            if metric == "chat" or metric.partition(" ")[0] in settings.benchmarks:
+                values[metric] = [seed[metric].mean for seed in samples[name] if metric in seed]
+    if settings.reference is not None:
+        results["reference"] = settings.reference
+        results["differences"] = compare_with_reference(samples, reference=settings.reference)
 
 
 def _build_run_config(settings: ComparisonConfig, name: str, seed: int) -> RunConfig:
@@ -152,7 +193,8 @@ def _collect_results(
         if not results:
             results[UNTRAINED_NAME] = [_select_validations(rows)[0] for rows in logs]
         results[name] = [
-            _select_validations(rows)[-1] | {STEP_TIME_NAME: _median_step_seconds(rows)}
+            _select_validations(rows)[-1]
+            | {TOKENS_NAME: _mean_tokens(rows), STEP_TIME_NAME: _median_step_seconds(rows)}
             for rows in logs
         ]
     table: dict[str, Any] = {}
@@ -186,6 +228,12 @@ def _select_validations(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     return validations
 
 
+def _mean_tokens(rows: list[dict[str, float]]) -> float:
+    """Return the mean number of tokens of the steps that are logged; NaN if none is."""
+    counts = [row["tokens"] for row in rows if "tokens" in row]
+    return statistics.fmean(counts) if counts else float("nan")
+
+
 def _median_step_seconds(rows: list[dict[str, float]]) -> float:
     """Return the median duration of a training step; NaN if fewer than two rows have a loss.
 
@@ -217,11 +265,30 @@ def format_table(results: Mapping[str, Any]) -> str:
     shared = f", with {_quote(results['overrides'])}" if results["overrides"] else ""
     summary = f"Base `{results['base']}`{shared}; seeds {seeds}"
     lines += ["", f"{summary}; mean ± standard deviation over them."]
+    if results.get("differences"):
+        lines += ["", *_format_differences(results)]
     overrides = {name: run["overrides"] for name, run in runs.items() if run["overrides"]}
     if overrides:
         lines.append("")
     lines += [f"- **{name}**: {_quote(values)}" for name, values in overrides.items()]
     return "\n".join([*lines, ""])
+
+
+def _format_differences(results: Mapping[str, Any]) -> list[str]:
+    """Return a table with a row per run: the reference minus it, with 95 % intervals."""
+    differences: Mapping[str, Any] = results["differences"]
+    metrics = list(dict.fromkeys(metric for row in differences.values() for metric in row))
+    lines = [f"| {results['reference']} minus | " + " | ".join(metrics) + " |"]
+    lines.append("|---" * (len(metrics) + 1) + "|")
+    for name, row in differences.items():
+        cells = []
+        for metric in metrics:
+            value = row.get(metric, {})
+            cells.append(
+                f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]" if value else ""
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", "Paired 95 % bootstrap intervals over items; nats per token, or hit rates."]
 
 
 def _quote(overrides: list[str]) -> str:

@@ -36,8 +36,18 @@ MAX_CAPTION_TOKENS = 256
 def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
     """Return the validator of the records that `data.validation` of a config names.
 
-    They are those of a source, or, if it is a share, the training records that are held out from
-    all sources in turn. The other arguments and errors are those of `make_validator`.
+    They are those of `read_validation_pairs`, which says what is raised. The seed is that of
+    `make_validator`.
+    """
+    pairs = read_validation_pairs(config)
+    return lambda model: compute_validation_metrics(model, pairs, seed=seed)
+
+
+def read_validation_pairs(config: RunConfig) -> list[Record]:
+    """Return the validation records of a config: the first `MAX_VALIDATION_RECORDS` usable pairs.
+
+    They are those of the source that `data.validation` names, or, if it is a share, the training
+    records that are held out from all sources in turn. Broken records are logged and left out.
 
     Raises:
         ConfigError: `data.validation` is not set.
@@ -48,7 +58,8 @@ def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
         fix = "Name a source of pairs, or the share of the training records to hold out"
         raise ConfigError("there are no records", place="data.validation", fix=fix)
     if isinstance(section, SourceSection):
-        return make_validator(RecordSource.from_config(section), seed=seed)
+        source = as_source(RecordSource.from_config(section))
+        return _read_pairs(lambda on_error: source.read(on_error=on_error), place=source.path)
     sources = [RecordSource.from_config(source) for source in config.data.train]
 
     def read(on_error: RowErrorHandler) -> Iterator[Record]:
@@ -58,7 +69,7 @@ def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
                 if is_in_holdout(record, section):
                     yield record
 
-    return _make_record_validator(read, place=sources[0].path, seed=seed)
+    return _read_pairs(read, place=sources[0].path)
 
 
 def make_validator(source: SourceLike, *, seed: int) -> Validator:
@@ -80,18 +91,18 @@ def make_validator(source: SourceLike, *, seed: int) -> Validator:
         """Return an iterator over the records of the source."""
         return named_source.read(on_error=on_error)
 
-    return _make_record_validator(read, place=named_source.path, seed=seed)
+    pairs = _read_pairs(read, place=named_source.path)
+    return lambda model: compute_validation_metrics(model, pairs, seed=seed)
 
 
-def _make_record_validator(
-    read: Callable[[RowErrorHandler], Iterator[Record]], *, place: Path, seed: int
-) -> Validator:
-    """Return the validator of the first usable pairs of a source, as `make_validator` does.
+def _read_pairs(
+    read: Callable[[RowErrorHandler], Iterator[Record]], *, place: Path
+) -> list[Record]:
+    """Return the first usable pairs of a source, as `make_validator` selects them.
 
     Args:
         read: returns all records; calls its argument with the error of every broken row.
         place: place of the DataError that is raised if there is no usable pair.
-        seed: see `make_validator`.
     """
     dropped = Quarantine()
     first_error: DataError | None = None
@@ -115,7 +126,7 @@ def _make_record_validator(
         raise DataError(message, place=place, fix=fix)
     if first_error:
         logger.info(f"validation: {dropped}; the first: {first_error}")
-    return lambda model: compute_validation_metrics(model, pairs, seed=seed)
+    return pairs
 
 
 def is_usable_pair(record: Record, *, on_error: RowErrorHandler | None = None) -> bool:
@@ -164,7 +175,7 @@ def compute_validation_metrics(
     values |= {f"image_to_text/{name}": rate for name, rate in image_to_text.items()}
     if isinstance(model, DualEncoder):  # it cannot generate
         return values
-    captions = [replace(record, short=(record.long or record.short[0],)) for record in records]
+    captions = select_captions(records)
     entropy = protocols.measure_caption_cross_entropy(
         model.compute_caption_nll, captions, seed=seed
     )
@@ -174,6 +185,11 @@ def compute_validation_metrics(
         model, captions, max_caption_tokens=int(max(entropy.num_tokens))
     )
     return values
+
+
+def select_captions(records: Sequence[Record]) -> list[Record]:
+    """Return copies of pairs with one short caption: the long one, else the first short one."""
+    return [replace(record, short=(record.long or record.short[0],)) for record in records]
 
 
 def compute_caption_end_rate(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,7 +14,10 @@ from helpers import runs
 from vlduet import config
 from vlduet.config import ComparisonConfig, RunConfig
 from vlduet.errors import ConfigError, VLDuetError
-from vlduet.workflows import compare
+from vlduet.eval.benchmarks.scores import BenchmarkScore, average
+from vlduet.eval.run import SAMPLES_FILE, SCORES_FILE, write_samples
+from vlduet.workflows import compare, comparison_measures
+from vlduet.workflows.comparison_measures import ComparisonMeasures
 
 RUN_NAMES = ("joint", "generative")
 
@@ -86,6 +90,64 @@ def test_a_stopped_comparison_continues_and_tabulates_all_runs(
     other = settings.model_copy(update={"overrides": ["train.batch_size=4"]})
     with pytest.raises(ConfigError, match=r"seed-0: train.batch_size was 3, is 4\. .*remove"):
         compare.run_comparison(other)
+
+
+def write_benchmark_scores(model: Path, folder: Path) -> None:
+    """Write scores of a benchmark that the run `joint` solves and the other does not."""
+    values = [float(model.parts[-3] == "joint")] * 5
+    score = BenchmarkScore({"R@1": average(values), "R@5": average(values)})
+    (folder / "stamps").mkdir(parents=True, exist_ok=True)
+    with (folder / "stamps" / SAMPLES_FILE).open("wb") as file:
+        write_samples(file, score)
+    (folder / "stamps" / SCORES_FILE).write_text('{"benchmark": "builtin_stamps"}')
+
+
+def test_the_reference_is_compared_item_by_item(
+    settings: ComparisonConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = {"reference": "joint", "benchmarks": ["builtin_stamps"]}
+    settings = settings.model_copy(update=update)
+    questions = (("what is it?", "a cat"), ("is it red?", "no"))
+    measures = ComparisonMeasures(questions, write_benchmark_scores)
+    table = compare.run_comparison(settings, measures=measures)
+    values = {name: table["runs"][name]["values"] for name in RUN_NAMES}
+    names = {
+        "text_to_image/hit@10": "text_to_image/hit@10",
+        "caption": "caption_cross_entropy",
+        "caption, wrong image": "caption_cross_entropy_wrong_image",
+        "chat": "chat",
+        "builtin_stamps R@1": "builtin_stamps R@1",
+    }
+    differences = table["differences"]["generative"]
+    assert "builtin_stamps R@5" not in differences
+    for measure, metric in names.items():
+        means = [np.mean(values[name][metric]) for name in RUN_NAMES]
+        assert differences[measure]["mean"] == pytest.approx(means[0] - means[1], abs=1e-5)
+        assert differences[measure]["low"] <= differences[measure]["mean"] + 1e-5
+        assert len(values["joint"][metric]) == 2, "one value for each seed"
+    assert differences["builtin_stamps R@1"]["low"] == 100
+    lines = (settings.out / "table.md").read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| joint minus |"))
+    row = next(line for line in lines[lines.index(header) :] if line.startswith("| generative"))
+    assert row.endswith("| +100.000 [+100.000, +100.000] |")
+
+    monkeypatch.setattr(comparison_measures, "measure_model", None)
+    assert compare.run_comparison(settings, measures=measures) == table, "nothing is measured again"
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"reference": "joined"}, r"no run 'joined'.*Did you mean 'joint'"),
+        ({"benchmarks": ["builtin_stamp"]}, "builtin_stamps"),
+    ],
+)
+def test_an_unknown_reference_or_benchmark_is_refused(
+    settings: ComparisonConfig, update: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compare.run_comparison(settings.model_copy(update=update))
+    assert not settings.out.exists() or not list(settings.out.rglob("config.yaml"))
 
 
 @pytest.mark.parametrize(
