@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -34,6 +35,7 @@ from vlduet.encoders.dual import DualEncoder, open_dual_as_encoder
 from vlduet.errors import ConfigError
 from vlduet.harness.builtin import as_embedder
 from vlduet.logs import logger
+from vlduet.model.checkpoint import MANIFEST_NAME
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.recipes.registry import load_recipe
@@ -47,8 +49,8 @@ UNIMPORTANT_SETTINGS = {
 """Settings of a config that do not decide the numbers, by section."""
 CROSS_OVERRIDES = ("data.validation=null", "seed=0")
 """Overrides of clip-nano for the dual encoder that compares images with texts."""
-MANIFEST_NAMES = ("vlduet.json", "dual.json", "config.json")
-"""Files that identify a model folder, the first one that exists."""
+IDENTITY_KEYS = ("adapter", "base_fingerprint", "head", "limits", "prompts", "trained")
+"""Keys of the manifest of a model folder that identify the model, whatever wrote it."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,16 @@ def describe_settings(protocol: Protocol, run: RowRun) -> dict[str, Any]:
 
 @cache
 def hash_model(folder: Path) -> str:
-    """Return a hash of the manifest of a model folder, which has the hashes of its files."""
-    for name in MANIFEST_NAMES:
-        if (folder / name).is_file():
-            return hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+    """Return a hash of what identifies the model of a folder, or of its config.json.
+
+    ``missing`` is returned for a folder with neither.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        identity = {key: manifest.get(key) for key in IDENTITY_KEYS}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    if (folder / "config.json").is_file():
+        return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
     return "missing"
 
 
