@@ -141,6 +141,16 @@ def _probe_sample(
         counts.add_sequences(sequences, labels=required.labels, anchors=required.anchors)
 
 
+def _has_record_for(run: TrainingRun, loss: str) -> bool:
+    """Return whether a usable record may have something for a loss, by its fields."""
+    return any(
+        loss in run.recipe.find_losses(record)
+        for source in run.sources
+        if not source.unusable_reason
+        for record in source.records
+    )
+
+
 def _check_share(run: TrainingRun, number: int, counts: UsageCounts) -> None:
     """Raise DataError if source `number` loses more than `data.max_dropped` of its records.
 
@@ -228,7 +238,9 @@ def describe_risks(run: TrainingRun, check: SourceCheck) -> list[str]:
     num_labels = sum(counts.num_labels for counts in check.by_source)
     num_anchors = sum(counts.num_anchors for counts in check.by_source)
     for loss, weight in run.loss_weights().items():
-        if not (num_labels if loss == "language" else num_anchors):
+        # Of several losses of embeddings, one may have all of them.
+        has_output = bool(num_labels if loss == "language" else num_anchors)
+        if not has_output or not _has_record_for(run, loss):
             output = "supervised tokens" if loss == "language" else "embeddings"
             scope = "any record" if check.num_records == num_records else "the records looked at"
             requirement = run.recipe.requirements.get(loss, "records of another kind")

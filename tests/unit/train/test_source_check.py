@@ -67,6 +67,17 @@ def test_a_useless_source_is_refused(tmp_path: Path, row: dict[str, Any], messag
         train(run_config)
 
 
+def test_a_loss_whose_records_are_missing_is_a_warning(tmp_path: Path) -> None:
+    """Pairs have embeddings, but none that the structure loss compares."""
+    encoders = tiny.build_frozen_encoders(tmp_path / "encoders")
+    overrides = [f"encoders.{role}={folder}" for role, folder in encoders.items()]
+    overrides += ["recipe={name: duet}", "objectives={contrastive: 1, structure: 1}"]
+    _, warnings = check(write_run(tmp_path, [{"short": "x"}, {"short": "y"}], *overrides))
+    (warning,) = [text for text in warnings if text.startswith("objectives.")]
+    assert warning.startswith("objectives.structure is 1, and there are no embeddings")
+    assert "documents of images and texts in reading order, or chats" in warning
+
+
 @pytest.mark.parametrize("recipe", ["split=fields", "split=length"])
 def test_a_source_without_a_use_is_a_warning_next_to_another(tmp_path: Path, recipe: str) -> None:
     """A control run may have sources for a loss that it leaves out."""
