@@ -155,7 +155,7 @@ def measure_comparison(
 def collect_terms(protocol: Protocol, comparison: Comparison, results: SeedResults) -> Terms | None:
     """Return the terms of a comparison with the values of common seeds, None where any is missing.
 
-    Terms of the same row and number are added up, and left out if they cancel.
+    Terms of the same row and number are added up.
     """
     factors: dict[tuple[str, str], float] = {}
     for factor, row, number in comparison.signed_terms:
@@ -166,8 +166,6 @@ def collect_terms(protocol: Protocol, comparison: Comparison, results: SeedResul
             seeds &= results.get(row, {}).keys()
     terms: list[tuple[float, RowValues]] = []
     for (row, number), factor in factors.items():
-        if factor == 0:
-            continue
         row_seeds = sorted(seeds) if protocol.rows[row].is_seeded else protocol.seeds[:1]
         row_results = [results[row][seed] for seed in row_seeds if seed in results.get(row, {})]
         values = stack_seeds(row_results, number)
@@ -217,16 +215,14 @@ def describe_needs(protocol: Protocol, report: ClaimReport) -> list[str]:
         )
     for item in report.comparisons:
         is_undecided = item.decision is not None and item.decision.verdict is Verdict.UNDECIDED
-        if item.measured is None or not is_undecided:
-            continue
+        if item.measured is None or item.measured.mde is None or not is_undecided:
+            continue  # its missing runs are named above
         needed, available = item.measured.num_seeds_needed, item.measured.difference.num_seeds
         detectable = f"a difference of {item.comparison.detectable:g}"
         if needed is None:
-            has_estimate = item.measured.mde is not None
-            text = "more test items than these corpora have, or two seeds for an estimate"
-            if has_estimate:
-                text = f"{detectable} needs more test items; seeds do not help"
-            needs.append(f"{item.comparison.name}: {text}.")
+            needs.append(
+                f"{item.comparison.name}: {detectable} needs more test items; seeds do not help."
+            )
         elif needed > available:
             names = {row for _, row, _ in item.comparison.signed_terms}
             rows = [protocol.rows[name] for name in names]
