@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -25,8 +26,6 @@ Floats = NDArray[np.float64]
 ALPHA = 0.05
 POWER = 0.8
 NUM_RESAMPLES = 10_000
-RESAMPLES_PER_BLOCK = 500
-"""Number of resamples computed at once; limits memory. Another value changes the random draws."""
 
 
 @dataclass(frozen=True)
@@ -123,23 +122,29 @@ def bootstrap_difference(
     factors = [factor for factor, _ in terms]
     rows = pair_seeds([row for _, row in terms])
     num_seeds, num_items = rows[0].values.shape
-    random = np.random.default_rng(seed)
+    counts = draw_item_counts(num_items, num_resamples, seed)  # [R, N]
+    by_seed = np.zeros((num_resamples, num_seeds))
+    for factor, row in zip(factors, rows, strict=True):
+        by_seed += factor * (counts @ (row.values * row.weights).T) / (counts @ row.weights.T)
+    # Another generator than that of the items, which may come from the cache.
+    seeds = np.random.default_rng(seed + 1).integers(num_seeds, size=(num_resamples, num_seeds))
     scale = np.sqrt(num_seeds / (num_seeds - 1)) if num_seeds > 1 else 0.0
-    probabilities = np.full(num_items, 1 / num_items)
-    blocks = []
-    for begin in range(0, num_resamples, RESAMPLES_PER_BLOCK):
-        size = min(RESAMPLES_PER_BLOCK, num_resamples - begin)
-        counts = random.multinomial(num_items, probabilities, size=size)  # [size, N]
-        seeds = random.integers(num_seeds, size=(size, num_seeds))
-        by_seed = np.zeros((size, num_seeds))
-        for factor, row in zip(factors, rows, strict=True):
-            sums = counts @ (row.values * row.weights).T
-            by_seed += factor * sums / (counts @ row.weights.T)
-        center = by_seed.mean(1)
-        drawn = np.take_along_axis(by_seed, seeds, 1).mean(1)
-        blocks.append(center + scale * (drawn - center))
+    center = by_seed.mean(1)
+    draws = center + scale * (np.take_along_axis(by_seed, seeds, 1).mean(1) - center)
     mean = sum(factor * row.mean for factor, row in zip(factors, rows, strict=True))
-    return Difference(float(mean), np.concatenate(blocks), num_seeds, num_items)
+    return Difference(float(mean), draws, num_seeds, num_items)
+
+
+@lru_cache(maxsize=4)
+def draw_item_counts(num_items: int, num_resamples: int, seed: int) -> Floats:
+    """Return how often every item is drawn, float[num_resamples, num_items].
+
+    Equal arguments give the same array, which must not be modified: comparisons with equally many
+    items share it.
+    """
+    random = np.random.default_rng(seed)
+    probabilities = np.full(num_items, 1 / num_items)
+    return random.multinomial(num_items, probabilities, size=num_resamples).astype(np.float64)
 
 
 def holm_levels(p_values: Sequence[float], *, alpha: float = ALPHA) -> list[float]:

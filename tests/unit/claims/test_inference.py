@@ -23,10 +23,11 @@ def make_row(num_seeds: int = 3, num_items: int = 7, *, is_weighted: bool = Fals
 
 def resample_slowly(terms: Any, num_resamples: int, seed: int) -> list[float]:
     """Return the bootstrap draws of a weighted sum by loops over seeds and items."""
-    random = np.random.default_rng(seed)
     num_seeds, num_items = terms[0][1].values.shape
-    counts = random.multinomial(num_items, [1 / num_items] * num_items, size=num_resamples)
-    seeds = random.integers(num_seeds, size=(num_resamples, num_seeds))
+    counts = np.random.default_rng(seed).multinomial(
+        num_items, [1 / num_items] * num_items, size=num_resamples
+    )
+    seeds = np.random.default_rng(seed + 1).integers(num_seeds, size=(num_resamples, num_seeds))
     draws = []
     for index in range(num_resamples):
         by_seed = []
