@@ -21,6 +21,7 @@ from analysis import (
     read_results,
     summarise_row,
 )
+from inference import ALPHA
 from protocol import PROTOCOL_FILE, Comparison, Protocol, load_protocol
 from verdicts import Verdict
 
@@ -151,8 +152,8 @@ def format_cell(summary: Sequence[float]) -> str:
 def format_comparisons(report: ClaimReport) -> str:
     """Return the table of the comparisons of a claim."""
     lines = [
-        "| comparison | difference | corrected interval | margin | MDE | verdict |",
-        "|---|---|---|---|---|---|",
+        "| comparison | difference | 95 % interval | corrected interval | margin | MDE | verdict |",
+        "|---|---|---|---|---|---|---|",
     ]
     for item in report.comparisons:
         name = f"{item.comparison.name}: {describe_terms(item.comparison)}"
@@ -175,11 +176,12 @@ def list_cells(item: ComparisonReport) -> list[str]:
     """Return the cells of a comparison after its name."""
     margin = f"{item.comparison.margin:+g}"
     if item.measured is None or item.decision is None:
-        return ["", "", margin, "", f"*{Verdict.UNDECIDED}*"]
-    interval = f"{item.decision.low:+.2f} to {item.decision.high:+.2f}"
+        return ["", "", "", margin, "", f"*{Verdict.UNDECIDED}*"]
+    bounds = (item.measured.difference.interval(ALPHA), (item.decision.low, item.decision.high))
+    intervals = [f"{low:+.2f} to {high:+.2f}" for low, high in bounds]
     mde = "" if item.measured.mde is None else f"{item.measured.mde:.2f}"
     mean = f"{item.measured.difference.mean:+.2f}"
-    return [mean, interval, margin, mde, f"*{item.decision.verdict}*"]
+    return [mean, *intervals, margin, mde, f"*{item.decision.verdict}*"]
 
 
 def format_tracks(protocol: Protocol, pilots: dict[str, dict[str, Any]]) -> str:
