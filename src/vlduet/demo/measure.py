@@ -19,7 +19,7 @@ from vlduet.demo.prepare import DemoData, open_model
 from vlduet.eval import protocols
 from vlduet.eval.ridge import evaluate_ridge_baseline
 from vlduet.logs import track_progress
-from vlduet.reports.demo_report import ModelResults, TradeOffPoint, measure_trade_off
+from vlduet.reports.demo_report import ModelResults, TradeOffPoint, make_trade_off_point
 
 if TYPE_CHECKING:
     from vlduet.config import RunConfig
@@ -129,9 +129,13 @@ def train_single_losses(to: Path, config: RunConfig, data: DemoData) -> tuple[Tr
         run = config.model_copy(update={"out": to / name, "objectives": objectives})
         train(run)
         model = open_model(to / name, "model")
-        points.append(
-            measure_trade_off(f"{name} loss alone", measure_model(model, data, seed=config.seed))
+        retrieval = protocols.measure_retrieval(
+            model.encode_document, model.encode_query, records=data.held_out
         )
+        cross_entropy = protocols.measure_caption_cross_entropy(
+            model.compute_caption_nll, data.held_out, seed=config.seed
+        )
+        points.append(make_trade_off_point(f"{name} loss alone", retrieval, cross_entropy))
     return tuple(points)
 
 

@@ -88,10 +88,12 @@ class TradeOffPoint:
     """False for a published point, which is drawn hollow."""
 
 
-def measure_trade_off(name: str, results: ModelResults) -> TradeOffPoint:
+def make_trade_off_point(
+    name: str, retrieval: RetrievalResult, cross_entropy: CaptionCrossEntropy
+) -> TradeOffPoint:
     """Return the point of a model that this run has measured."""
-    rates = _mean_hit_rates(results.retrieval)
-    nats = results.cross_entropy.nats_right_image().mean
+    rates = _mean_hit_rates(retrieval)
+    nats = cross_entropy.nats_right_image().mean
     return TradeOffPoint(name, rates[f"hit@{max(HIT_CUTOFFS)}"], nats, is_of_this_run=True)
 
 
@@ -212,8 +214,11 @@ class Report:
     @property
     def trade_off(self) -> tuple[TradeOffPoint, ...]:
         """Points of the chart: the start, each loss alone, and both losses."""
-        start = measure_trade_off("start", self.start)
-        return (start, *self.single_losses, measure_trade_off("both losses", self.trained))
+        start, both = (
+            make_trade_off_point(name, results.retrieval, results.cross_entropy)
+            for name, results in (("start", self.start), ("both losses", self.trained))
+        )
+        return (start, *self.single_losses, both)
 
     @property
     def minutes(self) -> float:
