@@ -292,8 +292,8 @@ def _fill_added_tensor(name: str, template: Tensor) -> Tensor:
     """Return the value of a tower tensor that Lite0 lacks, in the shape of `template`.
 
     Squeeze-excite passes everything (sigmoid(30) = 1), depthwise convolutions average (block 16) or
-    are the identity, as pointwise ones are, and batch norms change nothing. The counter `num_batches_tracked` is
-    `template` itself; all others are new tensors.
+    are the identity, as pointwise ones are, and batch norms change nothing. The counter
+    `num_batches_tracked` is `template` itself; all others are new tensors.
 
     Args:
         name: name of the tensor in the tower's state dict.
