@@ -217,6 +217,8 @@ def describe_needs(protocol: Protocol, report: ClaimReport) -> list[str]:
         is_undecided = item.decision is not None and item.decision.verdict is Verdict.UNDECIDED
         if item.measured is None or item.measured.mde is None or not is_undecided:
             continue  # its missing runs are named above
+        if item.measured.difference.num_seeds < protocol.get_rule(item.comparison).min_seeds:
+            continue
         needed, available = item.measured.num_seeds_needed, item.measured.difference.num_seeds
         detectable = f"a difference of {item.comparison.detectable:g}"
         if needed is None:

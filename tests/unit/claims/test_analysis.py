@@ -68,6 +68,7 @@ def test_missing_seeds_are_named_with_minutes_and_command() -> None:
     assert report.verdict is verdicts.Verdict.UNDECIDED
     assert report.missing == {"a": [2, 3], "b": [2, 3]}
     needs = analysis.describe_needs(protocol, report)
+    assert len(needs) == 1
     assert "about 12 minutes of one core: a (seeds 2, 3); b (seeds 2, 3)" in needs[0]
     assert "--claims 1" in needs[0]
 
