@@ -5,13 +5,14 @@
 3. model      the default model, built from its parts
 4. before     measurements of the model at the start and of a ridge baseline
 5. dual       a small dual encoder over frozen encoders: the independent retriever
-6. train      the recipe duet, all losses from one forward pass; with `full` also each loss alone
-7. after      the same measurements on the trained model
-8. use        an index of the held-out images, searches, questions, and two aligned documents
-9. report     report.html, summary.json, and what to try next
+6. train      the recipe duet, all losses from one forward pass
+7. single     with `full`, the same training with each loss alone; else their published numbers
+8. after      the same measurements on the trained model
+9. use        an index of the held-out images, searches, questions, and two aligned documents
+10. report    report.html, summary.json, and what to try next
 
 The held-out records are the test split of stamps. They are read in step 2 (only to keep others
-away) and in steps 4, 7 and 8.
+away), and in steps 4, 7, 8 and 9.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ MARKER_FILE = ".vlduet-demo"
 """Name of an empty file that marks a folder as that of a demo."""
 REUSED_FOLDERS = ("data", "features")
 """Folders of an earlier demo that are kept: their files are named after or checked by content."""
-NUM_STEPS = 9
+NUM_STEPS = 10
 
 
 def run_demo(
@@ -131,6 +132,7 @@ def _run_steps(to: Path, *, seed: int, num_steps: int, full: bool, command: str)
     config = training_config(to, data, encoders=encoder_folders, seed=seed, steps=num_steps)
     with timer.step("train"):
         folder = train(config, evaluate=make_validator(data.validation_file, seed=seed))
+    with timer.step("single losses"):
         single_losses = train_single_losses(to, config, data) if full else read_published_points()
     model = open_model(to, folder.name)
     with timer.step("after"):

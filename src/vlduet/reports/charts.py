@@ -104,6 +104,7 @@ def scatter_chart(chart: ScatterChart) -> Markup:
             # A marker would be a reference by id, and ids repeat among charts of a page.
             mark = "○" if point.is_hollow else "●"
             weight = "normal" if point.is_hollow else "bold"
+            colour = "#5c5f6a" if point.is_hollow else "#4f46c8"
             axes.text(point.x, point.y, mark, ha="center", va="center", color="#4f46c8")
             axes.annotate(
                 point.name,
@@ -112,6 +113,7 @@ def scatter_chart(chart: ScatterChart) -> Markup:
                 textcoords="offset points",
                 va="center",
                 weight=weight,
+                color=colour,
             )
         # Texts do not widen the limits of the axes.
         axes.update_datalim([(point.x, point.y) for point in chart.points])

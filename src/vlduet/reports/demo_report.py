@@ -301,8 +301,8 @@ def draw_trade_off(points: Sequence[TradeOffPoint]) -> ScatterChart:
     """Return the chart of retrieval against captions with a point per model."""
     return ScatterChart(
         "Retrieval and captions of each training",
-        "Up and to the right is better. Each loss alone teaches one of the two; both together "
-        "teach both. Hollow points are published results of the same training (docs/results).",
+        "Up and to the right is better. Hollow points are published results of the same training "
+        "with one of the losses (docs/results/demo.md).",
         tuple(
             ScatterPoint(point.name, point.hit_rate, point.nats, not point.is_of_this_run)
             for point in points

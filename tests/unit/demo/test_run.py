@@ -51,8 +51,8 @@ def test_the_demo_writes_model_index_and_report(
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "make demo" in page
     steps = [message for message in caplog.messages if message.startswith("[")]
-    assert steps[0] == "[1/9] download"
-    assert steps[-1] == "[9/9] report"
+    assert steps[0] == "[1/10] download"
+    assert steps[-1] == "[10/10] report"
     assert str(tmp_path / "report.html") in caplog.messages[-1]
     assert "text → image, hit@10" in caplog.messages[-2]
 
