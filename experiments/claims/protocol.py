@@ -112,6 +112,8 @@ class Claim(ProtocolSection):
     protocol: str
     """Rows and numbers that are compared, in words."""
     comparisons: list[Comparison] = Field(min_length=1)
+    further_numbers: list[str] = []
+    """Numbers that the table of rows shows beside those that are compared."""
 
 
 class Pilot(ProtocolSection):

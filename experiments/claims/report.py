@@ -131,6 +131,7 @@ def format_rows(protocol: Protocol, report: ClaimReport, results: SeedResults) -
     numbers: dict[str, None] = {}
     for comparison in report.claim.comparisons:
         numbers |= dict.fromkeys(number for _, _, number in comparison.signed_terms)
+    numbers |= dict.fromkeys(report.claim.further_numbers)
     lines = [
         "| row | seeds | " + " | ".join(numbers) + " |",
         "|---|---|" + "---|" * len(numbers),

@@ -39,7 +39,7 @@ class RowResult:
 
 def result_path(folder: Path, row: str, seed: int) -> Path:
     """Return the file of a row and seed."""
-    return folder / f"{row.replace(' ', '-')}.{seed}.json"
+    return folder / f"{row.replace(',', '').replace(' ', '-')}.{seed}.json"
 
 
 def sample_to_json(sample: MetricSample) -> dict[str, Any]:
