@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from corpora import WINDOW_PARTS, draw_windows
-from subjects import Measurements, Subject, per_token, percent
+from subjects import Measurements, Subject, percent
 
 from vlduet.data.formats import read_jsonl
 from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Record
 from vlduet.eval.benchmarks.runners import best_positive_ranks
-from vlduet.eval.benchmarks.scores import average
+from vlduet.eval.benchmarks.scores import average, average_per_token
 from vlduet.eval.protocols import unit_rows
 
 CORPORA = ("gimp-help", "campaigns")
@@ -146,4 +146,4 @@ def measure_texts(subject: Subject, documents: list[Record]) -> Measurements:
         builder, _ = renderer.render_document(record.parts[is_image.index(True) :])
         sequences.append(builder.build(MAX_DOCUMENT_TOKENS))
     losses = np.array(model.compute_sequence_nll(sequences), dtype=np.float64)
-    return {"documents, nats": per_token(losses[:, 0], losses[:, 1])}
+    return {"documents, nats": average_per_token(losses[:, 0], losses[:, 1])}

@@ -18,14 +18,14 @@ from corpora import (
     make_test_scenes,
     read_named_stamps,
 )
-from subjects import Measurements, Subject, per_token, percent
+from subjects import Measurements, Subject, percent
 
 from vlduet.data.formats import read_jsonl
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.caption_negatives import generate_caption_negatives
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.builtin import differ_in_one_word, find_one_word_pairs
-from vlduet.eval.benchmarks.scores import MetricSample, average
+from vlduet.eval.benchmarks.scores import MetricSample, average, average_per_token
 from vlduet.eval.metrics import tokenize_answer
 from vlduet.eval.protocols import unit_rows
 
@@ -169,7 +169,7 @@ def measure_scenes(subject: Subject) -> Measurements:
         pairs = zip(images, records, strict=True)
         sequences = [renderer.render_caption(image, str(record.long)) for image, record in pairs]
         losses = np.array(subject.model.compute_sequence_nll(sequences), dtype=np.float64)
-        numbers["scenes, nats"] = per_token(losses[:, 0], losses[:, 1])
+        numbers["scenes, nats"] = average_per_token(losses[:, 0], losses[:, 1])
     return numbers
 
 

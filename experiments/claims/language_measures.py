@@ -6,11 +6,11 @@ Random choices are the same for every model.
 from __future__ import annotations
 
 import numpy as np
-from subjects import Measurements, Subject, per_token, percent, read_pairs
+from subjects import Measurements, Subject, percent, read_pairs
 
 from vlduet.data.formats import read_jsonl
-from vlduet.data.records import Message, Parts
-from vlduet.demo.measure import MAX_CAPTION_TOKENS, TEXT_ONLY_QUESTIONS
+from vlduet.data.records import Parts
+from vlduet.demo.measure import MAX_CAPTION_TOKENS
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.builtin import (
     IMAGES_PER_PROMPT,
@@ -18,12 +18,14 @@ from vlduet.eval.benchmarks.builtin import (
     make_position_questions,
 )
 from vlduet.eval.benchmarks.builtin_rag import make_solved_question_task
-from vlduet.eval.benchmarks.scores import average
+from vlduet.eval.benchmarks.scores import average, average_per_token
 from vlduet.eval.metrics import tokenize_answer
+from vlduet.eval.plain_questions import PLAIN_QUESTIONS
 from vlduet.eval.protocols import unit_rows
 from vlduet.harness.builtin import answer_nlls
 from vlduet.inspect import internals
 from vlduet.logs import read_metrics
+from vlduet.model.likelihood import compute_answer_nll
 
 NUM_ATTENTION_MAPS = 32
 NUM_SHARED_COMPONENTS = 10
@@ -50,16 +52,12 @@ def measure_captions(subject: Subject) -> Measurements:
         lambda images: model.caption_images(images, max_new_tokens=MAX_CAPTION_TOKENS),
         subject.stamps,
     )
-    sequences = []
-    for question, answer in TEXT_ONLY_QUESTIONS:
-        messages = (Message("user", (question,)), Message("assistant", (answer,)))
-        sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
-    answers = np.array(model.compute_sequence_nll(sequences), dtype=np.float64)
+    answers = np.array(compute_answer_nll(model, PLAIN_QUESTIONS), dtype=np.float64)
     return {
-        "captions, nats": per_token(entropy.total_nats_right_image, entropy.num_tokens),
-        "wrong image, nats more": per_token(increase, entropy.num_tokens),
+        "captions, nats": average_per_token(entropy.total_nats_right_image, entropy.num_tokens),
+        "wrong image, nats more": average_per_token(increase, entropy.num_tokens),
         "captions, word F1": average([item.token_f1 for item in captions.items]),
-        "chat, nats": per_token(answers[:, 0], answers[:, 1]),
+        "chat, nats": average_per_token(answers[:, 0], answers[:, 1]),
     }
 
 

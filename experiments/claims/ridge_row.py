@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from protocol import StudyPaths
@@ -10,14 +11,12 @@ from subjects import Embed, read_pairs
 
 from vlduet.config import RunConfig
 from vlduet.data.records import ImageRef
+from vlduet.demo.measure import compute_mean_features
 from vlduet.encoders.loading import open_encoder
 from vlduet.eval.protocols import image_and_captions
 from vlduet.eval.ridge import RidgeBaseline, RidgeValidation
 from vlduet.harness.builtin import as_embedder
 from vlduet.model.duet import DuetModel
-
-IMAGES_PER_BATCH = 32
-"""Number of images that pass through the vision tower at once."""
 
 
 def fit_ridge(config: RunConfig, paths: StudyPaths) -> tuple[Embed, Embed]:
@@ -38,15 +37,7 @@ def fit_ridge(config: RunConfig, paths: StudyPaths) -> tuple[Embed, Embed]:
         """Return MiniLM's vectors, float[N, E]."""
         return embed_parts([(text,) for text in texts], True)
 
-    def embed_images(images: Sequence[ImageRef]) -> np.ndarray:
-        """Return the mean vision feature of every image, float[N, F]."""
-        means: list[np.ndarray] = []
-        for begin in range(0, len(images), IMAGES_PER_BATCH):
-            prepared = [model.prepare_image(image) for image in images[begin:][:IMAGES_PER_BATCH]]
-            features = model.vision_features(prepared)
-            parts = features.split([image.num_features for image in prepared])
-            means += [part.mean(0).float().cpu().numpy() for part in parts]
-        return np.stack(means)
+    embed_images = partial(compute_mean_features, model)
 
     images: list[ImageRef] = []
     captions: list[str] = []

@@ -60,11 +60,6 @@ def read_pairs(path: Path) -> list[Record]:
     return [record for record in read_jsonl(path) if record.image is not None and record.short]
 
 
-def per_token(total_nats: NDArray[np.float64], num_tokens: NDArray[np.float64]) -> MetricSample:
-    """Return the mean nats per token; each item counts by its number of tokens."""
-    return average(total_nats / np.maximum(num_tokens, 1), num_tokens, scale=1.0)
-
-
 def percent(values: NDArray[np.bool_]) -> MetricSample:
     """Return the share of True in percent."""
     return average(np.asarray(values, dtype=np.float64))

@@ -102,9 +102,9 @@ def compare(
     error. With `reference` or `benchmarks` in the config, the trained models are measured too.
     """
     from vlduet.config import load_comparison_config
-    from vlduet.demo.measure import TEXT_ONLY_QUESTIONS
     from vlduet.distributed import is_main_process
     from vlduet.eval.benchmarks.registry import get_benchmark
+    from vlduet.eval.plain_questions import PLAIN_QUESTIONS
     from vlduet.harness.builtin import EvaluationSettings, evaluate_model
     from vlduet.workflows.compare import format_table, run_comparison
     from vlduet.workflows.comparison_measures import ComparisonMeasures
@@ -119,7 +119,7 @@ def compare(
             settings = EvaluationSettings()
             evaluate_model(model, benchmarks, data=data, runs=folder, settings=settings)
 
-    measures = ComparisonMeasures(TEXT_ONLY_QUESTIONS, run_benchmarks)
+    measures = ComparisonMeasures(PLAIN_QUESTIONS, run_benchmarks)
     results = run_comparison(comparison, measures=measures)
     if not is_main_process():
         return

@@ -271,9 +271,8 @@ def write_corpus(
     assert len(distinct_names) == len(corpus_images), "image names differ in case only"
     for image in track_progress(list(corpus_images.values()), label=f"writing {corpus.name}"):
         write_file(image.name, image.encode())
-    counts = Counter(sample.split for sample in samples)
-    splits = list(dict.fromkeys((*SPLITS, *counts)))
-    for split in splits:
+    counts = count_by_split(samples)
+    for split in counts:
         lines = [_format_record(sample.record) for sample in samples if sample.split == split]
         write_file(f"{split}.jsonl", "".join(lines).encode())
     for name, data in (notices or {}).items():
@@ -281,13 +280,18 @@ def write_corpus(
     write_file("README.md", _format_readme(corpus, packages, counts, len(corpus_images)).encode())
     manifest: dict[str, Any] = {
         **describe_origin(corpus, packages),
-        "records": {split: counts[split] for split in splits},
+        "records": counts,
         "images": len(corpus_images),
     }
     manifest = seal_manifest(manifest, folder)
     text = json.dumps(manifest, indent=1) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     return summarize_manifest(corpus, folder, manifest, reused=False)
+
+
+def count_by_split(samples: Sequence[CorpusSample]) -> dict[str, int]:
+    """Return the number of samples of each of `SPLITS`, then of other splits that have any."""
+    return {**dict.fromkeys(SPLITS, 0), **Counter(sample.split for sample in samples)}
 
 
 def describe_origin(corpus: Corpus, packages: Sequence[Package]) -> dict[str, Any]:
@@ -318,11 +322,10 @@ def _format_record(record: Mapping[str, Any]) -> str:
 
 
 def _format_readme(
-    corpus: Corpus, packages: Sequence[Package], counts: Counter[str], num_images: int
+    corpus: Corpus, packages: Sequence[Package], counts: Mapping[str, int], num_images: int
 ) -> str:
     """Return the text of the corpus's README.md; `counts` has the number of records by split."""
-    splits = dict.fromkeys((*SPLITS, *counts))
-    rows = "\n".join(f"| {split} | {counts[split]} |" for split in splits)
+    rows = "\n".join(f"| {split} | {count} |" for split, count in counts.items())
     sources = "\n".join(f"- {package} (SHA-256 `{package.sha256}`)" for package in packages)
     return f"""# {corpus.name}
 

@@ -71,6 +71,11 @@ class Slice:
     """Role of a frozen encoder -> float32[d], unit length; empty before the encoders have run."""
 
 
+def join_content_keys(slices: tuple[Slice, ...]) -> str:
+    """Return the content key of a prefix, by the keys of its slices."""
+    return "|".join(part.content_key for part in slices)
+
+
 @dataclass(frozen=True, slots=True)
 class Anchor:
     """Span [start, end) of a sequence whose mean hidden state becomes an embedding.

@@ -6,6 +6,7 @@ Measured are the model before and after training, and a ridge baseline.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,10 @@ import numpy as np
 
 from vlduet.data.content_keys import text_key
 from vlduet.data.formats import read_jsonl
-from vlduet.data.records import ImageRef, Message
+from vlduet.data.records import ImageRef
 from vlduet.demo.prepare import DemoData, open_model
 from vlduet.eval import protocols
+from vlduet.eval.plain_questions import PLAIN_QUESTIONS
 from vlduet.eval.ridge import evaluate_ridge_baseline
 from vlduet.logs import track_progress
 from vlduet.reports.demo_report import ModelResults, TradeOffPoint, make_trade_off_point
@@ -34,34 +36,6 @@ Four drafts for all held-out images take as long as eight drafts for 54 of them.
 """
 IMAGES_PER_BATCH = 32
 """Number of images that pass through the vision tower at once."""
-
-TEXT_ONLY_QUESTIONS = (
-    ("What is the capital of France?", "The capital of France is Paris."),
-    ("How many days are in a week?", "There are seven days in a week."),
-    ("What do bees make?", "Bees make honey."),
-    ("What color is the sky on a clear day?", "The sky is blue on a clear day."),
-    ("What is two plus three?", "Two plus three is five."),
-    ("Who wrote Romeo and Juliet?", "William Shakespeare wrote Romeo and Juliet."),
-    ("What is ice?", "Ice is frozen water."),
-    ("Why do people sleep?", "People sleep so that their body and mind can rest and recover."),
-    ("Which planet do we live on?", "We live on the planet Earth."),
-    ("What is the opposite of hot?", "The opposite of hot is cold."),
-    ("What do plants need to grow?", "Plants need water, light and soil to grow."),
-    ("How many months are in a year?", "There are twelve months in a year."),
-    ("What does a doctor do?", "A doctor helps people who are sick or injured."),
-    ("Where does rain come from?", "Rain comes from clouds."),
-    ("What is the largest ocean?", "The largest ocean is the Pacific Ocean."),
-    ("What language do people speak in Spain?", "People speak Spanish in Spain."),
-    ("Why do we wear coats in winter?", "We wear coats in winter to stay warm."),
-    ("What is a library?", "A library is a place where people can read and borrow books."),
-    ("What comes after Monday?", "Tuesday comes after Monday."),
-    ("How do birds fly?", "Birds fly by flapping their wings."),
-    ("What is bread made from?", "Bread is made from flour, water and yeast."),
-    ("When does the sun rise?", "The sun rises in the morning."),
-    ("What is a promise?", "A promise is a statement that you will do something."),
-    ("What should I do if I am tired?", "You should rest and get some sleep."),
-)
-"""Questions without an image, with answers: they show what training makes a model forget."""
 
 
 def measure_model(model: DuetModel, data: DemoData, *, seed: int) -> ModelResults:
@@ -93,15 +67,13 @@ def measure_model(model: DuetModel, data: DemoData, *, seed: int) -> ModelResult
 
 
 def measure_plain_answers(model: DuetModel) -> protocols.AnswerCrossEntropy:
-    """Return the negative log likelihood of the answers to `TEXT_ONLY_QUESTIONS`.
+    """Return the negative log likelihood of the answers to `PLAIN_QUESTIONS`.
 
     Each answer is scored after its question. The model's mode is restored.
     """
-    sequences = []
-    for question, answer in TEXT_ONLY_QUESTIONS:
-        messages = (Message("user", (question,)), Message("assistant", (answer,)))
-        sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
-    totals, counts = zip(*model.compute_sequence_nll(sequences), strict=True)
+    from vlduet.model.likelihood import compute_answer_nll
+
+    totals, counts = zip(*compute_answer_nll(model, PLAIN_QUESTIONS), strict=True)
     return protocols.AnswerCrossEntropy(
         np.array(totals, dtype=np.float64), np.array(counts, dtype=np.float64)
     )
@@ -151,6 +123,22 @@ def read_published_points() -> tuple[TradeOffPoint, ...]:
     )
 
 
+def compute_mean_features(model: DuetModel, refs: Sequence[ImageRef]) -> np.ndarray:
+    """Return the mean vision feature of every image, float[N, F], and show the progress.
+
+    Features come from the model's frozen vision tower, or from its cache. No images raise
+    ValueError; an unreadable one raises ImageError.
+    """
+    means: list[np.ndarray] = []
+    starts = range(0, len(refs), IMAGES_PER_BATCH)
+    for begin in track_progress(starts, label="image features, batches"):
+        images = [model.prepare_image(ref) for ref in refs[begin : begin + IMAGES_PER_BATCH]]
+        features = model.vision_features(images)  # [all tokens of the batch, F]
+        parts = features.split([image.num_features for image in images])
+        means += [part.mean(0).float().cpu().numpy() for part in parts]
+    return np.stack(means)
+
+
 def fit_ridge_baseline(
     model: DuetModel, data: DemoData, *, encoders: FrozenEncoders
 ) -> protocols.RetrievalResult:
@@ -174,25 +162,11 @@ def fit_ridge_baseline(
         vectors = encoders.compute_vectors("text", slices)
         return np.stack([vectors[text.content_key].numpy() for text in slices])
 
-    def embed_images(refs: list[ImageRef]) -> np.ndarray:
-        """Return the mean vision feature of every image, float[N, F], and show the progress.
-
-        No images raise ValueError.
-        """
-        means: list[np.ndarray] = []
-        starts = range(0, len(refs), IMAGES_PER_BATCH)
-        for begin in track_progress(starts, label="image features, batches"):
-            images = [model.prepare_image(ref) for ref in refs[begin : begin + IMAGES_PER_BATCH]]
-            features = model.vision_features(images)  # [all tokens of the batch, F]
-            parts = features.split([image.num_features for image in images])
-            means += [part.mean(0).float().cpu().numpy() for part in parts]
-        return np.stack(means)
-
     training_records = [
         record for record in read_jsonl(data.train_file) if record.image and record.short
     ]
     return evaluate_ridge_baseline(
-        embed_images,
+        partial(compute_mean_features, model),
         embed_texts,
         train=training_records,
         validation=list(read_jsonl(data.validation_file)),

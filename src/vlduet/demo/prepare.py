@@ -197,7 +197,6 @@ def training_config(
             "lora": {"rank": 16, "alpha": 16},
             "projector": True,
             "lr": 7e-4,
-            "lr_new": 7e-4,
             "pack": 64,
             "log_every": 1,
             "eval_every": max(1, steps // 2),

@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of sequences and captions under a `DuetModel`."""
+"""Negative log-likelihoods of sequences, captions and answers under a `DuetModel`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from vlduet.data import prefix_sharing
 from vlduet.data.batches import FORWARD_MAX_TOKENS
-from vlduet.data.records import ImageRef
+from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import Sequence
 from vlduet.model.backbone import eval_mode
 
@@ -61,3 +61,23 @@ def compute_caption_nll(
         ]
         results += compute_sequence_nll(model, sequences)
     return results
+
+
+def compute_answer_nll(
+    model: DuetModel, pairs: abc.Sequence[tuple[str, str]]
+) -> list[tuple[float, int]]:
+    """Return (total negative log-likelihood in nats, number of tokens) of each answer, in order.
+
+    The model is in evaluation mode meanwhile.
+
+    Args:
+        pairs: questions without an image, each with the answer of the assistant's next turn.
+
+    Raises:
+        ConfigError: the model has no chat template.
+    """
+    sequences = []
+    for question, answer in pairs:
+        messages = (Message("user", (question,)), Message("assistant", (answer,)))
+        sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
+    return compute_sequence_nll(model, sequences)

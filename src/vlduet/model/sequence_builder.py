@@ -21,7 +21,14 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal
 
-from vlduet.data.sequences import IGNORE_INDEX, Anchor, PreparedImage, Sequence, Slice
+from vlduet.data.sequences import (
+    IGNORE_INDEX,
+    Anchor,
+    PreparedImage,
+    Sequence,
+    Slice,
+    join_content_keys,
+)
 from vlduet.errors import DataError
 from vlduet.model.limits import LIMIT_REMEDY
 from vlduet.model.text_tokenizer import TextTokenizer
@@ -204,8 +211,7 @@ class SequenceBuilder:
                 text, even one that also covers what follows; None: the segment's last token.
             is_mean: read the mean of all tokens of the segment instead.
         """
-        content_key = "|".join(part.content_key for part in slices)
-        anchor = Anchor(0, 1, role, record_name, content_key, slices)
+        anchor = Anchor(0, 1, role, record_name, join_content_keys(slices), slices)
         self.anchor_requests.append(
             AnchorRequest(segment, not is_mean, anchor, text_end=text_end, needs_prefix=True)
         )

@@ -26,7 +26,7 @@ from typing import Literal
 from torch import Tensor
 
 from vlduet.data.records import ImageRef, Record, find_sentences
-from vlduet.data.sequences import Sequence, Slice
+from vlduet.data.sequences import Sequence, Slice, join_content_keys
 from vlduet.data.stream import Sample
 from vlduet.encoders.frozen import make_slice
 from vlduet.model.embedding_layout import find_prompt_texts
@@ -40,7 +40,6 @@ from vlduet.recipes.prefixes import (
     add_slice_anchors,
     compute_structure_loss,
     draw_anchor_positions,
-    join_content_keys,
     render_window,
     select_structure_roles,
 )

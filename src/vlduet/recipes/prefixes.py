@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlduet import distributed
 from vlduet.data.records import ImageRef, Parts
-from vlduet.data.sequences import Slice
+from vlduet.data.sequences import Slice, join_content_keys
 from vlduet.encoders.frozen import make_slice
 from vlduet.errors import ConfigError
 from vlduet.logs import logger
@@ -179,11 +179,6 @@ def add_slice_anchors(
             slices=slices[: i + 1],
         )
     return slices
-
-
-def join_content_keys(slices: tuple[Slice, ...]) -> str:
-    """Return the content key of a prefix, by the keys of its slices."""
-    return "|".join(part.content_key for part in slices)
 
 
 # ------------------------------------------------------------------ loss

@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from vlduet.config import RunConfig
-from vlduet.data.records import Message, Record
+from vlduet.data.records import Record
 from vlduet.encoders.dual import DualEncoder, open_embedder
 from vlduet.eval import protocols
 from vlduet.eval.benchmarks.scores import (
     BenchmarkScore,
     MetricSample,
     average,
+    average_per_token,
     combine_samples,
     paired_difference,
 )
@@ -32,6 +30,7 @@ from vlduet.eval.run import SAMPLES_FILE, read_samples, write_samples
 from vlduet.files import write_atomically
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
+from vlduet.model.likelihood import compute_answer_nll
 from vlduet.workflows.validation import read_validation_pairs, select_captions
 
 HIT_CUTOFFS = (1, 10)
@@ -115,23 +114,14 @@ def measure_model(
     entropy = protocols.measure_caption_cross_entropy(
         model.compute_caption_nll, select_captions(records), seed=seed
     )
-    samples["caption"] = _average_nats(entropy.total_nats_right_image, entropy.num_tokens)
-    samples["caption, wrong image"] = _average_nats(
+    samples["caption"] = average_per_token(entropy.total_nats_right_image, entropy.num_tokens)
+    samples["caption, wrong image"] = average_per_token(
         entropy.total_nats_wrong_image, entropy.num_tokens
     )
-    sequences = []
-    for question, answer in questions:
-        messages = (Message("user", (question,)), Message("assistant", (answer,)))
-        sequences.append(model.renderer.render_chat(messages, add_generation_prompt=False))
-    if sequences:
-        totals, counts = zip(*model.compute_sequence_nll(sequences), strict=True)
-        samples["chat"] = _average_nats(np.array(totals), np.array(counts))
+    if questions:
+        totals, counts = zip(*compute_answer_nll(model, questions), strict=True)
+        samples["chat"] = average_per_token(totals, counts)
     return BenchmarkScore(samples)
-
-
-def _average_nats(total_nats: Any, num_tokens: Any) -> MetricSample:
-    """Return the mean per token of nats float[N] of texts with a number of tokens, float[N]."""
-    return average(total_nats / num_tokens, num_tokens, scale=1.0)
 
 
 def compare_with_reference(

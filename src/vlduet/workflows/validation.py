@@ -58,8 +58,7 @@ def read_validation_pairs(config: RunConfig) -> list[Record]:
         fix = "Name a source of pairs, or the share of the training records to hold out"
         raise ConfigError("there are no records", place="data.validation", fix=fix)
     if isinstance(section, SourceSection):
-        source = as_source(RecordSource.from_config(section))
-        return _read_pairs(lambda on_error: source.read(on_error=on_error), place=source.path)
+        return _read_source_pairs(RecordSource.from_config(section))
     sources = [RecordSource.from_config(source) for source in config.data.train]
 
     def read(on_error: RowErrorHandler) -> Iterator[Record]:
@@ -85,14 +84,13 @@ def make_validator(source: SourceLike, *, seed: int) -> Validator:
     Raises:
         DataError: there is no usable pair, or the source cannot be read.
     """
-    named_source = as_source(source)
-
-    def read(on_error: RowErrorHandler) -> Iterator[Record]:
-        """Return an iterator over the records of the source."""
-        return named_source.read(on_error=on_error)
-
-    pairs = _read_pairs(read, place=named_source.path)
+    pairs = _read_source_pairs(as_source(source))
     return lambda model: compute_validation_metrics(model, pairs, seed=seed)
+
+
+def _read_source_pairs(source: RecordSource) -> list[Record]:
+    """Return the first usable pairs of one source; see `_read_pairs`."""
+    return _read_pairs(lambda on_error: source.read(on_error=on_error), place=source.path)
 
 
 def _read_pairs(

@@ -15,6 +15,7 @@ from vlduet.data.records import Message, Record
 from vlduet.demo import encoders, measure, prepare, run, use
 from vlduet.errors import ConfigError
 from vlduet.eval import protocols
+from vlduet.eval.plain_questions import PLAIN_QUESTIONS
 
 
 def write_corpus(folder: Path, splits: dict[str, list[str]]) -> None:
@@ -126,7 +127,7 @@ def test_plain_answers_are_scored_by_token_and_restore_the_mode(
     model = prepare.open_model(tmp_path, "tiny")
     answers = measure.measure_plain_answers(model)
     chats = []
-    for question, answer in measure.TEXT_ONLY_QUESTIONS:
+    for question, answer in PLAIN_QUESTIONS:
         turns = (Message("user", (question,)), Message("assistant", (answer,)))
         chats.append(model.renderer.render_chat(turns, add_generation_prompt=False))
     totals, counts = map(list, zip(*model.compute_sequence_nll(chats), strict=True))

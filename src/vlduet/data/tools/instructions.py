@@ -32,7 +32,7 @@ MAX_DISTRACTORS = 8
 """Number of images with wrong names that are drawn for a question, at most."""
 MAX_DRAWS = 64
 """Number of random images among which they are looked for."""
-ORDINALS = ("first", "second")
+ORDINALS = ("first", "second", "third", "fourth")
 
 _NAME = re.compile(r"(?:(an?) )?([^\W_][\w'’ -]*)\.?", re.IGNORECASE)
 _DETERMINER = re.compile(
@@ -114,9 +114,12 @@ def format_description(name: str, ordinal: str = "") -> str:
 
 
 def present_pictures(images: Sequence[ImageRef], question: str) -> Parts:
-    """Return the parts of a turn that names images by their ordinals, and asks a question."""
+    """Return the parts of a turn that names images by their ordinals, and asks a question.
+
+    More images than `ORDINALS` raise ValueError.
+    """
     parts: list[Part] = []
-    for ordinal, image in zip(ORDINALS, images, strict=True):
+    for ordinal, image in zip(ORDINALS[: len(images)], images, strict=True):
         separator = "\n" if parts else ""
         parts += [f"{separator}The {ordinal} picture: ", image]
     return (*parts, f"\n{question}")
@@ -194,7 +197,7 @@ def _ask_which(subject: NamedImage, draw: Draw) -> Turn:
 def _ask_difference(subject: NamedImage, draw: Draw) -> Turn:
     images, _, other = _place(subject, draw)
     names = (subject.name, other.name) if images[0] is subject.image else (other.name, subject.name)
-    sentences = [format_description(name, o) for name, o in zip(names, ORDINALS, strict=True)]
+    sentences = [format_description(name, o) for name, o in zip(names, ORDINALS, strict=False)]
     return present_pictures(images, DIFFERENCE_QUESTION), " ".join(sentences)
 
 

@@ -290,7 +290,7 @@ def load_arithmetic(files: OfficialFiles) -> SearchTask:
         ids = item.id.split("|")
         for source, target in (ids, ids[::-1]):
             a, b = position_of[source], position_of[target]
-            added, removed = _find_difference(names[b], names[a])
+            added, removed = find_difference(names[b], names[a])
             image = (pictures[a][1],)
             forms["A + B - C"].append(((1.0, image), (1.0, (added,)), (-1.0, (removed,))))
             forms["A + B"].append(((1.0, image), (1.0, (added,))))
@@ -309,7 +309,7 @@ def load_arithmetic(files: OfficialFiles) -> SearchTask:
     )
 
 
-def _find_difference(name: str, other_name: str) -> tuple[str, str]:
+def find_difference(name: str, other_name: str) -> tuple[str, str]:
     """Return the words of two equally long names in which they differ: (of the first, other)."""
     pairs = zip(name.split(), other_name.split(), strict=True)
     return next((word, other) for word, other in pairs if word != other)

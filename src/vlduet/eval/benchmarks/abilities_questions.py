@@ -13,23 +13,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from vlduet.data.records import ImageRef, Part, Record
-from vlduet.data.tools.instructions import format_existence_question, present_pictures
-from vlduet.eval.benchmarks.abilities import kinds_of, name_of, require_items
+from vlduet.data.records import ImageRef
+from vlduet.data.tools.instructions import (
+    ORDINALS,
+    NamedImage,
+    find_named_images,
+    format_existence_question,
+    present_pictures,
+)
+from vlduet.eval.benchmarks.abilities import (
+    find_difference,
+    kinds_of,
+    name_of,
+    normalize_name,
+    require_items,
+)
 from vlduet.eval.benchmarks.builtin import captioned_images, find_one_word_pairs, read_split
 from vlduet.eval.benchmarks.composites import join_side_by_side
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.tasks import ChoiceTask, Question
-from vlduet.eval.metrics import tokenize_answer
 
 MAX_IMAGES = 40
 """Maximum number of images with two stamps, each asked about once per kind of absent object."""
-MAX_NAME_WORDS = 4
-"""Number of words, without articles, of the longest name that is asked about."""
 MAX_QUESTIONS = 60
 """Maximum number of questions of the other two benchmarks."""
 NUM_ALIKE = 3
@@ -39,28 +47,6 @@ NUM_POPULAR = 10
 ODD_ONE_QUESTION = "Three of these pictures show the same kind of thing. Which one differs?"
 CHANGE_QUESTION = "What has changed from the first picture to the second?"
 YES_NO = ("Yes", "No")
-ARTICLES = ("a ", "an ")
-ORDINALS = ("first", "second", "third", "fourth")
-
-
-@dataclass(frozen=True, slots=True)
-class NamedObject:
-    """A stamp with a name that can be asked about."""
-
-    record: Record
-    image: ImageRef
-    name: str
-    """Name with its article, such as "a brown hen"."""
-
-    @property
-    def name_tokens(self) -> frozenset[str]:
-        """The normalized words of the name."""
-        return frozenset(tokenize_answer(self.name))
-
-    @property
-    def category(self) -> str:
-        """The whole folder of the stamp."""
-        return str(self.record.metadata.get("category", ""))
 
 
 # ------------------------------------------------------------------ existence
@@ -72,39 +58,22 @@ def load_existence(files: OfficialFiles) -> ChoiceTask:
     The file hash is stored in `files.hashes`. A missing or empty split, or one without two objects
     that can be asked about, raises DataError; an unreadable image ImageError.
     """
-    objects = list_named_objects(read_split(files, "stamps"))
+    objects = find_named_images(read_split(files, "stamps"), group_key="category")
     items = make_existence_questions(objects, seed=files.seed)
     require_items(items, files, missing="two stamps with a short name")
     return ChoiceTask(tuple(items), "kind", without_images_too=True)
 
 
-def list_named_objects(records: Sequence[Record]) -> list[NamedObject]:
-    """Return the records whose first caption is an article and at most `MAX_NAME_WORDS` words.
-
-    The caption is one sentence without its final punctuation. Records without an image are left
-    out, and so are captions in which anything else is punctuated, as in "A camera.  Say Cheese!".
-    """
-    objects = []
-    for record, image in captioned_images(records):
-        name = record.short[0].strip().rstrip(".!? ")
-        lowered = name[:1].lower() + name[1:]
-        is_plain = all(character.isalnum() or character in " -'’" for character in name)
-        num_words = len(tokenize_answer(name))
-        if lowered.startswith(ARTICLES) and is_plain and 0 < num_words <= MAX_NAME_WORDS:
-            objects.append(NamedObject(record, image, lowered))
-    return objects
-
-
-def make_existence_questions(objects: Sequence[NamedObject], *, seed: int) -> list[Question]:
+def make_existence_questions(objects: Sequence[NamedImage], *, seed: int) -> list[Question]:
     """Return pairs of yes-or-no questions about images with two objects side by side.
 
-    Up to `MAX_IMAGES` images are drawn; their two objects share no word and have different folders.
+    Up to `MAX_IMAGES` images are drawn; their two objects share no word and have different groups.
     Every image gives, for each kind of absent object, a question about one of its objects (left and
     right take turns) and one about the absent object:
 
         random   an object drawn from all
         popular  one of the `NUM_POPULAR` names that most records show; they take turns
-        near     an object of the folder of the object that is asked about
+        near     an object of the group of the object that is asked about
 
     An absent object shares no word with either object. A kind without one has no questions for this
     image. The tag ``kind`` names it; options are `YES_NO` and the reference is the index.
@@ -123,10 +92,10 @@ def make_existence_questions(objects: Sequence[NamedObject], *, seed: int) -> li
             present = (left, right)[(number + n) % 2]
             candidates = popular[turn:] + popular[:turn] if kind == "popular" else shuffled
             if kind == "near":
-                candidates = [named for named in candidates if named.category == present.category]
-            present_tokens = left.name_tokens | right.name_tokens
+                candidates = [named for named in candidates if named.group == present.group]
+            present_tokens = left.tokens | right.tokens
             absent = next(
-                (named for named in candidates if present_tokens.isdisjoint(named.name_tokens)),
+                (named for named in candidates if present_tokens.isdisjoint(named.tokens)),
                 None,
             )
             if absent is None:
@@ -138,17 +107,17 @@ def make_existence_questions(objects: Sequence[NamedObject], *, seed: int) -> li
     return items
 
 
-def _draw_pairs(objects: Sequence[NamedObject]) -> list[tuple[NamedObject, NamedObject]]:
-    """Return up to `MAX_IMAGES` pairs of objects without a common word, of different folders.
+def _draw_pairs(objects: Sequence[NamedImage]) -> list[tuple[NamedImage, NamedImage]]:
+    """Return up to `MAX_IMAGES` pairs of objects without a common word, of different groups.
 
     Every object is used once at most: the first unused one takes the next one that fits.
     """
     unused = list(objects)
-    pairs: list[tuple[NamedObject, NamedObject]] = []
+    pairs: list[tuple[NamedImage, NamedImage]] = []
     while unused and len(pairs) < MAX_IMAGES:
         left = unused.pop(0)
         for i, right in enumerate(unused):
-            if left.name_tokens.isdisjoint(right.name_tokens) and left.category != right.category:
+            if left.tokens.isdisjoint(right.tokens) and left.group != right.group:
                 pairs.append((left, unused.pop(i)))
                 break
     return pairs
@@ -169,7 +138,7 @@ def load_odd_one(files: OfficialFiles) -> ChoiceTask:
     for record, image in captioned_images(read_split(files, "stamps")):
         by_kind.setdefault(kinds_of(record)[0], {})[name_of(record)] = image
     large_kinds = sorted(kind for kind, images in by_kind.items() if len(images) >= NUM_ALIKE)
-    options = tuple(f"The {ordinal} picture" for ordinal in ORDINALS)
+    options = tuple(f"The {ordinal} picture" for ordinal in ORDINALS[: NUM_ALIKE + 1])
     items = []
     for number in range(MAX_QUESTIONS if len(by_kind) > 1 and large_kinds else 0):
         kind = large_kinds[number % len(large_kinds)]
@@ -183,11 +152,8 @@ def load_odd_one(files: OfficialFiles) -> ChoiceTask:
         position = int(random.integers(NUM_ALIKE + 1))
         images = [*alike]
         images.insert(position, _draw_images(candidates, 1, random)[0])
-        prompt: list[Part] = []
-        for ordinal, image in zip(ORDINALS, images, strict=True):
-            prompt += [f"The {ordinal} picture: ", image, "\n"]
-        prompt.append(ODD_ONE_QUESTION)
-        items.append(Question(str(number), tuple(prompt), position, {}, options))
+        prompt = present_pictures(images, ODD_ONE_QUESTION)
+        items.append(Question(str(number), prompt, position, {}, options))
     require_items(items, files, missing="stamps of two kinds")
     return ChoiceTask(tuple(items), without_images_too=True)
 
@@ -212,9 +178,8 @@ def load_change(files: OfficialFiles) -> ChoiceTask:
     random = np.random.default_rng(files.seed)
     changes = []
     for pair in find_one_word_pairs(read_split(files, "emoji"), "subgroup"):
-        first, second = (tokenize_answer(text) for text in pair.texts)
-        change = next((a, b) for a, b in zip(first, second, strict=True) if a != b)
-        changes.append((pair, change))
+        first, second = (normalize_name(text) for text in pair.texts)
+        changes.append((pair, find_difference(first, second)))
     items = []
     for n in sorted(random.permutation(len(changes))[:MAX_QUESTIONS]):
         pair, change = changes[n]

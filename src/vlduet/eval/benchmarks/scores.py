@@ -96,6 +96,17 @@ def average(
     return MetricSample(((value_array, weight_array),), scale=scale)
 
 
+def average_per_token(total_nats: ArrayLike, num_tokens: ArrayLike) -> MetricSample:
+    """Return the mean nats per token of texts, in which each counts by its number of tokens.
+
+    Args:
+        total_nats: nats of every text, float[N] with N >= 1.
+        num_tokens: number of tokens of every text, float[N]; a text without any counts nothing.
+    """
+    counts = np.asarray(num_tokens, dtype=np.float64)
+    return average(np.asarray(total_nats) / np.maximum(counts, 1), counts, scale=1.0)
+
+
 def average_by_tag(
     values: Sequence[float], tags: Sequence[str], *, prefix: str = ""
 ) -> dict[str, MetricSample]:

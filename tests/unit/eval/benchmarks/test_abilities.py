@@ -12,7 +12,7 @@ import pytest
 
 from vlduet.data.images import encode_png, from_pixels, image_key
 from vlduet.data.records import ImageRef, Parts, Record
-from vlduet.data.tools.instructions import format_existence_question
+from vlduet.data.tools.instructions import find_named_images, format_existence_question
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks import abilities
 from vlduet.eval.benchmarks.abilities import (
@@ -28,7 +28,6 @@ from vlduet.eval.benchmarks.abilities import (
 from vlduet.eval.benchmarks.abilities_questions import (
     ORDINALS,
     YES_NO,
-    list_named_objects,
     make_existence_questions,
 )
 from vlduet.eval.benchmarks.official_files import OfficialFiles
@@ -250,10 +249,10 @@ def test_only_short_names_with_an_article_get_questions() -> None:
         "Half note.": "a",
         "A camera.  Say Cheese!": "a",
         "A peacock (a male peafowl).": "a",
-        "A very big and old house.": "a",
+        "A very big and old red house.": "a",
         "The full moon.": "a",
     }
-    named_objects = list_named_objects(make_named_records(captions))
+    named_objects = find_named_images(make_named_records(captions), group_key="category")
     assert [named.name for named in named_objects] == ["a brown hen", "an elf's hat"]
 
 
@@ -264,10 +263,10 @@ def test_an_absent_object_shares_no_word_with_the_image(seed: int) -> None:
     for n, noun in enumerate(("hat", "boat", "cat", "dog", "tree", "cup")):
         for colour in colours[: 2 + n % 3]:
             captions[f"A {colour} {noun}."] = f"folder{n % 3}"
-    named_objects = list_named_objects(make_named_records(captions))
+    named_objects = find_named_images(make_named_records(captions), group_key="category")
     items = make_existence_questions(named_objects, seed=seed)
-    folder_of = {format_existence_question(t.name): t.category for t in named_objects}
-    tokens_of = {format_existence_question(t.name): t.name_tokens for t in named_objects}
+    folder_of = {format_existence_question(t.name): t.group for t in named_objects}
+    tokens_of = {format_existence_question(t.name): t.tokens for t in named_objects}
     by_image: dict[ImageRef, set[str]] = {}
     for item in items:
         if item.reference == 0:
