@@ -118,7 +118,7 @@ def read_published_points() -> tuple[TradeOffPoint, ...]:
     """
     text = Path(__file__).with_name("single_losses.json").read_text(encoding="utf-8")
     return tuple(
-        TradeOffPoint(name, row["hit@10"], row["nats"], is_of_this_run=False)
+        TradeOffPoint(name, row["hit@10"], row["nats"], row["nats_gap"], is_of_this_run=False)
         for name, row in json.loads(text).items()
     )
 

@@ -84,6 +84,8 @@ class TradeOffPoint:
     """Mean hit@10 of both directions, a fraction."""
     nats: float
     """Nats per token of held-out captions after the right image."""
+    nats_gap: float
+    """Nats per token by which they cost more after a wrong image."""
     is_of_this_run: bool
     """False for a published point, which is drawn hollow."""
 
@@ -92,9 +94,13 @@ def make_trade_off_point(
     name: str, retrieval: RetrievalResult, cross_entropy: CaptionCrossEntropy
 ) -> TradeOffPoint:
     """Return the point of a model that this run has measured."""
-    rates = _mean_hit_rates(retrieval)
-    nats = cross_entropy.nats_right_image().mean
-    return TradeOffPoint(name, rates[f"hit@{max(HIT_CUTOFFS)}"], nats, is_of_this_run=True)
+    return TradeOffPoint(
+        name,
+        _mean_hit_rates(retrieval)[f"hit@{max(HIT_CUTOFFS)}"],
+        cross_entropy.nats_right_image().mean,
+        cross_entropy.nats_gap().mean,
+        is_of_this_run=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,7 @@ class Report:
         """Points of the chart: the start, each loss alone, and both losses."""
         start, both = (
             make_trade_off_point(name, results.retrieval, results.cross_entropy)
-            for name, results in (("start", self.start), ("both losses", self.trained))
+            for name, results in (("start", self.start), ("all losses", self.trained))
         )
         return (start, *self.single_losses, both)
 
@@ -301,10 +307,16 @@ def draw_trade_off(points: Sequence[TradeOffPoint]) -> ScatterChart:
     """Return the chart of retrieval against captions with a point per model."""
     return ScatterChart(
         "Retrieval and captions of each training",
-        "Up and to the right is better. Hollow points are published results of the same training "
-        "with one of the losses (docs/results/demo.md).",
+        "Up and to the right is better. In brackets: nats per token that captions cost more after "
+        "a wrong image. Hollow points are published results of the same training with one of the "
+        "losses (docs/results/demo.md).",
         tuple(
-            ScatterPoint(point.name, point.hit_rate, point.nats, not point.is_of_this_run)
+            ScatterPoint(
+                f"{point.name} ({point.nats_gap:+.2f})",
+                point.hit_rate,
+                point.nats,
+                is_hollow=not point.is_of_this_run,
+            )
             for point in points
         ),
         x_label="retrieval: hit@10, mean of both directions",
@@ -320,8 +332,8 @@ def summarize_report(report: Report) -> dict[str, Any]:
             (``mean``, ``low``, ``high``), and for retrieval ``ridge``, ``ridge_difference`` and
             ``chance``. Rates are fractions; other numbers are nats per token.
         ``wrong_image_nats``: nats per token of captions after a wrong image, after training.
-        ``trade_off``: ``hit@10`` and ``nats`` of every point of the chart by its name, and whether
-            it ``is_of_this_run``.
+        ``trade_off``: ``hit@10``, ``nats`` and ``nats_gap`` (what a wrong image costs) of every
+            point of the chart by its name, and whether it ``is_of_this_run``.
         ``gallery``: number of held-out images.
         ``captions``: number of ``distinct`` generated captions, and how many are ``copied``.
         ``mixed``: share of composed queries whose first ten hits contain the item of the ``image``,
@@ -346,6 +358,7 @@ def summarize_report(report: Report) -> dict[str, Any]:
             point.name: {
                 f"hit@{k}": point.hit_rate,
                 "nats": point.nats,
+                "nats_gap": point.nats_gap,
                 "is_of_this_run": point.is_of_this_run,
             }
             for point in report.trade_off

@@ -22,8 +22,9 @@ def build_optimizer(
 
     LoRA matrices have the learning rate `train.lr`. All other parameters are new to the checkpoint
     and have `train.lr_new` (default `train.lr`), times `relative_rate` in a projector. The
-    temperature has no weight decay, the others have `train.weight_decay`. Each group also stores
-    its rate as `initial_lr`, which `step.optimizer_step` scales.
+    temperature has no weight decay. The others shrink by `train.weight_decay` times the rate
+    without that factor. Each group also stores its rate as `initial_lr`, which
+    `step.optimizer_step` scales.
 
     Args:
         model: its parameters must be selected for training already; only `adapter_tensors` and
@@ -49,7 +50,10 @@ def build_optimizer(
         weight = trained.get(f"{layer}.weight", parameter)
         rate = relative_rate(weight) if name.startswith("projector.") else 1.0
         by_rate.setdefault(rate, []).append(parameter)
-    groups += [{"params": group, "lr": new_lr * rate} for rate, group in by_rate.items()]
+    for rate, group in by_rate.items():
+        # AdamW shrinks weights by learning rate times decay, a share of them whatever their size.
+        decay = train.weight_decay / rate
+        groups.append({"params": group, "lr": new_lr * rate, "weight_decay": decay})
     groups = [group | {"initial_lr": group["lr"]} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=betas, weight_decay=train.weight_decay)
 

@@ -43,7 +43,7 @@ def test_the_demo_writes_model_index_and_report(
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert summary["gallery"] == len(tiny_demo.held_out)
     assert 0 <= summary["changes"]["text → image, hit@10"]["after"]["mean"] <= 1
-    names = ("start", "language loss alone", "contrastive loss alone", "both losses")
+    names = ("start", "language loss alone", "contrastive loss alone", "all losses")
     assert tuple(summary["trade_off"]) == names
     assert all(point["is_of_this_run"] for point in summary["trade_off"].values())
     for name in ("model", "index", "dual", "language/model", "contrastive/model"):

@@ -110,7 +110,7 @@ def make_report(records: list[Record], text: str) -> Report:
     return Report(
         trained=trained,
         start=start,
-        single_losses=(TradeOffPoint("language loss alone", 0.2, 3.1, is_of_this_run=False),),
+        single_losses=(TradeOffPoint("language loss alone", 0.2, 3.1, 0.4, is_of_this_run=False),),
         num_copied_captions=2,
         ridge=retrieval,
         galleries=(
@@ -240,8 +240,8 @@ def test_summary_has_exactly_the_documented_keys(records: list[Record]) -> None:
     assert set(captions) == {"before", "after", "change"}
     assert captions["after"]["mean"] == pytest.approx(3.0)
     assert summary["wrong_image_nats"]["mean"] == pytest.approx(4.0)
-    assert list(summary["trade_off"]) == ["start", "language loss alone", "both losses"]
-    published = {"hit@10": 0.2, "nats": 3.1, "is_of_this_run": False}
+    assert list(summary["trade_off"]) == ["start", "language loss alone", "all losses"]
+    published = {"hit@10": 0.2, "nats": 3.1, "nats_gap": 0.4, "is_of_this_run": False}
     assert summary["trade_off"]["language loss alone"] == published
     assert summary["captions"] == {"distinct": 2, "copied": 2}
     assert set(summary["mixed"]) == {"image", "text", "both", "start"}

@@ -64,7 +64,11 @@ def test_large_projector_matrices_have_a_proportional_rate(
     }
     tensors = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
     monkeypatch.setattr(StubModel, "own_tensors", lambda self: tensors)
-    _, optimizer = build_stub_optimizer(lr=0.1, lr_new=0.01)
+    _, optimizer = build_stub_optimizer(lr=0.1, lr_new=0.01, weight_decay=0.5)
+    shrinkage = [
+        rate * decay for rate, decay in (rate_and_decay(optimizer, t) for t in tensors.values())
+    ]
+    assert shrinkage == pytest.approx([0.01 * 0.5] * len(tensors))
     rates = {name: rate_and_decay(optimizer, tensor)[0] for name, tensor in tensors.items()}
     large = pytest.approx(0.01 * 2.0 / REFERENCE_RMS)
     assert rates == {
