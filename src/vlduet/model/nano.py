@@ -85,8 +85,8 @@ PROMPTS = Prompts(
 )
 """Embedding prompts: image and text are read from the last token, as other servers do it.
 
-Ten prompt tokens would nearly double the work. The start token comes first because SmolLM2 parks
-attention on the first position (attention sink): an image token there would be lost.
+Ten prompt tokens would nearly double the work. The start token comes first because SmolLM2
+attends mostly to the first position (attention sink): an image token there would be lost.
 """
 HEAD_KIND = "linear"
 EMBEDDING_DIM = 384
