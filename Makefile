@@ -71,15 +71,22 @@ bench-quick: $(READY) ## the same with small inputs, to see that every benchmark
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file --quick || exit 1; done
 
 # Pins that still fit are kept; UPGRADE=1 renews all of them. GPU libraries belong to torch's build.
-lock: ## rewrite requirements/lock.txt from pyproject.toml
+EXTRAS := train formats serve heic fast bench reference dev
+COMPILE = .lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+  $(EXTRAS:%=--extra %) $(if $(UPGRADE),--upgrade) pyproject.toml requirements/torch.txt
+
+lock: ## rewrite requirements/lock.txt and clients.txt from pyproject.toml
 	@test -x .lock-venv/bin/uv || $(PYTHON) -m venv --clear .lock-venv
 	@.lock-venv/bin/python -m pip --disable-pip-version-check --quiet install uv==$(UV_VERSION)
 	@cp requirements/lock.txt .lock-venv/lock.txt 2>/dev/null || true
-	@.lock-venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
-	  --extra train --extra formats --extra serve --extra fast --extra bench --extra reference --extra dev $(if $(UPGRADE),--upgrade) \
-	  pyproject.toml requirements/torch.txt -o .lock-venv/lock.txt
+	@cp requirements/clients.txt .lock-venv/clients.txt 2>/dev/null || true
+	@$(COMPILE) -o .lock-venv/lock.txt
+	@$(COMPILE) --extra clients --constraint .lock-venv/lock.txt -o .lock-venv/clients.txt
 	@{ echo "# Written by 'make lock'. torch and its GPU libraries are left out: see docs/install.md."; \
 	   awk '/^[a-zA-Z]/ {keep = !/^(torch==|triton==|cuda-|nvidia-)/} keep' .lock-venv/lock.txt; } > requirements/lock.txt
+	@{ echo "# Written by 'make lock': the packages that 'make slow' needs and lock.txt has not."; \
+	   awk 'NR == FNR {known[$$1]; next} /^[a-zA-Z]/ {keep = !($$1 in known)} keep' \
+	     .lock-venv/lock.txt .lock-venv/clients.txt; } > requirements/clients.txt
 
 clean: ## remove .venv and caches; runs/ and the package cache stay
 	rm -rf $(VENV) .lock-venv build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from vlduet.cli import (
     data,
     demo,
     evaluation,
+    indexing,
     inspect,
     model,
     retrieval,
@@ -72,10 +73,10 @@ app.add_typer(config.app, name="config")
 app.command(cls=train.TrainCommand)(train.train)
 for command in (
     train.compare,
-    retrieval.index,
+    indexing.index,
     retrieval.search,
     retrieval.ask,
-    retrieval.encode,
+    indexing.encode,
     classification.classify,
     evaluation.score,
     evaluation.certify,

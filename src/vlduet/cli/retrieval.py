@@ -1,38 +1,21 @@
-"""`vlduet index`, `search`, `ask` and `encode`."""
+"""`vlduet search` and `ask`."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlduet.cli._common import (
-    Columns,
-    Format,
-    Json,
-    ModelFolder,
-    Root,
-    Source,
-    Strict,
-    format_left_out,
-    make_source,
-    print_json,
-    print_text,
-)
+from vlduet.cli._common import Json, print_json, print_text
 from vlduet.logs import logger, strip_control_characters
 
 if TYPE_CHECKING:
     from vlduet.data.records import ImageRef
-    from vlduet.retrieval.build import BuildReport
     from vlduet.retrieval.index import Index
     from vlduet.retrieval.search import Hit
 
-TO = "Folder of the index; updated if it exists."
-SIDE = "Part of a record that is embedded: image, text or record (all of it)."
-PRUNE = "Remove documents that the source no longer contains."
 WHERE = "Filter on metadata: key=value, key!=value, key<value, 'key in a,b'. Repeat it to combine."
 MODEL = "Folder of the model, if the index cannot find it."
 
@@ -42,63 +25,6 @@ ImageFile = Annotated[
 ]
 Filters = Annotated[list[str] | None, typer.Option("--where", metavar="CONDITION", help=WHERE)]
 OtherModel = Annotated[Path | None, typer.Option("--model", metavar="DIR", help=MODEL)]
-
-
-def index(
-    model: ModelFolder,
-    source: Source,
-    *,
-    to: Annotated[Path, typer.Option("--to", metavar="INDEX", help=TO)],
-    side: Annotated[str | None, typer.Option(help=f"{SIDE} A new index: image.")] = None,
-    store: Annotated[str | None, typer.Option(hidden=True)] = None,
-    prune: Annotated[bool, typer.Option("--prune", help=PRUNE)] = False,
-    format: Format = None,
-    root: Root = None,
-    columns: Columns = None,
-    strict: Strict = False,
-    as_json: Json = False,
-) -> None:
-    """Embed SOURCE into an index, or update the index; only new content is embedded.
-
-    Prints the numbers of documents. Records that cannot be used are left out and listed in
-    INDEX/quarantine.jsonl; the exit status is 1 if none remains. An interrupted build continues
-    when it is started again. An index of another model or --side is an error, and so is any --store
-    but lance.
-    """
-    from vlduet.encoders.dual import open_embedder
-    from vlduet.errors import RetrievalError
-    from vlduet.retrieval.build import build_index
-
-    if store not in (None, "lance"):
-        fix = "Leave --store out: every index is stored in LanceDB"
-        raise RetrievalError(f"'{store}'", place="--store", fix=fix)
-    report = build_index(
-        open_embedder(model),
-        make_source(source, format=format, root=root, columns=columns, strict=strict),
-        to=to,
-        side=cast("Any", side),
-        prune=prune,
-        model_path=model,
-    )
-    if as_json:
-        print_json({"index": str(to), **asdict(report)})
-    else:
-        _print_build_report(report, source, to)
-    if report.quarantined and not report.count:
-        raise typer.Exit(1)
-
-
-def _print_build_report(report: BuildReport, source: Path, to: Path) -> None:
-    """Print the numbers of documents of a build, why others were left out, and what is absent."""
-    changes = []
-    for name in ("added", "updated", "kept", "removed"):
-        if count := getattr(report, name):
-            changes.append(f"{count} {name}")
-    print_text(f"{to}: {report.count} documents ({', '.join(changes) or 'nothing to do'})")
-    if report.quarantined:
-        print_text(format_left_out(report.causes, source, listing=to / "quarantine.jsonl"))
-    if report.absent:
-        print_text(f"{report.absent} are no longer in the source: --prune removes them")
 
 
 def search(
@@ -164,64 +90,6 @@ def ask(
     )
     for hit in prompt.sources:
         print_text(format_source(hit))
-
-
-def encode(
-    model: ModelFolder,
-    source: Source,
-    *,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.npz", help="Ids and float32 unit vectors.")
-    ],
-    side: Annotated[str, typer.Option(help=SIDE)] = "image",
-    format: Format = None,
-    root: Root = None,
-    columns: Columns = None,
-    strict: Strict = False,
-    as_json: Json = False,
-) -> None:
-    """Write the embeddings of SOURCE to a file, for an index of another program.
-
-    FILE.npz holds ids and vectors in the order of SOURCE; an existing file is replaced. Documents
-    that cannot be embedded are left out and listed in FILE.quarantine.jsonl. It is an error if none
-    remains.
-    """
-    import numpy as np
-
-    from vlduet.data.quarantine import Quarantine, quarantine_path
-    from vlduet.encoders.dual import open_embedder
-    from vlduet.errors import RetrievalError
-    from vlduet.locks import lock_output
-    from vlduet.logs import track_progress
-    from vlduet.retrieval.documents import read_documents
-    from vlduet.retrieval.encode import encode_documents, write_vectors
-
-    with lock_output(out):
-        dropped = Quarantine.create(quarantine_path(out))
-        records = make_source(source, format=format, root=root, columns=columns, strict=strict)
-        documents = read_documents(records, side=cast("Any", side), on_error=dropped.add)
-        encoded = encode_documents(
-            open_embedder(model),
-            track_progress(documents, label="encode"),
-            on_error=lambda document, error: dropped.add(document.to_quarantine_record(), error),
-        )
-        ids, chunks = [], []
-        for chunk, vectors in encoded:
-            ids += [document.id for document in chunk]
-            chunks.append(vectors)
-        if not ids:
-            fix = "Repair the source, or change --side"
-            raise RetrievalError(f"nothing to embed ({dropped})", place=source, fix=fix)
-        embeddings = np.concatenate(chunks)  # [N, D]
-        write_vectors(out, ids=ids, vectors=embeddings)
-    dim = embeddings.shape[1]
-    if as_json:
-        counts = {"count": len(ids), "dim": dim, "quarantined": dropped.count}
-        print_json({"out": str(out), **counts})
-        return
-    print_text(f"{out}: {len(ids)} vectors of {dim} numbers")
-    if dropped.count:
-        print_text(format_left_out(dropped.count_by_cause(), source, listing=quarantine_path(out)))
 
 
 def _open_index(folder: Path) -> Index:
