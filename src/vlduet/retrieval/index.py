@@ -223,6 +223,7 @@ class Index:
         from vlduet.retrieval.stores.lance import LanceStore
 
         self.path, self.manifest = path, manifest
+        self._manifest_state = _file_state(path / MANIFEST_FILENAME)
         self.store: VectorStore = LanceStore(path / STORE_FOLDER, dim=manifest.dim, write=write)
         self._checked_model: Embedder | None = None
 
@@ -282,6 +283,36 @@ class Index:
         if self._checked_model is not model:  # a fingerprint hashes every trained weight
             self.manifest.check_model(model, self.path)
             self._checked_model = model
+
+    def refresh(self) -> None:
+        """Use what was written to the index since it was opened or refreshed.
+
+        Nothing is read if the manifest's size, time of modification and inode are the same. A
+        search that runs in another thread meanwhile ends on the version that it began with.
+
+        Raises:
+            RetrievalError: the index was rebuilt with another model, is gone, or cannot be read;
+                this index stays as it was, and the next call tries again.
+        """
+        from vlduet.retrieval.stores.lance import LanceStore
+
+        state = _file_state(self.path / MANIFEST_FILENAME)
+        if state is not None and state == self._manifest_state:
+            return
+        manifest = IndexManifest.read(self.path)
+        if (manifest.fingerprint, manifest.dim) != (self.manifest.fingerprint, self.manifest.dim):
+            message = (
+                f"rebuilt by model {manifest.fingerprint}, opened with {self.manifest.fingerprint}"
+            )
+            fix = "Start again with the new model"
+            raise RetrievalError(f"{message}: vectors differ", place=self.path, fix=fix)
+        # A store is opened anew: the folder may have been replaced by another one.
+        self.store = LanceStore(self.path / STORE_FOLDER, dim=manifest.dim, write=False)
+        self.manifest, self._manifest_state = manifest, state
+
+    def get_row(self, document_id: str) -> IndexRow | None:
+        """Return the stored row of a document, or None if the index lacks the id."""
+        return self.store.read_row(document_id)
 
     def count(self) -> int:
         """Return the number of documents in the index."""
@@ -344,6 +375,15 @@ def path_pair(target: Path | None, folder: Path) -> tuple[str | None, str | None
         return str(absolute), Path(os.path.relpath(absolute, folder.resolve())).as_posix()
     except ValueError:  # another drive on Windows
         return str(absolute), None
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    """Return size, time of modification in nanoseconds and inode of a file; None if it is gone."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _utc_now() -> str:

@@ -47,13 +47,13 @@ def test_the_query_is_embedded_as_a_query() -> None:
     )
     vectors = []
 
-    def search_store(queries: Any, *, k: int, conditions: Any) -> list[list[Any]]:
+    def search_store(queries: Any, *, k: int, conditions: Any, exact: bool) -> list[list[Any]]:
         vectors.append(queries.tolist())
         return [[]]
 
     index: Any = SimpleNamespace(
         check_model=lambda model: None,
-        manifest=SimpleNamespace(fields={}),
+        manifest=SimpleNamespace(fields={}, dim=2),
         store=SimpleNamespace(search=search_store),
     )
     assert search(index, model, "red") == []

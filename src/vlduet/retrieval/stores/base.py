@@ -70,10 +70,21 @@ class VectorStore(Protocol):
     def delete(self, ids: Sequence[str]) -> None:
         """Remove rows; ignore unknown ids."""
 
+    def read_row(self, row_id: str) -> IndexRow | None:
+        """Return the row of an id, or None if there is none."""
+
     def search(
-        self, queries: np.ndarray, *, k: int, conditions: Sequence[Condition] = ()
+        self,
+        queries: np.ndarray,
+        *,
+        k: int,
+        conditions: Sequence[Condition] = (),
+        exact: bool = False,
     ) -> list[list[ScoredRow]]:
-        """Return for each query of float32[Q, D] its `k` nearest rows that meet all conditions."""
+        """Return for each query of float32[Q, D] its `k` nearest rows that meet all conditions.
+
+        `exact` compares every row, also if the store has an approximate search index.
+        """
 
     def count(self) -> int:
         """Return the number of stored rows."""

@@ -203,8 +203,20 @@ class LanceStore:
                 self._table.delete(_id_predicate(ids))
             self._sync_files()
 
+    def read_row(self, row_id: str) -> IndexRow | None:
+        """Return the row of an id, or None if there is none."""
+        request = self._table.search().where(_id_predicate([row_id]))
+        with self._translate_errors():
+            rows = request.select(ROW_COLUMNS).limit(1).to_arrow().to_pylist()
+        return _parse_row(rows[0]) if rows else None
+
     def search(
-        self, queries: np.ndarray, *, k: int, conditions: Sequence[Condition] = ()
+        self,
+        queries: np.ndarray,
+        *,
+        k: int,
+        conditions: Sequence[Condition] = (),
+        exact: bool = False,
     ) -> list[list[ScoredRow]]:
         """Return for each query of float32[Q, D] the `k` nearest rows that satisfy all conditions.
 
