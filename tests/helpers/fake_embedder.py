@@ -12,6 +12,7 @@ import numpy as np
 
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Message, Part, Parts
+from vlduet.model.limits import TruncationCallback, too_long_error
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
@@ -19,13 +20,15 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yello
 class FakeModel:
     """Model that embeds a text as a bag of hashed words and an image as its mean colour.
 
-    The name of a colour has the embedding of an image of that colour. `embedded` lists the
-    documents that were embedded, `conversations` the messages that were answered, and
-    `before_document` is called with the parts of each document before it is embedded.
+    The name of a colour has the embedding of an image of that colour. A text has at most
+    `max_words` words. `embedded` lists the documents that were embedded, `conversations` the
+    messages that were answered, and `before_document` is called with the parts of each document
+    before it is embedded.
     """
 
     dim = 64
     image_backend = "pil"
+    max_words = 1000
 
     def __init__(self, fingerprint: str = "fake"):
         self.fingerprint = fingerprint
@@ -33,11 +36,16 @@ class FakeModel:
         self.conversations: list[tuple[Message, ...]] = []
         self.before_document: Callable[[Parts], object] = lambda parts: None
 
-    def encode_query(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        return np.stack([self._vector(self._parts(item)) for item in items])
+    def encode_query(
+        self, items: Sequence[Part | Parts], *, on_truncate: TruncationCallback | None = None
+    ) -> np.ndarray:
+        rows = self._check_lengths(items, on_truncate)
+        return np.stack([self._vector(parts) for parts in rows])
 
-    def encode_document(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        rows = [self._parts(item) for item in items]
+    def encode_document(
+        self, items: Sequence[Part | Parts], *, on_truncate: TruncationCallback | None = None
+    ) -> np.ndarray:
+        rows = self._check_lengths(items, on_truncate)
         for parts in rows:
             self.before_document(parts)
         vectors = np.stack([self._vector(parts) for parts in rows])
@@ -50,6 +58,23 @@ class FakeModel:
         self.conversations.append(tuple(messages))
         texts = ["An ", "answer."]
         return iter(texts) if stream else "".join(texts)
+
+    def _check_lengths(
+        self, items: Sequence[Part | Parts], on_truncate: TruncationCallback | None
+    ) -> list[Parts]:
+        """Return the parts of items, with texts of more than `max_words` words cut or refused."""
+        rows = []
+        for position, item in enumerate(items):
+            parts = self._parts(item)
+            words = " ".join(part for part in parts if isinstance(part, str)).split()
+            if len(words) > self.max_words:
+                if on_truncate is None:
+                    raise too_long_error(len(words), self.max_words)
+                on_truncate(position, len(words))
+                images = tuple(part for part in parts if not isinstance(part, str))
+                parts = (*images, " ".join(words[: self.max_words]))
+            rows.append(parts)
+        return rows
 
     @staticmethod
     def _parts(item: Part | Parts) -> Parts:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import replace
@@ -31,7 +32,13 @@ from vlduet import __version__
 from vlduet.data.batches import Batch, collate
 from vlduet.data.records import Part, Parts, as_parts
 from vlduet.data.sequences import Sequence, Slice
-from vlduet.encoders.frozen import FrozenEncoder, FrozenEncoders, get_modality, make_slice
+from vlduet.encoders.frozen import (
+    FrozenEncoder,
+    FrozenEncoders,
+    TokenCounter,
+    get_modality,
+    make_slice,
+)
 from vlduet.encoders.loading import Device, fingerprint_encoder, open_encoder
 from vlduet.errors import DataError, ModelError
 from vlduet.files import replace_folder_atomically
@@ -43,6 +50,7 @@ from vlduet.model.backbone import eval_mode, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.fingerprints import hash_checkpoint
+from vlduet.model.limits import TruncationCallback, accept_truncation, too_long_error
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.structured_files import check_fields, read_json_object, read_safetensors_header
@@ -115,14 +123,21 @@ class DualEncoder(nn.Module):
         return collate(sequences, pad_token_id=0, pack_to=pack_to).to(self.logit_scale.device)
 
     @torch.no_grad()
-    def encode(self, items: Many[Part | Parts]) -> np.ndarray:
+    def encode(
+        self, items: Many[Part | Parts], *, on_truncate: TruncationCallback | None = None
+    ) -> np.ndarray:
         """Return the embeddings of images and texts, float32[N, dim], unit length, without dropout.
 
         Vectors of the frozen encoders are taken from their cache and stored there.
 
+        Args:
+            items: each an image or a text.
+            on_truncate: allows texts to be cut to the limit of the text encoder, and is called for
+                every item that is cut. None refuses such items.
+
         Raises:
-            DataError: an item that is not one image or one text, or whose vector by the frozen
-                encoder is not finite or zero.
+            DataError: an item that is not one image or one text, that is longer than the limit
+                without `on_truncate`, or whose vector by the frozen encoder is not finite or zero.
             ModelError: a frozen encoder cannot be loaded.
             ImageError: an unreadable image.
         """
@@ -130,12 +145,33 @@ class DualEncoder(nn.Module):
         if any(len(row) != 1 for row in rows):
             fix = "Use a model of another recipe"
             raise DataError("a dual encoder reads one image or one text", fix=fix)
+        counts = self.count_tokens(items)
+        for position, num_tokens in enumerate(counts):
+            if num_tokens > (limit := self.max_text_tokens):
+                if on_truncate is None:
+                    raise too_long_error(num_tokens, limit)
+                on_truncate(position, num_tokens)
         slices = self.encoders.encode_slices([make_slice(row[0]) for row in rows])
         with eval_mode(self):
             embeddings: np.ndarray = self.project_slices(slices).float().cpu().numpy()
         return embeddings
 
     encode_query = encode_document = encode
+
+    def count_tokens(self, items: Many[Part | Parts]) -> list[int]:
+        """Return the number of tokens of every item's texts, before any is cut; 0 for images."""
+        counter = self.encoders.by_role["text"].token_counter
+        counts = []
+        for item in items:
+            texts = [part for part in as_parts(item) if isinstance(part, str)]
+            counts.append(sum(map(counter.count, texts)) if counter and texts else 0)
+        return counts
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Longest text of the text encoder in tokens, or a very large number if it has no limit."""
+        counter = self.encoders.by_role["text"].token_counter
+        return counter.max_tokens if counter else sys.maxsize
 
     @property
     def fingerprint(self) -> str:
@@ -347,13 +383,19 @@ def open_dual_as_encoder(
         model = DualEncoder.from_pretrained(folder, cache=cache, device=device)
 
         def encode(parts: list[Part]) -> Tensor:
-            return torch.from_numpy(model.encode(parts))
+            return torch.from_numpy(model.encode(parts, on_truncate=accept_truncation))
 
         return {"image": encode, "text": encode}
 
+    def load_token_counter() -> TokenCounter:
+        text_folder = _locate_encoder(folder, manifest["encoders"]["text"])
+        counter = open_frozen_encoder(text_folder, cache=cache).token_counter
+        assert counter is not None, "the encoder of texts has a tokenizer"
+        return counter
+
     fingerprints = {role: e["fingerprint"] for role, e in manifest["encoders"].items()}
     fingerprint = _compute_fingerprint(fingerprints, manifest["trained"], manifest["dim"])
-    return FrozenEncoder(folder, ("image", "text"), load, fingerprint)
+    return FrozenEncoder(folder, ("image", "text"), load, fingerprint, load_token_counter)
 
 
 def open_embedder(folder: Path) -> DuetModel | DualEncoder:

@@ -32,6 +32,17 @@ from vlduet.model.feature_cache import FeatureCache
 EncodeFunction = Callable[[list[Any]], Tensor]
 """Parts of one modality -> float[N, D], of any norm."""
 
+
+@dataclass(frozen=True, slots=True)
+class TokenCounter:
+    """Number of tokens that a text encoder reads of a text, and the limit at which it cuts it."""
+
+    count: Callable[[str], int]
+    """Text -> number of its tokens, special ones included."""
+    max_tokens: int
+    """Limit in tokens."""
+
+
 ROLE_MODALITIES: dict[str, tuple[str, ...]] = {
     "vision": ("image",),
     "text": ("text",),
@@ -70,6 +81,13 @@ class FrozenEncoder:
     """Loads the weights and returns modality -> encoding function. Raises ModelError."""
     fingerprint: str
     """Hash of everything that decides a vector."""
+    load_token_counter: Callable[[], TokenCounter] | None = None
+    """Loads the tokenizer and returns its counter; None for encoders without texts."""
+
+    @cached_property
+    def token_counter(self) -> TokenCounter | None:
+        """Counter of the tokens of texts; its tokenizer is loaded at the first access."""
+        return self.load_token_counter() if self.load_token_counter else None
 
     @cached_property
     def encode_functions(self) -> Mapping[str, EncodeFunction]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from vlduet.data.records import ImageRef
-from vlduet.encoders.frozen import EncodeFunction, FrozenEncoder
+from vlduet.encoders.frozen import EncodeFunction, FrozenEncoder, TokenCounter
 from vlduet.errors import ModelError
 from vlduet.library_errors import COPY_AGAIN
 from vlduet.model.backbone import load_backbone
@@ -86,6 +86,7 @@ def open_encoder(
     fingerprint = fingerprint_encoder(folder, like=saved_fingerprint)
     modalities: tuple[str, ...] = ("image",)
     load: Callable[[], Mapping[str, EncodeFunction]]
+    count_tokens: Callable[[], TokenCounter] | None = None
     if config.get("model_type") in FAMILIES:
         shared_model = trained_model if _has_tower_of(trained_model, folder) else None
         load = partial(_load_vision_tower, folder, shared_model, device)
@@ -96,6 +97,7 @@ def open_encoder(
     elif {"vision_config", "text_config"} <= config.keys():
         modalities = ("image", "text")
         load = partial(_load_cross_encoder, folder, device)
+        count_tokens = partial(_load_token_counter, folder, _read_text_positions(config))
     elif "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper":
         _check_timm(folder, config)
         load = partial(_load_vision_model, folder, device)
@@ -104,7 +106,8 @@ def open_encoder(
     else:
         modalities = ("text",)
         load = partial(_load_sentence_encoder, folder, device)
-    return FrozenEncoder(folder, modalities, load, fingerprint)
+        count_tokens = partial(_load_token_counter, folder, None)
+    return FrozenEncoder(folder, modalities, load, fingerprint, count_tokens)
 
 
 def fingerprint_encoder(folder: Path, *, like: str | None = None) -> str:
@@ -271,10 +274,7 @@ def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list
             folder, use_safetensors=True, dtype=torch.float32, **LOCAL_ONLY
         )
     model.to(device).eval()
-    if not max_tokens:
-        max_tokens = tokenizer.model_max_length
-        if max_tokens >= UNLIMITED_TOKENS:
-            max_tokens = DEFAULT_MAX_TOKENS
+    max_tokens = max_tokens or _get_tokenizer_limit(tokenizer)
     pools_first_token = _read_pooling(folder) == "cls"
 
     @torch.no_grad()
@@ -290,6 +290,28 @@ def load_text_encoder(folder: Path, *, device: Device = "cpu") -> Callable[[list
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
     return encode
+
+
+def _get_tokenizer_limit(tokenizer: Any) -> int:
+    """Return the longest text of a tokenizer in tokens; DEFAULT_MAX_TOKENS if it has no limit."""
+    limit = int(tokenizer.model_max_length)
+    return DEFAULT_MAX_TOKENS if limit >= UNLIMITED_TOKENS else limit
+
+
+def _read_text_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions of CLIP's text tower, if its config.json has it."""
+    positions = config["text_config"].get("max_position_embeddings")
+    return positions if isinstance(positions, int) else None
+
+
+def _load_token_counter(folder: Path, max_tokens: int | None) -> TokenCounter:
+    """Return the counter of a folder's tokenizer, of which it loads a copy of its own.
+
+    Without `max_tokens`, its limit is that of `load_text_encoder`. Raises ModelError.
+    """
+    tokenizer = _load_tokenizer(folder)
+    limit = max_tokens or _read_max_tokens(folder) or _get_tokenizer_limit(tokenizer)
+    return TokenCounter(lambda text: len(tokenizer(text, verbose=False)["input_ids"]), limit)
 
 
 def _read_settings(path: Path, types: FieldTypes) -> dict[str, Any]:

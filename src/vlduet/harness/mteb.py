@@ -16,6 +16,7 @@ from vlduet.data.images import encode_png
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import MissingExtraError
 from vlduet.model.duet import DuetModel
+from vlduet.model.limits import accept_truncation
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -85,11 +86,15 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
                 # A blank text, which `encode` refuses, so that the error names the item.
                 items.append(tuple(parts) or (" ",))
             if len(items) >= MAX_ITEMS_IN_MEMORY:
-                blocks.append(self.model.encode(items, is_query=is_query))
+                blocks.append(self._encode(items, is_query=is_query))
                 items = []
         if items or not blocks:
-            blocks.append(self.model.encode(items, is_query=is_query))
+            blocks.append(self._encode(items, is_query=is_query))
         return np.concatenate(blocks)
+
+    def _encode(self, items: list[Parts], *, is_query: bool) -> np.ndarray:
+        """Return the embeddings of items, whose texts are cut as in every measurement of MTEB."""
+        return self.model.encode(items, is_query=is_query, on_truncate=accept_truncation)
 
 
 def _to_part(value: Any) -> Part:

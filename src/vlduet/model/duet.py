@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlduet.data.batches import FORWARD_MAX_TOKENS, Batch, collate
+from vlduet.data.batches import Batch, collate
 from vlduet.data.records import ImageRef, Message
 from vlduet.data.sequences import PreparedImage, Sequence
 from vlduet.model import embedding, feature_cache, likelihood, saving
 from vlduet.model.adapters import LoraSettings, enable_lora, load_lora, merge_lora
 from vlduet.model.backbone import Backbone, ProjectorTraining
-from vlduet.model.embedding import Embeddable, ProgressCallback
+from vlduet.model.embedding import Embeddable
 from vlduet.model.generation import continuous, rerank
 from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs, require_lm_head
-from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits
+from vlduet.model.limits import DEFAULT_MAX_TOKENS, Limits, TruncationCallback
 from vlduet.model.pooling import (
     EmbeddingHead,
     Readout,
@@ -348,32 +348,25 @@ class DuetModel(nn.Module):
 
     # ------------------------------------------------------------------ embedding and likelihood
 
-    def encode(
+    encode = embedding.encode
+
+    def encode_query(
         self,
         items: abc.Sequence[Embeddable],
         *,
-        is_query: bool = False,
-        batch_tokens: int = FORWARD_MAX_TOKENS,
-        max_tokens: int | None = None,
-        progress: ProgressCallback = None,
+        on_truncate: TruncationCallback | None = None,
     ) -> np.ndarray:
-        """Return the embeddings float32[N, E] of items (see `embedding.encode`)."""
-        return embedding.encode(
-            self,
-            items,
-            is_query=is_query,
-            batch_tokens=batch_tokens,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
-
-    def encode_query(self, items: abc.Sequence[Embeddable]) -> np.ndarray:
         """Return the embeddings float32[N, E] of queries (see `embedding.encode`)."""
-        return embedding.encode(self, items, is_query=True)
+        return embedding.encode(self, items, is_query=True, on_truncate=on_truncate)
 
-    def encode_document(self, items: abc.Sequence[Embeddable]) -> np.ndarray:
+    def encode_document(
+        self,
+        items: abc.Sequence[Embeddable],
+        *,
+        on_truncate: TruncationCallback | None = None,
+    ) -> np.ndarray:
         """Return the embeddings float32[N, E] of documents (see `embedding.encode`)."""
-        return embedding.encode(self, items)
+        return embedding.encode(self, items, on_truncate=on_truncate)
 
     @staticmethod
     def similarity(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:

@@ -10,7 +10,9 @@ import torch
 
 from vlduet.data.batches import FORWARD_MAX_TOKENS, PACKED_ROW_TOKENS, group_by_length
 from vlduet.data.records import Part, Parts, as_parts
+from vlduet.data.sequences import Sequence as TokenSequence
 from vlduet.model.backbone import eval_mode
+from vlduet.model.limits import TruncationCallback, too_long_error
 
 if TYPE_CHECKING:
     from vlduet.model.duet import DuetModel
@@ -32,6 +34,7 @@ def encode(
     batch_tokens: int = FORWARD_MAX_TOKENS,
     max_tokens: int | None = None,
     progress: ProgressCallback = None,
+    on_truncate: TruncationCallback | None = None,
 ) -> np.ndarray:
     """Return the embeddings of items, float32[N, E], unit length, in their order.
 
@@ -43,11 +46,14 @@ def encode(
         is_query: embed the items as queries, whose texts get `prompts.query` as a prefix.
         batch_tokens: bound on the padded tokens of a forward pass; items are grouped by length, and
             short ones share packed rows.
-        max_tokens: longest sequence, to which texts are cut; None is the model's own limit.
+        max_tokens: longest sequence; None is the model's own limit.
         progress: called after every forward pass with the number of items embedded by it.
+        on_truncate: allows texts to be cut to `max_tokens`, and is called for every item of which
+            one is cut. None refuses such items.
 
     Raises:
-        DataError: an item is empty or blank, or longer than the limit without any text to cut.
+        DataError: an item is empty or blank, longer than `max_tokens` without `on_truncate`, or
+            longer without any text to cut.
         ImageError: an image cannot be decoded.
         ConfigError: the prompts need a chat template that the checkpoint does not have.
     """
@@ -55,11 +61,14 @@ def encode(
     embeddings = np.empty((len(items), model.dim), dtype=np.float32)
     with eval_mode(model):
         for begin in range(0, len(items), MAX_DECODED_ITEMS):
-            sequences = [
+            sequences = []
+            for row, item in enumerate(items[begin : begin + MAX_DECODED_ITEMS], begin):
                 # The anchor's record name carries the row of the result through packing.
-                renderer.render_embedding(as_parts(item), is_query=is_query, record_name=str(row))
-                for row, item in enumerate(items[begin : begin + MAX_DECODED_ITEMS], begin)
-            ]
+                sequence = renderer.render_embedding(
+                    as_parts(item), is_query=is_query, record_name=str(row)
+                )
+                _report_truncation(sequence, row, on_truncate)
+                sequences.append(sequence)
             for group in group_by_length([len(s) for s in sequences], batch_tokens):
                 longest = len(sequences[group[-1]])
                 batch = model.collate(
@@ -70,3 +79,14 @@ def encode(
                 if progress:
                     progress(len(group))
     return embeddings
+
+
+def _report_truncation(
+    sequence: TokenSequence, position: int, on_truncate: TruncationCallback | None
+) -> None:
+    """Call `on_truncate` if a text of a sequence was cut; raise DataError if that is None."""
+    if sequence.num_cut_tokens:
+        num_tokens = len(sequence) + sequence.num_cut_tokens
+        if on_truncate is None:
+            raise too_long_error(num_tokens, len(sequence))
+        on_truncate(position, num_tokens)

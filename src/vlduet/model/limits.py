@@ -6,9 +6,11 @@ by its `bounded_settings`; the resulting settings of the image processor are sav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+from vlduet.errors import DataError
 
 DEFAULT_MAX_TOKENS = 2048
 """Longest sequence where nothing else is configured or saved."""
@@ -22,6 +24,22 @@ LIMIT_REMEDY = (
     "model.max_image_tokens in training, 'vlduet model limit' for a model"
 )
 """Remedy for images that do not fit, in a form that holds wherever a model is used."""
+TRUNCATION_REMEDY = (
+    "Shorten or split the text, or allow it to be cut; 'vlduet model limit' changes the limit"
+)
+"""Remedy for a text to embed that is longer than a model's limit."""
+
+TruncationCallback = Callable[[int, int], object]
+"""Function that receives the position of an item that is cut, and its number of tokens before."""
+
+
+def too_long_error(num_tokens: int, max_tokens: int) -> DataError:
+    """Return the error of a content to embed of `num_tokens` tokens, more than `max_tokens`."""
+    return DataError(f"{num_tokens} tokens, the limit is {max_tokens}", fix=TRUNCATION_REMEDY)
+
+
+def accept_truncation(position: int, num_tokens: int) -> None:
+    """Allow an item to be cut, and report nothing (a `TruncationCallback`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from vlduet.data.quarantine import bisect_failures
 from vlduet.data.records import Part, Parts
 from vlduet.errors import DataError, RetrievalError
 from vlduet.files import write_atomically
+from vlduet.model.limits import TruncationCallback
 from vlduet.retrieval.documents import Document
 
 T = TypeVar("T")
@@ -39,11 +40,19 @@ class Embedder(Protocol):
     def dim(self) -> int:
         """Width D of the embeddings."""
 
-    def encode_query(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        """Return the embeddings of N queries, float32[N, D] of unit length."""
+    def encode_query(
+        self, items: Sequence[Part | Parts], *, on_truncate: TruncationCallback | None = None
+    ) -> np.ndarray:
+        """Return the embeddings of N queries, float32[N, D] of unit length.
 
-    def encode_document(self, items: Sequence[Part | Parts]) -> np.ndarray:
-        """Return the embeddings of N documents, float32[N, D] of unit length."""
+        With None as `on_truncate`, an item that is longer than the model's limit raises DataError;
+        otherwise it is cut, and `on_truncate` is called.
+        """
+
+    def encode_document(
+        self, items: Sequence[Part | Parts], *, on_truncate: TruncationCallback | None = None
+    ) -> np.ndarray:
+        """Return the embeddings of N documents, as `encode_query` does for queries."""
 
 
 def encode_documents(

@@ -137,10 +137,10 @@ class Service:
             raise DataError(message, place="dimensions", fix="Leave it out")
         is_query = body.input_type == "query"
         future = self.worker.submit_embedding(body.parse_inputs(), is_query=is_query)
-        vectors = await _await_while_connected(request, asyncio.wrap_future(future))
+        result = await _await_while_connected(request, asyncio.wrap_future(future))
         as_base64 = body.encoding_format == "base64"
         return JSONResponse(
-            schemas.embeddings_response(vectors, model=self.name, as_base64=as_base64)
+            schemas.embeddings_response(result.vectors, model=self.name, as_base64=as_base64)
         )
 
     async def search_index(self, request: Request) -> Response:

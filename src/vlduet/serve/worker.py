@@ -29,7 +29,9 @@ from vlduet.data.records import Part, Parts, as_parts, extract_images
 from vlduet.encoders.dual import DualEncoder
 from vlduet.errors import DataError, ModelError
 from vlduet.model.duet import DuetModel
+from vlduet.model.limits import accept_truncation, too_long_error
 from vlduet.serve.scheduler import ChatRequest, ChatScheduler
+from vlduet.serve.statistics import WorkerStatistics
 
 Result = TypeVar("Result")
 
@@ -45,14 +47,29 @@ class ServerBusyError(Exception):
     """Too many requests are waiting, or the worker has been closed."""
 
 
+@dataclass(frozen=True, slots=True)
+class EmbeddingResult:
+    """Embeddings of the items of one request."""
+
+    vectors: np.ndarray
+    """float32[N, D], of unit length."""
+    num_tokens: int
+    """Number of tokens that the model read."""
+    num_truncated: int
+    """Number of items of which a text was cut."""
+
+
 @dataclass(slots=True, eq=False)
 class _EmbeddingJob:
     """Items of one embedding request, which may be embedded over several turns."""
 
     items: Sequence[Part | Parts]
     is_query: bool
-    future: Future[np.ndarray] = field(default_factory=Future)
-    """Receives float32[N, D], or the error of the first item that failed."""
+    truncate: bool
+    future: Future[EmbeddingResult] = field(default_factory=Future)
+    """Receives the result, or the error of the first item that failed."""
+    num_tokens: int = 0
+    num_truncated: int = 0
     vectors: dict[int, np.ndarray] = field(default_factory=dict)
     """Finished embeddings, float32[D], by position of the item."""
     num_started: int = 0
@@ -71,8 +88,9 @@ class _EmbeddingJob:
         self.vectors[position] = vector
         if len(self.vectors) == len(self.items):
             embeddings = np.stack([self.vectors[i] for i in range(len(self.items))])
+            result = EmbeddingResult(embeddings, self.num_tokens, self.num_truncated)
             with suppress(InvalidStateError):  # the future was cancelled or has an error
-                self.future.set_result(embeddings)
+                self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
         """Set `error` as the outcome, unless the future has an outcome already."""
@@ -97,24 +115,28 @@ class Worker:
             self._scheduler = ChatScheduler(model, self._waiting_chats)
         self._work_available = threading.Condition()
         self._closed = False
+        self._num_embedded_items = 0
+        self._num_refused_requests = 0
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
     # ------------------------------------------------------------------ for other threads
 
     def submit_embedding(
-        self, items: Sequence[Part | Parts], *, is_query: bool
-    ) -> Future[np.ndarray]:
-        """Return a future of the embeddings of queries or documents, float32[N, D] of unit length.
+        self, items: Sequence[Part | Parts], *, is_query: bool, truncate: bool = False
+    ) -> Future[EmbeddingResult]:
+        """Return a future of the embeddings of queries or documents.
 
-        Without items it is finished, with float32[0, D]. Raises ServerBusyError if too many
-        requests wait or the worker is closed. The future raises DataError with the position of an
+        Without items it is finished, with float32[0, D]. With `truncate`, texts that are longer
+        than the model's limit are cut. Raises ServerBusyError if too many requests wait or the
+        worker is closed. The future raises DataError with the position of an
         item that cannot be embedded, ModelError for a vector that is not finite, any other error of
         the model, or ServerBusyError if the worker is closed before the end.
         """
-        job = _EmbeddingJob(items, is_query)
+        job = _EmbeddingJob(items, is_query, truncate)
         if not items:
-            job.future.set_result(np.empty((0, self.model.dim), np.float32))
+            empty = np.empty((0, self.model.dim), np.float32)
+            job.future.set_result(EmbeddingResult(empty, 0, 0))
             return job.future
         self._enqueue(self._embedding_jobs, job, count=len(items))
         return job.future
@@ -132,6 +154,24 @@ class Worker:
         future: Future[Result] = Future()
         self._enqueue(self._calls, (function, future))
         return future
+
+    def read_statistics(self) -> WorkerStatistics:
+        """Return the counts of this worker, as they are now."""
+        scheduler = self._scheduler
+        with self._work_available:
+            return WorkerStatistics(
+                running_chats=scheduler.num_running if scheduler is not None else 0,
+                waiting_chats=len(self._waiting_chats),
+                waiting_embedding_items=self._num_waiting_items,
+                generated_tokens=scheduler.num_generated_tokens if scheduler is not None else 0,
+                embedded_items=self._num_embedded_items,
+                refused_requests=self._num_refused_requests,
+            )
+
+    @property
+    def _num_waiting_items(self) -> int:
+        """Number of items of embedding requests that are not being embedded yet."""
+        return sum(len(job.items) - job.num_started for job in self._embedding_jobs)
 
     @property
     def can_generate(self) -> bool:
@@ -154,9 +194,9 @@ class Worker:
         Raises ServerBusyError if more than `MAX_WAITING` would wait, or the worker is closed.
         """
         with self._work_available:
-            num_items = sum(len(job.items) - job.num_started for job in self._embedding_jobs)
-            num_waiting = num_items + len(self._calls) + len(self._waiting_chats)
+            num_waiting = self._num_waiting_items + len(self._calls) + len(self._waiting_chats)
             if self._closed or num_waiting + count > MAX_WAITING:
+                self._num_refused_requests += 1
                 raise ServerBusyError
             queue.append(work)
             self._work_available.notify()
@@ -239,6 +279,21 @@ class Worker:
                 self._embedding_jobs.append(job)
         return selected
 
+    @property
+    def _max_tokens(self) -> int:
+        model = self.model
+        if isinstance(model, DuetModel):
+            return model.renderer.max_tokens
+        return model.max_text_tokens
+
+    def _count_tokens(self, item: Part | Parts, *, is_query: bool) -> tuple[int, bool]:
+        """Return the number of tokens of an item, and whether a text of it must be cut."""
+        if isinstance(self.model, DualEncoder):
+            (count,) = self.model.count_tokens([item])
+            return count, count > self._max_tokens
+        sequence = self.model.renderer.render_embedding(as_parts(item), is_query=is_query)
+        return len(sequence) + sequence.num_cut_tokens, sequence.num_cut_tokens > 0
+
     def _embed_items(self, batch: list[tuple[_EmbeddingJob, int]], *, is_query: bool) -> None:
         """Embed items of several jobs in one batch and give each job its vectors.
 
@@ -248,7 +303,13 @@ class Worker:
         encode = self.model.encode_query if is_query else self.model.encode_document
 
         def encode_batch(entries: list[tuple[_EmbeddingJob, int]]) -> np.ndarray:
-            return encode([job.items[i] for job, i in entries])
+            for job, i in entries:
+                num_tokens, is_cut = self._count_tokens(job.items[i], is_query=is_query)
+                if is_cut and not job.truncate:
+                    raise too_long_error(num_tokens, self._max_tokens)
+                job.num_tokens += num_tokens
+                job.num_truncated += is_cut
+            return encode([job.items[i] for job, i in entries], on_truncate=accept_truncation)
 
         def on_error(entry: tuple[_EmbeddingJob, int], error: DataError) -> None:
             job, position = entry
@@ -262,4 +323,5 @@ class Worker:
             return
         for (job, position), vector in zip(batch, vectors, strict=True):
             if vector is not None:
+                self._num_embedded_items += 1
                 job.add_vector(position, vector)

@@ -31,7 +31,11 @@ from vlduet.files import write_atomically
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.likelihood import compute_answer_nll
-from vlduet.workflows.validation import read_validation_pairs, select_captions
+from vlduet.workflows.validation import (
+    measure_retrieval,
+    read_validation_pairs,
+    select_captions,
+)
 
 HIT_CUTOFFS = (1, 10)
 """Values of k of the hit rates that are compared."""
@@ -101,9 +105,7 @@ def measure_model(
         DataError: as `vlduet.workflows.validation.compute_validation_metrics`.
         ConfigError: there are questions, and the model has no chat template.
     """
-    retrieval = protocols.measure_retrieval(
-        model.encode_document, model.encode_query, records=records
-    )
+    retrieval = measure_retrieval(model, records)
     samples = {}
     for name in ("text_to_image", "image_to_text"):
         direction: protocols.RetrievalDirection = getattr(retrieval, name)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from vlduet.data.sources import SourceLike, as_source
 from vlduet.data.tools.queries import QuerySide, get_query_and_positives, split_into_queries
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import ProgressBar, track_progress
+from vlduet.model.limits import accept_truncation
 from vlduet.retrieval.documents import Document, hash_parts
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, check_vectors
 from vlduet.retrieval.stores.base import IndexRow, RowHashes
@@ -202,10 +204,16 @@ class _CandidatePool:
             RetrievalError: a store is broken, or the model gives a vector that is not finite.
         """
         self.query_vectors, num_queries, query_errors = _embed_documents(
-            model.encode_query, model.dim, self.query_documents, folder / "queries"
+            partial(model.encode_query, on_truncate=accept_truncation),
+            model.dim,
+            self.query_documents,
+            folder / "queries",
         )
         self.candidate_vectors, num_candidates, errors = _embed_documents(
-            model.encode_document, model.dim, self.candidates, folder / "candidates"
+            partial(model.encode_document, on_truncate=accept_truncation),
+            model.dim,
+            self.candidates,
+            folder / "candidates",
         )
         usable = []
         for query in self.queries:

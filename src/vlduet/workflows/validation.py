@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vlduet.config import RunConfig, SourceSection
@@ -21,6 +22,7 @@ from vlduet.eval.examples import evenly_spaced
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import continuous
+from vlduet.model.limits import accept_truncation
 
 Validator = Callable[[DuetModel | DualEncoder], dict[str, float]]
 """Function that returns the metrics of a model, by name."""
@@ -164,9 +166,7 @@ def compute_validation_metrics(
         DataError: there are no records, one lacks image or short caption, an image cannot be read,
             or (for a `DuetModel`) a record shares a caption with all others.
     """
-    retrieval = protocols.measure_retrieval(
-        model.encode_document, model.encode_query, records=records
-    )
+    retrieval = measure_retrieval(model, records)
     text_to_image = retrieval.text_to_image.hit_rates()
     image_to_text = retrieval.image_to_text.hit_rates()
     values = {f"text_to_image/{name}": rate for name, rate in text_to_image.items()}
@@ -183,6 +183,20 @@ def compute_validation_metrics(
         model, captions, max_caption_tokens=int(max(entropy.num_tokens))
     )
     return values
+
+
+def measure_retrieval(
+    model: DuetModel | DualEncoder, records: Sequence[Record]
+) -> protocols.RetrievalResult:
+    """Return the retrieval of records that are pairs (`protocols.measure_retrieval`).
+
+    Captions that are longer than the model's limit are cut, as in training.
+    """
+    return protocols.measure_retrieval(
+        partial(model.encode_document, on_truncate=accept_truncation),
+        partial(model.encode_query, on_truncate=accept_truncation),
+        records=records,
+    )
 
 
 def select_captions(records: Sequence[Record]) -> list[Record]:

@@ -14,6 +14,7 @@ from vlduet.encoders.frozen import FrozenEncoders
 from vlduet.encoders.loading import open_encoder
 from vlduet.errors import DataError
 from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.limits import accept_truncation
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,20 @@ def test_encoding_is_without_dropout_and_keeps_the_mode(dual: DualEncoder) -> No
     np.testing.assert_array_equal(embeddings[0], embeddings[2])
     np.testing.assert_array_equal(dual.encode(items), embeddings)
     assert dual.training
+
+
+def test_a_text_beyond_the_limit_is_refused_or_cut(dual: DualEncoder) -> None:
+    limit = dual.max_text_tokens
+    long = "word " * 2 * limit
+    (num_tokens, short, image) = dual.count_tokens([long, "a", tiny.random_image()])
+    assert num_tokens > limit > short > image == 0
+    with pytest.raises(DataError, match=f"^{num_tokens} tokens, the limit is {limit}"):
+        dual.encode(["a", long])
+    cut: list[tuple[int, int]] = []
+    vectors = dual.encode(["a", long], on_truncate=lambda *values: cut.append(values))
+    assert cut == [(1, num_tokens)]
+    longer = dual.encode([long + "more"], on_truncate=accept_truncation)
+    np.testing.assert_allclose(vectors[1:], longer, atol=1e-5)
 
 
 def test_no_items_give_no_rows(dual: DualEncoder) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from helpers import tiny
+from vlduet.data.quarantine import bisect_failures
 from vlduet.data.sequences import PreparedImage
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
+from vlduet.model.embedding import Embeddable
 
 
 def test_embeddings_keep_the_order_of_items_of_any_length(model: DuetModel) -> None:
@@ -63,10 +65,36 @@ def test_a_limit_cuts_texts_of_one_call_only(model: DuetModel) -> None:
     text = "one two three"
     full = model.encode([text])
     limit = len(model.renderer.render_embedding((text,)).token_ids) - 4
-    assert np.array_equal(model.encode([text], max_tokens=limit), model.encode([text[:-4]]))
+    cut: list[tuple[int, int]] = []
+
+    def on_truncate(position: int, num_tokens: int) -> None:
+        cut.append((position, num_tokens))
+
+    embeddings = model.encode(["a", text], max_tokens=limit, on_truncate=on_truncate)
+    np.testing.assert_allclose(embeddings, model.encode(["a", text[:-4]]), atol=1e-5)
+    assert cut == [(1, limit + 4)]
     assert np.array_equal(model.encode([text]), full)
+    with pytest.raises(DataError, match=rf"^{limit + 4} tokens, the limit is {limit}\. Shorten"):
+        model.encode(["a", text], max_tokens=limit)
     with pytest.raises(DataError, match=r"the limit is 2\."):
         model.encode([tiny.random_image(1)], max_tokens=2)
+
+
+def test_long_items_are_refused_one_by_one(model: DuetModel) -> None:
+    limit = model.renderer.max_tokens
+    items = ["a", "b" * 2 * limit, "c", "d " * limit]
+    refused: list[tuple[Embeddable, str]] = []
+
+    def on_error(item: Embeddable, error: DataError) -> None:
+        refused.append((item, error.message))
+
+    vectors = bisect_failures(model.encode_query, items, on_error=on_error)
+    assert [vector is None for vector in vectors] == [False, True, False, True]
+    assert [item for item, _ in refused] == items[1::2]
+    assert all(message.endswith(f"tokens, the limit is {limit}") for _, message in refused)
+    cut: list[int] = []
+    allowed = model.encode_document(items, on_truncate=lambda position, _: cut.append(position))
+    assert cut == [1, 3] and np.isfinite(allowed).all()
 
 
 def test_progress_counts_every_item(model: DuetModel) -> None:

@@ -258,9 +258,9 @@ def test_request_of_a_disconnected_client_is_not_started(server, duet, chats, mo
     embedded, prefilled = [], []
     encode_document, prefill_inputs = duet.encode_document, duet.prefill_inputs
 
-    def record_embedding(items):
+    def record_embedding(items, **options):
         embedded.extend(items)
-        return encode_document(items)
+        return encode_document(items, **options)
 
     def record_prefill(sequences):
         prefilled.extend(sequences)
@@ -366,7 +366,7 @@ def test_busy_server_answers_503_with_retry_after(server, monkeypatch):
 def test_unexpected_error_answers_500_without_details_and_the_server_continues(
     server, duet, monkeypatch
 ):
-    def broken_encode(items):
+    def broken_encode(items, **options):
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patched:

@@ -211,7 +211,10 @@ def test_cancelled_answer_gets_no_further_tokens(endless, worker, monkeypatch):
     request = ChatRequest(user_message("go on and on"), on_output, max_new_tokens)
     worker.submit_chat(request)
     assert isinstance(recorder.outputs.get(timeout=60), Delta)
-    assert worker.submit_embedding(["after"], is_query=False).result(60).shape == (1, endless.dim)
+    assert worker.submit_embedding(["after"], is_query=False).result(60).vectors.shape == (
+        1,
+        endless.dim,
+    )
     assert len(submit_chat(worker, user_message("next"), 3).read_deltas()) == 3
     assert recorder.outputs.qsize() == 0
     assert len(num_forwards) == 4, "one token of the cancelled answer, three of the next"

@@ -27,9 +27,9 @@ def document_batches(model, monkeypatch):
     batches = []
     encode = model.encode_document
 
-    def record(items):
+    def record(items, **options):
         batches.append(list(items))
-        return encode(items)
+        return encode(items, **options)
 
     monkeypatch.setattr(model, "encode_document", record)
     return batches
@@ -53,15 +53,15 @@ def test_simultaneous_requests_get_the_vectors_of_requests_alone(model, worker, 
         document_futures = [worker.submit_embedding(t, is_query=False) for t in texts]
         query_futures = [worker.submit_embedding(q, is_query=True) for q in queries]
     for items, future in zip(texts, document_futures, strict=True):
-        np.testing.assert_allclose(future.result(60), model.encode(items), atol=1e-5)
+        np.testing.assert_allclose(future.result(60).vectors, model.encode(items), atol=1e-5)
     for items, future in zip(queries, query_futures, strict=True):
-        np.testing.assert_allclose(future.result(60), model.encode_query(items), atol=1e-5)
+        np.testing.assert_allclose(future.result(60).vectors, model.encode_query(items), atol=1e-5)
     # 45 documents and six images in turns that cost 32 texts each.
     assert sum(map(len, document_batches)) == 45 and len(document_batches) == 3
 
 
 def test_no_items_give_an_empty_array(model, worker):
-    assert worker.submit_embedding([], is_query=True).result(60).shape == (0, model.dim)
+    assert worker.submit_embedding([], is_query=True).result(60).vectors.shape == (0, model.dim)
 
 
 def test_turn_has_few_images_and_an_item_of_every_request(model, worker, document_batches):
@@ -72,8 +72,8 @@ def test_turn_has_few_images_and_an_item_of_every_request(model, worker, documen
         many.add_done_callback(lambda _: finished.append("many"))
         single = worker.submit_embedding(["one"], is_query=False)
         single.add_done_callback(lambda _: finished.append("single"))
-    np.testing.assert_allclose(many.result(60), model.encode(images), atol=1e-5)
-    assert single.result(60).shape == (1, model.dim) and finished == ["single", "many"]
+    np.testing.assert_allclose(many.result(60).vectors, model.encode(images), atol=1e-5)
+    assert single.result(60).vectors.shape == (1, model.dim) and finished == ["single", "many"]
     assert [sum(map(is_image, batch)) for batch in document_batches] == [4, 4, 1]
     assert "one" in document_batches[0]
 
@@ -84,7 +84,7 @@ def test_broken_item_fails_its_own_request_with_its_position(model, worker):
         good = worker.submit_embedding(["a", image], is_query=False)
         broken = worker.submit_embedding(["b", BROKEN_IMAGE, "c"], is_query=False)
         empty = worker.submit_embedding(["d", " "], is_query=False)
-    np.testing.assert_allclose(good.result(60), model.encode(["a", image]), atol=1e-5)
+    np.testing.assert_allclose(good.result(60).vectors, model.encode(["a", image]), atol=1e-5)
     with pytest.raises(ImageError, match=r"input\[1\]"):
         broken.result(60)
     with pytest.raises(DataError, match=r"input\[1\]: nothing to embed"):
@@ -92,10 +92,10 @@ def test_broken_item_fails_its_own_request_with_its_position(model, worker):
 
 
 def test_thread_survives_errors_of_embeddings_and_calls(model, worker, monkeypatch):
-    def raise_out_of_memory(items):
+    def raise_out_of_memory(items, **options):
         raise RuntimeError("out of memory")
 
-    def return_nan(items):
+    def return_nan(items, **options):
         return np.full((len(items), model.dim), np.nan)
 
     with monkeypatch.context() as patched:
@@ -107,14 +107,14 @@ def test_thread_survives_errors_of_embeddings_and_calls(model, worker, monkeypat
             worker.submit_embedding(["a"], is_query=False).result(60)
         with pytest.raises(ZeroDivisionError):
             worker.submit_call(lambda: 1 / 0).result(60)
-    assert worker.submit_embedding(["a"], is_query=True).result(60).shape == (1, model.dim)
+    assert worker.submit_embedding(["a"], is_query=True).result(60).vectors.shape == (1, model.dim)
 
 
 def test_vector_that_is_not_finite_fails_its_own_request(model, worker, monkeypatch):
     encode = model.encode_document
 
-    def encode_with_overflow(items):
-        vectors = encode(items)
+    def encode_with_overflow(items, **options):
+        vectors = encode(items, **options)
         vectors[[item == "large" for item in items]] = np.inf
         return vectors
 
@@ -122,7 +122,7 @@ def test_vector_that_is_not_finite_fails_its_own_request(model, worker, monkeypa
     with hold_worker(worker):
         good = worker.submit_embedding(["fine"], is_query=False)
         bad = worker.submit_embedding(["a", "large"], is_query=False)
-    np.testing.assert_allclose(good.result(60), model.encode(["fine"]), atol=1e-5)
+    np.testing.assert_allclose(good.result(60).vectors, model.encode(["fine"]), atol=1e-5)
     with pytest.raises(ModelError, match=r"input\[1\]"):
         bad.result(60)
 
@@ -131,22 +131,25 @@ def test_cancelled_future_and_closed_listener_do_not_harm_others(model, worker, 
     futures = []
     encode = model.encode_document
 
-    def encode_and_cancel(items):
+    def encode_and_cancel(items, **options):
         futures[0].cancel()
-        return encode(items)
+        return encode(items, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(model, "encode_document", encode_and_cancel)
         with hold_worker(worker):
             futures.append(worker.submit_embedding(["a"], is_query=False))
-        assert worker.submit_embedding(["b"], is_query=True).result(60).shape == (1, model.dim)
+        assert worker.submit_embedding(["b"], is_query=True).result(60).vectors.shape == (
+            1,
+            model.dim,
+        )
 
     def raise_closed(_):
         raise RuntimeError("the loop is closed")
 
     request = ChatRequest(user_message("x"), raise_closed, 4)
     worker.submit_chat(request)
-    assert worker.submit_embedding(["c"], is_query=True).result(60).shape == (1, model.dim)
+    assert worker.submit_embedding(["c"], is_query=True).result(60).vectors.shape == (1, model.dim)
     last = submit_chat(worker, user_message("next"), 3).read_deltas()[-1]
     assert last.completion_tokens <= 3 and request.cancelled
 
@@ -164,7 +167,7 @@ def test_embedding_does_not_wait_for_the_end_of_an_answer(model, worker):
 
     worker.submit_chat(ChatRequest(user_message("go on"), on_output, 12))
     num_tokens = recorder.read_deltas()[-1].completion_tokens
-    np.testing.assert_allclose(futures[0].result(60), model.encode(["a dog"]), atol=1e-5)
+    np.testing.assert_allclose(futures[0].result(60).vectors, model.encode(["a dog"]), atol=1e-5)
     assert num_tokens == 1 or was_done_at[2], "the vector must be there with the second token"
     expected = model.generate(user_message("go on"), max_new_tokens=12)
     assert submit_chat(worker, user_message("go on")).read_text().strip() == expected
@@ -181,8 +184,8 @@ def test_too_many_waiting_items_are_refused(worker, monkeypatch):
         accepted = worker.submit_embedding(["a", "b"], is_query=False)
         with pytest.raises(ServerBusyError):
             worker.submit_embedding(["c", "d"], is_query=False)
-    assert len(accepted.result(60)) == 2
-    assert len(worker.submit_embedding(["c", "d"], is_query=False).result(60)) == 2
+    assert len(accepted.result(60).vectors) == 2
+    assert len(worker.submit_embedding(["c", "d"], is_query=False).result(60).vectors) == 2
 
 
 def test_close_fails_running_preparing_and_waiting_chats(endless, monkeypatch):

@@ -42,7 +42,7 @@ class AngleEmbedder:
         self.max_calls = max_calls
         self.batch_sizes: list[int] = []
 
-    def encode_document(self, items: Sequence[Part | Parts]) -> np.ndarray:
+    def encode_document(self, items: Sequence[Part | Parts], **options: object) -> np.ndarray:
         if self.max_calls is not None and len(self.batch_sizes) >= self.max_calls:
             raise KeyboardInterrupt
         angles = np.deg2rad([self._angle(as_parts(item)[0]) for item in items])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from vlduet.model.backbone import Backbone
 from vlduet.model.generation.beam import beam_search
 from vlduet.model.generation.continuous import generate_texts
 from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
+from vlduet.model.limits import accept_truncation
 
 if TYPE_CHECKING:
     from vlduet.data.records import ImageRef
@@ -54,7 +56,9 @@ def caption_images(
             model.backbone, prefill_inputs, max_new_tokens, num_drafts=num_drafts
         )
     return select_nearest_drafts(
-        drafts, embed_images=lambda: model.encode(images), embed_texts=model.encode_query
+        drafts,
+        embed_images=lambda: model.encode(images),
+        embed_texts=partial(model.encode_query, on_truncate=accept_truncation),
     )
 
 
