@@ -94,8 +94,12 @@ ENTRY_POINTS: dict[str, set[str]] = {
     # Names on a model hub: all that may use the network for a model.
     "huggingface_hub": {"hub.py", "library_errors.py"},
     "PIL": {"data/images.py"},
-    "lancedb": {"retrieval/stores/lance.py"},
-    "pyarrow": {"retrieval/stores/lance.py", "data/readers/arrow.py"},
+    "lancedb": {"retrieval/stores/lancedb_import.py"},
+    "pyarrow": {
+        "retrieval/stores/lance.py",
+        "retrieval/stores/lancedb_import.py",
+        "data/readers/arrow.py",
+    },
     "numba": {"objectives/gak/cpu_numba.py"},
     "yaml": {"config.py", "config_files.py"},
     "filelock": {"corpora/packages.py", "locks.py"},

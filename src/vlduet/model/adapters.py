@@ -1,14 +1,15 @@
-"""LoRA adapters by PEFT, saved in its own layout so that any PEFT user can load them."""
+"""LoRA adapters by PEFT, saved in its own layout so that any PEFT user can load them.
+
+PEFT is imported by the functions that need it: most commands open a model without an adapter.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,9 @@ from vlduet.model.folder_checks import read_adapter_config
 from vlduet.model.machine_memory import measure_memory
 from vlduet.model.processing import silence_transformers
 from vlduet.structured_files import read_safetensors_header
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 LORA_TARGET_PATTERNS = {
     "qv": "q_proj|v_proj",
@@ -70,6 +74,8 @@ def _multiply_in_input_dtype(peft_model: PeftModel) -> None:
     as much memory as all other activations of a layer in bfloat16. The factors stay the same
     parameters under the same names.
     """
+    from peft.tuners.lora import Linear as LoraLinear
+
     for layer in peft_model.modules():
         if isinstance(layer, LoraLinear):
             layer.cast_input_dtype_enabled = False
@@ -115,6 +121,8 @@ def _add_lora(backbone: Backbone, lora: LoraSettings) -> PeftModel:
         ConfigError: `lora.targets` is unknown, the language model has no such layers, or there is
             too little memory for `lora.rank`.
     """
+    from peft import LoraConfig, get_peft_model
+
     if lora.targets not in LORA_TARGET_PATTERNS:
         raise ConfigError(
             f"'{lora.targets}'",
@@ -213,6 +221,8 @@ def load_lora(backbone: Backbone, folder: Path) -> PeftModel:
     Raises:
         ModelError: the folder has no adapter, or it is broken or belongs to another base.
     """
+    from peft import PeftModel
+
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             "no adapter_model.safetensors here", place=folder, fix="Name a folder in PEFT layout"

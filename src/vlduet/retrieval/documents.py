@@ -16,12 +16,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vlduet.data.images import image_key
 from vlduet.data.records import ImageRef, Parts, Place, Record, extract_images
-from vlduet.data.sources import SourceLike, as_source
 from vlduet.errors import DataError, RetrievalError, suggest_name
+
+if TYPE_CHECKING:
+    from vlduet.data.sources import SourceLike
 
 Side = Literal["image", "text", "record"]
 """Part of a record that is embedded."""
@@ -74,6 +76,9 @@ def read_documents(
         DataError: the source as a whole cannot be read; or, if it is strict, it has a broken row or
             holds something that is not read.
     """
+    # A search needs no readers, whose import takes 0.2 s.
+    from vlduet.data.sources import as_source
+
     if side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     ids: set[str] = set()

@@ -16,7 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import pyarrow as pa
 
@@ -31,6 +30,7 @@ from vlduet.retrieval.stores.base import (
     ScoredRow,
     rank_candidates,
 )
+from vlduet.retrieval.stores.lancedb_import import import_lancedb
 from vlduet.structured_files import parse_json
 
 logger = logging.getLogger("vlduet")
@@ -75,7 +75,7 @@ class LanceStore:
         if write:
             self._remove_incomplete_versions()
         try:
-            database = lancedb.connect(folder, read_consistency_interval=timedelta(0))
+            database = import_lancedb().connect(folder, read_consistency_interval=timedelta(0))
             self._table: Any = self._open_table(database)
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error).partition("\n")[0][:200]
