@@ -98,7 +98,9 @@ def _open_index(folder: Path) -> Index:
     Raises RetrievalError if there is no index or it cannot be read. No model is checked.
     """
     from vlduet.retrieval.index import Index
+    from vlduet.retrieval.stores.lancedb_import import disable_pandas
 
+    disable_pandas()
     opened = Index.open(folder)
     if not opened.manifest.complete:
         fix = "Run `vlduet index` again to complete it."
