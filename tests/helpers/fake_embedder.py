@@ -30,6 +30,10 @@ class FakeModel:
     image_backend = "pil"
     max_words = 1000
 
+    @property
+    def max_text_tokens(self) -> int:
+        return self.max_words
+
     def __init__(self, fingerprint: str = "fake"):
         self.fingerprint = fingerprint
         self.embedded: list[Parts] = []

@@ -100,11 +100,14 @@ def format_left_out(causes: Mapping[str, int], source: Path, *, listing: Path) -
         listing: file that lists the records.
     """
     from vlduet.data.images import MISSING_IMAGE
+    from vlduet.model.limits import TOO_LONG
 
     counts = ", ".join(f"{count} x {cause}" for cause, count in causes.items())
     text = f"{sum(causes.values())} left out ({counts}): see {listing}"
     if MISSING_IMAGE in causes:
         text += f"\nvlduet data check {shlex.quote(str(source))} looks for the missing images"
+    if TOO_LONG in causes:
+        text += "\n--truncate cuts texts that are too long; 'vlduet model limit' changes the limit"
     return text
 
 

@@ -253,6 +253,11 @@ class DuetModel(nn.Module):
         return Limits(self.renderer.max_tokens, self.backbone.max_image_tokens)
 
     @property
+    def max_text_tokens(self) -> int:
+        """Longest content in tokens, with those of its prompt, that is embedded without a cut."""
+        return self.renderer.max_tokens
+
+    @property
     def dim(self) -> int:
         """E, the width of the embeddings."""
         return self.head.dim

@@ -6,11 +6,13 @@ by its `bounded_settings`; the resulting settings of the image processor are sav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from vlduet.errors import DataError
+from vlduet.logs import logger
 
 DEFAULT_MAX_TOKENS = 2048
 """Longest sequence where nothing else is configured or saved."""
@@ -28,6 +30,8 @@ TRUNCATION_REMEDY = (
     "Shorten or split the text, or allow it to be cut; 'vlduet model limit' changes the limit"
 )
 """Remedy for a text to embed that is longer than a model's limit."""
+TOO_LONG = "longer than the limit of the model"
+"""Cause of a text that is too long to embed; a quarantine counts such texts under it."""
 
 TruncationCallback = Callable[[int, int], object]
 """Function that receives the position of an item that is cut, and its number of tokens before."""
@@ -35,11 +39,40 @@ TruncationCallback = Callable[[int, int], object]
 
 def too_long_error(num_tokens: int, max_tokens: int) -> DataError:
     """Return the error of a content to embed of `num_tokens` tokens, more than `max_tokens`."""
-    return DataError(f"{num_tokens} tokens, the limit is {max_tokens}", fix=TRUNCATION_REMEDY)
+    counts = f"{num_tokens} tokens, the limit is {max_tokens}"
+    return DataError(f"{TOO_LONG} ({counts})", fix=TRUNCATION_REMEDY)
 
 
 def accept_truncation(position: int, num_tokens: int) -> None:
     """Allow an item to be cut, and report nothing (a `TruncationCallback`)."""
+
+
+@contextmanager
+def log_truncation(subject: str) -> Iterator[TruncationCallback]:
+    """Give a callback that allows items to be cut; after the block, log how many were cut.
+
+    The log is one warning, with the number of tokens of the longest item, and none if no item was
+    cut. It is for measurements, where texts beyond the limit are cut by convention.
+
+    Args:
+        subject: what is embedded, the begin of the warning.
+    """
+    lengths: list[int] = []
+
+    def on_truncate(position: int, num_tokens: int) -> None:
+        lengths.append(num_tokens)
+
+    try:
+        yield on_truncate
+    finally:
+        if lengths:
+            logger.warning(f"{subject}: {format_truncation(len(lengths))}, up to {max(lengths):,}")
+
+
+def format_truncation(count: int, *, max_tokens: int | None = None) -> str:
+    """Return that `count` texts were cut, at the limit of `max_tokens` tokens."""
+    limit = "the model's limit" if max_tokens is None else f"{max_tokens:,} tokens"
+    return f"{count:,} {'text was' if count == 1 else 'texts were'} cut at {limit}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,18 @@ MAX_FILTER_KEYS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How a build proceeds where more than one way is right; `build_index` has the others."""
+
+    truncate: bool = False
+    """Cut texts that are longer than the model's limit; without it they are left out."""
+
+
+DEFAULT_OPTIONS = BuildOptions()
+"""Options of a build without any."""
+
+
+@dataclass(frozen=True, slots=True)
 class BuildReport:
     """Result of a build, counted in documents."""
 
@@ -64,6 +76,8 @@ class BuildReport:
     """Records and documents that were left out."""
     causes: dict[str, int]
     """Number of these by cause."""
+    truncated: int
+    """Documents that were written with a text that was cut at the model's limit."""
     count: int
     """Documents in the index after the build."""
 
@@ -77,6 +91,7 @@ def build_index(
     prune: bool = False,
     model_path: Path | None = None,
     chunk_size: int = DOCUMENTS_PER_CHUNK,
+    options: BuildOptions = DEFAULT_OPTIONS,
 ) -> BuildReport:
     """Build an index, or update the existing one from its source; only new content is embedded.
 
@@ -94,6 +109,7 @@ def build_index(
         prune: remove documents that the source no longer contains.
         model_path: folder of the model, stored so that `vlduet search` finds it.
         chunk_size: number of documents per commit; an interruption loses at most that much work.
+        options: further options.
 
     Raises:
         LockError: another process is writing the index.
@@ -119,7 +135,7 @@ def build_index(
             manifest = replace(manifest, model=absolute, model_relative=relative)
         manifest.write(path)
         with Index(path, manifest, write=True) as index:
-            job = _BuildJob(index, model)
+            job = _BuildJob(index, model, options)
             job.run(source, chunk_size)
             report = job.finish(prune)
         manifest = replace(manifest, fields=job.fields, count=report.count, complete=True)
@@ -138,20 +154,21 @@ class _BuildJob:
         num_unreadable: rows of the source that could not be read at all.
     """
 
-    def __init__(self, index: Index, model: Embedder):
+    def __init__(self, index: Index, model: Embedder, options: BuildOptions):
         """Read the hashes of all stored rows, and delete the quarantine file of an earlier build.
 
         Args:
             index: index that is open for writing; its manifest is not modified.
             model: model that embeds.
+            options: options of the build.
         """
-        self.index, self.store, self.model = index, index.store, model
+        self.index, self.store, self.model, self.options = index, index.store, model, options
         self.hashes = self.store.read_hashes()
         self.row_by_content = {h.content_hash: id_ for id_, h in self.hashes.items()}
         self.fields = {key: list(kinds) for key, kinds in index.manifest.fields.items()}
         self.source_ids: set[str] = set()
         self.num_added = self.num_updated = self.num_unchanged = 0
-        self.num_embedded = self.num_unreadable = 0
+        self.num_embedded = self.num_unreadable = self.num_truncated = 0
         self.quarantine = Quarantine.create(index.path / "quarantine.jsonl")
 
     def run(self, source: RecordSource, chunk_size: int) -> None:
@@ -249,8 +266,16 @@ class _BuildJob:
         def on_error(document: Document, error: DataError) -> None:
             errors[document.content_hash] = error
 
+        cut: set[str] = set()
+
+        def on_truncate(document: Document, num_tokens: int) -> None:
+            cut.add(document.content_hash)
+
         for documents, embeddings in encode_documents(
-            self.model, new_content.values(), on_error=on_error
+            self.model,
+            new_content.values(),
+            on_error=on_error,
+            on_truncate=on_truncate if self.options.truncate else None,
         ):
             vectors |= zip([d.content_hash for d in documents], embeddings, strict=True)
             self.num_embedded += len(documents)
@@ -263,6 +288,7 @@ class _BuildJob:
             else:
                 self._write_image_bytes(document, row)
                 rows.append(row)
+                self.num_truncated += document.content_hash in cut
         if rows:
             self.store.upsert(rows, np.stack([vectors[row.hashes.content_hash] for row in rows]))
             self.index.manifest.write(self.index.path)
@@ -333,6 +359,7 @@ class _BuildJob:
             absent=0 if prune else len(absent),
             quarantined=self.quarantine.count,
             causes=self.quarantine.count_by_cause(),
+            truncated=self.num_truncated,
             count=self.store.count(),
         )
 

@@ -18,6 +18,9 @@ from vlduet.retrieval.documents import Document
 
 T = TypeVar("T")
 
+CutDocumentCallback = Callable[[Document, int], object]
+"""Function called with every document that was cut, and its number of tokens before."""
+
 EncodingErrorCallback = Callable[[Document, DataError], object]
 """Function called with every document that could not be embedded, and the reason."""
 
@@ -40,6 +43,10 @@ class Embedder(Protocol):
     def dim(self) -> int:
         """Width D of the embeddings."""
 
+    @property
+    def max_text_tokens(self) -> int:
+        """Longest text in tokens that is embedded without being cut; very large without a limit."""
+
     def encode_query(
         self, items: Sequence[Part | Parts], *, on_truncate: TruncationCallback | None = None
     ) -> np.ndarray:
@@ -60,6 +67,7 @@ def encode_documents(
     documents: Iterable[Document],
     *,
     on_error: EncodingErrorCallback,
+    on_truncate: CutDocumentCallback | None = None,
     chunk_size: int = DOCUMENTS_PER_CHUNK,
 ) -> Iterator[tuple[list[Document], np.ndarray]]:
     """Embed documents lazily, chunk by chunk, in order.
@@ -67,8 +75,10 @@ def encode_documents(
     Args:
         model: model that embeds.
         documents: documents to embed, consumed as chunks are requested.
-        on_error: called with every document for which the model raises DataError (a broken image),
-            which is left out.
+        on_error: called with every document for which the model raises DataError (a broken image,
+            a text beyond the model's limit), which is left out.
+        on_truncate: allows texts to be cut to the model's limit, and is called with every document
+            that is cut, once. None refuses such documents.
         chunk_size: number of documents that are embedded at a time.
 
     Yields:
@@ -81,7 +91,18 @@ def encode_documents(
     """
 
     def encode(chunk: list[Document]) -> np.ndarray:
-        return check_vectors(model.encode_document([document.parts for document in chunk]), chunk)
+        cut: list[tuple[Document, int]] = []
+
+        def note(position: int, num_tokens: int) -> None:
+            cut.append((chunk[position], num_tokens))
+
+        parts = [document.parts for document in chunk]
+        vectors = model.encode_document(parts, on_truncate=note if on_truncate else None)
+        if on_truncate:
+            # Only now: a chunk that raises is embedded again in halves.
+            for document, num_tokens in cut:
+                on_truncate(document, num_tokens)
+        return check_vectors(vectors, chunk)
 
     for chunk in batched(documents, chunk_size):
         vectors = bisect_failures(encode, chunk, on_error=on_error)

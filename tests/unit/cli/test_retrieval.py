@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from helpers.fake_embedder import FakeModel, paint, write_pairs, write_records
 from vlduet.cli import retrieval
 from vlduet.cli.main import app
+from vlduet.data.quarantine import quarantine_path
 from vlduet.encoders import dual
 from vlduet.errors import RetrievalError
 from vlduet.model.duet import DuetModel
@@ -125,10 +126,58 @@ def test_encode_writes_ids_and_unit_vectors(run: Run, pairs: Path, tmp_path: Pat
         assert arrays["ids"].tolist() == ["red", "green", "blue", "yellow"]
         np.testing.assert_allclose(np.linalg.norm(arrays["vectors"], axis=1), 1, rtol=1e-6)
     result = run("encode", tmp_path, pairs, "--out", out, "--side", "text", "--json")
-    expected = {"out": str(out), "count": 5, "dim": 64, "quarantined": 0}
+    expected = {"out": str(out), "count": 5, "dim": 64, "quarantined": 0, "truncated": 0}
     assert json.loads(result.stdout) == expected
     with pytest.raises(RetrievalError, match="nothing to embed"):
         run("encode", tmp_path, write_records(tmp_path / "none.jsonl", []), "--out", out)
+
+
+@pytest.fixture
+def long_texts(model: FakeModel, tmp_path: Path) -> Path:
+    """Two texts that differ behind the limit of the model, 1,200 words, and a short one."""
+    model.max_words = 1200
+    texts = {"one": "word " * 1300 + "cats", "two": "word " * 1300 + "dogs", "short": "a word"}
+    rows = [{"id": name, "image": "x.png", "short": text} for name, text in texts.items()]
+    paint(tmp_path / "x.png", (0, 0, 0))
+    return write_records(tmp_path / "long.jsonl", rows)
+
+
+def test_long_texts_are_left_out_of_vectors_or_cut(
+    run: Run, long_texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "vectors.npz"
+    command = ["encode", tmp_path, long_texts, "--side", "text", "--out", out]
+    lines = run(*command).stdout.splitlines()
+    assert lines[0] == f"{out}: 1 vectors of 64 numbers"
+    assert lines[1].startswith("2 left out (2 x longer than the limit of the model): see ")
+    assert lines[2].startswith("--truncate cuts texts")
+    listed = [json.loads(line) for line in quarantine_path(out).read_text().splitlines()]
+    assert [row["id"] for row in listed] == ["one", "two"]
+    assert all("(1301 tokens, the limit is 1200)" in row["message"] for row in listed)
+    assert all("Shorten or split the text" in row["fix"] for row in listed)
+    assert "\n2 texts were cut at 1,200 tokens\n" in run(*command, "--truncate").stdout
+    with np.load(out) as arrays:
+        assert len(arrays["ids"]) == 3
+        np.testing.assert_array_equal(arrays["vectors"][0], arrays["vectors"][1])
+    counts = json.loads(run(*command, "--truncate", "--json").stdout)
+    assert (counts["truncated"], counts["count"], counts["quarantined"]) == (2, 3, 0)
+    write_records(long_texts, [json.loads(long_texts.read_text().splitlines()[0])])
+    with pytest.raises(RetrievalError, match=r"nothing to embed.*--truncate"):
+        run(*command)
+
+
+def test_long_texts_are_left_out_of_an_index_or_cut(
+    run: Run, long_texts: Path, tmp_path: Path
+) -> None:
+    command = ["index", tmp_path, long_texts, "--side", "text", "--to", tmp_path / "index"]
+    text = run(*command).stdout
+    assert "1 documents (1 added)" in text and "--truncate cuts texts" in text
+    report = json.loads(run(*command, "--json").stdout)
+    assert (report["count"], report["quarantined"], report["truncated"]) == (1, 2, 0)
+    text = run(*command, "--truncate").stdout
+    assert "3 documents (2 added, 1 kept)\n2 texts were cut at 1,200 tokens\n" in text
+    # What is in the index is not embedded, and not cut, again.
+    assert json.loads(run(*command, "--truncate", "--json").stdout)["truncated"] == 0
 
 
 def test_control_characters_of_documents_do_not_reach_the_terminal(

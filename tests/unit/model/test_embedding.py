@@ -74,9 +74,9 @@ def test_a_limit_cuts_texts_of_one_call_only(model: DuetModel) -> None:
     np.testing.assert_allclose(embeddings, model.encode(["a", text[:-4]]), atol=1e-5)
     assert cut == [(1, limit + 4)]
     assert np.array_equal(model.encode([text]), full)
-    with pytest.raises(DataError, match=rf"^{limit + 4} tokens, the limit is {limit}\. Shorten"):
+    with pytest.raises(DataError, match=rf"\({limit + 4} tokens, the limit is {limit}\)\. Shorten"):
         model.encode(["a", text], max_tokens=limit)
-    with pytest.raises(DataError, match=r"the limit is 2\."):
+    with pytest.raises(DataError, match=r"the limit is 2\W"):
         model.encode([tiny.random_image(1)], max_tokens=2)
 
 
@@ -91,7 +91,7 @@ def test_long_items_are_refused_one_by_one(model: DuetModel) -> None:
     vectors = bisect_failures(model.encode_query, items, on_error=on_error)
     assert [vector is None for vector in vectors] == [False, True, False, True]
     assert [item for item, _ in refused] == items[1::2]
-    assert all(message.endswith(f"tokens, the limit is {limit}") for _, message in refused)
+    assert all(message.endswith(f"tokens, the limit is {limit})") for _, message in refused)
     cut: list[int] = []
     allowed = model.encode_document(items, on_truncate=lambda position, _: cut.append(position))
     assert cut == [1, 3] and np.isfinite(allowed).all()

@@ -61,7 +61,7 @@ def test_encoding_is_lazy(model: Any) -> None:
 
 
 def test_errors_of_our_own_are_not_swallowed(model: Any) -> None:
-    model.encode_document = lambda items: 1 / 0
+    model.encode_document = lambda items, on_truncate: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(encode_documents(model, texts(3), on_error=fail))
 
@@ -90,3 +90,27 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, model: Any, monkeypatc
         write_vectors(path, ids=["b"], vectors=model.encode_document([("two",)]))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["vectors.npz"]
+
+
+def test_documents_beyond_the_limit_are_left_out_or_cut_once(model: Any) -> None:
+    model.max_words = 3
+    long = [Document(str(i), (f"a b c d{i}",), "") for i in range(2)]
+    broken = Document("broken", (ImageRef(path=Path("missing.png")),), "")
+    documents = [long[0], *texts(3), broken, long[1]]
+    refused: list[str] = []
+    chunks = list(
+        encode_documents(model, documents, on_error=lambda d, error: refused.append(d.id))
+    )
+    assert refused == ["0", "broken", "1"] and [len(group) for group, _ in chunks] == [3]
+    cut: list[tuple[str, int]] = []
+    refused.clear()
+    ((group, vectors),) = encode_documents(
+        model,
+        documents,
+        on_error=lambda d, error: refused.append(d.id),
+        on_truncate=lambda d, num_tokens: cut.append((d.id, num_tokens)),
+    )
+    # The broken document makes the chunk be embedded in halves; each cut is reported once.
+    assert refused == ["broken"] and len(group) == 5
+    assert cut == [("0", 4), ("1", 4)]
+    np.testing.assert_array_equal(vectors[0], vectors[-1])
