@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vlduet.errors import ConfigError
-from vlduet.serve import schemas
+from vlduet.serve.asgi import (
+    JSON_HEADER,
+    ASGIApp,
+    Receive,
+    Scope,
+    Send,
+    error_content,
+    send_response,
+)
 
-PUBLIC_PATHS = ("/health",)
-"""Paths that need no key: they reveal nothing, and monitoring requests them without one."""
+PUBLIC_PATHS = ("/health", "/livez", "/readyz")
+"""Paths that need no key: they reveal nothing, and probes request them without one."""
 
 
 def read_api_keys(path: Path) -> list[str]:
@@ -57,11 +63,11 @@ class ApiKeyMiddleware:
         api_keys: known keys; only their hashes are stored.
     """
 
-    def __init__(self, app: Any, api_keys: Sequence[str]):
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]):
         self.app = app
         self.key_hashes = [_hash_key(key.encode()) for key in api_keys]
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass an authorised request to the application; answer any other with status 401.
 
         Paths in PUBLIC_PATHS and connections other than HTTP need no key. The answer is sent as
@@ -72,10 +78,9 @@ class ApiKeyMiddleware:
             await self.app(scope, receive, send)
             return
         message = "Incorrect API key: send Authorization: Bearer KEY"
-        body = schemas.error_response(message, place="Authorization")
-        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+        content = error_content(message, place="Authorization")
+        headers = [JSON_HEADER, (b"www-authenticate", b"Bearer")]
+        await send_response(send, 401, content, headers=headers)
 
     def _is_authorised(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
         """Return whether there is exactly one Authorization header, ``Bearer KEY`` of a known key.

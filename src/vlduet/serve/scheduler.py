@@ -66,12 +66,18 @@ class ChatScheduler:
         self._prefilling: deque[tuple[ChatRequest, Iterator[Sequence | None]]] = deque()
         # Running requests by their entry in the batcher, which is None while there are none.
         self._running: dict[Request, ChatRequest] = {}
+        self.num_generated_tokens = 0
         self._batcher: ContinuousBatcher | None = None
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
         return bool(self.waiting_requests or self._prefilling or self._running)
+
+    @property
+    def num_running(self) -> int:
+        """Number of chats that are answered or whose prompt is being prepared."""
+        return len(self._running) + len(self._prefilling)
 
     def step(self) -> None:
         """Generate one token for each running chat, then prepare one image of the waiting chats.
@@ -111,6 +117,7 @@ class ChatScheduler:
         The batcher is released when no chat runs any more.
         """
         for entry, output in outputs:
+            self.num_generated_tokens += 1
             self._running[entry].deliver(output)
         self._running = {e: request for e, request in self._running.items() if not e.is_finished}
         if not self._running:
