@@ -26,6 +26,7 @@ from typing import Any
 
 from vlduet.corpora.packages import Package
 from vlduet.data import images
+from vlduet.data.image_formats import HEAD_BYTES, detect_image_format
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import UnionFind
 from vlduet.errors import ImageError, MissingExtraError
@@ -223,7 +224,7 @@ def encode_image(source: Path) -> bytes:
         return render_svg(source, height=SVG_HEIGHT)
     data = source.read_bytes()
     image = images.load_image(ImageRef(path=source))
-    image_format = images.detect_image_format(data[:512])
+    image_format = detect_image_format(data[:HEAD_BYTES])
     if max(image.size) <= MAX_IMAGE_SIDE and image_format in ("PNG", "JPEG"):
         return data
     image = images.scale_down(image, MAX_IMAGE_SIDE)

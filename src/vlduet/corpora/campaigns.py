@@ -23,7 +23,7 @@ from vlduet.corpora.wesnoth import (
     read_units,
 )
 from vlduet.corpora.wml import WmlBlock, read_wml
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.records import ImageRef
 from vlduet.data.tools.duplicates import ImageFingerprint, UnionFind, fingerprint_image
 from vlduet.errors import ImageError

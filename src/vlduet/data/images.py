@@ -4,7 +4,7 @@
 `load_image` takes an untrusted image through four steps. If one fails, the error names the image,
 the cause and the remedy:
 
-1. magic     the first bytes tell the format; SVG, EPS, PSD and all others are refused
+1. magic     the first bytes tell the format (`image_formats`); SVG, PSD and others are refused
 2. header    width and height are checked before any pixel is decoded
 3. decode    a truncated or broken file is an error, never a half-grey image
 4. to RGB    first frame, upright as EXIF says, 8 bits, transparency on white
@@ -27,8 +27,17 @@ from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, features
 
+from vlduet.data.image_formats import (
+    DECODED_FORMATS,
+    HEAD_BYTES,
+    HEIC_FIX,
+    HEIC_FORMAT,
+    IMAGE_SUFFIXES,
+    can_decode_heic,
+    detect_image_format,
+)
 from vlduet.data.records import ByteRange, ImageRef
 from vlduet.errors import DataError, ImageError
 from vlduet.structured_files import require_regular_file
@@ -39,19 +48,12 @@ DecodedImage = Image.Image
 Pixels = NDArray[np.uint8]
 """uint8[H, W, 3], RGB."""
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-"""Endings of file names, in lower case, that mean an image in a folder or an archive."""
-
-
 MAX_IMAGE_PIXELS = 64_000_000
 """Largest width times height of an image that is decoded, as its header states them."""
 MAX_IMAGE_BYTES = 512 * 2**20
 """Size of the largest encoded image that is read: `MAX_IMAGE_PIXELS` of 8 bytes are not larger."""
 MISSING_IMAGE = "no such image"
 """Message of the error of a file that does not exist."""
-DECODED_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Names of `detect_image_format` that are decoded; all others are refused."""
-
 TAIL_BYTES = 4096
 """Number of bytes at the end of a file in which its end marker is looked for."""
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x00;"}
@@ -60,45 +62,9 @@ EXIF_ORIENTATION = 0x0112
 STRIP_ROWS = 64
 """Number of rows of pixels that are scaled to 8 bits at a time."""
 
-_MAGIC = (
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"8BPS", "PSD"),
-    (b"%!PS", "EPS"),
-    (b"\xc5\xd0\xd3\xc6", "EPS"),
-    (b"%PDF", "PDF"),
-    (b"\x1f\x8b", "gzip"),
-)
-
 # Every exception that PIL's decoders raise on hostile bytes. Any other is our bug and propagates.
-_FORMAT_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError)
+_FORMAT_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError)
 _DECODER_ERRORS = (*_FORMAT_ERRORS, OverflowError, struct.error, zlib.error)
-
-
-def detect_image_format(head: bytes) -> str:
-    """Return the format that the first bytes of a file announce; 512 bytes are enough.
-
-    Returns:
-        One of `DECODED_FORMATS`; ``PSD``, ``EPS``, ``PDF``, ``gzip``, ``HEIC or AVIF``, ``SVG`` or
-        ``XML``; ``unknown`` for anything else, no bytes included.
-    """
-    for magic, name in _MAGIC:
-        if head.startswith(magic):
-            return name
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head[4:8] == b"ftyp":
-        return "HEIC or AVIF"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    is_markup = text.startswith((b"<?xml", b"<!doctype", b"<!--"))
-    if text.startswith(b"<svg") or (is_markup and b"<svg" in text):
-        return "SVG"
-    return "XML" if text.startswith((b"<?xml", b"<!doctype")) else "unknown"
 
 
 def read_bytes(ref: ImageRef) -> bytes:
@@ -121,6 +87,9 @@ def read_bytes(ref: ImageRef) -> bytes:
 
 
 def _unreadable_file_error(error: Exception, name: str) -> ImageError:
+    if isinstance(error, FileNotFoundError) and os.path.islink(name):
+        fix = "Correct the link, or mount the drive that it leads to"
+        return ImageError("a link whose target does not exist", place=name, fix=fix)
     if isinstance(error, FileNotFoundError):
         fix = "Correct the path; relative paths start from the folder of the records' file"
         return ImageError(MISSING_IMAGE, place=name, fix=fix)
@@ -172,7 +141,7 @@ def write_image_file(ref: ImageRef, folder: Path) -> ImageRef:
     if ref.path is not None:
         return ref
     data = read_bytes(ref)
-    suffix = f".{detect_image_format(data[:512]).lower()}"
+    suffix = f".{detect_image_format(data[:HEAD_BYTES]).lower()}"
     if suffix not in IMAGE_SUFFIXES:
         suffix = ".bin"
     path = folder / (hashlib.sha256(data).hexdigest()[:24] + suffix)
@@ -225,7 +194,7 @@ def _open_image(file: IO[bytes], kind: str, name: str) -> Image.Image:
         ImageError: at the place `name`, for a broken header or more than MAX_IMAGE_PIXELS.
     """
     try:
-        image = Image.open(file, formats=[kind])
+        image = Image.open(file, formats=[_find_decoder(kind, name)])
     except Image.DecompressionBombError:
         raise _too_large_error("far more pixels than any photo", name) from None
     except _DECODER_ERRORS as error:
@@ -233,6 +202,25 @@ def _open_image(file: IO[bytes], kind: str, name: str) -> Image.Image:
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise _too_large_error(f"{image.width} x {image.height} pixels", name)
     return image
+
+
+def _find_decoder(kind: str, name: str) -> str:
+    """Return PIL's name of a format of `DECODED_FORMATS` after loading what decodes it.
+
+    Raises:
+        ImageError: at the place `name`: the extra ``heic`` is needed, or a newer Pillow for AVIF.
+    """
+    if kind == HEIC_FORMAT:
+        if not can_decode_heic():
+            raise ImageError("a HEIC image, which needs the extra heic", place=name, fix=HEIC_FIX)
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        return "HEIF"
+    if kind == "AVIF" and not features.check("avif"):
+        fix = "Update Pillow to 11.3 or later, or convert it to JPEG"
+        raise ImageError("an AVIF image, which this Pillow cannot decode", place=name, fix=fix)
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +247,7 @@ def read_image_header(ref: ImageRef) -> ImageHeader:
         file = io.BytesIO(read_bytes(ref)) if ref.path is None else ref.path.open("rb")
         with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in load_image
-            head = file.read(512)
+            head = file.read(HEAD_BYTES)
             kind = _check_format(head, ref.name)
             num_bytes = file.seek(0, os.SEEK_END)
             file.seek(max(0, num_bytes - TAIL_BYTES))
@@ -290,7 +278,7 @@ def _check_format(data: bytes, name: str) -> str:
     if not data:
         fix = "Copy or download it again"
         raise ImageError("the image is empty (0 bytes)", place=name, fix=fix)
-    kind = detect_image_format(data[:512])
+    kind = detect_image_format(data[:HEAD_BYTES])
     if kind not in DECODED_FORMATS:
         description = "an unknown kind of file" if kind == "unknown" else kind
         fix = f"Convert it to one of {', '.join(DECODED_FORMATS)}"
@@ -410,18 +398,35 @@ def encode_jpeg(image: DecodedImage) -> bytes:
 
 
 def encode_thumbnail_data_url(image: DecodedImage, side: int) -> str:
-    """Return a ``data:`` URL of an RGB image for HTML pages, as base64.
+    """Return a ``data:`` URL of an RGB image for HTML pages, as base64 (see `_encode_small`)."""
+    data, media_type = _encode_small(image, side)
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
-    The image is scaled down to at most `side` pixels on its longer side, and encoded as PNG if it
-    then has at most 256 colours, else as JPEG of quality 85.
+
+def encode_preview(ref: ImageRef, max_side: int) -> tuple[bytes, str]:
+    """Return an image for web pages without metadata, as bytes and media type.
+
+    It is decoded under the limits of `load_image`, and encoded as `_encode_small` says.
+
+    Raises:
+        ImageError: as `load_image`.
     """
-    small = scale_down(image, side)
+    return _encode_small(load_image(ref), max_side)
+
+
+def _encode_small(image: DecodedImage, max_side: int) -> tuple[bytes, str]:
+    """Return an RGB image as bytes and their media type.
+
+    The image is scaled down to at most `max_side` pixels on its longer side, and encoded as PNG if
+    it then has at most 256 colours, else as JPEG of quality 85.
+    """
+    small = scale_down(image, max_side)
     # Photos are ten times smaller as JPEG; drawings have few colours and blur as JPEG.
     kind = "PNG" if small.getcolors(256) is not None else "JPEG"
     options: dict[str, Any] = {"optimize": True} if kind == "PNG" else {"quality": 85}
     buffer = io.BytesIO()
     small.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue(), f"image/{kind.lower()}"
 
 
 # --- similarity of images, see data.tools.duplicates

@@ -49,7 +49,9 @@ class RecordSource:
             strict=section.strict,
         )
 
-    def read(self, *, on_error: RowErrorHandler | None = None) -> Iterator[Record]:
+    def read(
+        self, *, on_error: RowErrorHandler | None = None, ignored: IgnoredData | None = None
+    ) -> Iterator[Record]:
         """Return an iterator over the records, which logs what was seen and not read.
 
         Each column, file or the like is one warning, logged when the iterator ends or is closed, of
@@ -59,6 +61,8 @@ class RecordSource:
         Args:
             on_error: receives the error of each broken row, which is left out; None, or `strict`,
                 raises the first.
+            ignored: counter of what is not read, for a caller that reports its files
+                (`IgnoredData.describe_files`), which are not logged then.
 
         Raises:
             DataError, OSError: as `read_records`, at once or as the iterator is advanced; and, if
@@ -66,9 +70,10 @@ class RecordSource:
                 after which something was not read.
         """
         self._report_damage()
-        ignored = IgnoredData()
-        records = self.read_silently(ignored, on_error=None if self.strict else on_error)
-        return self._report_ignored(records, ignored)
+        logs_files = ignored is None
+        counter = IgnoredData() if ignored is None else ignored
+        records = self.read_silently(counter, on_error=None if self.strict else on_error)
+        return self._report_ignored(records, counter, logs_files=logs_files)
 
     def read_silently(
         self, ignored: IgnoredData, *, on_error: RowErrorHandler | None
@@ -94,7 +99,9 @@ class RecordSource:
         for message in messages[:MAX_WARNINGS]:
             logger.warning(f"{self.path}: {message}. {LIST_REMEDY}")
 
-    def _report_ignored(self, records: Iterator[Record], ignored: IgnoredData) -> Iterator[Record]:
+    def _report_ignored(
+        self, records: Iterator[Record], ignored: IgnoredData, *, logs_files: bool
+    ) -> Iterator[Record]:
         """Yield `records`; log or, if `strict`, raise what `ignored` has counted."""
         try:
             for record in records:
@@ -102,12 +109,16 @@ class RecordSource:
                 yield record
             self._check_strict(ignored)
         finally:
-            messages = [] if self.strict else ignored.messages()
+            messages = [] if self.strict else ignored.messages(files=False)
             for message in messages[:MAX_WARNINGS]:
                 logger.warning(f"{self.path}: {message}")
             if num_more := len(messages[MAX_WARNINGS:]):
                 more = f"{num_more:,} more columns, files or members are not read"
                 logger.warning(f"{self.path}: {more}; 'vlduet data check --json' lists all")
+            if logs_files:
+                files = [] if self.strict else ignored.describe_files()
+                for message in files + ignored.describe_system_files():
+                    logger.warning(f"{self.path}: {message}")
 
     def _check_strict(self, ignored: IgnoredData) -> None:
         """Raise DataError if `strict` is set and something was not read."""

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from helpers import tiny
-from vlduet.data import images
+from vlduet.data import image_formats, images
 from vlduet.data.records import ByteRange, ImageRef
 from vlduet.errors import ImageError
 
@@ -49,7 +49,7 @@ def corner_pixel(ref: ImageRef) -> list[int]:
 def test_complete_images_load_and_truncated_ones_are_errors(kind: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     data = images.read_bytes(encode(Image.fromarray(noise), kind))
-    assert images.detect_image_format(data) == kind
+    assert image_formats.detect_image_format(data) == kind
     assert images.to_pixels(images.load_image(ImageRef(data=data))).shape == (40, 50, 3)
     truncated = ImageRef(data=data[: len(data) // 2])
     assert "truncated or broken" in load_error(truncated).message

@@ -19,7 +19,8 @@ from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from vlduet.data.images import IMAGE_SUFFIXES, read_byte_range, stat_file_version
+from vlduet.data.image_formats import IMAGE_SUFFIXES
+from vlduet.data.images import read_byte_range, stat_file_version
 from vlduet.data.readers.columns import plan_columns
 from vlduet.data.readers.rows import ReadContext, SourceRow, split_caption_lines
 from vlduet.data.records import ByteRange, ImageRef, Place, is_utf8_encodable

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.readers.chat_keys import (
     ANSWER_FIELDS,
     RETRIEVAL_FIELDS,

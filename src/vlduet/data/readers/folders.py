@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vlduet.data.images import IMAGE_SUFFIXES
-from vlduet.data.quarantine import QUARANTINE_SUFFIX
+from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.readers.containers import (
     CONTAINER_READERS,
     RowGroup,
@@ -29,9 +28,13 @@ from vlduet.data.readers.containers import (
     read_pattern_groups,
     split_suffix,
 )
-from vlduet.data.readers.image_folders import SIDECAR_SUFFIXES, read_image_rows
+from vlduet.data.readers.folder_scan import scan_folder
+from vlduet.data.readers.image_folders import (
+    SIDECAR_SUFFIXES,
+    make_unreadable_folder_row,
+    read_image_rows,
+)
 from vlduet.data.readers.rows import IgnoredData, ReadContext, SourceRow
-from vlduet.data.records import Place
 from vlduet.errors import DataError
 from vlduet.structured_files import read_json_object
 
@@ -53,7 +56,7 @@ SPLITS = {
 }
 """Split by the name of its folder, which may end with a year (``train2017``)."""
 UNCOUNTED_FILES = re.compile(
-    r"(readme|licen[cs]e|notice|citation|changelog|authors|copying)(\..*)?|thumbs\.db|desktop\.ini"
+    r"(readme|licen[cs]e|notice|citation|changelog|authors|copying)(\..*)?"
     r"|manifest\.json|dataset_infos?\.json|state\.json|.*\.partial",
     re.IGNORECASE,
 )
@@ -169,10 +172,7 @@ class _FolderReader:
         try:
             folder = self._scan(path, table)
         except OSError as error:
-            # An error, not only a count: what cannot be read must not look deleted.
-            message = f"the folder cannot be read ({error.strerror})"
-            fix = "Check its permissions"
-            row = SourceRow.broken(Place(str(path)), self.context, "", message=message, fix=fix)
+            row = make_unreadable_folder_row(path, error, self.context)
             yield RowGroup(path, self.context, iter([row]), has_fixed_columns=True)
             return
         if folder.tables:
@@ -199,25 +199,13 @@ class _FolderReader:
         )
 
     def _scan(self, path: Path, table: Path | None) -> _Folder:
-        """Return what a folder holds; names that start with a dot and quarantines are left out.
+        """Return what a folder holds and how it is read; count what `scan_folder` leaves out.
 
-        A link to a folder is counted, and not followed. Raises OSError if the folder is unreadable.
+        Raises OSError if the folder is unreadable.
         """
-        folder = _Folder(path)
-        with os.scandir(path) as iterator:
-            entries = sorted(iterator, key=lambda entry: entry.name)
-        names = []
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                if entry.is_symlink():
-                    self.context.ignored.add("file", f"{path / entry.name} (linked folder)")
-                else:
-                    folder.subfolders.append(entry.name)
-            elif entry.is_file() and not entry.name.endswith(QUARANTINE_SUFFIX):
-                names.append(entry.name)
-        folder.images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        content = scan_folder(path, self.context.ignored)
+        folder = _Folder(path, content.subfolders, content.images)
+        names = content.files
         folder.tables = self._select_tables(folder, names, table)
         is_read = {*folder.images, *(file.name for file in folder.tables)}
         is_read |= _find_shard_side_files(names, folder.subfolders)
@@ -306,7 +294,7 @@ class _FolderReader:
             if is_data and endings[ending] <= MAX_LISTED_FILES:
                 ignored.add("file", str(folder.path / name))
             else:
-                ignored.add("ending", f"*{ending}" if ending else name)
+                ignored.add_file(folder.path / name)
 
 
 def _has_images(folder: _Folder) -> bool:

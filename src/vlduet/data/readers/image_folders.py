@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.image_formats import HEIC_FIX, HEIC_SUFFIXES, needs_heic_extra
+from vlduet.data.readers.folder_scan import iter_folders
 from vlduet.data.readers.rows import UTF8_FIX, ReadContext, SourceRow, split_caption_lines
 from vlduet.data.records import Place, is_utf8_encodable
 from vlduet.errors import DataError
@@ -23,19 +23,23 @@ SIDECAR_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
 def read_image_folder_rows(source: Path, context: ReadContext) -> Iterator[SourceRow]:
     """Yield the row of every image file below a folder, recursively, as `read_image_rows` does.
 
-    Files are sorted, and those of a folder precede those of its subfolders. Names that start with a
-    dot, linked folders and unreadable folders are skipped. Relative paths start from `source`,
-    whatever the root of `context` is.
+    Files are sorted, and those of a folder precede those of its subfolders. What `scan_folder`
+    leaves out is counted; a folder that cannot be read is a row with an error. Relative paths start
+    from `source`, whatever the root of `context` is.
     """
     context = replace(context, root=source)
-    for folder, subfolders, files in os.walk(source):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = [
-            name
-            for name in sorted(files)
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-        ]
-        yield from read_image_rows(Path(folder), images, context, files=set(files))
+    errors: list[tuple[Path, OSError]] = []
+    for folder, content in iter_folders(source, context.ignored, errors=errors):
+        yield from read_image_rows(folder, content.images, context, files={*content.files})
+    for folder, error in errors:
+        yield make_unreadable_folder_row(folder, error, context)
+
+
+def make_unreadable_folder_row(folder: Path, error: OSError, context: ReadContext) -> SourceRow:
+    """Return a row with the error of a folder: what cannot be read must not look deleted."""
+    message = f"the folder cannot be read ({error.strerror})"
+    fix = "Check its permissions"
+    return SourceRow.broken(Place(str(folder)), context, "", message=message, fix=fix)
 
 
 def read_image_rows(
@@ -59,6 +63,10 @@ def read_image_rows(
             message = "a file name that is not UTF-8"
             place = Place(ascii(str(path)))
             yield SourceRow.broken(place, context, ascii(image), message=message, fix="Rename it")
+            continue
+        if path.suffix.lower() in HEIC_SUFFIXES and needs_heic_extra(path):
+            message = "a HEIC image, which needs the extra heic"
+            yield SourceRow.broken(place, context, image, message=message, fix=HEIC_FIX)
             continue
         try:
             value = {**_read_sidecars(path, files), "image": image}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.readers.rows import ReadContext, SourceRow
 from vlduet.data.records import Place
 from vlduet.errors import DataError

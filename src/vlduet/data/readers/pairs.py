@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.readers.columns import (
     RELEVANCE_COLUMNS,
     ColumnPlan,

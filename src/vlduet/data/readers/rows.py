@@ -53,39 +53,97 @@ class IgnoredData:
     def __init__(self) -> None:
         """Start with nothing ignored."""
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._examples: dict[tuple[str, str], list[str]] = {}
 
     def add(self, kind: str, name: str, count: int = 1) -> None:
         """Count one more occurrence of something that is not read.
 
         Args:
-            kind: key of `IGNORED_KINDS`.
+            kind: key of `IGNORED_KINDS` or of `LEFT_OUT_KINDS`, or ``system`` for what a system has
+                put beside the data (`folder_scan`).
             name: name of the column or key, ending of the members, path of the file, or why a turn
                 is not read.
             count: number of occurrences to add.
         """
         self._counts[kind, name] += count
 
-    def __bool__(self) -> bool:
-        """Return whether anything was counted."""
-        return bool(self._counts)
+    def add_file(self, path: Path) -> None:
+        """Count a file that is not read, by the ending of its name."""
+        key = ("ending", path.suffix.lower() or "without an ending")
+        self._counts[key] += 1
+        examples = self._examples.setdefault(key, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(path.name)
 
-    def messages(self) -> list[str]:
+    def __bool__(self) -> bool:
+        """Return whether anything was counted but what a system has put beside the data."""
+        return any(kind != "system" for kind, _ in self._counts)
+
+    def messages(self, *, files: bool = True) -> list[str]:
         """Return a sentence per ignored name, in the order of first occurrence.
 
-        Half characters, which a file name may hold, are written as escapes.
+        With `files`, those of `describe_files` follow. Half characters, which a file name may hold,
+        are escapes.
         """
         messages = [
             IGNORED_KINDS[kind].format(count=count, s="" if count == 1 else "s", name=name)
             for (kind, name), count in self._counts.items()
+            if kind in IGNORED_KINDS
         ]
-        return [message.encode("utf-8", "backslashreplace").decode() for message in messages]
+        messages = [message.encode("utf-8", "backslashreplace").decode() for message in messages]
+        return messages + (self.describe_files() if files else [])
+
+    def describe_files(self) -> list[str]:
+        """Return a sentence for each kind of files and links that are not read."""
+        return [self._describe_kind(kind) for kind in LEFT_OUT_KINDS if self._has_kind(kind)]
+
+    def describe_system_files(self) -> list[str]:
+        """Return a sentence on what a system has put beside the data, or [] without any."""
+        return [self._describe_kind("system")] if self._has_kind("system") else []
+
+    def _has_kind(self, kind: str) -> bool:
+        return any(counted == kind for counted, _ in self._counts)
+
+    def _describe_kind(self, kind: str) -> str:
+        """Return a sentence with the number of everything of a kind, and the most frequent ones."""
+        counts = {name: n for (counted, name), n in self._counts.items() if counted == kind}
+        ranking = sorted(counts, key=lambda name: (-counts[name], name))
+        items = [self._describe_item(kind, name) for name in ranking[:MAX_NAMES]]
+        if len(ranking) > MAX_NAMES:
+            items.append(f"{len(ranking) - MAX_NAMES:,} more")
+        total = sum(counts.values())
+        singular, plural = SYSTEM_SENTENCE if kind == "system" else LEFT_OUT_KINDS[kind]
+        text = f"{total:,} {singular if total == 1 else plural}: {', '.join(items)}"
+        return text.encode("utf-8", "backslashreplace").decode()
+
+    def _describe_item(self, kind: str, name: str) -> str:
+        """Return ``4 .mov (a.mov, b.mov, c.mov, ...)``, ``@eaDir (3)`` or a path."""
+        count = self._counts[kind, name]
+        if kind != "ending":
+            return f"{name} ({count:,})" if count > 1 else name
+        examples = self._examples.get((kind, name), [])
+        more = ", ..." if count > len(examples) else ""
+        return f"{count:,} {name} ({', '.join(examples)}{more})"
+
+    def count_files(self) -> dict[str, int]:
+        """Return the number of files and links that are not read, by ending or kind."""
+        counts: Counter[str] = Counter()
+        for (kind, name), count in self._counts.items():
+            if kind in LEFT_OUT_KINDS:
+                counts[name if kind == "ending" else LEFT_OUT_KINDS[kind][0].split(",")[0]] += count
+            elif kind == "file":
+                counts[Path(name).suffix.lower() or "without an ending"] += count
+        return dict(counts)
+
+    def count_system_files(self) -> dict[str, int]:
+        """Return the number of files and folders of a system that are left out, by name."""
+        return {name: count for (kind, name), count in self._counts.items() if kind == "system"}
 
 
 IGNORED_KINDS = {
     "column": "{count:,} row{s} with a column `{name}` that is not read",
     "member": "{count:,} archive member{s} `{name}`, not read",
     "file": "the file {name} is not read",
-    "ending": "{count:,} file{s} `{name}`, not read",
     "key": "the key `{name}` of {count:,} JSON object{s}, not read",
     "annotation": "{count:,} annotation{s} not read: {name}",
     "image": "{count:,} image{s} that {name} does not list",
@@ -98,6 +156,22 @@ IGNORED_KINDS = {
     "turn": "{count:,} chat turn{s} not read: {name}",
 }
 """Sentence of `IgnoredData.messages` by kind."""
+LEFT_OUT_KINDS = {
+    "ending": ("file is not read", "files are not read"),
+    "link": ("linked folder, not followed", "linked folders, not followed"),
+    "broken link": ("link without a target, not read", "links without a target, not read"),
+    "special": ("pipe, socket or device, not read", "pipes, sockets or devices, not read"),
+}
+"""Beginning of the sentence of `IgnoredData.describe_files` by kind: for one, and for several."""
+SYSTEM_SENTENCE = (
+    "hidden file, thumbnail or recycle bin, left out",
+    "hidden files, thumbnails and recycle bins, left out",
+)
+"""Beginning of the sentence of `IgnoredData.describe_system_files`: for one, and for several."""
+MAX_EXAMPLES = 3
+"""Number of files of one ending that a sentence names."""
+MAX_NAMES = 10
+"""Number of endings, links or names that a sentence lists."""
 
 
 @dataclass(frozen=True, slots=True)

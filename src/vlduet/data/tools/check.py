@@ -126,11 +126,12 @@ class _FileCheck:
             fix = "Write at least one; below the header of a table"
             self._add(Place(str(self.source.path)), "there is no record", fix)
         self.report.doubtful_metadata += self.texts.describe_numbers()
-        for message in ignored.messages():
-            if self.source.strict:
+        if self.source.strict:
+            for message in ignored.messages():
                 self._add(Place(str(self.source.path)), message, STRICT_FIX)
-            else:
-                self.report.ignored.append(message)
+        else:
+            self.report.ignored += ignored.messages()
+        self.report.ignored += ignored.describe_system_files()
         self.report.distinct_images = len(self.contents.fingerprints)
         self.report.words = {
             role: {"min": min(counts), "median": statistics.median(counts), "max": max(counts)}

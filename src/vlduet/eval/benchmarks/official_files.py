@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlduet.data.images import IMAGE_SUFFIXES
+from vlduet.data.image_formats import IMAGE_SUFFIXES
 from vlduet.data.readers.arrow import read_parquet_rows
 from vlduet.data.readers.rows import ReadContext
 from vlduet.data.records import ImageRef, Place

@@ -106,7 +106,7 @@ def test_a_table_in_a_folder_of_images_is_read_and_other_files_are_counted(
     (record,), ignored = read_with_ignored(tmp_path)
     assert [*record.short, record.long] in (["one", None], ["one"]) or record.long == "one"
     assert sorted(ignored) == [
-        "1 file `*.pdf`, not read",
+        "1 file is not read: 1 .pdf (doc.pdf)",
         f"1 image that {tmp_path / name} does not list",
         f"the file {tmp_path / 'config.json'} is not read",
     ]
@@ -151,15 +151,14 @@ def test_files_with_the_name_of_an_image_hold_its_captions_and_columns(tmp_path:
 
 
 def test_photos_that_cannot_be_read_and_texts_without_an_image_are_counted(tmp_path: Path) -> None:
-    write_files(tmp_path, "a.png", "b.HEIC", "deep/c.heic", "d.mp4")
-    write_files(tmp_path, "lost.txt", text="a caption")
+    write_files(tmp_path, "a.png", "b.HEIC", "deep/c.heic")
+    write_files(tmp_path, "d.mp4", "lost.txt", text="a caption")
     os.symlink(tmp_path / "deep", tmp_path / "link")
     records, ignored = read_with_ignored(tmp_path)
-    assert [record.id for record in records] == ["a.png"]
+    assert [record.id for record in records] == ["a.png", "b.HEIC", "deep/c.heic"]
     assert sorted(ignored) == [
-        "1 file `*.mp4`, not read",
-        "2 files `*.heic`, not read",
-        f"the file {tmp_path / 'link'} (linked folder) is not read",
+        "1 file is not read: 1 .mp4 (d.mp4)",
+        f"1 linked folder, not followed: {tmp_path / 'link'}",
         f"the file {tmp_path / 'lost.txt'} is not read",
     ]
 
