@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -29,6 +29,7 @@ TO = "Folder of the index; updated if it exists."
 SIDE = "Part of a record that is embedded: image, text or record (all of it)."
 TRUNCATE = "Cut texts that are longer than the model's limit, instead of leaving them out."
 PRUNE = "Remove documents that the source no longer contains."
+ANN = "Approximate search: auto (above 100,000 documents), on or off."
 
 Truncate = Annotated[bool, typer.Option("--truncate", help=TRUNCATE)]
 
@@ -42,6 +43,7 @@ def index(
     store: Annotated[str | None, typer.Option(hidden=True)] = None,
     prune: Annotated[bool, typer.Option("--prune", help=PRUNE)] = False,
     truncate: Truncate = False,
+    ann: Annotated[Literal["auto", "on", "off"], typer.Option(help=ANN)] = "auto",
     format: Format = None,
     root: Root = None,
     columns: Columns = None,
@@ -70,7 +72,7 @@ def index(
         side=cast("Any", side),
         prune=prune,
         model_path=model,
-        options=BuildOptions(truncate=truncate),
+        options=BuildOptions(truncate=truncate, ann=ann),
     )
     if as_json:
         print_json({"index": str(to), **asdict(report)})

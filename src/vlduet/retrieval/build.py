@@ -31,7 +31,7 @@ from vlduet.locks import LOCK_NAME, lock_folder, remove_drafts
 from vlduet.logs import track_progress
 from vlduet.retrieval.documents import Document, Side, read_documents
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, encode_documents
-from vlduet.retrieval.filters import Scalar, scalar_kind, to_scalar
+from vlduet.retrieval.filter_values import extract_filter_values
 from vlduet.retrieval.index import (
     IMAGE_FOLDER,
     MANIFEST_FILENAME,
@@ -39,18 +39,23 @@ from vlduet.retrieval.index import (
     IndexManifest,
     path_pair,
 )
-from vlduet.retrieval.stores.base import IndexRow, RowHashes
-
-MAX_FILTER_KEYS = 64
-"""Number of metadata keys that can be filtered by; further keys are only stored and returned."""
+from vlduet.retrieval.stores.base import ApproximateMode, IndexRow, RowHashes
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """How a build proceeds where more than one way is right; `build_index` has the others."""
 
+    force: bool = False
+    """Prune although less than half of the documents remain, and let the source take over documents
+    of another source that have the same ids."""
+    rehash: bool = False
+    """Read all image files, also those that have not changed since the last build by their size,
+    modification time and inode."""
     truncate: bool = False
     """Cut texts that are longer than the model's limit; without it they are left out."""
+    ann: ApproximateMode = "auto"
+    """Whether to make an index for approximate search: "auto" for more than 100,000 documents."""
 
 
 DEFAULT_OPTIONS = BuildOptions()
@@ -138,6 +143,7 @@ def build_index(
             job = _BuildJob(index, model, options)
             job.run(source, chunk_size)
             report = job.finish(prune)
+            index.store.update_search_index(options.ann)
         manifest = replace(manifest, fields=job.fields, count=report.count, complete=True)
         manifest.write(path)
     return report
@@ -207,10 +213,8 @@ class _BuildJob:
     def _make_row(self, document: Document) -> IndexRow:
         """Return the row of a document without storing it; add its metadata keys to `fields`.
 
-        Metadata values that JSON lacks become texts. The filter values are the texts, finite
-        numbers and flags among the metadata whose keys `_register_field` accepts. An image that
-        has no file of its own gets the path ``images/<SHA-256>`` in the index folder, where nothing
-        is written yet.
+        Metadata values that JSON lacks become texts. An image that has no file of its own gets the
+        path ``images/<SHA-256>`` in the index folder, where nothing is written yet.
         """
         metadata = json.loads(json.dumps(dict(document.metadata), default=str))
         image = document.image
@@ -221,11 +225,6 @@ class _BuildJob:
         absolute, relative = path_pair(image_path, self.index.path)
         details = json.dumps([document.text, metadata, absolute], sort_keys=True)
         details_hash = hashlib.sha256(details.encode()).hexdigest()
-        filter_values: dict[str, Scalar] = {}
-        for key, value in metadata.items():
-            scalar = to_scalar(value)
-            if scalar is not None and self._register_field(key, scalar):
-                filter_values[key] = scalar
         return IndexRow(
             id=document.id,
             hashes=RowHashes(document.content_hash, details_hash),
@@ -233,20 +232,8 @@ class _BuildJob:
             image_path=absolute,
             relative_image_path=relative,
             metadata=metadata,
-            filter_values=filter_values,
+            filter_values=extract_filter_values(metadata, self.fields),
         )
-
-    def _register_field(self, key: str, value: Scalar) -> bool:
-        """Add a key and its value's kind to `fields`, unless they are there; return True.
-
-        Returns False, and adds nothing, for a new key beyond the first `MAX_FILTER_KEYS`.
-        """
-        if key not in self.fields and len(self.fields) >= MAX_FILTER_KEYS:
-            return False
-        kinds = self.fields.setdefault(key, [])
-        if scalar_kind(value) not in kinds:
-            kinds.append(scalar_kind(value))
-        return True
 
     def _commit_chunk(self, chunk: list[tuple[Document, IndexRow]]) -> None:
         """Embed the new content of a chunk and write its rows in one commit.

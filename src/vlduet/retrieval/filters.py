@@ -1,39 +1,56 @@
 """Filters on metadata, with the same meaning in every store.
 
-A value is a text, a number or a flag (true or false), and is compared only with values of its own
-kind. A document without the key, or with a value of another kind, satisfies no condition except
-``!=``, which is the exact opposite of ``=``. Lists, objects and null in metadata are stored and
-returned, but match no condition. A condition on a key that no document has, or of a kind that no
-document has under its key, is an error.
+A value is a text, a date, a number or a flag (true or false), and is compared only with values of
+its own kind; a document without the key, or with a value of another kind, satisfies no condition
+except ``!=``, which is the exact opposite of ``=``. Lists satisfy only ``contains``. Objects and
+null in metadata are stored and returned, but match no condition. A condition on a key that no
+document has, or with a value of a kind that its key does not have, is an error.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vlduet.errors import RetrievalError, quote_value, suggest_name
-from vlduet.retrieval.documents import replace_lone_surrogates
+from vlduet.retrieval.filter_text import MAX_TEXT_CHARS, TextCondition, split_conditions
+from vlduet.retrieval.filter_values import (
+    KIND_PLURALS,
+    LIST_SUFFIX,
+    DatePeriod,
+    FilterValue,
+    Scalar,
+    column_values,
+    parse_period,
+    parse_plain_number,
+    scalar_kind,
+    to_scalar,
+)
 
-Scalar = str | float | bool
+MAX_CONDITIONS = 64
+"""Number of conditions of one filter."""
+MAX_VALUES = 1000
+"""Number of values of all conditions of one filter."""
 
-SCALAR_KINDS: dict[str, type] = {"text": str, "number": float, "flag": bool}
 ORDER_OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-OPERATORS = ("=", "!=", *ORDER_OPERATORS, "in")
+OPERATORS = ("=", "!=", *ORDER_OPERATORS, "in", "contains")
+ConditionValue = Scalar | DatePeriod
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Condition ``key operator value`` on a document's metadata.
+    """Condition ``key operator value`` on a document's metadata; ``==`` is ``=``.
 
     Construction converts `value` with `to_scalar`; the value of ``in`` becomes a tuple.
+    `parse_conditions` replaces dates by `DatePeriod`.
 
     Raises:
-        RetrievalError: an unknown operator, or a value that cannot be compared.
+        RetrievalError: an unknown operator, a value that cannot be compared, or for ``in`` no value
+            or more than `MAX_VALUES`.
     """
 
     key: str
@@ -43,190 +60,244 @@ class Condition:
     def __post_init__(self) -> None:
         """Check the operator; replace `value` by its scalar, or for ``in`` by a tuple of them.
 
-        Raises RetrievalError for an unknown operator, for a value that `_convert` refuses, and for
-        ``in`` with a value that is a text or no iterable.
+        Raises RetrievalError as the class says.
         """
-        place = f"where: {quote_value(self.key)} {self.operator}"
+        if self.operator == "==":
+            object.__setattr__(self, "operator", "=")
         if self.operator not in OPERATORS:
             fix = f"Use {' '.join(OPERATORS)}"
-            raise RetrievalError(f"unknown operator '{self.operator}'", place=place, fix=fix)
+            message = f"unknown operator {quote_value(self.operator)}"
+            raise RetrievalError(message, place=f"where: {quote_value(self.key)}", fix=fix)
         if self.operator != "in":
-            object.__setattr__(self, "value", self._convert(self.value, place))
+            object.__setattr__(self, "value", self._convert(self.value))
             return
         if isinstance(self.value, str) or not isinstance(self.value, Iterable):
             message = f"{quote_value(self.value)} is not a list"
-            raise RetrievalError(message, place=place, fix="Give several values")
-        values = tuple(self._convert(value, place) for value in self.value)
+            raise RetrievalError(message, place=self.place, fix="Give several values")
+        values = tuple(self._convert(v) for v in itertools.islice(self.value, MAX_VALUES + 1))
+        if not values:
+            fix = "Give at least one value, or leave the condition out"
+            raise RetrievalError("an empty list", place=self.place, fix=fix)
+        if len(values) > MAX_VALUES:
+            raise _too_many_values_error(self.place)
         object.__setattr__(self, "value", values)
 
-    def _convert(self, value: Any, place: str) -> Scalar:
-        """Return `value` as a scalar; `place` is the place in an error message.
+    def _convert(self, value: Any) -> ConditionValue:
+        """Return `value` as a scalar, or a period as it is.
 
-        Raises RetrievalError for a value that is neither a text, a finite number nor a flag, and
-        for a flag with ``<``, ``<=``, ``>`` or ``>=``.
+        Raises RetrievalError for a value that is neither a text, a finite number nor a flag, for a
+        text that is too long, and for a flag with ``<``, ``<=``, ``>`` or ``>=``.
         """
+        if isinstance(value, DatePeriod):
+            return value
         is_order = self.operator in ORDER_OPERATORS
         converted = to_scalar(value)
         if converted is None or (is_order and isinstance(converted, bool)):
             kinds = "a text or a number" if is_order else "a text, a number or a flag"
             message = f"{quote_value(value)} cannot be compared"
-            raise RetrievalError(message, place=place, fix=f"Compare with {kinds}")
+            raise RetrievalError(message, place=self.place, fix=f"Compare with {kinds}")
+        if isinstance(converted, str) and len(converted) > MAX_TEXT_CHARS:
+            message = f"a text of {len(converted)} characters"
+            fix = f"Compare with at most {MAX_TEXT_CHARS}"
+            raise RetrievalError(message, place=self.place, fix=fix)
         return converted
 
     @property
-    def values(self) -> tuple[Scalar, ...]:
+    def place(self) -> str:
+        """Place of the condition in an error message."""
+        return f"where: {quote_value(self.key)} {self.operator}"
+
+    @property
+    def values(self) -> tuple[ConditionValue, ...]:
         """The values of ``in``, or the value of any other operator as a tuple of one."""
-        values: tuple[Scalar, ...] = self.value if self.operator == "in" else (self.value,)
+        is_list = self.operator == "in"
+        values: tuple[ConditionValue, ...] = self.value if is_list else (self.value,)
         return values
 
-    def matches(self, filter_values: Mapping[str, Scalar]) -> bool:
+    def matches(self, filter_values: Mapping[str, FilterValue]) -> bool:
         """Return whether a document with these filter values satisfies the condition.
 
         A missing key, or a value of another kind than the condition's, satisfies only ``!=``.
         """
-        value = filter_values.get(self.key)
+        stored = filter_values.get(self.key)
+        forms = {} if stored is None else column_values(stored)
+        is_match = any(self._matches_form(value, forms) for value in self.values)
+        return is_match is not (self.operator == "!=")
+
+    def _matches_form(self, value: ConditionValue, forms: Mapping[str, Any]) -> bool:
+        """Return whether one of the stored `forms` of a value is equal, in order, or contains."""
+        kind = value_kind(value)
+        if self.operator == "contains" and value in forms.get(kind + LIST_SUFFIX, ()):
+            return True
+        form = forms.get(kind)
+        if form is None:
+            return False
+        if isinstance(value, DatePeriod):
+            first, end = order_bounds(value, self.operator)
+            return bool(first <= form < end)
         if self.operator in ORDER_OPERATORS:
-            if value is None or scalar_kind(value) != scalar_kind(self.value):
-                return False
-            return bool(ORDER_OPERATORS[self.operator](value, self.value))
-        is_equal = value is not None and any(
-            scalar_kind(value) == scalar_kind(other) and value == other for other in self.values
-        )
-        return is_equal is not (self.operator == "!=")
+            return bool(ORDER_OPERATORS[self.operator](form, value))
+        return bool(form == value)
 
 
 Where = Mapping[str, Any] | Iterable[Condition | str] | None
 """Filter in any accepted form: ``{"category": "animals"}`` (equal), ``{"category": ["animals",
 "plants"]}`` (one of these), or a list of Conditions and of texts as on the command line:
-``["category=animals", "year>=1990"]``. All conditions must hold; None filters nothing."""
+``["category=animals", "year>=1990 and tags contains card"]``. All conditions must hold; None
+filters nothing."""
 
 FilterFields = Mapping[str, Iterable[str]]
 """Metadata keys that an index can be filtered by, with the kinds of their values."""
 
 
+def value_kind(value: ConditionValue) -> str:
+    """Return the kind of a condition's value: that of a scalar, or "date" for a period."""
+    return "date" if isinstance(value, DatePeriod) else scalar_kind(value)
+
+
+def order_bounds(period: DatePeriod, operator_name: str) -> tuple[float, float]:
+    """Return the first instant that satisfies a condition on a date, and the first one behind.
+
+    ``<=`` includes the whole period and ``>`` begins behind it; ``!=`` has the bounds of ``=``.
+    """
+    start = {">": period.end, "<": -math.inf, "<=": -math.inf}.get(operator_name, period.start)
+    end = {">": math.inf, ">=": math.inf, "<": period.start}.get(operator_name, period.end)
+    return start, end
+
+
 def parse_conditions(where: Where, fields: FilterFields) -> tuple[Condition, ...]:
     """Return a filter in any accepted form as conditions that must all hold; () for an empty one.
 
-    In a mapping, a list, tuple or set means ``in``, and any other value ``=``. A text alone is one
-    condition. Raises RetrievalError for a text that cannot be parsed, for a value that cannot be
-    compared, for a key that is not in `fields`, and for a value of a kind that `fields` does not
-    list for its key: a mistake in a filter must not look like an empty result.
+    In a mapping, a list, tuple or set means ``in``, and any other value ``=``. Values get the kind
+    of their key: a text becomes a `DatePeriod` if the key holds dates, and a text that spells a
+    number becomes one if the key holds numbers and texts.
+
+    Raises:
+        RetrievalError: a text that is no condition, more than `MAX_CONDITIONS` conditions or
+            `MAX_VALUES` values, a value that cannot be compared, a key that is not in `fields`, a
+            value of a kind that `fields` does not list for its key, or an operator that lists, or
+            numbers that are stored as texts, do not have. A mistake in a filter must not look like
+            an empty result.
     """
     conditions: list[Condition] = []
-    if isinstance(where, Mapping):
-        for key, value in where.items():
-            is_collection = isinstance(value, list | tuple | set | frozenset)
-            conditions.append(Condition(key, "in" if is_collection else "=", value))
-    else:
-        for item in [where] if isinstance(where, str) else where or ():
-            conditions.append(parse_condition(item, fields) if isinstance(item, str) else item)
-    for condition in conditions:
-        _check_key(condition.key, fields)
-        for value in condition.values:
-            if scalar_kind(value) not in fields[condition.key]:
-                place = f"where: {quote_value(condition.key)} {condition.operator}"
-                raise _wrong_kind_error(repr(value), condition.key, fields, place=place)
+    for item in _iter_conditions(where):
+        if len(conditions) == MAX_CONDITIONS:
+            fix = "Combine values of one key by 'in'"
+            raise RetrievalError(f"more than {MAX_CONDITIONS} conditions", place="where", fix=fix)
+        if isinstance(item, TextCondition):
+            item = _parse_values(item, fields)
+        conditions.append(_resolve(item, fields))
+    if sum(len(condition.values) for condition in conditions) > MAX_VALUES:
+        raise _too_many_values_error("where")
     return tuple(conditions)
 
 
-def to_scalar(value: Any) -> Scalar | None:
-    """Return a metadata value as filters compare it: a text, a finite float or a bool.
+def _iter_conditions(where: Where) -> Iterable[Condition | TextCondition]:
+    """Yield the conditions of a filter; those of a text have values without kinds."""
+    if isinstance(where, Mapping):
+        for key, value in where.items():
+            is_collection = isinstance(value, list | tuple | set | frozenset)
+            yield Condition(key, "in" if is_collection else "=", value)
+        return
+    for item in [where] if isinstance(where, str) else where or ():
+        if isinstance(item, str):
+            yield from split_conditions(item)
+        elif isinstance(item, Condition):
+            yield item
+        else:
+            fix = "Give texts such as year>=2024, or Conditions"
+            raise RetrievalError(f"{quote_value(item)} is no condition", place="where", fix=fix)
 
-    Integers become floats, and lone surrogates in texts become "?". Lists, objects, null,
-    infinities, NaN, and integers too large for a float cannot be compared and give None.
+
+def _parse_values(condition: TextCondition, fields: FilterFields) -> Condition:
+    """Return a written condition with a number, flag or text for each value.
+
+    Each value becomes the first of number, flag and text that its key holds and that fits it; one
+    in quotes, or that fits nothing, is a text. Raises RetrievalError for a key not in `fields`.
     """
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return replace_lone_surrogates(value)
-    if isinstance(value, int | float):
+    kinds = {kind.removesuffix(LIST_SUFFIX) for kind in _get_kinds(condition.key, fields)}
+    values = [_parse_value(v, set() if condition.is_quoted else kinds) for v in condition.values]
+    value = values if condition.operator == "in" else values[0]
+    return Condition(condition.key, condition.operator, value)
+
+
+def _parse_value(text: str, kinds: set[str]) -> Scalar:
+    """Return a text as a number or a flag if `kinds` has that kind and it fits, else as it is."""
+    if "number" in kinds:
         try:
-            number = float(value)
-        except OverflowError:
-            return None
-        return number + 0.0 if math.isfinite(number) else None  # adding 0.0 turns -0.0 into 0.0
-    return None
+            number = to_scalar(float(text))
+        except ValueError:
+            number = None
+        if number is not None:
+            return number
+    if "flag" in kinds and text in ("true", "false"):
+        return text == "true"
+    return text
 
 
-def scalar_kind(value: Scalar) -> str:
-    """Return the kind of a scalar: "text", "number" or "flag"."""
-    return next(name for name, cls in SCALAR_KINDS.items() if type(value) is cls)
+def _resolve(condition: Condition, fields: FilterFields) -> Condition:
+    """Return a condition whose values have kinds that its key holds.
 
-
-_CONDITION = re.compile(
-    r"\s*(?P<key>.+?)\s*(?P<operator>!=|<=|>=|=|<|>|(?<=\s)in(?=\s))\s*(?P<value>.*?)\s*",
-    re.DOTALL,
-)
-
-
-def parse_condition(text: str, fields: FilterFields) -> Condition:
-    """Parse a typed condition such as ``year>=1990`` or ``category in animals,plants``.
-
-    White space around key and values is ignored; commas separate the values of ``in``.
-
-    Args:
-        text: the condition.
-        fields: kinds of the values that the index holds for each key; the value is parsed as one of
-            the kinds of its key.
-
-    Raises:
-        RetrievalError: not a condition, an unknown key, a value that fits no kind of its key or
-            cannot be compared by the operator, or an order comparison (``<`` and so on) of a number
-            with a key that holds it as a text.
+    Raises RetrievalError as `parse_conditions`.
     """
-    match = _CONDITION.fullmatch(text)
-    if match is None:
-        fix = "Write key=value; operators: " + " ".join(OPERATORS)
-        raise RetrievalError(quote_value(text), place="--where", fix=fix)
-    key, operator_name, value = match["key"], match["operator"], match["value"]
-    _check_key(key, fields)
-    kinds, place = set(fields[key]), f"--where {quote_value(text)}"
-    if operator_name == "in":
-        values = [_parse_value(item.strip(), kinds) for item in value.split(",")]
-        if None in values:
-            raise _wrong_kind_error(quote_value(value), key, fields, place=place)
-        return Condition(key, operator_name, values)
-    scalar = _parse_value(value, kinds)
-    if scalar is None:
-        raise _wrong_kind_error(quote_value(value), key, fields, place=place)
-    is_numeric_text = isinstance(scalar, str) and _parse_number(scalar) is not None
-    if operator_name in ORDER_OPERATORS and is_numeric_text:
-        # As texts, '1000' comes before '9'.
-        fix = "Write every value of it as a plain number, such as 12.5, and index the source again"
-        raise RetrievalError(f"{quote_value(value)}: {key} holds texts", place=place, fix=fix)
-    return Condition(key, operator_name, scalar)
+    kinds = _get_kinds(condition.key, fields)
+    has_lists = any(kind.endswith(LIST_SUFFIX) for kind in kinds)
+    held = " and ".join(KIND_PLURALS[kind] for kind in KIND_PLURALS if kind in kinds)
+    if has_lists is not (condition.operator == "contains") and (has_lists or kinds):
+        value = condition.values[0]
+        fix = f"Write '{condition.key} contains {_spell(value)}'" if has_lists else "Use ="
+        raise RetrievalError(f"{condition.key} holds {held}", place=condition.place, fix=fix)
+    values = []
+    for value in condition.values:
+        resolved = _resolve_value(value, kinds, is_contained=has_lists)
+        if resolved is None:
+            message = f"{quote_value(_spell(value))}: {condition.key} holds {held}"
+            raise RetrievalError(message, place=condition.place, fix=f"Compare with {held}")
+        is_number_as_text = isinstance(resolved, str) and parse_plain_number(resolved) is not None
+        if is_number_as_text and condition.operator in ORDER_OPERATORS:
+            # As texts, '1000' comes before '9'.
+            fix = "Write every value of it as a plain number, such as 12.5, and index it again"
+            message = f"{quote_value(resolved)}: {condition.key} holds {held}"
+            raise RetrievalError(message, place=condition.place, fix=fix)
+        values.append(resolved)
+    is_list = condition.operator == "in"
+    return Condition(condition.key, condition.operator, values if is_list else values[0])
 
 
-def _check_key(key: str, fields: FilterFields) -> None:
-    """Raise RetrievalError, with the most similar known key, if no document has `key`."""
+def _resolve_value(
+    value: ConditionValue, kinds: set[str], *, is_contained: bool
+) -> ConditionValue | None:
+    """Return a value as one of the kinds that its key holds; None if it has none of them.
+
+    With `is_contained`, the items of lists count as well, and dates are texts.
+    """
+    if is_contained:
+        item_kinds = {kind.removesuffix(LIST_SUFFIX).replace("date", "text") for kind in kinds}
+        return value if value_kind(value) in item_kinds else None
+    if isinstance(value, str):
+        if "date" in kinds and (period := parse_period(value)) is not None:
+            return period
+        number = parse_plain_number(value)
+        if {"number", "text"} <= kinds and number is not None:
+            return number
+    return value if value_kind(value) in kinds else None
+
+
+def _spell(value: ConditionValue) -> str:
+    """Return a value as it is written in a condition: ``red``, ``2024`` or ``true``."""
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _get_kinds(key: str, fields: FilterFields) -> set[str]:
+    """Return the kinds of a key; raise RetrievalError, with the most similar key, without it."""
     if key not in fields:
         message = f"no document has metadata {quote_value(key)}"
-        raise RetrievalError(message, place="where", fix=suggest_name(key, fields))
+        raise RetrievalError(message, place="where", fix=suggest_name(key[:200], fields))
+    return set(fields[key])
 
 
-def _parse_number(text: str) -> Scalar | None:
-    """Return `text` as a finite float, or None."""
-    try:
-        return to_scalar(float(text))
-    except ValueError:
-        return None
-
-
-def _parse_value(value: str, kinds: set[str]) -> Scalar | None:
-    """Return a typed value as the first of number, flag and text that is in `kinds` and fits it.
-
-    A number becomes a float, and a flag is ``true`` or ``false``; a text always fits. None if none
-    fits.
-    """
-    if "number" in kinds and (number := _parse_number(value)) is not None:
-        return number
-    if "flag" in kinds and value in ("true", "false"):
-        return value == "true"
-    return value if "text" in kinds else None
-
-
-def _wrong_kind_error(value: str, key: str, fields: FilterFields, *, place: str) -> RetrievalError:
-    """Return the error of a value, as it is quoted, that is of no kind that `key` holds."""
-    plural = " and ".join(f"{name}s" for name in sorted(fields[key]))
-    fix = f"Compare with one of the {plural}"
-    return RetrievalError(f"{value}: {key} holds {plural}", place=place, fix=fix)
+def _too_many_values_error(place: str) -> RetrievalError:
+    fix = "Store what they have in common as one key, and filter by it"
+    return RetrievalError(f"more than {MAX_VALUES} values", place=place, fix=fix)

@@ -22,7 +22,8 @@ from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_
 from helpers.processes import start_process
 from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError, DataError, LockError, RetrievalError
-from vlduet.retrieval.build import MAX_FILTER_KEYS, build_index
+from vlduet.retrieval.build import build_index
+from vlduet.retrieval.filter_values import MAX_FILTER_KEYS
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
 
@@ -40,7 +41,8 @@ def test_built_index_returns_documents_with_text_metadata_and_image(
     assert nonzero_counts(report) == {"added": 4, "embedded": 4, "count": 4}
     with Index.open(tmp_path / "index", model) as index:
         assert index.manifest.complete and index.manifest.count == index.count() == 4
-        assert index.manifest.fields == {"hue": ["text"], "year": ["number"], "warm": ["flag"]}
+        kinds = {"hue": ["text"], "year": ["number"], "warm": ["flag"], "tags": ["text list"]}
+        assert index.manifest.fields == kinds
         hits = search(index, model, "red", k=2)
         assert (hits[0].id, hits[0].rank, hits[0].text) == ("red", 1, "a red square")
         assert hits[0].metadata == {"hue": "red", "year": 2000, "warm": True, "tags": ["a"]}
@@ -448,7 +450,7 @@ def test_metadata_of_any_kind_is_returned_and_the_first_keys_can_be_filtered(
 
 
 def test_vector_with_nan_is_refused(tmp_path: Path, model: Any) -> None:
-    model.encode_document = lambda items: model.encode_query(items) * float("nan")
+    model.encode_document = lambda items, on_truncate: model.encode_query(items) * float("nan")
     with pytest.raises(RetrievalError, match="not finite for '00'"):
         build_index(model, write_text_records(tmp_path), to=tmp_path / "index", side="text")
 

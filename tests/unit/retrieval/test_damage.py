@@ -170,7 +170,7 @@ def test_a_build_that_starts_while_an_index_is_opened_is_no_damage(
     monkeypatch.setattr(lance, "VERSION_RETENTION", lance.timedelta(microseconds=1))
     read = IndexManifest.read
     manifests = [read(index)]  # of before the build
-    source = write_texts(index.parent, 24)
+    source = write_texts(index.parent, 40)
     build_index(FakeModel(), source, to=index, chunk_size=4)
     assert manifests[0].find_damage(index), "the build must have merged files"
 
@@ -179,7 +179,7 @@ def test_a_build_that_starts_while_an_index_is_opened_is_no_damage(
 
     monkeypatch.setattr(IndexManifest, "read", read_old_manifest_first)
     with Index.open(index) as opened:
-        assert opened.count() == 24
+        assert opened.count() == 40
 
 
 def test_a_damaged_image_is_named_by_check_and_replaced_by_a_build(tmp_path: Path) -> None:

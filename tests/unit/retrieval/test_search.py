@@ -44,6 +44,7 @@ def test_the_query_is_embedded_as_a_query() -> None:
     model: Any = SimpleNamespace(
         encode_query=lambda items: np.full((len(items), 2), 1.0),
         encode_document=lambda items: np.full((len(items), 2), 2.0),
+        score_statistics=None,
     )
     vectors = []
 
@@ -53,7 +54,7 @@ def test_the_query_is_embedded_as_a_query() -> None:
 
     index: Any = SimpleNamespace(
         check_model=lambda model: None,
-        manifest=SimpleNamespace(fields={}, dim=2),
+        manifest=SimpleNamespace(fields={}, dim=2, side="image"),
         store=SimpleNamespace(search=search_store),
     )
     assert search(index, model, "red") == []
@@ -77,6 +78,8 @@ def test_hits_are_ranked_by_score_and_all_returned_for_a_large_k(index: Index, m
         (["year<2002"], {"red", "green"}),
         (["year>=2001", "year<=2002"], {"green", "blue"}),
         (["hue in red, green"], {"red", "green"}),
+        (["year>=2001 and warm=true"], {"yellow"}),
+        (["tags contains a and hue==blue"], {"blue"}),
         ([Condition("year", ">", 2002), "warm=true"], {"yellow"}),
         ({"warm": False}, {"green", "blue"}),
     ],

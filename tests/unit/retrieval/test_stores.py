@@ -13,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vlduet.errors import RetrievalError
-from vlduet.retrieval.filters import OPERATORS, Condition, to_scalar
+from vlduet.retrieval.filter_values import KIND_PLURALS, extract_filter_values, parse_period
+from vlduet.retrieval.filters import MAX_CONDITIONS, MAX_VALUES, OPERATORS, Condition
 from vlduet.retrieval.stores import lance
 from vlduet.retrieval.stores.base import IndexRow, RowHashes, ScoredRow
-from vlduet.retrieval.stores.lance import LanceStore, filter_column, sql_literal
+from vlduet.retrieval.stores.lance import LanceStore
+from vlduet.retrieval.stores.sql import condition_to_sql, filter_column, sql_literal
 
 DIM = 4
 
@@ -49,7 +51,6 @@ class ReferenceStore:
 
 
 def make_row(identity: str, version: int = 0, **metadata: Any) -> IndexRow:
-    scalars = {key: to_scalar(value) for key, value in metadata.items()}
     return IndexRow(
         id=identity,
         hashes=RowHashes(f"content {identity} {version}", f"details {version}"),
@@ -57,7 +58,7 @@ def make_row(identity: str, version: int = 0, **metadata: Any) -> IndexRow:
         image_path=f"/images/{identity}",
         relative_image_path=f"../{identity}",
         metadata=metadata,
-        filter_values={key: value for key, value in scalars.items() if value is not None},
+        filter_values=extract_filter_values(metadata, {}),
     )
 
 
@@ -182,8 +183,8 @@ def test_hostile_keys_and_values_inject_no_sql(tmp_path: Path, key: str) -> None
 
 def test_filter_columns_are_distinct_and_of_plain_characters() -> None:
     keys = ["a", "A", "a_", "_a", "a_5f_", "5f", "_5f_", "a b", "a.b", "é", "", "text__a"]
-    columns = [filter_column(key, kind) for key in keys for kind in ("text", "number")]
-    assert len(set(columns)) == 2 * len(keys)
+    columns = [filter_column(key, kind) for key in keys for kind in KIND_PLURALS]
+    assert len(set(columns)) == len(KIND_PLURALS) * len(keys)
     for column in columns:
         assert column.replace("_", "").isalnum() and column.isascii() and column == column.lower()
 
@@ -192,28 +193,52 @@ def test_sql_literal_doubles_quotes() -> None:
     assert sql_literal("a'b") == "'a''b'"
 
 
+def nesting(predicate: str) -> int:
+    depth = deepest = 0
+    for character in predicate:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def test_the_largest_filters_are_answered_and_nest_little(tmp_path: Path) -> None:
+    store = open_for_writing(tmp_path)
+    store.upsert([make_row("a", n=7, day="2024-05-01"), make_row("b", n=-1)], AXES[:2])
+    (matches,) = store.search(AXES[:1], k=2, conditions=[Condition("n", ">=", 0)] * MAX_CONDITIONS)
+    assert ids_of(matches) == ["a"]
+    days = [parse_period(f"2024-{m:02}-{d:02}") for m in range(1, 13) for d in range(1, 28)]
+    many: list[list[Any]] = [list(range(MAX_VALUES)), days, [f"x{i}" for i in range(MAX_VALUES)]]
+    keys = ("n", "day", "day")
+    for key, values, expected in zip(keys, many, (["a"], ["a"], []), strict=True):
+        condition = Condition(key, "in", values)
+        columns = {filter_column(key, kind) for kind in ("number", "date", "text")}
+        assert nesting(condition_to_sql(condition, columns)) < 20
+        (matches,) = store.search(AXES[:1], k=2, conditions=[condition])
+        assert ids_of(matches) == expected
+
+
 SCALARS = st.one_of(
-    st.sampled_from(["", "a", "b", "é", "a'b", "1"]),
+    st.sampled_from(["", "a", "b", "é", "a'b", "1", "1.5", "01", "2024-05-01"]),
+    st.sampled_from(["2024-05-01T10:00Z", "2024-05-01 23:59:59", "2024-04-30T23:00:00-02:00"]),
     st.sampled_from([0, -0.0, 1, 1.5, -2, 1e300, 2**53 + 1]),
     st.booleans(),
-    st.none(),
-    st.just([1]),
 )
-METADATA = st.dictionaries(st.sampled_from(["x", "y", "X.y"]), SCALARS)
+LISTS = st.lists(st.one_of(SCALARS, st.none(), st.just([1])), max_size=3)
+METADATA = st.dictionaries(st.sampled_from(["x", "y", "X.y"]), st.one_of(SCALARS, LISTS, st.none()))
 VECTOR = st.tuples(*[st.integers(-2, 2)] * DIM).filter(any)
 ITEM = st.tuples(st.integers(0, 12), METADATA, VECTOR)
-COMPARABLE = SCALARS.filter(lambda value: value is not None and value != [1])
+PERIODS = st.sampled_from(["2024", "2024-04", "2024-05-01", "2024-05-01T10:00"]).map(parse_period)
 
 
 @st.composite
 def random_condition(draw: Any) -> Condition:
     operator = draw(st.sampled_from(OPERATORS))
     key = draw(st.sampled_from(["x", "y", "X.y", "unknown"]))
+    values = SCALARS if operator == "contains" else st.one_of(SCALARS, PERIODS)
     if operator == "in":
-        return Condition(key, operator, draw(st.lists(COMPARABLE, max_size=3)))
-    values = COMPARABLE
-    if operator not in ("=", "!="):
-        values = COMPARABLE.filter(lambda value: not isinstance(value, bool))
+        return Condition(key, operator, draw(st.lists(values, min_size=1, max_size=3)))
+    if operator in ("<", "<=", ">", ">="):
+        values = values.filter(lambda value: not isinstance(value, bool))
     return Condition(key, operator, draw(values))
 
 

@@ -1,21 +1,28 @@
 """Interface of a vector store, and the rows that it stores and returns.
 
-Every store gives the same results: exact cosines, best first, ties in the order of the ids.
+Every store gives the same results: exact cosines, best first, ties in the order of the ids. A store
+with a search index may miss some of the nearest rows, unless a search asks for exactness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from vlduet.retrieval.filters import Condition, Scalar
+from vlduet.retrieval.filter_values import FilterValue
+from vlduet.retrieval.filters import Condition
 
 SCORE_TOLERANCE = 1e-5
 """Largest rounding error of a float32 cosine; candidates this close to the k-th best are scored
 again in float64."""
+
+ApproximateMode = Literal["auto", "on", "off"]
+"""Whether a build makes an index for approximate search: "auto" decides by the number of rows."""
+MIN_ROWS_FOR_APPROXIMATE_SEARCH = 100_000
+"""Number of rows above which "auto" builds one."""
 
 
 class RowHashes(NamedTuple):
@@ -39,7 +46,7 @@ class IndexRow:
     relative_image_path: str | None
     """The same path relative to the index folder, valid after both were moved together."""
     metadata: Mapping[str, Any]
-    filter_values: Mapping[str, Scalar] = field(default_factory=dict, compare=False)
+    filter_values: Mapping[str, FilterValue] = field(default_factory=dict, compare=False)
     """Metadata values that filters can test. Empty in rows that a search returns."""
 
 
@@ -85,6 +92,12 @@ class VectorStore(Protocol):
 
         `exact` compares every row, also if the store has an approximate search index.
         """
+
+    def has_search_index(self) -> bool:
+        """Return whether searches are approximate unless they ask for exactness."""
+
+    def update_search_index(self, mode: ApproximateMode) -> None:
+        """Build the index for approximate search, bring it up to date, or remove it."""
 
     def count(self) -> int:
         """Return the number of stored rows."""

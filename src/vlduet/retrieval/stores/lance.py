@@ -1,15 +1,17 @@
 """Vector store in a local LanceDB folder. The only file that imports lancedb.
 
-Search is exact: no approximate vector index is ever built. Metadata is stored twice, as JSON to
-return and as typed columns to filter by. LanceDB's threads do not survive a fork, so processes that
-search must be started with the spawn method.
+Without a search index every row is compared. With one, IVF_FLAT, the vectors are grouped by k-means
+and a search compares the groups that are nearest to the query, and all rows that were written since
+the search index; scores are exact in both cases. Metadata is stored twice, as JSON to return and as
+typed columns to filter by. LanceDB's threads do not survive a fork, so processes that search must
+be started with the spawn method.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -22,15 +24,19 @@ import pyarrow as pa
 from vlduet.errors import RetrievalError
 from vlduet.files import fsync_paths
 from vlduet.library_errors import translate_library_errors
-from vlduet.retrieval.filters import ORDER_OPERATORS, Condition, Scalar, scalar_kind
+from vlduet.retrieval.filter_values import column_values
+from vlduet.retrieval.filters import Condition
 from vlduet.retrieval.stores.base import (
+    MIN_ROWS_FOR_APPROXIMATE_SEARCH,
     SCORE_TOLERANCE,
+    ApproximateMode,
     IndexRow,
     RowHashes,
     ScoredRow,
     rank_candidates,
 )
 from vlduet.retrieval.stores.lancedb_import import import_lancedb
+from vlduet.retrieval.stores.sql import conditions_to_sql, filter_column, ids_to_sql
 from vlduet.structured_files import parse_json
 
 logger = logging.getLogger("vlduet")
@@ -43,10 +49,33 @@ MANIFEST_MAGIC = b"LANC"
 VERSION_RETENTION = timedelta(minutes=10)
 """Time that older versions are kept for searches that still read them."""
 COMMITS_PER_COMPACTION = 64
-"""Number of commits after which files are merged; each commit adds a file that reads open."""
+"""Number of commits after which files are merged, if they hold a quarter of the rows."""
+MAX_COMMITS_PER_COMPACTION = 256
+"""Number of commits after which files are merged in any case: reads open the file of each."""
+MAX_FILES_LEFT = 32
+"""Number of files that are left unmerged by an update of less than a quarter of the rows."""
+MAX_SCANNED_ROWS = 5000
+"""Number of rows that match a filter up to which only these are read and compared."""
+NUM_PROBES = 64
+"""Number of groups that an approximate search compares at least."""
+MAX_K_OF_FEW_PROBES = 100
+"""Number of hits above which an approximate search compares as many groups as LanceDB finds
+useful."""
+MAX_UNINDEXED_SHARE = 0.05
+"""Share of rows that the search index may lack before it is brought up to date."""
+MAX_GROWTH = 2.0
+"""Growth of the number of rows after which the groups of the search index are computed anew."""
 MAX_IDS_IN_SQL = 1000
 """Number of ids that are selected by SQL; for more the whole table is read."""
-ARROW_TYPES = {"text": pa.string(), "number": pa.float64(), "flag": pa.bool_()}
+ARROW_TYPES = {
+    "text": pa.string(),
+    "number": pa.float64(),
+    "flag": pa.bool_(),
+    "date": pa.float64(),
+    "text list": pa.list_(pa.string()),
+    "number list": pa.list_(pa.float64()),
+    "flag list": pa.list_(pa.bool_()),
+}
 """Arrow type of a filter column by kind of value."""
 
 
@@ -71,7 +100,8 @@ class LanceStore:
         """
         self.folder, self.dim, self.write = folder, dim, write
         self._synced_paths: set[Path] = set()
-        self._num_commits = 0
+        self._num_commits = self._num_written = 0
+        self._ids: set[str] | None = None
         if write:
             self._remove_incomplete_versions()
         try:
@@ -120,7 +150,7 @@ class LanceStore:
             return np.empty((0, self.dim), dtype=np.float32)
         request = self._table.search()
         if len(ids) <= MAX_IDS_IN_SQL:
-            request = request.where(_id_predicate(ids))
+            request = request.where(ids_to_sql(ids))
         with self._translate_errors():
             table = request.select(["id", "vector"]).to_arrow()
         positions = {identity: i for i, identity in enumerate(table["id"].to_pylist())}
@@ -135,9 +165,11 @@ class LanceStore:
     def upsert(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> None:
         """Insert rows of distinct ids and their unit vectors float32[N, D], or replace them.
 
-        All rows are one durable commit; nothing is done without rows. Filter columns that the table
-        lacks are added first. Every `COMMITS_PER_COMPACTION`-th commit merges the files. Raises
-        AssertionError for another shape, and if the store is not open for writing.
+        Replaced rows are deleted in a commit of their own before all rows are added in another; an
+        interruption between both loses rows, which `read_hashes` shows. Both are durable on return,
+        and their time does not depend on the number of stored rows. Filter columns that the table
+        lacks are added first. After many commits files are merged. Nothing is done without rows.
+        Raises AssertionError for another shape, and if the store is not open for writing.
         """
         assert vectors.shape == (len(rows), self.dim) and self.write
         if not rows:
@@ -145,22 +177,38 @@ class LanceStore:
         columns = {}
         for row in rows:
             for key, value in row.filter_values.items():
-                columns[filter_column(key, scalar_kind(value))] = ARROW_TYPES[scalar_kind(value)]
+                for kind in column_values(value):
+                    columns[filter_column(key, kind)] = ARROW_TYPES[kind]
         new_columns = sorted(columns.keys() - set(self._table.schema.names))
         if new_columns:
             schema = pa.schema([pa.field(name, columns[name]) for name in new_columns])
             with self._translate_errors():
                 self._table.add_columns(schema)
-        merge = self._table.merge_insert("id").when_matched_update_all()
-        # Without use_index(False) a scalar index on the id makes it update nothing (lancedb #3515).
-        merge = merge.when_not_matched_insert_all().use_index(False)
+        # LanceDB's merge_insert compares the ids of all stored rows.
+        stored_ids = self._read_ids()
+        replaced = [row.id for row in rows if row.id in stored_ids]
         new_rows = self._to_arrow(rows, vectors)
         with self._translate_errors():
-            merge.execute(new_rows)
+            if replaced:
+                self._table.delete(ids_to_sql(replaced))
+            self._table.add(new_rows)
+        stored_ids.update(row.id for row in rows)
         self._num_commits += 1
-        if self._num_commits % COMMITS_PER_COMPACTION == 0:
+        self._num_written += len(rows)
+        is_large_part = 4 * self._num_written >= len(stored_ids)
+        if self._num_commits >= (
+            COMMITS_PER_COMPACTION if is_large_part else MAX_COMMITS_PER_COMPACTION
+        ):
             self._compact()
         self._sync_files()
+
+    def _read_ids(self) -> set[str]:
+        """Return the ids of all stored rows, which are read once and then kept up to date."""
+        if self._ids is None:
+            with self._translate_errors():
+                ids = self._table.search().select(["id"]).to_arrow()["id"]
+            self._ids = set(ids.to_pylist())
+        return self._ids
 
     def _to_arrow(self, rows: Sequence[IndexRow], vectors: np.ndarray) -> pa.Table:
         """Return rows and vectors as an Arrow table with every column of the stored table.
@@ -182,7 +230,8 @@ class LanceStore:
             columns.setdefault(name, [None] * len(rows))
         for i, row in enumerate(rows):
             for key, value in row.filter_values.items():
-                columns[filter_column(key, scalar_kind(value))][i] = value
+                for kind, form in column_values(value).items():
+                    columns[filter_column(key, kind)][i] = form
         arrays = []
         for field in schema:
             if field.name == "vector":
@@ -200,12 +249,14 @@ class LanceStore:
         assert self.write
         if ids:
             with self._translate_errors():
-                self._table.delete(_id_predicate(ids))
+                self._table.delete(ids_to_sql(ids))
+            self._read_ids().difference_update(ids)
+            self._num_written += len(ids)
             self._sync_files()
 
     def read_row(self, row_id: str) -> IndexRow | None:
         """Return the row of an id, or None if there is none."""
-        request = self._table.search().where(_id_predicate([row_id]))
+        request = self._table.search().where(ids_to_sql([row_id]))
         with self._translate_errors():
             rows = request.select(ROW_COLUMNS).limit(1).to_arrow().to_pylist()
         return _parse_row(rows[0]) if rows else None
@@ -220,31 +271,33 @@ class LanceStore:
     ) -> list[list[ScoredRow]]:
         """Return for each query of float32[Q, D] the `k` nearest rows that satisfy all conditions.
 
-        Rows come best first, ties in the order of ids; fewer than `k` if fewer rows match.
+        Rows come best first, ties in the order of ids; fewer than `k` if fewer rows match. With a
+        search index, some of the nearest rows may be missing, unless `exact` is set or few rows
+        satisfy the conditions.
         """
-        columns = set(self._table.schema.names)
-        predicate = " AND ".join(f"({condition_to_sql(c, columns)})" for c in conditions)
-        return [self._search_query(query, k, predicate) for query in queries.astype(np.float32)]
+        predicate = conditions_to_sql(conditions, set(self._table.schema.names))
+        is_exact = exact or self._search_index() is None
+        return [
+            self._search_query(query, k, predicate, is_exact)
+            for query in queries.astype(np.float32)
+        ]
 
-    def _search_query(self, query: np.ndarray, k: int, predicate: str) -> list[ScoredRow]:
+    def _search_query(
+        self, query: np.ndarray, k: int, predicate: str, is_exact: bool
+    ) -> list[ScoredRow]:
         """Return the `k` >= 1 nearest rows of a query float32[D] that satisfy an SQL predicate.
 
         Rows come best first, ties in the order of ids; fewer than `k` if fewer rows match. An empty
-        predicate holds for all rows.
+        predicate holds for all rows. Without `is_exact` the search index is used.
         """
         limit = k + 16
-        while True:
-            request = self._table.search(query, vector_column_name="vector")
-            request = request.distance_type("dot").bypass_vector_index()
-            if predicate:
-                request = request.where(predicate, prefilter=True)
-            columns = [*ROW_COLUMNS, "vector", "_distance"]
-            with self._translate_errors():
-                table = request.select(columns).limit(limit).to_arrow()
-            distances = table["_distance"].to_numpy()
+        table = self._read_matching_rows(predicate)
+        while table is None:
+            candidates = self._find_candidates(query, limit, predicate, is_exact)
+            distances = candidates["_distance"].to_numpy()
             # Ties at the k-th place are resolved by id, so every row that ties with it is needed.
             if len(distances) < limit or distances[-1] > distances[k - 1] + SCORE_TOLERANCE:
-                break
+                table = candidates
             limit *= 4
         ids = table["id"].to_pylist()
         ranking = rank_candidates(query, k, ids=ids, vectors=self._vector_matrix(table))
@@ -254,20 +307,118 @@ class LanceStore:
         scores = [score for _, score in ranking]
         return list(map(ScoredRow, map(_parse_row, stored_rows.to_pylist()), scores))
 
+    def _read_matching_rows(self, predicate: str) -> pa.Table | None:
+        """Return the rows that satisfy an SQL predicate if they are few, else None.
+
+        To read these rows is faster than to search all rows and more accurate than a search index,
+        whose nearest groups may hold none of them. None for an empty predicate.
+        """
+        if not predicate:
+            return None
+        with self._translate_errors():
+            if self._table.count_rows(predicate) > MAX_SCANNED_ROWS:
+                return None
+            request = self._table.search().where(predicate)
+            return request.select([*ROW_COLUMNS, "vector"]).to_arrow()
+
+    def _find_candidates(
+        self, query: np.ndarray, limit: int, predicate: str, is_exact: bool
+    ) -> pa.Table:
+        """Return the `limit` nearest rows that satisfy an SQL predicate, nearest first.
+
+        The table has the columns `ROW_COLUMNS`, ``vector`` and ``_distance``. Arguments are those
+        of `_search_query`.
+        """
+        request = self._table.search(query, vector_column_name="vector").distance_type("dot")
+        if is_exact:
+            request = request.bypass_vector_index()
+        else:
+            request = request.minimum_nprobes(NUM_PROBES)
+            is_simple = limit <= MAX_K_OF_FEW_PROBES and not predicate
+            request = request.maximum_nprobes(NUM_PROBES if is_simple else 0)  # 0: no limit
+        if predicate:
+            request = request.where(predicate, prefilter=True)
+        with self._translate_errors():
+            return request.select([*ROW_COLUMNS, "vector", "_distance"]).limit(limit).to_arrow()
+
+    def has_search_index(self) -> bool:
+        """Return whether searches are approximate unless they ask for exactness."""
+        return self._search_index() is not None
+
+    def _search_index(self) -> Any:
+        """Return LanceDB's description of the search index; None without one."""
+        with self._translate_errors():
+            indices = self._table.list_indices()
+        return next((index for index in indices if index.columns == ["vector"]), None)
+
+    def update_search_index(self, mode: ApproximateMode) -> None:
+        """Build the index for approximate search, bring it up to date, or remove it.
+
+        Raises AssertionError if the store is not open for writing.
+
+        Args:
+            mode: "auto" builds one for more than `MIN_ROWS_FOR_APPROXIMATE_SEARCH` rows and keeps
+                an existing one up to date; "on" does so for any number of rows; "off" removes it.
+        """
+        assert self.write
+        from lancedb.index import BTree
+
+        index, num_rows = self._search_index(), self.count()
+        is_large = num_rows > MIN_ROWS_FOR_APPROXIMATE_SEARCH
+        with self._translate_errors():
+            if is_large and not any(i.columns == ["id"] for i in self._table.list_indices()):
+                # Without it, the time to replace rows grows with their number.
+                self._table.create_index("id", config=BTree())
+            if mode == "off" or num_rows == 0:
+                if index is not None:
+                    self._table.drop_index(index.name)
+            elif index is not None or is_large or mode == "on":
+                self._refresh_search_index(index, num_rows)
+        self._sync_files()
+
+    def _refresh_search_index(self, index: Any, num_rows: int) -> None:
+        """Add rows to a search index, or compute it anew if there is none or it is outgrown.
+
+        `index` is LanceDB's description of it, or None, and `num_rows` > 0 the number of rows.
+        """
+        from lancedb.index import IvfFlat
+
+        # The name tells how many groups there are, and thereby how many rows there were.
+        num_groups = 0 if index is None else int(index.name.rpartition("_")[2])
+        if index is not None and num_rows <= MAX_GROWTH * (num_groups + 1) ** 2:
+            if index.num_unindexed_rows > MAX_UNINDEXED_SHARE * num_rows:
+                self._compact()
+            return
+        self._compact()
+        num_groups = math.isqrt(num_rows)
+        config = IvfFlat(distance_type="dot", num_partitions=num_groups)
+        self._table.create_index("vector", config=config, name=f"vector_{num_groups}")
+        if index is not None:
+            self._table.drop_index(index.name)
+
     def count(self) -> int:
         """Return the number of stored rows."""
         with self._translate_errors():
             return int(self._table.count_rows())
 
     def close(self) -> None:
-        """Merge the files that many writes left; do nothing in a store that only reads."""
+        """Merge the files that many writes left; do nothing in a store that only reads.
+
+        Files stay as they are after an update of a small part of the rows, unless there are many.
+        """
         if self.write:
-            self._compact()
-            self._sync_files()
+            with self._translate_errors():
+                num_files = self._table.stats()["fragment_stats"]["num_fragments"]
+            is_large_part = self._num_written > 0 and 4 * self._num_written >= self.count()
+            if is_large_part or num_files > MAX_FILES_LEFT:
+                self._compact()
+                self._sync_files()
 
     def _compact(self) -> None:
+        """Merge files, delete old versions, and add new rows to the search index."""
         with self._translate_errors():
             self._table.optimize(cleanup_older_than=VERSION_RETENTION)
+        self._num_commits = self._num_written = 0
 
     def _translate_errors(self) -> AbstractContextManager[None]:
         """Turn what LanceDB raises in a block into a RetrievalError at the folder."""
@@ -317,42 +468,3 @@ def _parse_row(columns: dict[str, Any]) -> IndexRow:
             fix="Delete the index and build it again",
         ),
     )
-
-
-def filter_column(key: str, kind: str) -> str:
-    """Return the column of a metadata key and a kind; distinct for distinct keys, of [a-z0-9_]."""
-    return f"{kind}__" + re.sub(r"[^a-z0-9]", lambda match: f"_{ord(match[0]):x}_", key)
-
-
-def condition_to_sql(condition: Condition, columns: set[str]) -> str:
-    """Return a condition as an SQL predicate on the filter columns among `columns`.
-
-    A value whose column is not in `columns` equals no row; without any column the predicate is
-    ``false``, and ``NOT (false)`` for ``!=``. A row without the key satisfies only ``!=``. Keys and
-    values are encoded, so that no SQL can be injected through them.
-    """
-    operator = condition.operator if condition.operator in ORDER_OPERATORS else "="
-    comparisons = []
-    for value in condition.values:
-        column = filter_column(condition.key, scalar_kind(value))
-        if column in columns:
-            comparison = f"{column} {operator} {sql_literal(value)}"
-            comparisons.append(f"({column} IS NOT NULL AND {comparison})")
-    predicate = " OR ".join(comparisons) or "false"
-    return f"NOT ({predicate})" if condition.operator == "!=" else predicate
-
-
-def sql_literal(value: Scalar) -> str:
-    """Return a value as an SQL literal: ``true``, ``CAST('1.5' AS DOUBLE)`` or a quoted text.
-
-    A quote in a text, the only special character, is doubled.
-    """
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"CAST('{value!r}' AS DOUBLE)"
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _id_predicate(ids: Sequence[str]) -> str:
-    return f"id IN ({', '.join(map(sql_literal, ids))})"
