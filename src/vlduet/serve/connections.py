@@ -34,7 +34,7 @@ class LimitedConfig(uvicorn.Config):
         """Configure a server of `app` with HTTP/1.1 only: no HTTP/2 and no WebSockets."""
         self.limits = limits
         super().__init__(
-            app,  # type: ignore[arg-type]
+            app,
             http=LimitedProtocol,
             ws="none",
             log_level="warning",
@@ -62,6 +62,7 @@ class LimitedProtocol(H11Protocol):
         config: LimitedConfig,
         server_state: ServerState,
         app_state: dict[str, Any],
+        *,
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         """Prepare a connection of the server whose state is `server_state`, as uvicorn does."""

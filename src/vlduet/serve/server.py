@@ -109,7 +109,7 @@ class Backend:
             await app(scope, receive, send)
 
 
-class Server(uvicorn.Server):
+class ModelServer(uvicorn.Server):
     """Web server that SIGINT and SIGTERM end alike.
 
     The first signal lets running answers end within `ServerLimits.shutdown_seconds`. A second one
@@ -167,7 +167,7 @@ def protect_app(backend: Backend, rules: AccessRules, limits: ServerLimits) -> A
 
 def build_server(
     app: ASGIApp | Backend, *, rules: AccessRules | None = None, limits: ServerLimits | None = None
-) -> Server:
+) -> ModelServer:
     """Return a web server that is not running yet; setting its `should_exit` ends it.
 
     Args:
@@ -181,7 +181,7 @@ def build_server(
     max_connections = min(limits.max_connections, int(MAX_SHARE_OF_FILES * _count_files()))
     limits = replace(limits, max_connections=max_connections)
     protected_app = protect_app(backend, rules or AccessRules(), limits)
-    return Server(LimitedConfig(protected_app, limits), backend)
+    return ModelServer(LimitedConfig(protected_app, limits), backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class LoadedApp:
 
 
 def run_server(
-    server: Server,
+    server: ModelServer,
     load: Callable[[], LoadedApp],
     listening_socket: socket.socket,
     *,
