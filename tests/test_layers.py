@@ -94,6 +94,7 @@ ENTRY_POINTS: dict[str, set[str]] = {
     # Names on a model hub: all that may use the network for a model.
     "huggingface_hub": {"hub.py", "library_errors.py"},
     "PIL": {"data/images.py"},
+    "pillow_heif": {"data/images.py"},
     "lancedb": {"retrieval/stores/lancedb_import.py"},
     "pyarrow": {
         "retrieval/stores/lance.py",
@@ -105,8 +106,17 @@ ENTRY_POINTS: dict[str, set[str]] = {
     "filelock": {"corpora/packages.py", "locks.py"},
     "mteb": {"harness/mteb.py"},
     "lmms_eval": {"harness/lmms_eval.py"},
-    "starlette": {"serve/app.py"},
-    "uvicorn": {"serve/app.py"},
+    "fastapi": {
+        "serve/app.py",
+        "serve/openapi.py",
+        "serve/resources.py",
+        "serve/routes/*",
+        "serve/streaming.py",
+    },
+    "starlette": {"serve/app.py", "serve/limits.py", "serve/server.py"},
+    "uvicorn": {"serve/connections.py", "serve/server.py"},
+    "h11": {"serve/url_images.py"},
+    "prometheus_client": {"serve/metrics.py"},
     "typer": {"cli/*"},
     "rich": {"cli/*", "logs.py"},
     "torch.utils.tensorboard": {"logs.py"},
@@ -132,9 +142,15 @@ NEVER_IMPORTED = {
 # Names of modules whose distribution has another name.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
     "yaml": "pyyaml",
     "resvg_py": "resvg-py",
     "lmms_eval": "lmms-eval",
+    # FastAPI is made of it; some names have no other module.
+    "starlette": "fastapi",
+    # uvicorn is made of it too.
+    "h11": "uvicorn",
+    "prometheus_client": "prometheus-client",
 }
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from vlduet.data.records import Message, Part
 from vlduet.model.generation.continuous import Delta
-from vlduet.serve.app import Service, build_server
+from vlduet.serve.app import Service
 from vlduet.serve.scheduler import ChatRequest
+from vlduet.serve.server import AccessRules, build_server
 from vlduet.serve.worker import Worker
 
 
@@ -87,8 +88,8 @@ class RunningServer:
         self.service = service
         listening_socket = socket.create_server(("127.0.0.1", 0))
         self.port = listening_socket.getsockname()[1]
-        app = service.build_app(allowed_hosts=["127.0.0.1"], api_keys=api_keys)
-        self.uvicorn = build_server(app)
+        rules = AccessRules(allowed_hosts=["127.0.0.1"], api_keys=api_keys)
+        self.uvicorn = build_server(service.build_app(), rules=rules)
         self.thread = threading.Thread(
             target=self.uvicorn.run, kwargs={"sockets": [listening_socket]}, daemon=True
         )

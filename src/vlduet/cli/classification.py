@@ -33,12 +33,13 @@ def classify(
     labels. MODEL may also be a dual encoder. It is an error if labels are missing or repeated, if a
     folder has no image, or if an image cannot be read.
     """
+    from vlduet.data.labels import TEMPLATES
     from vlduet.encoders.dual import open_embedder
     from vlduet.eval import classification
 
     label_texts = classification.read_labels(labels)
     refs = classification.list_images(images)
-    templates = template or classification.TEMPLATES
+    templates = template or TEMPLATES
     result = classification.classify(open_embedder(model), refs, label_texts, templates=templates)
     rows: list[dict[str, Any]] = []
     for ref, label, row in zip(refs, result.predicted_labels, result.probabilities, strict=True):

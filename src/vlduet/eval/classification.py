@@ -6,8 +6,7 @@
     result = classify(model, [ImageRef(path=Path("cat.png"))], ["a cat", "a dog"])
     result.predicted_labels[0], result.probabilities[0]  # label, float32[2]
 
-The vector of a label is the mean of the unit vectors of its prompts, one per template, as CLIP
-does. Probabilities are the softmax over the labels of cosine / temperature.
+`data/labels.py` has the prompts and the arithmetic.
 """
 
 from __future__ import annotations
@@ -21,14 +20,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vlduet.data.images import IMAGE_SUFFIXES, MISSING_IMAGE
+from vlduet.data.image_formats import IMAGE_SUFFIXES
+from vlduet.data.images import MISSING_IMAGE
+from vlduet.data.labels import (
+    TEMPLATES,
+    check_labels,
+    check_templates,
+    fill_templates,
+    label_probabilities,
+)
+from vlduet.data.readers.folder_scan import iter_folders
+from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.readers.text_encoding import detect_encoding
 from vlduet.data.records import ImageRef
 from vlduet.errors import DataError
-from vlduet.eval.protocols import cosine, unit_rows
-
-TEMPLATES = ("{}", "a picture of {}", "a drawing of {}", "this is {}")
-"""Prompts of a label; ``{}`` stands for it."""
+from vlduet.logs import logger
 
 
 class LabelEmbedder(Protocol):
@@ -80,42 +86,20 @@ def classify(
         ImageError: an image cannot be read.
     """
     check_labels(labels)
-    if not templates or any("{}" not in template for template in templates):
-        fix = "Write templates such as 'a picture of {}'"
-        raise DataError("a template without {}, or no template", place="templates", fix=fix)
+    check_templates(templates)
     if temperature is None:
         temperature = float(np.exp(-model.logit_scale.item()))
     if not temperature > 0:
         raise DataError(f"temperature {temperature}", place="temperature", fix="Give more than 0")
     if not images:
         return Classification(tuple(labels), np.zeros((0, len(labels)), dtype=np.float32))
-    prompts = [template.replace("{}", label) for label in labels for template in templates]
-    prompt_vectors = unit_rows(model.encode(prompts))
-    label_vectors = prompt_vectors.reshape(len(labels), len(templates), -1).mean(1)  # [L, E]
-    cosines = cosine(model.encode(list(images)), label_vectors.astype(np.float32))  # [N, L]
-    logits = cosines.astype(np.float64) / temperature
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities = weights / weights.sum(1, keepdims=True)
-    return Classification(tuple(labels), probabilities.astype(np.float32))
-
-
-def check_labels(labels: Sequence[str], *, place: str = "labels") -> None:
-    """Raise DataError for fewer than two labels, an empty one, or two that are equal.
-
-    Labels are equal if they differ in case and outer blanks alone. `place` is named in the error.
-    """
-    if len(labels) < 2:
-        fix = "Give two labels or more, with commas between them or one per line of a file"
-        raise DataError(f"{len(labels)} label(s)", place=place, fix=fix)
-    first_index: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        key = label.strip().casefold()
-        if not key:
-            raise DataError(f"label {index + 1} is empty", place=place, fix="Remove it")
-        if key in first_index:
-            message = f"label '{label}' occurs twice, as {first_index[key] + 1} and {index + 1}"
-            raise DataError(message, place=place, fix="Name every label once")
-        first_index[key] = index
+    probabilities = label_probabilities(
+        model.encode(list(images)),
+        model.encode(fill_templates(labels, templates)),
+        num_labels=len(labels),
+        temperature=temperature,
+    )
+    return Classification(tuple(labels), probabilities)
 
 
 # ------------------------------------------------------------------ files
@@ -124,20 +108,16 @@ def check_labels(labels: Sequence[str], *, place: str = "labels") -> None:
 def list_images(paths: Sequence[Path]) -> list[ImageRef]:
     """Return the images of files and folders, in the given order.
 
-    The images of a folder are all files below it with an ending of `IMAGE_SUFFIXES`, sorted by
-    path; files and folders whose name starts with a dot are skipped. No image is opened.
+    The images of a folder are those of `folder_scan` below it, sorted by path; a warning tells what
+    else is there. No image is decoded.
 
     Raises:
-        DataError: a path does not exist, or a folder has no image.
+        DataError: a path does not exist, or a folder has no image or cannot be read.
     """
     images: list[ImageRef] = []
     for path in paths:
         if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if _is_image_file(file, path)]
-            if not files:
-                fix = f"Give a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
-                raise DataError("no images in this folder", place=path, fix=fix)
-            images += [ImageRef(path=file) for file in files]
+            images += [ImageRef(path=file) for file in _list_folder_images(path)]
         elif path.exists():
             images.append(ImageRef(path=path))
         else:
@@ -145,10 +125,24 @@ def list_images(paths: Sequence[Path]) -> list[ImageRef]:
     return images
 
 
-def _is_image_file(file: Path, folder: Path) -> bool:
-    """Return whether a path below a folder is a file with an image's ending and is not hidden."""
-    is_hidden = any(name.startswith(".") for name in file.relative_to(folder).parts)
-    return file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and file.is_file()
+def _list_folder_images(path: Path) -> list[Path]:
+    """Return the images below a folder; log, or raise DataError, as `list_images` says."""
+    ignored = IgnoredData()
+    errors: list[tuple[Path, OSError]] = []
+    files: list[Path] = []
+    for folder, content in iter_folders(path, ignored, errors=errors):
+        files += [folder / name for name in content.images]
+        for name in content.other_files:
+            ignored.add_file(folder / name)
+    for folder, error in errors:
+        message = f"the folder cannot be read ({error.strerror})"
+        raise DataError(message, place=folder, fix="Check its permissions")
+    if not files:
+        fix = f"Give a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
+        raise DataError("no images in this folder", place=path, fix=fix)
+    for message in ignored.describe_files() + ignored.describe_system_files():
+        logger.warning(f"{path}: {message}")
+    return sorted(files)
 
 
 def read_labels(text: str) -> list[str]:

@@ -280,7 +280,8 @@ class Worker:
         return selected
 
     @property
-    def _max_tokens(self) -> int:
+    def max_tokens(self) -> int:
+        """Number of tokens of the longest content that the model embeds uncut."""
         model = self.model
         if isinstance(model, DuetModel):
             return model.renderer.max_tokens
@@ -290,7 +291,7 @@ class Worker:
         """Return the number of tokens of an item, and whether a text of it must be cut."""
         if isinstance(self.model, DualEncoder):
             (count,) = self.model.count_tokens([item])
-            return count, count > self._max_tokens
+            return count, count > self.max_tokens
         sequence = self.model.renderer.render_embedding(as_parts(item), is_query=is_query)
         return len(sequence) + sequence.num_cut_tokens, sequence.num_cut_tokens > 0
 
@@ -306,7 +307,7 @@ class Worker:
             for job, i in entries:
                 num_tokens, is_cut = self._count_tokens(job.items[i], is_query=is_query)
                 if is_cut and not job.truncate:
-                    raise too_long_error(num_tokens, self._max_tokens)
+                    raise too_long_error(num_tokens, self.max_tokens)
                 job.num_tokens += num_tokens
                 job.num_truncated += is_cut
             return encode([job.items[i] for job, i in entries], on_truncate=accept_truncation)

@@ -10,9 +10,10 @@ import pytest
 
 from helpers.fake_embedder import COLOURS, FakeModel, paint
 from vlduet import Classification, classify
+from vlduet.data.labels import TEMPLATES
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import DataError, ImageError
-from vlduet.eval.classification import TEMPLATES, list_images, read_labels
+from vlduet.eval.classification import list_images, read_labels
 
 
 class TemperatureModel(FakeModel):

@@ -19,9 +19,10 @@ from vlduet.retrieval.build import build_index
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.rag import ask
 from vlduet.retrieval.search import search
-from vlduet.serve import app as app_module
-from vlduet.serve import schemas
+from vlduet.serve import resources as resources_module
 from vlduet.serve.app import Service
+from vlduet.serve.routes import chat as chat_module
+from vlduet.serve.routes.embeddings import format_vectors
 from vlduet.serve.worker import Worker
 
 TEXTS = ["a red boat", "a dog in the snow", "three apples"]
@@ -123,10 +124,10 @@ def test_embeddings_of_texts_images_and_mixtures_equal_the_model_s(server, duet)
 
 def test_vectors_in_base64_are_little_endian_float32():
     vectors = np.array([[1.0, -2.5], [0.5, 3.0]], np.float32)
-    body = schemas.embeddings_response(vectors, model="tiny", as_base64=True)
-    decoded = [struct.unpack("<2f", base64.b64decode(row["embedding"])) for row in body["data"]]
+    rows = format_vectors(vectors, as_base64=True)
+    decoded = [struct.unpack("<2f", base64.b64decode(row["embedding"])) for row in rows]
     assert decoded == [(1.0, -2.5), (0.5, 3.0)]
-    assert [row["index"] for row in body["data"]] == [0, 1]
+    assert [row["index"] for row in rows] == [0, 1]
 
 
 def test_whole_and_streamed_answers_equal_the_model_s(server, duet):
@@ -233,13 +234,13 @@ def becomes_true(condition) -> bool:
 def chats(monkeypatch):
     """All chats that the server creates."""
     created = []
-    constructor = app_module.ChatRequest
+    constructor = chat_module.ChatRequest
 
     def record(*args, **options):
         created.append(constructor(*args, **options))
         return created[-1]
 
-    monkeypatch.setattr(app_module, "ChatRequest", record)
+    monkeypatch.setattr(chat_module, "ChatRequest", record)
     return created
 
 
@@ -253,7 +254,7 @@ def test_disconnected_client_ends_its_answer(server, duet, chats, monkeypatch):
 
 
 def test_request_of_a_disconnected_client_is_not_started(server, duet, chats, monkeypatch):
-    monkeypatch.setattr(app_module, "DISCONNECT_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(resources_module, "DISCONNECT_POLL_SECONDS", 0.05)
     worker = server.service.worker
     embedded, prefilled = [], []
     encode_document, prefill_inputs = duet.encode_document, duet.prefill_inputs
@@ -285,52 +286,102 @@ def test_request_of_a_disconnected_client_is_not_started(server, duet, chats, mo
 
 # ------------------------------------------------------------------ wrong requests
 
+PNG_URL = image_part(tiny.random_image())["image_url"]["url"]
 WRONG_CHATS = [
-    (chat_body(image_url_part("/etc/passwd")), "data: URL"),
+    (chat_body(image_url_part("/etc/passwd")), "messages[0].content[0].image_url: an image that"),
     (chat_body(image_url_part("https://a.b/c.png")), "data: URL"),
     (chat_body(image_url_part("data:;base64,?")), "broken base64"),
     (chat_body(image_url_part("data:,x")), "unknown kind of file"),
     (chat_body(image_url_part("data:,\ud800")), "not UTF-8"),
-    (chat_body({"type": "input_audio"}), "messages[0].content[0]: not a part"),
+    (chat_body({"type": "input_audio"}), "messages[0].content[0].type: type 'input_audio' is not"),
+    (chat_body({"type": "text"}), "messages[0].content[0].text: missing"),
+    (chat_body({"type": "image_url"}), "messages[0].content[0].image_url: missing"),
+    (chat_body({"type": "image_url", "image_url": {}}), "content[0].image_url.url: missing"),
+    (chat_body({"type": "image_url", "image_url": 5}), "content[0].image_url: 5 is not an image"),
+    (chat_body(text_part("a"), {"text": "b"}), "messages[0].content[1].type: missing"),
+    (chat_body("a") | {"messages": [5]}, "messages[0]: 5 is not an object"),
     (chat_body(" "), "messages[0].content: expected text"),
+    (chat_body(PNG_URL), "messages[0].content: an image in the place of a text"),
+    (chat_body(text_part(PNG_URL)), "messages[0].content[0].text: an image in the place of"),
     (chat_body("hi", n=2), "n: 2 is not served"),
     (chat_body("hi", tools=[{"type": "function"}]), "tools: "),
+    (chat_body("hi", response_format={"type": "json_object"}), "response_format: "),
+    (chat_body("hi", skip_special_tokens=False), "skip_special_tokens: "),
     (chat_body("hi", retreival={}), "Did you mean 'retrieval'?"),
-    (chat_body("hi", temperature=3), "temperature: "),
+    (chat_body("hi", temperature=3), "temperature: 3 must be less than or equal to 2"),
+    (chat_body("hi", temperature="1"), "temperature: '1' must be a valid number"),
     (chat_body("hi", top_p=0), "top_p: "),
+    (chat_body("hi", top_k=-2), "top_k: "),
+    (chat_body("hi", min_p=1.5), "min_p: "),
+    (chat_body("hi", repetition_penalty=0), "repetition_penalty: "),
     (chat_body("hi", seed=1 << 63), "seed: "),
     (chat_body("hi", max_tokens=0), "max_tokens: "),
     (chat_body("hi", max_tokens=10**6), "window"),
     (chat_body("hi", retrieval={"where": ["no=1"]}), "no document has metadata 'no'"),
-    (chat_body("hi") | {"messages": []}, "the last turn is not a user's"),
+    (chat_body("hi", retrieval={"kk": 1}), "retrieval.kk: unknown field"),
+    (chat_body("hi", retrieval={"where": 1}), "retrieval.where: "),
+    (chat_body("hi") | {"messages": []}, "messages: 0 values. Send at least 1"),
+    (conversation_body([("assistant", "hi")]), "the last turn is not a user's"),
     (chat_body("hi") | {"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
-    (chat_body("hi", stop=["a"] * 17), "stop: 17 strings"),
+    (chat_body("hi", stop=["a"] * 17), "stop: 17 values. Send at most 16"),
     (chat_body("hi", stop="a" * 300), "stop"),
-    (chat_body(*[text_part("a")] * 300), "300 parts"),
+    (chat_body(*[text_part("a")] * 300), "messages[0].content: 300 values. Send at most 256"),
     (chat_body(*[image_part(tiny.random_image())] * 33), "33 images"),
     (chat_body("a" * (2 << 20)), "a text of 2097152 characters"),
-    (chat_body("hi", **{"x" * 10**6: 1}), "unknown field"),
 ]
 WRONG_EMBEDDINGS = [
-    ({"input": []}, "0 inputs"),
-    ({"input": [[1, 2, 3]]}, "input[0][0]: not a part"),
+    ({"input": []}, "input: 0 values"),
+    ({"input": {}}, "input: {} is neither text nor a list"),
+    ({"input": ["a"] * 2049}, "input: 2049 values. Send at most 2048"),
+    ({"input": [1, 2, 3]}, "check_embedding_ctx_length=False"),
+    ({"input": [[1, 2, 3]]}, "check_embedding_ctx_length=False"),
+    ({"input": ["a", [1, 2]]}, "input[1]: token ids"),
+    ({"input": [text_part("a"), text_part("b")]}, 'input": [[{"type": "text"'),
+    ({"messages": [{"role": "user", "content": "a"}] * 2}, 'input": [[{"type": "text"'),
     ({"input": ["a", ""]}, "input[1]: expected text"),
     ({"input": ["a", [{"type": "image_url", "image_url": "data:,x"}]]}, "input[1]"),
+    ({"input": ["a", "data:image/png;base64,AA=="]}, "input[1]"),
+    ({"input": ["a", [text_part(PNG_URL)]]}, "input[1][0].text: an image in the place of a text"),
+    ({"input": PNG_URL.partition(",")[2]}, "input: an image in the place of a text"),
+    ({"input": ["a", {}]}, "input[1]: neither text nor image"),
     ({"input": "a", "dimensions": 3}, "dimensions: "),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
-    ({}, "input: Field required"),
+    ({"input": "a", "truncate_prompt_tokens": 7}, "truncate_prompt_tokens: 7"),
+    ({"input": ["b", "a " * 10000]}, "input[1]: "),
+    ({}, "input: missing"),
     (b"{", "the body is not JSON"),
+    (b'{"input": NaN}', "the body is not JSON"),
     (b"[" * 10**6, "the body is not JSON"),
+    (b"[" * 3 * 10**6, "commas and brackets"),
     ([], "the body is not a JSON object"),
 ]
 WRONG_SEARCHES = [
     ({"query": "a", "k": 0}, "k: "),
-    ({"query": [], "k": 1}, "query: neither text nor a list of parts"),
+    ({"query": [], "k": 1}, "query: 0 values"),
+    ({"query": "a", "like": "n0"}, "either a query or the id of a document"),
+    ({}, "either a query or the id of a document"),
+    ({"query": "a", "threshold": 2}, "threshold: "),
+    ({"query": "a", "offset": -1}, "offset: "),
+    ({"query": "a", "where": ["i"]}, "where"),
+]
+WRONG_RERANKS = [
+    ({"query": "a", "documents": []}, "documents: 0 values"),
+    ({"query": "a", "documents": ["b", {"title": "c"}]}, "documents[1]: neither text nor image"),
+    ({"query": "a", "documents": ["b"], "top_n": 0}, "top_n: "),
+    ({"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, "max_tokens_per_doc: "),
+    ({"query": "a", "documents": ["b", 5]}, "documents[1]: 5 is neither text nor a list"),
+]
+WRONG_CLASSIFICATIONS = [
+    ({"input": ["a"], "labels": ["b"]}, "labels: 1 values. Send at least 2"),
+    ({"input": ["a"], "labels": ["b", "B"]}, "labels: label 'B' occurs twice"),
+    ({"input": ["a"], "labels": ["b", "c"], "templates": ["x"]}, "templates: a template without"),
 ]
 WRONG_REQUESTS = [
     *((CHAT, body, message) for body, message in WRONG_CHATS),
     *((EMBED, body, message) for body, message in WRONG_EMBEDDINGS),
     *(("/v1/search", body, message) for body, message in WRONG_SEARCHES),
+    *(("/v1/rerank", body, message) for body, message in WRONG_RERANKS),
+    *(("/v1/classify", body, message) for body, message in WRONG_CLASSIFICATIONS),
 ]
 
 
@@ -346,15 +397,13 @@ def test_wrong_request_gets_status_400_and_the_reason(server, path, body, messag
     assert server.request("/health")[0] == 200
 
 
-def test_wrong_model_host_path_method_type_and_size_are_refused(server, monkeypatch):
+def test_wrong_model_host_path_method_and_type_are_refused(server):
     for model in ("gpt", "\ud800"):
         assert server.request(EMBED, {"model": model, "input": "a"})[0] == 404
     assert server.request(EMBED, b"{}", headers={"Content-Type": "text/plain"})[0] == 415
     assert server.send("/health", headers={"Host": "evil.example"}).status == 400
     assert server.send("/nothing").status == 404
     assert server.send(EMBED).status == 405
-    monkeypatch.setattr(app_module, "MAX_REQUEST_BYTES", 100)
-    assert server.request(EMBED, {"input": "a" * 200})[0] == 413
 
 
 def test_busy_server_answers_503_with_retry_after(server, monkeypatch):

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlduet.data.images import image_key
+from vlduet.data.labels import TEMPLATES
 from vlduet.data.records import ImageRef, Part, Parts, Record
 from vlduet.errors import DataError
 from vlduet.eval.benchmarks.builtin import (
@@ -35,7 +36,6 @@ from vlduet.eval.benchmarks.builtin import (
 from vlduet.eval.benchmarks.compositional import decide_winoground
 from vlduet.eval.benchmarks.official_files import OfficialFiles
 from vlduet.eval.benchmarks.tasks import PairItem, PairTask, SearchTask, WeightedParts
-from vlduet.eval.classification import TEMPLATES
 from vlduet.eval.metrics import tokenize_answer
 
 DEFINITIONS_FILE = Path(__file__).parent / "definitions.json"

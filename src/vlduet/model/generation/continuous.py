@@ -21,9 +21,11 @@ from torch.nn import functional as F
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
+    MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -47,6 +49,13 @@ class SamplingParams:
     """Total probability of the most likely tokens that are sampled from."""
     seed: int | None = None
     """Seed of the request's own generator; None samples from torch's global generator."""
+    top_k: int = 0
+    """Number of the most likely tokens that are sampled from; 0 samples from all."""
+    min_p: float = 0.0
+    """Tokens are sampled if their probability is at least this share of the highest one."""
+    repetition_penalty: float | None = None
+    """Divisor of the positive logits of tokens that the answer already has, and factor of the
+    negative ones; None is the checkpoint's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +119,8 @@ class Request:
         generator, which the first call seeds, or without a seed torch's global one.
 
         Raises:
-            TypeError, ValueError, RuntimeError: the temperature is not a finite number, or `top_p`
-                is negative or not a number.
+            TypeError, ValueError, RuntimeError: the temperature is not a finite number, or
+                `top_p`, `top_k` or `min_p` is out of its range or not a number.
         """
         params = self.sampling_params
         if params.temperature < MIN_SAMPLING_TEMPERATURE:
@@ -119,9 +128,14 @@ class Request:
         if params.seed is not None and self._generator is None:
             self._generator = torch.Generator(logits.device).manual_seed(params.seed)
         input_ids = torch.empty(0)  # required by the interface of the warpers, which ignore it
+        # The order of transformers.
         logits = TemperatureLogitsWarper(float(params.temperature))(input_ids, logits)
+        if params.top_k > 0:
+            logits = TopKLogitsWarper(params.top_k)(input_ids, logits)
         if params.top_p < 1:
             logits = TopPLogitsWarper(params.top_p)(input_ids, logits)
+        if params.min_p > 0:
+            logits = MinPLogitsWarper(params.min_p)(input_ids, logits)
         return torch.multinomial(logits.softmax(1), 1, generator=self._generator)[:, 0]
 
     def append_token(self, token_id: int, tokenizer: Tokenizer, *, is_end: bool) -> Delta:
@@ -242,9 +256,7 @@ class ContinuousBatcher:
         self._suppressed_tokens = suppressed_tokens(backbone, eos_token_ids)
         self._logits_processors = LogitsProcessorList()
         config = backbone.model.generation_config
-        if config.repetition_penalty not in (None, 1):
-            penalty = RepetitionPenaltyLogitsProcessor(config.repetition_penalty)
-            self._logits_processors.append(penalty)
+        self._repetition_penalty = config.repetition_penalty or 1.0
         if config.no_repeat_ngram_size:
             ngrams = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
             self._logits_processors.append(ngrams)
@@ -373,12 +385,17 @@ class ContinuousBatcher:
     def _sample_token(self, request: Request, scores: Tensor) -> Tensor:
         """Return the id of the request's next token, int64[1], which is not appended.
 
-        The generation config's processors are applied. Before the first token, the end tokens are
-        set to -inf in scores float32[1, V], in place. Raises as `Request.sample_token`.
+        The generation config's processors are applied, and the request's penalty in place of the
+        config's. Before the first token, the end tokens are set to -inf in scores float32[1, V], in
+        place. Raises as `Request.sample_token`, and ValueError for a penalty that is not positive.
         """
         if not request.token_ids:
             scores[:, self.eos_token_ids] = -torch.inf  # an answer has at least one token
         token_ids = torch.tensor([request.token_ids], dtype=torch.long, device=scores.device)
+        penalty = request.sampling_params.repetition_penalty
+        penalty = self._repetition_penalty if penalty is None else penalty
+        if penalty != 1:
+            scores = RepetitionPenaltyLogitsProcessor(float(penalty))(token_ids, scores)
         return request.sample_token(self._logits_processors(token_ids, scores))
 
 
