@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlduet.cli._common import ModelFolder
 from vlduet.logs import logger
 
-LOOPBACK_HOSTS = ["127.0.0.1", "localhost", "[::1]", "::1"]
+if TYPE_CHECKING:
+    from vlduet.serve.server import AccessRules
+
 INDEX = "An index of this model; enables search and retrieval."
 HOST = "Address to listen at; 0.0.0.0 for all addresses of this machine."
 KEYS = "File of API keys, one per line; only requests with one of them are answered."
+STRICT = "Refuse requests with fields that this server does not know."
+ALLOW_IMAGE_HOST = "A host whose images may be named by URL, HOST or HOST:PORT; repeatable."
+ALLOW_HOST = "A further name under which clients reach the server, such as a proxy's; repeatable."
+CORS_ORIGIN = "Origin of web pages that may call the server, https://HOST or *; repeatable."
 
 
 def serve(
@@ -24,40 +33,96 @@ def serve(
     host: Annotated[str, typer.Option(help=HOST)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 selects a free one.")] = 8000,
     keys: Annotated[Path | None, typer.Option(metavar="FILE", help=KEYS)] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(metavar="NAME", help=ALLOW_HOST)] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help=CORS_ORIGIN)
+    ] = None,
+    allow_image_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help=ALLOW_IMAGE_HOST)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help=STRICT)] = False,
 ) -> None:
     """Chat and embed with one copy of a model, over HTTP in the format of OpenAI's API.
 
-    The model is named like its folder. Runs until it is interrupted. On the default host, only
-    requests to this machine's local names are answered; any other host without --keys gives a
-    warning. An address that is taken, an unusable file of keys, and an index of another model are
-    errors.
+    The model is named like its folder. /readyz tells when it is loaded. Ctrl-C or SIGTERM ends the
+    server with status 0 once running answers have ended, or after 5 seconds; a second one at once.
+    On the default host, only requests to this machine's local names and those of --allow-host are
+    answered; any other host without --keys gives a warning. An address that is taken, an unusable
+    file of keys, and an index of another model are errors.
     """
+    rules = _read_rules(host, keys, allow_hosts=allow_host or [], origins=cors_origin or [])
+    image_hosts = _read_image_hosts(allow_image_host or [])
     # The port is claimed before the model is loaded, which may take minutes.
     listening_socket = _listen(host, port)
-    from vlduet.encoders.dual import open_embedder
-    from vlduet.retrieval.index import Index
-    from vlduet.serve.app import Service, run_server
-    from vlduet.serve.auth import read_api_keys
-    from vlduet.serve.worker import Worker
+    from vlduet.serve.server import Backend, LoadedApp, build_server, run_server
 
-    api_keys = None if keys is None else read_api_keys(keys)
-    loaded = open_embedder(model)
-    opened_index = None if index is None else Index.open(index, loaded)
-    worker = Worker(loaded)
+    def load() -> LoadedApp:
+        """Load model and index; runs while the server says that it is not ready."""
+        from vlduet.encoders.dual import open_embedder
+        from vlduet.retrieval.index import Index
+        from vlduet.serve.app import Service
+        from vlduet.serve.url_images import ImageUrlPolicy, make_url_loader
+        from vlduet.serve.worker import Worker
+
+        loaded = open_embedder(model)
+        opened_index = None if index is None else Index.open(index, loaded)
+        worker = Worker(loaded)
+        service = Service(
+            worker,
+            name=name,
+            index=opened_index,
+            strict=strict,
+            load_url=make_url_loader(ImageUrlPolicy(image_hosts)) if image_hosts else None,
+        )
+        count_documents = None if opened_index is None else opened_index.count
+        return LoadedApp(service.build_app(), worker, count_documents)
+
     name = model.resolve().name
     url_host = f"[{host}]" if ":" in host else host
     url = f"http://{url_host}:{listening_socket.getsockname()[1]}/v1"
-    logger.info(f"{name} answers and embeds at {url} (Ctrl-C ends it)")
-    is_local = host in LOOPBACK_HOSTS
-    if api_keys is None and not is_local:
+    if rules.api_keys is None and rules.allowed_hosts is None:
         logger.warning(f"everyone who reaches {host} is served: give --keys, or use a firewall")
-    service = Service(worker, name=name, index=opened_index)
-    allowed_hosts = LOOPBACK_HOSTS if is_local else None
-    try:
-        app = service.build_app(allowed_hosts=allowed_hosts, api_keys=api_keys)
-        run_server(app, listening_socket)
-    finally:  # uvicorn raises KeyboardInterrupt again after its own shutdown
-        worker.close()
+    server = build_server(Backend(), rules=rules)
+    has_ended = run_server(
+        server,
+        load,
+        listening_socket,
+        on_ready=lambda: logger.info(f"{name} answers and embeds at {url} (Ctrl-C ends it)"),
+    )
+    if not has_ended:
+        # A thread that computes is not waited for, and must not meet an interpreter that ends.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _read_rules(
+    host: str, keys: Path | None, *, allow_hosts: list[str], origins: list[str]
+) -> AccessRules:
+    """Return the requests that are answered: on a host of this machine alone, only local names.
+
+    Raises ConfigError for an unusable file of keys, host name or origin.
+    """
+    from vlduet.serve.auth import read_api_keys
+    from vlduet.serve.hosts import LOOPBACK_HOSTS, check_host_name, check_origin
+    from vlduet.serve.server import AccessRules
+
+    names = [check_host_name(name, option="--allow-host") for name in allow_hosts]
+    allowed_hosts = None
+    if host in LOOPBACK_HOSTS or names:
+        allowed_hosts = [*LOOPBACK_HOSTS, host.lower(), *names]
+    return AccessRules(
+        allowed_hosts=allowed_hosts,
+        api_keys=None if keys is None else read_api_keys(keys),
+        cors_origins=[check_origin(origin, option="--cors-origin") for origin in origins],
+    )
+
+
+def _read_image_hosts(names: list[str]) -> list[str]:
+    """Return the hosts of which images are read; raise ConfigError for one that is not a host."""
+    from vlduet.serve.url_images import check_image_host
+
+    return [check_image_host(name, option="--allow-image-host") for name in names]
 
 
 def _listen(host: str, port: int) -> socket.socket:

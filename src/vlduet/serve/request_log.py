@@ -91,14 +91,15 @@ class _LoggedResponse:
         await self._send(message)
 
     def format_line(self) -> str:
-        """Return the line of the log: id, client, method, path, status, bytes and seconds.
+        """Return the line of the log: time of the end, id, client, method, path, status and size.
 
-        A path is encoded as in a URL, so that it contains no blanks and control characters.
+        The time is UTC, the duration in seconds. A path is encoded as in a URL, so that it contains no blanks and control characters.
         """
         client = (self.scope.get("client") or ("-",))[0]
         path = quote(self.scope["path"], safe="/:@!$&'()*+,;=~")[:MAX_LOGGED_PATH]
         method = quote(self.scope["method"], safe="")[:20]
         status = self.status or CLIENT_CLOSED_REQUEST
         seconds = time.perf_counter() - self.started
-        request = f"{self.request_id.decode()} {client} {method} {path}"
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        request = f"{now} {self.request_id.decode()} {client} {method} {path}"
         return f"{request} {status} {self.num_bytes} bytes {seconds:.3f} s"

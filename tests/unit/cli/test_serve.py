@@ -5,38 +5,82 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+import pytest
 
 from helpers import tiny
 from helpers.processes import run_process, start_process
+from vlduet.cli.serve import serve
+from vlduet.errors import ConfigError
+
+
+def request(port, path, **headers):
+    """Return the status and the JSON body of the response to a GET request."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
 
 
 def test_command_serves_with_keys_and_ends_on_interrupt(tmp_path):
     tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "small")
     (tmp_path / "keys").write_text("mine\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     command = [sys.executable, "-W", "ignore", "-m", "vlduet.cli.main", "serve", tmp_path / "small"]
-    command += ["--keys", tmp_path / "keys", "--port", "0"]
+    command += ["--keys", tmp_path / "keys", "--allow-host", "photos.example.org"]
+    command += ["--port", str(port)]
     with start_process(command, stderr=subprocess.PIPE, text=True) as process:
         try:
+            while not is_listening(port):
+                assert process.poll() is None
+            # Importing torch alone takes longer than the way from the socket to this request.
+            status, body = request(port, "/readyz")
+            assert status == 503 and "loads its model" in body["error"]["message"]
+            assert request(port, "/livez")[0] == 200
             assert process.stderr is not None
-            line = next(line for line in process.stderr if "answers and embeds at" in line)
-            port = int(line.partition("127.0.0.1:")[2].partition("/")[0])
-            second_command = [*command[:-1], str(port)]
-            second = run_process(second_command)
+            next(line for line in process.stderr if "answers and embeds at" in line)
+            assert request(port, "/readyz")[0] == 200
+            second = run_process(command)
             assert second.returncode == 1
             assert "Address already in use. Choose another --port" in second.stderr
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             for key, status in (("theirs", 401), ("mine", 200)):
-                connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
-                response = connection.getresponse()
-                body = json.loads(response.read())
-                assert response.status == status
-            assert body["data"][0]["id"] == "small"
+                for host in ("localhost", "photos.example.org"):
+                    headers = {"Authorization": f"Bearer {key}", "Host": host}
+                    assert request(port, "/v1/models", **headers)[0] == status
         finally:
             process.send_signal(signal.SIGINT)
-        assert process.wait(30) in (0, 130)
+        assert process.wait(30) == 0
         assert "Traceback" not in process.stderr.read()
+
+
+def is_listening(port):
+    """Return whether a connection to a local port is accepted."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    except ConnectionRefusedError:
+        time.sleep(0.05)
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allow_host": ["https://a.b"]}, "--allow-host: 'https://a.b' is not the name of a host"),
+        ({"cors_origin": ["a.b"]}, "--cors-origin: 'a.b' is not the origin of a web page"),
+        ({"allow_image_host": ["a/b"]}, "--allow-image-host: 'a/b' is not the name of a host"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_read(options, message):
+    with pytest.raises(ConfigError, match=message):
+        serve(Path("no-such-model"), port=0, **options)
 
 
 def test_missing_extra_is_named_with_the_command_that_installs_it():
