@@ -219,6 +219,13 @@ def seal_manifest(
     return {**sealed, "manifest_sha256": _hash_manifest(sealed)}
 
 
+def reseal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a changed manifest with the hash of its content; its list of files stays."""
+    unsealed = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    content = json.loads(json.dumps(unsealed))
+    return {**content, "manifest_sha256": _hash_manifest(content)}
+
+
 def find_manifest_damage(
     folder: Path, manifest: Mapping[str, Any], *, name: str, reread: bool = False
 ) -> list[Damage]:

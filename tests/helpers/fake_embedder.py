@@ -13,6 +13,7 @@ import numpy as np
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Message, Part, Parts
 from vlduet.model.limits import TruncationCallback, too_long_error
+from vlduet.model.score_statistics import ScoreStatistics
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 
@@ -29,6 +30,7 @@ class FakeModel:
     dim = 64
     image_backend = "pil"
     max_words = 1000
+    score_statistics: ScoreStatistics | None = None
 
     @property
     def max_text_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""`vlduet model`: build, download, inspect, limit and merge model folders."""
+"""`vlduet model`: build, download, inspect, limit, calibrate and merge model folders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from typing import Annotated
 
 import typer
 
-from vlduet.cli._common import Json, print_json, print_text
+from vlduet.cli._common import (
+    Columns,
+    Format,
+    Json,
+    ModelFolder,
+    Root,
+    Source,
+    Strict,
+    make_source,
+    print_json,
+    print_text,
+    quarantine_rows,
+)
 from vlduet.logs import logger
 
-app = typer.Typer(help="Build, download, check, limit and merge models.", no_args_is_help=True)
+HELP = "Build, download, check, limit, calibrate and merge models."
+app = typer.Typer(help=HELP, no_args_is_help=True)
 
 OUT = "Folder to write; must be new or empty."
 BARE = "Use a random projector and head instead of the trained ones that are shipped."
@@ -103,6 +116,7 @@ def info(
         "adapter": model.peft_model is not None,
         **model.embedding_settings(),
         "limits": model.limits.to_dict(),
+        "calibrated": model.score_statistics is not None,
         "image_backend": model.image_backend,
         "fingerprint": model.fingerprint,
     }
@@ -170,6 +184,54 @@ def limit(
         provenance = read_provenance(resolve_model(folder))
         model.save_pretrained(out, provenance={**provenance, "limits_of": str(folder)})
     logger.info(f"{out} is ready: {json.dumps(model.limits.to_dict())}")
+
+
+@app.command()
+def calibrate(
+    folder: ModelFolder,
+    source: Source,
+    *,
+    format: Format = None,
+    root: Root = None,
+    columns: Columns = None,
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Store in MODEL which scores unrelated records of SOURCE have, so that hits have a p.
+
+    Up to 512 records of SOURCE, chosen at random, are compared with each other; they should be like
+    those that will be searched, and not those of the training. Only the model's manifest is
+    written; its fingerprint, and indexes that it built, stay valid. A training run with validation
+    records has done this already.
+    """
+    from vlduet.data.quarantine import Quarantine
+    from vlduet.encoders.dual import open_embedder, write_score_statistics
+    from vlduet.errors import DataError
+    from vlduet.hub import resolve_model
+    from vlduet.locks import lock_output
+    from vlduet.retrieval.calibration import measure_score_statistics, sample_records
+
+    folder = resolve_model(folder)
+    with lock_output(folder):
+        dropped = Quarantine()
+        records = make_source(source, format=format, root=root, columns=columns, strict=strict)
+        sample = sample_records(records.read(on_error=quarantine_rows(dropped)))
+        statistics = measure_score_statistics(open_embedder(folder), sample)
+        if statistics is None:
+            fix = "Name a source with two records or more that share no text and no image"
+            raise DataError(f"no unrelated records ({dropped})", place=source, fix=fix)
+        write_score_statistics(folder, statistics)
+    counts = {
+        f"{query} -> {document}": distribution.num_pairs
+        for (query, document), distribution in statistics.distributions.items()
+    }
+    if as_json:
+        print_json({"model": str(folder), "records": statistics.num_records, "pairs": counts})
+        return
+    pairs = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    print_text(f"{folder}: pairs of {statistics.num_records} records: {pairs}")
+    if dropped.count:
+        print_text(str(dropped))
 
 
 @app.command()

@@ -115,8 +115,8 @@ def _image_ref(path: Path | None) -> ImageRef | None:
 
 
 def _hit_fields(hit: Hit) -> dict[str, Any]:
-    """Return a hit as JSON values."""
-    return {
+    """Return a hit as JSON values; `p` is left out if it is not known."""
+    fields = {
         "rank": hit.rank,
         "score": hit.score,
         "id": hit.id,
@@ -124,13 +124,15 @@ def _hit_fields(hit: Hit) -> dict[str, Any]:
         "image": None if hit.image is None else hit.image.name,
         "metadata": dict(hit.metadata),
     }
+    return fields if hit.p is None else {**fields, "p": hit.p}
 
 
 def _print_hits(hits: list[Hit]) -> None:
     """Print hits as a table on a terminal, and as tab-separated lines otherwise.
 
-    Columns are rank, score, id, text and image; cells of the table have 200 characters at most, and
-    control characters become blanks. Without hits, a message is logged instead.
+    Columns are rank, score, id, text and image, and in the table p, if it is known. Cells of the
+    table have 200 characters at most, and control characters become blanks. Without hits, a message
+    is logged instead.
     """
     if not hits:
         logger.info("nothing in the index matches")
@@ -149,6 +151,10 @@ def _print_hits(hits: list[Hit]) -> None:
     from rich.text import Text
 
     table = Table("rank", "score", "id", "text", "image")
+    if any(hit.p is not None for hit in hits):
+        table.add_column("p")
+        for row, hit in zip(rows, hits, strict=True):
+            row.append("" if hit.p is None else f"{hit.p:.2g}")
     for row in rows:
         shortened = [cell if len(cell) <= 200 else cell[:199] + "…" for cell in row]
         table.add_row(*[Text(cell, overflow="fold") for cell in shortened])

@@ -58,9 +58,9 @@ def train(
     run_config = load_run_config(config, overrides or [])
     from vlduet.workflows.validation import make_config_validator
 
-    evaluate = None
+    validator = None
     if run_config.data.validation is not None:
-        evaluate = make_config_validator(run_config, seed=run_config.seed)
+        validator = make_config_validator(run_config, seed=run_config.seed)
     if dry_run:
         from vlduet.train.plan import plan_run
 
@@ -80,7 +80,8 @@ def train(
     from vlduet.train.checkpointing import ResumeMode
 
     mode: ResumeMode = "auto" if resume == "auto" else resume is not None
-    folder = loop.train(run_config, evaluate=evaluate, resume=mode)
+    calibrate = validator.calibrate if validator else None
+    folder = loop.train(run_config, evaluate=validator, calibrate=calibrate, resume=mode)
     if not is_main_process():
         return
     metrics = run_config.out / "metrics.jsonl"

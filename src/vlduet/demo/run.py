@@ -131,7 +131,8 @@ def _run_steps(to: Path, *, seed: int, num_steps: int, full: bool, command: str)
     encoder_folders = find_encoder_folders(to, cross=dual)
     config = training_config(to, data, encoders=encoder_folders, seed=seed, steps=num_steps)
     with timer.step("train"):
-        folder = train(config, evaluate=make_validator(data.validation_file, seed=seed))
+        validator = make_validator(data.validation_file, seed=seed)
+        folder = train(config, evaluate=validator, calibrate=validator.calibrate)
     with timer.step("single losses"):
         single_losses = train_single_losses(to, config, data) if full else read_published_points()
     model = open_model(to, folder.name)

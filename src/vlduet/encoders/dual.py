@@ -6,7 +6,8 @@
 `recipe: clip` trains it, and it can be `encoders.cross` where there is no CLIP. Its folder:
 
     dual.json           path (relative) and fingerprint of each frozen encoder, dimensions, hashes
-                        of the tensors, provenance, size and hash of the other file
+                        of the tensors, provenance, statistics of scores
+                        (`model/score_statistics.py`), size and hash of the other file
     dual.safetensors    towers and temperature
 """
 
@@ -53,6 +54,7 @@ from vlduet.model.fingerprints import hash_checkpoint
 from vlduet.model.limits import TruncationCallback, accept_truncation, too_long_error
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
+from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.structured_files import check_fields, read_json_object, read_safetensors_header
 
 MANIFEST_NAME = "dual.json"
@@ -73,6 +75,8 @@ class DualEncoder(nn.Module):
 
     renderer: Any = None
     """Not used: a dual encoder reads no tokens."""
+    score_statistics: ScoreStatistics | None = None
+    """Scores of unrelated contents; None if they are not known."""
 
     def __init__(
         self, encoders: FrozenEncoders, *, dim: int, encoder_dims: Mapping[str, int] | None = None
@@ -224,12 +228,13 @@ class DualEncoder(nn.Module):
             "trained": checkpoint.describe_tensors(tensors),
             "provenance": dict(provenance or {}),
         }
+        if self.score_statistics is not None:
+            manifest["score_statistics"] = self.score_statistics.to_manifest()
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         with replace_folder_atomically(Path(folder), marker=MANIFEST_NAME) as new_folder:
             save_file(on_cpu, new_folder / WEIGHTS_NAME)
             manifest = seal_manifest(manifest, new_folder)
-            text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-            (new_folder / MANIFEST_NAME).write_text(text)
+            (new_folder / MANIFEST_NAME).write_text(checkpoint.format_manifest(manifest))
 
     @classmethod
     def from_pretrained(
@@ -266,6 +271,7 @@ class DualEncoder(nn.Module):
         with translate_library_errors(folder, subject="model folder"):
             model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         checkpoint.verify_tensors(manifest, model.own_tensors(), place=folder)
+        model.score_statistics = checkpoint.read_score_statistics(manifest, folder / MANIFEST_NAME)
         return model.to(device).eval()
 
 
@@ -342,6 +348,7 @@ def _read_manifest_file(folder: Path) -> dict[str, Any]:
     for encoder in manifest["encoders"].values():
         names = {"folder": str, "fingerprint": str}
         check_fields(encoder, names, place=path, error_class=ModelError, fix=fix)
+    checkpoint.read_score_statistics(manifest, path)
     return manifest
 
 
@@ -408,6 +415,18 @@ def open_embedder(folder: Path) -> DuetModel | DualEncoder:
     if (folder / MANIFEST_NAME).is_file():
         return DualEncoder.from_pretrained(folder, device=select_device())
     return DuetModel.from_pretrained(folder)
+
+
+def write_score_statistics(folder: Path, statistics: ScoreStatistics) -> None:
+    """Replace the statistics of scores in the folder of a `DuetModel` or a `DualEncoder`.
+
+    Nothing else in the folder changes. Raises ModelError if it has neither manifest.
+    """
+    path = folder / MANIFEST_NAME
+    if path.is_file():
+        checkpoint.store_score_statistics(path, _read_manifest_file(folder), statistics)
+    else:
+        checkpoint.write_score_statistics(folder, statistics)
 
 
 def _compute_fingerprint(

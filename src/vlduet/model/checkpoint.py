@@ -1,7 +1,8 @@
 """Format of a model folder: reading, writing and checking its files.
 
     vlduet.json            manifest: base, prompts, head, limits, image backend, trained tensors,
-                           and size and hash of every file (`verification.py`)
+                           statistics of scores (`score_statistics.py`) where there are some, and
+                           size and hash of every file (`verification.py`)
     duet.safetensors       head, temperature, projector, soft prompts
     chat_template.jinja    chat template in use, if there is one
     adapter/               LoRA in PEFT's own layout, if there is an adapter
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,9 @@ from vlduet import __version__
 from vlduet.data import images
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import ModelError, quote_value
+from vlduet.files import write_text_atomically
 from vlduet.hub import describe_snapshot, find_base
-from vlduet.integrity import seal_manifest, verify_manifest
+from vlduet.integrity import reseal_manifest, seal_manifest, verify_manifest
 from vlduet.library_errors import COPY_AGAIN, translate_library_errors
 from vlduet.model import verification
 from vlduet.model.chat_template import TEMPLATE_FILE, fix_date, read_early_template
@@ -41,6 +44,7 @@ from vlduet.model.folder_checks import describe_folder_without_config, read_adap
 from vlduet.model.pooling import HEAD_KINDS
 from vlduet.model.processing import IMAGE_BACKEND, translate_load_errors
 from vlduet.model.prompts import Prompts
+from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.model.sentence_transformers_format import read_published_model
 from vlduet.structured_files import FieldTypes, check_fields, read_json_object
 
@@ -55,6 +59,8 @@ GOLDEN_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}
 weights."""
 HALF_PRECISION_TOLERANCE = 2e-2
 """The same for all other dtypes."""
+NUMBER_LIST = re.compile(r"\[[-\s\d.,e]+\]")
+"""List of numbers in a JSON text with one value a line."""
 MANIFEST_FIELDS: FieldTypes = {
     "format": int,
     "base": str,
@@ -134,6 +140,40 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(base_folder, manifest, tensors, adapter_folder, golden_vectors, chat_template)
 
 
+def read_score_statistics(manifest: Mapping[str, Any], path: Path) -> ScoreStatistics | None:
+    """Return the statistics of scores of a parsed manifest; None if it has none.
+
+    Raises ModelError for a broken entry, with `path`, that of the manifest.
+    """
+    return ScoreStatistics.from_manifest(manifest.get("score_statistics"), place=str(path))
+
+
+def write_score_statistics(folder: Path, statistics: ScoreStatistics) -> None:
+    """Replace the statistics of scores in a model folder; nothing else in it changes.
+
+    Raises ModelError for a folder without a manifest, or with a broken one.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        fix = "Write a model folder with 'vlduet model limit' first, and use that"
+        raise ModelError(f"a checkpoint without {MANIFEST_NAME}", place=folder, fix=fix)
+    store_score_statistics(path, _read_manifest(path), statistics)
+
+
+def store_score_statistics(
+    path: Path, manifest: Mapping[str, Any], statistics: ScoreStatistics
+) -> None:
+    """Write a manifest with other statistics of scores to its file, atomically."""
+    changed = {**manifest, "score_statistics": statistics.to_manifest()}
+    write_text_atomically(path, format_manifest(reseal_manifest(changed)))
+
+
+def format_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as JSON with sorted keys; a list of numbers takes one line."""
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    return NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), text) + "\n"
+
+
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Return the facts about the origin of a model folder; {} for all other folders.
 
@@ -210,6 +250,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         fix = f"Update vlduet, which knows {', '.join(HEAD_KINDS)}, or copy the folder again"
         raise ModelError(message, place=path, fix=fix)
     Prompts.from_manifest(manifest["prompts"], place=path)
+    read_score_statistics(manifest, path)
     if manifest["image_backend"] != IMAGE_BACKEND:
         raise ModelError(
             f"saved with image backend '{manifest['image_backend']}', "
@@ -265,7 +306,7 @@ def write_checkpoint(
         save_adapter(folder / "adapter")
     manifest["base_files"] = {} if base is None else hash_checkpoint(base)
     manifest = seal_manifest(manifest, folder)
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    (folder / MANIFEST_NAME).write_text(format_manifest(manifest))
 
 
 def _final_folder(folder: Path) -> Path:

@@ -39,6 +39,7 @@ from vlduet.model.pooling import (
 )
 from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.model.prompts import Prompts, Renderer
+from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.model.soft_prompts import ROWS_TENSOR_NAME, SoftPrompts, init_soft_prompts
 from vlduet.objectives.language import compute_token_nll
 
@@ -58,6 +59,8 @@ class DuetModel(nn.Module):
 
     image_backend = IMAGE_BACKEND
     """Name of the library that decodes and resizes images."""
+    score_statistics: ScoreStatistics | None = None
+    """Scores of unrelated contents; None if they are not known, as after a change of the model."""
 
     def __init__(
         self,
@@ -246,6 +249,7 @@ class DuetModel(nn.Module):
     def set_prompts(self, prompts: Prompts) -> None:
         """Replace the embedding prompts; earlier embeddings are not comparable with later ones."""
         self.renderer = self.renderer.with_options(prompts=prompts)
+        self.score_statistics = None
 
     @property
     def limits(self) -> Limits:
@@ -292,6 +296,7 @@ class DuetModel(nn.Module):
             ConfigError: the existing adapter has other settings than `lora`, its `targets` are
                 unknown, the language model has none of its layers, or the prompts have no tokens.
         """
+        self.score_statistics = None
         if soft_prompts and self.soft_prompts is None:
             self.soft_prompts, prompts = init_soft_prompts(self.renderer, self.backbone)
             self.set_prompts(prompts)
@@ -354,21 +359,16 @@ class DuetModel(nn.Module):
     # ------------------------------------------------------------------ embedding and likelihood
 
     encode = embedding.encode
+    embed_sequences = embedding.embed_sequences
 
     def encode_query(
-        self,
-        items: abc.Sequence[Embeddable],
-        *,
-        on_truncate: TruncationCallback | None = None,
+        self, items: abc.Sequence[Embeddable], *, on_truncate: TruncationCallback | None = None
     ) -> np.ndarray:
         """Return the embeddings float32[N, E] of queries (see `embedding.encode`)."""
         return embedding.encode(self, items, is_query=True, on_truncate=on_truncate)
 
     def encode_document(
-        self,
-        items: abc.Sequence[Embeddable],
-        *,
-        on_truncate: TruncationCallback | None = None,
+        self, items: abc.Sequence[Embeddable], *, on_truncate: TruncationCallback | None = None
     ) -> np.ndarray:
         """Return the embeddings float32[N, E] of documents (see `embedding.encode`)."""
         return embedding.encode(self, items, on_truncate=on_truncate)

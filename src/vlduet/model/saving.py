@@ -161,6 +161,8 @@ def _write_model(
         "limits": model.limits.to_dict(),
         "provenance": dict(provenance),
     }
+    if model.score_statistics is not None:
+        description["score_statistics"] = model.score_statistics.to_manifest()
     checkpoint.write_checkpoint(
         folder,
         base=base,
@@ -250,8 +252,12 @@ def open_model(
     checkpoint.verify_tensors(saved.manifest, _trained_tensors(model), place=Path(folder))
     if check_golden and saved.golden_vectors is not None:
         _check_golden_vectors(saved.golden_vectors, model, place=Path(folder))
+    model.score_statistics = checkpoint.read_score_statistics(saved.manifest, manifest_path)
     if max_image_tokens is not None:
+        settings = dict(backbone.image_settings)
         backbone.limit_image_tokens(max_image_tokens)
+        if backbone.image_settings != settings:
+            model.score_statistics = None  # images have other embeddings now
     return model.eval()
 
 

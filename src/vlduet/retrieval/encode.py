@@ -14,6 +14,7 @@ from vlduet.data.records import Part, Parts
 from vlduet.errors import DataError, RetrievalError
 from vlduet.files import write_atomically
 from vlduet.model.limits import TruncationCallback
+from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.retrieval.documents import Document
 
 T = TypeVar("T")
@@ -42,6 +43,10 @@ class Embedder(Protocol):
     @property
     def dim(self) -> int:
         """Width D of the embeddings."""
+
+    @property
+    def score_statistics(self) -> ScoreStatistics | None:
+        """Scores of unrelated contents; None if they are not known."""
 
     @property
     def max_text_tokens(self) -> int:

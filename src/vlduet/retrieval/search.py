@@ -11,6 +11,7 @@ import numpy as np
 
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import RetrievalError, quote_value
+from vlduet.retrieval.calibration import find_content_kind, judge_hits
 from vlduet.retrieval.encode import Embedder
 from vlduet.retrieval.filters import Where, parse_conditions
 from vlduet.retrieval.index import Index
@@ -30,8 +31,8 @@ class Hit:
     rank: int
     """Position among all hits, from 1; the first one behind an offset has rank offset + 1."""
     p: float | None = None
-    """Share of unrelated pairs whose cosine is at least `score`; None if the model lacks the
-    statistics."""
+    """Share of unrelated pairs of a query and a document whose cosine is at least `score`, as in
+    `ScoreDistribution.share_at_least`; None without statistics of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,9 @@ def search(
     _check_k(k)
     index.check_model(model)
     vector = model.encode_query([parts])[0]  # [D]
-    return search_vector(index, vector, k=k, where=where, options=options)
+    hits = search_vector(index, vector, k=k, where=where, options=options)
+    kind, side = find_content_kind(parts), index.manifest.side
+    return judge_hits(hits, model.score_statistics, query=kind, side=side)
 
 
 def search_vector(
@@ -110,7 +113,8 @@ def search_vector(
 ) -> list[Hit]:
     """Return the `k` documents nearest to an embedding, best first, ties in the order of ids.
 
-    Several threads may call this at the same time on one open index; no model is used.
+    Several threads may call this at the same time on one open index; no model is used. The hits
+    have no `p` (`calibration.judge_hits` adds it).
 
     Args:
         index: index to search.

@@ -19,6 +19,7 @@ from vlduet import distributed
 from vlduet.config import RunConfig, save_run_config
 from vlduet.locks import lock_folder
 from vlduet.logs import MetricsLog, ProgressBar, logger
+from vlduet.model.score_statistics import ScoreStatistics
 from vlduet.train.cache_size import limit_feature_cache
 from vlduet.train.checkpointing import (
     ResumeMode,
@@ -41,10 +42,16 @@ from vlduet.train.step import all_finite, forward_backward, optimizer_step, seed
 
 Evaluator = Callable[[TrainableModel], dict[str, float]]
 """Function that measures the model on validation records and returns numbers by name."""
+Calibrator = Callable[[TrainableModel], ScoreStatistics | None]
+"""Function that returns the scores of unrelated validation records, which are saved."""
 
 
 def train(
-    config: RunConfig, *, evaluate: Evaluator | None = None, resume: ResumeMode = False
+    config: RunConfig,
+    *,
+    evaluate: Evaluator | None = None,
+    calibrate: Calibrator | None = None,
+    resume: ResumeMode = False,
 ) -> Path:
     """Train a model and write it, with everything about the run, into the folder `config.out`.
 
@@ -57,6 +64,8 @@ def train(
         config: settings of the run (`vlduet.config.RunConfig`).
         evaluate: called on rank 0 before every step that `train.eval_every` divides (0 is one) and
             at the end; its numbers go to the metrics as `validation/NAME`. None: no validation.
+        calibrate: called on rank 0 at the end; its result is saved with the model, as
+            `score_statistics`. None: the model has no such statistics.
         resume: continue from the last saved state. All losses then equal, bit for bit, those of a
             run that was never interrupted. A finished run is only validated and saved again. With
             "auto", start if the folder has no saved state, and continue otherwise.
@@ -74,10 +83,15 @@ def train(
     distributed.init_process_group()
     with ExitStack() as stack:
         distributed.call_on_main(lambda: stack.enter_context(lock_folder(config.out)))
-        return _train(config, evaluate, resume)
+        return _train(config, evaluate, calibrate, resume)
 
 
-def _train(config: RunConfig, evaluate: Evaluator | None, resume: ResumeMode) -> Path:
+def _train(
+    config: RunConfig,
+    evaluate: Evaluator | None,
+    calibrate: Calibrator | None,
+    resume: ResumeMode,
+) -> Path:
     """Train as `train` does, in the process group and with the locked folder."""
     # ---------------------------------------------------------------- set up
     run, first_step = _start_run(config, resume)
@@ -122,6 +136,7 @@ def _train(config: RunConfig, evaluate: Evaluator | None, resume: ResumeMode) ->
     distributed.barrier()
     if distributed.is_main_process():
         save_state(run, run.num_steps)
+        run.model.score_statistics = calibrate(run.model) if calibrate else None
         run.model.save_pretrained(out / "model", provenance=build_provenance(run))
         if run.quarantine.count:
             logger.info(str(run.quarantine))

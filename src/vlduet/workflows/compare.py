@@ -107,7 +107,7 @@ def _train_runs(settings: ComparisonConfig, measures: ComparisonMeasures | None)
         if not finished[run.out]:
             # Seed 0 for all: the same wrong image for each caption, so the same question.
             validate = validate or make_config_validator(run, seed=0)
-            train(run, evaluate=validate, resume="auto")
+            train(run, evaluate=validate, calibrate=validate.calibrate, resume="auto")
     results = _collect_results(settings, configs)
     if distributed.is_main_process():
         if measures is not None and (settings.reference or settings.benchmarks):

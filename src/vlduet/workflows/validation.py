@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +22,9 @@ from vlduet.eval.examples import evenly_spaced
 from vlduet.logs import logger
 from vlduet.model.duet import DuetModel
 from vlduet.model.generation import continuous
-from vlduet.model.limits import accept_truncation
-
-Validator = Callable[[DuetModel | DualEncoder], dict[str, float]]
-"""Function that returns the metrics of a model, by name."""
+from vlduet.model.limits import log_truncation
+from vlduet.model.score_statistics import ScoreStatistics
+from vlduet.retrieval.calibration import measure_score_statistics
 
 MAX_VALIDATION_RECORDS = 256
 """Number of records that are used: the first of the file, so that validations are comparable."""
@@ -35,14 +34,29 @@ MAX_CAPTION_TOKENS = 256
 """Length limit of such a caption, however long the captions of the file are."""
 
 
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """Measurements of a model on pairs that it was not trained on; see `make_validator`."""
+
+    pairs: Sequence[Record]
+    seed: int
+
+    def __call__(self, model: DuetModel | DualEncoder) -> dict[str, float]:
+        """Return the metrics of a model, by name (`compute_validation_metrics`)."""
+        return compute_validation_metrics(model, self.pairs, seed=self.seed)
+
+    def calibrate(self, model: DuetModel | DualEncoder) -> ScoreStatistics | None:
+        """Return the scores of unrelated pairs (`measure_score_statistics`)."""
+        return measure_score_statistics(model, self.pairs)
+
+
 def make_config_validator(config: RunConfig, *, seed: int) -> Validator:
     """Return the validator of the records that `data.validation` of a config names.
 
     They are those of `read_validation_pairs`, which says what is raised. The seed is that of
     `make_validator`.
     """
-    pairs = read_validation_pairs(config)
-    return lambda model: compute_validation_metrics(model, pairs, seed=seed)
+    return Validator(read_validation_pairs(config), seed)
 
 
 def read_validation_pairs(config: RunConfig) -> list[Record]:
@@ -74,9 +88,7 @@ def read_validation_pairs(config: RunConfig) -> list[Record]:
 
 
 def make_validator(source: SourceLike, *, seed: int) -> Validator:
-    """Read a source, and return a function that computes the metrics of a model on its pairs.
-
-    The function calls `compute_validation_metrics`.
+    """Read a source, and return the validator of its pairs.
 
     Args:
         source: records, which are read to their end. The first `MAX_VALIDATION_RECORDS` pairs with
@@ -86,8 +98,7 @@ def make_validator(source: SourceLike, *, seed: int) -> Validator:
     Raises:
         DataError: there is no usable pair, or the source cannot be read.
     """
-    pairs = _read_source_pairs(as_source(source))
-    return lambda model: compute_validation_metrics(model, pairs, seed=seed)
+    return Validator(_read_source_pairs(as_source(source)), seed)
 
 
 def _read_source_pairs(source: RecordSource) -> list[Record]:
@@ -190,13 +201,14 @@ def measure_retrieval(
 ) -> protocols.RetrievalResult:
     """Return the retrieval of records that are pairs (`protocols.measure_retrieval`).
 
-    Captions that are longer than the model's limit are cut, as in training.
+    Captions that are longer than the model's limit are cut, as in training; their number is logged.
     """
-    return protocols.measure_retrieval(
-        partial(model.encode_document, on_truncate=accept_truncation),
-        partial(model.encode_query, on_truncate=accept_truncation),
-        records=records,
-    )
+    with log_truncation("retrieval") as on_truncate:
+        return protocols.measure_retrieval(
+            partial(model.encode_document, on_truncate=on_truncate),
+            partial(model.encode_query, on_truncate=on_truncate),
+            records=records,
+        )
 
 
 def select_captions(records: Sequence[Record]) -> list[Record]:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from helpers import tiny
 from helpers.fake_embedder import FakeModel, paint, write_pairs, write_records
 from vlduet.cli import retrieval
 from vlduet.cli.main import app
 from vlduet.data.quarantine import quarantine_path
 from vlduet.encoders import dual
-from vlduet.errors import RetrievalError
+from vlduet.errors import DataError, RetrievalError
 from vlduet.model.duet import DuetModel
 
 Run = Callable[..., Result]
@@ -61,21 +62,20 @@ def folder(run: Run, pairs: Path, tmp_path: Path) -> Path:
 
 def test_index_is_updated_and_pruned(run: Run, folder: Path, pairs: Path, tmp_path: Path) -> None:
     pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[:-1]))
-    (pairs.parent / "images" / "red.png").write_bytes(b"?")
+    image = pairs.parent / "images" / "red.png"
+    data = image.read_bytes()
+    image.write_bytes(b"?")
     command = ["index", tmp_path / "model", pairs, "--to", folder]
     text = run(*command).stdout
     assert "2 kept" in text and "1 left out (1 x the image is an unknown kind of file" in text
-    assert "--prune removes them" in text
+    assert "1 of these were indexed before, and stay as they were" in text
+    assert "1 are no longer in the source: --prune removes them" in text
+    with pytest.raises(RetrievalError, match="cannot be read"):
+        run(*command, "--prune")
+    image.write_bytes(data)
     report = json.loads(run(*command, "--prune", "--json").stdout)
-    expected = {"removed": 2, "kept": 2, "count": 2, "quarantined": 1}
+    expected = {"removed": 1, "kept": 3, "count": 3, "quarantined": 0}
     assert {name: report[name] for name in expected} == expected
-
-
-def test_store_option_accepts_lance_only(run: Run, folder: Path, pairs: Path) -> None:
-    command = ["index", folder.parent / "model", pairs, "--to", folder, "--store"]
-    assert "4 kept" in run(*command, "lance").stdout
-    with pytest.raises(RetrievalError, match="--store: 'flat'"):
-        run(*command, "flat")
 
 
 def test_search_by_text_image_and_filters(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -127,6 +127,7 @@ def test_encode_writes_ids_and_unit_vectors(run: Run, pairs: Path, tmp_path: Pat
         np.testing.assert_allclose(np.linalg.norm(arrays["vectors"], axis=1), 1, rtol=1e-6)
     result = run("encode", tmp_path, pairs, "--out", out, "--side", "text", "--json")
     expected = {"out": str(out), "count": 5, "dim": 64, "quarantined": 0, "truncated": 0}
+    expected |= {"unread": {}, "system_files": {}}
     assert json.loads(result.stdout) == expected
     with pytest.raises(RetrievalError, match="nothing to embed"):
         run("encode", tmp_path, write_records(tmp_path / "none.jsonl", []), "--out", out)
@@ -199,6 +200,30 @@ def test_hits_are_a_table_on_a_terminal(
     retrieval.search(folder, "red", k=2)
     table = capsys.readouterr().out
     assert "rank" in table and "1.0" in table and "red" in table
+
+
+def test_a_calibrated_model_gives_hits_a_p(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    tiny.build_duet_model(tmp_path / "base").save_pretrained(tmp_path / "model")
+
+    def run_command(*arguments: object) -> Any:
+        result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+        return json.loads(result.stdout)
+
+    run_command("index", tmp_path / "model", pairs, "--to", tmp_path / "index")
+    hits = run_command("search", tmp_path / "index", "red")["hits"]
+    assert len(hits) == 4 and all("p" not in hit for hit in hits)
+    report = run_command("model", "calibrate", tmp_path / "model", pairs)
+    assert report["records"] == 4 and report["pairs"]["text -> image"] == 12
+    # The index stays valid, because the fingerprint of the model is the same.
+    hits = run_command("search", tmp_path / "index", "red")["hits"]
+    assert all(1 / 13 <= hit["p"] <= 1 for hit in hits)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    retrieval.search(tmp_path / "index", "red", k=1)
+    assert f"{hits[0]['p']:.2g}" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no unrelated records"):
+        run_command("model", "calibrate", tmp_path / "model", write_records(pairs, []))
 
 
 def test_a_table_is_indexed_by_its_ids_and_filtered_by_its_numbers(

@@ -43,7 +43,8 @@ def dual(tmp_path_factory: pytest.TempPathFactory, encoders: dict[str, str]) -> 
     tree["train"] |= {"steps": 200, "batch_size": 8, "eval_every": 200, "log_every": 20, "lr": 3e-3}
     run_config = config.validate_run_config(tree, place="test")
     assert plan_run(run_config)["trainable parameters"] > 0
-    return train(run_config, evaluate=make_validator(pairs, seed=0))
+    validator = make_validator(pairs, seed=0)
+    return train(run_config, evaluate=validator, calibrate=validator.calibrate)
 
 
 def test_it_learns_pairs(dual: Path) -> None:
@@ -62,6 +63,10 @@ def test_it_opens_as_it_was_saved(dual: Path) -> None:
     norms = np.linalg.norm([image, same, other], axis=1)
     assert np.allclose(norms, 1, atol=1e-5)
     assert image @ same > image @ other
+    statistics = model.score_statistics
+    assert statistics is not None and statistics.num_records == 8
+    types = {(query, document) for query in ("text", "image") for document in ("text", "image")}
+    assert set(statistics.distributions) == types, "it does not embed an image with a text"
 
 
 def test_a_changed_encoder_and_a_broken_manifest_are_refused(dual: Path) -> None:

@@ -31,7 +31,8 @@ from vlduet.workflows.validation import make_config_validator
 
 def test_a_run_learns_validates_and_saves(tmp_path: Path) -> None:
     run_config = config.load_run_config(runs.write_run_config(tmp_path, steps=60, eval_every=30))
-    folder = train(run_config, evaluate=make_config_validator(run_config, seed=0))
+    validator = make_config_validator(run_config, seed=0)
+    folder = train(run_config, evaluate=validator, calibrate=validator.calibrate)
     rows = read_metrics(run_config.out / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 1
@@ -43,6 +44,9 @@ def test_a_run_learns_validates_and_saves(tmp_path: Path) -> None:
     assert all(0.0 <= row["validation/captions_ended"] <= 1.0 for row in validations)
     model = DuetModel.from_pretrained(folder)
     assert model.peft_model is not None and model.prompts.image == "<s>{image}"
+    # The trained model, and not the one before, is what its statistics of scores describe.
+    assert model.score_statistics == validator.calibrate(model)
+    assert model.score_statistics is not None and len(model.score_statistics.distributions) == 9
     assert (run_config.out / "config.yaml").is_file()
     assert list((run_config.out / "tensorboard").iterdir())
 

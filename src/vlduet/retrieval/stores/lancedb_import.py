@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -66,7 +67,7 @@ class _MissingPandasFinder:
             raise ModuleNotFoundError(name)
 
 
-class _DeferringFinder:
+class _DeferringFinder(Loader):
     """Finder and loader of stand-ins for `CLIENT_MODULES`, for `sys.meta_path`."""
 
     def __init__(self) -> None:
