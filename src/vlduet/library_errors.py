@@ -11,6 +11,7 @@ import errno
 import lzma
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zipfile
@@ -40,10 +41,12 @@ MEMORY_MESSAGES = (
 )  # fmt: skip
 """Parts of messages, in lower case, of a lack of memory: torch's allocators, numpy, mmap."""
 DISK_MESSAGES = (
-    "disk quota exceeded", "file too large", "iostream error", "no space left", "os error 27",
-    "os error 28", "pytorchstreamwriter failed", "requested and", "unexpected pos",
+    "disk quota exceeded", "file too large", "no space left on device", "disk is full",
+    "iostream error", "no space left", "os error 27", "os error 28", "pytorchstreamwriter failed",
+    "requested and", "unexpected pos",
 )  # fmt: skip
-"""Parts of messages, in lower case, of a lack of space: torch, numpy, safetensors, LanceDB."""
+"""Parts of messages, in lower case, of a lack of space: torch, numpy, safetensors, LanceDB, SQLite.
+The first four are reasons in words, which are quoted without the rest."""
 DISK_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Error numbers of a lack of space."""
 COPY_AGAIN = "Copy the whole folder again"
@@ -74,6 +77,8 @@ def describe_library_error(error: BaseException) -> tuple[str, str] | None:
         remedy = "Use smaller numbers (batch, rank, dim, tokens), or a machine with more memory"
         return f"too little memory ({reason})", remedy
     if is_lack_of_space(error):
+        text = str(error).lower()
+        reason = next((words for words in DISK_MESSAGES[:4] if words in text), reason)
         return f"no space left on the disk ({reason})", "Free some space, and start again"
     if isinstance(error, FORMAT_ERRORS):
         return f"a broken or truncated file ({reason})", "Copy the files that you named again"
@@ -135,4 +140,7 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, KeyError):  # its message is the key alone
         return f"the key {shorten(text, 80)} is missing"
-    return shorten(text.splitlines()[0], 200) if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    # Libraries in Rust add the place in their source.
+    return shorten(re.sub(r",?\s*\S+\.rs:\d+(:\d+)?", "", text.splitlines()[0]), 200)

@@ -31,6 +31,9 @@ DISK_ERRORS = [
     RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1 vs 2"),
     SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
 ]
+LANCE_PLACE = (
+    "/root/.cargo/registry/src/index.crates.io-19/lance-13.0.0/src/io.rs:2:9"
+)
 MEMORY_ERRORS = [
     MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
@@ -81,6 +84,20 @@ def test_every_read_error_names_its_place(error_class: type[Exception]) -> None:
 def test_a_lack_of_memory_is_no_broken_file(error: Exception) -> None:
     with pytest.raises(ModelError, match="too little memory"), translate_library_errors("there"):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (f"lance error: IO: No space left on device (os error 28), {LANCE_PLACE}", "no space left"),
+        ("database or disk is full", "no space left on the disk (disk is full)"),
+        (f"lance error: Invalid user input: cut, {LANCE_PLACE}", "a broken index (lance error: Invalid user input: cut)"),
+    ],
+)
+def test_the_place_in_the_source_of_a_library_is_left_out(message: str, words: str) -> None:
+    described = describe_library_error(RuntimeError(message))
+    assert described is not None and described[0].startswith(words)
+    assert "/root" not in described[0] and "os error" not in described[0]
 
 
 def test_an_error_of_ours_passes_unchanged() -> None:

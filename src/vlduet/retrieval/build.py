@@ -1,11 +1,12 @@
 """Build an index or update one, in a single pass that may be interrupted anywhere and run again.
 
 1. lock      allow one writer
-2. read      read the documents, each with the hash of its content
-3. compare   skip documents whose hashes equal those in the store
-4. embed     embed content whose vector is nowhere in the index yet
-5. commit    write chunk by chunk; each commit is durable
-6. prune     on request, remove documents that the source no longer contains
+2. protect   refuse what would overwrite documents of another source (`safeguards`)
+3. read      read the documents, each with the hash of its content
+4. compare   skip documents whose hashes equal those in the store
+5. embed     embed content whose vector is nowhere in the index yet
+6. commit    write chunk by chunk; each commit is durable
+7. prune     on request, remove documents that the source no longer contains
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import numpy as np
 from vlduet.data.images import image_key, read_bytes
 from vlduet.data.quarantine import Quarantine
 from vlduet.data.readers.containers import is_pattern
+from vlduet.data.readers.rows import IgnoredData
 from vlduet.data.records import Place, Record
 from vlduet.data.sources import RecordSource, SourceLike, as_source
-from vlduet.errors import DataError, RetrievalError, suggest_name
+from vlduet.errors import DataError, ImageError, RetrievalError, suggest_name
 from vlduet.files import write_atomically
 from vlduet.hub import resolve_dataset, resolve_model
 from vlduet.locks import LOCK_NAME, lock_folder, remove_drafts
@@ -39,6 +41,8 @@ from vlduet.retrieval.index import (
     IndexManifest,
     path_pair,
 )
+from vlduet.retrieval.safeguards import find_pruning_refusal, find_takeover_refusal
+from vlduet.retrieval.source_state import SourceState
 from vlduet.retrieval.stores.base import ApproximateMode, IndexRow, RowHashes
 
 
@@ -47,8 +51,8 @@ class BuildOptions:
     """How a build proceeds where more than one way is right; `build_index` has the others."""
 
     force: bool = False
-    """Prune although less than half of the documents remain, and let the source take over documents
-    of another source that have the same ids."""
+    """Prune although most documents or whole folders are absent, and let the source replace the
+    documents of another source that have the same ids."""
     rehash: bool = False
     """Read all image files, also those that have not changed since the last build by their size,
     modification time and inode."""
@@ -77,6 +81,10 @@ class BuildReport:
     """Documents that `prune` removed."""
     absent: int
     """Documents of the index that the source no longer contains, and that `prune` would remove."""
+    outdated: int
+    """Documents of the index whose record or image could not be used now; they are as before."""
+    other_sources: int
+    """Documents of the index that came from other sources; they are as before."""
     quarantined: int
     """Records and documents that were left out."""
     causes: dict[str, int]
@@ -85,6 +93,17 @@ class BuildReport:
     """Documents that were written with a text that was cut at the model's limit."""
     count: int
     """Documents in the index after the build."""
+    unread: dict[str, int]
+    """Files and links in the source that are not read, by ending or kind."""
+    system_files: dict[str, int]
+    """Hidden files, thumbnails, recycle bins and the like in the source, by name."""
+    remarks: list[str]
+    """Sentences on `unread` and `system_files`."""
+
+    @property
+    def num_usable(self) -> int:
+        """Documents of the source that are in the index after the build."""
+        return self.added + self.updated + self.kept
 
 
 def build_index(
@@ -106,12 +125,14 @@ def build_index(
 
     Args:
         model: model that embeds.
-        source: file of records, or folder of images, with any settings. What is not read is
-            logged. Without any document, an empty index results.
+        source: file of records, or folder of images, with any settings. Columns and the like that
+            are not read are logged, files that are not read are in the report. Without any
+            document, an empty index results.
         to: folder of the index; updated if it is an index already, created if it is missing.
         side: part of a record that is embedded: "image", "text" or "record". None keeps the side of
             an existing index and is "image" for a new one.
-        prune: remove documents that the source no longer contains.
+        prune: remove documents that came from this source and that it no longer contains. What is
+            there and cannot be used now is not removed.
         model_path: folder of the model, stored so that `vlduet search` finds it.
         chunk_size: number of documents per commit; an interruption loses at most that much work.
         options: further options.
@@ -121,8 +142,8 @@ def build_index(
         ConfigError: the folder is a file.
         RetrievalError: another model or side built the index, the side is unknown, the folder is a
             broken index, or neither an index nor empty, the model returned a vector that is not
-            finite, or `prune` is set and documents are absent while rows of the source, or all of
-            it, could not be read.
+            finite, another source has documents of the same ids, so that nothing was changed, or
+            documents are absent that must not be pruned; see `safeguards`.
         DataError: the source does not exist or cannot be read as a whole; or, if it is strict, it
             has a broken row or holds something that is not read.
     """
@@ -132,20 +153,29 @@ def build_index(
         raise DataError("no such file or folder", place=source.path, fix=fix)
     with lock_folder(path):
         remove_drafts(path / IMAGE_FOLDER)
-        manifest = _read_or_create_manifest(path, model, side=side)
+        previous = _read_or_create_manifest(path, model, side=side)
         source_path = resolve_dataset(source.path).resolve()
-        manifest = replace(manifest, source=str(source_path), complete=False)
+        manifest = replace(previous, source=previous.source or str(source_path), complete=False)
         if model_path is not None:
             absolute, relative = path_pair(resolve_model(model_path), path)
             manifest = replace(manifest, model=absolute, model_relative=relative)
         manifest.write(path)
-        with Index(path, manifest, write=True) as index:
-            job = _BuildJob(index, model, options)
-            job.run(source, chunk_size)
-            report = job.finish(prune)
-            index.store.update_search_index(options.ann)
-        manifest = replace(manifest, fields=job.fields, count=report.count, complete=True)
+        state = SourceState(path, source_path, rehash=options.rehash)
+        with state, Index(path, manifest, write=True) as index:
+            job = _BuildJob(index, model, state, options)
+            refusal = job.find_takeover_refusal(source)
+            if refusal is None:
+                manifest = index.manifest = replace(manifest, source=str(source_path))
+                job.run(source, chunk_size)
+                refusal = job.find_prune_refusal(source_path) if prune else None
+                report = job.finish(prune=prune and refusal is None)
+                index.store.update_search_index(options.ann)
+                manifest = replace(manifest, fields=job.fields, count=report.count, complete=True)
+            else:
+                manifest = previous
         manifest.write(path)
+        if refusal is not None:
+            raise refusal
     return report
 
 
@@ -156,44 +186,70 @@ class _BuildJob:
         hashes: hashes of every stored row by id.
         row_by_content: id of a stored row for each content hash, whose vector can be reused.
         fields: kinds of values of each metadata key that can be filtered by.
-        source_ids: ids of the documents that the source contains.
-        num_unreadable: rows of the source that could not be read at all.
+        source_ids: ids of the documents that the source contains and that can be used.
+        unusable_ids: ids of the documents that it contains and that cannot be read or embedded now.
+        num_unreadable: rows, files and folders of the source that could not be read.
     """
 
-    def __init__(self, index: Index, model: Embedder, options: BuildOptions):
-        """Read the hashes of all stored rows, and delete the quarantine file of an earlier build.
+    def __init__(self, index: Index, model: Embedder, state: SourceState, options: BuildOptions):
+        """Read hashes and sources of all stored rows.
 
         Args:
             index: index that is open for writing; its manifest is not modified.
             model: model that embeds.
+            state: what the index remembers of its sources.
             options: options of the build.
         """
         self.index, self.store, self.model, self.options = index, index.store, model, options
+        self.state = state
         self.hashes = self.store.read_hashes()
         self.row_by_content = {h.content_hash: id_ for id_, h in self.hashes.items()}
         self.fields = {key: list(kinds) for key, kinds in index.manifest.fields.items()}
+        state.load(self.hashes.keys(), last_source=index.manifest.source)
+        self.stored_ids = frozenset(self.hashes)
         self.source_ids: set[str] = set()
+        self.unusable_ids: set[str] = set()
+        self.ignored = IgnoredData()
         self.num_added = self.num_updated = self.num_unchanged = 0
         self.num_embedded = self.num_unreadable = self.num_truncated = 0
-        self.quarantine = Quarantine.create(index.path / "quarantine.jsonl")
+        self.quarantine = Quarantine()
+
+    def find_takeover_refusal(self, source: RecordSource) -> RetrievalError | None:
+        """Return the error of a source that would overwrite documents of another one, or None."""
+        return find_takeover_refusal(
+            source,
+            self.state,
+            side=self.index.manifest.side,
+            hashes=self.hashes,
+            force=self.options.force,
+        )
 
     def run(self, source: RecordSource, chunk_size: int) -> None:
         """Read `source`, embed what is new, and commit the changed documents chunk by chunk.
 
-        Updates the attributes and the counts, and shows a progress bar. Broken records are
-        quarantined. Raises DataError as `read_documents`, and RetrievalError
-        for embeddings that are not finite; chunks that were committed before stay.
+        The quarantine file of an earlier build is deleted first. Updates the attributes and the
+        counts, and shows a progress bar. Broken records are quarantined. Raises DataError as
+        `read_documents`, and RetrievalError for embeddings that are not finite; chunks that were
+        committed before stay.
         """
-        side = self.index.manifest.side
-        documents = read_documents(source, side=side, on_error=self._quarantine_record)
+        self.quarantine = Quarantine.create(self.index.path / "quarantine.jsonl")
+        documents = read_documents(
+            source,
+            side=self.index.manifest.side,
+            on_error=self._quarantine_record,
+            hash_image=self.state.image_key,
+            ignored=self.ignored,
+        )
         changed = self._select_changed(track_progress(documents, label="index"))
         for chunk in batched(changed, chunk_size):
             self._commit_chunk(chunk)
 
     def _quarantine_record(self, record: Record | Place | str | None, error: Exception) -> None:
         """Count and list a record that is left out; None is a row that could not be read."""
-        if record is None:
+        if record is None or isinstance(error, ImageError):
             self.num_unreadable += 1
+        if isinstance(record, Record) and isinstance(error, ImageError):
+            self.unusable_ids.add(record.id)
         self.quarantine.add(record, error)
 
     def _select_changed(self, documents: Iterator[Document]) -> Iterator[tuple[Document, IndexRow]]:
@@ -240,8 +296,8 @@ class _BuildJob:
 
         Equal content is embedded once. Images without files of their own are written to some, and
         all counts and hashes are updated. Documents that cannot be embedded are quarantined, not
-        written, and removed from `source_ids`, so that they count as absent. Raises RetrievalError,
-        and writes nothing, for embeddings that are not finite.
+        written, and moved from `source_ids` to `unusable_ids`. Raises RetrievalError, and writes
+        nothing, for embeddings that are not finite.
         """
         vectors = self._read_known_vectors([document for document, _ in chunk])
         new_content: dict[str, Document] = {}
@@ -269,14 +325,17 @@ class _BuildJob:
         rows = []
         for document, row in chunk:
             if document.content_hash in errors:
-                error = errors[document.content_hash]
-                self.quarantine.add(document.to_quarantine_record(), error)
+                self._quarantine_record(
+                    document.to_quarantine_record(), errors[document.content_hash]
+                )
                 self.source_ids.discard(document.id)
+                self.unusable_ids.add(document.id)
             else:
                 self._write_image_bytes(document, row)
                 rows.append(row)
                 self.num_truncated += document.content_hash in cut
         if rows:
+            self.state.claim([row.id for row in rows])
             self.store.upsert(rows, np.stack([vectors[row.hashes.content_hash] for row in rows]))
             self.index.manifest.write(self.index.path)
         for row in rows:
@@ -319,24 +378,34 @@ class _BuildJob:
         self.hashes[row_id] = hashes
         self.row_by_content.setdefault(hashes.content_hash, row_id)
 
-    def finish(self, prune: bool) -> BuildReport:
-        """Remove absent documents if `prune` is set, and return the report.
+    def find_absent(self) -> list[str]:
+        """Return the ids of stored documents that came from the source and are not in it."""
+        known = self.source_ids | self.unusable_ids | self.state.foreign.keys()
+        return sorted(self.hashes.keys() - known)
 
-        Absent are stored documents whose ids are not in `source_ids`. If there are some, `prune` is
-        set, and rows of the source were unreadable or no document of it was usable, raises
-        RetrievalError and removes nothing.
+    def find_prune_refusal(self, source: Path) -> RetrievalError | None:
+        """Return the error of a source by which nothing must be removed, or None.
+
+        `source` is its absolute path.
         """
-        absent = sorted(self.hashes.keys() - self.source_ids)
-        if prune and absent and (self.num_unreadable or not self.source_ids):
-            reason = "nothing in the source can be indexed"
-            if self.num_unreadable:
-                reason = f"{self.num_unreadable} rows of the source cannot be read"
-            reason += ", so nothing is pruned"
-            fix = f"Repair the source ({self.quarantine}), or delete the index"
-            raise RetrievalError(reason, place=self.index.path, fix=fix)
+        return find_pruning_refusal(
+            source,
+            self.find_absent(),
+            num_stored=len(self.stored_ids - self.state.foreign.keys()),
+            num_usable=len(self.source_ids),
+            num_unreadable=self.num_unreadable,
+            listing=self.quarantine,
+            force=self.options.force,
+        )
+
+    def finish(self, *, prune: bool) -> BuildReport:
+        """Remove absent documents if `prune` is set, and return the report."""
+        absent = self.find_absent()
         if prune:
             for ids in batched(absent, 1000):
                 self.store.delete(ids)
+                self.state.forget(ids)
+            self.state.forget_missing_images()
         return BuildReport(
             added=self.num_added,
             updated=self.num_updated,
@@ -344,10 +413,15 @@ class _BuildJob:
             embedded=self.num_embedded,
             removed=len(absent) if prune else 0,
             absent=0 if prune else len(absent),
+            outdated=len(self.unusable_ids & self.stored_ids),
+            other_sources=len(self.state.foreign),
             quarantined=self.quarantine.count,
             causes=self.quarantine.count_by_cause(),
             truncated=self.num_truncated,
             count=self.store.count(),
+            unread=self.ignored.count_files(),
+            system_files=self.ignored.count_system_files(),
+            remarks=self.ignored.describe_files() + self.ignored.describe_system_files(),
         )
 
 

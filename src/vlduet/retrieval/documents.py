@@ -23,6 +23,7 @@ from vlduet.data.records import ImageRef, Parts, Place, Record, extract_images
 from vlduet.errors import DataError, RetrievalError, suggest_name
 
 if TYPE_CHECKING:
+    from vlduet.data.readers.rows import IgnoredData
     from vlduet.data.sources import SourceLike
 
 Side = Literal["image", "text", "record"]
@@ -31,6 +32,9 @@ Side = Literal["image", "text", "record"]
 DocumentErrorCallback = Callable[[Record | None, DataError], object]
 """Function called with each record or document that is left out, and the reason. The record is None
 if it could not even be read. `Quarantine.add` is such a function."""
+
+ImageHash = Callable[[ImageRef], str]
+"""Function that returns the SHA-256 of an image's bytes, as `images.image_key`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,12 @@ class Document:
 
 
 def read_documents(
-    source: SourceLike, *, side: Side, on_error: DocumentErrorCallback
+    source: SourceLike,
+    *,
+    side: Side,
+    on_error: DocumentErrorCallback,
+    hash_image: ImageHash = image_key,
+    ignored: IgnoredData | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of a file of records, or of a folder of images, lazily and in order.
 
@@ -70,6 +79,8 @@ def read_documents(
         on_error: called with every record or document that is left out, and the reason: with None
             for a row that could not be parsed, and for a document with a record of only its id and
             place.
+        hash_image: returns the SHA-256 of an image's bytes, or raises ImageError.
+        ignored: counter of what is not read, whose files are not logged then (`RecordSource.read`).
 
     Raises:
         RetrievalError: an unknown side.
@@ -82,7 +93,8 @@ def read_documents(
     if side not in get_args(Side):
         raise RetrievalError(f"'{side}'", place="--side", fix=suggest_name(side, get_args(Side)))
     ids: set[str] = set()
-    for record in as_source(source).read(on_error=lambda error: on_error(None, error)):
+    records = as_source(source).read(on_error=lambda error: on_error(None, error), ignored=ignored)
+    for record in records:
         try:
             documents = split_record(record, side)
         except DataError as error:
@@ -95,7 +107,7 @@ def read_documents(
                     raise DataError(
                         f"id '{document.id}' appears twice", place=record.place, fix=fix
                     )
-                content_hash = hash_parts(document.parts)
+                content_hash = hash_parts(document.parts, hash_image)
             except DataError as error:
                 on_error(document.to_quarantine_record(), error)
                 continue
@@ -194,14 +206,15 @@ def replace_lone_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def hash_parts(parts: Parts) -> str:
+def hash_parts(parts: Parts, hash_image: ImageHash = image_key) -> str:
     """Return the SHA-256 of the texts and image bytes of `parts`, in order, as 64 hex digits.
 
-    Image files are read, not decoded. Raises ImageError for one that is missing or unreadable.
+    Images are read by `hash_image`, not decoded. Raises ImageError for one that is missing or
+    unreadable.
     """
     digest = hashlib.sha256()
     for part in parts:
-        name = f"text:{part}" if isinstance(part, str) else f"image:{image_key(part)}"
+        name = f"text:{part}" if isinstance(part, str) else f"image:{hash_image(part)}"
         encoded = name.encode("utf-8", "replace")
         # The length comes first, so that ("ab", "c") and ("a", "bc") differ.
         digest.update(len(encoded).to_bytes(8, "little") + encoded)

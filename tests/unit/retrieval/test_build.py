@@ -22,7 +22,7 @@ from helpers.fake_embedder import COLOURS, FakeModel, paint, write_pairs, write_
 from helpers.processes import start_process
 from vlduet.data.records import ImageRef
 from vlduet.errors import ConfigError, DataError, LockError, RetrievalError
-from vlduet.retrieval.build import build_index
+from vlduet.retrieval.build import BuildOptions, build_index
 from vlduet.retrieval.filter_values import MAX_FILTER_KEYS
 from vlduet.retrieval.index import Index
 from vlduet.retrieval.search import search
@@ -156,7 +156,7 @@ SLOW_BUILD = """
     spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
     fakes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fakes)
-    from vlduet.retrieval.build import build_index
+    from vlduet.retrieval.build import BuildOptions, build_index
     model = fakes.FakeModel()
     def slow(parts):
         if len(model.embedded) >= 8:
@@ -201,7 +201,8 @@ def test_open_index_reads_the_rows_of_a_later_build(
     build_index(model, source, to=tmp_path / "index", side="text")
     with Index.open(tmp_path / "index", model) as reader:
         write_records(source, [{"id": "new", "parts": [{"text": "word3"}]}])
-        build_index(model, source, to=tmp_path / "index", prune=True)
+        options = BuildOptions(force=True)
+        build_index(model, source, to=tmp_path / "index", prune=True, options=options)
         (hit,) = search(reader, model, "word3", k=1)
         assert hit.id == "new"
 
@@ -264,7 +265,7 @@ def test_broken_images_are_quarantined_and_indexed_once_repaired(
     )
 
 
-def test_image_that_broke_after_indexing_counts_as_absent(
+def test_image_that_broke_after_indexing_stays_as_it_was(
     pairs: Path,
     tmp_path: Path,
     model: Any,
@@ -272,9 +273,11 @@ def test_image_that_broke_after_indexing_counts_as_absent(
     build_index(model, pairs, to=tmp_path / "index")
     (pairs.parent / "images" / "red.png").write_bytes(b"not an image")
     report = build_index(model, pairs, to=tmp_path / "index")
-    assert nonzero_counts(report) == {"kept": 3, "absent": 1, "quarantined": 1, "count": 4}
-    report = build_index(model, pairs, to=tmp_path / "index", prune=True)
-    assert nonzero_counts(report) == {"kept": 3, "removed": 1, "quarantined": 1, "count": 3}
+    assert nonzero_counts(report) == {"kept": 3, "outdated": 1, "quarantined": 1, "count": 4}
+    with pytest.raises(RetrievalError, match=r"1 files or records cannot be read.*nothing is"):
+        build_index(model, pairs, to=tmp_path / "index", prune=True)
+    with Index.open(tmp_path / "index", model) as index:
+        assert index.manifest.complete and search(index, model, "red", k=1)[0].id == "red"
 
 
 def test_prune_is_refused_if_rows_of_the_source_cannot_be_read(tmp_path: Path, model: Any) -> None:
@@ -284,7 +287,7 @@ def test_prune_is_refused_if_rows_of_the_source_cannot_be_read(tmp_path: Path, m
     build_index(model, source, to=to, side="text")
     source.write_text(json.dumps(rows[:2])[:-1] + ', {"id": "2", broken]')
     with pytest.raises(
-        RetrievalError, match=r"1 rows of the source cannot be read, so nothing is pruned"
+        RetrievalError, match=r"1 files or records cannot be read, so nothing is pruned"
     ):
         build_index(model, source, to=to, prune=True)
     assert build_index(model, source, to=to).count == 6
