@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -38,6 +38,7 @@ from vlduet.logs import logger
 from vlduet.model.checkpoint import MANIFEST_NAME
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
+from vlduet.model.limits import log_first_truncation
 from vlduet.recipes.registry import load_recipe
 from vlduet.train.loop import train
 from vlduet.train.setup import load_model
@@ -242,9 +243,10 @@ def open_subject(config: RunConfig, run: RowRun) -> Subject:
             return embed(list(items), True)
 
     is_trained = run.row.kind == "trained"
+    note = log_first_truncation(run.row.kind)
     return Subject(
-        model.encode_document,
-        model.encode_query,
+        partial(model.encode_document, on_truncate=note),
+        partial(model.encode_query, on_truncate=note),
         model,
         data,
         config.out if is_trained else None,

@@ -51,7 +51,7 @@ from vlduet.model.backbone import eval_mode, select_device
 from vlduet.model.duet import DuetModel
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.fingerprints import hash_checkpoint
-from vlduet.model.limits import TruncationCallback, accept_truncation, too_long_error
+from vlduet.model.limits import TruncationCallback, log_first_truncation, too_long_error
 from vlduet.model.pooling import Readout
 from vlduet.model.processing import IMAGE_BACKEND
 from vlduet.model.score_statistics import ScoreStatistics
@@ -388,9 +388,10 @@ def open_dual_as_encoder(
 
     def load() -> dict[str, Any]:
         model = DualEncoder.from_pretrained(folder, cache=cache, device=device)
+        note = log_first_truncation(f"encoder {folder}")
 
         def encode(parts: list[Part]) -> Tensor:
-            return torch.from_numpy(model.encode(parts, on_truncate=accept_truncation))
+            return torch.from_numpy(model.encode(parts, on_truncate=note))
 
         return {"image": encode, "text": encode}
 

@@ -41,7 +41,7 @@ from vlduet.model.duet import DuetModel
 from vlduet.model.families.registry import FAMILIES
 from vlduet.model.feature_cache import FeatureCache
 from vlduet.model.generation import continuous
-from vlduet.model.limits import accept_truncation
+from vlduet.model.limits import log_first_truncation, log_truncation
 from vlduet.model.processing import IMAGE_BACKEND, read_config
 from vlduet.model.saving import find_published_model
 
@@ -164,9 +164,10 @@ def model_functions(model: DuetModel, settings: EvaluationSettings) -> ModelFunc
     max_tokens = max(model.renderer.max_tokens, model.backbone.context_length or 0)
 
     def embed(items: list[Parts], is_query: bool) -> np.ndarray:
-        return model.encode(
-            items, is_query=is_query, max_tokens=max_tokens, on_truncate=accept_truncation
-        )
+        with log_truncation("benchmark") as on_truncate:
+            return model.encode(
+                items, is_query=is_query, max_tokens=max_tokens, on_truncate=on_truncate
+            )
 
     def generate(prompts: list[Parts], max_new_tokens: int) -> list[str]:
         return generate_answers(
@@ -285,9 +286,8 @@ def _open_retriever(folder: Path | None) -> EmbedFunction | None:
         if not can_generate(path):
             return as_embedder(_open_encoder(path))
         model = DuetModel.from_pretrained(path)
-        return lambda items, is_query: model.encode(
-            items, is_query=is_query, on_truncate=accept_truncation
-        )
+        note = log_first_truncation("retriever")
+        return lambda items, is_query: model.encode(items, is_query=is_query, on_truncate=note)
 
     def embed(items: list[Parts], is_query: bool) -> np.ndarray:
         return open_once()(items, is_query)

@@ -16,7 +16,7 @@ from vlduet.data.images import encode_png
 from vlduet.data.records import ImageRef, Part, Parts
 from vlduet.errors import MissingExtraError
 from vlduet.model.duet import DuetModel
-from vlduet.model.limits import accept_truncation
+from vlduet.model.limits import log_truncation
 
 try:
     from mteb.models.abs_encoder import AbsEncoder
@@ -93,8 +93,12 @@ class MTEBEncoder(AbsEncoder):  # type: ignore[misc]
         return np.concatenate(blocks)
 
     def _encode(self, items: list[Parts], *, is_query: bool) -> np.ndarray:
-        """Return the embeddings of items, whose texts are cut as in every measurement of MTEB."""
-        return self.model.encode(items, is_query=is_query, on_truncate=accept_truncation)
+        """Return the embeddings of items, whose texts are cut as in every measurement of MTEB.
+
+        The number of texts that were cut is logged.
+        """
+        with log_truncation("MTEB") as on_truncate:
+            return self.model.encode(items, is_query=is_query, on_truncate=on_truncate)
 
 
 def _to_part(value: Any) -> Part:

@@ -37,9 +37,13 @@ TruncationCallback = Callable[[int, int], object]
 """Function that receives the position of an item that is cut, and its number of tokens before."""
 
 
-def too_long_error(num_tokens: int, max_tokens: int) -> DataError:
-    """Return the error of a content to embed of `num_tokens` tokens, more than `max_tokens`."""
-    counts = f"{num_tokens} tokens, the limit is {max_tokens}"
+def too_long_error(num_tokens: int, max_tokens: int, *, is_minimum: bool = False) -> DataError:
+    """Return the error of a content to embed of `num_tokens` tokens, more than `max_tokens`.
+
+    With `is_minimum`, it has at least `num_tokens`: it was not tokenised.
+    """
+    at_least = "at least " if is_minimum else ""
+    counts = f"{at_least}{num_tokens} tokens, the limit is {max_tokens}"
     return DataError(f"{TOO_LONG} ({counts})", fix=TRUNCATION_REMEDY)
 
 
@@ -66,7 +70,30 @@ def log_truncation(subject: str) -> Iterator[TruncationCallback]:
         yield on_truncate
     finally:
         if lengths:
-            logger.warning(f"{subject}: {format_truncation(len(lengths))}, up to {max(lengths):,}")
+            longest = f"up to {max(lengths):,} tokens"
+            logger.warning(f"{subject}: {format_truncation(len(lengths))}, {longest}")
+
+
+def log_first_truncation(subject: str) -> TruncationCallback:
+    """Return a callback that allows items to be cut, and logs the first of them as a warning.
+
+    It is for functions that are called again and again, where `log_truncation` would repeat itself.
+
+    Args:
+        subject: what is embedded, the begin of the warning.
+    """
+    has_logged = False
+
+    def on_truncate(position: int, num_tokens: int) -> None:
+        nonlocal has_logged
+        if not has_logged:
+            has_logged = True
+            logger.warning(
+                f"{subject}: a text of {num_tokens:,} tokens is cut at the model's limit, and so "
+                "are others that are too long (logged once)"
+            )
+
+    return on_truncate
 
 
 def format_truncation(count: int, *, max_tokens: int | None = None) -> str:

@@ -31,7 +31,7 @@ from vlduet.data.sources import SourceLike, as_source
 from vlduet.data.tools.queries import QuerySide, get_query_and_positives, split_into_queries
 from vlduet.errors import ConfigError, DataError
 from vlduet.logs import ProgressBar, track_progress
-from vlduet.model.limits import accept_truncation
+from vlduet.model.limits import log_truncation
 from vlduet.retrieval.documents import Document, hash_parts
 from vlduet.retrieval.encode import DOCUMENTS_PER_CHUNK, Embedder, batched, check_vectors
 from vlduet.retrieval.stores.base import IndexRow, RowHashes
@@ -203,18 +203,19 @@ class _CandidatePool:
         Raises:
             RetrievalError: a store is broken, or the model gives a vector that is not finite.
         """
-        self.query_vectors, num_queries, query_errors = _embed_documents(
-            partial(model.encode_query, on_truncate=accept_truncation),
-            model.dim,
-            self.query_documents,
-            folder / "queries",
-        )
-        self.candidate_vectors, num_candidates, errors = _embed_documents(
-            partial(model.encode_document, on_truncate=accept_truncation),
-            model.dim,
-            self.candidates,
-            folder / "candidates",
-        )
+        with log_truncation("mining") as on_truncate:  # training cuts these texts as well
+            self.query_vectors, num_queries, query_errors = _embed_documents(
+                partial(model.encode_query, on_truncate=on_truncate),
+                model.dim,
+                self.query_documents,
+                folder / "queries",
+            )
+            self.candidate_vectors, num_candidates, errors = _embed_documents(
+                partial(model.encode_document, on_truncate=on_truncate),
+                model.dim,
+                self.candidates,
+                folder / "candidates",
+            )
         usable = []
         for query in self.queries:
             keys = [key for key in query.positives + query.negatives if key in errors]

@@ -15,7 +15,7 @@ from helpers import tiny
 from vlduet.data import images
 from vlduet.errors import DataError
 from vlduet.model.duet import DuetModel
-from vlduet.model.limits import Limits
+from vlduet.model.limits import Limits, format_truncation, log_first_truncation, log_truncation
 
 LARGE = tiny.random_image(3, 120, width=160)
 TILES = {"crop_to_patches": True}
@@ -181,3 +181,23 @@ def test_images_that_do_not_fit_name_the_limits_and_how_to_change_them(tmp_path:
     message = str(raised.value)
     for remedy in ("data.max_tokens", "model.max_image_tokens", "vlduet model limit"):
         assert remedy in message
+
+
+def test_cut_texts_are_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with log_truncation("captions") as on_truncate:
+        pass
+    assert not caplog.messages
+    with pytest.raises(ZeroDivisionError), log_truncation("captions") as on_truncate:
+        for num_tokens in (30, 9000, 40):
+            on_truncate(0, num_tokens)
+        _ = 1 / 0
+    assert caplog.messages == [
+        "captions: 3 texts were cut at the model's limit, up to 9,000 tokens"
+    ]
+    assert format_truncation(1, max_tokens=8192) == "1 text was cut at 8,192 tokens"
+    caplog.clear()
+    note = log_first_truncation("retriever")
+    note(0, 1234)
+    note(1, 5678)
+    (message,) = caplog.messages
+    assert message.startswith("retriever: a text of 1,234 tokens is cut")

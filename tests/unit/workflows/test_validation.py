@@ -56,6 +56,17 @@ def test_the_cross_entropy_is_that_of_the_long_caption_or_else_the_short_one(
     assert metrics["caption_cross_entropy"] == pytest.approx(total_nats / num_tokens, rel=1e-5)
 
 
+def test_captions_that_are_cut_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.build_duet_model(tmp_path / "base")
+    records = [
+        Record("a", image=tiny.random_image(1), short=("word " * model.max_text_tokens,)),
+        Record("b", image=tiny.random_image(2), short=("another",)),
+    ]
+    result = validation.measure_retrieval(model, records)
+    assert len(result.captions) == 2
+    assert any("retrieval: 1 text was cut" in message for message in caplog.messages)
+
+
 def test_the_end_rate_is_measured_on_evenly_spaced_images_and_within_a_limit(
     model: DuetModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from vlduet.model.backbone import Backbone
 from vlduet.model.generation.beam import beam_search
 from vlduet.model.generation.continuous import generate_texts
 from vlduet.model.generation.inputs import PrefillInputs, build_prefill_inputs
-from vlduet.model.limits import accept_truncation
+from vlduet.model.limits import log_first_truncation
 
 if TYPE_CHECKING:
     from vlduet.data.records import ImageRef
@@ -55,10 +55,11 @@ def caption_images(
         drafts += generate_drafts(
             model.backbone, prefill_inputs, max_new_tokens, num_drafts=num_drafts
         )
+    note = log_first_truncation("drafts of captions")
     return select_nearest_drafts(
         drafts,
         embed_images=lambda: model.encode(images),
-        embed_texts=partial(model.encode_query, on_truncate=accept_truncation),
+        embed_texts=partial(model.encode_query, on_truncate=note),
     )
 
 
